@@ -17,7 +17,8 @@ from m3ae_fast.data import shared_memory
 from m3ae_fast.process import garbage
 from m3ae_fast.process.background import Background
 from m3ae_fast.process.garbage import GarbageCollection
-from m3ae_fast.training import run
+from m3ae_fast.training import pretraining_task
+from m3ae_fast.training.pretraining_task import PretrainingTask
 from tests.helpers.ranks import fork_ranks
 
 
@@ -228,16 +229,16 @@ def test_what_triton_needs_is_looked_for(monkeypatch, tmp_path):
 def test_damaged_shards_are_named_of_training_and_of_held_out_samples(monkeypatch, held_out):
     told = []
     attention = SimpleNamespace(choose=print, settle=lambda kernels: None, describe=lambda: "")
-    monkeypatch.setattr(run, "RunAttention", lambda *_: attention)
-    stub = SimpleNamespace(
-        config=SimpleNamespace(model=None, masking=None, train=SimpleNamespace(precision="fp32")),
+    monkeypatch.setattr(pretraining_task, "RunAttention", lambda *_: attention)
+    config = SimpleNamespace(model=None, masking=None, train=SimpleNamespace(precision="fp32"))
+    val = SimpleNamespace(damaged=["val"]) if held_out else None
+    data = SimpleNamespace(train=SimpleNamespace(damaged=["train"]), val=val)
+    task = PretrainingTask(config=config, data=data, eval_loader=None, notes=[], probe=None)
+    trainer = SimpleNamespace(
         ranks=SimpleNamespace(device=None, is_main=False, broadcast=lambda _: ({}, {}), from_main=lambda value: value),
-        data=SimpleNamespace(
-            train=SimpleNamespace(damaged=["train"]), val=SimpleNamespace(damaged=["val"]) if held_out else None
-        ),
         bad=SimpleNamespace(report=lambda items, say: told.extend(items)),
         share=SimpleNamespace(micro_batch=1),
         attention={},
     )
-    run.Run.announce(stub)
+    assert task.describe(trainer) == []  # this is not the main rank
     assert told == (["train", "val"] if held_out else ["train"])

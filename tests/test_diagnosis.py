@@ -20,9 +20,8 @@ from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import joined_program
 from m3ae_fast.process.ranks import join_ranks
-from m3ae_fast.training.diagnostics import findings, verdict
+from m3ae_fast.training.diagnostics import findings, fix_of_losses, verdict
 from m3ae_fast.training.log import read_metrics
-from m3ae_fast.training.loop import Loop
 from m3ae_fast.training.run import pre_train
 from tests.helpers.trainer import TINY
 from tests.test_model import MIXED
@@ -223,11 +222,7 @@ def test_nothing_is_advised_that_is_set_already(optim, advice):
     ],
 )
 def test_nor_where_a_loss_is_not_finite(clip_grad, precision, remedy):
-    loop = SimpleNamespace(
-        schedule=SimpleNamespace(optim=OptimConfig(clip_grad=clip_grad)),
-        settings=TrainConfig(steps=1, precision=precision),
-    )
-    assert Loop.remedy(loop) == remedy
+    assert fix_of_losses(TrainConfig(steps=1, precision=precision), OptimConfig(clip_grad=clip_grad)) == remedy
 
 
 def test_the_report_knows_what_is_set(tmp_path):

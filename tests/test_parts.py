@@ -15,12 +15,16 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint import folder as folder_module
 from m3ae_fast.checkpoint import resuming, state_files
+from m3ae_fast.checkpoint.saver import Saver
 from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.checkpoint.state_files import TABLE_FILE, part_files
 from m3ae_fast.engine.fragments import Fragment, cut, whole
 from m3ae_fast.process import agreement
+<<<<<<< HEAD
 from m3ae_fast.training.loop import Loop
 from m3ae_fast.weights.exporting import export
+=======
+>>>>>>> 0a24263 (One Trainer holds a Task; a Saver owns the thread, the copy and the verdict on checkpoints; the pace takes the trainer's steps)
 from tests.helpers.checkpoints import agreements, save, save_cut, save_parts
 from tests.helpers.labelled import tiny_run
 from tests.helpers.ranks import fork_ranks, run_ranks
@@ -380,8 +384,9 @@ def test_an_update_waits_for_the_copy_that_was_begun():
     assert not waiting.is_alive()
 
 
-def test_a_save_begins_the_copy_that_the_next_update_waits_for():
+def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
     """Whenever the thread that copies comes to it."""
+<<<<<<< HEAD
     staging, begun = Staging(), []
     loop = SimpleNamespace(
         pulse=SimpleNamespace(mark=lambda doing: None),
@@ -400,6 +405,24 @@ def test_a_save_begins_the_copy_that_the_next_update_waits_for():
     assert waiting.is_alive() and len(begun) == 1 and loop.unjudged == 3
     staging.copy(lambda: cut(STATE, 0, 1))
     waiting.join(60)
+=======
+    listed = threading.Event()
+    engine = SimpleNamespace(fragments=lambda: listed.wait(60) and cut(STATE, 0, 1))
+    ranks = SimpleNamespace(
+        rank=0, world=1, is_main=True, lasting=None, device=torch.device("cpu"), together=lambda work: work()
+    )
+    said, options = [], {"keep": 1, "constants": {}, "suggested_fix": "", "keep_folder": lambda: "", "after_save": None}
+    with Saver(run_dir=tmp_path, engine=engine, ranks=ranks, say=said.append, **options) as saver:
+        saver.save(checkpoint.Info(3, 12, 0, {}, {}))
+        waiting = threading.Thread(target=engine.before_update)
+        waiting.start()
+        waiting.join(0.05)
+        assert waiting.is_alive() and saver.busy and saver.awaits(4) and not saver.awaits(3)
+        listed.set()
+        waiting.join(60)
+        assert not waiting.is_alive()
+    assert said == [f"saved {path}" for path in checkpoint.saved_steps(tmp_path)]
+>>>>>>> 0a24263 (One Trainer holds a Task; a Saver owns the thread, the copy and the verdict on checkpoints; the pace takes the trainer's steps)
 
 
 def _decide(judge, world=3, rounds=1):

@@ -43,6 +43,7 @@ from m3ae_fast.pretraining import look as look_module
 from m3ae_fast.pretraining.choices import LADDER, Facts, Shards, batch_of, image_and_patch, settings, steps_in
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.source import _overlap, find_shards
+from m3ae_fast.process.stopping import Stopped
 from m3ae_fast.shards.duplicate_images import PIECE
 from m3ae_fast.shards.held_out import shared_images, write_without
 from m3ae_fast.train import main as start
@@ -169,15 +170,16 @@ from dataclasses import replace
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.pretraining import look, plan, program
 from m3ae_fast.cli.pretrain import main
-from m3ae_fast.training.run import Run
+from m3ae_fast.training.pretraining_task import PretrainingTask
+from m3ae_fast.training.trainer import Trainer
 from m3ae_fast.shards import writer
 from m3ae_fast.evaluation import knn, linear, recipe
 
 recipe.OFFICIAL["linear"] = replace(recipe.OFFICIAL["linear"], fewest_steps=10)
 STAGES = {
     "shards": (writer, "_write"), "tokenizer": (look, "train_tokenizer"), "statistics": (look, "collect"),
-    "measuring": (plan, "measure"), "training": (Run, "take_step"), "end of training": (Run, "conclude"),
-    "k-NN": (knn, "run"), "linear probe": (linear.Probing, "take_step"),
+    "measuring": (plan, "measure"), "training": (Trainer, "log_step"), "end of training": (PretrainingTask, "conclude"),
+    "k-NN": (knn, "run"), "linear probe": (linear.ProbingTask, "count"),
     "report": (program, "write_report"), "export": (program, "export"),
 }
 HEEDED = ("training", "end of training", "linear probe")  # by what is going on
@@ -805,10 +807,13 @@ def test_a_pace_is_measured_with_as_large_a_batch_as_six_steps_of_it_fit_the_tim
 def test_the_time_of_a_step_goes_from_the_end_of_the_one_before(monkeypatch):
     clock = iter((100.0, 101.5, 104.0))
     monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    engine = SimpleNamespace(step=lambda *_: (None, torch.tensor(1.0)))
-    run = SimpleNamespace(inputs=lambda: [SimpleNamespace(device=[])] * 2, engine=engine, step=0)
-    run.step_counts, run.schedule = lambda inputs: 1, SimpleNamespace(lr=lambda step: 0.0)
-    assert list(pace._times(run)) == [1.5, 2.5] and run.step == 2
+    taken = []
+    trainer = SimpleNamespace(inputs=lambda: [("inputs", "counts")] * 2)
+    trainer.take_step = lambda *what: taken.append(what) or (None, torch.tensor(1.0))
+    times = pace._times(trainer)
+    assert [next(times), next(times)] == [1.5, 2.5] and taken == [("inputs", "counts")] * 2
+    with pytest.raises(Stopped):  # a rank is asked to stop
+        next(times)
 
 
 def paced(monkeypatch, times, ahead=0, seconds=60.0):
@@ -821,7 +826,7 @@ def paced(monkeypatch, times, ahead=0, seconds=60.0):
             yield each
 
     monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(pace, "Run", SimpleNamespace(set_up=lambda *_: None))
+    monkeypatch.setattr(pace, "set_up", lambda *_: None)
     monkeypatch.setattr(pace, "_times", steps)
     monkeypatch.setattr(pace, "_ahead", lambda run: ahead)
     monkeypatch.setattr(pace, "gc", SimpleNamespace(collect=lambda: None))

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from m3ae_fast import checkpoint, train
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint import resuming, state_files
+from m3ae_fast.checkpoint.saver import judge
 from m3ae_fast.checkpoint.state_files import STATE_FILE, State
 from m3ae_fast.config import Config, DataConfig, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Data, Layout, ShardStore, open_corpus
 from m3ae_fast.data.fingerprint import WRITTEN, fingerprint
-from m3ae_fast.training import run
+from m3ae_fast.training import pretraining_task
 from tests.helpers.checkpoints import save
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import members, write_tar
@@ -114,7 +115,7 @@ def test_dead_launcher_saves(trainer, launcher):
 def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(trainer, monkeypatch, capsys, step):
     options = ["--set", "train.eval_every=3", "--set", "data.workers=0"]
     trainer("whole", *options)
-    evaluate, calls = run.evaluate, []
+    evaluate, calls = pretraining_task.evaluate, []
 
     def signalled(*args):
         if len(calls) == step // 3:  # the first is before step 1
@@ -122,7 +123,7 @@ def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(trainer, monkeypatch
         calls.append(1)
         return evaluate(*args)
 
-    monkeypatch.setattr(run, "evaluate", signalled)
+    monkeypatch.setattr(pretraining_task, "evaluate", signalled)
     assert train.main(trainer.arguments("run", *options)) == 0
     assert f"the evaluation after step {step} was cut short" in capsys.readouterr().out
     monkeypatch.undo()
@@ -443,11 +444,11 @@ def test_what_is_set_aside_again_takes_the_place_of_the_last_time(tmp_path):
 
 def test_auto_passes_over_what_has_failed(tmp_path):
     _, two, three = (_save(tmp_path, step) for step in (1, 2, 3))
-    assert "no checkpoint is known to be good" in resuming.judge(tmp_path, 4)
+    assert "no checkpoint is known to be good" in judge(tmp_path, 4)
     assert resuming.find(tmp_path, "auto") == two
     assert len(resuming.passed_over(tmp_path)) == 1 and str(three) in resuming.passed_over(tmp_path)[0]
     checkpoint.mark(tmp_path, 2, checkpoint.GOOD, "")
-    assert resuming.judge(tmp_path, 3) == f"the last good checkpoint is {two}"  # it is not to blame
+    assert judge(tmp_path, 3) == f"the last good checkpoint is {two}"  # it is not to blame
     assert resuming.find(tmp_path, "auto") == two
     assert resuming.find(tmp_path, str(three)) == three
     checkpoint.mark(tmp_path, 1, checkpoint.FAILED, "")

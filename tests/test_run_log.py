@@ -28,9 +28,9 @@ from m3ae_fast.evaluation.report import write_report
 from m3ae_fast.training import run_folder, throughput
 from m3ae_fast.training.log import METRICS_FILE, RunLog
 from m3ae_fast.training.loggers import WANDB_ID_FILE
-from m3ae_fast.training.loop import Loop
-from m3ae_fast.training.run import Run
+from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.run_folder import LOCK_FILE, RunFolder
+from m3ae_fast.training.trainer import Trainer
 from tests.helpers.checkpoints import save
 from tests.helpers.labelled import tiny_run
 
@@ -239,7 +239,7 @@ def test_loggers_get_the_pictures_of_the_report(tmp_path, monkeypatch, case):
     data = open_data(config.data, config.model)
     with RunLog(tmp_path, 0, 9, ["tensorboard", "wandb"]) as log:
         log.log(3, {"loss": 1.5})
-        Run.after_save(SimpleNamespace(config=config, data=data, log=log), 3, path)
+        PretrainingTask(config=config, data=data, eval_loader=None, notes=[], probe=None).draw(log, 3, path)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["images"]) == names and {events.Images(name)[0].step for name in names} == {3}
@@ -327,14 +327,12 @@ def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest
             log=log,
             start=11,
             settings=SimpleNamespace(log_every=1),
-            absent=(),
+            not_computed=(),
             bad=SimpleNamespace(bad=0),
         )
-        loop.rates, loop.growth = (
-            lambda own=own: {"data_wait": own},
-            SimpleNamespace(look=lambda steps, _: looked.append(steps)),
-        )
-        Loop.log_step(loop, [PackedLosses(torch.tensor(2.0))], torch.tensor(1.0))
+        loop.throughput = SimpleNamespace(rates=lambda own=own: {"data_wait": own})
+        loop.growth = SimpleNamespace(look=lambda steps, _: looked.append(steps))
+        Trainer.log_step(loop, [PackedLosses(torch.tensor(2.0))], torch.tensor(1.0))
         values, named = told[-1]
         assert (values["loss"], values["data_wait"], values["forward_s"], named) == (2.0, wait, max(own, 0.3), where)
         assert (values["lr"], values["epoch"]) == (6.0, 6.1)  # the rate that the step just taken had
@@ -366,7 +364,7 @@ def test_bad_samples_of_all_ranks_are_named_once_and_by_rank_0(caplog):
         caplog.clear()
         ranks = SimpleNamespace(is_main=rank == 0, gather=lambda own: [each[:20] for each in found])
         loop = SimpleNamespace(ranks=ranks, bad=BadSamples(0.5, 1000))
-        Loop._name_bad(loop, found[rank])
+        Trainer._name_bad(loop, found[rank])
         assert not loop.bad.names_more and len(caplog.messages) == named
         with pytest.raises(UserError, match=r"such as a\.tar/19: no caption"):
             loop.bad.count(100, 51)

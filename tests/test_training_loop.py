@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import pickle
+import threading
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import pack
-from m3ae_fast.checkpoint import resuming
+from m3ae_fast.checkpoint.saver import Saver
 from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.config import Config, LoopConfig, MaskingConfig, OptimConfig, SourceConfig, parse
 from m3ae_fast.config.evaluation import FineTuneConfig
@@ -39,11 +40,11 @@ from m3ae_fast.process.program import joined_program
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.training import throughput
-from m3ae_fast.training.loop import Loop
 from m3ae_fast.training.loss_watch import LossWatch
 from m3ae_fast.training.notices import MemoryGrowth, cautions
-from m3ae_fast.training.run import Run, _preparation, pre_train
-from m3ae_fast.training.throughput import StepCounts, Throughput
+from m3ae_fast.training.run import _preparation, pre_train
+from m3ae_fast.training.throughput import SampleCounts, StepCounts, Throughput
+from m3ae_fast.training.trainer import Trainer
 from tests.helpers.checkpoints import save
 from tests.helpers.shards import members, picture, write_tar
 from tests.helpers.trainer import TINY
@@ -103,7 +104,7 @@ def settings(tmp_path, mixed, **sections) -> Config:
     return parse(Config, data, "test")
 
 
-def run(monkeypatch, config: Config, **recorder) -> tuple[Recorder, Run]:
+def run(monkeypatch, config: Config, **recorder) -> tuple[Recorder, Trainer]:
     made = []
 
     def build(*args):
@@ -111,11 +112,12 @@ def run(monkeypatch, config: Config, **recorder) -> tuple[Recorder, Run]:
         return made[-1]
 
     monkeypatch.setattr(run_module, "build_engine", build)
-    runs, real = [], Run.set_up
-    monkeypatch.setattr(Run, "set_up", lambda *args: runs.append(real(*args)) or runs[-1])
+    trainers, real = [], run_module.set_up
+    monkeypatch.setattr(run_module, "set_up", lambda *args: trainers.append(real(*args)) or trainers[-1])
     with joined_program() as session:
         pre_train(config, session, make_probe=knn_probe)
-    return made[-1], runs[-1]
+    monkeypatch.setattr(run_module, "set_up", real)
+    return made[-1], trainers[-1]
 
 
 def lines(config: Config) -> list[dict]:
@@ -168,10 +170,10 @@ def test_a_run_reads_what_its_config_says(monkeypatch, tmp_path, mixed):
             train={"global_batch": 6, "micro_batch": 6, "steps": None, "epochs": 1.5, "eval_samples": 5},
         )
         with joined_program() as session:
-            made = Run.set_up(config, "no", session, None)
+            made = run_module.set_up(config, "no", session, None)
         assert made.schedule.total_steps == len(made.train_loader) == 1.5 * 2 * 24 / 6
         assert all(key.startswith(f"{tmp_path}/p.tar/") for key in next(iter(made.train_loader)).keys)
-        (batch,) = made.eval_loader
+        (batch,) = made.task.eval_loader
         assert batch.keys == [f"{tmp_path}/v.tar/{number:05d}" for number in range(60, 70, 2)]
         found.append(batch.encoder_table_ids.tolist())
     assert found[0] == found[1] != found[2]  # masks are the seed's
@@ -459,19 +461,35 @@ def test_the_first_step_that_is_not_finite_is_told_with_what_was_not():
         assert (watch.bad_step, watch.finite_through) == (3, 2)
 
 
-def test_of_two_ranks_that_failed_the_earlier_step_is_judged(monkeypatch):
+def saver(ranks, folder, say=print) -> Saver:
+    """Of a run without an engine."""
+    return Saver(
+        run_dir=folder,
+        keep=1,
+        engine=SimpleNamespace(),
+        ranks=ranks,
+        constants={},
+        suggested_fix="less",
+        say=say,
+        keep_folder=lambda: "",
+        after_save=None,
+    )
+
+
+def test_of_two_ranks_that_failed_the_earlier_step_is_judged():
     """A step fails on the rank that has the sample; the others' next steps fail of its gradients."""
     judged = []
-    monkeypatch.setattr(resuming, "judge", lambda folder, step: judged.append(step) or "told")
     for mine, other in ((7, 8), (8, 7), (7, None), (None, 7)):
-        watch = argparse.Namespace(first_bad=partial("step {}".format, mine), bad_step=mine, finite_through=6)
-        ranks = Agreeing(value=(f"step {other}", other, 6))
-        ranks.broadcast = lambda work: work()
-        loop = argparse.Namespace(
-            watch=watch, ranks=ranks, unjudged=None, run=argparse.Namespace(dir=None), remedy=lambda: "less"
+        trainer = argparse.Namespace(
+            watch=argparse.Namespace(first_bad=partial("step {}".format, mine), bad_step=mine, finite_through=6),
+            ranks=Agreeing(value=(f"step {other}", other, 6)),
+            saver=argparse.Namespace(
+                awaits=lambda step: False, step_was_not_finite=lambda step: judged.append(step) or "told"
+            ),
+            suggested_fix="less",
         )
-        with pytest.raises(UserError, match="step 7"):
-            Loop.stop_if_not_finite(loop)
+        with pytest.raises(UserError, match=r"step 7\. told: look at these samples, or continue with less"):
+            Trainer.stop_if_not_finite(trainer)
     assert judged == [7] * 4
 
 
@@ -504,7 +522,7 @@ def test_utilisation_is_of_the_peak_of_all_ranks(monkeypatch, tmp_path, mixed):
     config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 13})
     with joined_program() as session:
         meters = [
-            Run.set_up(
+            run_module.set_up(
                 config, "no", session._replace(ranks=dataclasses.replace(session.ranks, world=world)), None
             ).throughput
             for world in (1, 2)
@@ -523,7 +541,7 @@ def test_utilisation_is_of_the_peak_of_all_ranks(monkeypatch, tmp_path, mixed):
 class Agreeing(OneOfTwo):
     """A rank of two that knows what its partner says: sums and values."""
 
-    world, is_main = 2, True
+    rank, world, is_main, lasting = 0, 2, True, None
 
     def __init__(self, sums=None, value=None):
         super().__init__(sums)
@@ -550,35 +568,41 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
     for way in ("next", "evaluation"):
         folder = tmp_path / f"{way} {finite_through} {busy}"
         save(folder, {"model/a": torch.zeros(1)}, checkpoint.Info(4, 64, 0, {}, {}), keep=1)
-        loops = [
-            argparse.Namespace(
-                run=argparse.Namespace(dir=folder),
-                settings=argparse.Namespace(keep=1),
+        trainers = []
+        for through, at_work in zip(finite_through, busy):
+            trainer = argparse.Namespace(
                 stop=argparse.Namespace(asked=False),
                 watch=argparse.Namespace(
                     failed=lambda: False, first_bad=lambda: "", bad_step=None, finite_through=through
                 ),
-                saving=argparse.Namespace(failed=lambda: False, busy=at_work, wait=lambda: None),
-                unjudged=4,
                 limit=None,
-                log=True,
+                bad=argparse.Namespace(count=lambda *_: None),
+                throughput=argparse.Namespace(add=lambda *_: None),
+                task=argparse.Namespace(count=lambda batches: SampleCounts(0, 0)),
                 ranks=Agreeing(value=("", None, finite_through[1])),
-                count=lambda batches: (),
-                counted=lambda sums, waited: None,
+                pulse=argparse.Namespace(watch=lambda loader, doing: [SimpleNamespace()]),
+                share=argparse.Namespace(accumulation=1),
+                train_loader=None,
             )
-            for through, at_work in zip(finite_through, busy)
-        ]
-        main, other = loops
-        main._ended = partial(Loop._ended, main)
-        main._mark_good, main._mark_last_good = partial(Loop._mark_good, main), partial(Loop._mark_last_good, main)
+            trainer.saver, work = saver(trainer.ranks, folder), threading.Event()
+            trainer.saver.unjudged = 4
+            if at_work:
+                trainer.saver._thread.start(work.wait)
+            trainer._start_sums = partial(Trainer._start_sums, trainer)
+            trainer._ended = partial(Trainer._ended, trainer)
+            trainers.append((trainer, work))
+        (main, working), (other, others) = trainers
         if way == "next":
-            Loop._start_sums(other, [])()
-            main.ranks = Agreeing(sums=other.ranks.own)
-            Loop.step_counts(main, StepInput([], [], 0.0, Loop._start_sums(main, [])))
+            other._start_sums([])()
+            main.ranks.other = other.ranks.own
+            next(Trainer.inputs(main))
         else:
-            Loop.stop_if_not_finite(main)
-        assert (main.unjudged is None) == checkpoint.is_good(*checkpoint.saved_steps(folder))
-        found.append(main.unjudged is None)
+            working.set()  # which is waited for
+            Trainer.stop_if_not_finite(main)
+        good = checkpoint.is_good(*checkpoint.saved_steps(folder))
+        assert (main.saver.unjudged is None) == good
+        found.append(good)
+        working.set(), others.set()
     return found
 
 
@@ -591,9 +615,16 @@ def test_a_checkpoint_is_good_once_the_step_after_it_is_finite_on_all_ranks(tmp_
 
 def test_what_a_step_draws_depends_on_seed_step_and_rank_alone():
     def drawn(seed: int, step: int, rank: int) -> float:
-        loop = argparse.Namespace(run=argparse.Namespace(seed=seed), step=step, ranks=argparse.Namespace(rank=rank))
-        Loop.seed_step(loop)
-        return torch.rand(1).item()
+        trainer = argparse.Namespace(
+            run=argparse.Namespace(seed=seed),
+            step=step,
+            ranks=argparse.Namespace(rank=rank, world=3),
+            pulse=argparse.Namespace(mark=lambda doing: None),
+            seeds_steps=True,
+            schedule=argparse.Namespace(lr=lambda step: 0.1),
+            engine=argparse.Namespace(step=lambda *_: (torch.rand(1).item(), None)),
+        )
+        return Trainer.take_step(trainer, StepInput([], [], 0.0, None), SampleCounts(1, 0))[0]
 
     cases = list(itertools.product((1, 2), repeat=3))
     assert len({drawn(*case) for case in cases}) == len(cases)

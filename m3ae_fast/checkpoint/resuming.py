@@ -1,4 +1,4 @@
-"""Finds the checkpoint to continue from, checks that it is of the same run, and marks one whose step failed."""
+"""Finds the checkpoint to resume from, and checks that it is of the same run."""
 
 from __future__ import annotations
 
@@ -109,19 +109,6 @@ def passed_over(run_dir: Path) -> list[str]:
         reason = (path / checkpoint.FAILED).read_text(encoding="utf-8", errors="replace")
         notes.append(f"{path} is skipped: {reason.strip()}")
     return notes
-
-
-def judge(run_dir: Path, bad_step: int) -> str:
-    """Mark the checkpoint right before `bad_step`, whose loss or gradient norm is not finite, as failed, and return a
-    text that says so and names the last good one."""
-    before = checkpoint.checkpoints_dir(run_dir) / f"step-{bad_step - 1:08d}"
-    marked = ""
-    if before.is_dir() and not checkpoint.is_good(before):
-        why = f"step {bad_step}, the first from its weights, was not finite"
-        checkpoint.mark(run_dir, bad_step - 1, checkpoint.FAILED, why)
-        marked = f"{before} is now marked as failed, and --resume auto will skip it; "
-    good = [path for path in checkpoint.saved_steps(run_dir) if checkpoint.is_good(path)]
-    return marked + (f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is known to be good")
 
 
 def layout_of(

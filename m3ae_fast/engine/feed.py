@@ -6,28 +6,31 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Generic, TypeVar
 
 import torch
 
 from m3ae_fast.batch.packed import PackedBatch
 
+Sums = TypeVar("Sums")
+
 
 @dataclass(frozen=True)
-class StepInput:
+class StepInput(Generic[Sums]):
     """The micro-batches of one step."""
 
     host: list[PackedBatch]
     device: list[PackedBatch]
     waited: float  # seconds that this rank waited for the loader
-    sums: Callable[[], list[float]]  # waits for the sums over ranks that `start_sums` began
+    sums: Callable[[], Sums]  # waits for the sums over ranks that `start_sums` began
 
 
 def feed(
     loader: Iterable[PackedBatch],
     accumulation: int,
     device: torch.device,
-    start_sums: Callable[[list[PackedBatch]], Callable[[], list[float]]],
-) -> Iterator[StepInput]:
+    start_sums: Callable[[list[PackedBatch]], Callable[[], Sums]],
+) -> Iterator[StepInput[Sums]]:
     """Yield steps of `accumulation` micro-batches. `start_sums` begins an all-reduce for each.
 
     Each is fetched when the one before has been launched. A GPU is still at work on that one then: waiting for the

@@ -17,7 +17,7 @@ from m3ae_fast.config.evaluation import AttentiveProbeConfig
 from m3ae_fast.engine.schedule import warmup_cosine
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.heads import AttentiveHead
-from m3ae_fast.evaluation.labelled_loop import cautions
+from m3ae_fast.evaluation.labelled_task import cautions
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.probe_engine import CachedSteps, Live, Setting
 from m3ae_fast.evaluation.rates import Tried, best, judged, split

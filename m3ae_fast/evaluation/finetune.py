@@ -26,18 +26,22 @@ from m3ae_fast.data import Corpus, Data, eval_loader
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.engine.build import make_engine
+from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.evaluation.augment import Mixing, RandAugment, mixes
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.encoding import check_skipped
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.labelled_loop import ClassLosses, LabelledLoop
+from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask
 from m3ae_fast.evaluation.layer_decay import layer_decay_groups
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.recipe import sentence, settled
 from m3ae_fast.process.stopping import Stopped, until_stopped
+from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.initial_weights import constants
+from m3ae_fast.training.throughput import SampleRate
+from m3ae_fast.training.trainer import Trainer
 
 _EVALUATIONS, _EVALUATING = 10, 0.05  # of a run, at most; of its time
 _AUGMENTATION = ("label_smoothing", "mixup", "cutmix", "switch_prob", "rand_augment")
@@ -61,8 +65,8 @@ class TrainableClassifier(Classifier):
 
 
 @dataclass(kw_only=True)
-class FineTuning(LabelledLoop):
-    """A fine-tuning run."""
+class FineTuningTask(LabelledTask):
+    """Trains encoder and classification head."""
 
     settings: FineTuneConfig
     model: TrainableClassifier
@@ -71,81 +75,80 @@ class FineTuning(LabelledLoop):
     fixed: dict[str, Tensor]  # weights that training does not change
     averaged: Classifier | None  # with finetune.ema: takes the average of the weights when it is evaluated
 
-    def announce(self) -> None:
-        config, ranks, deepspeed = self.settings, self.ranks, self.settings.deepspeed
+    def first_line(self, trainer: Trainer) -> str:
+        config, ranks, deepspeed = self.settings, trainer.ranks, self.settings.deepspeed
         kind = f"DeepSpeed ZeRO stage {deepspeed.zero_optimization.stage}" if deepspeed else "plain torch"
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
-        self.say_first(
+        return (
             f"classifier, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {config.precision}, "
-            f"{kind}, optimiser: {self.engine.optimizer_name}, {sentence(config, self.schedule, self.step)}"
+            f"{kind}, optimiser: {trainer.engine.optimizer_name}, {sentence(config, trainer.schedule, trainer.step)}"
         )
 
-    def evaluate_if_due(self) -> None:
-        """Evaluate if due, between the first step and the last."""
-        every = self.settings.eval_every or self._often()
-        if 0 < self.step < self.schedule.total_steps and self.to_evaluate(every, "val_top1"):
-            self.conclude()
+    def is_due(self, trainer: Trainer) -> bool:
+        return trainer.to_evaluate(self.settings.eval_every or self._often(trainer), "val_top1")
 
-    def _often(self) -> int:
+    def _often(self, trainer: Trainer) -> int:
         """Return the steps between evaluations if the config leaves that open: so many that a stop has something to
         show, and that all of them take little of the run's time. A step has three passes, an evaluation one."""
-        cheap = math.ceil(self.val.samples / (3 * self.share.global_batch * _EVALUATING))
-        return max(self.schedule.total_steps // _EVALUATIONS, self.schedule.steps_per_epoch, cheap)
+        schedule = trainer.schedule
+        cheap = math.ceil(self.val.samples / (3 * trainer.share.global_batch * _EVALUATING))
+        return max(schedule.total_steps // _EVALUATIONS, schedule.steps_per_epoch, cheap)
 
     def length_is_open(self) -> bool:
         given = self.job.config.finetune
         return given.epochs is None and given.steps is None
 
-    def shorter(self, steps: float) -> str:
-        epochs = max(steps / self.schedule.steps_per_epoch, 1)
-        fewer = int(epochs) * self.schedule.steps_per_epoch
+    def shorter(self, trainer: Trainer, steps: float) -> str:
+        per_epoch = trainer.schedule.steps_per_epoch
+        epochs = int(max(steps / per_epoch, 1))
         return (
-            f"--set finetune.epochs={int(epochs)} ({fewer:,} steps, which learn less), or the task linear with "
+            f"--set finetune.epochs={epochs} ({epochs * per_epoch:,} steps, which learn less), or the task linear with "
             "--cache-features: of 1,000 to 2,400 samples it was no worse (lab/results/recipe.md)"
         )
 
-    def conclude(self) -> dict[str, float] | None:
-        """Return, and log, accuracies on all held-out samples; None where a rank is asked to stop."""
-        self.stop_if_not_finite()
+    def conclude(self, trainer: Trainer) -> dict[str, float] | None:
+        trainer.stop_if_not_finite()
+        ranks = trainer.ranks
         own: list[tuple[Predictions, tuple[Skipped, ...]]] = []
-        batches = self.pulse.watch(self.val_loader, f"evaluating after step {self.step}")
+        batches = trainer.pulse.watch(self.val_loader, f"evaluating after step {trainer.step}")
         try:
-            with self._inference() as infer:
-                for batch in until_stopped(batches, self.ranks, self.stop):
+            with self._inference(trainer.engine, ranks.device) as infer:
+                for batch in until_stopped(batches, ranks, trainer.stop):
                     assert batch.labels is not None
-                    scores_SK = infer(batch.to(self.ranks.device)).float()
+                    scores_SK = infer(batch.to(ranks.device)).float()
                     own.append((Predictions.of(batch.keys, batch.labels, scores_SK), batch.skipped))
         except Stopped:
-            self.cut_short()
+            trainer.cut_short()
             return None
-        predictions, skipped = zip(*(part for parts in self.ranks.gather(own) for part in parts))
+        predictions, skipped = zip(*(part for parts in ranks.gather(own) for part in parts))
         most_bad = self.job.config.data.max_bad_fraction
         check_skipped([each for part in skipped for each in part], self.val.samples, most_bad)
-        return self.evaluated(Predictions.joined(predictions))
+        return self.evaluated(trainer, Predictions.joined(predictions))
 
     @contextmanager
-    def _inference(self) -> Iterator[Callable[[PackedBatch], Tensor]]:
+    def _inference(self, engine: Engine, device: torch.device) -> Iterator[Callable[[PackedBatch], Tensor]]:
         """Return logits of a batch, by the average of the weights if there is one."""
         if self.averaged is None:
-            yield self.engine.evaluate
+            yield engine.evaluate
             return
-        average = self.engine.whole(EMA)
+        average = engine.whole(EMA)
         for name, p in self.averaged.named_parameters():
             p.data.copy_(average[name])
         bf16 = self.settings.precision == "bf16"
-        with torch.no_grad(), torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             yield self.averaged
 
-    def save_classifier(self) -> None:
+    def save_classifier(self, trainer: Trainer) -> None:
         """Write the classifier as it was evaluated."""
+        folder = trainer.run.dir
         if self.averaged is not None:
-            save = partial(self.averaged.save_pretrained, self.run.dir)
+            save = partial(self.averaged.save_pretrained, folder)
         else:
-            save = partial(self.model.save_pretrained, self.run.dir, self.engine.whole("model") | self.fixed)
-        self.ranks.on_main(save)
+            save = partial(self.model.save_pretrained, folder, trainer.engine.whole("model") | self.fixed)
+        trainer.ranks.on_main(save)
 
 
-def set_up(job: Job) -> FineTuning:
+def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
     """Open data, classifier and checkpoint. Raises UserError where something is missing, or does not fit."""
     ranks, run, data = job.ranks, job.config.run, job.config.data
     config = ranks.broadcast(lambda: settle_precision(job.config.finetune, ranks.device))
@@ -187,27 +190,34 @@ def set_up(job: Job) -> FineTuning:
     same += [("data", key) for key in STREAM] + [("finetune", key) for key in _AUGMENTATION]
     notes += found.restore(engine, sections, same, stream)
     steps = range(found.step, schedule.total_steps)
-    return FineTuning(
+    val_batches = eval_loader(data, val, job.preparation, share, pin_memory=pins_memory(ranks.device))
+    task = FineTuningTask(
         job=job,
+        settings=config,
+        notes=notes,
+        classes=classes,
+        model=model,
+        val=val,
+        val_loader=val_batches,
+        fixed=fixed,
+        averaged=averaged,
+    )
+    return task, Trainer(
+        task=task,
         session=job.session,
         folder=job.folder,
         run=run,
         settings=config,
         sections=sections,
-        model=model,
         share=share,
         schedule=schedule,
         engine=engine,
         train_loader=job.batches(train, share, steps, layout, transform),
-        val=val,
-        val_loader=eval_loader(data, val, job.preparation, share, pin_memory=pins_memory(ranks.device)),
-        fixed=fixed,
-        averaged=averaged,
+        throughput=SampleRate(),
         bad=BadSamples(data.max_bad_fraction, train.samples),
         stream=stream,
-        notes=notes,
-        classes=classes,
         start=found.step,
+        suggested_fix=fix_of_losses(config, config),
     )
 
 
@@ -228,5 +238,5 @@ def _build(job: Job, config: FineTuneConfig, classes: Classes, lanes: int) -> Tr
 def run(job: Job) -> dict[str, Any] | None:
     """Return the accuracies; None where the run was stopped before its end."""
     job.pulse.watch_over(job.config.run)
-    loop = set_up(job)
-    return loop.complete(loop.val.samples)
+    task, trainer = set_up(job)
+    return task.complete(trainer, task.val.samples)

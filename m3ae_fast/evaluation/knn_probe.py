@@ -15,8 +15,9 @@ from m3ae_fast.evaluation.encoding import encode_corpus
 from m3ae_fast.evaluation.knn import knn_predictions
 from m3ae_fast.evaluation.predictions import largest_share
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.stopping import Stopped
-from m3ae_fast.training.run import Run
+from m3ae_fast.training.trainer import Trainer
 
 _NAME, _LARGEST = "val_knn_top1", "val_knn_largest_class"
 
@@ -50,31 +51,29 @@ def open_probe(config: Config, *, progress: bool = False) -> Probe | None:
     return Probe(probe, train, val, classes)
 
 
-def knn_probe(run: Run) -> Callable[[Run], None] | None:
-    """Open the labelled samples of `train.probe` before training starts. Return what logs the accuracy where it is due,
-    unless a rank is asked to stop, even half-way; every rank must call it. None where the config asks for no probe.
-    Raises UserError where shards or labels cannot be used."""
-    ranks = run.ranks
-    probe = ranks.main_first(lambda: open_probe(run.config, progress=ranks.is_main))
-    return None if probe is None else partial(_log, *probe)
+def knn_probe(config: Config, ranks: Ranks) -> Callable[[Trainer], None] | None:
+    """Open the labelled samples of `train.probe` before training starts. Return what logs the accuracy if it is due,
+    unless a rank is asked to stop, even half-way; every rank must call it. None if the config asks for no probe.
+    Raises UserError if shards or labels cannot be used."""
+    probe = ranks.main_first(lambda: open_probe(config, progress=ranks.is_main))
+    return None if probe is None else partial(_log, config, *probe)
 
 
-def _log(config: KnnProbeConfig, train: Corpus, val: Corpus, classes: Classes, run: Run) -> None:
-    if not run.to_evaluate(config.every, _NAME):
+def _log(config: Config, probe: KnnProbeConfig, train: Corpus, val: Corpus, classes: Classes, trainer: Trainer) -> None:
+    if not trainer.to_evaluate(probe.every, _NAME):
         return
-    run.stop_if_not_finite()
-    model = run.engine.model
+    trainer.stop_if_not_finite()
+    model = trainer.engine.model
     assert isinstance(model, M3AE)
-    encode = EncodeConfig(pool=config.pool, precision=run.config.train.precision)
+    encode = EncodeConfig(pool=probe.pool, precision=config.train.precision)
+    ranks, pulse, stop = trainer.ranks, trainer.pulse, trainer.stop
     try:
         bank, queries = (
-            encode_corpus(
-                model, corpus, run.config.data, encode, run.ranks, title=title, pulse=run.pulse, stop=run.stop
-            )
+            encode_corpus(model, corpus, config.data, encode, ranks, title=title, pulse=pulse, stop=stop)
             for corpus, title in ((train, "k-NN: train"), (val, "k-NN: val"))
         )
     except Stopped:
-        run.cut_short()
+        trainer.cut_short()
         return
-    top1 = knn_predictions(bank, queries, len(classes), config).accuracies()["top1"]
-    run.log.log(run.step, {_NAME: top1, _LARGEST: largest_share(queries.labels.tolist())})
+    top1 = knn_predictions(bank, queries, len(classes), probe).accuracies()["top1"]
+    trainer.log.log(trainer.step, {_NAME: top1, _LARGEST: largest_share(queries.labels.tolist())})

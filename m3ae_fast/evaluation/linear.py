@@ -23,61 +23,59 @@ from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.labelled_loop import LabelledLoop
+from m3ae_fast.evaluation.labelled_task import LabelledTask
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.probe_engine import CachedSteps, ProbeEngine
 from m3ae_fast.evaluation.rates import Tried, choose, edge, table, try_rates
 from m3ae_fast.evaluation.recipe import sentence, settled
 from m3ae_fast.model.pretrained import weights_digest
+from m3ae_fast.training.throughput import SampleRate
+from m3ae_fast.training.trainer import Trainer
 
 _EVALUATIONS = 100  # of a run, at most
 
 
 @dataclass(kw_only=True)
-class Probing(LabelledLoop):
-    """A linear probe's run."""
+class ProbingTask(LabelledTask):
+    """Trains a linear classifier on frozen features."""
 
     settings: LinearProbeConfig
     head: LinearProbeHead
     val: Features
-    tried: list[Tried]  # rates; empty where one was given
+    tried: list[Tried]  # learning rates; empty if one was given
 
-    def announce(self) -> None:
+    def first_line(self, trainer: Trainer) -> str:
         task = f"linear probe of {self.job.config.encode.pool} features, {len(self.classes)} classes, "
-        self.say_first(task + sentence(self.settings, self.schedule, self.step))
+        return task + sentence(self.settings, trainer.schedule, trainer.step)
 
-    def evaluate_if_due(self) -> None:
-        """Evaluate if due, between the first step and the last; not again if a run goes on."""
-        often = max(self.schedule.steps_per_epoch, self.schedule.total_steps // _EVALUATIONS)
-        every = self.settings.eval_every or often
-        if self.start < self.step < self.schedule.total_steps and self.step % every == 0:
-            self.conclude()
-
-    def remedy(self) -> str:
-        return "a lower linear.peak_lr"
+    def is_due(self, trainer: Trainer) -> bool:
+        """Return whether an evaluation is due; a resumed run repeats none."""
+        schedule, step = trainer.schedule, trainer.step
+        every = self.settings.eval_every or max(schedule.steps_per_epoch, schedule.total_steps // _EVALUATIONS)
+        return step > trainer.start and step % every == 0
 
     def length_is_open(self) -> bool:
         given = self.job.config.linear
         return given.epochs is None and given.steps is None
 
-    def shorter(self, steps: float) -> str:
+    def shorter(self, trainer: Trainer, steps: float) -> str:
         if not self.job.options.cache_features:
             return "--cache-features, which encodes each image once"
         return f"--set linear.steps={max(int(steps), 1)}"
 
-    def cautions(self) -> list[str]:
-        return super().cautions() + edge(self.tried, self.settings.peak_lr)
+    def cautions(self, trainer: Trainer) -> list[str]:
+        return super().cautions(trainer) + edge(self.tried, self.settings.peak_lr)
 
-    def conclude(self) -> dict[str, float]:
+    def conclude(self, trainer: Trainer) -> dict[str, float]:
         """Return accuracies on all held-out samples, which are logged too."""
-        self.stop_if_not_finite()
-        self.pulse.mark(f"evaluating after step {self.step}")
+        trainer.stop_if_not_finite()
+        trainer.pulse.mark(f"evaluating after step {trainer.step}")
         self.head.eval()
         with torch.no_grad():
-            scores_NK = self.head(self.val.features_ND.to(self.ranks.device))
-        return self.evaluated(Predictions.of(self.val.keys, self.val.labels, scores_NK))
+            scores_NK = self.head(self.val.features_ND.to(trainer.ranks.device))
+        return self.evaluated(trainer, Predictions.of(self.val.keys, self.val.labels, scores_NK))
 
-    def save_classifier(self) -> None:
+    def save_classifier(self, trainer: Trainer) -> None:
         job = self.job
         pool, classes = job.config.encode.pool, list(self.classes)
         config = ClassifierConfig(
@@ -88,12 +86,12 @@ class Probing(LabelledLoop):
             classifier = Classifier(config)
             classifier.load_backbone(job.model.cpu())
             classifier.head.load_state_dict(self.head.state_dict())
-            classifier.save_pretrained(self.run.dir)
+            classifier.save_pretrained(trainer.run.dir)
 
-        self.ranks.on_main(save)
+        trainer.ranks.on_main(save)
 
 
-def set_up(job: Job) -> Probing:
+def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
     """Open data and checkpoint, encode what stays the same. Raises UserError where one is missing or does not fit."""
     ranks, run = job.ranks, job.config.run
     cached = job.options.cache_features
@@ -137,8 +135,10 @@ def set_up(job: Job) -> Probing:
     same += [] if cached else [("data", key) for key in STREAM]
     notes += found.restore(engine, sections, same, stream)
     steps = range(found.step, schedule.total_steps)
-    return Probing(
-        job=job,
+    loader = CachedSteps(bank, steps, share.global_batch, run.seed) if bank else None
+    task = ProbingTask(job=job, settings=config, notes=notes, classes=classes, head=head, val=held_out, tried=tried)
+    return task, Trainer(
+        task=task,
         session=job.session,
         folder=job.folder,
         run=run,
@@ -147,17 +147,12 @@ def set_up(job: Job) -> Probing:
         share=Share(share.global_batch) if cached else share,
         schedule=schedule,
         engine=engine,
-        train_loader=CachedSteps(bank, steps, share.global_batch, run.seed)
-        if bank
-        else job.batches(train, share, steps, layout),
+        train_loader=loader or job.batches(train, share, steps, layout),
+        throughput=SampleRate(),
         bad=BadSamples(job.config.data.max_bad_fraction, train.samples),
         stream=stream,
-        notes=notes,
-        head=head,
-        val=held_out,
-        tried=tried,
-        classes=classes,
         start=found.step,
+        suggested_fix="a lower linear.peak_lr",
     )
 
 
@@ -175,8 +170,8 @@ def _try_rates(job: Job, bank: Features, config: LinearProbeConfig, classes: int
 def run(job: Job) -> dict[str, Any] | None:
     """Return the accuracies; None where the run was stopped before its end."""
     job.pulse.watch_over(job.config.run)
-    loop = set_up(job)
-    if (result := loop.complete(len(loop.val.keys))) is None:
+    task, trainer = set_up(job)
+    if (result := task.complete(trainer, len(task.val.keys))) is None:
         return None
-    rates = [tried._asdict() for tried in loop.tried]
-    return result | {"skipped": result["skipped"] + len(loop.val.skipped), "rates": rates}
+    rates = [tried._asdict() for tried in task.tried]
+    return result | {"skipped": result["skipped"] + len(task.val.skipped), "rates": rates}

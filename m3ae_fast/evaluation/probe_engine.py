@@ -24,7 +24,7 @@ from m3ae_fast.engine.interface import Read
 from m3ae_fast.engine.optimizer import Kinds
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.heads import LinearProbeHead
-from m3ae_fast.evaluation.labelled_loop import ClassLosses
+from m3ae_fast.evaluation.labelled_task import ClassLosses
 from m3ae_fast.evaluation.lars import LARS
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
+from m3ae_fast.config import LoopConfig, ScheduleConfig
+
 FEW_STEPS = 100  # with fewer a model is as good as untrained: RankMe falls at first, and losses are near constants
 FALLEN = 0.98  # of the first evaluation's, and of a constant prediction's: a loss that is not below has not been learnt
 _FEW = 10  # log lines: with fewer a training loss, which is of other samples each time, is not judged
@@ -69,6 +71,15 @@ def clipping(section: str, clip_grad: float | None) -> list[str]:
     if clip_grad == math.inf:
         return []
     return [f"{section}.clip_grad=1.0" if clip_grad is None or clip_grad > 1 else f"a lower {section}.clip_grad"]
+
+
+def fix_of_losses(settings: LoopConfig, optim: ScheduleConfig) -> str:
+    """Return the settings to change if a loss or weight is not finite."""
+    precision = getattr(settings, "precision", "fp32")
+    advice = [f"a lower {optim.SECTION}.peak_lr", *clipping(optim.SECTION, getattr(optim, "clip_grad", None))]
+    if precision != "fp32":
+        advice.append(f"{settings.SECTION}.precision=fp32")
+    return either(advice)
 
 
 def either(advice: Sequence[str]) -> str:

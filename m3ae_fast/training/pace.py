@@ -19,7 +19,8 @@ from m3ae_fast.config import Config
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.process.program import Session
 from m3ae_fast.process.stopping import Stopped
-from m3ae_fast.training.run import Run
+from m3ae_fast.training.run import set_up
+from m3ae_fast.training.trainer import Trainer
 
 FIRST_BATCH = 8  # samples of the first trial, which says how many the second one may have
 _WARM = 2  # steps that are not counted: memory is allocated, kernels are compiled
@@ -90,9 +91,9 @@ def _trial(config: Config, session: Session, batch: int, seconds: float) -> Pace
         nowhere = config.run.model_copy(update={"dir": Path(folder) / "run", "loggers": []})
         changes = {"global_batch": batch, "steps": 1 << 30, "epochs": None, "hours": None}
         short = config.model_copy(update={"run": nowhere, "train": config.train.model_copy(update=changes)})
-        run = Run.set_up(short, "no", session, None)
-        with closing(_times(run)) as times:
-            taken, began, ahead = [], time.perf_counter(), _ahead(run)
+        trainer = set_up(short, "no", session, None)
+        with closing(_times(trainer)) as times:
+            taken, began, ahead = [], time.perf_counter(), _ahead(trainer)
             for each in times:
                 taken.append(each)
                 spent, enough = time.perf_counter() - began, _WARM + (_FEWEST if each < seconds else 1)
@@ -102,16 +103,16 @@ def _trial(config: Config, session: Session, batch: int, seconds: float) -> Pace
         counted = _counted(taken)
         mean, error = session.ranks.from_main((fmean(counted), _error(counted)))
         pace = Pace(mean / batch, batch, len(counted), error)
-    del run
+    del trainer
     gc.collect()  # its weights and loaders go now
     return pace
 
 
-def _ahead(run: Run) -> int:
+def _ahead(trainer: Trainer) -> int:
     """Return the steps whose batches are loaded before the first one."""
-    loader = run.train_loader
+    loader = trainer.train_loader
     assert isinstance(loader, DataLoader)
-    return loader.num_workers * (loader.prefetch_factor or 0) // run.share.accumulation
+    return loader.num_workers * (loader.prefetch_factor or 0) // trainer.share.accumulation
 
 
 def _counted(times: Sequence[float]) -> Sequence[float]:
@@ -139,17 +140,13 @@ def _error(times: Sequence[float]) -> float:
     return stdev(means) / math.sqrt(_PARTS) / fmean(means)
 
 
-def _times(run: Run) -> Generator[float, None, None]:
-    """Take steps, and yield the seconds of each, its wait for data included."""
+def _times(trainer: Trainer) -> Generator[float, None, None]:
+    """Take steps, and yield the seconds of each, including its wait for data. Raises Stopped if a rank is to stop."""
     began = time.perf_counter()
-    for inputs in run.inputs():
-        counts = run.step_counts(inputs)
-        if counts is None:
-            raise Stopped
-        batches = [run.with_targets(batch) for batch in inputs.device]
-        _, grad_norm = run.engine.step(batches, counts, run.schedule.lr(run.step))
+    for inputs, counts in trainer.inputs():
+        _, grad_norm = trainer.take_step(inputs, counts)
         float(grad_norm)  # waits for the GPU
-        run.step += 1
         now = time.perf_counter()
         yield now - began
         began = now
+    raise Stopped

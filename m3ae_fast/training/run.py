@@ -1,13 +1,11 @@
-"""A pre-training run: what it is made of, and what is its own around each step."""
+"""Sets up a pre-training run, new or resumed, and trains it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,222 +16,41 @@ from torch.utils.data import DataLoader
 from m3ae_fast import checkpoint
 from m3ae_fast.base.bad_samples import BadSamples
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.hardware import (
-    dtype_of,
-    fast_precision,
-    missing_for_triton,
-    peak_flops,
-    pins_memory,
-    settle_precision,
-)
-from m3ae_fast.batch.packed import LossCounts, PackedBatch
+from m3ae_fast.base.hardware import dtype_of, missing_for_triton, peak_flops, pins_memory, settle_precision
+from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.resuming import Resume, layout_of, require_same
 from m3ae_fast.config import Config, remembered, require_libraries_of
-from m3ae_fast.data import Data, Preparation, ShardStore, eval_loader, manifest, open_data, train_loader
+from m3ae_fast.data import (
+    Data,
+    Layout,
+    Preparation,
+    ShardStore,
+    Share,
+    eval_loader,
+    manifest,
+    open_data,
+    train_loader,
+)
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.image_sizes import measured
-from m3ae_fast.drawing.during_training import draw_training
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.optimizer import optimizer_groups, state_kinds
 from m3ae_fast.engine.schedule import Change, Schedule, split_batch
-from m3ae_fast.engine.validation import Yardsticks, evaluate
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.heartbeats import Pulse
 from m3ae_fast.process.program import Session
 from m3ae_fast.process.ranks import Ranks
-from m3ae_fast.process.stopping import Stopped, until_stopped
-from m3ae_fast.training.attention import RunAttention
+from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.initial_weights import constants, start_from
-from m3ae_fast.training.loop import Loop, train
-from m3ae_fast.training.notices import cautions, open_options
+from m3ae_fast.training.notices import cautions
+from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.run_folder import RunFolder
-from m3ae_fast.training.throughput import StepCounts, Throughput
+from m3ae_fast.training.throughput import Throughput
 from m3ae_fast.training.time_limit import TimeLimit
+from m3ae_fast.training.trainer import Trainer
 from m3ae_fast.vqgan.model import with_image_targets
 
-
-@dataclass(kw_only=True)
-class Run(Loop):
-    """A pre-training run."""
-
-    config: Config
-    data: Data
-    eval_loader: DataLoader[PackedBatch] | None
-    fixed: dict[str, Tensor]  # weights that training does not change
-    notes: list[str]  # what a user should know before it starts
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        peak = self.ranks.world * peak_flops(self.ranks.device, dtype_of(self.config.train.precision))
-        self.throughput = Throughput(self.config.model, self.config.masking, peak)
-        self.probe: Callable[[Run], None] | None = None  # evaluates too, where it is due
-
-    @classmethod
-    def set_up(
-        cls, config: Config, resume: str, session: Session, folder: RunFolder | None, with_changes: bool = False
-    ) -> Run:
-        """Open the data, build or restore model and engine. Raises UserError where something is missing or unfit."""
-        ranks, cfg = session.ranks, config.train
-        _require_kernels(ranks.device)
-        found = Resume(config.run.dir, resume, ranks, partial(_extended, config))
-        limit = TimeLimit(3600 * cfg.hours, found.info.spent if found.info else 0.0) if cfg.hours else None
-        share = split_batch(cfg, ranks.world, ranks.rank)
-        _count_shards(config, ranks, session.pulse)
-        data = ranks.main_first(lambda: _open(config, progress=ranks.is_main), session.pulse.waiting)
-        changes = tuple(Change(*each) for each in found.info.changes) if limit and found.info else ()
-        schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats, changes)
-        layout, notes = layout_of(found.info, config.data, data.train, cfg.global_batch, with_changes)
-        stream = fingerprint(data, layout)
-        require_same(ranks, stream, data.val)
-        notes += cautions(config, data, schedule) + found.notes(config, stream, resume, with_changes)
-
-        model, fixed, started = _build_model(config, found, ranks)
-        preparation = _preparation(config, model, data)
-        engine = build_engine(model, config, ranks)
-        found.load(engine)
-        if data.image_tokenizer and config.data.image_tokens == "device":
-            data.image_tokenizer.to(ranks.device)
-
-        held_out, pin = None, pins_memory(ranks.device)
-        if data.val:
-            held_out = eval_loader(config.data, data.val, preparation, share, cfg.eval_samples, pin_memory=pin)
-        ended = found.step >= schedule.total_steps
-        steps = range(found.step, schedule.most_steps if limit and not ended else schedule.total_steps)
-        node = session.node()
-        make_loader = partial(train_loader, layout=layout, node=node, pin_memory=pin)
-        loader = ranks.main_first(lambda: make_loader(config.data, data.train, preparation, share, steps))
-        return cls(
-            session=session,
-            folder=folder,
-            run=config.run,
-            settings=cfg,
-            sections=remembered(config),
-            config=config,
-            data=data,
-            share=share,
-            schedule=schedule,
-            engine=engine,
-            train_loader=loader,
-            eval_loader=held_out,
-            bad=BadSamples(config.data.max_bad_fraction, data.train.samples),
-            stream=stream,
-            fixed=fixed,
-            notes=[*started, *notes],
-            start=found.step,
-            attention=found.info.attention if found.info else {},
-            limit=limit,
-        )
-
-    def announce(self) -> None:
-        """Say what the run is, and name the shards that are not whole."""
-        dtype = dtype_of(self.config.train.precision)
-        attention = RunAttention(self.config.model, self.config.masking, self.ranks.device, dtype)
-        # rank 0 tries kernels, and its checkpoints remember them: or else ranks and resumed runs may differ in bits
-        choose = partial(attention.choose, self.share.micro_batch, self.attention)
-        self.attention, times = self.ranks.broadcast(choose)
-        attention.settle(self.attention)
-        described = attention.describe()
-        damaged = self.data.train.damaged + (self.data.val.damaged if self.data.val else [])
-        self.bad.report(self.ranks.from_main(damaged), say=self.ranks.is_main)
-        if self.ranks.is_main:
-            tried = [f"attention of the {part}: {_shown(each)}" for part, each in times.items()]
-            self.log.say("\n".join([self._describe(described), *tried, *(f"note: {note}" for note in self.notes)]))
-
-    def count(self, batches: list[PackedBatch]) -> StepCounts:
-        return StepCounts.of(batches, self.config.model)
-
-    @property
-    def absent(self) -> tuple[str, ...]:
-        return () if self.config.model.vocab_size else ("text_",)
-
-    def counted(self, sums: list[float], waited: float) -> LossCounts:
-        counts = StepCounts(*sums)
-        self.bad.count(int(counts.samples + counts.skipped), int(counts.skipped))
-        self.throughput.add(counts, waited)
-        return LossCounts(counts.loss_image / self.ranks.world, counts.loss_text / self.ranks.world)
-
-    def seed_step(self) -> None:
-        if self.config.model.has_dropout:
-            super().seed_step()
-
-    def with_targets(self, batch: PackedBatch) -> PackedBatch:
-        """Make the image targets that are made on the device."""
-        vqgan = self.data.image_tokenizer
-        if vqgan is None or self.config.data.image_tokens != "device":
-            return batch
-        return with_image_targets(batch, vqgan, self.config.model)
-
-    def rates(self) -> dict[str, float]:
-        return self.throughput.rates()
-
-    def evaluate_if_due(self) -> None:
-        """Log the losses on held-out samples and the k-NN probe's accuracy, each where there is one and it is due; not
-        where a rank is asked to stop."""
-        train = self.config.train
-        if self.eval_loader is not None:
-            with self.evaluation("losses", train.eval_every):
-                self._evaluate(self.eval_loader)
-        if self.probe and train.probe:
-            with self.evaluation("probe", train.probe.every):
-                self.probe(self)
-
-    def _evaluate(self, loader: DataLoader[PackedBatch]) -> None:
-        if not self.to_evaluate(self.config.train.eval_every, "val_image_loss", "val_text_loss"):
-            return
-        self.stop_if_not_finite()
-        model = self.engine.model
-        assert isinstance(model, M3AE)
-        yardsticks = Yardsticks(model, self.config.train.precision, self.ranks)
-        batches = self.pulse.watch(loader, f"evaluating after step {self.step}")
-        try:
-            heeding = until_stopped(batches, self.ranks, self.stop)
-            values = evaluate(self.engine, heeding, self.ranks, self.with_targets, yardsticks)
-        except Stopped:
-            self.cut_short()
-            return
-        self.log.log(self.step, values)
-        if values and all(map(math.isfinite, values.values())):
-            self.finite_evaluation = self.step
-
-    def constants(self) -> dict[str, Tensor]:
-        return {f"model/{name}": tensor for name, tensor in self.fixed.items()}
-
-    def after_save(self, step: int, path: Path) -> None:
-        """Draw samples, for the run folder and for the loggers."""
-        if self.config.train.pictures:
-            weights = checkpoint.read_weights(path, average=False)
-            drawn = draw_training(self.config, weights, self.data.shown, self.data.tokenizer)
-            for name, picture in drawn.items():
-                self.log.picture(step, name, picture)
-
-    def _describe(self, attention: str) -> str:
-        """Return the lines a run begins with."""
-        config, device = self.config, self.ranks.device
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.model.parameters())
-        precision: str = config.train.precision
-        if precision == "bf16" and fast_precision(device) == "fp32":
-            precision = "bf16 (fp32 is faster here)"
-        kind = "plain torch" if config.zero is None else f"DeepSpeed ZeRO stage {config.zero.stage}"
-        views = f" x {config.data.repeats} views" if config.data.repeats > 1 else ""
-        least, rest = divmod(config.train.global_batch, self.ranks.world)
-        per_rank = f"{least} or {least + 1}" if rest else f"{least}"
-        accumulated = f" in {self.share.accumulation} parts" if self.share.accumulation > 1 else ""
-        adjusted = f", adjusted to train.hours={config.train.hours:g}" if config.train.hours else ""
-        begin = self.schedule.decay_begin
-        falls = "" if begin is None else f", and falling after {begin:,} steps"
-        lines = [
-            f"M3AE, {parameters:,} parameters, on {self.ranks.world} x {device.type}, {precision}, {kind}, "
-            f"attention: {attention}, optimiser: {self.engine.optimizer_name}",
-            f"{self.data.train.samples:,} samples{views}, "
-            f"batch {config.train.global_batch} = {self.ranks.world} ranks x {per_rank} samples{accumulated}, "
-            f"steps {self.step} to {self.schedule.total_steps}{adjusted}, run folder {config.run.dir}",
-            f"{self.schedule.describe_rate()}, after {self.schedule.warmup_steps:,} steps of warm-up{falls}",
-        ]
-        lines += filter(None, (open_options(config), self.engine.memory))
-        if self.step >= self.schedule.total_steps:
-            fixed = "set train.hours=null and " if config.train.hours else ""
-            lines.append(f"training is complete; {fixed}raise train.epochs or train.steps to continue")
-        return "\n".join(lines)
+Probe = Callable[[Trainer], None]
 
 
 def pre_train(
@@ -243,7 +60,7 @@ def pre_train(
     resume: str = "no",
     with_changes: bool = False,
     profile: bool = False,
-    make_probe: Callable[[Run], Callable[[Run], None] | None] = lambda run: None,
+    make_probe: Callable[[Config, Ranks], Probe | None] = lambda config, ranks: None,
 ) -> None:
     """Open the data, build or restore the model, and train it. Every rank must call it.
 
@@ -253,7 +70,7 @@ def pre_train(
         resume: "auto" continues from the last checkpoint, if any; "no" starts a new run; else the path of a checkpoint.
         with_changes: continue although data or masks differ from the checkpoint's.
         profile: write a profiler trace of some steps into the run folder.
-        make_probe: makes an evaluation of the run in addition to the losses, or None.
+        make_probe: makes an evaluation in addition to the losses, or None.
 
     Raises:
         UserError: something is missing or does not fit, a loss is not finite, or a checkpoint cannot be written.
@@ -264,9 +81,58 @@ def pre_train(
     config = config.model_copy(update={"train": settled})
     session.pulse.watch_over(config.run)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-        run = Run.set_up(config, resume, session, folder, with_changes)
-        run.probe = make_probe(run)
-        train(run, config.run.dir if profile and ranks.is_main else None)
+        trainer = set_up(config, resume, session, folder, with_changes, make_probe)
+        trainer.train(config.run.dir if profile and ranks.is_main else None)
+
+
+def set_up(
+    config: Config,
+    resume: str,
+    session: Session,
+    folder: RunFolder | None,
+    with_changes: bool = False,
+    make_probe: Callable[[Config, Ranks], Probe | None] = lambda config, ranks: None,
+) -> Trainer:
+    """Open the data, restore or build model and engine, and return what trains them; arguments as of `pre_train`.
+    Raises UserError if something is missing or does not fit."""
+    ranks, cfg = session.ranks, config.train
+    _require_kernels(ranks.device)
+    found = Resume(config.run.dir, resume, ranks, partial(_extended, config))
+    stream = _open_stream(config, session, found, with_changes)
+    notes = stream.notes + found.notes(config, stream.fingerprint, resume, with_changes)
+    model, fixed, started = _build_model(config, found, ranks)
+    preparation = _preparation(config, model, stream.data)
+    engine = build_engine(model, config, ranks)
+    found.load(engine)
+    add_targets = _targets_on_device(config, stream.data, ranks.device)
+    held_out, loader = _loaders(config, stream, preparation, found.step, session)
+    probe = make_probe(config, ranks)
+    task = PretrainingTask(config=config, data=stream.data, eval_loader=held_out, notes=[*started, *notes], probe=probe)
+    peak = ranks.world * peak_flops(ranks.device, dtype_of(cfg.precision))
+    return Trainer(
+        task=task,
+        session=session,
+        folder=folder,
+        run=config.run,
+        settings=cfg,
+        sections=remembered(config),
+        share=stream.share,
+        schedule=stream.schedule,
+        engine=engine,
+        train_loader=loader,
+        throughput=Throughput(config.model, config.masking, peak),
+        bad=BadSamples(config.data.max_bad_fraction, stream.data.train.samples),
+        stream=stream.fingerprint,
+        start=found.step,
+        suggested_fix=fix_of_losses(cfg, config.optim),
+        constants={f"model/{name}": tensor for name, tensor in fixed.items()},
+        not_computed=() if config.model.vocab_size else ("text_",),
+        seeds_steps=config.model.has_dropout,
+        add_targets=add_targets,
+        after_save=task.draw,
+        attention=found.info.attention if found.info else {},
+        limit=stream.limit,
+    )
 
 
 def _extended(config: Config, info: checkpoint.Info) -> bool:
@@ -276,8 +142,56 @@ def _extended(config: Config, info: checkpoint.Info) -> bool:
     return config.optim.decay is not None and any(new and old and new > old for new, old in lengths)
 
 
-def _shown(times: dict[str, float]) -> str:
-    return ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items()) or "no kernel but padded matmuls works"
+@dataclass(frozen=True)
+class _Stream:
+    """The samples of a run, in their order, and the steps that they make."""
+
+    data: Data
+    layout: Layout
+    share: Share
+    schedule: Schedule
+    limit: TimeLimit | None
+    fingerprint: dict[str, str]
+    notes: list[str]
+
+
+def _open_stream(config: Config, session: Session, found: Resume, with_changes: bool) -> _Stream:
+    """Open the data and lay out their order. Every rank must call it. Raises UserError if data are missing, do not fit
+    the model, or differ between ranks."""
+    ranks, cfg, info = session.ranks, config.train, found.info
+    limit = TimeLimit(3600 * cfg.hours, info.spent if info else 0.0) if cfg.hours else None
+    share = split_batch(cfg, ranks.world, ranks.rank)
+    _count_shards(config, ranks, session.pulse)
+    data = ranks.main_first(lambda: _open(config, progress=ranks.is_main), session.pulse.waiting)
+    changes = tuple(Change(*each) for each in info.changes) if limit and info else ()
+    schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats, changes)
+    layout, notes = layout_of(info, config.data, data.train, cfg.global_batch, with_changes)
+    mine = fingerprint(data, layout)
+    require_same(ranks, mine, data.val)
+    return _Stream(data, layout, share, schedule, limit, mine, notes + cautions(config, data, schedule))
+
+
+def _loaders(
+    config: Config, stream: _Stream, preparation: Preparation, step: int, session: Session
+) -> tuple[DataLoader[PackedBatch] | None, DataLoader[PackedBatch]]:
+    """Return the loaders of held-out samples, if there are any, and of training samples from `step` on."""
+    cfg, data, schedule, pin = config.train, stream.data, stream.schedule, pins_memory(session.ranks.device)
+    held_out = None
+    if data.val:
+        held_out = eval_loader(config.data, data.val, preparation, stream.share, cfg.eval_samples, pin_memory=pin)
+    changing = stream.limit and step < schedule.total_steps
+    steps = range(step, schedule.most_steps if changing else schedule.total_steps)
+    make = partial(train_loader, layout=stream.layout, node=session.node(), pin_memory=pin)
+    return held_out, session.ranks.main_first(lambda: make(config.data, data.train, preparation, stream.share, steps))
+
+
+def _targets_on_device(config: Config, data: Data, device: torch.device) -> Callable[[PackedBatch], PackedBatch]:
+    """Return what adds the image targets that are computed on the device, if any, to a batch there."""
+    vqgan = data.image_tokenizer
+    if vqgan is None or config.data.image_tokens != "device":
+        return lambda batch: batch
+    vqgan.to(device)
+    return lambda batch: with_image_targets(batch, vqgan, config.model)
 
 
 def _count_shards(config: Config, ranks: Ranks, pulse: Pulse) -> None:

@@ -4,14 +4,63 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import nn
 
-from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.batch.packed import LossCounts, PackedBatch
 from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.model.flops import executed_flops, reference_flops
+
+
+class Rates(Protocol):
+    """Measures rates between two log lines."""
+
+    def add(self, counts: Any, waited: float) -> None:
+        """Add a step's counts over all ranks, and the seconds that this rank waited for its data."""
+
+    def rates(self) -> dict[str, float]:
+        """Return rates since the last call; `data_wait` is this rank's, and that of the rank which waits most is
+        logged."""
+
+
+class SampleCounts(NamedTuple):
+    """Counts of micro-batches whose losses are means over samples."""
+
+    samples: float
+    skipped: float  # samples that could not be used
+
+    @classmethod
+    def of(cls, batches: Sequence[PackedBatch]) -> SampleCounts:
+        """Count what `batches` hold."""
+        return cls(sum(len(batch.keys) for batch in batches), sum(len(batch.skipped) for batch in batches))
+
+    def denominators(self, world: int) -> float:
+        """Return the engine's loss denominators, per rank, from the sums over `world` ranks."""
+        return max(self.samples, 1.0) / world
+
+
+class SampleRate:
+    """Measures samples per second between two log lines."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._samples, self._waited, self._since = 0.0, 0.0, time.perf_counter()
+
+    def add(self, counts: SampleCounts, waited: float) -> None:
+        """Add a step over all ranks, and the seconds that this rank waited for its data."""
+        self._samples += counts.samples
+        self._waited += waited
+
+    def rates(self) -> dict[str, float]:
+        """Return rates since the last call."""
+        seconds = time.perf_counter() - self._since
+        rates = {"samples_per_s": self._samples / seconds, "data_wait": self._waited / seconds}
+        self._start()
+        return rates
 
 
 class StepCounts(NamedTuple):
@@ -26,6 +75,10 @@ class StepCounts(NamedTuple):
     tokens: float  # cls, visible tokens, and masked tokens that the decoder takes
     flops: float  # executed, forward and backward
 
+    def denominators(self, world: int) -> LossCounts:
+        """Return the engine's loss denominators, per rank, from the sums over `world` ranks."""
+        return LossCounts(self.loss_image / world, self.loss_text / world)
+
     @classmethod
     def of(cls, batches: Sequence[PackedBatch], config: ModelConfig) -> StepCounts:
         """Count what `batches` hold; they must still be on the CPU."""
@@ -35,6 +88,9 @@ class StepCounts(NamedTuple):
             flops = executed_flops(config, b) if b.flops is None else b.flops
             each.append((*samples, *b.counts, len(b.skipped), _tokens(b), flops))
         return cls(*map(sum, zip(*each)))
+
+
+Counts: TypeAlias = SampleCounts | StepCounts
 
 
 def _tokens(batch: PackedBatch) -> int:

@@ -16,7 +16,7 @@ from m3ae_fast.config.evaluation import LinearProbeConfig
 from m3ae_fast.drawing import figures
 from m3ae_fast.drawing.figures import BLACK, GREEN, RED, Cell
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.evaluation import job, knn, labelled_loop, retrieval
+from m3ae_fast.evaluation import job, knn, labelled_task, retrieval
 from m3ae_fast.evaluation.encoding import Features
 
 pytestmark = pytest.mark.slow
@@ -261,19 +261,21 @@ def test_a_cell_has_the_image_or_else_the_caption_with_what_is_said_of_it():
 def test_a_run_of_a_classifier_is_drawn_with_its_best_guesses(monkeypatch, tmp_path):
     drawn = {}
     for name in ("draw_training", "draw_confusion"):
-        monkeypatch.setattr(labelled_loop, name, lambda path, *what, name=name: drawn.__setitem__(name, (path, *what)))
-    monkeypatch.setattr(labelled_loop, "read_metrics", lambda folder: [folder])
+        monkeypatch.setattr(labelled_task, name, lambda path, *what, name=name: drawn.__setitem__(name, (path, *what)))
+    monkeypatch.setattr(labelled_task, "read_metrics", lambda folder: [folder])
     guesses = torch.tensor([[2, 0, 1], [1, 2, 0]])
-    loop = argparse.Namespace(
+    trainer = argparse.Namespace(
         run=argparse.Namespace(dir=tmp_path),
         schedule=Schedule(LinearProbeConfig(global_batch=4), LinearProbeConfig(), samples=12),
+    )
+    task = argparse.Namespace(
         predictions=argparse.Namespace(labels_N=torch.tensor([2, 0]), best_NK=guesses),
         job=argparse.Namespace(names=["a", "b", "c"]),
     )
-    labelled_loop.LabelledLoop.draw(loop)
+    labelled_task.LabelledTask.draw(task, trainer)
     assert drawn["draw_training"] == (tmp_path / "training.png", [tmp_path], 3)
     path, labels, found, classes = drawn["draw_confusion"]
-    assert (path, classes) == (tmp_path / "confusion.png", loop.job.names)
+    assert (path, classes) == (tmp_path / "confusion.png", task.job.names)
     assert (labels.tolist(), found.tolist()) == ([2, 0], [2, 1])
 
 

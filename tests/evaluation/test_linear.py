@@ -1,4 +1,3 @@
-import argparse
 import json
 
 import pytest
@@ -7,7 +6,7 @@ import torch
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.evaluation import EncodeConfig, LinearProbeConfig
-from m3ae_fast.evaluation import labelled_loop, linear
+from m3ae_fast.evaluation import linear
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.heads import LinearProbeHead
@@ -15,6 +14,7 @@ from m3ae_fast.evaluation.probe_engine import CachedSteps, EncodedBatch, ProbeEn
 from m3ae_fast.evaluation.rates import Tried, choose
 from m3ae_fast.evaluation.recipe import OFFICIAL
 from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.training import throughput
 from m3ae_fast.weights.open_model import open_model
 from tests.evaluation.conftest import pictures, settings
 from tests.helpers.labelled import labelled_members, labelled_tar
@@ -126,13 +126,16 @@ def test_bad_samples_count_among_those_that_were_seen(transfer, tmp_path):
 
 
 def test_rates_are_those_since_the_last_time(monkeypatch):
-    clock = [104.0]
-    monkeypatch.setattr(labelled_loop.time, "perf_counter", lambda: clock[0])
-    loop = argparse.Namespace(seen=20.0, waited=1.0, since=100.0)
-    assert labelled_loop.LabelledLoop.rates(loop) == {"samples_per_s": 5, "data_wait": 0.25}
+    clock = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    meter = throughput.SampleRate()
+    meter.add(throughput.SampleCounts(samples=12, skipped=1), waited=0.5)
+    meter.add(throughput.SampleCounts(samples=8, skipped=0), waited=0.5)
+    clock[0] = 104.0
+    assert meter.rates() == {"samples_per_s": 5, "data_wait": 0.25}
+    meter.add(throughput.SampleCounts(samples=4, skipped=0), waited=0.0)
     clock[0] = 106.0
-    loop.seen += 4
-    assert labelled_loop.LabelledLoop.rates(loop) == {"samples_per_s": 2, "data_wait": 0}
+    assert meter.rates() == {"samples_per_s": 2, "data_wait": 0}
 
 
 def test_two_ranks_take_the_steps_of_one(transfer, run, shards, tmp_path):

@@ -1,0 +1,146 @@
+"""Saves checkpoints while a run goes on, and marks each as good or failed once that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.memory import out_of_memory
+from m3ae_fast.checkpoint.staging import Staging
+from m3ae_fast.engine.fragments import Fragments, whole
+from m3ae_fast.engine.interface import Engine
+from m3ae_fast.process.agreement import Agreement
+from m3ae_fast.process.background import Background
+from m3ae_fast.process.ranks import Ranks
+
+
+@dataclass(kw_only=True)
+class Saver:
+    """Copies the state during the next step's forward and backward passes, and writes it in a thread, one checkpoint
+    at a time. As a context manager it waits for the last one at the end.
+
+    A checkpoint is good once a loss that was computed from its weights is finite: that of the next step, or of an
+    evaluation after the same step.
+    """
+
+    run_dir: Path
+    keep: int  # checkpoints that stay
+    engine: Engine
+    ranks: Ranks
+    constants: dict[str, Tensor]  # saved besides the engine's state, by name
+    suggested_fix: str  # settings to change if a tensor is not finite
+    say: Callable[[str], None]
+    keep_folder: Callable[[], str]  # makes sure that run_dir is still this run's; returns what happened to it
+    after_save: Callable[[int, Path], None] | None  # called with a saved step and its checkpoint, on the main rank
+
+    def __post_init__(self) -> None:
+        self._thread = Background()
+        self._agreement = Agreement(self.ranks.rank, self.ranks.world, self.ranks.lasting, self._thread.leaving)
+        self._staging = Staging()
+        self.engine.before_update = self._staging.wait
+        self.unjudged: int | None = None  # step of the last checkpoint that is marked neither good nor failed
+        self._finite_evaluation: int | None = None  # step of which an evaluation was finite
+
+    def save(self, info: checkpoint.Info) -> None:
+        """Begin to copy this rank's part of a checkpoint and to write it. Every rank must call it. Raises UserError if
+        the save before this one has failed; a bug of it is raised on the rank that met it."""
+        self.wait()  # before its copy is overwritten
+        step, good, main = info.step, self._finite_evaluation == info.step, self.ranks.is_main
+        constants = {name: whole(tensor) for name, tensor in self.constants.items()} if main else {}
+        self._staging.begin(self.ranks.device)
+
+        def write() -> None:
+            part = self._agreement.together(lambda: self._copy(step, constants))
+            if event := self._agreement.decide("", lambda _: self.keep_folder()):
+                self.say(f"note: {event}")
+            path = checkpoint.save(self.run_dir, part, info, self.keep, self.suggested_fix, self._agreement)
+            if not main:
+                return
+            self.say(f"saved {path}")
+            if good:
+                self._mark_good(step, "the losses of an evaluation are finite")
+            if self.after_save:
+                self.after_save(step, path)
+
+        self._thread.start(write)
+        self.unjudged = None if good else step
+
+    def wait(self) -> None:
+        """Wait until all ranks have written what was begun. Every rank must call it. Errors as in `save`."""
+        self.ranks.together(self._thread.wait)
+
+    @property
+    def busy(self) -> bool:
+        """Return whether this rank still writes."""
+        return self._thread.busy
+
+    def failed(self) -> bool:
+        """Return whether a save has failed on this rank; `wait` raises the error."""
+        return self._thread.failed()
+
+    def awaits(self, step: int) -> bool:
+        """Return whether the last checkpoint is good if this step was finite, and is not marked yet."""
+        return self.unjudged is not None and step > self.unjudged
+
+    def step_was_finite(self, step: int) -> None:
+        """Mark the last checkpoint, which has been written, as good if `step` came after it: its losses were finite on
+        all ranks. Every rank must call it."""
+        if not self.awaits(step):
+            return
+        if self.ranks.is_main and self.unjudged is not None:
+            self._mark_good(self.unjudged, "the next step's loss is finite")
+        self.unjudged = None
+
+    def evaluation_was_finite(self, step: int) -> None:
+        """Let a checkpoint of `step` be good as soon as it is written. Every rank must call it."""
+        self._finite_evaluation = step
+
+    def step_was_not_finite(self, step: int) -> str:
+        """Mark the checkpoint right before `step` as failed, and return what to tell the user about it. Every rank must
+        call it."""
+        return self.ranks.broadcast(lambda: judge(self.run_dir, step))
+
+    def _copy(self, step: int, constants: Fragments) -> Fragments:
+        """Return a copy of this rank's part of the state. Raises UserError if there is no memory for it."""
+        try:
+            return self._staging.copy(lambda: self.engine.fragments() | constants)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(
+                f"the checkpoint of step {step} is not written, since rank {self.ranks.rank} has no memory left for "
+                f"the copy of its part ({error or type(error).__name__}); the earlier ones are intact"
+            ) from None
+
+    def _mark_good(self, step: int, why: str) -> None:
+        """Mark a checkpoint that has been written as good. Main rank only."""
+        checkpoint.mark(self.run_dir, step, checkpoint.GOOD, why)
+        checkpoint.prune(self.run_dir, self.keep)
+
+    def __enter__(self) -> Saver:
+        self._thread.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.__exit__(kind, error, trace)
+
+
+def judge(run_dir: Path, bad_step: int) -> str:
+    """Mark the checkpoint right before `bad_step`, whose loss or gradient norm is not finite, as failed, and return a
+    text that says so and names the last good one."""
+    before = checkpoint.checkpoints_dir(run_dir) / f"step-{bad_step - 1:08d}"
+    marked = ""
+    if before.is_dir() and not checkpoint.is_good(before):
+        why = f"step {bad_step}, the first from its weights, was not finite"
+        checkpoint.mark(run_dir, bad_step - 1, checkpoint.FAILED, why)
+        marked = f"{before} is now marked as failed, and --resume auto will skip it; "
+    good = [path for path in checkpoint.saved_steps(run_dir) if checkpoint.is_good(path)]
+    return marked + (f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is known to be good")

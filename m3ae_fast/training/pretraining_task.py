@@ -1,0 +1,131 @@
+"""Pre-training as a task: loss denominators, evaluation on held-out samples, the lines that a run begins with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from m3ae_fast import checkpoint
+from m3ae_fast.base.hardware import dtype_of, fast_precision
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.config import Config
+from m3ae_fast.data import Data
+from m3ae_fast.drawing.during_training import draw_training
+from m3ae_fast.engine.validation import Yardsticks, evaluate
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.stopping import Stopped, until_stopped
+from m3ae_fast.training.attention import RunAttention
+from m3ae_fast.training.log import RunLog
+from m3ae_fast.training.notices import open_options
+from m3ae_fast.training.throughput import StepCounts
+from m3ae_fast.training.trainer import Trainer
+
+
+@dataclass(kw_only=True)
+class PretrainingTask:
+    """Pre-trains an M3AE."""
+
+    config: Config
+    data: Data
+    eval_loader: DataLoader[PackedBatch] | None
+    notes: list[str]  # what a user should know before the run starts
+    probe: Callable[[Trainer], None] | None  # a further evaluation
+
+    def count(self, batches: list[PackedBatch]) -> StepCounts:
+        return StepCounts.of(batches, self.config.model)
+
+    def describe(self, trainer: Trainer) -> list[str]:
+        """Choose the attention kernels, name the shards that are not complete, and return the first lines."""
+        ranks, model = trainer.ranks, self.config.model
+        attention = RunAttention(model, self.config.masking, ranks.device, dtype_of(self.config.train.precision))
+        # rank 0 tries kernels, and its checkpoints store them: otherwise ranks and resumed runs may differ in bits
+        choose = partial(attention.choose, trainer.share.micro_batch, trainer.attention)
+        trainer.attention, times = ranks.broadcast(choose)
+        attention.settle(trainer.attention)
+        described = attention.describe()
+        damaged = self.data.train.damaged + (self.data.val.damaged if self.data.val else [])
+        trainer.bad.report(ranks.from_main(damaged), say=ranks.is_main)
+        if not ranks.is_main:
+            return []
+        tried = [f"attention of the {part}: {_shown(each)}" for part, each in times.items()]
+        return [*self._first_lines(trainer, described), *tried, *(f"note: {note}" for note in self.notes)]
+
+    def evaluate(self, trainer: Trainer) -> None:
+        """Log the losses on held-out samples and the k-NN probe's accuracy, each if there is one and it is due; not if
+        a rank is asked to stop."""
+        train = self.config.train
+        if self.eval_loader is not None:
+            with trainer.evaluation("losses", train.eval_every):
+                self._evaluate_losses(trainer, self.eval_loader)
+        if self.probe and train.probe:
+            with trainer.evaluation("probe", train.probe.every):
+                self.probe(trainer)
+
+    def conclude(self, trainer: Trainer) -> dict[str, Any]:
+        """Return no result: all that a run finds is in its folder."""
+        return {}
+
+    def draw(self, log: RunLog, step: int, path: Path) -> None:
+        """Draw samples with the weights of the checkpoint at `path`, for the run folder and for the loggers."""
+        if self.config.train.pictures:
+            weights = checkpoint.read_weights(path, average=False)
+            drawn = draw_training(self.config, weights, self.data.shown, self.data.tokenizer)
+            for name, picture in drawn.items():
+                log.picture(step, name, picture)
+
+    def _evaluate_losses(self, trainer: Trainer, loader: DataLoader[PackedBatch]) -> None:
+        if not trainer.to_evaluate(self.config.train.eval_every, "val_image_loss", "val_text_loss"):
+            return
+        trainer.stop_if_not_finite()
+        model = trainer.engine.model
+        assert isinstance(model, M3AE)
+        yardsticks = Yardsticks(model, self.config.train.precision, trainer.ranks)
+        batches = trainer.pulse.watch(loader, f"evaluating after step {trainer.step}")
+        try:
+            heeding = until_stopped(batches, trainer.ranks, trainer.stop)
+            values = evaluate(trainer.engine, heeding, trainer.ranks, trainer.add_targets, yardsticks)
+        except Stopped:
+            trainer.cut_short()
+            return
+        trainer.log.log(trainer.step, values)
+        if values and all(map(math.isfinite, values.values())):
+            trainer.saver.evaluation_was_finite(trainer.step)
+
+    def _first_lines(self, trainer: Trainer, attention: str) -> list[str]:
+        """Return what the run is: model, device, engine; samples and steps; learning rate."""
+        config, ranks, schedule, engine = self.config, trainer.ranks, trainer.schedule, trainer.engine
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
+        precision: str = config.train.precision
+        if precision == "bf16" and fast_precision(ranks.device) == "fp32":
+            precision = "bf16 (fp32 is faster here)"
+        kind = "plain torch" if config.zero is None else f"DeepSpeed ZeRO stage {config.zero.stage}"
+        views = f" x {config.data.repeats} views" if config.data.repeats > 1 else ""
+        least, rest = divmod(config.train.global_batch, ranks.world)
+        per_rank = f"{least} or {least + 1}" if rest else f"{least}"
+        accumulated = f" in {trainer.share.accumulation} parts" if trainer.share.accumulation > 1 else ""
+        adjusted = f", adjusted to train.hours={config.train.hours:g}" if config.train.hours else ""
+        begin = schedule.decay_begin
+        falls = "" if begin is None else f", and falling after {begin:,} steps"
+        lines = [
+            f"M3AE, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {precision}, {kind}, "
+            f"attention: {attention}, optimiser: {engine.optimizer_name}",
+            f"{self.data.train.samples:,} samples{views}, "
+            f"batch {config.train.global_batch} = {ranks.world} ranks x {per_rank} samples{accumulated}, "
+            f"steps {trainer.step} to {schedule.total_steps}{adjusted}, run folder {config.run.dir}",
+            f"{schedule.describe_rate()}, after {schedule.warmup_steps:,} steps of warm-up{falls}",
+        ]
+        lines += filter(None, (open_options(config), engine.memory))
+        if trainer.step >= schedule.total_steps:
+            fixed = "set train.hours=null and " if config.train.hours else ""
+            lines.append(f"training is complete; {fixed}raise train.epochs or train.steps to continue")
+        return lines
+
+
+def _shown(times: dict[str, float]) -> str:
+    return ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items()) or "no kernel but padded matmuls works"

@@ -1,0 +1,320 @@
+"""The training loop of every task: steps, logging, evaluation, checkpoints, shutdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from m3ae_fast import checkpoint
+from m3ae_fast.base.bad_samples import NAMED, BadSamples, Skipped
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hardware import peak_memory
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.checkpoint.saver import Saver
+from m3ae_fast.config import LoopConfig, RunConfig
+from m3ae_fast.data import Share
+from m3ae_fast.data.order import hash64
+from m3ae_fast.engine.feed import StepInput, feed
+from m3ae_fast.engine.interface import Engine
+from m3ae_fast.engine.schedule import Schedule
+from m3ae_fast.process.garbage import GarbageCollection
+from m3ae_fast.process.program import Session
+from m3ae_fast.process.signals import BY_ANOTHER
+from m3ae_fast.training.log import RunLog, SilentLog
+from m3ae_fast.training.loss_watch import LossWatch
+from m3ae_fast.training.notices import MemoryGrowth
+from m3ae_fast.training.profiler import profiler
+from m3ae_fast.training.record import Recorder
+from m3ae_fast.training.run_folder import RunFolder
+from m3ae_fast.training.throughput import Counts, ForwardTime, Rates
+from m3ae_fast.training.time_limit import TimeLimit
+
+
+class Task(Protocol):
+    """What differs between pre-training, fine-tuning and a linear probe. Every rank calls every method, in the same
+    order."""
+
+    def count(self, batches: list[PackedBatch]) -> Counts:
+        """Count a step's micro-batches, which are still on the CPU. The counts are summed over ranks."""
+
+    def evaluate(self, trainer: Trainer) -> None:
+        """Evaluate on held-out samples if that is due. Called before the first step and after each."""
+
+    def describe(self, trainer: Trainer) -> list[str]:
+        """Return the lines that a run begins with; those of the main rank are printed."""
+
+    def conclude(self, trainer: Trainer) -> dict[str, Any] | None:
+        """Return the result of a run that has taken its last step; None if a rank is asked to stop meanwhile."""
+
+
+class Sums(NamedTuple):
+    """What ranks sum before each step."""
+
+    stopped: float  # ranks that are asked to stop
+    failed: float  # ranks on which a step was not finite or a save has failed
+    confirmed: float  # ranks on which the step after the last save was finite, and the save is done
+    total_steps: float  # the main rank's decision, if there is a time limit
+    counts: Counts
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Takes the steps of a task. Every rank has one."""
+
+    task: Task
+    session: Session
+    folder: RunFolder | None  # on the main rank only
+    run: RunConfig
+    settings: LoopConfig
+    sections: dict[str, Any]  # the config that is saved in checkpoints
+    share: Share
+    schedule: Schedule
+    engine: Engine
+    train_loader: Iterable[Any]  # PackedBatches, or what else the engine takes
+    throughput: Rates
+    bad: BadSamples
+    stream: dict[str, str]  # fingerprint of the data
+    start: int  # steps that the checkpoint to resume from has taken
+    suggested_fix: str  # settings to change if a loss or weight is not finite
+    constants: dict[str, Tensor] = field(default_factory=dict)  # saved in checkpoints besides the engine's state
+    not_computed: tuple[str, ...] = ()  # prefixes of the losses that this run does not compute
+    seeds_steps: bool = True  # whether a step draws random numbers
+    add_targets: Callable[[PackedBatch], PackedBatch] = lambda batch: batch  # on the device
+    after_save: Callable[[RunLog, int, Path], None] | None = None  # called with a saved step and its checkpoint
+    attention: dict[str, str] = field(default_factory=dict)  # kernels that checkpoints store, by part of the network
+    limit: TimeLimit | None = None  # the main rank's decides
+
+    def __post_init__(self) -> None:
+        self.ranks, self.stop, self.pulse, _ = self.session
+        self.step = self.logged = self.start  # optimiser steps so far, and when they were last logged
+        self.log: RunLog = SilentLog()
+        if self.ranks.is_main:
+            self.log = RunLog(self.run.dir, self.start, self.schedule.total_steps, self.run.loggers, self.sections)
+        self.record = Recorder(self.run.dir, self.schedule.total_steps)
+        self.watch = LossWatch()
+        self.growth = MemoryGrowth()
+        self.saver = Saver(
+            run_dir=self.run.dir,
+            keep=self.settings.keep,
+            engine=self.engine,
+            ranks=self.ranks,
+            constants=self.constants,
+            suggested_fix=self.suggested_fix,
+            say=self.log.say,
+            keep_folder=self.folder.keep if self.folder else lambda: "",
+            after_save=partial(self.after_save, self.log) if self.after_save else None,
+        )
+
+    def train(self, trace_dir: Path | None = None) -> dict[str, Any] | None:
+        """Take the steps of the run, to the last or until a rank is asked to stop.
+
+        Args:
+            trace_dir: where to write a profiler trace of some steps; None: nowhere.
+
+        Returns:
+            The result of a run that has taken its last step, otherwise None.
+
+        Raises:
+            UserError: a loss is not finite, too many samples cannot be used, or a checkpoint cannot be written.
+        """
+        self.stop.listen()
+        with self._ending(), self.log, self.saver, profiler(trace_dir) as trace, GarbageCollection() as garbage:
+            self.log.say("\n".join(self.task.describe(self)))
+            self.task.evaluate(self)
+            for inputs, counts in self.inputs():
+                if self.step == self.start:
+                    self._begin()
+                losses, grad_norm = self.take_step(inputs, counts)
+                self.watch.add(self.step, [key for batch in inputs.host for key in batch.keys], losses, grad_norm)
+                self.log.advance(self.step)
+                if self.limit:
+                    self.limit.step_taken()
+                self.log_step(losses, grad_norm)
+                self.task.evaluate(self)
+                if self._saves():
+                    self.stop_if_not_finite()
+                    self._save()
+                garbage.after_step(self.step)
+                if trace:
+                    trace.step()
+            self._finish()
+            return self.task.conclude(self) if self.step >= self.schedule.total_steps else None
+
+    # A step
+
+    def inputs(self) -> Iterator[tuple[StepInput[Sums], Counts]]:
+        """Yield this rank's micro-batches of each step, on the device, with what all ranks' micro-batches count, until
+        the last step or until a rank is asked to stop or has failed. The next micro-batches are loaded, and their
+        counts summed, while the GPU computes. Raises UserError if too many samples cannot be used."""
+        batches = self.pulse.watch(self.train_loader, "training")
+        for inputs in feed(batches, self.share.accumulation, self.ranks.device, self._start_sums):
+            sums = inputs.sums()
+            if sums.confirmed == self.ranks.world:
+                self.saver.step_was_finite(self.watch.finite_through)
+            if sums.stopped or sums.failed or self._ended(int(sums.total_steps)):
+                return
+            counts = sums.counts
+            if counts.skipped and self.bad.names_more:
+                self._name_bad([item for batch in inputs.host for item in batch.skipped])
+            self.bad.count(int(counts.samples + counts.skipped), int(counts.skipped))
+            self.throughput.add(counts, inputs.waited)
+            yield inputs, counts
+
+    def take_step(self, inputs: StepInput[Sums], counts: Counts) -> tuple[list[Any], Tensor]:
+        """Take one optimiser step: forward, backward, update. Return the micro-batches' losses and the gradient
+        norm."""
+        self.pulse.mark(f"step {self.step + 1}")
+        if self.seeds_steps:  # what the step draws depends on the seed, the step and the rank alone
+            torch.manual_seed(hash64(self.run.seed, self.step, self.ranks.rank) & 0xFFFFFFFF)
+        batches = [self.add_targets(batch) for batch in inputs.device]
+        losses, grad_norm = self.engine.step(
+            batches, counts.denominators(self.ranks.world), self.schedule.lr(self.step)
+        )
+        self.step += 1
+        return losses, grad_norm
+
+    def _start_sums(self, batches: list[PackedBatch]) -> Callable[[], Sums]:
+        """Start the all-reduce of stop requests and counts that precedes a step."""
+        failed = self.watch.failed() or self.saver.failed()
+        confirmed = self.saver.awaits(self.watch.finite_through) and not self.saver.busy
+        total = self.limit.fitting(self.step, self.schedule) if self.limit and self.ranks.is_main else 0
+        own = self.task.count(batches)
+        wait = self.ranks.start_sum((self.stop.asked, failed, confirmed, total, *own))
+
+        def sums() -> Sums:
+            stopped, failed, confirmed, total, *counts = wait()
+            return Sums(stopped, failed, confirmed, total, type(own)(*counts))
+
+        return sums
+
+    def _ended(self, total: int) -> bool:
+        """Apply the number of steps that the main rank has decided, and return whether they are taken: the loader of a
+        run with a time limit goes on after them."""
+        if self.limit is None or self.step >= self.schedule.total_steps:
+            return self.limit is not None
+        if total != self.schedule.total_steps:
+            self.schedule = self.schedule.changed(self.step, total)
+            self.record.change(self.step, total)
+            self.log.change(total)
+            self.log.log(self.step, {"total_steps": total})
+        return False
+
+    def _name_bad(self, skipped: list[Skipped]) -> None:
+        """Log the invalid samples of all ranks. Every rank must call it."""
+        for items in self.ranks.gather(skipped[:NAMED]):
+            self.bad.report(items, say=self.ranks.is_main)
+
+    def log_step(self, losses: list[Any], grad_norm: Tensor) -> None:
+        """Log the step just taken, if that is due."""
+        if self.step != 1 and not self.schedule.due(self.step, self.settings.log_every):
+            return
+        world, rates = self.ranks.world, self.throughput.rates()
+        own = [sum(values).item() for values in zip(*losses)]  # which waits for a GPU
+        forward = self.forward.per_step(self.step - self.logged)
+        self.logged = self.step
+        by_rank = [0.0] * 2 * world
+        by_rank[self.ranks.rank :: world] = rates["data_wait"], forward
+        sums = self.ranks.sum([*own, *by_rank])
+        if not self.ranks.is_main:
+            return
+        means = zip(losses[0]._fields, sums)
+        values = {name: value / world for name, value in means if not name.startswith(self.not_computed)}
+        values |= {"lr": self.schedule.lr(self.step - 1), "grad_norm": float(grad_norm)}
+        values |= {"epoch": self.step / self.schedule.steps_per_epoch, **rates}
+        where: dict[str, str] = {}
+        for name, each in (("data_wait", sums[-2 * world : -world]), ("forward_s", sums[-world:])):
+            values[name] = max(each)
+            where |= {name: self.ranks.hosts[each.index(values[name])]} if len(set(self.ranks.hosts)) > 1 else {}
+        memory = peak_memory(self.ranks.device) / 1e9
+        self.log.log(self.step, values | {"peak_memory_gb": memory, "skipped": self.bad.bad}, where)
+        if grown := self.growth.look(self.step - self.start, memory):
+            self.log.say(f"note: {grown}")
+
+    # What tasks call
+
+    def to_evaluate(self, every: int | None, *names: str) -> bool:
+        """Return whether an evaluation logged under one of `names` is due: every so many steps, before the first and
+        after the last. A resumed run repeats only what a stop cut short. Every rank must call it."""
+        if self.step and not self.schedule.due(self.step, every):
+            return False
+        if self.step == 0 or self.step > self.start:
+            return True
+        return not self.ranks.broadcast(lambda: self.log.has(self.step, names))
+
+    def evaluation(self, name: str, every: int | None) -> AbstractContextManager[None]:
+        """Return a context for an evaluation that is due every so many steps, which the time limit measures."""
+        due = self.step == 0 or self.schedule.due(self.step, every)
+        return self.limit.evaluation(name, every, due) if self.limit else nullcontext()
+
+    def cut_short(self) -> None:
+        """Log that a stop interrupted an evaluation; the next start repeats it."""
+        self.log.say(f"the evaluation after step {self.step} was cut short; --resume auto makes up for it")
+
+    def stop_if_not_finite(self) -> None:
+        """Raise UserError on all ranks if a step of any rank had a loss or gradient norm that is not finite."""
+        watch = self.watch
+        found = self.ranks.gather((watch.first_bad(), watch.bad_step, watch.finite_through))
+        finite_through = min(through for *_, through in found)
+        if self.saver.awaits(finite_through):
+            self.saver.wait()
+            self.saver.step_was_finite(finite_through)
+        if bad := [(step, text) for text, step, _ in found if step is not None]:
+            step, text = min(bad)
+            advice = self.saver.step_was_not_finite(step)
+            raise UserError(f"{text}. {advice}: look at these samples, or continue with {self.suggested_fix}")
+
+    # The beginning and the end
+
+    def _ending(self) -> AbstractContextManager[None]:
+        """Return a context that records how it ends."""
+        return self.record.ending(lambda: self.step, lambda: self.stop.reason or BY_ANOTHER)
+
+    def _begin(self) -> None:
+        """Put away what an earlier attempt left beyond this step, now that there is a step to take, and time it."""
+        self.forward = ForwardTime(self.engine.model, self.ranks.device)
+
+        def begin() -> None:
+            self.log.begin()
+            self.record.begin(self.start)
+            for path in checkpoint.set_aside_after(self.run.dir, self.start):
+                self.log.say(f"the run continues from step {self.start}: a later checkpoint is now {path}")
+
+        self.ranks.on_main(begin)
+
+    def _saves(self) -> bool:
+        """Return whether a checkpoint is due: in its period, and before the learning rate falls, so that the run can be
+        extended from there."""
+        return self.schedule.due(self.step, self.settings.save_every) or self.step == self.schedule.decay_begin
+
+    def _save(self) -> None:
+        """Begin to save a checkpoint. Every rank must call it. Errors as in `Saver.save`."""
+        self.pulse.mark(f"saving step {self.step}")
+        about = (self.step, self.step * self.settings.global_batch, self.run.seed, self.sections, checkpoint.versions())
+        spent = self.limit.spent if self.limit else 0.0
+        changes: list[tuple[int, int]] = list(self.schedule.changes)
+        begin = self.schedule.decay_begin
+        decays = begin is not None and self.step > begin
+        self.saver.save(checkpoint.Info(*about, self.stream, {}, self.attention, changes, decays, spent))
+
+    def _finish(self) -> None:
+        """Wait for the last save; if the run was stopped early, save its state. Raises UserError on all ranks if a save
+        has failed."""
+        self.saver.wait()
+        self.stop_if_not_finite()
+        if self.bad.bad:
+            self.log.say(f"note: {self.bad.bad:,} of {self.bad.seen:,} samples could not be used")
+        if self.step >= self.schedule.total_steps:
+            return
+        if self.step > self.start and not self._saves():
+            self._save()
+            self.saver.wait()
+        reason = self.stop.reason or BY_ANOTHER
+        saved = "" if self.step > self.start else "; nothing to save"
+        self.log.say(f"stopped at step {self.step} ({reason}){saved}; --resume auto continues")
