@@ -20,11 +20,7 @@ from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.checkpoint.state_files import TABLE_FILE, part_files
 from m3ae_fast.engine.fragments import Fragment, cut, whole
 from m3ae_fast.process import agreement
-<<<<<<< HEAD
-from m3ae_fast.training.loop import Loop
 from m3ae_fast.weights.exporting import export
-=======
->>>>>>> 0a24263 (One Trainer holds a Task; a Saver owns the thread, the copy and the verdict on checkpoints; the pace takes the trainer's steps)
 from tests.helpers.checkpoints import agreements, save, save_cut, save_parts
 from tests.helpers.labelled import tiny_run
 from tests.helpers.ranks import fork_ranks, run_ranks
@@ -386,26 +382,6 @@ def test_an_update_waits_for_the_copy_that_was_begun():
 
 def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
     """Whenever the thread that copies comes to it."""
-<<<<<<< HEAD
-    staging, begun = Staging(), []
-    loop = SimpleNamespace(
-        pulse=SimpleNamespace(mark=lambda doing: None),
-        ranks=SimpleNamespace(together=lambda work: work(), is_main=True, device=torch.device("cpu")),
-        saving=SimpleNamespace(wait=lambda: None, start=begun.append),
-        engine=SimpleNamespace(fragments=lambda: cut(STATE, 0, 1)),
-        settings=SimpleNamespace(global_batch=4, keep=1),
-        run=SimpleNamespace(seed=0),
-        step=3, finite_evaluation=None, constants=dict, staging=staging, sections={}, stream={}, attention={},
-        limit=None, schedule=SimpleNamespace(changes=(), decay_begin=None),
-    )  # fmt: skip
-    Loop.save(loop)
-    waiting = threading.Thread(target=staging.wait)
-    waiting.start()
-    waiting.join(0.05)
-    assert waiting.is_alive() and len(begun) == 1 and loop.unjudged == 3
-    staging.copy(lambda: cut(STATE, 0, 1))
-    waiting.join(60)
-=======
     listed = threading.Event()
     engine = SimpleNamespace(fragments=lambda: listed.wait(60) and cut(STATE, 0, 1))
     ranks = SimpleNamespace(
@@ -422,7 +398,6 @@ def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
         waiting.join(60)
         assert not waiting.is_alive()
     assert said == [f"saved {path}" for path in checkpoint.saved_steps(tmp_path)]
->>>>>>> 0a24263 (One Trainer holds a Task; a Saver owns the thread, the copy and the verdict on checkpoints; the pace takes the trainer's steps)
 
 
 def _decide(judge, world=3, rounds=1):
