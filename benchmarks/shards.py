@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.io import encode_jpeg
 
-from m3ae_fast.shards.member import add_member
+from m3ae_fast.shards.tar_member import add_member
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 

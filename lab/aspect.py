@@ -24,7 +24,7 @@ from m3ae_fast import train
 from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.evaluation.task_runner import evaluate
-from m3ae_fast.shards.member import add_member
+from m3ae_fast.shards.tar_member import add_member
 
 CLIPART = Path("data/openclipart")
 WHITE = 250  # levels from here on are paper

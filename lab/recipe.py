@@ -4,8 +4,8 @@ python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter
 python -m lab.recipe data/labelled --out runs/recipe
 python -m lab.recipe data/labelled --minutes 20 --tasks finetune  # nothing begins after 20 minutes; the next goes on
 
-Trains the linear probe and fine-tunes by the rule (m3ae_fast/evaluation/recipe.py), at a third and three times its
-rate, half and twice as long, and probes at the rate that they choose themselves; on drawings, emoji and
+Trains the linear probe and fine-tunes by the rule (m3ae_fast/evaluation/default_hyperparameters.py), at a third and
+three times its rate, half and twice as long, and probes at the rate that they choose themselves; on drawings, emoji and
 clothes, with MAE of their pictures, and probes with random weights too. Writes table.md into --out. What is done is not
 done again.
 """
@@ -32,15 +32,15 @@ from m3ae_fast import train
 from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, settled
 from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.learning_rates import choose, try_rates
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS
 from m3ae_fast.evaluation.probe_engine import Setting
 from m3ae_fast.evaluation.probes import fit_linear
-from m3ae_fast.evaluation.rates import choose, try_rates
-from m3ae_fast.evaluation.recipe import OFFICIAL, settled
 from m3ae_fast.evaluation.task_runner import evaluate
-from m3ae_fast.process.program import Session, joined_program
-from m3ae_fast.shards.member import add_member
+from m3ae_fast.process.session import Session, joined_program
+from m3ae_fast.shards.tar_member import add_member
 from m3ae_fast.weights.open_model import RANDOM, open_model
 
 CLIPART = Path("data/openclipart")

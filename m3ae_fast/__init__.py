@@ -12,7 +12,7 @@ from m3ae_fast.base.memory import refuse_too_few_addresses, shown_in_one_line
 if TYPE_CHECKING:
     from m3ae_fast.evaluation.embedding import embed
     from m3ae_fast.evaluation.task_runner import evaluate
-    from m3ae_fast.pretraining.program import pretrain
+    from m3ae_fast.pretraining.stages import pretrain
     from m3ae_fast.weights.converting import convert
     from m3ae_fast.weights.exporting import export
     from m3ae_fast.weights.open_model import load_model
@@ -25,7 +25,7 @@ _MODULES = {
     "evaluate": "m3ae_fast.evaluation.task_runner",
     "export": "m3ae_fast.weights.exporting",
     "load_model": "m3ae_fast.weights.open_model",
-    "pretrain": "m3ae_fast.pretraining.program",
+    "pretrain": "m3ae_fast.pretraining.stages",
 }
 
 _folder = os.path.dirname(os.path.realpath(__file__))

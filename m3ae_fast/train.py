@@ -27,7 +27,7 @@ from m3ae_fast.process.launchers import alone
 
 if TYPE_CHECKING:  # torch is imported by what needs it: not by --help, nor by what only says that the config is wrong
     from m3ae_fast.config import Config
-    from m3ae_fast.process.program import Session
+    from m3ae_fast.process.session import Session
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     if alone():  # a mistake is told before the imports, which take seconds
         _load(args)
     with working("importing torch", show=args.dry_run and alone()):
-        from m3ae_fast.process.program import joined_program
+        from m3ae_fast.process.session import joined_program
 
     with joined_program() as session:
         perform(args, session)
@@ -98,7 +98,7 @@ def _load(args: argparse.Namespace) -> Config:
 
 def perform(args: argparse.Namespace, session: Session) -> None:
     """Do what the command line asks for. Raises UserError where that is not possible."""
-    from m3ae_fast.evaluation.knn_probe import knn_probe
+    from m3ae_fast.evaluation.knn_during_training import knn_probe
     from m3ae_fast.training.run import pre_train
 
     config = session.ranks.broadcast(lambda: _load(args))
@@ -118,7 +118,7 @@ def perform(args: argparse.Namespace, session: Session) -> None:
 def _look_at(config: Config, args: argparse.Namespace, session: Session) -> None:
     """Do what --dry-run asks for. Every rank must call it. Raises UserError as a run would at its start."""
     from m3ae_fast.base.hardware import settle_precision
-    from m3ae_fast.evaluation.knn_probe import open_probe
+    from m3ae_fast.evaluation.knn_during_training import open_probe
     from m3ae_fast.training.dry_run import report, report_time
 
     ranks = session.ranks

@@ -14,9 +14,9 @@ from m3ae_fast.base import hardware
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.data import shared_memory
-from m3ae_fast.process import garbage
+from m3ae_fast.process import garbage_collection
 from m3ae_fast.process.background import Background
-from m3ae_fast.process.garbage import GarbageCollection
+from m3ae_fast.process.garbage_collection import GarbageCollection
 from m3ae_fast.training import pretraining_task
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from tests.helpers.ranks import fork_ranks
@@ -147,7 +147,7 @@ def test_a_save_that_fails_in_the_background_stops_the_run(trainer, ranks):
 
 
 def test_garbage_is_collected_in_the_same_steps_everywhere(monkeypatch):
-    monkeypatch.setattr(garbage, "EVERY", 20)
+    monkeypatch.setattr(garbage_collection, "EVERY", 20)
     collected = []
     with GarbageCollection() as collection:
         assert not gc.isenabled() and gc.get_freeze_count() > 1000

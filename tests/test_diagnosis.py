@@ -14,14 +14,14 @@ from m3ae_fast.config import Config, LossConfig, OptimConfig, TrainConfig, parse
 from m3ae_fast.data import dataset
 from m3ae_fast.engine.fragments import cut
 from m3ae_fast.engine.validation import Yardsticks, entropy, rankme
-from m3ae_fast.evaluation.knn_probe import knn_probe
+from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.report import write_report
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.process.program import joined_program
 from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.process.session import joined_program
 from m3ae_fast.training.diagnostics import findings, fix_of_losses, verdict
-from m3ae_fast.training.log import read_metrics
+from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run import pre_train
 from tests.helpers.trainer import TINY
 from tests.test_model import MIXED

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from m3ae_fast import checkpoint
-from m3ae_fast.training.record import RECORD_FILE
+from m3ae_fast.training.run_state import RECORD_FILE
 from tests.helpers.ranks import fork_ranks
 from tests.helpers.trainer import Trainer, zero
 

@@ -30,13 +30,13 @@ from m3ae_fast.evaluation.filling import make_sample
 from m3ae_fast.evaluation.report import read_results
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import read_pretrained
-from m3ae_fast.shards.claim import claimed
-from m3ae_fast.shards.hdf5 import Hdf5
-from m3ae_fast.training.log import METRICS_FILE, RunLog
+from m3ae_fast.shards.output_claim import claimed
+from m3ae_fast.shards.sources.hdf5 import Hdf5
+from m3ae_fast.training.metrics_log import METRICS_FILE, RunLog
 from m3ae_fast.verify.golden import Golden
 from m3ae_fast.vqgan.model import VQGAN
+from m3ae_fast.weights.formats import read_source
 from m3ae_fast.weights.mae import ViTOptions
-from m3ae_fast.weights.source import read_source
 from tests.helpers.checkpoints import save
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import CLIPART, TINY

@@ -12,7 +12,7 @@ from m3ae_fast.base import hub_access as hub
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hub import find_folder
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.shards.huggingface import HuggingFace
+from m3ae_fast.shards.sources.huggingface import HuggingFace
 
 
 class _Knows(http.server.BaseHTTPRequestHandler):

@@ -15,7 +15,7 @@ from m3ae_fast.__main__ import MODULES
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import EXTRAS, library, require_libraries
 from m3ae_fast.base.progress import working
-from m3ae_fast.shards.folder import Folder
+from m3ae_fast.shards.sources.folder import Folder
 from tests.helpers.trainer import ROOT, TINY
 
 EVALUATE = "run --val val.tar --out out"

@@ -38,18 +38,26 @@ from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation.report import write_report
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pretraining import choices, evaluation, plan, program
-from m3ae_fast.pretraining import look as look_module
-from m3ae_fast.pretraining.choices import LADDER, Facts, Shards, batch_of, image_and_patch, settings, steps_in
-from m3ae_fast.pretraining.look import look
-from m3ae_fast.pretraining.source import _overlap, find_shards
+from m3ae_fast.pretraining import automatic_settings, final_evaluation, plan, stages
+from m3ae_fast.pretraining import dataset_statistics as look_module
+from m3ae_fast.pretraining.automatic_settings import (
+    LADDER,
+    Facts,
+    Shards,
+    batch_of,
+    image_and_patch,
+    settings,
+    steps_in,
+)
+from m3ae_fast.pretraining.dataset_statistics import look
+from m3ae_fast.pretraining.source_shards import _overlap, find_shards
 from m3ae_fast.process.stopping import Stopped
 from m3ae_fast.shards.duplicate_images import PIECE
 from m3ae_fast.shards.held_out import shared_images, write_without
 from m3ae_fast.train import main as start
 from m3ae_fast.training import pace
 from m3ae_fast.training.pace import Pace
-from m3ae_fast.training.record import status
+from m3ae_fast.training.run_state import status
 from tests.helpers.checkpoints import save
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.ranks import environment
@@ -140,14 +148,16 @@ def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
 
 def test_the_map_is_beside_the_other_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", lambda self, features: features[:, :2])
-    monkeypatch.setattr(evaluation, "_ON_A_MAP", 10)
+    monkeypatch.setattr(final_evaluation, "_ON_A_MAP", 10)
     run, val = tiny_run(tmp_path / "run"), labelled_tar(tmp_path / "val.tar", range(12))
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
 
     def draw(labels):
         data = {"train": [{"shards": str(tmp_path / "train.tar")}]}  # which nothing reads
         probe = {"train": {"steps": 1, "probe": data | {"val": [{"shards": val}], "labels": labels}}}
-        evaluation.draw_map(Config.model_validate({"run": {"dir": str(run)}, "data": data, **probe}, strict=False))
+        final_evaluation.draw_map(
+            Config.model_validate({"run": {"dir": str(run)}, "data": data, **probe}, strict=False)
+        )
 
     draw("json.other")
     assert "note: no map of the features: " in capsys.readouterr().out and not (run / "map.png").exists()
@@ -217,9 +227,9 @@ def test_a_finished_run_is_measured_with_the_settings_that_are_given_now(tmp_pat
     run.mkdir()
     config = settings(facts, Shards([shards], [shards], []), run, LADDER[0], 1, 9, "cls", [])
     (run / "config.json").write_text(config.model_dump_json())
-    monkeypatch.setattr(program, "pre_train", lambda *_, **__: None)
-    monkeypatch.setattr(program, "status", lambda _: ("finished", ""))
-    monkeypatch.setattr(program, "evaluate_run", seen.append)  # which says that it was stopped
+    monkeypatch.setattr(stages, "pre_train", lambda *_, **__: None)
+    monkeypatch.setattr(stages, "status", lambda _: ("finished", ""))
+    monkeypatch.setattr(stages, "evaluate_run", seen.append)  # which says that it was stopped
     assert not pretrain(shards, run, val=[shards], overrides=["train.probe.k=7"]).finished
     probe = config.train.probe.model_copy(update={"k": 7})
     assert seen == [config.model_copy(update={"train": config.train.model_copy(update={"probe": probe})})]
@@ -279,7 +289,7 @@ def test_a_call_beside_another_leaves_its_config(tmp_path, monkeypatch):
         child[0].stdout.readline()
         return SimpleNamespace(config=None, lines=[], warning="")
 
-    monkeypatch.setattr(program, "choose", hold)
+    monkeypatch.setattr(stages, "choose", hold)
     with pytest.raises(UserError, match="another run is using it"):
         pretrain(photos, run, hours=0.001)
     child[0].communicate(b"\n")
@@ -291,41 +301,41 @@ def test_results_are_of_the_last_checkpoint(tmp_path, monkeypatch):
 
     def evaluate(task, model, *, out, **_):
         measured.append(task)
-        evaluation.write_whole(out / "result.json", json.dumps({"top1": len(measured)}))
+        final_evaluation.write_whole(out / "result.json", json.dumps({"top1": len(measured)}))
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(final_evaluation, "evaluate", evaluate)
     shards = [{"shards": "a.tar"}]
     given = {"data": {"train": shards}, "train": {"steps": 9, "probe": {"train": shards, "val": shards}}}
     config = Config.model_validate({"run": {"dir": str(run)}, **given}, strict=False)
-    first = evaluation.evaluate_run(config)
+    first = final_evaluation.evaluate_run(config)
     (run / "map.png").touch()
-    assert evaluation.evaluate_run(config) == first and measured == ["knn"] * 3 + ["linear"] * 3
+    assert final_evaluation.evaluate_run(config) == first and measured == ["knn"] * 3 + ["linear"] * 3
     assert (run / "map.png").exists()
     (run / "results/linear/checkpoints").mkdir()
     info = checkpoint.read_info(checkpoint.locate(run))
     save(run, {"model/a": torch.zeros(1)}, replace(info, step=2))
-    assert evaluation.evaluate_run(config)["linear"][evaluation.RUN] == {"top1": 10}
+    assert final_evaluation.evaluate_run(config)["linear"][final_evaluation.RUN] == {"top1": 10}
     assert not (run / "map.png").exists() and not (run / "results/linear/checkpoints").exists()
     (run / "results").rename(tmp_path / "elsewhere")
     (run / "results").symlink_to(tmp_path / "elsewhere")
     save(run, {"model/a": torch.zeros(1)}, replace(info, step=3))
     with pytest.raises(UserError, match="results: cannot be replaced"):
-        evaluation.evaluate_run(config)
+        final_evaluation.evaluate_run(config)
 
 
 def test_each_accuracy_stands_below_its_task_beside_what_it_is_of():
     def results(*tops, chance):
-        whose = (evaluation.RUN, evaluation.UNTRAINED, evaluation.SCALED)
+        whose = (final_evaluation.RUN, final_evaluation.UNTRAINED, final_evaluation.SCALED)
         found = {name: {"top1": top1, "top1_se": 0.015} for name, top1 in zip(whose, tops)}
-        found[evaluation.RUN] |= {"chance": chance, "val_samples": 1200}
+        found[final_evaluation.RUN] |= {"chance": chance, "val_samples": 1200}
         return found
 
     found = {"knn": results(0.75, 0.5, 0.625, chance=0.66), "linear": results(0.7, 0.4, 0.6, chance=0.66)}
-    head, *lines, largest = evaluation.table(found)
+    head, *lines, largest = final_evaluation.table(found)
     ends = [head.index(title) + len(title) for title in ("k-NN", "linear probe")]
     for line, name, *texts in zip(
         lines,
-        (evaluation.RUN, evaluation.UNTRAINED, evaluation.SCALED),
+        (final_evaluation.RUN, final_evaluation.UNTRAINED, final_evaluation.SCALED),
         ("75.0 ± 1.5", "50.0 ± 1.5", "62.5 ± 1.5"),
         ("70.0 ± 1.5", "40.0 ± 1.5", "60.0 ± 1.5"),
     ):
@@ -593,7 +603,7 @@ def test_an_image_is_on_one_side_of_a_data_set(tmp_path, monkeypatch):
         "path": [{"bytes": None, "path": f"{tmp_path}/{i // 3}.jpg"} for i in range(30)],
     }.items():
         rows = Dataset.from_dict({"image": images, "caption": [f"{i // 3}" for i in range(30)]}, features=kinds)
-        monkeypatch.setattr("m3ae_fast.shards.huggingface.hub_answers", lambda *_: True)
+        monkeypatch.setattr("m3ae_fast.shards.sources.huggingface.hub_answers", lambda *_: True)
         monkeypatch.setattr("datasets.load_dataset", lambda *_, rows=rows: rows)
         find_shards(f"owner/{kind}", tmp_path / f"run-{kind}", None, [])
         sides = [_texts(tmp_path / f"run-{kind}/shards/{part}-00000.tar") for part in ("train", "val")]
@@ -618,7 +628,7 @@ def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
     assert [shards.train, shards.val] == [[f"{tmp_path}/run/shards/{name}-*.tar"] for name in ("train", "test")]
     facts, notes = look(shards, tmp_path / "run", "cls")
     assert (facts.samples, facts.held_out, facts.classes, notes) == (4, 4, 2, []) and facts.vocab_size
-    monkeypatch.setattr("m3ae_fast.shards.huggingface.hub_answers", lambda *_: True)
+    monkeypatch.setattr("m3ae_fast.shards.sources.huggingface.hub_answers", lambda *_: True)
     monkeypatch.setattr("datasets.load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("the hub is far")))
     with pytest.raises(UserError, match="nowhere: no such folder here; as a data set's name: "):
         find_shards("nowhere", tmp_path / "other", None, [])
@@ -678,9 +688,11 @@ def test_images_are_not_enlarged_and_have_eight_patches_a_side_where_they_can():
 def test_steps_and_batch_fit_the_data_and_the_time():
     assert [batch_of(samples) for samples in (12, 54, 450, 1536, 50_000, 10**6)] == [2, 8, 64, 64, 1024, 1024]
     assert steps_in(100, pace=0.01, batch=10, samples=10**6) == 1000
-    assert steps_in(10**9, pace=0.01, batch=10, samples=100) == choices.LONGEST * 10
-    assert choices.fitted_batch(100, pace=0.001, samples=50_000) == 64
-    assert choices.reaches(100, pace=0.001, samples=5000) and not choices.reaches(99, pace=0.001, samples=5000)
+    assert steps_in(10**9, pace=0.01, batch=10, samples=100) == automatic_settings.LONGEST * 10
+    assert automatic_settings.fitted_batch(100, pace=0.001, samples=50_000) == 64
+    assert automatic_settings.reaches(100, pace=0.001, samples=5000) and not automatic_settings.reaches(
+        99, pace=0.001, samples=5000
+    )
 
 
 @given(samples=st.integers(1, 10**7), pace=st.floats(1e-5, 10), seconds=st.floats(1, 1e6))
@@ -697,7 +709,7 @@ def test_batch_and_steps_are_the_most_within_their_bounds(samples, pace, seconds
 
     batch = batch_of(samples)
     assert batch.bit_count() == 1 and fits(batch) and not fits(2 * batch)
-    fitted = choices.fitted_batch(seconds, pace, samples)
+    fitted = automatic_settings.fitted_batch(seconds, pace, samples)
     halves = [batch >> i for i in range(11) if batch >> i >= min(64, batch)]
     enough = [each for each in halves if seconds / (pace * each) >= 1000]
     assert fitted == max(enough, default=halves[-1])
@@ -708,17 +720,20 @@ def test_batch_and_steps_are_the_most_within_their_bounds(samples, pace, seconds
 
 
 def test_what_the_user_sets_last_counts_and_null_or_0_is_nothing():
-    assert choices.given(["a.b=3", "a.b=5", "a.bc=7"], "a.b") == 5
+    assert automatic_settings.given(["a.b=3", "a.b=5", "a.bc=7"], "a.b") == 5
     for text in ("null", "0", "-4", "4.0", "x", ""):
-        assert choices.given(["a.b=3", f"a.b={text}"], "a.b") is None
-    assert choices.given([], "a.b") is None
+        assert automatic_settings.given(["a.b=3", f"a.b={text}"], "a.b") is None
+    assert automatic_settings.given([], "a.b") is None
 
 
 def test_a_size_is_for_as_many_samples_as_it_takes_at_least():
     for rung in LADDER:
         own = Facts(int(rung.samples), 0, 1, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
-        assert choices.rungs(own)[-1].samples == rung.samples
-        assert rung.samples == 0 or choices.rungs(replace(own, samples=own.samples - 1))[-1].samples < rung.samples
+        assert automatic_settings.rungs(own)[-1].samples == rung.samples
+        assert (
+            rung.samples == 0
+            or automatic_settings.rungs(replace(own, samples=own.samples - 1))[-1].samples < rung.samples
+        )
 
 
 def test_the_settings_are_those_of_the_rules_by_hand():
@@ -741,9 +756,9 @@ def test_the_settings_are_those_of_the_rules_by_hand():
     assert (few.train.log_every, few.train.eval_every, few.train.save_every) == (1, 10, 10)
     assert (few.train.eval_samples, few.data.val, few.data.tokenizer, few.train.probe.every) == (1, [], None, 10)
     assert chosen(samples=5000, steps=5).train.eval_every == 5
-    assert choices.peak_rate(4096, 768) == 1.5e-4  # MAE's
-    assert choices.peak_rate(1024, 384) == 3e-4  # of half the square root, for a quarter of the batch
-    assert chosen(samples=6400, steps=9, rung=2).optim.peak_lr == 1.2e-3 == choices.peak_rate(64, 383) / 4
+    assert automatic_settings.peak_rate(4096, 768) == 1.5e-4  # MAE's
+    assert automatic_settings.peak_rate(1024, 384) == 3e-4  # of half the square root, for a quarter of the batch
+    assert chosen(samples=6400, steps=9, rung=2).optim.peak_lr == 1.2e-3 == automatic_settings.peak_rate(64, 383) / 4
 
 
 def test_facts_are_those_of_the_training_samples(tmp_path):
@@ -935,7 +950,7 @@ def test_the_command_passes_on_what_it_is_given(monkeypatch, capsys, end, dry_ru
             raise KeyboardInterrupt
         return SimpleNamespace(finished=end)
 
-    monkeypatch.setattr(program, "pretrain", pretrain)
+    monkeypatch.setattr(stages, "pretrain", pretrain)
     line = ["photos", "--out", "run", "--hours", "3", "--captions", "a.csv", "--val", "b.tar", "c.tar"]
     line += ["--labels", "json.kind", "--set", "train.global_batch=8", *["--dry-run"] * dry_run]
     assert main(line) == code
@@ -1008,7 +1023,7 @@ def test_the_largest_size_that_the_time_allows_is_chosen(tmp_path, monkeypatch, 
     for train in (found.config.train, larger.config.train):
         taken = train.steps * train.global_batch * paces[size]
         assert train.hours == pytest.approx((3600 - plan._REPORT) / 3600, abs=1e-5)
-        assert 0.85 * 3600 < taken <= 3600 or train.steps == choices.LONGEST * (1000 // train.global_batch)
+        assert 0.85 * 3600 < taken <= 3600 or train.steps == automatic_settings.LONGEST * (1000 // train.global_batch)
 
 
 def small(classes=0, samples=1000):
@@ -1073,9 +1088,9 @@ def test_it_is_asked_whether_to_start_a_run_that_is_too_short(monkeypatch, tmp_p
     """Of who sits at a terminal; elsewhere it is told."""
     photos = make_pictures(tmp_path / "photos", each=2, captions=False)
     config = settings(small(), Shards(["a.tar"], [], []), tmp_path / "run", LADDER[0], 1, 9, "cls", [])
-    monkeypatch.setattr(program, "choose", lambda *_: plan.Plan(config, [], "9 steps: give more"))
-    monkeypatch.setattr(program, "pre_train", lambda *_, **__: None)
-    monkeypatch.setattr(program, "status", lambda _: ("stopped", ""))
+    monkeypatch.setattr(stages, "choose", lambda *_: plan.Plan(config, [], "9 steps: give more"))
+    monkeypatch.setattr(stages, "pre_train", lambda *_, **__: None)
+    monkeypatch.setattr(stages, "status", lambda _: ("stopped", ""))
     stdin = StringIO(f"{answer}\n")
     stdin.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stdin", stdin)

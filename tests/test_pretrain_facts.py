@@ -16,10 +16,10 @@ from m3ae_fast.batch.tokenizer import train_tokenizer
 from m3ae_fast.cli.pretrain import main
 from m3ae_fast.config import load_config
 from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.pretraining.choices import LADDER, Shards, assumed, check_overrides, settings
-from m3ae_fast.pretraining.look import look
-from m3ae_fast.pretraining.source import find_shards
-from m3ae_fast.shards.tally import Tally
+from m3ae_fast.pretraining.automatic_settings import LADDER, Shards, assumed, check_overrides, settings
+from m3ae_fast.pretraining.dataset_statistics import look
+from m3ae_fast.pretraining.source_shards import find_shards
+from m3ae_fast.shards.problem_counts import Tally
 from m3ae_fast.shards.tokenizer_training import caption_texts
 from tests.helpers.shards import caption, members, picture, write_tar
 

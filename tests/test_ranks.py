@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from m3ae_fast.base.errors import ErrorElsewhere, Told, UserError
-from m3ae_fast.process import program, ranks
+from m3ae_fast.process import ranks
+from m3ae_fast.process import session as program
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.node_groups import Room
 from tests.helpers.ranks import await_ranks, fork_each, fork_ranks, run_ranks

@@ -26,8 +26,8 @@ from m3ae_fast.config import Config, parse
 from m3ae_fast.data import open_data
 from m3ae_fast.evaluation.report import write_report
 from m3ae_fast.training import run_folder, throughput
-from m3ae_fast.training.log import METRICS_FILE, RunLog
 from m3ae_fast.training.loggers import WANDB_ID_FILE
+from m3ae_fast.training.metrics_log import METRICS_FILE, RunLog
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.run_folder import LOCK_FILE, RunFolder
 from m3ae_fast.training.trainer import Trainer
@@ -179,7 +179,7 @@ def test_a_folder_in_which_nothing_came_to_be_goes_again(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", ["head -1", "true", "cat > /dev/full"])
 def test_a_run_outlives_the_reader_of_its_output(tmp_path, reader):
-    program = "import pathlib, sys; from m3ae_fast.training.log import RunLog\n"
+    program = "import pathlib, sys; from m3ae_fast.training.metrics_log import RunLog\n"
     program += "with RunLog(pathlib.Path(sys.argv[1]), 0, 1) as metrics:\n"
     program += "    for step in range(3000): metrics.log(step, {'loss': 1.0})\n"
     program += "(pathlib.Path(sys.argv[1]) / 'done').touch()"
@@ -278,7 +278,7 @@ def test_wandb_offline_and_again_after_a_resume(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_wandb_without_an_account_is_one_line(tmp_path):
-    program = "import pathlib, sys; from m3ae_fast.training.log import RunLog\n"
+    program = "import pathlib, sys; from m3ae_fast.training.metrics_log import RunLog\n"
     program += "from m3ae_fast.base.errors import exit_cleanly\n"
     program += "log = RunLog(pathlib.Path(sys.argv[1]), 0, 1, ['wandb']); sys.exit(exit_cleanly(log.begin))"
     account = ("WANDB_API_KEY", "WANDB_MODE", "HOME", "NETRC")

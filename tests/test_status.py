@@ -8,9 +8,9 @@ import pytest
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.status import CODES, main
-from m3ae_fast.training import record
-from m3ae_fast.training.record import Recorder, status
+from m3ae_fast.training import run_state
 from m3ae_fast.training.run_folder import RunFolder
+from m3ae_fast.training.run_state import Recorder, status
 from tests.helpers.ranks import environment
 from tests.helpers.trainer import ROOT
 
@@ -80,9 +80,9 @@ def test_a_run_whose_folder_is_held_is_running_and_goes_on(tmp_path):
 @pytest.mark.parametrize("before", [True, False])
 def test_a_run_that_ends_or_begins_while_its_record_is_read_has_not_failed(tmp_path, monkeypatch, before):
     Recorder(tmp_path, 10).begin(2)
-    held, read = [before], record.read_json
-    monkeypatch.setattr(record, "is_held", lambda path: held[0])
-    monkeypatch.setattr(record, "read_json", lambda path: held.insert(0, not before) or read(path))
+    held, read = [before], run_state.read_json
+    monkeypatch.setattr(run_state, "is_held", lambda path: held[0])
+    monkeypatch.setattr(run_state, "read_json", lambda path: held.insert(0, not before) or read(path))
     assert status(tmp_path) == ("running", "running, step 2 of 10 logged")
 
 

@@ -175,7 +175,7 @@ def test_a_rank_whose_peer_left_first_saves_what_there_is_and_says_it():
     """The peer took its connections with it, in which this rank waits."""
     code = """
         import threading
-        from m3ae_fast.process.program import joined_program
+        from m3ae_fast.process.session import joined_program
         with joined_program() as session:
             main = session.ranks.is_main
             session.stop.at_leaving = lambda: "half is in a.json" if main else ""

@@ -33,11 +33,11 @@ from m3ae_fast.engine.feed import StepInput
 from m3ae_fast.engine.optimizer import clip_by_global_norm
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.engine.validation import evaluate
-from m3ae_fast.evaluation.knn_probe import knn_probe
+from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.process.program import joined_program
 from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.process.session import joined_program
 from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.training import throughput
 from m3ae_fast.training.loss_watch import LossWatch

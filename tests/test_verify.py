@@ -15,7 +15,7 @@ from m3ae_fast.cli.verify import main
 from m3ae_fast.config import LossConfig
 from m3ae_fast.model import M3AE
 from m3ae_fast.verify.golden import Golden, flax_name, relative_error
-from m3ae_fast.verify.program import quantities
+from m3ae_fast.verify.replay import quantities
 from tests.helpers.official import Official, make_golden
 
 pytestmark = pytest.mark.slow

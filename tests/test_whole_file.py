@@ -17,7 +17,7 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.manifest import rows_of, write
 from m3ae_fast.engine.fragments import cut
-from m3ae_fast.training.log import METRICS_FILE, RunLog
+from m3ae_fast.training.metrics_log import METRICS_FILE, RunLog
 from tests.helpers.checkpoints import save, save_cut
 from tests.helpers.shards import members, picture, write_tar
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from lab.labelled.emoji import LICENCES, Emoji
 from lab.labelled.fashion import Fashion
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.shards.records import Records
 from m3ae_fast.shards.settings import Settings
+from m3ae_fast.shards.sources.records import Records
 from m3ae_fast.shards.writer import convert
 
 SOURCES: dict[str, Callable[[Path | None, Path], Records]] = {

@@ -25,7 +25,7 @@ import psutil
 from lab.soak.faults import AWAKE_S, DAMAGES, FAULTS, FREEZE, FULL_DISK, STOPS, Running, no_large_files
 from m3ae_fast import checkpoint
 from m3ae_fast.data.index import IMAGE_SUFFIXES
-from m3ae_fast.shards.member import add_member
+from m3ae_fast.shards.tar_member import add_member
 from tests.helpers.pictures import CASES
 from tests.helpers.ranks import free_port
 

@@ -22,11 +22,11 @@ from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.evaluation.encoding import Features, encode_corpus
 from m3ae_fast.evaluation.ood import Scores, auroc_and_fpr, auroc_interval
 from m3ae_fast.evaluation.probe_engine import Setting
+from m3ae_fast.evaluation.probe_grid import few_shot
 from m3ae_fast.evaluation.probes import PROBES
 from m3ae_fast.evaluation.retrieval import own_ranks
-from m3ae_fast.evaluation.survey import few_shot
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.process.program import Session
+from m3ae_fast.process.session import Session
 
 SHOTS, DRAWS = (1, 5, 10), 5
 RETRIEVED = 10  # a caption counts as found among so many

@@ -16,8 +16,8 @@ from lab.study.shards import FOLDS, LABELS, PARTS, TEST, VENDORS
 from m3ae_fast import checkpoint, train
 from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
-from m3ae_fast.process.program import joined_program
-from m3ae_fast.training.log import read_metrics
+from m3ae_fast.process.session import joined_program
+from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.weights.open_model import RANDOM, open_model
 
 SETTINGS = Path(__file__).with_name("settings.json")

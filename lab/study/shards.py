@@ -14,7 +14,7 @@ from PIL import Image
 
 from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.shards.member import add_member
+from m3ae_fast.shards.tar_member import add_member
 
 VENDORS = ("twitter", "google")
 FOLDS, VALIDATION = 3, 3  # a seed's test emoji are a fold; the part after these is for choosing settings

@@ -7,7 +7,7 @@ import pytest
 
 from lab import recipe
 from lab.recipe import ALL, TEST, TRAIN, VALIDATION, Laboratory, Trial
-from m3ae_fast.evaluation.recipe import OFFICIAL
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
 from tests.helpers.labelled import described_tar, emoji_and_clothes
 from tests.helpers.shards import picture
 

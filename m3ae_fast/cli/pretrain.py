@@ -20,7 +20,7 @@ from pathlib import Path
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import add_labels, add_settings, output, program
 from m3ae_fast.pretraining import GOES_ON
-from m3ae_fast.pretraining.choices import check_overrides
+from m3ae_fast.pretraining.automatic_settings import check_overrides
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def _pretrain(args: argparse.Namespace) -> bool:
     """Return whether the run is finished."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the imports of libraries do not heed it well
-    from m3ae_fast.pretraining.program import pretrain
+    from m3ae_fast.pretraining.stages import pretrain
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     return pretrain(

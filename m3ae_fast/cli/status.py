@@ -14,7 +14,7 @@ from pathlib import Path
 
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import program
-from m3ae_fast.training.record import status
+from m3ae_fast.training.run_state import status
 
 CODES = {"finished": 0, "stopped": 3, "running": 4, "failed": 5}
 

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     args = parser.parse_args(argv)
-    from m3ae_fast.verify.program import compare
+    from m3ae_fast.verify.replay import compare
 
     return compare(args)
 

@@ -2,7 +2,6 @@
 
 from m3ae_fast.config.libraries import require_libraries_of
 from m3ae_fast.config.load import follow, load_config, parse, read_config, remembered, shipped_configs
-from m3ae_fast.config.range import Range, add_range_option
 from m3ae_fast.config.schema import (
     LONGEST,
     MAX_CHANNELS,
@@ -26,3 +25,4 @@ from m3ae_fast.config.schema import (
     TransformerLoopConfig,
     ZeroConfig,
 )
+from m3ae_fast.config.value_range import Range, add_range_option

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from m3ae_fast.config.messages import describe_error
-from m3ae_fast.config.range import Range, check_range
+from m3ae_fast.config.value_range import Range, check_range
 
 MAX_VOCAB = 1 << 24
 MAX_CHANNELS = 256  # more than any imaging spectrometer in use has

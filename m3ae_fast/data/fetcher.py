@@ -23,7 +23,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.order import Need, Order
-from m3ae_fast.process.standby import Node, Standby
+from m3ae_fast.process.helper_process import Node, Standby
 
 T = TypeVar("T")
 CONNECTIONS = 16

@@ -26,7 +26,7 @@ from m3ae_fast.data.lanes import Layout, lay_out
 from m3ae_fast.data.order import FileOrder, Order
 from m3ae_fast.data.shared_memory import batch_bytes, fitting_prefetch, most_workers
 from m3ae_fast.model.flops import executed_flops
-from m3ae_fast.process.standby import Node
+from m3ae_fast.process.helper_process import Node
 from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker
 
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from m3ae_fast.base.progress import track
 from m3ae_fast.config.evaluation import AttentiveProbeConfig
 from m3ae_fast.engine.schedule import warmup_cosine
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.heads import AttentiveHead
 from m3ae_fast.evaluation.labelled_task import cautions
+from m3ae_fast.evaluation.learning_rates import Tried, best, judged, split
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.probe_engine import CachedSteps, Live, Setting
-from m3ae_fast.evaluation.rates import Tried, best, judged, split
-from m3ae_fast.evaluation.recipe import OFFICIAL
 from m3ae_fast.process.ranks import Ranks
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # tried, of AdamW

@@ -21,15 +21,15 @@ from m3ae_fast.base.progress import TimeLeft, duration
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_comparison
-from m3ae_fast.evaluation import forecast
+from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.difference import LARGEST
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.job import Job, SoFar, summary
 from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
 from m3ae_fast.evaluation.probe_engine import Setting
+from m3ae_fast.evaluation.probe_grid import require_memory
 from m3ae_fast.evaluation.probes import PROBES
 from m3ae_fast.evaluation.significance import ERROR, LEVEL, Difference, difference, mean_accuracy
-from m3ae_fast.evaluation.survey import require_memory
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pixels import SIDE, Pixels
 from m3ae_fast.weights.open_model import PIXELS, RANDOM, open_encoder, set_images
@@ -215,7 +215,7 @@ def _training(job: Job, samples: int, classes: int, shape: Shape) -> dict[str, f
     """Return about how many seconds each probe trains on the features of a model."""
     setting = Setting(job.config, classes, shape.heads, job.config.run.seed, job.ranks, job.pulse)
     sizes = {probe: ((shape.patches,) if PROBES[probe].tokens else ()) + (shape.width,) for probe in shape.probes}
-    return {probe: forecast.seconds(probe, samples, size, setting) for probe, size in sizes.items()}
+    return {probe: expected_duration.seconds(probe, samples, size, setting) for probe, size in sizes.items()}
 
 
 def _shorter(job: Job, work: Iterable[Work]) -> str:

@@ -37,10 +37,10 @@ from m3ae_fast.evaluation.encoding import Features, encode_batches, encode_corpu
 from m3ae_fast.evaluation.tasks import COLUMN_NAMES
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pooling import Pool
-from m3ae_fast.process.program import raise_once
 from m3ae_fast.process.ranks import Ranks, join_ranks
+from m3ae_fast.process.session import raise_once
 from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker
-from m3ae_fast.shards.folder import SUFFIXES
+from m3ae_fast.shards.sources.folder import SUFFIXES
 from m3ae_fast.weights.open_model import open_model, set_images
 
 PARQUET, NPZ = ".parquet", ".npz"

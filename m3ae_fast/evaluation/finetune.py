@@ -31,12 +31,12 @@ from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.evaluation.augment import Mixing, RandAugment, mixes
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
+from m3ae_fast.evaluation.default_hyperparameters import sentence, settled
 from m3ae_fast.evaluation.encoding import check_skipped
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask
 from m3ae_fast.evaluation.layer_decay import layer_decay_groups
 from m3ae_fast.evaluation.predictions import Predictions
-from m3ae_fast.evaluation.recipe import sentence, settled
 from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.initial_weights import constants

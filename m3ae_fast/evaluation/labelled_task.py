@@ -16,11 +16,11 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_confusion, draw_training
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, Official, chosen
 from m3ae_fast.evaluation.job import LONG_S, SHORT_S, Columns, Job, SoFar
 from m3ae_fast.evaluation.predictions import Predictions
-from m3ae_fast.evaluation.recipe import OFFICIAL, Official, chosen
 from m3ae_fast.evaluation.significance import ERROR
-from m3ae_fast.training.log import read_metrics
+from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.throughput import SampleCounts
 from m3ae_fast.training.trainer import Trainer
 

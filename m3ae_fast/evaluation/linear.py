@@ -20,14 +20,14 @@ from m3ae_fast.data import Data, Share
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
+from m3ae_fast.evaluation.default_hyperparameters import sentence, settled
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import LabelledTask
+from m3ae_fast.evaluation.learning_rates import Tried, choose, edge, table, try_rates
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.probe_engine import CachedSteps, ProbeEngine
-from m3ae_fast.evaluation.rates import Tried, choose, edge, table, try_rates
-from m3ae_fast.evaluation.recipe import sentence, settled
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.training.throughput import SampleRate
 from m3ae_fast.training.trainer import Trainer

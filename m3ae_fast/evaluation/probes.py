@@ -14,13 +14,13 @@ from m3ae_fast.base.progress import track
 from m3ae_fast.config.evaluation import LinearProbeConfig
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import attentive
+from m3ae_fast.evaluation.default_hyperparameters import settled
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.knn import knn_predictions
+from m3ae_fast.evaluation.learning_rates import choose, try_rates
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.probe_engine import CachedSteps, ProbeEngine, Setting
-from m3ae_fast.evaluation.rates import choose, try_rates
-from m3ae_fast.evaluation.recipe import settled
 
 
 class Probe(NamedTuple):

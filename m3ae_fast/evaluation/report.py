@@ -15,8 +15,8 @@ from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, draw_charts
 from m3ae_fast.evaluation.significance import ERROR, standard_error
 from m3ae_fast.training.diagnostics import Metrics, findings, verdict
-from m3ae_fast.training.log import read_metrics
-from m3ae_fast.training.record import status
+from m3ae_fast.training.metrics_log import read_metrics
+from m3ae_fast.training.run_state import status
 from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help

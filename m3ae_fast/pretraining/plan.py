@@ -14,10 +14,10 @@ from m3ae_fast.base.progress import duration
 from m3ae_fast.config import LONGEST, Config
 from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.evaluation.recipe import OFFICIAL
-from m3ae_fast.pretraining import choices
-from m3ae_fast.pretraining.choices import Facts, Rung, Shards
-from m3ae_fast.process.program import Session
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
+from m3ae_fast.pretraining import automatic_settings
+from m3ae_fast.pretraining.automatic_settings import Facts, Rung, Shards
+from m3ae_fast.process.session import Session
 from m3ae_fast.training.pace import Pace, measure
 
 _TRIAL, _LONGEST_TRIAL = 0.03, 30.0  # of the time, and seconds, for the steps that measure a size, at most
@@ -70,9 +70,9 @@ class Budget:
 
     def evaluations(self, pace: Pace) -> tuple[int, float]:
         """Return the evaluations between the first and the last step, and how many seconds they take."""
-        probe = self._features(pace) if self._probed and self.facts.samples <= choices.PROBED else 0.0
+        probe = self._features(pace) if self._probed and self.facts.samples <= automatic_settings.PROBED else 0.0
         each = self._losses(pace) + probe
-        count = min(choices.EVALUATIONS, int(_EVALUATING * self.training(pace) / each)) if each else 0
+        count = min(automatic_settings.EVALUATIONS, int(_EVALUATING * self.training(pace) / each)) if each else 0
         return count, count * each
 
     def steps_time(self, pace: Pace) -> float:
@@ -82,7 +82,7 @@ class Budget:
 
     def _losses(self, pace: Pace) -> float:
         held_out = self.facts.held_out
-        return _START + pace.evaluation(min(held_out, choices.EVALUATED)) if held_out else 0.0
+        return _START + pace.evaluation(min(held_out, automatic_settings.EVALUATED)) if held_out else 0.0
 
     def _features(self, pace: Pace) -> float:
         """Return the seconds for the features of all samples: a forward pass over all patches, about as long as a step
@@ -108,37 +108,45 @@ def choose(
     """
 
     def config_of(
-        rung: Rung, batch: int, steps: int, time_limit: float | None = None, evaluations: int = choices.EVALUATIONS
+        rung: Rung,
+        batch: int,
+        steps: int,
+        time_limit: float | None = None,
+        evaluations: int = automatic_settings.EVALUATIONS,
     ) -> Config:
         given = (facts, shards, out, rung, batch, steps, labels, overrides)
-        return choices.settings(*given, hours=time_limit, evaluations=evaluations)
+        return automatic_settings.settings(*given, hours=time_limit, evaluations=evaluations)
 
-    allowed = choices.possible(choices.rungs(facts), lambda rung: config_of(rung, choices.SMALLEST_BATCH, 1))
+    allowed = automatic_settings.possible(
+        automatic_settings.rungs(facts), lambda rung: config_of(rung, automatic_settings.SMALLEST_BATCH, 1)
+    )
 
     def measured(rung: Rung) -> Pace:
-        config = config_of(rung, choices.batch_of(facts.samples), 1)
+        config = config_of(rung, automatic_settings.batch_of(facts.samples), 1)
         settled = config.model_copy(update={"train": settle_precision(config.train, session.ranks.device)})
         return measure(settled, session, min(_TRIAL * budget.seconds, _LONGEST_TRIAL))
 
-    probed = config_of(allowed[0], choices.SMALLEST_BATCH, 1).train.probe is not None
+    probed = config_of(allowed[0], automatic_settings.SMALLEST_BATCH, 1).train.probe is not None
     budget = Budget(facts, probed, hours, began)
     rung, pace = allowed[0], measured(allowed[0])
     why = _why_not_larger(facts)
     for larger in allowed[1:]:
-        needed = memory_needed(config_of(larger, choices.SMALLEST_BATCH, 1), 1, choices.SMALLEST_BATCH)
+        needed = memory_needed(
+            config_of(larger, automatic_settings.SMALLEST_BATCH, 1), 1, automatic_settings.SMALLEST_BATCH
+        )
         if lacking := missing_memory(needed, session.ranks.device):
             why = f'not "{larger.name}", for which {lacking}'
             break
         other = measured(larger)
         seconds = budget.steps_time(other)
-        if not choices.reaches(seconds, other.sample, facts.samples):
+        if not automatic_settings.reaches(seconds, other.sample, facts.samples):
             why = _too_slow(larger, seconds, other, facts)
             break
         rung, pace = larger, other
     seconds, (evaluations, _) = budget.steps_time(pace), budget.evaluations(pace)
-    fitted = choices.fitted_batch(seconds, pace.sample, facts.samples)
-    batch = choices.given(overrides, "train.global_batch") or fitted
-    steps = choices.steps_in(seconds, pace.sample, batch, facts.samples)
+    fitted = automatic_settings.fitted_batch(seconds, pace.sample, facts.samples)
+    batch = automatic_settings.given(overrides, "train.global_batch") or fitted
+    steps = automatic_settings.steps_in(seconds, pace.sample, batch, facts.samples)
     time_limit = round(budget.training(pace) / 3600, 5)
     config = config_of(rung, batch, steps, time_limit, evaluations)
     return Plan(config, _lines(config, budget, rung, why, pace), _warning(config, budget, pace))
@@ -146,7 +154,7 @@ def choose(
 
 def _why_not_larger(facts: Facts) -> str:
     """Return why no larger size than those that fit the samples is considered."""
-    above = [rung for rung in choices.LADDER if rung.samples > facts.samples]
+    above = [rung for rung in automatic_settings.LADDER if rung.samples > facts.samples]
     return f'"{above[0].name}" is for {above[0].samples:,.0f} samples or more' if above else "there is no larger one"
 
 
@@ -156,8 +164,8 @@ def _too_slow(rung: Rung, seconds: float, pace: Pace, facts: Facts) -> str:
     epochs = seen / facts.samples
     return (
         f'"{rung.name}" is too slow: in the time it would train on {seen:,.0f} images, '
-        f"{epochs:,.{0 if epochs >= 10 else 1}f} epochs, and a larger model is chosen from {choices.EPOCHS} epochs and "
-        f"{choices.SEEN:,} images on"
+        f"{epochs:,.{0 if epochs >= 10 else 1}f} epochs, and a larger model is chosen from "
+        f"{automatic_settings.EPOCHS} epochs and {automatic_settings.SEEN:,} images on"
     )
 
 
@@ -206,7 +214,7 @@ def _warning(config: Config, budget: Budget, pace: Pace) -> str:
     """Return what can be expected of a run that is too short to learn much, and how much time to give; "" for others,
     and where the user has decided how long it is."""
     schedule, batch = Schedule(config.train, config.optim, budget.facts.samples), config.train.global_batch
-    steps, enough = schedule.total_steps, max(choices.LEARNING_STEPS, schedule.steps_per_epoch)
+    steps, enough = schedule.total_steps, max(automatic_settings.LEARNING_STEPS, schedule.steps_per_epoch)
     if config.train.hours is None or steps >= enough:
         return ""
     needed = budget.spent() + enough * batch * pace.sample / (1 - _EVALUATING) + budget.ends(pace) + budget.after(pace)

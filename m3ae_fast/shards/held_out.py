@@ -21,7 +21,7 @@ from m3ae_fast.data.index import MISSING, IndexedShard, group, index_shards
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.shards.duplicate_images import middle
-from m3ae_fast.shards.member import add_member
+from m3ae_fast.shards.tar_member import add_member
 
 
 class _Place(NamedTuple):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
-from m3ae_fast.shards.folder import Folder
-from m3ae_fast.shards.hdf5 import Hdf5
-from m3ae_fast.shards.huggingface import HuggingFace
 from m3ae_fast.shards.overview import parts_of, show
-from m3ae_fast.shards.records import Records
+from m3ae_fast.shards.problem_counts import Tally
 from m3ae_fast.shards.settings import Settings
-from m3ae_fast.shards.tally import Tally
+from m3ae_fast.shards.sources.folder import Folder
+from m3ae_fast.shards.sources.hdf5 import Hdf5
+from m3ae_fast.shards.sources.huggingface import HuggingFace
+from m3ae_fast.shards.sources.records import Records
 from m3ae_fast.shards.writer import convert, describe_conversion
 
 

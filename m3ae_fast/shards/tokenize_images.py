@@ -30,9 +30,9 @@ from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.images.crops import centre_crop, random_crop
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.pretrained import weights_digest
-from m3ae_fast.shards.records import Record, Records
 from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.shrink import jpeg
+from m3ae_fast.shards.sources.records import Record, Records
 from m3ae_fast.shards.writer import convert, describe_conversion
 from m3ae_fast.vqgan.model import VQGAN
 

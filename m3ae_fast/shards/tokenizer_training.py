@@ -20,7 +20,7 @@ from m3ae_fast.config import MAX_VOCAB, SourceConfig
 from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.shards.tally import REFUSED, Tally
+from m3ae_fast.shards.problem_counts import REFUSED, Tally
 
 _SHARDS = 16  # that a part of the captions is read from
 FEW = 0.9  # of the tokens requested; below it a note is printed

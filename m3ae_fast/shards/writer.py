@@ -34,14 +34,14 @@ from m3ae_fast.base.progress import progress
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
-from m3ae_fast.shards.claim import CLASSES, MANIFEST, claimed
 from m3ae_fast.shards.duplicate_images import split_images
-from m3ae_fast.shards.layout import HELD_OUT, TRAIN, VAL
-from m3ae_fast.shards.member import add_member
-from m3ae_fast.shards.records import Record, Records
+from m3ae_fast.shards.output_claim import CLASSES, MANIFEST, claimed
+from m3ae_fast.shards.problem_counts import REFUSED, Tally
 from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.shrink import as_member
-from m3ae_fast.shards.tally import REFUSED, Tally
+from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TRAIN, VAL
+from m3ae_fast.shards.sources.records import Record, Records
+from m3ae_fast.shards.tar_member import add_member
 
 _TICK_S = 1.0  # between looks at how many samples the workers have written
 

@@ -32,7 +32,7 @@ from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.process.program import Session
+from m3ae_fast.process.session import Session
 from m3ae_fast.training.pace import FIRST_BATCH, measure
 
 UTILISATION = 0.45  # of an H100's bf16 peak: what good trainers of this size reach

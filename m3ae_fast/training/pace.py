@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from m3ae_fast.base.progress import duration, working
 from m3ae_fast.config import Config
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.process.program import Session
+from m3ae_fast.process.session import Session
 from m3ae_fast.process.stopping import Stopped
 from m3ae_fast.training.run import set_up
 from m3ae_fast.training.trainer import Trainer

@@ -21,7 +21,7 @@ from m3ae_fast.engine.validation import Yardsticks, evaluate
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.training.attention import RunAttention
-from m3ae_fast.training.log import RunLog
+from m3ae_fast.training.metrics_log import RunLog
 from m3ae_fast.training.notices import open_options
 from m3ae_fast.training.throughput import StepCounts
 from m3ae_fast.training.trainer import Trainer

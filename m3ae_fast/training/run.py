@@ -38,8 +38,8 @@ from m3ae_fast.engine.optimizer import optimizer_groups, state_kinds
 from m3ae_fast.engine.schedule import Change, Schedule, split_batch
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.heartbeats import Pulse
-from m3ae_fast.process.program import Session
 from m3ae_fast.process.ranks import Ranks
+from m3ae_fast.process.session import Session
 from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.initial_weights import constants, start_from
 from m3ae_fast.training.notices import cautions

@@ -24,15 +24,15 @@ from m3ae_fast.data.order import hash64
 from m3ae_fast.engine.feed import StepInput, feed
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.process.garbage import GarbageCollection
-from m3ae_fast.process.program import Session
+from m3ae_fast.process.garbage_collection import GarbageCollection
+from m3ae_fast.process.session import Session
 from m3ae_fast.process.signals import BY_ANOTHER
-from m3ae_fast.training.log import RunLog, SilentLog
 from m3ae_fast.training.loss_watch import LossWatch
+from m3ae_fast.training.metrics_log import RunLog, SilentLog
 from m3ae_fast.training.notices import MemoryGrowth
 from m3ae_fast.training.profiler import profiler
-from m3ae_fast.training.record import Recorder
 from m3ae_fast.training.run_folder import RunFolder
+from m3ae_fast.training.run_state import Recorder
 from m3ae_fast.training.throughput import Counts, ForwardTime, Rates
 from m3ae_fast.training.time_limit import TimeLimit
 

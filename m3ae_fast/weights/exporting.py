@@ -119,7 +119,7 @@ def _public(shards: str) -> str:
 
 def _last_metrics(run: SavedRun) -> dict[str, tuple[float, int]]:
     """Return, by name, a metric's last value up to the checkpoint's step, and the step of its line."""
-    from m3ae_fast.training.log import read_metrics
+    from m3ae_fast.training.metrics_log import read_metrics
 
     wanted = re.compile(r"(val_)?(loss|image_loss|text_loss|text_accuracy)")
     found: dict[str, tuple[float, int]] = {}

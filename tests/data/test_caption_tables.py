@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.shards.caption_table import read_captions
+from m3ae_fast.shards.sources.caption_table import read_captions
 
 fuzz = settings(
     max_examples=200,

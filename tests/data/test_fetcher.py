@@ -16,7 +16,7 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore
 from m3ae_fast.data.fetcher import Fetcher
 from m3ae_fast.data.manifest import KINDS, prepare, rows_of, write
-from m3ae_fast.process.standby import Node, Standby
+from m3ae_fast.process.helper_process import Node, Standby
 from tests.data.test_manifest import together
 from tests.helpers.shards import members, write_tar
 

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.pretraining.source import find_shards
-from m3ae_fast.shards.folder import Folder
-from m3ae_fast.shards.layout import split_of_file
+from m3ae_fast.pretraining.source_shards import find_shards
+from m3ae_fast.shards.sources.folder import Folder
+from m3ae_fast.shards.sources.folder_layout import split_of_file
 from tests.data.test_tools import contents, make
 from tests.helpers.shards import members, picture, write_tar
 

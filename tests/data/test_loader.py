@@ -38,9 +38,9 @@ from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.images.patch_grid import Native
 from m3ae_fast.process import workers as loader_workers
 from m3ae_fast.process.failures import explain
-from m3ae_fast.process.standby import Node
+from m3ae_fast.process.helper_process import Node
 from m3ae_fast.process.workers import Loader, default_workers
-from m3ae_fast.shards.caption_table import NoColumns
+from m3ae_fast.shards.sources.caption_table import NoColumns
 from tests.helpers.shards import WORDS, caption, members, picture, write_tar
 
 

@@ -13,7 +13,7 @@ from m3ae_fast.data import fetcher as fetcher_module
 from m3ae_fast.data.fetcher import CONNECTIONS, Fetcher, Fetching, Needs, Span
 from m3ae_fast.data.order import Order
 from m3ae_fast.data.shards import CacheSpace
-from m3ae_fast.process.standby import Node
+from m3ae_fast.process.helper_process import Node
 
 
 class Store:

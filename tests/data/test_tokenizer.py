@@ -135,7 +135,7 @@ def test_special_tokens_alone_are_special():
 
 
 def test_the_committed_tokenizer_fits_its_captions(store):
-    from m3ae_fast.shards.tally import Tally
+    from m3ae_fast.shards.problem_counts import Tally
     from m3ae_fast.shards.tokenizer_training import caption_texts as captions_of
 
     folder = Path(__file__).parents[2] / "data" / "openclipart"

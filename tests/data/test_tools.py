@@ -27,9 +27,9 @@ from m3ae_fast.data.shards import INDEX_SUFFIX
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.shards import writer
 from m3ae_fast.shards.duplicate_images import join
-from m3ae_fast.shards.folder import Folder
-from m3ae_fast.shards.huggingface import HuggingFace
-from m3ae_fast.shards.records import to_int
+from m3ae_fast.shards.sources.folder import Folder
+from m3ae_fast.shards.sources.huggingface import HuggingFace
+from m3ae_fast.shards.sources.records import to_int
 from tests.helpers.shards import caption, picture
 
 
@@ -482,7 +482,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, pictures, capsys):
 
 
 def test_two_conversions_do_not_meet(tmp_path, pictures, capsys):
-    from m3ae_fast.shards.claim import claimed
+    from m3ae_fast.shards.output_claim import claimed
 
     with claimed(tmp_path / "out", {"source": {}, "settings": {}}, None):
         assert make("from-folder", pictures, tmp_path / "out") == 2

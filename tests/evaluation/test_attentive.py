@@ -11,9 +11,9 @@ from m3ae_fast.config.evaluation import AttentiveProbeConfig, EvaluationConfig
 from m3ae_fast.evaluation import attentive
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.heads import AttentiveHead, LinearProbeHead
+from m3ae_fast.evaluation.learning_rates import best, split
 from m3ae_fast.evaluation.probe_engine import Setting
 from m3ae_fast.evaluation.probes import PROBES
-from m3ae_fast.evaluation.rates import best, split
 from m3ae_fast.process.ranks import join_ranks
 from tests.evaluation.test_rates import _Pulse
 

@@ -7,7 +7,8 @@ import torch
 
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.evaluation import attentive, forecast
+from m3ae_fast.evaluation import attentive, expected_duration
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, settled
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.finetune import FineTuning
 from m3ae_fast.evaluation.heads import AttentiveHead
@@ -15,7 +16,6 @@ from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.lars import LARS
 from m3ae_fast.evaluation.linear import Probing
 from m3ae_fast.evaluation.probe_engine import Live, Setting
-from m3ae_fast.evaluation.recipe import OFFICIAL, settled
 from m3ae_fast.process.ranks import join_ranks
 from tests.evaluation.test_rates import _Pulse
 
@@ -44,7 +44,7 @@ def clock(monkeypatch):
 
     costs(AttentiveHead, "forward", 0.01)
     costs(LARS, "step", 0.02)
-    monkeypatch.setattr(forecast, "perf_counter", lambda: seconds[0])
+    monkeypatch.setattr(expected_duration, "perf_counter", lambda: seconds[0])
     return seconds
 
 
@@ -54,15 +54,15 @@ def test_a_probes_duration_is_that_of_its_steps(clock, samples):
         setting = _setting(ranks)
         linear = settled(setting.config.linear, samples, {})
         steps = Schedule(linear, linear, samples).total_steps
-        found = forecast.seconds("linear", samples, (4,), setting)
+        found = expected_duration.seconds("linear", samples, (4,), setting)
         assert found == pytest.approx(2 * 0.02 * steps), "rates are tried, and then one is taken"
         given = _setting(ranks, linear={"peak_lr": 1.0, "steps": 70}, attentive={"peak_lr": 1e-3, "steps": 50})
-        assert forecast.seconds("linear", samples, (4,), given) == pytest.approx(0.02 * 70)
-        assert forecast.seconds("attentive", samples, (3, 4), given) == pytest.approx(0.01 * 50)
+        assert expected_duration.seconds("linear", samples, (4,), given) == pytest.approx(0.02 * 70)
+        assert expected_duration.seconds("attentive", samples, (3, 4), given) == pytest.approx(0.01 * 50)
         steps = attentive.settled(setting.config.attentive, samples, 2).steps
-        found = forecast.seconds("attentive", samples, (3, 4), setting)
+        found = expected_duration.seconds("attentive", samples, (3, 4), setting)
         assert found == pytest.approx(6 * 0.01 * steps, rel=0.25), "five rates, which are judged, and then one"
-        assert forecast.seconds("knn", samples, (4,), setting) == 0.0
+        assert expected_duration.seconds("knn", samples, (4,), setting) == 0.0
 
 
 def test_a_first_step_that_takes_long_is_enough(clock, monkeypatch):
@@ -70,7 +70,7 @@ def test_a_first_step_that_takes_long_is_enough(clock, monkeypatch):
     monkeypatch.setattr(AttentiveHead, "forward", lambda *given: clock.__setitem__(0, clock[0] + 2) or real(*given))
     with join_ranks() as ranks:
         given = _setting(ranks, attentive={"peak_lr": 1e-3, "steps": 50})
-        assert forecast.seconds("attentive", 100, (3, 4), given) == pytest.approx(2.01 * 50) and clock[0] < 3
+        assert expected_duration.seconds("attentive", 100, (3, 4), given) == pytest.approx(2.01 * 50) and clock[0] < 3
 
 
 def test_an_attentive_probe_in_training_may_be_asked():

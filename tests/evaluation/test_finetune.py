@@ -22,7 +22,7 @@ from m3ae_fast.evaluation.augment import Mixing, RandAugment
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.finetune import TrainableClassifier
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.training.log import read_metrics
+from m3ae_fast.training.metrics_log import read_metrics
 from tests.helpers.labelled import coloured, labelled_tar
 from tests.helpers.ranks import run_ranks
 

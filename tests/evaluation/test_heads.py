@@ -15,7 +15,7 @@ from m3ae_fast.evaluation.layer_decay import layer_decay_groups, layer_of
 from m3ae_fast.model.pooling import mean_of_tokens
 from m3ae_fast.verify.finetune import flax_path
 from m3ae_fast.verify.golden import Golden, relative_error
-from m3ae_fast.verify.program import quantities
+from m3ae_fast.verify.replay import quantities
 from tests.helpers.official_transfer import make_finetuning, make_probe
 
 VARIANTS = {

@@ -8,11 +8,11 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.evaluation import EncodeConfig, LinearProbeConfig
 from m3ae_fast.evaluation import linear
 from m3ae_fast.evaluation.classifier import Classifier
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.heads import LinearProbeHead
+from m3ae_fast.evaluation.learning_rates import Tried, choose
 from m3ae_fast.evaluation.probe_engine import CachedSteps, EncodedBatch, ProbeEngine
-from m3ae_fast.evaluation.rates import Tried, choose
-from m3ae_fast.evaluation.recipe import OFFICIAL
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.training import throughput
 from m3ae_fast.weights.open_model import open_model

@@ -7,9 +7,9 @@ import torch
 
 from m3ae_fast.config.evaluation import EvaluationConfig, LinearProbeConfig
 from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.learning_rates import FACTORS, Tried, best, choose, edge, split, table, try_rates
 from m3ae_fast.evaluation.probe_engine import Setting
 from m3ae_fast.evaluation.probes import fit_linear
-from m3ae_fast.evaluation.rates import FACTORS, Tried, best, choose, edge, split, table, try_rates
 from m3ae_fast.process.heartbeats import Pulse
 from m3ae_fast.process.ranks import join_ranks
 

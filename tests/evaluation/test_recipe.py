@@ -6,8 +6,8 @@ import pytest
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig, evaluation_config
+from m3ae_fast.evaluation.default_hyperparameters import IMAGENET, OFFICIAL, Recipe, chosen, settled
 from m3ae_fast.evaluation.labelled_task import rising
-from m3ae_fast.evaluation.recipe import IMAGENET, OFFICIAL, Recipe, chosen, settled
 from tests.helpers.trainer import ROOT
 
 

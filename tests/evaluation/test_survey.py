@@ -10,10 +10,10 @@ from scipy import stats
 from sklearn.neighbors import KNeighborsClassifier
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.evaluation import survey
+from m3ae_fast.evaluation import probe_grid
 from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.probe_grid import chosen_layers, few_shot
 from m3ae_fast.evaluation.significance import interval, mean_accuracy
-from m3ae_fast.evaluation.survey import chosen_layers, few_shot
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.weights.open_model import open_model
@@ -157,9 +157,9 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, tmp_path, monkeypatch
 )  # fmt: skip
 def test_accuracies_are_drawn_by_depth_or_of_one_layer_by_shots(tmp_path, monkeypatch, layers, shots, file, lines):
     drawn = []
-    monkeypatch.setattr(survey, "draw_accuracies", lambda *what: drawn.append(what))
+    monkeypatch.setattr(probe_grid, "draw_accuracies", lambda *what: drawn.append(what))
     rows = [
         {"layer": layer, "shots": of, "top1": 10 * layer + (of or 0), "top1_se": 1} for layer in layers for of in shots
     ]
-    survey._draw(SimpleNamespace(out=tmp_path), rows)
+    probe_grid._draw(SimpleNamespace(out=tmp_path), rows)
     assert [(path.name, points) for path, points, _ in drawn] == ([(file, lines)] if file else [])

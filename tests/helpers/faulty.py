@@ -16,7 +16,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint import folder, state_files
 from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.data.dataset import Samples
-from m3ae_fast.training import log, run
+from m3ae_fast.training import metrics_log, run
 
 # where a fault is -> the object and the name of what raises instead
 PLACES: dict[str, tuple[Any, str]] = {
@@ -25,7 +25,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "table": (state_files, "write_table"),
     "rename": (folder, "put_in_place"),
     "pictures": (run, "draw_training"),
-    "log": (log, "_forget_after"),
+    "log": (metrics_log, "_forget_after"),
     "loader": (Samples, "__getitems__"),
 }
 ERRORS: dict[str, Callable[[], BaseException]] = {

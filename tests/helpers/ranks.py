@@ -30,7 +30,7 @@ _IMPORTED = (
     "m3ae_fast.train",
     "m3ae_fast.training.dry_run",
     "m3ae_fast.training.run",
-    "m3ae_fast.evaluation.knn_probe",
+    "m3ae_fast.evaluation.knn_during_training",
     "deepspeed",
 )
 _LATE = (

@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from m3ae_fast.shards.member import add_member
+from m3ae_fast.shards.tar_member import add_member
 
 WORDS = ["red", "green", "blue", "cat", "dog", "tree", "house", "river"]
 

@@ -19,7 +19,7 @@ from m3ae_fast.config import ModelConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
-from m3ae_fast.evaluation import attentive, forecast
+from m3ae_fast.evaluation import attentive, expected_duration
 from m3ae_fast.evaluation.encoding import Features, key_digest
 from m3ae_fast.evaluation.job import Job, SoFar, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
@@ -133,7 +133,7 @@ def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes) -> fl
     samples = train.samples if shots is None else min(shots * len(classes), train.samples)
     shape = (model.most_patches, model.emb_dim) if PROBES[task].tokens else (model.emb_dim,)
     setting = Setting(job.config, len(classes), model.num_heads, job.config.run.seed, job.ranks, job.pulse)
-    return forecast.seconds(task, samples, shape, setting)
+    return expected_duration.seconds(task, samples, shape, setting)
 
 
 def _shorter(job: Job, layers: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ from m3ae_fast.evaluation.run_figures import feature_map
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.evaluation.tasks import MAP_NEEDS
 from m3ae_fast.pretraining import GOES_ON
-from m3ae_fast.process.program import Session, joined_program
+from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.loggers import show
 from m3ae_fast.weights.model_name import PIXELS, RANDOM
 

@@ -15,11 +15,11 @@ from m3ae_fast.config import Range, SourceConfig
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.labels import class_names, label_corpus
 from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.pretraining.choices import TOKENIZER, Facts, Shards, channels_set, set_to
-from m3ae_fast.pretraining.evident import range_of, sight
+from m3ae_fast.pretraining.automatic_settings import TOKENIZER, Facts, Shards, channels_set, set_to
+from m3ae_fast.pretraining.image_kind import range_of, sight
 from m3ae_fast.shards.overview import describe_classes, part_of, show
+from m3ae_fast.shards.problem_counts import Tally
 from m3ae_fast.shards.stats import collect, require_images
-from m3ae_fast.shards.tally import Tally
 from m3ae_fast.shards.tokenizer_training import caption_texts, save_tokenizer
 
 _LOOKED_AT = 2000  # samples

@@ -10,10 +10,10 @@ import torch
 
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import attentive
+from m3ae_fast.evaluation.default_hyperparameters import settled
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.probe_engine import Setting
 from m3ae_fast.evaluation.probes import fit_linear
-from m3ae_fast.evaluation.recipe import settled
 
 _LONG_ENOUGH_S = 0.2  # of steps, to judge the others by
 

@@ -10,9 +10,9 @@ from typing import NamedTuple, NoReturn
 from m3ae_fast.base.errors import ErrorElsewhere
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.heartbeats import Pulse
+from m3ae_fast.process.helper_process import Node, Standby
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.process.signals import BY_ANOTHER, StopRequest
-from m3ae_fast.process.standby import Node, Standby
 from m3ae_fast.process.stopping import Stopped
 
 

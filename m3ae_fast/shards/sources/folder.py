@@ -19,11 +19,11 @@ from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.index import IMAGE_SUFFIXES
 from m3ae_fast.images.bands import ReaderMissing
 from m3ae_fast.images.decoding import own_bands
-from m3ae_fast.shards.caption_table import Row, read_captions
 from m3ae_fast.shards.duplicate_images import join, middle, number_same
-from m3ae_fast.shards.layout import TRAIN, printable, split_of_folder, understand
-from m3ae_fast.shards.records import Record, Records, read_file
-from m3ae_fast.shards.tally import IGNORED, OUTSIDE, Tally
+from m3ae_fast.shards.problem_counts import IGNORED, OUTSIDE, Tally
+from m3ae_fast.shards.sources.caption_table import Row, read_captions
+from m3ae_fast.shards.sources.folder_layout import TRAIN, printable, split_of_folder, understand
+from m3ae_fast.shards.sources.records import Record, Records, read_file
 
 _LOOKED_AT = 1000  # rows of a table, for the names of its fields
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)

@@ -14,16 +14,16 @@ from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import Config, Range, follow, load_config, read_config, remembered
 from m3ae_fast.data.labels import check_field
-from m3ae_fast.evaluation.knn_probe import knn_probe
+from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.report import REPORT_FILE, write_report
-from m3ae_fast.pretraining.choices import check_overrides
-from m3ae_fast.pretraining.evaluation import draw_map, evaluate_run, stage, table, verdicts, why_no_map
-from m3ae_fast.pretraining.look import look
+from m3ae_fast.pretraining.automatic_settings import check_overrides
+from m3ae_fast.pretraining.dataset_statistics import look
+from m3ae_fast.pretraining.final_evaluation import draw_map, evaluate_run, stage, table, verdicts, why_no_map
 from m3ae_fast.pretraining.plan import Plan, choose
-from m3ae_fast.pretraining.source import find_shards
-from m3ae_fast.training.record import status
+from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.training.run import pre_train
 from m3ae_fast.training.run_folder import is_held
+from m3ae_fast.training.run_state import status
 from m3ae_fast.weights.exporting import export
 
 CONFIG, EXPORT = "config.json", "export"  # of a run folder

@@ -18,17 +18,17 @@ from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.config import Range
 from m3ae_fast.data.manifest import is_manifest
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
-from m3ae_fast.pretraining.choices import Shards
-from m3ae_fast.pretraining.evident import range_of
-from m3ae_fast.shards.caption_table import READERS, NoColumns, read_captions
-from m3ae_fast.shards.claim import MANIFEST
-from m3ae_fast.shards.folder import Folder, ImagesMissing
+from m3ae_fast.pretraining.automatic_settings import Shards
+from m3ae_fast.pretraining.image_kind import range_of
 from m3ae_fast.shards.held_out import shared_images, write_without
-from m3ae_fast.shards.huggingface import HuggingFace
-from m3ae_fast.shards.layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file, split_of_folder
+from m3ae_fast.shards.output_claim import MANIFEST
 from m3ae_fast.shards.overview import parts_of, show
-from m3ae_fast.shards.records import Records
 from m3ae_fast.shards.settings import Settings
+from m3ae_fast.shards.sources.caption_table import READERS, NoColumns, read_captions
+from m3ae_fast.shards.sources.folder import Folder, ImagesMissing
+from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file, split_of_folder
+from m3ae_fast.shards.sources.huggingface import HuggingFace
+from m3ae_fast.shards.sources.records import Records
 from m3ae_fast.shards.writer import convert, manifest_of
 
 SHARDS, CLEANED = "shards", "held-out"  # folders of a run folder
