@@ -162,7 +162,7 @@ class Options:
         """Return the name of the module of this package that performs the task."""
         surveys = self.task == "attentive" or bool(self.layers or self.shots)
         surveys = surveys or (self.task == "linear" and self.is_pixels)  # pixels have no encoder for a classifier
-        return "survey" if surveys else self.task
+        return "probe_grid" if surveys else self.task
 
 
 def _default(name: str) -> Any:
