@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.base.errors import UserError
@@ -22,7 +23,8 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_comparison
 from m3ae_fast.evaluation import expected_duration
-from m3ae_fast.evaluation.difference import LARGEST
+from m3ae_fast.evaluation.class_metrics import accuracy_by_class
+from m3ae_fast.evaluation.difference import LARGEST, not_above_largest
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.job import Job, SoFar, summary
 from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
@@ -66,15 +68,21 @@ class Found:
             {"probe": probe, "first": first, "second": second, **test._asdict(), "significant": test.is_significant}
             for probe, first, second, test in self.tests()
         ]
-        labels_N = next(iter(next(iter(self.trials.values())).values())).labels_N
-        chance = largest_share(labels_N.tolist())
-        return {"rows": rows, "tests": tests, "chance": chance, "val_samples": len(labels_N)}
+        labels = self._labels().tolist()
+        return {"rows": rows, "tests": tests, "chance": largest_share(labels), "val_samples": len(labels)}
+
+    def _labels(self) -> Tensor:
+        """Return the class ids of the held-out samples, [N]."""
+        return next(iter(next(iter(self.trials.values())).values())).labels_N
 
     def accuracy(self, model: str, probe: str) -> dict[str, float]:
-        """Return the mean accuracy over seeds, its standard error, and how many seeds there were."""
+        """Return the mean accuracy over seeds, its standard error, the mean of the classes' accuracies, and how many
+        seeds there were."""
         correct_DN = self.correct(model, probe)
         top1, error = mean_accuracy(correct_DN)
-        return {"top1": top1, f"top1{ERROR}": error, "trials": len(correct_DN)}
+        by_class = accuracy_by_class(self._labels().numpy(), correct_DN.mean(0))
+        balanced = sum(row["accuracy"] for row in by_class) / len(by_class)
+        return {"top1": top1, f"top1{ERROR}": error, "balanced_accuracy": balanced, "trials": len(correct_DN)}
 
     def tests(self) -> Iterator[tuple[str, str, str, Difference]]:
         """Yield (probe, first, second, test) of any two models, and of each and the largest class, by each probe, the
@@ -84,11 +92,17 @@ class Found:
             for second, first in combinations(models, 2):
                 yield probe, first, second, difference(self._right(first, probe), self._right(second, probe))
 
+    def warnings(self) -> Iterator[tuple[str, str]]:
+        """Yield (probe, warning) of each model that is not better than the largest class."""
+        for model, probe in self.trials:
+            if words := not_above_largest(self._right(model, probe), self._right(LARGEST, probe), model):
+                yield probe, words
+
     def _right(self, model: str, probe: str) -> np.ndarray:
         """Return how often each sample was right, [N]."""
         if model != LARGEST:
             return self.correct(model, probe).mean(0)
-        labels_N = next(iter(next(iter(self.trials.values())).values())).labels_N
+        labels_N = self._labels()
         return (labels_N == labels_N.bincount().argmax()).numpy()
 
     def columns(self) -> dict[str, list[Any]]:
@@ -123,6 +137,7 @@ class Found:
         ]
         for probe, first, second, test in self.tests():
             lines.append(f"- {probe}: {test.words(first, second)}")
+        lines += [f"- warning: {probe}: {words}" for probe, words in self.warnings()]
         return "\n".join(
             [*lines, "", f"Each test stands alone: of twenty between equals, one errs (level {LEVEL:g}).", ""]
         )

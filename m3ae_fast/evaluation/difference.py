@@ -6,7 +6,7 @@ Shapes: N familiar samples, M strange ones.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
     ours = _correct(folder, table)
     compared = {other: _correct(path, read_parquet(path / FILE)) for other, path in others.items()}
     labels = dict(zip(table["key"], table["label"]))
-    (largest, _), *_ = Counter(labels.values()).most_common()
+    largest = _largest(labels.values())
     compared[LARGEST] = {key: label == largest for key, label in labels.items()}
     return [_words(ours, theirs, (name, other)) for other, theirs in compared.items()]
 
@@ -58,7 +58,8 @@ def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
 def against_largest_class(folder: Path) -> dict[str, Any]:
     """Return what result.json says beside the accuracies of a task that classifies: as "chance" the share of the
     largest class among the held-out samples, of more than five classes as "chance_top5" that of the five largest, and,
-    of one prediction for each sample, as "verdict" whether it is better. Nothing for other tasks."""
+    of one prediction for each sample, as "verdict" whether it is better, with a "warning" if it is not. Nothing for
+    other tasks."""
     if not (folder / FILE).exists():
         return {}
     table = read_parquet(folder / FILE)
@@ -68,9 +69,34 @@ def against_largest_class(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"chance": largest_share(labels.values())}
     if len({*labels.values()}) > 5:
         found["chance_top5"] = largest_share(labels.values(), 5)
-    if len(labels) == len(table["key"]):
+    if one_prediction_each(table):
         (found["verdict"],) = in_words(folder, "the model", {})
+        label_N, largest = np.array(table["label"]), _largest(table["label"])
+        if warning := not_above_largest(label_N == np.array(table["prediction"]), label_N == largest):
+            found["warning"] = warning
     return found
+
+
+def one_prediction_each(table: Table) -> bool:
+    """Return whether a task has classified each sample once."""
+    return len({*table["key"]}) == len(table["key"])
+
+
+def not_above_largest(right_N: np.ndarray, largest_N: np.ndarray, name: str = "the model") -> str:
+    """Return a warning if an accuracy is not significantly above that of always predicting the largest class, else "".
+    `right_N`: how often each sample was right, from 0 to 1; `largest_N`: whether it is of the largest class."""
+    found = difference(right_N, largest_N)
+    if found.is_significant and found.value > 0:
+        return ""
+    return (
+        f"{name} is not better than always predicting the largest class: top-1 accuracy {right_N.mean():.1%}, largest "
+        f"class {largest_N.mean():.1%}"
+    )
+
+
+def _largest(labels: Iterable[Any]) -> Any:
+    ((largest, _),) = Counter(labels).most_common(1)
+    return largest
 
 
 def _words(ours: dict[str, bool], theirs: dict[str, bool], names: Sequence[Any]) -> str:

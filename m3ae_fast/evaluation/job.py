@@ -60,7 +60,8 @@ class Job:
     session: Session
     folder: RunFolder | None  # OUT, on the main rank only
     model: Any  # M3AE, or the Classifier where the task is about one; on the ranks' device
-    names: list[str] = field(default_factory=list)  # of classes, for pictures; see `open_labelled`
+    classes: Classes = ()  # by id, and what pictures call them; see `open_labelled`
+    names: list[str] = field(default_factory=list)
     pictures: list[Callable[[], None]] = field(default_factory=list)  # drawn once the result is written
 
     def __post_init__(self) -> None:
@@ -81,8 +82,8 @@ class Job:
         return corpus
 
     def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
-        """Return training and validation samples that have a class, and the classes by id; `names` then has what to
-        call them. Raises UserError as `open_corpus` and `label_corpus` do."""
+        """Return training and validation samples that have a class, and the classes by id; `classes` and `names` then
+        have those and what to call them. Raises UserError as `open_corpus` and `label_corpus` do."""
         field, progress = self.options.labels, self.ranks.is_main
         train, val = self.open(self.config.data.train), self.open(self.config.data.val)
         classes: Classes | None = None
@@ -95,7 +96,7 @@ class Job:
         if shared := val.shared_with(train):
             parts = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
             self.say(f"note: --val: {parts} in --train too, such as {shared[0]}: no accuracy is of unseen samples")
-        self.names = class_names(labelled[0], classes)
+        self.classes, self.names = classes, class_names(labelled[0], classes)
         return labelled[0], labelled[1], classes
 
     def encode(self, corpus: Corpus, title: str, **what: Any) -> Features:

@@ -17,7 +17,7 @@ from torch import Tensor
 from m3ae_fast.base.progress import track
 from m3ae_fast.config import KnnConfig
 from m3ae_fast.data import Corpus
-from m3ae_fast.drawing.figures import GREEN, RED, draw_confusion, draw_sheet
+from m3ae_fast.drawing.figures import GREEN, RED, draw_sheet
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.predictions import Predictions
@@ -53,12 +53,7 @@ def run(job: Job) -> dict[str, Any]:
     predictions = knn_predictions(bank, queries, len(classes), job.config.knn)
     job.keep(predictions.columns(classes))
 
-    def draw() -> None:
-        predicted_M = predictions.best_NK[:, 0]
-        draw_confusion(job.out / "confusion.png", predictions.labels_N, predicted_M, job.names)
-        _draw_neighbours(job, (train, val), (bank, queries), predicted_M)
-
-    job.pictures.append(draw)
+    job.pictures.append(lambda: _draw_neighbours(job, (train, val), (bank, queries), predictions.best_NK[:, 0]))
     return predictions.accuracies() | {
         "k": min(job.config.knn.k, len(bank.keys)),
         "classes": len(classes),

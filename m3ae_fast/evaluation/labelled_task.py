@@ -15,7 +15,7 @@ from m3ae_fast.base.progress import duration
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig
 from m3ae_fast.data.labels import Classes
-from m3ae_fast.drawing.figures import draw_confusion, draw_training
+from m3ae_fast.drawing.figures import draw_training
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, Official, chosen
 from m3ae_fast.evaluation.job import LONG_S, SHORT_S, Columns, Job, SoFar
 from m3ae_fast.evaluation.predictions import Predictions
@@ -144,12 +144,9 @@ class LabelledTask(ABC):
         return SoFar(done, values | {"steps": at, "total_steps": total}, columns)
 
     def draw(self, trainer: Trainer) -> None:
-        """Draw the run and its last evaluation, on the main rank."""
+        """Draw the run, on the main rank."""
         folder = trainer.run.dir
         draw_training(folder / "training.png", read_metrics(folder), trainer.schedule.steps_per_epoch)
-        found = self.predictions
-        assert found is not None
-        draw_confusion(folder / "confusion.png", found.labels_N, found.best_NK[:, 0], self.job.names)
 
     def _log_duration(self, trainer: Trainer) -> None:
         taken, left = trainer.step - trainer.start, trainer.schedule.total_steps - trainer.step

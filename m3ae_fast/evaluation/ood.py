@@ -29,7 +29,7 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_detection
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.job import Job, SoFar, summary
-from m3ae_fast.evaluation.significance import middle
+from m3ae_fast.evaluation.significance import area_under_roc, middle
 
 TRAIN, VAL = "train", "val"  # what results call the samples that are familiar
 SCORES = ("max_softmax", "energy", "knn", "mahalanobis")
@@ -59,8 +59,7 @@ def bootstrap_areas(familiar: np.ndarray, strange: np.ndarray, seed: int) -> np.
         known_V, other_V = (
             np.bincount(part[random.integers(len(part), size=len(part))], minlength=len(values_V)) for part in parts
         )
-        lower_V = other_V.cumsum() - other_V / 2  # strange samples with a lower score; half of those with an equal one
-        return float(known_V @ lower_V) / (len(familiar) * len(strange))
+        return area_under_roc(known_V, other_V)
 
     return np.array([area() for _ in track(range(BOOTSTRAPS), "bootstrap")])
 

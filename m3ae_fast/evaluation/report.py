@@ -52,7 +52,7 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Seq
     name = escape(run.resolve().name)
     parts = [f"<h1>{name}</h1>", *(_head(Path(folder), metrics, len(runs) > 1) for folder, metrics in runs.items())]
     if found:
-        parts += [_results_table(found), *_verdicts(found)]
+        parts += [_results_table(found), *_verdicts(found), *_per_class(found)]
     parts.append(_numbers(runs[str(run)], info))
     parts.append(_section("Curves", _charts(LEARNING, runs), is_open=True))
     for kind in ("reconstructions", "attention", "map"):
@@ -166,6 +166,23 @@ def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
         except UserError:  # predictions that are gone, or of other samples
             sentences = [str(result["verdict"])]
         yield f"<p>{'<br>'.join(escape(f'{task}: {words}.') for words in sentences)}</p>"
+        if "warning" in result:
+            words = f"{task} of {model}: {result['warning']}."
+            yield f"<p><b>warning</b>: {escape(words)}</p>"
+
+
+def _per_class(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
+    """Yield a folded table of the accuracy of each class, lowest first, for each result that has them."""
+    for path, result in found:
+        if not isinstance(rows := result.get("per_class"), list):
+            continue
+        rows = sorted(rows, key=lambda row: row["accuracy"])
+        cells = [
+            [escape(str(row.get("name", row["class"]))), _cell(f"{row['samples']:,}"), _cell(f"{row['accuracy']:.1%}")]
+            for row in rows
+        ]
+        title = f"{result.get('task', '?')} ({path.parent.name}): accuracy of each class"
+        yield _section(escape(title), _table(cells, ["class", "samples", "accuracy"]))
 
 
 def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
@@ -179,8 +196,12 @@ def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
 
 
 def _chance(name: str, result: dict[str, Any]) -> str:
-    """Return the accuracy of always naming the largest class, or the five largest; "" if it is not known."""
+    """Return what a metric is of always predicting the largest class, or the five largest; "" if it is not known."""
     value = result.get({"top1": "chance", "top5": "chance_top5"}.get(name, ""))
+    if name == "auroc":
+        value = 0.5
+    elif name == "balanced_accuracy" and result.get("per_class"):
+        value = 1 / len(result["per_class"])
     return f"{value:.1%}" if isinstance(value, float) else ""
 
 

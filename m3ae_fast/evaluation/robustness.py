@@ -20,7 +20,7 @@ from m3ae_fast.base.progress import TimeLeft, track
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.evaluation import RobustnessConfig
 from m3ae_fast.data import Corpus, Share, eval_loader, eval_samples
-from m3ae_fast.data.labels import Classes, label_corpus
+from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.data.order import hash64
 from m3ae_fast.drawing.figures import Cell, draw_attack, draw_sheet
 from m3ae_fast.evaluation.classifier import Classifier
@@ -55,6 +55,7 @@ def run(job: Job) -> dict[str, Any]:
     val, _ = label_corpus(
         job.open(job.config.data.val), job.options.labels, model.config.classes, progress=job.ranks.is_main
     )
+    job.classes, job.names = model.config.classes, class_names(val, model.config.classes)
     if val.has_captions:
         model.backbone.require_tokenizer()
     model.requires_grad_(False)

@@ -42,6 +42,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
+def area_under_roc(positive_V: np.ndarray, negative_V: np.ndarray) -> float:
+    """Return the area under the ROC curve of V different scores, ascending, that so many positive and so many negative
+    samples have: the probability that a positive one has the higher score, where equal ones count one half."""
+    lower_V = negative_V.cumsum() - negative_V / 2
+    return float(positive_V @ lower_V) / (int(positive_V.sum()) * int(negative_V.sum()))
+
+
 class Difference(NamedTuple):
     """The difference of two accuracies on the same samples: first minus second."""
 

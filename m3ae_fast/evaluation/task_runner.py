@@ -13,8 +13,8 @@ from typing import Any, Literal
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
+from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.classifier import CONFIG_FILE, Classifier, read_config
-from m3ae_fast.evaluation.difference import against_largest_class
 from m3ae_fast.evaluation.job import Job, refuse_existing, show_result, summary, write_result
 from m3ae_fast.evaluation.tasks import PROBE_NAMES, TASKS, Modality, Options, require_for
 from m3ae_fast.model.encoder import MultimodalEncoder
@@ -167,7 +167,9 @@ def _perform(options: Options, out: Path, overrides: Sequence[str], session: Ses
         if result is None:
             return None
         result = job.described(result | {"seconds": round(time.perf_counter() - started, 1)}, partial=False)
-        result |= ranks.on_main(lambda: against_largest_class(job.out)) or {}
+        result |= ranks.on_main(lambda: class_metrics(job.out, job.classes, job.names)) or {}
+        if "per_class" in result:
+            job.pictures.insert(0, lambda: draw_class_metrics(job.out, job.classes, job.names))
         ranks.on_main(lambda: write_result(job.out, result))
         for draw in job.pictures:
             ranks.on_main(draw)
@@ -175,4 +177,6 @@ def _perform(options: Options, out: Path, overrides: Sequence[str], session: Ses
         job.say(f"{task}: {summary(result)}")
         if "verdict" in result:
             job.say(f"{task}: {result['verdict']}")
+        if "warning" in result:
+            job.say(f"warning: {result['warning']}")
         return result

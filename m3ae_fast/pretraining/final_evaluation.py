@@ -18,7 +18,7 @@ from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.checkpoint.state_files import sha256
 from m3ae_fast.config import Config, SourceConfig
 from m3ae_fast.evaluation.compare import SCALED, UNTRAINED, with_error
-from m3ae_fast.evaluation.difference import LARGEST, in_words
+from m3ae_fast.evaluation.difference import LARGEST, against_largest_class, in_words
 from m3ae_fast.evaluation.job import RESULT_FILE
 from m3ae_fast.evaluation.run_figures import feature_map
 from m3ae_fast.evaluation.task_runner import evaluate
@@ -140,11 +140,13 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
 
 def verdicts(run: Path, tasks: Iterable[str]) -> list[str]:
     """Return lines: by task whether the run differs significantly from what else was measured, and from the largest
-    class."""
+    class, with a warning if it is not better than that."""
     lines = []
     for task in tasks:
         others = {
             whose: run / RESULTS / f"{task}{suffix}" for whose, (_, suffix) in _MEASURED_BY.items() if whose != RUN
         }
         lines += [f"{_TASKS[task]}: {words}" for words in in_words(run / RESULTS / task, RUN, others)]
+        if warning := against_largest_class(run / RESULTS / task).get("warning"):
+            lines.append(f"warning: {_TASKS[task]}: {warning}")
     return lines

@@ -258,25 +258,16 @@ def test_a_cell_has_the_image_or_else_the_caption_with_what_is_said_of_it():
         torch.testing.assert_close(found.image, expected.image)
 
 
-def test_a_run_of_a_classifier_is_drawn_with_its_best_guesses(monkeypatch, tmp_path):
+def test_a_run_of_a_classifier_is_drawn_by_epochs(monkeypatch, tmp_path):
     drawn = {}
-    for name in ("draw_training", "draw_confusion"):
-        monkeypatch.setattr(labelled_task, name, lambda path, *what, name=name: drawn.__setitem__(name, (path, *what)))
+    monkeypatch.setattr(labelled_task, "draw_training", lambda path, *what: drawn.update(training=(path, *what)))
     monkeypatch.setattr(labelled_task, "read_metrics", lambda folder: [folder])
-    guesses = torch.tensor([[2, 0, 1], [1, 2, 0]])
     trainer = argparse.Namespace(
         run=argparse.Namespace(dir=tmp_path),
         schedule=Schedule(LinearProbeConfig(global_batch=4), LinearProbeConfig(), samples=12),
     )
-    task = argparse.Namespace(
-        predictions=argparse.Namespace(labels_N=torch.tensor([2, 0]), best_NK=guesses),
-        job=argparse.Namespace(names=["a", "b", "c"]),
-    )
-    labelled_task.LabelledTask.draw(task, trainer)
-    assert drawn["draw_training"] == (tmp_path / "training.png", [tmp_path], 3)
-    path, labels, found, classes = drawn["draw_confusion"]
-    assert (path, classes) == (tmp_path / "confusion.png", task.job.names)
-    assert (labels.tolist(), found.tolist()) == ([2, 0], [2, 1])
+    labelled_task.LabelledTask.draw(argparse.Namespace(), trainer)
+    assert drawn["training"] == (tmp_path / "training.png", [tmp_path], 3)
 
 
 def test_a_sheet_of_captions_alone_is_drawn(tmp_path):

@@ -9,7 +9,7 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import Preparation, ShardStore, open_corpus, samples_of
 from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.labels import label_corpus
-from m3ae_fast.evaluation import job, knn
+from m3ae_fast.evaluation import class_metrics, job, knn
 from m3ae_fast.evaluation.knn import knn_scores
 from m3ae_fast.evaluation.predictions import best_classes, topk_accuracy
 from m3ae_fast.images.decoding import decode_image
@@ -65,7 +65,9 @@ def test_colours_are_told_apart(transfer, run, tmp_path):
 
 def test_pictures_show_the_names_of_classes(transfer, shards, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(knn, "draw_confusion", lambda path, labels, predicted, names: drawn.update(confusion=names))
+    monkeypatch.setattr(
+        class_metrics, "draw_confusion", lambda path, labels, predicted, names: drawn.update(confusion=names)
+    )
     monkeypatch.setattr(knn, "draw_sheet", lambda path, rows, titles: drawn.update(texts=[r[0].text for r in rows]))
     monkeypatch.setattr(job, "class_names", lambda corpus, classes: ["navy", "lime", "ruby"])
     assert transfer("knn")["classes"] == 3

@@ -1,0 +1,87 @@
+"""Metrics of a task that classifies, from its predictions.parquet: beside top-1 and top-5 accuracy those that a large
+class does not dominate.
+
+Shapes: N samples, K classes that occur among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from m3ae_fast.base.parquet import read_parquet
+from m3ae_fast.data.labels import Classes
+from m3ae_fast.drawing.figures import draw_confusion
+from m3ae_fast.evaluation.difference import against_largest_class, one_prediction_each
+from m3ae_fast.evaluation.predictions import FILE
+from m3ae_fast.evaluation.significance import ERROR, area_under_roc, standard_error
+
+
+def class_metrics(folder: Path, classes: Classes, names: Sequence[str]) -> dict[str, Any]:
+    """Return what result.json says beside the accuracies of a task that classifies: the share of the largest class and
+    whether the accuracy is above it, see `against_largest_class`, and, of one prediction for each sample,
+    "balanced_accuracy", the mean over classes of the accuracy of each (macro-averaged recall), with its standard error;
+    "per_class", samples and accuracy of each; and, of two classes, "auroc", of the second one's score, with its
+    standard error. Nothing for other tasks.
+
+    `classes`: by id, of the training samples. `names`: what to call each.
+    """
+    found = against_largest_class(folder)
+    if not found:
+        return {}
+    table = read_parquet(folder / FILE)
+    if not one_prediction_each(table):
+        return found
+    label_N, prediction_N = np.array(table["label"]), np.array(table["prediction"])
+    rows = accuracy_by_class(label_N, label_N == prediction_N)
+    called = dict(zip(map(str, classes), names))
+    for row in rows:
+        if (name := called.get(str(row["class"]), str(row["class"]))) != str(row["class"]):
+            row["name"] = name
+    found["balanced_accuracy"] = sum(row["accuracy"] for row in rows) / len(rows)
+    errors = [standard_error(row["accuracy"], row["samples"]) for row in rows]
+    found[f"balanced_accuracy{ERROR}"] = math.hypot(*errors) / len(rows)
+    if len(classes) == len(rows) == 2 and "score" in table:
+        second_N = label_N == classes[1]
+        score_N = np.array(table["score"])
+        score_N = np.where(prediction_N == classes[1], score_N, 1 - score_N)
+        found["auroc"] = auroc(score_N[second_N], score_N[~second_N])
+        found[f"auroc{ERROR}"] = auroc_error(found["auroc"], *np.bincount(second_N).tolist())
+    return found | {"per_class": rows}
+
+
+def accuracy_by_class(label_N: np.ndarray, right_N: np.ndarray) -> list[dict[str, Any]]:
+    """Return "class", "samples" and "accuracy" of each class that occurs. `right_N`: how often each sample was right,
+    from 0 to 1."""
+    found_K, place_N, samples_K = np.unique(label_N, return_inverse=True, return_counts=True)
+    accuracy_K = np.bincount(place_N, right_N) / samples_K
+    return [
+        {"class": name, "samples": samples, "accuracy": accuracy}
+        for name, samples, accuracy in zip(found_K.tolist(), samples_K.tolist(), accuracy_K.tolist())
+    ]
+
+
+def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Return the area under the ROC curve of scores that are higher for positives; equal ones count one half."""
+    values_V, place = np.unique(np.concatenate((positive, negative)), return_inverse=True)
+    parts = place[: len(positive)], place[len(positive) :]
+    return area_under_roc(*(np.bincount(part, minlength=len(values_V)) for part in parts))
+
+
+def auroc_error(area: float, negatives: int, positives: int) -> float:
+    """Return the standard error of an area under the ROC curve (Hanley and McNeil 1982)."""
+    one, other = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = area * (1 - area) + (positives - 1) * (one - area**2) + (negatives - 1) * (other - area**2)
+    return math.sqrt(max(variance, 0.0) / (negatives * positives))
+
+
+def draw_class_metrics(folder: Path, classes: Classes, names: Sequence[str]) -> None:
+    """Draw the confusion matrix of the predictions in a task's folder, as confusion.png."""
+    table, ids = read_parquet(folder / FILE), {label: number for number, label in enumerate(classes)}
+    labels_N, predicted_N = (torch.tensor([ids[label] for label in table[name]]) for name in ("label", "prediction"))
+    draw_confusion(folder / "confusion.png", labels_N, predicted_N, names)

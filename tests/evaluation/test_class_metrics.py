@@ -1,0 +1,131 @@
+"""Metrics that a large class does not dominate."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+from m3ae_fast.base.parquet import read_parquet, write_parquet
+from m3ae_fast.evaluation import class_metrics as metrics
+from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
+from m3ae_fast.evaluation.compare import Found
+from m3ae_fast.evaluation.predictions import Predictions
+from m3ae_fast.evaluation.report import write_report
+from tests.evaluation.conftest import settings
+from tests.helpers.labelled import labelled_tar
+
+
+def _table(folder, labels, predictions, scores=None, keys=None):
+    scores = np.full(len(labels), 0.75) if scores is None else scores
+    keys = [*map(str, range(len(labels)))] if keys is None else keys
+    columns = {"key": keys, "label": [*labels], "prediction": [*predictions], "score": [*scores]}
+    write_parquet(folder / "predictions.parquet", columns)
+
+
+def test_metrics_are_those_of_scikit_learn(tmp_path):
+    random = np.random.default_rng(0)
+    for classes in (["bad", "good"], [0, 1], range(7)):
+        labels = np.array(classes)[(random.random(200) ** 2 * len(classes)).astype(int)]
+        logits = random.normal(size=(200, len(classes)))
+        logits[np.arange(200), np.searchsorted(classes, labels)] += 1
+        shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        predictions = np.array(classes)[shares.argmax(1)]
+        _table(tmp_path, labels.tolist(), predictions.tolist(), shares.max(1))
+        found = class_metrics(tmp_path, classes, [*map(str, classes)])
+        assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predictions))
+        assert sum(row["samples"] for row in found["per_class"]) == 200
+        for row in found["per_class"]:
+            own = labels == row["class"]
+            assert row["accuracy"] == pytest.approx((predictions[own] == row["class"]).mean()) and "name" not in row
+        if len(classes) == 2:
+            assert found["auroc"] == pytest.approx(roc_auc_score(labels == classes[1], shares[:, 1]), abs=1e-9)
+        assert ("auroc" in found) == (len(classes) == 2)
+
+
+def test_equal_scores_count_one_half():
+    positive, negative = np.array([1.0, 2, 2, 3]), np.array([0.0, 2, 2, 1])
+    truth = np.repeat([1, 0], 4)
+    assert metrics.auroc(positive, negative) == roc_auc_score(truth, np.concatenate((positive, negative)))
+
+
+def test_standard_errors_are_those_of_other_draws_of_samples():
+    """Of the balanced accuracy and of the area under the ROC curve, within a fifth."""
+    random = np.random.default_rng(1)
+    negative, positive = random.normal(size=(400, 60)), random.normal(1, size=(400, 40))
+    areas = [metrics.auroc(p, n) for p, n in zip(positive, negative)]
+    assert metrics.auroc_error(np.mean(areas), 60, 40) == pytest.approx(np.std(areas), rel=0.2)
+
+
+def test_names_stand_beside_numbers(tmp_path):
+    _table(tmp_path, [0, 0, 1], [0, 1, 1])
+    rows = class_metrics(tmp_path, range(2), ["cat", "dog"])["per_class"]
+    assert rows == [
+        {"class": 0, "samples": 2, "accuracy": 0.5, "name": "cat"},
+        {"class": 1, "samples": 1, "accuracy": 1.0, "name": "dog"},
+    ]
+
+
+def test_a_result_that_is_not_above_the_largest_class_has_a_warning(tmp_path):
+    labels = [0] * 70 + [1] * 30
+
+    def warning(predictions, **more):
+        _table(tmp_path, labels, predictions, **more)
+        return class_metrics(tmp_path, range(2), ["0", "1"]).get("warning")
+
+    says = "the model is not better than always predicting the largest class: top-1 accuracy {}, largest class 70.0%"
+    assert warning([0] * 100) == says.format("70.0%")  # balanced accuracy 0.5
+    assert warning([1] * 100) == says.format("30.0%")
+    assert warning([0] * 68 + [1] * 2 + [1] * 3 + [0] * 27) == says.format("71.0%")  # one point is no difference
+    assert warning(labels) is None
+    twice = class_metrics(tmp_path, range(2), ["0", "1"])
+    _table(tmp_path, labels, labels, keys=[*map(str, range(50))] * 2)  # of two layers, say
+    assert "balanced_accuracy" in twice and class_metrics(tmp_path, range(2), ["0", "1"]).keys() == {"chance"}
+    write_parquet(tmp_path / "predictions.parquet", {"key": ["a"], "score": [1.0]})
+    assert class_metrics(tmp_path, (), []) == {}
+
+
+def test_the_confusion_matrix_is_that_of_the_predictions(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(metrics, "draw_confusion", lambda path, *what: drawn.append((path, *what)))
+    _table(tmp_path, ["b", "a", "c"], ["b", "c", "c"])
+    draw_class_metrics(tmp_path, ["a", "b", "c"], ["A", "B", "C"])
+    ((path, labels, predictions, names),) = drawn
+    assert (path, names) == (tmp_path / "confusion.png", ["A", "B", "C"])
+    assert (labels.tolist(), predictions.tolist()) == ([1, 0, 2], [1, 2, 2])
+
+
+def test_a_task_says_all_of_it(transfer, run, tmp_path, capsys):
+    """In result.json, in the last lines and in the report."""
+    skewed = {number: int(number % 9 == 0) for number in range(36)}
+    shard = labelled_tar(tmp_path / "a.tar", range(36), skewed)
+    result = transfer("knn", *settings("knn.k=30"), train=shard, val=shard)
+    table = read_parquet(tmp_path / "out/predictions.parquet")
+    assert result["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(table["label"], table["prediction"]))
+    assert 0 <= result["auroc"] <= 1 and [row["samples"] for row in result["per_class"]] == [32, 4]
+    said = capsys.readouterr().out
+    assert "balanced_accuracy 0." in said and "auroc 0." in said
+    assert f"warning: {result['warning']}\n" in said and (tmp_path / "out/confusion.png").exists()
+    (tmp_path / "out/metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}))
+    write_report(tmp_path / "out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    balanced = f"{result['balanced_accuracy']:.1%} ± {result['balanced_accuracy_se']:.1%}"
+    assert f'<td>balanced_accuracy</td><td class="number">{balanced}</td><td class="number">50.0%</td>' in page
+    assert f"<b>warning</b>: knn of {run}: the model is not better than always predicting the largest class" in page
+    assert "accuracy of each class" in page and '<td>0</td><td class="number">32</td>' in page
+    for model in (f"random:{run}", f"pixels:{run}"):
+        (tmp_path / "out/result.json").write_text(json.dumps(result | {"model": model}))
+        write_report(tmp_path / "out", tmp_path / "report.html")  # of which nobody expects more
+        assert "<b>warning</b>" not in (tmp_path / "report.html").read_text()
+
+
+def test_models_beside_each_other_have_both():
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    found = Found([0, 1])
+    for model, best in (("blind", torch.zeros(100, dtype=torch.long)), ("good", labels)):
+        found.add(model, "knn", 0, Predictions([*map(str, range(100))], labels, best[:, None], torch.ones(100)))
+    assert [row["balanced_accuracy"] for row in found.result()["rows"]] == [0.5, 1.0]
+    page = found.page()
+    assert "- warning: knn: blind is not better than always predicting the largest class" in page
+    assert page.count("warning") == 1
