@@ -64,6 +64,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 metavar="[NAME=]SHARDS",
                 help="samples of other data; give it again for each of several sets, with names",
             )
+        if name == "robustness":
+            command.add_argument(
+                "--corrupted",
+                type=Path,
+                metavar="FOLDER",
+                help="published corruptions as shards, such as ImageNet-C's: CORRUPTION/SEVERITY/*.tar (default: those "
+                "that robustness.corruptions names are applied)",
+            )
         if name == "linear":
             command.add_argument(
                 "--cache-features",

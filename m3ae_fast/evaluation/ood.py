@@ -48,6 +48,16 @@ def auroc_and_fpr(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, flo
     return float(area), float((strange >= threshold).mean())
 
 
+def precision_recall_areas(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, float]:
+    """Return the areas under two precision-recall curves, as average precisions: with familiar samples as positives,
+    and with strange ones, as low scores find them. Unlike the area under the ROC curve both depend on how many samples
+    of each there are: a score that says nothing has the share of the positives."""
+    from sklearn.metrics import average_precision_score
+
+    truth, scores = np.repeat([1, 0], (len(familiar), len(strange))), np.concatenate((familiar, strange))
+    return float(average_precision_score(truth, scores)), float(average_precision_score(1 - truth, -scores))
+
+
 def bootstrap_areas(familiar: np.ndarray, strange: np.ndarray, seed: int) -> np.ndarray:
     """Return the areas under the ROC curve of BOOTSTRAPS draws of familiar and of strange samples, with replacement.
     The draws depend on the seed and on the numbers of samples alone."""
@@ -221,10 +231,13 @@ def _of_encoder(job: Job, classifier: Classifier) -> Job:
 
 
 def _compare(known: dict[str, np.ndarray], other: dict[str, np.ndarray], seed: int) -> dict[str, float]:
-    """Return what each score makes of familiar and strange samples: its area and interval, and what passes."""
+    """Return what each score makes of familiar and strange samples: the area under its ROC curve with the interval, the
+    areas under its precision-recall curves, and the false positives at 95 % true positives."""
     found: dict[str, float] = {}
     for name in known:
         area, passed = auroc_and_fpr(known[name], other[name])
         low, high = auroc_interval(known[name], other[name], seed)
         found |= {f"{name}_auroc": area, f"{name}_auroc_low": low, f"{name}_auroc_high": high, f"{name}_fpr95": passed}
+        aupr_in, aupr_out = precision_recall_areas(known[name], other[name])
+        found |= {f"{name}_aupr_in": aupr_in, f"{name}_aupr_out": aupr_out}
     return found

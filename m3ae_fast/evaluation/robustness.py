@@ -5,8 +5,9 @@ Shapes: S samples, K classes, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -18,6 +19,7 @@ from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import TimeLeft, track
 from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.evaluation import RobustnessConfig
 from m3ae_fast.data import Corpus, Share, eval_loader, eval_samples
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
@@ -25,6 +27,7 @@ from m3ae_fast.data.order import hash64
 from m3ae_fast.drawing.figures import Cell, draw_attack, draw_sheet
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.corruptions import PROCEDURAL, Corruption
+from m3ae_fast.evaluation.corruptions.published import published_sets
 from m3ae_fast.evaluation.encoding import check_skipped, key_digest
 from m3ae_fast.evaluation.job import Job, SoFar, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
@@ -40,33 +43,48 @@ class Pass(NamedTuple):
     """One look at all samples."""
 
     classify: Classify
+    corpus: Corpus
     cost: int = 1  # forward passes
     corruption: Corruption | None = None
 
 
+Severities = Mapping[str, Sequence[int]]  # by kind of corruption
+
+
 def run(job: Job) -> dict[str, Any]:
+    """Run the task. Raises UserError if the classifier, its images, or a set of corrupted ones cannot be used."""
     config, model = job.config.robustness, job.model
+    published = published_sets(Path(job.options.corrupted)) if job.options.corrupted else {}
+    if published:
+        if config.corruptions and "corruptions" in config.model_fields_set:
+            raise UserError("--corrupted: has the corruptions; leave robustness.corruptions out")
+        config = config.model_copy(update={"corruptions": []})
+    kinds: Severities = {kind: config.severities for kind in config.corruptions}
+    kinds = kinds | {kind: list(sets) for kind, sets in published.items()}
     if model.config.modality == "text":
         raise UserError(f"{job.options.model}: classifies texts; robustness needs a classifier of images")
     if config.corruptions and (model.config.model.channels != 3 or model.config.model.image_dtype != "uint8"):
         raise UserError("robustness.corruptions: need RGB images of 8 bits; set it to [] for others")
     if config.epsilons and model.config.model.image_dtype == "float32":
         raise UserError("robustness.epsilons: need pixels from black to white; set it to [] for image_dtype float32")
-    val, _ = label_corpus(
-        job.open(job.config.data.val), job.options.labels, model.config.classes, progress=job.ranks.is_main
-    )
+    val = _open(job, job.config.data.val)
+    corrupted = {
+        f"{kind} {severity}": _open(job, [SourceConfig(shards=shards, modality=job.modality)])
+        for kind, sets in published.items()
+        for severity, shards in sets.items()
+    }
     job.classes, job.names = model.config.classes, class_names(val, model.config.classes)
     if val.has_captions:
         model.backbone.require_tokenizer()
     model.requires_grad_(False)
-    passes, images = _passes(job), min(config.samples or val.samples, val.samples)
-    job.say(_plan(config, images, passes))
+    passes, images = _passes(job, config, val, corrupted), min(config.samples or val.samples, val.samples)
+    job.say(_plan(config, images, passes, kinds))
     found: dict[str, Predictions] = {}
 
     def so_far() -> SoFar:
         made = dict(found)  # the main thread goes on
         done = f"{len(made)} of {len(passes)} passes"
-        return SoFar(done, _result(config, made), _columns(made, model.config.classes))
+        return SoFar(done, _result(config, kinds, made), _columns(made, model.config.classes))
 
     job.keep_if_stopped(so_far)
     time_left = job.time_left(
@@ -74,56 +92,63 @@ def run(job: Job) -> dict[str, Any]:
         shorter=lambda fraction: f"--set robustness.samples={max(int(fraction * images), 1)}",
     )
     for number, (name, each) in enumerate(passes.items(), 1):
-        found[name] = _predictions(job, val, each, f"{name} ({number} of {len(passes)})", time_left)
+        found[name] = _predictions(job, each, f"{name} ({number} of {len(passes)})", time_left)
         left = time_left.after(each.cost)
         job.say(f"{name} ({number} of {len(passes)}{left}): {summary(found[name].accuracies())}")
     job.keep(_columns(found, model.config.classes))
-    result = _result(config, found)
-    job.pictures.append(lambda: _draw(job, val, result))
+    result = _result(config, kinds, found)
+    job.pictures.append(lambda: _draw(job, config, passes, kinds, result))
     return result | {"val_samples": images}
 
 
-def _passes(job: Job) -> dict[str, Pass]:
+def _open(job: Job, sources: Sequence[SourceConfig]) -> Corpus:
+    """Return samples with labels among the classifier's classes."""
+    classes = job.model.config.classes
+    return label_corpus(job.open(sources), job.options.labels, classes, progress=job.ranks.is_main)[0]
+
+
+def _passes(job: Job, config: RobustnessConfig, val: Corpus, corrupted: Mapping[str, Corpus]) -> dict[str, Pass]:
     """Return what is to be done, in order, by name."""
-    config, model = job.config.robustness, job.model
-    passes = {CLEAN: Pass(model)}
+    model = job.model
+    passes = {CLEAN: Pass(model, val)}
     for epsilon in config.epsilons:
         cost = 1 + config.steps * (1 + _BACKWARD)
-        passes[_attack_name(epsilon)] = Pass(_attack(job, model, epsilon / 255), cost)
+        passes[_attack_name(epsilon)] = Pass(_attack(job, model, epsilon / 255), val, cost)
     for kind in config.corruptions:
         for severity in config.severities:
-            passes[f"{kind} {severity}"] = Pass(model, corruption=Corruption(kind, severity))
-    return passes
+            passes[f"{kind} {severity}"] = Pass(model, val, corruption=Corruption(kind, severity))
+    return passes | {name: Pass(model, corpus) for name, corpus in corrupted.items()}
 
 
 def _attack_name(epsilon: float) -> str:
     return f"pgd {epsilon:g}/255"
 
 
-def _plan(config: RobustnessConfig, images: int, passes: Mapping[str, Pass]) -> str:
+def _plan(config: RobustnessConfig, images: int, passes: Mapping[str, Pass], kinds: Severities) -> str:
     """Return what is going to be done."""
-    kinds, severities, attacks = len(config.corruptions), len(config.severities), len(config.epsilons)
+    severities, attacks = max(map(len, kinds.values()), default=0), len(config.epsilons)
     forward = sum(each.cost for each in passes.values())
     return (
         f"robustness: {images:,} images, {len(passes)} times: clean, {attacks} attacks of {config.steps} steps, "
-        f"{kinds} corruptions at {severities} severities; together as long as {forward * images:,} images take to be "
-        "classified (fewer: robustness.samples)"
+        f"{len(kinds)} corruptions at {severities} severities; together as long as {forward * images:,} images take to "
+        "be classified (fewer: robustness.samples)"
     )
 
 
-def _result(config: RobustnessConfig, found: Mapping[str, Predictions]) -> dict[str, Any]:
+def _result(config: RobustnessConfig, kinds: Severities, found: Mapping[str, Predictions]) -> dict[str, Any]:
     """Return the result of the passes that were made; empty where there is none."""
     if CLEAN not in found:
         return {}
     top1 = {name: predictions.accuracies()["top1"] for name, predictions in found.items()}
     pgd = {f"{e:g}/255": top1[_attack_name(e)] for e in config.epsilons if _attack_name(e) in top1}
     corruptions: dict[str, list[float]] = {
-        kind: [top1[f"{kind} {severity}"] for severity in config.severities if f"{kind} {severity}" in top1]
-        for kind in config.corruptions
+        kind: [top1[f"{kind} {severity}"] for severity in severities if f"{kind} {severity}" in top1]
+        for kind, severities in kinds.items()
     }
     result: dict[str, Any] = {**found[CLEAN].accuracies(), "pgd": pgd, "corruptions": corruptions}
-    if corruptions and all(len(each) == len(config.severities) for each in corruptions.values()):
+    if corruptions and all(len(each) == len(kinds[kind]) for kind, each in corruptions.items()):
         result |= corruption_errors(corruptions, top1[CLEAN])
+        result["procedural"] = [kind for kind in config.corruptions if kind in PROCEDURAL]
     return result
 
 
@@ -141,30 +166,38 @@ def corruption_errors(corruptions: dict[str, list[float]], clean: float) -> dict
         "corruption_error": errors,
         "mean_corruption_error": mean,
         "relative_mean_corruption_error": mean - (1 - clean),
-        "procedural": [kind for kind in corruptions if kind in PROCEDURAL],
     }
 
 
-def _draw(job: Job, val: Corpus, result: dict[str, Any]) -> None:
+def _draw(
+    job: Job, config: RobustnessConfig, passes: Mapping[str, Pass], kinds: Severities, result: dict[str, Any]
+) -> None:
     """Draw accuracy over epsilon, and one sample under every corruption at every severity."""
-    config = job.config.robustness
     if config.epsilons:
         draw_attack(job.out / "attack.png", config.epsilons, list(result["pgd"].values()), result["top1"])
-    sample = next((s for s in eval_samples(val, job.preparation, _TRIED) if s.image is not None), None)
-    if sample is None or sample.image is None or not config.corruptions:
+    clean = _first_image(job, passes[CLEAN])
+    if clean is None or not kinds:
         return
-    rows = []
-    for kind, found in result["corruptions"].items():
-        row = [Cell(sample.image, f"{kind}: none")]
-        for severity, top1 in zip(config.severities, found):
-            row.append(Cell(Corruption(kind, severity)(sample.image, job.config.run.seed), f"{top1:.1%} right"))
-        rows.append(row)
-    draw_sheet(job.out / "corruptions.png", rows, ("", *(f"severity {number}" for number in config.severities)))
+    rows, columns = [], list(dict.fromkeys(number for severities in kinds.values() for number in severities))
+    for kind, severities in kinds.items():
+        cells = dict.fromkeys(columns, Cell(None))
+        for severity, top1 in zip(severities, result["corruptions"][kind]):
+            each = passes[f"{kind} {severity}"]
+            image = each.corruption(clean, job.config.run.seed) if each.corruption else _first_image(job, each)
+            cells[severity] = Cell(image, f"{top1:.1%} right")
+        rows.append([Cell(clean, f"{kind}: none"), *cells.values()])
+    draw_sheet(job.out / "corruptions.png", rows, ("", *(f"severity {number}" for number in columns)))
 
 
-def _predictions(job: Job, corpus: Corpus, each: Pass, title: str, whole: TimeLeft) -> Predictions:
+def _first_image(job: Job, each: Pass) -> Tensor | None:
+    """Return the first image of a pass as the classifier sees it, without corruption; None if there is none."""
+    samples = eval_samples(each.corpus, job.preparation, _TRIED)
+    return next((sample.image for sample in samples if sample.image is not None), None)
+
+
+def _predictions(job: Job, each: Pass, title: str, whole: TimeLeft) -> Predictions:
     """Return the predictions of one pass, of all ranks."""
-    config, ranks = job.config.robustness, job.ranks
+    config, ranks, corpus = job.config.robustness, job.ranks, each.corpus
     share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
     batches = eval_loader(job.config.data, corpus, job.preparation, share, config.samples, transform=each.corruption)
     shown: Iterable[PackedBatch] = track(batches, title, len(batches), whole=whole, part=each.cost)

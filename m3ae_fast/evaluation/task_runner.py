@@ -40,6 +40,7 @@ def evaluate(
     probes: Sequence[str] = PROBE_NAMES,
     seeds: int = 3,
     ood: Mapping[str, Sequence[str]] | None = None,
+    corrupted: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
     session: Session | None = None,
 ) -> dict[str, Any] | None:
@@ -62,6 +63,8 @@ def evaluate(
         probes: of compare: the probes.
         seeds: of compare: the number of seeds of each probe and of random weights.
         ood: of ood: shards of out-of-distribution samples by the name of their set.
+        corrupted: of robustness: a folder of published corruptions as shards, CORRUPTION/SEVERITY/*.tar, which replace
+            those that robustness.corruptions names.
         overrides: of settings, "section.key=value"; docs/evaluation-config.md lists the settings.
         session: the ranks of a program that goes on afterwards; None: those that were started with this process join.
 
@@ -86,6 +89,7 @@ def evaluate(
         probes=tuple(dict.fromkeys(probes)),
         seeds=seeds,
         ood=ood or {},
+        corrupted=None if corrupted is None else os.fspath(corrupted),
     )
     if session is not None:
         return _perform(options, Path(out), overrides, session)

@@ -103,6 +103,7 @@ class Options:
     probes: Sequence[str] = PROBE_NAMES
     seeds: int = 3
     ood: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    corrupted: str | None = None  # a folder
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -120,6 +121,7 @@ class Options:
             "probes": task.compares,
             "seeds": task.compares,
             "ood": self.task == "ood",
+            "corrupted": self.task == "robustness",
         }
         for name, is_used in used.items():
             if not is_used and getattr(self, name) != _default(name):

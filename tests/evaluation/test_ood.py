@@ -50,6 +50,16 @@ def test_auroc_and_fpr_are_those_of_the_curve():
     assert auroc_and_fpr(np.zeros(5), np.ones(5)) == (0.0, 1.0)
 
 
+def _average_precision(truth, scores):
+    """Return the sum of precisions over the steps of recall, at each different score."""
+    area, before = 0.0, 0
+    for score in sorted(set(scores), reverse=True):
+        found = truth[scores >= score]
+        area += (found.sum() - before) / truth.sum() * found.mean()
+        before = found.sum()
+    return area
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_every_score_is_lower_far_from_the_training_samples(classes):
     random = np.random.RandomState(0)
@@ -79,6 +89,9 @@ def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path, mon
     for name in familiar:  # what is drawn is what is told
         both = np.concatenate((familiar[name], strange[name]))
         assert result[f"{name}_auroc"] == pytest.approx(roc_auc_score(np.arange(len(both)) < 18, both))
+        truth = np.arange(len(both)) < 18
+        assert result[f"{name}_aupr_in"] == pytest.approx(_average_precision(truth, both))
+        assert result[f"{name}_aupr_out"] == pytest.approx(_average_precision(~truth, -both))
     assert result["mahalanobis_fpr95"] < 0.1
     assert (result["train_samples"], result["val_samples"], result["ood_samples"]) == (48, 18, 20)
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from pyarrow import parquet
 from torch import nn
 
-from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.evaluation import CommonCorruption, ExtraCorruption, RobustnessConfig
@@ -25,11 +25,12 @@ from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.corruptions import KINDS, SEVERITIES, Corruption
 from m3ae_fast.evaluation.corruptions.blur import trail
 from m3ae_fast.evaluation.corruptions.digital import saturate
+from m3ae_fast.evaluation.corruptions.published import published_sets
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.robustness import _result, _start, corruption_errors, pgd
 from m3ae_fast.images.decoding import decode_image
 from tests.evaluation.conftest import settings
-from tests.helpers.labelled import NAMES, coloured
+from tests.helpers.labelled import NAMES, coloured, labelled_tar
 from tests.test_stop_and_stall import program
 
 pytestmark = pytest.mark.slow
@@ -163,7 +164,6 @@ def test_corruption_errors_are_plain_means():
     assert found["corruption_error"] == pytest.approx({"fog": 0.4, "frost": 0.1})
     assert found["mean_corruption_error"] == pytest.approx(0.25)
     assert found["relative_mean_corruption_error"] == pytest.approx(0.2)
-    assert found["procedural"] == ["frost"]
 
 
 def test_accuracies_are_in_the_order_of_the_severities_that_were_asked_for():
@@ -172,9 +172,47 @@ def test_accuracies_are_in_the_order_of_the_severities_that_were_asked_for():
 
     found = {"clean": right(9), "fog 5": right(2), "fog 1": right(8), "fog 3": right(4)}
     config = RobustnessConfig(epsilons=[], corruptions=["fog"], severities=[5, 1, 3])
-    assert _result(config, found)["corruptions"] == {"fog": [0.2, 0.8, 0.4]}
+    kinds = {"fog": [5, 1, 3]}
+    assert _result(config, kinds, found)["corruptions"] == {"fog": [0.2, 0.8, 0.4]}
     del found["fog 3"]
-    assert "corruption_error" not in _result(config, found)
+    assert "corruption_error" not in _result(config, kinds, found)
+
+
+def test_published_sets_are_found_by_corruption_and_severity(tmp_path):
+    for name in ("noise/gaussian_noise/1", "noise/gaussian_noise/2", "frost/3"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "val-0.tar").touch()
+    found = published_sets(tmp_path)
+    assert {kind: list(sets) for kind, sets in found.items()} == {"frost": [3], "gaussian_noise": [1, 2]}
+    assert found["frost"][3] == [str(tmp_path / "frost/3/val-0.tar")]
+    (tmp_path / "frost/4").mkdir()
+    with pytest.raises(UserError, match="frost/4 has no shards; make them of a folder of images"):
+        published_sets(tmp_path)
+    for folder, message in ((tmp_path / "nothing", "no such folder"), (tmp_path / "frost/3", "has no CORRUPTION/SEV")):
+        with pytest.raises(UserError, match=message):
+            published_sets(folder)
+    (tmp_path / "gaussian_noise/2").mkdir(parents=True)
+    (tmp_path / "gaussian_noise/2/val-0.tar").touch()
+    (tmp_path / "frost/4").rmdir()
+    with pytest.raises(UserError, match="has gaussian_noise at severity 2 twice"):
+        published_sets(tmp_path)
+
+
+def test_published_corruptions_replace_those_that_are_applied(transfer, classifier, shards, tmp_path):
+    """Each is a pass over its own images: here the clean ones, and ones whose labels are those of other colours."""
+    for severity, labels in ((1, None), (3, {number: (number + 1) % 3 for number in range(100, 118)})):
+        folder = tmp_path / f"c/frost/{severity}"
+        folder.mkdir(parents=True)
+        labelled_tar(folder / "val.tar", range(100, 118), labels)
+    options = ["--corrupted", str(tmp_path / "c"), *settings("robustness.epsilons=[]")]
+    result = transfer("robustness", *options, model=classifier, train=None)
+    assert result["corruptions"] == {"frost": [result["top1"], 0.0]} and result["top1"] > 0.9
+    assert result["corruption_error"]["frost"] == 1 - result["top1"] / 2 and result["procedural"] == []
+    assert (tmp_path / "out/corruptions.png").exists()
+    with pytest.raises(UserError, match="--corrupted: has the corruptions; leave"):
+        transfer(
+            "robustness", *options, *settings('robustness.corruptions=["fog"]'), model=classifier, train=None, out="b"
+        )
 
 
 def test_brightness_and_saturation_are_those_of_hsv():
@@ -227,8 +265,8 @@ def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, tm
         monkeypatch.setattr(robustness, name, keep)
     predict = robustness._predictions
 
-    def with_mistakes(job, corpus, each, title, whole):  # one more at each severity
-        found = predict(job, corpus, each, title, whole)
+    def with_mistakes(job, each, title, whole):  # one more at each severity
+        found = predict(job, each, title, whole)
         mistakes, best = each.corruption.severity if each.corruption else 0, found.best_NK.clone()
         best[:mistakes, 0] = (found.labels_N[:mistakes] + 1) % len(job.model.config.classes)
         return replace(found, best_NK=best)
@@ -269,11 +307,11 @@ STOPPED = """
 
     real = robustness._predictions
 
-    def held_up(job, corpus, each, title, whole):
+    def held_up(job, each, title, whole):
         if title.startswith("elastic 2"):
             print("held up", flush=True)
             threading.Event().wait()
-        return real(job, corpus, each, title, whole)
+        return real(job, each, title, whole)
 
     robustness._predictions = held_up
     main({})

@@ -1,0 +1,28 @@
+"""Published sets of corrupted images, such as ImageNet-C: a folder of shards by corruption and severity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from m3ae_fast.base.errors import UserError
+
+_LAYOUT = "CORRUPTION/SEVERITY/*.tar, severities from 1 to 5, such as gaussian_noise/1/val-00000.tar"
+
+
+def published_sets(folder: Path) -> dict[str, dict[int, list[str]]]:
+    """Return the shards of each corruption at each severity, both in order. Corruptions may lie in folders of groups,
+    as ImageNet-C's archives have them: noise/gaussian_noise/1. Raises UserError if there are none, or a severity has no
+    shards."""
+    if not folder.is_dir():
+        raise UserError(f"--corrupted {folder}: no such folder; it holds {_LAYOUT}")
+    found: dict[str, dict[int, list[str]]] = {}
+    for path in sorted([*folder.glob("*/[1-5]"), *folder.glob("*/*/[1-5]")]):
+        shards = sorted(map(str, path.glob("*.tar")))
+        if not shards:
+            raise UserError(f"--corrupted {folder}: {path} has no shards; make them of a folder of images")
+        if path.name in map(str, found.get(kind := path.parent.name, ())):
+            raise UserError(f"--corrupted {folder}: has {kind} at severity {path.name} twice, in {path} too")
+        found.setdefault(kind, {})[int(path.name)] = shards
+    if not found:
+        raise UserError(f"--corrupted {folder}: has no {_LAYOUT}")
+    return found
