@@ -102,7 +102,7 @@ def test_a_shipped_config_is_named_without_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config("large") == load_config(ROOT / "configs/large.json")
     with pytest.raises(
-        UserError, match=r"config big: is neither a file nor a config .* \(base, huge, large, .*small\)"
+        UserError, match=r"config big: is neither a file nor a config .* \(base, fast-base, .*huge, large, .*small\)"
     ):
         load_config("big")
     (tmp_path / "large").write_text((ROOT / "configs/small.json").read_text())  # a path wins
@@ -320,6 +320,25 @@ def test_dry_run(path, capsys):
         assert number in out
     recomputed = "a GPU without room for them keeps 62%" if path.stem == "large" else "a GPU without room for them"
     assert (recomputed in out) == (path.stem not in ("huge", "quickstart"))
+
+
+def test_a_dry_run_predicts_step_and_bottleneck_of_the_fast_configs(capsys):
+    """The issue of a faster step: the loader of small needs more cores than nodes have."""
+
+    def plan(name):
+        assert train.main(["--config", name, "--dry-run", "--no-data", "--world", "8"]) == 0
+        out = capsys.readouterr().out
+        flops = float(re.search(r"([\d.]+) G in this engine", out)[1])
+        return flops, re.search("^step +(.*)$", out, re.M)[1], re.search("^loader +(.*)$", out, re.M)[1], out
+
+    for size, most in (("small", 0.38), ("base", 0.59), ("large", 0.81)):
+        (usual, step, loader, out), (fast, fast_step, fast_loader, fast_out) = plan(size), plan(f"fast-{size}")
+        assert fast < most * usual and "Newton-Schulz" in fast_step and "Newton-Schulz" not in step
+        assert float(fast_step.split()[0]) < float(step.split()[0])
+        gigabytes = [float(re.search(r"│ 0 .*│ +([\d.]+) +│", text)[1]) for text in (out, fast_out)]
+        assert gigabytes[1] < gigabytes[0]
+        bottleneck = ["the loader is the bottleneck" in text for text in (loader, fast_loader)]
+        assert bottleneck == {"small": [True, True], "base": [False, True], "large": [False, False]}[size]
 
 
 @pytest.mark.parametrize(("micro", "split"), [(None, "1 GPUs x 16 samples"), (4, "4 GPUs x 4 samples")])

@@ -9,6 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
@@ -18,7 +19,7 @@ from m3ae_fast.config import Config, parse
 from m3ae_fast.config.evaluation import FineTuneConfig
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.memory_estimate import matrix_elements, muon_bytes, zero_bytes
-from m3ae_fast.engine.muon import orthogonalise
+from m3ae_fast.engine.muon import orthogonalisation_flops, orthogonalise
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.training.notices import open_options
@@ -43,6 +44,14 @@ def test_newton_schulz_gives_about_the_polar_factor(shape):
     values = values[sizes > 0.02 * sizes.norm(dim=1, keepdim=True)]
     assert len(values) > 0 and values.min() > 0.6 and values.max() < 1.2
     assert not orthogonalise(torch.zeros(2, *shape)).any()
+
+
+def test_the_flops_of_newton_schulz_are_those_of_its_products():
+    weights = [(torch.randn(24, 16), 1), (torch.randn(3 * 8, 12), 3), (torch.randn(16, 40), 1)]
+    with FlopCounterMode(display=False) as counter:
+        for weight, number in weights:
+            orthogonalise(weight.view(number, -1, weight.shape[1]))
+    assert orthogonalisation_flops(dict(weights)) == counter.get_total_flops()
 
 
 def config(**optim) -> Config:

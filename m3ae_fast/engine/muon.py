@@ -53,6 +53,17 @@ def orthogonalise(x_NRC: Tensor) -> Tensor:
     return x_NRC
 
 
+def orthogonalisation_flops(stacked: Mapping[Tensor, int]) -> int:
+    """Return the FLOPs of the Newton-Schulz iterations of a step. `stacked`: parameters, and the number of matrices of
+    equally many rows that each consists of. For a matrix of R rows and C >= R columns, an iteration multiplies R x C by
+    C x R, R x R by R x R, and R x R by R x C."""
+    flops = 0
+    for p, number in stacked.items():
+        short, long = sorted((p.shape[0] // number, p.shape[1]))
+        flops += number * ITERATIONS * 2 * short**2 * (2 * long + short)
+    return flops
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for one group of parameters, and another optimiser for all others.
 

@@ -28,6 +28,7 @@ from m3ae_fast.engine.memory_estimate import (
     typical_batch,
     zero_bytes,
 )
+from m3ae_fast.engine.muon import orthogonalisation_flops
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.flops import executed_flops, reference_flops
@@ -42,6 +43,8 @@ GPUS_OF_NODE = 8
 MEASURED_S = 5.0  # seconds of steps that say how long the run takes
 SIZES = 256  # of images, at most, that stand for all
 DECODED_PER_CORE = 600  # images per second and core at 256 px: benchmarks/results
+CORES_PER_GPU = 12  # that nodes usually have
+FP32 = 67e12  # FLOP/s of an H100 in float32, by its data sheet
 
 
 def report(
@@ -102,7 +105,8 @@ def report(
         lines += [
             ("GPU", gpu),
             ("network", _network(config, parameters, world, accumulation, rate)),
-            ("loader", f"{rate / DECODED_PER_CORE:,.1f} cores per GPU, for {rate:,.0f} samples/s"),
+            ("step", _step(config, model, world, rate)),
+            ("loader", _loader(rate)),
         ]
     if data:
         with working("opening the data"):
@@ -170,6 +174,33 @@ def network_bytes(
     if stage < 3:
         return round(2 * gradients * (accumulation if stage == 2 else 1) + weights)
     return round((gradients + 2 * weights) * accumulation)
+
+
+def _step(config: Config, model: M3AE, world: int, rate: float) -> str:
+    """Say how long a step takes without waiting for network or data, and what of that is Muon's."""
+    samples = config.train.global_batch / world
+    seconds = samples / rate
+    if config.optim.name == "adamw":
+        return f"{1e3 * seconds:.3g} ms for {samples:,.0f} samples per GPU"
+    stage = 0 if config.zero is None else config.zero.stage
+    flops = orthogonalisation_flops(model.hidden_matrices()) / (world if stage else 1)
+    orthogonalising = flops / (UTILISATION * FP32)
+    return (
+        f"{1e3 * (seconds + orthogonalising):.3g} ms: {1e3 * seconds:.3g} ms for {samples:,.0f} samples per GPU, and "
+        f"{1e3 * orthogonalising:.3g} ms for Muon's Newton-Schulz iterations, {flops / 1e9:,.3g} GFLOP in float32"
+    )
+
+
+def _loader(rate: float) -> str:
+    """Say how many cores load the samples of a GPU, and what to do if these are more than it has."""
+    cores = rate / DECODED_PER_CORE
+    text = f"{cores:,.1f} cores per GPU, for {rate:,.0f} samples/s"
+    if cores <= CORES_PER_GPU:
+        return text
+    return (
+        f"{text}; on nodes with fewer, such as the usual {CORES_PER_GPU}, the loader is the bottleneck: scale the "
+        "images of the shards down ahead (--short-side when they are written), or raise data.repeats"
+    )
 
 
 def _network(config: Config, parameters: int, world: int, accumulation: int, rate: float) -> str:
