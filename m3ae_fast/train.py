@@ -43,7 +43,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume-with-changes",
         action="store_true",
-        help="continue although shards, tokenizer, crops or masks are not the checkpoint's: it will be another run",
+        help="resume even if the shards, tokenizer, crops or masks differ from those of the checkpoint; from "
+        "there on it is a different run",
     )
     parser.add_argument(
         "--profile", action="store_true", help="write trace.json.gz into run.dir: a torch profiler trace of some steps"
@@ -67,7 +68,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="sizes of native images, as m3ae-fast data stats wrote them",
     )
-    dry.add_argument("--no-data", action="store_true", help="leave out shards and tokenizer, which lie elsewhere")
+    dry.add_argument(
+        "--no-data",
+        action="store_true",
+        help="do not open the shards and the tokenizer, for example because they are on another machine",
+    )
     args = parser.parse_args(argv)
     if (args.world is not None or args.no_data or args.sizes) and not args.dry_run:
         parser.error("--world, --sizes and --no-data go with --dry-run")

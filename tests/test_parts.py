@@ -350,7 +350,7 @@ def test_a_state_in_parts_is_checked_against_the_model(saved):
 
 
 def test_a_checkpoint_that_a_node_does_not_see_is_told(tmp_path):
-    with pytest.raises(UserError, match="rank 5 does not see it; it must be where all nodes do"):
+    with pytest.raises(UserError, match=r"rank 5 cannot find it; run.dir must be on a file system shared by all nodes"):
         checkpoint.open_state(tmp_path / "step-00000001", 5, 8)
 
 

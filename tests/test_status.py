@@ -45,7 +45,7 @@ def test_the_reason_of_a_failure_is_the_line_that_the_run_printed(tmp_path):
     lost = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
     with pytest.raises(RuntimeError):
         recorded(tmp_path, 7, lost)
-    said = "another rank has ended; its output says why. --resume auto continues from the last checkpoint"
+    said = "another rank exited; see its output for the reason. --resume auto continues from the last checkpoint"
     assert status(tmp_path)[1] == f"failed at step 7 of 10 ({said})"
 
 

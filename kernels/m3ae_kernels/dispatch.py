@@ -1,4 +1,4 @@
-"""What every op decides before it runs: which implementation, which dtype, and whether its arguments make sense."""
+"""Common dispatch logic of all ops: choice of implementation and dtype, and validation of arguments."""
 
 import functools
 import os

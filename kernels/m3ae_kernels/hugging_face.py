@@ -127,7 +127,7 @@ def _embeddings_forward(options: _Options) -> Callable:
 
 
 def _firsts(like_BN: Tensor, each: int) -> Tensor:
-    """Return [B, 1]: the number of each image's first row where all have `each`."""
+    """Return the index of the first row of each image, [B, 1], if every image has `each` rows."""
     return each * torch.arange(len(like_BN), device=like_BN.device)[:, None]
 
 

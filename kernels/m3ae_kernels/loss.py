@@ -1,4 +1,4 @@
-"""What the two losses share: their reductions, and gradients made in the forward pass.
+"""Shared code of the two losses: reductions, and gradients computed in the forward pass.
 
 Shapes: M rows, D width, V outputs of the head.
 """

@@ -220,8 +220,8 @@ token_rows_op = Op("token_rows", _rows_forward, _rows_fake, save_inputs, _rows_b
 
 
 def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results: Results) -> None:
-    """Fill the results, of the gradients those that `needs` names; hidden, weight and bias have one dtype, and the
-    weight of an ignored row is 0."""
+    """Fill `results`; only the gradients selected by `needs` are computed. `hidden`, `weight` and `bias` share one
+    dtype, and ignored rows have weight 0."""
     hidden, weight, bias, unit_weight, targets = inputs
     row_loss, correct, grad_hidden, grad_weight, grad_bias = results
     ignore_index, smoothing, z_loss = options[:3]
@@ -236,7 +236,8 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
     sum_VD = torch.zeros_like(grad_weight, dtype=acc) if chunk < len(hidden) else None
 
     def softmax(rows: slice, logits_CV: Tensor) -> None:
-        """Turn logits into the slope of each row's loss to them, and fill in row losses, correct and bias's sum."""
+        """Replace the logits by the gradients of the row losses with respect to them, and fill in the row losses,
+        `correct` and the bias gradient."""
         ignored_C1 = targets[rows, None] == ignore_index
         target_C1 = targets[rows, None].long().masked_fill(ignored_C1, 0)
         if len(correct):

@@ -38,7 +38,7 @@ for bit: losses, gradient norms, learning rates and the last checkpoint's weight
 
 {wrong}
 
-| fault | tried | in runs that ended so |
+| fault | tried | in runs that ended identically |
 |---|--:|--:|
 {faults}
 

@@ -119,7 +119,8 @@ def tables(rows: Rows, head: dict[str, Any]) -> str:
     lines = [
         f"{about['device']}, 1 thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}; "
         f"{seconds / 60:.0f} minutes of one core; {'validation' if head['validation'] else 'test'} samples. Accuracy "
-        "in %: mean ± standard error (seeds); ± is of the samples and of the seeds, and errs towards too much."
+        "in %: mean ± standard error (seeds); ± is the standard error over samples and seeds; it is a "
+        "conservative estimate."
     ]
     words, clothes = ("words of the caption", "captions", COMMON), ("MAE of clothes", "mae", rows.of_clothes)
     for title, columns, more, against in (

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, whatever becomes of the machine."""
+"""Atomic writes: files and folders are either complete or absent, even after a crash."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}  # what some network 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Make a path beside `path` to write to, which takes its place when the block ends. Folders are made if needed. Of
-    several that write one file at a time, the last to end has its place.
-    Raises UserError where `path` is a folder, or the disk refuses; after any exception `path` is as it was."""
+    """Yield a temporary path next to `path` and rename it to `path` when the block ends. Folders are made if needed. Of
+    several that write one file at a time, the last to end has its place. Raises UserError where `path` is a folder, or
+    the disk refuses; after any exception `path` is as it was."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")

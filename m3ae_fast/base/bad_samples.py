@@ -34,7 +34,8 @@ class BadSamples:
     """Counts samples that could not be used, names them in the log, and stops a run that has too many."""
 
     def __init__(self, max_fraction: float, samples: int):
-        """Tolerate `max_fraction` of bad samples, after MIN_SEEN or an epoch, of `samples`, if that is fewer."""
+        """Stop when more than `max_fraction` of the samples are bad. The check starts after MIN_SEEN samples, or after
+        one epoch (`samples`) if that is fewer."""
         self.max_fraction = max_fraction
         self.least = max(1, min(MIN_SEEN, samples))
         self.seen = self.bad = self._named = 0
@@ -53,7 +54,7 @@ class BadSamples:
             if say and self._named <= NAMED:
                 _log.warning("skipped %s", item)
             if say and self._named == NAMED:
-                _log.warning("further bad samples are counted, not named")
+                _log.warning("further bad samples are counted but no longer listed")
 
     def count(self, seen: int, bad: int) -> None:
         """Add the counts of a step over all ranks; `seen` includes the bad ones. Raises UserError where more than

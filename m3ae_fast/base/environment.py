@@ -9,7 +9,8 @@ from pathlib import Path
 
 
 def settle_libraries() -> None:
-    """Set what makes torch fit these programs, where the user has set nothing. Must come before torch is imported."""
+    """Set default environment variables for torch, without overriding those set by the user. Must be called before
+    torch is imported."""
     # Threads that wait must not keep a core from the loader, another rank or another program.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Pages of 2 MB spare a CPU walks through its tables of pages; torch reads it at its first allocation.

@@ -96,7 +96,8 @@ def raise_shared(own: BaseException | None, all_told: Iterable[Sequence[Any] | N
 
 
 def _on_one_line(text: str) -> str:
-    """Return a message without what names in it may hold: line ends, and what a terminal would obey."""
+    """Return the message on one line, without line breaks and terminal control characters that file names may
+    contain."""
     text = re.sub(r"\s*\n\s*", " ", text.strip())
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 

@@ -10,7 +10,7 @@ PATIENCE = 12.0  # seconds
 
 
 def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
-    """Return whether the hub says anything about a name, be it that there is no such one."""
+    """Return whether the hub responds to a request for a name, even if only to report that it does not exist."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -23,7 +23,7 @@ def refuse_too_few_addresses() -> None:
     """Raise SystemExit, with one line on stderr, where `ulimit -v` leaves a program less than torch itself takes."""
     limit = _limit()
     if limit is not None and limit < _ADDRESSES:
-        reason = f"torch alone takes {_ADDRESSES / 1e9:.2g} GB of addresses"
+        reason = f"importing torch alone needs {_ADDRESSES / 1e9:.2g} GB of address space"
         print(f"error: not enough memory ({reason}){limit_note()}", file=sys.stderr)
         raise SystemExit(2)
 

@@ -62,7 +62,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _take_place(partial: Path, target: Path, old: Path) -> None:
-    """Put `partial` in the place of `target`, which is called `old` meanwhile and is removed only after that."""
+    """Replace `target` by `partial`: rename `target` to `old`, move `partial` into place, then delete `old`."""
     if not target.exists():
         return put_in_place(partial, target)
     os.rename(target, old)

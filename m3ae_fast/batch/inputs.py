@@ -136,7 +136,7 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
             raise ValueError(f"an image cannot be used: {error}") from None
         return _prepared(pixels, config)
     if not isinstance(image, Tensor):
-        raise ValueError(f"an image is {type(image).__name__}, and no path, PIL image, array or tensor")
+        raise ValueError(f"images must be paths, PIL images, arrays or tensors, not {type(image).__name__}")
     if image.ndim != 3 or image.shape[0] != channels or not image.numel():
         raise ValueError(f"an image has shape {list(image.shape)}, not [{channels}, height, width]")
     if image.is_floating_point():

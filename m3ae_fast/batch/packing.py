@@ -109,7 +109,7 @@ def rounded(rows: int) -> int:
 
 
 def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool = False) -> PackedBatch:
-    """Lay `samples`, maybe none, out in one PackedBatch.
+    """Pack a (possibly empty) list of samples into one PackedBatch.
 
     The image loss is a mean over images of the mean over their loss rows, the text loss a mean over captions of the
     mean over theirs, an empty caption counting as 0 (official M3AE); with `loss_per_batch`, each is the mean over all
@@ -117,7 +117,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
 
     Args:
         repeat_shapes: round row counts up, with rows of no sample in segments of their own and with loss rows of
-            weight 0. Losses and gradients stay; matmul libraries, compilers and allocators meet few shapes.
+            weight 0. Losses and gradients are unchanged; matmul libraries, compilers and allocators see only a few
+            distinct shapes.
 
     Raises:
         ValueError: a sample has neither image nor caption, a shape does not fit `geometry`, or some images have

@@ -165,7 +165,8 @@ def _find(name: str, label: str) -> Path:
 
 @contextmanager
 def _panics_as_errors() -> Iterator[None]:
-    """Make a ValueError of a panic in the library, whose exception is no Exception.
+    """Convert a panic in the Rust tokenizers library into a ValueError; the exception that it raises does not derive
+    from Exception.
 
     Rust has by then written a text of its own to stderr. Only a redirected file descriptor 2 would keep it away, and
     with it what other threads write and the last words of a process that the library aborts, as it does for want of

@@ -280,7 +280,9 @@ def open_state(path: Path, rank: int = 0, world: int = 1) -> State:
     """Open a checkpoint's tensors, after a look at the checksums of its files; `world` ranks share that work. Raises
     UserError if it is damaged, or not there."""
     if not path.is_dir():
-        raise UserError(f"checkpoint {path}: rank {rank} does not see it; it must be where all nodes do")
+        raise UserError(
+            f"checkpoint {path}: rank {rank} cannot find it; run.dir must be on a file system shared by all nodes"
+        )
     sums, table = read_info(path).sha256, None
     if state_files.TABLE_FILE in sums:
         state_files.check(path, state_files.TABLE_FILE, sums)

@@ -12,7 +12,8 @@ from m3ae_fast.engine.fragments import Fragment, Fragments
 
 
 class Staging:
-    """Copies a rank's part of a state in the background; an optimiser that calls `wait` first disturbs nothing.
+    """Copies a rank's part of the training state in the background. The optimiser must call `wait` before it changes
+    the state.
 
     Forward and backward only read what is copied, so a step waits no longer than the copy takes beyond them.
     """
@@ -24,7 +25,8 @@ class Staging:
         self._copied.set()
 
     def begin(self, device: torch.device) -> None:
-        """Let `wait` wait until a state on that device has been copied. In the thread that trains."""
+        """Announce a copy of a state on this device, so that `wait` blocks until it is complete. Call it from the
+        training thread."""
         if device.type == "cuda":
             self._stream = self._stream or torch.cuda.Stream()  # here: another thread has another current device
             self._stream.wait_stream(torch.cuda.current_stream())  # for the update before

@@ -2,7 +2,7 @@
 
     state.safetensors                    written by one rank: whole tensors by name
     state-00002-of-00004.safetensors     written by the second of four: flat pieces by name
-    table.json                           of which pieces each tensor consists, where several ranks wrote them
+    table.json                           which slices in which files make up each tensor, where several ranks wrote them
 
 The files are in torch.distributed.checkpoint's safetensors format, as its HuggingFaceStorageReader reads. They are
 not written by it: its writer serialises a part in memory, which holds it twice, and takes what it is given. Here the
@@ -87,8 +87,9 @@ def tabulate(folder: Path, shapes: dict[str, Shape], parts: int) -> Table:
         at = 0
         for start, _, count in [*sorted(pieces), (math.prod(shapes[name]), 0, 0)]:
             if start != at:
-                what = f"elements {at} to {start - 1} of {name} are in no" if start > at else f"{name} is twice in a"
-                raise UserError(f"checkpoint {folder}: {what} rank's part")
+                missing = f"elements {at} to {start - 1} of {name} are in no rank's part"
+                twice = f"some elements of {name} occur in the parts of more than one rank"
+                raise UserError(f"checkpoint {folder}: {missing if start > at else twice}")
             at += count
     return Table(parts, shapes, {name: [(i, n) for _, i, n in sorted(pieces)] for name, pieces in found.items()})
 

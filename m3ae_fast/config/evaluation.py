@@ -82,11 +82,12 @@ class LinearProbeConfig(LoopConfig, ScheduleConfig):
     global_batch: Batch | None = None  # type: ignore[assignment]
     """Samples per optimiser step, over all ranks; null: by the number of samples, from 256 to 2,048."""
     micro_batch: Batch | None = 64
-    """Maximum samples per rank and forward pass; a rank's part of the batch is cut evenly. null: no gradient
-    accumulation."""
+    """Maximum number of samples per rank and forward pass. Larger per-rank batches are split evenly into micro-batches
+    with gradient accumulation; null: no gradient accumulation."""
     peak_lr: float | None = Field(None, gt=0)  # type: ignore[assignment]
     """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256. null: with --cache-features,
-    the best of six on a held-out tenth of the training samples, or nearly so; without, by the number of samples."""
+    chosen from six candidates by accuracy on a held-out tenth of the training samples; otherwise derived from the
+    number of training samples."""
     warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
     """Length of the warm-up, in epochs; at most the whole run. null: a ninth of the run."""
     epochs: float | None = Field(None, gt=0, le=1e6)
@@ -94,8 +95,8 @@ class LinearProbeConfig(LoopConfig, ScheduleConfig):
 
 
 class AttentiveProbeConfig(Section):
-    """An attentive probe: one learnt query attends to the frozen patch tokens, and a linear layer reads what it finds;
-    trained by AdamW. It begins as the mean of the tokens."""
+    """Attentive probe: one learnable query attends to the frozen patch tokens, followed by a linear classifier; trained
+    with AdamW. At initialisation it is equivalent to mean pooling."""
 
     heads: Count | None = None
     """Number of attention heads; null: as many as the encoder has."""
@@ -112,8 +113,8 @@ class AttentiveProbeConfig(Section):
 class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     """Fine-tuning of the encoder with a classification head.
 
-    The defaults are the official recipe's for ImageNet. As there, `peak_lr` is not multiplied by the batch. What is
-    null follows from the number of training samples, as for the linear probe.
+    The defaults are the official recipe's for ImageNet. As there, `peak_lr` is not multiplied by the batch. Settings
+    that are null are derived from the number of training samples, as for the linear probe.
     """
 
     SECTION: ClassVar[str] = "finetune"
@@ -128,7 +129,8 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     label_smoothing: Rate = 0.1
     """Label smoothing: the fraction of a label that is spread evenly over all classes."""
     mixup: float = Field(0.8, ge=0, le=100)
-    """Alpha of mixup, of neighbours in the stream; 0: off. Images are mixed only where nothing else is encoded."""
+    """Alpha of mixup between consecutive samples of the training stream; 0: off. Images are mixed only if the encoder
+    sees no text."""
     cutmix: float = Field(1.0, ge=0, le=100)
     """Alpha of CutMix; 0: off."""
     switch_prob: float = Field(0.5, ge=0, le=1)
@@ -173,8 +175,8 @@ class RobustnessConfig(Section):
     step_size: float = Field(0.25, gt=0)
     """Step size of PGD, as a fraction of epsilon."""
     corruptions: list[CommonCorruption | ExtraCorruption] = list(get_args(CommonCorruption))
-    """Corruptions of ImageNet-C to run. The default is the fifteen over which errors are averaged there. Frost uses a
-    procedural texture instead of ImageNet-C's photographs."""
+    """ImageNet-C corruptions to evaluate. The default is the fifteen corruptions of the benchmark's mean corruption
+    error. Frost uses a procedural texture instead of ImageNet-C's photographs."""
     severities: list[Annotated[int, Field(ge=1, le=5)]] = [1, 2, 3, 4, 5]
     """Severities to run, from 1 to 5."""
     samples: Count | None = None
@@ -239,5 +241,8 @@ def _renamed(override: str) -> str:
     if former not in FORMER_SECTIONS:
         return override
     present = FORMER_SECTIONS[former]
-    print(f"note: --set {former}: is called {present} now; the next release knows only that name", file=sys.stderr)
+    print(
+        f"note: --set {former}: has been renamed to {present}; the old name will be removed in the next release",
+        file=sys.stderr,
+    )
     return present + override.removeprefix(former)

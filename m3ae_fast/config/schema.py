@@ -60,8 +60,8 @@ class RunConfig(Section):
     loggers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     """Loggers in addition to metrics.jsonl. W&B reads WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE."""
     stall_timeout: float = Field(300, gt=0)
-    """A rank or loader that makes no progress for this many seconds ends the run with exit code 75. Ranks have 1,800 s
-    to join."""
+    """Stall timeout in seconds: if a rank or data loader makes no progress for this long, the run exits with code 75.
+    At start-up, ranks have 1,800 s to join the process group."""
 
 
 class ModelConfig(Section):
@@ -104,10 +104,11 @@ class ModelConfig(Section):
     """Shape of images: `square`, cut and scaled to `image_size`; or `native`, which keeps their aspect ratio
     and, from `min_patches` to `max_patches`, their size, both sides rounded to the patch size."""
     max_patches: Size | None = None
-    """Native: the patches that larger images are reduced to; null: as many as a square image has. The longer side has
-    at most 2 √`max_patches`: more elongated images than 4:1 have fewer patches."""
+    """With `resize: native`: maximum number of patches per image; larger images are downscaled. null: the number of
+    patches of a square image. The longer side is limited to 2 √`max_patches` patches, so images with an aspect ratio
+    above 4:1 have fewer patches."""
     min_patches: Size = 1
-    """Native: the patches that smaller images are enlarged to."""
+    """With `resize: native`: minimum number of patches per image; smaller images are upscaled."""
     native_positions: Literal["absolute", "centred"] = "absolute"
     """Native, computed positions: counted from the first corner, or about the centre of a square image. Stored ones are
     interpolated to each image's rows and columns, as timm does."""
@@ -122,7 +123,7 @@ class ModelConfig(Section):
     image_std: Channels = (0.3207, 0.3169, 0.3307)
     """Standard deviation of pixels in the same units, one value above 0 per channel. The default is CC12M's."""
     image_range: Range | None = None
-    """`data.range` of the images that it was trained on, which a model remembers."""
+    """Value range (`data.range`) of the training images; saved with the model."""
     text_length: Size = 64
     """Maximum number of text tokens; longer captions are truncated."""
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
@@ -139,7 +140,8 @@ class ModelConfig(Section):
     mean_pool: Literal["after_norm", "before_norm"] = "after_norm"
     """Place of mean pooling: after the final LayerNorm, or before it, as in fine-tuned MAEs (timm's `fc_norm`)."""
     init_from: str | None = None
-    """Export folder or hub name whose weights a new run starts from (a missing decoder starts from random weights)."""
+    """Export folder or Hugging Face model id to initialise a new run from. If it contains no decoder, the decoder is
+    randomly initialised."""
 
     @model_validator(mode="before")
     @classmethod
@@ -269,8 +271,8 @@ class SourceConfig(Section):
     loss_weight: float = Field(1.0, ge=0, le=1e6)
     """Multiplies these samples' losses; the denominator of the mean is unchanged."""
     modality: Literal["auto", "any", "paired", "image", "text"] = "auto"
-    """Which modalities of a sample to use. `any`: whatever it has; `auto`: what every sample of the shard has, else
-    `any`; of an image-only model (`model.vocab_size` 0) its images."""
+    """Modalities to use from each sample. `any`: all that the sample has; `auto`: those that every sample of the shard
+    has, otherwise `any`. An image-only model (`model.vocab_size` 0) uses only the images with `auto`."""
     caption_fraction: float = Field(1.0, ge=0, le=1)
     """Fraction of the pairs that keep their caption; the others are images alone. A hash of its key chooses a pair: the
     same ones in every run, and a larger fraction holds those of a smaller one."""
@@ -292,12 +294,14 @@ class DataConfig(Section):
     tokenizer: str | None = None
     """The text tokenizer: a tokenizer.json, a BERT vocab.txt or a hub name; null: without captions."""
     range: Range | None = None
-    """Values that are black and white in images of more than 8 bits, such as [0, 4095], or `dtype`, the lowest and
-    highest of the file's type (of floats 0 and 1); null: the model's, or else none is read."""
+    """Pixel values that map to black and white in images with more than 8 bits per channel, such as [0, 4095]; `dtype`
+    uses the full range of the file's data type (0 to 1 for floats). null: the range saved with the model; if there is
+    none, such images are rejected."""
     resize: Literal["square", "native"] | None = None
-    """Shape of images: sets `model.resize`, which the model remembers; null: what that says."""
+    """How images are resized. Overrides `model.resize` and is saved with the model; null: use `model.resize`."""
     max_patches: Size | None = None
-    """Maximum number of patches of a native image: sets `model.max_patches`; null: what that says."""
+    """Maximum number of patches per image with `resize: native`. Overrides `model.max_patches`; null: use
+    `model.max_patches`."""
     min_patches: Size | None = None
     """Minimum number of patches of a native image: sets `model.min_patches`; null: what that says."""
     show_channels: Annotated[tuple[int, int, int], Strict(False)] | None = None
@@ -312,8 +316,9 @@ class DataConfig(Section):
     shuffle_shards: int = Field(128, gt=0, le=1 << 24)
     """Number of shards whose samples are shuffled together, over all lanes."""
     lanes: int = Field(64, gt=0, le=1 << 16)
-    """Maximum number of lanes of the stream, of which a node reads some. The largest divisor of the batch is used,
-    up to this and to the number of shards."""
+    """Maximum number of lanes, the parallel sub-streams into which the training stream is divided; each node reads only
+    some of them. The number used is the largest divisor of the global batch size that exceeds neither this value nor
+    the number of shards."""
     workers: int | None = Field(None, ge=0, le=1024)
     """Number of loader processes per rank; null: as many as the cores allow."""
     prefetch: int = Field(4, gt=0, le=1024)
@@ -322,7 +327,7 @@ class DataConfig(Section):
     """Folder for copies of shards that are remote or on a network file system, and indexes of read-only folders; null:
     `~/.cache/m3ae_fast`."""
     cache_gb: float | None = Field(None, gt=0, le=1e9)
-    """Maximum size of the copies on a node, in GB; null: all of the disk but a tenth of it."""
+    """Maximum size of the shard cache per node, in GB; null: use the disk until a tenth of it is left free."""
     image_tokenizer: NamedPath | None = None
     """Folder of the converted VQGAN whose ids are the image targets (`model.image_targets` vqgan)."""
     image_tokens: Literal["device", "workers", "shards"] = "device"
@@ -413,8 +418,8 @@ class LoopConfig(Section):
     global_batch: Batch = 4096
     """Samples per optimiser step, over all ranks."""
     micro_batch: Batch | None = None
-    """Maximum samples per rank and forward pass; a rank's part of the batch is cut evenly. null: no gradient
-    accumulation."""
+    """Maximum number of samples per rank and forward pass. Larger per-rank batches are split evenly into micro-batches
+    with gradient accumulation; null: no gradient accumulation."""
     epochs: float | None = Field(None, gt=0, le=1e6)
     """Length of the run, in epochs; give this or `steps`."""
     steps: Count | None = None
@@ -641,7 +646,8 @@ class Config(Section):
             )
         if self.data.image_tokens == "shards" and self.data.repeats > 1:
             raise ValueError(
-                "data.repeats: images with ids in the shards have one crop each; tokenize-images --views makes more"
+                "data.repeats: must be 1 with data.image_tokens=shards, because each stored image has token "
+                "ids for one crop only; use tokenize-images --views to create more crops"
             )
         shown = self.data.show_channels or (0,)
         if not 0 <= min(shown) <= max(shown) < self.model.channels:
@@ -649,7 +655,8 @@ class Config(Section):
         return self._with_images()._without_captions()
 
     def _with_images(self) -> Config:
-        """Store in `model` what `data` says of images: who decodes for the model later has no `data`."""
+        """Copy the image settings from `data` to `model`: code that later decodes images for the model has no `data`
+        section."""
         said = {}
         for name, own in {"range": "image_range", **{n: n for n in ("resize", "max_patches", "min_patches")}}.items():
             value, before = getattr(self.data, name), getattr(self.model, own)
@@ -667,7 +674,7 @@ class Config(Section):
         return self.model_copy(update={"model": model})
 
     def _without_captions(self) -> Config:
-        """Let an image-only model read the images alone of the sources that leave it open."""
+        """For an image-only model, set `modality` to `image` in all sources where it is `auto`."""
         if self.model.vocab_size:
             return self
 

@@ -87,7 +87,8 @@ class Corpus:
 
     @property
     def ignored(self) -> str:
-        """Return what nothing reads in the shards, such as "12 .mp4, 3 .seg.png"; empty where there is none."""
+        """Return a summary of the ignored files in the shards, such as "12 .mp4, 3 .seg.png"; an empty string if there
+        are none."""
         return describe_ignored([shard for source in self.sources for shard in source.indexed])
 
     def shared_with(self, other: Corpus) -> list[str]:

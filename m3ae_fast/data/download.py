@@ -1,4 +1,5 @@
-"""Copies a shard from its source into a file, with limits on silence, slowness and time; checks that it is a tar."""
+"""Copies a shard from its source into a file, with limits on idle time, transfer rate and total time; checks that it is
+a tar."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 class NotThere(OSError):
-    """A failure that trying again would not change."""
+    """A permanent failure, for which a retry is pointless."""
 
 
 def download(shard: str, out: BinaryIO) -> None:

@@ -65,8 +65,8 @@ class Needs:
         return Span(int(slowest * self.positions), math.ceil(end), slowest > self.start)
 
     def near(self, span: Span) -> list[Shard]:
-        """Return the shards to fetch now, as far as they fit, the soonest needed first: of the windows in use and, once
-        there was a step, of those that follow."""
+        """Return the shards to download now, as many as fit into the cache, in the order in which they are needed:
+        those of the current shuffle windows and, after the first step, those of the following windows."""
         each = self.order.needs(self.lanes, span.first, span.end)
         rest = (self.stop * self.positions - span.end) / self.order.lanes - 1  # not what comes after the run
 
@@ -134,7 +134,8 @@ class Fetching:
             self._fetcher.end()
 
     def begin(self) -> None:
-        """Let the fetcher fetch where it is this rank's. As for workers, it is before the first step."""
+        """Start downloading if this rank owns the node's fetcher. Like loader workers, the fetcher starts before the
+        first step."""
         self._steps = _shared_steps(self._path, self._ranks)
         self._steps[self._slot] = self.needs.start
         if self._slot == 0:
@@ -142,7 +143,8 @@ class Fetching:
             self._fetcher.start(serve, self.needs, self._path, self._ranks)
 
     def watch(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yield micro-batches from the first step's on, and tell how many steps are behind."""
+        """Yield the micro-batches, starting with those of the first step, and report the number of completed steps to
+        the fetcher."""
         for number, batch in enumerate(batches, 1):
             self._steps[self._slot] = self.needs.start + number // self.accumulation
             yield batch

@@ -27,8 +27,8 @@ _THREADS = 8
 
 
 def measured(corpus: Corpus, *, progress: bool = False) -> Corpus:
-    """Return the corpus with `Source.image_sizes`, or as it is where samples are not read in place: nobody knows
-    the sizes before the shards come.
+    """Return the dataset with `Source.image_sizes` filled in. It is left unchanged if the shards are not read in place
+    but copied to the cache first, because the image sizes are then not known in advance.
 
     A file beside each index keeps them. It is made on first use and again when the shard changes.
     """

@@ -72,7 +72,8 @@ def label_corpus(
     """Return the samples of a corpus but those of label -1, with ids in `Source.labels`, and the classes by id.
 
     `field`: as in `read_labels`. `classes`: those of the training samples; None: these are the training samples, and
-    define them. `gaps`: they may lack numbers, as where they are a part of others; ids then count those there are.
+    define them. `gaps`: allow missing label numbers, as in a subset of the classes; the labels that occur are then
+    renumbered consecutively.
 
     Raises:
         UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed,

@@ -13,7 +13,7 @@ from m3ae_fast.config import DataConfig
 
 
 class Layout(NamedTuple):
-    """What an order depends on besides shards, weights and seed."""
+    """Parameters of the sample order in addition to the shards, the source weights and the seed."""
 
     lanes: int
     window: int  # pieces of shards that a lane shuffles together
@@ -26,9 +26,9 @@ class Layout(NamedTuple):
 
 
 def lay_out(config: DataConfig, sizes: Sequence[Sequence[int] | np.ndarray], global_batch: int) -> Layout:
-    """Return the lanes of a stream: the most, up to `config.lanes`, that a step of `global_batch` samples visits
-    equally often, that cut few shards, and of which each has a part of every source. `sizes`: by source, samples of
-    shards."""
+    """Return the lanes of a stream: the largest number of lanes, up to `config.lanes`, such that each step takes the
+    same number of samples from every lane, few shards are split between lanes, and each lane contains samples of every
+    source. `sizes`: by source, samples of shards."""
     turns = global_batch // math.gcd(global_batch, config.repeats)
     most = min(config.lanes, turns, sum(map(len, sizes)), *(int(np.sum(shards)) for shards in sizes))
     lanes = next(number for number in range(most, 0, -1) if turns % number == 0)

@@ -84,7 +84,7 @@ class MicroBatches(Sampler[list[int]]):
         return [own[len(own) * part // parts : len(own) * (part + 1) // parts] for part in range(parts)]
 
     def _balanced(self, step: int) -> list[list[int]]:
-        """Return this rank's micro-batches of a step where the node's cost about the same."""
+        """Return this rank's micro-batches of a step after balancing the cost of all micro-batches on the node."""
         assert self.work is not None
         parts = balanced([part for rank in self.ranks for part in self._cut(step, rank)], self.work)
         first = self.ranks.index(self.share.rank) * self.share.accumulation
@@ -100,8 +100,8 @@ class MicroBatches(Sampler[list[int]]):
 
 
 def balanced(parts: Sequence[Sequence[int]], work: Callable[[int], int]) -> list[list[int]]:
-    """Return parts of the same sizes and together of the same positions, of about equal work: the largest position
-    first, each goes to the part with the least work that has room."""
+    """Redistribute the positions over parts of unchanged sizes so that all parts have about the same cost. Greedy: in
+    order of decreasing cost, each position goes to the cheapest part that is not yet full."""
     positions = sorted(position for part in parts for position in part)
     costs = {position: work(position) for position in positions}
     shared: list[list[int]] = [[] for _ in parts]
@@ -187,7 +187,7 @@ def _fetching(loader: Loader[PackedBatch], samples: Samples, micro_batches: Micr
 def needs_of_node(
     config: DataConfig, corpus: Corpus, global_batch: int, world: int, ranks: Sequence[int], seed: int
 ) -> Needs:
-    """Return what a node of a run from its first step on reads whose ranks these are."""
+    """Return the shards that the node with these ranks reads, from the first step of the run on."""
     lanes, window = lay_out(config, corpus.sizes, global_batch)
     order = Order(corpus.sizes, corpus.weights, window, seed, lanes)
     return _needs(corpus, order, MicroBatches(range(1), Share(global_batch, world=world), lanes, config.repeats), ranks)

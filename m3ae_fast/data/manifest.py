@@ -123,7 +123,7 @@ def read(path: Path) -> np.ndarray:
     if len(rows) and (rows["kind"].max() > UNREAD or rows["samples"][rows["kind"] == UNREAD].any()):
         raise UserError(f"manifest {path}: is damaged (shards of a kind that does not exist, or unread with samples)")
     if len(rows) and (most := rows["samples"].max()) > _MAX_SAMPLES:
-        raise UserError(f"manifest {path}: says that a shard has {most:,} samples; {_MAX_SAMPLES:,} are the most")
+        raise UserError(f"manifest {path}: gives {most:,} samples for one shard; the maximum is {_MAX_SAMPLES:,}")
     return rows
 
 
@@ -132,7 +132,7 @@ def is_manifest(patterns: str | Sequence[str]) -> bool:
     each = [patterns] if isinstance(patterns, str) else patterns
     manifests = [pattern for pattern in each if pattern.endswith(SUFFIX)]
     if manifests and len(manifests) < len(each):
-        raise UserError(f"shards {each!r}: are manifests and tars; make a source of each")
+        raise UserError(f"shards {each!r}: mixes manifests and tar files; use a separate source for each")
     return bool(manifests)
 
 

@@ -24,7 +24,7 @@ class Data:
 
     @property
     def shown(self) -> Corpus:
-        """Return the corpus whose samples are drawn: the held-out one if there is one."""
+        """Return the dataset whose samples are shown in figures: the held-out one if there is one."""
         return self.val or self.train
 
 

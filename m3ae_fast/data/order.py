@@ -58,7 +58,8 @@ class Need(NamedTuple):
 
 
 class _Latest:
-    """Keeps the two results of a function that were needed last. Unlike functools.lru_cache it can be pickled."""
+    """Caches the two most recently computed results of a function (first in, first out). Unlike functools.lru_cache, it
+    can be pickled."""
 
     def __init__(self, make: Callable[..., Any]):
         self.make = make
@@ -73,7 +74,7 @@ class _Latest:
 
 
 class Pieces(NamedTuple):
-    """What a lane owns of a source: runs of samples that follow each other in a shard."""
+    """A lane's part of a source: runs of consecutive samples in its shards."""
 
     shards: np.ndarray  # [pieces]
     starts: np.ndarray  # the first sample of each, by its number in file order
@@ -197,9 +198,9 @@ class Lane:
 class Order:
     """The training stream of several sources, in lanes: position p is lane p % C's number p // C.
 
-    A lane owns an equal piece of each source, for good: of a random order of its shards, cut inside shards. So whoever
-    reads some lanes needs few shards; and C, which no number of ranks changes, says which. With one lane a source is
-    the shards as they come.
+    A lane owns an equal piece of each source, for good: of a random order of its shards, cut inside shards. A reader of
+    a few lanes therefore needs only a few shards. Which ones depends on C, not on the number of ranks. With one lane a
+    source is the shards as they come.
     """
 
     sizes: Sequence[Sequence[int] | np.ndarray]  # by source: samples of its shards, at least one for each lane
@@ -258,7 +259,8 @@ class Order:
 
 
 def _needs(lane: Lane, source: int, here: int, there: int) -> Iterator[Need]:
-    """Return the needs of a lane's source whose samples from `here` up to `there` are in use."""
+    """Yield the shuffle windows of one source in a lane, starting with those that contain the samples from `here` to
+    `there`, which are in use already."""
     order, ahead = lane.sources[source], 0
     for start, shards in order.windows(here):
         if start >= here + order.samples:

@@ -169,13 +169,13 @@ def _read(fd: int, entry: np.void, part: str, limit: int, what: str, most: int |
     """Return the part's first `most` bytes, or all."""
     offset, size, checksum = (int(entry[f"{part}_{name}"]) for name in ("offset", "size", "crc"))
     if offset == MISSING:
-        raise BadSample(f'no {what} (the "modality" of its source decides what is needed)')
+        raise BadSample(f"the sample has no {what}, which the `modality` of its source requires")
     wanted = size if most is None else min(size, most)
     if wanted > limit:
         raise BadSample(f"the {what} has {wanted} bytes, more than {limit}")
     data = os.pread(fd, wanted, offset)
     if checksum and wanted == size and zlib.crc32(data) != checksum:
-        raise _Damaged(f"the {what} is not what was indexed")
+        raise _Damaged(f"the {what} does not match its checksum in the index; the shard has changed or is damaged")
     if len(data) != wanted:
         raise BadSample(f"the shard ends inside the {what}")
     return data

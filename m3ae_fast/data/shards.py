@@ -210,7 +210,8 @@ class ShardStore:
         return True
 
     def keep(self, shards: Sequence[str]) -> None:
-        """Date the copies of shards, named as they are needed: others make room first, then the last of these."""
+        """Set the modification times of cached shards so that eviction removes first the shards that are not listed,
+        then the listed ones from the last to the first. `shards`: in the order in which they will be needed."""
         now = time.time_ns()
         if self._oldest:
             self._oldest.clear()  # they have other dates now

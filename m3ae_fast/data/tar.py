@@ -1,7 +1,7 @@
 """Finds the members of a tar file without reading their contents (POSIX.1-2001 pax and GNU formats).
 
 Python's tarfile takes 3.5 times as long for a shard of 10,000 pictures and captions (0.26 s of CPU time, not 0.074 s),
-and does not tell a tar that is cut short between two members from a whole one.
+and cannot detect a tar file that was truncated between two members.
 """
 
 from __future__ import annotations

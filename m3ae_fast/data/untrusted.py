@@ -1,4 +1,4 @@
-"""Keeps files of somebody else from making this machine run a program, or write where they say."""
+"""Prevents untrusted files from executing programs or choosing where files are written."""
 
 from __future__ import annotations
 
@@ -21,4 +21,4 @@ def require_harmless(sources: Iterable[SourceConfig], cache_dir: Path | None, wh
         if is_remote(shard) and not _FETCHED.match(shard):
             raise UserError(f"{where}: names the shards {shard!r}, which run a program; {remedy}")
     if cache_dir is not None and not ShardStore.is_cache(cache_dir):
-        raise UserError(f"{where}: would make data.cache_dir {cache_dir} a cache; {remedy}")
+        raise UserError(f"{where}: sets data.cache_dir to {cache_dir}, which is not yet a cache folder; {remedy}")

@@ -1,5 +1,5 @@
-"""Draws where the encoder looks: attention of cls and of words over the patches of their image, and of a patch over
-the words of its caption (the paper's figure 8).
+"""Visualises encoder attention: from the cls token and from words to the image patches, and from a patch to the words
+of its caption (figure 8 of the paper).
 
 Rows of a sample: cls, its patches, its text tokens.
 
@@ -72,7 +72,8 @@ def patches_of(sample: Sample) -> int:
 
 
 def attention_to_patches(model: M3AE, sample: Sample, queries: Sequence[int], look: Look = LAST) -> Tensor:
-    """Return the part [R, L] of `attention_weights` that goes to the patches of an image, as fractions of it."""
+    """Return the attention weights [R, L] from the queries to the image patches, normalised to sum to 1 over the
+    patches."""
     weights_RL = attention_weights(model, sample, queries, look)[:, 1 : 1 + patches_of(sample)]
     return weights_RL / weights_RL.sum(1, keepdim=True)
 
@@ -227,5 +228,6 @@ def _write_shaded(
         draw.rectangle((x, y, x + width, y + _LINE - 3), fill=shade(part, highest))
         draw.text((x + 1, y), text, fill=BLACK, font=font)
         x += width
-    told = f"{100 * sum(parts):.3g} % of the patch's attention is on words; {100 * highest:.3g} % on the reddest"
-    draw.text((left, y + _LINE + 4), told, fill=(110, 110, 110), font=ImageFont.load_default(11))
+    total, most = 100 * sum(parts), 100 * highest
+    shares = f"{total:.3g} % of the patch's attention goes to text tokens; {most:.3g} % to the reddest"
+    draw.text((left, y + _LINE + 4), shares, fill=(110, 110, 110), font=ImageFont.load_default(11))

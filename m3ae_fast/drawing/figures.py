@@ -40,7 +40,7 @@ class Cell(NamedTuple):
 
 
 def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str] = ()) -> None:
-    """Write a PNG of rows of cells; `titles` stand above the columns."""
+    """Write a PNG of rows of cells; `titles` are the column headings."""
     columns = max(map(len, rows))
     lines = max([1, *(len(_wrapped(cell)) for row in rows for cell in row if cell.image is not None)])
     width, height, top = _SIDE + _GAP, _SIDE + lines * _LINE + _GAP, 20 if titles else _GAP
@@ -200,7 +200,10 @@ def draw_detection(path: Path, familiar: Mapping[str, np.ndarray], strange: Mapp
             axes.hist(part.clip(low, high), bins, density=True, alpha=0.55, label=label)
         axes.set_title(name, fontsize=9)
         axes.set_yticks([])
-    panels[0].set(xlabel="other samples that pass", ylabel="validation samples that pass")
+    panels[0].set(
+        xlabel="accepted out-of-distribution samples (false positive rate)",
+        ylabel="accepted validation samples (true positive rate)",
+    )
     panels[0].legend(fontsize=6, loc="lower right")
     panels[1].legend(fontsize=7, frameon=False)
     _save(figure, path)

@@ -287,8 +287,9 @@ def _replace(module: str, name: str, value: Any) -> None:
 
 
 def _read_no_norms() -> None:
-    """Let the optimisers of stages 1 and 2 neither look whether a norm is valid, which `LossWatch` finds out without
-    waiting, nor whether it is large enough to clip. Holds for all engines of this process."""
+    """Disable two host–device synchronisations in DeepSpeed's stage 1 and 2 optimisers: the check for a non-finite
+    gradient norm (`LossWatch` does it asynchronously) and the comparison of the norm with the clipping threshold. Holds
+    for all engines of this process."""
     for module in ("bf16_optimizer", "zero.stage_1_and_2"):
         _replace(f"deepspeed.runtime.{module}", "is_invalid_grad_norm", lambda norm: False)
     _replace("deepspeed.runtime.bf16_optimizer", "clip_tensors_by_global_norm", _clip)

@@ -42,7 +42,8 @@ class Engine(Protocol):
 
         Args:
             batches: this rank's micro-batches, on its device.
-            counts: what the losses of the whole step are means over, per rank: each micro-batch's are divided by it.
+            counts: denominators of the step's mean losses (numbers of images and captions, or of tokens), divided by
+                the number of ranks; the summed losses of each micro-batch are divided by them.
             lr: learning rate of the update, times a parameter group's `lr_scale` where it has one.
 
         Returns:
@@ -53,8 +54,9 @@ class Engine(Protocol):
         """Return the module's output for one batch, without gradients and dropout."""
 
     def fragments(self) -> Fragments:
-        """Return this rank's part of the state, which the next update changes. All ranks' parts together are each
-        tensor once. No rank waits for another, and forward and backward may run meanwhile."""
+        """Return this rank's part of the state, as views that the next update overwrites. The parts of all ranks
+        together contain every tensor exactly once. There is no synchronisation between ranks, and forward and backward
+        passes may run at the same time."""
 
     def whole(self, kind: str) -> dict[str, Tensor]:
         """Return "model", the weights, or one of `kinds` by the names of the parameters that have it, whole on every

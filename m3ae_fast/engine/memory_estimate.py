@@ -1,4 +1,5 @@
-"""An estimate of the memory that a rank needs, by what takes it: --dry-run shows it, and the engine goes by it."""
+"""Estimate of the memory per rank, itemised by consumer. `--dry-run` prints it, and the engine uses it to decide
+whether to keep all activations."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ def memory_needed(config: Config, world: int, samples: int) -> float:
 
 
 def lacking_for_activations(config: Config, ranks: Ranks, samples: int) -> str:
-    """Return "" where every rank has memory for all activations of a micro-batch, else what the first lacks that has
-    not. For the time before weights are on the device. Every rank must call it."""
+    """Return an empty string if every rank has enough memory for all activations of a micro-batch, otherwise the
+    shortfall of the first rank that has not. For the time before weights are on the device. Every rank must call it."""
     needed = memory_needed(config, ranks.world, samples)
     return next(filter(None, ranks.gather(missing_memory(needed, ranks.device))), "")
 

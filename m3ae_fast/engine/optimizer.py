@@ -117,8 +117,8 @@ def clip_by_global_norm(parameters: list[nn.Parameter], max_norm: float | None) 
 
 
 def track_ema(optimizer: torch.optim.Optimizer, decay: float | None) -> None:
-    """Keep a moving average of the weights as one more tensor of the optimiser's state: whatever ZeRO stage shards that
-    state, and wherever it is saved, the average goes along. It begins as the weights after the first update. None:
+    """Keep a moving average of the weights as one more tensor of the optimiser's state: so the average is sharded and
+    saved together with the optimiser state, at any ZeRO stage. It begins as the weights after the first update. None:
     none."""
     if decay is None:
         return
@@ -141,7 +141,7 @@ def track_ema(optimizer: torch.optim.Optimizer, decay: float | None) -> None:
 
 
 def prime(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Make the optimiser allocate its state, as after `step` updates with all moments 0. Parameters stay."""
+    """Allocate the optimiser state with zero moments and the step count set to `step`. Parameters are not changed."""
     lrs = [group["lr"] for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in params]

@@ -1,4 +1,4 @@
-"""Losses on held-out samples, what they are compared with, and how many dimensions the features fill.
+"""Losses on held-out samples, baseline losses of constant predictions, and the effective rank of the features.
 
 Shapes: I masked patches, K values of a patch, N samples, D encoder width.
 """
@@ -54,7 +54,8 @@ def evaluate(
 
 
 class Yardsticks:
-    """Yardsticks of an evaluation, whose batches are parts of one set over all ranks."""
+    """Baselines of an evaluation, accumulated over the batches of all ranks: the losses of constant predictions, and
+    RankMe."""
 
     def __init__(self, model: M3AE, precision: str, ranks: Ranks) -> None:
         """Begin a set. `precision`: of the features."""

@@ -39,8 +39,8 @@ def is_tiff(data: bytes) -> bool:
 
 
 def bands_of(header: Image.Image) -> tuple[int, bool]:
-    """Return how many values a pixel of a TIFF has, and whether there is one beside colours that is no transparency:
-    Pillow drops such ones without a word."""
+    """Return the number of samples per pixel of a TIFF, and whether any extra sample is not an alpha channel. Pillow
+    silently drops such samples."""
     tags = getattr(header, "tag_v2", {})
     return int(tags.get(_SAMPLES, 1)), tags.get(_EXTRA) == (0,)
 

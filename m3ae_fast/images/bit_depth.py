@@ -1,4 +1,4 @@
-"""Values of more than 8 bits, signed ones and floats -> the model's pixels, as a range says."""
+"""Converts high-bit-depth, signed and floating-point pixel values to the model's pixels, using a value range."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def check_colours(image: Image.Image, depth: Depth, image_range: Range | None, d
     if image_range != "dtype" or depth.kind != "unsigned":
         raise BadSample(f'has colours of {depth}, which are read with data.range "dtype" alone')
     if image.info.get("transparency") is not None:
-        raise BadSample(f"has colours of {depth}, one of them transparent, which is not read")
+        raise BadSample(f"has {depth} colour channels and a transparent colour, a combination that is not supported")
 
 
 def require_range(depth: Depth, image_range: Range | None) -> None:
     """Raise BadSample if there is no range."""
     if image_range is None:
         raise BadSample(
-            f"has {depth}: set data.range to what is black and white in it, such as [0, 4095] (--range 0,4095), or to "
+            f"has {depth}: set data.range to the values of black and white, such as [0, 4095] (--range 0,4095), or to "
             '"dtype"'
         )
 

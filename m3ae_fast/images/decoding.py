@@ -58,8 +58,8 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None, d
             1, where values may lie beyond both.
 
     Raises:
-        BadSample: no image, a broken one, one of more than MAX_PIXELS, of a depth that `image_range` does not cover, or
-            of other channels.
+        BadSample: no image, a broken one, one of more than MAX_PIXELS, a bit depth for which no `image_range` is set,
+            or a different number of channels.
     """
     if not data:
         raise BadSample("the image is empty")
@@ -92,8 +92,9 @@ def format_of(data: bytes) -> str:
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    """Return height and width as a file's header has them, before EXIF turns it; of most formats a file's first KB are
-    enough. Raises BadSample where it is no image, a broken or too large one, or more of the file is needed."""
+    """Return height and width as a file's header has them, before EXIF turns it; for most formats, the first few KB of
+    the file are sufficient. Raises BadSample where it is no image, a broken or too large one, or more of the file is
+    needed."""
     if bands.is_npy(data):
         height, width, *_ = (*bands.npy_header(data)[0], 0, 0)
         if min(height, width) < 1 or height * width > MAX_PIXELS:

@@ -75,13 +75,14 @@ class Native:
 
 
 def _around(side: float) -> set[int]:
-    """Return the whole numbers next to a side, at least 1; of one that is whole but for rounding, it alone."""
+    """Return the two integers nearest to `side` (its floor and ceiling), each at least 1; if `side` is an integer up to
+    rounding error, return only that integer."""
     near = round(side)
     return {max(1, near)} if math.isclose(side, near, rel_tol=1e-9) else {max(1, math.floor(side)), math.ceil(side)}
 
 
 def distinct(grids: Iterable[Grid]) -> list[Grid]:
-    """Return the grids that there are, in the order in which each comes first."""
+    """Return the distinct grids in order of first occurrence."""
     return list(dict.fromkeys(grids))
 
 

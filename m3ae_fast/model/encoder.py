@@ -1,4 +1,4 @@
-"""The half of M3AE that downstream tasks keep: a ViT encoder over patches and text.
+"""The encoder of M3AE, which downstream tasks use: a ViT over image patches and text tokens.
 
 Shapes: T encoder rows, N visible patches, D width, L patches of an image, V vocabulary, S samples, C channels.
 """
@@ -309,7 +309,7 @@ class MultimodalEncoder(nn.Module):
             raise ValueError("representation needs images, text or both")
         size = len(images) if images is not None else len(text if text is not None else ())
         if images is not None and text is not None and len(text) != size:
-            raise ValueError(f"{size} images and {len(text)} texts")
+            raise ValueError(f"batch sizes differ: {size} images but {len(text)} texts")
         if not size:
             raise ValueError("representation needs an image or a text, and was given none")
         if text is not None:

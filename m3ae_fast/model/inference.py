@@ -27,8 +27,8 @@ def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator
 
 
 def check_finite(values: Tensor, keys: Sequence[str]) -> None:
-    """Raise UserError naming the first sample, of those with these `keys`, whose row of `values` is not finite: what
-    is compared with such a row gives a number that means nothing."""
+    """Raise UserError naming the first sample, of those with these `keys`, whose row of `values` is not finite: a
+    comparison with such a row would give a meaningless number."""
     bad_N = ~values.flatten(1).isfinite().all(1) if values.numel() else torch.zeros(len(keys), dtype=torch.bool)
     if bad_N.any():
         first = keys[int(bad_N.nonzero()[0])]

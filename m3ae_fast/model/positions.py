@@ -56,7 +56,8 @@ class Positions(nn.Module):
         self.lay_out(config)
 
     def lay_out(self, config: ModelConfig) -> None:
-        """Be the positions of square or native images, as the config says. Stored ones stay."""
+        """Compute the position embeddings for square or native images, according to the config. Embeddings loaded from
+        a checkpoint are kept."""
         stored, side = config.positions == "stored", config.position_side
         self.resamples = stored and config.resize == "native"
         if self.image.numel() and stored:

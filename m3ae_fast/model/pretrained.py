@@ -120,7 +120,7 @@ def read_pretrained(source: str | Path) -> Pretrained:
 
 
 def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:
-    """Raise UserError naming the first setting under which the weights of `start` would compute something else."""
+    """Raise UserError naming the first setting that would change the function computed by the weights of `start`."""
     unseen = (*_UNSEEN, "dec_num_heads", "image_targets") if start.has_decoder else _UNSEEN
     if start.config.resize == config.resize == "native":  # a square has the same positions either way
         unseen = (*unseen, "native_positions")

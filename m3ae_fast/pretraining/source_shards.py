@@ -61,7 +61,8 @@ def find_shards(
     if folder.is_dir() and not _is_data_set(folder):
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
             raise UserError(
-                f"--out {out}: is in {source}, and pictures in it would be taken for yours; name a folder outside"
+                f"--out {out}: is inside {source}, so figures written to it would be read as input images; "
+                "choose a folder outside SOURCE"
             )
         pictures, notes = (Folder(folder, captions), []) if captions else _with_table_in(folder)
         made = _made(pictures, source, out, [*notes, *pictures.notes, *pictures.ignored.lines()], image_range)
@@ -165,7 +166,7 @@ def _split(train: list[str], val: list[str], out: Path) -> Shards:
     if shared:
         note += f" but for {_samples(shared)} whose image other shards have too"
     if not left:
-        note = "nothing is held out: other shards have the images of the last ones too; name others with --val"
+        note = "no validation set: all images of the last shards also occur in others; pass separate shards with --val"
     return Shards(kept, left, [note])
 
 
@@ -225,7 +226,7 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
     if apart:
         lines.append(f"{', '.join(apart)}: neither trained on nor evaluated; its shards are in {folder}")
     if not held:
-        lines.append("nothing is held out: no loss or accuracy will be of samples that training has not seen")
+        lines.append("no samples are held out: all reported losses and accuracies will be on training data")
     kept, val = ([str(whole / f"{split}-*.tar")] if split else [] for split in (train, held))
     return Shards(kept, val, lines, shown=True, image_range=image_range)
 

@@ -121,7 +121,10 @@ def _configured(
         _follow(path)
     shards = find_shards(source, out, captions, val, image_range)
     if path.exists() and not dry_run:
-        print(f"{path} is used as it is; remove it, or name another --out, to choose again")
+        print(
+            f"{path} already exists and is used unchanged; delete it, or choose another --out, to have the "
+            "settings chosen again"
+        )
         return load_config(path, list(overrides))
     plan: Plan | None = None
     with stage() as session:

@@ -1,4 +1,4 @@
-"""How threads of all ranks agree beside training, whose collectives they must not disturb."""
+"""Agreement between background threads of all ranks, without interfering with the collectives of the training loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _SAID, _REFUSED, _FAILED = "said ", "refused ", "failed "
 
 
 class Agreement:
-    """Decisions of rank 0 on what all ranks report, through their store, which no thread keeps from the others."""
+    """Decisions that rank 0 makes from the reports of all ranks. Reports and decisions are exchanged through the shared
+    store, which no thread can block for the others."""
 
     def __init__(self, rank: int, world: int, store: dist.Store, leaving: threading.Event) -> None:
         """Take the only agreement over `store`. `leaving`: set where this rank is about to end, perhaps since another
@@ -29,9 +30,9 @@ class Agreement:
         self._store, self._leaving, self._round = store, leaving, 0
 
     def decide(self, report: str, judge: Callable[[list[str]], str]) -> str:
-        """Return on every rank what `judge` makes on rank 0 of all ranks' reports. Every rank must call it as often.
-        Raises UserError on every rank if `judge` raises one, or if another rank has left; any other error of it ends
-        the other ranks with ErrorElsewhere."""
+        """Apply `judge` to the reports of all ranks on rank 0 and return its result on every rank. All ranks must make
+        the same number of calls. Raises UserError on every rank if `judge` raises one, or if another rank has left; any
+        other error of it ends the other ranks with ErrorElsewhere."""
         if self.world == 1:
             return judge([report])
         self._round += 1

@@ -23,7 +23,7 @@ def explain(error: BaseException) -> UserError | None:
             "choose a smaller model; --dry-run estimates what a config needs" + limit_note()
         )
     if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST):
-        return UserError(f"another rank has ended; its output says why. {_CONTINUE}")
+        return UserError(f"another rank exited; see its output for the reason. {_CONTINUE}")
     line = one_line(error)
     return None if line is None else UserError(line)
 

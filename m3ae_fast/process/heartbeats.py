@@ -39,7 +39,8 @@ class _Other:
 
 
 class Pulse:
-    """Tells other ranks that this one is at work, and ends the process when nothing has moved for `timeout` seconds.
+    """Tells other ranks that this one is at work, and ends the process if there has been no progress for `timeout`
+    seconds.
 
     At work is a rank whose main thread comes to a `mark`, or whose processes compute or write: a long download, a
     compilation or a large save is not a stall; a frozen process, a dead disk and a deadlock are. Threads do this, since
@@ -74,7 +75,7 @@ class Pulse:
             thread.join(1.0)
 
     def watch_over(self, run: RunConfig) -> None:
-        """Take a run's timeout, and the folder for what ranks were at when it stands still."""
+        """Set the run's stall timeout and the folder for the stack traces that are written when the run stalls."""
         self.timeout, self.folder = run.stall_timeout, run.dir / STALL_FOLDER
 
     def mark(self, doing: str, *, loading: bool = False) -> None:
@@ -83,7 +84,8 @@ class Pulse:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count as at work while the main thread waits for ranks that have more to do."""
+        """Context in which the main thread waits for other ranks that still have work; the wait does not count as a
+        stall."""
         self._waiting = True
         try:
             yield
@@ -132,7 +134,7 @@ class Pulse:
                 self._end.wait(self._interval)
 
     def _listen(self, room: Room, beat: str) -> None:
-        """Give a sign of life in a room, and take in those of others and their words."""
+        """Publish this rank's heartbeat in a group, and read the heartbeats and messages of the other ranks."""
         store = room.store
         store.set(f"beat {self._rank}", beat)
         others = {f"beat {rank}": self._others[rank] for rank in room.heard}
@@ -143,7 +145,7 @@ class Pulse:
         self._words |= {word for word in (_STOP, _STALL) if store.check([word])}
 
     def _pass_on(self) -> None:
-        """Heed new words, and tell them in all rooms."""
+        """Act on new messages and forward them to all groups."""
         for word in self._words - self._spoken:
             self._spoken.add(word)
             for room in self._rooms:
@@ -172,7 +174,10 @@ class Pulse:
 
     def _look(self) -> None:
         if self._idle > self.timeout:
-            self._end_process("its loader workers are idle and deliver nothing (does the disk of the shards respond?)")
+            self._end_process(
+                "its data-loader workers are idle and return no batches (is the file system with the shards "
+                "responding?)"
+            )
         silent = {rank: other for rank, other in self._others.items() if other.silent > self.timeout}
         if silent:
             names = ", ".join(map(str, silent))

@@ -1,4 +1,4 @@
-"""What SLURM's srun and MPI's launchers tell their processes, in the words of torch's launchers."""
+"""Translates the environment variables of SLURM's srun and of MPI launchers into those of torchrun."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _read(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
     local_rank = _first(environment, ("LOCAL_RANK", *launcher.local_rank))
     if local_rank is None:
         raise UserError(
-            f"{launcher.name} does not tell its processes their number on the node ({', '.join(launcher.local_rank)}): "
+            f"{launcher.name} does not set the local rank of its processes ({', '.join(launcher.local_rank)}): "
             "set LOCAL_RANK"
         )
     local_world = _first(environment, launcher.local_world) or _of_step(environment) or "1"

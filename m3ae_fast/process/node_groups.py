@@ -1,5 +1,5 @@
-"""Ranks by machine: between steps its first one hears those of a machine, rank 0 the first ones of all machines, and
-host numbers are summed in the same way."""
+"""Two-level communication between ranks. On each node, the leader (the node's first rank) monitors the heartbeats of
+the other ranks; rank 0 monitors the leaders. Host-side sums over ranks use the same hierarchy."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def machine() -> str:
 
 
 def by_machine(machines: Sequence[str]) -> list[list[int]]:
-    """Return the ranks of each machine, given the machine of each; all in one where that makes no two levels: there is
-    one machine, or one rank on each."""
+    """Return the ranks of each node, given the node of each rank. If there is only one level (a single node, or one
+    rank per node), return one group with all ranks."""
     groups = [[r for r, other in enumerate(machines) if other == name] for name in dict.fromkeys(machines)]
     return groups if 1 < len(groups) < len(machines) else [[*range(len(machines))]]
 
@@ -38,7 +38,8 @@ def by_machine(machines: Sequence[str]) -> list[list[int]]:
 def rooms_of(
     rank: int, machines: Sequence[str], store: dist.Store, gather: Callable[[int], list[int]], timeout: timedelta
 ) -> list[Room]:
-    """Return this rank's rooms: with others of its machine, and, of a machine's first rank, with other first ones.
+    """Return this rank's heartbeat groups: the group of its node and, if it is the node's leader, the group of all
+    leaders.
 
     `machines` and `store` are those of all ranks: the store's process has a connection for each machine from here, not
     one for each rank. `timeout`: for the first rank of this machine to answer. Every rank must call it.

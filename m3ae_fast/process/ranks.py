@@ -145,7 +145,7 @@ def _joined() -> Ranks:
         if not isinstance(error, dist.DistError) and explain(error) is None:  # gloo's have no class of their own
             raise
         who, reason = "rank {RANK} of {WORLD_SIZE}".format_map(os.environ), str(error).strip().splitlines()[0]
-        raise UserError(f"{who} cannot join the others ({reason}): have all of them started?") from None
+        raise UserError(f"{who} cannot join the others ({reason}): check that all ranks have been started") from None
 
 
 def _join() -> Ranks:

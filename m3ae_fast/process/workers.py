@@ -65,7 +65,7 @@ os.register_at_fork(after_in_child=_started.clear)
 
 @atexit.register  # after multiprocessing's, and so called before it, which waits for a frozen worker for ever
 def _end_started() -> None:
-    """End the workers that are left when the program ends, whatever they are at."""
+    """Terminate all remaining workers at program exit, regardless of their state."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
     for worker in _started:
         worker.terminate()
@@ -77,7 +77,7 @@ def _end_started() -> None:
 
 
 class Beside(Protocol):
-    """A process that is started with the workers, and told of the batches."""
+    """A process that is started together with the workers and notified of each batch."""
 
     def begin(self) -> None: ...
     def watch(self, batches: Iterator[Any]) -> Iterator[Any]: ...

@@ -32,7 +32,8 @@ def number_same(count: int, features: Sequence[Callable[[int], Any]]) -> np.ndar
 
 
 def join(first_N: np.ndarray, second_N: np.ndarray) -> np.ndarray:
-    """Return int64 [N]: items have one number where they have in `first_N` or `second_N`, also by way of others."""
+    """Merge two groupings and return the result, int64 [N]: items that share a number in `first_N` or in `second_N`,
+    directly or transitively, receive the same number."""
     numbers_N, before_N = first_N, None
     while before_N is None or (numbers_N != before_N).any():
         before_N = numbers_N

@@ -9,7 +9,7 @@ from m3ae_fast.data.reader import MAX_CAPTION_BYTES
 _SHOWN = 3  # examples of each kind
 REFUSED, EMPTY, CUT, IGNORED, OUTSIDE, UNREAD = "refused", "empty", "cut", "ignored", "outside", "unread"
 _TEXT = {
-    REFUSED: "sample{s} cannot be used and left out",
+    REFUSED: "unusable sample{s} skipped",
     EMPTY: "sample{s} with an empty caption",
     CUT: f"sample{{s}} with a caption of more than {MAX_CAPTION_BYTES:,} bytes, of which training reads the beginning",
     IGNORED: "file{s} ignored, as neither an image nor the caption of one",

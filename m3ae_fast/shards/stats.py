@@ -1,4 +1,4 @@
-"""stats: what samples are like (pixels, sizes, captions, formats, labels), and which settings that asks for.
+"""stats: statistics of the samples (pixels, sizes, captions, formats, labels) and the settings derived from them.
 
 Shapes: C channels.
 """

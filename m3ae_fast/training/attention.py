@@ -28,10 +28,9 @@ class RunAttention:
 
     def choose(self, samples: int, known: Names | None = None) -> tuple[Names, dict[str, dict[str, float]]]:
         """Try what is installed at a micro-batch of `samples`, and return the fastest for encoder and decoder, with the
-        milliseconds of each that works; without a trial what is `known`, where it works here. Nothing where no trial
-        decides: on a CPU, or where M3AE_KERNELS_IMPL does.
-
-        For one rank, so that all ranks run the same: `settle` is for each."""
+        milliseconds of each that works; without a trial what is `known`, where it works here. Returns an empty result
+        if no timing is needed: on a CPU, or if M3AE_KERNELS_IMPL is set. Call it on one rank only, so that all ranks
+        use the same kernels, and pass the result to `settle` on every rank."""
         names: Names = {}
         times: dict[str, dict[str, float]] = {}
         if self.device.type != "cuda" or asked_impl("auto") != "auto" or self.config.att_drop:
@@ -45,7 +44,8 @@ class RunAttention:
         return names, times
 
     def settle(self, names: Names) -> None:
-        """Let encoder and decoder run on the kernels that `choose` returned, on this rank or another."""
+        """Set the attention kernels of the encoder and the decoder to those returned by `choose`, on this rank or
+        another."""
         sizes = self._sizes()
         for part, name in names.items():
             cuda.settle(self.device, self.dtype, *sizes[part], name)

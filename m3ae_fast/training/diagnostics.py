@@ -28,8 +28,8 @@ class Finding(NamedTuple):
 
 
 def findings(metrics: Metrics, config: Mapping[str, Any] | None = None) -> list[Finding]:
-    """Return what is unusual, the gravest first; empty where nothing is. `config`: the run's sections, if they are
-    known, whose settings are not advised again."""
+    """Return the diagnostics, most severe first; an empty list if there are none. `config`: the run's sections, if they
+    are known, whose settings are not advised again."""
     config = config or {}
     learning = [few] if (few := _few_steps(metrics)) else [_collapse(metrics, config), *_learning(metrics)]
     return [finding for finding in (*learning, _data(metrics, config)) if finding]
@@ -146,7 +146,8 @@ def _data(metrics: Metrics, config: Mapping[str, Any]) -> Finding | None:
 
 
 def verdict(metrics: Metrics) -> str:
-    """Return a sentence on what the run has come to: losses beside constant predictions, accuracy, features."""
+    """Return one sentence that summarises the results of the run: losses relative to constant predictions, accuracy,
+    feature rank."""
     parts = [_compared(metrics, name) for name in ("image", "text") if len(series(metrics, f"val_{name}_relative")) > 1]
     accuracy = "k-NN accuracy {:.1%}, before training {:.1%}"
     rank = "the features fill {:.1f} dimensions (RankMe), before training {:.1f}"

@@ -14,7 +14,7 @@ _LAG = 2  # steps that may be under way on the GPU before the host waits for the
 
 
 class LossWatch:
-    """Remembers the last steps' losses and gradient norms, and their samples, until these are known to be finite."""
+    """Keeps the losses, gradient norms and sample keys of recent steps until the values are known to be finite."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = deque()

@@ -25,7 +25,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class _Console(Console):
-    """Goes on silently when whoever reads the output has left (`| head`): rich's own would end the run."""
+    """Ignores broken pipes (as with `| head`); rich's own console would end the run."""
 
     def on_broken_pipe(self) -> None:
         with contextlib.suppress(SystemExit):
@@ -198,7 +198,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _summary(values: dict[str, Any]) -> str:
-    shown = {"loss": "loss {:.4f}", "samples_per_s": "{:.1f} samples/s", "data_wait": "waits {:.1%} for data"}
+    shown = {"loss": "loss {:.4f}", "samples_per_s": "{:.1f} samples/s", "data_wait": "data wait {:.1%}"}
     return "  ".join(form.format(values[name]) for name, form in shown.items() if name in values)
 
 

@@ -24,7 +24,8 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
     notes = []
     if not _trains(config):
         notes.append(
-            "nothing is trained: of each modality either the loss has weight 0 or nothing of it is masked (section "
+            "the total loss is always 0: for each modality, either the loss weight is 0 or no tokens are "
+            "masked (section "
             "masking, and loss.image_all_tokens and loss.text_all_tokens)"
         )
     batch, samples = config.train.global_batch, schedule.samples
@@ -49,11 +50,11 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
         )
     for name, corpus in (("train", data.train), ("val", data.val)):
         if corpus and corpus.ignored:
-            notes.append(f"data.{name}: members of its shards that nothing reads: {corpus.ignored}")
+            notes.append(f"data.{name}: files in its shards that are ignored: {corpus.ignored}")
     if shared := data.val.shared_with(data.train) if data.val else []:
         notes.append(
             f"data.val: {len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'} trained on too, such as "
-            f"{shared[0]}: no loss of an evaluation tells what the model makes of samples it has not seen"
+            f"{shared[0]}: validation losses therefore do not measure performance on unseen samples"
         )
     fields = ModelConfig.model_fields
     default = all(getattr(config.model, name) == fields[name].default for name in ("image_mean", "image_std"))
@@ -82,7 +83,7 @@ def open_options(config: Config) -> str:
 
 
 def _trains(config: Config) -> bool:
-    """Return whether any loss has a weight and something to be of."""
+    """Return whether at least one loss has a non-zero weight and at least one token to be computed on."""
     loss, masking = config.loss, config.masking
     image = loss.image_weight and (masking.image_ratio or loss.image_all_tokens)
     text = config.model.vocab_size and loss.text_weight and (masking.text_ratio or loss.text_all_tokens)
@@ -104,7 +105,7 @@ def _enlarged(config: Config, corpus: Corpus) -> str:
         return ""
     return (
         f"images are enlarged: half of {len(sides):,} that were looked at have a short side of {middle:g} pixels or "
-        f"less, and model.image_size is {size}: a smaller one is faster and loses nothing"
+        f"less, but model.image_size is {size}; a smaller image size would be faster without losing detail"
     )
 
 

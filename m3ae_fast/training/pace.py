@@ -36,7 +36,7 @@ _EVALUATED = 2 / 3  # of a step's time for an evaluated sample: two forward pass
 
 @dataclass(frozen=True)
 class Pace:
-    """Tells how long a run takes, by the time for a sample that some steps took."""
+    """Estimates the duration of a run from the time per sample, measured over a few steps."""
 
     sample: float  # seconds, as a part of its step
     batch: int  # samples of the steps that were timed

@@ -230,7 +230,7 @@ def _build_model(config: Config, found: Resume, ranks: Ranks) -> tuple[M3AE, dic
 
 
 def _open(config: Config, progress: bool) -> Data:
-    """Open the data, and of native images their sizes."""
+    """Open the datasets and, for models with native aspect ratio, read the image sizes."""
     data = open_data(config.data, config.model, progress=progress)
     return data if config.model.resize == "square" else replace(data, train=measured(data.train, progress=progress))
 

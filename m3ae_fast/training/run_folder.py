@@ -62,9 +62,10 @@ class RunFolder:
         assert self._folder_lock is not None
         held, now = os.fstat(self._folder_lock), Path(os.readlink(f"/proc/self/fd/{self._folder_lock}"))
         if self.path.exists() and os.path.samestat(held, os.stat(self.path)):
-            return f"run.dir {self.path}: its {LOCK_FILE} was removed, and is there again"
+            return f"run.dir {self.path}: its {LOCK_FILE} was deleted and has been re-created"
         if not held.st_nlink or not now.exists():
-            return f"run.dir {self.path} was removed, and what it held is lost; it is made again"
+            return f"run.dir {self.path} was deleted during the run; its contents are lost and the folder has been "
+            "re-created"
         return (
             f"run.dir {self.path} was renamed to {now}: metrics go on there, checkpoints into a new {self.path}; to "
             f"have all in one, stop the run, move {self.path}/checkpoints/* to {now}/checkpoints, and resume with "

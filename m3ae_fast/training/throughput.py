@@ -1,4 +1,4 @@
-"""Counts of what a step processed, the rates that follow from them, and how long this rank's own part of it takes."""
+"""Counts of the samples and tokens of a step, the throughput computed from them, and the forward time of this rank."""
 
 from __future__ import annotations
 

@@ -255,7 +255,7 @@ class Trainer:
 
     def cut_short(self) -> None:
         """Log that a stop interrupted an evaluation; the next start repeats it."""
-        self.log.say(f"the evaluation after step {self.step} was cut short; --resume auto makes up for it")
+        self.log.say(f"the evaluation after step {self.step} was interrupted; --resume auto repeats it")
 
     def stop_if_not_finite(self) -> None:
         """Raise UserError on all ranks if a step of any rank had a loss or gradient norm that is not finite."""
@@ -277,7 +277,8 @@ class Trainer:
         return self.record.ending(lambda: self.step, lambda: self.stop.reason or BY_ANOTHER)
 
     def _begin(self) -> None:
-        """Put away what an earlier attempt left beyond this step, now that there is a step to take, and time it."""
+        """Before the first step, set aside the output that an earlier attempt wrote after this step, and start the
+        timer."""
         self.forward = ForwardTime(self.engine.model, self.ranks.device)
 
         def begin() -> None:

@@ -164,7 +164,7 @@ class VQGAN(nn.Module):
         stride = self.config.stride
         if patch_size != stride:
             raise UserError(
-                f"{where}: its codes stand for {stride} x {stride} pixels, but model.patch_size is {patch_size}; "
+                f"{where}: each code covers {stride} x {stride} pixels, but model.patch_size is {patch_size}; "
                 f"set model.patch_size to {stride}"
             )
         if codebook_size != self.config.codebook_size:

@@ -171,8 +171,8 @@ def _untrained(config: ModelConfig, loss: LossConfig, seed: int) -> M3AE:
 def set_images(
     model: MultimodalEncoder, image_range: Range | None, resize: Literal["square", "native"] | None = None
 ) -> None:
-    """Say what the values of the images are that the model will see, and what becomes of their sizes; None: as of those
-    it was trained on. Raises UserError if the model cannot take native ones."""
+    """Set the value range and the resizing mode of the images that the model will receive; None keeps those of its
+    training data. Raises UserError if the model cannot take native ones."""
     given = {"image_range": image_range, "resize": resize}
     data = model.config.model_dump(mode="json") | {name: value for name, value in given.items() if value is not None}
     model.config = parse(ModelConfig, data, f"encode.resize {resize}")

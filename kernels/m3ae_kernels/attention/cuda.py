@@ -75,15 +75,15 @@ def trial(
 
 
 def settle(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, name: str) -> None:
-    """Let samples of about `length` rows run on the kernel of this name, which another process may have chosen. Raises
-    KeyError where nobody knows it, and what its maker raises where it is not installed here."""
+    """Use the named kernel, possibly chosen by another process, for samples of about `length` rows. Raises KeyError if
+    the name is unknown, and the factory's own exception if the kernel is not installed."""
     kernel = PADDED if name == PADDED.name else MAKERS[name](device)
     _chosen.setdefault((device, dtype, heads, head_dim), {})[length] = kernel
 
 
 def fastest(makers: dict[str, Maker], device: torch.device, checked: Inputs, timed: Inputs) -> dict[str, float]:
-    """Return by name the milliseconds, forward and backward of `timed`, of the kernels that compute `checked` as
-    `PADDED` does, with all queries and with some; the fastest first."""
+    """Time forward and backward on `timed` for every kernel whose results on `checked` match `PADDED`, with all queries
+    and with a subset of them. Returns {kernel name: milliseconds}, fastest first."""
     found: dict[str, float] = {}
     expected = _both(PADDED, checked)
     for name, make in makers.items():
@@ -95,9 +95,9 @@ def fastest(makers: dict[str, Maker], device: torch.device, checked: Inputs, tim
             results(kernel, *timed)  # compiled, and its memory reserved
             found[name] = 1e3 * min(_seconds(kernel, *timed) for _ in range(ROUNDS))
         except (ModuleNotFoundError, NotHere) as error:
-            _log.info("attention: %s is not here (%s)", name, error)
+            _log.info("attention: %s is not available (%s)", name, error)
         except Exception as error:  # of any kind: a broken build, a GPU or head size that it was not made for
-            _log.warning("attention: %s is left out: %s", name, " ".join(str(error).split()) or repr(error))
+            _log.warning("attention: %s is excluded: %s", name, " ".join(str(error).split()) or repr(error))
         else:
             _log.info("attention: %s takes %.3f ms", name, found[name])
     return dict(sorted(found.items(), key=lambda pair: pair[1]))

@@ -49,7 +49,7 @@ def native_kernel(dtype: torch.dtype, head_dim: int) -> Kernel | None:
     build = best_build(dtype, head_dim)
     if build is None:
         return None
-    library = load("attention.c", build.flags, "attention runs on torch, at half the speed")
+    library = load("attention.c", build.flags, "attention falls back to torch, at half the speed")
     if library is None:
         return None
     for function in (library.forward, library.backward):

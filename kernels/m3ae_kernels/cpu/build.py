@@ -44,7 +44,8 @@ def may_use_tiles() -> bool:
 def load(source: str, flags: tuple[str, ...], otherwise: str) -> ctypes.CDLL | None:
     """Return the kernels of `source`, a file of this folder, compiled with `flags`.
 
-    None where they cannot be had, once with a warning that begins with `otherwise`, what then happens.
+    None if they cannot be built; the first failure logs a warning that begins with `otherwise`, which describes the
+    fallback.
     """
     try:
         return compiled(source, flags)
@@ -136,7 +137,7 @@ def _folder_for_builds() -> Path:
 
 @functools.cache
 def _temporary_folder(reason: str) -> Path:
-    _log.warning("C kernels are compiled anew by each process, for they cannot be kept: %s", reason)
+    _log.warning("C kernels are recompiled in each process because they cannot be cached: %s", reason)
     folder = Path(tempfile.mkdtemp(prefix="m3ae_kernels-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -199,7 +199,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def wanted(grads: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor) -> list[Tensor]:
-    """Return what an op may: each gradient that is needed, and an empty tensor for any other."""
+    """Return the gradients in the form that a custom op may return: an empty tensor in place of each gradient that is
+    not needed."""
     return [grad if need and grad is not None else like.new_empty(0) for grad, need in zip(grads, needs)]
 
 

@@ -94,7 +94,8 @@ def rows_by_program(rows: int, block: int) -> tuple[int, int]:
 
 
 def summed(partial: Tensor, wanted: bool) -> Tensor:
-    """Return the programs' sums [programs, D] together, [D]; no elements where they are not wanted."""
+    """Sum the partial sums of all programs, [programs, D] -> [D]; returns an empty tensor if the gradient is not
+    needed."""
     return partial.sum(0) if wanted else partial.new_empty(0)
 
 
