@@ -35,7 +35,7 @@ class PaddedBatch:
 
     images_BCHW: Tensor  # float32, normalised: the loader's work here, not the step's
     image_mask_BL: Tensor  # bool, True = masked
-    tokens_BX: Tensor  # int64, 0 where padded
+    tokens_BX: Tensor  # int64, 0 if padded
     text_mask_BX: Tensor  # bool, drawn over all X positions
     padding_BX: Tensor  # bool, True = padding
     # what the expert's loader adds, so that its step neither searches nor waits

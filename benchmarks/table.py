@@ -82,7 +82,7 @@ def _cells(rows: dict[str, results.Row] | None, mark: str) -> list[str]:
 
 
 def rewrite(text: str, made: str) -> str:
-    """Return `text` with what stands between the markers replaced. Raises ValueError where they are missing."""
+    """Return `text` with what stands between the markers replaced. Raises ValueError if they are missing."""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:

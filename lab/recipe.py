@@ -117,7 +117,7 @@ class Picture(NamedTuple):
 
 
 def pictures(data: Path) -> Iterator[tuple[str, Picture]]:
-    """Yield set and part, "clothes-test", and each picture. Raises UserError where a set has no shards."""
+    """Yield set and part, "clothes-test", and each picture. Raises UserError if a set has no shards."""
     for part, split in ((TRAIN, "train"), (TEST, "val")):
         for sample in shards.read(data / "fashion", (split,)):
             key = f"clothes-{part}-{sample.key}"
@@ -181,7 +181,7 @@ class Laboratory:
         return self.out / "results" / f"{trial.name}.json"
 
     def perform(self, trial: Trial) -> bool:
-        """Train a classifier, and keep which held-out samples it has right. Returns False where it was stopped."""
+        """Train a classifier, and keep which held-out samples it has right. Returns False if it was stopped."""
         if not self._trained(trial.data):
             return False
         started = time.process_time()
@@ -196,7 +196,7 @@ class Laboratory:
         return True
 
     def _trained(self, data: str) -> bool:
-        """Train MAE of a set's pictures, unless that is done; False where it was stopped."""
+        """Train MAE of a set's pictures, unless that is done; False if it was stopped."""
         run = self.out / data
         if (run / "checkpoints" / f"step-{self.steps:08}").exists():
             return True
@@ -269,7 +269,7 @@ class Laboratory:
         return sorted(keys, key=lambda key: _drawn(trial.seed, key))[: trial.samples or len(keys)]
 
     def _finetune(self, trial: Trial, model: str) -> dict[str, Any] | None:
-        """None where it was stopped."""
+        """None if it was stopped."""
         with tarfile.open(self.shard(trial.data, TRAIN)) as tar:
             images = {m.name.removesuffix(".jpg"): m for m in tar if m.name.endswith(".jpg")}
             keys = self._chosen(trial, [*images])

@@ -102,7 +102,7 @@ def _load(args: argparse.Namespace) -> Config:
 
 
 def perform(args: argparse.Namespace, session: Session) -> None:
-    """Do what the command line asks for. Raises UserError where that is not possible."""
+    """Do what the command line asks for. Raises UserError if that is not possible."""
     from m3ae_fast.evaluation.knn_during_training import knn_probe
     from m3ae_fast.training.run import pre_train
 

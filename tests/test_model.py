@@ -117,7 +117,7 @@ def test_the_accuracy_is_that_of_the_predicted_words(per, all_tokens):
 
 
 def test_losses_are_sums_over_the_counts_that_are_given():
-    """Which are those of a rank in a whole step, perhaps less than one; 0 where the step has none."""
+    """Which are those of a rank in a whole step, perhaps less than one; 0 if the step has none."""
     model = make_model(image_weight=0.3, text_weight=0.7)
     batch = pack(MIXED, model.geometry)
     own = model(batch)

@@ -3,7 +3,7 @@
     python -m m3ae_kernels.aot [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
 
 One line per kernel, architecture and dtype: registers, spills and local memory, shared memory, and the matrix
-instruction. Nothing is compiled for architectures where the ops run on torch. Exit code 1 where one does not compile,
+instruction. Nothing is compiled for architectures where the ops run on torch. Exit code 1 if one does not compile,
 has more than MOST_SPILLS instructions that spill registers, keeps arrays in local memory, asks for more shared memory
 than the chip has, multiplies matrices without its tensor cores, or leaves room for fewer programs on an NVIDIA
 multiprocessor than it should; 2 for a wrong argument.
@@ -153,7 +153,7 @@ CASES = [
 
 @dataclass
 class Report:
-    """What came out of one compilation; `problems` is empty where all is well."""
+    """What came out of one compilation; `problems` is empty if all is well."""
 
     kernel: str
     arch: str
@@ -250,7 +250,7 @@ def _on_torch(arch: str) -> bool:
 
 
 def _read_nvidia(report: Report, cubin: bytes, matmul: bool) -> str:
-    """Return the assembly, empty where nothing in it is of interest: disassembling takes half of a small kernel's
+    """Return the assembly, empty if nothing in it is of interest: disassembling takes half of a small kernel's
     time."""
     from triton import knobs
 

@@ -83,7 +83,7 @@ def _filled(src_T: Tensor, fill_ids_T: Tensor) -> Tensor:
 
 
 def _rows_or_zero(ids_T: Tensor, *parts: Tensor) -> Tensor:
-    """Return rows of the joined parts by id, zero where that is negative. Far faster on a CPU than masking."""
+    """Return rows of the joined parts by id, zero if that is negative. Far faster on a CPU than masking."""
     rows = torch.cat((*parts, parts[0].new_zeros(1, parts[0].shape[1])))
     return rows.index_select(0, torch.where(ids_T < 0, len(rows) - 1, ids_T))
 
@@ -182,7 +182,7 @@ def _empty_gradients(
 
 
 def _place_rows(grad_TD: Tensor, src_T: Tensor, count: int, impl: str) -> Tensor:
-    """Return out [count, D], out[src[t]] = grad[t] where src[t] >= 0, zero where no t points."""
+    """Return out [count, D], out[src[t]] = grad[t] where src[t] >= 0, zero if no t points."""
     if impl == "triton":
         from .triton_impl.rows import place_rows
 

@@ -65,7 +65,7 @@ def masked_token_loss(
         targets: [...] int32 or int64 in [0, V), or `ignore_index`.
         bias: [V], or None for none.
         row_weight: [...] floating, or None for ones.
-        reduction: "sum"; "mean": the sum divided by that of the weights of the rows not ignored, 0 where there are
+        reduction: "sum"; "mean": the sum divided by that of the weights of the rows not ignored, 0 if there are
             none; "none": the summands, [...]. None is "sum", with a FutureWarning: from the next release on it will be
             "mean".
         ignore_index: rows with this target have loss 0, no gradient, and are not correct.

@@ -38,7 +38,7 @@ class Emoji(Records):
     """A vendor's emoji, with category as class and names as caption."""
 
     def __init__(self, vendor: str, package: Path | None, downloads: Path):
-        """Raises UserError where the package cannot be fetched or read."""
+        """Raises UserError if the package cannot be fetched or read."""
         command = ["npm", "pack", f"emoji-datasource-{vendor}@{VERSION}"]
         package = package or fetch(command, downloads / vendor, ".tgz")
         try:

@@ -29,7 +29,7 @@ class Fashion(Records):
     classes = CLASSES
 
     def __init__(self, package: Path | None, downloads: Path):
-        """Raises UserError where the package cannot be fetched or read."""
+        """Raises UserError if the package cannot be fetched or read."""
         package = package or fetch(COMMAND, downloads, ".deb")
         files = read_members(package, FOLDER, ".gz")
         try:
@@ -51,7 +51,7 @@ class Fashion(Records):
 
 
 def parse_idx(packed: bytes) -> np.ndarray:
-    """Return what a gzipped IDX file of bytes holds, uint8 [N, ...]. Raises ValueError or OSError where it is none."""
+    """Return what a gzipped IDX file of bytes holds, uint8 [N, ...]. Raises ValueError or OSError if it is none."""
     data = gzip.decompress(packed)
     if data[:3] != b"\0\0\x08":
         raise ValueError("not an IDX file of bytes")

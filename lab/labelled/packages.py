@@ -14,7 +14,7 @@ _AR, _HEADER = b"!<arch>\n", 60  # bytes
 
 
 def fetch(command: list[str], folder: Path, suffix: str) -> Path:
-    """Run a client in `folder` and return the package, of this suffix, that it leaves there. Raises UserError where it
+    """Run a client in `folder` and return the package, of this suffix, that it leaves there. Raises UserError if it
     fails."""
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -64,7 +64,7 @@ def trial(mutant: Mutant, tests: list[str], tree: Path, limit_s: float) -> Verdi
 
 
 def _wait(pid: int, limit_s: float) -> int | None:
-    """Return the status of a process; None where it had to be ended."""
+    """Return the status of a process; None if it had to be ended."""
     until = time.monotonic() + limit_s
     while time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)

@@ -2,7 +2,7 @@
 
 Runs of a tiny model are killed, signalled, frozen, suspended and robbed of workers, locks, disk and server, and started
 again with `--resume auto` until they are complete. Each must end as the run that nobody touched: the same losses,
-gradient norms and weights, bit for bit. Exit code 1 where one does not, where anything hangs or a traceback shows.
+gradient norms and weights, bit for bit. Exit code 1 if one does not, where anything hangs or a traceback shows.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Running:
 
 
 def _send(running: Running, processes: list[psutil.Process], number: int) -> bool:
-    """Send a signal to one of them. Return False where there is none yet."""
+    """Send a signal to one of them. Return False if there is none yet."""
     with contextlib.suppress(psutil.Error):
         if processes:
             running.chance.choice(processes).send_signal(number)

@@ -33,7 +33,7 @@ def accuracy(seeds: Seeds, labels: Labels) -> Estimate:
 
 
 def difference(first: Seeds, second: Seeds, labels: Labels) -> Estimate | None:
-    """Return the accuracy of the first less that of the second, over the seeds and samples that both have; None where
+    """Return the accuracy of the first less that of the second, over the seeds and samples that both have; None if
     there are none."""
     apart = {
         seed: {key: first[seed][key] - second[seed][key] for key in first[seed] if key in second[seed]}

@@ -20,7 +20,7 @@ _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}  # what some network 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path` and rename it to `path` when the block ends. Folders are made if needed. Of
-    several that write one file at a time, the last to end has its place. Raises UserError where `path` is a folder, or
+    several that write one file at a time, the last to end has its place. Raises UserError if `path` is a folder, or
     the disk refuses; after any exception `path` is as it was."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
@@ -76,7 +76,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def put_in_place(partial: Path, path: Path) -> None:
     """Give a finished file, or a folder of files, the name `path`: its contents reach the disk before the name does.
-    Raises OSError where the disk refuses."""
+    Raises OSError if the disk refuses."""
     for written in (*(sorted(partial.iterdir()) if partial.is_dir() else ()), partial):
         to_disk(written)
     os.replace(partial, path)
@@ -84,7 +84,7 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file's contents, or a folder's names, are on the disk. Raises OSError where it refuses."""
+    """Wait until a file's contents, or a folder's names, are on the disk. Raises OSError if it refuses."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -57,7 +57,7 @@ class BadSamples:
                 _log.warning("further bad samples are counted but no longer listed")
 
     def count(self, seen: int, bad: int) -> None:
-        """Add the counts of a step over all ranks; `seen` includes the bad ones. Raises UserError where more than
+        """Add the counts of a step over all ranks; `seen` includes the bad ones. Raises UserError if more than
         `max_fraction` of all samples so far are bad."""
         self.seen += seen
         self.bad += bad

@@ -30,7 +30,7 @@ C = TypeVar("C", bound=HasPrecision)
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """Return the device of `--device`; by default a GPU, else the CPU. Raises UserError where it cannot be used."""
+    """Return the device of `--device`; by default a GPU, else the CPU. Raises UserError if it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -139,7 +139,7 @@ def keep_freed_memory() -> None:
 
 
 def missing_memory(needed: float, device: torch.device) -> str:
-    """Return "" where a device has room for `needed` bytes, else how much is needed and how much is free."""
+    """Return "" if a device has room for `needed` bytes, else how much is needed and how much is free."""
     import psutil  # here: benchmarks.gpu reads data sheets where torch, Triton and NumPy are all there is
 
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]

@@ -19,7 +19,7 @@ from m3ae_fast.base.output_folder import FILES
 
 
 def find_folder(source: str | Path) -> Path:
-    """Return `source` itself if it exists, else a copy of what the hub has under that name. Raises UserError where
+    """Return `source` itself if it exists, else a copy of what the hub has under that name. Raises UserError if
     it is neither a path nor a model of the hub, or the hub does not answer."""
     path = Path(source).expanduser()
     if path.exists():
@@ -35,7 +35,7 @@ def find_folder(source: str | Path) -> Path:
 
 def push_folder(folder: str | Path, name: str, private: bool = False) -> str:
     """Upload a folder as the model `name`, which is made where it does not exist. Returns its address. Raises UserError
-    where nobody is logged in, the name is taken or impossible, or the hub does not answer."""
+    if nobody is logged in, the name is taken or impossible, or the hub does not answer."""
     if huggingface_hub.get_token() is None:
         raise UserError(f"{name}: pushing needs a token of the hub; run `hf auth login`, or set HF_TOKEN")
     try:

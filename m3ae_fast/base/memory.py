@@ -35,7 +35,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def limit_note() -> str:
-    """Return what to say of a limit on this process's addresses, "" where there is none."""
+    """Return what to say of a limit on this process's addresses, "" if there is none."""
     limit = _limit()
     return (
         "" if limit is None else f"; ulimit -v allows this process {limit / 1e9:.2g} GB of addresses: raise that first"
@@ -57,6 +57,6 @@ def no_memory(error: BaseException) -> str:
 
 
 def _limit() -> int | None:
-    """Return how many bytes of addresses this process may have, None where it is not limited."""
+    """Return how many bytes of addresses this process may have, None if it is not limited."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return None if soft == resource.RLIM_INFINITY else soft

@@ -30,7 +30,7 @@ _MARK = {"format": "pt", "written_by": "m3ae_fast"}
 @contextmanager
 def output_folder(out: str | Path) -> Iterator[Path]:
     """Make an empty folder to fill with FILES, which takes the place of `out` when the block ends. Raises UserError
-    where `out` is a file, or a folder that holds anything but an earlier output of this package; or the disk refuses.
+    if `out` is a file, or a folder that holds anything but an earlier output of this package; or the disk refuses.
     `out` is as it was, then and after any other exception."""
     target = Path(out).resolve()
     _check_free(out, target)

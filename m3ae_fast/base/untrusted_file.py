@@ -11,7 +11,7 @@ from typing import Any
 
 
 def open_regular(path: str | Path) -> io.FileIO:
-    """Open a file to read, unbuffered. Raises OSError where that fails, or would block: at a folder, pipe or device."""
+    """Open a file to read, unbuffered. Raises OSError if that fails, or would block: at a folder, pipe or device."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -26,7 +26,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Return the content of a JSON text. Raises ValueError where it is none, nested too deeply, or names a key twice,
+    """Return the content of a JSON text. Raises ValueError if it is none, nested too deeply, or names a key twice,
     of which Python's json would silently keep the last."""
     try:
         return json.loads(text, object_pairs_hook=_object)

@@ -65,7 +65,7 @@ class PackedBatch:
     draws: Tensor  # [S] what stochastic depth draws from
     captions: int  # empty ones included
     counts: LossCounts
-    labels: Tensor | None = None  # int64 [S] ids of the samples' classes; None where there are none
+    labels: Tensor | None = None  # int64 [S] ids of the samples' classes; None if there are none
     positions: list[int | None] = field(default_factory=list)  # of the samples in the training stream
     skipped: tuple[Any, ...] = ()  # samples the loader could not use
     flops: float | None = None  # that a step spends on the samples, where the loader has counted them

@@ -332,8 +332,8 @@ def _taken(values_U: np.ndarray, rows: np.ndarray, fill: float) -> np.ndarray:
 
 
 def _image_targets(samples: Sequence[Sample], patch_ids_I: np.ndarray, weight_I: np.ndarray) -> np.ndarray:
-    """Return the token ids of the image loss's patches, 0 where the weight is 0; empty where images have no ids. Raises
-    ValueError where some images have ids and some have none."""
+    """Return the token ids of the image loss's patches, 0 if the weight is 0; empty if images have no ids. Raises
+    ValueError if some images have ids and some have none."""
     ids = [sample.image_ids for sample in samples if sample.image is not None]
     known = [each.numpy() for each in ids if each is not None]
     if not known:
@@ -347,7 +347,7 @@ _CLS = np.zeros(1, dtype=bool)  # cls is never masked
 
 
 class _Checked(NamedTuple):
-    """A sample's arrays; empty where it lacks the modality."""
+    """A sample's arrays; empty if it lacks the modality."""
 
     image_mask: np.ndarray
     text_mask: np.ndarray
@@ -358,7 +358,7 @@ class _Checked(NamedTuple):
 
 
 def _check(sample: Sample, geometry: Geometry) -> _Checked:
-    """Return masks and tokens as arrays. Raises ValueError where they do not fit `geometry`."""
+    """Return masks and tokens as arrays. Raises ValueError if they do not fit `geometry`."""
     image_mask = text_mask = np.empty(0, dtype=bool)
     tokens, grid = np.empty(0, dtype=np.int64), None
     if sample.image is None and sample.tokens is None:

@@ -52,7 +52,7 @@ class CaptionTokenizer:
         return self._tokenizer.to_str()
 
     def encode(self, caption: str) -> np.ndarray:
-        """Return token ids, int64 [n], n <= max_length. Raises BadSample where the library fails on the caption."""
+        """Return token ids, int64 [n], n <= max_length. Raises BadSample if the library fails on the caption."""
         try:
             with _panics_as_errors():
                 ids = self._tokenizer.encode(caption, add_special_tokens=False).ids
@@ -94,7 +94,7 @@ def load_tokenizer(
 ) -> CaptionTokenizer:
     """Load a `tokenizer.json`, a BERT `vocab.txt` (lower-cased), or by name, such as `bert-base-uncased`, a tokenizer
     of the Hugging Face hub, which cuts captions at `max_length` tokens. `vocab_size`: rows of the model's text
-    embedding; None: any. `label`: what messages begin with. Raises UserError where there is no such tokenizer, the hub
+    embedding; None: any. `label`: what messages begin with. Raises UserError if there is no such tokenizer, the hub
     does not answer, or the model has other tokens."""
     path = _find(name, label)
     try:

@@ -129,7 +129,7 @@ def save(
 
 
 def _begin(target: Path) -> str:
-    """Make the folder to write to, and return it; "" where the checkpoint is there. Rank 0 only."""
+    """Make the folder to write to, and return it; "" if the checkpoint is there. Rank 0 only."""
     if target in saved_steps(target.parents[1]):
         return ""
     unfinished = target.parent / f".writing-{step_of(target):08d}-{os.getpid()}"
@@ -182,7 +182,7 @@ class _Save(NamedTuple):
                 )
 
     def end(self, reports: list[str], last: bool) -> str:
-        """Give the checkpoint its name, if all have written. Rank 0 only. Return "" where the folder was renamed or
+        """Give the checkpoint its name, if all have written. Rank 0 only. Return "" if the folder was renamed or
         removed meanwhile and this was not the `last` attempt."""
         try:
             self._end([json.loads(report) for report in reports])
@@ -227,7 +227,7 @@ def is_good(path: Path) -> bool:
 
 def before_decay(saved: Sequence[Path]) -> Path | None:
     """Return the last of these checkpoints whose learning rate had not begun to fall, if that of the last one had; else
-    the last. None where there is none. One that is damaged counts as if its rate had not."""
+    the last. None if there is none. One that is damaged counts as if its rate had not."""
 
     def decays(path: Path) -> bool:
         try:
@@ -239,7 +239,7 @@ def before_decay(saved: Sequence[Path]) -> Path | None:
 
 
 def mark(run_dir: Path, step: int, as_what: str, why: str) -> Path | None:
-    """Note that the checkpoint of `step` is GOOD or has FAILED. Returns it, None where there is none."""
+    """Note that the checkpoint of `step` is GOOD or has FAILED. Returns it, None if there is none."""
     path = checkpoints_dir(run_dir) / f"step-{step:08d}"
     if path not in saved_steps(run_dir):
         return None

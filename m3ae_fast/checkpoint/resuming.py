@@ -28,7 +28,7 @@ _GROUP = 16  # what data.shuffle_shards was by default, before there were lanes
 def find(run_dir: Path, resume: str, extended: Callable[[checkpoint.Info], bool] = lambda info: False) -> Path | None:
     """Return the checkpoint that `--resume` means: "auto", "no", or a path for `checkpoint.locate`. "auto" is the last
     one that has not FAILED, if any; if the run that wrote it is now `extended`, the last one before the learning rate
-    fell. Raises UserError where the path holds none, `run_dir` holds those of another run, or all have failed."""
+    fell. Raises UserError if the path holds none, `run_dir` holds those of another run, or all have failed."""
     own = checkpoint.saved_steps(run_dir)
     if resume == "auto":
         usable = [path for path in own if not (path / checkpoint.FAILED).exists()]
@@ -66,14 +66,14 @@ class Resume:
         self.read: Read | None = None  # see `open`
 
     def section(self, name: str) -> dict[str, Any]:
-        """Return a section of the checkpoint's config; empty where there is none."""
+        """Return a section of the checkpoint's config; empty if there is none."""
         return (_sections(self.info).get(name) or {}) if self.info else {}
 
     def restore(
         self, engine: Engine, sections: dict[str, Any], same: Iterable[tuple[str, str]], stream: dict[str, str]
     ) -> list[str]:
         """Load the checkpoint into the engine, and return notes on the data, whose fingerprint is `stream`. Raises
-        UserError where the checkpoint and `sections` differ in a `same` (section, key), or the data are others."""
+        UserError if the checkpoint and `sections` differ in a `same` (section, key), or the data are others."""
         if not (self.path and self.info):
             return []
         check_same(self.path, self.info, sections, same)
@@ -134,7 +134,7 @@ def check_fits(
     path: Path, info: checkpoint.Info, config: Config, stream: dict[str, str], with_changes: bool = False
 ) -> list[str]:
     """Return the differences between this run and the one that wrote the checkpoint, one line each. Raises UserError
-    where it would not be the same model, or, unless `with_changes`, not the same stream of samples."""
+    if it would not be the same model, or, unless `with_changes`, not the same stream of samples."""
     saved, wanted = info.config, config.model_dump(mode="json")
 
     def differing(section: str, keys: Iterable[str]) -> list[_Change]:
@@ -221,7 +221,7 @@ def open_checkpoint(path: Path, info: checkpoint.Info, model: nn.Module, ranks: 
     """Return a reader of the tensors of a checkpoint of `model`.
 
     `kinds`: of the optimiser's state, as the engine has them; an average of the weights may begin here. Every rank must
-    call it. Raises UserError where the checkpoint is damaged, or a tensor of it does not fit the model.
+    call it. Raises UserError if the checkpoint is damaged, or a tensor of it does not fit the model.
     """
     had_ema = any((section or {}).get("ema") is not None for section in info.config.values())
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}

@@ -56,7 +56,7 @@ def part_files(parts: int) -> list[str]:
 def write_part(folder: Path, part: Fragments, rank: int, world: int) -> str:
     """Write a rank's part into its file, to the disk, and return the file's SHA-256.
 
-    Raises OSError or SafetensorError where the disk refuses.
+    Raises OSError or SafetensorError if the disk refuses.
     """
     file = folder / part_files(world)[rank]
     if world == 1:

@@ -8,7 +8,7 @@ FILE has the arrays or columns `keys` [N] (of images their paths), of shards `sh
 `labels` [N] if any are found (-1 or "" for a sample without), with --patches `patches` float16 [N, L, D] (in parquet
 [N, L * D]; of a native model those of an image with fewer patches end with zeros, and `grids` [N, 2] are their rows and
 columns), and what --columns names: `path` and `class` from the samples' json, as from-folder writes it, and `caption`;
-"" where a sample has none.
+"" if a sample has none.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def parse(section: type[T], data: Any, where: str) -> T:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set `section.key=value` in plain JSON data. Raises UserError where text or key is not valid."""
+    """Set `section.key=value` in plain JSON data. Raises UserError if text or key is not valid."""
     name, equals, text = override.partition("=")
     override = " ".join(override.split())[:200]  # for messages
     if not equals or not name:

@@ -76,7 +76,7 @@ class Corpus:
         return sum(int(source.sizes.sum()) for source in self.sources)
 
     def require(self, max_bad_fraction: float) -> None:
-        """Raise UserError where a larger fraction of the shards cannot be read: their samples count as bad ones."""
+        """Raise UserError if a larger fraction of the shards cannot be read: their samples count as bad ones."""
         for lost, of in self.counted:
             if lost > max_bad_fraction * of:
                 named = next(item for item in self.damaged if item.reason.startswith("cannot be read"))
@@ -116,7 +116,7 @@ class Corpus:
 
 def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress: bool = False) -> Corpus:
     """Find all shards and count their samples, by their manifest or indexing those that have no index yet; `progress`
-    shows a bar. Raises UserError where a pattern matches nothing, no shard of a source can be read, or none of its
+    shows a bar. Raises UserError if a pattern matches nothing, no shard of a source can be read, or none of its
     samples has its modality."""
     corpus = Corpus([], store)
     for config in sources:
@@ -168,7 +168,7 @@ def _by_manifest(config: SourceConfig, rows: np.ndarray, corpus: Corpus) -> Sour
 
 
 def _source(config: SourceConfig, shards: Sequence[IndexedShard], kinds: list[Modality]) -> Source:
-    """Return a source of shards of these kinds. Raises UserError where none holds what the config asks for."""
+    """Return a source of shards of these kinds. Raises UserError if none holds what the config asks for."""
     modalities = kinds if config.modality == "auto" else [config.modality] * len(shards)
     if not any(_holds(shard, modality) for shard, modality in zip(shards, modalities)):
         raise UserError(f"shards {config.shards!r}: no sample in them is {config.modality!r}; change its modality")

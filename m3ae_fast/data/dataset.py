@@ -53,7 +53,7 @@ class Preparation:
 
     geometry: Geometry  # the model's
     masking: MaskingConfig
-    tokenizer: CaptionTokenizer | None  # None where there are no captions
+    tokenizer: CaptionTokenizer | None  # None if there are no captions
     seed: int  # the run's
     image_tokenizer: VQGAN | None = None  # that makes the images' token ids in the loader
     stored_codebook: int | None = None  # codes of the codebook, where the shards hold the images' ids
@@ -163,12 +163,12 @@ class Samples(Dataset[Sample | Skipped]):
         return draft.samples
 
     def _tokens(self, caption: str) -> Tensor:
-        """Raise BadSample where the tokenizer fails on it."""
+        """Raise BadSample if the tokenizer fails on it."""
         assert self.preparation.tokenizer is not None  # the loader asks for one
         return torch.from_numpy(self.preparation.tokenizer.encode(caption))
 
     def _stored_ids(self, reader: Reader, shard: int, row: int) -> Tensor | None:
-        """Raise BadSample where there are none, or they do not fit the model."""
+        """Raise BadSample if there are none, or they do not fit the model."""
         codes, length = self.preparation.stored_codebook, self.preparation.geometry.patches_per_image
         if codes is None:
             return None

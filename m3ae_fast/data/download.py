@@ -65,7 +65,7 @@ def download(shard: str, out: BinaryIO) -> None:
 
 
 def read_small(name: str, limit: int) -> bytes:
-    """Return a file or what is behind a URL. Raises OSError where that fails or has more than `limit` bytes."""
+    """Return a file or what is behind a URL. Raises OSError if that fails or has more than `limit` bytes."""
     data = b""
     try:
         with _open(name) as chunks:

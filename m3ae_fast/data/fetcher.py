@@ -91,7 +91,7 @@ class Needs:
         return sum(shard.size for shard in set(self._named(chain.from_iterable(each))))
 
     def require_room(self) -> None:
-        """Raise UserError where the shards that are in use at a time do not fit into the cache. Where some are on a
+        """Raise UserError if the shards that are in use at a time do not fit into the cache. Where some are on a
         network file system, these are read in place then."""
         store = self.corpus.store
         store.staging = store.staging and self.in_use() <= store.room().limit
@@ -216,7 +216,7 @@ class Fetcher:
             return False
 
     def _bring(self, shard: Shard) -> bool:
-        """Fetch a shard and make its table. Return False where that fails: who reads it says why."""
+        """Fetch a shard and make its table. Return False if that fails: who reads it says why."""
         try:
             return self.store.fetch_ahead(*shard) and bool(index_shards([shard.name], self.store, lost=[]))
         except UserError:

@@ -47,7 +47,7 @@ def measured(corpus: Corpus, *, progress: bool = False) -> Corpus:
 
 
 def _sizes_of(shard: IndexedShard) -> np.ndarray:
-    """Return height and width of each sample's image, int32 [samples, 2]; 0 where there is none or nothing says it."""
+    """Return height and width of each sample's image, int32 [samples, 2]; 0 if there is none or nothing says it."""
     path = shard.sidecar.with_name(shard.sidecar.name.removesuffix(INDEX_SUFFIX) + ".sizes" + INDEX_SUFFIX)
     identity = [shard.summary.size, shard.summary.mtime_ns]
     sizes = _kept(path, identity, shard.summary.samples)
@@ -59,7 +59,7 @@ def _sizes_of(shard: IndexedShard) -> np.ndarray:
 
 
 def _kept(path: Path, identity: Sequence[int], samples: int) -> np.ndarray | None:
-    """Return the sizes in a file; None where it is not of this shard, or damaged."""
+    """Return the sizes in a file; None if it is not of this shard, or damaged."""
     try:
         with open_regular(path) as file:
             rows = np.lib.format.read_array(file, allow_pickle=False)

@@ -100,7 +100,7 @@ class IndexedShard:
         `json_offset`, `json_size` (members that may hold a label), `ids_offset`, `ids_size` (the image's token ids),
         `image_crc`, `text_crc`, `ids_crc` (CRC-32 of these members; 0: unknown) and `key` (UTF-8).
 
-        Raises OSError where the sidecar cannot be read."""
+        Raises OSError if the sidecar cannot be read."""
         with open_regular(self.sidecar) as file:
             try:
                 # mapped: processes of a node share its memory. A sidecar is replaced, never written to.
@@ -111,11 +111,11 @@ class IndexedShard:
                 raise OSError(f"its index {self.sidecar} is damaged ({reason}); delete that file") from None
 
     def located(self) -> IndexedShard:
-        """Return the shard with its sidecar. Raises UserError where it cannot be read."""
+        """Return the shard with its sidecar. Raises UserError if it cannot be read."""
         return self
 
     def reindexed(self, store: ShardStore) -> IndexedShard:
-        """Return a new entry for a shard whose sidecar or copy turned out damaged. Raises OSError where it is not the
+        """Return a new entry for a shard whose sidecar or copy turned out damaged. Raises OSError if it is not the
         same shard any more, or cannot be read."""
         with store.lock(f"index-{store.name(self.shard)}"):
             made = _make(self.shard, _file(self.shard, store), store)
@@ -128,7 +128,7 @@ def index_shards(
     shards: Sequence[str], store: ShardStore, progress: bool = False, lost: list[Skipped] | None = None
 ) -> list[IndexedShard]:
     """Return all shards in order, from their sidecars or indexed now: one process per node indexes a shard, the others
-    wait. Those that cannot be read or fetched go to `lost`. Raises UserError where there is no `lost`, or an index
+    wait. Those that cannot be read or fetched go to `lost`. Raises UserError if there is no `lost`, or an index
     cannot be written."""
 
     def find(shard: str) -> IndexedShard | Skipped:
@@ -166,7 +166,7 @@ def _sidecars(shard: str, store: ShardStore) -> list[Path]:
 
 
 def _load(shard: str, store: ShardStore) -> IndexedShard | None:
-    """Return the shard's entry if a sidecar fits it. Raises OSError where the shard cannot be read."""
+    """Return the shard's entry if a sidecar fits it. Raises OSError if the shard cannot be read."""
     status = None if store.is_cached(shard) else os.stat(shard)
     for sidecar in _sidecars(shard, store):
         try:
@@ -182,7 +182,7 @@ def _load(shard: str, store: ShardStore) -> IndexedShard | None:
 
 def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
     """Make a shard's entry. `path`: the file that holds the shard. A copy that is damaged is fetched again, once.
-    Raises OSError where the shard cannot be read, UserError where no entry can be written."""
+    Raises OSError if the shard cannot be read, UserError if no entry can be written."""
     status, members, damage = os.stat(path), *scan_tar(path)
     if damage and store.is_cached(shard):
         path = store.refetch(shard)

@@ -49,14 +49,14 @@ class _Part(IndexedShard):
 
 
 def check_field(field: str) -> None:
-    """Raise UserError where `field` is neither "cls" nor "json." and a name."""
+    """Raise UserError if `field` is neither "cls" nor "json." and a name."""
     if field != "cls" and not (field.startswith("json.") and len(field) > len("json.")):
         raise UserError(f"labels {field!r}: must be cls, or json.FIELD such as json.label")
 
 
 def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[list[Label | None]]:
     """Return the label of every sample of each source in file order, None for a sample without one. `field`: "cls", or
-    "json." and the name of a field. Raises UserError where it is neither, a shard cannot be read, or a label is neither
+    "json." and the name of a field. Raises UserError if it is neither, a shard cannot be read, or a label is neither
     a whole number nor text."""
     check_field(field)
     shards = [(number, shard) for number, source in enumerate(corpus.sources) for shard in source.shards]
@@ -111,7 +111,7 @@ def class_names(corpus: Corpus, classes: Classes) -> list[str]:
 
 
 def _listed_names(corpus: Corpus) -> dict[int, str]:
-    """Return the names in the classes.json beside the first shard, by label; empty where there is none."""
+    """Return the names in the classes.json beside the first shard, by label; empty if there is none."""
     try:
         found = read_json(Path(corpus.sources[0].shards[0].shard).parent / "classes.json")
     except (OSError, ValueError):
@@ -120,7 +120,7 @@ def _listed_names(corpus: Corpus) -> dict[int, str]:
 
 
 def _written_names(corpus: Corpus, classes: Classes) -> dict[int, str]:
-    """Return the one `class_name` that the samples of each label have; empty where a label has several."""
+    """Return the one `class_name` that the samples of each label have; empty if a label has several."""
     try:
         written = read_labels(corpus, "json.class_name")
     except UserError:  # not text
@@ -213,7 +213,7 @@ def select_labelled(source: Source, ids: np.ndarray) -> Source:
 
 def keep_classes(corpus: Corpus, classes: Classes, names: Sequence[str]) -> tuple[Corpus, Classes]:
     """Return the samples of the classes with these `names`, or numbers as text, and those classes, whose ids follow
-    that order. Raises UserError where no sample has such a class, a name is given twice, or there is only one."""
+    that order. Raises UserError if no sample has such a class, a name is given twice, or there is only one."""
     ids = {str(label): number for number, label in enumerate(classes)}
     if unknown := [name for name in names if name not in ids]:
         raise UserError(f"no sample has the class {unknown[0]!r}; there are {', '.join(list(ids)[:20])}")

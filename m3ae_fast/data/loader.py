@@ -161,7 +161,7 @@ def train_loader(
 
 
 def _patches(corpus: Corpus, order: Order, geometry: Geometry) -> Callable[[int], int] | None:
-    """Return a function that gives the patches of a position's image; None where all have as many, or nobody knows."""
+    """Return a function that gives the patches of a position's image; None if all have as many, or nobody knows."""
     sizes = [source.image_sizes for source in corpus.sources if source.image_sizes is not None]
     if geometry.native is None or len(sizes) < len(corpus.sources):
         return None
@@ -176,7 +176,7 @@ def _patches(corpus: Corpus, order: Order, geometry: Geometry) -> Callable[[int]
 
 
 def _fetching(loader: Loader[PackedBatch], samples: Samples, micro_batches: MicroBatches, node: Node) -> Fetching:
-    """Raise UserError where what the node reads at a time does not fit into the cache."""
+    """Raise UserError if what the node reads at a time does not fit into the cache."""
     share, order = micro_batches.share, cast("Order", samples.order)
     ahead = -(-loader.num_workers * (loader.prefetch_factor or 0) // share.accumulation)
     needs = _needs(samples.corpus, order, micro_batches, node.ranks, ahead)

@@ -100,13 +100,13 @@ def join(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def write(path: Path, rows: np.ndarray) -> None:
-    """Raise UserError where it cannot be written."""
+    """Raise UserError if it cannot be written."""
     with whole_file(path) as partial, open(partial, "wb") as file:
         np.save(file, rows, allow_pickle=False)
 
 
 def read(path: Path) -> np.ndarray:
-    """Return the mapped rows of a manifest. Raises UserError where it is none, or is damaged."""
+    """Return the mapped rows of a manifest. Raises UserError if it is none, or is damaged."""
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
@@ -128,7 +128,7 @@ def read(path: Path) -> np.ndarray:
 
 
 def is_manifest(patterns: str | Sequence[str]) -> bool:
-    """Return whether `shards` names manifests. Raises UserError where it names shards too."""
+    """Return whether `shards` names manifests. Raises UserError if it names shards too."""
     each = [patterns] if isinstance(patterns, str) else patterns
     manifests = [pattern for pattern in each if pattern.endswith(SUFFIX)]
     if manifests and len(manifests) < len(each):
@@ -230,7 +230,7 @@ def none_read(first: Skipped, shards: int) -> UserError:
 
 
 def _held(path: Path) -> str | None:
-    """Return the digest of a manifest; None where there is none, it is damaged, or shards of it could not be read."""
+    """Return the digest of a manifest; None if there is none, it is damaged, or shards of it could not be read."""
     try:
         rows = read(path)
     except UserError:

@@ -20,7 +20,7 @@ class Data:
     train: Corpus
     val: Corpus | None
     tokenizer: CaptionTokenizer | None  # None for a model without text
-    image_tokenizer: VQGAN | None = None  # None where image targets are pixels
+    image_tokenizer: VQGAN | None = None  # None if image targets are pixels
 
     @property
     def shown(self) -> Corpus:
@@ -29,7 +29,7 @@ class Data:
 
 
 def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False) -> Data:
-    """Find shards and tokenizers. Raises UserError where one is missing, broken, or does not fit the model."""
+    """Find shards and tokenizers. Raises UserError if one is missing, broken, or does not fit the model."""
     store = ShardStore(config.cache_dir, config.cache_gb)
     train = open_corpus(config.train, store, progress=progress)
     val = open_corpus(config.val, store, progress=progress) if config.val else None

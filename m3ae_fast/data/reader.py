@@ -27,7 +27,7 @@ _RETRY_S = 60  # a shard that could not be fetched is not tried again sooner
 
 
 class Raw(NamedTuple):
-    """A sample's bytes; None where it trains without them."""
+    """A sample's bytes; None if it trains without them."""
 
     image: bytes | None
     caption: str | None
@@ -62,7 +62,7 @@ class Reader:
 
     def read(self, shard: int, row: int) -> Raw:
         """Return bytes and caption of one sample; a copy that turns out damaged is fetched again, once. Raises
-        BadSample where a part that its shard trains is missing, cut short, too large, or no text, OSError where the
+        BadSample if a part that its shard trains is missing, cut short, too large, or no text, OSError if the
         shard cannot be read."""
         return self._whole(shard, lambda: self._read(shard, row))
 
@@ -78,7 +78,7 @@ class Reader:
         return Raw(image, caption)
 
     def image_ids(self, shard: int, row: int) -> np.ndarray:
-        """Return the image's token ids, made ahead of time: int64 [L]. Raises BadSample where there are none or they
+        """Return the image's token ids, made ahead of time: int64 [L]. Raises BadSample if there are none or they
         are cut short, OSError as `read`."""
         return self._whole(shard, lambda: self._read_ids(shard, row))
 
@@ -126,7 +126,7 @@ class Reader:
             del self._open[shard]
 
     def _renew(self, shard: int) -> None:
-        """Fetch the copy of a shard again, unless another process has, and open it anew. Raises OSError where that
+        """Fetch the copy of a shard again, unless another process has, and open it anew. Raises OSError if that
         fails, or has just been done."""
         opened, name = self._open[shard], self.source.shards[shard].shard
         if time.monotonic() - self._renewed.get(shard, -_RETRY_S) < _RETRY_S:

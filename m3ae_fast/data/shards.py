@@ -50,7 +50,7 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 
 
 def expand(patterns: str | list[str]) -> list[str]:
-    """Write out brace patterns (`{0000..0041}`), `::` lists and, for local paths, globs. Raises UserError where a
+    """Write out brace patterns (`{0000..0041}`), `::` lists and, for local paths, globs. Raises UserError if a
     pattern is malformed or matches nothing, or a shard is not there, or nothing installed can read it."""
     shards: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -112,7 +112,7 @@ class CacheSpace(NamedTuple):
 class ShardStore:
     """Local files for shards. `cache_dir` has copies and locks; None: `$XDG_CACHE_HOME/m3ae_fast` or
     `~/.cache/m3ae_fast`. Copies take at most `cache_gb` GB of the disk; None: all but FREE_FRACTION. Raises UserError
-    where the folder cannot be made."""
+    if the folder cannot be made."""
 
     def __init__(self, cache_dir: Path | None = None, cache_gb: float | None = None):
         self._far: dict[str, bool] = {}  # by folder
@@ -168,7 +168,7 @@ class ShardStore:
         return self.cache_dir / "shards" / self.name(shard)
 
     def path(self, shard: str, size: int = 0) -> Path:
-        """Return the file that holds the shard's tar, fetched first if need be. Raises OSError where that fails.
+        """Return the file that holds the shard's tar, fetched first if need be. Raises OSError if that fails.
 
         `size`: bytes of the tar; 0: unknown."""
         if not self.is_staged(shard):
@@ -187,7 +187,7 @@ class ShardStore:
                         self._fetch(shard, copy, size)
 
     def refetch(self, shard: str) -> Path:
-        """Return `path` of a new copy, the old one being damaged. Raises OSError where there is none to be had."""
+        """Return `path` of a new copy, the old one being damaged. Raises OSError if there is none to be had."""
         copy = self.copy(shard)
         if not self.is_staged(shard):
             raise OSError(f"{shard} is damaged")
@@ -196,7 +196,7 @@ class ShardStore:
         return copy
 
     def fetch_ahead(self, shard: str, size: int = 0) -> bool:
-        """Fetch a shard unless its copy is there or another process is fetching it. Return False where that fails,
+        """Fetch a shard unless its copy is there or another process is fetching it. Return False if that fails,
         which is left to whoever reads the shard."""
         try:
             copy = self.copy(shard)

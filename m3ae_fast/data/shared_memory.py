@@ -29,7 +29,7 @@ def most_workers(size: int) -> int:
 
 def fitting_prefetch(prefetch: int, workers: int, size: int) -> int:
     """Return how many batches of `size` bytes each of `workers` prepares ahead: `prefetch`, or as many as fit MAX_BYTES
-    and this rank's shared memory. Raises UserError where not even one fits, as with the 64 MB that Docker gives."""
+    and this rank's shared memory. Raises UserError if not even one fits, as with the 64 MB that Docker gives."""
     room = _room()
     if room < 2 * size * workers:
         raise UserError(

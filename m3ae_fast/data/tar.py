@@ -28,9 +28,9 @@ class Member(NamedTuple):
 
 
 def scan_tar(path: Path) -> tuple[list[Member], str | None]:
-    """List the regular files of an uncompressed tar, and say what is wrong with it (None where nothing is).
+    """List the regular files of an uncompressed tar, and say what is wrong with it (None if nothing is).
 
-    Members before damage are listed, one that the end of the file cuts short included. Raises OSError where the file
+    Members before damage are listed, one that the end of the file cuts short included. Raises OSError if the file
     cannot be read.
     """
     with open_regular(path) as file:

@@ -172,7 +172,7 @@ def draw_patch_attention(
 ) -> None:
     """Write a PNG: a row for each of the first `count` samples with an image and a caption, with the patch outlined and
     each word shaded by its part of the patch's attention, from white, none, to SHADE, the caption's highest.
-    `channels`: what is shown, as in `figures.levels`. Raises UserError where no sample has both, and that patch."""
+    `channels`: what is shown, as in `figures.levels`. Raises UserError if no sample has both, and that patch."""
     assert model.tokenizer is not None
     pairs = [sample for sample in samples if _has(sample, model, patch) and sample.tokens is not None][:count]
     if not pairs:

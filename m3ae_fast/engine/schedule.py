@@ -39,7 +39,7 @@ def warmup_stable_decay(
 
 
 def split_batch(config: LoopConfig, world: int, rank: int = 0) -> Share:
-    """Return a rank's part of each step, in as few micro-batches as `config.micro_batch` allows. Raises UserError where
+    """Return a rank's part of each step, in as few micro-batches as `config.micro_batch` allows. Raises UserError if
     there are more ranks than samples of a step."""
     if config.global_batch < world:
         raise UserError(

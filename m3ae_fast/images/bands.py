@@ -47,7 +47,7 @@ def bands_of(header: Image.Image) -> tuple[int, bool]:
 
 def npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """Return shape, whether it is in Fortran's order, dtype, and where the values begin, of a .npy file or its begin.
-    Raises BadSample where it is damaged."""
+    Raises BadSample if it is damaged."""
     file = BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
@@ -96,7 +96,7 @@ def read_tiff(data: bytes) -> np.ndarray:
 
 
 def checked(values: np.ndarray) -> np.ndarray:
-    """Return an image's values as [H, W, C]. Raises BadSample where they are of another shape, no `DTYPES`, not finite,
+    """Return an image's values as [H, W, C]. Raises BadSample if they are of another shape, no `DTYPES`, not finite,
     or more than MAX_VALUES."""
     shape = list(values.shape)
     if values.dtype not in DTYPES:

@@ -52,7 +52,7 @@ def depth_of(image: Image.Image) -> Depth:
 
 def deep_grey(image: Image.Image, depth: Depth, image_range: Range | None, channels: int, dtype: str) -> np.ndarray:
     """Return a deep image of one channel as pixels of `dtype`: [1, H, W], white where a value stands for transparency;
-    of four `channels` [4, H, W], with alpha. Raises BadSample where a value is not finite, or has no alpha."""
+    of four `channels` [4, H, W], with alpha. Raises BadSample if a value is not finite, or has no alpha."""
     if channels == 4 and dtype != "uint8":
         raise BadSample(f"has one channel of {depth}, the model takes 4")
     values, clear = grey_values(image, depth), image.info.get("transparency")
@@ -99,7 +99,7 @@ def as_pixels(lit: np.ndarray, dtype: str) -> np.ndarray:
 
 def of_bands(values: np.ndarray, image_range: Range | None, dtype: str) -> np.ndarray:
     """Return an array's values as pixels of `dtype`. Those of uint8 are levels from 0 to 255, whatever the range.
-    Raises BadSample where there is no range for the others."""
+    Raises BadSample if there is no range for the others."""
     kind, bits = ("float", 32) if values.dtype == np.float32 else ("unsigned", 8 * values.itemsize)
     depth = Depth(kind, bits)
     if depth.is_deep:

@@ -55,7 +55,7 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None, d
     Args:
         image_range: what is black and white where values are not levels from 0 to 255; None: no such image is read.
         dtype: of the result: "uint8" or "uint16", from black, 0, to white, 255 or 65535; "float32", black 0 and white
-            1, where values may lie beyond both.
+            1, if values may lie beyond both.
 
     Raises:
         BadSample: no image, a broken one, one of more than MAX_PIXELS, a bit depth for which no `image_range` is set,
@@ -93,7 +93,7 @@ def format_of(data: bytes) -> str:
 
 def size_of(data: bytes) -> tuple[int, int]:
     """Return height and width as a file's header has them, before EXIF turns it; for most formats, the first few KB of
-    the file are sufficient. Raises BadSample where it is no image, a broken or too large one, or more of the file is
+    the file are sufficient. Raises BadSample if it is no image, a broken or too large one, or more of the file is
     needed."""
     if bands.is_npy(data):
         height, width, *_ = (*bands.npy_header(data)[0], 0, 0)
@@ -112,7 +112,7 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 def read_bands(data: bytes, channels: int, dtype: str) -> np.ndarray | None:
     """Return the values [H, W, bands] of a file that is no picture of C channels to Pillow: a .npy, and a TIFF of which
-    Pillow would read not all bands, not all bits, or nothing. None of other files. Raises BadSample where it cannot."""
+    Pillow would read not all bands, not all bits, or nothing. None of other files. Raises BadSample if it cannot."""
     if bands.is_npy(data):
         return bands.read_npy(data)
     if not bands.is_tiff(data):
@@ -151,7 +151,7 @@ def pixels_of_bands(values: np.ndarray, channels: int, image_range: Range | None
 
 
 def header_of(data: bytes) -> Image.Image:
-    """Return the image, of which Pillow has read the header. Raises BadSample where it is none, or too large."""
+    """Return the image, of which Pillow has read the header. Raises BadSample if it is none, or too large."""
     try:
         header = Image.open(BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError:

@@ -31,7 +31,7 @@ class Native:
 
     @classmethod
     def of(cls, config: ModelConfig) -> Native | None:
-        """Return what the config says; None where images are square."""
+        """Return what the config says; None if images are square."""
         if config.resize == "square":
             return None
         positions = "stored" if config.positions == "stored" else config.native_positions

@@ -5,6 +5,8 @@ Shapes: T rows of the encoder, M rows that are predicted, E decoder width, H hea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from m3ae_kernels import packed_attention
 from m3ae_kernels.attention import Segments
@@ -61,22 +63,11 @@ class CrossDecoder(Blocks):
     """Blocks of cross-attention. The keys and values of all blocks are one matrix product, since all blocks read the
     same rows."""
 
-    def __init__(
-        self,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4,
-        *,
-        gelu: Gelu = "tanh",
-        drop: float = 0.0,
-        att_drop: float = 0.0,
-        drop_path: float = 0.0,
-        drop_key: int = 0,
-    ) -> None:
-        """Build the blocks. `drop_key`: see `drop_path_factors`."""
-        blocks = (CrossBlock(dim, num_heads, mlp_ratio, gelu, drop, att_drop) for _ in range(depth))
-        super().__init__(blocks, dim, drop_path, drop_key)
+    block = CrossBlock
+
+    def __init__(self, dim: int, depth: int, num_heads: int, *args: Any, **options: Any) -> None:
+        """Build the blocks; arguments as of `Blocks`."""
+        super().__init__(dim, depth, num_heads, *args, **options)
         self.kv = Linear(dim, 2 * depth * dim)
 
     def reset_keys_and_values(self) -> None:

@@ -121,7 +121,7 @@ class MultimodalEncoder(nn.Module):
 
         Args:
             batch: on the model's device.
-            pool: "mean" of all rows but cls (0 where there is no other), before or after which the LayerNorm comes, as
+            pool: "mean" of all rows but cls (0 if there is no other), before or after which the LayerNorm comes, as
                 the config's `mean_pool` says; or the row of "cls".
         """
         return self.pooled_of_layers(batch, [self.config.depth], pool)[:, 0]
@@ -274,7 +274,7 @@ class MultimodalEncoder(nn.Module):
         return features_SD
 
     def require_tokenizer(self) -> None:
-        """Raise UserError where the model cannot take text."""
+        """Raise UserError if the model cannot take text."""
         if not self.config.vocab_size:
             raise UserError("the model is image-only (vocab_size 0): it cannot take captions; use images only")
         if self.tokenizer is None:
@@ -295,7 +295,7 @@ class MultimodalEncoder(nn.Module):
         Args:
             images: [S, C, H, W] of the model's size, uint8, uint16, or floating; or None.
             text: int [S, n] token ids, n <= text_length; or None.
-            padding_mask: [S, n], nonzero where `text` is padding; None: no padding.
+            padding_mask: [S, n], nonzero if `text` is padding; None: no padding.
             value_range: of floating images, as in `encode`: normalised already, or (black, white).
 
         Returns:
@@ -343,7 +343,7 @@ class MultimodalEncoder(nn.Module):
         return out.unflatten(0, (size, -1))
 
     def _check_ids(self, text: Tensor, padding_mask: Tensor | None) -> None:
-        """Raise ValueError where a token that is no padding has no embedding, or the mask does not fit the text."""
+        """Raise ValueError if a token that is no padding has no embedding, or the mask does not fit the text."""
         if text.ndim != 2 or text.is_floating_point():
             raise ValueError(f"text is {text.dtype} {list(text.shape)}, not whole numbers [samples, tokens]")
         if padding_mask is not None and padding_mask.shape != text.shape:

@@ -68,7 +68,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = None) -> None:
     """Write `model` as a folder that `read_pretrained` reads, whole or not at all. `card`: its README.md. Raises
-    UserError where the folder holds something else, or cannot be written."""
+    UserError if the folder holds something else, or cannot be written."""
     with output_folder(folder) as path:
         write_tensors(path / MODEL_FILE, model.state)
         config = model.config.model_dump_json(indent=2, exclude={"init_from"})
@@ -102,7 +102,7 @@ def _preprocessing(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_pretrained(source: str | Path) -> Pretrained:
-    """Read what `write_pretrained` wrote into a folder, or what the hub has under a name. Raises UserError where there
+    """Read what `write_pretrained` wrote into a folder, or what the hub has under a name. Raises UserError if there
     is no such folder or model, or a file is missing or damaged."""
     folder = find_folder(source)
     try:

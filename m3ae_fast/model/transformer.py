@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -178,10 +178,24 @@ class Blocks(nn.Module):
     """A stack of blocks, compiled and checkpointed alike, and the final norm, which the caller applies to the rows it
     wants."""
 
-    def __init__(self, blocks: Iterable[nn.Module], dim: int, drop_path: float, drop_key: int) -> None:
-        """Take the blocks. `drop_key`: see `drop_path_factors`."""
+    block: Callable[[int, int, float, Gelu, float, float], nn.Module]  # the class of the blocks
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4,
+        *,
+        gelu: Gelu = "tanh",
+        drop: float = 0.0,
+        att_drop: float = 0.0,
+        drop_path: float = 0.0,
+        drop_key: int = 0,
+    ) -> None:
+        """Build the blocks. `drop_key`: see `drop_path_factors`."""
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(self.block(dim, num_heads, mlp_ratio, gelu, drop, att_drop) for _ in range(depth))
         self.norm = RowNorm(dim, eps=EPS)
         self.checkpointing = False
         self.drop_path, self.drop_key = drop_path, drop_key
@@ -217,22 +231,7 @@ class Blocks(nn.Module):
 class Transformer(Blocks):
     """Blocks of self-attention."""
 
-    def __init__(
-        self,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4,
-        *,
-        gelu: Gelu = "tanh",
-        drop: float = 0.0,
-        att_drop: float = 0.0,
-        drop_path: float = 0.0,
-        drop_key: int = 0,
-    ) -> None:
-        """Build the blocks. `drop_key`: see `drop_path_factors`."""
-        blocks = (Block(dim, num_heads, mlp_ratio, gelu, drop, att_drop) for _ in range(depth))
-        super().__init__(blocks, dim, drop_path, drop_key)
+    block = Block
 
     def forward(
         self,

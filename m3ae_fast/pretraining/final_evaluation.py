@@ -53,7 +53,7 @@ def stage() -> Iterator[Session]:
 
 def evaluate_run(config: Config) -> dict[str, dict[str, Any]] | None:
     """Return by task the results of the run, of random weights and of pixels; what an earlier call has measured of the
-    same weights is read. None where a task was stopped. Raises UserError where a task cannot be done."""
+    same weights is read. None if a task was stopped. Raises UserError if a task cannot be done."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     _forget_other_weights(run)

@@ -84,7 +84,7 @@ def find_shards(
 
 
 def _similar(folder: Path) -> str:
-    """Return a question after a folder that may be meant, "" where none has a similar name."""
+    """Return a question after a folder that may be meant, "" if none has a similar name."""
     parent = folder.parent
     beside = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, beside, n=1)

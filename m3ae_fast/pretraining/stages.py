@@ -114,7 +114,7 @@ def _configured(
     image_range: Range | None,
     dry_run: bool,
 ) -> Config | None:
-    """Return the config of the run, chosen now or by an earlier call; None where somebody asks to stop meanwhile."""
+    """Return the config of the run, chosen now or by an earlier call; None if somebody asks to stop meanwhile."""
     path = out / CONFIG
     if path.exists() and not dry_run:
         load_config(path, list(overrides))  # a mistake is told first

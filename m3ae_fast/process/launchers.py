@@ -48,7 +48,7 @@ _HOSTS = ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
 
 def adopt(environment: MutableMapping[str, str]) -> None:
     """Set what torch reads of the ranks where a launcher that knows other words has started this process and others;
-    what is set already stays. Raises UserError where several processes were started, of which this is to be a run of
+    what is set already stays. Raises UserError if several processes were started, of which this is to be a run of
     its own, or nothing says where the others are."""
     found = next((one for one in LAUNCHERS if environment.keys() >= {one.rank, one.world}), None)
     if found is None or environment[found.world] == "1":

@@ -185,7 +185,7 @@ def _gather(value: T, world: int, group: dist.ProcessGroup) -> list[T]:
 
 
 def _require_files(rank: int, world: int) -> None:
-    """Raise UserError where the connections to other ranks are more than this process may have files open."""
+    """Raise UserError if the connections to other ranks are more than this process may have files open."""
     needed = (4 if rank == 0 else 3) * world + _OTHER_FILES  # of groups, and of the store's clients
     if (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < needed and limit != resource.RLIM_INFINITY:
         raise UserError(

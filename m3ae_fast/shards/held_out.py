@@ -33,7 +33,7 @@ class _Place(NamedTuple):
 
 
 def shared_images(train: Sequence[str], val: Sequence[str]) -> dict[str, set[int]]:
-    """Return the offsets of the images, by held-out shard, whose bytes a training shard has too. Raises UserError where
+    """Return the offsets of the images, by held-out shard, whose bytes a training shard has too. Raises UserError if
     a shard cannot be read."""
     store = ShardStore()
     first, second = (index_shards(shards, store, progress=True) for shards in (train, val))
@@ -80,7 +80,7 @@ def _digest(place: _Place) -> bytes:
 
 def write_without(shard: str, offsets: set[int], path: Path) -> bool:
     """Write a shard without the samples whose image begins at one of the offsets, unless `path` holds the others since
-    the shard changed; return whether any sample is left. Raises UserError where `path` cannot be written."""
+    the shard changed; return whether any sample is left. Raises UserError if `path` cannot be written."""
     samples = group(scan_tar(Path(shard))[0])
     others = (files.values() for _, files in samples if not any(file.offset in offsets for file in files.values()))
     kept = [member for files in others for member in files]

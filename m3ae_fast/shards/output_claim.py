@@ -18,7 +18,7 @@ MANIFEST, CLASSES = "conversion.json", "classes.json"
 @contextmanager
 def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) -> Iterator[None]:
     """Make the folder `out`, or find in it what `manifest` says, and hold it for this conversion alone. Raises
-    UserError where it holds something else, another process is using it, or it cannot be written."""
+    UserError if it holds something else, another process is using it, or it cannot be written."""
     path, text = out / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     try:
         if out.exists() and not out.is_dir():

@@ -118,7 +118,7 @@ def _write_config(path: Path, given: dict[str, Any], settings: list[tuple[str, s
 
 
 def draw(found: Statistics, path: Path, unit: str) -> None:
-    """Write histograms of levels, sizes, aspect ratios and lengths. Raises UserError where `path` cannot be written."""
+    """Write histograms of levels, sizes, aspect ratios and lengths. Raises UserError if `path` cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), layout="constrained")
@@ -199,7 +199,7 @@ def collect(
     dtype: str = "uint8",
 ) -> Statistics:
     """Look at `samples` samples of the corpus, drawn by `seed`. Captions are counted in tokens of the tokenizer, or in
-    words; `labels` is a field of `read_labels`. Raises UserError where a shard or a label cannot be read."""
+    words; `labels` is a field of `read_labels`. Raises UserError if a shard or a label cannot be read."""
     found = Statistics(corpus.samples, channels, dtype)
     drawn = sample(corpus, samples, seed)
     for of_source in read_labels(drawn, labels):

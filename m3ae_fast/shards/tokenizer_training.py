@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """Write a tokenizer.json that is whole or not there. Raises UserError where that is not possible."""
+    """Write a tokenizer.json that is whole or not there. Raises UserError if that is not possible."""
     with whole_file(out) as partial:
         try:
             tokenizer.save(str(partial))

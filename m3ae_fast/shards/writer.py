@@ -68,7 +68,7 @@ class Converted:
 
 
 def convert(records: Records, out: Path, settings: Settings, workers: int) -> Converted:
-    """Write what `out` lacks of the shards of `records`, with their indexes. Raises UserError where `out` holds
+    """Write what `out` lacks of the shards of `records`, with their indexes. Raises UserError if `out` holds
     something else, or cannot be written, or no sample can be used."""
     plan = _plan(records, settings)
     manifest = manifest_of(records, settings)

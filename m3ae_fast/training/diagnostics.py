@@ -113,7 +113,7 @@ def _learning(metrics: Metrics) -> list[Finding]:
 
 
 def _learnt(metrics: Metrics, name: str) -> bool | None:
-    """Return whether a modality's held-out loss has fallen, and below that of a constant prediction; None where there
+    """Return whether a modality's held-out loss has fallen, and below that of a constant prediction; None if there
     are not two evaluations of it."""
     relative = series(metrics, f"val_{name}_relative")
     return relative[-1] < FALLEN * min(relative[0], 1.0) if len(relative) > 1 else None

@@ -14,7 +14,7 @@ from m3ae_fast.process.ranks import Ranks
 @torch.no_grad()
 def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
     """Copy the weights that `model.init_from` names into a model on the CPU, on every rank; rank 0 reads them. A source
-    without a decoder leaves the model's as it is. Return a line for the log. Raises UserError where there is no such
+    without a decoder leaves the model's as it is. Return a line for the log. Raises UserError if there is no such
     export, or a setting or weight of it does not fit the model."""
 
     def read() -> Pretrained:

@@ -84,7 +84,7 @@ class WandB:
 
 
 def show(folder: Path, loggers: Sequence[str], step: int, name: str, path: Path) -> None:
-    """Show a picture of a run that has ended beside those that it has drawn itself. Raises UserError where a logger
+    """Show a picture of a run that has ended beside those that it has drawn itself. Raises UserError if a logger
     cannot go on."""
     for logger in loggers:
         writer = LOGGERS[logger](folder, step, {})

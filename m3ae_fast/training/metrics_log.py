@@ -85,7 +85,7 @@ class RunLog:
         self._file, self._opened = None, []
 
     def begin(self) -> None:
-        """Forget what an earlier attempt wrote beyond the step that this one starts from. Raises UserError where the
+        """Forget what an earlier attempt wrote beyond the step that this one starts from. Raises UserError if the
         folder cannot be written to, or a logger cannot start."""
         if self._file is not None:
             return

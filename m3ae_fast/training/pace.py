@@ -74,7 +74,7 @@ def measure(config: Config, session: Session, seconds: float) -> Pace:
     must call it.
 
     A small batch comes first; then as large a one as the time allows, up to the config's, whose precision is settled.
-    Opening the data comes before. Raises UserError as the run would at its start, Stopped where a rank is to stop.
+    Opening the data comes before. Raises UserError as the run would at its start, Stopped if a rank is to stop.
     """
     whole = config.train.global_batch
     pace = _trial(config, session, max(min(FIRST_BATCH, whole), session.ranks.world), seconds / 4)

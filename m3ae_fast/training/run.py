@@ -220,7 +220,7 @@ def _require_kernels(device: torch.device) -> None:
 
 def _build_model(config: Config, found: Resume, ranks: Ranks) -> tuple[M3AE, dict[str, Tensor], list[str]]:
     """Return the model on the CPU, with the weights that it starts from; its weights that training does not change; and
-    a note on others' weights. Raises UserError where weights do not fit it."""
+    a note on others' weights. Raises UserError if weights do not fit it."""
     torch.manual_seed(config.run.seed)
     model, notes = M3AE(config.model, config.loss), []
     found.open(model, state_kinds(model, optimizer_groups(model, config.optim), config.train.ema))

@@ -37,7 +37,7 @@ class Recorder:
         self._begun = False
 
     def begin(self, step: int) -> None:
-        """Record that the run has begun to take steps. Raises UserError where the disk refuses."""
+        """Record that the run has begun to take steps. Raises UserError if the disk refuses."""
         self._begun = True
         self._write(RUNNING, step)
 
@@ -73,7 +73,7 @@ class Recorder:
 
 
 def status(run: Path) -> tuple[str, str]:
-    """Return a run folder's state, one of STATES, and a sentence about it. Raises UserError where no run has taken a
+    """Return a run folder's state, one of STATES, and a sentence about it. Raises UserError if no run has taken a
     step in it, or its record is damaged."""
     held = is_held(run)
     try:

@@ -37,7 +37,7 @@ class Quantity(NamedTuple):
 
 
 def relative_error(ours: Tensor, official: Tensor) -> float:
-    """Return ||ours - official|| / ||official||, over 1 where the official one is 0; infinite for different shapes."""
+    """Return ||ours - official|| / ||official||, over 1 if the official one is 0; infinite for different shapes."""
     ours, official = ours.detach().double().cpu(), official.double()
     if ours.shape != official.shape:
         return math.inf
@@ -117,7 +117,7 @@ class Golden:
             p.copy_(self.at(f"params/{path(name)}"))
 
     def gradients(self, model: nn.Module, path: Callable[[str], str], tolerance: float) -> Iterator[Quantity]:
-        """Yield the gradient of every parameter, 0 where nothing reads it."""
+        """Yield the gradient of every parameter, 0 if nothing reads it."""
         for name, p in model.named_parameters():
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             yield Quantity(f"grad {path(name)}", grad, self.at(f"grads/{path(name)}"), tolerance)

@@ -22,7 +22,7 @@ _PARTS = {"GroupNorm_0": "norm1", "Conv_0": "conv1", "GroupNorm_1": "norm2", "Co
 
 def convert_vqgan(path: str | Path, out: str | Path) -> VQGAN:
     """Write the official tokenizer file `path` as safetensors + config.json into the folder `out`. Raises UserError
-    where the file is missing, damaged or of another model, msgpack is missing, or `out` cannot be written."""
+    if the file is missing, damaged or of another model, msgpack is missing, or `out` cannot be written."""
     vqgan = from_flax(_read_msgpack(Path(path)), str(path))
     vqgan.save_pretrained(out)
     return vqgan

@@ -174,7 +174,7 @@ class VQGAN(nn.Module):
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into `folder`, whole or not at all. Raises UserError where the folder
+        """Write config.json and model.safetensors into `folder`, whole or not at all. Raises UserError if the folder
         holds something else, or cannot be written."""
         with output_folder(folder) as path:
             write_tensors(path / MODEL_FILE, self.state_dict())

@@ -26,7 +26,7 @@ _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 
 
 def read_source(source: str, heads: ViTOptions) -> Pretrained:
-    """Recognise and convert a file, a folder, or a model of the hub. Raises UserError where it is none of what is
+    """Recognise and convert a file, a folder, or a model of the hub. Raises UserError if it is none of what is
     known, is damaged, or holds what an M3AE cannot represent."""
     try:
         found = _recognise(source, heads)

@@ -137,7 +137,7 @@ class _Unpickler(pickle.Unpickler):
 
 def load_inert(path: Path) -> Any:
     """Return the contents of a pickle: plain containers, strings, numbers, NumPy arrays, and `Inert` for everything
-    else. Raises UserError where the file is missing, not a pickle, or damaged."""
+    else. Raises UserError if the file is missing, not a pickle, or damaged."""
     try:
         with path.open("rb") as file:
             return _Unpickler(file).load()

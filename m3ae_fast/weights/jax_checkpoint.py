@@ -64,7 +64,7 @@ def from_flax(path: str, array: np.ndarray) -> Tensor:
 
 
 def read_jax_checkpoint(path: Path) -> Pretrained:
-    """Convert a checkpoint of pre-training or of fine-tuning (whose head is left out). Raises UserError where the file
+    """Convert a checkpoint of pre-training or of fine-tuning (whose head is left out). Raises UserError if the file
     is no such checkpoint, is damaged, or holds what an M3AE cannot represent."""
     saved = load_inert(path)
     variant, params = _parts(saved, path)

@@ -51,7 +51,7 @@ def from_vit(
     weights: dict[str, Tensor], options: ViTOptions, where: str
 ) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
     """Return config and weights of an MAE, or of its encoder alone if the file has no decoder, and notes about them.
-    Raises UserError where a weight is missing, or is one that an M3AE cannot represent."""
+    Raises UserError if a weight is missing, or is one that an M3AE cannot represent."""
     theirs = {name: tensor for name, tensor in weights.items() if not _LEFT_OUT.fullmatch(name)}
     check_dtypes(theirs, where)
     notes = []

@@ -79,7 +79,7 @@ def file_names(out: Path) -> tuple[Path, Path]:
 
 def write_onnx(out: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> list[Checked]:
     """Write the encoder of images to `out` in float32, and beside it, as NAME.int8.onnx, with weights of matrices in
-    int8 and their inputs quantised as they come. Return how near each is to torch, and how fast. Raises UserError where
+    int8 and their inputs quantised as they come. Return how near each is to torch, and how fast. Raises UserError if
     `out` is no name of an ONNX file, a library is missing, or the float32 file gives other features."""
     out = Path(out)
     if out.suffix != SUFFIX:

@@ -41,7 +41,7 @@ def is_run(path: Path) -> bool:
 
 
 def saved_run(run: Path) -> SavedRun:
-    """Describe the last checkpoint of a run folder, or the checkpoint `run` itself. Raises UserError where there is no
+    """Describe the last checkpoint of a run folder, or the checkpoint `run` itself. Raises UserError if there is no
     checkpoint, it is damaged, or it holds a classifier."""
     path = checkpoint.locate(run)
     info = checkpoint.read_info(path)
@@ -60,7 +60,7 @@ def saved_run(run: Path) -> SavedRun:
 
 def run_weights(run: SavedRun, *, average: bool = True) -> Pretrained:
     """Read the weights of a run, whatever ZeRO stage trained it, with the tokenizer that its config names. `average`:
-    of a run with train.ema, the moving average of the weights. Raises UserError where the checkpoint is damaged."""
+    of a run with train.ema, the moving average of the weights. Raises UserError if the checkpoint is damaged."""
     state = checkpoint.read_weights(run.path, average=average)
     kind, notes, tokenizer = f"checkpoint {run.path}", [], None
     if average and run.ema:

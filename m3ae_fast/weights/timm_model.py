@@ -55,7 +55,7 @@ central square with black 0 and white 1 (levels of 8 bits / 255), minus {mean}, 
 
 
 def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
-    """Write the encoder as config.json, model.safetensors and README.md, whole or not at all. Raises UserError where
+    """Write the encoder as config.json, model.safetensors and README.md, whole or not at all. Raises UserError if
     the folder holds something else, or cannot be written."""
     arguments = model_arguments(config)
     about = {
@@ -144,7 +144,7 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def read_timm_folder(folder: Path, heads: ViTOptions) -> Pretrained:
-    """Convert a VisionTransformer that timm saved, or `write_timm`. Raises UserError where a file is missing or
+    """Convert a VisionTransformer that timm saved, or `write_timm`. Raises UserError if a file is missing or
     damaged, or the model is one that an M3AE cannot represent."""
     about = _about(folder)
     arguments, pretrained = about.get("model_args") or {}, about.get("pretrained_cfg") or about

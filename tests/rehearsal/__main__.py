@@ -1,7 +1,7 @@
 """python -m tests.rehearsal [PYTEST OPTIONS]: run the CUDA path without a GPU, and name the lines that did not run.
 
 Every function of the project that mentions CUDA must run to its last line, on stand-ins where it must be; what cannot
-is listed in LEFT with the reason. Exit code 1 where a line is left without a reason, or has one and runs.
+is listed in LEFT with the reason. Exit code 1 if a line is left without a reason, or has one and runs.
 """
 
 from __future__ import annotations

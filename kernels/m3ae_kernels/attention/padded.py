@@ -32,7 +32,7 @@ def padded_attention(
 
 
 def _pad(x_QHD: Tensor, segments: Segments) -> Tensor:
-    """Return [S, H, N, D], zero where a sample has no row."""
+    """Return [S, H, N, D], zero if a sample has no row."""
     samples = len(segments.cu_seqlens) - 1
     out = x_QHD.new_zeros(samples * segments.max_seqlen, *x_QHD.shape[1:])
     return out.index_copy(0, _places(segments), x_QHD).unflatten(0, (samples, -1)).transpose(1, 2)

@@ -59,7 +59,7 @@ def flash_attn_varlen_func(
             scale, a causal mask or a window of their own, the Triton kernel on a GPU, padded matmuls on a CPU.
 
     Returns:
-        [Q, H, D] in autocast's dtype where it is on, else in q's; 0 where a query attends to no key. Sums in float32
+        [Q, H, D] in autocast's dtype where it is on, else in q's; 0 if a query attends to no key. Sums in float32
         (float64 for float64). Gradients for q, k and v.
 
     Raises:

@@ -19,7 +19,7 @@ from .processor import this_cpu
 
 
 def _flags() -> tuple[str, ...] | None:
-    """Return the compiler's flags for linear.c and weight_gradient.c; None where bf16 products are slow."""
+    """Return the compiler's flags for linear.c and weight_gradient.c; None if bf16 products are slow."""
     if this_cpu().tiles and may_use_tiles():
         return TILES
     return BF16 if this_cpu().pairs else None
@@ -50,7 +50,7 @@ def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
 
 
 def matmul_dtype(x_RI: Tensor, weight_OI: Tensor) -> torch.dtype | None:
-    """Return the dtype that `linear` multiplies in; None where torch does: on a GPU, of two dtypes. The number of rows
+    """Return the dtype that `linear` multiplies in; None if torch does: on a GPU, of two dtypes. The number of rows
     has no part in it: ranks whose graphs differed would compute gradients in different orders, which ZeRO reduces in
     the order in which they come."""
     if x_RI.device.type != "cpu":

@@ -31,7 +31,7 @@ from .linear import (
 
 
 def mlp(x_RI: Tensor, weight_HI: Tensor, bias_H: Tensor, weight_OH: Tensor, bias_O: Tensor) -> Tensor | None:
-    """Return fc2(gelu(fc1(x))), [R, O], with GELU's tanh approximation, as autocast has it; None where this CPU has no
+    """Return fc2(gelu(fc1(x))), [R, O], with GELU's tanh approximation, as autocast has it; None if this CPU has no
     kernel for it."""
     dtype = matmul_dtype(x_RI, weight_HI)
     if dtype not in DTYPES:

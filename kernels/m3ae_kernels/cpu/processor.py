@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Cpu:
-    vendor: str  # "GenuineIntel", "AuthenticAMD"; "" where unknown
+    vendor: str  # "GenuineIntel", "AuthenticAMD"; "" if unknown
     name: str  # for people
     flags: frozenset[str]  # instruction sets
 

@@ -14,7 +14,7 @@ from .common import acc_type, cdiv, launcher
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["rows"])
 def take_rows_kernel(x, rows, out, M, D, stride, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Compute out [M, D] = x[rows], zero where rows is negative. Bytes 4MD in bfloat16: 98304 rows of 512 in 60 us at
+    """Compute out [M, D] = x[rows], zero if rows is negative. Bytes 4MD in bfloat16: 98304 rows of 512 in 60 us at
     3.35 TB/s."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -44,7 +44,7 @@ def invert_kernel(places, out, M, BLOCK: tl.constexpr):
 
 @launcher
 def invert(places: Tensor, count: int) -> Tensor:
-    """Return out [count] int32, out[places[m]] = m, -1 where no m points: turns a scatter of rows into a gather, which
+    """Return out [count] int32, out[places[m]] = m, -1 if no m points: turns a scatter of rows into a gather, which
     writes every row once."""
     out = places.new_full((count,), -1, dtype=torch.int32)
     if len(places):
@@ -54,7 +54,7 @@ def invert(places: Tensor, count: int) -> Tensor:
 
 
 def place_rows(x: Tensor, places: Tensor, count: int) -> Tensor:
-    """Return out [count, D], out[places[m]] = x[m] where places[m] >= 0, zero where no m points."""
+    """Return out [count, D], out[places[m]] = x[m] where places[m] >= 0, zero if no m points."""
     return take_rows(x, invert(places, count))
 
 

@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
 def read_captions(table: Path, image: str | None = None, caption: str | None = None) -> list[Row]:
     """Return all rows of a .csv, .tsv, .jsonl (or .ndjson) or .parquet. `image` and `caption` name columns; None: the
-    first that has a usual name, and no captions if none has one but there are other columns. Raises UserError where the
+    first that has a usual name, and no captions if none has one but there are other columns. Raises UserError if the
     file cannot be read, lacks a column, or has a row that does not fit its columns."""
     reader = READERS.get(table.suffix.lower())
     if reader is None:
@@ -80,7 +80,7 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
 
 def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str], option: str, where: str) -> str:
     """Return the column that the user named, else the first with a usual name. Raises NoColumns where there is none of
-    a usual name, UserError where there is none of that name, or several have it."""
+    a usual name, UserError if there is none of that name, or several have it."""
     if named is not None and named not in columns:
         raise UserError(f"{option} {named}: {where} has {', '.join(columns) or 'no columns'}")
     names = [named] if named else [column for name in usual for column in columns if column.lower() == name][:1]

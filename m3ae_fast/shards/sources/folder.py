@@ -47,7 +47,7 @@ class Folder(Records):
         folder: where to look, in sub-folders too.
         captions: a table with a row for each sample of an image, with its caption and other fields for its json;
             None, or a table without captions: .txt files beside the images.
-        columns: its columns of images and captions, None where they have usual names.
+        columns: its columns of images and captions, None if they have usual names.
         classes: names of the classes, in the order of their labels; None: the sub-folders' names, sorted.
         flat: sub-folders are neither splits nor classes.
 

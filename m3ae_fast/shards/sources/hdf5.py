@@ -36,7 +36,7 @@ _SPLITS = {
 
 class Hdf5(Records):
     """An HDF5 file. A row with several captions, [N, K] or variable-length text, gives a sample for each.
-    Raises UserError where h5py is not installed, or the file is not HDF5 or lacks the fields."""
+    Raises UserError if h5py is not installed, or the file is not HDF5 or lacks the fields."""
 
     def __init__(self, path: Path) -> None:
         h5py = library("h5py", str(path))

@@ -28,7 +28,7 @@ _AT_A_TIME = 1000  # rows
 class HuggingFace(Records):
     """A data set: a folder that `save_to_disk` wrote, one of data files, or a name on the hub. `subset`: which, where
     it has several; `split`: None: all; `columns`: of image, caption and label, None to detect them. A row with a list
-    of captions gives a sample for each; `ignored` counts other columns. Raises UserError where `datasets` is not
+    of captions gives a sample for each; `ignored` counts other columns. Raises UserError if `datasets` is not
     installed, there is no such data set, it has neither images nor captions, or its splits differ in what is read."""
 
     def __init__(

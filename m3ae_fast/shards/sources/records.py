@@ -77,7 +77,7 @@ def to_int(value: Any) -> int | None:
 
 def captions_of(value: Any) -> list[str]:
     """Return the captions of a value: of a text one, of a list of texts those that are not blank, of None and NaN none.
-    Raises ValueError where it is something else, or bytes that are not UTF-8."""
+    Raises ValueError if it is something else, or bytes that are not UTF-8."""
     if _is_none(value):
         return []
     if isinstance(value, (str, bytes)):
@@ -106,7 +106,7 @@ def _is_none(value: Any) -> bool:
 
 
 def _text(value: str | bytes) -> str:
-    """Raise ValueError where it is no Unicode."""
+    """Raise ValueError if it is no Unicode."""
     try:
         return value.encode().decode() if isinstance(value, str) else value.decode()
     except UnicodeError:
