@@ -339,7 +339,7 @@ def test_the_fastest_is_taken_and_the_others_reasons_are_told(monkeypatch, caplo
     assert "cuDNN is not here (torch uses cuDNN for packed samples from 2.14 on" in caplog.text
     assert "triton is not here (its tiles do not fit this GPU)" in caplog.text
     assert not [line for line in caplog.records if line.levelno > logging.INFO and "not here" in line.message]
-    assert "flash-attn 3 is left out: its results are off by" in caplog.text
+    assert "flash-attn 3 is excluded: its results are off by" in caplog.text
     assert "torch varlen takes 2000.000 ms" in caplog.text
     # asked again, nothing is tried again; another length is another question when it is asked at the start
     stand_ins.calls.clear()
@@ -363,7 +363,7 @@ def test_what_does_not_work_is_left_out(monkeypatch, caplog):
     makers = {"old": broken, "new": lambda device: Kernel("new", elsewhere, elsewhere)}
     monkeypatch.setattr(cuda, "MAKERS", makers)
     assert cuda.choose(CPU, BF16, 2, 16, 9) is PADDED
-    assert "old is left out: libcudart.so.11" in caplog.text and "new is left out: FlashAttention only" in caplog.text
+    assert "old is excluded: libcudart.so.11" in caplog.text and "new is excluded: FlashAttention only" in caplog.text
     monkeypatch.setattr(cuda, "MAKERS", {"any": lambda device: pytest.fail("float32 has no kernel of others")})
     assert cuda.choose(CPU, torch.float32, 2, 16, 9) is PADDED
     tried = Kernel("tried", elsewhere, elsewhere)
@@ -396,7 +396,7 @@ def test_what_computes_something_else_is_left_out(monkeypatch, caplog):
     makers = {name: lambda _, kernel=kernel: kernel for name, kernel in wrong.items()}
     inputs = cuda.example(CPU, BF16, 2, 16, 9)
     assert cuda.fastest(makers, CPU, inputs, inputs) == {}
-    assert all(f"attention: {name} is left out: its results are off by" in caplog.text for name in makers)
+    assert all(f"attention: {name} is excluded: its results are off by" in caplog.text for name in makers)
     right = times(1.0)
     assert list(cuda.fastest(makers | {"right": lambda _: right}, CPU, inputs, inputs)) == ["right"]
 
@@ -416,8 +416,8 @@ def test_what_is_right_for_all_queries_alone_is_left_out(monkeypatch, caplog):
     makers["two"] = lambda _: Kernel("two", other_sums, PADDED.backward)
     inputs = cuda.example(CPU, BF16, 2, 16, 9)
     assert cuda.fastest(makers, CPU, inputs, inputs) == {}
-    assert "one is left out: its results are off by" in caplog.text
-    assert "two is left out: its sums have shape (17, 2, 1)" in caplog.text
+    assert "one is excluded: its results are off by" in caplog.text
+    assert "two is excluded: its sums have shape (17, 2, 1)" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,9 @@ def test_too_little_memory_to_import_torch_is_one_line(command):
 def test_too_little_memory_for_its_threads_is_one_line_too(limit):
     done = under_limit("-m", "m3ae_fast", "train", "--help", limit=limit)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: not enough memory (torch alone takes 1.5 GB of addresses); ulimit -v allows")
+    assert done.stderr.startswith(
+        "error: not enough memory (importing torch alone needs 1.5 GB of address space); ulimit -v allows"
+    )
 
 
 def test_who_imports_the_library_keeps_tracebacks():

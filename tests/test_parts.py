@@ -146,7 +146,11 @@ def test_an_element_in_no_part_or_in_two_is_noticed_on_every_rank(tmp_path):
     less[1]["model/a"] = less[1]["model/a"]._replace(data=less[1]["model/a"].data[:-2])
     more[2]["model/b"] = whole(STATE["model/b"])
     other[0]["model/b"] = Fragment(torch.zeros(3), 1, (3,))
-    for found, words in ((less, "elements 33 to 34 of model/a are in no"), (more, "twice"), (other, "model/b")):
+    for found, words in (
+        (less, "elements 33 to 34 of model/a are in no"),
+        (more, "more than one rank"),
+        (other, "model/b"),
+    ):
         texts = save_parts(tmp_path, found)
         assert len(set(texts)) == 1 and words in texts[0], texts
         assert os.listdir(tmp_path / "checkpoints") == []

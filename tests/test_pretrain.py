@@ -233,7 +233,7 @@ def test_a_finished_run_is_measured_with_the_settings_that_are_given_now(tmp_pat
     assert not pretrain(shards, run, val=[shards], overrides=["train.probe.k=7"]).finished
     probe = config.train.probe.model_copy(update={"k": 7})
     assert seen == [config.model_copy(update={"train": config.train.model_copy(update={"probe": probe})})]
-    assert "config.json is used as it is" in capsys.readouterr().out
+    assert "config.json already exists and is used unchanged" in capsys.readouterr().out
 
 
 def test_a_copied_run_folder_goes_on_where_it_is(tmp_path, monkeypatch):
@@ -434,7 +434,7 @@ def test_a_folder_without_captions_gives_an_image_model(tmp_path):
     for other in sorted(one.rglob("*.png"))[1:]:
         other.unlink()
     alone = find_shards(str(one), tmp_path / "alone", None, [])
-    assert not alone.val and any(note.startswith("nothing is held out") for note in alone.notes)
+    assert not alone.val and any(note.startswith("no samples are held out") for note in alone.notes)
 
 
 def test_a_table_in_the_folder_gives_the_captions(tmp_path):
@@ -541,7 +541,10 @@ def test_an_image_is_on_one_side_of_shards(tmp_path):
     assert given.notes == ["held out, but with an image that training shards have too: 1 sample"]
     shutil.copy(tmp_path / "1.tar", tmp_path / "2.tar")
     nothing = find_shards(source, tmp_path / "other", None, [])
-    assert nothing.val == [] and "nothing is held out: other shards have the images" in nothing.notes[0]
+    assert (
+        nothing.val == []
+        and "no validation set: all images of the last shards also occur in others" in nothing.notes[0]
+    )
 
 
 def test_images_that_differ_at_their_ends_alone_are_two(tmp_path):
@@ -639,8 +642,8 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
     photos = make_pictures(tmp_path / "photos", each=2)
     out = tmp_path / "run"
     for arguments, options, message in (
-        ((photos, photos / "run"), {}, "pictures in it would be taken for yours"),
-        ((photos, photos), {}, "pictures in it would be taken for yours"),
+        ((photos, photos / "run"), {}, "figures written to it would be read as input images"),
+        ((photos, photos), {}, "figures written to it would be read as input images"),
         ((f"{tmp_path}/nothing", out), {}, "is not a folder"),
         ((f"{tmp_path}/fotos", out), {}, r"is not a folder.*; did you mean .*/photos\?"),
         (("fotos", out), {}, r"fotos: no such folder here; did you mean photos\?"),

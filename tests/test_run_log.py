@@ -116,7 +116,9 @@ def test_a_folder_that_is_removed_under_way_is_told_and_made_again(tmp_path, cap
         assert folder.keep()
     assert [line["step"] for line in lines(tmp_path / "run")] == [2, 3]
     captured = capsys.readouterr()
-    assert captured.out.count("was removed: what it held is lost") == 1 and "Traceback" not in captured.err
+    assert (
+        captured.out.count("was deleted during the run; its contents are lost") == 1 and "Traceback" not in captured.err
+    )
 
 
 @pytest.mark.slow
@@ -158,9 +160,9 @@ def test_a_folder_that_is_renamed_in_the_midst_of_a_save_costs_nothing(tmp_path,
 def test_what_became_of_a_folder_is_told_once(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         shutil.rmtree(folder.path)
-        assert "was removed, and what it held is lost" in folder.keep() and not folder.keep()
+        assert "was deleted during the run; its contents are lost" in folder.keep() and not folder.keep()
         (folder.path / LOCK_FILE).unlink()
-        assert "its .lock was removed" in folder.keep() and not folder.keep()
+        assert "its .lock was deleted" in folder.keep() and not folder.keep()
 
 
 def test_a_folder_in_which_nothing_came_to_be_goes_again(tmp_path):

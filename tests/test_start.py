@@ -129,8 +129,8 @@ def test_one_rank_of_several_leaves_the_config_to_the_first(monkeypatch):
     [
         (["m3ae_fast", "transfer", "knn"], "m3ae-fast transfer is called m3ae-fast evaluate now"),
         (["m3ae_fast", "features"], "m3ae-fast features is called m3ae-fast embed now"),
-        (["m3ae_fast.transfer", "knn"], "m3ae-fast transfer is called m3ae-fast evaluate now"),
-        (["m3ae_fast.report", "run"], "m3ae-fast report is called m3ae-fast report now"),
+        (["m3ae_fast.transfer", "knn"], "python -m m3ae_fast.transfer is called m3ae-fast evaluate now"),
+        (["m3ae_fast.report", "run"], "python -m m3ae_fast.report is called m3ae-fast report now"),
     ],
 )
 def test_a_former_name_says_the_present_one(arguments, line):

@@ -99,7 +99,7 @@ def test_a_folder_becomes_no_cache_because_a_run_says_so(tmp_path, shards):
     """What is in `shards` of a cache is removed to make room."""
     (tmp_path / "precious/shards").mkdir(parents=True)
     run = _run(tmp_path / "run", train=_named(shards), val=[], cache_dir=str(tmp_path / "precious"))
-    with pytest.raises(UserError, match=r"would make data.cache_dir .*precious a cache"):
+    with pytest.raises(UserError, match=r"sets data.cache_dir to .*precious, which is not yet a cache folder"):
         visualise.main([str(run)])
     assert [path.name for path in (tmp_path / "precious").iterdir()] == ["shards"]
 

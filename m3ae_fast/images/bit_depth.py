@@ -65,11 +65,11 @@ def deep_grey(image: Image.Image, depth: Depth, image_range: Range | None, chann
 def check_colours(image: Image.Image, depth: Depth, image_range: Range | None, dtype: str) -> None:
     """Raise BadSample unless the 8 bits that Pillow keeps of deep colours are within a level of the values."""
     if dtype != "uint8":
-        raise BadSample(f"has colours of {depth}, of which 8 bits are read: store them as TIFF or .npy")
+        raise BadSample(f"has {depth} colour channels, of which Pillow reads 8 bits; store the image as TIFF or .npy")
     if image_range != "dtype" or depth.kind != "unsigned":
-        raise BadSample(f'has colours of {depth}, which are read with data.range "dtype" alone')
+        raise BadSample(f'has {depth} colour channels, which can be read only with data.range "dtype"')
     if image.info.get("transparency") is not None:
-        raise BadSample(f"has {depth} colour channels and a transparent colour, a combination that is not supported")
+        raise BadSample(f"has {depth} colour channels and a transparent colour, which is not supported together")
 
 
 def require_range(depth: Depth, image_range: Range | None) -> None:

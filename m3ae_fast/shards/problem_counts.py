@@ -14,7 +14,7 @@ _TEXT = {
     CUT: f"sample{{s}} with a caption of more than {MAX_CAPTION_BYTES:,} bytes, of which training reads the beginning",
     IGNORED: "file{s} ignored, as neither an image nor the caption of one",
     OUTSIDE: "image{s} in no split and left out",
-    UNREAD: "column{s} that nothing reads",
+    UNREAD: "unused column{s}",
 }
 
 

@@ -111,7 +111,7 @@ class RunLog:
         """Write one JSON line, one point per scalar, one line for people. A full disk stops the first two, not the run:
         its weights may still find room."""
         if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
-            self.say(f"{self.folder / METRICS_FILE} was removed: what it held is lost")
+            self.say(f"{self.folder / METRICS_FILE} was deleted during the run; its contents are lost")
             self._close()
         self.begin()
         assert self._file is not None

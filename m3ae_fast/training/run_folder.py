@@ -64,8 +64,9 @@ class RunFolder:
         if self.path.exists() and os.path.samestat(held, os.stat(self.path)):
             return f"run.dir {self.path}: its {LOCK_FILE} was deleted and has been re-created"
         if not held.st_nlink or not now.exists():
-            return f"run.dir {self.path} was deleted during the run; its contents are lost and the folder has been "
-            "re-created"
+            return (
+                f"run.dir {self.path} was deleted during the run; its contents are lost, and the folder is re-created"
+            )
         return (
             f"run.dir {self.path} was renamed to {now}: metrics go on there, checkpoints into a new {self.path}; to "
             f"have all in one, stop the run, move {self.path}/checkpoints/* to {now}/checkpoints, and resume with "

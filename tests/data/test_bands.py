@@ -102,7 +102,7 @@ def test_pictures_are_kept_as_finely():
     levels = decode_image(png(RGB, 8, 2), 3)
     assert torch.equal(decode_image(png(RGB, 8, 2), 3, None, "uint16"), (levels.int() * 257).to(torch.uint16))
     for data, channels, message in (
-        (png(colours, 16, 2), 3, "has colours of unsigned 16-bit values, of which 8 bits are read"),
+        (png(colours, 16, 2), 3, "colour channels, of which Pillow reads 8 bits"),
         (png(values, 16, 0), 4, "has one channel of unsigned 16-bit values, the model takes 4"),
     ):
         with pytest.raises(BadSample, match=message):
@@ -133,7 +133,7 @@ def test_colours_of_which_8_bits_are_read_are_levels_of_the_whole_range():
         (Depth("unsigned", 16), (0, 4095), {}),
         (Depth("unsigned", 16), "dtype", {"transparency": 0}),
     ):
-        with pytest.raises(BadSample, match="has colours of"):
+        with pytest.raises(BadSample, match="colour channels"):
             check_colours(SimpleNamespace(info=info), depth, image_range, "uint8")
 
 

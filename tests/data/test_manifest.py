@@ -160,7 +160,7 @@ def test_what_is_no_manifest_is_refused(tmp_path, store):
     for path, words in ((bad, "is damaged"), (other, "is another .npy"), (tmp_path / "none.npy", "no such file")):
         with pytest.raises(UserError, match=words):
             open_corpus([SourceConfig(shards=str(path))], store)
-    with pytest.raises(UserError, match="manifests and tars"):
+    with pytest.raises(UserError, match="mixes manifests and tar files"):
         open_corpus([SourceConfig(shards=[str(other), "x.tar"])], store)
     rows = rows_of(["x.tar"], [(1, 0, 0)])
     rows["name"] = b"\xff.tar"
@@ -171,7 +171,7 @@ def test_what_is_no_manifest_is_refused(tmp_path, store):
     with pytest.raises(UserError, match=r"is damaged .*unread with samples"):
         open_corpus([SourceConfig(shards=str(bad))], store)
     write(bad, rows_of(["x.tar"], [((1 << 32) - 1, 0, 0)]))
-    with pytest.raises(UserError, match="says that a shard has 4,294,967,295 samples; 67,108,864 are the most"):
+    with pytest.raises(UserError, match="gives 4,294,967,295 samples for one shard; the maximum is 67,108,864"):
         open_corpus([SourceConfig(shards=str(bad))], store)
     write(bad, rows_of(["x.tar"], [(0, 0, 0)]))
     with pytest.raises(UserError, match="no samples in them"):

@@ -104,7 +104,7 @@ def test_one_odd_picture_is_left_out_by_name_and_the_others_are_kept(folder, tmp
     assert paths(tmp_path / "out") == ["good.jpg"]
     (tmp_path / "out" / "train-00000.tar").unlink()
     assert make("from-folder", folder, tmp_path / "out") == 0
-    assert re.search(rf"1 sample cannot be used and left out, such as\n    odd.png: .*{reason.strip()}", said(capsys))
+    assert re.search(rf"1 unusable sample skipped, such as\n    odd.png: .*{reason.strip()}", said(capsys))
 
 
 CORRECTIONS = {
@@ -261,7 +261,7 @@ def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
     (pictures / "dog" / "0.txt").write_text("\N{SNOWMAN}" * 30_000)
     (pictures / "dog" / "1.jpg").write_bytes(b"no image")
     expected = f"""{tmp_path}/out: 9 samples in 5 shards (2 paired, 7 images alone), 2 with a caption
-1 sample cannot be used and left out, such as
+1 unusable sample skipped, such as
     dog/1.jpg: not an image in a known format
 5 samples with an empty caption, such as
     cat/0.jpg
@@ -310,7 +310,7 @@ def test_the_tokenizer_tool_says_what_it_left_out(tmp_path, capsys):
     assert data(["train-tokenizer", shard, "--vocab-size", "20", "--out", str(tmp_path / "tokenizer.json")]) == 0
     told = said(capsys)
     assert "of 1 captions" in told
-    assert f"1 sample cannot be used and left out, such as\n    {shard}/2: the caption is not UTF-8" in told
+    assert f"1 unusable sample skipped, such as\n    {shard}/2: the caption is not UTF-8" in told
     assert f"1 sample with an empty caption, such as\n    {shard}/1" in told
     blank = write_tar(tmp_path / "b.tar", [("0.txt", b" ")])
     assert exit_cleanly(lambda: data(["train-tokenizer", blank, "--vocab-size", "20", "--out", f"{blank}.json"])) == 2

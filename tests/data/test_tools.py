@@ -73,7 +73,7 @@ def test_a_folder_with_classes_and_captions(tmp_path, pictures, capsys):
     for text in (
         "9 samples in 3 shards",
         "6 paired, 3 images alone",
-        "1 sample cannot be used",
+        "1 unusable sample skipped",
         "dog/4.jpg: the image is broken",
     ):
         assert text in said
@@ -397,7 +397,7 @@ def test_columns_of_a_dataset_that_nothing_reads_are_named(tmp_path, dataset, ca
     capsys.readouterr()
     assert make("from-hf", tmp_path / "saved", tmp_path / "out") == 0
     out = capsys.readouterr().out
-    assert "3 columns that nothing reads, such as\n    id: Value('int64')\n    targets: List(Value('int64'))\n" in out
+    assert "3 unused columns, such as\n    id: Value('int64')\n    targets: List(Value('int64'))\n" in out
     assert out.endswith("    text: {'en': Value('string')}\n")
 
 

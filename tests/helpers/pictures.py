@@ -196,7 +196,7 @@ CASES = [
         "colour, 16 bits, one transparent",
         lambda: png(_deep_rgb, 16, 2, (b"tRNS", struct.pack(">3H", *_deep_rgb[0, 0]))),
         range="dtype",
-        refused="one of them transparent, which is not read",
+        refused="a transparent colour, which is not supported together",
     ),
     Case("PNG", "palette", lambda: png(_indices, 4, 3, _plte), RGB),
     Case(
