@@ -112,7 +112,7 @@ def test_what_needs_a_range_is_refused_without_one(case, channels):
     "case", [case for case in READ if case.fmt in ("PNG", "TIFF") and "alone" in case.note], ids=label
 )
 def test_colours_of_16_bits_are_not_cut_to_a_range(case):
-    with pytest.raises(BadSample, match=r'data\.range "dtype" alone'):
+    with pytest.raises(BadSample, match=r'only with data\.range "dtype"'):
         decode_image(case.make(), 3, (0, 4095))
 
 
