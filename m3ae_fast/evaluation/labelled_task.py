@@ -156,9 +156,9 @@ class LabelledTask(ABC):
         if self.expected or not left or timed < 1 or (timed < _TIMED and seconds < _SOON_S):
             return
         self.expected = True
-        trainer.log.say("\n".join(self._duration(trainer, seconds / timed, left)))
+        trainer.log.say("\n".join(self.expectation(trainer, seconds / timed, left)))
 
-    def _duration(self, trainer: Trainer, pace: float, left: int) -> list[str]:
+    def expectation(self, trainer: Trainer, pace: float, left: int) -> list[str]:
         """Return how long so many more steps take at `pace` seconds each and, if that is long on a CPU and the length
         follows from the number of samples, what would be shorter: a line each."""
         lines = [f"expected: {duration(pace * left)} for {left:,} more steps, and evaluations"]

@@ -10,11 +10,11 @@ from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import attentive, expected_duration
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, settled
 from m3ae_fast.evaluation.encoding import Features
-from m3ae_fast.evaluation.finetune import FineTuning
+from m3ae_fast.evaluation.finetune import FineTuningTask
 from m3ae_fast.evaluation.heads import AttentiveHead
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.lars import LARS
-from m3ae_fast.evaluation.linear import Probing
+from m3ae_fast.evaluation.linear import ProbingTask
 from m3ae_fast.evaluation.probe_engine import Live, Setting
 from m3ae_fast.process.ranks import join_ranks
 from tests.evaluation.test_rates import _Pulse
@@ -94,46 +94,44 @@ def test_an_attentive_probe_in_training_may_be_asked():
         assert all(torch.equal(a, b) for a, b in zip(asked.state_dict().values(), alone.state_dict().values()))
 
 
-def _loop(kind, device="cpu", samples=1482, cached=False, **sections):
+def _expectation(kind, pace, left, device="cpu", samples=1482, cached=False, **sections):
+    """Return the lines of a task with so many steps left, at so many seconds each."""
     config = _config(**sections)
-    section = settled(getattr(config, kind.settings_section), samples, {})
-    loop = object.__new__(kind.loop)
-    loop.ranks, loop.schedule = SimpleNamespace(device=torch.device(device)), Schedule(section, section, samples)
-    loop.job = SimpleNamespace(config=config, options=SimpleNamespace(cache_features=cached))
-    return loop
+    section = settled(getattr(config, SECTIONS[kind]), samples, {})
+    ranks = SimpleNamespace(device=torch.device(device))
+    task = object.__new__(kind)
+    task.job = SimpleNamespace(config=config, options=SimpleNamespace(cache_features=cached))
+    return task.expectation(SimpleNamespace(ranks=ranks, schedule=Schedule(section, section, samples)), pace, left)
 
 
-TUNE = SimpleNamespace(loop=FineTuning, settings_section="finetune")
-PROBE = SimpleNamespace(loop=Probing, settings_section="linear")
+SECTIONS = {FineTuningTask: "finetune", ProbingTask: "linear"}
+LONG = "note: that is long on this CPU; shorter: "
 
 
 def test_a_long_run_on_a_cpu_is_told_with_a_shorter_one():
-    first, note = _loop(TUNE).expectation(1.0, 4001)
+    first, note = _expectation(FineTuningTask, 1.0, 4001)
     assert first == "expected: 1:06:41 for 4,001 more steps, and evaluations"
     assert note == (
-        "note: that is long on this CPU; shorter: --set finetune.epochs=26 (598 steps, which learn less), or the task "
-        "linear with --cache-features: of 1,000 to 2,400 samples it was no worse (lab/results/recipe.md)"
+        f"{LONG}--set finetune.epochs=26 (598 steps, which learn less), or the task linear with --cache-features: of "
+        "1,000 to 2,400 samples it was no worse (lab/results/recipe.md)"
     )
-    assert (
-        _loop(TUNE, samples=50_000)
-        .expectation(9.0, 78_000)[1]
-        .startswith("note: that is long on this CPU; shorter: --set finetune.epochs=1 (781 steps")
-    )
-    assert _loop(PROBE).expectation(1.0, 1001)[1].endswith("shorter: --cache-features, which encodes each image once")
-    assert _loop(PROBE, cached=True).expectation(2.0, 1001)[1].endswith("shorter: --set linear.steps=300")
+    large = _expectation(FineTuningTask, 9.0, 78_000, samples=50_000)[1]
+    assert large.startswith(f"{LONG}--set finetune.epochs=1 (781 steps")
+    assert _expectation(ProbingTask, 1.0, 1001)[1] == f"{LONG}--cache-features, which encodes each image once"
+    assert _expectation(ProbingTask, 2.0, 1001, cached=True)[1] == f"{LONG}--set linear.steps=300"
 
 
 @pytest.mark.parametrize(
-    "loop",
+    ("kind", "options"),
     [
-        _loop(TUNE, "cuda"),
-        _loop(TUNE, finetune={"epochs": 174}),
-        _loop(TUNE, finetune={"steps": 4002}),
-        _loop(PROBE, linear={"epochs": 90}),
+        (FineTuningTask, {"device": "cuda"}),
+        (FineTuningTask, {"finetune": {"epochs": 174}}),
+        (FineTuningTask, {"finetune": {"steps": 4002}}),
+        (ProbingTask, {"linear": {"epochs": 90}}),
     ],
 )
-def test_who_gave_the_length_or_has_a_gpu_is_told_the_duration_alone(loop):
-    assert len(loop.expectation(1.0, 4001)) == 1
+def test_who_gave_the_length_or_has_a_gpu_is_told_the_duration_alone(kind, options):
+    assert len(_expectation(kind, 1.0, 4001, **options)) == 1
 
 
 def test_the_defaults_are_still_the_measured_ones():
