@@ -1,4 +1,4 @@
-"""Features of images by the ONNX file of `m3ae-fast export RUN encoder.onnx --format onnx`: no torch needed.
+"""Features of images by the ONNX file of `m3ae-fast export RUN --out encoder.onnx --format onnx`: no torch needed.
 
 python examples/onnx_features.py encoder.onnx A.jpg B.jpg        prints how alike the two are, from -1 to 1
 """

@@ -17,7 +17,7 @@ import numpy as np
 
 S, C = 32, 13
 SPECTRA = {"water": (900, 150), "forest": (400, 3200), "field": (1100, 2400), "town": (1900, 2100)}  # blue, infrared
-DATA = [sys.executable, "-m", "m3ae_fast", "data"]
+SHARDS = [sys.executable, "-m", "m3ae_fast", "shards"]
 
 
 def make_images(folder: Path, images: int) -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     images, shards, out = args.folder / "images", args.folder / "shards", args.folder / "run"
     make_images(images, args.images)
-    run(*DATA, "from-folder", images, shards, "--held-out", "0.25", "--workers", "1")
+    run(*SHARDS, "make", images, "--out", shards, "--held-out", "0.25", "--workers", "1")
     train, val = f"{shards}/train-*.tar", f"{shards}/val-*.tar"
     batch = 32
     config = {
@@ -67,10 +67,10 @@ def main() -> None:
     file.write_text(json.dumps(config, indent=2))
     # black and white are no light and full reflectance; the statistics are of values in between
     pixels = ["--channels", C, "--dtype", "uint16", "--range", "0,10000"]
-    run(*DATA, "stats", train, *pixels, "--write", file)
+    run(*SHARDS, "stats", train, *pixels, "--write", file)
     shown = ["--set", "data.show_channels=[3,2,1]"]  # red, green and blue, as in a photograph
     run(sys.executable, "-m", "m3ae_fast", "train", "--config", file, *shown)
-    run(sys.executable, "-m", "m3ae_fast", "visualise", out, "--out", args.folder / "bands.png")
+    run(sys.executable, "-m", "m3ae_fast", "draw", "reconstructions", out, "--out", args.folder / "bands.png")
     knn = ["knn", out, "--train", train, "--val", val, "--out", args.folder / "knn", "--set", "knn.k=5"]
     run(sys.executable, "-m", "m3ae_fast", "evaluate", *knn)
 

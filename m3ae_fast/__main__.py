@@ -12,30 +12,31 @@ from m3ae_fast.base.former_names import present_name
 COMMANDS = {
     "pretrain": "pictures in, model out: makes shards, chooses settings, trains, evaluates, writes a report, exports",
     "train": "pre-train a model; with several GPUs: deepspeed m3ae_fast/train.py",
-    "data": "make shards of folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
-    "convert": "convert weights: official M3AE and MAE checkpoints, timm models, runs",
-    "evaluate": "measure a model: linear probe, nearest neighbours, fine-tuning, retrieval, out-of-distribution, ...",
-    "status": "say whether a run is finished, stopped, running or failed, and at which step",
+    "shards": "make shards of folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
     "embed": "write a model's features of shards or of a folder of images as .npz or .parquet",
-    "fill": "guess masked words of a caption, complete an image",
-    "visualise": "draw reconstructions of a run's samples",
-    "report": "write a run's curves, pictures and results as one page, report.html",
+    "evaluate": "measure a model: linear probe, nearest neighbours, fine-tuning, retrieval, out-of-distribution, ...",
+    "draw": "draw reconstructions, attention and maps of features; guess masked words, complete an image",
+    "convert": "convert weights: official M3AE and MAE checkpoints, timm models, runs",
     "export": "write a run's weights as safetensors + config.json",
+    "report": "write a run's curves, pictures and results as one page, report.html",
+    "status": "say whether a run is finished, stopped, running or failed, and at which step",
+}
+DEVELOPER_TOOLS = {
     "verify": "compare the model with golden files of the official implementation",
     "config": "print every setting as a Markdown page",
 }
-MODULES = {name: f"m3ae_fast.cli.{name}" for name in COMMANDS} | {
-    "train": "m3ae_fast.train",
-    "data": "m3ae_fast.cli.shards",
-}
+MODULES = {name: f"m3ae_fast.cli.{name}" for name in (*COMMANDS, *DEVELOPER_TOOLS)} | {"train": "m3ae_fast.train"}
 
 
 def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
-    return "\n".join(
-        ["usage: m3ae-fast COMMAND [OPTIONS]   (or python -m m3ae_fast COMMAND; --help on each; --version)", "", *lines]
-    )
+    """Return the list of commands."""
+    width = max(map(len, MODULES))
+
+    def lines(commands: dict[str, str]) -> list[str]:
+        return [f"  {name:{width}}  {what}" for name, what in commands.items()]
+
+    first = "usage: m3ae-fast COMMAND [OPTIONS]   (or python -m m3ae_fast COMMAND; --help on each; --version)"
+    return "\n".join([first, "", *lines(COMMANDS), "", "developer tools:", *lines(DEVELOPER_TOOLS)])
 
 
 def run() -> int:
@@ -53,10 +54,10 @@ def _run() -> int:
 
         print(f"m3ae-fast {__version__}")
         return 0
-    if line := present_name(name):
+    if line := present_name(sys.argv[1:]):
         print(f"error: {line}", file=sys.stderr)
         return 2
-    if name not in COMMANDS:
+    if name not in MODULES:
         print(f"error: no command {name!r}; m3ae-fast --help lists the commands", file=sys.stderr)
         return 2
     settle_libraries()

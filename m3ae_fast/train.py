@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--sizes",
         type=Path,
         metavar="FILE",
-        help="sizes of native images, as m3ae-fast data stats wrote them",
+        help="sizes of native images, as m3ae-fast shards stats wrote them",
     )
     dry.add_argument(
         "--no-data",

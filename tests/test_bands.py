@@ -13,9 +13,9 @@ from m3ae_fast import train
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.inputs import prepare_image
 from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.cli.draw import main as draw_program
 from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.cli.shards import main as data_tools
-from m3ae_fast.cli.visualise import main as visualise
 from m3ae_fast.config import Config, ModelConfig, load_config, parse
 from m3ae_fast.data.shared_memory import batch_bytes
 from m3ae_fast.drawing.attention import draw_attention
@@ -177,7 +177,7 @@ def test_exports_give_the_features_of_encode(dtype, tmp_path):
 @pytest.mark.parametrize(
     "model, data, message",
     [
-        ({"channels": 13}, {}, "image_mean has 3 values for 13 channels; m3ae-fast data stats SHARDS --chan"),
+        ({"channels": 13}, {}, "image_mean has 3 values for 13 channels; m3ae-fast shards stats SHARDS --chan"),
         ({"channels": 257}, {}, "model.channels: input should be less than or equal to 256"),
         ({"image_dtype": "int16"}, {}, "model.image_dtype"),
         ({}, {"show_channels": [0, 1, 3]}, r"data.show_channels \[0, 1, 3\]: the model has channels 0 to 2"),
@@ -196,7 +196,7 @@ def test_the_satellite_example_runs(tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("satellite", ROOT / "examples" / "satellite.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    programs = {"data": data_tools, "train": train.main, "visualise": visualise, "evaluate": transfer}
+    programs = {"shards": data_tools, "train": train.main, "draw": draw_program, "evaluate": transfer}
 
     def run(*command):
         assert programs[command[3]]([str(part) for part in command[4:]]) == 0

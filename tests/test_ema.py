@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from m3ae_fast import checkpoint
+from m3ae_fast.cli.draw import main as draw
 from m3ae_fast.cli.export import main as export
-from m3ae_fast.cli.visualise import main as visualise
 from m3ae_fast.engine.optimizer import EMA, track_ema
 from m3ae_fast.evaluation import run_figures
 from m3ae_fast.weights.open_model import open_model
@@ -64,16 +64,16 @@ def test_what_leaves_the_run_is_the_average(trainer, capsys, monkeypatch):
     """But for pictures of it, which are of the weights whose losses it logs."""
     trainer("run", *zero(None), *OPTIONS)
     run, average = trainer.folder / "run", _average(trainer, "run", 6)
-    assert export([str(run), str(trainer.folder / "out")]) == 0
+    assert export([str(run), "--out", str(trainer.folder / "out")]) == 0
     assert "the average of its weights (train.ema 0.7)" in capsys.readouterr().out
     assert "moving average with decay 0.7" in (trainer.folder / "out/README.md").read_text()
-    assert export([str(run), str(trainer.folder / "last"), "--weights", "last"]) == 0
+    assert export([str(run), "--out", str(trainer.folder / "last"), "--weights", "last"]) == 0
     for model, kind in ((str(run), "ema"), (trainer.folder / "out", "ema"), (trainer.folder / "last", "model")):
         weights = open_model(str(model), text=False).state_dict()
         assert torch.equal(weights["text_head.weight"], average[f"{kind}/text_head.weight"])
     drawn = []
     monkeypatch.setattr(run_figures, "draw_run", lambda config, weights, *_: drawn.append(weights) or True)
-    assert visualise([str(run)]) == 0
+    assert draw(["reconstructions", str(run)]) == 0
     assert torch.equal(drawn[0]["text_head.weight"], average["model/text_head.weight"])
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from m3ae_fast.__main__ import MODULES
 from m3ae_fast.base.errors import UserError, exit_cleanly
-from m3ae_fast.cli import visualise
+from m3ae_fast.cli import draw
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.weights.exporting import export
 from tests.helpers.labelled import tiny_run
@@ -64,7 +64,7 @@ def test_export_of_every_stage_is_the_same_model(trainer):
 def test_pictures_that_cannot_be_written(tmp_path, monkeypatch, capsys, out):
     run = str(tiny_run(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert exit_cleanly(lambda: visualise.main([run, "--out", out])) == 2
+    assert exit_cleanly(lambda: draw.main(["reconstructions", run, "--out", out])) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
 
@@ -77,7 +77,7 @@ def test_export_mistakes(tmp_path):
         M3AE.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("module", ["verify", "export", "convert", "visualise", "train", "data"])
+@pytest.mark.parametrize("module", ["verify", "export", "convert", "draw", "train", "shards"])
 def test_help_teaches(module, capsys):
     program = import_module(MODULES[module])
     with pytest.raises(SystemExit, match="0"):

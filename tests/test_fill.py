@@ -6,7 +6,7 @@ from PIL import Image
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
-from m3ae_fast.cli.fill import main
+from m3ae_fast.cli.draw import main
 from m3ae_fast.evaluation.filling import fill_text, make_sample
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
 from m3ae_fast.weights.open_model import open_model
@@ -50,7 +50,9 @@ def test_a_model_that_knows_a_word_says_it(run, photo):
 
 def test_the_command_prints_guesses_and_draws_a_completion(run, photo, tmp_path, capsys):
     out = tmp_path / "out.png"
-    assert main([str(run), str(photo), "a [MASK] cat", "--visible", "0.25", "--top", "3", "--out", str(out)]) == 0
+    assert (
+        main(["fill", str(run), str(photo), "a [MASK] cat", "--visible", "0.25", "--top", "3", "--out", str(out)]) == 0
+    )
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("[MASK] 1: ") and first.count("%") == 3
     assert second == f"drew {out}"
@@ -70,7 +72,7 @@ def test_mistakes_are_one_line(run, photo, tmp_path):
         ([str(photo), "red " * 20 + "[MASK]"], "would be cut off"),
     ):
         with pytest.raises(UserError, match=message):
-            main([str(run), *options])
+            main(["fill", str(run), *options])
     assert photo.read_bytes() == coloured(0, "red")
 
 
@@ -92,22 +94,22 @@ def test_predicted_image_tokens_are_drawn_by_the_vqgan(photo, tmp_path, capsys):
     vqgan.save_pretrained(tmp_path / "vqgan")
     run = tiny_run(tmp_path / "run", data={"image_tokenizer": str(tmp_path / "vqgan")}, **tokens)
     out, words = tmp_path / "out.png", [str(photo), "a [MASK] cat", "--visible", "0.25"]
-    assert main([str(run), *words, "--out", str(out)]) == 0
+    assert main(["fill", str(run), *words, "--out", str(out)]) == 0
     drawn = np.asarray(Image.open(out)).astype(int)
     assert drawn.shape[1] > 480 and drawn[24:184, 344:496].std() > 1  # the third image, of the decoder
     open_model(str(run), text=True).save_pretrained(tmp_path / "export")
     capsys.readouterr()
-    assert main([str(tmp_path / "export"), *words]) == 0  # nothing is drawn: no VQGAN is needed
+    assert main(["fill", str(tmp_path / "export"), *words]) == 0  # nothing is drawn: no VQGAN is needed
     given = [str(tmp_path / "export"), *words, "--out", str(tmp_path / "other.png")]
     capsys.readouterr()
     with pytest.raises(UserError, match=r"--out: .*export predicts tokens of a VQGAN.* with --image-tokenizer"):
-        main(given)
+        main(["fill", *given])
     assert not capsys.readouterr().out
-    assert main([*given, "--image-tokenizer", str(tmp_path / "vqgan")]) == 0
+    assert main(["fill", *given, "--image-tokenizer", str(tmp_path / "vqgan")]) == 0
     assert (tmp_path / "other.png").read_bytes() == out.read_bytes()
     pixels = tiny_run(tmp_path / "pixels")
     with pytest.raises(UserError, match=r"--image-tokenizer .*vqgan: draws --out of a model"):
-        main([str(pixels), *given[1:], "--image-tokenizer", str(tmp_path / "vqgan")])
+        main(["fill", str(pixels), *given[1:], "--image-tokenizer", str(tmp_path / "vqgan")])
     with pytest.raises(UserError, match=r"--image-tokenizer .*: has 16 codes, but model.codebook_size is 32"):
         other = tiny_run(tmp_path / "other", data={"image_tokenizer": "none"}, **tokens | {"codebook_size": 32})
-        main([str(other), *given[1:], "--image-tokenizer", str(tmp_path / "vqgan")])
+        main(["fill", str(other), *given[1:], "--image-tokenizer", str(tmp_path / "vqgan")])

@@ -419,7 +419,7 @@ READERS = {
     "result.json": lambda path: read_results([path.parent]),
     "state.json": lambda path: checkpoint.read_info(path.parent),
     "classes.json": lambda path: data(
-        ["from-folder", str(path.parent), str(path.parent / "out"), "--classes", str(path)]
+        ["make", str(path.parent), "--out", str(path.parent / "out"), "--classes", str(path)]
     ),
     "config.json of stats --write": lambda path: data(["stats", "a.tar", "--write", str(path)]),
     "sizes.json": lambda path: data(

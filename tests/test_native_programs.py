@@ -12,8 +12,8 @@ from PIL import Image
 
 from m3ae_fast import train
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli import draw, export
 from m3ae_fast.cli import embed as features
-from m3ae_fast.cli import export, fill, visualise
 from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.cli.shards import main as data_tools
 from m3ae_fast.drawing.figures import box_in, shown
@@ -147,14 +147,14 @@ def _samples(start, stop):
 
 @pytest.mark.slow
 def test_pictures_keep_the_aspect_ratio(run, shards, tmp_path):
-    for number, kind in enumerate(([], ["attention"], ["attention", "--patch", "1,3"])):
+    for number, (kind, *options) in enumerate((["reconstructions"], ["attention"], ["attention", "--patch", "1,3"])):
         out = tmp_path / f"{number}.png"
-        arguments = [str(run), *kind, "--shards", shards[1], "--pictures", "3", "--out", str(out)]
-        assert visualise.main(arguments) == 0 and Image.open(out).width > 200
+        arguments = [kind, str(run), *options, "--val", shards[1], "--pictures", "3", "--out", str(out)]
+        assert draw.main(arguments) == 0 and Image.open(out).width > 200
     picture = tmp_path / "wide.png"
     Image.new("RGB", (64, 16), "red").save(picture)
     filled = tmp_path / "filled.png"
-    assert fill.main([str(run), str(picture), "a [MASK]", "--visible", "0.5", "--out", str(filled)]) == 0
+    assert draw.main(["fill", str(run), str(picture), "a [MASK]", "--visible", "0.5", "--out", str(filled)]) == 0
     column = np.asarray(Image.open(filled))[24:184, 8:168]  # the original: a band in the middle, a quarter as high
     assert np.flatnonzero((column == (255, 0, 0)).all(2).all(1)).tolist() == list(range(60, 100))
     wide = torch.zeros(3, 8, 32, dtype=torch.uint8)
@@ -162,13 +162,13 @@ def test_pictures_keep_the_aspect_ratio(run, shards, tmp_path):
     rows = np.flatnonzero(np.asarray(shown(wide, 128)).sum((1, 2)) == 0)
     assert (rows[0], rows[-1]) == (48, 79)
     with pytest.raises(UserError, match="from 0,0 to 9,9"):
-        visualise.main([str(run), "attention", "--shards", shards[1], "--patch", "10,0"])
+        draw.main(["attention", str(run), "--val", shards[1], "--patch", "10,0"])
 
 
 def test_exports_are_of_square_images_and_say_so(run, tmp_path, capsys):
     timm = pytest.importorskip("timm")
     model = open_model(str(run), text=False)
-    assert export.main([str(run), str(tmp_path / "timm"), "--format", "timm"]) == 0
+    assert export.main([str(run), "--out", str(tmp_path / "timm"), "--format", "timm"]) == 0
     assert "it takes square images of 32 x 32 pixels" in capsys.readouterr().out
     vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
@@ -176,7 +176,7 @@ def test_exports_are_of_square_images_and_say_so(run, tmp_path, capsys):
     torch.testing.assert_close(
         vit((image / 255 - mean) / std).detach(), model.encode(image, precision="fp32"), rtol=0, atol=2e-5
     )
-    assert export.main([str(run), str(tmp_path / "own")]) == 0
+    assert export.main([str(run), "--out", str(tmp_path / "own")]) == 0
     assert "images of any aspect ratio" in (tmp_path / "own/README.md").read_text()
     assert open_model(str(tmp_path / "own"), text=False).config.resize == "native"
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from m3ae_fast.cli import export, visualise
+from m3ae_fast.cli import draw, export
 from m3ae_fast.cli.shards import main as data
 from m3ae_fast.model.m3ae import M3AE
 from tests.helpers.ranks import environment
@@ -30,9 +30,9 @@ def test_five_commands_from_a_folder_to_a_model(tmp_path, monkeypatch, capsys):
             (tmp_path / "images" / name / f"{i}.jpg").write_bytes(picture(i))
             if i % 5:
                 (tmp_path / "images" / name / f"{i}.txt").write_text(f"{name} {caption(i)}")
-    block = re.search(r"```sh\n(m3ae-fast data from-folder.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    block = re.search(r"```sh\n(m3ae-fast shards make.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     commands = [shlex.split(line) for line in block[1].splitlines()]
-    make, words, train, draw, write = (command[2:] for command in commands)  # five, each m3ae-fast COMMAND ...
+    make, words, train, show, write = (command[2:] for command in commands)  # five, each m3ae-fast COMMAND ...
     assert data(make) == 0 and data(words) == 0
     said = capsys.readouterr().out
     assert "20 samples" in said and "fewer than the 2,048 requested" in said
@@ -42,6 +42,6 @@ def test_five_commands_from_a_folder_to_a_model(tmp_path, monkeypatch, capsys):
     command = [sys.executable, "-m", "m3ae_fast", "train", *train, *options]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert visualise.main([*draw, "--pictures", "2"]) == 0 and export.main(write) == 0
+    assert draw.main([*show, "--pictures", "2"]) == 0 and export.main(write) == 0
     features = M3AE.from_pretrained("out").representation(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     assert features.isfinite().all()

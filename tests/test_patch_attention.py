@@ -1,4 +1,4 @@
-"""What `visualise attention --patch` draws is the softmax of the encoder's attention, computed by hand."""
+"""What `draw attention --patch` draws is the softmax of the encoder's attention, computed by hand."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Sample, pack
-from m3ae_fast.cli.visualise import main
+from m3ae_fast.cli.draw import main
 from m3ae_fast.drawing import attention
 from m3ae_fast.drawing.attention import (
     OUTLINE,
@@ -22,7 +22,7 @@ from m3ae_fast.drawing.attention import (
 )
 from m3ae_fast.model.m3ae import M3AE
 from tests.helpers.labelled import labelled_tar, tiny_run
-from tests.test_visualise import SIZES, _use
+from tests.test_draw import SIZES, _use
 
 HEADS, LENGTH = 4, 16  # of SIZES: heads, and patches of an image
 
@@ -155,7 +155,7 @@ def test_the_program_draws_what_its_options_say(tmp_path, monkeypatch):
         attention, "attention_to_words", lambda *given: looks.append(given[2:]) or real(*given)
     )  # fmt: skip
     out = tmp_path / "a.png"
-    base = [str(run), "attention", "--pictures", "2", "--out", str(out)]
+    base = ["attention", str(run), "--pictures", "2", "--out", str(out)]
     assert main([*base, "--patch", "1,3", "--layer", "1", "--head", "4"]) == 0
     assert main([*base, "--patch", "0,0"]) == 0
     assert looks == [((1, 3), Look(0, 3))] * 2 + [((0, 0), Look(1, None))] * 2
@@ -175,5 +175,5 @@ def test_the_program_draws_what_its_options_say(tmp_path, monkeypatch):
             main([*base, *options])
     alone = tiny_run(tmp_path / "alone", vocab_size=0)
     with pytest.raises(UserError, match="is an image-only model"):
-        main([str(alone), "attention", "--patch", "0,0", "--shards", str(tmp_path / "val.tar"), "--out", str(out)])
+        main(["attention", str(alone), "--patch", "0,0", "--val", str(tmp_path / "val.tar"), "--out", str(out)])
     assert not out.exists()

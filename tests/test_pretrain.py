@@ -29,7 +29,7 @@ from m3ae_fast import checkpoint, pretrain
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import fast_precision
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.cli import export, visualise
+from m3ae_fast.cli import draw, export
 from m3ae_fast.cli.pretrain import main
 from m3ae_fast.config import Config, KnnProbeConfig, load_config, parse
 from m3ae_fast.data.manifest import rows_of
@@ -260,9 +260,9 @@ def test_a_moved_run_folder_has_all_that_it_had(tmp_path, monkeypatch, capsys):
     assert pretrain(photos, "run", hours=0.001, overrides=overrides).finished
     (tmp_path / "run").rename(tmp_path / "moved")
     (tmp_path / "run/shards").mkdir(parents=True)
-    assert visualise.main(["moved", "--out", "drawn.png"]) == 0
+    assert draw.main(["reconstructions", "moved", "--out", "drawn.png"]) == 0
     monkeypatch.chdir(tmp_path / "moved")
-    assert export.main(["../moved", "out"]) == 0
+    assert export.main(["../moved", "--out", "out"]) == 0
     assert "left out" not in capsys.readouterr().out and Path("out/tokenizer.json").exists()
     assert pretrain(photos, ".", overrides=["train.steps=2"]).finished
     assert checkpoint.locate(Path()).name == "step-00000002" and os.listdir(tmp_path / "run") == ["shards"]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import m3ae_fast
-from m3ae_fast.__main__ import COMMANDS, MODULES, usage
+from m3ae_fast.__main__ import MODULES, usage
 from m3ae_fast.evaluation import probes
 from m3ae_fast.evaluation.tasks import PROBE_NAMES, TASKS
 from tests.helpers.ranks import environment
@@ -74,12 +74,13 @@ def test_the_package_alone_imports_nothing_that_is_large():
 
 
 def test_help_of_every_program_and_its_commands_does_not_import_torch():
-    modules = [MODULES[command] for command in COMMANDS]
+    modules = MODULES.values()
     _, said = imported("-c", HELP_OF_ALL, *modules)
     shown = {line.strip() for line in said.splitlines()}
     assert {*modules} <= shown
-    tools = ("from-folder", "from-hdf5", "from-hf", "index", "stats", "manifest", "train-tokenizer", "tokenize-images")
-    assert {f"m3ae-fast data {tool}" for tool in tools} <= shown
+    tools = ("make", "index", "stats", "manifest", "tokenizer", "image-tokens")
+    assert {f"m3ae-fast shards {tool}" for tool in tools} <= shown
+    assert {f"m3ae-fast draw {what}" for what in ("reconstructions", "attention", "map", "fill")} <= shown
     assert {f"m3ae-fast evaluate {task}" for task in (*TASKS, "difference")} <= shown
     assert tuple(probes.PROBES) == PROBE_NAMES  # their names are known without torch
 
@@ -87,7 +88,7 @@ def test_help_of_every_program_and_its_commands_does_not_import_torch():
 def test_every_command_starts_in_every_way_that_help_names():
     """The ways of the list of commands, and the one that the help of each command begins with."""
     ways = re.findall(r"(?:m3ae-fast|python -m m3ae_fast)[ .]COMMAND", usage())
-    lines = [way.replace("COMMAND", command) for way in ways for command in COMMANDS]
+    lines = [way.replace("COMMAND", command) for way in ways for command in MODULES]
     _, said = imported("-W", "ignore", "-c", START_ALL, *lines)  # runpy warns of a module that is there
     programs = dict(line.split(": ") for line in said.splitlines())
     assert len(ways) == 2 and programs.keys() == {*lines, *programs.values()}
@@ -96,7 +97,7 @@ def test_every_command_starts_in_every_way_that_help_names():
 
 def test_the_list_of_commands_imports_none_of_them():
     names, said = imported("-m", "m3ae_fast", "--help")
-    assert not names & {"torch", "pydantic", "argparse"} and all(f"  {command} " in said for command in COMMANDS)
+    assert not names & {"torch", "pydantic", "argparse"} and all(f"  {command} " in said for command in MODULES)
 
 
 @pytest.mark.parametrize("arguments", [["--config", "nothing.json"], ["--config", "configs/base.json", "--set", "a=1"]])
@@ -131,6 +132,11 @@ def test_one_rank_of_several_leaves_the_config_to_the_first(monkeypatch):
         (["m3ae_fast", "features"], "m3ae-fast features is called m3ae-fast embed now"),
         (["m3ae_fast.transfer", "knn"], "python -m m3ae_fast.transfer is called m3ae-fast evaluate now"),
         (["m3ae_fast.report", "run"], "python -m m3ae_fast.report is called m3ae-fast report now"),
+        (["m3ae_fast", "visualise", "a", "map"], "m3ae-fast visualise map is called m3ae-fast draw map now"),
+        (["m3ae_fast", "visualise", "a"], "m3ae-fast visualise is called m3ae-fast draw reconstructions now"),
+        (["m3ae_fast", "fill"], "m3ae-fast fill is called m3ae-fast draw fill now"),
+        (["m3ae_fast.data", "from-hf"], "python -m m3ae_fast.data from-hf is called m3ae-fast shards make now"),
+        (["m3ae_fast", "data"], "m3ae-fast data is called m3ae-fast shards now"),
     ],
 )
 def test_a_former_name_says_the_present_one(arguments, line):

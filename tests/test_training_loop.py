@@ -692,7 +692,7 @@ def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):
 
     warmup, colours = notes(wild)
     assert "the warm-up of 3,000 steps (optim.warmup_epochs=1000) is cut to the run's 6" in warmup
-    assert "model.image_std are still the defaults, CC12M's" in colours and "m3ae-fast data stats" in colours
+    assert "model.image_std are still the defaults, CC12M's" in colours and "m3ae-fast shards stats" in colours
     assert notes(calm) == []
     large = calm.model_copy(update={"train": calm.train.model_copy(update={"global_batch": 100})})
     (batch,) = notes(large)

@@ -9,9 +9,9 @@ import torch
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli import convert as convert_main
+from m3ae_fast.cli import draw, export, report
 from m3ae_fast.cli import embed as features
 from m3ae_fast.cli import evaluate as transfer_main
-from m3ae_fast.cli import export, fill, report, visualise
 from m3ae_fast.data import ShardStore
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.shards import picture
@@ -76,23 +76,28 @@ def test_a_run_whose_shards_run_a_program_is_refused_in_a_line(tmp_path, shards,
     named = _named(pattern.format(shards=shards, marker=marker))
     run = _run(tmp_path / "run", **{"train": _named(shards), "val": [], split: named})
     with pytest.raises(UserError, match="which run a program; add --trust") as caught:
-        visualise.main([str(run)])
+        draw.main(["reconstructions", str(run)])
     assert "\n" not in str(caught.value) and not marker.exists() and not programs
     assert not (run / "reconstructions.png").exists()
 
 
 def test_trust_and_the_users_own_shards_open_it(tmp_path, shards):
     run = _run(tmp_path / "run", train=_named(shards), val=_named(f"pipe:touch {tmp_path}/theirs; cat {shards}"))
-    assert visualise.main([str(run), "--pictures", "1", "--shards", f"pipe:touch {tmp_path}/mine; cat {shards}"]) == 0
+    assert (
+        draw.main(
+            ["reconstructions", str(run), "--pictures", "1", "--val", f"pipe:touch {tmp_path}/mine; cat {shards}"]
+        )
+        == 0
+    )
     assert (tmp_path / "mine").exists() and not (tmp_path / "theirs").exists()
-    assert visualise.main([str(run), "--pictures", "1", "--trust"]) == 0
+    assert draw.main(["reconstructions", str(run), "--pictures", "1", "--trust"]) == 0
     assert (tmp_path / "theirs").exists()
 
 
 def test_own_runs_need_no_trust(tmp_path, shards):
     ShardStore(tmp_path / "cache")
     run = _run(tmp_path / "run", train=_named(shards), val=[], cache_dir=str(tmp_path / "cache"))
-    assert visualise.main([str(run), "--pictures", "1"]) == 0
+    assert draw.main(["reconstructions", str(run), "--pictures", "1"]) == 0
 
 
 def test_a_folder_becomes_no_cache_because_a_run_says_so(tmp_path, shards):
@@ -100,16 +105,16 @@ def test_a_folder_becomes_no_cache_because_a_run_says_so(tmp_path, shards):
     (tmp_path / "precious/shards").mkdir(parents=True)
     run = _run(tmp_path / "run", train=_named(shards), val=[], cache_dir=str(tmp_path / "precious"))
     with pytest.raises(UserError, match=r"sets data.cache_dir to .*precious, which is not yet a cache folder"):
-        visualise.main([str(run)])
+        draw.main(["reconstructions", str(run)])
     assert [path.name for path in (tmp_path / "precious").iterdir()] == ["shards"]
 
 
 COMMANDS = {
-    "map": lambda run, shards, out: visualise.main([run, "map", "--shards", shards, "--out", f"{out}/a.png"]),
-    "export": lambda run, shards, out: export.main([run, f"{out}/model"]),
-    "export timm": lambda run, shards, out: export.main([run, f"{out}/model", "--format", "timm"]),
-    "convert": lambda run, shards, out: convert_main.main([run, f"{out}/model"]),
-    "fill": lambda run, shards, out: fill.main([run, f"{out}/a.jpg", "a [MASK]", "--out", f"{out}/a.png"]),
+    "map": lambda run, shards, out: draw.main(["map", run, "--val", shards, "--out", f"{out}/a.png"]),
+    "export": lambda run, shards, out: export.main([run, "--out", f"{out}/model"]),
+    "export timm": lambda run, shards, out: export.main([run, "--out", f"{out}/model", "--format", "timm"]),
+    "convert": lambda run, shards, out: convert_main.main([run, "--out", f"{out}/model"]),
+    "fill": lambda run, shards, out: draw.main(["fill", run, f"{out}/a.jpg", "a [MASK]", "--out", f"{out}/a.png"]),
     "features": lambda run, shards, out: features.main(
         [run, shards, "--out", f"{out}/a.npz", "--set", "data.workers=0"]
     ),

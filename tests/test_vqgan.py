@@ -250,7 +250,7 @@ def test_ids_made_ahead_of_time(tmp_path, vqgan, monkeypatch, capsys):
     shards = write_tar(
         tmp_path / "a.tar", [*files, ("7.png", picture(7, fmt="PNG")), ("7.cls", b"4"), ("7.json", b"{}")]
     )
-    arguments = ["tokenize-images", shards, "--vqgan", str(tmp_path / "vqgan"), "--image-size", "32"]
+    arguments = ["image-tokens", shards, "--vqgan", str(tmp_path / "vqgan"), "--image-size", "32"]
     for name, options in (("train", ["--views", "3", "--samples-per-shard", "7"]), ("val", ["--centre"])):
         assert data([*arguments, *options, "--out", str(tmp_path / name), "--workers", "2"]) == 0
     assert "18 samples in 3 shards (15 paired, 3 images alone)" in capsys.readouterr().out
@@ -318,7 +318,7 @@ def test_half_of_the_crops_are_mirrored_unless_they_are_not_to_be(tmp_path, vqga
     shards = write_tar(tmp_path / "a.tar", [("0.png", file.getvalue())])
     arguments = ["--vqgan", str(tmp_path / "vqgan"), "--image-size", "32", "--cache-dir", str(tmp_path / "cache")]
     arguments += ["--views", "12", "--out", str(tmp_path / "out"), "--workers", "1"]
-    assert data(["tokenize-images", shards, *arguments, *options]) == 0
+    assert data(["image-tokens", shards, *arguments, *options]) == 0
     with tarfile.open(tmp_path / "out/tokenized-00000.tar") as tar:
         files = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]
     crops = [decode_image(each, 3).float() for each in files]
@@ -331,7 +331,7 @@ def test_held_out_ids_are_of_the_central_square(tmp_path, vqgan):
     shards = write_tar(tmp_path / "a.tar", members(range(2), "image"))
     arguments = ["--vqgan", str(tmp_path / "vqgan"), "--image-size", "32", "--cache-dir", str(tmp_path / "cache")]
     out = tmp_path / "out"
-    assert data(["tokenize-images", shards, *arguments, "--centre", "--out", str(out), "--workers", "1"]) == 0
+    assert data(["image-tokens", shards, *arguments, "--centre", "--out", str(out), "--workers", "1"]) == 0
     with tarfile.open(out / "tokenized-00000.tar") as tar:
         found = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]
     assert len(found) == 2

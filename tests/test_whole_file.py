@@ -63,7 +63,7 @@ def _copy(folder):
 def _shards(folder):
     (folder / "in").mkdir()
     (folder / "in/a.jpg").write_bytes(picture(1))
-    make_data(["from-folder", str(folder / "in"), str(folder / "out"), "--workers", "1"])
+    make_data(["make", str(folder / "in"), "--out", str(folder / "out"), "--workers", "1"])
 
 
 @pytest.fixture

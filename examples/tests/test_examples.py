@@ -74,8 +74,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_own_data_config_fits_shards_of_a_folder(folder, capsys):
-    assert data(["from-folder", "pictures", "shards", "--held-out", "0.2"]) == 0
-    assert data(["train-tokenizer", "shards/train-*.tar", "--vocab-size", "1024", "--out", "tokenizer.json"]) == 0
+    assert data(["make", "pictures", "--out", "shards", "--held-out", "0.2"]) == 0
+    assert data(["tokenizer", "shards/train-*.tar", "--vocab-size", "1024", "--out", "tokenizer.json"]) == 0
     size = re.search(r"model\.vocab_size=(\d+)", capsys.readouterr().out)[1]  # of so few captions
     config = str(EXAMPLES / "own_data.json")
     command = [sys.executable, "-m", "m3ae_fast", "train", "--config", config, "--set", f"model.vocab_size={size}"]

@@ -39,10 +39,10 @@ SLOW = {  # by the part that a mutant is in
     "m3ae_fast/evaluation": ["tests/evaluation"],
     "m3ae_fast/model": ["tests/test_model.py", "tests/test_speed.py", "tests/test_verify.py", "tests/weights"],
     "m3ae_fast/pretraining": ["tests/test_pretrain.py"],
-    "m3ae_fast/drawing": ["tests/test_drawing.py", "tests/test_visualise.py", "tests/evaluation/test_figures.py"],
+    "m3ae_fast/drawing": ["tests/test_drawing.py", "tests/test_draw.py", "tests/evaluation/test_figures.py"],
     "m3ae_fast/verify": ["tests/test_verify.py"],
     "m3ae_fast/train.py": ["tests/test_config.py", "tests/test_training_loop.py"],
-    "m3ae_fast/": ["tests/weights", "tests/evaluation", "tests/test_report.py", "tests/test_visualise.py"],
+    "m3ae_fast/": ["tests/weights", "tests/evaluation", "tests/test_report.py", "tests/test_draw.py"],
     "kernels": ["tests/kernels/test_kernel_ops.py", "tests/kernels/test_kernel_api.py"],
 }
 LIMIT_S = {FAST: 60.0, SLOWLY: 300.0}  # what takes longer hangs

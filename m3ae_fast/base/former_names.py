@@ -5,14 +5,36 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-# what could be started as `python -m m3ae_fast.NAME`: the command of the same name, or of another one
-RENAMED = {"transfer": "evaluate", "features": "embed"}
-_MODULES = ("data", "convert", "export", "fill", "visualise", "report", "status", "verify", "config", "pretrain")
+# commands of m3ae-fast that have another name now, with one of their arguments where the present name depends on it
+RENAMED = {
+    "transfer": "evaluate",
+    "features": "embed",
+    "fill": "draw fill",
+    "visualise": "draw reconstructions",
+    "visualise attention": "draw attention",
+    "visualise map": "draw map",
+    "data": "shards",
+    "data from-folder": "shards make",
+    "data from-hdf5": "shards make",
+    "data from-hf": "shards make",
+    "data index": "shards index",
+    "data stats": "shards stats",
+    "data manifest": "shards manifest",
+    "data train-tokenizer": "shards tokenizer",
+    "data tokenize-images": "shards image-tokens",
+}
+# other modules that could be started as `python -m m3ae_fast.NAME`
+_MODULES = ("convert", "export", "report", "status", "verify", "config", "pretrain")
 
 
-def present_name(name: str) -> str | None:
-    """Return the line that says how a command is called now; None if it has no other name."""
-    return f"m3ae-fast {name} is called m3ae-fast {RENAMED[name]} now" if name in RENAMED else None
+def present_name(words: Sequence[str], typed: str = "m3ae-fast ") -> str | None:
+    """Return the line that says how the command of these arguments is called now; None if it has no other name.
+    `typed`: what was written before them."""
+    if not words or words[0] not in RENAMED:
+        return None
+    names = [f"{words[0]} {word}" for word in words[1:]]
+    former = next((name for name in names if name in RENAMED), words[0])
+    return f"{typed}{former} is called m3ae-fast {RENAMED[former]} now"
 
 
 def present_module(arguments: Sequence[str]) -> str | None:
@@ -20,11 +42,13 @@ def present_module(arguments: Sequence[str]) -> str | None:
     is gone; None otherwise."""
     if "-m" not in arguments[:-1]:
         return None
-    module = arguments[arguments.index("-m") + 1]
+    _, module, *words = arguments[arguments.index("-m") :]
     package, _, name = module.partition(".")
-    if package != "m3ae_fast" or name not in (*RENAMED, *_MODULES):
+    if package != "m3ae_fast":
         return None
-    return f"python -m {module} is called m3ae-fast {RENAMED.get(name, name)} now"
+    if name in _MODULES:
+        return f"python -m {module} is called m3ae-fast {name} now"
+    return present_name([name, *words], "python -m m3ae_fast.")
 
 
 def refuse_former_module() -> None:

@@ -20,12 +20,12 @@ def program(name: str, text: str | None) -> argparse.ArgumentParser:
 
 
 def command(
-    commands: Any, name: str, summary: str, text: str, run: Callable, common: argparse.ArgumentParser | None = None
+    commands: Any, name: str, summary: str, text: str, perform: Callable, common: argparse.ArgumentParser | None = None
 ) -> argparse.ArgumentParser:
-    """Return a parser for a command of a program, which `run(args)` performs; `common`: has more arguments of it."""
+    """Return a parser for a command of a program, which `perform(args)` does; `common`: has more arguments of it."""
     shown, parents = argparse.RawDescriptionHelpFormatter, [common] if common else []
     parser = commands.add_parser(name, parents=parents, help=summary, description=text, formatter_class=shown)
-    parser.set_defaults(run=run)
+    parser.set_defaults(perform=perform)
     return parser
 
 

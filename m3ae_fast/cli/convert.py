@@ -1,23 +1,24 @@
-"""m3ae-fast convert SOURCE OUT: weights of other programs as a folder that M3AE.from_pretrained loads.
+"""m3ae-fast convert SOURCE --out DIR: weights of other programs as a folder that M3AE.from_pretrained loads.
 
 SOURCE is one of
   FILE.pkl           a checkpoint of the official JAX code, M3AE or MAE (nothing that it names is run)
   FILE.pth           a checkpoint of facebookresearch/mae: pre-training, an encoder alone, fine-tuned
   FILE.safetensors   weights of a timm VisionTransformer
-  FILE.msgpack       the official image tokenizer, a VQGAN: OUT is what data.image_tokenizer names
+  FILE.msgpack       the official image tokenizer, a VQGAN: DIR is what data.image_tokenizer names
   FOLDER             a run folder, a checkpoint or an export of this program, or a model that timm saved
   OWNER/NAME         any such folder on the Hugging Face hub
 
-A model in OUT can be loaded, fine-tuned, and trained on: set model.init_from to it and the sizes in its config.json.
+A model in DIR can be loaded, fine-tuned, and trained on: set model.init_from to it and the sizes in its config.json.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli.command_line import program
+from m3ae_fast.cli.command_line import output, program
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
     from m3ae_fast.model.pretrained import Pretrained
@@ -26,7 +27,9 @@ if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
 def main(argv: list[str] | None = None) -> int:
     parser = program("convert", __doc__)
     parser.add_argument("source", metavar="SOURCE", help="file, folder, or name on the hub")
-    parser.add_argument("out", metavar="OUT", help="folder for the weights, their config and tokenizer")
+    parser.add_argument(
+        "--out", type=output(), required=True, metavar="DIR", help="folder for the weights, their config and tokenizer"
+    )
     parser.add_argument("--tokenizer", help="tokenizer.json, BERT vocab.txt or hub name of the captions' tokenizer")
     parser.add_argument("--num-heads", type=int, help="of a .pth or .safetensors of no published width")
     parser.add_argument("--dec-num-heads", type=int, help="likewise, of the decoder")
@@ -43,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _summary(found: Pretrained, out: str) -> str:
+def _summary(found: Pretrained, out: Path) -> str:
     parameters = sum(tensor.numel() for tensor in found.state.values())
     what = "encoder and decoder" if found.has_decoder else "an encoder"
     lines = [f"{found.kind}: {what}, {parameters:,} weights, written to {out}", *found.notes]

@@ -7,8 +7,8 @@ m3ae-fast embed out/ 'shards/*.tar' --out captions.npz --modality text --pool cl
 FILE has the arrays or columns `keys` [N] (of images their paths), of shards `shards` [N], `features` float32 [N, D],
 `labels` [N] if any are found (-1 or "" for a sample without), with --patches `patches` float16 [N, L, D] (in parquet
 [N, L * D]; of a native model those of an image with fewer patches end with zeros, and `grids` [N, 2] are their rows and
-columns), and what --columns names: `path` and `class` from the samples' json, as from-folder writes it, and `caption`;
-"" if a sample has none.
+columns), and what --columns names: `path` and `class` from the samples' json, as `shards make` writes it, and
+`caption`; "" if a sample has none.
 """
 
 from __future__ import annotations

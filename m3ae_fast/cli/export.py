@@ -1,4 +1,4 @@
-"""m3ae-fast export RUN OUT: the weights of a run as a folder that M3AE.from_pretrained(OUT) loads.
+"""m3ae-fast export MODEL --out OUT: the weights of a run as a folder that M3AE.from_pretrained(OUT) loads.
 
 It holds model.safetensors, config.json, the tokenizer, how images are prepared, and a model card.
 
@@ -12,18 +12,20 @@ It holds model.safetensors, config.json, the tokenizer, how images are prepared,
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.base.libraries import require_libraries
-from m3ae_fast.cli.command_line import add_labels, program
+from m3ae_fast.cli.command_line import add_labels, output, program
 from m3ae_fast.weights.exporting import export
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = program("export", __doc__)
-    parser.add_argument("run", metavar="RUN", help="a run folder (its last checkpoint is taken), checkpoint or export")
-    parser.add_argument("out", metavar="OUT", help="a new folder, or an earlier export, which is replaced")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a run folder (its last checkpoint is taken), checkpoint or export"
+    )
+    text = "a new folder, or an earlier export, which is replaced"
+    parser.add_argument("--out", type=output(), required=True, metavar="OUT", help=text)
     parser.add_argument(
         "--format", choices=["m3ae", "timm", "onnx"], default="m3ae", help="whose folder OUT is (default: m3ae)"
     )
@@ -51,13 +53,13 @@ def main(argv: list[str] | None = None) -> int:
         from m3ae_fast.evaluation.onnx_check import open_labelled
 
         images = open_labelled(args.train, args.val, args.labels)
-    found = export(args.run, args.out, args.format, args.push, args.weights)
+    found = export(args.model, args.out, args.format, args.push, args.weights)
     print("\n  ".join([f"exported {found.kind} to {args.out}", *found.notes]))
     if images:
         from m3ae_fast.evaluation.onnx_check import knn_lines
         from m3ae_fast.weights.onnx_model import file_names
 
-        print("\n  ".join(knn_lines(file_names(Path(args.out)), found.config, found.state, images)))
+        print("\n  ".join(knn_lines(file_names(args.out), found.config, found.state, images)))
     if args.push:
         from m3ae_fast.base.hub import push_folder
 

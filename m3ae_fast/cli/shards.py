@@ -1,13 +1,11 @@
-"""Tools for shards: make them, look into them, train a tokenizer on them.
+"""Shards: make them, look into them, train a tokenizer on them.
 
-m3ae-fast data from-folder images/ shards/ --held-out 0.05
-m3ae-fast data from-hdf5 cc12m.hdf5 shards/
-m3ae-fast data from-hf uoft-cs/cifar10 shards/
-m3ae-fast data index 'shards/*.tar'
-m3ae-fast data stats 'shards/*.tar' --write configs/mine.json
-m3ae-fast data manifest 's3://bucket/{00000..01242}.tar' --out cc12m.npy
-m3ae-fast data train-tokenizer 'shards/train-*.tar' --vocab-size 4096 --out tokenizer.json
-m3ae-fast data tokenize-images 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
+m3ae-fast shards make images/ --out shards/ --held-out 0.05
+m3ae-fast shards index 'shards/*.tar'
+m3ae-fast shards stats 'shards/*.tar' --write configs/mine.json
+m3ae-fast shards manifest 's3://bucket/{00000..01242}.tar' --out cc12m.npy
+m3ae-fast shards tokenizer 'shards/train-*.tar' --vocab-size 4096 --out tokenizer.json
+m3ae-fast shards image-tokens 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,62 +21,60 @@ from typing import Any
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import add_labels, command, output, program, seed
 from m3ae_fast.config import add_range_option
-from m3ae_fast.shards.settings import Settings
+from m3ae_fast.shards.settings import SOURCE_KINDS, Settings
 
-FOLDER = """Make shards of a folder of images.
+MAKE = """Make shards of a folder of images, an HDF5 file or a Hugging Face dataset.
 
-Folders called train, val (valid, validation, dev) or test, with CLASS folders below or without, give shards of these
-splits. Else, or below them, sub-folders are classes if there are at least two and every image is in one; class ids
-are the same in all splits. Captions come from a table with one row per sample, or from NAME.txt beside NAME.jpg. An
-image in several rows gives several samples, also where rows are equal, and so does a list of captions in a row.
-Tables are read strictly: a row with a field too many or too few is an error. A .tsv has a row on each line and no
-quotes, unless a program that quotes its fields wrote it. Images without a caption train only the image side. Run an
-interrupted command again to continue; equal input gives equal bytes.
+  m3ae-fast shards make images/ --out shards/ --held-out 0.05
+  m3ae-fast shards make images/ --out shards/ --captions captions.csv --caption-column title
+  m3ae-fast shards make imagenet/val --out shards-val/ --classes shards/classes.json
+  m3ae-fast shards make cc12m.hdf5 --out shards/ --held-out 0.01
+  m3ae-fast shards make uoft-cs/cifar10 --out shards/
+  m3ae-fast shards make saved/flickr30k --out shards/ --split train --caption-column caption
 
-  m3ae-fast data from-folder images/ shards/ --held-out 0.05
-  m3ae-fast data from-folder images/ shards/ --captions captions.csv --caption-column title
-  m3ae-fast data from-folder imagenet/val shards-val/ --classes shards/classes.json
-"""
-HDF5 = """Make shards of an HDF5 file in the layout of the official M3AE code: jpg (variable-length uint8) with caption,
-or ImageNet's train_jpg, train_labels, val_jpg, val_labels, or text alone. A row with several captions gives several
-samples.
+A folder of images: folders called train, val (valid, validation, dev) or test, with CLASS folders below or without,
+give shards of these splits. Else, or below them, sub-folders are classes if there are at least two and every image is
+in one; class ids are the same in all splits. Captions come from a table with one row per sample, or from NAME.txt
+beside NAME.jpg. An image in several rows gives several samples, also if rows are equal, and so does a list of captions
+in a row. Tables are read strictly: a row with a field too many or too few is an error. A .tsv has a row on each line
+and no quotes, unless a program that quotes its fields wrote it. Images without a caption train only the image side.
 
-  m3ae-fast data from-hdf5 cc12m.hdf5 shards/ --held-out 0.01
-  m3ae-fast data from-hdf5 imagenet.hdf5 shards/ --samples-per-shard 5000
-"""
-HF = """Make shards of a Hugging Face dataset: a folder that save_to_disk wrote, a folder of data files, or a name on
-the hub. All splits are taken unless one is named. A row with a list of captions gives several samples.
+An HDF5 file has the layout of the official M3AE code: jpg (variable-length uint8) with caption, or ImageNet's
+train_jpg, train_labels, val_jpg, val_labels, or text alone. A row with several captions gives several samples.
 
-  m3ae-fast data from-hf uoft-cs/cifar10 shards/
-  m3ae-fast data from-hf saved/flickr30k shards/ --split train --caption-column caption
+A Hugging Face dataset is a folder that save_to_disk wrote, a folder of data files, or a name on the hub. All splits
+are taken unless one is named. A row with a list of captions gives several samples.
+
+Run an interrupted command again to continue; equal input gives equal bytes.
 """
 STATS = """Look at some samples: mean and standard deviation of the pixels, sizes, aspect ratios, lengths of captions,
 formats, labels, and what cannot be read. Prints the settings that a config needs; --write puts them into one.
 
-  m3ae-fast data stats 'shards/train-*.tar' --tokenizer tokenizer.json
-  m3ae-fast data stats 'shards/train-*.tar' --picture stats.png --write configs/mine.json
-  m3ae-fast data stats 'shards/train-*.tar' --sizes sizes.json   # for train.py --dry-run --sizes
+  m3ae-fast shards stats 'shards/train-*.tar' --tokenizer tokenizer.json
+  m3ae-fast shards stats 'shards/train-*.tar' --picture stats.png --write configs/mine.json
+  m3ae-fast shards stats 'shards/train-*.tar' --sizes sizes.json   # for m3ae-fast train --dry-run --sizes
 """
-TOKENIZE_IMAGES = """Make shards whose images are crops with their VQGAN token ids, for model.image_targets=vqgan with
+IMAGE_TOKENS = """Make shards whose images are crops with their VQGAN token ids, for model.image_targets=vqgan with
 data.image_tokens=shards. Each image gives --views random crops or, with --centre, its central square (for held-out
 data). Captions, classes and json come along; samples without an image do not.
 
-  m3ae-fast data tokenize-images 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
-  m3ae-fast data tokenize-images 'shards/val-*.tar' --vqgan vqgan/ --out ids/val --centre
+  m3ae-fast shards image-tokens 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
+  m3ae-fast shards image-tokens 'shards/val-*.tar' --vqgan vqgan/ --out ids/val --centre
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = program("data", __doc__)
+    parser = program("shards", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands (each has its own --help)")
-    _add_makers(commands)
+    _add_make(commands)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("shards", nargs="+", help="tars: paths, brace patterns, globs, URLs or pipe: commands")
+    help_text = "tars: paths, brace patterns, globs, URLs or pipe: commands"
+    common.add_argument("shards", nargs="+", metavar="SHARDS", help=help_text)
     common.add_argument("--cache-dir", type=Path, help="where copies of remote shards go (default: ~/.cache/m3ae_fast)")
-    for add in (_add_index, _add_stats, _add_manifest, _add_train_tokenizer, _add_tokenize_images):
+    for add in (_add_index, _add_stats, _add_manifest, _add_tokenizer, _add_image_tokens):
         add(commands, common)
     args = parser.parse_args(argv)
-    args.run(args)
+    args.perform(args)
     return 0
 
 
@@ -88,33 +83,27 @@ def _tool(module: str, function: str = "run") -> Callable[[argparse.Namespace], 
     return lambda args: getattr(import_module(f"m3ae_fast.shards.{module}"), function)(args)
 
 
-def _add_makers(commands: Any) -> None:
-    make = partial(_tool, "make")
-    folder = command(commands, "from-folder", "make shards of a folder of images", FOLDER, make("from_folder"))
-    folder.add_argument("input", type=Path, metavar="DIR", help="folder of images, in sub-folders too")
-    _add_out(folder)
+def _add_make(commands: Any) -> None:
+    summary = "make shards of a folder of images, an HDF5 file or a Hugging Face dataset"
+    parser = command(commands, "make", summary, MAKE, _make)
+    parser.add_argument("source", metavar="SOURCE", help="a folder, an HDF5 file, or a dataset's name on the hub")
+    parser.add_argument("--out", type=output(), required=True, metavar="DIR", help="new, or to be continued")
+    parser.add_argument("--kind", choices=[*SOURCE_KINDS], help="what SOURCE is (default: recognised)")
+    folder = parser.add_argument_group("of a folder of images")
     folder.add_argument("--captions", type=Path, metavar="TABLE", help=".csv, .tsv, .jsonl or .parquet")
-    folder.add_argument("--image-column", metavar="NAME", help="its column of paths below DIR (default: detected)")
-    folder.add_argument("--caption-column", metavar="NAME", help="its column of captions (default: detected)")
     folder.add_argument("--classes", type=Path, metavar="FILE", help="classes.json of other shards: same labels")
     folder.add_argument("--flat", action="store_true", help="sub-folders are neither splits nor classes")
-
-    summary = "make shards of an HDF5 file in the official layout"
-    hdf5 = command(commands, "from-hdf5", summary, HDF5, make("from_hdf5"))
-    hdf5.add_argument("input", type=Path, metavar="FILE")
-    _add_out(hdf5)
-
-    hf = command(commands, "from-hf", "make shards of a Hugging Face dataset", HF, make("from_hf"))
-    hf.add_argument("input", metavar="DATASET", help="a folder, or a name on the hub")
-    _add_out(hf)
-    hf.add_argument("--subset", metavar="NAME", help="the configuration of a dataset that has several")
-    hf.add_argument("--split", metavar="NAME", help="the split to take (default: all)")
-    for what in ("image", "caption", "label"):
-        hf.add_argument(f"--{what}-column", metavar="NAME", help=f"the column of {what}s (default: detected)")
+    dataset = parser.add_argument_group("of a Hugging Face dataset")
+    dataset.add_argument("--subset", metavar="NAME", help="the configuration of a dataset that has several")
+    dataset.add_argument("--split", metavar="NAME", help="the split to take (default: all)")
+    columns = parser.add_argument_group("columns of a table or a dataset")
+    columns.add_argument("--image-column", metavar="NAME", help="of paths or images (default: detected)")
+    columns.add_argument("--caption-column", metavar="NAME", help="of captions (default: detected)")
+    columns.add_argument("--label-column", metavar="NAME", help="of labels, of a dataset (default: detected)")
+    _add_shard_settings(parser)
 
 
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=output(), metavar="OUT", help="folder for the shards: new, or to be continued")
+def _add_shard_settings(parser: argparse.ArgumentParser) -> None:
     shards, usual = parser.add_argument_group("shards"), Settings()
     numbers = {
         "--short-side": (usual.short_side, "scale images down to this many pixels; smaller JPEGs stay as they are"),
@@ -129,6 +118,32 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     shards.add_argument("--held-out", type=float, default=0.0, metavar="FRACTION", help=text)
     text = "do not shuffle (default: shuffle, deterministically)"
     shards.add_argument("--keep-order", action="store_true", help=text)
+
+
+def _make(args: argparse.Namespace) -> None:
+    from m3ae_fast.shards.making import open_source
+    from m3ae_fast.shards.overview import parts_of, show
+    from m3ae_fast.shards.writer import convert, describe_conversion
+
+    settings = Settings(
+        args.samples_per_shard, args.short_side, args.quality, args.held_out, args.range, args.keep_order
+    )
+    records = open_source(
+        args.source,
+        kind=args.kind,
+        captions=args.captions,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        label_column=args.label_column,
+        classes=args.classes,
+        flat=args.flat,
+        subset=args.subset,
+        split=args.split,
+    )
+    show(args.source, parts_of(records, {split: f"{split}-*.tar" for split in records.splits}))
+    print("".join(f"note: {note}\n" for note in records.notes), end="", flush=True)
+    print(describe_conversion(args.out, convert(records, args.out, settings, args.workers)))
+    print("".join(f"{line}\n" for line in records.ignored.lines()), end="")
 
 
 def _add_index(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -153,7 +168,7 @@ def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
-    summary = "count samples ahead of a run, on any number of machines"
+    summary = "count samples ahead of a run, on any number of nodes"
     text = "Name the file as `shards` of a source, or all of its parts."
     parser = command(commands, "manifest", summary, text, _tool("manifest_command"), common)
     parser.add_argument("--out", type=output(".npy"), required=True, help="the .npy to write")
@@ -163,16 +178,16 @@ def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
     known.add_argument("--sizes", metavar="FILE", help="take counts from a sizes.json: a file or a URL")
 
 
-def _add_train_tokenizer(commands: Any, common: argparse.ArgumentParser) -> None:
+def _add_tokenizer(commands: Any, common: argparse.ArgumentParser) -> None:
     summary = "train a lower-cased WordPiece tokenizer on the captions"
-    parser = command(commands, "train-tokenizer", summary, "", _tool("tokenizer_training"), common)
+    parser = command(commands, "tokenizer", summary, "", _tool("tokenizer_training"), common)
     parser.add_argument("--vocab-size", type=int, required=True, help="tokens at most, special ones included")
     parser.add_argument("--out", type=output(".json"), required=True, help="the tokenizer.json to write")
 
 
-def _add_tokenize_images(commands: Any, common: argparse.ArgumentParser) -> None:
+def _add_image_tokens(commands: Any, common: argparse.ArgumentParser) -> None:
     summary = "make shards of crops with their VQGAN token ids"
-    parser = command(commands, "tokenize-images", summary, TOKENIZE_IMAGES, _tool("tokenize_images"), common)
+    parser = command(commands, "image-tokens", summary, IMAGE_TOKENS, _tool("tokenize_images"), common)
     parser.add_argument("--vqgan", type=Path, required=True, metavar="FOLDER", help="a converted VQGAN")
     parser.add_argument("--out", type=output(), required=True, help="folder for the shards: new, or to be continued")
     parser.add_argument("--image-size", type=int, default=256, metavar="S", help="of the crops (default: 256 pixels)")

@@ -180,7 +180,7 @@ class ModelConfig(Section):
             if len(getattr(self, name)) != self.channels:
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} values for {self.channels} channels; "
-                    f"m3ae-fast data stats SHARDS --channels {self.channels} prints those of your images"
+                    f"m3ae-fast shards stats SHARDS --channels {self.channels} prints those of your images"
                 )
         if min(self.image_std) <= 0:
             raise ValueError("image_std must be above 0")
@@ -332,7 +332,7 @@ class DataConfig(Section):
     """Folder of the converted VQGAN whose ids are the image targets (`model.image_targets` vqgan)."""
     image_tokens: Literal["device", "workers", "shards"] = "device"
     """Where image token ids are computed: on the training device, in the loader's workers, or ahead of time
-    (`tokenize-images`)."""
+    (`m3ae-fast shards image-tokens`)."""
     max_bad_fraction: float = Field(0.1, ge=0, le=1)
     """Maximum fraction of broken samples; a run with more stops."""
 
@@ -647,7 +647,7 @@ class Config(Section):
         if self.data.image_tokens == "shards" and self.data.repeats > 1:
             raise ValueError(
                 "data.repeats: must be 1 with data.image_tokens=shards, because each stored image has token "
-                "ids for one crop only; use tokenize-images --views to create more crops"
+                "ids for one crop only; use m3ae-fast shards image-tokens --views to create more crops"
             )
         shown = self.data.show_channels or (0,)
         if not 0 <= min(shown) <= max(shown) < self.model.channels:

@@ -22,7 +22,7 @@ _NAMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return what is imported only when it is asked for: the parsers of `m3ae-fast data` need no torch."""
+    """Return what is imported only when it is asked for: the parsers of `m3ae-fast shards` need no torch."""
     for module, names in _NAMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)

@@ -115,7 +115,7 @@ def read(path: Path) -> np.ndarray:
         raise UserError(f"manifest {path}: is damaged ({' '.join(str(error).split())[:200]})") from None
     width = rows.dtype["name"].itemsize if rows.dtype.names and "name" in rows.dtype.names else 0
     if not 0 < width <= _MAX_NAME or rows.ndim != 1 or rows.dtype != rows_of(["x" * width], [(0, 0, 0)]).dtype:
-        raise UserError(f"manifest {path}: is another .npy; make one with m3ae-fast data manifest")
+        raise UserError(f"manifest {path}: is another .npy; make one with m3ae-fast shards manifest")
     try:
         rows["name"].tobytes().decode()
     except UnicodeDecodeError:

@@ -86,7 +86,7 @@ class Reader:
         file, table = self._get(shard)
         entry = table[row]
         if entry["ids_offset"] == MISSING:
-            raise BadSample("no ids (make them with m3ae-fast data tokenize-images)")
+            raise BadSample("no ids (make them with m3ae-fast shards image-tokens)")
         data = _read(file.fileno(), entry, "ids", MAX_IMAGE_BYTES, "ids")
         if len(data) % IDS_DTYPE.itemsize:
             raise BadSample("the ids are cut short")

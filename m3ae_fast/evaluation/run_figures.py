@@ -64,7 +64,7 @@ def reconstructions(
     tokenizer = open_tokenizer(source.config.data, source.config.model)
     path = _path(run, out, "reconstructions")
     if not draw_run(source.config, weights, source.corpus, tokenizer, path, pictures, list(ratios)):
-        raise UserError("none of the samples can be used; m3ae-fast data stats SHARDS says why")
+        raise UserError("none of the samples can be used; m3ae-fast shards stats SHARDS says why")
     return path
 
 

@@ -1,10 +1,20 @@
-"""How shards are made."""
+"""How shards are made, and of what."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import Range
+
+SourceKind = Literal["folder", "hdf5", "huggingface"]
+SOURCE_KINDS: dict[SourceKind, str] = {
+    "folder": "a folder of images",
+    "hdf5": "an HDF5 file",
+    "huggingface": "a Hugging Face dataset",
+}
+_LIMITS = {"short_side": (1, 1 << 16), "quality": (1, 100), "samples_per_shard": (1, 1 << 32)}
 
 
 @dataclass(frozen=True)
@@ -17,3 +27,11 @@ class Settings:
     held_out: float = 0.0  # fraction of the samples that go to a split of their own, with all samples of an image
     image_range: Range | None = None  # of images of more than 8 bits
     keep_order: bool = False  # else shuffled, always in the same way
+
+    def __post_init__(self) -> None:
+        """Raise UserError if a value is impossible."""
+        for name, (low, high) in _LIMITS.items():
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be from {low} to {high}")
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"--held-out {self.held_out:g}: must be a fraction, 0 or more and below 1")

@@ -1,4 +1,4 @@
-"""tokenize-images: shards whose images are crops with their VQGAN token ids, made ahead of time.
+"""Shards whose images are crops with their VQGAN token ids, made ahead of time.
 
 Each sample of OUT is a crop as JPEG, KEY.ids (its ids, int32, little-endian, row-major) and what else the sample had.
 Training takes such crops as they are (`data.image_tokens` "shards"): another crop would have other ids.

@@ -1,4 +1,4 @@
-"""train-tokenizer: a WordPiece tokenizer of the shards' captions."""
+"""A WordPiece tokenizer of the shards' captions."""
 
 from __future__ import annotations
 

@@ -43,6 +43,7 @@ from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TRAIN, VAL
 from m3ae_fast.shards.sources.records import Record, Records
 from m3ae_fast.shards.tar_member import add_member
 
+_MOST_WORKERS = 1024
 _TICK_S = 1.0  # between looks at how many samples the workers have written
 
 
@@ -70,6 +71,8 @@ class Converted:
 def convert(records: Records, out: Path, settings: Settings, workers: int) -> Converted:
     """Write what `out` lacks of the shards of `records`, with their indexes. Raises UserError if `out` holds
     something else, or cannot be written, or no sample can be used."""
+    if not 1 <= workers <= _MOST_WORKERS:
+        raise UserError(f"--workers {workers}: must be from 1 to {_MOST_WORKERS}")
     plan = _plan(records, settings)
     manifest = manifest_of(records, settings)
     created = not out.exists()

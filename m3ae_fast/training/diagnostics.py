@@ -141,7 +141,7 @@ def _data(metrics: Metrics, config: Mapping[str, Any]) -> Finding | None:
     return Finding(
         "data bound",
         f"training waits for data {median(waits):.0%} of the time",
-        f"more data.workers, smaller images (from-folder --short-side), or data.repeats={repeats + 1}",
+        f"more data.workers, smaller images (m3ae-fast shards make --short-side), or data.repeats={repeats + 1}",
     )
 
 

@@ -62,7 +62,7 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
     if default and sources and not any("cc12m" in shard.shard.lower() for one in sources for shard in one.shards):
         notes.append(
             "model.image_mean and model.image_std are still the defaults, CC12M's; set them to those of your images, "
-            "which m3ae-fast data stats SHARDS prints"
+            "which m3ae-fast shards stats SHARDS prints"
         )
     if config.model.resize == "square" and (note := _enlarged(config, data.train)):
         notes.append(note)

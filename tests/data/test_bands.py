@@ -323,7 +323,10 @@ def test_hugging_face_arrays_become_shards(tmp_path):
     })  # fmt: skip
     data = datasets.Dataset.from_dict({"image": [DEEP, DEEP[::-1].copy()], "label": [0, 1]}, features=features)
     data.save_to_disk(tmp_path / "in")
-    assert data_tools(["from-hf", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1", "--keep-order"]) == 0
+    assert (
+        data_tools(["make", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "1", "--keep-order"])
+        == 0
+    )
     with tarfile.open(tmp_path / "out" / "train-00000.tar") as tar:
         arrays = [read_npy(tar.extractfile(name).read()) for name in sorted(tar.getnames()) if name.endswith(".npy")]
     assert np.array_equal(arrays[0], DEEP) and np.array_equal(arrays[1], DEEP[::-1])

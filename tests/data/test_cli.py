@@ -37,7 +37,7 @@ def test_index_says_how_many_of_each(tmp_path, monkeypatch, capsys):
 def test_train_tokenizer(tmp_path, capsys):
     shards = write_tar(tmp_path / "a.tar", members(range(40)))
     out = tmp_path / "tokenizer.json"
-    arguments = ["train-tokenizer", shards, "--cache-dir", str(tmp_path / "cache"), "--out", str(out), "--vocab-size"]
+    arguments = ["tokenizer", shards, "--cache-dir", str(tmp_path / "cache"), "--out", str(out), "--vocab-size"]
     assert main([*arguments, "100"]) == 0
     tokenizer = load_tokenizer(str(out), 8)
     assert tokenizer.decode(tokenizer.encode(caption(3))) == caption(3)
@@ -48,9 +48,7 @@ def test_train_tokenizer(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments", [["index", "none.tar"], ["train-tokenizer", "{}", "--vocab-size", "99", "--out", "."]]
-)
+@pytest.mark.parametrize("arguments", [["index", "none.tar"], ["tokenizer", "{}", "--vocab-size", "99", "--out", "."]])
 def test_mistakes_give_one_line(tmp_path, arguments):
     shards = write_tar(tmp_path / "a.tar", members(range(3)))
     arguments = [argument.format(shards) for argument in arguments] + ["--cache-dir", str(tmp_path / "cache")]

@@ -69,10 +69,10 @@ SAID = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_splits_and_classes_are_those_of_the_folders(tmp_path, capsys, layout):
-    """from-folder writes the shards of each split, with the same class ids in all of them."""
+    """`shards make` writes the shards of each split, with the same class ids in all of them."""
     expected = LAYOUTS[layout]
     root = tree(tmp_path / "data", *sorted(path for _, _, path in expected))
-    assert make("from-folder", root, tmp_path / "out") == 0
+    assert make(root, tmp_path / "out") == 0
     assert _paths(tmp_path / "out") == expected
     said = capsys.readouterr().out
     assert SAID.get(layout, "") in said and (layout in SAID or "note:" not in said)
@@ -83,25 +83,25 @@ def test_splits_and_classes_are_those_of_the_folders(tmp_path, capsys, layout):
 def test_a_folder_called_val_gives_val_shards(tmp_path, name, split):
     """Except ~/dev."""
     tree(tmp_path / name, "cat/0.png", "dog/0.png")
-    assert make("from-folder", tmp_path / name, tmp_path / "out") == 0
+    assert make(tmp_path / name, tmp_path / "out") == 0
     assert _paths(tmp_path / "out") == {(split, 0, "cat/0.png"), (split, 1, "dog/0.png")}
-    assert make("from-folder", tmp_path / name, tmp_path / "both", "--held-out", "0.5") == 0
+    assert make(tmp_path / name, tmp_path / "both", "--held-out", "0.5") == 0
     assert sorted(split for split, _, _ in _paths(tmp_path / "both")) == ["train", "val"]
 
 
 def test_sub_folders_may_mean_nothing(tmp_path):
     root = tree(tmp_path / "data", "train/0.png", "val/0.png")
-    assert make("from-folder", root, tmp_path / "out", "--flat") == 0
+    assert make(root, tmp_path / "out", "--flat") == 0
     assert _paths(tmp_path / "out") == {("train", None, "train/0.png"), ("train", None, "val/0.png")}
 
 
 def test_captions_are_those_of_each_split(tmp_path):
     root = tree(tmp_path / "data", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     (root / "val/cat/0.txt").write_text("a cat")
-    assert make("from-folder", root, tmp_path / "beside") == 0
+    assert make(root, tmp_path / "beside") == 0
     assert [sample["txt"] for sample in contents(tmp_path / "beside", "val-*.tar")] == [b"a cat"]
     (tmp_path / "t.csv").write_text("path,caption\nval/cat/0.png,one\nval/cat/0.png,two\ntrain/dog/0.png,three\n")
-    assert make("from-folder", root, tmp_path / "table", "--captions", tmp_path / "t.csv") == 0
+    assert make(root, tmp_path / "table", "--captions", tmp_path / "t.csv") == 0
     found = {
         split: [s.get("txt") for s in contents(tmp_path / "table", f"{split}-*.tar")] for split in ("train", "val")
     }
@@ -113,7 +113,7 @@ def test_a_table_of_labels_alone(tmp_path, capsys):
     root = tree(tmp_path / "data", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     (root / "val/cat/0.txt").write_text("a cat")
     (root / "t.csv").write_text("path,site\nval/cat/0.png,north\ntrain/dog/0.png,south\n")
-    assert make("from-folder", root, tmp_path / "out", "--captions", root / "t.csv") == 0
+    assert make(root, tmp_path / "out", "--captions", root / "t.csv") == 0
     assert f"note: fields of {root}/t.csv for --labels: json.site\n" in capsys.readouterr().out
     found = {json.loads(sample["json"])["path"]: sample for sample in contents(tmp_path / "out")}
     fields = [json.loads(found[path]["json"]) for path in sorted(found)]
@@ -130,7 +130,7 @@ def test_a_table_of_labels_alone(tmp_path, capsys):
 
 def test_images_in_no_split_are_left_out_and_named(tmp_path, capsys):
     root = tree(tmp_path / "data", "logo.png", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
-    assert make("from-folder", root, tmp_path / "out") == 0
+    assert make(root, tmp_path / "out") == 0
     assert "1 image in no split and left out, such as\n    logo.png" in capsys.readouterr().out
     assert len(_paths(tmp_path / "out")) == 3
 

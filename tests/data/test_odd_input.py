@@ -99,11 +99,11 @@ ODD = {
 def test_one_odd_picture_is_left_out_by_name_and_the_others_are_kept(folder, tmp_path, capsys, reason):
     ODD[reason](folder / "odd.png")
     for _ in range(2):  # also by the call that finds everything done
-        assert make("from-folder", folder, tmp_path / "out") == 0
+        assert make(folder, tmp_path / "out") == 0
         assert "1 samples in 1 shard" in said(capsys)
     assert paths(tmp_path / "out") == ["good.jpg"]
     (tmp_path / "out" / "train-00000.tar").unlink()
-    assert make("from-folder", folder, tmp_path / "out") == 0
+    assert make(folder, tmp_path / "out") == 0
     assert re.search(rf"1 unusable sample skipped, such as\n    odd.png: .*{reason.strip()}", said(capsys))
 
 
@@ -116,11 +116,11 @@ CORRECTIONS = {
 
 @pytest.mark.parametrize("part", CORRECTIONS)
 def test_what_was_corrected_since_is_not_passed_off_as_done(folder, tmp_path, capsys, part):
-    assert make("from-folder", folder, tmp_path / "out") == 0
-    assert make("from-folder", folder, tmp_path / "out") == 0
+    assert make(folder, tmp_path / "out") == 0
+    assert make(folder, tmp_path / "out") == 0
     CORRECTIONS[part](folder)
     said(capsys)
-    assert make("from-folder", folder, tmp_path / "out") == 2
+    assert make(folder, tmp_path / "out") == 2
     assert re.search(rf"holds another conversion \({part}.*name a new folder, or remove this one", said(capsys))
 
 
@@ -128,7 +128,7 @@ def test_a_corrected_table_is_another_conversion(folder, tmp_path, capsys):
     table = tmp_path / "t.csv"
     for text, code in (("a dog", 0), ("a dog", 0), ("a fog", 2)):
         table.write_text(f"image,caption\ngood.jpg,{text}\n")
-        assert make("from-folder", folder, tmp_path / "out", "--captions", table) == code
+        assert make(folder, tmp_path / "out", "--captions", table) == code
     assert "(captions was" in said(capsys)
 
 
@@ -136,7 +136,7 @@ def test_a_corrected_hdf5_file_is_another_conversion(tmp_path, capsys):
     for text, code in (("a dog", 0), ("a fog", 2)):
         with h5py.File(tmp_path / "t.hdf5", "w") as file:
             file["text"] = [text]
-        assert make("from-hdf5", tmp_path / "t.hdf5", tmp_path / "out") == code
+        assert make(tmp_path / "t.hdf5", tmp_path / "out") == code
     assert "(changed_ns was" in said(capsys)
 
 
@@ -144,20 +144,20 @@ def test_a_class_that_is_a_link_to_another_keeps_both(pictures, tmp_path):  # no
     (pictures / "ant").symlink_to("dog")
     (pictures / "dog" / "loop").symlink_to("..")
     (pictures / "dog" / "again").symlink_to(".")
-    assert make("from-folder", pictures, tmp_path / "out") == 0
+    assert make(pictures, tmp_path / "out") == 0
     found = [(json.loads(s["json"])["class_name"], s["cls"]) for s in contents(tmp_path / "out")]
     assert sorted(found) == [("ant", b"0")] * 5 + [("cat", b"1")] * 5 + [("dog", b"2")] * 5
-    assert make("from-folder", pictures, tmp_path / "flat", "--flat") == 0
+    assert make(pictures, tmp_path / "flat", "--flat") == 0
     assert len(paths(tmp_path / "flat")) == 10
 
 
 def test_a_class_whose_name_is_not_utf8_is_refused_by_name(pictures, tmp_path, capsys):  # noqa: F811
     odd = os.fsencode(pictures) + b"/caf\xe9"
     os.rename(pictures / "dog", odd)
-    assert make("from-folder", pictures, tmp_path / "out") == 2
+    assert make(pictures, tmp_path / "out") == 2
     assert r"the class b'caf\xe9' is not UTF-8; rename it, or give --flat" in said(capsys)
     assert not (tmp_path / "out").exists()
-    assert make("from-folder", pictures, tmp_path / "out", "--flat") == 0
+    assert make(pictures, tmp_path / "out", "--flat") == 0
     assert "caf\N{REPLACEMENT CHARACTER}/0.jpg" in paths(tmp_path / "out")
 
 
@@ -170,21 +170,21 @@ def test_a_folder_that_cannot_be_listed_is_named(pictures, tmp_path, monkeypatch
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert make("from-folder", pictures, tmp_path / "out") == 2
+    assert make(pictures, tmp_path / "out") == 2
     assert "dog: cannot be listed (Permission denied)" in said(capsys)
 
 
 def test_suffixes_in_capitals(folder, tmp_path):
     (folder / "b.JPG").write_bytes(picture(2))
     (folder / "b.TXT").write_text("in capitals")
-    assert make("from-folder", folder, tmp_path / "out", "--keep-order") == 0
+    assert make(folder, tmp_path / "out", "--keep-order") == 0
     assert [sample["txt"] for sample in contents(tmp_path / "out")] == [b"in capitals", b"a good one"]
 
 
 def test_several_captions_of_a_row_are_several_samples(folder, tmp_path, capsys):
     table = tmp_path / "t.jsonl"
     table.write_text('{"image": "good.jpg", "caption": ["a", "", "b"]}\n{"image": "good.jpg", "caption": "a"}\n')
-    assert make("from-folder", folder, tmp_path / "out", "--captions", table, "--keep-order") == 0
+    assert make(folder, tmp_path / "out", "--captions", table, "--keep-order") == 0
     assert [sample["txt"] for sample in contents(tmp_path / "out")] == [b"a", b"b", b"a"]
     assert "empty" not in said(capsys)
 
@@ -192,7 +192,7 @@ def test_several_captions_of_a_row_are_several_samples(folder, tmp_path, capsys)
 def test_a_row_without_a_caption_is_empty_and_an_image_without_a_row_is_not(folder, tmp_path, capsys):
     (folder / "other.jpg").write_bytes(picture(2))
     (tmp_path / "t.csv").write_text("image,caption\nother.jpg,\n")
-    assert make("from-folder", folder, tmp_path / "out", "--captions", tmp_path / "t.csv") == 0
+    assert make(folder, tmp_path / "out", "--captions", tmp_path / "t.csv") == 0
     assert "2 images alone" in (text := said(capsys))
     assert "1 sample with an empty caption, such as\n    other.jpg\n" in text
 
@@ -213,7 +213,7 @@ def test_several_captions_of_an_hdf5_row_are_several_samples(tmp_path, kind):
             jpg[row] = np.frombuffer(picture(row), np.uint8)
             if kind == "vlen":
                 captions[row] = np.array(texts, dtype=object)
-    assert make("from-hdf5", tmp_path / "t.hdf5", tmp_path / "out", "--keep-order") == 0
+    assert make(tmp_path / "t.hdf5", tmp_path / "out", "--keep-order") == 0
     found = [(sample["jpg"], sample["txt"]) for sample in contents(tmp_path / "out")]
     assert found == [(picture(0), b"a"), (picture(0), b"b"), (picture(1), b"c")]
 
@@ -231,27 +231,27 @@ def test_links_of_an_hdf5_file_that_lead_nowhere(tmp_path, capsys, reason):
     with h5py.File(tmp_path / "t.hdf5", "w") as file:
         file.create_dataset("jpg", (1,), h5py.vlen_dtype(np.uint8))[0] = np.frombuffer(picture(0), np.uint8)
         file["unused"] = h5py.SoftLink("/unused")
-    assert make("from-hdf5", tmp_path / "t.hdf5", tmp_path / "alone") == 0
+    assert make(tmp_path / "t.hdf5", tmp_path / "alone") == 0
     with h5py.File(tmp_path / "t.hdf5", "a") as file:
         LINKS[reason](file)
     said(capsys)
-    assert make("from-hdf5", tmp_path / "t.hdf5", tmp_path / "out") == 2
+    assert make(tmp_path / "t.hdf5", tmp_path / "out") == 2
     assert f"t.hdf5: {reason.strip()}" in said(capsys)
 
 
 def test_what_is_no_caption_in_hdf5_and_datasets_is_left_out_by_name(tmp_path, capsys):
     with h5py.File(tmp_path / "t.hdf5", "w") as file:
         file["text"] = np.array([b"good", b"caf\xe9", b" "])
-    assert make("from-hdf5", tmp_path / "t.hdf5", tmp_path / "out") == 0
+    assert make(tmp_path / "t.hdf5", tmp_path / "out") == 0
     assert "text 1: the caption is not UTF-8" in said(capsys)
     texts = datasets.Dataset(pyarrow.table({"caption": [["a", None, " "], None, ["b", "c"]]}))
     texts.save_to_disk(tmp_path / "saved")
-    assert make("from-hf", tmp_path / "saved", tmp_path / "hf", "--keep-order") == 0
+    assert make(tmp_path / "saved", tmp_path / "hf", "--keep-order") == 0
     assert [sample["txt"] for sample in contents(tmp_path / "hf")] == [b"a", b"b", b"c"]
     assert "train row 1: neither image nor caption" in said(capsys)
     datasets.Dataset.from_dict({"caption": [{"raw": "a"}]}).save_to_disk(tmp_path / "dict")
     capsys.readouterr()  # of the library's bar
-    assert make("from-hf", tmp_path / "dict", tmp_path / "out2", "--caption-column", "caption") == 2
+    assert make(tmp_path / "dict", tmp_path / "out2", "--caption-column", "caption") == 2
     assert "--caption-column caption: is" in said(capsys)
 
 
@@ -271,10 +271,10 @@ def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
     dog/0.jpg: 90,000 bytes
 """
     options = ("--samples-per-shard", "2", "--keep-order")
-    assert make("from-folder", pictures, tmp_path / "out", *options, workers=3) == 0
+    assert make(pictures, tmp_path / "out", *options, workers=3) == 0
     assert expected in said(capsys)
     (tmp_path / "out" / "train-00000.tar").unlink()
-    assert make("from-folder", pictures, tmp_path / "out", *options) == 0
+    assert make(pictures, tmp_path / "out", *options) == 0
     text = said(capsys)
     assert "2 samples with an empty caption" in text and "1 left out by the call before" in text
 
@@ -283,12 +283,12 @@ def test_files_that_are_no_input_are_named(folder, tmp_path, capsys):
     for name in ("a.heic", "b.svg", "c.txt", "classes.json", ".hidden"):
         (folder / name).write_text("")
     (folder / "t.csv").write_text("image,caption\ngood.jpg,a\n")
-    assert make("from-folder", folder, tmp_path / "out") == 0
+    assert make(folder, tmp_path / "out") == 0
     assert (
         "5 files ignored, as neither an image nor the caption of one, such as\n    a.heic\n    b.svg\n    c.txt\n"
         in said(capsys)
     )
-    assert make("from-folder", folder, tmp_path / "table", "--captions", folder / "t.csv") == 0
+    assert make(folder, tmp_path / "table", "--captions", folder / "t.csv") == 0
     assert "5 files ignored" in said(capsys)  # good.txt, but not the table
 
 
@@ -307,11 +307,11 @@ def test_the_tally_shows_the_first_three_of_each_kind():
 
 def test_the_tokenizer_tool_says_what_it_left_out(tmp_path, capsys):
     shard = write_tar(tmp_path / "a.tar", [("0.txt", b"a dog"), ("1.txt", b" "), ("2.txt", b"caf\xe9")])
-    assert data(["train-tokenizer", shard, "--vocab-size", "20", "--out", str(tmp_path / "tokenizer.json")]) == 0
+    assert data(["tokenizer", shard, "--vocab-size", "20", "--out", str(tmp_path / "tokenizer.json")]) == 0
     told = said(capsys)
     assert "of 1 captions" in told
     assert f"1 unusable sample skipped, such as\n    {shard}/2: the caption is not UTF-8" in told
     assert f"1 sample with an empty caption, such as\n    {shard}/1" in told
     blank = write_tar(tmp_path / "b.tar", [("0.txt", b" ")])
-    assert exit_cleanly(lambda: data(["train-tokenizer", blank, "--vocab-size", "20", "--out", f"{blank}.json"])) == 2
+    assert exit_cleanly(lambda: data(["tokenizer", blank, "--vocab-size", "20", "--out", f"{blank}.json"])) == 2
     assert "no caption in them has a word" in said(capsys) and not os.path.exists(f"{blank}.json")

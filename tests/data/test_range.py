@@ -10,8 +10,8 @@ from PIL import Image
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint import resuming
+from m3ae_fast.cli import draw
 from m3ae_fast.cli import embed as features
-from m3ae_fast.cli import fill
 from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.cli.export import main as export
 from m3ae_fast.cli.shards import main as data_tools
@@ -85,7 +85,7 @@ def test_another_range_is_another_run(tmp_path):
 
 def test_exports_and_encode_use_it(tmp_path, levels):
     run = tiny_run(tmp_path / "run", image_range=[LOW, HIGH])
-    assert export([str(run), str(tmp_path / "out")]) == 0
+    assert export([str(run), "--out", str(tmp_path / "out")]) == 0
     model = M3AE.from_pretrained(tmp_path / "out")
     assert model.config.image_range == (LOW, HIGH)
     deep = [Image.open(io.BytesIO(png(level.astype(int) + LOW, 16, 0))) for level in levels]
@@ -118,11 +118,11 @@ def test_fill_takes_a_range(tmp_path, levels, capsys):
     run, photo = str(tiny_run(tmp_path / "run")), tmp_path / "deep.png"
     photo.write_bytes(png(levels[0].astype(int) + LOW, 16, 0))
     with pytest.raises(UserError, match=r"deep\.png: has unsigned 16-bit values: set data\.range"):
-        fill.main([run, str(photo), "a [MASK]"])
-    assert fill.main([run, str(photo), "a [MASK]", "--range", f"{LOW},{HIGH}"]) == 0
+        draw.main(["fill", run, str(photo), "a [MASK]"])
+    assert draw.main(["fill", run, str(photo), "a [MASK]", "--range", f"{LOW},{HIGH}"]) == 0
     for wrong in ("9,3", "1", "a,b", "nan,3", "0,inf"):
         with pytest.raises(SystemExit):
-            fill.main([run, str(photo), "a [MASK]", "--range", wrong])
+            draw.main(["fill", run, str(photo), "a [MASK]", "--range", wrong])
         assert "neither two values LOW,HIGH" in capsys.readouterr().err
 
 
@@ -130,7 +130,7 @@ def test_shards_are_made_with_a_range(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     values = np.linspace(LOW, HIGH, 32 * 32).reshape(32, 32).astype(np.uint16)
     (tmp_path / "in" / "a.tif").write_bytes(pillow(values, "TIFF"))
-    command = ["from-folder", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]
+    command = ["make", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "1"]
     with pytest.raises(UserError, match=r"no sample can be used, such as .*set data\.range"):
         data_tools(command)
     assert data_tools([*command, "--range", f"{LOW},{HIGH}"]) == 0

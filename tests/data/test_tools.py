@@ -50,8 +50,9 @@ def pictures(tmp_path):
     return tmp_path / "in"
 
 
-def make(command, *arguments, workers=1):
-    return exit_cleanly(partial(main, [command, *map(str, arguments), "--workers", str(workers)]))
+def make(source, out, *options, workers=1):
+    words = ["make", source, "--out", out, *options, "--workers", workers]
+    return exit_cleanly(partial(main, [*map(str, words)]))
 
 
 def contents(out, pattern="*.tar"):
@@ -68,7 +69,7 @@ def contents(out, pattern="*.tar"):
 def test_a_folder_with_classes_and_captions(tmp_path, pictures, capsys):
     (pictures / "dog" / "4.jpg").write_bytes(picture(1)[:-200])
     out = tmp_path / "a new/folder"
-    assert make("from-folder", pictures, out, "--short-side", "30", "--samples-per-shard", "4") == 0
+    assert make(pictures, out, "--short-side", "30", "--samples-per-shard", "4") == 0
     said = capsys.readouterr().out
     for text in (
         "9 samples in 3 shards",
@@ -94,8 +95,8 @@ def test_a_folder_with_classes_and_captions(tmp_path, pictures, capsys):
 
 def test_the_same_input_gives_the_same_bytes(tmp_path, pictures):
     options = ("--samples-per-shard", "3", "--held-out", "0.2")
-    assert make("from-folder", pictures, tmp_path / "one", *options) == 0
-    assert make("from-folder", pictures, tmp_path / "two", *options, workers=3) == 0
+    assert make(pictures, tmp_path / "one", *options) == 0
+    assert make(pictures, tmp_path / "two", *options, workers=3) == 0
     names = [path.name for path in sorted((tmp_path / "one").glob("*.tar"))]
     assert names == [f"train-{i:05d}.tar" for i in range(3)] + ["val-00000.tar"]
     for name in (*names, "classes.json", "conversion.json"):
@@ -130,14 +131,14 @@ def test_progress_within_a_shard_is_shown_with_several_workers(tmp_path, picture
     monkeypatch.setattr(writer, "as_member", held_up)
     monkeypatch.setattr(writer, "progress", progress)
     monkeypatch.setattr(writer, "_TICK_S", 0.05)
-    assert make("from-folder", pictures, out, "--samples-per-shard", "5", workers=2) == 0
+    assert make(pictures, out, "--samples-per-shard", "5", workers=2) == 0
     assert sum(count for count, _ in seen) == 10
     assert sum(count for count, whole in seen if not whole) >= 2, "before the first shard was whole"
 
 
 def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert make("from-folder", pictures, whole, "--samples-per-shard", "3") == 0
+    assert make(pictures, whole, "--samples-per-shard", "3") == 0
     done, shrink = [], writer.as_member
 
     def stop(*arguments):
@@ -148,21 +149,21 @@ def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, caps
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "as_member", stop)
-        assert make("from-folder", pictures, out, "--samples-per-shard", "3") == 2
+        assert make(pictures, out, "--samples-per-shard", "3") == 2
     assert "No space left on device); complete shards are kept" in capsys.readouterr().err
     assert [path.name for path in sorted(out.iterdir())] == ["classes.json", "conversion.json", "train-00000.tar"]
     (out / ".train-00001.tar.partial").write_bytes(b"of a process that was killed")
-    assert make("from-folder", pictures, out, "--samples-per-shard", "3") == 0
+    assert make(pictures, out, "--samples-per-shard", "3") == 0
     assert not list(out.glob(".*"))
     for path in whole.glob("*.tar"):
         assert (out / path.name).read_bytes() == path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(writer, "as_member", lambda *arguments: pytest.fail("converted again"))
-        assert make("from-folder", pictures, out, "--samples-per-shard", "3") == 0
+        assert make(pictures, out, "--samples-per-shard", "3") == 0
     for change in (["--short-side", "20"], ["--flat"], []):
         if not change:  # what it says was cut short
             os.truncate(out / "conversion.json", 99)
-        assert make("from-folder", pictures, out, "--samples-per-shard", "3", *change) == 2
+        assert make(pictures, out, "--samples-per-shard", "3", *change) == 2
         assert "holds another conversion" in capsys.readouterr().err
 
 
@@ -180,11 +181,11 @@ def test_ctrl_c_while_workers_start_is_not_lost(tmp_path, pictures, monkeypatch)
     monkeypatch.setattr(writer, "ProcessPoolExecutor", Pool)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever other tests have left
     try:
-        assert make("from-folder", pictures, tmp_path / "out", "--samples-per-shard", "5", workers=2) == 130
+        assert make(pictures, tmp_path / "out", "--samples-per-shard", "5", workers=2) == 130
     finally:
         signal.signal(signal.SIGINT, before)
     assert not once
-    assert make("from-folder", pictures, tmp_path / "out", "--samples-per-shard", "5") == 0
+    assert make(pictures, tmp_path / "out", "--samples-per-shard", "5") == 0
 
 
 TABLES = {
@@ -203,7 +204,7 @@ def test_captions_from_a_table(tmp_path, pictures, kind):
         pyarrow.parquet.write_table(pyarrow.table(rows), table)
     else:
         table.write_text(TABLES[kind])
-    assert make("from-folder", pictures, tmp_path / "out", "--captions", table, "--flat", "--keep-order") == 0
+    assert make(pictures, tmp_path / "out", "--captions", table, "--flat", "--keep-order") == 0
     samples = contents(tmp_path / "out")
     found = [(json.loads(sample["json"])["path"], sample.get("txt")) for sample in samples]
     others = [(f"{name}/{i}.jpg", None) for name in ("cat", "dog") for i in range(5)][1:]
@@ -248,7 +249,7 @@ def test_small_jpegs_stay_as_they_are(tmp_path):
     (tmp_path / "in" / "b.png").write_bytes(grey)
     (tmp_path / "in" / "c.jpg").write_bytes(picture(3, mode="CMYK"))
     (tmp_path / "in" / ".hidden.jpg").write_bytes(b"nothing")
-    assert make("from-folder", tmp_path / "in", tmp_path / "out", "--keep-order") == 0
+    assert make(tmp_path / "in", tmp_path / "out", "--keep-order") == 0
     first, second, third = (sample["jpg"] for sample in contents(tmp_path / "out"))
     assert first == picture(1)
     assert Image.open(io.BytesIO(second)).format == "JPEG"
@@ -258,11 +259,11 @@ def test_small_jpegs_stay_as_they_are(tmp_path):
 
 def test_the_same_labels_for_held_out_classes(tmp_path, pictures, capsys):
     (tmp_path / "classes.json").write_text('["bird", "dog", "cat"]')
-    assert make("from-folder", pictures, tmp_path / "out", "--classes", tmp_path / "classes.json") == 0
+    assert make(pictures, tmp_path / "out", "--classes", tmp_path / "classes.json") == 0
     for sample in contents(tmp_path / "out"):
         assert sample["cls"] == {"cat": b"2", "dog": b"1"}[json.loads(sample["json"])["class_name"]]
     (tmp_path / "classes.json").write_text('["dog"]')
-    assert make("from-folder", pictures, tmp_path / "other", "--classes", tmp_path / "classes.json") == 2
+    assert make(pictures, tmp_path / "other", "--classes", tmp_path / "classes.json") == 2
     assert "'cat'" in capsys.readouterr().err
 
 
@@ -281,12 +282,12 @@ def _hdf5(path, **fields):
 def test_hdf5_of_pairs_and_of_text(tmp_path):
     captions = [caption(i).encode() for i in range(4)] + ["grün".encode(), b""]
     path = _hdf5(tmp_path / "pairs.hdf5", jpg=[picture(i) for i in range(6)], caption=captions)
-    assert make("from-hdf5", path, tmp_path / "out", "--keep-order") == 0
+    assert make(path, tmp_path / "out", "--keep-order") == 0
     samples = contents(tmp_path / "out")
     assert [sample.get("txt", b"") for sample in samples] == captions
     assert [sample["jpg"] for sample in samples] == [picture(i) for i in range(6)]
     path = _hdf5(tmp_path / "text.hdf5", text=["one", "two", "three"])
-    assert make("from-hdf5", path, tmp_path / "text", "--keep-order") == 0
+    assert make(path, tmp_path / "text", "--keep-order") == 0
     assert contents(tmp_path / "text") == [{"txt": b"one"}, {"txt": b"two"}, {"txt": b"three"}]
 
 
@@ -294,14 +295,14 @@ def test_hdf5_of_imagenet(tmp_path):
     parts = {"train_jpg": [picture(i) for i in range(5)], "train_labels": [3, 1, 4, 1, 5]}
     parts |= {"val_jpg": [picture(i) for i in range(5, 7)], "val_labels": [9, 2]}
     path = _hdf5(tmp_path / "imagenet.hdf5", **parts)
-    assert make("from-hdf5", path, tmp_path / "out", "--samples-per-shard", "2", workers=2) == 0
+    assert make(path, tmp_path / "out", "--samples-per-shard", "2", workers=2) == 0
     found = [{(sample["jpg"], int(sample["cls"])) for sample in contents(tmp_path / "out", p)} for p in ("t*r", "v*r")]
     assert found == [set(zip(parts[f"{name}_jpg"], parts[f"{name}_labels"])) for name in ("train", "val")]
 
 
 def test_a_label_with_a_fraction_is_left_out_by_name(tmp_path, capsys):
     path = _hdf5(tmp_path / "t.hdf5", train_jpg=[picture(i) for i in range(3)], train_labels=[0.5, 1.0, np.inf])
-    assert make("from-hdf5", path, tmp_path / "out") == 0
+    assert make(path, tmp_path / "out") == 0
     assert [sample["cls"] for sample in contents(tmp_path / "out")] == [b"1"]
     assert "train_jpg 0: the label np.float64(0.5) is not a whole number" in capsys.readouterr().out
 
@@ -309,7 +310,7 @@ def test_a_label_with_a_fraction_is_left_out_by_name(tmp_path, capsys):
 def test_rows_that_are_none_make_no_shards(tmp_path, capsys):
     with h5py.File(tmp_path / "none.hdf5", "w") as file:
         file.create_dataset("jpg", (0,), h5py.vlen_dtype(np.uint8))
-    assert make("from-hdf5", tmp_path / "none.hdf5", tmp_path / "out") == 2
+    assert make(tmp_path / "none.hdf5", tmp_path / "out") == 2
     assert "no sample can be used" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -334,7 +335,7 @@ def dataset():
 
 def test_a_dataset_on_disk(tmp_path, dataset):
     dataset.save_to_disk(tmp_path / "saved")
-    assert make("from-hf", tmp_path / "saved", tmp_path / "out", "--keep-order") == 0
+    assert make(tmp_path / "saved", tmp_path / "out", "--keep-order") == 0
     samples = contents(tmp_path / "out")
     expected = [
         (0, "one", 0),
@@ -357,7 +358,7 @@ def test_a_row_whose_image_is_empty_has_its_caption_alone(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     (tmp_path / "data").mkdir()
     pyarrow.parquet.write_table(pyarrow.table(rows, features.arrow_schema), tmp_path / "data" / "train.parquet")
-    assert make("from-hf", tmp_path / "data", tmp_path / "out") == 0
+    assert make(tmp_path / "data", tmp_path / "out") == 0
     (sample,) = contents(tmp_path / "out")
     assert sample["txt"] == b"a cat" and "jpg" not in sample
 
@@ -366,14 +367,14 @@ def test_splits_and_columns_of_a_dataset(tmp_path, dataset, capsys):
     plain = dataset.map(lambda row: {"title": "a " + str(row["id"])}, remove_columns="caption")
     datasets.DatasetDict(train=plain.select(range(3)), test=plain.select([3])).save_to_disk(tmp_path / "saved")
     names = ["--caption-column", "title", "--label-column", "id"]
-    assert make("from-hf", tmp_path / "saved", tmp_path / "out", *names) == 0
+    assert make(tmp_path / "saved", tmp_path / "out", *names) == 0
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["test-00000.tar", "train-00000.tar"]
     assert {(s["txt"], s["cls"]) for s in contents(tmp_path / "out")} == {
         (b"a %d" % i, b"%d" % i) for i in range(10, 14)
     }
-    assert make("from-hf", tmp_path / "saved", tmp_path / "one", "--split", "test", *names) == 0
+    assert make(tmp_path / "saved", tmp_path / "one", "--split", "test", *names) == 0
     assert [path.name for path in (tmp_path / "one").glob("*.tar")] == ["test-00000.tar"]
-    assert make("from-hf", tmp_path / "saved", tmp_path / "two", "--held-out", "0.5") == 2
+    assert make(tmp_path / "saved", tmp_path / "two", "--held-out", "0.5") == 2
     assert "has splits of its own (train, test)" in capsys.readouterr().err
 
 
@@ -382,11 +383,11 @@ def test_a_split_of_which_nothing_can_be_used_is_refused(tmp_path, capsys):
     (tmp_path / "in" / "good.jpg").write_bytes(picture(1))
     for number in range(9):
         (tmp_path / "in" / f"{number}.jpg").write_bytes(b"no image")
-    assert make("from-folder", tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2  # the only one that differs
+    assert make(tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2  # the only one that differs
     assert re.search(r"no sample of train can be used, such as \d.jpg: not an image", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
     (tmp_path / "in" / "good.jpg").unlink()
-    assert make("from-folder", tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2
+    assert make(tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2
     assert "--held-out 0.1: holds out all 9 samples (those of one image go together)" in capsys.readouterr().err
 
 
@@ -395,7 +396,7 @@ def test_columns_of_a_dataset_that_nothing_reads_are_named(tmp_path, dataset, ca
     odd = dataset.map(lambda row: {"text": {"en": "a"}, "targets": [0, 1]}, remove_columns="caption")
     odd.save_to_disk(tmp_path / "saved")
     capsys.readouterr()
-    assert make("from-hf", tmp_path / "saved", tmp_path / "out") == 0
+    assert make(tmp_path / "saved", tmp_path / "out") == 0
     out = capsys.readouterr().out
     assert "3 unused columns, such as\n    id: Value('int64')\n    targets: List(Value('int64'))\n" in out
     assert out.endswith("    text: {'en': Value('string')}\n")
@@ -410,7 +411,7 @@ def test_splits_that_differ_in_what_is_read_are_refused(tmp_path, dataset, capsy
     column = "label" if "labels" in change else "caption"
     datasets.DatasetDict(train=dataset, test=other).save_to_disk(tmp_path / "saved")
     capsys.readouterr()
-    assert make("from-hf", tmp_path / "saved", tmp_path / "out") == 2
+    assert make(tmp_path / "saved", tmp_path / "out") == 2
     assert f"the column {column} of test is not as in train; choose a --split" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -446,27 +447,27 @@ def _mistakes(folder):
     (folder / "full" / "mine.txt").write_text("mine")
     (folder / "broken").mkdir()
     (folder / "broken" / "a.jpg").write_bytes(b"no image")
-    table = ["from-folder", folder / "in", "OUT", "--captions"]
-    yield ["from-folder", folder / "empty", "OUT"], "no image in it"
-    yield ["from-folder", folder / "nowhere", "OUT"], "is not a folder"
-    yield ["from-folder", folder / "broken", "OUT"], "no sample can be used, such as"
+    table = [folder / "in", "OUT", "--captions"]
+    yield [folder / "empty", "OUT"], "no image in it"
+    yield [folder / "nowhere", "OUT"], "is not a folder"
+    yield [folder / "broken", "OUT"], "no sample can be used, such as"
     yield [*table, folder / "in/captions.csv"], "1 of 2 rows name images that are not in .*'cat/77.jpg' .row 2."
     yield [*table, folder / "in/columns.csv"], "has a, b; name one with --image-column"
     yield [*table, folder / "in/captions.csv", "--caption-column", "title"], "--caption-column title"
     yield [*table, folder / "in/broken.jsonl"], "row 2 cannot be read"
     yield [*table, folder / "in/none.csv"], "No such file"
     yield [*table, folder / "in/cat/0.txt"], "must be a .csv"
-    yield ["from-folder", folder / "in", folder / "full"], "is not empty"
-    yield ["from-folder", folder / "in", "OUT", "--quality", "0"], "must be from 1 to 100"
-    yield ["from-folder", folder / "in", "OUT", "--held-out", "1"], "--held-out 1"
-    yield ["from-hdf5", folder / "no.hdf5", "OUT"], "not an HDF5 file"
-    yield ["from-hdf5", folder / "none.hdf5", "OUT"], "No such file"
-    yield ["from-hdf5", folder / "other.hdf5", "OUT"], "has images, but needs jpg"
-    yield ["from-hdf5", folder / "uneven.hdf5", "OUT"], "different lengths .jpg 1, caption 2."
-    yield ["from-hf", folder / "empty", "OUT"], "cannot be loaded"
+    yield [folder / "in", folder / "full"], "is not empty"
+    yield [folder / "in", "OUT", "--quality", "0"], "must be from 1 to 100"
+    yield [folder / "in", "OUT", "--held-out", "1"], "--held-out 1"
+    yield [folder / "no.hdf5", "OUT"], "not an HDF5 file"
+    yield [folder / "none.hdf5", "OUT"], "No such file"
+    yield [folder / "other.hdf5", "OUT"], "has images, but needs jpg"
+    yield [folder / "uneven.hdf5", "OUT"], "different lengths .jpg 1, caption 2."
+    yield [folder / "empty", "OUT", "--kind", "huggingface"], "cannot be loaded"
     datasets.Dataset.from_dict({"number": [1]}).save_to_disk(folder / "saved")
-    yield ["from-hf", folder / "saved", "OUT", "--split", "none"], "--split none: .* has train"
-    yield ["from-hf", folder / "saved", "OUT"], "has number; name --image-column"
+    yield [folder / "saved", "OUT", "--split", "none"], "--split none: .* has train"
+    yield [folder / "saved", "OUT"], "has number; name --image-column"
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, pictures, capsys):
@@ -485,5 +486,5 @@ def test_two_conversions_do_not_meet(tmp_path, pictures, capsys):
     from m3ae_fast.shards.output_claim import claimed
 
     with claimed(tmp_path / "out", {"source": {}, "settings": {}}, None):
-        assert make("from-folder", pictures, tmp_path / "out") == 2
+        assert make(pictures, tmp_path / "out") == 2
     assert "another process is converting" in capsys.readouterr().err

@@ -138,7 +138,7 @@ def test_float32_is_multiplied_as_torch_is_set_to():
 
 def test_the_help_of_a_tool_names_the_device(cuda, capsys):
     with pytest.raises(SystemExit):
-        data(["tokenize-images", "--help"])
+        data(["image-tokens", "--help"])
     assert "--device" in capsys.readouterr().out
 
 

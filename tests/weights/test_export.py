@@ -28,7 +28,7 @@ def losses_of(run) -> dict:
 @pytest.mark.slow
 def test_export_needs_nothing_else(run, tmp_path, monkeypatch):
     """The tokenizer and the sizes lie beside the weights."""
-    assert main([str(run), str(tmp_path / "out")]) == 0
+    assert main([str(run), "--out", str(tmp_path / "out")]) == 0
     monkeypatch.chdir(tmp_path)
     model = M3AE.from_pretrained("out")
     ids = model.tokenizer.encode("a red apple")
@@ -76,7 +76,7 @@ def test_export_goes_without_a_tokenizer_that_is_gone(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     for path in (tmp_path / "run").rglob("state.json"):
         path.write_text(path.read_text().replace(str(CLIPART / "tokenizer.json"), "/nowhere/tokenizer.json"))
-    assert main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     assert "the tokenizer is left out: data.tokenizer /nowhere/tokenizer.json: no such file" in capsys.readouterr().out
     assert M3AE.from_pretrained(tmp_path / "out").tokenizer is None
 
@@ -87,7 +87,7 @@ def test_model_card_tells_the_run_and_no_secret(run, tmp_path):
         info = json.loads(path.read_text().replace(str(CLIPART), "https://me:secret@host/d"))
         info["config"]["train"]["probe"] = {"train": info["config"]["data"]["train"]}
         path.write_text(json.dumps(info).replace(".tar", ".tar?key=secret"))
-    assert main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out/README.md").read_text()
     assert card.startswith("---\nlibrary_name: m3ae-fast\nlicense: other\n") and "Licence: to be filled in" in card
     assert "6 steps, 96 samples seen" in card and "`https://host/d/train-0000.tar`" in card and "secret" not in card
@@ -106,7 +106,7 @@ def test_no_file_of_an_export_has_a_path_of_this_machine(run, tmp_path):
         info["config"]["model"]["init_from"] = str(CLIPART / "weights")
         path.write_text(json.dumps(info))
     for kind in ("m3ae", "timm"):
-        assert main([str(tmp_path / "run"), str(tmp_path / kind), "--format", kind]) == 0
+        assert main([str(tmp_path / "run"), "--out", str(tmp_path / kind), "--format", kind]) == 0
         for path in (tmp_path / kind).iterdir():
             assert not any(str(folder).encode() in path.read_bytes() for folder in (CLIPART, tmp_path)), path
     card = (tmp_path / "m3ae/README.md").read_text()
@@ -150,7 +150,7 @@ def hub(tmp_path, monkeypatch) -> Hub:
 
 
 def test_run_goes_to_the_hub_and_comes_back(run, tmp_path, hub, capsys):
-    assert main([str(run), "out", "--push", "me/tiny", "--private"]) == 0
+    assert main([str(run), "--out", "out", "--push", "me/tiny", "--private"]) == 0
     assert "pushed to https://hub/me/tiny" in capsys.readouterr().out and hub.private
     assert "# me/tiny" in (tmp_path / "hub/me/tiny/README.md").read_text()
     model = M3AE.from_pretrained("me/tiny")

@@ -37,7 +37,7 @@ def make(seed: int = 0) -> tuple[MAE, torch.Tensor, torch.Tensor]:
 
 def convert(tmp_path, saved, *options: str) -> M3AE:
     torch.save(saved, tmp_path / "mae.pth")
-    assert main([str(tmp_path / "mae.pth"), str(tmp_path / "out"), *HEADS, *options]) == 0
+    assert main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out"), *HEADS, *options]) == 0
     return M3AE.from_pretrained(tmp_path / "out")
 
 
@@ -255,9 +255,9 @@ def test_weights_lie_where_programs_put_them(tmp_path, kind):
 def test_heads_that_the_file_does_not_tell_are_asked_for(tmp_path):
     torch.save({"model": make()[0].state_dict()}, tmp_path / "mae.pth")
     with pytest.raises(UserError, match="heads are 24 wide; give --num-heads"):
-        main([str(tmp_path / "mae.pth"), str(tmp_path / "out")])
+        main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match="emb_dim 24 is not divisible by num_heads 5"):
-        main([str(tmp_path / "mae.pth"), str(tmp_path / "out"), "--num-heads", "5", "--dec-num-heads", "2"])
+        main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out"), "--num-heads", "5", "--dec-num-heads", "2"])
 
 
 @pytest.mark.parametrize("old_format", [False, True])
@@ -266,10 +266,10 @@ def test_hostile_and_damaged_files_run_nothing(tmp_path, monkeypatch, old_format
     options = {"_use_new_zipfile_serialization": not old_format}
     torch.save({"model": Call(exec, "open('PWNED', 'w').close()")}, "mae.pth", **options)
     with pytest.raises(UserError, match=r"which is not loaded|cannot be read as weights"):
-        main(["mae.pth", "out"])
+        main(["mae.pth", "--out", "out"])
     torch.save({"model": make()[0].state_dict()}, "mae.pth", **options)
     data = (tmp_path / "mae.pth").read_bytes()
     (tmp_path / "mae.pth").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError) as caught:
-        main(["mae.pth", "out"])
+        main(["mae.pth", "--out", "out"])
     assert "\n" not in str(caught.value) and os.listdir(tmp_path) == ["mae.pth"]

@@ -55,7 +55,7 @@ def error_of(error: float, expected: np.ndarray) -> float:
 def test_features_and_losses_are_the_official_ones(tmp_path, capsys, config):
     arrays = golden(tmp_path, **config)
     write_checkpoint(tmp_path / "a.pkl", params_of(arrays), flags(), protocol=4)
-    assert main([str(tmp_path / "a.pkl"), str(tmp_path / "out")]) == 0
+    assert main([str(tmp_path / "a.pkl"), "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.startswith("official M3AE checkpoint, 2 steps: encoder and decoder")
     model = M3AE.from_pretrained(tmp_path / "out")
     images = torch.from_numpy(arrays["in/image_u8"]).permute(0, 3, 1, 2).contiguous()
@@ -148,8 +148,8 @@ def test_tokenizer_comes_along(tmp_path, capsys):
     tokenizer.save(str(tmp_path / "words.json"))
     with np.load(make_golden(tmp_path / "golden.npz", vocab=tokenizer.get_vocab_size())) as file:
         write_checkpoint(tmp_path / "a.pkl", params_of({key: file[key] for key in file.files}), flags())
-    command = [str(tmp_path / "a.pkl"), str(tmp_path / "out"), "--tokenizer", str(tmp_path / "words.json")]
-    assert main(command[:2]) == 0 and "no tokenizer in it: add --tokenizer" in capsys.readouterr().out
+    command = [str(tmp_path / "a.pkl"), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "words.json")]
+    assert main(command[:3]) == 0 and "no tokenizer in it: add --tokenizer" in capsys.readouterr().out
     assert main(command) == 0 and "no tokenizer in it" not in capsys.readouterr().out
     words = M3AE.from_pretrained(tmp_path / "out").tokenizer
     assert words is not None and words.max_length == 7
@@ -162,7 +162,7 @@ def test_tokenizer_of_another_size_is_refused(tmp_path):
     write_checkpoint(tmp_path / "a.pkl", params_of(golden(tmp_path)), flags())
     train_tokenizer([caption(i) for i in range(40)], 60).save(str(tmp_path / "words.json"))
     with pytest.raises(UserError, match=r"tokens but model\.vocab_size is 29"):
-        main([str(tmp_path / "a.pkl"), str(tmp_path / "out"), "--tokenizer", str(tmp_path / "words.json")])
+        main([str(tmp_path / "a.pkl"), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "words.json")])
     assert not (tmp_path / "out").exists()
 
 
@@ -281,7 +281,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, make):
     make(tmp_path)
     before = set(os.listdir(tmp_path))
     with pytest.raises(UserError) as caught:
-        main(["a.pkl", "out"])
+        main(["a.pkl", "--out", "out"])
     assert MISTAKES[make] in str(caught.value) and "\n" not in str(caught.value)
     assert "a.pkl" in str(caught.value) and set(os.listdir(tmp_path)) == before
 
@@ -292,13 +292,13 @@ def test_folder_with_something_else_is_left_alone(tmp_path, content):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / content).write_text("mine")
     with pytest.raises(UserError, match="already holds"):
-        main([str(tmp_path / "a.pkl"), str(tmp_path / "out")])
+        main([str(tmp_path / "a.pkl"), "--out", str(tmp_path / "out")])
     assert os.listdir(tmp_path / "out") == [content] and (tmp_path / "out" / content).read_text() == "mine"
 
 
 def test_earlier_output_is_replaced_or_stays_whole(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "a.pkl", params_of(golden(tmp_path)), flags())
-    command = [str(tmp_path / "a.pkl"), str(tmp_path / "out")]
+    command = [str(tmp_path / "a.pkl"), "--out", str(tmp_path / "out")]
     main(command)
     main(command)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

@@ -37,7 +37,7 @@ def _features(path, pixels):
 def test_its_features_are_those_of_encode(tmp_path, settings, capsys):
     model, _, _ = make(**settings)
     model.save_pretrained(tmp_path / "model")
-    assert export([str(tmp_path / "model"), str(tmp_path / "encoder.onnx"), "--format", "onnx"]) == 0
+    assert export([str(tmp_path / "model"), "--out", str(tmp_path / "encoder.onnx"), "--format", "onnx"]) == 0
     said = capsys.readouterr().out
     pixels = np.random.default_rng(1).integers(0, 256, (5, model.config.channels, 24, 24), dtype=np.uint8)
     for count in (1, 5):

@@ -47,7 +47,7 @@ def test_converted_mae_trains_on_with_its_positions(trainer):
     mae = MAE().state_dict()
     encoder = {name: tensor for name, tensor in mae.items() if not name.startswith(("decoder", "mask"))}
     torch.save({"model": encoder}, trainer.folder / "mae.pth")
-    assert convert([str(trainer.folder / "mae.pth"), str(trainer.folder / "mae"), "--num-heads", "3"]) == 0
+    assert convert([str(trainer.folder / "mae.pth"), "--out", str(trainer.folder / "mae"), "--num-heads", "3"]) == 0
     config = json.loads((trainer.folder / "mae/config.json").read_text())
     config |= {"init_from": str(trainer.folder / "mae"), "dec_emb_dim": 16, "dec_depth": 1, "dec_num_heads": 2}
     tiny = json.loads(trainer.config.read_text()) | {"model": config, "loss": {"per": "batch", "norm_pix": True}}

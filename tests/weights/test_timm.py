@@ -68,7 +68,7 @@ def test_timm_computes_the_same_features_and_they_come_back(tmp_path, settings):
     assert vit.pretrained_cfg["mean"] == list(model.config.image_mean)
     assert json.loads((tmp_path / "timm/config.json").read_text())["num_features"] == vit.num_features
 
-    assert main([str(tmp_path / "timm"), str(tmp_path / "back")]) == 0
+    assert main([str(tmp_path / "timm"), "--out", str(tmp_path / "back")]) == 0
     with pytest.warns(UserWarning, match="only an encoder"):
         back = M3AE.from_pretrained(tmp_path / "back")
     for name in ("image_std", "gelu", "mean_pool"):
@@ -105,12 +105,14 @@ def test_a_model_of_timms_own_comes_in(tmp_path):
     for p in vit.parameters():
         p.add_(0.1 * torch.randn_like(p))
     timm.models.save_for_hf(vit, str(tmp_path / "timm"), safe_serialization=True)
-    assert main([str(tmp_path / "timm"), str(tmp_path / "out")]) == 0
+    assert main([str(tmp_path / "timm"), "--out", str(tmp_path / "out")]) == 0
     with pytest.warns(UserWarning, match="only an encoder"):
         model = M3AE.from_pretrained(tmp_path / "out")
     images = torch.randn(2, 3, 24, 24)
     torch.testing.assert_close(model.representation(images), vit.forward_features(images), rtol=0, atol=2e-5)
-    assert main([str(tmp_path / "timm"), str(tmp_path / "other"), "--num-heads", "4"]) == 0  # goes before the file's
+    assert (
+        main([str(tmp_path / "timm"), "--out", str(tmp_path / "other"), "--num-heads", "4"]) == 0
+    )  # goes before the file's
     assert json.loads((tmp_path / "other/config.json").read_text())["num_heads"] == 4
 
 
@@ -136,7 +138,7 @@ def test_what_an_m3ae_cannot_be_is_refused(tmp_path, settings, message):
     vit = timm.create_model("vit_tiny_patch16_224", **options, **settings)
     timm.models.save_for_hf(vit, str(tmp_path / "timm"), safe_serialization=True)
     with pytest.raises(UserError) as caught:
-        main([str(tmp_path / "timm"), str(tmp_path / "out")])
+        main([str(tmp_path / "timm"), "--out", str(tmp_path / "out")])
     assert message in str(caught.value) and not (tmp_path / "out").exists()
 
 
@@ -162,6 +164,6 @@ def test_timm_folder_is_not_taken_for_an_export(tmp_path):
 
 
 def test_run_is_exported_for_timm(run, tmp_path):
-    assert export([str(run), str(tmp_path / "timm"), "--format", "timm"]) == 0
+    assert export([str(run), "--out", str(tmp_path / "timm"), "--format", "timm"]) == 0
     vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
     assert vit.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 17, 32)

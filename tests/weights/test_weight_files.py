@@ -56,12 +56,12 @@ def vqgan(folder):
 def timm_folder(folder):
     model = M3AE(ModelConfig.model_validate(SIZES))
     write_timm(folder, model.config, model.state_dict())
-    return lambda: main([str(folder), str(folder.with_name("out")), "--num-heads", "2"])
+    return lambda: main([str(folder), "--out", str(folder.with_name("out")), "--num-heads", "2"])
 
 
 def timm_file(folder):
     timm_folder(folder)
-    return lambda: main([str(folder / "model.safetensors"), str(folder.with_name("out")), "--num-heads", "2"])
+    return lambda: main([str(folder / "model.safetensors"), "--out", str(folder.with_name("out")), "--num-heads", "2"])
 
 
 MAKERS = pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_integers_in_a_file_of_torch_are_no_weights(tmp_path):
     weights = MAE().state_dict()
     torch.save({"model": weights | {"norm.weight": torch.ones(24, dtype=torch.int32)}}, tmp_path / "mae.pth")
     with pytest.raises(UserError, match=r"norm\.weight is int32, but weights are"):
-        main([str(tmp_path / "mae.pth"), str(tmp_path / "out"), "--num-heads", "3", "--dec-num-heads", "2"])
+        main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out"), "--num-heads", "3", "--dec-num-heads", "2"])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "classifier.safetensors"])

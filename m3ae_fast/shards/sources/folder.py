@@ -70,7 +70,7 @@ class Folder(Records):
         if not folder.is_dir():
             raise UserError(f"{folder}: is not a folder")
         self.folder = str(folder)
-        files = sorted(_find(self.folder, flat))
+        files = sorted(find_files(self.folder, flat))
         paths = [path for path in files if path.lower().endswith(SUFFIXES)]
         if not paths:
             raise UserError(f"{folder}: no image in it ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
@@ -215,7 +215,7 @@ def _require_reader(folder: str, paths: Sequence[str]) -> None:
         pass  # it is reported with the others
 
 
-def _find(folder: str, flat: bool) -> Iterator[str]:
+def find_files(folder: str, flat: bool = False) -> Iterator[str]:
     """Yield paths of files below `folder`, hidden ones left out. Links to folders are followed, but none twice within a
     class or split: two classes may be links to one folder, and a link may lead back. Raises UserError as `_refuse`."""
     seen = set()

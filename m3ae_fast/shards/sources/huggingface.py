@@ -17,7 +17,7 @@ from m3ae_fast.base.libraries import library
 from m3ae_fast.base.progress import track
 from m3ae_fast.images.bands import write_npy
 from m3ae_fast.shards.duplicate_images import middle, number_same
-from m3ae_fast.shards.problem_counts import UNREAD, Tally
+from m3ae_fast.shards.problem_counts import UNREAD
 from m3ae_fast.shards.sources.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
 from m3ae_fast.shards.sources.records import Record, Records, caption_of_row, count_samples, read_file, to_int
 
@@ -45,9 +45,6 @@ class HuggingFace(Records):
         for key, rows in data.items():
             if odd := next((c for c in read if c and rows.features.get(c) != first.features[c]), None):
                 raise UserError(f"{name}: the column {odd} of {key} is not as in {next(iter(data))}; choose a --split")
-        self.ignored = Tally()
-        for column in sorted(first.features.keys() - {*read}):
-            self.ignored.add(UNREAD, f"{column}: {first.features[column]}")
         self.classes = getattr(first.features[self.label], "names", None) if self.label else None
         images = first.features[self.image] if self.image else None
         # of values, where images are arrays [H, W] or [H, W, C]
@@ -59,6 +56,8 @@ class HuggingFace(Records):
             if self.image and not self._dtype:
                 self._data[key] = rows.cast_column(self.image, datasets.Image(decode=False))
         super().__init__({key: _samples(rows, self.caption) for key, rows in self._data.items()})
+        for column in sorted(first.features.keys() - {*read}):
+            self.ignored.add(UNREAD, f"{column}: {first.features[column]}")
         self.identity = {
             "kind": "huggingface",
             "name": name,

@@ -14,6 +14,7 @@ import numpy as np
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.index import MAX_IMAGE_BYTES
+from m3ae_fast.shards.problem_counts import Tally
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,11 @@ class Records(ABC):
 
     classes: Sequence[str] | None = None  # names of the labels
     identity: dict[str, Any]  # JSON; differs where the input does
+    notes: Sequence[str] = ()  # what the user should know about splits and classes
 
     def __init__(self, counts: dict[str, np.ndarray]) -> None:
         """Take the number of samples of each row, by split."""
+        self.ignored = Tally()  # files or columns that are not read
         self._starts = {split: np.concatenate(([0], np.cumsum(each))) for split, each in counts.items()}
         self.splits = {split: int(starts[-1]) for split, starts in self._starts.items()}  # samples of each
 

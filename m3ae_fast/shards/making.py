@@ -1,0 +1,143 @@
+"""Makes shards of a folder of images, an HDF5 file or a Hugging Face dataset."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.untrusted_file import read_json
+from m3ae_fast.config import Range
+from m3ae_fast.shards.settings import SOURCE_KINDS, Settings, SourceKind
+from m3ae_fast.shards.sources.folder import Folder
+from m3ae_fast.shards.sources.hdf5 import Hdf5
+from m3ae_fast.shards.sources.huggingface import HuggingFace
+from m3ae_fast.shards.sources.recognition import kind_of_source
+from m3ae_fast.shards.sources.records import Records
+from m3ae_fast.shards.writer import Converted, convert
+
+_OPTIONS_OF: dict[str, tuple[SourceKind, ...]] = {
+    **dict.fromkeys(("captions", "classes", "flat"), ("folder",)),
+    **dict.fromkeys(("image_column", "caption_column"), ("folder", "huggingface")),
+    **dict.fromkeys(("subset", "split", "label_column"), ("huggingface",)),
+}  # the kinds of source that use an option
+
+
+def make(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    kind: SourceKind | None = None,
+    captions: str | os.PathLike[str] | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    label_column: str | None = None,
+    classes: str | os.PathLike[str] | Sequence[str] | None = None,
+    flat: bool = False,
+    subset: str | None = None,
+    split: str | None = None,
+    held_out: float = 0.0,
+    keep_order: bool = False,
+    short_side: int = Settings.short_side,
+    quality: int = Settings.quality,
+    image_range: Range | None = None,
+    samples_per_shard: int = Settings.samples_per_shard,
+    workers: int | None = None,
+) -> Converted:
+    """Make shards of a source and return what was written. Equal input gives equal bytes; an interrupted call
+    continues.
+
+    Args:
+        source, kind, captions, image_column, caption_column, label_column, classes, flat, subset, split: as of
+            `open_source`.
+        out: the folder for the shards: new, or that of a call with the same arguments.
+        held_out: the fraction of the samples that go to val-*.tar.
+        keep_order: do not shuffle the samples.
+        short_side: pixels to which the shorter side of larger images is scaled.
+        quality: of JPEGs, from 1 to 100.
+        image_range: what is black and white in images of more than 8 bits; "dtype": the limits of their type.
+        samples_per_shard: the largest number of samples in a shard.
+        workers: processes; None: one for each core.
+
+    Raises:
+        UserError: the source or an argument cannot be used, `out` holds something else, or it cannot be written.
+    """
+    settings = Settings(samples_per_shard, short_side, quality, held_out, image_range, keep_order)
+    records = open_source(
+        source,
+        kind=kind,
+        captions=captions,
+        image_column=image_column,
+        caption_column=caption_column,
+        label_column=label_column,
+        classes=classes,
+        flat=flat,
+        subset=subset,
+        split=split,
+    )
+    return convert(records, Path(out), settings, workers or len(os.sched_getaffinity(0)))
+
+
+def open_source(
+    source: str | os.PathLike[str],
+    *,
+    kind: SourceKind | None = None,
+    captions: str | os.PathLike[str] | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    label_column: str | None = None,
+    classes: str | os.PathLike[str] | Sequence[str] | None = None,
+    flat: bool = False,
+    subset: str | None = None,
+    split: str | None = None,
+) -> Records:
+    """Return the samples of a source.
+
+    Args:
+        source: a folder of images, an HDF5 file in the layout of the official code, or a Hugging Face dataset: a folder
+            that `save_to_disk` wrote, a folder of data files, or a name on the hub.
+        kind: which of them it is; None: recognised.
+        captions: of a folder of images, a table with a row for each sample; None: .txt files beside the images.
+        image_column, caption_column: of the table or the dataset; None: detected.
+        label_column: of the dataset; None: detected.
+        classes: of a folder of images, the classes in the order of their labels, or the classes.json of other shards.
+        flat: of a folder of images, sub-folders are neither splits nor classes.
+        subset: of a dataset, the configuration.
+        split: of a dataset, the split to take; None: all.
+
+    Raises:
+        UserError: the source cannot be read, or is not of the kind that an argument is for.
+    """
+    name = os.fspath(source)
+    kind = kind or kind_of_source(name)
+    options: dict[str, object] = {"captions": captions, "classes": classes, "flat": flat}
+    options |= {
+        "subset": subset,
+        "split": split,
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "label_column": label_column,
+    }
+    for option, value in options.items():
+        if value not in (None, False) and kind not in _OPTIONS_OF[option]:
+            wanted = " or ".join(SOURCE_KINDS[each] for each in _OPTIONS_OF[option])
+            option = option.replace("_", "-")
+            raise UserError(f"--{option} is for {wanted}; {name} is {SOURCE_KINDS[kind]} (if it is not, give --kind)")
+    if kind == "hdf5":
+        return Hdf5(Path(name))
+    if kind == "huggingface":
+        return HuggingFace(name, subset, split, (image_column, caption_column, label_column))
+    table = None if captions is None else Path(captions)
+    names = _read_classes(classes) if isinstance(classes, str | os.PathLike) else classes
+    return Folder(Path(name), table, (image_column, caption_column), names, flat)
+
+
+def _read_classes(path: str | os.PathLike[str]) -> list[str]:
+    try:
+        names = read_json(Path(path))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("not a list of names")
+        return names
+    except (OSError, ValueError) as error:
+        raise UserError(f"--classes {path}: cannot be read ({error})") from None
