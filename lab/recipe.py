@@ -33,7 +33,7 @@ from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, settled
-from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.learning_rates import choose, try_rates
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS
 from m3ae_fast.evaluation.probe_engine import Setting
@@ -172,7 +172,7 @@ class Laboratory:
         """Take the folder, and the `steps` of each MAE."""
         self.out, self.steps = out, steps
         self.labels = json.loads((out / "shards" / shards.LABELS).read_text(encoding="utf-8"))
-        self._encoded: dict[str, tuple[Features, Features]] = {}
+        self._encoded: dict[str, tuple[FeatureBank, FeatureBank]] = {}
 
     def shard(self, data: str, part: str) -> Path:
         return self.out / "shards" / f"{data}-{part}.tar"
@@ -238,11 +238,11 @@ class Laboratory:
                 setting = setting._replace(config=self._config({"linear": settings}))
             head = fit_linear(bank, setting).eval()
             with torch.no_grad():
-                right_N = head(held_out.features_ND).argmax(1) == held_out.labels_N
+                right_N = head(held_out.features_RD).argmax(1) == held_out.labels_N
         correct = dict(zip(held_out.keys, right_N.int().tolist()))
         return {"train_samples": len(bank.keys), "settings": settings, "correct": correct}
 
-    def _features(self, trial: Trial, model: str, session: Session) -> tuple[Features, Features]:
+    def _features(self, trial: Trial, model: str, session: Session) -> tuple[FeatureBank, FeatureBank]:
         """Return labelled features of the pictures to train on and of all others, which are kept."""
         saved = self.out / f"{trial.data}-{trial.encoder}.pt"
         if model not in self._encoded and saved.exists():

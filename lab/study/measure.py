@@ -19,7 +19,8 @@ from PIL import Image
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.data import ShardStore, open_corpus
-from m3ae_fast.evaluation.encoding import Features, encode_corpus
+from m3ae_fast.evaluation.encoding import Watch, encode_corpus
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.ood import Scores, auroc_and_fpr, auroc_interval
 from m3ae_fast.evaluation.probe_engine import Setting
 from m3ae_fast.evaluation.probe_grid import few_shot
@@ -36,7 +37,7 @@ LOSSES = {"val_image_loss": "image loss", "val_text_loss": "text loss", "val_tex
 SCORES = ("mahalanobis", "max_softmax")  # those of the paper
 
 # the shards, and whether patches are wanted, or the caption in place of the image -> features
-Encode = Callable[[Sequence[Path], bool, bool], Features]
+Encode = Callable[[Sequence[Path], bool, bool], FeatureBank]
 Labels = dict[str, dict[str, str]]  # see lab.study.shards
 
 
@@ -68,7 +69,7 @@ class Measuring:
         self.heads, self.session = heads, session
         self.found = Found({}, {})
 
-    def emoji(self, *, attentive: bool = False) -> tuple[Features, Features]:
+    def emoji(self, *, attentive: bool = False) -> tuple[FeatureBank, FeatureBank]:
         """Probe the categories and subcategories of emoji: of both vendors, of the other vendor's, and of few shots;
         `attentive`: by attentive pooling too. Returns features of training and test pictures."""
         parts = []
@@ -77,8 +78,8 @@ class Measuring:
             parts.append((by_vendor, _joined([*by_vendor.values()])))
         (styles, bank), (tested, held_out) = parts
         if attentive:
-            self.probe("attentive", "attentive", _tokens(bank), _tokens(held_out))
-        bank, held_out = (replace(each, patches_NLD=None) for each in (bank, held_out))
+            self.probe("attentive", "attentive", bank.tokens(), held_out.tokens())
+        bank, held_out = (each.pooled() for each in (bank, held_out))
         for probe in ("knn", "linear"):
             self.probe(probe, probe, bank, held_out)
         self.probe("subcategory", "linear", bank, held_out, field="subcategory")
@@ -86,7 +87,7 @@ class Measuring:
         for probe in ("knn", "linear"):
             names = {style: f"same_style_{probe}"} | {other: f"shift_{probe}" for other in others}
             for vendor, name in names.items():
-                self.probe(name, probe, *(replace(each, patches_NLD=None) for each in (styles[style], tested[vendor])))
+                self.probe(name, probe, *(each.pooled() for each in (styles[style], tested[vendor])))
         labelled, classes = self.labelled(bank, "category")
         for shots in SHOTS:
             for draw in range(DRAWS):
@@ -94,22 +95,22 @@ class Measuring:
                 self.probe(f"shots{shots}", "knn", few, held_out, parts=DRAWS)
         return bank, held_out
 
-    def clothes(self) -> Features:
+    def clothes(self) -> FeatureBank:
         """Probe the classes of clothes. Returns features of the test pictures."""
         bank, held_out = (self.encode(paths, False, False) for paths in self.split.clothes)
         for probe in ("knn", "linear"):
             self.probe(f"clothes_{probe}", probe, bank, held_out)
         return held_out
 
-    def out_of_distribution(self, bank: Features, held_out: Features, known: dict[str, Features]) -> None:
+    def out_of_distribution(self, bank: FeatureBank, held_out: FeatureBank, known: dict[str, FeatureBank]) -> None:
         """Tell pictures of other kinds from test emoji. `known`: features that there are already, by name."""
         labelled, _ = self.labelled(bank, "category")
         seed = self.config.run.seed
-        scores = Scores(labelled.features_ND.numpy(), labelled.labels.numpy(), self.config.knn.k, seed)
-        familiar = scores(held_out.features_ND.numpy())
+        scores = Scores(labelled, self.config.knn.k, seed)
+        familiar = scores(held_out)
         for name, shards in self.split.strange.items():
             features = known[name] if name in known else self.encode(shards, False, False)
-            strange = scores(features.features_ND[:STRANGE].numpy())
+            strange = scores(features.rows(range(min(STRANGE, len(features.keys)))))
             for score in SCORES:
                 area, _ = auroc_and_fpr(familiar[score], strange[score])
                 low, high = auroc_interval(familiar[score], strange[score], seed)
@@ -122,12 +123,19 @@ class Measuring:
         images, texts = (self.encode(shards, False, text) for text in (False, True))
         assert images.keys == texts.keys
         for name, queries, others in (("image_to_text", images, texts), ("text_to_image", texts, images)):
-            ranks_N = own_ranks(queries.features_ND, others.features_ND)
+            ranks_N = own_ranks(queries, others)
             self._keep(name, images.keys, (ranks_N <= RETRIEVED).tolist())
         self.found.numbers["retrieval_chance"] = RETRIEVED / len(images.keys)
 
     def probe(
-        self, name: str, probe: str, bank: Features, held_out: Features, *, field: str = "category", parts: int = 1
+        self,
+        name: str,
+        probe: str,
+        bank: FeatureBank,
+        held_out: FeatureBank,
+        *,
+        field: str = "category",
+        parts: int = 1,
     ) -> None:
         """Train a probe and keep what it makes of held-out samples; of several `parts` each counts as much."""
         bank, classes = self.labelled(bank, field)
@@ -137,7 +145,9 @@ class Measuring:
         predictions = PROBES[probe].predict(bank, held_out, setting)
         self._keep(name, predictions.keys, [value / parts for value in predictions.correct_N.tolist()])
 
-    def labelled(self, features: Features, field: str, classes: list[str] | None = None) -> tuple[Features, list[str]]:
+    def labelled(
+        self, features: FeatureBank, field: str, classes: list[str] | None = None
+    ) -> tuple[FeatureBank, list[str]]:
         """Return the samples with their labels, and the classes, those of the samples if None; without the samples of
         other ones."""
         names = [self.labels[key][field] for key in features.keys]
@@ -152,29 +162,22 @@ class Measuring:
             own[key] += value
 
 
-def _tokens(features: Features) -> Features:
-    """Return the patches as the attentive probe reads them."""
-    assert features.patches_NLD is not None
-    return replace(features, features_ND=features.patches_NLD, patches_NLD=None)
-
-
-def _joined(parts: Sequence[Features]) -> Features:
+def _joined(parts: Sequence[FeatureBank]) -> FeatureBank:
     keys = [key for part in parts for key in part.keys]
-    patches = [part.patches_NLD for part in parts if part.patches_NLD is not None]
+    patches = [part.patches_RLD for part in parts if part.patches_RLD is not None]
     patches_NLD = torch.cat(patches) if patches else None
-    return Features(keys, torch.cat([part.features_ND for part in parts]), None, patches_NLD, [])
+    return FeatureBank(keys, torch.cat([part.features_RD for part in parts]), None, patches_NLD, [])
 
 
 def encoder(model: M3AE, config: EvaluationConfig, session: Session) -> Encode:
     """Return the frozen encoder's features, of the image or of the caption alone."""
 
-    def encode(shards: Sequence[Path], patches: bool, text: bool) -> Features:
+    def encode(shards: Sequence[Path], patches: bool, text: bool) -> FeatureBank:
         source = SourceConfig(shards=[str(path) for path in shards], modality="text" if text else "image")
         corpus = open_corpus([source], ShardStore(None))
-        found = encode_corpus(
-            model, corpus, config.data, config.encode, session.ranks, pulse=session.pulse, patches=patches
-        )
-        return replace(found, keys=[key.rpartition("/")[2] for key in found.keys])
+        watch = Watch(pulse=session.pulse)
+        found = encode_corpus(model, corpus, config.data, config.encode, session.ranks, watch, patches=patches)
+        return replace(found.gathered(), keys=[key.rpartition("/")[2] for key in found.keys])
 
     return encode
 
@@ -182,7 +185,7 @@ def encoder(model: M3AE, config: EvaluationConfig, session: Session) -> Encode:
 def pixels(side: int, mean: Sequence[float], std: Sequence[float]) -> Encode:
     """Return the pixels themselves, of pictures of `side` x `side`, as the encoder is given them: [N, 3 side²]."""
 
-    def encode(shards: Sequence[Path], patches: bool, text: bool) -> Features:
+    def encode(shards: Sequence[Path], patches: bool, text: bool) -> FeatureBank:
         keys, rows = [], []
         for path in shards:
             with tarfile.open(path) as tar:
@@ -192,7 +195,7 @@ def pixels(side: int, mean: Sequence[float], std: Sequence[float]) -> Encode:
                         values = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
                         rows.append(((values - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)).ravel())
                         keys.append(member.name.removesuffix(".jpg"))
-        return Features(keys, torch.from_numpy(np.stack(rows)), None, None, [])
+        return FeatureBank(keys, torch.from_numpy(np.stack(rows)), None, None, [])
 
     return encode
 

@@ -179,8 +179,8 @@ def test_pixels_are_what_an_encoder_is_given(tmp_path):
     grey.save(out := io.BytesIO(), "PNG")
     write_tar(tmp_path / "a.tar", [("x.jpg", out.getvalue()), ("x.txt", b"a")])
     found = measure.pixels(8, [0.2, 0.2, 0.5], [1.0, 0.5, 0.25])([tmp_path / "a.tar"], False, False)
-    assert found.keys == ["x"] and found.features_ND.shape == (1, 192)
-    assert found.features_ND.reshape(64, 3).numpy() == pytest.approx(np.tile([0, 0.4, 2], (64, 1)), abs=1e-6)
+    assert found.keys == ["x"] and found.features_RD.shape == (1, 192)
+    assert found.features_RD.reshape(64, 3).numpy() == pytest.approx(np.tile([0, 0.4, 2], (64, 1)), abs=1e-6)
 
 
 def test_a_plan_compares_like_with_like():

@@ -16,7 +16,7 @@ from m3ae_fast.base.progress import track
 from m3ae_fast.config.evaluation import AttentiveProbeConfig
 from m3ae_fast.engine.schedule import warmup_cosine
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
-from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import AttentiveHead
 from m3ae_fast.evaluation.labelled_task import cautions
 from m3ae_fast.evaluation.learning_rates import Tried, best, judged, split
@@ -44,7 +44,7 @@ def settled(config: AttentiveProbeConfig, samples: int, encoder_heads: int) -> A
     return config.model_copy(update={"batch": batch, "steps": steps, "heads": config.heads or encoder_heads})
 
 
-def try_rates(bank: Features, config: AttentiveProbeConfig, setting: Setting) -> list[Tried]:
+def try_rates(bank: FeatureBank, config: AttentiveProbeConfig, setting: Setting) -> list[Tried]:
     """Train a head at each of RATES on nine tenths of the samples, and return what each comes to on the rest. Empty
     where there are fewer than ten samples. Arguments as of `train_heads`."""
     train, held_out = split(bank)
@@ -56,7 +56,7 @@ def try_rates(bank: Features, config: AttentiveProbeConfig, setting: Setting) ->
     ]
 
 
-def fit(bank: Features, config: AttentiveProbeConfig, setting: Setting) -> Trained:
+def fit(bank: FeatureBank, config: AttentiveProbeConfig, setting: Setting) -> Trained:
     """Return a head trained at the config's rate, or at the best of those tried. Arguments as of `train_heads`."""
     rate = config.peak_lr
     if rate is None:
@@ -66,7 +66,7 @@ def fit(bank: Features, config: AttentiveProbeConfig, setting: Setting) -> Train
 
 
 def train_heads(
-    bank: Features, config: AttentiveProbeConfig, rates: tuple[float, ...], setting: Setting
+    bank: FeatureBank, config: AttentiveProbeConfig, rates: tuple[float, ...], setting: Setting
 ) -> list[Trained]:
     """Train a head at each rate, all on the same batches, and return them in evaluation mode; each rank does the same.
     `bank`: tokens of the training samples, `features_ND` [N, L, D]; `config`: settled."""
@@ -75,7 +75,7 @@ def train_heads(
     with torch.random.fork_rng():
         for rate in rates:
             torch.manual_seed(setting.seed)
-            head = AttentiveHead(bank.features_ND.shape[-1], setting.classes, config.heads).to(ranks.device).train()
+            head = AttentiveHead(bank.features_RD.shape[-1], setting.classes, config.heads).to(ranks.device).train()
             heads.append(head)
             optimizers.append(torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=config.weight_decay))
     right: list[list[Tensor]] = [[] for _ in rates]
@@ -100,7 +100,7 @@ def train_heads(
     return [Trained(head.eval(), torch.stack(own).tolist()) for head, own in zip(heads, right)]
 
 
-def so_far(live: Live, bank: Features, held_out: Features, ranks: Ranks) -> tuple[Predictions, str] | None:
+def so_far(live: Live, bank: FeatureBank, held_out: FeatureBank, ranks: Ranks) -> tuple[Predictions, str] | None:
     """Return what the head in training makes of held-out samples before its end, and how far it is; of several rates
     the best on the tenth that `try_rates` holds out. None before the first step."""
     heads, where = live.copy()
@@ -122,7 +122,7 @@ def cautions_of(trained: Trained, config: AttentiveProbeConfig) -> list[str]:
 
 
 @torch.no_grad()
-def logits(head: nn.Module, samples: Features, ranks: Ranks) -> Tensor:
+def logits(head: nn.Module, samples: FeatureBank, ranks: Ranks) -> Tensor:
     """Return [N, K] of samples with their tokens as `features_ND`, on the CPU."""
-    parts = samples.features_ND.split(_AT_A_TIME)
+    parts = samples.features_RD.split(_AT_A_TIME)
     return torch.cat([head(part.to(ranks.device).float()).cpu() for part in parts])

@@ -25,7 +25,7 @@ from m3ae_fast.drawing.figures import draw_comparison
 from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
 from m3ae_fast.evaluation.difference import LARGEST, not_above_largest
-from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job, SoFar, summary
 from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
 from m3ae_fast.evaluation.probe_engine import Setting
@@ -270,7 +270,7 @@ def _measure(
 ) -> None:
     """Encode the samples, for each seed where the weights depend on it, and probe what comes out."""
     work, whole = planned
-    parts: list[tuple[Features, Features]] = []
+    parts: list[tuple[FeatureBank, FeatureBank]] = []
     for number, seed in enumerate(seeds):
         if number < work.passes(len(seeds)):
             opened = open_encoder(model, text=False, seed=seed)
@@ -292,7 +292,7 @@ def _measure(
 
 def _encoded(
     job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[Work, TimeLeft]
-) -> list[tuple[Features, Features]]:
+) -> list[tuple[FeatureBank, FeatureBank]]:
     """Return training and held-out samples for each probe, from one pass over the images."""
     work, left = planned
     tokens = any(PROBES[probe].tokens for probe in work.training)
@@ -303,8 +303,8 @@ def _encoded(
     whole = []
     for corpus, title in zip(corpora, ("train", "val")):
         part = work.cost * corpus.samples
-        whole.append(own.encode(corpus, f"{name}: {title}", patches=tokens, whole=left, part=part))
+        whole.append(own.encode(corpus, f"{name}: {title}", left, part, patches=tokens))
         left.after(part)
-    pooled = [replace(part, patches_NLD=None) for part in whole]
+    pooled = [part.pooled() for part in whole]
     parts = ([part.tokens() for part in whole] if PROBES[probe].tokens else pooled for probe in work.training)
     return [(bank, held_out) for bank, held_out in parts]

@@ -1,4 +1,4 @@
-"""Features of shards or of image files, as a table.
+"""FeatureBank of shards or of image files, as a table.
 
 Shapes: N samples, L patches, D encoder width.
 """
@@ -33,7 +33,8 @@ from m3ae_fast.data import Corpus, ShardStore, Share, open_corpus
 from m3ae_fast.data.labels import Label, read_labels
 from m3ae_fast.data.loader import MicroBatches, collate
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.evaluation.encoding import Features, encode_batches, encode_corpus
+from m3ae_fast.evaluation.encoding import Batches, encode_batches, encode_corpus
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.tasks import COLUMN_NAMES
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pooling import Pool
@@ -187,12 +188,12 @@ def _arrays(
     if ranks.device.type == "cpu":
         keep_freed_memory()
     if images:
-        found = _encode_files(model, *images, config, ranks, patches)
+        found = _encode_files(model, *images, config, ranks, patches).gathered()
         return {"keys": np.array(found.keys, dtype=str)} | _features(model, found)
     store = ShardStore(config.data.cache_dir, config.data.cache_gb)
     corpus = ranks.main_first(lambda: open_corpus(config.data.train, store, progress=ranks.is_main))
     known = read_labels(corpus, labels, progress=ranks.is_main)
-    found = encode_corpus(model, _number(corpus), config.data, config.encode, ranks, patches=patches)
+    found = encode_corpus(model, _number(corpus), config.data, config.encode, ranks, patches=patches).gathered()
     numbers = found.labels.numpy()
     arrays = _names(corpus, numbers, found.keys)
     table = _features(model, found)
@@ -203,10 +204,10 @@ def _arrays(
     return arrays | table | {name: np.array(COLUMNS[name](corpus, numbers), dtype=str) for name in columns}
 
 
-def _features(model: MultimodalEncoder, found: Features) -> dict[str, np.ndarray]:
-    arrays = {"features": found.features_ND.numpy()}
-    if found.patches_NLD is not None:
-        arrays["patches"] = found.patches_NLD.numpy()
+def _features(model: MultimodalEncoder, found: FeatureBank) -> dict[str, np.ndarray]:
+    arrays = {"features": found.features_RD.numpy()}
+    if found.patches_RLD is not None:
+        arrays["patches"] = found.patches_RLD.numpy()
         if model.config.resize == "native":
             arrays["grids"] = np.array(found.grids)
     return arrays
@@ -229,7 +230,7 @@ class _ImageFiles(Dataset[Sample | Skipped]):
 
 def _encode_files(
     model: MultimodalEncoder, folder: str, names: Sequence[str], config: EvaluationConfig, ranks: Ranks, patches: bool
-) -> Features:
+) -> FeatureBank:
     """Return the features of image files, as `encode_corpus` returns those of shards."""
     data, share = config.data, Share(config.encode.batch * ranks.world, rank=ranks.rank, world=ranks.world)
     share = replace(share, global_batch=share.micro_batch * share.world, accumulation=1)
@@ -244,10 +245,8 @@ def _encode_files(
         pin_memory=pins_memory(ranks.device),
         worker_init_fn=start_worker,
     )
-    most_bad = data.max_bad_fraction
-    return encode_batches(
-        model, loader, config.encode, ranks, samples=len(names), max_bad_fraction=most_bad, patches=patches
-    )
+    batches = Batches(loader, share, len(names), data.max_bad_fraction)
+    return encode_batches(model, batches, config.encode, ranks, patches=patches)
 
 
 def _field(name: str, corpus: Corpus, numbers: np.ndarray) -> list[str]:

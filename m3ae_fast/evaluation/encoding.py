@@ -1,6 +1,6 @@
 """Features of whole shards, by a frozen encoder.
 
-Shapes: S samples, L patches per image, D encoder width, N samples of a corpus, K layers.
+Shapes: S samples, R of this rank, L patches per image, D encoder width, K layers.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
-from typing import Any, TypeVar
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,9 +26,10 @@ from m3ae_fast.config import DataConfig
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, Share, eval_loader
 from m3ae_fast.data.dataset import UNMASKED
+from m3ae_fast.evaluation.feature_bank import FeatureBank, Rows
 from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.model.inference import check_finite, encoding
+from m3ae_fast.model.inference import encoding
 from m3ae_fast.model.pooling import Pool
 from m3ae_fast.process.heartbeats import Pulse
 from m3ae_fast.process.ranks import Ranks
@@ -45,50 +46,24 @@ def key_digest(key: str, draw: str = "") -> bytes:
     return hashlib.sha256(os.fsencode(draw + "/".join(shard_and_name))).digest()
 
 
-@dataclass(frozen=True)
-class Features:
-    """Features of the samples that could be read, in file order."""
+class Watch(NamedTuple):
+    """How a pass over samples shows where it is, and what ends it early."""
 
-    keys: list[str]
-    features_ND: Tensor  # float32, on the CPU; of several layers [N, K, D]
-    labels_N: Tensor | None  # int64 ids of classes; None for a corpus without labels
-    patches_NLD: Tensor | None  # float16, on the CPU; of several layers [N, K, L, D]
-    skipped: list[Skipped]
-    grids: list[Grid] = field(default_factory=list)  # rows and columns of patches, of samples that have an image
+    title: str = "encoding"
+    pulse: Pulse | None = None  # marked at each batch
+    stop: StopRequest | None = None  # checked before each batch
+    whole: TimeLeft | None = None  # the task that the pass is a part of,
+    part: float = 0.0  # and its size there, see `progress`
 
-    @property
-    def labels(self) -> Tensor:
-        """Return the labels of a corpus that has some."""
-        assert self.labels_N is not None
-        return self.labels_N
-
-    def rows(self, rows: list[int]) -> Features:
-        """Return the samples of these rows."""
-        labels_N, patches_NLD = (None if t is None else t[rows] for t in (self.labels_N, self.patches_NLD))
-        keys, features_ND = [self.keys[row] for row in rows], self.features_ND[rows]
-        return replace(self, keys=keys, features_ND=features_ND, labels_N=labels_N, patches_NLD=patches_NLD, grids=[])
-
-    def layer(self, number: int) -> Features:
-        """Return the samples at one of several layers, counted from 0."""
-        patches_NLD = None if self.patches_NLD is None else self.patches_NLD[:, number]
-        return replace(self, features_ND=self.features_ND[:, number], patches_NLD=patches_NLD)
-
-    def tokens(self) -> Features:
-        """Return the samples with their patches as features, [N, L, D]."""
-        assert self.patches_NLD is not None
-        return replace(self, features_ND=self.patches_NLD, patches_NLD=None)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Features]) -> Features:
-        """Return the samples of all parts, one after the other."""
-        return cls(*map(_joined, zip(*(vars(part).values() for part in parts))))
+    def over(self, loader: DataLoader[PackedBatch], ranks: Ranks) -> Iterable[PackedBatch]:
+        """Yield the batches of a loader. Raises Stopped if a rank is asked to stop."""
+        batches: Iterable[PackedBatch] = self.pulse.watch(loader, self.title) if self.pulse else loader
+        if self.stop:
+            batches = until_stopped(batches, ranks, self.stop)
+        return track(batches, self.title, len(loader), whole=self.whole, part=self.part)
 
 
-def _joined(parts: tuple[Any, ...]) -> Any:
-    """Join lists, or tensors; None if one is missing."""
-    if any(part is None for part in parts):
-        return None
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else list(chain.from_iterable(parts))
+WATCH = Watch()
 
 
 def encode_corpus(
@@ -97,98 +72,95 @@ def encode_corpus(
     data: DataConfig,
     config: EncodeConfig,
     ranks: Ranks,
+    watch: Watch = WATCH,
     *,
-    title: str = "encoding",
     layers: Sequence[int] | None = None,
     patches: bool = False,
-    pulse: Pulse | None = None,
-    stop: StopRequest | None = None,
-    whole: TimeLeft | None = None,
-    part: float = 0.0,
-) -> Features:
-    """Return pooled features of the central square and the caption of every sample, complete on every rank.
+    folder: Path | None = None,
+) -> FeatureBank:
+    """Return pooled features of the central square and the caption of every sample; each rank keeps those that it
+    encoded.
 
     Args:
         model: on the device of `ranks`.
         corpus: what its sources' modalities say is encoded: images, texts, or pairs. Labels go along.
-        layers: the K blocks after which features are taken, numbered from 1, see `Features`; None: the last one.
+        watch: shows the progress.
+        layers: the K blocks after which features are taken, numbered from 1: features are [R, K, D] then; None: the
+            last one.
         patches: keep the features of all patches too.
-        pulse, stop: marked at, and checked before, each batch.
-        whole, part: the task that this belongs to and its size there, for the progress shown, see `progress`.
+        folder: where a file is made for features that do not fit into memory; None: in the folder for temporary files.
 
     Raises:
         Stopped: a rank is asked to stop.
-        UserError: too many samples cannot be read, a feature is not finite, or there are captions and the model has no
-            tokenizer.
+        UserError: too many samples cannot be read, a feature is not finite, features fit neither into memory nor on the
+            disk, or there are captions and the model has no tokenizer.
     """
     share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
-    loader = encoding_loader(model, corpus, data, share, ranks.device)
-    return encode_batches(
-        model,
-        loader,
-        config,
-        ranks,
-        title=title,
-        layers=layers,
-        patches=patches,
-        pulse=pulse,
-        stop=stop,
-        whole=whole,
-        part=part,
-        samples=corpus.samples,
-        max_bad_fraction=data.max_bad_fraction,
+    batches = Batches(
+        encoding_loader(model, corpus, data, share, ranks.device), share, corpus.samples, data.max_bad_fraction
     )
+    return encode_batches(model, batches, config, ranks, watch, layers=layers, patches=patches, folder=folder)
+
+
+class Batches(NamedTuple):
+    """This rank's batches of all samples."""
+
+    loader: DataLoader[PackedBatch]  # as many as of every other rank; rank r's b-th is number b x world + r of all
+    share: Share
+    samples: int  # of all ranks, those that cannot be read included
+    max_bad_fraction: float  # of them, that may be left out
 
 
 def encode_batches(
     model: MultimodalEncoder,
-    loader: DataLoader[PackedBatch],
+    batches: Batches,
     config: EncodeConfig,
     ranks: Ranks,
+    watch: Watch = WATCH,
     *,
-    samples: int,
-    max_bad_fraction: float,
-    title: str = "encoding",
     layers: Sequence[int] | None = None,
     patches: bool = False,
-    pulse: Pulse | None = None,
-    stop: StopRequest | None = None,
-    whole: TimeLeft | None = None,
-    part: float = 0.0,
-) -> Features:
-    """Return pooled features of all ranks' batches; arguments and errors as of `encode_corpus`.
-
-    Args:
-        loader: this rank's batches, as many as every other rank has; rank r's b-th is number b x world + r of all.
-        samples: the number of samples of all ranks, those that cannot be read included.
-        max_bad_fraction: the largest fraction of them that may be left out.
-    """
-    batches: Iterable[PackedBatch] = pulse.watch(loader, title) if pulse else loader
-    if stop:
-        batches = until_stopped(batches, ranks, stop)
-    shown = track(batches, title, len(loader), whole=whole, part=part)
+    folder: Path | None = None,
+) -> FeatureBank:
+    """Return pooled features of all ranks' batches; arguments and errors as of `encode_corpus`."""
+    most = len(batches.loader) * batches.share.micro_batch
+    pooled, tokens = Rows(most, ranks, folder), Rows(most, ranks, folder)
+    known: list[_Known] = []
     with encoding(model, config.precision, ranks.device):
         encode = partial(_pool, model, layers or [model.config.depth], config.pool, patches)
-        own = [
-            Features(
-                batch.keys,
-                pooled_SKD.cpu(),
-                batch.labels,
-                None if patches_SKLD is None else patches_SKLD.cpu(),
-                list(batch.skipped),
-                batch.grids,
-            )
-            for batch, (pooled_SKD, patches_SKLD) in _one_behind(encode, shown, ranks.device)
-        ]
+        shown = watch.over(batches.loader, ranks)
+        for batch, (pooled_SKD, patches_SKLD) in _one_behind(encode, shown, ranks.device):
+            pooled.append(pooled_SKD)
+            if patches_SKLD is not None:
+                tokens.append(patches_SKLD)
+            labels = None if batch.labels is None else batch.labels.cpu()
+            known.append(_Known(batch.keys, labels, list(batch.skipped), batch.grids))
     # rank r's b-th batch is the stream's number b x world + r
-    parts = list(chain.from_iterable(zip(*ranks.gather(own)))) if ranks.world > 1 else own
-    found = Features.joined(parts)
-    check_skipped(found.skipped, samples, max_bad_fraction)
-    found = found if layers else found.layer(0)
-    for features in (found.features_ND, found.patches_NLD):
-        if features is not None:
-            check_finite(features, found.keys)
-    return found
+    each = [known for turn in zip(*ranks.gather(known)) for known in turn]
+    check_skipped([bad for one in each for bad in one.skipped], batches.samples, batches.max_bad_fraction)
+    starts = list(accumulate((len(one.keys) for one in each), initial=0))
+    own = [torch.arange(starts[turn], starts[turn + 1]) for turn in range(ranks.rank, len(each), ranks.world)]
+    bank = FeatureBank(
+        keys=[key for one in each for key in one.keys],
+        stored_SD=pooled.tensor(),
+        labels_N=None if any(one.labels is None for one in each) else torch.cat([one.labels for one in each]),
+        patches_SLD=tokens.tensor() if patches else None,
+        skipped=[bad for one in each for bad in one.skipped],
+        grids=[grid for one in each for grid in one.grids],
+        own_R=torch.cat(own) if ranks.world > 1 else None,
+        ranks=ranks,
+    )
+    bank.check_finite()
+    return bank if layers else bank.layer(0)
+
+
+class _Known(NamedTuple):
+    """What all ranks know of a batch."""
+
+    keys: list[str]
+    labels: Tensor | None
+    skipped: list[Skipped]
+    grids: list[Grid]
 
 
 def encoding_loader(

@@ -11,7 +11,7 @@ import torch
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import attentive
 from m3ae_fast.evaluation.default_hyperparameters import settled
-from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.probe_engine import Setting
 from m3ae_fast.evaluation.probes import fit_linear
 
@@ -21,14 +21,14 @@ _LONG_ENOUGH_S = 0.2  # of steps, to judge the others by
 class _Training(NamedTuple):
     steps: int  # of a whole training
     batch: int
-    take: Callable[[Features, int], object]  # so many steps
+    take: Callable[[FeatureBank, int], object]  # so many steps
 
 
 def _linear(samples: int, setting: Setting) -> _Training:
     given = setting.config.linear
     config = settled(given, samples, {})
 
-    def take(bank: Features, steps: int) -> None:
+    def take(bank: FeatureBank, steps: int) -> None:
         short = {"global_batch": config.global_batch, "steps": steps, "epochs": None, "warmup_epochs": 0.0}
         fit_linear(bank, _with(setting, linear=given.model_copy(update=short)))
 
@@ -69,10 +69,10 @@ def seconds(probe: str, samples: int, shape: tuple[int, ...], setting: Setting) 
     return spent / taken * training.steps
 
 
-def _random(samples: int, shape: tuple[int, ...], classes: int) -> Features:
+def _random(samples: int, shape: tuple[int, ...], classes: int) -> FeatureBank:
     """Return features of which a tenth can be held out, as those of tokens are stored if there are several each."""
     generator = torch.Generator().manual_seed(0)
     features_ND = torch.randn(samples, *shape, generator=generator)
     keys = [f"random/{number}" for number in range(samples)]
     features_ND = features_ND.half() if len(shape) > 1 else features_ND
-    return Features(keys, features_ND, torch.arange(samples) % classes, None, [])
+    return FeatureBank(keys, features_ND, torch.arange(samples) % classes, None, [])

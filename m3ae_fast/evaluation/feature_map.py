@@ -51,7 +51,7 @@ def draw_feature_map(
     models cannot read the same ones, or as `open_model` and `encode_corpus` do."""
     with join_ranks() as ranks:
         opened = (open_model(name, text=False).to(ranks.device) for name in models)
-        found = [encode_corpus(model, corpus, data, EncodeConfig(), ranks) for model in opened]
+        found = [encode_corpus(model, corpus, data, EncodeConfig(), ranks).gathered() for model in opened]
     for name, features in zip(models, found):
         if features.keys != found[0].keys:
             raise UserError(f"{name}: cannot read the same samples as {models[0]}; name shards that both can")
@@ -64,7 +64,7 @@ def draw_feature_map(
     panels = []
     for name, features in zip(models, found):
         print(f"t-SNE of {len(features.keys):,} samples of {name}", file=sys.stderr, flush=True)  # it tells no progress
-        places_N2 = _places(features.features_ND.numpy(), seed)
+        places_N2 = _places(features.features_RD.numpy(), seed)
         panels.append(MapPanel(name, places_N2, f"{separation(places_N2, labels_N)}, {len(labels_N):,} samples"))
         print(f"{name}: {panels[-1].caption}")
     draw_map(path, panels, labels_N, classes)

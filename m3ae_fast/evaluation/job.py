@@ -26,7 +26,8 @@ from m3ae_fast.data import Corpus, Layout, Preparation, ShardStore, Share, open_
 from m3ae_fast.data.dataset import UNMASKED, Transform
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.drawing.figures import BLACK, Cell, Colour, levels
-from m3ae_fast.evaluation.encoding import Features, encode_corpus
+from m3ae_fast.evaluation.encoding import Watch, encode_corpus
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS_FILE
 from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.evaluation.tasks import TASKS, Modality, Options
@@ -99,19 +100,38 @@ class Job:
         self.classes, self.names = classes, class_names(labelled[0], classes)
         return labelled[0], labelled[1], classes
 
-    def encode(self, corpus: Corpus, title: str, **what: Any) -> Features:
-        """Return pooled features of all samples; `what`: layers, patches, and the task's time left, see
-        `encode_corpus`."""
-        data, config = self.config.data, self.config.encode
-        return encode_corpus(self.model, corpus, data, config, self.ranks, title=title, pulse=self.pulse, **what)
+    def encode(
+        self,
+        corpus: Corpus,
+        title: str,
+        whole: TimeLeft | None = None,
+        part: float = 0.0,
+        *,
+        layers: Sequence[int] | None = None,
+        patches: bool = False,
+    ) -> FeatureBank:
+        """Return pooled features of all samples; `layers` and `patches` as in `encode_corpus`, `whole` and `part` as in
+        `Watch`."""
+        watch, config = Watch(title, self.pulse, whole=whole, part=part), self.config
+        return encode_corpus(
+            self.model,
+            corpus,
+            config.data,
+            config.encode,
+            self.ranks,
+            watch,
+            layers=layers,
+            patches=patches,
+            folder=self.out,
+        )
 
-    def encoder(self, passes: float) -> Callable[..., Features]:
+    def encoder(self, passes: float) -> Callable[..., FeatureBank]:
         """Return an `encode` that says how much of `passes` sample-passes of all corpora is done, and what is left."""
         time_left = TimeLeft(passes)
 
-        def encode(corpus: Corpus, title: str, cost: float = 1.0) -> Features:
+        def encode(corpus: Corpus, title: str, cost: float = 1.0) -> FeatureBank:
             part = cost * corpus.samples
-            found = self.encode(corpus, title, whole=time_left, part=part)
+            found = self.encode(corpus, title, time_left, part)
             left = time_left.after(part)
             self.say(f"{title}: {len(found.keys):,} samples done ({time_left.done / passes:.0%} of the encoding{left})")
             return found

@@ -3,48 +3,40 @@
 The votes are those of Wu et al. (arXiv 1805.01978) and DINO: each of the k training samples of the highest cosine
 similarity s votes for its class with weight exp(s / temperature).
 
-Shapes: N training samples, M samples to classify, Q of them at a time, K neighbours, C classes, D width.
+Shapes: N training samples, M samples to classify, R of them on this rank, K neighbours, C classes, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from m3ae_fast.base.progress import track
 from m3ae_fast.config import KnnConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.drawing.figures import GREEN, RED, draw_sheet
-from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.predictions import Predictions
 
-_AT_A_TIME = 512
 _SHOWN, _NEIGHBOURS = 8, 7  # samples drawn, and neighbours of each
 
 
-def knn_scores(
-    features_ND: Tensor, labels_N: Tensor, queries_MD: Tensor, classes: int, k: int, temperature: float
-) -> Tensor:
-    """Return the votes of the k nearest of N samples, with int64 ids `labels_N`, for each class: float32 [M, C]."""
-    bank_ND = F.normalize(features_ND, dim=1)
-    votes = []
-    for queries_QD in track(F.normalize(queries_MD, dim=1).split(_AT_A_TIME), "k-NN"):
-        similarity_QK, neighbours_QK = (queries_QD @ bank_ND.T).topk(min(k, len(bank_ND)), dim=1)
-        # exp of what is below the nearest: the same order of classes, and no overflow at low temperatures
-        weights_QK = ((similarity_QK - similarity_QK[:, :1]) / temperature).exp()
-        votes_QC = weights_QK.new_zeros(len(queries_QD), classes).scatter_add(1, labels_N[neighbours_QK], weights_QK)
-        votes.append(votes_QC)
-    return torch.cat(votes).float()
+def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, temperature: float) -> Tensor:
+    """Return the votes for each class of the k nearest training samples of this rank's queries: float32 [R, C], on the
+    CPU. Every rank must call it."""
+    similarity_RK, number_RK = nearest(bank, queries, k)
+    # exp of what is below the nearest: the same order of classes, and no overflow at low temperatures
+    weights_RK = ((similarity_RK.double() - similarity_RK[:, :1]) / temperature).exp()
+    votes_RC = weights_RK.new_zeros(len(weights_RK), classes).scatter_add(1, bank.labels[number_RK], weights_RK)
+    return votes_RC.float()
 
 
-def knn_predictions(bank: Features, queries: Features, classes: int, config: KnnConfig) -> Predictions:
-    """Return what the neighbours in `bank` make of the queries. Raises UserError where a feature is not finite."""
-    scores_MC = knn_scores(bank.features_ND, bank.labels, queries.features_ND, classes, config.k, config.temperature)
-    return Predictions.of(queries.keys, queries.labels, scores_MC, votes=True)
+def knn_predictions(bank: FeatureBank, queries: FeatureBank, classes: int, config: KnnConfig) -> Predictions:
+    """Return the classes of all queries by their neighbours in `bank`, on every rank."""
+    return queries.predictions(knn_scores(bank, queries, classes, config.k, config.temperature), votes=True)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -52,8 +44,10 @@ def run(job: Job) -> dict[str, Any]:
     bank, queries = job.encode(train, "encoding train"), job.encode(val, "encoding val")
     predictions = knn_predictions(bank, queries, len(classes), job.config.knn)
     job.keep(predictions.columns(classes))
+    predicted_M = predictions.best_NK[:, 0]
+    shown = _shown(bank, queries)
 
-    job.pictures.append(lambda: _draw_neighbours(job, (train, val), (bank, queries), predictions.best_NK[:, 0]))
+    job.pictures.append(lambda: _draw_neighbours(job, (train, val), (bank, queries), shown, predicted_M))
     return predictions.accuracies() | {
         "k": min(job.config.knn.k, len(bank.keys)),
         "classes": len(classes),
@@ -63,18 +57,29 @@ def run(job: Job) -> dict[str, Any]:
     }
 
 
+def _shown(bank: FeatureBank, queries: FeatureBank) -> dict[int, list[int]]:
+    """Return the nearest training samples of some queries, spread evenly, by the numbers of both. Every rank must call
+    it."""
+    count = min(_SHOWN, len(queries.keys))
+    rows = [number * len(queries.keys) // count for number in range(count)]
+    some = queries.rows(rows)
+    return dict(zip(rows, some.complete(nearest(bank, some, _NEIGHBOURS).number_QK).tolist()))
+
+
 def _draw_neighbours(
-    job: Job, corpora: tuple[Corpus, Corpus], features: tuple[Features, Features], predicted_M: Tensor
+    job: Job,
+    corpora: tuple[Corpus, Corpus],
+    features: tuple[FeatureBank, FeatureBank],
+    shown: Mapping[int, Sequence[int]],
+    predicted_M: Tensor,
 ) -> None:
-    """Draw some samples evenly, and the training samples most like each; green where they are of its class."""
+    """Draw queries and the training samples most similar to each, `shown` by their numbers; green if they are of its
+    class."""
     bank, queries = features
-    rows_Q = torch.arange(min(_SHOWN, len(queries.keys))) * len(queries.keys) // min(_SHOWN, len(queries.keys))
-    similarity_QN = F.normalize(queries.features_ND[rows_Q], dim=1) @ F.normalize(bank.features_ND, dim=1).T
-    nearest_QK = similarity_QN.topk(min(_NEIGHBOURS, len(bank.keys)), dim=1).indices
-    keys = [bank.keys[row] for row in nearest_QK.flatten().tolist()], [queries.keys[row] for row in rows_Q.tolist()]
+    keys = [bank.keys[row] for rows in shown.values() for row in rows], [queries.keys[row] for row in shown]
     neighbours, asked = (job.samples(corpus, names) for corpus, names in zip(corpora, keys))
     sheet = []
-    for row, nearest_K in zip(rows_Q.tolist(), nearest_QK.tolist()):
+    for row, nearest_K in shown.items():
         label, predicted = int(queries.labels[row]), int(predicted_M[row])
         right = GREEN if label == predicted else RED
         text = job.names[label] + ("" if label == predicted else f", taken for {job.names[predicted]}")

@@ -16,7 +16,8 @@ from torch import Tensor
 from m3ae_fast.base.progress import track
 from m3ae_fast.config.evaluation import LinearProbeConfig
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.evaluation.encoding import Features, key_digest
+from m3ae_fast.evaluation.encoding import key_digest
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.lars import LARS
 from m3ae_fast.evaluation.probe_engine import CachedSteps
@@ -35,7 +36,7 @@ class Tried(NamedTuple):
 
 
 def try_rates(
-    bank: Features, config: LinearProbeConfig, classes: int, seed: int, ranks: Ranks, pulse: Pulse
+    bank: FeatureBank, config: LinearProbeConfig, classes: int, seed: int, ranks: Ranks, pulse: Pulse
 ) -> list[Tried]:
     """Train a head for each multiple of the config's rate on nine tenths of the samples, for as many steps as the run
     will take, and return what each comes to on the rest. Empty where there are fewer than ten samples.
@@ -56,7 +57,7 @@ def try_rates(
         return []
     schedule = Schedule(config, config, len(bank.keys))
     with torch.random.fork_rng():
-        heads = [_head(bank.features_ND.shape[1], classes, seed).to(ranks.device) for _ in FACTORS]
+        heads = [_head(bank.features_RD.shape[1], classes, seed).to(ranks.device) for _ in FACTORS]
     norm = heads[0].norm
     groups = [{"params": [*head.linear.parameters()]} for head in heads]
     lars = LARS(groups, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -74,11 +75,11 @@ def try_rates(
     norm.eval()
     assert held_out.labels_N is not None
     with torch.no_grad():
-        x_ND, labels_N = norm(held_out.features_ND.to(ranks.device)), held_out.labels_N.to(ranks.device)
+        x_ND, labels_N = norm(held_out.features_RD.to(ranks.device)), held_out.labels_N.to(ranks.device)
         return [judged(_times(config, f), head.linear(x_ND), labels_N) for f, head in zip(FACTORS, heads)]
 
 
-def split(bank: Features) -> tuple[Features, Features]:
+def split(bank: FeatureBank) -> tuple[FeatureBank, FeatureBank]:
     """Return nine tenths of the samples and the rest, by a hash of their keys; both in the bank's order. There is no
     rest of fewer than ten samples."""
     order = sorted(range(len(bank.keys)), key=lambda row: key_digest(bank.keys[row]))

@@ -21,7 +21,7 @@ from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.default_hyperparameters import sentence, settled
-from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import LabelledTask
@@ -41,7 +41,7 @@ class ProbingTask(LabelledTask):
 
     settings: LinearProbeConfig
     head: LinearProbeHead
-    val: Features
+    val: FeatureBank
     tried: list[Tried]  # learning rates; empty if one was given
 
     def first_line(self, trainer: Trainer) -> str:
@@ -72,7 +72,7 @@ class ProbingTask(LabelledTask):
         trainer.pulse.mark(f"evaluating after step {trainer.step}")
         self.head.eval()
         with torch.no_grad():
-            scores_NK = self.head(self.val.features_ND.to(trainer.ranks.device))
+            scores_NK = self.head(self.val.features_RD.to(trainer.ranks.device))
         return self.evaluated(trainer, Predictions.of(self.val.keys, self.val.labels, scores_NK))
 
     def save_classifier(self, trainer: Trainer) -> None:
@@ -99,8 +99,8 @@ def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
     train, val, classes = job.open_labelled()
     if train.has_captions:
         job.model.require_tokenizer()
-    held_out = job.encode(val, "encoding val")
-    bank = job.encode(train, "encoding train") if cached else None
+    held_out = job.encode(val, "encoding val").gathered()
+    bank = job.encode(train, "encoding train").gathered() if cached else None
     samples = len(bank.keys) if bank else train.samples
     config = settled(job.config.linear, samples, found.section("linear"))
     share = split_batch(config, ranks.world, ranks.rank)
@@ -156,7 +156,9 @@ def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
     )
 
 
-def _try_rates(job: Job, bank: Features, config: LinearProbeConfig, classes: int) -> tuple[list[Tried], float | None]:
+def _try_rates(
+    job: Job, bank: FeatureBank, config: LinearProbeConfig, classes: int
+) -> tuple[list[Tried], float | None]:
     """Return the rates that were tried, as the main rank found them, and the one to take, and print them."""
     own = try_rates(bank, config, classes, job.config.run.seed, job.ranks, job.pulse)
     tried = job.ranks.broadcast(lambda: own)

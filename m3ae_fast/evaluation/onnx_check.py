@@ -22,8 +22,8 @@ from m3ae_fast.data import Corpus, Preparation, ShardStore, Share, eval_loader, 
 from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.evaluation.encoding import check_skipped
-from m3ae_fast.evaluation.knn import knn_scores
-from m3ae_fast.evaluation.predictions import Predictions
+from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.knn import knn_predictions
 from m3ae_fast.weights.onnx_model import ImageEncoder, as_input, session
 
 Encode = Callable[[np.ndarray], Tensor]  # pixels [B, C, S, S] with the dtype of `input_dtype` -> float32 [B, D]
@@ -55,19 +55,18 @@ def knn_lines(files: Sequence[Path], config: ModelConfig, state: dict[str, Tenso
     encoders: dict[str, Encode] = {"torch": lambda pixels: encoder(torch.from_numpy(pixels))}
     for path in files:
         encoders[path.name] = _runs(path)
-    (bank, labels_N, _), (queries, labels_M, seconds) = (
+    (bank, _), (queries, seconds) = (
         _encode(part, images.config, config, encoders) for part in (images.train, images.val)
     )
+    train_samples, val_samples = (len(part["torch"].keys) for part in (bank, queries))
     knn, lines, exact = images.config.knn, [], 0.0
     for name in encoders:
-        scores = knn_scores(bank[name], labels_N, queries[name], images.classes, knn.k, knn.temperature)
-        keys = [""] * len(labels_M)
-        found = Predictions.of(keys, labels_M, scores, votes=True).accuracies()
+        found = knn_predictions(bank[name], queries[name], images.classes, knn).accuracies()
         exact = found["top1"] if name == "torch" else exact
         text = f"{name}: k-NN {found['top1']:.1%} ± {found['top1_se']:.1%}"
         text += "" if name == "torch" else f", {100 * (found['top1'] - exact):+.1f} points from torch"
-        lines.append(f"{text}, {len(labels_M) / seconds[name]:.3g} images/s on this machine")
-    counts = f"k-NN on {len(labels_M):,} of {images.classes} classes, neighbours among {len(labels_N):,}"
+        lines.append(f"{text}, {val_samples / seconds[name]:.3g} images/s on this machine")
+    counts = f"k-NN on {val_samples:,} of {images.classes} classes, neighbours among {train_samples:,}"
     return [f"{counts} (k {knn.k}, batches of {images.config.encode.batch}):", *lines]
 
 
@@ -79,19 +78,21 @@ def _runs(path: Path) -> Encode:
 @torch.no_grad()
 def _encode(
     corpus: Corpus, transfer: EvaluationConfig, config: ModelConfig, encoders: dict[str, Encode]
-) -> tuple[dict[str, Tensor], Tensor, dict[str, float]]:
-    """Return the features of the central squares by each encoder, the labels, and the seconds that each took."""
+) -> tuple[dict[str, FeatureBank], dict[str, float]]:
+    """Return the features of the central squares by each encoder, and the seconds that each took."""
     preparation = Preparation(Geometry.of(config), UNMASKED, None, seed=0)
     loader = eval_loader(transfer.data, corpus, preparation, Share(transfer.encode.batch))
     features: dict[str, list[Tensor]] = {name: [] for name in encoders}
-    labels, skipped, seconds = [], [], dict.fromkeys(encoders, 0.0)
+    keys, labels, skipped, seconds = [], [], [], dict.fromkeys(encoders, 0.0)
     for batch in track(loader, "encoding with torch and ONNX", len(loader)):
         skipped += batch.skipped
         assert batch.labels is not None
+        keys += batch.keys
         labels.append(batch.labels)
         for name, encode in encoders.items():
             started = time.perf_counter()
             features[name].append(encode(as_input(batch.images, config)))
             seconds[name] += time.perf_counter() - started
     check_skipped(skipped, corpus.samples, transfer.data.max_bad_fraction)
-    return {name: torch.cat(parts) for name, parts in features.items()}, torch.cat(labels), seconds
+    labels_N = torch.cat(labels)
+    return {name: FeatureBank(keys, torch.cat(parts), labels_N) for name, parts in features.items()}, seconds

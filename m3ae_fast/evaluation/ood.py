@@ -6,7 +6,7 @@ logsumexp of the logits (arXiv 2010.03759), which are those of the classifier's 
 logistic regression; minus the distance to the k-th nearest training sample among normalised features (arXiv
 2204.06507); minus the Mahalanobis distance to the nearest class, with one covariance for all (arXiv 1807.03888).
 
-Shapes: N training samples, M samples to score, K classes, D width, V different scores.
+Shapes: N training samples, M samples to score, R of them on this rank, K classes, D width, V different scores.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
@@ -28,7 +27,9 @@ from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_detection
 from m3ae_fast.evaluation.classifier import Classifier
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job, SoFar, summary
+from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.significance import area_under_roc, middle
 
 TRAIN, VAL = "train", "val"  # what results call the samples that are familiar
@@ -79,56 +80,75 @@ def auroc_interval(familiar: np.ndarray, strange: np.ndarray, seed: int) -> tupl
     return middle(bootstrap_areas(familiar, strange, seed))
 
 
+class _Fitted(NamedTuple):
+    """What scores need of the training samples, besides their neighbours."""
+
+    classifier: Any  # scikit-learn's; None if a head is given
+    means_KD: np.ndarray
+    whitening_DD: np.ndarray  # behind it the Mahalanobis distances are Euclidean
+
+
 class Scores:
-    """The four scores, fitted to training features. `k`: which neighbour's distance counts, at most the N-th; `head`:
-    features [M, D] -> logits [M, K], of a classifier; without one, a logistic regression is fitted."""
+    """The four scores, fitted to training features once, on the main rank.
+
+    Args:
+        bank: the training features, with labels.
+        k: which neighbour's distance counts, at most the N-th.
+        seed: of the logistic regression.
+        head: features [M, D] -> logits [M, K], of a classifier; without one, a logistic regression is fitted.
+    """
 
     def __init__(
-        self,
-        train_ND: np.ndarray,
-        labels_N: np.ndarray,
-        k: int,
-        seed: int,
-        head: Callable[[np.ndarray], Tensor] | None = None,
-    ):
-        from sklearn.covariance import LedoitWolf
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.neighbors import NearestNeighbors
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
+        self, bank: FeatureBank, k: int, seed: int, head: Callable[[np.ndarray], Tensor] | None = None
+    ) -> None:
+        self.bank, self.k, self.head, ranks = bank, k, head, bank.ranks
+        train_ND = bank.on_main()
 
-        self.head = head
-        if head is None:
-            self.classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, random_state=seed))
-            self.classifier.fit(train_ND, labels_N)
-        self.k = min(k, len(train_ND))
-        self.neighbours = NearestNeighbors(n_neighbors=self.k).fit(_normalised(train_ND))
-        self.means_KD = np.stack([train_ND[labels_N == label].mean(0) for label in np.unique(labels_N)])
-        centred_ND = train_ND - self.means_KD[np.unique(labels_N, return_inverse=True)[1]]
-        precision_DD = LedoitWolf(assume_centered=True).fit(centred_ND).precision_
-        values_D, vectors_DD = np.linalg.eigh(precision_DD.astype(np.float64))
-        self.whitening_DD = vectors_DD * np.sqrt(values_D.clip(min=0))  # behind it the distances are Euclidean
+        def fit() -> _Fitted:
+            assert train_ND is not None
+            return _fit(train_ND.numpy(), bank.labels.numpy(), seed, head is None)
 
-    def __call__(self, features_MD: np.ndarray) -> dict[str, np.ndarray]:
-        """Return scores by name, [M] each."""
-        logits_MK = self.head(features_MD) if self.head else self._logits(features_MD)
-        white_MD, means_KD = (torch.from_numpy(each @ self.whitening_DD) for each in (features_MD, self.means_KD))
-        return {
-            "max_softmax": logits_MK.softmax(1).max(1).values.numpy(),
-            "energy": logits_MK.logsumexp(1).numpy(),
-            "knn": -self.neighbours.kneighbors(_normalised(features_MD))[0][:, -1],
-            "mahalanobis": -torch.cdist(white_MD, means_KD).min(1).values.square().numpy(),
+        self.fitted = ranks.broadcast(fit) if ranks else fit()
+
+    def __call__(self, queries: FeatureBank) -> dict[str, np.ndarray]:
+        """Return scores by name, [M] each, on every rank."""
+        features_RD = queries.features_RD.cpu().numpy()
+        logits_RK = self.head(features_RD) if self.head else self._logits(features_RD)
+        both = (features_RD, self.fitted.means_KD)
+        white_RD, means_KD = (torch.from_numpy(each @ self.fitted.whitening_DD) for each in both)
+        similarity_R = nearest(self.bank, queries, self.k).similarity_QK[:, -1].double()
+        scores = {
+            "max_softmax": logits_RK.softmax(1).max(1).values,
+            "energy": logits_RK.logsumexp(1),
+            "knn": -(2 - 2 * similarity_R).clamp(min=0).sqrt(),  # a distance of normalised features
+            "mahalanobis": -torch.cdist(white_RD, means_KD).min(1).values.square(),
         }
+        return dict(zip(scores, queries.complete(torch.stack([*scores.values()], 1).double()).T.numpy()))
 
-    def _logits(self, features_MD: np.ndarray) -> Tensor:
-        logits_MK = torch.from_numpy(self.classifier.decision_function(features_MD))
-        if logits_MK.ndim == 1:  # of two classes scikit-learn gives one: the log-odds
-            logits_MK = torch.stack((torch.zeros_like(logits_MK), logits_MK), 1)
-        return logits_MK
+    def _logits(self, features_RD: np.ndarray) -> Tensor:
+        if not len(features_RD):  # which scikit-learn refuses
+            return torch.zeros(0, len(self.fitted.means_KD), dtype=torch.float64)
+        logits_RK = torch.from_numpy(self.fitted.classifier.decision_function(features_RD))
+        if logits_RK.ndim == 1:  # of two classes scikit-learn gives one: the log-odds
+            logits_RK = torch.stack((torch.zeros_like(logits_RK), logits_RK), 1)
+        return logits_RK
 
 
-def _normalised(features: np.ndarray) -> np.ndarray:
-    return F.normalize(torch.from_numpy(features), dim=1).numpy()
+def _fit(train_ND: np.ndarray, labels_N: np.ndarray, seed: int, regress: bool) -> _Fitted:
+    from sklearn.covariance import LedoitWolf
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classifier = None
+    if regress:
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, random_state=seed))
+        classifier.fit(train_ND, labels_N)
+    means_KD = np.stack([train_ND[labels_N == label].mean(0) for label in np.unique(labels_N)])
+    centred_ND = train_ND - means_KD[np.unique(labels_N, return_inverse=True)[1]]
+    precision_DD = LedoitWolf(assume_centered=True).fit(centred_ND).precision_
+    values_D, vectors_DD = np.linalg.eigh(precision_DD.astype(np.float64))
+    return _Fitted(classifier, means_KD, vectors_DD * np.sqrt(values_D.clip(min=0)))
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -159,14 +179,14 @@ def run(job: Job) -> dict[str, Any]:
     train, val = encode(labelled, "encoding train"), encode(held_out, "encoding val")
     seed = job.config.run.seed
     job.say(f"fitting the scores to {len(train.keys):,} training samples")
-    scores = Scores(train.features_ND.numpy(), train.labels.numpy(), job.config.knn.k, seed, head)
-    known = scores(val.features_ND.numpy())
+    scores = Scores(train, job.config.knn.k, seed, head)
+    known = scores(val)
     columns |= {"key": [*val.keys], "set": [VAL] * len(val.keys), **{name: [*own] for name, own in known.items()}}
     samples = {"train_samples": len(train.keys), "val_samples": len(val.keys)}
     for name, corpus in strange.items():
         prefix = f"{name}_" if name else ""
         found = encode(corpus, f"encoding {name or 'ood'}")
-        other = scores(found.features_ND.numpy())
+        other = scores(found)
         measured = _compare(known, other, seed)
         told = {f"{prefix}{key}": value for key, value in measured.items()}
         result |= told

@@ -22,7 +22,7 @@ from m3ae_fast.data.order import permutation
 from m3ae_fast.engine.fragments import Fragments, cut
 from m3ae_fast.engine.interface import Read
 from m3ae_fast.engine.optimizer import Kinds
-from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.labelled_task import ClassLosses
 from m3ae_fast.evaluation.lars import LARS
@@ -93,7 +93,7 @@ class EncodedBatch:
 class CachedSteps:
     """Steps of a shuffled stream over features: an epoch is a permutation of all samples, and a step may span two."""
 
-    features: Features
+    features: FeatureBank
     steps: range
     batch: int  # samples of a step
     seed: int
@@ -105,7 +105,7 @@ class CachedSteps:
             places = (divmod(position, samples) for position in range(step * self.batch, (step + 1) * self.batch))
             rows = [int(order(epoch)[place]) for epoch, place in places]
             keys = [self.features.keys[row] for row in rows]
-            yield EncodedBatch(keys, self.features.features_ND[rows], self.features.labels[rows])
+            yield EncodedBatch(keys, self.features.features_RD[rows], self.features.labels[rows])
 
 
 class ProbeEngine:

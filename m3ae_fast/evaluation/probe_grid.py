@@ -20,7 +20,8 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
 from m3ae_fast.evaluation import attentive, expected_duration
-from m3ae_fast.evaluation.encoding import Features, key_digest
+from m3ae_fast.evaluation.encoding import key_digest
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job, SoFar, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
 from m3ae_fast.evaluation.probe_engine import Live, Setting
@@ -41,8 +42,8 @@ class Case(NamedTuple):
 class Encoded:
     """Training and held-out samples, by layer."""
 
-    bank: dict[int, Features]
-    held_out: dict[int, Features]
+    bank: dict[int, FeatureBank]
+    held_out: dict[int, FeatureBank]
     classes: Classes
 
 
@@ -170,7 +171,7 @@ def encode_layers(
         job.say(require_memory(job.model.config, len(layers), [train, val]))
     parts = []
     for corpus, title in ((train, "encoding train"), (val, "encoding val")):
-        found = job.encode(corpus, title, layers=layers, patches=probe.tokens, whole=whole, part=corpus.samples)
+        found = job.encode(corpus, title, whole, corpus.samples, layers=layers, patches=probe.tokens)
         whole.after(corpus.samples)
         found = found.tokens() if probe.tokens else found
         parts.append({number: found.layer(place) for place, number in enumerate(layers)})
@@ -187,7 +188,7 @@ def require_memory(model: ModelConfig, layers: int, corpora: Sequence[Corpus]) -
     return f"{what} take {needed / 1e9:.3g} GB of memory"
 
 
-def few_shot(bank: Features, shots: int, draw: int, classes: Classes) -> Features:
+def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> FeatureBank:
     """Return so many samples of each class, in the bank's order, by a hash of the draw and their keys: more shots hold
     the samples of fewer. Raises UserError if a class has too few."""
     labels = bank.labels.tolist()

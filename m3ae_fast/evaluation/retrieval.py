@@ -2,13 +2,13 @@
 
 M3AE is not trained to align the two: this measures how far they come to lie alike anyway.
 
-Shapes: N pairs, Q queries, D width.
+Shapes: N pairs, R of them on this rank, Q queries, B candidates of a block, W ranks, D width.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,29 +22,49 @@ from m3ae_fast.batch.packing import Sample
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.index import Modality
 from m3ae_fast.drawing.figures import BLACK, GREEN, Cell, draw_sheet
-from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job, SoFar, summary
+from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.significance import ERROR, standard_error
+from m3ae_fast.process.collectives import all_gather, all_reduce
 
 RANKS, WAYS = (1, 5, 10), ("image_to_text", "text_to_image")
 AT_CHANCE = (
     "note: this is what chance gives. M3AE learns to predict words and patches from each other; it learns no alignment "
     "of whole captions with whole images, so that their pooled features need not lie alike"
 )
-_AT_A_TIME = 512
+_AT_A_TIME = 1024
 _SHOWN, _BEST = 5, 5  # queries drawn, and what is found for each
 
 
-def own_ranks(queries_ND: Tensor, candidates_ND: Tensor) -> Tensor:
-    """Return the place of each query's own candidate, the one of the same row, among all by likeness (cosine): int64
-    [N], 1 for the most alike. Of a tie it is the last: features that are all the same find nothing."""
-    candidates_ND = F.normalize(candidates_ND, dim=1)
-    ranks = []
-    for start in track(range(0, len(queries_ND), _AT_A_TIME), "ranking"):
-        similarity_QN = F.normalize(queries_ND[start : start + _AT_A_TIME], dim=1) @ candidates_ND.T
-        own_Q1 = similarity_QN.diagonal(start)[:, None]
-        ranks.append((similarity_QN >= own_Q1).sum(1))  # 1 where no other is as alike
-    return torch.cat(ranks)
+def own_ranks(queries: FeatureBank, candidates: FeatureBank) -> Tensor:
+    """Return the place of each query's own candidate, the one of the same number, among all by cosine similarity: int64
+    [N], on every rank, 1 for the most similar. Of a tie it is the last: features that are all the same find nothing.
+
+    Each rank compares the queries of all with its own candidates, in float64 rounded to float32: the places do not
+    depend on the number of ranks. Both banks must have the same numbers on each rank.
+    """
+    ranks, device = queries.ranks, queries.stored_SD.device
+    own_R = queries.own
+    most = len(own_R) if ranks is None else max(ranks.gather(len(own_R)))
+    at_a_time = max(_AT_A_TIME // (ranks.world if ranks else 1), 1)
+    places = []
+    for start in track(range(0, most, at_a_time), "ranking"):
+        part = slice(start, start + at_a_time)
+        unit_QD, wanted_QD = (F.normalize(bank.take(part).double(), dim=1) for bank in (queries, candidates))
+        similar_Q, number_Q = (unit_QD * wanted_QD).sum(1).float(), own_R[part].to(device)
+        missing = min(most - start, at_a_time) - len(unit_QD)  # ranks may have fewer queries
+        asked = (F.pad(unit_QD, (0, 0, 0, missing)), F.pad(similar_Q, (0, missing)), F.pad(number_Q, (0, missing)))
+        all_QD, all_Q, numbers_Q = (all_gather(each, ranks).flatten(0, 1) for each in asked)
+        above_Q = torch.zeros_like(numbers_Q)
+        for first in range(0, len(candidates.own), _AT_A_TIME):
+            block = slice(first, first + _AT_A_TIME)
+            similarity_QB = (all_QD @ F.normalize(candidates.take(block).double(), dim=1).T).float()
+            other_QB = numbers_Q[:, None] != candidates.own[block].to(device)
+            above_Q += ((similarity_QB >= all_Q[:, None]) & other_QB).sum(1)
+        above_WQ = all_reduce(above_Q, ranks).view(-1, min(most - start, at_a_time))
+        places.append(1 + above_WQ[ranks.rank if ranks else 0, : len(unit_QD)])
+    return queries.complete(torch.cat(places) if places else own_R)
 
 
 def recalls(ranks_N: Tensor) -> dict[int, float]:
@@ -73,11 +93,12 @@ def run(job: Job) -> dict[str, Any]:
     common = set(images.keys) & set(texts.keys)
     if len(common) < 2:
         raise UserError(f"{len(common)} samples of --val have an image and a caption; retrieval needs two or more")
-    images_ND, texts_ND = (_rows(features, common) for features in (images, texts))
-    keys = [key for key in images.keys if key in common]
-    job.pictures.append(lambda: _draw(job, pairs, keys, images_ND, texts_ND))
+    images, texts = (_pairs(features, common) for features in (images, texts))
+    keys = images.keys
+    shown = {name: _shown(*way) for name, way in _ways(images, texts).items()}
+    job.pictures.append(lambda: _draw(job, pairs, keys, shown))
     columns["key"] = keys
-    for name, way in _ways(images_ND, texts_ND).items():
+    for name, way in _ways(images, texts).items():
         ranks_N = own_ranks(*way)
         columns[f"{name}_rank"] = ranks_N.tolist()
         found = {f"{name}_recall{k}": fraction for k, fraction in recalls(ranks_N).items()}
@@ -102,7 +123,7 @@ def at_chance(result: dict[str, Any]) -> bool:
     return not any(above(f"{way}_recall{k}") for way in WAYS for k in RANKS)
 
 
-def _encode(job: Job, pairs: Corpus) -> tuple[Features, Features]:
+def _encode(job: Job, pairs: Corpus) -> tuple[FeatureBank, FeatureBank]:
     """Return the features of the images alone, and of the captions alone."""
     config = job.model.config
     tokens: dict[Modality, int] = {"image": config.most_patches, "text": config.text_length}  # at most
@@ -122,26 +143,30 @@ def _refuse_shared(keys: Sequence[str]) -> None:
         )
 
 
-def _rows(features: Features, keys: set[str]) -> Tensor:
-    return features.features_ND[[row for row, key in enumerate(features.keys) if key in keys]]
+def _pairs(features: FeatureBank, keys: set[str]) -> FeatureBank:
+    return features.rows([row for row, key in enumerate(features.keys) if key in keys])
 
 
-def _ways(images_ND: Tensor, texts_ND: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def _ways(images: FeatureBank, texts: FeatureBank) -> dict[str, tuple[FeatureBank, FeatureBank]]:
     """Return queries and candidates of both ways."""
-    return dict(zip(WAYS, ((images_ND, texts_ND), (texts_ND, images_ND))))
+    return dict(zip(WAYS, ((images, texts), (texts, images))))
 
 
-def _draw(job: Job, pairs: Corpus, keys: list[str], images_ND: Tensor, texts_ND: Tensor) -> None:
-    """Draw what is found for some captions, and for some images; the own ones are green."""
-    count = min(_SHOWN, len(keys))
-    rows = [number * len(keys) // count for number in range(count)]
-    for name, (queries_ND, candidates_ND) in _ways(images_ND, texts_ND).items():
+def _shown(queries: FeatureBank, candidates: FeatureBank) -> dict[int, list[int]]:
+    """Return what is found for some queries, spread evenly, by the numbers of both. Every rank must call it."""
+    count = min(_SHOWN, len(queries.keys))
+    rows = [number * len(queries.keys) // count for number in range(count)]
+    some = queries.rows(rows)
+    return dict(zip(rows, some.complete(nearest(candidates, some, _BEST, "ranking").number_QK).tolist()))
+
+
+def _draw(job: Job, pairs: Corpus, keys: list[str], shown: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
+    """Draw what is found for some captions, and for some images, both by their numbers; the own ones are green."""
+    for name, best in shown.items():
         asked, found = name.split("_to_")
-        similarity_QN = F.normalize(queries_ND[rows], dim=1) @ F.normalize(candidates_ND, dim=1).T
-        best = similarity_QN.topk(min(_BEST, len(keys)), dim=1).indices.tolist()
-        samples = job.samples(pairs, [keys[row] for row in {*rows, *(row for some in best for row in some)}])
+        samples = job.samples(pairs, [keys[row] for row in {*best, *(row for some in best.values() for row in some)}])
         sheet = []
-        for row, some in zip(rows, best):
+        for row, some in best.items():
             cells = [_cell(job, samples.get(keys[row]), asked)]
             cells += [_cell(job, samples.get(keys[other]), found, other == row) for other in some]
             sheet.append(cells)

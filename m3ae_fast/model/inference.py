@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import dtype_of, fast_precision
 
+_ROWS = 16_384  # that are checked at a time
+
 
 @contextmanager
 def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
@@ -29,10 +31,21 @@ def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator
 def check_finite(values: Tensor, keys: Sequence[str]) -> None:
     """Raise UserError naming the first sample, of those with these `keys`, whose row of `values` is not finite: a
     comparison with such a row would give a meaningless number."""
-    bad_N = ~values.flatten(1).isfinite().all(1) if values.numel() else torch.zeros(len(keys), dtype=torch.bool)
-    if bad_N.any():
-        first = keys[int(bad_N.nonzero()[0])]
+    refuse_not_finite(rows_not_finite(values), keys)
+
+
+def rows_not_finite(values: Tensor) -> list[int]:
+    """Return the numbers of the rows that have a value which is not finite."""
+    if not values.numel():
+        return []
+    parts = [part.flatten(1).isfinite().all(1) for part in values.split(_ROWS)]
+    return (~torch.cat(parts)).nonzero()[:, 0].tolist()
+
+
+def refuse_not_finite(rows: Sequence[int], keys: Sequence[str]) -> None:
+    """Raise UserError if there are `rows`, ascending, that are not finite, among those of these `keys`."""
+    if rows:
         raise UserError(
-            f"{int(bad_N.sum()):,} of {len(keys):,} samples have features that are not finite, such as {first}; "
+            f"{len(rows):,} of {len(keys):,} samples have features that are not finite, such as {keys[rows[0]]}; "
             "the model's weights are too large or damaged: take an earlier checkpoint, or encode.precision=fp32"
         )

@@ -9,7 +9,7 @@ from torch import nn
 
 from m3ae_fast.config.evaluation import AttentiveProbeConfig, EvaluationConfig
 from m3ae_fast.evaluation import attentive
-from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import AttentiveHead, LinearProbeHead
 from m3ae_fast.evaluation.learning_rates import best, split
 from m3ae_fast.evaluation.probe_engine import Setting
@@ -65,7 +65,7 @@ def _marked(samples, seed):
             said = int(labels[row]) if other == place else int(torch.randint(5, (1,), generator=generator))
             tokens[row, other, said] += 3
         tokens[row, place, 20] += 4
-    return Features([f"a.tar/{i}" for i in range(samples)], tokens, labels, None, [])
+    return FeatureBank([f"a.tar/{i}" for i in range(samples)], tokens, labels, None, [])
 
 
 def _setting(ranks):
@@ -78,7 +78,7 @@ def test_it_finds_the_token_that_tells_where_the_mean_does_not():
     given = {"data": {"train": [{"shards": "x"}]}, "attentive": {"batch": 64, "steps": 150}}
     config = EvaluationConfig.model_validate(given)
     bank, held_out = _marked(400, 0), _marked(200, 1)
-    means = [Features(part.keys, part.features_ND.mean(1), part.labels_N, None, []) for part in (bank, held_out)]
+    means = [FeatureBank(part.keys, part.features_RD.mean(1), part.labels_N, None, []) for part in (bank, held_out)]
     with join_ranks() as ranks:
         setting = Setting(config, 5, 4, 0, ranks, _Pulse())
         attends = PROBES["attentive"].predict(bank, held_out, setting).accuracies()["top1"]
@@ -108,7 +108,7 @@ def test_steps_are_adamws_on_the_cross_entropy_with_warm_up_and_cosine():
         factor = step / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 16)) / 2
         optimizer.param_groups[0]["lr"] = 1e-2 * factor
         optimizer.zero_grad()
-        F.cross_entropy(expected(bank.features_ND), bank.labels_N).backward()
+        F.cross_entropy(expected(bank.features_RD), bank.labels_N).backward()
         optimizer.step()
     torch.testing.assert_close(found.head.linear.weight, expected.head.linear.weight, rtol=1e-4, atol=1e-6)
 
@@ -122,7 +122,7 @@ def test_rates_are_tried_on_nine_tenths_and_judged_on_the_rest(monkeypatch):
         tried = attentive.try_rates(bank, config, _setting(ranks))
         for each, trained in zip(tried, attentive.train_heads(train, config, attentive.RATES, _setting(ranks))):
             with torch.no_grad():
-                found = F.cross_entropy(trained.head(held_out.features_ND), held_out.labels_N)
+                found = F.cross_entropy(trained.head(held_out.features_RD), held_out.labels_N)
             assert each.loss == pytest.approx(found.item())
         assert [each.peak_lr for each in tried] == [*attentive.RATES] and best(tried) != tried[-1]
         for given, count, rate in ((None, 60, best(tried).peak_lr), (3e-4, 60, 3e-4), (None, 9, 1e-3)):
@@ -139,7 +139,7 @@ def test_the_accuracy_of_a_step_is_that_before_it():
         first, _ = attentive.train_heads(bank, config, (1e-2,), _setting(ranks))[0].accuracies
     torch.manual_seed(3)
     head = AttentiveHead(24, 5, 2)
-    assert first == pytest.approx((head(bank.features_ND).argmax(1) == bank.labels_N).double().mean().item())
+    assert first == pytest.approx((head(bank.features_RD).argmax(1) == bank.labels_N).double().mean().item())
 
 
 def test_what_is_open_follows_from_the_number_of_samples():

@@ -39,11 +39,12 @@ def test_a_run_shows_a_transfer_curve_and_the_same_losses(pretrain, shards, trai
     monkeypatch.setattr(knn, "knn_scores", lambda *args: given.append(args) or real(*args))
     plain = pretrain("plain")
     probed = pretrain("probed", *probe(shards, pool="cls", k=3, temperature=0.5))
-    *_, (bank, labels, queries, classes, k, temperature) = given
+    *_, (bank, found, classes, k, temperature) = given
+    labels, queries = bank.labels, found.features_RD
     model = open_model(str(trainer.folder / "probed"), text=False)
     images = [decode_image(coloured(number, NAMES[number % 3]), 3) for number in range(100, 118)]
     torch.testing.assert_close(queries, model.encode(images, pool="cls", precision="fp32"), rtol=1e-4, atol=1e-5)
-    assert (len(bank), labels.tolist(), classes, k, temperature) == (48, [i % 3 for i in range(48)], 3, 3, 0.5)
+    assert (len(bank.keys), labels.tolist(), classes, k, temperature) == (48, [i % 3 for i in range(48)], 3, 3, 0.5)
     shown = [(line["step"], line["val_knn_top1"]) for line in probed if "val_knn_top1" in line]
     assert [step for step, _ in shown] == [0, 2, 3]
     assert all(0.5 < share <= 1 for _, share in shown)  # three colours

@@ -9,7 +9,7 @@ from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import attentive, expected_duration
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, settled
-from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.finetune import FineTuningTask
 from m3ae_fast.evaluation.heads import AttentiveHead
 from m3ae_fast.evaluation.job import Job
@@ -77,7 +77,7 @@ def test_an_attentive_probe_in_training_may_be_asked():
     """Of several rates the best on the held-out tenth speaks; the training goes on as if nobody had asked."""
     generator = torch.Generator().manual_seed(0)
     tokens, labels = torch.randn(60, 3, 4, generator=generator), torch.arange(60) % 3
-    bank = Features([f"a.tar/{i}" for i in range(60)], tokens, labels, None, [])
+    bank = FeatureBank([f"a.tar/{i}" for i in range(60)], tokens, labels, None, [])
     with join_ranks() as ranks:
         live, config = Live(), _config(attentive={"batch": 20, "steps": 6, "heads": 2}).attentive
         setting = _setting(ranks, live)

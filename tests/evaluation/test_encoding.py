@@ -305,7 +305,7 @@ def test_a_corpus_is_encoded_in_file_order_with_labels_and_without_broken_sample
     assert [key.rsplit("/")[-1] for key in found.keys] == ["00000", "00001", "00003", "00004", "00006"]
     assert found.labels_N.tolist() == [0, 1, 0, 1, 0]
     pil = [Image.open(BytesIO(files[f"{i:05d}.png"])) for i in (0, 1, 3, 4, 6)]
-    torch.testing.assert_close(found.features_ND, model.encode(images=pil, precision="fp32"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.features_RD, model.encode(images=pil, precision="fp32"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -17,7 +17,7 @@ from m3ae_fast.drawing import figures
 from m3ae_fast.drawing.figures import BLACK, GREEN, RED, Cell
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import job, knn, labelled_task, retrieval
-from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 
 pytestmark = pytest.mark.slow
 
@@ -188,7 +188,7 @@ def shown_by(samples=None, names=()):
 
 
 def on_a_circle(angles: torch.Tensor) -> torch.Tensor:
-    """Features [N, 2] of any lengths, which do not count."""
+    """FeatureBank [N, 2] of any lengths, which do not count."""
     return torch.stack((angles.cos(), angles.sin()), 1) * torch.arange(1, len(angles) + 1)[:, None]
 
 
@@ -199,9 +199,9 @@ def test_neighbours_are_the_most_alike_and_green_where_they_are_of_the_samples_c
     random = np.random.RandomState(0)
     angles = [torch.from_numpy(random.rand(count) * 6.28) for count in (30, 20)]
     labels = [torch.from_numpy(random.randint(3, size=count)) for count in (30, 20)]
-    bank, asked = (Features([*range(len(a))], on_a_circle(a), own, None, []) for a, own in zip(angles, labels))
+    bank, asked = (FeatureBank([*range(len(a))], on_a_circle(a), own, None, []) for a, own in zip(angles, labels))
     predicted = torch.from_numpy(random.randint(3, size=20))
-    knn._draw_neighbours(shown_by(names=classes), ("train", "val"), (bank, asked), predicted)
+    knn._draw_neighbours(shown_by(names=classes), ("train", "val"), (bank, asked), knn._shown(bank, asked), predicted)
     (rows,) = sheets
     assert [row[0][0] for row in rows] == [f"val{20 * number // 8}" for number in range(8)]
     for number, ((_, text, colour), *found) in enumerate(rows):
@@ -220,10 +220,11 @@ def test_what_is_found_is_the_most_alike_and_green_where_it_is_the_own_one(monke
     random = np.random.RandomState(0)
     images, texts = (torch.from_numpy(random.rand(12) * 6.28) for _ in range(2))
     texts[:6] = images[:6]  # of which each finds itself first
-    features = [on_a_circle(angles) for angles in (images, texts)]
     keys = [f"{number:02d}" for number in range(12)]
+    features = [FeatureBank(keys, on_a_circle(angles), None) for angles in (images, texts)]
     samples = {key: Sample(key, torch.zeros(1), tokens=torch.zeros(1)) for key in keys}
-    retrieval._draw(shown_by(samples), None, keys, *features)
+    shown = {name: retrieval._shown(*way) for name, way in retrieval._ways(*features).items()}
+    retrieval._draw(shown_by(samples), None, keys, shown)
     assert {*sheets} == {"text_to_image", "image_to_text"}
     for name, (asked, candidates) in {"image_to_text": (images, texts), "text_to_image": (texts, images)}.items():
         assert [row[0][0].key for row in sheets[name]] == [keys[12 * number // 5] for number in range(5)]

@@ -10,12 +10,17 @@ from m3ae_fast.data import Preparation, ShardStore, open_corpus, samples_of
 from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.evaluation import class_metrics, job, knn
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.knn import knn_scores
 from m3ae_fast.evaluation.predictions import best_classes, topk_accuracy
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.weights.exporting import export
 from tests.evaluation.conftest import pictures
 from tests.helpers.labelled import NAMES, coloured, labelled_tar, tiny_run
+
+
+def _bank(features, labels=None):
+    return FeatureBank([""] * len(features), features, labels)
 
 
 def test_votes_are_those_of_scikit_learn():
@@ -25,7 +30,7 @@ def test_votes_are_those_of_scikit_learn():
     judge = KNeighborsClassifier(
         20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07), algorithm="brute"
     ).fit(bank, labels)
-    scores = knn_scores(bank, labels, queries, 7, 20, 0.07)
+    scores = knn_scores(_bank(bank, labels), _bank(queries), 7, 20, 0.07)
     torch.testing.assert_close(
         scores / scores.sum(1, keepdim=True),
         torch.from_numpy(judge.predict_proba(queries)).float(),
@@ -35,11 +40,10 @@ def test_votes_are_those_of_scikit_learn():
 
 
 def test_more_neighbours_than_samples_and_a_low_temperature_are_fine():
-    scores = knn_scores(torch.eye(3), torch.arange(3), torch.eye(3), 3, 20, 1e-3)
+    bank = _bank(torch.eye(3), torch.arange(3))
+    scores = knn_scores(bank, _bank(torch.eye(3)), 3, 20, 1e-3)
     assert scores.isfinite().all()
-    assert (
-        knn_scores(torch.eye(3), torch.arange(3), torch.tensor([[1.0, 0, 0], [1, 1, 1]]), 3, 1, 1e-3).sum(1).min() == 1
-    )
+    assert knn_scores(bank, _bank(torch.tensor([[1.0, 0, 0], [1, 1, 1]])), 3, 1, 1e-3).sum(1).min() == 1
     assert topk_accuracy(best_classes(scores), torch.arange(3)) == {"top1": 1.0}
 
 

@@ -9,7 +9,7 @@ from m3ae_fast.config.evaluation import EncodeConfig, LinearProbeConfig
 from m3ae_fast.evaluation import linear
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
-from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.learning_rates import Tried, choose
 from m3ae_fast.evaluation.probe_engine import CachedSteps, EncodedBatch, ProbeEngine
@@ -156,7 +156,7 @@ def test_a_learning_rate_that_is_too_high_ends_in_one_line(transfer):
 
 
 def test_epochs_of_cached_features_are_other_permutations_each():
-    features = Features([str(i) for i in range(10)], torch.arange(10.0)[:, None], torch.arange(10) + 100, None, [])
+    features = FeatureBank([str(i) for i in range(10)], torch.arange(10.0)[:, None], torch.arange(10) + 100, None, [])
     batches = list(CachedSteps(features, range(7), 5, seed=3))
     rows = torch.cat([batch.features_SD[:, 0] for batch in batches]).long()
     epochs = rows[:30].view(3, 10)

@@ -20,6 +20,7 @@ from m3ae_fast.config import ModelConfig
 from m3ae_fast.evaluation import ood
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.difference import areas_apart
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.ood import SCORES, Scores, auroc_and_fpr, auroc_interval
 from m3ae_fast.evaluation.tasks import Options, named_sets
@@ -33,6 +34,11 @@ pytestmark = pytest.mark.slow
 SIZES = ModelConfig(
     size=None, emb_dim=32, depth=2, num_heads=4, image_size=32, patch_size=8, text_length=16, vocab_size=0
 )
+
+
+def _bank(features, labels=None):
+    labels = None if labels is None else torch.from_numpy(labels)
+    return FeatureBank([""] * len(features), torch.from_numpy(features), labels)
 
 
 def test_auroc_and_fpr_are_those_of_the_curve():
@@ -65,16 +71,16 @@ def test_every_score_is_lower_far_from_the_training_samples(classes):
     random = np.random.RandomState(0)
     labels = np.arange(120) % classes
     train = (4 * np.eye(6)[labels] + random.randn(120, 6)).astype(np.float32)
-    scores = Scores(train, labels, 5, seed=0)
-    near, far = scores(train[:40] + 0.01), scores(-6 + random.randn(40, 6).astype(np.float32))
+    scores = Scores(_bank(train, labels), 5, seed=0)
+    near, far = scores(_bank(train[:40] + 0.01)), scores(_bank(-6 + random.randn(40, 6).astype(np.float32)))
     for name in ("knn", "mahalanobis"):
         assert near[name].min() > far[name].max()
     means = np.stack([train[labels == c].mean(0) for c in range(classes)])
     precision = LedoitWolf(assume_centered=True).fit(train - means[labels]).precision_
     distance = [min((x - m) @ precision @ (x - m) for m in means) for x in train[:3]]
-    np.testing.assert_allclose(scores(train[:3])["mahalanobis"], -np.array(distance), rtol=1e-5)
-    odds = scores.classifier.predict_proba(train[:5]).max(1)
-    np.testing.assert_allclose(scores(train[:5])["max_softmax"], odds, rtol=1e-5)
+    np.testing.assert_allclose(scores(_bank(train[:3]))["mahalanobis"], -np.array(distance), rtol=1e-5)
+    odds = scores.fitted.classifier.predict_proba(train[:5]).max(1)
+    np.testing.assert_allclose(scores(_bank(train[:5]))["max_softmax"], odds, rtol=1e-5)
 
 
 def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path, monkeypatch):
@@ -102,7 +108,7 @@ def test_scores_below_a_half_are_said_to_be_inverted(transfer, tmp_path, monkeyp
 
     def turned(self, features):
         found = scores(self, features)
-        return found | {"knn": -found["knn"], "energy": np.linspace(-1, 1, len(features))}
+        return found | {"knn": -found["knn"], "energy": np.linspace(-1, 1, len(features.keys))}
 
     monkeypatch.setattr(ood.Scores, "__call__", turned)
     other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
@@ -180,9 +186,9 @@ def test_scores_take_no_memory_for_each_sample_class_and_dimension():
     """ImageNet's validation samples would have asked for 154 GB."""
     random = np.random.RandomState(0)
     train, labels = random.randn(400, 32).astype(np.float32), np.arange(400) % 200
-    scores = Scores(train, labels, 5, seed=0, head=lambda features: torch.from_numpy(features))
+    scores = Scores(_bank(train, labels), 5, seed=0, head=lambda features: torch.from_numpy(features))
     tracemalloc.start()
-    scores(random.randn(2000, 32).astype(np.float32))
+    scores(_bank(random.randn(2000, 32).astype(np.float32)))
     assert tracemalloc.get_traced_memory()[1] < 2000 * 200 * 32 * 4
     tracemalloc.stop()
 
@@ -193,7 +199,7 @@ def test_scores_are_those_of_scikit_learn_and_of_a_sort():
     spread = random.randn(6, 6)
     train = (6 * np.eye(6)[labels % 6] + random.randn(90, 6) @ spread).astype(np.float32)
     queries = (3 * random.randn(20, 6)).astype(np.float32)
-    found = Scores(train, labels, 4, seed=0)(queries)
+    found = Scores(_bank(train, labels), 4, seed=0)(_bank(queries))
 
     means = {label: train[labels == label].mean(0) for label in set(labels)}
     within = LedoitWolf(assume_centered=True).fit([x - means[label] for x, label in zip(train, labels)])
@@ -203,7 +209,7 @@ def test_scores_are_those_of_scikit_learn_and_of_a_sort():
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, train)]
     sorted_MN = np.sort(np.linalg.norm(unit[0][:, None] - unit[1][None], axis=2), axis=1)
     np.testing.assert_allclose(found["knn"], -sorted_MN[:, 3], rtol=1e-4)
-    few = Scores(train[:6], labels[:6], 50, seed=0)(queries)["knn"]  # of fewer than k the last one counts
+    few = Scores(_bank(train[:6], labels[:6]), 50, seed=0)(_bank(queries))["knn"]  # of fewer than k the last one counts
     farthest_M = np.linalg.norm(unit[0][:, None] - unit[1][None, :6], axis=2).max(1)
     np.testing.assert_allclose(few, -farthest_M, rtol=1e-4)
 

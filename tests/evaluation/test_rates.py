@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from m3ae_fast.config.evaluation import EvaluationConfig, LinearProbeConfig
-from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.learning_rates import FACTORS, Tried, best, choose, edge, split, table, try_rates
 from m3ae_fast.evaluation.probe_engine import Setting
 from m3ae_fast.evaluation.probes import fit_linear
@@ -15,12 +15,12 @@ from m3ae_fast.process.ranks import join_ranks
 
 
 def _bank(count, seed=0):
-    """Features in which one of three numbers is large: that of the class."""
+    """FeatureBank in which one of three numbers is large: that of the class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     features = torch.randn(count, 8, generator=generator)
     features[torch.arange(count), labels] += 2
-    return Features([f"a.tar/{i:04}" for i in range(count)], features, labels, None, [])
+    return FeatureBank([f"a.tar/{i:04}" for i in range(count)], features, labels, None, [])
 
 
 class _Pulse:
@@ -39,9 +39,9 @@ def test_a_tenth_is_held_out_by_key_whatever_the_order():
     assert {*train.keys, *held_out.keys} == {*bank.keys}
     rows = [bank.keys.index(key) for key in held_out.keys]
     assert rows == sorted(rows) and rows != list(range(rows[0], rows[0] + 20))
-    assert torch.equal(held_out.features_ND, bank.features_ND[rows])
+    assert torch.equal(held_out.features_RD, bank.features_RD[rows])
     assert torch.equal(held_out.labels_N, bank.labels_N[rows])
-    turned = Features(bank.keys[::-1], bank.features_ND.flip(0), bank.labels_N.flip(0), None, [])
+    turned = FeatureBank(bank.keys[::-1], bank.features_RD.flip(0), bank.labels_N.flip(0), None, [])
     assert {*split(turned)[1].keys} == {*held_out.keys}
     moved = replace(bank, keys=[f"/data/elsewhere/{key}" for key in bank.keys])  # the same data in another folder
     assert split(moved)[1].keys == [f"/data/elsewhere/{key}" for key in held_out.keys]
@@ -78,7 +78,7 @@ def test_a_rate_comes_to_what_a_run_at_it_comes_to():
         for each in try_rates(bank, given.linear, 3, 7, ranks, _Pulse())[1::2]:
             at_it = given.linear.model_copy(update={"peak_lr": each.peak_lr, "warmup_epochs": 0.5 * 200 / 180})
             setting = Setting(given.model_copy(update={"linear": at_it}), 3, 1, 7, ranks, _Pulse())
-            logits = fit_linear(train, setting).eval()(held_out.features_ND)
+            logits = fit_linear(train, setting).eval()(held_out.features_RD)
             found = torch.nn.functional.cross_entropy(logits, held_out.labels_N).item()
             assert each.loss == pytest.approx(found, rel=1e-5), each
             assert each.top1 == pytest.approx((logits.argmax(1) == held_out.labels_N).double().mean().item())

@@ -6,6 +6,7 @@ import torch
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.evaluation import retrieval
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.retrieval import own_ranks, recalls
 from tests.evaluation.conftest import pictures
 from tests.helpers.shards import members, write_tar
@@ -13,11 +14,15 @@ from tests.helpers.shards import members, write_tar
 pytestmark = pytest.mark.slow
 
 
+def _bank(features):
+    return FeatureBank([""] * len(features), features, None)
+
+
 def test_recalls_are_those_of_a_sort():
     generator = torch.Generator().manual_seed(0)
     candidates = torch.randn(600, 6, generator=generator)
     queries = candidates + torch.randn(600, 6, generator=generator)
-    found = recalls(own_ranks(queries, candidates))
+    found = recalls(own_ranks(_bank(queries), _bank(candidates)))
     order = torch.cosine_similarity(queries[:, None], candidates[None], dim=2).argsort(1, descending=True)
     for k in (1, 5, 10):
         expected = (order[:, :k] == torch.arange(600)[:, None]).any(1).double().mean().item()
@@ -26,8 +31,8 @@ def test_recalls_are_those_of_a_sort():
 
 
 def test_features_that_are_alike_find_nothing():
-    assert set(recalls(own_ranks(torch.ones(20, 3), torch.ones(20, 3))).values()) == {0.0}
-    assert set(recalls(own_ranks(torch.eye(3), torch.eye(3))).values()) == {1.0}
+    assert set(recalls(own_ranks(_bank(torch.ones(20, 3)), _bank(torch.ones(20, 3)))).values()) == {0.0}
+    assert set(recalls(own_ranks(_bank(torch.eye(3)), _bank(torch.eye(3)))).values()) == {1.0}
 
 
 def test_pairs_are_found_both_ways(transfer, shards, tmp_path):
@@ -82,7 +87,7 @@ def test_a_result_that_chance_gives_is_said_to_be_one(transfer, monkeypatch, cap
     real = retrieval._encode
 
     def encode(job, pairs):
-        return tuple(replace(part, features_ND=given[kind]) for kind, part in zip(given, real(job, pairs)))
+        return tuple(replace(part, stored_SD=given[kind]) for kind, part in zip(given, real(job, pairs)))
 
     monkeypatch.setattr(retrieval, "_encode", encode)
     monkeypatch.setattr(retrieval, "_draw", lambda *_: None)
@@ -118,7 +123,7 @@ def test_each_way_asks_with_what_it_says(transfer, monkeypatch):
     real = retrieval._encode
 
     def encode(job, pairs):
-        return tuple(replace(part, features_ND=given[kind]) for kind, part in zip(given, real(job, pairs)))
+        return tuple(replace(part, stored_SD=given[kind]) for kind, part in zip(given, real(job, pairs)))
 
     monkeypatch.setattr(retrieval, "_encode", encode)
     monkeypatch.setattr(retrieval, "_draw", lambda *_: None)

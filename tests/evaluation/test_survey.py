@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.evaluation import probe_grid
-from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.probe_grid import chosen_layers, few_shot
 from m3ae_fast.evaluation.significance import interval, mean_accuracy
 from m3ae_fast.images.decoding import decode_image
@@ -77,14 +77,14 @@ def test_few_shots_are_those_of_a_k_nn_by_hand(transfer, run, shards, tmp_path):
     model = open_model(str(run), text=False)
     bank, queries = _encoded(model, range(48)), _encoded(model, range(100, 118))
     keys = [f"{shards[0]}/{number:05d}" for number in range(48)]
-    whole = Features(keys, bank, torch.arange(48) % 3, None, [])
+    whole = FeatureBank(keys, bank, torch.arange(48) % 3, None, [])
     for shots in (1, 5):
         accuracies = []
         for draw in range(3):
             few = few_shot(whole, shots, draw, range(3))
             judge = KNeighborsClassifier(
                 min(5, len(few.keys)), metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07), algorithm="brute"
-            ).fit(few.features_ND, few.labels_N)
+            ).fit(few.features_RD, few.labels_N)
             expected = judge.predict(queries)
             own = table[(table.shots == shots) & (table.draw == draw)]
             assert own.prediction.tolist() == expected.tolist()
@@ -107,10 +107,10 @@ def test_too_many_shots_are_told_before_any_probe(transfer, capsys):
 
 
 def test_more_shots_hold_those_of_fewer_and_draws_differ():
-    bank = Features([f"a.tar/{i}" for i in range(60)], torch.arange(60.0)[:, None], torch.arange(60) % 3, None, [])
+    bank = FeatureBank([f"a.tar/{i}" for i in range(60)], torch.arange(60.0)[:, None], torch.arange(60) % 3, None, [])
     one, five = (few_shot(bank, shots, 0, range(3)) for shots in (1, 5))
     assert {*one.keys} < {*five.keys} and five.labels_N.bincount().tolist() == [5, 5, 5]
-    assert torch.equal(five.features_ND[:, 0].long() % 3, five.labels_N)
+    assert torch.equal(five.features_RD[:, 0].long() % 3, five.labels_N)
     assert {*five.keys} != {*few_shot(bank, 5, 1, range(3)).keys}
     with pytest.raises(UserError, match="--shots 21: the class b has 20 training samples"):
         few_shot(bank, 21, 0, ["b", "a", "c"])

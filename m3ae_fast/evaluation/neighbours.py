@@ -1,0 +1,167 @@
+"""Exact nearest neighbours by cosine similarity: each rank searches its own rows, and the lists of all are merged.
+
+What is found does not depend on the number of ranks or on the sizes of blocks. Candidates come from a float32 matrix
+product; then their similarity is computed in float64 and rounded to float32, and of equal ones the sample with the
+lowest number comes first. Where rounding could have left out a neighbour, because too many samples are about as
+similar as the last one, the query is searched again in float64.
+
+Shapes: N samples of the bank, R of them on this rank, Q queries, q of them at a time, B rows of a block in G groups of
+g, K neighbours, C candidates, W ranks, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3ae_fast.base.progress import track
+from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.process.collectives import all_gather, all_to_all
+
+_MARGIN = 8  # candidates besides the K
+_GROUP = 32  # rows whose highest similarity is found before those of single rows are compared
+_ROUNDING = (
+    4e-6  # a bound on the rounding of a float32 similarity that holds in practice; the theoretical one is D * 2e-7
+)
+_AT_A_TIME = 16_384  # queries that a rank gets from all
+_RESCORED = 1 << 23  # values of candidates that are read at a time
+_MISSING = torch.iinfo(torch.int64).min
+
+
+class _Blocks(NamedTuple):
+    queries: int
+    rows: int
+
+
+_BLOCKS = {"cpu": _Blocks(256, 16_384), "cuda": _Blocks(1024, 65_536)}
+
+
+class Neighbours(NamedTuple):
+    """The most similar samples of a bank for this rank's queries, the most similar first."""
+
+    similarity_QK: Tensor  # float32, on the CPU
+    number_QK: Tensor  # int64: which of the bank's N samples
+
+
+def nearest(bank: FeatureBank, queries: FeatureBank, k: int, title: str = "k-NN") -> Neighbours:
+    """Return the min(k, N) nearest neighbours of each of this rank's queries. Every rank must call it."""
+    ranks, device = bank.ranks, bank.ranks.device if bank.ranks else bank.stored_SD.device
+    k = min(k, len(bank.keys))
+    own = len(queries.own)
+    most = own if ranks is None else max(ranks.gather(own))
+    found = [torch.empty(0, k, dtype=torch.int64)]
+    at_a_time = max(_AT_A_TIME // (ranks.world if ranks else 1), 1)
+    for start in range(0, most, at_a_time):
+        count = min(most - start, at_a_time)
+        part_QD = queries.take(slice(start, start + count)).to(device)
+        padded_QD = F.pad(part_QD, (0, 0, 0, count - len(part_QD)))  # ranks may have fewer queries
+        asked_WQD = all_gather(padded_QD, ranks)
+        order_WQK = _own_neighbours(bank, asked_WQD.flatten(0, 1), k, title).view(*asked_WQD.shape[:2], k)
+        lists_QC = all_to_all(order_WQK, ranks).transpose(0, 1).flatten(1)
+        found.append(lists_QC.topk(k, dim=1).values[: len(part_QD)].cpu())
+    return Neighbours(*_decoded(torch.cat(found)))
+
+
+def _own_neighbours(bank: FeatureBank, queries_QD: Tensor, k: int, title: str) -> Tensor:
+    """Return the k nearest of this rank's rows for each query as `_encoded` numbers, best first: int64 [Q, k]."""
+    unit_QD = F.normalize(queries_QD.float(), dim=1)
+    similarity_QC, place_QC = _candidates(bank, unit_QD, k + _MARGIN, title)
+    order_QK = torch.full((len(unit_QD), k), _MISSING, device=unit_QD.device)
+    if not len(bank.own):
+        return order_QK
+    own_R = bank.own.to(unit_QD.device)
+    at_a_time = max(_RESCORED // (place_QC.shape[1] * unit_QD.shape[1]), 1)
+    for first in range(0, len(unit_QD), at_a_time):
+        part = slice(first, first + at_a_time)
+        place_qC = place_QC[part].clamp(min=0)
+        rows_qCD = bank.take(place_qC.flatten().cpu()).to(unit_QD.device).double().view(*place_qC.shape, -1)
+        query_qD = F.normalize(queries_QD[part].double(), dim=1)
+        exact_qC = (F.normalize(rows_qCD, dim=2) @ query_qD[..., None])[..., 0]
+        order_qC = _encoded(exact_qC, own_R[place_qC]).masked_fill(place_QC[part] < 0, _MISSING)
+        order_QK[part] = order_qC.topk(k, dim=1).values
+    # of full lists, where what is left out may be as similar as the last neighbour
+    unsure_Q = (place_QC[:, -1] >= 0) & (similarity_QC[:, -1] >= similarity_QC[:, k - 1] - _ROUNDING)
+    if unsure_Q.any():
+        order_QK[unsure_Q] = _searched_exactly(bank, queries_QD[unsure_Q], k)
+    return order_QK
+
+
+def _candidates(bank: FeatureBank, unit_QD: Tensor, count: int, title: str) -> tuple[Tensor, Tensor]:
+    """Return the rows of this rank with the highest float32 similarity to each query, best first, [Q, C] both:
+    similarities, and places among this rank's rows, -1 where it has no more."""
+    similarity_QC = unit_QD.new_full((len(unit_QD), count), -torch.inf)
+    place_QC = torch.full_like(similarity_QC, -1, dtype=torch.int64)
+    at_a_time = _BLOCKS[unit_QD.device.type].queries
+    for start, block_BD in _blocks(bank, unit_QD.device, title):
+        unit_BD = F.normalize(block_BD.float(), dim=1)
+        for first in range(0, len(unit_QD), at_a_time):
+            part = slice(first, first + at_a_time)
+            best_qC, best_at_qC = _best_of_block(unit_QD[part] @ unit_BD.T, count)
+            both_q = torch.cat((similarity_QC[part], best_qC), 1)
+            places_q = torch.cat((place_QC[part], best_at_qC + start), 1)
+            similarity_QC[part], at_qC = both_q.topk(count, dim=1)
+            place_QC[part] = places_q.gather(1, at_qC)
+    return similarity_QC, place_QC
+
+
+def _best_of_block(similarity_qB: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the highest similarities of a block and their places in it, at most `count`, in any order.
+
+    The best are among the groups with the highest maxima, which are found in one pass over memory.
+    """
+    queries, rows = similarity_qB.shape
+    groups = rows // _GROUP
+    if groups < 4 * count:
+        return similarity_qB.topk(min(count, rows), dim=1)
+    whole_qGg = similarity_qB[:, : groups * _GROUP].view(queries, groups, _GROUP)
+    best_qC = whole_qGg.amax(2).topk(count, dim=1).indices
+    within = torch.arange(_GROUP, device=similarity_qB.device)
+    place_qc = torch.cat(
+        (
+            (best_qC[..., None] * _GROUP + within).flatten(1),
+            torch.arange(groups * _GROUP, rows, device=similarity_qB.device).expand(queries, -1),
+        ),
+        1,
+    )
+    best_qC, at_qC = similarity_qB.gather(1, place_qc).topk(count, dim=1)
+    return best_qC, place_qc.gather(1, at_qC)
+
+
+def _blocks(bank: FeatureBank, device: torch.device, title: str) -> Iterator[tuple[int, Tensor]]:
+    """Yield this rank's rows in blocks on the device, each with the place of its first row."""
+    rows, size = len(bank.own), _BLOCKS[device.type].rows
+    for start in track(range(0, rows, size), title):
+        yield start, bank.take(slice(start, min(start + size, rows))).to(device)
+
+
+def _searched_exactly(bank: FeatureBank, queries_QD: Tensor, k: int) -> Tensor:
+    """Return the same as `_own_neighbours`, with all similarities in float64."""
+    device, own_R = queries_QD.device, bank.own.to(queries_QD.device)
+    at_a_time = _BLOCKS[device.type].queries
+    unit_QD = F.normalize(queries_QD.double(), dim=1)
+    order_QK = torch.full((len(unit_QD), k), _MISSING, device=device)
+    for start, block_BD in _blocks(bank, device, "k-NN, of equally similar samples"):
+        unit_BD, number_B = F.normalize(block_BD.double(), dim=1), own_R[start : start + len(block_BD)]
+        for first in range(0, len(unit_QD), at_a_time):
+            part = slice(first, first + at_a_time)
+            order_qB = _encoded(unit_QD[part] @ unit_BD.T, number_B)
+            order_QK[part] = torch.cat((order_QK[part], order_qB), 1).topk(k, dim=1).values
+    return order_QK
+
+
+def _encoded(similarity: Tensor, number: Tensor) -> Tensor:
+    """Return int64 numbers that are ordered as float32 similarities are and, of equal ones, by descending numbers."""
+    bits = (similarity.float() + 0.0).view(torch.int32).long()  # + 0.0: of -0 and 0, one
+    ordered = torch.where(bits < 0, bits ^ 0x7FFF_FFFF, bits)
+    return (ordered << 32) + (0xFFFF_FFFF - number)
+
+
+def _decoded(order: Tensor) -> tuple[Tensor, Tensor]:
+    """Return similarities and numbers of `_encoded`."""
+    ordered = order >> 32
+    bits = torch.where(ordered < 0, ordered ^ 0x7FFF_FFFF, ordered).int()
+    return bits.view(torch.float32), 0xFFFF_FFFF - (order & 0xFFFF_FFFF)

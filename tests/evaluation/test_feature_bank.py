@@ -1,0 +1,96 @@
+"""A bank is the same whatever rank stores which of its rows, and wherever."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.evaluation import feature_bank, neighbours
+from m3ae_fast.evaluation.feature_bank import FeatureBank, Rows, storage
+from m3ae_fast.evaluation.neighbours import nearest
+from m3ae_fast.process.ranks import join_ranks
+from tests.helpers import bank_cases
+from tests.helpers.ranks import run_ranks
+
+
+def _by_a_sort(bank_ND, queries_MD, k):
+    """Similarities and numbers of the most similar, the lowest number first among equal ones."""
+    similarity_MN = (F.normalize(queries_MD.double(), dim=1) @ F.normalize(bank_ND.double(), dim=1).T).float()
+    similarity_MN, number_MN = similarity_MN.sort(dim=1, descending=True, stable=True)
+    return similarity_MN[:, :k], number_MN[:, :k]
+
+
+def _bank(features):
+    return FeatureBank([""] * len(features), features, None)
+
+
+@pytest.mark.parametrize(("samples", "width", "k"), [(3000, 16, 20), (211, 6, 7), (9, 4, 20)])
+@pytest.mark.parametrize("equal", [False, True])
+def test_neighbours_are_those_of_a_stable_sort(monkeypatch, samples, width, k, equal):
+    """Also in blocks, and where more samples are equal than a list of candidates holds."""
+    monkeypatch.setitem(neighbours._BLOCKS, "cpu", neighbours._Blocks(16, 2048))
+    monkeypatch.setattr(neighbours, "_GROUP", 4)
+    monkeypatch.setattr(neighbours, "_AT_A_TIME", 50)
+    monkeypatch.setattr(neighbours, "_RESCORED", 1000)
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(count, width, generator=generator) for count in (samples, 70))
+    if equal:
+        bank[::2] = bank[0]
+    similarity, number = _by_a_sort(bank, queries, k)
+    found = nearest(_bank(bank), _bank(queries), k)
+    assert torch.equal(found.similarity_QK, similarity) and torch.equal(found.number_QK, number)
+    rows = [*range(1, samples, 3)]
+    some = nearest(_bank(bank).rows(rows), _bank(queries), k)
+    assert torch.equal(some.number_QK, _by_a_sort(bank[rows], queries, k)[1])
+
+
+@pytest.mark.slow
+def test_two_and_three_ranks_find_what_one_finds(tmp_path):
+    """Neighbours, votes, places and scores, of banks that are split over ranks."""
+    alone = bank_cases.found(None)
+    assert torch.equal(alone["number"], _by_a_sort(*(bank_cases.features(*of)[0] for of in ((211, 0), (61, 1))), 20)[1])
+    for count in (2, 3):
+        code, said = run_ranks("tests.helpers.bank_cases", [str(tmp_path / "found.pt")], count, tmp_path / "log")
+        assert code == 0, said
+        each = torch.load(tmp_path / "found.pt", weights_only=False)
+        assert len(each) == count
+        for found in each:
+            for name in ("similarity", "number", "best", "scores", "ranks", "rows"):
+                assert torch.equal(found[name], alone[name]), name
+            assert found["keys"] == alone["keys"]
+            for name, scores in alone["ood"].items():
+                np.testing.assert_allclose(found["ood"][name], scores, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_are_views_until_they_are_read():
+    bank = FeatureBank([*"abcdef"], torch.arange(12.0).view(6, 2), torch.arange(6))
+    some = bank.rows([1, 3, 4]).rows([0, 2])
+    assert some.keys == ["b", "e"] and some.labels.tolist() == [1, 4]
+    assert some.stored_SD is bank.stored_SD and some.features_RD.tolist() == [[2, 3], [8, 9]]
+    assert some.take(slice(1, 9)).tolist() == [[8, 9]] and some.gathered().stored_SD.tolist() == [[2, 3], [8, 9]]
+
+
+def test_features_go_to_the_first_place_where_those_of_all_ranks_of_a_node_fit(monkeypatch, tmp_path):
+    free = {"cuda": 100, "cpu": 300}
+    lacking = lambda needed, device: "" if needed < free[device.type] else f"{needed} of {free[device.type]}"  # noqa: E731
+    monkeypatch.setattr(feature_bank, "missing_memory", lacking)
+    monkeypatch.setattr(feature_bank.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [storage(needed, gpu, 4) for needed in (40, 60, 80)] == ["device", "host", "file"]
+    assert [storage(needed, cpu, 4) for needed in (40, 80)] == ["host", "file"]
+    with pytest.raises(UserError, match=f"the features fit neither into memory .* nor into a file in {tmp_path} "):
+        storage(250, gpu, 4, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_in_a_file_are_the_same_and_leave_nothing(monkeypatch, tmp_path, dtype):
+    monkeypatch.setattr(feature_bank, "storage", lambda *given: "file")
+    parts = [torch.randn(count, 3, 2).to(dtype) for count in (4, 0, 3)]
+    with join_ranks() as ranks:
+        rows = Rows(9, ranks, tmp_path)
+        for part in parts:
+            rows.append(part)
+    assert torch.equal(rows.tensor(), torch.cat(parts)) and not [*tmp_path.iterdir()]

@@ -1,0 +1,68 @@
+"""What ranks find in banks that are split over them, as a program: `main([FILE])` saves it on rank 0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from m3ae_fast.config.evaluation import EvaluationConfig
+from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.knn import knn_scores
+from m3ae_fast.evaluation.neighbours import nearest
+from m3ae_fast.evaluation.ood import Scores
+from m3ae_fast.evaluation.retrieval import own_ranks
+from m3ae_fast.process.ranks import Ranks, join_ranks
+
+SAMPLES, QUERIES, WIDTH, CLASSES = 211, 61, 6, 3
+
+
+def features(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return features, some of which are equal, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    features_ND = torch.randn(count, WIDTH, generator=generator)
+    features_ND[::3] = features_ND[0]  # more than a list of candidates holds
+    features_ND[1::17] *= 3  # the length does not count
+    return features_ND, torch.randint(0, CLASSES, (count,), generator=generator)
+
+
+def split(features_ND: Tensor, labels_N: Tensor | None, ranks: Ranks | None, batch: int = 5) -> FeatureBank:
+    """Return a bank of which each rank stores every W-th batch."""
+    keys = [f"a.tar/{number:05d}" for number in range(len(features_ND))]
+    if ranks is None:
+        return FeatureBank(keys, features_ND, labels_N)
+    own_R = torch.arange(len(keys))
+    own_R = own_R[own_R // batch % ranks.world == ranks.rank]
+    return FeatureBank(keys, features_ND[own_R], labels_N, own_R=own_R, ranks=ranks)
+
+
+def found(ranks: Ranks | None) -> dict[str, object]:
+    """Return what every rank knows in the end."""
+    bank, queries = split(*features(SAMPLES, 0), ranks), split(*features(QUERIES, 1), ranks, batch=7)
+    others = split(features(QUERIES, 2)[0], None, ranks, batch=7)
+    few = bank.rows([*range(0, SAMPLES, 2)])
+    near = nearest(bank, queries, 20)
+    predictions = queries.predictions(knn_scores(few, queries, CLASSES, 5, 0.07), votes=True)
+    return {
+        "similarity": queries.complete(near.similarity_QK),
+        "number": queries.complete(near.number_QK),
+        "keys": predictions.keys,
+        "best": predictions.best_NK,
+        "scores": predictions.scores_N,
+        "ranks": own_ranks(queries, others),
+        "ood": Scores(bank, 4, 0)(queries),
+        "rows": few.gathered().stored_SD,
+    }
+
+
+def config(**sections: object) -> EvaluationConfig:
+    """Return settings of an evaluation."""
+    return EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, **sections})
+
+
+def main(arguments: list[str]) -> int:
+    """Run the program."""
+    with join_ranks() as ranks:
+        each = ranks.gather(found(ranks))
+        if ranks.is_main:
+            torch.save(each, arguments[0])
+    return 0
