@@ -10,6 +10,7 @@ from m3ae_fast.base.former_names import refuse_former_module
 from m3ae_fast.base.memory import refuse_too_few_addresses, shown_in_one_line
 
 if TYPE_CHECKING:
+    from m3ae_fast import shards as shards
     from m3ae_fast.evaluation.embedding import embed
     from m3ae_fast.evaluation.task_runner import evaluate
     from m3ae_fast.pretraining.stages import pretrain
@@ -43,6 +44,8 @@ def __getattr__(name: str) -> Any:
         from m3ae_kernels.version import __version__
 
         return __version__
+    if name == "shards":
+        return import_module("m3ae_fast.shards")
     if name in _MODULES:
         settle_libraries()
         return getattr(import_module(_MODULES[name]), name)

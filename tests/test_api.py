@@ -133,9 +133,54 @@ def test_an_option_that_a_task_cannot_use_is_refused(tmp_path, task, options, me
         m3ae_fast.evaluate(task, given.pop("model"), **given)
 
 
+def test_shards_are_made_counted_and_described_in_python(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("a", "b", "more/c"):
+        (images / f"{name}.txt").write_text(f"the picture {name}")
+    shards, pattern = m3ae_fast.shards, str(tmp_path / "out/*.tar")
+    made = shards.make(images, tmp_path / "out", held_out=0.4, workers=1)
+    assert (made.samples, made.captions) == (3, 3)
+    assert [path.name for path in made.shards] == ["train-00000.tar", "val-00000.tar"]
+    assert sorted(shard.summary.samples for shard in shards.index(pattern)) == [1, 2]
+    found = shards.stats(pattern, samples=2)
+    assert (found.seen, found.of, found.unit) == (2, 3, "words")
+    counted = shards.manifest(pattern, tmp_path / "m.npy")
+    assert counted[:4] == (tmp_path / "m.npy", 2, 3, 0)
+    trained = shards.tokenizer(pattern, tmp_path / "t.json", vocab_size=60)
+    assert trained.captions == 3 and shards.stats(pattern, tokenizer=tmp_path / "t.json").unit == "tokens"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda shards: shards.make("in", "out", quality=0), "--quality 0: must be from 1 to 100"),
+        (
+            lambda shards: shards.make("in.h5", "out", captions="a.csv"),
+            "--captions is for a folder of images; in.h5 is an",
+        ),
+        (
+            lambda shards: shards.make("in/", "out", split="train"),
+            "--split is for a Hugging Face dataset; in/ is a folder",
+        ),
+        (lambda shards: shards.manifest("a.tar", "m.npy", part=(3, 2)), "--part 3/2: must be I/N"),
+        (lambda shards: shards.tokenizer("a.tar", "t.json", vocab_size=1), "--vocab-size 1: must be above"),
+        (lambda shards: shards.stats("a.tar", channels=0), "--channels 0: must be from 1"),
+        (lambda shards: shards.image_tokens("a.tar", "out", vqgan="vqgan", views=0), "--views 0: must be 1 or more"),
+    ],
+)
+def test_arguments_that_shards_cannot_have_are_refused(tmp_path, monkeypatch, call, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        call(m3ae_fast.shards)
+    assert not any(tmp_path.iterdir())
+
+
 def test_no_module_has_the_name_of_a_public_function():
     """A submodule that is imported becomes an attribute of its package, and would hide the function there."""
     modules = {path.stem for path in (ROOT / "m3ae_fast").rglob("*.py") if path.parent.name != "cli"}
     packages = {path.parent.name for path in (ROOT / "m3ae_fast").rglob("__init__.py")}
     assert not {*m3ae_fast.__all__} & (modules | packages)
+    of_shards = {path.stem for path in (ROOT / "m3ae_fast/shards").glob("*.py")}
+    assert not {*m3ae_fast.shards.__all__} & of_shards
+    assert all(callable(getattr(m3ae_fast.shards, name)) for name in m3ae_fast.shards.__all__)
     assert all(callable(getattr(m3ae_fast, name)) for name in m3ae_fast.__all__ if name != "__version__")

@@ -26,7 +26,7 @@ from m3ae_fast.drawing.reconstructions import _decoded, draw_reconstructions
 from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.shards.tokenize_images import QUALITY, Crops
+from m3ae_fast.shards.image_token_shards import QUALITY, Crops
 from m3ae_fast.verify.golden import Golden
 from m3ae_fast.verify.vqgan import quantities
 from m3ae_fast.vqgan.flax import convert_vqgan, from_flax

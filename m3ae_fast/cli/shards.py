@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.command_line import add_labels, command, output, program, seed
 from m3ae_fast.config import add_range_option
 from m3ae_fast.shards.settings import SOURCE_KINDS, Settings
@@ -76,11 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.perform(args)
     return 0
-
-
-def _tool(module: str, function: str = "run") -> Callable[[argparse.Namespace], None]:
-    """Return what imports a tool, and torch with it, once it is to run."""
-    return lambda args: getattr(import_module(f"m3ae_fast.shards.{module}"), function)(args)
 
 
 def _add_make(commands: Any) -> None:
@@ -147,12 +141,18 @@ def _make(args: argparse.Namespace) -> None:
 
 
 def _add_index(commands: Any, common: argparse.ArgumentParser) -> None:
-    command(commands, "index", "write the shards' indexes and show what is in them", "", _tool("index_command"), common)
+    command(commands, "index", "write the shards' indexes and show what is in them", "", _index, common)
+
+
+def _index(args: argparse.Namespace) -> None:
+    from m3ae_fast.shards.index_table import index, print_index
+
+    print_index(index(args.shards, cache_dir=args.cache_dir))
 
 
 def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
-    summary = "show what samples are like, and the settings that they need"
-    parser = command(commands, "stats", summary, STATS, _tool("stats"), common)
+    summary = "show statistics of the samples, and the settings that they need"
+    parser = command(commands, "stats", summary, STATS, _stats, common)
     parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="to look at (default: 10000)")
     parser.add_argument("--seed", type=seed, default=0, help="decides which (default: 0)")
     parser.add_argument("--channels", type=int, default=3, metavar="C", help="of the model (default: 3)")
@@ -167,29 +167,83 @@ def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--write", type=Path, metavar="CONFIG", help="a config to put the settings into")
 
 
+def _stats(args: argparse.Namespace) -> None:
+    from m3ae_fast.shards import statistics
+
+    given = None if args.write is None else statistics.read_whole_config(args.write)
+    found = statistics.stats(
+        args.shards,
+        samples=args.samples,
+        seed=args.seed,
+        channels=args.channels,
+        dtype=args.dtype,
+        image_range=args.range,
+        tokenizer=args.tokenizer,
+        labels=args.labels,
+        cache_dir=args.cache_dir,
+    )
+    print(*statistics.describe_statistics(found), sep="\n")
+    settings = statistics.settings_of(found)
+    print(*statistics.options_of(settings), sep="\n")
+    if args.picture is not None:
+        statistics.draw_statistics(args.picture, found)
+        print(f"drew {args.picture}")
+    if args.sizes is not None:
+        statistics.write_sizes(args.sizes, found)
+        print(f"wrote the sizes of {len(found.sizes):,} images into {args.sizes}")
+    if given is not None:
+        statistics.write_settings(args.write, given, settings)
+        print(f"wrote them into {args.write}")
+
+
 def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
     summary = "count samples ahead of a run, on any number of nodes"
     text = "Name the file as `shards` of a source, or all of its parts."
-    parser = command(commands, "manifest", summary, text, _tool("manifest_command"), common)
-    parser.add_argument("--out", type=output(".npy"), required=True, help="the .npy to write")
-    parser.add_argument("--part", metavar="I/N", help="count the I-th of N parts; each has a file of its own")
+    parser = command(commands, "manifest", summary, text, _manifest, common)
+    parser.add_argument("--out", type=output(".npy"), required=True, metavar="FILE.npy", help="the file to write")
+    text = "count the I-th of N parts; each has a file of its own"
+    parser.add_argument("--part", type=_part, metavar="I/N", help=text)
     known = parser.add_mutually_exclusive_group()
     known.add_argument("--stats", action="store_true", help="take counts from the NAME_stats.json of img2dataset")
     known.add_argument("--sizes", metavar="FILE", help="take counts from a sizes.json: a file or a URL")
 
 
+def _part(text: str) -> tuple[int, int]:
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal()):
+        raise UserError(f"--part {text}: must be I/N, such as 1/8, with I from 1 to N")
+    return int(number), int(parts)
+
+
+def _manifest(args: argparse.Namespace) -> None:
+    from m3ae_fast.shards import manifest
+
+    found = manifest(
+        args.shards, args.out, part=args.part, stats=args.stats, sizes=args.sizes, cache_dir=args.cache_dir
+    )
+    print("".join(f"note: {note}\n" for note in found.notes), end="")
+    print(f"{found.path}: {found.shards:,} shards with {found.samples:,} samples, {found.unread:,} not read")
+
+
 def _add_tokenizer(commands: Any, common: argparse.ArgumentParser) -> None:
     summary = "train a lower-cased WordPiece tokenizer on the captions"
-    parser = command(commands, "tokenizer", summary, "", _tool("tokenizer_training"), common)
-    parser.add_argument("--vocab-size", type=int, required=True, help="tokens at most, special ones included")
-    parser.add_argument("--out", type=output(".json"), required=True, help="the tokenizer.json to write")
+    parser = command(commands, "tokenizer", summary, "", _tokenizer, common)
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens at most, with special ones")
+    parser.add_argument("--out", type=output(".json"), required=True, metavar="FILE.json", help="the file to write")
+
+
+def _tokenizer(args: argparse.Namespace) -> None:
+    from m3ae_fast.shards.tokenizer_training import describe_tokenizer, tokenizer
+
+    trained = tokenizer(args.shards, args.out, vocab_size=args.vocab_size, cache_dir=args.cache_dir)
+    print(*describe_tokenizer(trained, args.vocab_size), sep="\n")
 
 
 def _add_image_tokens(commands: Any, common: argparse.ArgumentParser) -> None:
     summary = "make shards of crops with their VQGAN token ids"
-    parser = command(commands, "image-tokens", summary, IMAGE_TOKENS, _tool("tokenize_images"), common)
+    parser = command(commands, "image-tokens", summary, IMAGE_TOKENS, _image_tokens, common)
     parser.add_argument("--vqgan", type=Path, required=True, metavar="FOLDER", help="a converted VQGAN")
-    parser.add_argument("--out", type=output(), required=True, help="folder for the shards: new, or to be continued")
+    parser.add_argument("--out", type=output(), required=True, metavar="DIR", help="new, or to be continued")
     parser.add_argument("--image-size", type=int, default=256, metavar="S", help="of the crops (default: 256 pixels)")
     parser.add_argument("--views", type=int, default=1, metavar="N", help="random crops of each image (default: 1)")
     parser.add_argument("--centre", action="store_true", help="take the central square instead")
@@ -201,6 +255,28 @@ def _add_image_tokens(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes, or a GPU's threads")
+
+
+def _image_tokens(args: argparse.Namespace) -> None:
+    from m3ae_fast.shards import image_tokens
+    from m3ae_fast.shards.writer import describe_conversion
+
+    made = image_tokens(
+        args.shards,
+        args.out,
+        vqgan=args.vqgan,
+        image_size=args.image_size,
+        views=None if args.centre else args.views,
+        crop_scale=tuple(args.crop_scale),
+        flip=not args.no_flip,
+        seed=args.seed,
+        image_range=args.range,
+        samples_per_shard=args.samples_per_shard,
+        device=args.device,
+        workers=args.workers,
+        cache_dir=args.cache_dir,
+    )
+    print(describe_conversion(args.out, made))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ _LOCAL = ("fuse.fuse-overlayfs", "fuse.mergerfs")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 
 
-def expand(patterns: str | list[str]) -> list[str]:
+def expand(patterns: str | Sequence[str]) -> list[str]:
     """Write out brace patterns (`{0000..0041}`), `::` lists and, for local paths, globs. Raises UserError if a
     pattern is malformed or matches nothing, or a shard is not there, or nothing installed can read it."""
     shards: list[str] = []
@@ -114,7 +114,7 @@ class ShardStore:
     `~/.cache/m3ae_fast`. Copies take at most `cache_gb` GB of the disk; None: all but FREE_FRACTION. Raises UserError
     if the folder cannot be made."""
 
-    def __init__(self, cache_dir: Path | None = None, cache_gb: float | None = None):
+    def __init__(self, cache_dir: str | os.PathLike[str] | None = None, cache_gb: float | None = None):
         self._far: dict[str, bool] = {}  # by folder
         self._oldest: deque[_Copy] | None = None  # copies when this process last looked, the oldest first
         self._looked = 0.0  # when that was

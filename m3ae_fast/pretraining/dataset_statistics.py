@@ -19,7 +19,7 @@ from m3ae_fast.pretraining.automatic_settings import TOKENIZER, Facts, Shards, c
 from m3ae_fast.pretraining.image_kind import range_of, sight
 from m3ae_fast.shards.overview import describe_classes, part_of, show
 from m3ae_fast.shards.problem_counts import Tally
-from m3ae_fast.shards.stats import collect, require_images
+from m3ae_fast.shards.statistics import collect, require_images
 from m3ae_fast.shards.tokenizer_training import caption_texts, save_tokenizer
 
 _LOOKED_AT = 2000  # samples

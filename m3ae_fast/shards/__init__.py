@@ -1,5 +1,38 @@
-"""Programs that make shards, and what trains on them: `m3ae-fast shards` lists them.
+"""Makes shards, counts and describes them, and trains tokenizers on them. In Python: `m3ae_fast.shards.make(...)`, and
+so on for each command of `m3ae-fast shards`.
 
-A tool is a module with `run(args)`, and a parser in `data/__main__.py`. Converters describe their input as `Records`;
-`writer.convert` makes shards of it.
+Sources are read as `sources.records.Records`; `writer.convert` writes shards of any of them.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from m3ae_fast.shards.image_token_shards import image_tokens
+    from m3ae_fast.shards.index_table import index
+    from m3ae_fast.shards.making import make
+    from m3ae_fast.shards.manifest_writing import manifest
+    from m3ae_fast.shards.statistics import stats
+    from m3ae_fast.shards.tokenizer_training import tokenizer
+
+__all__ = ["image_tokens", "index", "make", "manifest", "stats", "tokenizer"]
+
+_MODULES = {
+    "image_tokens": "image_token_shards",
+    "index": "index_table",
+    "make": "making",
+    "manifest": "manifest_writing",
+    "stats": "statistics",
+    "tokenizer": "tokenizer_training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Return what is imported only when it is asked for: the parsers of `m3ae-fast shards` need no torch."""
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

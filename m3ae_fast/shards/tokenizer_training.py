@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -26,26 +27,58 @@ _SHARDS = 16  # that a part of the captions is read from
 FEW = 0.9  # of the tokens requested; below it a note is printed
 
 
-def run(args: argparse.Namespace) -> None:
-    if not len(SPECIAL) < args.vocab_size <= MAX_VOCAB:
+class TrainedTokenizer(NamedTuple):
+    """A tokenizer that was trained and written."""
+
+    path: Path
+    size: int  # tokens, which is the value of model.vocab_size
+    captions: int
+    tally: Tally  # samples left out
+
+
+def tokenizer(
+    shards: str | Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    vocab_size: int,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> TrainedTokenizer:
+    """Train a lower-cased WordPiece tokenizer on the captions of shards and write it.
+
+    Args:
+        shards: paths, brace patterns, globs, URLs or pipe: commands.
+        out: the tokenizer.json to write.
+        vocab_size: the largest number of tokens, special ones included.
+        cache_dir: where copies of remote shards go; None: ~/.cache/m3ae_fast.
+
+    Raises:
+        UserError: no caption can be used, `vocab_size` does not fit them, or `out` cannot be written.
+    """
+    if not len(SPECIAL) < vocab_size <= MAX_VOCAB:
         raise UserError(
-            f"--vocab-size {args.vocab_size}: must be above {len(SPECIAL)}, the number of special tokens, "
+            f"--vocab-size {vocab_size}: must be above {len(SPECIAL)}, the number of special tokens, "
             f"and at most {MAX_VOCAB}"
         )
-    tally = Tally()
-    texts = list(caption_texts(args.shards, ShardStore(args.cache_dir), tally))
+    names, tally = [shards] if isinstance(shards, str) else list(shards), Tally()
+    texts = list(caption_texts(names, ShardStore(cache_dir), tally))
     if not texts:
-        raise UserError(f"shards {' '.join(args.shards)}: no caption in them has a word")
+        raise UserError(f"shards {' '.join(names)}: no caption in them has a word")
     print(f"training a tokenizer of {len(texts):,} captions", file=sys.stderr, flush=True)
-    tokenizer = train_tokenizer(texts, args.vocab_size)
-    size = tokenizer.get_vocab_size()
-    if size > args.vocab_size:
-        raise UserError(f"--vocab-size {args.vocab_size}: the captions' characters alone need {size}")
-    save_tokenizer(tokenizer, args.out)
-    print(f"{args.out}: {size:,} tokens of {len(texts):,} captions; set model.vocab_size={size}")
-    if size < FEW * args.vocab_size:
-        print(f"fewer than the {args.vocab_size:,} requested: the captions yield no more words and word pieces")
-    print(*tally.lines(), sep="\n", end="\n" if tally.counts else "")
+    trained = train_tokenizer(texts, vocab_size)
+    size = trained.get_vocab_size()
+    if size > vocab_size:
+        raise UserError(f"--vocab-size {vocab_size}: the captions' characters alone need {size}")
+    save_tokenizer(trained, Path(out))
+    return TrainedTokenizer(Path(out), size, len(texts), tally)
+
+
+def describe_tokenizer(trained: TrainedTokenizer, vocab_size: int) -> list[str]:
+    """Return lines for the user. `vocab_size`: the number of tokens that was asked for."""
+    size = trained.size
+    lines = [f"{trained.path}: {size:,} tokens of {trained.captions:,} captions; set model.vocab_size={size}"]
+    if size < FEW * vocab_size:
+        lines.append(f"fewer than the {vocab_size:,} requested: the captions yield no more words and word pieces")
+    return lines + trained.tally.lines()
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:

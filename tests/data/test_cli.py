@@ -52,7 +52,7 @@ def test_train_tokenizer(tmp_path, capsys):
 def test_mistakes_give_one_line(tmp_path, arguments):
     shards = write_tar(tmp_path / "a.tar", members(range(3)))
     arguments = [argument.format(shards) for argument in arguments] + ["--cache-dir", str(tmp_path / "cache")]
-    done = subprocess.run([sys.executable, "-m", "m3ae_fast", "data", *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "m3ae_fast", "shards", *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

@@ -29,6 +29,7 @@ from m3ae_fast.shards import writer
 from m3ae_fast.shards.duplicate_images import join
 from m3ae_fast.shards.sources.folder import Folder
 from m3ae_fast.shards.sources.huggingface import HuggingFace
+from m3ae_fast.shards.sources.recognition import kind_of_source
 from m3ae_fast.shards.sources.records import to_int
 from tests.helpers.shards import caption, picture
 
@@ -488,3 +489,29 @@ def test_two_conversions_do_not_meet(tmp_path, pictures, capsys):
     with claimed(tmp_path / "out", {"source": {}, "settings": {}}, None):
         assert make(pictures, tmp_path / "out") == 2
     assert "another process is converting" in capsys.readouterr().err
+
+
+def test_the_kind_of_a_source_is_recognised(tmp_path, pictures):
+    (tmp_path / "parquet/data").mkdir(parents=True)
+    (tmp_path / "parquet/data/train.parquet").touch()
+    (tmp_path / "parquet/README.md").touch()
+    datasets.Dataset.from_dict({"number": [1]}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved/a.jpg").touch()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/cat").symlink_to(pictures / "cat")
+    (tmp_path / "linked/captions.csv").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.h5").touch()
+    for name, kind in (
+        ("in", "folder"),
+        ("parquet", "huggingface"),
+        ("saved", "huggingface"),
+        ("linked", "folder"),
+        ("empty", "folder"),
+        ("a.h5", "hdf5"),
+        ("none.hdf5", "hdf5"),
+        ("none", "folder"),
+    ):
+        assert kind_of_source(str(tmp_path / name)) == kind, name
+    assert kind_of_source("owner/name") == kind_of_source("mnist") == "huggingface"
+    assert kind_of_source("images/") == kind_of_source("./images") == "folder"

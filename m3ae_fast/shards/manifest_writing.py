@@ -1,11 +1,12 @@
-"""manifest: what many shards hold, in one file that a run opens at once."""
+"""The counts of many shards in one file, which a run opens at once."""
 
 from __future__ import annotations
 
-import argparse
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,29 +22,53 @@ _THREADS = 32
 _MAX_BYTES = 1 << 26  # of a file of counts
 
 
-def run(args: argparse.Namespace) -> None:
-    number, parts = _part(args.part)
-    out = args.out if parts == 1 else args.out.with_suffix(f".part-{number + 1:04d}-of-{parts:04d}{SUFFIX}")
-    names, store = part_of(expand(args.shards), number, parts), ShardStore(args.cache_dir)
-    if args.stats or args.sizes:
-        rows = _known(names, _sizes(args.sizes) if args.sizes else _stats, store)
+class WrittenManifest(NamedTuple):
+    """A manifest that was written."""
+
+    path: Path
+    shards: int
+    samples: int
+    unread: int  # shards that cannot be read
+    notes: list[str]  # about these
+
+
+def manifest(
+    shards: str | Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    part: tuple[int, int] | None = None,
+    stats: bool = False,
+    sizes: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> WrittenManifest:
+    """Count the samples of shards ahead of a run, and write the counts to a file that a source names as its `shards`.
+
+    Args:
+        shards: paths, brace patterns, globs, URLs or pipe: commands.
+        out: the .npy to write.
+        part: (i, n): count the i-th, from 1, of n parts alone; its file is OUT with .part-... in its name.
+        stats: take the counts from the NAME_stats.json of img2dataset.
+        sizes: take the counts from a sizes.json, a file or a URL.
+        cache_dir: where copies of remote shards go; None: ~/.cache/m3ae_fast.
+
+    Raises:
+        UserError: an argument is impossible, no shard can be read, or `out` cannot be written.
+    """
+    path = Path(out)
+    number, parts = part or (1, 1)
+    if not 1 <= number <= parts:
+        raise UserError(f"--part {number}/{parts}: must be I/N, such as 1/8, with I from 1 to N")
+    if parts > 1:
+        path = path.with_suffix(f".part-{number:04d}-of-{parts:04d}{SUFFIX}")
+    names, store, notes = part_of(expand(shards), number - 1, parts), ShardStore(cache_dir), []
+    if stats or sizes is not None:
+        rows = _known(names, _stats if sizes is None else _sizes(os.fspath(sizes)), store)
     else:
         rows, lost = count(names, store, progress=True)
-        for item in lost:
-            print(f"note: {item}")
-    write(out, rows)
-    unread = int((rows["kind"] == UNREAD).sum())
-    print(f"{out}: {len(rows):,} shards with {int(rows['samples'].sum(dtype=np.int64)):,} samples, {unread:,} not read")
-
-
-def _part(text: str | None) -> tuple[int, int]:
-    """Return a part's number, from 0, and how many there are."""
-    if text is None:
-        return 0, 1
-    number, _, parts = text.partition("/")
-    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
-        raise UserError(f"--part {text}: must be I/N, such as 1/8, with I from 1 to N")
-    return int(number) - 1, int(parts)
+        notes = list(map(str, lost))
+    write(path, rows)
+    samples, unread = int(rows["samples"].sum(dtype=np.int64)), int((rows["kind"] == UNREAD).sum())
+    return WrittenManifest(path, len(rows), samples, unread, notes)
 
 
 def _known(names: Sequence[str], samples_of: Callable[[str], int], store: ShardStore) -> np.ndarray:

@@ -8,12 +8,13 @@ Shapes: C channels, S x S pixels of a crop, L ids of it.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.shrink import jpeg
 from m3ae_fast.shards.sources.records import Record, Records
-from m3ae_fast.shards.writer import convert, describe_conversion
+from m3ae_fast.shards.writer import Converted, convert
 from m3ae_fast.vqgan.model import VQGAN
 
 _SPLIT = "tokenized"
@@ -150,23 +151,66 @@ def _read(fd: int, entry: np.void, part: str) -> bytes:
     return data
 
 
-def run(args: argparse.Namespace) -> None:
-    low, high = args.crop_scale
+def image_tokens(
+    shards: str | Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    vqgan: str | os.PathLike[str],
+    image_size: int = 256,
+    views: int | None = 1,
+    crop_scale: tuple[float, float] = (0.2, 1.0),
+    flip: bool = True,
+    seed: int = 0,
+    image_range: Range | None = None,
+    samples_per_shard: int = Settings.samples_per_shard,
+    device: str | None = None,
+    workers: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Converted:
+    """Make shards of crops with their VQGAN token ids and return what was written. An interrupted call continues.
+
+    Args:
+        shards: paths, brace patterns, globs, URLs or pipe: commands.
+        out: the folder for the shards: new, or that of a call with the same arguments.
+        vqgan: the folder of a converted VQGAN.
+        image_size: pixels of a side of the crops.
+        views: random crops of each image; None: its central square.
+        crop_scale: the smallest and the largest fraction of an image's area that a random crop has.
+        flip: mirror half of the random crops.
+        seed: of the random crops.
+        image_range: what is black and white in images of more than 8 bits; "dtype": the limits of their type.
+        samples_per_shard: the largest number of samples in a shard.
+        device: that runs the VQGAN; None: a GPU if there is one, else the CPU.
+        workers: processes, or with a GPU threads; None: one for each core.
+        cache_dir: where copies of remote shards go; None: ~/.cache/m3ae_fast.
+
+    Raises:
+        UserError: an argument is impossible, a shard or the VQGAN cannot be read, or `out` cannot be written.
+    """
+    low, high = crop_scale
     if not 0 < low <= high <= 1:
         raise UserError(f"--crop-scale {low:g} {high:g}: must be two fractions with 0 < LOW <= HIGH <= 1")
-    for name in ("image_size", "views", "samples_per_shard", "workers"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    device = chosen_device(args.device)
-    vqgan = VQGAN.from_pretrained(args.vqgan)
-    if args.image_size % vqgan.config.stride:
-        stride = vqgan.config.stride
-        raise UserError(f"--image-size {args.image_size}: is not a multiple of the {stride} pixels of a code")
-    vqgan.to(device)
-    on_cpu = device.type == "cpu"
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    for name, number in (("image-size", image_size), ("views", views), ("workers", workers)):
+        if number is not None and number < 1:
+            raise UserError(f"--{name} {number}: must be 1 or more")
+    settings = Settings(samples_per_shard, image_size, QUALITY, keep_order=True)
+    chosen = chosen_device(device)
+    loaded = VQGAN.from_pretrained(Path(vqgan))
+    if image_size % (stride := loaded.config.stride):
+        raise UserError(f"--image-size {image_size}: is not a multiple of the {stride} pixels of a code")
+    loaded.to(chosen)
+    on_cpu = chosen.type == "cpu"
     crops = Crops(
-        expand(args.shards), ShardStore(args.cache_dir), vqgan, args.image_size, None if args.centre else args.views,
-        (low, high), not args.no_flip, args.seed, threads=1 if on_cpu else args.workers, image_range=args.range,
-    )  # fmt: skip
-    settings = Settings(args.samples_per_shard, args.image_size, QUALITY, keep_order=True)
-    print(describe_conversion(args.out, convert(crops, args.out, settings, args.workers if on_cpu else 1)))
+        expand(shards),
+        ShardStore(cache_dir),
+        loaded,
+        image_size,
+        views,
+        (low, high),
+        flip,
+        seed,
+        threads=1 if on_cpu else workers,
+        image_range=image_range,
+    )
+    return convert(crops, Path(out), settings, workers if on_cpu else 1)

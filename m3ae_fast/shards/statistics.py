@@ -1,12 +1,12 @@
-"""stats: statistics of the samples (pixels, sizes, captions, formats, labels) and the settings derived from them.
+"""Statistics of samples (pixels, sizes, captions, formats, labels) and the settings derived from them.
 
 Shapes: C channels.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -37,33 +37,46 @@ _LONGEST = 1 << 16  # tokens
 _SHOWN = 5  # labels, and reasons why samples cannot be read
 
 
-def run(args: argparse.Namespace) -> None:
-    if args.samples < 1:
-        raise UserError(f"--samples {args.samples}: must be 1 or more")
-    if not 1 <= args.channels <= MAX_CHANNELS:
-        raise UserError(f"--channels {args.channels}: must be from 1 to {MAX_CHANNELS}")
-    given = None
-    if args.write is not None:
-        given = read_config(args.write, "--write")
-        parse(Config, given, f"--write {args.write}")
-    tokenizer = load_tokenizer(args.tokenizer, _LONGEST, label="--tokenizer") if args.tokenizer else None
-    corpus = open_corpus([SourceConfig(shards=args.shards)], ShardStore(args.cache_dir), progress=True)
-    found = collect(corpus, args.samples, args.seed, args.channels, args.range, tokenizer, args.labels, args.dtype)
-    print("\n".join(describe_statistics(found, "tokens" if tokenizer else "words")))
-    require_images(found)
-    settings = settings_of(found, args.range)
-    print("\n".join(f"--set {section}.{key}={_compact(value)}" for section, key, value in settings))
-    if args.picture is not None:
-        draw(found, args.picture, "tokens" if tokenizer else "words")
-    if args.sizes is not None:
-        write_whole(args.sizes, json.dumps(found.sizes) + "\n")
-        print(f"wrote the sizes of {len(found.sizes):,} images into {args.sizes}")
-    if given is not None:
-        _write_config(args.write, given, settings)
+def stats(
+    shards: str | Sequence[str],
+    *,
+    samples: int = 10_000,
+    seed: int = 0,
+    channels: int = 3,
+    dtype: str = "uint8",
+    image_range: Range | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    labels: str = "cls",
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Statistics:
+    """Return statistics of some samples of shards; `settings_of` derives the settings of a config from them.
+
+    Args:
+        shards: paths, brace patterns, globs, URLs or pipe: commands.
+        samples: the largest number of samples that are read.
+        seed: of the choice of the samples.
+        channels: of the model.
+        dtype: of the model's images: "uint8", "uint16" or "float32".
+        image_range: what is black and white in images of more than 8 bits; "dtype": the limits of their type.
+        tokenizer: a tokenizer.json, to measure captions in its tokens; None: in words.
+        labels: where labels are read: "cls", or "json." and the name of a field.
+        cache_dir: where copies of remote shards go; None: ~/.cache/m3ae_fast.
+
+    Raises:
+        UserError: an argument is impossible, or a shard or a label cannot be read.
+    """
+    if samples < 1:
+        raise UserError(f"--samples {samples}: must be 1 or more")
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise UserError(f"--channels {channels}: must be from 1 to {MAX_CHANNELS}")
+    loaded = None if tokenizer is None else load_tokenizer(os.fspath(tokenizer), _LONGEST, label="--tokenizer")
+    names = [shards] if isinstance(shards, str) else list(shards)
+    corpus = open_corpus([SourceConfig(shards=names)], ShardStore(cache_dir), progress=True)
+    return collect(corpus, samples, seed, channels, image_range, loaded, labels, dtype)
 
 
-def describe_statistics(found: Statistics, unit: str) -> list[str]:
-    """Return lines for the user; `unit`: of the lengths of captions."""
+def describe_statistics(found: Statistics) -> list[str]:
+    """Return lines for the user."""
     lines = [f"{found.seen:,} of {found.of:,} samples"]
     if found.bad:
         fraction = found.bad.total() / found.seen
@@ -77,7 +90,7 @@ def describe_statistics(found: Statistics, unit: str) -> list[str]:
         for name, values in (("width", widths), ("height", heights), ("width / height", widths / heights)):
             lines.append(f"{name}: {_spread(values)}")
     if found.lengths:
-        lines.append(f"captions: {len(found.lengths):,}; {unit}: {_spread(found.lengths)}")
+        lines.append(f"captions: {len(found.lengths):,}; {found.unit}: {_spread(found.lengths)}")
     labels = [(label, count) for label, count in found.labels.most_common() if label is not None]
     if labels:
         more = f", and {len(labels) - _SHOWN:,} more" if len(labels) > _SHOWN else ""
@@ -98,26 +111,44 @@ def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def settings_of(found: Statistics, image_range: object) -> list[tuple[str, str, Any]]:
-    """Return section, key and value of what a config should say."""
+def settings_of(found: Statistics) -> list[tuple[str, str, Any]]:
+    """Return section, key and value of what a config should say. Raises UserError if no image could be read."""
+    require_images(found)
     mean, std = found.mean_and_std()
     settings: list[tuple[str, str, Any]] = [("model", "image_mean", mean), ("model", "image_std", std)]
     if found.dtype != "uint8":
         settings.insert(0, ("model", "image_dtype", found.dtype))
     if found.channels != 3:
         settings.insert(0, ("model", "channels", found.channels))
-    return settings + ([] if image_range is None else [("data", "range", image_range)])
+    return settings + ([] if found.image_range is None else [("data", "range", found.image_range)])
 
 
-def _write_config(path: Path, given: dict[str, Any], settings: list[tuple[str, str, Any]]) -> None:
+def options_of(settings: Sequence[tuple[str, str, Any]]) -> list[str]:
+    """Return the options of a command line that set what `settings_of` returned."""
+    return [f"--set {section}.{key}={_compact(value)}" for section, key, value in settings]
+
+
+def read_whole_config(path: Path) -> dict[str, Any]:
+    """Read a config that `write_settings` is to change. Raises UserError if it is wrong."""
+    given = read_config(path, "--write")
+    parse(Config, given, f"--write {path}")
+    return given
+
+
+def write_settings(path: Path, given: dict[str, Any], settings: Sequence[tuple[str, str, Any]]) -> None:
+    """Write a config with other settings. Raises UserError if they do not fit the rest, or `path` cannot be written."""
     for section, key, value in settings:
         given.setdefault(section, {})[key] = value
     parse(Config, given, f"--write {path}")
     write_whole(path, json.dumps(given, indent=2, ensure_ascii=False) + "\n")
-    print(f"wrote them into {path}")
 
 
-def draw(found: Statistics, path: Path, unit: str) -> None:
+def write_sizes(path: Path, found: Statistics) -> None:
+    """Write width and height of each image as JSON. Raises UserError if `path` cannot be written."""
+    write_whole(path, json.dumps(found.sizes) + "\n")
+
+
+def draw_statistics(path: Path, found: Statistics) -> None:
     """Write histograms of levels, sizes, aspect ratios and lengths. Raises UserError if `path` cannot be written."""
     from matplotlib.figure import Figure
 
@@ -132,12 +163,11 @@ def draw(found: Statistics, path: Path, unit: str) -> None:
     sizes.legend()
     ratios.hist(np.log2(widths / heights), bins=40)
     lengths.hist(found.lengths, bins=40)
-    titles = ("fraction of each level", "pixels", "log2(width / height)", f"{unit} of captions")
+    titles = ("fraction of each level", "pixels", "log2(width / height)", f"{found.unit} of captions")
     for axes, title in zip((levels, sizes, ratios, lengths), titles):
         axes.set_title(title)
     with whole_file(path) as partial:
         figure.savefig(partial, format="png")
-    print(f"drew {path}")
 
 
 @dataclass
@@ -147,13 +177,15 @@ class Statistics:
     of: int  # samples that there are
     channels: int
     dtype: str = "uint8"  # of `model.image_dtype`
+    image_range: Range | None = None  # of `data.range`
+    unit: str = "words"  # of the lengths of captions
     seen: int = 0
     images: int = 0
     # float64, every image weighs the same: how often each of 256 levels is met; sums of pixels and of their squares
     fractions_C256: Tensor = field(init=False)
     moments_2C: Tensor = field(init=False)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height in pixels
-    lengths: list[int] = field(default_factory=list)  # of captions, in tokens, without a tokenizer in words
+    lengths: list[int] = field(default_factory=list)  # of captions
     formats: Counter[str] = field(default_factory=Counter)
     labels: Counter[Label | None] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)  # by reason
@@ -200,7 +232,7 @@ def collect(
 ) -> Statistics:
     """Look at `samples` samples of the corpus, drawn by `seed`. Captions are counted in tokens of the tokenizer, or in
     words; `labels` is a field of `read_labels`. Raises UserError if a shard or a label cannot be read."""
-    found = Statistics(corpus.samples, channels, dtype)
+    found = Statistics(corpus.samples, channels, dtype, image_range, "tokens" if tokenizer else "words")
     drawn = sample(corpus, samples, seed)
     for of_source in read_labels(drawn, labels):
         found.labels.update(of_source)

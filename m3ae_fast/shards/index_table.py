@@ -1,21 +1,35 @@
-"""index: what is in shards."""
+"""The indexes of shards, and a table of what the shards hold."""
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from m3ae_fast.data.corpus import describe_ignored
-from m3ae_fast.data.index import index_shards
+from m3ae_fast.data.index import IndexedShard, index_shards
 from m3ae_fast.data.shards import ShardStore, expand
 
 
-def run(args: argparse.Namespace) -> None:
-    shards = index_shards(expand(args.shards), ShardStore(args.cache_dir), progress=True)
+def index(shards: str | Sequence[str], *, cache_dir: str | os.PathLike[str] | None = None) -> list[IndexedShard]:
+    """Write the indexes that shards lack, and return what each shard holds.
+
+    Args:
+        shards: paths, brace patterns, globs, URLs or pipe: commands.
+        cache_dir: where copies of remote shards go; None: ~/.cache/m3ae_fast.
+
+    Raises:
+        UserError: there is no such shard, or none can be read.
+    """
+    return index_shards(expand(shards), ShardStore(cache_dir), progress=True)
+
+
+def print_index(shards: Sequence[IndexedShard]) -> None:
+    """Print a table of what each shard holds."""
     table = Table("shard", "modality")
     for name in ("samples", "paired", "image alone", "caption alone", "bytes"):
         table.add_column(name, justify="right")
