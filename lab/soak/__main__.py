@@ -28,21 +28,24 @@ def report(tally: Tally, server: Counter, seed: int, minutes: float) -> str:
     """Return the report in Markdown."""
     faults = "\n".join(f"| {name} | {count} | {tally.survived[name]} |" for name, count in sorted(tally.tried.items()))
     failures = "\n".join(f"| {name} | {count} |" for name, count in sorted(server.items()))
-    wrong = "\n".join(f"- {line}" for line in tally.wrong) or "Nothing hung, nothing was lost, no traceback showed."
-    return f"""# A soak
+    wrong = "\n".join(f"- {line}" for line in tally.wrong)
+    wrong = wrong or "No run hung, no result was lost, and no traceback was printed."
+    return f"""# Fault-injection soak test
 
-`python -m lab.soak --seed {seed}`, {minutes:.1f} minutes, torch {torch.__version__}, Python \
-{platform.python_version()}: {tally.runs} runs, {tally.starts} starts, {tally.tried.total()} faults and \
-{server.total()} failures of the server. {tally.whole} of {tally.runs} runs ended as the run that nobody touched, bit \
-for bit: losses, gradient norms, learning rates and the last checkpoint's weights and moments.
+Command: `python -m lab.soak --seed {seed}`, {minutes:.1f} minutes, torch {torch.__version__}, Python \
+{platform.python_version()}.
+
+In {tally.runs} runs with {tally.starts} starts, {tally.tried.total()} faults were injected, and the server failed \
+{server.total()} times. {tally.whole} of {tally.runs} runs ended bitwise identical to an undisturbed run: losses, \
+gradient norms, learning rates, and the weights and moments of the last checkpoint.
 
 {wrong}
 
-| fault | tried | in runs that ended identically |
+| fault | injected | of these, in runs that ended identically |
 |---|--:|--:|
 {faults}
 
-| the server's failures | |
+| HTTP status, or other failure of the server | times |
 |---|--:|
 {failures}
 """

@@ -166,8 +166,8 @@ Damage = Callable[[Path, random.Random], bool]  # whether there was anything
 DAMAGES: dict[str, Damage] = {
     "the last checkpoint is damaged": _damage_checkpoint,
     "the index of a shard is damaged": _damage_cache("index"),
-    "the copy of a shard is damaged": _damage_cache("shards"),
-    "the cache is gone": _empty_cache,
+    "the cached copy of a shard is damaged": _damage_cache("shards"),
+    "the cache is deleted": _empty_cache,
 }
 FULL_DISK = "the disk is full"
 

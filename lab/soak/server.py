@@ -17,13 +17,13 @@ from typing import NamedTuple
 IN_A_ROW = 3  # faults that one path shows before it is served
 STATUSES = ("500", "503", "429", "425", "408")
 BODIES = {
-    "a body cut short": lambda body: body[: len(body) // 2],
-    "a body cut short, its length untold": lambda body: body[: len(body) // 2],
-    "a page instead of the tar": lambda body: b"<html>Please log in.</html>",
+    "a truncated body": lambda body: body[: len(body) // 2],
+    "a truncated body without a length": lambda body: body[: len(body) // 2],
+    "an HTML page instead of the tar": lambda body: b"<html>Please log in.</html>",
     "no body": lambda body: b"",
 }
-WORDLESS = {"no answer": b"", "an answer that is not HTTP": b"\x00\xff not a status line\r\n\r\n"}
-SLOW = "slow, but whole"
+WORDLESS = {"no response": b"", "a response that is not HTTP": b"\x00\xff not a status line\r\n\r\n"}
+SLOW = "slow but complete"
 
 
 class Server(NamedTuple):
@@ -60,7 +60,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
             return self.connection.close()
         body = Path(self.translate_path(self.path)).read_bytes()
         self.send_response(200)
-        if "untold" not in kind:
+        if "without a length" not in kind:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if kind == SLOW:
