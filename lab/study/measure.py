@@ -33,7 +33,7 @@ SHOTS, DRAWS = (1, 5, 10), 5
 RETRIEVED = 10  # a caption counts as found among so many
 STRANGE = 1000  # pictures of a set that is out of distribution, at most
 LOSSES = {"val_image_loss": "image loss", "val_text_loss": "text loss", "val_text_accuracy": "text accuracy",
-          "val_text_relative": "text loss over the entropy of how often each token occurs"}  # fmt: skip
+          "val_text_relative": "text loss / unigram entropy"}  # fmt: skip
 SCORES = ("mahalanobis", "max_softmax")  # those of the paper
 
 # the shards, and whether patches are wanted, or the caption in place of the image -> features

@@ -22,7 +22,7 @@ from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.errors import UserError
 
 JSON, PLOT, PAGE, ANSWERS = "study.json", "study.png", "README.md", "answers.json.xz"
-TITLE = "What text gives a masked autoencoder"
+TITLE = "What captions add to a masked autoencoder"
 
 EMOJI = {"knn": "k-NN", "linear": "linear", "attentive": "attentive", "subcategory": "subcategory, linear"}
 SHIFT = {"same_style_knn": "k-NN, same style", "shift_knn": "k-NN, other style",
@@ -31,12 +31,13 @@ SHOTS = {"shots1": "1 shot", "shots5": "5 shots", "shots10": "10 shots"}
 CLOTHES = {"clothes_knn": "k-NN", "clothes_linear": "linear"}
 RETRIEVAL = {"image_to_text": "image to caption", "text_to_image": "caption to image"}
 OOD = {
-    f"ood_{strange}_{score}": f"{strange.replace('_', ' ')}, {score.replace('_', ' ')}"
-    for strange in ("clothes", "clip_art")
+    f"ood_{name}_{score}": f"{title}, {score.replace('_', ' ')}"
+    for name, title in (("clothes", "Fashion-MNIST"), ("clip_art", "clip art"))
     for score in SCORES
 }
 SWEPT = {"knn": "k-NN", "linear": "linear", "shift_linear": "linear, other style"}  # of all encoders
 NAMES = {"pixels": "raw pixels", "random": "random weights", "mae": "MAE", "m3ae": "M3AE"}
+FASHION = "Fashion-MNIST"
 COMMON: dict[str, Any] = {}  # what differs from the common encoder
 Line = tuple[str, str, dict[str, Any]]  # of a table: a name, an objective, and what differs
 COLOURS = {"pixels": "0.55", "random": "0.8", "mae": "tab:blue", "m3ae": "tab:orange"}
@@ -119,15 +120,15 @@ def tables(rows: Rows, head: dict[str, Any]) -> str:
     lines = [
         f"{about['device']}, 1 thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}; "
         f"{seconds / 60:.0f} minutes of one core; {'validation' if head['validation'] else 'test'} samples. Accuracy "
-        "in %: mean ± standard error (seeds); ± is the standard error over samples and seeds; it is a "
+        "in %: mean ± standard error (number of seeds). The standard error covers samples and seeds; it is a "
         "conservative estimate."
     ]
-    words, clothes = ("words of the caption", "captions", COMMON), ("MAE of clothes", "mae", rows.of_clothes)
+    words, clothes = ("words of the caption", "captions", COMMON), (f"MAE of {FASHION}", "mae", rows.of_clothes)
     for title, columns, more, against in (
         ("emoji, category", EMOJI, [words], []),
         ("emoji, category, probe trained on one vendor's", SHIFT, [], []),
         ("emoji, category, few shots by k-NN", SHOTS, [], []),
-        ("clothes", CLOTHES, [clothes], [(clothes, other) for other in ("pixels", "random", "mae")]),
+        (FASHION, CLOTHES, [clothes], [(clothes, other) for other in ("pixels", "random", "mae")]),
     ):
         usual: list[Line] = [(name, objective, COMMON) for objective, name in NAMES.items()]
         pairs: list[tuple[Line, str]] = [(usual[2], "pixels"), (usual[2], "random"), (usual[3], "mae"), *against]
@@ -136,15 +137,15 @@ def tables(rows: Rows, head: dict[str, Any]) -> str:
             for name, what, own in [*usual, *more]
         ]
         cells += [
-            [f"{name} less {NAMES[other]}", *(_cell(rows.difference(test, what, other, own), "+") for test in columns)]
+            [f"{name} minus {NAMES[other]}", *(_cell(rows.difference(test, what, other, own), "+") for test in columns)]
             for (name, what, own), other in pairs
         ]
         lines += ["", *_table([title, *columns.values()], cells)]
-    lines += ["", *_table([f"caption among {RETRIEVED} of all", *RETRIEVAL.values(), "chance"], _retrieval(rows))]
-    lines += ["", *_table(["AUROC in %, familiar: emoji", *OOD.values()], _ood(rows))]
+    lines += ["", *_table([f"retrieval, recall at {RETRIEVED} in %", *RETRIEVAL.values(), "chance"], _retrieval(rows))]
+    lines += ["", *_table(["AUROC in %, in-distribution: emoji", *OOD.values()], _ood(rows))]
     for title in _run(rows):
         swept = [_swept(rows, point) for point in SWEEPS[title](rows)]
-        lines += ["", *_table([title, *SWEPT.values(), "linear, less raw pixels", "linear, less MAE"], swept)]
+        lines += ["", *_table([title, *SWEPT.values(), "linear, minus raw pixels", "linear, minus MAE"], swept)]
     lines += ["", *_table(["held-out", *LOSSES.values()], _losses(rows))]
     alt = "Accuracy by encoder, and by what was run of captions kept, text mask ratio, training time and width"
     return "\n".join(lines) + f"\n\n![{alt}]({PLOT})\n"
@@ -194,7 +195,12 @@ SWEEPS: dict[str, Callable[[Rows], Iterable[Point]]] = {
     "steps": partial(_sizes, "steps"),
     "width": partial(_sizes, "width"),
 }
-FIGURES = {"text tokens masked": "figure 5", "captions kept": "figure 3", "steps": "figure 4", "width": "figure 4"}
+AXES = {  # title and x axis of the plot
+    "text tokens masked": ("Linear probe by text mask ratio (figure 5 of the paper)", "text tokens masked, %"),
+    "captions kept": ("Linear probe by fraction of captions (figure 3)", "captions kept, %"),
+    "steps": ("Linear probe by training time (figure 4)", "training steps"),
+    "width": ("Linear probe by encoder width (figure 4)", "encoder width (embedding dimension)"),
+}
 
 
 def _cell(estimate: Estimate | None, sign: str = "") -> str:
@@ -241,32 +247,42 @@ def _run(rows: Rows) -> list[str]:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Draw emoji, style shift with few shots, and clothes by encoder; then what was run of the paper's figures 3, 4 and
-    5. Error bars: one standard error."""
+    """Plot the accuracies by encoder, then the linear probes of what was run of the paper's figures 3, 4 and 5.
+
+    Error bars are standard errors. One legend above all panels names the encoders, so that it covers no bar.
+    """
     bars = {
-        "emoji: category": EMOJI,
-        "other style, and few shots": SHIFT | SHOTS,
-        "clothes, which encoders of emoji have never seen": CLOTHES,
+        "Emoji categories": EMOJI,
+        "Emoji categories: change of drawing style, few shots": SHIFT | SHOTS,
+        "Fashion-MNIST classes": CLOTHES,
     }
     swept = _run(rows)
     height = 1 + (len(swept) + 2) // 3
-    figure, axes = plt.subplots(height, 3, figsize=(15, 4 * height), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(height, 3, figsize=(15, 0.5 + 4 * height), layout="constrained", squeeze=False)
     for axis, (title, tests) in zip(axes.ravel(), bars.items()):
         _draw_bars(rows, axis, tests, title)
     for axis, title in zip(axes.ravel()[len(bars) :], swept):
         _draw_sweep(rows, axis, title)
+    names: dict[str, Any] = {}
     for axis in axes.ravel():
         axis.set_visible(bool(axis.get_title()))
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, loc="lower right")
+        for handle, name in zip(*axis.get_legend_handles_labels()):
+            names.setdefault(name, handle)
         axis.grid(alpha=0.3, axis="y")
         axis.set_axisbelow(True)
+    figure.legend(
+        names.values(),
+        names.keys(),
+        loc="outside upper center",
+        ncols=len(names) or 1,
+        title="error bars: ± 1 standard error over test samples and seeds",
+    )
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
 def _draw_sweep(rows: Rows, axis: Axes, title: str) -> None:
-    """Draw linear probes by the values of a setting, a line for each of what was trained for."""
+    """Plot linear probes by the values of a setting, with one line for each training objective."""
     points: dict[str, list[tuple[float, Estimate]]] = {}
     for point in SWEEPS[title](rows):
         line = point.objective if title in ("steps", "width") else "m3ae"
@@ -278,15 +294,15 @@ def _draw_sweep(rows: Rows, axis: Axes, title: str) -> None:
                       yerr=[100 * each.error for each in estimates], fmt="-o", capsize=2,
                       color=COLOURS[objective], label=NAMES[objective])  # fmt: skip
     if title == "text tokens masked" and (mae := rows.accuracy("linear", "mae")):
-        axis.axhline(100 * mae.mean, color=COLOURS["mae"], ls="--", label=NAMES["mae"])
-    unit = "" if title in ("steps", "width") else ", %"
-    axis.set(xlabel=f"{title}{unit}", ylabel="linear probe of categories, %", title=f"as {FIGURES[title]}")
+        axis.axhline(100 * mae.mean, color=COLOURS["mae"], ls="--", label=f"{NAMES['mae']} (no text)")
+    heading, unit = AXES[title]
+    axis.set(xlabel=unit, ylabel="top-1 accuracy on emoji categories, %", title=heading)
 
 
 def _draw_bars(rows: Rows, axis: Axes, tests: dict[str, str], title: str) -> None:
-    """Draw a bar for each encoder beside each other, by test."""
+    """Plot the accuracy of each encoder in each test, as groups of bars."""
     lines: list[tuple[Line, str]] = [((name, what, COMMON), COLOURS[what]) for what, name in NAMES.items()]
-    lines += [(("MAE of clothes", "mae", rows.of_clothes), "tab:green")] if tests is CLOTHES else []
+    lines += [((f"MAE of {FASHION}", "mae", rows.of_clothes), "tab:green")] if tests is CLOTHES else []
     width = 0.8 / len(lines)
     for number, ((name, what, own), colour) in enumerate(lines):
         found = [(place, e) for place, test in enumerate(tests) if (e := rows.accuracy(test, what, **own))]
@@ -295,4 +311,4 @@ def _draw_bars(rows: Rows, axis: Axes, tests: dict[str, str], title: str) -> Non
             axis.bar(x, [100 * e.mean for _, e in found], 0.9 * width, yerr=[100 * e.error for _, e in found],
                      capsize=2, color=colour, label=name)  # fmt: skip
     axis.set_xticks(range(len(tests)), [name.replace(", ", ",\n") for name in tests.values()], fontsize=7)
-    axis.set(ylabel="accuracy, %", title=title)
+    axis.set(ylabel="top-1 accuracy, %", title=title)
