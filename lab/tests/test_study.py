@@ -256,7 +256,7 @@ def test_results_become_tables_and_a_plot(tmp_path, monkeypatch):
     text = page.read_text()
     assert text.startswith("By hand.")
     assert "| M3AE | 75.0 ± 13.1 (3) |" in text and "| M3AE minus MAE | +25.0 ± 13.1 (3) |" in text
-    assert "| MAE less random weights | +0.0 ± 0.0 (3) |" in text and "| MAE of clothes | 50.0 " in text
+    assert "| MAE minus random weights | +0.0 ± 0.0 (3) |" in text and "| MAE of Fashion-MNIST | 50.0 " in text
     assert "| M3AE | 75.0 ± 13.1 (3) | 75.0 ± 13.1 (3) | 10.0 |" in text
     assert "| MAE | 60.0 (50.0 to 70.0) |" in text and "| MAE | 0.800 | - | - | - |" in text
     assert "| 0 % (MAE) | 50.0 ± 15.1 (3) | 50.0 ± 15.1 (3) | 50.0 ± 15.1 (3) | +0.0 ± 0.0 (3) | - |\n| 10 % " in text
