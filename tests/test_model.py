@@ -499,6 +499,26 @@ def test_representation_refuses_nonsense():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("resize", ["square", "native"])
+def test_patch_features_are_a_map_of_the_rows_of_patches(resize):
+    model = make_model(TINY.model_copy(update={"resize": resize})).eval()
+    height, width = (16, 8) if resize == "native" else (16, 16)
+    images = torch.randint(256, (3, 3, height, width), dtype=torch.uint8)
+    found = model.patch_features(images, batch=2, precision="fp32")
+    assert found.shape == (3, height // 4, width // 4, TINY.emb_dim)
+    torch.testing.assert_close(found.flatten(1, 2), model.representation(images)[:, 1:].detach())
+    arrays = [image.permute(1, 2, 0).numpy() for image in images]
+    torch.testing.assert_close(model.patch_features(arrays, precision="fp32"), found)
+    earlier = model.patch_features(images, layer=1, precision="fp32")
+    assert earlier.shape == found.shape and not torch.allclose(earlier, found)
+    assert len(model.patch_features([])) == 0 and len(model.patch_features(images[0])) == 1
+    with pytest.raises(ValueError, match="layer 9: the encoder has layers 1 to 2"):
+        model.patch_features(images, layer=9)
+    if resize == "native":
+        with pytest.raises(ValueError, match="images have maps of 2 x 4 and 4 x 2 patches: give those of one size"):
+            model.patch_features([images[0], images[1].mT])
+
+
 def test_a_function_of_the_representation_compiles():
     model, images = make_model(), torch.stack([make_sample(i).image for i in range(2)])
 

@@ -44,7 +44,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             command.add_argument(
                 "--train", nargs="+", required=True, metavar="SHARDS", help=f"training samples, {shards}"
             )
-        if task.trains or task.classifies:
+        if task.has_labels:
             add_labels(command)
         command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help="held-out samples, likewise")
         if not task.classifies:

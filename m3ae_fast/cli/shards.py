@@ -44,6 +44,9 @@ train_jpg, train_labels, val_jpg, val_labels, or text alone. A row with several 
 A Hugging Face dataset is a folder that save_to_disk wrote, a folder of data files, or a name on the hub. All splits
 are taken unless one is named. A row with a list of captions gives several samples.
 
+--masks names a folder of label masks with the sub-folders of SOURCE: MASKS/a/b.png, of one channel that holds a class
+id for each pixel, for SOURCE/a/b.jpg.
+
 Run an interrupted command again to continue; equal input gives equal bytes.
 """
 STATS = """Look at some samples: mean and standard deviation of the pixels, sizes, aspect ratios, lengths of captions,
@@ -87,6 +90,8 @@ def _add_make(commands: Any) -> None:
     folder.add_argument("--captions", type=Path, metavar="TABLE", help=".csv, .tsv, .jsonl or .parquet")
     folder.add_argument("--classes", type=Path, metavar="FILE", help="classes.json of other shards: same labels")
     folder.add_argument("--flat", action="store_true", help="sub-folders are neither splits nor classes")
+    text = "label masks, NAME.png of one channel for NAME.jpg, in the same sub-folders (for evaluate segment)"
+    folder.add_argument("--masks", type=Path, metavar="FOLDER", help=text)
     dataset = parser.add_argument_group("of a Hugging Face dataset")
     dataset.add_argument("--subset", metavar="NAME", help="the configuration of a dataset that has several")
     dataset.add_argument("--split", metavar="NAME", help="the split to take (default: all)")
@@ -131,6 +136,7 @@ def _make(args: argparse.Namespace) -> None:
         label_column=args.label_column,
         classes=args.classes,
         flat=args.flat,
+        masks=args.masks,
         subset=args.subset,
         split=args.split,
     )

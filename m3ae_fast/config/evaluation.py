@@ -195,6 +195,26 @@ class RobustnessConfig(Section):
         return self
 
 
+class SegmentConfig(Section):
+    """Semantic segmentation by the features of frozen patches."""
+
+    head: Literal["linear", "knn"] = "linear"
+    """What gives a patch its class: `linear`, a linear head, trained by AdamW; `knn`, the nearest training patches,
+    which needs no training (`knn.k`, `knn.temperature`)."""
+    ignore_label: int | None = Field(255, ge=0, le=255)
+    """Id in the masks of pixels that neither train nor count; null: all count."""
+    steps: Count = 1000
+    """Length of the training of the linear head, in optimiser steps."""
+    batch: Batch = 32
+    """Images per optimiser step."""
+    peak_lr: float = Field(1e-3, gt=0)
+    """Learning rate after warm-up, which then decays to 0 (cosine)."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Weight decay of the linear head."""
+    bank_patches: Count = 50_000
+    """Most training patches that vote for `knn`, evenly over the images."""
+
+
 class EvaluationConfig(Section):
     """A task of `m3ae-fast evaluate`, or `m3ae-fast embed`, on a trained model."""
 
@@ -206,6 +226,7 @@ class EvaluationConfig(Section):
     attentive: AttentiveProbeConfig = AttentiveProbeConfig()
     finetune: FineTuneConfig = FineTuneConfig()
     robustness: RobustnessConfig = RobustnessConfig()
+    segment: SegmentConfig = SegmentConfig()
 
 
 def evaluation_config(

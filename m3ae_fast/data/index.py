@@ -37,7 +37,8 @@ Modality = Literal["any", "paired", "image", "text"]
 VERSION = 6
 # of a sample's images the first one is taken
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "npy")
-_OTHER_SUFFIXES = ("txt", "json", "cls", "ids")
+MASK_SUFFIX = "mask.png"
+_OTHER_SUFFIXES = ("txt", "json", "cls", "ids", MASK_SUFFIX)
 _MOST_IGNORED = 20  # suffixes that a summary names
 MISSING = -1
 MAX_IMAGE_BYTES = 1 << 28

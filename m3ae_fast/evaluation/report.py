@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
 REPORT_FILE = "report.html"
 _BASELINES = {RANDOM: "random weights", PIXELS: "downscaled pixels"}  # by what their MODEL begins with
 _SIZES = ("k", "classes", "steps", "draws", "seconds", "skipped", "train_samples", "val_samples")
-_COUNTS = (*_SIZES, "chance", "chance_top5")  # of a result: no metrics
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; }
@@ -130,7 +129,7 @@ def _results_table(found: list[tuple[Path, dict[str, Any]]]) -> str:
         model = _model(path, result)
         for name, value in result.items():
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if is_number and name not in _COUNTS and not name.endswith(ERROR):
+            if is_number and name not in _SIZES and not (name.startswith("chance") or name.endswith(ERROR)):
                 texts = (str(result.get("task", "?")), model, name)
                 cells = (_with_error(name, value, result), _chance(name, result))
                 rows.append([*map(escape, texts), *map(_cell, cells)])
@@ -176,13 +175,16 @@ def _per_class(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
     for path, result in found:
         if not isinstance(rows := result.get("per_class"), list):
             continue
-        rows = sorted(rows, key=lambda row: row["accuracy"])
+        measure = next((name for name in ("accuracy", "iou") if all(name in row for row in rows)), None)
+        if measure is None:
+            continue
+        counted = next(name for name in ("samples", "pixels") if name in rows[0])
         cells = [
-            [escape(str(row.get("name", row["class"]))), _cell(f"{row['samples']:,}"), _cell(f"{row['accuracy']:.1%}")]
-            for row in rows
+            [escape(str(row.get("name", row["class"]))), _cell(f"{row[counted]:,}"), _cell(f"{row[measure]:.1%}")]
+            for row in sorted(rows, key=lambda row: row[measure])
         ]
-        title = f"{result.get('task', '?')} ({path.parent.name}): accuracy of each class"
-        yield _section(escape(title), _table(cells, ["class", "samples", "accuracy"]))
+        title = f"{result.get('task', '?')} ({path.parent.name}): {measure} of each class"
+        yield _section(escape(title), _table(cells, ["class", counted, measure]))
 
 
 def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
@@ -197,7 +199,7 @@ def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
 
 def _chance(name: str, result: dict[str, Any]) -> str:
     """Return what a metric is of always predicting the largest class, or the five largest; "" if it is not known."""
-    value = result.get({"top1": "chance", "top5": "chance_top5"}.get(name, ""))
+    value = result.get({"top1": "chance"}.get(name, f"chance_{name}"))
     if name == "auroc":
         value = 0.5
     elif name == "balanced_accuracy" and result.get("per_class"):

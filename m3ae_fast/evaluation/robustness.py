@@ -59,8 +59,8 @@ def run(job: Job) -> dict[str, Any]:
         if config.corruptions and "corruptions" in config.model_fields_set:
             raise UserError("--corrupted: has the corruptions; leave robustness.corruptions out")
         config = config.model_copy(update={"corruptions": []})
-    kinds: Severities = {kind: config.severities for kind in config.corruptions}
-    kinds = kinds | {kind: list(sets) for kind, sets in published.items()}
+    applied = {kind: config.severities for kind in config.corruptions}
+    kinds: Severities = applied | {kind: list(sets) for kind, sets in published.items()}
     if model.config.modality == "text":
         raise UserError(f"{job.options.model}: classifies texts; robustness needs a classifier of images")
     if config.corruptions and (model.config.model.channels != 3 or model.config.model.image_dtype != "uint8"):

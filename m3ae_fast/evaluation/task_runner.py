@@ -171,8 +171,9 @@ def _perform(options: Options, out: Path, overrides: Sequence[str], session: Ses
         if result is None:
             return None
         result = job.described(result | {"seconds": round(time.perf_counter() - started, 1)}, partial=False)
-        result |= ranks.on_main(lambda: class_metrics(job.out, job.classes, job.names)) or {}
-        if "per_class" in result:
+        metrics = ranks.on_main(lambda: class_metrics(job.out, job.classes, job.names)) or {}
+        result |= metrics
+        if "per_class" in metrics:
             job.pictures.insert(0, lambda: draw_class_metrics(job.out, job.classes, job.names))
         ranks.on_main(lambda: write_result(job.out, result))
         for draw in job.pictures:

@@ -28,6 +28,7 @@ class Task(NamedTuple):
     about: str
     trains: bool = True  # has --train and --labels
     resumes: bool = False  # has --resume
+    has_masks: bool = False  # the labels are masks; has no --labels
     classifies: bool = False  # MODEL is a classifier; has --labels
     may_classify: bool = False  # MODEL may be one
     modality: Modality | None = None  # the only one that it accepts
@@ -36,6 +37,10 @@ class Task(NamedTuple):
     takes_pixels: bool = False  # MODEL may be pixels:MODEL
     sections: tuple[str, ...] = ("encode",)  # of settings
     libraries: tuple[str, ...] = ()  # that not every installation has
+
+    @property
+    def has_labels(self) -> bool:
+        return (self.trains or self.classifies) and not self.has_masks
 
 
 TASKS = {
@@ -60,6 +65,12 @@ TASKS = {
         modality="image",
         compares=True,
         sections=("encode", "knn", "linear", "attentive"),
+    ),
+    "segment": Task(
+        "semantic segmentation: classify frozen patches by a linear head, or by the nearest training patches",
+        has_masks=True,
+        modality="image",
+        sections=("encode", "segment", "knn"),
     ),
     "finetune": Task(
         "train the encoder with a classification head; OUT gets the classifier",
@@ -111,7 +122,7 @@ class Options:
         task = TASKS[self.task]
         used = {
             "train": task.trains,
-            "labels": task.trains or task.classifies,
+            "labels": task.has_labels,
             "modality": not task.classifies,
             "resume": task.resumes,
             "cache_features": self.task == "linear",

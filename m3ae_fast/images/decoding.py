@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from contextlib import suppress
 from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as torchvision_decode
@@ -39,6 +40,7 @@ _TORCHVISION_MODES = {("JPEG", 1): ("L", "RGB"), ("JPEG", 3): ("L", "RGB"), ("WE
 _READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _TURNING = ("exif", "xmp")  # of `Image.info`: what may say which side is up
+_ON_A_SIDE = (5, 6, 7, 8)  # of EXIF's orientations
 _SCALES = {"L;2": 85, "L;4": 17}  # by the rawmode of a PNG: levels of 8 bits per level of its own
 
 # Of odd images: they are used or reported, nothing between.
@@ -108,6 +110,17 @@ def size_of(data: bytes) -> tuple[int, int]:
         height, width, _ = bands.read_tiff(data).shape
         return height, width
     return header.height, header.width
+
+
+def upright_size_of(data: bytes) -> tuple[int, int]:
+    """Return height and width of an image file as `decode_image` gives it, turned by EXIF. Raises BadSample as
+    `size_of`."""
+    height, width = size_of(data)
+    if not bands.is_npy(data):
+        with suppress(BadSample):  # a TIFF that Pillow does not read
+            if header_of(data).getexif().get(ExifTags.Base.Orientation) in _ON_A_SIDE:
+                return width, height
+    return height, width
 
 
 def read_bands(data: bytes, channels: int, dtype: str) -> np.ndarray | None:

@@ -235,6 +235,63 @@ class MultimodalEncoder(nn.Module):
         """
         if images is None and texts is None:
             raise ValueError("encode needs images, texts or both")
+        if pool not in ("mean", "cls"):
+            raise ValueError(f"pool {pool!r}: must be mean or cls")
+        images, texts = self._checked(images, texts, value_range)
+        batches, layers = self._batches(images, texts, value_range, batch, precision), self._layers(layer)
+        device = self.encoder_input.cls_token.device
+        parts = [torch.empty(0, self.config.emb_dim, device=device)]
+        with encoding(self, precision, device):
+            parts += [self.pooled_of_layers(packed, layers, pool)[:, 0] for packed in batches]
+        features_SD = torch.cat(parts)
+        check_finite(features_SD, [f"number {i}" for i in range(len(features_SD))])
+        return features_SD
+
+    def patch_features(
+        self,
+        images: OneImage | Sequence[OneImage],
+        *,
+        value_range: ValueRange = None,
+        layer: int | None = None,
+        batch: int = 64,
+        precision: Literal["auto", "bf16", "fp32"] = "auto",
+    ) -> Tensor:
+        """Return a map of the features of each image's patches, without gradients. Arguments and errors as of `encode`.
+
+        Returns:
+            [B, H, W, D], H x W the rows and columns of patches, with the final LayerNorm; on the model's device,
+            float32, or as the weights where those are float64.
+
+        Raises:
+            ValueError: images of a native model have maps of different sizes; and as `encode`.
+        """
+        found, _ = self._checked(images, None, value_range)
+        batches, layers = self._batches(found, None, value_range, batch, precision), self._layers(layer)
+        device, c = self.encoder_input.cls_token.device, self.config
+        grids, parts = set(), [torch.empty(0, c.longest_side, c.longest_side, c.emb_dim, device=device)]
+        with encoding(self, precision, device):
+            for packed in batches:
+                grids.update(packed.grids)
+                if len(grids) > 1:
+                    sizes = " and ".join(f"{rows} x {columns}" for rows, columns in sorted(grids)[:2])
+                    raise ValueError(f"images have maps of {sizes} patches: give those of one size at a time")
+                ((rows, columns),) = grids
+                patches_SLD = self.pooled_and_patches(packed, layers)[1][:, 0, : rows * columns]
+                parts.append(_wide(patches_SLD).unflatten(1, (rows, columns)))
+        features_BHWD = torch.cat(parts[1:] or parts)
+        check_finite(features_BHWD, [f"number {i}" for i in range(len(features_BHWD))])
+        return features_BHWD
+
+    def _layers(self, layer: int | None) -> list[int]:
+        """Return the one block after which features are taken. Raises ValueError if there is no such."""
+        if layer is not None and not 1 <= layer <= self.config.depth:
+            raise ValueError(f"layer {layer}: the encoder has layers 1 to {self.config.depth}")
+        return [layer or self.config.depth]
+
+    def _checked(
+        self, images: OneImage | Sequence[OneImage] | None, texts: str | Sequence[str] | None, value_range: ValueRange
+    ) -> tuple[list[OneImage] | None, list[str] | None]:
+        """Return images and texts as lists. Raises ValueError and UserError as `encode`."""
         if images is not None:
             images = list(as_images(images, self.config.channels))
             check_values(images, value_range, self.config)
@@ -242,36 +299,36 @@ class MultimodalEncoder(nn.Module):
             texts = [texts] if isinstance(texts, str) else list(texts)
         if images is not None and texts is not None and len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts")
-        if batch < 1:
-            raise ValueError(f"batch {batch}: must be 1 or more")
-        if layer is not None and not 1 <= layer <= self.config.depth:
-            raise ValueError(f"layer {layer}: the encoder has layers 1 to {self.config.depth}")
-        if pool not in ("mean", "cls") or precision not in ("auto", "bf16", "fp32"):
-            raise ValueError(f"pool {pool!r}, precision {precision!r}: must be mean or cls, and auto, bf16 or fp32")
         if texts is not None:
             self.require_tokenizer()
-        layers = [layer or self.config.depth]
-        count = len(images if images is not None else texts or [])
+        return images, texts
+
+    def _batches(
+        self,
+        images: Sequence[OneImage] | None,
+        texts: Sequence[str] | None,
+        value_range: ValueRange,
+        batch: int,
+        precision: str,
+    ) -> Iterator[PackedBatch]:
+        """Return batches on the model's device, of which everything is visible. Raises ValueError for a batch or a
+        precision that is none, and as `unmasked_sample`."""
+        if batch < 1:
+            raise ValueError(f"batch {batch}: must be 1 or more")
+        if precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"precision {precision!r}: must be auto, bf16 or fp32")
         device = self.encoder_input.cls_token.device
-        parts = [torch.empty(0, self.config.emb_dim, device=device)]
-        with encoding(self, precision, device):
-            for start in range(0, count, batch):
-                samples = [
-                    unmasked_sample(
-                        i,
-                        None if images is None else images[i],
-                        None if texts is None else texts[i],
-                        self.config,
-                        self.tokenizer,
-                        value_range,
-                    )
-                    for i in range(start, min(start + batch, count))
-                ]
-                packed = _pack(samples, self.geometry).to(device)
-                parts.append(self.pooled_of_layers(packed, layers, pool)[:, 0])
-        features_SD = torch.cat(parts)
-        check_finite(features_SD, [f"number {i}" for i in range(count)])
-        return features_SD
+
+        def sample(number: int) -> Sample:
+            image, text = (None if part is None else part[number] for part in (images, texts))
+            return unmasked_sample(number, image, text, self.config, self.tokenizer, value_range)
+
+        count = len(images if images is not None else texts or [])
+        starts = range(0, count, batch)
+        return (
+            _pack([sample(i) for i in range(start, min(start + batch, count))], self.geometry).to(device)
+            for start in starts
+        )
 
     def require_tokenizer(self) -> None:
         """Raise UserError if the model cannot take text."""

@@ -18,7 +18,7 @@ from m3ae_fast.shards.sources.records import Records
 from m3ae_fast.shards.writer import Converted, convert
 
 _OPTIONS_OF: dict[str, tuple[SourceKind, ...]] = {
-    **dict.fromkeys(("captions", "classes", "flat"), ("folder",)),
+    **dict.fromkeys(("captions", "classes", "flat", "masks"), ("folder",)),
     **dict.fromkeys(("image_column", "caption_column"), ("folder", "huggingface")),
     **dict.fromkeys(("subset", "split", "label_column"), ("huggingface",)),
 }  # the kinds of source that use an option
@@ -35,6 +35,7 @@ def make(
     label_column: str | None = None,
     classes: str | os.PathLike[str] | Sequence[str] | None = None,
     flat: bool = False,
+    masks: str | os.PathLike[str] | None = None,
     subset: str | None = None,
     split: str | None = None,
     held_out: float = 0.0,
@@ -49,7 +50,7 @@ def make(
     continues.
 
     Args:
-        source, kind, captions, image_column, caption_column, label_column, classes, flat, subset, split: as of
+        source, kind, captions, image_column, caption_column, label_column, classes, flat, masks, subset, split: as of
             `open_source`.
         out: the folder for the shards: new, or that of a call with the same arguments.
         held_out: the fraction of the samples that go to val-*.tar.
@@ -73,6 +74,7 @@ def make(
         label_column=label_column,
         classes=classes,
         flat=flat,
+        masks=masks,
         subset=subset,
         split=split,
     )
@@ -89,6 +91,7 @@ def open_source(
     label_column: str | None = None,
     classes: str | os.PathLike[str] | Sequence[str] | None = None,
     flat: bool = False,
+    masks: str | os.PathLike[str] | None = None,
     subset: str | None = None,
     split: str | None = None,
 ) -> Records:
@@ -103,6 +106,8 @@ def open_source(
         label_column: of the dataset; None: detected.
         classes: of a folder of images, the classes in the order of their labels, or the classes.json of other shards.
         flat: of a folder of images, sub-folders are neither splits nor classes.
+        masks: of a folder of images, a folder of label masks, NAME.png of one channel for NAME.jpg, in the same
+            sub-folders; each stands in the shards beside its image, as KEY.mask.png.
         subset: of a dataset, the configuration.
         split: of a dataset, the split to take; None: all.
 
@@ -111,7 +116,7 @@ def open_source(
     """
     name = os.fspath(source)
     kind = kind or kind_of_source(name)
-    options: dict[str, object] = {"captions": captions, "classes": classes, "flat": flat}
+    options: dict[str, object] = {"captions": captions, "classes": classes, "flat": flat, "masks": masks}
     options |= {
         "subset": subset,
         "split": split,
@@ -130,7 +135,8 @@ def open_source(
         return HuggingFace(name, subset, split, (image_column, caption_column, label_column))
     table = None if captions is None else Path(captions)
     names = _read_classes(classes) if isinstance(classes, str | os.PathLike) else classes
-    return Folder(Path(name), table, (image_column, caption_column), names, flat)
+    columns = (image_column, caption_column)
+    return Folder(Path(name), table, columns, names, flat, None if masks is None else Path(masks))
 
 
 def _read_classes(path: str | os.PathLike[str]) -> list[str]:

@@ -74,7 +74,17 @@ def test_robustness_evaluates_in_float32_and_has_gradients_in_attacks_alone(tran
 
 
 def test_the_tasks_are_all_of_them(seen):
-    assert {*TASKS} == {"knn", "ood", "retrieval", "linear", "attentive", "compare", "finetune", "robustness"}
+    assert {*TASKS} == {
+        "knn",
+        "ood",
+        "retrieval",
+        "linear",
+        "attentive",
+        "compare",
+        "finetune",
+        "robustness",
+        "segment",
+    }
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
-from m3ae_fast.config.evaluation import EvaluationConfig
+from m3ae_fast.config import KnnConfig
+from m3ae_fast.config.evaluation import EvaluationConfig, SegmentConfig
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.knn import knn_scores
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.ood import Scores
 from m3ae_fast.evaluation.retrieval import own_ranks
+from m3ae_fast.evaluation.segment import Images, Neighbours, fit
 from m3ae_fast.process.ranks import Ranks, join_ranks
 
 SAMPLES, QUERIES, WIDTH, CLASSES = 211, 61, 6, 3
@@ -54,6 +58,26 @@ def found(ranks: Ranks | None) -> dict[str, object]:
     }
 
 
+def segmented(ranks: Ranks) -> dict[str, Tensor]:
+    """Return the scores that both heads of segmentation give held-out patches."""
+    parts = []
+    for seed, count in ((3, 24), (4, 9)):
+        generator = torch.Generator().manual_seed(seed)
+        patches_NLD = torch.randn(count, 16, WIDTH, generator=generator).half()
+        masks_NSS = torch.randint(CLASSES, (count, 8, 8), generator=generator).to(torch.uint8)
+        masks_NSS[0] = 255  # ignored
+        bank = split(patches_NLD, torch.arange(count), ranks, batch=2)
+        parts.append(Images(bank, masks_NSS[bank.own]))
+    train, held_out = parts
+    job = SimpleNamespace(ranks=ranks, config=config(), pulse=SimpleNamespace(mark=lambda what: None))
+    settings = SegmentConfig(steps=20, batch=7, bank_patches=50)
+    heads = {
+        "linear patches": fit(train, CLASSES, settings, job),
+        "patches by neighbours": Neighbours(train, CLASSES, settings, KnnConfig(), ranks),
+    }
+    return {name: held_out.bank.complete(head(held_out.bank.stored_SD.float())) for name, head in heads.items()}
+
+
 def config(**sections: object) -> EvaluationConfig:
     """Return settings of an evaluation."""
     return EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, **sections})
@@ -62,7 +86,7 @@ def config(**sections: object) -> EvaluationConfig:
 def main(arguments: list[str]) -> int:
     """Run the program."""
     with join_ranks() as ranks:
-        each = ranks.gather(found(ranks))
+        each = ranks.gather(found(ranks) | segmented(ranks))
         if ranks.is_main:
             torch.save(each, arguments[0])
     return 0

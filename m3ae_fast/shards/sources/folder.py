@@ -16,9 +16,10 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.base.untrusted_file import open_regular
-from m3ae_fast.data.index import IMAGE_SUFFIXES
+from m3ae_fast.data.index import IMAGE_SUFFIXES, MASK_SUFFIX
 from m3ae_fast.images.bands import ReaderMissing
-from m3ae_fast.images.decoding import own_bands
+from m3ae_fast.images.decoding import own_bands, upright_size_of
+from m3ae_fast.images.label_mask import mask_size, read_mask
 from m3ae_fast.shards.duplicate_images import join, middle, number_same
 from m3ae_fast.shards.problem_counts import IGNORED, OUTSIDE, Tally
 from m3ae_fast.shards.sources.caption_table import Row, read_captions
@@ -50,13 +51,15 @@ class Folder(Records):
         columns: its columns of images and captions, None if they have usual names.
         classes: names of the classes, in the order of their labels; None: the sub-folders' names, sorted.
         flat: sub-folders are neither splits nor classes.
+        masks: a folder of label masks, NAME.png for NAME.jpg, in the same sub-folders, which become KEY.mask.png; None:
+            there are none. It may lie below `folder`.
 
     `ignored` counts files that are not read; `outside` is an image that is in no class folder although others are, or
     ""; `notes` are what the user should know about splits and classes.
 
     Raises:
-        UserError: a folder cannot be listed, there is no image, the table names some that are not there, or folders of
-            splits and others stand beside each other.
+        UserError: a folder cannot be listed, there is no image, or no mask of any, the table names some that are not
+            there, or folders of splits and others stand beside each other.
     """
 
     def __init__(
@@ -66,11 +69,16 @@ class Folder(Records):
         columns: tuple[str | None, str | None] = (None, None),
         classes: Sequence[str] | None = None,
         flat: bool = False,
+        masks: Path | None = None,
     ) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder}: is not a folder")
         self.folder = str(folder)
         files = sorted(find_files(self.folder, flat))
+        self._masks = masks
+        if masks is not None:
+            own = os.path.relpath(os.path.realpath(masks), os.path.realpath(folder)) + os.sep
+            files = [path for path in files if not path.startswith(own)]
         paths = [path for path in files if path.lower().endswith(SUFFIXES)]
         if not paths:
             raise UserError(f"{folder}: no image in it ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
@@ -103,6 +111,17 @@ class Folder(Records):
                 self.notes.append(f"fields of {captions} for --labels: {', '.join(f'json.{name}' for name in fields)}")
         counts = np.array([len(each) for each in self._samples])
         super().__init__({split: counts[rows] for split, rows in self._rows.items()})
+        if masks is not None:
+            missing = [path for path in paths if not os.path.lexists(mask_of(masks, path))]
+            if len(missing) == len(paths):
+                raise UserError(
+                    f"--masks {masks}: has no mask of any image, such as {printable(str(mask_of(masks, paths[0])))}"
+                )
+            if missing:
+                self.notes.append(
+                    f"{len(missing):,} of {len(paths):,} images have no mask in {masks}, such as "
+                    f"{printable(missing[0])}"
+                )
         self.ignored = _ignored(folder, files, [*paths, *strays], captions, self._has_captions)
         for path in strays:
             self.ignored.add(OUTSIDE, printable(path))
@@ -124,7 +143,10 @@ class Folder(Records):
         if name is not None:
             about["class_name"] = name
         about |= json.loads(sample.fields or "{}")
-        return Record(read_file(path), caption, None if name is None else self._labels[name], about)
+        data, members = read_file(path), {}
+        if self._masks is not None and os.path.lexists(file := mask_of(self._masks, self._paths[row])):
+            members[MASK_SUFFIX] = _checked_mask(read_file(str(file)), data)
+        return Record(data, caption, None if name is None else self._labels[name], about, members)
 
     def class_counts(self, split: str) -> Counter[str]:
         found: Counter[str] = Counter()
@@ -165,7 +187,24 @@ class Folder(Records):
                 captions.update(f"{sample.caption!r} {beside and _stamp(beside)}{sample.fields}\n".encode())
         classes = hashlib.sha256(json.dumps(self.classes).encode())
         named = {"pictures": pictures, "captions": captions, "classes": classes}
+        if self._masks is not None:
+            stamps = [_stamp(str(mask_of(self._masks, path))) for path in self._paths]
+            named["masks"] = hashlib.sha256(repr(stamps).encode())
         return {name: digest.hexdigest()[:16] for name, digest in named.items()}
+
+
+def mask_of(masks: Path, image: str) -> Path:
+    """Return the file of the label mask of an image, which is named by its path below the folder of images."""
+    return masks / (os.path.splitext(image)[0] + ".png")
+
+
+def _checked_mask(mask: bytes, image: bytes) -> bytes:
+    """Return the mask of an image. Raises BadSample if it is none, or not of the size of the upright image."""
+    height, width = mask_size(mask)
+    if (height, width) != (size := upright_size_of(image)):
+        raise BadSample(f"the mask has {width} x {height} pixels, the image {size[1]} x {size[0]}")
+    read_mask(mask)
+    return mask
 
 
 def _text_file(image: str) -> str | None:

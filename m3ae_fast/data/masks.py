@@ -1,0 +1,95 @@
+"""Label masks of samples: KEY.mask.png beside the image.
+
+Shapes: N samples that have a mask, S x S pixels of the model's view.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.progress import track
+from m3ae_fast.base.untrusted_file import open_regular
+from m3ae_fast.data.corpus import Corpus
+from m3ae_fast.data.index import IMAGE_SUFFIXES, MASK_SUFFIX, MAX_IMAGE_BYTES, MISSING, group
+from m3ae_fast.data.labels import LEFT_OUT, select_labelled
+from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.data.tar import scan_tar
+from m3ae_fast.images.label_mask import mask_view, read_mask
+
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Where the mask of each sample is."""
+
+    store: ShardStore
+    shards: list[str]
+    places_N3: np.ndarray  # int64: number of the shard, offset and size in bytes
+
+    def views(self, numbers: Sequence[int], size: int, *, progress: bool = False) -> Tensor:
+        """Return the class ids in the model's view of these samples, uint8 [len(numbers), S, S]. Raises UserError if a
+        mask cannot be read."""
+        views = torch.empty(len(numbers), size, size, dtype=torch.uint8)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = pool.map(lambda number: mask_view(self._read(number), size), numbers)
+            for row, view in enumerate(track(found, "reading masks", len(numbers), show=progress)):
+                views[row] = view
+        return views
+
+    def _read(self, number: int) -> Tensor:
+        place, offset, size = self.places_N3[number].tolist()
+        shard = self.shards[place]
+        try:
+            with open_regular(self.store.path(shard)) as file:
+                data = os.pread(file.fileno(), min(size, MAX_IMAGE_BYTES), offset)
+            return read_mask(data)
+        except OSError as error:
+            raise UserError(f"shard {shard}: cannot be read ({error.strerror or error})") from None
+        except BadSample as error:
+            raise UserError(f"shard {shard}: {error}, in the mask at byte {offset}; repair it, or remove it") from None
+
+
+def masked_corpus(corpus: Corpus, *, progress: bool = False) -> tuple[Corpus, Masks]:
+    """Return the samples of a corpus that have an image and a mask, with numbers from 0 as labels, and the masks by
+    these numbers. Raises UserError if there are none, or a shard cannot be read."""
+    shards: list[str] = []
+    places: list[tuple[int, int, int]] = []
+    sources = []
+    for source in corpus.sources:
+        located = [shard.located() for shard in source.shards]
+        ids = []
+        for shard in track(located, "looking for masks", len(located), show=progress):
+            try:
+                members, _ = scan_tar(corpus.store.path(shard.shard))
+                offsets = shard.table()["image_offset"].tolist()
+            except OSError as error:
+                raise UserError(f"shard {shard.shard}: cannot be read ({error.strerror or error})") from None
+            masks = {}  # by the offset of the image
+            for _, files in group(members):
+                image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
+                if image is not None and MASK_SUFFIX in files:
+                    masks[image.offset] = files[MASK_SUFFIX]
+            for offset in offsets:
+                mask = masks.get(offset) if offset != MISSING else None
+                ids.append(LEFT_OUT if mask is None else len(places))
+                if mask is not None:
+                    places.append((len(shards), mask.offset, mask.size))
+            shards.append(shard.shard)
+        sources.append(select_labelled(replace(source, shards=located), np.array(ids, dtype=np.int64)))
+    if not places:
+        raise UserError(
+            f"shards {shards[0]}{' ...' if len(shards) > 1 else ''}: no sample has a mask, KEY.{MASK_SUFFIX} beside "
+            "its image; make shards of a folder of images with --masks FOLDER"
+        )
+    sources = [source for source in sources if source.shards]
+    return replace(corpus, sources=sources), Masks(corpus.store, shards, np.array(places, dtype=np.int64))

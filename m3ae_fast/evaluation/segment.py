@@ -1,0 +1,347 @@
+"""Semantic segmentation by the features of frozen patches: a linear head, or the nearest training patches, give each
+patch the scores of the classes, which are upsampled to the pixels.
+
+The measure is the mean over classes of intersection over union (mIoU), over all pixels of all held-out images but those
+of the ignored label. Masks are seen as images are: the central square, at the model's resolution.
+
+Shapes: N training images, M held-out ones, R of either on this rank, B of a batch, L patches of an image, P patches, Q
+of them at a time, K neighbours, C classes, D width, S x S pixels of the model's view.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.progress import TimeLeft, track
+from m3ae_fast.config import KnnConfig, SourceConfig
+from m3ae_fast.config.evaluation import SegmentConfig
+from m3ae_fast.data import Corpus
+from m3ae_fast.data.masks import Masks, masked_corpus
+from m3ae_fast.drawing.figures import Cell, draw_sheet
+from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.heads import LinearProbeHead
+from m3ae_fast.evaluation.job import Job, SoFar
+from m3ae_fast.evaluation.significance import ERROR, middle
+from m3ae_fast.process.collectives import all_reduce
+from m3ae_fast.process.ranks import Ranks
+
+_SHOWN = 8  # held-out images in the picture
+_RESAMPLES = 1000  # of the bootstrap over images
+_QUERIES, _PREDICTED = 1024, 16  # patches that are compared with the voters at a time, and images predicted at a time
+_COUNTED = 64  # images whose patches are added up at a time
+_WARM_UP = 0.1  # of the steps
+
+
+class Images(NamedTuple):
+    """Images with masks, encoded; each rank has those that it encoded."""
+
+    bank: FeatureBank  # with the patches of each image as its features, [R, L, D]
+    masks_RSS: Tensor  # uint8 class ids, on the CPU
+
+    @property
+    def side(self) -> int:
+        """Return the rows and columns of patches."""
+        return math.isqrt(self.bank.stored_SD.shape[1])
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Pixels of each held-out image by class, int64 [M, C], ignored ones left out."""
+
+    right_MC: np.ndarray  # of the class, and taken for it
+    truth_MC: np.ndarray  # of the class
+    predicted_MC: np.ndarray  # taken for the class
+
+    def miou(self, weights_M: np.ndarray | None = None) -> float:
+        """Return the mean IoU over the classes that occur or were predicted. `weights_M`: how often each image counts;
+        None: once."""
+        return float(np.nanmean(self.iou(weights_M)))
+
+    def iou(self, weights_M: np.ndarray | None = None) -> np.ndarray:
+        """Return the IoU of each class, [C]; nan of those that neither occur nor were predicted."""
+        weights_M = np.ones(len(self.truth_MC)) if weights_M is None else weights_M
+        right_C, truth_C, predicted_C = (weights_M @ each for each in (self.right_MC, self.truth_MC, self.predicted_MC))
+        union_C = truth_C + predicted_C - right_C
+        return np.divide(right_C, union_C, out=np.full(len(union_C), np.nan), where=union_C > 0)
+
+    def largest(self) -> Counts:
+        """Return the counts of always predicting the class of the most pixels."""
+        first = int(self.truth_MC.sum(0).argmax())
+        predicted_MC, right_MC = np.zeros_like(self.truth_MC), np.zeros_like(self.truth_MC)
+        predicted_MC[:, first], right_MC[:, first] = self.truth_MC.sum(1), self.truth_MC[:, first]
+        return Counts(right_MC, self.truth_MC, predicted_MC)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Run the task. Raises UserError if no sample has a mask, or a mask cannot be read."""
+    config, model, data, ranks = job.config.segment, job.model.config, job.config.data, job.ranks
+    if model.resize == "native":
+        raise UserError("segment needs images of one size: give --set encode.resize=square")
+    job.keep_if_stopped(lambda: SoFar("the images are being encoded", {}, {}))
+    opened = {name: _open(job, sources, name) for name, sources in (("train", data.train), ("val", data.val))}
+    samples = sum(corpus.samples for corpus, _ in opened.values())
+    whole = job.time_left(samples, shorter=lambda _: "fewer --train shards")
+    train, val = (_images(job, *found, f"encoding {name}", whole) for name, found in opened.items())
+    known, asked = (_ids(part, config.ignore_label, ranks) for part in (train, val))
+    if len(known) < 2:
+        raise UserError(
+            f"--train: its masks have {len(known)} classes besides segment.ignore_label {config.ignore_label}; two are "
+            "needed"
+        )
+    if not asked:
+        raise UserError(f"--val: all pixels of its masks have segment.ignore_label {config.ignore_label}")
+    classes = max(known | asked) + 1
+    job.keep_if_stopped(lambda: SoFar("the images are encoded", {}, {}))
+    head: Linear | Neighbours
+    if config.head == "linear":
+        head = fit(train, classes, config, job)
+    else:
+        head = Neighbours(train, classes, config, job.config.knn, ranks)
+    shown = {row * len(val.bank.keys) // _SHOWN for row in range(_SHOWN)}
+    counts_R3C, cells = _predicted(job, head, val, classes, shown)
+    counts = Counts(*val.bank.complete(counts_R3C).numpy().transpose(1, 0, 2))
+    job.keep(_columns(val.bank.keys, counts))
+    pictures = {row: cell for part in ranks.gather(cells) for row, cell in part.items()}
+    job.pictures.append(lambda: _draw(job, opened["val"][0], val.bank.keys, pictures))
+    if untrained := asked - known:
+        names = ", ".join(map(str, sorted(untrained)))
+        job.say(f"note: no training image has pixels of the classes {names}, which count with an IoU of 0")
+    result = measured(counts, job.config.run.seed)
+    return result | {"head": config.head, "train_samples": len(train.bank.keys), "val_samples": len(val.bank.keys)}
+
+
+def _open(job: Job, sources: Sequence[SourceConfig], name: str) -> tuple[Corpus, Masks]:
+    """Return the samples that have a mask."""
+    corpus = job.open(sources)
+    found, masks = job.ranks.main_first(lambda: masked_corpus(corpus, progress=job.ranks.is_main))
+    job.say(f"--{name}: {found.samples:,} of {corpus.samples:,} samples have a mask")
+    return found, masks
+
+
+def _images(job: Job, corpus: Corpus, masks: Masks, title: str, whole: TimeLeft) -> Images:
+    bank = job.encode(corpus, title, whole, corpus.samples, patches=True)
+    whole.after(corpus.samples)
+    numbers, size = bank.labels[bank.own].tolist(), job.model.config.image_size
+    views = job.ranks.together(lambda: masks.views(numbers, size, progress=job.ranks.is_main))
+    return Images(bank.tokens(), views)
+
+
+def _ids(images: Images, ignored: int | None, ranks: Ranks) -> set[int]:
+    """Return the class ids in the masks of all ranks."""
+    return {number for part in ranks.gather(images.masks_RSS.unique().tolist()) for number in part} - {ignored}
+
+
+def patch_labels(masks_BSS: Tensor, side: int, classes: int, ignored: int | None) -> Tensor:
+    """Return the pixels of each class in each of side x side patches of each image, float32 [B, L, C]."""
+    cells_BLP = masks_BSS.long().unflatten(2, (side, -1)).unflatten(1, (side, -1))
+    cells_BLP = cells_BLP.transpose(2, 3).flatten(3).flatten(1, 2)
+    cells_BLP = cells_BLP.masked_fill(cells_BLP == (-1 if ignored is None else ignored), classes)
+    counts = torch.zeros(len(masks_BSS), side * side, classes + 1, device=masks_BSS.device)
+    counts.scatter_add_(2, cells_BLP, torch.ones((), device=masks_BSS.device).expand(cells_BLP.shape))
+    return counts[..., :classes]
+
+
+class Linear:
+    """A linear head behind a BatchNorm without scale and bias: patches [B, L, D] -> log-probabilities [B, L, C]."""
+
+    def __init__(self, head: LinearProbeHead) -> None:
+        self.head = head
+
+    def __call__(self, patches_BLD: Tensor) -> Tensor:
+        return self.head(patches_BLD).log_softmax(-1)
+
+
+def fit(train: Images, classes: int, config: SegmentConfig, job: Job) -> Linear:
+    """Return the head trained by AdamW on all pixels, each with the scores of its patch: the cross entropy of a patch
+    with the shares of the classes in it. The norm takes the statistics of all training patches. Each rank computes the
+    gradients of its own images."""
+    bank, ranks, side = train.bank, job.ranks, train.side
+    with torch.random.fork_rng():
+        torch.manual_seed(job.config.run.seed)
+        head = LinearProbeHead(bank.stored_SD.shape[-1], classes).to(ranks.device).eval()
+    head.norm.mean, head.norm.var = _statistics(bank, ranks)
+    optimizer = torch.optim.AdamW(head.parameters(), config.peak_lr, weight_decay=config.weight_decay)
+    warm_up = max(1, round(_WARM_UP * config.steps))
+
+    def factor(step: int) -> float:
+        done = (step - warm_up) / max(config.steps - warm_up, 1)
+        return (step + 1) / warm_up if step < warm_up else 0.5 + 0.5 * math.cos(math.pi * done)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    place_N = torch.full((len(bank.keys),), -1)
+    place_N[bank.own] = torch.arange(len(bank.own))
+    rows = _batches(len(bank.keys), min(config.batch, len(bank.keys)), np.random.default_rng(job.config.run.seed))
+    for _ in track(range(config.steps), "training the head"):
+        job.pulse.mark("training the head")
+        places_B = place_N[torch.from_numpy(next(rows))]
+        places_B = places_B[places_B >= 0]
+        target_BLC = patch_labels(train.masks_RSS[places_B].to(ranks.device), side, classes, config.ignore_label)
+        pixels = all_reduce(target_BLC.sum(), ranks).clamp(min=1)
+        logits_BLC = head(bank.take(places_B).to(ranks.device).float())
+        optimizer.zero_grad()
+        (-(target_BLC * logits_BLC.log_softmax(-1)).sum() / pixels).backward()
+        for p in head.parameters():
+            assert p.grad is not None
+            all_reduce(p.grad, ranks)
+        optimizer.step()
+        schedule.step()
+    return Linear(head.requires_grad_(False))
+
+
+def _statistics(bank: FeatureBank, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of the patches of all ranks, [D] each, on this rank's device."""
+    sums_3D = torch.zeros(3, bank.stored_SD.shape[-1], dtype=torch.float64)
+    for rows in torch.arange(len(bank.own)).split(_COUNTED):
+        patches_PD = bank.take(rows).flatten(0, 1).cpu().double()
+        count_D = torch.full_like(sums_3D[0], len(patches_PD))
+        sums_3D += torch.stack((count_D, patches_PD.sum(0), patches_PD.square().sum(0)))
+    count_D, sum_D, squares_D = all_reduce(sums_3D.to(ranks.device), ranks)
+    mean_D = sum_D / count_D
+    return mean_D.float(), (squares_D / count_D - mean_D.square()).clamp(min=0).float()
+
+
+def _batches(samples: int, batch: int, random: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield rows of batches for ever, each sample once before any of them comes again."""
+    rows = np.empty(0, np.int64)
+    while True:
+        while len(rows) < batch:
+            rows = np.concatenate((rows, random.permutation(samples)))
+        yield rows[:batch]
+        rows = rows[batch:]
+
+
+class Neighbours:
+    """The votes of the nearest training patches, each for the shares of the classes in it: patches [B, L, D] ->
+    [B, L, C], of sum 1. The voters lie evenly over the training images and over the patches of each that are not
+    ignored; every rank has all of them."""
+
+    def __init__(self, train: Images, classes: int, config: SegmentConfig, knn: KnnConfig, ranks: Ranks) -> None:
+        bank, N = train.bank, len(train.bank.keys)
+        most = min(config.bank_patches, N * train.side**2)
+        own = []
+        for place, number in enumerate(bank.own.tolist()):
+            counts_LC = patch_labels(train.masks_RSS[place, None], train.side, classes, config.ignore_label)[0]
+            seen_P = counts_LC.any(1).nonzero()[:, 0]
+            rows_P = _evenly(seen_P, (number + 1) * most // N - number * most // N)
+            own.append((bank.take(torch.tensor([place]))[0].cpu()[rows_P], counts_LC[rows_P]))
+        parts = [each for part in ranks.gather(own) for each in part]
+        patches_PD, counts_PC = (torch.cat(each).to(ranks.device).float() for each in zip(*parts))
+        self.shares_PC = counts_PC / counts_PC.sum(1, keepdim=True)
+        self.patches_PD = F.normalize(patches_PD, dim=1)
+        self.k, self.temperature = min(knn.k, len(patches_PD)), knn.temperature
+
+    def __call__(self, patches_BLD: Tensor) -> Tensor:
+        votes = []
+        for queries_QD in F.normalize(patches_BLD.flatten(0, 1), dim=1).split(_QUERIES):
+            similarity_QK, nearest_QK = (queries_QD @ self.patches_PD.T).topk(self.k, dim=1)
+            weights_QK = (similarity_QK / self.temperature).softmax(1)
+            votes.append((weights_QK[..., None] * self.shares_PC[nearest_QK]).sum(1))
+        return torch.cat(votes).unflatten(0, patches_BLD.shape[:2])
+
+
+def _evenly(rows_P: Tensor, most: int) -> Tensor:
+    """Return at most so many of these rows, evenly."""
+    kept = min(most, len(rows_P))
+    return rows_P[torch.arange(kept) * len(rows_P) // max(kept, 1)]
+
+
+@torch.no_grad()
+def _predicted(
+    job: Job, head: Linear | Neighbours, val: Images, classes: int, shown: set[int]
+) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+    """Return the counts of `count` of this rank's images, int64 [R, 3, C], and mask and prediction, uint8 [S, S], of
+    those of its images whose number is among `shown`."""
+    bank, ignored, size = val.bank, job.config.segment.ignore_label, job.model.config.image_size
+    counts, cells = [torch.empty(0, 3, classes, dtype=torch.int64)], {}
+    batches = torch.arange(len(bank.own)).split(_PREDICTED)
+    for rows_B in track(batches, "predicting", len(batches)):
+        job.pulse.mark("predicting")
+        scores_BLC = head(bank.take(rows_B).to(job.ranks.device).float())
+        predicted_BSS, masks_BSS = upsampled(scores_BLC, val.side, size).cpu(), val.masks_RSS[rows_B]
+        counts.append(count(predicted_BSS, masks_BSS, classes, ignored))
+        for number, *cell in zip(bank.own[rows_B].tolist(), masks_BSS, predicted_BSS):
+            if number in shown:
+                cells[number] = (cell[0].clone(), cell[1].clone())
+    return torch.cat(counts), cells
+
+
+def upsampled(scores_BLC: Tensor, side: int, size: int) -> Tensor:
+    """Return the class of the highest score at each pixel, uint8 [B, S, S], from those of side x side patches, bilinear
+    between their centres."""
+    maps_BCHW = scores_BLC.transpose(1, 2).unflatten(2, (side, side))
+    return torch.cat(
+        [F.interpolate(each, (size, size), mode="bilinear").argmax(1).to(torch.uint8) for each in maps_BCHW.split(1)]
+    )
+
+
+def count(predicted_BSS: Tensor, masks_BSS: Tensor, classes: int, ignored: int | None) -> Tensor:
+    """Return the pixels of each image by class as `Counts` has them, int64 [B, 3, C]."""
+    found = []
+    for predicted_SS, mask_SS in zip(predicted_BSS, masks_BSS):
+        seen = torch.ones_like(mask_SS, dtype=torch.bool) if ignored is None else mask_SS != ignored
+        predicted, truth = predicted_SS[seen].long(), mask_SS[seen].long()
+        parts = (truth[predicted == truth], truth, predicted)
+        found.append(torch.stack([torch.bincount(part, minlength=classes) for part in parts]))
+    return torch.stack(found)
+
+
+def measured(counts: Counts, seed: int) -> dict[str, Any]:
+    """Return what result.json says of them. The standard error, and the interval of the difference to always predicting
+    the largest class, are by the bootstrap over images."""
+    largest, images = counts.largest(), len(counts.truth_MC)
+    weights_RM = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=_RESAMPLES)
+    scores_R, chances_R = (np.array([each.miou(weights) for weights in weights_RM]) for each in (counts, largest))
+    low, high = middle(scores_R - chances_R)
+    miou, chance, pixels = counts.miou(), largest.miou(), int(counts.truth_MC.sum())
+    iou_C, truth_C = counts.iou(), counts.truth_MC.sum(0)
+    result: dict[str, Any] = {
+        "miou": miou,
+        f"miou{ERROR}": float(scores_R.std(ddof=1)),
+        "pixel_accuracy": float(counts.right_MC.sum() / pixels),
+        "chance_miou": chance,
+        "chance_pixel_accuracy": float(truth_C.max() / pixels),
+        "per_class": [
+            {"class": number, "pixels": int(truth_C[number]), "iou": float(iou_C[number])}
+            for number in np.flatnonzero(~np.isnan(iou_C)).tolist()
+        ],
+        "classes": int((~np.isnan(iou_C)).sum()),
+        "verdict": f"mIoU {miou:.1%}; minus that of always predicting the largest class {100 * (miou - chance):+.1f} "
+        f"points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}",
+    }
+    if low <= 0:
+        result["warning"] = (
+            f"the model is not better than always predicting the largest class: mIoU {miou:.1%}, largest class "
+            f"{chance:.1%}"
+        )
+    return result
+
+
+def _columns(keys: list[str], counts: Counts) -> dict[str, Any]:
+    pixels_M = counts.truth_MC.sum(1)
+    return {"key": keys, "pixels": pixels_M, "right": counts.right_MC.sum(1)}
+
+
+def palette() -> Tensor:
+    """Return a colour of each id, uint8 [256, 3], as Pascal VOC's: the bits of an id are spread over the channels."""
+    ids = torch.arange(256)
+    channels = [sum(((ids >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
+    return torch.stack([torch.as_tensor(each) for each in channels], 1).to(torch.uint8)
+
+
+def _draw(job: Job, corpus: Corpus, keys: Sequence[str], cells: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+    """Draw some held-out images, each beside its mask and what was predicted."""
+    samples, colours = job.samples(corpus, [keys[row] for row in sorted(cells)]), palette()
+    sheet = []
+    for row in sorted(cells):
+        truth, predicted = (Cell(colours[ids_SS.long()].permute(2, 0, 1)) for ids_SS in cells[row])
+        sheet.append([job.cell(samples.get(keys[row]), ""), truth, predicted])
+    draw_sheet(job.out / "segmentation.png", sheet, ("image", "truth", "prediction"))

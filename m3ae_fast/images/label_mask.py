@@ -1,0 +1,59 @@
+"""Label masks: PNG files of one channel that hold a class id for each pixel of an image.
+
+Shapes: H x W pixels of the file, S x S those of the model's view.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.images.decoding import MAX_PIXELS
+
+_MODES = ("1", "L", "P", "I;16", "I")  # of palettes the indices are ids, as in Pascal VOC
+MAX_ID = 255
+
+
+def mask_size(data: bytes) -> tuple[int, int]:
+    """Return height and width of a label mask, from its header. Raises BadSample if it is none."""
+    image = _header(data)
+    return image.height, image.width
+
+
+def read_mask(data: bytes) -> Tensor:
+    """Return the class ids of a label mask, uint8 [H, W]. Raises BadSample if it is none, is damaged, or has an id
+    above 255."""
+    image = _header(data)
+    try:
+        ids_HW = np.array(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSample(f"the mask cannot be decoded ({error})") from None
+    if ids_HW.size and (ids_HW.max() > MAX_ID or ids_HW.min() < 0):
+        raise BadSample(f"the mask has the class id {max(ids_HW.max(), ids_HW.min(), key=abs)}; ids go to {MAX_ID}")
+    return torch.from_numpy(ids_HW.astype(np.uint8))
+
+
+def mask_view(ids_HW: Tensor, size: int) -> Tensor:
+    """Return the central square of class ids as `crops.centre_crop` sees that of an image, uint8 [S, S]: each pixel has
+    the id at its centre."""
+    height, width = ids_HW.shape
+    side = min(height, width)
+    places_S = ((torch.arange(size) + 0.5) * side / size).long()
+    return ids_HW[places_S[:, None] + (height - side) // 2, places_S + (width - side) // 2]
+
+
+def _header(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(BytesIO(data), formats=("PNG",))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSample(f"the mask is no PNG ({error})") from None
+    if image.mode not in _MODES:
+        raise BadSample(f"the mask is {image.mode}; it must have one channel, of class ids")
+    if image.height * image.width > MAX_PIXELS:
+        raise BadSample(f"the mask has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+    return image

@@ -1,0 +1,183 @@
+"""Segmentation by patches: metrics are those of the definition, and shapes on backgrounds are found."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.metrics import jaccard_score
+
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.parquet import read_parquet
+from m3ae_fast.evaluation.report import write_report
+from m3ae_fast.evaluation.segment import Counts, count, measured, patch_labels, upsampled
+from m3ae_fast.images.crops import centre_crop
+from m3ae_fast.images.label_mask import mask_view, read_mask
+from tests.evaluation.conftest import pictures, settings
+from tests.helpers.labelled import labelled_tar
+from tests.helpers.shards import write_tar
+
+IGNORED = 255
+
+
+def png(array, mode=None):
+    out = io.BytesIO()
+    Image.fromarray(array, mode).save(out, "PNG")
+    return out.getvalue()
+
+
+def shapes(number):
+    """Return an image of noise with a disc and a square of other colours, and its mask: 0, 1 and 2, a rim ignored."""
+    random = np.random.RandomState(number)
+    image, mask = np.full((48, 40, 3), (30, 60, 220)), np.zeros((48, 40), np.uint8)
+    y, x = np.mgrid[:48, :40]
+    disc = (y - random.randint(8, 20)) ** 2 + (x - random.randint(8, 32)) ** 2 < 64
+    top, left = random.randint(26, 34), random.randint(2, 24)
+    square = (y >= top) & (y < top + 14) & (x >= left) & (x < left + 14)
+    for place, colour, label in ((disc, (230, 50, 40), 1), (square, (40, 200, 60), 2)):
+        image[place], mask[place] = colour, label
+    mask[:6] = IGNORED
+    noise = random.randint(-20, 20, image.shape)
+    return png((image + noise).clip(0, 255).astype(np.uint8)), png(mask)
+
+
+def shapes_tar(path, numbers, without=()):
+    members = []
+    for number in numbers:
+        image, mask = shapes(number)
+        members.append((f"{number:03}.png", image))
+        members += [] if number in without else [(f"{number:03}.mask.png", mask)]
+    return write_tar(path, members)
+
+
+def counted(*arguments):
+    return Counts(*count(*arguments).numpy().transpose(1, 0, 2))
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("masked")
+    return shapes_tar(folder / "train.tar", range(40), without=(3,)), shapes_tar(folder / "val.tar", range(50, 66))
+
+
+SHORT = settings("segment.steps=150", "segment.batch=16", "segment.peak_lr=1e-2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["linear", "knn"])
+def test_shapes_are_found_where_they_are(transfer, masked, tmp_path, head, capsys):
+    train, val = masked
+    result = transfer("segment", *SHORT, *settings(f"segment.head={head}"), train=train, val=val)
+    assert result["miou"] > 0.5 > 0.35 > result["chance_miou"] and "warning" not in result
+    assert (result["train_samples"], result["val_samples"], result["classes"]) == (39, 16, 3)
+    said = capsys.readouterr().out
+    assert "--train: 39 of 40 samples have a mask" in said and "members of the shards that nothing reads" not in said
+    assert f"segment: {result['verdict']}\n" in said and f"± {result['miou_se']:.4f}" in said
+    assert pictures(tmp_path / "out") == ["segmentation"]
+    table = read_parquet(tmp_path / "out/predictions.parquet")
+    assert sum(table["right"]) / sum(table["pixels"]) == pytest.approx(result["pixel_accuracy"])
+    assert sum(table["pixels"]) == sum(row["pixels"] for row in result["per_class"]) < 16 * 32 * 32
+    (tmp_path / "out/metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}))
+    write_report(tmp_path / "out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "iou of each class" in page and f'<td class="number">{result["chance_miou"]:.1%}</td>' in page
+
+
+def test_metrics_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    truth, predicted = (torch.randint(4, (6, 8, 8), dtype=torch.uint8, generator=generator) for _ in range(2))
+    truth[truth == 3] = IGNORED  # class 3 is predicted and never right
+    counts = counted(predicted, truth, 4, IGNORED)
+    seen = truth != IGNORED
+    ious = jaccard_score(truth[seen], predicted[seen], average=None, labels=range(4), zero_division=0)
+    np.testing.assert_allclose(counts.iou(), ious)
+    assert counts.miou() == pytest.approx(ious.mean())
+    result = measured(counts, 0)
+    assert result["pixel_accuracy"] == pytest.approx((truth == predicted)[seen].double().mean().item())
+    largest = int(truth[seen].bincount().argmax())
+    alone = jaccard_score(truth[seen], np.full(int(seen.sum()), largest), average="macro", zero_division=0)
+    assert result["chance_miou"] == pytest.approx(alone)
+    assert result["warning"].startswith("the model is not better than always predicting the largest class: mIoU")
+    apart = [count(predicted[i : i + 1], truth[i : i + 1], 4, IGNORED)[0, 0] for i in range(6)]
+    np.testing.assert_array_equal(counts.right_MC, apart)
+    everything = counted(predicted, predicted, 5, None)  # of a class that does not occur there is no IoU
+    assert everything.miou() == 1.0 and np.isnan(everything.iou()[4])
+
+
+def test_an_error_is_that_of_other_draws_of_images():
+    random = np.random.default_rng(0)
+    right = random.integers(0, 50, (300, 30, 1))
+    draws = [Counts(np.hstack((each, 50 - each)), np.full((30, 2), 50), np.full((30, 2), 50)) for each in right]
+    assert measured(draws[0], 0)["miou_se"] == pytest.approx(np.std([each.miou() for each in draws]), rel=0.35)
+
+
+def test_a_patch_has_the_pixels_of_its_classes():
+    mask = torch.arange(32).reshape(1, 4, 8).to(torch.uint8) % 3
+    mask[0, 0, 0] = IGNORED
+    counts = patch_labels(mask.expand(2, 4, 8)[:, :, :4].contiguous(), 2, 3, IGNORED)
+    assert counts.shape == (2, 4, 3)
+    for row, (top, left) in enumerate(((0, 0), (0, 2), (2, 0), (2, 2))):
+        cell = mask[0, top : top + 2, left : left + 2]
+        assert counts[1, row].tolist() == [(cell == label).sum() for label in range(3)]
+    assert patch_labels(mask[:, :, :4], 2, 256, None).sum() == 16  # nothing is ignored
+
+
+def test_scores_are_upsampled_bilinearly():
+    scores = torch.rand(3, 16, 5, generator=torch.Generator().manual_seed(0))
+    maps = scores.reshape(3, 4, 4, 5).permute(0, 3, 1, 2)
+    expected = F.interpolate(maps, scale_factor=8, mode="bilinear", align_corners=False).argmax(1)
+    assert torch.equal(upsampled(scores, 4, 32).long(), expected)
+
+
+def test_a_mask_is_seen_as_its_image_is():
+    """The same central square; of both an edge lies at the same place."""
+    for height, width in ((48, 40), (40, 49), (7, 8)):
+        mask = np.zeros((height, width), np.uint8)
+        mask[height // 2 :, width // 3 :] = 255
+        seen = mask_view(read_mask(png(mask)), 32)
+        image = centre_crop(torch.from_numpy(mask)[None], 32)[0]
+        assert (image[seen == 255] > 100).all() and (image[seen == 0] < 155).all()
+
+
+def test_masks_of_palettes_and_of_16_bits_hold_ids():
+    ids = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    indexed = Image.fromarray(ids)
+    indexed.putpalette([*range(255, 255 - 18, -1)])
+    out = io.BytesIO()
+    indexed.save(out, "PNG")
+    assert Image.open(out).mode == "P"
+    for data in (out.getvalue(), png(ids.astype(np.uint16)), png(ids)):
+        assert read_mask(data).tolist() == ids.tolist()
+    assert read_mask(png(ids > 2)).tolist() == (ids > 2).astype(int).tolist()
+    for data, message in (
+        (png(np.zeros((2, 2, 3), np.uint8)), "the mask is RGB; it must have one channel"),
+        (png(np.full((2, 2), 300, np.uint16)), "the mask has the class id 300; ids go to 255"),
+        (png(ids)[:45], "cannot be decoded"),
+        (b"GIF89a", "the mask is no PNG"),
+    ):
+        with pytest.raises(BadSample, match=message):
+            read_mask(data)
+
+
+@pytest.mark.slow
+def test_mistakes_are_one_line(transfer, masked, tmp_path):
+    image, _ = shapes(0)
+    one = write_tar(tmp_path / "one.tar", [("0.png", image), ("0.mask.png", png(np.zeros((48, 40), np.uint8)))])
+    rgb = write_tar(tmp_path / "rgb.tar", [("0.png", image), ("0.mask.png", image)])
+    plain = labelled_tar(tmp_path / "plain.tar", range(4))
+    for options, train, message in (
+        ([], plain, "no sample has a mask, KEY.mask.png beside its image; make shards"),
+        ([], one, "its masks have 1 classes besides segment.ignore_label 255; two are needed"),
+        ([], rgb, "the mask is RGB; it must have one channel, of class ids, in the mask at byte"),
+        (["--set", "encode.resize=native"], masked[0], "segment needs images of one size: give --set encode.resize=sq"),
+        (["--set", "linear.steps=3"], masked[0], "linear.steps: segment does not use it; did you mean segment.steps"),
+    ):
+        with pytest.raises(UserError, match=message):
+            transfer("segment", *options, train=train, val=masked[1])
+        assert not (tmp_path / "out/result.json").exists()
+    with pytest.raises(SystemExit):
+        transfer("segment", "--labels", "cls", train=masked[0], val=masked[1])
