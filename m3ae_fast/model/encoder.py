@@ -320,7 +320,8 @@ class MultimodalEncoder(nn.Module):
         device = self.encoder_input.cls_token.device
 
         def sample(number: int) -> Sample:
-            image, text = (None if part is None else part[number] for part in (images, texts))
+            image = None if images is None else images[number]
+            text = None if texts is None else texts[number]
             return unmasked_sample(number, image, text, self.config, self.tokenizer, value_range)
 
         count = len(images if images is not None else texts or [])
