@@ -207,7 +207,7 @@ def captions_alone(split: Split, labels: Labels, captions: dict[str, str]) -> Fo
     from sklearn.pipeline import make_pipeline
 
     train, test = (
-        [key for shards in part.values() for path in shards for key in _keys(path)]
+        [key for shards in part.values() for path in shards for key in keys_of(path)]
         for part in (split.train, split.test)
     )
     words = make_pipeline(CountVectorizer(binary=True), LogisticRegression(max_iter=1000))
@@ -217,7 +217,8 @@ def captions_alone(split: Split, labels: Labels, captions: dict[str, str]) -> Fo
     return Found({"linear": right}, {})
 
 
-def _keys(shard: Path) -> list[str]:
+def keys_of(shard: Path) -> list[str]:
+    """Return the keys of a shard's images."""
     with tarfile.open(shard) as tar:
         return [name.removesuffix(".jpg") for name in tar.getnames() if name.endswith(".jpg")]
 

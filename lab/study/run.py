@@ -83,12 +83,12 @@ class Study:
 
     def _measure(self, encoder: Encoder) -> Found:
         labels = json.loads((self.shards / LABELS).read_text(encoding="utf-8"))
-        split, model = self._split(encoder.seed), self.settings["train"]["model"]
+        split, model = split_of(self.shards, encoder.seed, self.validation), self.settings["train"]["model"]
         if encoder.objective == "captions":
             return measure.captions_alone(split, labels, self._captions())
         heads = self._heads(encoder.width)
         with joined_program() as session:
-            config = self._transfer(encoder)
+            config = evaluation_of(self.shards, self.out, encoder.seed, self.settings["transfer"])
             if encoder.objective == "pixels":
                 encode = measure.pixels(self.settings["pixels_side"], model["image_mean"], model["image_std"])
             else:
@@ -109,19 +109,6 @@ class Study:
                 measuring.out_of_distribution(bank, held_out, {"clothes": measuring.clothes()})
             return measuring.found
 
-    def _split(self, seed: int) -> Split:
-        held = FOLDS if self.validation else seed
-        others = [part for part in range(PARTS) if part != held]
-        train, test = (
-            {vendor: [self.shards / f"emoji-{vendor}-{part}.tar" for part in parts] for vendor in VENDORS}
-            for parts in (others, [held])
-        )
-        clothes = tuple(
-            [self.shards / f"fashion-{name}.tar"] for name in ("probe", "validation" if self.validation else TEST)
-        )
-        strange = {"clothes": clothes[1], "clip_art": sorted(CLIP_ART.glob("val-*.tar"))}
-        return Split(train, test, (clothes[0], clothes[1]), strange)
-
     def _captions(self) -> dict[str, str]:
         """Return captions of emoji by key."""
         found = {}
@@ -140,19 +127,13 @@ class Study:
         model = self.settings["train"]["model"]
         return max(1, model["num_heads"] * width // model["emb_dim"])  # of the same size
 
-    def _transfer(self, encoder: Encoder) -> EvaluationConfig:
-        shards = [str(self.shards / f"fashion-{TEST}.tar")]  # has to be named; what is read is in the split
-        given = {"run": {"dir": str(self.out), "seed": encoder.seed}, "data": {"train": [{"shards": shards}]}}
-        return evaluation_config(given | self.settings["transfer"], [])
-
     def _config(self, encoder: Encoder) -> dict[str, Any]:
         config = json.loads(json.dumps(self.settings["train"]))
-        split, text = self._split(encoder.seed), encoder.text_ratio is not None
+        split, text = split_of(self.shards, encoder.seed, self.validation), encoder.text_ratio is not None
         kept = {} if encoder.caption_fraction == 1 else {"caption_fraction": encoder.caption_fraction}
         modality = {"modality": "auto" if text else "image"}
         if encoder.images == "clothes":
-            train = [*split.clothes[0], self.shards / "fashion-images.tar"]
-            val = split.clothes[1]
+            train, val = clothes_to_train_on(self.shards), split.clothes[1]
         else:
             train, val = ([path for own in part.values() for path in own] for part in (split.train, split.test))
         config["run"] = {"dir": str(self.out / encoder.name), "seed": encoder.seed}
@@ -168,3 +149,28 @@ class Study:
             config["model"] |= {"vocab_size": 0}
             config["data"] |= {"tokenizer": None}
         return config
+
+
+def split_of(shards: Path, seed: int, validation: bool) -> Split:
+    """Return the shards of a seed, with those for choosing settings in place of the tested ones for `validation`."""
+    held = FOLDS if validation else seed % FOLDS
+    others = [part for part in range(PARTS) if part != held]
+    train, test = (
+        {vendor: [shards / f"emoji-{vendor}-{part}.tar" for part in parts] for vendor in VENDORS}
+        for parts in (others, [held])
+    )
+    clothes = tuple([shards / f"fashion-{name}.tar"] for name in ("probe", "validation" if validation else TEST))
+    strange = {"clothes": clothes[1], "clip_art": sorted(CLIP_ART.glob("val-*.tar"))}
+    return Split(train, test, (clothes[0], clothes[1]), strange)
+
+
+def clothes_to_train_on(shards: Path) -> list[Path]:
+    """Return the shards of clothes for pre-training, which hold those that probes are trained on."""
+    return [shards / "fashion-probe.tar", shards / "fashion-images.tar"]
+
+
+def evaluation_of(shards: Path, out: Path, seed: int, sections: dict[str, Any]) -> EvaluationConfig:
+    """Return the settings of the probes."""
+    named = [str(shards / f"fashion-{TEST}.tar")]  # has to be named; what is read is in the split
+    given = {"run": {"dir": str(out), "seed": seed}, "data": {"train": [{"shards": named}]}}
+    return evaluation_config(given | sections, [])

@@ -165,9 +165,8 @@ def test_an_encoder_is_trained_on_what_it_says(tmp_path):
 
 
 def test_settings_are_chosen_on_samples_of_no_test(tmp_path):
-    study = Study(tmp_path, tmp_path, {})
-    tested = [study._split(seed) for seed in range(shards.FOLDS)]
-    chosen = replace(study, validation=True)._split(0)
+    tested = [run.split_of(tmp_path, seed, False) for seed in range(shards.FOLDS)]
+    chosen = run.split_of(tmp_path, 0, True)
     assert all({*split.test["google"]}.isdisjoint(split.train["google"]) for split in [*tested, chosen])
     assert {*chosen.test["google"], *chosen.clothes[1]}.isdisjoint(
         path for split in tested for path in [*split.test["google"], *split.clothes[1]]

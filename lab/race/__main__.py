@@ -1,0 +1,136 @@
+"""The race to a representation of a given quality. Its protocol is lab/race/README.md.
+
+python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
+python -m lab.race data/labelled --out runs/race
+python -m lab.race data/labelled --minutes 40 --final-seeds 0     # the shortest part; the next call goes on
+
+Trains each run by the public program, tests it off the clock, and writes race.json, race.png and README.md after each.
+What is done is not done again: call it again after a stop, on another machine with the same --results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from lab.race import report
+from lab.race.plan import ARMS, FINAL_SEEDS, SEEDS, Overrides, Trial, race, tune
+from lab.race.run import SETTINGS, TESTS, Race
+from lab.study.run import Stopped
+from lab.study.shards import LABELS, prepare
+from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.config.load import apply_override
+
+SIDE = 36  # pixels of an emoji: half as many again as models see
+
+
+class TimeIsOver(Exception):
+    """No run may begin any more."""
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    settings = json.loads(SETTINGS.read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.race", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "folder", type=Path, metavar="DATA", help="has folders fashion, twitter and google, as lab.labelled writes them"
+    )
+    add("--out", type=Path, default=Path("runs/race"), help="folder for runs (default: runs/race)")
+    add("--results", type=Path, metavar="DIR", help="folder for tables and plot (default: --out)")
+    add("--minutes", type=float, metavar="N", help="begin no run after so many minutes")
+    add("--data", nargs="+", choices=TESTS, default=[*TESTS], help="data sets (default: all)")
+    add("--sizes", nargs="+", choices=settings["sizes"], default=[*settings["sizes"]], help="models (default: all)")
+    add("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="arms beside the baseline (default: all)")
+    add("--lengths", nargs="+", type=int, default=settings["lengths"], metavar="STEPS", help="lengths, rising")
+    add("--tune", nargs="*", choices=settings["tried"], default=[*settings["tried"]], help="settings (default: all)")
+    add("--seeds", type=int, default=SEEDS, help=f"of all arms at the shortest length (default: {SEEDS})")
+    add("--final-seeds", type=int, default=FINAL_SEEDS, help=f"at all lengths (default: {FINAL_SEEDS})")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of settings.json")
+    return parser.parse_args(argv)
+
+
+class Runner:
+    """Performs runs, unless they are done, and writes the report after each."""
+
+    def __init__(self, race: Race, folder: Path, minutes: float | None, labels: dict[str, dict[str, str]]) -> None:
+        self.race, self.folder, self.labels = race, folder, labels
+        self.until = None if minutes is None else time.monotonic() + 60 * minutes
+        self.asked: dict[Trial, None] = {}  # runs that were asked for, done or not
+
+    def perform(self, trial: Trial) -> None:
+        """Raises TimeIsOver if a run would have to begin after the last minute, Stopped if one was asked to stop."""
+        self.asked[trial] = None
+        if self.race.done(trial):
+            return
+        if self.until is not None and time.monotonic() > self.until:
+            raise TimeIsOver
+        say(trial.name)
+        self.race.perform(trial)
+        self.write()
+
+    def accuracy(self, trial: Trial) -> float:
+        self.perform(trial)
+        return self.race.accuracy(trial)
+
+    def write(self) -> None:
+        head: dict[str, Any] = {"about": results.about(), "settings": self.race.settings}
+        report.save(self.folder, head, self.race.everything(), self.labels)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    torch.set_num_threads(1)
+    settings = json.loads(SETTINGS.read_text(encoding="utf-8"))
+    for override in args.set:
+        apply_override(settings, override)
+    shards = args.out / "shards"
+    prepare(args.folder, shards, SIDE)
+    labels = json.loads((shards / LABELS).read_text(encoding="utf-8"))
+    folder = args.results or args.out
+    running = Race(args.out / "runs", shards, settings)
+    running.adopt(report.read_answers(folder, settings))
+    runner = Runner(running, folder, args.minutes, labels)
+    try:
+        for data in args.data:
+            for size in args.sizes:
+                _race(runner, args, data, size)
+    except TimeIsOver:
+        say(f"{args.minutes:g} minutes are over; the next call goes on")
+    except Stopped:
+        say("stopped; call it again to go on")
+        return 1
+    runner.write()
+    say(f"see {folder / report.PAGE}")
+    return 0
+
+
+def _race(runner: Runner, args: argparse.Namespace, data: str, size: str) -> None:
+    """Tune, and perform the runs, of one size on one data set."""
+    known: dict[str, Overrides] = {}
+
+    def tuned(arm: str) -> Overrides:
+        if arm not in known:
+            start = Trial(data, size, arm, args.lengths[0], 0)
+            known[arm] = tune(start, runner.race.settings["tried"], args.tune, runner.accuracy)
+        return known[arm]
+
+    for trial in race(data, size, args.lengths, args.arms, args.seeds, args.final_seeds, tuned):
+        runner.perform(trial)
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_cleanly(main))

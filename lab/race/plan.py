@@ -1,0 +1,127 @@
+"""The runs of the race, in the order of their work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+BASELINE, FAST = "baseline", "cross, a third, Muon"
+Overrides = tuple[tuple[str, Any], ...]  # settings and their values, which JSON can hold
+
+_CROSS: Overrides = (("model.dec_attention", "cross"),)
+_THIRD: Overrides = (("masking.image_predicted", 0.33), ("masking.text_predicted", 0.33))
+_MUON: Overrides = (("optim.name", "muon"),)
+_WSD: Overrides = (("optim.schedule", "wsd"),)
+_ONE: Overrides = (("model.dec_depth", 1),)
+ARMS: dict[str, Overrides] = {
+    BASELINE: (),
+    FAST: (*_CROSS, *_THIRD, *_MUON),
+    "Muon": _MUON,
+    "cross, a third": (*_CROSS, *_THIRD),
+    "1 block": _ONE,
+    "1 block, Muon": (*_ONE, *_MUON),
+    "cross, a third, 1 block, Muon": (*_CROSS, *_THIRD, *_ONE, *_MUON),
+    "cross": _CROSS,
+    "cross, Muon": (*_CROSS, *_MUON),
+    "half the width": (("model.dec_emb_dim", 0.5),),  # of the decoder
+    "2 blocks": (("model.dec_depth", 2),),
+    "a third": _THIRD,
+    "wsd": _WSD,
+    "all": (*_CROSS, *_THIRD, *_MUON, *_WSD),
+}
+PIXELS, RANDOM_WEIGHTS = "raw pixels", "random weights"  # without training: what the baseline must be above
+SEEDS, FINAL_SEEDS = 3, 5  # of the arms at the shortest length; of the baseline and the fast arm at all lengths
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run: pre-training from random weights, and its probes."""
+
+    data: str
+    size: str
+    arm: str
+    steps: int  # of 128 samples; with another batch as many samples
+    seed: int
+    tuned: Overrides = ()
+    validation: bool = False  # tested on the samples for choosing settings
+
+    @property
+    def overrides(self) -> Overrides:
+        return ARMS[self.arm] + self.tuned
+
+    @property
+    def trained(self) -> bool:
+        return self.arm in ARMS
+
+    @property
+    def name(self) -> str:
+        """Return the name of its folder."""
+        arm = self.arm.replace(", ", "+").replace(" ", "-")
+        tuned = hashlib.blake2b(json.dumps(self.tuned).encode(), digest_size=4).hexdigest()
+        kind = "-validation" if self.validation else ""
+        return f"{self.data}-{self.size}-{arm}-steps{self.steps}-seed{self.seed}-{tuned}{kind}"
+
+
+def tuned_as(arm: str) -> str:
+    """Return the arm whose tuning an arm takes: each optimiser is tuned once."""
+    return FAST if ("optim.name", "muon") in ARMS[arm] else BASELINE
+
+
+def race(
+    data: str,
+    size: str,
+    lengths: Sequence[int],
+    arms: Sequence[str],
+    seeds: int,
+    final_seeds: int,
+    tuned: Callable[[str], Overrides],
+) -> Iterator[Trial]:
+    """Yield the runs of one size on one data set: for each seed, all arms at the shortest length and the baseline at
+    the next two, between which compute is interpolated; then the baseline and the fast arm at all lengths.
+
+    Args:
+        lengths: in steps, rising.
+        arms: which arms; the baseline is always there.
+        seeds, final_seeds: of the two parts.
+        tuned: tunes what an arm takes its settings from.
+    """
+    trial = Trial(data, size, BASELINE, lengths[0], 0)
+    ladder = [replace(trial, steps=steps) for steps in lengths[:3]]
+    factorial = [replace(trial, arm=arm) for arm in ARMS if arm in arms and arm != BASELINE]
+    final = [replace(trial, arm=arm, steps=steps) for steps in lengths for arm in (BASELINE, FAST)]
+    found: dict[Trial, None] = {}
+    for seed in range(seeds):
+        found |= dict.fromkeys(replace(each, seed=seed) for each in [*ladder, *factorial])
+        found |= {replace(trial, arm=arm, seed=seed, steps=0): None for arm in (PIXELS, RANDOM_WEIGHTS)}
+    for seed in range(final_seeds):
+        found |= dict.fromkeys(replace(each, seed=seed) for each in final if FAST in arms)
+    for each in found:
+        yield replace(each, tuned=tuned(tuned_as(each.arm))) if each.trained else each
+
+
+def tune(
+    start: Trial, tried: Mapping[str, Sequence[Any]], settings: Collection[str], accuracy: Callable[[Trial], float]
+) -> Overrides:
+    """Return the best values of all settings, one setting after the other: each takes the value with the highest
+    accuracy, the others staying at the best so far.
+
+    Args:
+        start: the arm, at the shortest length.
+        tried: values by setting, the usual one first.
+        settings: those to tune; the others stay at the usual value.
+        accuracy: trains, unless that is done, and tests on the samples for choosing settings.
+    """
+    best = {setting: frozen(values[0]) for setting, values in tried.items()}
+    for setting in (each for each in tried if each in settings):
+        candidates = [best | {setting: frozen(value)} for value in tried[setting]]
+        trials = [replace(start, tuned=tuple(each.items()), validation=True) for each in candidates]
+        best = dict(max(trials, key=accuracy).tuned)
+    return tuple(best.items())
+
+
+def frozen(value: Any) -> Any:
+    """Return a setting's value as a trial has it: a list that JSON gave is a tuple."""
+    return tuple(value) if isinstance(value, list) else value

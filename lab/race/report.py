@@ -1,0 +1,214 @@
+"""Results of the race: how much less compute an arm takes to the baseline's accuracy, as tables and a plot.
+
+Shapes: R replicates, N tested samples.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.table import END, START, rewrite
+from lab.race.plan import ARMS, BASELINE, FAST, PIXELS, RANDOM_WEIGHTS
+from lab.race.run import TESTS
+from lab.study.measure import Labels
+from m3ae_fast.base.atomic_file import whole_file, write_whole
+from m3ae_fast.base.errors import UserError
+
+JSON, PLOT, PAGE, ANSWERS = "race.json", "race.png", "README.md", "answers.json.xz"
+COSTS = {"flops": "FLOPs", "seconds": "seconds", "samples": "samples"}
+REPLICATES = 1000
+INTERVAL = (2.5, 97.5)  # percentiles
+Row = dict[str, Any]
+
+
+class Factor(NamedTuple):
+    """How many times as much the baseline takes to an arm's accuracy, and its 95 % interval."""
+
+    mean: float  # geometric, over seeds
+    low: float
+    high: float
+    seeds: int
+    beyond: str  # ">" or "<" if the accuracy is above or below all of the baseline's, of some seed; else ""
+
+
+def interpolated(accuracy: float, costs: Sequence[float], accuracies: Sequence[float]) -> tuple[float, str]:
+    """Return the logarithm of the cost at which a ladder of runs, of rising `costs`, reaches an accuracy, by linear
+    interpolation between their ends; and ">" or "<" if it is above or below all of theirs: then the nearest end's cost.
+    An end that is worse than a cheaper one counts as that one."""
+    reached = np.maximum.accumulate(accuracies)
+    beyond = ">" if accuracy > reached[-1] else "<" if accuracy < reached[0] else ""
+    return float(np.interp(accuracy, reached, np.log(costs))), beyond
+
+
+class Weights:
+    """Bootstrap weights of the tested samples, the same for all runs: row 0 counts each once."""
+
+    def __init__(self, labels: Labels) -> None:
+        units = sorted({each["emoji"] for each in labels.values()})
+        self._place = {unit: place for place, unit in enumerate(units)}
+        self._labels = labels
+        rng = np.random.default_rng(0)
+        self._drawn = rng.poisson(1.0, (REPLICATES + 1, len(units))).astype(np.float32)
+        self._drawn[0] = 1
+        self.rng = rng
+
+    def accuracies(self, correct: dict[str, float]) -> np.ndarray:
+        """Return the accuracy of each replicate, [R + 1]; what belongs together is one sample."""
+        weights_RN = self._drawn[:, [self._place[self._labels[key]["emoji"]] for key in correct]]
+        return weights_RN @ np.array([*correct.values()], np.float32) / np.maximum(weights_RN.sum(1), 1)
+
+
+def factor(arm: Sequence[Row], ladder: Sequence[Row], test: str, cost: str, weights: Weights) -> Factor | None:
+    """Return the factor of an arm's runs, one for each seed, against the baseline's runs at several lengths; None
+    without a seed that has two of these. The bootstrap is paired: a replicate draws samples and seeds for all runs."""
+    logs, beyond = [], ""
+    for row in arm:
+        own = [each for each in ladder if each["trial"]["seed"] == row["trial"]["seed"]]
+        own.sort(key=lambda each: each["cost"][cost])
+        if len(own) < 2:
+            continue
+        costs = [each["cost"][cost] for each in own]
+        ends_R = np.stack([weights.accuracies(each["correct"][test]) for each in own], 1)
+        reached_R = weights.accuracies(row["correct"][test])
+        found = [interpolated(accuracy, costs, ends) for accuracy, ends in zip(reached_R, ends_R)]
+        beyond = found[0][1] or beyond
+        logs.append(np.array([log for log, _ in found]) - np.log(row["cost"][cost]))
+    if not logs:
+        return None
+    logs_SR = np.stack(logs)
+    drawn = np.random.default_rng(1).integers(len(logs), size=(REPLICATES, len(logs)))
+    means = [logs_SR[seeds, replicate + 1].mean() for replicate, seeds in enumerate(drawn)]
+    low, high = np.exp(np.percentile(means, INTERVAL))
+    return Factor(float(np.exp(logs_SR[:, 0].mean())), float(low), float(high), len(logs), beyond)
+
+
+def save(folder: Path, head: dict[str, Any], rows: Sequence[Row], labels: Labels) -> None:
+    """Write answers, numbers, the page and its plot. What stands in README.md outside of the markers stays.
+
+    Args:
+        folder: made where it is not there.
+        head: `about`, the machine; `settings`.
+        rows: results of runs, those for choosing settings among them.
+        labels: of all samples.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {"settings": head["settings"], "runs": rows}
+    with whole_file(folder / ANSWERS) as partial:
+        partial.write_bytes(lzma.compress(json.dumps(known).encode()))
+    short = [{key: value for key, value in row.items() if key != "correct"} for row in rows]
+    write_whole(folder / JSON, json.dumps(head | {"runs": short}, indent=1) + "\n")
+    page = folder / PAGE
+    text = page.read_text(encoding="utf-8") if page.exists() else f"# The race\n\n{START}\n{END}\n"
+    page.write_text(rewrite(text, tables(rows, head, labels)), encoding="utf-8")
+    draw([row for row in rows if not row["trial"]["validation"]], folder / PLOT)
+
+
+def read_answers(folder: Path, settings: dict[str, Any]) -> list[Row]:
+    """Return results that a race has left in `folder`, maybe on another machine. Raises UserError if they are of other
+    settings."""
+    if not (folder / ANSWERS).exists():
+        return []
+    known = json.loads(lzma.decompress((folder / ANSWERS).read_bytes()))
+    if known["settings"] != settings:
+        raise UserError(f"{folder}: has results of other settings; choose another folder (--out, --results)")
+    return known["runs"]
+
+
+def tables(rows: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
+    """Return the table of all tests, one of what was tuned, and the plot, in Markdown."""
+    about, weights = head["about"], Weights(labels)
+    minutes = sum(row["cost"]["whole_seconds"] for row in rows) / 60
+    text = [
+        f"{about['device']}, 1 thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}; "
+        f"{len(rows)} runs, {minutes:.0f} CPU minutes of training. Accuracy in %, mean over seeds. A factor is how "
+        "many times as much the baseline takes to the same accuracy, with its 95 % interval over seeds and samples; > "
+        "and <: above or below all of the baseline's runs, so that the factor is at least or at most that."
+    ]
+    tested = [row for row in rows if not row["trial"]["validation"]]
+    for data, size in _unique((row["trial"]["data"], row["trial"]["size"]) for row in tested):
+        own = [row for row in tested if (row["trial"]["data"], row["trial"]["size"]) == (data, size)]
+        ladder = [row for row in own if row["trial"]["arm"] == BASELINE]
+        tests = TESTS[data]
+        columns = ["steps", "seeds", "TFLOP", "CPU s", *tests.values()]
+        columns += [f"{COSTS[cost]}, {name}" for cost in COSTS for name in tests.values()]
+        cells = []
+        for arm, steps in _unique((row["trial"]["arm"], row["trial"]["steps"]) for row in _sorted(own)):
+            runs = [row for row in own if (row["trial"]["arm"], row["trial"]["steps"]) == (arm, steps)]
+            costs = [np.mean([row["cost"][cost] for row in runs]) for cost in ("flops", "seconds")]
+            means = [100 * np.mean([row["numbers"][test] for row in runs]) for test in tests]
+            factors = [
+                "-" if arm not in ARMS or arm == BASELINE else _shown(factor(runs, ladder, test, cost, weights))
+                for cost in COSTS
+                for test in tests
+            ]
+            cell = [arm, f"{steps:,}", f"{len(runs)}", f"{costs[0] / 1e12:.3g}", f"{costs[1]:.0f}"]
+            cells.append([*cell, *(f"{mean:.1f}" for mean in means), *factors])
+        text += ["", *_table([f"{data}, {size}", *columns], cells)]
+    for data in _unique(row["trial"]["data"] for row in rows if row["trial"]["validation"]):
+        chosen = [row for row in rows if row["trial"]["validation"] and row["trial"]["data"] == data]
+        names = [setting for setting, _ in chosen[0]["trial"]["tuned"]]
+        cells = [_tried(row) for row in chosen]
+        text += ["", *_table([f"{data}, tried on validation samples", *names, *TESTS[data].values()], cells)]
+    return "\n".join(text) + f"\n\n![Accuracy against compute]({PLOT})\n"
+
+
+def _tried(row: Row) -> list[str]:
+    trial = row["trial"]
+    numbers = [f"{100 * value:.1f}" for value in row["numbers"].values()]
+    return [f"{trial['size']}, {trial['arm']}", *(json.dumps(value) for _, value in trial["tuned"]), *numbers]
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return [*dict.fromkeys(values)]
+
+
+def _sorted(rows: Sequence[Row]) -> list[Row]:
+    order = [PIXELS, RANDOM_WEIGHTS, *ARMS]
+    return sorted(rows, key=lambda row: (order.index(row["trial"]["arm"]), row["trial"]["steps"]))
+
+
+def _shown(found: Factor | None) -> str:
+    if found is None:
+        return "-"
+    return f"{found.beyond}{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def _table(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
+    head = ["---", *["--:"] * (len(columns) - 1)]
+    return ["| " + " | ".join(row) + " |" for row in (columns, head, *cells)]
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Plot accuracy against FLOPs and against seconds, a line for each arm, by data and size."""
+    kinds = _unique((row["trial"]["data"], row["trial"]["size"]) for row in rows) or [("clothes", "-")]
+    figure, axes = plt.subplots(len(kinds), 2, figsize=(12, 4.5 * len(kinds)), layout="constrained", squeeze=False)
+    for (data, size), pair in zip(kinds, axes):
+        own = _sorted([row for row in rows if (row["trial"]["data"], row["trial"]["size"]) == (data, size)])
+        test = list(TESTS[data])[1]
+        for axis, cost in zip(pair, ("flops", "seconds")):
+            for number, arm in enumerate(_unique(row["trial"]["arm"] for row in own)):
+                by_steps: dict[int, list[Row]] = {}
+                for row in own:
+                    if row["trial"]["arm"] == arm:
+                        by_steps.setdefault(row["trial"]["steps"], []).append(row)
+                x = [np.mean([row["cost"][cost] for row in runs]) for runs in by_steps.values()]
+                y = [100 * np.mean([row["numbers"][test] for row in runs]) for runs in by_steps.values()]
+                if arm not in ARMS:
+                    axis.axhline(y[0], color="0.6", ls="--" if arm == PIXELS else ":", label=arm)
+                    continue
+                colour = {BASELINE: "black", FAST: "tab:red"}.get(arm, f"C{number % 10}")
+                axis.plot(x, y, "-o", color=colour, label=arm)
+            axis.set(xscale="log", xlabel={"flops": "FLOPs", "seconds": "CPU seconds of training"}[cost],
+                     ylabel="linear probe, %", title=f"{data}, {size}")  # fmt: skip
+            axis.grid(alpha=0.3)
+        if own:
+            pair[0].legend(fontsize=7)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)

@@ -1,0 +1,160 @@
+"""Runs of the race, trained by the public program and tested, each once: results on disk say what is done."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from lab.race.plan import PIXELS, Trial, frozen
+from lab.study import measure
+from lab.study.measure import Encode, Measuring
+from lab.study.run import Stopped, clothes_to_train_on, evaluation_of, split_of
+from lab.study.shards import LABELS
+from m3ae_fast import checkpoint, train
+from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.config import Config, parse
+from m3ae_fast.config.evaluation import EvaluationConfig
+from m3ae_fast.config.load import apply_override
+from m3ae_fast.engine.memory_estimate import typical_batch
+from m3ae_fast.engine.muon import orthogonalisation_flops
+from m3ae_fast.model.flops import executed_flops
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.session import Session, joined_program
+from m3ae_fast.training.metrics_log import read_metrics
+from m3ae_fast.weights.open_model import open_model
+
+SETTINGS = Path(__file__).with_name("settings.json")
+BATCH = 128  # samples of a step, of which a trial's `steps` are
+TESTS = {  # by data: names of the tests that are kept
+    "clothes": {"clothes_knn": "k-NN", "clothes_linear": "linear"},
+    "emoji": {"knn": "k-NN", "linear": "linear", "shift_linear": "linear, other vendor"},
+}
+CHOSEN_BY = {"clothes": "clothes_linear", "emoji": "linear"}  # the test that settings are chosen by
+
+
+@dataclass(frozen=True)
+class Race:
+    """Where everything is."""
+
+    out: Path  # holds a folder and a result per run
+    shards: Path  # see `lab.study.shards.prepare`
+    settings: dict[str, Any]
+
+    def result(self, trial: Trial) -> Path:
+        return self.out / f"{trial.name}.result.json"
+
+    def done(self, trial: Trial) -> bool:
+        return self.result(trial).exists()
+
+    def everything(self) -> list[dict[str, Any]]:
+        """Return what is known of all runs that are done."""
+        found = self.out.glob("*.result.json")
+        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(found)]
+
+    def adopt(self, rows: list[dict[str, Any]]) -> None:
+        """Take over results of an earlier call that are not in `out`."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        for row in rows:
+            if not self.done(trial := trial_of(row)):
+                write_whole(self.result(trial), json.dumps(row) + "\n")
+
+    def accuracy(self, trial: Trial) -> float:
+        """Return the accuracy of a run that is done, in the test that settings are chosen by."""
+        row = json.loads(self.result(trial).read_text(encoding="utf-8"))
+        return row["numbers"][CHOSEN_BY[trial.data]]
+
+    def perform(self, trial: Trial) -> None:
+        """Train and test. Raises UserError if that is not possible, Stopped if the training was asked to stop."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        run = self.out / trial.name
+        run.with_suffix(".json").write_text(json.dumps(self.config(trial), indent=1), encoding="utf-8")
+        cost = (
+            self._train(trial, run) if trial.trained else {"samples": 0, "flops": 0, "seconds": 0, "whole_seconds": 0}
+        )
+        correct = self._test(trial, run)
+        numbers = {test: fmean(own.values()) for test, own in correct.items()}
+        whole = {"trial": asdict(trial), "cost": cost, "numbers": numbers}
+        write_whole(self.result(trial), json.dumps(whole | {"correct": correct}) + "\n")
+
+    def _train(self, trial: Trial, run: Path) -> dict[str, float]:
+        """Train, and return what it cost; the seconds are of this process without those that load samples."""
+        config, started = parse(Config, self.config(trial), trial.name), time.process_time()
+        train.main(["--config", str(run.with_suffix(".json")), "--resume", "auto"])
+        seconds, steps = time.process_time() - started, config.train.steps
+        if not any(checkpoint.step_of(each) == steps for each in checkpoint.saved_steps(run)):
+            raise Stopped
+        waited = fmean(line["data_wait"] for line in read_metrics(run) if "data_wait" in line)
+        samples = steps * config.train.global_batch
+        return {"samples": samples, "flops": flops(config), "seconds": seconds * (1 - waited), "whole_seconds": seconds}
+
+    def config(self, trial: Trial) -> dict[str, Any]:
+        """Return the config of a run, plain JSON data."""
+        config = json.loads(json.dumps(self.settings["train"]))
+        for name, section in self.settings["data"][trial.data].items():
+            config.setdefault(name, {}).update(section)
+        config["model"] |= {"size": None} | self.settings["sizes"][trial.size]
+        config["run"] = {"dir": str(self.out / trial.name), "seed": trial.seed}
+        split = split_of(self.shards, trial.seed, trial.validation)
+        if trial.data == "clothes":
+            shards, modality = clothes_to_train_on(self.shards), "image"
+        else:  # of one vendor: the other's are drawings that the encoder has not seen
+            shards, modality = next(iter(split.train.values())), "auto"
+        config["data"]["train"] = [{"shards": [str(path) for path in shards], "modality": modality}]
+        for setting, value in trial.overrides if trial.trained else ():
+            if setting == "model.dec_emb_dim":
+                value = round(value * config["model"]["dec_emb_dim"])
+            apply_override(config, f"{setting}={json.dumps(value)}")
+        batch = config["train"]["global_batch"]
+        config["train"]["steps"] = max(trial.steps * BATCH // batch, 1)
+        config["optim"]["warmup_epochs"] = 0.1 * trial.steps * BATCH / self._samples(shards)
+        return config
+
+    def _samples(self, shards: list[Path]) -> int:
+        return sum(len(measure.keys_of(shard)) for shard in shards)
+
+    def _test(self, trial: Trial, run: Path) -> dict[str, dict[str, float]]:
+        """Return whether each tested sample was right, by test and key."""
+        labels = json.loads((self.shards / LABELS).read_text(encoding="utf-8"))
+        split = split_of(self.shards, trial.seed, trial.validation)
+        with joined_program() as session:
+            config = evaluation_of(self.shards, self.out, trial.seed, self.settings["transfer"])
+            encode = self._encode(trial, run, config, session)
+            measuring = Measuring(encode, split, labels, config, 1, session)
+            if trial.data == "clothes":
+                measuring.clothes()
+            else:
+                measuring.emoji()
+        return {test: measuring.found.correct[test] for test in TESTS[trial.data]}
+
+    def _encode(self, trial: Trial, run: Path, config: EvaluationConfig, session: Session) -> Encode:
+        model = parse(Config, self.config(trial), trial.name).model
+        if trial.arm == PIXELS:
+            mean, std = ((value * 3 if len(value) == 1 else value) for value in (model.image_mean, model.image_std))
+            return measure.pixels(model.image_size, mean, std)
+        if not trial.trained:
+            torch.manual_seed(trial.seed)
+            return measure.encoder(M3AE(model).eval(), config, session)
+        return measure.encoder(open_model(str(run), text=False).eval(), config, session)
+
+
+def trial_of(row: dict[str, Any]) -> Trial:
+    """Return the trial of a result, of which JSON has made the tuples lists."""
+    return Trial(
+        **row["trial"] | {"tuned": tuple((setting, frozen(value)) for setting, value in row["trial"]["tuned"])}
+    )
+
+
+def flops(config: Config) -> float:
+    """Return the FLOPs of a run, forward and backward, Newton-Schulz iterations among them."""
+    with torch.device("meta"):
+        model = M3AE(config.model, config.loss)
+    batch, steps = typical_batch(config, model), config.train.steps or 0
+    training = executed_flops(config.model, batch) / len(batch.keys) * config.train.global_batch
+    matrices = orthogonalisation_flops(model.hidden_matrices()) if config.optim.name == "muon" else 0
+    return steps * (training + matrices)

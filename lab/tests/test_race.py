@@ -1,0 +1,154 @@
+"""The race, at toy size."""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from benchmarks import table
+from lab.race import __main__ as program
+from lab.race import report
+from lab.race.plan import ARMS, BASELINE, FAST, PIXELS, RANDOM_WEIGHTS, Trial, race, tune, tuned_as
+from lab.race.run import SETTINGS, Race, flops, trial_of
+from lab.study import shards
+from m3ae_fast import train
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.config import Config, parse
+from tests.helpers.labelled import emoji_and_clothes
+
+SMALL = {"emb_dim": 16, "depth": 1, "num_heads": 2, "dec_emb_dim": 16, "dec_depth": 2, "dec_num_heads": 2}
+TINY = {
+    "sizes.S64": SMALL, "data.clothes.model.image_size": 8, "data.emoji.model.image_size": 8,
+    "train.train.global_batch": 16, "tried": {"optim.peak_lr": [0.006], "train.global_batch": [16]},
+    "transfer.linear": {"epochs": 1, "peak_lr": 0.1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def call(tmp_path_factory, tmp_path, monkeypatch):
+    """call(*options) -> the exit code of a race at toy size."""
+    monkeypatch.setattr(shards, "CLOTHES", {"probe": 15, "validation": 8, "images": 10})
+    monkeypatch.setattr(report, "REPLICATES", 20)
+    data = emoji_and_clothes(tmp_path_factory.mktemp("labelled"))
+
+    def perform(*options):
+        sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        where = [str(data), "--out", str(tmp_path / "out"), "--sizes", "S64", "--lengths", "1", "2"]
+        return program.main([*where, "--seeds", "1", "--final-seeds", "0", *sets, *options])
+
+    return perform
+
+
+@pytest.mark.slow
+def test_a_race_is_run_once_and_goes_on_where_it_was_stopped(call, tmp_path, monkeypatch, capsys):
+    few = ["--data", "clothes", "--arms", FAST, "--tune", "optim.peak_lr"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "main", lambda arguments: 0)  # asked to stop before its first checkpoint
+        assert call(*few) == 1
+    assert call(*few, "--minutes", "0") == 0 and "0 minutes are over" in capsys.readouterr().out
+    assert call(*few) == 0
+    out = tmp_path / "out"
+    settings = json.loads((out / report.JSON).read_text())["settings"]
+    rows = Race(out / "runs", out / "shards", settings).everything()
+    kinds = [(row["trial"]["arm"], row["trial"]["steps"]) for row in rows]
+    runs = [(BASELINE, 1), (BASELINE, 2), (FAST, 1), (PIXELS, 0), (RANDOM_WEIGHTS, 0)]
+    assert sorted(kinds) == sorted([*runs, (BASELINE, 1), (FAST, 1)])  # the others chose the learning rate
+    costs = {arm: row["cost"]["flops"] for row in rows for arm in [row["trial"]["arm"]] if row["trial"]["steps"] < 2}
+    assert min(costs[FAST], costs[BASELINE]) > costs[PIXELS] == 0
+    by_part: dict[bool, set[str]] = {False: set(), True: set()}
+    for row in rows:
+        by_part[row["trial"]["validation"]] |= {*row["correct"]["clothes_knn"]}
+    assert len(by_part[False]) == 12 and by_part[True].isdisjoint(by_part[False])
+    page = (out / report.PAGE).read_text()
+    assert "| clothes, S64 | steps |" in page and "tried on validation samples" in page
+    assert (out / report.PLOT).stat().st_size
+    pairs = Trial("emoji", "S64", FAST, 1, 0)
+    running = Race(out / "pairs", out / "shards", settings)
+    running.perform(pairs)
+    (row,) = running.everything()
+    assert {*row["correct"]} == {"knn", "linear", "shift_linear"}
+    assert {key.split("-")[0] for key in row["correct"]["shift_linear"]} == {"google"}
+    assert "emoji-twitter" in str(running.config(pairs)["data"]) and "google" not in str(running.config(pairs)["data"])
+    monkeypatch.setattr(Race, "perform", lambda self, trial: pytest.fail(f"{trial.name} is run again"))
+    assert call(*few) == 0
+    for result in (out / "runs").glob("*.result.json"):
+        result.unlink()  # as on another machine
+    assert call(*few) == 0 and (out / report.PAGE).read_text() == page
+    with pytest.raises(UserError, match="has results of other settings"):
+        call("--set", "transfer.encode.batch=8")
+
+
+def test_all_arms_are_configs_of_one_data_stream(tmp_path, monkeypatch):
+    settings = json.loads(SETTINGS.read_text())
+    monkeypatch.setattr(Race, "_samples", lambda self, shards: 55_000)
+    running, costs = Race(tmp_path, tmp_path, settings), {}
+    first = dict((setting, values[0]) for setting, values in settings["tried"].items())
+    for data in settings["data"]:
+        for size in settings["sizes"]:
+            for arm in ARMS:
+                trial = Trial(
+                    data, size, arm, 300, 1, tuple((k, tuple(v) if k == "optim.betas" else v) for k, v in first.items())
+                )
+                config = parse(Config, running.config(trial), arm)
+                assert (config.run.seed, config.train.steps, config.train.global_batch) == (1, 300, 128)
+                costs[data, size, arm] = flops(config)
+                assert trial_of(json.loads(json.dumps({"trial": asdict(trial)}))) == trial
+    for (data, size, arm), cost in costs.items():
+        usual, muon = costs[data, size, BASELINE], costs[data, size, "Muon"]
+        if ("optim.name", "muon") not in ARMS[arm]:
+            assert cost == usual if arm in (BASELINE, "wsd") else cost <= usual
+        assert usual < muon < 1.5 * usual and (size[0] == "L" or costs[data, size, FAST] < 0.7 * usual)
+    other = Trial("clothes", "S64", BASELINE, 300, 1, (("train.global_batch", 64),))
+    assert running.config(other)["train"] == running.config(trial)["train"] | {"global_batch": 64, "steps": 600}
+
+
+def test_each_side_is_tuned_with_as_many_runs():
+    tried = {"a": [1, 2, 3], "b": [1, 2], "c": [5, 6]}
+    asked = []
+
+    def accuracy(trial):
+        asked.append(trial)
+        found = dict(trial.tuned)
+        return -abs(found["a"] - 2) - found["b"] + 100 * (found["c"] == 6)
+
+    best = tune(Trial("clothes", "S64", FAST, 300, 0), tried, ["a", "b"], accuracy)
+    assert best == (("a", 2), ("b", 1), ("c", 5)) and all(each.validation for each in asked)
+    assert len({*asked}) == 4  # the best so far is not run again
+    assert [tuned_as(arm) for arm in ("2 blocks", "1 block, Muon", "all")] == [BASELINE, FAST, FAST]
+
+
+def test_the_shortest_part_comes_first():
+    trials = [*race("clothes", "S64", (10, 20, 40, 80), [*ARMS], 2, 3, lambda arm: ((arm, 0),))]
+    assert len({*trials}) == len(trials) == 2 * (len(ARMS) + 2 + 2) + 3 * 8 - 2 * 4
+    assert [each.seed for each in trials[: 2 * (len(ARMS) + 4)]] == sorted([0, 1] * (len(ARMS) + 4))
+    assert {each.arm for each in trials if each.steps > 40} == {BASELINE, FAST}
+
+
+def test_a_factor_is_read_off_the_baselines_ladder():
+    costs, ends = [1.0, 10.0, 100.0], [0.5, 0.7, 0.6]
+    assert report.interpolated(0.6, costs, ends) == (pytest.approx(math.log(10) / 2), "")
+    assert report.interpolated(0.8, costs, ends)[1] == ">" and report.interpolated(0.4, costs, ends) == (0.0, "<")
+
+    def row(arm, seed, cost, right):
+        return {"trial": {"arm": arm, "seed": seed, "steps": 1}, "cost": {"flops": cost},
+                "correct": {"t": {f"{i}": float(i < right) for i in range(10)}}}  # fmt: skip
+
+    labels = {f"{i}": {"emoji": f"{i}"} for i in range(10)}
+    ladder = [row(BASELINE, seed, cost, right) for seed in (0, 1) for cost, right in ((1, 4), (100, 8))]
+    arm = [row(FAST, seed, 2.0, 6) for seed in (0, 1)]
+    found = report.factor(arm, ladder, "t", "flops", report.Weights(labels))
+    assert (found.mean, found.seeds, found.beyond) == (pytest.approx(5), 2, "") and found.low < 5 < found.high
+    assert report.factor([row(FAST, 7, 2.0, 6)], ladder, "t", "flops", report.Weights(labels)) is None
+    assert report.factor([row(FAST, 0, 2.0, 9)], ladder, "t", "flops", report.Weights(labels)).beyond == ">"
+    pairs = report.Weights({"a": {"emoji": "x"}, "b": {"emoji": "x"}, "c": {"emoji": "y"}})
+    same = pairs.accuracies({"a": 1.0, "b": 1.0, "c": 0.0})
+    assert same[0] == pytest.approx(2 / 3) and {*np.round(same, 6)} <= {0, 1, *np.round(same, 6)}
+
+
+def test_a_page_keeps_what_was_written_by_hand(tmp_path):
+    (tmp_path / report.PAGE).write_text(f"By hand.\n{table.START}\n{table.END}\n")
+    about = {"device": "CPU", "torch": "2", "m3ae_fast": "0", "date": "2026-01-01"}
+    report.save(tmp_path, {"about": about, "settings": {}}, [], {})
+    assert (tmp_path / report.PAGE).read_text().startswith("By hand.")
