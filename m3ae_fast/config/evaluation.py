@@ -67,9 +67,9 @@ class EncodeConfig(Section):
 class LinearProbeConfig(LoopConfig, ScheduleConfig):
     """A linear classifier on frozen features, trained by LARS.
 
-    What is null follows from the number of training samples: [Evaluating](guide/evaluating.md#by-the-number-of-samples)
-    has the rule, and its values. For ImageNet it gives the official recipe, except for `encode.pool`, which is `cls`
-    there. A run that continues keeps the values it began with.
+    Settings that are null are derived from the number of training samples by this
+    [rule](guide/comparing.md#default-hyper-parameters-by-dataset-size). For ImageNet it gives the official
+    hyper-parameters, except for `encode.pool`, which is `cls` there. A resumed run keeps its values.
     """
 
     SECTION: ClassVar[str] = "linear"

@@ -52,7 +52,7 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None, d
     """Decode an image upright (EXIF) to [C, H, W]; transparent parts become white unless C = 4. An array of bands, a
     .npy or such a TIFF, must have C of them.
 
-    docs/guide/images.md says of each format and depth what comes out. Of several frames or pages the first is taken.
+    docs/guide/image-formats.md lists the tested formats and depths. Of several frames or pages the first is taken.
 
     Args:
         image_range: what is black and white where values are not levels from 0 to 255; None: no such image is read.

@@ -1,4 +1,4 @@
-"""Pixels come in right, or not at all: every row of docs/guide/images.md."""
+"""Pixels come in right, or not at all: every row of docs/guide/image-formats.md."""
 
 import warnings
 from io import BytesIO
@@ -146,7 +146,7 @@ def test_pictures_made_of_arrays_have_the_depth_of_their_mode():
 
 
 def test_the_guide_has_the_table():
-    guide = Path(__file__).parents[2] / "docs" / "guide" / "images.md"
+    guide = Path(__file__).parents[2] / "docs" / "guide" / "image-formats.md"
     assert table() in guide.read_text(encoding="utf-8"), "python -m tests.helpers.pictures prints the rows"
 
 

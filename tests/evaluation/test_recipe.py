@@ -59,7 +59,7 @@ def test_no_number_of_samples_is_too_few_steps_or_jumps_far():
 
 
 def test_the_guide_s_table_is_what_the_rule_gives():
-    text = (ROOT / "docs/guide/evaluating.md").read_text()
+    text = (ROOT / "docs/guide/comparing.md").read_text()
     rows = re.findall(r"^\| ([\d,]+) \| (.+) \|$", text, re.MULTILINE)
     assert [int(samples.replace(",", "")) for samples, _ in rows] == [1_000, 10_000, 50_000, IMAGENET]
     for samples, row in rows:
