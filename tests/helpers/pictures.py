@@ -1,4 +1,4 @@
-"""Pictures of all formats and depths, each with the pixels that it stands for: the table of docs/guide/image-formats.md.
+"""Images of all formats and depths, each with its expected pixels: the table of docs/guide/image-formats.md.
 
 Shapes: H x W pixels; arrays are [H, W] or [H, W, C].
 """
