@@ -18,6 +18,17 @@ class BadSample(Exception):
     """A sample that cannot be used, and why."""
 
 
+class NeedsRange(BadSample):
+    """Values of more than 8 bits, of which nothing says what is black and white."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            f"has {found}: set data.range to the values of black and white, such as [0, 4095] (--range 0,4095), or to "
+            '"dtype"'
+        )
+        self.found = found
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A sample, or a whole shard (key ""), that cannot be used."""

@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.bad_samples import BadSample, NeedsRange
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.batch.packing import Geometry, Sample
@@ -31,22 +31,33 @@ OneImage: TypeAlias = "Image | Tensor | np.ndarray | str | os.PathLike[str]"  # 
 # default of whoever takes it.
 ValueRange: TypeAlias = 'tuple[float, float] | Literal["normalised"] | None'
 _MOST_DEVIATIONS = 20.0  # of a normalised image whose values are all above its mean
+_OTHER_UNITS = 0.1  # of all values, beyond black or white by the whole range: no few bright pixels
+_LEVELS = 100  # a range so wide is of levels: fractions from 0 to 1 are no values of it
 
 
 def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[OneImage]:
     """Return one image as a list of it, and several as they are: a tensor of four dimensions, an array of four, or of
-    three that are not the height, width and channels of an image of a model of `channels`, is several."""
+    three that are not the height, width and channels of an image of a model of `channels`, is several. Raises
+    ValueError for an array of three that could be one image with its channels first."""
     if isinstance(images, (str, os.PathLike, Image)):
         return [images]
     if isinstance(images, np.ndarray):
         is_one = images.ndim == 2 or (images.ndim == 3 and images.shape[-1] in (1, 2, 3, 4, channels))
+        if not is_one and images.ndim == 3 and (channels != 1 or len(images) in (3, 4)):
+            layout = f"height, width, {channels}" if channels > 1 else "height, width"
+            several = "" if channels > 1 else f", or list(x) for {len(images)} images"
+            raise ValueError(
+                f"an array of shape {list(images.shape)} is no image [{layout}]: "
+                f"with channels first pass x.transpose(1, 2, 0){several}"
+            )
         return [images] if is_one else list(images)
     return [images] if isinstance(images, Tensor) and images.ndim <= 3 else images  # type: ignore[return-value]
 
 
 def check_values(images: Iterable[OneImage], value_range: ValueRange, config: ModelConfig) -> None:
-    """Raise ValueError if `value_range` is none, or it is None and the floating tensors among the images are evidently
-    not normalised: together they span a part of [0, 1], or of [0, 255]. Images of one value each say nothing."""
+    """Raise ValueError if `value_range` is none, or evidently not that of the images. If it is None, the floating
+    tensors among them must not together span a part of [0, 1], or of [0, 255]; images of one value each say nothing.
+    For black and white see `_check_units`."""
     if value_range is not None:
         is_pair = isinstance(value_range, (tuple, list)) and len(value_range) == 2
         if value_range != "normalised" and not (is_pair and value_range[0] < value_range[1]):
@@ -54,6 +65,8 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
                 f"value_range {value_range!r}: must be the values of black and, above it, of white, such as (0, 1), "
                 'or "normalised"'
             )
+        if is_pair:
+            _check_units(images, value_range)
         return
     floating = [x.detach() for x in images if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
     spans = torch.tensor([[x.min().item(), x.max().item()] for x in floating]).view(-1, 2)
@@ -70,6 +83,45 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
         f'{high:.3g}: pass value_range={guess} if that is black and white, value_range="normalised" if they are '
         "normalised, or uint8 images"
     )
+
+
+def _check_units(images: Iterable[OneImage], value_range: tuple[float, float]) -> None:
+    """Raise ValueError if the floating tensors, and the arrays of more than 8 bits, evidently have values in
+    other units than `value_range`: far beyond it, where they would be clipped, or fractions if it is of levels."""
+    low, high = value_range
+    size = beyond = 0
+    spans, is_whole = [], True
+    for x in images:
+        if isinstance(x, np.ndarray) and x.dtype in (np.uint16, np.float32, np.float64):
+            values = torch.from_numpy(x.astype(np.float64))
+        elif isinstance(x, Tensor) and x.is_floating_point():
+            values = x.detach().double()
+        else:
+            continue
+        if not values.numel() or not values.isfinite().all():  # of which there is another error
+            continue
+        size += values.numel()
+        beyond += int(((values > high + (high - low)) | (values < low - (high - low))).sum())
+        spans += [values.min().item(), values.max().item()]
+        is_whole = is_whole and not (values % 1).any()
+    if not size:
+        return
+    fractions = low <= 0 and high >= _LEVELS and min(spans) >= 0 and max(spans) <= 1 and not is_whole
+    if fractions or beyond > _OTHER_UNITS * size:
+        raise ValueError(
+            f"value_range={tuple(value_range)} says what is black and white, and these images have values from "
+            f"{min(spans):.3g} to {max(spans):.3g}: pass the values that are black and white in them, or "
+            'value_range="normalised" if they are (x - mean) / std'
+        )
+
+
+def check_present(images: Sequence[OneImage | None] | None, texts: Sequence[str | None] | None) -> None:
+    """Raise ValueError if an image is None or a text is no string: the sample would be encoded without it."""
+    for what, values, kind in (("image", images, object), ("text", texts, str)):
+        for number, value in enumerate(values if values is not None else ()):
+            if value is None or not isinstance(value, kind):
+                found = f"{what} {number} is {type(value).__name__}"
+                raise ValueError(f"{found}: each sample needs its {what}; without any pass {what}s=None")
 
 
 def unmasked_sample(
@@ -133,12 +185,16 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
         try:
             pixels = pixels_of(image, *kind) if isinstance(image, Image) else pixels_of_bands(checked(image), *kind)
         except BadSample as error:
-            raise ValueError(f"an image cannot be used: {error}") from None
+            is_first = isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[0] == channels
+            hint = "; x.transpose(1, 2, 0) moves its channels to the end" if is_first else ""
+            raise ValueError(f"an image cannot be used: {_of_call(error)}{hint}") from None
         return _prepared(pixels, config)
     if not isinstance(image, Tensor):
         raise ValueError(f"images must be paths, PIL images, arrays or tensors, not {type(image).__name__}")
     if image.ndim != 3 or image.shape[0] != channels or not image.numel():
-        raise ValueError(f"an image has shape {list(image.shape)}, not [{channels}, height, width]")
+        is_last = image.ndim == 3 and image.shape[2] == channels
+        hint = "; x.permute(2, 0, 1) moves its channels to the front" if is_last else ""
+        raise ValueError(f"an image has shape {list(image.shape)}, not [{channels}, height, width]{hint}")
     if image.is_floating_point():
         return _floating(image.cpu(), config, value_range or "normalised")
     if image.dtype not in (torch.uint8, getattr(torch, config.image_dtype)):
@@ -149,6 +205,7 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
 
 class Preprocess:
     """The transform of images to input of a model: an image as `prepare_image` accepts it -> its tensor [C, H, W].
+    Raises as `prepare_image`, and ValueError as `check_values`.
 
     `torch.stack` makes a batch of square tensors. Integer tensors are normalised by the model itself; `M3AE.encode`
     returns the same features for the tensor as for the image.
@@ -157,13 +214,21 @@ class Preprocess:
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
 
-    def __call__(self, image: OneImage) -> Tensor:
-        return prepare_image(image, self.config)
+    def __call__(self, image: OneImage, value_range: ValueRange = None) -> Tensor:
+        check_values([image], value_range, self.config)
+        return prepare_image(image, self.config, value_range)
 
     def __repr__(self) -> str:
         c = self.config
         size = f"{c.image_size} x {c.image_size}" if c.resize == "square" else "native"
         return f"Preprocess({size}, {c.channels} channels, {c.image_dtype})"
+
+
+def _of_call(error: BadSample) -> str:
+    """Return the message for a caller in Python, who has no config."""
+    if isinstance(error, NeedsRange):
+        return f"has {error.found}: pass value_range=(black, white), such as (0, 4095), to a command --range 0,4095"
+    return str(error)
 
 
 def _floating(image: Tensor, config: ModelConfig, value_range: tuple[float, float] | Literal["normalised"]) -> Tensor:
@@ -198,5 +263,5 @@ def _read_image(path: str | os.PathLike[str], config: ModelConfig) -> Tensor:
     except OSError as error:
         raise UserError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from None
     except BadSample as error:
-        raise ValueError(f"{os.fspath(path)}: {error}") from None
+        raise ValueError(f"{os.fspath(path)}: {_of_call(error)}") from None
     return _prepared(pixels, config)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.bad_samples import BadSample, NeedsRange
 from m3ae_fast.config import Range
 
 _BITS, _PHOTOMETRIC, _FORMAT = 258, 262, 339  # of TIFF
@@ -73,12 +73,9 @@ def check_colours(image: Image.Image, depth: Depth, image_range: Range | None, d
 
 
 def require_range(depth: Depth, image_range: Range | None) -> None:
-    """Raise BadSample if there is no range."""
+    """Raise NeedsRange if there is no range."""
     if image_range is None:
-        raise BadSample(
-            f"has {depth}: set data.range to the values of black and white, such as [0, 4095] (--range 0,4095), or to "
-            '"dtype"'
-        )
+        raise NeedsRange(str(depth))
 
 
 def scaled(values: np.ndarray, depth: Depth, image_range: Range | None) -> np.ndarray:

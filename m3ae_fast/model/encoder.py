@@ -15,7 +15,16 @@ from m3ae_kernels import PatchEmbed, scatter_tokens
 from torch import Tensor, nn
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.batch.inputs import OneImage, Preprocess, ValueRange, as_images, check_values, in_unit, unmasked_sample
+from m3ae_fast.batch.inputs import (
+    OneImage,
+    Preprocess,
+    ValueRange,
+    as_images,
+    check_present,
+    check_values,
+    in_unit,
+    unmasked_sample,
+)
 from m3ae_fast.batch.packed import PackedBatch, Segments
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
@@ -212,7 +221,8 @@ class MultimodalEncoder(nn.Module):
             images: a path, a PIL image, a uint8 tensor [C, H, W] or array [H, W, C] of any size, of which the central
                 square is taken (a native model takes all of it), or a floating tensor, see `value_range`; a list of
                 them, or one tensor or array of many; or None.
-            texts: one or a list, for which the model's `tokenizer` is needed; or None.
+            texts: one or a list, for which the model's `tokenizer` is needed; or None. An empty text alone has no
+                tokens, so that with pool="mean" its features are 0.
             value_range: of floating tensors and arrays, and of files, PIL images and arrays of more than 8 bits, in
                 place of the model's image_range. None or "normalised": tensors [C, image_size, image_size], of a
                 native model of sides that its patches divide, which are normalised already: (x - mean) / std, with
@@ -228,8 +238,9 @@ class MultimodalEncoder(nn.Module):
             [S, D] on the model's device, float32, or as the weights where those are float64.
 
         Raises:
-            ValueError: both are None, their numbers differ, an image does not fit the model, floating images are not
-                normalised, or there is no such layer, pool, batch, precision or value_range.
+            ValueError: both are None, their numbers differ, one of them is None, an image does not fit the model,
+                floating images are evidently not what value_range says, or there is no such layer, pool, batch,
+                precision or value_range.
             UserError: a file cannot be read, there are texts, and the model has no tokenizer, or a feature is not
                 finite.
         """
@@ -297,6 +308,7 @@ class MultimodalEncoder(nn.Module):
             check_values(images, value_range, self.config)
         if texts is not None:
             texts = [texts] if isinstance(texts, str) else list(texts)
+        check_present(images, texts)
         if images is not None and texts is not None and len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts")
         if texts is not None:

@@ -168,6 +168,73 @@ def test_floats_that_are_evidently_not_normalised_are_refused(model):
             model.encode(pixels, value_range=wrong)
 
 
+@pytest.mark.parametrize(
+    ("scale", "value_range"), [(255, (0, 1)), (65535, (0, 1)), (65535, (0, 255)), (1, (0, 255)), (1, (0, 65535))]
+)
+def test_values_evidently_in_other_units_than_value_range_are_refused(model, scale, value_range):
+    """They would all be white, or all black."""
+    unit = images(2) / 255
+    told = f"value_range={value_range} says what is .* values from 0 to ".replace("(", r"\(").replace(")", r"\)")
+    floats = unit * scale
+    for given in (floats, floats[0].permute(1, 2, 0).numpy(), list(floats.half() if scale == 1 else floats)):
+        with pytest.raises(ValueError, match=told):
+            model.encode(given, value_range=value_range)
+    with pytest.raises(ValueError, match=told):
+        model.preprocess(floats[0], value_range)
+    with pytest.raises(ValueError, match=told):
+        model.representation(floats, value_range=value_range)
+    with pytest.raises(ValueError, match="pass value_range"):
+        model.preprocess(floats[0])
+
+
+def test_some_values_beyond_value_range_are_clipped(model):
+    """A few bright pixels, what resizing adds, and a dark image of whole levels."""
+    unit = images(1) / 255
+    bright = unit.clone()
+    bright[..., 0] = 1000.0
+    white = unit.clone()
+    white[..., 0] = 1.0
+    assert torch.equal(model.encode(bright, value_range=(0, 5000)), model.encode(bright / 5000, value_range=(0, 1)))
+    assert model.encode(bright, value_range=(0, 1)).isfinite().all()
+    assert model.encode(1.2 * unit - 0.1, value_range=(0, 1)).isfinite().all()
+    assert model.encode((unit > 0.5).float(), value_range=(0, 255)).isfinite().all()
+
+
+def test_a_shape_with_its_channels_elsewhere_is_named(model):
+    grey = M3AE(model.config.model_copy(update={"channels": 1, "image_mean": (0.5,), "image_std": (0.2,)}))
+    grey.reset_parameters()
+    chw, hwc = images(2)[0], images(2)[0].permute(1, 2, 0)
+    for call in (model.encode, lambda given: model.encode([given])):
+        with pytest.raises(ValueError, match=r"\[3, 32, 32\].*x\.transpose\(1, 2, 0\)"):
+            call(chw.numpy())
+        with pytest.raises(ValueError, match=r"shape \[32, 32, 3\], not \[3, height, width\]; x\.permute\(2, 0, 1\)"):
+            call(hwc)
+    with pytest.raises(ValueError, match=r"array of shape \[7, 32, 32\] is no image \[height, width, 3\]"):
+        model.encode(np.zeros((7, 32, 32), np.uint8))
+    with pytest.raises(ValueError, match=r"array of shape \[3, 32, 32\] is no image \[height, width\].*list\(x\) for"):
+        grey.encode(chw.numpy())
+    assert grey.encode(list(chw.numpy())).shape == (3, 32)
+    assert grey.encode(np.zeros((5, 32, 32), np.uint8)).shape == (5, 32)
+
+
+def test_a_sample_without_its_text_or_image_is_refused(model):
+    """It would be encoded as the other alone."""
+    pixels = images(2)
+    with pytest.raises(ValueError, match="text 1 is NoneType: each sample needs its text; without any pass texts=None"):
+        model.encode(pixels, ["a house", None])
+    with pytest.raises(ValueError, match="image 0 is NoneType: each sample needs its image"):
+        model.encode([None, pixels[0]], ["a house", "a tree"])
+
+
+def test_an_array_of_16_bits_is_told_of_value_range(model, tmp_path):
+    deep = images(1)[0].permute(1, 2, 0).numpy().astype(np.uint16)
+    Image.fromarray(deep[..., 0]).save(tmp_path / "deep.png")
+    for given in (deep, Image.fromarray(deep[..., 0]), tmp_path / "deep.png"):
+        with pytest.raises(ValueError, match=r"has unsigned 16-bit values: pass value_range=\(black, white\)") as told:
+            model.encode(given)
+        assert "data.range" not in str(told.value)
+
+
 def test_floats_that_may_be_normalised_are_taken(model):
     """One value says nothing of a range, nor does one bright image among others; with mean 0 and deviation 1 both
     meanings are one."""
