@@ -21,6 +21,7 @@ from m3ae_fast.shards.sources.records import Records
 
 _LOOKED_AT = 64  # samples of a split
 _LARGEST, _SMALLEST = 4, 2  # classes that are shown of many
+_KINDS = 3  # of images, that are shown
 _EXAMPLE = 60  # characters of a caption
 _NAMES = {1: "grey", 3: "colour"}
 
@@ -118,9 +119,9 @@ def _images(part: Part) -> str:
     if not part.kinds:
         return "none" if not part.bad else f"none can be read: {next(iter(part.bad))}"
     kinds = Counter(describe_kind(kind) for kind in part.kinds)
-    named = (
-        next(iter(kinds)) if len(kinds) == 1 else ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(3))
-    )
+    shown = kinds.most_common(_KINDS)
+    named = shown[0][0] if len(kinds) == 1 else ", ".join(f"{kind} ({count:,})" for kind, count in shown)
+    named += ", ..." * (len(kinds) > _KINDS)
     sides = np.array([(kind.width, kind.height) for kind in part.kinds])
     low, high = (f"{width} x {height}" for width, height in (sides.min(0), sides.max(0)))
     bad = f"; {part.bad.total():,} of {part.seen:,} cannot be read" if part.bad else ""

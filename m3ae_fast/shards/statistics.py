@@ -22,6 +22,7 @@ from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
+from m3ae_fast.batch.kinds import kind_of
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer
 from m3ae_fast.config import MAX_CHANNELS, Config, Range, SourceConfig, parse
 from m3ae_fast.config.load import read_config
@@ -189,6 +190,7 @@ class Statistics:
     formats: Counter[str] = field(default_factory=Counter)
     labels: Counter[Label | None] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)  # by reason
+    unread: bytes | None = None  # the first image that cannot be read
 
     def __post_init__(self) -> None:
         self.fractions_C256 = torch.zeros(self.channels, 256, dtype=torch.float64)
@@ -240,6 +242,7 @@ def collect(
     readers: dict[int, Reader] = {}
     for source, number in track(places, "looking at samples", len(places)):
         reader = readers.setdefault(id(source), Reader(source, corpus.store))
+        data = None
         try:
             data, caption = reader.read(*reader.find(number))
             if caption is not None:
@@ -249,6 +252,7 @@ def collect(
                 found.formats[format_of(data)] += 1
         except (BadSample, OSError) as error:
             found.bad[str(error)] += 1
+            found.unread = found.unread or data
         found.seen += 1
     return found
 
@@ -257,4 +261,16 @@ def require_images(found: Statistics) -> None:
     """Raise UserError if no image could be read."""
     if not found.images:
         reason = f", such as: {next(iter(found.bad))}" if found.bad else ""
-        raise UserError(f"none of {found.seen:,} samples has an image that can be read{reason}")
+        raise UserError(f"none of {found.seen:,} samples has an image that can be read{reason}{_advice(found)}")
+
+
+def _advice(found: Statistics) -> str:
+    """Return the options with which the first image that cannot be read could be, "" if none would help."""
+    try:
+        kind = kind_of(found.unread or b"")
+    except BadSample:
+        return ""
+    if not kind.is_array or (kind.channels, kind.dtype) == (found.channels, found.dtype):
+        return ""
+    black_and_white = " --range BLACK,WHITE" if kind.depth else ""
+    return f"; try --channels {kind.channels} --dtype {kind.dtype}{black_and_white}"

@@ -6,7 +6,9 @@ import re
 import pytest
 
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.batch.kinds import Kind
 from m3ae_fast.pretraining.source_shards import find_shards
+from m3ae_fast.shards import overview
 from m3ae_fast.shards.sources.folder import Folder
 from m3ae_fast.shards.sources.folder_layout import split_of_file
 from tests.data.test_tools import contents, make
@@ -203,3 +205,35 @@ def test_shards_are_held_out_by_the_folders_above_them(tmp_path):
     _shards(tmp_path, "test/train/0.tar", "test/Val/0.tar", "test/Val/train-1.tar")
     shards = find_shards(f"{tmp_path}/test/*/*.tar", tmp_path / "run", None, [])
     assert (shards.train, len(shards.val)) == ([f"{tmp_path}/test/train/0.tar"], 2)
+
+
+def test_a_class_folder_that_links_to_another_is_told(tmp_path, capsys):
+    """Its images count in both classes."""
+    root = tree(tmp_path / "data", "train/cat/0.png", "train/cat/1.png", "train/dog/0.png")
+    (root / "train/wolf").symlink_to(root / "train/dog")
+    (root / "train/puma").symlink_to(root / "train/cat")
+    assert make("from-folder", root, tmp_path / "out") == 0
+    assert (
+        "note: the images of train/puma are those of train/cat, by a link, and count twice, as of train/wolf\n"
+        in capsys.readouterr().out
+    )
+    assert len(_paths(tmp_path / "out")) == 6
+
+
+def test_an_empty_class_folder_is_told(tmp_path):
+    root = tree(tmp_path / "data", "train/cat/a/0.png", "train/dog/0.png", "val/cat/0.png", "val/dog/0.png")
+    for name in ("train/emu", "val/emu", "train/.hidden", "train/cat/a/none"):
+        (root / name).mkdir()
+    (root / "train/emu/readme.md").write_text("none")
+    folder = Folder(root)
+    assert folder.classes == ["cat", "dog"]
+    assert folder.notes == ["no image in train/emu, val/emu, beside folders with images"]
+    assert Folder(root, flat=True).notes == []
+
+
+def test_of_many_kinds_of_images_the_most_frequent_are_shown():
+    counts = {1: 5, 3: 4, 5: 3, 7: 1}
+    kinds = [Kind(channels, False, "uint8", 8, 8) for channels, count in counts.items() for _ in range(count)]
+    shown = overview._images(overview.Part("train", 13, "", kinds=kinds, seen=13))
+    assert shown == "grey (5), colour (4), 5 bands (3), ..., 8 x 8 px"
+    assert overview._images(overview.Part("train", 1, "", kinds=kinds[-1:], seen=1)) == "7 bands, 8 x 8 px"

@@ -136,3 +136,17 @@ def test_mistakes_are_one_line(shards, tmp_path):
         with pytest.raises(UserError, match=message):
             main(["stats", *arguments, "--cache-dir", str(tmp_path / "cache")])
     assert config.read_text() == '{"model": {"size": "tiny"}}'
+
+
+def test_bands_without_their_options_are_told_of_them(tmp_path, capsys):
+    npy = BytesIO()
+    np.save(npy, np.arange(8 * 8 * 5, dtype=np.uint16).reshape(8, 8, 5))
+    write_tar(tmp_path / "a.tar", [("0.npy", npy.getvalue())])
+    with pytest.raises(
+        UserError, match=r"has 5 channels, the model takes 3; try --channels 5 --dtype uint16 --"
+    ):
+        main(["stats", str(tmp_path / "a.tar")])
+    assert main(["stats", str(tmp_path / "a.tar"), "--channels=5", "--dtype=uint16", "--range=0,400"]) == 0
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"can be read, such as: the image is empty$"):
+        main(["stats", write_tar(tmp_path / "b.tar", [("0.png", b"")])])

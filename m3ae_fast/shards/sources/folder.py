@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from m3ae_fast.images.label_mask import mask_size, read_mask
 from m3ae_fast.shards.duplicate_images import join, middle, number_same
 from m3ae_fast.shards.problem_counts import IGNORED, OUTSIDE, Tally
 from m3ae_fast.shards.sources.caption_table import Row, read_captions
-from m3ae_fast.shards.sources.folder_layout import TRAIN, printable, split_of_folder, understand
+from m3ae_fast.shards.sources.folder_layout import TRAIN, listed, printable, split_of_folder, understand
 from m3ae_fast.shards.sources.records import Record, Records, read_file
 
 _LOOKED_AT = 1000  # rows of a table, for the names of its fields
@@ -85,7 +85,8 @@ class Folder(Records):
         _require_reader(self.folder, paths)
         directories = {os.path.dirname(path) for path in paths}
         layout = understand(self.folder, directories, classes, flat)
-        self.classes, self.notes = layout.classes, layout.notes
+        notes = [] if flat else [*_linked(self.folder, directories), *_empty(self.folder, directories)]
+        self.classes, self.notes = layout.classes, [*layout.notes, *notes]
         if self.classes and (odd := next((name for name in self.classes if printable(name) != name), None)):
             raise UserError(
                 f"{folder}: the name of the class {os.fsencode(odd)!r} is not UTF-8; rename it, or give --flat"
@@ -270,6 +271,35 @@ def find_files(folder: str, flat: bool = False) -> Iterator[str]:
         for name in files:
             if not name.startswith("."):
                 yield os.path.relpath(os.path.join(parent, name), folder)
+
+
+def _linked(folder: str, directories: Collection[str]) -> Iterator[str]:
+    """Yield a note on directories of images that links make of one folder."""
+    first: dict[str, str] = {}
+    again = {}
+    for directory in sorted(directories, key=lambda each: (os.path.islink(os.path.join(folder, each)), each)):
+        kept = first.setdefault(os.path.realpath(os.path.join(folder, directory)), directory)
+        if kept != directory:
+            again[directory] = kept
+    if again:
+        link, kept = next(iter(again.items()))
+        more = f", as of {listed([*again][1:])}" if len(again) > 1 else ""
+        yield f"the images of {printable(link)} are those of {printable(kept)}, by a link, and count twice{more}"
+
+
+def _empty(folder: str, directories: Collection[str]) -> Iterator[str]:
+    """Yield a note on folders without an image that stand beside folders with images."""
+    filled = set(directories)
+    for directory in directories:
+        while directory := os.path.dirname(directory):
+            filled.add(directory)
+    found = []
+    for parent in {os.path.dirname(each) for each in filled if each}:
+        with os.scandir(os.path.join(folder, parent)) as entries:
+            names = [each.name for each in entries if each.is_dir(follow_symlinks=False) and each.name[0] != "."]
+        found += [path for path in (os.path.join(parent, name) for name in names) if path not in filled]
+    if found:
+        yield f"no image in {listed(found)}, beside folders with images"
 
 
 def _ignored(

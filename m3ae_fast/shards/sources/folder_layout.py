@@ -92,7 +92,7 @@ def _level_of_splits(root: str, directories: Collection[str]) -> int | None:
         elif is_divided and not level:
             splits = [name for name in names if split_of_folder(name)]
             raise UserError(
-                f"{root}: {_listed(splits)} are names of splits, but {_listed(names - {*splits})} beside them is not; "
+                f"{root}: {listed(splits)} are names of splits, but {listed(names - {*splits})} beside them is not; "
                 "move other folders elsewhere, or rename the splits if they are classes"
             )
     return None
@@ -126,16 +126,16 @@ def _with_classes(
     split_like = [name for name in used if split_of_folder(name)] if len(order) == 1 else []
     notes = [f"{name} is taken for a class, as the folders beside it" for name in split_like]
     if bare := [split for split in order if found[split] == {None}]:
-        notes.append(f"the images of {_listed(bare)} have no class: they are in no class folder")
+        notes.append(f"the images of {listed(bare)} have no class: they are in no class folder")
     labelled = [split for split in order if split not in bare]
     for split in labelled if len(labelled) > 1 else ():
         others = {name for other in labelled if other != split for name in found[other]}
         if own := sorted(name for name in found[split] if name is not None and name not in others):
-            notes.append(f"only {split} has the class{'es' * (len(own) > 1)} {_listed(own)}")
+            notes.append(f"only {split} has the class{'es' * (len(own) > 1)} {listed(own)}")
     return Layout(splits, names, list(known) if known is not None else used, notes)
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Return names in a row, the first few of many."""
     names = sorted(map(printable, names))
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
