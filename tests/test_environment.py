@@ -41,6 +41,7 @@ def test_a_home_that_is_there_is_used(tmp_path):
 
 SETTINGS = {
     "GOMP_SPINCOUNT": "1000",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     "THP_MEM_ALLOC_ENABLE": "1",
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     "PYTORCH_CUDA_ALLOC_CONF": None,  # the older name

@@ -1,6 +1,7 @@
 """A fault on one rank ends all ranks at once, and its own error is the one that is shown."""
 
 import json
+import signal
 import time
 
 import pytest
@@ -92,7 +93,7 @@ def test_a_bug_on_rank_0_alone_shows_its_traceback(faulty, place):
 def test_an_error_in_a_loader_worker_of_one_rank_is_the_one_that_is_shown(faulty, rank, error):
     codes, out = faulty("loader", rank, error)
     if error == "KeyError":
-        assert codes[rank] == 1 and codes[1 - rank] == 2, out
+        assert codes[rank] == 1 and codes[1 - rank] == 75, out  # which only knows that the other has ended
         assert "in injected_fault" in out and "KeyError: 'a bug'" in out
     else:
         assert codes == [2, 2] and "error: a.tar: a mistake\n" in out and "Traceback" not in out
@@ -103,3 +104,13 @@ def test_zero_stages_end_as_plain_torch_does(faulty, place):
     codes, out = faulty(place, 1 if place != "rename" else 0, "full", *zero(2))
     assert codes == [2, 2], out
     assert out.count("error: ") == 1 and "[Errno 28] No space left on device" in out
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_during_the_last_save_ends_the_other_at_once(faulty, rank):
+    """The survivor says it, with the code of a run to be started again."""
+    codes, out = faulty("write", rank, "SIGKILL", "--set", "train.save_every=6")
+    assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 75), out
+    who = "rank 0" if rank == 0 else "another rank"
+    assert f"error: {who} exited; see its output for the reason, unless it was killed" in out
+    assert out.count("error: ") == 1 and "Traceback" not in out

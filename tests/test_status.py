@@ -8,6 +8,7 @@ import pytest
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.status import CODES, main
+from m3ae_fast.process.failures import rank_lost
 from m3ae_fast.training import run_state
 from m3ae_fast.training.run_folder import RunFolder
 from m3ae_fast.training.run_state import Recorder, status
@@ -45,7 +46,7 @@ def test_the_reason_of_a_failure_is_the_line_that_the_run_printed(tmp_path):
     lost = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
     with pytest.raises(RuntimeError):
         recorded(tmp_path, 7, lost)
-    said = "another rank exited; see its output for the reason. --resume auto continues from the last checkpoint"
+    said = rank_lost("another rank")
     assert status(tmp_path)[1] == f"failed at step 7 of 10 ({said})"
 
 

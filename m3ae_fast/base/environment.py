@@ -15,6 +15,8 @@ def settle_libraries() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Pages of 2 MB spare a CPU walks through its tables of pages; torch reads it at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Its C++ warnings, with a stack of C++ functions, say what the error of a lost connection says in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Row counts change with each step: segments of GPU memory that grow fragment less. CUDA reads it when it starts.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

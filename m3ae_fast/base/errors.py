@@ -12,17 +12,27 @@ from typing import Any, NamedTuple, TypeVar
 from m3ae_fast.base.memory import no_memory, out_of_memory
 
 T = TypeVar("T")
+TRY_AGAIN = 75  # exit code: EX_TEMPFAIL of sysexits.h
 
 
 class UserError(Exception):
     """A mistake in config, data, checkpoint or command line: one line that names the thing and what to do.
 
-    Programs of this package print it without a traceback and exit with code 2.
+    Programs of this package print it without a traceback and exit with `exit_code`.
     """
+
+    exit_code = 2
 
 
 class ErrorElsewhere(UserError):
     """A bug that another process met, which shows its traceback itself."""
+
+
+class RankLost(UserError):
+    """Another rank has ended, perhaps killed or with its node. Nothing is wrong with what the user asked for, so a loop
+    that restarts the run should go on."""
+
+    exit_code = TRY_AGAIN
 
 
 class Told(NamedTuple):
@@ -103,14 +113,14 @@ def _on_one_line(text: str) -> str:
 
 
 def exit_cleanly(main: Callable[[], int]) -> int:
-    """Run a program's main. An error that `one_line` explains becomes that line on stderr and exit code 2, Ctrl-C
-    code 130; any other is raised."""
+    """Run a program's main. An error that `one_line` explains becomes that line on stderr and exit code 2, or
+    the code of the UserError; Ctrl-C becomes code 130; any other error is raised."""
     try:
         return main()
     except Exception as error:
         if (line := one_line(error)) is None:
             raise
         print(f"error: {_on_one_line(line)}", file=sys.stderr)
-        return 2
+        return error.exit_code if isinstance(error, UserError) else UserError.exit_code
     except KeyboardInterrupt:
         return 130

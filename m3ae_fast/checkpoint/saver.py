@@ -73,6 +73,8 @@ class Saver:
 
     def wait(self) -> None:
         """Wait until all ranks have written what was begun. Every rank must call it. Errors as in `save`."""
+        while any(self.ranks.sum([self._thread.busy])):  # which fails at once if another rank has been killed
+            self._thread.wait_briefly()
         self.ranks.together(self._thread.wait)
 
     @property

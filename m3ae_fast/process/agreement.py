@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from m3ae_fast.base.errors import ErrorElsewhere, UserError, attempt, raise_shared, told
+from m3ae_fast.base.errors import ErrorElsewhere, RankLost, UserError, attempt, raise_shared, told
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ class Agreement:
             if self._leaving.is_set():
                 end = min(end, time.monotonic() + _PATIENCE)
             if time.monotonic() > end:
-                raise UserError("another rank has left in the midst of a save")
+                raise RankLost("another rank has ended in the midst of a save")
             time.sleep(pause)
             pause = min(2 * pause, _PAUSE)
         return [self._store.get(key).decode() for key in keys]

@@ -9,6 +9,8 @@ from types import TracebackType
 
 from m3ae_fast.base.errors import UserError
 
+_BRIEFLY_S = 0.25
+
 
 class Background:
     """A thread for one piece of work at a time. As a context manager it waits for the last one at the end.
@@ -38,6 +40,10 @@ class Background:
     @property
     def busy(self) -> bool:
         return not self._idle.is_set()
+
+    def wait_briefly(self) -> None:
+        """Wait for the work under way for a fraction of a second."""
+        self._idle.wait(_BRIEFLY_S)
 
     def wait(self) -> None:
         """Wait for the work under way, if any, and raise its error."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from m3ae_fast.base.errors import UserError, one_line
+from m3ae_fast.base.errors import RankLost, UserError, one_line
 from m3ae_fast.base.memory import limit_note, out_of_memory
 from m3ae_fast.process.workers import IN_WORKER, SHM
 
 # what gloo and the store say when the process at the other end is gone
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "failed to recv", "failed to send")
+_LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "failed to recv", "failed to send")
 _CONTINUE = "--resume auto continues from the last checkpoint"
+
+
+def rank_lost(who: str) -> RankLost:
+    """Return the error of a rank that has found out that `who` has ended."""
+    reason = "see its output for the reason, unless it was killed or its node was lost"
+    return RankLost(f"{who} exited; {reason}. {_CONTINUE}")
 
 
 def explain(error: BaseException) -> UserError | None:
@@ -22,8 +28,8 @@ def explain(error: BaseException) -> UserError | None:
             "out of memory: lower train.micro_batch, set train.activation_checkpointing, raise the ZeRO stage, or "
             "choose a smaller model; --dry-run estimates what a config needs" + limit_note()
         )
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST):
-        return UserError(f"another rank exited; see its output for the reason. {_CONTINUE}")
+    if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST):
+        return rank_lost("another rank")
     line = one_line(error)
     return None if line is None else UserError(line)
 

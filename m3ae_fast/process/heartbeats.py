@@ -16,12 +16,12 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from m3ae_fast.base.errors import TRY_AGAIN
 from m3ae_fast.config import RunConfig
 from m3ae_fast.process.node_groups import Room
 from m3ae_fast.process.signals import BY_ANOTHER, StopRequest, kill_children
 
 T = TypeVar("T")
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 STALL_FOLDER = "stall"
 _BUSY = 0.05  # of a core: less is what idle threads use
 _WRITING = 1 << 12  # bytes between two looks: a download, a save
@@ -195,7 +195,7 @@ class Pulse:
         time.sleep(_HOPS * self._interval)
         writing.join(_WRITE_S)
         kill_children()  # a worker that is frozen would never leave
-        os._exit(EXIT_CODE)
+        os._exit(TRY_AGAIN)
 
     def _write_stacks(self) -> None:
         """Do so once, whichever thread is first: one may wait for a disk."""

@@ -114,12 +114,22 @@ class Ranks:
         first = self.together(lambda: work() if self.is_main else None, waiting)
         return self.together(lambda: cast(T, first) if self.is_main else work(), waiting)
 
-    def claim(self, what: str) -> bool:
-        """Claim the right to print `what`, an error of all ranks say: True on the rank that asks first."""
+    def first_error(self, exit_code: int, *, of_node: bool = False) -> tuple[bool, int]:
+        """Record that this rank ends with an error. Return whether it is the first one, which prints it, and the exit
+        code of the first one. Raises RuntimeError if the process that holds the store, rank 0 or the launcher, has
+        ended. `of_node`: among the ranks of this node."""
+        store = self.rooms[0].store if of_node else self.store
+        own = f"{self.rank} {exit_code}"
+        first = store.compare_set("error", "", own).decode()
+        return first == own, int(first.split()[1])
+
+    def main_has_ended(self) -> bool:
+        """Return whether rank 0 has ended, with the store that it holds."""
         try:
-            return self.store.add(what, 1) == 1
-        except RuntimeError:  # the rank that held the store spoke and left
-            return False
+            self.lasting.check([""])
+        except RuntimeError:
+            return True
+        return False
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:

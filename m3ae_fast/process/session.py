@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
 
-from m3ae_fast.base.errors import ErrorElsewhere
-from m3ae_fast.process.failures import explain
+from m3ae_fast.base.errors import ErrorElsewhere, RankLost, UserError
+from m3ae_fast.process.failures import explain, rank_lost
 from m3ae_fast.process.heartbeats import Pulse
 from m3ae_fast.process.helper_process import Node, Standby
 from m3ae_fast.process.ranks import Ranks, join_ranks
@@ -31,21 +31,37 @@ class Session(NamedTuple):
 
 def raise_once(error: Exception, ranks: Ranks) -> NoReturn:
     """Raise what `explain` makes of an error that other ranks may share, on the rank that comes here first; the others
-    exit with code 2, and so do ranks that end because of another one's bug. What it has no line for is raised as it
-    is."""
+    exit with its code, and ranks that end because of another one's bug print nothing either. What `explain` has no line
+    for is raised as it is."""
     shown = explain(error)
     if shown is None:
         raise error
-    if not isinstance(error, ErrorElsewhere) and ranks.claim("error"):
+    if isinstance(shown, RankLost) and ranks.main_has_ended():
+        shown = rank_lost("rank 0")
+    is_first, code = _first(shown, ranks)
+    if is_first and not isinstance(shown, ErrorElsewhere):
         raise shown from None
-    raise SystemExit(2) from None
+    raise SystemExit(code) from None
+
+
+def _first(shown: UserError, ranks: Ranks) -> tuple[bool, int]:
+    """Return whether this rank is the first to end with an error, and the exit code of the first one."""
+    try:
+        return ranks.first_error(shown.exit_code)
+    except RuntimeError:  # rank 0 has taken the store with it
+        if not isinstance(shown, RankLost):  # which it printed
+            return False, shown.exit_code
+    try:
+        return ranks.first_error(shown.exit_code, of_node=True)
+    except RuntimeError:  # the store of this node was in rank 0, or has ended too
+        return True, shown.exit_code
 
 
 @contextmanager
 def joined_program() -> Iterator[Session]:
     """Join the other ranks for as long as the program runs.
 
-    An error that `explain` has a line for is printed once, by the first rank that meets it; all exit with code 2. One
+    An error that `explain` has a line for is printed once, by the first rank that meets it; all exit with its code. One
     that follows from a rank that left before there was anything to save is ignored: the program ends there, as it does
     where all ranks are Stopped.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,13 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint import folder, state_files
 from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.data.dataset import Samples
-from m3ae_fast.training import metrics_log, run
+from m3ae_fast.training import metrics_log, pretraining_task
+
+
+def kill() -> BaseException:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
 
 # where a fault is -> the object and the name of what raises instead
 PLACES: dict[str, tuple[Any, str]] = {
@@ -24,7 +31,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "write": (state_files, "save_file"),
     "table": (state_files, "write_table"),
     "rename": (folder, "put_in_place"),
-    "pictures": (run, "draw_training"),
+    "pictures": (pretraining_task, "draw_training"),
     "log": (metrics_log, "_forget_after"),
     "loader": (Samples, "__getitems__"),
 }
@@ -34,6 +41,7 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
     "KeyError": lambda: KeyError("a bug"),
     "EBADF": lambda: OSError(errno.EBADF, "Bad file descriptor"),
     "UserError": lambda: UserError("a.tar: a mistake"),
+    "SIGKILL": kill,
 }
 
 
@@ -44,5 +52,6 @@ def main(argv: list[str]) -> int:
         def injected_fault(*_: Any) -> None:
             raise ERRORS[error]()
 
+        assert hasattr(*PLACES[place])
         setattr(*PLACES[place], injected_fault)
     return train.main(arguments)
