@@ -3,6 +3,7 @@
 import pytest
 
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli import pretrain, shards
 from m3ae_fast.cli.command_line import output, seed
 
 WRONG = [
@@ -25,3 +26,24 @@ def test_what_cannot_be_is_refused(parse, text, message):
 def test_what_can_be_is_parsed():
     assert str(output()("a/b")) == "a/b" and output(".png")("b.png").name == "b.png"
     assert seed(str((1 << 63) - 1)) == (1 << 63) - 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["images", "--out", "x", "--hours", "abc"], "argument --hours: invalid float value: 'abc'"),
+        (["images"], "the following arguments are required: --out"),
+        (["images", "--out", "x", "--huors", "1"], "unrecognized arguments: --huors 1"),
+    ],
+)
+def test_an_option_that_argparse_refuses_is_one_line_too(capsys, arguments, message):
+    with pytest.raises(SystemExit) as end:
+        pretrain.main(arguments)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}; `m3ae-fast pretrain --help` lists the options\n"
+
+
+def test_a_command_of_a_program_refuses_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        shards.main(["stats", "a.tar", "--channels", "x"])
+    assert capsys.readouterr().err.startswith("error: argument --channels: invalid int value: 'x'; `m3ae-fast data st")

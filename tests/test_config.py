@@ -51,13 +51,13 @@ def run(tmp_path, capsys, monkeypatch):
 
 
 MISTAKES = [
-    (["optim.peek_lr=1"], "unknown key optim.peek_lr; did you mean peak_lr?"),
+    (["optim.peek_lr=1"], "unknown key optim.peek_lr; did you mean optim.peak_lr?"),
     (["modell={}"], "unknown key modell; did you mean model?"),
     (["modell.depth=3"], "unknown key modell; did you mean model?"),
     (["finetune.epochs=3"], "unknown key finetune.epochs; did you mean train.epochs?"),
     (["optim.epochs=3"], "unknown key optim.epochs; did you mean train.epochs?"),
     (["train.peak_lr=1"], "unknown key train.peak_lr; did you mean optim.peak_lr?"),
-    (["data.train.0.shard=x"], "unknown key data.train.0.shard; did you mean shards?"),
+    (["data.train.0.shard=x"], "unknown key data.train.0.shard; did you mean data.train.0.shards?"),
     (["train.steps=many"], "train.steps: input should be a valid integer"),
     (["train.steps=1.5"], "train.steps: input should be a valid integer"),
     (["train.steps=null"], "give the length of the run"),
@@ -77,8 +77,8 @@ MISTAKES = [
     (["deepspeed.zero_optimization.stage=4"], "input should be less than or equal to 3"),
     (["deepspeed.zero_optimization.stage=true"], "input should be a valid integer"),
     (["deepspeed.zero_optimization.offload_optimizer=cpu"], "zero_optimization.offload_optimizer"),
-    (["deepspeed.zero_optimization.overlap_com=true"], "did you mean overlap_comm?"),
-    (["deepspeed.zero_optimisation.stage=1"], "did you mean zero_optimization?"),
+    (["deepspeed.zero_optimization.overlap_com=true"], "did you mean deepspeed.zero_optimization.overlap_comm?"),
+    (["deepspeed.zero_optimisation.stage=1"], "did you mean deepspeed.zero_optimization?"),
     (["deepspeed.torch_autocast={}"], "torch_autocast is set from train.precision"),
     (["deepspeed.sequence_parallel_size=2"], "sequence_parallel_size is not supported"),
     (["deepspeed.tensor_parallel={}"], "tensor_parallel is not supported"),

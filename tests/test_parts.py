@@ -272,6 +272,14 @@ def test_ranks_share_the_work_of_looking_for_damage(saved):
         checkpoint.open_state(saved, 1, 3)
 
 
+def test_a_field_of_the_state_that_is_damaged_is_named_in_few_words(saved):
+    about = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps(about | {"step": "x", "seed": None}))
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_info(saved)
+    assert "state.json is damaged (step: Input should be a valid integer); remove" in str(caught.value)
+
+
 @pytest.mark.parametrize("file", part_files(3))
 def test_a_part_without_its_checksum_is_refused(saved, file):
     """It may be of another step: nothing else would notice."""

@@ -663,7 +663,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.global_bach=2", r"--set: unknown key train.global_bach; did you mean global_batch\?"),
+        ("train.global_bach=2", r"--set: unknown key train.global_bach; did you mean train.global_batch\?"),
         ("train.global_batch=many", r"--set: train.global_batch: input should be a valid integer \(got \"many\"\)"),
         ("train.global_batch", r"--set train.global_batch: write it as section.key=value"),
         ("model.num_heads=5", r"--set: model: emb_dim \d+ is not divisible by num_heads 5"),

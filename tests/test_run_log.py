@@ -25,7 +25,7 @@ from m3ae_fast.checkpoint import state_files
 from m3ae_fast.config import Config, parse
 from m3ae_fast.data import open_data
 from m3ae_fast.evaluation.report import write_report
-from m3ae_fast.training import run_folder, throughput
+from m3ae_fast.training import metrics_log, run_folder, throughput
 from m3ae_fast.training.loggers import WANDB_ID_FILE
 from m3ae_fast.training.metrics_log import METRICS_FILE, RunLog
 from m3ae_fast.training.pretraining_task import PretrainingTask
@@ -53,6 +53,25 @@ def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path, capfd
         metrics.log(0, {"val_loss": 3.0}, {"val_loss": "gpu07"})
     assert lines(tmp_path) == [{"step": 0, "val_loss": 3.0}]
     assert "val_loss 3 (on gpu07)" in capfd.readouterr().out
+
+
+def test_the_time_left_is_that_of_the_steps_that_there_are_now(tmp_path, capfd, monkeypatch):
+    """Neither what was prepared before the first step counts, nor, once there are more, that step, which is slower."""
+    now = [0.0]
+    monkeypatch.setattr(metrics_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with RunLog(tmp_path, 2, 12, loggers=()) as metrics:
+        now[0] += 1000
+        metrics.log(2, {"val_loss": 1.0})
+        now[0] += 1000
+        metrics.begin()
+        for step, seconds, total in ((3, 60, 12), (4, 10, 12), (5, 20, 22)):
+            now[0] += seconds
+            metrics.change(total)
+            metrics.advance(step)
+            metrics.log(step, {"loss": 1.0})
+    before, *lines = capfd.readouterr().out.splitlines()
+    assert "eta" not in before
+    assert [line.partition("eta ")[2] for line in lines] == ["0:09:00", "0:01:20", "0:04:15"]
 
 
 def test_one_folder_is_for_one_run(tmp_path):
@@ -288,23 +307,6 @@ def test_wandb_without_an_account_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "WANDB_MODE=offline" in done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: run.loggers: wandb:"), done.stderr
-
-
-def test_plain_output_tells_the_time_left(tmp_path, capsys):
-    with RunLog(tmp_path, 10, 30) as log:
-        log._since -= 100
-        log.log(20, {"loss": 1.0})
-        log.log(20, {"val_loss": 1.0})
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith("eta 0:01:40") and "eta" not in second
-
-
-def test_the_time_left_is_that_of_the_steps_that_there_are_now(tmp_path, capsys):
-    with RunLog(tmp_path, 0, 30) as log:
-        log._since -= 100
-        log.change(40)
-        log.log(20, {"loss": 1.0})
-    assert capsys.readouterr().out.endswith("eta 0:01:40\n")
 
 
 def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest():

@@ -109,7 +109,9 @@ def test_a_mistake_in_a_config_is_told_before_torch_is_imported(arguments):
 def test_a_mistake_in_a_setting_of_pretrain_is_told_before_torch_is_imported(tmp_path):
     arguments = (str(tmp_path), "--out", str(tmp_path / "run"), "--set", "train.global_bach=64")
     names, said = imported("-m", "m3ae_fast", "pretrain", *arguments, code=2)
-    assert "torch" not in names and said == "error: --set: unknown key train.global_bach; did you mean global_batch?"
+    assert (
+        "torch" not in names and said == "error: --set: unknown key train.global_bach; did you mean train.global_batch?"
+    )
 
 
 def test_one_rank_of_several_leaves_the_config_to_the_first(monkeypatch):

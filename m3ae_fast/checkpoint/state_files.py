@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -141,7 +141,10 @@ def sha256(path: Path) -> str:
 
 def damaged(path: Path, file: str, error: object) -> UserError:
     """Return the error to raise where a file of a checkpoint is damaged."""
-    reason = " ".join(str(error).split())[:200]  # pydantic's has several lines
+    if isinstance(error, ValidationError):  # of which each has several lines
+        first = error.errors()[0]
+        error = ": ".join([".".join(map(str, first["loc"])), first["msg"]] if first["loc"] else [first["msg"]])
+    reason = " ".join(str(error).split())[:200]
     return UserError(f"checkpoint {path}: {file} is damaged ({reason}); remove the folder to use an older one")
 
 

@@ -7,16 +7,23 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from m3ae_fast.base.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, as every other mistake is reported: argparse would print the usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; `{self.prog} --help` lists the options\n")
 
 
 def program(name: str, text: str | None) -> argparse.ArgumentParser:
     """Return a parser for `m3ae-fast NAME`, whose help shows the name that was typed and `text` line by line."""
     shown = argparse.RawDescriptionHelpFormatter
     typed = sys.argv[0] if sys.argv[0].endswith((f"m3ae_fast {name}", f"{name}.py")) else f"m3ae-fast {name}"
-    return argparse.ArgumentParser(prog=typed, description=text, formatter_class=shown)
+    return _Parser(prog=typed, description=text, formatter_class=shown)
 
 
 def command(

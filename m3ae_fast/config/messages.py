@@ -31,7 +31,8 @@ def _unknown(section: type[BaseModel], loc: tuple[int | str, ...], where: str, v
     """Return a sentence on an unknown key, with the likeliest known one: of a similar name in the same section, or of
     the same name in another."""
     known, last = list(_section_at(section, loc[:-1]).model_fields), str(loc[-1])
-    near = difflib.get_close_matches(last, known, n=1, cutoff=_ALIKE)
+    inside = "".join(f"{part}." for part in loc[:-1])
+    near = [inside + name for name in difflib.get_close_matches(last, known, n=1, cutoff=_ALIKE)]
     if not near:
         name = where
         while isinstance(value, dict) and value:  # of an unknown section: the setting in it
@@ -39,7 +40,7 @@ def _unknown(section: type[BaseModel], loc: tuple[int | str, ...], where: str, v
             name += f".{last}"
         if near := settings_called(section, last):
             where = name
-    near = near or difflib.get_close_matches(last, known, n=1, cutoff=0.0)
+    near = near or [inside + name for name in difflib.get_close_matches(last, known, n=1, cutoff=0.0)]
     return f"unknown key {where}" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 

@@ -46,7 +46,8 @@ class RunLog:
         self._file: BinaryIO | None = None
         self._opened: list[Logger] = []
         self._written = True
-        self._since = time.monotonic()
+        self._begun = time.monotonic()
+        self._first: tuple[int, float] | None = None  # the first step, and when it was taken
         self.console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._progress = Progress(
             TextColumn("[bold]step"),
@@ -87,6 +88,10 @@ class RunLog:
     def begin(self) -> None:
         """Forget what an earlier attempt wrote beyond the step that this one starts from. Raises UserError if the
         folder cannot be written to, or a logger cannot start."""
+        self._begun = time.monotonic()
+        self._open()
+
+    def _open(self) -> None:
         if self._file is not None:
             return
         path = self.folder / METRICS_FILE
@@ -105,6 +110,7 @@ class RunLog:
         self._progress.update(self._task, total=total)
 
     def advance(self, step: int) -> None:
+        self._first = self._first or (step, time.monotonic())
         self._progress.update(self._task, completed=step)
 
     def log(self, step: int, values: dict[str, Any], where: Mapping[str, str] | None = None) -> None:
@@ -113,7 +119,7 @@ class RunLog:
         if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
             self.say(f"{self.folder / METRICS_FILE} was deleted during the run; its contents are lost")
             self._close()
-        self.begin()
+        self._open()
         assert self._file is not None
         with self._room():
             self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
@@ -152,9 +158,12 @@ class RunLog:
             self._written = False
 
     def _left(self, step: int) -> timedelta:
-        """Return the time that the rest of the run takes, at its pace so far."""
-        done = max(step - self.start, 1)
-        seconds = (time.monotonic() - self._since) / done * (self.total - step)
+        """Return the time that the rest of the run takes, at its pace since the first step; after that one alone, at
+        its own, which what is prepared before the steps has no part in."""
+        first, begun = self._first or (self.start, self._begun)
+        if step == first:
+            first, begun = step - 1, self._begun
+        seconds = (time.monotonic() - begun) / max(step - first, 1) * (self.total - step)
         return timedelta(seconds=round(seconds))
 
     def say(self, text: str) -> None:

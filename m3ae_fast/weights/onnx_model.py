@@ -6,6 +6,7 @@ Shapes: B images, C channels, S image size, D width.
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from pathlib import Path
@@ -119,7 +120,17 @@ def _export(encoder: ImageEncoder, config: ModelConfig, path: Path) -> None:
 def _quantise(path: Path, out: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(path, out, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    root = logging.getLogger()
+    root.addFilter(_says_something)
+    try:
+        quantize_dynamic(path, out, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    finally:
+        root.removeFilter(_says_something)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """Return False for onnxruntime's advice to infer shapes before, which are fixed here."""
+    return "pre-processing before quantization" not in record.getMessage()
 
 
 def session(path: Path) -> Any:

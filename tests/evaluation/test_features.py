@@ -91,7 +91,7 @@ def test_mistakes_are_one_line_and_write_nothing(features, shards, tmp_path, mon
     for name, options, message in (
         ("kept.npz", [], "exists already"),
         ("new.npz", ["--patches", "--modality", "text"], "texts have none"),
-        ("new.npz", ["--set", "encode.bath=3"], "unknown key encode.bath; did you mean batch?"),
+        ("new.npz", ["--set", "encode.bath=3"], "unknown key encode.bath; did you mean encode.batch?"),
         (
             "new.npz",
             ["--set", "linear.batch=3"],

@@ -142,7 +142,7 @@ def test_ranks_and_zero_change_nothing(transfer, run, shards, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--set", "finetune.mixupp=1"], "did you mean mixup?"),
+        (["--set", "finetune.mixupp=1"], "did you mean finetune.mixup?"),
         (["--set", "train.epochs=3"], "--set train.epochs: finetune does not use it; did you mean finetune.epochs?"),
         (["--set", "linear.epochs=3"], "--set linear.epochs: finetune does not use it; did you mean finetune.epochs?"),
         (["--set", "encode.batch=3"], "encode.batch: finetune does not use it; its sections are finetune, run, data"),
