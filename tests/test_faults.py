@@ -96,7 +96,8 @@ def test_an_error_in_a_loader_worker_of_one_rank_is_the_one_that_is_shown(faulty
         assert codes[rank] == 1 and codes[1 - rank] == 75, out  # which only knows that the other has ended
         assert "in injected_fault" in out and "KeyError: 'a bug'" in out
     else:
-        assert codes == [2, 2] and "error: a.tar: a mistake\n" in out and "Traceback" not in out
+        assert codes[rank] == 2 and "error: a.tar: a mistake\n" in out and "Traceback" not in out, out
+        assert codes[1 - rank] in ((2,) if rank == 1 else (2, 75)), out  # the store may have gone with rank 0
 
 
 @pytest.mark.parametrize("place", ["copy", "write", "rename"])
