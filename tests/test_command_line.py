@@ -46,4 +46,4 @@ def test_an_option_that_argparse_refuses_is_one_line_too(capsys, arguments, mess
 def test_a_command_of_a_program_refuses_in_one_line(capsys):
     with pytest.raises(SystemExit):
         shards.main(["stats", "a.tar", "--channels", "x"])
-    assert capsys.readouterr().err.startswith("error: argument --channels: invalid int value: 'x'; `m3ae-fast data st")
+    assert capsys.readouterr().err.startswith("error: argument --channels: invalid int value: 'x'; `m3ae-fast shards ")

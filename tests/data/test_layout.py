@@ -212,7 +212,7 @@ def test_a_class_folder_that_links_to_another_is_told(tmp_path, capsys):
     root = tree(tmp_path / "data", "train/cat/0.png", "train/cat/1.png", "train/dog/0.png")
     (root / "train/wolf").symlink_to(root / "train/dog")
     (root / "train/puma").symlink_to(root / "train/cat")
-    assert make("from-folder", root, tmp_path / "out") == 0
+    assert make(root, tmp_path / "out") == 0
     assert (
         "note: the images of train/puma are those of train/cat, by a link, and count twice, as of train/wolf\n"
         in capsys.readouterr().out
