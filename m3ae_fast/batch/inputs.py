@@ -65,7 +65,7 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
                 f"value_range {value_range!r}: must be the values of black and, above it, of white, such as (0, 1), "
                 'or "normalised"'
             )
-        if is_pair:
+        if not isinstance(value_range, str):
             _check_units(images, value_range)
         return
     floating = [x.detach() for x in images if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
