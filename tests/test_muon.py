@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import pack
-from m3ae_fast.checkpoint import resuming
 from m3ae_fast.config import Config, parse
 from m3ae_fast.config.evaluation import FineTuneConfig
 from m3ae_fast.engine.build import build_engine
@@ -23,6 +22,7 @@ from m3ae_fast.engine.muon import orthogonalisation_flops, orthogonalise
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.training.notices import open_options
+from tests.helpers.checkpoints import changes_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainer import TINY, zero
 from tests.test_model import MIXED
@@ -195,8 +195,8 @@ def test_a_checkpoint_of_a_version_without_muon_is_adamws(tmp_path):
     del saved["optim"]["name"]
     info = checkpoint.Info(1, 0, settings.run.seed, saved, {})
     with pytest.raises(UserError, match=r"was made with optim\.name = adamw, the config says muon"):
-        resuming.check_fits(tmp_path, info, settings, {})
-    resuming.check_fits(tmp_path, info, config(name="adamw"), {})
+        changes_of(tmp_path, info, settings, {})
+    changes_of(tmp_path, info, config(name="adamw"), {})
 
 
 @pytest.mark.parametrize("stage", [0, 2])

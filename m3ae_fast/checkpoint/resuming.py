@@ -2,27 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.config import Config, DataConfig, ModelConfig, parse
-from m3ae_fast.config.evaluation import FORMER_SECTIONS
-from m3ae_fast.data import Corpus, Layout, lay_out
-from m3ae_fast.data.fingerprint import WRITTEN
-from m3ae_fast.data.lanes import without_lanes
+from m3ae_fast.config import Config, LossConfig, MaskingConfig, ModelConfig
+from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig
+from m3ae_fast.config.schema import PretrainingOptimConfig
+from m3ae_fast.data import Corpus
+from m3ae_fast.data.fingerprint import DATA, WRITTEN
 from m3ae_fast.engine.interface import Engine, Read
 from m3ae_fast.engine.optimizer import EMA, Kinds
 from m3ae_fast.process.ranks import Ranks
 
-# settings of the data section on which the stream of samples depends, beside what the fingerprint holds
-STREAM = ("crop_scale", "flip", "repeats", "image_tokens")
-_Change = tuple[str, Any, Any]  # name, old and new value
-_GROUP = 16  # what data.shuffle_shards was by default, before there were lanes
+Severity = Literal["refused", "other samples", "noted", "free"]
+Sections = Mapping[str, Mapping[str, Any] | None]  # settings by section, as JSON has them
+SAMPLING = ("data.crop_scale", "data.flip", "data.repeats", "data.image_tokens")  # settings that change the samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What a resumed run may change: names of settings and of entries of the data's fingerprint, or `section.*` for all
+    settings of a section that no other rule names. Whatever no rule names may change silently."""
+
+    same: tuple[str, ...]  # another value would be another model or optimiser: refused
+    samples: tuple[str, ...] = DATA  # another value gives other samples: refused unless changes are allowed
+    noted: tuple[str, ...] = (WRITTEN,)  # another value is reported
+    free: tuple[str, ...] = ()  # exceptions from a `section.*`
+    advice: str = "start in another folder, or set it back"  # what to do about other samples
+
+    def severity(self, name: str) -> Severity:
+        """Return the severity of another value of the setting or the entry of this name."""
+        section = f"{name.partition('.')[0]}.*"
+        rules: dict[Severity, tuple[str, ...]] = {
+            "refused": self.same,
+            "other samples": self.samples,
+            "noted": self.noted,
+            "free": self.free,
+        }
+        return next((rule for wanted in (name, section) for rule, names in rules.items() if wanted in names), "free")
+
+
+PRETRAINING = Rules(
+    same=("model.*", "run.seed", "train.global_batch", "optim.name"),
+    samples=(*DATA, *SAMPLING, "masking.*"),
+    noted=(WRITTEN, "loss.*", "optim.*", "train.epochs", "train.steps", "train.hours", "train.precision"),
+    free=("model.init_from",),
+    advice="--resume-with-changes continues anyway",
+)
+_HAVE_DEFAULTS: dict[str, type[BaseModel]] = {
+    "model": ModelConfig,
+    "classifier.model": ModelConfig,
+    "masking": MaskingConfig,
+    "loss": LossConfig,
+    "optim": PretrainingOptimConfig,
+    "finetune": FineTuneConfig,
+    "linear": LinearProbeConfig,
+}
 
 
 def find(run_dir: Path, resume: str, extended: Callable[[checkpoint.Info], bool] = lambda info: False) -> Path | None:
@@ -67,25 +110,25 @@ class Resume:
 
     def section(self, name: str) -> dict[str, Any]:
         """Return a section of the checkpoint's config; empty if there is none."""
-        return (_sections(self.info).get(name) or {}) if self.info else {}
+        return (self.info.config.get(name) or {}) if self.info else {}
 
-    def restore(
-        self, engine: Engine, sections: dict[str, Any], same: Iterable[tuple[str, str]], stream: dict[str, str]
-    ) -> list[str]:
-        """Load the checkpoint into the engine, and return notes on the data, whose fingerprint is `stream`. Raises
-        UserError if the checkpoint and `sections` differ in a `same` (section, key), or the data are others."""
+    def restore(self, engine: Engine, sections: Sections, stream: dict[str, str], rules: Rules) -> list[str]:
+        """Load the checkpoint into the engine, and return what has changed, one line each. Raises UserError as
+        `changes` does."""
         if not (self.path and self.info):
             return []
-        check_same(self.path, self.info, sections, same)
-        notes = check_stream(self.path, self.info, stream)
+        notes = changes(self.path, self.info, sections, stream, rules)
         self.open(engine.model, engine.kinds)
         self.load(engine)
         return notes
 
     def notes(self, config: Config, stream: dict[str, str], resume: str, with_changes: bool) -> list[str]:
-        """Return differences between this run and the one that wrote the checkpoint, one line each. Raises UserError as
-        `check_fits` does."""
-        notes = check_fits(self.path, self.info, config, stream, with_changes) if self.path and self.info else []
+        """Return differences between this pre-training run and the one that wrote the checkpoint, one line each. Raises
+        UserError as `changes` does."""
+        notes = []
+        if self.path and self.info:
+            sections = config.model_dump(mode="json")
+            notes = changes(self.path, self.info, sections, stream, PRETRAINING, with_changes)
         return notes + (self.ranks.broadcast(lambda: passed_over(config.run.dir)) if resume == "auto" else [])
 
     def open(self, model: nn.Module, kinds: Kinds) -> None:
@@ -112,73 +155,63 @@ def passed_over(run_dir: Path) -> list[str]:
     return notes
 
 
-def layout_of(
-    info: checkpoint.Info | None, config: DataConfig, train: Corpus, global_batch: int, with_changes: bool = False
-) -> tuple[Layout, list[str]]:
-    """Return the order's lanes of a run that continues from `info`, if any, and a note where they are not the config's:
-    what a version without lanes began keeps its order, unless `with_changes`."""
-    wanted = lay_out(config, train.sizes, global_batch)
-    if info is None or with_changes:
-        return wanted, []
-    group = (info.config.get("data") or {}).get("shuffle_shards", _GROUP)
-    kept = without_lanes(info.stream.get("data.order", f"groups of {group} shards"))
-    if kept is None or kept == wanted:
-        return wanted, []
-    return kept, [
-        f"the order of samples stays {kept}, as the checkpoint's version had it, and not {wanted}; this is the last "
-        "release that keeps it, and --resume-with-changes changes it"
-    ]
-
-
-def check_fits(
-    path: Path, info: checkpoint.Info, config: Config, stream: dict[str, str], with_changes: bool = False
-) -> list[str]:
-    """Return the differences between this run and the one that wrote the checkpoint, one line each. Raises UserError
-    if it would not be the same model, or, unless `with_changes`, not the same stream of samples."""
-    saved, wanted = info.config, config.model_dump(mode="json")
-
-    def differing(section: str, keys: Iterable[str]) -> list[_Change]:
-        then, now = saved.get(section) or {}, wanted[section]
-        return [(f"{section}.{key}", then[key], now[key]) for key in keys if key in then and then[key] != now[key]]
-
-    same = [("model", key) for key in wanted["model"] if key != "init_from"]
-    check_same(path, info, wanted, [*same, ("run", "seed"), ("train", "global_batch"), ("optim", "name")])
-    other = differing("data", STREAM) + differing("masking", wanted["masking"])
-    advice = "--resume-with-changes continues anyway"
-    notes = check_stream(path, info, stream, advice, other, with_changes)
-    other = differing("loss", wanted["loss"]) + differing("optim", wanted["optim"])
-    return notes + _notes(other + differing("train", ("epochs", "steps", "hours", "precision")))
-
-
-def changed(info: checkpoint.Info, stream: dict[str, str], noted: bool = False) -> list[_Change]:
-    """Return each entry of the `stream`'s fingerprint that differs from the checkpoint's; `noted`: of entries that may
-    differ. A checkpoint of an earlier version lacks entries, which count as equal."""
-    mine = {name: now for name, now in stream.items() if (name == WRITTEN) == noted}
-    return [(name, info.stream[name], now) for name, now in mine.items() if info.stream.get(name, now) != now]
-
-
-def check_stream(
+def changes(
     path: Path,
     info: checkpoint.Info,
-    stream: dict[str, str],
-    advice: str = "start in another folder, or set it back",
-    others: Sequence[_Change] = (),
+    sections: Sections,
+    stream: Mapping[str, str],
+    rules: Rules,
     with_changes: bool = False,
 ) -> list[str]:
-    """Return notes on what of the `stream` differs from the checkpoint's. Raises UserError with `advice`, unless
-    `with_changes`, where that or one of the `others` makes it another stream of samples."""
-    differing = [*others, *changed(info, stream)]
-    if differing and not with_changes:
-        name, was, now = differing[0]
+    """Return the differences between a run and the one that wrote a checkpoint, one line each.
+
+    Args:
+        path: the checkpoint, for messages.
+        info: what it holds besides tensors.
+        sections: the run's settings by section, as JSON has them.
+        stream: fingerprint of the run's data.
+        rules: what may change.
+        with_changes: whether the samples may change.
+
+    Raises:
+        UserError: a setting has changed that must be the same, or the samples have changed and must not.
+    """
+    then, now = _defaults() | describe(info.config, info.stream), describe(sections, stream)
+    changed = [(name, then[name], now[name]) for name in now if name in then and then[name] != now[name]]
+    for name, was, value in changed:
+        if rules.severity(name) == "refused":
+            raise UserError(f"checkpoint {path}: was made with {name} = {was}, the config says {value}")
+    samples = [each for each in changed if rules.severity(each[0]) == "other samples"]
+    if samples and not with_changes:
+        name, was, value = samples[0]
         raise UserError(
-            f"checkpoint {path}: was made with {name} = {was}, now it is {now}: not the same stream of samples; "
-            f"{advice}"
+            f"checkpoint {path}: was made with {name} = {was}, now it is {value}: not the same stream of samples; "
+            f"{rules.advice}"
         )
-    return _notes(differing + changed(info, stream, noted=True))
+    noted = [each for each in changed if rules.severity(each[0]) == "noted"]
+    return [f"{name} was {was} and is {value} from here on" for name, was, value in samples + noted]
 
 
-def _notes(changes: Iterable[_Change]) -> list[str]:
-    return [f"{name} was {was} and is {now} from here on" for name, was, now in changes]
+def describe(sections: Sections, stream: Mapping[str, str]) -> dict[str, Any]:
+    """Return settings and data of a run in one flat dict: {"model.depth": 12, "data.train": "4 shards with ...", ...}.
+    The fingerprint stands in place of the settings that name files."""
+    settings = {f"{name}.{key}": value for name, values in sections.items() for key, value in (values or {}).items()}
+    nested = [name for name, value in settings.items() if isinstance(value, dict)]
+    for name in nested:
+        settings |= {f"{name}.{key}": value for key, value in settings.pop(name).items()}
+    return settings | dict.fromkeys((*DATA, WRITTEN), "none") | dict(stream)
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """Return the defaults of settings by name: a checkpoint of an earlier version lacks the settings that it did not
+    have."""
+    sections = {name: section.model_construct() for name, section in _HAVE_DEFAULTS.items()}
+    return {
+        f"{name}.{key}": value
+        for name, section in sections.items()
+        for key, value in section.model_dump(mode="json").items()
+    }
 
 
 def require_same(ranks: Ranks, stream: dict[str, str], held_out: Corpus | None) -> None:
@@ -197,24 +230,6 @@ def require_same(ranks: Ranks, stream: dict[str, str], held_out: Corpus | None) 
                 )
 
     ranks.together(compare)
-
-
-def _sections(info: checkpoint.Info) -> dict[str, Any]:
-    """Return the checkpoint's config by the sections' present names."""
-    return {FORMER_SECTIONS.get(name, name): section for name, section in info.config.items()}
-
-
-def check_same(path: Path, info: checkpoint.Info, wanted: dict[str, Any], same: Iterable[tuple[str, str]]) -> None:
-    """Raise UserError if the checkpoint and the `wanted` sections differ in a `same` (section, key)."""
-    saved = _sections(info)
-    if saved.get("model"):  # one of an earlier version lacks settings, which had their defaults
-        model = parse(ModelConfig, saved["model"], f"checkpoint {path}")
-        saved = saved | {"model": model.model_dump(mode="json")}
-    saved = saved | {"optim": {"name": "adamw"} | (saved.get("optim") or {})}
-    for section, key in same:
-        was, now = (saved.get(section) or {}).get(key), wanted[section][key]
-        if was != now:
-            raise UserError(f"checkpoint {path}: was made with {section}.{key} = {was}, the config says {now}")
 
 
 def open_checkpoint(path: Path, info: checkpoint.Info, model: nn.Module, ranks: Ranks, kinds: Kinds) -> Read:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, get_args
 
@@ -48,7 +46,6 @@ CommonCorruption = Literal[
 ExtraCorruption = Literal["speckle_noise", "gaussian_blur", "spatter", "saturate"]
 
 _COMMON = ("run", "data", "encode.resize")  # sections and settings that every task reads
-FORMER_SECTIONS = {"probe": "linear"}  # in --set for one more release; older checkpoints have them too
 
 
 class EncodeConfig(Section):
@@ -235,7 +232,7 @@ def evaluation_config(
     """Return the sections that the command line gives, with its overrides. `reader`: a program or task, and the
     sections that it reads besides those of `_COMMON`; None: all. Raises UserError as `parse`, and for a setting that
     the reader would ignore."""
-    for override in map(_renamed, overrides):
+    for override in overrides:
         if reader:
             _require_read(override, *reader)
         apply_override(given, override)
@@ -254,16 +251,3 @@ def _require_read(override: str, reader: str, sections: Sequence[str]) -> None:
             f"did you mean {' or '.join(meant)}?" if meant else f"its sections are {', '.join((*sections, *_COMMON))}"
         )
         raise UserError(f"--set {name}: {reader} does not use it; {other}")
-
-
-def _renamed(override: str) -> str:
-    """Return the override with its section's present name; print a note if it has the former one."""
-    former = re.split("[.=]", override, maxsplit=1)[0]
-    if former not in FORMER_SECTIONS:
-        return override
-    present = FORMER_SECTIONS[former]
-    print(
-        f"note: --set {former}: has been renamed to {present}; the old name will be removed in the next release",
-        file=sys.stderr,
-    )
-    return present + override.removeprefix(former)

@@ -11,6 +11,15 @@ from m3ae_fast.data.lanes import Layout
 from m3ae_fast.data.opening import Data
 from m3ae_fast.model.pretrained import weights_digest
 
+# names of the entries
+DATA = (
+    "data.train",
+    "data.train.loss_weight",
+    "data.train.labels",
+    "data.order",
+    "data.tokenizer",
+    "data.image_tokenizer",
+)
 WRITTEN = "data.train.written"  # when the shards were last written
 
 
@@ -18,7 +27,7 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
     """Return by name what must be unchanged for a resumed run: shards with sizes and order, weights of sources,
     captions kept, labels, tokenizers; and WRITTEN, which copying changes too.
 
-    Folders do not matter: shards may move. Settings are not in it: see `run.resuming.STREAM`.
+    Folders do not matter: shards may move. Settings are not in it: see `checkpoint.resuming.SAMPLING`.
     """
     shards = [
         [shard.shard.rpartition("/")[2], shard.summary.size, shard.summary.samples, modality]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ class Layout(NamedTuple):
     window: int  # pieces of shards that a lane shuffles together
 
     def __str__(self) -> str:
-        """Name it as checkpoints do. One lane is what versions without lanes had."""
+        """Return its name in checkpoints."""
         if self.lanes == 1:
             return f"groups of {self.window} shards"
         return f"{self.lanes} lanes, windows of {self.window} shards"
@@ -33,9 +32,3 @@ def lay_out(config: DataConfig, sizes: Sequence[Sequence[int] | np.ndarray], glo
     most = min(config.lanes, turns, sum(map(len, sizes)), *(int(np.sum(shards)) for shards in sizes))
     lanes = next(number for number in range(most, 0, -1) if turns % number == 0)
     return Layout(lanes, -(-config.shuffle_shards // lanes))
-
-
-def without_lanes(order: str) -> Layout | None:
-    """Return the layout that `Layout.__str__` names so, where it has one lane."""
-    match = re.fullmatch(r"groups of (\d+) shards", order)
-    return Layout(1, int(match[1])) if match else None

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from m3ae_fast.base.bad_samples import BadSamples, Skipped
 from m3ae_fast.base.hardware import pins_memory, settle_precision
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.checkpoint.resuming import STREAM, Resume, layout_of, require_same
+from m3ae_fast.checkpoint.resuming import SAMPLING, Resume, Rules, require_same
 from m3ae_fast.config.evaluation import FineTuneConfig
-from m3ae_fast.data import Corpus, Data, eval_loader
+from m3ae_fast.data import Corpus, Data, eval_loader, lay_out
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.engine.build import make_engine
@@ -45,6 +45,16 @@ from m3ae_fast.training.trainer import Trainer
 
 _EVALUATIONS, _EVALUATING = 10, 0.05  # of a run, at most; of its time
 _AUGMENTATION = ("label_smoothing", "mixup", "cutmix", "switch_prob", "rand_augment")
+RULES = Rules(
+    same=(
+        "classifier.*",
+        "task.model",
+        "run.seed",
+        "finetune.global_batch",
+        *SAMPLING,
+        *(f"finetune.{name}" for name in _AUGMENTATION),
+    )
+)
 
 
 class TrainableClassifier(Classifier):
@@ -163,7 +173,7 @@ def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
     torch.manual_seed(run.seed)
     # a lane has pairs of samples in each step where samples are mixed
     pairs = 2 if mixes(config, job.modality == "image") else 1
-    layout, notes = layout_of(found.info, data, train, share.global_batch // pairs)
+    layout = lay_out(data, train.sizes, share.global_batch // pairs)
     model = _build(job, config, classes, layout.lanes)
     model.mixing.check_share(share)
     transform = None
@@ -184,11 +194,7 @@ def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
     }
     stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
     require_same(ranks, stream, val)
-    same = [("classifier", key) for key in sections["classifier"]]
-    same += [("run", "seed"), ("finetune", "global_batch")]
-    same += [("task", "model")] if found.section("task") else []  # which 0.1 did not say
-    same += [("data", key) for key in STREAM] + [("finetune", key) for key in _AUGMENTATION]
-    notes += found.restore(engine, sections, same, stream)
+    notes = found.restore(engine, sections, stream, RULES)
     steps = range(found.step, schedule.total_steps)
     val_batches = eval_loader(data, val, job.preparation, share, pin_memory=pins_memory(ranks.device))
     task = FineTuningTask(

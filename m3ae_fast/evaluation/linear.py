@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from m3ae_fast.base.bad_samples import BadSamples
-from m3ae_fast.checkpoint.resuming import STREAM, Resume, layout_of, require_same
+from m3ae_fast.checkpoint.resuming import SAMPLING, Resume, Rules, require_same
 from m3ae_fast.config.evaluation import LinearProbeConfig
-from m3ae_fast.data import Data, Share
+from m3ae_fast.data import Data, Share, lay_out
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
@@ -126,14 +126,22 @@ def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
         },
         "rates": {"tried": tried},
     }
-    layout, notes = layout_of(found.info, job.config.data, train, share.global_batch)
+    layout = lay_out(job.config.data, train.sizes, share.global_batch)
     stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
     require_same(ranks, stream, val)
-    encoder = "weights" if "weights" in found.section("task") else "model"  # all that 0.1 said of it
-    same = [("task", key) for key in (encoder, "cache_features", "classes")] + [("run", "seed"), ("encode", "pool")]
-    same += [("linear", "global_batch")]
-    same += [] if cached else [("data", key) for key in STREAM]
-    notes += found.restore(engine, sections, same, stream)
+    sampling = () if cached else SAMPLING
+    rules = Rules(
+        same=(
+            "task.weights",
+            "task.cache_features",
+            "task.classes",
+            "run.seed",
+            "encode.pool",
+            "linear.global_batch",
+            *sampling,
+        )
+    )
+    notes = found.restore(engine, sections, stream, rules)
     steps = range(found.step, schedule.total_steps)
     loader = CachedSteps(bank, steps, share.global_batch, run.seed) if bank else None
     task = ProbingTask(job=job, settings=config, notes=notes, classes=classes, head=head, val=held_out, tried=tried)

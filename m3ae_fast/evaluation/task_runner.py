@@ -171,9 +171,8 @@ def _perform(options: Options, out: Path, overrides: Sequence[str], session: Ses
         if result is None:
             return None
         result = job.described(result | {"seconds": round(time.perf_counter() - started, 1)}, partial=False)
-        metrics = ranks.on_main(lambda: class_metrics(job.out, job.classes, job.names)) or {}
-        result |= metrics
-        if "per_class" in metrics:
+        result |= ranks.broadcast(lambda: class_metrics(job.out, job.classes, job.names))
+        if "per_class" in result:
             job.pictures.insert(0, lambda: draw_class_metrics(job.out, job.classes, job.names))
         ranks.on_main(lambda: write_result(job.out, result))
         for draw in job.pictures:

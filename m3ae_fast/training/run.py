@@ -18,7 +18,7 @@ from m3ae_fast.base.bad_samples import BadSamples
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import dtype_of, missing_for_triton, peak_flops, pins_memory, settle_precision
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.checkpoint.resuming import Resume, layout_of, require_same
+from m3ae_fast.checkpoint.resuming import Resume, require_same
 from m3ae_fast.config import Config, remembered, require_libraries_of
 from m3ae_fast.data import (
     Data,
@@ -27,6 +27,7 @@ from m3ae_fast.data import (
     ShardStore,
     Share,
     eval_loader,
+    lay_out,
     manifest,
     open_data,
     train_loader,
@@ -98,7 +99,7 @@ def set_up(
     ranks, cfg = session.ranks, config.train
     _require_kernels(ranks.device)
     found = Resume(config.run.dir, resume, ranks, partial(_extended, config))
-    stream = _open_stream(config, session, found, with_changes)
+    stream = _open_stream(config, session, found)
     notes = stream.notes + found.notes(config, stream.fingerprint, resume, with_changes)
     model, fixed, started = _build_model(config, found, ranks)
     preparation = _preparation(config, model, stream.data)
@@ -155,7 +156,7 @@ class _Stream:
     notes: list[str]
 
 
-def _open_stream(config: Config, session: Session, found: Resume, with_changes: bool) -> _Stream:
+def _open_stream(config: Config, session: Session, found: Resume) -> _Stream:
     """Open the data and lay out their order. Every rank must call it. Raises UserError if data are missing, do not fit
     the model, or differ between ranks."""
     ranks, cfg, info = session.ranks, config.train, found.info
@@ -165,10 +166,10 @@ def _open_stream(config: Config, session: Session, found: Resume, with_changes: 
     data = ranks.main_first(lambda: _open(config, progress=ranks.is_main), session.pulse.waiting)
     changes = tuple(Change(*each) for each in info.changes) if limit and info else ()
     schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats, changes)
-    layout, notes = layout_of(info, config.data, data.train, cfg.global_batch, with_changes)
+    layout = lay_out(config.data, data.train.sizes, cfg.global_batch)
     mine = fingerprint(data, layout)
     require_same(ranks, mine, data.val)
-    return _Stream(data, layout, share, schedule, limit, mine, notes + cautions(config, data, schedule))
+    return _Stream(data, layout, share, schedule, limit, mine, cautions(config, data, schedule))
 
 
 def _loaders(

@@ -9,7 +9,6 @@ from PIL import Image
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.checkpoint import resuming
 from m3ae_fast.cli import draw
 from m3ae_fast.cli import embed as features
 from m3ae_fast.cli.evaluate import main as transfer
@@ -19,6 +18,7 @@ from m3ae_fast.config import Config, load_config, parse
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import Pretrained, check_start
+from tests.helpers.checkpoints import changes_of
 from tests.helpers.labelled import tiny_run
 from tests.helpers.pictures import pillow, png
 from tests.helpers.shards import write_tar
@@ -75,9 +75,9 @@ def test_another_range_is_another_run(tmp_path):
     """A resumed run and one that starts from weights see images as they were seen before."""
     before, now = config(data={"range": [0, 4095]}), config(data={"range": [0, 65535]})
     info = checkpoint.Info(1, 16, 0, before.model_dump(mode="json"), checkpoint.versions())
-    assert resuming.check_fits(tmp_path, info, before, {}) == []
+    assert changes_of(tmp_path, info, before, {}) == []
     with pytest.raises(UserError, match=r"model.image_range = \[0.0, 4095.0\], the config says \[0.0, 65535.0\]"):
-        resuming.check_fits(tmp_path, info, now, {}, with_changes=True)
+        changes_of(tmp_path, info, now, {}, with_changes=True)
     with pytest.raises(UserError, match=r"model.image_range = \(0.0, 4095.0\), the config says \(0.0, 65535.0\)"):
         check_start(now.model, Pretrained(before.model, {}), "there")
     check_start(now.model, Pretrained(config().model, {}), "there")  # a model of 8-bit images takes any

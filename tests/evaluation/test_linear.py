@@ -87,24 +87,6 @@ def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, run, tmp_path
     assert states[0].read_bytes() == states[1].read_bytes()
 
 
-def test_the_section_s_former_name_still_works_with_a_note(transfer, tmp_path, capsys):
-    options = ["--cache-features", "--labels", "json.name"]
-    transfer("linear", *options, *settings("probe.steps=1", "probe.warmup_epochs=0", "probe.global_batch=8"))
-    assert "note: --set probe: is called linear now" in capsys.readouterr().err
-    info_file = checkpoint.saved_steps(tmp_path / "out")[-1] / checkpoint.INFO_FILE
-    info = json.loads(info_file.read_text())
-    assert (info["config"]["linear"]["steps"], info["config"]["linear"]["global_batch"]) == (1, 8)
-
-    (tmp_path / "out/result.json").unlink()
-    info["config"]["probe"] = info["config"].pop("linear")  # as checkpoints had it
-    info_file.write_text(json.dumps(info))
-    with pytest.raises(UserError, match=r"was made with linear\.global_batch = 8, the config says 16"):
-        transfer("linear", *options, "--resume", "auto", *settings("linear.steps=2", "linear.global_batch=16"))
-    more = settings("linear.steps=2", "linear.warmup_epochs=0", "linear.global_batch=8")
-    assert transfer("linear", *options, "--resume", "auto", *more)["steps"] == 2
-    assert "note: --set" not in capsys.readouterr().err
-
-
 def test_held_out_samples_may_be_of_one_class(transfer, tmp_path):
     """They are normalised with the statistics of training, not with their own."""
     val = labelled_tar(tmp_path / "red.tar", range(101, 125, 3))

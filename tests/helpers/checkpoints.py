@@ -11,6 +11,8 @@ from torch import Tensor
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.checkpoint import resuming
+from m3ae_fast.config import Config
 from m3ae_fast.engine.fragments import Fragments, cut, whole
 from m3ae_fast.process.agreement import Agreement
 
@@ -18,6 +20,14 @@ from m3ae_fast.process.agreement import Agreement
 def save(run_dir: Path, tensors: dict[str, Tensor], info: checkpoint.Info, keep: int = 9) -> Path:
     """Save whole tensors as one rank does."""
     return checkpoint.save(run_dir, {name: whole(tensor) for name, tensor in tensors.items()}, info, keep)
+
+
+def changes_of(
+    path: Path, info: checkpoint.Info, config: Config, stream: dict[str, str], with_changes: bool = False
+) -> list[str]:
+    """Return what a pre-training run with this config and data would change when it resumes."""
+    sections = config.model_dump(mode="json")
+    return resuming.changes(path, info, sections, stream, resuming.PRETRAINING, with_changes)
 
 
 def agreements(world: int) -> list[Agreement]:

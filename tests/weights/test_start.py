@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.checkpoint import resuming
 from m3ae_fast.cli.convert import main as convert
 from m3ae_fast.config import Config, ModelConfig, parse
 from m3ae_fast.model import M3AE
 from m3ae_fast.model.pretrained import ENCODER, Pretrained, check_start, check_weights
 from m3ae_fast.training.initial_weights import start_from
 from m3ae_fast.weights.exporting import export
+from tests.helpers.checkpoints import changes_of
 from tests.helpers.mae import MAE
 from tests.helpers.trainer import TINY, zero
 
@@ -119,10 +119,10 @@ def test_checkpoint_from_before_a_setting_existed_had_its_default(run):
     config = parse(Config, info.config, "run")
     for name in ("gelu", "positions", "init_from"):
         del info.config["model"][name]
-    resuming.check_fits(path, info, config, info.stream)
+    changes_of(path, info, config, info.stream)
     changed = parse(Config, info.config | {"model": info.config["model"] | {"gelu": "exact"}}, "run")
     with pytest.raises(UserError, match=r"was made with model\.gelu = tanh, the config says exact"):
-        resuming.check_fits(path, info, changed, info.stream)
+        changes_of(path, info, changed, info.stream)
 
 
 def test_every_setting_of_a_model_is_seen_in_its_weights_or_compared():
