@@ -219,7 +219,7 @@ SETTINGS = {
     )
     | dict.fromkeys(("muon_momentum", "muon_lr_ratio", "schedule", "decay_fraction"), NOTED),
     "train": {"global_batch": REFUSED}
-    | dict.fromkeys(("epochs", "steps", "hours", "precision"), NOTED)
+    | dict.fromkeys(("epochs", "steps", "hours", "stop_at", "precision"), NOTED)
     | dict.fromkeys(
         (
             "micro_batch", "log_every", "eval_every", "save_every", "keep", "ema", "activation_checkpointing",

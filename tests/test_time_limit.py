@@ -109,6 +109,16 @@ def test_a_run_out_of_time_ends_with_a_learning_rate_that_falls(monkeypatch):
     assert 1800 < step <= 1800 + 0.02 * 1800 + 2 and plan.lr(step - 1) < 0.1 * plan.lr(1800)
 
 
+@pytest.mark.parametrize("step_time", BUSY.values(), ids=BUSY)
+def test_a_stable_learning_rate_falls_at_the_end_of_the_time(monkeypatch, step_time):
+    """The decay is as long as planned, unless step times change much, and the rate reaches its end."""
+    machine = Machine(monkeypatch)
+    plan, step = machine.train(schedule(900, schedule="wsd"), step_time)
+    rates = [plan.lr(each) for each in range(plan.warmup_steps, step + 1)]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.01 * rates[0] and rates[-2] < 0.2 * rates[0]
+    assert 0.08 * step < step - plan.decay_begin < 0.6 * step
+
+
 def test_the_time_of_earlier_attempts_counts(monkeypatch):
     machine = Machine(monkeypatch)
     first = TimeLimit(HOUR)

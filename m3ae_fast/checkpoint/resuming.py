@@ -53,7 +53,12 @@ class Rules:
 PRETRAINING = Rules(
     same=("model.*", "run.seed", "train.global_batch", "optim.name"),
     samples=(*DATA, *SAMPLING, "masking.*"),
-    noted=(WRITTEN, "loss.*", "optim.*", "train.epochs", "train.steps", "train.hours", "train.precision"),
+    noted=(
+        WRITTEN,
+        "loss.*",
+        "optim.*",
+        *(f"train.{key}" for key in ("epochs", "steps", "hours", "stop_at", "precision")),
+    ),
     free=("model.init_from",),
     advice="--resume-with-changes continues anyway",
 )

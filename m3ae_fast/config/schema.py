@@ -486,6 +486,9 @@ class TrainConfig(TransformerLoopConfig):
     hours: float | None = Field(None, gt=0, le=1e5)
     """Time for the run in hours, evaluations included. The number of steps, which begins as what `steps` or `epochs`
     say, is adjusted during training so that the run ends in this time, after 800 epochs at most; null: it stays."""
+    stop_at: Annotated[float, Field(gt=0, le=1)] | Literal["plateau"] | None = None
+    """Accuracy of `train.probe`, such as 0.6, that ends the run early, or `plateau`: when three evaluations in a row
+    have no new best. The learning rate then falls as it does at the end: needs `optim.schedule: wsd`. null: never."""
     eval_samples: Count = 1024
     """Number of held-out samples of an evaluation."""
     pictures: int = Field(6, ge=0, le=1000)
@@ -638,6 +641,13 @@ class Config(Section):
                 "model.dec_attention cross predicts masked tokens alone: set loss.image_all_tokens and "
                 "loss.text_all_tokens to false, or model.dec_attention to self"
             )
+        if self.train.stop_at is not None and self.optim.decay in (None, 1):
+            raise ValueError(
+                "train.stop_at ends a run with a decay of the learning rate: set optim.schedule to wsd, and "
+                "optim.decay_fraction below 1"
+            )
+        if self.train.stop_at is not None and (self.train.probe is None or self.train.probe.every is None):
+            raise ValueError("train.stop_at needs the accuracy of train.probe during training: set train.probe.every")
         if self.optim.name == "muon" and self.zero and (self.zero.stage == 3 or self.zero.offloads_optimizer):
             what = "stage 3" if self.zero.stage == 3 else "offload_optimizer"
             raise ValueError(

@@ -108,21 +108,25 @@ class Schedule:
         """Yield, from the start and from each change on: the step from which that holds, the first and the last step of
         the decay, and its progress before the first. A decay that has not begun is planned anew, for the end of all
         steps; one that has begun takes what is left of it over the steps that are left."""
-        fraction = self.optim.decay or 0.0
-
-        def begin(total: int) -> int:
-            return total - max(round(fraction * total), 1)
-
-        first, last, before = begin(self.configured_steps), self.configured_steps, 0.0
+        first, last, before = self._first_of_decay(self.configured_steps), self.configured_steps, 0.0
         yield 0, first, last, before
         for step, total in self.changes:
             if step > first:
                 before += (1 - before) * (step - first) / (last - first)
                 first = step
             else:
-                first = max(step, begin(total))
+                first = max(step, self._first_of_decay(total))
             last = total
             yield step, first, last, before
+
+    def _first_of_decay(self, total: int) -> int:
+        """Return the steps that a run of `total` steps takes before its decay."""
+        return total - max(round((self.optim.decay or 0.0) * total), 1)
+
+    def with_decay_from(self, step: int) -> int:
+        """Return the number of steps of a run whose decay begins after `step` steps."""
+        total = math.ceil(step / (1 - (self.optim.decay or 0.0)))
+        return total if self._first_of_decay(total) <= step else total - 1
 
     @property
     def decay_begin(self) -> int | None:

@@ -17,9 +17,10 @@ from m3ae_fast.evaluation.predictions import largest_share
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.stopping import Stopped
+from m3ae_fast.training.early_stopping import ACCURACY
 from m3ae_fast.training.trainer import Trainer
 
-_NAME, _LARGEST = "val_knn_top1", "val_knn_largest_class"
+_LARGEST = "val_knn_largest_class"
 
 
 class Probe(NamedTuple):
@@ -60,7 +61,7 @@ def knn_probe(config: Config, ranks: Ranks) -> Callable[[Trainer], None] | None:
 
 
 def _log(config: Config, probe: KnnProbeConfig, train: Corpus, val: Corpus, classes: Classes, trainer: Trainer) -> None:
-    if not trainer.to_evaluate(probe.every, _NAME):
+    if not trainer.to_evaluate(probe.every, ACCURACY):
         return
     trainer.stop_if_not_finite()
     model = trainer.engine.model
@@ -76,4 +77,5 @@ def _log(config: Config, probe: KnnProbeConfig, train: Corpus, val: Corpus, clas
         trainer.cut_short()
         return
     top1 = knn_predictions(bank, queries, len(classes), probe).accuracies()["top1"]
-    trainer.log.log(trainer.step, {_NAME: top1, _LARGEST: largest_share(queries.labels.tolist())})
+    trainer.log.log(trainer.step, {ACCURACY: top1, _LARGEST: largest_share(queries.labels.tolist())})
+    trainer.add_accuracy(top1)

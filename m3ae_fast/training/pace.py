@@ -89,7 +89,7 @@ def _trial(config: Config, session: Session, batch: int, seconds: float) -> Pace
         tempfile.TemporaryDirectory() as folder,
     ):
         nowhere = config.run.model_copy(update={"dir": Path(folder) / "run", "loggers": []})
-        changes = {"global_batch": batch, "steps": 1 << 30, "epochs": None, "hours": None}
+        changes = {"global_batch": batch, "steps": 1 << 30, "epochs": None, "hours": None, "stop_at": None}
         short = config.model_copy(update={"run": nowhere, "train": config.train.model_copy(update=changes)})
         trainer = set_up(short, "no", session, None)
         with closing(_times(trainer)) as times:

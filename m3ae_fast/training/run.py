@@ -42,6 +42,7 @@ from m3ae_fast.process.heartbeats import Pulse
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.diagnostics import fix_of_losses
+from m3ae_fast.training.early_stopping import EarlyStopping
 from m3ae_fast.training.initial_weights import constants, start_from
 from m3ae_fast.training.notices import cautions
 from m3ae_fast.training.pretraining_task import PretrainingTask
@@ -133,6 +134,7 @@ def set_up(
         after_save=task.draw,
         attention=found.info.attention if found.info else {},
         limit=stream.limit,
+        early_stopping=_early_stopping(config, found, ranks),
     )
 
 
@@ -140,7 +142,26 @@ def _extended(config: Config, info: checkpoint.Info) -> bool:
     """Return whether a run whose learning rate stays until a decay is to be longer than when it wrote a checkpoint."""
     was, now = info.config.get("train") or {}, config.train
     lengths = ((getattr(now, key), was.get(key)) for key in ("steps", "epochs", "hours"))
-    return config.optim.decay is not None and any(new and old and new > old for new, old in lengths)
+    longer = any(new and old and new > old for new, old in lengths)
+    return config.optim.decay is not None and (longer or _stops_later(config, info))
+
+
+def _stops_later(config: Config, info: checkpoint.Info) -> bool:
+    """Return whether train.stop_at ends a run later, or no more, than when it wrote a checkpoint."""
+    was, now = (info.config.get("train") or {}).get("stop_at"), config.train.stop_at
+    lowered = isinstance(was, float) and isinstance(now, float) and now < was
+    return was is not None and now != was and not lowered
+
+
+def _early_stopping(config: Config, found: Resume, ranks: Ranks) -> EarlyStopping | None:
+    """Return what decides on an early end, with the accuracies up to the checkpoint; None if nothing ends the run
+    early."""
+    if config.train.stop_at is None:
+        return None
+    stopping = EarlyStopping(config.train.stop_at)
+    if ranks.is_main:
+        stopping.replay(config.run.dir, found.step)
+    return stopping
 
 
 @dataclass(frozen=True)
@@ -164,7 +185,8 @@ def _open_stream(config: Config, session: Session, found: Resume) -> _Stream:
     share = split_batch(cfg, ranks.world, ranks.rank)
     _count_shards(config, ranks, session.pulse)
     data = ranks.main_first(lambda: _open(config, progress=ranks.is_main), session.pulse.waiting)
-    changes = tuple(Change(*each) for each in info.changes) if limit and info else ()
+    keeps = info is not None and (limit or (cfg.stop_at is not None and not _extended(config, info)))
+    changes = tuple(Change(*each) for each in info.changes) if info and keeps else ()
     schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats, changes)
     layout = lay_out(config.data, data.train.sizes, cfg.global_batch)
     mine = fingerprint(data, layout)

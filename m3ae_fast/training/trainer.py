@@ -27,6 +27,7 @@ from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.process.garbage_collection import GarbageCollection
 from m3ae_fast.process.session import Session
 from m3ae_fast.process.signals import BY_ANOTHER
+from m3ae_fast.training.early_stopping import EarlyStopping
 from m3ae_fast.training.loss_watch import LossWatch
 from m3ae_fast.training.metrics_log import RunLog, SilentLog
 from m3ae_fast.training.notices import MemoryGrowth
@@ -60,7 +61,7 @@ class Sums(NamedTuple):
     stopped: float  # ranks that are asked to stop
     failed: float  # ranks on which a step was not finite or a save has failed
     confirmed: float  # ranks on which the step after the last save was finite, and the save is done
-    total_steps: float  # the main rank's decision, if there is a time limit
+    total_steps: float  # the main rank's decision
     counts: Counts
 
 
@@ -90,6 +91,7 @@ class Trainer:
     after_save: Callable[[RunLog, int, Path], None] | None = None  # called with a saved step and its checkpoint
     attention: dict[str, str] = field(default_factory=dict)  # kernels that checkpoints store, by part of the network
     limit: TimeLimit | None = None  # the main rank's decides
+    early_stopping: EarlyStopping | None = None  # the main rank's decides
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.pulse, _ = self.session
@@ -158,8 +160,9 @@ class Trainer:
             sums = inputs.sums()
             if sums.confirmed == self.ranks.world:
                 self.saver.step_was_finite(self.watch.finite_through)
-            if sums.stopped or sums.failed or self._ended(int(sums.total_steps)):
+            if sums.stopped or sums.failed or self.step >= self.schedule.total_steps:
                 return
+            self._change(int(sums.total_steps))
             counts = sums.counts
             if counts.skipped and self.bad.names_more:
                 self._name_bad([item for batch in inputs.host for item in batch.skipped])
@@ -184,7 +187,7 @@ class Trainer:
         """Start the all-reduce of stop requests and counts that precedes a step."""
         failed = self.watch.failed() or self.saver.failed()
         confirmed = self.saver.awaits(self.watch.finite_through) and not self.saver.busy
-        total = self.limit.fitting(self.step, self.schedule) if self.limit and self.ranks.is_main else 0
+        total = self._decide() if self.ranks.is_main else 0
         own = self.task.count(batches)
         wait = self.ranks.start_sum((self.stop.asked, failed, confirmed, total, *own))
 
@@ -194,17 +197,29 @@ class Trainer:
 
         return sums
 
-    def _ended(self, total: int) -> bool:
-        """Apply the number of steps that the main rank has decided, and return whether they are taken: the loader of a
-        run with a time limit goes on after them."""
-        if self.limit is None or self.step >= self.schedule.total_steps:
-            return self.limit is not None
-        if total != self.schedule.total_steps:
-            self.schedule = self.schedule.changed(self.step, total)
-            self.record.change(self.step, total)
-            self.log.change(total)
-            self.log.log(self.step, {"total_steps": total})
-        return False
+    def _decide(self) -> int:
+        """Return the number of steps that the run should have: it fits into the time, if that is limited, and ends with
+        a decay when the accuracy is reached, if that ends the run."""
+        total = self.schedule.total_steps
+        if self.step >= total:  # the loader of a run with a time limit goes on
+            return total
+        total = self.limit.fitting(self.step, self.schedule) if self.limit else total
+        total = self.early_stopping.total_steps(self.step, self.schedule, total) if self.early_stopping else total
+        return max(total, self.step + 1)
+
+    def _change(self, total: int) -> None:
+        """Apply the number of steps that the main rank has decided. If the decay begins now, save: a run can be
+        extended from there. Every rank must call it."""
+        if total == self.schedule.total_steps:
+            return
+        saved = self.step == self.start or self._saves()
+        self.schedule = self.schedule.changed(self.step, total)
+        self.record.change(self.step, total)
+        self.log.change(total)
+        self.log.log(self.step, {"total_steps": total})
+        if self._saves() and not saved:
+            self.stop_if_not_finite()
+            self._save()
 
     def _name_bad(self, skipped: list[Skipped]) -> None:
         """Log the invalid samples of all ranks. Every rank must call it."""
@@ -252,6 +267,11 @@ class Trainer:
         """Return a context for an evaluation that is due every so many steps, which the time limit measures."""
         due = self.step == 0 or self.schedule.due(self.step, every)
         return self.limit.evaluation(name, every, due) if self.limit else nullcontext()
+
+    def add_accuracy(self, accuracy: float) -> None:
+        """Take the k-NN accuracy after this step, which may end the run early."""
+        if self.early_stopping and (why := self.early_stopping.add(self.step, accuracy)):
+            self.log.say(f"{why}: the learning rate falls from step {self.step} on, and the run ends")
 
     def cut_short(self) -> None:
         """Log that a stop interrupted an evaluation; the next start repeats it."""

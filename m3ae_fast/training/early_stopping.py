@@ -1,0 +1,59 @@
+"""Ends a run early, with a decay of the learning rate, when its k-NN accuracy is reached or no longer grows."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Literal
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.engine.schedule import Schedule
+from m3ae_fast.training.metrics_log import read_metrics
+
+ACCURACY = "val_knn_top1"  # of the log
+
+PLATEAU: Literal["plateau"] = "plateau"
+PATIENCE = 3  # evaluations in a row without a new best accuracy are a plateau
+
+
+class EarlyStopping:
+    """Decides, from the accuracies so far, when the decay begins. A resumed run that knows the same accuracies decides
+    the same."""
+
+    def __init__(self, stop_at: float | Literal["plateau"]) -> None:
+        """Take the accuracy that ends the run, from 0 to 1, or PLATEAU."""
+        self._stop_at = stop_at
+        self._best, self._since = -math.inf, 0  # the highest accuracy, and the evaluations after it
+        self.step: int | None = None  # after which the decay begins, as soon as that is known
+
+    def replay(self, run: Path, last: int) -> None:
+        """Take the accuracies that a run folder's log has, up to those after step `last`."""
+        with contextlib.suppress(UserError):  # it has none
+            for line in read_metrics(run):
+                if ACCURACY in line and line["step"] <= last:
+                    self.add(line["step"], line[ACCURACY])
+
+    def add(self, step: int, accuracy: float) -> str:
+        """Take the accuracy after a step; that of random weights, before the first step, does not count. Return why
+        the run ends early, if this step decides it; else ""."""
+        if self.step is not None or step == 0:
+            return ""
+        grows = accuracy > self._best
+        self._best, self._since = max(self._best, accuracy), 0 if grows else self._since + 1
+        why = ""
+        if self._stop_at == PLATEAU:
+            if self._since >= PATIENCE:
+                why = f"the k-NN accuracy has not exceeded {self._best:.4g} in {PATIENCE} evaluations"
+        elif accuracy >= self._stop_at:
+            why = f"the k-NN accuracy of {accuracy:.4g} reaches train.stop_at={self._stop_at:g}"
+        if why:
+            self.step = step
+        return why
+
+    def total_steps(self, step: int, schedule: Schedule, planned: int) -> int:
+        """Return the number of steps of a run that has taken `step`: `planned`, or fewer, if the decay begins now."""
+        begin = schedule.decay_begin
+        if self.step is None or begin is None:
+            return planned
+        return min(planned, schedule.total_steps if step > begin else schedule.with_decay_from(step))

@@ -1,0 +1,127 @@
+"""Runs that end when the k-NN accuracy is reached or no longer grows: the criterion, and the decay that follows."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli.status import status
+from m3ae_fast.config import Config, parse
+from m3ae_fast.training.early_stopping import ACCURACY, EarlyStopping
+from m3ae_fast.training.run import _extended
+from tests.helpers.labelled import labelled_tar
+from tests.helpers.trainer import TINY
+from tests.test_stable_schedule import schedule
+
+
+def fed(stop_at, accuracies):
+    """The criterion after these accuracies, one for every 10 steps."""
+    stopping = EarlyStopping(stop_at)
+    why = [stopping.add(10 * number, accuracy) for number, accuracy in enumerate(accuracies)]
+    return stopping.step, [text for text in why if text]
+
+
+def test_an_accuracy_that_is_reached_ends_the_run():
+    """That of random weights does not count, and only the first decides."""
+    step, why = fed(0.5, [0.9, 0.4, 0.5, 0.7])
+    assert step == 20 and why == ["the k-NN accuracy of 0.5 reaches train.stop_at=0.5"]
+    assert fed(0.5, [0.1, 0.2, 0.3]) == (None, [])
+
+
+def test_an_accuracy_that_no_longer_grows_ends_the_run():
+    step, why = fed("plateau", [0.9, 0.3, 0.5, 0.5, 0.4, 0.5, 0.6])
+    assert step == 50 and why == ["the k-NN accuracy has not exceeded 0.5 in 3 evaluations"]
+    assert fed("plateau", [0.3, 0.5, 0.4, 0.4, 0.6, 0.5, 0.5])[0] is None
+
+
+@pytest.mark.parametrize("decay", [0.01, 0.2, 0.5, 0.9])
+def test_the_decay_begins_where_the_run_is(decay):
+    plan = schedule(1000, decay)
+    stopping = EarlyStopping(0.5)
+    assert stopping.total_steps(10, plan, 1000) == 1000
+    for step in (1, 2, 3, 5, 7, 50, 99):
+        stopping = EarlyStopping(0.5)
+        stopping.add(step, 0.5)
+        shorter = plan.changed(step, stopping.total_steps(step, plan, 1000))
+        assert shorter.decay_begin == step < shorter.total_steps and shorter.lr(step) == 1
+        for later in range(step, shorter.total_steps):  # nothing changes it, a time limit that has time left neither
+            assert stopping.total_steps(later, shorter, 5000) == shorter.total_steps
+        assert stopping.total_steps(step, shorter, step + 1) == step + 1  # but one that has not
+
+
+def test_a_run_that_has_begun_to_decay_goes_on_as_it_is():
+    plan, stopping = schedule(100), EarlyStopping(0.5)
+    stopping.add(90, 0.9)
+    assert stopping.total_steps(90, plan, 100) == 100
+
+
+def test_it_needs_an_accuracy_and_a_decay():
+    probe = {"train": [{"shards": "a.tar"}], "val": [{"shards": "b.tar"}], "every": 5}
+
+    def config(optim, **train):
+        return parse(Config, TINY | {"optim": optim, "train": TINY["train"] | train}, "test")
+
+    assert config({"schedule": "wsd"}, stop_at="plateau", probe=probe).train.stop_at == "plateau"
+    for optim in ({}, {"schedule": "wsd", "decay_fraction": 1.0}):
+        with pytest.raises(UserError, match=r"train\.stop_at ends a run with a decay .*: set optim\.schedule to wsd"):
+            config(optim, stop_at=0.5, probe=probe)
+    for given in ({}, {"probe": probe | {"every": None}}):
+        with pytest.raises(UserError, match=r"set train\.probe\.every"):
+            config({"schedule": "wsd"}, stop_at=0.5, **given)
+    for wrong in (0.0, 60, "never"):
+        with pytest.raises(UserError, match=r"train\.stop_at"):
+            config({"schedule": "wsd"}, stop_at=wrong, probe=probe)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "longer"),
+    [(0.5, 0.6, True), (0.5, None, True), (0.5, "plateau", True), ("plateau", None, True), (0.5, 0.4, False),
+     (0.5, 0.5, False), (None, 0.5, False), ("plateau", "plateau", False)],
+)  # fmt: skip
+def test_a_run_that_is_to_stop_later_goes_back_to_its_decay(was, now, longer):
+    config = SimpleNamespace(optim=SimpleNamespace(decay=0.2), train=SimpleNamespace(stop_at=now, **LENGTHS))
+    info = SimpleNamespace(config={"train": {"stop_at": was, **LENGTHS}})
+    assert _extended(config, info) == longer
+
+
+LENGTHS = {"steps": 10, "epochs": None, "hours": None}
+
+
+@pytest.mark.slow
+def test_a_run_stops_with_a_decay_on_all_ranks_and_goes_on_bit_for_bit(trainer, tmp_path):
+    """The accuracy is reached at the first evaluation, after 4 of 30 steps."""
+    shards = str(labelled_tar(tmp_path / "labelled.tar", range(12)))
+    source = [{"shards": shards, "modality": "image"}]
+    probe = json.dumps({"train": source, "val": source, "every": 4})
+    options = [
+        "optim.schedule=wsd", "optim.decay_fraction=0.5", f"train.probe={probe}", "train.steps=30", "train.keep=9",
+        "train.save_every=3", "data.workers=0",
+    ]  # fmt: skip
+    options = [word for option in options for word in ("--set", option)]
+    stops = ["--set", "train.stop_at=0.01"]
+    out = trainer("one", *options, *stops)
+    assert "reaches train.stop_at=0.01: the learning rate falls from step 4 on, and the run ends" in out
+    folder = trainer.folder / "one"
+    assert status(folder) == ("finished", "finished at step 8 of 8")
+    assert trainer.lines("one", "total_steps") == [(4, 8)]
+    rates = [rate for _, rate in trainer.lines("one", "lr")]
+    assert rates[:5] == [rates[0]] * 5 and rates[5:] == sorted(rates[5:], reverse=True) and rates[5] < rates[4]
+    assert [step for step, _ in trainer.lines("one", ACCURACY)] == [0, 4, 8]
+    assert trainer.checkpoints("one") == [f"step-{step:08}" for step in (3, 4, 6, 8)]  # 4: before the decay
+    whole = trainer.losses("one")
+    for last in (3, 4, 6):
+        for path in checkpoint.saved_steps(folder):
+            if checkpoint.step_of(path) > last:
+                shutil.rmtree(path)
+        trainer("one", *options, *stops, "--resume", "auto")
+        assert trainer.losses("one") == whole and len(whole) == 8
+    trainer("two", *options, *stops, ranks=2)
+    assert trainer.lines("two", "total_steps") == [(4, 8)]
+    np.testing.assert_allclose(np.array(trainer.losses("two")), np.array(whole), rtol=2e-5)
+    later = ["--set", "train.steps=12", "--set", "train.stop_at=null"]
+    trainer("one", *options, *later, "--resume", "auto")  # goes back to step 4
+    assert trainer.losses("one")[:4] == whole[:4] and len(trainer.losses("one")) == 12
