@@ -155,7 +155,7 @@ def test_an_output_that_cannot_take_its_place_leaves_the_old_one_there(tmp_path,
 
 def test_an_output_that_cannot_be_put_back_is_kept_and_named(tmp_path, monkeypatch, exported):
     _refusing(monkeypatch, 2, 3)
-    with pytest.raises(UserError, match="can neither be replaced nor put back") as caught:
+    with pytest.raises(UserError, match="can neither be replaced nor restored") as caught:
         _model(tmp_path)
     (kept,) = tmp_path.iterdir()
     assert str(kept) in str(caught.value) and (kept / CARD_FILE).read_text() == "old"
@@ -172,7 +172,7 @@ def test_another_output_that_came_between_costs_no_copy(tmp_path, monkeypatch, e
             (exported / "theirs").touch()
 
     monkeypatch.setattr(os, "rename", late)
-    with pytest.raises(UserError, match="can neither be replaced nor put back"):
+    with pytest.raises(UserError, match="can neither be replaced nor restored"):
         _model(tmp_path)
     kept = [path for path in tmp_path.iterdir() if path != exported]
     assert [(path / CARD_FILE).read_text() for path in kept] == ["old"] and (exported / "theirs").exists()

@@ -39,6 +39,54 @@ def whole_file(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder next to `target`, and let it replace `target` when the block ends. Raises OSError
+    if the disk refuses, and UserError if it then also refuses to restore the former `target`; after any exception
+    `target` is as it was."""
+    mine = uuid.uuid4().hex[:8]
+    partial, old = (target.with_name(f".{word}-{target.name}-{mine}") for word in ("writing", "removing"))
+    try:
+        remove_abandoned(target.parent, f".writing-{glob.escape(target.name)}-*")
+        partial.mkdir(parents=True)
+        with _held(partial):
+            yield partial
+            _replace(target, partial, old)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        lock(handle)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replace(target: Path, partial: Path, old: Path) -> None:
+    """Replace `target` by `partial`: rename `target` to `old`, move `partial` into place, then delete `old`."""
+    if not target.exists():
+        return put_in_place(partial, target)
+    os.rename(target, old)
+    try:
+        put_in_place(partial, target)
+    except BaseException:
+        _restore(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore(old: Path, target: Path) -> None:
+    try:
+        os.rename(old, target)
+    except OSError as error:
+        reason = f"{error.strerror or error}; what it held is now {old}"
+        raise UserError(f"{target}: can neither be replaced nor restored ({reason})") from None
+
+
 def lock(handle: int) -> None:
     """Hold an unfinished file or folder until its handle is closed, as `is_abandoned` asks; where the file system knows
     no such locks nothing is held, and nothing counts as abandoned."""

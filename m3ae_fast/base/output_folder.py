@@ -1,11 +1,7 @@
-"""Folders of weights that are whole or not there."""
+"""Output folders of weights, written atomically."""
 
 from __future__ import annotations
 
-import glob
-import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from m3ae_fast.base.atomic_file import lock, put_in_place, remove_abandoned
+from m3ae_fast.base.atomic_file import whole_folder
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import open_regular
 
@@ -29,57 +25,19 @@ _MARK = {"format": "pt", "written_by": "m3ae_fast"}
 
 @contextmanager
 def output_folder(out: str | Path) -> Iterator[Path]:
-    """Make an empty folder to fill with FILES, which takes the place of `out` when the block ends. Raises UserError
+    """Yield an empty folder to fill with FILES, which replaces `out` when the block ends. Raises UserError
     if `out` is a file, or a folder that holds anything but an earlier output of this package; or the disk refuses.
     `out` is as it was, then and after any other exception."""
     target = Path(out).resolve()
     _check_free(out, target)
-    mine = uuid.uuid4().hex[:8]
-    partial, old = (target.with_name(f".{word}-{target.name}-{mine}") for word in ("writing", "removing"))
     try:
-        remove_abandoned(target.parent, f".writing-{glob.escape(target.name)}-*")
-        partial.mkdir(parents=True)
-        with _held(partial):
+        with whole_folder(target) as partial:
             yield partial
             for path in partial.iterdir():
                 path.chmod(0o666 & partial.stat().st_mode)  # safetensors makes it readable only to its owner
-            _take_place(partial, target, old)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{out}: cannot be written ({reason})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        lock(handle)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _take_place(partial: Path, target: Path, old: Path) -> None:
-    """Replace `target` by `partial`: rename `target` to `old`, move `partial` into place, then delete `old`."""
-    if not target.exists():
-        return put_in_place(partial, target)
-    os.rename(target, old)
-    try:
-        put_in_place(partial, target)
-    except BaseException:
-        _put_back(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _put_back(old: Path, target: Path) -> None:
-    try:
-        os.rename(old, target)
-    except OSError as error:
-        reason = f"{error.strerror or error}; what it held is now {old}"
-        raise UserError(f"{target}: can neither be replaced nor put back ({reason})") from None
 
 
 def _check_free(out: str | Path, target: Path) -> None:
