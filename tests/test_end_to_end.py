@@ -13,7 +13,7 @@ from m3ae_fast.__main__ import MODULES
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli import draw
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.weights.exporting import export
+from m3ae_fast.weights.exporting import write_export
 from tests.helpers.labelled import tiny_run
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def test_train_export_load(trainer):
     with Image.open(run / "reconstructions.png") as picture:
         assert picture.width > 3 * 160 and np.asarray(picture).std() > 10
 
-    assert export(run, trainer.folder / "out").kind.endswith("step-00000040")
+    assert write_export(run, trainer.folder / "out").kind.endswith("step-00000040")
     model = M3AE.from_pretrained(trainer.folder / "out")
     assert len({path.stat().st_mode for path in (trainer.folder / "out").iterdir()}) == 1
     features = model.representation(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([[1, 2, 3]] * 2))
@@ -54,7 +54,7 @@ def test_export_of_every_stage_is_the_same_model(trainer):
     for stage in (0, 3):
         section = json.dumps({"zero_optimization": {"stage": stage}})
         trainer(f"stage-{stage}", "--set", f"deepspeed={section}")
-        export(trainer.folder / f"stage-{stage}", trainer.folder / f"out-{stage}")
+        write_export(trainer.folder / f"stage-{stage}", trainer.folder / f"out-{stage}")
     one, other = (M3AE.from_pretrained(trainer.folder / f"out-{stage}").state_dict() for stage in (0, 3))
     for name in one.keys() - {n for n in one if n.endswith("qkv.bias")}:  # keys' bias: rounding that Adam blows up
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
@@ -71,7 +71,7 @@ def test_pictures_that_cannot_be_written(tmp_path, monkeypatch, capsys, out):
 
 def test_export_mistakes(tmp_path):
     with pytest.raises(UserError, match="neither a checkpoint nor a run"):
-        export(tmp_path, tmp_path / "out")
+        write_export(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="not an exported M3AE"):
         M3AE.from_pretrained(tmp_path)

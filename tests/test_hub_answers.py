@@ -8,7 +8,7 @@ import threading
 import huggingface_hub
 import pytest
 
-from m3ae_fast.base import hub_access as hub
+from m3ae_fast.base import hub
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hub import find_folder
 from m3ae_fast.batch.tokenizer import load_tokenizer

@@ -20,7 +20,7 @@ from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.checkpoint.state_files import TABLE_FILE, part_files
 from m3ae_fast.engine.fragments import Fragment, cut, whole
 from m3ae_fast.process import agreement
-from m3ae_fast.weights.exporting import export
+from m3ae_fast.weights.exporting import write_export
 from tests.helpers.checkpoints import agreements, save, save_cut, save_parts
 from tests.helpers.labelled import tiny_run
 from tests.helpers.ranks import fork_ranks, run_ranks
@@ -123,7 +123,7 @@ def test_a_run_on_several_ranks_exports_what_one_on_one_rank_does(tmp_path):
     for ranks in (1, 3):
         torch.manual_seed(0)
         run = tiny_run(tmp_path / str(ranks), ranks=ranks)
-        export(run, tmp_path / f"out-{ranks}")
+        write_export(run, tmp_path / f"out-{ranks}")
     one, three = (load_file(tmp_path / f"out-{ranks}/model.safetensors") for ranks in (1, 3))
     assert one.keys() == three.keys() and all(torch.equal(three[name], tensor) for name, tensor in one.items())
 

@@ -190,7 +190,7 @@ STAGES = {
     "shards": (writer, "_write"), "tokenizer": (look, "train_tokenizer"), "statistics": (look, "collect"),
     "measuring": (plan, "measure"), "training": (Trainer, "log_step"), "end of training": (PretrainingTask, "conclude"),
     "k-NN": (knn, "run"), "linear probe": (linear.ProbingTask, "count"),
-    "report": (program, "write_report"), "export": (program, "export"),
+    "report": (program, "write_report"), "export": (program, "write_export"),
 }
 HEEDED = ("training", "end of training", "linear probe")  # by what is going on
 

@@ -90,7 +90,7 @@ def _flax_bytes(arrays):
 def test_conversion_of_the_official_file_format(tmp_path):
     arrays = {key: array for key, array in Golden.load(GOLDEN).arrays.items() if key.startswith("params/")}
     (tmp_path / "tokenizer.msgpack").write_bytes(_flax_bytes(arrays))
-    assert convert([str(tmp_path / "tokenizer.msgpack"), str(tmp_path / "out")]) == 0
+    assert convert([str(tmp_path / "tokenizer.msgpack"), "--out", str(tmp_path / "out")]) == 0
     loaded, direct = VQGAN.from_pretrained(tmp_path / "out"), from_flax(arrays, "golden")
     assert loaded.config == direct.config == VQGANConfig(32, 1, (1, 1, 1, 2, 1), 24, 64)
     assert all(

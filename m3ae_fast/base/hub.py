@@ -1,9 +1,12 @@
-"""The Hugging Face hub: folders of weights by the name owner/name."""
+"""The Hugging Face hub: whether it answers, and folders of weights by the name owner/name."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Literal
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -14,8 +17,31 @@ from huggingface_hub.errors import (
 )
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.hub_access import hub_answers
 from m3ae_fast.base.output_folder import FILES
+
+PATIENCE = 12.0  # seconds for an answer: the library tries for over a minute
+
+
+def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
+    """Return whether the hub responds to a request for a name, even if only to report that it does not exist."""
+    answers: SimpleQueue[bool] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=PATIENCE)
+        except (HfHubHTTPError, HFValidationError):
+            answers.put(True)
+        except Exception:  # of the library's HTTP client
+            answers.put(False)
+        else:
+            answers.put(True)
+
+    # the timeout is for each address that the hub's name has, and not for looking the name up
+    Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=PATIENCE)
+    except Empty:
+        return False
 
 
 def find_folder(source: str | Path) -> Path:

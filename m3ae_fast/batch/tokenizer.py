@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.hub_access import hub_answers
+from m3ae_fast.base.hub import hub_answers
 from m3ae_fast.base.untrusted_file import read_json
 
 MAX_GROWTH = 4096  # characters that rules make of one; the usual ones make 2

@@ -14,9 +14,7 @@ from __future__ import annotations
 import sys
 
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.cli.command_line import add_labels, output, program
-from m3ae_fast.weights.exporting import export
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,32 +36,24 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(option, nargs="+", default=[], metavar="SHARDS", help=f"with --format onnx: images {what}")
     add_labels(parser)
     args = parser.parse_args(argv)
-    if args.push and args.format == "onnx":
-        parser.error("--push takes a folder, which --format onnx does not make")
-    if args.private and not args.push:
-        parser.error("--private is for --push, which makes a model on the hub")
-    if (args.train or args.val) and not (args.train and args.val and args.format == "onnx"):
-        parser.error("--train and --val go together, with --format onnx")
-    if args.format == "onnx":
-        from m3ae_fast.weights.onnx_model import NEEDS
+    from m3ae_fast.evaluation.checked_export import export
 
-        require_libraries(NEEDS)
-    images = None
-    if args.train:
-        from m3ae_fast.evaluation.onnx_check import open_labelled
-
-        images = open_labelled(args.train, args.val, args.labels)
-    found = export(args.model, args.out, args.format, args.push, args.weights)
-    print("\n  ".join([f"exported {found.kind} to {args.out}", *found.notes]))
-    if images:
-        from m3ae_fast.evaluation.onnx_check import knn_lines
-        from m3ae_fast.weights.onnx_model import file_names
-
-        print("\n  ".join(knn_lines(file_names(args.out), found.config, found.state, images)))
-    if args.push:
-        from m3ae_fast.base.hub import push_folder
-
-        print(f"pushed to {push_folder(args.out, args.push, args.private)}")
+    done = export(
+        args.model,
+        args.out,
+        format=args.format,
+        weights=args.weights,
+        push=args.push,
+        private=args.private,
+        train=args.train,
+        val=args.val,
+        labels=args.labels,
+    )
+    print("\n  ".join([f"exported {done.weights.kind} to {args.out}", *done.weights.notes]))
+    if done.check:
+        print("\n  ".join(done.check.lines()))
+    if done.address:
+        print(f"pushed to {done.address}")
     return 0
 
 

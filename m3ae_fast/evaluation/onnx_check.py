@@ -48,9 +48,41 @@ def open_labelled(train: list[str], val: list[str], labels: str) -> Labelled:
     return Labelled(config, bank, label_corpus(queries, labels, classes)[0], len(classes))
 
 
-def knn_lines(files: Sequence[Path], config: ModelConfig, state: dict[str, Tensor], images: Labelled) -> list[str]:
-    """Return a line for torch's encoder, in float32, and for each file: k-NN accuracy with its standard error, its
-    distance to torch's, and images/s on this machine. Raises UserError where too few images can be read."""
+class Measured(NamedTuple):
+    """An encoder on labelled images."""
+
+    name: str  # "torch", or of a file
+    accuracy: float  # by k-NN, from 0 to 1
+    error: float  # its standard error
+    images_per_second: float
+
+
+class OnnxCheck(NamedTuple):
+    """Torch's encoder, in float32, and the same as ONNX files on the same images."""
+
+    torch: Measured
+    files: list[Measured]
+    train: int  # images to find neighbours in
+    val: int  # images that were classified
+    classes: int
+    k: int
+    batch: int  # images
+
+    def lines(self) -> list[str]:
+        """Return lines for the user."""
+        counts = f"k-NN on {self.val:,} of {self.classes} classes, neighbours among {self.train:,}"
+        lines = [f"{counts} (k {self.k}, batches of {self.batch}):"]
+        for each in (self.torch, *self.files):
+            text = f"{each.name}: k-NN {each.accuracy:.1%} ± {each.error:.1%}"
+            if each is not self.torch:
+                text += f", {100 * (each.accuracy - self.torch.accuracy):+.1f} points from torch"
+            lines.append(f"{text}, {each.images_per_second:.3g} images/s on this machine")
+        return lines
+
+
+def check_onnx(files: Sequence[Path], config: ModelConfig, state: dict[str, Tensor], images: Labelled) -> OnnxCheck:
+    """Measure the k-NN accuracy and the images/s on this machine of torch's encoder and of ONNX files. Raises UserError
+    if too few images can be read."""
     encoder = ImageEncoder(config, {name: tensor.float() for name, tensor in state.items()}).eval()
     encoders: dict[str, Encode] = {"torch": lambda pixels: encoder(torch.from_numpy(pixels))}
     for path in files:
@@ -59,15 +91,13 @@ def knn_lines(files: Sequence[Path], config: ModelConfig, state: dict[str, Tenso
         _encode(part, images.config, config, encoders) for part in (images.train, images.val)
     )
     train_samples, val_samples = (len(part["torch"].keys) for part in (bank, queries))
-    knn, lines, exact = images.config.knn, [], 0.0
+    knn, measured = images.config.knn, []
     for name in encoders:
         found = knn_predictions(bank[name], queries[name], images.classes, knn).accuracies()
-        exact = found["top1"] if name == "torch" else exact
-        text = f"{name}: k-NN {found['top1']:.1%} ± {found['top1_se']:.1%}"
-        text += "" if name == "torch" else f", {100 * (found['top1'] - exact):+.1f} points from torch"
-        lines.append(f"{text}, {val_samples / seconds[name]:.3g} images/s on this machine")
-    counts = f"k-NN on {val_samples:,} of {images.classes} classes, neighbours among {train_samples:,}"
-    return [f"{counts} (k {knn.k}, batches of {images.config.encode.batch}):", *lines]
+        measured.append(Measured(name, found["top1"], found["top1_se"], val_samples / seconds[name]))
+    return OnnxCheck(
+        measured[0], measured[1:], train_samples, val_samples, images.classes, knn.k, images.config.encode.batch
+    )
 
 
 def _runs(path: Path) -> Encode:

@@ -24,7 +24,7 @@ from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.training.run import pre_train
 from m3ae_fast.training.run_folder import is_held
 from m3ae_fast.training.run_state import status
-from m3ae_fast.weights.exporting import export
+from m3ae_fast.weights.exporting import write_export
 
 CONFIG, EXPORT = "config.json", "export"  # of a run folder
 
@@ -97,7 +97,7 @@ def pretrain(
         print("\n".join([*table(results), *verdicts(out, results)]))
         draw_map(config)
     write_report(out, out / REPORT_FILE)
-    export(out, out / EXPORT)
+    write_export(out, out / EXPORT)
     print(f"{outcome.report}: curves and pictures; {outcome.export}: M3AE.from_pretrained loads it")
     return outcome._replace(finished=True, results=results)
 

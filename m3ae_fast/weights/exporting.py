@@ -19,8 +19,12 @@ if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
 _SHOWN = ("masking", "loss", "optim", "train")
 
 
-def export(
-    run: str | Path, out: str | Path, format: str = "m3ae", name: str | None = None, weights: str = "average"
+def write_export(
+    run: str | Path,
+    out: str | Path,
+    format: str = "m3ae",
+    name: str | None = None,
+    weights: str = "average",
 ) -> Pretrained:
     """Write float32 weights of a run (its last checkpoint) or of one checkpoint to the folder `out`.
 

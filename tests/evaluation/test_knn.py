@@ -14,7 +14,7 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.knn import knn_scores
 from m3ae_fast.evaluation.predictions import best_classes, topk_accuracy
 from m3ae_fast.images.decoding import decode_image
-from m3ae_fast.weights.exporting import export
+from m3ae_fast.weights.exporting import write_export
 from tests.evaluation.conftest import pictures
 from tests.helpers.labelled import NAMES, coloured, labelled_tar, tiny_run
 
@@ -63,7 +63,7 @@ def test_colours_are_told_apart(transfer, run, tmp_path):
     assert pictures(tmp_path / "out") == ["confusion", "neighbours"]
     untrained = transfer("knn", "--modality", "paired", model=f"random:{run}", out="random")
     assert 0 <= untrained["top1"] <= 1
-    export(run, tmp_path / "exported")
+    write_export(run, tmp_path / "exported")
     assert transfer("knn", model=tmp_path / "exported", out="export")["top1"] == 1.0
 
 

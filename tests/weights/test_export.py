@@ -12,6 +12,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 from transformers import AutoImageProcessor
 
+import m3ae_fast
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.inputs import prepare_image
 from m3ae_fast.cli.export import main
@@ -152,6 +153,8 @@ def hub(tmp_path, monkeypatch) -> Hub:
 def test_run_goes_to_the_hub_and_comes_back(run, tmp_path, hub, capsys):
     assert main([str(run), "--out", "out", "--push", "me/tiny", "--private"]) == 0
     assert "pushed to https://hub/me/tiny" in capsys.readouterr().out and hub.private
+    done = m3ae_fast.export("out", "other", push="me/other", weights="last")
+    assert (done.address, done.check) == ("https://hub/me/other", None) and not hub.private
     assert "# me/tiny" in (tmp_path / "hub/me/tiny/README.md").read_text()
     model = M3AE.from_pretrained("me/tiny")
     assert model.push_to_hub("me/hidden", private=True) == "https://hub/me/hidden" and hub.private

@@ -70,12 +70,14 @@ def test_its_accuracy_on_labelled_shards_is_told_beside_torch(tmp_path, capsys):
     assert f"torch: {accuracy}, " in told and f"a.onnx: {accuracy}, +0.0 points from torch, " in told
     small = re.search(r"a.int8.onnx: k-NN ([\d.]+)% ± [\d.]+%, ([+-][\d.]+) points from torch, .* images/s", told)
     assert float(small[1]) == pytest.approx(100 * exact["top1"] + float(small[2]), abs=0.11)
-    assert exit_cleanly(lambda: export([command[0], str(tmp_path / "b.onnx"), *command[2:], "--val", "no.tar"])) == 2
+    assert (
+        exit_cleanly(lambda: export([command[0], "--out", str(tmp_path / "b.onnx"), *command[3:], "--val", "no.tar"]))
+        == 2
+    )
     assert "no.tar" in capsys.readouterr().err and not (tmp_path / "b.onnx").exists()
     for wrong in (command, [*command, "--val", shards[1], "--format", "timm"]):
-        with pytest.raises(SystemExit):
+        with pytest.raises(UserError, match="--train and --val go together, with --format onnx"):
             export(wrong)
-        assert "--train and --val go together, with --format onnx" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a.onnx.bak", "a", "a.onnxx"])
@@ -101,7 +103,7 @@ def test_what_a_file_loses_and_how_fast_it_is_are_told(tmp_path, monkeypatch):
         onnx_check, "_runs", lambda path: lambda pixels: torch.from_numpy(draw((len(pixels), 8))).float()
     )
     monkeypatch.setattr(onnx_check, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
-    _, exact, lost = onnx_check.knn_lines([Path("a.onnx")], model.config, model.state_dict(), images)
+    _, exact, lost = onnx_check.check_onnx([Path("a.onnx")], model.config, model.state_dict(), images).lines()
     right = [float(re.search(r"k-NN ([\d.]+)%", line)[1]) for line in (exact, lost)]
     assert right[1] < right[0] and f", {right[1] - right[0]:.1f} points from torch" in lost
     assert all(line.endswith(", 12 images/s on this machine") for line in (exact, lost))

@@ -14,7 +14,7 @@ from m3ae_fast.config import Config, ModelConfig, parse
 from m3ae_fast.model import M3AE
 from m3ae_fast.model.pretrained import ENCODER, Pretrained, check_start, check_weights
 from m3ae_fast.training.initial_weights import start_from
-from m3ae_fast.weights.exporting import export
+from m3ae_fast.weights.exporting import write_export
 from tests.helpers.checkpoints import changes_of
 from tests.helpers.mae import MAE
 from tests.helpers.trainer import TINY, zero
@@ -27,7 +27,7 @@ def lines(trainer, run: str) -> list[dict]:
 @pytest.mark.slow
 def test_run_starts_where_another_ended(trainer, run):
     """On two ranks with ZeRO-3: the held-out losses before the first step are those after the other's last."""
-    export(run, trainer.folder / "start")
+    write_export(run, trainer.folder / "start")
     out = trainer(
         "run", "--set", f"model.init_from={trainer.folder / 'start'}", "--set", "train.steps=1", *zero(3), ranks=2
     )
@@ -35,7 +35,7 @@ def test_run_starts_where_another_ended(trainer, run):
     ended = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     for name in ("val_image_loss", "val_text_loss"):
         assert lines(trainer, "run")[0][name] == pytest.approx(ended[name], rel=1e-5)
-    export(trainer.folder / "run", trainer.folder / "out")
+    write_export(trainer.folder / "run", trainer.folder / "out")
     assert "init_from" not in json.loads((trainer.folder / "out/config.json").read_text())
 
 
@@ -61,7 +61,7 @@ def test_converted_mae_trains_on_with_its_positions(trainer):
     out = trainer("run", *options, "--set", "train.steps=4", "--resume", "auto")
     assert "weights from" not in out
     assert [line["step"] for line in lines(trainer, "run") if "loss" in line] == [1, 2, 3, 4]
-    export(trainer.folder / "run", trainer.folder / "out")
+    write_export(trainer.folder / "run", trainer.folder / "out")
     model = M3AE.from_pretrained(trainer.folder / "out")
     assert (model.encoder_input.positions.image == mae["pos_embed"][0, 1:]).all()
     assert not torch.equal(model.encoder.norm.bias, mae["norm.bias"])
@@ -96,7 +96,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("change", MISTAKES, ids=lambda change: change.__name__)
 def test_weights_that_do_not_fit_are_named(tmp_path, run, change):
-    export(run, tmp_path / "start")
+    write_export(run, tmp_path / "start")
     change(tmp_path / "start")
     alone = SimpleNamespace(on_main=lambda work: work(), from_main=lambda value: value)
     model = M3AE(ModelConfig(**TINY["model"]))

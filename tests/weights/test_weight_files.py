@@ -17,7 +17,7 @@ from m3ae_fast.model import M3AE
 from m3ae_fast.model.card import model_card
 from m3ae_fast.model.pretrained import Pretrained, check_weights, weights_digest, write_pretrained
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
-from m3ae_fast.weights.exporting import export
+from m3ae_fast.weights.exporting import write_export
 from m3ae_fast.weights.timm_model import write_timm
 from tests.helpers.mae import MAE
 
@@ -159,7 +159,7 @@ def test_an_export_changes_its_format_only_where_its_weights_fit(tmp_path):
     ):
         save_file(state | change, path)
         with pytest.raises(UserError, match=message):
-            export(tmp_path / "model", tmp_path / "timm", format="timm")
+            write_export(tmp_path / "model", tmp_path / "timm", format="timm")
         assert not (tmp_path / "timm").exists()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.hub_access import hub_answers
+from m3ae_fast.base.hub import hub_answers
 from m3ae_fast.base.libraries import library
 from m3ae_fast.base.progress import track
 from m3ae_fast.images.bands import write_npy

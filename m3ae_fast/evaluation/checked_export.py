@@ -1,0 +1,75 @@
+"""Exports a model, on request with the accuracy of its ONNX files on labelled images, or to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hub import push_folder
+from m3ae_fast.base.libraries import require_libraries
+from m3ae_fast.evaluation.onnx_check import OnnxCheck, check_onnx, open_labelled
+from m3ae_fast.model.pretrained import Pretrained
+from m3ae_fast.weights.exporting import write_export
+from m3ae_fast.weights.onnx_model import NEEDS, file_names
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote."""
+
+    weights: Pretrained
+    check: OnnxCheck | None = None  # of ONNX files, if labelled images were given
+    address: str | None = None  # on the hub, if the folder was pushed
+
+
+def export(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: Literal["m3ae", "timm", "onnx"] = "m3ae",
+    weights: Literal["average", "last"] = "average",
+    push: str | None = None,
+    private: bool = False,
+    train: str | Sequence[str] = (),
+    val: str | Sequence[str] = (),
+    labels: str = "cls",
+) -> Exported:
+    """Write the float32 weights of a model and return what was written.
+
+    Args:
+        model: a run folder (its last checkpoint), a checkpoint, or an export, to change its format or to push it.
+        out: a new folder, or an earlier export, which is replaced; of "onnx" a file.
+        format: "m3ae", which `load_model` loads; "timm" for the image encoder as timm's VisionTransformer; or "onnx"
+            for that as two files, in float32 and in int8.
+        weights: of a run with `train.ema`, the "average" or the "last".
+        push: the name, OWNER/NAME, under which the folder is uploaded to the Hugging Face hub too.
+        private: make a model on the hub that is private.
+        train, val: of "onnx", labelled shards: measure the k-NN accuracy of both files on `val`, with neighbours from
+            `train`, and that of torch.
+        labels: where labels are read: "cls", or "json." and the name of a field.
+
+    Raises:
+        UserError: there is no such model, it is damaged, arguments do not go together, a library is missing, or the
+            result cannot be written or pushed.
+    """
+    bank, queries = ([given] if isinstance(given, str) else list(given) for given in (train, val))
+    if push and format == "onnx":
+        raise UserError("--push takes a folder, which --format onnx does not make")
+    if private and not push:
+        raise UserError("--private is for --push, which makes a model on the hub")
+    if (bank or queries) and not (bank and queries and format == "onnx"):
+        raise UserError("--train and --val go together, with --format onnx")
+    if format == "onnx":
+        require_libraries(NEEDS)
+    images = open_labelled(bank, queries, labels) if bank else None
+    path = Path(out)
+    found = write_export(Path(model), path, format, push, weights)
+    return Exported(
+        found,
+        check_onnx(file_names(path), found.config, found.state, images) if images else None,
+        push_folder(path, push, private) if push else None,
+    )
