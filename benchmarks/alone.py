@@ -30,7 +30,8 @@ class Alone:
         model: fields of ModelConfig.
         samples: the batch.
         env: environment variables to add.
-        options: `masking` (fields of MaskingConfig), `words` and `batches`, as `implementations.build` takes them.
+        options: `masking` (fields of MaskingConfig), `optim` (of PretrainingOptimConfig), `words` and `batches`, as
+            `implementations.build` takes them.
     """
 
     startup: float  # seconds from the process's start to the end of its first step: imports, model, compilation
@@ -126,11 +127,12 @@ def _serve(spec: dict, ranks, answers) -> None:
 
     from benchmarks.implementations import build
     from m3ae_fast.base.hardware import peak_memory
-    from m3ae_fast.config import MaskingConfig, ModelConfig
+    from m3ae_fast.config import MaskingConfig, ModelConfig, PretrainingOptimConfig
     from m3ae_fast.model.m3ae import M3AE
 
     model, options = ModelConfig(**spec["model"]), spec["options"]
     options["masking"] = MaskingConfig(**options.get("masking", {}))
+    options["optim"] = PretrainingOptimConfig(**options.get("optim", {}))
     step = build(spec["name"], model, spec["samples"], ranks, **options)
     first = step().item()
     startup = _age()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.reference import ReferenceTrainer
 from benchmarks.workload import PRECISION, WORDS, make_batch, make_config
-from m3ae_fast.config import MaskingConfig, ModelConfig
+from m3ae_fast.config import MaskingConfig, ModelConfig, PretrainingOptimConfig
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
@@ -28,6 +28,7 @@ def build(
     ranks: Ranks,
     *,
     masking: MaskingConfig | None = None,
+    optim: PretrainingOptimConfig | None = None,
     words: tuple[int, int] = WORDS,
     batches: int = 1,
 ) -> Callable[[], Tensor]:
@@ -36,7 +37,7 @@ def build(
     All implementations start from the same parameters and see the same `batches`, again and again. The expert and the
     engine compute in bf16 where the machine is faster in it.
     """
-    config = make_config(model, samples, masking=masking, precision=PRECISION)
+    config = make_config(model, samples, masking=masking, optim=optim, precision=PRECISION)
     torch.manual_seed(0)
     m3ae = M3AE(config.model, config.loss)
     made = (make_batch(config, samples, seed=seed, words=words) for seed in range(batches))

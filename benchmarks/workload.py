@@ -6,10 +6,18 @@ import torch
 
 from benchmarks.reference import PaddedBatch
 from m3ae_fast.base.hardware import fast_precision
-from m3ae_fast.batch.masking import draw_mask
+from m3ae_fast.batch.masking import draw_mask, draw_predicted
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Geometry, Sample, pack
-from m3ae_fast.config import Config, DataConfig, MaskingConfig, ModelConfig, SourceConfig, TrainConfig
+from m3ae_fast.config import (
+    Config,
+    DataConfig,
+    MaskingConfig,
+    ModelConfig,
+    PretrainingOptimConfig,
+    SourceConfig,
+    TrainConfig,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # what the expert and the engine compute in: the faster one here
@@ -17,11 +25,19 @@ PRECISION = fast_precision(DEVICE)
 WORDS = (8, 32)  # fewest and most valid tokens of a caption
 
 
-def make_config(model: ModelConfig, samples: int, *, masking: MaskingConfig | None = None, **train) -> Config:
+def make_config(
+    model: ModelConfig,
+    samples: int,
+    *,
+    masking: MaskingConfig | None = None,
+    optim: PretrainingOptimConfig | None = None,
+    **train,
+) -> Config:
     """Return a config for engines that are fed by hand; `train` goes to its section."""
     return Config(
         model=model,
         masking=masking or MaskingConfig(),
+        optim=optim or PretrainingOptimConfig(),
         data=DataConfig(train=[SourceConfig(shards="none")]),
         train=TrainConfig(global_batch=samples, steps=1, **train),
         deepspeed=None,
@@ -43,6 +59,9 @@ def make_batch(
 
     rows = zip(images, image_mask, tokens, text_mask, lengths)
     packed = [Sample(str(i), im, mask, t[:n], tm[:n]) for i, (im, mask, t, tm, n) in enumerate(rows)]
+    for sample in packed:
+        sample.image_predicted = draw_predicted(sample.image_mask, masking.image_predicted, rng)
+        sample.text_predicted = draw_predicted(sample.text_mask, masking.text_predicted, rng)
     geometry = Geometry(m.image_size, m.patch_size, m.channels, m.text_length)
     mean, std = (torch.tensor(v)[:, None, None] for v in (m.image_mean, m.image_std))
     padded = PaddedBatch.of((images / 255 - mean) / std, image_mask, tokens.masked_fill(padding, 0), text_mask, padding)

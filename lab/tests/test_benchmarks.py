@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import baselines, results, table, test_ops
+from benchmarks import baselines, results, table, test_faster, test_ops
 from benchmarks.alone import Alone, _serve
 from benchmarks.gpu import step as gpu_step
 from benchmarks.gpu import trace
@@ -45,6 +45,14 @@ def test_references_do_the_engines_work(expert):
     grads = {name: p.grad for name, p in reference.named_parameters()}
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_faster_steps_have_the_flops_that_the_guide_says():
+    usual, cheap, fast = (test_faster.step_flops(name, 8) for name in test_faster.ARMS)
+    assert cheap[0] == fast[0] < 0.38 * usual[0] and usual[1] == cheap[1] == 0 < fast[1]
+    rows = test_faster.muon_rows(0.5)
+    assert [row["seconds more than AdamW"] for row in rows] == [0.5, None, None]
+    assert [round(row["part of the step"], 3) for row in rows] == [0.502, 0.112, 0.008]
 
 
 def test_the_reference_takes_the_engines_steps():

@@ -1,0 +1,87 @@
+"""Training steps with the options of faster pre-training and with the default config side by side; Muon's cost."""
+
+import statistics
+from contextlib import ExitStack
+
+import torch
+
+from benchmarks import results
+from benchmarks.alone import Alone
+from benchmarks.workload import make_batch, make_config
+from m3ae_fast.config import MaskingConfig, ModelConfig
+from m3ae_fast.engine.muon import orthogonalisation_flops
+from m3ae_fast.model.flops import executed_flops
+from m3ae_fast.model.m3ae import M3AE
+
+SMALL = {"size": "small", "image_size": 224}
+CROSS = SMALL | {"dec_attention": "cross"}
+THIRD = {"image_predicted": 0.33, "text_predicted": 0.33}
+ARMS = {  # model, masking, optimiser
+    "default": (SMALL, {}, {}),
+    "cross-attention, a third predicted": (CROSS, THIRD, {}),
+    "and Muon": (CROSS, THIRD, {"name": "muon"}),
+}
+DEFAULT, CHEAP, FAST = ARMS
+BATCH, BATCHES = 32, (32, 256, 4096)  # measured, and predicted
+ROUNDS = 5
+MOST = 0.6  # of the default's time, with AdamW
+
+
+def test_faster(benchmark):
+    with ExitStack() as stack:
+        alone = {
+            name: stack.enter_context(Alone("engine", model, BATCH, masking=masking, optim=optim))
+            for name, (model, masking, optim) in ARMS.items()
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ARMS}
+
+        def others() -> None:
+            for name in (DEFAULT, CHEAP):
+                seconds[name].append(alone[name].step())
+
+        benchmark.pedantic(lambda: seconds[FAST].append(alone[FAST].step()), setup=others, rounds=ROUNDS)
+    # neighbours in time see the same load of the machine
+    ratios = {
+        name: statistics.median(own / usual for own, usual in zip(seconds[name], seconds[DEFAULT])) for name in ARMS
+    }
+    flops = {name: step_flops(name, BATCH) for name in ARMS}
+    rows = [
+        {
+            "config": name,
+            "batch": BATCH,
+            "samples/s": BATCH / statistics.median(seconds[name]),
+            "time, of the default's": ratios[name],
+            "FLOPs, of the default's": flops[name][0] / flops[DEFAULT][0],
+            "with Newton-Schulz": sum(flops[name]) / flops[DEFAULT][0],
+        }
+        for name in ARMS
+    ]
+    results.write("faster", "Training step, small, 224 px, with the options of faster pre-training", rows)
+    measured = statistics.median(muon - adamw for muon, adamw in zip(seconds[FAST], seconds[CHEAP]))
+    results.write(
+        "muon", "Muon's part of a step, small, 224 px, cross-attention, a third predicted", muon_rows(measured)
+    )
+    benchmark.extra_info |= {f"{name}, of the default's time": ratio for name, ratio in ratios.items()}
+    assert ratios[CHEAP] <= MOST, ratios
+
+
+def step_flops(name: str, samples: int) -> tuple[float, float]:
+    """Return the FLOPs of forward and backward passes of a step, and of its Newton-Schulz iterations."""
+    model, masking, optim = ARMS[name]
+    config = make_config(ModelConfig(**model), BATCH, masking=MaskingConfig(**masking))
+    with torch.device("meta"):
+        matrices = M3AE(config.model, config.loss).hidden_matrices()
+    packed, _ = make_batch(config, BATCH)
+    passes = executed_flops(config.model, packed) * samples / BATCH
+    return passes, orthogonalisation_flops(matrices) if optim else 0
+
+
+def muon_rows(measured: float) -> list[results.Row]:
+    """Return a row for each batch size; `measured`: seconds of a step that Muon takes more than AdamW, at BATCH."""
+    rows: list[results.Row] = []
+    for samples in BATCHES:
+        passes, iterations = step_flops(FAST, samples)
+        row: results.Row = {"batch": samples, "GFLOP of the passes": passes / 1e9, "of Newton-Schulz": iterations / 1e9}
+        part = {"part of the step": iterations / (passes + iterations)}
+        rows.append(row | part | {"seconds more than AdamW": measured if samples == BATCH else None})
+    return rows
