@@ -118,7 +118,7 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys):
     assert "required: RUN" in capsys.readouterr().err
     grey = tiny_run(tmp_path / "grey", image_range=(0, 9))
     deep = write_tar(tmp_path / "deep.tar", [*labelled_members(range(9)), *_deep()])
-    with pytest.raises(UserError, match="grey: cannot read the same samples as"):
+    with pytest.raises(UserError, match="grey: reads a different set of samples than"):
         main(["map", runs[0], str(grey), "--val", deep, "--out", str(tmp_path / "out.png")])
     assert not (tmp_path / "out.png").exists()
 

@@ -46,7 +46,12 @@ def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
 
 def add_labels(parser: argparse.ArgumentParser) -> None:
     """Add `--labels`, the member of a sample that holds its class."""
-    parser.add_argument("--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)")
+    parser.add_argument(
+        "--labels",
+        default="cls",
+        metavar="cls|json.FIELD",
+        help="where to read labels: cls, or json.FIELD (default: cls)",
+    )
 
 
 def add_resume(parser: argparse.ArgumentParser, folder: str) -> None:

@@ -31,8 +31,15 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=output(), required=True, metavar="DIR", help="folder for the weights, their config and tokenizer"
     )
     parser.add_argument("--tokenizer", help="tokenizer.json, BERT vocab.txt or hub name of the captions' tokenizer")
-    parser.add_argument("--num-heads", type=int, help="of a .pth or .safetensors of no published width")
-    parser.add_argument("--dec-num-heads", type=int, help="likewise, of the decoder")
+    parser.add_argument(
+        "--num-heads",
+        type=int,
+        help="number of attention heads of the encoder, needed for .pth and .safetensors files whose width is not one "
+        "of the published sizes",
+    )
+    parser.add_argument(
+        "--dec-num-heads", type=int, help="number of attention heads of the decoder, needed in the same cases"
+    )
     args = parser.parse_args(argv)
     from m3ae_fast.vqgan.model import VQGAN
     from m3ae_fast.weights.converting import convert

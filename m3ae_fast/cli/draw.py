@@ -51,7 +51,9 @@ def _options_of_a_run() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=output(".png"), metavar="FILE.png", help="default: RUN/COMMAND.png")
     parser.add_argument("--val", nargs="+", default=(), metavar="SHARDS", help="samples to draw (default: the run's)")
     parser.add_argument(
-        "--trust", action="store_true", help="open whatever shards the run names, also those that run a program"
+        "--trust",
+        action="store_true",
+        help="open all shards named in the run's config, including `pipe:` shards, which execute commands",
     )
     return parser
 
@@ -72,12 +74,14 @@ def _add_attention(commands: Any, of_run: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     _add_pictures(parser)
     whose = parser.add_mutually_exclusive_group()
-    whose.add_argument("--word", help="whose attention is shown (default: that of each caption's first words)")
+    whose.add_argument(
+        "--word", help="word whose attention over the patches is drawn (default: the first words of each caption)"
+    )
     whose.add_argument("--patch", metavar="R,C", help="whose attention over the words is shown: row and column, from 0")
     parser.add_argument(
         "--layer", type=int, metavar="N", help="encoder block whose attention it is, from 1 (default: the last)"
     )
-    parser.add_argument("--head", type=int, metavar="N", help="its attention head, from 1 (default: the mean over all)")
+    parser.add_argument("--head", type=int, metavar="N", help="attention head, from 1 (default: mean over all heads)")
 
 
 def _add_map(commands: Any, of_run: argparse.ArgumentParser) -> None:
@@ -95,7 +99,12 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
 def _add_fill(commands: Any) -> None:
     parser = command(commands, "fill", "guess masked words of a caption, complete an image", FILL, _fill)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("image", metavar="IMAGE", type=Path, help="an image file; its central square is taken, or all")
+    parser.add_argument(
+        "image",
+        metavar="IMAGE",
+        type=Path,
+        help="image file; square models use its centre crop, native-aspect-ratio models the whole image",
+    )
     parser.add_argument("text", metavar="TEXT", help=f"a caption; each {MASK} stands for one token")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="guesses per mask (default: 5)")
     parser.add_argument(
@@ -105,16 +114,23 @@ def _add_fill(commands: Any) -> None:
         metavar="FRACTION",
         help="fraction of the patches that are seen (default: 1)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="decides which patches are seen (default: 0)")
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="random seed for choosing the visible patches (default: 0)"
+    )
     add_range_option(parser)
-    parser.add_argument("--tokenizer", metavar="FILE", help="if the model has no tokenizer, or to replace it")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="tokenizer to use if the model has none, or instead of the model's own"
+    )
     parser.add_argument(
         "--image-tokenizer",
         metavar="FOLDER",
         help="the VQGAN of a model that predicts image tokens, to draw --out (default: the run's)",
     )
     parser.add_argument(
-        "--out", type=output(".png"), metavar="FILE.png", help="draw image, what was seen, and completion"
+        "--out",
+        type=output(".png"),
+        metavar="FILE.png",
+        help="write a figure with the image, the visible patches and the completion",
     )
 
 

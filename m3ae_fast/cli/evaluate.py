@@ -76,7 +76,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             command.add_argument(
                 "--cache-features",
                 action="store_true",
-                help="encode every sample once, without augmentation: takes seconds instead of hours",
+                help="extract the features once, without augmentation, and train the probe on them: seconds "
+                "instead of hours",
             )
         if task.compares:
             _add_comparison(command)
@@ -105,7 +106,8 @@ def _add_survey(command: argparse.ArgumentParser) -> None:
         type=_counts,
         default=[],
         metavar="N,N",
-        help="train on so many samples of each class, drawn several times: 1,5,10 (default: on all)",
+        help="few-shot evaluation: numbers of training samples per class, such as 1,5,10, each drawn several "
+        "times (default: use all samples)",
     )
     command.add_argument(
         "--draws", type=_draws, metavar="N", help=f"how often --shots are drawn, from 2 (default: {DRAWS})"
@@ -126,7 +128,7 @@ def _add_comparison(command: argparse.ArgumentParser) -> None:
         choices=range(1, MOST_SEEDS + 1),
         default=3,
         metavar="N",
-        help="of each probe, and of random weights (default: 3)",
+        help="number of random seeds for the probes and for the randomly initialised model (default: 3)",
     )
 
 

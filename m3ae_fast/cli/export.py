@@ -25,10 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     text = "a new folder, or an earlier export, which is replaced"
     parser.add_argument("--out", type=output(), required=True, metavar="OUT", help=text)
     parser.add_argument(
-        "--format", choices=["m3ae", "timm", "onnx"], default="m3ae", help="whose folder OUT is (default: m3ae)"
+        "--format", choices=["m3ae", "timm", "onnx"], default="m3ae", help="format to export (default: m3ae)"
     )
     parser.add_argument(
-        "--weights", choices=["average", "last"], default="average", help="of a run with train.ema (default: average)"
+        "--weights",
+        choices=["average", "last"],
+        default="average",
+        help="for runs with train.ema: export the moving average or the last weights (default: average)",
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload OUT to the Hugging Face hub under this name")
     parser.add_argument("--private", action="store_true", help="with --push: a model made by it is private")

@@ -6,8 +6,8 @@ m3ae-fast pretrain 'shards/*.tar' --out run --hours 8
 m3ae-fast pretrain uoft-cs/cifar10 --out run              # a data set of the Hugging Face hub
 m3ae-fast pretrain photos/ --out run --dry-run            # what would be chosen, and how long it takes
 
-What is chosen is said and stands in OUT/config.json, which `m3ae-fast train --config` takes. Stopped, the same line
-goes on. In Python: m3ae_fast.pretrain("photos/", out="run").
+The chosen settings are printed and written to OUT/config.json, which can be passed to `m3ae-fast train --config`.
+Stopped, the same line goes on. In Python: m3ae_fast.pretrain("photos/", out="run").
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_labels(parser)
     add_settings(parser, "train.global_batch=64")
     parser.add_argument(
-        "--dry-run", action="store_true", help="make shards, say what would be chosen and how long it takes, and stop"
+        "--dry-run",
+        action="store_true",
+        help="create the shards, print the settings that would be chosen and the expected duration, and exit",
     )
     return parser.parse_args(argv)
 

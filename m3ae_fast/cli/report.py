@@ -1,7 +1,7 @@
 """m3ae-fast report RUN ...: one self-contained page of a run, report.html, readable without a server.
 
-It says what the run has come to and what is unusual, and holds the results of tasks (every result.json below the run
-folder and below `--results`), curves, pictures, config and versions. Further runs join tables and curves.
+It summarises the results of the run and lists diagnostics, and holds the results of tasks (every result.json below the
+run folder and below `--results`), curves, pictures, config and versions. Further runs join tables and curves.
 """
 
 from __future__ import annotations

@@ -35,8 +35,9 @@ A folder of images: folders called train, val (valid, validation, dev) or test, 
 give shards of these splits. Else, or below them, sub-folders are classes if there are at least two and every image is
 in one; class ids are the same in all splits. Captions come from a table with one row per sample, or from NAME.txt
 beside NAME.jpg. An image in several rows gives several samples, also if rows are equal, and so does a list of captions
-in a row. Tables are read strictly: a row with a field too many or too few is an error. A .tsv has a row on each line
-and no quotes, unless a program that quotes its fields wrote it. Images without a caption train only the image side.
+in a row. Tables are read strictly: a row with a field too many or too few is an error. A .tsv file has one row per line
+and no quoting, unless it was written by a program that quotes fields. Images without a caption train only the image
+side.
 
 An HDF5 file has the layout of the official M3AE code: jpg (variable-length uint8) with caption, or ImageNet's
 train_jpg, train_labels, val_jpg, val_labels, or text alone. A row with several captions gives several samples.
@@ -88,7 +89,9 @@ def _add_make(commands: Any) -> None:
     parser.add_argument("--kind", choices=[*SOURCE_KINDS], help="what SOURCE is (default: recognised)")
     folder = parser.add_argument_group("of a folder of images")
     folder.add_argument("--captions", type=Path, metavar="TABLE", help=".csv, .tsv, .jsonl or .parquet")
-    folder.add_argument("--classes", type=Path, metavar="FILE", help="classes.json of other shards: same labels")
+    folder.add_argument(
+        "--classes", type=Path, metavar="FILE", help="classes.json of other shards, to assign the same label ids"
+    )
     folder.add_argument("--flat", action="store_true", help="sub-folders are neither splits nor classes")
     text = "label masks, NAME.png of one channel for NAME.jpg, in the same sub-folders (for evaluate segment)"
     folder.add_argument("--masks", type=Path, metavar="FOLDER", help=text)
@@ -106,7 +109,7 @@ def _add_shard_settings(parser: argparse.ArgumentParser) -> None:
     shards, usual = parser.add_argument_group("shards"), Settings()
     numbers = {
         "--short-side": (usual.short_side, "scale images down to this many pixels; smaller JPEGs stay as they are"),
-        "--quality": (usual.quality, "of JPEGs, 1 to 100"),
+        "--quality": (usual.quality, "JPEG quality, 1 to 100"),
         "--samples-per-shard": (usual.samples_per_shard, "at most"),
         "--workers": (len(os.sched_getaffinity(0)), "processes"),
     }
@@ -159,12 +162,18 @@ def _index(args: argparse.Namespace) -> None:
 def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
     summary = "show statistics of the samples, and the settings that they need"
     parser = command(commands, "stats", summary, STATS, _stats, common)
-    parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="to look at (default: 10000)")
-    parser.add_argument("--seed", type=seed, default=0, help="decides which (default: 0)")
-    parser.add_argument("--channels", type=int, default=3, metavar="C", help="of the model (default: 3)")
+    parser.add_argument(
+        "--samples", type=int, default=10_000, metavar="N", help="number of samples to inspect (default: 10000)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="random seed for choosing the samples (default: 0)")
+    parser.add_argument(
+        "--channels", type=int, default=3, metavar="C", help="number of image channels of the model (default: 3)"
+    )
     dtypes = ("uint8", "uint16", "float32")
     parser.add_argument("--dtype", choices=dtypes, default="uint8", help="its model.image_dtype (default: uint8)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="counts captions in its tokens (default: in words)")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="tokenizer used to measure caption lengths in tokens (default: in words)"
+    )
     add_labels(parser)
     add_range_option(parser)
     parser.add_argument("--picture", type=output(".png"), metavar="FILE.png", help="draw histograms")
@@ -204,7 +213,7 @@ def _stats(args: argparse.Namespace) -> None:
 
 def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
     summary = "count samples ahead of a run, on any number of nodes"
-    text = "Name the file as `shards` of a source, or all of its parts."
+    text = "Use the file (or all of its parts) as `shards` of a source in the config."
     parser = command(commands, "manifest", summary, text, _manifest, common)
     parser.add_argument("--out", type=output(".npy"), required=True, metavar="FILE.npy", help="the file to write")
     text = "count the I-th of N parts; each has a file of its own"
@@ -255,12 +264,18 @@ def _add_image_tokens(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--centre", action="store_true", help="take the central square instead")
     parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"))
     parser.add_argument("--no-flip", action="store_true", help="do not mirror half of the crops")
-    parser.add_argument("--seed", type=seed, default=0, help="of the crops (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="random seed of the crops (default: 0)")
     add_range_option(parser)
     parser.add_argument("--samples-per-shard", type=int, default=2000, metavar="N", help="at most (default: 2000)")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes, or a GPU's threads")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=cores,
+        metavar="N",
+        help="number of worker processes, or of threads when the GPU is used",
+    )
 
 
 def _image_tokens(args: argparse.Namespace) -> None:

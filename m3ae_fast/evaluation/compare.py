@@ -131,7 +131,7 @@ class Found:
             lines.append(f"| {model} | {' | '.join(cells)} |")
         lines += [
             "",
-            f"± is a standard error, of {result['val_samples']:,} held-out samples and of the seeds; the largest class "
+            f"± is the standard error over {result['val_samples']:,} held-out samples and the seeds; the largest class "
             f"has {100 * result['chance']:.1f} % of the samples.",
             "",
         ]
@@ -139,7 +139,13 @@ class Found:
             lines.append(f"- {probe}: {test.words(first, second)}")
         lines += [f"- warning: {probe}: {words}" for probe, words in self.warnings()]
         return "\n".join(
-            [*lines, "", f"Each test stands alone: of twenty between equals, one errs (level {LEVEL:g}).", ""]
+            [
+                *lines,
+                "",
+                f"The tests are not corrected for multiple comparisons: at level {LEVEL:g}, about one in twenty "
+                "tests between equally good models reports a difference.",
+                "",
+            ]
         )
 
 

@@ -1,4 +1,5 @@
-"""How long and how fast a classifier trains on a number of samples, where its settings leave that open.
+"""Default training length and learning rate of a classifier, by number of training samples, for settings that are left
+at null.
 
 At ImageNet's size it is the official recipe. On fewer samples
 
@@ -7,9 +8,9 @@ At ImageNet's size it is the official recipe. On fewer samples
   BiT-HyperRule has it (arXiv 1912.11370). Warm-up is the same fraction of them;
 - the learning rate of the linear probe is multiplied by the batch (arXiv 1706.02677) and grows for fewer steps: a step
   of LARS moves a weight by a fraction of its norm, so that the sum of all rates says how often weights are renewed.
-  That sum grows a little, and is at most 5 for each sample: the fewer there are, the sooner a probe knows them by
-  heart. Both numbers are those of lab/results/recipe.md. The rate of fine-tuning stays, as in the official code:
-  Adam's for fewer steps would be higher, and for a smaller batch lower (arXiv 2205.10287).
+  That sum grows a little, and is at most 5 for each sample: the fewer samples there are, the sooner a probe overfits.
+  Both numbers are those of lab/results/recipe.md. The rate of fine-tuning stays, as in the official code: Adam's for
+  fewer steps would be higher, and for a smaller batch lower (arXiv 2205.10287).
 """
 
 from __future__ import annotations

@@ -54,7 +54,9 @@ def draw_feature_map(
         found = [encode_corpus(model, corpus, data, EncodeConfig(), ranks).gathered() for model in opened]
     for name, features in zip(models, found):
         if features.keys != found[0].keys:
-            raise UserError(f"{name}: cannot read the same samples as {models[0]}; name shards that both can")
+            raise UserError(
+                f"{name}: reads a different set of samples than {models[0]}; choose shards that both models can read"
+            )
     if len(found[0].keys) < 4:
         raise UserError(f"{len(found[0].keys)} samples have a class: a map needs 4 or more")
     if most and most < len(found[0].keys):

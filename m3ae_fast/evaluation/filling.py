@@ -52,7 +52,7 @@ def fill(
         out: the .png with the image, its visible patches and the completion; None: none is drawn.
         top: guesses for each [MASK].
         visible: the fraction of the patches that the model sees.
-        seed: decides which patches are seen.
+        seed: random seed for choosing the visible patches.
         image_range: black and white of images of more than 8 bits; None: as the model was trained.
         tokenizer: the file or name of the captions' tokenizer; None: the model's.
         image_tokenizer: the folder of the VQGAN of a model that predicts image tokens; None: the run's.
@@ -109,7 +109,8 @@ def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) 
 
 
 def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:
-    """Return token ids, 0 where one is masked, and the mask. Parts between masks are tokenized alone."""
+    """Return the token ids, with 0 at masked positions, and the mask. The text segments between masks are tokenised
+    separately."""
     assert model.tokenizer is not None
     ids: list[int] = []
     masked: list[bool] = []

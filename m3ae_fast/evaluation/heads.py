@@ -54,8 +54,8 @@ class Head(nn.Module):
 
 
 class LinearProbeHead(Head):
-    """The norm is a BatchNorm without scale and bias; in training mode its statistics are those of the features it is
-    given: give it a whole step's."""
+    """The norm is a BatchNorm without scale and bias; in training mode, it uses the statistics of its input, which must
+    therefore be the features of a whole step."""
 
     norm: BatchNorm
 

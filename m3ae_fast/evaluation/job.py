@@ -96,7 +96,10 @@ class Job:
         assert classes is not None
         if shared := val.shared_with(train):
             parts = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
-            self.say(f"note: --val: {parts} in --train too, such as {shared[0]}: no accuracy is of unseen samples")
+            self.say(
+                f"note: --val: {parts} in --train too, such as {shared[0]}: accuracies are therefore not on "
+                "unseen samples"
+            )
         self.classes, self.names = classes, class_names(labelled[0], classes)
         return labelled[0], labelled[1], classes
 

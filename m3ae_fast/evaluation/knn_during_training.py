@@ -1,4 +1,4 @@
-"""k-NN accuracy while a model trains: shows how the representation transfers, beside the loss."""
+"""k-NN accuracy during training: logs the transfer performance of the representation alongside the loss."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class LabelledTask(ABC):
         """Write the trained classifier into the run's folder. Every rank must call it."""
 
     def cautions(self, trainer: Trainer) -> list[str]:
-        """Return what speaks against taking the result as it is, a line each. Main rank only."""
+        """Return the warnings about the reliability of the result, one line each. Main rank only."""
         lines = []
         with suppress(UserError):  # no metrics are left
             lines = read_metrics(trainer.run.dir)
@@ -175,7 +175,7 @@ def cautions(
     found = []
     if steps < official.fewest_steps:
         given = f"{section}.epochs and .steps" if length.endswith("epochs") else length
-        found.append(f"{steps:,} steps are few: a run without {given} takes {official.fewest_steps:,} or more")
+        found.append(f"only {steps:,} steps: without {given}, the run would take at least {official.fewest_steps:,}")
     if rise := rising(lines, batch):
         found.append(f"training accuracy was still rising, by {rise:.1%}; raise {length}")
     return found

@@ -94,7 +94,7 @@ def best(tried: Sequence[Tried]) -> Tried:
 
 def choose(tried: Sequence[Tried], usual: float, held_out: int) -> Tried:
     """Return the rate nearest to the `usual` one among those whose accuracy is within a standard error of the highest:
-    of few samples the best is one by chance (the one-standard-error rule of Breiman et al. 1984).
+    with few samples, the best rate is selected largely by chance (the one-standard-error rule of Breiman et al. 1984).
 
     Args:
         tried: not empty.

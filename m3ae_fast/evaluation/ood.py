@@ -39,8 +39,8 @@ BOOTSTRAPS = 1000
 
 
 def auroc_and_fpr(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, float]:
-    """Return the area under the ROC curve with familiar samples as positives, and the fraction of strange samples above
-    the threshold that 95 % of the familiar ones pass. Scores are higher for what looks familiar."""
+    """Return the area under the ROC curve with familiar samples as positives, and the false positive rate at 95 % true
+    positive rate (FPR95), with in-distribution samples as positives. Scores are higher for what looks familiar."""
     from sklearn.metrics import roc_auc_score
 
     truth = np.concatenate((np.ones(len(familiar)), np.zeros(len(strange))))

@@ -59,7 +59,7 @@ class Live:
 
 
 class Setting(NamedTuple):
-    """Tells a probe what it needs beside the samples."""
+    """The context of a probe: everything that it needs apart from the samples."""
 
     config: EvaluationConfig
     classes: int

@@ -50,7 +50,7 @@ def reconstructions(
         pictures: the number of samples.
         ratios: mask ratios of the image; empty: the run's.
         shards: whose samples are drawn; empty: those of the run's data.val or, without it, data.train.
-        trust: open whatever shards the run names, also those that run a program.
+        trust: open all shards named in the run's config, including `pipe:` shards, which execute commands.
 
     Raises:
         UserError: there is no checkpoint, an argument is impossible, or no sample can be used.

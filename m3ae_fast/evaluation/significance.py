@@ -1,4 +1,4 @@
-"""How sure an accuracy is, and whether two of them on the same samples differ.
+"""Standard errors of accuracies, and significance tests between two accuracies on the same samples.
 
 Shapes: N samples, B bootstrap samples.
 """

@@ -153,7 +153,7 @@ def test_short_and_unfinished_trainings_are_told():
     config = AttentiveProbeConfig(batch=100, steps=40, heads=2)
     rising = attentive.Trained(None, [0.02 * step for step in range(40)])
     few, still = attentive.cautions_of(rising, config)
-    assert few == "40 steps are few: a run without attentive.steps takes 1,000 or more"
+    assert few == "only 40 steps: without attentive.steps, the run would take at least 1,000"
     assert still.startswith("training accuracy was still rising, by 20.0%; raise attentive.steps")
     long = AttentiveProbeConfig(batch=100, steps=1000, heads=2)
     assert attentive.cautions_of(attentive.Trained(None, [0.9] * 1000), long) == []

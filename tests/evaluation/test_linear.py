@@ -162,7 +162,7 @@ def test_without_settings_it_tries_rates_and_a_resumed_run_keeps_the_one_it_chos
     rate = whole["recipe"]["peak_lr"]
     usual = OFFICIAL["linear"].scaled(48).peak_lr
     assert len(rates) == 6 and rate == choose([Tried(**each) for each in whole["rates"]], usual, 4).peak_lr
-    assert "12 steps are few" in whole["cautions"][0]
+    assert "only 12 steps: " in whole["cautions"][0]
     given = transfer("linear", "--cache-features", *short, *settings(f"linear.peak_lr={rate}"), out="given")
     assert given["rates"] == [] and given["recipe"] == whole["recipe"]
     weights = [checkpoint.read_weights(checkpoint.locate(tmp_path / name)) for name in ("whole", "given")]
