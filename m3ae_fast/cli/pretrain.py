@@ -4,6 +4,7 @@ m3ae-fast pretrain photos/ --out run                      # captions beside the 
 m3ae-fast pretrain imagenette2/ --out run                 # train/CLASS and val/CLASS: what is in val is held out
 m3ae-fast pretrain 'shards/*.tar' --out run --hours 8
 m3ae-fast pretrain uoft-cs/cifar10 --out run              # a data set of the Hugging Face hub
+m3ae-fast pretrain photos/ --out run --from runs/base     # continues from existing weights: a run, an export, MAE's ...
 m3ae-fast pretrain photos/ --out run --dry-run            # what would be chosen, and how long it takes
 
 The chosen settings are printed and written to OUT/config.json, which can be passed to `m3ae-fast train --config`.
@@ -37,6 +38,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--val", nargs="+", default=[], metavar="SHARDS", help="held-out samples, where SOURCE is shards"
     )
     add_labels(parser)
+    parser.add_argument(
+        "--from",
+        dest="start_from",
+        metavar="MODEL",
+        help="continue from these weights, with a lower learning rate: a run, an export, weights of the official M3AE "
+        "or MAE or of a timm model, or a name on the hub (default: random weights)",
+    )
     add_settings(parser, "train.global_batch=64")
     parser.add_argument(
         "--dry-run",
@@ -72,6 +80,7 @@ def _pretrain(args: argparse.Namespace) -> bool:
         captions=args.captions,
         val=args.val,
         labels=args.labels,
+        start_from=args.start_from,
         overrides=args.set,
         dry_run=args.dry_run,
     ).finished

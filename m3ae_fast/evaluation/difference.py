@@ -89,7 +89,7 @@ def not_above_largest(right_N: np.ndarray, largest_N: np.ndarray, name: str = "t
     if found.is_significant and found.value > 0:
         return ""
     return (
-        f"{name} is not better than always predicting the largest class: top-1 accuracy {right_N.mean():.1%}, largest "
+        f"{name} is not significantly better than the largest class: top-1 accuracy {right_N.mean():.1%}, largest "
         f"class {largest_N.mean():.1%}"
     )
 

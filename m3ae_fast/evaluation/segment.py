@@ -319,8 +319,7 @@ def measured(counts: Counts, seed: int) -> dict[str, Any]:
     }
     if low <= 0:
         result["warning"] = (
-            f"the model is not better than always predicting the largest class: mIoU {miou:.1%}, largest class "
-            f"{chance:.1%}"
+            f"the model is not significantly better than the largest class: mIoU {miou:.1%}, largest class {chance:.1%}"
         )
     return result
 

@@ -22,6 +22,8 @@ EVALUATIONS = 20  # during training, if they do not take too long
 SMALLEST_BATCH, LARGEST_BATCH = 64, 1024
 _STEPS_PER_EPOCH = 24  # about, between the smallest and the largest batch
 _WARM_UP = 0.05  # of the steps
+# of a run that continues from weights: a fraction of the usual learning rate, and the warm-up
+_CONTINUED_RATE, _CONTINUED_WARM_UP = 0.25, 0.02
 LENGTHS = ("train.steps", "train.epochs")  # settings by which the user decides how long the run is
 EVALUATED = 1024  # held-out samples, at most
 PROBED = 5000  # training samples: with more the k-NN accuracy is measured only before and after
@@ -88,8 +90,11 @@ LADDER = (
 )
 
 
-def rungs(facts: Facts) -> list[Rung]:
-    """Return the sizes that the number of samples allows, smallest first."""
+def rungs(facts: Facts, overrides: Sequence[str] = ()) -> list[Rung]:
+    """Return the sizes that the number of samples allows, smallest first; that of the weights to continue from, if
+    there are some."""
+    if continues(overrides):
+        return [Rung("as its weights", {}, LADDER[-1].pixels, 0)]
     return [rung for rung in LADDER if facts.samples >= rung.samples]
 
 
@@ -162,9 +167,14 @@ def batch_of(samples: int) -> int:
     return min(max(wanted, min(SMALLEST_BATCH, most)), LARGEST_BATCH)
 
 
-def peak_rate(batch: int, width: int) -> float:
-    """Return `optim.peak_lr`, which is for a batch of 256."""
-    rate = _RATE * math.sqrt(batch / _OF_BATCH) * (_RATE_OF_NARROW if width < 384 else 1)
+def continues(overrides: Sequence[str]) -> bool:
+    """Return whether the run continues from weights."""
+    return bool(set_to(overrides, "model.init_from", None))
+
+
+def peak_rate(batch: int, width: int, factor: float = 1.0) -> float:
+    """Return `optim.peak_lr`, which is for a batch of 256, times `factor`."""
+    rate = factor * _RATE * math.sqrt(batch / _OF_BATCH) * (_RATE_OF_NARROW if width < 384 else 1)
     return float(f"{rate * 256 / batch:.3g}")
 
 
@@ -187,15 +197,21 @@ def reaches(seconds: float, pace: float, samples: int) -> bool:
     return seconds / pace >= max(EPOCHS * samples, SEEN)
 
 
-def check_overrides(overrides: Sequence[str]) -> Range | None:
-    """Return the `data.range` that they set. Raises UserError if the overrides are possible for no samples at all,
-    before there are any, or need a library that is not installed."""
+def check_overrides(overrides: Sequence[str]) -> Config:
+    """Return the config that the user's overrides give for assumed samples. Raises UserError if one is an argument of
+    `pretrain`, and as `assumed_config`."""
     for override in overrides:
         name = override.partition("=")[0]
         if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):
             raise UserError(f"--set {name}: is what {meant} names")
     if set_to(overrides, "data.val", None):
         raise UserError("--set data.val: is what SOURCE or --val names; [] evaluates on nothing")
+    return assumed_config(overrides)
+
+
+def assumed_config(overrides: Sequence[str]) -> Config:
+    """Return the config that overrides give for assumed samples. Raises UserError if they are possible for no samples
+    at all, or need a library that is not installed."""
     facts = assumed(overrides)
     shards = Shards(["train.tar"], ["val.tar"], [])
 
@@ -204,7 +220,7 @@ def check_overrides(overrides: Sequence[str]) -> Range | None:
 
     config = config_of(possible(LADDER, config_of)[0])
     require_libraries_of(config)
-    return config.model.image_range
+    return config
 
 
 def assumed(overrides: Sequence[str], samples: int = 10**6) -> Facts:
@@ -247,6 +263,7 @@ def settings(
     size, patch = _images(facts, rung, overrides)
     steps, per_epoch = _length(facts, batch, steps, overrides)
     train, val = ([{"shards": part}] for part in (shards.train, shards.val))
+    warm_up, factor = (_CONTINUED_WARM_UP, _CONTINUED_RATE) if continues(overrides) else (_WARM_UP, 1.0)
     often = max(steps // evaluations, min(steps, 10)) if evaluations else None
     config: dict[str, Any] = {
         "run": {"dir": str(out)},
@@ -269,7 +286,7 @@ def settings(
             "range": facts.image_range,
             "crop_scale": [0.4, 1.0],
         },
-        "optim": {"warmup_epochs": round(_WARM_UP * steps / per_epoch, 3), "clip_grad": 1.0},
+        "optim": {"warmup_epochs": round(warm_up * steps / per_epoch, 3), "clip_grad": 1.0},
         "train": {
             "global_batch": batch,
             "steps": steps,
@@ -288,7 +305,7 @@ def settings(
     if shards.val and not config["data"]["val"]:
         config["train"]["probe"] = None
     found = parse(Config, config, "--set")
-    config["optim"].setdefault("peak_lr", peak_rate(found.train.global_batch, found.model.emb_dim))
+    config["optim"].setdefault("peak_lr", peak_rate(found.train.global_batch, found.model.emb_dim, factor))
     return parse(Config, config, "--set")
 
 

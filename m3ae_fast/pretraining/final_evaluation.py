@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.atomic_file import write_whole
@@ -24,6 +24,7 @@ from m3ae_fast.evaluation.run_figures import feature_map
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.evaluation.tasks import MAP_NEEDS
 from m3ae_fast.pretraining import GOES_ON
+from m3ae_fast.pretraining.given_weights import FOLDER as START
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.loggers import show
 from m3ae_fast.weights.model_name import PIXELS, RANDOM
@@ -38,8 +39,24 @@ _ON_A_MAP = 2000  # samples: t-SNE takes half a minute
 RESULTS, MAP = "results", "map.png"  # of a run folder
 _MEASURED = "measured"  # beside the results: which checkpoint they are of
 RUN = "this run"
-# what is measured, by name: what stands before the run's folder in the model's name, and behind the task in its results
-_MEASURED_BY = {RUN: ("", ""), UNTRAINED: (RANDOM, "-random"), SCALED: (PIXELS, "-pixels")}
+STARTED = "its initial weights"
+
+
+class _Measured(NamedTuple):
+    """What is measured beside others."""
+
+    model: str
+    suffix: str  # of the task, in the name of its results' folder
+
+
+def _measured(run: Path) -> dict[str, _Measured]:
+    """Return what is measured of a run, by name."""
+    found = {
+        RUN: _Measured(str(run), ""),
+        UNTRAINED: _Measured(f"{RANDOM}{run}", "-random"),
+        SCALED: _Measured(f"{PIXELS}{run}", "-pixels"),
+    }
+    return found | ({STARTED: _Measured(str(run / START), "-start")} if (run / START).is_dir() else {})
 
 
 @contextmanager
@@ -59,7 +76,7 @@ def evaluate_run(config: Config) -> dict[str, dict[str, Any]] | None:
     _forget_other_weights(run)
     found: dict[str, dict[str, Any]] = {}
     for task, title in _TASKS.items():
-        for whose, (prefix, suffix) in _MEASURED_BY.items():
+        for whose, (model, suffix) in _measured(run).items():
             out = run / RESULTS / f"{task}{suffix}"
             if not (out / RESULT_FILE).exists():
                 options = _OPTIONS[task] if whose != SCALED else {}
@@ -67,7 +84,7 @@ def evaluate_run(config: Config) -> dict[str, dict[str, Any]] | None:
                 with stage() as session:
                     evaluate(
                         task,
-                        f"{prefix}{run}",
+                        model,
                         train=_shards(probe.train),
                         val=_shards(probe.val),
                         labels=probe.labels,
@@ -129,13 +146,13 @@ def _shards(sources: list[SourceConfig]) -> list[str]:
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
     """Return lines: accuracy and standard error on held-out samples, of what was measured and of the largest class, by
     task."""
-    first = next(iter(found.values()))[RUN]
+    first = next(iter(found.values()))
     width = max(map(len, _TASKS.values())) + 4
     lines = [f"{'accuracy, held out, %':22}" + "".join(f"{_TASKS[task]:>{width}}" for task in found)]
-    for whose in _MEASURED_BY:
+    for whose in first:
         lines.append(f"{whose:22}" + "".join(f"{with_error(found[task][whose]):>{width}}" for task in found))
     shares = "".join(f"{100 * results[RUN].get('chance', math.nan):>{width}.1f}" for results in found.values())
-    return [*lines, f"{LARGEST:22}{shares}   ({first['val_samples']:,} samples)"]
+    return [*lines, f"{LARGEST:22}{shares}   ({first[RUN]['val_samples']:,} samples)"]
 
 
 def verdicts(run: Path, tasks: Iterable[str]) -> list[str]:
@@ -144,7 +161,7 @@ def verdicts(run: Path, tasks: Iterable[str]) -> list[str]:
     lines = []
     for task in tasks:
         others = {
-            whose: run / RESULTS / f"{task}{suffix}" for whose, (_, suffix) in _MEASURED_BY.items() if whose != RUN
+            whose: run / RESULTS / f"{task}{suffix}" for whose, (_, suffix) in _measured(run).items() if whose != RUN
         }
         lines += [f"{_TASKS[task]}: {words}" for words in in_words(run / RESULTS / task, RUN, others)]
         if warning := against_largest_class(run / RESULTS / task).get("warning"):

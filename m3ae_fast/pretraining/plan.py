@@ -26,7 +26,8 @@ _OVER = 1.05  # of the time: a longer plan is said to be so
 _EVALUATING = 0.1  # of the training time is for the evaluations in it, at most, beside the first and the last
 # seconds: to start the loaders of an evaluation, to start a task, for report and export, a step of a linear probe
 _START, _TASK, _REPORT, _PROBE_STEP = 1.5, 2.0, 5.0, 2e-3
-_MODELS, _TASKS = 3, 2  # measured after training: k-NN and linear probes, of the run, of random weights and of pixels
+_MODELS, _TASKS = 3, 2  # measured after training: k-NN and linear probes, of the run, of random weights and of pixels;
+_CONTINUED_MODELS = 4  # and of the weights that it has continued from
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ class Plan:
 class Budget:
     """Divides the time of a call."""
 
-    def __init__(self, facts: Facts, probed: bool, hours: float, began: float) -> None:
+    def __init__(self, facts: Facts, probed: bool, hours: float, began: float, models: int = _MODELS) -> None:
         """`probed`: the features are probed, in training and after it. `began`: when the call did, of
-        `time.monotonic`."""
+        `time.monotonic`. `models`: how many are measured after training."""
+        self._models = models
         self.facts, self._probed, self.seconds, self._began = facts, probed, 3600 * hours, began
 
     def spent(self) -> float:
@@ -56,8 +58,8 @@ class Budget:
             return _REPORT
         recipe = OFFICIAL["linear"].scaled(self.facts.samples)
         steps = recipe.epochs * max(self.facts.samples // recipe.global_batch, 1)
-        tasks = _MODELS * _TASKS * (_TASK + self._features(pace))
-        return tasks + _MODELS * 2 * steps * _PROBE_STEP + _REPORT  # twice: learning rates are tried first
+        tasks = self._models * _TASKS * (_TASK + self._features(pace))
+        return tasks + self._models * 2 * steps * _PROBE_STEP + _REPORT  # twice: learning rates are tried first
 
     def training(self, pace: Pace) -> float:
         """Return the seconds for training and its evaluations, from now on."""
@@ -118,7 +120,7 @@ def choose(
         return automatic_settings.settings(*given, hours=time_limit, evaluations=evaluations)
 
     allowed = automatic_settings.possible(
-        automatic_settings.rungs(facts), lambda rung: config_of(rung, automatic_settings.SMALLEST_BATCH, 1)
+        automatic_settings.rungs(facts, overrides), lambda rung: config_of(rung, automatic_settings.SMALLEST_BATCH, 1)
     )
 
     def measured(rung: Rung) -> Pace:
@@ -127,9 +129,10 @@ def choose(
         return measure(settled, session, min(_TRIAL * budget.seconds, _LONGEST_TRIAL))
 
     probed = config_of(allowed[0], automatic_settings.SMALLEST_BATCH, 1).train.probe is not None
-    budget = Budget(facts, probed, hours, began)
+    continues = automatic_settings.continues(overrides)
+    budget = Budget(facts, probed, hours, began, _CONTINUED_MODELS if continues else _MODELS)
     rung, pace = allowed[0], measured(allowed[0])
-    why = _why_not_larger(facts)
+    why = "the model of the weights that it continues from" if continues else _why_not_larger(facts)
     for larger in allowed[1:]:
         needed = memory_needed(
             config_of(larger, automatic_settings.SMALLEST_BATCH, 1), 1, automatic_settings.SMALLEST_BATCH
@@ -218,9 +221,10 @@ def _warning(config: Config, budget: Budget, pace: Pace) -> str:
     if config.train.hours is None or steps >= enough:
         return ""
     needed = budget.spent() + enough * batch * pace.sample / (1 - _EVALUATING) + budget.ends(pace) + budget.after(pace)
+    start = "the weights that it continues from" if config.model.init_from else "random weights"
     return (
         f"{steps:,} steps, {steps / schedule.steps_per_epoch:.2g} epochs: features will hardly differ from those of "
-        f"random weights; give at least --hours {_rounded_up(needed / 3600):g}"
+        f"{start}; give at least --hours {_rounded_up(needed / 3600):g}"
     )
 
 

@@ -16,9 +16,10 @@ from m3ae_fast.config import Config, Range, follow, load_config, read_config, re
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.report import REPORT_FILE, write_report
-from m3ae_fast.pretraining.automatic_settings import check_overrides
+from m3ae_fast.pretraining.automatic_settings import assumed_config, check_overrides
 from m3ae_fast.pretraining.dataset_statistics import look
 from m3ae_fast.pretraining.final_evaluation import draw_map, evaluate_run, stage, table, verdicts, why_no_map
+from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
 from m3ae_fast.pretraining.plan import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.training.run import pre_train
@@ -47,6 +48,7 @@ def pretrain(
     captions: str | Path | None = None,
     val: Sequence[str] = (),
     labels: str = "cls",
+    start_from: str | Path | None = None,
     overrides: Sequence[str] = (),
     dry_run: bool = False,
 ) -> Outcome:
@@ -61,6 +63,9 @@ def pretrain(
         captions: the table of captions of a folder of images; None: one in the folder, or .txt files beside images.
         val: held-out shards, where `source` is shards.
         labels: where classes are read: "cls", or "json." and the name of a field.
+        start_from: the model whose weights the run continues from, with its size, a lower learning rate and a shorter
+            warm-up: a run, an export, weights of the official M3AE or MAE or of a timm model, or a name on the Hugging
+            Face hub; None: random weights.
         overrides: of the chosen settings, "section.key=value".
         dry_run: only say what would be done and how long it takes.
 
@@ -71,7 +76,7 @@ def pretrain(
     began = time.monotonic()
     if not 0 < hours < 10_000:
         raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
-    image_range = check_overrides(overrides)
+    image_range = check_overrides(overrides).model.image_range
     object_store.require(str(source), *val)
     check_field(labels)
     out = Path(out)
@@ -79,7 +84,10 @@ def pretrain(
         raise UserError(f"--out {out}: is not a folder; name a folder, which may be new")
     table_of_captions = None if captions is None else Path(captions)
     here = [*overrides, f"run.dir={json.dumps(str(out))}"]  # the folder may be a copy, or named from elsewhere
-    config = _configured(str(source), out, hours, began, table_of_captions, val, labels, here, image_range, dry_run)
+    given = None if start_from is None else str(start_from)
+    config = _configured(
+        str(source), out, hours, began, table_of_captions, val, labels, given, here, image_range, dry_run
+    )
     if config and config.train.probe and (missing := why_no_map()):
         print(f"note: a run here ends without a map of the features: {missing}", flush=True)
     outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})
@@ -110,6 +118,7 @@ def _configured(
     captions: Path | None,
     val: Sequence[str],
     labels: str,
+    start_from: str | None,
     overrides: Sequence[str],
     image_range: Range | None,
     dry_run: bool,
@@ -119,6 +128,11 @@ def _configured(
     if path.exists() and not dry_run:
         load_config(path, list(overrides))  # a mistake is told first
         _follow(path)
+    weights = GivenWeights([], [])
+    if start_from is not None and (dry_run or not path.exists()):
+        weights = given_weights(start_from, out, overrides)
+        overrides = [*weights.overrides, *overrides]
+        image_range = assumed_config(overrides).model.image_range
     shards = find_shards(source, out, captions, val, image_range)
     if path.exists() and not dry_run:
         print(
@@ -132,7 +146,8 @@ def _configured(
         plan = choose(facts, shards, out, hours, labels, overrides, session, began)
     if plan is None:
         return None
-    said = (note if note.startswith(" ") else f"note: {note}" for note in [*shards.notes, *notes])  # some have examples
+    notes = [*weights.notes, *shards.notes, *notes]
+    said = (note if note.startswith(" ") else f"note: {note}" for note in notes)  # some have examples
     print("\n".join([*plan.lines, *said]), flush=True)
     if plan.warning:
         print(f"warning: {plan.warning}", flush=True)

@@ -74,7 +74,7 @@ def test_a_result_that_is_not_above_the_largest_class_has_a_warning(tmp_path):
         _table(tmp_path, labels, predictions, **more)
         return class_metrics(tmp_path, range(2), ["0", "1"]).get("warning")
 
-    says = "the model is not better than always predicting the largest class: top-1 accuracy {}, largest class 70.0%"
+    says = "the model is not significantly better than the largest class: top-1 accuracy {}, largest class 70.0%"
     assert warning([0] * 100) == says.format("70.0%")  # balanced accuracy 0.5
     assert warning([1] * 100) == says.format("30.0%")
     assert warning([0] * 68 + [1] * 2 + [1] * 3 + [0] * 27) == says.format("71.0%")  # one point is no difference
@@ -112,7 +112,7 @@ def test_a_task_says_all_of_it(transfer, run, tmp_path, capsys):
     page = (tmp_path / "report.html").read_text()
     balanced = f"{result['balanced_accuracy']:.1%} ± {result['balanced_accuracy_se']:.1%}"
     assert f'<td>balanced_accuracy</td><td class="number">{balanced}</td><td class="number">50.0%</td>' in page
-    assert f"<b>warning</b>: knn of {run}: the model is not better than always predicting the largest class" in page
+    assert f"<b>warning</b>: knn of {run}: the model is not significantly better than the largest class" in page
     assert "accuracy of each class" in page and '<td>0</td><td class="number">32</td>' in page
     for model in (f"random:{run}", f"pixels:{run}"):
         (tmp_path / "out/result.json").write_text(json.dumps(result | {"model": model}))
@@ -127,5 +127,5 @@ def test_models_beside_each_other_have_both():
         found.add(model, "knn", 0, Predictions([*map(str, range(100))], labels, best[:, None], torch.ones(100)))
     assert [row["balanced_accuracy"] for row in found.result()["rows"]] == [0.5, 1.0]
     page = found.page()
-    assert "- warning: knn: blind is not better than always predicting the largest class" in page
+    assert "- warning: knn: blind is not significantly better than the largest class" in page
     assert page.count("warning") == 1

@@ -101,7 +101,7 @@ def test_metrics_are_those_of_scikit_learn():
     largest = int(truth[seen].bincount().argmax())
     alone = jaccard_score(truth[seen], np.full(int(seen.sum()), largest), average="macro", zero_division=0)
     assert result["chance_miou"] == pytest.approx(alone)
-    assert result["warning"].startswith("the model is not better than always predicting the largest class: mIoU")
+    assert result["warning"].startswith("the model is not significantly better than the largest class: mIoU")
     apart = [count(predicted[i : i + 1], truth[i : i + 1], 4, IGNORED)[0, 0] for i in range(6)]
     np.testing.assert_array_equal(counts.right_MC, apart)
     everything = counted(predicted, predicted, 5, None)  # of a class that does not occur there is no IoU

@@ -1,0 +1,65 @@
+"""The weights that `pretrain --from` continues from: an export in the run folder, and the settings that they imply."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.output_folder import TOKENIZER_FILE
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.pretrained import Pretrained, check_start, check_weights
+from m3ae_fast.pretraining.automatic_settings import assumed_config
+from m3ae_fast.weights.converting import convert
+
+FOLDER = "start"  # of a run folder
+# model settings that do not follow from the weights
+_FREE = ("drop", "att_drop", "drop_path", "init_from", "image_range")
+
+
+class GivenWeights(NamedTuple):
+    """Weights to continue from, as an export."""
+
+    overrides: list[str]  # that make a config one of their model
+    notes: list[str]  # what the user should know
+
+
+def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeights:
+    """Write the weights of `model` as an export into the run folder `out`, and return what follows from them.
+
+    Args:
+        model: a run, a checkpoint, an export, weights of the official M3AE or MAE or of a timm model, or the name of
+            any of these on the Hugging Face hub.
+        overrides: the user's, which come after those that are returned.
+
+    Raises:
+        UserError: there is no such model, it is damaged, or a setting of the user's does not fit the weights.
+    """
+    folder = out / FOLDER
+    found = convert(model, folder)
+    if not isinstance(found, Pretrained):
+        raise UserError(f"--from {model}: is an image tokenizer; name the weights of a model")
+    implied = {f"model.{name}": value for name, value in found.config.model_dump(mode="json").items()}
+    implied = {name: value for name, value in implied.items() if name.removeprefix("model.") not in _FREE}
+    implied |= {"model.size": None, "model.init_from": str(folder.resolve())}
+    if found.config.vocab_size:
+        tokenizer = folder / TOKENIZER_FILE
+        implied["data.tokenizer"] = str(tokenizer.resolve()) if tokenizer.exists() else None
+    if found.config.image_range is not None:
+        implied["data.range"] = found.config.image_range
+    given = [f"{name}={json.dumps(value)}" for name, value in implied.items()]
+    _require_fit(model, found, [*given, *overrides])
+    decoder = [] if found.has_decoder else ["they have no decoder, which starts from random weights"]
+    return GivenWeights(given, [f"{found.kind}: weights to continue from, in {folder}", *decoder, *found.notes])
+
+
+def _require_fit(model: str, found: Pretrained, overrides: Sequence[str]) -> None:
+    """Raise UserError if the settings are impossible, or of another model than the weights."""
+    config = assumed_config(overrides)
+    check_start(config.model, found, model)
+    with torch.device("meta"):
+        check_weights(M3AE(config.model, config.loss), found.state, f"--from {model}")

@@ -1,0 +1,120 @@
+"""`pretrain --from`: which settings follow from the weights, and what the run begins with."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from m3ae_fast import checkpoint, pretrain
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli.pretrain import parse_args
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.pretraining import final_evaluation
+from m3ae_fast.pretraining.automatic_settings import LADDER, Facts, Shards, assumed, rungs, settings
+from m3ae_fast.pretraining.given_weights import FOLDER, given_weights
+from m3ae_fast.pretraining.plan import Budget
+from m3ae_fast.training.pace import Pace
+from m3ae_fast.weights.converting import convert
+from tests.helpers.labelled import tiny_run
+from tests.helpers.mae import MAE
+
+SHARDS = Shards(["a.tar"], ["b.tar"], [])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run of an untrained tiny model with a tokenizer."""
+    torch.manual_seed(1)
+    return tiny_run(tmp_path_factory.mktemp("base"))
+
+
+def test_settings_follow_from_the_weights(base, tmp_path):
+    """Those of the model and its tokenizer; the learning rate is a quarter, and the warm-up shorter."""
+    given = given_weights(str(base), tmp_path, [])
+    saved = M3AE.from_pretrained(tmp_path / FOLDER)
+    facts = Facts(20_000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8)
+    (size,) = rungs(facts, given.overrides)
+    config = settings(facts, SHARDS, tmp_path, size, 64, 1000, "cls", given.overrides)
+    free = {"size", "init_from"}
+    assert config.model.model_dump(exclude=free) == saved.config.model_dump(exclude=free)
+    assert config.model.init_from == str(tmp_path / FOLDER)
+    assert config.data.tokenizer == str(tmp_path / FOLDER / "tokenizer.json")
+    fresh = [override for override in given.overrides if not override.startswith("model.init_from")]
+    usual = settings(facts, SHARDS, tmp_path, LADDER[0], 64, 1000, "cls", fresh)
+    assert config.optim.peak_lr == pytest.approx(usual.optim.peak_lr / 4, rel=1e-2)
+    assert 0 < config.optim.warmup_epochs < usual.optim.warmup_epochs / 2
+    own = settings(facts, SHARDS, tmp_path, size, 64, 1000, "cls", [*given.overrides, "optim.peak_lr=0.5"])
+    assert own.optim.peak_lr == 0.5
+
+
+def test_images_alone_continue_from_an_mae_without_a_decoder(tmp_path):
+    mae = {name: t for name, t in MAE().state_dict().items() if not name.startswith(("decoder", "mask"))}
+    torch.save({"model": mae}, tmp_path / "mae.pth")
+    with pytest.raises(UserError, match="num-heads"):  # of no published width
+        given_weights(str(tmp_path / "mae.pth"), tmp_path / "run", [])
+    convert(tmp_path / "mae.pth", tmp_path / "converted", num_heads=3)
+    given = given_weights(str(tmp_path / "converted"), tmp_path / "run", [])
+    assert "model.vocab_size=0" in given.overrides and not any("data." in override for override in given.overrides)
+    assert any("have no decoder, which starts from random weights" in note for note in given.notes)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.depth=3", r"--from .*: lacks the weight encoder.blocks.2"),
+        ("model.gelu=exact", "was made with model.gelu = tanh, the config says exact"),
+        ("model.vocab_size=0", r"--from .*: has a weight .*text.* that this model lacks"),
+    ],
+)
+def test_a_setting_of_another_model_is_refused_at_once(base, tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        given_weights(str(base), tmp_path, [override])
+
+
+def test_another_image_size_is_possible_where_positions_are_computed(base, tmp_path):
+    given = given_weights(str(base), tmp_path, ["model.image_size=64"])
+    overrides = [*given.overrides, "model.image_size=64"]
+    (size,) = rungs(assumed(overrides), overrides)
+    config = settings(assumed(overrides), SHARDS, tmp_path, size, 64, 1000, "cls", overrides)
+    assert (config.model.image_size, config.model.patch_size) == (64, 8)
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        given_weights(str(tmp_path / "nowhere"), tmp_path / "run", [])
+    args = parse_args(["photos", "--out", "run", "--from", "base"])
+    assert args.start_from == "base"
+
+
+def test_its_initial_weights_are_measured_too(tmp_path):
+    """And their time is planned."""
+    assert final_evaluation.STARTED not in final_evaluation._measured(tmp_path)
+    (tmp_path / FOLDER).mkdir()
+    found = final_evaluation._measured(tmp_path)[final_evaluation.STARTED]
+    assert found == (str(tmp_path / FOLDER), "-start")
+    facts, pace = Facts(1000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8), Pace(1e-3, 64, 9)
+    three, four = (Budget(facts, True, 1.0, 0.0, models).after(pace) for models in (3, 4))
+    assert four > three
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_the_weights(base, tmp_path, capsys):
+    """After a step with hardly a learning rate it still has them; a run that was made is not made again."""
+    for number in range(24):
+        path = tmp_path / "photos" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = np.random.RandomState(number).randint(0, 256, (40, 48, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+        path.with_suffix(".txt").write_text(f"a picture {number}")
+    few = ["train.steps=1", "optim.peak_lr=1e-30", "data.workers=0", "train.pictures=0", "train.precision=fp32"]
+    found = pretrain(tmp_path / "photos", tmp_path / "run", start_from=base, overrides=few)
+    said = capsys.readouterr().out
+    assert found.finished and "weights to continue from" in said and 'model: "as its weights", 32 wide' in said
+    before, after = checkpoint.read_weights(checkpoint.locate(base)), M3AE.from_pretrained(found.export).state_dict()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-20)
+    assert json.loads((tmp_path / "run/config.json").read_text())["model"]["init_from"].endswith("run/start")
+    again = pretrain(tmp_path / "photos", tmp_path / "run", start_from=tmp_path / "gone", overrides=few)
+    assert again.finished
