@@ -68,41 +68,43 @@ class ModelConfig(Section):
     """Everything that defines the network."""
 
     size: Literal["small", "base", "large", "huge"] | None = "large"
-    """Preset for `emb_dim`, `depth` and `num_heads` where they are not given."""
+    """Preset for `emb_dim`, `depth` and `num_heads`; each of the three that is given overrides it."""
     emb_dim: Size
     """Width of the encoder: a multiple of 4 and of `num_heads`."""
     depth: Layers
     """Number of encoder blocks."""
     num_heads: Size
-    """Number of attention heads of an encoder block."""
+    """Number of attention heads in each encoder block."""
     dec_emb_dim: Size = 512
     """Width of the decoder: a multiple of 4 and of `dec_num_heads`."""
     dec_depth: Layers = 8
     """Number of decoder blocks."""
     dec_num_heads: Size = 16
-    """Number of attention heads of a decoder block."""
+    """Number of attention heads in each decoder block."""
     dec_attention: Literal["self", "cross"] = "self"
-    """Attention of the decoder: `self`, among visible and masked tokens, as in the official M3AE; or `cross`, from each
-    masked token to the encoder's output alone (CrossMAE, arXiv 2401.14391), which costs less."""
+    """Attention of the decoder. `self`: visible and masked tokens attend to each other, as in the official M3AE.
+    `cross`: each masked token attends only to the encoder's output (CrossMAE, arXiv 2401.14391), which needs fewer
+    FLOPs."""
     mlp_ratio: float = Field(4, gt=0, le=64)
-    """Hidden width of a block's MLP, as a multiple of its width."""
+    """Hidden width of the MLP in each block, as a multiple of the block's width."""
     output_head_depth: int = Field(0, ge=0, le=1024)
     """Number of hidden layers of the output heads."""
     use_type_embedding: bool = True
-    """Whether image and text tokens get an embedding of their modality."""
+    """Whether a learned embedding of the modality is added to image and text tokens."""
     drop: Rate = 0.0
-    """Dropout probability after projections and MLP layers; drawn by each rank on its own."""
+    """Dropout probability after projections and MLP layers. Each rank draws its own random numbers, so the loss curve
+    depends on the number of ranks."""
     att_drop: Rate = 0.0
-    """Dropout probability of attention weights; drawn by each rank on its own."""
+    """Dropout probability of attention weights. Each rank draws its own random numbers, as for `drop`."""
     drop_path: Rate = 0.0
-    """Stochastic depth: the probability that a sample skips a block's branch."""
+    """Stochastic depth: probability that a sample skips a residual branch of a block."""
     image_size: Size = 256
     """Height and width of a square image, in pixels; a multiple of `patch_size`."""
     patch_size: Size = 16
     """Height and width of a patch, in pixels."""
     resize: Literal["square", "native"] = "square"
-    """Shape of images: `square`, cut and scaled to `image_size`; or `native`, which keeps their aspect ratio
-    and, from `min_patches` to `max_patches`, their size, both sides rounded to the patch size."""
+    """How images are resized. `square`: cropped and scaled to `image_size`. `native`: the aspect ratio is kept, and the
+    size too if it is between `min_patches` and `max_patches`; both sides are rounded to multiples of the patch size."""
     max_patches: Size | None = None
     """With `resize: native`: maximum number of patches per image; larger images are downscaled. null: the number of
     patches of a square image. The longer side is limited to 2 √`max_patches` patches, so images with an aspect ratio
@@ -110,35 +112,38 @@ class ModelConfig(Section):
     min_patches: Size = 1
     """With `resize: native`: minimum number of patches per image; smaller images are upscaled."""
     native_positions: Literal["absolute", "centred"] = "absolute"
-    """Native, computed positions: counted from the first corner, or about the centre of a square image. Stored ones are
-    interpolated to each image's rows and columns, as timm does."""
+    """With `resize: native` and computed position embeddings: origin of the coordinates. `absolute`: the upper left
+    corner; `centred`: the image is centred in the grid of a square image. Stored embeddings are interpolated to each
+    image's rows and columns, as timm does."""
     channels: int = Field(3, ge=1, le=MAX_CHANNELS)
-    """Number of channels: 1 grey, 3 RGB, 4 RGBA; any number of bands, such as a satellite's, or depth as a fourth
-    channel, from TIFF and .npy files."""
+    """Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA. TIFF and .npy files may have any number of channels,
+    such as the bands of a satellite, or depth as a fourth channel."""
     image_dtype: Literal["uint8", "uint16", "float32"] = "uint8"
-    """Data type of pixels: integers from black, 0, to white, 255 or 65,535, or floats, with black 0 and white 1, which
-    may lie beyond both. `data.range` says what is black and white."""
+    """Data type of the pixels. Black is 0; white is 255 for uint8, 65,535 for uint16 and 1 for float32, whose values
+    may exceed both. `data.range` sets which values of a file are black and white."""
     image_mean: Channels = (0.5762, 0.5503, 0.5213)
-    """Mean of pixels in units in which black is 0 and white 1, one value per channel. The default is CC12M's."""
+    """Mean of the pixels, one value per channel, with black = 0 and white = 1. The default is that of CC12M."""
     image_std: Channels = (0.3207, 0.3169, 0.3307)
-    """Standard deviation of pixels in the same units, one value above 0 per channel. The default is CC12M's."""
+    """Standard deviation of the pixels, one positive value per channel, in the same units. The default is that of
+    CC12M."""
     image_range: Range | None = None
     """Value range (`data.range`) of the training images; saved with the model."""
     text_length: Size = 64
     """Maximum number of text tokens; longer captions are truncated."""
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
-    """Number of tokens in the tokenizer's vocabulary; 0 builds an image-only MAE without text weights,
-    which reads captioned shards too, without their captions."""
+    """Number of tokens in the tokenizer's vocabulary. 0: an image-only MAE without text weights, which ignores the
+    captions of its shards."""
     image_targets: Literal["pixels", "vqgan"] = "pixels"
     """Targets of masked patches: pixels, or token ids of a frozen VQGAN (`data.image_tokenizer`)."""
     codebook_size: int = Field(1024, gt=0, le=MAX_VOCAB)
-    """Number of token ids of the VQGAN; unused with pixel targets."""
+    """Number of token ids in the VQGAN's codebook; not used with pixel targets."""
     gelu: Literal["tanh", "exact"] = "tanh"
     """Variant of GELU: the tanh approximation, as in the official M3AE, or the exact function, as in MAE and timm."""
     positions: Literal["sincos", "stored"] = "sincos"
     """Position embeddings of patches: computed, or stored with the weights, as in MAE. Neither is trained."""
     mean_pool: Literal["after_norm", "before_norm"] = "after_norm"
-    """Place of mean pooling: after the final LayerNorm, or before it, as in fine-tuned MAEs (timm's `fc_norm`)."""
+    """Whether features are averaged over tokens after the final LayerNorm or before it, as in fine-tuned MAEs (timm's
+    `fc_norm`)."""
     init_from: str | None = None
     """Export folder or Hugging Face model id to initialise a new run from. If it contains no decoder, the decoder is
     randomly initialised."""
@@ -236,21 +241,22 @@ class MaskingConfig(Section):
     text_ratio: float = Field(0.75, ge=0, le=1)
     """Fraction of the text tokens that are masked."""
     image_predicted: float = Field(1.0, gt=0, le=1)
-    """Fraction of the masked patches that are predicted, and so enter decoder and loss, in training. Evaluations and
-    reconstructions predict all. Below 1 meant for `model.dec_attention: cross`: with `self` the features get worse."""
+    """Fraction of the masked patches that are predicted in training, that is, enter the decoder and the loss.
+    Evaluations and reconstructions predict all of them. Values below 1 are meant for `model.dec_attention: cross`; with
+    `self` they make the features worse."""
     text_predicted: float = Field(1.0, gt=0, le=1)
-    """Fraction of the masked text tokens that are predicted in training, as `image_predicted`."""
+    """Fraction of the masked text tokens that are predicted in training; as `image_predicted`."""
     per: Literal["sample", "batch"] = "sample"
-    """Masks drawn: one per sample, or one for the whole batch, as in the official code."""
+    """How masks are sampled: one for each sample, or one for the whole batch, as in the official code."""
 
 
 class LossConfig(Section):
     """Loss weights and reductions."""
 
     image_weight: float = Field(1.0, ge=0)
-    """Factor of the image loss in the total loss."""
+    """Weight of the image loss in the total loss."""
     text_weight: float = Field(0.5, ge=0)
-    """Factor of the text loss in the total loss."""
+    """Weight of the text loss in the total loss."""
     image_all_tokens: bool = False
     """Whether the image loss includes visible patches."""
     text_all_tokens: bool = False
@@ -258,24 +264,25 @@ class LossConfig(Section):
     norm_pix: bool = False
     """Whether pixel targets are standardised per patch, as in MAE (with the unbiased variance)."""
     per: Literal["sample", "batch"] = "sample"
-    """Reduction: `sample` averages over tokens, then over samples; `batch` averages over all tokens, as in MAE."""
+    """Reduction of the losses: `sample` averages over the tokens of each sample, then over samples; `batch` averages
+    over all tokens, as in MAE."""
 
 
 class SourceConfig(Section):
-    """A source: shards that are weighted and read alike."""
+    """A data source: shards with the same weight and settings."""
 
     shards: str | list[str]
     """Tar files: paths, brace patterns, globs, URLs or `pipe:` commands; or a manifest of them, `NAME.npy`."""
     weight: float | None = Field(None, gt=0, le=1e12)
     """Weight of this source when samples are drawn, relative to the other sources; null: its number of samples."""
     loss_weight: float = Field(1.0, ge=0, le=1e6)
-    """Multiplies these samples' losses; the denominator of the mean is unchanged."""
+    """Factor by which the losses of these samples are multiplied; the denominator of the mean does not change."""
     modality: Literal["auto", "any", "paired", "image", "text"] = "auto"
     """Modalities to use from each sample. `any`: all that the sample has; `auto`: those that every sample of the shard
     has, otherwise `any`. An image-only model (`model.vocab_size` 0) uses only the images with `auto`."""
     caption_fraction: float = Field(1.0, ge=0, le=1)
-    """Fraction of the pairs that keep their caption; the others are images alone. A hash of its key chooses a pair: the
-    same ones in every run, and a larger fraction holds those of a smaller one."""
+    """Fraction of the pairs that keep their caption; the others are used as images without text. The pairs are chosen
+    by a hash of their keys: they are the same in every run, and a larger fraction includes those of a smaller one."""
 
     @model_validator(mode="after")
     def _possible(self) -> SourceConfig:
@@ -292,7 +299,8 @@ class DataConfig(Section):
     val: list[SourceConfig] = []
     """Sources of the held-out samples."""
     tokenizer: str | None = None
-    """The text tokenizer: a tokenizer.json, a BERT vocab.txt or a hub name; null: without captions."""
+    """Text tokenizer: a tokenizer.json, a BERT vocab.txt or a name on the Hugging Face hub; null: captions are not
+    used."""
     range: Range | None = None
     """Pixel values that map to black and white in images with more than 8 bits per channel, such as [0, 4095]; `dtype`
     uses the full range of the file's data type (0 to 1 for floats). null: the range saved with the model; if there is
@@ -303,16 +311,18 @@ class DataConfig(Section):
     """Maximum number of patches per image with `resize: native`. Overrides `model.max_patches`; null: use
     `model.max_patches`."""
     min_patches: Size | None = None
-    """Minimum number of patches of a native image: sets `model.min_patches`; null: what that says."""
+    """Minimum number of patches per image with `resize: native`. Overrides `model.min_patches`; null: use
+    `model.min_patches`."""
     show_channels: Annotated[tuple[int, int, int], Strict(False)] | None = None
-    """Channels that pictures show as red, green and blue, from 0; null: the first three of 3 or 4, else the first as
-    grey."""
+    """Indices, from 0, of the channels that figures show as red, green and blue. null: the first three if there are 3
+    or 4 channels, otherwise the first as grey."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest fraction of an image's area that RandomResizedCrop keeps: 0 < smallest ≤ largest ≤ 1."""
     flip: bool = True
-    """Whether images are mirrored with probability 0.5."""
+    """Whether images are flipped horizontally with probability 0.5."""
     repeats: int = Field(1, gt=0, le=1 << 16)
-    """Number of views (crops and masks) per sample and epoch, decoded once; an epoch has that many times the steps."""
+    """Number of views (crops and masks) of each sample per epoch. The sample is decoded once, and an epoch has this
+    many times as many steps."""
     shuffle_shards: int = Field(128, gt=0, le=1 << 24)
     """Number of shards whose samples are shuffled together, over all lanes."""
     lanes: int = Field(64, gt=0, le=1 << 16)
@@ -320,21 +330,21 @@ class DataConfig(Section):
     some of them. The number used is the largest divisor of the global batch size that exceeds neither this value nor
     the number of shards."""
     workers: int | None = Field(None, ge=0, le=1024)
-    """Number of loader processes per rank; null: as many as the cores allow."""
+    """Number of data-loader processes per rank; null: chosen by the number of CPU cores."""
     prefetch: int = Field(4, gt=0, le=1024)
-    """Number of batches that each worker prepares ahead; fewer where they would not fit into shared memory."""
+    """Number of batches that each worker prepares in advance; reduced if they would not fit into shared memory."""
     cache_dir: NamedPath | None = None
-    """Folder for copies of shards that are remote or on a network file system, and indexes of read-only folders; null:
-    `~/.cache/m3ae_fast`."""
+    """Cache folder for shards that are remote or on a network file system, and for the indexes of shards in read-only
+    folders; null: `~/.cache/m3ae_fast`."""
     cache_gb: float | None = Field(None, gt=0, le=1e9)
     """Maximum size of the shard cache per node, in GB; null: use the disk until a tenth of it is left free."""
     image_tokenizer: NamedPath | None = None
-    """Folder of the converted VQGAN whose ids are the image targets (`model.image_targets` vqgan)."""
+    """Folder of the converted VQGAN whose token ids are the image targets (`model.image_targets: vqgan`)."""
     image_tokens: Literal["device", "workers", "shards"] = "device"
-    """Where image token ids are computed: on the training device, in the loader's workers, or ahead of time
-    (`m3ae-fast shards image-tokens`)."""
+    """Where the image token ids are computed: on the training device, in the data-loader workers, or in advance, by
+    `m3ae-fast shards image-tokens`."""
     max_bad_fraction: float = Field(0.1, ge=0, le=1)
-    """Maximum fraction of broken samples; a run with more stops."""
+    """Maximum fraction of samples that cannot be used; a run in which more of them are found stops with an error."""
 
     @model_validator(mode="after")
     def _possible(self) -> DataConfig:
@@ -355,7 +365,8 @@ class ScheduleConfig(Section):
     SECTION: ClassVar[str] = "optim"  # for messages
 
     peak_lr: float = Field(1.5e-4, gt=0)
-    """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256, which `lr` in logs shows."""
+    """Learning rate after the warm-up, for a batch of 256. It is multiplied by global_batch / 256; the logs show the
+    product as `lr`."""
     init_lr: float = Field(0.0, ge=0)
     """Learning rate of the first step; scaled in the same way."""
     end_lr: float = Field(0.0, ge=0)
@@ -377,7 +388,7 @@ class OptimConfig(ScheduleConfig):
     """AdamW with linear warm-up and cosine decay."""
 
     weight_decay: float = Field(0.05, ge=0)
-    """Weight decay of matmul weights and, as in the official code, of LayerNorm scales."""
+    """Weight decay of weight matrices and, as in the official code, of LayerNorm scales."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Adam's decay rates of the first and the second moment, per step."""
     eps: float = Field(1e-8, gt=0)
@@ -390,19 +401,19 @@ class PretrainingOptimConfig(OptimConfig):
     """AdamW with linear warm-up and cosine decay, as in the official code; or Muon, and another schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """Optimiser: `adamw`; or `muon`, which orthogonalises the updates of the blocks' matrices and leaves the rest to
-    AdamW (Jordan et al. 2024; arXiv 2502.16982). Not with ZeRO stage 3 or an offloaded optimiser."""
+    """Optimiser. `muon` orthogonalises the updates of the weight matrices in the blocks and uses AdamW for everything
+    else (Jordan et al. 2024; arXiv 2502.16982); it cannot be used with ZeRO stage 3 or an offloaded optimiser."""
     muon_momentum: Beta = 0.95
-    """Muon: decay rate of the momentum, per step."""
+    """With `name: muon`: decay rate of the momentum, per step."""
     muon_lr_ratio: float = Field(2.0, gt=0, le=1e3)
-    """Muon: learning rate of its matrices, as a multiple of AdamW's. Their updates have the size of AdamW's at equal
-    rates; orthogonalised ones bear larger rates."""
+    """With `name: muon`: learning rate of Muon's matrices as a multiple of AdamW's. At a ratio of 1 their updates are
+    as large as AdamW's; orthogonalised updates tolerate larger learning rates."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """Learning rate after the warm-up: `cosine`; or `wsd` (warm-up, stable, decay), which stays at its peak and falls
-    at the end, so that a run can be extended from its checkpoint before the decay."""
+    """Schedule of the learning rate after the warm-up: `cosine` decay, or `wsd` (warm-up, stable, decay), which is
+    constant until a decay at the end, so that a run can be extended from the checkpoint before the decay."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
-    """wsd: fraction of the steps in which the learning rate falls, as 1 minus the root of the decay's progress
-    (arXiv 2405.18392)."""
+    """With `schedule: wsd`: fraction of the steps in which the learning rate decays, as 1 minus the square root of the
+    decay's progress (arXiv 2405.18392)."""
 
     @property
     def decay(self) -> float | None:
@@ -410,13 +421,13 @@ class PretrainingOptimConfig(OptimConfig):
 
 
 class LoopConfig(Section):
-    """Steps, and what happens around them."""
+    """Length of a training, its batch, and the periods of logging, evaluation and checkpoints."""
 
     SECTION: ClassVar[str] = "train"  # for messages
     LENGTH_FOLLOWS: ClassVar[bool] = False  # from the number of samples, where neither epochs nor steps are given
 
     global_batch: Batch = 4096
-    """Samples per optimiser step, over all ranks."""
+    """Number of samples per optimiser step, over all ranks."""
     micro_batch: Batch | None = None
     """Maximum number of samples per rank and forward pass. Larger per-rank batches are split evenly into micro-batches
     with gradient accumulation; null: no gradient accumulation."""
@@ -431,7 +442,7 @@ class LoopConfig(Section):
     save_every: Count = 1000
     """Steps between checkpoints."""
     keep: Count = 2
-    """Number of checkpoints kept: the last ones."""
+    """Number of most recent checkpoints to keep."""
 
     @model_validator(mode="after")
     def _one_length(self) -> LoopConfig:
@@ -444,14 +455,14 @@ class LoopConfig(Section):
 
 
 class TransformerLoopConfig(LoopConfig):
-    """A loop that trains a transformer."""
+    """Settings of a training of a transformer."""
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute dtype: `bf16`, `fp32`, or `auto` (bf16 where the hardware is faster in it)."""
+    """Dtype of the computations: `bf16`, `fp32`, or `auto` (bf16 if the hardware computes faster in it)."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay per step of a moving average of the weights, such as 0.9999, for export and evaluation; null: none."""
     activation_checkpointing: bool = False
-    """Whether activations are recomputed in the backward pass: less memory, a third more time."""
+    """Whether activations are recomputed in the backward pass, which needs less memory and about a third more time."""
     compile: bool = False
     """Whether torch.compile compiles the transformer blocks."""
 
@@ -462,20 +473,20 @@ class KnnConfig(Section):
     k: int = Field(20, gt=0)
     """Number of neighbours that vote."""
     temperature: float = Field(0.07, gt=0)
-    """A neighbour's vote is exp(cosine similarity / temperature)."""
+    """Temperature of the votes: a neighbour's vote is exp(cosine similarity / temperature)."""
 
 
 class KnnProbeConfig(KnnConfig):
     """k-NN accuracy on labelled samples while the model trains."""
 
     train: list[SourceConfig] = Field(min_length=1)
-    """Sources of the samples that vote."""
+    """Data sources of the training samples, which are the neighbours."""
     val: list[SourceConfig] = Field(min_length=1)
-    """Sources of the samples to classify."""
+    """Data sources of the samples to classify."""
     labels: str = "cls"
-    """Where labels are read: `cls` (whole numbers in KEY.cls), or `json.FIELD` (a field of KEY.json)."""
+    """Where labels are read from: `cls` (integers in KEY.cls), or `json.FIELD` (a field of KEY.json)."""
     pool: Literal["mean", "cls"] = "mean"
-    """Pooling of features: the mean over all tokens but cls, or the cls token."""
+    """Pooling of the features: the mean over all tokens except cls, or the cls token."""
     every: Count | None = None
     """Steps between probes; null: only at the start and the end."""
 
@@ -484,17 +495,18 @@ class TrainConfig(TransformerLoopConfig):
     """Length, batch, precision and periods of the training loop."""
 
     hours: float | None = Field(None, gt=0, le=1e5)
-    """Time for the run in hours, evaluations included. The number of steps, which begins as what `steps` or `epochs`
-    say, is adjusted during training so that the run ends in this time, after 800 epochs at most; null: it stays."""
+    """Duration of the run in hours, including evaluations. The number of steps, initially that of `steps` or `epochs`,
+    is adjusted during training so that the run ends in this time, after at most 800 epochs. null: no time limit."""
     stop_at: Annotated[float, Field(gt=0, le=1)] | Literal["plateau"] | None = None
     """Accuracy of `train.probe`, such as 0.6, that ends the run early, or `plateau`: when three evaluations in a row
     have no new best. The learning rate then falls as it does at the end: needs `optim.schedule: wsd`. null: never."""
     eval_samples: Count = 1024
-    """Number of held-out samples of an evaluation."""
+    """Number of held-out samples in each evaluation."""
     pictures: int = Field(6, ge=0, le=1000)
-    """Number of samples in reconstructions.png and attention.png, which are drawn with every checkpoint; 0: none."""
+    """Number of samples in reconstructions.png and attention.png, which are drawn with every checkpoint; 0: no
+    figures."""
     probe: KnnProbeConfig | None = None
-    """k-NN probe during training, logged as `val_knn_top1`; null: off."""
+    """k-NN probe during training, whose accuracy is logged as `val_knn_top1`; null: no probe."""
 
 
 class OffloadConfig(Section):
@@ -510,13 +522,14 @@ class ZeroConfig(Section):
     """How ZeRO splits the training state over ranks and communicates; the names are DeepSpeed's."""
 
     stage: int = Field(0, ge=0, le=3)
-    """What is split over ranks. 0: nothing; 1: optimiser state; 2: gradients too; 3: weights too."""
+    """What is partitioned over ranks. 0: nothing; 1: the optimiser state; 2: also the gradients; 3: also the
+    weights."""
     overlap_comm: bool = True
     """Whether gradients are reduced during the backward pass."""
     reduce_bucket_size: Annotated[int, Field(gt=0, le=1 << 34), Strict(False)] = 50_000_000
-    """Number of gradient elements that are reduced together."""
+    """Number of gradient elements that are reduced in one collective."""
     allgather_bucket_size: Annotated[int, Field(gt=0, le=1 << 34), Strict(False)] = 50_000_000
-    """Number of parameters that are gathered together."""
+    """Number of parameters that are gathered in one collective."""
     reduce_scatter: bool = True
     """Stages 1 and 2: whether gradients are reduced by reduce-scatter instead of all-reduce."""
     contiguous_gradients: bool = True
@@ -530,9 +543,9 @@ class ZeroConfig(Section):
     sub_group_size: Annotated[int, Field(gt=0, le=1 << 40), Strict(False)] = 1_000_000_000
     """Stage 3: number of elements that the optimiser updates at a time."""
     stage3_prefetch_bucket_size: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 50_000_000
-    """Stage 3: number of parameters gathered ahead."""
+    """Stage 3: number of parameters that are gathered in advance."""
     stage3_param_persistence_threshold: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 100_000
-    """Stage 3: tensors of fewer parameters than this are kept whole on every rank."""
+    """Stage 3: tensors with fewer parameters than this are not partitioned but kept on every rank."""
     stage3_max_live_parameters: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 1_000_000_000
     """Stage 3: maximum number of parameters resident on the GPU at once."""
     stage3_max_reuse_distance: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 1_000_000_000
