@@ -10,16 +10,16 @@ from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.base.former_names import present_name
 
 COMMANDS = {
-    "pretrain": "pictures in, model out: makes shards, chooses settings, trains, evaluates, writes a report, exports",
+    "pretrain": "one command from images to a model: makes shards, chooses settings, trains, evaluates, exports",
     "train": "pre-train a model; with several GPUs: deepspeed m3ae_fast/train.py",
-    "shards": "make shards of folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
-    "embed": "write a model's features of shards or of a folder of images as .npz or .parquet",
-    "evaluate": "measure a model: linear probe, nearest neighbours, fine-tuning, retrieval, out-of-distribution, ...",
-    "draw": "draw reconstructions, attention and maps of features; guess masked words, complete an image",
+    "shards": "make shards from folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
+    "embed": "write the features of shards or of a folder of images as .npz or .parquet",
+    "evaluate": "evaluate a model: k-NN, linear probe, fine-tuning, segmentation, retrieval, out-of-distribution, ...",
+    "draw": "draw reconstructions, attention maps and feature maps; fill in masked words and patches",
     "convert": "convert weights: official M3AE and MAE checkpoints, timm models, runs",
-    "export": "write a run's weights as safetensors + config.json",
-    "report": "write a run's curves, pictures and results as one page, report.html",
-    "status": "say whether a run is finished, stopped, running or failed, and at which step",
+    "export": "export the weights of a run: safetensors with config.json, timm or ONNX",
+    "report": "write the curves, figures and results of a run as one page, report.html",
+    "status": "print whether a run is finished, stopped, running or failed, and at which step",
 }
 DEVELOPER_TOOLS = {
     "verify": "compare the model with golden files of the official implementation",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from m3ae_fast import train
-from m3ae_fast.__main__ import COMMANDS, MODULES
+from m3ae_fast.__main__ import MODULES
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.config import evaluation_page, train_page
 from m3ae_fast.cli.config import main as write_page
@@ -550,9 +550,9 @@ def test_every_program_is_listed():
         if '__name__ == "__main__"' in path.read_text()
     }
     started = {"m3ae_fast", "object_store"}  # the latter by a run, to fetch shards
-    assert programs - started == {MODULES[command].rpartition(".")[2] for command in COMMANDS}
+    assert programs - started == {module.rpartition(".")[2] for module in MODULES.values()}
     listed = subprocess.run([sys.executable, "-m", "m3ae_fast"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert all(f"\n  {name} " in listed for name in COMMANDS)
+    assert all(f"\n  {name} " in listed for name in MODULES)
     wrong = subprocess.run([sys.executable, "-m", "m3ae_fast", "tran"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
 
