@@ -23,6 +23,9 @@ class CpuDevice:
     device = torch.device("cpu")
     name = "cpu"
 
+    def works(self) -> bool:
+        return True
+
     def clear_cache(self) -> None:
         pass
 
@@ -60,6 +63,14 @@ class CudaDevice:
         self.device = torch.device("cuda")
         self.name = torch.cuda.get_device_name()
         self._scratch = torch.empty(512 << 20, dtype=torch.uint8, device=self.device)
+
+    def works(self) -> bool:
+        """Return whether the device computes anything for this process: after some errors it no longer does."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
 
     def clear_cache(self) -> None:
         self._scratch.zero_()

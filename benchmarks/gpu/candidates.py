@@ -105,13 +105,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def settings_to_try(kernel: str, now: Settings, arch: str, width: str) -> list[Settings]:
-    """Return what was compiled ahead of time for a matmul kernel; for others, which compile fast, what is near."""
+    """Return what was compiled ahead of time for a matmul kernel. For attention, which takes seconds to compile: other
+    warps and stages for its tile, then other tiles with two stages, which load ahead of time, and with those it has.
+    For small kernels all that is near."""
     if "BLOCK_K" in now:
         return read(arch).get(kernel, {}).get(width, [])
+    if "TILE_M" in now:
+        launches = [{"num_warps": w, "num_stages": s} for w, s in itertools.product((2, 4, 8), (1, 2, 3))]
+        tiles = [{"TILE_M": m, "TILE_N": n} for m, n in itertools.product((1024, 2048, 4096), (1024, 2048, 4096, 8192))]
+        found = [now | launch for launch in launches]
+        found += [now | tile | stages for stages in ({"num_stages": 2}, {}) for tile in tiles]
+        return [settings for i, settings in enumerate(found) if settings not in found[:i]]
     choices = {
         "TILE": (1024, 2048, 4096, 8192),
-        "TILE_M": (1024, 2048, 4096),
-        "TILE_N": (2048, 4096, 8192),
         "BLOCK_M": (4, 8, 16),
         "BLOCK_D": (128, 256, 512),
         "BLOCK_V": (1024, 2048, 4096, 8192),

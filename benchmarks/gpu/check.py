@@ -23,12 +23,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass
 class Check:
-    """One op, at some sizes, in one dtype: the worst ratio of error to what is allowed, and what went wrong."""
+    """One op, at some sizes, in one dtype: the worst ratio of error to what is allowed (None: it computed nothing), and
+    what went wrong."""
 
     op: str
     sizes: str
     dtype: str
-    worst: float
+    worst: float | None
     problems: list[str]
 
     def row(self) -> Row:

@@ -1,93 +1,119 @@
 """`python -m benchmarks.gpu --all`: the first hour on a GPU, stage by stage, in calls of a few minutes each.
 
-Each stage is a process of its own, or several at once, with a time limit. What it prints and writes is kept in a folder
-of its name before anything reads it; record.json there says how it ended. A stage that has a record is done: the next
-call goes on after it, and runs again what lacked a module that is there now. A stage that fails, hangs or prints
-nothing costs that stage alone. Compilers' caches stay in the folder from call to call.
+Each stage is a process of its own, or several at once, with a time limit. What a command prints and writes is kept in
+the stage's folder, or in one of the command's name there, before anything reads it; record.json says how the stage
+ended. A stage that has a record is done: the next call goes on after it, and runs again what lacked a module that is
+there now. A stage that fails, hangs or prints nothing costs that stage alone, and no process of it stays. After every
+stage, records, logs and tables are packed into one file, which a next call takes up, also on another machine.
+Compilers' caches stay in the folder from call to call. PLAN.md says what is known by when.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import results
 from benchmarks.alone import ROOT
+from benchmarks.gpu import archive
+from benchmarks.gpu.archive import RECORD
+from benchmarks.gpu.processes import Processes
+from benchmarks.gpu.tune import apply
 
-RECORD = "record.json"
 LATER = 3  # exit code: stages are left for the next call
 BETTER = "{better}"  # in a command: the faster of the two engines, as measured by the stages of its name
 SIZES = ("large", "base", "small")
 ENGINES = {"deepspeed": "large-deepspeed", "torch": "large-torch"}
+SANITIZER_ERROR = "86"  # exit code of compute-sanitizer where it has found something
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands that run at once, arguments of Python's where `tool` is None, for at most so many seconds."""
+    """Commands that run at once, by the name of each one's folder ("": the stage's own), for at most so many seconds:
+    arguments of Python's if `tool` is None."""
 
     name: str
     seconds: float
-    commands: tuple[tuple[str, ...], ...]
+    commands: dict[str, tuple[str, ...]]
     env: dict[str, str] = field(default_factory=dict)
     tool: str | None = None  # a program that must exist for the stage to run, and runs Python
 
 
-def _step(name: str, on: str, seconds: float = 180, *options: str, env: dict[str, str] | None = None) -> Stage:
+def _stage(name: str, seconds: float, module: str, *options: str, env: dict[str, str] | None = None) -> Stage:
+    return Stage(name, seconds, {"": ("-m", module, *options)}, env or {})
+
+
+def _step(name: str, on: str, seconds: float, *options: str, env: dict[str, str] | None = None) -> Stage:
     size, _, _ = name.partition("-")
-    command = ("-m", "benchmarks.gpu", "--step", "--size", size, "--on", on, *options)
-    return Stage(name, seconds, (command,), {"TORCH_LOGS": "recompiles,graph_breaks"} | (env or {}))
+    logs = {"TORCH_LOGS": "recompiles,graph_breaks"}
+    return _stage(name, seconds, SUITE, "--step", "--size", size, "--on", on, *options, env=logs | (env or {}))
 
 
-def _suite(*options: str) -> tuple[str, ...]:
-    return ("-m", "benchmarks.gpu", *options)
+def _sanitized(tool: str) -> Stage:
+    """Return a stage that checks small odd sizes under a tool of compute-sanitizer, without torch's caching allocator:
+    in its large blocks an overrun stays within allocated memory."""
+    options = ("--tool", tool, "--target-processes", "all", "--error-exitcode", SANITIZER_ERROR)
+    command = (*options, sys.executable, "-m", SUITE, "--odd")
+    return Stage(tool, 150, {"": command}, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, tool="compute-sanitizer")
 
 
+SUITE = "benchmarks.gpu"
 OWN = {"M3AE_KERNELS_IMPL": "triton"}  # attention too, which else may run on another library's kernel
 GOLDEN = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests/golden").glob("*.npz")))
+# in the order of what is lost without them; the limits of those before "base" add up to 45 minutes
 PLAN = (
-    Stage("ceilings", 120, (("-m", "benchmarks.gpu.ceilings"),)),
-    Stage("verify", 120, (("-m", "m3ae_fast", "verify", *GOLDEN, "--device", "cuda"),)),
+    _stage("ceilings", 90, "benchmarks.gpu.ceilings"),
+    _stage("verify", 90, "m3ae_fast", "verify", *GOLDEN, "--device", "cuda"),
     Stage(
-        "checks", 180, tuple(_suite("--quick", "--dtype", dtype) for dtype in ("bfloat16", "float16", "float32")), OWN
+        "checks",
+        240,
+        {dtype: ("-m", SUITE, "--quick", "--dtype", dtype) for dtype in ("bfloat16", "float16", "float32")},
     ),
-    Stage("memcheck", 150, (("--tool", "memcheck", sys.executable, *_suite("--odd")),), OWN, tool="compute-sanitizer"),
-    Stage(
-        "racecheck", 150, (("--tool", "racecheck", sys.executable, *_suite("--odd")),), OWN, tool="compute-sanitizer"
+    _stage("attention", 120, "benchmarks.gpu.attention"),
+    _stage(
+        "attention-tuning", 210, SUITE,
+        "--tune", "attention", "attention_backward", "--dtype", "bfloat16", "--budget", "195",
     ),
     _step("large-deepspeed", "deepspeed", 240),
-    _step("large-torch", "torch", 240),
-    Stage("attention", 180, (("-m", "benchmarks.gpu.attention"),)),
+    _step("large-torch", "torch", 180),
+    _step("large-triton", BETTER, 150, env=OWN),
+    _step("large-expert", "expert", 150),
+    _sanitized("memcheck"),
+    _sanitized("racecheck"),
     _step("large-recompute", BETTER, 180, "--recompute"),
-    _step("large-triton", BETTER, 180, env=OWN),
-    _step("large-256", BETTER, 180, "--samples", "256"),
+    _step("large-256", BETTER, 150, "--samples", "256"),
     _step("large-1024", BETTER, 180, "--samples", "1024"),
-    Stage("curve", 480, (("-m", "benchmarks.gpu.curve"),)),
-    _step("large-expert", "expert"),
-    _step("base-deepspeed", "deepspeed"),
-    _step("base-torch", "torch"),
-    _step("small-deepspeed", "deepspeed"),
-    _step("small-torch", "torch"),
-    Stage("ops", 480, (_suite("--no-compile"),)),
-    Stage("ops-compiled", 480, (_suite(),)),
-    Stage("tune", 500, (_suite("--tune", "--budget", "480"),)),
-)
+    _stage("curve", 420, "benchmarks.gpu.curve"),
+    _step("base-deepspeed", "deepspeed", 180),
+    _step("base-torch", "torch", 180),
+    _step("small-deepspeed", "deepspeed", 180),
+    _step("small-torch", "torch", 180),
+    _stage("ops", 480, SUITE, "--no-compile", "--budget", "460"),
+    _stage("ops-compiled", 480, SUITE, "--budget", "460"),
+    _stage("tune", 500, SUITE, "--tune", "--budget", "480"),
+)  # fmt: skip
 
 
-def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN) -> int:
-    """Run the stages that have no record and for which time is left; return 0, 1 where one has failed by now, or
-    `LATER` where some are left."""
+def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN, again: Collection[str] = ()) -> int:
+    """Run the stages that have no record and for which time is left, those named in `again` in any case; return 0, 1 if
+    one has failed by now, or `LATER` if some are left."""
     deadline, begun = time.monotonic() + seconds, False
+    if taken := archive.unpack(folder):
+        print(f"{', '.join(taken)}: taken up from {folder / archive.ARCHIVE}", flush=True)
+    for name in again:
+        _set_aside(folder / name)
+        archive.pack(folder)  # which else would bring it back
+    apply(folder)
     outcomes: list[str] = []
     for stage in stages:
         place = folder / stage.name
@@ -103,6 +129,7 @@ def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN) -> int:
             partial = place / f".{RECORD}"
             partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             partial.replace(place / RECORD)
+            archive.pack(folder)
         record = json.loads((place / RECORD).read_text(encoding="utf-8"))
         outcomes.append(record["outcome"])
         lacks = f", without {record['lacks']}: python -m benchmarks.gpu.wheels" if record["lacks"] else ""
@@ -119,54 +146,50 @@ def _is_done(place: Path) -> bool:
     return not record["lacks"] or find_spec(record["lacks"]) is None
 
 
-def _run_stage(stage: Stage, place: Path, folder: Path, seconds: float) -> dict[str, str | float | list[int | None]]:
+def _set_aside(place: Path) -> None:
+    """Give the folder of a stage another name: what it measured stays."""
+    if place.exists():
+        taken = [int(other.suffix[1:]) for other in place.parent.glob(f"{place.name}.*") if other.suffix[1:].isdigit()]
+        place.rename(f"{place}.{max(taken, default=0) + 1}")
+
+
+def _run_stage(stage: Stage, place: Path, folder: Path, seconds: float) -> dict[str, object]:
+    """Return the record of a stage, once none of its processes is left."""
+    record: dict[str, object] = {"began": datetime.now(timezone.utc).isoformat(timespec="seconds"), "lacks": ""}
     tool = sys.executable if stage.tool is None else shutil.which(stage.tool)
     if tool is None:
-        return {"outcome": "absent", "seconds": 0.0, "exit codes": [], "lacks": ""}
+        return record | {"outcome": "absent", "seconds": 0.0, "exit codes": []}
     began = time.monotonic()
-    environment = os.environ | caches(folder) | stage.env
-    environment |= {results.ELSEWHERE: str(place.absolute()), "PYTHONUNBUFFERED": "1"}
-    processes: list[subprocess.Popen] = []
-    logs = [place / (f"log-{i}.txt" if i else "log.txt") for i in range(len(stage.commands))]
-    try:
-        with ExitStack() as files:
-            for command, log in zip(stage.commands, logs):
-                arguments = [better_engine(folder) if part == BETTER else part for part in command]
-                output = files.enter_context(log.open("wb"))
-                streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-                own = subprocess.Popen([tool, *arguments], cwd=ROOT, env=environment, start_new_session=True, **streams)
-                processes.append(own)
-        codes = [_wait(process, began + seconds) for process in processes]
-    finally:
-        for process in processes:
-            _end(process)
+    logs = [place / name / "log.txt" for name in stage.commands]
+    codes: list[int | None] = []
+    with Processes() as processes:
+        started = []
+        for command, log in zip(stage.commands.values(), logs):
+            log.parent.mkdir(exist_ok=True)
+            arguments = [better_engine(folder) if part == BETTER else part for part in command]
+            env = caches(folder) | stage.env | {results.ELSEWHERE: str(log.parent.absolute()), "PYTHONUNBUFFERED": "1"}
+            try:
+                started.append(processes.start([tool, *arguments], log, env, cwd=ROOT))
+            except OSError as error:
+                log.write_text(f"{error}\n", encoding="utf-8")
+                codes.append(error.errno)
+        codes += [_wait(process, began + seconds) for process in started]
+    said = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
     if None in codes:
         outcome = "out of time"
     elif any(codes):
         outcome = "failed"
+        missing = re.findall(r"^ModuleNotFoundError: No module named '(\w+)", "\n".join(said), re.MULTILINE)
+        record["lacks"] = missing[-1] if missing else ""
     else:
-        outcome = "done" if all(log.stat().st_size for log in logs) else "silent"
-    said = "".join(log.read_text(encoding="utf-8", errors="replace") for log in logs) if outcome == "failed" else ""
-    missing = re.findall(r"^ModuleNotFoundError: No module named '(\w+)", said, re.MULTILINE)
-    return {
-        "outcome": outcome,
-        "seconds": time.monotonic() - began,
-        "exit codes": codes,
-        "lacks": missing[-1] if missing else "",
-    }
+        outcome = "done" if all(said) else "silent"
+    return record | {"outcome": outcome, "seconds": time.monotonic() - began, "exit codes": codes}
 
 
 def _wait(process: subprocess.Popen, until: float) -> int | None:
     with suppress(subprocess.TimeoutExpired):
         return process.wait(max(0.0, until - time.monotonic()))
     return None
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End the process, and all that it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def caches(folder: Path) -> dict[str, str]:

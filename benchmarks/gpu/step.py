@@ -7,11 +7,8 @@ Run by `python -m benchmarks.gpu --step`.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +22,7 @@ import torch
 from benchmarks import results
 from benchmarks.alone import ROOT, Alone
 from benchmarks.gpu.plan import SIZES
+from benchmarks.gpu.processes import Processes
 from benchmarks.gpu.trace import breakdown
 from benchmarks.shards import make_shards
 from m3ae_fast.base.hardware import peak_flops
@@ -61,6 +59,7 @@ def shipped(names: Sequence[str] = SIZES) -> list[Case]:
 
 IMPLEMENTATIONS = {"deepspeed": "engine, DeepSpeed", "torch": "engine, torch", "expert": "expert"}
 METRICS = "metrics.jsonl"
+PATIENCE = 5.0  # seconds for a trainer to end; less than a stage of the plan has, which also copies what it wrote
 
 
 def run(
@@ -130,21 +129,16 @@ def time_trainer(case: Case, shards: Path, kept: Path, gpus: int, *, plain: bool
     file.write_text(json.dumps(config), encoding="utf-8")
     log = kept / "log.txt"
     kept.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*_trainer(gpus, case.recompute), "--config", str(file), "--profile"],
-            cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            process.wait()
-        finally:  # time may run out here
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            for name in (METRICS, TRACE_FILE):
-                with suppress(OSError):
-                    shutil.copy(run_dir / name, kept)
-    if process.returncode:
+    log.unlink(missing_ok=True)
+    try:
+        with Processes(PATIENCE) as processes:
+            trainer = [*_trainer(gpus, case.recompute), "--config", str(file), "--profile"]
+            code = processes.start(trainer, log, cwd=ROOT).wait()
+    finally:  # time may run out here
+        for name in (METRICS, TRACE_FILE):
+            with suppress(OSError):
+                shutil.copy(run_dir / name, kept)
+    if code:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise RuntimeError(f"{(lines or ['no output'])[-1]} (see {log})")
     return settled(kept / METRICS)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,19 @@ from m3ae_kernels import tuning
 from m3ae_kernels.aot import CASES
 
 from benchmarks import results
+from benchmarks.alone import ROOT
 from benchmarks.gpu import candidates
+from benchmarks.gpu.check import check_timed
+from benchmarks.gpu.processes import Processes
+from benchmarks.gpu.suite import DeviceBroken
 from benchmarks.measure import CpuDevice, CudaDevice
 from benchmarks.ops import OPS, Sizes, Workload, make
+from benchmarks.results import Row
 
 Device = CudaDevice | CpuDevice
 GAIN = 0.99  # of the time of the settings so far: less would be noise
 REPEATS = 7
+TUNING = "gpu-tuning"
 
 
 class Launches:
@@ -81,10 +88,16 @@ def kernel_ms(device: Device, work: Workload, repeats: int | None = None) -> dic
 
 
 def busiest(device: Device, sizes: Sizes, dtype: torch.dtype) -> dict[str, str]:
-    """Return by kernel the op that keeps it busiest."""
+    """Return by kernel the op that keeps it busiest. An op that raises keeps none."""
     most: dict[str, tuple[float, str]] = {}
     for name in OPS:
-        for kernel, ms in kernel_ms(device, make(name, sizes, dtype, device.device), repeats=1).items():
+        try:
+            times = kernel_ms(device, make(name, sizes, dtype, device.device), repeats=1)
+        except Exception as error:
+            print(f"{name} is left out: {_first_line(error)}", flush=True)
+            _raise_if_broken(device, error)
+            continue
+        for kernel, ms in times.items():
             most[kernel] = max(most.get(kernel, (0.0, name)), (ms, name))
     return {kernel: name for kernel, (_, name) in most.items()}
 
@@ -95,41 +108,135 @@ def tune(
     dtype: torch.dtype,
     folder: Path | None = None,
     try_settings: Callable[..., list[dict[str, int]]] | None = None,
-) -> None:
-    """Replace the device's table by the fastest settings, kernel by kernel.
+    only: Collection[str] = (),
+) -> int:
+    """Replace the device's table by the fastest settings, kernel by kernel, of those in `only` if it names some; return
+    how many kernels have none that works.
 
-    Every setting that was timed stands in gpu-tuning.json in `folder` (None: this machine's). Kernels that are in it
-    are done: it is read at the start, so that a tuning which ended early goes on.
+    Every setting stands in gpu-tuning.json in `folder` (None: this machine's) from the moment on when it is tried. The
+    file is read at the start: a tuning that ended early, or whose process was lost with a setting, goes on after it.
+
+    Raises:
+        DeviceBroken: a setting has taken the device with it.
     """
-    try_settings = try_settings or candidates.settings_to_try
     arch, width = tuning.arch_of(device.device), "16" if dtype.itemsize == 2 else "32"
-    table = tuning.table(arch)
-    rows = results.read((folder or results.here()) / "gpu-tuning.json")
-    for row in rows:
-        if row["kept"] == "yes":
-            table[row["kernel"]][row["bits"]] = json.loads(row["settings"])
-    done = {row["kernel"] for row in rows if row["bits"] == width}
-    todo = {kernel: op for kernel, op in busiest(device, sizes, dtype).items() if kernel not in done}
-    for kernel, op in todo.items():
-        work, before = make(op, sizes, dtype, device.device), table[kernel][width]
-        times: list[tuple[dict[str, int], float]] = []
-        for settings in [before, *(s for s in try_settings(kernel, before, arch, width) if s != before)]:
-            table[kernel][width] = settings
-            try:
-                times.append((settings, kernel_ms(device, work)[kernel]))
-            except Exception as error:  # what does not compile or fit here is no candidate
-                if settings == before:
-                    raise
-                print(f"{kernel}: {json.dumps(settings)} left out: {next(iter(str(error).splitlines()), '')}")
-        best, least = min(times, key=lambda pair: pair[1])
-        kept = best if least < GAIN * times[0][1] else before
-        table[kernel][width] = kept
-        for settings, ms in times:
-            row: results.Row = {"kernel": kernel, "bits": width, "op": op, "settings": json.dumps(settings)}
-            rows.append(row | {"ms": ms, "kept": "yes" if settings == kept else ""})
-        results.save("gpu-tuning", f"Block sizes tried, {arch}", rows, folder)
+    table, rows, failed = tuning.table(arch), results.read((folder or results.here()) / f"{TUNING}.json"), 0
+    _apply(rows)
+    for kernel, op in busiest(device, sizes, dtype).items():
+        if only and kernel not in only:
+            continue
+        search = _Search(device, kernel, arch, width, make(op, sizes, dtype, device.device), rows, folder)
+        best = search.run(try_settings or candidates.settings_to_try)
+        if best is None:
+            failed += 1
+            print(f"{kernel}, {width} bits, in {op}: no setting works", flush=True)
+            continue
         write(arch, table, tuning.FOLDER)
-        print(f"{kernel}, {width} bits, in {op}: {times[0][1]:.3f} -> {least:.3f} ms, {json.dumps(kept)}", flush=True)
+        first = search.tried[0]["ms"]
+        print(f"{kernel}, {width} bits, in {op}: {first} -> {best['ms']} ms, {best['settings']}", flush=True)
+    return failed
+
+
+class _Search:
+    """Settings of one kernel, timed on one op, from those that it has to what is near the best so far."""
+
+    def __init__(
+        self, device: Device, kernel: str, arch: str, width: str, work: Workload, rows: list[Row], folder: Path | None
+    ) -> None:
+        self.device, self.work, self.rows, self.folder = device, work, rows, folder
+        self.key = {"kernel": kernel, "bits": width, "arch": arch}
+        self.tried = [row for row in rows if row.items() >= self.key.items()]
+        self.table = tuning.table(arch)[kernel]
+
+    def run(self, try_settings: Callable[..., list[dict[str, int]]]) -> Row | None:
+        """Return the row of what the table has at the end; None if nothing works."""
+        kernel, width, arch = self.key["kernel"], self.key["bits"], self.key["arch"]
+        now = json.loads(self.tried[0]["settings"]) if self.tried else self.table[width]
+        todo = [now]
+        while todo:
+            for settings in todo:
+                self._time(settings)
+            now = json.loads(best["settings"]) if (best := self._keep()) else now
+            known = {row["settings"] for row in self.tried}
+            todo = [s for s in [now, *try_settings(kernel, now, arch, width)] if json.dumps(s) not in known]
+        while best and best is not self.tried[0] and (problems := check_timed(self.work).problems):
+            best["verdict"] = "; ".join(problems)
+            best = self._keep()
+        return best
+
+    def _time(self, settings: dict[str, int]) -> None:
+        shown = json.dumps(settings)
+        if any(row["settings"] == shown for row in self.tried):
+            return
+        row: Row = {**self.key, "op": self.work.name, "settings": shown, "ms": None, "kept": "", "verdict": "under way"}
+        self.rows.append(row)
+        self.tried.append(row)
+        self._save()
+        self.table[self.key["bits"]] = settings
+        try:
+            row |= {"ms": kernel_ms(self.device, self.work)[self.key["kernel"]], "verdict": "ok"}
+        except Exception as error:  # what does not compile or fit here is no candidate
+            row["verdict"] = _first_line(error)
+            self._save()
+            _raise_if_broken(self.device, error)
+        self._keep()
+
+    def _keep(self) -> Row | None:
+        """Put the best settings so far into the table, and return their row."""
+        sound = [row for row in self.tried if row["verdict"] == "ok"]
+        best = min(sound, key=lambda row: row["ms"], default=None)
+        if best and sound[0] is self.tried[0] and best["ms"] >= GAIN * sound[0]["ms"]:
+            best = sound[0]
+        self.table[self.key["bits"]] = json.loads((best or self.tried[0])["settings"])
+        for row in self.tried:
+            row["kept"] = "yes" if row is best else ""
+        self._save()
+        return best
+
+    def _save(self) -> None:
+        results.save(TUNING, f"Block sizes tried, {self.key['arch']}", self.rows, self.folder)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), repr(error))
+
+
+def _raise_if_broken(device: Device, error: Exception) -> None:
+    if not device.works():
+        raise DeviceBroken from error
+
+
+def in_processes(command: Sequence[str], folder: Path, seconds: float) -> int:
+    """Tune in a process of its own, and in another after each that ends before its time; return the exit code."""
+    failed, known, until = 0, -1, time.monotonic() + seconds
+    with Processes() as processes:
+        while (left := until - time.monotonic()) > 0:
+            code = processes.start([*command, "--budget", f"{left:.0f}"], cwd=ROOT).wait()
+            if code in (0, 1, 2):
+                return failed or code
+            failed, before, known = 1, known, len(results.read(folder / f"{TUNING}.json"))
+            if known == before:  # it comes to nothing new
+                break
+    return failed
+
+
+def apply(folder: Path) -> None:
+    """Put into the package's tables what the tunings in `folder` have kept, the latest last."""
+    paths = sorted(folder.glob(f"*/{TUNING}.json"), key=lambda path: path.stat().st_mtime)
+    for arch in _apply([row for path in paths for row in results.read(path)]):
+        write(arch, tuning.table(arch), tuning.FOLDER)
+
+
+def _apply(rows: Sequence[Row]) -> list[str]:
+    """Change the loaded tables by rows that are kept; return the names of those that change."""
+    changed = {}
+    for row in rows:
+        settings, width = json.loads(row["settings"]), row["bits"]
+        table = tuning.table(row["arch"])[row["kernel"]]
+        if row["kept"] and table[width] != settings:
+            table[width] = settings
+            changed[row["arch"]] = True
+    return list(changed)
 
 
 def write(arch: str, table: dict, folder: Path = tuning.FOLDER) -> Path:

@@ -1,5 +1,6 @@
-"""python -m benchmarks.gpu.wheels [--python 3.12] [--download FOLDER]: what the trainer needs beside torch, triton and
-numpy; and their wheels, to be carried to a machine without network: pip install --no-index --find-links FOLDER ..."""
+"""python -m benchmarks.gpu.wheels [--python 3.12] [--download FOLDER]: what the trainer needs and an image with torch
+lacks; and the wheels of it and of all that it needs in turn (5 MB), to be carried to a machine without network:
+pip install --no-index --no-deps FOLDER/*.whl"""
 
 from __future__ import annotations
 
@@ -8,40 +9,75 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Collection
+from email.parser import HeaderParser
 from pathlib import Path
 
 from benchmarks.alone import ROOT
 
-THERE = ("torch", "torchvision", "triton", "numpy")  # a machine with a GPU has its own, built for its driver
+# torch in the version that its driver takes, and what images with torch have beside it
+THERE = {
+    "torch", "torchvision", "triton", "numpy", "einops", "filelock", "fsspec", "huggingface_hub", "jinja2",
+    "matplotlib", "msgpack", "ninja", "packaging", "pillow", "psutil", "py-cpuinfo", "pyarrow", "pyyaml", "rich",
+    "safetensors", "tensorboard", "tokenizers", "tqdm", "typing-extensions",
+}  # fmt: skip
 
 
-def needed() -> list[str]:
-    """Return the requirements of pyproject.toml's dependencies and extra `train`, but for what such a machine has."""
+def needed(also: Collection[str] = ()) -> list[str]:
+    """Return the requirements of pyproject.toml's dependencies and extra `train`, but for what is `THERE`; those in
+    `also` in any case."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lists = re.findall(r"^(?:dependencies|train) = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
     found = re.findall(r'"([^"]+)"', "".join(lists))
-    return [line for line in found if re.split(r"[^\w.-]", line)[0].lower() not in THERE]
+    return [line for line in found if _name(line) not in THERE or _name(line) in also]
 
 
-def commands(packages: Sequence[str], python: str, folder: Path) -> list[list[str]]:
-    """Return the commands that fill `folder`: DeepSpeed, which comes as source alone, is built here; of everything that
-    it and the others need, wheels for that Python are downloaded, but for what such a machine has."""
+def download(folder: Path, python: str, also: Collection[str] = ()) -> int:
+    """Fill `folder` with wheels for a version of Python, and return the exit code of the first pip that fails, or 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    todo, done = needed(also), THERE - set(also)
+    while todo:
+        line = todo.pop(0)
+        if _name(line) in done:
+            continue
+        done.add(_name(line))
+        before = set(folder.iterdir())
+        command = _command(line, python, folder)
+        print("+ " + " ".join(command), flush=True)
+        if code := subprocess.call(command):
+            return code
+        for wheel in set(folder.iterdir()) - before:
+            todo += _requirements(wheel, python)
+    return 0
+
+
+def _command(line: str, python: str, folder: Path) -> list[str]:
+    """Return the command that gets the wheel of one requirement: DeepSpeed, which comes as source alone, is built."""
     pip = [sys.executable, "-m", "pip"]
-    sources = [line for line in packages if line.startswith("deepspeed")]
-    wheels = [line for line in packages if line not in sources] + [*DEEPSPEED_NEEDS]
-    abi = "cp" + python.replace(".", "")
-    target = ["--only-binary", ":all:", "--python-version", python, "--implementation", "cp", "--abi", abi]
-    target += ["--abi", "abi3", "--abi", "none"]
-    machine = platform.machine()
-    for tag in (f"manylinux_2_28_{machine}", f"manylinux2014_{machine}"):
-        target += ["--platform", tag]
-    built = [[*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), line] for line in sources]
-    return [*built, [*pip, "download", "--dest", str(folder), *target, *wheels]]
+    if _name(line) == "deepspeed":
+        return [*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), line]
+    target = ["--only-binary", ":all:", "--python-version", python, "--implementation", "cp"]
+    target += ["--abi", "cp" + python.replace(".", ""), "--abi", "abi3", "--abi", "none"]
+    for tag in ("manylinux_2_28", "manylinux2014"):
+        target += ["--platform", f"{tag}_{platform.machine()}"]
+    return [*pip, "download", "--no-deps", "--dest", str(folder), *target, line]
 
 
-# What DeepSpeed asks for, which pip does not learn from a wheel that it did not download; but for torch and numpy.
-DEEPSPEED_NEEDS = ("einops", "hjson", "msgpack", "ninja", "packaging", "psutil", "py-cpuinfo", "pydantic>=2", "tqdm")
+def _requirements(wheel: Path, python: str) -> list[str]:
+    """Return what a wheel needs on Linux, extras aside."""
+    from packaging.requirements import Requirement
+
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
+        headers = HeaderParser().parsestr(archive.read(metadata).decode())
+    found = map(Requirement, headers.get_all("Requires-Dist", []))
+    there = {"python_version": python, "platform_system": "Linux", "sys_platform": "linux", "extra": ""}
+    return [f"{need.name}{need.specifier}" for need in found if not need.marker or need.marker.evaluate(there)]
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement)[0].lower()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,17 +86,18 @@ def main(arguments: list[str] | None = None) -> int:
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
     parser.add_argument("--python", default=own, metavar="VERSION", help=f"of the other machine (default {own})")
     parser.add_argument("--download", type=Path, metavar="FOLDER", help="where to put the wheels")
+    parser.add_argument(
+        "--also", nargs="+", default=(), choices=sorted(THERE), metavar="NAME", help="it lacks these too"
+    )
     args = parser.parse_args(arguments)
     if not re.fullmatch(r"3\.\d+", args.python):
         parser.error(f"--python {args.python}: such as 3.12")
     if args.download is None:
-        print("\n".join(needed()))
+        print("\n".join(needed(args.also)))
         return 0
-    for command in commands(needed(), args.python, args.download):
-        print("+ " + " ".join(command), flush=True)
-        if code := subprocess.call(command):
-            return code
-    print(f"there: pip install --no-index --find-links {args.download} --no-deps {args.download}/*.whl")
+    if code := download(args.download, args.python, args.also):
+        return code
+    print(f"there: pip install --no-index --no-deps {args.download}/*.whl")
     return 0
 
 

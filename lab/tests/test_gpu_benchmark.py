@@ -16,9 +16,9 @@ from m3ae_kernels import reference, tuning
 from m3ae_kernels.aot import Report
 
 from benchmarks import results
-from benchmarks.gpu import candidates
-from benchmarks.gpu.__main__ import check_and_time
-from benchmarks.gpu.check import check_all_small, check_timed
+from benchmarks.gpu import candidates, suite
+from benchmarks.gpu import tune as tuner
+from benchmarks.gpu.check import Check, check_all_small, check_timed
 from benchmarks.gpu.timing import least_ms
 from benchmarks.gpu.tune import tune
 from benchmarks.gpu.tune import write as write_table
@@ -74,7 +74,7 @@ def test_what_is_timed_is_checked():
 
 def test_checks_and_times_are_written(tmp_path, capsys):
     checks = []
-    check_and_time(CpuDevice(), checks, tmp_path, sizes=ODD, compiled=False, rounds=1, repeats=1)
+    suite.check_and_time(CpuDevice(), suite.items(), checks, tmp_path, sizes=ODD, compiled=False, rounds=1, repeats=1)
     assert len(checks) == 4 * len(OPS) and not any(c.problems for c in checks)
     rows = results.read(tmp_path / "gpu-ops.json")
     assert {row["implementation"] for row in rows} >= {"m3ae_kernels", "eager", "matmuls alone"}
@@ -83,6 +83,69 @@ def test_checks_and_times_are_written(tmp_path, capsys):
     assert all(0 < row["p20 ms"] <= row["p50 ms"] <= row["p80 ms"] for row in rows)
     assert [row["verdict"] for row in results.read(tmp_path / "gpu-checks.json")] == ["ok"] * 4 * len(OPS)
     assert "masked_token_loss" in capsys.readouterr().out
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Two ops, of which one raises."""
+
+    def check(name, dtype, *_):
+        if name == "b":
+            raise ValueError("no such\nkernel")
+        return Check(name, suite.SMALL, "float32", 0.5, [])
+
+    monkeypatch.setattr(suite, "check_small", check)
+    return [suite.Item(suite.SMALL, name, torch.float32) for name in "abc"]
+
+
+def verdicts(folder) -> dict:
+    return {row["op"]: row["verdict"] for row in results.read(folder / "gpu-checks.json")}
+
+
+def test_an_op_that_raises_costs_that_op(tmp_path, failing, capsys):
+    checks = []
+    suite.check_and_time(CpuDevice(), failing, checks, tmp_path)
+    assert verdicts(tmp_path) == {"a": "ok", "b": "raises ValueError: no such", "c": "ok"}
+    assert len(checks) == 3 and "Traceback" in capsys.readouterr().err
+
+
+def test_an_op_that_breaks_the_device_ends_its_process_and_the_next_goes_on(tmp_path, failing, monkeypatch):
+    device = CpuDevice()
+    monkeypatch.setattr(device, "works", lambda: False)
+    with pytest.raises(suite.DeviceBroken):
+        suite.check_and_time(device, failing, [], tmp_path)
+    assert verdicts(tmp_path) == {"a": "ok", "b": "raises ValueError: no such"}
+    suite.check_and_time(device, failing, [], tmp_path, first=int((tmp_path / suite.AT).read_text()) + 1)
+    assert verdicts(tmp_path) == {"a": "ok", "b": "raises ValueError: no such", "c": "ok"}
+
+
+@pytest.mark.parametrize("end", ["finished", "failed"])
+def test_what_a_process_takes_with_it_costs_one_item(tmp_path, end):
+    """One dies at the second item, the next at the fourth and has recorded that itself."""
+    ends = {0: (1, "import os; os.abort()"), 2: (3, f"raise SystemExit({suite.BROKEN})"), 4: (5, "")}
+    if end == "failed":
+        ends[0] = (4, "raise SystemExit(1)")
+    asked = []
+
+    def command(first):
+        asked.append(first)
+        at, code = ends[first]
+        return [sys.executable, "-c", f"open({str(tmp_path / suite.AT)!r}, 'w').write('{at}'); {code}"]
+
+    work = [suite.Item(suite.SMALL, name, torch.float32) for name in "abcdef"]
+    assert suite.in_processes(command, work, tmp_path, 60, "tiny") == 1
+    assert asked == ([0] if end == "failed" else [0, 2, 4])
+    if end == "finished":
+        assert verdicts(tmp_path) == {"b": "the process ended with SIGABRT"}
+
+
+def test_a_tuning_ends_where_processes_end_without_a_trial(tmp_path):
+    """Another setting each time goes on."""
+    results.save(tuner.TUNING, "t", [], tmp_path)
+    row = f"""import json; path = {str(tmp_path / "gpu-tuning.json")!r}; data = json.load(open(path))
+n = len(data["rows"]); data["rows"] += [{{}}] * (n < 2); json.dump(data, open(path, "w")); raise SystemExit(4)"""
+    assert tuner.in_processes([sys.executable, "-c", row], tmp_path, 60) == 1
+    assert len(results.read(tmp_path / "gpu-tuning.json")) == 2
 
 
 def test_roofline():
@@ -141,39 +204,104 @@ def test_candidates_that_are_unsound_or_slow_are_left_out():
     assert candidates.best("sm_90", "16", list(zip(tried, reports))) == []
 
 
-def test_tuning_keeps_the_fastest_and_goes_on_where_it_ended(tmp_path, monkeypatch):
-    """On a clock that knows one best setting. Each kernel is timed in the op that keeps it busiest."""
+BEST = {"BLOCK_M": 16, "BLOCK_D": 256}
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """Tuning on a clock that knows one best setting; `asked` has the ops that it was asked for. Each kernel is timed in
+    the op that keeps it busiest."""
     table = json.loads(json.dumps(tuning.table("interpreter")))
-    best = {"BLOCK_M": 16, "BLOCK_D": 256}
+    table["rows"]["32"] = {"BLOCK_M": 8, "BLOCK_D": 256}
     asked = []
 
     def clock(device, work, repeats=0):
         asked.append(work.name)
-        rows = 1.0 if table["rows"]["32"] == best else 2.0
+        if table["rows"]["32"]["BLOCK_M"] == 4:
+            raise RuntimeError("out of resources")
+        rows = 1.0 if table["rows"]["32"] == BEST else 2.0
         if work.name == "gather_tokens":
             return {"rows": rows}
+        if work.name == "patch_embed":
+            raise RuntimeError("an op that raises")
         return {"rows": 5 * rows, "segment_sum": 3.0} if work.name == "scatter_tokens, encoder" else {}
-
-    def run() -> None:
-        tune(CpuDevice(), ODD, torch.float32, tmp_path, lambda kernel, now, *_: [now, now | {"BLOCK_M": 16}])
 
     monkeypatch.setattr(tuning, "table", lambda arch: table)
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    monkeypatch.setattr("benchmarks.gpu.tune.kernel_ms", clock)
-    table["rows"]["32"] = {"BLOCK_M": 8, "BLOCK_D": 256}
-    run()
-    written = json.loads((tmp_path / "interpreter.json").read_text())
-    assert written["rows"]["32"] == best and written["rows"]["16"] == tuning.table("interpreter")["rows"]["16"]
-    rows = results.read(tmp_path / "gpu-tuning.json")
-    assert [(r["kernel"], r["op"], r["ms"], r["kept"]) for r in rows if r["kernel"] == "rows"] == [
-        ("rows", "scatter_tokens, encoder", 10.0, ""),
-        ("rows", "scatter_tokens, encoder", 5.0, "yes"),
-    ]
-    table["rows"]["32"] = {"BLOCK_M": 8, "BLOCK_D": 256}
-    asked.clear()
-    run()
-    assert asked == list(OPS)  # nothing but the search for the busiest op
-    assert table["rows"]["32"] == best and results.read(tmp_path / "gpu-tuning.json") == rows
+    monkeypatch.setattr(tuner, "kernel_ms", clock)
+    monkeypatch.setattr(tuner, "check_timed", lambda work: SimpleNamespace(problems=[]))
+
+    def run(device=None, **options):
+        asked.clear()
+        some = lambda kernel, now, *_: [now | {"BLOCK_M": m} for m in (4, 16)] if kernel == "rows" else [now]  # noqa: E731
+        return tune(device or CpuDevice(), ODD, torch.float32, tmp_path, some, **options)
+
+    return SimpleNamespace(run=run, table=table, asked=asked, folder=tmp_path)
+
+
+def tried(folder, kernel="rows") -> list[tuple]:
+    rows = results.read(folder / "gpu-tuning.json")
+    return [(r["ms"], r["kept"], r["verdict"]) for r in rows if r["kernel"] == kernel]
+
+
+def test_tuning_keeps_the_fastest_and_goes_on_where_it_ended(tuned):
+    assert tuned.run() == 0
+    written = json.loads((tuned.folder / "interpreter.json").read_text())
+    assert written["rows"]["32"] == BEST and written["rows"]["16"] == tuning.table("interpreter")["rows"]["16"]
+    expected = [(10.0, "", "ok"), (None, "", "out of resources"), (5.0, "yes", "ok")]
+    assert tried(tuned.folder) == expected and {r["op"] for r in results.read(tuned.folder / "gpu-tuning.json")} == {
+        "scatter_tokens, encoder"
+    }
+    tuned.table["rows"]["32"] = {"BLOCK_M": 8, "BLOCK_D": 256}
+    assert tuned.run() == 0
+    assert tuned.asked == list(OPS)  # nothing but the search for the busiest op
+    assert tuned.table["rows"]["32"] == BEST and tried(tuned.folder) == expected
+
+
+def test_tuning_of_one_kernel_leaves_the_others(tuned):
+    assert tuned.run(only=["segment_sum"]) == 0
+    assert tried(tuned.folder) == [] and tried(tuned.folder, "segment_sum") == [(3.0, "yes", "ok")]
+
+
+def test_a_setting_that_breaks_the_device_is_not_tried_again(tuned, monkeypatch):
+    broken = CpuDevice()
+    monkeypatch.setattr(broken, "works", lambda: tuned.table["rows"]["32"]["BLOCK_M"] != 4)
+    monkeypatch.setattr(tuner, "OPS", ("scatter_tokens, encoder",))
+    with pytest.raises(suite.DeviceBroken):
+        tuned.run(broken)
+    assert tried(tuned.folder) == [(10.0, "yes", "ok"), (None, "", "out of resources")]
+    path = tuned.folder / "gpu-tuning.json"
+    path.write_text(path.read_text().replace("out of resources", "under way"))  # the process was lost
+    tuned.table["rows"]["32"] = {"BLOCK_M": 8, "BLOCK_D": 256}
+    assert tuned.run() == 0
+    assert tried(tuned.folder) == [(10.0, "", "ok"), (None, "", "under way"), (5.0, "yes", "ok")]
+
+
+def test_the_fastest_setting_is_not_kept_if_it_is_wrong(tuned, monkeypatch):
+    wrong = lambda work: SimpleNamespace(problems=["out: error"] if tuned.table["rows"]["32"] == BEST else [])  # noqa: E731
+    monkeypatch.setattr(tuner, "check_timed", wrong)
+    assert tuned.run() == 0
+    assert tried(tuned.folder) == [(10.0, "yes", "ok"), (None, "", "out of resources"), (5.0, "", "out: error")]
+
+
+def test_what_was_kept_is_put_into_the_tables(tuned):
+    assert tuned.run() == 0
+    (tuned.folder / "out/stage").mkdir(parents=True)
+    (tuned.folder / "gpu-tuning.json").rename(tuned.folder / "out/stage/gpu-tuning.json")
+    (tuned.folder / "interpreter.json").unlink()
+    tuned.table["rows"]["32"] = {"BLOCK_M": 8, "BLOCK_D": 256}
+    for _ in range(2):
+        tuner.apply(tuned.folder / "out")
+        assert json.loads((tuned.folder / "interpreter.json").read_text())["rows"]["32"] == BEST
+
+
+@pytest.mark.parametrize("kernel", ["attention", "attention_backward"])
+def test_attention_is_tried_with_its_own_warps_and_stages(kernel):
+    now = tuning.table("sm_90")[kernel]["16"]
+    near = candidates.settings_to_try(kernel, now, "sm_90", "16")
+    assert now in near and {s["num_warps"] for s in near} == {2, 4, 8} and {s["num_stages"] for s in near} == {1, 2, 3}
+    assert now | {"TILE_M": 2048, "TILE_N": 2048, "num_stages": 2} in near  # as kernels/TRIED.md says
+    assert len({json.dumps(s) for s in near}) == len(near) <= 9 + 2 * 12
 
 
 def test_launches_are_timed_by_themselves():

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import sys
 from dataclasses import replace
 
 import m3ae_kernels
@@ -16,6 +18,7 @@ from benchmarks.alone import peak_above
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import attention, candidates, ceilings, curve, step, tune
 from benchmarks.gpu.check import check_small
+from benchmarks.gpu.processes import Processes
 from benchmarks.measure import CudaDevice
 from benchmarks.ops import ODD, OPS
 from tests.helpers.trainer import TINY as TRAINER_TINY
@@ -37,7 +40,7 @@ def device(cuda, monkeypatch):
 def test_checks_and_times(tmp_path, device, monkeypatch):
     monkeypatch.setattr(program, "CudaDevice", lambda: device)
     options = {"sizes": TINY, "small": TINY, "compiled": False, "rounds": 1, "repeats": 1}
-    assert program.main(["--results", str(tmp_path)], **options) == 0
+    assert program.main(["--from", "0", "--results", str(tmp_path)], **options) == 0
     checks = results.read(tmp_path / "gpu-checks.json")
     assert len(checks) == 4 * len(OPS) and {row["verdict"] for row in checks} == {"ok"}
     rows = results.read(tmp_path / "gpu-ops.json")
@@ -71,8 +74,56 @@ def test_stages_without_a_gpu_are_refused(capsys):
 
 
 def test_a_plan_begins_before_memory_is_taken(tmp_path, cuda, monkeypatch):
-    monkeypatch.setattr(program.plan, "run", lambda folder, seconds: (folder, seconds) != (tmp_path, 570))
-    assert program.main(["--all", "--results", str(tmp_path)]) == 0
+    asked = []
+    monkeypatch.setattr(program.plan, "run", lambda *args, again: asked.append((*args, *again)) or 0)
+    assert program.main(["--all", "--results", str(tmp_path), "--again", "ops"]) == 0
+    assert asked == [(tmp_path, 570, "ops")]
+
+
+def test_the_work_is_done_in_processes_of_its_own(tmp_path, cuda, monkeypatch):
+    """Where there is no GPU: they say so, and the program ends as they do."""
+    started = []
+
+    class Done(Processes):
+        def start(self, command, *arguments, **options):
+            started.append(command[3:])
+            return super().start([sys.executable, "-c", "raise SystemExit(2)"], *arguments, **options)
+
+    for module in (program.suite, tune):
+        monkeypatch.setattr(module, "Processes", Done)
+    folder = ["--results", str(tmp_path), "--budget", "50"]
+    assert program.main(["--odd", *folder]) == program.main(["--tune", "attention", *folder]) == 2
+    assert [command[:-1] for command in started] == [
+        ["--odd", *folder, "--from", "0", "--budget"], ["--tune", "attention", *folder, "--from", "0", "--budget"]
+    ]  # fmt: skip
+
+
+def test_the_projects_own_kernels_are_checked_and_tuned(tmp_path, device, monkeypatch):
+    """Attention's too, whatever a trial would choose."""
+    monkeypatch.delenv("M3AE_KERNELS_IMPL")
+    monkeypatch.setattr(program, "CudaDevice", lambda: device)
+    asked = []
+    for module, name in ((program.suite, "check_and_time"), (tune, "tune")):
+        monkeypatch.setattr(module, name, lambda *_, **__: asked.append(os.environ["M3AE_KERNELS_IMPL"]) or 0)
+    for what in ("--odd", "--tune"):
+        assert program.main([what, "--dtype", "bfloat16", "--from", "0", "--results", str(tmp_path)]) == 0
+        monkeypatch.delenv("M3AE_KERNELS_IMPL")
+    assert asked == ["triton", "triton"]
+
+
+def test_an_op_that_takes_the_gpu_with_it_ends_its_process(tmp_path, device, monkeypatch, capsys):
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert device.works()
+    monkeypatch.setattr(program, "CudaDevice", lambda: device)
+    monkeypatch.setattr(program.suite, "check_small", lost)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    assert program.main(["--odd", "--from", "3", "--results", str(tmp_path)]) == program.suite.BROKEN
+    assert not device.works()
+    assert "lost to this process: CUDA error" in capsys.readouterr().out
+    (row,) = results.read(tmp_path / "gpu-checks.json")
+    assert (row["op"], row["error / allowed"]) == (list(OPS)[3], None) and "illegal memory access" in row["verdict"]
 
 
 def test_tuning(tmp_path, device, monkeypatch):
@@ -86,10 +137,10 @@ def test_tuning(tmp_path, device, monkeypatch):
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     monkeypatch.setattr(tuning, "arch_of", lambda device: "sm_90")
     monkeypatch.setattr(candidates, "settings_to_try", lambda kernel, now, arch, width: [now | {"num_warps": 2}])
-    assert program.main(["--tune", "--results", str(tmp_path)], sizes=TINY) == 0
+    assert program.main(["--tune", "--from", "0", "--results", str(tmp_path)], sizes=TINY) == 0
     rows = results.read(tmp_path / "gpu-tuning.json")
     assert {(row["kernel"], row["bits"]) for row in rows} >= {("gather_norm", "16"), ("gather_norm_backward", "32")}
-    assert all(row["ms"] >= 1 for row in rows)  # a millisecond per launch on this clock
+    assert all(row["ms"] >= 1 and row["verdict"] == "ok" for row in rows)  # a millisecond per launch on this clock
     assert json.loads((tmp_path / "sm_90.json").read_text()).keys() == table.keys()
 
 
@@ -119,7 +170,7 @@ def test_steps(tmp_path, cuda, monkeypatch):
 def test_the_time_may_end_anywhere(tmp_path, device, monkeypatch, capsys):
     monkeypatch.setattr(program, "CudaDevice", lambda: device)
     options = {"sizes": TINY, "small": TINY, "compiled": False, "rounds": 10**9}
-    assert program.main(["--results", str(tmp_path), "--budget", "2"], **options) == 0
+    assert program.main(["--from", "0", "--results", str(tmp_path), "--budget", "2"], **options) == 0
     assert "--budget: 2 s are over" in capsys.readouterr().out
     assert len(results.read(tmp_path / "gpu-checks.json")) == 1
 
@@ -153,4 +204,6 @@ def test_peak_memory_is_the_allocators(cuda):
 def test_no_gpu_is_told(capsys):
     assert "H100" not in results.device_name()
     assert program.main(["--quick"]) == 2
+    with pytest.raises(SystemExit):
+        program.main(["--again", "ops"])
     assert "no CUDA device" in capsys.readouterr().err

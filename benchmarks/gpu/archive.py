@@ -1,0 +1,42 @@
+"""What stages leave behind as one small file, to be carried to another machine and back: their records, logs and
+tables, without compilers' caches, shards and traces."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+ARCHIVE = "records.tar.gz"
+RECORD = "record.json"
+KINDS = (".json", ".jsonl", ".txt")
+LARGEST = 8 << 20  # bytes of a file; a larger log is cut to its end
+
+
+def pack(folder: Path) -> Path:
+    """Write `folder`'s archive: whole, or not at all."""
+    path, partial = folder / ARCHIVE, folder / f".{ARCHIVE}"
+    with tarfile.open(partial, "w:gz") as archive:
+        for record in sorted(folder.glob(f"*/{RECORD}")):
+            for file in sorted(record.parent.rglob("*")):
+                if file.is_file() and file.suffix in KINDS:
+                    with file.open("rb") as content:
+                        info = archive.gettarinfo(arcname=str(file.relative_to(folder)), fileobj=content)
+                        if info.size > LARGEST:
+                            content.seek(-LARGEST, os.SEEK_END)
+                            info.size = LARGEST
+                        archive.addfile(info, content)
+    partial.replace(path)
+    return path
+
+
+def unpack(folder: Path) -> list[str]:
+    """Take up what `folder`'s archive has of stages that have no record there; return their names."""
+    path = folder / ARCHIVE
+    if not path.exists():
+        return []
+    with tarfile.open(path) as archive:
+        there = {record.parent.name for record in folder.glob(f"*/{RECORD}")}
+        members = [member for member in archive.getmembers() if Path(member.name).parts[0] not in there]
+        archive.extractall(folder, members, filter="data")
+    return sorted({Path(member.name).parts[0] for member in members})

@@ -1,0 +1,149 @@
+"""Every op checked and timed, item by item. One that raises costs itself, and so does one that takes its process down:
+the next process goes on after it."""
+
+from __future__ import annotations
+
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import results
+from benchmarks.alone import ROOT
+from benchmarks.gpu.check import DTYPES, Check, check_small, check_timed
+from benchmarks.gpu.processes import Processes
+from benchmarks.gpu.timing import line, time_op
+from benchmarks.measure import CpuDevice, CudaDevice
+from benchmarks.ops import LARGE, ODD, OPS, Sizes, make
+
+BROKEN = 4  # exit code: the device does nothing more for this process
+CHECKS, TIMES = "gpu-checks", "gpu-ops"
+AT = ".at"  # the file that holds the number of the item that is under way
+
+
+class DeviceBroken(Exception):
+    """An error that leaves this process without the device, such as an illegal memory access."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One op's check of the inputs that are timed ("timed"), its timing ("times"), or its check of odd sizes."""
+
+    kind: str
+    op: str
+    dtype: torch.dtype
+
+    def failed(self, problem: str) -> Check:
+        return Check(self.op, self.kind, str(self.dtype).removeprefix("torch."), None, [problem])
+
+
+SMALL = "small, odd"
+
+
+def items(*, quick: bool = False, odd: bool = False, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Item]:
+    """Return what there is to do, in order. `quick`: nothing is timed; `odd`: nor are large inputs checked, which are
+    in bf16."""
+    kinds = () if odd or torch.bfloat16 not in dtypes else ("timed",) if quick else ("timed", "times")
+    large = [Item(kind, name, torch.bfloat16) for name in OPS for kind in kinds]
+    return large + [Item(SMALL, name, dtype) for dtype in dtypes for name in OPS]
+
+
+def check_and_time(
+    device: CpuDevice | CudaDevice,
+    work: Sequence[Item],
+    checks: list[Check],
+    folder: Path | None = None,
+    *,
+    first: int = 0,
+    sizes: Sizes = LARGE,
+    small: Sizes = ODD,
+    compiled: bool = True,
+    rounds: int = 5,
+    repeats: int = 10,
+) -> None:
+    """Do the items from number `first` on. Fills `checks`, and writes gpu-checks.json and gpu-ops.json into `folder`
+    (None: this machine's) as it goes, after the rows there of earlier items.
+
+    Raises:
+        DeviceBroken: an item has taken the device with it.
+    """
+    folder = folder or results.here()
+    folder.mkdir(parents=True, exist_ok=True)
+    before, times = (results.read(folder / f"{name}.json") if first else [] for name in (CHECKS, TIMES))
+    where = sizes_of(sizes)
+
+    def checked(check: Check) -> None:
+        checks.append(check)
+        print(line_of(check), flush=True)
+        save_checks([*before, *(c.row() for c in checks)], folder, where)
+
+    for number, item in enumerate(work[first:], first):
+        (folder / AT).write_text(str(number))
+        try:
+            if item.kind == SMALL:
+                checked(check_small(item.op, item.dtype, device.device, small))
+                continue
+            inputs = make(item.op, sizes, item.dtype, device.device)
+            if item.kind == "timed":
+                checked(check_timed(inputs))
+                continue
+            for row in time_op(device, inputs, compiled, rounds, repeats):
+                times.append(row)
+                print(line(row), flush=True)
+            title = f"Ops in bf16, {where} (loss ops make their gradients forward)"
+            results.save(TIMES, title, times, folder)
+            torch._dynamo.reset()
+        except Exception as error:  # of any kind: it costs this item
+            traceback.print_exc()
+            checked(item.failed(f"raises {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"))
+            if not device.works():
+                raise DeviceBroken from error
+
+
+def sizes_of(sizes: Sizes) -> str:
+    return f"M3AE-Large at {sizes.samples} samples"
+
+
+def save_checks(rows: Sequence[results.Row], folder: Path, where: str) -> None:
+    title = f"Checks of the ops: odd sizes against float64, {where} against float32"
+    results.save(CHECKS, title, rows, folder)
+
+
+def line_of(check: Check) -> str:
+    """Return a check for people."""
+    verdict = "; ".join(check.problems) or f"ok, {check.worst:.2f} of the allowed error"
+    return f"{check.op:28} {check.sizes:11} {check.dtype:9} {verdict}"
+
+
+def in_processes(
+    command: Callable[[int], Sequence[str]], work: Sequence[Item], folder: Path, seconds: float, where: str
+) -> int:
+    """Do the items in a process of their own, and in another after each that takes its process down; return the exit
+    code.
+
+    Args:
+        command: Returns the command that begins with an item, given its number.
+        seconds: After so many no process is started, and one that runs is told to end by itself.
+        where: The sizes of the large inputs, as text.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{CHECKS}.json").unlink(missing_ok=True)
+    first, failed, until = 0, 0, time.monotonic() + seconds
+    with Processes() as processes:
+        while first < len(work) and (left := until - time.monotonic()) > 0:
+            (folder / AT).write_text(str(first))
+            code = processes.start([*command(first), "--budget", f"{left:.0f}"], cwd=ROOT).wait()
+            if code in (0, 1, 2):
+                return failed or code
+            failed, at = 1, int((folder / AT).read_text())
+            if code != BROKEN:
+                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                check = work[at].failed(f"the process ended with {how}")
+                print(line_of(check), flush=True)
+                save_checks([*results.read(folder / f"{CHECKS}.json"), check.row()], folder, where)
+            first = at + 1
+    return failed

@@ -1,0 +1,117 @@
+"""python -m tests.rehearsal.stand_in_python ARGUMENTS: Python with these arguments, as on a machine with a GPU, and
+with small sizes. first_hour.py runs the plan of benchmarks/gpu with it.
+
+FAULTS, in the environment, has what is to fail: "op" (one raises in bf16), "process" (one dies in float16), "stage" (a
+program fails), "hang" (a trainer neither ends nor heeds SIGTERM, in a session of its own).
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TRAINER = str(ROOT / "m3ae_fast/train.py")
+MODEL = {
+    "size": None, "emb_dim": 32, "depth": 1, "num_heads": 2, "dec_emb_dim": 16, "dec_depth": 1, "dec_num_heads": 1,
+    "image_size": 32, "patch_size": 8, "text_length": 16,
+}  # fmt: skip
+QUICKSTART = {
+    "train.global_batch": 8, "train.steps": 12, "train.log_every": 2, "train.eval_every": 6, "train.eval_samples": 8,
+    "train.save_every": 3, "data.workers": 1, "train.pictures": 0, "optim.warmup_epochs": 0,
+} | {f"model.{name}": "null" if value is None else value for name, value in MODEL.items()}  # fmt: skip
+RAISES, DIES, HANGS = "gather_tokens", "masked_pixel_loss", 256  # the last one a batch
+
+
+def main() -> None:
+    what, *rest = sys.argv[1:]
+    faults = os.environ.get("FAULTS", "").split()
+    module = rest[0] if what == "-m" else ""
+    ours = module.partition(".")[0] in ("benchmarks", "m3ae_fast") or (what == "-c" and "m3ae_fast" in rest[0])
+    if not ours and what != TRAINER:  # such as helpers of multiprocessing
+        os.execv(os.environ["REAL_PYTHON"], [os.environ["REAL_PYTHON"], what, *rest])
+    sys.executable = os.environ["STAND_IN_PYTHON"]
+    if "--tune" in rest:
+        os.environ["M3AE_KERNELS_IMPL"] = "triton"
+    from tests.rehearsal.fake_cuda import FakeCuda
+
+    with FakeCuda() if os.environ.get("CUDA_VISIBLE_DEVICES") != "" else nullcontext():
+        _make_small(module)
+        if "stage" in faults and module == "benchmarks.gpu.attention":
+            sys.exit("made to fail")
+        if what == TRAINER:
+            config = Path(rest[rest.index("--config") + 1]).read_text(encoding="utf-8")
+            if "hang" in faults and f'"global_batch": {HANGS // 64},' in config:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                os.setsid()
+                time.sleep(3600)
+            sys.argv = [what, *rest]
+            runpy.run_path(what, run_name="__main__")
+        elif what == "-c":
+            sys.argv = [what, *rest[1:]]
+            exec(compile(rest[0], what, "exec"), {"__name__": "__main__"})
+        elif module == "benchmarks.gpu":
+            sys.exit(_suite(rest[1:], faults))
+        elif module.startswith("benchmarks.gpu."):
+            sys.exit(sys.modules[module].main())
+        else:
+            sys.argv = rest
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _make_small(module: str) -> None:
+    """Change the sizes of what the module measures, and what takes long without a GPU."""
+    from m3ae_kernels import tuning
+
+    from m3ae_fast.base import hardware
+
+    tuning.FOLDER = Path(os.environ["STAND_IN_TUNING"])
+    hardware.peak_flops = lambda *_: 1e12
+    if not module.startswith("benchmarks.gpu"):
+        return
+    from benchmarks.gpu import attention, ceilings, curve
+    from benchmarks.measure import CudaDevice
+
+    CudaDevice.clear_cache = lambda self: None
+    attention.SHAPES, attention.SAMPLES, attention.REPEATS = {"encoder": (1, 16, 5)}, 2, 2
+    all_sizes, all_curves = ceilings.measure_all, curve.measure
+    ceilings.measure_all = lambda device: all_sizes(device, divide=512, rounds=1)
+    curves = [replace(each, kill_at=each.kill_at and 4) for each in curve.CURVES]
+    curve.measure = lambda folder: all_curves(folder, curves, QUICKSTART)
+
+
+def _suite(arguments: list[str], faults: list[str]) -> int:
+    import torch
+
+    from benchmarks.gpu import __main__ as program
+    from benchmarks.gpu import candidates, step, suite, tune
+    from benchmarks.ops import ODD
+
+    sizes = replace(ODD, samples=1, vocab=40, encoder=16, decoder=16)
+    check, run = suite.check_small, step.run
+
+    def check_or_fail(name, dtype, *others):
+        if "op" in faults and (name, dtype) == (RAISES, torch.bfloat16):
+            raise RuntimeError("made to fail")
+        if "process" in faults and (name, dtype) == (DIES, torch.float16):
+            os.abort()
+        return check(name, dtype, *others)
+
+    suite.check_small = check_or_fail
+    tune.OPS, tune.REPEATS = ("gather_tokens", "packed_attention, encoder"), 1
+    candidates.settings_to_try = lambda kernel, now, *_: [now | {"num_warps": 2}]
+    config = {"model": MODEL | {"vocab_size": 50}, "train": {"precision": "fp32"}}
+    step.shipped = lambda names=program.plan.SIZES: [step.Case(name, config, samples=16) for name in names]
+    step.run = lambda folder, cases, names: run(folder, [replace(c, batch=c.batch // 64) for c in cases], names)
+    step.SETTLED, step.STEPS = 10, 20
+    return program.main(arguments, sizes=sizes, small=sizes, rounds=1, repeats=1)
+
+
+if __name__ == "__main__":
+    main()
