@@ -2,8 +2,8 @@
 GPU and times it beside the baselines; or finds block sizes; or times whole training steps; or all of it, in stages.
 
 Results are written after each op, kernel or step, so that a run which ends early has what it measured. Checks, timing
-and tuning run in a process of their own, and after a crash in another. Exit code 1 if a check, step or stage fails, 2 if
-there is no GPU, 3 if --all has stages left for another call.
+and tuning run in a process of their own, and after a crash in another. Exit code 1 if a check, step or stage fails, 2
+if there is no GPU, 3 if --all has stages left for another call.
 """
 
 from __future__ import annotations

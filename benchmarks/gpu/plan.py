@@ -113,7 +113,6 @@ def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN, again: Col
     for name in again:
         _set_aside(folder / name)
         archive.pack(folder)  # which else would bring it back
-    apply(folder)
     outcomes: list[str] = []
     for stage in stages:
         place = folder / stage.name
@@ -125,6 +124,7 @@ def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN, again: Col
             begun = True
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
+            apply(folder)
             record = _run_stage(stage, place, folder, min(stage.seconds, left))
             partial = place / f".{RECORD}"
             partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

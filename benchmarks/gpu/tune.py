@@ -138,7 +138,8 @@ def tune(
 
 
 class _Search:
-    """Settings of one kernel, timed on one op, from those that it has to what is near the best so far."""
+    """Settings of one kernel, timed on one op, from those that it has to what is near the best so far. At any moment
+    the best that are right are in the loaded table, and marked in the rows."""
 
     def __init__(
         self, device: Device, kernel: str, arch: str, width: str, work: Workload, rows: list[Row], folder: Path | None
@@ -159,9 +160,6 @@ class _Search:
             now = json.loads(best["settings"]) if (best := self._keep()) else now
             known = {row["settings"] for row in self.tried}
             todo = [s for s in [now, *try_settings(kernel, now, arch, width)] if json.dumps(s) not in known]
-        while best and best is not self.tried[0] and (problems := check_timed(self.work).problems):
-            best["verdict"] = "; ".join(problems)
-            best = self._keep()
         return best
 
     def _time(self, settings: dict[str, int]) -> None:
@@ -179,7 +177,9 @@ class _Search:
             row["verdict"] = _first_line(error)
             self._save()
             _raise_if_broken(self.device, error)
-        self._keep()
+        if self._keep() is row is not self.tried[0] and (problems := check_timed(self.work).problems):
+            row["verdict"] = "; ".join(problems)
+            self._keep()
 
     def _keep(self) -> Row | None:
         """Put the best settings so far into the table, and return their row."""

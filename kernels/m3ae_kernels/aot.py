@@ -1,6 +1,13 @@
-"""Compiles every kernel at every setting of the tuning tables, without a GPU, and reads what the compiler made of it.
+"""Compiles every kernel for every architecture with the settings of its tuning table, without a GPU, and reads what the
+compiler made of it.
 
-    python -m m3ae_kernels.aot [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
+    python -m m3ae_kernels.aot [--full] [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
+
+On sm_90 each kernel is compiled at M3AE-Large's size in all dtypes, at all other sizes (head widths, bands, masks) in
+bf16, and at the widest head in float32 too. Elsewhere each is compiled in bf16 at M3AE-Large's sizes and the widest
+head, and in float32 if it takes most registers and shared memory: the widest head and the matmuls of images. `--full`
+compiles every kernel at every size in every dtype, in three times the time: what it adds has the same settings, and
+nearly the same code, as what is compiled in any case.
 
 One line per kernel, architecture and dtype: registers, spills and local memory, shared memory, and the matrix
 instruction. Nothing is compiled for architectures where the ops run on torch. Exit code 1 if one does not compile,
@@ -31,9 +38,10 @@ SHARED_BYTES = {
 REGISTERS = 65536
 MOST_SPILLS = 16  # loads and stores of registers in a kernel's assembly, beside a thousand other instructions
 DTYPES = {"bf16": "16", "fp16": "16", "fp32": "32"}
-# In every dtype and head width: elsewhere fp16 takes the registers and the shared memory of bf16, and a head of 96
-# values those of one of 80, since both are padded to 128.
+# In every dtype, and at every size in bf16. Elsewhere fp16 takes the registers and the shared memory of bf16, heads of
+# 80 and 96 values those of 128, to which they are padded, and 13 bands those of 3.
 EVERYTHING = ("sm_90",)
+DECODER, WIDEST = 32, 128  # values a head, of M3AE-Large's decoder and at most
 # Compiled only when asked for: with the settings of sm_89 it comes out as that does.
 AS_OTHERS = ("sm_86",)
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|DMMA|v_mfma)")
@@ -64,8 +72,13 @@ class Case:
     programs: int = 1
 
     def compiled(self, arch: str, dtype: str) -> bool:
-        """Return whether the command compiles it for this architecture and dtype."""
-        return arch in EVERYTHING or (dtype != "fp16" and self.sample[0] != 96)
+        """Return whether the command compiles it for this architecture and dtype without --full."""
+        first, head = self is LARGE[self.kernel], self.sample[0]
+        if arch in EVERYTHING:
+            return dtype == "bf16" or first or (dtype == "fp32" and head == WIDEST)
+        if dtype == "bf16":
+            return first or head in (DECODER, WIDEST)
+        return dtype == "fp32" and (head == WIDEST or (first and self.matmul and not head))
 
 
 def _pointers(**by_type: str) -> dict[str, str]:
@@ -100,10 +113,10 @@ def _attention(head_dim: int, keys: int, programs: int = 1, banded: bool = False
 
 CASES = [
     *_attention(64, 81, programs=2),  # M3AE-Large's encoder
-    *_attention(32, 321, programs=2),  # and decoder
+    *_attention(DECODER, 321, programs=2),  # and decoder
     *_attention(64, 321, banded=True),  # causal masks and windows
     # of other models: float32 takes the registers or the shared memory of a multiprocessor for one program
-    *(case for head_dim in (80, 96, 128) for case in _attention(head_dim, 321)),
+    *(case for head_dim in (80, 96, WIDEST) for case in _attention(head_dim, 321)),
     *_with_bands(
         Case(
             "patch_embed", "patch_embed", _pointers(u8="images", i32="ids", x="weight bias out"),
@@ -149,6 +162,8 @@ CASES = [
         ("stride",), ("V", "ignore_index"), ("smoothing", "z_loss"), {"GRAD": True, "CORRECT": True, "SMOOTH": True},
     ),
 ]  # fmt: skip
+
+LARGE = {case.kernel: case for case in reversed(CASES)}  # each kernel as M3AE-Large calls it: its first case
 
 
 @dataclass
@@ -289,6 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="ARCH",
     )
     parser.add_argument("--kernel", nargs="+", choices=dict.fromkeys(c.kernel for c in CASES), metavar="KERNEL")
+    parser.add_argument("--full", action="store_true", help="every kernel at every size in every dtype")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at once")
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -297,9 +313,8 @@ def main(arguments: list[str] | None = None) -> int:
     for arch in filter(_on_torch, args.arch):
         print(f"{arch}: the ops run on torch there, and nothing is compiled")
     compiled = [arch for arch in args.arch if not _on_torch(arch)]
-    work = [
-        (case, arch, dtype) for case in cases for arch in compiled for dtype in DTYPES if case.compiled(arch, dtype)
-    ]
+    grid = [(case, arch, dtype) for case in cases for arch in compiled for dtype in DTYPES]
+    work = [(case, arch, dtype) for case, arch, dtype in grid if args.full or case.compiled(arch, dtype)]
     if not work:
         return 0
     form = "{:21} {:7} {:5} {:40} {:>4} {:>6} {:>6} {:>7}  {:8} {}"

@@ -17,6 +17,7 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
+from m3ae_kernels import tuning
 from m3ae_kernels.attention import Kernel
 from m3ae_kernels.attention.padded import PADDED
 
@@ -236,6 +237,19 @@ def test_records_come_back_as_one_small_file_that_another_machine_takes_up(tmp_p
     (there / "one/log.txt").write_text("own")
     assert plan.run(there, 60, stages) == 1 and outcomes(there) == {"one": "done", "two": "failed"}
     assert (there / "one/log.txt").read_text() == "own"
+
+
+def test_stages_have_the_block_sizes_that_earlier_ones_kept(tmp_path, monkeypatch):
+    """Also of a tuning that ran out of time, and on another machine."""
+    name = tuning.INTERPRETER
+    table = json.loads(json.dumps(tuning.table(name)))
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuning, "table", lambda arch: table)
+    settings = json.dumps({"BLOCK_M": 32, "BLOCK_D": 16})
+    row = {"kernel": "rows", "bits": "32", "arch": name, "settings": settings, "kept": "yes"}
+    results.save("gpu-tuning", "t", [row, row | {"settings": "{}", "kept": ""}], tmp_path / "out/tuning")
+    assert plan.run(tmp_path / "out", 60, [Stage("next", 60, python("print(1)"))]) == 0
+    assert json.loads((tmp_path / f"{name}.json").read_text())["rows"]["32"] == json.loads(settings)
 
 
 def test_of_a_long_log_the_end_comes_back(tmp_path, monkeypatch):

@@ -49,26 +49,32 @@ def test_unsound_settings_are_reported(settings, problem):
 
 
 def test_every_dtype_and_head_width_is_compiled_in_both_directions(monkeypatch):
-    """Ahead of time, for what the ops take; fp16 and a head of 96 where they differ from bf16 and one of 80."""
-    asked = set()
+    """Ahead of time, for what the ops take: each width in bf16, each dtype at one width, and float32 at the widest;
+    with --full each in each."""
+    asked = []
 
     def compile_nothing(case, arch, dtype):
-        asked.add((case.kernel, case.sample[0], arch, dtype))
+        asked.append((case.kernel, case.sample[0], arch, dtype))
         return aot.Report(case.kernel, arch, dtype, "")
 
     monkeypatch.setattr(aot, "compile_case", compile_nothing)
     monkeypatch.setattr(aot, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert aot.main([]) == 0
+    few = set(asked)
     archs = SHARED_BYTES.keys() - {"sm_75", *aot.AS_OTHERS}
     assert all(tuning.nvidia_arch(aot._capability(arch)) == "sm_89" for arch in aot.AS_OTHERS)
     for kernel in ("attention", "attention_backward"):
         for arch in archs:
-            assert {(kernel, dim, arch, dtype) for dim in (32, 64, 80, 128) for dtype in ("bf16", "fp32")} <= asked
-        every = {(kernel, dim, "sm_90", dtype) for dim in (32, 64, 80, 96, 128) for dtype in aot.DTYPES}
-        assert every <= asked
-    assert {arch for _, _, arch, _ in asked} == archs
-    assert {dtype for kernel, _, arch, dtype in asked if (kernel, arch) == ("token_rows", "sm_90")} == {*aot.DTYPES}
+            assert {(kernel, dim, arch, "bf16") for dim in (32, 64, 128)} | {(kernel, 128, arch, "fp32")} <= few
+        assert {(kernel, dim, "sm_90", "bf16") for dim in (80, 96)} <= few
+        assert {(kernel, 64, "sm_90", dtype) for dtype in aot.DTYPES} <= few
+    for kernel in {case.kernel for case in CASES}:
+        assert {arch for name, _, arch, dtype in few if (name, dtype) == (kernel, "bf16")} == archs
+        assert {dtype for name, _, arch, dtype in few if (name, arch) == (kernel, "sm_90")} == {*aot.DTYPES}
+    asked.clear()
+    assert aot.main(["--full"]) == 0
+    assert len(asked) == len(CASES) * len(archs) * len(aot.DTYPES) and few < set(asked)
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ class FakeCuda(TorchFunctionMode):
             "device_of": lambda *_: contextlib.nullcontext(),
             "stream": lambda stream: stream,
             "current_stream": lambda *_: _Stream(self, "current"),
+            "is_current_stream_capturing": lambda: False,
             "Stream": lambda *_: _Stream(self, "side"),
             "Event": lambda **_: _Event(self),
             "_sleep": lambda *_: None,
