@@ -4,8 +4,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from benchmarks import results
 from tests.helpers.ranks import environment
 from tests.helpers.trainer import ROOT
+from tests.rehearsal import first_hour, stand_in_python
 
 
 def test_every_line_of_the_cuda_path_runs_or_is_explained():
@@ -14,3 +18,16 @@ def test_every_line_of_the_cuda_path_runs_or_is_explained():
     done = subprocess.run(command, cwd=ROOT, env=environment() | path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "lines of the CUDA path ran without a GPU" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_in_the_first_hour_costs_one_check(tmp_path):
+    """As all other stages do nightly: python -m tests.rehearsal.first_hour."""
+    environment = os.environ | first_hour.stand_in(tmp_path) | {"FAULTS": "process"}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    command = [environment["STAND_IN_PYTHON"], "-m", "benchmarks.gpu", "--quick", "--dtype", "float16"]
+    done = subprocess.run([*command, "--results", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 1, done.stderr
+    rows = results.read(tmp_path / "gpu-checks.json")
+    failed = {row["op"]: row["verdict"] for row in rows if row["verdict"] != "ok"}
+    assert len(rows) == 11 and failed == {stand_in_python.DIES: "the process ended with SIGABRT"}

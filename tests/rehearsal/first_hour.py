@@ -15,6 +15,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from m3ae_kernels import tuning
+
 ROOT = Path(__file__).parents[2]
 FAULTS = {"checks": "failed", "attention": "failed", "large-256": "out of time"}  # how stages end with them
 SHORT = 30  # seconds for the trainer that hangs
@@ -43,34 +45,32 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        _stand_in(folder)
+        os.environ |= stand_in(folder)
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        sys.executable, tuning.FOLDER = os.environ["STAND_IN_PYTHON"], folder / "tuning"
         problems = rehearse((args.results or folder / "results").absolute())
     print("\n".join(problems) or "all records are there", flush=True)
     return 1 if problems else 0
 
 
-def _stand_in(folder: Path) -> None:
-    """Let all processes that this one starts run on the stand-in."""
-    from m3ae_kernels import tuning
-
-    python = folder / "bin/python"
+def stand_in(folder: Path) -> dict[str, str]:
+    """Write a Python that finds a GPU, tables that it may change, and a sanitizer into `folder`; return the environment
+    variables by which processes use them."""
+    python, real = folder / "bin/python", sys.executable
     python.parent.mkdir()
-    real = sys.executable
     for path, text in (
         (python, f'#!/bin/sh\nexec "{real}" -m tests.rehearsal.stand_in_python "$@"\n'),
         (python.with_name("compute-sanitizer"), SANITIZER),
     ):
         path.write_text(text)
         path.chmod(0o755)
-    shutil.copytree(tuning.FOLDER, folder / "tuning", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    tuning.FOLDER = folder / "tuning"
-    paths = [str(ROOT), str(ROOT / "kernels")]
-    os.environ |= {"REAL_PYTHON": real, "STAND_IN_PYTHON": str(python), "STAND_IN_TUNING": str(folder / "tuning")}
-    os.environ |= {"PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(paths)}
-    os.environ |= {"TRITON_INTERPRET": "1", "M3AE_KERNELS_IMPL": "torch", "DS_ACCELERATOR": "cpu"}
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    sys.executable = str(python)
+    tables, packages = folder / "tuning", [str(ROOT), str(ROOT / "kernels")]
+    shutil.copytree(tuning.FOLDER, tables, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    return {
+        "REAL_PYTHON": real, "STAND_IN_PYTHON": str(python), "STAND_IN_TUNING": str(tables),
+        "PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(packages),
+        "TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
 
 
 def rehearse(folder: Path) -> list[str]:
