@@ -88,7 +88,7 @@ def test_a_rank_that_leaves_waits_for_the_others_a_while_and_no_longer(monkeypat
             leaving.set()
 
     monkeypatch.setattr(agreement, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
-    with pytest.raises(RankLost, match="another rank has ended"):
+    with pytest.raises(RankLost, match="another rank exited during a save"):
         own.decide("", None)
     assert 1000 + agreement._PATIENCE <= now[0] < 1001 + agreement._PATIENCE
     assert looks[0] < 0.01 and max(looks) <= 0.25 and len(looks) > 1000

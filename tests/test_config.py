@@ -112,7 +112,7 @@ def test_a_shipped_config_is_named_without_its_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[m[0][0] for m in MISTAKES])
 def test_mistakes(run, overrides, message):
     if overrides == ["data.tokenizer=null"]:
-        message = "data.tokenizer: missing"
+        message = "data.tokenizer: no tokenizer is set"
     if overrides[0].startswith("deepspeed."):
         overrides = ["deepspeed={}", *overrides]
     code, err = run(*(word for o in overrides for word in ("--set", o)))
@@ -145,7 +145,7 @@ def test_old_run_is_not_overwritten(run):
     code, err = run()
     assert code == 2 and "already holds checkpoints" in err
     code, err = run("--resume", "auto", "--set", "model.depth=3")
-    assert code == 2 and "model.depth = 2, the config says 3" in err
+    assert code == 2 and "model.depth = 2, but the config has 3" in err
     code, err = run("--resume", str(run.folder / "nothing"))
     assert code == 2 and "neither a checkpoint nor a run folder" in err
 
@@ -178,14 +178,16 @@ def test_ranks_that_do_not_come_are_missed(run, monkeypatch):
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2, "RANK": 0}.items():
         monkeypatch.setenv(name, str(value))
     code, err = run()
-    assert code == 2 and "error: rank 0 of 2 cannot join the others (" in err and "Traceback" not in err
+    assert code == 2 and "error: rank 0 of 2 cannot join the other ranks (" in err and "Traceback" not in err
 
 
 def test_a_rank_that_ends_while_all_join_is_no_traceback(run, monkeypatch):
     gone = RuntimeError("[pair.cc:1] Connection closed by peer [::1]")
     monkeypatch.setattr(ranks, "_connect", Mock(side_effect=gone))
     code, err = run()
-    assert code == 2 and err.count("error: ") == 1 and "cannot join the others ([pair.cc:1] Connection closed" in err
+    assert (
+        code == 2 and err.count("error: ") == 1 and "cannot join the other ranks ([pair.cc:1] Connection closed" in err
+    )
     monkeypatch.setattr(ranks, "_connect", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         run()
@@ -407,7 +409,7 @@ def test_dry_run_fails_on_what_a_start_would_fail_on(run):
     for mistake, message in (
         ("data.train.0.shards=/nowhere/x.tar", "/nowhere/x.tar"),
         ("data.tokenizer=/nowhere/tokenizer.json", "no such file"),
-        ("data.tokenizer=null", "data.tokenizer: missing"),
+        ("data.tokenizer=null", "data.tokenizer: no tokenizer is set"),
         ("model.vocab_size=100", "set model.vocab_size to 2048"),
     ):
         code, err = run("--dry-run", "--set", mistake)

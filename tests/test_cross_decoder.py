@@ -183,7 +183,7 @@ def test_a_fraction_of_the_masked_tokens_is_chosen(length, fraction):
 def test_a_choice_must_be_of_masked_tokens():
     (sample,) = samples_of("p")
     sample.image_predicted = ~sample.image_mask
-    with pytest.raises(ValueError, match=r"0: image_predicted .* names a token that is not masked"):
+    with pytest.raises(ValueError, match=r"0: image_predicted .* selects a token that is not masked"):
         pack([sample], make_model().geometry)
 
 
@@ -229,7 +229,7 @@ def test_keys_and_values_of_each_block_begin_as_a_matrix_of_their_own():
 
 
 def test_losses_on_all_tokens_are_refused():
-    with pytest.raises(ValueError, match="predicts masked tokens alone"):
+    with pytest.raises(ValueError, match="predicts only masked tokens"):
         M3AE(TINY, LossConfig(image_all_tokens=True))
     data = {"data": {"train": [{"shards": "a.tar"}]}, "train": {"global_batch": 8, "steps": 1}}
     data |= {"model": {"size": "small", "dec_attention": "cross"}, "loss": {"text_all_tokens": True}}
@@ -240,7 +240,7 @@ def test_losses_on_all_tokens_are_refused():
 def test_an_encoder_starts_either_decoder_and_a_decoder_only_its_own():
     torch.manual_seed(0)
     whole = M3AE(SELF)
-    with pytest.raises(UserError, match="is it of another model config"):
+    with pytest.raises(UserError, match="check that the model config fits"):
         load_weights(M3AE(TINY), whole.state_dict(), "the official M3AE")
     encoder = {n: t for n, t in whole.state_dict().items() if n.startswith(("patch_embed", "encoder"))}
     crossed = M3AE(TINY)

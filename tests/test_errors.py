@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from m3ae_fast.base.errors import ErrorElsewhere, UserError, attempt, exit_cleanly, raise_shared, told
+from m3ae_fast.base.errors import ErrorElsewhere, UserError, attempt, error_report, exit_cleanly, raise_shared
 
 
 def test_an_error_is_one_line_whatever_a_name_in_it_holds(capsys):
@@ -80,7 +80,7 @@ def _shared(*errors):
     found = []
     for own in errors:
         try:
-            raise_shared(own, [told(error, f"rank {rank}") for rank, error in enumerate(errors)])
+            raise_shared(own, [error_report(error, f"rank {rank}") for rank, error in enumerate(errors)])
             found.append(None)
         except Exception as error:
             found.append(error)
@@ -100,7 +100,10 @@ def test_a_bug_is_raised_where_it_is_and_named_elsewhere():
     first, second, third = _shared(None, bug, None)
     assert second is bug
     for other in (first, third):
-        assert type(other) is ErrorElsewhere and str(other) == "rank 1 has failed (KeyError: 'a'); its output says why"
+        assert (
+            type(other) is ErrorElsewhere
+            and str(other) == "rank 1 has failed (KeyError: 'a'); see its output for the reason"
+        )
 
 
 def test_a_mistake_is_told_also_if_another_process_has_met_a_bug():

@@ -375,7 +375,7 @@ def test_a_tokenizer_whose_rules_would_fill_the_memory_is_refused(tmp_path, part
     data = json.loads((CLIPART / "tokenizer.json").read_text())
     parts = {"type": "Sequence", f"{part}s": [rule] * 4}
     (tmp_path / "tokenizer.json").write_text(json.dumps(data | {part: {"type": "Sequence", f"{part}s": [parts] * 4}}))
-    with pytest.raises(UserError, match=f"rules of its {part} may make more than 4,096 characters of one"):
+    with pytest.raises(UserError, match=f"rules of its {part} may expand one character into more than 4,096"):
         load_tokenizer(str(tmp_path / "tokenizer.json"), 16)
 
 
@@ -402,7 +402,7 @@ def test_two_words_with_one_id_are_no_tokenizer(tmp_path):
     words = data["model"]["vocab"]
     words[max(words, key=words.get)] = 7
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(UserError, match="have the id 7"):
+    with pytest.raises(UserError, match="have the same id 7"):
         load_tokenizer(str(tmp_path / "tokenizer.json"), 16)
 
 

@@ -68,7 +68,7 @@ def test_silence_is_not_waited_for_again(at, monkeypatch, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         at(silent.getsockname()[1])
         monkeypatch.setattr(hub, "PATIENCE", 0.1)
-        with pytest.raises(UserError, match="owner/name: no such file or folder, and the hub does not answer, nor"):
+        with pytest.raises(UserError, match="owner/name: no such file or folder, and the hub does not respond, and"):
             find_folder("owner/name")
         with pytest.raises(UserError, match="owner/name: neither a file nor available from the Hugging Face hub"):
             load_tokenizer("owner/name", 8)

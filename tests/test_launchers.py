@@ -84,14 +84,14 @@ def test_the_first_host_of_a_list(nodes, first):
 
 @pytest.mark.parametrize("environment", [SLURM, OMPI, PMI])
 def test_runs_of_one_rank_that_were_meant_to_be_one_run_are_refused(environment):
-    with pytest.raises(UserError, match="WORLD_SIZE=1 makes each a run of its own: start `"):
+    with pytest.raises(UserError, match="WORLD_SIZE=1 makes each a separate run: start `"):
         adopt(environment | {"RANK": "0", "WORLD_SIZE": "1"})
 
 
 def test_what_a_launcher_does_not_tell_is_asked_for():
     with pytest.raises(UserError, match=r"mpiexec .*: set LOCAL_RANK"):
         adopt({"PMI_RANK": "1", "PMI_SIZE": "2"})
-    with pytest.raises(UserError, match="where rank 0 is: set MASTER_ADDR"):
+    with pytest.raises(UserError, match="the address of rank 0: set MASTER_ADDR"):
         adopt(OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
 
 

@@ -485,11 +485,11 @@ def test_representation_refuses_nonsense():
         model.representation(text=torch.zeros(1, 3, dtype=torch.long), padding_mask=torch.tensor([[1, 0, 0]]))
     with pytest.raises(ValueError, match="shape"):
         model.representation(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="an image or a text, and was given none"):
+    with pytest.raises(ValueError, match="at least one image or text, but the batch is empty"):
         model.representation(torch.zeros(0, 3, 12, 12, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"torch.float32 \[1, 3\], not whole numbers"):
+    with pytest.raises(ValueError, match=r"must be integers \[samples, tokens\], but is torch.float32 \[1, 3\]"):
         model.representation(text=torch.zeros(1, 3))
-    with pytest.raises(ValueError, match=r"padding_mask is \[1, 2\], not \[1, 3\] as text"):
+    with pytest.raises(ValueError, match=r"padding_mask must have the shape of text, \[1, 3\], but has \[1, 2\]"):
         model.representation(text=torch.zeros(1, 3, dtype=torch.long), padding_mask=torch.zeros(1, 2))
     for wrong in (-1, TINY.vocab_size):
         with pytest.raises(ValueError, match=rf"ids from {min(wrong, 2)} to {max(wrong, 2)}, and the model"):
@@ -549,7 +549,7 @@ def test_pack_refuses_what_does_not_fit():
         {"text_mask": torch.zeros(6) > 0},
         {"tokens": torch.zeros(5, 1).long()},
     ):
-        with pytest.raises(ValueError, match=r"0: tokens .* do not fit"):
+        with pytest.raises(ValueError, match=r"0: the shapes of tokens, .* do not fit"):
             pack([replace(sample, **wrong)], model.geometry)
     longest = make_sample(1, words=9)
     assert pack([longest], model.geometry).captions == 1

@@ -171,7 +171,7 @@ def test_the_other_optimiser_is_refused_at_a_resume(trainer):
     trainer("run", *MUON, "--set", "train.steps=2")
     out = trainer("run", "--resume", "auto", "--set", "train.steps=4", code=2)
     (line,) = out.strip().splitlines()[-1:]
-    assert "was made with optim.name = muon, the config says adamw" in line
+    assert "was made with optim.name = muon, but the config has adamw" in line
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_a_version_without_muon_is_adamws(tmp_path):
     saved = settings.model_dump(mode="json")
     del saved["optim"]["name"]
     info = checkpoint.Info(1, 0, settings.run.seed, saved, {})
-    with pytest.raises(UserError, match=r"was made with optim\.name = adamw, the config says muon"):
+    with pytest.raises(UserError, match=r"was made with optim\.name = adamw, but the config has muon"):
         changes_of(tmp_path, info, settings, {})
     changes_of(tmp_path, info, config(name="adamw"), {})
 

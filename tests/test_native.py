@@ -204,11 +204,11 @@ def test_sizes_that_do_not_fit_are_named():
     model = make_model(config())
     sample = Sample("odd", torch.zeros(3, 10, 16, dtype=torch.uint8), torch.zeros(10, dtype=torch.bool))
     for shape, told in (
-        ((3, 10, 16), "odd: image of 16 x 10 pixels cannot be cut into patches of 4"),
-        ((3, 16, 20), "not 3 channels, more than 16 patches"),
-        ((3, 4, 64), "a side of more than 8"),
-        ((1, 16, 16), "not 3 channels"),
-        ((4, 16, 16), "not 3 channels"),
+        ((3, 10, 16), "odd: the image has 16 x 10 pixels, which are not multiples of the patch size 4"),
+        ((3, 16, 20), "must have 3 channels, at most 16 patches"),
+        ((3, 4, 64), "at most 8 patches along a side"),
+        ((1, 16, 16), "must have 3 channels"),
+        ((4, 16, 16), "must have 3 channels"),
     ):
         with pytest.raises(ValueError, match=told):
             pack([replace(sample, image=torch.zeros(shape, dtype=torch.uint8))], model.geometry)
@@ -237,7 +237,7 @@ def test_the_model_remembers_what_data_says_of_sizes():
 def test_levels_and_normalised_images_are_not_mixed(resize):
     model = make_model(config(resize=resize))
     images = [torch.zeros(3, 16, 16, dtype=torch.uint8), torch.zeros(3, 16, 16)]
-    with pytest.raises(ValueError, match=r"several dtypes, torch\.float32, torch\.uint8"):
+    with pytest.raises(ValueError, match=r"different dtypes, torch\.float32, torch\.uint8"):
         model.encode(images)
 
 

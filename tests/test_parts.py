@@ -466,5 +466,5 @@ def test_a_rank_that_left_is_not_awaited_by_one_that_is_about_to(monkeypatch):
         with pytest.raises(TimeoutError):
             waiting.result(0.3)  # as long as it trains on
         alone._leaving.set()
-        with pytest.raises(UserError, match="another rank has left"):
+        with pytest.raises(UserError, match="another rank exited during a save"):
             waiting.result(5)

@@ -269,7 +269,7 @@ def test_samples_that_cannot_be_used_are_told(tmp_path):
     files = [*members(range(4)), ("9.jpg", picture(1)[:-300])]
     _, notes = look(Shards([write_tar(tmp_path / "a.tar", files)], [], []), tmp_path, "cls")
     assert any(
-        re.match("1 of 5 samples that were looked at cannot be used: the image is broken", note) for note in notes
+        re.match("1 of 5 samples that were looked at cannot be used: the image is damaged", note) for note in notes
     )
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from m3ae_fast.process import heartbeats as pulse_module
 from m3ae_fast.process import signals
 from m3ae_fast.process.heartbeats import Pulse
-from m3ae_fast.process.node_groups import Room, by_machine, rooms_of
+from m3ae_fast.process.node_groups import HeartbeatGroup, heartbeat_groups, ranks_by_node
 from m3ae_fast.process.signals import StopRequest
 
 
@@ -29,8 +29,8 @@ class Judged:
     def __init__(self, monkeypatch, timeout: float, rank: int = 0, ranks: int = 1) -> None:
         self.now, self.busy, self.looks = 0.0, set(), 0
         self.store, self.stop = dist.HashStore(), StopRequest()
-        room = Room(self.store, [0] if rank else range(1, ranks))
-        self.pulse = Pulse(rank, [room], self.store, self.stop)
+        group = HeartbeatGroup(self.store, [0] if rank else range(1, ranks))
+        self.pulse = Pulse(rank, [group], self.store, self.stop)
         self.pulse.timeout = timeout
         monkeypatch.setattr(pulse_module.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(pulse_module, "_Activity", lambda: self)
@@ -56,7 +56,7 @@ class Judged:
         """When the process ended and why; None if it was still there after `until` seconds."""
         self.until, self.at = until, at
         try:
-            self.pulse._judge()
+            self.pulse._detect_stalls()
         except Ended as end:
             return self.now, str(end)
         return None
@@ -149,7 +149,7 @@ def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
     """Rank 0 watches all, and all watch rank 0; whoever has been heard of since is not meant."""
     judged = Judged(monkeypatch, 60.0, rank, ranks=4)
     end, why = judged.ended(1000)
-    assert 60 < end < 70 and f"no sign of life from rank {', '.join(map(str, others))} (last: joining)" in why
+    assert 60 < end < 70 and f"no heartbeat from rank {', '.join(map(str, others))} (last activity: joining)" in why
 
     def heard(now: float) -> None:
         for other in others[:-1]:
@@ -158,7 +158,7 @@ def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
     judged.pulse._others[others[-1]].beat = b"7 saving step 4"
     judged.pulse.mark("step 5")
     _, why = judged.ended(judged.now + 1000, heard)
-    assert f"from rank {others[-1]} (last: saving step 4)" in why
+    assert f"from rank {others[-1]} (last activity: saving step 4)" in why
 
 
 def test_a_rank_that_moves_on_ends_nobody(monkeypatch):
@@ -201,7 +201,7 @@ def test_a_rank_is_heard_when_it_tells_something_new(monkeypatch):
     judged.store.set("beat 1", "2 step 2")
     judged.store.set("stop", "SIGTERM")
     judged.beats(5)
-    assert one.silent == 0.0 and judged.stop.reason == "asked by another rank" and judged.pulse.stop_told()
+    assert one.silent == 0.0 and judged.stop.reason == "asked by another rank" and judged.pulse.stop_requested()
 
 
 def test_where_the_store_has_left_a_rank_knows_what_it_was_told_itself(monkeypatch):
@@ -211,51 +211,51 @@ def test_where_the_store_has_left_a_rank_knows_what_it_was_told_itself(monkeypat
         raise RuntimeError("Connection reset by peer")
 
     judged.pulse._store = SimpleNamespace(check=gone)
-    assert not judged.pulse.stop_told()
+    assert not judged.pulse.stop_requested()
     judged.stop.ask("SIGTERM")
-    assert judged.pulse.stop_told()
+    assert judged.pulse.stop_requested()
 
 
 def test_the_first_that_asks_the_others_to_stop_is_told_so(monkeypatch):
     judged = Judged(monkeypatch, 600.0, ranks=2)
-    assert not judged.pulse.stop_told()
-    assert [judged.pulse.tell_stop("SIGTERM") for _ in range(3)] == [True, False, False]
-    assert judged.pulse.stop_told()
+    assert not judged.pulse.stop_requested()
+    assert [judged.pulse.request_stop("SIGTERM") for _ in range(3)] == [True, False, False]
+    assert judged.pulse.stop_requested()
 
 
-def test_machines_are_two_levels_where_there_are_several_and_one_has_several_ranks():
-    for machines in ("a", "aaa", "abc"):
-        assert by_machine(machines) == [[*range(len(machines))]]
-    assert by_machine("aab") == [[0, 1], [2]] and by_machine("abba") == [[0, 3], [1, 2]]
+def test_groups_have_two_levels_if_there_are_several_nodes_and_one_has_several_ranks():
+    for nodes in ("a", "aaa", "abc"):
+        assert ranks_by_node(nodes) == [[*range(len(nodes))]]
+    assert ranks_by_node("aab") == [[0, 1], [2]] and ranks_by_node("abba") == [[0, 3], [1, 2]]
 
 
-@pytest.mark.parametrize("machines", ["a", "aaa", "abc", "aabb", "abab", "aabbbc", "abbaac"])
-def test_every_rank_is_heard_by_one_that_rank_0_hears(machines):
-    """The ranks of a machine by its first one, and the first ones by rank 0; each hears whoever hears it."""
+@pytest.mark.parametrize("nodes", ["a", "aaa", "abc", "aabb", "abab", "aabbbc", "abbaac"])
+def test_every_rank_is_monitored_by_rank_0_or_by_a_leader_that_rank_0_monitors(nodes):
+    """Leaders monitor the ranks of their node, rank 0 the leaders; monitoring is mutual."""
     ports: dict[int, int] = {}
-    first = [machines.index(name) for name in dict.fromkeys(machines)]
-    store, rooms = dist.TCPStore("127.0.0.1", 0, 1, is_master=True), {}
+    leaders = [nodes.index(name) for name in dict.fromkeys(nodes)]
+    store, groups = dist.TCPStore("127.0.0.1", 0, 1, is_master=True), {}
 
     def gather(rank: int, port: int) -> list[int]:
         ports[rank] = port
-        return [ports.get(other, 0) for other in range(len(machines))]
+        return [ports.get(other, 0) for other in range(len(nodes))]
 
-    for rank in (*first, *(rank for rank in range(len(machines)) if rank not in first)):
-        rooms[rank] = rooms_of(rank, machines, store, partial(gather, rank), timedelta(seconds=20))
-    hears = {rank: {other for room in rooms[rank] for other in room.heard} for rank in rooms}
+    for rank in (*leaders, *(rank for rank in range(len(nodes)) if rank not in leaders)):
+        groups[rank] = heartbeat_groups(rank, nodes, store, partial(gather, rank), timedelta(seconds=20))
+    hears = {rank: {other for group in groups[rank] for other in group.monitored} for rank in groups}
     for rank, others in hears.items():
         assert rank not in others and all(rank in hears[other] for other in others)
-    for rank in range(1, len(machines)):
-        apart = len(first) not in (1, len(machines))
-        assert (machines.index(machines[rank]) if apart and rank not in first else 0) in hears[rank]
-    for rank, own in rooms.items():  # what is said in a room is heard by those who are in it
-        for number, room in enumerate(own):
-            room.store.set(f"said {rank} {number}", "x")
-    for rank, own in rooms.items():
-        for room in own:
-            for other in room.heard:
-                number = next(number for number, theirs in enumerate(rooms[other]) if rank in theirs.heard)
-                room.store.wait([f"said {other} {number}"], timedelta(seconds=20))
+    for rank in range(1, len(nodes)):
+        apart = len(leaders) not in (1, len(nodes))
+        assert (nodes.index(nodes[rank]) if apart and rank not in leaders else 0) in hears[rank]
+    for rank, own in groups.items():  # a message in a group reaches its members
+        for number, group in enumerate(own):
+            group.store.set(f"said {rank} {number}", "x")
+    for rank, own in groups.items():
+        for group in own:
+            for other in group.monitored:
+                number = next(number for number, theirs in enumerate(groups[other]) if rank in theirs.monitored)
+                group.store.wait([f"said {other} {number}"], timedelta(seconds=20))
 
 
 @pytest.mark.parametrize("alone", [True, False])

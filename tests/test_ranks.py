@@ -20,11 +20,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from m3ae_fast.base.errors import ErrorElsewhere, Told, UserError
+from m3ae_fast.base.errors import ErrorElsewhere, ErrorReport, UserError
 from m3ae_fast.process import ranks
 from m3ae_fast.process import session as program
 from m3ae_fast.process.failures import explain
-from m3ae_fast.process.node_groups import Room
+from m3ae_fast.process.node_groups import HeartbeatGroup
 from tests.helpers.ranks import await_ranks, fork_each, fork_ranks, run_ranks
 
 pytestmark = pytest.mark.slow
@@ -136,18 +136,22 @@ def test_too_low_a_hard_limit_of_open_files_is_one_line(tmp_path):
     assert said[0] == 2 and said[1].startswith(line) and said[1].count("\n") == 1
 
 
-def on_machines(what, folder):
-    """Ranks of which each two say that they are on a machine of their own. Rank 3 asks the others to stop, stands still
+def on_nodes(what, folder):
+    """Ranks of which each two pretend to be on a separate node. Rank 3 asks the others to stop, stands still
     or is killed."""
     rank = int(os.environ["RANK"])
-    ranks.machine = lambda: f"machine {rank // 2}"
+    ranks.node_name = lambda: f"node {rank // 2}"
     with program.joined_program() as (joined, stop, pulse, _):
         stop.listen()
-        print(f"{rank}: {joined.of_node} {[list(room.heard) for room in joined.rooms]}\n", end="", flush=True)
+        print(
+            f"{rank}: {joined.of_node} {[list(group.monitored) for group in joined.heartbeat_groups]}\n",
+            end="",
+            flush=True,
+        )
         check_sums(joined)
         pulse.timeout, pulse.folder = (3.0 if what == "stall" else 60.0), Path(folder)
         if rank == 3 and what == "stop":
-            pulse.tell_stop("enough")
+            pulse.request_stop("enough")
         if rank == 3 and what == "stall":
             stand_still(pulse)
         if what == f"killed {rank}":
@@ -178,9 +182,9 @@ def stand_still(pulse):
     time.sleep(20)
 
 
-def test_ranks_of_a_machine_hear_its_first_one_sum_first_and_stop_together(tmp_path):
-    """The last of three machines has one rank."""
-    code, said = run_ranks(__name__, ["machines", "stop", str(tmp_path)], 5, tmp_path / "log")
+def test_ranks_of_a_node_hear_its_leader_sum_first_and_stop_together(tmp_path):
+    """The last of three nodes has one rank."""
+    code, said = run_ranks(__name__, ["nodes", "stop", str(tmp_path)], 5, tmp_path / "log")
     assert code == 0 and sorted(said.splitlines()) == [
         "0: [0, 1] [[1], [2, 4]]",
         "1: [0, 1] [[0]]",
@@ -192,7 +196,7 @@ def test_ranks_of_a_machine_hear_its_first_one_sum_first_and_stop_together(tmp_p
 
 @pytest.mark.parametrize("killed", [3, 0])
 def test_a_rank_that_is_killed_ends_the_others_in_a_sum(tmp_path, killed):
-    """On its machine and, through its first rank, on the other. They say so, also if the store has gone with rank 0,
+    """On its node and, through its leader, on the other node. They say so, also if the store has gone with rank 0,
     and exit with the code of a run to be started again."""
     processes = fork_ranks(__name__, ["machines", f"killed {killed}", str(tmp_path)], 4, tmp_path / "log")
     _, said = await_ranks(processes, tmp_path / "log")
@@ -204,15 +208,17 @@ def test_a_rank_that_is_killed_ends_the_others_in_a_sum(tmp_path, killed):
 
 
 def test_a_stall_leaves_what_each_rank_was_at(tmp_path):
-    """The first rank of its machine notices the silent one, and all write where they are."""
+    """The leader of its node notices the silent rank, and all write their stack traces."""
     folder, log = tmp_path / "stall", tmp_path / "log"
-    processes = fork_ranks(__name__, ["machines", "stall", str(folder)], 4, log)
+    processes = fork_ranks(__name__, ["nodes", "stall", str(folder)], 4, log)
     for process in processes[:3]:
         process.join(60)
     processes[3].kill()
     assert 75 in [process.exitcode for process in processes[:3]]
-    line = "error: rank 2, starting: for 3 s, no sign of life from rank 3 (last: starting); --resume auto continues; "
-    assert f"{line}{folder} shows where each rank was\n" in log.read_text()
+    line = (
+        "error: rank 2, starting: for 3 s, no heartbeat from rank 3 (last activity: starting); --resume auto continues"
+    )
+    assert f"{line}; {folder} has the stack traces of all ranks that respond\n" in log.read_text()
     stacks = {path.name: path.read_text() for path in folder.iterdir()}
     assert sorted(stacks) == [f"rank-{rank}.txt" for rank in range(4)]
     assert all(("stand_still" in text) == (name == "rank-3.txt") for name, text in stacks.items())
@@ -253,7 +259,7 @@ def test_the_ranks_of_a_node_share_its_cores(monkeypatch, cores, here, threads):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "_connect", lambda *_: (None, None))
     monkeypatch.setattr(dist, "all_gather_object", lambda hosts, host, group: None)
-    monkeypatch.setattr(ranks, "rooms_of", lambda *_: [])
+    monkeypatch.setattr(ranks, "heartbeat_groups", lambda *_: [])
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -287,7 +293,11 @@ def join(monkeypatch):
     def pretend(first: bool) -> None:
         store = dist.HashStore()
         rank = SimpleNamespace(
-            rank=1, world=2, store=store, rooms=[Room(store, [0])], first_error=lambda code: (first, code)
+            rank=1,
+            world=2,
+            store=store,
+            heartbeat_groups=[HeartbeatGroup(store, [0])],
+            first_error=lambda code: (first, code),
         )
         rank.main_has_ended = lambda: False
         monkeypatch.setattr(program, "join_ranks", lambda: nullcontext(rank))
@@ -312,7 +322,7 @@ def test_an_error_after_a_rank_has_left_is_none(join):
     for first in (True, False):
         join(first)
         with program.joined_program() as session:
-            session.pulse.tell_stop("SIGTERM")
+            session.pulse.request_stop("SIGTERM")
             raise RuntimeError("Connection closed by peer")
         join(first)
         with pytest.raises(RuntimeError, match="a bug"), program.joined_program():
@@ -373,7 +383,7 @@ def test_a_rank_begins_only_after_the_main_one_has_succeeded(rank, failing, runs
 
         def gather(self, value):
             other = 1 - rank
-            theirs = Told("no shard", True) if other == failing and len(turns) >= other else None
+            theirs = ErrorReport("no shard", True) if other == failing and len(turns) >= other else None
             turns.append(value)
             return [value, theirs] if rank == 0 else [theirs, value]
 
@@ -409,7 +419,7 @@ def test_what_the_disk_refuses_the_main_rank_is_a_line_for_all_and_a_bug_is_rais
 def test_a_rank_that_ends_because_of_another_one_s_bug_prints_nothing(join):
     join(first=True)
     with pytest.raises(SystemExit) as end, program.joined_program():
-        raise ErrorElsewhere("rank 0 has failed (KeyError: 1); its output says why")
+        raise ErrorElsewhere("rank 0 has failed (KeyError: 1); see its output for the reason")
     assert end.value.code == 2
 
 
@@ -429,5 +439,5 @@ PROGRAMS = {
     "standing by": standing_by,
     "many clients": many_clients,
     "few files": few_files,
-    "machines": on_machines,
+    "nodes": on_nodes,
 }

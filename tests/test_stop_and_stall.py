@@ -54,7 +54,7 @@ def test_a_signal_before_the_first_step_ends_the_process_with_0(number, busy):
     ("saves", "said"),
     [
         ("lambda: 'half is in a.json'", "stopped (SIGTERM); half is in a.json\n"),
-        ("lambda: {}['a']", "stopped (SIGTERM); what was found so far is lost: 'a'\n"),
+        ("lambda: {}['a']", "stopped (SIGTERM); saving the intermediate results failed: 'a'\n"),
     ],
 )
 def test_a_process_that_leaves_saves_what_there_is_or_leaves_all_the_same(saves, said):
@@ -237,12 +237,12 @@ PULSE = """
     import hashlib, subprocess, sys, time
     import torch.distributed as dist
     from m3ae_fast.process.heartbeats import Pulse
-    from m3ae_fast.process.node_groups import Room
+    from m3ae_fast.process.node_groups import HeartbeatGroup
     from m3ae_fast.process.signals import StopRequest
     store = dist.TCPStore("127.0.0.1", 0, 1, True)
     heard = [list(range(1, {world})), *[[0]] * ({world} - 1)]
-    rooms = [[Room(store.clone(), ranks)] for ranks in heard]
-    pulses = [Pulse(rank, rooms[rank], store, StopRequest()) for rank in range({world})]
+    groups = [[HeartbeatGroup(store.clone(), ranks)] for ranks in heard]
+    pulses = [Pulse(rank, groups[rank], store, StopRequest()) for rank in range({world})]
     for pulse in pulses: pulse.timeout = 1.0
 """
 
@@ -279,7 +279,7 @@ def test_a_silent_rank_ends_the_run_and_is_named():
     """
     assert pulses(2, code) == (
         75,
-        "error: rank 0, step 7: for 1 s, no sign of life from rank 1 (last: step 6); --resume auto continues\n",
+        "error: rank 0, step 7: for 1 s, no heartbeat from rank 1 (last activity: step 6); --resume auto continues\n",
     )
 
 

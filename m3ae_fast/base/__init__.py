@@ -1,1 +1,1 @@
-"""What every other package builds on: errors, files, progress, the environment, the hardware."""
+"""Foundations that all other packages use: errors, files, progress, the environment, the hardware."""

@@ -14,14 +14,18 @@ from pathlib import Path
 
 from m3ae_fast.base.errors import UserError
 
-_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}  # what some network file systems say of folders
+_CANNOT_SYNC = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EACCES,
+}  # errors with which some network file systems refuse fsync of a folder
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path` and rename it to `path` when the block ends. Folders are made if needed. Of
-    several that write one file at a time, the last to end has its place. Raises UserError if `path` is a folder, or
-    the disk refuses; after any exception `path` is as it was."""
+    """Yield a temporary path next to `path` and rename it to `path` when the block ends. Missing parent folders are
+    created. If several processes write the same file at once, the last to finish wins. Raises UserError if `path` is a
+    folder or cannot be written. After any exception, `path` is unchanged."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -88,14 +92,15 @@ def _restore(old: Path, target: Path) -> None:
 
 
 def lock(handle: int) -> None:
-    """Hold an unfinished file or folder until its handle is closed, as `is_abandoned` asks; where the file system knows
-    no such locks nothing is held, and nothing counts as abandoned."""
+    """Lock an unfinished file or folder until its handle is closed, so that `is_abandoned` returns False for it. If the
+    file system does not support such locks, nothing is locked, and no file counts as abandoned."""
     with contextlib.suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def is_abandoned(partial: Path) -> bool:
-    """Return whether the process that made an unfinished file or folder, and held it, has been killed."""
+    """Return whether an unfinished file or folder is no longer locked, because the process that created it was
+    killed."""
     try:
         handle = os.open(partial, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError as error:
@@ -110,21 +115,21 @@ def is_abandoned(partial: Path) -> bool:
 
 
 def remove_abandoned(folder: Path, pattern: str) -> None:
-    """Remove unfinished files and folders of such names that killed processes left."""
+    """Remove the unfinished files and folders in `folder` that match `pattern` and were left by killed processes."""
     for partial in filter(is_abandoned, folder.glob(pattern)):
-        with contextlib.suppress(OSError):  # another user's, or gone
+        with contextlib.suppress(OSError):  # it belongs to another user, or is gone
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is whole or not there. Raises UserError as `whole_file` does."""
+    """Write a text file atomically. Raises UserError as `whole_file` does."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Give a finished file, or a folder of files, the name `path`: its contents reach the disk before the name does.
-    Raises OSError if the disk refuses."""
+    """Rename a finished file, or a folder of files, to `path`. Its contents are flushed to disk before the name is.
+    Raises OSError if writing fails."""
     for written in (*(sorted(partial.iterdir()) if partial.is_dir() else ()), partial):
         to_disk(written)
     os.replace(partial, path)
@@ -132,7 +137,7 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file's contents, or a folder's names, are on the disk. Raises OSError if it refuses."""
+    """Flush a file's contents, or the names in a folder, to disk. Raises OSError if that fails."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

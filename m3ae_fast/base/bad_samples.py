@@ -1,4 +1,4 @@
-"""Keeps account of samples that cannot be used, and stops the run when there are too many."""
+"""Counts of invalid or unreadable samples; too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from m3ae_fast.base.errors import UserError
 
-MIN_SEEN = 100  # samples before a fraction of bad ones means anything
-NAMED = 20  # bad samples that are named one by one
+MIN_SEEN = 100  # samples that are read before the fraction of bad samples is checked
+NAMED = 20  # bad samples that are logged one by one
 
 _log = logging.getLogger(__name__)
 
 
 class BadSample(Exception):
-    """A sample that cannot be used, and why."""
+    """Raised for an invalid or unreadable sample; the message is the reason."""
 
 
 class NeedsRange(BadSample):
@@ -31,7 +31,7 @@ class NeedsRange(BadSample):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample, or a whole shard (key ""), that cannot be used."""
+    """An invalid or unreadable sample, or (with the key "") an unreadable shard."""
 
     shard: str
     key: str
@@ -42,7 +42,7 @@ class Skipped:
 
 
 class BadSamples:
-    """Counts samples that could not be used, names them in the log, and stops a run that has too many."""
+    """Counter of bad samples that logs them and raises an error if there are too many."""
 
     def __init__(self, max_fraction: float, samples: int):
         """Stop when more than `max_fraction` of the samples are bad. The check starts after MIN_SEEN samples, or after
@@ -54,11 +54,11 @@ class BadSamples:
 
     @property
     def names_more(self) -> bool:
-        """Return whether `report` would log another one."""
+        """Return whether `report` would log a further sample."""
         return self._named < NAMED
 
     def report(self, skipped: Sequence[Skipped], say: bool = True) -> None:
-        """Log bad samples by name, or, without `say`, only remember that another process does."""
+        """Log bad samples by name. With `say` False, only count them as logged, because another process logs them."""
         for item in skipped:
             self._latest = item
             self._named += 1
@@ -68,8 +68,8 @@ class BadSamples:
                 _log.warning("further bad samples are counted but no longer listed")
 
     def count(self, seen: int, bad: int) -> None:
-        """Add the counts of a step over all ranks; `seen` includes the bad ones. Raises UserError if more than
-        `max_fraction` of all samples so far are bad."""
+        """Add the numbers of samples and of bad samples of a step, summed over ranks; `seen` includes the bad ones.
+        Raises UserError if more than `max_fraction` of all samples so far are bad."""
         self.seen += seen
         self.bad += bad
         if self.seen >= self.least and self.bad > self.max_fraction * self.seen:

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""UserError, the exception for a user's mistake, and errors that are shared between processes."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ TRY_AGAIN = 75  # exit code: EX_TEMPFAIL of sysexits.h
 
 
 class UserError(Exception):
-    """A mistake in config, data, checkpoint or command line: one line that names the thing and what to do.
+    """A mistake in the config, data, checkpoint or command line. The message is one line that names the thing and says
+    what to do.
 
-    Programs of this package print it without a traceback and exit with `exit_code`.
+    Programs of this package print the message without a traceback and exit with `exit_code`.
     """
 
     exit_code = 2
 
 
 class ErrorElsewhere(UserError):
-    """A bug that another process met, which shows its traceback itself."""
+    """A bug in another process, which prints its traceback itself."""
 
 
 class RankLost(UserError):
-    """Another rank has ended, perhaps killed or with its node. Nothing is wrong with what the user asked for, so a loop
-    that restarts the run should go on."""
+    """Another rank has ended, for example because its node failed. This is not a mistake of the user, so a restart loop
+    should restart the run."""
 
     exit_code = TRY_AGAIN
 
 
-class Told(NamedTuple):
-    """What other processes learn about an error of one of them."""
+class ErrorReport(NamedTuple):
+    """Summary of a process's error that is sent to the other processes."""
 
     line: str
-    complete: bool  # the line says everything; of a bug the process itself shows the traceback
+    complete: bool  # whether the line explains the error; if not, it is a bug, and its process prints the traceback
 
 
-# what the system refuses whatever a program does
+# system errors that are not a program's fault
 _RIGHTS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _LIMITS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG}
 _DEVICES = {errno.EIO, errno.ESTALE, errno.EPIPE}
@@ -51,8 +52,9 @@ _REFUSALS = _RIGHTS | _LIMITS | _DEVICES | _NETWORK
 
 
 def one_line(error: BaseException) -> str | None:
-    """Return the line that says all about a UserError, a lack of memory, what the system refuses, or a file that the
-    command line names; None for any other error: a bug, of which the traceback matters."""
+    """Return a one-line message for an error that the user can act on: a UserError, a lack of memory, an operation that
+    the system refuses, or a missing file that is named on the command line. Return None for any other error, which is a
+    bug and needs its traceback."""
     if isinstance(error, UserError):
         return str(error)
     if out_of_memory(error):
@@ -63,7 +65,7 @@ def one_line(error: BaseException) -> str | None:
 
 
 def _named_by_user(file: object) -> bool:
-    """Return whether a word of the command line, or the value in a word such as --set NAME=VALUE, is this file."""
+    """Return whether an argument of the command line, or the value in one such as --set NAME=VALUE, is this file."""
     if not isinstance(file, str | bytes | os.PathLike):
         return False
     words = (part for word in sys.argv[1:] for part in (word, word.rpartition("=")[2]))
@@ -76,31 +78,32 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return work(), None
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a panic in a Rust library is not an Exception
         return None, error
 
 
-def told(error: BaseException | None, who: str) -> Told | None:
-    """Return what processes other than `who` learn about its error; None if there is none."""
+def error_report(error: BaseException | None, who: str) -> ErrorReport | None:
+    """Return the summary of an error of process `who` for the other processes; None if there is no error."""
     if error is None:
         return None
     if (line := one_line(error)) is not None:
-        return Told(line, True)
+        return ErrorReport(line, True)
     reason = (str(error).strip().splitlines() or [""])[0][:200]
-    return Told(f"{who} has failed ({type(error).__name__}: {reason}); its output says why", False)
+    return ErrorReport(f"{who} has failed ({type(error).__name__}: {reason}); see its output for the reason", False)
 
 
-def raise_shared(own: BaseException | None, all_told: Iterable[Sequence[Any] | None]) -> None:
-    """Raise, in each of several processes, an error that any of them has met; return if there is none.
+def raise_shared(own: BaseException | None, reports: Iterable[Sequence[Any] | None]) -> None:
+    """Raise the same error in all processes if any of them reports one; return if none does.
 
     Raises:
-        Exception: `own`, this process's error, if it is a bug.
-        UserError: the first error of all processes that a line explains.
-        ErrorElsewhere: there are only bugs of others.
+        Exception: `own`, the error of this process, if it is a bug.
+        UserError: the first error, in the order of the processes, that one line explains.
+        ErrorElsewhere: all reported errors are bugs of other processes.
     """
     if own is not None and one_line(own) is None:
         raise own
-    found = sorted((Told(*each) for each in all_told if each), key=lambda each: not each.complete)  # which is stable
+    # the sort is stable
+    found = sorted((ErrorReport(*each) for each in reports if each), key=lambda each: not each.complete)
     if found:
         raise (UserError if found[0].complete else ErrorElsewhere)(found[0].line)
 
@@ -113,8 +116,8 @@ def _on_one_line(text: str) -> str:
 
 
 def exit_cleanly(main: Callable[[], int]) -> int:
-    """Run a program's main. An error that `one_line` explains becomes that line on stderr and exit code 2, or
-    the code of the UserError; Ctrl-C becomes code 130; any other error is raised."""
+    """Run a program's main and return its exit code. An error that `one_line` explains is printed as that line on
+    stderr and gives code 2, or the `exit_code` of the UserError. Ctrl-C gives code 130. Any other error is raised."""
     try:
         return main()
     except Exception as error:

@@ -1,8 +1,9 @@
-"""Keeps the garbage collector of forked processes away from their parent's objects. Importing this module is enough.
+"""Prevents the garbage collector of forked processes from collecting objects of their parent. Importing this module is
+enough.
 
-A cycle that the parent has not collected yet may hold a process group or a store of torch. If a forked loader worker
-collected it, the destructor would wait for threads that only the parent has: the worker would crash. Python's
-documentation of `gc.freeze` recommends the same before a fork.
+A reference cycle that the parent has not collected yet may hold a process group or a store of torch. If a forked loader
+worker collected it, the destructor would wait for threads that exist only in the parent, and the worker would crash.
+Python's documentation of `gc.freeze` recommends calling it before a fork.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import gc
 import os
 
-_were_frozen = False  # before the fork under way: the training loop freezes too, and its objects stay frozen
+_were_frozen = False  # before the current fork; objects that the training loop has frozen must stay frozen
 
 
 def _before() -> None:

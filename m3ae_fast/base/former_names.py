@@ -1,11 +1,11 @@
-"""Names that commands had before, and what they are called now. Imports nothing that takes time."""
+"""Former names of commands and their present names. Imports nothing that takes time."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-# commands of m3ae-fast that have another name now, with one of their arguments where the present name depends on it
+# present names of renamed commands; former names include an argument if the present name depends on it
 RENAMED = {
     "transfer": "evaluate",
     "features": "embed",
@@ -28,8 +28,8 @@ _MODULES = ("convert", "export", "report", "status", "verify", "config", "pretra
 
 
 def present_name(words: Sequence[str], typed: str = "m3ae-fast ") -> str | None:
-    """Return the line that says how the command of these arguments is called now; None if it has no other name.
-    `typed`: what was written before them."""
+    """Return the message with the present name of the command in `words`; None if it was not renamed. `typed`: the part
+    of the command line before `words`, for the message."""
     if not words or words[0] not in RENAMED:
         return None
     names = [f"{words[0]} {word}" for word in words[1:]]
@@ -38,8 +38,8 @@ def present_name(words: Sequence[str], typed: str = "m3ae-fast ") -> str | None:
 
 
 def present_module(arguments: Sequence[str]) -> str | None:
-    """Return the line that says how a program is started now, if these arguments of Python start it as a module that
-    is gone; None otherwise."""
+    """Return the message with the present command if these arguments of Python would start a former module; None
+    otherwise."""
     if "-m" not in arguments[:-1]:
         return None
     _, module, *words = arguments[arguments.index("-m") :]
@@ -52,7 +52,7 @@ def present_module(arguments: Sequence[str]) -> str | None:
 
 
 def refuse_former_module() -> None:
-    """Exit with the line of `present_module`, if there is one, and code 2."""
+    """Exit with the message of `present_module` and code 2, if there is such a message."""
     if line := present_module(sys.orig_argv[1:]):
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

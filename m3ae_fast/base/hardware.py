@@ -1,4 +1,4 @@
-"""The abilities of this machine: faster precision, peak FLOP/s, memory, compiler."""
+"""Capabilities of this machine: faster precision, peak FLOP/s, memory, compiler."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ C = TypeVar("C", bound=HasPrecision)
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """Return the device of `--device`; by default a GPU, else the CPU. Raises UserError if it cannot be used."""
+    """Return the device that `--device` names; by default a GPU if there is one, otherwise the CPU. Raises UserError if
+    the device cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--device {name}: is not available on this machine ({str(error).splitlines()[0]})") from None
     return device
 
 
 class Peaks(NamedTuple):
-    """A GPU's peaks, from its data sheet."""
+    """Peak throughput of a GPU, from its data sheet."""
 
     flops: float  # dense bf16 on tensor cores, FLOP/s
-    bandwidth: float  # of its memory, bytes/s
+    bandwidth: float  # memory bandwidth, bytes/s
 
 
-# by a part of the GPU's name: the first one that is found counts
+# by a part of the GPU's name; the first match counts
 _PEAKS = {
     "H200": Peaks(989e12, 4.8e12),
     "H100 PCIe": Peaks(756e12, 2.0e12),
@@ -60,33 +61,33 @@ _PEAKS = {
     "RTX 4090": Peaks(165e12, 1.008e12),
     "MI300X": Peaks(1307e12, 5.3e12),
 }
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameter numbers of mallopt
 
 
 def fast_precision(device: torch.device) -> str:
-    """Return "bf16" or "fp32": whichever makes matmuls faster."""
+    """Return the precision, "bf16" or "fp32", in which matmuls are faster."""
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else this_cpu().bf16
     return "bf16" if fast else "fp32"
 
 
 def settle_precision(config: C, device: torch.device) -> C:
-    """Return `config` with precision "auto" decided for `device`."""
+    """Return `config` with precision "auto" resolved for `device`."""
     return config if config.precision != "auto" else config.model_copy(update={"precision": fast_precision(device)})
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """Return the dtype of matmuls under a settled precision."""
+    """Return the dtype of matmuls for a resolved precision."""
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
 def data_sheet(name: str) -> Peaks | None:
-    """Return the peaks of the GPU called `name`, None if it is not known."""
+    """Return the peak throughput of the GPU called `name`; None if the GPU is unknown."""
     return next((peaks for part, peaks in _PEAKS.items() if part in name), None)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s to measure utilisation against: the data sheet's for known GPUs in bf16, else what a large
-    matmul reaches here, best of three."""
+    """Return the peak FLOP/s for measuring utilisation: the data sheet's value for known GPUs in bf16, otherwise the
+    best of three measurements of a large matmul."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         known = data_sheet(torch.cuda.get_device_name(device))
         if known is not None:
@@ -104,12 +105,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def has_compiler() -> bool:
-    """Return whether there is a C++ compiler, as torch.compile needs."""
+    """Return whether there is a C++ compiler, which torch.compile requires."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"))
 
 
 def missing_for_triton() -> list[str]:
-    """Return what Triton needs to build its launchers on a GPU and does not find here."""
+    """Return the missing tools that Triton requires to build its launchers on a GPU."""
     compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")
     missing = [] if any(shutil.which(name) for name in compilers if name) else ["a C compiler (apt install gcc)"]
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
@@ -123,15 +124,15 @@ def pins_memory(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return bytes: the most that torch held on the GPU, or the most that this process held in RAM."""
+    """Return the peak memory in bytes: allocated by torch on the GPU, or resident in RAM for this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory that tensors free for the next ones. By default it returns large blocks to the kernel
-    at once, and a step on the CPU then waits for 100,000 fresh pages. Does nothing where there is no glibc."""
+    """Set glibc to keep freed memory for the next tensors. By default, glibc returns large blocks to the kernel at
+    once, and a step on the CPU then causes 100,000 page faults. Does nothing without glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 1 << 30)
@@ -139,8 +140,9 @@ def keep_freed_memory() -> None:
 
 
 def missing_memory(needed: float, device: torch.device) -> str:
-    """Return "" if a device has room for `needed` bytes, else how much is needed and how much is free."""
-    import psutil  # here: benchmarks.gpu reads data sheets where torch, Triton and NumPy are all there is
+    """Return a message with the required and the free memory if a device has less than `needed` bytes free; otherwise
+    ""."""
+    import psutil  # imported here because benchmarks.gpu reads data sheets with only torch, Triton and NumPy installed
 
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     return "" if needed < 0.9 * free else f"{needed / 1e9:.3g} GB are needed, and {free / 1e9:.3g} GB are free"

@@ -1,4 +1,5 @@
-"""The Hugging Face hub: whether it answers, and folders of weights by the name owner/name."""
+"""The Hugging Face hub: a quick check that it responds, and download and upload of weight folders by the name
+owner/name."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from huggingface_hub.errors import (
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.output_folder import FILES
 
-PATIENCE = 12.0  # seconds for an answer: the library tries for over a minute
+PATIENCE = 12.0  # seconds to wait for a response: the library would retry for over a minute
 
 
 def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
@@ -31,12 +32,12 @@ def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
             huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=PATIENCE)
         except (HfHubHTTPError, HFValidationError):
             answers.put(True)
-        except Exception:  # of the library's HTTP client
+        except Exception:  # any error of the library's HTTP client
             answers.put(False)
         else:
             answers.put(True)
 
-    # the timeout is for each address that the hub's name has, and not for looking the name up
+    # The request's timeout applies to each IP address of the hub, and does not cover the name look-up.
     Thread(target=ask, daemon=True).start()
     try:
         return answers.get(timeout=PATIENCE)
@@ -45,8 +46,8 @@ def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
 
 
 def find_folder(source: str | Path) -> Path:
-    """Return `source` itself if it exists, else a copy of what the hub has under that name. Raises UserError if
-    it is neither a path nor a model of the hub, or the hub does not answer."""
+    """Return `source` if it is an existing path, otherwise the folder of the hub's model of that name, downloaded.
+    Raises UserError if it is neither a path nor a model on the hub, or if the hub does not respond."""
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -55,30 +56,34 @@ def find_folder(source: str | Path) -> Path:
     try:
         cached, files = not hub_answers(str(source)), list(FILES)
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=files, local_files_only=cached))
-    except Exception as error:  # of the library, of its HTTP client, of the disk
+    except Exception as error:  # errors of the library, its HTTP client or the disk
         raise UserError(f"{source}: no such file or folder, and {_reason(error)}") from None
 
 
 def push_folder(folder: str | Path, name: str, private: bool = False) -> str:
-    """Upload a folder as the model `name`, which is made where it does not exist. Returns its address. Raises UserError
-    if nobody is logged in, the name is taken or impossible, or the hub does not answer."""
+    """Upload a folder as the model `name`, which is created if it does not exist, and return its address. Raises
+    UserError if the user is not logged in, the name is taken or invalid, or the hub does not respond."""
     if huggingface_hub.get_token() is None:
-        raise UserError(f"{name}: pushing needs a token of the hub; run `hf auth login`, or set HF_TOKEN")
+        raise UserError(f"{name}: uploading requires a token of the hub; run `hf auth login`, or set HF_TOKEN")
     try:
         api = huggingface_hub.HfApi()
         url = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload M3AE")
         return str(url)
     except Exception as error:
-        raise UserError(f"{name}: cannot be pushed, {_reason(error)}") from None
+        raise UserError(f"{name}: cannot be uploaded: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "the hub has no such model, or it is private: run `hf auth login`"
     if isinstance(error, LocalEntryNotFoundError):
-        return "the hub does not answer, nor is there a copy from an earlier download"
+        return "the hub does not respond, and there is no copy from an earlier download"
     text = " ".join(str(error).split())[:200]
     if isinstance(error, HFValidationError):
-        return f"the hub allows no such name ({text})"
-    return f"the hub refuses ({text})" if isinstance(error, HfHubHTTPError) else f"the hub cannot be reached ({text})"
+        return f"the hub does not allow this name ({text})"
+    return (
+        f"the hub refuses the request ({text})"
+        if isinstance(error, HfHubHTTPError)
+        else f"the hub cannot be reached ({text})"
+    )

@@ -1,4 +1,4 @@
-"""Libraries that only some commands and settings need, and the extras of this package that install them."""
+"""Optional libraries, required only by some commands and settings, and the extras of this package that install them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from m3ae_fast.base.errors import UserError
 
-# pyproject.toml's optional dependencies by extra, by the names that are imported; "" has those of every installation
+# import names of pyproject.toml's optional dependencies, by extra; "" lists those of every installation
 EXTRAS = {
     "": ("tensorboard",),
     "train": ("deepspeed",),
@@ -22,12 +22,16 @@ EXTRAS = {
     "tiff": ("tifffile",),
     "vqgan": ("msgpack",),
 }
-NAMES = {"sklearn": "scikit-learn", "scipy": "SciPy", "deepspeed": "DeepSpeed"}  # unlike those that are imported
+NAMES = {
+    "sklearn": "scikit-learn",
+    "scipy": "SciPy",
+    "deepspeed": "DeepSpeed",
+}  # display names that differ from the import name
 
 
 def require_libraries(needs: Mapping[str, str], otherwise: str = "") -> None:
-    """Raise UserError if a library is not installed; nothing is imported. `needs`: the command, option or setting that
-    needs it, by the library's name; `otherwise`: what else helps, for the end of the message."""
+    """Raise UserError if a library is not installed; nothing is imported. `needs` maps the name of a library to the
+    command, option or setting that requires it. `otherwise` is an alternative solution, for the end of the message."""
     missing: dict[str, list[str]] = {}
     for name, what in needs.items():
         if not _is_installed(name):
@@ -39,7 +43,8 @@ def require_libraries(needs: Mapping[str, str], otherwise: str = "") -> None:
 
 
 def library(name: str, what: str) -> Any:
-    """Import and return a library. `what` needs it. Raises UserError if it is not installed, or cannot be imported."""
+    """Import and return a library that `what` requires. Raises UserError if it is not installed or cannot be
+    imported."""
     require_libraries({name: what})
     try:
         return import_module(name)
@@ -50,7 +55,7 @@ def library(name: str, what: str) -> Any:
 def _is_installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ValueError:  # a module that was made by hand has no spec
+    except ValueError:  # a module created by hand has no spec
         return True
 
 
@@ -60,7 +65,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _extras(missing: set[str]) -> str:
-    """Return the extras that install these libraries, as pip takes them: one if one has them all."""
+    """Return the extras that install these libraries, in pip's notation; a single extra if one contains them all."""
     whole = next((extra for extra, names in EXTRAS.items() if missing <= {*names}), None)
     if whole is not None:
         return f"[{whole}]" if whole else ""

@@ -1,4 +1,4 @@
-"""Errors that say that there is no memory left, whichever library meets them. Imports nothing: torch may not fit."""
+"""Recognises out-of-memory errors of all libraries. Imports nothing, because torch may not fit into memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import resource
 import sys
 from types import TracebackType
 
-# what torch, CUDA, C++ and the system say
+# messages of torch, CUDA, C++ and the system
 _SIGNS = ("can't allocate memory", "annot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "bad_alloc")
-# what else they say under `ulimit -v`: of threads that find no room for a stack, of libraries and of modules
+# further messages under `ulimit -v`, when a thread's stack, a library or a module cannot be mapped
 _SIGNS_OF_LIMIT = (
     "start new thread",
     "Resource temporarily unavailable",
@@ -16,11 +16,12 @@ _SIGNS_OF_LIMIT = (
     "error return without",
 )
 
-_ADDRESSES = 1_500_000_000  # bytes that torch and its threads take; with less they abort or hang instead of raising
+_ADDRESSES = 1_500_000_000  # bytes that torch and its threads require; with less they abort or hang instead of raising
 
 
 def refuse_too_few_addresses() -> None:
-    """Raise SystemExit, with one line on stderr, where `ulimit -v` leaves a program less than torch itself takes."""
+    """Raise SystemExit, with one line on stderr, if `ulimit -v` allows less address space than torch itself
+    requires."""
     limit = _limit()
     if limit is not None and limit < _ADDRESSES:
         reason = f"importing torch alone needs {_ADDRESSES / 1e9:.2g} GB of address space"
@@ -29,21 +30,25 @@ def refuse_too_few_addresses() -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception says that the GPU, this machine or what `ulimit -v` allows has no memory left."""
+    """Return whether an exception reports that the memory of the GPU or the machine, or the limit of `ulimit -v`, is
+    exhausted."""
     signs = _SIGNS + (_SIGNS_OF_LIMIT if _limit() is not None else ())
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def limit_note() -> str:
-    """Return what to say of a limit on this process's addresses, "" if there is none."""
+    """Return a note about the limit on this process's address space; "" if there is none."""
     limit = _limit()
     return (
-        "" if limit is None else f"; ulimit -v allows this process {limit / 1e9:.2g} GB of addresses: raise that first"
+        ""
+        if limit is None
+        else f"; ulimit -v allows this process {limit / 1e9:.2g} GB of address space: raise this limit first"
     )
 
 
 def shown_in_one_line(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-    """Serve as sys.excepthook for a program until its `main` runs: torch itself may find no memory to be imported."""
+    """Print an out-of-memory error on one line. Serves as sys.excepthook until a program's `main` runs, because even
+    importing torch may run out of memory."""
     if not out_of_memory(error):
         return sys.__excepthook__(kind, error, where)
     print(f"error: {no_memory(error)}", file=sys.stderr)
@@ -51,12 +56,12 @@ def shown_in_one_line(kind: type[BaseException], error: BaseException, where: Tr
 
 
 def no_memory(error: BaseException) -> str:
-    """Return the line for a user whose program ended for lack of memory."""
+    """Return the one-line message for an out-of-memory error."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return f"not enough memory ({reason}){limit_note() or '; end other programs, or ask for less at a time'}"
+    return f"not enough memory ({reason}){limit_note() or '; end other programs, or process less at a time'}"
 
 
 def _limit() -> int | None:
-    """Return how many bytes of addresses this process may have, None if it is not limited."""
+    """Return the limit on this process's address space in bytes; None if it is not limited."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return None if soft == resource.RLIM_INFINITY else soft

@@ -1,6 +1,7 @@
 """Writes an object of s3:// or gs:// to standard output: python -m m3ae_fast.base.object_store URL
 
-A process for each object, since the threads of obstore do not outlive a fork, and loader workers are forked.
+Each object is read by a process of its own: the threads of obstore do not survive a fork, and loader workers are
+forked.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from typing import Any
 from m3ae_fast.base.libraries import require_libraries
 
 SCHEMES = ("s3://", "gs://")
-NOT_THERE = 66  # EX_NOINPUT of sysexits.h: another try would not help
-_LONGEST = "1d"  # for a request; who reads the output has limits of its own
+NOT_THERE = 66  # EX_NOINPUT of sysexits.h: a retry would not help
+_LONGEST = "1d"  # timeout of a request; the reader of the output has a timeout of its own
 
 
 def require(*shards: str) -> None:
-    """Raise UserError if a shard, or a pattern of shards, is such a URL and what reads it is not installed."""
+    """Raise UserError if a shard, or a pattern of shards, is such a URL and the library that reads it is not
+    installed."""
     urls = (url for pattern in shards for url in pattern.split("::") if url.startswith(SCHEMES))
     if (url := next(urls, None)) is not None:
         otherwise = f", or name it by a command: 'pipe:aws s3 cp {url} -'"
@@ -24,7 +26,8 @@ def require(*shards: str) -> None:
 
 
 def command(url: str) -> list[str]:
-    """Return the words of a command that writes the object, or exits with NOT_THERE, or 1, and says why on stderr."""
+    """Return the arguments of a command that writes the object to stdout. If it fails, it exits with NOT_THERE or 1 and
+    prints the reason on stderr."""
     return [sys.executable, "-m", "m3ae_fast.base.object_store", url]
 
 
@@ -37,17 +40,17 @@ def main(url: str) -> int:
         for chunk in obstore.get(_open(url.partition("://")[0], bucket), path).stream(min_chunk_size=1 << 20):
             sys.stdout.buffer.write(chunk)
         sys.stdout.buffer.flush()
-    except BrokenPipeError:  # who reads it has enough
+    except BrokenPipeError:  # the reader has closed the pipe
         return 1
     except (FileNotFoundError, PermissionDeniedError, UnauthenticatedError) as error:
         return _said(error, NOT_THERE)
-    except Exception as error:  # credentials of all kinds raise anything
+    except Exception as error:  # the many kinds of credentials raise many kinds of errors
         return _said(error, 1)
     return 0
 
 
 def _open(scheme: str, bucket: str) -> Any:
-    """Return the store, with credentials where boto3 or Google's defaults know some."""
+    """Return the store, with credentials if boto3 or Google's default credentials provide them."""
     from obstore.store import GCSStore, S3Store
 
     options: Any = {"allow_http": True, "timeout": _LONGEST, "connect_timeout": "60s"}
@@ -56,7 +59,7 @@ def _open(scheme: str, bucket: str) -> Any:
     from boto3 import Session
     from obstore.auth.boto3 import Boto3CredentialProvider
 
-    session = Session()  # profiles, single sign-on, roles: all that `aws` knows
+    session = Session()  # profiles, single sign-on, roles: everything that `aws` supports
     if session.get_credentials() is None:
         return S3Store(bucket, client_options=options, skip_signature=True)
     return S3Store(bucket, client_options=options, credential_provider=Boto3CredentialProvider(session))

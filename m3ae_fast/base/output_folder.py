@@ -18,23 +18,23 @@ from m3ae_fast.base.untrusted_file import open_regular
 MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 TOKENIZER_FILE, PREPROCESSOR_FILE = "tokenizer.json", "preprocessor_config.json"
 FILES = (MODEL_FILE, CONFIG_FILE, CARD_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE)
-# not integers and booleans, whose meaning is unknown, nor float8, whose scales are elsewhere
+# excluded: integers and booleans, whose meaning is unknown, and float8, whose scales are stored elsewhere
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MARK = {"format": "pt", "written_by": "m3ae_fast"}
 
 
 @contextmanager
 def output_folder(out: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to fill with FILES, which replaces `out` when the block ends. Raises UserError
-    if `out` is a file, or a folder that holds anything but an earlier output of this package; or the disk refuses.
-    `out` is as it was, then and after any other exception."""
+    """Yield an empty folder to fill with FILES; it replaces `out` when the block ends. Raises UserError if `out` is a
+    file, is a folder that holds anything except an earlier output of this package, or cannot be written. After any
+    exception, `out` is unchanged."""
     target = Path(out).resolve()
     _check_free(out, target)
     try:
         with whole_folder(target) as partial:
             yield partial
             for path in partial.iterdir():
-                path.chmod(0o666 & partial.stat().st_mode)  # safetensors makes it readable only to its owner
+                path.chmod(0o666 & partial.stat().st_mode)  # safetensors creates files that only their owner can read
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{out}: cannot be written ({reason})") from None
@@ -65,8 +65,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the weights in a safetensors file, by name.
 
     Raises:
-        OSError, SafetensorError: it cannot be read, is a pipe or a device, or is damaged.
-        UserError: a tensor is not a weight: see `check_dtypes`.
+        OSError, SafetensorError: the file cannot be read, is a pipe or a device, or is damaged.
+        UserError: a tensor has a dtype that weights cannot have; see `check_dtypes`.
     """
     open_regular(path).close()  # safetensors would wait for a pipe
     state = load_file(path)
@@ -75,14 +75,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_dtypes(state: Mapping[str, Tensor], where: str) -> None:
-    """Raise UserError naming the first tensor that is of none of DTYPES."""
+    """Raise UserError with the name of the first tensor whose dtype is not one of DTYPES."""
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES:
             kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             found = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{where}: {name} is {found}, but weights are {kinds}; convert it to one")
+            raise UserError(f"{where}: {name} has dtype {found}, but weights must be {kinds}; convert it")
 
 
 def write_tensors(path: Path, state: dict[str, Tensor]) -> None:
-    """Write safetensors, with the mark by which `output_folder` knows them again."""
+    """Write a safetensors file with the mark by which `output_folder` recognises this package's files."""
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata=_MARK)

@@ -1,4 +1,4 @@
-"""Tables as parquet files."""
+"""Reading and writing tables as parquet files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from m3ae_fast.base.errors import UserError
 
 
 def write_parquet(path: Path, columns: Mapping[str, np.ndarray | Sequence[Any]]) -> None:
-    """Write equally long columns to `path`, which is whole or not there; an array of several dimensions becomes a
-    column of lists. Raises UserError if the disk refuses."""
+    """Write columns of equal length to `path` atomically. An array of several dimensions becomes a column of lists.
+    Raises UserError if the file cannot be written."""
     import pyarrow
     from pyarrow import parquet
 
@@ -29,7 +29,7 @@ def write_parquet(path: Path, columns: Mapping[str, np.ndarray | Sequence[Any]])
 
 
 def read_parquet(path: Path) -> dict[str, list[Any]]:
-    """Return the columns of a table. Raises UserError if it is missing or damaged."""
+    """Return the columns of a table by name. Raises UserError if the file is missing or damaged."""
     from pyarrow import ArrowException, parquet
 
     try:

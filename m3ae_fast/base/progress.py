@@ -1,4 +1,4 @@
-"""How far long work has come and the time left: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long work and the estimated time left: a bar on a terminal, occasional lines otherwise."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Clock = Callable[[], float]  # seconds
-_FIRST_S = 3.0  # until the first line: what ends sooner needs none
-_SELDOM_S = 60.0  # between lines, at most; until then a line comes whenever the time has doubled
+_FIRST_S = 3.0  # until the first line: shorter work needs none
+_SELDOM_S = 60.0  # longest time between lines; before that, a line is printed whenever the elapsed time has doubled
 
 
 def duration(seconds: float) -> str:
@@ -24,67 +24,67 @@ def duration(seconds: float) -> str:
 
 
 class TimeLeft:
-    """The time left of a task that consists of parts, judged by the time that its parts so far took."""
+    """Estimate of the time left of a task that consists of parts, from the time that its completed parts took."""
 
     def __init__(
         self,
         total: float,
-        beside: float = 0.0,
-        told: Callable[[float], None] | None = None,
+        other_work: float = 0.0,
+        report: Callable[[float], None] | None = None,
         now: Clock = time.monotonic,
     ) -> None:
         """Begin the task.
 
         Args:
-            total: its size, in whatever unit the parts are measured in.
-            beside: seconds that work takes which is no part, see `aside`.
-            told: called once, with the first sure estimate of the seconds left.
+            total: the size of the task, in the unit in which the parts are measured.
+            other_work: expected seconds of work that does not belong to any part; see `aside`.
+            report: called once, with the first reliable estimate of the seconds left.
             now: the clock.
         """
-        self.total, self.beside, self.done = total, beside, 0.0
-        self._told, self._now, self._started, self._spent = told, now, now(), 0.0
+        self.total, self.other_work, self.done = total, other_work, 0.0
+        self._report, self._now, self._started, self._spent = report, now, now(), 0.0
 
     def after(self, part: float) -> str:
-        """Count a part as done, and return what `left` does."""
+        """Count a part as done and return the text of `left`."""
         self.done, self._spent = self.done + part, self._now() - self._started
         if self.done < self.total:
             self.tell(self._estimate(self.done, self._spent))
         return self.left()
 
     def left(self) -> str:
-        """Return ", about H:MM:SS left" for the other parts and the work beside them; "" after the last."""
-        if not self.done or (self.done >= self.total and not self.beside):
+        """Return ", about H:MM:SS left" for the remaining parts and other work; "" after the last part."""
+        if not self.done or (self.done >= self.total and not self.other_work):
             return ""
         return f", about {duration(self._estimate(self.done, self._spent))} left"
 
     def during(self, done: float, pace: float, sure: bool = True) -> float:
-        """Return the seconds left if `done` of the present part is done, at `pace` seconds per unit. `sure`: whether
-        that is good enough to be told."""
+        """Return the seconds left if `done` units of the current part are done, at `pace` seconds per unit. `sure`:
+        whether the estimate is reliable enough to report."""
         left = self._estimate(self.done + done, self._spent + pace * done)
         if sure:
             self.tell(left)
         return left
 
     def tell(self, left: float) -> None:
-        """Pass an estimate of the seconds left to `told`, unless it has one."""
-        told, self._told = self._told, None
-        if told:
-            told(left)
+        """Pass an estimate of the seconds left to `report`, unless one has been reported before."""
+        report, self._report = self._report, None
+        if report:
+            report(left)
 
     @contextmanager
     def aside(self, seconds: float) -> Iterator[None]:
-        """Do work that is no part, and was expected to take `seconds` of `beside`."""
+        """Context for work that does not belong to any part and was expected to take `seconds` of `other_work`."""
         began = self._now()
         yield
         self._started += self._now() - began
-        self.beside = max(self.beside - seconds, 0.0)
+        self.other_work = max(self.other_work - seconds, 0.0)
 
     def _estimate(self, done: float, spent: float) -> float:
-        return spent / done * (self.total - done) + self.beside
+        return spent / done * (self.total - done) + self.other_work
 
 
 class Lines:
-    """Says how far work on `total` items is: after some seconds, then ever more seldom."""
+    """Progress lines for work on `total` items: the first after a few seconds, then at growing intervals."""
 
     def __init__(
         self,
@@ -94,16 +94,16 @@ class Lines:
         part: float = 0.0,
         now: Clock = time.monotonic,
     ) -> None:
-        """Begin the work. `whole`: the task, of which this work is a part of the size `part`."""
+        """Begin the work. `whole`: the whole task, of which this work is a part with the size `part`."""
         self._title, self._total, self._whole, self._part = title, total, whole, part
         self._now, self._done = now, 0
         self._started = self._due = now()
         self._due += _FIRST_S
-        self._first: tuple[float, int] | None = None  # when the first items were done, and how many
+        self._first: tuple[float, int] | None = None  # time at which the first items were done, and their number
 
     def advance(self, count: int) -> tuple[str, str] | None:
-        """Count items as done. Return where the work is, and the time that the whole task still takes ("" if this is
-        all), when it is time to say it; else None."""
+        """Count items as done. If a line is due, return the progress of this work and the time left of the whole task
+        ("" if this work is the whole task); otherwise return None."""
         now, self._done = self._now(), self._done + count
         if self._first is None and self._done:
             self._first = now, self._done
@@ -117,12 +117,14 @@ class Lines:
         text += f", about {duration(left)} left"
         if self._whole is None:
             return text, ""
-        item = self._part / self._total  # units of the task
-        sure = self._first is not None and self._done > self._first[1]  # the first item has the start in it
+        item = self._part / self._total  # task units per item
+        sure = (
+            self._first is not None and self._done > self._first[1]
+        )  # the time of the first item includes the start-up
         return text, duration(self._whole.during(item * self._done, self._pace(now) / item, sure))
 
     def _pace(self, now: float) -> float:
-        """Return seconds per item, without the start if more than the first items are done."""
+        """Return the seconds per item. The start-up is left out if more than the first items are done."""
         assert self._first is not None
         when, done = self._first
         if self._done > done:
@@ -132,7 +134,7 @@ class Lines:
 
 @contextmanager
 def working(title: str, *, show: bool = True, every: float = 5.0) -> Iterator[None]:
-    """Say on stderr that some work begins whose length is not known, and `every` so many seconds that it goes on."""
+    """Print on stderr that work of unknown duration has begun, and every `every` seconds that it is still running."""
     ended, began = threading.Event(), time.monotonic()
 
     def go_on() -> None:
@@ -153,7 +155,7 @@ def working(title: str, *, show: bool = True, every: float = 5.0) -> Iterator[No
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # whoever reads it has left, or the disk is full
+    with contextlib.suppress(OSError):  # the reader has closed the pipe, or the disk is full
         print(text, file=sys.stderr, flush=True)
 
 
@@ -161,15 +163,15 @@ def _say(text: str) -> None:
 def progress(
     title: str, total: int | None = None, *, show: bool = True, whole: TimeLeft | None = None, part: float = 0.0
 ) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the number of items done since. If `show` is set, the main rank shows a bar if
-    stderr is a terminal, else a line after some seconds, and then ever more seldom.
+    """Yield a function to call with the number of items done since its last call. If `show` is set, the main rank shows
+    a bar if stderr is a terminal; otherwise it prints a line after a few seconds and then at growing intervals.
 
-    `whole`: the task, of which this work is a part of the size `part`; its time left is shown too."""
+    `whole`: the whole task, of which this work is a part with the size `part`. The task's time left is shown too."""
     from rich import progress as bars
     from rich.console import Console
 
     console = Console(stderr=True)
-    show = show and os.environ.get("RANK", "0") in ("", "0")  # as launchers set it
+    show = show and os.environ.get("RANK", "0") in ("", "0")  # set by launchers
     columns = (
         bars.TextColumn("{task.description}"),
         bars.MofNCompleteColumn(),
@@ -205,7 +207,7 @@ def track(
     whole: TimeLeft | None = None,
     part: float = 0.0,
 ) -> Iterator[T]:
-    """Yield the items as they come, and show progress as `progress` does. `total` is the length of `items` if that has
+    """Yield the items and show progress as `progress` does. By default, `total` is the length of `items` if it has
     one."""
     if total is None and isinstance(items, Sized):
         total = len(items)

@@ -1,4 +1,4 @@
-"""Files that others wrote: opened without waiting for a pipe, parsed without a traceback."""
+"""Safe reading of untrusted files: pipes do not block, and malformed content raises ordinary errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 
 def open_regular(path: str | Path) -> io.FileIO:
-    """Open a file to read, unbuffered. Raises OSError if that fails, or would block: at a folder, pipe or device."""
+    """Open a file for unbuffered reading. Raises OSError if that fails, or if `path` is a folder, pipe or device, which
+    might block."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -26,12 +27,12 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Return the content of a JSON text. Raises ValueError if it is none, nested too deeply, or names a key twice,
-    of which Python's json would silently keep the last."""
+    """Return the content of a JSON text. Raises ValueError if the text is not JSON, is nested too deeply or contains a
+    key twice; Python's json would silently keep the last of two equal keys."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("is nested too deeply") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

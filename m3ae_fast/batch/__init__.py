@@ -1,4 +1,4 @@
-"""Samples of any kind, and the packed batch that they become."""
+"""Samples of images and captions, and their packing into batches."""
 
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packed import PackedBatch

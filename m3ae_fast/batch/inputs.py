@@ -1,4 +1,4 @@
-"""Images and texts of any kind -> samples of which everything is visible.
+"""Conversion of images and texts in various forms to unmasked samples.
 
 Shapes: C channels.
 """
@@ -24,21 +24,23 @@ from m3ae_fast.images.bands import checked
 from m3ae_fast.images.bit_depth import as_pixels
 from m3ae_fast.images.crops import whole_view
 from m3ae_fast.images.decoding import decode_image, pixels_of, pixels_of_bands, widened
-from m3ae_fast.images.normalisation import model_input, of_unit
+from m3ae_fast.images.normalisation import from_unit, model_input
 
 OneImage: TypeAlias = "Image | Tensor | np.ndarray | str | os.PathLike[str]"  # see `prepare_image`
-# Black and white of floating images, or that they are normalised by the model's mean and standard deviation; None: the
-# default of whoever takes it.
+# Values of black and white in floating-point images, or "normalised" for images that are normalised by the model's mean
+# and standard deviation; None: the default of the called function.
 ValueRange: TypeAlias = 'tuple[float, float] | Literal["normalised"] | None'
-_MOST_DEVIATIONS = 20.0  # of a normalised image whose values are all above its mean
-_OTHER_UNITS = 0.1  # of all values, beyond black or white by the whole range: no few bright pixels
-_LEVELS = 100  # a range so wide is of levels: fractions from 0 to 1 are no values of it
+_MOST_DEVIATIONS = 20.0  # limit for a normalised image whose values are all above the mean
+_OTHER_UNITS = (
+    0.1  # fraction of values that are beyond black or white by the whole range: more than a few bright pixels
+)
+_LEVELS = 100  # a wider range is one of integer levels, to which fractions from 0 to 1 do not belong
 
 
 def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[OneImage]:
-    """Return one image as a list of it, and several as they are: a tensor of four dimensions, an array of four, or of
-    three that are not the height, width and channels of an image of a model of `channels`, is several. Raises
-    ValueError for an array of three that could be one image with its channels first."""
+    """Return a single image as a list, and several images unchanged. A tensor of four dimensions is several images; so
+    is an array of four dimensions, or of three that cannot be [H, W, channels] of one image. Raises ValueError for an
+    array of three dimensions that could be one image with its channels first."""
     if isinstance(images, (str, os.PathLike, Image)):
         return [images]
     if isinstance(images, np.ndarray):
@@ -55,9 +57,9 @@ def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[
 
 
 def check_values(images: Iterable[OneImage], value_range: ValueRange, config: ModelConfig) -> None:
-    """Raise ValueError if `value_range` is none, or evidently not that of the images. If it is None, the floating
-    tensors among them must not together span a part of [0, 1], or of [0, 255]; images of one value each say nothing.
-    For black and white see `_check_units`."""
+    """Raise ValueError if `value_range` is invalid, or evidently not that of the images. If it is None, the
+    floating-point tensors among them must not together span a part of [0, 1] or of [0, 255]; constant images are not
+    considered. For black and white, see `_check_units`."""
     if value_range is not None:
         is_pair = isinstance(value_range, (tuple, list)) and len(value_range) == 2
         if value_range != "normalised" and not (is_pair and value_range[0] < value_range[1]):
@@ -73,15 +75,16 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
     if not (spans[:, 0] < spans[:, 1]).any():
         return
     low, high = spans[:, 0].min().item(), spans[:, 1].max().item()
-    is_same = not any(config.image_mean) and {*config.image_std} == {1.0}  # normalised or from 0 to 1
+    # normalised pixels are the same as pixels from 0 to 1
+    is_same = not any(config.image_mean) and {*config.image_std} == {1.0}
     is_unit = high <= 1 and not is_same
     if low < 0 or not (is_unit or high > _MOST_DEVIATIONS):
         return
     guess = (0, 1) if is_unit else (0, 255 if high <= 255 else 65535)
     raise ValueError(
-        f"floating images are taken as normalised, (x - mean) / std, and these have values from {low:.3g} to "
-        f'{high:.3g}: pass value_range={guess} if that is black and white, value_range="normalised" if they are '
-        "normalised, or uint8 images"
+        f"floating images are expected to be normalised, (x - mean) / std, but these have values from {low:.3g} "
+        f'to {high:.3g}: pass value_range={guess} if these are black and white, value_range="normalised" if the images '
+        "are normalised, or uint8 images"
     )
 
 
@@ -132,8 +135,8 @@ def unmasked_sample(
     tokenizer: CaptionTokenizer | None,
     value_range: ValueRange = None,
 ) -> Sample:
-    """Return an image, a text or a pair of them as a sample of which everything is visible; for a text the tokenizer is
-    needed. Raises ValueError as `prepare_image` does, and where the tokenizer fails on the text."""
+    """Return an unmasked sample of an image, a text or both. A text requires the tokenizer. Raises ValueError as
+    `prepare_image` does, and if the tokenizer fails on the text."""
     sample = Sample(str(number))
     if image is not None:
         sample.image = prepare_image(image, config, value_range)
@@ -144,24 +147,26 @@ def unmasked_sample(
         try:
             sample.tokens = torch.from_numpy(tokenizer.encode(text))
         except BadSample as error:
-            raise ValueError(f"a text cannot be used: {error}") from None
+            raise ValueError(f"the text cannot be used: {error}") from None
         sample.text_mask = torch.zeros(len(sample.tokens), dtype=torch.bool)
     return sample
 
 
 def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange = None) -> Tensor:
-    """Return [C, image_size, image_size], or of a native model [C, H, W], on the CPU: of the model's image_dtype, or
-    floats normalised.
+    """Return an image as [C, image_size, image_size], or [C, H, W] for a model with native aspect ratio, on the CPU.
+    The dtype is the model's image_dtype, or a normalised floating-point dtype.
 
     Args:
-        image: the path of a file, which is read as one in a shard is, a PIL image, an array [H, W, C] or [H, W], which
-            is read as a .npy file of it is, or a tensor [C, H, W], uint8, or uint16 of a model of such images, of which
-            the central square is taken, or all; or a floating tensor.
-        value_range: of floating tensors and arrays, and of files, PIL images and arrays of more than 8 bits, in place
-            of the model's image_range. (black, white), such as (0, 1): an image of any size, read as a file of it is,
-            which rounds an image that must be resized to the model's integers. "normalised": an image
-            [C, image_size, image_size], of a native model of sides that its patches divide, minus the model's
-            image_mean and over its image_std. None: that for tensors, and image_range for arrays.
+        image: one of the following. The path of a file, which is read as in shards. A PIL image. An array [H, W, C] or
+            [H, W], which is read like a .npy file. A tensor [C, H, W] of dtype uint8, or uint16 if that is the model's
+            image_dtype; it is cropped to the central square unless the model has native aspect ratio. A floating-point
+            tensor.
+        value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays of more than
+            8 bits, in place of the model's image_range. (black, white), such as (0, 1): the image has any size and is
+            read like a file, which rounds to the model's integers if the image must be resized. "normalised": the image
+            is normalised with the model's image_mean and image_std and has the shape [C, image_size, image_size], or
+            sides that are multiples of the patch size for native aspect ratio. None: "normalised" for tensors, and
+            image_range for arrays.
 
     Raises:
         ValueError: the image cannot be used, or does not fit the model.
@@ -177,8 +182,8 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
             image = torch.from_numpy(np.ascontiguousarray(np.atleast_3d(image).transpose(2, 0, 1)))
         elif config.image_range is None:
             raise ValueError(
-                f"an image cannot be used: an array of {image.dtype}, whose values need value_range=(black, white), "
-                'such as (0, 1), or "normalised"'
+                f"the image cannot be used: arrays of {image.dtype} require value_range=(black, white), such as "
+                '(0, 1), or "normalised"'
             )
     kind = channels, config.image_range, config.image_dtype
     if isinstance(image, (Image, np.ndarray)):
@@ -187,28 +192,28 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
         except BadSample as error:
             is_first = isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[0] == channels
             hint = "; x.transpose(1, 2, 0) moves its channels to the end" if is_first else ""
-            raise ValueError(f"an image cannot be used: {_of_call(error)}{hint}") from None
+            raise ValueError(f"the image cannot be used: {_of_call(error)}{hint}") from None
         return _prepared(pixels, config)
     if not isinstance(image, Tensor):
         raise ValueError(f"images must be paths, PIL images, arrays or tensors, not {type(image).__name__}")
     if image.ndim != 3 or image.shape[0] != channels or not image.numel():
         is_last = image.ndim == 3 and image.shape[2] == channels
         hint = "; x.permute(2, 0, 1) moves its channels to the front" if is_last else ""
-        raise ValueError(f"an image has shape {list(image.shape)}, not [{channels}, height, width]{hint}")
+        raise ValueError(f"the image has shape {list(image.shape)}, but must have [{channels}, height, width]{hint}")
     if image.is_floating_point():
         return _floating(image.cpu(), config, value_range or "normalised")
     if image.dtype not in (torch.uint8, getattr(torch, config.image_dtype)):
-        raise ValueError(f"an image is {image.dtype}, neither {config.image_dtype} nor floating")
+        raise ValueError(f"the image has dtype {image.dtype}, but must be {config.image_dtype} or floating-point")
     image = image.cpu()
     return _prepared(widened(image, config.image_dtype) if image.dtype == torch.uint8 else image, config)
 
 
 class Preprocess:
-    """The transform of images to input of a model: an image as `prepare_image` accepts it -> its tensor [C, H, W].
-    Raises as `prepare_image`, and ValueError as `check_values`.
+    """Transform from an image, in any form that `prepare_image` accepts, to the model's input tensor [C, H, W]. Raises
+    errors as `prepare_image` and `check_values` do.
 
-    `torch.stack` makes a batch of square tensors. Integer tensors are normalised by the model itself; `M3AE.encode`
-    returns the same features for the tensor as for the image.
+    Square tensors can be batched with `torch.stack`. The model itself normalises integer tensors. `M3AE.encode` returns
+    the same features for the tensor as for the image.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -227,27 +232,27 @@ class Preprocess:
 def _of_call(error: BadSample) -> str:
     """Return the message for a caller in Python, who has no config."""
     if isinstance(error, NeedsRange):
-        return f"has {error.found}: pass value_range=(black, white), such as (0, 4095), to a command --range 0,4095"
+        return f"the image has {error.found}: pass value_range=(black, white), such as (0, 4095)"
     return str(error)
 
 
 def _floating(image: Tensor, config: ModelConfig, value_range: tuple[float, float] | Literal["normalised"]) -> Tensor:
     if not image.isfinite().all():
-        raise ValueError("a floating image has values that are not finite")
+        raise ValueError("the floating image has values that are not finite")
     if isinstance(value_range, str):
         try:
             Geometry.of(config).grid(image)
         except ValueError as error:
-            raise ValueError(f"a floating {error}; pass value_range=(0, 1) for images of any size") from None
+            raise ValueError(f"{error}; pass value_range=(0, 1) for images of any size") from None
         return image.to(torch.promote_types(image.dtype, torch.float32))
     unit = in_unit(image, value_range)
     seen = _prepared(torch.from_numpy(as_pixels(unit.numpy(), config.image_dtype)), config)
-    # of the model's size already: nothing is resized, and nothing needs to be rounded
-    return of_unit(unit, config.image_mean, config.image_std) if seen.shape == image.shape else seen
+    # the image has the model's size already, so nothing is resized or rounded
+    return from_unit(unit, config.image_mean, config.image_std) if seen.shape == image.shape else seen
 
 
 def in_unit(images: Tensor, value_range: tuple[float, float]) -> Tensor:
-    """Return floating images, at least float32, in units in which black is 0 and white 1. Differentiable."""
+    """Return floating-point images in units where black is 0 and white is 1, at least float32. Differentiable."""
     low, high = value_range
     return (images.to(torch.promote_types(images.dtype, torch.float32)) - low) / (high - low)
 

@@ -1,4 +1,4 @@
-"""The kind of an image file: how many channels a model needs to see all of it, and the values in it."""
+"""Detection of an image file's kind: its number of channels and its value range."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.images.bit_depth import Depth, depth_of, grey_values
 from m3ae_fast.images.decoding import decode_image, header_of, own_bands
 
-_LIKE_GREY = 1  # level by which red, green and blue of a grey image may differ
+_LIKE_GREY = 1  # levels by which red, green and blue of a grey image may differ
 
 
 class Kind(NamedTuple):
-    """The kind of an image."""
+    """Channels and values of an image file."""
 
-    channels: int  # 1: grey, also if red, green and blue are equal
-    is_array: bool  # of bands, of which nothing is converted
-    dtype: str  # of an array; "uint8" of a picture
+    # that a model requires to use all of the image; 1 if it is grey, also if red, green and blue are equal
+    channels: int
+    is_array: bool  # whether it is an array of bands, which are not converted
+    dtype: str  # of an array; "uint8" for ordinary images
     height: int
     width: int
-    depth: Depth | None = None  # if a value is more than a level from 0 to 255
+    depth: Depth | None = None  # if the bit depth is high; None for levels from 0 to 255
     low: float = 0.0  # lowest value
     high: float = 255.0  # highest value
 
 
 def kind_of(data: bytes) -> Kind:
-    """Return the kind of an image file. Transparency does not count: it is drawn as white. Raises BadSample as
-    `decode_image`, except for a missing range."""
+    """Return the kind of an image file. Transparency is ignored, because it becomes white. Raises BadSample as
+    `decode_image` does, except for a missing range."""
     values = own_bands(data)
     if values is not None:
         depth = Depth("float", 32) if values.dtype == np.float32 else Depth("unsigned", 8 * values.itemsize)
@@ -46,19 +47,19 @@ def kind_of(data: bytes) -> Kind:
 
 
 def _deep(header: Image.Image, depth: Depth) -> np.ndarray | None:
-    """Return the values of a deep picture; None of colours, of which Pillow keeps 8 bits. Raises BadSample if it is
-    broken."""
+    """Return the values of a high-bit-depth image of one channel; None for colours, of which Pillow keeps 8 bits.
+    Raises BadSample if the image is damaged."""
     if len(header.getbands()) > 1:
         return None
     try:
         return grey_values(header, depth)
     except BadSample:
         raise
-    except Exception as error:  # Pillow raises anything on hostile input
-        raise BadSample(f"the image is broken ({error})") from None
+    except Exception as error:  # Pillow raises many kinds of errors on hostile input
+        raise BadSample(f"the image is damaged ({error})") from None
 
 
 def _spread(depth: Depth, values: np.ndarray | None) -> tuple[Depth | None, float, float]:
-    """Return the depth, None for levels from 0 to 255, and the lowest and the highest value."""
+    """Return the bit depth (None for levels from 0 to 255), and the lowest and the highest value."""
     low, high = depth.limits if values is None else (float(values.min()), float(values.max()))
     return depth if depth.is_deep else None, low, high

@@ -8,13 +8,14 @@ from torch import Tensor
 
 
 def kept(length: int, ratio: float) -> int:
-    """Return how many of `length` tokens stay visible: int(length * (1 - ratio)), as the official code rounds."""
+    """Return the number of visible tokens out of `length`: int(length * (1 - ratio)), rounded as in the official
+    code."""
     return int(length * (1.0 - ratio))
 
 
 def draw_mask(length: int, ratio: float, generator: torch.Generator | None = None) -> Tensor:
     """Return a random mask, bool [length], True if masked: the `kept` smallest of the noise stay visible."""
-    # NumPy takes a fifth of torch's time for this; float64 has no ties, whose order would depend on the CPU
+    # NumPy takes a fifth of torch's time. float64 has no ties, whose order would depend on the CPU.
     noise = torch.rand(length, dtype=torch.float64, generator=generator).numpy()
     mask = np.ones(length, dtype=bool)
     mask[noise.argsort()[: kept(length, ratio)]] = False
@@ -22,7 +23,7 @@ def draw_mask(length: int, ratio: float, generator: torch.Generator | None = Non
 
 
 def draw_predicted(mask: Tensor, fraction: float, generator: torch.Generator | None = None) -> Tensor:
-    """Return a random choice of the masked tokens, bool [length]: a `fraction` of them, rounded, and at least one if
+    """Return a random subset of the masked tokens, bool [length]: a `fraction` of them, rounded, and at least one if
     any is masked."""
     masked = mask.numpy().nonzero()[0]
     wanted = max(round(fraction * len(masked)), min(len(masked), 1))

@@ -1,4 +1,4 @@
-"""The input of a forward pass: one flat batch of tokens, its row maps and its loss rows.
+"""The packed batch, the input of a forward pass: a flat batch of tokens, its index maps and its loss rows.
 
 Shapes: S samples, B images, L patches of an image, R of all images, C channels, H = W pixels, P patch size, N visible
 patches, T encoder rows, U decoder rows, M decoder rows that carry loss, I of them patches, W of them text tokens.
@@ -21,7 +21,7 @@ SEGMENTS = ("encoder", "decoder", "loss")
 
 
 class LossCounts(NamedTuple):
-    """What the losses are means over: images and captions, or patches and text tokens (`loss.per`)."""
+    """Denominators of the losses: numbers of images and captions, or of patches and text tokens (`loss.per`)."""
 
     image: float
     text: float
@@ -29,20 +29,20 @@ class LossCounts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Made by `pack`, and never changed after. Index tensors are int32; -1 means none."""
+    """A batch created by `pack`, which is never modified. Index tensors are int32; -1 means none."""
 
     keys: list[str]
-    # [B, C, H, W], uint8, uint16, or floating and already normalised; native ones as their patches, [R, C, P, P]: to
-    # the ops each of those is an image of one patch
+    # [B, C, H, W], uint8, uint16, or floating-point and already normalised. Native images are stored as patches, [R, C,
+    # P, P]: the ops treat each as an image of one patch.
     images: Tensor
     grids: list[Grid]  # rows and columns of patches of the B images
     # encoder input: see m3ae_kernels.scatter_tokens
-    patch_ids: Tensor  # [N] image * L + patch, of native images a row of `images`
+    patch_ids: Tensor  # [N] image * L + patch; for native images, a row of `images`
     encoder: Segments  # T rows
     encoder_src: Tensor  # [T] row of the patch embeddings
     token_ids: Tensor  # [T] row of the text embedding
     encoder_table_ids: Tensor  # [T] row of [cls, patch positions, text positions]
-    token_order: Tensor  # [T] this and the next: how the backward sums the rows of an id
+    token_order: Tensor  # [T] this and the next: order in which the backward pass sums the rows of an id
     encoder_table_order: Tensor  # [T]
     # decoder input
     decoder: Segments  # U rows
@@ -56,24 +56,24 @@ class PackedBatch:
     loss_rows: Tensor  # [M] decoder row
     image_rows: Tensor  # [I] row among the M
     image_patch_ids: Tensor  # [I] as `patch_ids`
-    image_targets: Tensor  # [I] token id; [0] where targets are pixels, or ids are still to be made
+    image_targets: Tensor  # [I] token id; [0] if the targets are pixels, or if the ids are computed later
     image_row_weight: Tensor  # float32 [I] loss weight / (rows of this image), or the loss weight alone
     text_rows: Tensor  # [W] row among the M
     text_targets: Tensor  # [W] token id
     text_row_weight: Tensor  # float32 [W] loss weight / (rows of this caption), or the loss weight alone
     text_row_mean_weight: Tensor  # float32 [W] the same without the loss weight, for the accuracy
-    draws: Tensor  # [S] what stochastic depth draws from
-    captions: int  # empty ones included
+    draws: Tensor  # [S] seeds of stochastic depth
+    captions: int  # number of captions, including empty ones
     counts: LossCounts
     labels: Tensor | None = None  # int64 [S] ids of the samples' classes; None if there are none
     positions: list[int | None] = field(default_factory=list)  # of the samples in the training stream
     skipped: tuple[Any, ...] = ()  # samples the loader could not use
-    flops: float | None = None  # that a step spends on the samples, where the loader has counted them
+    flops: float | None = None  # FLOPs of a step on these samples, if the loader has counted them
 
     @property
     def sequences(self) -> tuple[Segments, ...]:
-        """Return segments that together have each token of encoder and decoder once."""
-        crosses = self.decoder.rows == self.loss.rows  # else the decoder has at least a cls beside them
+        """Return segments that together contain each token of the encoder and the decoder once."""
+        crosses = self.decoder.rows == self.loss.rows  # otherwise the decoder has at least an additional cls
         return (self.encoder, self.decoder) if crosses else (self.decoder,)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
@@ -83,7 +83,7 @@ class PackedBatch:
         return self._map(lambda t: t.pin_memory())
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tell the allocator that `stream` reads tensors that another stream made."""
+        """Record for the allocator that `stream` uses tensors that were allocated on another stream."""
 
         def record(t: Tensor) -> Tensor:
             t.record_stream(stream)
@@ -101,7 +101,7 @@ class PackedBatch:
         return PackedBatch(**values)
 
     def __reduce__(self) -> tuple[Callable, tuple]:
-        """Pickle as two tensors instead of twenty: each costs the training process a quarter of a millisecond."""
+        """Pickle as two tensors instead of twenty: each takes the training process a quarter of a millisecond."""
         others: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         rows = [others.pop(name) for name in INDEX_ROWS]
         rows += [others.pop(name).view(torch.int32) for name in WEIGHT_ROWS]
@@ -110,12 +110,12 @@ class PackedBatch:
         return _rejoin, (torch.cat(rows), [len(r) for r in rows], [(s.max_seqlen, s.rows) for s in segments], others)
 
 
-# the rows of indices, one after the other in a pickle
+# the index tensors, which are concatenated in a pickle
 INDEX_ROWS = tuple(f.name for f in fields(PackedBatch) if f.type == "Tensor" and f.name not in ("images", *WEIGHT_ROWS))
 
 
 def _rejoin(joined: Tensor, lengths: list[int], sizes: list[tuple[int, int]], others: dict[str, Any]) -> PackedBatch:
-    """Return the batch that `__reduce__` took apart."""
+    """Rebuild the batch from the parts that `__reduce__` returned."""
     pieces = iter(joined.split(lengths))
     others |= {name: next(pieces) for name in INDEX_ROWS}
     others |= {name: next(pieces).view(torch.float32) for name in WEIGHT_ROWS}

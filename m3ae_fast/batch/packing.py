@@ -1,10 +1,10 @@
-"""Packs samples of any modality into one batch. Runs on the CPU in the loader.
+"""Packing of samples of any modality into one batch, on the CPU in the loader.
 
 Shapes: S samples, P samples and segments of padding, B images, L patches of an image, T encoder rows, U decoder rows,
 M decoder rows that carry loss, I of them patches, W of them text tokens.
 
-A sample's encoder rows are [cls, visible patches, visible text]; its decoder rows are [cls, all patches, all text], or,
-for a decoder with cross-attention, the rows that carry loss alone.
+A sample's encoder rows are [cls, visible patches, visible text]; its decoder rows are [cls, all patches, all text] or,
+for a decoder with cross-attention, only the rows that carry loss.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from m3ae_fast.images.patch_grid import Grid, Native, grid_of, patch_rows
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes that packing needs to know, which tokens carry loss, and what images' values mean."""
+    """The settings that packing depends on: sizes, the tokens that carry loss, and the value range of images."""
 
     image_size: int
     patch_size: int
     channels: int
     text_length: int
-    image_all_tokens: bool = False  # loss on visible patches too
+    image_all_tokens: bool = False  # whether visible patches carry loss too
     text_all_tokens: bool = False
-    loss_per_batch: bool = False  # losses are means over tokens, not over samples
-    image_range: Range | None = None  # what is black and white in images of more than 8 bits
-    image_dtype: str = "uint8"  # how finely pixels are kept
-    image_mean: tuple[float, ...] = ()  # of the images, per channel
+    loss_per_batch: bool = False  # whether losses are means over tokens instead of samples
+    image_range: Range | None = None  # values of black and white in images of more than 8 bits
+    image_dtype: str = "uint8"  # dtype of stored pixels
+    image_mean: tuple[float, ...] = ()  # per channel
     image_std: tuple[float, ...] = ()
-    native: Native | None = None  # how large images are that keep their aspect ratio; None: they are square
-    cross: bool = False  # decoder rows attend to the encoder's rows, and are only those that carry loss
+    native: Native | None = None  # size bounds for native aspect ratio; None: images are square
+    cross: bool = False  # whether the decoder has cross-attention: its rows are only those that carry loss
 
     @classmethod
     def of(cls, config: ModelConfig) -> Geometry:
-        """Return the geometry of a model, without its losses."""
+        """Return the geometry of a model, with default loss settings."""
         sizes = (config.image_size, config.patch_size, config.channels, config.text_length)
         same = ("image_range", "image_dtype", "image_mean", "image_std")
         cross = config.dec_attention == "cross"
@@ -52,31 +52,31 @@ class Geometry:
 
     @property
     def patches_per_image(self) -> int:
-        """Return L of a square image."""
+        """Return L, the number of patches, of a square image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def most_patches(self) -> int:
-        """Return L of the largest image."""
+        """Return L, the number of patches, of the largest image."""
         return self.patches_per_image if self.native is None else self.native.most
 
     @property
     def frame(self) -> int | Native:
-        """Return what `crops` makes of an image."""
+        """Return the size of cropped images: the side of the square, or the bounds for native aspect ratio."""
         return self.image_size if self.native is None else self.native
 
     def grid(self, image: Tensor) -> Grid:
-        """Return the grid of an image [C, H, W]. Raises ValueError if it is not one of this model's."""
+        """Return the patch grid of an image [C, H, W]. Raises ValueError if the image does not fit the model."""
         if self.native is None:
             shape, side = (self.channels, self.image_size, self.image_size), self.image_size // self.patch_size
             if image.shape != shape:
-                raise ValueError(f"image has shape {tuple(image.shape)}, not {shape}")
+                raise ValueError(f"the image has shape {tuple(image.shape)}, but the model expects {shape}")
             return side, side
         grid = grid_of(image, self.patch_size)
         if image.shape[0] != self.channels or not self.native.fits(grid):
             raise ValueError(
-                f"image has shape {tuple(image.shape)}: not {self.channels} channels, more than {self.native.most} "
-                f"patches, or a side of more than {self.native.longest}"
+                f"the image has shape {tuple(image.shape)}, but must have {self.channels} channels, at most "
+                f"{self.native.most} patches, and at most {self.native.longest} patches along a side"
             )
         return grid
 
@@ -85,25 +85,27 @@ class Geometry:
 class Sample:
     """One image, one caption, or both."""
 
-    key: str  # for messages
-    image: Tensor | None = None  # [C, H, W] of the model's size, uint8, uint16, or floating and already normalised
+    key: str  # name of the sample, for messages
+    # [C, H, W] of the model's size: uint8, uint16, or floating-point and already normalised
+    image: Tensor | None = None
     image_mask: Tensor | None = None  # bool [L], True = masked
-    tokens: Tensor | None = None  # int [n]; n = 0 is an empty caption, None no caption at all
+    tokens: Tensor | None = None  # int [n]; n = 0: an empty caption; None: no caption
     text_mask: Tensor | None = None  # bool [n]
     label: int | None = None  # id of its class
-    loss_weight: float = 1.0  # factor of its losses
-    draw: int = -1  # 31 bits that random numbers of its forward pass depend on alone; -1: on torch's generator
-    position: int | None = None  # in the training stream
-    image_ids: Tensor | None = None  # int [L], where the image targets are token ids and known
+    loss_weight: float = 1.0  # factor of the sample's losses
+    draw: int = -1  # 31-bit seed of the random numbers in its forward pass; -1: torch's generator is used
+    position: int | None = None  # index in the training stream
+    image_ids: Tensor | None = None  # int [L], if the image targets are token ids that are known
     image_predicted: Tensor | None = None  # bool [L]: the masked patches that are predicted; None: all of them
     text_predicted: Tensor | None = None  # bool [n]: the masked text tokens that are predicted; None: all of them
 
 
-FEWEST_ROWS, FINENESS = 64, 128  # rows are rounded up to a multiple of 64, of large batches to less than 1/128 more
+FEWEST_ROWS, FINENESS = 64, 128  # rows are rounded up to a multiple of 64; in large batches, padding is below 1/128
 
 
 def rounded(rows: int) -> int:
-    """Return `rows` rounded up to one of few counts, so that batch shapes repeat. Never decreases as `rows` grows."""
+    """Return `rows` rounded up to one of a few sizes, so that batch shapes repeat. The result is monotonic in
+    `rows`."""
     multiple = max(FEWEST_ROWS, 1 << max(rows // FINENESS, 1).bit_length() - 1)
     return -(-rows // multiple) * multiple
 
@@ -111,18 +113,19 @@ def rounded(rows: int) -> int:
 def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool = False) -> PackedBatch:
     """Pack a (possibly empty) list of samples into one PackedBatch.
 
-    The image loss is a mean over images of the mean over their loss rows, the text loss a mean over captions of the
-    mean over theirs, an empty caption counting as 0 (official M3AE); with `loss_per_batch`, each is the mean over all
-    its loss rows (official MAE). A sample's `loss_weight` multiplies its rows' weights, and nothing else.
+    The image loss is the mean over images of the mean over each image's loss rows. The text loss is the mean over
+    captions of the mean over each caption's loss rows; an empty caption counts as 0 (official M3AE). With
+    `loss_per_batch`, each loss is the mean over all its loss rows (official MAE). A sample's `loss_weight` multiplies
+    only the weights of its rows.
 
     Args:
-        repeat_shapes: round row counts up, with rows of no sample in segments of their own and with loss rows of
-            weight 0. Losses and gradients are unchanged; matmul libraries, compilers and allocators see only a few
-            distinct shapes.
+        repeat_shapes: round row counts up by padding: rows that belong to no sample, in separate segments, and loss
+            rows of weight 0. Losses and gradients are unchanged, but matmul libraries, compilers and allocators see
+            only a few distinct shapes.
 
     Raises:
-        ValueError: a sample has neither image nor caption, a shape does not fit `geometry`, or some images have
-            ids and some have none, or they have several dtypes.
+        ValueError: a sample has neither image nor caption, a shape does not fit `geometry`, only some of the images
+            have ids, or the images have different dtypes.
     """
     size = rounded if repeat_shapes else int
     checked = [_check(sample, geometry) for sample in samples]
@@ -155,16 +158,16 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
 
 
 class _Layout(NamedTuple):
-    """The decoder's rows: of each sample cls, all patches, all text tokens; then rows of padding, none of these."""
+    """The decoder's rows: for each sample cls, all patches and all text tokens; then padding rows."""
 
-    rows_P: np.ndarray  # rows of each sample, then of each segment of padding
+    rows_P: np.ndarray  # number of rows of each sample, then of each segment of padding
     sample_U: np.ndarray  # the sample, or segment of padding, that a row belongs to
-    patch_U: np.ndarray  # bool, as the next three
+    patch_U: np.ndarray  # bool, as are the next three
     text_U: np.ndarray
     masked_U: np.ndarray
     visible_U: np.ndarray
-    patch_id_U: np.ndarray  # image * L + patch; of native images, a row of all their patches
-    token_U: np.ndarray  # vocabulary id, -1 for what is no text token
+    patch_id_U: np.ndarray  # image * L + patch; for native images, an index into all their patches
+    token_U: np.ndarray  # vocabulary id; -1 for rows that are not text tokens
     table_U: np.ndarray  # row of [patch positions, text positions], -1 for cls and padding
 
 
@@ -174,7 +177,8 @@ def _layout(checked: Sequence[_Checked], geometry: Geometry, size: Callable[[int
     tokens_S = _lengths(sample.text_mask for sample in checked)
     rows_S = 1 + patches_S + tokens_S
     sample_U = np.repeat(np.arange(S), rows_S)
-    position_U = np.arange(len(sample_U)) - (np.cumsum(rows_S) - rows_S)[sample_U]  # 0 cls, then patches, then text
+    # position in the sample: cls, then patches, then text
+    position_U = np.arange(len(sample_U)) - (np.cumsum(rows_S) - rows_S)[sample_U]
     patch_U = (position_U > 0) & (position_U <= patches_S[sample_U])
     text_U = position_U > patches_S[sample_U]
     masked_U = _flat([part for s in checked for part in (_CLS, s.image_mask, s.text_mask)], bool)
@@ -186,7 +190,7 @@ def _layout(checked: Sequence[_Checked], geometry: Geometry, size: Callable[[int
         first_S, step_S, columns_S = np.ones((3, S), np.int64)
         with_image = np.flatnonzero(patches_S)
         grids = [sample.grid for sample in checked if sample.grid is not None]
-        first_S[with_image], step_S[with_image], length = geometry.native.places(grids)
+        first_S[with_image], step_S[with_image], length = geometry.native.position_indices(grids)
         columns_S[with_image] = [columns for _, columns in grids]
         row_U, column_U = np.divmod(place_U, columns_S[sample_U])
         place_U = np.where(patch_U, first_S[sample_U] + row_U * step_S[sample_U] + column_U, place_U)
@@ -215,7 +219,7 @@ def _layout(checked: Sequence[_Checked], geometry: Geometry, size: Callable[[int
 
 
 def _encoder_rows(layout: _Layout, samples: int, size: Callable[[int], int]) -> tuple[Segments, dict[str, np.ndarray]]:
-    """Return the encoder's segments and indices: its rows are the visible ones, in the decoder's order."""
+    """Return the encoder's segments and index maps. Its rows are the visible rows, in the decoder's order."""
     visible_U, visible_patch_U = layout.visible_U, layout.patch_U & layout.visible_U
     visible_S = np.bincount(layout.sample_U[visible_U], minlength=samples)
     visible_P = _padded(visible_S, size(int(visible_S.sum())))
@@ -225,7 +229,8 @@ def _encoder_rows(layout: _Layout, samples: int, size: Callable[[int], int]) -> 
         "patch_ids": _extended(layout.patch_id_U[visible_patch_U], size(patches), 0),
         "encoder_src": _extended(source_U[visible_U], visible, -1),
         "token_ids": _extended(layout.token_U[visible_U], visible, -1),
-        "encoder_table_ids": _extended(1 + layout.table_U[visible_U], visible, -1),  # its table begins with cls
+        # the encoder's table begins with cls
+        "encoder_table_ids": _extended(1 + layout.table_U[visible_U], visible, -1),
     }
 
 
@@ -234,7 +239,7 @@ class _LossTerms(NamedTuple):
 
     image_U: np.ndarray  # bool
     text_U: np.ndarray  # bool
-    image_weight_U: np.ndarray  # float64, 0 for rows without this loss; so the next two
+    image_weight_U: np.ndarray  # float64, 0 for rows without this loss; the same holds for the next two
     text_weight_U: np.ndarray
     text_mean_weight_U: np.ndarray
 
@@ -268,8 +273,8 @@ _DecoderPart = tuple[Segments, Segments, dict[str, np.ndarray], dict[str, np.nda
 
 
 def _all_rows(layout: _Layout, terms: _LossTerms, size: Callable[[int], int]) -> _DecoderPart:
-    """Return the decoder's segments, those of its rows that carry loss, and the indices and weights of both, for a
-    decoder that takes all rows of the layout."""
+    """Return the decoder's segments, the segments of its loss rows, and the index maps and weights of both, for a
+    decoder that uses all rows of the layout."""
     image_I, text_W = _loss_rows(terms.image_U, terms.text_U, size)
     loss_M = np.sort(np.concatenate((image_I, text_W)))
     row_in_M = np.zeros(len(layout.sample_U), np.int64)
@@ -288,14 +293,15 @@ def _all_rows(layout: _Layout, terms: _LossTerms, size: Callable[[int], int]) ->
 
 
 def _queries(layout: _Layout, terms: _LossTerms, segments: int, size: Callable[[int], int]) -> _DecoderPart:
-    """Return the same as `_all_rows` for a decoder that takes only the rows that carry loss, as queries for the
-    encoder's rows, which have so many `segments`. Rows of padding, of weight 0, lie evenly behind the samples' own."""
+    """Return the same as `_all_rows` for a decoder with cross-attention, whose rows are only the loss rows and attend
+    to the encoder's rows. `segments`: number of the encoder's segments. Padding rows, with weight 0, are distributed
+    evenly over the segments."""
     loss_U = np.flatnonzero(terms.image_U | terms.text_U)
     images, texts = (int(np.count_nonzero(part_U)) for part_U in (terms.image_U, terms.text_U))
     more_images, padding = size(images) - images, size(images) - images + size(texts) - texts
     sample_M = np.concatenate((layout.sample_U[loss_U], np.arange(padding) * len(layout.rows_P) // max(padding, 1)))
     order_M = sample_M.argsort(kind="stable")
-    row_M = _extended(loss_U, len(sample_M), -1)[order_M]  # of the layout; -1: padding
+    row_M = _extended(loss_U, len(sample_M), -1)[order_M]  # row of the layout; -1: padding
     for_image_M = np.concatenate((terms.image_U[loss_U], np.arange(padding) < more_images))[order_M]
     image_rows, text_rows = np.flatnonzero(for_image_M), np.flatnonzero(~for_image_M)
     rows = {
@@ -314,7 +320,8 @@ def _queries(layout: _Layout, terms: _LossTerms, segments: int, size: Callable[[
 def _targets(
     layout: _Layout, terms: _LossTerms, image_I: np.ndarray, text_W: np.ndarray
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return the targets and weights of rows of the layout, -1 for padding; where the weight is 0, any target."""
+    """Return the targets and weights of rows of the layout; -1 means padding. If the weight is 0, the target is
+    arbitrary."""
     targets = {
         "image_patch_ids": np.maximum(_taken(layout.patch_id_U, image_I, 0), 0),
         "text_targets": np.maximum(_taken(layout.token_U, text_W, 0), 0),
@@ -327,19 +334,19 @@ def _targets(
 
 
 def _taken(values_U: np.ndarray, rows: np.ndarray, fill: float) -> np.ndarray:
-    """Return `values_U[rows]`, and `fill` for rows -1."""
+    """Return `values_U[rows]`, with `fill` for rows of -1."""
     return np.append(values_U, np.array([fill], values_U.dtype))[rows]
 
 
 def _image_targets(samples: Sequence[Sample], patch_ids_I: np.ndarray, weight_I: np.ndarray) -> np.ndarray:
-    """Return the token ids of the image loss's patches, 0 if the weight is 0; empty if images have no ids. Raises
-    ValueError if some images have ids and some have none."""
+    """Return the token ids of the patches in the image loss, 0 if the weight is 0. The result is empty if images have
+    no ids. Raises ValueError if only some of the images have ids."""
     ids = [sample.image_ids for sample in samples if sample.image is not None]
     known = [each.numpy() for each in ids if each is not None]
     if not known:
         return _flat([], np.int64)
     if len(known) < len(ids):
-        raise ValueError(f"{len(known)} of {len(ids)} images have image_ids")
+        raise ValueError(f"{len(known)} of {len(ids)} images have image_ids: give ids for all images or for none")
     return np.where(weight_I != 0, _flat(known, np.int64)[patch_ids_I], 0)
 
 
@@ -347,22 +354,22 @@ _CLS = np.zeros(1, dtype=bool)  # cls is never masked
 
 
 class _Checked(NamedTuple):
-    """A sample's arrays; empty if it lacks the modality."""
+    """Masks and tokens of a sample as arrays; empty if the sample lacks the modality."""
 
     image_mask: np.ndarray
     text_mask: np.ndarray
     tokens: np.ndarray
     grid: Grid | None  # None without an image
-    image_left_out: np.ndarray  # masked and not predicted
+    image_left_out: np.ndarray  # bool, True for patches that are masked and not predicted
     text_left_out: np.ndarray
 
 
 def _check(sample: Sample, geometry: Geometry) -> _Checked:
-    """Return masks and tokens as arrays. Raises ValueError if they do not fit `geometry`."""
+    """Return a sample's masks and tokens as arrays. Raises ValueError if they do not fit `geometry`."""
     image_mask = text_mask = np.empty(0, dtype=bool)
     tokens, grid = np.empty(0, dtype=np.int64), None
     if sample.image is None and sample.tokens is None:
-        raise ValueError(f"{sample.key}: has neither image nor caption")
+        raise ValueError(f"{sample.key}: the sample has neither image nor caption")
     if sample.image is not None:
         image_mask = sample.image_mask.numpy()  # type: ignore[union-attr]
         try:
@@ -370,41 +377,48 @@ def _check(sample: Sample, geometry: Geometry) -> _Checked:
         except ValueError as error:
             raise ValueError(f"{sample.key}: {error}") from None
         if image_mask.shape != (grid[0] * grid[1],):
-            raise ValueError(f"{sample.key}: image_mask has shape {image_mask.shape}")
+            raise ValueError(f"{sample.key}: image_mask has shape {image_mask.shape}, which does not fit the image")
         if sample.image_ids is not None and sample.image_ids.shape != image_mask.shape:
-            raise ValueError(f"{sample.key}: image_ids has shape {tuple(sample.image_ids.shape)}")
+            raise ValueError(
+                f"{sample.key}: image_ids has shape {tuple(sample.image_ids.shape)}, which does not fit the image"
+            )
     if sample.tokens is not None:
         text_mask, tokens = sample.text_mask.numpy(), sample.tokens.numpy()  # type: ignore[union-attr]
         if tokens.ndim != 1 or tokens.shape != text_mask.shape or len(tokens) > geometry.text_length:
-            raise ValueError(f"{sample.key}: tokens {tokens.shape} and text_mask {text_mask.shape} do not fit")
+            raise ValueError(
+                f"{sample.key}: the shapes of tokens, {tokens.shape}, and text_mask, {text_mask.shape}, do not fit"
+            )
     image_left_out = _left_out(sample.key, "image_predicted", image_mask, sample.image_predicted)
     text_left_out = _left_out(sample.key, "text_predicted", text_mask, sample.text_predicted)
     return _Checked(image_mask, text_mask, tokens, grid, image_left_out, text_left_out)
 
 
 def _left_out(key: str, name: str, mask: np.ndarray, predicted: Tensor | None) -> np.ndarray:
-    """Return which masked tokens are not predicted. Raises ValueError if `predicted` does not fit the mask."""
+    """Return a mask of the masked tokens that are not predicted. Raises ValueError if `predicted` does not fit the
+    mask."""
     if predicted is None:
         return np.zeros(len(mask), dtype=bool)
     wanted = predicted.numpy()
     if wanted.shape != mask.shape or (wanted & ~mask).any():
-        raise ValueError(f"{key}: {name} has shape {wanted.shape}, or names a token that is not masked")
+        raise ValueError(f"{key}: {name} has shape {wanted.shape}, or selects a token that is not masked")
     return mask & ~wanted
 
 
 def _images(samples: Sequence[Sample], geometry: Geometry) -> Tensor:
-    """Return the images of a batch as PackedBatch has them."""
+    """Return the images of a batch in the layout of `PackedBatch.images`."""
     images = [sample.image for sample in samples if sample.image is not None]
     side = geometry.image_size if geometry.native is None else geometry.patch_size
     if not images:
         return torch.empty((0, geometry.channels, side, side), dtype=getattr(torch, geometry.image_dtype))
     if len(kinds := {image.dtype for image in images}) > 1:
-        raise ValueError(f"images of several dtypes, {', '.join(sorted(map(str, kinds)))}, do not go into one batch")
+        raise ValueError(
+            f"the images have different dtypes, {', '.join(sorted(map(str, kinds)))}: a batch must have a single dtype"
+        )
     return torch.stack(images) if geometry.native is None else patch_rows(images, side)
 
 
 def _labels(samples: Sequence[Sample]) -> Tensor | None:
-    """Return the labels, int64 [S]; None if a sample has none."""
+    """Return the labels, int64 [S]; None if any sample has no label."""
     labels = [sample.label for sample in samples if sample.label is not None]
     return torch.tensor(labels, dtype=torch.int64) if len(labels) == len(samples) else None
 
@@ -423,15 +437,16 @@ def _segments(lengths_S: np.ndarray) -> Segments:
 
 
 def _padded(lengths_S: np.ndarray, rows: int) -> np.ndarray:
-    """Return the samples' lengths, followed by those of padding segments, none longer, that bring the sum to `rows`."""
+    """Return the samples' lengths, followed by the lengths of padding segments that bring the sum to `rows`. No padding
+    segment is longer than the longest sample."""
     longest, missing = int(lengths_S.max(initial=1)), rows - int(lengths_S.sum())
     pieces = [min(longest, missing - first) for first in range(0, missing, longest)]
     return np.concatenate((lengths_S, np.array(pieces, np.int64)))
 
 
 def _loss_rows(image_U: np.ndarray, text_U: np.ndarray, size: Callable[[int], int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of the image loss and of the text loss: the last rows without a loss fill up their numbers to
-    `size`. No row is in both, which the backward of `head_inputs` relies on."""
+    """Return the rows of the image loss and of the text loss. Their numbers are rounded up to `size` with the last rows
+    that carry no loss. No row is in both, as the backward pass of `head_inputs` requires."""
     image_I, text_W, without = map(np.flatnonzero, (image_U, text_U, ~(image_U | text_U)))
     more_images, more_texts = (size(len(rows)) - len(rows) for rows in (image_I, text_W))
     spare = without[len(without) - more_images - more_texts :]

@@ -1,4 +1,4 @@
-"""Captions -> token ids, without special tokens."""
+"""Tokenisation of captions into ids, without special tokens."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hub import hub_answers
 from m3ae_fast.base.untrusted_file import read_json
 
-MAX_GROWTH = 4096  # characters that rules make of one; the usual ones make 2
+MAX_GROWTH = 4096  # characters into which rules may expand one character; usual rules produce 2
 UNKNOWN = "[UNK]"
 SPECIAL = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")
 
 
 class CaptionTokenizer:
-    """A tokenizer that cuts captions at `max_length` tokens and adds nothing to them."""
+    """A tokenizer that truncates captions to `max_length` tokens and adds no special tokens."""
 
     def __init__(self, tokenizer: Tokenizer, max_length: int):
         tokenizer.no_padding()
@@ -34,7 +34,7 @@ class CaptionTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Return the highest id + 1."""
+        """Return the highest token id + 1."""
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def shared_id(self) -> tuple[str, str, int] | None:
@@ -48,7 +48,7 @@ class CaptionTokenizer:
 
     @property
     def definition(self) -> str:
-        """Return the whole tokenizer as tokenizer.json has it."""
+        """Return the complete tokenizer as the text of a tokenizer.json."""
         return self._tokenizer.to_str()
 
     def encode(self, caption: str) -> np.ndarray:
@@ -56,8 +56,8 @@ class CaptionTokenizer:
         try:
             with _panics_as_errors():
                 ids = self._tokenizer.encode(caption, add_special_tokens=False).ids
-        except Exception as error:  # the library raises just that
-            raise BadSample(f"the tokenizer fails: {_line(error)}") from None
+        except Exception as error:  # the library raises plain Exceptions
+            raise BadSample(f"the tokenizer fails on the caption: {_line(error)}") from None
         return np.array(ids[: self.max_length], dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -65,18 +65,18 @@ class CaptionTokenizer:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Return the part of a caption's text that each of its tokens adds, with the space before a word, whatever the
-        tokenizer's marks are; a character of several tokens is the last one's."""
+        """Return the part of a caption's text that each of its tokens adds, including the space before a word, for any
+        tokenizer. A character that consists of several tokens belongs to the last of them."""
         decode: Callable[[Sequence[int]], str] = self.decode
         model = self._tokenizer.model
-        if isinstance(model, models.WordPiece):  # its usual decoder would correct the text too: "do not" to "don't"
+        if isinstance(model, models.WordPiece):  # the usual decoder would change the text, such as "do not" to "don't"
             word_pieces = decoders.WordPiece(model.continuing_subword_prefix, cleanup=False)
             decode = lambda ids: word_pieces.decode([self.token(each) for each in ids])  # noqa: E731
         texts = [decode(ids[:end]).rstrip("\N{REPLACEMENT CHARACTER}") for end in range(len(ids) + 1)]
         return [text[len(before) :] for before, text in pairwise(texts)]
 
     def is_special(self, token_id: int) -> bool:
-        """Return whether a token stands for no text of its own, such as an unknown word."""
+        """Return whether a token does not represent text of its own, such as the token for unknown words."""
         added = self._tokenizer.get_added_tokens_decoder().get(token_id)
         return self.token(token_id) in SPECIAL or (added is not None and added.special)
 
@@ -85,31 +85,33 @@ class CaptionTokenizer:
         self._tokenizer.save(str(path))
 
     def token(self, token_id: int) -> str:
-        """Return the vocabulary's entry for an id, "" if it has none."""
+        """Return the vocabulary entry of an id; "" if there is none."""
         return self._tokenizer.id_to_token(int(token_id)) or ""
 
 
 def load_tokenizer(
     name: str, max_length: int, vocab_size: int | None = None, label: str = "data.tokenizer"
 ) -> CaptionTokenizer:
-    """Load a `tokenizer.json`, a BERT `vocab.txt` (lower-cased), or by name, such as `bert-base-uncased`, a tokenizer
-    of the Hugging Face hub, which cuts captions at `max_length` tokens. `vocab_size`: rows of the model's text
-    embedding; None: any. `label`: what messages begin with. Raises UserError if there is no such tokenizer, the hub
-    does not answer, or the model has other tokens."""
+    """Load a tokenizer that truncates captions to `max_length` tokens: from a `tokenizer.json`, from a BERT `vocab.txt`
+    (lower-cased), or by name, such as `bert-base-uncased`, from the Hugging Face hub. `vocab_size`: number of rows of
+    the model's text embedding; None: any. `label`: beginning of error messages. Raises UserError if there is no such
+    tokenizer, the hub does not respond, or the vocabulary does not fit the model."""
     path = _find(name, label)
     try:
         with _panics_as_errors():
             tokenizer = _from_vocab(path) if path.suffix == ".txt" else _from_json(path)
-    except Exception as error:  # the library raises just that
+    except Exception as error:  # the library raises plain Exceptions
         raise UserError(f"{label} {name}: not a tokenizer.json or BERT vocab.txt ({_line(error)})") from None
     captions = CaptionTokenizer(tokenizer, max_length)
     try:
         captions.encode("\N{SNOWMAN}xqzj \N{CJK UNIFIED IDEOGRAPH-9F98}")
     except BadSample as error:
-        reason = f"fails on words it does not know ({error})"
-        raise UserError(f"{label} {name}: {reason}; give it an unknown token") from None
+        reason = f"the tokenizer fails on unknown words ({error})"
+        raise UserError(f"{label} {name}: {reason}; define an unknown token in it") from None
     if twice := captions.shared_id():
-        raise UserError(f"{label} {name}: {twice[0]!r} and {twice[1]!r} have the id {twice[2]}; give each its own")
+        raise UserError(
+            f"{label} {name}: {twice[0]!r} and {twice[1]!r} have the same id {twice[2]}; make the ids distinct"
+        )
     if vocab_size is not None and captions.vocab_size != vocab_size:
         raise UserError(
             f"{label} {name}: has {captions.vocab_size} tokens but model.vocab_size is {vocab_size}; "
@@ -121,17 +123,21 @@ def load_tokenizer(
 def check_tokenizer(tokenizer: CaptionTokenizer | None, has_captions: bool) -> None:
     """Raise UserError if there are captions but no tokenizer."""
     if tokenizer is None and has_captions:
-        raise UserError('data.tokenizer: missing, but the shards have captions; name one, or set modality "image"')
+        raise UserError(
+            'data.tokenizer: no tokenizer is set, but the shards have captions; set one, or set modality "image"'
+        )
 
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Train a lower-cased WordPiece tokenizer like BERT's. The same captions give the same tokenizer.
+    """Train a lower-cased WordPiece tokenizer like BERT's. The result is deterministic.
 
-    It has `vocab_size` tokens, fewer where the captions give no more, more where their characters alone do.
+    It has `vocab_size` tokens. There are fewer if the captions do not contain as many, and more if the captions have
+    more distinct characters.
     """
     tokenizer = _bert(models.WordPiece(unk_token=UNKNOWN))
-    # The trainer numbers what it is not given in hash order, and breaks ties by number. It would also take what it is
-    # given for special tokens, so the tokenizer is made anew from its vocabulary.
+    # The trainer numbers symbols in hash order unless they are given, and breaks ties by number, so all symbols are
+    # given for reproducibility. It would treat these as special tokens, so a new tokenizer is built from the
+    # vocabulary.
     symbols = sorted({symbol for caption in captions for symbol in _symbols(tokenizer, caption)})
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*SPECIAL, *symbols], show_progress=False)
     tokenizer.train_from_iterator(captions, trainer)
@@ -141,14 +147,15 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def _symbols(tokenizer: Tokenizer, caption: str) -> Iterator[str]:
-    """Yield the characters of a caption as WordPiece writes them: with ## inside a word."""
+    """Yield the characters of a caption in WordPiece's notation, with ## inside a word."""
     for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(caption)):
         yield word[0]
         yield from ("##" + character for character in word[1:])
 
 
 def _find(name: str, label: str) -> Path:
-    """Return the path `name` if it is a file, else of a copy of the hub's. Raises UserError if there is neither."""
+    """Return the path `name` if it is a file, otherwise the path of the file downloaded from the hub. Raises UserError
+    if there is neither."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -168,9 +175,9 @@ def _panics_as_errors() -> Iterator[None]:
     """Convert a panic in the Rust tokenizers library into a ValueError; the exception that it raises does not derive
     from Exception.
 
-    Rust has by then written a text of its own to stderr. Only a redirected file descriptor 2 would keep it away, and
-    with it what other threads write and the last words of a process that the library aborts, as it does for want of
-    memory.
+    By then, Rust has printed its own message on stderr. It could be suppressed only by redirecting file descriptor 2,
+    which would also hide the output of other threads, and the last message if the library aborts the process for lack
+    of memory.
     """
     try:
         yield
@@ -185,30 +192,32 @@ def _line(error: Exception) -> str:
 
 
 def _from_json(path: Path) -> Tokenizer:
-    """Parse a tokenizer. Raises ValueError, first, if its rules could fill the memory from a short caption."""
+    """Parse a tokenizer.json. Raises ValueError, before parsing, if its rules could expand a short caption until memory
+    is exhausted."""
     data = read_json(path)
     for part in ("normalizer", "decoder"):
         if isinstance(data, dict) and _growth(data.get(part)) > MAX_GROWTH:
-            raise ValueError(f"the rules of its {part} may make more than {MAX_GROWTH:,} characters of one")
+            raise ValueError(f"the rules of its {part} may expand one character into more than {MAX_GROWTH:,}")
     return Tokenizer.from_file(str(path))
 
 
 def _growth(rule: Any) -> int:
-    """Return the most characters that a normalizer or decoder makes of one, by replacing and prepending."""
+    """Return the maximum number of characters that a normalizer or decoder produces from one, by replacing and
+    prepending."""
     if not isinstance(rule, dict):
         return 1
     parts = [part for name in ("normalizers", "decoders") for part in rule.get(name) or ()]
     text = rule.get("content", rule.get("prepend"))
     length = len(text) if isinstance(text, str) else 0
     pattern = rule.get("pattern")
-    needs_text = isinstance(pattern, dict) and bool(pattern.get("String"))  # others may match where there is nothing
+    needs_text = isinstance(pattern, dict) and bool(pattern.get("String"))  # other patterns may match the empty string
     return math.prod(map(_growth, parts)) * (max(1, length) if needs_text else 1 + length)
 
 
 def _from_vocab(path: Path) -> Tokenizer:
     vocab = models.WordPiece.read_file(str(path))
     if UNKNOWN not in vocab:
-        raise ValueError(f"no {UNKNOWN} in it")
+        raise ValueError(f"the vocabulary lacks {UNKNOWN}")
     return _bert(models.WordPiece(vocab, unk_token=UNKNOWN))
 
 

@@ -185,7 +185,7 @@ def changes(
     changed = [(name, then[name], now[name]) for name in now if name in then and then[name] != now[name]]
     for name, was, value in changed:
         if rules.severity(name) == "refused":
-            raise UserError(f"checkpoint {path}: was made with {name} = {was}, the config says {value}")
+            raise UserError(f"checkpoint {path}: was made with {name} = {was}, but the config has {value}")
     samples = [each for each in changed if rules.severity(each[0]) == "other samples"]
     if samples and not with_changes:
         name, was, value = samples[0]

@@ -154,7 +154,7 @@ def train_loader(
     loader = _loader(config, samples, micro_batches, pin_memory)
     if any(corpus.store.is_staged(shard.shard) for source in corpus.sources for shard in source.shards):
         node = node or Node(uuid.uuid4().hex, [share.rank])
-        loader.beside = _fetching(loader, samples, micro_batches, node)
+        loader.companion = _fetching(loader, samples, micro_batches, node)
     elif node and node.fetcher:
         node.fetcher.end()
     return loader

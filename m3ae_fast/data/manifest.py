@@ -18,7 +18,7 @@ import numpy as np
 
 from m3ae_fast.base.atomic_file import whole_file
 from m3ae_fast.base.bad_samples import Skipped
-from m3ae_fast.base.errors import UserError, attempt, raise_shared, told
+from m3ae_fast.base.errors import UserError, attempt, error_report, raise_shared
 from m3ae_fast.data.index import VERSION, IndexedShard, Modality, Summary, index_shards
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
@@ -241,6 +241,6 @@ def _held(path: Path) -> str | None:
 def _all(gather: Gather, work: Callable[[], Any]) -> list[Any]:
     """Return the results of `work` in all processes. An error of one ends all of them, as `raise_shared` says."""
     result, error = attempt(work)
-    found = gather((result, told(error, "a process that counts shards")))
+    found = gather((result, error_report(error, "a process that counts shards")))
     raise_shared(error, [each for _, each in found])
     return [value for value, _ in found]

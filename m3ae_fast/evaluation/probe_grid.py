@@ -106,7 +106,7 @@ def run(job: Job) -> dict[str, Any]:
         f"{task} probe at {len(layers)} of {job.model.config.depth} layers, "
         + (f"{', '.join(map(str, options.shots))} of {train.samples:,}" if options.shots else f"all {train.samples:,}")
         + f" training samples{' a class' if options.shots else ''}: {len(cases) * draws} probes"
-        + (f", which train about {duration(whole.beside)}" if whole.beside > 1 else "")
+        + (f", which train about {duration(whole.other_work)}" if whole.other_work > 1 else "")
     )
     encoded = encode_layers(job, PROBES[task], layers, (train, val, classes), whole)
     if options.shots:

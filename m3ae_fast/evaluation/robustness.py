@@ -31,7 +31,7 @@ from m3ae_fast.evaluation.corruptions.published import published_sets
 from m3ae_fast.evaluation.encoding import check_skipped, key_digest
 from m3ae_fast.evaluation.job import Job, SoFar, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
-from m3ae_fast.images.normalisation import of_unit, to_unit
+from m3ae_fast.images.normalisation import from_unit, to_unit
 
 _TRIED = 8  # samples, until one has an image to be drawn
 Classify = Callable[[PackedBatch], Tensor]  # a batch on the device -> logits [S, K]
@@ -223,7 +223,7 @@ def _attack(job: Job, model: Classifier, epsilon: float) -> Classify:
 
     def classify(batch: PackedBatch) -> Tensor:
         def logits_of(images: Tensor) -> Tensor:
-            return model(replace(batch, images=of_unit(images, *normal)))
+            return model(replace(batch, images=from_unit(images, *normal)))
 
         assert batch.labels is not None
         start = _start(batch, job.config.run.seed).to(job.ranks.device)

@@ -1,1 +1,1 @@
-"""Bytes of an image file -> pixels of the size and value range that the model sees."""
+"""Image decoding: from the bytes of an image file to pixels of the model's size and value range."""

@@ -1,4 +1,4 @@
-"""Files that hold an array of bands, a .npy or a TIFF -> the values that they hold.
+"""Reads arrays of bands from .npy and TIFF files.
 
 Shapes: H x W pixels, C channels.
 """
@@ -17,17 +17,17 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import library
 
 NPY = b"\x93NUMPY"
-MAX_VALUES = 1 << 28  # of an array; more are taken for a decompression bomb
+MAX_VALUES = 1 << 28  # of an array; a larger array is rejected as a decompression bomb
 DTYPES = (np.uint8, np.uint16, np.float32)
 _TIFF = re.compile(rb"II[*+]\0|MM\0[*+]")
-_PLAIN = (1, 2)  # TIFF's PhotometricInterpretation: 0 is black; red, green and blue
+_PLAIN = (1, 2)  # TIFF's PhotometricInterpretation: grey with black as 0, and RGB
 _SAMPLES, _ORIENTATION, _EXTRA = 277, 274, 338  # tags of TIFF
 
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of odd files: they are used or reported
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # tifffile logs odd files, which are used or reported anyway
 
 
 class ReaderMissing(BadSample):
-    """A TIFF that only tifffile reads, which is not installed."""
+    """Raised for a TIFF that only tifffile can read if tifffile is not installed."""
 
 
 def is_npy(data: bytes) -> bool:
@@ -46,20 +46,21 @@ def bands_of(header: Image.Image) -> tuple[int, bool]:
 
 
 def npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Return shape, whether it is in Fortran's order, dtype, and where the values begin, of a .npy file or its begin.
-    Raises BadSample if it is damaged."""
+    """Return the shape, whether the order is Fortran's, the dtype, and the offset of the values of a .npy file. The
+    beginning of the file is sufficient. Raises BadSample if it is damaged."""
     file = BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, is_fortran, dtype = read_header[version](file)
-        return tuple(map(int, shape)), is_fortran, dtype, file.tell()  # NumPy takes True for a length
-    except Exception as error:  # NumPy's parser raises anything for a header that is not its own
+        return tuple(map(int, shape)), is_fortran, dtype, file.tell()  # NumPy accepts True as a length
+    except Exception as error:  # NumPy's parser raises many kinds of errors for foreign headers
         raise BadSample(f"the array is broken ({' '.join(str(error).split())[:200]})") from None
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """Return a .npy file's array, [H, W, C], of [H, W] with C = 1. Raises BadSample as `npy_header` and `checked`."""
+    """Return the array in a .npy file as [H, W, C]; [H, W] becomes C = 1. Raises BadSample as `npy_header` and
+    `checked` do."""
     shape, is_fortran, dtype, start = npy_header(data)
     try:
         values = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if is_fortran else "C")
@@ -69,49 +70,49 @@ def read_npy(data: bytes) -> np.ndarray:
 
 
 def read_tiff(data: bytes) -> np.ndarray:
-    """Return the first page of a TIFF of any bands, [H, W, C]. Raises BadSample as `checked`, and where tifffile is
-    missing or cannot read it, or it is turned, or its values are no bands."""
+    """Return the first page of a TIFF with any bands, [H, W, C]. Raises BadSample as `checked` does, and if tifffile is
+    missing or cannot read the file, the image is rotated, or its values are not bands."""
     try:
-        tifffile = library("tifffile", "a TIFF of bands or depths that Pillow does not read")
+        tifffile = library("tifffile", "a TIFF with bands or a bit depth that Pillow cannot read")
     except UserError as error:
         raise ReaderMissing(str(error)) from None
     try:
         with tifffile.TiffFile(BytesIO(data)) as file:
             page = file.pages.first
             if page.size > MAX_VALUES:
-                raise BadSample(f"the image has {page.size} values, more than {MAX_VALUES}")
+                raise BadSample(f"the image has {page.size} values, and at most {MAX_VALUES} are allowed")
             tag = page.tags.get(_ORIENTATION)
             if page.photometric not in _PLAIN or (tag is not None and tag.value != 1):
-                raise BadSample("a TIFF of bands that is turned, or whose values are neither levels nor colours")
+                raise BadSample("the image is a TIFF with bands and is rotated, or its values are neither grey nor RGB")
             values, axes = page.asarray(), page.axes
-            if axes == "SYX":  # planes apart
+            if axes == "SYX":  # separate planes
                 values, axes = np.moveaxis(values, 0, 2), "YXS"
     except BadSample:
         raise
-    except Exception as error:  # of hostile files anything
+    except Exception as error:  # hostile files raise many kinds of errors
         raise BadSample(f"the TIFF is broken ({' '.join(str(error).split())[:200]})") from None
     if axes not in ("YX", "YXS"):
-        raise BadSample(f"a TIFF of {axes}, not of rows, columns and bands")
+        raise BadSample(f"the TIFF has the axes {axes}, and not rows, columns and bands")
     return checked(values)
 
 
 def checked(values: np.ndarray) -> np.ndarray:
-    """Return an image's values as [H, W, C]. Raises BadSample if they are of another shape, no `DTYPES`, not finite,
-    or more than MAX_VALUES."""
+    """Return an image's values as [H, W, C]. Raises BadSample if the shape does not fit, the dtype is not in `DTYPES`,
+    a value is not finite, or there are more than MAX_VALUES."""
     shape = list(values.shape)
     if values.dtype not in DTYPES:
-        raise BadSample(f"an array of {values.dtype}: those of uint8, uint16 and float32 are read")
+        raise BadSample(f"the array has dtype {values.dtype}, but must be uint8, uint16 or float32")
     if len(shape) not in (2, 3) or not values.size:
-        raise BadSample(f"an array {shape}, not [height, width, channels]")
+        raise BadSample(f"the array has shape {shape}, and not [height, width, channels]")
     if values.size > MAX_VALUES:
-        raise BadSample(f"an array {shape} of more than {MAX_VALUES} values")
+        raise BadSample(f"the array has shape {shape}, which is more than {MAX_VALUES} values")
     if values.dtype == np.float32 and not np.isfinite(values).all():
-        raise BadSample("has values that are not finite")
+        raise BadSample("the image has values that are not finite")
     return values[..., None] if len(shape) == 2 else values
 
 
 def write_npy(values: np.ndarray) -> bytes:
-    """Return the file that `read_npy` reads."""
+    """Return the bytes of a .npy file, which `read_npy` reads."""
     out = BytesIO()
     np.save(out, values, allow_pickle=False)
     return out.getvalue()

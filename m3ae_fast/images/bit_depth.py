@@ -10,13 +10,13 @@ from PIL import Image
 from m3ae_fast.base.bad_samples import BadSample, NeedsRange
 from m3ae_fast.config import Range
 
-_BITS, _PHOTOMETRIC, _FORMAT = 258, 262, 339  # of TIFF
+_BITS, _PHOTOMETRIC, _FORMAT = 258, 262, 339  # tags of TIFF
 _KINDS = {1: "unsigned", 2: "signed", 3: "float"}  # by TIFF's SampleFormat
-_MODES = {"I": ("signed", 32), "F": ("float", 32)}  # Pillow's, where no file says more
+_MODES = {"I": ("signed", 32), "F": ("float", 32)}  # of Pillow, for images without further information in their file
 
 
 class Depth(NamedTuple):
-    """How a file stores a value."""
+    """The bit depth of an image file: how it stores a value."""
 
     kind: str
     bits: int
@@ -24,12 +24,12 @@ class Depth(NamedTuple):
 
     @property
     def is_deep(self) -> bool:
-        """Return whether a value is more than a level from 0 to 255."""
+        """Return whether the bit depth is high: values are not integers from 0 to 255."""
         return self.kind != "unsigned" or self.bits > 8
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Return the lowest and the highest value; 0 and 1 for floats."""
+        """Return the lowest and the highest possible value; 0 and 1 for floats."""
         if self.kind == "float":
             return 0.0, 1.0
         half = 1 << (self.bits - 1)
@@ -40,7 +40,8 @@ class Depth(NamedTuple):
 
 
 def depth_of(image: Image.Image) -> Depth:
-    """Return the depth of an image before it is loaded: then Pillow hides that it cut 16-bit colours to 8 bits."""
+    """Return the bit depth of an image that is not yet loaded. After loading, Pillow hides that it reduced 16-bit
+    colours to 8 bits."""
     tags = getattr(image, "tag_v2", None)
     if tags is not None:
         kind = _KINDS.get(tags.get(_FORMAT, (1,))[0], "unknown")
@@ -51,10 +52,11 @@ def depth_of(image: Image.Image) -> Depth:
 
 
 def deep_grey(image: Image.Image, depth: Depth, image_range: Range | None, channels: int, dtype: str) -> np.ndarray:
-    """Return a deep image of one channel as pixels of `dtype`: [1, H, W], white where a value stands for transparency;
-    of four `channels` [4, H, W], with alpha. Raises BadSample if a value is not finite, or has no alpha."""
+    """Return a high-bit-depth image of one channel as pixels of `dtype`: [1, H, W] with transparent pixels in white, or
+    [4, H, W] with alpha if `channels` is 4. Raises BadSample if a value is not finite, or if `channels` is 4 and the
+    image has no alpha."""
     if channels == 4 and dtype != "uint8":
-        raise BadSample(f"has one channel of {depth}, the model takes 4")
+        raise BadSample(f"the image has one channel of {depth}, but the model takes 4")
     values, clear = grey_values(image, depth), image.info.get("transparency")
     lit = scaled(values, depth, image_range)
     opaque = np.full(values.shape, True) if clear is None else values != clear
@@ -63,13 +65,16 @@ def deep_grey(image: Image.Image, depth: Depth, image_range: Range | None, chann
 
 
 def check_colours(image: Image.Image, depth: Depth, image_range: Range | None, dtype: str) -> None:
-    """Raise BadSample unless the 8 bits that Pillow keeps of deep colours are within a level of the values."""
+    """Raise BadSample unless the 8 bits that Pillow keeps of high-bit-depth colours are accurate to within one
+    level."""
     if dtype != "uint8":
-        raise BadSample(f"has {depth} colour channels, of which Pillow reads 8 bits; store the image as TIFF or .npy")
+        raise BadSample(
+            f"the image has {depth} colour channels, of which Pillow reads 8 bits; store it as TIFF or .npy"
+        )
     if image_range != "dtype" or depth.kind != "unsigned":
-        raise BadSample(f'has {depth} colour channels, which can be read only with data.range "dtype"')
+        raise BadSample(f'the image has {depth} colour channels, which can be read only with data.range "dtype"')
     if image.info.get("transparency") is not None:
-        raise BadSample(f"has {depth} colour channels and a transparent colour, which is not supported together")
+        raise BadSample(f"the image has {depth} colour channels and a transparent colour, an unsupported combination")
 
 
 def require_range(depth: Depth, image_range: Range | None) -> None:
@@ -79,7 +84,7 @@ def require_range(depth: Depth, image_range: Range | None) -> None:
 
 
 def scaled(values: np.ndarray, depth: Depth, image_range: Range | None) -> np.ndarray:
-    """Return values in units in which black is 0 and white 1, float64."""
+    """Return values scaled so that black is 0 and white is 1, float64."""
     assert image_range is not None
     low, high = depth.limits if image_range == "dtype" else image_range
     lit = (values - low) / (high - low)
@@ -87,16 +92,16 @@ def scaled(values: np.ndarray, depth: Depth, image_range: Range | None) -> np.nd
 
 
 def as_pixels(lit: np.ndarray, dtype: str) -> np.ndarray:
-    """Return values between black, 0, and white, 1, as a model keeps them (`model.image_dtype`): integers are rounded
-    and clipped, floats neither."""
+    """Return values from black (0) to white (1) in the model's dtype (`model.image_dtype`). Integers are rounded and
+    clipped; floats are not."""
     if dtype == "float32":
         return lit.astype(np.float32)
     return np.rint(np.iinfo(dtype).max * lit.clip(0, 1)).astype(dtype)
 
 
-def of_bands(values: np.ndarray, image_range: Range | None, dtype: str) -> np.ndarray:
-    """Return an array's values as pixels of `dtype`. Those of uint8 are levels from 0 to 255, whatever the range.
-    Raises BadSample if there is no range for the others."""
+def bands_to_pixels(values: np.ndarray, image_range: Range | None, dtype: str) -> np.ndarray:
+    """Return an array's values as pixels of `dtype`. Values of uint8 are levels from 0 to 255, regardless of the range.
+    Raises BadSample if no range is set for other dtypes."""
     kind, bits = ("float", 32) if values.dtype == np.float32 else ("unsigned", 8 * values.itemsize)
     depth = Depth(kind, bits)
     if depth.is_deep:
@@ -108,9 +113,10 @@ def of_bands(values: np.ndarray, image_range: Range | None, dtype: str) -> np.nd
 
 
 def grey_values(image: Image.Image, depth: Depth) -> np.ndarray:
-    """Return the values of a deep image of one channel, float64 [H, W]. Raises BadSample if one is not finite.
+    """Return the values of a high-bit-depth image of one channel, float64 [H, W]. Raises BadSample if a value is not
+    finite.
 
-    Pillow has no mode for uint32 or int8, but keeps their bits.
+    Pillow has no mode for uint32 and int8, but keeps their bits.
     """
     values = np.asarray(image)
     if (depth.kind, depth.bits) == ("unsigned", 32):
@@ -118,5 +124,5 @@ def grey_values(image: Image.Image, depth: Depth) -> np.ndarray:
     elif (depth.kind, depth.bits) == ("signed", 8):
         values = values.view(np.int8)
     if depth.kind == "float" and not np.isfinite(values).all():
-        raise BadSample("has values that are not finite")
+        raise BadSample("the image has values that are not finite")
     return values.astype(np.float64)

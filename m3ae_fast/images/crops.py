@@ -1,7 +1,6 @@
-"""The part of an image that the model sees: a random crop in training; in evaluation the central square, or all of a
-native image.
+"""Crops: random ones in training; in evaluation the central square, or the whole image with native aspect ratio.
 
-Shapes: C channels, H x W the image's own pixels, S x S what the model sees of a square image.
+Shapes: C channels, H x W pixels of the original image, S x S pixels of the model's square input.
 """
 
 from __future__ import annotations
@@ -15,22 +14,23 @@ from torchvision.transforms.v2 import functional as F
 
 from m3ae_fast.images.patch_grid import Native
 
-_TRIES = 10  # torchvision's
-_RATIO = (3 / 4, 4 / 3)  # width / height, of a native image as a multiple of its own
+_TRIES = 10  # as in torchvision
+_RATIO = (3 / 4, 4 / 3)  # width / height; for a native aspect ratio, relative to that of the image
 
 
 def random_crop(
     image: Tensor, frame: int | Native, scale: tuple[float, float], flip: bool, generator: torch.Generator
 ) -> Tensor:
-    """Return a RandomResizedCrop with torchvision's distribution, bicubic and antialiased, flipped in half of the
-    cases. A native crop has nearly the aspect ratio of its box, and as many patches as the whole image would have.
+    """Return a RandomResizedCrop with torchvision's distribution, bicubic and antialiased, flipped horizontally with
+    probability 1/2. A native crop has nearly the aspect ratio of its box, and as many patches as the whole image would
+    have.
 
     Args:
         image: [C, H, W], uint8, uint16 or float32.
-        frame: S, or how large native images are.
-        scale: least and greatest fraction of the area that is kept.
-        flip: whether to mirror at all.
-        generator: where all randomness comes from; always the same number of draws.
+        frame: S, or the bounds for the sizes of native images.
+        scale: smallest and largest fraction of the area that is kept.
+        flip: whether to flip at all.
+        generator: source of all randomness; the number of draws is always the same.
     """
     draws = torch.rand(4 * _TRIES + 1, generator=generator).tolist()
     H, W = image.shape[-2:]
@@ -40,7 +40,8 @@ def random_crop(
 
 
 def _pixels(frame: int | Native, height: int, width: int, area: int) -> tuple[int, int]:
-    """Return height and width that the model sees of height x width pixels, of an image of `area`."""
+    """Return the height and width of the model's input for a box of height x width pixels of an image with `area`
+    pixels."""
     if isinstance(frame, int):
         return frame, frame
     rows, columns = frame.grid(height, width, area)
@@ -50,8 +51,8 @@ def _pixels(frame: int | Native, height: int, width: int, area: int) -> tuple[in
 def _draw_box(
     height: int, width: int, scale: tuple[float, float], draws: list[float], own: float = 1.0
 ) -> tuple[int, int, int, int]:
-    """Return top, left, height and width as torchvision.transforms.RandomResizedCrop.get_params chooses them, for
-    ratios that are multiples of `own`."""
+    """Return the top, left, height and width of a crop, sampled as in
+    torchvision.transforms.RandomResizedCrop.get_params, with aspect ratios relative to `own`."""
     least, most = own * _RATIO[0], own * _RATIO[1]
     for i in range(0, 4 * _TRIES, 4):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[i])
@@ -60,7 +61,7 @@ def _draw_box(
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(draws[i + 2] * (height - h + 1)), int(draws[i + 3] * (width - w + 1)), h, w
-    # no box fits: the largest central one of an allowed ratio
+    # no box fits: take the largest central box with an allowed ratio
     w, h = width, height
     if width / height < least:
         h = round(width / least)
@@ -70,7 +71,7 @@ def _draw_box(
 
 
 def whole_view(image: Tensor, frame: int | Native) -> Tensor:
-    """Return what an evaluation sees of an image [C, H, W]: the central square, or the whole native image."""
+    """Return the model's input for evaluation of an image [C, H, W]: the central square, or the whole native image."""
     if isinstance(frame, int):
         return centre_crop(image, frame)
     height, width = image.shape[-2:]
@@ -85,16 +86,16 @@ def centre_crop(image: Tensor, size: int) -> Tensor:
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Return [C, height, width] in the dtype of the image (bicubic, antialiased); what uint16 gives is rounded from
+    """Return the image resized to [C, height, width] in its dtype (bicubic, antialiased); uint16 is rounded from
     float32."""
     if image.dtype == torch.uint16:
         return resize(image.float(), height, width).round_().clamp_(0, 65535).to(torch.uint16)
-    if image.is_floating_point() and width == 1 < height:  # torch 2.13 gives wrong values of one column, not of one row
+    if image.is_floating_point() and width == 1 < height:  # torch 2.13 is wrong for one column, but right for one row
         return resize(image.mT, width, height).mT
     return F.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
 
 
 def _mirrored(image: Tensor) -> Tensor:
-    if image.dtype == torch.uint16:  # which torch cannot flip
+    if image.dtype == torch.uint16:  # torch cannot flip uint16
         return image.view(torch.int16).flip(-1).view(torch.uint16)
     return image.flip(-1)

@@ -1,4 +1,4 @@
-"""Bytes of an image file -> pixels [C, H, W].
+"""Decoding of image files into pixels [C, H, W].
 
 Shapes: C channels (1 grey, 3 RGB, 4 RGBA, else bands), H x W pixels.
 """
@@ -21,12 +21,12 @@ from torchvision.io import decode_image as torchvision_decode
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.config import Range
 from m3ae_fast.images import bands
-from m3ae_fast.images.bit_depth import as_pixels, check_colours, deep_grey, depth_of, of_bands, require_range
+from m3ae_fast.images.bit_depth import as_pixels, bands_to_pixels, check_colours, deep_grey, depth_of, require_range
 
-MAX_PIXELS = 1 << 27  # a larger image is taken for a decompression bomb
-# Nothing else is tried: Pillow would hand an EPS file to Ghostscript.
+MAX_PIXELS = 1 << 27  # a larger image is rejected as a decompression bomb
+# Other formats are rejected: Pillow would pass an EPS file to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF")
-# How other files begin that come where images are expected.
+# First bytes of other formats that are often found in place of images, for error messages.
 _OTHERS = {
     rb"....ftyp(hei|hev|mif1)": "HEIC",
     rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL",
@@ -34,48 +34,51 @@ _OTHERS = {
     rb"\x76\x2f\x31\x01": "OpenEXR",
     rb"\s*<(\?xml|svg|!DOCTYPE)": "SVG or HTML",
 }
-# By format and C: what torchvision's decoder reads, and converts rightly. No PNG: a damaged one is a segmentation fault
-# in torchvision 0.29.
+# Formats and values of C that torchvision decodes and converts correctly. PNG is excluded: a damaged one causes a
+# segmentation fault in torchvision 0.29.
 _TORCHVISION_MODES = {("JPEG", 1): ("L", "RGB"), ("JPEG", 3): ("L", "RGB"), ("WEBP", 3): ("RGB",)}
 _READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_TURNING = ("exif", "xmp")  # of `Image.info`: what may say which side is up
-_ON_A_SIDE = (5, 6, 7, 8)  # of EXIF's orientations
-_SCALES = {"L;2": 85, "L;4": 17}  # by the rawmode of a PNG: levels of 8 bits per level of its own
+_TURNING = ("exif", "xmp")  # keys of `Image.info` that may contain the orientation
+_ON_A_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_SCALES = {"L;2": 85, "L;4": 17}  # by the rawmode of a PNG: 8-bit levels per level of the file
 
-# Of odd images: they are used or reported, nothing between.
+# Pillow warns about odd images, which are used or reported anyway.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def decode_image(data: bytes, channels: int, image_range: Range | None = None, dtype: str = "uint8") -> Tensor:
-    """Decode an image upright (EXIF) to [C, H, W]; transparent parts become white unless C = 4. An array of bands, a
-    .npy or such a TIFF, must have C of them.
+    """Decode an image to [C, H, W], with the EXIF orientation applied. Transparent parts become white unless C = 4. An
+    array of bands (a .npy or TIFF file) must have C bands.
 
-    docs/guide/image-formats.md lists the tested formats and depths. Of several frames or pages the first is taken.
+    docs/guide/image-formats.md lists the tested formats and bit depths. If there are several frames or pages, the first
+    is decoded.
 
     Args:
-        image_range: what is black and white where values are not levels from 0 to 255; None: no such image is read.
-        dtype: of the result: "uint8" or "uint16", from black, 0, to white, 255 or 65535; "float32", black 0 and white
-            1, if values may lie beyond both.
+        image_range: values of black and white, for images whose values are not levels from 0 to 255; None: such images
+            are rejected.
+        dtype: dtype of the result: "uint8" or "uint16", with black as 0 and white as 255 or 65535, or "float32", with
+            black as 0 and white as 1, which allows values outside this range.
 
     Raises:
-        BadSample: no image, a broken one, one of more than MAX_PIXELS, a bit depth for which no `image_range` is set,
-            or a different number of channels.
+        BadSample: the file is not an image, is damaged, has more than MAX_PIXELS, has a bit depth for which no
+            `image_range` is set, or has a different number of channels.
     """
     if not data:
         raise BadSample("the image is empty")
     if (values := read_bands(data, channels, dtype)) is not None:
         return pixels_of_bands(values, channels, image_range, dtype)
     header = header_of(data)
-    # of a WEBP torchvision would ignore which side is up: it turns JPEGs alone
+    # torchvision applies the orientation only to JPEGs, and would ignore that of a WEBP
     is_turned = header.format == "WEBP" and not header.info.keys().isdisjoint(_TURNING)
     if header.mode in _TORCHVISION_MODES.get((header.format or "", channels), ()) and not is_turned:
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch warns of buffers it may not write to
+        # a copy, because torch warns about read-only buffers
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         try:
             return widened(torchvision_decode(encoded, _READ_MODES[channels], apply_exif_orientation=True), dtype)
         except RuntimeError:
-            pass  # Pillow may know better
+            pass  # Pillow may be able to read it
     try:
         if header.format == "JPEG2000":
             _check_precision(data)
@@ -83,7 +86,7 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None, d
     except BadSample:
         raise
     except Exception as error:
-        raise BadSample(f"the image is broken ({error})") from None
+        raise BadSample(f"the image is damaged ({error})") from None
 
 
 def format_of(data: bytes) -> str:
@@ -94,13 +97,13 @@ def format_of(data: bytes) -> str:
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    """Return height and width as a file's header has them, before EXIF turns it; for most formats, the first few KB of
-    the file are sufficient. Raises BadSample if it is no image, a broken or too large one, or more of the file is
-    needed."""
+    """Return the height and width in a file's header, before the EXIF orientation is applied. For most formats, the
+    first few KB of the file are sufficient. Raises BadSample if the file is not an image, is damaged or too large, or
+    if more of the file is needed."""
     if bands.is_npy(data):
         height, width, *_ = (*bands.npy_header(data)[0], 0, 0)
         if min(height, width) < 1 or height * width > MAX_PIXELS:
-            raise BadSample(f"an array of {height} x {width}, not an image's")
+            raise BadSample(f"the array has {height} x {width} pixels, which is not an image's size")
         return height, width
     try:
         header = header_of(data)
@@ -113,8 +116,8 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 
 def upright_size_of(data: bytes) -> tuple[int, int]:
-    """Return height and width of an image file as `decode_image` gives it, turned by EXIF. Raises BadSample as
-    `size_of`."""
+    """Return the height and width of an image file after the EXIF orientation is applied, as in `decode_image`. Raises
+    BadSample as `size_of` does."""
     height, width = size_of(data)
     if not bands.is_npy(data):
         with suppress(BadSample):  # a TIFF that Pillow does not read
@@ -124,8 +127,9 @@ def upright_size_of(data: bytes) -> tuple[int, int]:
 
 
 def read_bands(data: bytes, channels: int, dtype: str) -> np.ndarray | None:
-    """Return the values [H, W, bands] of a file that is no picture of C channels to Pillow: a .npy, and a TIFF of which
-    Pillow would read not all bands, not all bits, or nothing. None of other files. Raises BadSample if it cannot."""
+    """Return the values [H, W, bands] of a file that Pillow cannot read as an image of C channels: a .npy file, or a
+    TIFF of which Pillow would not read all bands or all bits. Return None for other files. Raises BadSample if the file
+    cannot be read."""
     if bands.is_npy(data):
         return bands.read_npy(data)
     if not bands.is_tiff(data):
@@ -141,8 +145,8 @@ def read_bands(data: bytes, channels: int, dtype: str) -> np.ndarray | None:
 
 
 def own_bands(data: bytes) -> np.ndarray | None:
-    """Return the values [H, W, bands] of a .npy, and of a TIFF with other bands than grey, colours and transparency;
-    None of pictures. Raises BadSample if it cannot be read."""
+    """Return the values [H, W, bands] of a .npy file, or of a TIFF with bands other than grey, colours and
+    transparency; None for ordinary images. Raises BadSample if the file cannot be read."""
     if bands.is_npy(data):
         return bands.read_npy(data)
     if not bands.is_tiff(data):
@@ -155,45 +159,49 @@ def own_bands(data: bytes) -> np.ndarray | None:
 
 
 def pixels_of_bands(values: np.ndarray, channels: int, image_range: Range | None, dtype: str) -> Tensor:
-    """Return values [H, W, bands] as pixels [C, H, W]. Raises BadSample where C are not the bands, or without a range
-    for values of more than 8 bits."""
+    """Return values [H, W, bands] as pixels [C, H, W]. Raises BadSample if the number of bands is not C, or if values
+    of more than 8 bits have no range."""
     if values.shape[2] != channels:
-        raise BadSample(f"an array {list(values.shape)} has {values.shape[2]} channels, the model takes {channels}")
-    pixels = of_bands(values, image_range, dtype)
+        raise BadSample(
+            f"the array {list(values.shape)} has {values.shape[2]} channels, but the model takes {channels}"
+        )
+    pixels = bands_to_pixels(values, image_range, dtype)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)).copy())
 
 
 def header_of(data: bytes) -> Image.Image:
-    """Return the image, of which Pillow has read the header. Raises BadSample if it is none, or too large."""
+    """Return a Pillow image of which only the header has been read. Raises BadSample if it is not an image or is too
+    large."""
     try:
         header = Image.open(BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError:
         raise BadSample(f"the image has more than {MAX_PIXELS} pixels") from None
-    except Exception:  # Pillow raises anything on hostile input
+    except Exception:  # Pillow raises many kinds of errors on hostile input
         found = next((name for sign, name in _OTHERS.items() if re.match(sign, data[:100], re.DOTALL)), None)
         known = f": it looks like {found}" if found else ""
         raise BadSample(f"not an image in a known format{known}") from None
     if header.width * header.height > MAX_PIXELS:
-        raise BadSample(f"the image has {header.width} x {header.height} pixels, more than {MAX_PIXELS}")
+        raise BadSample(f"the image has {header.width} x {header.height} pixels, and at most {MAX_PIXELS} are allowed")
     return header
 
 
 def _check_precision(data: bytes) -> None:
-    """Raise BadSample if a component of a JPEG 2000 has no levels from 0 to 255: Pillow would shift its values."""
-    start = data.index(b"\xff\x4f\xff\x51") + 40  # of the SIZ marker's Csiz, behind the sizes of image and tiles
+    """Raise BadSample if a component of a JPEG 2000 is not unsigned 8-bit: Pillow would shift its values."""
+    start = data.index(b"\xff\x4f\xff\x51") + 40  # Csiz in the SIZ marker, after the sizes of image and tiles
     precisions = data[start + 2 : start + 2 + 3 * int.from_bytes(data[start : start + 2], "big") : 3]
-    if any(precision > 7 for precision in precisions):  # bits - 1, and 128 where signed
-        raise BadSample("a JPEG 2000 of more than 8 bits is not read")
+    if any(precision > 7 for precision in precisions):  # bits - 1, plus 128 if signed
+        raise BadSample("the image is a JPEG 2000 of more than 8 bits, which is not supported")
 
 
 def pixels_of(image: Image.Image, channels: int, image_range: Range | None = None, dtype: str = "uint8") -> Tensor:
-    """Return a Pillow image, upright, as pixels [C, H, W]. Transparency, depth and errors as in `decode_image`."""
+    """Return a Pillow image as pixels [C, H, W], with its orientation applied. Transparency, bit depth and errors as in
+    `decode_image`."""
     if channels not in _PIL_MODES:
-        raise BadSample(f"has {len(image.getbands())} channels, the model takes {channels}")
+        raise BadSample(f"the image has {len(image.getbands())} channels, but the model takes {channels}")
     depth, clear = depth_of(image), _transparent_level(image)
     image = ImageOps.exif_transpose(image)
     if image.mode == "LAB":
-        raise BadSample("colours in CIELAB are not read")
+        raise BadSample("the image has CIELAB colours, which are not supported")
     if depth.is_deep:
         require_range(depth, image_range)
         if len(image.getbands()) == 1:
@@ -216,8 +224,8 @@ def widened(levels_CHW: Tensor, dtype: str) -> Tensor:
 
 
 def _transparent_level(image: Image.Image) -> int | None:
-    """Return the transparent level of a PNG of 2 or 4 bits, scaled to 8 bits; None for others. Pillow scales the pixels
-    only."""
+    """Return the transparent level of a PNG of 2 or 4 bits, scaled to 8 bits; None for other images. Pillow scales only
+    the pixels."""
     found = next((_SCALES[str(tile[3])] for tile in getattr(image, "tile", ()) if str(tile[3]) in _SCALES), None)
     clear = image.info.get("transparency")
     return clear * found if found and isinstance(clear, int) else None

@@ -1,5 +1,5 @@
-"""Pixels as they are kept, in units in which black is 0 and white 1, and normalised by a mean and a standard deviation
-in those units.
+"""Conversion between stored pixels, pixels in [0, 1] units (black is 0 and white is 1), and pixels normalised by a mean
+and a standard deviation in these units.
 
 Shapes: C channels, H x W pixels.
 """
@@ -14,27 +14,27 @@ from torch import Tensor
 
 
 def model_input(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return what `decode_image` gave, cropped, as a model takes it: integers as they are, which its kernels normalise,
-    floats normalised."""
-    return of_unit(image, mean, std) if image.is_floating_point() else image
+    """Return the model input for a decoded and cropped image: integers unchanged, because the kernels normalise them,
+    and floats normalised."""
+    return from_unit(image, mean, std) if image.is_floating_point() else image
 
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return integer pixels [..., C, H, W] as float32, each channel with its mean 0 and its standard deviation 1;
-    floating ones, which are so already, as they are."""
-    return images if images.is_floating_point() else of_unit(to_unit(images, mean, std), mean, std)
+    """Return integer pixels [..., C, H, W] as float32, normalised per channel; floating pixels are normalised already
+    and returned unchanged."""
+    return images if images.is_floating_point() else from_unit(to_unit(images, mean, std), mean, std)
 
 
 def to_unit(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return pixels [..., C, H, W], integer or normalised, in units in which black is 0 and white 1."""
+    """Return pixels [..., C, H, W], integer or normalised, in units where black is 0 and white is 1."""
     if not images.is_floating_point():
         return images / LARGEST[images.dtype]
     mean_C11, std_C11 = _by_channel(images, mean, std)
     return images * std_C11 + mean_C11
 
 
-def of_unit(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return what `to_unit` returned normalised."""
+def from_unit(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return pixels in the units of `to_unit`, normalised."""
     mean_C11, std_C11 = _by_channel(images, mean, std)
     return (images - mean_C11) / std_C11
 

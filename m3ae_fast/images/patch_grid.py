@@ -1,4 +1,4 @@
-"""Images of their own aspect ratio: how many patches one becomes, and which positions these have.
+"""Images with native aspect ratio: their patch grids, and the positions of the patches.
 
 Shapes: B images, C channels, H x W pixels, P patch size, R patches of all images.
 """
@@ -21,26 +21,26 @@ Grid: TypeAlias = tuple[int, int]  # rows and columns of patches
 
 @dataclass(frozen=True)
 class Native:
-    """Bounds for the sizes of images that keep their aspect ratio, and their positions."""
+    """Bounds for the sizes of images with native aspect ratio, and the layout of their position embeddings."""
 
     patch_size: int
-    least: int  # patches that a smaller image is enlarged to
-    most: int  # patches that a larger image is reduced to
-    longest: int  # patches of the longer side, at most
+    least: int  # minimum number of patches; smaller images are enlarged
+    most: int  # maximum number of patches; larger images are reduced
+    longest: int  # maximum number of patches along the longer side
     positions: Literal["absolute", "centred", "stored"]
 
     @classmethod
     def of(cls, config: ModelConfig) -> Native | None:
-        """Return what the config says; None if images are square."""
+        """Return the bounds set in the config; None if images are square."""
         if config.resize == "square":
             return None
         positions = "stored" if config.positions == "stored" else config.native_positions
         return cls(config.patch_size, config.min_patches, config.most_patches, config.longest_side, positions)
 
     def grid(self, height: float, width: float, area: float | None = None) -> Grid:
-        """Return the grid of an image of height x width pixels: of those with a side next to the exact one, the one
-        nearest in ratio and number of patches, within the bounds. `area`: pixels of the whole image, whose number of
-        patches a crop of it gets; None: height x width."""
+        """Return the patch grid of an image of height x width pixels. Candidates have a side rounded up or down from
+        the exact size; the nearest in aspect ratio and number of patches within the bounds is chosen. `area`: number of
+        pixels of the whole image, which sets the number of patches of its crops; None: height x width."""
         patches = min(max((area or height * width) / self.patch_size**2, self.least), self.most)
         patches = min(patches, self.longest**2 * min(height / width, width / height))
         high, wide = (_around(math.sqrt(patches * ratio)) for ratio in (height / width, width / height))
@@ -56,13 +56,14 @@ class Native:
         return min(filter(self.fits, grids), key=distance)
 
     def fits(self, grid: Grid) -> bool:
-        """Return whether an image may have that many patches."""
+        """Return whether a grid is within the bounds."""
         return 0 < grid[0] * grid[1] <= self.most and max(grid) <= self.longest
 
-    def places(self, grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return first_B, step_B and the rows of a table of positions: row r and column c of a grid stand at first +
-        r * step + c. The table has `longest` x `longest` positions, where a grid stands from the first corner or about
-        the centre; of stored positions it has what `distinct` gives, one after the other."""
+    def position_indices(self, grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return first_B, step_B and the number of rows of the position table. The patch at row r and column c of a
+        grid has the table index first + r * step + c. The table has `longest` x `longest` positions, with each grid at
+        the first corner or in the centre. For positions from a checkpoint, the table is the concatenation of the
+        `distinct` grids."""
         rows_B, columns_B = np.array(grids, np.int64).reshape(-1, 2).T
         if self.positions == "stored":
             starts, end = {}, 0
@@ -87,18 +88,22 @@ def distinct(grids: Iterable[Grid]) -> list[Grid]:
 
 
 def grid_of(image: Tensor, patch_size: int) -> Grid:
-    """Return the grid of an image [C, H, W]. Raises ValueError if its sides are no multiples of the patch size."""
+    """Return the patch grid of an image [C, H, W]. Raises ValueError if its sides are not multiples of the patch
+    size."""
     height, width = image.shape[-2:]
     if height % patch_size or width % patch_size:
-        raise ValueError(f"image of {width} x {height} pixels cannot be cut into patches of {patch_size}")
+        raise ValueError(
+            f"the image has {width} x {height} pixels, which are not multiples of the patch size {patch_size}"
+        )
     return height // patch_size, width // patch_size
 
 
 def patch_rows(images: Sequence[Tensor], patch_size: int) -> Tensor:
-    """Cut images [C, H, W], at least one, into the patches of all of them, [R, C, P, P]: each image row by row."""
+    """Split at least one image [C, H, W] into patches and concatenate those of all images to [R, C, P, P], row by
+    row."""
     grids, channels = [grid_of(image, patch_size) for image in images], len(images[0])
     cut = images[0].new_empty(sum(rows * columns for rows, columns in grids), channels, patch_size, patch_size)
     for image, (rows, columns), own in zip(images, grids, cut.split([rows * columns for rows, columns in grids])):
         blocks = image.reshape(channels, rows, patch_size, columns, patch_size)
-        own.unflatten(0, (rows, columns)).copy_(blocks.permute(1, 3, 0, 2, 4))  # into place: one copy
+        own.unflatten(0, (rows, columns)).copy_(blocks.permute(1, 3, 0, 2, 4))  # directly into place: a single copy
     return cut

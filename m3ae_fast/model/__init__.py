@@ -1,4 +1,4 @@
-"""The network: a packed batch -> losses, or features."""
+"""The network, which maps a packed batch to losses or features."""
 
 from m3ae_fast.model.m3ae import M3AE, Losses
 

@@ -1,4 +1,4 @@
-"""The README.md of a folder of weights, as the Hugging Face hub shows it."""
+"""The model card: the README.md of a folder of weights, which the Hugging Face hub displays."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 from m3ae_fast.config import ModelConfig
 
-# the hub's name for a licence that it does not list; the text asks for the real one
+# the hub's value for a licence that it does not list; the card asks for the actual licence
 _CARD = """---
 library_name: m3ae-fast
 license: other
@@ -26,7 +26,7 @@ features = model.encode({arguments})  # files, PIL images or arrays{captions} ->
 tokens = model.representation(pixels)  # {pixels} [B, {channels}, {side}, {side}] -> [B, 1 + {patches}, {emb_dim}]
 ```
 
-Licence: to be filled in, by whoever publishes these weights; that of the training data may limit it.
+Licence: to be filled in by the publisher of these weights; the licence of the training data may restrict it.
 {run}
 ## Model
 
@@ -37,7 +37,7 @@ Licence: to be filled in, by whoever publishes these weights; that of the traini
 
 
 def model_card(name: str, config: ModelConfig, run: str = "") -> str:
-    """Return the card of the model `name`. `run`: Markdown about the run that the weights come from."""
+    """Return the card of the model `name`. `run`: Markdown about the training run of the weights."""
     c = config
     what = "A multimodal masked autoencoder (M3AE)" if c.vocab_size else "An image-only masked autoencoder (MAE, M3AE)"
     return _CARD.format(

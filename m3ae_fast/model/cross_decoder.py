@@ -1,4 +1,4 @@
-"""The decoder of CrossMAE (arXiv 2401.14391): masked tokens attend to the encoder's output, and not to each other.
+"""The decoder of CrossMAE (arXiv 2401.14391): masked tokens attend to the encoder's output, but not to each other.
 
 Shapes: T rows of the encoder, M rows that are predicted, E decoder width, H heads of size d, S samples, B blocks.
 """
@@ -18,7 +18,7 @@ from m3ae_fast.model.transformer import EPS, MLP, Blocks, Gelu, drop_path
 
 
 class CrossAttention(nn.Module):
-    """Attention of some rows to others, whose keys and values are given."""
+    """Cross-attention with precomputed keys and values."""
 
     def __init__(self, dim: int, num_heads: int, att_drop: float, drop: float) -> None:
         super().__init__()
@@ -52,26 +52,26 @@ class CrossBlock(nn.Module):
     def forward(
         self, x_ME: Tensor, kv_TX: Tensor, keys: Segments, queries: Segments, factors_2S: Tensor | None = None
     ) -> Tensor:
-        """Map [M, E] to [M, E]. `kv_TX`: keys and values of the encoder's rows, [T, 2 E]; `factors_2S`: of stochastic
-        depth, for attention and MLP."""
+        """Map [M, E] to [M, E]. `kv_TX`: keys and values of the encoder's rows, [T, 2 E]. `factors_2S`: factors of
+        stochastic depth for attention and MLP."""
         attention_S, mlp_S = (None, None) if factors_2S is None else factors_2S.unbind()
         x_ME = x_ME + drop_path(self.attn(self.norm1(x_ME), kv_TX, keys, queries), queries, attention_S)
         return x_ME + drop_path(self.mlp(self.norm2(x_ME)), queries, mlp_S)
 
 
 class CrossDecoder(Blocks):
-    """Blocks of cross-attention. The keys and values of all blocks are one matrix product, since all blocks read the
-    same rows."""
+    """Blocks of cross-attention. The keys and values of all blocks are computed by one matrix product, because all
+    blocks attend to the same rows."""
 
     block = CrossBlock
 
     def __init__(self, dim: int, depth: int, num_heads: int, *args: Any, **options: Any) -> None:
-        """Build the blocks; arguments as of `Blocks`."""
+        """Build the blocks with the arguments of `Blocks`."""
         super().__init__(dim, depth, num_heads, *args, **options)
         self.kv = Linear(dim, 2 * depth * dim)
 
     def reset_keys_and_values(self) -> None:
-        """Initialise each block's keys and values as if they were a matrix of their own."""
+        """Initialise the key and value weights of each block as a separate matrix."""
         with torch.no_grad():
             for weight_XE in self.kv.weight.chunk(len(self.blocks)):
                 nn.init.xavier_uniform_(weight_XE)
@@ -82,8 +82,8 @@ class CrossDecoder(Blocks):
         Args:
             x_ME: mask embeddings with positions.
             memory_TE: the encoder's output at the decoder's width.
-            keys, queries: samples of the encoder's rows and of x, as many.
-            draws_S: what stochastic depth draws from, see `drop_path_factors`.
+            keys, queries: segments of the encoder's rows and of `x_ME`, equally many.
+            draws_S: seeds of stochastic depth, see `drop_path_factors`.
         """
         kv_BTX = self.kv(memory_TE).unflatten(-1, (len(self.blocks), -1)).unbind(1)
         for block, kv_TX, factors_2S in zip(self.blocks, kv_BTX, self.factors(draws_S)):

@@ -29,18 +29,18 @@ from m3ae_fast.batch.packed import PackedBatch, Segments
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.images.normalisation import of_unit
+from m3ae_fast.images.normalisation import from_unit
 from m3ae_fast.model.inference import check_finite, encoding
 from m3ae_fast.model.pooling import Pool, mean_of_tokens, only_cls
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import Transformer
 
-_pack = torch.compiler.disable(pack)  # numpy on the host, not to be traced
-_check_values = torch.compiler.disable(check_values)  # which depends on the data
+_pack = torch.compiler.disable(pack)  # uses NumPy on the host and must not be traced
+_check_values = torch.compiler.disable(check_values)  # depends on the data
 
 
 def pixel_options(config: ModelConfig) -> dict[str, Any]:
-    """Return how the ops read images."""
+    """Return the ops' options for reading images."""
     return {
         "patch_size": config.patch_size,
         "channels": config.channels,
@@ -50,7 +50,7 @@ def pixel_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return at least float32."""
+    """Return `x` in at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -86,7 +86,7 @@ class MultimodalEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.tokenizer: CaptionTokenizer | None = None  # what `encode` cuts texts with; set by whoever loads the model
+        self.tokenizer: CaptionTokenizer | None = None  # used by `encode`; set by the code that loads the model
         self.patch_embed = PatchEmbed(config.emb_dim, **pixel_options(config))
         self.encoder_input = EncoderInput(config)
         self.encoder = Transformer(
@@ -95,8 +95,8 @@ class MultimodalEncoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as the official code does: Xavier-uniform matmuls, N(0, 1) text embeddings, N(0, 0.02) other
-        embeddings."""
+        """Initialise as in the official code: Xavier-uniform for matmuls, N(0, 1) for text embeddings, N(0, 0.02) for
+        other embeddings."""
         for name, p in self.named_parameters():
             if name.endswith("text_embedding"):
                 nn.init.normal_(p)
@@ -111,7 +111,7 @@ class MultimodalEncoder(nn.Module):
 
     @property
     def geometry(self) -> Geometry:
-        """Return what decoding and `pack` need to know."""
+        """Return the geometry of the model's input for decoding and `pack`."""
         return Geometry.of(self.config)
 
     @property
@@ -130,14 +130,14 @@ class MultimodalEncoder(nn.Module):
 
         Args:
             batch: on the model's device.
-            pool: "mean" of all rows but cls (0 if there is no other), before or after which the LayerNorm comes, as
-                the config's `mean_pool` says; or the row of "cls".
+            pool: "mean": the mean of all rows except cls (0 if there are none), with the LayerNorm before or after the
+                mean according to the config's `mean_pool`. "cls": the row of the cls token.
         """
         return self.pooled_of_layers(batch, [self.config.depth], pool)[:, 0]
 
     def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean") -> Tensor:
-        """Return features [S, K, D] as `pooled` gives them, the final LayerNorm included, after each of K blocks, in
-        one pass. `layers`: numbers of blocks from 1; the last one's are those of `pooled`, bitwise."""
+        """Return features [S, K, D] after each of K blocks, pooled and normalised as in `pooled`, from one pass.
+        `layers`: numbers of the blocks, from 1. The features of the last block equal those of `pooled` bitwise."""
         cls_rows = batch.encoder.cu_seqlens[:-1]
         pruned = () if pool == "mean" else (cls_rows, only_cls(batch.encoder))
         found = {}
@@ -149,9 +149,9 @@ class MultimodalEncoder(nn.Module):
     def pooled_and_patches(
         self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean"
     ) -> tuple[Tensor, Tensor]:
-        """Return features [S, K, D] and the patches' rows [S, K, L, D], with the final LayerNorm, after each of K
-        blocks, of samples that have an image, from one pass. L is the number of patches of the largest image: others
-        have rows of zeros after theirs. `layers`: as in `pooled_of_layers`."""
+        """Return features [S, K, D] and patch tokens [S, K, L, D] after each of K blocks, with the final LayerNorm,
+        from one pass. All samples must have an image. L is the number of patches of the largest image; smaller images
+        are padded with zeros. `layers`: as in `pooled_of_layers`."""
         cls_S = batch.encoder.cu_seqlens[: len(batch.keys)].long()  # segments of padding come after the samples
         patches_L = torch.arange(1, 1 + self.config.most_patches, device=cls_S.device)
         rows_SL = cls_S[:, None] + patches_L
@@ -178,19 +178,20 @@ class MultimodalEncoder(nn.Module):
         rows_M: Tensor | None = None,
         queries: Segments | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield number and rows of each of these blocks, before the final LayerNorm; blocks after the last of them are
-        not computed. `rows_M`, `queries`: what the encoder's last block computes, see `Transformer.forward`."""
+        """Yield the number and the output rows of each of `layers`, before the final LayerNorm. Blocks after the last
+        of them are not computed. `rows_M`, `queries`: rows that the encoder's last block computes, see
+        `Transformer.forward`."""
         rows = self.encoder.layers(self._input(batch), batch.encoder, batch.draws, rows_M, queries)
         for layer, x_TD in enumerate(islice(rows, max(layers)), 1):
             if layer in layers:
                 yield layer, x_TD
 
     def _cls(self, x_PD: Tensor, batch: PackedBatch) -> Tensor:
-        """Return the features [S, D] of the rows of cls before the final LayerNorm."""
+        """Return features [S, D] from the cls rows, given before the final LayerNorm."""
         return _wide(self.encoder.norm(x_PD)[: len(batch.keys)])
 
     def _mean(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
-        """Return the means [S, D] of rows before the final LayerNorm."""
+        """Return mean features [S, D] from rows before the final LayerNorm."""
         before, norm = self.config.mean_pool == "before_norm", self.encoder.norm
         mean_SD = mean_of_tokens(x_TD if before else norm(x_TD), batch.encoder)
         mean_SD = mean_SD[: len(batch.keys)]  # segments of padding come after the samples
@@ -201,7 +202,8 @@ class MultimodalEncoder(nn.Module):
     def _input(self, batch: PackedBatch) -> Tensor:
         images = batch.images
         if images.is_floating_point():
-            images = images.to(self.patch_embed.weight.dtype)  # 16 bits where ZeRO keeps weights so; as all activations
+            # 16 bits if ZeRO keeps weights so, as for all activations
+            images = images.to(self.patch_embed.weight.dtype)
         return self.encoder_input(self.patch_embed(images, batch.patch_ids), batch)
 
     def encode(
@@ -218,34 +220,35 @@ class MultimodalEncoder(nn.Module):
         """Return pooled features of images, texts, or pairs of them, unmasked and without gradients.
 
         Args:
-            images: a path, a PIL image, a uint8 tensor [C, H, W] or array [H, W, C] of any size, of which the central
-                square is taken (a native model takes all of it), or a floating tensor, see `value_range`; a list of
-                them, or one tensor or array of many; or None.
-            texts: one or a list, for which the model's `tokenizer` is needed; or None. An empty text alone has no
+            images: a path, a PIL image, a uint8 tensor [C, H, W] or array [H, W, C] of any size, or a floating-point
+                tensor (see `value_range`); a list of them, or a tensor or array of several; or None. Images are cropped
+                to the central square unless the model has native aspect ratio.
+            texts: a text or a list of texts, which require the model's `tokenizer`; or None. An empty text alone has no
                 tokens, so that with pool="mean" its features are 0.
-            value_range: of floating tensors and arrays, and of files, PIL images and arrays of more than 8 bits, in
-                place of the model's image_range. None or "normalised": tensors [C, image_size, image_size], of a
-                native model of sides that its patches divide, which are normalised already: (x - mean) / std, with
-                image_mean and image_std of `config`, x from 0 to 1. (black, white): of any size, (0, 1) as
-                torchvision's ToTensor gives them, (0, 255) for floats of 8-bit levels. With None, tensors that
-                evidently are not normalised are refused, and float32 arrays are read with the model's image_range.
-            pool: "mean" over all tokens but cls, or the "cls" token; see `pooled`.
-            layer: the block after which features are taken, from 1; None: the last one.
+            value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays of more
+                than 8 bits, in place of the model's image_range. None or "normalised": tensors are already normalised,
+                (x - mean) / std, with image_mean and image_std of `config` and x from 0 to 1. Their shape is [C,
+                image_size, image_size], or sides are multiples of the patch size for native aspect ratio. (black,
+                white): images of any size, such as (0, 1) for the output of torchvision's ToTensor or (0, 255) for
+                floats of 8-bit levels. With None, tensors that are evidently not normalised raise ValueError, and
+                float32 arrays are read with the model's image_range.
+            pool: "mean" over all tokens except cls, or the "cls" token; see `pooled`.
+            layer: number of the block after which features are taken, from 1; None: the last block.
             batch: samples per forward pass.
-            precision: of matmuls; "auto": bf16 where the hardware multiplies it faster.
+            precision: precision of matmuls; "auto": bf16 if it is faster on the hardware.
 
         Returns:
-            [S, D] on the model's device, float32, or as the weights where those are float64.
+            Features [S, D] on the model's device: float32, or float64 if the weights are float64.
 
         Raises:
             ValueError: both are None, their numbers differ, one of them is None, an image does not fit the model,
                 floating images are evidently not what value_range says, or there is no such layer, pool, batch,
                 precision or value_range.
-            UserError: a file cannot be read, there are texts, and the model has no tokenizer, or a feature is not
+            UserError: a file cannot be read, texts are given but the model has no tokenizer, or a feature is not
                 finite.
         """
         if images is None and texts is None:
-            raise ValueError("encode needs images, texts or both")
+            raise ValueError("encode requires images, texts or both")
         if pool not in ("mean", "cls"):
             raise ValueError(f"pool {pool!r}: must be mean or cls")
         images, texts = self._checked(images, texts, value_range)
@@ -310,7 +313,7 @@ class MultimodalEncoder(nn.Module):
             texts = [texts] if isinstance(texts, str) else list(texts)
         check_present(images, texts)
         if images is not None and texts is not None and len(images) != len(texts):
-            raise ValueError(f"{len(images)} images and {len(texts)} texts")
+            raise ValueError(f"the numbers of images ({len(images)}) and texts ({len(texts)}) differ")
         if texts is not None:
             self.require_tokenizer()
         return images, texts
@@ -344,7 +347,7 @@ class MultimodalEncoder(nn.Module):
         )
 
     def require_tokenizer(self) -> None:
-        """Raise UserError if the model cannot take text."""
+        """Raise UserError if the model does not accept text."""
         if not self.config.vocab_size:
             raise UserError("the model is image-only (vocab_size 0): it cannot take captions; use images only")
         if self.tokenizer is None:
@@ -360,34 +363,35 @@ class MultimodalEncoder(nn.Module):
         *,
         value_range: ValueRange = None,
     ) -> Tensor:
-        """Return encoder output on unmasked input: the features for downstream work. Differentiable.
+        """Return the encoder's output on unmasked input, which serves as features for downstream tasks. Differentiable.
 
         Args:
-            images: [S, C, H, W] of the model's size, uint8, uint16, or floating; or None.
+            images: [S, C, H, W] of the model's size, uint8, uint16 or floating-point; or None.
             text: int [S, n] token ids, n <= text_length; or None.
-            padding_mask: [S, n], nonzero if `text` is padding; None: no padding.
-            value_range: of floating images, as in `encode`: normalised already, or (black, white).
+            padding_mask: [S, n], nonzero for padding in `text`; None: no padding.
+            value_range: value range of floating-point images, as in `encode`: normalised already, or (black, white).
 
         Returns:
-            [S, 1 + L + n, D]: cls token, patches (where there are images), text (where there is text); padding is 0.
+            [S, 1 + L + n, D]: the cls token, the patches (if there are images) and the text tokens (if there is text).
+                Padding is 0.
 
         Raises:
-            ValueError: both are None, or empty, batch sizes differ, padding precedes tokens, a size does not fit the
-                model, floating images are not normalised, or `text` is not of ids below its vocab_size.
+            ValueError: images and text are both None or empty, batch sizes differ, padding precedes tokens, a size does
+                not fit the model, floating-point images are not normalised, or `text` has ids outside the vocabulary.
         """
         if images is None and text is None:
-            raise ValueError("representation needs images, text or both")
+            raise ValueError("representation requires images, text or both")
         size = len(images) if images is not None else len(text if text is not None else ())
         if images is not None and text is not None and len(text) != size:
             raise ValueError(f"batch sizes differ: {size} images but {len(text)} texts")
         if not size:
-            raise ValueError("representation needs an image or a text, and was given none")
+            raise ValueError("representation requires at least one image or text, but the batch is empty")
         if text is not None:
             self._check_ids(text, padding_mask)
         if images is not None and images.is_floating_point():
             _check_values([images], value_range, self.config)
             if value_range is not None and not isinstance(value_range, str):
-                images = of_unit(in_unit(images, value_range), self.config.image_mean, self.config.image_std)
+                images = from_unit(in_unit(images, value_range), self.config.image_mean, self.config.image_std)
         lengths = [math.prod(self.geometry.grid(image)) for image in images] if images is not None else [0] * size
         samples, real_rows = [], []
         for i in range(size):
@@ -413,12 +417,14 @@ class MultimodalEncoder(nn.Module):
         return out.unflatten(0, (size, -1))
 
     def _check_ids(self, text: Tensor, padding_mask: Tensor | None) -> None:
-        """Raise ValueError if a token that is no padding has no embedding, or the mask does not fit the text."""
+        """Raise ValueError if a token other than padding has no embedding, or if the mask does not fit the text."""
         if text.ndim != 2 or text.is_floating_point():
-            raise ValueError(f"text is {text.dtype} {list(text.shape)}, not whole numbers [samples, tokens]")
+            raise ValueError(f"text must be integers [samples, tokens], but is {text.dtype} {list(text.shape)}")
         if padding_mask is not None and padding_mask.shape != text.shape:
-            raise ValueError(f"padding_mask is {list(padding_mask.shape)}, not {list(text.shape)} as text")
+            raise ValueError(
+                f"padding_mask must have the shape of text, {list(text.shape)}, but has {list(padding_mask.shape)}"
+            )
         ids = text if padding_mask is None else text[padding_mask.to(text.device) == 0]
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, -1)
         if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(f"text has ids from {low} to {high}, and the model {self.config.vocab_size:,} tokens")
+            raise ValueError(f"text has ids from {low} to {high}, but the model has {self.config.vocab_size:,} tokens")

@@ -13,7 +13,8 @@ from m3ae_fast.config import MaskingConfig, ModelConfig
 
 
 def _block(dim: int, mlp_ratio: float, keys: float, queries: float, pairs: float) -> float:
-    """Return the forward FLOPs of one block: `keys` rows in, `queries` rows out, `pairs` query-key pairs."""
+    """Return the forward FLOPs of one block with `keys` input rows, `queries` output rows and `pairs` query-key
+    pairs."""
     return (4 * keys + (4 + 4 * mlp_ratio) * queries) * dim**2 + 4 * pairs * dim
 
 
@@ -42,12 +43,12 @@ def reference_flops(config: ModelConfig, masking: MaskingConfig, image: bool = T
         + config.dec_depth * _block(config.dec_emb_dim, config.mlp_ratio, rows, rows, rows**2)
         + _heads(config, patches, tokens)
     )
-    return 3 * forward - embed  # pixels need no gradient
+    return 3 * forward - embed  # pixels have no gradient
 
 
 def executed_flops(config: ModelConfig, batch: PackedBatch) -> float:
     """Return the FLOPs that this engine spends on the samples of a packed batch, forward and backward, without padding.
-    `batch` must still be on the CPU."""
+    `batch` must be on the CPU."""
     encoder, decoder = (s.cu_seqlens[: len(batch.keys) + 1].diff() for s in (batch.encoder, batch.decoder))
     image, text = batch.image_row_weight > 0, batch.text_row_weight > 0
     patches, image_rows, text_rows = (int(real.sum()) for real in (batch.encoder_src >= 0, image, text))

@@ -1,4 +1,4 @@
-"""Inference by a frozen encoder: its mode, and a check of what comes out."""
+"""Inference with a frozen encoder: a context manager, and a check of the output."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ _ROWS = 16_384  # that are checked at a time
 
 @contextmanager
 def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
-    """Switch the model to inference for the block; its weights are cast once for all batches within."""
+    """Switch the model to inference mode in the context. Its weights are cast once for all batches."""
     was_training = model.training
     model.eval()
     dtype = dtype_of(fast_precision(device) if precision == "auto" else precision)
-    known = device.type != "cpu" or next(model.parameters()).dtype != torch.float16  # of which autocast raises on a CPU
+    # autocast on a CPU raises an error for float16
+    known = device.type != "cpu" or next(model.parameters()).dtype != torch.float16
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=known and dtype == torch.bfloat16):
             yield
@@ -29,8 +30,8 @@ def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator
 
 
 def check_finite(values: Tensor, keys: Sequence[str]) -> None:
-    """Raise UserError naming the first sample, of those with these `keys`, whose row of `values` is not finite: a
-    comparison with such a row would give a meaningless number."""
+    """Raise UserError with the key of the first sample whose row of `values` is not finite, because comparisons with
+    such a row would be meaningless. `keys` names the samples."""
     refuse_not_finite(rows_not_finite(values), keys)
 
 
@@ -47,5 +48,5 @@ def refuse_not_finite(rows: Sequence[int], keys: Sequence[str]) -> None:
     if rows:
         raise UserError(
             f"{len(rows):,} of {len(keys):,} samples have features that are not finite, such as {keys[rows[0]]}; "
-            "the model's weights are too large or damaged: take an earlier checkpoint, or encode.precision=fp32"
+            "the model's weights are too large or damaged: use an earlier checkpoint, or set encode.precision=fp32"
         )

@@ -30,9 +30,9 @@ from m3ae_fast.model.transformer import EPS, QKV, Gelu, Transformer, gelu
 
 
 class Losses(NamedTuple):
-    """0-d float32 tensors; `loss` is what to differentiate, the others are detached.
+    """Losses of a batch: 0-d float32 tensors. `loss` is to be differentiated; the other tensors are detached.
 
-    A tuple, since DeepSpeed finds what it differentiates only in tuples, lists and dicts.
+    A tuple, because DeepSpeed finds differentiable outputs only in tuples, lists and dicts.
     """
 
     loss: Tensor
@@ -42,7 +42,7 @@ class Losses(NamedTuple):
 
 
 class DecoderInput(nn.Module):
-    """Encoder rows -> decoder rows: projection, un-shuffle, mask embeddings, positions and types."""
+    """Maps encoder rows to decoder rows: projection, un-shuffle, mask embeddings, positions and types."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class HeadMLP(nn.Module):
 
 
 class M3AE(MultimodalEncoder):
-    """The model and its loss. `forward(batch)` takes a PackedBatch and returns Losses."""
+    """The M3AE model with its losses. `forward(batch)` maps a PackedBatch to Losses."""
 
     def __init__(self, config: ModelConfig, loss: LossConfig | None = None) -> None:
         super().__init__(config)
@@ -104,7 +104,9 @@ class M3AE(MultimodalEncoder):
 
         self.decoder_input = DecoderInput(config)
         if config.dec_attention == "cross" and (self.loss_config.image_all_tokens or self.loss_config.text_all_tokens):
-            raise ValueError("a decoder with cross-attention predicts masked tokens alone, not all tokens")
+            raise ValueError(
+                "a decoder with cross-attention predicts only masked tokens: the image loss cannot include all tokens"
+            )
         decoder = CrossDecoder if config.dec_attention == "cross" else Transformer
         sizes = width, config.dec_depth, config.dec_num_heads, config.mlp_ratio
         self.decoder: CrossDecoder | Transformer = decoder(*sizes, gelu=config.gelu, drop_key=1, **drops)
@@ -119,8 +121,9 @@ class M3AE(MultimodalEncoder):
         self.reset_parameters()
 
     def hidden_matrices(self) -> dict[Tensor, int]:
-        """Return the weights between hidden layers, those of the blocks and of the decoder's input, and the number of
-        matrices that each stacks: queries, keys and values, or the decoder's keys and values of each block."""
+        """Return the weights between hidden layers, in the blocks and in the decoder's input, with the number of
+        matrices that are stacked in each: queries, keys and values, or the keys and values of each block of a
+        cross-attention decoder."""
         found: dict[Tensor, int] = {self.decoder_input.proj.weight: 1}
         for module in (m for part in (self.encoder, self.decoder) for m in part.blocks.modules()):
             if isinstance(module, nn.Linear):
@@ -145,9 +148,10 @@ class M3AE(MultimodalEncoder):
         )
 
     def forward_decoder(self, encoded_TD: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """Return hidden rows of the two heads, [I, E] and [W, E]: only rows that carry loss are computed to the end."""
+        """Return the hidden rows of the two heads, [I, E] and [W, E]. The last block computes only rows that carry
+        loss."""
         encoded_TE, x_UE = self.decoder_input(encoded_TD, batch)
-        if isinstance(self.decoder, CrossDecoder):  # all of its rows carry loss
+        if isinstance(self.decoder, CrossDecoder):  # all its rows carry loss
             x_ME = self.decoder(x_UE, encoded_TE, batch.encoder, batch.loss, batch.draws)
         else:
             x_ME = self.decoder(x_UE, batch.decoder, batch.draws, batch.loss_rows, batch.loss)
@@ -161,12 +165,12 @@ class M3AE(MultimodalEncoder):
         )
 
     def forward(self, batch: PackedBatch, counts: LossCounts | None = None) -> Losses:
-        """Return the losses of a packed batch. A modality that the batch lacks has loss 0 and zero gradients.
+        """Return the losses of a packed batch. If the batch lacks a modality, its loss is 0 and its gradients are zero.
 
         Args:
             batch: on the model's device.
-            counts: what the losses are means over: of a whole step, per rank, where the batch is a part of it. None:
-                the batch's own.
+            counts: denominators of the losses. If the batch is a part of a step, these are the counts of the whole step
+                divided by the number of ranks. None: the counts of the batch.
         """
         image_terms, text_terms = (count or 1.0 for count in counts or batch.counts)
         sums = m3ae_loss(
@@ -195,19 +199,19 @@ class M3AE(MultimodalEncoder):
         return self.image_head.predict(hidden_IE), logits_WV
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights (as they are), config, tokenizer and a model card into `folder`, whole or not at all.
+        """Write the weights (in their dtype), config, tokenizer and a model card to `folder`, atomically.
 
         Raises:
-            UserError: the folder holds something else, or cannot be written.
+            UserError: the folder holds other files, or cannot be written.
         """
         card = model_card(Path(folder).resolve().name, self.config)
         write_pretrained(folder, Pretrained(self.config, self.state_dict(), self.tokenizer), card)
 
     def push_to_hub(self, name: str, private: bool = False) -> str:
-        """Upload what `save_pretrained` writes to the Hugging Face hub as `name` (owner/name). Returns its address.
+        """Upload the files of `save_pretrained` to the Hugging Face hub as `name` (owner/name), and return the address.
 
         Raises:
-            UserError: nobody is logged in, or the hub refuses or does not answer.
+            UserError: the user is not logged in, or the hub refuses the request or does not respond.
         """
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent, name.rpartition("/")[2])
@@ -216,18 +220,18 @@ class M3AE(MultimodalEncoder):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> M3AE:
-        """Load what `save_pretrained`, `m3ae-fast export` or `m3ae-fast convert` wrote: a folder,
-        or the name of a model on the Hugging Face hub (owner/name).
+        """Load a model written by `save_pretrained`, `m3ae-fast export` or `m3ae-fast convert`, from a folder or from
+        the Hugging Face hub by its name (owner/name).
 
-        Its `tokenizer` comes along where there is one. Where the source is only an encoder, a warning says so, and the
-        decoder has random weights.
+        The `tokenizer` is loaded too if there is one. If the source contains only an encoder, a warning is issued, and
+        the decoder is randomly initialised.
 
         Raises:
-            UserError: a file is missing, damaged or does not fit the other, or the hub does not answer.
+            UserError: a file is missing or damaged, the files do not fit together, or the hub does not respond.
         """
         found = read_pretrained(source)
         model = build(lambda: cls(found.config), found.state, str(source))
         if not found.has_decoder:
-            warnings.warn(f"{source} holds only an encoder: the decoder has random weights", stacklevel=2)
+            warnings.warn(f"{source} contains only an encoder: the decoder is randomly initialised", stacklevel=2)
         model.tokenizer = found.tokenizer
         return model

@@ -1,4 +1,4 @@
-"""The image itself, scaled down, in place of an encoder: the baseline that a representation has to beat.
+"""A baseline for representations: the downscaled image itself in place of an encoder's features.
 
 Shapes: B images, C channels, H x W pixels, R patches of P x P pixels, S samples, K layers.
 """
@@ -23,13 +23,14 @@ SIDE = 16  # pixels
 
 
 class Pixels(MultimodalEncoder):
-    """Sees images as a model of `config` does. Its features are their pixels, scaled to SIDE x SIDE and normalised by
-    the model's mean and standard deviation."""
+    """An encoder whose features are the pixels of the image, scaled to SIDE x SIDE and normalised by the mean and
+    standard deviation of `config`."""
 
     def __init__(self, config: ModelConfig) -> None:
-        nn.Module.__init__(self)  # without an encoder's weights
+        nn.Module.__init__(self)  # skips creating an encoder's weights
         self.config, self.tokenizer = config, None
-        self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)  # whoever infers asks for the weights' dtype
+        # callers of inference query the dtype of the weights
+        self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean") -> Tensor:
         """Return [S, K, C * SIDE * SIDE], the same for each layer."""
@@ -44,7 +45,9 @@ class Pixels(MultimodalEncoder):
     def pooled_and_patches(
         self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean"
     ) -> tuple[Tensor, Tensor]:
-        raise UserError("pixels have no patch tokens, which an attentive probe reads; leave it out")
+        raise UserError(
+            "the pixel baseline has no patch tokens, which an attentive probe requires; leave out that probe"
+        )
 
     def _images(self, batch: PackedBatch) -> Iterator[Tensor]:
         """Yield each sample's image, [C, H, W]."""

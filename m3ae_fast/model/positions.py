@@ -1,4 +1,4 @@
-"""Fixed sin-cos position embeddings, as the official M3AE code (and MAE before it) lays them out."""
+"""Fixed sin-cos position embeddings in the layout of the official M3AE code (and MAE before it)."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ def sincos_1d(dim: int, positions: Tensor) -> Tensor:
 
 
 def sincos_2d(dim: int, side: int, first: int = 0) -> Tensor:
-    """Return float32 [side * side, dim], row-major; the first half comes from the column, the second from the row, both
-    counted from `first`."""
+    """Return float32 [side * side, dim], row-major. The first half encodes the column, the second half the row; both
+    are counted from `first`."""
     places = torch.arange(first, first + side, device="cpu")
     rows, columns = torch.meshgrid(places, places, indexing="ij")
     return torch.cat((sincos_1d(dim // 2, columns.flatten()), sincos_1d(dim // 2, rows.flatten())), dim=1)
 
 
 def resampled(image_LD: Tensor, grid: Grid) -> Tensor:
-    """Return the positions of a square's patches [L, dim] at the rows and columns of another grid, bicubic and
-    antialiased, as timm's `resample_abs_pos_embed` does."""
+    """Return the position embeddings of a square image's patches [L, dim], resampled to another grid (bicubic,
+    antialiased), as in timm's `resample_abs_pos_embed`."""
     side = round(len(image_LD) ** 0.5)
     if grid == (side, side):
         return image_LD
-    # channels last in memory: torch 2.13 interpolates a contiguous image wrongly where it becomes one column
+    # channels last in memory: torch 2.13 interpolates a contiguous image wrongly if the result has one column
     image_1Dhw = image_LD.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
     return F.interpolate(image_1Dhw, size=grid, mode="bicubic", antialias=True)[0].flatten(1).T.to(image_LD.dtype)
 
 
 class Positions(nn.Module):
-    """The fixed position embeddings of patches and text tokens at one width; stored ones are in the state dict.
+    """Fixed position embeddings of patches and text tokens at one width. Those loaded from a checkpoint are in the
+    state dict.
 
-    They are made on the CPU even where weights are meta tensors (`torch.device("meta")`), to be loaded later.
+    They are created on the CPU even if weights are meta tensors (`torch.device("meta")`) that are loaded later.
     """
 
     image: Tensor
@@ -63,15 +64,16 @@ class Positions(nn.Module):
         if self.image.numel() and stored:
             return
         centred = config.resize == "native" and config.native_positions == "centred" and not stored
-        first = -((side - config.image_size // config.patch_size) // 2) if centred else 0  # a square's begin at 0
+        # positions of a square image begin at 0
+        first = -((side - config.image_size // config.patch_size) // 2) if centred else 0
         self.image = sincos_2d(self.dim, side, first).to(self.image.device)
 
     def forward(
         self, image_type: Tensor | None, text_type: Tensor | None, grids: Iterable[Grid]
     ) -> tuple[Tensor, Tensor]:
-        """Return [positions, dim] and [text_length, dim], with the modality's embedding [1, dim] added where there is
-        one. The positions are those of a square's patches; native ones lie as `batch.grids.Native.places` says of the
-        batch's `grids`."""
+        """Return the position tables [positions, dim] and [text_length, dim], with the modality's embedding [1, dim]
+        added if there is one. The first table is for the patches of a square image, or for the batch's `grids` in the
+        layout of `Native.position_indices`."""
         image = self.image
         if self.resamples:
             image = torch.cat([image[:0], *(resampled(image, grid) for grid in distinct(grids))])

@@ -1,4 +1,4 @@
-"""A model as a folder that others can load: weights in safetensors, sizes in config.json, its tokenizer beside them."""
+"""Pretrained models as folders: weights in safetensors, the config in config.json, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer
 from m3ae_fast.config import ModelConfig, parse
 
 M = TypeVar("M", bound=nn.Module)
-# what a file without a decoder holds; it lacks all of the rest, or nothing
+# prefixes of the weights in a file without a decoder; such a file lacks all other weights
 ENCODER = ("patch_embed.", "encoder_input.", "encoder.")
-# settings that change what the weights compute, and not their shapes
+# settings that change the function computed by the weights, but not their shapes
 _UNSEEN = ("positions", "gelu", "mean_pool", "num_heads", "image_mean", "image_std", "image_range")
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights with what they need: what such a folder holds."""
+    """The content of a pretrained model's folder."""
 
     config: ModelConfig
-    state: dict[str, Tensor]  # by parameter name; of the encoder only, or of everything
+    state: dict[str, Tensor]  # by parameter name: of the encoder only, or of the complete model
     tokenizer: CaptionTokenizer | None = None
-    kind: str = "exported M3AE"  # what it was read from
-    notes: tuple[str, ...] = ()  # what the user should know
+    kind: str = "exported M3AE"  # kind of source, for messages
+    notes: tuple[str, ...] = ()  # notes for the user
 
     @property
     def has_decoder(self) -> bool:
@@ -54,12 +54,12 @@ class Pretrained:
 
 
 def is_encoder(names: Iterable[str]) -> bool:
-    """Return whether weights of these names are only an encoder."""
+    """Return whether weights with these names belong to an encoder without a decoder."""
     return all(name.startswith(ENCODER) for name in names)
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """Return what tells weights from others, by their names and values."""
+    """Return a digest of the names and values of weights."""
     digest = hashlib.sha256()
     for name, tensor in state.items():
         digest.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
@@ -67,8 +67,8 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = None) -> None:
-    """Write `model` as a folder that `read_pretrained` reads, whole or not at all. `card`: its README.md. Raises
-    UserError if the folder holds something else, or cannot be written."""
+    """Write `model` atomically as a folder for `read_pretrained`. `card`: content of its README.md. Raises UserError if
+    the folder holds other files or cannot be written."""
     with output_folder(folder) as path:
         write_tensors(path / MODEL_FILE, model.state)
         config = model.config.model_dump_json(indent=2, exclude={"init_from"})
@@ -82,8 +82,8 @@ def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = N
 
 
 def _preprocessing(config: ModelConfig) -> dict[str, Any]:
-    """Describe how an image becomes the input, as transformers' image processors read it. Perceiver's is the one that
-    cuts out the central square before it resizes; the others cut afterwards."""
+    """Return the preprocessing of images as a config of transformers' image processors. Perceiver's processor is used
+    because it crops the central square before resizing; the others crop afterwards."""
     size = {"height": config.image_size, "width": config.image_size}
     return {
         "image_processor_type": "PerceiverImageProcessor",
@@ -102,14 +102,14 @@ def _preprocessing(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_pretrained(source: str | Path) -> Pretrained:
-    """Read what `write_pretrained` wrote into a folder, or what the hub has under a name. Raises UserError if there
-    is no such folder or model, or a file is missing or damaged."""
+    """Read a folder written by `write_pretrained`, or a model from the hub by its name. Raises UserError if there is no
+    such folder or model, or if a file is missing or damaged."""
     folder = find_folder(source)
     try:
         data = read_json(folder / CONFIG_FILE)
         state = read_tensors(folder / MODEL_FILE)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{source}: not an exported M3AE ({error}); make one with m3ae-fast export") from None
+        raise UserError(f"{source}: not an exported M3AE ({error}); create one with m3ae-fast export") from None
     if isinstance(data, dict) and "architecture" in data:
         raise UserError(f"{source}: not an exported M3AE but a timm model; convert it with m3ae-fast convert")
     config = parse(ModelConfig, data, f"{folder / CONFIG_FILE}")
@@ -120,19 +120,20 @@ def read_pretrained(source: str | Path) -> Pretrained:
 
 
 def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:
-    """Raise UserError naming the first setting that would change the function computed by the weights of `start`."""
+    """Raise UserError with the name of the first setting that would change the function computed by the weights of
+    `start`."""
     unseen = (*_UNSEEN, "dec_num_heads", "image_targets") if start.has_decoder else _UNSEEN
-    if start.config.resize == config.resize == "native":  # a square has the same positions either way
+    if start.config.resize == config.resize == "native":  # square images have the same positions in both cases
         unseen = (*unseen, "native_positions")
     for name in unseen:
         was, now = getattr(start.config, name), getattr(config, name)
         if was is not None and was != now:
-            raise UserError(f"model.init_from {where}: was made with model.{name} = {was}, the config says {now}")
+            raise UserError(f"model.init_from {where}: was trained with model.{name} = {was}, but the config has {now}")
 
 
 def build(make: Callable[[], M], state: dict[str, Tensor], where: str) -> M:
-    """Return the module that `make` gives, with the weights `state`. Its sizes come from a file too: no memory is taken
-    for them before they are known to be those of the weights. Errors as in `check_weights`."""
+    """Return the module that `make` creates, with the weights `state`. Its sizes come from an untrusted file, so no
+    memory is allocated until they are known to match the weights. Errors as in `check_weights`."""
     with torch.device("meta"):
         check_weights(make(), state, where)
     model = make()
@@ -141,27 +142,30 @@ def build(make: Callable[[], M], state: dict[str, Tensor], where: str) -> M:
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str, *, assign: bool = False) -> bool:
-    """Load strictly, except that the decoder may be missing as a whole, and then stays. Return whether it was there.
-    `assign`: the tensors themselves become the weights. Raises UserError naming the first that does not fit."""
+    """Load weights strictly, except that the complete decoder may be missing and is then left unchanged. Return whether
+    the decoder was present. `assign`: use the tensors themselves as weights instead of copying. Raises UserError with
+    the name of the first weight that does not fit."""
     check_weights(model, state, where)
     model.load_state_dict(state, strict=False, assign=assign)
     return not is_encoder(state)
 
 
 def check_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Check the weights as `load_weights` does, without loading."""
+    """Check weights as `load_weights` does, without loading them."""
     check_dtypes(state, where)
     own = model.state_dict()
     if is_encoder(state):
         own = {name: tensor for name, tensor in own.items() if name.startswith(ENCODER)}
     for name in sorted(own.keys() | state.keys()):
         if name not in state:
-            raise UserError(f"{where}: lacks the weight {name}; is it of another model config?")
+            raise UserError(f"{where}: the weight {name} is missing; check that the model config fits these weights")
         if name not in own:
-            raise UserError(f"{where}: has a weight {name} that this model lacks; is it of another model config?")
+            raise UserError(
+                f"{where}: the weight {name} does not exist in this model; check that the model config fits"
+            )
         if own[name].shape != state[name].shape:
             raise UserError(
-                f"{where}: {name} is {list(state[name].shape)}, the model config expects {list(own[name].shape)}"
+                f"{where}: {name} has shape {list(state[name].shape)}, the model config expects {list(own[name].shape)}"
             )
         if not state[name].isfinite().all():
             raise UserError(f"{where}: {name} is not finite")

@@ -1,6 +1,6 @@
 """Pre-norm ViT blocks over packed rows.
 
-Shapes: T rows, R query rows (R = T but in a pruned last block), D width, H heads, S samples.
+Shapes: T rows, R query rows (R = T except in a pruned last block), D width, H heads, S samples.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from m3ae_kernels.cpu.norm import LayerNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-EPS = 1e-6  # of every LayerNorm, flax's default
+EPS = 1e-6  # for all LayerNorms; flax's default
 Gelu: TypeAlias = Literal["tanh", "exact"]
-MEMORY_BUDGET = 0.9  # fraction of the activations kept; below 0.8 matmuls would be recomputed too
+MEMORY_BUDGET = 0.9  # fraction of the activations that are kept; below 0.8, matmuls would be recomputed too
 
 
 class QKV(Linear):
-    """One matmul for queries, keys and values; with `rows`, queries of those rows only."""
+    """One matmul for queries, keys and values. With `rows_R`, queries are computed only for these rows."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, 3 * dim)
@@ -38,7 +38,8 @@ class QKV(Linear):
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, rows_R: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Return queries [R, D] of `rows_R` and [T, 2 D], or None and [T, 3 D]."""
+        """Return the queries [R, D] of `rows_R` and the keys and values [T, 2 D]; without `rows_R`, return None and [T,
+        3 D]."""
         if rows_R is None:
             return None, super().forward(x_TD)
         dim = self.in_features
@@ -66,8 +67,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them, whose parameters only this module reads: ZeRO-3 must gather them for
-    it (the engine's part) and not for the layers."""
+    """Two linear layers with a GELU between them. This module reads the layers' parameters itself, so the engine must
+    set ZeRO-3 to gather them for this module and not for the layers."""
 
     def __init__(self, dim: int, hidden_dim: int, gelu: Gelu, drop: float) -> None:
         super().__init__()
@@ -90,8 +91,8 @@ def gelu(x: Tensor, kind: Gelu) -> Tensor:
         return F.gelu(x)
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    # 0.5 (1 + tanh(u)) = sigmoid(2 u): one cheap exponential, where a CPU's tanh takes several times longer
-    # 2 sqrt(2 / pi), in digits: with dynamic shapes a number that has a name is an input, which every backward reads
+    # 0.5 (1 + tanh(u)) = sigmoid(2 u) needs one cheap exponential, whereas tanh on a CPU takes several times longer. 2
+    # sqrt(2 / pi) is a literal, because with dynamic shapes a named number would be an input that every backward reads.
     return x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
@@ -100,10 +101,10 @@ def drop_path_factors(draws_S: Tensor, branches: int, p: float, key: int) -> Ten
     [branches, S], 0 with probability `p`, else 1 / (1 - p).
 
     Args:
-        draws_S: int32, of the samples; what is drawn depends on it alone, or on torch's generator where it is -1.
-        branches: of the transformer.
-        p: of a drop.
-        key: of the transformer: two of them draw apart.
+        draws_S: int32 seed of each sample, on which alone the result depends; -1: torch's generator is used instead.
+        branches: number of branches in the transformer.
+        p: probability of dropping a branch.
+        key: key of the transformer, so that different transformers drop independently.
     """
     fresh_S = torch.randint(1 << 31, draws_S.shape, device=draws_S.device)
     sample_S = _mixed(torch.where(draws_S < 0, fresh_S, draws_S.long()) ^ (key * _GOLDEN & _MASK))
@@ -123,7 +124,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def drop_path(x_RD: Tensor, segments: Segments, factors_S: Tensor | None) -> Tensor:
-    """Multiply rows of a branch by the factors of their samples; rows of segments after the samples stay."""
+    """Multiply the rows of a branch by the factors of their samples; rows of padding segments are unchanged."""
     if factors_S is None:
         return x_RD
     lengths_P = segments.cu_seqlens.diff()
@@ -147,8 +148,8 @@ class Block(nn.Module):
         queries: Segments | None = None,
         factors_2S: Tensor | None = None,
     ) -> Tensor:
-        """Map [T, D] to [T, D], or to [R, D] where `rows_R` names the rows that are wanted and `queries` their samples.
-        `factors_2S`: of stochastic depth, for attention and MLP."""
+        """Map [T, D] to [T, D], or to [R, D] if `rows_R` selects the output rows and `queries` their segments.
+        `factors_2S`: factors of stochastic depth for attention and MLP."""
         queries = queries or keys
         attention_S, mlp_S = (None, None) if factors_2S is None else factors_2S.unbind()
         branch_RD = self.attn(self.norm1(x_TD), keys, rows_R, queries)
@@ -157,7 +158,7 @@ class Block(nn.Module):
 
 
 class RowNorm(LayerNorm):
-    """LayerNorm of all rows, or of the chosen ones in one pass."""
+    """LayerNorm of all rows, or of selected rows in a single pass."""
 
     def forward(self, x_TD: Tensor, rows_R: Tensor | None = None) -> Tensor:
         if rows_R is None:
@@ -167,18 +168,18 @@ class RowNorm(LayerNorm):
 
 @functools.cache
 def _source_tag() -> str:
-    """Return a hash of the code of the model and of its ops. torch's cache of compiled graphs knows an op by its name:
-    without this a graph from before an update would run the old backward."""
+    """Return a hash of the code of the model and its ops. torch's cache of compiled graphs identifies an op by its
+    name, so without the hash, a graph cached before an update would run the old backward pass."""
     folders = (Path(__file__).parent, Path(m3ae_kernels.__file__).parent)
     sources = sorted(path for folder in folders for path in folder.rglob("*.py"))
     return f"m3ae_fast-{hashlib.sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:16]}"
 
 
 class Blocks(nn.Module):
-    """A stack of blocks, compiled and checkpointed alike, and the final norm, which the caller applies to the rows it
-    wants."""
+    """A stack of blocks, with shared compilation and activation checkpointing, and the final norm, which the caller
+    applies to selected rows."""
 
-    block: Callable[[int, int, float, Gelu, float, float], nn.Module]  # the class of the blocks
+    block: Callable[[int, int, float, Gelu, float, float], nn.Module]  # class of the blocks
 
     def __init__(
         self,
@@ -193,7 +194,7 @@ class Blocks(nn.Module):
         drop_path: float = 0.0,
         drop_key: int = 0,
     ) -> None:
-        """Build the blocks. `drop_key`: see `drop_path_factors`."""
+        """Build the blocks. `drop_key`: `key` of `drop_path_factors`."""
         super().__init__()
         self.blocks = nn.ModuleList(self.block(dim, num_heads, mlp_ratio, gelu, drop, att_drop) for _ in range(depth))
         self.norm = RowNorm(dim, eps=EPS)
@@ -201,22 +202,24 @@ class Blocks(nn.Module):
         self.drop_path, self.drop_key = drop_path, drop_key
 
     def factors(self, draws_S: Tensor) -> list[Tensor | None]:
-        """Return the factors of stochastic depth of each block's two branches, [2, S]; None if there is none."""
+        """Return the factors of stochastic depth for the two branches of each block, [2, S]; None for a block without
+        stochastic depth."""
         if not (self.drop_path and self.training):
             return [None] * len(self.blocks)
         return list(drop_path_factors(draws_S, 2 * len(self.blocks), self.drop_path, self.drop_key).split(2))
 
     def compile_blocks(self, samples: int = 0, keep_activations: bool = False) -> None:
-        """Compile the blocks with torch.compile, for any number of rows; equal blocks share one graph. Of `samples` a
-        micro-batch: sums over rows are compiled for about as many as the first batch has, which torch's cache of
-        compiled graphs does not know.
+        """Compile the blocks with torch.compile, for any number of rows; equal blocks share one graph. `samples`:
+        samples per micro-batch. Sums over rows are tuned for about as many rows as the first batch has, which is not
+        part of the key of torch's cache of compiled graphs.
 
-        Without `keep_activations` the backward pass recomputes GELU and LayerNorm outputs: half the activation memory,
-        on a CPU at no measurable time, since they fuse with what reads them. A GPU writes them to memory again.
+        Without `keep_activations`, the backward pass recomputes GELU and LayerNorm outputs. This halves the activation
+        memory. On a CPU it takes no measurable time, because these ops are fused with the ops that read them; a GPU
+        writes them to memory again.
         """
         budget = 1.0 if keep_activations else MEMORY_BUDGET
         if budget != torch._functorch.config.activation_memory_budget:
-            torch._dynamo.reset()  # graphs of an earlier engine, which equal blocks would share
+            torch._dynamo.reset()  # discards graphs of an earlier engine, which equal blocks would share
         torch._functorch.config.activation_memory_budget = budget
         torch.compiler.config.cache_key_tag = f"{_source_tag()}-{samples}"
         for block in self.blocks:
@@ -229,7 +232,7 @@ class Blocks(nn.Module):
 
 
 class Transformer(Blocks):
-    """Blocks of self-attention."""
+    """A stack of self-attention blocks."""
 
     block = Block
 
@@ -241,8 +244,8 @@ class Transformer(Blocks):
         rows_M: Tensor | None = None,
         queries: Segments | None = None,
     ) -> Tensor:
-        """Map [T, D] to [T, D] before the final norm. With `rows_M`, the last block computes those rows only: [M, D].
-        `draws_S`: what stochastic depth draws from, see `drop_path_factors`."""
+        """Map [T, D] to [T, D] before the final norm. With `rows_M`, the last block computes only these rows: [M, D].
+        `draws_S`: seeds of stochastic depth, see `drop_path_factors`."""
         return deque(self.layers(x_TD, segments, draws_S, rows_M, queries), maxlen=1)[0]
 
     def layers(
@@ -253,7 +256,7 @@ class Transformer(Blocks):
         rows_M: Tensor | None = None,
         queries: Segments | None = None,
     ) -> Iterator[Tensor]:
-        """Yield what each block gives, [T, D], the last one as `forward` does."""
+        """Yield the output of each block, [T, D]; the last one as in `forward`."""
         *body, last = self.blocks
         factors = self.factors(draws_S)
         for block, factors_2S in zip(body, factors):

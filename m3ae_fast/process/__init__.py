@@ -1,1 +1,1 @@
-"""Processes of a run: ranks, signals, stalls, and how a program joins and ends."""
+"""Processes of a run: ranks, signals, stall detection, and the start and end of distributed programs."""

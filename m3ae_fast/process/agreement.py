@@ -10,12 +10,12 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from m3ae_fast.base.errors import ErrorElsewhere, RankLost, UserError, attempt, raise_shared, told
+from m3ae_fast.base.errors import ErrorElsewhere, RankLost, UserError, attempt, error_report, raise_shared
 
 T = TypeVar("T")
 
-_PAUSE = 0.25  # seconds, the longest between two looks: many ranks ask one store
-_PATIENCE = 10.0  # seconds for the others where this rank is about to leave
+_PAUSE = 0.25  # longest time between two polls, in seconds: many ranks poll the same store
+_PATIENCE = 10.0  # seconds to wait for other ranks if this rank is about to exit
 _SAID, _REFUSED, _FAILED = "said ", "refused ", "failed "
 
 
@@ -24,15 +24,15 @@ class Agreement:
     store, which no thread can block for the others."""
 
     def __init__(self, rank: int, world: int, store: dist.Store, leaving: threading.Event) -> None:
-        """Take the only agreement over `store`. `leaving`: set where this rank is about to end, perhaps since another
-        has; one that is then not heard of within seconds is given up."""
+        """Create the agreement; only one may use `store`. `leaving` is set if this rank is about to exit, perhaps
+        because another rank has exited. Ranks that then do not report within seconds are given up."""
         self.rank, self.world = rank, world
         self._store, self._leaving, self._round = store, leaving, 0
 
     def decide(self, report: str, judge: Callable[[list[str]], str]) -> str:
         """Apply `judge` to the reports of all ranks on rank 0 and return its result on every rank. All ranks must make
-        the same number of calls. Raises UserError on every rank if `judge` raises one, or if another rank has left; any
-        other error of it ends the other ranks with ErrorElsewhere."""
+        the same number of calls. Raises UserError on every rank if `judge` raises one, or if another rank has exited.
+        Any other error of `judge` is raised as ErrorElsewhere on the other ranks."""
         if self.world == 1:
             return judge([report])
         self._round += 1
@@ -47,26 +47,26 @@ class Agreement:
         return answer.removeprefix(_SAID)
 
     def together(self, work: Callable[[], T]) -> T:
-        """Return the result of `work`, which every rank runs. An error on any rank ends all of them, as `raise_shared`
-        says. Every rank must call it as often."""
+        """Run `work` on every rank and return its result. An error on any rank is raised on all of them; see
+        `raise_shared`. All ranks must make the same number of calls."""
         result, error = attempt(work)
-        own = told(error, f"rank {self.rank}")
-        raise_shared(error, json.loads(self.decide(json.dumps(own), _all_told)))
+        own = error_report(error, f"rank {self.rank}")
+        raise_shared(error, json.loads(self.decide(json.dumps(own), _error_reports)))
         return cast(T, result)
 
     def _judge(self, report: str, judge: Callable[[list[str]], str]) -> str:
         others = [self._key(rank) for rank in range(1, self.world)]
-        answer = f"{_FAILED}rank 0 has failed"
+        answer = f"{_FAILED}rank 0 failed"
         try:
             verdict = judge([report, *self._await(others)])
             answer = f"{_SAID}{verdict}"
         except BaseException as error:
-            line, complete = told(error, "rank 0") or ("", True)
+            line, complete = error_report(error, "rank 0") or ("", True)
             answer = f"{_REFUSED if complete else _FAILED}{line}"
             raise
         finally:
             self._store.set(self._key(0), answer)
-            for key in (*others, self._key(0, self._round - 1)):  # which all have read
+            for key in (*others, self._key(0, self._round - 1)):  # all ranks have read these
                 self._store.delete_key(key)
         return verdict
 
@@ -75,16 +75,16 @@ class Agreement:
 
     def _await(self, keys: Sequence[str]) -> list[str]:
         pause, end = 0.001, float("inf")
-        while not self._store.check(list(keys)):  # its `wait` would print a warning of each time that it looks
+        while not self._store.check(list(keys)):  # `wait` would print a warning each time that it polls
             if self._leaving.is_set():
                 end = min(end, time.monotonic() + _PATIENCE)
             if time.monotonic() > end:
-                raise RankLost("another rank has ended in the midst of a save")
+                raise RankLost("another rank exited during a save")
             time.sleep(pause)
             pause = min(2 * pause, _PAUSE)
         return [self._store.get(key).decode() for key in keys]
 
 
-def _all_told(reports: list[str]) -> str:
-    """Return what ranks told about their errors, without those that have none, as JSON."""
+def _error_reports(reports: list[str]) -> str:
+    """Return the error reports of the ranks that have one, as JSON."""
     return json.dumps([each for each in map(json.loads, reports) if each])

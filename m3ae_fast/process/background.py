@@ -1,4 +1,4 @@
-"""Background work during training: one piece at a time, and no error is lost."""
+"""Background work during training: one task at a time, and no error is lost."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _BRIEFLY_S = 0.25
 
 
 class Background:
-    """A thread for one piece of work at a time. As a context manager it waits for the last one at the end.
+    """A background thread that runs one task at a time. As a context manager, it waits for the last task at the end.
 
-    The thread is there before the work: to start one takes milliseconds, on busy cores, that a step would wait.
+    The thread is started in advance: on busy cores, starting it takes milliseconds that would delay a step.
     """
 
     def __init__(self) -> None:
@@ -23,18 +23,18 @@ class Background:
         self._idle = threading.Event()
         self._idle.set()
         self._error: BaseException | None = None
-        self.leaving = threading.Event()  # set where an error ends this rank that other ranks may not share
-        # a daemon: a process that must exit at once does not wait for it
+        self.leaving = threading.Event()  # set if this rank exits because of an error that other ranks may not share
+        # a daemon thread, so that a process that must exit at once does not wait for it
         threading.Thread(target=self._serve, name="background", daemon=True).start()
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begin `work`; the one before must have been waited for."""
+        """Start `work`. The previous task must have been waited for."""
         assert not self.busy and self._error is None
         self._idle.clear()
         self._given.put(work)
 
     def failed(self) -> bool:
-        """Return whether the work has ended with an error, which `wait` raises."""
+        """Return whether the task has ended with an error; `wait` raises it."""
         return self._error is not None
 
     @property
@@ -46,7 +46,7 @@ class Background:
         self._idle.wait(_BRIEFLY_S)
 
     def wait(self) -> None:
-        """Wait for the work under way, if any, and raise its error."""
+        """Wait for the current task, if any, and raise its error."""
         self._idle.wait()
         error, self._error = self._error, None
         if error is not None:
@@ -56,10 +56,10 @@ class Background:
         while work := self._given.get():
             try:
                 work()
-            except BaseException as error:  # a panic of a library in Rust is no Exception
+            except BaseException as error:  # a panic in a Rust library is not an Exception
                 self._error = error
             finally:
-                del work  # it may hold what is large
+                del work  # it may refer to large objects
                 self._idle.set()
 
     def __enter__(self) -> Background:
@@ -73,4 +73,5 @@ class Background:
         if not issubclass(kind, UserError):
             self.leaving.set()
         if issubclass(kind, Exception):
-            self._idle.wait()  # what it saves is worth waiting for; the error that ends the run is the one to report
+            # the save is worth waiting for; its error is dropped in favour of the error that ends the run
+            self._idle.wait()

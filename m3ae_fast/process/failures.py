@@ -1,4 +1,4 @@
-"""Failures that a user can fix, as one-line errors."""
+"""One-line error messages for failures that a user can fix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from m3ae_fast.base.errors import RankLost, UserError, one_line
 from m3ae_fast.base.memory import limit_note, out_of_memory
 from m3ae_fast.process.workers import IN_WORKER, SHM
 
-# what gloo and the store say when the process at the other end is gone
+# messages of gloo and the store when the process at the other end is gone
 _LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "failed to recv", "failed to send")
 _CONTINUE = "--resume auto continues from the last checkpoint"
 
@@ -18,7 +18,7 @@ def rank_lost(who: str) -> RankLost:
 
 
 def explain(error: BaseException) -> UserError | None:
-    """Return the error for the user; None if it is a bug of ours."""
+    """Return the error as a UserError; None if it is a bug in this package."""
     if isinstance(error, UserError):
         return error
     if "DataLoader worker" in str(error):
@@ -26,7 +26,7 @@ def explain(error: BaseException) -> UserError | None:
     if out_of_memory(error):
         return UserError(
             "out of memory: lower train.micro_batch, set train.activation_checkpointing, raise the ZeRO stage, or "
-            "choose a smaller model; --dry-run estimates what a config needs" + limit_note()
+            "choose a smaller model; --dry-run estimates the memory of a config" + limit_note()
         )
     if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST):
         return rank_lost("another rank")
@@ -35,18 +35,19 @@ def explain(error: BaseException) -> UserError | None:
 
 
 def _explain_worker(error: BaseException) -> UserError | None:
-    """Do the same for an error that a loader worker raised, or for the end of one."""
-    text = f"{error} {error.__cause__}"  # torch may raise the signal's error from within another one
+    """Return the UserError for an error that a loader worker raised, or for a worker that ended; None if it is a
+    bug."""
+    text = f"{error} {error.__cause__}"  # torch may raise the error about the signal as the cause of another error
     lower = f"lower data.workers or data.prefetch; {_CONTINUE}"
-    # a worker finds no shared memory when it asks for it (torch names the file), or when it writes there
+    # Shared memory may run out when a worker allocates it (torch names the file) or when it writes to it.
     if ("No space left" in text and "</torch_" in text) or "Bus error" in text:
         return UserError(
-            f"{SHM} is full, so that a loader worker could not hand over a batch: see what else fills it, raise it "
+            f"{SHM} is full, so that a loader worker could not pass on a batch: free space in it, enlarge it "
             f"(docker run --shm-size, or --ipc=host), or {lower}"
         )
     if out_of_memory(error):
         return UserError(f"a loader worker is out of memory: {lower}")
-    if IN_WORKER in text:  # it raised an exception, with its traceback in the message: a bug
+    if IN_WORKER in text:  # the worker raised an exception, whose traceback is in the message: a bug
         return None
     if "killed by signal" in text:
         return UserError(f"a loader worker was killed, perhaps for lack of memory: {lower}")

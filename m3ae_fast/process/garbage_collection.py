@@ -1,4 +1,4 @@
-"""Python's garbage collector under control: it would stop one rank at any time, and all others with it."""
+"""Scheduled garbage collection: otherwise, a collection may delay one rank at any time, and with it all others."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ EVERY = 1000  # steps
 
 
 class GarbageCollection:
-    """Collects every so many steps, on all ranks in the same step; use as a context manager around the loop.
+    """A context manager for the training loop that collects garbage at fixed intervals, on all ranks in the same step.
 
-    What exists at the first step (modules, code, the model) is frozen: no collection looks at it again. torchtitan
-    does the same.
+    Objects that exist at the first step (modules, code, the model) are frozen, so that later collections skip them.
+    torchtitan does the same.
     """
 
     def __enter__(self) -> GarbageCollection:
@@ -27,7 +27,8 @@ class GarbageCollection:
             gc.enable()
 
     def after_step(self, step: int) -> None:
-        """Collect only the youngest objects, but now and then all: cycles of tensors must be freed too."""
+        """Collect young objects every EVERY // 10 steps, and all objects every EVERY steps, to free old cycles of
+        tensors."""
         if step % EVERY == 0:
             gc.collect()
         elif step % (EVERY // 10) == 0:

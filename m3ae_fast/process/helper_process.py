@@ -17,9 +17,10 @@ _POLL_S = 0.1  # seconds between checks that the parent still lives
 
 
 class Standby:
-    """A process that waits for one function to run. As a context manager it ends with the block.
+    """A process that waits for a function to run, and runs only one. As a context manager, it is killed at the end of
+    the block.
 
-    A program creates it first, so that it inherits none of the threads, connections and GPU memory that follow.
+    A program creates it first, so that it does not inherit threads, connections or GPU memory.
     """
 
     def __init__(self) -> None:
@@ -30,8 +31,8 @@ class Standby:
         theirs.close()
 
     def start(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Run `work(parent, *arguments)` in the process; `parent` is the id of this one. All of it must be picklable.
-        Does nothing if the process has been given work before, or has ended."""
+        """Run `work(parent, *arguments)` in the process, where `parent` is the id of this process. The function and its
+        arguments must be picklable. Does nothing if the process has been given work before, or has ended."""
         if not self._work.closed:
             with self._work, contextlib.suppress(BrokenPipeError):
                 self._work.send((work, arguments))
@@ -54,7 +55,7 @@ def _stand_by(given: Connection, parent: int) -> None:
     while not given.poll(_POLL_S):
         if os.getppid() != parent:
             return
-    with contextlib.suppress(EOFError):  # the program has no work for it
+    with contextlib.suppress(EOFError):  # the program ended without giving it work
         work, arguments = given.recv()
         work(parent, *arguments)
 
@@ -63,6 +64,8 @@ def _stand_by(given: Connection, parent: int) -> None:
 class Node:
     """The ranks of a program on this node."""
 
-    run: str  # a name that no other run on the node has
+    run: str  # a name that is unique among the runs on the node
     ranks: Sequence[int]
-    fetcher: Standby | None = None  # this rank's; the first rank's downloads shards. None: started with the loader
+    fetcher: Standby | None = (
+        None  # of this rank; the leader's process downloads shards. None: it is started with the loader
+    )

@@ -10,18 +10,19 @@ from zlib import crc32
 
 from m3ae_fast.base.errors import UserError
 
-_FIRST_PORT, _PORTS = 10_000, 20_000  # below those that systems give to clients
+_FIRST_PORT, _PORTS = 10_000, 20_000  # below the ports that systems assign to clients
 
 
 class Launcher(NamedTuple):
-    """Names of the variables that a launcher sets; of alternatives the first that is set counts."""
+    """Names of the environment variables that a launcher sets. Of several alternatives, the first that is set is
+    used."""
 
     name: str
     rank: str
     world: str
     local_rank: tuple[str, ...]
     local_world: tuple[str, ...]
-    job: tuple[str, ...]  # what tells apart the runs on a machine
+    job: tuple[str, ...]  # variables that distinguish the runs on a node
 
 
 LAUNCHERS = (
@@ -47,17 +48,17 @@ _HOSTS = ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
 
 
 def adopt(environment: MutableMapping[str, str]) -> None:
-    """Set what torch reads of the ranks where a launcher that knows other words has started this process and others;
-    what is set already stays. Raises UserError if several processes were started, of which this is to be a run of
-    its own, or nothing says where the others are."""
+    """Set torch's environment variables for distributed runs if srun or an MPI launcher has started several processes.
+    Variables that are set already are kept. Raises UserError if WORLD_SIZE contradicts the launcher, or if the address
+    of rank 0 is unknown."""
     found = next((one for one in LAUNCHERS if environment.keys() >= {one.rank, one.world}), None)
     if found is None or environment[found.world] == "1":
         return
     if environment.get("WORLD_SIZE") == "1":
         raise UserError(
-            f"{found.name} has started {environment[found.world]} processes, but WORLD_SIZE=1 makes each a run of its "
-            f"own: start `{found.name} python m3ae_fast/train.py` without WORLD_SIZE, or torchrun with --nnodes and "
-            f"--rdzv-endpoint; for separate runs, unset {found.world}"
+            f"{found.name} has started {environment[found.world]} processes, but WORLD_SIZE=1 makes each a separate "
+            f"run: start `{found.name} python m3ae_fast/train.py` without WORLD_SIZE, or torchrun with --nnodes and "
+            f"--rdzv-endpoint; if separate runs are intended, unset {found.world}"
         )
     if "WORLD_SIZE" not in environment and "RANK" not in environment:
         for name, value in _read(found, environment).items():
@@ -65,14 +66,14 @@ def adopt(environment: MutableMapping[str, str]) -> None:
 
 
 def alone() -> bool:
-    """Return whether this process is the only rank. Raises UserError as `adopt`."""
+    """Return whether this process is the only rank. Raises UserError as `adopt` does."""
     environment = dict(os.environ)
     adopt(environment)
     return environment.get("WORLD_SIZE", "1") in ("", "1")
 
 
 def _read(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
-    told = {"RANK": environment[launcher.rank], "WORLD_SIZE": environment[launcher.world]}
+    variables = {"RANK": environment[launcher.rank], "WORLD_SIZE": environment[launcher.world]}
     local_rank = _first(environment, ("LOCAL_RANK", *launcher.local_rank))
     if local_rank is None:
         raise UserError(
@@ -80,25 +81,26 @@ def _read(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
             "set LOCAL_RANK"
         )
     local_world = _first(environment, launcher.local_world) or _of_step(environment) or "1"
-    told |= {"LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world}
+    variables |= {"LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world}
     hosts = _first(environment, _HOSTS)
-    if hosts is None and local_world != told["WORLD_SIZE"] and "MASTER_ADDR" not in environment:
-        raise UserError(f"{launcher.name} does not tell its processes where rank 0 is: set MASTER_ADDR to its host")
-    told["MASTER_ADDR"] = first_host(hosts) if hosts else "127.0.0.1"
+    if hosts is None and local_world != variables["WORLD_SIZE"] and "MASTER_ADDR" not in environment:
+        raise UserError(f"{launcher.name} does not provide the address of rank 0: set MASTER_ADDR to its host")
+    variables["MASTER_ADDR"] = first_host(hosts) if hosts else "127.0.0.1"
     job = ".".join(environment.get(name, "") for name in launcher.job)
-    told["MASTER_PORT"] = str(_FIRST_PORT + crc32(job.encode()) % _PORTS)
-    return told
+    variables["MASTER_PORT"] = str(_FIRST_PORT + crc32(job.encode()) % _PORTS)
+    return variables
 
 
 def first_host(nodes: str) -> str:
-    """Return the first host of a list as SLURM writes it: `gpu[003-008,011],login1` begins with gpu003."""
+    """Return the first host of a list in SLURM's notation: gpu003 for `gpu[003-008,011],login1`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
-    assert first is not None  # it matches nothing, too
+    assert first is not None  # it also matches the empty string
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
 def _of_step(environment: Mapping[str, str]) -> str | None:
-    """Return the tasks of this node where SLURM says them of all, as in `8(x62),4`."""
+    """Return the number of tasks on this node, from SLURM's list for all nodes, such as `8(x62),4`; None without a
+    list."""
     counts: list[str] = []
     for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):

@@ -1,4 +1,4 @@
-"""Ranks and devices, and how ranks agree."""
+"""Ranks and their devices, and host-side communication between ranks."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m3ae_fast.base.errors import UserError, attempt, raise_shared, told
+from m3ae_fast.base.errors import UserError, attempt, error_report, raise_shared
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.launchers import adopt
-from m3ae_fast.process.node_groups import Room, Sums, machine, rooms_of
+from m3ae_fast.process.node_groups import HeartbeatGroup, Sums, heartbeat_groups, node_name
 from m3ae_fast.process.workers import allow_open_files
 
 T = TypeVar("T")
 Waiting = Callable[[], AbstractContextManager[None]]
-# deepspeed and torchrun both set these, `adopt` where another launcher has started the ranks; plain `python` sets none
+# set by deepspeed and torchrun, and by `adopt` for other launchers; not set by plain `python`
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-_OTHER_FILES = 200  # libraries, shards, logs
+_OTHER_FILES = 200  # open files of libraries, shards and logs
 TIMEOUT = timedelta(minutes=30)  # for the last rank to join
-CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Pulse` ends a run in which nothing moves
+CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Pulse` ends a run that stalls
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them."""
+    """The distributed environment of this process: its rank, its device and its communication with the other ranks."""
 
     rank: int
     world: int
     local_rank: int
     device: torch.device
-    control: dist.ProcessGroup  # gloo, for host numbers: no GPU ever waits for it
-    hosts: list[str]  # the machine of each rank
-    of_node: list[int]  # the ranks of this machine
+    control: dist.ProcessGroup  # gloo, for host numbers; GPUs never wait for it
+    hosts: list[str]  # the host name of each rank
+    of_node: list[int]  # the ranks of this node
     store: dist.Store
-    lasting: dist.Store  # which a launcher that dies leaves to the ranks
-    rooms: list[Room]  # for heartbeats
+    lasting: dist.Store  # stays available to the ranks if the launcher dies
+    heartbeat_groups: list[HeartbeatGroup]
     sums: Sums
 
     @property
@@ -52,15 +52,15 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Return the element-wise sum over ranks, of host numbers."""
+        """Return the element-wise sum of host numbers over all ranks."""
         return self.start_sum(values)()
 
     def sum_tensor(self, values: Tensor) -> Tensor:
-        """Return the element-wise sum over ranks of a float64 tensor on the CPU, in its place."""
+        """Sum a float64 tensor on the CPU element-wise over all ranks, in place, and return it."""
         return self.sums.start(values)()
 
     def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
-        """Begin a `sum`; the result is waited for where it is called, in the same order on every rank."""
+        """Start a `sum`, and return a function that waits for the result. All ranks must wait in the same order."""
         if self.world == 1:
             alone = [float(value) for value in values]
             return lambda: alone
@@ -69,7 +69,7 @@ class Ranks:
 
     def from_main(self, value: T) -> T:
         """Return rank 0's picklable `value` on every rank."""
-        if self.world == 1:  # gloo's threads could be in the interpreter when a loader worker is forked
+        if self.world == 1:  # gloo's threads could be in the interpreter while a loader worker is forked
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
@@ -88,29 +88,29 @@ class Ranks:
         return values
 
     def on_main(self, work: Callable[[], T]) -> T | None:
-        """Run `work` on rank 0 and wait for it: its result there, None elsewhere. An error of it ends every rank, as
-        `raise_shared` says."""
+        """Run `work` on rank 0 while the other ranks wait. Return its result on rank 0 and None elsewhere. An error is
+        raised on every rank; see `raise_shared`."""
         result, error = _attempt(work) if self.is_main else (None, None)
-        raise_shared(error, [self.from_main(told(error, "rank 0"))])
+        raise_shared(error, [self.from_main(error_report(error, "rank 0"))])
         return result
 
     def broadcast(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 and return its picklable result on every rank; errors as in `on_main`."""
+        """Run `work` on rank 0 and return its picklable result on every rank. Errors are raised as in `on_main`."""
         return cast(T, self.from_main(self.on_main(work)))
 
     def together(self, work: Callable[[], T], waiting: Waiting = nullcontext) -> T:
-        """Run `work` on every rank and wait for all. Errors of any rank as in `on_main`.
+        """Run `work` on every rank and wait for all ranks. An error on any rank is raised as in `on_main`.
 
-        `waiting`: entered while this rank waits for others."""
+        `waiting`: context that is entered while this rank waits for other ranks."""
         result, error = _attempt(work)
         with waiting():
-            all_told = self.gather(told(error, f"rank {self.rank}"))
-        raise_shared(error, all_told)
+            reports = self.gather(error_report(error, f"rank {self.rank}"))
+        raise_shared(error, reports)
         return cast(T, result)
 
     def main_first(self, work: Callable[[], T], waiting: Waiting = nullcontext) -> T:
-        """Run `work` on rank 0, then on the others, which find there what it wrote to disk, and wait for all: no rank
-        is late for what follows, which may have a shorter timeout. Errors and `waiting` as in `together`."""
+        """Run `work` on rank 0, then on the other ranks, which can use the files that rank 0 wrote. Wait for all ranks,
+        so that no rank is late for later operations with a shorter timeout. Errors and `waiting` as in `together`."""
         first = self.together(lambda: work() if self.is_main else None, waiting)
         return self.together(lambda: cast(T, first) if self.is_main else work(), waiting)
 
@@ -133,18 +133,19 @@ class Ranks:
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    """Do as `attempt` does, with an error that `explain` has a line for as that line."""
+    """Return the result of `work`, or its error, as `attempt` does; an error that `explain` recognises becomes a
+    UserError."""
     result, error = attempt(work)
     return result, error and (explain(error) or error)
 
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """Join the process group, nccl where there is CUDA, else gloo, and leave it at the end: without that a ZeRO-3 run
-    on gloo ends in SIGABRT.
+    """Join the process group (nccl with CUDA, otherwise gloo), yield the ranks, and leave the group at the end. Without
+    leaving it, a ZeRO-3 run on gloo ends in SIGABRT.
 
     Raises:
-        UserError: what a launcher sets in the environment makes no sense, this node has too few GPUs, or other ranks
+        UserError: the launcher's environment variables are inconsistent, this node has too few GPUs, or other ranks
             cannot be reached.
     """
     try:
@@ -158,40 +159,46 @@ def _joined() -> Ranks:
     try:
         return _join()
     except ValueError as error:
-        raise UserError(f"{error}; start ranks with deepspeed, torchrun or srun, which set it") from None
+        raise UserError(f"{error}; start the ranks with deepspeed, torchrun or srun, which set it") from None
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and explain(error) is None:  # gloo's have no class of their own
+        if not isinstance(error, dist.DistError) and explain(error) is None:  # gloo's errors have no class of their own
             raise
         who, reason = "rank {RANK} of {WORLD_SIZE}".format_map(os.environ), str(error).strip().splitlines()[0]
-        raise UserError(f"{who} cannot join the others ({reason}): check that all ranks have been started") from None
+        raise UserError(
+            f"{who} cannot join the other ranks ({reason}): check that all ranks have been started"
+        ) from None
 
 
 def _join() -> Ranks:
     adopt(os.environ)
-    allow_open_files()  # rank 0 may hold a connection of every other one
+    allow_open_files()  # rank 0 may hold a connection to every other rank
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    # torchrun's name and deepspeed's for the ranks of this node
+    # torchrun's and deepspeed's variables for the number of ranks on this node
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
     rank, world, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if rank >= world:
-        raise UserError(f"RANK={rank} and WORLD_SIZE={world} in the environment: ranks are numbered from 0")
+        raise UserError(
+            f"RANK={rank} and WORLD_SIZE={world} in the environment: ranks must be from 0 to WORLD_SIZE - 1"
+        )
     _require_files(rank, world)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= (count := torch.cuda.device_count()):
-            raise UserError(f"rank {rank} needs GPU {local_rank} of this node, which has {count}: start fewer ranks")
+            raise UserError(
+                f"rank {rank} needs GPU {local_rank} of this node, which has only {count}: start fewer ranks"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, _number("LOCAL_WORLD_SIZE"))))
     control, store = _connect(rank, world, device)
     gather = partial(_gather, world=world, group=control)
-    hosts, machines = gather(socket.gethostname()), gather(machine())
-    of_node = [other for other, name in enumerate(machines) if name == machines[rank]]
-    rooms = rooms_of(rank, machines, store, gather, TIMEOUT)
-    sums, lasting = Sums(rank, machines, control, CONTROL_TIMEOUT), _lasting(store, rank, gather)
-    return Ranks(rank, world, local_rank, device, control, hosts, of_node, store, lasting, rooms, sums)
+    hosts, nodes = gather(socket.gethostname()), gather(node_name())
+    of_node = [other for other, name in enumerate(nodes) if name == nodes[rank]]
+    groups = heartbeat_groups(rank, nodes, store, gather, TIMEOUT)
+    sums, lasting = Sums(rank, nodes, control, CONTROL_TIMEOUT), _lasting(store, rank, gather)
+    return Ranks(rank, world, local_rank, device, control, hosts, of_node, store, lasting, groups, sums)
 
 
 def _gather(value: T, world: int, group: dist.ProcessGroup) -> list[T]:
@@ -203,30 +210,31 @@ def _gather(value: T, world: int, group: dist.ProcessGroup) -> list[T]:
 
 
 def _require_files(rank: int, world: int) -> None:
-    """Raise UserError if the connections to other ranks are more than this process may have files open."""
-    needed = (4 if rank == 0 else 3) * world + _OTHER_FILES  # of groups, and of the store's clients
+    """Raise UserError if connections to the other ranks would exceed this process's limit of open files."""
+    needed = (4 if rank == 0 else 3) * world + _OTHER_FILES  # connections of groups and of the store's clients
     if (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < needed and limit != resource.RLIM_INFINITY:
         raise UserError(
-            f"rank {rank} of {world} opens up to {needed:,} files, and the limit here is {limit:,}: raise it with "
+            f"rank {rank} of {world} opens up to {needed:,} files, but the limit is {limit:,}: raise it with "
             f"`ulimit -n {needed}` before the start, or the hard limit (`ulimit -Hn`) in /etc/security/limits.conf"
         )
 
 
 def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessGroup, dist.Store]:
-    """Return `Ranks.control` and `store`."""
+    """Return the control group and the store of all ranks (`Ranks.control` and `Ranks.store`)."""
     if world == 1:
-        store: dist.Store = dist.HashStore()  # needs no address and no port
+        store: dist.Store = dist.HashStore()  # requires no address and no port
     else:
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
     backend = "gloo" if device.type == "cpu" else "nccl"
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that NCCL remembers
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # number of collectives in NCCL's flight recorder
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return cast(dist.ProcessGroup, control), store
 
 
 def _lasting(store: dist.Store, rank: int, gather: Callable[[int], list[int]]) -> dist.Store:
-    """Return a store that lives in a rank: torchrun's ends with its agent, after which ranks still have to save."""
+    """Return a store hosted by a rank: torchrun's store ends with its agent, after which the ranks still have to
+    save."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
     own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
@@ -237,5 +245,5 @@ def _lasting(store: dist.Store, rank: int, gather: Callable[[int], list[int]]) -
 def _number(name: str) -> int:
     value = os.environ[name]
     if not value.isdecimal():
-        raise UserError(f"{name}={value} in the environment: must be a whole number; deepspeed and torchrun set it")
+        raise UserError(f"{name}={value} in the environment: must be an integer; deepspeed and torchrun set it")
     return int(value)

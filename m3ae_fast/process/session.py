@@ -1,4 +1,4 @@
-"""The beginning and the end of every program on several ranks."""
+"""Start and end of programs that run on several ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from m3ae_fast.process.stopping import Stopped
 
 
 class Session(NamedTuple):
-    """What a program on several ranks has: the ranks, who asks them to stop, their pulse, and who fetches."""
+    """The parts of a program on several ranks: the ranks, stop requests, heartbeats and the process that downloads
+    shards."""
 
     ranks: Ranks
     stop: StopRequest
@@ -25,14 +26,14 @@ class Session(NamedTuple):
     fetcher: Standby
 
     def node(self) -> Node:
-        """Return the ranks of this machine. Every rank must call it."""
+        """Return the ranks of this node. Every rank must call this method."""
         return Node(self.ranks.from_main(uuid.uuid4().hex), self.ranks.of_node, self.fetcher)
 
 
 def raise_once(error: Exception, ranks: Ranks) -> NoReturn:
-    """Raise what `explain` makes of an error that other ranks may share, on the rank that comes here first; the others
-    exit with its code, and ranks that end because of another one's bug print nothing either. What `explain` has no line
-    for is raised as it is."""
+    """Report an error that other ranks may share only once. The first rank that calls this raises the UserError of
+    `explain`; the other ranks exit with its code. Ranks that end because of another rank's bug print nothing. An error
+    that `explain` does not recognise is raised unchanged."""
     shown = explain(error)
     if shown is None:
         raise error
@@ -48,12 +49,12 @@ def _first(shown: UserError, ranks: Ranks) -> tuple[bool, int]:
     """Return whether this rank is the first to end with an error, and the exit code of the first one."""
     try:
         return ranks.first_error(shown.exit_code)
-    except RuntimeError:  # rank 0 has taken the store with it
-        if not isinstance(shown, RankLost):  # which it printed
+    except RuntimeError:  # the store has ended with rank 0
+        if not isinstance(shown, RankLost):  # rank 0 has printed it
             return False, shown.exit_code
     try:
         return ranks.first_error(shown.exit_code, of_node=True)
-    except RuntimeError:  # the store of this node was in rank 0, or has ended too
+    except RuntimeError:  # rank 0 hosted the store of this node, or that store has ended too
         return True, shown.exit_code
 
 
@@ -61,23 +62,23 @@ def _first(shown: UserError, ranks: Ranks) -> tuple[bool, int]:
 def joined_program() -> Iterator[Session]:
     """Join the other ranks for as long as the program runs.
 
-    An error that `explain` has a line for is printed once, by the first rank that meets it; all exit with its code. One
-    that follows from a rank that left before there was anything to save is ignored: the program ends there, as it does
-    where all ranks are Stopped.
+    An error that `explain` recognises is printed once, by the first rank that has it, and all ranks exit with its code.
+    An error caused by a rank that stopped before there was anything to save is ignored: the program then ends normally,
+    as it does if all ranks raise Stopped.
     """
     with (
-        Standby() as fetcher,  # forked before there are threads, connections to other ranks, or a GPU's memory
+        Standby() as fetcher,  # forked before there are threads, connections to other ranks or GPU memory
         StopRequest() as stop,
         join_ranks() as ranks,
-        Pulse(ranks.rank, ranks.rooms, ranks.store, stop) as pulse,
+        Pulse(ranks.rank, ranks.heartbeat_groups, ranks.store, stop) as pulse,
     ):
-        stop.joined(pulse.tell_stop)
+        stop.joined(pulse.request_stop)
         try:
             yield Session(ranks, stop, pulse, fetcher)
         except Stopped:
             return
         except Exception as error:
-            if pulse.stop_told():  # a rank that left has taken its connections with it
+            if pulse.stop_requested():  # a rank that stopped has closed its connections
                 stop.leave(BY_ANOTHER)
                 return
             raise_once(error, ranks)

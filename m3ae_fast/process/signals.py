@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM, SIGUSR1, a closed terminal and a vanished launcher ask the run to save and exit."""
+"""Stop requests: Ctrl-C, SIGTERM, SIGUSR1, a closed terminal and the end of the launcher ask the run to save and
+exit."""
 
 from __future__ import annotations
 
@@ -15,22 +16,23 @@ import psutil
 
 from m3ae_fast.base.stop_signals import SIGNALS
 
-_TICK_S = 0.25  # between looks at the launcher
-_GRACE_S = 3.0  # for the main thread to tidy up when there is nothing to save
-_JOIN_S = 60.0  # given to a rank that is asked to stop before it has joined the others: it must notify them
-_ORPHAN_S = 10.0  # the same where the launcher has gone, perhaps with the store in which ranks meet
-_LAUNCHER_GONE = "the launcher is gone"
+_TICK_S = 0.25  # seconds between checks of the launcher
+_GRACE_S = 3.0  # seconds for the main thread to clean up if there is nothing to save
+_JOIN_S = 60.0  # seconds for a rank that is asked to stop before it has joined the other ranks: it must notify them
+_ORPHAN_S = 10.0  # the same if the launcher has ended, perhaps together with the rendezvous store
+_LAUNCHER_GONE = "the launcher has ended"
 BY_ANOTHER = "asked by another rank"
 _GONE = (0,)
-_TWICE_S = 2.0  # a launcher repeats a terminal's Ctrl-C; only a later one means "now"
+_TWICE_S = 2.0  # seconds; a launcher repeats a terminal's Ctrl-C, so only a later one means "now"
 
 
 class StopRequest:
-    """`asked` turns true at the first signal, or when the launcher is gone; a later Ctrl-C ends the process at once.
+    """Receiver of stop requests. `asked` becomes true at the first signal or when the launcher ends; a later Ctrl-C
+    ends the process at once.
 
-    Before `listen` there is nothing to save: the process ends by itself, with exit code 0, whatever it is doing. Use
-    as a context manager, in the main thread. A separate thread reads the signals, since Python's handlers wait while
-    the main thread is in a library.
+    Before `listen` is called there is nothing to save, and a stop request ends the process with exit code 0, whatever
+    it is doing. Use as a context manager in the main thread. A separate thread reads the signals, because Python's
+    handlers do not run while the main thread is inside a library.
     """
 
     def __init__(self) -> None:
@@ -38,8 +40,9 @@ class StopRequest:
         self._parents = _launcher_chain()
         self._listening = self._leaving = self._ended = self._reported = False
         self._first_interrupt = float("inf")
-        self._tell: Callable[[str], bool] | None = None
-        # saves what there is before `listen`, and returns what this rank says of it; "" if another rank does
+        self._notify: Callable[[str], bool] | None = None
+        # saves intermediate results before `listen`, and returns this rank's message about it; "" if another rank
+        # prints one
         self.at_leaving: Callable[[], str] | None = None
         self._lock = threading.Lock()
         self._joined = threading.Event()
@@ -54,11 +57,11 @@ class StopRequest:
         self._old_wake = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._watcher.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a program blocks them while it imports torch
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # programs block them while they import torch
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:  # from here on there is nothing to interrupt
+        with self._lock:  # from here on, there is nothing to interrupt
             self._listening = True
         signal.set_wakeup_fd(self._old_wake)
         for number, handler in self._handlers.items():
@@ -74,18 +77,19 @@ class StopRequest:
     def ask(self, reason: str) -> None:
         self.reason = self.reason or reason
 
-    def joined(self, tell: Callable[[str], bool]) -> None:
-        """Pass on the reason by `tell`, from now until `listen`, if this rank is asked to stop; `tell` returns whether
-        this rank is the first."""
-        self._tell = tell
+    def joined(self, notify: Callable[[str], bool]) -> None:
+        """Register `notify`, which forwards the reason to the other ranks if this rank is asked to stop before
+        `listen`. It returns whether this rank is the first."""
+        self._notify = notify
         self._joined.set()
 
     def listen(self) -> None:
-        """Leave it to the run, from now on, to look at `asked` and save."""
+        """From now on, leave it to the run to check `asked` and save."""
         self._listening = True
 
     def leave(self, reason: str) -> None:
-        """Save what there is before `listen`, in the main thread: another rank left first, and nothing can go on."""
+        """Save intermediate results before `listen`, in the main thread, because another rank has stopped and this rank
+        cannot continue."""
         self.ask(reason)
         with self._lock:
             if not self._listening:
@@ -93,7 +97,7 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self._leaving:
-            if self._ended:  # two signals may be handled late, the second while the interpreter shuts down
+            if self._ended:  # two signals may be handled late, and the second while the interpreter shuts down
                 return
             self._ended = True
             raise SystemExit(0)
@@ -104,7 +108,7 @@ class StopRequest:
                 raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        woken = select.poll()  # select() fails where a thousand files are open
+        woken = select.poll()  # select() fails if a thousand files are open
         woken.register(self._wakes, select.POLLIN)
         while True:
             if woken.poll(1000 * _TICK_S):
@@ -121,14 +125,14 @@ class StopRequest:
                 self._leave()
 
     def _leave(self) -> None:
-        """End a process that has nothing to save: by an exception in the main thread, or else at once."""
+        """End a process that has nothing to save: by an exception in the main thread, or by force if that fails."""
         self._joined.wait(_ORPHAN_S if self.reason == _LAUNCHER_GONE else _JOIN_S)
         first = True
-        if self._tell:
-            with contextlib.suppress(Exception):  # the store has gone with the process that held it
-                first = self._tell(self.reason)
+        if self._notify:
+            with contextlib.suppress(Exception):  # the store ended with the process that hosted it
+                first = self._notify(self.reason)
         with self._lock:
-            if self._listening:  # meanwhile it has begun to train, or ended
+            if self._listening:  # training has begun or ended in the meantime
                 return
             self._report(first)
             self._leaving = True
@@ -138,47 +142,48 @@ class StopRequest:
         os._exit(0)
 
     def _report(self, first: bool) -> None:
-        """Save what there is and say it, once. Of nothing that is saved only the rank speaks that asked `first`."""
+        """Save intermediate results and print a message, once. If there is nothing to save, only the rank that asked
+        `first` prints."""
         if self._reported:
             return
         self._reported = True
         if self.at_leaving is None:
-            said = f"before the first step ({self.reason}); nothing to save" if first else ""
+            message = f"before the first step ({self.reason}); nothing to save" if first else ""
         else:
-            said = self._saved(self.at_leaving)
-        if said:
+            message = self._saved(self.at_leaving)
+        if message:
             with contextlib.suppress(OSError):
-                os.write(2, f"stopped {said}\n".encode())
+                os.write(2, f"stopped {message}\n".encode())
 
     def _saved(self, save: Callable[[], str]) -> str:
-        """Save what there is, and return what to say of a process that leaves."""
+        """Save intermediate results, and return the message about this process's end."""
         try:
-            said = save()
-            return f"({self.reason}); {said}" if said else ""
-        except Exception as error:  # this thread must live on to end the process
-            return f"({self.reason}); what was found so far is lost: {error}"
+            message = save()
+            return f"({self.reason}); {message}" if message else ""
+        except Exception as error:  # this thread must survive to end the process
+            return f"({self.reason}); saving the intermediate results failed: {error}"
 
 
 def _ignored(number: int) -> bool:
-    """Return whether whoever started this process wants the signal to be ignored, as nohup does."""
+    """Return whether this process was started with the signal ignored, for example by nohup."""
     return signal.getsignal(number) == signal.SIG_IGN
 
 
 def kill_children() -> None:
-    """Kill all child processes: needed where this process exits without cleaning up."""
+    """Kill all child processes, before this process exits without cleaning up."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
 
 
 def _launcher_chain() -> tuple[int, ...] | None:
-    """Return the processes whose end should end this one: none under plain `python`, which may outlive its shell;
-    torchrun's agent; and deepspeed's inner and outer launcher, since the outer one forwards no SIGTERM when it dies.
-    _GONE if a launcher started this process and is no more."""
+    """Return the ids of the launcher processes whose end should end this process: torchrun's agent, or deepspeed's
+    inner and outer launcher, because the outer launcher does not forward SIGTERM when it dies. Return None under plain
+    `python`, which may outlive its shell, and _GONE if a launcher started this process and has ended."""
     elastic, deepspeed = ("TORCHELASTIC_RUN_ID" in os.environ, "CROSS_SIZE" in os.environ)
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(os.getppid())
-        if elastic and "python" in os.path.basename(parent.exe()):  # not the init that takes in orphans
+        if elastic and "python" in os.path.basename(parent.exe()):  # not the init process that adopts orphans
             return (parent.pid,)
         if any("deepspeed.launcher.launch" in word for word in parent.cmdline()):
             return parent.pid, parent.ppid()

@@ -1,4 +1,4 @@
-"""Work in batches that all ranks leave together when one of them is asked to stop."""
+"""Loops over batches that all ranks leave at the same batch when one of them is asked to stop."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """Raised on all ranks at the same batch."""
+    """Raised on all ranks at the same batch after a stop request."""
 
 
 def until_stopped(batches: Iterable[T], ranks: Ranks, stop: StopRequest) -> Iterator[T]:
-    """Yield batches, of which ranks have equally many. Raises Stopped before one if a rank is asked to stop."""
+    """Yield batches; all ranks must have the same number. Raises Stopped before the next batch if a rank is asked to
+    stop."""
     for batch in batches:
         if any(ranks.sum([stop.asked])):
             raise Stopped

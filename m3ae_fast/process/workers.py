@@ -1,4 +1,4 @@
-"""Loader processes: how many, and what they do with signals."""
+"""Data-loader worker processes: their number, their signals and their end."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from torch._utils import ExceptionWrapper  # with which a DataLoader's workers hand over their exceptions
+from torch._utils import ExceptionWrapper  # carries exceptions from DataLoader workers to the main process
 from torch.utils.data import DataLoader
 
-from m3ae_fast.base import forking  # noqa: F401  # for its effect on workers
+from m3ae_fast.base import forking  # noqa: F401  # imported for its effect on forked workers
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.stop_signals import SIGNALS
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS = 16
-SHM = Path("/dev/shm")  # where workers put the batches that they hand over
-IN_WORKER = "in DataLoader worker process"  # how torch marks an exception that a worker raised
-_LEAVING_S = 5.0  # for workers, before they are killed
-# Before Python 3.12 a worker never wakes from its fork where a thread that is not Python's, as gloo's that frees the
-# tensor of a collective, enters the interpreter in that moment: those at it get the time to leave.
+SHM = Path("/dev/shm")  # where workers place batches for the main process
+IN_WORKER = "in DataLoader worker process"  # torch's mark of an exception that a worker raised
+_LEAVING_S = 5.0  # seconds for workers to exit before they are killed
+# Before Python 3.12, a forked worker hangs if a non-Python thread enters the interpreter during the fork, such as
+# gloo's thread that frees the tensor of a collective. This pause gives such threads time to leave.
 _SETTLING_S = 0.02
 _LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 
 
 def default_workers() -> int:
-    """Return the number of loader processes for a rank: the cores it has to itself but one, 1 to MAX_WORKERS."""
+    """Return the default number of loader processes per rank: one less than the rank's share of the cores, from 1 to
+    MAX_WORKERS."""
     ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return min(MAX_WORKERS, max(1, len(os.sched_getaffinity(0)) // ranks - 1))
 
 
 def allow_open_files() -> None:
-    """Raise the soft limit of open files, usually 1024: a tensor that a worker hands over is one, and a connection."""
+    """Raise the soft limit of open files, usually 1024: each tensor from a worker and each connection is an open
+    file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(1 << 16, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -52,21 +54,23 @@ def allow_open_files() -> None:
 
 
 def keep_socket_paths_short() -> None:
-    """Have multiprocessing make its sockets in /tmp where TMPDIR is too long: their paths may have 107 bytes."""
+    """Set multiprocessing to create its sockets in /tmp if TMPDIR is too long: socket paths are limited to 107
+    bytes."""
     if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
         before, tempfile.tempdir = tempfile.tempdir, "/tmp"
-        util.get_temp_dir()  # type: ignore[attr-defined]  # remembered, also by processes forked from here on
+        util.get_temp_dir()  # type: ignore[attr-defined]  # cached, also in processes that are forked later
         tempfile.tempdir = before
 
 
-_started: list[BaseProcess] = []  # workers of this process
+_started: list[BaseProcess] = []  # the workers that this process has started
 os.register_at_fork(after_in_child=_started.clear)
 
 
-@atexit.register  # after multiprocessing's, and so called before it, which waits for a frozen worker for ever
+# registered after multiprocessing's handler, hence called before it: that one would wait for a frozen worker forever
+@atexit.register
 def _end_started() -> None:
     """Terminate all remaining workers at program exit, regardless of their state."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises if a worker is killed
     for worker in _started:
         worker.terminate()
     until = time.monotonic() + _LEAVING_S
@@ -76,7 +80,7 @@ def _end_started() -> None:
             worker.kill()
 
 
-class Beside(Protocol):
+class Companion(Protocol):
     """A process that is started together with the workers and notified of each batch."""
 
     def begin(self) -> None: ...
@@ -84,28 +88,29 @@ class Beside(Protocol):
 
 
 class Loader(DataLoader[T_co]):
-    """A DataLoader whose workers leave signals to the main process from their first moment.
+    """A DataLoader whose workers leave signals to the main process from their start.
 
-    `beside` may be set before the first batch.
+    `companion` may be set before the first batch.
     """
 
-    beside: Beside | None = None
+    companion: Companion | None = None
 
     def __iter__(self) -> Any:
         keep_socket_paths_short()
         if self.num_workers:
             time.sleep(_SETTLING_S)
         with signals_blocked():
-            if self.beside is not None:
-                self.beside.begin()
+            if self.companion is not None:
+                self.companion.begin()
             batches = super().__iter__()
         _started[:] = {*(worker for worker in _started if worker.is_alive()), *getattr(batches, "_workers", ())}
         raised = _Batches(batches)
-        return raised if self.beside is None else self.beside.watch(raised)
+        return raised if self.companion is None else self.companion.watch(raised)
 
 
 class _Batches(Iterator[T]):
-    """A DataLoader's batches; a UserError that a worker raises keeps its one line, without torch's traceback."""
+    """Iterator over a DataLoader's batches. A UserError raised in a worker keeps its one-line message, without torch's
+    traceback."""
 
     def __init__(self, batches: Iterator[T]) -> None:
         self._batches = batches
@@ -122,7 +127,7 @@ class _Batches(Iterator[T]):
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block signals meanwhile: processes forked in the block inherit the mask, and so do their threads."""
+    """Block signals in the context: processes forked in it inherit the mask, and so do their threads."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -131,32 +136,32 @@ def signals_blocked() -> Iterator[None]:
 
 
 def start_worker(worker: int) -> None:
-    """Ignore signals sent to the whole process group: they are for the main process, which may want to save first.
+    """Ignore signals sent to the whole process group. They are meant for the main process, which may save first.
 
-    A worker that died of one would stop it with an error. All are blocked here already (`Loader`).
+    A worker killed by such a signal would make the main process fail. `Loader` has blocked all of them already.
     """
-    signal.set_wakeup_fd(-1)  # the main process's
+    signal.set_wakeup_fd(-1)  # inherited from the main process
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # where workers are spawned
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # needed if workers are spawned
     threading.Thread(target=_await_end, daemon=True).start()
     Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
 
 
 def _send_error(queue: Queue[Any], error: Exception, unsent: object) -> None:
-    """Send, in place of a batch that cannot be sent, the error, which the DataLoader raises in the main process: the
-    queue would drop the batch, and the main process wait for it for ever."""
+    """Replace a batch that cannot be sent by the error, which the DataLoader raises in the main process. Otherwise, the
+    queue would drop the batch, and the main process would wait for it forever."""
     try:
-        number, _ = cast("tuple[int, Any]", unsent)  # or what was pickled already, if the pipe is lost
+        number, _ = cast("tuple[int, Any]", unsent)  # already pickled bytes if the pipe is lost
         info = torch.utils.data.get_worker_info()
         where = f"{IN_WORKER} {info.id if info else '?'}"
         queue.put((number, ExceptionWrapper((type(error), error, error.__traceback__), where)))
-    except BaseException:  # no memory for that either
+    except BaseException:  # no memory to send the error either
         os._exit(1)
 
 
 def _await_end() -> None:
-    """End the worker when it is the main process that terminates it."""
+    """Exit when the main process sends SIGTERM; SIGTERM from other processes is ignored."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         continue
     os._exit(0)

@@ -1,1 +1,1 @@
-"""The frozen VQGAN whose token ids may be what masked patches are predicted as."""
+"""The frozen VQGAN whose token ids may be the targets of masked patches."""

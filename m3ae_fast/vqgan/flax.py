@@ -1,4 +1,4 @@
-"""The official tokenizer file (flax's msgpack) -> our VQGAN."""
+"""Conversion of the official tokenizer file (flax's msgpack) to this package's VQGAN."""
 
 from __future__ import annotations
 
@@ -21,38 +21,40 @@ _PARTS = {"GroupNorm_0": "norm1", "Conv_0": "conv1", "GroupNorm_1": "norm2", "Co
 
 
 def convert_vqgan(path: str | Path, out: str | Path) -> VQGAN:
-    """Write the official tokenizer file `path` as safetensors + config.json into the folder `out`. Raises UserError
-    if the file is missing, damaged or of another model, msgpack is missing, or `out` cannot be written."""
+    """Convert the official tokenizer file `path` to safetensors and config.json in the folder `out`, and return the
+    VQGAN. Raises UserError if the file is missing, damaged or of another model, msgpack is not installed, or `out`
+    cannot be written."""
     vqgan = from_flax(_read_msgpack(Path(path)), str(path))
     vqgan.save_pretrained(out)
     return vqgan
 
 
 def from_flax(arrays: Mapping[str, np.ndarray], where: str) -> VQGAN:
-    """Return the VQGAN of arrays by flax path ("params/encoder/Conv_0/kernel"). Raises UserError if there is none."""
+    """Return the VQGAN with the weights in `arrays`, by flax path ("params/encoder/Conv_0/kernel"). Raises UserError if
+    they are not those of a VQGAN."""
     try:
         config = _config(arrays)
         vqgan = VQGAN(config)
     except (LookupError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{where}: not the weights of a MaskGIT VQGAN ({type(error).__name__}: {error})") from None
     names = {path: _our_name(path, config) for path in arrays}
-    strange = next((path for path, name in names.items() if name is None), None)
-    if strange is not None:
-        raise UserError(f"{where}: has {strange}, which a MaskGIT VQGAN lacks")
+    unknown = next((path for path, name in names.items() if name is None), None)
+    if unknown is not None:
+        raise UserError(f"{where}: has {unknown}, which does not exist in a MaskGIT VQGAN")
     for path, array in arrays.items():
         if array.dtype.kind != "f":
-            raise UserError(f"{where}: {path} is {array.dtype}, but weights are floats")
+            raise UserError(f"{where}: {path} has dtype {array.dtype}, but weights must be floating-point")
     load_weights(vqgan, {str(names[path]): _tensor(array) for path, array in arrays.items()}, where)
     return vqgan
 
 
 def _config(arrays: Mapping[str, np.ndarray]) -> VQGANConfig:
-    """Infer sizes from the shapes."""
+    """Infer the sizes of the VQGAN from the shapes of its weights."""
 
     def count(pattern: str) -> int:
         return len({match[0] for path in arrays if (match := re.match(f"params/{pattern}_[0-9]+/", path))})
 
-    levels = count("decoder/Conv") - 1  # one before the levels, one after, and one between each two
+    levels = count("decoder/Conv") - 1  # one convolution before the levels, one after, and one between two levels
     blocks, rest = divmod(count("encoder/ResBlock"), levels + 1)
     if rest or not blocks:
         raise ValueError(f"{count('encoder/ResBlock')} blocks on {levels} levels")
@@ -63,7 +65,8 @@ def _config(arrays: Mapping[str, np.ndarray]) -> VQGANConfig:
 
 
 def _our_name(path: str, config: VQGANConfig) -> str | None:
-    """Return our name: params/encoder/ResBlock_3/Conv_0/kernel -> encoder.blocks.3.conv1.weight."""
+    """Return the parameter name of a flax path: encoder.blocks.3.conv1.weight for
+    params/encoder/ResBlock_3/Conv_0/kernel."""
     if path == "params/quantizer/codebook":
         return "codebook"
     match = re.fullmatch(
@@ -85,7 +88,8 @@ def _our_name(path: str, config: VQGANConfig) -> str | None:
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    """Return float32; a kernel [height, width, in, out] as torch has it, [out, in, height, width]."""
+    """Return an array as a float32 tensor. A kernel [height, width, in, out] becomes torch's [out, in, height,
+    width]."""
     tensor = torch.from_numpy(np.array(array, dtype=np.float32))
     return tensor.permute(3, 2, 0, 1).contiguous() if tensor.ndim == 4 else tensor
 
@@ -95,7 +99,7 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
 
     def array(code: int, data: bytes) -> Any:
         if code != _NDARRAY:
-            raise ValueError(f"extension {code}")
+            raise ValueError(f"unknown extension {code}")
         shape, dtype, values = msgpack.unpackb(data)
         return np.frombuffer(values, np.dtype(dtype)).reshape(shape)
 
@@ -103,7 +107,7 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
         return dict(_flatten(msgpack.unpackb(path.read_bytes(), ext_hook=array), ""))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # msgpack raises many kinds on hostile input
+    except Exception as error:  # msgpack raises many kinds of errors on hostile input
         raise UserError(f"{path}: not a flax msgpack file, or a damaged one ({error})") from None
 
 

@@ -1,7 +1,7 @@
-"""The image tokenizer of discretised targets: MaskGIT's VQGAN (arXiv 2202.04200, after arXiv 2012.09841), frozen.
+"""The frozen image tokenizer for discretised targets: MaskGIT's VQGAN (arXiv 2202.04200, after arXiv 2012.09841).
 
-The architecture is what the official M3AE code loads (github.com/young-geng/m3ae_public, m3ae/vqgan.py). Blocks and
-convolutions lie in the order of their use, as flax numbers them.
+The architecture is that of the official M3AE code (github.com/young-geng/m3ae_public, m3ae/vqgan.py). Blocks and
+convolutions are listed in the order of their use, as flax numbers them.
 
 Shapes: B images, H x W pixels, h x w codes (H / stride), L = h * w, E width of a code, K codes.
 """
@@ -24,13 +24,13 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.model.pretrained import build, is_encoder
 
-GROUPS, EPS = 32, 1e-6  # of every GroupNorm
-CHUNK = 8  # images encoded at a time: the first level holds 32 MB for each at 256 pixels
+GROUPS, EPS = 32, 1e-6  # for all GroupNorms
+CHUNK = 8  # images encoded at a time: the first level takes 32 MB per image of 256 pixels
 
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """Sizes of a VQGAN. The defaults are the published tokenizer's."""
+    """Sizes of a VQGAN. The defaults are those of the published tokenizer."""
 
     filters: int = 128
     num_res_blocks: int = 2
@@ -40,18 +40,18 @@ class VQGANConfig:
 
     @property
     def stride(self) -> int:
-        """Return the pixels, in each direction, that a code covers."""
+        """Return the number of pixels per code in each direction."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
     def widths(self) -> list[int]:
-        """Return the channels of each level, the finest first."""
+        """Return the number of channels of each level, from the finest to the coarsest."""
         return [self.filters * multiplier for multiplier in self.channel_multipliers]
 
 
 class ResBlock(nn.Module):
-    """Norm, swish, convolution, twice. Where the width changes, the shortcut is a convolution of the block's own
-    OUTPUT: the input is not added at all."""
+    """A residual block: twice norm, swish and convolution. If the width changes, the shortcut is a convolution of the
+    block's own OUTPUT, and the input is not added at all."""
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
@@ -68,13 +68,13 @@ class ResBlock(nn.Module):
 
 
 def _res_blocks(width: int, widths: list[int], count: int) -> nn.ModuleList:
-    """Return `count` blocks for each of `widths`, from `width` on."""
+    """Return `count` blocks for each of `widths`; the first takes `width` channels."""
     every = [w for w in widths for _ in range(count)]
     return nn.ModuleList(ResBlock(before, after) for before, after in zip([width, *every], every))
 
 
 class Encoder(nn.Module):
-    """[B, 3, H, W] -> [B, E, h, w]."""
+    """The encoder, [B, 3, H, W] -> [B, E, h, w]."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -97,11 +97,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, E, h, w] -> [B, 3, H, W]."""
+    """The decoder, [B, E, h, w] -> [B, 3, H, W]."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
-        widths = config.widths[::-1]  # the coarsest first
+        widths = config.widths[::-1]  # from the coarsest to the finest
         self.config = config
         self.blocks = _res_blocks(widths[0], [widths[0], *widths], config.num_res_blocks)
         into = [config.embedding_dim, *widths[:-1], widths[-1]]
@@ -116,13 +116,13 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x)
             level, within = divmod(i + 1, per_level)
-            if not within and 2 <= level <= len(ups) + 1:  # after the extra group and a level's own
+            if not within and 2 <= level <= len(ups) + 1:  # after the extra group of blocks and the blocks of a level
                 x = ups[level - 2](F.interpolate(x, scale_factor=2, mode="nearest"))
         return last(F.silu(self.norm(x)))
 
 
 class VQGAN(nn.Module):
-    """Images to ids of a codebook, and back."""
+    """Maps images to ids of a codebook, and back."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -133,13 +133,13 @@ class VQGAN(nn.Module):
         self.requires_grad_(False).eval()
 
     def features(self, images: Tensor) -> Tensor:
-        """Return features before the codebook: [B, 3, H, W] floating in [0, 1] -> [B, h, w, E]."""
+        """Return features before quantisation: [B, 3, H, W] floating-point in [0, 1] -> [B, h, w, E]."""
         return self.encoder(images.to(self.codebook.dtype)).permute(0, 2, 3, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return the nearest code at each position, by squared distance: int32 [B, L], row-major. `images`:
-        [B, 3, H, W], uint8 or floating in [0, 1]; H and W multiples of the stride."""
+        """Return the ids of the nearest codes by squared distance: int32 [B, L], row-major. `images`: [B, 3, H, W],
+        uint8 or floating-point in [0, 1]; H and W must be multiples of the stride."""
         height, width = (size // self.config.stride for size in images.shape[-2:])
         ids_BL = torch.empty(len(images), height * width, dtype=torch.int32, device=images.device)
         for start in range(0, len(images), CHUNK):
@@ -156,11 +156,12 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """Return images [B, 3, H, W], nearly within [0, 1], of codes, int [B, h, w]."""
+        """Return the images [B, 3, H, W], nearly within [0, 1], for codes int [B, h, w]."""
         return self.decoder(self.codebook[ids.long()].permute(0, 3, 1, 2).contiguous())
 
     def check_fits(self, patch_size: int, codebook_size: int, where: str) -> None:
-        """Raise UserError if a code does not cover exactly a patch, or the codes are more or fewer than the model's."""
+        """Raise UserError if a code does not cover exactly one patch, or if the codebook sizes of VQGAN and model
+        differ."""
         stride = self.config.stride
         if patch_size != stride:
             raise UserError(
@@ -174,8 +175,8 @@ class VQGAN(nn.Module):
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into `folder`, whole or not at all. Raises UserError if the folder
-        holds something else, or cannot be written."""
+        """Write config.json and model.safetensors to `folder`, atomically. Raises UserError if the folder holds other
+        files or cannot be written."""
         with output_folder(folder) as path:
             write_tensors(path / MODEL_FILE, self.state_dict())
             text = json.dumps({"kind": "vqgan", **asdict(self.config)}, indent=2)
@@ -183,18 +184,19 @@ class VQGAN(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> VQGAN:
-        """Load what `save_pretrained` wrote. Raises UserError if a file is missing, damaged or of something else."""
+        """Load a VQGAN written by `save_pretrained`. Raises UserError if a file is missing, damaged or of another
+        model."""
         folder = Path(folder).expanduser()
         try:
             data = read_json(folder / CONFIG_FILE)
             if data.pop("kind", None) != "vqgan":
-                raise ValueError("its config.json is of something else")
+                raise ValueError("its config.json is not that of a VQGAN")
             config = VQGANConfig(**data | {"channel_multipliers": tuple(data["channel_multipliers"])})
             state = read_tensors(folder / MODEL_FILE)
             if config.num_res_blocks * len(config.widths) > len(state):
-                raise ValueError(f"its config.json asks for more blocks than its {len(state)} weights")
+                raise ValueError(f"its config.json requires more blocks than there are weights ({len(state)})")
             if is_encoder(state):
-                raise ValueError("it holds only an encoder, without codebook and decoder")
+                raise ValueError("it contains only an encoder, without codebook and decoder")
             return build(lambda: cls(config), state, str(folder))
         except (
             OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError
@@ -204,11 +206,11 @@ class VQGAN(nn.Module):
 
 
 def with_image_targets(batch: PackedBatch, vqgan: VQGAN, config: ModelConfig) -> PackedBatch:
-    """Return `batch` with the ids of its patches that carry loss, on the device where batch and `vqgan` are; 0 for rows
-    of weight 0.
+    """Return `batch` with the token ids of its patches that carry loss as targets, 0 for rows of weight 0. `batch` and
+    `vqgan` must be on the same device.
 
-    The VQGAN takes pixels in [0, 1]: floating images, which are normalised, are put back. (The official code hands it
-    the normalised ones, whatever they are.)
+    The VQGAN takes pixels in [0, 1], so normalised floating-point images are converted back. (The official code passes
+    normalised images to it.)
     """
     images = batch.images
     if images.is_floating_point():

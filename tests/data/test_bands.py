@@ -27,7 +27,7 @@ from m3ae_fast.images.bands import read_npy, write_npy
 from m3ae_fast.images.bit_depth import Depth, check_colours, depth_of
 from m3ae_fast.images.crops import centre_crop, random_crop, resize
 from m3ae_fast.images.decoding import decode_image, format_of, pixels_of_bands, size_of
-from m3ae_fast.images.normalisation import model_input, normalised, of_unit, to_unit
+from m3ae_fast.images.normalisation import from_unit, model_input, normalised, to_unit
 from m3ae_fast.shards.shrink import as_member
 from tests.data.test_pictures import damaged
 from tests.helpers.pictures import RGB, png, tiff
@@ -103,7 +103,7 @@ def test_pictures_are_kept_as_finely():
     assert torch.equal(decode_image(png(RGB, 8, 2), 3, None, "uint16"), (levels.int() * 257).to(torch.uint16))
     for data, channels, message in (
         (png(colours, 16, 2), 3, "colour channels, of which Pillow reads 8 bits"),
-        (png(values, 16, 0), 4, "has one channel of unsigned 16-bit values, the model takes 4"),
+        (png(values, 16, 0), 4, "has one channel of unsigned 16-bit values, but the model takes 4"),
     ):
         with pytest.raises(BadSample, match=message):
             decode_image(data, channels, "dtype", "uint16")
@@ -149,18 +149,18 @@ def test_four_bands_are_no_transparency():
 @pytest.mark.parametrize(
     "data, channels, message",
     [
-        (write_npy(LEVELS), 3, r"an array \[20, 24, 13\] has 13 channels, the model takes 3"),
-        (tiff(LEVELS, planarconfig="contig"), 3, "has 13 channels, the model takes 3"),
-        (png(RGB, 8, 2), BANDS, "has 3 channels, the model takes 13"),
-        (write_npy(DEEP.astype(np.int16)), BANDS, "an array of int16: those of uint8, uint16 and float32 are read"),
-        (write_npy(LEVELS[None]), BANDS, r"an array \[1, 20, 24, 13\], not \[height, width, channels\]"),
-        (write_npy(LEVELS[:0]), BANDS, r"an array \[0, 24, 13\], not"),
+        (write_npy(LEVELS), 3, r"the array \[20, 24, 13\] has 13 channels, but the model takes 3"),
+        (tiff(LEVELS, planarconfig="contig"), 3, "has 13 channels, but the model takes 3"),
+        (png(RGB, 8, 2), BANDS, "has 3 channels, but the model takes 13"),
+        (write_npy(DEEP.astype(np.int16)), BANDS, "the array has dtype int16, but must be uint8, uint16 or float32"),
+        (write_npy(LEVELS[None]), BANDS, r"the array has shape \[1, 20, 24, 13\], and not \[height, width, channels\]"),
+        (write_npy(LEVELS[:0]), BANDS, r"the array has shape \[0, 24, 13\], and not"),
         (write_npy(np.where(FLOATS > 800, np.inf, FLOATS)), BANDS, "has values that are not finite"),
         (write_npy(LEVELS)[:-1], BANDS, "the array is broken"),
         (write_npy(LEVELS).replace(b"(20, 24", b"(2e9,24"), BANDS, "the array is broken"),
         (write_npy(LEVELS).replace(b"(20, 24, 13)", b"(True,24,13)"), BANDS, "the array is broken"),
         (b"\x93NUMPY\x03\0", BANDS, "the array is broken"),
-        (tiff(LEVELS, planarconfig="contig", extratags=[(274, 3, 1, 6, True)]), BANDS, "of bands that is turned"),
+        (tiff(LEVELS, planarconfig="contig", extratags=[(274, 3, 1, 6, True)]), BANDS, "with bands and is rotated"),
         (tiff(LEVELS, planarconfig="contig")[:200], BANDS, "the TIFF is broken"),
     ],
 )  # fmt: skip
@@ -291,7 +291,7 @@ def test_pixels_are_normalised_in_units_of_black_and_white():
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(to_unit(found, mean, std), image / white, rtol=1e-4, atol=1e-5)
     floats = model_input(chw(FLOATS), mean, std)
-    assert torch.equal(floats, of_unit(chw(FLOATS), mean, std)) and normalised(floats, mean, std) is floats
+    assert torch.equal(floats, from_unit(chw(FLOATS), mean, std)) and normalised(floats, mean, std) is floats
 
 
 def test_shards_keep_bands_and_values(tmp_path):
@@ -341,7 +341,7 @@ def test_statistics_are_of_each_band(tmp_path, capsys):
     mean, std = (json.loads(re.search(rf"model.image_{name}=(\S+)", said)[1]) for name in ("mean", "std"))
     both = (np.stack([FLOATS, FLOATS + 50]).astype(np.float64) + 100) / 200
     assert np.abs(both.mean((0, 1, 2)) - mean).max() < 1e-4 and np.abs(both.std((0, 1, 2)) - std).max() < 1e-4
-    assert 'model.image_dtype="float32"' in said and "has 3 channels, the model takes 13" in said
+    assert 'model.image_dtype="float32"' in said and "has 3 channels, but the model takes 13" in said
     assert Image.open(tmp_path / "a.png").width > 600
     with pytest.raises(UserError, match="--channels 0: must be from 1 to 256"):
         data_tools([*command, "--channels", "0"])

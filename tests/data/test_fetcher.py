@@ -77,7 +77,7 @@ def until(true):
 
 def come(loader):
     """Whether what a node is to fetch at this step is there."""
-    needs, steps = loader.beside.needs, loader.beside._steps
+    needs, steps = loader.companion.needs, loader.companion._steps
     return all(needs.corpus.store.copy(shard.name).exists() for shard in needs.near(needs.span(steps)))
 
 
@@ -94,8 +94,8 @@ def epoch(loaders):
 
 def end(*loaders):
     for loader in loaders:
-        loader.beside._fetcher.process.kill()
-        loader.beside._fetcher.process.join()
+        loader.companion._fetcher.process.kill()
+        loader.companion._fetcher.process.join()
 
 
 @pytest.mark.parametrize("far", [0.0, 0.5], indirect=True)
@@ -146,8 +146,8 @@ def test_no_sample_is_lost_with_the_fetcher(start, far):
     loader = start(0, 2, 24 * size / 1e9, config={"lanes": LANES, "shuffle_shards": LANES, "workers": 1})
     batches = iter(loader)
     seen = list(next(batches).keys)
-    os.kill(loader.beside._fetcher.process.pid, signal.SIGKILL)
-    loader.beside._fetcher.process.join()
+    os.kill(loader.companion._fetcher.process.pid, signal.SIGKILL)
+    loader.companion._fetcher.process.join()
     for batch in batches:
         assert not batch.skipped and disk(loader) <= 24 * size
         seen += batch.keys
@@ -161,9 +161,9 @@ def test_the_fetcher_leaves_with_the_run(start, tmp_path, begun):
     child = os.fork()
     if not child:
         loader = start(0, 1, node=Node("run", [0], Standby()))
-        os.write(other, loader.beside._fetcher.process.pid.to_bytes(4, "little"))
+        os.write(other, loader.companion._fetcher.process.pid.to_bytes(4, "little"))
         if begun:
-            loader.beside.begin()
+            loader.companion.begin()
         os._exit(0)
     os.waitpid(child, 0)
     pid = int.from_bytes(os.read(pids, 4), "little")
@@ -174,22 +174,22 @@ def test_the_fetcher_leaves_with_the_run(start, tmp_path, begun):
 def test_ranks_of_a_node_share_one_fetcher(start):
     """It waits for the slower one."""
     loaders = [start(rank, 2, folder="same", node=Node("run", [0, 1], Standby())) for rank in (0, 1)]
-    assert [loader.beside.needs.lanes for loader in loaders] == [list(range(LANES))] * 2
+    assert [loader.companion.needs.lanes for loader in loaders] == [list(range(LANES))] * 2
     for loader in loaders:
         iter(loader)
-    assert [loader.beside._fetcher.process.is_alive() for loader in loaders] == [True, False]
+    assert [loader.companion._fetcher.process.is_alive() for loader in loaders] == [True, False]
     batches = iter(loaders[0])
     for _ in range(3):
         next(batches)
-    steps = loaders[1].beside._steps
+    steps = loaders[1].companion._steps
     assert list(steps) == [3, 0]
-    span = loaders[1].beside.needs.span(steps)
+    span = loaders[1].companion.needs.span(steps)
     assert span.first == 0 and span.end > 3 * BATCH and not span.begun
     end(loaders[0])
 
 
 def test_tables_come_with_the_copies(start):
-    needs = start(0, 4).beside.needs
+    needs = start(0, 4).companion.needs
     store, span = needs.corpus.store, needs.span(np.zeros(1, np.int64))
     fetcher = Fetcher(needs)
     until(lambda: fetcher.look(span) or fetcher.wait() or not fetcher._busy)
@@ -202,7 +202,7 @@ def test_a_shard_that_cannot_be_fetched_is_not_asked_for_all_the_time(start, far
     rows = np.load(tmp_path / "far.npy")
     rows["name"] = np.char.replace(rows["name"], b".tar", b".gone")
     write(tmp_path / "far.npy", rows)
-    needs = start(0, 4).beside.needs
+    needs = start(0, 4).companion.needs
     fetcher = Fetcher(needs)
     for _ in range(3):
         fetcher.look(needs.span(np.zeros(1, np.int64)))

@@ -493,7 +493,7 @@ def test_a_caption_on_which_the_tokenizers_library_panics_is_a_bad_sample(load, 
     assert sorted(int(key[-5:]) for key in batch.keys) == [0, 1, 2, 4, 5, 6, 7]
     (skipped,) = batch.skipped
     assert skipped.key == "x" and skipped.reason.startswith("the tokenizer fails: the library panics: Onig")
-    with pytest.raises(ValueError, match="a text cannot be used: the tokenizer fails"):
+    with pytest.raises(ValueError, match="the text cannot be used: the tokenizer fails"):
         unmasked_sample(0, None, text, SimpleNamespace(), tokenizer)
 
 

@@ -70,7 +70,7 @@ def test_errors(tmp_path, tokenizer_file, monkeypatch):
         with pytest.raises(UserError, match="not a tokenizer"):
             load_tokenizer(str(tmp_path / name), 8)
     Tokenizer(models.WordLevel({"cat": 0}, unk_token="[UNK]")).save(str(tmp_path / "knows-all.json"))
-    with pytest.raises(UserError, match=r"fails on words it does not know .* give it an unknown token"):
+    with pytest.raises(UserError, match=r"fails on unknown words .* define an unknown token in it"):
         load_tokenizer(str(tmp_path / "knows-all.json"), 8)
     for name in ("none.json", "none/vocab.txt", str(tmp_path / "none"), str(tmp_path)):
         with pytest.raises(UserError, match="no such file"):

@@ -76,7 +76,7 @@ def test_a_folder_with_classes_and_captions(tmp_path, pictures, capsys):
         "9 samples in 3 shards",
         "6 paired, 3 images alone",
         "1 unusable sample skipped",
-        "dog/4.jpg: the image is broken",
+        "dog/4.jpg: the image is damaged",
     ):
         assert text in said
     assert json.loads((out / "classes.json").read_text()) == ["cat", "dog"]

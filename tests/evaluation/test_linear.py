@@ -76,9 +76,9 @@ def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, run, tmp_path
         transfer("linear", *options, out="cut")
     for other, was in (("encode.pool=cls", "mean"), ("linear.global_batch=48", "24")):
         name, _, now = other.partition("=")
-        with pytest.raises(UserError, match=f"was made with {name} = {was}, the config says {now}"):
+        with pytest.raises(UserError, match=f"was made with {name} = {was}, but the config has {now}"):
             transfer("linear", *options, "--resume", "auto", *settings(other), out="cut")
-    with pytest.raises(UserError, match=r"was made with task\.weights = .*, the config says"):
+    with pytest.raises(UserError, match=r"was made with task\.weights = .*, but the config has"):
         transfer("linear", *options, "--resume", "auto", model=f"random:{run}", out="cut")
     same = run.parent / "." / run.name / "checkpoints" / ".."  # the same weights, named in another way
     resumed = transfer("linear", *options, "--resume", "auto", model=same, out="cut")

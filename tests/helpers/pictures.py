@@ -196,7 +196,7 @@ CASES = [
         "colour, 16 bits, one transparent",
         lambda: png(_deep_rgb, 16, 2, (b"tRNS", struct.pack(">3H", *_deep_rgb[0, 0]))),
         range="dtype",
-        refused="a transparent colour, which is not supported together",
+        refused="a transparent colour, an unsupported combination",
     ),
     Case("PNG", "palette", lambda: png(_indices, 4, 3, _plte), RGB),
     Case(
@@ -274,9 +274,9 @@ CASES = [
         "dtype",
         note='`"dtype"` alone',
     ),
-    Case("TIFF", "grey, float64", lambda: tiff(RAMP), range="dtype", refused="an array of float64"),
-    Case("TIFF", "5 bands", lambda: tiff(_five, planarconfig="contig"), refused="has 5 channels, the model takes 3"),
-    Case("TIFF", "CIELAB", lambda: tiff(RGB, photometric="cielab"), refused="colours in CIELAB are not read"),
+    Case("TIFF", "grey, float64", lambda: tiff(RAMP), range="dtype", refused="the array has dtype float64"),
+    Case("TIFF", "5 bands", lambda: tiff(_five, planarconfig="contig"), refused="has 5 channels"),
+    Case("TIFF", "CIELAB", lambda: tiff(RGB, photometric="cielab"), refused="CIELAB colours, which are not supported"),
     Case("WebP", "colour", lambda: pillow(RGB, "WEBP", lossless=True), RGB),
     Case("WebP", "colour, turned by EXIF", lambda: pillow(RGB, "WEBP", lossless=True, exif=exif()), _turned),
     Case(

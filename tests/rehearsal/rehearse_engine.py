@@ -210,7 +210,7 @@ def test_without_a_gpu_ranks_share_the_cores(monkeypatch):
 
 def test_a_gpu_is_chosen_where_there_is_one_and_another_device_by_its_name(cuda):
     assert hardware.chosen_device(None).type == "cuda" and hardware.chosen_device("cpu").type == "cpu"
-    with pytest.raises(UserError, match="--device abacus: not available here"):
+    with pytest.raises(UserError, match="--device abacus: is not available on this machine"):
         hardware.chosen_device("abacus")
 
 

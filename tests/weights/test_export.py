@@ -184,7 +184,7 @@ def test_model_that_is_not_there(hub, name, message):
 def test_push_without_token_or_network(hub, tmp_path, monkeypatch):
     model = M3AE(ModelConfig(size=None, emb_dim=8, depth=1, num_heads=1, dec_emb_dim=8, dec_depth=1, dec_num_heads=1))
     monkeypatch.setattr(hub, "upload_folder", lambda **_: (_ for _ in ()).throw(ConnectionError("reset")))
-    with pytest.raises(UserError, match=r"me/x: cannot be pushed, the hub cannot be reached \(reset\)"):
+    with pytest.raises(UserError, match=r"me/x: cannot be uploaded: the hub cannot be reached \(reset\)"):
         model.push_to_hub("me/x")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)

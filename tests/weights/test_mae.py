@@ -97,7 +97,7 @@ def test_loss_over_samples_is_another(tmp_path):
 def test_encoder_alone_warns_and_computes_the_same_features(tmp_path):
     mae, images, normal = make()
     weights = {name: tensor for name, tensor in mae.state_dict().items() if not name.startswith(("decoder", "mask"))}
-    with pytest.warns(UserWarning, match="only an encoder: the decoder has random weights"):
+    with pytest.warns(UserWarning, match="only an encoder: the decoder is randomly initialised"):
         model = convert(tmp_path, {"model": weights})
     torch.testing.assert_close(model.representation(images), mae.tokens(normal), rtol=0, atol=2e-5)
 
@@ -200,7 +200,7 @@ MISTAKES = {
     other: "not an MAE or a timm VisionTransformer: lacks the weight cls_token",
     moved: "decoder_pos_embed moves the cls token",
     moved_a_little: "decoder_pos_embed moves the cls token",
-    wide: "encoder.norm.weight is [25], the model config expects [24]",
+    wide: "encoder.norm.weight has shape [25], the model config expects [24]",
 }
 
 

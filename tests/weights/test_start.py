@@ -88,7 +88,7 @@ def no_folder(folder):
 
 MISTAKES = {
     shorter: "encoder.blocks.0.attn.qkv.weight is [95, 32], the model config expects [96, 32]",
-    other_heads: "was made with model.num_heads = 8, the config says 4",
+    other_heads: "was trained with model.num_heads = 8, but the config has 4",
     no_weights: "not an exported M3AE",
     no_folder: "no such file or folder",
 }
@@ -121,7 +121,7 @@ def test_checkpoint_from_before_a_setting_existed_had_its_default(run):
         del info.config["model"][name]
     changes_of(path, info, config, info.stream)
     changed = parse(Config, info.config | {"model": info.config["model"] | {"gelu": "exact"}}, "run")
-    with pytest.raises(UserError, match=r"was made with model\.gelu = tanh, the config says exact"):
+    with pytest.raises(UserError, match=r"was made with model\.gelu = tanh, but the config has exact"):
         changes_of(path, info, changed, info.stream)
 
 
@@ -157,7 +157,7 @@ def test_every_setting_of_a_model_is_seen_in_its_weights_or_compared():
     start = Pretrained(model.config, model.state_dict())
     check_start(config(drop=0.1, att_drop=0.1, drop_path=0.1, init_from="x"), start, "x")
     for name, value in compared.items():
-        with pytest.raises(UserError, match=rf"x: was made with model\.{name} = "):
+        with pytest.raises(UserError, match=rf"x: was trained with model\.{name} = "):
             check_start(config(**{name: value}), start, "x")
     check_start(config(resize="native", native_positions="centred", max_patches=9), start, "x")
     check_start(config(), Pretrained(config(resize="native", native_positions="centred"), start.state), "x")

@@ -88,7 +88,7 @@ def test_only_floats_of_16_to_64_bits_are_weights(tmp_path, make):
     state, name = load_file(path), NORM.get(make.__name__, "norm.weight")
     for dtype in OTHERS:
         save_file(state | {name: torch.ones(len(state[name])).to(dtype)}, path)
-        with pytest.raises(UserError, match=f"{name} is {str(dtype)[6:]}, but weights are float32, float16"):
+        with pytest.raises(UserError, match=f"{name} has dtype {str(dtype)[6:]}, but weights must be float32, float16"):
             load()
         assert not (tmp_path / "out").exists()
     for dtype in FLOATS:
@@ -100,14 +100,14 @@ def test_only_floats_of_16_to_64_bits_are_weights(tmp_path, make):
 def test_a_file_of_other_tensors_is_named_by_whoever_reads_it(tmp_path, dtype):
     path = tmp_path / "any.safetensors"
     save_file({"fine": torch.ones(2), "odd": torch.ones(3).to(dtype)}, path)
-    with pytest.raises(UserError, match=f"{path}: odd is {str(dtype)[6:]}, but weights are"):
+    with pytest.raises(UserError, match=f"{path}: odd has dtype {str(dtype)[6:]}, but weights must be"):
         read_tensors(path)
 
 
 def test_integers_in_a_file_of_torch_are_no_weights(tmp_path):
     weights = MAE().state_dict()
     torch.save({"model": weights | {"norm.weight": torch.ones(24, dtype=torch.int32)}}, tmp_path / "mae.pth")
-    with pytest.raises(UserError, match=r"norm\.weight is int32, but weights are"):
+    with pytest.raises(UserError, match=r"norm\.weight has dtype int32, but weights must be"):
         main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out"), "--num-heads", "3", "--dec-num-heads", "2"])
 
 
@@ -119,7 +119,7 @@ def test_no_memory_is_taken_for_sizes_that_are_not_those_of_the_weights(tmp_path
     config = json.loads(path.read_text())
     huge = {"emb_dim": 1 << 16, "mlp_ratio": 64.0, "num_heads": 2}
     path.write_text(json.dumps(config | (huge if name == "model.safetensors" else {"model": config["model"] | huge})))
-    with pytest.raises(UserError, match=r"is \[.*\], the model config expects \["):
+    with pytest.raises(UserError, match=r"has shape \[.*\], the model config expects \["):
         load()
 
 
@@ -135,7 +135,7 @@ def test_a_vqgan_of_more_blocks_than_weights_is_refused(tmp_path):
     load = vqgan(tmp_path / "model")
     path = tmp_path / "model/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_res_blocks": 1 << 40}))
-    with pytest.raises(UserError, match="asks for more blocks than its"):
+    with pytest.raises(UserError, match="requires more blocks than there are"):
         load()
 
 
@@ -155,7 +155,10 @@ def test_an_export_changes_its_format_only_where_its_weights_fit(tmp_path):
     state = load_file(path)
     for change, message in (
         ({"encoder.norm.weight": torch.full((16,), torch.nan)}, "encoder.norm.weight is not finite"),
-        ({"encoder.norm.weight": torch.ones(8)}, r"encoder.norm.weight is \[8\], the model config expects \[16\]"),
+        (
+            {"encoder.norm.weight": torch.ones(8)},
+            r"encoder.norm.weight has shape \[8\], the model config expects \[16\]",
+        ),
     ):
         save_file(state | change, path)
         with pytest.raises(UserError, match=message):
