@@ -492,7 +492,7 @@ def test_representation_refuses_nonsense():
     with pytest.raises(ValueError, match=r"padding_mask must have the shape of text, \[1, 3\], but has \[1, 2\]"):
         model.representation(text=torch.zeros(1, 3, dtype=torch.long), padding_mask=torch.zeros(1, 2))
     for wrong in (-1, TINY.vocab_size):
-        with pytest.raises(ValueError, match=rf"ids from {min(wrong, 2)} to {max(wrong, 2)}, and the model"):
+        with pytest.raises(ValueError, match=rf"ids from {min(wrong, 2)} to {max(wrong, 2)}, but the model"):
             model.representation(text=torch.tensor([[2, wrong]]))
     ignored = torch.tensor([[2, -1]]), torch.tensor([[0, 1]])
     assert not model.representation(None, *ignored)[:, -1].any()

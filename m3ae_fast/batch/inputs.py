@@ -232,7 +232,8 @@ class Preprocess:
 def _of_call(error: BadSample) -> str:
     """Return the message for a caller in Python, who has no config."""
     if isinstance(error, NeedsRange):
-        return f"the image has {error.found}: pass value_range=(black, white), such as (0, 4095)"
+        how = "pass value_range=(black, white), such as (0, 4095), or --range 0,4095 to a command"
+        return f"the image has {error.found}: {how}"
     return str(error)
 
 

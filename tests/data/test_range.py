@@ -92,7 +92,7 @@ def test_exports_and_encode_use_it(tmp_path, levels):
     flat = [Image.fromarray(level) for level in levels]
     assert torch.equal(model.encode(deep), model.encode(flat))
     model.config = model.config.model_copy(update={"image_range": None})
-    with pytest.raises(ValueError, match=r"an image cannot be used: has unsigned 16-bit values: pass value_range="):
+    with pytest.raises(ValueError, match=r"cannot be used: the image has unsigned 16-bit values: pass value_range="):
         model.encode(deep)
 
 
@@ -117,7 +117,7 @@ def test_features_and_transfer_use_it(tmp_path, shards, remembered):
 def test_fill_takes_a_range(tmp_path, levels, capsys):
     run, photo = str(tiny_run(tmp_path / "run")), tmp_path / "deep.png"
     photo.write_bytes(png(levels[0].astype(int) + LOW, 16, 0))
-    with pytest.raises(UserError, match=r"deep\.png: has unsigned 16-bit values: .* --range 0,4095"):
+    with pytest.raises(UserError, match=r"deep\.png: the image has unsigned 16-bit values: .* --range 0,4095"):
         draw.main(["fill", run, str(photo), "a [MASK]"])
     assert draw.main(["fill", run, str(photo), "a [MASK]", "--range", f"{LOW},{HIGH}"]) == 0
     for wrong in ("9,3", "1", "a,b", "nan,3", "0,inf"):

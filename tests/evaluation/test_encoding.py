@@ -207,7 +207,9 @@ def test_a_shape_with_its_channels_elsewhere_is_named(model):
     for call in (model.encode, lambda given: model.encode([given])):
         with pytest.raises(ValueError, match=r"\[3, 32, 32\].*x\.transpose\(1, 2, 0\)"):
             call(chw.numpy())
-        with pytest.raises(ValueError, match=r"shape \[32, 32, 3\], not \[3, height, width\]; x\.permute\(2, 0, 1\)"):
+        with pytest.raises(
+            ValueError, match=r"\[32, 32, 3\], but must have \[3, height, width\]; x\.permute\(2, 0, 1\)"
+        ):
             call(hwc)
     with pytest.raises(ValueError, match=r"array of shape \[7, 32, 32\] is no image \[height, width, 3\]"):
         model.encode(np.zeros((7, 32, 32), np.uint8))
