@@ -45,7 +45,7 @@ def test_one_file_with_everything(run):
     assert main([str(run)]) == 0
     page = (run / "report.html").read_text()
     charts = re.findall(r'alt="([^"]+)" src="data:image/png', page)
-    assert charts == ["Loss", "Image loss", "Learning rate"]
+    assert charts == ["Training loss", "Image loss", "Learning rate"]
     assert page.count("data:image/png") == 4  # and the reconstructions
     assert "&lt;run&gt;" in page and "<run>" not in page and "&lt;tiny&gt;" in page
     assert '<td>linear</td><td>probe</td><td>top1</td><td class="number">0.4212</td>' in page and "torch" in page
@@ -140,25 +140,25 @@ def test_several_runs_share_each_chart(run, tmp_path, monkeypatch):
 def test_each_curve_is_of_the_metric_that_title_and_label_name(monkeypatch):
     """Of several runs the held-out one is drawn, where there is one."""
     expected = {
-        ("Loss", "training"): "loss",
+        ("Training loss", "training"): "loss",
         ("Image loss", "training"): "image_loss",
-        ("Image loss", "held out"): "val_image_loss",
+        ("Image loss", "held-out"): "val_image_loss",
         ("Text loss", "training"): "text_loss",
-        ("Text loss", "held out"): "val_text_loss",
+        ("Text loss", "held-out"): "val_text_loss",
         ("Text accuracy", "training"): "text_accuracy",
-        ("Text accuracy", "held out"): "val_text_accuracy",
-        ("k-NN accuracy", "largest class"): "val_knn_largest_class",
-        ("k-NN accuracy", "held out"): "val_knn_top1",
-        ("Dimensions that the features fill", "held out"): "val_rankme",
-        ("Loss over that of a constant prediction", "image"): "val_image_relative",
-        ("Loss over that of a constant prediction", "text"): "val_text_relative",
+        ("Text accuracy", "held-out"): "val_text_accuracy",
+        ("k-NN accuracy of the features", "largest class"): "val_knn_largest_class",
+        ("k-NN accuracy of the features", "held-out"): "val_knn_top1",
+        ("Effective rank of the features", "held-out"): "val_rankme",
+        ("Held-out loss relative to a constant prediction", "image"): "val_image_relative",
+        ("Held-out loss relative to a constant prediction", "text"): "val_text_relative",
         ("Throughput", ""): "samples_per_s",
-        ("Utilisation", "reference FLOPs"): "mfu",
-        ("Utilisation", "executed FLOPs"): "utilisation",
-        ("Waiting for data", ""): "data_wait",
+        ("Utilisation of the peak FLOP/s", "reference FLOPs"): "mfu",
+        ("Utilisation of the peak FLOP/s", "executed FLOPs"): "utilisation",
+        ("Time spent waiting for data", ""): "data_wait",
         ("Learning rate", ""): "lr",
-        ("Gradient norm", ""): "grad_norm",
-        ("Memory", "peak"): "peak_memory_gb",
+        ("Gradient norm before clipping", ""): "grad_norm",
+        ("Peak memory", "peak"): "peak_memory_gb",
     }
     names, plotted = list(expected.values()), []
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # which takes its time

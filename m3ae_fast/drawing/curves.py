@@ -26,38 +26,38 @@ class Chart(NamedTuple):
     lines: Sequence[Line]
 
 
-def _both(title: str, metric: str) -> Chart:
-    return Chart(title, "", [Line(metric, "training", _TRAIN), Line(f"val_{metric}", "held out", _HELD_OUT)])
+def _both(title: str, unit: str, metric: str) -> Chart:
+    return Chart(title, unit, [Line(metric, "training", _TRAIN), Line(f"val_{metric}", "held-out", _HELD_OUT)])
 
 
 LEARNING = (
-    Chart("Loss", "", [Line("loss", "training", _TRAIN)]),
-    _both("Image loss", "image_loss"),
-    _both("Text loss", "text_loss"),
-    _both("Text accuracy", "text_accuracy"),
+    Chart("Training loss", "weighted sum of the losses", [Line("loss", "training", _TRAIN)]),
+    _both("Image loss", "loss", "image_loss"),
+    _both("Text loss", "nats per token", "text_loss"),
+    _both("Text accuracy", "fraction correct", "text_accuracy"),
     Chart(
-        "k-NN accuracy",
-        "",
-        [Line("val_knn_largest_class", "largest class", _OTHER), Line("val_knn_top1", "held out", _HELD_OUT)],
+        "k-NN accuracy of the features",
+        "fraction correct",
+        [Line("val_knn_largest_class", "largest class", _OTHER), Line("val_knn_top1", "held-out", _HELD_OUT)],
     ),
-    Chart("Dimensions that the features fill", "RankMe", [Line("val_rankme", "held out", _HELD_OUT)]),
+    Chart("Effective rank of the features", "dimensions (RankMe)", [Line("val_rankme", "held-out", _HELD_OUT)]),
     Chart(
-        "Loss over that of a constant prediction",
-        "",
+        "Held-out loss relative to a constant prediction",
+        "ratio",
         [Line("val_image_relative", "image", _HELD_OUT), Line("val_text_relative", "text", _OTHER)],
     ),
 )
 RUNNING = (
     Chart("Throughput", "samples/s", [Line("samples_per_s", "", _OTHER)]),
     Chart(
-        "Utilisation",
-        "of the peak",
+        "Utilisation of the peak FLOP/s",
+        "fraction",
         [Line("mfu", "reference FLOPs", _OTHER), Line("utilisation", "executed FLOPs", _HELD_OUT)],
     ),
-    Chart("Waiting for data", "fraction of the time", [Line("data_wait", "", _OTHER)]),
-    Chart("Learning rate", "", [Line("lr", "", _OTHER)]),
-    Chart("Gradient norm", "", [Line("grad_norm", "", _OTHER)]),
-    Chart("Memory", "GB", [Line("peak_memory_gb", "peak", _OTHER)]),
+    Chart("Time spent waiting for data", "fraction of the time", [Line("data_wait", "", _OTHER)]),
+    Chart("Learning rate", "learning rate", [Line("lr", "", _OTHER)]),
+    Chart("Gradient norm before clipping", "norm", [Line("grad_norm", "", _OTHER)]),
+    Chart("Peak memory", "GB", [Line("peak_memory_gb", "peak", _OTHER)]),
 )
 
 

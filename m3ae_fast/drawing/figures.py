@@ -1,4 +1,4 @@
-"""Pictures of results: curves, confusion, scores, and sheets of samples.
+"""Figures of results: curves, confusion matrices, scores, and sheets of samples.
 
 Shapes: N samples, C channels, H x W pixels.
 """
@@ -29,6 +29,7 @@ _WIDE = 22  # characters that fit below an image
 Colour = tuple[int, int, int]
 BLACK, GREEN, RED = (20, 20, 20), (0, 130, 50), (190, 30, 30)
 _MOST_NAMES = 40  # classes that still get their names beside a confusion matrix
+_ERRORS = "error bars: ± 1 standard error"
 
 
 class Cell(NamedTuple):
@@ -111,15 +112,15 @@ def _wrapped(cell: Cell) -> list[str]:
 
 
 def draw_confusion(path: Path, labels_N: Tensor, predicted_N: Tensor, classes: Sequence[int | str]) -> None:
-    """Write a PNG: of the samples of each class, the fractions that were taken for each class."""
+    """Write a PNG of the confusion matrix: the fractions of each class's samples that were predicted as each class."""
     count = len(classes)
     flat = np.bincount(labels_N.numpy() * count + predicted_N.numpy(), minlength=count * count)
     fractions = flat.reshape(count, count) / np.maximum(flat.reshape(count, count).sum(1, keepdims=True), 1)
     side = min(3 + 0.3 * count, 12)
     figure, (axes,) = _figure(side + 0.8, side)
     image = axes.imshow(fractions, vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(image, ax=axes, fraction=0.046, label="fraction of the class")
-    axes.set(xlabel="predicted", ylabel="label")
+    figure.colorbar(image, ax=axes, fraction=0.046, label="fraction of the true class's samples")
+    axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix")
     if count <= _MOST_NAMES:
         names = [str(name)[:20] for name in classes]
         axes.set_xticks(range(count), names, rotation=90, fontsize=7)
@@ -128,15 +129,17 @@ def draw_confusion(path: Path, labels_N: Tensor, predicted_N: Tensor, classes: S
 
 
 def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], steps_per_epoch: int) -> None:
-    """Write a PNG: loss and accuracies over epochs, from the lines of metrics.jsonl."""
+    """Write a PNG of loss and accuracies over epochs, from the lines of metrics.jsonl."""
     figure, panels = _figure(8.4, 3.2, 2)
-    lines = (("loss", "training", 0), ("accuracy", "training", 1), ("val_top1", "held out, top 1", 1))
-    for name, label, panel in (*lines, ("val_top5", "held out, top 5", 1)):
+    lines = (("loss", "training", 0), ("accuracy", "training", 1), ("val_top1", "held-out, top-1", 1))
+    for name, label, panel in (*lines, ("val_top5", "held-out, top-5", 1)):
         points = [(line["step"] / steps_per_epoch, line[name]) for line in metrics if name in line]
         if points:
             panels[panel].plot(*zip(*points), label=label, marker="o" if len(points) < 30 else "", markersize=3)
-    for axes, title in zip(panels, ("loss", "accuracy")):
-        axes.set(xlabel="epoch", ylabel=title)
+    titles = (("Training loss", "loss"), ("Accuracy on training and held-out samples", "fraction correct"))
+    for axes, (title, quantity) in zip(panels, titles):
+        axes.set(xlabel="epoch", ylabel=quantity)
+        axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.25)
     panels[1].set_ylim(0, 1)
     panels[1].legend(fontsize=8, frameon=False)
@@ -144,7 +147,8 @@ def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], steps_per_ep
 
 
 def draw_accuracies(path: Path, lines: Mapping[str, Sequence[tuple[float, float, float]]], axis: str) -> None:
-    """Write a PNG: over x, called `axis`, a line for each name of points (x, accuracy, standard error)."""
+    """Write a PNG of accuracies over x, which `axis` names: a line for each name, of points (x, accuracy, standard
+    error)."""
     figure, (axes,) = _figure(5.6, 3.6)
     for name, points in lines.items():
         x, accuracy, error = zip(*points)
@@ -152,14 +156,17 @@ def draw_accuracies(path: Path, lines: Mapping[str, Sequence[tuple[float, float,
     axes.set(
         xlabel=axis, ylabel="top-1 accuracy", xticks=sorted({point[0] for each in lines.values() for point in each})
     )
+    axes.set_title(f"Accuracy by {axis}", fontsize=10)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, title=_ERRORS, title_fontsize=7)
     _save(figure, path)
 
 
 def draw_comparison(path: Path, rows: Sequence[Mapping[str, Any]], chance: float) -> None:
-    """Write a PNG: the accuracy of each model with its standard error, beside each other for each probe, and chance.
-    `rows`: with model, probe, top1 and top1_se."""
+    """Write a PNG of the accuracy of each model by probe, with standard errors, and of chance level.
+
+    `rows` have model, probe, top1 and top1_se.
+    """
     models, probes = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "probe"))
     figure, (axes,) = _figure(1.6 + 0.5 * len(rows), 3.8)
     width = 0.8 / len(models)
@@ -170,42 +177,47 @@ def draw_comparison(path: Path, rows: Sequence[Mapping[str, Any]], chance: float
         axes.bar(x, [row["top1"] for row in own], 0.9 * width, yerr=errors, capsize=2, label=str(model)[:40])
     axes.axhline(chance, color="grey", linestyle=":", linewidth=1, label="largest class")
     axes.set_xticks(range(len(probes)), probes)
-    axes.set(ylabel="top-1 accuracy")
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set(xlabel="probe of the frozen features", ylabel="top-1 accuracy")
+    axes.set_title("Accuracy by model and probe", fontsize=10)
+    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axes.legend(fontsize=8, frameon=False, title=_ERRORS, title_fontsize=7, **place)
     _save(figure, path)
 
 
 def draw_attack(path: Path, epsilons: Sequence[float], top1: Sequence[float], clean: float) -> None:
-    """Write a PNG: accuracy over the bound of an attack, in units of 1/255."""
+    """Write a PNG of the accuracy over the bound of an attack, in units of 1/255."""
     figure, (axes,) = _figure(4.6, 3.2)
     axes.plot([0, *epsilons], [clean, *top1], marker="o", markersize=4)
-    axes.set(xlabel="epsilon, 1/255", ylabel="top-1 accuracy under PGD", ylim=(0, 1))
+    axes.set(xlabel="bound of the attack (L-infinity), in 1/255", ylabel="top-1 accuracy", ylim=(0, 1))
+    axes.set_title("Accuracy under PGD attacks", fontsize=10)
     axes.grid(alpha=0.25)
     _save(figure, path)
 
 
-def draw_detection(path: Path, familiar: Mapping[str, np.ndarray], strange: Mapping[str, np.ndarray]) -> None:
-    """Write a PNG: ROC curves of scores by name, and the histograms of each."""
+def draw_detection(path: Path, inside: Mapping[str, np.ndarray], outside: Mapping[str, np.ndarray]) -> None:
+    """Write a PNG of the ROC curves and histograms of scores by name, of in- and of out-of-distribution samples."""
     from sklearn.metrics import RocCurveDisplay
 
-    figure, panels = _figure(3 * (1 + len(familiar)), 3, 1 + len(familiar))
-    for axes, (name, known) in zip(panels[1:], familiar.items()):
-        other = strange[name]
+    figure, panels = _figure(3 * (1 + len(inside)), 3.2, 1 + len(inside))
+    for axes, (name, known) in zip(panels[1:], inside.items()):
+        other = outside[name]
         truth = np.repeat([1, 0], (len(known), len(other)))
         both = np.concatenate((known, other))
         RocCurveDisplay.from_predictions(truth, both, name=name, ax=panels[0])
         low, high = np.quantile(both, (0.005, 0.995))
         bins = np.linspace(low, high, 41).tolist()
-        for part, label in ((known, "validation"), (other, "other")):
+        for part, label in ((known, "in-distribution (held-out)"), (other, "out-of-distribution")):
             axes.hist(part.clip(low, high), bins, density=True, alpha=0.55, label=label)
-        axes.set_title(name, fontsize=9)
-        axes.set_yticks([])
+        axes.set_title(f"Scores: {name.replace('_', ' ')}", fontsize=9)
+        axes.set(xlabel="score", ylabel="density", yticks=[])
+    panels[0].set_title("ROC curves of all scores", fontsize=9)
     panels[0].set(
-        xlabel="accepted out-of-distribution samples (false positive rate)",
-        ylabel="accepted validation samples (true positive rate)",
+        xlabel="false positive rate\n(out-of-distribution samples accepted)",
+        ylabel="true positive rate\n(in-distribution samples accepted)",
     )
     panels[0].legend(fontsize=6, loc="lower right")
-    panels[1].legend(fontsize=7, frameon=False)
+    handles, labels = panels[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=7, frameon=False)  # covers no bar
     _save(figure, path)
 
 
@@ -218,7 +230,7 @@ class MapPanel(NamedTuple):
 
 
 def draw_map(path: Path, panels: Sequence[MapPanel], labels_N: np.ndarray, classes: Sequence[int | str]) -> None:
-    """Write a PNG: a panel of points in a plane for each, beside each other, coloured by class. Labels are ids."""
+    """Write a PNG with a panel of points in a plane for each of `panels`, coloured by class. Labels are ids."""
     from matplotlib import colormaps
 
     figure, all_axes = _figure(2 + 6 * len(panels), 6, len(panels))
@@ -230,6 +242,7 @@ def draw_map(path: Path, panels: Sequence[MapPanel], labels_N: np.ndarray, class
             x, y = panel.places_N2[labels_N == number].T
             marks.append(axes.scatter(x, y, 9, color=colours(number), linewidths=0, label=str(name)))
         axes.set(xticks=[], yticks=[], title=panel.title, xlabel=panel.caption)
+    figure.suptitle("t-SNE of the features; each point is a sample, its colour the class", fontsize=10)
     if len(classes) <= _MOST_NAMES:
         place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         legend = all_axes[-1].legend(marks, [""] * len(marks), fontsize=7, frameon=False, markerscale=2, **place)

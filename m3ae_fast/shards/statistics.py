@@ -150,7 +150,8 @@ def write_sizes(path: Path, found: Statistics) -> None:
 
 
 def draw_statistics(path: Path, found: Statistics) -> None:
-    """Write histograms of levels, sizes, aspect ratios and lengths. Raises UserError if `path` cannot be written."""
+    """Write histograms of pixel values, image sizes, aspect ratios and lengths. Raises UserError if `path` cannot be
+    written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), layout="constrained")
@@ -164,9 +165,14 @@ def draw_statistics(path: Path, found: Statistics) -> None:
     sizes.legend()
     ratios.hist(np.log2(widths / heights), bins=40)
     lengths.hist(found.lengths, bins=40)
-    titles = ("fraction of each level", "pixels", "log2(width / height)", f"{found.unit} of captions")
-    for axes, title in zip((levels, sizes, ratios, lengths), titles):
-        axes.set_title(title)
+    names_of_axes = (
+        ("Pixel values by channel", "level, 0 to 255", "fraction of the pixels"),
+        ("Image sizes", "pixels", "images"),
+        ("Aspect ratios", "log2(width / height)", "images"),
+        ("Lengths of captions", found.unit, "captions"),
+    )
+    for axes, (title, x, y) in zip((levels, sizes, ratios, lengths), names_of_axes):
+        axes.set(title=title, xlabel=x, ylabel=y)
     with whole_file(path) as partial:
         figure.savefig(partial, format="png")
 

@@ -73,7 +73,7 @@ def test_a_confusion_matrix_has_shares_of_each_label_in_its_row(drawn, tmp_path)
     axes = drawn[0].axes[0]
     expected = np.array([[0.75, 0, 0.25, 0], [0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_allclose(axes.images[0].get_array(), expected)
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "label")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
     assert axes.images[0].get_clim() == (0, 1)  # one colour is one share in all pictures
     for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [text.get_text() for text in ticks] == ["a", "b", "c", "d"]
@@ -84,8 +84,8 @@ def test_a_training_curve_is_over_epochs_and_by_name(drawn, tmp_path):
     figures.draw_training(tmp_path / "a.png", metrics, steps_per_epoch=5)
     losses, shares = ({line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in drawn[0].axes)
     assert losses == {"training": [[1, 2], [2, 1]]}
-    assert shares == {"training": [[1, 0.25]], "held out, top 1": [[2, 0.5]], "held out, top 5": [[2, 0.75]]}
-    assert [axes.get_ylabel() for axes in drawn[0].axes] == ["loss", "accuracy"]
+    assert shares == {"training": [[1, 0.25]], "held-out, top-1": [[2, 0.5]], "held-out, top-5": [[2, 0.75]]}
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == ["loss", "fraction correct"]
 
 
 def test_an_attack_begins_with_clean_images(drawn, tmp_path):
@@ -132,9 +132,9 @@ def test_a_detection_shows_which_samples_are_which(drawn, tmp_path):
     curves, *panels = drawn[0].axes
     areas = {line.get_label(): auc(line.get_xdata(), line.get_ydata()) for line in curves.lines}
     assert {label.split(" (")[0]: area for label, area in areas.items()} == {"good": 1.0, "bad": 0.0}
-    assert [panel.get_title() for panel in panels] == ["good", "bad"]
-    labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
-    assert labels == ["validation", "other"]
+    assert [panel.get_title() for panel in panels] == ["Scores: good", "Scores: bad"]
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels == ["in-distribution (held-out)", "out-of-distribution"]
     centres = [
         np.average([bar.get_x() for bar in bars], weights=[bar.get_height() for bar in bars])
         for bars in panels[0].containers
