@@ -47,6 +47,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add_settings(parser, "train.global_batch=64")
     parser.add_argument(
+        "--tune", action="store_true", help="choose the learning rate by short runs first: 15%% of the training time"
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="create the shards, print the settings that would be chosen and the expected duration, and exit",
@@ -82,6 +85,7 @@ def _pretrain(args: argparse.Namespace) -> bool:
         labels=args.labels,
         start_from=args.start_from,
         overrides=args.set,
+        tune=args.tune,
         dry_run=args.dry_run,
     ).finished
 

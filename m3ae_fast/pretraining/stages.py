@@ -16,12 +16,13 @@ from m3ae_fast.config import Config, Range, follow, load_config, read_config, re
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.report import REPORT_FILE, write_report
-from m3ae_fast.pretraining.automatic_settings import assumed_config, check_overrides
+from m3ae_fast.pretraining.automatic_settings import assumed_config, check_overrides, set_to
 from m3ae_fast.pretraining.dataset_statistics import look
 from m3ae_fast.pretraining.final_evaluation import draw_map, evaluate_run, stage, table, verdicts, why_no_map
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
 from m3ae_fast.pretraining.plan import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
+from m3ae_fast.pretraining.tuning import tune as choose_rate
 from m3ae_fast.training.run import pre_train
 from m3ae_fast.training.run_folder import is_held
 from m3ae_fast.training.run_state import status
@@ -50,6 +51,7 @@ def pretrain(
     labels: str = "cls",
     start_from: str | Path | None = None,
     overrides: Sequence[str] = (),
+    tune: bool = False,
     dry_run: bool = False,
 ) -> Outcome:
     """Train a model on pictures, with captions where there are some, measure and export it.
@@ -67,6 +69,7 @@ def pretrain(
             warm-up: a run, an export, weights of the official M3AE or MAE or of a timm model, or a name on the Hugging
             Face hub; None: random weights.
         overrides: of the chosen settings, "section.key=value".
+        tune: choose the learning rate by short runs first, in 15 % of the training time.
         dry_run: only say what would be done and how long it takes.
 
     Raises:
@@ -77,6 +80,8 @@ def pretrain(
     if not 0 < hours < 10_000:
         raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
     image_range = check_overrides(overrides).model.image_range
+    if tune and set_to(overrides, "optim.peak_lr", None) is not None:
+        raise UserError("--tune chooses optim.peak_lr: leave out one of --tune and --set optim.peak_lr")
     object_store.require(str(source), *val)
     check_field(labels)
     out = Path(out)
@@ -92,6 +97,8 @@ def pretrain(
         print(f"note: a run here ends without a map of the features: {missing}", flush=True)
     outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})
     if dry_run or config is None:
+        return outcome
+    if tune and choose_rate(load_config(out / CONFIG, here), out / CONFIG) is None:
         return outcome
     with stage() as session:
         config = session.ranks.broadcast(lambda: load_config(out / CONFIG, here))

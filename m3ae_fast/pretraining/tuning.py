@@ -1,0 +1,123 @@
+"""Chooses the learning rate of a run by short runs on the same data."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from m3ae_fast import checkpoint
+from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.untrusted_file import read_json
+from m3ae_fast.config import Config, remembered
+from m3ae_fast.pretraining.final_evaluation import stage
+from m3ae_fast.training.metrics_log import read_metrics
+from m3ae_fast.training.run import pre_train
+from m3ae_fast.training.run_state import status
+
+FOLDER, FILE = "tuning", "tuning.json"  # of the run folder
+FACTORS = (0.5, 1.0, 2.0)  # of the learning rate by the rule
+PART = 0.05  # of the run's steps, for each trial
+FEWEST = 20  # steps of a trial that say anything
+
+
+def tune(config: Config, path: Path) -> Config | None:
+    """Choose `optim.peak_lr` by the loss of short runs, each with a whole schedule, and write the config with it to
+    `path`, with what is left of `train.hours`. A stopped search goes on with the trial that was stopped; one that is
+    done is not repeated.
+
+    Returns:
+        The config of the run; None if somebody asks to stop.
+
+    Raises:
+        UserError: the run has begun, or is too short to be tuned, or no trial has a finite loss.
+    """
+    run, table = config.run.dir, config.run.dir / FILE
+    done: dict[str, Any] = read_json(table) if table.exists() else {"tried": {}, "seconds": 0.0}
+    if "chosen" in done:
+        return config
+    if checkpoint.saved_steps(run):
+        raise UserError(f"--tune: the run in {run} has begun; leave out --tune, or choose another --out")
+    planned = config.train.steps or 0
+    steps = round(PART * planned)
+    if steps < FEWEST:
+        raise UserError(
+            f"--tune: trials of {PART:.0%} of the {planned:,} steps are too short to compare; give more --hours, or "
+            "leave out --tune"
+        )
+    print(f"tuning optim.peak_lr by {len(FACTORS)} runs of {steps:,} steps", flush=True)
+    for factor in FACTORS:
+        rate = float(f"{factor * config.optim.peak_lr:.3g}")
+        if f"{rate:g}" in done["tried"]:
+            continue
+        began = time.monotonic()
+        loss = _try(config, rate, steps)
+        if loss is None:
+            return None
+        done["tried"][f"{rate:g}"] = loss if math.isfinite(loss) else None
+        done["seconds"] += time.monotonic() - began
+        write_whole(table, json.dumps(done, indent=1) + "\n")
+        print(f"optim.peak_lr {rate:g}: loss {loss:.4g}", flush=True)
+    found = {rate: loss for rate, loss in done["tried"].items() if loss is not None}
+    if not found:
+        raise UserError(f"--tune: no run with {', '.join(done['tried'])} as optim.peak_lr had a finite loss")
+    best = min(found, key=lambda rate: found[rate])
+    tried = [*done["tried"]]
+    tuned = _with_rate(config, float(best), done["seconds"])
+    write_whole(path, json.dumps(remembered(tuned), indent=2) + "\n")
+    write_whole(table, json.dumps(done | {"chosen": float(best)}, indent=1) + "\n")
+    note = ", at the end of those that were tried: the best one may lie beyond" if best in (tried[0], tried[-1]) else ""
+    print(f"chosen: optim.peak_lr {best}{note}", flush=True)
+    return tuned
+
+
+def _with_rate(config: Config, rate: float, seconds: float) -> Config:
+    """Return the config with a learning rate, whose time is shorter by some `seconds` if it is limited."""
+    train = config.train
+    if train.hours:
+        left = max(train.hours - seconds / 3600, train.hours / 2)
+        steps = max(round((train.steps or 1) * left / train.hours), 1)
+        train = train.model_copy(update={"hours": round(left, 5), "steps": steps})
+    return config.model_copy(update={"train": train, "optim": config.optim.model_copy(update={"peak_lr": rate})})
+
+
+def _try(config: Config, rate: float, steps: int) -> float | None:
+    """Return the loss at the end of a short run, on held-out samples if there are any, infinite if it is not finite;
+    None if somebody asks to stop."""
+    folder = config.run.dir / FOLDER / f"peak_lr-{rate:g}"
+    short = {
+        "steps": steps, "epochs": None, "hours": None, "stop_at": None, "eval_every": None, "probe": None,
+        "pictures": 0, "save_every": steps, "log_every": max(steps // 20, 1), "keep": 1,
+    }  # fmt: skip
+    warmup = config.optim.warmup_epochs * steps / (config.train.steps or steps)
+    trial = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"dir": folder, "loggers": []}),
+            "train": config.train.model_copy(update=short),
+            "optim": config.optim.model_copy(update={"peak_lr": rate, "warmup_epochs": warmup}),
+        }
+    )
+    try:
+        with stage() as session:
+            pre_train(trial, session, resume="auto")
+    except UserError as error:
+        if "is not finite" in str(error):
+            return math.inf
+        raise
+    if session.stop.asked or status(folder)[0] != "finished":
+        return None
+    return _loss(trial)
+
+
+def _loss(config: Config) -> float:
+    """Return the loss of the last evaluation on held-out samples; without any, the mean of the last logged losses."""
+    lines, weights = read_metrics(config.run.dir), config.loss
+    by_name = {"val_image_loss": weights.image_weight, "val_text_loss": weights.text_weight}
+    if evaluations := [line for line in lines if not line.keys().isdisjoint(by_name)]:
+        return sum(weight * evaluations[-1].get(name, 0.0) for name, weight in by_name.items())
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return fmean(losses[-max(len(losses) // 5, 1) :])
