@@ -11,7 +11,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from benchmarks import results
 from benchmarks.alone import ROOT, Alone
 from benchmarks.gpu.plan import SIZES
 from benchmarks.gpu.processes import Processes
-from benchmarks.gpu.trace import breakdown
+from benchmarks.gpu.trace import breakdown, heaviest
 from benchmarks.shards import make_shards
 from m3ae_fast.base.hardware import peak_flops
 from m3ae_fast.config import MaskingConfig, ModelConfig
@@ -59,6 +59,11 @@ def shipped(names: Sequence[str] = SIZES) -> list[Case]:
 
 IMPLEMENTATIONS = {"deepspeed": "engine, DeepSpeed", "torch": "engine, torch", "expert": "expert"}
 METRICS = "metrics.jsonl"
+# tables of a trace: title, and what reads its rows
+PROFILE: dict[str, tuple[str, Callable[[Path], list[results.Row]]]] = {
+    "gpu-kernels": ("The kernels that take most of a step", heaviest),
+    "gpu-profile": ("Where a step's time goes", breakdown),
+}
 PATIENCE = 5.0  # seconds for a trainer to end; less than a stage of the plan has, which also copies what it wrote
 
 
@@ -67,12 +72,12 @@ def run(
     cases: Sequence[Case] | None = None,
     implementations: Sequence[str] = tuple(IMPLEMENTATIONS.values()),
 ) -> int:
-    """Time each case, print tables, and write gpu-step.json and gpu-profile.json into `folder` (None: this machine's)
+    """Time each case, print tables, and write gpu-step.json and those of `PROFILE` into `folder` (None: this machine's)
     after each run. What fails, for lack of memory mostly, has no numbers, and the next begins. A run's log, metrics and
     trace are kept in a folder beside the tables. Return how many have failed."""
     gpus, failed = max(1, torch.cuda.device_count()), 0
     steps: list[results.Row] = []
-    parts: list[results.Row] = []
+    profile: dict[str, list[results.Row]] = {table: [] for table in PROFILE}
     for case in shipped() if cases is None else cases:
         with tempfile.TemporaryDirectory() as temporary:
             shards = Path(temporary)
@@ -93,25 +98,28 @@ def run(
                         row |= time_expert(case)
                     else:
                         row |= time_trainer(case, shards, kept, gpus, plain=name == "engine, torch")
-                        parts += [{"size": case.name, "implementation": name} | part for part in _parts(kept)]
+                        which: results.Row = {"size": case.name, "implementation": name}
+                        for table, rows in _profile(kept).items():
+                            profile[table] += [which | part for part in rows]
                 except Exception as error:  # of any kind: it costs this run alone
                     failed += 1
                     print(f"{case.name}, {name}: {error or repr(error)}", flush=True)
                 steps.append(row)
                 path = results.save("gpu-step", "Training as it ships, captions of 8 to 32 tokens", steps, folder)
-                if parts:
-                    path = results.save("gpu-profile", "Where a step's time goes", parts, folder)
+                for table, rows in profile.items():
+                    if rows:
+                        path = results.save(table, PROFILE[table][0], rows, folder)
                 print(results.markdown(path), flush=True)
     return failed
 
 
-def _parts(kept: Path) -> list[results.Row]:
-    """Return what the trace says; no rows where there is none that can be read."""
+def _profile(kept: Path) -> dict[str, list[results.Row]]:
+    """Return by table what the trace says; no rows if none can be read."""
     try:
-        return breakdown(kept / TRACE_FILE)
+        return {table: read(kept / TRACE_FILE) for table, (_, read) in PROFILE.items()}
     except (OSError, EOFError, ValueError, LookupError) as error:
         print(f"{kept / TRACE_FILE}: no profile ({error or repr(error)})", flush=True)
-        return []
+        return {}
 
 
 def time_trainer(case: Case, shards: Path, kept: Path, gpus: int, *, plain: bool) -> results.Row:

@@ -1,4 +1,5 @@
-"""Where a step's time goes: the kernels of a torch profiler trace by what they do, and the time that no kernel runs."""
+"""Where a step's time goes: the kernels of a torch profiler trace by what they do, the time that no kernel runs, and
+the kernels that take most."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ PARTS = {
     "elementwise": r"",
 }
 IDLE = "idle"
+LONGEST = 160  # characters of a kernel's name: templates have thousands
 
 
 def part_of(kernel: str) -> str:
@@ -34,14 +36,7 @@ def breakdown(path: Path) -> list[Row]:
 
     Kernels of several streams may overlap, so that parts may add up to more than all; "idle" is when none ran.
     """
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]
-    steps = {e["name"] for e in events if e["name"].startswith("ProfilerStep#")}
-    kernels = sorted(
-        (e["ts"], e["ts"] + e["dur"], e["name"])
-        for e in events
-        if e.get("cat", "") in ("kernel", "gpu_memcpy", "gpu_memset")
-    )
+    kernels, steps = _read(path)
     if not kernels:
         return []
     spent = dict.fromkeys((*PARTS, IDLE), 0.0)
@@ -51,6 +46,33 @@ def breakdown(path: Path) -> list[Row]:
         spent[IDLE] += max(0.0, start - busy_until)
         busy_until = max(busy_until, end)
     whole = busy_until - begin
-    each = 1e3 * max(len(steps), 1)  # from microseconds of all steps
+    each = 1e3 * steps  # from microseconds of all steps
     rows: list[Row] = [{"part": p, "ms per step": us / each, "fraction": us / whole} for p, us in spent.items()]
     return [*rows, {"part": "whole", "ms per step": whole / each, "fraction": 1.0}]
+
+
+def heaviest(path: Path, count: int = 40) -> list[Row]:
+    """Return the kernels that take the most time in all, with launches and milliseconds per step."""
+    kernels, steps = _read(path)
+    spent: dict[str, tuple[int, float]] = {}
+    for start, end, name in kernels:
+        launches, us = spent.get(name, (0, 0.0))
+        spent[name] = launches + 1, us + end - start
+    rows = sorted(spent.items(), key=lambda pair: -pair[1][1])[:count]
+    return [
+        {"kernel": name[:LONGEST], "part": part_of(name), "launches": n / steps, "ms per step": us / (1e3 * steps)}
+        for name, (n, us) in rows
+    ]
+
+
+def _read(path: Path) -> tuple[list[tuple[float, float, str]], int]:
+    """Return start, end and name of every kernel in a trace, in order, and the number of steps."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]
+    steps = {e["name"] for e in events if e["name"].startswith("ProfilerStep#")}
+    kernels = sorted(
+        (e["ts"], e["ts"] + e["dur"], e["name"])
+        for e in events
+        if e.get("cat", "") in ("kernel", "gpu_memcpy", "gpu_memset")
+    )
+    return kernels, max(len(steps), 1)

@@ -233,6 +233,12 @@ def test_a_trace_tells_where_the_time_goes(tmp_path):
         {"communication": 0.045, "attention": 0.045, "own ops": 0.045, "optimiser": 0.045, "matmul": 0.14}
         | {"copies": 0.045, "elementwise": 0.045, "idle": 0.03, "whole": 0.395}
     )
+    events.append(event(900, 30, "nvjet_on_another_stream"))
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    assert trace.heaviest(path, 2) == [
+        {"kernel": "nvjet_on_another_stream", "part": "matmul", "launches": 1.0, "ms per step": pytest.approx(0.065)},
+        {"kernel": "void flash::flash_fwd_kernel<cutlass>", "part": "attention", "launches": 0.5, "ms per step": 0.045},
+    ]
 
 
 def without_a_driver(**_):

@@ -149,7 +149,8 @@ def test_steps(tmp_path, cuda, monkeypatch):
     monkeypatch.setattr(step, "shipped", lambda: [step.Case("tiny", TRAINER_TINY, batch=4, samples=2)])
     monkeypatch.setattr(step, "make_shards", lambda *_, **__: None)
     monkeypatch.setattr(step, "time_trainer", lambda *_, **__: {"samples/s": 10.0})
-    monkeypatch.setattr(step, "breakdown", lambda path: [{"part": "idle", "ms per step": 1.0, "fraction": 0.5}])
+    rows = [{"part": "idle", "ms per step": 1.0, "fraction": 0.5}]
+    monkeypatch.setattr(step, "PROFILE", {"gpu-profile": ("title", lambda path: rows)})
 
     class Process(contextlib.nullcontext):
         def __init__(self, name, *_, **__):
