@@ -122,8 +122,8 @@ def test_a_model_is_evaluated_with_typed_arguments(run, tmp_path):
         ("knn", {"train": ()}, "--train: knn needs shards"),
         ("attentive", {"modality": "text"}, "--modality text: must be image for attentive"),
         ("compare", {"probes": ["svm"]}, "--probes svm: no such probe"),
-        ("knn", {"draws": 3}, "--draws 3: is of --shots"),
-        ("ood", {"ood": {"val": ["a.tar"]}}, "--ood val: is what the result calls --val"),
+        ("knn", {"draws": 3}, "--draws 3: can be used only with --shots"),
+        ("ood", {"ood": {"val": ["a.tar"]}}, "--ood val: the result already uses this name for --val"),
         ("knn", {"model": ["a", "b"]}, "knn evaluates one model, not 2"),
     ],
 )

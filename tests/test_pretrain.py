@@ -362,7 +362,9 @@ def test_stopped_in_any_stage_the_same_line_goes_on(tmp_path):
     *stopped, whole = re.findall(r"--- (.+)\n([\s\S]*?)\n=== code (\d+)\n", done.stdout)
     assert len(stopped) == 10
     for stage, said, code in stopped:
-        assert said.splitlines()[-1].endswith("; the same line goes on") and "Traceback" not in said, said
+        assert said.splitlines()[-1].endswith("; run the same command again to resume") and "Traceback" not in said, (
+            said
+        )
         interrupted = stage in ("shards", "report", "export")
         assert code == ("130" if interrupted else "0"), (stage, said)
     assert "stopped at step 1 (SIGINT)" in stopped[4][1]
@@ -380,7 +382,7 @@ def test_a_run_keeps_its_pictures(tmp_path):
     outcome = pretrain(photos, tmp_path / "run", hours=0.001, overrides=overrides)
     assert outcome.finished and outcome.report.is_file() and outcome.results == {}
     Image.new("RGB", (40, 40)).save(photos / "red/7.png")
-    with pytest.raises(UserError, match=r"is not what it was when the run in .* began; choose another --out"):
+    with pytest.raises(UserError, match=r"has changed since the run in .* began; choose another --out"):
         pretrain(photos, tmp_path / "run")
 
 
@@ -409,7 +411,7 @@ def test_shards_of_changed_pictures_are_made_anew_before_a_run_begins(tmp_path):
     assert not find_shards(str(photos), out, None, []).notes
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns == first and (out / "config.json").exists()
     (photos / "red/0.txt").write_text("another caption")
-    assert "its shards are made anew" in find_shards(str(photos), out, None, []).notes[-1]
+    assert "its shards are created again" in find_shards(str(photos), out, None, []).notes[-1]
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns != first and not (out / "config.json").exists()
     (photos / "red/0.txt").write_text("a third one")
     with pytest.raises(UserError, match="holds shards of something else; remove it, or choose another --out"):
@@ -941,7 +943,7 @@ def test_sizes_are_tried_from_the_smallest_to_the_first_that_will_not_do(tmp_pat
 
 
 @pytest.mark.parametrize(("end", "dry_run", "code", "said"), [
-    (True, False, 0, ""), (False, False, 0, "stopped; the same line goes on"), (False, True, 0, ""),
+    (True, False, 0, ""), (False, False, 0, "stopped; run the same command again to resume"), (False, True, 0, ""),
     (None, False, 130, ""),
 ])  # fmt: skip
 def test_the_command_passes_on_what_it_is_given(monkeypatch, capsys, end, dry_run, code, said):
@@ -961,7 +963,7 @@ def test_the_command_passes_on_what_it_is_given(monkeypatch, capsys, end, dry_ru
     given |= {"overrides": ["train.global_batch=8"], "dry_run": dry_run, "tune": True}
     assert calls == [(("photos", Path("run")), given)]
     out, err = capsys.readouterr()
-    assert (out.strip(), err.strip()) == (said, "stopped; the same line goes on" if end is None else "")
+    assert (out.strip(), err.strip()) == (said, "stopped; run the same command again to resume" if end is None else "")
 
 
 @pytest.mark.parametrize(("hours", "seconds"), [(1.0, 30.0), (0.05, 5.4)])

@@ -37,7 +37,7 @@ def command(
 
 
 def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
-    """Add `--set KEY=VALUE`, and what the deepspeed launcher adds."""
+    """Add `--set KEY=VALUE`, and the options that the deepspeed launcher adds."""
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override a setting: --set {example}"
     )
@@ -55,7 +55,7 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
 
 
 def add_resume(parser: argparse.ArgumentParser, folder: str) -> None:
-    """Add `--resume`. `folder`: what the help calls the run's."""
+    """Add `--resume`. `folder`: name of the run folder in the help."""
     parser.add_argument(
         "--resume",
         default="no",
@@ -66,7 +66,7 @@ def add_resume(parser: argparse.ArgumentParser, folder: str) -> None:
 
 
 def output(*endings: str) -> Callable[[str], Path]:
-    """Return what parses the path of a folder to write, or of a file with one of these endings. Where it cannot be one
+    """Return a parser of the path of a folder to write, or of a file with one of these endings. If it cannot be one
     it raises UserError: argparse would print its usage too."""
 
     def parse(text: str) -> Path:
@@ -89,7 +89,7 @@ def seed(text: str) -> int:
 
 
 def names_of(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
-    """Return what parses names with commas between them, each of a `what` that is `known`."""
+    """Return a parser of comma-separated names, each of which must be a `known` `what`."""
 
     def parse(text: str) -> list[str]:
         names = [*dict.fromkeys(text.split(","))]

@@ -8,7 +8,7 @@ m3ae-fast pretrain photos/ --out run --from runs/base     # continues from exist
 m3ae-fast pretrain photos/ --out run --dry-run            # what would be chosen, and how long it takes
 
 The chosen settings are printed and written to OUT/config.json, which can be passed to `m3ae-fast train --config`.
-Stopped, the same line goes on. In Python: m3ae_fast.pretrain("photos/", out="run").
+If it is interrupted, run the same command again to resume. In Python: m3ae_fast.pretrain("photos/", out="run").
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def _found(path: str | Path) -> Path:
-    """Return the path of a config. Raises UserError if what is named is neither a path nor a shipped config."""
+    """Return the path of a config. Raises UserError if the name is neither a path nor that of a shipped config."""
     name = str(path)
     if Path(path).is_file() or name.endswith(".json") or "/" in name:
         return Path(path)
@@ -63,7 +63,7 @@ def read_config(path: Path, label: str) -> dict[str, Any]:
 
 
 def remembered(config: Config) -> dict[str, Any]:
-    """Return what a file in a run folder says of its config: plain JSON data, the folder from the root on."""
+    """Return the config that a file in a run folder holds: plain JSON data, with the absolute path of the folder."""
     data = config.model_dump(mode="json")
     data["run"]["dir"] = str(config.run.dir.resolve())
     return data

@@ -1,4 +1,4 @@
-"""Every setting of a run: typed, strict sections whose fields say what they mean.
+"""Every setting of a run: typed, strict sections whose fields have documented meanings.
 
 The official M3AE hyper-parameters are the defaults (arXiv 2205.14204 and its public code). A string below a field is
 its description: docs/config.md is made from it by `m3ae-fast config`.
@@ -173,7 +173,7 @@ class ModelConfig(Section):
             if self.min_patches > self.most_patches:
                 raise ValueError(f"min_patches {self.min_patches} is more than max_patches {self.most_patches}")
             if self.image_targets == "vqgan":
-                raise ValueError("image_targets vqgan needs resize square: a VQGAN's images are of one size")
+                raise ValueError("image_targets vqgan needs resize square: all images of a VQGAN have the same size")
         places = max(self.position_side**2, self.text_length)
         width = max(self.emb_dim, self.dec_emb_dim)
         if places * width > MAX_POSITIONS:

@@ -16,7 +16,7 @@ Range = Annotated[tuple[float, float], Strict(False)] | Literal["dtype"]
 def check_range(name: str, image_range: Range | None) -> None:
     """Raise ValueError if the two values are not in order."""
     if isinstance(image_range, tuple) and not image_range[0] < image_range[1]:
-        raise ValueError(f"{name} {list(image_range)} must be what is black and, above it, what is white")
+        raise ValueError(f"{name} {list(image_range)} must be the values of black and of white, with black below white")
 
 
 def add_range_option(parser: argparse._ActionsContainer) -> None:

@@ -148,7 +148,7 @@ class DeepSpeedEngine:
         return p if kind == "model" else self._inner.state[p][kind]
 
     def _joined(self, p: nn.Parameter, kind: str) -> Tensor:
-        """Return what `_own` returns of all ranks, as one tensor. Every rank must call it."""
+        """Concatenate the results of `_own` on all ranks into one tensor. Every rank must call it."""
         own = self._own(p, kind)
         full = torch.zeros(math.prod(own.shape), device=self.ranks.device)
         full[own.start : own.start + len(own.data)] = own.data
@@ -277,7 +277,7 @@ def _private(of: Any, name: str) -> Any:
 
 
 def _replace(module: str, name: str, value: Any) -> None:
-    """Replace what a module of DeepSpeed has under a name. Raises UserError if there is no such name."""
+    """Replace an attribute of a DeepSpeed module. Raises UserError if the module has no such attribute."""
     found = importlib.import_module(module)
     _private(found, name)
     setattr(found, name, value)

@@ -1,4 +1,4 @@
-"""A rank's part of an engine's state: flat pieces of tensors, whoever shards them."""
+"""A rank's part of an engine's state: flat slices of tensors, independent of how the engine shards them."""
 
 from __future__ import annotations
 

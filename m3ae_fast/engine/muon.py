@@ -33,11 +33,11 @@ class Matrix(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a parameter of the optimiser is of a flat buffer."""
+    """The part of a flat buffer that a parameter of the optimiser holds."""
 
     start: int  # the parameter's first element in the buffer
     matrices: list[Matrix]  # those that overlap with the parameter
-    gather: Callable[[Tensor], Tensor]  # gives the whole buffer of what each rank has of it
+    gather: Callable[[Tensor], Tensor]  # all-gathers the buffer from the parts of the ranks
 
 
 def orthogonalise(x_NRC: Tensor) -> Tensor:
@@ -87,8 +87,8 @@ class Muon(torch.optim.Optimizer):
         return [Matrix(start + i * rows * columns, rows, columns) for i in range(number)]
 
     def shard(self, flat: Tensor, start: int, starts: Mapping[Tensor, int], gather: Callable[[Tensor], Tensor]) -> None:
-        """Let `flat` stand for this rank's part of a buffer, which begins at its element `start`. `starts`: the first
-        element of each parameter in the buffer; `gather`: see `Part`."""
+        """Register `flat` as this rank's part of a buffer, which begins at the buffer's element `start`. `starts`: the
+        first element of each parameter in the buffer; `gather`: see `Part`."""
         matrices = [matrix for p in self._stacked for matrix in self._matrices(p, starts[p])]
         own = [m for m in matrices if m.start < start + len(flat) and start < m.stop]
         self._parts = {flat: Part(start, own, gather)}

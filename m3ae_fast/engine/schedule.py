@@ -22,7 +22,8 @@ def learning_rate(step: float, config: ScheduleConfig, batch: int, warmup_steps:
 def warmup_cosine(
     step: float, warmup_steps: int, total_steps: int, init: float = 0.0, peak: float = 1.0, end: float = 0.0
 ) -> float:
-    """Return what rises linearly from `init` to `peak` in the warm-up, and falls to `end` as a cosine."""
+    """Return a schedule that rises linearly from `init` to `peak` in the warm-up and then decays to `end` along a
+    cosine."""
     if step < warmup_steps:
         return init + (peak - init) * step / warmup_steps
     progress = min(step - warmup_steps, total_steps - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -32,8 +33,8 @@ def warmup_cosine(
 def warmup_stable_decay(
     step: float, warmup_steps: int, decayed: float, init: float = 0.0, peak: float = 1.0, end: float = 0.0
 ) -> float:
-    """Return what rises linearly from `init` to `peak` in the warm-up, and then falls to `end` as 1 minus the root of
-    `decayed`, the progress of the decay (arXiv 2405.18392)."""
+    """Return a schedule that rises linearly from `init` to `peak` in the warm-up, and then decays to `end` as 1 minus
+    the root of `decayed`, the progress of the decay (arXiv 2405.18392)."""
     rate = init + (peak - init) * step / warmup_steps if step < warmup_steps else peak
     return end + (rate - end) * (1 - math.sqrt(decayed))
 

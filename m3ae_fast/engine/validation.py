@@ -70,7 +70,7 @@ class Yardsticks:
         self._samples = 0
 
     def add(self, batch: PackedBatch) -> None:
-        """Add a batch with its targets, on the device; features are of what is visible of its samples."""
+        """Add a batch with its targets, on the device. Features are those of the visible tokens."""
         image_I, text_W = batch.image_row_weight != 0, batch.text_row_weight != 0  # rows of padding have weight 0
         if len(self._image_ids):
             self._image_ids += torch.bincount(batch.image_targets[image_I], minlength=len(self._image_ids)).cpu()

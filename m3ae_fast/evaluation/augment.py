@@ -23,7 +23,7 @@ from m3ae_fast.data.loader import Share
 from m3ae_fast.data.order import hash64
 from m3ae_fast.images.normalisation import normalised
 
-_MIXING = 64  # what the number is drawn for, beside those of data.dataset
+_MIXING = 64  # purpose of the random number, in addition to those of data.dataset
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Mixing:
         self.seed, self.repeats, self.lanes = seed, repeats, lanes
 
     def check_share(self, share: Share) -> None:
-        """Raise UserError where samples to be mixed lie in different micro-batches, or have different sizes."""
+        """Raise UserError if samples to be mixed are in different micro-batches, or have different sizes."""
         if self.mixes and self.native:
             raise UserError(
                 "finetune.mixup and cutmix mix images of one size, and these are native; set both to 0, or "
@@ -178,7 +178,7 @@ class Mixing:
 
 
 def _inside(box_S4: Tensor, size: int) -> Tensor:
-    """Return which pixels lie in the box, bool [S, 1, H, W]."""
+    """Return a mask of the pixels in the box, bool [S, 1, H, W]."""
     place = torch.arange(size, device=box_S4.device)
     rows_SH, columns_SW = ((place >= low[:, None]) & (place < high[:, None]) for low, high in box_S4.T.split(2))
     return (rows_SH[:, :, None] & columns_SW[:, None])[:, None]

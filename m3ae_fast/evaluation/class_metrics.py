@@ -23,11 +23,11 @@ from m3ae_fast.evaluation.significance import ERROR, area_under_roc, standard_er
 
 
 def class_metrics(folder: Path, classes: Classes, names: Sequence[str]) -> dict[str, Any]:
-    """Return what result.json says beside the accuracies of a task that classifies: the share of the largest class and
-    whether the accuracy is above it, see `against_largest_class`, and, of one prediction for each sample,
-    "balanced_accuracy", the mean over classes of the accuracy of each (macro-averaged recall), with its standard error;
-    "per_class", samples and accuracy of each; and, of two classes, "auroc", of the second one's score, with its
-    standard error. Nothing for other tasks.
+    """Return the entries of result.json that accompany the accuracies of a classification task: the share of the
+    largest class and whether the accuracy is above it, see `against_largest_class`, and, of one prediction for each
+    sample, "balanced_accuracy", the mean over classes of the accuracy of each (macro-averaged recall), with its
+    standard error; "per_class", samples and accuracy of each; and, of two classes, "auroc", of the second one's score,
+    with its standard error. Nothing for other tasks.
 
     `classes`: by id, of the training samples. `names`: what to call each.
     """

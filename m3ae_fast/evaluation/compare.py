@@ -60,7 +60,7 @@ class Found:
         return np.stack([each.correct_N.numpy() for each in self.trials[model, probe].values()])
 
     def result(self) -> dict[str, Any]:
-        """Return what result.json holds; empty where nothing was measured."""
+        """Return the contents of result.json; empty if nothing was measured."""
         if not self.trials:
             return {}
         rows = [{"model": model, "probe": probe, **self.accuracy(model, probe)} for model, probe in self.trials]
@@ -99,7 +99,7 @@ class Found:
                 yield probe, words
 
     def _right(self, model: str, probe: str) -> np.ndarray:
-        """Return how often each sample was right, [N]."""
+        """Return the fraction of seeds that classify each sample correctly, [N]."""
         if model != LARGEST:
             return self.correct(model, probe).mean(0)
         labels_N = self._labels()
@@ -158,11 +158,11 @@ class Work:
     training: dict[str, float]  # about how many seconds, by the probes that its features are for
 
     def passes(self, seeds: int) -> int:
-        """Return how often the images are encoded."""
+        """Return the number of passes over the images."""
         return seeds if self.drawn else 1
 
     def trials(self, probe: str, seeds: int) -> int:
-        """Return how often a probe is trained."""
+        """Return the number of probes to train."""
         return seeds if self.drawn or PROBES[probe].seeded else 1
 
 
@@ -175,7 +175,7 @@ def run(job: Job) -> dict[str, Any]:
     """Run the task. Raises UserError if a model cannot be opened, or memory is too small."""
     options, seeds = job.options, range(job.config.run.seed, job.config.run.seed + job.options.seeds)
     names = model_names(options.models, pixels=not all(PROBES[probe].tokens for probe in options.probes))
-    # a mistake is told at once, not when its turn has come
+    # report mistakes before any work
     shapes = {name: _shape(job, open_encoder(model, text=False)) for name, model in names.items()}
     train, val, classes = job.open_labelled()
     found, done = Found(classes), 0
@@ -240,7 +240,7 @@ def _training(job: Job, samples: int, classes: int, shape: Shape) -> dict[str, f
 
 
 def _shorter(job: Job, work: Iterable[Work]) -> str:
-    """Return what makes a comparison shorter."""
+    """Return options that make a comparison shorter."""
     probes, seeds = job.options.probes, job.options.seeds
     ways = []
     if "attentive" in probes and len(probes) > 1:

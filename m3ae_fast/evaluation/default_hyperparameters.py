@@ -113,7 +113,7 @@ def chosen(config: LinearProbeConfig | FineTuneConfig) -> dict[str, Any]:
 
 
 def sentence(config: LinearProbeConfig | FineTuneConfig, schedule: Schedule, start: int) -> str:
-    """Return what a run is going to do, from step `start` on."""
+    """Return a sentence that describes the run from step `start` on."""
     return (
         f"{schedule.samples:,} samples, batch {config.global_batch}, steps {start:,} to {schedule.total_steps:,} "
         f"({epochs_of(schedule):.4g} epochs, of which {config.warmup_epochs:g} warm up), {schedule.describe_rate()}"

@@ -43,7 +43,7 @@ def _compared(folders: Sequence[Path]) -> str:
 
 
 def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
-    """Return how a task's result, of the model `name`, compares with the OUT of others on the same samples, by name,
+    """Compare a task's result, of the model `name`, with the results of others on the same samples, by name,
     and with always naming the largest class of these samples: a sentence each. Raises UserError as `compare_results`.
     """
     table = read_parquet(folder / FILE)
@@ -56,10 +56,10 @@ def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
 
 
 def against_largest_class(folder: Path) -> dict[str, Any]:
-    """Return what result.json says beside the accuracies of a task that classifies: as "chance" the share of the
-    largest class among the held-out samples, of more than five classes as "chance_top5" that of the five largest, and,
-    of one prediction for each sample, as "verdict" whether it is better, with a "warning" if it is not. Nothing for
-    other tasks."""
+    """Return the entries of result.json that accompany the accuracies of a classification task: as "chance" the share
+    of the largest class among the held-out samples, of more than five classes as "chance_top5" that of the five
+    largest, and, of one prediction for each sample, as "verdict" whether it is better, with a "warning" if it is not.
+    Nothing for other tasks."""
     if not (folder / FILE).exists():
         return {}
     table = read_parquet(folder / FILE)
@@ -84,7 +84,8 @@ def one_prediction_each(table: Table) -> bool:
 
 def not_above_largest(right_N: np.ndarray, largest_N: np.ndarray, name: str = "the model") -> str:
     """Return a warning if an accuracy is not significantly above that of always predicting the largest class, else "".
-    `right_N`: how often each sample was right, from 0 to 1; `largest_N`: whether it is of the largest class."""
+    `right_N`: fraction of the seeds that classify each sample correctly; `largest_N`: whether it belongs to the largest
+    class."""
     found = difference(right_N, largest_N)
     if found.is_significant and found.value > 0:
         return ""

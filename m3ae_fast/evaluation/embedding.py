@@ -67,7 +67,7 @@ def embed(
         source: shards (paths, brace patterns, globs, URLs), a folder of images or of shards, or a list of paths of
             images.
         out: a .parquet or .npz file to write too.
-        modality: what the encoder sees of a sample: "image", "text" or "paired"; of images only "image".
+        modality: modalities of a sample that the encoder sees: "image", "text" or "paired"; for images only "image".
         pool: "mean" over all tokens but cls, or "cls"; None: as `encode.pool` says.
         labels: where shards have their labels: "cls", or "json." and the name of a field.
         patches: return the features of all patches too.

@@ -40,8 +40,8 @@ T = TypeVar("T")
 
 
 def key_digest(key: str, draw: str = "") -> bytes:
-    """Return a hash of a sample's key, for what is drawn by sample; another for each `draw`. The folder of its shard
-    has no part in it, so that the same data elsewhere give the same result."""
+    """Return a hash of a sample's key, from which random numbers of the sample are drawn; another for each `draw`. The
+    folder of its shard has no part in it, so that the same data elsewhere give the same result."""
     shard_and_name = key.split("/")[-2:]
     return hashlib.sha256(os.fsencode(draw + "/".join(shard_and_name))).digest()
 

@@ -110,7 +110,7 @@ class FeatureBank:
         return None if parts is None else _in_order(parts)
 
     def complete(self, values_R: Tensor) -> Tensor:
-        """Return what all ranks have of their samples, [R, ...] each, on the CPU of every rank: [N, ...]."""
+        """Gather rows of all ranks, [R, ...] each, on the CPU of every rank: [N, ...]."""
         own = self.own, values_R.cpu()
         return _in_order(self.ranks.gather(own) if self.ranks else [own])
 

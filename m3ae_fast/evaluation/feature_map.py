@@ -80,7 +80,7 @@ def _places(features_ND: np.ndarray, seed: int) -> np.ndarray:
 
 
 def separation(points_N2: np.ndarray, labels_N: np.ndarray, neighbours: int = NEIGHBOURS) -> Separation:
-    """Return how well the classes of points lie apart, by their distances in the plane. `neighbours`, at most N - 1, of
+    """Return measures of how well the classes of the points are separated in the plane. `neighbours`, at most N - 1, of
     each point vote for its class; of equal votes the lowest class id wins."""
     from scipy.stats import mode
     from sklearn.metrics import silhouette_score

@@ -80,8 +80,8 @@ def fill(
 
 
 def _open_image_tokenizer(name: str, model: ModelConfig, given: str | None, draws: bool) -> VQGAN | None:
-    """Return the VQGAN that draws what the model predicts; None if that is pixels, or nothing is drawn. Raises
-    UserError if it is not known, or does not fit."""
+    """Return the VQGAN that decodes the predicted token ids; None if the model predicts pixels, or nothing is drawn.
+    Raises UserError if it is not known, or does not fit."""
     if given and not (draws and model.image_targets == "vqgan"):
         raise UserError(f"--image-tokenizer {given}: draws --out of a model that predicts image tokens; leave it out")
     if not draws or model.image_targets == "pixels":

@@ -36,7 +36,7 @@ from m3ae_fast.training.run_folder import RunFolder
 
 RESULT_FILE, SO_FAR_FILE = "result.json", "result-so-far.json"
 
-LONG_S, SHORT_S = 15 * 60, 10 * 60  # on a CPU: what a user is warned of, and what is proposed instead
+LONG_S, SHORT_S = 15 * 60, 10 * 60  # on a CPU: duration that is warned about, and duration that is proposed instead
 STARTS_OVER = "the same command starts over"
 
 Columns = Mapping[str, Sequence[Any]]
@@ -56,7 +56,7 @@ class Job:
     """One task on one model."""
 
     options: Options
-    modality: Modality  # what the encoder sees of a sample
+    modality: Modality  # modalities of a sample that the encoder sees
     config: EvaluationConfig
     session: Session
     folder: RunFolder | None  # OUT, on the main rank only
@@ -129,7 +129,8 @@ class Job:
         )
 
     def encoder(self, passes: float) -> Callable[..., FeatureBank]:
-        """Return an `encode` that says how much of `passes` sample-passes of all corpora is done, and what is left."""
+        """Return an `encode` that reports the progress over `passes` sample-passes of all datasets, and the time
+        left."""
         time_left = TimeLeft(passes)
 
         def encode(corpus: Corpus, title: str, cost: float = 1.0) -> FeatureBank:
@@ -143,7 +144,7 @@ class Job:
 
     @property
     def preparation(self) -> Preparation:
-        """Return how samples become input of the encoder: nothing is masked."""
+        """Return the preparation of samples for the encoder, without masking."""
         encoder = getattr(self.model, "backbone", self.model)  # of a classifier
         return Preparation(encoder.geometry, UNMASKED, encoder.tokenizer, self.config.run.seed)
 
@@ -192,11 +193,11 @@ class Job:
         return left
 
     def keep(self, columns: Columns) -> None:
-        """Write what is known of each sample, as predictions.parquet."""
+        """Write the predictions of each sample, as predictions.parquet."""
         self.ranks.on_main(lambda: write_parquet(self.out / PREDICTIONS_FILE, columns))
 
     def described(self, result: dict[str, Any], *, partial: bool) -> dict[str, Any]:
-        """Return a result, whole or partial, with what it is of."""
+        """Return a complete or partial result with a description of its model and data."""
         options, config = self.options, self.config.model_dump(mode="json")
         about = {"task": options.task, "partial": partial}
         model = list(options.models) if TASKS[options.task].compares else options.model

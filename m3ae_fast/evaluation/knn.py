@@ -28,7 +28,7 @@ def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, te
     """Return the votes for each class of the k nearest training samples of this rank's queries: float32 [R, C], on the
     CPU. Every rank must call it."""
     similarity_RK, number_RK = nearest(bank, queries, k)
-    # exp of what is below the nearest: the same order of classes, and no overflow at low temperatures
+    # relative to the nearest: the same order of classes, and no overflow at low temperatures
     weights_RK = ((similarity_RK.double() - similarity_RK[:, :1]) / temperature).exp()
     votes_RC = weights_RK.new_zeros(len(weights_RK), classes).scatter_add(1, bank.labels[number_RK], weights_RK)
     return votes_RC.float()

@@ -53,9 +53,9 @@ def open_probe(config: Config, *, progress: bool = False) -> Probe | None:
 
 
 def knn_probe(config: Config, ranks: Ranks) -> Callable[[Trainer], None] | None:
-    """Open the labelled samples of `train.probe` before training starts. Return what logs the accuracy if it is due,
-    unless a rank is asked to stop, even half-way; every rank must call it. None if the config asks for no probe.
-    Raises UserError if shards or labels cannot be used."""
+    """Open the labelled samples of `train.probe` before training starts. Return a function that logs the accuracy if it
+    is due, unless a rank is asked to stop, even half-way; every rank must call it. None if the config asks for no
+    probe. Raises UserError if shards or labels cannot be used."""
     probe = ranks.main_first(lambda: open_probe(config, progress=ranks.is_main))
     return None if probe is None else partial(_log, config, *probe)
 

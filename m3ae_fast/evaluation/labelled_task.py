@@ -37,11 +37,11 @@ class ClassLosses(NamedTuple):
 
 @dataclass(kw_only=True)
 class LabelledTask(ABC):
-    """Counts samples, evaluates accuracy, and keeps what the last evaluation found."""
+    """Counts samples, evaluates the accuracy, and keeps the predictions of the last evaluation."""
 
     job: Job
     settings: LinearProbeConfig | FineTuneConfig
-    notes: list[str]  # on what a resumed run does differently
+    notes: list[str]  # differences from the run that is resumed
     classes: Classes
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class LabelledTask(ABC):
 
     @abstractmethod
     def first_line(self, trainer: Trainer) -> str:
-        """Return what the run is."""
+        """Return a line that describes the run."""
 
     @abstractmethod
     def is_due(self, trainer: Trainer) -> bool:
@@ -80,7 +80,7 @@ class LabelledTask(ABC):
 
     @abstractmethod
     def shorter(self, trainer: Trainer, steps: float) -> str:
-        """Return what to do instead of a long run: of about so many steps, or something else."""
+        """Return options for a shorter run: about this many steps, or another way to the result."""
 
     @abstractmethod
     def save_classifier(self, trainer: Trainer) -> None:
@@ -170,7 +170,7 @@ class LabelledTask(ABC):
 def cautions(
     section: str, length: str, steps: int, official: Official, lines: list[dict[str, Any]], batch: int
 ) -> list[str]:
-    """Return what speaks against taking the result of a training as it is, a line each. `length`: the setting that
+    """Return warnings about the reliability of the result of a training, one line each. `length`: the setting that
     makes it longer; `lines`, `batch`: see `rising`."""
     found = []
     if steps < official.fewest_steps:

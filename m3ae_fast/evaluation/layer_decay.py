@@ -1,13 +1,14 @@
 """Layer-wise learning rates for fine-tuning (arXiv 2106.08254), with the official code's layers.
 
-Of the official script (young-geng/m3ae_public, m3ae/finetune_main.py) this keeps what it computes:
+Of the official script (young-geng/m3ae_public, m3ae/finetune_main.py) this reproduces the computation:
 
 - the layers as they come out there: the cls token and the encoder's last norm in layer 0, block i in layer i + 1, and
   everything else, the patch and text embeddings included, in layer depth + 1 with the head, at the full rate;
 - a peak learning rate that is not multiplied by batch / 256.
 
-It does not keep what is a slip there: layers counted for 24 blocks whatever the model's depth, and a weight decay that
-never acts. Decay acts on what the script means to decay: matmul weights, not biases, norms, cls and embeddings.
+It does not reproduce two mistakes: layers counted for 24 blocks whatever the model's depth, and a weight decay that
+never acts. Here decay acts on the parameters that the script intends to decay: weight matrices, not biases, norms, cls
+and embeddings.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def _fit(train_ND: np.ndarray, labels_N: np.ndarray, seed: int, regress: bool) -
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task. Raises UserError if the classifier is of other classes, or as `Job.open_labelled` does."""
+    """Run the task. Raises UserError if the classifier has other classes, or as `Job.open_labelled` does."""
     if isinstance(job.model, Classifier):
         _check_pool(job.model, job.config.encode)
     labelled, held_out, classes = job.open_labelled()
@@ -251,8 +251,8 @@ def _of_encoder(job: Job, classifier: Classifier) -> Job:
 
 
 def _compare(known: dict[str, np.ndarray], other: dict[str, np.ndarray], seed: int) -> dict[str, float]:
-    """Return what each score makes of familiar and strange samples: the area under its ROC curve with the interval, the
-    areas under its precision-recall curves, and the false positives at 95 % true positives."""
+    """Return the metrics of each score on in-distribution and out-of-distribution samples: the area under its ROC curve
+    with the interval, the areas under its precision-recall curves, and the false positives at 95 % true positives."""
     found: dict[str, float] = {}
     for name in known:
         area, passed = auroc_and_fpr(known[name], other[name])

@@ -89,7 +89,7 @@ def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _head(run: Path, metrics: Metrics, named: bool) -> str:
-    """Return what a run has come to, what is unusual about it, and what to try, in words."""
+    """Return a summary of a run, its diagnostics and suggested fixes, as text."""
     try:
         state = status(run)[1]
     except UserError:  # of a version that kept no record
@@ -137,7 +137,7 @@ def _results_table(found: list[tuple[Path, dict[str, Any]]]) -> str:
 
 
 def _model(path: Path, result: dict[str, Any]) -> str:
-    """Return what a result is of, in words."""
+    """Return the model and the data of a result, as text."""
     model = str(result.get("model", path.parent.name))
     for prefix, words in _BASELINES.items():
         if model.startswith(prefix):
@@ -198,7 +198,8 @@ def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
 
 
 def _chance(name: str, result: dict[str, Any]) -> str:
-    """Return what a metric is of always predicting the largest class, or the five largest; "" if it is not known."""
+    """Return the value of a metric if the largest class, or the five largest, are always predicted; "" if it is
+    unknown."""
     value = result.get({"top1": "chance"}.get(name, f"chance_{name}"))
     if name == "auroc":
         value = 0.5

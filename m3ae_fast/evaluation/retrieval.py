@@ -1,6 +1,6 @@
 """Image-to-text and text-to-image retrieval by pooled features of each modality alone.
 
-M3AE is not trained to align the two: this measures how far they come to lie alike anyway.
+M3AE is not trained to align the two; this measures how similar they become nevertheless.
 
 Shapes: N pairs, R of them on this rank, Q queries, B candidates of a block, W ranks, D width.
 """
@@ -34,7 +34,7 @@ AT_CHANCE = (
     "of whole captions with whole images, so that their pooled features need not lie alike"
 )
 _AT_A_TIME = 1024
-_SHOWN, _BEST = 5, 5  # queries drawn, and what is found for each
+_SHOWN, _BEST = 5, 5  # number of queries drawn, and of results for each
 
 
 def own_ranks(queries: FeatureBank, candidates: FeatureBank) -> Tensor:
@@ -153,7 +153,7 @@ def _ways(images: FeatureBank, texts: FeatureBank) -> dict[str, tuple[FeatureBan
 
 
 def _shown(queries: FeatureBank, candidates: FeatureBank) -> dict[int, list[int]]:
-    """Return what is found for some queries, spread evenly, by the numbers of both. Every rank must call it."""
+    """Return the results for some evenly spread queries, by the indices of both. Every rank must call it."""
     count = min(_SHOWN, len(queries.keys))
     rows = [number * len(queries.keys) // count for number in range(count)]
     some = queries.rows(rows)
@@ -161,7 +161,7 @@ def _shown(queries: FeatureBank, candidates: FeatureBank) -> dict[int, list[int]
 
 
 def _draw(job: Job, pairs: Corpus, keys: list[str], shown: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
-    """Draw what is found for some captions, and for some images, both by their numbers; the own ones are green."""
+    """Draw the results for some captions and for some images, both by their indices; the matching ones are green."""
     for name, best in shown.items():
         asked, found = name.split("_to_")
         samples = job.samples(pairs, [keys[row] for row in {*best, *(row for some in best.values() for row in some)}])

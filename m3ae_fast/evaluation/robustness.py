@@ -108,7 +108,7 @@ def _open(job: Job, sources: Sequence[SourceConfig]) -> Corpus:
 
 
 def _passes(job: Job, config: RobustnessConfig, val: Corpus, corrupted: Mapping[str, Corpus]) -> dict[str, Pass]:
-    """Return what is to be done, in order, by name."""
+    """Return the attacks and corruptions to run, in order, by name."""
     model = job.model
     passes = {CLEAN: Pass(model, val)}
     for epsilon in config.epsilons:
@@ -125,7 +125,7 @@ def _attack_name(epsilon: float) -> str:
 
 
 def _plan(config: RobustnessConfig, images: int, passes: Mapping[str, Pass], kinds: Severities) -> str:
-    """Return what is going to be done."""
+    """Return a line that describes the attacks and corruptions to run."""
     severities, attacks = max(map(len, kinds.values()), default=0), len(config.epsilons)
     forward = sum(each.cost for each in passes.values())
     return (

@@ -295,8 +295,8 @@ def count(predicted_BSS: Tensor, masks_BSS: Tensor, classes: int, ignored: int |
 
 
 def measured(counts: Counts, seed: int) -> dict[str, Any]:
-    """Return what result.json says of them. The standard error, and the interval of the difference to always predicting
-    the largest class, are by the bootstrap over images."""
+    """Return the entries of result.json for them. The standard error, and the interval of the difference to always
+    predicting the largest class, are by the bootstrap over images."""
     largest, images = counts.largest(), len(counts.truth_MC)
     weights_RM = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=_RESAMPLES)
     scores_R, chances_R = (np.array([each.miou(weights) for weights in weights_RM]) for each in (counts, largest))

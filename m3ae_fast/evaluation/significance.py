@@ -13,7 +13,7 @@ import numpy as np
 
 ERROR = "_se"  # after the name of an accuracy: its standard error
 _RESAMPLES = 10_000  # of the bootstrap
-LEVEL = 0.05  # of the tests, and of what an interval leaves out
+LEVEL = 0.05  # significance level of the tests; 1 minus the coverage of the intervals
 
 
 def standard_error(accuracy: float, samples: int) -> float:
@@ -69,7 +69,7 @@ class Difference(NamedTuple):
 
 
 def verdict(first: str, second: str, value: float, is_significant: bool) -> str:
-    """Return how the first compares with the second. `value`: by how much it is better."""
+    """Compare the first with the second. `value`: difference, positive if the first is better."""
     if not is_significant:
         return f"{first} does not differ significantly from {second} on these samples"
     return f"{first} is {'better' if value > 0 else 'worse'} than {second}"
@@ -83,7 +83,8 @@ def middle(values: np.ndarray) -> tuple[float, float]:
 
 def difference(first_N: np.ndarray, second_N: np.ndarray, seed: int = 0) -> Difference:
     """Compare two classifiers by how often each sample was right, from 0 to 1: bool, or a mean over seeds, of which
-    McNemar's test takes what is above a half as right and leaves out a half. `seed`: of the bootstrap."""
+    McNemar's test counts values above a half as correct and excludes values of exactly a half. `seed`: of the
+    bootstrap."""
     apart_N = first_N.astype(np.float64) - second_N.astype(np.float64)
     interval = middle(_bootstrap_means(apart_N, seed))
     decided_N = (first_N != 0.5) & (second_N != 0.5)

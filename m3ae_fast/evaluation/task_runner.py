@@ -54,7 +54,8 @@ def evaluate(
         out: the folder for the result, which must not hold one.
         train: shards of training samples; robustness and retrieval have none.
         labels: where labels are read: "cls", or "json." and the name of a field.
-        modality: what the encoder sees of a sample: "image", "text" or "paired"; None: as the task or the classifier.
+        modality: modalities of a sample that the encoder sees: "image", "text" or "paired"; None: that of the task or
+            the classifier.
         resume: of linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
         cache_features: of linear: encode every sample once, without augmentation.
         layers: of knn, linear and attentive: "all" or numbers of blocks, from 1; None: the last one.

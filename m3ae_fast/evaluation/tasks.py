@@ -150,9 +150,13 @@ class Options:
         if not self.probes or not 1 <= self.seeds <= MOST_SEEDS:
             raise UserError(f"compare needs one probe or more, and from 1 to {MOST_SEEDS} seeds")
         if self.draws is not None and not self.shots:
-            raise UserError(f"--draws {self.draws}: is of --shots; name --shots too, such as 1,5,10, or leave it out")
+            raise UserError(
+                f"--draws {self.draws}: can be used only with --shots; add --shots, such as 1,5,10, or remove --draws"
+            )
         if taken := [name for name in self.ood if name in ("train", "val")]:
-            raise UserError(f"--ood {taken[0]}: is what the result calls --{taken[0]}; choose another name")
+            raise UserError(
+                f"--ood {taken[0]}: the result already uses this name for --{taken[0]}; choose another name"
+            )
         if any(shots < 1 for shots in self.shots) or (self.draws is not None and self.draws < 2):
             raise UserError("--shots must be numbers from 1, and --draws a number from 2")
 

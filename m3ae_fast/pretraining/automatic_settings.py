@@ -53,7 +53,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about the training samples, and about what is held out."""
+    """Statistics of the training and the held-out samples."""
 
     samples: int
     held_out: int
@@ -64,7 +64,7 @@ class Facts:
     vocab_size: int  # 0: there are no captions
     text_length: int  # tokens
     image_dtype: str = "uint8"
-    image_range: Range | None = None  # what is black and white in values of more than 8 bits
+    image_range: Range | None = None  # values of black and white, for more than 8 bits
 
 
 class Rung(NamedTuple):
@@ -179,7 +179,7 @@ def peak_rate(batch: int, width: int, factor: float = 1.0) -> float:
 
 
 def steps_in(seconds: float, pace: float, batch: int, samples: int) -> int:
-    """Return how many steps fit, of `pace` seconds a sample; as many as LONGEST epochs at most."""
+    """Return the number of steps that fit at `pace` seconds per sample, at most LONGEST epochs."""
     longest = LONGEST * max(samples // batch, 1)
     return max(min(int(seconds / (pace * batch)), longest), 2)
 
@@ -310,7 +310,8 @@ def settings(
 
 
 def _give_way(config: dict[str, Any], override: str) -> None:
-    """Drop what was chosen instead of what the user sets. Raises UserError for a setting of a probe that is missing."""
+    """Drop automatic choices that the user's settings replace. Raises UserError for a setting of a probe that is
+    missing."""
     name, _, value = override.partition("=")
     if name == "train.epochs" and value != "null":
         config["train"].pop("steps", None)

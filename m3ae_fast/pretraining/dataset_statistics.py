@@ -23,7 +23,7 @@ from m3ae_fast.shards.statistics import collect, require_images
 from m3ae_fast.shards.tokenizer_training import caption_texts, save_tokenizer
 
 _LOOKED_AT = 2000  # samples
-_KINDS = 256  # samples, of which what images they have decides what a model sees
+_KINDS = 256  # number of samples whose images determine the channels and the dtype of the model
 _CAPTIONS = 200_000  # that a vocabulary is learnt from, at most
 _LONGEST = 1 << 16  # tokens
 _VOCABULARY = (512, 16384)  # smallest and largest that is learnt

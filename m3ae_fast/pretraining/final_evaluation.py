@@ -37,7 +37,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }  # of a model
 _ON_A_MAP = 2000  # samples: t-SNE takes half a minute
 RESULTS, MAP = "results", "map.png"  # of a run folder
-_MEASURED = "measured"  # beside the results: which checkpoint they are of
+_MEASURED = "measured"  # file next to the results that names their checkpoint
 RUN = "this run"
 STARTED = "its initial weights"
 
@@ -50,7 +50,7 @@ class _Measured(NamedTuple):
 
 
 def _measured(run: Path) -> dict[str, _Measured]:
-    """Return what is measured of a run, by name."""
+    """Return the evaluations of a run, by name."""
     found = {
         RUN: _Measured(str(run), ""),
         UNTRAINED: _Measured(f"{RANDOM}{run}", "-random"),
@@ -69,8 +69,8 @@ def stage() -> Iterator[Session]:
 
 
 def evaluate_run(config: Config) -> dict[str, dict[str, Any]] | None:
-    """Return by task the results of the run, of random weights and of pixels; what an earlier call has measured of the
-    same weights is read. None if a task was stopped. Raises UserError if a task cannot be done."""
+    """Return by task the results of the run, of random weights and of pixels; results that an earlier call measured for
+    the same weights is read. None if a task was stopped. Raises UserError if a task cannot be done."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     _forget_other_weights(run)
@@ -144,7 +144,7 @@ def _shards(sources: list[SourceConfig]) -> list[str]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Return lines: accuracy and standard error on held-out samples, of what was measured and of the largest class, by
+    """Return lines: accuracy and standard error on held-out samples, of each evaluation and of the largest class, by
     task."""
     first = next(iter(found.values()))
     width = max(map(len, _TASKS.values())) + 4

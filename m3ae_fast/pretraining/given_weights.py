@@ -25,7 +25,7 @@ class GivenWeights(NamedTuple):
     """Weights to continue from, as an export."""
 
     overrides: list[str]  # that make a config one of their model
-    notes: list[str]  # what the user should know
+    notes: list[str]  # for the user
 
 
 def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeights:

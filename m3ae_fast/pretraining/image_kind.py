@@ -25,7 +25,7 @@ def sight(kinds: Sequence[Kind]) -> tuple[int, str]:
 
 def range_of(kinds: Sequence[Kind]) -> Range | None:
     """Return `data.range`: None for levels from 0 to 255, "dtype" if values fill their type. Raises UserError for other
-    values of more than 8 bits: what is black and white in them only the user knows."""
+    values of more than 8 bits, whose values of black and white only the user knows."""
     deep = [(kind, kind.depth) for kind in kinds if kind.depth is not None]
     if not deep:
         return None

@@ -214,7 +214,7 @@ def _between(config: Config, schedule: Schedule, budget: Budget, pace: Pace) -> 
 
 
 def _warning(config: Config, budget: Budget, pace: Pace) -> str:
-    """Return what can be expected of a run that is too short to learn much, and how much time to give; "" for others,
+    """Return a warning about a run that is too short to learn much, with sufficient hours; "" for other runs,
     and where the user has decided how long it is."""
     schedule, batch = Schedule(config.train, config.optim, budget.facts.samples), config.train.global_batch
     steps, enough = schedule.total_steps, max(automatic_settings.LEARNING_STEPS, schedule.steps_per_epoch)

@@ -48,7 +48,7 @@ def find_shards(
         image_range: of images of more than 8 bits.
 
     Raises:
-        UserError: there is no such source, it cannot be used, or it is not what a run in `out` began with.
+        UserError: there is no such source, it cannot be used, or it has changed since a run in `out` began.
     """
     folder = Path(source)
     tars = sorted(str(path.resolve()) for path in folder.glob("*.tar")) if folder.is_dir() else []
@@ -210,14 +210,14 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
     if before is not None and before != json.loads(json.dumps(now)):
         if checkpoint.saved_steps(out):
             raise UserError(
-                f"{name}: is not what it was when the run in {out} began; choose another --out, or go on with the old "
+                f"{name}: has changed since the run in {out} began; choose another --out, or continue with the old  "
                 f"shards: m3ae-fast train --config {out / 'config.json'} --resume auto"
             )
         if not (out / "config.json").exists():
             raise UserError(f"{folder}: holds shards of something else; remove it, or choose another --out")
         shutil.rmtree(folder)
         (out / "config.json").unlink()
-        notes = [*notes, f"{name} has changed: its shards are made anew"]
+        notes = [*notes, f"{name} has changed, so its shards are created again"]
         show(name, parts)
     made = convert(source, folder, settings, len(os.sched_getaffinity(0)))
     train, held, apart = _roles({path.name.rpartition("-")[0] for path in made.shards})
@@ -232,7 +232,7 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
 
 
 def _uses(source: Records) -> dict[str, str]:
-    """Return what becomes of each split."""
+    """Return a line that describes each split."""
     if len(source.splits) == 1:
         return dict.fromkeys(source.splits, "trained on, part of it held out")
     train, held, apart = _roles(source.splits)

@@ -1,4 +1,4 @@
-"""The stages of `pretrain`, each done once: stopped, the same line goes on with the first that is not done."""
+"""The stages of `pretrain`, each done once: a call after an interruption resumes with the first that is not done."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _configured(
     """Return the config of the run, chosen now or by an earlier call; None if somebody asks to stop meanwhile."""
     path = out / CONFIG
     if path.exists() and not dry_run:
-        load_config(path, list(overrides))  # a mistake is told first
+        load_config(path, list(overrides))  # report a mistake before any work
         _follow(path)
     weights = GivenWeights([], [])
     if start_from is not None and (dry_run or not path.exists()):
@@ -181,7 +181,7 @@ def _ask_whether_to_start() -> None:
 
 
 def _follow(path: Path) -> None:
-    """Have the config in a run folder that was moved, or copied, name that folder and what is in it."""
+    """Update the paths in the config of a run folder that was moved or copied."""
     data = read_config(path, "config")
     followed = follow(data, path.parent.resolve())
     if followed != data:

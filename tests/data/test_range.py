@@ -58,7 +58,7 @@ def test_a_model_remembers_the_range_of_its_data():
     assert config(model={"image_range": [0, 1]}).model.image_range == (0, 1)
     assert config().model.image_range is None
     for wrong, message in (
-        ({"data": {"range": [9, 3]}}, r"must be what is black and, above it, what is white"),
+        ({"data": {"range": [9, 3]}}, r"must be the values of black and of white, with black below white"),
         ({"data": {"range": [3, 3]}}, r"data: range \[3.0, 3.0\] must be"),
         ({"data": {"range": "float"}}, "data.range"),
         ({"data": {"range": [0, 1]}, "model": {"image_range": "dtype"}}, "give data.range alone"),

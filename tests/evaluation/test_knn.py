@@ -105,7 +105,7 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, run, shards, tmp_path
     for options, more, message in (
         (["--set", "knn.kay=3"], {}, "unknown key knn.kay; did you mean knn.k?"),
         (["--set", "linear.k=3"], {}, "--set linear.k: knn does not use it; did you mean knn.k?"),
-        (["--draws", "3"], {}, "--draws 3: is of --shots; name --shots too"),
+        (["--draws", "3"], {}, "--draws 3: can be used only with --shots"),
         ([], {"model": tmp_path / "nothing"}, "nothing: no such file or folder"),
         ([], {"val": foreign}, "no training sample has the label 9"),
         (["--labels", "txt"], {}, "must be cls, or json.FIELD"),

@@ -25,7 +25,7 @@ from torch import Tensor
 from m3ae_fast.evaluation.corruptions import blur, digital, noise, weather
 
 SEVERITIES = (1, 2, 3, 4, 5)
-PROCEDURAL = ("frost",)  # kinds that stand in for data which the paper's code ships
+PROCEDURAL = ("frost",)  # kinds that replace data shipped with the paper's code
 Corrupt = Callable[[np.ndarray, Any, np.random.Generator], np.ndarray]
 
 

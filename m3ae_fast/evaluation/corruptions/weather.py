@@ -26,7 +26,7 @@ def brightness(x: np.ndarray, added: float, _: Any) -> np.ndarray:
 
 
 def fog(x: np.ndarray, parameters: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """Add clouds, and divide the whole so that what is brightest stays so."""
+    """Add clouds, and rescale so that the brightest value does not change."""
     amount, decay = parameters
     clouds = resized(plasma(decay, rng), x.shape[0])[..., None]
     return (x + amount * clouds) * x.max() / (x.max() + amount) if x.any() else x
@@ -115,7 +115,7 @@ def spatter(x: np.ndarray, parameters: tuple[float, ...], rng: np.random.Generat
 
 
 def _relief(wet: np.ndarray) -> np.ndarray:
-    """Return how light falls on drops, [0, 255]: their distance from an edge, equalised and embossed."""
+    """Return the shading of drops, [0, 255]: their distance from an edge, equalised and embossed."""
     edge = wet & ~ndimage.binary_erosion(wet)
     distance = np.minimum(ndimage.distance_transform_edt(~edge), 20) if edge.any() else np.full(wet.shape, 20.0)
     _, level, counts = np.unique(_mean(distance).astype(int), return_inverse=True, return_counts=True)
