@@ -957,10 +957,11 @@ def test_the_command_passes_on_what_it_is_given(monkeypatch, capsys, end, dry_ru
 
     monkeypatch.setattr(stages, "pretrain", pretrain)
     line = ["photos", "--out", "run", "--hours", "3", "--captions", "a.csv", "--val", "b.tar", "c.tar"]
-    line += ["--labels", "json.kind", "--set", "train.global_batch=8", *["--dry-run"] * dry_run, "--tune"]
+    line += ["--from", "base", "--labels", "json.kind", "--set", "train.global_batch=8"]
+    line += [*["--dry-run"] * dry_run, "--tune"]
     assert main(line) == code
     given = {"hours": 3.0, "captions": Path("a.csv"), "val": ["b.tar", "c.tar"], "labels": "json.kind"}
-    given |= {"overrides": ["train.global_batch=8"], "dry_run": dry_run, "tune": True}
+    given |= {"start_from": "base", "overrides": ["train.global_batch=8"], "dry_run": dry_run, "tune": True}
     assert calls == [(("photos", Path("run")), given)]
     out, err = capsys.readouterr()
     assert (out.strip(), err.strip()) == (said, "stopped; run the same command again to resume" if end is None else "")
