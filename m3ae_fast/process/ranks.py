@@ -118,7 +118,7 @@ class Ranks:
         """Record that this rank ends with an error. Return whether it is the first one, which prints it, and the exit
         code of the first one. Raises RuntimeError if the process that holds the store, rank 0 or the launcher, has
         ended. `of_node`: among the ranks of this node."""
-        store = self.rooms[0].store if of_node else self.store
+        store = self.heartbeat_groups[0].store if of_node else self.store
         own = f"{self.rank} {exit_code}"
         first = store.compare_set("error", "", own).decode()
         return first == own, int(first.split()[1])
