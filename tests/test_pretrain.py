@@ -642,12 +642,14 @@ def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
 def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photos = make_pictures(tmp_path / "photos", each=2)
-    out = tmp_path / "run"
+    out, table = tmp_path / "run", tmp_path / "t.jsonl"
+    table.touch()
     for arguments, options, message in (
         ((photos, photos / "run"), {}, "figures written to it would be read as input images"),
         ((photos, photos), {}, "figures written to it would be read as input images"),
         ((f"{tmp_path}/nothing", out), {}, "is not a folder"),
         ((f"{tmp_path}/fotos", out), {}, r"is not a folder.*; did you mean .*/photos\?"),
+        ((table, out), {}, r"is not a folder.*: pretrain FOLDER --captions .*t\.jsonl$"),
         (("fotos", out), {}, r"fotos: no such folder here; did you mean photos\?"),
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),

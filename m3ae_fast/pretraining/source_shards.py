@@ -84,7 +84,9 @@ def find_shards(
 
 
 def _similar(folder: Path) -> str:
-    """Return a question after a folder that may be meant, "" if none has a similar name."""
+    """Return a question after a folder that may be meant, or the way to give a table; "" if neither is likely."""
+    if folder.is_file() and folder.suffix.lower() in READERS:
+        return f"; a table goes with the folder of its images: pretrain FOLDER --captions {folder}"
     parent = folder.parent
     beside = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, beside, n=1)
