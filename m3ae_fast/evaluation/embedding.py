@@ -221,10 +221,11 @@ class _ImageFiles(Dataset[Sample | Skipped]):
 
     def __getitem__(self, number: int) -> Sample | Skipped:
         name = self.names[number]
+        path = os.path.join(self.folder, name)
         try:
-            sample = unmasked_sample(number, os.path.join(self.folder, name), None, self.config, None)
+            sample = unmasked_sample(number, path, None, self.config, None)
         except (UserError, ValueError) as error:
-            return Skipped(self.folder, name, str(error))
+            return Skipped(self.folder, name, str(error).removeprefix(f"{path}: "))
         return replace(sample, key=name)
 
 

@@ -201,5 +201,5 @@ def check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float)
     if len(skipped) == samples or len(skipped) > max_fraction * samples:
         raise UserError(
             f"{len(skipped):,} of {samples:,} samples cannot be used, such as {skipped[0]}; "
-            f"repair the shards or raise data.max_bad_fraction ({max_fraction:g})"
+            f"repair them or raise data.max_bad_fraction ({max_fraction:g})"
         )

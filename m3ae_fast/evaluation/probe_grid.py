@@ -103,7 +103,7 @@ def run(job: Job) -> dict[str, Any]:
     expected = {shots: draws * len(layers) * _seconds(job, shots, train, classes) for shots in numbers}
     whole = job.time_left(train.samples + val.samples, sum(expected.values()), shorter=lambda _: _shorter(job, layers))
     job.say(
-        f"{task} probe at {len(layers)} of {job.model.config.depth} layers, "
+        f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
         + (f"{', '.join(map(str, options.shots))} of {train.samples:,}" if options.shots else f"all {train.samples:,}")
         + f" training samples{' a class' if options.shots else ''}: {len(cases) * draws} probes"
         + (f", which train about {duration(whole.other_work)}" if whole.other_work > 1 else "")

@@ -79,11 +79,12 @@ def test_pixels_are_those_that_the_model_sees_scaled_down(settings):
 
 
 @pytest.mark.slow
-def test_colours_are_named_by_pixels(transfer, run):
+def test_colours_are_named_by_pixels(transfer, run, capsys):
     longer = [*SHORT, *settings("linear.steps=100", "linear.peak_lr=30")]
     for task, options in (("knn", []), ("linear", longer), ("linear", ["--shots", "5,9", *longer])):
         result = transfer(task, *options, model=f"pixels:{run}", out=f"{task}{len(options)}")
         assert result["top1"] > 0.9 and result["model"] == f"pixels:{run}"
+    assert " layers" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
