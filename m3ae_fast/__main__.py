@@ -11,7 +11,7 @@ from m3ae_fast.base.former_names import present_name
 
 COMMANDS = {
     "pretrain": "one command from images to a model: makes shards, chooses settings, trains, evaluates, exports",
-    "train": "pre-train a model; with several GPUs: deepspeed m3ae_fast/train.py",
+    "train": "pre-train a model; on several GPUs: torchrun --nproc-per-node N -m m3ae_fast train",
     "shards": "make shards from folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
     "embed": "write the features of shards or of a folder of images as .npz or .parquet",
     "evaluate": "evaluate a model: k-NN, linear probe, fine-tuning, segmentation, retrieval, out-of-distribution, ...",

@@ -1,9 +1,10 @@
 """Pre-train an M3AE.
 
-deepspeed m3ae_fast/train.py --config configs/quickstart.json
-deepspeed --num_gpus 8 m3ae_fast/train.py --config configs/large.json --set optim.peak_lr=3e-4
-torchrun --nproc-per-node 2 m3ae_fast/train.py --config configs/quickstart.json
-python m3ae_fast/train.py --config configs/large.json --dry-run
+m3ae-fast train --config quickstart
+m3ae-fast train --config base --train 'shards/train-*.tar' --val 'shards/val-*.tar' --out runs/mine
+m3ae-fast train --config large --dry-run
+torchrun --nproc-per-node 8 -m m3ae_fast train --config large --set optim.peak_lr=3e-4
+deepspeed --num_gpus 8 --module m3ae_fast.train --config large     # in a clone also: deepspeed m3ae_fast/train.py
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ if __name__ == "__main__":  # torch takes seconds to import; `StopRequest` handl
 
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.base.progress import working
-from m3ae_fast.cli.command_line import add_resume, add_settings, program
+from m3ae_fast.cli.command_line import (
+    add_resume,
+    add_samples,
+    add_setting,
+    add_settings,
+    output,
+    program,
+    use_device,
+)
 from m3ae_fast.config import load_config, require_libraries_of, shipped_configs
 from m3ae_fast.process.launchers import alone
 
@@ -38,6 +47,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE|NAME",
         help=f"a JSON config, or the name of one that comes with m3ae-fast: {', '.join(shipped_configs())}",
     )
+    add_samples(parser, "--train", "data.train", "training samples, in place of the config's data.train")
+    add_samples(parser, "--val", "data.val", "held-out samples, in place of the config's data.val")
+    add_setting(parser, "--out", "run.dir", output(), "the run folder")
     add_settings(parser, "train.epochs=20")
     add_resume(parser, "run.dir")
     parser.add_argument(
@@ -83,6 +95,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    use_device(args.device)
     if alone():  # a mistake is told before the imports, which take seconds
         _load(args)
     with working("importing torch", show=args.dry_run and alone()):

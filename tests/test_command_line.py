@@ -1,10 +1,13 @@
 """What command lines share."""
 
+import os
+
 import pytest
 
+from m3ae_fast import train
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli import pretrain, shards
-from m3ae_fast.cli.command_line import output, seed
+from m3ae_fast.cli.command_line import output, seed, use_device
 
 WRONG = [
     (output(), "", "is empty; name one"),  # as of a variable of the shell that is not set
@@ -47,3 +50,28 @@ def test_a_command_of_a_program_refuses_in_one_line(capsys):
     with pytest.raises(SystemExit):
         shards.main(["stats", "a.tar", "--channels", "x"])
     assert capsys.readouterr().err.startswith("error: argument --channels: invalid int value: 'x'; `m3ae-fast shards ")
+
+
+def test_options_that_are_short_for_a_setting_apply_in_the_order_of_the_line():
+    line = "--config base --train a.tar b.tar --seed 3 --set run.seed=4 --out runs/mine --val c.tar"
+    assert train.parse_args(line.split()).set == [
+        'data.train=[{"shards": ["a.tar", "b.tar"]}]',
+        "run.seed=3",
+        "run.seed=4",
+        'run.dir="runs/mine"',
+        'data.val=[{"shards": ["c.tar"]}]',
+    ]
+    assert train.parse_args(["--config", "base"]).set == []
+    with pytest.raises(UserError, match="--seed x: must be a whole number"):
+        train.parse_args(["--config", "base", "--seed", "x"])
+
+
+def test_the_device_is_that_of_the_command_line(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    use_device(None)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    use_device("cpu")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: not available here"):
+        use_device("cuda")

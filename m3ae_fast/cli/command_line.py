@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -37,11 +38,57 @@ def command(
 
 
 def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
-    """Add `--set KEY=VALUE`, and the options that the deepspeed launcher adds."""
+    """Add `--set KEY=VALUE`, `--seed` and `--device`, and the options that the deepspeed launcher adds."""
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override a setting: --set {example}"
     )
+    add_setting(parser, "--seed", "run.seed", seed, "of all that is random")
+    text = "cpu: leave the GPUs of this machine alone (default: cuda if there is a GPU, else cpu)"
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=text)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def add_setting(parser: argparse.ArgumentParser, option: str, key: str, parse: Callable[[str], Any], text: str) -> None:
+    """Add an option that is short for `--set KEY=VALUE`. `parse` returns the value; `text`: the help."""
+    shown = "DIR" if option == "--out" else "N"
+    text = f"{text}: short for --set {key}={shown}"
+    parser.add_argument(option, action=_Setting, **_into_set(key), type=parse, metavar=shown, help=text)
+
+
+def add_samples(parser: argparse.ArgumentParser, option: str, key: str, text: str) -> None:
+    """Add an option that names the shards of the setting KEY, of sources. `text`: the help."""
+    parser.add_argument(option, action=_Samples, **_into_set(key), nargs="+", metavar="SHARDS", help=text)
+
+
+def _into_set(key: str) -> dict[str, Any]:
+    return {"dest": "set", "const": key, "default": argparse.SUPPRESS}  # the default is that of --set
+
+
+class _Setting(argparse.Action):
+    def value(self, given: Any) -> Any:
+        return given
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        value = json.dumps(self.value(values), default=str)
+        namespace.set = [*namespace.set, f"{self.const}={value}"]
+
+
+class _Samples(_Setting):
+    def value(self, given: Any) -> Any:
+        return [{"shards": given}]
+
+
+def use_device(name: str | None) -> None:
+    """Use the device that `--device` names, in this process and those that it starts. Must be called before torch is
+    imported. Raises UserError if it is a GPU and there is none."""
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also for DeepSpeed, which would take a GPU that it sees
+    elif name is not None:
+        from m3ae_fast.base.hardware import chosen_device
+
+        chosen_device(name)
 
 
 def add_labels(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,15 @@ import argparse
 import sys
 
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli.command_line import add_labels, add_settings, is_first_rank, names_of, output, program
+from m3ae_fast.cli.command_line import (
+    add_labels,
+    add_settings,
+    is_first_rank,
+    names_of,
+    output,
+    program,
+    use_device,
+)
 from m3ae_fast.evaluation.tasks import COLUMN_NAMES, MODALITIES
 from m3ae_fast.weights.model_name import MODEL_HELP
 
@@ -56,6 +64,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    use_device(args.device)
     from m3ae_fast.evaluation.embedding import embed
 
     arrays = embed(

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli.command_line import add_labels, add_resume, add_settings, names_of, output, program
+from m3ae_fast.cli.command_line import add_labels, add_resume, add_settings, names_of, output, program, use_device
 from m3ae_fast.cli.config import settings_help
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.evaluation.tasks import DRAWS, MODALITIES, MOST_SEEDS, PROBE_NAMES, TASKS, named_sets, require_for
@@ -152,12 +152,13 @@ def main(argv: list[str] | None = None) -> int:
 
         print(compare_results(given["results"]))
         return 0
+    given.pop("local_rank")
+    use_device(given.pop("device"))
     if alone():  # a missing library is said before the imports, which take seconds
         ood = [each for named in given.get("ood", {}).values() for each in named]
         require_for(given["task"], [*given.get("train", []), *given["val"], *ood], given.get("shots", []))
     from m3ae_fast.evaluation.task_runner import evaluate
 
-    given.pop("local_rank")
     evaluate(given.pop("task"), given.pop("model"), overrides=given.pop("set"), **given)
     return 0
 

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli.command_line import add_labels, add_settings, output, program
+from m3ae_fast.cli.command_line import add_labels, add_settings, output, program, use_device
 from m3ae_fast.pretraining import GOES_ON
 from m3ae_fast.pretraining.automatic_settings import check_overrides
 
@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _pretrain(args: argparse.Namespace) -> bool:
     """Return whether the run is finished."""
+    use_device(args.device)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the imports of libraries do not heed it well
     from m3ae_fast.pretraining.stages import pretrain
 
