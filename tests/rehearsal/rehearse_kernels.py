@@ -112,7 +112,7 @@ def test_attention_of_triton_stands_a_trial(cuda, monkeypatch, caplog):
     wrong = Kernel("triton", lambda *parts: (PADDED.forward(*parts)[0] * 1.05, PADDED.forward(*parts)[1]), None)
     monkeypatch.setattr("m3ae_kernels.triton_impl.attention.TRITON", wrong)
     assert attention_cuda.try_out(CUDA, torch.float16, 1, 16, 6) is PADDED
-    assert "attention: triton is left out" in caplog.text
+    assert "attention: triton is excluded" in caplog.text
 
 
 def test_attention_of_triton_stands_no_trial_on_an_old_gpu(monkeypatch):
