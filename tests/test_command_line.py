@@ -73,5 +73,5 @@ def test_the_device_is_that_of_the_command_line(monkeypatch):
     use_device("cpu")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError, match="--device cuda: not available here"):
+    with pytest.raises(UserError, match="--device cuda: is not available"):
         use_device("cuda")
