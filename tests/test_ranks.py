@@ -198,7 +198,7 @@ def test_ranks_of_a_node_hear_its_leader_sum_first_and_stop_together(tmp_path):
 def test_a_rank_that_is_killed_ends_the_others_in_a_sum(tmp_path, killed):
     """On its node and, through its leader, on the other node. They say so, also if the store has gone with rank 0,
     and exit with the code of a run to be started again."""
-    processes = fork_ranks(__name__, ["machines", f"killed {killed}", str(tmp_path)], 4, tmp_path / "log")
+    processes = fork_ranks(__name__, ["nodes", f"killed {killed}", str(tmp_path)], 4, tmp_path / "log")
     _, said = await_ranks(processes, tmp_path / "log")
     assert [p.exitcode for p in processes] == [-signal.SIGKILL if rank == killed else 75 for rank in range(4)]
     errors = [line for line in said.splitlines() if line.startswith("error")]
