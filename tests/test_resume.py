@@ -223,7 +223,7 @@ SETTINGS = {
     | dict.fromkeys(
         (
             "micro_batch", "log_every", "eval_every", "save_every", "keep", "ema", "activation_checkpointing",
-            "compile", "eval_samples", "pictures", "probe",
+            "compile", "eval_samples", "pictures", "probe", "rollbacks",
         ),
         FREE,
     ),

@@ -487,6 +487,7 @@ def test_of_two_ranks_that_failed_the_earlier_step_is_judged():
                 awaits=lambda step: False, step_was_not_finite=lambda step: judged.append(step) or "told"
             ),
             suggested_fix="less",
+            left_out=(),
         )
         with pytest.raises(UserError, match=r"step 7\. told: look at these samples, or continue with less"):
             Trainer.stop_if_not_finite(trainer)

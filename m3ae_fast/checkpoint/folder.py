@@ -69,6 +69,8 @@ class Info:
     changes: list[Annotated[tuple[int, int], AfterValidator(_later)]] = field(default_factory=list)  # of its `Schedule`
     decays: bool = False  # whether the learning rate has begun to fall, with a schedule that can be extended
     spent: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # seconds, where the run has a time limit
+    # batches of the stream that are left out, of which the first is 0
+    left_out: list[Annotated[int, Field(ge=0, lt=1 << 53)]] = field(default_factory=list)
 
 
 def checkpoints_dir(run_dir: Path) -> Path:

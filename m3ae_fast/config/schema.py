@@ -500,6 +500,9 @@ class TrainConfig(TransformerLoopConfig):
     stop_at: Annotated[float, Field(gt=0, le=1)] | Literal["plateau"] | None = None
     """Accuracy of `train.probe`, such as 0.6, that ends the run early, or `plateau`: when three evaluations in a row
     have no new best. The learning rate then falls as it does at the end: needs `optim.schedule: wsd`. null: never."""
+    rollbacks: int = Field(0, ge=0, le=100)
+    """Number of times that a run whose loss or gradient norm is not finite returns to its last good checkpoint and
+    leaves out the batch of that step; 0: it ends."""
     eval_samples: Count = 1024
     """Number of held-out samples in each evaluation."""
     pictures: int = Field(6, ge=0, le=1000)

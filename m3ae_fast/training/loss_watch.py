@@ -8,7 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.engine.interface import StepLosses
+
+
+class NotFinite(UserError):
+    """A step's loss or gradient norm is not finite."""
+
+    def __init__(self, what: str, advice: str, batch: int) -> None:
+        """Take what was not finite, what to do, and the batch of the stream that the step took."""
+        super().__init__(f"{what}. {advice}")
+        self.what, self.batch = what, batch
+
 
 _LAG = 2  # steps that may be under way on the GPU before the host waits for their loss
 

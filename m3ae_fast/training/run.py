@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -44,12 +45,13 @@ from m3ae_fast.process.session import Session
 from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.early_stopping import EarlyStopping
 from m3ae_fast.training.initial_weights import constants, start_from
+from m3ae_fast.training.loss_watch import NotFinite
 from m3ae_fast.training.notices import cautions
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.run_folder import RunFolder
 from m3ae_fast.training.throughput import Throughput
 from m3ae_fast.training.time_limit import TimeLimit
-from m3ae_fast.training.trainer import Trainer
+from m3ae_fast.training.trainer import Trainer, batch_of
 from m3ae_fast.vqgan.model import with_image_targets
 
 Probe = Callable[[Trainer], None]
@@ -84,7 +86,19 @@ def pre_train(
     session.pulse.watch_over(config.run)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
         trainer = set_up(config, resume, session, folder, with_changes, make_probe)
-        trainer.train(config.run.dir if profile and ranks.is_main else None)
+        while True:
+            try:
+                trainer.train(config.run.dir if profile and ranks.is_main else None)
+                return
+            except NotFinite as error:
+                if len(trainer.left_out) >= config.train.rollbacks:
+                    raise
+                left_out = (*trainer.left_out, error.batch)
+                trainer.log.say(f"{error.what}; batch {error.batch} is left out: the run returns to a good checkpoint")
+            del trainer
+            gc.collect()  # its weights and loaders go now
+            again = ranks.broadcast(lambda: "auto" if checkpoint.saved_steps(config.run.dir) else resume)
+            trainer = set_up(config, again, session, folder, with_changes, make_probe, left_out)
 
 
 def set_up(
@@ -94,9 +108,11 @@ def set_up(
     folder: RunFolder | None,
     with_changes: bool = False,
     make_probe: Callable[[Config, Ranks], Probe | None] = lambda config, ranks: None,
+    left_out: tuple[int, ...] | None = None,
 ) -> Trainer:
-    """Open the data, restore or build model and engine, and return what trains them; arguments as of `pre_train`.
-    Raises UserError if something is missing or does not fit."""
+    """Open the data, restore or build model and engine, and return what trains them; arguments as of `pre_train`, and
+    the batches to leave out (None: those of the checkpoint). Raises UserError if something is missing or does not
+    fit."""
     ranks, cfg = session.ranks, config.train
     _require_kernels(ranks.device)
     found = Resume(config.run.dir, resume, ranks, partial(_extended, config))
@@ -107,7 +123,9 @@ def set_up(
     engine = build_engine(model, config, ranks)
     found.load(engine)
     add_targets = _targets_on_device(config, stream.data, ranks.device)
-    held_out, loader = _loaders(config, stream, preparation, found.step, session)
+    if left_out is None:
+        left_out = tuple(found.info.left_out) if found.info else ()
+    held_out, loader = _loaders(config, stream, preparation, found.step, session, left_out)
     probe = make_probe(config, ranks)
     task = PretrainingTask(config=config, data=stream.data, eval_loader=held_out, notes=[*started, *notes], probe=probe)
     peak = ranks.world * peak_flops(ranks.device, dtype_of(cfg.precision))
@@ -135,6 +153,7 @@ def set_up(
         attention=found.info.attention if found.info else {},
         limit=stream.limit,
         early_stopping=_early_stopping(config, found, ranks),
+        left_out=left_out,
     )
 
 
@@ -195,7 +214,12 @@ def _open_stream(config: Config, session: Session, found: Resume) -> _Stream:
 
 
 def _loaders(
-    config: Config, stream: _Stream, preparation: Preparation, step: int, session: Session
+    config: Config,
+    stream: _Stream,
+    preparation: Preparation,
+    step: int,
+    session: Session,
+    left_out: tuple[int, ...],
 ) -> tuple[DataLoader[PackedBatch] | None, DataLoader[PackedBatch]]:
     """Return the loaders of held-out samples, if there are any, and of training samples from `step` on."""
     cfg, data, schedule, pin = config.train, stream.data, stream.schedule, pins_memory(session.ranks.device)
@@ -203,7 +227,8 @@ def _loaders(
     if data.val:
         held_out = eval_loader(config.data, data.val, preparation, stream.share, cfg.eval_samples, pin_memory=pin)
     changing = stream.limit and step < schedule.total_steps
-    steps = range(step, schedule.most_steps if changing else schedule.total_steps)
+    last = schedule.most_steps if changing else schedule.total_steps
+    steps = range(batch_of(step, left_out), last + len(left_out))
     make = partial(train_loader, layout=stream.layout, node=session.node(), pin_memory=pin)
     return held_out, session.ranks.main_first(lambda: make(config.data, data.train, preparation, stream.share, steps))
 

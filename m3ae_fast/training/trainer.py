@@ -14,7 +14,6 @@ from torch import Tensor
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.bad_samples import NAMED, BadSamples, Skipped
-from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import peak_memory
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.saver import Saver
@@ -28,7 +27,7 @@ from m3ae_fast.process.garbage_collection import GarbageCollection
 from m3ae_fast.process.session import Session
 from m3ae_fast.process.signals import BY_ANOTHER
 from m3ae_fast.training.early_stopping import EarlyStopping
-from m3ae_fast.training.loss_watch import LossWatch
+from m3ae_fast.training.loss_watch import LossWatch, NotFinite
 from m3ae_fast.training.metrics_log import RunLog, SilentLog
 from m3ae_fast.training.notices import MemoryGrowth
 from m3ae_fast.training.profiler import profiler
@@ -92,10 +91,12 @@ class Trainer:
     attention: dict[str, str] = field(default_factory=dict)  # kernels that checkpoints store, by part of the network
     limit: TimeLimit | None = None  # the main rank's decides
     early_stopping: EarlyStopping | None = None  # the main rank's decides
+    left_out: tuple[int, ...] = ()  # batches of the stream that no step takes
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.pulse, _ = self.session
         self.step = self.logged = self.start  # optimiser steps so far, and when they were last logged
+        self._batch = batch_of(self.start, self.left_out)  # of the stream, that comes next
         self.log: RunLog = SilentLog()
         if self.ranks.is_main:
             self.log = RunLog(self.run.dir, self.start, self.schedule.total_steps, self.run.loggers, self.sections)
@@ -163,6 +164,10 @@ class Trainer:
             if sums.stopped or sums.failed or self.step >= self.schedule.total_steps:
                 return
             self._change(int(sums.total_steps))
+            self._batch += 1
+            if self._batch - 1 in self.left_out:
+                self.log.log(self.step, {"left_out_batch": self._batch - 1})
+                continue
             counts = sums.counts
             if counts.skipped and self.bad.names_more:
                 self._name_bad([item for batch in inputs.host for item in batch.skipped])
@@ -278,7 +283,7 @@ class Trainer:
         self.log.say(f"the evaluation after step {self.step} was interrupted; --resume auto repeats it")
 
     def stop_if_not_finite(self) -> None:
-        """Raise UserError on all ranks if a step of any rank had a loss or gradient norm that is not finite."""
+        """Raise NotFinite on all ranks if a step of any rank had a loss or gradient norm that is not finite."""
         watch = self.watch
         found = self.ranks.gather((watch.first_bad(), watch.bad_step, watch.finite_through))
         finite_through = min(through for *_, through in found)
@@ -288,7 +293,8 @@ class Trainer:
         if bad := [(step, text) for text, step, _ in found if step is not None]:
             step, text = min(bad)
             advice = self.saver.step_was_not_finite(step)
-            raise UserError(f"{text}. {advice}: look at these samples, or continue with {self.suggested_fix}")
+            advice += f": look at these samples, or continue with {self.suggested_fix}"
+            raise NotFinite(text, advice, batch_of(step - 1, self.left_out))
 
     # The beginning and the end
 
@@ -322,7 +328,9 @@ class Trainer:
         changes: list[tuple[int, int]] = list(self.schedule.changes)
         begin = self.schedule.decay_begin
         decays = begin is not None and self.step > begin
-        self.saver.save(checkpoint.Info(*about, self.stream, {}, self.attention, changes, decays, spent))
+        self.saver.save(
+            checkpoint.Info(*about, self.stream, {}, self.attention, changes, decays, spent, [*self.left_out])
+        )
 
     def _finish(self) -> None:
         """Wait for the last save; if the run was stopped early, save its state. Raises UserError on all ranks if a save
@@ -339,3 +347,10 @@ class Trainer:
         reason = self.stop.reason or BY_ANOTHER
         saved = "" if self.step > self.start else "; nothing to save"
         self.log.say(f"stopped at step {self.step} ({reason}){saved}; --resume auto continues")
+
+
+def batch_of(step: int, left_out: Iterable[int]) -> int:
+    """Return the batch of the stream that 0-based `step` takes, if some are left out."""
+    for batch in sorted(left_out):
+        step += batch <= step
+    return step

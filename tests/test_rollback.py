@@ -1,0 +1,104 @@
+"""Runs that return to a good checkpoint and leave out the batch of a step that was not finite."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.config import Config, parse
+from m3ae_fast.process.session import joined_program
+from m3ae_fast.training import run as run_module
+from m3ae_fast.training.run import pre_train
+from m3ae_fast.training.trainer import batch_of
+from tests.helpers.shards import members, write_tar
+from tests.helpers.trainer import TINY
+
+STEPS, BATCH = 8, 8
+
+
+def test_steps_take_the_batches_that_are_not_left_out():
+    assert [batch_of(step, ()) for step in range(4)] == [0, 1, 2, 3]
+    assert [batch_of(step, (5, 2, 3)) for step in range(5)] == [0, 1, 4, 6, 7]
+    assert [batch_of(step, (0, 1)) for step in range(2)] == [2, 3]
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """train(run, bad, ...) -> keys of each step's samples, of a run whose losses of samples `bad` are not finite."""
+    source = [{"shards": write_tar(tmp_path / "p.tar", members(range((STEPS + 3) * BATCH)))}]
+    build = run_module.build_engine
+
+    def perform(run, bad=(), resume="no", **changes):
+        data = json.loads(json.dumps(TINY))
+        data["run"] = {"dir": str(tmp_path / run)}
+        data["data"] |= {"train": source, "val": [], "workers": 0, "cache_dir": str(tmp_path / "cache")}
+        data["train"] |= {"global_batch": BATCH, "micro_batch": BATCH, "steps": STEPS, "save_every": 2, "keep": 9}
+        data["train"] |= changes
+        taken = []
+
+        class Spoilt:
+            def __init__(self, *args):
+                self.engine = build(*args)
+
+            def __getattr__(self, name):
+                return getattr(self.engine, name)
+
+            def step(self, batches, counts, lr):
+                keys = [key.rpartition("/")[2] for batch in batches for key in batch.keys]
+                taken.append(keys)
+                losses, norm = self.engine.step(batches, counts, lr)
+                if {*bad} & {*keys}:
+                    losses[-1] = losses[-1]._replace(loss=torch.tensor(math.nan))
+                return losses, norm
+
+        monkeypatch.setattr(run_module, "build_engine", Spoilt)
+        with joined_program() as session:
+            pre_train(parse(Config, data, "test"), session, resume=resume)
+        return taken
+
+    return perform
+
+
+def losses(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"], line["lr"]) for line in lines if "loss" in line]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_out_batches_and_goes_on_bit_for_bit(train, tmp_path, capsys):
+    whole = train("whole")
+    bad = whole[4][3], whole[6][0]
+    with pytest.raises(UserError, match=r"the loss of step 5 is not finite; samples: .* the last good checkpoint"):
+        train("none", bad)
+    with pytest.raises(UserError, match="the loss of step 6 is not finite"):  # of the seventh batch
+        train("one", bad, rollbacks=1)
+    taken = train("run", bad, rollbacks=2)
+    out = capsys.readouterr().out
+    assert "the loss of step 5 is not finite" in out and "batch 4 is left out" in out and "batch 6 is left out" in out
+    first, second = taken.index(whole[4]), taken.index(whole[6])
+    assert taken[:first] == whole[:4]
+    assert taken[-3:-1] != whole[6:8] and whole[4] not in taken[second + 1 :] and whole[6] not in taken[second + 1 :]
+    found = losses(tmp_path / "run")
+    assert [step for step, *_ in found] == [*range(1, STEPS + 1)] and all(math.isfinite(loss) for _, loss, _ in found)
+    assert found[:4] == losses(tmp_path / "whole")[:4]
+    assert [rate for *_, rate in found] == [rate for *_, rate in losses(tmp_path / "whole")]
+    last = checkpoint.saved_steps(tmp_path / "run")[-1]
+    assert checkpoint.step_of(last) == STEPS and checkpoint.read_info(last).left_out == [4, 6]
+    for keep in (6, 4):  # after both, and before them
+        for path in checkpoint.saved_steps(tmp_path / "run"):
+            if checkpoint.step_of(path) > keep:
+                shutil.rmtree(path)
+        again = train("run", bad, "auto", rollbacks=2)
+        assert losses(tmp_path / "run") == found
+        assert keep == 4 or len(again) == 2
+
+
+@pytest.mark.slow
+def test_a_run_without_a_checkpoint_returns_to_its_start(train, tmp_path):
+    whole = train("whole")
+    taken = train("run", whole[0][:1], rollbacks=1)
+    assert taken[0] == whole[0] and taken[-STEPS:-1] == whole[1:] and len(losses(tmp_path / "run")) == STEPS
