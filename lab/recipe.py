@@ -32,12 +32,11 @@ from m3ae_fast import train
 from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
-from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, settled
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.learning_rates import choose, try_rates
+from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS
-from m3ae_fast.evaluation.probe_engine import Setting
-from m3ae_fast.evaluation.probes import fit_linear
+from m3ae_fast.evaluation.probes import Setting, linear_recipe, train_heads
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.shards.tar_member import add_member
@@ -230,15 +229,11 @@ class Laboratory:
             settings = self._settings(trial, len(bank.keys))
             assert bank.labels_N is not None and held_out.labels_N is not None
             classes = 1 + max(each["class"] for each in (self.labels[key] for key in held_out.keys + bank.keys))
-            setting = Setting(self._config({"linear": settings}), classes, 1, trial.seed, session.ranks, session.pulse)
-            if trial.variant == TRIED:
-                config = settled(setting.config.linear, len(bank.keys), {})
-                tried = try_rates(bank, config, classes, trial.seed, session.ranks, session.pulse)
-                settings["peak_lr"] = choose(tried, settings["peak_lr"], len(bank.keys) // 10).peak_lr
-                setting = setting._replace(config=self._config({"linear": settings}))
-            head = fit_linear(bank, setting).eval()
-            with torch.no_grad():
-                right_N = head(held_out.features_RD).argmax(1) == held_out.labels_N
+            given = settings if trial.variant != TRIED else settings | {"peak_lr": None}
+            setting = Setting(self._config({"linear": given}), classes, 1, trial.seed, session.ranks, session.pulse)
+            trained = train_heads({0: bank}, linear_recipe(len(bank.keys), setting), setting)[0]
+            settings["peak_lr"] = trained.peak_lr
+            right_N = logits(trained.heads, held_out).argmax(1) == held_out.labels_N
         correct = dict(zip(held_out.keys, right_N.int().tolist()))
         return {"train_samples": len(bank.keys), "settings": settings, "correct": correct}
 

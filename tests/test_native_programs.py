@@ -18,7 +18,7 @@ from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.cli.shards import main as data_tools
 from m3ae_fast.drawing.figures import box_in, shown
 from m3ae_fast.evaluation.corruptions import KINDS, Corruption
-from m3ae_fast.evaluation.heads import AttentiveHead
+from m3ae_fast.evaluation.heads import AttentiveHeads
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.weights.open_model import open_model, set_images
@@ -220,7 +220,7 @@ def test_corruptions_of_an_elongated_image(kind):
 
 
 def test_the_attentive_probe_ignores_what_fills_up_an_image():
-    head = AttentiveHead(8, 3, 2).eval()
+    head = AttentiveHeads(8, 3, 2, [0]).eval()
     torch.nn.init.normal_(head.query)
     tokens = torch.randn(2, 5, 8)
     filled = torch.cat((tokens, torch.zeros(2, 3, 8)), 1)

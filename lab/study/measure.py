@@ -22,9 +22,8 @@ from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.evaluation.encoding import Watch, encode_corpus
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.ood import Scores, auroc_and_fpr, auroc_interval
-from m3ae_fast.evaluation.probe_engine import Setting
 from m3ae_fast.evaluation.probe_grid import few_shot
-from m3ae_fast.evaluation.probes import PROBES
+from m3ae_fast.evaluation.probes import PROBES, Setting
 from m3ae_fast.evaluation.retrieval import own_ranks
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.session import Session
@@ -142,7 +141,7 @@ class Measuring:
         held_out, _ = self.labelled(held_out, field, classes)
         ranks, _, pulse, _ = self.session
         setting = Setting(self.config, len(classes), self.heads, self.config.run.seed, ranks, pulse)
-        predictions = PROBES[probe].predict(bank, held_out, setting)
+        predictions = PROBES[probe].predict({0: bank}, {0: held_out}, setting)[0]
         self._keep(name, predictions.keys, [value / parts for value in predictions.correct_N.tolist()])
 
     def labelled(

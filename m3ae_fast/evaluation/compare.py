@@ -28,9 +28,8 @@ from m3ae_fast.evaluation.difference import LARGEST, not_above_largest
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job, SoFar, summary
 from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
-from m3ae_fast.evaluation.probe_engine import Setting
 from m3ae_fast.evaluation.probe_grid import require_memory
-from m3ae_fast.evaluation.probes import PROBES
+from m3ae_fast.evaluation.probes import PROBES, Setting
 from m3ae_fast.evaluation.significance import ERROR, LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pixels import SIDE, Pixels
@@ -286,12 +285,12 @@ def _measure(
                 continue
             about, heads = f"{name}, {probe}, seed {seed}", opened.config.num_heads
 
-            def caution(text: str, about: str = about) -> None:
+            def caution(_: int, text: str, about: str = about) -> None:
                 job.say(f"note: {about}: {text}")
 
             setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.pulse, caution)
             with whole.aside(work.training[probe]):
-                predictions = PROBES[probe].predict(bank, held_out, setting)
+                predictions = PROBES[probe].predict({0: bank}, {0: held_out}, setting)[0]
             found.add(name, probe, seed, predictions)
             job.say(f"{about}: {summary(predictions.accuracies())}{whole.left()}")
 

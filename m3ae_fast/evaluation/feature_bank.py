@@ -114,6 +114,11 @@ class FeatureBank:
         own = self.own, values_R.cpu()
         return _in_order(self.ranks.gather(own) if self.ranks else [own])
 
+    def local(self) -> FeatureBank:
+        """Return a bank of this rank's samples alone."""
+        own = self.own.tolist()
+        return replace(self.rows(own), own_R=None, ranks=None)
+
     def check_finite(self) -> None:
         """Raise UserError on every rank, naming the first sample with a feature that is not finite, if there is one."""
         for each in (self, self.tokens()) if self.patches_SLD is not None else (self,):

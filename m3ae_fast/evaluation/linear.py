@@ -11,27 +11,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from m3ae_fast.base.bad_samples import BadSamples
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint.resuming import SAMPLING, Resume, Rules, require_same
 from m3ae_fast.config.evaluation import LinearProbeConfig
-from m3ae_fast.data import Data, Share, lay_out
+from m3ae_fast.data import Data, lay_out
 from m3ae_fast.data.fingerprint import fingerprint
+from m3ae_fast.data.labels import Classes
 from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
-from m3ae_fast.evaluation.default_hyperparameters import sentence, settled
+from m3ae_fast.evaluation.default_hyperparameters import chosen, sentence, settled
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.heads import LinearProbeHead
-from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation.fit_heads import Live, logits
+from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
+from m3ae_fast.evaluation.job import Job, SoFar
 from m3ae_fast.evaluation.labelled_task import LabelledTask
-from m3ae_fast.evaluation.learning_rates import Tried, choose, edge, table, try_rates
-from m3ae_fast.evaluation.predictions import Predictions
-from m3ae_fast.evaluation.probe_engine import CachedSteps, ProbeEngine
+from m3ae_fast.evaluation.learning_rates import table
+from m3ae_fast.evaluation.probe_engine import ProbeEngine
+from m3ae_fast.evaluation.probes import Setting, cautions_of, linear_recipe, predictions_so_far, train_heads
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.training.throughput import SampleRate
 from m3ae_fast.training.trainer import Trainer
 
+_LAYER = 0  # the name of the only features
 _EVALUATIONS = 100  # of a run, at most
 
 
@@ -40,9 +43,8 @@ class ProbingTask(LabelledTask):
     """Trains a linear classifier on frozen features."""
 
     settings: LinearProbeConfig
-    head: LinearProbeHead
+    heads: LinearHeads  # one
     val: FeatureBank
-    tried: list[Tried]  # learning rates; empty if one was given
 
     def first_line(self, trainer: Trainer) -> str:
         task = f"linear probe of {self.job.config.encode.pool} features, {len(self.classes)} classes, "
@@ -59,60 +61,48 @@ class ProbingTask(LabelledTask):
         return given.epochs is None and given.steps is None
 
     def shorter(self, trainer: Trainer, steps: float) -> str:
-        if not self.job.options.cache_features:
-            return "--cache-features, which encodes each image once"
-        return f"--set linear.steps={max(int(steps), 1)}"
-
-    def cautions(self, trainer: Trainer) -> list[str]:
-        return super().cautions(trainer) + edge(self.tried, self.settings.peak_lr)
+        return "--cache-features, which encodes each image once"
 
     def conclude(self, trainer: Trainer) -> dict[str, float]:
         """Return accuracies on all held-out samples, which are logged too."""
         trainer.stop_if_not_finite()
         trainer.pulse.mark(f"evaluating after step {trainer.step}")
-        self.head.eval()
-        with torch.no_grad():
-            scores_NK = self.head(self.val.features_RD.to(trainer.ranks.device))
-        return self.evaluated(trainer, Predictions.of(self.val.keys, self.val.labels, scores_NK))
+        return self.evaluated(trainer, self.val.predictions(logits(self.heads.eval(), self.val)))
 
     def save_classifier(self, trainer: Trainer) -> None:
-        job = self.job
-        pool, classes = job.config.encode.pool, list(self.classes)
-        config = ClassifierConfig(
-            model=job.model.config, head="linear", pool=pool, modality=job.modality, classes=classes
-        )
+        _save_classifier(self.job, self.heads.head(0), self.classes)
 
-        def save() -> None:
-            classifier = Classifier(config)
-            classifier.load_backbone(job.model.cpu())
-            classifier.head.load_state_dict(self.head.state_dict())
-            classifier.save_pretrained(trainer.run.dir)
 
-        trainer.ranks.on_main(save)
+def _save_classifier(job: Job, head: LinearProbeHead, classes: Classes) -> None:
+    pool = job.config.encode.pool
+    config = ClassifierConfig(
+        model=job.model.config, head="linear", pool=pool, modality=job.modality, classes=list(classes)
+    )
+
+    def save() -> None:
+        classifier = Classifier(config)
+        classifier.load_backbone(job.model.cpu())
+        classifier.head.load_state_dict(head.state_dict())
+        classifier.save_pretrained(job.out)
+
+    job.ranks.on_main(save)
 
 
 def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
-    """Open data and checkpoint, encode what stays the same. Raises UserError where one is missing or does not fit."""
+    """Open data and checkpoint, encode the held-out samples. Raises UserError if something is missing or does not
+    fit."""
     ranks, run = job.ranks, job.config.run
-    cached = job.options.cache_features
     found = Resume(run.dir, job.options.resume, ranks)
     train, val, classes = job.open_labelled()
     if train.has_captions:
         job.model.require_tokenizer()
-    held_out = job.encode(val, "encoding val").gathered()
-    bank = job.encode(train, "encoding train").gathered() if cached else None
-    samples = len(bank.keys) if bank else train.samples
-    config = settled(job.config.linear, samples, found.section("linear"))
+    held_out = job.encode(val, "encoding val")
+    config = settled(job.config.linear, train.samples, found.section("linear"))
     share = split_batch(config, ranks.world, ranks.rank)
-    tried = [Tried(*each) for each in found.section("rates").get("tried", [])]
-    if bank and job.config.linear.peak_lr is None and not found.info:
-        tried, rate = _try_rates(job, bank, config, len(classes))
-        config = config.model_copy(update={"peak_lr": rate})
-    schedule = Schedule(config, config, samples)
+    schedule = Schedule(config, config, train.samples)
 
-    torch.manual_seed(run.seed)
-    head = LinearProbeHead(job.model.config.emb_dim, len(classes)).to(ranks.device)
-    engine = ProbeEngine(head, config, ranks, None if cached else job.model, job.config.encode)
+    heads = LinearHeads(job.model.config.emb_dim, len(classes), [run.seed], ranks).to(ranks.device)
+    engine = ProbeEngine(heads, config, ranks, job.model, job.config.encode)
     sections = {
         "run": run.model_dump(mode="json"),
         "linear": config.model_dump(mode="json"),
@@ -121,30 +111,25 @@ def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
         "task": {
             "model": job.options.model,
             "weights": weights_digest(job.model.state_dict()),
-            "cache_features": cached,
             "classes": list(classes),
         },
-        "rates": {"tried": tried},
     }
     layout = lay_out(job.config.data, train.sizes, share.global_batch)
     stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
     require_same(ranks, stream, val)
-    sampling = () if cached else SAMPLING
     rules = Rules(
         same=(
             "task.weights",
-            "task.cache_features",
             "task.classes",
             "run.seed",
             "encode.pool",
             "linear.global_batch",
-            *sampling,
+            *SAMPLING,
         )
     )
     notes = found.restore(engine, sections, stream, rules)
     steps = range(found.step, schedule.total_steps)
-    loader = CachedSteps(bank, steps, share.global_batch, run.seed) if bank else None
-    task = ProbingTask(job=job, settings=config, notes=notes, classes=classes, head=head, val=held_out, tried=tried)
+    task = ProbingTask(job=job, settings=config, notes=notes, classes=classes, heads=heads, val=held_out)
     return task, Trainer(
         task=task,
         session=job.session,
@@ -152,10 +137,10 @@ def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
         run=run,
         settings=config,
         sections=sections,
-        share=Share(share.global_batch) if cached else share,
+        share=share,
         schedule=schedule,
         engine=engine,
-        train_loader=loader or job.batches(train, share, steps, layout),
+        train_loader=job.batches(train, share, steps, layout),
         throughput=SampleRate(),
         bad=BadSamples(job.config.data.max_bad_fraction, train.samples),
         stream=stream,
@@ -164,24 +149,63 @@ def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
     )
 
 
-def _try_rates(
-    job: Job, bank: FeatureBank, config: LinearProbeConfig, classes: int
-) -> tuple[list[Tried], float | None]:
-    """Return the rates that were tried, as the main rank found them, and the one to take, and print them."""
-    own = try_rates(bank, config, classes, job.config.run.seed, job.ranks, job.pulse)
-    tried = job.ranks.broadcast(lambda: own)
-    if not tried or config.peak_lr is None:
-        return tried, config.peak_lr
-    rate = choose(tried, config.peak_lr, len(bank.keys) // 10).peak_lr
-    job.say(f"linear.peak_lr, accuracy on a held-out tenth of the training samples: {table(tried, rate)}")
-    return tried, rate
-
-
 def run(job: Job) -> dict[str, Any] | None:
-    """Return the accuracies; None where the run was stopped before its end."""
+    """Return the accuracies; None if the run was stopped before its end."""
+    if job.options.cache_features:
+        return run_cached(job)
     job.pulse.watch_over(job.config.run)
     task, trainer = set_up(job)
     if (result := task.complete(trainer, len(task.val.keys))) is None:
         return None
-    rates = [tried._asdict() for tried in task.tried]
-    return result | {"skipped": result["skipped"] + len(task.val.skipped), "rates": rates}
+    return result | {"skipped": result["skipped"] + len(task.val.skipped), "rates": []}
+
+
+def run_cached(job: Job) -> dict[str, Any]:
+    """Train on features of all samples, encoded once; it takes so little time that there are no checkpoints. Return the
+    accuracies."""
+    if job.options.resume != "no":
+        raise UserError("--resume: a probe of cached features has no checkpoints and starts over; leave it out")
+    job.keep_if_stopped(lambda: SoFar("the samples are being encoded", {}, {}))
+    train_corpus, val, classes = job.open_labelled()
+    ranks, config, live = job.ranks, job.config, Live()
+    model = job.model.config
+    setting = Setting(config, len(classes), model.num_heads, config.run.seed, ranks, job.pulse, live=live)
+    expected = expected_duration.seconds("linear", train_corpus.samples, (model.emb_dim,), setting)
+    whole = job.time_left(train_corpus.samples + val.samples, expected, shorter=lambda _: "a lower linear.steps")
+    bank, held_out = (
+        job.encode(corpus, title, whole, corpus.samples)
+        for corpus, title in ((train_corpus, "encoding train"), (val, "encoding val"))
+    )
+    settings = settled(config.linear, len(bank.keys), {})
+    recipe = linear_recipe(len(bank.keys), setting)
+    schedule = Schedule(settings, settings, len(bank.keys))
+    job.say(f"linear probe of {config.encode.pool} features, {len(classes)} classes, {sentence(settings, schedule, 0)}")
+
+    def so_far() -> SoFar:
+        found, where = predictions_so_far(live, {_LAYER: bank}, {_LAYER: held_out}, recipe)
+        if not found:
+            return SoFar("the heads have taken no step", {}, {})
+        return SoFar(where, found[_LAYER].accuracies(), found[_LAYER].columns(classes))
+
+    job.keep_if_stopped(so_far)
+    with whole.aside(expected):
+        trained = train_heads({_LAYER: bank}, recipe, setting)[_LAYER]
+    if trained.tried:
+        chosen_rate = table(trained.tried, trained.peak_lr)
+        job.say(f"linear.peak_lr, accuracy on a held-out tenth of the training samples: {chosen_rate}")
+    predictions = held_out.predictions(logits(trained.heads, held_out))
+    _save_classifier(job, trained.linear(), classes)
+    job.keep(predictions.columns(classes))
+    found = cautions_of(trained, recipe)
+    for caution in found:
+        job.say(f"note: {caution}")
+    return predictions.accuracies() | {
+        "classes": len(classes),
+        "steps": recipe.steps,
+        "train_samples": len(bank.keys),
+        "val_samples": len(held_out.keys),
+        "skipped": len(bank.skipped) + len(held_out.skipped),
+        "recipe": chosen(settings.model_copy(update={"peak_lr": trained.peak_lr})),
+        "cautions": found,
+        "rates": [tried._asdict() for tried in trained.tried],
+    }

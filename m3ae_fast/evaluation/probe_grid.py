@@ -19,16 +19,15 @@ from m3ae_fast.config import ModelConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
-from m3ae_fast.evaluation import attentive, expected_duration
+from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.encoding import key_digest
 from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.fit_heads import Live
 from m3ae_fast.evaluation.job import Job, SoFar, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
-from m3ae_fast.evaluation.probe_engine import Live, Setting
-from m3ae_fast.evaluation.probes import PROBES, Probe
+from m3ae_fast.evaluation.probes import PROBES, Probe, Recipe, Setting, predictions_so_far
 from m3ae_fast.evaluation.significance import ERROR, interval, mean_accuracy
 from m3ae_fast.evaluation.tasks import DRAWS
-from m3ae_fast.process.ranks import Ranks
 
 
 class Case(NamedTuple):
@@ -74,18 +73,17 @@ class Found:
         parts = ((predictions, case._asdict() | {"draw": draw}) for case, draw, predictions in made)
         return stacked(parts, self.encoded.classes)
 
-    def so_far(self, ranks: Ranks) -> SoFar:
-        """Return what is known now, with the accuracy so far of an attentive probe in training; in another thread."""
+    def so_far(self, recipe: Recipe | None) -> SoFar:
+        """Return what is known now, with the accuracy so far of heads in training, on this rank's held-out samples; in
+        another thread."""
         made, probes = [*self.made], len(self.cases) * self.draws
         done, rows = f"{len(made)} of {probes} probes", self.rows(made)
-        if self.draws == 1 and len(made) < probes:  # of several draws an unfinished one is no help
-            case = self.cases[len(made)]
-            bank, held_out = self.encoded.bank[case.layer], self.encoded.held_out[case.layer]
-            if found := attentive.so_far(self.live, bank, held_out, ranks):
-                predictions, where = found
-                done += f" and the {where}"
-                rows += [row | {"unfinished": where} for row in self.rows([(case, 0, predictions)])]
-                made.append((case, 0, predictions))
+        if recipe and self.draws == 1 and not made:  # of several draws an unfinished one is no help
+            found, where = predictions_so_far(self.live, self.encoded.bank, self.encoded.held_out, recipe)
+            unfinished = [(Case(layer, None), 0, predictions) for layer, predictions in found.items()]
+            done += f" and the {where}" if unfinished else ""
+            rows += [row | {"unfinished": where} for row in self.rows(unfinished)]
+            made += unfinished
         return SoFar(done, self.result(rows), self.columns(made))
 
 
@@ -100,7 +98,7 @@ def run(job: Job) -> dict[str, Any]:
     cases = [Case(layer, shots) for shots in numbers for layer in layers]
     job.keep_if_stopped(lambda: SoFar("the samples are being encoded", {}, {}))
     train, val, classes = job.open_labelled()
-    expected = {shots: draws * len(layers) * _seconds(job, shots, train, classes) for shots in numbers}
+    expected = {shots: draws * _seconds(job, shots, train, classes, len(layers)) for shots in numbers}
     whole = job.time_left(train.samples + val.samples, sum(expected.values()), shorter=lambda _: _shorter(job, layers))
     job.say(
         f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
@@ -112,14 +110,16 @@ def run(job: Job) -> dict[str, Any]:
     if options.shots:
         few_shot(encoded.bank[layers[0]], max(options.shots), 0, classes)  # too many are told before any probe
     found = Found(cases, draws, encoded)
-    job.keep_if_stopped(lambda: found.so_far(job.ranks))
-    for case in cases:
+    start = PROBES[task].recipe
+    recipe = start and start(len(next(iter(encoded.bank.values())).keys), _setting(job, found, None, 0))
+    job.keep_if_stopped(lambda: found.so_far(recipe))
+    for shots in numbers:
         for draw in range(draws):
-            with whole.aside(expected[case.shots] / draws / len(layers)):
-                made = _predictions(job, found, case, draw)
-            found.made.append((case, draw, made))
-        measured = _measured([each for other, _, each in found.made if other == case])
-        job.say(f"{_name(case)}: {summary(measured)}{whole.left()}")
+            with whole.aside(expected[shots] / draws):
+                made = _predictions(job, found, shots, draw)
+            found.made += [(Case(layer, shots), draw, predictions) for layer, predictions in made.items()]
+        for row in found.rows([each for each in found.made if each[0].shots == shots]):
+            job.say(f"{_name(Case(row.pop('layer'), row.pop('shots')))}: {summary(row)}{whole.left()}")
     job.keep(found.columns(found.made))
     for caution in found.cautions:
         job.say(f"note: {caution}")
@@ -128,20 +128,20 @@ def run(job: Job) -> dict[str, Any]:
     return found.result(rows)
 
 
-def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes) -> float:
-    """Return about how long one probe trains."""
+def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes, layers: int) -> float:
+    """Return about how long the probes at all layers train."""
     task, model = job.options.task, job.model.config
     samples = train.samples if shots is None else min(shots * len(classes), train.samples)
     shape = (model.most_patches, model.emb_dim) if PROBES[task].tokens else (model.emb_dim,)
     setting = Setting(job.config, len(classes), model.num_heads, job.config.run.seed, job.ranks, job.pulse)
-    return expected_duration.seconds(task, samples, shape, setting)
+    return expected_duration.seconds(task, samples, shape, setting, layers)
 
 
 def _shorter(job: Job, layers: Sequence[int]) -> str:
     """Return what makes a survey shorter."""
     ways = ["fewer --train shards"]
     if job.options.task == "attentive" and job.config.attentive.peak_lr is None:
-        ways = ["--set attentive.peak_lr=1e-3, which tries no other rates, takes a sixth of the training"]
+        ways = ["--set attentive.peak_lr=1e-3, which tries no other learning rates, takes a fraction of the training"]
     if job.options.shots:
         ways.append("fewer --shots or --draws")
     if len(layers) > 1:
@@ -203,19 +203,23 @@ def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> Feat
     return bank.rows(sorted(row for rows in taken.values() for row in rows))
 
 
-def _predictions(job: Job, found: Found, case: Case, draw: int) -> Predictions:
+def _predictions(job: Job, found: Found, shots: int | None, draw: int) -> dict[int, Predictions]:
+    """Return what probes at all layers make of the held-out samples."""
     encoded = found.encoded
-    bank = encoded.bank[case.layer]
-    if case.shots is not None:
-        bank = few_shot(bank, case.shots, draw, encoded.classes)
-    name = _name(case) + (f", draw {draw + 1}" if case.shots else "")
+    bank = encoded.bank
+    if shots is not None:
+        bank = {layer: few_shot(each, shots, draw, encoded.classes) for layer, each in bank.items()}
+    return PROBES[job.options.task].predict(bank, encoded.held_out, _setting(job, found, shots, draw))
+
+
+def _setting(job: Job, found: Found, shots: int | None, draw: int) -> Setting:
     heads, seed = job.model.config.num_heads, job.config.run.seed
 
-    def caution(text: str) -> None:
+    def caution(layer: int, text: str) -> None:
+        name = _name(Case(layer, shots)) + (f", draw {draw + 1}" if shots else "")
         found.cautions.append(f"{name}: {text}")
 
-    setting = Setting(job.config, len(encoded.classes), heads, seed, job.ranks, job.pulse, caution, found.live)
-    return PROBES[job.options.task].predict(bank, encoded.held_out[case.layer], setting)
+    return Setting(job.config, len(found.encoded.classes), heads, seed, job.ranks, job.pulse, caution, found.live)
 
 
 def _measured(found: Sequence[Predictions]) -> dict[str, Any]:

@@ -47,6 +47,10 @@ class Ranks:
     heartbeat_groups: list[HeartbeatGroup]
     sums: Sums
 
+    def __deepcopy__(self, memo: dict) -> Ranks:
+        """Return the ranks themselves: a copy of a module that has them belongs to the same ones."""
+        return self
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast.config import OptimConfig
-from m3ae_fast.engine.optimizer import set_lr
 from m3ae_fast.engine.schedule import learning_rate
-from m3ae_fast.evaluation.heads import LinearProbeHead
-from m3ae_fast.evaluation.lars import LARS
+from m3ae_fast.evaluation.fit_heads import Stack
+from m3ae_fast.evaluation.heads import LinearHeads
+from m3ae_fast.evaluation.stacked_optimizers import LARS
 from m3ae_fast.verify.golden import Golden, Quantity
 
 TOLERANCE = 1e-5
@@ -43,7 +42,7 @@ def _replay(
         return tokens_NTD[:, 1:].mean(1) if settings["global_pool"] else tokens_NTD[:, 0]
 
     features_ND, labels_N = pooled("features"), golden.tensor("in/labels").long().to(device)
-    head = LinearProbeHead(features_ND.shape[1], meta["C"]).to(device, dtype)
+    head = LinearHeads(features_ND.shape[1], meta["C"], [0]).to(device, dtype)  # a stack of one
     weights = {"kernel": head.linear.weight, "bias": head.linear.bias}
     tensors = {**weights, "mean": head.norm.mean, "var": head.norm.var}  # by their names in the file
     for name, tensor in tensors.items():
@@ -54,6 +53,7 @@ def _replay(
         weight_decay=settings["weight_decay"],
         trust_coefficient=meta["trust_coefficient"],
     )
+    stack = Stack(head, optimizer, torch.ones(1, device=device))
     rates = {"init_lr": meta["lr_init_value"], "peak_lr": settings["lr_peak_value"], "end_lr": meta["lr_end_value"]}
     schedule, warmup_steps = OptimConfig(**rates), meta["warmup_epochs"] * meta["steps_per_epoch"]
     recorded = 0  # the last step whose parameters the file has
@@ -61,34 +61,30 @@ def _replay(
     for step in range(meta["steps"]):
         first = step % meta["steps_per_epoch"] * meta["B"]
         batch, labels = features_ND[first : first + meta["B"]], labels_N[first : first + meta["B"]]
-        logits = head(batch)
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
+        lr = learning_rate(step, schedule, meta["B"], warmup_steps, meta["steps"])
+        loss_H, accuracy_H = stack.step(batch, labels, len(labels), lr)
         for name, p in weights.items() if step == 0 else ():
             assert p.grad is not None
-            yield quantity(f"grad {name}", p.grad, f"grad0/{name}", TOLERANCE_GRADIENT)
-        lr = learning_rate(step, schedule, meta["B"], warmup_steps, meta["steps"])
-        set_lr(optimizer, lr)
-        optimizer.step()
+            yield quantity(f"grad {name}", p.grad[0], f"grad0/{name}", TOLERANCE_GRADIENT)
         trajectory["lr"].append(lr)
-        trajectory["loss"].append(loss.item())
-        trajectory["accuracy"].append((logits.argmax(1) == labels).double().mean().item())
+        trajectory["loss"].append(loss_H.item())
+        trajectory["accuracy"].append(accuracy_H.item())
         if f"{variant}/after_{step + 1}/kernel" in golden.arrays:
-            recorded, reached = step + 1, {name: p.detach().cpu().clone() for name, p in weights.items()}
+            recorded, reached = step + 1, {name: p[0].detach().cpu().clone() for name, p in weights.items()}
             for name, tensor in tensors.items():
-                yield quantity(f"after {step + 1} {name}", tensor, f"after_{step + 1}/{name}")
+                reached_now = tensor[0] if name in weights else tensor
+                yield quantity(f"after {step + 1} {name}", reached_now, f"after_{step + 1}/{name}")
     for name, values in trajectory.items():
         yield quantity(name, torch.tensor(values, dtype=torch.float64), name)
     for name, p in weights.items():
-        buffer = optimizer.state[p]["momentum_buffer"]
+        buffer = optimizer.state[p]["momentum_buffer"][0]
         yield quantity(f"momentum {name}", buffer, f"trace_end/{name}", TOLERANCE_CHANGE)
         if recorded and settings["lr_peak_value"] >= STRONG_LR:
             before = golden.at(f"{variant}/init/{name}")
             change = golden.at(f"{variant}/after_{recorded}/{name}") - before
             yield Quantity(f"{variant} change {name}", reached[name] - before, change, TOLERANCE_CHANGE)
     with torch.no_grad():
-        logits_NK = head.eval()(pooled("eval_features")).cpu()
+        logits_NK = head.eval()(pooled("eval_features"))[:, 0].cpu()
     yield quantity("eval_logits", logits_NK, "eval_logits")
     accuracy = (logits_NK.argmax(1) == golden.tensor("in/eval_labels")).double().mean()
     yield quantity("eval_accuracy", accuracy, "eval_accuracy")

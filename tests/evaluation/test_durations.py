@@ -7,15 +7,16 @@ import torch
 
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.evaluation import attentive, expected_duration
+from m3ae_fast.evaluation import expected_duration, probes
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, settled
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.finetune import FineTuningTask
-from m3ae_fast.evaluation.heads import AttentiveHead
+from m3ae_fast.evaluation.fit_heads import Live
+from m3ae_fast.evaluation.heads import AttentiveHeads
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.lars import LARS
 from m3ae_fast.evaluation.linear import ProbingTask
-from m3ae_fast.evaluation.probe_engine import Live, Setting
+from m3ae_fast.evaluation.probes import Setting, settled_attentive
+from m3ae_fast.evaluation.stacked_optimizers import LARS
 from m3ae_fast.process.ranks import join_ranks
 from tests.evaluation.test_rates import _Pulse
 
@@ -42,7 +43,7 @@ def clock(monkeypatch):
 
         monkeypatch.setattr(module, name, slow)
 
-    costs(AttentiveHead, "forward", 0.01)
+    costs(AttentiveHeads, "forward", 0.01)
     costs(LARS, "step", 0.02)
     monkeypatch.setattr(expected_duration, "perf_counter", lambda: seconds[0])
     return seconds
@@ -59,15 +60,15 @@ def test_a_probes_duration_is_that_of_its_steps(clock, samples):
         given = _setting(ranks, linear={"peak_lr": 1.0, "steps": 70}, attentive={"peak_lr": 1e-3, "steps": 50})
         assert expected_duration.seconds("linear", samples, (4,), given) == pytest.approx(0.02 * 70)
         assert expected_duration.seconds("attentive", samples, (3, 4), given) == pytest.approx(0.01 * 50)
-        steps = attentive.settled(setting.config.attentive, samples, 2).steps
+        steps = settled_attentive(setting.config.attentive, samples, 2).steps
         found = expected_duration.seconds("attentive", samples, (3, 4), setting)
-        assert found == pytest.approx(6 * 0.01 * steps, rel=0.25), "five rates, which are judged, and then one"
+        assert found == pytest.approx(2 * 0.01 * steps, rel=0.25), "five rates at once, which are judged, and then one"
         assert expected_duration.seconds("knn", samples, (4,), setting) == 0.0
 
 
 def test_a_first_step_that_takes_long_is_enough(clock, monkeypatch):
-    real = AttentiveHead.forward
-    monkeypatch.setattr(AttentiveHead, "forward", lambda *given: clock.__setitem__(0, clock[0] + 2) or real(*given))
+    real = AttentiveHeads.forward
+    monkeypatch.setattr(AttentiveHeads, "forward", lambda *given: clock.__setitem__(0, clock[0] + 2) or real(*given))
     with join_ranks() as ranks:
         given = _setting(ranks, attentive={"peak_lr": 1e-3, "steps": 50})
         assert expected_duration.seconds("attentive", 100, (3, 4), given) == pytest.approx(2.01 * 50) and clock[0] < 3
@@ -79,28 +80,30 @@ def test_an_attentive_probe_in_training_may_be_asked():
     tokens, labels = torch.randn(60, 3, 4, generator=generator), torch.arange(60) % 3
     bank = FeatureBank([f"a.tar/{i}" for i in range(60)], tokens, labels, None, [])
     with join_ranks() as ranks:
-        live, config = Live(), _config(attentive={"batch": 20, "steps": 6, "heads": 2}).attentive
-        setting = _setting(ranks, live)
-        assert attentive.so_far(live, bank, bank, ranks) is None
-        train, tenth = attentive.split(bank)
-        trained = attentive.train_heads(train, config, attentive.RATES, setting)
-        predictions, where = attentive.so_far(live, bank, bank, ranks)
-        tried = [attentive.judged(0.0, attentive.logits(each.head, tenth, ranks), tenth.labels) for each in trained]
-        best = trained[tried.index(attentive.best(tried))].head
+        live, sections = Live(), {"attentive": {"batch": 20, "steps": 6, "heads": 2}}
+        setting = _setting(ranks, live, **sections)
+        recipe = probes.attentive_recipe(60, setting)
+        assert probes.predictions_so_far(live, {1: bank}, {1: bank}, recipe)[0] == {}
+        tried = probes.try_rates({1: bank}, recipe, setting)[1]
+        found, where = probes.predictions_so_far(live, {1: bank}, {1: bank}, recipe)
+        heads, _ = live.copy()
         assert where == "attentive probe, 5 rates at step 6 of 6"
-        assert torch.equal(predictions.best_NK[:, 0], attentive.logits(best, bank, ranks).argmax(1))
-        asked = attentive.train_heads(bank, config, (1e-2,), setting)[0].head
-        alone = attentive.train_heads(bank, config, (1e-2,), _setting(ranks))[0].head
-        assert all(torch.equal(a, b) for a, b in zip(asked.state_dict().values(), alone.state_dict().values()))
+        number = tried.index(probes.best(tried))
+        assert torch.equal(found[1].best_NK[:, 0], probes.logits(heads[1], bank, number).argmax(1))
+        asked, alone = (
+            probes.train_heads({1: bank}, recipe, each)[1] for each in (setting, _setting(ranks, **sections))
+        )
+        weights = zip(asked.heads.state_dict().values(), alone.heads.state_dict().values())
+        assert asked.accuracies == alone.accuracies and all(torch.equal(a, b) for a, b in weights)
 
 
-def _expectation(kind, pace, left, device="cpu", samples=1482, cached=False, **sections):
+def _expectation(kind, pace, left, device="cpu", samples=1482, **sections):
     """Return the lines of a task with so many steps left, at so many seconds each."""
     config = _config(**sections)
     section = settled(getattr(config, SECTIONS[kind]), samples, {})
     ranks = SimpleNamespace(device=torch.device(device))
     task = object.__new__(kind)
-    task.job = SimpleNamespace(config=config, options=SimpleNamespace(cache_features=cached))
+    task.job = SimpleNamespace(config=config)
     return task.expectation(SimpleNamespace(ranks=ranks, schedule=Schedule(section, section, samples)), pace, left)
 
 
@@ -118,7 +121,6 @@ def test_a_long_run_on_a_cpu_is_told_with_a_shorter_one():
     large = _expectation(FineTuningTask, 9.0, 78_000, samples=50_000)[1]
     assert large.startswith(f"{LONG}--set finetune.epochs=1 (781 steps")
     assert _expectation(ProbingTask, 1.0, 1001)[1] == f"{LONG}--cache-features, which encodes each image once"
-    assert _expectation(ProbingTask, 2.0, 1001, cached=True)[1] == f"{LONG}--set linear.steps=300"
 
 
 @pytest.mark.parametrize(

@@ -49,10 +49,11 @@ def test_neighbours_are_those_of_a_stable_sort(monkeypatch, samples, width, k, e
 
 @pytest.mark.slow
 def test_two_and_three_ranks_find_what_one_finds(tmp_path):
-    """Neighbours, votes, places and scores, of banks that are split over ranks."""
+    """Neighbours, votes, places, scores and trained heads, of banks that are split over ranks."""
     alone = bank_cases.found(None)
     with join_ranks() as ranks:
         segments = bank_cases.segmented(ranks)
+        heads = bank_cases.heads(ranks)
     assert torch.equal(alone["number"], _by_a_sort(*(bank_cases.features(*of)[0] for of in ((211, 0), (61, 1))), 20)[1])
     for count in (2, 3):
         code, said = run_ranks("tests.helpers.bank_cases", [str(tmp_path / "found.pt")], count, tmp_path / "log")
@@ -63,6 +64,8 @@ def test_two_and_three_ranks_find_what_one_finds(tmp_path):
             for name in ("similarity", "number", "best", "scores", "ranks", "rows"):
                 assert torch.equal(found[name], alone[name]), name
             assert found["keys"] == alone["keys"]
+            for name, expected in heads.items():
+                torch.testing.assert_close(found["heads"][name], expected, rtol=1e-3, atol=1e-4, msg=name)
             for name, scores in alone["ood"].items():
                 np.testing.assert_allclose(found["ood"][name], scores, rtol=1e-6, atol=1e-6)
             for name, scores in segments.items():

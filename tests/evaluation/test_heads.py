@@ -10,8 +10,8 @@ from torch import nn
 from m3ae_fast.batch.packed import Segments
 from m3ae_fast.cli.verify import main
 from m3ae_fast.evaluation.heads import FineTuneHead, LinearProbeHead
-from m3ae_fast.evaluation.lars import LARS
 from m3ae_fast.evaluation.layer_decay import layer_decay_groups, layer_of
+from m3ae_fast.evaluation.stacked_optimizers import LARS, AdamW
 from m3ae_fast.model.pooling import mean_of_tokens
 from m3ae_fast.verify.finetune import flax_path
 from m3ae_fast.verify.golden import Golden, relative_error
@@ -134,14 +134,34 @@ def test_pooled_rows_are_those_of_each_sample_alone():
 
 
 def test_lars_does_not_scale_what_has_no_length():
-    p = nn.Parameter(torch.zeros(3))
+    p = nn.Parameter(torch.zeros(1, 3))
     optimizer = LARS([p], lr=0.5, momentum=0.0)
-    p.grad = torch.tensor([1.0, -2.0, 0.0])
+    p.grad = torch.tensor([[1.0, -2.0, 0.0]])
     optimizer.step()
-    torch.testing.assert_close(p.data, torch.tensor([-0.5, 1.0, 0.0]))
-    p.grad = torch.zeros(3)
+    torch.testing.assert_close(p.data, torch.tensor([[-0.5, 1.0, 0.0]]))
+    p.grad = torch.zeros(1, 3)
     optimizer.step()
     assert p.isfinite().all()
+
+
+def test_each_head_of_a_stack_is_updated_with_its_own_learning_rate_as_alone():
+    """By torch's AdamW, and by LARS of a stack of one."""
+    torch.manual_seed(0)
+    begun, rates, gradients = torch.randn(3, 4, 5), torch.tensor([0.1, 0.01, 0.0]), torch.randn(6, 3, 4, 5)
+    for kind, judge in ((AdamW, torch.optim.AdamW), (LARS, LARS)):
+        stack = nn.Parameter(begun.clone())
+        optimizer = kind([stack], weight_decay=0.1)
+        alone = [nn.Parameter(begun[number : number + 1].clone()) for number in range(3)]
+        judges = [judge([p], lr=rate, weight_decay=0.1) for p, rate in zip(alone, rates.tolist())]
+        for step, gradient in enumerate(gradients):
+            optimizer.param_groups[0]["lr"] = rates / (1 + step)
+            stack.grad = gradient
+            optimizer.step()
+            for number, (p, own) in enumerate(zip(alone, judges)):
+                own.param_groups[0]["lr"] = rates[number].item() / (1 + step)
+                p.grad = gradient[number : number + 1]
+                own.step()
+        torch.testing.assert_close(stack.data, torch.cat([p.data for p in alone]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [LinearProbeHead, FineTuneHead])

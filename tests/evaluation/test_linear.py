@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,13 +7,13 @@ import torch
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.evaluation import EncodeConfig, LinearProbeConfig
-from m3ae_fast.evaluation import linear
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.heads import LinearProbeHead
+from m3ae_fast.evaluation.fit_heads import BankSteps
+from m3ae_fast.evaluation.heads import LinearHeads
 from m3ae_fast.evaluation.learning_rates import Tried, choose
-from m3ae_fast.evaluation.probe_engine import CachedSteps, EncodedBatch, ProbeEngine
+from m3ae_fast.evaluation.probe_engine import ProbeEngine
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.training import throughput
 from m3ae_fast.weights.open_model import open_model
@@ -26,13 +27,15 @@ pytestmark = pytest.mark.slow
 FAST = settings("linear.peak_lr=30", "linear.global_batch=24", "linear.micro_batch=8", "linear.warmup_epochs=2")
 
 
-@pytest.mark.parametrize("options", [["--cache-features"], []])
-def test_colours_are_told_apart(transfer, run, tmp_path, options):
+@pytest.mark.parametrize("cached", [True, False])
+def test_colours_are_told_apart(transfer, run, tmp_path, cached):
+    options = ["--cache-features"] * cached
     result = transfer("linear", "--labels", "json.name", *options, *FAST, *settings("linear.epochs=15"))
     assert (result["top1"], result["steps"], result["classes"]) == (1.0, 30, 3)
-    assert pictures(tmp_path / "out") == ["confusion", "training"]
-    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    assert sum("val_top1" in line for line in lines) == 15  # every epoch
+    assert pictures(tmp_path / "out") == ["confusion"] + ["training"] * (not cached)
+    if not cached:
+        lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+        assert sum("val_top1" in line for line in lines) == 15  # every epoch
     classifier = Classifier.from_pretrained(tmp_path / "out").eval()
     assert classifier.config.classes == ["blue", "green", "red"]
     encoder = open_model(str(run), text=False)
@@ -43,10 +46,12 @@ def test_a_step_is_one_of_lars_on_the_loss_of_the_whole_batch():
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(12, 8, generator=generator), torch.arange(12) % 3
     with join_ranks() as ranks:
-        head = LinearProbeHead(8, 3)
-        weight = head.linear.weight.detach().clone()
-        engine = ProbeEngine(head, LinearProbeConfig(), ranks, None, EncodeConfig())
-        parts = [EncodedBatch(list("abcdef"), features[:6], labels[:6]), EncodedBatch([], features[6:], labels[6:])]
+        head = LinearHeads(8, 3, [0])
+        weight = head.linear.weight[0].detach().clone()
+        encoder = torch.nn.Linear(8, 8)
+        encoder.pooled = lambda batch, pool: features[batch.rows]
+        engine = ProbeEngine(head, LinearProbeConfig(), ranks, encoder, EncodeConfig(precision="fp32"))
+        parts = [SimpleNamespace(rows=rows, labels=labels[rows]) for rows in (slice(6), slice(6, 12))]
         (losses,), _ = engine.step(parts, 12.0, lr=0.5)
     normal = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-5).sqrt()
     weight.requires_grad_()
@@ -54,12 +59,11 @@ def test_a_step_is_one_of_lars_on_the_loss_of_the_whole_batch():
     (gradient,) = torch.autograd.grad(loss, weight)
     torch.testing.assert_close(losses.loss, loss.detach())
     expected = weight - 0.5 * 1e-3 * weight.norm() / gradient.norm() * gradient
-    torch.testing.assert_close(head.linear.weight.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(head.linear.weight[0].detach(), expected.detach(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [["--cache-features"], []])
-def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, run, tmp_path, monkeypatch, options):
-    options = [*options, *FAST, *settings("linear.steps=6", "linear.save_every=2")]
+def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, run, tmp_path, monkeypatch):
+    options = [*FAST, *settings("linear.steps=6", "linear.save_every=2")]
     whole = transfer("linear", *options, out="whole")
     save = checkpoint.save
 
@@ -138,25 +142,24 @@ def test_a_learning_rate_that_is_too_high_ends_in_one_line(transfer):
 
 
 def test_epochs_of_cached_features_are_other_permutations_each():
-    features = FeatureBank([str(i) for i in range(10)], torch.arange(10.0)[:, None], torch.arange(10) + 100, None, [])
-    batches = list(CachedSteps(features, range(7), 5, seed=3))
-    rows = torch.cat([batch.features_SD[:, 0] for batch in batches]).long()
+    features = FeatureBank([str(i) for i in range(10)], torch.arange(10.0)[:, None], torch.arange(10) + 100)
+    batches = list(BankSteps({1: features}, range(7), 5, seed=3))
+    rows = torch.cat([batch.inputs[1][:, 0] for batch in batches]).long()
     epochs = rows[:30].view(3, 10)
     assert all(epoch.sort().values.tolist() == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
     for batch in batches:
-        assert batch.labels.tolist() == [100 + row for row in batch.features_SD[:, 0].long().tolist()]
-        assert batch.keys == [str(int(row)) for row in batch.features_SD[:, 0]]
-    later = list(CachedSteps(features, range(4, 7), 5, seed=3))
-    assert all(torch.equal(one.features_SD, other.features_SD) for one, other in zip(batches[4:], later))
-    odd = torch.cat([batch.features_SD[:, 0] for batch in CachedSteps(features, range(10), 3, seed=3)]).long()
+        assert batch.labels_S.tolist() == [100 + row for row in batch.inputs[1][:, 0].long().tolist()]
+    later = list(BankSteps({1: features}, range(4, 7), 5, seed=3))
+    assert all(torch.equal(one.inputs[1], other.inputs[1]) for one, other in zip(batches[4:], later))
+    odd = torch.cat([batch.inputs[1][:, 0] for batch in BankSteps({1: features}, range(10), 3, seed=3)]).long()
     assert torch.equal(odd, rows[:30]), "a step may span two epochs"
-    other = next(iter(CachedSteps(features, range(1), 10, seed=4)))
-    assert not torch.equal(other.features_SD[:, 0].long(), epochs[0])
+    other = next(iter(BankSteps({1: features}, range(1), 10, seed=4)))
+    assert not torch.equal(other.inputs[1][:, 0].long(), epochs[0])
 
 
-def test_without_settings_it_tries_rates_and_a_resumed_run_keeps_the_one_it_chose(transfer, tmp_path, monkeypatch):
-    short = settings("linear.steps=12", "linear.global_batch=24", "linear.save_every=6")
+def test_without_settings_it_tries_rates_and_has_no_checkpoints(transfer, tmp_path):
+    short = settings("linear.steps=12", "linear.global_batch=24")
     whole = transfer("linear", "--cache-features", *short, out="whole")
     rates = {tried["peak_lr"]: tried["top1"] for tried in whole["rates"]}
     rate = whole["recipe"]["peak_lr"]
@@ -165,17 +168,11 @@ def test_without_settings_it_tries_rates_and_a_resumed_run_keeps_the_one_it_chos
     assert "only 12 steps: " in whole["cautions"][0]
     given = transfer("linear", "--cache-features", *short, *settings(f"linear.peak_lr={rate}"), out="given")
     assert given["rates"] == [] and given["recipe"] == whole["recipe"]
-    weights = [checkpoint.read_weights(checkpoint.locate(tmp_path / name)) for name in ("whole", "given")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-    last = checkpoint.saved_steps(tmp_path / "whole")[-1] / "state.safetensors"
-    state = last.read_bytes()
-    (tmp_path / "whole/result.json").unlink()
-    monkeypatch.setattr(linear, "try_rates", None)
-    first = str(checkpoint.saved_steps(tmp_path / "whole")[0])
-    resumed = transfer("linear", "--cache-features", "--resume", first, out="whole")
-    assert (resumed["recipe"], resumed["rates"], resumed["steps"]) == (whole["recipe"], whole["rates"], 12)
-    assert last.read_bytes() == state
+    heads = [Classifier.from_pretrained(tmp_path / name).head for name in ("whole", "given")]
+    torch.testing.assert_close(heads[0].linear.weight, heads[1].linear.weight)
+    assert not (tmp_path / "whole/checkpoints").exists()
+    with pytest.raises(UserError, match="--resume: a probe of cached features has no checkpoints and starts over"):
+        transfer("linear", "--cache-features", "--resume", "auto", out="other")
 
 
 def test_the_run_is_said_before_the_first_step_and_its_duration_soon_after(transfer, capsys):

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from m3ae_fast.config.evaluation import EvaluationConfig, LinearProbeConfig
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.learning_rates import FACTORS, Tried, best, choose, edge, split, table, try_rates
-from m3ae_fast.evaluation.probe_engine import Setting
-from m3ae_fast.evaluation.probes import fit_linear
+from m3ae_fast.evaluation.fit_heads import logits
+from m3ae_fast.evaluation.learning_rates import FACTORS, Tried, best, choose, edge, split, table
+from m3ae_fast.evaluation.probes import Setting, linear_recipe, train_heads, try_rates
 from m3ae_fast.process.heartbeats import Pulse
 from m3ae_fast.process.ranks import join_ranks
 
@@ -35,27 +35,40 @@ class _Pulse:
 def test_a_tenth_is_held_out_by_key_whatever_the_order():
     bank = _bank(203)
     train, held_out = split(bank)
-    assert (len(train.keys), len(held_out.keys)) == (183, 20)
-    assert {*train.keys, *held_out.keys} == {*bank.keys}
-    rows = [bank.keys.index(key) for key in held_out.keys]
-    assert rows == sorted(rows) and rows != list(range(rows[0], rows[0] + 20))
-    assert torch.equal(held_out.features_RD, bank.features_RD[rows])
-    assert torch.equal(held_out.labels_N, bank.labels_N[rows])
-    turned = FeatureBank(bank.keys[::-1], bank.features_RD.flip(0), bank.labels_N.flip(0), None, [])
-    assert {*split(turned)[1].keys} == {*held_out.keys}
+    assert (len(train), len(held_out)) == (183, 20)
+    assert sorted(train + held_out) == list(range(203))
+    assert held_out == sorted(held_out) != list(range(held_out[0], held_out[0] + 20))
+    keys = [bank.keys[row] for row in held_out]
+    turned = replace(bank, keys=bank.keys[::-1])
+    assert {turned.keys[row] for row in split(turned).held_out} == {*keys}
     moved = replace(bank, keys=[f"/data/elsewhere/{key}" for key in bank.keys])  # the same data in another folder
-    assert split(moved)[1].keys == [f"/data/elsewhere/{key}" for key in held_out.keys]
+    assert split(moved).held_out == held_out
+
+
+def _setting(ranks, seed=0, pulse=None, **linear):
+    given = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, "linear": linear})
+    return Setting(given, 3, 1, seed, ranks, pulse or _Pulse())
+
+
+def _tried(bank, setting, usual=None):
+    """What rates about `usual`, or about that of the number of samples, reach."""
+    recipe = linear_recipe(len(bank.keys), setting)
+    if usual is not None:  # as if it were not given
+        peak = setting.config.linear.peak_lr
+        scales = {float(f"{factor * usual:.3g}"): factor * usual / peak for factor in FACTORS}
+        recipe = replace(recipe, scales=scales)
+    return try_rates({0: bank}, recipe, setting)[0]
 
 
 def test_each_rate_is_tried_as_a_run_of_its_own_would_be():
     """The best one learns; what torch draws afterwards is as before."""
-    config = LinearProbeConfig(global_batch=16, steps=40, warmup_epochs=0, peak_lr=400.0)
+    given = {"global_batch": 16, "steps": 40, "warmup_epochs": 0, "peak_lr": 400.0}
     with join_ranks() as ranks:
         state, pulse = torch.get_rng_state(), _Pulse()
-        tried = try_rates(_bank(200), config, 3, 0, ranks, pulse)
-        again = try_rates(_bank(200), config, 3, 0, ranks, _Pulse())
+        tried = _tried(_bank(200), _setting(ranks, pulse=pulse, **given), 400.0)
+        again = _tried(_bank(200), _setting(ranks, **given), 400.0)
         assert torch.equal(torch.get_rng_state(), state)
-        assert try_rates(_bank(9), config, 3, 0, ranks, _Pulse()) == []
+        assert _tried(_bank(9), _setting(ranks, **given), 400.0) == []
     assert tried == again and pulse.marks == 40
     assert [each.peak_lr for each in tried] == [float(f"{400 * factor:.3g}") for factor in FACTORS]
     assert best(tried).top1 >= 0.8 and len({each.loss for each in tried}) == len(FACTORS)
@@ -64,30 +77,25 @@ def test_each_rate_is_tried_as_a_run_of_its_own_would_be():
 def test_a_rate_comes_to_what_a_run_at_it_comes_to():
     """With momentum, decay and warm-up, and on statistics of all steps."""
     bank = _bank(200)
-    train, held_out = split(bank)
-    linear = {
-        "global_batch": 16,
-        "steps": 20,
-        "warmup_epochs": 0.5,
-        "peak_lr": 40.0,
-        "weight_decay": 0.3,
-        "momentum": 0.5,
-    }
-    given = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, "linear": linear})
+    train, held_out = (bank.rows(rows) for rows in split(bank))
+    given = {"global_batch": 16, "steps": 20, "warmup_epochs": 0.5, "weight_decay": 0.3, "momentum": 0.5}
     with join_ranks() as ranks:
-        for each in try_rates(bank, given.linear, 3, 7, ranks, _Pulse())[1::2]:
-            at_it = given.linear.model_copy(update={"peak_lr": each.peak_lr, "warmup_epochs": 0.5 * 200 / 180})
-            setting = Setting(given.model_copy(update={"linear": at_it}), 3, 1, 7, ranks, _Pulse())
-            logits = fit_linear(train, setting).eval()(held_out.features_RD)
-            found = torch.nn.functional.cross_entropy(logits, held_out.labels_N).item()
+        for each in _tried(bank, _setting(ranks, 7, **given, peak_lr=40.0), 40.0)[1::2]:
+            at_it = given | {"peak_lr": each.peak_lr, "warmup_epochs": 0.5 * 200 / 180}
+            setting = _setting(ranks, 7, **at_it)
+            trained = train_heads({0: train}, linear_recipe(180, setting), setting)[0]
+            found_MK = logits(trained.heads, held_out)
+            found = torch.nn.functional.cross_entropy(found_MK, held_out.labels_N).item()
             assert each.loss == pytest.approx(found, rel=1e-5), each
-            assert each.top1 == pytest.approx((logits.argmax(1) == held_out.labels_N).double().mean().item())
+            assert each.top1 == pytest.approx((found_MK.argmax(1) == held_out.labels_N).double().mean().item())
+            with torch.no_grad():
+                torch.testing.assert_close(trained.linear()(held_out.features_RD), found_MK)
 
 
 def test_a_rate_that_diverges_is_never_the_best():
-    config = LinearProbeConfig(global_batch=16, steps=20, warmup_epochs=0, peak_lr=1e38)
+    given = {"global_batch": 16, "steps": 20, "warmup_epochs": 0, "peak_lr": 1e38}
     with join_ranks() as ranks:
-        tried = try_rates(_bank(100), config, 3, 0, ranks, _Pulse())
+        tried = _tried(_bank(100), _setting(ranks, **given), 1e38)
     assert tried[-1][1:] == (0.0, None)
     assert best([Tried(1, 0.0, None), Tried(2, 0.0, 3.0)]).peak_lr == 2
 

@@ -10,9 +10,11 @@ from torch import Tensor
 from m3ae_fast.config import KnnConfig
 from m3ae_fast.config.evaluation import EvaluationConfig, SegmentConfig
 from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.knn import knn_scores
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.ood import Scores
+from m3ae_fast.evaluation.probes import PROBES, Setting, train_heads
 from m3ae_fast.evaluation.retrieval import own_ranks
 from m3ae_fast.evaluation.segment import Images, Neighbours, fit
 from m3ae_fast.process.ranks import Ranks, join_ranks
@@ -78,6 +80,34 @@ def segmented(ranks: Ranks) -> dict[str, Tensor]:
     return {name: held_out.bank.complete(head(held_out.bank.stored_SD.float())) for name, head in heads.items()}
 
 
+def heads(ranks: Ranks) -> dict[str, object]:
+    """Return what probes of two layers that are trained on a bank reach, and how they train."""
+    layers = torch.stack([features(SAMPLES, seed)[0] for seed in (0, 1)], 1)  # [N, 2, D]
+    tokens = torch.stack((layers, layers.flip(2), 2 * layers), 2)  # [N, 2, L, D]
+    labels_N = features(SAMPLES, 0)[1]
+    reached: dict[str, object] = {}
+    for probe, features_ND in (("linear", layers), ("attentive", tokens)):
+        section = {"steps": 30, "weight_decay": 0.01, "global_batch" if probe == "linear" else "batch": 64}
+        setting = Setting(config(**{probe: section}), CLASSES, 2, 5, ranks, _Pulse())
+        whole = split(features_ND, labels_N, ranks)
+        banks = {number: whole.layer(number) for number in range(2)}
+        start = PROBES[probe].recipe
+        assert start is not None
+        for name, trained in train_heads(banks, start(SAMPLES, setting), setting).items():
+            reached[f"{probe}, layer {name}"] = {
+                "weights": trained.heads.state_dict(),
+                "accuracies": trained.accuracies,
+                "tried": trained.tried,
+                "logits": banks[name].complete(logits(trained.heads, banks[name])),
+            }
+    return reached
+
+
+class _Pulse:
+    def mark(self, doing: str) -> None:
+        pass
+
+
 def config(**sections: object) -> EvaluationConfig:
     """Return settings of an evaluation."""
     return EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, **sections})
@@ -86,7 +116,7 @@ def config(**sections: object) -> EvaluationConfig:
 def main(arguments: list[str]) -> int:
     """Run the program."""
     with join_ranks() as ranks:
-        each = ranks.gather(found(ranks) | segmented(ranks))
+        each = ranks.gather(found(ranks) | segmented(ranks) | {"heads": heads(ranks)})
         if ranks.is_main:
             torch.save(each, arguments[0])
     return 0

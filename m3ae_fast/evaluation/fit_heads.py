@@ -1,0 +1,202 @@
+"""Training of all heads of a grid in one pass over batches: layers x learning rates x seeds.
+
+The heads of one input are a stack, which one update serves. Each rank has its part of each step; statistics and
+gradients are sums over ranks, so that any number of ranks takes the same steps, except for rounding.
+
+Shapes: N samples, S of a step on this rank, R rows of a bank on this rank, H heads of a stack, K classes, D width.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3ae_fast.base.progress import track
+from m3ae_fast.data.order import permutation
+from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads
+from m3ae_fast.evaluation.stacked_optimizers import StackedOptimizer
+from m3ae_fast.process.collectives import all_reduce
+from m3ae_fast.process.heartbeats import Pulse
+from m3ae_fast.process.ranks import Ranks
+
+Heads = LinearHeads | AttentiveHeads
+Input = int  # which features heads read: the number of a layer
+_AT_A_TIME = 256  # samples to classify
+
+
+class HeadBatch(NamedTuple):
+    """This rank's part of a step."""
+
+    inputs: Mapping[Input, Tensor]  # features [S, D], or patch tokens [S, L, D]
+    labels_S: Tensor
+    samples: int  # of the step, over all ranks
+
+
+@dataclass(frozen=True)
+class BankSteps:
+    """Steps of a shuffled stream over banks of the same samples: an epoch is a permutation of all samples, and a step
+    may span two. Each rank has those samples of a step that it stores."""
+
+    banks: Mapping[Input, FeatureBank]
+    steps: range
+    batch: int  # samples of a step
+    seed: int
+
+    def __iter__(self) -> Iterator[HeadBatch]:
+        bank = next(iter(self.banks.values()))
+        samples = len(bank.keys)
+        place_N = torch.full((samples,), -1)
+        place_N[bank.own] = torch.arange(len(bank.own))
+        order = lru_cache(maxsize=2)(partial(permutation, samples, self.seed))  # of an epoch
+        for step in self.steps:
+            epochs, places = np.divmod(np.arange(step * self.batch, (step + 1) * self.batch), samples)
+            rows = torch.from_numpy(
+                np.concatenate([order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
+            )
+            own = rows[place_N[rows] >= 0]
+            inputs = {name: each.take(place_N[own]) for name, each in self.banks.items()}
+            yield HeadBatch(inputs, bank.labels[own], self.batch)
+
+
+@dataclass
+class Stack:
+    """Heads of one input that train together."""
+
+    heads: Heads
+    optimizer: StackedOptimizer
+    scales_H: Tensor  # learning rates, as multiples of the schedule's
+    ranks: Ranks | None = None  # that take each step together
+
+    def step(self, x: Tensor, labels_S: Tensor, samples: int, lr: float) -> tuple[Tensor, Tensor]:
+        """Take a step on this rank's part of its `samples`. Return the loss and the accuracy of each head before it,
+        over all samples: float32 [H] both."""
+        self.heads.train()
+        self.optimizer.zero_grad()
+        logits_SHK = self.heads(x)
+        loss_SH, right_SH = _losses(logits_SHK, labels_S)
+        (loss_SH.sum() / samples).backward()
+        for p in self.heads.parameters():
+            assert p.grad is not None
+            all_reduce(p.grad, self.ranks)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * self.scales_H
+        self.optimizer.step()
+        loss_H, right_H = all_reduce(torch.stack((loss_SH.detach().sum(0), right_SH.sum(0))), self.ranks) / samples
+        return loss_H, right_H
+
+
+class Live:
+    """Heads in training, of which another thread may take a copy between two steps."""
+
+    def __init__(self) -> None:
+        self.steady = threading.Lock()  # held while weights change
+        self._heads: Mapping[Input, Heads] = {}
+        self._at: tuple[str, int, int] = ("", 0, 0)
+
+    def begin(self, title: str, heads: Mapping[Input, Heads], steps: int) -> None:
+        """Show heads that will take so many steps."""
+        with self.steady:
+            self._heads, self._at = heads, (title, 0, steps)
+
+    def stepped(self) -> None:
+        """Count a step; the caller holds `steady`."""
+        title, step, steps = self._at
+        self._at = title, step + 1, steps
+
+    def copy(self) -> tuple[dict[Input, Heads], str]:
+        """Return copies of the heads, in evaluation mode, and how far they are: none before their first step."""
+        with self.steady:
+            title, step, steps = self._at
+            heads = {name: deepcopy(each).eval() for name, each in self._heads.items()} if step else {}
+            return heads, f"{title} at step {step:,} of {steps:,}"
+
+
+def fit_heads(
+    batches: Iterable[HeadBatch],
+    stacks: Mapping[Input, Stack],
+    lr: Callable[[int], float],
+    steps: int,
+    title: str,
+    ranks: Ranks,
+    pulse: Pulse,
+    live: Live | None = None,
+) -> dict[Input, Tensor]:
+    """Train all heads on the same batches. Every rank must call it.
+
+    Args:
+        batches: this rank's, one for each step.
+        stacks: heads by their input; left in evaluation mode.
+        lr: the learning rate of a step, which each head multiplies.
+        steps: their number.
+        title: of the progress, and of the heads in `live`.
+        pulse: marked at each step.
+
+    Returns:
+        The accuracy of each head in each step, before that: float32 [steps, H] by input, on the CPU.
+    """
+    live = live or Live()
+    live.begin(title, {name: stack.heads for name, stack in stacks.items()}, steps)
+    right: dict[Input, list[Tensor]] = {name: [] for name in stacks}
+    for step, batch in enumerate(track(batches, title, steps)):
+        pulse.mark(title)
+        labels_S = batch.labels_S.to(ranks.device)
+        with live.steady:
+            for name, stack in stacks.items() if batch.samples else ():
+                x = batch.inputs[name].to(ranks.device).float()
+                right[name].append(stack.step(x, labels_S, batch.samples, lr(step))[1])
+            live.stepped()
+    for stack in stacks.values():
+        stack.heads.eval()
+    return {name: torch.stack(own).cpu() if own else torch.zeros(0, 1) for name, own in right.items()}
+
+
+@torch.no_grad()
+def logits(heads: Heads, bank: FeatureBank, number: int = 0) -> Tensor:
+    """Return what one of the heads, in evaluation mode, makes of this rank's samples: [R, K], on the CPU."""
+    return torch.cat([part_SHK[:, number].cpu() for part_SHK, _ in _logits(heads, bank)])
+
+
+@torch.no_grad()
+def judge(heads: Heads, bank: FeatureBank) -> list[tuple[float, float | None]]:
+    """Return the accuracy and the loss of each head on the samples of all ranks; (0, None) of one that diverged. Every
+    rank must call it."""
+    totals_3H = torch.zeros(3, len(heads.linear.bias), dtype=torch.float64)
+    for part_SHK, labels_S in _logits(heads, bank):
+        loss_SH, right_SH = _losses(part_SHK, labels_S)
+        each = torch.stack((loss_SH, right_SH, (~part_SHK.isfinite().all(2)).float()))
+        totals_3H += each.double().sum(1).cpu()
+    if bank.ranks is not None:
+        bank.ranks.sum_tensor(totals_3H)
+    count = len(bank.keys)
+    return [(0.0, None) if bad else (right / count, loss / count) for loss, right, bad in totals_3H.T.tolist()]
+
+
+def _logits(heads: Heads, bank: FeatureBank) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits [S, H, K] and labels of this rank's samples, at least once."""
+    device, labels_R = heads.linear.bias.device, bank.labels[bank.own]
+    for start in range(0, max(len(labels_R), 1), _AT_A_TIME):
+        part = slice(start, start + _AT_A_TIME)
+        yield heads(bank.take(part).to(device).float()), labels_R[part].to(device)
+
+
+def _losses(logits_SHK: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross entropy, and whether the best class is the right one, 1 or 0: float32 [S, H] both."""
+    samples, heads, classes = logits_SHK.shape
+    labels_SH = labels_S[:, None].expand(samples, heads)
+    loss_SH = F.cross_entropy(logits_SHK.reshape(-1, classes), labels_SH.reshape(-1), reduction="none")
+    return loss_SH.view(samples, heads), (logits_SHK.argmax(2) == labels_SH).float()
+
+
+def subset(banks: Mapping[Input, FeatureBank], rows: Sequence[int]) -> dict[Input, FeatureBank]:
+    """Return banks of some of their samples."""
+    return {name: bank.rows(rows) for name, bank in banks.items()}

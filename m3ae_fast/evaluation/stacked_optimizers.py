@@ -1,0 +1,88 @@
+"""Optimisers of stacks of heads: the first dimension of every parameter is the head, and each head has its own learning
+rate. One update serves all heads."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BETAS, EPS = (0.9, 0.999), 1e-8  # of AdamW, as torch has them
+
+
+class StackedOptimizer(torch.optim.Optimizer):
+    """Updates parameters [H, ...]. A schedule sets the groups' `lr` before each step: a number, or a tensor [H]."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    lr = group["lr"]
+                    each = lr.view(-1, *[1] * (p.ndim - 1)) if isinstance(lr, Tensor) else lr
+                    self._update(p, p.grad, each, group, self.state[p])
+
+    @abstractmethod
+    def _update(self, p: Tensor, grad: Tensor, lr: float | Tensor, group: dict[str, Any], state: Any) -> None:
+        """Change a parameter and its state; `lr` can be multiplied with it."""
+
+
+class LARS(StackedOptimizer):
+    """LARS (arXiv 1708.03888) as the official linear probe runs it: `optax.lars`. For each parameter p of a head:
+
+        u = gradient + weight_decay * p
+        u = u * trust_coefficient * |p| / |u|        (u as it is where |p| or |u| is 0)
+        buffer = momentum * buffer - lr * u
+        p = p + buffer
+
+    The learning rate goes into the momentum buffer, unlike in torch's SGD and in the LARS of timm and of MAE, which
+    differ wherever the learning rate changes. No parameter is left out: biases are decayed and scaled too. A bias that
+    starts at 0 is not scaled in its first effective step, which is then about 1 / trust_coefficient times as large.
+
+    So `trust_coefficient` is the size of a step at lr 1, as a fraction of the parameter's norm.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 0.0,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}
+        super().__init__(params, options)
+
+    def _update(self, p: Tensor, grad: Tensor, lr: float | Tensor, group: dict[str, Any], state: Any) -> None:
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        update = _scaled(p, grad + group["weight_decay"] * p, group["trust_coefficient"])
+        p.add_(state["momentum_buffer"].mul_(group["momentum"]).sub_(lr * update))
+
+
+def _scaled(p: Tensor, update: Tensor, trust_coefficient: float) -> Tensor:
+    size, length = (torch.linalg.vector_norm(each, dim=[*range(1, p.ndim)], keepdim=True) for each in (p, update))
+    # without waiting for the GPU
+    ratio = torch.where((size > 0) & (length > 0), trust_coefficient * size / length, torch.ones_like(size))
+    return ratio * update
+
+
+class AdamW(StackedOptimizer):
+    """AdamW (arXiv 1711.05101) with the defaults of torch.optim.AdamW, which has one learning rate for a tensor."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float = 0.0, *, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    def _update(self, p: Tensor, grad: Tensor, lr: float | Tensor, group: dict[str, Any], state: Any) -> None:
+        if not state:
+            state |= {"step": 0, "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
+        state["step"] += 1
+        mean_share, square_share = (1 - beta ** state["step"] for beta in BETAS)
+        mean = state["mean"].lerp_(grad, 1 - BETAS[0])
+        square = state["square"].mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+        p.mul_(1 - lr * group["weight_decay"])
+        p.sub_(lr / mean_share * mean / ((square / square_share).sqrt() + EPS))
