@@ -105,6 +105,9 @@ class AttentiveProbeConfig(Section):
     """Learning rate after warm-up; null: the best of five on a held-out tenth of the training samples."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of all weights."""
+    online: bool | None = None
+    """Encode the images of each step, as newly sampled crops, and discard their patch tokens, instead of storing the
+    tokens of all images; null: if these do not fit into memory. With `--shots` they are always stored."""
 
 
 class FineTuneConfig(TransformerLoopConfig, OptimConfig):

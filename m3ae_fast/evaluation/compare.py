@@ -27,9 +27,10 @@ from m3ae_fast.evaluation.class_metrics import accuracy_by_class
 from m3ae_fast.evaluation.difference import LARGEST, not_above_largest
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job, SoFar, summary
+from m3ae_fast.evaluation.online import passes, predict_online
 from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
-from m3ae_fast.evaluation.probe_grid import require_memory
-from m3ae_fast.evaluation.probes import PROBES, Setting
+from m3ae_fast.evaluation.probe_grid import trains_online
+from m3ae_fast.evaluation.probes import PROBES, Setting, attentive_recipe
 from m3ae_fast.evaluation.significance import ERROR, LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pixels import SIDE, Pixels
@@ -275,12 +276,12 @@ def _measure(
 ) -> None:
     """Encode the samples, for each seed where the weights depend on it, and probe what comes out."""
     work, whole = planned
-    parts: list[tuple[FeatureBank, FeatureBank]] = []
+    own, parts = job, list[tuple[FeatureBank, FeatureBank] | None]()
     for number, seed in enumerate(seeds):
         if number < work.passes(len(seeds)):
             opened = open_encoder(model, text=False, seed=seed)
-            parts = _encoded(job, opened, name, corpora, planned)
-        for probe, (bank, held_out) in zip(work.training, parts):
+            own, parts = _encoded(job, opened, name, corpora, planned)
+        for probe, pair in zip(work.training, parts):
             if number >= work.trials(probe, len(seeds)):
                 continue
             about, heads = f"{name}, {probe}, seed {seed}", opened.config.num_heads
@@ -290,26 +291,32 @@ def _measure(
 
             setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.pulse, caution)
             with whole.aside(work.training[probe]):
-                predictions = PROBES[probe].predict({0: bank}, {0: held_out}, setting)[0]
+                if pair is None:
+                    recipe = attentive_recipe(corpora[0].samples, setting)
+                    left, layer = TimeLeft(passes(recipe, *corpora)), opened.config.depth
+                    predictions = predict_online(own, corpora, [layer], recipe, setting, left)[layer]
+                else:
+                    predictions = PROBES[probe].predict({0: pair[0]}, {0: pair[1]}, setting)[0]
             found.add(name, probe, seed, predictions)
             job.say(f"{about}: {summary(predictions.accuracies())}{whole.left()}")
 
 
 def _encoded(
     job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[Work, TimeLeft]
-) -> list[tuple[FeatureBank, FeatureBank]]:
-    """Return training and held-out samples for each probe, from one pass over the images."""
+) -> tuple[Job, list[tuple[FeatureBank, FeatureBank] | None]]:
+    """Return the job on a model, and training and held-out samples for each probe, from one pass over the images; None
+    for a probe that is to train online."""
     work, left = planned
-    tokens = any(PROBES[probe].tokens for probe in work.training)
     set_images(model, job.config.data.range, job.config.encode.resize)
-    if tokens:
-        job.say(f"{name}: {require_memory(model.config, 1, corpora)}")
     own = replace(job, model=model.to(job.ranks.device).eval())
+    tokens = any(PROBES[probe].tokens for probe in work.training)
+    tokens = tokens and not trains_online(own, [model.config.depth], corpora, f"{name}: ")
     whole = []
     for corpus, title in zip(corpora, ("train", "val")):
         part = work.cost * corpus.samples
         whole.append(own.encode(corpus, f"{name}: {title}", left, part, patches=tokens))
         left.after(part)
-    pooled = [part.pooled() for part in whole]
-    parts = ([part.tokens() for part in whole] if PROBES[probe].tokens else pooled for probe in work.training)
-    return [(bank, held_out) for bank, held_out in parts]
+    bank, held_out = whole
+    pooled = bank.pooled(), held_out.pooled()
+    with_tokens = (bank.tokens(), held_out.tokens()) if tokens else None
+    return own, [with_tokens if PROBES[probe].tokens else pooled for probe in work.training]

@@ -37,6 +37,7 @@ from m3ae_fast.process.signals import StopRequest
 from m3ae_fast.process.stopping import until_stopped
 
 T = TypeVar("T")
+Reduce = Callable[[Tensor, Tensor], Tensor]  # labels [S] and patches [S, K, L, D] -> [S, K, ...]
 
 
 def key_digest(key: str, draw: str = "") -> bytes:
@@ -76,6 +77,7 @@ def encode_corpus(
     *,
     layers: Sequence[int] | None = None,
     patches: bool = False,
+    reduce: Reduce | None = None,
     folder: Path | None = None,
 ) -> FeatureBank:
     """Return pooled features of the central square and the caption of every sample; each rank keeps those that it
@@ -88,6 +90,7 @@ def encode_corpus(
         layers: the K blocks after which features are taken, numbered from 1: features are [R, K, D] then; None: the
             last one.
         patches: keep the features of all patches too.
+        reduce: keep what this makes of the labels and the patches of a batch, in place of its features.
         folder: where a file is made for features that do not fit into memory; None: in the folder for temporary files.
 
     Raises:
@@ -99,7 +102,9 @@ def encode_corpus(
     batches = Batches(
         encoding_loader(model, corpus, data, share, ranks.device), share, corpus.samples, data.max_bad_fraction
     )
-    return encode_batches(model, batches, config, ranks, watch, layers=layers, patches=patches, folder=folder)
+    return encode_batches(
+        model, batches, config, ranks, watch, layers=layers, patches=patches, reduce=reduce, folder=folder
+    )
 
 
 class Batches(NamedTuple):
@@ -120,6 +125,7 @@ def encode_batches(
     *,
     layers: Sequence[int] | None = None,
     patches: bool = False,
+    reduce: Reduce | None = None,
     folder: Path | None = None,
 ) -> FeatureBank:
     """Return pooled features of all ranks' batches; arguments and errors as of `encode_corpus`."""
@@ -127,7 +133,7 @@ def encode_batches(
     pooled, tokens = Rows(most, ranks, folder), Rows(most, ranks, folder)
     known: list[_Known] = []
     with encoding(model, config.precision, ranks.device):
-        encode = partial(_pool, model, layers or [model.config.depth], config.pool, patches)
+        encode = partial(_pool, model, layers or [model.config.depth], config.pool, patches, reduce)
         shown = watch.over(batches.loader, ranks)
         for batch, (pooled_SKD, patches_SKLD) in _one_behind(encode, shown, ranks.device):
             pooled.append(pooled_SKD)
@@ -150,7 +156,8 @@ def encode_batches(
         own_R=torch.cat(own) if ranks.world > 1 else None,
         ranks=ranks,
     )
-    bank.check_finite()
+    if reduce is None:
+        bank.check_finite()
     return bank if layers else bank.layer(0)
 
 
@@ -188,12 +195,21 @@ def _one_behind(
 
 
 def _pool(
-    model: MultimodalEncoder, layers: Sequence[int], pool: Pool, patches: bool, batch: PackedBatch
+    model: MultimodalEncoder,
+    layers: Sequence[int],
+    pool: Pool,
+    patches: bool,
+    reduce: Reduce | None,
+    batch: PackedBatch,
 ) -> tuple[Tensor, Tensor | None]:
-    if not patches:
+    if not patches and reduce is None:
         return model.pooled_of_layers(batch, layers, pool), None
     pooled_SKD, patches_SKLD = model.pooled_and_patches(batch, layers, pool)
-    return pooled_SKD, patches_SKLD.half()
+    if reduce is None:
+        return pooled_SKD, patches_SKLD.half()
+    assert batch.labels is not None
+    with torch.autocast(batch.labels.device.type, enabled=False):
+        return reduce(batch.labels, patches_SKLD.half()), None
 
 
 def check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float) -> None:

@@ -195,6 +195,11 @@ class Rows:
             return torch.from_numpy(np.memmap(file, dtype, mode="w+", shape=shape))
 
 
+def missing_in_host_memory(needed: float, on_node: int) -> str:
+    """Return "" if `needed` bytes of each of the ranks on this node fit into its memory, else what is missing."""
+    return missing_memory(needed * on_node, torch.device("cpu"))
+
+
 def storage(
     needed: int, device: torch.device, on_node: int, folder: Path | None = None
 ) -> Literal["device", "host", "file"]:
@@ -202,7 +207,7 @@ def storage(
     memory, or files in `folder` (None: the one for temporary files). Raises UserError if they fit nowhere."""
     if device.type != "cpu" and not missing_memory(needed / _DEVICE_SHARE, device):
         return "device"
-    lacking = missing_memory(needed * on_node, torch.device("cpu"))
+    lacking = missing_in_host_memory(needed, on_node)
     if not lacking:
         return "host"
     place = folder or tempfile.gettempdir()

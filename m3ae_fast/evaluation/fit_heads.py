@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3ae_fast.base.progress import track
+from m3ae_fast.base.progress import TimeLeft, track
 from m3ae_fast.data.order import permutation
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads
@@ -83,7 +83,7 @@ class Stack:
         self.heads.train()
         self.optimizer.zero_grad()
         logits_SHK = self.heads(x)
-        loss_SH, right_SH = _losses(logits_SHK, labels_S)
+        loss_SH, right_SH, _ = losses(logits_SHK, labels_S)
         (loss_SH.sum() / samples).backward()
         for p in self.heads.parameters():
             assert p.grad is not None
@@ -130,6 +130,8 @@ def fit_heads(
     ranks: Ranks,
     pulse: Pulse,
     live: Live | None = None,
+    whole: TimeLeft | None = None,
+    part: float = 0.0,
 ) -> dict[Input, Tensor]:
     """Train all heads on the same batches. Every rank must call it.
 
@@ -140,6 +142,7 @@ def fit_heads(
         steps: their number.
         title: of the progress, and of the heads in `live`.
         pulse: marked at each step.
+        whole, part: the task that the training is a part of, and its size there, for the progress shown.
 
     Returns:
         The accuracy of each head in each step, before that: float32 [steps, H] by input, on the CPU.
@@ -147,7 +150,7 @@ def fit_heads(
     live = live or Live()
     live.begin(title, {name: stack.heads for name, stack in stacks.items()}, steps)
     right: dict[Input, list[Tensor]] = {name: [] for name in stacks}
-    for step, batch in enumerate(track(batches, title, steps)):
+    for step, batch in enumerate(track(batches, title, steps, whole=whole, part=part)):
         pulse.mark(title)
         labels_S = batch.labels_S.to(ranks.device)
         with live.steady:
@@ -172,13 +175,16 @@ def judge(heads: Heads, bank: FeatureBank) -> list[tuple[float, float | None]]:
     rank must call it."""
     totals_3H = torch.zeros(3, len(heads.linear.bias), dtype=torch.float64)
     for part_SHK, labels_S in _logits(heads, bank):
-        loss_SH, right_SH = _losses(part_SHK, labels_S)
-        each = torch.stack((loss_SH, right_SH, (~part_SHK.isfinite().all(2)).float()))
-        totals_3H += each.double().sum(1).cpu()
-    if bank.ranks is not None:
-        bank.ranks.sum_tensor(totals_3H)
-    count = len(bank.keys)
-    return [(0.0, None) if bad else (right / count, loss / count) for loss, right, bad in totals_3H.T.tolist()]
+        totals_3H += torch.stack(losses(part_SHK, labels_S)).double().sum(1).cpu()
+    return verdicts(totals_3H, len(bank.keys), bank.ranks)
+
+
+def verdicts(totals_3H: Tensor, samples: int, ranks: Ranks | None) -> list[tuple[float, float | None]]:
+    """Return what `judge` does, from the sums of `losses` over this rank's samples, float64 on the CPU, and the number
+    of samples of all ranks. Every rank must call it."""
+    if ranks is not None:
+        ranks.sum_tensor(totals_3H)
+    return [(0.0, None) if bad else (right / samples, loss / samples) for loss, right, bad in totals_3H.T.tolist()]
 
 
 def _logits(heads: Heads, bank: FeatureBank) -> Iterator[tuple[Tensor, Tensor]]:
@@ -189,12 +195,14 @@ def _logits(heads: Heads, bank: FeatureBank) -> Iterator[tuple[Tensor, Tensor]]:
         yield heads(bank.take(part).to(device).float()), labels_R[part].to(device)
 
 
-def _losses(logits_SHK: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross entropy, and whether the best class is the right one, 1 or 0: float32 [S, H] both."""
+def losses(logits_SHK: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, of each sample and head, the cross entropy, whether the best class is the right one, and whether a logit
+    is not finite, the last two 1 or 0: float32 [S, H] each."""
     samples, heads, classes = logits_SHK.shape
     labels_SH = labels_S[:, None].expand(samples, heads)
     loss_SH = F.cross_entropy(logits_SHK.reshape(-1, classes), labels_SH.reshape(-1), reduction="none")
-    return loss_SH.view(samples, heads), (logits_SHK.argmax(2) == labels_SH).float()
+    right_SH, bad_SH = logits_SHK.argmax(2) == labels_SH, ~logits_SHK.isfinite().all(2)
+    return loss_SH.view(samples, heads), right_SH.float(), bad_SH.float()
 
 
 def subset(banks: Mapping[Input, FeatureBank], rows: Sequence[int]) -> dict[Input, FeatureBank]:

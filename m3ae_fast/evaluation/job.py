@@ -26,7 +26,7 @@ from m3ae_fast.data import Corpus, Layout, Preparation, ShardStore, Share, open_
 from m3ae_fast.data.dataset import UNMASKED, Transform
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.drawing.figures import BLACK, Cell, Colour, levels
-from m3ae_fast.evaluation.encoding import Watch, encode_corpus
+from m3ae_fast.evaluation.encoding import Reduce, Watch, encode_corpus
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS_FILE
 from m3ae_fast.evaluation.significance import ERROR
@@ -112,9 +112,10 @@ class Job:
         *,
         layers: Sequence[int] | None = None,
         patches: bool = False,
+        reduce: Reduce | None = None,
     ) -> FeatureBank:
-        """Return pooled features of all samples; `layers` and `patches` as in `encode_corpus`, `whole` and `part` as in
-        `Watch`."""
+        """Return pooled features of all samples; `layers`, `patches` and `reduce` as in `encode_corpus`, `whole` and
+        `part` as in `Watch`."""
         watch, config = Watch(title, self.pulse, whole=whole, part=part), self.config
         return encode_corpus(
             self.model,
@@ -125,6 +126,7 @@ class Job:
             watch,
             layers=layers,
             patches=patches,
+            reduce=reduce,
             folder=self.out,
         )
 

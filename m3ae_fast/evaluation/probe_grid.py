@@ -10,22 +10,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.hardware import missing_memory
 from m3ae_fast.base.progress import TimeLeft, duration
-from m3ae_fast.config import ModelConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
 from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.encoding import key_digest
-from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.feature_bank import FeatureBank, missing_in_host_memory
 from m3ae_fast.evaluation.fit_heads import Live
 from m3ae_fast.evaluation.job import Job, SoFar, summary
+from m3ae_fast.evaluation.online import passes, predict_online
 from m3ae_fast.evaluation.predictions import Predictions, stacked
-from m3ae_fast.evaluation.probes import PROBES, Probe, Recipe, Setting, predictions_so_far
+from m3ae_fast.evaluation.probes import PROBES, Probe, Recipe, Setting, attentive_recipe, predictions_so_far
 from m3ae_fast.evaluation.significance import ERROR, interval, mean_accuracy
 from m3ae_fast.evaluation.tasks import DRAWS
 
@@ -45,12 +43,17 @@ class Encoded:
     held_out: dict[int, FeatureBank]
     classes: Classes
 
+    @property
+    def samples(self) -> tuple[int, int]:
+        """Return the numbers of training and of held-out samples."""
+        return len(next(iter(self.bank.values())).keys), len(next(iter(self.held_out.values())).keys)
+
 
 class Found:
     """The predictions so far, and the probe in training."""
 
-    def __init__(self, cases: Sequence[Case], draws: int, encoded: Encoded) -> None:
-        self.cases, self.draws, self.encoded, self.live = cases, draws, encoded, Live()
+    def __init__(self, cases: Sequence[Case], draws: int, classes: Classes, samples: tuple[int, int]) -> None:
+        self.cases, self.draws, self.classes, self.samples, self.live = cases, draws, classes, samples, Live()
         self.made: list[tuple[Case, int, Predictions]] = []  # with the number of the draw
         self.cautions: list[str] = []
 
@@ -63,23 +66,23 @@ class Found:
         """Return what result.json holds of these rows; empty if there is none."""
         if not rows:
             return {}
-        bank, held_out = (next(iter(part.values())) for part in (self.encoded.bank, self.encoded.held_out))
+        train_samples, val_samples = self.samples
         result = {name: value for name, value in rows[-1].items() if name.startswith("top")}  # last layer, most shots
-        result |= {"classes": len(self.encoded.classes), "train_samples": len(bank.keys), "draws": self.draws}
-        return result | {"cautions": [*self.cautions], "val_samples": len(held_out.keys), "results": rows}
+        result |= {"classes": len(self.classes), "train_samples": train_samples, "draws": self.draws}
+        return result | {"cautions": [*self.cautions], "val_samples": val_samples, "results": rows}
 
     def columns(self, made: Sequence[tuple[Case, int, Predictions]]) -> dict[str, list[Any]]:
         """Return the table of these predictions."""
         parts = ((predictions, case._asdict() | {"draw": draw}) for case, draw, predictions in made)
-        return stacked(parts, self.encoded.classes)
+        return stacked(parts, self.classes)
 
-    def so_far(self, recipe: Recipe | None) -> SoFar:
+    def so_far(self, encoded: Encoded, recipe: Recipe | None) -> SoFar:
         """Return what is known now, with the accuracy so far of heads in training, on this rank's held-out samples; in
         another thread."""
         made, probes = [*self.made], len(self.cases) * self.draws
         done, rows = f"{len(made)} of {probes} probes", self.rows(made)
         if recipe and self.draws == 1 and not made:  # of several draws an unfinished one is no help
-            found, where = predictions_so_far(self.live, self.encoded.bank, self.encoded.held_out, recipe)
+            found, where = predictions_so_far(self.live, encoded.bank, encoded.held_out, recipe)
             unfinished = [(Case(layer, None), 0, predictions) for layer, predictions in found.items()]
             done += f" and the {where}" if unfinished else ""
             rows += [row | {"unfinished": where} for row in self.rows(unfinished)]
@@ -98,6 +101,8 @@ def run(job: Job) -> dict[str, Any]:
     cases = [Case(layer, shots) for shots in numbers for layer in layers]
     job.keep_if_stopped(lambda: SoFar("the samples are being encoded", {}, {}))
     train, val, classes = job.open_labelled()
+    if task == "attentive" and not options.shots and trains_online(job, layers, [train, val]):
+        return _run_online(job, layers, (train, val, classes))
     expected = {shots: draws * _seconds(job, shots, train, classes, len(layers)) for shots in numbers}
     whole = job.time_left(train.samples + val.samples, sum(expected.values()), shorter=lambda _: _shorter(job, layers))
     job.say(
@@ -109,17 +114,43 @@ def run(job: Job) -> dict[str, Any]:
     encoded = encode_layers(job, PROBES[task], layers, (train, val, classes), whole)
     if options.shots:
         few_shot(encoded.bank[layers[0]], max(options.shots), 0, classes)  # too many are told before any probe
-    found = Found(cases, draws, encoded)
+    found = Found(cases, draws, classes, encoded.samples)
     start = PROBES[task].recipe
-    recipe = start and start(len(next(iter(encoded.bank.values())).keys), _setting(job, found, None, 0))
-    job.keep_if_stopped(lambda: found.so_far(recipe))
+    recipe = start and start(found.samples[0], _setting(job, found, None, 0))
+    job.keep_if_stopped(lambda: found.so_far(encoded, recipe))
     for shots in numbers:
         for draw in range(draws):
             with whole.aside(expected[shots] / draws):
-                made = _predictions(job, found, shots, draw)
+                made = _predictions(job, found, encoded, shots, draw)
             found.made += [(Case(layer, shots), draw, predictions) for layer, predictions in made.items()]
         for row in found.rows([each for each in found.made if each[0].shots == shots]):
             job.say(f"{_name(Case(row.pop('layer'), row.pop('shots')))}: {summary(row)}{whole.left()}")
+    return _concluded(job, found)
+
+
+def _run_online(job: Job, layers: Sequence[int], opened: tuple[Corpus, Corpus, Classes]) -> dict[str, Any]:
+    """Train attentive probes at all layers without storing tokens."""
+    train, val, classes = opened
+    found = Found([Case(layer, None) for layer in layers], 1, classes, (train.samples, val.samples))
+    setting = _setting(job, found, None, 0)
+    recipe = attentive_recipe(train.samples, setting)
+
+    def shorter(fraction: float) -> str:
+        return f"--set attentive.steps={max(int(recipe.steps * fraction), 1)}"
+
+    whole = job.time_left(passes(recipe, train, val), shorter=shorter)
+    job.say(
+        f"attentive probe at {len(layers)} of {job.model.config.depth} layers, online, {train.samples:,} training "
+        f"samples, batch {recipe.batch}, {recipe.steps:,} steps, learning rates: {', '.join(map(str, recipe.scales))}"
+    )
+    job.keep_if_stopped(lambda: SoFar(found.live.copy()[1], {}, {}))
+    made = predict_online(job, (train, val), layers, recipe, setting, whole)
+    found.made = [(Case(layer, None), 0, predictions) for layer, predictions in made.items()]
+    return _concluded(job, found)
+
+
+def _concluded(job: Job, found: Found) -> dict[str, Any]:
+    """Write the predictions and return the result."""
     job.keep(found.columns(found.made))
     for caution in found.cautions:
         job.say(f"note: {caution}")
@@ -167,8 +198,6 @@ def encode_layers(
     """Return features, or patch tokens where the probe reads those, after each layer, from one pass over the images.
     `opened`: as of `Job.open_labelled`."""
     train, val, classes = opened
-    if probe.tokens:
-        job.say(require_memory(job.model.config, len(layers), [train, val]))
     parts = []
     for corpus, title in ((train, "encoding train"), (val, "encoding val")):
         found = job.encode(corpus, title, whole, corpus.samples, layers=layers, patches=probe.tokens)
@@ -178,14 +207,22 @@ def encode_layers(
     return Encoded(parts[0], parts[1], classes)
 
 
-def require_memory(model: ModelConfig, layers: int, corpora: Sequence[Corpus]) -> str:
-    """Return how much memory the patch tokens take, for the user. Raises UserError where they would not fit."""
+def trains_online(job: Job, layers: Sequence[int], corpora: Sequence[Corpus], name: str = "") -> bool:
+    """Return whether attentive probes of these layers discard the patch tokens: `attentive.online` says so, or they do
+    not fit into memory. Print how much they need. Every rank must call it, and gets the same."""
+    model, ranks, online = job.model.config, job.ranks, job.config.attentive.online
     samples = sum(corpus.samples for corpus in corpora)
-    needed = 2 * 2 * samples * layers * model.most_patches * model.emb_dim  # of float16, twice while parts are joined
-    what = f"the patch tokens of {samples:,} samples at {layers} layer{'s' * (layers != 1)}"
-    if lacking := missing_memory(needed, torch.device("cpu")):
-        raise UserError(f"{what} do not fit into memory: {lacking}; name fewer samples, or fewer --layers")
-    return f"{what} take {needed / 1e9:.3g} GB of memory"
+    needed = 2 * samples * len(layers) * model.most_patches * model.emb_dim  # of float16
+    lacking = missing_in_host_memory(needed / ranks.world, len(ranks.of_node))
+    lacking = next(filter(None, ranks.gather(lacking)), "")
+    what = f"{name}the patch tokens of {samples:,} samples at {len(layers)} layer{'s' * (len(layers) != 1)}"
+    if online is None and lacking:
+        job.say(f"{what} do not fit into memory ({lacking}): each step encodes a batch and discards its tokens")
+        return True
+    if not online:
+        place = f"; they go to a file, since memory is too small ({lacking})" if lacking else ""
+        job.say(f"{what} take {needed / 1e9:.3g} GB of memory{place}")
+    return bool(online)
 
 
 def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> FeatureBank:
@@ -203,9 +240,8 @@ def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> Feat
     return bank.rows(sorted(row for rows in taken.values() for row in rows))
 
 
-def _predictions(job: Job, found: Found, shots: int | None, draw: int) -> dict[int, Predictions]:
+def _predictions(job: Job, found: Found, encoded: Encoded, shots: int | None, draw: int) -> dict[int, Predictions]:
     """Return what probes at all layers make of the held-out samples."""
-    encoded = found.encoded
     bank = encoded.bank
     if shots is not None:
         bank = {layer: few_shot(each, shots, draw, encoded.classes) for layer, each in bank.items()}
@@ -219,7 +255,7 @@ def _setting(job: Job, found: Found, shots: int | None, draw: int) -> Setting:
         name = _name(Case(layer, shots)) + (f", draw {draw + 1}" if shots else "")
         found.cautions.append(f"{name}: {text}")
 
-    return Setting(job.config, len(found.encoded.classes), heads, seed, job.ranks, job.pulse, caution, found.live)
+    return Setting(job.config, len(found.classes), heads, seed, job.ranks, job.pulse, caution, found.live)
 
 
 def _measured(found: Sequence[Predictions]) -> dict[str, Any]:

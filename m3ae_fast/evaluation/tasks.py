@@ -55,7 +55,7 @@ TASKS = {
         sections=("encode", "linear"),
     ),
     "attentive": Task(
-        "train a query that pools the frozen patch tokens, and a linear classifier; all tokens stay in memory",
+        "train a query that pools the frozen patch tokens, and a linear classifier",
         modality="image",
         surveys=True,
         sections=("encode", "attentive"),

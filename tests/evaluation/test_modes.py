@@ -98,7 +98,7 @@ def test_a_probe_trains_on_statistics_of_the_step_and_evaluates_with_the_running
     modes, real = [], BatchNorm.forward
     monkeypatch.setattr(BatchNorm, "forward", lambda self, x: modes.append((self.training, len(x))) or real(self, x))
     transfer("linear", "--cache-features", *LINEAR)
-    assert modes == [(True, 8), (True, 8), (False, 18)]
+    assert modes[-3:] == [(True, 8), (True, 8), (False, 18)]  # after a trial that shows how long it takes
 
 
 def test_one_sample_is_evaluated_as_among_many(transfer, tmp_path):

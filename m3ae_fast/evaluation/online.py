@@ -1,0 +1,136 @@
+"""Attentive probes without a bank of patch tokens: each step encodes a batch and discards its tokens, so that the
+memory does not grow with the dataset.
+
+Shapes: S samples of a batch on this rank, L patches, D width, K layers, H heads of a layer, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from m3ae_fast.base.progress import TimeLeft
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.config.evaluation import EncodeConfig
+from m3ae_fast.data import Corpus, Share, lay_out
+from m3ae_fast.evaluation.encoding import key_digest
+from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.fit_heads import HeadBatch, Heads, Input, fit_heads, losses, verdicts
+from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation.learning_rates import Tried
+from m3ae_fast.evaluation.predictions import Predictions
+from m3ae_fast.evaluation.probes import Recipe, Setting, Trained, cautions_of, new_stack
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.inference import encoding
+from m3ae_fast.process.ranks import Ranks
+
+_HELD_OUT = 0.1  # of the training samples, on which learning rates are judged
+_DIGEST = 1 << 64
+
+
+def is_held_out(key: str) -> bool:
+    """Return whether a training sample is among the tenth that judges learning rates, by a hash of its key."""
+    return int.from_bytes(key_digest(key)[:8], "big") < _HELD_OUT * _DIGEST
+
+
+@dataclass(frozen=True)
+class EncodedSteps:
+    """Steps of the patch tokens of batches, which are encoded when their turn comes and then forgotten."""
+
+    loader: Iterable[PackedBatch]
+    accumulation: int  # batches of a step
+    model: MultimodalEncoder
+    config: EncodeConfig
+    layers: Sequence[int]
+    ranks: Ranks
+    trying: bool  # leave out the samples that `is_held_out` says
+
+    def __iter__(self) -> Iterator[HeadBatch]:
+        loader = iter(self.loader)
+        while batches := [*islice(loader, self.accumulation)]:
+            parts = [self._encoded(batch.to(self.ranks.device, non_blocking=True)) for batch in batches]
+            tokens, labels = zip(*parts)
+            tokens_SKLD, labels_S = torch.cat(tokens), torch.cat(labels)
+            samples = int(self.ranks.sum([len(labels_S)])[0])
+            yield HeadBatch({layer: tokens_SKLD[:, at] for at, layer in enumerate(self.layers)}, labels_S, samples)
+
+    def _encoded(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        assert batch.labels is not None
+        with encoding(self.model, self.config.precision, self.ranks.device):
+            _, tokens_SKLD = self.model.pooled_and_patches(batch, self.layers, self.config.pool)
+        tokens_SKLD = tokens_SKLD.half()  # as a bank has them
+        if not self.trying:
+            return tokens_SKLD, batch.labels
+        kept = [row for row, key in enumerate(batch.keys) if not is_held_out(key)]
+        return tokens_SKLD[kept], batch.labels[kept]
+
+
+def predict_online(
+    job: Job,
+    corpora: tuple[Corpus, Corpus],
+    layers: Sequence[int],
+    recipe: Recipe,
+    setting: Setting,
+    whole: TimeLeft,
+) -> dict[Input, Predictions]:
+    """Return what attentive probes at these layers make of the held-out samples, by layer, on every rank; all train in
+    one pass. If several learning rates are tried, each layer takes the head of the one that is best on a tenth of the
+    training samples, on which no head trains. `whole`: the task, of which these are `passes`."""
+    train, held_out = corpora
+    ranks, world, trying = job.ranks, job.ranks.world, len(recipe.scales) > 1
+    scales = [*recipe.scales.values()]
+    stacks = {layer: new_stack(job.model.config.emb_dim, recipe, scales, setting) for layer in layers}
+    accumulation = max(-(-recipe.batch // (job.config.encode.batch * world)), 1)
+    share = Share(recipe.batch, accumulation, ranks.rank, world)
+    loader = job.batches(train, share, range(recipe.steps), lay_out(job.config.data, train.sizes, recipe.batch))
+    steps = EncodedSteps(loader, accumulation, job.model, job.config.encode, layers, ranks, trying)
+    title = f"{recipe.probe} probe, online" + (f", {len(scales)} rates" if trying else "")
+    part = float(recipe.steps * recipe.batch)
+    right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, job.pulse, setting.live, whole, part)
+    whole.after(part)
+    heads = {layer: stack.heads for layer, stack in stacks.items()}
+    tried: dict[Input, list[Tried]] = {layer: [] for layer in layers}
+    if trying:
+        reduce = partial(_judged, heads)
+        found = job.encode(train, "judging learning rates", whole, train.samples, layers=layers, reduce=reduce)
+        whole.after(train.samples)
+        found = found.rows([row for row, key in enumerate(found.keys) if is_held_out(key)])
+        tried = {layer: _tried(found.layer(at), recipe) for at, layer in enumerate(layers)}
+    trained = {}
+    for layer in layers:
+        number = tried[layer].index(recipe.choose(tried[layer], 0)) if trying else 0
+        rate = [*recipe.scales][number]
+        trained[layer] = Trained(heads[layer], right[layer][:, number].tolist(), rate, tried[layer], number)
+        for text in cautions_of(trained[layer], recipe):
+            setting.caution(layer, text)
+    reduce = partial(_logits, trained)
+    logits = job.encode(held_out, "encoding val", whole, held_out.samples, layers=layers, reduce=reduce)
+    whole.after(held_out.samples)
+    return {layer: logits.predictions(logits.layer(at).features_RD) for at, layer in enumerate(layers)}
+
+
+def passes(recipe: Recipe, train: Corpus, held_out: Corpus) -> float:
+    """Return how many samples `predict_online` encodes, each as often as it does."""
+    return recipe.steps * recipe.batch + train.samples * (len(recipe.scales) > 1) + held_out.samples
+
+
+def _judged(heads: Mapping[Input, Heads], labels_S: Tensor, tokens_SKLD: Tensor) -> Tensor:
+    """Return what `verdicts` adds up, of each sample: float32 [S, K, 3, H]."""
+    parts = [losses(each(tokens_SKLD[:, at].float()), labels_S) for at, each in enumerate(heads.values())]
+    return torch.stack([torch.stack(part, 1) for part in parts], 1)
+
+
+def _tried(found: FeatureBank, recipe: Recipe) -> list[Tried]:
+    totals_3H = found.features_RD.double().sum(0).cpu()
+    return [Tried(rate, *each) for rate, each in zip(recipe.scales, verdicts(totals_3H, len(found.keys), found.ranks))]
+
+
+def _logits(trained: Mapping[Input, Trained], labels_S: Tensor, tokens_SKLD: Tensor) -> Tensor:
+    """Return the logits of each sample by the head of each layer: float32 [S, K, C]."""
+    each = [one.heads(tokens_SKLD[:, at].float())[:, one.number] for at, one in enumerate(trained.values())]
+    return torch.stack(each, 1)
