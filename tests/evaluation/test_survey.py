@@ -179,7 +179,7 @@ def peak(monkeypatch):
 
 
 def test_an_online_probe_forgets_its_tokens(transfer, tmp_path, peak, capsys):
-    """It needs the same memory for three times as many images, and trains on none of the tenth that judges its rates."""
+    """It needs as much memory for three times as many images, and trains on none of the tenth that judges its rates."""
     options = settings("attentive.steps=4", "attentive.batch=16", "encode.batch=8", "attentive.online=true")
     peaks = []
     for count in (60, 180):
@@ -192,9 +192,9 @@ def test_an_online_probe_forgets_its_tokens(transfer, tmp_path, peak, capsys):
 
 
 def test_tokens_that_do_not_fit_into_memory_are_not_stored(transfer, peak, monkeypatch, capsys):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 100_000}))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 10_000}))
     transfer("attentive", *settings("attentive.steps=2", "attentive.batch=16", "attentive.online=null"))
-    assert "patch tokens of 66 samples at 1 layer do not fit into memory (0.000" in capsys.readouterr().out
+    assert "patch tokens of 66 samples at 1 layer do not fit into memory (" in capsys.readouterr().out
     assert peak["stored"] < 200
 
 
