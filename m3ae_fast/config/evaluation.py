@@ -215,6 +215,14 @@ class SegmentConfig(Section):
     """Most training patches that vote for `knn`, evenly over the images."""
 
 
+class MultilabelConfig(Section):
+    """Multi-label classification of frozen features."""
+
+    head: Literal["linear", "knn"] = "linear"
+    """What scores the classes of a sample: `linear`, a logistic regression for each class; `knn`, the nearest training
+    samples (`knn.k`, `knn.temperature`)."""
+
+
 class EvaluationConfig(Section):
     """A task of `m3ae-fast evaluate`, or `m3ae-fast embed`, on a trained model."""
 
@@ -227,6 +235,7 @@ class EvaluationConfig(Section):
     finetune: FineTuneConfig = FineTuneConfig()
     robustness: RobustnessConfig = RobustnessConfig()
     segment: SegmentConfig = SegmentConfig()
+    multilabel: MultilabelConfig = MultilabelConfig()
 
 
 def evaluation_config(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from m3ae_fast.data.index import MISSING, IndexedShard, printable
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import ShardStore
 
+T = TypeVar("T")
 MAX_CLASSES = 1 << 20
 LEFT_OUT = -1
 _MAX_BYTES = 1 << 20  # of a member that holds a label
@@ -59,11 +61,20 @@ def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[l
     "json." and the name of a field. Raises UserError if it is neither, a shard cannot be read, or a label is neither
     a whole number nor text."""
     check_field(field)
+    return read_members(corpus, field, _parse, progress=progress)
+
+
+def read_members(
+    corpus: Corpus, field: str, parse: Callable[[bytes, str, str], T | None], *, progress: bool = False
+) -> list[list[T | None]]:
+    """Return what `parse` makes of the member of every sample of each source in file order, None if there is none.
+    `parse`: of the bytes of a .cls or .json member, as `field` says, `field`, and the sample's name for messages.
+    Raises UserError if a shard cannot be read, and as `parse` does."""
     shards = [(number, shard) for number, source in enumerate(corpus.sources) for shard in source.shards]
-    labels: list[list[Label | None]] = [[] for _ in corpus.sources]
+    found: list[list[T | None]] = [[] for _ in corpus.sources]
     for number, shard in track(shards, "reading labels", len(shards), show=progress):
-        labels[number] += _read_shard(shard, corpus.store, field)
-    return labels
+        found[number] += _read_shard(shard, corpus.store, field, parse)
+    return found
 
 
 def label_corpus(
@@ -226,9 +237,11 @@ def keep_classes(corpus: Corpus, classes: Classes, names: Sequence[str]) -> tupl
     return replace(corpus, sources=kept), [classes[ids[name]] for name in names]
 
 
-def _read_shard(shard: IndexedShard, store: ShardStore, field: str) -> list[Label | None]:
+def _read_shard(
+    shard: IndexedShard, store: ShardStore, field: str, parse: Callable[[bytes, str, str], T | None]
+) -> list[T | None]:
     member = "cls" if field == "cls" else "json"
-    labels: list[Label | None] = []
+    labels: list[T | None] = []
     try:
         table = shard.table()
         with open(store.path(shard.shard), "rb") as file:
@@ -237,7 +250,7 @@ def _read_shard(shard: IndexedShard, store: ShardStore, field: str) -> list[Labe
                     labels.append(None)
                     continue
                 data = os.pread(file.fileno(), min(int(size), _MAX_BYTES), int(offset))
-                labels.append(_parse(data, field, f"{shard.shard}/{key.decode('utf-8', 'replace')}"))
+                labels.append(parse(data, field, f"{shard.shard}/{key.decode('utf-8', 'replace')}"))
     except OSError as error:
         raise UserError(f"shard {shard.shard}: cannot be read ({error.strerror or error})") from None
     return labels
@@ -254,6 +267,11 @@ def _parse(data: bytes, field: str, where: str) -> Label | None:
     except (ValueError, RecursionError):
         raise UserError(f"{where}: its json is not valid JSON") from None
     value = content.get(field.removeprefix("json.")) if isinstance(content, dict) else None
+    return parse_label(value, field, where)
+
+
+def parse_label(value: Any, field: str, where: str) -> Label | None:
+    """Return a label of a JSON field. Raises UserError if it is neither a whole number nor text."""
     if isinstance(value, int) and not _INT64.min <= value <= _INT64.max:
         raise UserError(f"{where}: {field} is {str(value)[:40]}, beyond the whole numbers of 64 bits")
     if value is None or (isinstance(value, int | str) and not isinstance(value, bool)):

@@ -175,7 +175,9 @@ def _per_class(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
     for path, result in found:
         if not isinstance(rows := result.get("per_class"), list):
             continue
-        measure = next((name for name in ("accuracy", "iou") if all(name in row for row in rows)), None)
+        measure = next(
+            (name for name in ("accuracy", "iou", "average_precision") if all(name in row for row in rows)), None
+        )
         if measure is None:
             continue
         counted = next(name for name in ("samples", "pixels") if name in rows[0])

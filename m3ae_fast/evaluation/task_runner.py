@@ -47,7 +47,8 @@ def evaluate(
     """Evaluate a model by a task, and write its result, predictions and figures to a folder.
 
     Args:
-        task: "knn", "linear", "attentive", "compare", "finetune", "robustness", "ood" or "retrieval"; see `TASKS`.
+        task: "knn", "linear", "attentive", "compare", "multilabel", "segment", "finetune", "robustness", "ood" or
+            "retrieval"; see `TASKS`.
         model: the name of a model, see `model_name.MODEL_HELP`; of `robustness` the folder of a classifier, which `ood`
             accepts too; of `compare` one model or several.
         val: held-out shards: paths, brace patterns, globs, URLs or pipe: commands.
@@ -172,8 +173,9 @@ def _perform(options: Options, out: Path, overrides: Sequence[str], session: Ses
         if result is None:
             return None
         result = job.described(result | {"seconds": round(time.perf_counter() - started, 1)}, partial=False)
-        result |= ranks.broadcast(lambda: class_metrics(job.out, job.classes, job.names))
-        if "per_class" in result:
+        metrics = ranks.broadcast(lambda: class_metrics(job.out, job.classes, job.names))
+        result |= metrics
+        if "per_class" in metrics:  # not that of a task without predictions of classes
             job.pictures.insert(0, lambda: draw_class_metrics(job.out, job.classes, job.names))
         ranks.on_main(lambda: write_result(job.out, result))
         for draw in job.pictures:

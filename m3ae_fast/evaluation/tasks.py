@@ -66,6 +66,11 @@ TASKS = {
         compares=True,
         sections=("encode", "knn", "linear", "attentive"),
     ),
+    "multilabel": Task(
+        "mean average precision of frozen features on samples with lists of labels",
+        sections=("encode", "multilabel", "knn"),
+        libraries=("sklearn",),
+    ),
     "segment": Task(
         "semantic segmentation: classify frozen patches by a linear head, or by the nearest training patches",
         has_masks=True,

@@ -84,6 +84,7 @@ def test_the_tasks_are_all_of_them(seen):
         "finetune",
         "robustness",
         "segment",
+        "multilabel",
     }
 
 

@@ -1,0 +1,99 @@
+"""Lists of labels, of samples that belong to any number of classes.
+
+A list stands in a field of a sample's `.json` member, of whole numbers or of texts; an empty one says that the sample
+belongs to no class. Samples with the same list share an id, which takes the place of the label.
+
+Shapes: L different lists, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.data.corpus import Corpus
+from m3ae_fast.data.labels import Classes, Label, parse_label, read_members, select_labelled
+
+MOST_CLASSES = 1 << 14
+
+
+@dataclass(frozen=True)
+class LabelledLists:
+    """Samples with lists of labels."""
+
+    corpus: Corpus  # with ids of lists as labels
+    classes_LC: Tensor  # bool: whether a list has a class
+    classes: Classes
+    unknown: int  # labels of lists that are not among the classes, and left out
+
+
+def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, progress: bool = False) -> LabelledLists:
+    """Return the samples of a corpus with their lists of labels.
+
+    Args:
+        field: "json." and the name of a field.
+        classes: those of the training samples; other labels are left out. None: these are the training samples, and
+            define them.
+
+    Raises:
+        UserError: a sample has no list, a label is neither a whole number nor text, numbers and texts are mixed, or
+            there is no label at all; or a shard cannot be read.
+    """
+    if not field.startswith("json."):
+        raise UserError(f"--labels {field}: lists of labels are in a field of the samples' json; name one: json.FIELD")
+    sources = [replace(source, shards=[shard.located() for shard in source.shards]) for source in corpus.sources]
+    corpus = replace(corpus, sources=sources)
+    where = f"shards {corpus.sources[0].shards[0].shard}" + (" ..." if len(corpus.sources[0].shards) > 1 else "")
+    lists = read_members(corpus, field, _parse, progress=progress)
+    if missing := sum(each is None for own in lists for each in own):
+        total = sum(map(len, lists))
+        raise UserError(
+            f"{where}: {missing:,} of {total:,} samples have no list of labels ({field}); an empty list says that a "
+            "sample has none of the classes"
+        )
+    used = {label for own in lists for each in own for label in each or ()}
+    if classes is None:
+        classes = _define_classes(used, where, field)
+    ids = {label: number for number, label in enumerate(classes)}
+    numbers: dict[tuple[Label, ...], int] = {}
+    found = [np.array([numbers.setdefault(each or (), len(numbers)) for each in own], dtype=np.int64) for own in lists]
+    classes_LC = torch.zeros(len(numbers), len(classes), dtype=torch.bool)
+    for each, number in numbers.items():
+        classes_LC[number, [ids[label] for label in each if label in ids]] = True
+    sources = [select_labelled(source, own) for source, own in zip(corpus.sources, found)]
+    return LabelledLists(replace(corpus, sources=sources), classes_LC, classes, len(used - ids.keys()))
+
+
+def _define_classes(used: set[Label], where: str, field: str) -> Classes:
+    if not used:
+        raise UserError(f"{where}: no sample has a label in its list ({field})")
+    if len({isinstance(label, str) for label in used}) > 1:
+        raise UserError(f"{where}: some labels ({field}) are numbers and some are text")
+    if len(used) > MOST_CLASSES:
+        raise UserError(f"{where}: {len(used):,} different labels ({field}); {MOST_CLASSES:,} are the most")
+    return sorted(used)  # type: ignore[type-var]
+
+
+def _parse(data: bytes, field: str, where: str) -> tuple[Label, ...] | None:
+    """Return the labels of a list in order, each once. Raises UserError if it is none."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where}: its json is not valid JSON") from None
+    value = content.get(field.removeprefix("json.")) if isinstance(content, dict) else None
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise UserError(
+            f"{where}: {field} is {json.dumps(value)[:40]}, not a list; for single labels use knn or linear"
+        )
+    found: Sequence[Label | None] = [parse_label(each, field, where) for each in value]
+    if None in found:
+        raise UserError(f"{where}: {field} has null in its list")
+    return tuple(sorted({label for label in found if label is not None}, key=lambda label: (str(type(label)), label)))

@@ -1,0 +1,147 @@
+"""Multi-label classification of frozen features: samples belong to any number of classes. A classifier for each class
+scores the held-out samples, and the mean of the classes' average precisions (mAP) is the measure.
+
+Shapes: N training samples, M held-out ones, R of them on this rank, L different lists of labels, C classes, D width, V
+different scores, B resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.data.label_lists import LabelledLists, list_corpus
+from m3ae_fast.data.labels import Classes
+from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.job import Job, SoFar
+from m3ae_fast.evaluation.neighbours import nearest
+from m3ae_fast.evaluation.significance import ERROR, middle
+
+_RESAMPLES = 200  # of the bootstrap over held-out samples
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Run the task. Raises UserError if a sample has no list of labels, and as `Job.open`."""
+    config, knn = job.config.multilabel, job.config.knn
+    job.keep_if_stopped(lambda: SoFar("the samples are being encoded", {}, {}))
+    train = _open(job, job.config.data.train, None)
+    val = _open(job, job.config.data.val, train.classes)
+    encode = job.encoder(train.corpus.samples + val.corpus.samples)
+    bank, queries = encode(train.corpus, "encoding train"), encode(val.corpus, "encoding val")
+    job.keep_if_stopped(lambda: SoFar("the samples are encoded", {}, {}))
+    truth_NC, truth_MC = (part.classes_LC[each.labels] for part, each in ((train, bank), (val, queries)))
+    if config.head == "knn":
+        scores_RC = neighbour_scores(bank, queries, truth_NC, knn.k, knn.temperature)
+    else:
+        scores_RC = regression_scores(bank, queries, truth_NC)
+    scores_MC = queries.complete(scores_RC).numpy()
+    job.keep(_columns(queries.keys, truth_MC, scores_MC, train.classes))
+    result = measured(truth_MC.numpy(), scores_MC, truth_NC.any(0).numpy(), train.classes, job.config.run.seed)
+    return result | {"head": config.head, "train_samples": len(bank.keys), "val_samples": len(queries.keys)}
+
+
+def _open(job: Job, sources: Sequence[SourceConfig], classes: Classes | None) -> LabelledLists:
+    found = list_corpus(job.open(sources), job.options.labels, classes, progress=job.ranks.is_main)
+    job.say(f"{found.corpus.samples:,} samples with lists of {len(found.classes):,} classes")
+    if found.unknown:
+        job.say(f"note: {found.unknown:,} labels of --val have no training sample and do not count")
+    return found
+
+
+def neighbour_scores(bank: FeatureBank, queries: FeatureBank, truth_NC: Tensor, k: int, temperature: float) -> Tensor:
+    """Return the shares of the votes of the k nearest training samples for each class: float32 [R, C], on the CPU.
+    Every rank must call it."""
+    similarity_RK, number_RK = nearest(bank, queries, k)
+    weights_RK = (similarity_RK.double() / temperature).softmax(1)
+    scores = [(weights_K[:, None] * truth_NC[number_K]).sum(0) for weights_K, number_K in zip(weights_RK, number_RK)]
+    return torch.stack(scores).float() if scores else torch.empty(0, truth_NC.shape[1])
+
+
+def regression_scores(bank: FeatureBank, queries: FeatureBank, truth_NC: Tensor) -> Tensor:
+    """Return the log-odds of logistic regressions of standardised features, one for each class, fitted once, on the
+    main rank: float32 [R, C], on the CPU. A class of all training samples, or of none, has the same score everywhere.
+    Every rank must call it."""
+    train_ND = bank.on_main()
+
+    def fit() -> tuple[Tensor, Tensor]:
+        assert train_ND is not None
+        return _fit(train_ND.numpy(), truth_NC.numpy())
+
+    weight_CD, bias_C = bank.ranks.broadcast(fit) if bank.ranks else fit()
+    return (queries.features_RD.cpu().double() @ weight_CD.T + bias_C).float()
+
+
+def _fit(train_ND: np.ndarray, truth_NC: np.ndarray) -> tuple[Tensor, Tensor]:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(train_ND)
+    standard_ND = scaler.transform(train_ND)
+    weight_CD, bias_C = np.zeros((truth_NC.shape[1], train_ND.shape[1])), np.zeros(truth_NC.shape[1])
+    for number in np.flatnonzero(truth_NC.any(0) & ~truth_NC.all(0)):
+        found = LogisticRegression(max_iter=1000).fit(standard_ND, truth_NC[:, number])
+        weight_CD[number] = found.coef_[0] / scaler.scale_
+        bias_C[number] = found.intercept_[0] - weight_CD[number] @ scaler.mean_
+    return torch.from_numpy(weight_CD), torch.from_numpy(bias_C)
+
+
+def measured(
+    truth_MC: np.ndarray, scores_MC: np.ndarray, known_C: np.ndarray, classes: Classes, seed: int
+) -> dict[str, Any]:
+    """Return what result.json says of scores: the mean over the classes that held-out samples have. The standard error,
+    and the interval of the difference to scores that say nothing, whose average precision is the share of the samples
+    that have the class, are by the bootstrap over samples."""
+    counted = np.flatnonzero(truth_MC.any(0) & known_C)
+    samples = len(truth_MC)
+    weights_BM = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=_RESAMPLES)
+    weights_BM = np.concatenate((np.ones((1, samples), np.int64), weights_BM))  # first as they are
+    found_CB = np.array([average_precisions(truth_MC[:, c], scores_MC[:, c], weights_BM) for c in counted])
+    chance_CB = (truth_MC[:, counted].T @ weights_BM.T) / samples
+    found_B, chance_B = np.nanmean(found_CB, 0), chance_CB.mean(0)
+    low, high = middle(found_B[1:] - chance_B[1:])
+    mean, chance = float(found_B[0]), float(chance_B[0])
+    result: dict[str, Any] = {
+        "map": mean,
+        f"map{ERROR}": float(found_B[1:].std(ddof=1)),
+        "chance_map": chance,
+        "classes": len(counted),
+        "per_class": [
+            {
+                "class": classes[c],
+                "samples": int(truth_MC[:, c].sum()),
+                "average_precision": float(found_CB[row, 0]),
+            }
+            for row, c in enumerate(counted)
+        ],
+        "verdict": f"mAP {mean:.1%}; minus that of scores that say nothing {100 * (mean - chance):+.1f} points, 95 % "
+        f"interval {100 * low:+.1f} to {100 * high:+.1f}",
+    }
+    if low <= 0:
+        result["warning"] = f"the model is not significantly better than chance: mAP {mean:.1%}, chance {chance:.1%}"
+    return result
+
+
+def average_precisions(truth_M: np.ndarray, scores_M: np.ndarray, weights_BM: np.ndarray) -> np.ndarray:
+    """Return the average precision of a class for each weighting of the samples, [B]: the sum over the different scores
+    of the precision at that score, times the recall that it adds. nan where no sample of the class has a weight.
+    `weights_BM`: how often each sample counts, whole numbers."""
+    order_M = np.argsort(-scores_M, kind="stable")
+    ends_V = np.flatnonzero(np.append(np.diff(scores_M[order_M]) != 0, True))
+    weights_BM = weights_BM[:, order_M]
+    taken_BV = weights_BM.cumsum(1)[:, ends_V]
+    right_BV = (weights_BM * truth_M[order_M]).cumsum(1)[:, ends_V]
+    added_BV = np.diff(right_BV, axis=1, prepend=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision_BV = np.where(taken_BV > 0, right_BV / taken_BV, 0.0)
+        return (precision_BV * added_BV).sum(1) / right_BV[:, -1]
+
+
+def _columns(keys: list[str], truth_MC: Tensor, scores_MC: np.ndarray, classes: Classes) -> dict[str, Any]:
+    """Return the table: keys, and the labels of each sample; scores of all classes, in the order of `classes`."""
+    labels = [[str(classes[number]) for number in row.nonzero()[:, 0].tolist()] for row in truth_MC]
+    return {"key": keys, "labels": labels, "scores": scores_MC}

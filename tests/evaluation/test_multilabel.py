@@ -1,0 +1,112 @@
+"""Samples with lists of labels, and the mean average precision of what scores them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.parquet import read_parquet
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.data import ShardStore, open_corpus
+from m3ae_fast.data.label_lists import list_corpus
+from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.multilabel import average_precisions, measured, neighbour_scores, regression_scores
+from tests.evaluation.conftest import settings
+from tests.helpers.labelled import NAMES, coloured
+from tests.helpers.shards import write_tar
+
+
+def tagged_tar(path, tags):
+    """Write a shard of coloured images with these lists by number."""
+    members = []
+    for number, own in tags.items():
+        members.append((f"{number:03}.png", coloured(number, NAMES[number % 3])))
+        members.append((f"{number:03}.json", json.dumps({"tags": own}).encode()))
+    return write_tar(path, members)
+
+
+def tags_of(numbers):
+    """Return lists of labels that the colour decides: blue, green or none, and all but red are cold."""
+    lists = {0: ["cold", "blue"], 1: ["green", "cold"], 2: []}
+    return {number: lists[number % 3] for number in numbers}
+
+
+def corpus_of(tmp_path, tags):
+    return open_corpus([SourceConfig(shards=[tagged_tar(tmp_path / "a.tar", tags)])], ShardStore(tmp_path))
+
+
+@pytest.mark.parametrize("head", ["linear", "knn"])
+def test_labels_that_the_colour_decides_are_found(transfer, tmp_path, head, capsys):
+    train = tagged_tar(tmp_path / "train.tar", tags_of(range(45)))
+    val = tagged_tar(tmp_path / "val.tar", tags_of(range(90, 108)) | {200: ["rare", "blue", "cold"]})
+    options = ["--labels", "json.tags", *settings(f"multilabel.head={head}", "knn.k=5")]
+    result = transfer("multilabel", *options, train=train, val=val)
+    assert result["map"] > 0.9 > 0.6 > result["chance_map"] and "warning" not in result
+    assert [row["class"] for row in result["per_class"]] == ["blue", "cold", "green"]
+    said = capsys.readouterr().out
+    assert "note: 1 labels of --val have no training sample and do not count" in said
+    assert f"multilabel: {result['verdict']}\n" in said and f"map {result['map']:.4f} ± {result['map_se']:.4f}" in said
+    table = read_parquet(tmp_path / "out/predictions.parquet")
+    assert table["labels"][0] == ["blue", "cold"] and table["labels"][2] == []
+    truth, scores = np.array([["green" in own for own in table["labels"]]])[0], np.array(table["scores"])[:, 2]
+    assert result["per_class"][2]["average_precision"] == pytest.approx(average_precision_score(truth, scores))
+
+
+def test_average_precisions_are_those_of_scikit_learn():
+    random = np.random.default_rng(0)
+    truth, scores = random.random(60) < 0.3, random.normal(size=60).round(1)  # some are equal
+    weights = random.multinomial(60, np.full(60, 1 / 60), size=5)
+    found = average_precisions(truth, scores, np.concatenate((np.ones((1, 60), int), weights)))
+    expected = [average_precision_score(truth, scores, sample_weight=each) for each in (np.ones(60), *weights)]
+    np.testing.assert_allclose(found, expected)
+    none = average_precisions(np.zeros(4, bool), np.arange(4.0), np.ones((1, 4), int))
+    assert np.isnan(none).all()
+
+
+def test_scores_that_say_nothing_have_a_warning():
+    random = np.random.default_rng(0)
+    truth = random.random((300, 4)) < (0.5, 0.2, 0.1, 0.0)
+    result = measured(truth, random.normal(size=(300, 4)), np.ones(4, bool), [*"abcd"], 0)
+    assert result["chance_map"] == pytest.approx(truth[:, :3].mean()) and result["classes"] == 3
+    assert result["warning"].startswith("the model is not significantly better than chance: mAP")
+    assert "warning" not in measured(truth, truth + 0.0, np.ones(4, bool), [*"abcd"], 0)
+
+
+def test_votes_and_regressions_are_of_each_class():
+    generator = torch.Generator().manual_seed(0)
+    train, queries = torch.randn(80, 5, generator=generator), torch.randn(9, 5, generator=generator)
+    truth = torch.stack((train[:, 0] > 0, train[:, 1] > 0.5, torch.ones(80) > 0, torch.zeros(80) > 0), 1)
+    bank, asked = FeatureBank([*map(str, range(80))], train, None), FeatureBank([*"abcdefghi"], queries, None)
+    votes = neighbour_scores(bank, asked, truth, 80, 1e6)  # all of equal weight
+    torch.testing.assert_close(votes, truth.float().mean(0).expand(9, 4))
+    scores = regression_scores(bank, asked, truth)
+    assert (scores[:, :2].sign() == (queries[:, :2] - torch.tensor([0, 0.5])).sign()).float().mean() > 0.85
+    assert len(scores[:, 2].unique()) == len(scores[:, 3].unique()) == 1
+
+
+def test_lists_become_ids(tmp_path):
+    found = list_corpus(corpus_of(tmp_path, {0: [3, 1, 1], 1: [], 2: [1, 3], 3: [1]}), "json.tags")
+    assert found.classes == [1, 3] and found.corpus.sources[0].labels.tolist() == [0, 1, 0, 2]
+    assert found.classes_LC.tolist() == [[True, True], [False, False], [True, False]]
+    other = list_corpus(found.corpus, "json.tags", [1, 2])
+    assert other.unknown == 1 and other.classes_LC.tolist() == [[True, False], [False, False], [True, False]]
+
+
+@pytest.mark.parametrize(
+    ("tags", "field", "message"),
+    [
+        ({0: ["a"]}, "cls", "--labels cls: lists of labels are in a field of the samples' json; name one"),
+        ({0: ["a"], 1: None}, "json.tags", "1 of 2 samples have no list of labels"),
+        ({0: "a"}, "json.tags", 'a.tar/000: json.tags is "a", not a list; for single labels use knn or linear'),
+        ({0: ["a", 1]}, "json.tags", "some labels .* are numbers and some are text"),
+        ({0: []}, "json.tags", "no sample has a label in its list"),
+        ({0: [None]}, "json.tags", "has null in its list"),
+        ({0: [0.5]}, "json.tags", "is 0.5, neither a whole number nor text"),
+    ],
+)
+def test_what_is_no_list_is_refused(tmp_path, tags, field, message):
+    with pytest.raises(UserError, match=message):
+        list_corpus(corpus_of(tmp_path, tags), field)
