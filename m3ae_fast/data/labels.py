@@ -65,7 +65,7 @@ def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[l
 
 
 def read_members(
-    corpus: Corpus, field: str, parse: Callable[[bytes, str, str], T | None], *, progress: bool = False
+    corpus: Corpus, field: str, parse: Callable[[bytes, str, str], T], *, progress: bool = False
 ) -> list[list[T | None]]:
     """Return what `parse` makes of the member of every sample of each source in file order, None if there is none.
     `parse`: of the bytes of a .cls or .json member, as `field` says, `field`, and the sample's name for messages.
@@ -238,7 +238,7 @@ def keep_classes(corpus: Corpus, classes: Classes, names: Sequence[str]) -> tupl
 
 
 def _read_shard(
-    shard: IndexedShard, store: ShardStore, field: str, parse: Callable[[bytes, str, str], T | None]
+    shard: IndexedShard, store: ShardStore, field: str, parse: Callable[[bytes, str, str], T]
 ) -> list[T | None]:
     member = "cls" if field == "cls" else "json"
     labels: list[T | None] = []

@@ -96,7 +96,7 @@ def measured(
     """Return what result.json says of scores: the mean over the classes that held-out samples have. The standard error,
     and the interval of the difference to scores that say nothing, whose average precision is the share of the samples
     that have the class, are by the bootstrap over samples."""
-    counted = np.flatnonzero(truth_MC.any(0) & known_C)
+    counted = np.flatnonzero(truth_MC.any(0) & known_C).tolist()
     samples = len(truth_MC)
     weights_BM = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=_RESAMPLES)
     weights_BM = np.concatenate((np.ones((1, samples), np.int64), weights_BM))  # first as they are
