@@ -4,7 +4,7 @@ m3ae-fast train --config quickstart
 m3ae-fast train --config base --train 'shards/train-*.tar' --val 'shards/val-*.tar' --out runs/mine
 m3ae-fast train --config large --dry-run
 torchrun --nproc-per-node 8 -m m3ae_fast train --config large --set optim.peak_lr=3e-4
-deepspeed --num_gpus 8 --module m3ae_fast.train --config large     # in a clone also: deepspeed m3ae_fast/train.py
+deepspeed --num_gpus 8 --module m3ae_fast.train --config large     # in a clone, m3ae_fast/train.py works too
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What README and guide print is true: commands are accepted, and names of settings and files exist."""
+"""What README, guide and help print is true: commands are accepted, and names of settings and files exist."""
 
 import argparse
 import importlib
@@ -16,7 +16,7 @@ from tests.helpers.trainer import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
 TEXT = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
-MODULE = r"(?:m3ae_fast/(train)\.py|m3ae-fast (\w+)|-m m3ae_fast (\w+))"
+MODULE = r"(?:m3ae_fast/(train)\.py|m3ae-fast (\w+)|-m m3ae_fast (\w+)|--module m3ae_fast\.(train))"
 
 
 def commands() -> list[str]:
@@ -27,7 +27,17 @@ def commands() -> list[str]:
         found += [line for block in blocks for line in block.splitlines() if re.search(MODULE, line)]
         rest = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
         found += re.findall(r"`(m3ae-fast \w+ [^`\n]+)`", rest)
-    return found
+    return [*found, *examples_of_help()]
+
+
+def examples_of_help() -> list[str]:
+    """Each line that runs a program of ours in what the programs' own help says; a heading has a colon."""
+    texts = [""]
+    for name in MODULES.values():
+        program = importlib.import_module(name)
+        texts += [text for text in vars(program).values() if isinstance(text, str)]  # descriptions of its commands
+    lines = [line.strip() for text in dict.fromkeys(texts) for line in text.splitlines()]
+    return [line for line in lines if re.match(rf"(\w[^`]* )?{MODULE}", line) and not re.search(r":( |$)", line)]
 
 
 class Accepted(Exception):
@@ -47,7 +57,7 @@ def test_a_printed_command_is_accepted(command, monkeypatch, capsys):
     found = re.search(MODULE, command)
     words = shlex.split(command[found.end() :], comments=True)
     assert all((ROOT / word).exists() for word in words if word.startswith("configs/"))
-    word = found[1] or found[2] or found[3]
+    word = found[1] or found[2] or found[3] or found[4]
     program = importlib.import_module(MODULES[word])
     with pytest.raises((Accepted, SystemExit)) as stopped:
         program.main(words)

@@ -37,7 +37,6 @@ from m3ae_fast.data.manifest import write as write_manifest
 from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation.report import write_report
-from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pretraining import automatic_settings, final_evaluation, plan, stages
 from m3ae_fast.pretraining import dataset_statistics as look_module
 from m3ae_fast.pretraining.automatic_settings import (
@@ -62,10 +61,9 @@ from tests.helpers.checkpoints import save
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.ranks import environment
 from tests.helpers.shards import members, picture, write_tar
-from tests.helpers.trainer import ROOT, TINY
+from tests.helpers.trainer import TINY
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 180, 40), "red": (200, 40, 40)}
-EXTRAS = ("datasets", "deepspeed", "scipy", "sklearn", "timm", "wandb")  # pip installs none of them
 
 
 def make_pictures(folder, each=20, captions=True):
@@ -79,71 +77,6 @@ def make_pictures(folder, each=20, captions=True):
             if captions:
                 (folder / name / f"{i}.txt").write_text(f"a {name} picture number {i}")
     return folder
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """A folder with the wheel's packages, installed without the network."""
-    work = tmp_path_factory.mktemp("wheel")
-    for name in ("m3ae_fast", "kernels", "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, work / "source" / name) if name != "m3ae_fast" else copy(
-            ROOT / name, work / "source" / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run(
-        [*pip, "wheel", work / "source", "--no-deps", "--no-build-isolation", "--no-index", "-w", work], check=True
-    )
-    (wheel,) = work.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", work / "site", wheel], check=True)
-    blocked = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"  # an import of one fails
-    (work / "site/sitecustomize.py").write_text(blocked)
-    return work / "site"
-
-
-@pytest.mark.slow
-def test_an_installed_wheel_has_the_configs_by_name(site, tmp_path):
-    """In an empty folder."""
-    where = environment() | {"PYTHONPATH": str(site)}
-    line = ["m3ae_fast", "train", "--config", "small", "--dry-run", "--no-data", "--world", "8"]
-    done = subprocess.run([sys.executable, "-m", *line], cwd=tmp_path, env=where, capture_output=True, text=True)
-    assert done.returncode == 0 and "parameters" in done.stdout, done.stdout + done.stderr
-    installed = {path.name for path in (site / "m3ae_fast/configs").glob("*.json")}
-    assert installed == {path.name for path in (ROOT / "configs").glob("*.json")}
-
-
-@pytest.mark.slow
-def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
-    make_pictures(tmp_path / "photos")
-    line = [site / "bin/m3ae-fast", "pretrain", "photos", "--out", "run", "--hours", "0.001"]
-    where = environment() | {"PYTHONPATH": str(site)}
-    command = [sys.executable, *line, "--set", "data.workers=0", "--set", "train.steps=12"]
-    done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for said in ("54 samples and 6 held out", "3 classes", 'model: "tiny"', "images of 40 px", "length: 12 steps"):
-        assert said in done.stdout
-    run = tmp_path / "run"
-    assert status(run)[0] == "finished"
-    for task in ("knn", "linear"):
-        for name in (task, f"{task}-random", f"{task}-pixels"):
-            result = json.loads((run / "results" / name / "result.json").read_text())
-            assert f" {100 * result['top1']:.1f} ± {100 * result['top1_se']:.1f}" in done.stdout
-            assert 0 <= result["top1"] <= 1
-    share = re.escape(f"{100 * result['chance']:.1f}")  # of six samples, drawn from three classes of equal size
-    assert result["chance"] >= 1 / 3
-    assert re.search(rf"\nthe largest class +{share} +{share}   \(6 samples\)\n", done.stdout)
-    page = (run / "report.html").read_text()
-    for title in ("k-NN", "linear probe"):
-        for other in ("random weights", "downscaled pixels", "the largest class"):
-            assert re.search(rf"\n{title}: this run .* {other}( on these samples)?: [+-]", done.stdout)
-    assert re.search(r"<p>knn: run .* the largest class[^<]*\.</p>", page) and "<th>largest class</th>" in page
-    missing = "a map needs scikit-learn and SciPy: pip install 'm3ae-fast[evaluate]'"
-    assert done.stdout.index(f"without a map of the features: {missing}") < done.stdout.index("plain torch")
-    assert f"note: no map of the features: {missing}" in done.stdout
-    features = M3AE.from_pretrained(run / "export").encode([Image.new("RGB", (40, 40))], ["a red picture"])
-    assert features.isfinite().all()
-    config = load_config(run / "config.json")
-    assert config.train.steps == 12 and config.model.vocab_size > 0 and config.train.probe
 
 
 def test_the_map_is_beside_the_other_pictures(tmp_path, monkeypatch, capsys):

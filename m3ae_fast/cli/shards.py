@@ -2,7 +2,7 @@
 
 m3ae-fast shards make images/ --out shards/ --held-out 0.05
 m3ae-fast shards index 'shards/*.tar'
-m3ae-fast shards stats 'shards/*.tar' --write configs/mine.json
+m3ae-fast shards stats 'shards/*.tar' --write mine.json
 m3ae-fast shards manifest 's3://bucket/{00000..01242}.tar' --out cc12m.npy
 m3ae-fast shards tokenizer 'shards/train-*.tar' --vocab-size 4096 --out tokenizer.json
 m3ae-fast shards image-tokens 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
@@ -54,7 +54,7 @@ STATS = """Look at some samples: mean and standard deviation of the pixels, size
 formats, labels, and what cannot be read. Prints the settings that a config needs; --write puts them into one.
 
   m3ae-fast shards stats 'shards/train-*.tar' --tokenizer tokenizer.json
-  m3ae-fast shards stats 'shards/train-*.tar' --picture stats.png --write configs/mine.json
+  m3ae-fast shards stats 'shards/train-*.tar' --picture stats.png --write mine.json
   m3ae-fast shards stats 'shards/train-*.tar' --sizes sizes.json   # for m3ae-fast train --dry-run --sizes
 """
 IMAGE_TOKENS = """Make shards whose images are crops with their VQGAN token ids, for model.image_targets=vqgan with

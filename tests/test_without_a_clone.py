@@ -1,0 +1,154 @@
+"""An installed wheel, without a clone and without extras, in an empty folder: what README and guide tell a newcomer."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from m3ae_fast.config import load_config
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.training.run_state import status
+from tests.helpers.ranks import environment
+from tests.helpers.shards import caption, picture
+from tests.helpers.trainer import ROOT, TINY
+from tests.test_pretrain import make_pictures
+
+pytestmark = pytest.mark.slow
+
+EXTRAS = ("datasets", "deepspeed", "scipy", "sklearn", "timm", "wandb")  # pip installs none of them
+SMALL = {**{f"model.{key}": value for key, value in TINY["model"].items() if key not in ("size", "vocab_size")}}
+SMALL |= {"train.steps": 3, "train.global_batch": 8, "train.pictures": 0, "data.workers": 0, "deepspeed": "null"}
+# a program that runs command lines one after the other, which imports torch once
+RUN = """
+import json, sys
+from m3ae_fast.__main__ import run
+
+for line in json.load(sys.stdin):
+    if "--config" in line and "--dry-run" not in line:  # of so few captions
+        size = len(json.load(open("tokenizer.json"))["model"]["vocab"])
+        line = [word.replace("model.vocab_size=2048", f"model.vocab_size={size}") for word in line]
+    sys.argv = line
+    try:
+        code = run()
+    except SystemExit as end:
+        code = end.code
+    assert not code, (line, code)
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with the wheel's packages, installed without the network."""
+    work = tmp_path_factory.mktemp("wheel")
+    for name in ("m3ae_fast", "kernels", "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, work / "source" / name) if name != "m3ae_fast" else copy(
+            ROOT / name, work / "source" / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "wheel", work / "source", "--no-deps", "--no-build-isolation", "--no-index", "-w", work], check=True
+    )
+    (wheel,) = work.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", work / "site", wheel], check=True)
+    blocked = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"  # an import of one fails
+    (work / "site/sitecustomize.py").write_text(blocked)
+    return work / "site"
+
+
+def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
+    make_pictures(tmp_path / "photos")
+    line = [site / "bin/m3ae-fast", "pretrain", "photos", "--out", "run", "--hours", "0.001"]
+    where = environment() | {"PYTHONPATH": str(site)}
+    command = [sys.executable, *line, "--set", "data.workers=0", "--set", "train.steps=12"]
+    done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for said in ("54 samples and 6 held out", "3 classes", 'model: "tiny"', "images of 40 px", "length: 12 steps"):
+        assert said in done.stdout
+    run = tmp_path / "run"
+    assert status(run)[0] == "finished"
+    for task in ("knn", "linear"):
+        for name in (task, f"{task}-random", f"{task}-pixels"):
+            result = json.loads((run / "results" / name / "result.json").read_text())
+            assert f" {100 * result['top1']:.1f} ± {100 * result['top1_se']:.1f}" in done.stdout
+            assert 0 <= result["top1"] <= 1
+    share = re.escape(f"{100 * result['chance']:.1f}")  # of six samples, drawn from three classes of equal size
+    assert result["chance"] >= 1 / 3
+    assert re.search(rf"\nthe largest class +{share} +{share}   \(6 samples\)\n", done.stdout)
+    page = (run / "report.html").read_text()
+    for title in ("k-NN", "linear probe"):
+        for other in ("random weights", "downscaled pixels", "the largest class"):
+            assert re.search(rf"\n{title}: this run .* {other}( on these samples)?: [+-]", done.stdout)
+    assert re.search(r"<p>knn: run .* the largest class[^<]*\.</p>", page) and "<th>largest class</th>" in page
+    missing = "a map needs scikit-learn and SciPy: pip install 'm3ae-fast[evaluate]'"
+    assert done.stdout.index(f"without a map of the features: {missing}") < done.stdout.index("plain torch")
+    assert f"note: no map of the features: {missing}" in done.stdout
+    features = M3AE.from_pretrained(run / "export").encode([Image.new("RGB", (40, 40))], ["a red picture"])
+    assert features.isfinite().all()
+    config = load_config(run / "config.json")
+    assert config.train.steps == 12 and config.model.vocab_size > 0 and config.train.probe
+
+
+def test_the_readmes_commands_make_a_model_of_images_and_others_use_it(site, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            (tmp_path / "images" / name / f"{i}.jpg").write_bytes(picture(i + 10 * (name == "dog")))
+            if i % 5:
+                (tmp_path / "images" / name / f"{i}.txt").write_text(f"{name} {caption(i)}")
+    block = re.search(r"```sh\n(m3ae-fast shards make.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    make, words, train, show, write = (shlex.split(line) for line in block.splitlines())
+    options = [option for key, value in SMALL.items() for option in ("--set", f"{key}={value}")]
+    knn = [
+        "evaluate",
+        "knn",
+        "out",
+        "--train",
+        "shards/train-*.tar",
+        "--val",
+        "shards/train-*.tar",
+        "--set",
+        "data.workers=0",
+        "--out",
+        "results",
+    ]
+    others = """
+        m3ae-fast draw attention runs/mine --pictures 2
+        m3ae-fast draw fill out images/cat/0.jpg [MASK]
+        m3ae-fast embed out images/ --out images.npz --set data.workers=0
+        m3ae-fast report runs/mine --results results
+        m3ae-fast status runs/mine
+        m3ae-fast convert out --out again
+        m3ae-fast shards stats shards/*.tar
+        m3ae-fast train --config small --dry-run --no-data --world 8
+    """
+    lines = [make, words, [*train, *options], [*show, "--pictures", "2"], write, ["m3ae-fast", *knn]]
+    lines += [line.split() for line in others.strip().splitlines()]
+    where = environment() | {"PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    def run(*command, **options):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=where, capture_output=True, text=True, timeout=200, **options
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    said = run("-c", RUN, input=json.dumps(lines))
+    for part in ("20 samples", "fewer than the 2,048 requested", "drew runs/mine/reconstructions.png", "[MASK] 1:"):
+        assert part in said
+    for part in ("images.npz: keys [20]", "finished at step 3 of 3", "parameters"):
+        assert part in said
+    assert M3AE.from_pretrained(tmp_path / "again").encode([Image.new("RGB", (40, 40))]).isfinite().all()
+    made = {"again", "cache", "images", "images.npz", "out", "results", "runs", "shards", "tokenizer.json"}
+    assert {path.name for path in tmp_path.iterdir()} == made
+    installed = {path.name for path in (site / "m3ae_fast/configs").glob("*.json")}
+    assert installed == {path.name for path in (ROOT / "configs").glob("*.json")}
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "m3ae_fast", *knn[:-1]]
+    run(*ranks, "ranks")
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("results", "ranks"))
+    assert one["top1"] == two["top1"] and one["per_class"] == two["per_class"]
