@@ -72,6 +72,13 @@ def is_remote(shard: str) -> bool:
     return shard.startswith("pipe:") or ("://" in shard and not shard.startswith("file:"))
 
 
+def _advice_on(folder: str) -> str:
+    """Return what to do with a folder in place of shards."""
+    if glob.glob(os.path.join(glob.escape(folder), "*.tar")):
+        return f"name its tars, as in {os.path.join(folder, '*.tar')!r}"
+    return f"make shards of its images: m3ae-fast shards make {folder} --out SHARDS"
+
+
 def _local(name: str) -> list[str]:
     name = os.path.expanduser(name.removeprefix("file://").removeprefix("file:"))
     found = [name]
@@ -81,7 +88,7 @@ def _local(name: str) -> list[str]:
         raise UserError(f"shards {name!r}: matches no file")
     for path in found:
         if os.path.isdir(path):
-            raise UserError(f"shards {path!r}: is a folder; name its tars, as in {os.path.join(path, '*.tar')!r}")
+            raise UserError(f"shards {path!r}: is a folder; {_advice_on(path)}")
         if not os.path.exists(path):
             raise UserError(f"shards {path!r}: no such file")
         if not stat.S_ISREG(os.stat(path).st_mode):

@@ -28,6 +28,8 @@ _COLUMNS = ("key", "label", "prediction")
 def compare_results(folders: Sequence[Path]) -> str:
     """Return which of two tasks' OUT is better, as a sentence; of ood one for each set and score; and which of them is
     a partial result. Raises UserError where one has no predictions of classes, or they are not of the same samples."""
+    if missing := next((folder for folder in folders if not (folder / FILE).is_file()), None):
+        raise UserError(f"{missing}: has no {FILE}; name the folders that two evaluations wrote, such as runs/knn")
     partial = [folder for folder in folders if (folder / SO_FAR_FILE).exists()]
     notes = [f"note: {folder} holds a partial result: the task was stopped before its end" for folder in partial]
     return "\n".join([*notes, _compared(folders)])

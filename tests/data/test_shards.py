@@ -110,7 +110,7 @@ def test_expand(tmp_path):
     [
         ("{tmp}/none-*.tar", "matches no file"),
         ("{tmp}/none.tar", "no such file"),
-        ("{tmp}", "is a folder"),
+        ("{tmp}", "is a folder; make shards of its images: m3ae-fast shards make"),
         ([], "matches nothing"),
         ("${{NOT_SET_ANYWHERE}}/a.tar", "not a valid pattern"),
         ("{tmp}/{{0..99999}}-{{000..999}}.tar", "more than 10,000,000 names"),

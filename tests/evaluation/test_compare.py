@@ -168,7 +168,7 @@ def test_two_results_are_told_apart_or_not(transfer, run, shards, tmp_path, caps
     transfer("knn", "--layers", "all", out="layers")
     with pytest.raises(UserError, match="has no predictions of a class for each sample, once"):
         main(["difference", folders[0], str(tmp_path / "layers")])
-    with pytest.raises(UserError, match=r"predictions.parquet: cannot be read"):
+    with pytest.raises(UserError, match=r"nowhere: has no predictions.parquet; name the folders that two"):
         main(["difference", folders[0], str(tmp_path / "nowhere")])
 
 
