@@ -52,7 +52,7 @@ class Rules:
 
 PRETRAINING = Rules(
     same=("model.*", "run.seed", "train.global_batch", "optim.name"),
-    samples=(*DATA, *SAMPLING, "masking.*"),
+    samples=(*DATA, *SAMPLING, "masking.*", "train.image_sizes"),
     noted=(
         WRITTEN,
         "loss.*",

@@ -500,6 +500,9 @@ class TrainConfig(TransformerLoopConfig):
     stop_at: Annotated[float, Field(gt=0, le=1)] | Literal["plateau"] | None = None
     """Accuracy of `train.probe`, such as 0.6, that ends the run early, or `plateau`: when three evaluations in a row
     have no new best. The learning rate then falls as it does at the end: needs `optim.schedule: wsd`. null: never."""
+    image_sizes: list[Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Size], Strict(False)]] = []
+    """Smaller images at first: pairs of a fraction and a size, such as [[0.5, 96], [0.75, 160]]. Images have that size
+    until that fraction of the steps is taken, and `model.image_size` in the other steps and in evaluations."""
     rollbacks: int = Field(0, ge=0, le=100)
     """Number of times that a run whose loss or gradient norm is not finite returns to its last good checkpoint and
     leaves out the batch of that step; 0: it ends."""
@@ -664,6 +667,7 @@ class Config(Section):
             )
         if self.train.stop_at is not None and (self.train.probe is None or self.train.probe.every is None):
             raise ValueError("train.stop_at needs the accuracy of train.probe during training: set train.probe.every")
+        self._check_image_sizes()
         if self.optim.name == "muon" and self.zero and (self.zero.stage == 3 or self.zero.offloads_optimizer):
             what = "stage 3" if self.zero.stage == 3 else "offload_optimizer"
             raise ValueError(
@@ -679,6 +683,29 @@ class Config(Section):
         if not 0 <= min(shown) <= max(shown) < self.model.channels:
             raise ValueError(f"data.show_channels {list(shown)}: the model has channels 0 to {self.model.channels - 1}")
         return self._with_images()._without_captions()
+
+    def _check_image_sizes(self) -> None:
+        """Raise ValueError if training cannot begin with the smaller images of train.image_sizes."""
+        pairs, model = self.train.image_sizes, self.model
+        if not pairs:
+            return
+        for name, value in (("resize", "native"), ("image_targets", "vqgan")):
+            if getattr(model, name) == value:
+                raise ValueError(f"train.image_sizes needs square images with pixel targets, not model.{name} {value}")
+        if self.train.hours is not None or self.train.stop_at is not None:
+            raise ValueError(
+                "train.image_sizes are for fractions of a known number of steps: set train.hours and train.stop_at to "
+                "null, and train.steps or train.epochs"
+            )
+        fractions = [fraction for fraction, _ in pairs]
+        if fractions != sorted({*fractions}):
+            raise ValueError(f"train.image_sizes: the fractions {fractions} must rise")
+        for _, size in pairs:
+            if size % model.patch_size or size >= model.image_size:
+                raise ValueError(
+                    f"train.image_sizes: {size} must be a multiple of model.patch_size {model.patch_size} and below "
+                    f"model.image_size {model.image_size}"
+                )
 
     def _with_images(self) -> Config:
         """Copy the image settings from `data` to `model`: code that later decodes images for the model has no `data`

@@ -9,7 +9,7 @@ Shapes: C channels, H x W pixels, L patches of an image, n tokens of a caption.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -58,6 +58,7 @@ class Preparation:
     image_tokenizer: VQGAN | None = None  # that makes the images' token ids in the loader
     stored_codebook: int | None = None  # codes of the codebook, where the shards hold the images' ids
     counted_for: ModelConfig | None = None  # whose FLOPs workers count for each batch, beside the training
+    smaller: tuple[tuple[int, int], ...] = ()  # image sizes in training, each until so many steps are taken
 
 
 class _Draft(NamedTuple):
@@ -90,6 +91,8 @@ class Samples(Dataset[Sample | Skipped]):
     def __post_init__(self) -> None:
         self._readers = [Reader(source, self.corpus.store) for source in self.corpus.sources]
         self._generator = torch.Generator()
+        geometry = self.preparation.geometry
+        self._smaller = [(end, replace(geometry, image_size=size)) for end, size in self.preparation.smaller]
 
     def __getitem__(self, position: int) -> Sample | Skipped:
         """Return the sample at `position`, or why there is none."""
@@ -123,7 +126,7 @@ class Samples(Dataset[Sample | Skipped]):
         source, views = reader.source, [position % self.repeats for position in positions]
         samples = []
         for position, view in zip(positions, views):
-            image_mask, text_mask = self._masks(_key(place, view), position // self.positions_per_mask)
+            image_mask, text_mask = self._masks(_key(place, view), position)
             sample = Sample(
                 f"{name}/{key}",
                 tokens=tokens,
@@ -152,11 +155,11 @@ class Samples(Dataset[Sample | Skipped]):
             return [draft.skip(str(error))] * len(draft.samples)
         for sample, view in zip(draft.samples, draft.views):
             key = _key(draft.place, view)
-            image_CSS = self._transform(self._crop(image, key), key)
+            assert sample.position is not None
+            image_CSS = self._transform(self._crop(image, key, self._geometry(sample.position)), key)
             sample.image = model_input(image_CSS, geometry.image_mean, geometry.image_std)
             if geometry.native is not None:
                 rows, columns = geometry.grid(sample.image)
-                assert sample.position is not None
                 sample.image_mask = self._image_mask(rows * columns, key, sample.position // self.positions_per_mask)
             fraction = self.preparation.masking.image_predicted
             sample.image_predicted = self._predicted(sample.image_mask, fraction, (_PREDICTED_PATCHES, *key))
@@ -185,8 +188,16 @@ class Samples(Dataset[Sample | Skipped]):
             for sample, ids in zip(samples, vqgan.encode(images)):
                 sample.image_ids = ids
 
-    def _crop(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
-        frame = self.preparation.geometry.frame
+    def _geometry(self, position: int) -> Geometry:
+        """Return the geometry of the step that a position belongs to: with smaller images in the first steps."""
+        if self.augment is not None:
+            for end, geometry in self._smaller:
+                if position < end * self.positions_per_mask:
+                    return geometry
+        return self.preparation.geometry
+
+    def _crop(self, image: Tensor, key: tuple[int, ...], geometry: Geometry) -> Tensor:
+        frame = geometry.frame
         if self.preparation.stored_codebook:
             return image  # the crop that its ids are of
         if self.augment is None:
@@ -197,10 +208,10 @@ class Samples(Dataset[Sample | Skipped]):
     def _transform(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
         return self.transform(image, hash64(self.preparation.seed, _TRANSFORM, *key)) if self.transform else image
 
-    def _masks(self, key: tuple[int, ...], batch: int) -> tuple[Tensor, Tensor]:
+    def _masks(self, key: tuple[int, ...], position: int) -> tuple[Tensor, Tensor]:
         """Draw the masks of patches and of text tokens, over the whole text length, as the official code draws them."""
-        geometry, masking = self.preparation.geometry, self.preparation.masking
-        image_mask = self._image_mask(geometry.patches_per_image, key, batch)
+        geometry, masking = self._geometry(position), self.preparation.masking
+        image_mask = self._image_mask(geometry.patches_per_image, key, position // self.positions_per_mask)
         return image_mask, draw_mask(geometry.text_length, masking.text_ratio, self._generator)
 
     def _image_mask(self, patches: int, key: tuple[int, ...], batch: int) -> Tensor:

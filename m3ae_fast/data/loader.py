@@ -243,7 +243,8 @@ def samples_of(corpus: Corpus, preparation: Preparation, keys: Sequence[str]) ->
 
 def _loader(config: DataConfig, samples: Samples, micro_batches: MicroBatches, pin_memory: bool) -> Loader[PackedBatch]:
     check_tokenizer(samples.preparation.tokenizer, samples.corpus.has_captions)
-    geometry = samples.preparation.geometry
+    preparation = samples.preparation
+    geometry, grows = preparation.geometry, samples.augment is not None and bool(preparation.smaller)
     size = batch_bytes(geometry, micro_batches.share.micro_batch)
     workers = min(default_workers(), most_workers(size)) if config.workers is None else config.workers
     allow_open_files()
@@ -251,7 +252,7 @@ def _loader(config: DataConfig, samples: Samples, micro_batches: MicroBatches, p
         cast("Dataset[PackedBatch]", samples),  # which `collate` makes of its samples
         batch_sampler=micro_batches,
         num_workers=workers,
-        collate_fn=partial(collate, geometry=geometry, model=samples.preparation.counted_for),
+        collate_fn=partial(collate, geometry=geometry, model=preparation.counted_for, grows=grows),
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
         prefetch_factor=fitting_prefetch(config.prefetch, workers, size) if workers else None,
@@ -260,8 +261,14 @@ def _loader(config: DataConfig, samples: Samples, micro_batches: MicroBatches, p
     )
 
 
-def collate(samples: Sequence[Sample | Skipped], geometry: Geometry, model: ModelConfig | None = None) -> PackedBatch:
-    """Pack the usable samples of a micro-batch; the others are its `skipped`. With `model`, count its FLOPs."""
-    batch = pack([sample for sample in samples if isinstance(sample, Sample)], geometry, repeat_shapes=True)
+def collate(
+    samples: Sequence[Sample | Skipped], geometry: Geometry, model: ModelConfig | None = None, grows: bool = False
+) -> PackedBatch:
+    """Pack the usable samples of a micro-batch; the others are its `skipped`. With `model`, count its FLOPs. If the
+    image size `grows`, the images, all of one size, may be smaller than the model's."""
+    usable = [sample for sample in samples if isinstance(sample, Sample)]
+    if grows and (images := [sample.image for sample in usable if sample.image is not None]):
+        geometry = replace(geometry, image_size=images[0].shape[-1])
+    batch = pack(usable, geometry, repeat_shapes=True)
     skipped = tuple(sample for sample in samples if isinstance(sample, Skipped))
     return replace(batch, skipped=skipped, flops=None if model is None else executed_flops(model, batch))

@@ -82,7 +82,8 @@ def report(
     micro, accumulation = share.micro_batch, share.accumulation
     console = Console(highlight=False, soft_wrap=True)
     official = reference_flops(config.model, config.masking)
-    ours = executed_flops(config.model, batch) / len(batch.keys)
+    full = executed_flops(config.model, batch) / len(batch.keys)
+    ours = _mean_flops(config, full)
     peaks = data_sheet("H100")
     assert peaks is not None
     rate = UTILISATION * peaks.flops / ours  # samples per second of an H100
@@ -92,7 +93,8 @@ def report(
     lines = [
         ("parameters", f"{parameters:,}"),
         ("FLOPs per sample", f"{official / 1e9:,.1f} G forward and backward, as the official code computes it{square}"),
-        ("", f"{ours / 1e9:,.1f} G in this engine, for a caption of {caption_tokens(config)} tokens"),
+        ("", f"{full / 1e9:,.1f} G in this engine, for a caption of {caption_tokens(config)} tokens"),
+        *([("", f"{ours / 1e9:,.1f} G on average, with train.image_sizes")] if config.train.image_sizes else []),
         (
             "batch",
             f"{config.train.global_batch} = {world} {unit} x {micro} samples x {accumulation} accumulated"
@@ -174,6 +176,19 @@ def network_bytes(
     if stage < 3:
         return round(2 * gradients * (accumulation if stage == 2 else 1) + weights)
     return round((gradients + 2 * weights) * accumulation)
+
+
+def _mean_flops(config: Config, full: float) -> float:
+    """Return the FLOPs of a sample, on average over the run, `full` of them with images of the model's size."""
+    mean, before = full, 0.0
+    for fraction, size in config.train.image_sizes:
+        smaller = config.model_copy(update={"model": config.model.model_copy(update={"image_size": size})})
+        with torch.device("meta"):
+            model = M3AE(smaller.model, smaller.loss)
+        batch = typical_batch(smaller, model)
+        mean += (fraction - before) * (executed_flops(smaller.model, batch) / len(batch.keys) - full)
+        before = fraction
+    return mean
 
 
 def _step(config: Config, model: M3AE, world: int, rate: float) -> str:

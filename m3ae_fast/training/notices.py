@@ -77,6 +77,7 @@ def open_options(config: Config) -> str:
         "masking.text_predicted": (config.masking.text_predicted, 1.0),
         "optim.name": (config.optim.name, "adamw"),
         "optim.schedule": (config.optim.schedule, "cosine"),
+        "train.image_sizes": ([[*pair] for pair in config.train.image_sizes], []),
     }
     changed = ", ".join(f"{name}={value}" for name, (value, official) in values.items() if value != official)
     return f"Open: {changed}; without it the run is Closed, equal to the official M3AE" if changed else ""

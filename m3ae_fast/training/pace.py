@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -66,6 +67,7 @@ class Pace:
         scaled = "" if self.batch == config.train.global_batch else f" of {self.batch} samples, scaled"
         whole, steps = duration(self.seconds(config, schedule)), schedule.total_steps
         adjusted = "; train.hours changes their number" if config.train.hours else ""
+        adjusted += "; those with smaller images take less" if config.train.image_sizes else ""
         return f"{whole} on this machine: {steps:,} steps of {step:.3g} s, measured by {self.steps}{scaled}{adjusted}"
 
 
@@ -89,7 +91,14 @@ def _trial(config: Config, session: Session, batch: int, seconds: float) -> Pace
         tempfile.TemporaryDirectory() as folder,
     ):
         nowhere = config.run.model_copy(update={"dir": Path(folder) / "run", "loggers": []})
-        changes = {"global_batch": batch, "steps": 1 << 30, "epochs": None, "hours": None, "stop_at": None}
+        changes: dict[str, Any] = {
+            "global_batch": batch,
+            "steps": 1 << 30,
+            "epochs": None,
+            "hours": None,
+            "stop_at": None,
+            "image_sizes": [],
+        }
         short = config.model_copy(update={"run": nowhere, "train": config.train.model_copy(update=changes)})
         trainer = set_up(short, "no", session, None)
         with closing(_times(trainer)) as times:

@@ -119,7 +119,7 @@ def set_up(
     stream = _open_stream(config, session, found)
     notes = stream.notes + found.notes(config, stream.fingerprint, resume, with_changes)
     model, fixed, started = _build_model(config, found, ranks)
-    preparation = _preparation(config, model, stream.data)
+    preparation = _preparation(config, model, stream.data, stream.schedule)
     engine = build_engine(model, config, ranks)
     found.load(engine)
     add_targets = _targets_on_device(config, stream.data, ranks.device)
@@ -140,7 +140,7 @@ def set_up(
         schedule=stream.schedule,
         engine=engine,
         train_loader=loader,
-        throughput=Throughput(config.model, config.masking, peak),
+        throughput=Throughput(config.model, config.masking, peak, one_size=not cfg.image_sizes),
         bad=BadSamples(config.data.max_bad_fraction, stream.data.train.samples),
         stream=stream.fingerprint,
         start=found.step,
@@ -283,8 +283,8 @@ def _open(config: Config, progress: bool) -> Data:
     return data if config.model.resize == "square" else replace(data, train=measured(data.train, progress=progress))
 
 
-def _preparation(config: Config, model: M3AE, data: Data) -> Preparation:
-    tokens, vqgan = config.data.image_tokens, data.image_tokenizer
+def _preparation(config: Config, model: M3AE, data: Data, schedule: Schedule) -> Preparation:
+    tokens, vqgan, total = config.data.image_tokens, data.image_tokenizer, schedule.total_steps
     return Preparation(
         model.geometry,
         config.masking,
@@ -293,4 +293,5 @@ def _preparation(config: Config, model: M3AE, data: Data) -> Preparation:
         image_tokenizer=vqgan if tokens == "workers" else None,
         stored_codebook=config.model.codebook_size if vqgan and tokens == "shards" else None,
         counted_for=config.model,
+        smaller=tuple((round(fraction * total), size) for fraction, size in config.train.image_sizes),
     )

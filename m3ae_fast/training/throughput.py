@@ -102,10 +102,10 @@ def _tokens(batch: PackedBatch) -> int:
 class Throughput:
     """Rates between two log lines."""
 
-    def __init__(self, config: ModelConfig, masking: MaskingConfig, peak_flops: float) -> None:
-        """Start counting. `peak_flops`: FLOP/s of all ranks together."""
+    def __init__(self, config: ModelConfig, masking: MaskingConfig, peak_flops: float, one_size: bool = True) -> None:
+        """Start counting. `peak_flops`: FLOP/s of all ranks together; `one_size`: of images, throughout the run."""
         self._peak = peak_flops
-        self._has_reference = config.resize == "square"
+        self._has_reference = config.resize == "square" and one_size
         self._paired = reference_flops(config, masking)
         self._image, self._text = (reference_flops(config, masking, **{n: False}) for n in ("text", "image"))
         self._start()

@@ -1,0 +1,122 @@
+"""Training that begins with smaller images: their positions, crops and FLOPs, and runs that go on across a switch."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.batch.packing import Geometry
+from m3ae_fast.config import Config, DataConfig, MaskingConfig, ModelConfig, SourceConfig, parse
+from m3ae_fast.data import Preparation, ShardStore, Share, eval_loader, open_corpus, train_loader
+from m3ae_fast.model.flops import executed_flops
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.positions import Positions, resampled, sincos_2d, sincos_of_smaller
+from m3ae_fast.training.dry_run import report
+from tests.helpers.shards import members, write_tar
+from tests.helpers.trainer import TINY
+
+MODEL = ModelConfig(
+    size=None, emb_dim=16, depth=2, num_heads=2, dec_emb_dim=16, dec_depth=1, dec_num_heads=2, image_size=32,
+    patch_size=8, vocab_size=0,
+)  # fmt: skip
+
+
+def test_positions_of_a_smaller_image_are_those_of_the_whole():
+    assert torch.equal(sincos_of_smaller(16, 4, 4), sincos_2d(16, 4))
+    middle = torch.tensor([0.5, 2.5])  # each patch stands for two by two
+    assert torch.allclose(sincos_of_smaller(16, 2, 4)[[0, 3], :4], torch.sin(middle[:, None] * 0.1 ** torch.arange(4)))
+    for kind in ("sincos", "stored"):
+        positions = Positions(MODEL.model_copy(update={"positions": kind}), 16)
+        found, _ = positions(None, None, [(2, 2), (2, 2)])
+        expected = resampled(positions.image, (2, 2)) if kind == "stored" else sincos_of_smaller(16, 2, 4)
+        assert torch.equal(found, expected) and torch.equal(positions(None, None, [(4, 4)])[0], positions.image)
+        assert torch.equal(positions(None, None, [])[0], positions.image)  # captions alone
+
+
+@pytest.fixture
+def batches(tmp_path):
+    """The batches of four steps and of an evaluation; images have 16 pixels in the first two steps."""
+    corpus = open_corpus(
+        [SourceConfig(shards=write_tar(tmp_path / "a.tar", members(range(8), "image")))], ShardStore(None)
+    )
+    masking = MaskingConfig(image_predicted=0.5)
+    preparation = Preparation(Geometry.of(MODEL), masking, None, 0, smaller=((1, 8), (2, 16)))
+    share, data = Share(8, 2, 0, 1), DataConfig(train=[SourceConfig(shards="none")], workers=0)
+    training = [*train_loader(data, corpus, preparation, share, range(4))]
+    return training, [*eval_loader(data, corpus, preparation, share)]
+
+
+def test_images_have_the_size_of_their_step_and_evaluations_the_models(batches):
+    training, evaluation = batches
+    assert [batch.images.shape[-1] for batch in training] == [8, 8, 16, 16, 32, 32, 32, 32]
+    assert [{*batch.grids} for batch in training[::2]] == [{(1, 1)}, {(2, 2)}, {(4, 4)}, {(4, 4)}]
+    assert all(batch.images.shape[-1] == 32 for batch in evaluation)
+    flops = [executed_flops(MODEL, batch) for batch in training[::2]]
+    assert flops[0] < flops[1] / 2 < flops[2] / 4 and flops[2] == flops[3]
+
+
+def test_a_smaller_image_is_what_a_model_of_its_size_sees(batches):
+    """But for the positions, which are those of the whole."""
+    training, _ = batches
+    torch.manual_seed(0)
+    model = M3AE(MODEL)
+    other = M3AE(MODEL.model_copy(update={"image_size": 16}))
+    other.load_state_dict(model.state_dict())
+    for holder, dim in ((other.encoder_input, 16), (other.decoder_input.unshuffle, 16)):
+        holder.positions.image = sincos_of_smaller(dim, 2, 4)
+    losses = [each(training[2]).loss for each in (model, other)]
+    assert torch.equal(*losses) and losses[0].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "message"),
+    [
+        ({"resize": "native"}, {}, r"square images with pixel targets, not model\.resize native"),
+        ({"image_targets": "vqgan"}, {}, r"square images with pixel targets, not model\.image_targets vqgan"),
+        ({}, {"hours": 1.0}, r"a known number of steps: set train\.hours"),
+        ({}, {"image_sizes": [[0.5, 8], [0.25, 12]]}, r"the fractions \[0\.5, 0\.25\] must rise"),
+        ({}, {"image_sizes": [[0.5, 10]]}, r"10 must be a multiple of model\.patch_size"),
+        ({}, {"image_sizes": [[0.5, 64]]}, r"below model\.image_size"),
+        ({}, {"image_sizes": [[1.0, 16]]}, r"train\.image_sizes"),
+    ],
+)
+def test_what_cannot_grow_is_refused_in_a_line(model, train, message):
+    data = {"image_tokenizer": "vqgan"} if "image_targets" in model else {}
+    changed = {"model": TINY["model"] | model, "data": TINY["data"] | data}
+    with pytest.raises(UserError, match=message) as error:
+        parse(Config, TINY | changed | {"train": TINY["train"] | {"image_sizes": [[0.5, 8]]} | train}, "test")
+    assert "\n" not in str(error.value)
+
+
+def test_a_dry_run_counts_the_flops_of_all_sizes(capsys):
+    half = {"model": TINY["model"] | {"vocab_size": 0}, "train": TINY["train"] | {"image_sizes": [[0.5, 8]]}}
+    data = TINY["data"] | {"tokenizer": None}
+    report(parse(Config, TINY | half | {"data": data}, "test"), world=1, data=False)
+    full, mean = (float(line.split()[0]) for line in capsys.readouterr().out.splitlines()[2:4])
+    assert 0.4 * full <= mean <= full
+
+
+@pytest.mark.slow
+def test_a_run_grows_on_all_ranks_and_goes_on_across_the_switch(trainer):
+    options = ["train.image_sizes=[[0.5,8]]", "train.save_every=1", "train.keep=9", "data.workers=0", "optim.name=muon"]
+    options = [word for option in options for word in ("--set", option)]
+    out = trainer("one", *options)
+    assert "train.image_sizes=[[0.5, 8]]" in out and "Open: " in out
+    whole = trainer.losses("one")
+    assert len(whole) == 6 and not trainer.lines("one", "mfu")
+    folder = trainer.folder / "one"
+    for last in (2, 3, 4):  # before the switch, at it and after it
+        for path in checkpoint.saved_steps(folder):
+            if checkpoint.step_of(path) > last:
+                shutil.rmtree(path)
+        trainer("one", *options, "--resume", "auto")
+        assert trainer.losses("one") == whole
+    trainer("two", *options, ranks=2)
+    np.testing.assert_allclose(np.array(trainer.losses("two")), np.array(whole), rtol=2e-5)
+    other = ["--set", "train.image_sizes=[]", "--set", "train.steps=9", "--resume", "auto"]
+    assert "not the same stream of samples" in trainer("one", *options, *other, code=2)
+    trainer("full", "--set", "optim.name=muon")
+    assert trainer.lines("full", "val_image_loss")[0] == trainer.lines("one", "val_image_loss")[0]
