@@ -13,7 +13,7 @@ import pytest
 from benchmarks import results
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import Data, Layout, ShardStore, open_corpus
-from m3ae_fast.data.fetcher import Needs
+from m3ae_fast.data.fetcher import PrefetchSchedule
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.data.order import Order
@@ -53,7 +53,7 @@ def opened(path: str, cache: str, out: str) -> None:
         os.wait()
         start = time.process_time()
         fingerprint(Data(corpus, None, None), Layout(LANES, 2))
-        Needs(corpus, order, range(LANES), 0, 1, 4096, 0).require_room()
+        PrefetchSchedule(corpus, order, range(LANES), 0, 1, 4096, 0).require_room()
         begin = {"what else a start takes, s": time.process_time() - start}
         Path(out).write_text(json.dumps(json.loads(Path(out).read_text()) | begin))
         return

@@ -1,4 +1,4 @@
-"""From shards on disk or elsewhere to packed batches."""
+"""Data loading, from local or remote shards to packed batches."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ _NAMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return what is imported only when it is asked for: the parsers of `m3ae-fast shards` need no torch."""
+    """Import attributes on first access, because the argument parsers of `m3ae-fast shards` must not import torch."""
     for module, names in _NAMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)

@@ -1,4 +1,4 @@
-"""The shards of a run, counted before training starts."""
+"""The dataset of a run: its sources and shards, counted before training starts."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from m3ae_fast.data.shards import ShardStore, expand
 
 @dataclass(frozen=True)
 class Source:
-    """Shards that hold samples, and what each trains."""
+    """A dataset source: shards and the modality that each of them trains."""
 
     shards: Sequence[IndexedShard]
     modalities: list[Modality]
     weight: float | None
     loss_weight: float = 1.0
-    labels: np.ndarray | None = None  # int64, of all samples in file order: see data.labels
-    caption_fraction: float = 1.0  # of the pairs that keep their caption: see data.reader
-    image_sizes: np.ndarray | None = None  # int32 [samples, 2], height and width: see data.image_sizes
+    labels: np.ndarray | None = None  # int64, of all samples in file order; see data.labels
+    caption_fraction: float = 1.0  # fraction of the pairs whose captions are used; see data.reader
+    image_sizes: np.ndarray | None = None  # int32 [samples, 2], height and width; see data.image_sizes
 
     @property
     def sizes(self) -> np.ndarray:
-        """Return the samples per shard, int64."""
+        """Return the number of samples in each shard, int64."""
         if isinstance(self.shards, CountedShards):
             return self.shards.sizes
         return np.array([shard.summary.samples for shard in self.shards], dtype=np.int64)
 
     @property
     def indexed(self) -> Sequence[IndexedShard]:
-        """Return the shards that an index describes; none of a manifest's."""
+        """Return the shards that have an index; empty for a manifest."""
         return () if isinstance(self.shards, CountedShards) else self.shards
 
     @property
@@ -52,31 +52,33 @@ class Source:
 
     @property
     def shard_with_captions(self) -> str | None:
-        """Return the first shard whose captions are trained on."""
+        """Return the first shard whose captions are trained on; None if there is none."""
         shards = zip(self.shards, self.modalities)
         return next((s.shard for s, modality in shards if modality != "image" and self._captions(s)), None)
 
     def _captions(self, shard: IndexedShard) -> int:
-        """Return at most how many captions of a shard are kept."""
+        """Return an upper bound on the number of captions of a shard that are used."""
         return shard.summary.captions - (0 if self.caption_fraction else shard.summary.paired)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """All sources of a run or of an evaluation."""
+    """A dataset: all sources of a run or of an evaluation."""
 
     sources: list[Source]
     store: ShardStore
-    damaged: list[Skipped] = field(default_factory=list)  # shards that are not whole
-    counted: list[tuple[int, int]] = field(default_factory=list)  # by source: shards that cannot be read, of how many
+    damaged: list[Skipped] = field(default_factory=list)  # incomplete or unreadable shards
+    # by source: number of unreadable shards, and of all shards
+    counted: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def samples(self) -> int:
-        """Return the samples per epoch, broken ones included."""
+        """Return the number of samples per epoch, including invalid samples."""
         return sum(int(source.sizes.sum()) for source in self.sources)
 
     def require(self, max_bad_fraction: float) -> None:
-        """Raise UserError if a larger fraction of the shards cannot be read: their samples count as bad ones."""
+        """Raise UserError if more than `max_bad_fraction` of a source's shards cannot be read: their samples count as
+        bad samples."""
         for lost, of in self.counted:
             if lost > max_bad_fraction * of:
                 named = next(item for item in self.damaged if item.reason.startswith("cannot be read"))
@@ -92,7 +94,7 @@ class Corpus:
         return describe_ignored([shard for source in self.sources for shard in source.indexed])
 
     def shared_with(self, other: Corpus) -> list[str]:
-        """Return the shards that another corpus has too, however their paths are written; none of a manifest's."""
+        """Return the shards that also occur in `other`, regardless of how paths are written; empty for manifests."""
         own, theirs = (
             {os.path.realpath(shard.shard): shard.shard for source in corpus.sources for shard in source.indexed}
             for corpus in (self, other)
@@ -101,13 +103,13 @@ class Corpus:
 
     @property
     def sizes(self) -> list[np.ndarray]:
-        """Return the samples of each shard of each source."""
+        """Return the number of samples in each shard, for each source."""
         return [source.sizes for source in self.sources]
 
     @property
     def weights(self) -> list[float] | None:
         given = [source.weight for source in self.sources if source.weight is not None]
-        return given or None  # the config has all or none
+        return given or None  # the config has weights for all sources or for none
 
     @property
     def has_captions(self) -> bool:
@@ -115,9 +117,9 @@ class Corpus:
 
 
 def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress: bool = False) -> Corpus:
-    """Find all shards and count their samples, by their manifest or indexing those that have no index yet; `progress`
-    shows a bar. Raises UserError if a pattern matches nothing, no shard of a source can be read, or none of its
-    samples has its modality."""
+    """Find all shards and count their samples, from a manifest or from their indexes, which are created if missing.
+    `progress` shows a bar. Raises UserError if a pattern matches nothing, no shard of a source can be read, or no
+    sample of a source has its modality."""
     corpus = Corpus([], store)
     for config in sources:
         names = [] if is_manifest(config.shards) else expand(config.shards)
@@ -131,8 +133,8 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
         corpus.counted.append((len(lost), len(lost) + len(shards)))
         for shard in shards:
             if shard.summary.damage:
-                where = f" (its copy: {store.copy(shard.shard)})" if store.is_cached(shard.shard) else ""
-                reason = f"the tar{where} {shard.summary.damage}; {shard.summary.samples} samples of it are used"
+                where = f" (its cached copy is {store.copy(shard.shard)})" if store.is_cached(shard.shard) else ""
+                reason = f"the tar{where} {shard.summary.damage}; {shard.summary.samples} of its samples are used"
                 corpus.damaged.append(Skipped(shard.shard, "", reason))
         if not shards:
             raise none_read(lost[0], len(lost))
@@ -142,13 +144,13 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
         if not shards:
             kinds = f"images {', '.join(IMAGE_SUFFIXES)}; captions txt, json"
             others = f", but {ignored}" if ignored else ""
-            raise UserError(f"shards {config.shards!r}: no samples in them ({kinds}){others}{damage}")
+            raise UserError(f"shards {config.shards!r}: contain no samples ({kinds}){others}{damage}")
         corpus.sources.append(_source(config, shards, [shard.summary.modality for shard in shards]))
     return corpus
 
 
 def describe_ignored(shards: Sequence[IndexedShard]) -> str:
-    """Return the members that nothing reads, by suffix, the most frequent first."""
+    """Return a summary of the ignored files by suffix, the most frequent first."""
     counts: Counter[str] = Counter()
     for shard in shards:
         counts.update(shard.summary.ignored)
@@ -157,23 +159,23 @@ def describe_ignored(shards: Sequence[IndexedShard]) -> str:
 
 def _by_manifest(config: SourceConfig, rows: np.ndarray, corpus: Corpus) -> Source:
     unread = rows["kind"] == UNREAD
-    reason = "cannot be read, or could not be when its manifest was made"
+    reason = "cannot be read, or could not be read when its manifest was created"
     corpus.damaged.extend(Skipped(name.decode(), "", reason) for name in rows["name"][unread])
     corpus.counted.append((int(unread.sum()), len(rows)))
     if not (rows := rows[rows["samples"] > 0] if (rows["samples"] == 0).any() else rows).size:
-        raise UserError(f"shards {config.shards!r}: no samples in them")
+        raise UserError(f"shards {config.shards!r}: contain no samples")
     shards = CountedShards(rows, corpus.store)
     require(shards[0].shard)
     return _source(config, shards, shards.kinds)
 
 
 def _source(config: SourceConfig, shards: Sequence[IndexedShard], kinds: list[Modality]) -> Source:
-    """Return a source of shards of these kinds. Raises UserError if none holds what the config asks for."""
+    """Return a source with shards of these kinds. Raises UserError if none has the modality that the config sets."""
     modalities = kinds if config.modality == "auto" else [config.modality] * len(shards)
     if not any(_holds(shard, modality) for shard, modality in zip(shards, modalities)):
-        raise UserError(f"shards {config.shards!r}: no sample in them is {config.modality!r}; change its modality")
+        raise UserError(f"shards {config.shards!r}: no sample has the modality {config.modality!r}; change it")
     if config.caption_fraction < 1 and not any(_holds(shard, "paired") for shard in shards):
-        raise UserError(f"shards {config.shards!r}: hold no pairs; leave out caption_fraction")
+        raise UserError(f"shards {config.shards!r}: contain no pairs, so caption_fraction has no effect; remove it")
     return Source(shards, modalities, config.weight, config.loss_weight, caption_fraction=config.caption_fraction)
 
 

@@ -1,7 +1,7 @@
-"""Turns positions of the stream into samples for the model.
+"""The dataset that maps indices in the sample order to samples for the model.
 
-A sample's crop, flip and masks depend on (seed, source, epoch, sample, view) alone. With `repeats` R, positions R k to
-R k + R - 1 are the views of the order's k-th sample.
+A sample's crop, flip and masks depend only on (seed, source, epoch, sample, view). With `repeats` R, the positions R k
+to R k + R - 1 are views of the k-th sample in the order.
 
 Shapes: C channels, H x W pixels, L patches of an image, n tokens of a caption.
 """
@@ -32,16 +32,17 @@ from m3ae_fast.images.normalisation import model_input
 from m3ae_fast.vqgan.model import VQGAN
 
 UNMASKED = MaskingConfig(image_ratio=0, text_ratio=0)
-# What a random number is for, so that no two uses share a stream.
+# Purposes of random numbers, so that no two of them share a stream.
 _CROP, _MASK, _BATCH_MASK, _TRANSFORM, _FORWARD, _PREDICTED_PATCHES, _PREDICTED_TOKENS = range(7)
 
-# uint8 [C, H, W] and a seed -> the same shape; all that it draws comes from the seed
+# uint8 [C, H, W] and a seed -> the same shape; all its randomness comes from the seed
 Transform = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Augment:
-    """RandomResizedCrop's fraction of the area, and whether to mirror half of the images."""
+    """Settings of the augmentation: the area fractions of RandomResizedCrop, and whether to flip half of the images
+    horizontally."""
 
     crop_scale: tuple[float, float]
     flip: bool
@@ -49,44 +50,44 @@ class Augment:
 
 @dataclass(frozen=True)
 class Preparation:
-    """How a sample becomes the model's input."""
+    """Settings that determine how samples become model inputs."""
 
-    geometry: Geometry  # the model's
+    geometry: Geometry  # of the model
     masking: MaskingConfig
     tokenizer: CaptionTokenizer | None  # None if there are no captions
-    seed: int  # the run's
-    image_tokenizer: VQGAN | None = None  # that makes the images' token ids in the loader
-    stored_codebook: int | None = None  # codes of the codebook, where the shards hold the images' ids
-    counted_for: ModelConfig | None = None  # whose FLOPs workers count for each batch, beside the training
+    seed: int  # of the run
+    image_tokenizer: VQGAN | None = None  # computes the images' token ids in the loader
+    stored_codebook: int | None = None  # size of the codebook, if the shards contain the images' token ids
+    counted_for: ModelConfig | None = None  # model whose FLOPs workers count for each batch
     smaller: tuple[tuple[int, int], ...] = ()  # image sizes in training, each until so many steps are taken
 
 
 class _Draft(NamedTuple):
-    """Views of a sample without their images, whose bytes it holds."""
+    """Views of a sample before image decoding, with the bytes of the image."""
 
     samples: list[Sample]
     views: Sequence[int]
     image: bytes | None
     place: Place
-    skip: Callable[[str], Skipped]  # of a reason
+    skip: Callable[[str], Skipped]  # creates a Skipped from a reason
 
 
 def _key(place: Place, view: int) -> tuple[int, ...]:
-    """Return what a view's random numbers depend on."""
+    """Return the key on which a view's random numbers depend."""
     return (*place, view) if view else place
 
 
 @dataclass(eq=False)
 class Samples(Dataset[Sample | Skipped]):
-    """Reads, decodes, augments, tokenises and masks the samples at given positions."""
+    """A dataset that reads, decodes, augments, tokenises and masks the samples at given positions."""
 
     corpus: Corpus
     order: Order | FileOrder
     preparation: Preparation
-    augment: Augment | None  # None: the central square, or all of a native image, as it is
-    positions_per_mask: int  # with `masking.per` "batch": the samples of a step, over all ranks
-    repeats: int = 1  # views of a sample, which follow each other
-    transform: Transform | None = None  # of each image, cropped
+    augment: Augment | None  # None: no augmentation, but the central square, or the whole native image
+    positions_per_mask: int  # with `masking.per` "batch": the number of samples per step over all ranks
+    repeats: int = 1  # consecutive views of each sample
+    transform: Transform | None = None  # applied to each cropped image
 
     def __post_init__(self) -> None:
         self._readers = [Reader(source, self.corpus.store) for source in self.corpus.sources]
@@ -95,13 +96,14 @@ class Samples(Dataset[Sample | Skipped]):
         self._smaller = [(end, replace(geometry, image_size=size)) for end, size in self.preparation.smaller]
 
     def __getitem__(self, position: int) -> Sample | Skipped:
-        """Return the sample at `position`, or why there is none."""
+        """Return the sample at `position`, or the reason why it is skipped."""
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Sample | Skipped]:
-        """Return a whole micro-batch, as the DataLoader asks for it, which may be empty.
+        """Return a whole, possibly empty, micro-batch, as the DataLoader requests.
 
-        Everything else comes before the images: between two of them, which evict the caches, it takes twice as long.
+        Images are decoded last, because decoding evicts the CPU caches: other work between two images would take twice
+        as long.
         """
         groups = [list(views) for _, views in groupby(positions, lambda position: position // self.repeats)]
         drafts = [self._without_image(views) for views in groups]
@@ -110,7 +112,7 @@ class Samples(Dataset[Sample | Skipped]):
         return found
 
     def _without_image(self, positions: Sequence[int]) -> _Draft | list[Skipped]:
-        """Return the views of one sample that stand at `positions`."""
+        """Return the views at `positions`, which belong to one sample, before image decoding."""
         turn = positions[0] // self.repeats
         place = self.order.locate(turn)
         reader = self._readers[place.source]
@@ -130,7 +132,7 @@ class Samples(Dataset[Sample | Skipped]):
             sample = Sample(
                 f"{name}/{key}",
                 tokens=tokens,
-                image_mask=None if image is None else image_mask,  # of a native image until its size is known
+                image_mask=None if image is None else image_mask,  # None for a native image until its size is known
                 text_mask=None if tokens is None else text_mask[: len(tokens)].clone(),
                 label=None if source.labels is None else int(source.labels[place.sample]),
                 loss_weight=source.loss_weight,
@@ -150,7 +152,9 @@ class Samples(Dataset[Sample | Skipped]):
             geometry = self.preparation.geometry
             image = decode_image(draft.image, geometry.channels, geometry.image_range, geometry.image_dtype)
             if self.preparation.stored_codebook and image.shape[-2:] != (size := geometry.image_size, size):
-                raise BadSample(f"has {image.shape[-1]} x {image.shape[-2]} pixels, but ids of {size} x {size}")
+                raise BadSample(
+                    f"the image has {image.shape[-1]} x {image.shape[-2]} pixels, but its ids are for {size} x {size}"
+                )
         except BadSample as error:
             return [draft.skip(str(error))] * len(draft.samples)
         for sample, view in zip(draft.samples, draft.views):
@@ -166,20 +170,20 @@ class Samples(Dataset[Sample | Skipped]):
         return draft.samples
 
     def _tokens(self, caption: str) -> Tensor:
-        """Raise BadSample if the tokenizer fails on it."""
-        assert self.preparation.tokenizer is not None  # the loader asks for one
+        """Return the tokens of a caption. Raises BadSample if the tokenizer fails on it."""
+        assert self.preparation.tokenizer is not None  # the loader requires one
         return torch.from_numpy(self.preparation.tokenizer.encode(caption))
 
     def _stored_ids(self, reader: Reader, shard: int, row: int) -> Tensor | None:
-        """Raise BadSample if there are none, or they do not fit the model."""
+        """Return an image's stored token ids. Raises BadSample if there are none, or if they do not fit the model."""
         codes, length = self.preparation.stored_codebook, self.preparation.geometry.patches_per_image
         if codes is None:
             return None
         ids = torch.from_numpy(reader.image_ids(shard, row))
         if len(ids) != length:
-            raise BadSample(f"has {len(ids)} ids for {length} patches")
+            raise BadSample(f"the sample has {len(ids)} image ids for {length} patches")
         if not 0 <= ids.min() <= ids.max() < codes:
-            raise BadSample(f"has ids outside the codebook of {codes}")
+            raise BadSample(f"the sample has image ids outside the codebook of {codes} codes")
         return ids
 
     def _add_ids(self, samples: list[Sample]) -> None:
@@ -199,7 +203,7 @@ class Samples(Dataset[Sample | Skipped]):
     def _crop(self, image: Tensor, key: tuple[int, ...], geometry: Geometry) -> Tensor:
         frame = geometry.frame
         if self.preparation.stored_codebook:
-            return image  # the crop that its ids are of
+            return image  # the stored ids belong to this crop
         if self.augment is None:
             return whole_view(image, frame)
         generator = self._seeded(_CROP, *key)
@@ -209,23 +213,24 @@ class Samples(Dataset[Sample | Skipped]):
         return self.transform(image, hash64(self.preparation.seed, _TRANSFORM, *key)) if self.transform else image
 
     def _masks(self, key: tuple[int, ...], position: int) -> tuple[Tensor, Tensor]:
-        """Draw the masks of patches and of text tokens, over the whole text length, as the official code draws them."""
+        """Sample the masks of patches and of text tokens, over the whole text length, as in the official code."""
         geometry, masking = self._geometry(position), self.preparation.masking
         image_mask = self._image_mask(geometry.patches_per_image, key, position // self.positions_per_mask)
         return image_mask, draw_mask(geometry.text_length, masking.text_ratio, self._generator)
 
     def _image_mask(self, patches: int, key: tuple[int, ...], batch: int) -> Tensor:
-        """Draw the mask of an image of so many patches, and leave the generator to what is drawn for the text."""
+        """Sample the mask of an image with this number of patches, without affecting the random numbers for the
+        text."""
         masking = self.preparation.masking
         generator = self._seeded(_MASK, *key) if masking.per == "sample" else self._seeded(_BATCH_MASK, batch)
         return draw_mask(patches, masking.image_ratio, generator)
 
     def _predicted(self, mask: Tensor | None, fraction: float, key: tuple[int, ...]) -> Tensor | None:
-        """Draw the masked tokens that are predicted in training; None: all, as in an evaluation."""
+        """Sample the masked tokens that are predicted in training; None: all of them, as in an evaluation."""
         if mask is None or fraction == 1 or self.augment is None:
             return None
         return draw_predicted(mask, fraction, self._seeded(*key))
 
     def _seeded(self, *key: int) -> torch.Generator:
-        # torch's generator takes 32 bits of a seed
+        # torch's generator uses only 32 bits of a seed
         return self._generator.manual_seed(hash64(self.preparation.seed, *key) & 0xFFFFFFFF)

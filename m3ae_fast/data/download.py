@@ -1,5 +1,5 @@
-"""Copies a shard from its source into a file, with limits on idle time, transfer rate and total time; checks that it is
-a tar."""
+"""Downloads of shards into files, with limits on idle time, transfer rate and total time, and a check that the result
+is a tar."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from m3ae_fast.base import object_store
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.tar import is_whole_tar
 
-TIMEOUT_S = 60.0  # without a byte
+TIMEOUT_S = 60.0  # seconds without a byte
 SLOWEST = 4096.0  # bytes per second over SLOW_S; slower is an error
 SLOW_S = 120.0
-LONGEST_S = 4 * 3600.0  # for one try
+LONGEST_S = 4 * 3600.0  # limit for one attempt, in seconds
 ATTEMPTS = 5
-MAX_WAIT_S = 300.0  # between two, whatever the server asks for
-RETRIED = {408, 425, 429}  # of the 4xx: timeout, too early, too many requests
+MAX_WAIT_S = 300.0  # longest wait between two attempts, even if the server requests more
+RETRIED = {408, 425, 429}  # HTTP errors 4xx that are retried: timeout, too early, too many requests
 _CHUNK = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -40,9 +40,10 @@ class NotThere(OSError):
 
 
 def download(shard: str, out: BinaryIO) -> None:
-    """Write the tar behind a URL, a `pipe:` command or a gzipped file to `out`, which must be empty. Raises NotThere
-    where the server says so, OSError for anything else: too slow, cut short, not a tar; with `retry_after` in seconds,
-    where a server names it."""
+    """Write the tar from a URL, a `pipe:` command or a gzipped file to `out`, which must be empty. Raises NotThere if
+    the server reports that it does not exist, and OSError for all other failures: a transfer that is too slow or
+    incomplete, or data that are not a tar. The error has the attribute `retry_after` in seconds if the server sends
+    it."""
     try:
         with _open(shard) as chunks:
             source = io.BufferedReader(_Stream(_paced(chunks)), _CHUNK)
@@ -55,24 +56,24 @@ def download(shard: str, out: BinaryIO) -> None:
             raise _with_wait(OSError(f"{error}"), error.headers.get("Retry-After")) from error
     except OSError:
         raise
-    except Exception as error:  # handlers of all schemes, decompression included, raise anything
+    except Exception as error:  # handlers of schemes and decompression raise many kinds of errors
         raise OSError(str(error)) from error
     out.flush()
     if not out.tell():
-        raise OSError("got no bytes")
+        raise OSError("the source sent no data")
     if not is_whole_tar(out.fileno(), out.tell()):
         raise OSError(f"the data is not a tar with its end mark ({_begin(out)})")
 
 
 def read_small(name: str, limit: int) -> bytes:
-    """Return a file or what is behind a URL. Raises OSError if that fails or has more than `limit` bytes."""
+    """Return the content of a file or URL. Raises OSError if that fails or if there are more than `limit` bytes."""
     data = b""
     try:
         with _open(name) as chunks:
             for chunk in _paced(chunks):
                 data += chunk
                 if len(data) > limit:
-                    raise OSError(f"more than {limit:,} bytes")
+                    raise OSError(f"the file has more than {limit:,} bytes")
     except OSError:
         raise
     except Exception as error:  # as in `download`
@@ -81,12 +82,12 @@ def read_small(name: str, limit: int) -> bytes:
 
 
 def retry_after(error: OSError, attempt: int) -> float:
-    """Return the seconds to wait after try number `attempt`, from 0, has failed."""
+    """Return the seconds to wait after the failure of attempt number `attempt`, counted from 0."""
     return min(MAX_WAIT_S, max(2.0**attempt, getattr(error, "retry_after", 0.0)))
 
 
 def _with_wait(error: OSError, header: str | None) -> OSError:
-    """Add to the error what a Retry-After header asks for: seconds, or a date (RFC 9110)."""
+    """Add the waiting time of a Retry-After header to the error. The header has seconds or a date (RFC 9110)."""
     seconds = 0.0
     if header and header.strip().isascii() and header.strip().isdecimal():
         seconds = float(header[:9])
@@ -104,8 +105,8 @@ def _begin(out: BinaryIO) -> str:
 
 @contextmanager
 def _open(shard: str) -> Iterator[Iterator[bytes]]:
-    """Open a shard; gives its bytes as they arrive."""
-    if shard.startswith(("http://", "https://")):  # gopen would need curl installed
+    """Open a shard and yield an iterator over its bytes."""
+    if shard.startswith(("http://", "https://")):  # gopen would require curl
         with urllib.request.urlopen(shard, timeout=TIMEOUT_S) as response:
             yield _of_http(response)
     elif "://" not in shard and not shard.startswith("pipe:"):
@@ -121,11 +122,11 @@ def _open(shard: str) -> Iterator[Iterator[bytes]]:
         try:
             yield _of_object(source) if stored else _of_command(source)
         except BaseException:
-            source.proc.kill()  # or closing would wait for it
+            source.proc.kill()  # otherwise closing would wait for it
             source.ignore_errors = True
             raise
         finally:
-            source.close()  # raises where the command failed
+            source.close()  # raises an error if the command failed
 
 
 def _object(url: str) -> Pipe:
@@ -145,12 +146,12 @@ def _of_http(response) -> Iterator[bytes]:
         got += len(chunk)
         yield chunk
     if promised is not None and got != int(promised):
-        raise OSError(f"got {got:,} of {int(promised):,} bytes")
+        raise OSError(f"the transfer ended after {got:,} of {int(promised):,} bytes")
 
 
 def _of_command(source: Pipe) -> Iterator[bytes]:
     fd = source.stream.fileno()
-    ready = select.poll()  # select() fails where a thousand files are open
+    ready = select.poll()  # select() fails if a thousand files are open
     ready.register(fd, select.POLLIN)
     silent = 0.0
     while silent < TIMEOUT_S:
@@ -161,11 +162,11 @@ def _of_command(source: Pipe) -> Iterator[bytes]:
         if not (chunk := os.read(fd, _CHUNK)):
             return
         yield chunk
-    raise OSError(f"no byte for {TIMEOUT_S:g} s")
+    raise OSError(f"no data arrived for {TIMEOUT_S:g} s")
 
 
 def _paced(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield the chunks. Raises OSError if they come too slowly or for too long."""
+    """Yield the chunks. Raises OSError if the transfer is too slow or takes too long."""
     start = since = time.monotonic()
     got = 0
     for chunk in chunks:
@@ -173,15 +174,15 @@ def _paced(chunks: Iterator[bytes]) -> Iterator[bytes]:
         got += len(chunk)
         now = time.monotonic()
         if now - start > LONGEST_S:
-            raise OSError(f"took more than {LONGEST_S:g} s")
+            raise OSError(f"the transfer took more than {LONGEST_S:g} s")
         if now - since > SLOW_S:
             if got < SLOWEST * (now - since):
-                raise OSError(f"{got / (now - since):.0f} bytes/s: slower than {SLOWEST:g}")
+                raise OSError(f"the transfer rate of {got / (now - since):.0f} bytes/s is below {SLOWEST:g}")
             since, got = now, 0
 
 
 class _Stream(io.RawIOBase):
-    """Chunks as a file."""
+    """A readable file over an iterator of chunks."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks, self._rest = chunks, b""

@@ -1,6 +1,7 @@
-"""Fetches a node's shards in the order in which they are needed: one process for all ranks of the node.
+"""Prefetching of a node's shards, in the order in which they are needed, by one process for all ranks of the node.
 
-Nothing depends on it: a worker that finds no copy makes it, or waits for whoever is at it (`ShardStore.path`).
+Correctness does not depend on it: if a shard is not cached, a worker downloads it or waits for the process that is
+downloading it (`ShardStore.path`).
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ import numpy as np
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.index import index_shards
-from m3ae_fast.data.order import Need, Order
+from m3ae_fast.data.order import Order, ShuffleWindow
 from m3ae_fast.process.helper_process import Node, Standby
 
 T = TypeVar("T")
 CONNECTIONS = 16
-_LOOK_S = 0.1  # between looks at what is needed
-_RETRY_S = 60.0  # a shard that could not be fetched is not tried again sooner
+_LOOK_S = 0.1  # seconds between checks of the schedule
+_RETRY_S = 60.0  # seconds until a failed download is retried
 
 
 class Shard(NamedTuple):
-    """A shard that can be fetched."""
+    """A shard that can be downloaded."""
 
     name: str
     size: int  # bytes; 0: unknown
 
 
 class Span(NamedTuple):
-    """Positions of the order that a node's ranks are at."""
+    """The range of positions in the sample order that a node's ranks are processing."""
 
     first: int
     end: int
@@ -47,19 +48,19 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Needs:
-    """Shards that a node reads, and in which steps."""
+class PrefetchSchedule:
+    """Prefetch schedule: the shards that a node reads, by time of use."""
 
     corpus: Corpus
-    order: Order  # of its samples
-    lanes: Sequence[int]  # that the node's ranks read
-    start: int  # the step that the run begins with
-    stop: int  # the one that it ends before
-    positions: float  # of the order, per step; a fraction where `data.repeats` do not divide the batch
-    ahead: int  # steps whose batches are made before they are asked for
+    order: Order  # the sample order
+    lanes: Sequence[int]  # of the sample order that the node's ranks read
+    start: int  # first step of the run
+    stop: int  # step before which the run ends
+    positions: float  # positions in the order per step; fractional if `data.repeats` does not divide the batch
+    ahead: int  # steps whose batches are prepared in advance
 
     def span(self, steps: np.ndarray) -> Span:
-        """Return where ranks are that have taken so many steps."""
+        """Return the positions of the ranks, given the number of steps that each has taken."""
         slowest, fastest = max(self.start, int(steps.min())), max(self.start, int(steps.max()))
         end = min(self.stop, fastest + 1 + self.ahead) * self.positions
         return Span(int(slowest * self.positions), math.ceil(end), slowest > self.start)
@@ -67,45 +68,46 @@ class Needs:
     def near(self, span: Span) -> list[Shard]:
         """Return the shards to download now, as many as fit into the cache, in the order in which they are needed:
         those of the current shuffle windows and, after the first step, those of the following windows."""
-        each = self.order.needs(self.lanes, span.first, span.end)
-        rest = (self.stop * self.positions - span.end) / self.order.lanes - 1  # not what comes after the run
+        each = self.order.upcoming_windows(self.lanes, span.first, span.end)
+        # excludes windows after the end of the run
+        rest = (self.stop * self.positions - span.end) / self.order.lanes - 1
 
-        def soon(need: Need) -> bool:
-            return need.ahead == 0 or (need.ahead <= span.begun and need.wait < rest)
+        def soon(window: ShuffleWindow) -> bool:
+            return window.ahead == 0 or (window.ahead <= span.begun and window.wait < rest)
 
-        near = [takewhile(soon, needs) for needs in each]
+        near = [takewhile(soon, windows) for windows in each]
         return self._fitting(sorted(chain.from_iterable(near)))
 
     def next(self, span: Span) -> list[Shard]:
-        """Return the shards whose copies to keep: the first ones needed that fit."""
-        return self._fitting(heapq.merge(*self.order.needs(self.lanes, span.first, span.end)))
+        """Return the shards that should stay cached: those needed soonest, as many as fit."""
+        return self._fitting(heapq.merge(*self.order.upcoming_windows(self.lanes, span.first, span.end)))
 
     def in_use(self) -> int:
-        """Return the bytes of the shards that are in use at a time, at most, in an epoch."""
-        each = self.order.needs(self.lanes, 0, 0)
-        return sum(max(sum(shard.size for shard in self._named([need])) for need in needs) for needs in each)
+        """Return the maximum number of bytes of shards that are in use at the same time during an epoch."""
+        each = self.order.upcoming_windows(self.lanes, 0, 0)
+        return sum(max(sum(shard.size for shard in self._named([window])) for window in windows) for windows in each)
 
     def owned(self) -> int:
-        """Return the bytes of all shards that are fetched in an epoch."""
-        each = self.order.needs(self.lanes, 0, 0)
+        """Return the number of bytes of all shards that are downloaded in an epoch."""
+        each = self.order.upcoming_windows(self.lanes, 0, 0)
         return sum(shard.size for shard in set(self._named(chain.from_iterable(each))))
 
     def require_room(self) -> None:
-        """Raise UserError if the shards that are in use at a time do not fit into the cache. Where some are on a
-        network file system, these are read in place then."""
+        """Raise UserError if the shards that are in use at the same time do not fit into the cache. Shards on a network
+        file system are then read directly instead, so they do not count."""
         store = self.corpus.store
         store.staging = store.staging and self.in_use() <= store.room().limit
         limit = store.limit
         if limit < math.inf and (most := self.in_use()) > limit:
             raise UserError(
-                f"data.cache_gb {limit / 1e9:g}: shards of {most / 1e9:.3g} GB are in use on a node at a time; "
-                "raise it, or lower data.shuffle_shards"
+                f"data.cache_gb {limit / 1e9:g}: the shards in use at a time on a node take {most / 1e9:.3g} GB; "
+                "raise data.cache_gb, or lower data.shuffle_shards"
             )
 
-    def _fitting(self, needs: Iterable[Need]) -> list[Shard]:
+    def _fitting(self, windows: Iterable[ShuffleWindow]) -> list[Shard]:
         room, found = self.corpus.store.room(), {}
         free = room.limit
-        for shard in self._named(needs):
+        for shard in self._named(windows):
             if shard.name not in found:
                 free -= shard.size or room.largest
                 if free < 0:
@@ -113,21 +115,22 @@ class Needs:
                 found[shard.name] = shard
         return list(found.values())
 
-    def _named(self, needs: Iterable[Need]) -> Iterator[Shard]:
-        """Return those of the shards that are not read in place."""
-        for need in needs:
-            shards = self.corpus.sources[need.source].shards
-            for entry in map(shards.__getitem__, need.shards):
+    def _named(self, windows: Iterable[ShuffleWindow]) -> Iterator[Shard]:
+        """Yield the shards of the windows that are not read in place."""
+        for window in windows:
+            shards = self.corpus.sources[window.source].shards
+            for entry in map(shards.__getitem__, window.shards):
                 if self.corpus.store.is_staged(entry.shard):
                     yield Shard(entry.shard, entry.summary.size)
 
 
 class Fetching:
-    """A node's fetcher as one of the ranks sees it: the first of them starts it, and all tell it how far they are."""
+    """A rank's interface to its node's fetcher process. The node's leader starts the process, and all ranks report
+    their progress to it."""
 
-    def __init__(self, needs: Needs, node: Node, rank: int, accumulation: int):
-        self.needs, self.accumulation = needs, accumulation
-        self._path = needs.corpus.store.cache_dir / "locks" / f"steps-{node.run}"
+    def __init__(self, schedule: PrefetchSchedule, node: Node, rank: int, accumulation: int):
+        self.schedule, self.accumulation = schedule, accumulation
+        self._path = schedule.corpus.store.cache_dir / "locks" / f"steps-{node.run}"
         self._ranks, self._slot = len(node.ranks), list(node.ranks).index(rank)
         self._fetcher = node.fetcher
         if self._slot > 0 and self._fetcher:
@@ -137,54 +140,54 @@ class Fetching:
         """Start downloading if this rank owns the node's fetcher. Like loader workers, the fetcher starts before the
         first step."""
         self._steps = _shared_steps(self._path, self._ranks)
-        self._steps[self._slot] = self.needs.start
+        self._steps[self._slot] = self.schedule.start
         if self._slot == 0:
             self._fetcher = self._fetcher or Standby()
-            self._fetcher.start(serve, self.needs, self._path, self._ranks)
+            self._fetcher.start(serve, self.schedule, self._path, self._ranks)
 
     def watch(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield the micro-batches, starting with those of the first step, and report the number of completed steps to
         the fetcher."""
         for number, batch in enumerate(batches, 1):
-            self._steps[self._slot] = self.needs.start + number // self.accumulation
+            self._steps[self._slot] = self.schedule.start + number // self.accumulation
             yield batch
 
 
 def _shared_steps(path: Path, ranks: int) -> np.ndarray:
-    """Return how many steps each rank of the node has taken: int64 [ranks], in memory that all of them share."""
+    """Return the number of steps that each rank of the node has taken: int64 [ranks], in shared memory."""
     with open(path, "a+b") as file:
         file.truncate(8 * ranks)
         return np.frombuffer(mmap.mmap(file.fileno(), 8 * ranks), np.int64)
 
 
-def serve(parent: int, needs: Needs, path: Path, ranks: int) -> None:
-    """Fetch, in a process of its own, for as long as its parent lives."""
+def serve(parent: int, schedule: PrefetchSchedule, path: Path, ranks: int) -> None:
+    """Run the fetcher in its own process until its parent has ended."""
     steps = _shared_steps(path, ranks)
-    fetcher = Fetcher(needs)
+    fetcher = Fetcher(schedule)
     try:
         while os.getppid() == parent:
-            fetcher.look(needs.span(steps))
+            fetcher.look(schedule.span(steps))
             fetcher.wait()
     finally:
         path.unlink(missing_ok=True)
-        os._exit(0)  # not after the downloads under way
+        os._exit(0)  # does not wait for current downloads
 
 
 class Fetcher:
-    """Keeps CONNECTIONS open to what is needed first."""
+    """Downloader of scheduled shards, with up to CONNECTIONS parallel downloads."""
 
-    def __init__(self, needs: Needs):
-        self.needs, self.store = needs, needs.corpus.store
+    def __init__(self, schedule: PrefetchSchedule):
+        self.schedule, self.store = schedule, schedule.corpus.store
         self._pool = ThreadPoolExecutor(CONNECTIONS)
         self._busy: dict[str, Future[bool]] = {}
-        self._failed: dict[str, float] = {}  # when
+        self._failed: dict[str, float] = {}  # time of failure, by name
         self._span: Span | None = None
         self._near: list[Shard] = []
 
     def look(self, span: Span) -> None:
-        """Begin to fetch what is needed at `span` and not there."""
+        """Start downloading the shards that are needed at `span` and not cached."""
         if span != self._span:
-            before, self._span, self._near = self._near, span, self.needs.near(span)
+            before, self._span, self._near = self._near, span, self.schedule.near(span)
             if self._near != before:
                 self._keep(span)
         for shard in self._near:
@@ -192,7 +195,7 @@ class Fetcher:
                 self._busy[shard.name] = self._pool.submit(self._bring, shard)
 
     def wait(self) -> None:
-        """Wait until a shard has come, or it is time to look again."""
+        """Wait until a download has finished, or until the next check is due."""
         if len(self._busy) == CONNECTIONS:
             wait(self._busy.values(), _LOOK_S, FIRST_COMPLETED)
         else:
@@ -202,21 +205,22 @@ class Fetcher:
                 self._failed[name] = time.monotonic()
 
     def _keep(self, span: Span) -> None:
-        """Say what is needed last, where copies must make room."""
+        """Set the order of eviction if cached shards must be evicted."""
         limit, used, largest = self.store.room()
         if used + CONNECTIONS * largest > limit:
-            self.store.keep([shard.name for shard in self.needs.next(span)])
+            self.store.keep([shard.name for shard in self.schedule.next(span)])
 
     def _lacks(self, name: str) -> bool:
         if name in self._busy or time.monotonic() - self._failed.get(name, -_RETRY_S) < _RETRY_S:
             return False
         try:
             return not self.store.copy(name).exists()
-        except OSError:  # a gzipped shard that is gone
+        except OSError:  # the original of a gzipped shard no longer exists
             return False
 
     def _bring(self, shard: Shard) -> bool:
-        """Fetch a shard and make its table. Return False if that fails: who reads it says why."""
+        """Download a shard and create its index. Return False if that fails; the reader of the shard reports the
+        reason."""
         try:
             return self.store.fetch_ahead(*shard) and bool(index_shards([shard.name], self.store, lost=[]))
         except UserError:

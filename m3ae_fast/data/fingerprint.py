@@ -1,4 +1,4 @@
-"""Fingerprint of the training data, stored in checkpoints."""
+"""Fingerprint of the training data, which is stored in checkpoints."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ DATA = (
     "data.tokenizer",
     "data.image_tokenizer",
 )
-WRITTEN = "data.train.written"  # when the shards were last written
+WRITTEN = "data.train.written"  # time at which the shards were last written
 
 
 def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
-    """Return by name what must be unchanged for a resumed run: shards with sizes and order, weights of sources,
-    captions kept, labels, tokenizers; and WRITTEN, which copying changes too.
+    """Return by name the properties of the data that must be unchanged when a run resumes: shards with sizes and order,
+    weights of sources, fractions of captions, labels and tokenizers. WRITTEN is included although copying the shards
+    changes it.
 
-    Folders do not matter: shards may move. Settings are not in it: see `checkpoint.resuming.SAMPLING`.
+    Folders are not included, because shards may move, nor are settings; see `checkpoint.resuming.SAMPLING`.
     """
     shards = [
         [shard.shard.rpartition("/")[2], shard.summary.size, shard.summary.samples, modality]
@@ -38,7 +39,7 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
     what = _hash([shards, ends, data.train.weights])
     stream = {"data.train": f"{len(shards):,} shards with {data.train.samples:,} samples, {what}"}
     fractions = [source.caption_fraction for source in data.train.sources]
-    if min(fractions) < 1:  # without it the entry is that of earlier versions
+    if min(fractions) < 1:  # otherwise the entry is the same as in earlier versions
         stream["data.train"] += f", caption_fraction {', '.join(map(str, fractions))}"
     stream["data.train.loss_weight"] = ", ".join(f"{source.loss_weight:g}" for source in data.train.sources)
     stream[WRITTEN] = _written(data.train)
@@ -53,7 +54,7 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
 
 
 def _written(corpus: Corpus) -> str:
-    """Return when the shards were written, in whole seconds, without remote ones, of which only copies tell a time."""
+    """Return the times at which local shards were written, in whole seconds. Remote shards have no such times."""
     local = [shard for source in corpus.sources for shard in source.indexed if not corpus.store.is_cached(shard.shard)]
     seconds = [shard.summary.mtime_ns // 10**9 for shard in local]
     newest = datetime.fromtimestamp(max(seconds, default=0), timezone.utc)

@@ -1,4 +1,4 @@
-"""Read the sizes of images from their headers, so that ranks can share out the work before any image is decoded."""
+"""Image sizes from file headers, so that work can be balanced between ranks before any image is decoded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, IndexedShard
 from m3ae_fast.data.shards import INDEX_SUFFIX
 from m3ae_fast.images.decoding import size_of
 
-_HEAD = 1 << 14  # bytes in which most headers end
+_HEAD = 1 << 14  # bytes that contain most headers
 _MAX_SIDE = (1 << 31) - 1
 _THREADS = 8
 
@@ -30,7 +30,7 @@ def measured(corpus: Corpus, *, progress: bool = False) -> Corpus:
     """Return the dataset with `Source.image_sizes` filled in. It is left unchanged if the shards are not read in place
     but copied to the cache first, because the image sizes are then not known in advance.
 
-    A file beside each index keeps them. It is made on first use and again when the shard changes.
+    Sizes are cached in a file next to each index. It is created on first use and renewed when the shard changes.
     """
     shards = [(number, shard) for number, source in enumerate(corpus.sources) for shard in source.indexed]
     if len(shards) < sum(len(source.shards) for source in corpus.sources):
@@ -47,7 +47,8 @@ def measured(corpus: Corpus, *, progress: bool = False) -> Corpus:
 
 
 def _sizes_of(shard: IndexedShard) -> np.ndarray:
-    """Return height and width of each sample's image, int32 [samples, 2]; 0 if there is none or nothing says it."""
+    """Return the height and width of each sample's image, int32 [samples, 2]; 0 if there is no image or its size is
+    unknown."""
     path = shard.sidecar.with_name(shard.sidecar.name.removesuffix(INDEX_SUFFIX) + ".sizes" + INDEX_SUFFIX)
     identity = [shard.summary.size, shard.summary.mtime_ns]
     sizes = _kept(path, identity, shard.summary.samples)
@@ -59,11 +60,11 @@ def _sizes_of(shard: IndexedShard) -> np.ndarray:
 
 
 def _kept(path: Path, identity: Sequence[int], samples: int) -> np.ndarray | None:
-    """Return the sizes in a file; None if it is not of this shard, or damaged."""
+    """Return the cached sizes; None if the file belongs to another shard or is damaged."""
     try:
         with open_regular(path) as file:
             rows = np.lib.format.read_array(file, allow_pickle=False)
-    except Exception:  # numpy's parser raises anything for a header that is not its own
+    except Exception:  # NumPy's parser raises many kinds of errors for foreign headers
         return None
     fits = rows.dtype == np.int64 and rows.shape == (samples + 1, 2) and rows[0].tolist() == identity
     return rows[1:].astype(np.int32) if fits and (rows[1:] == np.clip(rows[1:], 0, _MAX_SIDE)).all() else None
@@ -71,7 +72,7 @@ def _kept(path: Path, identity: Sequence[int], samples: int) -> np.ndarray | Non
 
 def _read(shard: IndexedShard) -> np.ndarray:
     sizes = np.zeros((shard.summary.samples, 2), dtype=np.int32)
-    with suppress(OSError), open(shard.shard, "rb") as file:  # its samples turn out bad
+    with suppress(OSError), open(shard.shard, "rb") as file:  # its samples will count as bad samples
         table = shard.table()
         for row in np.flatnonzero(table["image_offset"] != MISSING).tolist():
             offset, length = (int(table[name][row]) for name in ("image_offset", "image_size"))

@@ -1,8 +1,8 @@
-"""What a shard holds and where: one small sidecar file per shard, so that any sample can be read on its own.
+"""Shard indexes: a small sidecar file per shard with the offsets of its samples, for random access.
 
-A sidecar is one line of JSON (`Summary`) and a NumPy array (`table`), written beside the shard, or into the cache
-folder where that is not possible. It is made on first use and again when the shard's size or modification time changes.
-Of a shard that is read from a copy it holds checksums too: what happens to the copy later is noticed.
+A sidecar is one line of JSON (`Summary`) and a NumPy array (`table`). It is written next to the shard, or to the cache
+folder if that is not possible. It is created on first use and renewed when the shard's size or modification time
+changes. The sidecar of a cached shard also contains checksums, so that later damage to the copy is detected.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from m3ae_fast.data.tar import Member, scan_tar
 Modality = Literal["any", "paired", "image", "text"]
 
 VERSION = 6
-# of a sample's images the first one is taken
+# the first of a sample's images is used
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "npy")
 MASK_SUFFIX = "mask.png"
 _OTHER_SUFFIXES = ("txt", "json", "cls", "ids", MASK_SUFFIX)
-_MOST_IGNORED = 20  # suffixes that a summary names
+_MOST_IGNORED = 20  # number of suffixes in a summary
 MISSING = -1
 MAX_IMAGE_BYTES = 1 << 28
-_MAX_KEY = 128  # bytes that messages show
+_MAX_KEY = 128  # bytes shown in messages
 _MAX_JSON = 1 << 20  # bytes
 _MAX_SUMMARY = 1 << 16  # bytes
-_MAX_HEADER = 1 << 17  # bytes of NumPy's
+_MAX_HEADER = 1 << 17  # bytes of NumPy's header
 _OFFSETS = tuple(f"{part}_{what}" for part in ("image", "text", "cls", "json", "ids") for what in ("offset", "size"))
 _CHECKSUMS = tuple(f"{part}_crc" for part in ("image", "text", "ids"))
 _MAX_FILE = 1 << 60  # bytes
 _THREADS = 8
-# WebDataset's: up to the first dot of the basename
+# key as in WebDataset: up to the first dot of the basename
 _KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^/.]+)[.]([^/]*)$", re.DOTALL)
 _NOTHING = Member("", MISSING, 0)
-_META = re.compile(r"^__[^/]*__($|/)")  # WebDataset skips these
+_META = re.compile(r"^__[^/]*__($|/)")  # WebDataset skips these members
 
 
 _Count = Annotated[int, Field(ge=0, le=_MAX_FILE)]
@@ -61,21 +61,21 @@ _Count = Annotated[int, Field(ge=0, le=_MAX_FILE)]
 
 @dataclass(frozen=True)
 class Summary:
-    """The first line of a sidecar."""
+    """The first line of a sidecar: counts and the state of a shard."""
 
     version: int
     size: _Count  # bytes of the tar
     mtime_ns: int
-    samples: _Count  # that have an image or a caption
+    samples: _Count  # samples with an image or a caption
     images: _Count
     captions: _Count
-    paired: _Count  # that have both
-    ignored: dict[str, _Count]  # members that nothing reads, by suffix; the most frequent ones
-    damage: str | None  # what is wrong with the tar; its readable part is indexed
+    paired: _Count  # samples with both
+    ignored: dict[str, _Count]  # numbers of ignored files by suffix; only the most frequent suffixes
+    damage: str | None  # description of damage to the tar, of which the readable part is indexed
 
     @property
     def modality(self) -> Modality:
-        """Return what the shard trains: `any` where its samples are of several kinds, and each trains what it has."""
+        """Return the modality that the shard trains; "any" if its samples are of several kinds."""
         kinds: dict[Modality, int] = {
             "paired": self.paired,
             "image": self.images - self.paired,
@@ -89,54 +89,55 @@ _SUMMARY = TypeAdapter(Summary)
 
 @dataclass(frozen=True)
 class IndexedShard:
-    """A shard, its summary, and the sidecar that holds its table."""
+    """A shard with its summary, and the sidecar with its table."""
 
     shard: str
     summary: Summary
     sidecar: Path
 
     def table(self) -> np.ndarray:
-        """Return a structured array [samples]: `image_offset`, `image_size`, `text_offset`, `text_size` (bytes; offset
-        MISSING where there is none), `json` (the caption is the member's "caption" field), `cls_offset`, `cls_size`,
-        `json_offset`, `json_size` (members that may hold a label), `ids_offset`, `ids_size` (the image's token ids),
-        `image_crc`, `text_crc`, `ids_crc` (CRC-32 of these members; 0: unknown) and `key` (UTF-8).
+        """Return a structured array [samples]: `image_offset`, `image_size`, `text_offset`, `text_size` (bytes; the
+        offset is MISSING if there is no such member), `json` (the caption is the member's "caption" field),
+        `cls_offset`, `cls_size`, `json_offset`, `json_size` (members that may hold a label), `ids_offset`, `ids_size`
+        (the image's token ids), `image_crc`, `text_crc`, `ids_crc` (CRC-32 of these members; 0: unknown) and `key`
+        (UTF-8).
 
         Raises OSError if the sidecar cannot be read."""
         with open_regular(self.sidecar) as file:
             try:
-                # mapped: processes of a node share its memory. A sidecar is replaced, never written to.
+                # memory-mapped, so that the processes of a node share it; sidecars are replaced, but never modified
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
                 return _parse_table(data, self.summary.samples)
-            except Exception as error:  # numpy's parser raises anything for a header that is not its own
+            except Exception as error:  # NumPy's parser raises many kinds of errors for foreign headers
                 reason = " ".join(str(error).split())[:200]
                 raise OSError(f"its index {self.sidecar} is damaged ({reason}); delete that file") from None
 
     def located(self) -> IndexedShard:
-        """Return the shard with its sidecar. Raises UserError if it cannot be read."""
+        """Return the shard with its sidecar. Raises UserError if the shard cannot be read."""
         return self
 
     def reindexed(self, store: ShardStore) -> IndexedShard:
-        """Return a new entry for a shard whose sidecar or copy turned out damaged. Raises OSError if it is not the
-        same shard any more, or cannot be read."""
+        """Return a new entry for a shard whose sidecar or cached copy is damaged. Raises OSError if the shard has
+        changed or cannot be read."""
         with store.lock(f"index-{store.name(self.shard)}"):
             made = _make(self.shard, _file(self.shard, store), store)
         if (made.summary.samples, made.summary.size) != (self.summary.samples, self.summary.size):
-            raise OSError("it has changed since it was indexed")
+            raise OSError("the shard has changed since it was indexed")
         return made
 
 
 def index_shards(
     shards: Sequence[str], store: ShardStore, progress: bool = False, lost: list[Skipped] | None = None
 ) -> list[IndexedShard]:
-    """Return all shards in order, from their sidecars or indexed now: one process per node indexes a shard, the others
-    wait. Those that cannot be read or fetched go to `lost`. Raises UserError if there is no `lost`, or an index
-    cannot be written."""
+    """Return the entries of all shards in order, from their sidecars or from indexing. A shard is indexed by one
+    process per node, while the other processes wait. Shards that cannot be read or downloaded are appended to `lost`;
+    if `lost` is None, UserError is raised. Raises UserError if an index cannot be written."""
 
     def find(shard: str) -> IndexedShard | Skipped:
         try:
             if entry := _load(shard, store):
                 return entry
-            path = _file(shard, store)  # before the lock, which is not to be held while bytes move
+            path = _file(shard, store)  # outside the lock, which must not be held during a download
             with store.lock(f"index-{store.name(shard)}"):
                 return _load(shard, store) or _make(shard, path, store)
         except OSError as error:
@@ -157,7 +158,8 @@ def index_shards(
 
 
 def _file(shard: str, store: ShardStore) -> Path:
-    """Return the file to index: of a shard on a network file system the original, whose headers alone are read."""
+    """Return the file to index. For a shard on a network file system, this is the original, because only headers are
+    read."""
     return store.path(shard) if store.is_cached(shard) else Path(shard)
 
 
@@ -167,7 +169,8 @@ def _sidecars(shard: str, store: ShardStore) -> list[Path]:
 
 
 def _load(shard: str, store: ShardStore) -> IndexedShard | None:
-    """Return the shard's entry if a sidecar fits it. Raises OSError if the shard cannot be read."""
+    """Return the shard's entry if there is a valid sidecar, otherwise None. Raises OSError if the shard cannot be
+    read."""
     status = None if store.is_cached(shard) else os.stat(shard)
     for sidecar in _sidecars(shard, store):
         try:
@@ -182,8 +185,8 @@ def _load(shard: str, store: ShardStore) -> IndexedShard | None:
 
 
 def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
-    """Make a shard's entry. `path`: the file that holds the shard. A copy that is damaged is fetched again, once.
-    Raises OSError if the shard cannot be read, UserError if no entry can be written."""
+    """Index a shard and return its entry. `path`: the file that contains the shard. A damaged cached copy is downloaded
+    again, once. Raises OSError if the shard cannot be read, UserError if no sidecar can be written."""
     status, members, damage = os.stat(path), *scan_tar(path)
     if damage and store.is_cached(shard):
         path = store.refetch(shard)
@@ -218,7 +221,8 @@ def _write(sidecar: Path, summary: Summary, table: np.ndarray) -> None:
 
 
 def _tabulate(members: list[Member], fd: int, checked: bool) -> tuple[np.ndarray, dict[str, int]]:
-    """Return the table, and how many members nothing reads, by suffix: of several images of a sample one is read."""
+    """Return the table, and the numbers of ignored files by suffix. If a sample has several images, all except one are
+    ignored."""
     rows: list[tuple[Any, ...]] = []
     ignored: Counter[str] = Counter()
     for key, files in group(members):
@@ -239,40 +243,40 @@ def _tabulate(members: list[Member], fd: int, checked: bool) -> tuple[np.ndarray
 
 
 def _row(width: int) -> np.dtype:
-    """Return a row of the table, with keys of `width` bytes."""
+    """Return the dtype of a row of the table, with keys of `width` bytes."""
     sums = [(name, "<u4") for name in _CHECKSUMS]
     return np.dtype([*((name, "<i8") for name in _OFFSETS), ("json", "?"), *sums, ("key", f"S{width}")])
 
 
 def _checksum(fd: int, member: Member) -> int:
-    """Return the checksum; 0 of what is not there, or too large."""
+    """Return the checksum of a member; 0 if it is missing or too large."""
     if member.offset == MISSING or member.size > MAX_IMAGE_BYTES:
         return 0
     return zlib.crc32(os.pread(fd, member.size, member.offset))
 
 
 def _parse_table(data: memoryview, samples: int) -> np.ndarray:
-    """Read, without trust, what `np.save` wrote after the first line. Raises ValueError, or what numpy raises."""
+    """Parse an untrusted array written by `np.save`. Raises ValueError or errors of NumPy."""
     file = io.BytesIO(data[: _MAX_SUMMARY + _MAX_HEADER])
     file.readline()
     if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("of another version")
+        raise ValueError("it has another version")
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     width = dtype["key"].itemsize if dtype.names and "key" in dtype.names else 0
     rest = data[file.tell() :]
     fits = 0 < width <= _MAX_KEY and dtype == _row(width)
     if not fits or shape != (samples,) or len(rest) != samples * dtype.itemsize:
-        raise ValueError("not a table of its samples")
+        raise ValueError("its table does not fit its samples")
     table = np.frombuffer(rest, dtype)
     if any(((table[name] < low) | (table[name] > _MAX_FILE)).any() for name, low in zip(_OFFSETS, (MISSING, 0) * 5)):
-        raise ValueError("impossible offsets or sizes")
+        raise ValueError("it has impossible offsets or sizes")
     return table
 
 
 def group(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Yield key and members by suffix of each sample.
+    """Yield the key of each sample and its members by suffix.
 
-    Neighbours with the same key are a sample, as in WebDataset; a repeated suffix begins another one.
+    Consecutive members with the same key form a sample, as in WebDataset; a repeated suffix begins another sample.
     """
     key = ""
     files: dict[str, Member] = {}
@@ -298,15 +302,15 @@ def _has_caption(fd: int, member: Member) -> bool:
 
 
 def caption_of(data: bytes) -> str | None:
-    """Return the "caption" text of a JSON member, None if it has none. Raises ValueError if it is not JSON."""
+    """Return the "caption" text of a JSON member; None if it has none. Raises ValueError if it is not JSON."""
     try:
         content = json.loads(data)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("is nested too deeply") from None
     caption = content.get("caption") if isinstance(content, dict) else None
     if not isinstance(caption, str):
         return None
-    caption.encode()  # JSON can hold half a surrogate pair, which is no text: a ValueError
+    caption.encode()  # raises ValueError for half a surrogate pair, which JSON can contain although it is not text
     return caption
 
 

@@ -1,7 +1,7 @@
-"""Labels of samples: read from their shards, checked, and turned into class ids.
+"""Labels of samples: reading them from shards, validation, and conversion to class ids.
 
-A label is the whole number in a sample's `.cls` member, or a whole number or text in a field of its `.json` member.
-Numbers are class ids, and -1 leaves the sample out; texts are class names, numbered in sorted order.
+A label is an integer in a sample's `.cls` member, or an integer or text in a field of its `.json` member. Integers are
+class ids, and -1 excludes the sample. Texts are class names, which are numbered in sorted order.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from m3ae_fast.data.shards import ShardStore
 T = TypeVar("T")
 MAX_CLASSES = 1 << 20
 LEFT_OUT = -1
-_MAX_BYTES = 1 << 20  # of a member that holds a label
-_SHOWN = 10  # fields in a message
+_MAX_BYTES = 1 << 20  # limit for a member with a label
+_SHOWN = 10  # number of fields in a message
 
 _INT64 = np.iinfo(np.int64)
 
@@ -38,7 +38,7 @@ Classes = Sequence[Label]  # by id
 
 @dataclass(frozen=True, eq=False)
 class _Part(IndexedShard):
-    """Some samples of a shard."""
+    """A subset of the samples of a shard."""
 
     whole: IndexedShard
     rows: np.ndarray  # int64
@@ -51,15 +51,15 @@ class _Part(IndexedShard):
 
 
 def check_field(field: str) -> None:
-    """Raise UserError if `field` is neither "cls" nor "json." and a name."""
+    """Raise UserError if `field` is neither "cls" nor "json.NAME"."""
     if field != "cls" and not (field.startswith("json.") and len(field) > len("json.")):
         raise UserError(f"labels {field!r}: must be cls, or json.FIELD such as json.label")
 
 
 def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[list[Label | None]]:
-    """Return the label of every sample of each source in file order, None for a sample without one. `field`: "cls", or
-    "json." and the name of a field. Raises UserError if it is neither, a shard cannot be read, or a label is neither
-    a whole number nor text."""
+    """Return the labels of all samples of each source in file order; None for a sample without a label. `field`: "cls"
+    or "json.NAME". Raises UserError if `field` is invalid, a shard cannot be read, or a label is neither an integer nor
+    text."""
     check_field(field)
     return read_members(corpus, field, _parse, progress=progress)
 
@@ -80,18 +80,19 @@ def read_members(
 def label_corpus(
     corpus: Corpus, field: str, classes: Classes | None = None, *, gaps: bool = False, progress: bool = False
 ) -> tuple[Corpus, Classes]:
-    """Return the samples of a corpus but those of label -1, with ids in `Source.labels`, and the classes by id.
+    """Return the samples of a dataset except those with label -1, with class ids in `Source.labels`, and the classes by
+    id.
 
-    `field`: as in `read_labels`. `classes`: those of the training samples; None: these are the training samples, and
-    define them. `gaps`: allow missing label numbers, as in a subset of the classes; the labels that occur are then
-    renumbered consecutively.
+    `field`: as in `read_labels`. `classes`: classes of the training samples; None: the samples are training samples and
+    define the classes. `gaps`: allow missing label numbers, as in a subset of the classes; the labels that occur are
+    then renumbered consecutively.
 
     Raises:
         UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed,
             a class has no training sample, or there is only one class; and as `read_labels` does.
     """
     sources = [replace(source, shards=[shard.located() for shard in source.shards]) for source in corpus.sources]
-    corpus = replace(corpus, sources=sources)  # labels are read from every shard
+    corpus = replace(corpus, sources=sources)  # labels are read from each shard
     where = f"shards {corpus.sources[0].shards[0].shard}" + (" ..." if len(corpus.sources[0].shards) > 1 else "")
     labels = read_labels(corpus, field, progress=progress)
     _refuse_missing(corpus, labels, where, field)
@@ -103,7 +104,9 @@ def label_corpus(
     ids = {label: number for number, label in enumerate(classes)} | {LEFT_OUT: LEFT_OUT}
     for label in used:
         if label not in ids:
-            raise UserError(f"{where}: no training sample has the label {label!r} ({field}); add some, or label it -1")
+            raise UserError(
+                f"{where}: no training sample has the label {label!r} ({field}); add some, or label them -1"
+            )
     sources = [
         select_labelled(source, np.array([ids[label] for label in own], dtype=np.int64))  # type: ignore[index]
         for source, own in zip(corpus.sources, labels)
@@ -112,9 +115,9 @@ def label_corpus(
 
 
 def class_names(corpus: Corpus, classes: Classes) -> list[str]:
-    """Return what to call each class of a labelled corpus in pictures, by id: a text as it is; a number as the file
-    classes.json beside the shards says, or else `class_name` in the samples' json, where each class has one; or else
-    the number."""
+    """Return the name of each class of a labelled dataset for figures, by id. Texts are names already. The names of
+    integer labels come from the file classes.json next to the shards, or from `class_name` in the samples' json if each
+    class has one. Otherwise the name is the integer."""
     if any(isinstance(label, str) for label in classes):
         return [str(label) for label in classes]
     names = _listed_names(corpus) or _written_names(corpus, classes)
@@ -122,7 +125,7 @@ def class_names(corpus: Corpus, classes: Classes) -> list[str]:
 
 
 def _listed_names(corpus: Corpus) -> dict[int, str]:
-    """Return the names in the classes.json beside the first shard, by label; empty if there is none."""
+    """Return the names in classes.json next to the first shard, by label; empty if there is no such file."""
     try:
         found = read_json(Path(corpus.sources[0].shards[0].shard).parent / "classes.json")
     except (OSError, ValueError):
@@ -131,10 +134,10 @@ def _listed_names(corpus: Corpus) -> dict[int, str]:
 
 
 def _written_names(corpus: Corpus, classes: Classes) -> dict[int, str]:
-    """Return the one `class_name` that the samples of each label have; empty if a label has several."""
+    """Return the `class_name` of each label from the samples; empty if a label has several names."""
     try:
         written = read_labels(corpus, "json.class_name")
-    except UserError:  # not text
+    except UserError:  # a name is not text
         return {}
     names: dict[int, str] = {}
     for source, own in zip(corpus.sources, written):
@@ -154,15 +157,19 @@ def _refuse_missing(corpus: Corpus, labels: list[list[Label | None]], where: str
     reader = Reader(source, corpus.store)
     shard, row = reader.find(sample)
     others = _fields(source.shards[shard], row, corpus.store)
-    advice = f"it has {', '.join(others)}: choose one with --labels" if others else "it has neither .cls nor .json"
+    advice = (
+        f"the samples have {', '.join(others)}: choose one with --labels"
+        if others
+        else "the samples have neither .cls nor .json"
+    )
     raise UserError(
         f"{where}: {missing:,} of {total:,} samples have no label ({field}), such as {source.shards[shard].shard}/"
-        f"{reader.key(shard, row)}; {advice}, or label these samples (-1 leaves a sample out)"
+        f"{reader.key(shard, row)}; {advice}, or label these samples (-1 excludes a sample)"
     )
 
 
 def _fields(shard: IndexedShard, row: int, store: ShardStore) -> list[str]:
-    """Return the fields of a sample that may be labels, as `read_labels` names them; the first few of many."""
+    """Return the first few fields of a sample that may be labels, in the notation of `read_labels`."""
     entry = shard.table()[row]
     found = ["cls"] if entry["cls_offset"] != MISSING else []
     if entry["json_offset"] != MISSING:
@@ -182,31 +189,33 @@ def _fields(shard: IndexedShard, row: int, store: ShardStore) -> list[str]:
 def _define_classes(used: set[Label], where: str, field: str, gaps: bool) -> Classes:
     names = sorted(label for label in used if isinstance(label, str))
     if names and len(names) < len(used):
-        raise UserError(f"{where}: some labels ({field}) are numbers and some are text, such as {names[0]!r}")
+        raise UserError(f"{where}: some labels ({field}) are integers and some are text, such as {names[0]!r}")
     if len(used) == 1:
-        raise UserError(f"{where}: all samples have the label {next(iter(used))!r} ({field}); two classes are needed")
+        raise UserError(
+            f"{where}: all samples have the label {next(iter(used))!r} ({field}); at least two classes are required"
+        )
     if names:
         return names
     numbers = {label for label in used if isinstance(label, int)}
     low, high = min(numbers), max(numbers)
     if low < 0 or high >= MAX_CLASSES:
         raise UserError(
-            f"{where}: the label {low if low < 0 else high} ({field}) is out of range; class ids go from 0 to "
-            f"{MAX_CLASSES - 1}, and -1 leaves a sample out"
+            f"{where}: the label {low if low < 0 else high} ({field}) is out of range; class ids must be from 0 to "
+            f"{MAX_CLASSES - 1}, or -1 to exclude a sample"
         )
     if gaps:
         return sorted(numbers)
     empty = next((number for number in range(high) if number not in numbers), None)
     if empty is not None:
         raise UserError(
-            f"{where}: labels ({field}) go up to {high}, but no sample has {empty}; number classes from 0 without "
-            "gaps, or use names"
+            f"{where}: the highest label ({field}) is {high}, but no sample has the label {empty}; number classes from "
+            "0 without gaps, or use names"
         )
     return range(high + 1)
 
 
 def select_labelled(source: Source, ids: np.ndarray) -> Source:
-    """Return the samples of a source whose id is not LEFT_OUT, with their ids as labels.
+    """Return the source with only the samples whose id is not LEFT_OUT, with their ids as labels.
 
     `ids`: int64, one for each sample in file order.
     """
@@ -223,13 +232,13 @@ def select_labelled(source: Source, ids: np.ndarray) -> Source:
 
 
 def keep_classes(corpus: Corpus, classes: Classes, names: Sequence[str]) -> tuple[Corpus, Classes]:
-    """Return the samples of the classes with these `names`, or numbers as text, and those classes, whose ids follow
-    that order. Raises UserError if no sample has such a class, a name is given twice, or there is only one."""
+    """Return the samples of the classes with these `names` (or integer labels as text), and these classes, with ids in
+    the order of `names`. Raises UserError if a class has no sample, a name is repeated, or there is only one."""
     ids = {str(label): number for number, label in enumerate(classes)}
     if unknown := [name for name in names if name not in ids]:
-        raise UserError(f"no sample has the class {unknown[0]!r}; there are {', '.join(list(ids)[:20])}")
+        raise UserError(f"no sample has the class {unknown[0]!r}; the classes are {', '.join(list(ids)[:20])}")
     if len(set(names)) < max(len(names), 2):
-        raise UserError(f"classes {', '.join(names)}: name two or more, each once")
+        raise UserError(f"classes {', '.join(names)}: name at least two classes, each of them once")
     new = np.full(len(classes), LEFT_OUT)
     new[[ids[name] for name in names]] = np.arange(len(names))
     sources = [select_labelled(source, new[source.labels]) for source in corpus.sources]
@@ -260,7 +269,7 @@ def _parse(data: bytes, field: str, where: str) -> Label | None:
     if field == "cls":
         text = data.decode("utf-8", "replace").strip()
         if not re.fullmatch(r"-?[0-9]{1,18}", text):
-            raise UserError(f"{where}: its cls holds {text[:40]!r}, not a whole number")
+            raise UserError(f"{where}: its cls member must be an integer, but is {text[:40]!r}")
         return int(text)
     try:
         content = json.loads(data)
@@ -273,7 +282,7 @@ def _parse(data: bytes, field: str, where: str) -> Label | None:
 def parse_label(value: Any, field: str, where: str) -> Label | None:
     """Return a label of a JSON field. Raises UserError if it is neither a whole number nor text."""
     if isinstance(value, int) and not _INT64.min <= value <= _INT64.max:
-        raise UserError(f"{where}: {field} is {str(value)[:40]}, beyond the whole numbers of 64 bits")
+        raise UserError(f"{where}: {field} is {str(value)[:40]}, which exceeds the integers of 64 bits")
     if value is None or (isinstance(value, int | str) and not isinstance(value, bool)):
         return value
-    raise UserError(f"{where}: {field} is {json.dumps(value)[:40]}, neither a whole number nor text")
+    raise UserError(f"{where}: {field} must be an integer or text, but is {json.dumps(value)[:40]}")

@@ -1,4 +1,5 @@
-"""How a run's stream is cut into lanes: from its data and its batch, never from the number of ranks."""
+"""Choice of the number of lanes (parallel sub-streams of the sample order). It depends on the data and the batch size,
+but never on the number of ranks."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ class Layout(NamedTuple):
     """Parameters of the sample order in addition to the shards, the source weights and the seed."""
 
     lanes: int
-    window: int  # pieces of shards that a lane shuffles together
+    window: int  # number of shards (or parts of shards) that a lane shuffles together
 
     def __str__(self) -> str:
-        """Return its name in checkpoints."""
+        """Return the name of the layout in checkpoints."""
         if self.lanes == 1:
             return f"groups of {self.window} shards"
         return f"{self.lanes} lanes, windows of {self.window} shards"
@@ -27,7 +28,7 @@ class Layout(NamedTuple):
 def lay_out(config: DataConfig, sizes: Sequence[Sequence[int] | np.ndarray], global_batch: int) -> Layout:
     """Return the lanes of a stream: the largest number of lanes, up to `config.lanes`, such that each step takes the
     same number of samples from every lane, few shards are split between lanes, and each lane contains samples of every
-    source. `sizes`: by source, samples of shards."""
+    source. `sizes`: number of samples in each shard, by source."""
     turns = global_batch // math.gcd(global_batch, config.repeats)
     most = min(config.lanes, turns, sum(map(len, sizes)), *(int(np.sum(shards)) for shards in sizes))
     lanes = next(number for number in range(most, 0, -1) if turns % number == 0)

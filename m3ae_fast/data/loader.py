@@ -1,4 +1,4 @@
-"""Batches of the training stream and of an evaluation, the same for every number of ranks and workers."""
+"""Data loaders for training and evaluation, whose batches do not depend on the number of ranks and workers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from m3ae_fast.batch.tokenizer import check_tokenizer
 from m3ae_fast.config import DataConfig, ModelConfig
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples, Transform
-from m3ae_fast.data.fetcher import Fetching, Needs
+from m3ae_fast.data.fetcher import Fetching, PrefetchSchedule
 from m3ae_fast.data.lanes import Layout, lay_out
 from m3ae_fast.data.order import FileOrder, Order
 from m3ae_fast.data.shared_memory import batch_bytes, fitting_prefetch, most_workers
@@ -32,35 +32,35 @@ from m3ae_fast.process.workers import Loader, allow_open_files, default_workers,
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every step is this rank's."""
+    """The split of each step's batch over ranks and micro-batches, with this rank's part."""
 
-    global_batch: int  # samples of a step, over all ranks; at least one for each
+    global_batch: int  # samples per step over all ranks; at least one per rank
     accumulation: int = 1  # micro-batches per rank and step
     rank: int = 0
     world: int = 1
 
     @property
     def micro_batch(self) -> int:
-        """Return the most samples of a micro-batch."""
+        """Return the maximum number of samples in a micro-batch."""
         return -(-self.global_batch // (self.world * self.accumulation))
 
 
 @dataclass(eq=False)
 class MicroBatches(Sampler[list[int]]):
-    """Positions of one rank's micro-batches.
+    """Sampler of the positions in one rank's micro-batches.
 
-    Step s takes positions s * G to (s + 1) * G, G the global batch. Sorted by lane they are cut into equal parts, so
-    that the ranks of a node, which follow each other, share lanes; where the ranks do not divide G, parts differ by one
-    position. Micro-batches are equal parts of those. Positions from `end` on do not exist: a micro-batch may come out
-    short or empty, but all ranks have equally many.
+    Step s consists of the positions s * G to (s + 1) * G, where G is the global batch. They are sorted by lane and
+    split into equal parts, one per rank, so that the consecutive ranks of a node share lanes. If the number of ranks
+    does not divide G, the sizes of the parts differ by one. Each part is split into equal micro-batches. Positions from
+    `end` on do not exist: a micro-batch may be short or empty, but all ranks have the same number.
     """
 
-    steps: range  # of the stream
+    steps: range  # of the sample order
     share: Share
-    lanes: int = 1  # of the order
-    repeats: int = 1  # positions in a row that are views of one sample
-    end: int | None = None  # None: without end
-    # what a position costs, which the `ranks` of this machine share out evenly in a step; None: all cost the same
+    lanes: int = 1  # of the sample order
+    repeats: int = 1  # consecutive positions that are views of one sample
+    end: int | None = None  # None: infinite
+    # cost of a position, which is balanced over the `ranks` of this node in each step; None: equal costs
     work: Callable[[int], int] | None = None
     ranks: Sequence[int] = ()
 
@@ -73,7 +73,7 @@ class MicroBatches(Sampler[list[int]]):
                 yield positions if self.end is None else [p for p in positions if p < self.end]
 
     def lanes_of(self, ranks: Sequence[int]) -> list[int]:
-        """Return the lanes that these ranks read."""
+        """Return the lanes that `ranks` read."""
         period = range(self.repeats // math.gcd(self.repeats, self.share.global_batch))
         own = (position for step in period for rank in ranks for position in self._own(step, rank))
         return sorted({position // self.repeats % self.lanes for position in own})
@@ -105,7 +105,7 @@ def balanced(parts: Sequence[Sequence[int]], work: Callable[[int], int]) -> list
     positions = sorted(position for part in parts for position in part)
     costs = {position: work(position) for position in positions}
     shared: list[list[int]] = [[] for _ in parts]
-    least = [(0, number) for number, part in enumerate(parts) if part]  # of parts with room: a heap
+    least = [(0, number) for number, part in enumerate(parts) if part]  # heap of the parts that are not full
     for position in sorted(positions, key=costs.__getitem__, reverse=True):
         cost, number = least[0]
         shared[number].append(position)
@@ -128,21 +128,21 @@ def train_loader(
     transform: Transform | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
-    """Yield `share.accumulation` micro-batches per step, shuffled and augmented, epoch after epoch.
+    """Return a loader of `share.accumulation` shuffled and augmented micro-batches per step, over all epochs.
 
-    Unusable samples are left out of their batch and listed in `batch.skipped`. Native images of known sizes are shared
-    out among the ranks of the node so that they have equally many patches.
+    Bad samples are left out of their batch and listed in `batch.skipped`. If the sizes of native images are known, they
+    are distributed over the ranks of the node such that all ranks have about the same number of patches.
 
     Args:
-        config: crop, repeats, shuffling, workers and prefetch.
-        steps: which steps of the stream; a resumed run starts above 0.
-        layout: the order's lanes; None: `lay_out`'s.
-        node: the ranks of this machine, which share a fetcher; None: this one alone.
-        transform: of each image, cropped.
-        pin_memory: hand over batches in pinned memory.
+        config: settings of crops, repeats, shuffling, workers and prefetching.
+        steps: range of steps; a resumed run starts above 0.
+        layout: lanes of the sample order; None: from `lay_out`.
+        node: the ranks of this node, which share a fetcher; None: only this rank.
+        transform: applied to each cropped image.
+        pin_memory: return batches in pinned memory.
 
     Raises:
-        UserError: the corpus has captions and there is no tokenizer, or `data.cache_gb` is too small.
+        UserError: the dataset has captions but there is no tokenizer, or `data.cache_gb` is too small.
     """
     lanes, window = layout or lay_out(config, corpus.sizes, share.global_batch)
     order = Order(corpus.sizes, corpus.weights, window, preparation.seed, lanes)
@@ -161,7 +161,8 @@ def train_loader(
 
 
 def _patches(corpus: Corpus, order: Order, geometry: Geometry) -> Callable[[int], int] | None:
-    """Return a function that gives the patches of a position's image; None if all have as many, or nobody knows."""
+    """Return a function from a position to the number of patches of its image; None if all numbers are equal or
+    unknown."""
     sizes = [source.image_sizes for source in corpus.sources if source.image_sizes is not None]
     if geometry.native is None or len(sizes) < len(corpus.sources):
         return None
@@ -176,26 +177,33 @@ def _patches(corpus: Corpus, order: Order, geometry: Geometry) -> Callable[[int]
 
 
 def _fetching(loader: Loader[PackedBatch], samples: Samples, micro_batches: MicroBatches, node: Node) -> Fetching:
-    """Raise UserError if what the node reads at a time does not fit into the cache."""
+    """Return this rank's interface to the fetcher. Raises UserError if the shards that the node reads at the same time
+    do not fit into the cache."""
     share, order = micro_batches.share, cast("Order", samples.order)
     ahead = -(-loader.num_workers * (loader.prefetch_factor or 0) // share.accumulation)
-    needs = _needs(samples.corpus, order, micro_batches, node.ranks, ahead)
-    needs.require_room()
-    return Fetching(needs, node, share.rank, share.accumulation)
+    schedule = _schedule(samples.corpus, order, micro_batches, node.ranks, ahead)
+    schedule.require_room()
+    return Fetching(schedule, node, share.rank, share.accumulation)
 
 
-def needs_of_node(
+def prefetch_schedule(
     config: DataConfig, corpus: Corpus, global_batch: int, world: int, ranks: Sequence[int], seed: int
-) -> Needs:
-    """Return the shards that the node with these ranks reads, from the first step of the run on."""
+) -> PrefetchSchedule:
+    """Return the prefetch schedule of the node with these ranks, from the first step of the run on."""
     lanes, window = lay_out(config, corpus.sizes, global_batch)
     order = Order(corpus.sizes, corpus.weights, window, seed, lanes)
-    return _needs(corpus, order, MicroBatches(range(1), Share(global_batch, world=world), lanes, config.repeats), ranks)
+    return _schedule(
+        corpus, order, MicroBatches(range(1), Share(global_batch, world=world), lanes, config.repeats), ranks
+    )
 
 
-def _needs(corpus: Corpus, order: Order, batches: MicroBatches, ranks: Sequence[int], ahead: int = 0) -> Needs:
+def _schedule(
+    corpus: Corpus, order: Order, batches: MicroBatches, ranks: Sequence[int], ahead: int = 0
+) -> PrefetchSchedule:
     positions = batches.share.global_batch / batches.repeats
-    return Needs(corpus, order, batches.lanes_of(ranks), batches.steps.start, batches.steps.stop, positions, ahead)
+    return PrefetchSchedule(
+        corpus, order, batches.lanes_of(ranks), batches.steps.start, batches.steps.stop, positions, ahead
+    )
 
 
 def eval_loader(
@@ -208,25 +216,26 @@ def eval_loader(
     transform: Transform | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
-    """Yield every sample, or `samples` of them evenly, once, in file order: the central square, with masks that are the
-    same each time. Arguments and errors as in `train_loader`; accumulation is ignored."""
+    """Return a loader of every sample once, or of `samples` evenly spaced samples, in file order. Images are cropped to
+    the central square unless they are native, and the masks are the same in each evaluation. Arguments and errors as in
+    `train_loader`; accumulation is ignored."""
     order = FileOrder(corpus.sizes, samples)
     share = replace(share, global_batch=share.micro_batch * share.world, accumulation=1)
     steps = range(-(-order.samples // share.global_batch))
-    # masks are shared by the whole set, whatever the number of ranks
+    # all samples share masks, regardless of the number of ranks
     dataset = Samples(corpus, order, preparation, None, order.samples, transform=transform)
     return _loader(config, dataset, MicroBatches(steps, share, end=order.samples), pin_memory)
 
 
 def eval_samples(corpus: Corpus, preparation: Preparation, count: int) -> list[Sample]:
-    """Return the usable ones of `count` samples spread evenly over `corpus`, as an evaluation sees them."""
+    """Return `count` evenly spaced samples of `corpus`, prepared as for evaluation, without bad samples."""
     order = FileOrder(corpus.sizes, count)
     dataset = Samples(corpus, order, preparation, None, positions_per_mask=order.samples)
     return [sample for i in range(order.samples) if isinstance(sample := dataset[i], Sample)]
 
 
 def samples_of(corpus: Corpus, preparation: Preparation, keys: Sequence[str]) -> dict[str, Sample]:
-    """Return the usable ones of the samples with these keys (`Sample.key`), as an evaluation sees them."""
+    """Return the samples with these keys (`Sample.key`), prepared as for evaluation, without bad samples."""
     places: dict[str, int] = {}
     start = 0
     for shard in (shard for source in corpus.sources for shard in source.shards):
@@ -249,7 +258,7 @@ def _loader(config: DataConfig, samples: Samples, micro_batches: MicroBatches, p
     workers = min(default_workers(), most_workers(size)) if config.workers is None else config.workers
     allow_open_files()
     return Loader(
-        cast("Dataset[PackedBatch]", samples),  # which `collate` makes of its samples
+        cast("Dataset[PackedBatch]", samples),  # `collate` converts its samples to a PackedBatch
         batch_sampler=micro_batches,
         num_workers=workers,
         collate_fn=partial(collate, geometry=geometry, model=preparation.counted_for, grows=grows),
@@ -257,15 +266,15 @@ def _loader(config: DataConfig, samples: Samples, micro_batches: MicroBatches, p
         worker_init_fn=start_worker,
         prefetch_factor=fitting_prefetch(config.prefetch, workers, size) if workers else None,
         persistent_workers=workers > 0,
-        generator=torch.Generator(),  # the DataLoader's own; the global one is the model's
+        generator=torch.Generator(),  # a separate generator for the DataLoader, because the model uses the global one
     )
 
 
 def collate(
     samples: Sequence[Sample | Skipped], geometry: Geometry, model: ModelConfig | None = None, grows: bool = False
 ) -> PackedBatch:
-    """Pack the usable samples of a micro-batch; the others are its `skipped`. With `model`, count its FLOPs. If the
-    image size `grows`, the images, all of one size, may be smaller than the model's."""
+    """Pack the valid samples of a micro-batch; bad samples are listed in its `skipped`. With `model`, count the FLOPs.
+    If the image size `grows`, the images, all of one size, may be smaller than the model's."""
     usable = [sample for sample in samples if isinstance(sample, Sample)]
     if grows and (images := [sample.image for sample in usable if sample.image is not None]):
         geometry = replace(geometry, image_size=images[0].shape[-1])

@@ -1,8 +1,10 @@
-"""What many shards hold, counted ahead of time: one memory-mapped array, so that a run opens them without reading them.
+"""Manifests: sample counts of many shards in one memory-mapped array, so that a run can open the shards without reading
+them.
 
-A manifest is a .npy file of a row for each shard: `name`, `samples` (that have an image or a caption), `size` (bytes of
-the tar; 0: unknown) and `kind`, an index of KINDS. It says how many samples there are, and thereby the order. Where
-they lie is read from each shard when it is fetched; one that holds fewer has skipped samples in their place.
+A manifest is a .npy file with a row for each shard: `name`, `samples` (with an image or a caption), `size` (bytes of
+the tar; 0: unknown) and `kind`, an index into KINDS. The counts determine the sample order. The offsets of samples are
+read from each shard when it is downloaded; if a shard has fewer samples than its manifest states, the missing ones
+count as skipped.
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
 
 T = TypeVar("T")
-Gather = Callable[[Any], list[Any]]  # every process's value, on every process
+Gather = Callable[[Any], list[Any]]  # gathers the values of all processes on every process
 KINDS: tuple[Modality, ...] = get_args(Modality)
 UNREAD = len(KINDS)  # the kind of a shard that could not be counted
 SUFFIX = ".npy"
 _MAX_NAME = 1 << 12  # bytes
-_MAX_SAMPLES = 1 << 26  # of a shard, which then has 64 GB at least: more could not be put in order
-_NO_SIDECAR = Path()  # yet
+_MAX_SAMPLES = 1 << 26  # per shard, which then has at least 64 GB; the order of more could not be computed
+_NO_SIDECAR = Path()  # placeholder until the shard is indexed
 _PART = re.compile(r"\.part-(\d+)-of-(\d+)\.npy$")
 
 
 @dataclass(frozen=True)
 class CountedShard(IndexedShard):
-    """A shard of a manifest, which is fetched and indexed when it is read."""
+    """A shard of a manifest, which is downloaded and indexed when it is first read."""
 
     store: ShardStore
 
@@ -51,10 +53,10 @@ class CountedShard(IndexedShard):
 
 
 class CountedShards(Sequence[IndexedShard]):
-    """The shards of a manifest, each made when it is asked for."""
+    """The shards of a manifest as a sequence; entries are created on access."""
 
     def __init__(self, rows: np.ndarray, store: ShardStore):
-        self.rows, self.store = rows.view(np.ndarray), store  # of which a row is had sooner than of a mapped array
+        self.rows, self.store = rows.view(np.ndarray), store  # accessing a row is faster than for a memmap
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -69,13 +71,13 @@ class CountedShards(Sequence[IndexedShard]):
         name, samples, size, number = self.rows[index].item()
         kind = KINDS[number]
         images, captions = (0 if kind == alone else samples for alone in ("text", "image"))
-        paired = {"paired": samples, "any": max(samples - 1, 0)}.get(kind, 0)  # of "any" it is not known
+        paired = {"paired": samples, "any": max(samples - 1, 0)}.get(kind, 0)  # unknown for "any"
         summary = Summary(VERSION, size, 0, samples, images, captions, paired, {}, None)
         return CountedShard(name.decode(), summary, _NO_SIDECAR, self.store)
 
     @property
     def sizes(self) -> np.ndarray:
-        """Return the samples per shard, int64."""
+        """Return the number of samples in each shard, int64."""
         return self.rows["samples"].astype(np.int64)
 
     @property
@@ -84,7 +86,7 @@ class CountedShards(Sequence[IndexedShard]):
 
 
 def rows_of(names: Sequence[str], counts: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Return a manifest of shards with these (samples, size, kind)."""
+    """Return a manifest of the shards `names` with `counts` (samples, size, kind)."""
     encoded = [name.encode() for name in names]
     width = max([1, *map(len, encoded)])
     dtype = [("name", f"S{width}"), ("samples", "<u4"), ("size", "<u8"), ("kind", "u1")]
@@ -92,7 +94,7 @@ def rows_of(names: Sequence[str], counts: Sequence[tuple[int, int, int]]) -> np.
 
 
 def join(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the rows of all parts in one array."""
+    """Return the rows of all parts as one array."""
     if len(parts) == 1:
         return parts[0]
     widest = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
@@ -100,35 +102,37 @@ def join(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def write(path: Path, rows: np.ndarray) -> None:
-    """Raise UserError if it cannot be written."""
+    """Write a manifest. Raises UserError if that fails."""
     with whole_file(path) as partial, open(partial, "wb") as file:
         np.save(file, rows, allow_pickle=False)
 
 
 def read(path: Path) -> np.ndarray:
-    """Return the mapped rows of a manifest. Raises UserError if it is none, or is damaged."""
+    """Return the memory-mapped rows of a manifest. Raises UserError if the file is not a manifest or is damaged."""
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise UserError(f"manifest {path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # numpy's parser raises anything for a header that is not its own
+    except Exception as error:  # NumPy's parser raises many kinds of errors for foreign headers
         raise UserError(f"manifest {path}: is damaged ({' '.join(str(error).split())[:200]})") from None
     width = rows.dtype["name"].itemsize if rows.dtype.names and "name" in rows.dtype.names else 0
     if not 0 < width <= _MAX_NAME or rows.ndim != 1 or rows.dtype != rows_of(["x" * width], [(0, 0, 0)]).dtype:
-        raise UserError(f"manifest {path}: is another .npy; make one with m3ae-fast shards manifest")
+        raise UserError(
+            f"manifest {path}: is a .npy file but not a manifest; create one with m3ae-fast shards manifest"
+        )
     try:
         rows["name"].tobytes().decode()
     except UnicodeDecodeError:
         raise UserError(f"manifest {path}: is damaged (the name of a shard is not UTF-8)") from None
     if len(rows) and (rows["kind"].max() > UNREAD or rows["samples"][rows["kind"] == UNREAD].any()):
-        raise UserError(f"manifest {path}: is damaged (shards of a kind that does not exist, or unread with samples)")
+        raise UserError(f"manifest {path}: is damaged (a shard has an unknown kind, or is unread but has samples)")
     if len(rows) and (most := rows["samples"].max()) > _MAX_SAMPLES:
         raise UserError(f"manifest {path}: gives {most:,} samples for one shard; the maximum is {_MAX_SAMPLES:,}")
     return rows
 
 
 def is_manifest(patterns: str | Sequence[str]) -> bool:
-    """Return whether `shards` names manifests. Raises UserError if it names shards too."""
+    """Return whether `patterns` are manifests. Raises UserError if they mix manifests and shards."""
     each = [patterns] if isinstance(patterns, str) else patterns
     manifests = [pattern for pattern in each if pattern.endswith(SUFFIX)]
     if manifests and len(manifests) < len(each):
@@ -137,18 +141,18 @@ def is_manifest(patterns: str | Sequence[str]) -> bool:
 
 
 def read_all(patterns: str | list[str]) -> np.ndarray:
-    """Return the rows of the manifests that `shards` names. Raises UserError as `read`, or where a part is missing."""
+    """Return the rows of the manifests in `patterns`. Raises UserError as `read` does, or if a part is missing."""
     paths = expand(patterns)
     parts = [match for path in paths if (match := _PART.search(path))]
     if parts and [int(part[1]) for part in parts] != list(range(1, int(parts[0][2]) + 1)):
         raise UserError(
-            f"shards {patterns!r}: {len(parts)} of {int(parts[0][2])} parts of a manifest; name all, in order"
+            f"shards {patterns!r}: {len(parts)} of {int(parts[0][2])} parts of a manifest are given; name all, in order"
         )
     return join([read(Path(path)) for path in paths])
 
 
 class Process(Protocol):
-    """Which of all processes this is, as `process.ranks.Ranks` says it."""
+    """The rank of this process, as in `process.ranks.Ranks`."""
 
     @property
     def rank(self) -> int: ...
@@ -159,12 +163,14 @@ class Process(Protocol):
 
 
 def count(names: Sequence[str], store: ShardStore, progress: bool = False) -> tuple[np.ndarray, list[Skipped]]:
-    """Return a manifest of shards, which are read whole, and those lost, or not whole. Raises UserError as
-    `index_shards`."""
+    """Return a manifest of the shards, which are read completely, and the unreadable or incomplete shards. Raises
+    UserError as `index_shards` does."""
     lost: list[Skipped] = []
     found = {entry.shard: entry.summary for entry in index_shards(names, store, progress, lost)}
     lost += [
-        Skipped(name, "", f"the tar {s.damage}; {s.samples} samples count") for name, s in found.items() if s.damage
+        Skipped(name, "", f"the tar {s.damage}; {s.samples} of its samples count")
+        for name, s in found.items()
+        if s.damage
     ]
     unread = (0, 0, UNREAD)
     summaries = [found.get(name) for name in names]
@@ -173,12 +179,13 @@ def count(names: Sequence[str], store: ShardStore, progress: bool = False) -> tu
 
 
 def part_of(names: Sequence[T], number: int, parts: int) -> Sequence[T]:
-    """Return the `number`-th, from 0, of equal parts."""
+    """Return the `number`-th of `parts` equal parts, counted from 0."""
     return names[number * len(names) // parts : (number + 1) * len(names) // parts]
 
 
 def cached(names: Sequence[str], store: ShardStore) -> Path:
-    """Return where the manifest that a run makes of these shards lies: by their names, and files by their contents."""
+    """Return the path of the cached manifest that a run creates for these shards. It depends on their names and, for
+    local files, on their contents."""
     identities = (name if is_remote(name) else store.name(name) for name in names)
     digest = hashlib.sha256("\n".join(identities).encode()).hexdigest()[:16]
     return store.cache_dir / "manifests" / (digest + SUFFIX)
@@ -192,20 +199,21 @@ def prepare(
     progress: bool = False,
     key: tuple[int, int] = (0, 0),
 ) -> None:
-    """Count shards that are not read in place, each process its part, and leave the manifest on every node. Nothing is
-    done where the same is on all already or `patterns` names one. Every process must call it.
+    """Count the samples of shards that are not read in place, split over all processes, and write the manifest on every
+    node. Does nothing if all nodes already have the same manifest, or if `patterns` names one. Every process must call
+    it.
 
-    `key`: the seed and the number of the source. Parts are cut as lanes will be: what a node fetches to count it, it is
-    to train on, and where there is room it does not fetch it again.
+    `key`: the seed and the number of the source. Shards are split as they are split into lanes, so a node counts the
+    shards that it will train on, and does not download them again if they fit into its cache.
 
     Raises:
-        UserError: in every process where one of them cannot write, or no shard can be read.
+        UserError: raised in every process if one of them cannot write, or if no shard can be read.
     """
     names = [] if is_manifest(patterns) else expand(patterns)
     path = cached(names, store)
     if not any(map(store.is_cached, names)):
         return
-    held = gather(_held(path))  # nodes may have counted at different times, or in different runs
+    held = gather(_held(path))  # nodes may have counted at different times or in different runs
     if held[0] is not None and len(set(held)) == 1:
         return
 
@@ -224,13 +232,14 @@ def prepare(
 
 
 def none_read(first: Skipped, shards: int) -> UserError:
-    """Return the error to raise where none of so many shards can be read."""
-    others = f"; nor can {shards - 1:,} other{'s' * (shards > 2)}" if shards > 1 else ""
+    """Return the error for the case that none of the shards can be read; `first` is the first of them."""
+    others = f"; the same applies to {shards - 1:,} other{'s' * (shards > 2)}" if shards > 1 else ""
     return UserError(f"shard {first}{others}")
 
 
 def _held(path: Path) -> str | None:
-    """Return the digest of a manifest; None if there is none, it is damaged, or shards of it could not be read."""
+    """Return the digest of a manifest; None if there is none, if it is damaged, or if some of its shards could not be
+    read."""
     try:
         rows = read(path)
     except UserError:
@@ -239,7 +248,8 @@ def _held(path: Path) -> str | None:
 
 
 def _all(gather: Gather, work: Callable[[], Any]) -> list[Any]:
-    """Return the results of `work` in all processes. An error of one ends all of them, as `raise_shared` says."""
+    """Return the results of `work` in all processes. An error in any process is raised in all of them; see
+    `raise_shared`."""
     result, error = attempt(work)
     found = gather((result, error_report(error, "a process that counts shards")))
     raise_shared(error, [each for _, each in found])

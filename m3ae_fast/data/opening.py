@@ -1,4 +1,4 @@
-"""Everything a run reads, found and checked before it starts."""
+"""Opening of all data of a run, with checks before it starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Data:
 
 
 def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False) -> Data:
-    """Find shards and tokenizers. Raises UserError if one is missing, broken, or does not fit the model."""
+    """Open the shards and tokenizers. Raises UserError if one is missing, damaged, or does not fit the model."""
     store = ShardStore(config.cache_dir, config.cache_gb)
     train = open_corpus(config.train, store, progress=progress)
     val = open_corpus(config.val, store, progress=progress) if config.val else None
@@ -48,22 +48,23 @@ def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False)
 
 
 def open_tokenizer(config: DataConfig, model: ModelConfig) -> CaptionTokenizer | None:
-    """Open the text tokenizer; None if the model has no text or there is none. Raises UserError if it does not fit."""
+    """Return the text tokenizer; None if the model has no text or no tokenizer is set. Raises UserError if it does not
+    fit."""
     if not model.vocab_size or not config.tokenizer:
         return None
     return load_tokenizer(config.tokenizer, model.text_length, model.vocab_size)
 
 
 def open_image_tokenizer(config: DataConfig, model: ModelConfig) -> VQGAN | None:
-    """Open the VQGAN; None if the image targets are pixels. Raises UserError if it is missing or does not fit."""
+    """Return the VQGAN; None if the image targets are pixels. Raises UserError if it is missing or does not fit."""
     if model.image_targets == "pixels" or config.image_tokenizer is None:
         return None
     return load_image_tokenizer(config.image_tokenizer, model, "data.image_tokenizer")
 
 
 def load_image_tokenizer(folder: str | Path, model: ModelConfig, label: str) -> VQGAN:
-    """Load the VQGAN whose codes a model predicts. `label`: what messages begin with. Raises UserError if it is missing
-    or does not fit."""
+    """Load the VQGAN whose codes a model predicts. `label`: beginning of error messages. Raises UserError if it is
+    missing or does not fit."""
     vqgan = VQGAN.from_pretrained(folder)
     vqgan.check_fits(model.patch_size, model.codebook_size, f"{label} {folder}")
     return vqgan

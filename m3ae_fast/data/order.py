@@ -1,9 +1,12 @@
-"""Which sample stands at a position of the training stream: a pure function of the seed and the sources' sizes.
+"""The sample order: a pure function from a position in the training stream to a sample, given the seed and the sizes of
+the sources.
 
-The stream is 0, 1, 2, ... without end. Step s of a run with G samples per step takes positions s * G to (s + 1) * G, so
-world size, worker count and interruptions change nothing, and resuming needs one number.
+The stream of positions 0, 1, 2, ... is infinite. Step s of a run with G samples per step takes the positions s * G to
+(s + 1) * G. World size, number of workers and interruptions therefore do not change the order, and resuming requires a
+single number.
 
-Only integer hashes and stable sorts are used: no library's random numbers, whose streams may change between versions.
+Only integer hashes and stable sorts are used, because random number generators of libraries may change between
+versions.
 """
 
 from __future__ import annotations
@@ -15,14 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-BLOCK = 1000  # positions within which the sources' proportions are exact
-LANE_BLOCK = 32  # the same of a lane of many, whose neighbours' errors level out
+BLOCK = 1000  # number of positions after which the proportions of the sources are exact
+LANE_BLOCK = 32  # the same if there are several lanes, whose rounding errors average out
 _MASK = (1 << 64) - 1
-_STAGGER = -1  # in the place of a window's number
+_STAGGER = -1  # used in place of a window's number
 
 
 class Place(NamedTuple):
-    """A sample of a source, by its number in file order, and how many times the source was completed before."""
+    """A sample: its source, the epoch of the source, and the sample's number in file order."""
 
     source: int
     epoch: int
@@ -30,7 +33,7 @@ class Place(NamedTuple):
 
 
 def hash64(*parts: int) -> int:
-    """Return 64 well-mixed bits of some integers (splitmix64, Steele et al. 2014, chained)."""
+    """Return a 64-bit hash of integers (splitmix64, Steele et al. 2014, chained)."""
     value = 0
     for part in parts:
         value = ((value ^ (part & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
@@ -41,18 +44,18 @@ def hash64(*parts: int) -> int:
 
 
 def permutation(length: int, *key: int) -> np.ndarray:
-    """Return a random order of 0 .. length - 1 (int64 [length]) that depends on `key` alone."""
+    """Return a random permutation of 0 .. length - 1 (int64 [length]) that depends only on `key`."""
     value = np.arange(length, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(hash64(*key))
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.argsort(value ^ (value >> np.uint64(31)), kind="stable")
 
 
-class Need(NamedTuple):
-    """A window of shards."""
+class ShuffleWindow(NamedTuple):
+    """A shuffle window: shards whose samples are shuffled together."""
 
-    wait: float  # positions of its lane until it is needed, about; 0: it is in use
-    ahead: int  # windows from those in use to this one
+    wait: float  # approximate number of positions in its lane until it is needed; 0: it is in use
+    ahead: int  # number of windows after those in use
     source: int
     shards: tuple[int, ...]
 
@@ -74,21 +77,23 @@ class _Latest:
 
 
 class Pieces(NamedTuple):
-    """A lane's part of a source: runs of consecutive samples in its shards."""
+    """A lane's part of a source: slices (runs of consecutive samples) of its shards."""
 
     shards: np.ndarray  # [pieces]
-    starts: np.ndarray  # the first sample of each, by its number in file order
-    sizes: np.ndarray  # samples
+    starts: np.ndarray  # first sample of each slice, by its number in file order
+    sizes: np.ndarray  # number of samples in each slice
 
 
 @dataclass
 class SourceOrder:
-    """Epoch after epoch of a lane's part of a source: pieces in random order, windows of them shuffled by sample."""
+    """The infinite order of a lane's part of a source. In each epoch, slices are put in random order and grouped into
+    windows, whose samples are shuffled."""
 
     pieces: Pieces
-    window: int  # pieces that are shuffled together
-    staggered: bool  # an epoch's first window is a random number of pieces: lanes differ in when they begin a shard
-    key: tuple[int, ...]  # what the order depends on
+    window: int  # number of slices that are shuffled together
+    # whether an epoch's first window has a random number of slices, so that lanes begin shards at different times
+    staggered: bool
+    key: tuple[int, ...]  # seeds of the order
 
     def __post_init__(self) -> None:
         self.samples = int(self.pieces.sizes.sum())
@@ -96,7 +101,7 @@ class SourceOrder:
         self._shuffled = _Latest(self._shuffle)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Return (epoch, sample) of the source's `index`-th sample since the start."""
+        """Return the epoch and the sample for the source's `index`-th sample since the start."""
         epoch, rest = divmod(index, self.samples)
         _, _, bounds = self._epoch(epoch)
         number = int(np.searchsorted(bounds, rest, side="right")) - 1
@@ -106,7 +111,7 @@ class SourceOrder:
         return epoch, starts[piece] + place - (ends[piece - 1] if piece else 0)
 
     def windows(self, index: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Yield the index at which a window begins, and its shards: from the one that `index` lies in, without end."""
+        """Yield the start index and the shards of each window, from the window that contains `index` on, infinitely."""
         epoch, rest = divmod(index, self.samples)
         while True:
             order, cuts, bounds = self._make_epoch(epoch)
@@ -116,7 +121,7 @@ class SourceOrder:
             epoch, rest = epoch + 1, 0
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the epoch's order of the pieces; where its windows begin and end, in pieces and in samples."""
+        """Return the order of the slices in an epoch, and the boundaries of its windows in slices and in samples."""
         order = permutation(len(self.pieces.sizes), *self.key, epoch)
         first = self.window
         if self.staggered and len(order) > self.window:
@@ -125,7 +130,8 @@ class SourceOrder:
         return order, cuts, np.concatenate(([0], np.cumsum(self.pieces.sizes[order])))[cuts]
 
     def _shuffle(self, epoch: int, number: int) -> tuple[np.ndarray, list[int], list[int]]:
-        """Return the order of a window's samples, counted from its begin, and its pieces' ends and first samples."""
+        """Return the order of a window's samples, counted from its beginning, and the ends and first samples of its
+        slices."""
         order, cuts, bounds = self._epoch(epoch)
         own = order[cuts[number] : cuts[number + 1]]
         shuffled = permutation(int(bounds[number + 1] - bounds[number]), *self.key, epoch, number).astype(np.int32)
@@ -134,18 +140,19 @@ class SourceOrder:
 
 @dataclass
 class Lane:
-    """A stream of its own, of a part of each source.
+    """A sub-stream of the sample order, which consists of a part of each source.
 
-    In every block of positions each source has its exact part (Webster's apportionment, whose seats only ever grow),
-    in random order. Parts are counted anew with each epoch; without weights it holds each sample exactly once.
+    In each block of positions, each source has its exact proportion (Webster's apportionment, whose seats never
+    decrease), in random order. Proportions are counted anew in each epoch. Without weights, an epoch contains each
+    sample exactly once.
     """
 
     sources: Sequence[SourceOrder]
-    weights: Sequence[float]  # of the sources; their sum does not matter
-    samples: int  # positions of an epoch
+    weights: Sequence[float]  # weights of the sources; they are normalised to sum 1
+    samples: int  # number of positions per epoch
     seed: int
-    block: int = BLOCK  # positions
-    first_block: int = 0  # of the epoch, with which the lane begins, so that lanes do not round at the same time
+    block: int = BLOCK  # number of positions per block
+    first_block: int = 0  # block of the epoch at which the lane begins, so that lanes do not round at the same time
 
     def __post_init__(self) -> None:
         self.proportions = np.asarray(self.weights, dtype=np.float64) / np.sum(self.weights, dtype=np.float64)
@@ -160,7 +167,7 @@ class Lane:
         return Place(source, *self.sources[source].locate(index))
 
     def turn(self, position: int) -> tuple[int, int]:
-        """Return the source that `position` belongs to, and how many of its samples came before."""
+        """Return the source at `position`, and the number of its samples before."""
         if len(self.sources) == 1:
             return 0, position
         epoch, rest = divmod(self._start + position, self.samples)
@@ -169,7 +176,7 @@ class Lane:
         return int(sources[offset]), int(indices[offset])
 
     def before(self, position: int) -> list[int]:
-        """Return how many samples of each source come before `position`, or before the block it lies in."""
+        """Return the number of samples of each source before `position`, or before the block that contains it."""
         if len(self.sources) == 1:
             return [position]
         epoch, rest = divmod(self._start + position, self.samples)
@@ -177,7 +184,8 @@ class Lane:
         return np.maximum(0, epoch * self._epoch_seats + seats - self._before).tolist()
 
     def _seats(self, positions: int) -> np.ndarray:
-        """Return how many of an epoch's first `positions` are each source's: the lowest (k + 1/2) / proportion win."""
+        """Return the number of samples of each source among an epoch's first `positions`: the lowest (k + 1/2) /
+        proportion are chosen."""
         seats = np.maximum(0, np.floor((positions - len(self.proportions) / 2) * self.proportions)).astype(np.int64)
         for _ in range(positions - int(seats.sum())):
             seats[np.argmin((seats + 0.5) / self.proportions)] += 1
@@ -196,17 +204,18 @@ class Lane:
 
 @dataclass
 class Order:
-    """The training stream of several sources, in lanes: position p is lane p % C's number p // C.
+    """The training stream of several sources, in C lanes: position p is number p // C of lane p % C.
 
-    A lane owns an equal piece of each source, for good: of a random order of its shards, cut inside shards. A reader of
-    a few lanes therefore needs only a few shards. Which ones depends on C, not on the number of ranks. With one lane a
-    source is the shards as they come.
+    Each lane owns a fixed, equal part of each source: the shards are put in random order and split evenly, within
+    shards if necessary. A reader of a few lanes therefore reads only a few shards. The split depends on C, but not on
+    the number of ranks. With a single lane, the shards keep their order.
     """
 
-    sizes: Sequence[Sequence[int] | np.ndarray]  # by source: samples of its shards, at least one for each lane
-    weights: Sequence[float] | None  # proportions of the samples; None: by size
-    window: int  # pieces of shards that a lane shuffles together
-    seed: int  # the run's
+    # number of samples in each shard, by source; at least one sample per lane
+    sizes: Sequence[Sequence[int] | np.ndarray]
+    weights: Sequence[float] | None  # proportions of the samples of each source; None: by size
+    window: int  # number of slices of shards that a lane shuffles together
+    seed: int  # of the run
     lanes: int = 1  # C
 
     def __post_init__(self) -> None:
@@ -219,19 +228,19 @@ class Order:
         index, lane = divmod(position, self.lanes)
         return self._lane(lane).locate(index)
 
-    def needs(self, lanes: Iterable[int], first: int, end: int) -> list[Iterator[Need]]:
-        """Return the shards that `lanes` need in an epoch, the soonest first: an iterator for each lane and source.
-        They are at position `first`, and shards up to position `end` are in use already."""
+    def upcoming_windows(self, lanes: Iterable[int], first: int, end: int) -> list[Iterator[ShuffleWindow]]:
+        """Return the shuffle windows of an epoch in order of use, as an iterator for each lane and source. The lanes
+        are at position `first`, and windows up to position `end` are in use already."""
         found = []
         for number in lanes:
             lane, last = self._lane(number), -(-end // self.lanes)
             here = lane.before(max(0, first - number) // self.lanes)
             there = lane.before(last + lane.block * (len(here) > 1))
-            found += [_needs(lane, source, here[source], there[source]) for source in range(len(here))]
+            found += [_windows(lane, source, here[source], there[source]) for source in range(len(here))]
         return found
 
     def _lane(self, number: int) -> Lane:
-        """Return the lane, made when it is needed: most processes read some lanes only."""
+        """Return a lane, which is created on first use: most processes read only some lanes."""
         if number not in self._made:
             seed = self.seed if self.lanes == 1 else hash64(self.seed, number)
             sources = [
@@ -245,7 +254,7 @@ class Order:
         return self._made[number]
 
     def _whole(self, source: int, sizes: np.ndarray) -> Pieces:
-        """Return all shards in the order in which lanes cut them."""
+        """Return all shards of a source in the order in which they are split into lanes."""
         shards = np.arange(len(sizes)) if self.lanes == 1 else permutation(len(sizes), self.seed, source)
         return Pieces(shards, (np.cumsum(sizes) - sizes)[shards], sizes[shards])
 
@@ -258,7 +267,7 @@ class Order:
         return Pieces(whole.shards[own], whole.starts[own] + low - (ends - sizes), high - low)
 
 
-def _needs(lane: Lane, source: int, here: int, there: int) -> Iterator[Need]:
+def _windows(lane: Lane, source: int, here: int, there: int) -> Iterator[ShuffleWindow]:
     """Yield the shuffle windows of one source in a lane, starting with those that contain the samples from `here` to
     `there`, which are in use already."""
     order, ahead = lane.sources[source], 0
@@ -267,11 +276,11 @@ def _needs(lane: Lane, source: int, here: int, there: int) -> Iterator[Need]:
             return
         ahead += start >= there
         wait = max(0, start - there) / float(lane.proportions[source])
-        yield Need(wait if ahead else 0.0, ahead, source, shards)
+        yield ShuffleWindow(wait if ahead else 0.0, ahead, source, shards)
 
 
 class FileOrder:
-    """Every sample of every source once, as the shards have them, or `count` evenly among them: for evaluation."""
+    """The order for evaluation: every sample of every source once, or `count` evenly spaced samples, in file order."""
 
     def __init__(self, sizes: Sequence[Sequence[int] | np.ndarray], count: int | None = None):
         self.starts = np.concatenate(([0], np.cumsum([int(np.sum(shards)) for shards in sizes])))
@@ -279,7 +288,7 @@ class FileOrder:
         self.samples = self.total if count is None else min(count, self.total)
 
     def locate(self, position: int) -> Place:
-        """Return the sample at `position`, which lies below `samples`."""
+        """Return the sample at `position`, which must be below `samples`."""
         number = position * self.total // self.samples
         source = int(np.searchsorted(self.starts, number, side="right")) - 1
         return Place(source, 0, number - int(self.starts[source]))

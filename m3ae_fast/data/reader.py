@@ -1,4 +1,4 @@
-"""Reads any sample of a source on its own."""
+"""Random access to the samples of a source."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from m3ae_fast.data.shards import ShardStore
 T = TypeVar("T")
 MAX_CAPTION_BYTES = 1 << 16  # longer text is truncated; a JSON member must not be larger
 IDS_DTYPE = np.dtype("<i4")  # of KEY.ids
-_OPEN_SHARDS = 256  # twice data.shuffle_shards by default; each is two open files
-_RETRY_S = 60  # a shard that could not be fetched is not tried again sooner
+_OPEN_SHARDS = 256  # twice the default of data.shuffle_shards; each is two open files
+_RETRY_S = 60  # seconds until a failed shard is retried
 
 
 class Raw(NamedTuple):
-    """A sample's bytes; None if it trains without them."""
+    """The bytes of a sample's image and caption; None for a modality that is not trained."""
 
     image: bytes | None
     caption: str | None
 
 
 class _Open(NamedTuple):
-    file: io.FileIO  # which closes itself when nobody refers to it any more
+    file: io.FileIO  # closed when it is no longer referenced
     table: np.ndarray
 
 
 class Reader:
-    """Keeps the shards used last open."""
+    """Reader of a source's samples, which keeps recently used shards open."""
 
     def __init__(self, source: Source, store: ShardStore):
         self.source, self.store = source, store
         self._starts = np.concatenate(([0], np.cumsum(source.sizes)))
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._failed: dict[int, tuple[float, OSError]] = {}
-        self._renewed: dict[int, float] = {}  # when
+        self._renewed: dict[int, float] = {}  # time, by shard
 
     def find(self, sample: int) -> tuple[int, int]:
-        """Return shard and row of a sample that is given by its number in file order."""
+        """Return the shard and row of a sample, given its number in file order."""
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return shard, sample - int(self._starts[shard])
 
@@ -57,13 +57,15 @@ class Reader:
         """Return the sample's key. Raises OSError if the shard cannot be read, BadSample if it has fewer samples."""
         table = self._get(shard).table
         if row >= len(table):
-            raise BadSample(f"the shard has {len(table)} samples, {self.source.sizes[shard]} by its manifest")
+            raise BadSample(
+                f"the shard has only {len(table)} samples, but its manifest states {self.source.sizes[shard]}"
+            )
         return printable(table["key"][row].decode("utf-8", "replace"))
 
     def read(self, shard: int, row: int) -> Raw:
-        """Return bytes and caption of one sample; a copy that turns out damaged is fetched again, once. Raises
-        BadSample if a part that its shard trains is missing, cut short, too large, or no text, OSError if the
-        shard cannot be read."""
+        """Return the image bytes and the caption of a sample. A damaged cached shard is downloaded again, once. Raises
+        BadSample if a member that is trained is missing, truncated, too large or not text, and OSError if the shard
+        cannot be read."""
         return self._whole(shard, lambda: self._read(shard, row))
 
     def _read(self, shard: int, row: int) -> Raw:
@@ -78,22 +80,22 @@ class Reader:
         return Raw(image, caption)
 
     def image_ids(self, shard: int, row: int) -> np.ndarray:
-        """Return the image's token ids, made ahead of time: int64 [L]. Raises BadSample if there are none or they
-        are cut short, OSError as `read`."""
+        """Return the stored token ids of a sample's image: int64 [L]. Raises BadSample if they are missing or
+        truncated, and OSError as `read` does."""
         return self._whole(shard, lambda: self._read_ids(shard, row))
 
     def _read_ids(self, shard: int, row: int) -> np.ndarray:
         file, table = self._get(shard)
         entry = table[row]
         if entry["ids_offset"] == MISSING:
-            raise BadSample("no ids (make them with m3ae-fast shards image-tokens)")
+            raise BadSample("the sample has no image ids; create them with m3ae-fast shards image-tokens")
         data = _read(file.fileno(), entry, "ids", MAX_IMAGE_BYTES, "ids")
         if len(data) % IDS_DTYPE.itemsize:
-            raise BadSample("the ids are cut short")
+            raise BadSample("the image ids are truncated")
         return np.frombuffer(data, IDS_DTYPE).astype(np.int64)
 
     def _whole(self, shard: int, read: Callable[[], T]) -> T:
-        """Return what `read` gives, from a new copy of the shard if this one turns out damaged."""
+        """Return the result of `read`; if the cached shard is damaged, read from a new copy."""
         try:
             return read()
         except _Damaged:
@@ -121,31 +123,33 @@ class Reader:
         return self._open[shard]
 
     def _close_removed(self) -> None:
-        """Give back the disk of copies that have made room for others."""
+        """Close cached shards that have been evicted, to free their disk space."""
         for shard in [number for number, entry in self._open.items() if not os.fstat(entry.file.fileno()).st_nlink]:
             del self._open[shard]
 
     def _renew(self, shard: int) -> None:
-        """Fetch the copy of a shard again, unless another process has, and open it anew. Raises OSError if that
-        fails, or has just been done."""
+        """Download a cached shard again, unless another process has done so, and open it. Raises OSError if that fails,
+        or if it has been done recently."""
         opened, name = self._open[shard], self.source.shards[shard].shard
         if time.monotonic() - self._renewed.get(shard, -_RETRY_S) < _RETRY_S:
-            raise OSError(f"its copy {self.store.copy(name)} is not what was indexed")
+            raise OSError(f"its cached copy {self.store.copy(name)} differs from the indexed shard")
         self._renewed[shard] = time.monotonic()
         if os.path.samestat(os.fstat(opened.file.fileno()), os.stat(self.store.path(name))):
             self.store.refetch(name)
         del self._open[shard]
 
     def _open_shard(self, indexed: IndexedShard) -> _Open:
-        """Raise OSError or UserError if the shard cannot be read, or is not the one that was indexed."""
+        """Open a shard. Raises OSError or UserError if it cannot be read, or if it has changed since it was indexed."""
         path = self.store.path(indexed.shard, indexed.summary.size)
         indexed = indexed.located()
         if os.stat(path).st_size != indexed.summary.size:
             if not self.store.is_staged(indexed.shard):
-                raise OSError("it has changed since it was indexed")
+                raise OSError("the shard has changed since it was indexed")
             path = self.store.refetch(indexed.shard)
             if os.stat(path).st_size != indexed.summary.size:
-                raise OSError(f"its copy {path} is not what was indexed; delete {indexed.sidecar} to index it anew")
+                raise OSError(
+                    f"its cached copy {path} differs from the indexed shard; delete {indexed.sidecar} to index it again"
+                )
         try:
             table = indexed.table()
         except OSError:
@@ -157,22 +161,22 @@ class Reader:
 
 
 def keeps_caption(key: bytes, fraction: float) -> bool:
-    """Return whether the pair of this key is among the `fraction` (0 to 1) of all pairs that keep their caption."""
+    """Return whether the pair with this key is among the `fraction` (0 to 1) of all pairs whose captions are used."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < fraction * 2**64
 
 
 class _Damaged(OSError):
-    """A part is not what was indexed."""
+    """Raised if a member differs from the indexed one."""
 
 
 def _read(fd: int, entry: np.void, part: str, limit: int, what: str, most: int | None = None) -> bytes:
-    """Return the part's first `most` bytes, or all."""
+    """Return the first `most` bytes of a member, or all bytes."""
     offset, size, checksum = (int(entry[f"{part}_{name}"]) for name in ("offset", "size", "crc"))
     if offset == MISSING:
         raise BadSample(f"the sample has no {what}, which the `modality` of its source requires")
     wanted = size if most is None else min(size, most)
     if wanted > limit:
-        raise BadSample(f"the {what} has {wanted} bytes, more than {limit}")
+        raise BadSample(f"the {what} has {wanted} bytes, and at most {limit} are allowed")
     data = os.pread(fd, wanted, offset)
     if checksum and wanted == size and zlib.crc32(data) != checksum:
         raise _Damaged(f"the {what} does not match its checksum in the index; the shard has changed or is damaged")
@@ -188,12 +192,12 @@ def _read_caption(fd: int, entry: np.void) -> str:
         except ValueError:
             caption = None
         if caption is None:
-            raise BadSample("no caption in the json")
+            raise BadSample("the json has no caption")
         return caption
     data = _read(fd, entry, "text", MAX_CAPTION_BYTES, "caption", most=MAX_CAPTION_BYTES)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         if len(data) < entry["text_size"] and error.start > len(data) - 4:
-            return data[: error.start].decode("utf-8")  # cut within a character
+            return data[: error.start].decode("utf-8")  # truncated within a character
         raise BadSample("the caption is not UTF-8") from None

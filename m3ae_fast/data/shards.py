@@ -1,8 +1,8 @@
-"""Shard names as users write them, and where their bytes lie on this machine.
+"""Shard patterns and the shard cache: expansion of names, and local files for shards.
 
-A plain tar on a disk of the machine is read in place. Everything else (URLs, `pipe:` commands, gzipped tars, files on a
-network) is copied into the cache folder once per node: into a temporary file, then renamed, under a lock per shard that
-all processes of the node respect. Several users may share the folder where its mode and their umask let them.
+An uncompressed tar on a local disk is read in place. All other shards (URLs, `pipe:` commands, gzipped tars, files on a
+network file system) are copied to the cache folder once per node: to a temporary file that is then renamed, under a
+lock per shard for all processes of the node. Several users may share the folder if its mode and their umask allow it.
 """
 
 from __future__ import annotations
@@ -34,37 +34,37 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.object_store import require
 from m3ae_fast.data.download import ATTEMPTS, NotThere, download, retry_after
 
-FREE_FRACTION = 0.1  # of the cache folder's disk stays free: older copies make room
-_KEPT_NS = 1000  # between the dates of copies that are needed one after the other
-_ROOM = "room"  # the lock under which copies make room
+FREE_FRACTION = 0.1  # fraction of the cache folder's disk that stays free by evicting older copies
+_KEPT_NS = 1000  # ns between the modification times of copies that are needed one after the other
+_ROOM = "room"  # name of the lock for eviction
 _LEDGER = struct.Struct("<QQ")  # see `ShardStore._make_room`
-_LOOK_S = 60.0  # between looks at all copies, while there is no room
-_PARTIAL = "partial-"  # how the names of copies begin that are not whole yet
+_LOOK_S = 60.0  # seconds between scans of all copies while the cache is full
+_PARTIAL = "partial-"  # prefix of the names of incomplete copies
 MAX_SHARDS = 10_000_000
-INDEX_SUFFIX = ".index"  # of the sidecar that an indexed shard has
-_FOLDERS = ("shards", "locks", "index")  # of a cache folder
-# file systems of a network, and those whose files are on disks of this machine all the same
+INDEX_SUFFIX = ".index"  # suffix of a shard's sidecar
+_FOLDERS = ("shards", "locks", "index")  # sub-folders of a cache folder
+# network file systems, and network-like ones whose files are on local disks
 _NETWORK = ("nfs", "lustre", "gpfs", "ceph", "cifs", "smb", "beegfs", "wekafs", "afs", "panfs", "fuse.")
 _LOCAL = ("fuse.fuse-overlayfs", "fuse.mergerfs")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 
 
 def expand(patterns: str | Sequence[str]) -> list[str]:
-    """Write out brace patterns (`{0000..0041}`), `::` lists and, for local paths, globs. Raises UserError if a
-    pattern is malformed or matches nothing, or a shard is not there, or nothing installed can read it."""
+    """Expand brace patterns (`{0000..0041}`), `::` lists and, for local paths, globs. Raises UserError if a pattern is
+    malformed or matches nothing, a shard does not exist, or a library to read it is not installed."""
     shards: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if math.prod(abs(int(b) - int(a)) + 1 for a, b in _RANGE.findall(pattern)) > MAX_SHARDS:
             raise UserError(f"shards {pattern!r}: expands to more than {MAX_SHARDS:,} names")
         try:
             names = expand_urls(pattern)
-        except (ValueError, AssertionError) as error:  # unbalanced braces, a missing WDS_ variable
+        except (ValueError, AssertionError) as error:  # raised for unbalanced braces or a missing WDS_ variable
             raise UserError(f"shards {pattern!r}: not a valid pattern ({error})") from None
         for name in names:
             require(name)
             shards += [name] if is_remote(name) else _local(name)
     if not shards:
-        raise UserError(f"shards {patterns!r}: matches nothing")
+        raise UserError(f"shards {patterns!r}: matches no shards")
     return shards
 
 
@@ -85,7 +85,7 @@ def _local(name: str) -> list[str]:
     if glob.has_magic(name) and not os.path.exists(name):
         found = sorted(path for path in glob.glob(name) if not path.endswith(INDEX_SUFFIX))
     if not found:
-        raise UserError(f"shards {name!r}: matches no file")
+        raise UserError(f"shards {name!r}: matches no files")
     for path in found:
         if os.path.isdir(path):
             raise UserError(f"shards {path!r}: is a folder; {_advice_on(path)}")
@@ -101,7 +101,7 @@ def _local(name: str) -> list[str]:
 
 
 def network_file_system(path: Path) -> str:
-    """Return the type of the file system that `path` is on, such as "nfs4", where it is one of a network; else ""."""
+    """Return the type of `path`'s file system, such as "nfs4", if it is a network file system; otherwise ""."""
     own = path.resolve()
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     kind = next((mounts[parent] for parent in (own, *own.parents) if parent in mounts), "")
@@ -109,22 +109,22 @@ def network_file_system(path: Path) -> str:
 
 
 class CacheSpace(NamedTuple):
-    """Sizes of the cache folder, in bytes."""
+    """Limit and usage of the cache folder, in bytes."""
 
-    limit: float  # what copies may take
-    used: int  # with those that are being made
-    largest: int  # copy
+    limit: float  # maximum size of all copies
+    used: int  # size of all copies, including incomplete ones
+    largest: int  # size of the largest copy
 
 
 class ShardStore:
-    """Local files for shards. `cache_dir` has copies and locks; None: `$XDG_CACHE_HOME/m3ae_fast` or
-    `~/.cache/m3ae_fast`. Copies take at most `cache_gb` GB of the disk; None: all but FREE_FRACTION. Raises UserError
-    if the folder cannot be made."""
+    """Cache that provides local files for shards. `cache_dir` contains copies and locks; None:
+    `$XDG_CACHE_HOME/m3ae_fast` or `~/.cache/m3ae_fast`. Copies take at most `cache_gb` GB; None: the disk until
+    FREE_FRACTION of it is left free. Raises UserError if the folder cannot be created."""
 
     def __init__(self, cache_dir: str | os.PathLike[str] | None = None, cache_gb: float | None = None):
-        self._far: dict[str, bool] = {}  # by folder
-        self._oldest: deque[_Copy] | None = None  # copies when this process last looked, the oldest first
-        self._looked = 0.0  # when that was
+        self._far: dict[str, bool] = {}  # whether a folder is on a network file system
+        self._oldest: deque[_Copy] | None = None  # copies at the last scan, the oldest first
+        self._looked = 0.0  # time of the last scan
         self.limit = math.inf if cache_gb is None else round(cache_gb * 1e9)  # bytes
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.cache_dir = Path(cache_dir or Path(home) / "m3ae_fast").expanduser()
@@ -132,22 +132,24 @@ class ShardStore:
             for name in _FOLDERS:
                 (self.cache_dir / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"data.cache_dir {self.cache_dir}: {error.strerror}; name a writable folder") from None
-        self.staging = not network_file_system(self.cache_dir)  # whether copies are nearer than a network file system
+            raise UserError(
+                f"data.cache_dir {self.cache_dir}: cannot be created ({error.strerror}); name a writable folder"
+            ) from None
+        self.staging = not network_file_system(self.cache_dir)  # whether to cache shards on network file systems
 
     @staticmethod
     def is_cache(folder: Path) -> bool:
-        """Return whether the folder serves as a cache already."""
+        """Return whether the folder is a cache folder already."""
         return all((folder.expanduser() / name).is_dir() for name in _FOLDERS)
 
     @staticmethod
     def is_cached(shard: str) -> bool:
-        """Return whether the shard has to be copied into the cache folder before anything can be read."""
+        """Return whether the shard must be copied to the cache folder before it can be read."""
         return is_remote(shard) or shard.endswith((".gz", ".tgz"))
 
     def is_staged(self, shard: str) -> bool:
-        """Return whether samples are read from a copy in the cache folder, not in place: also those that would be read
-        over a network, a few KB at a time."""
+        """Return whether samples are read from a cached copy. This includes shards on a network file system, which
+        would otherwise be read a few KB at a time."""
         if self.is_cached(shard):
             return True
         folder = os.path.dirname(os.path.abspath(shard))
@@ -156,13 +158,14 @@ class ShardStore:
         return self.staging and self._far[folder]
 
     def in_place(self) -> ShardStore:
-        """Return a store that reads shards on a network file system in place, for a few samples of them."""
+        """Return a store that reads shards on a network file system in place, for reading only a few samples."""
         other = shallow_copy(self)
         other.staging = False
         return other
 
     def name(self, shard: str) -> str:
-        """Return a file name for things about the shard: unique, and of the contents too where it is a local file."""
+        """Return a unique file name for data about the shard. For a local file, it also depends on size and
+        modification time."""
         identity = shard
         if not is_remote(shard):
             status = os.stat(shard)
@@ -171,40 +174,39 @@ class ShardStore:
         return f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{tail}"
 
     def copy(self, shard: str) -> Path:
-        """Return where the copy of a shard that is not read in place lies."""
+        """Return the path of the cached copy of a shard that is not read in place."""
         return self.cache_dir / "shards" / self.name(shard)
 
     def path(self, shard: str, size: int = 0) -> Path:
-        """Return the file that holds the shard's tar, fetched first if need be. Raises OSError if that fails.
-
-        `size`: bytes of the tar; 0: unknown."""
+        """Return the path of the shard's tar, after downloading it if necessary. Raises OSError if that fails. `size`:
+        bytes of the tar; 0: unknown."""
         if not self.is_staged(shard):
             return Path(shard)
         copy = self.copy(shard)
         while True:
             try:
-                with contextlib.suppress(PermissionError):  # another user's
-                    os.utime(copy)  # used now: the last to make room for others
+                with contextlib.suppress(PermissionError):  # it belongs to another user
+                    os.utime(copy)  # recently used, so evicted last
                     return copy
                 if copy.is_file():
                     return copy
             except FileNotFoundError:
-                with self.lock(copy.name):  # per shard: processes that want another one do not wait
+                with self.lock(copy.name):  # per shard, so that processes that need other shards do not wait
                     if not copy.exists():
                         self._fetch(shard, copy, size)
 
     def refetch(self, shard: str) -> Path:
-        """Return `path` of a new copy, the old one being damaged. Raises OSError if there is none to be had."""
+        """Replace a damaged copy and return the path of the new one. Raises OSError if that fails."""
         copy = self.copy(shard)
         if not self.is_staged(shard):
-            raise OSError(f"{shard} is damaged")
+            raise OSError(f"the shard {shard} is damaged")
         with self.lock(copy.name):
             self._fetch(shard, copy)
         return copy
 
     def fetch_ahead(self, shard: str, size: int = 0) -> bool:
-        """Fetch a shard unless its copy is there or another process is fetching it. Return False if that fails,
-        which is left to whoever reads the shard."""
+        """Download a shard unless it is cached or another process is downloading it. Return False if that fails; the
+        reader of the shard reports the error."""
         try:
             copy = self.copy(shard)
             with self.lock(copy.name, wait=False):
@@ -221,14 +223,14 @@ class ShardStore:
         then the listed ones from the last to the first. `shards`: in the order in which they will be needed."""
         now = time.time_ns()
         if self._oldest:
-            self._oldest.clear()  # they have other dates now
+            self._oldest.clear()  # their modification times have changed
         for number, shard in enumerate(shards):
             when = now - number * _KEPT_NS
-            with contextlib.suppress(OSError):  # not there, or another user's
+            with contextlib.suppress(OSError):  # it does not exist, or belongs to another user
                 os.utime(self.copy(shard), ns=(when, when))
 
     def room(self) -> CacheSpace:
-        """Return what copies may take and take now."""
+        """Return the limit and the current usage of the cache."""
         sizes = [copy.size for copy in self._copies()]
         usage = shutil.disk_usage(self.cache_dir)
         most = min(self.limit, sum(sizes) + usage.free - FREE_FRACTION * usage.total)
@@ -236,12 +238,12 @@ class ShardStore:
 
     @contextmanager
     def lock(self, name: str, wait: bool = True) -> Iterator[int]:
-        """Hold a lock of this node and yield its file's handle. Raises BlockingIOError if another process has it and
-        `wait` is false."""
+        """Hold a lock on this node and yield its file handle. Raises BlockingIOError if another process holds it and
+        `wait` is False."""
         path = self.cache_dir / "locks" / name
-        try:  # by hand, as filelock cannot lock a file that is another user's, and polls
+        try:  # not with filelock, which polls and cannot lock another user's file
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except PermissionError:  # another user's
+        except PermissionError:  # it belongs to another user
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -250,15 +252,15 @@ class ShardStore:
             os.close(fd)
 
     def _fetch(self, shard: str, copy: Path, size: int = 0) -> None:
-        """Replace any old copy by a new one; processes that have the old one open can still read it."""
+        """Download a shard and replace any old copy; processes that have the old copy open can still read it."""
         for attempt in range(ATTEMPTS):
             partial = self.cache_dir / "shards" / f"{_PARTIAL}{uuid.uuid4().hex}"
-            gone = 0  # bytes in the ledger that are not on the disk
+            gone = 0  # bytes in the ledger that are not on disk
             try:
                 out, gone = self._begin(partial, size)
                 with out:
                     download(shard, out)
-                    with self.lock(_ROOM) as ledger:  # if it is larger than expected
+                    with self.lock(_ROOM) as ledger:  # in case it is larger than expected
                         out.truncate(out.tell())
                         self._make_room(ledger, grown=out.tell() - gone)
                     gone = out.tell()
@@ -278,27 +280,28 @@ class ShardStore:
                 partial.unlink(missing_ok=True)
 
     def _begin(self, partial: Path, size: int) -> tuple[BinaryIO, int]:
-        """Return an empty file that counts as `size` bytes, or if that is 0 as the largest copy; and that number. It is
-        locked until it is closed: if it is not, its process has been killed. The umask decides who may read it."""
+        """Create an empty file that counts as `size` bytes, or as the largest copy if `size` is 0. Return the file and
+        this number. The file is locked until it is closed; an unlocked incomplete file belongs to a killed process. The
+        umask determines who may read it."""
         with self.lock(_ROOM) as ledger:
             size = self._make_room(ledger, size)
             out = open(partial, "x+b")  # noqa: SIM115
             lock(out.fileno())
-            out.truncate(size)  # a hole, which takes no blocks
+            out.truncate(size)  # a sparse file, which takes no blocks
         return out, size
 
     def _make_room(self, ledger: int, size: int | None = None, grown: int = 0) -> int:
-        """Remove the oldest copies until a new one is within the limit and FREE_FRACTION of the disk is free. Whoever
-        has one open can still read it (POSIX).
+        """Evict the oldest copies until a new copy fits within the limit and FREE_FRACTION of the disk is free.
+        Processes that have an evicted copy open can still read it (POSIX).
 
-        To look at all copies takes as long as there are many, while all others wait. It is left out as long as the
-        ledger shows that there is room, or this process has looked lately: then the oldest copies of that look go, as
-        far as nobody has used them since.
+        Scanning all copies takes time in proportion to their number, while all other processes wait. The scan is
+        skipped if the ledger shows that there is enough space, or if this process has scanned recently. In the latter
+        case, the oldest copies of that scan are evicted unless they have been used since.
 
         Args:
-            ledger: handle of the lock's file, which holds the bytes of all copies and of the largest.
-            size: bytes of a new copy; 0: those of the largest; None: there is no new one.
-            grown: bytes by which the copies have grown since that was noted.
+            ledger: handle of the lock file, which contains the bytes of all copies and of the largest copy.
+            size: bytes of a new copy; 0: those of the largest copy; None: there is no new copy.
+            grown: bytes by which the copies have grown since the last entry in the ledger.
 
         Returns:
             The bytes of the new copy.
@@ -319,8 +322,9 @@ class ShardStore:
 
     @staticmethod
     def _remove(copy: _Copy) -> int:
-        """Remove a copy unless it was used since it was seen. Return the bytes that it took."""
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # another process was faster; another user's
+        """Remove a copy unless it has been used since the scan. Return the freed bytes."""
+        # removed by another process, or belongs to another user
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             if copy.path.stat().st_mtime_ns == copy.used:
                 copy.path.unlink()
                 return copy.size
@@ -332,15 +336,16 @@ class ShardStore:
 
     @staticmethod
     def _note(ledger: int, used: int, largest: int) -> None:
-        with contextlib.suppress(OSError):  # another user's file: others look before they rely on it again
+        # the file belongs to another user; other processes scan before they rely on it
+        with contextlib.suppress(OSError):
             os.pwrite(ledger, _LEDGER.pack(max(used, 0), largest), 0)
 
     def _look(self) -> tuple[int, int]:
-        """Look at all copies, and remove those that killed processes left unfinished. Return the bytes of all copies
-        and of the largest."""
+        """Scan all copies and remove incomplete ones of killed processes. Return the bytes of all copies and of the
+        largest copy."""
         copies = sorted(self._copies())
         for copy in [each for each in copies if each.path.name.startswith(_PARTIAL) and is_abandoned(each.path)]:
-            with contextlib.suppress(PermissionError):  # another user's
+            with contextlib.suppress(PermissionError):  # it belongs to another user
                 copy.path.unlink(missing_ok=True)
                 copies.remove(copy)
         self._looked = time.monotonic()
@@ -351,15 +356,15 @@ class ShardStore:
     def _copies(self) -> list[_Copy]:
         found = []
         for entry in os.scandir(self.cache_dir / "shards"):
-            with contextlib.suppress(FileNotFoundError):  # another process makes room too
+            with contextlib.suppress(FileNotFoundError):  # another process is evicting too
                 status = entry.stat()
                 found.append(_Copy(status.st_mtime_ns, status.st_size, Path(entry.path)))
         return found
 
 
 class _Copy(NamedTuple):
-    """A file in the cache folder, perhaps not whole yet."""
+    """A complete or incomplete copy in the cache folder."""
 
-    used: int  # when, in ns: last, or see `ShardStore.keep`
+    used: int  # time of last use in ns, or the time set by `ShardStore.keep`
     size: int
     path: Path

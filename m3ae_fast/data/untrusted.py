@@ -10,15 +10,16 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
 
-_FETCHED = re.compile(r"(https?|s3|gs)://")  # by this process, or by one that is given the URL as one word
+# downloaded by this process, or by a command that gets the URL as a single argument
+_FETCHED = re.compile(r"(https?|s3|gs)://")
 
 
 def require_harmless(sources: Iterable[SourceConfig], cache_dir: Path | None, where: str) -> None:
-    """Raise UserError, which says that `where` names them, if a shard of the `sources` would run a program, or if
-    copies would be written to, and removed from, a `cache_dir` that is no cache yet."""
-    remedy = "add --trust if you trust it, or name other shards with --shards"
+    """Raise UserError if a shard of `sources` would run a program, or if copies would be written to and removed from a
+    `cache_dir` that is not yet a cache folder. `where`: the file that contains these settings."""
+    advice = "add --trust if you trust it, or name other shards with --shards"
     for shard in (shard for source in sources for shard in expand(source.shards)):
         if is_remote(shard) and not _FETCHED.match(shard):
-            raise UserError(f"{where}: names the shards {shard!r}, which run a program; {remedy}")
+            raise UserError(f"{where}: contains the shards {shard!r}, which run a program; {advice}")
     if cache_dir is not None and not ShardStore.is_cache(cache_dir):
-        raise UserError(f"{where}: sets data.cache_dir to {cache_dir}, which is not yet a cache folder; {remedy}")
+        raise UserError(f"{where}: sets data.cache_dir to {cache_dir}, which is not yet a cache folder; {advice}")

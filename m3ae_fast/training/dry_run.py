@@ -17,7 +17,7 @@ from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, open_data
-from m3ae_fast.data.loader import needs_of_node
+from m3ae_fast.data.loader import prefetch_schedule
 from m3ae_fast.engine.memory_estimate import (
     activation_bytes,
     caption_tokens,
@@ -238,8 +238,8 @@ def _network(config: Config, parameters: int, world: int, accumulation: int, rat
 def _fetching(config: Config, corpus: Corpus, world: int, rate: float) -> list[tuple[str, str]]:
     """Say what a node fetches and keeps, where shards are not read in place and their sizes are known."""
     ranks = range(min(world, GPUS_OF_NODE))
-    needs = needs_of_node(config.data, corpus, config.train.global_batch, world, ranks, config.run.seed)
-    first, owned = needs.in_use(), needs.owned()
+    schedule = prefetch_schedule(config.data, corpus, config.train.global_batch, world, ranks, config.run.seed)
+    first, owned = schedule.in_use(), schedule.owned()
     if not owned:
         return []
     epoch = corpus.samples * config.data.repeats / (rate * world)  # seconds

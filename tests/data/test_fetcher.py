@@ -77,7 +77,7 @@ def until(true):
 
 def come(loader):
     """Whether what a node is to fetch at this step is there."""
-    needs, steps = loader.companion.needs, loader.companion._steps
+    needs, steps = loader.companion.schedule, loader.companion._steps
     return all(needs.corpus.store.copy(shard.name).exists() for shard in needs.near(needs.span(steps)))
 
 
@@ -174,7 +174,7 @@ def test_the_fetcher_leaves_with_the_run(start, tmp_path, begun):
 def test_ranks_of_a_node_share_one_fetcher(start):
     """It waits for the slower one."""
     loaders = [start(rank, 2, folder="same", node=Node("run", [0, 1], Standby())) for rank in (0, 1)]
-    assert [loader.companion.needs.lanes for loader in loaders] == [list(range(LANES))] * 2
+    assert [loader.companion.schedule.lanes for loader in loaders] == [list(range(LANES))] * 2
     for loader in loaders:
         iter(loader)
     assert [loader.companion._fetcher.process.is_alive() for loader in loaders] == [True, False]
@@ -183,13 +183,13 @@ def test_ranks_of_a_node_share_one_fetcher(start):
         next(batches)
     steps = loaders[1].companion._steps
     assert list(steps) == [3, 0]
-    span = loaders[1].companion.needs.span(steps)
+    span = loaders[1].companion.schedule.span(steps)
     assert span.first == 0 and span.end > 3 * BATCH and not span.begun
     end(loaders[0])
 
 
 def test_tables_come_with_the_copies(start):
-    needs = start(0, 4).companion.needs
+    needs = start(0, 4).companion.schedule
     store, span = needs.corpus.store, needs.span(np.zeros(1, np.int64))
     fetcher = Fetcher(needs)
     until(lambda: fetcher.look(span) or fetcher.wait() or not fetcher._busy)
@@ -202,7 +202,7 @@ def test_a_shard_that_cannot_be_fetched_is_not_asked_for_all_the_time(start, far
     rows = np.load(tmp_path / "far.npy")
     rows["name"] = np.char.replace(rows["name"], b".tar", b".gone")
     write(tmp_path / "far.npy", rows)
-    needs = start(0, 4).companion.needs
+    needs = start(0, 4).companion.schedule
     fetcher = Fetcher(needs)
     for _ in range(3):
         fetcher.look(needs.span(np.zeros(1, np.int64)))

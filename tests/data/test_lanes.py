@@ -158,7 +158,7 @@ def test_waits_are_positions_of_the_lane_whatever_a_source_weighs():
         for index in range(2000):
             place = order.locate(index * 4 + lane)
             begun.setdefault((place.source, place.sample // shards[place.source]), index)
-        for need in chain.from_iterable(order.needs([lane], 0, 40)):
+        for need in chain.from_iterable(order.upcoming_windows([lane], 0, 40)):
             first = min(begun.get((need.source, shard), 2000) for shard in need.shards)
             assert need.wait == 0 if first < 10 else first == 2000 or abs(10 + need.wait - first) < 3 * LANE_BLOCK
 

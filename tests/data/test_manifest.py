@@ -157,7 +157,11 @@ def test_what_is_no_manifest_is_refused(tmp_path, store):
     bad, other = tmp_path / "bad.npy", tmp_path / "other.npy"
     bad.write_bytes(b"\x93NUMPY junk")
     np.save(other, np.arange(3))
-    for path, words in ((bad, "is damaged"), (other, "is another .npy"), (tmp_path / "none.npy", "no such file")):
+    for path, words in (
+        (bad, "is damaged"),
+        (other, "is a .npy file but not a manifest"),
+        (tmp_path / "none.npy", "no such file"),
+    ):
         with pytest.raises(UserError, match=words):
             open_corpus([SourceConfig(shards=str(path))], store)
     with pytest.raises(UserError, match="mixes manifests and tar files"):

@@ -64,11 +64,11 @@ def test_groups_bound_the_shards_that_are_open_at_once():
     assert set.union(*groups) == set(range(12))
     groups.append({place.sample // 10 for place in places(order, range(120, 150))})  # the next epoch's
     for first, end, known in ((0, 1, 1), (29, 30, 1), (29, 31, 2), (30, 31, 1), (65, 119, 2)):
-        (needs,) = order.needs([0], first, end)
+        (needs,) = order.upcoming_windows([0], first, end)
         found = [(need.ahead, set(need.shards)) for need in needs]
         number = first // 30
         assert found[:3] == [(max(0, i - known + 1), groups[number + i]) for i in range(3)]
-        assert len(found) == 4 + (first % 30 > 0) and {need.wait for need in order.needs([0], 0, 1)[0]} == {
+        assert len(found) == 4 + (first % 30 > 0) and {need.wait for need in order.upcoming_windows([0], 0, 1)[0]} == {
             0,
             29,
             59,
@@ -83,7 +83,7 @@ def test_needs_are_sorted_and_cover_what_is_read(sizes, batch):
     order = Order(sizes, [0.7, 0.3][: len(sizes)], 2, seed=1, lanes=4)
     shards = [np.repeat(np.arange(len(source)), source) for source in sizes]
     for first in range(0, 2400, batch):
-        needs = [list(needs) for needs in order.needs([1, 2], first, first + batch)]
+        needs = [list(needs) for needs in order.upcoming_windows([1, 2], first, first + batch)]
         assert all([need.wait for need in each] == sorted(need.wait for need in each) for each in needs)
         live = {(need.source, shard) for each in needs for need in each if not need.ahead for shard in need.shards}
         read = places(order, [p for p in range(first, first + batch) if p % 4 in (1, 2)])

@@ -10,7 +10,7 @@ import pytest
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.data import fetcher as fetcher_module
-from m3ae_fast.data.fetcher import CONNECTIONS, Fetcher, Fetching, Needs, Span
+from m3ae_fast.data.fetcher import CONNECTIONS, Fetcher, Fetching, PrefetchSchedule, Span
 from m3ae_fast.data.order import Order
 from m3ae_fast.data.shards import CacheSpace
 from m3ae_fast.process.helper_process import Node
@@ -48,7 +48,7 @@ def needs(tmp_path):
         entries = [SimpleNamespace(shard=f"{i}.tar", summary=SimpleNamespace(size=size)) for i in range(12)]
         corpus = SimpleNamespace(store=Store(tmp_path, **store), sources=[SimpleNamespace(shards=entries)])
         order = Order([[10] * 12], None, 2, 0, lanes)
-        return Needs(corpus, order, range(lanes), start, stop, positions, ahead)
+        return PrefetchSchedule(corpus, order, range(lanes), start, stop, positions, ahead)
 
     return build
 
@@ -67,7 +67,7 @@ def test_a_span_is_from_the_slowest_rank_to_what_the_fastest_has_ahead(needs):
 
 def test_what_follows_is_fetched_once_there_was_a_step_but_not_what_comes_after_the_run(needs):
     whole = needs()
-    windows = [[f"{shard}.tar" for shard in need.shards] for need in whole.order.needs([0], 0, 1)[0]]
+    windows = [[f"{shard}.tar" for shard in need.shards] for need in whole.order.upcoming_windows([0], 0, 1)[0]]
 
     def near(built, span):
         return [shard.name for shard in built.near(span)]
