@@ -52,7 +52,7 @@ def test_what_the_system_refuses_one_rank_is_one_line(faulty, tmp_path, place, r
     codes, out = faulty(place, rank, error)
     assert codes == [2, 2], out
     assert out.count("error: ") == 1 and told.format(rank=rank) in out and "Traceback" not in out
-    assert "the earlier ones are intact" in out and checkpoint.saved_steps(tmp_path / "run") == []
+    assert "the earlier checkpoints are intact" in out and checkpoint.saved_steps(tmp_path / "run") == []
     record = json.loads((tmp_path / "run" / RECORD_FILE).read_text())
     assert record["state"] == "failed" and told.format(rank=rank) in record["reason"]
 

@@ -177,7 +177,7 @@ def test_what_is_not_finite_on_one_rank_is_told_on_all_and_written_by_none(tmp_p
         (text,) = set(save_parts(tmp_path, found))
     finally:
         STATE["exp_avg/a"].fill_(1)
-    assert "not written, since exp_avg/a is not finite; the earlier ones are intact" in text
+    assert "not written, since exp_avg/a is not finite; the earlier checkpoints are intact" in text
     assert checkpoint.saved_steps(tmp_path) == []
 
 
@@ -208,7 +208,7 @@ def test_a_folder_that_nodes_do_not_share_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(state_files, "to_disk", lambda file: None)
     monkeypatch.setattr(state_files, "sha256", lambda file: "0")
     (text,) = set(save_parts(tmp_path, _parts()))
-    assert "which rank 2 wrote, cannot be read by rank 0" in text and "file system that all nodes see" in text
+    assert "which rank 2 wrote, cannot be read by rank 0" in text and "file system shared by all nodes" in text
 
 
 @pytest.mark.parametrize(

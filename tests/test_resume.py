@@ -186,7 +186,7 @@ def test_what_a_resumed_run_may_change(tmp_path):
         ("masking", {"image_ratio": 0.5}),
         ("run", {"stream": stream | {"data.tokenizer": "8 tokens"}}),
     ):
-        with pytest.raises(UserError, match="not the same stream of samples; --resume-with-changes"):
+        with pytest.raises(UserError, match="which changes the stream of samples; --resume-with-changes"):
             fits(section, **values)
         assert len(fits(section, with_changes=True, **values)) == 1
     assert fits("optim", peak_lr=0.5) == ["optim.peak_lr was 0.02 and is 0.5 from here on"]
@@ -194,12 +194,14 @@ def test_what_a_resumed_run_may_change(tmp_path):
         "train.steps was 6 and is 7 from here on",
         "train.precision was fp32 and is bf16 from here on",
     ]
-    with pytest.raises(UserError, match=r"with data\.image_tokenizer = none, now it is weights 1: not the same stream"):
+    with pytest.raises(
+        UserError, match=r"with data\.image_tokenizer = none, now it is weights 1, which changes the stream"
+    ):
         fits("run", stream=stream | {"data.image_tokenizer": "weights 1"})
 
 
 # what happens where a resumed run has another value; a new setting joins one of them
-REFUSED, STREAM, NOTED, FREE = "was made with", "not the same stream of samples", "from here on", ""
+REFUSED, STREAM, NOTED, FREE = "was made with", "which changes the stream of samples", "from here on", ""
 SETTINGS = {
     "run": {"seed": REFUSED, "dir": FREE, "loggers": FREE, "stall_timeout": FREE},
     "model": {name: FREE if name == "init_from" else REFUSED for name in ModelConfig.model_fields},
@@ -368,7 +370,7 @@ def test_shards_written_anew_at_equal_size_are_noted_and_moved_ones_are_not(tmp_
     info = checkpoint.Info(1, 0, config.run.seed, config.model_dump(mode="json"), {}, before)
     (note,) = changes_of(tmp_path, info, config, after)
     assert note.startswith("data.train.written was ") and "is 2023-11-14 22:13:20 UTC" in note
-    with pytest.raises(UserError, match=r"data\.train\.loss_weight = 1, now it is 2: not the same stream"):
+    with pytest.raises(UserError, match=r"data\.train\.loss_weight = 1, now it is 2, which changes the stream"):
         changes_of(tmp_path, info, config, before | {"data.train.loss_weight": "2"})
 
 
@@ -459,7 +461,7 @@ def test_the_trainer_checks_the_whole_state(trainer):
 
 def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
     path = _save(tmp_path, 1).rename(tmp_path / "checkpoints/step-00000007")
-    with pytest.raises(UserError, match="it is of step 1"):
+    with pytest.raises(UserError, match="it belongs to step 1"):
         checkpoint.read_info(path)
 
 
@@ -482,7 +484,7 @@ def test_half_deleted_checkpoint_is_no_checkpoint_and_no_obstacle(tmp_path, lost
     one, two = _save(tmp_path, 1), _save(tmp_path, 2)
     (two / lost).unlink()
     assert resuming.find(tmp_path, "auto") == one
-    assert resuming.passed_over(tmp_path) == [f"{two} is skipped: files of it are missing"]
+    assert resuming.passed_over(tmp_path) == [f"{two} is skipped: some of its files are missing"]
     shutil.rmtree(one)
     assert len(resuming.passed_over(tmp_path)) == 1  # also where the run begins anew
     _save(tmp_path, 1)

@@ -1,4 +1,4 @@
-"""Checkpoints: written and read by any number of ranks, complete or absent."""
+"""Checkpoints, which are written atomically, and read and written by any number of ranks."""
 
 from m3ae_fast.checkpoint.folder import (
     FAILED,

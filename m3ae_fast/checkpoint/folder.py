@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or not there, and that fit any number of ranks and any ZeRO stage.
+"""Checkpoint folders: written atomically, and independent of the number of ranks and the ZeRO stage.
 
 run.dir/checkpoints/step-00001234/
-    state*.safetensors  float32 weights, Adam moments and, with train.ema, averaged weights: see `parts`
+    state*.safetensors  float32 weights, Adam moments and, with train.ema, averaged weights: see `state_files`
     state.json          step, samples seen, seeds, config, versions, the data's fingerprint, checksums of other files
-    good                a loss computed from its weights was finite
-    failed              one was not: `--resume auto` skips it
+    good                marks a checkpoint from whose weights a finite loss was computed
+    failed              marks a checkpoint with a non-finite loss, which `--resume auto` skips
 
-Each rank writes what it keeps; when all have, rank 0 gives the folder its name.
+Each rank writes its part of the state. When all ranks have written, rank 0 renames the folder to its final name.
 """
 
 from __future__ import annotations
@@ -47,28 +47,30 @@ ALONE = Agreement(0, 1, dist.HashStore(), threading.Event())
 
 
 def _later(change: tuple[int, int]) -> tuple[int, int]:
-    """Check a change of the number of steps. Raises ValueError if that is not larger than the steps taken before."""
+    """Validate a change of the number of steps. Raises ValueError unless it is larger than the number of steps taken
+    before."""
     step, total = change
     if not 0 <= step < total:
-        raise ValueError(f"a run of {total} steps after {step} steps")
+        raise ValueError(f"the run is set to {total} steps after {step} steps")
     return change
 
 
 @dataclass
 class Info:
-    """What a checkpoint holds besides its tensors."""
+    """The content of a checkpoint except its tensors."""
 
     step: Annotated[int, Field(ge=0, lt=1 << 53)]  # optimiser steps taken
-    samples: Annotated[int, Field(ge=0)]  # samples seen: the data position
+    samples: Annotated[int, Field(ge=0)]  # samples seen, which is the position in the sample order
     seed: int
     config: dict[str, dict[str, Any] | None]
     versions: dict[str, str]
-    stream: dict[str, str] = field(default_factory=dict)  # what data it was trained on: `data.fingerprint`
-    sha256: dict[str, str] = field(default_factory=dict)  # by file
-    attention: dict[str, str] = field(default_factory=dict)  # on GPUs: the kernel that was chosen, by part
-    changes: list[Annotated[tuple[int, int], AfterValidator(_later)]] = field(default_factory=list)  # of its `Schedule`
+    stream: dict[str, str] = field(default_factory=dict)  # fingerprint of the training data: `data.fingerprint`
+    sha256: dict[str, str] = field(default_factory=dict)  # by file name
+    attention: dict[str, str] = field(default_factory=dict)  # on GPUs: the chosen kernel, by part of the model
+    # changes of its `Schedule`
+    changes: list[Annotated[tuple[int, int], AfterValidator(_later)]] = field(default_factory=list)
     decays: bool = False  # whether the learning rate has begun to fall, with a schedule that can be extended
-    spent: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # seconds, where the run has a time limit
+    spent: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # seconds of training, if the run has a time limit
     # batches of the stream that are left out, of which the first is 0
     left_out: list[Annotated[int, Field(ge=0, lt=1 << 53)]] = field(default_factory=list)
 
@@ -78,13 +80,13 @@ def checkpoints_dir(run_dir: Path) -> Path:
 
 
 def step_of(path: Path) -> int:
-    """Return the step in a checkpoint's name, -1 for any other name."""
+    """Return the step in a checkpoint's name; -1 for other names."""
     match = re.fullmatch(r"step-(\d+)", path.name)
     return int(match[1]) if match else -1
 
 
 def saved_steps(run_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, from the oldest to the latest."""
     steps = (p for p in checkpoints_dir(run_dir).glob("step-*") if (p / INFO_FILE).is_file() and any(p.glob(ANY_PART)))
     return sorted((p for p in steps if step_of(p) >= 0), key=step_of)
 
@@ -94,35 +96,35 @@ def save(
     part: Fragments,
     info: Info,
     keep: int,
-    remedy: str = "a lower optim.peak_lr",
+    suggested_fix: str = "a lower optim.peak_lr",
     ranks: Agreement = ALONE,
 ) -> Path:
-    """Write a checkpoint beside the others and only then give it its name; then `prune`. Every rank must call it.
+    """Write a checkpoint to a temporary folder, rename the folder, and `prune`. Every rank must call it.
 
     Args:
-        run_dir: on a file system that all ranks see.
-        part: of the state, on the CPU; all of it where there is one rank.
-        info: what else is stored; rank 0's counts.
-        keep: checkpoints that stay.
-        remedy: settings that may help where a tensor is not finite.
-        ranks: all that have a part.
+        run_dir: the run folder, on a file system shared by all ranks.
+        part: this rank's part of the state, on the CPU; the complete state if there is one rank.
+        info: further content of the checkpoint; the value on rank 0 is stored.
+        keep: number of checkpoints to keep.
+        suggested_fix: suggested fix for the message if a tensor is not finite.
+        ranks: agreement between all ranks.
 
     Raises:
-        UserError: on every rank, where a tensor is not finite, the disk refuses, or a part is missing; the earlier
-            checkpoints are as they were.
+        UserError: raised on every rank if a tensor is not finite, a file cannot be written, or a part is missing. The
+            earlier checkpoints are unchanged.
     """
     target = checkpoints_dir(run_dir) / f"step-{info.step:08d}"
     for last in (False, True):
         unfinished = ranks.decide("", lambda _: _begin(target))
         if not unfinished:
             return target
-        job = _Save(Path(unfinished), target, part, info, remedy, ranks.world)
+        job = _Save(Path(unfinished), target, part, info, suggested_fix, ranks.world)
         report, bug = job.write(ranks.rank)
         try:
             if ranks.decide(report, partial(job.end, last=last)):
                 break
         except UserError:
-            if bug is not None:  # which ends this rank, with its traceback
+            if bug is not None:  # a bug ends this rank with its traceback
                 raise bug from None
             raise
     if ranks.rank == 0:
@@ -131,12 +133,12 @@ def save(
 
 
 def _begin(target: Path) -> str:
-    """Make the folder to write to, and return it; "" if the checkpoint is there. Rank 0 only."""
+    """Create the temporary folder and return it; return "" if the checkpoint exists already. Rank 0 only."""
     if target in saved_steps(target.parents[1]):
         return ""
     unfinished = target.parent / f".writing-{step_of(target):08d}-{os.getpid()}"
     for leftover in (*target.parent.glob(".writing-*"), *target.parent.glob(".removing-*"), target):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a save or a removal that was killed
+        shutil.rmtree(leftover, ignore_errors=True)  # left by a killed save or removal
     try:
         unfinished.mkdir(parents=True)
     except OSError as error:
@@ -145,21 +147,22 @@ def _begin(target: Path) -> str:
 
 
 def _unwritten(target: Path, error: object) -> UserError:
-    return UserError(f"checkpoint {target}: cannot be written ({error}); the earlier ones are intact")
+    return UserError(f"checkpoint {target}: cannot be written ({error}); the earlier checkpoints are intact")
 
 
 class _Save(NamedTuple):
-    """One attempt to write a checkpoint; arguments as of `save`."""
+    """One attempt to write a checkpoint, with the arguments of `save`."""
 
     unfinished: Path
     target: Path
     part: Fragments
     info: Info
-    remedy: str
+    suggested_fix: str
     world: int
 
     def write(self, rank: int) -> tuple[str, BaseException | None]:
-        """Write this rank's part. Return, as JSON, its checksum or why there is none; and the error if it is a bug."""
+        """Write this rank's part. Return its checksum, or the reason why there is none, as JSON; and the error if it is
+        a bug."""
         checksum, error = attempt(lambda: self._write(rank))
         if error is None:
             return json.dumps({"sha256": checksum}), None
@@ -179,13 +182,13 @@ class _Save(NamedTuple):
         for name, piece in self.part.items():
             if not piece.data.isfinite().all():
                 raise UserError(
-                    f"checkpoint {self.target}: not written, since {name} is not finite; the earlier ones are intact: "
-                    f"go on with {self.remedy}"
+                    f"checkpoint {self.target}: not written, since {name} is not finite; the earlier checkpoints are "
+                    f"intact: resume with {self.suggested_fix}"
                 )
 
     def end(self, reports: list[str], last: bool) -> str:
-        """Give the checkpoint its name, if all have written. Rank 0 only. Return "" if the folder was renamed or
-        removed meanwhile and this was not the `last` attempt."""
+        """Rename the checkpoint to its final name if all ranks have written. Rank 0 only. Return "" if the folder has
+        been renamed or removed in the meantime and this is not the `last` attempt."""
         try:
             self._end([json.loads(report) for report in reports])
         except (UserError, OSError) as error:
@@ -205,20 +208,20 @@ class _Save(NamedTuple):
             sums[state_files.TABLE_FILE] = state_files.write_table(self.unfinished, shapes, self.world)
         info = json.dumps(asdict(replace(self.info, sha256=sums)), indent=2)
         (self.unfinished / INFO_FILE).write_text(info + "\n", encoding="utf-8")
-        for file in sums:  # safetensors makes its files readable only to their owner
+        for file in sums:  # safetensors creates files that only their owner can read
             shutil.copymode(self.unfinished / INFO_FILE, self.unfinished / file)
         put_in_place(self.unfinished, self.target)
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Remove all checkpoints but the last `keep`, the last one that is known to be good, and the last one before the
-    learning rate fell, from which a run can be extended."""
+    """Remove all checkpoints except the last `keep`, the last one marked as good, and the last one before the learning
+    rate decayed, from which a run can be extended."""
     saved = saved_steps(run_dir)
     kept = [*[path for path in saved if is_good(path)][-1:], before_decay(saved)]
     for old in saved[:-keep]:
         if old not in kept:
-            removed = old.with_name(f".removing-{old.name}")  # renamed first: it is whole or not there
-            with contextlib.suppress(FileNotFoundError):  # the run's folder was renamed or removed meanwhile
+            removed = old.with_name(f".removing-{old.name}")  # renamed first, so that the removal is atomic
+            with contextlib.suppress(FileNotFoundError):  # the run folder was renamed or removed in the meantime
                 old.rename(removed)
             shutil.rmtree(removed, ignore_errors=True)
 
@@ -228,8 +231,8 @@ def is_good(path: Path) -> bool:
 
 
 def before_decay(saved: Sequence[Path]) -> Path | None:
-    """Return the last of these checkpoints whose learning rate had not begun to fall, if that of the last one had; else
-    the last. None if there is none. One that is damaged counts as if its rate had not."""
+    """Return the last of these checkpoints whose learning rate had not begun to decay; None if there is none. A damaged
+    checkpoint counts as not decayed."""
 
     def decays(path: Path) -> bool:
         try:
@@ -241,19 +244,20 @@ def before_decay(saved: Sequence[Path]) -> Path | None:
 
 
 def mark(run_dir: Path, step: int, as_what: str, why: str) -> Path | None:
-    """Note that the checkpoint of `step` is GOOD or has FAILED. Returns it, None if there is none."""
+    """Mark the checkpoint of `step` as GOOD or FAILED, and return it; None if there is none."""
     path = checkpoints_dir(run_dir) / f"step-{step:08d}"
     if path not in saved_steps(run_dir):
         return None
-    with contextlib.suppress(OSError):  # a full disk: the checkpoint stays unmarked
+    with contextlib.suppress(OSError):  # if the disk is full, the checkpoint remains unmarked
         (path / as_what).write_text(why + "\n", encoding="utf-8")
     return path
 
 
 def set_aside_after(run_dir: Path, step: int) -> list[Path]:
-    """Rename checkpoints beyond `step`, from which a run goes on, so that none is mistaken for one of its own.
+    """Rename checkpoints after `step`, from which a run resumes, so that they are not mistaken for checkpoints of the
+    resumed run.
 
-    Returns their new names.
+    Return their new names.
     """
     moved = []
     for path in saved_steps(run_dir):
@@ -265,22 +269,22 @@ def set_aside_after(run_dir: Path, step: int) -> list[Path]:
 
 
 def read_info(path: Path) -> Info:
-    """Read a checkpoint's info, in whose config paths below the run folder lead to where that is now. Raises UserError
-    if it is damaged."""
+    """Return a checkpoint's info. Paths below the run folder in its config are adjusted to the current location of the
+    folder. Raises UserError if it is damaged."""
     try:
         with open_regular(path / INFO_FILE) as file:
             info = TypeAdapter(Info).validate_json(file.read(), strict=True)
     except (OSError, ValueError) as error:
         raise damaged(path, INFO_FILE, error) from None
     if step_of(path) not in (-1, info.step):
-        raise damaged(path, INFO_FILE, f"it is of step {info.step}")
+        raise damaged(path, INFO_FILE, f"it belongs to step {info.step}")
     run_dir = path.parent.parent
     return replace(info, config=follow(info.config, run_dir)) if checkpoints_dir(run_dir) == path.parent else info
 
 
 def open_state(path: Path, rank: int = 0, world: int = 1) -> State:
-    """Open a checkpoint's tensors, after a look at the checksums of its files; `world` ranks share that work. Raises
-    UserError if it is damaged, or not there."""
+    """Open a checkpoint's tensors after verifying the checksums of its files, which is split over `world` ranks. Raises
+    UserError if the checkpoint is damaged or missing."""
     if not path.is_dir():
         raise UserError(
             f"checkpoint {path}: rank {rank} cannot find it; run.dir must be on a file system shared by all nodes"
@@ -295,27 +299,27 @@ def open_state(path: Path, rank: int = 0, world: int = 1) -> State:
 
 
 def read_weights(path: Path, *, average: bool = True) -> dict[str, Tensor]:
-    """Return float32 weights of a checkpoint by parameter name; of a run with train.ema their moving average, unless
-    `average` is false. Raises UserError if it is damaged."""
+    """Return the float32 weights of a checkpoint by parameter name. For a run with train.ema, return their moving
+    average unless `average` is False. Raises UserError if the checkpoint is damaged."""
     state = open_state(path)
     return {name: state.whole(stored) for name, stored in _weight_names(state.shapes, average).items()}
 
 
 def _weight_names(stored: Iterable[str], average: bool) -> dict[str, str]:
-    """Return parameter name -> its name in a state. Buffers have no average."""
+    """Return the name in the state for each parameter name. Buffers have no average."""
     kinds = ("model/", f"{EMA}/") if average else ("model/",)
     names = list(stored)
     return {name.removeprefix(kind): name for kind in kinds for name in names if name.startswith(kind)}
 
 
 def locate(path: Path) -> Path:
-    """Return `path` itself if it is a checkpoint, the last one of it if it is a run folder. Raises UserError for
-    others."""
+    """Return `path` if it is a checkpoint, or the last checkpoint in it if it is a run folder. Raises UserError
+    otherwise."""
     if (path / INFO_FILE).is_file():
         return path
     found = saved_steps(path)
     if not found:
-        raise UserError(f"{path}: neither a checkpoint nor a run folder with one")
+        raise UserError(f"{path}: is neither a checkpoint nor a run folder with one")
     return found[-1]
 
 

@@ -1,4 +1,4 @@
-"""Finds the checkpoint to resume from, and checks that it is of the same run."""
+"""Finds the checkpoint to resume from, and checks that it belongs to the same run."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ SAMPLING = ("data.crop_scale", "data.flip", "data.repeats", "data.image_tokens")
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a resumed run may change: names of settings and of entries of the data's fingerprint, or `section.*` for all
-    settings of a section that no other rule names. Whatever no rule names may change silently."""
+    """Rules on changes between a resumed run and its checkpoint. Each rule lists names of settings and of entries of
+    the data's fingerprint, or `section.*` for all settings of a section that no other rule names. Settings that no rule
+    names may change silently."""
 
-    same: tuple[str, ...]  # another value would be another model or optimiser: refused
-    samples: tuple[str, ...] = DATA  # another value gives other samples: refused unless changes are allowed
-    noted: tuple[str, ...] = (WRITTEN,)  # another value is reported
+    same: tuple[str, ...]  # changes are refused, because they change the model or the optimiser
+    samples: tuple[str, ...] = DATA  # changes are refused unless allowed, because they change the samples
+    noted: tuple[str, ...] = (WRITTEN,)  # changes are reported
     free: tuple[str, ...] = ()  # exceptions from a `section.*`
-    advice: str = "start in another folder, or set it back"  # what to do about other samples
+    advice: str = "start in another folder, or set it back"  # advice in the message about changed samples
 
     def severity(self, name: str) -> Severity:
-        """Return the severity of another value of the setting or the entry of this name."""
+        """Return the severity of a change of this setting or entry."""
         section = f"{name.partition('.')[0]}.*"
         rules: dict[Severity, tuple[str, ...]] = {
             "refused": self.same,
@@ -74,9 +75,10 @@ _HAVE_DEFAULTS: dict[str, type[BaseModel]] = {
 
 
 def find(run_dir: Path, resume: str, extended: Callable[[checkpoint.Info], bool] = lambda info: False) -> Path | None:
-    """Return the checkpoint that `--resume` means: "auto", "no", or a path for `checkpoint.locate`. "auto" is the last
-    one that has not FAILED, if any; if the run that wrote it is now `extended`, the last one before the learning rate
-    fell. Raises UserError if the path holds none, `run_dir` holds those of another run, or all have failed."""
+    """Return the checkpoint that `--resume` selects: "auto", "no", or a path for `checkpoint.locate`. "auto" selects
+    the last checkpoint that has not FAILED, if any; if the run is now `extended`, it selects the last checkpoint before
+    the learning rate decayed. Raises UserError if the path contains no checkpoint, `run_dir` contains checkpoints of
+    another run, or all checkpoints have failed."""
     own = checkpoint.saved_steps(run_dir)
     if resume == "auto":
         usable = [path for path in own if not (path / checkpoint.FAILED).exists()]
@@ -96,7 +98,7 @@ def find(run_dir: Path, resume: str, extended: Callable[[checkpoint.Info], bool]
 
 
 class Resume:
-    """The checkpoint that a run continues from, if any. Every rank must make one, and call its methods."""
+    """The checkpoint from which a run resumes, if any. Every rank must create this object and call its methods."""
 
     def __init__(
         self,
@@ -105,8 +107,8 @@ class Resume:
         ranks: Ranks,
         extended: Callable[[checkpoint.Info], bool] = lambda info: False,
     ) -> None:
-        """Find the checkpoint that `--resume` means: arguments as of `find`. Raises UserError as `find` does, and where
-        it is damaged."""
+        """Find the checkpoint that `--resume` selects, with the arguments of `find`. Raises UserError as `find` does,
+        and if the checkpoint is damaged."""
         self.ranks = ranks
         self.path = path = ranks.broadcast(lambda: find(run_dir, resume, extended))
         self.info = ranks.broadcast(lambda: checkpoint.read_info(path)) if path else None
@@ -118,8 +120,8 @@ class Resume:
         return (self.info.config.get(name) or {}) if self.info else {}
 
     def restore(self, engine: Engine, sections: Sections, stream: dict[str, str], rules: Rules) -> list[str]:
-        """Load the checkpoint into the engine, and return what has changed, one line each. Raises UserError as
-        `changes` does."""
+        """Load the checkpoint into the engine, and return one line for each change. Raises UserError as `changes`
+        does."""
         if not (self.path and self.info):
             return []
         notes = changes(self.path, self.info, sections, stream, rules)
@@ -128,8 +130,8 @@ class Resume:
         return notes
 
     def notes(self, config: Config, stream: dict[str, str], resume: str, with_changes: bool) -> list[str]:
-        """Return differences between this pre-training run and the one that wrote the checkpoint, one line each. Raises
-        UserError as `changes` does."""
+        """Return one line for each difference between this pre-training run and the run that wrote the checkpoint.
+        Raises UserError as `changes` does."""
         notes = []
         if self.path and self.info:
             sections = config.model_dump(mode="json")
@@ -137,21 +139,22 @@ class Resume:
         return notes + (self.ranks.broadcast(lambda: passed_over(config.run.dir)) if resume == "auto" else [])
 
     def open(self, model: nn.Module, kinds: Kinds) -> None:
-        """Make `read` give the checkpoint's tensors of a model and of its optimiser's `kinds`, as `open_checkpoint`."""
+        """Set `read` to a reader of the checkpoint's tensors for a model and its optimiser's `kinds`; see
+        `open_checkpoint`."""
         if self.path and self.info:
             self.read = open_checkpoint(self.path, self.info, model, self.ranks, kinds)
 
     def load(self, engine: Engine) -> None:
-        """Load what was opened into the engine."""
+        """Load the opened checkpoint into the engine."""
         if self.read:
             engine.load_state(self.step, self.read)
 
 
 def passed_over(run_dir: Path) -> list[str]:
-    """Return notes on the last checkpoints if "auto" takes an older one, or begins anew."""
+    """Return notes on skipped checkpoints if "auto" selects an older one or starts from the beginning."""
     whole = checkpoint.saved_steps(run_dir)
     latest = max(checkpoint.checkpoints_dir(run_dir).glob("step-*"), key=checkpoint.step_of, default=None)
-    notes = [f"{latest} is skipped: files of it are missing"] if latest and latest not in whole[-1:] else []
+    notes = [f"{latest} is skipped: some of its files are missing"] if latest and latest not in whole[-1:] else []
     for path in reversed(whole):
         if not (path / checkpoint.FAILED).exists():
             break
@@ -168,18 +171,18 @@ def changes(
     rules: Rules,
     with_changes: bool = False,
 ) -> list[str]:
-    """Return the differences between a run and the one that wrote a checkpoint, one line each.
+    """Return one line for each difference between a run and the run that wrote a checkpoint.
 
     Args:
         path: the checkpoint, for messages.
-        info: what it holds besides tensors.
-        sections: the run's settings by section, as JSON has them.
+        info: the checkpoint's content except its tensors.
+        sections: the run's settings by section, as in JSON.
         stream: fingerprint of the run's data.
-        rules: what may change.
-        with_changes: whether the samples may change.
+        rules: rules on changes.
+        with_changes: whether changes of the samples are allowed.
 
     Raises:
-        UserError: a setting has changed that must be the same, or the samples have changed and must not.
+        UserError: a setting that must not change has changed, or the samples have changed although they must not.
     """
     then, now = _defaults() | describe(info.config, info.stream), describe(sections, stream)
     changed = [(name, then[name], now[name]) for name in now if name in then and then[name] != now[name]]
@@ -190,7 +193,7 @@ def changes(
     if samples and not with_changes:
         name, was, value = samples[0]
         raise UserError(
-            f"checkpoint {path}: was made with {name} = {was}, now it is {value}: not the same stream of samples; "
+            f"checkpoint {path}: was made with {name} = {was}, now it is {value}, which changes the stream of samples; "
             f"{rules.advice}"
         )
     noted = [each for each in changed if rules.severity(each[0]) == "noted"]
@@ -198,8 +201,8 @@ def changes(
 
 
 def describe(sections: Sections, stream: Mapping[str, str]) -> dict[str, Any]:
-    """Return settings and data of a run in one flat dict: {"model.depth": 12, "data.train": "4 shards with ...", ...}.
-    The fingerprint stands in place of the settings that name files."""
+    """Return the settings and data of a run in one flat dict: {"model.depth": 12, "data.train": "4 shards with ...",
+    ...}. The fingerprint replaces the settings that name files."""
     settings = {f"{name}.{key}": value for name, values in sections.items() for key, value in (values or {}).items()}
     nested = [name for name, value in settings.items() if isinstance(value, dict)]
     for name in nested:
@@ -209,8 +212,8 @@ def describe(sections: Sections, stream: Mapping[str, str]) -> dict[str, Any]:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    """Return the defaults of settings by name: a checkpoint of an earlier version lacks the settings that it did not
-    have."""
+    """Return the defaults of settings by name, because a checkpoint of an earlier version lacks settings that were
+    added later."""
     sections = {name: section.model_construct() for name, section in _HAVE_DEFAULTS.items()}
     return {
         f"{name}.{key}": value
@@ -220,8 +223,8 @@ def _defaults() -> dict[str, Any]:
 
 
 def require_same(ranks: Ranks, stream: dict[str, str], held_out: Corpus | None) -> None:
-    """Raise UserError on every rank where one sees other data than rank 0, whose fingerprint is `stream`: nodes would
-    train on samples of different orders, and some of them end before the others."""
+    """Raise UserError on every rank if the data of a rank differ from those of rank 0, whose fingerprint is `stream`.
+    Otherwise nodes would train on samples in different orders, and some would end before the others."""
     seen = {name: value for name, value in stream.items() if name != WRITTEN}
     seen["data.val"] = f"{held_out.samples:,} samples" if held_out else "none"
     first = ranks.from_main(seen)
@@ -231,17 +234,18 @@ def require_same(ranks: Ranks, stream: dict[str, str], held_out: Corpus | None) 
             if seen.get(name) != value:
                 raise UserError(
                     f"{name} is {value} on rank 0 ({ranks.hosts[0]}), {seen.get(name)} on rank {ranks.rank} "
-                    f"({ranks.hosts[ranks.rank]}): not the same stream of samples; give every node the same files"
+                    f"({ranks.hosts[ranks.rank]}): the streams of samples differ; give every node the same files"
                 )
 
     ranks.together(compare)
 
 
 def open_checkpoint(path: Path, info: checkpoint.Info, model: nn.Module, ranks: Ranks, kinds: Kinds) -> Read:
-    """Return a reader of the tensors of a checkpoint of `model`.
+    """Return a reader of a checkpoint's tensors for `model`.
 
-    `kinds`: of the optimiser's state, as the engine has them; an average of the weights may begin here. Every rank must
-    call it. Raises UserError if the checkpoint is damaged, or a tensor of it does not fit the model.
+    `kinds`: kinds of the optimiser's state in the engine. An average of the weights may be missing in the checkpoint
+    and then begins here. Every rank must call it. Raises UserError if the checkpoint is damaged or one of its tensors
+    does not fit the model.
     """
     had_ema = any((section or {}).get("ema") is not None for section in info.config.values())
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Saves checkpoints while a run goes on, and marks each as good or failed once that is known."""
+"""Saves checkpoints during training, and marks each as good or failed once that is known."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from m3ae_fast.process.ranks import Ranks
 
 @dataclass(kw_only=True)
 class Saver:
-    """Copies the state during the next step's forward and backward passes, and writes it in a thread, one checkpoint
-    at a time. As a context manager it waits for the last one at the end.
+    """Asynchronous writer of checkpoints. It copies the state during the next step's forward and backward passes, and
+    writes it in a thread, one checkpoint at a time. As a context manager, it waits for the last checkpoint at the end.
 
-    A checkpoint is good once a loss that was computed from its weights is finite: that of the next step, or of an
+    A checkpoint is good once a loss computed from its weights is finite: that of the next step, or that of an
     evaluation after the same step.
     """
 
     run_dir: Path
-    keep: int  # checkpoints that stay
+    keep: int  # number of checkpoints to keep
     engine: Engine
     ranks: Ranks
-    constants: dict[str, Tensor]  # saved besides the engine's state, by name
+    constants: dict[str, Tensor]  # tensors saved in addition to the engine's state, by name
     suggested_fix: str  # settings to change if a tensor is not finite
     say: Callable[[str], None]
-    keep_folder: Callable[[], str]  # makes sure that run_dir is still this run's; returns what happened to it
+    # ensures that run_dir still belongs to this run, and returns a description of changes
+    keep_folder: Callable[[], str]
     after_save: Callable[[int, Path], None] | None  # called with a saved step and its checkpoint, on the main rank
 
     def __post_init__(self) -> None:
@@ -44,13 +45,13 @@ class Saver:
         self._agreement = Agreement(self.ranks.rank, self.ranks.world, self.ranks.lasting, self._thread.leaving)
         self._staging = Staging()
         self.engine.before_update = self._staging.wait
-        self.unjudged: int | None = None  # step of the last checkpoint that is marked neither good nor failed
-        self._finite_evaluation: int | None = None  # step of which an evaluation was finite
+        self.unjudged: int | None = None  # step of the last checkpoint that is not marked yet
+        self._finite_evaluation: int | None = None  # last step after which an evaluation was finite
 
     def save(self, info: checkpoint.Info) -> None:
-        """Begin to copy this rank's part of a checkpoint and to write it. Every rank must call it. Raises UserError if
-        the save before this one has failed; a bug of it is raised on the rank that met it."""
-        self.wait()  # before its copy is overwritten
+        """Start copying and writing this rank's part of a checkpoint. Every rank must call it. Raises UserError if the
+        previous save failed; a bug in it is raised on the rank where it occurred."""
+        self.wait()  # the copy of the previous save is overwritten next
         step, good, main = info.step, self._finite_evaluation == info.step, self.ranks.is_main
         constants = {name: whole(tensor) for name, tensor in self.constants.items()} if main else {}
         self._staging.begin(self.ranks.device)
@@ -72,14 +73,14 @@ class Saver:
         self.unjudged = None if good else step
 
     def wait(self) -> None:
-        """Wait until all ranks have written what was begun. Every rank must call it. Errors as in `save`."""
-        while any(self.ranks.sum([self._thread.busy])):  # which fails at once if another rank has been killed
+        """Wait until all ranks have completed the current save. Every rank must call it. Errors as in `save`."""
+        while any(self.ranks.sum([self._thread.busy])):  # raises an error at once if another rank has been killed
             self._thread.wait_briefly()
         self.ranks.together(self._thread.wait)
 
     @property
     def busy(self) -> bool:
-        """Return whether this rank still writes."""
+        """Return whether this rank is still writing."""
         return self._thread.busy
 
     def failed(self) -> bool:
@@ -87,11 +88,11 @@ class Saver:
         return self._thread.failed()
 
     def awaits(self, step: int) -> bool:
-        """Return whether the last checkpoint is good if this step was finite, and is not marked yet."""
+        """Return whether the last checkpoint is not marked yet and would be good if this step were finite."""
         return self.unjudged is not None and step > self.unjudged
 
     def step_was_finite(self, step: int) -> None:
-        """Mark the last checkpoint, which has been written, as good if `step` came after it: its losses were finite on
+        """Mark the last written checkpoint as good if `step` followed it, because the losses of the step were finite on
         all ranks. Every rank must call it."""
         if not self.awaits(step):
             return
@@ -100,16 +101,16 @@ class Saver:
         self.unjudged = None
 
     def evaluation_was_finite(self, step: int) -> None:
-        """Let a checkpoint of `step` be good as soon as it is written. Every rank must call it."""
+        """Record that a checkpoint of `step` is good as soon as it is written. Every rank must call it."""
         self._finite_evaluation = step
 
     def step_was_not_finite(self, step: int) -> str:
-        """Mark the checkpoint right before `step` as failed, and return what to tell the user about it. Every rank must
-        call it."""
+        """Mark the checkpoint right before `step` as failed, and return a message about it for the user. Every rank
+        must call it."""
         return self.ranks.broadcast(lambda: judge(self.run_dir, step))
 
     def _copy(self, step: int, constants: Fragments) -> Fragments:
-        """Return a copy of this rank's part of the state. Raises UserError if there is no memory for it."""
+        """Return a copy of this rank's part of the state. Raises UserError if there is not enough memory for it."""
         try:
             return self._staging.copy(lambda: self.engine.fragments() | constants)
         except Exception as error:
@@ -117,11 +118,11 @@ class Saver:
                 raise
             raise UserError(
                 f"the checkpoint of step {step} is not written, since rank {self.ranks.rank} has no memory left for "
-                f"the copy of its part ({error or type(error).__name__}); the earlier ones are intact"
+                f"the copy of its part ({error or type(error).__name__}); the earlier checkpoints are intact"
             ) from None
 
     def _mark_good(self, step: int, why: str) -> None:
-        """Mark a checkpoint that has been written as good. Main rank only."""
+        """Mark a written checkpoint as good. Main rank only."""
         checkpoint.mark(self.run_dir, step, checkpoint.GOOD, why)
         checkpoint.prune(self.run_dir, self.keep)
 
@@ -136,8 +137,8 @@ class Saver:
 
 
 def judge(run_dir: Path, bad_step: int) -> str:
-    """Mark the checkpoint right before `bad_step`, whose loss or gradient norm is not finite, as failed, and return a
-    text that says so and names the last good one."""
+    """Mark the checkpoint right before `bad_step`, whose loss or gradient norm is not finite, as failed. Return a
+    message about it that names the last good checkpoint."""
     before = checkpoint.checkpoints_dir(run_dir) / f"step-{bad_step - 1:08d}"
     marked = ""
     if before.is_dir() and not checkpoint.is_good(before):

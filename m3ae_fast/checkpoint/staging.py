@@ -1,4 +1,4 @@
-"""The copy of a checkpoint's tensors on the host, made while the next step computes its gradients."""
+"""Copies a checkpoint's tensors to the host while the next step computes its gradients."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from m3ae_fast.engine.fragments import Fragment, Fragments
 
 
 class Staging:
-    """Copies a rank's part of the training state in the background. The optimiser must call `wait` before it changes
-    the state.
+    """A host buffer for background copies of a rank's part of the training state. The optimiser must call `wait` before
+    it changes the state.
 
-    Forward and backward only read what is copied, so a step waits no longer than the copy takes beyond them.
+    The forward and backward passes only read the state, so a step waits only if the copy takes longer than they do.
     """
 
     def __init__(self) -> None:
-        self._buffer: Tensor | None = None  # kept: a fresh one costs more than the copying
+        self._buffer: Tensor | None = None  # reused: a new buffer costs more time than the copy
         self._stream: torch.cuda.Stream | None = None
         self._copied = threading.Event()
         self._copied.set()
@@ -28,13 +28,14 @@ class Staging:
         """Announce a copy of a state on this device, so that `wait` blocks until it is complete. Call it from the
         training thread."""
         if device.type == "cuda":
-            self._stream = self._stream or torch.cuda.Stream()  # here: another thread has another current device
-            self._stream.wait_stream(torch.cuda.current_stream())  # for the update before
+            # created here, because other threads may have another current device
+            self._stream = self._stream or torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())  # wait for the previous update
         self._copied.clear()
 
     def copy(self, fragments: Callable[[], Fragments]) -> Fragments:
-        """Return a copy of what `fragments` returns, on the host, which stays until the next one. In any thread: to
-        list the pieces of a state takes longer than a step should wait."""
+        """Return a copy of the result of `fragments` on the host, which is valid until the next copy. May be called in
+        any thread, because listing the pieces of a state takes longer than a step should wait."""
         try:
             if self._stream is None:
                 return self._into_buffer(fragments())
@@ -46,7 +47,7 @@ class Staging:
             self._copied.set()
 
     def wait(self) -> None:
-        """Wait until what was begun has been copied."""
+        """Wait until the announced copy is complete."""
         self._copied.wait()
 
     def _into_buffer(self, part: Fragments) -> Fragments:
@@ -54,7 +55,7 @@ class Staging:
         if self._buffer is None or len(self._buffer) < count:
             self._buffer = torch.empty(count, dtype=torch.float32)
             if self._stream is not None:
-                self._buffer = self._buffer.pin_memory()  # or each piece is waited for by itself
+                self._buffer = self._buffer.pin_memory()  # otherwise each piece would be copied synchronously
         staged, at = {}, 0
         for name, (data, start, shape) in part.items():
             copy = self._buffer[at : (at := at + len(data))]

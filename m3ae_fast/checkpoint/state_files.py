@@ -1,13 +1,13 @@
-"""The tensors of a checkpoint: a file of each rank, and a table of what lies where.
+"""The tensors of a checkpoint: one file per rank, and a table of the pieces of each tensor.
 
-    state.safetensors                    written by one rank: whole tensors by name
-    state-00002-of-00004.safetensors     written by the second of four: flat pieces by name
-    table.json                           which slices in which files make up each tensor, where several ranks wrote them
+    state.safetensors                    written by a single rank: complete tensors by name
+    state-00002-of-00004.safetensors     written by the second of four ranks: flat pieces by name
+    table.json                           the files and slices that make up each tensor, if several ranks wrote them
 
-The files are in torch.distributed.checkpoint's safetensors format, as its HuggingFaceStorageReader reads. They are
-not written by it: its writer serialises a part in memory, which holds it twice, and takes what it is given. Here the
-table is made of the files as they are on the disk, and none is made where an element of a tensor is in no file or in
-two. The table of its other format is a pickle, which runs what it names.
+The files have torch.distributed.checkpoint's safetensors format and can be read by its HuggingFaceStorageReader. They
+are not written by it, because its writer keeps a second copy of each part in memory and does not verify that the parts
+are complete. Here, the table is built from the files on disk, and only if each element of a tensor occurs in exactly
+one file. The table of its other format is a pickle, which can execute code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from m3ae_fast.engine.fragments import Fragments
 
 STATE_FILE, TABLE_FILE = "state.safetensors", "table.json"
 ANY_PART = "state*.safetensors"
-_OFFSETS = "DCP_SHARDING_INFO"  # in a part's header: {name: {"saved_offsets": [start]}} as JSON
+_OFFSETS = "DCP_SHARDING_INFO"  # key in a part's header; its value is {name: {"saved_offsets": [start]}} as JSON
 
 Shape = tuple[int, ...]
 _Size = Annotated[int, Field(ge=0)]
@@ -41,22 +41,23 @@ _Size = Annotated[int, Field(ge=0)]
 
 @dataclass
 class Table:
-    """What lies where."""
+    """Files and slices of all tensors in a checkpoint."""
 
-    parts: Annotated[int, Field(ge=1, lt=100_000)]  # files, of which the names have room for five digits
+    parts: Annotated[int, Field(ge=1, lt=100_000)]  # number of files, which is limited to five digits in their names
     shapes: dict[str, tuple[_Size, ...]]
-    pieces: dict[str, list[tuple[_Size, _Size]]]  # of a tensor, in order: number of the file, elements
+    # pieces of each tensor in order: number of the file, number of elements
+    pieces: dict[str, list[tuple[_Size, _Size]]]
 
 
 def part_files(parts: int) -> list[str]:
-    """Return the names of a state's files, by rank."""
+    """Return the names of a state's files in the order of ranks."""
     return [STATE_FILE] if parts == 1 else [f"state-{i + 1:05d}-of-{parts:05d}.safetensors" for i in range(parts)]
 
 
 def write_part(folder: Path, part: Fragments, rank: int, world: int) -> str:
-    """Write a rank's part into its file, to the disk, and return the file's SHA-256.
+    """Write a rank's part to its file, flush it to disk, and return the file's SHA-256.
 
-    Raises OSError or SafetensorError if the disk refuses.
+    Raises OSError or SafetensorError if the file cannot be written.
     """
     file = folder / part_files(world)[rank]
     if world == 1:
@@ -70,10 +71,11 @@ def write_part(folder: Path, part: Fragments, rank: int, world: int) -> str:
 
 
 def tabulate(folder: Path, shapes: dict[str, Shape], parts: int) -> Table:
-    """Return the table of the files that ranks have written into `folder`; `shapes`: of all tensors of the state.
+    """Return the table of the files that the ranks have written to `folder`. `shapes`: shapes of all tensors in the
+    state.
 
     Raises:
-        UserError: a file is not there, or an element of a tensor is in no file or in two.
+        UserError: a file is missing, or an element of a tensor occurs in no file or in two files.
     """
     found: dict[str, list[tuple[int, int, int]]] = {name: [] for name in shapes}
     for number, file in enumerate(part_files(parts)):
@@ -96,7 +98,7 @@ def tabulate(folder: Path, shapes: dict[str, Shape], parts: int) -> Table:
 
 @dataclass(frozen=True)
 class _Written:
-    """Files of which a table is made; equal where their headers are."""
+    """Written files of a state; objects are equal if the headers of the files are."""
 
     headers: str  # their SHA-256
     folder: Path = field(compare=False)
@@ -104,13 +106,14 @@ class _Written:
     parts: int = field(compare=False)
 
 
-@lru_cache(maxsize=1)  # one save is cut as the last: of many ranks, its table takes seconds
+# cached, because each save is split like the last one, and the table for many ranks takes seconds
+@lru_cache(maxsize=1)
 def _table(written: _Written) -> str:
     return json.dumps(asdict(tabulate(written.folder, written.shapes, written.parts)))
 
 
 def write_table(folder: Path, shapes: dict[str, Shape], parts: int) -> str:
-    """Write the table of the files in `folder` and return its file's SHA-256. Arguments and errors as of `tabulate`."""
+    """Write the table of the files in `folder` and return its file's SHA-256. Arguments and errors as in `tabulate`."""
     headers = hashlib.sha256(json.dumps(shapes).encode())
     for number, file in enumerate(part_files(parts)):
         try:
@@ -125,8 +128,8 @@ def write_table(folder: Path, shapes: dict[str, Shape], parts: int) -> str:
 
 def _unseen(file: Path, rank: int, error: Exception) -> UserError:
     return UserError(
-        f"{file}, which rank {rank} wrote, cannot be read by rank 0 ({error}): is run.dir on a file system that all "
-        "nodes see?"
+        f"{file}, which rank {rank} wrote, cannot be read by rank 0 ({error}): run.dir must be on a file system "
+        "shared by all nodes"
     )
 
 
@@ -140,8 +143,8 @@ def sha256(path: Path) -> str:
 
 
 def damaged(path: Path, file: str, error: object) -> UserError:
-    """Return the error to raise where a file of a checkpoint is damaged."""
-    if isinstance(error, ValidationError):  # of which each has several lines
+    """Return the error for a damaged file of a checkpoint."""
+    if isinstance(error, ValidationError):  # ValidationErrors have several lines
         first = error.errors()[0]
         error = ": ".join([".".join(map(str, first["loc"])), first["msg"]] if first["loc"] else [first["msg"]])
     reason = " ".join(str(error).split())[:200]
@@ -149,14 +152,14 @@ def damaged(path: Path, file: str, error: object) -> UserError:
 
 
 def check(path: Path, file: str, sums: dict[str, str]) -> None:
-    """Raise UserError if a file is missing, or if `sums` (SHA-256 by file name; empty: written before there were
-    checksums) lack its checksum or have another one."""
+    """Raise UserError if a file is missing, or if its checksum in `sums` (SHA-256 by file name) is missing or differs.
+    `sums` is empty for checkpoints of versions without checksums."""
     try:
         found = sha256(path / file)
         if sums and file not in sums:
             raise OSError("its checksum is missing from state.json, so it may be from another step")
         if sums and sums[file] != found:
-            raise OSError("its checksum is not the one it was written with")
+            raise OSError("its checksum differs from the one in state.json")
     except OSError as error:
         raise damaged(path, file, error) from None
 
@@ -169,17 +172,18 @@ def read_table(path: Path) -> Table:
         for name, shape in table.shapes.items():
             pieces = table.pieces[name]
             if sum(count for _, count in pieces) != math.prod(shape) or any(i >= table.parts for i, _ in pieces):
-                raise ValueError(f"the pieces of {name} are not the whole of it")
+                raise ValueError(f"the pieces of {name} are incomplete")
     except (OSError, ValueError, KeyError) as error:
         raise damaged(path, TABLE_FILE, error) from None
     return table
 
 
 class State:
-    """Reads a checkpoint's tensors, wholly or in part. Files are opened when they are needed."""
+    """Reader of a checkpoint's tensors and of slices of them. Files are opened on first use."""
 
     def __init__(self, path: Path, table: Table | None = None) -> None:
-        """Open a state of several parts, or without a `table` of one. Raises UserError if it is damaged."""
+        """Open a state with several parts, or with a single part if there is no `table`. Raises UserError if it is
+        damaged."""
         self._path, self._opened = path, dict[str, Any]()
         if table is None:
             whole = self._file(STATE_FILE)
@@ -189,17 +193,17 @@ class State:
         self.shapes, self._pieces, self._files = table.shapes, table.pieces, part_files(table.parts)
 
     def whole(self, name: str) -> Tensor:
-        """Return a tensor. Errors as in `read`."""
+        """Return a complete tensor. Errors as in `read`."""
         return self.read(name, 0, math.prod(self._shape(name))).view(self.shapes[name])
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """Return elements [start, start + count) of a tensor, 1-D.
+        """Return the elements [start, start + count) of a flattened tensor.
 
         Raises:
-            UserError: there is no such tensor, one of the elements is not finite, or a file is damaged.
+            UserError: the tensor does not exist, an element is not finite, or a file is damaged.
         """
         self._shape(name)
-        found, stop = [], start + count  # counted from each piece's first element
+        found, stop = [], start + count  # counted from the first element of each piece
         for number, length in self._pieces[name]:
             if max(0, start) < min(length, stop):
                 found.append(self._piece(number, name, length)[max(0, start) : stop])
@@ -210,19 +214,19 @@ class State:
         return tensor
 
     def check(self, shapes: dict[str, Shape]) -> None:
-        """Raise UserError if the state lacks a tensor of `shapes`, or has it with another shape or not in float32."""
+        """Raise UserError if a tensor of `shapes` is missing in the state, has a different shape, or is not float32."""
         for name, shape in shapes.items():
             found, kind = self._shape(name), "F32"
-            if self._files == [STATE_FILE]:  # a piece's is checked when it is read
+            if self._files == [STATE_FILE]:  # pieces are checked when they are read
                 kind = self._file(STATE_FILE).get_slice(name).get_dtype()
             if found != shape or kind != "F32":
                 raise UserError(
-                    f"checkpoint {self._path}: {name} is {kind} {list(found)}, the model needs F32 {list(shape)}"
+                    f"checkpoint {self._path}: {name} is {kind} {list(found)}, but the model needs F32 {list(shape)}"
                 )
 
     def _shape(self, name: str) -> Shape:
         if name not in self.shapes:
-            raise UserError(f"checkpoint {self._path}: has no tensor {name}; is it of another model config?")
+            raise UserError(f"checkpoint {self._path}: has no tensor {name}; check that the model config fits")
         return self.shapes[name]
 
     def _piece(self, number: int, name: str, length: int) -> Tensor:

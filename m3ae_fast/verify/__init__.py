@@ -1,1 +1,1 @@
-"""Golden files of the official implementation, replayed on this one."""
+"""Verification against golden files of the official implementation."""

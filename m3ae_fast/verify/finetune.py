@@ -1,7 +1,7 @@
-"""Files of the official fine-tuning: features, logits, loss and gradients of a classifier, and steps of AdamW with
-layer-wise learning rates.
+"""Golden files of the official fine-tuning: features, logits, loss and gradients of a classifier, and steps of AdamW
+with layer-wise learning rates.
 
-The official classifier has two parameters of the decoder, which nothing reads; ours has no decoder.
+The official classifier has two unused parameters of the decoder; ours has no decoder.
 
 Shapes: S samples, D width, K classes.
 """
@@ -28,8 +28,8 @@ from m3ae_fast.verify.golden import Golden, Quantity, flax_name, without_keys
 TOLERANCE = 3e-6
 TOLERANCE_GRADIENT = 5e-6
 TOLERANCE_AFTER_STEPS = 1e-4
-TOLERANCE_CHANGE = 1e-2  # of what the steps changed
-OFFICIAL_BATCH = 256  # the peak lr is not scaled by the batch, which is as if it were this one
+TOLERANCE_CHANGE = 1e-2  # tolerance of the parameter changes
+OFFICIAL_BATCH = 256  # the peak lr is not scaled by the batch size; this batch size has the same effect
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
@@ -49,7 +49,7 @@ def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iter
 
 
 def flax_path(name: str) -> str:
-    """Return the flax path of our classifier's parameter `name`."""
+    """Return the flax path of the classifier's parameter `name`."""
     if name.startswith("backbone."):
         return "base_model/" + flax_name(name.removeprefix("backbone."), 0)
     heads = {"head.norm.weight": "LayerNorm_0/scale", "head.norm.bias": "LayerNorm_0/bias"}
@@ -75,7 +75,7 @@ def _batch(golden: Golden, backbone: MultimodalEncoder) -> PackedBatch:
 
 
 def _layers(golden: Golden, model: Classifier) -> Iterator[Quantity]:
-    """Yield layers and their factors, of every parameter."""
+    """Yield comparisons of the layer and its learning-rate factor for every parameter."""
     depth, names = golden.meta["depth"], [name for name, _ in model.named_parameters()]
     ours = [layer_of(name, depth) for name in names]
     official = [golden.meta["layer_id"][flax_path(name)] for name in names]
@@ -88,7 +88,8 @@ def _layers(golden: Golden, model: Classifier) -> Iterator[Quantity]:
 def _steps(
     golden: Golden, model: Classifier, batch: PackedBatch, labels_SK: Tensor, *, decay: bool
 ) -> Iterator[Quantity]:
-    """Yield comparisons after steps on one batch; `decay`: with the decay that the official script means to apply."""
+    """Yield comparisons after steps on one batch. `decay`: whether to apply the weight decay that the official script
+    intends."""
     m, suffix, text = golden.meta, "_decay" * decay, " with decay" * decay
     golden.load_parameters(model, flax_path)
     optim = OptimConfig(

@@ -1,6 +1,6 @@
-"""Golden files: the official JAX implementation's numbers, read into our model and batch.
+"""Golden files with results of the official JAX implementation, and their conversion to our model and batch.
 
-A file is an .npz of parameters under their flax paths, one batch, and what the official model computed from them.
+A file is an .npz with parameters under their flax paths, one batch, and the results of the official model for them.
 
 Shapes: S samples, L patches, X text positions, C channels, H = W pixels.
 """
@@ -27,8 +27,8 @@ from m3ae_fast.weights.jax_checkpoint import flax_name, from_flax
 
 
 class Quantity(NamedTuple):
-    """One thing that the official implementation computed, beside ours. They agree where
-    `relative_error(ours, official) <= tolerance`."""
+    """A result of the official implementation together with ours. They agree if `relative_error(ours, official) <=
+    tolerance`."""
 
     name: str
     ours: Tensor
@@ -37,7 +37,8 @@ class Quantity(NamedTuple):
 
 
 def relative_error(ours: Tensor, official: Tensor) -> float:
-    """Return ||ours - official|| / ||official||, over 1 if the official one is 0; infinite for different shapes."""
+    """Return ||ours - official|| / ||official||, or ||ours|| if the official result is 0; infinite for different
+    shapes."""
     ours, official = ours.detach().double().cpu(), official.double()
     if ours.shape != official.shape:
         return math.inf
@@ -47,7 +48,7 @@ def relative_error(ours: Tensor, official: Tensor) -> float:
 
 @dataclass
 class Golden:
-    """One golden file."""
+    """A golden file."""
 
     path: Path
     arrays: dict[str, np.ndarray]
@@ -55,7 +56,7 @@ class Golden:
 
     @classmethod
     def load(cls, path: str | Path) -> Golden:
-        """Load the file. Raises UserError if it is missing or not of this format."""
+        """Load a file. Raises UserError if it is missing or has another format."""
         path = Path(path)
         try:
             with open_regular(path) as raw, np.load(raw, allow_pickle=False) as file:
@@ -64,8 +65,8 @@ class Golden:
             return cls(path, arrays, meta)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-        except Exception as error:  # numpy and zipfile raise anything on hostile input
-            reason = str(error).partition(". ")[0]  # without numpy's advice to trust a pickle
+        except Exception as error:  # NumPy and zipfile raise many kinds of errors on hostile input
+            reason = str(error).partition(". ")[0]  # without NumPy's advice to trust a pickle
             raise UserError(f"{path}: is not a golden file ({reason})") from None
 
     @property
@@ -76,7 +77,7 @@ class Golden:
         )
 
     def build_model(self, dtype: torch.dtype = torch.float32) -> M3AE:
-        """Build our model of this file's config, with its parameters."""
+        """Build our model with this file's config and parameters."""
         c, m = self.meta["config"], self.meta
         same = (
             "emb_dim depth num_heads dec_emb_dim dec_depth dec_num_heads mlp_ratio output_head_depth use_type_embedding"
@@ -96,28 +97,28 @@ class Golden:
         return model.to(dtype)
 
     def flax_path(self, name: str) -> str:
-        """Return the flax path of our parameter `name`."""
+        """Return the flax path of the parameter `name`."""
         return flax_name(name, self.meta["config"]["output_head_depth"])
 
     def tensor(self, key: str) -> Tensor:
         return torch.from_numpy(self.arrays[key])
 
     def get(self, key: str) -> Tensor | None:
-        """Return the array; None of a file without it, as of a single modality."""
+        """Return the array; None if the file lacks it, as for a single modality."""
         return self.tensor(key) if key in self.arrays else None
 
     def at(self, key: str) -> Tensor:
-        """Return the array of a parameter in our layout ([out, in] for matmuls)."""
+        """Return a parameter's array in our layout ([out, in] for matmuls)."""
         return from_flax(key, self.arrays[key])
 
     @torch.no_grad()
     def load_parameters(self, model: nn.Module, path: Callable[[str], str]) -> None:
-        """Load the parameters; `path`: of one, by our name."""
+        """Load the parameters. `path`: function from our parameter name to the flax path."""
         for name, p in model.named_parameters():
             p.copy_(self.at(f"params/{path(name)}"))
 
     def gradients(self, model: nn.Module, path: Callable[[str], str], tolerance: float) -> Iterator[Quantity]:
-        """Yield the gradient of every parameter, 0 if nothing reads it."""
+        """Yield comparisons of the gradient of every parameter; the gradient of an unused parameter is 0."""
         for name, p in model.named_parameters():
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             yield Quantity(f"grad {path(name)}", grad, self.at(f"grads/{path(name)}"), tolerance)
@@ -140,14 +141,15 @@ class Golden:
         return samples
 
     def valid(self, i: int) -> Tensor:
-        """Return which text positions of sample i hold tokens, bool [X]. Raises ValueError if padding comes first."""
+        """Return a mask of the text positions with tokens in sample i, bool [X]. Raises ValueError if padding precedes
+        tokens."""
         valid = self.tensor("in/text_padding_mask")[i] == 0
         if (valid[1:] > valid[:-1]).any():
             raise ValueError(f"in/text_padding_mask[{i}]: padding must follow the text tokens")
         return valid
 
     def kept(self, modality: str) -> np.ndarray:
-        """Return visible positions in the official order: the first int(length * (1 - ratio)) of the shuffle."""
+        """Return the visible positions in the official order: the first int(length * (1 - ratio)) of the shuffle."""
         restore = self.arrays[f"in/{modality}_ids_restore"]
         ratio = self.meta["config"][f"{modality}_mask_ratio"]
         return np.argsort(restore)[: int(len(restore) * (1.0 - ratio))]
