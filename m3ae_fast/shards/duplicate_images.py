@@ -1,4 +1,4 @@
-"""Which of many images are the same, so that all samples of one are held out together, or none."""
+"""Detection of duplicate images, so that either all samples of an image are held out or none."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from typing import Any
 
 import numpy as np
 
-PIECE = 4096  # bytes of a file's middle that are compared first: where those differ the rest is not read
+PIECE = 4096  # bytes in the middle of a file that are compared first; if they differ, the rest is not read
 
 
 def middle(size: int) -> tuple[int, int]:
-    """Return offset and length in bytes of the piece of a file that is compared first."""
+    """Return the offset and length in bytes of the piece of a file that is compared first."""
     return max(0, (size - PIECE) // 2), min(size, PIECE)
 
 
 def number_same(count: int, features: Sequence[Callable[[int], Any]]) -> np.ndarray:
-    """Return int64 [count]: items that are equal in all features have the same number, others have different ones. Each
-    feature gives something hashable of an item; the cheap ones come first, since a feature is asked only of items that
-    are equal in those before it."""
+    """Return group numbers, int64 [count]: two items have the same number if and only if all their features are equal.
+    Each feature is a function from an item to a hashable value. Cheap features come first, since a feature is computed
+    only for items that are equal in the features before it."""
     numbers_N = np.zeros(count, dtype=np.int64)
     for feature in features:
         _, inverse_N, counts = np.unique(numbers_N, return_inverse=True, return_counts=True)
         seen: dict[Any, int] = {}
         for item in np.flatnonzero(counts[inverse_N] > 1).tolist():
             found = (int(numbers_N[item]), feature(item))
-            numbers_N[item] = seen.setdefault(found, count + len(seen))  # a new number: those so far are below `count`
+            # a new number: earlier numbers are below `count`
+            numbers_N[item] = seen.setdefault(found, count + len(seen))
         numbers_N = np.unique(numbers_N, return_inverse=True)[1].reshape(-1)
     return numbers_N
 
@@ -45,11 +46,10 @@ def join(first_N: np.ndarray, second_N: np.ndarray) -> np.ndarray:
 
 
 def split_images(images_N: np.ndarray, wanted: int) -> np.ndarray:
-    """Return bool [N]: about `wanted` of N samples to hold out, the last ones, with all samples of an image or none.
-
-    An image with more samples than are still wanted is passed over; at least one image is held out.
+    """Return a mask of samples to hold out, bool [N]: about `wanted` of the last samples, with all samples of an image
+    or none. An image with more samples than are still wanted is skipped. At least one image is held out.
     """
-    counts = Counter(images_N[::-1].tolist())  # in the order of their last samples, from the end
+    counts = Counter(images_N[::-1].tolist())  # in the order of the images' last samples, from the end
     held, left = set(), wanted
     for image, samples in counts.items():
         if samples <= left:

@@ -1,4 +1,4 @@
-"""Images of held-out shards that training shards have too: an image with several captions may be in both."""
+"""Detection of images that occur in both held-out and training shards, for example images with several captions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from m3ae_fast.shards.tar_member import add_member
 
 
 class _Place(NamedTuple):
-    """Where an image is."""
+    """Location of an image in a shard."""
 
     shard: str
     offset: int
@@ -33,8 +33,8 @@ class _Place(NamedTuple):
 
 
 def shared_images(train: Sequence[str], val: Sequence[str]) -> dict[str, set[int]]:
-    """Return the offsets of the images, by held-out shard, whose bytes a training shard has too. Raises UserError if
-    a shard cannot be read."""
+    """Return the offsets of the images in each held-out shard that also occur, byte for byte, in a training shard.
+    Raises UserError if a shard cannot be read."""
     store = ShardStore()
     first, second = (index_shards(shards, store, progress=True) for shards in (train, val))
     sketches: dict[tuple[int, int], list[_Place]] = {}
@@ -53,7 +53,8 @@ def shared_images(train: Sequence[str], val: Sequence[str]) -> dict[str, set[int
 def _sketches(
     entries: Iterable[IndexedShard], sizes: np.ndarray | None = None
 ) -> Iterator[tuple[_Place, tuple[int, int]]]:
-    """Yield the images, where `sizes` are given those of such sizes, each with its size and its middle's checksum."""
+    """Yield the images (if `sizes` is given, only those with one of these sizes), each with its size and the checksum
+    of its middle."""
     for entry in entries:
         table = entry.table()
         table = table[table["image_offset"] != MISSING]
@@ -79,8 +80,8 @@ def _digest(place: _Place) -> bytes:
 
 
 def write_without(shard: str, offsets: set[int], path: Path) -> bool:
-    """Write a shard without the samples whose image begins at one of the offsets, unless `path` holds the others since
-    the shard changed; return whether any sample is left. Raises UserError if `path` cannot be written."""
+    """Write a shard without the samples whose image begins at one of the offsets, unless an up-to-date `path` exists
+    already. Return whether any sample is left. Raises UserError if `path` cannot be written."""
     samples = group(scan_tar(Path(shard))[0])
     others = (files.values() for _, files in samples if not any(file.offset in offsets for file in files.values()))
     kept = [member for files in others for member in files]
@@ -92,7 +93,8 @@ def write_without(shard: str, offsets: set[int], path: Path) -> bool:
 
 
 def _holds(path: Path, members: Sequence[Member], since: int) -> bool:
-    """Return whether a shard that was written after a time, in ns, has the names and sizes of these members."""
+    """Return whether the shard `path` was written after `since` (in ns) and has members with the same names and
+    sizes."""
     if not path.exists() or path.stat().st_mtime_ns <= since:
         return False
     return [(own.name, own.size) for own in scan_tar(path)[0]] == [(member.name, member.size) for member in members]

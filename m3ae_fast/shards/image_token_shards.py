@@ -1,7 +1,8 @@
 """Shards whose images are crops with their VQGAN token ids, made ahead of time.
 
-Each sample of OUT is a crop as JPEG, KEY.ids (its ids, int32, little-endian, row-major) and what else the sample had.
-Training takes such crops as they are (`data.image_tokens` "shards"): another crop would have other ids.
+Each sample of OUT consists of a crop as JPEG, KEY.ids (its ids, int32, little-endian, row-major) and the other members
+of the original sample. Training uses these crops unchanged (`data.image_tokens` "shards"), because another crop would
+have different ids.
 
 Shapes: C channels, S x S pixels of a crop, L ids of it.
 """
@@ -38,30 +39,30 @@ from m3ae_fast.shards.writer import Converted, convert
 from m3ae_fast.vqgan.model import VQGAN
 
 _SPLIT = "tokenized"
-AHEAD = 32  # crops that the VQGAN takes together
-QUALITY = 95  # of the crops' JPEGs; ids are of what they decode to
+AHEAD = 32  # crops per batch of the VQGAN
+QUALITY = 95  # quality of the crops' JPEGs; ids are computed from the decoded JPEGs
 
 
 @dataclass(eq=False)
 class Crops(Records):
-    """Crops of the images in some shards, with their ids."""
+    """Records of crops of the images in shards, with their token ids."""
 
     shards: list[str]
-    store: ShardStore  # where copies of remote shards go
-    vqgan: VQGAN  # on the device where it is to run
+    store: ShardStore  # cache for remote shards
+    vqgan: VQGAN  # on the device on which it runs
     size: int  # S
-    views: int | None  # random crops of each image; None: its central square
-    scale: tuple[float, float]  # this and the next two: of the random crops
+    views: int | None  # number of random crops per image; None: the central square
+    scale: tuple[float, float]  # this and the next two: settings of the random crops
     flip: bool
     seed: int
-    threads: int  # that prepare crops for the VQGAN
+    threads: int  # threads that prepare crops for the VQGAN
     image_range: Range | None = None  # of images of more than 8 bits
 
     def __post_init__(self) -> None:
         self._found = index_shards(self.shards, self.store, progress=True)
         super().__init__({_SPLIT: np.array([entry.summary.images * (self.views or 1) for entry in self._found])})
         if not self.splits[_SPLIT]:
-            raise UserError(f"shards {self.shards[0]!r}: no image in them")
+            raise UserError(f"shards {self.shards[0]!r}: contain no images")
         self.identity = {
             "kind": "tokenized",
             "vqgan": weights_digest(self.vqgan.state_dict()),
@@ -72,7 +73,7 @@ class Crops(Records):
             "seed": self.seed,
             "shards": [hashlib.sha256(entry.table().tobytes()).hexdigest()[:12] for entry in self._found],
         } | ({} if self.image_range is None else {"image_range": self.image_range})
-        self._table: tuple[int, np.ndarray] = (-1, np.empty(0))  # of a shard: rows with an image
+        self._table: tuple[int, np.ndarray] = (-1, np.empty(0))  # number of a shard, and its rows with an image
         self._ready: dict[int, Record | BadSample] = {}
 
     def name(self, split: str, number: int) -> str:
@@ -92,7 +93,7 @@ class Crops(Records):
         return found
 
     def _prepare(self, numbers: range) -> dict[int, Record | BadSample]:
-        """Return the records of some numbers, with the ids of all of them made at once."""
+        """Return the records of several numbers, with ids computed in one batch."""
         places = [self._find(number) for number in numbers]
         with ThreadPoolExecutor(self.threads) as pool:
             crops = list(pool.map(self._crop, places))
@@ -110,7 +111,7 @@ class Crops(Records):
         return ready
 
     def _find(self, number: int) -> tuple[int, int, int, np.void]:
-        """Return shard, row of the image in it, view, and where the sample's members lie."""
+        """Return the shard, the row of the image in it, the view, and the offsets of the sample's members."""
         shard, turn = self.place(_SPLIT, number)
         row, view = divmod(turn, self.views or 1)
         if self._table[0] != shard:
@@ -122,7 +123,7 @@ class Crops(Records):
         return shard, row, view, self._table[1][row]
 
     def _crop(self, place: tuple[int, int, int, np.void]) -> tuple[Tensor, bytes, dict[str, bytes]] | BadSample:
-        """Return uint8 [C, S, S] as the JPEG decodes, the JPEG, and the sample's other members."""
+        """Return the decoded crop, uint8 [C, S, S], its JPEG, and the sample's other members."""
         shard, row, view, entry = place
         parts = {"json": "json", "cls": "cls"} if entry["json"] else {"txt": "text", "json": "json", "cls": "cls"}
         try:

@@ -1,4 +1,4 @@
-"""The indexes of shards, and a table of what the shards hold."""
+"""Creation of the indexes of shards, and a table of their contents."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from m3ae_fast.data.shards import ShardStore, expand
 
 
 def index(shards: str | Sequence[str], *, cache_dir: str | os.PathLike[str] | None = None) -> list[IndexedShard]:
-    """Write the indexes that shards lack, and return what each shard holds.
+    """Write the missing indexes of shards, and return the index entries of all shards.
 
     Args:
         shards: paths, brace patterns, globs, URLs or pipe: commands.
-        cache_dir: where copies of remote shards go; None: ~/.cache/m3ae_fast.
+        cache_dir: cache folder for copies of remote shards; None: ~/.cache/m3ae_fast.
 
     Raises:
-        UserError: there is no such shard, or none can be read.
+        UserError: a shard does not exist, or no shard can be read.
     """
     return index_shards(expand(shards), ShardStore(cache_dir), progress=True)
 
 
 def print_index(shards: Sequence[IndexedShard]) -> None:
-    """Print a table of what each shard holds."""
+    """Print a table of the contents of each shard."""
     table = Table("shard", "modality")
     for name in ("samples", "paired", "image alone", "caption alone", "bytes"):
         table.add_column(name, justify="right")

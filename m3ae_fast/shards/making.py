@@ -1,4 +1,4 @@
-"""Makes shards of a folder of images, an HDF5 file or a Hugging Face dataset."""
+"""Creation of shards from a folder of images, an HDF5 file or a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ def make(
     samples_per_shard: int = Settings.samples_per_shard,
     workers: int | None = None,
 ) -> Converted:
-    """Make shards of a source and return what was written. Equal input gives equal bytes; an interrupted call
-    continues.
+    """Create shards from a source, and return counts of the result. Equal input gives equal bytes. A repeated call
+    resumes an interrupted one.
 
     Args:
         source, kind, captions, image_column, caption_column, label_column, classes, flat, masks, subset, split: as of
             `open_source`.
-        out: the folder for the shards: new, or that of a call with the same arguments.
-        held_out: the fraction of the samples that go to val-*.tar.
+        out: the folder for the shards: a new folder, or the folder of a call with the same arguments.
+        held_out: the fraction of the samples that are held out in val-*.tar.
         keep_order: do not shuffle the samples.
         short_side: pixels to which the shorter side of larger images is scaled.
         quality: of JPEGs, from 1 to 100.
-        image_range: what is black and white in images of more than 8 bits; "dtype": the limits of their type.
+        image_range: values of black and white in images of more than 8 bits; "dtype": the limits of their type.
         samples_per_shard: the largest number of samples in a shard.
         workers: processes; None: one for each core.
 
     Raises:
-        UserError: the source or an argument cannot be used, `out` holds something else, or it cannot be written.
+        UserError: the source or an argument is invalid, or `out` contains other files or cannot be written.
     """
     settings = Settings(samples_per_shard, short_side, quality, held_out, image_range, keep_order)
     records = open_source(
@@ -98,14 +98,14 @@ def open_source(
     """Return the samples of a source.
 
     Args:
-        source: a folder of images, an HDF5 file in the layout of the official code, or a Hugging Face dataset: a folder
-            that `save_to_disk` wrote, a folder of data files, or a name on the hub.
-        kind: which of them it is; None: recognised.
-        captions: of a folder of images, a table with a row for each sample; None: .txt files beside the images.
-        image_column, caption_column: of the table or the dataset; None: detected.
-        label_column: of the dataset; None: detected.
-        classes: of a folder of images, the classes in the order of their labels, or the classes.json of other shards.
-        flat: of a folder of images, sub-folders are neither splits nor classes.
+        source: a folder of images, an HDF5 file in the layout of the official code, or a Hugging Face dataset, which is
+            a folder written by `save_to_disk`, a folder of data files, or a name on the hub.
+        kind: kind of the source; None: detected.
+        captions: for a folder of images, a table with a row for each sample; None: .txt files next to the images.
+        image_column, caption_column: column names of the table or the dataset; None: detected.
+        label_column: column name of the dataset; None: detected.
+        classes: for a folder of images, the classes in the order of their labels, or the classes.json of other shards.
+        flat: for a folder of images, whether to ignore the meaning of sub-folders as splits and classes.
         masks: of a folder of images, a folder of label masks, NAME.png of one channel for NAME.jpg, in the same
             sub-folders; each stands in the shards beside its image, as KEY.mask.png.
         subset: of a dataset, the configuration.

@@ -19,7 +19,7 @@ from m3ae_fast.data.manifest import KINDS, SUFFIX, UNREAD, count, part_of, rows_
 from m3ae_fast.data.shards import ShardStore, expand
 
 _THREADS = 32
-_MAX_BYTES = 1 << 26  # of a file of counts
+_MAX_BYTES = 1 << 26  # limit for a file of counts
 
 
 class WrittenManifest(NamedTuple):
@@ -72,7 +72,7 @@ def manifest(
 
 
 def _known(names: Sequence[str], samples_of: Callable[[str], int], store: ShardStore) -> np.ndarray:
-    """Return the rows of shards whose counts are known, all of the first one's kind."""
+    """Return the manifest rows of shards with known counts. All shards get the kind of the first one."""
     with ThreadPoolExecutor(_THREADS) as pool:
         samples = list(track(pool.map(samples_of, names), "reading counts", len(names)))
     some = [name for name, found in zip(names, samples) if found][:1]
@@ -81,7 +81,7 @@ def _known(names: Sequence[str], samples_of: Callable[[str], int], store: ShardS
 
 
 def _stats(shard: str) -> int:
-    """Return the samples that img2dataset says it wrote into a shard."""
+    """Return the number of samples in a shard according to img2dataset's statistics."""
     before, _, after = shard.rpartition(".tar")
     name = f"{before}_stats.json{after}"
     return _whole(_json(name).get("successes"), f"{name}: successes")
@@ -93,7 +93,7 @@ def _sizes(name: str) -> Callable[[str], int]:
 
 
 def _file(shard: str) -> str:
-    """Return the name of the tar in a path, a URL or a command."""
+    """Return the file name of the tar in a path, URL or command."""
     words = [word for word in shard.split() if ".tar" in word] or [shard]
     return words[-1].rpartition("/")[2]
 
@@ -110,5 +110,5 @@ def _json(name: str) -> dict[str, Any]:
 
 def _whole(value: Any, what: str) -> int:
     if type(value) is not int or not 0 <= value < 1 << 32:
-        raise UserError(f"{what}: says {value!r}, not a number of samples")
+        raise UserError(f"{what}: must be a number of samples, but is {value!r}")
     return value

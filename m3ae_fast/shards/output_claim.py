@@ -1,4 +1,4 @@
-"""The folder of a conversion: one at a time, and only one kind."""
+"""Exclusive use of an output folder by a single conversion."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MANIFEST, CLASSES = "conversion.json", "classes.json"
 
 @contextmanager
 def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) -> Iterator[None]:
-    """Make the folder `out`, or find in it what `manifest` says, and hold it for this conversion alone. Raises
-    UserError if it holds something else, another process is using it, or it cannot be written."""
+    """Create the folder `out`, or reuse it if it contains a conversion with the same `manifest`, and lock it for this
+    process. Raises UserError if it contains other files, is in use by another process, or cannot be written."""
     path, text = out / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     try:
         if out.exists() and not out.is_dir():
@@ -27,7 +27,7 @@ def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) 
             raise UserError(f"{out}: is not empty and does not hold a conversion; name a new folder")
         out.mkdir(parents=True, exist_ok=True)
         with open(path, "a+", encoding="utf-8") as file:
-            try:  # the manifest is its own lock: filelock would leave one more file among the shards
+            try:  # the manifest itself is locked: filelock would leave an additional file among the shards
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{out}: another process is converting into it") from None

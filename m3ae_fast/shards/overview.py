@@ -1,4 +1,4 @@
-"""One look at a data set before any work: splits, classes, captions and images, as they were understood."""
+"""Overview of a dataset before conversion: its splits, classes, captions and images as detected."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.shards.sources.records import Records
 
-_LOOKED_AT = 64  # samples of a split
-_LARGEST, _SMALLEST = 4, 2  # classes that are shown of many
+_LOOKED_AT = 64  # samples that are inspected per split
+_LARGEST, _SMALLEST = 4, 2  # numbers of classes that are shown if there are many
 _KINDS = 3  # of images, that are shown
-_EXAMPLE = 60  # characters of a caption
+_EXAMPLE = 60  # maximum number of characters of an example caption
 _NAMES = {1: "grey", 3: "colour"}
 
 
 @dataclass
 class Part:
-    """A split, and what was found in some of its samples."""
+    """A split with statistics of some of its samples."""
 
     name: str
     samples: int
     use: str
-    classes: Counter[str] | None = None  # samples of each; None: not known
+    classes: Counter[str] | None = None  # number of samples per class; None: unknown
     seen: int = 0
     kinds: list[Kind] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     bad: Counter[str] = field(default_factory=Counter)  # by reason
 
     def look(self, read: Callable[[int], tuple[bytes | None, str | None]], samples: int = _LOOKED_AT) -> Part:
-        """Look at `samples` samples, evenly spaced. `read` returns image and caption of a sample, and may raise
+        """Inspect `samples` evenly spaced samples. `read` returns the image and caption of a sample, and may raise
         BadSample or OSError."""
         count = min(samples, self.samples)
         numbers = np.linspace(0, self.samples - 1, count).round().astype(np.int64).tolist()
@@ -58,7 +58,7 @@ class Part:
 
 
 def parts_of(records: Records, uses: dict[str, str]) -> list[Part]:
-    """Look at each split of some records. `uses`: what becomes of a split, by its name."""
+    """Inspect each split of the records. `uses`: the purpose of each split, by name."""
 
     def part(split: str, samples: int) -> Part:
         def read(number: int) -> tuple[bytes | None, str | None]:
@@ -71,7 +71,7 @@ def parts_of(records: Records, uses: dict[str, str]) -> list[Part]:
 
 
 def part_of(corpus: Corpus, name: str, use: str, classes: Counter[str] | None, samples: int = _LOOKED_AT) -> Part:
-    """Look at `samples` samples of shards."""
+    """Inspect `samples` samples of shards."""
     readers = [Reader(source, corpus.store) for source in corpus.sources]
     starts = np.cumsum([0, *(int(source.sizes.sum()) for source in corpus.sources)])
 
@@ -96,7 +96,8 @@ def show(title: str, parts: Sequence[Part]) -> None:
 
 
 def describe_classes(classes: Counter[str] | None) -> str:
-    """Return the number of classes, and the largest and the smallest with their samples."""
+    """Return a description of the classes: their number, and the largest and smallest classes with their numbers of
+    samples."""
     if not classes:
         return "-" if classes is None else "none"
     ordered = [f"{name} {count:,}" for name, count in sorted(classes.items(), key=lambda item: (-item[1], item[0]))]
@@ -115,7 +116,7 @@ def _captions(part: Part) -> str:
 
 
 def _images(part: Part) -> str:
-    """Return kinds and sizes of the images that were looked at."""
+    """Return a description of the kinds and sizes of the inspected images."""
     if not part.kinds:
         return "none" if not part.bad else f"none can be read: {next(iter(part.bad))}"
     kinds = Counter(describe_kind(kind) for kind in part.kinds)
@@ -129,6 +130,6 @@ def _images(part: Part) -> str:
 
 
 def describe_kind(kind: Kind) -> str:
-    """Return the kind of an image in a few words."""
+    """Return a short description of an image's kind."""
     channels = _NAMES.get(kind.channels, f"{kind.channels} bands")
     return channels if kind.depth is None else f"{channels}, {kind.depth}"

@@ -1,4 +1,4 @@
-"""Counts samples and files that are not as they should be; a tool reports them at its end."""
+"""Counts of invalid samples and ignored files, which a command reports at its end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 
 from m3ae_fast.data.reader import MAX_CAPTION_BYTES
 
-_SHOWN = 3  # examples of each kind
+_SHOWN = 3  # examples shown per kind
 REFUSED, EMPTY, CUT, IGNORED, OUTSIDE, UNREAD = "refused", "empty", "cut", "ignored", "outside", "unread"
 _TEXT = {
     REFUSED: "unusable sample{s} skipped",
@@ -19,21 +19,21 @@ _TEXT = {
 
 
 class Tally:
-    """Samples and files by kind: how many, and the first of them."""
+    """Counts of samples and files by kind of problem, with the first examples."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
     def add(self, kind: str, sample: str) -> None:
-        """Count a sample, `sample` being its name and what is wrong with it."""
+        """Count a sample. `sample`: its name and a description of the problem."""
         self.counts[kind] += 1
         self.examples.setdefault(kind, [])
         if len(self.examples[kind]) < _SHOWN:
             self.examples[kind].append(" ".join(sample.split())[:400])
 
     def add_caption(self, caption: str | None, sample: str) -> None:
-        """Count a sample whose caption is blank, or too long; None is no caption."""
+        """Count a sample if its caption is blank or too long; None means that there is no caption."""
         size = len((caption or "").strip().encode("utf-8", "replace"))
         if caption is not None and not size:
             self.add(EMPTY, sample)
@@ -41,13 +41,13 @@ class Tally:
             self.add(CUT, f"{sample}: {size:,} bytes")
 
     def merge(self, other: Tally) -> None:
-        """Add the samples of another tally, as if they came after this one's."""
+        """Add the samples of another tally after those of this one."""
         self.counts += other.counts
         for kind, samples in other.examples.items():
             self.examples[kind] = [*self.examples.get(kind, ()), *samples][:_SHOWN]
 
     def lines(self) -> list[str]:
-        """Return a line for each kind that there is, followed by its examples."""
+        """Return one line for each kind that occurred, followed by its examples."""
         lines = []
         for kind, text in _TEXT.items():
             if self.counts[kind]:

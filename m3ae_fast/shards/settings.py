@@ -24,9 +24,10 @@ class Settings:
     samples_per_shard: int = 2000
     short_side: int = 320  # pixels; larger images are scaled down
     quality: int = 95  # of JPEG
-    held_out: float = 0.0  # fraction of the samples that go to a split of their own, with all samples of an image
-    image_range: Range | None = None  # of images of more than 8 bits
-    keep_order: bool = False  # else shuffled, always in the same way
+    # fraction of the samples that are held out as a separate split, together with all other samples of their images
+    held_out: float = 0.0
+    image_range: Range | None = None  # values of black and white in images of more than 8 bits
+    keep_order: bool = False  # whether to keep the order; otherwise samples are shuffled deterministically
 
     def __post_init__(self) -> None:
         """Raise UserError if a value is impossible."""

@@ -1,4 +1,4 @@
-"""Images as shards keep them: JPEG, or the array of their bands, no larger than training needs."""
+"""Conversion of images for shards: to JPEG or an array of bands, no larger than training requires."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from m3ae_fast.images.bands import write_npy
 from m3ae_fast.images.crops import resize
 from m3ae_fast.images.decoding import decode_image, own_bands
 
-_MAX_SIDE = 65_500  # pixels that libjpeg writes
+_MAX_SIDE = 65_500  # largest side that libjpeg can write
 
 
 def as_member(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> tuple[str, bytes]:
-    """Return suffix and bytes of a shard's member: what `shrink` gives, or of an array of bands (see `own_bands`) a
-    .npy with the same dtype, whose short side is at most `short_side` too. Raises BadSample as `shrink`."""
+    """Return the suffix and the bytes of a shard's member: the JPEG of `shrink`, or a .npy of the same dtype for an
+    array of bands (see `own_bands`), whose short side is also at most `short_side`. Raises BadSample as `shrink`
+    does."""
     values = own_bands(data)
     if values is None:
         return "jpg", shrink(data, short_side, quality, image_range)
@@ -29,9 +30,9 @@ def as_member(data: bytes, short_side: int, quality: int, image_range: Range | N
 
 
 def shrink(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> bytes:
-    """Return an image file as an RGB JPEG whose short side is at most `short_side` pixels, upright, white where
-    transparent; a JPEG that is small enough as it is. Raises BadSample as `decode_image`, or where it is longer than a
-    JPEG can be."""
+    """Return an image file as an RGB JPEG whose short side is at most `short_side` pixels, with the EXIF orientation
+    applied and transparent pixels in white. A JPEG that is small enough is returned unchanged. Raises BadSample as
+    `decode_image` does, or if the image is too long for a JPEG."""
     image = decode_image(data, 3, image_range)
     small = _reduced(image, short_side)
     if small is image:
@@ -39,19 +40,19 @@ def shrink(data: bytes, short_side: int, quality: int, image_range: Range | None
         if header.format == "JPEG" and header.mode in ("L", "RGB"):
             return data
     if max(small.shape[-2:]) > _MAX_SIDE:
-        raise BadSample(f"an image of {image.shape[-1]} x {image.shape[-2]} pixels is too long for a JPEG")
+        raise BadSample(f"the image has {image.shape[-1]} x {image.shape[-2]} pixels, which is too long for a JPEG")
     return jpeg(small, quality)
 
 
 def jpeg(image: Tensor, quality: int) -> bytes:
-    """Return uint8 [3, H, W] as a file."""
+    """Return an image, uint8 [3, H, W], as the bytes of a JPEG file."""
     out = BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=quality)
     return out.getvalue()
 
 
 def _reduced(image: Tensor, short_side: int) -> Tensor:
-    """Return [C, H, W] with a short side of at most `short_side` pixels."""
+    """Return the image [C, H, W], reduced to a short side of at most `short_side` pixels."""
     height, width = image.shape[-2:]
     scale = short_side / min(height, width)
     return image if scale >= 1 else resize(image, max(1, round(height * scale)), max(1, round(width * scale)))

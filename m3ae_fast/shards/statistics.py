@@ -33,9 +33,9 @@ from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.images.decoding import decode_image, format_of
 
-_QUANTILES = (0, 0.05, 0.5, 0.95, 1)  # of a distribution, that are shown
+_QUANTILES = (0, 0.05, 0.5, 0.95, 1)  # quantiles of a distribution that are shown
 _LONGEST = 1 << 16  # tokens
-_SHOWN = 5  # labels, and reasons why samples cannot be read
+_SHOWN = 5  # number of labels, and of reasons for unreadable samples, that are shown
 
 
 def stats(
@@ -113,7 +113,7 @@ def _compact(value: object) -> str:
 
 
 def settings_of(found: Statistics) -> list[tuple[str, str, Any]]:
-    """Return section, key and value of what a config should say. Raises UserError if no image could be read."""
+    """Return the derived settings as section, key and value. Raises UserError if no image could be read."""
     require_images(found)
     mean, std = found.mean_and_std()
     settings: list[tuple[str, str, Any]] = [("model", "image_mean", mean), ("model", "image_std", std)]
@@ -157,7 +157,7 @@ def draw_statistics(path: Path, found: Statistics) -> None:
     figure = Figure(figsize=(12, 8), layout="constrained")
     (levels, sizes), (ratios, lengths) = figure.subplots(2, 2)
     names = {1: ["grey"], 3: ["red", "green", "blue"], 4: ["red", "green", "blue", "black"]}.get(found.channels)
-    names = names or [f"C{channel % 10}" for channel in range(found.channels)]  # matplotlib's ten colours
+    names = names or [f"C{channel % 10}" for channel in range(found.channels)]  # the ten default colours of Matplotlib
     for name, fractions_256 in zip(names, found.fractions_C256 / found.images):
         levels.semilogy(fractions_256.numpy(), color=name)
     widths, heights = np.array(found.sizes).T
@@ -179,16 +179,16 @@ def draw_statistics(path: Path, found: Statistics) -> None:
 
 @dataclass
 class Statistics:
-    """Sums and counts over the samples that were looked at."""
+    """Sums and counts over the inspected samples."""
 
-    of: int  # samples that there are
+    of: int  # total number of samples
     channels: int
     dtype: str = "uint8"  # of `model.image_dtype`
     image_range: Range | None = None  # of `data.range`
     unit: str = "words"  # of the lengths of captions
     seen: int = 0
     images: int = 0
-    # float64, every image weighs the same: how often each of 256 levels is met; sums of pixels and of their squares
+    # float64, with equal weight for each image: frequencies of the 256 levels, and sums of pixels and of their squares
     fractions_C256: Tensor = field(init=False)
     moments_2C: Tensor = field(init=False)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height in pixels
@@ -203,13 +203,13 @@ class Statistics:
         self.moments_2C = torch.zeros(2, self.channels, dtype=torch.float64)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Return `model.image_mean` and `image_std`, where black is 0 and white 1."""
+        """Return `model.image_mean` and `image_std`, in units where black is 0 and white is 1."""
         mean_C, square_C = self.moments_2C / max(1, self.images)
         std_C = (square_C - mean_C**2).clamp_min(0).sqrt()
         return [round(x, 4) for x in mean_C.tolist()], [round(max(x, 1e-4), 4) for x in std_C.tolist()]
 
     def add(self, image: Tensor) -> None:
-        """Count an image, [C, H, W] as `decode_image` gives it."""
+        """Count an image, [C, H, W] as returned by `decode_image`."""
         self.images += 1
         self.sizes.append((image.shape[2], image.shape[1]))
         unit_CN = (image.double() / LARGEST.get(image.dtype, 1)).flatten(1)
@@ -220,7 +220,8 @@ class Statistics:
 
 
 def sample(corpus: Corpus, samples: int, seed: int) -> Corpus:
-    """Return a corpus of `samples` samples, or all, drawn by `seed` alone, in file order."""
+    """Return a dataset of `samples` random samples, or all samples, in file order. The choice depends only on
+    `seed`."""
     drawn = np.full(corpus.samples, LEFT_OUT, dtype=np.int64)
     drawn[permutation(corpus.samples, seed)[:samples]] = 0
     ends = np.cumsum([sum(source.sizes) for source in corpus.sources])
@@ -238,8 +239,9 @@ def collect(
     labels: str,
     dtype: str = "uint8",
 ) -> Statistics:
-    """Look at `samples` samples of the corpus, drawn by `seed`. Captions are counted in tokens of the tokenizer, or in
-    words; `labels` is a field of `read_labels`. Raises UserError if a shard or a label cannot be read."""
+    """Collect statistics of `samples` random samples of the dataset, chosen by `seed`. Lengths of captions are counted
+    in tokens of the tokenizer, or in words without one. `labels`: a field of `read_labels`. Raises UserError if a shard
+    or a label cannot be read."""
     found = Statistics(corpus.samples, channels, dtype, image_range, "tokens" if tokenizer else "words")
     drawn = sample(corpus, samples, seed)
     for of_source in read_labels(drawn, labels):

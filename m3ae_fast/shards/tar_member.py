@@ -1,4 +1,4 @@
-"""A file in a shard that is being written."""
+"""Adding files to a shard that is being written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tarfile
 
 
 def add_member(shard: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Write a file into a shard. Its header holds name and size alone, so that equal samples give equal bytes."""
+    """Write a file to a shard. Its header contains only its name and size, so that equal samples give equal bytes."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     shard.addfile(member, io.BytesIO(content))

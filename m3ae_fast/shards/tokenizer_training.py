@@ -23,8 +23,8 @@ from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.shards.problem_counts import REFUSED, Tally
 
-_SHARDS = 16  # that a part of the captions is read from
-FEW = 0.9  # of the tokens requested; below it a note is printed
+_SHARDS = 16  # minimum number of shards from which a subset of the captions is read
+FEW = 0.9  # fraction of the requested tokens below which a note is printed
 
 
 class TrainedTokenizer(NamedTuple):
@@ -82,17 +82,17 @@ def describe_tokenizer(trained: TrainedTokenizer, vocab_size: int) -> list[str]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """Write a tokenizer.json that is whole or not there. Raises UserError if that is not possible."""
+    """Write a tokenizer.json atomically. Raises UserError if that fails."""
     with whole_file(out) as partial:
         try:
             tokenizer.save(str(partial))
-        except Exception as error:  # the library raises just that
+        except Exception as error:  # the library raises plain Exceptions
             raise UserError(f"--out {out}: cannot be written ({error})") from None
 
 
 def caption_texts(shards: list[str], store: ShardStore, tally: Tally, most: int | None = None) -> Iterator[str]:
-    """Yield all captions of some shards, or those of about `most` samples of shards that are evenly spaced; those that
-    are blank or cannot be used are left out and counted in `tally`."""
+    """Yield the captions of shards: all of them, or those of about `most` samples from evenly spaced shards. Captions
+    that are blank or invalid are left out and counted in `tally`."""
     corpus = open_corpus([SourceConfig(shards=shards, modality="text")], store, progress=True)
     for source in corpus.sources:
         reader = Reader(source, store)
@@ -111,8 +111,8 @@ def caption_texts(shards: list[str], store: ShardStore, tally: Tally, most: int 
 
 
 def _spaced(sizes: np.ndarray, most: int | None) -> Sequence[int]:
-    """Return numbers of samples in file order: all, or about `most` of the fewest shards that have so many, but of
-    `_SHARDS` at least."""
+    """Return sample numbers in file order: all samples, or about `most` samples from as few shards as possible, but
+    from at least `_SHARDS`."""
     total, starts = int(sizes.sum()), np.cumsum(sizes) - sizes
     if most is None or total <= most:
         return range(total)

@@ -1,7 +1,7 @@
-"""Samples from anywhere -> shards: in parallel, resumable, with equal bytes for equal input.
+"""Writing of shards from records: parallel, resumable and deterministic (equal input gives equal bytes).
 
-OUT gets `SPLIT-00000.tar`, ... with an index each, `conversion.json`, which says what they were made of, and, where
-labels have names, `classes.json`.
+OUT contains `SPLIT-00000.tar`, ... with their indexes, `conversion.json`, which describes their source, and
+`classes.json` if labels have names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from m3ae_fast.base import forking  # noqa: F401  # for its effect on the processes that write
+from m3ae_fast.base import forking  # noqa: F401  # imported for its effect on the writing processes
 from m3ae_fast.base.atomic_file import put_in_place
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
@@ -44,21 +44,22 @@ from m3ae_fast.shards.sources.records import Record, Records
 from m3ae_fast.shards.tar_member import add_member
 
 _MOST_WORKERS = 1024
-_TICK_S = 1.0  # between looks at how many samples the workers have written
+_TICK_S = 1.0  # seconds between updates of the number of samples written by the workers
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard to be written."""
+    """A shard that is to be written."""
 
     name: str
-    split: str  # of the records
+    split: str  # split of the records
     numbers: np.ndarray
 
 
 @dataclass(frozen=True)
 class Converted:
-    """Counts what a conversion left behind; `tally` is of what this call wrote, not of interrupted ones before it."""
+    """Counts of a conversion's result. `tally` covers only shards written by this call, and not those of interrupted
+    earlier calls."""
 
     shards: list[Path]
     samples: int
@@ -69,8 +70,8 @@ class Converted:
 
 
 def convert(records: Records, out: Path, settings: Settings, workers: int) -> Converted:
-    """Write what `out` lacks of the shards of `records`, with their indexes. Raises UserError if `out` holds
-    something else, or cannot be written, or no sample can be used."""
+    """Write the shards of `records` that are missing in `out`, with their indexes. Raises UserError if `out` contains
+    other files or cannot be written, or if no sample is valid."""
     if not 1 <= workers <= _MOST_WORKERS:
         raise UserError(f"--workers {workers}: must be from 1 to {_MOST_WORKERS}")
     plan = _plan(records, settings)
@@ -100,12 +101,12 @@ def convert(records: Records, out: Path, settings: Settings, workers: int) -> Co
 
 
 def manifest_of(records: Records, settings: Settings) -> dict[str, Any]:
-    """Return what the shards are made of, as conversion.json says it."""
+    """Return the description of the shards' source, as in conversion.json."""
     return {"source": records.identity, "settings": asdict(settings)}
 
 
 def _plan(records: Records, settings: Settings) -> list[Shard]:
-    """Return which samples come into which shard."""
+    """Return the shards with the numbers of their samples."""
     parts: list[tuple[str, str, np.ndarray]] = []  # name, split of the records, numbers
     for split, samples in records.splits.items():
         order = np.arange(samples) if settings.keep_order else permutation(samples, 0)
@@ -136,13 +137,13 @@ def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard
             for shard in todo:
                 total.merge(_write(records, out, settings, shard, advance))
             return total
-        # forked: the records, which may list millions of files, need not be pickled
+        # forked, so that the records, which may list millions of files, need not be pickled
         context = multiprocessing.get_context("fork")
-        # samples of each shard; without a lock, which a worker that is killed would keep
+        # numbers of written samples by shard, without a lock, which a killed worker would keep
         done = context.RawArray("q", len(todo))
         with ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (records, out, settings, done)) as pool:
             try:
-                with _no_interrupt():  # forks the workers
+                with _no_interrupt():  # the workers are forked here
                     futures = [pool.submit(_write_in_worker, number, shard) for number, shard in enumerate(todo)]
                 waiting, shown = set(futures), 0
                 while waiting:
@@ -159,7 +160,7 @@ def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard
                 workers_left = multiprocessing.active_children()
                 for process in workers_left:
                     process.terminate()
-                for process in workers_left:  # which hold the folder's lock
+                for process in workers_left:  # they hold the folder's lock
                     process.join()
                 raise
     for future in futures:  # in the order of the shards
@@ -169,8 +170,9 @@ def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard
 
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Hold Ctrl-C back: Python prints and forgets one that comes in the midst of a fork."""
-    if threading.current_thread() is not threading.main_thread():  # which alone it interrupts
+    """Delay Ctrl-C during a fork: Python would print a KeyboardInterrupt raised in the middle of a fork and ignore
+    it."""
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C interrupts only the main thread
         yield
         return
     came: list[tuple[int, Any]] = []
@@ -183,19 +185,19 @@ def _no_interrupt() -> Iterator[None]:
         before(*came[0])
 
 
-_of_worker: tuple[Records, Path, Settings, Any]  # and the samples that were written, by shard
+_of_worker: tuple[Records, Path, Settings, Any]  # the last is the number of written samples by shard
 
 
 def _begin(*arguments: Any) -> None:
     global _of_worker
     _of_worker = arguments  # type: ignore[assignment]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process sees to it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # handled by the main process
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """End with the main process: if that is killed, a worker would wait for work for ever."""
+    """Exit together with the main process: if it is killed, a worker would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -203,7 +205,7 @@ def _end_with_parent() -> None:
 
 
 def _write_in_worker(number: int, shard: Shard) -> Tally:
-    """Write shard `number` of those to write."""
+    """Write the shard with this number."""
     records, out, settings, done = _of_worker
 
     def advance(count: int) -> None:
@@ -213,7 +215,7 @@ def _write_in_worker(number: int, shard: Shard) -> Tally:
 
 
 def _write(records: Records, out: Path, settings: Settings, shard: Shard, advance: Callable[[int], None]) -> Tally:
-    """Write one shard under its name only when it is whole."""
+    """Write one shard atomically."""
     tally = Tally()
     partial = out / f".{shard.name}.partial"
     try:
@@ -238,7 +240,7 @@ def _write(records: Records, out: Path, settings: Settings, shard: Shard, advanc
 
 
 def _files(record: Record, settings: Settings) -> dict[str, bytes]:
-    """Return the members of a sample by suffix. Raises BadSample if it has neither image nor caption."""
+    """Return the members of a sample by suffix. Raises BadSample if the record has neither image nor caption."""
     caption = (record.caption or "").strip()
     files = {}
     if record.image is not None:
@@ -247,18 +249,18 @@ def _files(record: Record, settings: Settings) -> dict[str, bytes]:
     if caption:
         files["txt"] = caption.encode("utf-8", "replace")
     if not files:
-        raise BadSample("neither image nor caption")
+        raise BadSample("the sample has neither image nor caption")
     about = dict(record.about)
     if record.label is not None:
         files["cls"] = str(record.label).encode()
-        about.setdefault("label", record.label)  # a table may have another one of that name
+        about.setdefault("label", record.label)  # a table may have another field with this name
     if about:
         files["json"] = json.dumps(about, sort_keys=True).encode()
     return files | record.members
 
 
 def describe_conversion(out: Path, converted: Converted) -> str:
-    """Return what was made, for the user, with the lines that a config needs."""
+    """Return a description of the result for the user, with the lines for a config."""
     c = converted
     paired = c.images + c.captions - c.samples
     kinds = {"paired": paired, "images alone": c.images - paired, "captions alone": c.captions - paired}

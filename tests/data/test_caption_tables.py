@@ -133,7 +133,7 @@ WRONG = {
     "image,caption,caption\n0.jpg,a,b\n": "has 2 columns caption and caption; rename or remove",
     "image,caption,Caption\n0.jpg,a,b\n": "caption and Caption; name one with --caption-column",
     "image,caption\n0.jpg,a\0b\n": "row 1 .*null byte",
-    "image,caption\n,a\n": "row 1 .*image names no file",
+    "image,caption\n,a\n": "row 1 .*image must be the name of a file",
     b"image,caption\n0.jpg,a\n1.jpg,caf\xe9\n": "line 3 is not UTF-8",
     "image,caption\n0.jpg,a\n".encode("utf-16"): "line 1 is not UTF-8",
 }
@@ -193,7 +193,7 @@ def test_a_parquet_of_other_columns_or_types_is_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"image": ["0.jpg", "1.jpg"], "caption": [float("nan"), 2.5]}), table)
     assert "row 2" in error(table)
     pyarrow.parquet.write_table(pyarrow.table({"image": [{"bytes": b"", "path": "a"}], "caption": ["a"]}), table)
-    assert "image names no file" in error(table)
+    assert "image must be the name of a file" in error(table)
     table.write_bytes(table.read_bytes()[:-20])
     error(table)
 

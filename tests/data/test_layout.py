@@ -65,7 +65,7 @@ LAYOUTS = {
 SAID = {
     "any case, and a class that only one split has": "note: only val has the class dog",
     "an unlabelled test split": "note: the images of test have no class: they are in no class folder",
-    "a class called test": "note: test is taken for a class, as the folders beside it",
+    "a class called test": "note: test is interpreted as a class, like the folders next to it",
 }
 
 

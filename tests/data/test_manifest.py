@@ -126,7 +126,7 @@ def test_counts_that_others_have_made(tmp_path):
         ]
     assert len(list(tmp_path.glob("*.index"))) == 1  # of the shard that told what kind they are
     (tmp_path / "sizes.json").write_text("{}")
-    with pytest.raises(UserError, match="says None, not a number"):
+    with pytest.raises(UserError, match="must be a number of samples, but is None"):
         make(tmp_path, *shards, "--sizes", str(tmp_path / "sizes.json"))
 
 

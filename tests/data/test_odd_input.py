@@ -81,7 +81,7 @@ def _captioned_in_latin(path):
 
 
 ODD = {
-    "70000 x 200 pixels is too long for a JPEG": _long,
+    "70000 x 200 pixels, which is too long for a JPEG": _long,
     "more than 134217728": _bomb,
     "odd.png is not a regular file": os.mkfifo,
     "odd.png: No such device or address": _socket,
@@ -219,9 +219,9 @@ def test_several_captions_of_an_hdf5_row_are_several_samples(tmp_path, kind):
 
 
 LINKS = {
-    "caption is a link that leads nowhere": lambda f: f.update(caption=h5py.SoftLink("/nowhere")),
-    "caption is a link that leads nowhere ": lambda f: f.update(caption=h5py.SoftLink("/caption")),
-    "caption is a link that leads nowhere  ": lambda f: f.update(caption=h5py.ExternalLink("none.hdf5", "/x")),
+    "caption is a broken link": lambda f: f.update(caption=h5py.SoftLink("/nowhere")),
+    "caption is a broken link ": lambda f: f.update(caption=h5py.SoftLink("/caption")),
+    "caption is a broken link  ": lambda f: f.update(caption=h5py.ExternalLink("none.hdf5", "/x")),
     "caption is a group": lambda f: f.create_group("caption"),
 }
 
@@ -248,7 +248,7 @@ def test_what_is_no_caption_in_hdf5_and_datasets_is_left_out_by_name(tmp_path, c
     texts.save_to_disk(tmp_path / "saved")
     assert make(tmp_path / "saved", tmp_path / "hf", "--keep-order") == 0
     assert [sample["txt"] for sample in contents(tmp_path / "hf")] == [b"a", b"b", b"c"]
-    assert "train row 1: neither image nor caption" in said(capsys)
+    assert "train row 1: the sample has neither image nor caption" in said(capsys)
     datasets.Dataset.from_dict({"caption": [{"raw": "a"}]}).save_to_disk(tmp_path / "dict")
     capsys.readouterr()  # of the library's bar
     assert make(tmp_path / "dict", tmp_path / "out2", "--caption-column", "caption") == 2

@@ -239,7 +239,7 @@ def test_images_that_are_one_in_either_way_are_one_also_by_way_of_others():
 @pytest.mark.parametrize("label", [1.5, np.float32(1.5), np.float64(1.5), np.nan, np.float32("inf"), "a", "1.0"])
 def test_a_label_is_a_whole_number(label):
     assert [to_int(number) for number in (3, 3.0, np.float32(3), np.int8(3), "3", None)] == [3] * 5 + [None]
-    with pytest.raises(BadSample, match="is not a whole number"):
+    with pytest.raises(BadSample, match="is not an integer"):
         to_int(label)
 
 
@@ -305,7 +305,7 @@ def test_a_label_with_a_fraction_is_left_out_by_name(tmp_path, capsys):
     path = _hdf5(tmp_path / "t.hdf5", train_jpg=[picture(i) for i in range(3)], train_labels=[0.5, 1.0, np.inf])
     assert make(path, tmp_path / "out") == 0
     assert [sample["cls"] for sample in contents(tmp_path / "out")] == [b"1"]
-    assert "train_jpg 0: the label np.float64(0.5) is not a whole number" in capsys.readouterr().out
+    assert "train_jpg 0: the label np.float64(0.5) is not an integer" in capsys.readouterr().out
 
 
 def test_rows_that_are_none_make_no_shards(tmp_path, capsys):
@@ -413,7 +413,7 @@ def test_splits_that_differ_in_what_is_read_are_refused(tmp_path, dataset, capsy
     datasets.DatasetDict(train=dataset, test=other).save_to_disk(tmp_path / "saved")
     capsys.readouterr()
     assert make(tmp_path / "saved", tmp_path / "out") == 2
-    assert f"the column {column} of test is not as in train; choose a --split" in capsys.readouterr().err
+    assert f"the column {column} differs between test and train; choose a --split" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -449,7 +449,7 @@ def _mistakes(folder):
     (folder / "broken").mkdir()
     (folder / "broken" / "a.jpg").write_bytes(b"no image")
     table = [folder / "in", "OUT", "--captions"]
-    yield [folder / "empty", "OUT"], "no image in it"
+    yield [folder / "empty", "OUT"], "contains no images"
     yield [folder / "nowhere", "OUT"], "is not a folder"
     yield [folder / "broken", "OUT"], "no sample can be used, such as"
     yield [*table, folder / "in/captions.csv"], "1 of 2 rows name images that are not in .*'cat/77.jpg' .row 2."

@@ -1,1 +1,1 @@
-"""What shards can be made of: folders, HDF5 files, data sets of Hugging Face, tables of captions."""
+"""Sources of shards: folders, HDF5 files, Hugging Face datasets, tables of captions."""

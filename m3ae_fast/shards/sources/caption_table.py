@@ -1,13 +1,13 @@
-"""Tables that name an image, its caption and other fields in each row: csv, tsv, jsonl, parquet.
+"""Caption tables (csv, tsv, jsonl, parquet), whose rows contain an image, its caption and other fields.
 
-Each row is a sample, equal ones too; a row with a list of captions is a sample for each. Rows are read strictly: one
-with more or fewer fields than the table has columns is an error, not a guess. Other columns than those of images and
-captions are fields of the sample's json; a table may have these alone.
+Each row is a sample, even if rows are equal; a row with a list of captions gives one sample per caption. Rows are read
+strictly: a row with more or fewer fields than the table has columns is an error. Columns other than those of images and
+captions become fields of the sample's json; a table may have only such columns.
 
-A .csv is quoted as RFC 4180 has it. A .tsv has one row on each line, and quotes in it are text, with exceptions that
-only a program that quotes can have written: where all names of columns stand in quotes, the table is read as a .csv
-with tabs; and a field in quotes is read as quoted where it holds nothing, a doubled quote (and no single one), or a tab
-without which the row would have too many fields.
+A .csv is quoted according to RFC 4180. A .tsv has one row per line, and quotes in it are text, with two exceptions that
+only a program that quotes can have written. If all column names are quoted, the table is read as a .csv with tabs. A
+quoted field is read as quoted if it is empty, contains a doubled quote (and no single one), or contains a tab without
+which the row would have too many fields.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from m3ae_fast.shards.sources.records import captions_of
 IMAGE_COLUMNS = ("file_name", "filename", "image", "image_path", "path", "filepath", "file", "picture")
 CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence", "alt_text")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
-_ABSENT = object()  # the value of a column that a row of jsonl lacks
-# first the names of the columns, a list to which later rows may add, then each row's values
+_ABSENT = object()  # value of a column that is missing in a row of jsonl
+# first the list of column names, which later rows may extend, then the values of each row
 _Rows = Generator[list[Any], None, None]
 
 
 class NoColumns(UserError):
-    """A table has no columns that are used."""
+    """Raised if a table has no columns that are used."""
 
 
 class Row(NamedTuple):
-    """A row of a table."""
+    """A row of a caption table."""
 
-    number: int  # from 1, without the names of the columns
+    number: int  # counted from 1, without the row of column names
     image: str
-    captions: list[str] | None  # empty: none; None: the table has no captions
-    fields: str  # a JSON object with the values of other columns, "" if there are none
+    captions: list[str] | None  # empty: the row has no caption; None: the table has no captions
+    fields: str  # JSON object with the values of other columns; "" if there are none
 
 
 def read_captions(table: Path, image: str | None = None, caption: str | None = None) -> list[Row]:
-    """Return all rows of a .csv, .tsv, .jsonl (or .ndjson) or .parquet. `image` and `caption` name columns; None: the
-    first that has a usual name, and no captions if none has one but there are other columns. Raises UserError if the
-    file cannot be read, lacks a column, or has a row that does not fit its columns."""
+    """Return all rows of a .csv, .tsv, .jsonl (or .ndjson) or .parquet. `image` and `caption`: names of columns; None:
+    the first column with a usual name. If no caption column is found but there are other columns, the rows have no
+    captions. Raises UserError if the file cannot be read, a column is missing, or a row does not fit the columns."""
     reader = READERS.get(table.suffix.lower())
     if reader is None:
         raise UserError(f"--captions {table}: must be a .csv, .tsv, .jsonl or .parquet")
@@ -79,8 +79,8 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
 
 
 def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str], option: str, where: str) -> str:
-    """Return the column that the user named, else the first with a usual name. Raises NoColumns where there is none of
-    a usual name, UserError if there is none of that name, or several have it."""
+    """Return the column named by the user, otherwise the first with a usual name. Raises NoColumns if no column has a
+    usual name, and UserError if the named column does not exist or occurs several times."""
     if named is not None and named not in columns:
         raise UserError(f"{option} {named}: {where} has {', '.join(columns) or 'no columns'}")
     names = [named] if named else [column for name in usual for column in columns if column.lower() == name][:1]
@@ -94,7 +94,7 @@ def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str
 
 
 def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, caption: int | None) -> Row:
-    """Return a row of the table. Raises ValueError if it does not fit the columns."""
+    """Convert a list of values to a Row. Raises ValueError if it does not fit the columns."""
     if len(row) != len(columns):
         raise ValueError(
             f"it has {len(row)} field{'s' * (len(row) != 1)} but the table has {len(columns)} columns: "
@@ -103,10 +103,10 @@ def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, ca
     used = [image] if caption is None else [image, caption]
     for place in used:
         if row[place] is _ABSENT:
-            raise ValueError(f"it lacks {columns[place]}; write null for none")
+            raise ValueError(f"it lacks {columns[place]}; write null if there is none")
     name = row[image]
     if not isinstance(name, (str, bytes)) or not name:
-        raise ValueError(f"{columns[image]} names no file but is {str(name)[:80]!r}")
+        raise ValueError(f"{columns[image]} must be the name of a file, but is {str(name)[:80]!r}")
     try:
         captions = None if caption is None else captions_of(row[caption])
     except ValueError as error:
@@ -116,8 +116,8 @@ def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, ca
 
 
 def _fields_of(others: Iterable[tuple[str, Any]]) -> str:
-    """Return columns and their values in a row as a JSON object, "" if there are none. Empty values are left out, and
-    what JSON has no values for, such as bytes, and a column named caption: in a json it would be read as one."""
+    """Return the values of columns in a row as a JSON object; "" if there are none. Left out are empty values, values
+    that JSON cannot represent, such as bytes, and a column named caption, which would be read as a caption."""
     texts = []
     for column, value in others:
         if value is not _ABSENT and value is not None and value != "" and column not in ("", "caption"):
@@ -127,15 +127,15 @@ def _fields_of(others: Iterable[tuple[str, Any]]) -> str:
 
 
 def _as_text(value: Any) -> str:
-    """Return a date, a time or a decimal number as text. Raises TypeError for others."""
+    """Return a date, time or decimal number as text. Raises TypeError for other values."""
     if isinstance(value, (date, time, Decimal)):
         return str(value)
     raise TypeError
 
 
 def _lines(table: Path) -> Generator[str, None, None]:
-    """Yield a text file's lines, with their ends. Raises UserError if one is not UTF-8, ValueError if it has a null
-    byte, as UTF-16 has."""
+    """Yield the lines of a text file with their line ends. Raises UserError if a line is not UTF-8, and ValueError if
+    it contains a null byte, as in UTF-16."""
     with io.BufferedReader(open_regular(table)) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -153,7 +153,7 @@ def _csv(table: Path, delimiter: str = ",") -> _Rows:
 
 
 def _quoted(lines: Iterable[str], delimiter: str) -> _Rows:
-    """Yield the rows of csv; empty lines are none."""
+    """Yield the rows of a csv, without empty lines."""
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     first = 1
     try:
@@ -180,7 +180,7 @@ def _tsv(table: Path) -> _Rows:
 
 
 def _fields(line: str, count: int) -> list[str]:
-    """Return the fields of a line of tsv, `count` of them if it can be read so."""
+    """Return the fields of a line of tsv; `count` of them if one way of reading gives this number."""
     fields = line.split("\t")
     if len(fields) > count and '"' in line:
         try:
@@ -206,7 +206,7 @@ def _jsonl(table: Path) -> _Rows:
             if columns is None:
                 columns = list(row)
                 yield columns
-            columns += [column for column in row if column not in columns]  # of which the reader takes note
+            columns += [column for column in row if column not in columns]  # the reader checks for new columns
             yield [row.get(column, _ABSENT) for column in columns]
 
 
@@ -218,7 +218,7 @@ def _parquet(table: Path) -> _Rows:
         try:
             for batch in file.iter_batches():
                 yield from map(list, zip(*(column.to_pylist() for column in batch.columns)))
-        except pyarrow.ArrowException as error:  # not all are ValueErrors
+        except pyarrow.ArrowException as error:  # not all of them are ValueErrors
             raise ValueError(error) from None
 
 

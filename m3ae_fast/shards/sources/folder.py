@@ -1,4 +1,4 @@
-"""A folder of images as records: splits, class folders, captions from a table or from .txt files."""
+"""Records from a folder of images, with splits, class folders, and captions from a table or from .txt files."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ from m3ae_fast.shards.sources.caption_table import Row, read_captions
 from m3ae_fast.shards.sources.folder_layout import TRAIN, listed, printable, split_of_folder, understand
 from m3ae_fast.shards.sources.records import Record, Records, read_file
 
-_LOOKED_AT = 1000  # rows of a table, for the names of its fields
+_LOOKED_AT = 1000  # rows of a table that are inspected for the names of fields
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
 class ImagesMissing(UserError):
-    """A table names images that are not in the folder."""
+    """Raised if a table names images that are not in the folder."""
 
 
 class _Sample(NamedTuple):
-    """What a table has of a sample."""
+    """A sample's caption and fields in a table."""
 
     caption: str | None = None
     fields: str = ""  # a JSON object
 
 
 class Folder(Records):
-    """Images below a folder, in the order of their paths, with the splits and classes that `layout` finds.
+    """Records of the images below a folder, sorted by path, with the splits and classes that `folder_layout` detects.
 
     Args:
-        folder: where to look, in sub-folders too.
-        captions: a table with a row for each sample of an image, with its caption and other fields for its json;
-            None, or a table without captions: .txt files beside the images.
-        columns: its columns of images and captions, None if they have usual names.
-        classes: names of the classes, in the order of their labels; None: the sub-folders' names, sorted.
-        flat: sub-folders are neither splits nor classes.
+        folder: the folder, which is searched recursively.
+        captions: a table with a row for each sample, which contains an image, its caption and other fields for its
+            json. With None, or for a table without captions, captions come from .txt files next to the images.
+        columns: names of the table's columns of images and captions; None: columns with usual names.
+        classes: names of the classes in the order of their labels; None: the sorted names of the sub-folders.
+        flat: whether to ignore the meaning of sub-folders as splits and classes.
         masks: a folder of label masks, NAME.png for NAME.jpg, in the same sub-folders, which become KEY.mask.png; None:
             there are none. It may lie below `folder`.
 
-    `ignored` counts files that are not read; `outside` is an image that is in no class folder although others are, or
-    ""; `notes` are what the user should know about splits and classes.
+    `ignored` counts ignored files. `outside` is an image outside all class folders although there are class folders, or
+    "". `notes` are notes for the user about splits and classes.
 
     Raises:
         UserError: a folder cannot be listed, there is no image, or no mask of any, the table names some that are not
@@ -81,7 +81,7 @@ class Folder(Records):
             files = [path for path in files if not path.startswith(own)]
         paths = [path for path in files if path.lower().endswith(SUFFIXES)]
         if not paths:
-            raise UserError(f"{folder}: no image in it ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
+            raise UserError(f"{folder}: contains no images ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
         _require_reader(self.folder, paths)
         directories = {os.path.dirname(path) for path in paths}
         layout = understand(self.folder, directories, classes, flat)
@@ -95,7 +95,7 @@ class Folder(Records):
         strays = [path for path in paths if os.path.dirname(path) not in layout.splits]
         paths = [path for path in paths if os.path.dirname(path) in layout.splits]
         self.outside = next((printable(path) for path in paths if os.path.dirname(path) == layout.outside), "")
-        # by split, the numbers of its paths
+        # numbers of the paths, by split
         rows: dict[str, list[int]] = {split: [] for split in layout.splits.values()}
         for number, path in enumerate(paths):
             rows[layout.splits[os.path.dirname(path)]].append(number)
@@ -157,18 +157,19 @@ class Folder(Records):
         return found
 
     def images(self, split: str) -> np.ndarray:
-        """See `records.Records`: files of equal bytes, or whose names differ in their suffix alone, are of one."""
+        """Return image numbers; see `records.Records`. Files with equal bytes, or with names that differ only in the
+        suffix, count as one image."""
         paths = [self._paths[row] for row in self._rows[split]]
         files = [os.path.join(self.folder, path) for path in paths]
         sketches = [_sketch(path) for path in track(files, "looking for the same image twice")]
-        # a file that cannot be read is like no other
+        # an unreadable file has no duplicates
         contents_N = number_same(len(files), [lambda i: sketches[i] or i, lambda i: _digest(files[i])])
         stems: dict[str, int] = {}
         stems_N = np.array([stems.setdefault(os.path.splitext(path)[0], len(stems)) for path in files])
         return join(contents_N, stems_N)[super().images(split)]
 
     def _beside(self, path: str) -> str | None:
-        """Return the text of the .txt beside an image, None if there is none."""
+        """Return the text of the .txt file next to an image; None if there is none."""
         beside = _text_file(path)
         if beside is None:
             return None
@@ -178,16 +179,16 @@ class Folder(Records):
             raise BadSample(f"{beside}: cannot be read ({error})") from None
 
     def _fingerprints(self) -> dict[str, str]:
-        """Return fingerprints of pictures, captions and classes, which differ if the user changed them."""
-        pictures, captions = hashlib.sha256(), hashlib.sha256()
+        """Return fingerprints of images, captions and classes, which differ if the user has changed them."""
+        images, captions = hashlib.sha256(), hashlib.sha256()
         for path, own in zip(self._paths, self._samples):
             file = os.path.join(self.folder, path)
             beside = None if self._has_captions else _text_file(file)
             for sample in own:
-                pictures.update(f"{path!r} {_stamp(file)}\n".encode())
+                images.update(f"{path!r} {_stamp(file)}\n".encode())
                 captions.update(f"{sample.caption!r} {beside and _stamp(beside)}{sample.fields}\n".encode())
         classes = hashlib.sha256(json.dumps(self.classes).encode())
-        named = {"pictures": pictures, "captions": captions, "classes": classes}
+        named = {"images": images, "captions": captions, "classes": classes}
         if self._masks is not None:
             stamps = [_stamp(str(mask_of(self._masks, path))) for path in self._paths]
             named["masks"] = hashlib.sha256(repr(stamps).encode())
@@ -209,13 +210,15 @@ def _checked_mask(mask: bytes, image: bytes) -> bytes:
 
 
 def _text_file(image: str) -> str | None:
-    """Return NAME.txt or NAME.TXT beside NAME.jpg. A link to nothing counts too: it was meant to be a caption."""
+    """Return the path of NAME.txt or NAME.TXT next to NAME.jpg; None if there is none. A broken link counts too,
+    because it was meant to be a caption."""
     stem = os.path.splitext(image)[0]
     return next((stem + suffix for suffix in (".txt", ".TXT") if os.path.lexists(stem + suffix)), None)
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
-    """Return size in bytes and modification time of a file; None if it is not there, such as the end of a link."""
+    """Return the size in bytes and the modification time of a file; None if it does not exist, such as the target of a
+    broken link."""
     try:
         found = os.stat(path)
     except OSError:
@@ -224,7 +227,7 @@ def _stamp(path: str) -> tuple[int, int] | None:
 
 
 def _sketch(path: str) -> tuple[int, bytes] | None:
-    """Return size and middle of a file; None if it cannot be read."""
+    """Return the size and the middle bytes of a file; None if it cannot be read."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -235,7 +238,7 @@ def _sketch(path: str) -> tuple[int, bytes] | None:
 
 
 def _digest(path: str) -> str:
-    """Return what tells the content of a file from others; its path if it cannot be read."""
+    """Return a digest of a file's content, or its path if it cannot be read."""
     try:
         return hashlib.sha256(read_file(path)).hexdigest()
     except BadSample:
@@ -243,7 +246,7 @@ def _digest(path: str) -> str:
 
 
 def _require_reader(folder: str, paths: Sequence[str]) -> None:
-    """Raise UserError if the first TIFF is one that only tifffile reads, which is not installed."""
+    """Raise UserError if the first TIFF can be read only by tifffile, and tifffile is not installed."""
     first = next((path for path in paths if path.lower().endswith((".tif", ".tiff"))), None)
     if first is None:
         return
@@ -252,12 +255,13 @@ def _require_reader(folder: str, paths: Sequence[str]) -> None:
     except ReaderMissing as error:
         raise UserError(f"{folder}/{printable(first)}: {error}") from None
     except BadSample:
-        pass  # it is reported with the others
+        pass  # it is reported together with other invalid files
 
 
 def find_files(folder: str, flat: bool = False) -> Iterator[str]:
-    """Yield paths of files below `folder`, hidden ones left out. Links to folders are followed, but none twice within a
-    class or split: two classes may be links to one folder, and a link may lead back. Raises UserError as `_refuse`."""
+    """Yield the paths of files below `folder`, except hidden files. Links to folders are followed, but only once within
+    a class or split: two classes may be links to the same folder, and links may form a cycle. Raises UserError as
+    `_refuse` does."""
     seen = set()
     for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         real, below = os.path.realpath(parent), os.path.relpath(parent, folder)
@@ -305,7 +309,7 @@ def _empty(folder: str, directories: Collection[str]) -> Iterator[str]:
 def _ignored(
     folder: Path, files: Sequence[str], images: Sequence[str], table: Path | None, has_captions: bool
 ) -> Tally:
-    """Tally the files that are neither an image, nor a caption beside one, nor the table, which may have captions."""
+    """Return a tally of the files that are neither an image, nor the caption of an image, nor the caption table."""
     known = set(images)
     if not has_captions:
         stems = {os.path.splitext(path)[0] for path in images}
@@ -324,8 +328,8 @@ def _refuse(error: OSError) -> None:
 
 
 def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> list[list[_Sample]]:
-    """Return the samples of each image, one for each caption of each row of the table. Raises ImagesMissing if it names
-    other images."""
+    """Return the samples of each image: one per caption of each row of the table. Raises ImagesMissing if the table
+    names images that do not exist."""
     samples: dict[str, list[_Sample]] = {path: [] for path in paths}
     missing = []
     for row in rows:

@@ -1,8 +1,8 @@
-"""What the sub-folders of a folder of images mean: splits, such as train/ and val/, and classes.
+"""Interpretation of the sub-folders of a folder of images as splits, such as train/ and val/, and classes.
 
-A level of folders is one of splits if all names at it are split names: `root/train/CLASS` and `root/val/CLASS`, as
-torchvision's ImageFolder has it, but also `root/CLASS/train`, or `root/images/train2017`. Classes are the first level
-that remains. If other folders stand beside a folder called "test", it is a class like them.
+A level of folders contains splits if all its folders have names of splits: `root/train/CLASS` and `root/val/CLASS`, as
+for torchvision's ImageFolder, but also `root/CLASS/train` or `root/images/train2017`. The first remaining level
+contains the classes. If there are other folders next to a folder called "test", it is a class too.
 """
 
 from __future__ import annotations
@@ -15,52 +15,53 @@ from dataclasses import dataclass, field
 from m3ae_fast.base.errors import UserError
 
 TRAIN, VAL, TEST = "train", "val", "test"
-HELD_OUT = (VAL, "validation", "valid", "dev", TEST, "testing")  # splits as data sets call them, first what to evaluate
+# usual names of held-out splits, in order of preference for evaluation
+HELD_OUT = (VAL, "validation", "valid", "dev", TEST, "testing")
 _FOLDERS = {TRAIN: TRAIN, "training": TRAIN, VAL: VAL, "valid": VAL, "validation": VAL, "dev": VAL}
 _FOLDERS |= {TEST: TEST, "testing": TEST}
 _LETTER = r"[^\W\d_]"
 _HELD_OUT = re.compile(rf"(?<!{_LETTER})(val|valid|validation|test)(?!{_LETTER})", re.IGNORECASE)
-_SHOWN = 5  # names in a message
+_SHOWN = 5  # number of names in a message
 
 
 def split_of_folder(name: str) -> str | None:
-    """Return the split of a folder whose name has the letters of a split's name and no others, such as Val or
-    train2017; None for other names."""
+    """Return the split of a folder whose letters form the name of a split, such as Val or train2017; None for other
+    names."""
     return _FOLDERS.get("".join(filter(str.isalpha, name)).lower())
 
 
 def split_of_file(name: str) -> str | None:
     """Return VAL or TEST if a file's name contains val, valid, validation or test as a word, as in food-val-0.tar; VAL
-    if it contains both; None for other names. A word is delimited by anything but letters."""
+    if it contains both; None for other names. A word is delimited by any characters except letters."""
     words = {word.lower() for word in _HELD_OUT.findall(name)}
     return None if not words else TEST if words == {TEST} else VAL
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The meaning of the folders, by directory. `notes`: what the user should know about it."""
+    """The split and class of each directory. `notes`: notes for the user."""
 
-    splits: dict[str, str]  # split of the images in each directory; without those that are in none
-    names: dict[str, str | None]  # their class
-    classes: list[str] | None  # None: the folders are no classes
+    splits: dict[str, str]  # split of the images in each directory, without directories that are in no split
+    names: dict[str, str | None]  # class of the images in each directory
+    classes: list[str] | None  # None: the folders are not classes
     notes: list[str] = field(default_factory=list)
-    outside: str | None = None  # a directory with images that are in no class, though others are
+    outside: str | None = None  # a directory with images outside all classes although there are classes
 
 
 def understand(root: str, directories: Collection[str], known: Sequence[str] | None, flat: bool) -> Layout:
     """Return the layout of a folder.
 
     Args:
-        root: the folder, for messages and for its name: the images of a folder called val are the split val.
-        directories: the directories that contain images, relative to it; "" for itself.
-        known: the classes in the order of their labels; None: the folders' names, sorted.
-        flat: sub-folders are neither splits nor classes.
+        root: the folder, for messages and for its name: images in a folder called val are the split val.
+        directories: the directories that contain images, relative to `root`; "" for `root` itself.
+        known: the classes in the order of their labels; None: the sorted names of the folders.
+        flat: whether to ignore the meaning of sub-folders as splits and classes.
 
     Raises:
-        UserError: splits and other folders stand beside each other, or folders are not among the `known` classes.
+        UserError: split folders and other folders are mixed at one level, or folders are not among the `known` classes.
     """
     own = os.path.basename(os.path.abspath(root))
-    own_split = (own.lower() != "dev" and split_of_folder(own)) or TRAIN  # ~/dev is something else
+    own_split = (own.lower() != "dev" and split_of_folder(own)) or TRAIN  # a folder such as ~/dev is not a split
     if flat:
         return Layout(dict.fromkeys(directories, own_split), dict.fromkeys(directories), None)
     directories = sorted(directories)
@@ -80,7 +81,7 @@ def understand(root: str, directories: Collection[str], known: Sequence[str] | N
 
 
 def _level_of_splits(root: str, directories: Collection[str]) -> int | None:
-    """Return the depth at which folders are splits, None if there are none."""
+    """Return the depth at which folders are splits; None if there are no splits."""
     nested = [directory.split("/") for directory in directories if directory]
     for level in range(min(map(len, nested), default=0)):
         names = {parts[level] for parts in nested}
@@ -99,7 +100,7 @@ def _level_of_splits(root: str, directories: Collection[str]) -> int | None:
 
 
 def _without_wrapper(inner: dict[str, str]) -> dict[str, str]:
-    """Drop the folders that contain all of the images."""
+    """Remove the outer folders that contain all images."""
     common = os.path.commonpath(list(inner.values())) if all(inner.values()) else ""
     return {each: below[len(common) :].lstrip("/") for each, below in inner.items()}
 
@@ -111,20 +112,20 @@ def _with_classes(
     found: dict[str, set[str | None]],
     known: Sequence[str] | None,
 ) -> Layout:
-    """Return the layout with classes if there are several, and if no split has images both inside and outside them."""
+    """Return the layout with classes if there are several and no split has images both inside and outside classes."""
     order = [split for split in (TRAIN, VAL, TEST) if split in found]
     splits = {each: splits[each] for split in order for each in splits if splits[each] == split}
     used = sorted({name for own in found.values() for name in own if name is not None})
     mixed = next((each for each in splits if names[each] is None and len(found[splits[each]]) > 1), None)
     if known is not None:
-        strange = [name for name in used if name not in known]
-        if strange or mixed is not None or not used:
-            wrong = f"{strange[0]!r}" if strange else "images outside class folders"
-            raise UserError(f"--classes: {root} has {wrong}, which the classes lack")
+        unknown = [name for name in used if name not in known]
+        if unknown or mixed is not None or not used:
+            wrong = f"{unknown[0]!r}" if unknown else "images outside class folders"
+            raise UserError(f"--classes: {root} has {wrong}, which is not among the classes")
     elif mixed is not None or len(used) < 2:
         return Layout(splits, dict.fromkeys(names), None, outside=mixed)
     split_like = [name for name in used if split_of_folder(name)] if len(order) == 1 else []
-    notes = [f"{name} is taken for a class, as the folders beside it" for name in split_like]
+    notes = [f"{name} is interpreted as a class, like the folders next to it" for name in split_like]
     if bare := [split for split in order if found[split] == {None}]:
         notes.append(f"the images of {listed(bare)} have no class: they are in no class folder")
     labelled = [split for split in order if split not in bare]
@@ -136,12 +137,12 @@ def _with_classes(
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names in a row, the first few of many."""
+    """Return the names as a comma-separated list; only the first few if there are many."""
     names = sorted(map(printable, names))
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
 
 def printable(path: str) -> str:
-    """Return a path as text, with a mark in place of what is not UTF-8."""
+    """Return a path as text, with a replacement character for bytes that are not UTF-8."""
     return os.fsencode(path).decode("utf-8", "replace")

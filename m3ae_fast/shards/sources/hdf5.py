@@ -1,7 +1,7 @@
-"""The HDF5 files of the official M3AE code (github.com/young-geng/m3ae_public, m3ae/data.py) as records.
+"""Records from the HDF5 files of the official M3AE code (github.com/young-geng/m3ae_public, m3ae/data.py).
 
-`jpg` holds each image file as variable-length uint8, `caption` its text; ImageNet's has `train_jpg`, `train_labels`,
-`val_jpg`, `val_labels`; a file of unpaired text has `text`.
+`jpg` contains each image file as variable-length uint8, and `caption` its text. The file of ImageNet has `train_jpg`,
+`train_labels`, `val_jpg` and `val_labels`; a file of unpaired text has `text`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FIELDS = "jpg with caption, train_jpg with train_labels, val_jpg with val_labels
 
 
 class _Fields(NamedTuple):
-    """Names of a split's data sets."""
+    """Names of the HDF5 datasets of a split."""
 
     image: str | None
     caption: str | None
@@ -35,8 +35,8 @@ _SPLITS = {
 
 
 class Hdf5(Records):
-    """An HDF5 file. A row with several captions, [N, K] or variable-length text, gives a sample for each.
-    Raises UserError if h5py is not installed, or the file is not HDF5 or lacks the fields."""
+    """Records of an HDF5 file. A row with several captions, [N, K] or variable-length text, gives one sample per
+    caption. Raises UserError if h5py is not installed, or the file is not HDF5 or lacks the fields."""
 
     def __init__(self, path: Path) -> None:
         h5py = library("h5py", str(path))
@@ -45,7 +45,7 @@ class Hdf5(Records):
         self._fields: dict[str, _Fields] = {}
         counts: dict[str, np.ndarray] = {}
         try:
-            open_regular(path).close()  # HDF5 would wait for a pipe
+            open_regular(path).close()  # HDF5 would block at a pipe
             with h5py.File(path, "r") as file:
                 names = list(file)
                 for split, layouts in _SPLITS.items():
@@ -55,7 +55,7 @@ class Hdf5(Records):
                             self._fields[split] = fields
                             counts[split] = self._count_samples(file, fields)
         except OSError as error:
-            reason = error.strerror or "it is not an HDF5 file, or a damaged one"
+            reason = error.strerror or "it is not an HDF5 file, or is damaged"
             raise UserError(f"{path}: cannot be read ({reason})") from None
         if not self._fields:
             raise UserError(f"{path}: has {', '.join(names) or 'no data'}, but needs {FIELDS}")
@@ -81,13 +81,13 @@ class Hdf5(Records):
         return counts
 
     def _data_set(self, file: Any, name: str) -> Any:
-        """Return the data set of that name. Raises UserError if it is a link to nothing, or a group."""
+        """Return the HDF5 dataset with this name. Raises UserError if it is a broken link or a group."""
         try:
             found = file[name]
-        except (KeyError, OSError, RuntimeError):  # a link to itself is a RuntimeError
-            raise UserError(f"{self.path}: {name} is a link that leads nowhere") from None
+        except (KeyError, OSError, RuntimeError):  # a link to itself raises a RuntimeError
+            raise UserError(f"{self.path}: {name} is a broken link") from None
         if not hasattr(found, "shape"):
-            raise UserError(f"{self.path}: {name} is a group, not a data set")
+            raise UserError(f"{self.path}: {name} is a group, not a dataset")
         return found
 
     def name(self, split: str, number: int) -> str:
@@ -95,7 +95,7 @@ class Hdf5(Records):
         return f"{fields.image or fields.caption} {self.place(split, number)[0]}"
 
     def read(self, split: str, number: int) -> Record:
-        if self._open is None:  # each process has a file of its own
+        if self._open is None:  # each process opens the file itself
             import h5py
 
             self._open = h5py.File(self.path, "r")
@@ -109,7 +109,7 @@ class Hdf5(Records):
 
 
 def _holds_several(captions: Any) -> bool:
-    """Return whether each row of a data set is a list of texts; a row of uint8 is one text."""
+    """Return whether each row of an HDF5 dataset is a list of texts; a row of uint8 is a single text."""
     import h5py
 
     inner = h5py.check_vlen_dtype(captions.dtype) or captions.dtype
@@ -117,14 +117,14 @@ def _holds_several(captions: Any) -> bool:
 
 
 def _as_text(value: Any) -> Any:
-    """Return a caption, or a list of them, in which rows of uint8 are bytes."""
+    """Return a caption or a list of captions, with rows of uint8 converted to bytes."""
     if not isinstance(value, np.ndarray):
         return value
     return value.tobytes() if value.dtype == np.uint8 else [_as_text(item) for item in value]
 
 
 def _bytes(value: Any) -> bytes:
-    """Return the bytes of variable-length uint8 or a string, as h5py gives them."""
+    """Return the bytes of variable-length uint8 or of a string, as returned by h5py."""
     if isinstance(value, str):
         return value.encode()
     return value if isinstance(value, bytes) else np.asarray(value, dtype=np.uint8).tobytes()

@@ -1,4 +1,4 @@
-"""A Hugging Face dataset, on disk or by name, as records."""
+"""Records from a Hugging Face dataset, on disk or by name."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ _AT_A_TIME = 1000  # rows
 
 
 class HuggingFace(Records):
-    """A data set: a folder that `save_to_disk` wrote, one of data files, or a name on the hub. `subset`: which, where
-    it has several; `split`: None: all; `columns`: of image, caption and label, None to detect them. A row with a list
-    of captions gives a sample for each; `ignored` counts other columns. Raises UserError if `datasets` is not
-    installed, there is no such data set, it has neither images nor captions, or its splits differ in what is read."""
+    """Records of a dataset: a folder written by `save_to_disk`, a folder of data files, or a name on the hub. `subset`:
+    name of the subset if there are several. `split`: None: all splits. `columns`: columns of the image, caption and
+    label; None: detected. A row with a list of captions gives one sample per caption. `ignored` counts other columns.
+    Raises UserError if `datasets` is not installed, the dataset does not exist or has neither images nor captions, or
+    the columns that are read differ between its splits."""
 
     def __init__(
         self, name: str, subset: str | None, split: str | None, columns: tuple[str | None, str | None, str | None]
@@ -44,10 +45,12 @@ class HuggingFace(Records):
         self.image, self.caption, self.label = read = _columns(first.features, columns, name)
         for key, rows in data.items():
             if odd := next((c for c in read if c and rows.features.get(c) != first.features[c]), None):
-                raise UserError(f"{name}: the column {odd} of {key} is not as in {next(iter(data))}; choose a --split")
+                raise UserError(
+                    f"{name}: the column {odd} differs between {key} and {next(iter(data))}; choose a --split"
+                )
         self.classes = getattr(first.features[self.label], "names", None) if self.label else None
         images = first.features[self.image] if self.image else None
-        # of values, where images are arrays [H, W] or [H, W, C]
+        # dtype of values, if images are arrays [H, W] or [H, W, C]
         self._dtype: str = getattr(images, "dtype", "") if _is_array(images) else ""
         self._data: dict[str, Any] = {}
         for key, rows in data.items():
@@ -73,7 +76,7 @@ class HuggingFace(Records):
         row = self._data[split][row_number]
         caption = caption_of_row(row[self.caption], turn) if self.caption else None
         label = to_int(row[self.label]) if self.label else None
-        if label is not None and label < 0:  # a hidden label, as test splits have
+        if label is not None and label < 0:  # a hidden label, as in test splits
             label = None
         about = {"class_name": self.classes[label]} if self.classes and label is not None else {}
         image = None if self.image is None else row[self.image]
@@ -91,9 +94,10 @@ class HuggingFace(Records):
         return found
 
     def images(self, split: str) -> np.ndarray:
-        """See `records.Records`: rows whose image has the same bytes, or the same path, are of one."""
+        """Return image numbers; see `records.Records`. Rows whose image has the same bytes or the same path count as
+        one image."""
         rows_S = super().images(split)
-        if not self.image or self._dtype:  # arrays are not compared
+        if not self.image or self._dtype:  # duplicates are not detected for arrays
             return rows_S
         data = self._data[split].select_columns([self.image]).with_format("arrow")
         batches = track(data.iter(_AT_A_TIME), "looking for the same image twice", -(-len(data) // _AT_A_TIME))
@@ -103,24 +107,24 @@ class HuggingFace(Records):
             value = data[row].column(0)[0].as_py()
             return hashlib.sha256((value if isinstance(value, bytes) else value["bytes"]) or b"").digest()
 
-        # a row without an image is like no other
+        # a row without an image has no duplicates
         return number_same(len(data), [lambda row: sketches[row] or row, whole])[rows_S]
 
 
 def _load(datasets: Any, name: str, subset: str | None) -> dict[str, Any]:
-    """Load the splits of a dataset."""
+    """Return the splits of a dataset by name."""
     try:
         saved = any(os.path.exists(Path(name, file)) for file in ("dataset_dict.json", "state.json"))
         if not (Path(name).exists() or _downloaded(name) or hub_answers(name, "dataset")):
-            raise ConnectionError("neither a folder here nor on the Hugging Face hub, which does not answer")
+            raise ConnectionError("it is not a folder, and the Hugging Face hub does not respond")
         data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, subset)
-    except Exception as error:  # the library raises anything, from files and from the network
+    except Exception as error:  # the library raises many kinds of errors, from files and from the network
         raise UserError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
     return dict(data) if isinstance(data, dict) else {"train": data}
 
 
 def _downloaded(name: str) -> bool:
-    """Return whether a dataset may be there from an earlier download: offline by choice, or its card is."""
+    """Return whether a dataset may be cached from an earlier download: offline mode is set, or its card is cached."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     return constants.HF_HUB_OFFLINE or try_to_load_from_cache(name, "README.md", repo_type="dataset") is not None
@@ -133,7 +137,8 @@ def _is_array(feature: Any) -> bool:
 
 
 def _columns(features: Any, named: tuple[str | None, str | None, str | None], where: str) -> list[str | None]:
-    """Return the image, caption and label columns: as named, else by type and usual name, else None."""
+    """Return the image, caption and label columns: those named by the user, otherwise detected by type and usual name,
+    otherwise None."""
     import datasets
 
     def kind(feature: Any) -> str:
@@ -164,15 +169,15 @@ def _columns(features: Any, named: tuple[str | None, str | None, str | None], wh
 
 def _samples(rows: Any, caption: str | None) -> np.ndarray:
     """Return the number of samples of each row: int64 [rows]."""
-    if caption and not hasattr(rows.features[caption], "dtype"):  # a list of captions
+    if caption and not hasattr(rows.features[caption], "dtype"):  # each row has a list of captions
         values = rows.with_format("arrow")[caption]
         return np.array([count_samples(value) for value in values.to_pylist()], dtype=np.int64)
     return np.ones(len(rows), dtype=np.int64)
 
 
 def _sketch(value: Any) -> Any:
-    """Return what is cheap to tell of an image, pyarrow's struct or binary: the path, or size and middle of the file.
-    None if there is none."""
+    """Return cheap features of an image (a struct or binary of pyarrow): its path, or the size and middle bytes of the
+    file. None if there is no image."""
     if value.is_valid and hasattr(value, "keys"):
         if not value["bytes"].is_valid:
             return value["path"].as_py()
@@ -185,7 +190,7 @@ def _sketch(value: Any) -> Any:
 
 
 def _image(value: Any) -> bytes | None:
-    """Return the file behind an undecoded image, None if there is none. Raises BadSample if it cannot be read."""
+    """Return the bytes of an undecoded image's file; None if there is none. Raises BadSample if it cannot be read."""
     if value is None or isinstance(value, bytes):
         return value
     if value["bytes"] is None and value["path"] is not None:

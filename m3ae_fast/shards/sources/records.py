@@ -1,4 +1,4 @@
-"""What shards are made of: records that are read by number."""
+"""Records, the interface of sources for shards: samples that are read by number."""
 
 from __future__ import annotations
 
@@ -19,48 +19,50 @@ from m3ae_fast.shards.problem_counts import Tally
 
 @dataclass(frozen=True)
 class Record:
-    """One sample."""
+    """A sample to be written to a shard."""
 
-    image: bytes | None = None  # a file in any format that `decode_image` knows
-    caption: str | None = None  # blank: none
+    image: bytes | None = None  # an image file in any format that `decode_image` reads
+    caption: str | None = None  # blank means that there is none
     label: int | None = None
-    about: dict[str, Any] = field(default_factory=dict)  # for the sample's json
-    members: dict[str, bytes] = field(default_factory=dict)  # more of its files, by suffix
+    about: dict[str, Any] = field(default_factory=dict)  # fields of the sample's json
+    members: dict[str, bytes] = field(default_factory=dict)  # further files of the sample, by suffix
 
 
 class Records(ABC):
-    """An input of rows, each of which gives some samples, that can be read in any order, in several processes."""
+    """A source of rows, each of which consists of one or more samples. Samples can be read in any order, in several
+    processes."""
 
-    classes: Sequence[str] | None = None  # names of the labels
-    identity: dict[str, Any]  # JSON; differs where the input does
+    classes: Sequence[str] | None = None  # names of the classes by label
+    identity: dict[str, Any]  # JSON; differs for different inputs
     notes: Sequence[str] = ()  # what the user should know about splits and classes
 
     def __init__(self, counts: dict[str, np.ndarray]) -> None:
-        """Take the number of samples of each row, by split."""
+        """Initialise the records with the number of samples of each row, by split."""
         self.ignored = Tally()  # files or columns that are not read
         self._starts = {split: np.concatenate(([0], np.cumsum(each))) for split, each in counts.items()}
-        self.splits = {split: int(starts[-1]) for split, starts in self._starts.items()}  # samples of each
+        self.splits = {split: int(starts[-1]) for split, starts in self._starts.items()}  # number of samples
 
     @abstractmethod
     def name(self, split: str, number: int) -> str:
-        """Return what the user calls a sample, for messages."""
+        """Return the name of a sample for messages."""
 
     @abstractmethod
     def read(self, split: str, number: int) -> Record:
         """Return a sample. Raises BadSample if it cannot be used."""
 
     def class_counts(self, split: str) -> Counter[str] | None:
-        """Return the samples of each class, by its name; None if that is not known before all samples are read."""
+        """Return the number of samples of each class by name; None if it is unknown before all samples are read."""
         return None
 
     def place(self, split: str, number: int) -> tuple[int, int]:
-        """Return the row of a sample, and which of the row's samples it is."""
+        """Return the row of a sample, and its number within the row."""
         starts = self._starts[split]
         row = int(np.searchsorted(starts, number, side="right")) - 1
         return row, number - int(starts[row])
 
     def images(self, split: str) -> np.ndarray:
-        """Return int64 [samples]: one number for all samples of an image, as far as the input tells: of a row."""
+        """Return image numbers, int64 [samples]: samples of the same image have the same number. By default, these are
+        the samples of a row."""
         starts = self._starts[split]
         return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
 
@@ -75,12 +77,12 @@ def to_int(value: Any) -> int | None:
             raise ValueError
         return number
     except (TypeError, ValueError, OverflowError):
-        raise BadSample(f"the label {value!r} is not a whole number") from None
+        raise BadSample(f"the label {value!r} is not an integer") from None
 
 
 def captions_of(value: Any) -> list[str]:
-    """Return the captions of a value: of a text one, of a list of texts those that are not blank, of None and NaN none.
-    Raises ValueError if it is something else, or bytes that are not UTF-8."""
+    """Return the captions in a value: the text itself, the texts of a list that are not blank, or none for None and
+    NaN. Raises ValueError for other values, and for bytes that are not UTF-8."""
     if _is_none(value):
         return []
     if isinstance(value, (str, bytes)):
@@ -97,7 +99,7 @@ def captions_of(value: Any) -> list[str]:
 
 
 def count_samples(value: Any) -> int:
-    """Return how many samples a row with these captions gives: at least one, also where they are refused."""
+    """Return the number of samples of a row with these captions: at least one, even if the captions are invalid."""
     try:
         return max(1, len(captions_of(value)))
     except ValueError:
@@ -109,7 +111,7 @@ def _is_none(value: Any) -> bool:
 
 
 def _text(value: str | bytes) -> str:
-    """Raise ValueError if it is no Unicode."""
+    """Return a text as str. Raises ValueError if it is not valid Unicode."""
     try:
         return value.encode().decode() if isinstance(value, str) else value.decode()
     except UnicodeError:
@@ -121,7 +123,8 @@ def _kind(value: Any) -> str:
 
 
 def caption_of_row(value: Any, turn: int) -> str:
-    """Return the caption of a row's sample `turn`, blank if it has none. Raises BadSample if `value` is no caption."""
+    """Return the caption of sample number `turn` of a row; blank if it has none. Raises BadSample if `value` is not a
+    caption."""
     try:
         return (captions_of(value) or [""])[turn]
     except ValueError as error:
@@ -129,11 +132,12 @@ def caption_of_row(value: Any, turn: int) -> str:
 
 
 def read_file(path: str) -> bytes:
-    """Read a file. Raises BadSample if it cannot be read, is a pipe or a device, or is larger than images are."""
+    """Return the bytes of a file. Raises BadSample if it cannot be read, is a pipe or a device, or exceeds the size
+    limit of images."""
     try:
         with open_regular(path) as file:
             if (size := os.fstat(file.fileno()).st_size) > MAX_IMAGE_BYTES:
-                raise BadSample(f"{path}: has {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
+                raise BadSample(f"{path}: has {size:,} bytes, and at most {MAX_IMAGE_BYTES:,} are allowed")
             return file.read()
     except OSError as error:
         raise BadSample(f"{path}: {error.strerror}" if error.strerror else str(error)) from None
