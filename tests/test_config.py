@@ -320,7 +320,11 @@ def test_dry_run(path, capsys):
     known = {"large": ("376,155,194", "209.9 G"), "base": ("150,757,434", "102.9 G"), "small": ("74,782,266", "71.2 G")}
     for number in known.get(path.stem, ()):
         assert number in out
-    recomputed = "a GPU without room for them keeps 62%" if path.stem == "large" else "a GPU without room for them"
+    recomputed = (
+        "a GPU without enough memory for them keeps 62%"
+        if path.stem == "large"
+        else "a GPU without enough memory for them"
+    )
     assert (recomputed in out) == (path.stem not in ("huge", "quickstart"))
 
 
@@ -477,8 +481,8 @@ def test_dry_run_says_where_the_network_sets_the_pace(capsys):
     for world in (1, 8, 512):
         assert train.main([*arguments, str(world)]) == 0
         told[world] = capsys.readouterr().out
-    assert " ms at 50 GB/s, beside " in told[8] and " ms at " not in told[1]
-    assert "the network sets the pace" in told[512] and "the network sets the pace" not in told[8]
+    assert " ms at 50 GB/s, compared with " in told[8] and " ms at " not in told[1]
+    assert "the network is the bottleneck" in told[512] and "the network is the bottleneck" not in told[8]
 
 
 def test_dry_run_says_what_a_node_fetches(tmp_path):

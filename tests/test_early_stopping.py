@@ -104,7 +104,7 @@ def test_a_run_stops_with_a_decay_on_all_ranks_and_goes_on_bit_for_bit(trainer, 
     options = [word for option in options for word in ("--set", option)]
     stops = ["--set", "train.stop_at=0.01"]
     out = trainer("one", *options, *stops)
-    assert "reaches train.stop_at=0.01: the learning rate falls from step 4 on, and the run ends" in out
+    assert "reaches train.stop_at=0.01: the learning rate is decayed from step 4 on, and the run ends" in out
     folder = trainer.folder / "one"
     assert status(folder) == ("finished", "finished at step 8 of 8")
     assert trainer.lines("one", "total_steps") == [(4, 8)]

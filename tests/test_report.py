@@ -199,7 +199,7 @@ def test_mistakes(run, tmp_path):
     with pytest.raises(UserError, match="is damaged"):
         write_report(run, tmp_path / "page.html")
     (run / "metrics.jsonl").write_text("nothing")
-    with pytest.raises(UserError, match="holds no step"):
+    with pytest.raises(UserError, match="contains no steps"):
         write_report(run, tmp_path / "page.html")
     assert not list(tmp_path.glob("*.html"))
 

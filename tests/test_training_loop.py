@@ -692,12 +692,14 @@ def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):
         return cautions(config, data, Schedule(config.train, config.optim, data.train.samples))
 
     warmup, colours = notes(wild)
-    assert "the warm-up of 3,000 steps (optim.warmup_epochs=1000) is cut to the run's 6" in warmup
-    assert "model.image_std are still the defaults, CC12M's" in colours and "m3ae-fast shards stats" in colours
+    assert "the warm-up of 3,000 steps (optim.warmup_epochs=1000) is shortened to the run's 6 steps" in warmup
+    assert "model.image_std are still the defaults for CC12M" in colours and "m3ae-fast shards stats" in colours
     assert notes(calm) == []
     large = calm.model_copy(update={"train": calm.train.model_copy(update={"global_batch": 100})})
     (batch,) = notes(large)
-    assert batch.startswith("a batch of 100 has each of the 52 samples 1.9 times; what is called an epoch is one batch")
+    assert batch.startswith(
+        "a batch of 100 contains each of the 52 samples 1.9 times on average; an epoch is then counted"
+    )
 
 
 @pytest.mark.parametrize(
@@ -778,5 +780,5 @@ def test_a_cache_on_a_network_file_system_is_told(tmp_path, mixed, monkeypatch):
 def test_memory_that_goes_on_growing_is_told():
     growth = MemoryGrowth()
     assert [growth.look(step, gigabytes) for step, gigabytes in ((1, 1.0), (50, 2.0), (60, 2.9))] == [None] * 3
-    assert growth.look(70, 3.1) == "peak memory has grown from 2.00 to 3.10 GB since the run settled"
+    assert growth.look(70, 3.1) == "peak memory has grown from 2.00 to 3.10 GB since the first steps"
     assert growth.look(80, 3.2) is None

@@ -1,4 +1,4 @@
-"""Choose and name the attention kernels of a run."""
+"""Choice of the attention kernels of a run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from m3ae_kernels.dispatch import asked_impl
 from m3ae_fast.batch.masking import kept
 from m3ae_fast.config import MaskingConfig, ModelConfig
 
-Names = dict[str, str]  # of kernels, by part of the network
+Names = dict[str, str]  # names of kernels, by part of the network
 
 
 @dataclass(frozen=True)
 class RunAttention:
-    """The attention kernels of a run's encoder and decoder: chosen once, settled on each rank, and named."""
+    """The attention kernels of a run's encoder and decoder."""
 
     config: ModelConfig
     masking: MaskingConfig
@@ -27,10 +27,11 @@ class RunAttention:
     dtype: torch.dtype
 
     def choose(self, samples: int, known: Names | None = None) -> tuple[Names, dict[str, dict[str, float]]]:
-        """Try what is installed at a micro-batch of `samples`, and return the fastest for encoder and decoder, with the
-        milliseconds of each that works; without a trial what is `known`, where it works here. Returns an empty result
-        if no timing is needed: on a CPU, or if M3AE_KERNELS_IMPL is set. Call it on one rank only, so that all ranks
-        use the same kernels, and pass the result to `settle` on every rank."""
+        """Benchmark the installed kernels on a micro-batch of `samples`. Return the fastest kernel for encoder and
+        decoder, and the milliseconds of each kernel that works. `known` kernels are returned without a benchmark if
+        they work on this machine. Returns an empty result if no timing is needed: on a CPU, or if M3AE_KERNELS_IMPL is
+        set. Call it on one rank only, so that all ranks use the same kernels, and pass the result to `settle` on every
+        rank."""
         names: Names = {}
         times: dict[str, dict[str, float]] = {}
         if self.device.type != "cuda" or asked_impl("auto") != "auto" or self.config.att_drop:
@@ -51,7 +52,8 @@ class RunAttention:
             cuda.settle(self.device, self.dtype, *sizes[part], name)
 
     def describe(self) -> str:
-        """Return what runs in the encoder and in the decoder; on CUDA it is tried unless it is settled."""
+        """Return the names of the kernels of encoder and decoder. On CUDA, a kernel that is not set is determined by
+        trying it."""
         if self.config.att_drop:
             return "padded SDPA"
         impl = asked_impl("auto")
@@ -62,12 +64,14 @@ class RunAttention:
     def _works(self, size: tuple[int, int, int], name: str) -> bool:
         try:
             cuda.settle(self.device, self.dtype, *size, name)
-        except Exception:  # of another machine: not installed here, or a broken build
+        # a kernel chosen on another machine may not be installed on this one, or its build may be broken
+        except Exception:
             return False
         return True
 
     def _sizes(self) -> dict[str, tuple[int, int, int]]:
-        """Return by part of the network heads, values a head, and keys of a whole sample."""
+        """Return the number of heads, the head dimension, and the number of keys of a sample, by part of the
+        network."""
         c, masking = self.config, self.masking
         patches, tokens = c.most_patches, c.text_length if c.vocab_size else 0
         visible, rows = 1 + kept(patches, masking.image_ratio) + kept(tokens, masking.text_ratio), 1 + patches + tokens

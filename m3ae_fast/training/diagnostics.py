@@ -1,4 +1,4 @@
-"""What is unusual about a run, in words, from what it logged, and what to try."""
+"""Diagnostics of a run from its log: descriptions of unusual behaviour with suggested fixes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from typing import Any, NamedTuple
 
 from m3ae_fast.config import LoopConfig, ScheduleConfig
 
-FEW_STEPS = 100  # with fewer a model is as good as untrained: RankMe falls at first, and losses are near constants
-FALLEN = 0.98  # of the first evaluation's, and of a constant prediction's: a loss that is not below has not been learnt
-_FEW = 10  # log lines: with fewer a training loss, which is of other samples each time, is not judged
-COLLAPSED = 2.0  # dimensions, and COLLAPSED_TO of the untrained network's: features that fill fewer have collapsed
+# with fewer steps a model is hardly trained: RankMe falls at first, and losses are near those of constants
+FEW_STEPS = 100
+# a modality counts as learnt if its loss is below this fraction of its first value and of a constant prediction's loss
+FALLEN = 0.98
+_FEW = 10  # log lines required to judge a training loss, which varies because each line is computed on other samples
+# features whose effective rank is below this, and below COLLAPSED_TO of the initial rank, have collapsed
+COLLAPSED = 2.0
 COLLAPSED_TO = 0.5
-WAITING = 0.3  # of the time spent waiting for data, by the median of the log lines
+WAITING = 0.3  # fraction of the time spent waiting for data (median of the log lines)
 
 Metrics = Sequence[dict[str, Any]]  # lines of metrics.jsonl
 
 
 class Finding(NamedTuple):
-    """Something unusual."""
+    """A diagnostic: an unusual observation with a suggested fix."""
 
     name: str
     what: str
@@ -28,8 +31,8 @@ class Finding(NamedTuple):
 
 
 def findings(metrics: Metrics, config: Mapping[str, Any] | None = None) -> list[Finding]:
-    """Return the diagnostics, most severe first; an empty list if there are none. `config`: the run's sections, if they
-    are known, whose settings are not advised again."""
+    """Return the diagnostics, the most severe first; empty if there are none. `config`: the run's sections, if known,
+    so that settings that are already in use are not suggested."""
     config = config or {}
     learning = [few] if (few := _few_steps(metrics)) else [_collapse(metrics, config), *_learning(metrics)]
     return [finding for finding in (*learning, _data(metrics, config)) if finding]
@@ -49,7 +52,7 @@ def _few_steps(metrics: Metrics) -> Finding | None:
 
 def _collapse(metrics: Metrics, config: Mapping[str, Any]) -> Finding | None:
     ranks = series(metrics, "val_rankme")
-    if len(ranks) < 2 or ranks[0] < COLLAPSED:  # too few held-out samples to fill more
+    if len(ranks) < 2 or ranks[0] < COLLAPSED:  # too few held-out samples for a higher rank
         return None
     first, last = ranks[0], ranks[-1]
     if last >= COLLAPSED and last >= COLLAPSED_TO * first:
@@ -67,14 +70,15 @@ def _collapse(metrics: Metrics, config: Mapping[str, Any]) -> Finding | None:
 
 
 def clipping(section: str, clip_grad: float | None) -> list[str]:
-    """Return the advice to clip gradients, more than `clip_grad` does; none where that is not known (inf)."""
+    """Return the suggestion to clip gradients, or to clip them more strongly than `clip_grad`; empty if `clip_grad` is
+    unknown (inf)."""
     if clip_grad == math.inf:
         return []
     return [f"{section}.clip_grad=1.0" if clip_grad is None or clip_grad > 1 else f"a lower {section}.clip_grad"]
 
 
 def fix_of_losses(settings: LoopConfig, optim: ScheduleConfig) -> str:
-    """Return the settings to change if a loss or weight is not finite."""
+    """Return the suggested changes of settings for a loss or weight that is not finite."""
     precision = getattr(settings, "precision", "fp32")
     advice = [f"a lower {optim.SECTION}.peak_lr", *clipping(optim.SECTION, getattr(optim, "clip_grad", None))]
     if precision != "fp32":
@@ -89,17 +93,18 @@ def either(advice: Sequence[str]) -> str:
 
 
 def _learning(metrics: Metrics) -> list[Finding]:
-    """Judge images and texts by their losses on held-out samples, or without these by the training loss."""
+    """Return diagnostics of the learning of images and texts, from their held-out losses or, without these, the
+    training loss."""
     learnt = {name: _learnt(metrics, name) for name in ("image", "text")}
     known = {name: good for name, good in learnt.items() if good is not None}
-    remedy = "a higher or lower optim.peak_lr by a factor of three, and more steps"
+    suggested_fix = "a higher or lower optim.peak_lr by a factor of three, and more steps"
     if not known:
         losses = series(metrics, "loss")
         if len(losses) < _FEW or median(losses[-3:]) < FALLEN * losses[0]:
             return []
-        return [Finding("no learning", "the training loss has not fallen", remedy)]
+        return [Finding("no learning", "the training loss has not fallen", suggested_fix)]
     if not any(known.values()):
-        return [Finding("no learning", " and ".join(_compared(metrics, name) for name in known), remedy)]
+        return [Finding("no learning", " and ".join(_compared(metrics, name) for name in known), suggested_fix)]
     return [
         Finding(
             f"{other} alone learns",
@@ -113,28 +118,31 @@ def _learning(metrics: Metrics) -> list[Finding]:
 
 
 def _learnt(metrics: Metrics, name: str) -> bool | None:
-    """Return whether a modality's held-out loss has fallen, and below that of a constant prediction; None if there
-    are not two evaluations of it."""
+    """Return whether a modality's held-out loss has fallen, and is below that of a constant prediction; None if there
+    are fewer than two evaluations."""
     relative = series(metrics, f"val_{name}_relative")
     return relative[-1] < FALLEN * min(relative[0], 1.0) if len(relative) > 1 else None
 
 
 def _constant(metrics: Metrics, name: str) -> str:
-    """Return what a loss means that has fallen to that of a constant prediction, and no further."""
+    """Return an explanation for a loss that has fallen only to that of a constant prediction; "" for other losses."""
     first, *_, last = series(metrics, f"val_{name}_relative")
-    known = {"image": "of images the mean patch is known", "text": "of texts the frequencies of word pieces are known"}
-    return f": {known[name]}, and no more" if FALLEN <= last < FALLEN * first else ""
+    known = {
+        "image": "the model has learnt only the mean patch",
+        "text": "the model has learnt only the token frequencies",
+    }
+    return f": {known[name]}" if FALLEN <= last < FALLEN * first else ""
 
 
 def _compared(metrics: Metrics, name: str) -> str:
-    """Return a sentence on a modality's held-out loss."""
+    """Return a sentence about a modality's held-out loss."""
     constant = {"image": "predicting the mean patch", "text": "predicting how often each word piece occurs"}[name]
     first, *_, last = series(metrics, f"val_{name}_relative")
     return f"the {name} loss on held-out samples is {last:.2f} of that of {constant}, and began at {first:.2f}"
 
 
 def _data(metrics: Metrics, config: Mapping[str, Any]) -> Finding | None:
-    waits = series(metrics, "data_wait")[1:]  # the first is that of the workers' start
+    waits = series(metrics, "data_wait")[1:]  # the first value includes the start of the workers
     if not waits or median(waits) < WAITING:
         return None
     repeats = (config.get("data") or {}).get("repeats", 1)

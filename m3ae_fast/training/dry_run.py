@@ -1,4 +1,4 @@
-"""Explains a config without training: sizes, FLOPs, how a batch is split, memory, loader cores and communication."""
+"""The dry run: model size, FLOPs, batch split, memory, loader cores and communication of a config, without training."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.pace import FIRST_BATCH, measure
 
-UTILISATION = 0.45  # of an H100's bf16 peak: what good trainers of this size reach
-NETWORK = 50e9  # bytes per second and GPU: 400 Gbit/s
-FETCHED = 1e9  # bytes per second and node
+UTILISATION = 0.45  # assumed fraction of an H100's bf16 peak, which good trainers of this size reach
+NETWORK = 50e9  # assumed network bandwidth in bytes per second and GPU: 400 Gbit/s
+FETCHED = 1e9  # assumed download rate in bytes per second and node
 GPUS_OF_NODE = 8
-MEASURED_S = 5.0  # seconds of steps that say how long the run takes
-SIZES = 256  # of images, at most, that stand for all
+MEASURED_S = 5.0  # seconds per epoch of steps that are measured to estimate the duration of the run
+SIZES = 256  # maximum number of image sizes that represent the dataset
 DECODED_PER_CORE = 600  # images per second and core at 256 px: benchmarks/results
-CORES_PER_GPU = 12  # that nodes usually have
+CORES_PER_GPU = 12  # usual number of cores per GPU
 FP32 = 67e12  # FLOP/s of an H100 in float32, by its data sheet
 
 
@@ -56,22 +56,27 @@ def report(
     sizes: Path | None = None,
     more: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Print what `config` needs.
+    """Print the resources that a run with `config` requires.
 
     Args:
-        config: of the run; without `gpus` with its precision settled.
-        world: number of GPUs, or of ranks without one; None: as many as one step without accumulation takes.
-        gpus: also print rates and times of GPUs, by an H100's data sheet; else only what holds on any machine.
-        data: open shards and tokenizer.
-        sizes: a file of image sizes that stats wrote, for native images; None: all have max_patches.
-        more: lines to print after these, each a title and a text.
+        config: config of the run; without `gpus`, its precision must be resolved.
+        world: number of GPUs, or of ranks without a GPU; None: the number for one step without accumulation.
+        gpus: also print throughput and times for GPUs according to an H100's data sheet; otherwise only
+            machine-independent lines.
+        data: whether to open the shards and the tokenizer.
+        sizes: a file of image sizes written by `m3ae-fast shards stats --sizes`, for native images; None: all images
+            have max_patches.
+        more: additional lines to print at the end, each as a title and a text.
 
     Raises:
-        UserError: for what would stop a run at its start: the batch cannot be split over the ranks, or shards or
-            tokenizer are missing or do not fit the model; or `sizes` is no such file, or images are square.
+        UserError: an error that would stop a run at its start: the batch cannot be split over the ranks, or shards or
+            tokenizer are missing or do not fit the model. Also if `sizes` is not a file of image sizes, or images are
+            square.
     """
     if sizes is not None and config.model.resize == "square":
-        raise UserError(f"--sizes {sizes}: goes with model.resize=native; square images are all of one size")
+        raise UserError(
+            f"--sizes {sizes}: can be used only with model.resize=native, because square images all have the same size"
+        )
     with torch.device("meta"):
         model = M3AE(config.model, config.loss)
     parameters = sum(p.numel() for p in model.parameters())
@@ -92,7 +97,7 @@ def report(
     square = ", of a square image" if config.model.resize == "native" else ""
     lines = [
         ("parameters", f"{parameters:,}"),
-        ("FLOPs per sample", f"{official / 1e9:,.1f} G forward and backward, as the official code computes it{square}"),
+        ("FLOPs per sample", f"{official / 1e9:,.1f} G forward and backward in the official code{square}"),
         ("", f"{full / 1e9:,.1f} G in this engine, for a caption of {caption_tokens(config)} tokens"),
         *([("", f"{ours / 1e9:,.1f} G on average, with train.image_sizes")] if config.train.image_sizes else []),
         (
@@ -133,12 +138,14 @@ def report(
     console.print("activations are an estimate: what autograd saves for each block, in the run's precision")
     if recomputes(config.train):
         fraction = (6 + config.model.mlp_ratio) / (8 + 2 * config.model.mlp_ratio)
-        console.print(f"a GPU without room for them keeps {fraction:.0%}: outputs of GELU and LayerNorm are made again")
+        console.print(
+            f"a GPU without enough memory for them keeps {fraction:.0%}: outputs of GELU and LayerNorm are recomputed"
+        )
 
 
 def report_time(config: Config, session: Session) -> None:
-    """Print how long the run takes here, on the ranks that there are, measured by some steps, and without GPUs what the
-    loader has to do then. Every rank must call it. Raises UserError as at the run's start."""
+    """Print the duration of the run on the present ranks, estimated from measured steps, and without GPUs the load of
+    the data loader. Every rank must call it. Raises UserError as at the start of a run."""
     ranks = session.ranks
     if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world, FIRST_BATCH), ranks.device)):
         print(f"{'time':21} not measured on this machine: {lacking}")
@@ -192,7 +199,7 @@ def _mean_flops(config: Config, full: float) -> float:
 
 
 def _step(config: Config, model: M3AE, world: int, rate: float) -> str:
-    """Say how long a step takes without waiting for network or data, and what of that is Muon's."""
+    """Return a text on the duration of a step without waiting for network or data, and on Muon's part of it."""
     samples = config.train.global_batch / world
     seconds = samples / rate
     if config.optim.name == "adamw":
@@ -207,7 +214,7 @@ def _step(config: Config, model: M3AE, world: int, rate: float) -> str:
 
 
 def _loader(rate: float) -> str:
-    """Say how many cores load the samples of a GPU, and what to do if these are more than it has."""
+    """Return a text on the number of cores that load the samples of a GPU, with advice if that is more than usual."""
     cores = rate / DECODED_PER_CORE
     text = f"{cores:,.1f} cores per GPU, for {rate:,.0f} samples/s"
     if cores <= CORES_PER_GPU:
@@ -227,22 +234,23 @@ def _network(config: Config, parameters: int, world: int, accumulation: int, rat
         return text
     batch = config.train.global_batch
     seconds, work = sent / NETWORK, batch / world / rate
-    text += f": {1e3 * seconds:.3g} ms at {NETWORK / 1e9:g} GB/s, beside {1e3 * work:.3g} ms of work"
+    text += f": {1e3 * seconds:.3g} ms at {NETWORK / 1e9:g} GB/s, compared with {1e3 * work:.3g} ms of computation"
     if seconds > work:
         other = ", or zero.stage 1" if (stage or 0) > 1 and accumulation > 1 else ""
         most = max(1, int(batch / rate / seconds))
-        text += f"; above {most:,} GPUs the network sets the pace: a larger train.global_batch helps{other}"
+        text += f"; above {most:,} GPUs the network is the bottleneck: a larger train.global_batch helps{other}"
     return text
 
 
 def _fetching(config: Config, corpus: Corpus, world: int, rate: float) -> list[tuple[str, str]]:
-    """Say what a node fetches and keeps, where shards are not read in place and their sizes are known."""
+    """Return lines on the downloads and cached shards of a node, if shards are not read in place and their sizes are
+    known."""
     ranks = range(min(world, GPUS_OF_NODE))
     schedule = prefetch_schedule(config.data, corpus, config.train.global_batch, world, ranks, config.run.seed)
     first, owned = schedule.in_use(), schedule.owned()
     if not owned:
         return []
-    epoch = corpus.samples * config.data.repeats / (rate * world)  # seconds
+    epoch = corpus.samples * config.data.repeats / (rate * world)  # seconds per epoch
     return [
         (
             "fetching",
@@ -265,7 +273,8 @@ def _memory_table(config: Config, parameters: int, world: int, activations: floa
 
 
 def _grids(model: M3AE, path: Path) -> list[Grid]:
-    """Return the grids of some image sizes of a file, evenly chosen. Raises UserError if stats did not write it."""
+    """Return the patch grids of evenly spaced image sizes in a file. Raises UserError if the file was not written by
+    `stats --sizes`."""
     native = model.geometry.native
     assert native is not None
     try:

@@ -1,4 +1,5 @@
-"""Ends a run early, with a decay of the learning rate, when its k-NN accuracy is reached or no longer grows."""
+"""Early stopping: ends a run with a decay of the learning rate when its k-NN accuracy reaches a target or no longer
+improves."""
 
 from __future__ import annotations
 
@@ -11,32 +12,32 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.training.metrics_log import read_metrics
 
-ACCURACY = "val_knn_top1"  # of the log
+ACCURACY = "val_knn_top1"  # its name in the log
 
 PLATEAU: Literal["plateau"] = "plateau"
-PATIENCE = 3  # evaluations in a row without a new best accuracy are a plateau
+PATIENCE = 3  # consecutive evaluations without a new best accuracy that form a plateau
 
 
 class EarlyStopping:
-    """Decides, from the accuracies so far, when the decay begins. A resumed run that knows the same accuracies decides
-    the same."""
+    """Decides from the accuracies when the decay begins. A resumed run with the same accuracies makes the same
+    decision."""
 
     def __init__(self, stop_at: float | Literal["plateau"]) -> None:
-        """Take the accuracy that ends the run, from 0 to 1, or PLATEAU."""
+        """Set the accuracy that ends the run, from 0 to 1, or PLATEAU."""
         self._stop_at = stop_at
-        self._best, self._since = -math.inf, 0  # the highest accuracy, and the evaluations after it
-        self.step: int | None = None  # after which the decay begins, as soon as that is known
+        self._best, self._since = -math.inf, 0  # the highest accuracy, and the number of evaluations after it
+        self.step: int | None = None  # step after which the decay begins; None until that is decided
 
     def replay(self, run: Path, last: int) -> None:
-        """Take the accuracies that a run folder's log has, up to those after step `last`."""
-        with contextlib.suppress(UserError):  # it has none
+        """Add the accuracies in a run folder's log, up to and including those after step `last`."""
+        with contextlib.suppress(UserError):  # the log is empty
             for line in read_metrics(run):
                 if ACCURACY in line and line["step"] <= last:
                     self.add(line["step"], line[ACCURACY])
 
     def add(self, step: int, accuracy: float) -> str:
-        """Take the accuracy after a step; that of random weights, before the first step, does not count. Return why
-        the run ends early, if this step decides it; else ""."""
+        """Add the accuracy after a step. The accuracy of the initial weights is ignored. Return the reason for ending
+        early if this accuracy decides it; otherwise ""."""
         if self.step is not None or step == 0:
             return ""
         grows = accuracy > self._best
@@ -52,7 +53,7 @@ class EarlyStopping:
         return why
 
     def total_steps(self, step: int, schedule: Schedule, planned: int) -> int:
-        """Return the number of steps of a run that has taken `step`: `planned`, or fewer, if the decay begins now."""
+        """Return the total number of steps of a run that is at `step`: `planned`, or fewer if the decay begins now."""
         begin = schedule.decay_begin
         if self.step is None or begin is None:
             return planned

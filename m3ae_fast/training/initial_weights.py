@@ -1,4 +1,4 @@
-"""The weights that a new run starts from."""
+"""Initial weights of a new run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from m3ae_fast.process.ranks import Ranks
 
 @torch.no_grad()
 def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
-    """Copy the weights that `model.init_from` names into a model on the CPU, on every rank; rank 0 reads them. A source
-    without a decoder leaves the model's as it is. Return a line for the log. Raises UserError if there is no such
-    export, or a setting or weight of it does not fit the model."""
+    """Load the weights in `model.init_from` into a model on the CPU, on every rank; rank 0 reads them. If the source
+    has no decoder, the model's decoder is unchanged. Return a line for the log. Raises UserError if the export does not
+    exist, or if one of its settings or weights does not fit the model."""
 
     def read() -> Pretrained:
         start = read_pretrained(source)
@@ -28,16 +28,17 @@ def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
     own = model.state_dict()
     for name in ranks.from_main(list(start.state) if start else []):
         own[name].copy_(ranks.from_main(start.state[name] if start else own[name]))
-    without = "" if has_decoder else ", which has no decoder: the decoder starts from random weights"
+    without = "" if has_decoder else ", which has no decoder: the decoder is randomly initialised"
     return f"weights from {source}{without}"
 
 
 @torch.no_grad()
 def constants(model: nn.Module, read: Read | None) -> dict[str, Tensor]:
-    """Return copies of the weights that training does not change and engines leave out of their state: stored
-    positions.
+    """Return copies of the weights that training does not change and that are not part of the engines' state: position
+    embeddings from a checkpoint.
 
-    To be called before an engine casts the model. `read`: gives a checkpoint's, which the model takes over.
+    Must be called before an engine casts the model. `read`: reader of a checkpoint, whose values are copied to the
+    model.
     """
     trained = {name for name, _ in model.named_parameters()}
     fixed = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}

@@ -18,16 +18,16 @@ WANDB_ID_FILE = "wandb-id"
 
 class Logger(Protocol):
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Write one point per scalar. Raises OSError if the disk refuses."""
+        """Write one point per scalar. Raises OSError if that fails."""
 
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """Show an image file."""
+    def figure(self, step: int, name: str, path: Path) -> None:
+        """Add an image file to the log."""
 
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """Event files in folder/tensorboard."""
+    """Logger that writes event files to folder/tensorboard."""
 
     def __init__(self, folder: Path, start_step: int, config: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -38,7 +38,7 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def figure(self, step: int, name: str, path: Path) -> None:
         with Image.open(path) as image:
             self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
@@ -47,7 +47,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, whose id stays in the run folder: a resumed run continues there.
+    """Logger to a run of Weights & Biases. Its id is stored in the run folder, so that a resumed run continues it.
 
     Project, entity and mode come from WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE ("offline" needs no account).
     """
@@ -71,12 +71,12 @@ class WandB:
             raise UserError(f'run.loggers: wandb: {reason}; run "wandb login", or set WANDB_MODE=offline') from None
         id_file.write_text(self._run.id + "\n", encoding="utf-8")
         self._image: Callable[..., Any] = wandb.Image
-        self._run.define_metric("*", step_metric="step")  # a step repeated after a resume is logged again
+        self._run.define_metric("*", step_metric="step")  # steps repeated after resuming are logged again
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         self._run.log({"step": step, **values})
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def figure(self, step: int, name: str, path: Path) -> None:
         self._run.log({"step": step, name: self._image(str(path))})
 
     def close(self) -> None:
@@ -84,11 +84,10 @@ class WandB:
 
 
 def show(folder: Path, loggers: Sequence[str], step: int, name: str, path: Path) -> None:
-    """Show a picture of a run that has ended beside those that it has drawn itself. Raises UserError if a logger
-    cannot go on."""
+    """Add a figure to the logs of a run that has ended. Raises UserError if a logger cannot continue."""
     for logger in loggers:
         writer = LOGGERS[logger](folder, step, {})
-        writer.picture(step, name, path)
+        writer.figure(step, name, path)
         writer.close()
 
 

@@ -1,4 +1,4 @@
-"""Finds a loss or gradient norm that is not finite, without making the GPU wait."""
+"""Detection of losses and gradient norms that are not finite, without synchronising with the GPU."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class NotFinite(UserError):
         self.what, self.batch = what, batch
 
 
-_LAG = 2  # steps that may be under way on the GPU before the host waits for their loss
+_LAG = 2  # number of steps that may be in flight on the GPU before the host waits for their loss
 
 
 class LossWatch:
-    """Keeps the losses, gradient norms and sample keys of recent steps until the values are known to be finite."""
+    """Record of the losses, gradient norms and sample keys of recent steps until the values are known to be finite."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = deque()
         self._bad = ""
-        self.bad_step: int | None = None  # the first whose loss or gradient norm was not finite
-        self.finite_through = 0  # the last that is known to have been finite
+        self.bad_step: int | None = None  # first step whose loss or gradient norm was not finite
+        self.finite_through = 0  # last step that is known to have been finite
 
     def add(self, step: int, keys: list[str], losses: Sequence[StepLosses], grad_norm: Tensor) -> None:
-        """Record a step's losses and norm; `keys` names its samples."""
+        """Record the losses and gradient norm of a step. `keys`: keys of its samples."""
         device = losses[0].loss.device
         stacked = torch.stack([*(part.loss.detach() for part in losses), grad_norm.detach().to(device).float()])
         event = None
@@ -45,12 +45,12 @@ class LossWatch:
         self._pending.append((step, keys, stacked, event))
 
     def failed(self) -> bool:
-        """Return whether a step whose loss is known by now was not finite."""
+        """Return whether any step whose loss is known by now was not finite."""
         self._look(wait=False)
         return bool(self._bad)
 
     def first_bad(self) -> str:
-        """Describe the first non-finite step so far; "" if there is none. Waits for the GPU."""
+        """Return a description of the first non-finite step; "" if there is none. Waits for the GPU."""
         self._look(wait=True)
         return self._bad
 

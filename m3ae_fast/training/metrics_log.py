@@ -1,4 +1,4 @@
-"""The log of a run: a progress bar, metrics.jsonl, and loggers such as TensorBoard, all by the main rank."""
+"""The log of a run, written by the main rank: a progress bar, metrics.jsonl, and loggers such as TensorBoard."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class _Console(Console):
-    """Ignores broken pipes (as with `| head`); rich's own console would end the run."""
+    """A console that ignores broken pipes (as with `| head`); rich's own console would end the run."""
 
     def on_broken_pipe(self) -> None:
         with contextlib.suppress(SystemExit):
@@ -34,20 +34,20 @@ class _Console(Console):
 
 @dataclass
 class RunLog:
-    """Use as a context manager around the training loop. Nothing is written before `begin`."""
+    """The log of a run. Use as a context manager around the training loop. Nothing is written before `begin`."""
 
     folder: Path
-    start: int  # steps taken before
-    total: int  # steps
+    start: int  # steps taken by earlier attempts
+    total: int  # number of steps of the run
     loggers: Sequence[str] = ("tensorboard",)  # names of `LOGGERS`
-    config: dict[str, Any] = field(default_factory=dict)  # that they show
+    config: dict[str, Any] = field(default_factory=dict)  # config that the loggers show
 
     def __post_init__(self) -> None:
         self._file: BinaryIO | None = None
         self._opened: list[Logger] = []
         self._written = True
         self._begun = time.monotonic()
-        self._first: tuple[int, float] | None = None  # the first step, and when it was taken
+        self._first: tuple[int, float] | None = None  # the first step and its time
         self.console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._progress = Progress(
             TextColumn("[bold]step"),
@@ -73,7 +73,7 @@ class RunLog:
         threading.excepthook = self._old_hook
 
     def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
-        """Keep TensorBoard's thread from printing a traceback when the disk refuses, which `log` reports anyway."""
+        """Prevent TensorBoard's thread from printing a traceback for a write error, which `log` reports anyway."""
         if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
             self._old_hook(args)
 
@@ -86,8 +86,8 @@ class RunLog:
         self._file, self._opened = None, []
 
     def begin(self) -> None:
-        """Forget what an earlier attempt wrote beyond the step that this one starts from. Raises UserError if the
-        folder cannot be written to, or a logger cannot start."""
+        """Remove log lines that an earlier attempt wrote after the step from which this one starts. Raises UserError if
+        the folder cannot be written to or a logger cannot start."""
         self._begun = time.monotonic()
         self._open()
 
@@ -105,7 +105,7 @@ class RunLog:
             raise UserError(f"run.dir {self.folder}: cannot be written to ({error.strerror or error})") from None
 
     def change(self, total: int) -> None:
-        """Take another number of steps."""
+        """Set a changed number of steps."""
         self.total = total
         self._progress.update(self._task, total=total)
 
@@ -114,14 +114,14 @@ class RunLog:
         self._progress.update(self._task, completed=step)
 
     def log(self, step: int, values: dict[str, Any], where: Mapping[str, str] | None = None) -> None:
-        """Write one JSON line, one point per scalar, one line for people. A full disk stops the first two, not the run:
-        its weights may still find room."""
+        """Write one JSON line, one point per scalar to the loggers, and one line on the console. If the disk is full,
+        only the console line is written, but the run continues, because its checkpoints may still fit elsewhere."""
         if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
             self.say(f"{self.folder / METRICS_FILE} was deleted during the run; its contents are lost")
             self._close()
         self._open()
         assert self._file is not None
-        with self._room():
+        with self._while_writable():
             self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
             for logger in self._opened:
                 logger.log(step, values)
@@ -130,7 +130,7 @@ class RunLog:
             f"{name} {_short(value)}" + (f" (on {where[name]})" if where and name in where else "")
             for name, value in values.items()
         ]
-        if "loss" in values and not self.console.is_terminal:  # on a terminal the bar shows it
+        if "loss" in values and not self.console.is_terminal:  # on a terminal, the bar shows it
             shown.append(f"eta {self._left(step)}")
         self.say("  ".join([f"step {step}", *shown]))
 
@@ -141,15 +141,15 @@ class RunLog:
             return any(line["step"] == step and not line.keys().isdisjoint(names) for line in lines)
         return False
 
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """Show an image file in the loggers."""
-        with self._room():
+    def figure(self, step: int, name: str, path: Path) -> None:
+        """Add an image file to the loggers."""
+        with self._while_writable():
             for logger in self._opened:
-                logger.picture(step, name, path)
+                logger.figure(step, name, path)
 
     @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
-        """Report a full disk, once."""
+    def _while_writable(self) -> Iterator[None]:
+        """Context that reports a full disk once instead of raising."""
         try:
             yield
         except OSError as error:
@@ -158,8 +158,8 @@ class RunLog:
             self._written = False
 
     def _left(self, step: int) -> timedelta:
-        """Return the time that the rest of the run takes, at its pace since the first step; after that one alone, at
-        its own, which what is prepared before the steps has no part in."""
+        """Return the estimated time left, from the time per step since the first step. After the first step alone, its
+        own duration is used, which excludes the preparation of the run."""
         first, begun = self._first or (self.start, self._begun)
         if step == first:
             first, begun = step - 1, self._begun
@@ -167,15 +167,15 @@ class RunLog:
         return timedelta(seconds=round(seconds))
 
     def say(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # output into a file on a full disk
+        with contextlib.suppress(OSError):  # output redirected to a file on a full disk
             self._progress.console.print(text)
 
 
 class SilentLog(RunLog):
-    """The log of a rank that is not the main one: says and writes nothing."""
+    """The log of the other ranks, which prints and writes nothing."""
 
     _nothing: Any = staticmethod(lambda *_, **__: None)
-    __init__ = __exit__ = begin = change = advance = log = has = picture = say = _nothing
+    __init__ = __exit__ = begin = change = advance = log = has = figure = say = _nothing
 
     def __enter__(self) -> SilentLog:
         return self
@@ -188,7 +188,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"{folder}: not a run folder ({METRICS_FILE}: {error.strerror})") from None
     if not lines:
-        raise UserError(f"{folder / METRICS_FILE}: holds no step yet")
+        raise UserError(f"{folder / METRICS_FILE}: contains no steps yet")
     return lines
 
 
@@ -200,7 +200,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):
-            continue  # half-written
+            continue  # an incomplete line
         if isinstance(values, dict) and isinstance(values.get("step"), int):
             lines.append(values)
     return lines
@@ -216,7 +216,8 @@ def _short(value: Any) -> str:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop lines beyond the step that a resumed run starts from, and a half-written last one; all for a new run."""
+    """Remove lines after the step from which a resumed run starts, and an incomplete last line; remove all lines for a
+    new run."""
     if step == 0:
         path.unlink(missing_ok=True)
     if not path.exists():

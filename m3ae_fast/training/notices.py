@@ -1,4 +1,4 @@
-"""Notes on what a user should know and might not notice: reported once, none of it an error."""
+"""Warnings about a run that are reported once and are not errors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from m3ae_fast.data.shards import network_file_system
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.images.decoding import size_of
 
-_SETTLED_STEPS = 50  # after which memory should not grow much any more
+_SETTLED_STEPS = 50  # number of steps after which memory use should be stable
 _GROWTH = 1.5
-_LOOKED_AT = 32  # images of a source
-_ENLARGED = 0.75  # of the model's image size: smaller images are told
+_LOOKED_AT = 32  # images that are inspected per source
+_ENLARGED = 0.75  # fraction of the model's image size; smaller images are reported
 
 
 def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
-    """Return what is odd about a run, one line each."""
+    """Return one warning per unusual property of a run."""
     notes = []
     if not _trains(config):
         notes.append(
@@ -31,21 +31,21 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
     batch, samples = config.train.global_batch, schedule.samples
     if batch > samples:
         notes.append(
-            f"a batch of {batch:,} has each of the {samples:,} samples {batch / samples:.1f} times; what is called an "
-            "epoch is one batch then, in the log, in train.epochs and in optim.warmup_epochs"
+            f"a batch of {batch:,} contains each of the {samples:,} samples {batch / samples:.1f} times on average; an "
+            "epoch is then counted as one batch, in the log, in train.epochs and in optim.warmup_epochs"
         )
     wanted = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
     if wanted > schedule.warmup_steps:
         notes.append(
-            f"the warm-up of {wanted:,} steps (optim.warmup_epochs={config.optim.warmup_epochs:g}) is cut to the "
-            f"run's {schedule.warmup_steps:,}: the learning rate reaches its peak only at the end"
+            f"the warm-up of {wanted:,} steps (optim.warmup_epochs={config.optim.warmup_epochs:g}) is shortened to the "
+            f"run's {schedule.warmup_steps:,} steps: the learning rate reaches its peak only at the end"
         )
     store = data.train.store
     if (kind := network_file_system(store.cache_dir)) and any(
         store.is_cached(shard.shard) for source in data.train.sources for shard in source.shards
     ):
         notes.append(
-            f"data.cache_dir {store.cache_dir} is on a network file system ({kind}): copies of shards travel twice; "
+            f"data.cache_dir {store.cache_dir} is on a network file system ({kind}): shards are transferred twice; "
             "name a folder on a disk of each node"
         )
     for name, corpus in (("train", data.train), ("val", data.val)):
@@ -61,7 +61,7 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
     sources = [source for source in data.train.sources if source.has_images]
     if default and sources and not any("cc12m" in shard.shard.lower() for one in sources for shard in one.shards):
         notes.append(
-            "model.image_mean and model.image_std are still the defaults, CC12M's; set them to those of your images, "
+            "model.image_mean and model.image_std are still the defaults for CC12M; set them to those of your images, "
             "which m3ae-fast shards stats SHARDS prints"
         )
     if config.model.resize == "square" and (note := _enlarged(config, data.train)):
@@ -70,7 +70,7 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
 
 
 def open_options(config: Config) -> str:
-    """Return a line on the options of a run that is not the official M3AE's; "" if it is."""
+    """Return a line on the options in which a run differs from the official M3AE; "" if there are none."""
     values = {
         "model.dec_attention": (config.model.dec_attention, "self"),
         "masking.image_predicted": (config.masking.image_predicted, 1.0),
@@ -80,7 +80,11 @@ def open_options(config: Config) -> str:
         "train.image_sizes": ([[*pair] for pair in config.train.image_sizes], []),
     }
     changed = ", ".join(f"{name}={value}" for name, (value, official) in values.items() if value != official)
-    return f"Open: {changed}; without it the run is Closed, equal to the official M3AE" if changed else ""
+    return (
+        f"Open: {changed}; without these settings the run is Closed, that is, equal to the official M3AE"
+        if changed
+        else ""
+    )
 
 
 def _trains(config: Config) -> bool:
@@ -92,7 +96,8 @@ def _trains(config: Config) -> bool:
 
 
 def _enlarged(config: Config, corpus: Corpus) -> str:
-    """Return a note where most images are much smaller than the model's: of some that lie on this machine."""
+    """Return a note if most images are much smaller than the model's image size, judged by some locally available
+    images; otherwise ""."""
     sides = []
     for source in corpus.sources:
         if source.indexed and source.has_images and not corpus.store.is_cached(source.indexed[0].shard):
@@ -105,13 +110,13 @@ def _enlarged(config: Config, corpus: Corpus) -> str:
     if not sides or (middle := median(sides)) >= _ENLARGED * size:
         return ""
     return (
-        f"images are enlarged: half of {len(sides):,} that were looked at have a short side of {middle:g} pixels or "
+        f"images are enlarged: half of {len(sides):,} inspected images have a short side of {middle:g} pixels or "
         f"less, but model.image_size is {size}; a smaller image size would be faster without losing detail"
     )
 
 
 class MemoryGrowth:
-    """Notices peak memory that keeps growing when a run should have settled."""
+    """Detector of peak memory that keeps growing after the first steps of a run."""
 
     def __init__(self) -> None:
         self._settled: float | None = None
@@ -124,4 +129,4 @@ class MemoryGrowth:
         if before is None or gigabytes < _GROWTH * before:
             return None
         self._settled = gigabytes
-        return f"peak memory has grown from {before:.2f} to {gigabytes:.2f} GB since the run settled"
+        return f"peak memory has grown from {before:.2f} to {gigabytes:.2f} GB since the first steps"

@@ -1,4 +1,4 @@
-"""How long a run takes on this machine, measured by some of its steps."""
+"""Estimate of the duration of a run on this machine, from a few measured steps."""
 
 from __future__ import annotations
 
@@ -23,46 +23,48 @@ from m3ae_fast.process.stopping import Stopped
 from m3ae_fast.training.run import set_up
 from m3ae_fast.training.trainer import Trainer
 
-FIRST_BATCH = 8  # samples of the first trial, which says how many the second one may have
-_WARM = 2  # steps that are not counted: memory is allocated, kernels are compiled
-_FEWEST = 4  # steps that are, unless one takes as long as all should
-# the rate is stable when the standard error of the mean step time, from the means of consecutive parts, is below this
-# fraction of it
+FIRST_BATCH = 8  # samples in the first trial, which determines the batch of the second one
+_WARM = 2  # steps that are excluded because memory is allocated and kernels are compiled
+_FEWEST = 4  # minimum number of measured steps, unless a single one exceeds the time
+# The rate is stable when the standard error of the mean step time, computed from the means of consecutive parts, is
+# below this fraction of the mean.
 _STABLE = 0.02
-_PARTS, _OF_PART = 4, 4  # parts, and steps of each at least
-_LOOK = 8  # steps between looks at whether it is stable; more after many steps
-_LEAST = 1 / 4  # of the time is measured however stable the rate is: other programs come and go
-_EVALUATED = 2 / 3  # of a step's time for an evaluated sample: two forward passes, none backward
+_PARTS, _OF_PART = 4, 4  # number of parts, and minimum number of steps per part
+_LOOK = 8  # steps between checks for stability; more after many steps
+# fraction of the time that is always used, however stable the rate is, because the load of the machine varies
+_LEAST = 1 / 4
+# time to evaluate a sample, as a fraction of a step's time per sample: two forward passes and no backward pass
+_EVALUATED = 2 / 3
 
 
 @dataclass(frozen=True)
 class Pace:
     """Estimates the duration of a run from the time per sample, measured over a few steps."""
 
-    sample: float  # seconds, as a part of its step
-    batch: int  # samples of the steps that were timed
-    steps: int  # that were timed
+    sample: float  # seconds per sample
+    batch: int  # samples per measured step
+    steps: int  # number of measured steps
     error: float = math.inf  # standard error of `sample`, as a fraction of it; infinite if there were too few steps
 
     def rate(self) -> str:
-        """Return the throughput with its standard error, where that is known."""
+        """Return the throughput, with its standard error if that is known."""
         rate = 1 / self.sample
         digits = 0 if rate >= 10 else 2
         error = f" ± {rate * self.error:,.{digits}f}" if math.isfinite(self.error) else ""
         return f"{rate:,.{digits}f}{error} samples/s, measured over {self.steps} steps"
 
     def seconds(self, config: Config, schedule: Schedule) -> float:
-        """Return how long the whole run takes: steps and evaluations on held-out samples."""
+        """Return the seconds that the whole run takes: its steps and its evaluations on held-out samples."""
         evaluations = 1 + schedule.total_steps // (config.train.eval_every or schedule.total_steps)
         steps = schedule.total_steps * config.train.global_batch * self.sample
         return steps + (evaluations * self.evaluation(config.train.eval_samples) if config.data.val else 0)
 
     def evaluation(self, samples: int) -> float:
-        """Return the seconds of an evaluation on so many held-out samples."""
+        """Return the seconds of an evaluation on `samples` held-out samples."""
         return samples * _EVALUATED * self.sample
 
     def sentence(self, config: Config, schedule: Schedule) -> str:
-        """Return how long the run takes, and how that is known."""
+        """Return a sentence on the duration of the run and the measurement behind it."""
         step = self.sample * config.train.global_batch
         scaled = "" if self.batch == config.train.global_batch else f" of {self.batch} samples, scaled"
         whole, steps = duration(self.seconds(config, schedule)), schedule.total_steps
@@ -72,11 +74,12 @@ class Pace:
 
 
 def measure(config: Config, session: Session, seconds: float) -> Pace:
-    """Take steps of a run that leaves nothing behind, until their rate is stable or `seconds` have passed. Every rank
-    must call it.
+    """Measure the pace of a run by taking steps without output, until their rate is stable or `seconds` have passed.
+    Every rank must call it.
 
-    A small batch comes first; then as large a one as the time allows, up to the config's, whose precision is settled.
-    Opening the data comes before. Raises UserError as the run would at its start, Stopped if a rank is to stop.
+    A small batch is measured first, then a batch as large as the time allows, up to that of the config, whose precision
+    must be resolved. The time for opening the data is not included. Raises UserError as the run would at its start, and
+    Stopped if a rank is asked to stop.
     """
     whole = config.train.global_batch
     pace = _trial(config, session, max(min(FIRST_BATCH, whole), session.ranks.world), seconds / 4)
@@ -85,7 +88,7 @@ def measure(config: Config, session: Session, seconds: float) -> Pace:
 
 
 def _trial(config: Config, session: Session, batch: int, seconds: float) -> Pace:
-    """Measure steps of `batch` samples."""
+    """Return the pace of steps with `batch` samples."""
     with (
         working(f"measuring steps of {batch:,} samples", show=session.ranks.is_main),
         tempfile.TemporaryDirectory() as folder,
@@ -113,25 +116,26 @@ def _trial(config: Config, session: Session, batch: int, seconds: float) -> Pace
         mean, error = session.ranks.from_main((fmean(counted), _error(counted)))
         pace = Pace(mean / batch, batch, len(counted), error)
     del trainer
-    gc.collect()  # its weights and loaders go now
+    gc.collect()  # frees its weights and loaders
     return pace
 
 
 def _ahead(trainer: Trainer) -> int:
-    """Return the steps whose batches are loaded before the first one."""
+    """Return the number of steps whose batches are loaded before the first step."""
     loader = trainer.train_loader
     assert isinstance(loader, DataLoader)
     return loader.num_workers * (loader.prefetch_factor or 0) // trainer.share.accumulation
 
 
 def _counted(times: Sequence[float]) -> Sequence[float]:
-    """Return the step times that count, the later half after the warm-up: what was loaded ahead is used up."""
+    """Return the step times that count: the later half after the warm-up, in which the batches loaded in advance are
+    used up."""
     return times[_WARM:][len(times[_WARM:]) // 2 :]
 
 
 def _stable(times: Sequence[float], ahead: int) -> bool:
-    """Return whether enough steps were taken for a stable rate, in which those that were loaded `ahead` are not
-    counted."""
+    """Return whether enough steps were taken for a stable rate. The first `ahead` steps, whose batches were loaded in
+    advance, do not count."""
     often = max(_LOOK, 1 << max(len(times).bit_length() - 4, 0))
     if len(times) % often or len(times) < _WARM + 2 * ahead:
         return False
@@ -140,8 +144,8 @@ def _stable(times: Sequence[float], ahead: int) -> bool:
 
 
 def _error(times: Sequence[float]) -> float:
-    """Return the standard error of the mean of step times, as a fraction of it, infinite if they are fewer than the
-    parts. Steps that follow each other are not independent; the means of long parts nearly are."""
+    """Return the relative standard error of the mean of step times; infinite if there are fewer steps than parts.
+    Consecutive steps are not independent, but the means of long parts nearly are."""
     each = len(times) // _PARTS
     if not each:
         return math.inf
@@ -150,11 +154,12 @@ def _error(times: Sequence[float]) -> float:
 
 
 def _times(trainer: Trainer) -> Generator[float, None, None]:
-    """Take steps, and yield the seconds of each, including its wait for data. Raises Stopped if a rank is to stop."""
+    """Take steps, and yield the seconds of each, including the wait for data. Raises Stopped if a rank is asked to
+    stop."""
     began = time.perf_counter()
     for inputs, counts in trainer.inputs():
         _, grad_norm = trainer.take_step(inputs, counts)
-        float(grad_norm)  # waits for the GPU
+        float(grad_norm)  # synchronises with the GPU
         now = time.perf_counter()
         yield now - began
         began = now

@@ -1,4 +1,4 @@
-"""Pre-training as a task: loss denominators, evaluation on held-out samples, the lines that a run begins with."""
+"""The pre-training task: loss denominators, evaluation on held-out samples, and the first log lines."""
 
 from __future__ import annotations
 
@@ -29,22 +29,23 @@ from m3ae_fast.training.trainer import Trainer
 
 @dataclass(kw_only=True)
 class PretrainingTask:
-    """Pre-trains an M3AE."""
+    """The task of pre-training an M3AE."""
 
     config: Config
     data: Data
     eval_loader: DataLoader[PackedBatch] | None
-    notes: list[str]  # what a user should know before the run starts
+    notes: list[str]  # notes for the user, printed at the start
     probe: Callable[[Trainer], None] | None  # a further evaluation
 
     def count(self, batches: list[PackedBatch]) -> StepCounts:
         return StepCounts.of(batches, self.config.model)
 
     def describe(self, trainer: Trainer) -> list[str]:
-        """Choose the attention kernels, name the shards that are not complete, and return the first lines."""
+        """Choose the attention kernels, log incomplete shards, and return the first log lines."""
         ranks, model = trainer.ranks, self.config.model
         attention = RunAttention(model, self.config.masking, ranks.device, dtype_of(self.config.train.precision))
-        # rank 0 tries kernels, and its checkpoints store them: otherwise ranks and resumed runs may differ in bits
+        # Only rank 0 benchmarks kernels, and checkpoints store its choice: otherwise, ranks and resumed runs might not
+        # be bitwise equal.
         choose = partial(attention.choose, trainer.share.micro_batch, trainer.attention)
         trainer.attention, times = ranks.broadcast(choose)
         attention.settle(trainer.attention)
@@ -57,8 +58,8 @@ class PretrainingTask:
         return [*self._first_lines(trainer, described), *tried, *(f"note: {note}" for note in self.notes)]
 
     def evaluate(self, trainer: Trainer) -> None:
-        """Log the losses on held-out samples and the k-NN probe's accuracy, each if there is one and it is due; not if
-        a rank is asked to stop."""
+        """Log the losses on held-out samples and the accuracy of the k-NN probe, if they exist and are due. An
+        evaluation ends early if a rank is asked to stop."""
         train = self.config.train
         if self.eval_loader is not None:
             with trainer.evaluation("losses", train.eval_every):
@@ -68,11 +69,12 @@ class PretrainingTask:
                 self.probe(trainer)
 
     def conclude(self, trainer: Trainer) -> dict[str, Any]:
-        """Return no result: all that a run finds is in its folder."""
+        """Return an empty result, because all results are in the run folder."""
         return {}
 
     def draw(self, log: RunLog, step: int, path: Path) -> None:
-        """Draw samples with the weights of the checkpoint at `path`, for the run folder and for the loggers."""
+        """Plot reconstructions of samples with the weights of the checkpoint at `path`, for the run folder and the
+        loggers."""
         if self.config.train.pictures:
             weights = checkpoint.read_weights(path, average=False)
             drawn = draw_training(self.config, weights, self.data.shown, self.data.tokenizer)
@@ -98,7 +100,7 @@ class PretrainingTask:
             trainer.saver.evaluation_was_finite(trainer.step)
 
     def _first_lines(self, trainer: Trainer, attention: str) -> list[str]:
-        """Return what the run is: model, device, engine; samples and steps; learning rate."""
+        """Return the first log lines: model, device and engine; samples and steps; learning rate."""
         config, ranks, schedule, engine = self.config, trainer.ranks, trainer.schedule, trainer.engine
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
         precision: str = config.train.precision

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 
-WAIT, WARMUP, ACTIVE = 4, 1, 3  # steps: compile and settle, start the profiler, record
+# numbers of steps: for compilation and warm-up, for starting the profiler, and for recording
+WAIT, WARMUP, ACTIVE = 4, 1, 3
 TRACE_FILE = "trace.json.gz"
 
 _log = logging.getLogger(__name__)
 
 
 def profiler(run_dir: Path | None) -> AbstractContextManager[torch.profiler.profile | None]:
-    """Return a profiler, to `step()` after every step, which writes run_dir/trace.json.gz; None: none."""
+    """Return a context of a profiler that writes run_dir/trace.json.gz; its `step()` must be called after every step.
+    Without `run_dir`, the context yields None."""
     if run_dir is None:
         return nullcontext()
     return torch.profiler.profile(
@@ -26,7 +28,7 @@ def profiler(run_dir: Path | None) -> AbstractContextManager[torch.profiler.prof
 
 
 def _write(profile: torch.profiler.profile, path: Path) -> None:
-    """Write the trace; where that fails the run goes on without."""
+    """Write the trace. If that fails, the run continues without it."""
     try:
         profile.export_chrome_trace(str(path))
     except (OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Sets up a pre-training run, new or resumed, and trains it."""
+"""Set-up and training of a new or resumed pre-training run."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def pre_train(
     """Open the data, build or restore the model, and train it. Every rank must call it.
 
     Args:
-        config: of the run.
-        session: of the ranks.
+        config: config of the run.
+        session: session of the ranks.
         resume: "auto" continues from the last checkpoint, if any; "no" starts a new run; else the path of a checkpoint.
         with_changes: continue although data or masks differ from the checkpoint's.
         profile: write a profiler trace of some steps into the run folder.
-        make_probe: makes an evaluation in addition to the losses, or None.
+        make_probe: function that creates an evaluation in addition to the losses, or returns None.
 
     Raises:
         UserError: something is missing or does not fit, a loss is not finite, or a checkpoint cannot be written.
@@ -158,7 +158,8 @@ def set_up(
 
 
 def _extended(config: Config, info: checkpoint.Info) -> bool:
-    """Return whether a run whose learning rate stays until a decay is to be longer than when it wrote a checkpoint."""
+    """Return whether a run with a constant learning rate before its decay is set to more steps than when it wrote a
+    checkpoint."""
     was, now = info.config.get("train") or {}, config.train
     lengths = ((getattr(now, key), was.get(key)) for key in ("steps", "epochs", "hours"))
     longer = any(new and old and new > old for new, old in lengths)
@@ -166,15 +167,14 @@ def _extended(config: Config, info: checkpoint.Info) -> bool:
 
 
 def _stops_later(config: Config, info: checkpoint.Info) -> bool:
-    """Return whether train.stop_at ends a run later, or no more, than when it wrote a checkpoint."""
+    """Return whether train.stop_at now ends a run later than when it wrote a checkpoint, or not at all."""
     was, now = (info.config.get("train") or {}).get("stop_at"), config.train.stop_at
     lowered = isinstance(was, float) and isinstance(now, float) and now < was
     return was is not None and now != was and not lowered
 
 
 def _early_stopping(config: Config, found: Resume, ranks: Ranks) -> EarlyStopping | None:
-    """Return what decides on an early end, with the accuracies up to the checkpoint; None if nothing ends the run
-    early."""
+    """Return the early stopping with the accuracies up to the checkpoint; None if it is not set."""
     if config.train.stop_at is None:
         return None
     stopping = EarlyStopping(config.train.stop_at)
@@ -185,7 +185,7 @@ def _early_stopping(config: Config, found: Resume, ranks: Ranks) -> EarlyStoppin
 
 @dataclass(frozen=True)
 class _Stream:
-    """The samples of a run, in their order, and the steps that they make."""
+    """The data of a run, the sample order, and the resulting schedule of steps."""
 
     data: Data
     layout: Layout
@@ -197,8 +197,8 @@ class _Stream:
 
 
 def _open_stream(config: Config, session: Session, found: Resume) -> _Stream:
-    """Open the data and lay out their order. Every rank must call it. Raises UserError if data are missing, do not fit
-    the model, or differ between ranks."""
+    """Open the data and determine the sample order. Every rank must call it. Raises UserError if data are missing, do
+    not fit the model, or differ between ranks."""
     ranks, cfg, info = session.ranks, config.train, found.info
     limit = TimeLimit(3600 * cfg.hours, info.spent if info else 0.0) if cfg.hours else None
     share = split_batch(cfg, ranks.world, ranks.rank)
@@ -234,7 +234,8 @@ def _loaders(
 
 
 def _targets_on_device(config: Config, data: Data, device: torch.device) -> Callable[[PackedBatch], PackedBatch]:
-    """Return what adds the image targets that are computed on the device, if any, to a batch there."""
+    """Return a function that adds image targets computed on the device to a batch, or returns the batch unchanged if
+    there are none."""
     vqgan = data.image_tokenizer
     if vqgan is None or config.data.image_tokens != "device":
         return lambda batch: batch
@@ -243,7 +244,7 @@ def _targets_on_device(config: Config, data: Data, device: torch.device) -> Call
 
 
 def _count_shards(config: Config, ranks: Ranks, pulse: Pulse) -> None:
-    """Make the manifests of remote shards that have none. Errors as `manifest.prepare`'s."""
+    """Create the missing manifests of remote shards. Errors as in `manifest.prepare`."""
     data = config.data
     store = ranks.main_first(lambda: ShardStore(data.cache_dir, data.cache_gb), pulse.waiting)
 
@@ -257,7 +258,8 @@ def _count_shards(config: Config, ranks: Ranks, pulse: Pulse) -> None:
 
 
 def _require_kernels(device: torch.device) -> None:
-    """Raise UserError if the kernels cannot run: an impossible M3AE_KERNELS_IMPL, or no compiler for Triton."""
+    """Raise UserError if the kernels cannot run, because M3AE_KERNELS_IMPL is invalid or there is no compiler for
+    Triton."""
     try:
         triton = choose_impl("auto", device) == "triton"
     except ValueError as error:
@@ -267,8 +269,8 @@ def _require_kernels(device: torch.device) -> None:
 
 
 def _build_model(config: Config, found: Resume, ranks: Ranks) -> tuple[M3AE, dict[str, Tensor], list[str]]:
-    """Return the model on the CPU, with the weights that it starts from; its weights that training does not change; and
-    a note on others' weights. Raises UserError if weights do not fit it."""
+    """Return the model on the CPU with its initial weights, the weights that training does not change, and notes about
+    imported weights. Raises UserError if weights do not fit."""
     torch.manual_seed(config.run.seed)
     model, notes = M3AE(config.model, config.loss), []
     found.open(model, state_kinds(model, optimizer_groups(model, config.optim), config.train.ema))

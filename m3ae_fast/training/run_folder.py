@@ -1,4 +1,4 @@
-"""A run folder has one owner: whoever holds its lock."""
+"""Exclusive ownership of a run folder by locking it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length,
 
 
 def is_held(path: Path) -> bool:
-    """Return whether another process holds the run folder. Takes no lock, which might keep a run from starting."""
+    """Return whether another process holds the lock of the run folder. Does not take the lock, which might prevent a
+    run from starting."""
     try:
         with (path / LOCK_FILE).open("rb") as file:
             asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -28,16 +29,16 @@ def is_held(path: Path) -> bool:
 
 
 class RunFolder:
-    """Holds the folder from its making until `close`; use as a context manager.
+    """A run folder that is locked for this process. Use as a context manager.
 
-    Two locks: POSIX's on a file, which all file systems know, and flock's on the folder itself, which outlives that
-    file where it is known. Both end with this process, however that ends: the first does not pass to loader workers,
-    and they drop the second. (filelock's, flock's on a file, has two holders once that file is removed, passes to
-    workers before version 4, and where flock is missing leaves a mark that outlives a killed run.)
+    Two locks are used: a POSIX lock on a file, which all file systems support, and flock on the folder itself, which
+    remains if the file is removed. Both end with this process, however it ends: the POSIX lock is not inherited by
+    loader workers, and they release the flock. (filelock uses flock on a file. It would have two holders if the file is
+    removed, is inherited by workers before version 4, and without flock leaves a mark that outlives a killed run.)
     """
 
     def __init__(self, path: Path) -> None:
-        """Lock the folder. Raises UserError if `path` cannot be written to, or another run holds it."""
+        """Lock the folder. Raises UserError if `path` cannot be written to, or if another run holds the lock."""
         self.path, self._made = path, not path.exists()
         self._lock: BinaryIO | None = None
         self._folder_lock: int | None = None
@@ -45,8 +46,8 @@ class RunFolder:
         self._take()
 
     def keep(self) -> str:
-        """Take the lock again if its file or the folder was removed, or the folder renamed. Return what happened; "" if
-        nothing did. Raises UserError if another run was faster."""
+        """Renew the lock if its file or the folder was removed, or the folder was renamed. Return a description of what
+        happened; "" if nothing did. Raises UserError if another run has locked the folder in the meantime."""
         assert self._lock is not None
         try:
             if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / LOCK_FILE)):
@@ -64,17 +65,15 @@ class RunFolder:
         if self.path.exists() and os.path.samestat(held, os.stat(self.path)):
             return f"run.dir {self.path}: its {LOCK_FILE} was deleted and has been re-created"
         if not held.st_nlink or not now.exists():
-            return (
-                f"run.dir {self.path} was deleted during the run; its contents are lost, and the folder is re-created"
-            )
+            return f"run.dir {self.path} was deleted during the run with its contents, and re-created"
         return (
-            f"run.dir {self.path} was renamed to {now}: metrics go on there, checkpoints into a new {self.path}; to "
-            f"have all in one, stop the run, move {self.path}/checkpoints/* to {now}/checkpoints, and resume with "
+            f"run.dir {self.path} was renamed to {now}: metrics are still written there, but checkpoints to a new {self.path}; to "
+            f"reunite them, stop the run, move {self.path}/checkpoints/* to {now}/checkpoints, and resume with "
             f"run.dir={now}"
         )
 
     def _take(self) -> None:
-        """Make the folder, if need be, and lock it."""
+        """Create the folder if necessary, and lock it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._folder_lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -106,8 +105,9 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go; a folder that was made here and holds nothing else goes too."""
-        with contextlib.suppress(OSError):  # removed meanwhile: the error that ends the run is the one to report
+        """Release the locks, and remove the folder if it was created here and is otherwise empty."""
+        # it was removed in the meantime: the error that ends the run is the one to report
+        with contextlib.suppress(OSError):
             if self._made and os.listdir(self.path) == [LOCK_FILE]:
                 shutil.rmtree(self.path, ignore_errors=True)
         self._unlock()

@@ -1,4 +1,4 @@
-"""How far a run has come and how it ended: a file in its folder, for whoever asks later."""
+"""The state of a run: a file in its folder that records its progress and how it ended."""
 
 from __future__ import annotations
 
@@ -21,29 +21,28 @@ RUNNING, FINISHED, STOPPED, FAILED = STATES = "running", "finished", "stopped", 
 
 @dataclass(frozen=True)
 class Record:
-    """What the run itself last wrote; one that was killed still says that it is running."""
+    """The content of the file as last written by the run. The file of a killed run still contains "running"."""
 
     state: str
     step: int  # optimiser steps taken
     total_steps: int
-    reason: str = ""  # of a stop or a failure
+    reason: str = ""  # reason of a stop or a failure
 
 
 class Recorder:
-    """Writes the record of a run, from its first step on."""
+    """Writer of a run's record, from its first step on."""
 
     def __init__(self, folder: Path, total_steps: int) -> None:
         self._path, self._total = folder / RECORD_FILE, total_steps
         self._begun = False
 
     def begin(self, step: int) -> None:
-        """Record that the run has begun to take steps. Raises UserError if the disk refuses."""
+        """Record that the run has started. Raises UserError if the file cannot be written."""
         self._begun = True
         self._write(RUNNING, step)
 
     def change(self, step: int, total_steps: int) -> None:
-        """Record, after `step` steps, that the run has another number of steps. A full disk leaves the record as it
-        was."""
+        """Record a changed number of steps after `step` steps. If the disk is full, the record is unchanged."""
         self._total = total_steps
         if self._begun:
             with contextlib.suppress(UserError):
@@ -51,15 +50,16 @@ class Recorder:
 
     @contextmanager
     def ending(self, step: Callable[[], int], reason: Callable[[], str]) -> Iterator[None]:
-        """Record how a run that has begun leaves the block, after which step, and for what `reason` it stopped. A full
-        disk leaves the record as it was."""
+        """Context that records how a started run ends: the step, and the `reason` if it was stopped. If the disk is
+        full, the record is unchanged."""
         state, why = FAILED, ""
         try:
             yield
             state = FINISHED if step() >= self._total else STOPPED
             why = reason() if state == STOPPED else ""
         except BaseException as error:
-            from m3ae_fast.process.failures import explain  # here: it imports torch, and `status` reads records alone
+            # imported here because it imports torch, which `status` does not need
+            from m3ae_fast.process.failures import explain
 
             why = " ".join(str(explain(error) or error).split()) or type(error).__name__
             raise
@@ -73,19 +73,19 @@ class Recorder:
 
 
 def status(run: Path) -> tuple[str, str]:
-    """Return a run folder's state, one of STATES, and a sentence about it. Raises UserError if no run has taken a
-    step in it, or its record is damaged."""
+    """Return the state of a run folder, one of STATES, and a sentence about it. Raises UserError if no run has taken a
+    step in it, or if its record is damaged."""
     held = is_held(run)
     try:
         record = Record(**read_json(run / RECORD_FILE))
         if record.state not in STATES:
-            raise ValueError(f"state {record.state!r}")
+            raise ValueError(f"unknown state {record.state!r}")
         of = f"step {_last_step(run, record.step):,} of {record.total_steps:,}"
     except OSError:
         raise UserError(f"{run}: no run has taken a step there ({RECORD_FILE} is missing)") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{run / RECORD_FILE}: is damaged ({error})") from None
-    if held or is_held(run):  # it may have ended, or begun, while its record was read
+    if held or is_held(run):  # the run may have ended or begun while its record was read
         return "running", f"running, {of} logged"
     if record.state == RUNNING:
         return "failed", f"failed: killed after {of} was logged; --resume auto continues from its last checkpoint"
@@ -94,7 +94,7 @@ def status(run: Path) -> tuple[str, str]:
 
 
 def _last_step(run: Path, recorded: int) -> int:
-    """Return the last step that is known of: the record's, or one that was logged since."""
-    with contextlib.suppress(UserError):  # it has logged none
+    """Return the last known step: that of the record, or a step that was logged later."""
+    with contextlib.suppress(UserError):  # no step has been logged
         return max(recorded, read_metrics(run)[-1]["step"])
     return recorded

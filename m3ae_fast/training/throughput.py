@@ -15,25 +15,24 @@ from m3ae_fast.model.flops import executed_flops, reference_flops
 
 
 class Rates(Protocol):
-    """Measures rates between two log lines."""
+    """Measurement of rates between two log lines."""
 
     def add(self, counts: Any, waited: float) -> None:
-        """Add a step's counts over all ranks, and the seconds that this rank waited for its data."""
+        """Add the counts of a step over all ranks, and the seconds that this rank waited for its data."""
 
     def rates(self) -> dict[str, float]:
-        """Return rates since the last call; `data_wait` is this rank's, and that of the rank which waits most is
-        logged."""
+        """Return the rates since the last call. `data_wait` is that of this rank; the maximum over ranks is logged."""
 
 
 class SampleCounts(NamedTuple):
-    """Counts of micro-batches whose losses are means over samples."""
+    """Counts of micro-batches if losses are means over samples."""
 
     samples: float
     skipped: float  # samples that could not be used
 
     @classmethod
     def of(cls, batches: Sequence[PackedBatch]) -> SampleCounts:
-        """Count what `batches` hold."""
+        """Return the counts of `batches`."""
         return cls(sum(len(batch.keys) for batch in batches), sum(len(batch.skipped) for batch in batches))
 
     def denominators(self, world: int) -> float:
@@ -42,7 +41,7 @@ class SampleCounts(NamedTuple):
 
 
 class SampleRate:
-    """Measures samples per second between two log lines."""
+    """Measurement of samples per second between two log lines."""
 
     def __init__(self) -> None:
         self._start()
@@ -64,15 +63,15 @@ class SampleRate:
 
 
 class StepCounts(NamedTuple):
-    """Counts of some micro-batches. Their sums over ranks are StepCounts again."""
+    """Counts of micro-batches. Sums of them over ranks are StepCounts too."""
 
     samples: float
     images: float
     captions: float
-    loss_image: float  # what the losses are means over
+    loss_image: float  # this and the next: denominators of the losses
     loss_text: float
     skipped: float  # samples that could not be used
-    tokens: float  # cls, visible tokens, and masked tokens that the decoder takes
+    tokens: float  # cls tokens, visible tokens, and masked tokens in the decoder
     flops: float  # executed, forward and backward
 
     def denominators(self, world: int) -> LossCounts:
@@ -81,7 +80,7 @@ class StepCounts(NamedTuple):
 
     @classmethod
     def of(cls, batches: Sequence[PackedBatch], config: ModelConfig) -> StepCounts:
-        """Count what `batches` hold; they must still be on the CPU."""
+        """Return the counts of `batches`, which must be on the CPU."""
         each = []
         for b in batches:
             samples = len(b.keys), len(b.grids), b.captions
@@ -94,13 +93,13 @@ Counts: TypeAlias = SampleCounts | StepCounts
 
 
 def _tokens(batch: PackedBatch) -> int:
-    """Return the number of tokens that encoder and decoder see, each once, without padding."""
+    """Return the number of tokens in encoder and decoder, each counted once, without padding."""
     visible = int(batch.encoder.cu_seqlens[len(batch.keys)])
     return visible + int((batch.mask_ids >= 0).sum())
 
 
 class Throughput:
-    """Rates between two log lines."""
+    """Measurement of throughput and utilisation between two log lines."""
 
     def __init__(self, config: ModelConfig, masking: MaskingConfig, peak_flops: float, one_size: bool = True) -> None:
         """Start counting. `peak_flops`: FLOP/s of all ranks together; `one_size`: of images, throughout the run."""
@@ -128,8 +127,9 @@ class Throughput:
         rates = {
             "samples_per_s": n.samples / seconds,
             "tokens_per_s": n.tokens / seconds,
-            **({"mfu": reference / seconds / self._peak} if self._has_reference else {}),  # the official code's FLOPs
-            "utilisation": n.flops / seconds / self._peak,  # FLOPs that were spent
+            # with the FLOPs of the official code
+            **({"mfu": reference / seconds / self._peak} if self._has_reference else {}),
+            "utilisation": n.flops / seconds / self._peak,  # with the executed FLOPs
             "data_wait": self._waited / seconds,
         }
         self._start()
@@ -137,8 +137,8 @@ class Throughput:
 
 
 class ForwardTime:
-    """Measures the forward passes of training: backward ones wait for other ranks, and a whole step takes all of them
-    the same time, whichever rank is slow."""
+    """Measurement of the forward passes of training, which identify slow ranks: backward passes wait for other ranks,
+    so a whole step takes the same time on all ranks."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._passes: list[tuple[Any, Any]] = []
@@ -147,7 +147,8 @@ class ForwardTime:
         module.register_forward_hook(self._end)
 
     def per_step(self, steps: int) -> float:
-        """Return seconds per step since the last call, in which there were so many. The GPU must have come so far."""
+        """Return the seconds per step since the last call, given the number of `steps` since then. The GPU must have
+        completed these steps."""
         passes = [each for each in self._passes if each[1] is not None]
         self._passes = []
         if self._on_gpu:

@@ -1,4 +1,4 @@
-"""The time that a run has, and the number of steps that fit into it."""
+"""The time limit of a run, and the number of steps that fit into it."""
 
 from __future__ import annotations
 
@@ -9,40 +9,41 @@ from contextlib import contextmanager
 
 from m3ae_fast.engine.schedule import Schedule
 
-_WARM = 2  # steps that are not counted: memory is allocated, kernels are compiled, loader workers start
-_FEWEST = 8  # steps that are counted before the first adjustment, or as many as take
+_WARM = 2  # steps that are excluded because memory is allocated, kernels are compiled and loader workers start
+_FEWEST = 8  # measured steps before the first adjustment, or as many as take
 _SETTLED = 0.1  # of the time
-# the weight of a step's duration falls by a factor of e in this part of the time left, but in no less than this part of
-# all the time
+# The weight of a step's duration decreases by a factor of e over this fraction of the time left, but over no less than
+# this fraction of the whole time.
 _RECENT, _RECENT_LEAST = 0.1, 0.01
-_TOLERANCE = 0.02  # of the time: an end that is expected as near to the limit stays
-_PAUSE = 0.02  # of the time, between two adjustments
-# where no time is left, the learning rate still falls to its end: over this part of the steps taken, in this part of
-# the time at most
+_TOLERANCE = 0.02  # fraction of the time: no adjustment if the expected end is this close to the limit
+_PAUSE = 0.02  # fraction of the time between two adjustments
+# If no time is left, the learning rate is still decayed: over this fraction of the steps taken, but in at most this
+# fraction of the time.
 _RUN_DOWN, _RUN_DOWN_TIME = 0.02, 0.03
 
 
 class TimeLimit:
-    """Measures the steps and evaluations of a run, and tells how many steps it should have to end in its time."""
+    """Measurement of the steps and evaluations of a run, from which the number of steps that fit into its time is
+    computed."""
 
     def __init__(self, seconds: float, spent: float = 0.0) -> None:
-        """Start the clock. `spent`: seconds of `seconds` that are used up, by earlier attempts."""
+        """Start the clock. `spent`: part of `seconds` that earlier attempts have used."""
         self.seconds = seconds
         self._last = time.monotonic()
         self._began = self._last - spent
         self._taken = 0
-        self._steps = self._duration = 0.0  # recent steps and how long they took, both with weights
-        self._counted = 0.0  # seconds
-        self._adjusted = -math.inf  # when
-        self._evaluations: dict[str, tuple[float, float]] = {}  # by name: seconds, and how many there are per step
+        self._steps = self._duration = 0.0  # weighted number and duration of recent steps
+        self._counted = 0.0  # seconds of measured steps
+        self._adjusted = -math.inf  # time of the last adjustment
+        self._evaluations: dict[str, tuple[float, float]] = {}  # by name: seconds, and number per step
 
     @property
     def spent(self) -> float:
-        """Return the seconds of the limit that are used up."""
+        """Return the seconds of the limit that have been used."""
         return time.monotonic() - self._began
 
     def step_taken(self) -> None:
-        """Count the time since the step before, without evaluations."""
+        """Count the time since the previous step, without evaluations."""
         now = time.monotonic()
         took, self._last = now - self._last, now
         if self._taken <= _WARM:
@@ -56,7 +57,7 @@ class TimeLimit:
 
     @contextmanager
     def evaluation(self, name: str, every: int | None, due: bool) -> Iterator[None]:
-        """Measure the block as an evaluation that is due every so many steps (None: only at the end), if it is due."""
+        """Context that measures an evaluation, if it is `due`. `every`: its period in steps; None: only at the end."""
         began = time.monotonic()
         yield
         took = time.monotonic() - began
@@ -65,8 +66,8 @@ class TimeLimit:
             self._evaluations[name] = took, 1 / every if every else 0.0
 
     def fitting(self, step: int, schedule: Schedule) -> int:
-        """Return the number of steps that a run should have which has taken `step`: the schedule's own, unless the run
-        would end too late or too early with it."""
+        """Return the number of steps for a run that is at `step`: that of the schedule, unless the run would then end
+        too late or too early."""
         total, left = schedule.total_steps, self.seconds - self.spent
         settled = self._taken >= _WARM + _FEWEST or self._counted >= _SETTLED * self.seconds
         early = self.spent - self._adjusted < _PAUSE * self.seconds

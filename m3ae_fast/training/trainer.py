@@ -1,4 +1,4 @@
-"""The training loop of every task: steps, logging, evaluation, checkpoints, shutdown."""
+"""The training loop for all tasks: steps, logging, evaluation, checkpoints and shutdown."""
 
 from __future__ import annotations
 
@@ -38,64 +38,65 @@ from m3ae_fast.training.time_limit import TimeLimit
 
 
 class Task(Protocol):
-    """What differs between pre-training, fine-tuning and a linear probe. Every rank calls every method, in the same
+    """A training task, such as pre-training, fine-tuning or a linear probe. All ranks call all methods in the same
     order."""
 
     def count(self, batches: list[PackedBatch]) -> Counts:
-        """Count a step's micro-batches, which are still on the CPU. The counts are summed over ranks."""
+        """Return the counts of a step's micro-batches, which are on the CPU. The counts are summed over ranks."""
 
     def evaluate(self, trainer: Trainer) -> None:
         """Evaluate on held-out samples if that is due. Called before the first step and after each."""
 
     def describe(self, trainer: Trainer) -> list[str]:
-        """Return the lines that a run begins with; those of the main rank are printed."""
+        """Return the first log lines; those of the main rank are printed."""
 
     def conclude(self, trainer: Trainer) -> dict[str, Any] | None:
-        """Return the result of a run that has taken its last step; None if a rank is asked to stop meanwhile."""
+        """Return the result of a run after its last step; None if a rank is asked to stop in the meantime."""
 
 
 class Sums(NamedTuple):
-    """What ranks sum before each step."""
+    """Values that are summed over ranks before each step."""
 
-    stopped: float  # ranks that are asked to stop
-    failed: float  # ranks on which a step was not finite or a save has failed
-    confirmed: float  # ranks on which the step after the last save was finite, and the save is done
-    total_steps: float  # the main rank's decision
+    stopped: float  # number of ranks that are asked to stop
+    failed: float  # number of ranks on which a step was not finite or a save has failed
+    confirmed: float  # number of ranks on which the step after the last save was finite and the save is complete
+    total_steps: float  # decided by the main rank
     counts: Counts
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Takes the steps of a task. Every rank has one."""
+    """The trainer of a task, which exists on every rank."""
 
     task: Task
     session: Session
     folder: RunFolder | None  # on the main rank only
     run: RunConfig
     settings: LoopConfig
-    sections: dict[str, Any]  # the config that is saved in checkpoints
+    sections: dict[str, Any]  # sections of the config for checkpoints
     share: Share
     schedule: Schedule
     engine: Engine
-    train_loader: Iterable[Any]  # PackedBatches, or what else the engine takes
+    train_loader: Iterable[Any]  # PackedBatches, or other inputs of the engine
     throughput: Rates
     bad: BadSamples
     stream: dict[str, str]  # fingerprint of the data
-    start: int  # steps that the checkpoint to resume from has taken
+    start: int  # number of steps in the checkpoint from which the run resumes
     suggested_fix: str  # settings to change if a loss or weight is not finite
-    constants: dict[str, Tensor] = field(default_factory=dict)  # saved in checkpoints besides the engine's state
+    # tensors saved in checkpoints in addition to the engine's state
+    constants: dict[str, Tensor] = field(default_factory=dict)
     not_computed: tuple[str, ...] = ()  # prefixes of the losses that this run does not compute
-    seeds_steps: bool = True  # whether a step draws random numbers
-    add_targets: Callable[[PackedBatch], PackedBatch] = lambda batch: batch  # on the device
+    seeds_steps: bool = True  # whether steps use random numbers
+    add_targets: Callable[[PackedBatch], PackedBatch] = lambda batch: batch  # called on the device
     after_save: Callable[[RunLog, int, Path], None] | None = None  # called with a saved step and its checkpoint
-    attention: dict[str, str] = field(default_factory=dict)  # kernels that checkpoints store, by part of the network
-    limit: TimeLimit | None = None  # the main rank's decides
-    early_stopping: EarlyStopping | None = None  # the main rank's decides
+    attention: dict[str, str] = field(default_factory=dict)  # names of kernels for checkpoints, by part of the network
+    limit: TimeLimit | None = None  # used on the main rank
+    early_stopping: EarlyStopping | None = None  # used on the main rank
     left_out: tuple[int, ...] = ()  # batches of the stream that no step takes
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.pulse, _ = self.session
-        self.step = self.logged = self.start  # optimiser steps so far, and when they were last logged
+        self.step = self.logged = self.start  # optimiser steps so far, and the last logged step
         self._batch = batch_of(self.start, self.left_out)  # of the stream, that comes next
         self.log: RunLog = SilentLog()
         if self.ranks.is_main:
@@ -119,7 +120,7 @@ class Trainer:
         """Take the steps of the run, to the last or until a rank is asked to stop.
 
         Args:
-            trace_dir: where to write a profiler trace of some steps; None: nowhere.
+            trace_dir: folder for a profiler trace of some steps; None: no trace.
 
         Returns:
             The result of a run that has taken its last step, otherwise None.
@@ -153,9 +154,9 @@ class Trainer:
     # A step
 
     def inputs(self) -> Iterator[tuple[StepInput[Sums], Counts]]:
-        """Yield this rank's micro-batches of each step, on the device, with what all ranks' micro-batches count, until
-        the last step or until a rank is asked to stop or has failed. The next micro-batches are loaded, and their
-        counts summed, while the GPU computes. Raises UserError if too many samples cannot be used."""
+        """Yield this rank's micro-batches of each step, on the device, with the counts over all ranks, until the last
+        step or until a rank is asked to stop or has failed. The next micro-batches are loaded, and their counts are
+        summed, while the GPU computes. Raises UserError if too many samples are invalid."""
         batches = self.pulse.watch(self.train_loader, "training")
         for inputs in feed(batches, self.share.accumulation, self.ranks.device, self._start_sums):
             sums = inputs.sums()
@@ -176,10 +177,10 @@ class Trainer:
             yield inputs, counts
 
     def take_step(self, inputs: StepInput[Sums], counts: Counts) -> tuple[list[Any], Tensor]:
-        """Take one optimiser step: forward, backward, update. Return the micro-batches' losses and the gradient
-        norm."""
+        """Take one optimiser step (forward, backward and update). Return the losses of the micro-batches and the
+        gradient norm."""
         self.pulse.mark(f"step {self.step + 1}")
-        if self.seeds_steps:  # what the step draws depends on the seed, the step and the rank alone
+        if self.seeds_steps:  # the random numbers depend only on the seed, the step and the rank
             torch.manual_seed(hash64(self.run.seed, self.step, self.ranks.rank) & 0xFFFFFFFF)
         batches = [self.add_targets(batch) for batch in inputs.device]
         losses, grad_norm = self.engine.step(
@@ -203,18 +204,17 @@ class Trainer:
         return sums
 
     def _decide(self) -> int:
-        """Return the number of steps that the run should have: it fits into the time, if that is limited, and ends with
-        a decay when the accuracy is reached, if that ends the run."""
+        """Return the number of steps of the run, adjusted to its time limit and to early stopping, if these are set."""
         total = self.schedule.total_steps
-        if self.step >= total:  # the loader of a run with a time limit goes on
+        if self.step >= total:  # the loader of a run with a time limit does not end
             return total
         total = self.limit.fitting(self.step, self.schedule) if self.limit else total
         total = self.early_stopping.total_steps(self.step, self.schedule, total) if self.early_stopping else total
         return max(total, self.step + 1)
 
     def _change(self, total: int) -> None:
-        """Apply the number of steps that the main rank has decided. If the decay begins now, save: a run can be
-        extended from there. Every rank must call it."""
+        """Apply the number of steps that the main rank has decided. If the decay begins now, save a checkpoint from
+        which the run can be extended. Every rank must call it."""
         if total == self.schedule.total_steps:
             return
         saved = self.step == self.start or self._saves()
@@ -232,11 +232,11 @@ class Trainer:
             self.bad.report(items, say=self.ranks.is_main)
 
     def log_step(self, losses: list[Any], grad_norm: Tensor) -> None:
-        """Log the step just taken, if that is due."""
+        """Log the current step if that is due."""
         if self.step != 1 and not self.schedule.due(self.step, self.settings.log_every):
             return
         world, rates = self.ranks.world, self.throughput.rates()
-        own = [sum(values).item() for values in zip(*losses)]  # which waits for a GPU
+        own = [sum(values).item() for values in zip(*losses)]  # waits for the GPU
         forward = self.forward.per_step(self.step - self.logged)
         self.logged = self.step
         by_rank = [0.0] * 2 * world
@@ -260,8 +260,9 @@ class Trainer:
     # What tasks call
 
     def to_evaluate(self, every: int | None, *names: str) -> bool:
-        """Return whether an evaluation logged under one of `names` is due: every so many steps, before the first and
-        after the last. A resumed run repeats only what a stop cut short. Every rank must call it."""
+        """Return whether an evaluation that is logged under one of `names` is due: every `every` steps, before the
+        first step and after the last. A resumed run repeats only evaluations that were interrupted. Every rank must
+        call it."""
         if self.step and not self.schedule.due(self.step, every):
             return False
         if self.step == 0 or self.step > self.start:
@@ -269,14 +270,14 @@ class Trainer:
         return not self.ranks.broadcast(lambda: self.log.has(self.step, names))
 
     def evaluation(self, name: str, every: int | None) -> AbstractContextManager[None]:
-        """Return a context for an evaluation that is due every so many steps, which the time limit measures."""
+        """Return a context for an evaluation with the period `every`, whose duration the time limit measures."""
         due = self.step == 0 or self.schedule.due(self.step, every)
         return self.limit.evaluation(name, every, due) if self.limit else nullcontext()
 
     def add_accuracy(self, accuracy: float) -> None:
-        """Take the k-NN accuracy after this step, which may end the run early."""
+        """Add the k-NN accuracy after this step to early stopping, which may end the run."""
         if self.early_stopping and (why := self.early_stopping.add(self.step, accuracy)):
-            self.log.say(f"{why}: the learning rate falls from step {self.step} on, and the run ends")
+            self.log.say(f"{why}: the learning rate is decayed from step {self.step} on, and the run ends")
 
     def cut_short(self) -> None:
         """Log that a stop interrupted an evaluation; the next start repeats it."""
@@ -299,7 +300,7 @@ class Trainer:
     # The beginning and the end
 
     def _ending(self) -> AbstractContextManager[None]:
-        """Return a context that records how it ends."""
+        """Return a context that records how the run ends."""
         return self.record.ending(lambda: self.step, lambda: self.stop.reason or BY_ANOTHER)
 
     def _begin(self) -> None:
@@ -316,12 +317,12 @@ class Trainer:
         self.ranks.on_main(begin)
 
     def _saves(self) -> bool:
-        """Return whether a checkpoint is due: in its period, and before the learning rate falls, so that the run can be
-        extended from there."""
+        """Return whether a checkpoint is due: at its period, and before the learning rate decays, so that the run can
+        be extended."""
         return self.schedule.due(self.step, self.settings.save_every) or self.step == self.schedule.decay_begin
 
     def _save(self) -> None:
-        """Begin to save a checkpoint. Every rank must call it. Errors as in `Saver.save`."""
+        """Start saving a checkpoint. Every rank must call it. Errors as in `Saver.save`."""
         self.pulse.mark(f"saving step {self.step}")
         about = (self.step, self.step * self.settings.global_batch, self.run.seed, self.sections, checkpoint.versions())
         spent = self.limit.spent if self.limit else 0.0
@@ -333,8 +334,8 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        """Wait for the last save; if the run was stopped early, save its state. Raises UserError on all ranks if a save
-        has failed."""
+        """Wait for the last save. If the run was stopped early, save its state first. Raises UserError on all ranks if
+        a save has failed."""
         self.saver.wait()
         self.stop_if_not_finite()
         if self.bad.bad:

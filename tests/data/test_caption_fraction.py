@@ -95,7 +95,7 @@ def test_a_fraction_of_no_pairs_is_refused(tmp_path, store):
             source("a.tar", 0.5, modality=modality)
     images = write_tar(tmp_path / "a.tar", members(range(3), "image"))
     for shards in (images, make(tmp_path, images)):
-        with pytest.raises(UserError, match="hold no pairs; leave out caption_fraction"):
+        with pytest.raises(UserError, match="contain no pairs, so caption_fraction has no effect"):
             open_corpus(source(shards, 0.5), store)
     paired = make(tmp_path, write_tar(tmp_path / "b.tar", members(range(3))), out="b.npy")
     assert not open_corpus(source(paired, 0.0), ShardStore(tmp_path / "other")).has_captions

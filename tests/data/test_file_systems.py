@@ -62,7 +62,7 @@ def test_shards_on_a_network_are_read_from_whole_copies(far, store, tmp_path):
     assert captions(store, far) == expected
     assert len(copies(store)) == SHARDS
     write_tar(far / "0.tar", members(range(30), "text"))  # a larger one, which its old copy is not taken for
-    with pytest.raises(OSError, match="is not what was indexed"):
+    with pytest.raises(OSError, match="differs from the indexed shard"):
         Reader(corpus.sources[0], store).read(0, 0)
 
 

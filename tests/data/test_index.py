@@ -152,7 +152,7 @@ def test_garbage_after_good_members(tmp_path, store):
     path.write_bytes(data)
     (shard,) = index_shards([str(path)], store)
     assert shard.summary.samples == 2
-    assert f"no tar header at byte {offset}" in shard.summary.damage
+    assert f"has no tar header at byte {offset}" in shard.summary.damage
 
 
 def test_grouping_is_webdatasets(tmp_path, store):
@@ -248,7 +248,7 @@ def test_modality_can_be_set(tmp_path, store):
         assert raw == ((picture(1), None) if modality == "image" else (None, caption(1)))
     images = write_tar(tmp_path / "b.tar", members(range(3), "image"))
     for modality in ("text", "paired"):
-        with pytest.raises(UserError, match=f"no sample in them is '{modality}'"):
+        with pytest.raises(UserError, match=f"no sample has the modality '{modality}'"):
             open_corpus([SourceConfig(shards=images, modality=modality)], store)
 
 
@@ -264,7 +264,7 @@ def test_the_modality_of_a_shard_is_what_all_its_samples_are(tmp_path, store):
     found = corpus.sources[0].shards[0].summary
     assert (found.samples, found.images, found.captions, found.paired) == (6, 5, 4, 3)
     unpaired = write_tar(tmp_path / "unpaired.tar", [*kinds["text"], *kinds["image"]])
-    with pytest.raises(UserError, match="no sample in them is 'paired'"):
+    with pytest.raises(UserError, match="no sample has the modality 'paired'"):
         open_corpus([SourceConfig(shards=unpaired, modality="paired")], store)
 
 
@@ -380,7 +380,7 @@ def test_members_that_nothing_reads_are_named_and_counted(tmp_path, store, capsy
     data_tools(["index", *paths])
     assert "6 .mp4, 2 .png, 2 .seg.png" in " ".join(capsys.readouterr().out.split())
     films = write_tar(tmp_path / "films.tar", [(f"{i}.mp4", b"film") for i in range(3)])
-    with pytest.raises(UserError, match=r"no samples in them \(images jpg, .*npy; captions txt, json\), but 3 \.mp4$"):
+    with pytest.raises(UserError, match=r"contain no samples \(images jpg, .*npy; captions txt, json\), but 3 \.mp4$"):
         open_corpus([SourceConfig(shards=films)], store)
 
 

@@ -428,7 +428,7 @@ def test_image_only_and_text_only(load, tmp_path):
     (batch,) = load(texts, micro_batch=6, steps=1)
     assert (len(batch.images), batch.counts.image, len(batch.image_rows)) == (0, 0, 0)
     assert batch.captions == 6
-    with pytest.raises(UserError, match=r"data\.tokenizer: missing"):
+    with pytest.raises(UserError, match=r"data\.tokenizer: no tokenizer is set"):
         load(texts, tokenizer=False)
     paired = write_tar(tmp_path / "p.tar", members(range(6)))
     (batch,) = load([SourceConfig(shards=paired, modality="image")], micro_batch=6, steps=1, tokenizer=False)
@@ -453,7 +453,7 @@ def test_a_shard_may_mix_what_its_samples_have(load, tmp_path):
 
 
 BAD = {
-    "broken": ([("x.jpg", picture(0)[:-300]), ("x.txt", b"a cat")], "broken"),
+    "broken": ([("x.jpg", picture(0)[:-300]), ("x.txt", b"a cat")], "damaged"),
     "empty image": ([("x.jpg", b""), ("x.txt", b"a cat")], "empty"),
     "not an image": ([("x.png", b"hello"), ("x.txt", b"a cat")], "not an image"),
     "no caption": ([("x.jpg", picture(0))], "no caption"),
@@ -492,7 +492,9 @@ def test_a_caption_on_which_the_tokenizers_library_panics_is_a_bad_sample(load, 
     (batch,) = load(path, micro_batch=8, steps=1, tokenizer=tokenizer, config={"workers": workers})
     assert sorted(int(key[-5:]) for key in batch.keys) == [0, 1, 2, 4, 5, 6, 7]
     (skipped,) = batch.skipped
-    assert skipped.key == "x" and skipped.reason.startswith("the tokenizer fails: the library panics: Onig")
+    assert skipped.key == "x" and skipped.reason.startswith(
+        "the tokenizer fails on the caption: the library panics: Onig"
+    )
     with pytest.raises(ValueError, match="the text cannot be used: the tokenizer fails"):
         unmasked_sample(0, None, text, SimpleNamespace(), tokenizer)
 

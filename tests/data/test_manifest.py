@@ -138,7 +138,9 @@ def test_a_shard_of_another_length_never_moves_the_order(load, tmp_path):
     write_tar(paths[1], members(range(10, 19)))  # four more
     (batch,) = load([SourceConfig(shards=path)], micro_batch=15, steps=1)
     assert keys([batch]) == [key for key in before if key not in ("00003", "00004")]
-    assert [skipped.reason for skipped in batch.skipped] == ["the shard has 3 samples, 5 by its manifest"] * 2
+    assert [skipped.reason for skipped in batch.skipped] == [
+        "the shard has only 3 samples, but its manifest states 5"
+    ] * 2
     assert {skipped.shard for skipped in batch.skipped} == {paths[0]}
 
 
@@ -147,7 +149,7 @@ def test_shards_that_are_not_whole_are_named(tmp_path, capsys):
     (tmp_path / "1.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:6000])
     path = make(tmp_path, whole, str(tmp_path / "1.tar"))
     out = capsys.readouterr().out
-    assert f"note: {tmp_path}/1.tar: the tar has no end mark" in out and "; 2 samples count" in out
+    assert f"note: {tmp_path}/1.tar: the tar has no end mark" in out and "; 2 of its samples count" in out
     assert out.endswith("2 shards with 6 samples, 0 not read\n")
     make(tmp_path, path, out="again.npy")
     assert f"note: {path}: the tar no tar header" in capsys.readouterr().out
@@ -172,7 +174,7 @@ def test_what_is_no_manifest_is_refused(tmp_path, store):
     with pytest.raises(UserError, match="the name of a shard is not UTF-8"):
         open_corpus([SourceConfig(shards=str(bad))], store)
     write(bad, rows_of(["x.tar"], [(3, 0, UNREAD)]))
-    with pytest.raises(UserError, match=r"is damaged .*unread with samples"):
+    with pytest.raises(UserError, match=r"is damaged .*unread but has samples"):
         open_corpus([SourceConfig(shards=str(bad))], store)
     write(bad, rows_of(["x.tar"], [((1 << 32) - 1, 0, 0)]))
     with pytest.raises(UserError, match="gives 4,294,967,295 samples for one shard; the maximum is 67,108,864"):
@@ -305,7 +307,7 @@ def test_why_no_shard_can_be_counted_is_told_to_all_and_nothing_is_kept(tmp_path
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
     work = lambda process, gather, node: manifest.prepare(pattern, stores[node], process, gather)  # noqa: E731
     for told in together(4, 2, work):
-        assert "cannot be read (" in told and told.endswith("; nor can 5 others")
+        assert "cannot be read (" in told and told.endswith("; the same applies to 5 others")
     assert not any((store.cache_dir / "manifests").exists() for store in stores)
     (tmp_path / "away").rename(tmp_path / "far")
     assert together(4, 2, work) == [None] * 4

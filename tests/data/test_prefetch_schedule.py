@@ -89,7 +89,7 @@ def test_bytes_in_use_are_a_window_of_each_lane_and_must_fit(needs):
     assert (needs(5).in_use(), needs(5).owned()) == (10, 60)
     assert 4 * 5 <= needs(5, lanes=4).in_use() <= 4 * 10 and needs(5, lanes=4).owned() == 60
     needs(5, limit=10).require_room()
-    with pytest.raises(UserError, match=r"raise it, or lower data\.shuffle_shards"):
+    with pytest.raises(UserError, match=r"or lower data\.shuffle_shards"):
         needs(5, limit=9).require_room()
 
 

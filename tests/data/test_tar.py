@@ -142,7 +142,7 @@ def test_a_checksum_is_written_in_several_ways(tmp_path, checksum):
     )
     wrong = bytearray(by_hand("a.txt", b"cat", checksum=checksum))
     wrong[0] += 1
-    assert scanned(tmp_path / "a.tar", bytes(wrong), LAST) == ([], "no tar header at byte 0")
+    assert scanned(tmp_path / "a.tar", bytes(wrong), LAST) == ([], "has no tar header at byte 0")
 
 
 def test_sizes_in_binary_count_all_their_bytes(tmp_path):
@@ -154,7 +154,7 @@ def test_sizes_in_binary_count_all_their_bytes(tmp_path):
     )
     for huge in (b"\x81" + size[1:], b"\x80\x01" + size[2:], b"\xff" * 12):
         found = scanned(tmp_path / "a.tar", by_hand("a.txt", b"c" * 700, [(124, huge)]), LAST)
-        assert found == ([], "no tar header at byte 0")
+        assert found == ([], "has no tar header at byte 0")
 
 
 def test_a_record_is_of_the_next_member_alone(tmp_path):

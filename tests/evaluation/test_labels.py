@@ -88,14 +88,14 @@ def test_validation_labels_are_those_of_training(opened):
     [
         (
             {3: None},
-            "1 of 6 samples have no label .cls., such as .*0.tar/00003; it has neither .cls nor .json, or label",
+            "1 of 6 samples have no label .cls., such as .*0.tar/00003; the samples have neither .cls nor .json, or label",
         ),
         (dict.fromkeys(range(6), -1), "no sample has a label .* other than -1"),
-        (dict.fromkeys(range(6), 2), "all samples have the label 2 .*; two classes"),
-        ({2: 7, 5: 7}, "go up to 7, but no sample has 2"),
+        (dict.fromkeys(range(6), 2), "all samples have the label 2 .*; at least two classes"),
+        ({2: 7, 5: 7}, "is 7, but no sample has the label 2"),
         ({2: -5}, "the label -5 .* is out of range"),
         ({2: 1 << 30}, "the label 1073741824 .* is out of range"),
-        ({2: "red"}, "00002: its cls holds 'red', not a whole number"),
+        ({2: "red"}, "00002: its cls member must be an integer, but is 'red'"),
     ],
 )
 def test_labels_that_cannot_be_used_are_named_in_one_line(opened, labels, message):
@@ -105,7 +105,7 @@ def test_labels_that_cannot_be_used_are_named_in_one_line(opened, labels, messag
 
 
 def test_a_missing_field_is_answered_with_those_that_there_are(opened):
-    with pytest.raises(UserError, match=r"0\.tar/00000; it has cls, json.name, json.label: choose one"):
+    with pytest.raises(UserError, match=r"0\.tar/00000; the samples have cls, json.name, json.label: choose one"):
         label_corpus(opened((range(3),)), "json.colour")
 
 
@@ -113,9 +113,9 @@ def test_a_missing_field_is_answered_with_those_that_there_are(opened):
     ("text", "message"),
     [
         (b"{", "not valid JSON"),
-        (b'{"label": [1]}', "neither a whole number"),
-        (b'{"label": 9223372036854775808}', "json.label is 9223372036854775808, beyond the whole numbers of 64 bits"),
-        (b'{"label": -9223372036854775809}', "beyond the whole numbers"),
+        (b'{"label": [1]}', "must be an integer or text"),
+        (b'{"label": 9223372036854775808}', "json.label is 9223372036854775808, which exceeds the integers of 64 bits"),
+        (b'{"label": -9223372036854775809}', "which exceeds the integers"),
     ],
 )
 def test_json_that_holds_no_label_is_named(tmp_path, text, message):
@@ -132,7 +132,7 @@ def test_an_unknown_place_of_labels_is_named(opened):
 
 
 def test_mixed_labels_are_refused(opened):
-    with pytest.raises(UserError, match=r"some labels .* are numbers and some are text"):
+    with pytest.raises(UserError, match=r"some labels .* are integers and some are text"):
         label_corpus(opened((range(3), {1: "two"})), "json.label")
 
 

@@ -57,7 +57,7 @@ def test_converted_mae_trains_on_with_its_positions(trainer):
     trainer.config.write_text(json.dumps(tiny))
     options = ["--set", "train.precision=bf16", *zero(1)]
     out = trainer("run", *options, "--set", "train.steps=2")
-    assert "which has no decoder: the decoder starts from random weights" in out
+    assert "which has no decoder: the decoder is randomly initialised" in out
     out = trainer("run", *options, "--set", "train.steps=4", "--resume", "auto")
     assert "weights from" not in out
     assert [line["step"] for line in lines(trainer, "run") if "loss" in line] == [1, 2, 3, 4]
