@@ -192,7 +192,7 @@ def test_a_disk_that_refuses_one_rank_is_told_on_all(tmp_path, monkeypatch, erro
 
     monkeypatch.setattr(state_files, "save_file", refuse)
     (text,) = set(save_parts(tmp_path, _parts(), step=2))
-    assert "cannot be written (rank 1: " in text and str(error) in text and "earlier ones are intact" in text
+    assert "cannot be written (rank 1: " in text and str(error) in text and "earlier checkpoints are intact" in text
     assert os.listdir(tmp_path / "checkpoints") == [first.name]
 
 

@@ -149,9 +149,7 @@ def test_a_folder_that_is_renamed_under_way_is_told_with_what_to_do(trainer):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
-    told = (
-        f"run.dir {run} was renamed to {renamed}: metrics are still written there, but checkpoints to a new {run}; to"
-    )
+    told = f"run.dir {run} was renamed to {renamed}: metrics are still written there, checkpoints to a new {run}; to"
     assert process.exitcode == 0 and trainer.log("run").read_text().count(told) == 1
     for path in checkpoint.saved_steps(run):  # what it says to do
         path.rename(renamed / "checkpoints" / path.name)
@@ -231,7 +229,7 @@ def test_tensorboard_has_scalars_and_pictures(tmp_path):
     Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
     with RunLog(tmp_path, 0, 9) as log:
         log.log(3, {"loss": 1.5})
-        log.picture(3, "reconstructions", tmp_path / "a.png")
+        log.figure(3, "reconstructions", tmp_path / "a.png")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     (point,) = events.Scalars("loss")
@@ -291,7 +289,7 @@ def test_wandb_offline_and_again_after_a_resume(tmp_path, monkeypatch):
     for start in (0, 3, 0):
         with RunLog(tmp_path, start, 9, ["wandb"], {"train": {"steps": 9}}) as log:
             log.log(start + 3, {"loss": 1.5})
-            log.picture(start + 3, "reconstructions", tmp_path / "a.png")
+            log.figure(start + 3, "reconstructions", tmp_path / "a.png")
         ids.append((tmp_path / WANDB_ID_FILE).read_text())
     assert ids[0] == ids[1] != ids[2]
     assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == 3

@@ -79,7 +79,7 @@ class PretrainingTask:
             weights = checkpoint.read_weights(path, average=False)
             drawn = draw_training(self.config, weights, self.data.shown, self.data.tokenizer)
             for name, picture in drawn.items():
-                log.picture(step, name, picture)
+                log.figure(step, name, picture)
 
     def _evaluate_losses(self, trainer: Trainer, loader: DataLoader[PackedBatch]) -> None:
         if not trainer.to_evaluate(self.config.train.eval_every, "val_image_loss", "val_text_loss"):

@@ -67,9 +67,9 @@ class RunFolder:
         if not held.st_nlink or not now.exists():
             return f"run.dir {self.path} was deleted during the run with its contents, and re-created"
         return (
-            f"run.dir {self.path} was renamed to {now}: metrics are still written there, but checkpoints to a new {self.path}; to "
-            f"reunite them, stop the run, move {self.path}/checkpoints/* to {now}/checkpoints, and resume with "
-            f"run.dir={now}"
+            f"run.dir {self.path} was renamed to {now}: metrics are still written there, checkpoints to a new "
+            f"{self.path}; to reunite them, stop the run, move {self.path}/checkpoints/* to "
+            f"{now}/checkpoints, and resume with run.dir={now}"
         )
 
     def _take(self) -> None:

@@ -188,7 +188,7 @@ class Folder(Records):
                 images.update(f"{path!r} {_stamp(file)}\n".encode())
                 captions.update(f"{sample.caption!r} {beside and _stamp(beside)}{sample.fields}\n".encode())
         classes = hashlib.sha256(json.dumps(self.classes).encode())
-        named = {"images": images, "captions": captions, "classes": classes}
+        named = {"pictures": images, "captions": captions, "classes": classes}
         if self._masks is not None:
             stamps = [_stamp(str(mask_of(self._masks, path))) for path in self._paths]
             named["masks"] = hashlib.sha256(repr(stamps).encode())
