@@ -87,7 +87,7 @@ def accuracy(model: str, shards: Path, mode: str, task: str, out: Path) -> float
             val=str(shards / "val-*.tar"),
             out=out,
             cache_features=task == "linear",
-            overrides=[f"encode.resize={mode}"],
+            overrides=[f"data.resize={mode}"],
         )
     return 100 * json.loads((out / "result.json").read_text(encoding="utf-8"))["top1"]
 

@@ -84,7 +84,7 @@ def test_a_model_told_of_other_shapes_is_as_one_made_for_them(was, now, where):
     made.load_state_dict(told.state_dict())
     image = torch.randint(0, 256, (3, 8, 32), dtype=torch.uint8)
     before = told.encode(image, precision="fp32")
-    set_images(told, None, now)
+    set_images(told, {"resize": now})
     after = told.encode(image, precision="fp32")
     assert torch.equal(after, made.encode(image, precision="fp32")) and not torch.allclose(after, before, atol=1e-3)
 

@@ -84,7 +84,7 @@ def test_tasks_take_them(run, shards, tmp_path, task, capsys):
         return json.loads((tmp_path / out / "result.json").read_text())
 
     if task == "knn":
-        native, square = perform(task, run), perform(task, run, "encode.resize=square", out="square")
+        native, square = perform(task, run), perform(task, run, "data.resize=square", out="square")
         assert native["val_samples"] == square["val_samples"] == 12
         return
     if task == "attentive":
@@ -116,9 +116,9 @@ def test_features_are_those_of_encode_whatever_else_is_in_the_batch(run, shards,
             patches[: rows * columns].astype(np.float32).mean(0), found["features"][number], atol=2e-3
         )
     out, square = tmp_path / "square.npz", open_model(str(run), text=False)
-    arguments = [str(run), shards[1], "--out", str(out), "--set", "data.workers=0", "--set", "encode.resize=square"]
+    arguments = [str(run), shards[1], "--out", str(out), "--set", "data.workers=0", "--set", "data.resize=square"]
     assert features.main([*arguments, "--set", "encode.precision=fp32"]) == 0
-    set_images(square, None, "square")
+    set_images(square, {"resize": "square"})
     np.testing.assert_allclose(np.load(out)["features"], square.encode(images, precision="fp32"), atol=1e-5)
     with pytest.raises(ValueError, match="the image has 16 x 20 pixels, which are not multiples of"):
         model.encode(torch.zeros(3, 20, 16))
@@ -132,7 +132,7 @@ def test_models_are_compared_by_images_of_the_shape_that_is_asked_for(run, shard
     monkeypatch.setattr(Job, "encode", encode)
     arguments = ["--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "out"), "--set", "data.workers=0"]
     with pytest.raises(UserError, match="images are square"):
-        transfer(["compare", str(run), *arguments, "--probes", "knn", "--set", "encode.resize=square"])
+        transfer(["compare", str(run), *arguments, "--probes", "knn", "--set", "data.resize=square"])
 
 
 def _samples(start, stop):

@@ -16,7 +16,7 @@ from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import program
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.config.messages import section_of
-from m3ae_fast.config.schema import Config
+from m3ae_fast.config.schema import IMAGE_SETTINGS, Config, ModelConfig
 
 TRAIN_HEAD = """# Settings
 
@@ -98,6 +98,8 @@ def _table(section: type[BaseModel], name: str, note: str, links: dict[type[Base
     lines = [f"## {name}", "", about, "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
     schemas = section.model_json_schema()["properties"]
     for key, field in section.model_fields.items():
+        if section is ModelConfig and key in IMAGE_SETTINGS:  # which are set in `data`
+            continue
         kind = section_of(field.annotation)
         allowed = _allowed(schemas[key], links[kind] if kind else "")
         meaning = " ".join((field.description or "").split())

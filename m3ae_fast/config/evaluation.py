@@ -45,7 +45,7 @@ CommonCorruption = Literal[
 ]
 ExtraCorruption = Literal["speckle_noise", "gaussian_blur", "spatter", "saturate"]
 
-_COMMON = ("run", "data", "encode.resize")  # sections and settings that every task reads
+_COMMON = ("run", "data")  # sections and settings that every task reads
 
 
 class EncodeConfig(Section):
@@ -57,8 +57,6 @@ class EncodeConfig(Section):
     """Samples per forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype: `bf16`, `fp32`, or `auto` (bf16 where the hardware is faster in it)."""
-    resize: Literal["square", "native"] | None = None
-    """Shape of images, as `model.resize`; null: as the model was trained."""
 
 
 class LinearProbeConfig(LoopConfig, ScheduleConfig):

@@ -64,6 +64,10 @@ class RunConfig(Section):
     At start-up, ranks have 1,800 s to join the process group."""
 
 
+# settings of `data` that a model remembers, by their names in `model`
+IMAGE_SETTINGS = {"image_range": "range", **{name: name for name in ("resize", "max_patches", "min_patches")}}
+
+
 class ModelConfig(Section):
     """Everything that defines the network."""
 
@@ -103,14 +107,11 @@ class ModelConfig(Section):
     patch_size: Size = 16
     """Height and width of a patch, in pixels."""
     resize: Literal["square", "native"] = "square"
-    """How images are resized. `square`: cropped and scaled to `image_size`. `native`: the aspect ratio is kept, and the
-    size too if it is between `min_patches` and `max_patches`; both sides are rounded to multiples of the patch size."""
+    """`data.resize` of the training images."""
     max_patches: Size | None = None
-    """With `resize: native`: maximum number of patches per image; larger images are downscaled. null: the number of
-    patches of a square image. The longer side is limited to 2 √`max_patches` patches, so images with an aspect ratio
-    above 4:1 have fewer patches."""
+    """`data.max_patches` of the training images."""
     min_patches: Size = 1
-    """With `resize: native`: minimum number of patches per image; smaller images are upscaled."""
+    """`data.min_patches` of the training images."""
     native_positions: Literal["absolute", "centred"] = "absolute"
     """With `resize: native` and computed position embeddings: origin of the coordinates. `absolute`: the upper left
     corner; `centred`: the image is centred in the grid of a square image. Stored embeddings are interpolated to each
@@ -127,7 +128,7 @@ class ModelConfig(Section):
     """Standard deviation of the pixels, one positive value per channel, in the same units. The default is that of
     CC12M."""
     image_range: Range | None = None
-    """Value range (`data.range`) of the training images; saved with the model."""
+    """`data.range` of the training images."""
     text_length: Size = 64
     """Maximum number of text tokens; longer captions are truncated."""
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
@@ -306,13 +307,16 @@ class DataConfig(Section):
     uses the full range of the file's data type (0 to 1 for floats). null: the range saved with the model; if there is
     none, such images are rejected."""
     resize: Literal["square", "native"] | None = None
-    """How images are resized. Overrides `model.resize` and is saved with the model; null: use `model.resize`."""
+    """How images are resized. `square`: cropped and scaled to `model.image_size`. `native`: the aspect ratio is kept,
+    and the size too if it is between `min_patches` and `max_patches`; both sides are rounded to multiples of the patch
+    size. Saved with the model; null: `square`, or as saved."""
     max_patches: Size | None = None
-    """Maximum number of patches per image with `resize: native`. Overrides `model.max_patches`; null: use
-    `model.max_patches`."""
+    """With `resize: native`: maximum number of patches per image; larger images are downscaled. The longer side is
+    limited to 2 √`max_patches` patches, so images with an aspect ratio above 4:1 have fewer patches. Saved with the
+    model; null: the number of patches of a square image, or as saved."""
     min_patches: Size | None = None
-    """Minimum number of patches per image with `resize: native`. Overrides `model.min_patches`; null: use
-    `model.min_patches`."""
+    """With `resize: native`: minimum number of patches per image; smaller images are upscaled. Saved with the model;
+    null: 1, or as saved."""
     show_channels: Annotated[tuple[int, int, int], Strict(False)] | None = None
     """Indices, from 0, of the channels that figures show as red, green and blue. null: the first three if there are 3
     or 4 channels, otherwise the first as grey."""
@@ -357,6 +361,11 @@ class DataConfig(Section):
             if any(w is None for w in weights) and any(w is not None for w in weights):
                 raise ValueError(f"{name}: give every source a weight, or none")
         return self
+
+    def image_settings(self) -> dict[str, Any]:
+        """Return the settings that a model remembers of its images, by their names in `model`, if they are set."""
+        given = {own: getattr(self, name) for own, name in IMAGE_SETTINGS.items()}
+        return {own: value for own, value in given.items() if value is not None}
 
 
 class ScheduleConfig(Section):
@@ -710,14 +719,11 @@ class Config(Section):
     def _with_images(self) -> Config:
         """Copy the image settings from `data` to `model`: code that later decodes images for the model has no `data`
         section."""
-        said = {}
-        for name, own in {"range": "image_range", **{n: n for n in ("resize", "max_patches", "min_patches")}}.items():
-            value, before = getattr(self.data, name), getattr(self.model, own)
-            if value is None:
-                continue
-            if before not in (value, ModelConfig.model_fields[own].default):
+        said = self.data.image_settings()
+        for own, value in said.items():
+            if (before := getattr(self.model, own)) not in (value, ModelConfig.model_fields[own].default):
+                name = IMAGE_SETTINGS[own]
                 raise ValueError(f"data.{name} is {value}, but model.{own} {before}: give data.{name} alone")
-            said[own] = value
         if not said:
             return self
         try:

@@ -116,7 +116,7 @@ class Mixing:
         if self.mixes and self.native:
             raise UserError(
                 "finetune.mixup and cutmix mix images of one size, and these are native; set both to 0, or "
-                "encode.resize to square"
+                "data.resize to square"
             )
         together, parts = 2 * self.repeats, share.world * share.accumulation
         if self.mixes and share.global_batch % (parts * together):

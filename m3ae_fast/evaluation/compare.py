@@ -307,7 +307,7 @@ def _encoded(
     """Return the job on a model, and training and held-out samples for each probe, from one pass over the images; None
     for a probe that is to train online."""
     work, left = planned
-    set_images(model, job.config.data.range, job.config.encode.resize)
+    set_images(model, job.config.data.image_settings())
     own = replace(job, model=model.to(job.ranks.device).eval())
     tokens = any(PROBES[probe].tokens for probe in work.training)
     tokens = tokens and not trains_online(own, [model.config.depth], corpora, f"{name}: ")

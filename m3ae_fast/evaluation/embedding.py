@@ -172,7 +172,7 @@ def _on_device(
         return
     text, tokenizer = modality != "image", config.data.tokenizer
     opened = open_model(os.fspath(model), text=text, tokenizer=tokenizer, seed=config.run.seed).to(device)
-    set_images(opened, config.data.range, config.encode.resize)
+    set_images(opened, config.data.image_settings())
     yield opened
 
 

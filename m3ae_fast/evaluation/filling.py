@@ -70,7 +70,7 @@ def fill(
     if path and path.exists() and image.exists() and path.samefile(image):
         raise UserError(f"--out {path}: is the image; name another file")
     opened = open_model(model, text=True, tokenizer=tokenizer).eval()
-    set_images(opened, image_range)
+    set_images(opened, {"image_range": image_range})
     vqgan = _open_image_tokenizer(model, opened.config, image_tokenizer, bool(path))
     sample = make_sample(opened, image, text, visible, seed)
     guesses = fill_text(opened, sample, top)

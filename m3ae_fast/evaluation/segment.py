@@ -85,7 +85,7 @@ def run(job: Job) -> dict[str, Any]:
     """Run the task. Raises UserError if no sample has a mask, or a mask cannot be read."""
     config, model, data, ranks = job.config.segment, job.model.config, job.config.data, job.ranks
     if model.resize == "native":
-        raise UserError("segment needs images of one size: give --set encode.resize=square")
+        raise UserError("segment needs images of one size: give --set data.resize=square")
     job.keep_if_stopped(lambda: SoFar("the images are being encoded", {}, {}))
     opened = {name: _open(job, sources, name) for name, sources in (("train", data.train), ("val", data.val))}
     samples = sum(corpus.samples for corpus, _ in opened.values())

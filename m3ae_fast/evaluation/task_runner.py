@@ -149,7 +149,7 @@ def _open(options: Options, modality: Modality, config: EvaluationConfig) -> Mul
     else:
         text = modality != "image"
         model = open_encoder(options.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
-    set_images(model.backbone if isinstance(model, Classifier) else model, config.data.range, config.encode.resize)
+    set_images(model.backbone if isinstance(model, Classifier) else model, config.data.image_settings())
     return model.eval()
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.config import LossConfig, ModelConfig, Range, parse
+from m3ae_fast.config import LossConfig, ModelConfig, parse
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pixels import Pixels
@@ -168,14 +169,11 @@ def _untrained(config: ModelConfig, loss: LossConfig, seed: int) -> M3AE:
         return M3AE(config, loss)
 
 
-def set_images(
-    model: MultimodalEncoder, image_range: Range | None, resize: Literal["square", "native"] | None = None
-) -> None:
-    """Set the value range and the resizing mode of the images that the model will receive; None keeps those of its
-    training data. Raises UserError if the model cannot take native ones."""
-    given = {"image_range": image_range, "resize": resize}
-    data = model.config.model_dump(mode="json") | {name: value for name, value in given.items() if value is not None}
-    model.config = parse(ModelConfig, data, f"encode.resize {resize}")
+def set_images(model: MultimodalEncoder, settings: Mapping[str, Any]) -> None:
+    """Set how the images are that the model will receive: settings as of `DataConfig.image_settings`, of which None
+    keeps that of its training data. Raises UserError if the model cannot take such images."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    model.config = parse(ModelConfig, model.config.model_dump(mode="json") | given, "data, with the model's config")
     for module in model.modules():
         if isinstance(module, Positions):
             module.lay_out(model.config)

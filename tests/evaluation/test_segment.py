@@ -173,7 +173,7 @@ def test_mistakes_are_one_line(transfer, masked, tmp_path):
         ([], plain, "no sample has a mask, KEY.mask.png beside its image; make shards"),
         ([], one, "its masks have 1 classes besides segment.ignore_label 255; two are needed"),
         ([], rgb, "the mask is RGB; it must have one channel, of class ids, in the mask at byte"),
-        (["--set", "encode.resize=native"], masked[0], "segment needs images of one size: give --set encode.resize=sq"),
+        (["--set", "data.resize=native"], masked[0], "segment needs images of one size: give --set data.resize=sq"),
         (["--set", "linear.steps=3"], masked[0], "linear.steps: segment does not use it; did you mean segment.steps"),
     ):
         with pytest.raises(UserError, match=message):
