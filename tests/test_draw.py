@@ -172,11 +172,11 @@ def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, wor
     files = [file for i in range(6) for file in ((f"{i}.png", coloured(i, "red")), (f"{i}.txt", captions[i].encode()))]
     _use(run, write_tar(tmp_path / "val.tar", [*files, ("6.txt", b"blue alone")]))
     sheets = []
-    monkeypatch.setattr(attention, "draw_sheet", lambda path, rows: sheets.append(rows))
+    monkeypatch.setattr(attention, "draw_sheet", lambda path, rows, titles: sheets.append(rows))
     main(["attention", str(run), "--pictures", "2" if word else "7", *(["--word", word] if word else [])])
     ((*rows, key),) = sheets
     (cell,) = key
-    assert cell.text == "blue none, red the most of that image"
+    assert cell.text == "blue: none; red: maximum of each image"
     assert cell.image[0, 0, -1] > cell.image[0, 0, 0] and cell.image[2, 0, -1] < cell.image[2, 0, 0]
     shown = [[cell.text for cell in row] for row in rows]
     if word:

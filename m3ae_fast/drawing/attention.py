@@ -111,7 +111,8 @@ def draw_attention(
         rows.append(cells)
     if not rows:
         raise UserError("none of the samples has an image" + (f" and {word!r} in its caption" if word else ""))
-    draw_sheet(path, [*rows, [Cell(_key(rows[0][0].image), "blue none, red the most of that image")]])
+    key = Cell(_key(rows[0][0].image), "blue: none; red: maximum of each image")
+    draw_sheet(path, [*rows, [key]], ("image", "attention of"))
 
 
 def words_of(tokenizer: CaptionTokenizer, tokens: Sequence[int], word: str | None) -> list[Word]:
