@@ -41,6 +41,8 @@ def _compared(folders: Sequence[Path]) -> str:
         require_libraries({"sklearn": "the difference of two results of ood"})
         return _compare_areas(folders, first, second)
     ours, theirs = (_correct(folder, table) for folder, table in zip(folders, (first, second)))
+    _require_same(folders, ours.keys(), theirs.keys())
+    _require_same_classes(folders, first, second)
     return _words(ours, theirs, folders)
 
 
@@ -114,6 +116,16 @@ def _require_same(folders: Sequence[Any], first: Any, second: Any) -> None:
         raise UserError(
             f"{folders[0]} and {folders[1]}: {len(first ^ second):,} samples are in one of them alone; name two "
             "results of the same --val, spelled alike"
+        )
+
+
+def _require_same_classes(folders: Sequence[Path], first: Table, second: Table) -> None:
+    """Raise UserError unless the labels of the same samples differ in nothing but the names of classes."""
+    labels, others = (dict(zip(table["key"], table["label"])) for table in (first, second))
+    pairs = {(label, others[key]) for key, label in labels.items()}
+    if len(pairs) > min(len({*labels.values()}), len({*others.values()})):
+        raise UserError(
+            f"{folders[0]} and {folders[1]}: the samples have different classes; name results of one --labels"
         )
 
 

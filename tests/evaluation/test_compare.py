@@ -172,6 +172,16 @@ def test_two_results_are_told_apart_or_not(transfer, run, shards, tmp_path, caps
         main(["difference", folders[0], str(tmp_path / "nowhere")])
 
 
+def test_results_of_different_labels_are_not_compared(tmp_path):
+    """Other names of the same classes are no difference."""
+    keys, site, colour = list("abcdef"), list("nsnsns"), [0, 1, 2, 0, 1, 2]
+    for name, labels in (("colour", colour), ("named", ["red", "green", "blue"] * 2), ("site", site)):
+        write_parquet(tmp_path / name / "predictions.parquet", {"key": keys, "label": labels, "prediction": labels})
+    assert "does not differ significantly" in compare_results([tmp_path / "colour", tmp_path / "named"])
+    with pytest.raises(UserError, match="the samples have different classes; name results of one --labels"):
+        compare_results([tmp_path / "colour", tmp_path / "site"])
+
+
 def test_predictions_of_no_class_are_no_result(tmp_path):
     for name, prediction in (("one", [1, 2]), ("other", [1, None])):
         columns = {"key": ["a", "b"], "label": [1, 2], "prediction": prediction}
