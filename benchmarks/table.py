@@ -14,7 +14,7 @@ from benchmarks.results import RESULTS, markdown
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 ALL: tuple[str, ...] = ("step", "memory", "ops", "scaling", "loader", "fetching", "features", "startup", "saving")
-ALL += ("faster", "muon")
+ALL += ("faster", "muon", "knn", "heads", "probe")
 ALL += ("native", "native-padding", "gpu-checks", "gpu-ops", "gpu-tuning", "gpu-step", "gpu-profile")
 PLOT = "scaling.png"
 SPEEDUP = "the engine's speed-up"

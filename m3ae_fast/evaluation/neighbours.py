@@ -80,7 +80,8 @@ def _own_neighbours(bank: FeatureBank, queries_QD: Tensor, k: int, title: str) -
         place_qC = place_QC[part].clamp(min=0)
         rows_qCD = bank.take(place_qC.flatten().cpu()).to(unit_QD.device).double().view(*place_qC.shape, -1)
         query_qD = F.normalize(queries_QD[part].double(), dim=1)
-        exact_qC = (F.normalize(rows_qCD, dim=2) @ query_qD[..., None])[..., 0]
+        length_qC = torch.linalg.vector_norm(rows_qCD, dim=2).clamp(min=1e-12)
+        exact_qC = (rows_qCD @ query_qD[..., None])[..., 0] / length_qC
         order_qC = _encoded(exact_qC, own_R[place_qC]).masked_fill(place_QC[part] < 0, _MISSING)
         order_QK[part] = order_qC.topk(k, dim=1).values
     # of full lists, where what is left out may be as similar as the last neighbour

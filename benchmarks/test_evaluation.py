@@ -1,0 +1,208 @@
+"""k-NN search compared with its matrix product alone, scikit-learn and faiss; a grid of linear heads compared with one
+head, streamed with the encoder and on cached features; linear probes compared with scikit-learn's LogisticRegression.
+
+Shapes: N samples, M queries, D width, C classes, H heads.
+"""
+
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import psutil
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestNeighbors
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from benchmarks import results
+from benchmarks.shards import make_shards
+from m3ae_fast.base.hardware import keep_freed_memory
+from m3ae_fast.config import DataConfig, LossConfig, ModelConfig, SourceConfig
+from m3ae_fast.config.evaluation import EvaluationConfig
+from m3ae_fast.data import ShardStore, Share, open_corpus
+from m3ae_fast.evaluation.encoding import encoding_loader
+from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.fit_heads import BankSteps, HeadBatch, Stack, fit_heads, logits
+from m3ae_fast.evaluation.heads import LinearHeads
+from m3ae_fast.evaluation.neighbours import nearest
+from m3ae_fast.evaluation.probes import Setting, linear_recipe, train_heads
+from m3ae_fast.evaluation.stacked_optimizers import LARS
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.ranks import Ranks, join_ranks
+
+BANK, QUERIES, WIDTH, K = 100_000, 5_000, 384, 20
+ROUNDS = 3
+RATES, LAYERS, CLASSES, STEPS, BATCH = 13, (9, 10, 11, 12), 1000, 4, 32
+TRAIN, TEST, KINDS = 10_000, 5_000, 50  # samples of the two parts, and classes, of the comparison with scikit-learn
+MOST = 1.3  # of the matrix product, k-NN
+MOST_OF_ONE = 1.5  # of one head, streamed, the grid
+PULSE = SimpleNamespace(mark=lambda doing: None)
+
+
+def _bank(features_ND: Tensor, labels_N: Tensor | None = None) -> FeatureBank:
+    return FeatureBank([f"a.tar/{number}" for number in range(len(features_ND))], features_ND, labels_N)
+
+
+def _seconds(ways: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Return the seconds of each way in each round, after one that warms up; the ways alternate."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(1 + rounds):
+        for name, work in ways.items():
+            start = time.perf_counter()
+            work()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def test_knn():
+    torch.manual_seed(0)
+    keep_freed_memory()
+    bank_ND, queries_MD = (F.normalize(torch.randn(count, WIDTH), dim=1) for count in (BANK, QUERIES))
+    bank, queries = _bank(bank_ND), _bank(queries_MD)
+
+    def product() -> None:
+        for part in queries_MD.split(256):
+            for block in bank_ND.split(16_384):
+                part @ block.T
+
+    judge = NearestNeighbors(n_neighbors=K, algorithm="brute", metric="euclidean", n_jobs=1).fit(bank_ND.numpy())
+    ways: dict[str, Callable[[], object]] = {
+        "the float32 matrix product alone": product,
+        "m3ae-fast": lambda: nearest(bank, queries, K),
+        "scikit-learn, brute force": lambda: judge.kneighbors(queries_MD.numpy()),
+    }
+    if find_spec("faiss"):
+        import faiss
+
+        index = faiss.IndexFlatIP(WIDTH)
+        index.add(bank_ND.numpy())
+        ways["faiss, IndexFlatIP"] = lambda: index.search(queries_MD.numpy(), K)
+    before = max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, psutil.Process().memory_info().rss)
+    found = nearest(bank, queries, K)
+    extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    assert (found.number_QK.numpy() == judge.kneighbors(queries_MD.numpy())[1]).mean() > 0.999
+    seconds = _seconds(ways)
+    alone = seconds["the float32 matrix product alone"]
+    ratios = {name: statistics.median(a / b for a, b in zip(own, alone)) for name, own in seconds.items()}
+    rows: list[results.Row] = [
+        {
+            "search": name,
+            "seconds": statistics.median(own),
+            "time, matrix product = 1": ratios[name],
+            "more memory, GB": extra / 1e9 if name == "m3ae-fast" else None,
+        }
+        for name, own in seconds.items()
+    ]
+    title = f"{K} nearest neighbours of {QUERIES:,} queries among {BANK:,} features of width {WIDTH}"
+    results.write("knn", title, rows)
+    assert ratios["m3ae-fast"] < MOST and extra < 1e9
+
+
+def _stacks(ranks: Ranks, width: int, layers: tuple[int, ...], rates: int) -> dict[int, Stack]:
+    stacks = {}
+    for layer in layers:
+        heads = LinearHeads(width, CLASSES, [0] * rates, ranks)
+        stacks[layer] = Stack(heads, LARS(heads.parameters()), torch.logspace(-2, 1, rates), ranks)
+    return stacks
+
+
+def test_grid_of_heads(tmp_path):
+    make_shards(tmp_path, 1, BATCH, (256, 320), vocab=64, words=(1, 1))
+    data = DataConfig(train=[SourceConfig(shards=f"{tmp_path}/0.tar", modality="image")], workers=0)
+    corpus = open_corpus(data.train, ShardStore(None))
+    keep_freed_memory()
+    torch.manual_seed(0)
+    model = M3AE(ModelConfig(size="small", image_size=224, vocab_size=0), LossConfig()).eval()
+    (batch,) = encoding_loader(model, corpus, data, Share(BATCH), torch.device("cpu"))
+    labels_S, width = torch.randint(CLASSES, (BATCH,)), model.config.emb_dim
+    features_ND = torch.randn(20 * BATCH, width)
+    cached = _bank(features_ND, torch.randint(CLASSES, (20 * BATCH,)))
+
+    def streamed(layers: tuple[int, ...]) -> Iterator[HeadBatch]:
+        for _ in range(STEPS):
+            with torch.no_grad():
+                pooled_SKD = model.pooled_of_layers(batch, layers)
+            yield HeadBatch({layer: pooled_SKD[:, at] for at, layer in enumerate(layers)}, labels_S, BATCH)
+
+    def stored(layers: tuple[int, ...]) -> BankSteps:
+        return BankSteps(dict.fromkeys(layers, cached), range(STEPS), BATCH, 0)
+
+    def products() -> None:
+        """The products that a grid needs: logits, and gradients of the weights."""
+        with torch.no_grad():
+            for _ in range(STEPS):
+                for _ in LAYERS:
+                    logits_SH = features_ND[:BATCH] @ weights_HD.T
+                    logits_SH.T @ features_ND[:BATCH]
+
+    weights_HD = torch.randn(RATES * CLASSES, width)
+    with join_ranks() as ranks:
+
+        def fit(batches: Callable, layers: tuple[int, ...], rates: int) -> Callable[[], object]:
+            stacks = _stacks(ranks, width, layers, rates)
+            return lambda: fit_heads(batches(layers), stacks, lambda step: 0.1, STEPS, "", ranks, PULSE)
+
+        grid = f"{RATES} rates x {len(LAYERS)} layers"
+        seconds = _seconds(
+            {
+                "streamed, one head": fit(streamed, LAYERS[-1:], 1),
+                f"streamed, {grid}": fit(streamed, LAYERS, RATES),
+                "cached, one head": fit(stored, LAYERS[-1:], 1),
+                f"cached, {grid}": fit(stored, LAYERS, RATES),
+                f"the matrix products of {grid} alone": products,
+            }
+        )
+    one, many = list(seconds.values())[:2]
+    rows: list[results.Row] = [
+        {"heads": name, "ms a step": 1e3 * statistics.median(own) / STEPS} for name, own in seconds.items()
+    ]
+    title = f"Linear heads of {CLASSES:,} classes, width {width}, batch {BATCH}, with the small encoder at 224 px"
+    results.write("heads", title, rows)
+    assert statistics.median(b / a for a, b in zip(one, many)) < MOST_OF_ONE
+
+
+def test_linear_probe_and_logistic_regression():
+    generator = torch.Generator().manual_seed(0)
+    means_CD = torch.randn(KINDS, WIDTH, generator=generator)
+    mixing_DD = torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5
+
+    def part(count: int) -> FeatureBank:
+        labels_N = torch.randint(KINDS, (count,), generator=generator)
+        noise_ND = 6 * torch.randn(count, WIDTH, generator=generator)
+        return _bank((means_CD[labels_N] + noise_ND) @ mixing_DD, labels_N)
+
+    train, test = part(TRAIN), part(TEST)
+    config = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}})
+    with join_ranks() as ranks:
+        setting = Setting(config, KINDS, 1, 0, ranks, PULSE)
+        recipe = linear_recipe(TRAIN, setting)
+
+        def probe() -> float:
+            trained = train_heads({0: train}, recipe, setting)[0]
+            return (logits(trained.heads, test).argmax(1) == test.labels).double().mean().item()
+
+        def regression() -> float:
+            judge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                judge.fit(train.stored_SD.numpy(), train.labels.numpy())
+            return judge.score(test.stored_SD.numpy(), test.labels.numpy())
+
+        rows: list[results.Row] = []
+        for name, work in (("m3ae-fast, six learning rates", probe), ("LogisticRegression", regression)):
+            start = time.perf_counter()
+            accuracy = work()
+            error = (accuracy * (1 - accuracy) / TEST) ** 0.5
+            seconds = time.perf_counter() - start
+            rows.append({"probe": name, "seconds": seconds, "accuracy, %": 100 * accuracy, "±": 100 * error})
+    results.write("probe", f"Linear probes of {TRAIN:,} features of width {WIDTH}, {KINDS} classes", rows)
+    ours, theirs = (float(str(row["accuracy, %"])) for row in rows)
+    assert ours > theirs - float(str(rows[1]["±"]))
