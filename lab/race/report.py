@@ -205,8 +205,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                     continue
                 colour = {BASELINE: "black", FAST: "tab:red"}.get(arm, f"C{number % 10}")
                 axis.plot(x, y, "-o", color=colour, label=arm)
-            axis.set(xscale="log", xlabel={"flops": "FLOPs", "seconds": "CPU seconds of training"}[cost],
-                     ylabel="linear probe, %", title=f"{data}, {size}")  # fmt: skip
+            axis.set(xscale="log", xlabel={"flops": "executed FLOPs", "seconds": "CPU seconds of training"}[cost],
+                     ylabel="top-1 accuracy of the linear probe, %",
+                     title=f"Accuracy by cost of pre-training: {data}, {size}")  # fmt: skip
             axis.grid(alpha=0.3)
         if own:
             pair[0].legend(fontsize=7)
