@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from m3ae_fast.drawing.figures import MapPanel, draw_confusion, draw_map
-from m3ae_fast.evaluation import job, knn, labelled_task, ood, retrieval
+from m3ae_fast.evaluation import class_metrics, job, knn, labelled_task, ood, retrieval
 from tests.evaluation.conftest import settings
 from tests.helpers.labelled import labelled_members
 from tests.helpers.shards import write_tar
@@ -87,7 +87,7 @@ def test_a_picture_that_fails_costs_no_result(transfer, shards, tmp_path, monkey
         raise ValueError("no such glyph")
 
     for name in ("draw_confusion", "draw_training", "draw_detection", "draw_sheet"):
-        for module in (knn, ood, retrieval, labelled_task):
+        for module in (class_metrics, knn, ood, retrieval, labelled_task):
             monkeypatch.setattr(module, name, fails, raising=False)
     more = ["--ood", shards[1]] if task == "ood" else []
     with pytest.raises(ValueError, match="no such glyph"):
