@@ -1,1 +1,1 @@
-"""Pictures of what a model sees and does."""
+"""Figures of a model's inputs, predictions and results."""

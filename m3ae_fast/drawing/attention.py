@@ -3,7 +3,7 @@ of its caption (figure 8 of the paper).
 
 Rows of a sample: cls, its patches, its text tokens.
 
-Shapes: L patches, n text tokens, R queries, T rows, H heads, d values a head, D width.
+Shapes: L patches, n text tokens, R queries, T rows, H heads, d head dimension, D width.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from m3ae_fast.images.patch_grid import grid_of
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.transformer import Block
 
-_WORDS = 7  # at most, of one caption
-SHADE: Colour = (255, 110, 90)  # behind the word with the most attention
+_WORDS = 7  # maximum number of words per caption
+SHADE: Colour = (255, 110, 90)  # background of the word with the most attention
 OUTLINE: Colour = (255, 0, 0)
-_SIDE, _WIDE, _GAP, _LINE = 192, 420, 8, 20  # pixels: of an image, of a caption, between them, of a line of words
+# sizes in pixels: side of an image, width of a caption, gap, height of a text line
+_SIDE, _WIDE, _GAP, _LINE = 192, 420, 8, 20
 
 
 class Look(NamedTuple):
-    """Which attention is shown."""
+    """The choice of the attention that is shown."""
 
-    block: int = -1  # of the encoder, from 0; -1: the last
-    head: int | None = None  # from 0; None: the mean over all
+    block: int = -1  # block of the encoder, from 0; -1: the last one
+    head: int | None = None  # head, from 0; None: the mean over all heads
 
 
 LAST = Look()
@@ -48,12 +49,13 @@ class Word(NamedTuple):
     """A word of a caption."""
 
     text: str
-    tokens: list[int]  # places in the caption, of which no text is another word's alone
+    tokens: list[int]  # positions in the caption; text of these tokens is not shared with other words
 
 
 @torch.no_grad()
 def attention_weights(model: M3AE, sample: Sample, queries: Sequence[int], look: Look = LAST) -> Tensor:
-    """Return weights [R, T] of the rows `queries` of an unmasked sample over all its rows; each query's sum to 1."""
+    """Return the attention weights [R, T] of the rows `queries` of an unmasked sample over all its rows. The weights of
+    each query sum to 1."""
     seen: list[Tensor] = []
     block = cast(Block, model.encoder.blocks[look.block])
     with block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
@@ -67,7 +69,7 @@ def attention_weights(model: M3AE, sample: Sample, queries: Sequence[int], look:
 
 
 def patches_of(sample: Sample) -> int:
-    """Return how many patches its image has."""
+    """Return the number of patches of a sample's image."""
     return 0 if sample.image_mask is None else len(sample.image_mask)
 
 
@@ -87,10 +89,10 @@ def draw_attention(
     look: Look = LAST,
     channels: Sequence[int] | None = None,
 ) -> None:
-    """Write a PNG: a row for each of the first `count` samples with an image, with the attention of cls and of the
-    first words, or of `word` alone, laid over it from blue, none, to red, the highest. Of a word of several tokens it
-    is their mean. `channels`: what is shown, as in `figures.levels`. Raises UserError if no sample has an image, or no
-    caption has the word."""
+    """Write a PNG with a row for each of the first `count` samples with an image. It shows the attention of cls and of
+    the first words (or only of `word`) as an overlay from blue (none) to red (the highest). The attention of a word
+    with several tokens is their mean. `channels`: displayed channels, as in `figures.levels`. Raises UserError if no
+    sample has an image, or if no caption contains the word."""
     rows: list[list[Cell]] = []
     for sample in samples:
         if sample.image is None or len(rows) == count:
@@ -116,12 +118,13 @@ def draw_attention(
 
 
 def words_of(tokenizer: CaptionTokenizer, tokens: Sequence[int], word: str | None) -> list[Word]:
-    """Return the first words of a caption, or `word` alone, which may be several, in whatever case; each once, where it
-    is first. Words are found in the text of the tokens, so that they may have several tokens of any tokenizer."""
+    """Return the first words of a caption, or only `word`, which may consist of several words, ignoring case. Each word
+    is returned once, at its first occurrence. Words are located in the text of the tokens, so they may consist of
+    several tokens of any tokenizer."""
     pieces = tokenizer.pieces(tokens)
     text, ends = "".join(pieces), [*accumulate(map(len, pieces))]
     pattern = r"[^\W_]+"
-    if word is not None:  # decoders differ in the spaces around punctuation
+    if word is not None:  # tokenizers differ in the spaces around punctuation
         pattern = r"\s*".join(map(re.escape, re.findall(r"\w+|[^\w\s]", word)))
         pattern = rf"(?<!\w){pattern}(?!\w)"
     found: dict[str, Word] = {}
@@ -133,28 +136,30 @@ def words_of(tokenizer: CaptionTokenizer, tokens: Sequence[int], word: str | Non
 
 
 def _laid_over(image: Tensor, weights_L: Tensor, patch: int) -> Tensor:
-    """Return uint8 [3, H, W]: half the image, half a colour for each patch."""
+    """Return an overlay, uint8 [3, H, W]: the mean of the image and a colour for each patch."""
     high = (weights_L / weights_L.max()).view(grid_of(image, patch))
     high = high.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
     return ((image[:3].expand(3, -1, -1) + _colours(high)) / 2).to(torch.uint8)
 
 
 def _colours(high: Tensor) -> Tensor:
-    """Return colours [3, H, W], from 0 to 255, of numbers [H, W] from 0, blue, to 1, red."""
+    """Return colours [3, H, W] from 0 to 255 for numbers [H, W] from 0 (blue) to 1 (red)."""
     return torch.stack((high, 1 - (2 * high - 1).abs(), 1 - high)) * 255
 
 
 def _key(like: Tensor | None) -> Tensor:
-    """Return the colours from left to right, laid over grey as over an image of that size: uint8 [3, H, W]."""
+    """Return a colour scale from left to right as an overlay on grey, uint8 [3, H, W], with the size of the image
+    `like`."""
     assert like is not None
     height, width = like.shape[1:]
     return ((127 + _colours(torch.linspace(0, 1, width).expand(height, -1))) / 2).to(torch.uint8)
 
 
 def attention_to_words(model: M3AE, sample: Sample, patch: tuple[int, int], look: Look = LAST) -> Tensor:
-    """Return [n]: the part of the attention of the patch at (row, column) that goes to each token of the caption.
+    """Return the attention weights [n] of the patch at (row, column) to the tokens of the caption.
 
-    What goes to cls and to patches makes their sum less than 1. `sample`: unmasked, with an image and a caption.
+    Their sum is below 1, because cls and the patches receive attention too. `sample`: an unmasked sample with an image
+    and a caption.
     """
     assert sample.image is not None
     _, columns = model.geometry.grid(sample.image)
@@ -171,9 +176,10 @@ def draw_patch_attention(
     look: Look = LAST,
     channels: Sequence[int] | None = None,
 ) -> None:
-    """Write a PNG: a row for each of the first `count` samples with an image and a caption, with the patch outlined and
-    each word shaded by its part of the patch's attention, from white, none, to SHADE, the caption's highest.
-    `channels`: what is shown, as in `figures.levels`. Raises UserError if no sample has both, and that patch."""
+    """Write a PNG with a row for each of the first `count` samples with an image and a caption. The patch is outlined,
+    and each word is shaded by the patch's attention to it, from white (none) to SHADE (the highest in the caption).
+    `channels`: displayed channels, as in `figures.levels`. Raises UserError if no sample has a caption and an image
+    with this patch."""
     assert model.tokenizer is not None
     pairs = [sample for sample in samples if _has(sample, model, patch) and sample.tokens is not None][:count]
     if not pairs:
@@ -208,7 +214,7 @@ def _outlined(image: Tensor, patch: tuple[int, int], size: int) -> Image.Image:
 
 
 def shade(part: float, highest: float) -> Colour:
-    """Return the colour behind a word: from white to SHADE, in proportion to its part of the highest."""
+    """Return the background colour of a word, between white and SHADE in proportion to the highest attention."""
     fraction = part / highest if highest > 0 else 0.0
     red, green, blue = (round(255 + fraction * (end - 255)) for end in SHADE)
     return red, green, blue
@@ -217,7 +223,7 @@ def shade(part: float, highest: float) -> Colour:
 def _write_shaded(
     draw: ImageDraw.ImageDraw, words: Sequence[str], parts: Sequence[float], corner: tuple[int, int]
 ) -> None:
-    """Write the pieces of a caption from `corner` on, each on its shade, and what the shades mean below them."""
+    """Draw the pieces of a caption at `corner` on their shades, with an explanation of the shades below."""
     font, (left, y) = ImageFont.load_default(13), corner
     x, highest = float(left), max(parts, default=0.0)
     for word, part in zip(words, parts):

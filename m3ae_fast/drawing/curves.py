@@ -1,4 +1,4 @@
-"""Curves of what runs logged, several in one chart."""
+"""Charts of logged metrics, with several curves per chart."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _TRAIN, _HELD_OUT, _OTHER = "#9db4d3", "#1f4e9c", "#b5651d"
 
 
 class Line(NamedTuple):
-    """A metric of a chart."""
+    """A metric in a chart."""
 
     metric: str
     label: str
-    colour: str  # where there is one run
+    colour: str  # used if there is a single run
 
 
 class Chart(NamedTuple):
-    """Metrics that belong together."""
+    """A chart of related metrics."""
 
     title: str
     unit: str
@@ -62,15 +62,16 @@ RUNNING = (
 
 
 def draw_charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> Iterator[tuple[str, bytes]]:
-    """Yield title and PNG of each chart that has a point. `runs`: metrics by the run's name; of several, the last
-    metric of a chart has a colour for each."""
+    """Yield the title and PNG of each chart with at least one point. `runs`: metrics by the name of the run. With
+    several runs, only the last metric of each chart is plotted, in one colour per run."""
     from matplotlib.figure import Figure
 
     for chart in charts:
         figure = Figure(figsize=(4.2, 2.6), layout="constrained")
         axes = figure.add_subplot()
         for label, colour, points in _curves(chart, runs):
-            marker = "o" if len(points) < 2 or (len(points) < 30 and label != "training") else ""  # one is no line
+            # a single point is not visible as a line
+            marker = "o" if len(points) < 2 or (len(points) < 30 and label != "training") else ""
             axes.plot(*zip(*points), label=label, color=colour, marker=marker, markersize=3, linewidth=1.4)
         if not axes.lines:
             continue
@@ -88,7 +89,7 @@ def draw_charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> Iterato
 
 
 def _curves(chart: Chart, runs: Mapping[str, Metrics]) -> Iterator[tuple[str, str | None, list[tuple[int, float]]]]:
-    """Yield label, colour and points of each curve of a chart."""
+    """Yield the label, colour and points of each curve in a chart."""
     for name, metrics in runs.items():
         for line in chart.lines[-1:] if len(runs) > 1 else chart.lines:
             if points := [(m["step"], m[line.metric]) for m in metrics if _is_number(m.get(line.metric))]:

@@ -1,4 +1,4 @@
-"""What is drawn of a run in training, with every checkpoint: reconstructions, and where the encoder looks."""
+"""Figures plotted during training with each checkpoint: reconstructions and attention maps."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from m3ae_fast.drawing.reconstructions import draw_run, open_weights
 def draw_training(
     config: Config, weights: dict[str, Tensor], corpus: Corpus, tokenizer: CaptionTokenizer | None
 ) -> dict[str, Path]:
-    """Draw samples of `corpus` into the run folder and return the pictures by name: "reconstructions" and, where there
-    are images, "attention". Arguments and errors as of `draw_run`."""
+    """Plot samples of `corpus` to the run folder, and return the paths of the figures by name: "reconstructions" and,
+    if there are images, "attention". Arguments and errors as in `draw_run`."""
     folder, count = config.run.dir, config.train.pictures
     drawn = {}
     if draw_run(config, weights, corpus, tokenizer, folder / "reconstructions.png", count):

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SIDE, _GAP, _LINE = 128, 6, 13  # pixels: of an image shown, between two, of a line of text
-_WIDE = 22  # characters that fit below an image
+_SIDE, _GAP, _LINE = 128, 6, 13  # sizes in pixels: side of an image, gap between images, height of a text line
+_WIDE = 22  # number of characters per line below an image
 Colour = tuple[int, int, int]
 BLACK, GREEN, RED = (20, 20, 20), (0, 130, 50), (190, 30, 30)
-_MOST_NAMES = 40  # classes that still get their names beside a confusion matrix
+_MOST_NAMES = 40  # maximum number of classes whose names are shown at a confusion matrix
 _ERRORS = "error bars: ± 1 standard error"
 
 
@@ -63,18 +63,18 @@ def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str]
 
 
 def levels(image: Tensor, model: ModelConfig, channels: Sequence[int] | None = None) -> Tensor:
-    """Return an image of a model, [C, H, W] as it goes into it, as it is shown: uint8 [3, H, W], or [1, H, W], grey.
-
-    Levels of 8 bits are shown as they are. Of finer pixels, of which few may lie near black and white, the range from
-    two standard deviations below the mean to two above it is.
+    """Return a model input [C, H, W] as an image for display: uint8 [3, H, W], or [1, H, W] for grey. 8-bit levels are
+    unchanged. Other pixels, which often cover only a small part of the range, are shown from two standard deviations
+    below the mean to two above it.
 
     Args:
-        image: uint8, uint16, or floating and normalised.
-        model: whose mean and standard deviation they are.
-        channels: what is red, green and blue (`data.show_channels`); None: the first three of 3 or 4, else the first.
+        image: uint8, uint16, or floating-point and normalised.
+        model: config with the mean and standard deviation.
+        channels: channels for red, green and blue (`data.show_channels`); None: the first three if there are 3 or 4,
+            otherwise the first.
 
     Raises:
-        UserError: there is no such channel.
+        UserError: a channel does not exist.
     """
     if channels is not None and max(channels) >= len(image):
         raise UserError(f"data.show_channels {list(channels)}: images have channels 0 to {len(image) - 1}")
@@ -91,7 +91,8 @@ def stretched(normal: Tensor) -> Tensor:
 
 
 def shown(image: Tensor, side: int = _SIDE) -> Image.Image:
-    """Return uint8 [C, H, W], C 1 or 3, as RGB of `side` x `side` pixels, where it lies as `box_in` says."""
+    """Return uint8 [C, H, W] with C = 1 or 3 as an RGB image of `side` x `side` pixels, placed according to
+    `box_in`."""
     array = image.permute(1, 2, 0).numpy()
     whole = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
     left, top, width, height = box_in(image, side)
@@ -101,7 +102,8 @@ def shown(image: Tensor, side: int = _SIDE) -> Image.Image:
 
 
 def box_in(image: Tensor, side: int) -> tuple[int, int, int, int]:
-    """Return left, top, width and height of an image [C, H, W] in the middle of a square that its longer side spans."""
+    """Return the left, top, width and height of an image [C, H, W] centred in a square whose side its longer side
+    fills."""
     width, height = (max(1, round(side * own / max(image.shape[1:]))) for own in (image.shape[2], image.shape[1]))
     return (side - width) // 2, (side - height) // 2, width, height
 
@@ -185,7 +187,7 @@ def draw_comparison(path: Path, rows: Sequence[Mapping[str, Any]], chance: float
 
 
 def draw_attack(path: Path, epsilons: Sequence[float], top1: Sequence[float], clean: float) -> None:
-    """Write a PNG of the accuracy over the bound of an attack, in units of 1/255."""
+    """Write a PNG of the accuracy by the bound of an attack, in units of 1/255."""
     figure, (axes,) = _figure(4.6, 3.2)
     axes.plot([0, *epsilons], [clean, *top1], marker="o", markersize=4)
     axes.set(xlabel="bound of the attack (L-infinity), in 1/255", ylabel="top-1 accuracy", ylim=(0, 1))
@@ -195,7 +197,8 @@ def draw_attack(path: Path, epsilons: Sequence[float], top1: Sequence[float], cl
 
 
 def draw_detection(path: Path, inside: Mapping[str, np.ndarray], outside: Mapping[str, np.ndarray]) -> None:
-    """Write a PNG of the ROC curves and histograms of scores by name, of in- and of out-of-distribution samples."""
+    """Write a PNG of ROC curves and histograms of the scores of in- and out-of-distribution samples, by name of the
+    score."""
     from sklearn.metrics import RocCurveDisplay
 
     figure, panels = _figure(3 * (1 + len(inside)), 3.2, 1 + len(inside))
@@ -217,12 +220,13 @@ def draw_detection(path: Path, inside: Mapping[str, np.ndarray], outside: Mappin
     )
     panels[0].legend(fontsize=6, loc="lower right")
     handles, labels = panels[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=7, frameon=False)  # covers no bar
+    # outside the axes, so that it does not cover bars
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=7, frameon=False)
     _save(figure, path)
 
 
 class MapPanel(NamedTuple):
-    """Points of the same samples as in the other panels of a map."""
+    """A panel of a map: points of the same samples as in the other panels."""
 
     title: str
     places_N2: np.ndarray
@@ -246,7 +250,7 @@ def draw_map(path: Path, panels: Sequence[MapPanel], labels_N: np.ndarray, class
     if len(classes) <= _MOST_NAMES:
         place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         legend = all_axes[-1].legend(marks, [""] * len(marks), fontsize=7, frameon=False, markerscale=2, **place)
-        for text, name in zip(legend.get_texts(), classes):  # matplotlib leaves out labels that begin with _
+        for text, name in zip(legend.get_texts(), classes):  # Matplotlib omits labels that begin with _
             text.set_text(str(name)[:24])
     _save(figure, path)
 
@@ -263,6 +267,6 @@ def _save(figure: Figure, path: Path) -> None:
 
     for text in figure.findobj():
         if isinstance(text, Text):
-            text.set_parse_math(False)  # a class may be called $\frac{$
+            text.set_parse_math(False)  # the name of a class may be invalid math such as $\frac{$
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=130, bbox_inches="tight")

@@ -1,4 +1,4 @@
-"""Reconstructions as a picture: image and caption as they are, as the encoder sees them, and as predicted.
+"""Figures of reconstructions: original, masked and predicted images and captions.
 
 Shapes: L patches, K = P * P * C values of a patch, I masked patches, W masked text tokens.
 """
@@ -24,9 +24,9 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import load_weights
 from m3ae_fast.vqgan.model import VQGAN
 
-SIDE = 160  # pixels at which an image is shown
+SIDE = 160  # side of a displayed image in pixels
 TEXT_WIDTH = 440
-TALLEST = 2000  # pixels of a row, whose caption may be long
+TALLEST = 2000  # maximum height of a row in pixels, for long captions
 GAP = 8
 GREY = 127
 HIDDEN = "___"
@@ -34,8 +34,9 @@ FAINT = (130, 130, 130)
 
 
 def open_weights(config: Config, weights: dict[str, Tensor]) -> M3AE:
-    """Return the model of a run on the CPU. `weights`: float32, by parameter name, which it holds afterwards."""
-    with torch.device("meta"):  # initial weights would come from the generator of a training that goes on meanwhile
+    """Return the model of a run on the CPU. `weights`: float32 tensors by parameter name, which become the model's
+    parameters."""
+    with torch.device("meta"):  # initialising weights would use the random generator of the ongoing training
         model = M3AE(config.model, config.loss)
     load_weights(model, weights, "the run's weights", assign=True)
     return model
@@ -50,11 +51,12 @@ def draw_run(
     count: int,
     ratios: Sequence[float] = (),
 ) -> int:
-    """Draw `count` samples that lie evenly over `corpus`, reconstructed on the CPU from a run's weights, as
-    `draw_reconstructions` does. `ratios`: of the image to mask, a reconstruction each; empty: the run's ratio.
+    """Plot reconstructions of `count` evenly spaced samples of `corpus`, computed on the CPU from a run's weights, as
+    in `draw_reconstructions`. `ratios`: image mask ratios, each with its own reconstruction; empty: the ratio of the
+    run.
 
     Returns:
-        How many rows were drawn: none, and no PNG, where no sample can be used.
+        The number of plotted rows. If no sample is valid, it is 0, and no PNG is written.
     """
     model = open_weights(config, weights)
     turns = []
@@ -78,16 +80,15 @@ def draw_reconstructions(
     vqgan: VQGAN | None = None,
     channels: Sequence[int] | None = None,
 ) -> None:
-    """Write a PNG with a row for each sample. Visible patches and text tokens are shown as they are, masked ones as
-    predicted; where the image targets are ids of `vqgan`, the whole image is decoded from the true ids and the
-    predicted.
+    """Write a PNG with a row for each sample. Visible patches and text tokens are shown unchanged, masked ones as
+    predicted. If the image targets are ids of `vqgan`, the whole image is decoded from the true and the predicted ids.
 
     Args:
-        model: on any device; its mode stays.
-        samples: with masks; images [C, H, W].
-        tokenizer: of the captions; None: tokens are shown as numbers.
+        model: model on any device; its mode is restored.
+        samples: samples with masks and images [C, H, W].
+        tokenizer: tokenizer of the captions; None: tokens are shown as ids.
         vqgan: the frozen image tokenizer, on the CPU; None if pixels are predicted.
-        channels: what is shown, as in `figures.levels`.
+        channels: displayed channels, as in `figures.levels`.
     """
     was_training = model.training
     model.eval()
@@ -130,7 +131,8 @@ def _row(
 
 
 def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK: Tensor) -> Tensor:
-    """Decode an image, uint8 [C, H, W], from the true ids where visible and the predicted ones where masked."""
+    """Return the image, uint8 [C, H, W], decoded from the true ids of visible patches and the predicted ids of masked
+    patches."""
     ids_L, predicted_L = vqgan.encode(image[None])[0], torch.zeros(len(mask_L), dtype=torch.int32)
     predicted_L[_with_loss(mask_L, model.loss_config.image_all_tokens)] = logits_IK.argmax(-1).to(torch.int32)
     grid = model.geometry.grid(image)
@@ -139,14 +141,16 @@ def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK
 
 
 def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None) -> list[Tensor]:
-    """Return images, uint8 [C, H, W] each: original, masked and, if pixels are predicted, reconstruction."""
+    """Return the original image, the masked image and, if pixels are predicted, the reconstruction, each uint8 [C, H,
+    W]."""
     c, with_loss = model.config, _with_loss(mask_L, model.loss_config.image_all_tokens)
     patches_LK = _cut(levels(image, c, range(len(image))), c.patch_size).float()
     masked = patches_LK.clone()
     masked[mask_L] = GREY
     views = [patches_LK, masked]
     if pixels_IK is not None:
-        if model.loss_config.norm_pix:  # predictions are relative to each patch: undo with the true patch, as MAE does
+        # predictions are normalised per patch; undone with the statistics of the true patch, as in MAE
+        if model.loss_config.norm_pix:
             normal = _cut(normalised(image, c.image_mean, c.image_std), c.patch_size)
             spread = (normal.var(-1, keepdim=True) + 1e-6).sqrt()
             pixels_IK = pixels_IK * spread[with_loss] + normal.mean(-1, keepdim=True)[with_loss]
@@ -163,7 +167,7 @@ def _with_loss(mask: Tensor, everywhere: bool) -> Tensor:
 
 
 def _cut(image: Tensor, patch: int) -> Tensor:
-    """Cut an image [C, H, W] into patches [L, P * P * C]."""
+    """Split an image [C, H, W] into patches [L, P * P * C]."""
     return patch_rows([image], patch).permute(0, 2, 3, 1).flatten(1)
 
 
@@ -177,9 +181,9 @@ def _join(patches_LK: Tensor, grid: Grid, patch: int) -> Tensor:
 def caption_views(
     tokens: Tensor, mask: Tensor, guesses: dict[int, int], tokenizer: CaptionTokenizer | None
 ) -> dict[str, list[tuple[str, Colour]]]:
-    """Return a caption of n tokens in three ways, as pieces of text, with the space before a word, and colours: itself,
-    as the encoder sees it, and with the `guesses` at its masked positions. Without a tokenizer tokens are shown as
-    numbers."""
+    """Return three views of a caption: the original, the masked caption, and the caption with the `guesses` at its
+    masked positions. Each is a list of pieces of text, which include the space before a word, with their colours.
+    Without a tokenizer, tokens are shown as ids."""
 
     def pieces(ids: Sequence[int]) -> list[str]:
         return tokenizer.pieces(ids) if tokenizer else [f" {each}" for each in ids]
@@ -195,7 +199,7 @@ def caption_views(
 
 
 def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, Colour]]]) -> int:
-    """Write the lines, each over as many as it needs, and return their height in pixels."""
+    """Draw the captions, each wrapped over as many lines as necessary, and return their height in pixels."""
     left, y = 3 * (SIDE + GAP) + GAP, 0
     font = ImageFont.load_default(13)
     for title, words in lines.items():

@@ -1,1 +1,1 @@
-"""Folders of weights: written, read, described, and exchanged with the Hugging Face hub."""
+"""Import and export of weights, and opening of models."""

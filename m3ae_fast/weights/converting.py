@@ -1,4 +1,4 @@
-"""Converts weights of other programs to a folder that `M3AE.from_pretrained` loads."""
+"""Conversion of weights from other programs to a folder for `M3AE.from_pretrained`."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def convert(
     num_heads: int | None = None,
     dec_num_heads: int | None = None,
 ) -> Pretrained | VQGAN:
-    """Convert weights and return what was written: a model or, of a .msgpack, the image tokenizer.
+    """Convert weights and return the result: a model, or the image tokenizer for a .msgpack file.
 
     Args:
-        source: the file, folder or name on the Hugging Face hub of the weights; `m3ae-fast convert --help` lists the
-            kinds. Nothing that a file names is run.
+        source: file, folder or Hugging Face hub name of the weights; `m3ae-fast convert --help` lists the supported
+            kinds. No code in the files is executed.
         out: the folder to write.
         tokenizer: the tokenizer.json, BERT vocab.txt or hub name of the captions' tokenizer.
-        num_heads, dec_num_heads: attention heads of encoder and decoder, of a .pth or .safetensors of a width that was
-            never published.
+        num_heads, dec_num_heads: numbers of attention heads of encoder and decoder, for a .pth or .safetensors file
+            whose width is not one of the published sizes.
 
     Raises:
         UserError: the source is unknown or damaged, the tokenizer does not fit, or `out` cannot be written.

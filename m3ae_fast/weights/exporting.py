@@ -1,4 +1,4 @@
-"""Writes the weights of a run as a folder that `M3AE.from_pretrained` or timm loads, or as ONNX files."""
+"""Export of a run's weights as a folder for `M3AE.from_pretrained` or timm, or as ONNX files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from m3ae_fast.base.errors import UserError
 
-if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
+if TYPE_CHECKING:  # torch is imported only where it is used, so that --help is fast
     from m3ae_fast.model.pretrained import Pretrained
     from m3ae_fast.weights.open_model import SavedRun
 
-# sections of the config that the card shows; the others name this machine's folders
+# sections of the config that the card shows; the other sections contain local paths
 _SHOWN = ("masking", "loss", "optim", "train")
 
 
@@ -29,14 +29,15 @@ def write_export(
     """Write float32 weights of a run (its last checkpoint) or of one checkpoint to the folder `out`.
 
     Args:
-        run: a run folder or a checkpoint, or an export, to change its format or to push it.
-        out: a new folder, or an earlier export, which is replaced.
-        format: "m3ae", "timm" for the image encoder as timm's VisionTransformer, or "onnx" for that as the file `out`.
-        name: what the model card calls the model; None: as the folder.
-        weights: "average", of a run with `train.ema`, or "last".
+        run: a run folder, a checkpoint, or an export whose format is to be changed or that is to be uploaded.
+        out: a new folder, or an earlier export, which is then replaced.
+        format: "m3ae", "timm" for the image encoder as timm's VisionTransformer, or "onnx" for the image encoder as the
+            file `out`.
+        name: name of the model in its card; None: the name of the folder.
+        weights: "average" for the moving average of a run with `train.ema`, or "last".
 
     Returns:
-        What was read.
+        The exported weights.
 
     Raises:
         UserError: there is no checkpoint, it is damaged, or `out` cannot be written.
@@ -83,7 +84,8 @@ def _read_export(folder: str | Path) -> Pretrained:
 
 
 def _run_section(run: SavedRun, average: bool) -> str:
-    """Return Markdown: data, steps, the last metrics up to this checkpoint, settings. `average`: of which weights."""
+    """Return a Markdown section with the data, the steps, the last metrics up to the checkpoint, and the settings.
+    `average`: whether the averaged weights are exported."""
     info, config = run.info, run.info.config
     data = [f"- `{_public(shards)}`" for shards in _shards(config.get("data") or {})]
     lines = ["## Training", "", f"{info.step:,} steps, {info.samples:,} samples seen, of", "", *data, ""]
@@ -98,7 +100,7 @@ def _run_section(run: SavedRun, average: bool) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in info.versions.items())
     settings = {name: config[name] for name in _SHOWN if name in config}
     if train := settings.get("train"):
-        settings["train"] = {key: value for key, value in train.items() if key != "probe"}  # which names shards
+        settings["train"] = {key: value for key, value in train.items() if key != "probe"}  # the section names shards
     return "\n".join([*lines, f"With {versions}.", "", "```json", json.dumps(settings, indent=2), "```", ""])
 
 
@@ -108,8 +110,8 @@ def _shards(data: dict[str, Any]) -> list[str]:
 
 
 def _public(shards: str) -> str:
-    """Return what may be published of a pattern: the names of files on this machine, a URL without its user and query,
-    and nothing of a command."""
+    """Return the publishable part of a shard pattern: the names of local files, a URL without user and query, and
+    nothing of a command."""
     from m3ae_fast.data.shards import is_remote
 
     if shards.startswith("pipe:"):
@@ -122,12 +124,13 @@ def _public(shards: str) -> str:
 
 
 def _last_metrics(run: SavedRun) -> dict[str, tuple[float, int]]:
-    """Return, by name, a metric's last value up to the checkpoint's step, and the step of its line."""
+    """Return the last value of each metric up to the checkpoint's step, with the step at which it was logged, by
+    name."""
     from m3ae_fast.training.metrics_log import read_metrics
 
     wanted = re.compile(r"(val_)?(loss|image_loss|text_loss|text_accuracy)")
     found: dict[str, tuple[float, int]] = {}
-    with contextlib.suppress(UserError):  # a checkpoint that was moved
+    with contextlib.suppress(UserError):  # the checkpoint has been moved away from its run
         for line in read_metrics(run.path.parents[1]):
             if (step := line["step"]) <= run.info.step:
                 numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}

@@ -1,4 +1,4 @@
-"""Detects the format of a file or folder of weights, and reads it."""
+"""Detection of the format of weight files and folders, and reading them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 
 
 def read_source(source: str, heads: ViTOptions) -> Pretrained:
-    """Recognise and convert a file, a folder, or a model of the hub. Raises UserError if it is none of what is
-    known, is damaged, or holds what an M3AE cannot represent."""
+    """Detect the format of a file, folder or hub model, and convert it. Raises UserError if the format is unknown, the
+    file is damaged, or the model cannot be represented as an M3AE."""
     try:
         found = _recognise(source, heads)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{source}: cannot be converted ({type(error).__name__}: {reason}); is it whole?") from None
+        raise UserError(
+            f"{source}: cannot be converted ({type(error).__name__}: {reason}); check that it is complete"
+        ) from None
     with torch.device("meta"):
         model = M3AE(found.config)
     check_weights(model, found.state, source)
@@ -56,7 +58,7 @@ def _recognise(source: str, heads: ViTOptions) -> Pretrained:
         saved = _read_torch(path)
         weights = saved.get("model", saved.get("state_dict", saved)) if isinstance(saved, dict) else None
         if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-            raise UserError(f"{source}: not an MAE checkpoint: holds no dictionary of weights")
+            raise UserError(f"{source}: not an MAE checkpoint: it contains no dictionary of weights")
         args = saved.get("args")
         return _read_vit(weights, vars(args) if isinstance(args, argparse.Namespace) else {}, heads, source)
     return read_jax_checkpoint(path)
@@ -68,18 +70,18 @@ def _read_folder(path: Path, source: str, heads: ViTOptions) -> Pretrained:
     if is_timm_folder(path):
         return read_timm_folder(path, heads)
     if not (path / "config.json").is_file():
-        raise UserError(f"{source}: a folder with neither checkpoints nor an exported model")
+        raise UserError(f"{source}: the folder contains neither checkpoints nor an exported model")
     return read_pretrained(source)
 
 
 def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOptions, source: str) -> Pretrained:
     config, state, notes = from_vit(weights, heads, source)
-    notes.append("images are taken to be normalised with ImageNet's mean and std, GELU to be exact, as MAE's are")
+    notes.append("assuming images normalised with ImageNet's mean and std, and exact GELU, as in MAE")
     kind = "encoder of an MAE or a timm ViT"
     if "decoder_embed.weight" in weights:
         norm_pix = f"loss.norm_pix={str(bool(args['norm_pix_loss'])).lower()}" if "norm_pix_loss" in args else ""
         wanted = norm_pix or "loss.norm_pix=true if MAE was trained with --norm_pix_loss"
-        notes.append(f"to train on with MAE's loss, set loss.per=batch and {wanted}")
+        notes.append(f"to continue training with MAE's loss, set loss.per=batch and {wanted}")
         kind = "MAE checkpoint"
     return Pretrained(config, state, kind=kind, notes=tuple(notes))
 
@@ -88,15 +90,19 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return read_tensors(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
+        raise UserError(f"{path}: not a safetensors file, or it is damaged ({error})") from None
 
 
 def _read_torch(path: Path) -> Any:
-    """Read a file with `weights_only`: tensors, containers, and the Namespace of MAE's own checkpoints."""
+    """Read a file with `weights_only`, which allows tensors, containers, and the Namespace in MAE's checkpoints."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file leads to
+    except Exception as error:  # damaged or hostile files raise many kinds of errors
         named = re.search(r"Unsupported (?:global: GLOBAL|class|operand) (\S+)", str(error))
-        reason = f"names {named[1]}, which is not loaded" if named else (str(error).splitlines() or ["?"])[0][:200]
+        reason = (
+            f"it refers to {named[1]}, which is not loaded for security"
+            if named
+            else (str(error).splitlines() or ["?"])[0][:200]
+        )
         raise UserError(f"{path}: cannot be read as weights of torch ({reason})") from None

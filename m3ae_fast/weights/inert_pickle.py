@@ -1,8 +1,8 @@
-"""Reads pickles without running anything that they name.
+"""Safe reading of pickles, without executing any code that they refer to.
 
-The official checkpoints pickle their optimiser with its code, so their globals are many and differ between library
-versions. So there is no list of what may be named: NumPy arrays, dtypes, scalars and plain containers are built here;
-every other global becomes a class that does nothing but remember what it was given.
+The official checkpoints pickle their optimiser with references to its code, so their globals are numerous and differ
+between library versions. Therefore there is no list of allowed globals: NumPy arrays, dtypes, scalars and plain
+containers are built here, and every other global becomes a class that only stores its arguments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from m3ae_fast.base.errors import UserError
 
 
 class Inert:
-    """An instance of a global that was not loaded, `path`, or what a call of it would have returned."""
+    """A placeholder for an instance of the global `path`, which was not loaded, or for the result of calling it."""
 
     path = ""
     args: tuple = ()
@@ -30,7 +30,7 @@ class Inert:
         inert.args = args
         return inert
 
-    # `self` may be the class: a pickle can ask for anything of what it has loaded
+    # `self` may be the class, because a pickle can apply any operation to loaded objects
     def __setstate__(*self_and_state: Any) -> None:
         if len(self_and_state) == 2:
             self_and_state[0].state = self_and_state[1]
@@ -48,7 +48,7 @@ class Inert:
 
 
 class _Builder:
-    """A global that builds something; as inert otherwise."""
+    """An allowed global that builds an object; otherwise as inert as Inert."""
 
     def __init__(self, build: Callable) -> None:
         self._build = build
@@ -66,7 +66,7 @@ class _DType(Inert):
     path = "numpy.dtype"
 
     def plain(self) -> np.dtype | None:
-        """Return the NumPy dtype; None if it is not one of numbers."""
+        """Return the NumPy dtype; None if it is not numeric."""
         code = self.args[0] if self.args else None
         if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", code):
             return None
@@ -75,7 +75,8 @@ class _DType(Inert):
 
 
 class _Array(np.ndarray):
-    """What `_reconstruct` returns: empty until it is given (version, shape, dtype, Fortran order, bytes)."""
+    """The result of `_reconstruct`, which is empty until its state (version, shape, dtype, Fortran order, bytes) is
+    set."""
 
     def __setstate__(self, state: Any) -> None:  # type: ignore[override]
         _, shape, dtype, fortran, data = state
@@ -85,12 +86,13 @@ class _Array(np.ndarray):
 
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray | Inert:
-    """Return an array; `Inert` where its elements are not numbers. Raises ValueError or TypeError for bad arguments."""
+    """Return an array, or `Inert` if its elements are not numbers. Raises ValueError or TypeError for invalid
+    arguments."""
     plain = dtype.plain() if isinstance(dtype, _DType) else None
     if plain is None:
         return Inert(dtype)
     if not isinstance(data, bytes | bytearray):
-        raise TypeError(f"an array of {type(data).__name__}")
+        raise TypeError(f"the data of an array are of type {type(data).__name__}")
     shape = tuple(map(int, shape)) if isinstance(shape, tuple | list) else (int(shape),)
     return np.frombuffer(bytearray(data), plain).reshape(shape, order="F" if order == "F" else "C")
 
@@ -105,7 +107,7 @@ def _scalar(dtype: Any, data: Any) -> Any:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Encode text, which is how protocols below 3 write bytes."""
+    """Return encoded text: protocols below 3 write bytes in this way."""
     return str(text).encode("latin-1")
 
 
@@ -114,7 +116,7 @@ _BUILDERS: dict[str, Callable] = {
     "numpy.core.multiarray._reconstruct": _reconstruct,
     "numpy.core.multiarray.scalar": _scalar,
     "_codecs.encode": _encode,
-    "builtins.bytes": lambda: b"",  # what protocols below 3 write for an empty one
+    "builtins.bytes": lambda: b"",  # protocols below 3 write empty bytes in this way
     "collections.OrderedDict": dict,
 }
 
@@ -127,7 +129,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
         if path not in self._stand_ins:
-            known = path.replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")  # by version
+            # names in different versions
+            known = path.replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
             if known in _BUILDERS:
                 self._stand_ins[path] = _Builder(_BUILDERS[known])
             else:
@@ -143,6 +146,6 @@ def load_inert(path: Path) -> Any:
             return _Unpickler(file).load()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # a damaged pickle can raise anything
+    except Exception as error:  # damaged pickles raise many kinds of errors
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a pickle, or a damaged one ({type(error).__name__}: {reason})") from None
+        raise UserError(f"{path}: not a pickle, or it is damaged ({type(error).__name__}: {reason})") from None

@@ -1,4 +1,5 @@
-"""Checkpoints of the official JAX code, M3AE and MAE (young-geng/m3ae_public): a pickle of step, flags and state."""
+"""Import of checkpoints of the official JAX code, M3AE and MAE (young-geng/m3ae_public): pickles of step, flags and
+state."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ _NAMES = {
     r"(image|text)_mlp\.layers\.(\d+)\.(weight|bias)": r"decoder_\1_output/Dense_\2/\3",
     r"(image|text)_head\.(weight|bias)": r"decoder_\1_output/Dense_last/\2",
 }
-# of the official --m3ae.model_type; the published sizes' decoders have 16 heads
+# model sizes of the official --m3ae.model_type; the decoders of the published sizes have 16 heads
 _HEADS = {size: heads for size, (_, _, heads) in SIZES.items()} | {"debug": 16}
 _NORMALISATION = {
     "cc12m": ((0.5762, 0.5503, 0.5213), (0.3207, 0.3169, 0.3307)),
@@ -49,7 +50,7 @@ _NORMALISATION = {
 
 
 def flax_name(name: str, head_depth: int) -> str:
-    """Return the flax path of our parameter `name`: `encoder.norm.weight` -> `encoder/LayerNorm_0/scale`."""
+    """Return the flax path of the parameter `name`: `encoder/LayerNorm_0/scale` for `encoder.norm.weight`."""
     for pattern, template in _NAMES.items():
         if match := re.fullmatch(pattern, name):
             path = match.expand(template).replace("Dense_last", f"Dense_{head_depth}")
@@ -58,14 +59,15 @@ def flax_name(name: str, head_depth: int) -> str:
 
 
 def from_flax(path: str, array: np.ndarray) -> Tensor:
-    """Return the parameter at `path` in our layout: [out, in] for matmuls, rows of vectors for single tokens."""
+    """Return the parameter at `path` in the layout of this package: [out, in] for matmuls, row vectors for single
+    tokens."""
     tensor = torch.from_numpy(array)
     return tensor.T if path.endswith("kernel") else tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 2 else tensor
 
 
 def read_jax_checkpoint(path: Path) -> Pretrained:
-    """Convert a checkpoint of pre-training or of fine-tuning (whose head is left out). Raises UserError if the file
-    is no such checkpoint, is damaged, or holds what an M3AE cannot represent."""
+    """Convert a checkpoint of pre-training, or of fine-tuning without its head. Raises UserError if the file is not
+    such a checkpoint, is damaged, or cannot be represented as an M3AE."""
     saved = load_inert(path)
     variant, params = _parts(saved, path)
     config = _config(variant, params, path)
@@ -87,7 +89,7 @@ def read_jax_checkpoint(path: Path) -> Pretrained:
 
 
 def _parts(saved: Any, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the flags, and the parameters by flax path."""
+    """Return the flags and the parameters by flax path."""
     if not isinstance(saved, dict) or not {"state", "variant"} <= saved.keys():
         raise UserError(f"{path}: not an official M3AE checkpoint: a pickle without 'state' and 'variant'")
     state, variant = saved["state"], _plain(saved["variant"])
@@ -106,12 +108,12 @@ def _parts(saved: Any, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray
             raise UserError(f"{path}: the parameter {name} is not an array of floats but {kind}")
         flat[name] = np.array(array, np.float32)
     if "image_embedding/kernel" not in flat or "cls_token" not in flat:
-        raise UserError(f"{path}: holds no M3AE encoder but the parameters {', '.join(sorted(flat)[:4]) or 'none'}")
+        raise UserError(f"{path}: contains no M3AE encoder, but the parameters {', '.join(sorted(flat)[:4]) or 'none'}")
     return variant, flat
 
 
 def _plain(value: Any) -> Any:
-    """Return flax's FrozenDict as the dictionary that it wraps."""
+    """Return the dictionary that flax's FrozenDict wraps; other values are unchanged."""
     if isinstance(value, Inert) and value.path.endswith("FrozenDict") and value.args:
         return value.args[0]
     return value
@@ -127,21 +129,21 @@ def _flatten(tree: Any, prefix: str) -> Any:
 
 
 def _flag(variant: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Return a flag of the data set that was trained on."""
+    """Return a flag of the training dataset."""
     section = "data"
-    if "dataset" in variant:  # MAE's script has one section per data set
+    if "dataset" in variant:  # MAE's script has one section per dataset
         section = f"{variant['dataset']}_data"
     return variant.get(f"{section}.{name}", default)
 
 
 def _config(variant: dict[str, Any], params: dict[str, np.ndarray], path: Path) -> ModelConfig:
-    """Infer sizes from the arrays' shapes; heads, images and normalisation from the flags."""
+    """Infer the model config: sizes from the arrays' shapes; heads, images and normalisation from the flags."""
     for prefix in ("m3ae", "mae"):
         flags = {key.removeprefix(f"{prefix}."): v for key, v in variant.items() if key.startswith(f"{prefix}.")}
         if "num_heads" in flags:
             break
     else:
-        raise UserError(f"{path}: its flags do not say the number of heads; is it an official M3AE checkpoint?")
+        raise UserError(f"{path}: its flags lack the number of heads; check that it is an official M3AE checkpoint")
     if variant.get("discretized_image"):
         raise UserError(f"{path}: was trained on the ids of an image tokenizer (discretized_image), not on pixels")
     emb_dim = params["cls_token"].shape[-1]

@@ -1,4 +1,4 @@
-"""ViTs by the names of facebookresearch/mae, which are timm's for the encoder.
+"""Import of ViTs with the parameter names of facebookresearch/mae, which are timm's for the encoder.
 
 Shapes: D encoder width, E decoder width, L patches, C channels, P patch size.
 """
@@ -20,7 +20,7 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import ENCODER
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std
-# our name -> theirs; positions, cls token and patch embedding are apart
+# our name -> theirs; positions, cls token and patch embedding are handled separately
 _NAMES = {
     r"patch_embed\.bias": r"patch_embed.proj.bias",
     r"encoder\.(blocks\..+|norm\..+)": r"\1",
@@ -29,16 +29,16 @@ _NAMES = {
     r"decoder\.norm\.(.+)": r"decoder_norm.\1",
     r"image_head\.(.+)": r"decoder_pred.\1",
 }
-# what the encoder is without: classifiers, and what fine-tuning puts beside them
+# weights that are not part of the encoder: classifiers, and weights that fine-tuning adds
 _LEFT_OUT = re.compile(r"(head|head_drop|fc)(\.|$).*")
-# heads of the published sizes, by width; no file states them
+# numbers of heads of the published sizes, by width; they are not stored in files
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 _DECODER_HEADS = {512: 16}
 
 
 @dataclass(frozen=True)
 class ViTOptions:
-    """What the weights do not show."""
+    """Properties of a ViT that cannot be inferred from its weights."""
 
     num_heads: int | None = None  # None: as in the published size of that width
     dec_num_heads: int | None = None
@@ -50,15 +50,15 @@ class ViTOptions:
 def from_vit(
     weights: dict[str, Tensor], options: ViTOptions, where: str
 ) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
-    """Return config and weights of an MAE, or of its encoder alone if the file has no decoder, and notes about them.
-    Raises UserError if a weight is missing, or is one that an M3AE cannot represent."""
+    """Return the config and weights of an MAE, or of its encoder if the file has no decoder, and notes about them.
+    Raises UserError if a weight is missing or cannot be represented in an M3AE."""
     theirs = {name: tensor for name, tensor in weights.items() if not _LEFT_OUT.fullmatch(name)}
     check_dtypes(theirs, where)
     notes = []
     norms_the_mean = "norm.weight" not in theirs and "fc_norm.weight" in theirs
     if norms_the_mean:
         theirs = {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in theirs.items()}
-        notes.append("its last norm (fc_norm) acts on the mean of the patches: model.mean_pool is before_norm")
+        notes.append("its last norm (fc_norm) is applied to the mean of the patches, so model.mean_pool is before_norm")
     for name, axes in {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}.items():
         if name not in theirs or theirs[name].ndim != axes:
             raise UserError(f"{where}: not an MAE or a timm VisionTransformer: lacks the weight {name} of {axes} axes")
@@ -71,7 +71,7 @@ def from_vit(
 
     def take(name: str) -> Tensor:
         if name not in theirs:
-            raise UserError(f"{where}: lacks the weight {name}; an M3AE needs it")
+            raise UserError(f"{where}: lacks the weight {name}, which an M3AE requires")
         taken.add(name)
         return theirs[name].to(torch.float32)
 
@@ -137,5 +137,5 @@ def _depth(theirs: dict[str, Tensor], part: str) -> int:
 
 def _heads(given: int | None, known: dict[int, int], width: int, flag: str, where: str) -> int:
     if given is None and width not in known:
-        raise UserError(f"{where}: does not say how many attention heads are {width} wide; give {flag}")
+        raise UserError(f"{where}: the number of attention heads for width {width} is unknown; give {flag}")
     return known[width] if given is None else given

@@ -1,8 +1,8 @@
-"""The ways to name a model on a command line. Imports nothing, so that `--help` is fast."""
+"""Names of models on the command line. Imports nothing, so that `--help` is fast."""
 
-# prefixes: the same network with random weights; the pixels that a model sees, scaled down, as features
+# prefixes of a model name: for the same network with random weights, and for downscaled pixels as features
 RANDOM, PIXELS = "random:", "pixels:"
-MASK = "[MASK]"  # stands for one token of a caption
+MASK = "[MASK]"  # placeholder for one token of a caption
 MODEL_HELP = (
     "a run folder (its last checkpoint; with train.ema the average), a checkpoint, an export folder, a hub name, or "
     "random:MODEL for the same network with random weights"

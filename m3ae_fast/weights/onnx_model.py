@@ -1,5 +1,6 @@
-"""The image encoder as an ONNX file: pixels in, the features of `M3AE.encode` out, for runtimes without torch. Pixels
-have the model's image_dtype, uint16 as int32, and are not normalised yet: of floats, black is 0 and white 1.
+"""Export of the image encoder as an ONNX file for runtimes without torch. It maps pixels to the features of
+`M3AE.encode`. Pixels have the model's image_dtype (int32 instead of uint16) and are not normalised; for floats, black
+is 0 and white is 1.
 
 Shapes: B images, C channels, S image size, D width.
 """
@@ -26,15 +27,15 @@ from m3ae_fast.weights.timm_model import model_arguments, timm_weights
 
 NEEDS = dict.fromkeys(("onnx", "onnxruntime", "timm"), "--format onnx")
 SUFFIX, INT8_SUFFIX = ".onnx", ".int8.onnx"
-NEEDED = 0.99999  # cosine of the file's features with torch's, in float32
-_BATCH, _TIMED = 8, 3  # images of a batch that is timed, and how many are
+NEEDED = 0.99999  # minimum cosine similarity between the file's features and torch's in float32
+_BATCH, _TIMED = 8, 3  # images per timed batch, and number of timed batches
 
 
 class Checked(NamedTuple):
-    """An ONNX file with its accuracy and speed, measured on this machine."""
+    """An ONNX file with its accuracy and its speed on this machine."""
 
     path: Path
-    cosine: float  # lowest, with torch's float32 features
+    cosine: float  # lowest cosine similarity with torch's float32 features
     images_per_s: float
 
     def __str__(self) -> str:
@@ -63,25 +64,25 @@ class ImageEncoder(nn.Module):
 
 
 def input_dtype(config: ModelConfig) -> np.dtype:
-    """Return the dtype of a file's input: torch exports nothing of uint16."""
+    """Return the dtype of a file's input; torch cannot export uint16."""
     return np.dtype("int32" if config.image_dtype == "uint16" else config.image_dtype)
 
 
 def as_input(images: Tensor, config: ModelConfig) -> np.ndarray:
-    """Return a batch's images as a file takes them."""
+    """Return the images of a batch as the input of a file."""
     pixels = to_unit(images, config.image_mean, config.image_std) if images.is_floating_point() else images
     return pixels.numpy().astype(input_dtype(config), copy=False)
 
 
 def file_names(out: Path) -> tuple[Path, Path]:
-    """Return the names of the float32 and of the int8 file of an export to `out`."""
+    """Return the paths of the float32 and the int8 file of an export to `out`."""
     return out, out.with_name(out.name.removesuffix(SUFFIX) + INT8_SUFFIX)
 
 
 def write_onnx(out: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> list[Checked]:
-    """Write the encoder of images to `out` in float32, and beside it, as NAME.int8.onnx, with weights of matrices in
-    int8 and their inputs quantised as they come. Return how near each is to torch, and how fast. Raises UserError if
-    `out` is no name of an ONNX file, a library is missing, or the float32 file gives other features."""
+    """Write the image encoder to `out` in float32, and to NAME.int8.onnx next to it with int8 weight matrices and
+    dynamically quantised inputs. Return the accuracy and speed of both. Raises UserError if `out` is not the name of an
+    ONNX file, a library is missing, or the features of the float32 file differ from torch's."""
     out = Path(out)
     if out.suffix != SUFFIX:
         raise UserError(f"{out}: must end in {SUFFIX}")
@@ -100,12 +101,13 @@ def write_onnx(out: str | Path, config: ModelConfig, state: dict[str, Tensor]) -
 
 
 def _export(encoder: ImageEncoder, config: ModelConfig, path: Path) -> None:
-    # of 2 images: 1 would be taken for a constant
+    # a batch of 2 images, because a batch size of 1 would become a constant
     pixels = torch.zeros(2, config.channels, config.image_size, config.image_size)
     pixels = torch.from_numpy(pixels.numpy().astype(input_dtype(config)))
     names: dict[str, Any] = {"input_names": ["pixels"], "output_names": ["features"]}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that shapes are fixed, and that there is another exporter, which needs more
+        # warnings about fixed shapes, and about another exporter that requires more libraries
+        warnings.simplefilter("ignore")
         torch.onnx.export(
             encoder,
             (pixels,),
@@ -129,12 +131,12 @@ def _quantise(path: Path, out: Path) -> None:
 
 
 def _says_something(record: logging.LogRecord) -> bool:
-    """Return False for onnxruntime's advice to infer shapes before, which are fixed here."""
+    """Return False for onnxruntime's advice to infer shapes beforehand, because shapes are fixed here."""
     return "pre-processing before quantization" not in record.getMessage()
 
 
 def session(path: Path) -> Any:
-    """Return onnxruntime's session of a file, on the CPU."""
+    """Return an onnxruntime session of a file on the CPU."""
     import onnxruntime
 
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -147,7 +149,7 @@ def _checked(encoder: ImageEncoder, config: ModelConfig, path: Path) -> Checked:
     white = LARGEST.get(getattr(torch, config.image_dtype), 1)
     pixels = (np.random.default_rng(0).random(shape) * (white + (white > 1))).astype(input_dtype(config))
     cosines = []
-    for part in (pixels, pixels[:1]):  # any number of images
+    for part in (pixels, pixels[:1]):  # checks that any number of images works
         (found,) = run(None, {"pixels": part})
         cosines.append(torch.cosine_similarity(torch.from_numpy(found), encoder(torch.from_numpy(part))).min().item())
     started = time.perf_counter()

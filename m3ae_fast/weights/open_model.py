@@ -1,4 +1,5 @@
-"""Opens the MODEL of a command line: a run, a checkpoint, an export, a name on the hub, or a network untrained."""
+"""Opening of a model by its name on the command line: a run, a checkpoint, an export, a hub name, or an untrained
+network."""
 
 from __future__ import annotations
 
@@ -25,15 +26,15 @@ from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What the checkpoint of a run says of it."""
+    """A run's checkpoint with the settings stored in it."""
 
     path: Path
     info: checkpoint.Info
     config: ModelConfig
     loss: LossConfig
-    tokenizer: str | None  # file or name, as its config says
-    image_tokenizer: str | None  # folder of the VQGAN whose codes it predicts
-    ema: float | None  # decay of the moving average of the weights that it holds too
+    tokenizer: str | None  # file or name in its config
+    image_tokenizer: str | None  # folder of the VQGAN whose codes the model predicts
+    ema: float | None  # decay of the moving average of the weights, if the checkpoint contains one
 
 
 def is_run(path: Path) -> bool:
@@ -42,12 +43,14 @@ def is_run(path: Path) -> bool:
 
 
 def saved_run(run: Path) -> SavedRun:
-    """Describe the last checkpoint of a run folder, or the checkpoint `run` itself. Raises UserError if there is no
-    checkpoint, it is damaged, or it holds a classifier."""
+    """Return the settings of the last checkpoint of a run folder, or of the checkpoint `run`. Raises UserError if there
+    is no checkpoint, or if it is damaged or contains a classifier."""
     path = checkpoint.locate(run)
     info = checkpoint.read_info(path)
     if "classifier" in info.config or "task" in info.config:
-        raise UserError(f"{run}: holds a classifier, the result of an evaluation; name the model that it began from")
+        raise UserError(
+            f"{run}: contains a classifier, the result of an evaluation; name the model from which it was trained"
+        )
 
     def setting(section: str, key: str) -> Any:
         return (info.config.get(section) or {}).get(key)
@@ -60,8 +63,8 @@ def saved_run(run: Path) -> SavedRun:
 
 
 def run_weights(run: SavedRun, *, average: bool = True) -> Pretrained:
-    """Read the weights of a run, whatever ZeRO stage trained it, with the tokenizer that its config names. `average`:
-    of a run with train.ema, the moving average of the weights. Raises UserError if the checkpoint is damaged."""
+    """Return the weights of a run of any ZeRO stage, with the tokenizer in its config. `average`: return the moving
+    average of the weights for a run with train.ema. Raises UserError if the checkpoint is damaged."""
     state = checkpoint.read_weights(run.path, average=average)
     kind, notes, tokenizer = f"checkpoint {run.path}", [], None
     if average and run.ema:
@@ -69,22 +72,22 @@ def run_weights(run: SavedRun, *, average: bool = True) -> Pretrained:
     if run.config.vocab_size and run.tokenizer:
         try:
             tokenizer = load_tokenizer(run.tokenizer, run.config.text_length, run.config.vocab_size)
-        except UserError as error:  # the weights are still usable
+        except UserError as error:  # the weights can still be used
             notes.append(f"the tokenizer is left out: {error}")
     return Pretrained(run.config, state, tokenizer, kind, tuple(notes))
 
 
 def open_model(name: str, *, text: bool, tokenizer: str | None = None, seed: int = 0) -> M3AE:
-    """Return a model on the CPU, float32, with its tokenizer where text is asked for.
+    """Return a model on the CPU in float32, with its tokenizer if `text` is set.
 
     Args:
-        name: see `command_line.MODEL_HELP`.
-        text: whether captions are going to be encoded.
-        tokenizer: to be taken instead of the model's own.
-        seed: of the weights of `random:MODEL`.
+        name: name of the model; see `command_line.MODEL_HELP`.
+        text: whether captions will be encoded.
+        tokenizer: tokenizer to use instead of the model's own.
+        seed: random seed of the weights of `random:MODEL`.
 
     Raises:
-        UserError: there is no such model, it is damaged, or it cannot take text though `text` is set.
+        UserError: the model does not exist, is damaged, or does not accept text although `text` is set.
     """
     model, own = _opened(name, seed)
     if not text:
@@ -107,17 +110,17 @@ def load_model(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> M3AE:
-    """Return a model in evaluation mode, float32, with its tokenizer if it has one.
+    """Return a model in evaluation mode in float32, with its tokenizer if it has one.
 
     Args:
         name: a run folder (its last checkpoint; with train.ema the average), a checkpoint, an export folder, a name on
             the Hugging Face hub, or `random:` before any of them for the same network with random weights.
-        tokenizer: the file or name of a tokenizer of captions to use instead of the model's own.
-        seed: of random weights.
-        device: where the model is to be.
+        tokenizer: file or name of a caption tokenizer to use instead of the model's own.
+        seed: random seed of random weights.
+        device: device for the model.
 
     Raises:
-        UserError: there is no such model, it is damaged, or `tokenizer` does not fit it.
+        UserError: the model does not exist or is damaged, or `tokenizer` does not fit it.
     """
     model, own = _opened(os.fspath(name), seed)
     lengths = model.config.text_length, model.config.vocab_size
@@ -128,13 +131,13 @@ def load_model(
     elif own and model.config.vocab_size:
         try:
             model.tokenizer = load_tokenizer(own, *lengths)
-        except UserError as error:  # images can still be encoded
+        except UserError as error:  # the model can still encode images
             logging.getLogger(__name__).warning("the tokenizer is left out: %s", error)
     return model.to(device).eval()
 
 
 def _opened(name: str, seed: int) -> tuple[M3AE, str | None]:
-    """Return a model on the CPU, and the tokenizer that the config of its run names."""
+    """Return a model on the CPU, and the name of the tokenizer in the config of its run."""
     source = name.removeprefix(RANDOM)
     if is_run(Path(source)):
         run = saved_run(Path(source))
@@ -153,12 +156,12 @@ def _opened(name: str, seed: int) -> tuple[M3AE, str | None]:
 
 
 def open_encoder(name: str, *, text: bool, tokenizer: str | None = None, seed: int = 0) -> MultimodalEncoder:
-    """Return what `open_model` does or, of `pixels:MODEL`, the images as that model sees them, see `Pixels`. Raises
-    UserError as `open_model`, and for pixels of which text is asked for."""
+    """Return the model of `open_model` or, for `pixels:MODEL`, the baseline `Pixels` with that model's image settings.
+    Raises UserError as `open_model` does, and for pixels if `text` is set."""
     if not name.startswith(PIXELS):
         return open_model(name, text=text, tokenizer=tokenizer, seed=seed)
     if text:
-        raise UserError(f"{name}: pixels are of images, not of captions; leave --modality out")
+        raise UserError(f"{name}: the pixel baseline has features of images, not of captions; leave out --modality")
     source = name.removeprefix(PIXELS)
     return Pixels(saved_run(Path(source)).config if is_run(Path(source)) else open_model(source, text=False).config)
 

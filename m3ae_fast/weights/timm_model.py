@@ -1,4 +1,5 @@
-"""timm's VisionTransformer, as the folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
+"""Export and import of timm's VisionTransformer as a folder for `timm.create_model("local-dir:FOLDER",
+pretrained=True)`.
 
 Shapes: D width, L patches, C channels, P patch size.
 """
@@ -55,11 +56,12 @@ central square with black 0 and white 1 (levels of 8 bits / 255), minus {mean}, 
 
 
 def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
-    """Write the encoder as config.json, model.safetensors and README.md, whole or not at all. Raises UserError if
-    the folder holds something else, or cannot be written."""
+    """Write the encoder as config.json, model.safetensors and README.md, atomically. Raises UserError if the folder
+    holds other files or cannot be written."""
     arguments = model_arguments(config)
     about = {
-        "architecture": "vit_base_patch16_224",  # any of its class: model_args holds everything
+        # any architecture of this class, because model_args contains all settings
+        "architecture": "vit_base_patch16_224",
         "num_classes": 0,
         "num_features": config.emb_dim,
         "global_pool": arguments["global_pool"],
@@ -93,8 +95,8 @@ def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
 
 
 def model_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Return the keywords of timm's VisionTransformer, whose features are then the mean of the patches as
-    `M3AE.encode` pools: before or after the last norm, which is `fc_norm` where it acts on the mean."""
+    """Return the arguments of timm's VisionTransformer with which its features equal those of `M3AE.encode` with mean
+    pooling, before or after the last norm. The norm is `fc_norm` if it is applied to the mean."""
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -111,7 +113,7 @@ def model_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def timm_weights(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the encoder's weights by timm's names."""
+    """Return the encoder's weights with timm's names."""
     side = config.image_size // config.patch_size
     positions_LD = state.get("encoder_input.positions.image", sincos_2d(config.emb_dim, side))
     if config.use_type_embedding:
@@ -144,8 +146,8 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def read_timm_folder(folder: Path, heads: ViTOptions) -> Pretrained:
-    """Convert a VisionTransformer that timm saved, or `write_timm`. Raises UserError if a file is missing or
-    damaged, or the model is one that an M3AE cannot represent."""
+    """Convert a VisionTransformer saved by timm or by `write_timm`. Raises UserError if a file is missing or damaged,
+    or if the model cannot be represented as an M3AE."""
     about = _about(folder)
     arguments, pretrained = about.get("model_args") or {}, about.get("pretrained_cfg") or about
     where = str(folder)

@@ -92,7 +92,11 @@ def test_colours_are_named_by_pixels(transfer, run, capsys):
     [
         ("attentive", (), "attentive does not take pixels; knn and linear do"),
         ("finetune", (), "finetune does not take pixels; knn and linear do"),
-        ("knn", ("--modality", "paired"), "pixels are of images, not of captions; leave --modality out"),
+        (
+            "knn",
+            ("--modality", "paired"),
+            "the pixel baseline has features of images, not of captions; leave out --modality",
+        ),
         ("knn", ("--layers", "1"), "pixels have no layers and no checkpoints; leave --layers and --resume out"),
         ("linear", ("--resume", "auto"), "pixels have no layers and no checkpoints"),
     ],
