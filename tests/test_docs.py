@@ -15,6 +15,8 @@ from tests.conftest import LONGEST
 from tests.helpers.trainer import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
+FOLDERS = ("docs", "kernels", "lab", "benchmarks", "examples")
+LINKED = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
 TEXT = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 MODULE = r"(?:m3ae_fast/(train)\.py|m3ae-fast (\w+)|-m m3ae_fast (\w+)|--module m3ae_fast\.(train))"
 
@@ -75,16 +77,25 @@ def test_every_setting_that_is_named_exists():
             place = section_of(place.model_fields[key].annotation)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(page):
-    links = re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", TEXT[page.name])
-    assert links or page.name != "README.md"
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", text)
+    assert links or page != ROOT / "README.md"
     for path, heading in links:
         target = page.parent / path if path else page
         assert target.exists(), path
         if heading:
             titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert heading[1:] in [re.sub(r"[^\w\s-]", "", title).lower().replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize("place", ["mkdocs.yml", "docs/index.md", "README.md"])
+def test_every_page_of_the_guide_is_listed(place):
+    """An appendix need not be in the README."""
+    text = (ROOT / place).read_text(encoding="utf-8")
+    missing = {page.name for page in (ROOT / "docs/guide").glob("*.md") if f"guide/{page.name}" not in text}
+    assert missing <= ({"image-formats.md"} if place == "README.md" else set())
 
 
 def test_the_readme_clones_the_address_of_the_project():
