@@ -174,6 +174,8 @@ def _run_stage(stage: Stage, place: Path, folder: Path, seconds: float) -> dict[
                 log.write_text(f"{error}\n", encoding="utf-8")
                 codes.append(error.errno)
         codes += [_wait(process, began + seconds) for process in started]
+    if processes.left:  # they may hold memory, and disturb what follows
+        record["left running"] = processes.left
     said = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
     if None in codes:
         outcome = "out of time"

@@ -31,6 +31,7 @@ class Processes:
 
     def __init__(self, patience: float = PATIENCE) -> None:
         self.patience = patience
+        self.left: list[int] = []  # process ids that SIGKILL did not end, as in a call of a driver that hangs
         self._mark = uuid.uuid4().hex
         self._started: list[subprocess.Popen] = []
 
@@ -58,19 +59,18 @@ class Processes:
                     found.append(int(folder.name))
         return found
 
-    def end(self) -> list[int]:
-        """End all that runs; return the ids of those that SIGKILL did not end, as in a call of a driver that hangs."""
+    def end(self) -> None:
+        """End all that runs."""
         if self.patience:
             self._kill(signal.SIGTERM)
             self._wait(self.patience)
         until = time.monotonic() + PATIENCE
         while self._kill(signal.SIGKILL) and time.monotonic() < until:  # one may start another in between
             self._wait(POLL)
-        left = self.running()
+        self.left = self.running()
         for process in self._started:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(0 if left else None)
-        return left
+                process.wait(0 if self.left else None)
 
     def _kill(self, number: int) -> list[int]:
         """Send a signal to all that runs; return the process ids."""
@@ -93,8 +93,7 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
-            if left := self.end():
-                print(f"processes {left} do not end", file=sys.stderr, flush=True)
+            self.end()
         finally:
             signal.signal(signal.SIGTERM, self._before)
 

@@ -131,7 +131,8 @@ def in_processes(
         where: The sizes of the large inputs, as text.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{CHECKS}.json").unlink(missing_ok=True)
+    for name in {CHECKS} | {TIMES for item in work if item.kind == "times"}:  # those of an earlier run
+        (folder / f"{name}.json").unlink(missing_ok=True)
     first, failed, until = 0, 0, time.monotonic() + seconds
     with Processes() as processes:
         while first < len(work) and (left := until - time.monotonic()) > 0:

@@ -103,6 +103,19 @@ def test_a_process_that_hangs_and_its_children_are_ended(tmp_path):
     assert not any(map(runs, pids))
 
 
+def test_a_process_that_cannot_be_ended_is_recorded(tmp_path, monkeypatch):
+    """As one in a call of a driver that hangs."""
+
+    class Stuck(Processes):
+        def end(self):
+            super().end()
+            self.left = [77]
+
+    monkeypatch.setattr(plan, "Processes", lambda: Stuck(patience=0))
+    assert plan.run(tmp_path, 60, [Stage("one", 60, python("print(1)"))]) == 0
+    assert json.loads((tmp_path / "one/record.json").read_text())["left running"] == [77]
+
+
 def test_a_process_has_time_to_end_by_itself(tmp_path):
     """After SIGTERM, which also ends what started it in order."""
     log, before = tmp_path / "log", signal.getsignal(signal.SIGTERM)
