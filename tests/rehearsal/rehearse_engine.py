@@ -186,9 +186,9 @@ def test_a_stall_leaves_the_last_collectives_of_nccl(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"LOCAL_RANK": "1"}, "rank 0 needs GPU 1 of this node, which has 1"),
+        ({"LOCAL_RANK": "1"}, "rank 0 needs GPU 1 of this node, which has only 1"),
         ({"RANK": "2"}, "RANK=2 and WORLD_SIZE=1"),
-        ({"WORLD_SIZE": "2"}, "start ranks with deepspeed, torchrun or srun"),
+        ({"WORLD_SIZE": "2"}, "start the ranks with deepspeed, torchrun or srun"),
     ],
 )
 def test_a_wrong_launch_is_told(cuda, monkeypatch, environment, message):

@@ -53,7 +53,7 @@ def test_memory_of_changing_sizes_is_asked_for(monkeypatch):
         monkeypatch.setattr(os, "environ", environment)
         settle_libraries()
         assert environment.get(given or "PYTORCH_ALLOC_CONF") == ("theirs" if given else "expandable_segments:True")
-        assert len(environment) == 3  # with those of threads and of pages
+        assert len(environment) == 4  # with those of threads, of pages and of logs
 
 
 def test_a_machine_that_triton_cannot_build_on_is_told(tmp_path, monkeypatch, cuda):
