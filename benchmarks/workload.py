@@ -62,7 +62,8 @@ def make_batch(
     for sample in packed:
         sample.image_predicted = draw_predicted(sample.image_mask, masking.image_predicted, rng)
         sample.text_predicted = draw_predicted(sample.text_mask, masking.text_predicted, rng)
-    geometry = Geometry(m.image_size, m.patch_size, m.channels, m.text_length)
+    cross = m.dec_attention == "cross"
+    geometry = Geometry(m.image_size, m.patch_size, m.channels, m.text_length, cross=cross)
     mean, std = (torch.tensor(v)[:, None, None] for v in (m.image_mean, m.image_std))
     padded = PaddedBatch.of((images / 255 - mean) / std, image_mask, tokens.masked_fill(padding, 0), text_mask, padding)
     return pack(packed, geometry, repeat_shapes=True), padded

@@ -17,7 +17,7 @@ from benchmarks.gpu import step as gpu_step
 from benchmarks.gpu import trace
 from benchmarks.reference import ReferenceM3AE, ReferenceTrainer
 from benchmarks.workload import make_batch, make_config
-from m3ae_fast.config import ModelConfig
+from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
@@ -45,6 +45,15 @@ def test_references_do_the_engines_work(expert):
     grads = {name: p.grad for name, p in reference.named_parameters()}
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_batch_of_the_faster_recipe_is_one_that_its_model_takes():
+    model = TINY.model_copy(update={"dec_attention": "cross"})
+    config = make_config(model, samples=3, masking=MaskingConfig(image_predicted=0.5, text_predicted=0.5))
+    packed, _ = make_batch(config, 3, words=(4, 12))
+    every, _ = make_batch(make_config(model, samples=3), 3, words=(4, 12))
+    rows = [int((batch.image_row_weight > 0).sum() + (batch.text_row_weight > 0).sum()) for batch in (packed, every)]
+    assert M3AE(model)(packed).loss.isfinite() and 0 < rows[0] < 0.7 * rows[1]
 
 
 def test_faster_steps_have_the_flops_that_the_guide_says():
