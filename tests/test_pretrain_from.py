@@ -90,11 +90,11 @@ def test_what_is_no_model_is_refused(tmp_path):
 
 def test_its_initial_weights_are_measured_too(tmp_path):
     """And their time is planned."""
-    assert final_evaluation.STARTED not in final_evaluation._measured(tmp_path)
-    (tmp_path / FOLDER).mkdir()
-    found = final_evaluation._measured(tmp_path)[final_evaluation.STARTED]
-    assert found == (str(tmp_path / FOLDER), "-start")
     facts, pace = Facts(1000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8), Pace(1e-3, 64, 9)
+    config = settings(facts, SHARDS, tmp_path, LADDER[0], 64, 1000, "cls", [])
+    continued = settings(facts, SHARDS, tmp_path, LADDER[0], 64, 1000, "cls", [f"model.init_from={tmp_path}"])
+    assert final_evaluation.STARTED not in final_evaluation._models(config)
+    assert final_evaluation._models(continued)[final_evaluation.STARTED] == str(tmp_path)
     three, four = (Budget(facts, True, 1.0, 0.0, models).after(pace) for models in (3, 4))
     assert four > three
 

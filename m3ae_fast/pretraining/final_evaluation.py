@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.atomic_file import write_whole
@@ -24,7 +24,6 @@ from m3ae_fast.evaluation.run_figures import feature_map
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.evaluation.tasks import MAP_NEEDS
 from m3ae_fast.pretraining import GOES_ON
-from m3ae_fast.pretraining.given_weights import FOLDER as START
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.loggers import show
 from m3ae_fast.weights.model_name import PIXELS, RANDOM
@@ -42,21 +41,15 @@ RUN = "this run"
 STARTED = "its initial weights"
 
 
-class _Measured(NamedTuple):
-    """What is measured beside others."""
-
-    model: str
-    suffix: str  # of the task, in the name of its results' folder
+# what is measured: what stands behind the task in the name of its results' folder
+_SUFFIXES = {RUN: "", UNTRAINED: "-random", SCALED: "-pixels", STARTED: "-start"}
 
 
-def _measured(run: Path) -> dict[str, _Measured]:
-    """Return the evaluations of a run, by name."""
-    found = {
-        RUN: _Measured(str(run), ""),
-        UNTRAINED: _Measured(f"{RANDOM}{run}", "-random"),
-        SCALED: _Measured(f"{PIXELS}{run}", "-pixels"),
-    }
-    return found | ({STARTED: _Measured(str(run / START), "-start")} if (run / START).is_dir() else {})
+def _models(config: Config) -> dict[str, str]:
+    """Return the models that are measured, by what each is to the run."""
+    run, start = str(config.run.dir), config.model.init_from
+    models = {RUN: run, UNTRAINED: f"{RANDOM}{run}", SCALED: f"{PIXELS}{run}"}
+    return models | ({STARTED: start} if start and Path(start).is_dir() else {})
 
 
 @contextmanager
@@ -76,8 +69,8 @@ def evaluate_run(config: Config) -> dict[str, dict[str, Any]] | None:
     _forget_other_weights(run)
     found: dict[str, dict[str, Any]] = {}
     for task, title in _TASKS.items():
-        for whose, (model, suffix) in _measured(run).items():
-            out = run / RESULTS / f"{task}{suffix}"
+        for whose, model in _models(config).items():
+            out = run / RESULTS / f"{task}{_SUFFIXES[whose]}"
             if not (out / RESULT_FILE).exists():
                 options = _OPTIONS[task] if whose != SCALED else {}
                 print(f"{title} of {whose}:", flush=True)
@@ -160,9 +153,8 @@ def verdicts(run: Path, tasks: Iterable[str]) -> list[str]:
     class, with a warning if it is not better than that."""
     lines = []
     for task in tasks:
-        others = {
-            whose: run / RESULTS / f"{task}{suffix}" for whose, (_, suffix) in _measured(run).items() if whose != RUN
-        }
+        folders = {whose: run / RESULTS / f"{task}{suffix}" for whose, suffix in _SUFFIXES.items() if whose != RUN}
+        others = {whose: folder for whose, folder in folders.items() if folder.is_dir()}
         lines += [f"{_TASKS[task]}: {words}" for words in in_words(run / RESULTS / task, RUN, others)]
         if warning := against_largest_class(run / RESULTS / task).get("warning"):
             lines.append(f"warning: {_TASKS[task]}: {warning}")
