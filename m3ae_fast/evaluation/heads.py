@@ -48,8 +48,6 @@ class BatchNorm(nn.Module):
         return (x_S - mean) * (var + BATCH_NORM_EPS).rsqrt()
 
     def _moments(self, x_S: Tensor) -> tuple[Tensor, Tensor]:
-        if self.ranks is None or self.ranks.world == 1:
-            return torch.var_mean(x_S, dim=0, correction=0)
         samples = all_reduce(x_S.new_tensor(len(x_S)), self.ranks)
         mean = differentiable_sum(x_S.sum(0), self.ranks) / samples
         return differentiable_sum((x_S - mean).square().sum(0), self.ranks) / samples, mean
