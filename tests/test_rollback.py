@@ -98,7 +98,11 @@ def test_a_run_leaves_out_batches_and_goes_on_bit_for_bit(train, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_a_run_without_a_checkpoint_returns_to_its_start(train, tmp_path):
+@pytest.mark.parametrize("batch", [0, 2])
+def test_a_run_without_a_good_checkpoint_returns_to_its_start(train, tmp_path, batch):
+    """Before the first checkpoint, and right after it."""
     whole = train("whole")
-    taken = train("run", whole[0][:1], rollbacks=1)
-    assert taken[0] == whole[0] and taken[-STEPS:-1] == whole[1:] and len(losses(tmp_path / "run")) == STEPS
+    taken = train("run", whole[batch][:1], rollbacks=1)
+    assert taken[batch] == whole[batch] and taken[batch + 1 :] == whole[:batch] + taken[-STEPS + batch :]
+    assert taken[-STEPS:-1] == whole[:batch] + whole[batch + 1 :] and len(losses(tmp_path / "run")) == STEPS
+    assert checkpoint.step_of(checkpoint.saved_steps(tmp_path / "run")[-1]) == STEPS

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,10 +96,22 @@ def pre_train(
                     raise
                 left_out = (*trainer.left_out, error.batch)
                 trainer.log.say(f"{error.what}; batch {error.batch} is left out: the run returns to a good checkpoint")
+            spent = trainer.limit.spent if trainer.limit else 0.0
             del trainer
             gc.collect()  # its weights and loaders go now
-            again = ranks.broadcast(lambda: "auto" if checkpoint.saved_steps(config.run.dir) else resume)
+            again = ranks.broadcast(partial(_return_to, config.run.dir, resume))
             trainer = set_up(config, again, session, folder, with_changes, make_probe, left_out)
+            if trainer.limit:  # what is repeated takes time too
+                trainer.limit = TimeLimit(trainer.limit.seconds, spent)
+
+
+def _return_to(run_dir: Path, resume: str) -> str:
+    """Return what to resume from after a step that was not finite: the last good checkpoint, or, without one, what the
+    run began from. Main rank only."""
+    if any(not (path / checkpoint.FAILED).exists() for path in checkpoint.saved_steps(run_dir)):
+        return "auto"
+    checkpoint.set_aside_after(run_dir, 0)
+    return resume
 
 
 def set_up(
