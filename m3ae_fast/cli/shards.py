@@ -143,7 +143,8 @@ def _make(args: argparse.Namespace) -> None:
         subset=args.subset,
         split=args.split,
     )
-    show(args.source, parts_of(records, {split: f"{split}-*.tar" for split in records.splits}))
+    held_out = ", val-*.tar" if args.held_out else ""
+    show(args.source, parts_of(records, {split: f"{split}-*.tar{held_out}" for split in records.splits}))
     print("".join(f"note: {note}\n" for note in records.notes), end="", flush=True)
     print(describe_conversion(args.out, convert(records, args.out, settings, args.workers)))
     print("".join(f"{line}\n" for line in records.ignored.lines()), end="")

@@ -28,6 +28,7 @@ from m3ae_fast.shards.sources.caption_table import READERS, NoColumns, read_capt
 from m3ae_fast.shards.sources.folder import Folder, ImagesMissing
 from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file, split_of_folder
 from m3ae_fast.shards.sources.huggingface import HuggingFace
+from m3ae_fast.shards.sources.recognition import is_saved_dataset
 from m3ae_fast.shards.sources.records import Records
 from m3ae_fast.shards.writer import convert, manifest_of
 
@@ -58,7 +59,7 @@ def find_shards(
         return _split(tars or [source], list(val), out)
     if val:
         raise UserError(f"--val: can be used only if SOURCE is shards; {source} is not")
-    if folder.is_dir() and not _is_data_set(folder):
+    if folder.is_dir() and not is_saved_dataset(folder):
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
             raise UserError(
                 f"--out {out}: is inside {source}, so figures written to it would be read as input images; "
@@ -95,11 +96,6 @@ def _similar(folder: Path) -> str:
 
 def _names_shards(source: str) -> bool:
     return source.endswith(".tar") or ".tar" in source.rpartition("/")[2] or is_remote(source) or is_manifest(source)
-
-
-def _is_data_set(folder: Path) -> bool:
-    """Return whether `save_to_disk` wrote a folder."""
-    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
 
 
 def _without_classes(pictures: Folder) -> str:
