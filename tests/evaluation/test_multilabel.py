@@ -104,7 +104,7 @@ def test_lists_become_ids(tmp_path):
         ({0: ["a", 1]}, "json.tags", "some labels .* are numbers and some are text"),
         ({0: []}, "json.tags", "no sample has a label in its list"),
         ({0: [None]}, "json.tags", "has null in its list"),
-        ({0: [0.5]}, "json.tags", "is 0.5, neither a whole number nor text"),
+        ({0: [0.5]}, "json.tags", "must be an integer or text, but is 0.5"),
     ],
 )
 def test_what_is_no_list_is_refused(tmp_path, tags, field, message):
