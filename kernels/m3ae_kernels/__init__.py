@@ -1,4 +1,4 @@
-"""Fused ops for masked autoencoders over images and text. Needs torch, and Triton where it runs on a GPU."""
+"""Fused ops for masked autoencoders over images and text. Requires torch, and Triton on a GPU."""
 
 from .attention import flash_attn_varlen_func, packed_attention
 from .gather import GatherNorm, gather_tokens

@@ -1,19 +1,20 @@
-"""Compiles every kernel for every architecture with the settings of its tuning table, without a GPU, and reads what the
-compiler made of it.
+"""Compiles every kernel for every architecture with the settings of its tuning table, without a GPU, and checks the
+result.
 
     python -m m3ae_kernels.aot [--full] [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
 
-On sm_90 each kernel is compiled at M3AE-Large's size in all dtypes, at all other sizes (head widths, bands, masks) in
-bf16, and at the widest head in float32 too. Elsewhere each is compiled in bf16 at M3AE-Large's sizes and the widest
-head, and in float32 if it takes most registers and shared memory: the widest head and the matmuls of images. `--full`
-compiles every kernel at every size in every dtype, in three times the time: what it adds has the same settings, and
-nearly the same code, as what is compiled in any case.
+On sm_90, each kernel is compiled at M3AE-Large's size in all dtypes, at all other sizes (head dimensions, bands, masks)
+in bf16, and at the largest head dimension in float32 too. On other architectures, each kernel is compiled in bf16 at
+M3AE-Large's sizes and the largest head dimension, and in float32 if it uses the most registers and shared memory: the
+largest head dimension and the matmuls of images. `--full` compiles every kernel at every size in every dtype, in three
+times the time. The additional cases have the same settings and nearly the same code as the cases that are always
+compiled.
 
 One line per kernel, architecture and dtype: registers, spills and local memory, shared memory, and the matrix
-instruction. Nothing is compiled for architectures where the ops run on torch. Exit code 1 if one does not compile,
-has more than MOST_SPILLS instructions that spill registers, keeps arrays in local memory, asks for more shared memory
-than the chip has, multiplies matrices without its tensor cores, or leaves room for fewer programs on an NVIDIA
-multiprocessor than it should; 2 for a wrong argument.
+instruction. Nothing is compiled for architectures on which the ops run on torch. The exit code is 1 if a kernel does
+not compile, has more than MOST_SPILLS instructions that spill registers, uses local memory, requires more shared memory
+than the chip has, multiplies matrices without tensor cores, or allows fewer program instances on an NVIDIA
+multiprocessor than it should. It is 2 for an invalid argument.
 """
 
 import argparse
@@ -27,36 +28,36 @@ from dataclasses import dataclass, replace
 
 from . import tuning
 
-# Shared memory that one program may use (CUDA C programming guide, technical specifications by compute capability;
-# CDNA 3 architecture guide, local data share).
-# A multiprocessor has 1 kB more, and keeps 1 kB of each program's; registers are given out by
-# 8 a thread.
+# Shared memory available to one program instance (CUDA C programming guide, technical specifications by compute
+# capability; CDNA 3 architecture guide, local data share). A multiprocessor has 1 kB more, and reserves 1 kB per
+# program instance; registers are allocated in units of 8 per thread.
 SHARED_BYTES = {
     "sm_75": 65536, "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
     "sm_120": 101376, "gfx942": 65536,
 }  # fmt: skip
 REGISTERS = 65536
-MOST_SPILLS = 16  # loads and stores of registers in a kernel's assembly, beside a thousand other instructions
+# limit for loads and stores of spilled registers in a kernel's assembly of about a thousand instructions
+MOST_SPILLS = 16
 DTYPES = {"bf16": "16", "fp16": "16", "fp32": "32"}
 # In every dtype, and at every size in bf16. Elsewhere fp16 takes the registers and the shared memory of bf16, heads of
 # 80 and 96 values those of 128, to which they are padded, and 13 bands those of 3.
 EVERYTHING = ("sm_90",)
-DECODER, WIDEST = 32, 128  # values a head, of M3AE-Large's decoder and at most
-# Compiled only when asked for: with the settings of sm_89 it comes out as that does.
+DECODER, WIDEST = 32, 128  # head dimensions: of M3AE-Large's decoder, and the largest
+# Compiled only on request: with the settings of sm_89, the result is the same as for sm_89.
 AS_OTHERS = ("sm_86",)
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|DMMA|v_mfma)")
 
-# Sizes of M3AE-Large: what is constant in the kernels there.
+# Sizes of M3AE-Large, which are constants in the kernels.
 DIM, PATCHES = 512, {"P": 16, "C": 3, "H": 256, "W": 256, "PLANAR": True, "NORMALISE": True, "table": None}
 PIXEL_FLOATS = ("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3")
 
 
 @dataclass(frozen=True)
 class Case:
-    """How a kernel is called: pointer arguments by element type ("x": the dtype of the inputs), sizes that are
-    multiples of 16, other sizes, floats, and constants; `whole_rows` is the power of two that a TILE of elements is cut
-    to; `sample` has the values a head and the rows for which TILE_M and TILE_N are; `programs` must fit on a
-    multiprocessor."""
+    """A call of a kernel: pointer arguments by element type ("x": the dtype of the inputs), sizes that are multiples of
+    16, other sizes, floats, and constants. `whole_rows` is the power of two to which a TILE of elements is limited.
+    `sample` has the head dimension and the rows for which TILE_M and TILE_N are chosen. `programs` program instances
+    must fit on a multiprocessor."""
 
     module: str
     kernel: str
@@ -72,7 +73,7 @@ class Case:
     programs: int = 1
 
     def compiled(self, arch: str, dtype: str) -> bool:
-        """Return whether the command compiles it for this architecture and dtype without --full."""
+        """Return whether the command compiles the case for this architecture and dtype without --full."""
         first, head = self is LARGE[self.kernel], self.sample[0]
         if arch in EVERYTHING:
             return dtype == "bf16" or first or (dtype == "fp32" and head == WIDEST)
@@ -86,7 +87,7 @@ def _pointers(**by_type: str) -> dict[str, str]:
 
 
 def _with_bands(*cases: Case) -> list[Case]:
-    """Return the cases, which read RGB images of 8 bits, and the same with 13 bands of 16 bits, as Sentinel-2's."""
+    """Return the cases, which read 8-bit RGB images, and the same cases for 13 bands of 16 bits, as in Sentinel-2."""
     several = []
     for case in cases:
         constants = {name: value for name, value in (case.constants or {}).items() if name != "table"} | {"C": 13}
@@ -114,8 +115,8 @@ def _attention(head_dim: int, keys: int, programs: int = 1, banded: bool = False
 CASES = [
     *_attention(64, 81, programs=2),  # M3AE-Large's encoder
     *_attention(DECODER, 321, programs=2),  # and decoder
-    *_attention(64, 321, banded=True),  # causal masks and windows
-    # of other models: float32 takes the registers or the shared memory of a multiprocessor for one program
+    *_attention(64, 321, banded=True),  # with causal masks and windows
+    # for other models: in float32, one program instance uses the registers or the shared memory of a multiprocessor
     *(case for head_dim in (80, 96, WIDEST) for case in _attention(head_dim, 321)),
     *_with_bands(
         Case(
@@ -163,12 +164,12 @@ CASES = [
     ),
 ]  # fmt: skip
 
-LARGE = {case.kernel: case for case in reversed(CASES)}  # each kernel as M3AE-Large calls it: its first case
+LARGE = {case.kernel: case for case in reversed(CASES)}  # each kernel's call in M3AE-Large, which is its first case
 
 
 @dataclass
 class Report:
-    """What came out of one compilation; `problems` is empty if all is well."""
+    """The result of one compilation. `problems` is empty if there are none."""
 
     kernel: str
     arch: str
@@ -183,7 +184,7 @@ class Report:
 
 
 def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | None = None) -> Report:
-    """Compile one kernel for one architecture and dtype with the table's settings, or with those given."""
+    """Compile one kernel for one architecture and dtype with the settings of the table, or with `settings`."""
     import importlib
 
     import triton
@@ -227,7 +228,7 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     try:
         compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
-    except Exception as error:  # whatever the compiler raises is the finding
+    except Exception as error:  # any error of the compiler is reported
         report.problems = (f"does not compile: {str(error).strip().splitlines()[-1] if str(error) else repr(error)}",)
         return report
     report.shared_bytes = compiled.metadata.shared
@@ -246,7 +247,7 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
     of_registers = REGISTERS // (threads * 8 * -(-report.registers // 8))
     fit = min(of_registers, (SHARED_BYTES[arch] + 1024) // (report.shared_bytes + 1024))
     if fit < case.programs and not amd:
-        problems.append(f"{fit} programs on a multiprocessor < {case.programs}")
+        problems.append(f"{fit} program instances fit on a multiprocessor, not {case.programs}")
     if case.matmul and not found:
         problems.append("no matrix instruction")
     report.problems = tuple(problems)
@@ -254,19 +255,19 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
 
 
 def _capability(arch: str) -> tuple[int, int]:
-    """Return (8, 0) for sm_80."""
+    """Return the compute capability of an architecture, such as (8, 0) for sm_80."""
     number = int(arch.removeprefix("sm_"))
     return number // 10, number % 10
 
 
 def _on_torch(arch: str) -> bool:
-    """Return whether `dispatch` leaves this architecture to torch."""
+    """Return whether `dispatch` uses torch on this architecture."""
     return arch.startswith("sm_") and _capability(arch) < tuning.OLDEST
 
 
 def _read_nvidia(report: Report, cubin: bytes, matmul: bool) -> str:
-    """Return the assembly, empty if nothing in it is of interest: disassembling takes half of a small kernel's
-    time."""
+    """Return the assembly; empty if it does not need to be checked, because disassembling takes half of the time for a
+    small kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -294,7 +295,7 @@ def _read_amd(report: Report, assembly: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; return the exit code."""
+    """Print the table and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m m3ae_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--arch",

@@ -16,12 +16,12 @@ Shape = tuple[int | EllipsisType | None, ...]  # None: any size; a first ...: an
 
 
 def asked_impl(impl: str) -> str:
-    """Return the implementation that is asked for, maybe "auto": the argument's, or else M3AE_KERNELS_IMPL's.
+    """Return the requested implementation, possibly "auto": the argument, or otherwise the value of M3AE_KERNELS_IMPL.
 
-    Called before an op, never in it: compiled graphs are cached by the op's arguments.
+    Called before an op and never inside it, because compiled graphs are cached by the op's arguments.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: the name is unknown.
     """
     if impl == "auto":
         impl = os.environ.get(ENV, "auto")
@@ -31,8 +31,8 @@ def asked_impl(impl: str) -> str:
 
 
 def choose_impl(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
-    """Return "triton" or "torch": what is asked for, else what suits the device. Sums in float64 are torch's on every
-    GPU: Triton does not compile all of these kernels for them, and others spill registers."""
+    """Return "triton" or "torch": the requested implementation, otherwise the best one for the device. float64 runs on
+    torch on every GPU, because Triton cannot compile all kernels for it, and others spill registers."""
     impl = asked_impl(impl)
     if device.type == "cuda" and dtype == torch.float64:
         return "torch"
@@ -45,13 +45,13 @@ def _on_gpu(device: torch.device) -> str:
     return _best_on_gpu(device)
 
 
-# as torch.compiler.assume_constant_result does, which imports torch._dynamo: that takes longer than to import torch
+# like torch.compiler.assume_constant_result, which would import torch._dynamo and take longer than importing torch
 _on_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _best_on_gpu(device: torch.device) -> str:
-    """Return "triton", or, with the one warning there is for a device, "torch" where its kernels do not fit."""
+    """Return "triton", or "torch" if the Triton kernels do not support the device, with one warning per device."""
     if tuning.fits(device):
         return "triton"
     oldest = ".".join(map(str, tuning.OLDEST))
@@ -64,8 +64,9 @@ def _best_on_gpu(device: torch.device) -> str:
 
 
 def compute_dtype(activations: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the dtype that the matmul of `activations` with `weight` runs in: autocast's where it is on (float64
-    stays, as in torch), else that of the activations, or the weight's where the activations are integers (pixels)."""
+    """Return the dtype of the matmul of `activations` with `weight`: autocast's dtype if autocast is enabled (except
+    for float64, as in torch), otherwise that of the activations, or that of the weight if the activations are integers
+    (pixels)."""
     own = activations.dtype if activations.is_floating_point() else weight.dtype
     device = activations.device.type
     if own != torch.float64 and torch.is_autocast_enabled(device):
@@ -74,7 +75,7 @@ def compute_dtype(activations: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:
-    """Switch autocast off: the ops choose their dtypes themselves."""
+    """Return a context that disables autocast, because the ops choose their dtypes themselves."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -84,13 +85,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Return whether autograd will ask for the gradient of one of the tensors."""
+    """Return whether autograd requires the gradient of any of the tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def as_rows(tensor: Tensor, inner: int) -> Tensor:
-    """Return [..., *the last `inner` dimensions] with those before them in one: itself, a view, or where strides allow
-    none a copy."""
+    """Return the tensor with all dimensions except the last `inner` flattened into one: the tensor itself, a view, or a
+    copy if its strides allow no view."""
     lead = tensor.dim() - inner
     if lead == 1:
         return tensor
@@ -98,15 +99,15 @@ def as_rows(tensor: Tensor, inner: int) -> Tensor:
 
 
 def with_lead(rows: Tensor, lead: torch.Size) -> Tensor:
-    """Return the rows [N, ...] as [*lead, ...]: the inverse of `as_rows`."""
+    """Return rows [N, ...] reshaped to [*lead, ...], the inverse of `as_rows`."""
     return rows if len(lead) == 1 else rows.reshape(lead + rows.shape[1:])
 
 
 def check_float(name: str, tensor: Tensor, shape: Shape, like: Tensor) -> None:
-    """Raise TypeError or ValueError unless `tensor` is floating with this shape on the device of `like`."""
+    """Raise TypeError or ValueError unless `tensor` is floating-point and has this shape and the device of `like`."""
     if hasattr(tensor, "full_tensor"):
         raise TypeError(
-            f"{name} is a DTensor: hand over {name}.full_tensor(), or use a Module that owns it, under fully_shard"
+            f"{name} is a DTensor: pass {name}.full_tensor(), or use a Module that owns it, under fully_shard"
         )
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating, not {tensor.dtype}")
@@ -115,8 +116,7 @@ def check_float(name: str, tensor: Tensor, shape: Shape, like: Tensor) -> None:
 
 
 def check_index(name: str, tensor: Tensor, shape: Shape, like: Tensor) -> None:
-    """Raise TypeError or ValueError unless `tensor` holds int32 or int64 indices of this shape on the device of
-    `like`."""
+    """Raise TypeError or ValueError unless `tensor` is int32 or int64 and has this shape and the device of `like`."""
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
     _check_shape(name, tensor, shape)

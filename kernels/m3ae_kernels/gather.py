@@ -1,4 +1,4 @@
-"""Rows of a packed tensor, LayerNorm'ed on the way where asked, in one pass.
+"""Gathering of rows of a packed tensor, with an optional LayerNorm in the same pass.
 
 Shapes: T packed rows, M chosen rows, D width.
 """
@@ -13,7 +13,7 @@ from .ids import asked, check_distinct, check_range
 from .registry import Op, traced
 from .wide import put_rows
 
-CHUNK_ROWS = 768  # that torch's backward normalises at a time: their float32 copies are small
+CHUNK_ROWS = 768  # rows that torch's backward pass normalises at a time, so that their float32 copies are small
 
 
 def gather_tokens(
@@ -25,11 +25,12 @@ def gather_tokens(
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> Tensor:
-    """Return y = x[rows], LayerNorm'ed where the norm's weight is given.
+    """Return y = x[rows], with LayerNorm applied if `norm_weight` is given.
 
     Args:
         x: [..., D] floating, T rows of it.
-        rows: [...] int32 or int64, below T, each at most once: the backward is then a scatter without atomics.
+        rows: [...] int32 or int64, below T. Each row must occur at most once, so that the backward pass is a scatter
+            without atomics.
         norm_weight: [D] floating, or None for no LayerNorm.
         norm_bias: [D] floating, or None for none.
         eps: added to the (biased) variance.
@@ -48,9 +49,9 @@ def gather_tokens(
     x, rows = as_rows(x, 1), as_rows(rows, 0)
     if norm_weight is None:
         if norm_bias is not None:
-            raise ValueError("norm_bias needs a norm_weight")
+            raise ValueError("norm_bias requires norm_weight")
         if impl == "torch" and not traced(x, rows):
-            # as fast as the op at any size, and half its cost per call
+            # as fast as the op at any size, with half of its overhead per call
             _check(x, rows)
             return with_lead(torch.embedding(x, rows), lead)
         return with_lead(gather_rows(x, rows, impl), lead)
@@ -61,7 +62,7 @@ def gather_tokens(
 
 
 def _check(x: Tensor, rows: Tensor) -> None:
-    """Raise IndexError as M3AE_KERNELS_CHECK asks; torch's code on a CPU always looks whether rows are in range."""
+    """Raise IndexError for invalid rows if M3AE_KERNELS_CHECK is set. torch's code on a CPU always checks the range."""
     if asked():
         check_range("gather_tokens", "rows", rows, len(x))
         check_distinct("gather_tokens", "rows", rows)
@@ -156,8 +157,8 @@ def _norm_gradients(
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, and of the norm's weight and bias in the accumulator dtype; of those that `needs`
-    names; the others have no elements."""
+    """Return the gradients of x, and of the norm's weight and bias in the accumulator dtype. Those not selected by
+    `needs` are empty tensors."""
     if impl == "triton":
         from .triton_impl.norm import gather_norm_backward
 
@@ -184,10 +185,11 @@ def norm_backward(
     needs: Sequence[bool],
     totals: Sequence[Tensor],
 ) -> Tensor:
-    """Run a LayerNorm's backward on torch. Return the gradient of x in its dtype, and add those of weight and bias to
-    `totals`: summed in float32, since torch's sums in 16 bits are 3 to 7 % off. `wide_2CD` has room for copies."""
+    """Run a LayerNorm's backward pass on torch. Return the gradient of x in its dtype, and add the gradients of weight
+    and bias to `totals`. They are summed in float32, since torch's sums in 16 bits have errors of 3 to 7 %. `wide_2CD`
+    is a buffer for copies."""
     scale_D = weight_D.to(mean_C.dtype)
-    norm = [x_CD.shape[1]], mean_C[:, None], rstd_C[:, None], scale_D, scale_D  # the bias's value plays no part
+    norm = [x_CD.shape[1]], mean_C[:, None], rstd_C[:, None], scale_D, scale_D  # the value of the bias has no effect
     backward = torch.ops.aten.native_layer_norm_backward
     need_x, *need_sums = needs
     if x_CD.dtype == mean_C.dtype or not any(need_sums):
@@ -207,8 +209,8 @@ def _empty_gradients(grad, x, rows, weight, mean, rstd, needs, impl):
 
 
 def empty_norm_gradients(x: Tensor, weight: Tensor, mean: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Return room for the gradients of a LayerNorm's input in its dtype, and of its weight and bias in the
-    accumulator's; of those that `needs` does not want, without elements."""
+    """Return uninitialised gradients of a LayerNorm's input in its dtype, and of its weight and bias in the accumulator
+    dtype. Those not selected by `needs` are empty tensors."""
     parameters = (weight.new_empty(weight.shape if need else 0, dtype=mean.dtype) for need in needs[1:])
     return x.new_empty(x.shape if needs[0] else 0), *parameters
 

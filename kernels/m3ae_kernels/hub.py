@@ -1,4 +1,4 @@
-"""Lays the library out as Hugging Face's `kernels` package loads it from the hub, or from a folder.
+"""Writes the library in the layout that Hugging Face's `kernels` package loads from the hub or from a folder.
 
     python -m m3ae_kernels.hub FOLDER
 
@@ -22,17 +22,17 @@ VARIANT = Path("build", "torch-universal")
 
 
 def write(folder: Path) -> Path:
-    """Return the variant's folder, written below `folder`.
+    """Write the variant below `folder` and return its folder.
 
     Raises:
-        FileExistsError: it is there already.
+        FileExistsError: the folder exists already.
     """
     package = Path(__file__).parent
     variant = folder / VARIANT
     own = variant / NAME.replace("-", "_")
     shutil.copytree(package, own, ignore=shutil.ignore_patterns("__pycache__"))
     metadata = {
-        # What the copy is imported as: a name of its own, so that several versions live in one process.
+        # The import name of the copy is unique, so that several versions can be used in one process.
         "id": f"{own.name}_{_digest(own)}",
         "name": NAME,
         "version": int(__version__.split(".")[0]),
@@ -45,7 +45,7 @@ def write(folder: Path) -> Path:
 
 
 def _digest(folder: Path) -> str:
-    """Return what changes with any file's name or content."""
+    """Return a digest of the names and contents of all files."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -54,7 +54,7 @@ def _digest(folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print where the variant is; return the exit code."""
+    """Print the folder of the variant and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m m3ae_kernels.hub", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where build/ is written")
     args = parser.parse_args(arguments)

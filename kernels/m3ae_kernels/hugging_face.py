@@ -1,6 +1,7 @@
-"""Puts the ops under models of Hugging Face's transformers 5, in place: same parameters, same state_dict, same losses.
+"""Patching of models of Hugging Face's transformers 5 to use the ops, in place, with the same parameters, state_dict
+and losses.
 
-What a module owns is still read in its own forward alone, as ZeRO-3 and FSDP ask.
+The parameters of a module are still read only in its own forward, as ZeRO-3 and FSDP require.
 
 Shapes: B images, L patches per image, N visible patches per image, D width.
 """
@@ -26,25 +27,25 @@ from .scatter import scatter_tokens
 def patch(
     model: nn.Module, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, impl: str = "auto"
 ) -> nn.Module:
-    """Make a model of transformers run on the ops of this library, and return it.
+    """Patch a model of transformers to use the ops of this library, and return it.
 
-    `ViTMAEForPreTraining`: only visible patches are embedded, the un-shuffle is one op, and in training the decoder's
-    norm, head and loss run for masked patches alone; `logits` is then None (in eval mode all is as it was).
-    `ViTMAEModel`: the embedding alone. Masks are drawn as before; losses and gradients are equal but for rounding.
-    Parameters stay where they are, so optimisers, checkpoints and `save_pretrained` notice nothing. Patch before
-    torch.compile and before wrapping; `interpolate_pos_encoding=True` takes the model's own path.
+    `ViTMAEForPreTraining`: only visible patches are embedded, the un-shuffle is one op, and in training, the decoder's
+    norm, head and loss run only for masked patches. `logits` is then None; in eval mode, outputs are unchanged.
+    `ViTMAEModel`: only the embedding is patched. Masks are sampled as before; losses and gradients are equal except for
+    rounding. Parameters are unchanged, so optimisers, checkpoints and `save_pretrained` are not affected. Patch before
+    torch.compile and before wrapping. `interpolate_pos_encoding=True` uses the model's own code.
 
     Args:
-        model: is changed in place.
+        model: the model, which is changed in place.
         mean, std: as in `patch_embed`, one number per channel: `pixel_values` may then be uint8 or uint16 images too.
         impl: "auto", "triton" or "torch".
 
     Raises:
-        TypeError: a model that is not among these; the message names those that are.
+        TypeError: the model is not supported; the message names the supported models.
     """
     change = KNOWN.get(type(model).__name__)
     if change is None:
-        raise TypeError(f"m3ae_kernels.patch knows transformers' {' and '.join(KNOWN)}, not {type(model).__name__}")
+        raise TypeError(f"m3ae_kernels.patch supports transformers' {' and '.join(KNOWN)}, not {type(model).__name__}")
     change(model, _Options(mean, std, impl))
     return model
 
@@ -61,7 +62,7 @@ class _Options:
         return {"patch_size": patch_size, "impl": self.impl, **own}
 
     def floating(self, images: Tensor) -> Tensor:
-        """Return the images as transformers' own code takes them."""
+        """Return the images as floating-point input for transformers' own code."""
         if images.dtype not in LARGEST or self.mean is None or self.std is None:
             return images
         mean, std = (images.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.std))
@@ -92,7 +93,7 @@ KNOWN = {"ViTMAEForPreTraining": _patch_pre_training, "ViTMAEModel": _patch_enco
 
 def _projection_forward(options: _Options) -> Callable:
     def forward(self: nn.Conv2d, images: Tensor, patch_ids_BN: Tensor | None = None) -> Tensor:
-        """Return what the convolution does; with patch_ids the embeddings of those patches, [B, N, D]."""
+        """Return the output of the convolution, or with `patch_ids_BN` the embeddings of these patches, [B, N, D]."""
         if patch_ids_BN is None:
             return type(self).forward(self, images)
         weight_DK = self.weight.permute(0, 2, 3, 1).flatten(1)
@@ -105,11 +106,12 @@ def _embeddings_forward(options: _Options) -> Callable:
     def forward(
         self: Any, pixel_values: Tensor, noise: Tensor | None = None, interpolate_pos_encoding: bool | None = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (embeddings [B, 1 + N, D], mask [B, L], ids_restore [B, L]), as transformers' own."""
+        """Return (embeddings [B, 1 + N, D], mask [B, L], ids_restore [B, L]), as in transformers."""
         if interpolate_pos_encoding or pixel_values.shape[1:] != (self.config.num_channels, *self.image_size):
             return type(self).forward(self, options.floating(pixel_values), noise, interpolate_pos_encoding)
         count, patches = len(pixel_values), self.patch_embeddings.num_patches
-        # Which patches are visible: those whose numbers stay. An embedding of one number each draws nothing else.
+        # The visible patches are found by masking embeddings that contain only the patch numbers, which uses no other
+        # random numbers.
         numbers_BL1 = torch.arange(patches, device=pixel_values.device).expand(count, -1)[..., None]
         kept_BN1, mask, ids_restore = self.random_masking(numbers_BL1, noise)
         kept_BN = kept_BN1[..., 0]
@@ -139,7 +141,7 @@ def _decoder_forward(options: _Options) -> Callable:
         interpolate_pos_encoding: bool | None = False,
         images: Tensor | None = None,
     ) -> Any:
-        """Decode as transformers' own; with images return the mean loss of what the encoder has not seen."""
+        """Decode as in transformers; with images, return the mean loss of the masked patches."""
         if images is None:
             return type(self).forward(self, hidden_states, ids_restore, interpolate_pos_encoding)
         x = self.decoder_embed(hidden_states)
@@ -163,7 +165,7 @@ def _decoder_forward(options: _Options) -> Callable:
 
 def _norm_forward(options: _Options) -> Callable:
     def forward(self: nn.LayerNorm, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return the LayerNorm of x; with rows of those rows alone."""
+        """Return the LayerNorm of x, or only of `rows` if given."""
         if rows is None:
             return type(self).forward(self, x)
         return gather_tokens(x, rows, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, impl=options.impl)
@@ -176,7 +178,7 @@ def _head_forward(options: _Options) -> Callable:
         self: nn.Linear, hidden: Tensor, images: Tensor | None = None, patch_ids: Tensor | None = None,
         config: Any = None,
     ) -> Tensor:  # fmt: skip
-        """Return what the Linear does; with images the mean loss of its predictions of those patches."""
+        """Return the output of the Linear, or with images the mean loss of its predictions of these patches."""
         if images is None or patch_ids is None:
             return type(self).forward(self, hidden)
         pixels = options.pixels(images, config.patch_size)
@@ -197,7 +199,7 @@ def _pre_training_forward(options: _Options) -> Callable:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return what transformers' own does; in training without logits."""
+        """Return the same output as transformers; in training, without logits."""
         if not self.training or interpolate_pos_encoding:
             images = options.floating(pixel_values)
             return type(self).forward(self, images, noise, interpolate_pos_encoding, attention_mask, **kwargs)

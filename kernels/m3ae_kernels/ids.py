@@ -1,5 +1,6 @@
-"""Whether ids, which kernels trust, name rows that exist. Torch's code on a CPU always looks; other code, which would
-wait for the device, only with M3AE_KERNELS_CHECK=1. Called inside ops, where values are at hand under torch.compile.
+"""Range checks of ids, which kernels do not check themselves. Torch's code on a CPU always checks; other code, which
+would have to wait for the device, checks only with M3AE_KERNELS_CHECK=1. Called inside ops, where values are available
+under torch.compile.
 """
 
 import os
@@ -11,17 +12,18 @@ ENV = "M3AE_KERNELS_CHECK"
 
 
 def asked() -> bool:
-    """Return whether M3AE_KERNELS_CHECK asks for checks everywhere."""
+    """Return whether M3AE_KERNELS_CHECK enables checks everywhere."""
     return os.environ.get(ENV, "0") not in ("", "0")
 
 
 def checked(ids: Tensor, impl: str) -> bool:
-    """Return whether an op that runs on `impl` looks at its ids."""
+    """Return whether an op that runs on `impl` checks its ids."""
     return asked() or (impl != "triton" and ids.device.type == "cpu")
 
 
 def check_range(op: str, name: str, ids: Tensor, rows: int, *, none: bool = False, ignored: int | None = None) -> None:
-    """Raise IndexError unless all ids [T] are from 0 to rows - 1, with `none` negative, or `ignored`."""
+    """Raise IndexError unless all ids [T] are from 0 to rows - 1. Negative ids are allowed with `none`, and ids equal
+    to `ignored` are allowed."""
     wrong = (ids >= rows) if none else (ids < 0) | (ids >= rows)
     if ignored is not None:
         wrong &= ids != ignored
@@ -34,7 +36,8 @@ def check_range(op: str, name: str, ids: Tensor, rows: int, *, none: bool = Fals
 
 
 def check_distinct(op: str, name: str, ids: Tensor) -> None:
-    """Raise IndexError if two ids [T] that are not negative are equal: both rows would be written to one place."""
+    """Raise IndexError if two non-negative ids [T] are equal, because both rows would be written to the same
+    position."""
     ordered, places = torch.sort(ids, stable=True)
     equal = (ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)
     if not equal.any():
@@ -45,7 +48,7 @@ def check_distinct(op: str, name: str, ids: Tensor) -> None:
 
 
 def check_ends(op: str, name: str, ends: Tensor, rows: int, longest: int) -> None:
-    """Raise IndexError unless ends [S + 1] rise from 0 to `rows` in steps of at most `longest`."""
+    """Raise IndexError unless ends [S + 1] increase from 0 to `rows` in steps of at most `longest`."""
     steps = ends.diff(prepend=ends[:1])
     right = (steps >= 0) & (steps <= longest)
     right[:1] &= ends[:1] == 0

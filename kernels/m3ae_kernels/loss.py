@@ -16,11 +16,10 @@ REDUCTIONS = ("sum", "mean", "none")
 
 
 def chosen_reduction(op: str, reduction: str | None) -> str:
-    """Return the reduction; that of a call that names none, "sum", with one warning for each op, whose `op` is the name
-    that its caller calls.
+    """Return the reduction. If none is given, it is "sum", with one warning per op. `op`: the public name of the op.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: the reduction is unknown.
     """
     if reduction is None:
         _warn_of_sum(op)
@@ -30,7 +29,7 @@ def chosen_reduction(op: str, reduction: str | None) -> str:
     return reduction
 
 
-# As `_on_gpu` of dispatch.py: torch.compile calls it once, when it compiles.
+# Like `_on_gpu` in dispatch.py, torch.compile calls it once, at compilation.
 chosen_reduction._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -47,8 +46,8 @@ def _warn_of_sum(op: str) -> None:
 def row_weights(
     row_weight: Tensor | None, counted: Tensor | None, hidden: Tensor, acc: torch.dtype, reduction: str
 ) -> Tensor:
-    """Return the weight of each row in the summed loss, [M] of dtype `acc`: `row_weight` (ones if None), for a mean
-    divided by their sum over the rows that are `counted` (None: all). A mean over nothing is 0."""
+    """Return the weight of each row in the summed loss, [M] of dtype `acc`: `row_weight` (ones if None). For a mean,
+    the weights are divided by their sum over the rows that are `counted` (None: all). A mean over no rows is 0."""
     weight_M = hidden.new_ones(hidden.shape[0], dtype=acc) if row_weight is None else row_weight.to(acc)
     if reduction != "mean":
         return weight_M
@@ -59,7 +58,8 @@ def row_weights(
 def unit_weights(weight_M: Tensor) -> tuple[Tensor, Tensor]:
     """Return (row weights divided by the largest magnitude, that magnitude, 0-d).
 
-    The stored gradients are those of the scaled weights: weights such as 1e-6 would push them below what float16 holds.
+    The stored gradients are those of the scaled weights, because with weights such as 1e-6 they would underflow in
+    float16.
     """
     if not len(weight_M):
         return weight_M.clone(), weight_M.new_ones(())
@@ -71,8 +71,8 @@ def unit_weights(weight_M: Tensor) -> tuple[Tensor, Tensor]:
 def empty_gradients(
     hidden: Tensor, weight: Tensor, dtype: torch.dtype, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return room for the gradients of hidden [M, D] in the matmul's dtype, weight [V, D] in its own, and bias [V] in
-    the accumulator's, of those that `needs` names; no elements for the others."""
+    """Return uninitialised gradients of hidden [M, D] in the matmul's dtype, weight [V, D] in its own dtype, and bias
+    [V] in the accumulator dtype. Those not selected by `needs` are empty tensors."""
     return (
         hidden.new_empty(hidden.shape if needs[0] else 0, dtype=dtype),
         weight.new_empty(weight.shape if needs[1] else 0),
@@ -81,8 +81,8 @@ def empty_gradients(
 
 
 def save_gradients(ctx, inputs, output) -> None:
-    """Serve as `setup_context` of a loss: inputs start with (hidden, weight, bias), outputs are (loss, row losses,
-    unit, the gradients of hidden, weight and bias, others)."""
+    """Save the gradients of a loss; a `setup_context`. Inputs start with (hidden, weight, bias), and outputs are (loss,
+    row losses, unit, the gradients of hidden, weight and bias, others)."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:6])
@@ -90,8 +90,8 @@ def save_gradients(ctx, inputs, output) -> None:
 
 
 def scale_gradients(ctx, upstream: Tensor | None, inputs: int) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a loss's `inputs`, the first of which (hidden, weight, bias, row_weight) are the only
-    ones to have any, for the gradient of the loss."""
+    """Return the gradients of a loss's inputs, given the gradient of the loss. `inputs`: the number of inputs; only the
+    first four (hidden, weight, bias, row_weight) have gradients."""
     if upstream is None:
         return (None,) * inputs
     row_loss, unit, *grads = ctx.saved_tensors
@@ -102,8 +102,8 @@ def scale_gradients(ctx, upstream: Tensor | None, inputs: int) -> tuple[Tensor |
 
 
 def save_inputs(ctx, inputs, output) -> None:
-    """Serve as `setup_context` of a loss by rows, whose gradients are made in the backward: inputs start with (hidden,
-    weight, bias), outputs with the row losses."""
+    """Save the inputs of a loss by rows, whose gradients are computed in the backward pass; a `setup_context`. Inputs
+    start with (hidden, weight, bias), outputs with the row losses."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
@@ -113,8 +113,8 @@ def save_inputs(ctx, inputs, output) -> None:
 
 
 def row_gradients(ctx, upstream: Tensor | None, loss) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the inputs that `save_inputs` saved, for the gradients of the row losses: the summed loss
-    once more, with those for row weights. `loss(inputs, row_weight, needs)` calls it."""
+    """Return the gradients of the inputs saved by `save_inputs`, given the gradients of the row losses. They are those
+    of the summed loss with these gradients as row weights, computed by `loss(inputs, row_weight, needs)`."""
     if upstream is None:
         return (None,) * len(ctx.others)
     inputs = [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others)]

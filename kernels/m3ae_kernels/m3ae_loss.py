@@ -1,4 +1,4 @@
-"""Both losses of M3AE from the packed rows of the decoder, with heads of one's own or of `M3AEHeads`.
+"""Both losses of M3AE from the packed rows of the decoder, with separate heads or with `M3AEHeads`.
 
 Shapes: M packed rows, D width, I rows with a pixel loss, W rows with a token loss, V vocabulary, K = P * P * C.
 """
@@ -16,8 +16,8 @@ from .token_loss import MaskedTokenLoss
 
 
 class M3AELoss(NamedTuple):
-    """Sums over rows, each row times its weight: of the two losses, and of the texts' correct predictions (detached).
-    Scalars; those of text are 0 without a text head."""
+    """Weighted sums over rows of the two losses, and of the correct text predictions (detached). They are scalars;
+    those of text are 0 without a text head."""
 
     image: Tensor
     text: Tensor
@@ -33,17 +33,17 @@ def head_inputs(
     image_mlp: Callable[[Tensor], Tensor] | None = None,
     text_mlp: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the rows of both heads, with the final LayerNorm in one pass over them and nowhere else.
+    """Return the input rows of both heads, with the final LayerNorm applied to only these rows in one pass.
 
     Args:
         x: [..., D] floating, the last block's output.
         norm: a `GatherNorm`, or anything called as norm(x, rows).
         image_rows: [...] int, distinct rows of x.
-        text_rows: [...] int, distinct and none of the image's; None for an image-only model.
+        text_rows: [...] int, distinct, and not among the image's rows; None for an image-only model.
         image_mlp, text_mlp: hidden layers between the norm and a head; None for none.
 
     Returns:
-        The image's rows [..., D] and the text's, or None.
+        The rows of the image head [..., D], and those of the text head or None.
     """
     own_rows = as_rows(image_rows, 0)
     rows = own_rows if text_rows is None else torch.cat((own_rows, as_rows(text_rows, 0)))
@@ -71,17 +71,17 @@ def m3ae_loss(
     correct_weight: Tensor | None = None,
 ) -> M3AELoss:
     """Return the losses of the rows that `head_inputs` returns. Each weight is read only in its owner's forward, as
-    ZeRO-3 asks.
+    ZeRO-3 requires.
 
     Args:
         image_hidden: [I, D]; text_hidden: [W, D], or None without a text head.
-        image_head, text_head: whose reduction is "sum"; text_head is None for an image-only model.
+        image_head, text_head: heads with reduction "sum"; text_head is None for an image-only model.
         images: [B, C, H, W]; patch_ids: [I] int; image_row_weight: [I] floating, or None for ones: as in
             `masked_pixel_loss`.
-        image_targets: [I] int, the patches' token ids: of a `MaskedTokenLoss` as image_head, in place of images and
-            patch_ids.
+        image_targets: [I] int, the patches' token ids, in place of images and patch_ids if image_head is a
+            `MaskedTokenLoss`.
         targets: [W] int; text_row_weight: [W] floating, or None for ones: as in `masked_token_loss`.
-        correct_weight: [W] floating, of the correct predictions; None for text_row_weight.
+        correct_weight: [W] floating, weights of the correct predictions; None for text_row_weight.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
@@ -99,8 +99,8 @@ def m3ae_loss(
 
 
 class M3AEHeads(nn.Module):
-    """The final LayerNorm (`norm`), the hidden layers given (`image_mlp`, `text_mlp`) and the heads (`image_head`, and
-    `text_head` where there is a vocabulary) in one module."""
+    """A module with the final LayerNorm (`norm`), optional hidden layers (`image_mlp`, `text_mlp`) and the heads
+    (`image_head`, and `text_head` if there is a vocabulary)."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class M3AEHeads(nn.Module):
     def predict(
         self, x: Tensor, *, image_rows: Tensor, text_rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return normalised pixels [I, K], and logits [W, V] where there is a text head."""
+        """Return normalised pixels [I, K], and logits [W, V] if there is a text head."""
         image, text = self._inputs(x, image_rows, text_rows)
         logits = None if self.text_head is None or text is None else self.text_head.predict(text)
         return self.image_head.predict(image), logits

@@ -1,4 +1,4 @@
-"""Patch embedding from the images themselves: cut, normalise, multiply.
+"""Patch embedding directly from images: extraction of patches, normalisation and matmul in one op.
 
 Shapes: B images, C channels, H x W pixels, P patch size, K = P * P * C, N rows, D width.
 """
@@ -23,7 +23,7 @@ from .pixels import check_pixels, count_patches, put_patches, take_patches, to_c
 from .registry import Op
 from .segment_sum import segment_sum
 
-CHUNK_ROWS = 4096  # bounds the float32 patches that the torch implementation holds at once
+CHUNK_ROWS = 4096  # limits the float32 patches that the torch implementation keeps at once
 
 
 def patch_embed(
@@ -37,7 +37,7 @@ def patch_embed(
     std: Sequence[float] | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Embed the chosen patches of a batch of images: rows of (patch * scale + shift) @ weight.T + bias.
+    """Return embeddings of selected patches of a batch of images: rows of (patch * scale + shift) @ weight.T + bias.
 
     Args:
         images: [B, C, H, W], contiguous or channels_last (else a copy is made); uint8, normalised as (x / 255 - mean) /
@@ -52,9 +52,10 @@ def patch_embed(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        [..., D] in the dtype of the matmul: that of autocast where it is on (as torch's Linear), else that of floating
-        images, else that of the weight. Gradients for weight, bias, and floating images. For the weight's the Triton
-        implementation cuts the patches again in the backward; the torch implementation keeps them, [N, K].
+        [..., D] in the dtype of the matmul: that of autocast if it is enabled (as in torch's Linear), otherwise that of
+            floating images, otherwise that of the weight. Gradients for weight, bias, and floating images. For the
+            gradient of the weight, the Triton implementation extracts the patches again in the backward pass; the torch
+            implementation keeps them, [N, K].
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
@@ -83,7 +84,7 @@ def _forward(
     keep: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return (the embeddings, the patches [N, K] where they are to be kept, which only torch can)."""
+    """Return the embeddings, and the patches [N, K] if they are kept, which only the torch implementation supports."""
     if checked(patch_ids, impl):
         check_range("patch_embed", "patch_ids", patch_ids, count_patches(images, patch_size))
     out_ND, kept_NK = _fake(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep, impl)
@@ -113,7 +114,7 @@ def _fake(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep
 def _setup_context(ctx, inputs, output):
     images, patch_ids, weight, bias, ctx.patch_size, ctx.scale, ctx.shift, _, _, ctx.impl = inputs
     ctx.mark_non_differentiable(output[1])
-    # The gradients of weight and bias need only the pixels.
+    # The gradients of weight and bias require only the pixels.
     ctx.save_for_backward(images, patch_ids, output[1], weight if ctx.needs_input_grad[0] else None)
     ctx.dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype
 
@@ -140,7 +141,7 @@ def _gradients(
     bias_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of images, weight and bias, of those that `needs` names; the others have no elements."""
+    """Return the gradients of images, weight and bias. Those not selected by `needs` are empty tensors."""
     dtype = grad.dtype
     grad_images, grad_weight, grad_bias = _empty_gradients(
         grad, images, patch_ids, patches, weight, patch_size, scale, shift, needs, weight_dtype, bias_dtype, impl
@@ -210,11 +211,12 @@ class PatchEmbed(nn.Module):
         std: Sequence[float] | None = None,
         impl: str = "auto",
     ) -> "PatchEmbed":
-        """Build the same embedding as a convolution of patches: timm's `patch_embed.proj`, Hugging Face ViT's and
-        ViT-MAE's `embeddings.patch_embeddings.projection`. Copies its weights; mean and std are for integer images.
+        """Return the embedding that equals a convolution of patches, such as timm's `patch_embed.proj`, or
+        `embeddings.patch_embeddings.projection` in Hugging Face's ViT and ViT-MAE. The weights are copied; mean and std
+        are for integer images.
 
         Raises:
-            ValueError: the convolution does more than embed square patches.
+            ValueError: the convolution is not an embedding of square patches.
         """
         size = conv.kernel_size[0]
         if (conv.kernel_size, conv.stride, conv.dilation) != ((size, size), (size, size), (1, 1)) or conv.groups != 1:
@@ -234,7 +236,7 @@ class PatchEmbed(nn.Module):
         return embed
 
     def to_conv(self) -> nn.Conv2d:
-        """Build the convolution that embeds the same: of floating images, normalised before it."""
+        """Return the equivalent convolution, for floating-point images that are already normalised."""
         channels = self.weight.shape[1] // self.patch_size**2
         conv = nn.Conv2d(
             channels, len(self.weight), self.patch_size, self.patch_size, bias=self.bias is not None,

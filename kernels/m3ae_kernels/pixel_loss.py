@@ -1,4 +1,4 @@
-"""The pixel loss of a masked autoencoder, head included: predictions and targets exist one chunk at a time.
+"""The pixel loss of a masked autoencoder, including the head. Predictions and targets are computed one chunk at a time.
 
 Shapes: M rows, D width, B images, C channels, H x W pixels, P patch size, K = P * P * C.
 """
@@ -33,7 +33,7 @@ from .loss import (
 from .pixels import check_pixels, count_patches, from_cut, standardise, take_patches, to_cut
 from .registry import Op
 
-CHUNK_ROWS = 1024  # of the torch implementation
+CHUNK_ROWS = 1024  # rows per chunk of the torch implementation
 
 
 def masked_pixel_loss(
@@ -51,7 +51,7 @@ def masked_pixel_loss(
     reduction: str | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Sum over rows r of row_weight[r] * mean_k (hidden[r] @ weight.T + bias - target[r])[k] ** 2.
+    """Return the sum over rows r of row_weight[r] * mean_k (hidden[r] @ weight.T + bias - target[r])[k] ** 2.
 
     Args:
         hidden: [..., D] floating.
@@ -72,10 +72,10 @@ def masked_pixel_loss(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        The loss, a scalar or [...], float32 (float64 for float64 hidden). The matmuls run in autocast's dtype where it
-        is on, else in that of hidden. Gradients for hidden, weight, bias and row_weight; the first three are computed
-        where they are wanted, in the forward pass (with "none" in the backward, the matmuls once more). None for
-        images.
+        The loss, a scalar or [...], float32 (float64 for float64 hidden). The matmuls run in autocast's dtype if it is
+            enabled, otherwise in that of hidden. Gradients for hidden, weight, bias and row_weight, but not for images.
+            If required, the first three are computed in the forward pass; with "none", they are computed in the
+            backward pass, which repeats the matmuls.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape, device or value is wrong.
@@ -117,7 +117,7 @@ def _forward(
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (loss, row losses, unit, and the gradients of hidden, weight and bias divided by unit)."""
+    """Return the loss, the row losses, the unit, and the gradients of hidden, weight and bias divided by the unit."""
     if checked(patch_ids, impl):
         check_range("masked_pixel_loss", "patch_ids", patch_ids, count_patches(images, patch_size))
     unit_weight_M, unit = unit_weights(row_weight)
@@ -208,7 +208,7 @@ def _pixel_loss(
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """Fill row_loss [M], and the gradients that `needs` names; hidden, weight and bias have one dtype."""
+    """Fill row_loss [M] and the gradients selected by `needs`. hidden, weight and bias must have the same dtype."""
     dtype, acc = hidden.dtype, unit_weight.dtype
     weight, bias = to_cut(weight, images, patch_size, 0), to_cut(bias, images, patch_size, 0)
     sum_KD, sum_K = torch.zeros_like(grad_weight, dtype=acc), torch.zeros_like(grad_bias)
@@ -260,8 +260,8 @@ class MaskedPixelLoss(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, patch_size: int, **options) -> "MaskedPixelLoss":
-        """Build the loss of a head such as ViT-MAE's `decoder_pred`, whose parameters it shares; options as the
-        constructor's."""
+        """Return the loss of a head such as ViT-MAE's `decoder_pred`, with shared parameters. Options as in the
+        constructor."""
         channels = linear.out_features // patch_size**2
         with torch.device("meta"):
             head = cls(linear.in_features, patch_size=patch_size, channels=channels, **options)
@@ -293,7 +293,7 @@ class MaskedPixelLoss(nn.Module):
         )
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """Return the predicted patches [..., P * P * channels] of hidden [..., dim], normalised as the targets are."""
+        """Return the predicted patches [..., P * P * channels] for hidden [..., dim], normalised like the targets."""
         return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:

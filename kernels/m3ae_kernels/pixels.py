@@ -1,8 +1,8 @@
-"""Patches straight from images, in plain torch: shared by `patch_embed` and `masked_pixel_loss`.
+"""Extraction of patches from images in plain torch, shared by `patch_embed` and `masked_pixel_loss`.
 
-Inside the ops patches are cut so that neighbours lie side by side in the image: in the order (channel, row, column)
-from contiguous images, (row, column, channel) from those in channels_last memory. Callers see only the latter: a
-weight is permuted, a small copy, where the two differ.
+Inside the ops, the order within patches follows the memory of the images: (channel, row, column) for contiguous images,
+(row, column, channel) for images in channels_last memory. Callers see only the latter; if the orders differ, the weight
+is permuted, which is a small copy.
 
 Shapes: B images, C channels, H x W pixels, P patch size, N rows, K = P * P * C.
 """
@@ -17,15 +17,16 @@ from .dispatch import check_index
 from .wide import widest
 
 NORM_PIX_EPS = 1e-6
-LARGEST = {torch.uint8: 255, torch.uint16: 65535}  # integer pixels: the value that is 1 to mean and std
+# largest value of integer pixels, which corresponds to 1 in mean and std
+LARGEST = {torch.uint8: 255, torch.uint16: 65535}
 
 
 def check_pixels(
     images: Tensor, patch_ids: Tensor, patch_size: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
-    """Check the image arguments; return (scale, shift) per channel, with pixel * scale + shift = (pixel / largest -
-    mean) / std, where `largest` is 1 for floating images; two empty lists for floating images that are taken as they
-    are.
+    """Check the image arguments, and return (scale, shift) per channel with pixel * scale + shift = (pixel / largest -
+    mean) / std, where `largest` is 1 for floating images. Both lists are empty for floating images that are used
+    unchanged.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
@@ -56,24 +57,25 @@ def check_pixels(
 
 
 def count_patches(images: Tensor, patch_size: int) -> int:
-    """Return how many patches the images have together."""
+    """Return the total number of patches in the images."""
     return images[:, 0].numel() // patch_size**2
 
 
 def planar(images: Tensor) -> bool:
-    """Return whether patches are cut from these images channel by channel."""
+    """Return whether patches of these images have the order (channel, row, column)."""
     return images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last)
 
 
 def to_cut(weight: Tensor, images: Tensor, patch_size: int, dim: int) -> Tensor:
-    """Return it contiguous, with `dim`, of K elements, moved from (row, column, channel) to how `images` are cut."""
+    """Return the weight, contiguous, with the K elements of `dim` permuted from (row, column, channel) to the patch
+    order of `images`."""
     if planar(images) and images.shape[1] > 1:
         weight = weight.unflatten(dim, (patch_size**2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
     return weight.contiguous()
 
 
 def from_cut(weight: Tensor, images: Tensor, patch_size: int, dim: int) -> Tensor:
-    """Undo `to_cut`."""
+    """Return the weight with the permutation of `to_cut` reversed."""
     if planar(images) and images.shape[1] > 1:
         weight = weight.unflatten(dim, (-1, patch_size**2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
     return weight
@@ -97,14 +99,14 @@ def take_patches(
     *,
     channels_last: bool = False,
 ) -> Tensor:
-    """Return rows [N, K] of `dtype` cut from images [B, C, H, W] and normalised; with `channels_last` in the order
-    (row, column, channel) whatever the images' memory."""
+    """Return normalised patches [N, K] of `dtype` from images [B, C, H, W]. With `channels_last`, their order is (row,
+    column, channel) regardless of the images' memory."""
     channels = images.shape[1]
     if not len(patch_ids):
         return images.new_empty(0, channels * patch_size**2, dtype=dtype)
     grid_w, grid_h = images.shape[3] // patch_size, images.shape[2] // patch_size
     by_channel = planar(images)
-    # With channels innermost a line of pixels is one of a single, wider channel.
+    # With channels innermost, a line of pixels is equivalent to a line of a single, wider channel.
     images = images.contiguous() if by_channel else images.permute(0, 2, 3, 1).flatten(2)[:, None]
     blocks = (
         images.view(widest(images, images.shape[3] // grid_w))
@@ -127,8 +129,8 @@ def take_patches(
 
 
 def put_patches(rows: Tensor, images: Tensor, patch_size: int, scale: Sequence[float]) -> Tensor:
-    """Return contiguous images [B, C, H, W] whose patches, all of them and in order, are rows [B * patches, K] as
-    `images` are cut, each channel times its scale."""
+    """Return contiguous images [B, C, H, W] with all patches in order from rows [B * patches, K], in the patch order of
+    `images`, with each channel multiplied by its scale."""
     batch, channels, height, width = images.shape
     grid, patch = (batch, height // patch_size, width // patch_size), (patch_size, patch_size)
     if planar(images):
@@ -142,6 +144,6 @@ def put_patches(rows: Tensor, images: Tensor, patch_size: int, scale: Sequence[f
 
 
 def standardise(target: Tensor) -> Tensor:
-    """Bring each row to mean 0 and variance 1, as MAE's norm_pix_loss does it: unbiased variance, eps 1e-6."""
+    """Return rows normalised to mean 0 and variance 1 as in MAE's norm_pix_loss: unbiased variance, eps 1e-6."""
     var, mean = torch.var_mean(target, dim=1, keepdim=True)
     return (target - mean) * (var + NORM_PIX_EPS).rsqrt()

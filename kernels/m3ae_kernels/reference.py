@@ -1,7 +1,7 @@
-"""Every op again in a few lines of plain, differentiable torch: what tests and benchmarks compare with.
+"""Reference implementations of all ops in a few lines of plain, differentiable torch, for tests and benchmarks.
 
-Same arguments and results as the ops, written to be read: nothing is chunked, everything is kept. Sums run in the dtype
-of the inputs, so float64 inputs give the numbers to trust.
+They have the same arguments and results as the ops and are written for readability: nothing is chunked or recomputed.
+Sums use the dtype of the inputs, so float64 inputs give reliable results.
 """
 
 from collections.abc import Sequence
@@ -125,11 +125,11 @@ def packed_attention(
     cu_queries: Tensor | None = None,
     max_queries: int | None = None,
 ) -> Tensor:
-    """See `m3ae_kernels.packed_attention`. Every sample is padded to the longest."""
+    """See `m3ae_kernels.packed_attention`. All samples are padded to the longest one."""
     q, k, v = qkv.unbind(1) if q is None else (q, *qkv.unbind(1))
     cu_queries = cu_seqlens if cu_queries is None else cu_queries
     longest = max_seqlen if max_queries is None else max_queries
-    # The last row is of padding; where all keys are, weights are even and meet no gradient.
+    # The last row is padding; if all keys are padding, the weights are uniform and receive no gradient.
     q_SHND, k_SHMD, v_SHMD = (
         F.pad(x, (0, 0, 0, 0, 0, 1))[_padded_rows(cu, n, len(x))].transpose(1, 2)
         for x, cu, n in ((q, cu_queries, longest), (k, cu_seqlens, max_seqlen), (v, cu_seqlens, max_seqlen))
@@ -155,7 +155,7 @@ def flash_attn_varlen_func(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
 ) -> tuple[Tensor, Tensor]:
-    """See `m3ae_kernels.flash_attn_varlen_func`, with return_attn_probs; one sample after another."""
+    """See `m3ae_kernels.flash_attn_varlen_func`, with return_attn_probs; samples are processed one after another."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     left, right = (side if side >= 0 else max(len(q), len(k)) for side in window_size)
     right = 0 if causal else right
@@ -173,7 +173,7 @@ def flash_attn_varlen_func(
 
 
 def _padded_rows(cu_seqlens: Tensor, longest: int, rows: int) -> Tensor:
-    """Return [S, longest]: which row each sample's n-th is; `rows` where there is none."""
+    """Return the row of each sample's n-th token, [S, longest]; `rows` if there is none."""
     place = cu_seqlens[:-1, None] + torch.arange(longest, device=cu_seqlens.device)
     return torch.where(place < cu_seqlens[1:, None], place, rows).long()
 

@@ -1,7 +1,7 @@
-"""Each op in two forms that share one implementation and one formula for its gradients.
+"""Registration of each op in two forms that share the implementation and the formula for the gradients.
 
-`torch.library` knows the op, for torch.compile, torch.export and dispatch modes such as FakeTensorMode. Everything else
-takes an autograd.Function, whose call costs a fraction of the dispatcher's and which torch.func.grad understands.
+The op is registered in `torch.library` for torch.compile, torch.export and dispatch modes such as FakeTensorMode. All
+other calls use an autograd.Function, which has a fraction of the dispatcher's overhead and supports torch.func.grad.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 PLAIN = (Tensor, nn.Parameter)
-# A copy loaded under another name (hub.py) registers its ops beside the installed ones, not in their place.
+# A copy loaded under another name (hub.py) registers its ops in addition to the installed ones.
 NAMESPACE = "m3ae" if __package__ == "m3ae_kernels" else __package__
 
 
@@ -19,10 +19,10 @@ class Op:
     """`NAMESPACE::name`, called with positional arguments.
 
     Args:
-        name: the op's.
+        name: name of the op.
         forward: the implementation, annotated for torch.library.
         fake: same arguments; returns empty tensors of the right shapes and dtypes.
-        setup_context, backward: as torch.library.register_autograd takes them; none: not differentiable.
+        setup_context, backward: as for torch.library.register_autograd; None: the op is not differentiable.
     """
 
     def __init__(
@@ -49,13 +49,14 @@ class Op:
 
 
 def once(name: str, backward: Callable) -> Callable:
-    """Return a `backward` that refuses to be a part of a graph. Results of torch's `once_differentiable` pass for
-    constants where the upstream gradient is one, as a loss's is: a gradient penalty or a Hessian would be 0."""
+    """Return a `backward` that raises an error if it would become part of a graph. With torch's `once_differentiable`,
+    results would count as constants if the upstream gradient is constant, as for a loss, so a gradient penalty or a
+    Hessian would be 0."""
     refuse = _refusal(name, "second derivatives")
 
     def formula(ctx, *grads):
         level = torch._C._functorch.maybe_current_level() or 0
-        if level > 1 or (not level and torch.is_grad_enabled()):  # torch.func.grad always makes a graph
+        if level > 1 or (not level and torch.is_grad_enabled()):  # torch.func.grad always builds a graph
             refuse()
         with torch.no_grad():
             return backward(ctx, *grads)
@@ -75,11 +76,11 @@ def _function(name: str, forward: Callable, setup_context: Callable, backward: C
 
 
 def _nothing(ctx, inputs, output) -> None:
-    """Serve as `setup_context` of what is not differentiable."""
+    """Do nothing; the `setup_context` of ops that are not differentiable."""
 
 
 def traced(*args) -> bool:
-    """Return whether something observes the ops that are called, not only their results."""
+    """Return whether the calls of ops are observed, for example by tracing, and not only their results."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     return any(isinstance(arg, Tensor) and type(arg) not in PLAIN for arg in args)

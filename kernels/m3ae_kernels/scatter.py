@@ -1,4 +1,4 @@
-"""Lays a packed sequence out: rows that exist, learned rows where none does, and a table row added to each.
+"""Assembly of a packed sequence from existing rows and learned fill rows, with a table row added to each.
 
 Shapes: T rows of the result, N rows of x, F rows of fill, K rows of the table, D width.
 """
@@ -31,18 +31,20 @@ def scatter_tokens(
 
     Args:
         x: [..., D] floating, N rows of it.
-        src: [...] int32 or int64, T of them, each row of x at most once: its backward is then a gather.
+        src: [...] int32 or int64, T elements. Each row of x must occur at most once, so that the backward pass is a
+            gather.
         fill: [..., D] floating, F rows of it: mask embeddings, or a whole text embedding; None for zeros.
         fill_ids: int32 or int64, of src's shape, with fill.
         table: [..., D] floating, K rows of it: positions and types; None for zeros.
         table_ids: int32 or int64, of src's shape, with table.
-        fill_order, table_order: `scatter_orders(src, fill_ids, table_ids)`, where a loader made them: the backward then
-            sorts nothing.
+        fill_order, table_order: results of `scatter_orders(src, fill_ids, table_ids)`, for example from a data loader,
+            so that the backward pass does not sort.
         impl: "auto", "triton" or "torch".
 
     Returns:
-        [..., D], of src's shape, in x's dtype; autocast changes nothing, as with torch's Embedding. The sum is taken in
-        float32 (float64 for float64). Gradients for x, fill and table, each in its own dtype; those of fill and table
+        [..., D], of src's shape, in x's dtype; autocast changes nothing, as with torch's Embedding. The sum is computed
+            in float32 (float64 for float64). Gradients for x, fill and table, each in its own dtype; those of fill and
+            table
         are summed in a fixed order, without atomics.
 
     Raises:
@@ -69,8 +71,8 @@ def scatter_tokens(
 def scatter_orders(
     src: Tensor, fill_ids: Tensor | None = None, table_ids: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return (fill_order, table_order) of `scatter_tokens`, [T] int32 each, None for ids that are None: the orders in
-    which the backward sums the rows of fill and table. For a data loader, which has the time."""
+    """Return (fill_order, table_order) for `scatter_tokens`, [T] int32 each, None for ids that are None. These are the
+    orders in which the backward pass sums the rows of fill and table. Meant for data loaders."""
     return (
         None if fill_ids is None else segment_order(as_rows(_filled(src, fill_ids), 0)),
         None if table_ids is None else segment_order(as_rows(table_ids, 0)),
@@ -78,12 +80,12 @@ def scatter_orders(
 
 
 def _filled(src_T: Tensor, fill_ids_T: Tensor) -> Tensor:
-    """Return the ids of fill that count."""
+    """Return the fill ids, -1 for rows that come from x."""
     return torch.where(src_T < 0, fill_ids_T, -1)
 
 
 def _rows_or_zero(ids_T: Tensor, *parts: Tensor) -> Tensor:
-    """Return rows of the joined parts by id, zero if that is negative. Far faster on a CPU than masking."""
+    """Return rows of the concatenated parts by id, zero for negative ids. Much faster on a CPU than masking."""
     rows = torch.cat((*parts, parts[0].new_zeros(1, parts[0].shape[1])))
     return rows.index_select(0, torch.where(ids_T < 0, len(rows) - 1, ids_T))
 
@@ -115,7 +117,7 @@ def _forward(
         return scatter_tokens(x, src, fill, fill_ids, table, table_ids)
     parts, ids_T = [x], src
     if fill is not None and fill_ids is not None:
-        if len(fill) > len(src):  # a whole vocabulary: only the rows that are asked for
+        if len(fill) > len(src):  # for a whole vocabulary, only the required rows are used
             fill = fill.index_select(0, fill_ids.clamp(min=0))
             fill_ids = torch.where(fill_ids < 0, -1, torch.arange(len(src), device=src.device))
         parts.append(fill)
@@ -158,7 +160,8 @@ def _gradients(
     table_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, fill and table, whose rows `counts` holds; -1 there: not wanted, no rows."""
+    """Return the gradients of x, fill and table. `counts`: their numbers of rows; -1: not required, so the result is
+    empty."""
     x_rows, fill_rows, table_rows = counts
     orders = fill_order, table_order
     grad_x, grad_fill, grad_table = _empty_gradients(
@@ -187,7 +190,7 @@ def _place_rows(grad_TD: Tensor, src_T: Tensor, count: int, impl: str) -> Tensor
         from .triton_impl.rows import place_rows
 
         return place_rows(grad_TD, src_T, count)
-    # Turned into a gather: where each row went, with a last entry for what came from elsewhere.
+    # Implemented as a gather by the destination of each row; a last entry collects rows from other sources.
     places = src_T.new_full((count + 1,), -1)
     index_T = torch.where(src_T < 0, count, src_T).long()
     places.scatter_(0, index_T, torch.arange(len(src_T), dtype=src_T.dtype, device=src_T.device))

@@ -1,4 +1,4 @@
-"""Sums of rows that share an id, in a fixed order: the backward of every table look-up.
+"""Sums of rows with equal ids in a fixed order, which is the backward pass of table look-ups.
 
 Shapes: T rows, D width, K ids.
 """
@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 def segment_order(ids: Tensor) -> Tensor:
-    """Return `segment_sum`'s order, where the ids [T] are known before: [T] int32, stable, negative ones first."""
+    """Return the order for `segment_sum` if the ids [T] are known in advance: [T] int32, stable, with negative ids
+    first."""
     return torch.argsort(ids, stable=True).int()
 
 
@@ -17,7 +18,7 @@ def segment_sum(
 ) -> Tensor:
     """Return out [count, D] of `dtype`, out[k] = sum of rows[t] over the t with ids[t] == k in order of t; negative ids
     are left out. Sums in float32 (float64 for float64 rows); no atomics. `impl` is "triton" or "torch"; `order_T` is
-    `segment_order(ids_T)`, made here where it is not given."""
+    `segment_order(ids_T)`, computed if it is not given."""
     if impl == "triton":
         from .triton_impl.segment_sum import segment_sum
 
@@ -26,8 +27,8 @@ def segment_sum(
     ids = ids_T.clamp(min=-1).long()
     if count <= len(ids):
         return _sums(wide, ids, count).to(dtype)
-    # Most rows of a large table occur in no id: the sums are made side by side, then placed; the last place is for
-    # negative ids.
+    # Most rows of a large table do not occur: sums are computed for the occurring ids and then placed. The last
+    # position is for negative ids.
     order = torch.argsort(ids, stable=True) if order_T is None else order_T
     ordered = ids.index_select(0, order)
     run = torch.cumsum(ordered.diff(prepend=ordered[:1]) != 0, 0)
@@ -38,5 +39,5 @@ def segment_sum(
 
 
 def _sums(rows_TD: Tensor, ids_T: Tensor, count: int) -> Tensor:
-    # Embedding's backward leaves the padding index out.
+    # The backward pass of Embedding ignores the padding index.
     return torch.ops.aten.embedding_dense_backward(rows_TD, ids_T, count, -1, False)

@@ -1,4 +1,4 @@
-"""Arguments that `masked_token_loss` gives its implementations.
+"""Arguments of the implementations of `masked_token_loss`.
 
 Shapes: M rows, D width, V vocabulary.
 """
@@ -23,12 +23,12 @@ class Options(NamedTuple):
     z_loss: float
     dtype: torch.dtype  # of the matmuls
     return_correct: bool
-    workspace: int | None  # bytes of logits held at once
+    workspace: int | None  # bytes of logits kept at once
     impl: str
 
 
 class Results(NamedTuple):
-    """Tensors that the implementations fill in; those that are not wanted have no elements."""
+    """Output tensors of the implementations. Those that are not required are empty."""
 
     row_loss: Tensor  # [M]
     correct: Tensor  # bool [M]

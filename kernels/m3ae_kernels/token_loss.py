@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary, head included: logits exist one chunk of rows at a time.
+"""Cross-entropy over a vocabulary, including the head. Logits are computed one chunk of rows at a time.
 
 Shapes: M rows, D width, V vocabulary.
 """
@@ -37,7 +37,7 @@ from .token_arguments import Inputs, Options, Results
 
 # Workspace for logits in bytes; large enough for full matmul speed.
 WORKSPACE = {"triton": 256 << 20, "torch": 64 << 20}
-# The torch implementation takes the softmax in float32, for as many rows at a time as stay in the caches.
+# The torch implementation computes the softmax in float32, for as many rows at a time as fit into the caches.
 SOFTMAX_BYTES = 8 << 20
 
 
@@ -56,8 +56,8 @@ def masked_token_loss(
     workspace: int | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Sum over rows of row_weight[r] * (cross-entropy(logits[r], targets[r]) + z_loss * logsumexp(logits[r]) ** 2)
-    with logits = hidden @ weight.T + bias.
+    """Return the sum over rows of row_weight[r] * (cross-entropy(logits[r], targets[r]) + z_loss * logsumexp(logits[r])
+    ** 2) with logits = hidden @ weight.T + bias.
 
     Args:
         hidden: [..., D] floating.
@@ -69,10 +69,10 @@ def masked_token_loss(
             none; "none": the summands, [...]. None is "sum", with a FutureWarning: from the next release on it will be
             "mean".
         ignore_index: rows with this target have loss 0, no gradient, and are not correct.
-        label_smoothing: as torch.nn.functional.cross_entropy has it.
+        label_smoothing: as in torch.nn.functional.cross_entropy.
         z_loss: weight of the squared log-partition (Chowdhery et al., arXiv 2204.02311, section 5).
-        return_correct: return (loss, correct) rather than only the loss.
-        workspace: bytes of logits held at once, at least one row; None: 256 MiB on a GPU, 64 MiB on a CPU.
+        return_correct: return (loss, correct) instead of only the loss.
+        workspace: bytes of logits kept at once, at least one row; None: 256 MiB on a GPU, 64 MiB on a CPU.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -116,7 +116,7 @@ def masked_token_loss(
     return (loss, with_lead(correct, lead)) if return_correct else loss
 
 
-# torch.library reads the ops' arguments from these two signatures; all else takes them as `Inputs` and `Options`.
+# torch.library reads the ops' arguments from these two signatures; all other code uses `Inputs` and `Options`.
 
 
 def _forward(
@@ -134,7 +134,8 @@ def _forward(
     workspace: int | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (loss, row losses, unit, the gradients of hidden, weight and bias divided by unit, correct)."""
+    """Return the loss, the row losses, the unit, the gradients of hidden, weight and bias divided by the unit, and
+    correct."""
     options = Options(ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace, impl)
     return _loss(Inputs(hidden, weight, bias, row_weight, targets), options, needs)
 
@@ -315,7 +316,7 @@ class MaskedTokenLoss(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options) -> "MaskedTokenLoss":
-        """Build the loss of a language model's head, whose parameters it shares; options as the constructor's."""
+        """Return the loss of a language model's head, with shared parameters. Options as in the constructor."""
         with torch.device("meta"):
             head = cls(linear.in_features, linear.out_features, **options)
         for name in ("weight", "bias"):
@@ -343,7 +344,7 @@ class MaskedTokenLoss(nn.Module):
         )
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., vocab] of hidden [..., dim]."""
+        """Return the logits [..., vocab] for hidden [..., dim]."""
         return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:

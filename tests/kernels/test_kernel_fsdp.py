@@ -91,7 +91,7 @@ def test_a_dtensor_is_refused_in_one_line(mesh, placement):
     """And its whole tensor, which the line names, has the gradient."""
     hidden, targets = torch.randn(4, 8), torch.arange(4)
     weight = DTensor.from_local(torch.randn(11, 8), mesh, [placement]).requires_grad_()
-    with pytest.raises(TypeError, match=r"^weight is a DTensor: hand over weight.full_tensor\(\), or use a Module"):
+    with pytest.raises(TypeError, match=r"^weight is a DTensor: pass weight.full_tensor\(\), or use a Module"):
         m3ae_kernels.masked_token_loss(hidden, weight, targets)
     with pytest.raises(TypeError, match="x is a DTensor"):
         m3ae_kernels.gather_tokens(weight, targets)

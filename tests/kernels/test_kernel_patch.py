@@ -141,6 +141,6 @@ def test_an_encoder_alone():
 
 def test_other_models_are_refused_by_name():
     with pytest.raises(
-        TypeError, match=r"^m3ae_kernels\.patch knows .*ViTMAEForPreTraining and ViTMAEModel, not Linear$"
+        TypeError, match=r"^m3ae_kernels\.patch supports .*ViTMAEForPreTraining and ViTMAEModel, not Linear$"
     ):
         patch(nn.Linear(2, 3))

@@ -1,4 +1,4 @@
-"""Attention over packed samples: one op (`op`), and the kernels that may compute it (`choice` says which does)."""
+"""Attention over packed samples: one op (`op`), and the kernels that compute it, which `choice` selects."""
 
 from .kernel import Kernel, Segments
 from .op import packed_attention

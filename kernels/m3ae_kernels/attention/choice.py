@@ -1,4 +1,4 @@
-"""Choose what computes attention: on CUDA the fastest kernel that is installed, on a CPU a C kernel or torch."""
+"""Choice of the attention kernel: on CUDA the fastest installed kernel, on a CPU a C kernel or torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .per_sample import PER_SAMPLE
 
 
 def own_kernel(impl: str, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """Return the kernel of this package for `Scores` of any kind, which on CUDA is also the one whose runs are bitwise
-    equal; `impl` as in `kernel_for`."""
+    """Return this package's kernel for `Scores` of any kind, which is also bitwise deterministic on CUDA. `impl` as in
+    `kernel_for`."""
     if choose_impl(impl, device, dtype) == "torch":
         return PADDED
     from ..triton_impl.attention import TRITON
@@ -23,9 +23,10 @@ def own_kernel(impl: str, device: torch.device, dtype: torch.dtype) -> Kernel:
 
 
 def kernel_for(impl: str, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
-    """Return what attention of samples of about `length` keys runs on; `impl` is "auto", "triton" or "torch".
+    """Return the kernel for attention of samples with about `length` keys. `impl` is "auto", "triton" or "torch".
 
-    On CUDA the first call for a kind of head takes a second, to try what is installed; float64 runs on torch there."""
+    On CUDA, the first call for each head configuration takes a second to benchmark the installed kernels; float64 runs
+    on torch."""
     if impl != "auto":
         impl = choose_impl(impl, device, dtype)
     if impl == "triton":

@@ -1,9 +1,10 @@
 """Attention kernels on CUDA GPUs: the fastest of those in flash-attn (2, 3 and 4), cuDNN, torch and this package.
 
-None wins everywhere: flash-attn 3 pads a head of 32 values to 64 and works in tiles of 192 keys, which a sample of
-70 visible tokens fills in part; flash-attn 2 has neither fault and lacks Hopper's instructions. So each is tried on
-random samples of a given length, once, forward and backward. One that is not installed, fails or computes something
-else on this GPU is left out, and the log says why; so this package's own, in Triton, takes part where it has passed.
+No kernel is fastest in all cases: flash-attn 3 pads a head dimension of 32 to 64 and works in tiles of 192 keys, which
+a sample of 70 visible tokens fills only in part; flash-attn 2 has neither disadvantage, but lacks Hopper's
+instructions. Therefore each kernel is benchmarked once on random samples of a given length, forward and backward. A
+kernel that is not installed, fails or computes wrong results on this GPU is excluded, and the log states the reason.
+The same applies to this package's own Triton kernel.
 
 Shapes: Q query rows, K key rows, H heads, D values per head.
 """
@@ -23,28 +24,28 @@ from .. import tuning
 from .kernel import Kernel, Segments
 from .padded import PADDED
 
-SAMPLES = 64  # of a check
+SAMPLES = 64  # number of samples in a check
 HALVES = (torch.bfloat16, torch.float16)
-HEAD_START = 20_000_000  # cycles that a GPU waits for the host's launches: some 10 ms
-ROUNDS = 3  # of a trial, each of as many calls
-CUDNN_ROWS = 129  # the fewest that its longest sample may be said to have
-ERROR = 0.03  # of norms: the most by which two kernels may differ in bf16
+HEAD_START = 20_000_000  # cycles that the GPU waits for the host's launches, about 10 ms
+ROUNDS = 3  # rounds of a benchmark, each with the same number of calls
+CUDNN_ROWS = 129  # minimum for the stated length of the longest sample
+ERROR = 0.03  # largest relative difference (of norms) between two kernels in bf16
 
 Inputs = tuple[Tensor, Tensor, Segments]  # qkv, a gradient of the result, the samples
 Maker = Callable[[torch.device], Kernel]
 
 
 class NotHere(Exception):
-    """A kernel that this GPU or this version of its library does not have."""
+    """Raised if a kernel is not available on this GPU or in this version of its library."""
 
 
 _log = logging.getLogger(__name__)
-_chosen: dict[tuple, dict[int, Kernel]] = {}  # by device, dtype, heads and head size: by length
+_chosen: dict[tuple, dict[int, Kernel]] = {}  # kernels by length, by device, dtype, number of heads and head dimension
 
 
 def choose(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
-    """Return the fastest kernel for samples of about `length` rows. Tried once for each kind of head; later lengths get
-    the choice for the nearest of those that were asked for with `try_out`."""
+    """Return the fastest kernel for samples of about `length` rows. Kernels are benchmarked once per head
+    configuration; other lengths get the choice for the nearest length that was passed to `try_out`."""
     choices = _chosen.get((device, dtype, heads, head_dim))
     if choices is None:
         return try_out(device, dtype, heads, head_dim, length)
@@ -52,7 +53,7 @@ def choose(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, 
 
 
 def try_out(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
-    """Choose as `choose` does, with a trial at `length` unless there has been one."""
+    """Return the fastest kernel as `choose` does, after a benchmark at `length` unless there has been one."""
     if dtype not in HALVES:
         return PADDED
     choices = _chosen.setdefault((device, dtype, heads, head_dim), {})
@@ -65,8 +66,8 @@ def try_out(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int,
 def trial(
     device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, samples: int = 0
 ) -> dict[str, float]:
-    """Return by name the milliseconds of each kernel that works, the fastest first, for so many samples (0: `SAMPLES`)
-    of about `length` rows."""
+    """Return the milliseconds of each kernel that works, by name, the fastest first, for `samples` samples (0:
+    `SAMPLES`) of about `length` rows."""
     if dtype not in HALVES:
         return {}
     inputs = example(device, dtype, heads, head_dim, length)
@@ -92,11 +93,11 @@ def fastest(makers: dict[str, Maker], device: torch.device, checked: Inputs, tim
             off = distance(_both(kernel, checked), expected)
             if not off <= ERROR:
                 raise ArithmeticError(f"its results are off by {off:.0%}")
-            results(kernel, *timed)  # compiled, and its memory reserved
+            results(kernel, *timed)  # warm-up: compilation and memory allocation
             found[name] = 1e3 * min(_seconds(kernel, *timed) for _ in range(ROUNDS))
         except (ModuleNotFoundError, NotHere) as error:
             _log.info("attention: %s is not available (%s)", name, error)
-        except Exception as error:  # of any kind: a broken build, a GPU or head size that it was not made for
+        except Exception as error:  # any error: a broken build, or an unsupported GPU or head dimension
             _log.warning("attention: %s is excluded: %s", name, " ".join(str(error).split()) or repr(error))
         else:
             _log.info("attention: %s takes %.3f ms", name, found[name])
@@ -104,7 +105,7 @@ def fastest(makers: dict[str, Maker], device: torch.device, checked: Inputs, tim
 
 
 def _both(kernel: Kernel, checked: Inputs) -> tuple[Tensor, ...]:
-    """Return results with the samples' own queries, and with half as many, as in a last block; one sample has none."""
+    """Return results with all queries, and with half of the queries as in a last block, where one sample has none."""
     qkv_T3HD, grad_THD, keys = checked
     lengths = (keys.cu_seqlens.diff() + 1) // 2
     lengths[-1] = 0
@@ -115,7 +116,7 @@ def _both(kernel: Kernel, checked: Inputs) -> tuple[Tensor, ...]:
 def example(
     device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, samples: int = 0
 ) -> Inputs:
-    """Return random inputs of so many samples (0: `SAMPLES`), some shorter than `length`."""
+    """Return random inputs for `samples` samples (0: `SAMPLES`), some of them shorter than `length`."""
     lengths = [max(1, length - i % 8) for i in range(samples or SAMPLES)]
     rng = torch.Generator().manual_seed(0)
     qkv, grad = (
@@ -129,12 +130,13 @@ def example(
 def results(
     kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, keys: Segments, queries: Segments | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return attention's result and the gradient of qkv; with `queries`, as many of the first rows are queries."""
+    """Return the result of attention and the gradient of qkv. With `queries`, only its number of first rows are
+    queries."""
     queries = queries or keys
     q, k, v = qkv_T3HD.unbind(1)
     q, grad = q[: queries.rows], grad_THD[: queries.rows]
     out, lse = kernel.forward(q, k, v, queries, keys)
-    if lse.shape != (q.shape[1], q.shape[0]):  # compiled code relies on it
+    if lse.shape != (q.shape[1], q.shape[0]):  # compiled code relies on this shape
         raise ArithmeticError(f"its sums have shape {tuple(lse.shape)}")
     grads = torch.empty_like(qkv_T3HD)
     dq, dk, dv = grads.unbind(1)
@@ -144,14 +146,14 @@ def results(
 
 
 def distance(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest relative distance; NaN where something is."""
+    """Return the largest relative distance; NaN if any value is NaN."""
     pairs = [(a.float(), b.float()) for a, b in zip(got, expected)]
     return float(torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max())
 
 
 def _seconds(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segments) -> float:
-    """Return the time of one pass; on a GPU between events, with the host so far ahead that its own time does not
-    count."""
+    """Return the time of one pass. On a GPU, it is measured between events, with the host far enough ahead that its own
+    time does not matter."""
     inputs = qkv_T3HD, grad_THD, segments
     if qkv_T3HD.device.type != "cuda":
         started = time.perf_counter()
@@ -168,8 +170,8 @@ def _seconds(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segme
     return 1e-3 * start.elapsed_time(end) / ROUNDS
 
 
-# What there is. Names of arguments are those of flash-attn 2.8 and of its hopper/ and flash_attn/cute/ in 2026; a
-# version that has others raises TypeError and is left out.
+# The available kernels. Argument names are those of flash-attn 2.8 and of its hopper/ and flash_attn/cute/ in 2026;
+# versions with other names raise TypeError and are excluded.
 
 
 def _flash_attn_2(device: torch.device) -> Kernel:
@@ -246,9 +248,9 @@ def _torch_varlen(device: torch.device) -> Kernel:
 
 
 def _cudnn(device: torch.device) -> Kernel:
-    """Return cuDNN's kernel, which torch's own attention of packed samples takes from 2.14 on, for more than 128 rows.
-    Before it never does, and the op's backward takes the values of a head for the rows of the longest sample: it writes
-    past its memory (pytorch/pytorch#186142). Raises NotHere where it would not take it."""
+    """Return cuDNN's kernel, which torch's own attention over packed samples uses from version 2.14 on, for more than
+    128 rows. Earlier versions never use it, and the op's backward pass confuses the head dimension with the rows of the
+    longest sample and writes past its memory (pytorch/pytorch#186142). Raises NotHere if torch would not use it."""
     from torch.nn.attention import varlen
 
     if not varlen._should_use_cudnn(device.index or 0):

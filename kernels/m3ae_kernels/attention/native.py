@@ -1,4 +1,4 @@
-"""Attention on CPUs with AVX-512, and with AMX: ../cpu/attention.c.
+"""Attention on CPUs with AVX-512 or AMX, in ../cpu/attention.c.
 
 Shapes: Q query rows, K key rows, H heads, D values per head.
 """
@@ -19,7 +19,7 @@ from .kernel import NATS, Kernel, Segments
 
 
 class _Work(ctypes.Structure):
-    """`Work` of attention.c."""
+    """The struct `Work` of attention.c."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
@@ -38,14 +38,14 @@ class _Work(ctypes.Structure):
 
 
 class Build(NamedTuple):
-    """A way to compile attention.c."""
+    """A variant of attention.c for a CPU type."""
 
     name: str  # for logs
-    flags: tuple[str, ...]  # the compiler's
+    flags: tuple[str, ...]  # compiler flags
 
 
 def native_kernel(dtype: torch.dtype, head_dim: int) -> Kernel | None:
-    """Return the compiled kernel for such heads, where there is one."""
+    """Return the compiled kernel for this head dimension; None if there is none."""
     build = best_build(dtype, head_dim)
     if build is None:
         return None
@@ -58,7 +58,7 @@ def native_kernel(dtype: torch.dtype, head_dim: int) -> Kernel | None:
 
 
 def best_build(dtype: torch.dtype, head_dim: int) -> Build | None:
-    """Return the best build; None for other types and heads, and where the CPU lacks the instructions."""
+    """Return the best build; None for unsupported dtypes and head dimensions, or if the CPU lacks the instructions."""
     cpu = this_cpu()
     if head_dim % 16 or not cpu.flags >= AVX512:
         return None
@@ -88,13 +88,13 @@ def _backward(library: ctypes.CDLL, grad, q, k, v, out, lse, dq, dk, dv, queries
 
 
 def _rows(x_THD: Tensor) -> Tensor:
-    """Return rows for the kernels, which know one stride, that between rows."""
+    """Return rows for the kernels, which support only a stride between rows."""
     return x_THD if x_THD.stride()[1:] == (x_THD.shape[2], 1) else x_THD.contiguous()
 
 
 def _run(function, queries: Segments, keys: Segments, *, q: Tensor, lse: Tensor, **tensors: Tensor) -> None:
-    """Compute all heads of all samples on as many threads as torch has, of Python: torch's own wait for each other
-    after every op, these once."""
+    """Compute all heads of all samples on as many Python threads as torch uses. They synchronise once, whereas torch's
+    threads would synchronise after every op."""
     cu_queries, cu_keys = queries.cu_seqlens, keys.cu_seqlens
     samples, (rows, heads, dim) = len(cu_queries) - 1, q.shape
     tensors["q"] = q

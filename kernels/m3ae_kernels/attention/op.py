@@ -1,4 +1,4 @@
-"""Attention over packed samples, each of which attends to itself alone.
+"""Attention over packed samples, each of which attends only to itself.
 
 One op, forward and backward, on every device: torch.compile traces it like any other, and the gradient of queries, keys
 and values is the one tensor that the matmul before it expects. A `Kernel` computes it.
@@ -93,7 +93,7 @@ def _kernel(kv: Tensor, max_keys: int, impl: str) -> Kernel:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return it contiguous but for its rows."""
+    """Return `x`, contiguous except for the stride between rows."""
     return x if x[:1].is_contiguous() else x.contiguous()
 
 
@@ -106,7 +106,7 @@ def _forward(
     max_keys: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return (out [Q, H, D], the kernel's log-sum-exps [H, Q])."""
+    """Return the result [Q, H, D] and the kernel's log-sum-exps [H, Q]."""
     queries, keys = _segments(q, kv, cu_queries, cu_keys, max_queries, max_keys)
     if ids.asked() or kv.device.type == "cpu":
         for name, ends in (("cu_seqlens", keys), ("cu_queries", queries)):
@@ -148,7 +148,7 @@ def _gradients(
     max_keys: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of q (without q no elements) and of kv, contiguous."""
+    """Return the gradients of q (empty without q) and of kv, contiguous."""
     dq, dkv = _empty_gradients(grad, q, kv, out, lse, cu_queries, cu_keys, max_queries, max_keys, impl)
     queries, keys = _segments(q, kv, cu_queries, cu_keys, max_queries, max_keys)
     if not queries.rows:

@@ -1,4 +1,4 @@
-"""Attention with every sample padded to the longest, in plain torch: on every device, in every dtype, differentiable.
+"""Attention with all samples padded to the longest one, in plain torch, for all devices and dtypes. Differentiable.
 
 Shapes: Q query rows, K key rows, H heads, D values per head; S samples, N query and M key rows of the longest.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .kernel import Kernel, Scores, Segments
 
-_NEVER = -1e30  # a score that no softmax gives weight to, and yet no infinity, whose differences are NaN
+_NEVER = -1e30  # a score with zero softmax weight; infinity is avoided because its differences are NaN
 
 
 def padded_attention(
@@ -32,7 +32,7 @@ def padded_attention(
 
 
 def _pad(x_QHD: Tensor, segments: Segments) -> Tensor:
-    """Return [S, H, N, D], zero if a sample has no row."""
+    """Return the rows padded to [S, H, N, D], with zeros as padding."""
     samples = len(segments.cu_seqlens) - 1
     out = x_QHD.new_zeros(samples * segments.max_seqlen, *x_QHD.shape[1:])
     return out.index_copy(0, _places(segments), x_QHD).unflatten(0, (samples, -1)).transpose(1, 2)
@@ -43,7 +43,7 @@ def _unpad(x_SHND: Tensor, segments: Segments) -> Tensor:
 
 
 def _places(segments: Segments) -> Tensor:
-    """Return where each row lies among the S * N padded ones."""
+    """Return the index of each row among the S * N padded rows."""
     starts_S, lengths_S = segments.cu_seqlens[:-1], segments.cu_seqlens.diff()
     shift_S = segments.max_seqlen * torch.arange(len(starts_S), device=starts_S.device) - starts_S
     rows = torch.arange(segments.rows, device=starts_S.device)
@@ -51,13 +51,13 @@ def _places(segments: Segments) -> Tensor:
 
 
 def _valid(keys: Segments) -> Tensor:
-    """Return bool [S, 1, 1, M]: which keys exist."""
+    """Return a mask of existing keys, bool [S, 1, 1, M]."""
     lengths_S = keys.cu_seqlens.diff()
     return (torch.arange(keys.max_seqlen, device=lengths_S.device) < lengths_S[:, None])[:, None, None]
 
 
 def _banded(queries: Segments, keys: Segments, scores: Scores) -> Tensor:
-    """Return bool [S, 1, N, M]: which keys each query attends to."""
+    """Return a mask of the keys to which each query attends, bool [S, 1, N, M]."""
     left, right = scores.reach
     shift_S = keys.cu_seqlens.diff() - queries.cu_seqlens.diff()
     n, m = (torch.arange(each.max_seqlen, device=shift_S.device) for each in (queries, keys))
@@ -83,7 +83,7 @@ def _forward(
     scale, mask = _made(q, queries, keys, scores)
     scores_SHNM = _scores(_pad(q, queries), _pad(k, keys), scale, mask)
     lse_SHN1 = scores_SHNM.logsumexp(-1, keepdim=True)
-    if scores is not None:  # a query that attends to nothing has a result of 0, and no gradient
+    if scores is not None:  # a query that attends to no key has the result 0 and no gradient
         lse_SHN1 = lse_SHN1.masked_fill(~mask.any(-1, keepdim=True), torch.inf)
     out = (scores_SHNM - lse_SHN1).exp().to(v.dtype) @ _pad(v, keys)
     return _unpad(out, queries), _unpad(lse_SHN1, queries)[..., 0].t().contiguous()

@@ -1,9 +1,9 @@
-"""The torch implementation of `packed_attention`, made for a CPU.
+"""The torch implementation of `packed_attention`, optimised for CPUs.
 
 Shapes: Q query rows, T key rows, H heads, D values a head; in a group, B = samples * H, q queries and k keys a sample.
 
-Samples of equal lengths go through one batched matmul, as many as have scores for the cache, so there is no padding
-and no mask. Probabilities are powers of 2, which torch computes several times faster on a CPU than those of e.
+Samples of equal lengths share one batched matmul, as many as have scores that fit into the cache, so there is no
+padding and no mask. Probabilities are powers of 2, which torch computes several times faster on a CPU than powers of e.
 """
 
 import math
@@ -18,12 +18,12 @@ from torch import Tensor
 from ..dispatch import accumulator
 from .kernel import NATS, Kernel, Segments
 
-CHUNK_SCORES = 1 << 20  # scores that one batched matmul makes: a few MB, which stay in a CPU's caches
+CHUNK_SCORES = 1 << 20  # scores per batched matmul: a few MB, which fit into a CPU's caches
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Samples with equally many queries and equally many keys."""
+    """A group of samples with equal numbers of queries and of keys."""
 
     q_starts: list[int]
     k_starts: list[int]
@@ -32,7 +32,7 @@ class _Group:
 
 
 def _groups(queries: Segments, keys: Segments, heads: int) -> Iterator[_Group]:
-    """Cut the samples that have queries into groups."""
+    """Yield groups of the samples that have queries."""
     by_size: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for (q, q_end), (k, k_end) in zip(_ends(queries), _ends(keys)):
         if q_end > q:
@@ -61,7 +61,7 @@ def _take(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
 
 
 def _put(x_BnD: Tensor, out_THD: Tensor, starts: list[int], length: int) -> None:
-    """Undo `_take`."""
+    """Write rows that `_take` returned back to `out_THD`."""
     rows = x_BnD.unflatten(0, (len(starts), -1)).transpose(1, 2).flatten(0, 1)
     if len(starts) == 1:
         out_THD[starts[0] : starts[0] + length] = rows
@@ -105,7 +105,7 @@ def _backward(
     queries: Segments,
     keys: Segments,
 ) -> None:
-    """Write every row of dq, dk and dv. The probabilities are computed again."""
+    """Write every row of dq, dk and dv. The probabilities are recomputed."""
     for x in (dk, dv):
         x.zero_()  # samples without queries
     scale = q_QHD.shape[-1] ** -0.5

@@ -1,4 +1,4 @@
-"""Attention under flash-attn's name, with queries, keys and values apart: `flash_attn_varlen_func`.
+"""`flash_attn_varlen_func`, attention with the interface of flash-attn and separate queries, keys and values.
 
 Shapes: S samples, Q query rows, K key rows, H heads, G heads of keys and values, D values a head.
 """
@@ -40,23 +40,23 @@ def flash_attn_varlen_func(
 
     Args:
         q: [Q, H, D] floating.
-        k, v: [K, G, D] floating; H is a multiple of G, and head h reads keys and values of head h // (H / G). With
-            fewer heads than q they are copied to as many.
+        k, v: [K, G, D] floating; H is a multiple of G, and head h reads keys and values of head h // (H / G). If they
+            have fewer heads than q, they are repeated.
         cu_seqlens_q, cu_seqlens_k: [S + 1] int32 or int64: sample s is the rows cu_seqlens[s] to cu_seqlens[s + 1];
             from 0 to Q and to K. A sample may have no queries; one with queries has keys.
         max_seqlen_q, max_seqlen_k: rows of the longest sample, or more.
         dropout_p: fraction of the attention weights that are dropped; above 0 each sample is padded to the longest.
         softmax_scale: positive; None for 1 / sqrt(D).
-        causal: query m of M attends to the keys up to m + N - M of N: to none past its own place, where the last query
-            has the last key's.
-        window_size: (left, right): as many keys before and after its place; -1 for all.
+        causal: query m of M attends to the keys up to m + N - M of N, that is, to no key after its position, where the
+            last query has the position of the last key.
+        window_size: (left, right): numbers of keys before and after a query's position to which it attends; -1 for all.
         softcap, alibi_slopes, block_table: not supported.
-        deterministic: two runs are bitwise equal also where flash-attn's kernels would be faster.
-        return_attn_probs: return (out, softmax_lse [H, Q], an empty tensor) rather than out: softmax_lse is the
-            logarithm of the sum of exponentials of a query's scores, infinite where it attends to no key; it has no
+        deterministic: whether two runs must be bitwise equal, even if flash-attn's kernels would be faster.
+        return_attn_probs: return (out, softmax_lse [H, Q], an empty tensor) instead of out. softmax_lse is the
+            logarithm of the sum of exponentials of a query's scores, infinite if it attends to no key; it has no
             gradient.
-        impl: "auto", "triton" (D up to 128) or "torch". "auto" is as `packed_attention`'s for plain scores; with a
-            scale, a causal mask or a window of their own, the Triton kernel on a GPU, padded matmuls on a CPU.
+        impl: "auto", "triton" (D up to 128) or "torch". "auto" is the same as in `packed_attention` for plain scores.
+            With softmax_scale, a causal mask or a window, it is the Triton kernel on a GPU and padded matmuls on a CPU.
 
     Returns:
         [Q, H, D] in autocast's dtype where it is on, else in q's; 0 if a query attends to no key. Sums in float32
@@ -108,19 +108,19 @@ def _segments(
 def _chosen(
     q: Tensor, max_keys: int, scale: float, left: int, right: int, own: bool, impl: str
 ) -> tuple[Kernel, list[Scores]]:
-    """Return a kernel, and the arguments that its functions take beside their usual ones."""
+    """Return a kernel and the additional arguments of its functions."""
     if scale == q.shape[2] ** -0.5 and left < 0 and right < 0 and not own:
         return kernel_for(impl, q.device, q.dtype, q.shape[1], q.shape[2], max_keys), []
     return own_kernel(impl, q.device, q.dtype), [Scores(scale, left, right)]
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return it contiguous but for its rows."""
+    """Return `x`, contiguous except for the stride between rows."""
     return x if x[:1].is_contiguous() else x.contiguous()
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return them as kernels read them: keys and values have rows equally far apart."""
+    """Return q, k and v in the layout of the kernels: keys and values have the same stride between rows."""
     k, v = _rows(k), _rows(v)
     return (_rows(q), k, v) if k.stride(0) == v.stride(0) else (_rows(q), k.contiguous(), v.contiguous())
 
@@ -139,7 +139,7 @@ def _forward(
     own: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (out [Q, H, D], log-sum-exps [H, Q] in nats, and as the kernel has them)."""
+    """Return the result [Q, H, D], and the log-sum-exps [H, Q] in nats and in the kernel's units."""
     segments = _segments(q, k, cu_queries, cu_keys, max_queries, max_keys)
     if ids.asked() or q.device.type == "cpu":
         for name, ends in zip(("cu_seqlens_q", "cu_seqlens_k"), segments):

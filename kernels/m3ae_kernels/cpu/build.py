@@ -1,4 +1,4 @@
-"""The C kernels of this folder, built by the system's compiler when first needed."""
+"""Compilation of the C kernels in this folder with the system's compiler, on first use."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ import torch
 from .processor import this_cpu
 
 FOLDER = Path(__file__).parent
-AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # what all of them need of a CPU
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # CPU features that all kernels require
 BF16 = ("-mavx512bf16", "-DBF16")
 TILES = (*BF16, "-mamx-tile", "-mamx-bf16", "-DTILES")
 _NEEDS = {torch.float32: AVX512, torch.bfloat16: AVX512 | {"avx512_bf16"}}
-# what the kernels can read here; evaluated at import, for inside a compiled function it would break the graph
+# CPU features; evaluated at import, because a query inside a compiled function would break the graph
 DTYPES = {dtype for dtype, flags in _NEEDS.items() if this_cpu().flags >= flags}
-LIMIT_S = 60  # of a compiler; gcc takes 2
+LIMIT_S = 60  # time limit of the compiler in seconds; gcc takes 2
 _FLAGS = ["-O3", "-std=c11", "-shared", "-fPIC", "-fopenmp", "-mfma", *(f"-m{name}" for name in sorted(AVX512))]
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def may_use_tiles() -> bool:
-    """Ask Linux for this process's use of AMX's registers (its documentation, arch/x86/xstate)."""
+    """Request permission from Linux to use AMX registers (Linux documentation, arch/x86/xstate), and return whether it
+    is granted."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
@@ -58,7 +59,7 @@ def load(source: str, flags: tuple[str, ...], otherwise: str) -> ctypes.CDLL | N
 
 
 def compiled(source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """Return the library from the user's cache, or compile it into there.
+    """Return the library from the user's cache, or compile it to the cache.
 
     Raises:
         OSError, ValueError, CalledProcessError, TimeoutExpired: the compiler is missing, misspelt, fails or hangs.
@@ -69,7 +70,7 @@ def compiled(source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     name = f"{Path(source).stem}-{_digest(bytes(1).join((*texts, shlex.join(command).encode())))}"
     cache = _users_cache()
     for library in sorted(cache.glob(f"{name}-*.so")) if cache else []:
-        with suppress(OSError):  # made on a machine with another libc
+        with suppress(OSError):  # it may have been compiled on a machine with another libc
             if _is_whole(library):
                 return ctypes.CDLL(str(library))
     library = _built([*command, str(FOLDER / source)], name, _folder_for_builds())
@@ -85,12 +86,12 @@ def _digest(content: bytes) -> str:
 
 
 def _is_whole(library: Path) -> bool:
-    """Return whether the file's contents are those that its name tells; a truncated one would end the process."""
+    """Return whether the file's checksum matches its name; a truncated library would crash the process."""
     return library.stem.rpartition("-")[2] == _digest(library.read_bytes())
 
 
 def _built(command: list[str], name: str, folder: Path) -> Path:
-    """Compile to `name`-CHECKSUM.so. Processes may do so at once: each moves a whole file."""
+    """Compile to `name`-CHECKSUM.so. Several processes may do so at once, because each renames a complete file."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / "library.so"
         _run([*command, "-o", str(built), "-lm"])
@@ -98,7 +99,7 @@ def _built(command: list[str], name: str, folder: Path) -> Path:
 
 
 def _run(command: list[str]) -> None:
-    """Run a compiler, and end it with all that it started where it takes longer than LIMIT_S."""
+    """Run a compiler; kill it together with its child processes if it takes longer than LIMIT_S."""
     null = subprocess.DEVNULL
     process = subprocess.Popen(
         command, stdin=null, stdout=null, stderr=subprocess.PIPE, errors="replace", start_new_session=True
@@ -114,7 +115,7 @@ def _run(command: list[str]) -> None:
 
 
 def _users_cache() -> Path | None:
-    """Return the folder of compiled kernels, which may not exist yet; None for a user without a home."""
+    """Return the folder of compiled kernels, which may not exist yet; None if the user has no home folder."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3ae_kernels"
     except RuntimeError:
@@ -122,7 +123,7 @@ def _users_cache() -> Path | None:
 
 
 def _folder_for_builds() -> Path:
-    """Return the user's cache, or else, with a warning, a temporary folder that this process removes at its end."""
+    """Return the user's cache, or otherwise a temporary folder that this process removes at its end, with a warning."""
     reason: object = "there is no home folder"
     cache = _users_cache()
     if cache is not None:

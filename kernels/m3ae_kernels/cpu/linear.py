@@ -1,4 +1,4 @@
-"""The linear layer of the trunk: torch's own, except on CPUs where another library is faster.
+"""The linear layer of the transformer blocks: torch's own, except on CPUs on which another library is faster.
 
 Shapes: R rows, I inputs, O outputs.
 """
@@ -28,7 +28,7 @@ def _flags() -> tuple[str, ...] | None:
 # evaluated at import; inside a compiled function they would break the graph
 ONEDNN = torch.backends.mkldnn.is_available() and this_cpu().vendor == "AuthenticAMD"
 FLAGS = _flags()
-PANEL_BYTES = 1 << 20  # of sums that a thread of weight_gradient.c holds
+PANEL_BYTES = 1 << 20  # bytes of sums per thread of weight_gradient.c
 
 
 class Linear(nn.Linear):
@@ -37,11 +37,11 @@ class Linear(nn.Linear):
 
 
 def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    """Compute torch.nn.functional.linear, autocast included.
+    """Return torch.nn.functional.linear, including the behaviour of autocast.
 
-    In float32 on AMD's CPUs through oneDNN, where torch takes MKL, which reaches half of that there; on Intel's MKL is
-    the faster by a tenth. In bf16 on CPUs with AMX, and on AMD's with AVX-512's products of pairs, by linear.c and
-    weight_gradient.c, which do not round the bias and the gradients of parameters to bf16.
+    In float32 on AMD CPUs, oneDNN is used, because MKL, which torch uses, reaches only half of its speed; on Intel
+    CPUs, MKL is faster by a tenth. In bf16 on CPUs with AMX, and on AMD CPUs with AVX-512's bf16 dot products, linear.c
+    and weight_gradient.c are used, which do not round the bias and the gradients of parameters to bf16.
     """
     dtype = matmul_dtype(x_RI, weight_OI)
     if dtype is None or not (_by_onednn(dtype, weight_OI) or by_kernels(dtype, weight_OI)):
@@ -72,7 +72,7 @@ def by_kernels(dtype: torch.dtype, weight_OI: Tensor) -> bool:
 
 
 def linear_forward(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """Return [R, O] in x's dtype; weight and bias may be float32."""
+    """Return the output [R, O] in x's dtype; weight and bias may be float32."""
     dtype = x_RI.dtype
     if not len(x_RI):
         return x_RI.new_empty(0, weight_OI.shape[0])
@@ -110,9 +110,9 @@ def product(
     before_gelu: bool = False,
     hidden_RN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run linear.c: x @ weight, plus bias; weight is [K, N], or [N, K] with `transposed`. All are bf16, weight and bias
-    may be float32. Second: GELU of it, where it comes before one. With `hidden` it is a gradient on its way through a
-    GELU: times its slope at hidden, and GELU of hidden."""
+    """Return x @ weight + bias, computed by linear.c. weight is [K, N], or [N, K] with `transposed`. Tensors are bf16;
+    weight and bias may be float32. The second result is GELU of the first with `before_gelu`. With `hidden`, the first
+    result is multiplied by the gradient of GELU at hidden, and the second is GELU of hidden."""
     library = _product_library()
     assert library is not None
     x_RK, weight = _rows(x_RK), weight.contiguous()
@@ -142,7 +142,7 @@ def _product_library() -> ctypes.CDLL | None:
 def parameter_gradients(
     grad_RO: Tensor, x_RI: Tensor, weight_OI: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of weight and bias, of the two that `needs` wants, in the dtype of the weight."""
+    """Return the gradients of weight and bias in the dtype of the weight, if selected by `needs`."""
     need_weight, need_bias = needs
     dtype = weight_OI.dtype
     if not len(x_RI):
@@ -170,7 +170,7 @@ def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> tuple[Tensor, Tensor]:
     wide, narrow = (x, grad) if transposed else (grad, x)
     (rows, width), columns, threads = wide.shape, narrow.shape[1], torch.get_num_threads()
     most = max(1, PANEL_BYTES // (4 * columns))
-    panel = -(-width // (threads * -(-width // (threads * most))))  # as many panels for each thread
+    panel = -(-width // (threads * -(-width // (threads * most))))  # the same number of panels for each thread
     packed = narrow.new_empty(-(-rows // 32) * 32 * columns)
     out = grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
     wide_sums, narrow_sums = (out.new_zeros(size) for size in (width, columns))
@@ -194,7 +194,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return x with one stride, that between rows, as the C code wants it; torch aligns it to 64 bytes."""
+    """Return x with only a stride between rows, as the C code requires; torch aligns it to 64 bytes."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 

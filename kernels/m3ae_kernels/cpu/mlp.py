@@ -1,7 +1,8 @@
 """fc2(GELU(fc1(x))) as one op, forward and backward, on CPUs with AVX-512.
 
-GELU comes with the matmul before it (linear.c), or by itself (gelu.c): compiled torch takes two to three times as long,
-most of it for e ** x. The backward pass keeps what is before GELU alone and makes GELU again along with its gradient.
+GELU is fused with the matmul before it (linear.c) or computed separately (gelu.c); compiled torch takes two to three
+times as long, mainly for e ** x. The backward pass keeps only the input of GELU and recomputes GELU together with its
+gradient.
 
 Shapes: R rows, I inputs, H hidden values, O outputs.
 """
@@ -31,8 +32,8 @@ from .linear import (
 
 
 def mlp(x_RI: Tensor, weight_HI: Tensor, bias_H: Tensor, weight_OH: Tensor, bias_O: Tensor) -> Tensor | None:
-    """Return fc2(gelu(fc1(x))), [R, O], with GELU's tanh approximation, as autocast has it; None if this CPU has no
-    kernel for it."""
+    """Return fc2(gelu(fc1(x))), [R, O], with GELU's tanh approximation and the dtypes of autocast; None if there is no
+    kernel for this CPU."""
     dtype = matmul_dtype(x_RI, weight_HI)
     if dtype not in DTYPES:
         return None
@@ -42,7 +43,7 @@ def mlp(x_RI: Tensor, weight_HI: Tensor, bias_H: Tensor, weight_OH: Tensor, bias
 def _forward(
     x_RI: Tensor, weight_HI: Tensor, bias_H: Tensor, weight_OH: Tensor, bias_O: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the result and what is before GELU."""
+    """Return the result and the input of GELU."""
     if multiplies(x_RI, weight_HI):
         hidden_RH, y_RH = product(x_RI, weight_HI, bias_H, transposed=True, before_gelu=True)
         assert y_RH is not None
@@ -59,7 +60,7 @@ def _fake(x_RI, weight_HI, bias_H, weight_OH, bias_O):
 def _hidden_gradients(
     grad_RO: Tensor, weight_OH: Tensor, hidden_RH: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of what is before GELU, and of fc2's weight and bias."""
+    """Return the gradients of GELU's input and of fc2's weight and bias."""
     grad_RH, y_RH = hidden_gradient(grad_RO, weight_OH, hidden_RH)
     weight, bias = wanted(parameter_gradients(grad_RO, y_RH, weight_OH, needs), needs, grad_RO)
     return grad_RH, weight, bias
@@ -72,7 +73,8 @@ def _fake_hidden_gradients(grad_RO, weight_OH, hidden_RH, needs):
 
 def _setup_context(ctx, inputs, output):
     x_RI, weight_HI, _, weight_OH, _ = inputs
-    ctx.set_materialize_grads(False)  # zeros for what is before GELU would be the largest tensor of the backward pass
+    # zeros for the gradient of GELU's input would be the largest tensor of the backward pass
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_RI, weight_HI, weight_OH, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -82,7 +84,7 @@ def _backward(ctx, grad_RO, _):
         return (None,) * 5
     x_RI, weight_HI, weight_OH, hidden_RH = ctx.saved_tensors
     needs = list(ctx.needs_input_grad)
-    # two ops: a compiled graph frees what is before GELU between them, and makes x no sooner
+    # two ops, so that a compiled graph frees GELU's input between them and computes x only afterwards
     grad_RH, *of_fc2 = mlp_backward_op(grad_RO, weight_OH, hidden_RH, needs[3:])
     grads = *linear_backward_op(grad_RH, x_RI, weight_HI, needs[:3]), *of_fc2
     return tuple(grad if need else None for grad, need in zip(grads, needs))
@@ -93,7 +95,7 @@ mlp_backward_op = Op("mlp_backward", _hidden_gradients, _fake_hidden_gradients)
 
 
 def hidden_gradient(grad_RO: Tensor, weight_OH: Tensor, hidden_RH: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient of what is before GELU, and GELU of it once more."""
+    """Return the gradient of GELU's input, and the recomputed GELU."""
     if multiplies(grad_RO, weight_OH):
         grad_RH, y_RH = product(grad_RO, weight_OH, None, transposed=False, hidden_RN=hidden_RH)
         assert y_RH is not None
@@ -102,7 +104,7 @@ def hidden_gradient(grad_RO: Tensor, weight_OH: Tensor, hidden_RH: Tensor) -> tu
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Return GELU's tanh approximation of x, of one of the `DTYPES`."""
+    """Return the tanh approximation of GELU for x, whose dtype is one of `DTYPES`."""
     library = _library(x.dtype)
     if library is None:
         return F.gelu(x, approximate="tanh")
@@ -113,7 +115,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient of x, and `gelu(x)` once more."""
+    """Return the gradient of x, and the recomputed `gelu(x)`."""
     library = _library(x.dtype)
     if library is None:
         return torch.ops.aten.gelu_backward(grad, x, approximate="tanh"), F.gelu(x, approximate="tanh")

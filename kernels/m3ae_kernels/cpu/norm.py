@@ -1,5 +1,5 @@
-"""LayerNorm: torch's own, but for its gradients in 16 bits on a CPU. There torch sums those of weight and bias in 16
-bits too: 7 % off, and 58 % where the sum is small beside its terms.
+"""LayerNorm: torch's own, except for gradients in 16 bits on a CPU. There, torch sums the gradients of weight and bias
+in 16 bits too, with errors of 7 %, and 58 % if the sum is small compared with its terms.
 
 Shapes: R rows, D width.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..registry import NAMESPACE, once
 from .build import BF16, DTYPES, load
 
-BLOCK_ROWS = 64  # that norm.c sums at once
+BLOCK_ROWS = 64  # rows that norm.c sums at once
 
 
 class LayerNorm(nn.LayerNorm):
@@ -25,7 +25,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def layer_norm(x_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """Compute torch.nn.functional.layer_norm, with gradients accumulated in float32. What torch.compile makes of that
+    """Return torch.nn.functional.layer_norm, with gradients accumulated in float32. torch.compile's own code already
     sums in float32."""
     low = x_RD.device.type == "cpu" and x_RD.dtype in (torch.bfloat16, torch.float16)
     if torch.compiler.is_compiling() or not low:

@@ -11,18 +11,18 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Cpu:
     vendor: str  # "GenuineIntel", "AuthenticAMD"; "" if unknown
-    name: str  # for people
+    name: str  # for display
     flags: frozenset[str]  # instruction sets
 
     @property
     def pairs(self) -> bool:
-        """Return whether AVX-512's products of bf16 pairs beat those of floats. AMD's are twice as fast; Intel's, as
-        measured on Emerald Rapids, half as fast."""
+        """Return whether AVX-512's bf16 dot products are faster than float32 products. They are twice as fast on AMD,
+        and half as fast on Intel (measured on Emerald Rapids)."""
         return self.vendor == "AuthenticAMD" and "avx512_bf16" in self.flags
 
     @property
     def tiles(self) -> bool:
-        """Return whether AMX multiplies bf16."""
+        """Return whether AMX supports bf16."""
         return self.flags >= {"amx_tile", "amx_bf16"}
 
     @property
@@ -33,14 +33,14 @@ class Cpu:
 
 @functools.cache
 def this_cpu() -> Cpu:
-    """Return what Linux says of it in /proc/cpuinfo."""
+    """Return the CPU described in Linux's /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         text = ""
-    # all cores are alike: the last one speaks for them
+    # all cores are equal, so the entry of the last one is used
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
     name = re.sub(r"\((R|TM)\)", "", fields.get("model name", ""))
-    if name and not re.search(r"\d", name):  # what a virtual machine calls "AMD EPYC" can be any of them
+    if name and not re.search(r"\d", name):  # in virtual machines, "AMD EPYC" may be any model
         name += f", family {fields.get('cpu family')} model {fields.get('model')}"
     return Cpu(fields.get("vendor_id", ""), name, frozenset(fields.get("flags", "").split()))

@@ -1,1 +1,1 @@
-"""The Triton implementations: kernels and their launchers, imported where an op first runs on them."""
+"""The Triton implementations: kernels and their launchers, imported when an op first runs on Triton."""

@@ -1,7 +1,7 @@
-"""Kernels of `packed_attention`, for samples of tens or a few hundred rows: tiles follow their lengths.
+"""Kernels of `packed_attention` for samples of tens or a few hundred rows, with tiles chosen by their lengths.
 
-Shapes: Q query rows, T key rows, H heads, D values a head; in a program M queries, N keys. q, k, v and their gradients
-may be slices of one tensor. Inside a sample offsets take 32 bits.
+Shapes: Q query rows, T key rows, H heads, D head dimension; in a program instance M queries, N keys. q, k, v and their
+gradients may be slices of one tensor. Inside a sample offsets take 32 bits.
 """
 
 import math
@@ -17,14 +17,14 @@ from ..tuning import config
 from .common import acc_type, cdiv, launcher, precision
 
 LOG2E = math.log2(math.e)
-MOST_ROWS = 128  # of a tile
-MOST_DIM = 128  # values a head: more would not fit into registers
+MOST_ROWS = 128  # rows of a tile
+MOST_DIM = 128  # head dimension; larger ones would not fit into registers
 ANYWHERE = ["cu_queries", "cu_keys", "lse"]
 
 
 @triton.jit
 def places(rows, count, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return offsets [rows, BLOCK_D] inside a sample, 32 bits wide, and which of them are below `count` and D."""
+    """Return 32-bit offsets [rows, BLOCK_D] inside a sample, and a mask of those below `count` and D."""
     d = tl.arange(0, BLOCK_D)
     mask = (rows < count)[:, None]
     if D < BLOCK_D:
@@ -47,7 +47,7 @@ def store_rows(x, rows, count, stride, value, D: tl.constexpr, BLOCK_D: tl.const
 
 @triton.jit
 def in_band(m, n, queries, keys, left, right):
-    """Return whether the keys n are among those that the queries m attend to, which broadcast: see `Scores`."""
+    """Return a mask of the keys n to which the queries m attend, by broadcasting; see `Scores`."""
     distance = n - m - (keys - queries)
     return (distance >= -left) & (distance <= right)
 
@@ -58,10 +58,10 @@ def attention_kernel(
     D: tl.constexpr, BANDED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute BLOCK_M queries of one sample and head a program, over all its keys; scale is log2(e) / sqrt(D). lse [H,
-    Q] is the base-2 logarithm of the sums of exponentials. FlashAttention-2's algorithm 1
+    """Compute BLOCK_M queries of one sample and head per program instance, over all its keys; scale is log2(e) /
+    sqrt(D). lse [H, Q] is the base-2 logarithm of the sums of exponentials. FlashAttention-2's algorithm 1
     (https://arxiv.org/abs/2307.08691): m_i is the largest score so far, l_i the sum of exponentials, acc that of the
-    weighted values. BANDED: of the keys in a band about each query, of which there may be none.
+    weighted values. BANDED: only keys in a band around each query, of which there may be none.
 
     FLOPs 4HD sum(n^2), bytes 8THD in bfloat16, exponentials H sum(n^2). M3AE-Large at 512 samples: encoder (n 73, H 16,
     D 64) 11 GFLOP, 306 MB, 91 us at 3.35 TB/s; decoder (n 290, D 32) 88 GFLOP, 608 MB, 181 us, and 0.7e9 exponentials,
@@ -99,14 +99,15 @@ def attention_kernel(
             m_new = tl.maximum(m_i, tl.max(s, 1))
             m_scaled = m_new * scale
             if BANDED:
-                m_scaled = tl.where(m_new == float("-inf"), 0, m_scaled)  # no key yet: a difference would be NaN
+                # if there is no key yet, a difference would be NaN
+                m_scaled = tl.where(m_new == float("-inf"), 0, m_scaled)
             p = tl.exp2(s * scale - m_scaled[:, None])
             alpha = tl.exp2(m_i * scale - m_scaled)
             l_i = l_i * alpha + tl.sum(p, 1)
             v_ND = load_rows(v, n, keys, stride_kv, D, BLOCK_D)
             acc = tl.dot(p.to(v_ND.dtype), v_ND, acc * alpha[:, None], input_precision=PRECISION, out_dtype=ACC)
             m_i = m_new
-        if BANDED:  # without a key a result of 0, and no gradient
+        if BANDED:  # without any key, the result is 0 and has no gradient
             m_i = tl.where(l_i == 0, float("inf"), m_i)
             l_i = tl.where(l_i == 0, 1, l_i)
         row = query * H * D + head * D
@@ -118,7 +119,7 @@ def attention_kernel(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, scores: Scores | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (out [Q, H, D], lse [H, Q])."""
+    """Return the result [Q, H, D] and the log-sum-exps [H, Q]."""
     scale, left, right = _made(q, scores)
     rows, heads, dim = q.shape
     out = q.new_empty(q.shape)
@@ -135,23 +136,24 @@ def _forward(
 
 
 def _made(q: Tensor, scores: Scores | None) -> tuple[float, int, int]:
-    """Return the scale, and how many keys before and after its place a query attends to, which plain scores ignore."""
+    """Return the scale, and the numbers of keys before and after a query's position to which it attends, which plain
+    scores ignore."""
     return (q.shape[2] ** -0.5, 0, 0) if scores is None else (scores.scale, *scores.reach)
 
 
 def _tile(name: str, q: Tensor, queries: Segments, keys: Segments) -> dict:
-    """Return what a table says, with no more rows than the longest sample fills."""
+    """Return the settings of the tuning table, with at most as many rows as the longest sample fills."""
     if q.shape[2] > MOST_DIM:
         raise ValueError(
-            f"{q.shape[2]} values a head: the Triton kernels take at most {MOST_DIM}; impl='torch' takes more"
+            f"head dimension of {q.shape[2]}: the Triton kernels support at most {MOST_DIM}; impl='torch' supports more"
         )
     tile = config(name, q.device, q.dtype)
     return as_rows(tile, q.shape[2], queries.max_seqlen, keys.max_seqlen) | tile
 
 
 def as_rows(tile: dict, dim: int, longest_queries: int = MOST_ROWS, longest_keys: int = MOST_ROWS) -> dict:
-    """Return a table's TILE_M and TILE_N elements, taken out of it, as rows of `dim` values: powers of two, at least
-    the 16 that a matrix instruction takes."""
+    """Return the settings with TILE_M and TILE_N elements converted to rows of `dim` values: powers of two, at least
+    the 16 that a matrix instruction requires."""
     block_d = _power(dim)
     rows = {"BLOCK_M": (tile.pop("TILE_M"), longest_queries), "BLOCK_N": (tile.pop("TILE_N"), longest_keys)}
     fit = {name: min(max(16, elements // block_d), MOST_ROWS, _power(n)) for name, (elements, n) in rows.items()}
@@ -169,11 +171,11 @@ def attention_backward_kernel(
     D: tl.constexpr, BANDED: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute one sample and head a program, so that nobody else adds to its gradients; scale is 1 / sqrt(D), scale2
-    log2(e) times that. Of LONG samples, with more than BLOCK_N keys, `partial` [Q, H, D] holds the sums of dq between
-    tiles of keys, in the cache. FlashAttention-2's algorithm 2 (https://arxiv.org/abs/2307.08691): p are the weights,
-    dp and ds the gradients of weights and scores, delta the rows' sums of out * grad. BANDED as in the forward; all
-    tiles are computed, those out of the band too.
+    """Compute one sample and head per program instance, so that no other instance adds to its gradients; scale is 1 /
+    sqrt(D), scale2 log2(e) times that. For LONG samples, with more than BLOCK_N keys, `partial` [Q, H, D] contains the
+    sums of dq between tiles of keys, in the cache. FlashAttention-2's algorithm 2 (https://arxiv.org/abs/2307.08691): p
+    are the weights, dp and ds the gradients of weights and scores, delta the rows' sums of out * grad. BANDED as in the
+    forward pass; all tiles are computed, including those outside the band.
 
     FLOPs 10HD sum(n^2), bytes 16THD in bfloat16, exponentials H sum(n^2). M3AE-Large at 512 samples: encoder 28 GFLOP,
     612 MB, 183 us at 3.35 TB/s; decoder 220 GFLOP, 1.2 GB, 363 us. Instructions issued, as above: encoder 85 us, so

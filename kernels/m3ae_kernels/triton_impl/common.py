@@ -16,11 +16,12 @@ from ..dispatch import accumulator
 from ..pixels import planar
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
-FEW_CHANNELS = 4  # as many scales and shifts as kernels take as numbers
+FEW_CHANNELS = 4  # number of scales and shifts that kernels take as scalars
 
 
 def launcher(launch: Callable) -> Callable:
-    """Make the device of the first argument current: Triton launches there. It is a tensor, or begins with one."""
+    """Return a launcher that makes the device of its first argument current, because Triton launches there. The
+    argument is a tensor, or a tuple that begins with one."""
 
     @wraps(launch)
     def on_device(first, *arguments):
@@ -35,12 +36,13 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return how `tl.dot` multiplies float32: as torch's own matmuls are set to, on tensor cores either way (three TF32
-    products keep about float32's precision). AMD's matrix cores take float32 itself."""
+    """Return the precision of `tl.dot` in float32, as set for torch's own matmuls. Tensor cores are used in both cases
+    (three TF32 products have about float32's precision). AMD's matrix cores support float32."""
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # from torch 2.9 on: set by either setting, of which the older may raise then
+    # from torch 2.9 on, it reflects both settings, and reading the older one may raise an error
+    if hasattr(matmul, "fp32_precision"):
         return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
     return "tf32" if matmul.allow_tf32 else "tf32x3"
 
@@ -58,18 +60,18 @@ def padded(matrix: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tenso
 
 
 def up(size: int, multiple: int = 16) -> int:
-    """Round up to the next multiple."""
+    """Return `size` rounded up to the next multiple."""
     return cdiv(size, multiple) * multiple
 
 
 def in_place(images: Tensor) -> Tensor:
-    """Return the images as kernels read them: contiguous, or in channels_last memory."""
+    """Return the images in a layout that kernels can read: contiguous, or in channels_last memory."""
     return images.contiguous() if planar(images) else images
 
 
 def pixel_arguments(images: Tensor, patch_size: int, scale: list[float], shift: list[float]) -> dict:
-    """Return the keyword arguments of every kernel that calls `load_pixels`: scale and shift of up to four channels as
-    numbers, which stay in registers, of more as a table."""
+    """Return the keyword arguments of every kernel that calls `load_pixels`: scale and shift as scalars, which stay in
+    registers, for up to four channels, and as a table for more."""
     channels, height, width = images.shape[1:]
     few = channels <= FEW_CHANNELS
     pad = [0.0] * (FEW_CHANNELS - len(scale))
@@ -82,7 +84,7 @@ def pixel_arguments(images: Tensor, patch_size: int, scale: list[float], shift: 
 
 @lru_cache(maxsize=32)
 def _table(scale: tuple[float, ...], shift: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return float32 [2, C] on the device."""
+    """Return scale and shift as float32 [2, C] on the device."""
     return torch.tensor([scale, shift], dtype=torch.float32, device=device)
 
 
@@ -111,7 +113,7 @@ def load_pixels(
         offset = k // (P * C) * (W * C) + k % (P * C)
     x = tl.load(images + starts + offset, mask=mask, other=0).to(ACC)
     if NORMALISE and C > 4:
-        channel = tl.minimum(channel, C - 1)  # of elements beyond the patch, which the mask leaves out
+        channel = tl.minimum(channel, C - 1)  # for elements beyond the patch, which are masked
         x = x * tl.load(table + channel) + tl.load(table + C + channel)
     elif NORMALISE:
         scale = tl.where(channel == 0, s0, tl.where(channel == 1, s1, tl.where(channel == 2, s2, s3)))

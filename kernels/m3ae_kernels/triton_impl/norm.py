@@ -1,7 +1,7 @@
 """Kernels of `gather_tokens` with a LayerNorm (https://arxiv.org/abs/1607.06450).
 
-Whole rows lie in registers, so that mean and variance are the two exact passes over them, not a running formula; the
-backward's sums over rows are partial sums of each program, added afterwards in a fixed order.
+Whole rows are kept in registers, so mean and variance are computed in two exact passes and not by a running formula. In
+the backward pass, each program instance computes partial sums over rows, which are added afterwards in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from ..tuning import config
 from .common import acc_type, cdiv, launcher
 from .rows import invert
 
-MAX_PARTIALS = 512  # programs of the backward, each with its own sums for weight and bias
+MAX_PARTIALS = 512  # program instances of the backward pass, each with its own sums for weight and bias
 
 
 @triton.jit
 def norm_rows(value, mask, weight, bias, d, D, eps, BIAS: tl.constexpr, ACC: tl.constexpr):
     """Return the LayerNorm of whole rows, their means and reciprocal standard deviations; value is 0 if mask is
     false."""
-    # 1. Mean, then variance about it.
+    # 1. Mean, then variance around it.
     mu = tl.sum(value, 1) / D
     centred = tl.where(mask, value - mu[:, None], 0)
     r = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
@@ -48,8 +48,8 @@ def gather_norm_kernel(
     x, rows, weight, bias, y, mean, rstd, M, D, stride, eps,
     BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute y = LayerNorm(x[rows]), BLOCK_M whole rows a program. Bytes 4MD in bfloat16: M3AE-Large's decoder output
-    at 512 samples (M 123k, D 512): 252 MB, 75 us at 3.35 TB/s."""
+    """Compute y = LayerNorm(x[rows]), BLOCK_M whole rows per program instance. Bytes 4MD in bfloat16: M3AE-Large's
+    decoder output at 512 samples (M 123k, D 512): 252 MB, 75 us at 3.35 TB/s."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     mask = (m < M)[:, None] & (d < D)[None, :]
@@ -81,21 +81,22 @@ def gather_norm(
 
 
 def whole_rows(name: str, x: Tensor) -> dict:
-    """Return a table's TILE elements as BLOCK_M rows of the next power of two."""
+    """Return the settings with TILE elements converted to BLOCK_M rows of the next power of two."""
     tile = config(name, x.device, x.dtype)
     block_d = triton.next_power_of_2(x.shape[1])
     return {"BLOCK_M": max(1, tile.pop("TILE") // block_d), "BLOCK_D": block_d} | tile
 
 
 def rows_by_program(rows: int, block: int) -> tuple[int, int]:
-    """Return the rows of each program of a backward, a multiple of `block`, and the number of programs."""
+    """Return the number of rows per program instance of a backward pass, a multiple of `block`, and the number of
+    instances."""
     program_rows = cdiv(cdiv(rows, block), MAX_PARTIALS) * block
     return program_rows, cdiv(rows, program_rows) if rows else 0
 
 
 def summed(partial: Tensor, wanted: bool) -> Tensor:
-    """Sum the partial sums of all programs, [programs, D] -> [D]; returns an empty tensor if the gradient is not
-    needed."""
+    """Return the sum over the partial sums of all program instances, [programs, D] -> [D]; an empty tensor if the
+    gradient is not needed."""
     return partial.sum(0) if wanted else partial.new_empty(0)
 
 
@@ -104,8 +105,8 @@ def gather_norm_backward_kernel(
     grad, x, source, weight, mean, rstd, grad_x, partial_weight, partial_bias, T, D, stride, program_rows,
     GRAD_X: tl.constexpr, PARAMETERS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute grad_x of `program_rows` rows a program, zero if `source` is negative, and their sums for the weight's
-    and bias's gradients [programs, D].
+    """Compute grad_x of `program_rows` rows per program instance, zero if `source` is negative, and their sums for the
+    gradients of weight and bias [programs, D].
 
     Bytes at least 4MD + 2TD in bfloat16: M3AE-Large at 512 samples (M 123k, T 164k, D 512): 420 MB, 125 us at 3.35
     TB/s.
@@ -113,12 +114,12 @@ def gather_norm_backward_kernel(
     pid = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     w = tl.load(weight + d, mask=d < D, other=0).to(ACC)
-    # One sum a lane: across the program's threads they are added once, at the end.
+    # One sum per lane, which are added across the threads of the program instance once at the end.
     sum_w = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     sum_b = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     end = tl.minimum((pid + 1) * program_rows, T)
     for t0 in range(pid * program_rows, end, BLOCK_M):
-        # 1. The rows as the forward had them, mean 0 and variance 1, made again from its mean and rstd.
+        # 1. The normalised rows of the forward pass, recomputed from its mean and rstd.
         t = t0 + tl.arange(0, BLOCK_M)
         m = tl.load(source + t, mask=t < end, other=-1).to(tl.int64)
         mask = (m >= 0)[:, None] & (d < D)[None, :]

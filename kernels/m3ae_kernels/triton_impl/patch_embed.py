@@ -1,6 +1,6 @@
-"""Kernels of `patch_embed`: a product whose left side is cut from the images and normalised as it is loaded, as an
-implicit GEMM does for convolutions (https://arxiv.org/abs/1410.0759). The weight's gradient sums over rows in splits,
-as split-K products do (https://github.com/NVIDIA/cutlass).
+"""Kernels of `patch_embed`: a product whose left operand is extracted from the images and normalised while it is
+loaded, like an implicit GEMM for convolutions (https://arxiv.org/abs/1410.0759). The gradient of the weight is summed
+over splits of the rows, as in split-K products (https://github.com/NVIDIA/cutlass).
 """
 
 import triton
@@ -23,8 +23,8 @@ from .common import (
     up,
 )
 
-# Row splits of the weight's gradient: enough programs to fill the largest chips twice, whatever the device, so that the
-# order of summation depends on the sizes alone.
+# Row splits of the weight's gradient: enough program instances to fill the largest chips twice, independent of the
+# device, so that the order of summation depends only on the sizes.
 TARGET_PROGRAMS = 264
 
 

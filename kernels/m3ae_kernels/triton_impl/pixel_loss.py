@@ -1,6 +1,6 @@
 """Kernels of `masked_pixel_loss`, MAE's loss (https://arxiv.org/abs/2111.06377, section 3).
 
-1. Of all patches, mean and standard deviation (`patch_stats`), for norm_pix alone.
+1. Mean and standard deviation of all patches (`patch_stats`), only for norm_pix.
 2. Chunk by chunk: predictions, targets and errors in one kernel (`pixel_error`), which writes slopes; two plain
    products make the gradients of hidden and weight from them while they lie in the cache.
 """
