@@ -397,7 +397,13 @@ def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
     listed = threading.Event()
     engine = SimpleNamespace(fragments=lambda: listed.wait(60) and cut(STATE, 0, 1))
     ranks = SimpleNamespace(
-        rank=0, world=1, is_main=True, lasting=None, device=torch.device("cpu"), together=lambda work: work()
+        rank=0,
+        world=1,
+        is_main=True,
+        lasting=None,
+        device=torch.device("cpu"),
+        together=lambda work: work(),
+        sum=lambda values: values,
     )
     said, options = [], {"keep": 1, "constants": {}, "suggested_fix": "", "keep_folder": lambda: "", "after_save": None}
     with Saver(run_dir=tmp_path, engine=engine, ranks=ranks, say=said.append, **options) as saver:
