@@ -203,7 +203,7 @@ def test_prefetched_batches_fit_into_shared_memory(monkeypatch, free, ranks, wor
 def test_too_little_shared_memory_is_told_before_a_worker_dies_of_it(monkeypatch):
     monkeypatch.setattr(shared_memory, "_free_bytes", lambda: 64e6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    with pytest.raises(UserError, match=r"has 51 MB available per rank, but the batches of 4 workers take 640 MB.*--shm"):
+    with pytest.raises(UserError, match=r"has 51 MB available per rank, but the batches of 4 workers.* 640 MB.*--shm"):
         shared_memory.fitting_prefetch(4, 4, 80_000_000)
     assert shared_memory.most_workers(80_000_000) == 1 and shared_memory.most_workers(1_000_000) == 25
 
