@@ -17,30 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from m3ae_fast.base.bad_samples import BadSamples, Skipped
+from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.hardware import pins_memory, settle_precision
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.checkpoint.resuming import SAMPLING, Resume, Rules, require_same
+from m3ae_fast.checkpoint.resuming import SAMPLING, Rules
 from m3ae_fast.config.evaluation import FineTuneConfig
-from m3ae_fast.data import Corpus, Data, eval_loader, lay_out
-from m3ae_fast.data.fingerprint import fingerprint
+from m3ae_fast.data import Corpus, eval_loader, lay_out
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.engine.build import make_engine
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.optimizer import EMA
-from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.evaluation.augment import Mixing, RandAugment, mixes
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
-from m3ae_fast.evaluation.default_hyperparameters import sentence, settled
+from m3ae_fast.evaluation.default_hyperparameters import sentence
 from m3ae_fast.evaluation.encoding import check_skipped
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask
+from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask, make_trainer, open_training
 from m3ae_fast.evaluation.layer_decay import layer_decay_groups
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.initial_weights import constants
-from m3ae_fast.training.throughput import SampleRate
 from m3ae_fast.training.trainer import Trainer
 
 _EVALUATIONS, _EVALUATING = 10, 0.05  # of a run, at most; of its time
@@ -160,22 +157,16 @@ class FineTuningTask(LabelledTask):
 
 def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
     """Open data, classifier and checkpoint. Raises UserError where something is missing, or does not fit."""
-    ranks, run, data = job.ranks, job.config.run, job.config.data
-    config = ranks.broadcast(lambda: settle_precision(job.config.finetune, ranks.device))
-    found = Resume(run.dir, job.options.resume, ranks)
-    train, val, classes = job.open_labelled()
-    if train.has_captions:
-        job.model.require_tokenizer()
-    config = settled(config, train.samples, found.section("finetune"))
-    share = split_batch(config, ranks.world, ranks.rank)
-    schedule = Schedule(config, config, train.samples)
+    ranks, data = job.ranks, job.config.data
+    start = open_training(job, ranks.broadcast(lambda: settle_precision(job.config.finetune, ranks.device)))
+    config: FineTuneConfig = start.settings
 
-    torch.manual_seed(run.seed)
+    torch.manual_seed(job.config.run.seed)
     # a lane has pairs of samples in each step where samples are mixed
     pairs = 2 if mixes(config, job.modality == "image") else 1
-    layout = lay_out(data, train.sizes, share.global_batch // pairs)
-    model = _build(job, config, classes, layout.lanes)
-    model.mixing.check_share(share)
+    layout = lay_out(data, start.train.sizes, start.share.global_batch // pairs)
+    model = _build(job, config, start.classes, layout.lanes)
+    model.mixing.check_share(start.share)
     transform = None
     if config.rand_augment and job.modality != "text":
         transform = RandAugment(config.rand_augment, model.config.model)
@@ -185,46 +176,20 @@ def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
         averaged.load_state_dict(model.state_dict())  # its stored positions: the weights will be the average's
     groups = layer_decay_groups(model, model.config.model.depth, config.weight_decay, config.layer_decay)
     engine = make_engine(model, groups, [model.backbone.encoder], config, config, config.deepspeed, ranks, config.ema)
-    sections = {
-        "run": run.model_dump(mode="json"),
-        "data": data.model_dump(mode="json"),
-        "finetune": config.model_dump(mode="json"),
-        "classifier": model.config.model_dump(mode="json"),
-        "task": {"model": job.options.model},
-    }
-    stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
-    require_same(ranks, stream, val)
-    notes = found.restore(engine, sections, stream, RULES)
-    steps = range(found.step, schedule.total_steps)
-    val_batches = eval_loader(data, val, job.preparation, share, pin_memory=pins_memory(ranks.device))
+    sections = {"classifier": model.config.model_dump(mode="json"), "task": {"model": job.options.model}}
+    val_batches = eval_loader(data, start.val, job.preparation, start.share, pin_memory=pins_memory(ranks.device))
     task = FineTuningTask(
         job=job,
         settings=config,
-        notes=notes,
-        classes=classes,
+        classes=start.classes,
         model=model,
-        val=val,
+        val=start.val,
         val_loader=val_batches,
         fixed=fixed,
         averaged=averaged,
     )
-    return task, Trainer(
-        task=task,
-        session=job.session,
-        folder=job.folder,
-        run=run,
-        settings=config,
-        sections=sections,
-        share=share,
-        schedule=schedule,
-        engine=engine,
-        train_loader=job.batches(train, share, steps, layout, transform),
-        throughput=SampleRate(),
-        bad=BadSamples(data.max_bad_fraction, train.samples),
-        stream=stream,
-        start=found.step,
-        suggested_fix=fix_of_losses(config, config),
-    )
+    fix = fix_of_losses(config, config)
+    return task, make_trainer(job, start, task, engine, layout, sections, RULES, fix, transform)
 
 
 def _build(job: Job, config: FineTuneConfig, classes: Classes, lanes: int) -> TrainableClassifier:

@@ -5,23 +5,30 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from m3ae_fast.base.bad_samples import BadSamples
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import duration
 from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.checkpoint.resuming import Resume, Rules, require_same
 from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig
+from m3ae_fast.data import Corpus, Data, Layout, Share
+from m3ae_fast.data.dataset import Transform
+from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_training
-from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, Official, chosen
+from m3ae_fast.engine.interface import Engine
+from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, C, Official, chosen, settled
 from m3ae_fast.evaluation.job import LONG_S, SHORT_S, Columns, Job, SoFar
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.training.metrics_log import read_metrics
-from m3ae_fast.training.throughput import SampleCounts
+from m3ae_fast.training.throughput import SampleCounts, SampleRate
 from m3ae_fast.training.trainer import Trainer
 
 _TIMED, _SOON_S = 5, 2.0  # steps after the first that are timed, and seconds after which fewer will do
@@ -41,8 +48,8 @@ class LabelledTask(ABC):
 
     job: Job
     settings: LinearProbeConfig | FineTuneConfig
-    notes: list[str]  # differences from the run that is resumed
     classes: Classes
+    notes: list[str] = field(default_factory=list)  # differences from the run that is resumed
 
     def __post_init__(self) -> None:
         self.predictions: Predictions | None = None  # the last evaluation's
@@ -165,6 +172,82 @@ class LabelledTask(ABC):
         if trainer.ranks.device.type == "cpu" and pace * left > LONG_S and self.length_is_open():
             lines.append(f"note: that is long on this CPU; shorter: {self.shorter(trainer, SHORT_S / pace)}")
         return lines
+
+
+class Start(NamedTuple):
+    """What a training on labelled samples begins with."""
+
+    found: Resume  # the checkpoint to resume from, if there is one
+    train: Corpus
+    val: Corpus
+    classes: Classes
+    settings: Any  # LinearProbeConfig or FineTuneConfig, settled
+    share: Share
+    schedule: Schedule
+
+
+def open_training(job: Job, config: C) -> Start:
+    """Open the checkpoint and the labelled samples, and settle the config. Raises UserError if one of them is missing
+    or cannot be used."""
+    found = Resume(job.config.run.dir, job.options.resume, job.ranks)
+    train, val, classes = job.open_labelled()
+    if train.has_captions:
+        job.model.require_tokenizer()
+    settings = settled(config, train.samples, found.section(config.SECTION))
+    share = split_batch(settings, job.ranks.world, job.ranks.rank)
+    return Start(found, train, val, classes, settings, share, Schedule(settings, settings, train.samples))
+
+
+def make_trainer(
+    job: Job,
+    start: Start,
+    task: LabelledTask,
+    engine: Engine,
+    layout: Layout,
+    sections: dict[str, Any],
+    rules: Rules,
+    suggested_fix: str,
+    transform: Transform | None = None,
+) -> Trainer:
+    """Load the checkpoint into the engine, and return the trainer. Raises UserError if the checkpoint is that of
+    another run.
+
+    Args:
+        task: gets the notes on differences from the run that is resumed.
+        layout: of the order of samples.
+        sections: of the config in checkpoints, besides those of every run.
+        rules: which settings a resumed run must not change.
+        suggested_fix: for losses that are not finite.
+        transform: of each training image.
+    """
+    found, train, val, _, settings, share, schedule = start
+    run, data = job.config.run, job.config.data
+    sections = {
+        "run": run.model_dump(mode="json"),
+        "data": data.model_dump(mode="json"),
+        settings.SECTION: settings.model_dump(mode="json"),
+        **sections,
+    }
+    stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
+    require_same(job.ranks, stream, val)
+    task.notes += found.restore(engine, sections, stream, rules)
+    return Trainer(
+        task=task,
+        session=job.session,
+        folder=job.folder,
+        run=run,
+        settings=settings,
+        sections=sections,
+        share=share,
+        schedule=schedule,
+        engine=engine,
+        train_loader=job.batches(train, share, range(found.step, schedule.total_steps), layout, transform),
+        throughput=SampleRate(),
+        bad=BadSamples(data.max_bad_fraction, train.samples),
+        stream=stream,
+        start=found.step,
+        suggested_fix=suggested_fix,
+    )
 
 
 def cautions(

@@ -11,14 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from m3ae_fast.base.bad_samples import BadSamples
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.checkpoint.resuming import SAMPLING, Resume, Rules, require_same
+from m3ae_fast.checkpoint.resuming import SAMPLING, Rules
 from m3ae_fast.config.evaluation import LinearProbeConfig
-from m3ae_fast.data import Data, lay_out
-from m3ae_fast.data.fingerprint import fingerprint
+from m3ae_fast.data import lay_out
 from m3ae_fast.data.labels import Classes
-from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.default_hyperparameters import chosen, sentence, settled
@@ -26,15 +24,15 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import Live, logits
 from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
 from m3ae_fast.evaluation.job import Job, SoFar
-from m3ae_fast.evaluation.labelled_task import LabelledTask
+from m3ae_fast.evaluation.labelled_task import LabelledTask, make_trainer, open_training
 from m3ae_fast.evaluation.learning_rates import table
 from m3ae_fast.evaluation.probe_engine import ProbeEngine
 from m3ae_fast.evaluation.probes import Setting, cautions_of, linear_recipe, predictions_so_far, train_heads
 from m3ae_fast.model.pretrained import weights_digest
-from m3ae_fast.training.throughput import SampleRate
 from m3ae_fast.training.trainer import Trainer
 
 _LAYER = 0  # the name of the only features
+RULES = Rules(same=("task.weights", "task.classes", "run.seed", "encode.pool", "linear.global_batch", *SAMPLING))
 _EVALUATIONS = 100  # of a run, at most
 
 
@@ -91,62 +89,19 @@ def _save_classifier(job: Job, head: LinearProbeHead, classes: Classes) -> None:
 def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
     """Open data and checkpoint, encode the held-out samples. Raises UserError if something is missing or does not
     fit."""
-    ranks, run = job.ranks, job.config.run
-    found = Resume(run.dir, job.options.resume, ranks)
-    train, val, classes = job.open_labelled()
-    if train.has_captions:
-        job.model.require_tokenizer()
-    held_out = job.encode(val, "encoding val")
-    config = settled(job.config.linear, train.samples, found.section("linear"))
-    share = split_batch(config, ranks.world, ranks.rank)
-    schedule = Schedule(config, config, train.samples)
-
-    heads = LinearHeads(job.model.config.emb_dim, len(classes), [run.seed], ranks).to(ranks.device)
-    engine = ProbeEngine(heads, config, ranks, job.model, job.config.encode)
+    ranks, run, encode = job.ranks, job.config.run, job.config.encode
+    start = open_training(job, job.config.linear)
+    held_out = job.encode(start.val, "encoding val")
+    heads = LinearHeads(job.model.config.emb_dim, len(start.classes), [run.seed], ranks).to(ranks.device)
+    engine = ProbeEngine(heads, start.settings, ranks, job.model, encode)
+    weights = weights_digest(job.model.state_dict())
     sections = {
-        "run": run.model_dump(mode="json"),
-        "linear": config.model_dump(mode="json"),
-        "encode": job.config.encode.model_dump(mode="json"),
-        "data": job.config.data.model_dump(mode="json"),
-        "task": {
-            "model": job.options.model,
-            "weights": weights_digest(job.model.state_dict()),
-            "classes": list(classes),
-        },
+        "encode": encode.model_dump(mode="json"),
+        "task": {"model": job.options.model, "weights": weights, "classes": list(start.classes)},
     }
-    layout = lay_out(job.config.data, train.sizes, share.global_batch)
-    stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
-    require_same(ranks, stream, val)
-    rules = Rules(
-        same=(
-            "task.weights",
-            "task.classes",
-            "run.seed",
-            "encode.pool",
-            "linear.global_batch",
-            *SAMPLING,
-        )
-    )
-    notes = found.restore(engine, sections, stream, rules)
-    steps = range(found.step, schedule.total_steps)
-    task = ProbingTask(job=job, settings=config, notes=notes, classes=classes, heads=heads, val=held_out)
-    return task, Trainer(
-        task=task,
-        session=job.session,
-        folder=job.folder,
-        run=run,
-        settings=config,
-        sections=sections,
-        share=share,
-        schedule=schedule,
-        engine=engine,
-        train_loader=job.batches(train, share, steps, layout),
-        throughput=SampleRate(),
-        bad=BadSamples(job.config.data.max_bad_fraction, train.samples),
-        stream=stream,
-        start=found.step,
-        suggested_fix="a lower linear.peak_lr",
-    )
+    layout = lay_out(job.config.data, start.train.sizes, start.share.global_batch)
+    task = ProbingTask(job=job, settings=start.settings, classes=start.classes, heads=heads, val=held_out)
+    return task, make_trainer(job, start, task, engine, layout, sections, RULES, "a lower linear.peak_lr")
 
 
 def run(job: Job) -> dict[str, Any] | None:
