@@ -1,4 +1,4 @@
-"""Label masks of samples: KEY.mask.png beside the image.
+"""Label masks of samples: KEY.mask.png next to the image.
 
 Shapes: N samples that have a mask, S x S pixels of the model's view.
 """

@@ -96,7 +96,7 @@ class Positions(nn.Module):
         )
 
     def _of_smaller(self, grid: Grid) -> Tensor:
-        """Return the table for a smaller square image, which stands for a whole image of the model's size."""
+        """Return the table for a smaller square image, which represents a whole image of the model's size."""
         key = (grid, self.image.device, self.image.dtype)
         if key not in self._smaller:
             assert self.side is not None

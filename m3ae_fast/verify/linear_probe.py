@@ -1,4 +1,4 @@
-"""Files of the official linear probe: BatchNorm and a linear layer on given features, trained by LARS.
+"""Golden files of the official linear probe: BatchNorm and a linear layer on given features, trained by LARS.
 
 Shapes: N samples, T tokens of each (cls first), D width, K classes.
 """
@@ -20,8 +20,8 @@ from m3ae_fast.verify.golden import Golden, Quantity
 
 TOLERANCE = 1e-5
 TOLERANCE_GRADIENT = 3e-5
-TOLERANCE_CHANGE = 1e-4  # of what the steps changed, where that is not mostly rounding
-STRONG_LR = 1.0  # a peak from which on it is not: at the published one parameters move by 3e-4 of their size
+TOLERANCE_CHANGE = 1e-4  # tolerance of the parameter changes, if they are not mostly rounding errors
+STRONG_LR = 1.0  # peak lr from which on they are not; at the published one, parameters change by 3e-4 of their size
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
@@ -44,7 +44,7 @@ def _replay(
     features_ND, labels_N = pooled("features"), golden.tensor("in/labels").long().to(device)
     head = LinearHeads(features_ND.shape[1], meta["C"], [0]).to(device, dtype)  # a stack of one
     weights = {"kernel": head.linear.weight, "bias": head.linear.bias}
-    tensors = {**weights, "mean": head.norm.mean, "var": head.norm.var}  # by their names in the file
+    tensors = {**weights, "mean": head.norm.mean, "var": head.norm.var}  # by name in the file
     for name, tensor in tensors.items():
         tensor.data.copy_(golden.at(f"{variant}/init/{name}"))
     optimizer = LARS(
@@ -56,7 +56,7 @@ def _replay(
     stack = Stack(head, optimizer, torch.ones(1, device=device))
     rates = {"init_lr": meta["lr_init_value"], "peak_lr": settings["lr_peak_value"], "end_lr": meta["lr_end_value"]}
     schedule, warmup_steps = OptimConfig(**rates), meta["warmup_epochs"] * meta["steps_per_epoch"]
-    recorded = 0  # the last step whose parameters the file has
+    recorded = 0  # the last step whose parameters are in the file
     trajectory: dict[str, list[float]] = {"lr": [], "loss": [], "accuracy": []}
     for step in range(meta["steps"]):
         first = step % meta["steps_per_epoch"] * meta["B"]

@@ -1,4 +1,4 @@
-"""Files of pre-training: outputs, losses, gradients, features, and some AdamW steps.
+"""Golden files of pre-training: outputs, losses, gradients, features, and a few AdamW steps.
 
 Shapes: S samples, L patches, X text positions, T encoder rows, M decoder rows, D and E widths.
 """
@@ -23,7 +23,7 @@ TOLERANCE_AFTER_STEPS = 2e-4  # parameters after AdamW: its division turns round
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
-    """Yield all comparisons of one file."""
+    """Yield all comparisons of a file."""
     model = golden.build_model(dtype).to(device)
     batch = pack(golden.samples(), model.geometry).to(device)
     yield from _encoder_outputs(golden, model, batch)
@@ -39,12 +39,12 @@ def _encoder_outputs(golden: Golden, model: M3AE, batch) -> Iterator[Quantity]:
     encoded_TD = model.forward_encoder(batch).float().cpu()
     starts = batch.encoder.cu_seqlens.tolist()
     samples = golden.samples()
-    found = defaultdict(list)  # ours and the official rows
+    found = defaultdict(list)  # our rows and the official rows
     for i, (start, sample) in enumerate(zip(starts, samples)):
         found["encoder_cls"].append((encoded_TD[start : start + 1], golden.tensor("out/encoder_cls")[i]))
         row = start + 1
         if sample.image is not None:
-            # ours lie in reading order, the official ones in shuffled order
+            # our rows are in reading order, the official rows in shuffled order
             order = np.argsort(np.argsort(golden.kept("image")))
             found["encoder_image"].append((encoded_TD[row + order], golden.tensor("out/encoder_image")[i]))
             row += len(order)

@@ -1,4 +1,4 @@
-"""Golden files replayed, and every number of them compared."""
+"""Comparison of all quantities in golden files with this implementation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from m3ae_fast.base.hardware import chosen_device
 from m3ae_fast.verify import finetune, linear_probe, pretraining, vqgan
 from m3ae_fast.verify.golden import Golden, Quantity, relative_error
 
-# by an array that only files of that kind have
+# kind of file by an array that occurs only in files of this kind
 _KINDS = {
     "in/features": linear_probe.quantities,
     "in/soft_labels": finetune.quantities,
@@ -23,7 +23,7 @@ _KINDS = {
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
-    """Yield all comparisons of a file of any kind. Raises UserError for what it lacks or has in a wrong shape."""
+    """Yield all comparisons of a file of any kind. Raises UserError if an array is missing or has a wrong shape."""
     replay = next((replay for key, replay in _KINDS.items() if key in golden.arrays), pretraining.quantities)
     try:
         yield from replay(golden, device, dtype)
@@ -33,7 +33,8 @@ def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iter
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Compare all files, a line a number, and return the exit status. Raises UserError for a bad file or device."""
+    """Compare all files, print one line per quantity, and return the exit status. Raises UserError for an invalid file
+    or device."""
     console, device = Console(highlight=False, soft_wrap=True), chosen_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     total = failed = 0
@@ -42,7 +43,7 @@ def compare(args: argparse.Namespace) -> int:
         for name, ours, official, tolerance in quantities(Golden.load(file), device, getattr(torch, args.dtype)):
             tolerance *= args.tolerance_scale
             error = relative_error(ours, official)
-            good = error <= tolerance  # a NaN is not good
+            good = error <= tolerance  # False for NaN
             total, failed = total + 1, failed + (not good)
             mark = "[green]ok  [/green]" if good else "[red]FAIL[/red]"
             console.print(f"  {mark} {error:9.2e} <= {tolerance:.0e}  {name}")

@@ -1,8 +1,9 @@
 """Kernels of `masked_pixel_loss`, MAE's loss (https://arxiv.org/abs/2111.06377, section 3).
 
 1. Mean and standard deviation of all patches (`patch_stats`), only for norm_pix.
-2. Chunk by chunk: predictions, targets and errors in one kernel (`pixel_error`), which writes slopes; two plain
-   products make the gradients of hidden and weight from them while they lie in the cache.
+2. Chunk by chunk: predictions, targets and errors in one kernel (`pixel_error`), which writes the gradients with
+   respect to the predictions (slopes); two plain products compute the gradients of hidden and weight from them while
+   they are in the cache.
 """
 
 from collections.abc import Sequence
@@ -89,9 +90,10 @@ def pixel_error_kernel(
     NORM_PIX: tl.constexpr, GRAD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compare predictions hidden [N, D] @ weight [K, D].T + bias with the pixels, one tile a program: the tile's
-    squared errors by row (tile_loss [tiles of K, N]), and, where gradients are wanted, the slopes unit_weight[r] * 2 /
-    K * error (slope [N, stride], zero beyond K) and their sums by column (tile_bias [tiles of N, K]).
+    """Compare predictions hidden [N, D] @ weight [K, D].T + bias with the pixels, one tile per program instance.
+    Computes the tile's squared errors by row (tile_loss [tiles of K, N]) and, if gradients are needed, the slopes
+    unit_weight[r] * 2 / K * error (slope [N, stride], zero beyond K) and their sums by column (tile_bias [tiles of N,
+    K]).
 
     FLOPs 2NDK; bytes at least N(2D + K + 2K) + 2KD. M3AE-Large at 512 samples (N 98304, D 512, K 768): 77 GFLOP, 78 us
     at 989 TFLOP/s; 328 MB, 98 us at 3.35 TB/s, of which the slopes, 151 MB, stay in the second-level cache chunk by
@@ -113,7 +115,7 @@ def pixel_error_kernel(
         )
         w = tl.load(weight + n[None, :] * D + d[:, None], mask=(n < stride)[None, :] & (d < D)[:, None], other=0)
         acc = tl.dot(h, w, acc, input_precision=PRECISION, out_dtype=ACC)
-    # 2. Targets, cut from the images here.
+    # 2. Targets, extracted from the images.
     mask = (m < N)[:, None] & (n < K)[None, :]
     starts = patch_starts(tl.load(ids + m, mask=m < N, other=0), P, C, H, W, PLANAR)
     target = load_pixels(
@@ -153,10 +155,10 @@ def pixel_loss(
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """Fill row_loss [M], and the gradients that `needs` wants; hidden, weight and bias have one dtype."""
+    """Fill row_loss [M] and the gradients selected by `needs`; hidden, weight and bias must have the same dtype."""
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
     (count, dim), patch = hidden.shape, len(weight)
-    wide, stride = up(dim), up(patch)  # rows start on 16 bytes: what wide loads and the vendors' products want
+    wide, stride = up(dim), up(patch)  # rows are aligned to 16 bytes for wide loads and vendor BLAS
     images, ids, bias = in_place(images), ids.contiguous(), to_cut(bias, images, patch_size, 0)
     hidden = padded(hidden, count, wide, dtype)
     weight = padded(to_cut(weight, images, patch_size, 0), stride, wide, dtype)

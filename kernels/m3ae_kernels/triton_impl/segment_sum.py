@@ -1,7 +1,7 @@
 """Kernel of `segment_sum`, a segmented reduction over a stable sort: no atomics, one order of summation.
 
-1. Sort the rows' ids; find where each id's run starts.
-2. Sum each run by as many programs as an average run's size asks for.
+1. Sort the rows' ids, and find the start of each id's run.
+2. Sum each run by a number of program instances that depends on the size of an average run.
 3. Add the splits of each run, in their order.
 """
 
@@ -14,7 +14,7 @@ from ..dispatch import accumulator
 from ..tuning import config
 from .common import acc_type, cdiv, launcher
 
-SPLIT_ROWS = 128  # rows of an average run that one program sums
+SPLIT_ROWS = 128  # rows of an average run per program instance
 MAX_SPLITS = 256
 
 

@@ -1,6 +1,6 @@
-"""Block sizes by kernel, element size and architecture, as JSON files beside this one.
+"""Block sizes by kernel, element size and architecture, as JSON files in this folder.
 
-`sm_90.json` and its like hold for every kernel the launch settings of 16-bit inputs ("16") and of wider ones ("32");
+Files such as `sm_90.json` contain the launch settings of every kernel for 16-bit inputs ("16") and wider inputs ("32");
 `python -m benchmarks.gpu --tune` rewrites them. Nothing is tuned at run time: every rank runs the same code.
 """
 
@@ -12,13 +12,13 @@ import torch
 
 FOLDER = Path(__file__).parent
 INTERPRETER = "interpreter"
-OLDEST = (8, 0)  # compute capability of the first tensor cores that the kernels fit; older devices run on torch
+OLDEST = (8, 0)  # oldest supported compute capability; older devices run on torch
 # By compute capability; other NVIDIA devices, all with less shared memory, take FALLBACK.
 NVIDIA = {
     (8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100", (12, 0): "sm_120", (12, 1): "sm_120",
 }  # fmt: skip
 FALLBACK = "sm_89"
-# Multiply-adds in one rounding: Triton 3.9 and older do so by default, newer ones only when asked.
+# Fused multiply-adds: the default in Triton up to 3.9, and an option in newer versions.
 FUSE = {"enable_fp_fusion": True}
 AMD = "gfx942"
 
@@ -30,7 +30,7 @@ def table(arch: str) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def fits(device: torch.device) -> bool:
-    """Return whether the Triton kernels are made for this GPU: AMD's, or NVIDIA's not older than `OLDEST`."""
+    """Return whether the Triton kernels support this GPU: any AMD GPU, or an NVIDIA GPU not older than `OLDEST`."""
     return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= OLDEST
 
 

@@ -292,7 +292,7 @@ def _linked(folder: str, directories: Collection[str]) -> Iterator[str]:
 
 
 def _empty(folder: str, directories: Collection[str]) -> Iterator[str]:
-    """Yield a note on folders without an image that stand beside folders with images."""
+    """Yield a note on folders without images next to folders with images."""
     filled = set(directories)
     for directory in directories:
         while directory := os.path.dirname(directory):
