@@ -1,5 +1,4 @@
-"""Compiles every kernel for every architecture with the settings of its tuning table, without a GPU, and checks the
-result.
+"""Compiles every kernel for every architecture with its tuning table's settings, without a GPU, and checks the result.
 
     python -m m3ae_kernels.aot [--full] [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
 
