@@ -232,8 +232,9 @@ def test_a_call_beside_another_leaves_its_config(tmp_path, monkeypatch):
 def test_results_are_of_the_last_checkpoint(tmp_path, monkeypatch):
     run, measured = tiny_run(tmp_path / "run"), []
 
-    def evaluate(task, model, *, out, **_):
+    def evaluate(task, model, *, out, **options):
         measured.append(task)
+        assert not (options.get("cache_features") and "resume" in options)  # such a probe has no checkpoints
         final_evaluation.write_whole(out / "result.json", json.dumps({"top1": len(measured)}))
 
     monkeypatch.setattr(final_evaluation, "evaluate", evaluate)

@@ -32,7 +32,7 @@ _TASKS = {"knn": "k-NN", "linear": "linear probe"}
 _QUIET = ["linear.log_every=1000", "linear.eval_every=1000"]
 _OPTIONS: dict[str, dict[str, Any]] = {
     "knn": {},
-    "linear": {"cache_features": True, "resume": "auto", "overrides": _QUIET},
+    "linear": {"cache_features": True, "overrides": _QUIET},
 }  # of a model
 _ON_A_MAP = 2000  # samples: t-SNE takes half a minute
 RESULTS, MAP = "results", "map.png"  # of a run folder
