@@ -255,7 +255,7 @@ def vqgan_targets(tmp_path):
 
 MISTAKES = {
     hostile: "its state is a call of builtins.exec, which was not run",
-    truncated: "a damaged one",
+    truncated: "it is damaged",
     empty: "is empty",
     folder: "neither checkpoints nor an exported model",
     another_pickle: "a pickle without 'state' and 'variant'",
