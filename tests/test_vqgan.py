@@ -158,7 +158,7 @@ def test_it_is_frozen_and_a_folder_of_something_else_is_none(vqgan, model, tmp_p
             state,
             "its config.json is not that of a VQGAN",
         ),
-        ({**written, "num_res_blocks": 10**9}, state, r"more blocks than its \d+ weights"),
+        ({**written, "num_res_blocks": 10**9}, state, r"more blocks than there are weights \(\d+\)"),
         (written, encoder, "it contains only an encoder"),
         ([1], state, "not a converted VQGAN"),
     ):
@@ -277,7 +277,7 @@ def test_ids_made_ahead_of_time(tmp_path, vqgan, monkeypatch, capsys):
         assert not any(batch.skipped for batch in stored)
         for batch in stored:
             assert torch.equal(with_image_targets(batch, vqgan, MODEL).image_targets, batch.image_targets)
-    for wrong, codes, reason in ((shards, 16, "no ids"), (tmp_path / "val/*.tar", 2, "outside the codebook of 2")):
+    for wrong, codes, reason in ((shards, 16, "no image ids"), (tmp_path / "val/*.tar", 2, "outside the codebook of 2")):
         (batch, *_) = _loader(tmp_path, wrong, False, stored_codebook=codes)
         assert not batch.keys and all(reason in str(item) for item in batch.skipped)
 
