@@ -107,7 +107,7 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys):
     val = labelled_tar(tmp_path / "val.tar", range(9))
     base = ["map", *runs, "--val", val, "--out", str(tmp_path / "out.png")]
     for options, message in (
-        (["--classes", "0,5"], "no sample has the class '5'; there are 0, 1, 2"),
+        (["--classes", "0,5"], "no sample has the class '5'; the classes are 0, 1, 2"),
         (["--classes", "1"], "classes 1: name two or more, each once"),
         (["--classes", "1,1"], "classes 1, 1: name two or more"),
     ):

@@ -277,7 +277,8 @@ def test_ids_made_ahead_of_time(tmp_path, vqgan, monkeypatch, capsys):
         assert not any(batch.skipped for batch in stored)
         for batch in stored:
             assert torch.equal(with_image_targets(batch, vqgan, MODEL).image_targets, batch.image_targets)
-    for wrong, codes, reason in ((shards, 16, "no image ids"), (tmp_path / "val/*.tar", 2, "outside the codebook of 2")):
+    others = (shards, 16, "no image ids"), (tmp_path / "val/*.tar", 2, "outside the codebook of 2")
+    for wrong, codes, reason in others:
         (batch, *_) = _loader(tmp_path, wrong, False, stored_codebook=codes)
         assert not batch.keys and all(reason in str(item) for item in batch.skipped)
 
