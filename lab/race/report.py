@@ -177,7 +177,9 @@ def _sorted(rows: Sequence[Row]) -> list[Row]:
 def _shown(found: Factor | None) -> str:
     if found is None:
         return "-"
-    return f"{found.beyond}{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
+    if found.beyond:  # a bound, whose interval says nothing
+        return f"{found.beyond} {found.mean:.2f}"
+    return f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
 def _table(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
