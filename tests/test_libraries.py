@@ -129,7 +129,9 @@ def test_a_folder_of_tiffs_that_pillow_does_not_read_is_told(tmp_path, hide):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 8, 6), np.uint8), planarconfig="contig", photometric="minisblack")
     assert Folder(tmp_path)
     hide("tifffile")
-    with pytest.raises(UserError, match=r"a\.tif: a TIFF with bands .* needs tifffile: pip install 'm3ae-fast\[tiff\]'"):
+    with pytest.raises(
+        UserError, match=r"a\.tif: a TIFF with bands .* needs tifffile: pip install 'm3ae-fast\[tiff\]'"
+    ):
         Folder(tmp_path)
 
 
