@@ -265,6 +265,13 @@ def test_stages_have_the_block_sizes_that_earlier_ones_kept(tmp_path, monkeypatc
     assert json.loads((tmp_path / f"{name}.json").read_text())["rows"]["32"] == json.loads(settings)
 
 
+def test_an_archive_writes_into_its_folder_alone(tmp_path):
+    with tarfile.open(tmp_path / archive.ARCHIVE, "w:gz") as packed:
+        packed.addfile(tarfile.TarInfo("../outside/log.txt"))
+    with pytest.raises(ValueError, match=r"outside/log\.txt, which no stage writes"):
+        archive.unpack(tmp_path)
+
+
 def test_of_a_long_log_the_end_comes_back(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "LARGEST", 9)
     (tmp_path / "a").mkdir()
