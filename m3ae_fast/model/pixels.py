@@ -40,7 +40,8 @@ class Pixels(MultimodalEncoder):
                 F.interpolate(normalised(image, mean, std).float()[None], side, mode="bicubic", antialias=True)
                 for image in self._images(batch)
             ]
-        return torch.cat(small).flatten(1)[:, None].expand(-1, len(layers), -1)
+        none = batch.images.new_zeros(0, self.config.channels, *side, dtype=torch.float32)  # of a rank without samples
+        return torch.cat([none, *small]).flatten(1)[:, None].expand(-1, len(layers), -1)
 
     def pooled_and_patches(
         self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean"

@@ -71,6 +71,7 @@ def test_pixels_are_those_that_the_model_sees_scaled_down(settings):
     pixels = Pixels(config)
     found = pixels.pooled_of_layers(pack(samples, pixels.geometry), [1, 2])
     assert found.shape == (3, 2, config.channels * SIDE**2) and torch.equal(found[:, 0], found[:, 1])
+    assert pixels.pooled_of_layers(pack([], pixels.geometry), [1]).shape == (0, 1, found.shape[2])
     mean, std = (torch.tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
     for feature, sample in zip(found[:, 0], samples):
         seen = (sample.image / 255 - mean) / std
