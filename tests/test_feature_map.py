@@ -108,8 +108,8 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys):
     base = ["map", *runs, "--val", val, "--out", str(tmp_path / "out.png")]
     for options, message in (
         (["--classes", "0,5"], "no sample has the class '5'; the classes are 0, 1, 2"),
-        (["--classes", "1"], "classes 1: name two or more, each once"),
-        (["--classes", "1,1"], "classes 1, 1: name two or more"),
+        (["--classes", "1"], "classes 1: name at least two classes, each of them once"),
+        (["--classes", "1,1"], "classes 1, 1: name at least two classes"),
     ):
         with pytest.raises(UserError, match=message):
             main([*base, *options])
