@@ -13,7 +13,7 @@ from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, LossConfig, OptimConfig, TrainConfig, parse
 from m3ae_fast.data import dataset
 from m3ae_fast.engine.fragments import cut
-from m3ae_fast.engine.validation import Yardsticks, entropy, rankme
+from m3ae_fast.engine.validation import Baselines, entropy, rankme
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.report import write_report
 from m3ae_fast.images.decoding import decode_image
@@ -243,10 +243,10 @@ def test_losses_are_relative_to_the_best_constant_prediction(norm_pix):
     model = M3AE(SMALL, LossConfig(norm_pix=norm_pix, per="batch"))
     batch = pack(MIXED, model.geometry)
     with join_ranks() as ranks:
-        ours = Yardsticks(model, "fp32", ranks)
+        ours = Baselines(model, "fp32", ranks)
         ours.add(batch)
         numbers = ours.values({"val_image_loss": 1.0, "val_text_loss": 1.0})
-        parts = Yardsticks(model, "fp32", ranks)
+        parts = Baselines(model, "fp32", ranks)
         for sample in MIXED:
             parts.add(pack([sample], model.geometry))
         again = parts.values({"val_image_loss": 1.0, "val_text_loss": 1.0})
@@ -275,7 +275,7 @@ def test_the_features_of_all_ranks_fill_dimensions(monkeypatch, world):
     nothing = pack([], model.geometry)
     computed = []
     ranks = SimpleNamespace(device=torch.device("cpu"), broadcast=lambda work: computed.append(1) or work())
-    parts = [Yardsticks(model, "fp32", ranks) for _ in range(world)]
+    parts = [Baselines(model, "fp32", ranks) for _ in range(world)]
     for rank, part in enumerate(parts):
         for own in features[rank::world].split(700):
             monkeypatch.setattr(model, "pooled", lambda batch, own=own: own)

@@ -26,7 +26,7 @@ def evaluate(
     loader: Iterable[PackedBatch],
     ranks: Ranks,
     with_targets: Callable[[PackedBatch], PackedBatch],
-    yardsticks: Yardsticks | None = None,
+    baselines: Baselines | None = None,
 ) -> dict[str, float]:
     """Return metrics to log: means over the whole of `loader`, whose ranks' batches are parts of one set.
 
@@ -38,8 +38,8 @@ def evaluate(
         image, text = batch.counts
         batch = with_targets(batch.to(ranks.device))
         losses = engine.evaluate(batch)
-        if yardsticks:
-            yardsticks.add(batch)
+        if baselines:
+            baselines.add(batch)
         image_loss, text_loss, accuracy = map(float, (losses.image_loss, losses.text_loss, losses.text_accuracy))
         part = (image, image_loss * image, text, text_loss * text, accuracy * text, len(batch.skipped))
         sums = [a + b for a, b in zip(sums, part)]
@@ -50,10 +50,10 @@ def evaluate(
     if text:
         values["val_text_loss"] = text_loss / text
         values["val_text_accuracy"] = text_accuracy / text
-    return values | (yardsticks.values(values) if yardsticks else {})
+    return values | (baselines.values(values) if baselines else {})
 
 
-class Yardsticks:
+class Baselines:
     """Baselines of an evaluation, accumulated over the batches of all ranks: the losses of constant predictions, and
     RankMe."""
 

@@ -1,6 +1,6 @@
 """Tests two results on the same samples against each other: accuracies, or areas under ROC curves.
 
-Shapes: N familiar samples, M strange ones.
+Shapes: N in-distribution samples, M out-of-distribution samples.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _require_same_classes(folders: Sequence[Path], first: Table, second: Table) 
 
 
 def _compare_areas(folders: Sequence[Path], first: Table, second: Table) -> str:
-    """Return a sentence for each set of strange samples and each score; see `areas_apart`."""
+    """Return a sentence for each set of out-of-distribution samples and each score; see `areas_apart`."""
     samples, others = (list(zip(table["set"], table["key"])) for table in (first, second))
     _require_same(folders, {*samples}, {*others})
     place = {sample: row for row, sample in enumerate(others)}
@@ -146,7 +146,8 @@ def _compare_areas(folders: Sequence[Path], first: Table, second: Table) -> str:
 
 def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name: str, other: str) -> str:
     """Return in words whether two scores' areas under the ROC curve differ, by the paired bootstrap over samples.
-    `first`, `second`: scores of familiar and of strange samples, [N] and [M], the same samples in the same order."""
+    `first`, `second`: scores of in-distribution and of out-of-distribution samples, [N] and [M], the same samples in
+    the same order."""
     apart = auroc_and_fpr(*first)[0] - auroc_and_fpr(*second)[0]
     low, high = middle(bootstrap_areas(first[0], first[1], 0) - bootstrap_areas(second[0], second[1], 0))
     words = verdict(name, other, apart, not low <= 0 <= high)

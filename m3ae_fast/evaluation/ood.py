@@ -1,9 +1,9 @@
 """Out-of-distribution detection: how well scores separate --ood from --val samples, on the features of a frozen encoder
 or of a fine-tuned classifier.
 
-Scores, each higher for what looks familiar: the highest softmax probability (arXiv 1610.02136) and the energy
-logsumexp of the logits (arXiv 2010.03759), which are those of the classifier's own head or, on frozen features, of a
-logistic regression; minus the distance to the k-th nearest training sample among normalised features (arXiv
+Scores, each higher for samples that look in-distribution: the highest softmax probability (arXiv 1610.02136) and the
+energy logsumexp of the logits (arXiv 2010.03759), which are those of the classifier's own head or, on frozen features,
+of a logistic regression; minus the distance to the k-th nearest training sample among normalised features (arXiv
 2204.06507); minus the Mahalanobis distance to the nearest class, with one covariance for all (arXiv 1807.03888).
 
 Shapes: N training samples, M samples to score, R of them on this rank, K classes, D width, V different scores.
@@ -32,39 +32,41 @@ from m3ae_fast.evaluation.job import Job, SoFar, summary
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.significance import area_under_roc, middle
 
-TRAIN, VAL = "train", "val"  # what results call the samples that are familiar
+TRAIN, VAL = "train", "val"  # what results call the in-distribution samples
 SCORES = ("max_softmax", "energy", "knn", "mahalanobis")
 TRUE_POSITIVES = 0.95
 BOOTSTRAPS = 1000
 
 
-def auroc_and_fpr(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, float]:
-    """Return the area under the ROC curve with familiar samples as positives, and the false positive rate at 95 % true
-    positive rate (FPR95), with in-distribution samples as positives. Scores are higher for what looks familiar."""
+def auroc_and_fpr(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
+    """Return the area under the ROC curve with in-distribution samples as positives, and the false positive rate at 95
+    % true positive rate (FPR95). Scores are higher for samples that look
+    in-distribution."""
     from sklearn.metrics import roc_auc_score
 
-    truth = np.concatenate((np.ones(len(familiar)), np.zeros(len(strange))))
-    area = roc_auc_score(truth, np.concatenate((familiar, strange)))
-    threshold = np.sort(familiar)[len(familiar) - int(np.ceil(TRUE_POSITIVES * len(familiar)))]
-    return float(area), float((strange >= threshold).mean())
+    truth = np.concatenate((np.ones(len(inside)), np.zeros(len(outside))))
+    area = roc_auc_score(truth, np.concatenate((inside, outside)))
+    threshold = np.sort(inside)[len(inside) - int(np.ceil(TRUE_POSITIVES * len(inside)))]
+    return float(area), float((outside >= threshold).mean())
 
 
-def precision_recall_areas(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, float]:
-    """Return the areas under two precision-recall curves, as average precisions: with familiar samples as positives,
-    and with strange ones, as low scores find them. Unlike the area under the ROC curve both depend on how many samples
-    of each there are: a score that says nothing has the share of the positives."""
+def precision_recall_areas(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
+    """Return the areas under two precision-recall curves, as average precisions: with in-distribution samples as
+    positives, and with out-of-distribution samples as positives, found by low scores. Unlike the area under the ROC
+    curve both depend on how many samples of each there are: a score that says nothing has the share of the
+    positives."""
     from sklearn.metrics import average_precision_score
 
-    truth, scores = np.repeat([1, 0], (len(familiar), len(strange))), np.concatenate((familiar, strange))
+    truth, scores = np.repeat([1, 0], (len(inside), len(outside))), np.concatenate((inside, outside))
     return float(average_precision_score(truth, scores)), float(average_precision_score(1 - truth, -scores))
 
 
-def bootstrap_areas(familiar: np.ndarray, strange: np.ndarray, seed: int) -> np.ndarray:
-    """Return the areas under the ROC curve of BOOTSTRAPS draws of familiar and of strange samples, with replacement.
-    The draws depend on the seed and on the numbers of samples alone."""
+def bootstrap_areas(inside: np.ndarray, outside: np.ndarray, seed: int) -> np.ndarray:
+    """Return the areas under the ROC curve of BOOTSTRAPS draws of in-distribution and of out-of-distribution samples,
+    with replacement. The draws depend on the seed and on the numbers of samples alone."""
     random = np.random.default_rng(seed)
-    values_V, place = np.unique(np.concatenate((familiar, strange)), return_inverse=True)
-    parts = place[: len(familiar)], place[len(familiar) :]
+    values_V, place = np.unique(np.concatenate((inside, outside)), return_inverse=True)
+    parts = place[: len(inside)], place[len(inside) :]
 
     def area() -> float:
         known_V, other_V = (
@@ -75,9 +77,9 @@ def bootstrap_areas(familiar: np.ndarray, strange: np.ndarray, seed: int) -> np.
     return np.array([area() for _ in track(range(BOOTSTRAPS), "bootstrap")])
 
 
-def auroc_interval(familiar: np.ndarray, strange: np.ndarray, seed: int) -> tuple[float, float]:
+def auroc_interval(inside: np.ndarray, outside: np.ndarray, seed: int) -> tuple[float, float]:
     """Return the `middle` of `bootstrap_areas`."""
-    return middle(bootstrap_areas(familiar, strange, seed))
+    return middle(bootstrap_areas(inside, outside, seed))
 
 
 class _Fitted(NamedTuple):
@@ -159,7 +161,7 @@ def run(job: Job) -> dict[str, Any]:
     sources = {
         name: SourceConfig(shards=list(shards), modality=job.modality) for name, shards in job.options.ood.items()
     }
-    strange = {name: job.open([source]) for name, source in sources.items()}
+    outside = {name: job.open([source]) for name, source in sources.items()}
     head = None
     if isinstance(job.model, Classifier):
         _check_classes(job.model, classes)
@@ -167,14 +169,14 @@ def run(job: Job) -> dict[str, Any]:
     result: dict[str, Any] = {}
     columns: dict[str, Any] = {}
     cautions: list[str] = []
-    others = sum(corpus.samples for corpus in strange.values())
+    others = sum(corpus.samples for corpus in outside.values())
     job.say(
         f"ood: {labelled.samples:,} training, {held_out.samples:,} validation and {others:,} other samples are "
         "encoded; then four scores tell the last two apart"
     )
     told_apart: list[str] = []  # sets
     # at any time, from another thread
-    job.keep_if_stopped(lambda: SoFar(f"{len(told_apart)} of {len(strange)} sets", dict(result), dict(columns)))
+    job.keep_if_stopped(lambda: SoFar(f"{len(told_apart)} of {len(outside)} sets", dict(result), dict(columns)))
     encode = job.encoder(labelled.samples + held_out.samples + others)
     train, val = encode(labelled, "encoding train"), encode(held_out, "encoding val")
     seed = job.config.run.seed
@@ -183,7 +185,7 @@ def run(job: Job) -> dict[str, Any]:
     known = scores(val)
     columns |= {"key": [*val.keys], "set": [VAL] * len(val.keys), **{name: [*own] for name, own in known.items()}}
     samples = {"train_samples": len(train.keys), "val_samples": len(val.keys)}
-    for name, corpus in strange.items():
+    for name, corpus in outside.items():
         prefix = f"{name}_" if name else ""
         found = encode(corpus, f"encoding {name or 'ood'}")
         other = scores(found)

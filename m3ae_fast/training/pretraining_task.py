@@ -17,7 +17,7 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import Config
 from m3ae_fast.data import Data
 from m3ae_fast.drawing.during_training import draw_training
-from m3ae_fast.engine.validation import Yardsticks, evaluate
+from m3ae_fast.engine.validation import Baselines, evaluate
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.training.attention import RunAttention
@@ -87,11 +87,11 @@ class PretrainingTask:
         trainer.stop_if_not_finite()
         model = trainer.engine.model
         assert isinstance(model, M3AE)
-        yardsticks = Yardsticks(model, self.config.train.precision, trainer.ranks)
+        baselines = Baselines(model, self.config.train.precision, trainer.ranks)
         batches = trainer.pulse.watch(loader, f"evaluating after step {trainer.step}")
         try:
             heeding = until_stopped(batches, trainer.ranks, trainer.stop)
-            values = evaluate(trainer.engine, heeding, trainer.ranks, trainer.add_targets, yardsticks)
+            values = evaluate(trainer.engine, heeding, trainer.ranks, trainer.add_targets, baselines)
         except Stopped:
             trainer.cut_short()
             return

@@ -127,8 +127,8 @@ def test_accuracies_have_their_errors(drawn, tmp_path):
 
 
 def test_a_detection_shows_which_samples_are_which(drawn, tmp_path):
-    familiar, strange = {"good": np.arange(5.0) + 10, "bad": np.zeros(5)}, {"good": np.arange(4.0), "bad": np.ones(4)}
-    figures.draw_detection(tmp_path / "a.png", familiar, strange)
+    inside, outside = {"good": np.arange(5.0) + 10, "bad": np.zeros(5)}, {"good": np.arange(4.0), "bad": np.ones(4)}
+    figures.draw_detection(tmp_path / "a.png", inside, outside)
     curves, *panels = drawn[0].axes
     areas = {line.get_label(): auc(line.get_xdata(), line.get_ydata()) for line in curves.lines}
     assert {label.split(" (")[0]: area for label, area in areas.items()} == {"good": 1.0, "bad": 0.0}

@@ -43,12 +43,12 @@ def _bank(features, labels=None):
 
 def test_auroc_and_fpr_are_those_of_the_curve():
     random = np.random.RandomState(0)
-    familiar, strange = random.randn(200) + 1, random.randn(300)
-    area, passed = auroc_and_fpr(familiar, strange)
-    assert area == pytest.approx((familiar[:, None] > strange).mean())
-    fpr, tpr, _ = roc_curve(np.repeat([1, 0], [200, 300]), np.concatenate((familiar, strange)), drop_intermediate=False)
+    inside, outside = random.randn(200) + 1, random.randn(300)
+    area, passed = auroc_and_fpr(inside, outside)
+    assert area == pytest.approx((inside[:, None] > outside).mean())
+    fpr, tpr, _ = roc_curve(np.repeat([1, 0], [200, 300]), np.concatenate((inside, outside)), drop_intermediate=False)
     assert passed == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
-    coarse = familiar.round(), strange.round()  # of which many are equal, also to the threshold
+    coarse = inside.round(), outside.round()  # of which many are equal, also to the threshold
     fpr, tpr, _ = roc_curve(np.repeat([1, 0], [200, 300]), np.concatenate(coarse), drop_intermediate=False)
     assert auroc_and_fpr(*coarse)[1] == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
     assert auroc_and_fpr(np.arange(30.0), np.arange(30.0))[1] == 29 / 30  # 95 % are 28.5 samples, so that 29 pass
@@ -91,9 +91,9 @@ def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path, mon
     result = transfer("ood", "--ood", other, "--set", "knn.k=5")  # below a class's 16 samples
     assert result["knn_auroc"] > 0.95
     assert pictures(tmp_path / "out") == ["scores"]
-    familiar, strange = drawn
-    for name in familiar:  # what is drawn is what is told
-        both = np.concatenate((familiar[name], strange[name]))
+    inside, outside = drawn
+    for name in inside:  # what is drawn is what is told
+        both = np.concatenate((inside[name], outside[name]))
         assert result[f"{name}_auroc"] == pytest.approx(roc_auc_score(np.arange(len(both)) < 18, both))
         truth = np.arange(len(both)) < 18
         assert result[f"{name}_aupr_in"] == pytest.approx(_average_precision(truth, both))
@@ -145,12 +145,12 @@ def test_how_far_it_is_is_said_and_a_stop_leaves_the_sets_so_far(transfer, tmp_p
 
 def test_two_areas_are_told_apart_by_the_same_draws_of_both(transfer, run, tmp_path, capsys):
     random = np.random.RandomState(3)
-    familiar, strange = random.randn(300), random.randn(200)
-    noise = [0.1 * random.randn(len(part)) for part in (familiar, strange)]
-    good = [familiar + 1.0 + noise[0], strange + noise[1]]
-    bad, same = [familiar + 0.9, strange], [familiar + 1.0, strange]
-    assert areas_apart(good, [familiar, strange], "A", "B").startswith("A is better than B: AUROC +0.2")
-    assert areas_apart([familiar, strange], good, "B", "A").startswith("B is worse than A: AUROC -0.2")
+    inside, outside = random.randn(300), random.randn(200)
+    noise = [0.1 * random.randn(len(part)) for part in (inside, outside)]
+    good = [inside + 1.0 + noise[0], outside + noise[1]]
+    bad, same = [inside + 0.9, outside], [inside + 1.0, outside]
+    assert areas_apart(good, [inside, outside], "A", "B").startswith("A is better than B: AUROC +0.2")
+    assert areas_apart([inside, outside], good, "B", "A").startswith("B is worse than A: AUROC -0.2")
     assert areas_apart(good, good, "A", "B") == (
         "A does not differ significantly from B on these samples: AUROC +0.000, 95 % interval +0.000 to +0.000"
     )
@@ -221,11 +221,11 @@ def test_scores_are_those_of_scikit_learn_and_of_a_sort():
 def test_every_score_is_of_the_samples_that_it_is_said_to_be_of(transfer, shards, tmp_path, monkeypatch):
     """Familiar ones come first, and each number is of its own score."""
     given = []
-    monkeypatch.setattr(ood, "auroc_and_fpr", lambda familiar, strange: (given.append((familiar, strange)), (0, 0))[1])
+    monkeypatch.setattr(ood, "auroc_and_fpr", lambda inside, outside: (given.append((inside, outside)), (0, 0))[1])
     other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
     result = transfer("ood", "--ood", other, "--set", "knn.k=3")
-    assert [(len(familiar), len(strange)) for familiar, strange in given] == [(18, 20)] * 4
-    assert all(familiar.mean() > strange.mean() for familiar, strange in given[2:])
+    assert [(len(inside), len(outside)) for inside, outside in given] == [(18, 20)] * 4
+    assert all(inside.mean() > outside.mean() for inside, outside in given[2:])
     assert [name for name in result if name.endswith("auroc")] == [
         f"{name}_auroc" for name in ("max_softmax", "energy", "knn", "mahalanobis")
     ]
@@ -234,13 +234,13 @@ def test_every_score_is_of_the_samples_that_it_is_said_to_be_of(transfer, shards
 def test_an_interval_is_that_of_scikit_learns_areas_of_the_same_draws(monkeypatch):
     monkeypatch.setattr(ood, "BOOTSTRAPS", 60)
     random = np.random.RandomState(2)
-    familiar, strange = random.randn(40).round(1) + 1, random.randn(25).round(1)  # some are equal
+    inside, outside = random.randn(40).round(1) + 1, random.randn(25).round(1)  # some are equal
     draws, truth, areas = np.random.default_rng(7), np.repeat([1, 0], [40, 25]), []
     for _ in range(60):
-        known, other = (part[draws.integers(len(part), size=len(part))] for part in (familiar, strange))
+        known, other = (part[draws.integers(len(part), size=len(part))] for part in (inside, outside))
         areas.append(roc_auc_score(truth, np.concatenate((known, other))))
-    assert auroc_interval(familiar, strange, 7) == pytest.approx(np.quantile(areas, (0.025, 0.975)))
-    assert auroc_interval(familiar, strange, 7) != auroc_interval(familiar, strange, 8)
+    assert auroc_interval(inside, outside, 7) == pytest.approx(np.quantile(areas, (0.025, 0.975)))
+    assert auroc_interval(inside, outside, 7) != auroc_interval(inside, outside, 8)
 
 
 def test_an_interval_is_about_as_wide_as_the_area_is_uncertain():

@@ -19,7 +19,7 @@ from m3ae_fast.batch import pack
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.data.loader import MicroBatches, Share
 from m3ae_fast.engine.interface import Engine
-from m3ae_fast.engine.validation import Yardsticks, evaluate
+from m3ae_fast.engine.validation import Baselines, evaluate
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from tests.helpers.zero_cases import LR, config_of, engine_of, samples
 
@@ -42,9 +42,9 @@ def run(ranks: Ranks, stage: int | None) -> list[Any]:
     found: list[Any] = []
     for trained in (*TRAINED, 0):
         for count in COUNTS:
-            yardsticks = Yardsticks(engine.model, "fp32", ranks)
+            baselines = Baselines(engine.model, "fp32", ranks)
             own = batches(ranks, engine, count)
-            found.append(evaluate(engine, own, ranks, lambda batch: batch, yardsticks))
+            found.append(evaluate(engine, own, ranks, lambda batch: batch, baselines))
         if trained:
             (own,) = batches(ranks, engine, trained)
             total = ranks.sum(own.counts)
