@@ -18,7 +18,7 @@ from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.model.transformer import Block
-from m3ae_fast.training.attention import RunAttention
+from m3ae_fast.training.attention_kernels import RunAttention
 from tests.helpers.attention import attend
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16

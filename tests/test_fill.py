@@ -7,7 +7,7 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.cli.draw import main
-from m3ae_fast.evaluation.filling import fill_text, make_sample
+from m3ae_fast.evaluation.fill_in import fill_text, make_sample
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
 from m3ae_fast.weights.open_model import open_model
 from tests.helpers.labelled import coloured, tiny_run

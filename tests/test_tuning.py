@@ -7,7 +7,7 @@ import pytest
 from m3ae_fast import pretrain
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import Config, load_config, parse
-from m3ae_fast.pretraining import tuning
+from m3ae_fast.pretraining import learning_rate_search
 from m3ae_fast.training.metrics_log import METRICS_FILE
 from m3ae_fast.training.run_state import RECORD_FILE
 from tests.helpers.trainer import TINY
@@ -34,49 +34,49 @@ def trials(monkeypatch, losses):
         lines += [{"step": 50, "loss": 0.0}, {"step": 50, "val_image_loss": loss, "val_text_loss": 2.0}]
         (config.run.dir / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    monkeypatch.setattr(tuning, "pre_train", pre_train)
+    monkeypatch.setattr(learning_rate_search, "pre_train", pre_train)
     return tried
 
 
 def test_a_learning_rate_is_chosen_by_the_loss_of_short_runs(tmp_path, monkeypatch, capsys):
     config, path = tuned_config(tmp_path, hours=2.0), tmp_path / "config.json"
     tried = trials(monkeypatch, {5e-4: 0.9, 1e-3: 0.7, 2e-3: "stop"})
-    assert tuning.tune(config, path) is None and not path.exists()  # the same call goes on
+    assert learning_rate_search.tune(config, path) is None and not path.exists()  # the same call goes on
     tried += trials(monkeypatch, {2e-3: None})
-    found = tuning.tune(config, path)
+    found = learning_rate_search.tune(config, path)
     assert [each.optim.peak_lr for each in tried] == [5e-4, 1e-3, 2e-3]
     assert {(each.train.steps, each.train.hours, each.optim.warmup_epochs) for each in tried} == {(50, None, 0.1)}
     assert found.optim.peak_lr == 1e-3 and 1.9 < found.train.hours <= 2.0 and found.train.steps > 950
     assert load_config(path).optim == found.optim and "optim.peak_lr 0.0005: loss 1.9" in capsys.readouterr().out
     trials(monkeypatch, {})
-    assert tuning.tune(found, path) == found  # which is done
+    assert learning_rate_search.tune(found, path) == found  # which is done
 
 
 def test_a_search_that_cannot_say_anything_is_refused(tmp_path, monkeypatch, capsys):
     path = tmp_path / "config.json"
     with pytest.raises(UserError, match=r"--tune: trials of 5% of the 300 steps are too short to compare"):
-        tuning.tune(tuned_config(tmp_path, steps=300), path)
+        learning_rate_search.tune(tuned_config(tmp_path, steps=300), path)
     trials(monkeypatch, dict.fromkeys((5e-4, 1e-3, 2e-3)))
     with pytest.raises(UserError, match=r"--tune: no run with 0\.0005, 0\.001, 0\.002 .* had a finite loss"):
-        tuning.tune(tuned_config(tmp_path), path)
+        learning_rate_search.tune(tuned_config(tmp_path), path)
     (tmp_path / "tuning.json").unlink()
     trials(monkeypatch, {5e-4: 3.0, 1e-3: 2.0, 2e-3: 1.0})
-    tuning.tune(tuned_config(tmp_path), path)
+    learning_rate_search.tune(tuned_config(tmp_path), path)
     assert "chosen: optim.peak_lr 0.002, at the end of those that were tried" in capsys.readouterr().out
     (tmp_path / "tuning.json").unlink()
-    monkeypatch.setattr(tuning.checkpoint, "saved_steps", lambda run: [run / "step-1"])
+    monkeypatch.setattr(learning_rate_search.checkpoint, "saved_steps", lambda run: [run / "step-1"])
     with pytest.raises(UserError, match="has begun; leave out --tune"):
-        tuning.tune(tuned_config(tmp_path), path)
+        learning_rate_search.tune(tuned_config(tmp_path), path)
     with pytest.raises(UserError, match=r"leave out one of --tune and --set optim\.peak_lr"):
         pretrain(tmp_path, tmp_path / "out", overrides=["optim.peak_lr=1e-3"], tune=True)
 
 
 @pytest.mark.slow
 def test_a_trial_is_a_run_with_a_loss_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "FACTORS", (1.0, 2.0))
-    monkeypatch.setattr(tuning, "FEWEST", 2)
+    monkeypatch.setattr(learning_rate_search, "FACTORS", (1.0, 2.0))
+    monkeypatch.setattr(learning_rate_search, "FEWEST", 2)
     config = tuned_config(tmp_path, steps=40)
-    found = tuning.tune(config, tmp_path / "config.json")
+    found = learning_rate_search.tune(config, tmp_path / "config.json")
     done = json.loads((tmp_path / "tuning.json").read_text())
     assert [*done["tried"]] == ["0.001", "0.002"] and done["tried"]["0.001"] != done["tried"]["0.002"]
     assert found.optim.peak_lr == done["chosen"] and found.train.steps == 40

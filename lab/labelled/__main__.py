@@ -22,7 +22,7 @@ from lab.labelled.emoji import LICENCES, Emoji
 from lab.labelled.fashion import Fashion
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.shards.settings import Settings
-from m3ae_fast.shards.sources.records import Records
+from m3ae_fast.shards.sources.interface import Records
 from m3ae_fast.shards.writer import convert
 
 SOURCES: dict[str, Callable[[Path | None, Path], Records]] = {

@@ -15,7 +15,7 @@ import numpy as np
 
 from lab.labelled.packages import fetch, read_members
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.shards.sources.records import Record, Records
+from m3ae_fast.shards.sources.interface import Record, Records
 
 VERSION = "16.0.0"
 LICENCES = {  # of the pictures; the tables of names are MIT

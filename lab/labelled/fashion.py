@@ -14,7 +14,7 @@ from PIL import Image
 
 from lab.labelled.packages import fetch, read_members
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.shards.sources.records import Record, Records
+from m3ae_fast.shards.sources.interface import Record, Records
 
 LICENCE = "MIT, Copyright 2017 Zalando SE"
 COMMAND = ["apt-get", "download", "dataset-fashion-mnist"]

@@ -160,7 +160,7 @@ def _source(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _fill(args: argparse.Namespace) -> Path | None:
-    from m3ae_fast.evaluation.filling import fill
+    from m3ae_fast.evaluation.fill_in import fill
 
     found = fill(
         args.model,

@@ -27,7 +27,7 @@ from m3ae_fast.evaluation.class_metrics import accuracy_by_class
 from m3ae_fast.evaluation.difference import LARGEST, not_above_largest
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job, SoFar, summary
-from m3ae_fast.evaluation.online import passes, predict_online
+from m3ae_fast.evaluation.online_probe import passes, predict_online
 from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
 from m3ae_fast.evaluation.probe_grid import trains_online
 from m3ae_fast.evaluation.probes import PROBES, Setting, attentive_recipe

@@ -25,7 +25,7 @@ from m3ae_fast.base.progress import TimeLeft, track
 from m3ae_fast.config import KnnConfig, SourceConfig
 from m3ae_fast.config.evaluation import SegmentConfig
 from m3ae_fast.data import Corpus
-from m3ae_fast.data.masks import Masks, masked_corpus
+from m3ae_fast.data.segmentation_masks import Masks, masked_corpus
 from m3ae_fast.drawing.figures import Cell, draw_sheet
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import LinearProbeHead

@@ -28,8 +28,8 @@ from m3ae_fast.shards.sources.caption_table import READERS, NoColumns, read_capt
 from m3ae_fast.shards.sources.folder import Folder, ImagesMissing
 from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file, split_of_folder
 from m3ae_fast.shards.sources.huggingface import HuggingFace
+from m3ae_fast.shards.sources.interface import Records
 from m3ae_fast.shards.sources.recognition import is_saved_dataset
-from m3ae_fast.shards.sources.records import Records
 from m3ae_fast.shards.writer import convert, manifest_of
 
 SHARDS, CLEANED = "shards", "held-out"  # folders of a run folder

@@ -20,9 +20,9 @@ from m3ae_fast.pretraining.automatic_settings import assumed_config, check_overr
 from m3ae_fast.pretraining.dataset_statistics import look
 from m3ae_fast.pretraining.final_evaluation import draw_map, evaluate_run, stage, table, verdicts, why_no_map
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
+from m3ae_fast.pretraining.learning_rate_search import tune as choose_rate
 from m3ae_fast.pretraining.plan import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
-from m3ae_fast.pretraining.tuning import tune as choose_rate
 from m3ae_fast.training.run import pre_train
 from m3ae_fast.training.run_folder import is_held
 from m3ae_fast.training.run_state import status

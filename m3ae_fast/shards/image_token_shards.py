@@ -34,7 +34,7 @@ from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.shrink import jpeg
-from m3ae_fast.shards.sources.records import Record, Records
+from m3ae_fast.shards.sources.interface import Record, Records
 from m3ae_fast.shards.writer import Converted, convert
 from m3ae_fast.vqgan.model import VQGAN
 

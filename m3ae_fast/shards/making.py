@@ -13,8 +13,8 @@ from m3ae_fast.shards.settings import SOURCE_KINDS, Settings, SourceKind
 from m3ae_fast.shards.sources.folder import Folder
 from m3ae_fast.shards.sources.hdf5 import Hdf5
 from m3ae_fast.shards.sources.huggingface import HuggingFace
+from m3ae_fast.shards.sources.interface import Records
 from m3ae_fast.shards.sources.recognition import kind_of_source
-from m3ae_fast.shards.sources.records import Records
 from m3ae_fast.shards.writer import Converted, convert
 
 _OPTIONS_OF: dict[str, tuple[SourceKind, ...]] = {

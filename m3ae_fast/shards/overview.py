@@ -17,7 +17,7 @@ from m3ae_fast.base.progress import track
 from m3ae_fast.batch.kinds import Kind, kind_of
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.shards.sources.records import Records
+from m3ae_fast.shards.sources.interface import Records
 
 _LOOKED_AT = 64  # samples that are inspected per split
 _LARGEST, _SMALLEST = 4, 2  # numbers of classes that are shown if there are many

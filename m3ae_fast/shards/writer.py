@@ -40,7 +40,7 @@ from m3ae_fast.shards.problem_counts import REFUSED, Tally
 from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.shrink import as_member
 from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TRAIN, VAL
-from m3ae_fast.shards.sources.records import Record, Records
+from m3ae_fast.shards.sources.interface import Record, Records
 from m3ae_fast.shards.tar_member import add_member
 
 _MOST_WORKERS = 1024

@@ -11,7 +11,7 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
-from m3ae_fast.data.masks import masked_corpus
+from m3ae_fast.data.segmentation_masks import masked_corpus
 from m3ae_fast.shards.sources.folder import Folder
 from tests.data.test_tools import contents, make
 from tests.helpers.shards import picture, write_tar

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import open_regular, parse_json
-from m3ae_fast.shards.sources.records import captions_of
+from m3ae_fast.shards.sources.interface import captions_of
 
 IMAGE_COLUMNS = ("file_name", "filename", "image", "image_path", "path", "filepath", "file", "picture")
 CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence", "alt_text")

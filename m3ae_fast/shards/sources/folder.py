@@ -24,7 +24,7 @@ from m3ae_fast.shards.duplicate_images import join, middle, number_same
 from m3ae_fast.shards.problem_counts import IGNORED, OUTSIDE, Tally
 from m3ae_fast.shards.sources.caption_table import Row, read_captions
 from m3ae_fast.shards.sources.folder_layout import TRAIN, listed, printable, split_of_folder, understand
-from m3ae_fast.shards.sources.records import Record, Records, read_file
+from m3ae_fast.shards.sources.interface import Record, Records, read_file
 
 _LOOKED_AT = 1000  # rows of a table that are inspected for the names of fields
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)

@@ -15,7 +15,7 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import library
 from m3ae_fast.base.untrusted_file import open_regular
-from m3ae_fast.shards.sources.records import Record, Records, caption_of_row, count_samples, to_int
+from m3ae_fast.shards.sources.interface import Record, Records, caption_of_row, count_samples, to_int
 
 FIELDS = "jpg with caption, train_jpg with train_labels, val_jpg with val_labels, or text"
 

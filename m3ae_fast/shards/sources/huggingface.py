@@ -19,7 +19,7 @@ from m3ae_fast.images.bands import write_npy
 from m3ae_fast.shards.duplicate_images import middle, number_same
 from m3ae_fast.shards.problem_counts import UNREAD
 from m3ae_fast.shards.sources.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
-from m3ae_fast.shards.sources.records import Record, Records, caption_of_row, count_samples, read_file, to_int
+from m3ae_fast.shards.sources.interface import Record, Records, caption_of_row, count_samples, read_file, to_int
 
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
 _AT_A_TIME = 1000  # rows
