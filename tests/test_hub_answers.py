@@ -72,5 +72,5 @@ def test_silence_is_not_waited_for_again(at, monkeypatch, tmp_path):
             find_folder("owner/name")
         with pytest.raises(UserError, match="owner/name: neither a file nor available from the Hugging Face hub"):
             load_tokenizer("owner/name", 8)
-        with pytest.raises(UserError, match=r"owner/name: cannot be loaded \(neither a folder here nor on the Hugging"):
+        with pytest.raises(UserError, match=r"owner/name: cannot be loaded \(it is not a folder, and the"):
             HuggingFace("owner/name", None, None, (None, None, None))

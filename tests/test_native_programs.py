@@ -208,7 +208,7 @@ def test_a_dry_run_takes_the_sizes_that_stats_wrote(trainer, shards, tmp_path, c
     ):
         with pytest.raises(UserError, match=told):
             train.main(trainer.arguments("x", "--dry-run", *NATIVE, "--sizes", str(wrong)))
-    with pytest.raises(UserError, match="goes with model"):
+    with pytest.raises(UserError, match="can be used only with model"):
         train.main(trainer.arguments("x", "--dry-run", "--sizes", str(sizes)))
 
 

@@ -111,21 +111,23 @@ STOPS = """
 import gc, os, signal, sys, time
 from dataclasses import replace
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.pretraining import look, plan, program
+from m3ae_fast.pretraining import dataset_statistics, plan, stages
 from m3ae_fast.cli.pretrain import main
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.trainer import Trainer
 from m3ae_fast.shards import writer
-from m3ae_fast.evaluation import knn, linear, recipe
+from m3ae_fast.evaluation import default_hyperparameters, knn, linear
 
-recipe.OFFICIAL["linear"] = replace(recipe.OFFICIAL["linear"], fewest_steps=10)
+official = default_hyperparameters.OFFICIAL
+official["linear"] = replace(official["linear"], fewest_steps=10)
 STAGES = {
-    "shards": (writer, "_write"), "tokenizer": (look, "train_tokenizer"), "statistics": (look, "collect"),
+    "shards": (writer, "_write"), "tokenizer": (dataset_statistics, "train_tokenizer"),
+    "statistics": (dataset_statistics, "collect"),
     "measuring": (plan, "measure"), "training": (Trainer, "log_step"), "end of training": (PretrainingTask, "conclude"),
-    "k-NN": (knn, "run"), "linear probe": (linear.ProbingTask, "count"),
-    "report": (program, "write_report"), "export": (program, "write_export"),
+    "k-NN": (knn, "run"), "linear probe": (linear, "run"),
+    "report": (stages, "write_report"), "export": (stages, "write_export"),
 }
-HEEDED = ("training", "end of training", "linear probe")  # by what is going on
+HEEDED = ("training", "end of training")  # by what is going on
 
 def stop_in(stage):
     place, name = STAGES[stage]

@@ -132,7 +132,7 @@ def test_a_store_of_300_clients_starts_under_a_low_limit_of_open_files(tmp_path)
 def test_too_low_a_hard_limit_of_open_files_is_one_line(tmp_path):
     each = [{"RANK": "0", "WORLD_SIZE": "300", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}]
     said = await_ranks(fork_each(__name__, ["few files"], each, tmp_path / "log"), tmp_path / "log")
-    line = "error: rank 0 of 300 opens up to 1,400 files, and the limit here is 256: raise it with `ulimit -n 1400` "
+    line = "error: rank 0 of 300 opens up to 1,400 files, but the limit is 256: raise it with `ulimit -n 1400` "
     assert said[0] == 2 and said[1].startswith(line) and said[1].count("\n") == 1
 
 
@@ -273,7 +273,7 @@ def test_the_ranks_of_a_node_share_its_cores(monkeypatch, cores, here, threads):
 def test_as_many_files_as_the_connections_take_are_enough(monkeypatch, rank, each):
     for limit, enough in ((100 * each + 200, True), (100 * each + 199, False), (resource.RLIM_INFINITY, True)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
-        told = pytest.raises(UserError, match=f"rank {rank} of 100 opens up to {100 * each + 200} files, and")
+        told = pytest.raises(UserError, match=f"rank {rank} of 100 opens up to {100 * each + 200} files, but")
         with nullcontext() if enough else told:
             ranks._require_files(rank, 100)
 

@@ -418,7 +418,8 @@ def test_a_run_lets_its_workers_count():
         {"model": SMALL.model_dump(), "data": {"train": [{"shards": "none.tar"}]}, "train": {"steps": 1}},
         "case",
     )
-    assert _preparation(config, M3AE(SMALL), data).counted_for == config.model
+    schedule = argparse.Namespace(total_steps=1)
+    assert _preparation(config, M3AE(SMALL), data, schedule).counted_for == config.model
 
 
 def test_modules_are_told_to_train_only_after_an_evaluation(monkeypatch):
@@ -584,13 +585,17 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
                 pulse=argparse.Namespace(watch=lambda loader, doing: [SimpleNamespace()]),
                 share=argparse.Namespace(accumulation=1),
                 train_loader=None,
+                step=4,
+                schedule=argparse.Namespace(total_steps=9),
+                left_out=(),
+                _batch=4,
             )
             trainer.saver, work = saver(trainer.ranks, folder), threading.Event()
             trainer.saver.unjudged = 4
             if at_work:
                 trainer.saver._thread.start(work.wait)
             trainer._start_sums = partial(Trainer._start_sums, trainer)
-            trainer._ended = partial(Trainer._ended, trainer)
+            trainer._decide, trainer._change = lambda: 0, lambda total: None
             trainers.append((trainer, work))
         (main, working), (other, others) = trainers
         if way == "next":
@@ -718,7 +723,7 @@ def test_a_run_that_trains_nothing_is_told(tmp_path, mixed, loss, masking, train
     config = config.model_copy(update=changes)
     data = replace(open_data(config.data, config.model), val=None)
     found = cautions(config, data, Schedule(config.train, config.optim, data.train.samples))
-    assert [note.startswith("nothing is trained: ") for note in found] == [True] * (not trained)
+    assert [note.startswith("the total loss is always 0: ") for note in found] == [True] * (not trained)
 
 
 def test_images_that_are_enlarged_are_told(tmp_path, mixed):
@@ -728,7 +733,7 @@ def test_images_that_are_enlarged_are_told(tmp_path, mixed):
         data = replace(open_data(config.data, config.model), val=None)
         notes = cautions(config, data, Schedule(config.train, config.optim, data.train.samples))
         assert [note.startswith("images are enlarged: half of ") for note in notes] == [True] * told
-        assert all("short side of 30 pixels or less, and model.image_size is 48" in note for note in notes)
+        assert all("short side of 30 pixels or less, but model.image_size is 48" in note for note in notes)
     native = config.model_copy(update={"model": config.model.model_copy(update={"resize": "native"})})
     assert (
         cautions(native, data, Schedule(config.train, config.optim, data.train.samples)) == []

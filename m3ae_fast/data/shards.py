@@ -29,7 +29,7 @@ from typing import BinaryIO, NamedTuple
 import psutil
 from webdataset.shardlists import expand_urls
 
-from m3ae_fast.base.atomic_file import is_abandoned, lock, put_in_place
+from m3ae_fast.base.atomic_file import is_abandoned, lock, to_disk
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.object_store import require
 from m3ae_fast.data.download import ATTEMPTS, NotThere, download, retry_after
@@ -39,6 +39,7 @@ _KEPT_NS = 1000  # ns between the modification times of copies that are needed o
 _ROOM = "room"  # name of the lock for eviction
 _LEDGER = struct.Struct("<QQ")  # see `ShardStore._make_room`
 _LOOK_S = 60.0  # seconds between scans of all copies while the cache is full
+_SCANS = 4  # scans of all copies for one new copy, at most
 _PARTIAL = "partial-"  # prefix of the names of incomplete copies
 MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # suffix of a shard's sidecar
@@ -264,9 +265,13 @@ class ShardStore:
                         out.truncate(out.tell())
                         self._make_room(ledger, grown=out.tell() - gone)
                     gone = out.tell()
-                    replaced = copy.stat().st_size if copy.exists() else 0
-                    put_in_place(partial, copy)
-                    gone = replaced
+                    to_disk(partial)
+                    with self.lock(_ROOM) as ledger:  # no other process may evict the old copy meanwhile
+                        replaced = copy.stat().st_size if copy.exists() else 0
+                        os.replace(partial, copy)
+                        gone = 0
+                        self._make_room(ledger, grown=-replaced)
+                    to_disk(copy.parent)
                 return
             except OSError as error:
                 if isinstance(error, NotThere) or attempt == ATTEMPTS - 1 or not is_remote(shard):
@@ -275,8 +280,10 @@ class ShardStore:
             finally:
                 if gone:
                     with self.lock(_ROOM) as ledger:
+                        # closed, it may count as abandoned, and a scan of another process has then removed it
+                        grown = -gone if partial.exists() else 0
                         partial.unlink(missing_ok=True)
-                        self._make_room(ledger, grown=-gone)
+                        self._make_room(ledger, grown=grown)
                 partial.unlink(missing_ok=True)
 
     def _begin(self, partial: Path, size: int) -> tuple[BinaryIO, int]:
@@ -296,7 +303,8 @@ class ShardStore:
 
         Scanning all copies takes time in proportion to their number, while all other processes wait. The scan is
         skipped if the ledger shows that there is enough space, or if this process has scanned recently. In the latter
-        case, the oldest copies of that scan are evicted unless they have been used since.
+        case, the oldest copies of that scan are evicted unless they have been used since. If that leaves too little
+        space, because other processes or threads use copies meanwhile, they are scanned again.
 
         Args:
             ledger: handle of the lock file, which contains the bytes of all copies and of the largest copy.
@@ -307,16 +315,19 @@ class ShardStore:
             The bytes of the new copy.
         """
         noted = os.pread(ledger, _LEDGER.size, 0)
-        looked = self._oldest is None or len(noted) < _LEDGER.size
-        used, largest = self._look() if looked else _LEDGER.unpack(noted)
-        used += 0 if looked else grown
+        scans = int(self._oldest is None or len(noted) < _LEDGER.size)
+        used, largest = self._look() if scans else _LEDGER.unpack(noted)
+        used += 0 if scans else grown
         while not self._has_room(used + (new := 0 if size is None else size or largest)):
-            if not looked and (not self._oldest or time.monotonic() - self._looked > _LOOK_S):
-                (used, largest), looked = self._look(), True
-            elif not self._oldest:
-                break
-            else:
+            stale = scans == 0 and time.monotonic() - self._looked > _LOOK_S
+            if self._oldest and not stale:
                 used -= self._remove(self._oldest.popleft())
+                continue
+            if scans == _SCANS:
+                break
+            (used, largest), scans = self._look(), scans + 1
+            if not self._oldest:
+                break
         self._note(ledger, used + new, max(largest, new))
         return new
 

@@ -254,7 +254,7 @@ def test_weights_lie_where_programs_put_them(tmp_path, kind):
 
 def test_heads_that_the_file_does_not_tell_are_asked_for(tmp_path):
     torch.save({"model": make()[0].state_dict()}, tmp_path / "mae.pth")
-    with pytest.raises(UserError, match="heads are 24 wide; give --num-heads"):
+    with pytest.raises(UserError, match="the number of attention heads for width 24 is unknown; give --num-heads"):
         main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match="emb_dim 24 is not divisible by num_heads 5"):
         main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out"), "--num-heads", "5", "--dec-num-heads", "2"])
