@@ -270,7 +270,8 @@ class ShardStore:
                         replaced = copy.stat().st_size if copy.exists() else 0
                         os.replace(partial, copy)
                         gone = 0
-                        self._make_room(ledger, grown=-replaced)
+                        if replaced:
+                            self._make_room(ledger, grown=-replaced)
                     to_disk(copy.parent)
                 return
             except OSError as error:
