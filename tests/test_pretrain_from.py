@@ -101,7 +101,7 @@ def test_its_initial_weights_are_measured_too(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_begins_with_the_weights(base, tmp_path, capsys):
-    """After a step with hardly a learning rate it still has them; a run that was made is not made again."""
+    """With a tiny learning rate the weights hardly change; a finished run is not trained again."""
     for number in range(24):
         path = tmp_path / "photos" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)

@@ -1,5 +1,5 @@
-"""What stages leave behind as one small file, to be carried to another machine and back: their records, logs and
-tables, without compilers' caches, shards and traces."""
+"""Packs the records, logs and tables of all stages into one small archive, which can be carried to another machine and
+back. Compilers' caches, shards and traces are left out."""
 
 from __future__ import annotations
 

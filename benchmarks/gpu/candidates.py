@@ -105,9 +105,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def settings_to_try(kernel: str, now: Settings, arch: str, width: str) -> list[Settings]:
-    """Return what was compiled ahead of time for a matmul kernel. For attention, which takes seconds to compile: other
-    warps and stages for its tile, then other tiles with two stages, which load ahead of time, and with those it has.
-    For small kernels all that is near."""
+    """Return the settings to try. For a matmul kernel: those compiled ahead of time. For attention, which takes seconds
+    to compile: other numbers of warps and stages for the present tile, then other tiles with two stages, which
+    prefetch, and with the present number. For small kernels: all settings close to the present one."""
     if "BLOCK_K" in now:
         return read(arch).get(kernel, {}).get(width, [])
     if "TILE_M" in now:

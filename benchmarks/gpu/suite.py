@@ -45,8 +45,8 @@ SMALL = "small, odd"
 
 
 def items(*, quick: bool = False, odd: bool = False, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Item]:
-    """Return what there is to do, in order. `quick`: nothing is timed; `odd`: nor are large inputs checked, which are
-    in bf16."""
+    """Return the checks and timings to run, in order. `quick`: nothing is timed. `odd`: large inputs,
+    which are in bf16, are not checked either."""
     kinds = () if odd or torch.bfloat16 not in dtypes else ("timed",) if quick else ("timed", "times")
     large = [Item(kind, name, torch.bfloat16) for name in OPS for kind in kinds]
     return large + [Item(SMALL, name, dtype) for dtype in dtypes for name in OPS]

@@ -1,5 +1,5 @@
-"""Where a step's time goes: the kernels of a torch profiler trace by what they do, the time that no kernel runs, and
-the kernels that take most."""
+"""Summarises a torch profiler trace of a step: time by kind of kernel, time in which no kernel runs, and the kernels
+that take most time."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def in_processes(command: Sequence[str], folder: Path, seconds: float) -> int:
             if code in (0, 1, 2):
                 return failed or code
             failed, before, known = 1, known, len(results.read(folder / f"{TUNING}.json"))
-            if known == before:  # it comes to nothing new
+            if known == before:  # no trial of this round was new
                 break
     return failed
 

@@ -65,7 +65,7 @@ def _command(line: str, python: str, folder: Path) -> list[str]:
 
 
 def _requirements(wheel: Path, python: str) -> list[str]:
-    """Return what a wheel needs on Linux, extras aside."""
+    """Return the requirements of a wheel on Linux, without its extras."""
     from packaging.requirements import Requirement
 
     with zipfile.ZipFile(wheel) as archive:

@@ -51,7 +51,8 @@ class Fashion(Records):
 
 
 def parse_idx(packed: bytes) -> np.ndarray:
-    """Return what a gzipped IDX file of bytes holds, uint8 [N, ...]. Raises ValueError or OSError if it is none."""
+    """Return the array stored in a gzipped IDX file of bytes, uint8 [N, ...]. Raises ValueError or OSError if it is
+    none."""
     data = gzip.decompress(packed)
     if data[:3] != b"\0\0\x08":
         raise ValueError("not an IDX file of bytes")

@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 class Factor(NamedTuple):
-    """How many times as much the baseline takes to an arm's accuracy, and its 95 % interval."""
+    """Ratio of the baseline's cost to an arm's cost at equal accuracy, with its 95 % interval."""
 
     mean: float  # geometric, over seeds
     low: float

@@ -40,7 +40,7 @@ CHOSEN_BY = {"clothes": "clothes_linear", "emoji": "linear"}  # the test that se
 
 @dataclass(frozen=True)
 class Race:
-    """Where everything is."""
+    """Paths and settings of a race."""
 
     out: Path  # holds a folder and a result per run
     shards: Path  # see `lab.study.shards.prepare`

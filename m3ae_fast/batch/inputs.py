@@ -90,7 +90,8 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
 
 def _check_units(images: Iterable[OneImage], value_range: tuple[float, float]) -> None:
     """Raise ValueError if the floating tensors, and the arrays of more than 8 bits, evidently have values in
-    other units than `value_range`: far beyond it, where they would be clipped, or fractions if it is of levels."""
+    other units than `value_range`: values far outside it, which would be clipped, or values in [0, 1] although the
+    range is that of 8-bit levels."""
     low, high = value_range
     size = beyond = 0
     spans, is_whole = [], True
