@@ -1,4 +1,4 @@
-"""The engine that a config asks for."""
+"""Construction of the engine that is set in the config."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from m3ae_fast.process.ranks import Ranks
 
 
 def build_engine(model: M3AE, config: Config, ranks: Ranks) -> Engine:
-    """Build the engine of pre-training; on GPUs it keeps all activations where there is memory for them. Arguments and
+    """Build the engine for pre-training. On a GPU, it keeps all activations if there is enough memory. Arguments and
     errors as in `make_engine`."""
     groups = optimizer_groups(model, config.optim)
     transformers = (model.encoder, model.decoder)
     train, optim = config.train, config.optim
-    keep, said = False, ""
+    keep, memory = False, ""
     if ranks.device.type == "cuda" and recomputes(train):
         lacking = lacking_for_activations(config, ranks, split_batch(train, ranks.world).micro_batch)
         again = "outputs of GELU and LayerNorm are recomputed in the backward pass; to keep all,"
-        keep, said = not lacking, f"activations: {f'{again} {lacking}' if lacking else 'all are kept'}"
+        keep, memory = not lacking, f"activations: {f'{again} {lacking}' if lacking else 'all are kept'}"
     engine = make_engine(model, groups, transformers, train, optim, config.deepspeed, ranks, train.ema, keep)
-    engine.memory = said
+    engine.memory = memory
     return engine
 
 
@@ -46,17 +46,22 @@ def make_engine(
     ema: float | None = None,
     keep_activations: bool = False,
 ) -> Engine:
-    """Build an engine for `model`, which it moves to the ranks' device, and whose `transformers` are compiled and
-    checkpointed as `loop` says, with its precision settled.
+    """Build an engine for `model`, and move the model to the ranks' device.
 
     Args:
-        groups: the optimiser's, of all parameters: see `build_optimizer`.
-        deepspeed: None: plain torch.
-        ema: decay of the weights' moving average in the optimiser's state; None: none.
-        keep_activations: all of them; else compiled blocks make some again, see `Blocks.compile_blocks`.
+        model: the module to train, which returns StepLosses.
+        groups: the optimiser's groups of all parameters, see `build_optimizer`.
+        transformers: parts of the model that are compiled, and whose activations are checkpointed, according to `loop`.
+        loop: settings of the training loop, with resolved precision.
+        optim: settings of the optimiser.
+        deepspeed: settings of DeepSpeed; None: plain torch.
+        ranks: the ranks of the run.
+        ema: decay of the weights' moving average in the optimiser's state; None: no average.
+        keep_activations: whether compiled blocks keep all activations; otherwise they recompute some of them, see
+            `Blocks.compile_blocks`.
 
     Raises:
-        UserError: the config asks for what this machine lacks.
+        UserError: a setting requires something that this machine does not have.
     """
     if ranks.device.type == "cpu":
         keep_freed_memory()

@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO stages 0-3 and offload."""
+"""Training with DeepSpeed: ZeRO stages 0 to 3, and offloading."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for other devices, and warn of finding none
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # otherwise DeepSpeed looks for other devices and warns if there are none
 
 import deepspeed
 import torch.distributed as dist
@@ -40,21 +42,23 @@ from m3ae_fast.engine.optimizer import build_optimizer, collect, name_of, prime,
 from m3ae_fast.model.transformer import MLP
 from m3ae_fast.process.ranks import Ranks
 
-_BUFFERS = ("bit16_groups_flat", "single_partition_of_fp32_groups")  # of ZeRO's optimiser at stages 1 and 2
-_BF16_BUFFERS = ("bf16_groups_flat", "fp32_groups_flat_partition")  # of the BF16_Optimizer that stage 1 may have
+# Attributes with the flat buffers of weights and of master weights: of ZeRO's optimiser at stages 1 and 2, and of the
+# BF16_Optimizer, which stage 1 may use instead.
+_BUFFERS = ("bit16_groups_flat", "single_partition_of_fp32_groups")
+_BF16_BUFFERS = ("bf16_groups_flat", "fp32_groups_flat_partition")
 
 
 class Place(NamedTuple):
-    """The part of a weight that this rank updates at stages 1 and 2: where it begins, and where it is kept."""
+    """Location of the part of a weight that this rank updates at stages 1 and 2."""
 
-    start: int  # in the weight
-    master: Tensor  # float32, flat, of many weights: what the optimiser updates
-    offset: int  # in `master` and its moments
+    start: int  # first element in the flattened weight
+    master: Tensor  # float32, flat: this rank's partition of many weights, which the optimiser updates
+    offset: int  # first element in `master` and its moments
     elements: int
 
 
 class DeepSpeedEngine:
-    """See `engine.interface.Engine`."""
+    """An engine that trains with DeepSpeed; see `engine.interface.Engine`."""
 
     memory = ""
 
@@ -70,28 +74,42 @@ class DeepSpeedEngine:
         accumulation: int,
         ema: float | None = None,
     ) -> None:
-        """Take the optimiser's `groups`, the `dtype` of matmuls, and `ema`, the decay of the weights' moving average.
-        Raises UserError where DeepSpeed refuses its section."""
+        """Move the model to the ranks' device and initialise DeepSpeed.
+
+        Args:
+            model: the module to train.
+            groups: the optimiser's groups of all parameters, see `build_optimizer`.
+            config: the `deepspeed` section.
+            optim: settings of the optimiser.
+            dtype: dtype of matmuls.
+            ranks: the ranks of the run.
+            micro_batch: maximum number of samples in a micro-batch.
+            accumulation: number of micro-batches per step.
+            ema: decay of the weights' moving average; None: no average.
+
+        Raises:
+            UserError: DeepSpeed rejects its section, or its version lacks an attribute that is used here.
+        """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.model, self.ranks = model, ranks
         self.before_update: Callable[[], None] = lambda: None
         self.zero = config.zero_optimization
-        # An extension for inference, which DeepSpeed would otherwise compile on every new machine.
+        # Otherwise DeepSpeed compiles an extension for inference on every new machine.
         _replace("deepspeed.comm.torch", "build_shm_op", lambda: None)
         _read_no_norms()
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
         for module in model.modules():
             if isinstance(module, MLP):
-                set_z3_leaf_module(module, True)  # ZeRO-3 gathers its layers' parameters for it
+                set_z3_leaf_module(module, True)  # the module reads its layers' parameters itself
         self.kinds = state_kinds(model, groups, ema)
         optimizer = build_optimizer(groups, optim, ema, self.zero.offloads_optimizer, partitioned=self.zero.stage == 3)
         self.optimizer_name = name_of(optimizer)
         section = deepspeed_section(config, optim, dtype, micro_batch, accumulation)
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # its BF16_Optimizer prints the machine's memory
+            with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints the memory of the machine
                 self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
-        except Exception as error:  # asserts, missing packages, pydantic's errors: its section can cause any
+        except Exception as error:  # an invalid section raises many kinds of errors: assertions, imports, validation
             if out_of_memory(error):
                 raise
             reason = " ".join(str(error).split())
@@ -102,25 +120,25 @@ class DeepSpeedEngine:
             flats, masters = (_private(self.ds.optimizer, name) for name in names)
             starts = _starts(model, flats)
             self._places = {p: _place(p, first, masters[i], ranks.rank) for p, (i, first) in starts.items()}
-            if isinstance(optimizer, Muon):  # its group is the first
+            if isinstance(optimizer, Muon):  # Muon's group is the first one
                 firsts: dict[Tensor, int] = {p: first for p, (i, first) in starts.items() if i == 0}
                 optimizer.shard(masters[0], ranks.rank * len(masters[0]), firsts, self._gathered)
             if names == _BUFFERS and not self.zero.offloads_optimizer:
                 _wait_for_one_stream(self.ds.optimizer)
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
-        if not self.model.training:  # it walks through all modules
+        if not self.model.training:  # `train` visits all modules, which takes time
             self.ds.train()
         set_lr(self.ds.optimizer, lr)
         results, norm = [], None
         for i, batch in enumerate(batches):
             losses = self.ds(batch, counts)
-            # A new tensor: the hooks that DeepSpeed puts on the model's own output, which tell its optimiser when to
-            # reduce, would also divide its gradient by the number of micro-batches.
+            # The product is a new tensor. The hooks that DeepSpeed registers on the model's output, which notify its
+            # optimiser when to reduce, would also divide the gradient of the output by the number of micro-batches.
             self.ds.backward(losses.loss * 1.0, scale_wrt_gas=False)
             if i == len(batches) - 1:
                 self.before_update()
-                if self.zero.stage == 0:  # of which DeepSpeed reports no norm
+                if self.zero.stage == 0:  # for this stage, DeepSpeed does not report the norm
                     grads = [p.grad for p in self.model.parameters() if p.grad is not None]
                     norm = torch.nn.utils.get_total_norm(grads)
             self.ds.step()
@@ -144,11 +162,12 @@ class DeepSpeedEngine:
         return collect(self.model, kind, self.kinds, self._full if self.zero.stage == 0 else self._joined)
 
     def _full(self, p: nn.Parameter, kind: str) -> Tensor:
-        """Return weight `p` (kind "model") or its moment `kind`, which every rank has at stage 0."""
+        """Return the complete weight `p` (kind "model") or its complete moment `kind`. Every rank has both at stage 0,
+        and the weight also at stages 1 and 2."""
         return p if kind == "model" else self._inner.state[p][kind]
 
     def _joined(self, p: nn.Parameter, kind: str) -> Tensor:
-        """Concatenate the results of `_own` on all ranks into one tensor. Every rank must call it."""
+        """Return the complete tensor, assembled from the results of `_own` on all ranks. Every rank must call it."""
         own = self._own(p, kind)
         full = torch.zeros(math.prod(own.shape), device=self.ranks.device)
         full[own.start : own.start + len(own.data)] = own.data
@@ -156,14 +175,14 @@ class DeepSpeedEngine:
         return full.view(own.shape)
 
     def _gathered(self, part: Tensor) -> Tensor:
-        """Return equally long parts of all ranks in a row. Every rank must call it."""
+        """Return the concatenation of the parts of all ranks, which have equal lengths. Every rank must call it."""
         whole = part.new_empty(self.ranks.world * len(part))
         dist.all_gather(list(whole.chunk(self.ranks.world)), part)
         return whole
 
     def _own(self, p: Any, kind: str) -> Fragment:
-        """Return what this rank keeps in float32 of weight `p` (kind "model") or of its moment `kind` from stage 1
-        on."""
+        """Return this rank's float32 partition of the weight `p` (kind "model") or of its moment `kind`, at stages 1
+        to 3."""
         if self.zero.stage < 3:
             start, master, offset, elements = self._places[p]
             flat = master if kind == "model" else self._inner.state[master][kind]
@@ -178,7 +197,7 @@ class DeepSpeedEngine:
             if self.zero.stage == 3:
                 self._load_partition(name, p, kind, read)
                 continue
-            if self.zero.stage == 0 or kind == "model":  # from stage 1 on, what matmuls take
+            if self.zero.stage == 0 or kind == "model":  # at stages 1 and 2, this is the copy that matmuls use
                 self._full(p, kind).data.copy_(read(name, 0, p.numel()).view_as(p))
             if self.zero.stage > 0:
                 own = self._own(p, kind)
@@ -199,7 +218,7 @@ class DeepSpeedEngine:
         if self.zero.stage < 3:
             prime(self._inner, step)
             return
-        # ZeRO-3 lends its inner optimiser one flat partition at a time
+        # ZeRO-3 passes one flat partition at a time to its inner optimiser.
         for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
             group = self._inner.param_groups[zero.sub_group_to_group_id[i]]
             group["params"] = [flat]
@@ -207,7 +226,7 @@ class DeepSpeedEngine:
             group["params"] = []
 
     def _load_partition(self, name: str, p: Any, kind: str, read: Read) -> None:
-        """Read this rank's part of one tensor into its place, at stage 3."""
+        """Load this rank's partition of one tensor at stage 3."""
         own, length = self._own(p, kind), p.ds_tensor.numel()
         value = read(name, own.start, len(own.data))
         padded = nn.functional.pad(value, (0, length - len(value)))
@@ -221,8 +240,8 @@ class DeepSpeedEngine:
 def deepspeed_section(
     config: DeepSpeedConfig, optim: OptimConfig, dtype: torch.dtype, micro_batch: int, accumulation: int
 ) -> dict[str, Any]:
-    """Return the `deepspeed` section completed from the rest of the config. No setting that would wait for the GPU or
-    lose digits is left at its default."""
+    """Return the `deepspeed` section, completed from the rest of the config. Defaults that would synchronise with the
+    GPU or reduce the precision are overridden."""
     section = config.model_dump(exclude_none=True)
     section |= {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -231,24 +250,24 @@ def deepspeed_section(
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,  # apex's FusedAdam
         "zero_force_ds_cpu_optimizer": False,
-        "timers": {"throughput": {"enabled": False}},  # waits for the GPU twice per step
+        "timers": {"throughput": {"enabled": False}},  # synchronises with the GPU twice per step
     }
     if dtype == torch.bfloat16:
         if config.zero_optimization.stage == 0:
-            # DeepSpeed's own bf16 without ZeRO takes one optimiser step too many; autocast on float32 weights is right.
-            # No module list: gradients are reduced in float32.
+            # Without ZeRO, DeepSpeed's bf16 mode takes one optimiser step too many, so float32 weights with autocast
+            # are used. With an empty list of modules, gradients are reduced in float32.
             section["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         else:
-            # the check waits for the GPU and skips steps silently; `LossWatch` stops the run instead
+            # The check synchronises with the GPU and skips steps silently; `LossWatch` stops the run instead.
             section["bf16"] = {"enabled": True, "check_grad_overflow": False}
             section["data_types"] = {"grad_accum_dtype": "fp32"}
     return section
 
 
 def _starts(model: nn.Module, flats: Sequence[Tensor]) -> dict[nn.Parameter, tuple[int, int]]:
-    """Return the buffer that each weight lies in at stages 1 and 2, and its first element there. Memory itself says
-    that: weights are views of the buffers `flats`. DeepSpeed's own record, `_hp_mapping`, has another order than the
-    buffers with `round_robin_gradients`."""
+    """Return the number of the buffer that contains each weight at stages 1 and 2, and the weight's first element in
+    the buffer. Both are derived from memory addresses, because weights are views of the buffers `flats`. DeepSpeed's
+    record, `_hp_mapping`, differs in order from the buffers if `round_robin_gradients` is set."""
     numbers = {flat.untyped_storage().data_ptr(): i for i, flat in enumerate(flats)}
     found = {}
     for p in model.parameters():
@@ -258,15 +277,15 @@ def _starts(model: nn.Module, flats: Sequence[Tensor]) -> dict[nn.Parameter, tup
 
 
 def _place(p: nn.Parameter, first: int, master: Tensor, rank: int) -> Place:
-    """Return the place of a weight that begins at element `first` of a buffer. Each rank's `master` is an equal part of
-    the buffer."""
-    first -= rank * len(master)  # in `master`, were it long enough
+    """Return the place of a weight that begins at element `first` of a buffer. The buffer is split equally into the
+    `master` partitions of the ranks."""
+    first -= rank * len(master)  # relative to the beginning of `master`; may lie outside it
     offset, end = (min(max(edge, 0), len(master)) for edge in (first, first + p.numel()))
     return Place(offset - first if offset < end else 0, master, offset, end - offset)
 
 
 def _private(of: Any, name: str) -> Any:
-    """Return an attribute of DeepSpeed that its documentation does not promise. Raises UserError if there is none."""
+    """Return an undocumented attribute of DeepSpeed. Raises UserError if the installed version does not have it."""
     if not hasattr(of, name):
         what = of.__name__ if isinstance(of, ModuleType) else type(of).__name__
         raise UserError(
@@ -283,32 +302,34 @@ def _replace(module: str, name: str, value: Any) -> None:
     setattr(found, name, value)
 
 
-# The functions below keep ZeRO stages 1 and 2 from making the host wait for the GPU, with the same results.
+# The functions below remove host-device synchronisations from ZeRO stages 1 and 2 without changing results.
 
 
 def _read_no_norms() -> None:
     """Disable two host–device synchronisations in DeepSpeed's stage 1 and 2 optimisers: the check for a non-finite
-    gradient norm (`LossWatch` does it asynchronously) and the comparison of the norm with the clipping threshold. Holds
-    for all engines of this process."""
+    gradient norm (`LossWatch` does it asynchronously) and the comparison of the norm with the clipping threshold. This
+    affects all engines of this process."""
     for module in ("bf16_optimizer", "zero.stage_1_and_2"):
         _replace(f"deepspeed.runtime.{module}", "is_invalid_grad_norm", lambda norm: False)
     _replace("deepspeed.runtime.bf16_optimizer", "clip_tensors_by_global_norm", _clip)
 
 
 def _clip(input_tensors: Sequence[Tensor], max_norm: float, global_norm: Tensor, **_: Any) -> Tensor:
-    """Clip as DeepSpeed does, which reads the norm: a factor of 1 leaves every gradient as it is."""
+    """Clip gradients as DeepSpeed does, but without reading the norm on the host: if it is below the threshold, the
+    gradients are multiplied by 1."""
     torch._foreach_mul_(list(input_tensors), (max_norm / (global_norm + 1e-6)).clamp(max=1))
     return global_norm
 
 
 def _valid_norm(norm: Tensor) -> Tensor:
-    """Return NaN for the -1 by which DeepSpeed says that a norm is not finite."""
+    """Return the norm, with NaN in place of DeepSpeed's mark -1 for norms that are not finite."""
     return norm.masked_fill(norm < 0, torch.nan)
 
 
 def _wait_for_one_stream(optimizer: Any) -> None:
-    """Replace the wait for the whole device after each micro-batch's backward by one, on the device, for the stream
-    that reduces gradients. Not for offloaded optimisers, whose host reads what that stream copies."""
+    """Replace the synchronisation of the host with the device after each backward pass by a wait of the current stream
+    for the stream that reduces gradients. Must not be used with an offloaded optimiser, because the host then reads the
+    values that this stream copies."""
     epilogue = _private(optimizer, "independent_gradient_partition_epilogue")
     _private(optimizer, "reduction_stream")
 

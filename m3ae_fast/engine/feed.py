@@ -1,4 +1,4 @@
-"""Brings the micro-batches of each step to the device."""
+"""Transfer of the micro-batches of each step to the device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Sums = TypeVar("Sums")
 
 @dataclass(frozen=True)
 class StepInput(Generic[Sums]):
-    """The micro-batches of one step."""
+    """The micro-batches of one step, on the host and on the device."""
 
     host: list[PackedBatch]
     device: list[PackedBatch]
     waited: float  # seconds that this rank waited for the loader
-    sums: Callable[[], Sums]  # waits for the sums over ranks that `start_sums` began
+    sums: Callable[[], Sums]  # waits for the all-reduce that `start_sums` started, and returns its result
 
 
 def feed(
@@ -31,10 +31,11 @@ def feed(
     device: torch.device,
     start_sums: Callable[[list[PackedBatch]], Callable[[], Sums]],
 ) -> Iterator[StepInput[Sums]]:
-    """Yield steps of `accumulation` micro-batches. `start_sums` begins an all-reduce for each.
+    """Yield the inputs of each step, with `accumulation` micro-batches. `start_sums` starts an all-reduce of values of
+    a step's micro-batches, and returns a function that waits for the result.
 
-    Each is fetched when the one before has been launched. A GPU is still at work on that one then: waiting for the
-    loader, summing over ranks, and copying, on a stream of its own, all overlap with the computation.
+    The input of a step is prepared after the previous step has been launched. Loading, the all-reduce and the copy to
+    the device, which uses a separate stream, therefore overlap with the GPU's computation of the previous step.
     """
     batches = iter(loader)
     move = _copier(device)

@@ -9,29 +9,30 @@ from torch import Tensor
 
 
 class Fragment(NamedTuple):
-    """What one rank keeps of a tensor: the elements from `start` on, as many as `data` has, maybe none."""
+    """One rank's part of a flattened tensor: consecutive elements, possibly none."""
 
     data: Tensor  # float32, 1-D
-    start: int
-    shape: tuple[int, ...]  # of the whole tensor
+    start: int  # first element in the flattened tensor
+    shape: tuple[int, ...]  # of the complete tensor
 
 
-# "model/NAME" and "KIND/NAME" for the engine's `kinds`: with AdamW "exp_avg", "exp_avg_sq", with Muon "momentum_buffer"
-# and, with train.ema, "ema".
-# Rank 0 names every tensor, also those of which it has nothing.
+# Fragments by name: "model/NAME" for weights, and "KIND/NAME" for the engine's `kinds` of optimiser state: "exp_avg"
+# and "exp_avg_sq" with AdamW, "momentum_buffer" with Muon and, with train.ema, "ema". Those of rank 0 contain the names
+# of all tensors, even if rank 0 has no element of a tensor.
 Fragments = dict[str, Fragment]
 
 
 def whole(tensor: Tensor) -> Fragment:
-    """Return all of a tensor as one fragment."""
+    """Return a complete tensor as one fragment."""
     return Fragment(tensor.detach().reshape(-1), 0, tuple(tensor.shape))
 
 
 def cut(tensors: dict[str, Tensor], rank: int, world: int) -> Fragments:
-    """Return a rank's part of tensors that every rank has whole: laid in a row, they are cut into equal parts."""
+    """Return a rank's fragments of tensors that every rank has completely. The concatenation of the flattened tensors
+    is split into equal parts, one per rank."""
     share = -(-sum(tensor.numel() for tensor in tensors.values()) // world)
-    before, part = rank * share, {}  # elements of the row from this tensor's first to the part
-    nothing = torch.empty(0)  # a step waits for this function, and most tensors are other ranks'
+    before, part = rank * share, {}  # number of elements from the beginning of the current tensor to this rank's part
+    nothing = torch.empty(0)  # shared, because most tensors belong to other ranks and a step waits for this function
     for name, tensor in tensors.items():
         size = tensor.numel()
         start, stop = (min(max(edge, 0), size) for edge in (before, before + share))

@@ -1,7 +1,7 @@
-"""The interface between a training loop and its engine: steps over micro-batches, outputs without training, its state.
+"""The interface between a training loop and its engine: training steps, evaluation, and the training state.
 
-A state consists of tensors by parameter name, of which each rank gives and takes flat pieces, so that a checkpoint
-knows nothing of ZeRO stages or optimisers' layouts.
+A state consists of tensors by parameter name. Each rank saves and loads flat slices of them, so that checkpoints do not
+depend on ZeRO stages or on the layout of optimisers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.engine.fragments import Fragments
 from m3ae_fast.engine.optimizer import Kinds
 
-Read = Callable[[str, int, int], Tensor]  # name in a state, first element, number of elements -> float32, 1-D
+# Reader of a slice of a state's tensor: name, first element, number of elements -> float32, 1-D
+Read = Callable[[str, int, int], Tensor]
 
 
 class StepLosses(Protocol):
-    """A NamedTuple of 0-d tensors; `loss` is what to differentiate, the others are detached."""
+    """The losses of a batch: a NamedTuple of 0-d tensors. Only `loss` is differentiable; the others are detached."""
 
     @property
     def loss(self) -> Tensor: ...
@@ -29,13 +30,13 @@ class StepLosses(Protocol):
 
 
 class Engine(Protocol):
-    """Trains a module that gives StepLosses for (batch, counts)."""
+    """An engine that trains a module, which maps (batch, counts) to StepLosses."""
 
     model: nn.Module
     optimizer_name: str
-    memory: str  # what its memory has decided, for a log; "": nothing
+    memory: str  # log line on decisions that depend on the memory; "" if there are none
     before_update: Callable[[], None]  # called before each change of the state, which may be read until then
-    kinds: Kinds  # of optimiser state: in keys of `Fragments` before the parameter's name
+    kinds: Kinds  # kinds of optimiser state, which are prefixes in the keys of `Fragments`
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
         """Run forward, backward and update; gradients are summed over micro-batches and averaged over ranks.
@@ -44,7 +45,7 @@ class Engine(Protocol):
             batches: this rank's micro-batches, on its device.
             counts: denominators of the step's mean losses (numbers of images and captions, or of tokens), divided by
                 the number of ranks; the summed losses of each micro-batch are divided by them.
-            lr: learning rate of the update, times a parameter group's `lr_scale` where it has one.
+            lr: learning rate of the update; it is multiplied by the `lr_scale` of a parameter group that has one.
 
         Returns:
             The micro-batches' StepLosses, and the global gradient norm before clipping.
@@ -59,8 +60,8 @@ class Engine(Protocol):
         passes may run at the same time."""
 
     def whole(self, kind: str) -> dict[str, Tensor]:
-        """Return "model", the weights, or one of `kinds` by the names of the parameters that have it, whole on every
-        rank: float32, on the CPU. Every rank must call it."""
+        """Return the complete weights (kind "model"), or the complete optimiser state of one of `kinds`, by parameter
+        name: float32, on the CPU, on every rank. Every rank must call it."""
 
     def load_state(self, step: int, read: Read) -> None:
-        """Load a state as of `step` updates. Each rank reads the elements that it keeps."""
+        """Load the state after `step` updates. Each rank reads only its own elements."""

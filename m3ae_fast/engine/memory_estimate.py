@@ -17,11 +17,12 @@ from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
 
-CAPTION_FRACTION = 1 / 3  # of text_length, for the typical sample: CC12M captions have about 20 words of 64
+CAPTION_FRACTION = 1 / 3  # length of a typical caption relative to text_length; CC12M: about 20 words, text_length 64
 
 
 def memory_needed(config: Config, world: int, samples: int) -> float:
-    """Return the bytes that a rank needs for steps of so many samples, all activations kept."""
+    """Return the bytes of memory that a rank requires for steps with `samples` samples on the rank, if all activations
+    are kept. `world`: number of ranks."""
     with torch.device("meta"):
         model = M3AE(config.model, config.loss)
     parameters = sum(p.numel() for p in model.parameters())
@@ -34,14 +35,15 @@ def memory_needed(config: Config, world: int, samples: int) -> float:
 
 
 def lacking_for_activations(config: Config, ranks: Ranks, samples: int) -> str:
-    """Return an empty string if every rank has enough memory for all activations of a micro-batch, otherwise the
-    shortfall of the first rank that has not. For the time before weights are on the device. Every rank must call it."""
+    """Return a message about the first rank without enough memory for all activations of a micro-batch of `samples`
+    samples; "" if every rank has enough. Must be called on every rank, before the weights are on the device."""
     needed = memory_needed(config, ranks.world, samples)
     return next(filter(None, ranks.gather(missing_memory(needed, ranks.device))), "")
 
 
 def recomputes(loop: TransformerLoopConfig) -> bool:
-    """Return whether memory decides if outputs of GELU and LayerNorm are kept: where blocks are compiled."""
+    """Return whether blocks may recompute outputs of GELU and LayerNorm to save memory: if they are compiled, and
+    without activation checkpointing."""
     return loop.compile and not loop.activation_checkpointing
 
 
@@ -51,15 +53,17 @@ def matrix_elements(config: Config, model: M3AE) -> int:
 
 
 def muon_bytes(matrices: int, stage: int, world: int) -> float:
-    """Return bytes per GPU that an update by Muon takes beside the state, when no activations are kept any more: the
-    whole momentum's update in float32, and at most three times the matrices that this rank orthogonalises."""
+    """Return the bytes per GPU that an update by Muon requires in addition to the state, at a time when activations are
+    already freed: the gathered update of all matrices in float32, and at most three copies of the matrices that this
+    rank orthogonalises. `matrices`: number of weights that Muon updates."""
     return 4 * matrices * (1 + 3 / (world if stage >= 1 else 1))
 
 
 def zero_bytes(parameters: int, stage: int, world: int, bf16: bool, matrices: int = 0) -> tuple[float, float, float]:
-    """Return bytes per GPU of (weights, gradients, fp32 master weights and moments); ZeRO, arXiv 1910.02054.
-    Gradients are accumulated in float32. `matrices`: weights that Muon updates, with one moment instead of two."""
-    master = 4 if bf16 and stage > 0 else 0  # stage 0 keeps float32 weights
+    """Return the bytes per GPU of the weights, of the gradients, and of the float32 master weights and moments (ZeRO,
+    arXiv 1910.02054). Gradients are accumulated in float32. `matrices`: number of weights that Muon updates, which have
+    one moment instead of two."""
+    master = 4 if bf16 and stage > 0 else 0  # at stage 0, the weights themselves are float32
     return (
         (2 if master else 4) * parameters / (world if stage >= 3 else 1),
         4 * parameters / (world if stage >= 2 else 1),
@@ -68,16 +72,18 @@ def zero_bytes(parameters: int, stage: int, world: int, bf16: bool, matrices: in
 
 
 def in_bf16(config: Config) -> bool:
-    return config.train.precision != "fp32"  # auto is bf16 on the GPUs that the estimate is about
+    """Return whether matmuls run in bf16; "auto" selects bf16 on the GPUs for which the estimate is made."""
+    return config.train.precision != "fp32"
 
 
 def caption_tokens(config: Config) -> int:
-    """Return the tokens of the typical caption."""
+    """Return the number of tokens of a typical caption."""
     return round(config.model.text_length * CAPTION_FRACTION) if config.model.vocab_size else 0
 
 
 def typical_batch(config: Config, model: M3AE, grids: Sequence[Grid] | None = None) -> PackedBatch:
-    """Return masked images with captions of usual length: native ones of these grids, or one of the largest square."""
+    """Return a batch of masked images with captions of typical length: an image for each patch grid in `grids`, or one
+    square image with the maximum number of patches."""
     m, masking = config.model, config.masking
     generator = torch.Generator().manual_seed(0)
     side = math.isqrt(m.most_patches)
@@ -96,8 +102,9 @@ def typical_batch(config: Config, model: M3AE, grids: Sequence[Grid] | None = No
 
 
 def activation_bytes(config: Config, batch: PackedBatch) -> float:
-    """Return bytes of a batch: a block keeps, per row of width D, 2 norms, q, k, v, attention, 2 residual sums, and the
-    MLP's hidden twice; a decoder with cross-attention, keys and values of the encoder's rows for each block."""
+    """Return the bytes of the activations of a batch. For each row of width D, a block keeps 2 norms, q, k, v, the
+    attention output, 2 residual sums, and the hidden activations of the MLP twice. A decoder with cross-attention also
+    keeps keys and values of the encoder's rows for each block."""
     m = config.model
     size = 2 if in_bf16(config) else 4
     kept = 1 if config.train.activation_checkpointing else 8 + 2 * m.mlp_ratio

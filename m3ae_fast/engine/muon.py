@@ -1,5 +1,5 @@
-"""Muon: each update of a hidden matrix is orthogonalised. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon,
-with the scale of Moonlight, arXiv 2502.16982.
+"""The optimiser Muon, which orthogonalises each update of a hidden matrix: Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon, with the scale of Moonlight, arXiv 2502.16982.
 
 Shapes: N matrices, R rows, C columns.
 """
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MOMENTUM = "momentum_buffer"  # of the state: torch.optim.Muon's name for it
+MOMENTUM = "momentum_buffer"  # key in the state, as in torch.optim.Muon
 UPDATE_RMS = 0.2  # root mean square of an update's elements at a learning rate of 1, as Adam's typically have
 ITERATIONS = 5
-_A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan's: singular values end between 0.68 and 1.14
+_A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan's coefficients: the singular values converge to between 0.68 and 1.14
 _EPS = 1e-7
 
 
@@ -33,16 +33,16 @@ class Matrix(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The part of a flat buffer that a parameter of the optimiser holds."""
+    """The part of a flat buffer of matrices that is stored in one parameter of the optimiser."""
 
     start: int  # the parameter's first element in the buffer
-    matrices: list[Matrix]  # those that overlap with the parameter
-    gather: Callable[[Tensor], Tensor]  # all-gathers the buffer from the parts of the ranks
+    matrices: list[Matrix]  # matrices that overlap with the parameter
+    gather: Callable[[Tensor], Tensor]  # all-gathers a buffer from the parts of all ranks
 
 
 def orthogonalise(x_NRC: Tensor) -> Tensor:
-    """Return approximations of the nearest semi-orthogonal matrices, by Newton-Schulz iterations in the dtype of `x`;
-    of a matrix of zeros, zeros."""
+    """Return approximations of the nearest semi-orthogonal matrices, computed by Newton-Schulz iterations in the dtype
+    of `x`. The result for a zero matrix is zero."""
     if x_NRC.shape[1] > x_NRC.shape[2]:
         return orthogonalise(x_NRC.mT).mT
     x_NRC = x_NRC / (x_NRC.norm(dim=(1, 2), keepdim=True) + _EPS)
@@ -54,9 +54,9 @@ def orthogonalise(x_NRC: Tensor) -> Tensor:
 
 
 def orthogonalisation_flops(stacked: Mapping[Tensor, int]) -> int:
-    """Return the FLOPs of the Newton-Schulz iterations of a step. `stacked`: parameters, and the number of matrices of
-    equally many rows that each consists of. For a matrix of R rows and C >= R columns, an iteration multiplies R x C by
-    C x R, R x R by R x R, and R x R by R x C."""
+    """Return the FLOPs of the Newton-Schulz iterations of a step. `stacked`: number of equally large matrices that are
+    stacked in each parameter. For a matrix of R rows and C >= R columns, an iteration multiplies R x C by C x R, R x R
+    by R x R, and R x R by R x C."""
     flops = 0
     for p, number in stacked.items():
         short, long = sorted((p.shape[0] // number, p.shape[1]))
@@ -65,15 +65,15 @@ def orthogonalisation_flops(stacked: Mapping[Tensor, int]) -> int:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for one group of parameters, and another optimiser for all others.
+    """An optimiser that uses Muon for one group of parameters, and another optimiser for all other groups.
 
-    The group has `momentum`, `weight_decay` (decoupled), and `matrices`: the number of matrices of equally many rows
-    that each parameter consists of. All groups are the other optimiser's own dictionaries and the state is its own,
-    so that ZeRO, which puts flat buffers in the place of parameters, does so for both; see `shard`.
+    Muon's group has `momentum`, `weight_decay` (decoupled), and `matrices`: the number of equally large matrices that
+    are stacked in each parameter. The other optimiser's group dictionaries and state are shared with it, so that both
+    optimisers see the flat buffers by which ZeRO replaces parameters; see `shard`.
     """
 
     def __init__(self, group: dict[str, Any], others: torch.optim.Optimizer) -> None:
-        """Take the group and the optimiser of the others."""
+        """Create the optimiser. `group`: the group that Muon updates; `others`: the optimiser of all other groups."""
         self.others = others
         super().__init__([group, *others.param_groups], {"lr": 0.0})
         self.state = others.state
@@ -81,7 +81,7 @@ class Muon(torch.optim.Optimizer):
         self._parts = {p: Part(0, self._matrices(p, 0), torch.flatten) for p in group["params"]}
 
     def _matrices(self, p: Tensor, start: int) -> list[Matrix]:
-        """Return the matrices of a parameter that begins at `start` of a buffer."""
+        """Return the matrices of a parameter that begins at element `start` of a buffer."""
         number = self._stacked[p]
         rows, columns = len(p) // number, p.shape[1]
         return [Matrix(start + i * rows * columns, rows, columns) for i in range(number)]
@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update the groups' parameters. Where the Muon group is sharded, every rank must call it."""
+        """Update all parameters. Every rank must call it if Muon's group is sharded."""
         self.others.param_groups = [group for group in self.param_groups if "momentum" not in group]
         if self.others.param_groups:
             self.others.step()
@@ -112,10 +112,10 @@ class Muon(torch.optim.Optimizer):
             if MOMENTUM not in state:
                 state[MOMENTUM] = torch.zeros_like(p)
             momentum = state[MOMENTUM].lerp_(p.grad, 1 - beta)
-            if lr == 0:  # the weights stay
+            if lr == 0:  # the weights do not change, so no update is computed
                 continue
             part = self._parts[p]
-            whole = part.gather(torch.lerp(p.grad, momentum, beta))  # Nesterov's
+            whole = part.gather(torch.lerp(p.grad, momentum, beta))  # Nesterov momentum
             p.mul_(1 - lr * weight_decay)
             for matrix in part.matrices:
                 x_RC = whole[matrix.start : matrix.stop].view(matrix.rows, matrix.columns)
@@ -125,6 +125,6 @@ class Muon(torch.optim.Optimizer):
             scale = UPDATE_RMS * math.sqrt(columns)
             for (p, matrix, _), wide_RC in zip(members, orthogonalise(torch.stack([wide for *_, wide in members]))):
                 update = (wide_RC.mT if matrix.rows > matrix.columns else wide_RC).flatten()
-                first = matrix.start - self._parts[p].start  # in the parameter
+                first = matrix.start - self._parts[p].start  # position of the matrix in the parameter
                 begin, end = max(first, 0), min(first + len(update), p.numel())
                 p.view(-1)[begin:end].add_(update[begin - first : end - first], alpha=-lr * scale)

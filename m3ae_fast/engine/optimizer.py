@@ -1,4 +1,4 @@
-"""AdamW as the official M3AE code has it, Muon beside it, and an optimiser's state as tensors by parameter name."""
+"""The optimisers AdamW (as in the official M3AE code) and Muon, and access to their state by parameter name."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ _log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
-Kinds = Mapping[str, tuple[str, ...]]  # of the optimiser's state, by parameter name
+Kinds = Mapping[str, tuple[str, ...]]  # kinds of optimiser state, such as MOMENTS, by parameter name
 
 
 def state_kinds(model: nn.Module, groups: list[dict], ema: float | None) -> Kinds:
-    """Return the kinds of the optimiser's state; `ema`: decay of the weights' moving average, None: none."""
+    """Return the kinds of optimiser state of each parameter. `ema`: decay of the weights' moving average; None: no
+    average."""
     by_muon = {p for group in groups if "momentum" in group for p in group["params"]}
     average = () if ema is None else (EMA,)
     return {name: (*((MOMENTUM,) if p in by_muon else MOMENTS), *average) for name, p in model.named_parameters()}
 
 
 def optimizer_groups(model: M3AE, config: PretrainingOptimConfig) -> list[dict]:
-    """Return the groups of pre-training's optimiser: AdamW's, and, with Muon, before them the hidden matrices."""
+    """Return the parameter groups of the optimiser for pre-training: those of AdamW and, with Muon, in front of them
+    the group of hidden matrices."""
     groups = parameter_groups(model, config.weight_decay)
     if config.name == "adamw":
         return groups
@@ -47,8 +49,8 @@ def optimizer_groups(model: M3AE, config: PretrainingOptimConfig) -> list[dict]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return AdamW's groups. Decay applies to matmul weights and, as in the official code, LayerNorm scales; not to
-    biases and embeddings."""
+    """Return the parameter groups of AdamW. Weight decay applies to matmul weights and, as in the official code, to
+    LayerNorm scales, but not to biases and embeddings."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
@@ -59,8 +61,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def build_optimizer(
     groups: list[dict], config: OptimConfig, ema: float | None = None, on_cpu: bool = False, partitioned: bool = False
 ) -> torch.optim.Optimizer:
-    """Return AdamW, with Muon for the group that is Muon's, if any: see `optimizer_groups`. `ema`: decay of a moving
-    average of the weights, see `track_ema`; None: none. Other arguments as of `build_adamw`."""
+    """Return AdamW, combined with Muon if one of the groups is for Muon (see `optimizer_groups`). `ema`: decay of a
+    moving average of the weights, see `track_ema`; None: no average. Other arguments as in `build_adamw`."""
     adamw = build_adamw([group for group in groups if "momentum" not in group], config, on_cpu, partitioned)
     muon = [group for group in groups if "momentum" in group]
     optimizer = Muon(muon[0], adamw) if muon else adamw
@@ -71,29 +73,31 @@ def build_optimizer(
 def build_adamw(
     groups: list[dict], config: OptimConfig, on_cpu: bool = False, partitioned: bool = False
 ) -> torch.optim.Optimizer:
-    """Return torch's fused AdamW, or NVIDIA apex's FusedAdam where that is installed and fits.
+    """Return NVIDIA apex's FusedAdam if it is installed and applicable, otherwise torch's fused AdamW.
 
-    DeepSpeed's own Adams are extensions that every new machine has to compile; the one for CPUs takes as long as
-    torch's.
+    DeepSpeed's Adam implementations are not used: they have to be compiled on every new machine, and the one for CPUs
+    is no faster than torch's.
 
     Args:
-        groups: parameters, on their final device, with their weight decay.
+        groups: groups of parameters, on their final device, with their weight decay.
         config: decay rates and epsilon; the learning rate is set before each step.
-        on_cpu: the parameters are on a GPU, but will be updated on the CPU (ZeRO-Offload).
-        partitioned: ZeRO-3 steps one part of a group at a time, which apex's, counting steps per group, cannot follow.
+        on_cpu: whether parameters that are on a GPU will be updated on the CPU (ZeRO-Offload).
+        partitioned: whether the optimiser updates one partition of a group at a time (ZeRO-3). FusedAdam does not
+            support this, because it counts steps per group.
     """
     options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
     first = groups[0]["params"][0]
     if first.is_cuda and first.dtype != torch.float64 and not on_cpu and not partitioned:
         try:
             return importlib.import_module("apex.optimizers").FusedAdam(groups, adam_w_mode=True, **options)
-        except Exception:  # not installed, without its extension, or PyPI's unrelated package of that name
-            _log.debug("no apex", exc_info=True)
+        except Exception:  # not installed, installed without its extension, or the unrelated package of that name
+            _log.debug("apex is not available", exc_info=True)
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def name_of(optimizer: torch.optim.Optimizer) -> str:
-    """Return "torch AdamW" or "apex FusedAdam", and what Muon updates."""
+    """Return a description of the optimiser: "torch AdamW" or "apex FusedAdam", and the parameters that Muon
+    updates."""
     if isinstance(optimizer, Muon):
         ratio = optimizer.param_groups[0]["lr_scale"]
         return f"Muon for hidden matrices (learning rate x {ratio:g}), {name_of(optimizer.others)} for the rest"
@@ -101,14 +105,15 @@ def name_of(optimizer: torch.optim.Optimizer) -> str:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set `lr`, times a group's `lr_scale` where it has one."""
+    """Set the learning rate of all groups to `lr`, multiplied by the group's `lr_scale` if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 @torch.no_grad()
 def clip_by_global_norm(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale gradients so that their global norm is at most `max_norm` (optax.clip_by_global_norm). Returns the norm."""
+    """Scale gradients in place so that their global norm is at most `max_norm` (optax.clip_by_global_norm), and return
+    the norm before scaling."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     if max_norm is not None:
@@ -117,9 +122,9 @@ def clip_by_global_norm(parameters: list[nn.Parameter], max_norm: float | None) 
 
 
 def track_ema(optimizer: torch.optim.Optimizer, decay: float | None) -> None:
-    """Keep a moving average of the weights as one more tensor of the optimiser's state: so the average is sharded and
-    saved together with the optimiser state, at any ZeRO stage. It begins as the weights after the first update. None:
-    none."""
+    """Keep a moving average of the weights as a further tensor of the optimiser's state, so that it is sharded and
+    saved together with that state at any ZeRO stage. It is initialised with the weights after the first update.
+    `decay`: decay of the average; None: no average is kept."""
     if decay is None:
         return
     rate = 1 - decay
@@ -154,7 +159,7 @@ def prime(optimizer: torch.optim.Optimizer, step: int) -> None:
         _set_step(optimizer.state[p], step)
     for group, lr in zip(optimizer.param_groups, lrs):
         group["lr"] = lr
-        _set_step(group, step)  # apex's FusedAdam counts here
+        _set_step(group, step)  # FusedAdam stores the step count in the group
 
 
 def _set_step(counter: dict, step: int) -> None:
@@ -165,8 +170,8 @@ def _set_step(counter: dict, step: int) -> None:
 def collect(
     model: nn.Module, kind: str, kinds: Kinds, whole: Callable[[nn.Parameter, str], Tensor]
 ) -> dict[str, Tensor]:
-    """Return `whole(parameter, kind)` of each parameter that has a state of this kind, or all for "model", by its name,
-    as float32 copies on the CPU."""
+    """Return the results of `whole(parameter, kind)` by parameter name, as float32 copies on the CPU, for all
+    parameters that have a state of this kind (for "model": all parameters)."""
     return {
         name: whole(p, kind).detach().to("cpu", torch.float32, copy=True)
         for name, p in model.named_parameters()

@@ -1,4 +1,4 @@
-"""The steps of a run, the learning rate of each, and a number of steps that changes while the run goes on."""
+"""The number of steps of a run, which may change during the run, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from m3ae_fast.data import Share
 
 
 def learning_rate(step: float, config: ScheduleConfig, batch: int, warmup_steps: int, total_steps: int) -> float:
-    """Return the learning rate of 0-based `step`: linear warm-up, then cosine (optax.warmup_cosine_decay_schedule)."""
+    """Return the learning rate of 0-based `step`: linear warm-up, then cosine decay
+    (optax.warmup_cosine_decay_schedule)."""
     scale = config.lr_factor(batch)
     init, peak, end = (scale * lr for lr in (config.init_lr, config.peak_lr, config.end_lr))
     return warmup_cosine(step, warmup_steps, total_steps, init, peak, end)
@@ -22,8 +23,8 @@ def learning_rate(step: float, config: ScheduleConfig, batch: int, warmup_steps:
 def warmup_cosine(
     step: float, warmup_steps: int, total_steps: int, init: float = 0.0, peak: float = 1.0, end: float = 0.0
 ) -> float:
-    """Return a schedule that rises linearly from `init` to `peak` in the warm-up and then decays to `end` along a
-    cosine."""
+    """Return the value at `step` of a schedule that rises linearly from `init` to `peak` during the warm-up and then
+    decays to `end` along a cosine."""
     if step < warmup_steps:
         return init + (peak - init) * step / warmup_steps
     progress = min(step - warmup_steps, total_steps - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -33,15 +34,16 @@ def warmup_cosine(
 def warmup_stable_decay(
     step: float, warmup_steps: int, decayed: float, init: float = 0.0, peak: float = 1.0, end: float = 0.0
 ) -> float:
-    """Return a schedule that rises linearly from `init` to `peak` in the warm-up, and then decays to `end` as 1 minus
-    the root of `decayed`, the progress of the decay (arXiv 2405.18392)."""
+    """Return the value at `step` of a schedule that rises linearly from `init` to `peak` during the warm-up and stays
+    there until it decays to `end` by the factor 1 - sqrt(`decayed`) (arXiv 2405.18392). `decayed`: progress of the
+    decay at this step, from 0 to 1."""
     rate = init + (peak - init) * step / warmup_steps if step < warmup_steps else peak
     return end + (rate - end) * (1 - math.sqrt(decayed))
 
 
 def split_batch(config: LoopConfig, world: int, rank: int = 0) -> Share:
-    """Return a rank's part of each step, in as few micro-batches as `config.micro_batch` allows. Raises UserError if
-    there are more ranks than samples of a step."""
+    """Return the split of each step's batch over ranks, with as few micro-batches as `config.micro_batch` allows.
+    Raises UserError if there are more ranks than samples in a step."""
     if config.global_batch < world:
         raise UserError(
             f"config: {config.SECTION}.global_batch {config.global_batch} has no sample for some of {world} ranks; "
@@ -53,7 +55,7 @@ def split_batch(config: LoopConfig, world: int, rank: int = 0) -> Share:
 
 
 class Change(NamedTuple):
-    """A decision, after `step` steps, that the run has `total` steps, which are more."""
+    """A change of the run's number of steps to `total`, decided after `step` steps."""
 
     step: int
     total: int
@@ -61,12 +63,12 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of a run over a corpus of `samples`."""
+    """The schedule of a run: its number of steps, and the learning rate of each step."""
 
     train: LoopConfig
     optim: ScheduleConfig
     samples: int  # per epoch
-    changes: tuple[Change, ...] = ()  # of the number of steps, in the order in which they were decided
+    changes: tuple[Change, ...] = ()  # in the order in which they were decided
 
     @property
     def steps_per_epoch(self) -> int:
@@ -82,21 +84,21 @@ class Schedule:
 
     @property
     def most_steps(self) -> int:
-        """Return the steps that a change may set at most."""
+        """Return the maximum number of steps that a change may set."""
         return max(LONGEST * self.steps_per_epoch, self.configured_steps)
 
     @property
     def warmup_steps(self) -> int:
-        """Return the steps of the warm-up, before any change."""
+        """Return the number of warm-up steps of the unchanged schedule."""
         return min(round(self.optim.warmup_epochs * self.steps_per_epoch), self.configured_steps)
 
     def changed(self, step: int, total: int) -> Schedule:
-        """Return the schedule of a run that has taken `step` steps and is to have `total` steps in all."""
+        """Return this schedule with the number of steps changed to `total` after `step` steps."""
         return replace(self, changes=(*self.changes, Change(step, total)))
 
     def position(self, step: int) -> float:
-        """Return the step of the unchanged schedule that corresponds to `step`. A change stretches or compresses what
-        is left of the schedule over the steps that are left, so the learning rate is continuous and reaches its end."""
+        """Return the step of the unchanged schedule that corresponds to `step`. A change stretches or compresses the
+        rest of the schedule to the remaining steps, so the learning rate is continuous and reaches its final value."""
         position, since, pace = 0.0, 0, 1.0
         for change in self.changes:
             if change.step > step:
@@ -106,9 +108,10 @@ class Schedule:
         return position + (step - since) * pace
 
     def _decays(self) -> Iterator[tuple[int, int, int, float]]:
-        """Yield, from the start and from each change on: the step from which that holds, the first and the last step of
-        the decay, and its progress before the first. A decay that has not begun is planned anew, for the end of all
-        steps; one that has begun takes what is left of it over the steps that are left."""
+        """Yield the plan of the decay at the start and after each change: the step from which the plan applies, the
+        first and the last step of the decay, and its progress before the first step. If the decay has not begun when
+        the number of steps changes, it is moved to the new end; if it has begun, its rest is spread over the remaining
+        steps."""
         first, last, before = self._first_of_decay(self.configured_steps), self.configured_steps, 0.0
         yield 0, first, last, before
         for step, total in self.changes:
@@ -121,7 +124,7 @@ class Schedule:
             yield step, first, last, before
 
     def _first_of_decay(self, total: int) -> int:
-        """Return the steps that a run of `total` steps takes before its decay."""
+        """Return the number of steps before the decay in a run of `total` steps."""
         return total - max(round((self.optim.decay or 0.0) * total), 1)
 
     def with_decay_from(self, step: int) -> int:
@@ -131,7 +134,7 @@ class Schedule:
 
     @property
     def decay_begin(self) -> int | None:
-        """Return the steps taken when the decay begins, with all changes so far; None with a cosine."""
+        """Return the number of steps before the decay, with all changes so far; None for a cosine schedule."""
         if self.optim.decay is None:
             return None
         return [first for _, first, _, before in self._decays() if before == 0][-1]
@@ -142,14 +145,15 @@ class Schedule:
         return before + (1 - before) * min(max(step - first, 0) / (last - first), 1)
 
     def describe_rate(self) -> str:
-        """Return the learning rate after the warm-up in words, which logs have, and how it follows from `peak_lr`."""
+        """Return a description for the log of the learning rate after the warm-up and its derivation from
+        `peak_lr`."""
         optim, batch = self.optim, self.train.global_batch
         factor = optim.lr_factor(batch)
         scaled = "" if factor == 1 else f" = {optim.SECTION}.peak_lr {optim.peak_lr:g} x batch {batch:,} / 256"
         return f"learning rate {factor * optim.peak_lr:.3g}{scaled}"
 
     def lr(self, step: int) -> float:
-        """Return the learning rate of 0-based `step`."""
+        """Return the learning rate of 0-based `step`, with all changes so far."""
         batch = self.train.global_batch
         if self.optim.decay is not None:
             scale = self.optim.lr_factor(batch)

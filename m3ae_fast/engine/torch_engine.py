@@ -1,4 +1,4 @@
-"""Data-parallel training on plain torch: float32 weights, autocast for bf16."""
+"""Data-parallel training with plain torch: float32 weights, with autocast for bf16."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from m3ae_fast.process.ranks import Ranks
 
 
 class TorchEngine:
-    """See `engine.interface.Engine`."""
+    """An engine that trains with plain torch, and with DistributedDataParallel if there are several ranks; see
+    `engine.interface.Engine`."""
 
     memory = ""
 
@@ -40,7 +41,8 @@ class TorchEngine:
         ranks: Ranks,
         ema: float | None = None,
     ) -> None:
-        """Take the optimiser's `groups`, the `dtype` of matmuls, and `ema`, decay of the weights' moving average."""
+        """Move the model to the ranks' device and create its optimiser. `groups`: the optimiser's groups of all
+        parameters; `dtype`: dtype of matmuls; `ema`: decay of the weights' moving average, None for no average."""
         self.model = model.to(ranks.device)
         self.before_update: Callable[[], None] = lambda: None
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks
@@ -50,13 +52,13 @@ class TorchEngine:
         self.ddp: nn.parallel.DistributedDataParallel | None = None
         if ranks.world > 1:
             ddp = nn.parallel.DistributedDataParallel
-            old, new = "broadcast_buffers", "forward_sync_buffers"  # since torch 2.13
+            old, new = "broadcast_buffers", "forward_sync_buffers"  # renamed in torch 2.13
             sync = new if new in inspect.signature(ddp).parameters else old
             options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
             self.ddp = ddp(self.model, **options)
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
-        if not self.model.training:  # it walks through all modules
+        if not self.model.training:  # `train` visits all modules, which takes time
             self.model.train()
         results = []
         for i, batch in enumerate(batches):
@@ -70,7 +72,7 @@ class TorchEngine:
         set_lr(self.optimizer, lr)
         self.before_update()
         self.optimizer.step()
-        self.optimizer.zero_grad()  # to None; the fused Adams take no argument
+        self.optimizer.zero_grad()  # sets gradients to None; apex's FusedAdam has no argument for that
         return results, norm
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from m3ae_fast.model.inference import encoding
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
 
-_EPS = 1e-7  # of RankMe
+_EPS = 1e-7  # epsilon in the definition of RankMe
 
 
 def evaluate(
@@ -28,10 +28,16 @@ def evaluate(
     with_targets: Callable[[PackedBatch], PackedBatch],
     baselines: Baselines | None = None,
 ) -> dict[str, float]:
-    """Return metrics to log: means over the whole of `loader`, whose ranks' batches are parts of one set.
+    """Return the metrics of an evaluation for the log: means over the batches of all ranks.
 
-    `with_targets` makes on the device the targets that a batch still lacks. Every rank must call it, with equally many
-    batches.
+    Every rank must call it, with the same number of batches.
+
+    Args:
+        engine: engine of the model.
+        loader: loader of this rank's part of the held-out samples.
+        ranks: the ranks of the run.
+        with_targets: function that adds image targets computed on the device to a batch.
+        baselines: baselines to compute as well; None: only the losses.
     """
     sums = [0.0] * 6
     for batch in loader:
@@ -54,11 +60,11 @@ def evaluate(
 
 
 class Baselines:
-    """Baselines of an evaluation, accumulated over the batches of all ranks: the losses of constant predictions, and
-    RankMe."""
+    """Baseline losses of constant predictions, and the effective rank of the features (RankMe), accumulated over the
+    batches of all ranks in an evaluation."""
 
     def __init__(self, model: M3AE, precision: str, ranks: Ranks) -> None:
-        """Begin a set. `precision`: of the features."""
+        """Start an evaluation. `precision`: precision in which features are computed."""
         self._model, self._precision, self._ranks = model, precision, ranks
         c = model.config
         self._moments_2K = torch.zeros(2, c.patch_dim, dtype=torch.float64)  # sums of targets and of their squares
@@ -66,12 +72,12 @@ class Baselines:
         ids = c.codebook_size if c.image_targets == "vqgan" else 0
         self._image_ids = torch.zeros(ids, dtype=torch.float64)
         self._text_ids = torch.zeros(c.vocab_size, dtype=torch.float64)
-        self._gram_DD = torch.zeros(c.emb_dim, c.emb_dim, dtype=torch.float64, device=ranks.device)  # of the features
+        self._gram_DD = torch.zeros(c.emb_dim, c.emb_dim, dtype=torch.float64, device=ranks.device)  # see `rankme`
         self._samples = 0
 
     def add(self, batch: PackedBatch) -> None:
-        """Add a batch with its targets, on the device. Features are those of the visible tokens."""
-        image_I, text_W = batch.image_row_weight != 0, batch.text_row_weight != 0  # rows of padding have weight 0
+        """Add a batch with its targets, which must be on the device. Features are computed from the visible tokens."""
+        image_I, text_W = batch.image_row_weight != 0, batch.text_row_weight != 0  # padding rows have weight 0
         if len(self._image_ids):
             self._image_ids += torch.bincount(batch.image_targets[image_I], minlength=len(self._image_ids)).cpu()
         elif image_I.any():
@@ -81,7 +87,8 @@ class Baselines:
         if len(self._text_ids):
             self._text_ids += torch.bincount(batch.text_targets[text_W], minlength=len(self._text_ids)).cpu()
         with encoding(self._model, self._precision, self._ranks.device):
-            features_ND = self._model.pooled(batch).double()  # of no sample too: with ZeRO-3 ranks gather its weights
+            # also for a batch without samples, because with ZeRO-3 all ranks must gather the weights
+            features_ND = self._model.pooled(batch).double()
         self._gram_DD += features_ND.T @ features_ND
         self._samples += len(features_ND)
 
@@ -93,11 +100,11 @@ class Baselines:
         return standardise(targets_IK) if self._model.loss_config.norm_pix else targets_IK
 
     def values(self, losses: dict[str, float]) -> dict[str, float]:
-        """Return `val_image_relative` and `val_text_relative`, losses over those of the best constant prediction, and
-        `val_rankme`. Every rank must call it.
+        """Return `val_image_relative` and `val_text_relative`, the `losses` divided by those of the best constant
+        prediction, and `val_rankme`. Every rank must call it.
 
-        A constant prediction of pixels is the mean patch, of ids their frequencies: its loss is the variance of the
-        patches, or the entropy of the ids.
+        The best constant prediction is the mean patch for pixels, whose loss is the variance of the patches, and the
+        distribution of frequencies for ids, whose loss is the entropy of the ids.
         """
         counts = torch.tensor([self._patches, self._samples])
         parts = self._moments_2K, self._image_ids, self._text_ids, self._gram_DD, counts
@@ -118,19 +125,19 @@ class Baselines:
 
 
 def entropy(counts: Tensor) -> float:
-    """Return the entropy of frequencies, in nats; 0 of none."""
+    """Return the entropy in nats of the distribution given by frequencies; 0 if all are 0."""
     p = counts[counts > 0] / counts.sum().clamp_min(1)
     return -(p * p.log()).sum().item()
 
 
 def rankme(gram_DD: Tensor, samples: int) -> float:
-    """Return a smooth count of the dimensions that features fill, from 1 to min(N, D): the exponential of the entropy
-    of their singular values (RankMe, arXiv 2210.02885). NaN where one is not finite.
+    """Return the effective rank of the features, from 1 to min(N, D): the exponential of the entropy of their singular
+    values (RankMe, arXiv 2210.02885). The result is NaN if a feature is not finite.
 
     Args:
-        gram_DD: float64, the sum of the outer products of the features, whose eigenvalues are the squares of these
-            singular values.
-        samples: N, the number of features.
+        gram_DD: float64, the sum of the outer products of the features; its eigenvalues are the squares of the singular
+            values.
+        samples: N, the number of samples.
     """
     if not gram_DD.isfinite().all():
         return math.nan
