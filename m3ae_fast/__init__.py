@@ -39,7 +39,7 @@ settle_home()  # before other libraries look for it
 
 
 def __getattr__(name: str) -> Any:
-    """Return what is imported only when it is asked for: it imports torch, which takes seconds."""
+    """Import an attribute on first access, because importing torch takes seconds."""
     if name == "__version__":
         from m3ae_kernels.version import __version__
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from m3ae_fast.base.stop_signals import SIGNALS
 
-if __name__ == "__main__":  # torch takes seconds to import; `StopRequest` handles what arrived meanwhile
+if __name__ == "__main__":  # `StopRequest` handles signals that arrive during the import of torch, which takes seconds
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 from m3ae_fast.base.errors import exit_cleanly
@@ -34,7 +34,7 @@ from m3ae_fast.cli.command_line import (
 from m3ae_fast.config import load_config, require_libraries_of, shipped_configs
 from m3ae_fast.process.launchers import alone
 
-if TYPE_CHECKING:  # torch is imported by what needs it: not by --help, nor by what only says that the config is wrong
+if TYPE_CHECKING:  # torch is imported only where it is used, so that --help and errors in the config come at once
     from m3ae_fast.config import Config
     from m3ae_fast.process.session import Session
 
@@ -96,18 +96,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     use_device(args.device)
-    if alone():  # a mistake is told before the imports, which take seconds
+    if alone():  # reports mistakes before the imports, which take seconds
         _load(args)
     with working("importing torch", show=args.dry_run and alone()):
         from m3ae_fast.process.session import joined_program
 
     with joined_program() as session:
         perform(args, session)
-    return 0  # also where a rank was asked to stop
+    return 0  # also if a rank was asked to stop
 
 
 def _load(args: argparse.Namespace) -> Config:
-    """Read the config. Raises UserError if it is wrong, or a run on this machine lacks a library."""
+    """Return the config. Raises UserError if it is invalid, or if a library that a run on this machine requires is not
+    installed."""
     config = load_config(args.config, args.set)
     if args.world is None and not args.no_data:
         require_libraries_of(config)
@@ -115,13 +116,13 @@ def _load(args: argparse.Namespace) -> Config:
 
 
 def perform(args: argparse.Namespace, session: Session) -> None:
-    """Do what the command line asks for. Raises UserError if that is not possible."""
+    """Run the command: a dry run or a training run. Raises UserError if that is not possible."""
     from m3ae_fast.evaluation.knn_during_training import knn_probe
     from m3ae_fast.training.run import pre_train
 
     config = session.ranks.broadcast(lambda: _load(args))
     if args.dry_run:
-        _look_at(config, args, session)
+        _dry_run(config, args, session)
         return
     pre_train(
         config,
@@ -133,8 +134,8 @@ def perform(args: argparse.Namespace, session: Session) -> None:
     )
 
 
-def _look_at(config: Config, args: argparse.Namespace, session: Session) -> None:
-    """Do what --dry-run asks for. Every rank must call it. Raises UserError as a run would at its start."""
+def _dry_run(config: Config, args: argparse.Namespace, session: Session) -> None:
+    """Print the report of --dry-run. Every rank must call it. Raises UserError as at the start of a run."""
     from m3ae_fast.base.hardware import settle_precision
     from m3ae_fast.evaluation.knn_during_training import open_probe
     from m3ae_fast.training.dry_run import report, report_time
@@ -143,7 +144,7 @@ def _look_at(config: Config, args: argparse.Namespace, session: Session) -> None
     gpus = args.world is not None or ranks.device.type == "cuda"
     settled = config if gpus else config.model_copy(update={"train": settle_precision(config.train, ranks.device)})
 
-    def look() -> None:
+    def print_report() -> None:
         more = []
         if config.train.probe and not args.no_data:
             with working("opening the samples of train.probe"):
@@ -152,7 +153,7 @@ def _look_at(config: Config, args: argparse.Namespace, session: Session) -> None
         world = args.world if gpus else ranks.world
         report(settled, world, gpus=gpus, data=not args.no_data, sizes=args.sizes, more=more)
 
-    ranks.on_main(look)
+    ranks.on_main(print_report)
     if args.world is None and not args.no_data:
         report_time(config, session)
 

@@ -102,7 +102,7 @@ def _check_units(images: Iterable[OneImage], value_range: tuple[float, float]) -
             values = x.detach().double()
         else:
             continue
-        if not values.numel() or not values.isfinite().all():  # of which there is another error
+        if not values.numel() or not values.isfinite().all():  # non-finite values are reported elsewhere
             continue
         size += values.numel()
         beyond += int(((values > high + (high - low)) | (values < low - (high - low))).sum())
@@ -120,7 +120,8 @@ def _check_units(images: Iterable[OneImage], value_range: tuple[float, float]) -
 
 
 def check_present(images: Sequence[OneImage | None] | None, texts: Sequence[str | None] | None) -> None:
-    """Raise ValueError if an image is None or a text is no string: the sample would be encoded without it."""
+    """Raise ValueError if an image is None or a text is not a string, because the sample would be encoded without
+    it."""
     for what, values, kind in (("image", images, object), ("text", texts, str)):
         for number, value in enumerate(values if values is not None else ()):
             if value is None or not isinstance(value, kind):

@@ -239,9 +239,17 @@ class EvaluationConfig(Section):
 def evaluation_config(
     given: dict, overrides: list[str], reader: tuple[str, Sequence[str]] | None = None
 ) -> EvaluationConfig:
-    """Return the sections that the command line gives, with its overrides. `reader`: a program or task, and the
-    sections that it reads besides those of `_COMMON`; None: all. Raises UserError as `parse`, and for a setting that
-    the reader would ignore."""
+    """Return the config of an evaluation.
+
+    Args:
+        given: sections as plain JSON data, which are modified.
+        overrides: overrides `section.key=value`.
+        reader: name of a program or task, and the sections that it reads in addition to `_COMMON`; None: all sections
+            are read.
+
+    Raises:
+        UserError: a setting is invalid, or would be ignored by the reader.
+    """
     for override in overrides:
         if reader:
             _require_read(override, *reader)

@@ -1,4 +1,4 @@
-"""The libraries that a config asks for."""
+"""The optional libraries that a config requires."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from m3ae_fast.config.schema import Config
 
 
 def require_libraries_of(config: Config) -> None:
-    """Raise UserError if a library that a run needs is not installed. What shards a manifest names is known only when
-    it is read."""
+    """Raise UserError if a library that a run requires is not installed. Shards that are listed in a manifest are not
+    checked, because they are known only when the manifest is read."""
     needs = {} if config.deepspeed is None else {"deepspeed": "the section deepspeed"}
-    require_libraries(needs | dict.fromkeys(config.run.loggers, "run.loggers"))  # named as their libraries are
+    require_libraries(
+        needs | dict.fromkeys(config.run.loggers, "run.loggers")
+    )  # loggers are named after their libraries
     probe = config.train.probe
     sources = [*config.data.train, *config.data.val, *([*probe.train, *probe.val] if probe else [])]
     for source in sources:

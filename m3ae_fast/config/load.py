@@ -1,4 +1,4 @@
-"""JSON files and `--set` overrides -> validated sections."""
+"""Reading of config files and `--set` overrides, and their validation."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ T = TypeVar("T", bound=Section)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a JSON config file, or a shipped config by its name, and apply `section.key=value` overrides (values are
-    JSON, or else plain strings). Raises UserError if the file is missing or not valid JSON, or a field is unknown, of
-    the wrong type or impossible."""
+    """Read a JSON config file, or a shipped config by its name, and apply `section.key=value` overrides (a value that
+    is not valid JSON is a plain string). Raises UserError if the file is missing or not valid JSON, or if a field is
+    unknown, has the wrong type or an invalid value."""
     data = read_config(_found(path), "config")
     for override in overrides or []:
         apply_override(data, override)
@@ -28,9 +28,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return the paths of the configs that come with the package, by name."""
+    """Return the paths of the shipped configs by name."""
     package = Path(__file__).resolve().parents[1]
-    folders = (package / "configs", package.parent / "configs")  # of an installation; of a clone
+    folders = (package / "configs", package.parent / "configs")  # in an installation; in a clone
     folder = next((each for each in folders if (each / "base.json").is_file()), None)
     return {path.stem: path for path in sorted(folder.glob("*.json"))} if folder else {}
 
@@ -49,7 +49,8 @@ def _found(path: str | Path) -> Path:
 
 
 def read_config(path: Path, label: str) -> dict[str, Any]:
-    """Return the JSON object in a config file. Raises UserError, which begins with `label`, where there is none."""
+    """Return the JSON object in a config file. Raises UserError, whose message begins with `label`, if the file cannot
+    be read or contains anything else."""
     try:
         data = read_json(path)
     except OSError as error:
@@ -63,15 +64,16 @@ def read_config(path: Path, label: str) -> dict[str, Any]:
 
 
 def remembered(config: Config) -> dict[str, Any]:
-    """Return the config that a file in a run folder holds: plain JSON data, with the absolute path of the folder."""
+    """Return the config as plain JSON data for a file in the run folder, with the absolute path of that folder."""
     data = config.model_dump(mode="json")
     data["run"]["dir"] = str(config.run.dir.resolve())
     return data
 
 
 def follow(data: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Return the config, plain JSON data, that a run left in `run_dir`. Where it names another folder from the root on,
-    the run was moved or copied: it names `run_dir` then, and the files that are there by their paths there."""
+    """Return the config that was stored in `run_dir`, as plain JSON data, with paths adjusted if the run folder has
+    been moved or copied. This is the case if the stored path of the folder is absolute and differs from `run_dir`;
+    paths of files below the former folder that exist in `run_dir` are then replaced."""
     run = data["run"] if isinstance(data.get("run"), dict) else {}
     was = run.get("dir")
     if not isinstance(was, str) or not was.startswith("/") or Path(was) == run_dir.resolve():
@@ -91,9 +93,10 @@ def _moved(value: Any, was: str, now: Path) -> Any:
 
 
 def parse(section: type[T], data: Any, where: str) -> T:
-    """Validate plain JSON data. Raises UserError with one line that names the first wrong field."""
+    """Return the section with the given plain JSON data. Raises UserError with one line about the first invalid field,
+    which begins with `where`."""
     text = json.dumps(data)
-    if "\\u0000" in text:  # no file name may have one
+    if "\\u0000" in text:  # not allowed in file names
         raise UserError(f"{where}: holds a null character")
     try:
         return section.model_validate_json(text)
@@ -102,7 +105,8 @@ def parse(section: type[T], data: Any, where: str) -> T:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set `section.key=value` in plain JSON data. Raises UserError if text or key is not valid."""
+    """Apply the override `section.key=value` to plain JSON data. Raises UserError if its form is wrong or if it names
+    an item that does not exist in a list."""
     name, equals, text = override.partition("=")
     override = " ".join(override.split())[:200]  # for messages
     if not equals or not name:

@@ -1,4 +1,4 @@
-"""pydantic's errors -> one line that names the field and, for a misspelt one, the nearest known."""
+"""Conversion of pydantic's errors to one line that names the field and, if it is misspelt, the most similar field."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-_ALIKE = 0.75  # of difflib's ratio, at which a misspelt key is taken for a known one of its section
+_ALIKE = 0.75  # minimum similarity (difflib's ratio) to suggest a key of the same section for an unknown key
 
 
 def describe_error(section: type[BaseModel], error: ValidationError) -> str:
+    """Return a line that describes the first error, and the number of further errors."""
     first, *others = error.errors()
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -23,19 +24,19 @@ def describe_error(section: type[BaseModel], error: ValidationError) -> str:
         message = message[:1].lower() + message[1:]
         got = "" if isinstance(first["input"], dict) else f" (got {json.dumps(first['input'], default=str)[:80]})"
         text = message if not where or message.startswith(f"{where}.") else f"{where}: {message}{got}"
-    text = " ".join(text.split())[:1000]  # a key may be anything
+    text = " ".join(text.split())[:1000]  # an unknown key may have any length, and contain line breaks
     return text + (f" (and {len(others)} more)" if others else "")
 
 
 def _unknown(section: type[BaseModel], loc: tuple[int | str, ...], where: str, value: Any) -> str:
-    """Return a sentence on an unknown key, with the likeliest known one: of a similar name in the same section, or of
-    the same name in another."""
+    """Return a message about an unknown key, with the most likely alternative: a key of the same section with a similar
+    name, or a key of another section with the same name."""
     known, last = list(_section_at(section, loc[:-1]).model_fields), str(loc[-1])
     inside = "".join(f"{part}." for part in loc[:-1])
     near = [inside + name for name in difflib.get_close_matches(last, known, n=1, cutoff=_ALIKE)]
     if not near:
         name = where
-        while isinstance(value, dict) and value:  # of an unknown section: the setting in it
+        while isinstance(value, dict) and value:  # the key is an unknown section: use the first setting in it
             last, value = next(iter(value.items()))
             name += f".{last}"
         if near := settings_called(section, last):
@@ -45,13 +46,13 @@ def _unknown(section: type[BaseModel], loc: tuple[int | str, ...], where: str, v
 
 
 def settings_called(root: type[BaseModel], key: str) -> list[str]:
-    """Return the settings `section.key` of the sections of `root` that have one of that name."""
+    """Return the settings called `key` in all sections of `root`, as `section.key`."""
     sections = ((name, section_of(field.annotation)) for name, field in root.model_fields.items())
     return [f"{name}.{key}" for name, section in sections if section and key in section.model_fields]
 
 
 def _section_at(section: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel]:
-    """Return the section that `loc` points to."""
+    """Return the class of the section at the location `loc` of an error."""
     for part in loc:
         if isinstance(part, str):
             section = section_of(section.model_fields[part].annotation) or section
@@ -59,7 +60,8 @@ def _section_at(section: type[BaseModel], loc: tuple[int | str, ...]) -> type[Ba
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a field's annotation names: by itself, in a list, or as an optional."""
+    """Return the section class in a field's annotation, which may be a section, a list of sections or an optional
+    section; None for other annotations."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind

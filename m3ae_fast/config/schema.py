@@ -18,12 +18,12 @@ from m3ae_fast.config.value_range import Range, check_range
 
 MAX_VOCAB = 1 << 24
 MAX_CHANNELS = 256  # more than any imaging spectrometer in use has
-LONGEST = 800  # epochs of a run whose number of steps is adjusted to its time, as MAE was trained
-MAX_POSITIONS = 1 << 27  # numbers in a table of position embeddings: 512 MB
-# (emb_dim, depth, num_heads); the decoder is the same for all: 512 wide, 8 deep, 16 heads
+LONGEST = 800  # maximum number of epochs if the number of steps is adjusted to a time limit; MAE's number of epochs
+MAX_POSITIONS = 1 << 27  # maximum number of elements in a table of position embeddings: 512 MB
+# (emb_dim, depth, num_heads) of the encoder; all sizes have the same decoder: width 512, depth 8, 16 heads
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
 
-# Upper bounds far beyond any use: a typo is then an error, not an overflow or a start that never ends.
+# The upper bounds are far beyond any use. They turn a typo into an error instead of an overflow or an endless start.
 Size = Annotated[int, Field(gt=0, le=1 << 16)]  # widths, pixels, tokens
 Layers = Annotated[int, Field(gt=0, le=1024)]
 Batch = Annotated[int, Field(gt=0, le=1 << 24)]  # samples
@@ -39,7 +39,7 @@ def _named(path: Any) -> Any:
     return path
 
 
-NamedPath = Annotated[Path, BeforeValidator(_named)]  # to pathlib "" is the folder that one is in
+NamedPath = Annotated[Path, BeforeValidator(_named)]  # pathlib would treat "" as the current folder
 
 
 class Section(BaseModel):
@@ -64,7 +64,7 @@ class RunConfig(Section):
     At start-up, ranks have 1,800 s to join the process group."""
 
 
-# settings of `data` that a model remembers, by their names in `model`
+# settings of `data` that are stored with the model, by their names in `model`
 IMAGE_SETTINGS = {"image_range": "range", **{name: name for name in ("resize", "max_patches", "min_patches")}}
 
 
@@ -207,20 +207,20 @@ class ModelConfig(Section):
 
     @property
     def most_patches(self) -> int:
-        """Return the patches of the largest image."""
+        """Return the maximum number of patches of an image."""
         square = self.resize == "square"
         return self.patches_per_image if square or self.max_patches is None else self.max_patches
 
     @property
     def longest_side(self) -> int:
-        """Return the most patches of an image's side."""
+        """Return the maximum number of patches along a side of an image."""
         if self.resize == "square":
             return self.image_size // self.patch_size
-        return min(self.most_patches, 2 * math.isqrt(self.most_patches - 1) + 2)  # 2 x the root, rounded up
+        return min(self.most_patches, 2 * math.isqrt(self.most_patches - 1) + 2)  # twice the square root, rounded up
 
     @property
     def position_side(self) -> int:
-        """Return the rows and columns of the table of positions."""
+        """Return the number of rows, and of columns, of the table of position embeddings."""
         return self.image_size // self.patch_size if self.positions == "stored" else self.longest_side
 
     @property
@@ -230,7 +230,7 @@ class ModelConfig(Section):
 
     @property
     def image_output_dim(self) -> int:
-        """Return the number of values that the image head gives for a patch."""
+        """Return the number of outputs of the image head per patch."""
         return self.codebook_size if self.image_targets == "vqgan" else self.patch_dim
 
 
@@ -363,7 +363,7 @@ class DataConfig(Section):
         return self
 
     def image_settings(self) -> dict[str, Any]:
-        """Return the settings that a model remembers of its images, by their names in `model`, if they are set."""
+        """Return the image settings that are stored with the model and are set here, by their names in `model`."""
         given = {own: getattr(self, name) for own, name in IMAGE_SETTINGS.items()}
         return {own: value for own, value in given.items() if value is not None}
 
@@ -385,11 +385,12 @@ class ScheduleConfig(Section):
 
     @property
     def decay(self) -> float | None:
-        """Return the fraction of the steps in which the learning rate falls, after which it stays; None: a cosine."""
+        """Return the fraction of the steps at the end of the run in which the learning rate decays, after having been
+        constant; None for a cosine schedule."""
         return None
 
     def lr_factor(self, global_batch: int) -> float:
-        """Return the factor of the learning rates."""
+        """Return the factor by which the learning rates are multiplied."""
         return global_batch / 256
 
 
@@ -433,7 +434,8 @@ class LoopConfig(Section):
     """Length of a training, its batch, and the periods of logging, evaluation and checkpoints."""
 
     SECTION: ClassVar[str] = "train"  # for messages
-    LENGTH_FOLLOWS: ClassVar[bool] = False  # from the number of samples, where neither epochs nor steps are given
+    # whether the length is derived from the number of samples if neither epochs nor steps are given
+    LENGTH_FOLLOWS: ClassVar[bool] = False
 
     global_batch: Batch = 4096
     """Number of samples per optimiser step, over all ranks."""
@@ -576,11 +578,12 @@ class ZeroConfig(Section):
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Return whether Adam runs on the CPU while the model is elsewhere (ZeRO-Offload, arXiv 2101.06840)."""
+        """Return whether the optimiser runs on the CPU while the model is on another device (ZeRO-Offload, arXiv
+        2101.06840)."""
         return self.offload_optimizer is not None and self.offload_optimizer.device != "none"
 
 
-# keys that DeepSpeed knows and another section owns
+# DeepSpeed's keys that are set from other sections
 _SET_ELSEWHERE = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -597,7 +600,7 @@ _SET_ELSEWHERE = {
     "tensorboard": "run.dir",
     "checkpoint": "run.dir",
 }
-# keys that DeepSpeed knows and that have no place in this trainer
+# DeepSpeed's keys that are not supported
 _NOT_SUPPORTED = {
     "sequence_parallel_size": "a sample is one short sequence",
     "tensor_parallel": "ranks are data-parallel; raise the ZeRO stage for larger models",
@@ -631,7 +634,7 @@ class DeepSpeedConfig(Section):
         for key in (*_SET_ELSEWHERE, *_NOT_SUPPORTED):
             value = data.get(key)
             if value is None or value is False or (isinstance(value, dict) and value.get("enabled") is False):
-                continue  # absent or off
+                continue  # the feature is off
             owner = _SET_ELSEWHERE.get(key)
             reason = f"set from {owner}" if owner else f"not supported: {_NOT_SUPPORTED[key]}"
             raise ValueError(f"deepspeed.{key} is {reason}; remove it from the deepspeed section")
@@ -694,7 +697,7 @@ class Config(Section):
         return self._with_images()._without_captions()
 
     def _check_image_sizes(self) -> None:
-        """Raise ValueError if training cannot begin with the smaller images of train.image_sizes."""
+        """Raise ValueError if train.image_sizes is invalid or cannot be combined with other settings."""
         pairs, model = self.train.image_sizes, self.model
         if not pairs:
             return
@@ -719,15 +722,15 @@ class Config(Section):
     def _with_images(self) -> Config:
         """Copy the image settings from `data` to `model`: code that later decodes images for the model has no `data`
         section."""
-        said = self.data.image_settings()
-        for own, value in said.items():
+        given = self.data.image_settings()
+        for own, value in given.items():
             if (before := getattr(self.model, own)) not in (value, ModelConfig.model_fields[own].default):
                 name = IMAGE_SETTINGS[own]
                 raise ValueError(f"data.{name} is {value}, but model.{own} {before}: give data.{name} alone")
-        if not said:
+        if not given:
             return self
         try:
-            model = ModelConfig.model_validate_json(json.dumps(self.model.model_dump(mode="json") | said))
+            model = ModelConfig.model_validate_json(json.dumps(self.model.model_dump(mode="json") | given))
         except ValidationError as error:
             raise ValueError(f"model: {describe_error(ModelConfig, error)}") from None
         return self.model_copy(update={"model": model})
@@ -746,5 +749,5 @@ class Config(Section):
 
     @property
     def zero(self) -> ZeroConfig | None:
-        """Return the settings of ZeRO; None on plain torch."""
+        """Return the settings of ZeRO; None with plain torch."""
         return None if self.deepspeed is None else self.deepspeed.zero_optimization

@@ -1,4 +1,4 @@
-"""The values that become black and white in images whose values are not levels from 0 to 255."""
+"""Value ranges: the values of black and white in images whose values are not levels from 0 to 255."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import Strict
 
-# "dtype": the lowest and the highest value of the file's type, of floats 0 and 1.
-# To strict mode a JSON array is no tuple.
+# (black, white), or "dtype": the lowest and the highest value of the file's data type; 0 and 1 for floats. Strict mode
+# would not accept a JSON array as a tuple.
 Range = Annotated[tuple[float, float], Strict(False)] | Literal["dtype"]
 
 
 def check_range(name: str, image_range: Range | None) -> None:
-    """Raise ValueError if the two values are not in order."""
+    """Raise ValueError if the value of black is not below that of white. `name`: name of the setting, for the
+    message."""
     if isinstance(image_range, tuple) and not image_range[0] < image_range[1]:
         raise ValueError(f"{name} {list(image_range)} must be the values of black and of white, with black below white")
 

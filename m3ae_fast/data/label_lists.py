@@ -1,7 +1,7 @@
-"""Lists of labels, of samples that belong to any number of classes.
+"""Lists of labels, for samples that belong to any number of classes.
 
-A list stands in a field of a sample's `.json` member, of whole numbers or of texts; an empty one says that the sample
-belongs to no class. Samples with the same list share an id, which takes the place of the label.
+A list is a field of a sample's `.json` member and contains integers or texts; it is empty if the sample belongs to no
+class. Samples with the same list share an id, which is used as their label.
 
 Shapes: L different lists, C classes.
 """
@@ -27,23 +27,25 @@ MOST_CLASSES = 1 << 14
 class LabelledLists:
     """Samples with lists of labels."""
 
-    corpus: Corpus  # with ids of lists as labels
-    classes_LC: Tensor  # bool: whether a list has a class
+    corpus: Corpus  # its labels are ids of lists
+    classes_LC: Tensor  # bool: whether a list contains a class
     classes: Classes
-    unknown: int  # labels of lists that are not among the classes, and left out
+    unknown: int  # number of labels in the lists that are not among the classes and therefore ignored
 
 
 def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, progress: bool = False) -> LabelledLists:
-    """Return the samples of a corpus with their lists of labels.
+    """Return the samples of a dataset with their lists of labels.
 
     Args:
+        corpus: the dataset.
         field: "json." and the name of a field.
-        classes: those of the training samples; other labels are left out. None: these are the training samples, and
-            define them.
+        classes: classes of the training samples; other labels are ignored. None: `corpus` contains the training samples
+            and defines the classes.
+        progress: whether to show a progress bar.
 
     Raises:
-        UserError: a sample has no list, a label is neither a whole number nor text, numbers and texts are mixed, or
-            there is no label at all; or a shard cannot be read.
+        UserError: a sample has no list, a label is neither an integer nor text, numbers and texts are mixed, no sample
+            has a label, or a shard cannot be read.
     """
     if not field.startswith("json."):
         raise UserError(f"--labels {field}: lists of labels are in a field of the samples' json; name one: json.FIELD")
@@ -81,7 +83,8 @@ def _define_classes(used: set[Label], where: str, field: str) -> Classes:
 
 
 def _parse(data: bytes, field: str, where: str) -> tuple[Label, ...] | None:
-    """Return the labels of a list in order, each once. Raises UserError if it is none."""
+    """Return the distinct labels of a sample's list in sorted order; None if the sample has no list. Raises UserError
+    if the field is not a list of labels."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError):

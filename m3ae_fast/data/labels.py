@@ -67,9 +67,10 @@ def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[l
 def read_members(
     corpus: Corpus, field: str, parse: Callable[[bytes, str, str], T], *, progress: bool = False
 ) -> list[list[T | None]]:
-    """Return what `parse` makes of the member of every sample of each source in file order, None if there is none.
-    `parse`: of the bytes of a .cls or .json member, as `field` says, `field`, and the sample's name for messages.
-    Raises UserError if a shard cannot be read, and as `parse` does."""
+    """Return the parsed members of the samples of each source in file order; None for a sample without the member.
+    `field`: "cls" for .cls members, "json.NAME" for .json members. `parse`: function that is called with the bytes of a
+    member, `field`, and the sample's name for messages. Raises UserError if a shard cannot be read, and as `parse`
+    does."""
     shards = [(number, shard) for number, source in enumerate(corpus.sources) for shard in source.shards]
     found: list[list[T | None]] = [[] for _ in corpus.sources]
     for number, shard in track(shards, "reading labels", len(shards), show=progress):
@@ -280,7 +281,8 @@ def _parse(data: bytes, field: str, where: str) -> Label | None:
 
 
 def parse_label(value: Any, field: str, where: str) -> Label | None:
-    """Return a label of a JSON field. Raises UserError if it is neither a whole number nor text."""
+    """Return the label in a JSON field; None if the value is null. Raises UserError if it is neither an integer nor
+    text. `where`: name of the sample, for the message."""
     if isinstance(value, int) and not _INT64.min <= value <= _INT64.max:
         raise UserError(f"{where}: {field} is {str(value)[:40]}, which exceeds the integers of 64 bits")
     if value is None or (isinstance(value, int | str) and not isinstance(value, bool)):

@@ -1,6 +1,6 @@
-"""Label masks of samples: KEY.mask.png next to the image.
+"""Label masks of samples, which are stored as KEY.mask.png next to the image.
 
-Shapes: N samples that have a mask, S x S pixels of the model's view.
+Shapes: N samples with a mask, S x S pixels of the model's input.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class Masks:
-    """Where the mask of each sample is."""
+    """The label masks of samples, which are read from their shards."""
 
     store: ShardStore
     shards: list[str]
-    places_N3: np.ndarray  # int64: number of the shard, offset and size in bytes
+    places_N3: np.ndarray  # int64: number of the shard, offset and size of the mask in bytes
 
     def views(self, numbers: Sequence[int], size: int, *, progress: bool = False) -> Tensor:
-        """Return the class ids in the model's view of these samples, uint8 [len(numbers), S, S]. Raises UserError if a
-        mask cannot be read."""
+        """Return the class ids of the samples with these numbers, cropped and scaled to the model's input (see
+        `mask_view`), uint8 [len(numbers), S, S]. `size`: S. Raises UserError if a mask cannot be read."""
         views = torch.empty(len(numbers), size, size, dtype=torch.uint8)
         with ThreadPoolExecutor(_THREADS) as pool:
             found = pool.map(lambda number: mask_view(self._read(number), size), numbers)
@@ -60,8 +60,9 @@ class Masks:
 
 
 def masked_corpus(corpus: Corpus, *, progress: bool = False) -> tuple[Corpus, Masks]:
-    """Return the samples of a corpus that have an image and a mask, with numbers from 0 as labels, and the masks by
-    these numbers. Raises UserError if there are none, or a shard cannot be read."""
+    """Return the samples of a dataset that have an image and a mask, with consecutive numbers from 0 as labels, and
+    their masks, which are accessed by these numbers. Raises UserError if no sample has a mask, or if a shard cannot be
+    read."""
     shards: list[str] = []
     places: list[tuple[int, int, int]] = []
     sources = []
@@ -74,7 +75,7 @@ def masked_corpus(corpus: Corpus, *, progress: bool = False) -> tuple[Corpus, Ma
                 offsets = shard.table()["image_offset"].tolist()
             except OSError as error:
                 raise UserError(f"shard {shard.shard}: cannot be read ({error.strerror or error})") from None
-            masks = {}  # by the offset of the image
+            masks = {}  # mask members by the offset of the image
             for _, files in group(members):
                 image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
                 if image is not None and MASK_SUFFIX in files:

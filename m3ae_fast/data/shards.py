@@ -74,7 +74,7 @@ def is_remote(shard: str) -> bool:
 
 
 def _advice_on(folder: str) -> str:
-    """Return what to do with a folder in place of shards."""
+    """Return advice for a user who named a folder in place of shards."""
     if glob.glob(os.path.join(glob.escape(folder), "*.tar")):
         return f"name its tars, as in {os.path.join(folder, '*.tar')!r}"
     return f"make shards of its images: m3ae-fast shards make {folder} --out SHARDS"

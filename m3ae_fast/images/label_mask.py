@@ -1,6 +1,6 @@
-"""Label masks: PNG files of one channel that hold a class id for each pixel of an image.
+"""Label masks: single-channel PNG files with the class id of each pixel of an image.
 
-Shapes: H x W pixels of the file, S x S those of the model's view.
+Shapes: H x W pixels of the file, S x S pixels of the model's input.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.images.decoding import MAX_PIXELS
 
-_MODES = ("1", "L", "P", "I;16", "I")  # of palettes the indices are ids, as in Pascal VOC
+_MODES = ("1", "L", "P", "I;16", "I")  # in palette images, the palette indices are the ids, as in Pascal VOC
 MAX_ID = 255
 
 
 def mask_size(data: bytes) -> tuple[int, int]:
-    """Return height and width of a label mask, from its header. Raises BadSample if it is none."""
+    """Return the height and width in the header of a label mask. Raises BadSample if the file is not a label mask."""
     image = _header(data)
     return image.height, image.width
 
 
 def read_mask(data: bytes) -> Tensor:
-    """Return the class ids of a label mask, uint8 [H, W]. Raises BadSample if it is none, is damaged, or has an id
-    above 255."""
+    """Return the class ids of a label mask, uint8 [H, W]. Raises BadSample if the file is not a label mask, is damaged,
+    or contains an id above 255."""
     image = _header(data)
     try:
         ids_HW = np.array(image)
@@ -39,12 +39,12 @@ def read_mask(data: bytes) -> Tensor:
 
 
 def mask_view(ids_HW: Tensor, size: int) -> Tensor:
-    """Return the central square of class ids as `crops.centre_crop` sees that of an image, uint8 [S, S]: each pixel has
-    the id at its centre."""
+    """Return the central square of a label mask, scaled to the model's input size, uint8 [S, S]. It corresponds to the
+    result of `crops.centre_crop` for the image; each pixel has the class id at its centre."""
     height, width = ids_HW.shape
     side = min(height, width)
-    places_S = ((torch.arange(size) + 0.5) * side / size).long()
-    return ids_HW[places_S[:, None] + (height - side) // 2, places_S + (width - side) // 2]
+    index_S = ((torch.arange(size) + 0.5) * side / size).long()
+    return ids_HW[index_S[:, None] + (height - side) // 2, index_S + (width - side) // 2]
 
 
 def _header(data: bytes) -> Image.Image:

@@ -270,14 +270,15 @@ class MultimodalEncoder(nn.Module):
         batch: int = 64,
         precision: Literal["auto", "bf16", "fp32"] = "auto",
     ) -> Tensor:
-        """Return a map of the features of each image's patches, without gradients. Arguments and errors as of `encode`.
+        """Return the features of each image's patches as a feature map, without gradients. Arguments and errors as in
+        `encode`.
 
         Returns:
-            [B, H, W, D], H x W the rows and columns of patches, with the final LayerNorm; on the model's device,
-            float32, or as the weights where those are float64.
+            Features [B, H, W, D] with the final LayerNorm, where H x W are the rows and columns of patches, on the
+                model's device: float32, or float64 if the weights are float64.
 
         Raises:
-            ValueError: images of a native model have maps of different sizes; and as `encode`.
+            ValueError: as in `encode`, or native images have patch grids of different sizes.
         """
         found, _ = self._checked(images, None, value_range)
         batches, layers = self._batches(found, None, value_range, batch, precision), self._layers(layer)
@@ -297,7 +298,8 @@ class MultimodalEncoder(nn.Module):
         return features_BHWD
 
     def _layers(self, layer: int | None) -> list[int]:
-        """Return the one block after which features are taken. Raises ValueError if there is no such."""
+        """Return a list with the number of the block after which features are taken. Raises ValueError if there is no
+        such block."""
         if layer is not None and not 1 <= layer <= self.config.depth:
             raise ValueError(f"layer {layer}: the encoder has layers 1 to {self.config.depth}")
         return [layer or self.config.depth]
@@ -305,7 +307,7 @@ class MultimodalEncoder(nn.Module):
     def _checked(
         self, images: OneImage | Sequence[OneImage] | None, texts: str | Sequence[str] | None, value_range: ValueRange
     ) -> tuple[list[OneImage] | None, list[str] | None]:
-        """Return images and texts as lists. Raises ValueError and UserError as `encode`."""
+        """Return images and texts as lists. Raises ValueError and UserError as `encode` does."""
         if images is not None:
             images = list(as_images(images, self.config.channels))
             check_values(images, value_range, self.config)
@@ -326,8 +328,8 @@ class MultimodalEncoder(nn.Module):
         batch: int,
         precision: str,
     ) -> Iterator[PackedBatch]:
-        """Return batches on the model's device, of which everything is visible. Raises ValueError for a batch or a
-        precision that is none, and as `unmasked_sample`."""
+        """Return an iterator over unmasked batches on the model's device. Raises ValueError if the batch size or the
+        precision is invalid, and as `unmasked_sample` does."""
         if batch < 1:
             raise ValueError(f"batch {batch}: must be 1 or more")
         if precision not in ("auto", "bf16", "fp32"):

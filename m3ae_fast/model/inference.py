@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import dtype_of, fast_precision
 
-_ROWS = 16_384  # that are checked at a time
+_ROWS = 16_384  # number of rows that are checked at a time
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def check_finite(values: Tensor, keys: Sequence[str]) -> None:
 
 
 def rows_not_finite(values: Tensor) -> list[int]:
-    """Return the numbers of the rows that have a value which is not finite."""
+    """Return the indices of the rows with a value that is not finite."""
     if not values.numel():
         return []
     parts = [part.flatten(1).isfinite().all(1) for part in values.split(_ROWS)]
@@ -44,7 +44,8 @@ def rows_not_finite(values: Tensor) -> list[int]:
 
 
 def refuse_not_finite(rows: Sequence[int], keys: Sequence[str]) -> None:
-    """Raise UserError if there are `rows`, ascending, that are not finite, among those of these `keys`."""
+    """Raise UserError with the number of non-finite rows and the key of the first one, unless `rows` is empty. `rows`:
+    ascending indices into `keys`, the names of all samples."""
     if rows:
         raise UserError(
             f"{len(rows):,} of {len(keys):,} samples have features that are not finite, such as {keys[rows[0]]}; "

@@ -1,4 +1,4 @@
-"""A baseline for representations: the downscaled image itself in place of an encoder's features.
+"""A baseline for representations: the pixels of the downscaled image in place of an encoder's features.
 
 Shapes: B images, C channels, H x W pixels, R patches of P x P pixels, S samples, K layers.
 """
@@ -33,14 +33,14 @@ class Pixels(MultimodalEncoder):
         self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean") -> Tensor:
-        """Return [S, K, C * SIDE * SIDE], the same for each layer."""
+        """Return the pixels as features [S, K, C * SIDE * SIDE], which are the same for each layer."""
         mean, std, side = self.config.image_mean, self.config.image_std, (SIDE, SIDE)
         with torch.autocast(batch.images.device.type, enabled=False):
             small = [
                 F.interpolate(normalised(image, mean, std).float()[None], side, mode="bicubic", antialias=True)
                 for image in self._images(batch)
             ]
-        none = batch.images.new_zeros(0, self.config.channels, *side, dtype=torch.float32)  # of a rank without samples
+        none = batch.images.new_zeros(0, self.config.channels, *side, dtype=torch.float32)  # a rank may have no samples
         return torch.cat([none, *small]).flatten(1)[:, None].expand(-1, len(layers), -1)
 
     def pooled_and_patches(

@@ -1,4 +1,7 @@
-"""Collectives on tensors of a task's device, over the default group; without other ranks they do nothing."""
+"""Collectives of the default process group on tensors on the device; with a single rank, no communication occurs.
+
+Shapes: W ranks, P elements along the first dimension of a rank's tensor.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from m3ae_fast.process.ranks import Ranks
 
 
 def all_gather(tensor: Tensor, ranks: Ranks | None) -> Tensor:
-    """Return every rank's tensor [P, ...] on every rank, as [W, P, ...]. All must have the same shape."""
+    """Return the tensors [P, ...] of all ranks on every rank, stacked to [W, P, ...]. All must have the same shape."""
     if ranks is None or ranks.world == 1:
         return tensor[None]
     gathered = tensor.new_empty(ranks.world * len(tensor), *tensor.shape[1:])
@@ -21,7 +24,8 @@ def all_gather(tensor: Tensor, ranks: Ranks | None) -> Tensor:
 
 
 def all_to_all(tensor: Tensor, ranks: Ranks | None) -> Tensor:
-    """Return [W, ...] with the w-th part from rank w: its `tensor[r]`, on rank r."""
+    """Exchange parts of a tensor [W, ...]: the result on rank r is [W, ...] and contains `tensor[r]` of rank w at
+    index w."""
     if ranks is None or ranks.world == 1:
         return tensor
     received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -30,15 +34,15 @@ def all_to_all(tensor: Tensor, ranks: Ranks | None) -> Tensor:
 
 
 def all_reduce(tensor: Tensor, ranks: Ranks | None) -> Tensor:
-    """Return the sum over ranks of a tensor, in its place, on every rank. Not differentiable."""
+    """Sum a tensor over ranks in place and return it. Not differentiable."""
     if ranks is not None and ranks.world > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def differentiable_sum(tensor: Tensor, ranks: Ranks | None) -> Tensor:
-    """Return the sum over ranks of a tensor. Its gradient is the sum over ranks of the gradients of the results: each
-    rank differentiates its own part of one loss."""
+    """Return the sum of a tensor over ranks. The backward pass sums the gradients with respect to the result over
+    ranks, because each rank differentiates only its own part of the common loss."""
     return tensor if ranks is None or ranks.world == 1 else _Sum.apply(tensor, ranks)
 
 

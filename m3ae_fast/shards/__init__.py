@@ -1,5 +1,5 @@
-"""Makes shards, counts and describes them, and trains tokenizers on them. In Python: `m3ae_fast.shards.make(...)`, and
-so on for each command of `m3ae-fast shards`.
+"""Creation, indexing and statistics of shards, and training of tokenizers. Each command of `m3ae-fast shards` is a
+function of this package, such as `m3ae_fast.shards.make(...)`.
 
 Sources are read as `sources.records.Records`; `writer.convert` writes shards of any of them.
 """
@@ -28,7 +28,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return what is imported only when it is asked for: the parsers of `m3ae-fast shards` need no torch."""
+    """Import an attribute on first access, because the argument parsers of `m3ae-fast shards` must not import torch."""
     if name in _MODULES:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Shards whose images are crops with their VQGAN token ids, made ahead of time.
+"""Shards whose images are crops with precomputed VQGAN token ids.
 
 Each sample of OUT consists of a crop as JPEG, KEY.ids (its ids, int32, little-endian, row-major) and the other members
 of the original sample. Training uses these crops unchanged (`data.image_tokens` "shards"), because another crop would
@@ -168,25 +168,26 @@ def image_tokens(
     workers: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Converted:
-    """Make shards of crops with their VQGAN token ids and return what was written. An interrupted call continues.
+    """Create shards of crops with their VQGAN token ids, and return counts of the result. A repeated call resumes an
+    interrupted one.
 
     Args:
         shards: paths, brace patterns, globs, URLs or pipe: commands.
-        out: the folder for the shards: new, or that of a call with the same arguments.
-        vqgan: the folder of a converted VQGAN.
-        image_size: pixels of a side of the crops.
-        views: random crops of each image; None: its central square.
-        crop_scale: the smallest and the largest fraction of an image's area that a random crop has.
-        flip: mirror half of the random crops.
-        seed: of the random crops.
-        image_range: what is black and white in images of more than 8 bits; "dtype": the limits of their type.
-        samples_per_shard: the largest number of samples in a shard.
-        device: that runs the VQGAN; None: a GPU if there is one, else the CPU.
-        workers: processes, or with a GPU threads; None: one for each core.
-        cache_dir: where copies of remote shards go; None: ~/.cache/m3ae_fast.
+        out: output folder: a new folder, or the folder of a call with the same arguments.
+        vqgan: folder of a converted VQGAN.
+        image_size: side of the crops in pixels.
+        views: number of random crops per image; None: the central square.
+        crop_scale: smallest and largest fraction of the image's area that a random crop covers.
+        flip: whether to flip half of the random crops horizontally.
+        seed: random seed of the crops.
+        image_range: values of black and white in images of more than 8 bits; "dtype": the limits of their data type.
+        samples_per_shard: maximum number of samples in a shard.
+        device: device that runs the VQGAN; None: a GPU if there is one, otherwise the CPU.
+        workers: number of worker processes, or of threads if the VQGAN runs on a GPU; None: one per core.
+        cache_dir: cache folder for copies of remote shards; None: ~/.cache/m3ae_fast.
 
     Raises:
-        UserError: an argument is impossible, a shard or the VQGAN cannot be read, or `out` cannot be written.
+        UserError: an argument is invalid, a shard or the VQGAN cannot be read, or `out` cannot be written.
     """
     low, high = crop_scale
     if not 0 < low <= high <= 1:

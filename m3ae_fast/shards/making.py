@@ -21,7 +21,7 @@ _OPTIONS_OF: dict[str, tuple[SourceKind, ...]] = {
     **dict.fromkeys(("captions", "classes", "flat", "masks"), ("folder",)),
     **dict.fromkeys(("image_column", "caption_column"), ("folder", "huggingface")),
     **dict.fromkeys(("subset", "split", "label_column"), ("huggingface",)),
-}  # the kinds of source that use an option
+}  # for each option, the kinds of source that use it
 
 
 def make(
@@ -50,16 +50,16 @@ def make(
     resumes an interrupted one.
 
     Args:
-        source, kind, captions, image_column, caption_column, label_column, classes, flat, masks, subset, split: as of
+        source, kind, captions, image_column, caption_column, label_column, classes, flat, masks, subset, split: as in
             `open_source`.
-        out: the folder for the shards: a new folder, or the folder of a call with the same arguments.
-        held_out: the fraction of the samples that are held out in val-*.tar.
-        keep_order: do not shuffle the samples.
-        short_side: pixels to which the shorter side of larger images is scaled.
-        quality: of JPEGs, from 1 to 100.
-        image_range: values of black and white in images of more than 8 bits; "dtype": the limits of their type.
-        samples_per_shard: the largest number of samples in a shard.
-        workers: processes; None: one for each core.
+        out: output folder: a new folder, or the folder of a call with the same arguments.
+        held_out: fraction of the samples that are held out in val-*.tar.
+        keep_order: whether to keep the order of the samples instead of shuffling them.
+        short_side: number of pixels to which the shorter side of larger images is reduced.
+        quality: JPEG quality, from 1 to 100.
+        image_range: values of black and white in images of more than 8 bits; "dtype": the limits of their data type.
+        samples_per_shard: maximum number of samples in a shard.
+        workers: number of worker processes; None: one per core.
 
     Raises:
         UserError: the source or an argument is invalid, or `out` contains other files or cannot be written.
@@ -101,18 +101,19 @@ def open_source(
         source: a folder of images, an HDF5 file in the layout of the official code, or a Hugging Face dataset, which is
             a folder written by `save_to_disk`, a folder of data files, or a name on the hub.
         kind: kind of the source; None: detected.
-        captions: for a folder of images, a table with a row for each sample; None: .txt files next to the images.
+        captions: for a folder of images, the file of a table with a row for each sample; None: .txt files next to the
+            images.
         image_column, caption_column: column names of the table or the dataset; None: detected.
         label_column: column name of the dataset; None: detected.
         classes: for a folder of images, the classes in the order of their labels, or the classes.json of other shards.
         flat: for a folder of images, whether to ignore the meaning of sub-folders as splits and classes.
-        masks: of a folder of images, a folder of label masks, NAME.png of one channel for NAME.jpg, in the same
-            sub-folders; each stands in the shards beside its image, as KEY.mask.png.
-        subset: of a dataset, the configuration.
-        split: of a dataset, the split to take; None: all.
+        masks: for a folder of images, a folder with the label masks in the same sub-folders: a single-channel NAME.png
+            for each NAME.jpg. In the shards, a mask is stored as KEY.mask.png next to its image.
+        subset: for a dataset, the name of the subset (configuration).
+        split: for a dataset, the split to read; None: all splits.
 
     Raises:
-        UserError: the source cannot be read, or is not of the kind that an argument is for.
+        UserError: the source cannot be read, or an argument does not apply to sources of its kind.
     """
     name = os.fspath(source)
     kind = kind or kind_of_source(name)

@@ -1,4 +1,4 @@
-"""The counts of many shards in one file, which a run opens at once."""
+"""Writing of manifests, which contain the sample counts of many shards; see `data.manifest`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _MAX_BYTES = 1 << 26  # limit for a file of counts
 
 
 class WrittenManifest(NamedTuple):
-    """A manifest that was written."""
+    """The result of writing a manifest."""
 
     path: Path
     shards: int
     samples: int
-    unread: int  # shards that cannot be read
-    notes: list[str]  # about these
+    unread: int  # number of shards that cannot be read
+    notes: list[str]  # notes about unreadable shards
 
 
 def manifest(
@@ -41,18 +41,19 @@ def manifest(
     sizes: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> WrittenManifest:
-    """Count the samples of shards ahead of a run, and write the counts to a file that a source names as its `shards`.
+    """Count the samples of shards and write a manifest, which can be used as `shards` of a source in the config.
 
     Args:
         shards: paths, brace patterns, globs, URLs or pipe: commands.
-        out: the .npy to write.
-        part: (i, n): count the i-th, from 1, of n parts alone; its file is OUT with .part-... in its name.
-        stats: take the counts from the NAME_stats.json of img2dataset.
-        sizes: take the counts from a sizes.json, a file or a URL.
-        cache_dir: where copies of remote shards go; None: ~/.cache/m3ae_fast.
+        out: the .npy file to write.
+        part: (i, n) to count only the i-th of n parts of the shards, from 1; the name of the file is then that of `out`
+            with .part-... added.
+        stats: whether to use the counts in img2dataset's NAME_stats.json files instead of reading the shards.
+        sizes: a sizes.json file or URL with the counts, which are used instead of reading the shards.
+        cache_dir: cache folder for copies of remote shards; None: ~/.cache/m3ae_fast.
 
     Raises:
-        UserError: an argument is impossible, no shard can be read, or `out` cannot be written.
+        UserError: an argument is invalid, no shard can be read, or `out` cannot be written.
     """
     path = Path(out)
     number, parts = part or (1, 1)

@@ -1,4 +1,4 @@
-"""How shards are made, and of what."""
+"""Settings for the creation of shards, and the kinds of sources."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _LIMITS = {"short_side": (1, 1 << 16), "quality": (1, 100), "samples_per_shard":
 
 @dataclass(frozen=True)
 class Settings:
-    """How shards are made."""
+    """Settings for the creation of shards."""
 
     samples_per_shard: int = 2000
     short_side: int = 320  # pixels; larger images are scaled down
-    quality: int = 95  # of JPEG
+    quality: int = 95  # JPEG quality
     # fraction of the samples that are held out as a separate split, together with all other samples of their images
     held_out: float = 0.0
     image_range: Range | None = None  # values of black and white in images of more than 8 bits
     keep_order: bool = False  # whether to keep the order; otherwise samples are shuffled deterministically
 
     def __post_init__(self) -> None:
-        """Raise UserError if a value is impossible."""
+        """Raise UserError if a value is invalid."""
         for name, (low, high) in _LIMITS.items():
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be from {low} to {high}")

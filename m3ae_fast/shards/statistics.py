@@ -34,7 +34,7 @@ from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.images.decoding import decode_image, format_of
 
 _QUANTILES = (0, 0.05, 0.5, 0.95, 1)  # quantiles of a distribution that are shown
-_LONGEST = 1 << 16  # tokens
+_LONGEST = 1 << 16  # maximum length of a caption in tokens
 _SHOWN = 5  # number of labels, and of reasons for unreadable samples, that are shown
 
 
@@ -54,17 +54,17 @@ def stats(
 
     Args:
         shards: paths, brace patterns, globs, URLs or pipe: commands.
-        samples: the largest number of samples that are read.
-        seed: of the choice of the samples.
-        channels: of the model.
-        dtype: of the model's images: "uint8", "uint16" or "float32".
-        image_range: what is black and white in images of more than 8 bits; "dtype": the limits of their type.
-        tokenizer: a tokenizer.json, to measure captions in its tokens; None: in words.
-        labels: where labels are read: "cls", or "json." and the name of a field.
-        cache_dir: where copies of remote shards go; None: ~/.cache/m3ae_fast.
+        samples: maximum number of samples that are inspected.
+        seed: random seed for choosing the samples.
+        channels: number of image channels of the model.
+        dtype: dtype of the model's images: "uint8", "uint16" or "float32".
+        image_range: values of black and white in images of more than 8 bits; "dtype": the limits of their data type.
+        tokenizer: a tokenizer.json, to count caption lengths in tokens; None: in words.
+        labels: source of the labels: "cls", or "json." and the name of a field.
+        cache_dir: cache folder for copies of remote shards; None: ~/.cache/m3ae_fast.
 
     Raises:
-        UserError: an argument is impossible, or a shard or a label cannot be read.
+        UserError: an argument is invalid, or a shard or a label cannot be read.
     """
     if samples < 1:
         raise UserError(f"--samples {samples}: must be 1 or more")
@@ -77,7 +77,7 @@ def stats(
 
 
 def describe_statistics(found: Statistics) -> list[str]:
-    """Return lines for the user."""
+    """Return the lines that describe statistics to the user."""
     lines = [f"{found.seen:,} of {found.of:,} samples"]
     if found.bad:
         fraction = found.bad.total() / found.seen
@@ -113,7 +113,8 @@ def _compact(value: object) -> str:
 
 
 def settings_of(found: Statistics) -> list[tuple[str, str, Any]]:
-    """Return the derived settings as section, key and value. Raises UserError if no image could be read."""
+    """Return the settings derived from statistics, each as section, key and value. Raises UserError if no image could
+    be read."""
     require_images(found)
     mean, std = found.mean_and_std()
     settings: list[tuple[str, str, Any]] = [("model", "image_mean", mean), ("model", "image_std", std)]
@@ -125,19 +126,20 @@ def settings_of(found: Statistics) -> list[tuple[str, str, Any]]:
 
 
 def options_of(settings: Sequence[tuple[str, str, Any]]) -> list[str]:
-    """Return the options of a command line that set what `settings_of` returned."""
+    """Return the command-line options that apply the settings returned by `settings_of`."""
     return [f"--set {section}.{key}={_compact(value)}" for section, key, value in settings]
 
 
 def read_whole_config(path: Path) -> dict[str, Any]:
-    """Read a config that `write_settings` is to change. Raises UserError if it is wrong."""
+    """Read a config that `write_settings` will change. Raises UserError if it is invalid."""
     given = read_config(path, "--write")
     parse(Config, given, f"--write {path}")
     return given
 
 
 def write_settings(path: Path, given: dict[str, Any], settings: Sequence[tuple[str, str, Any]]) -> None:
-    """Write a config with other settings. Raises UserError if they do not fit the rest, or `path` cannot be written."""
+    """Write the config `given` with the settings of `settings_of`. Raises UserError if the result is invalid, or if
+    `path` cannot be written."""
     for section, key, value in settings:
         given.setdefault(section, {})[key] = value
     parse(Config, given, f"--write {path}")
@@ -145,7 +147,7 @@ def write_settings(path: Path, given: dict[str, Any], settings: Sequence[tuple[s
 
 
 def write_sizes(path: Path, found: Statistics) -> None:
-    """Write width and height of each image as JSON. Raises UserError if `path` cannot be written."""
+    """Write the width and height of each image as JSON. Raises UserError if `path` cannot be written."""
     write_whole(path, json.dumps(found.sizes) + "\n")
 
 
@@ -181,21 +183,21 @@ def draw_statistics(path: Path, found: Statistics) -> None:
 class Statistics:
     """Sums and counts over the inspected samples."""
 
-    of: int  # total number of samples
+    of: int  # total number of samples in the dataset
     channels: int
-    dtype: str = "uint8"  # of `model.image_dtype`
-    image_range: Range | None = None  # of `data.range`
-    unit: str = "words"  # of the lengths of captions
+    dtype: str = "uint8"  # value of `model.image_dtype`
+    image_range: Range | None = None  # value of `data.range`
+    unit: str = "words"  # unit of the caption lengths
     seen: int = 0
     images: int = 0
     # float64, with equal weight for each image: frequencies of the 256 levels, and sums of pixels and of their squares
     fractions_C256: Tensor = field(init=False)
     moments_2C: Tensor = field(init=False)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height in pixels
-    lengths: list[int] = field(default_factory=list)  # of captions
+    lengths: list[int] = field(default_factory=list)  # caption lengths
     formats: Counter[str] = field(default_factory=Counter)
     labels: Counter[Label | None] = field(default_factory=Counter)
-    bad: Counter[str] = field(default_factory=Counter)  # by reason
+    bad: Counter[str] = field(default_factory=Counter)  # number of unreadable samples by reason
     unread: bytes | None = None  # the first image that cannot be read
 
     def __post_init__(self) -> None:
@@ -273,7 +275,7 @@ def require_images(found: Statistics) -> None:
 
 
 def _advice(found: Statistics) -> str:
-    """Return the options with which the first image that cannot be read could be, "" if none would help."""
+    """Return a suggestion of options with which the first unreadable image could be read; "" if there are none."""
     try:
         kind = kind_of(found.unread or b"")
     except BadSample:

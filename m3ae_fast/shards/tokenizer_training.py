@@ -1,4 +1,4 @@
-"""A WordPiece tokenizer of the shards' captions."""
+"""Training of a WordPiece tokenizer on the captions of shards."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ FEW = 0.9  # fraction of the requested tokens below which a note is printed
 
 
 class TrainedTokenizer(NamedTuple):
-    """A tokenizer that was trained and written."""
+    """The result of training a tokenizer."""
 
     path: Path
-    size: int  # tokens, which is the value of model.vocab_size
+    size: int  # number of tokens, which is the value of model.vocab_size
     captions: int
-    tally: Tally  # samples left out
+    tally: Tally  # samples that were left out
 
 
 def tokenizer(
@@ -43,13 +43,13 @@ def tokenizer(
     vocab_size: int,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> TrainedTokenizer:
-    """Train a lower-cased WordPiece tokenizer on the captions of shards and write it.
+    """Train a lower-cased WordPiece tokenizer on the captions of shards, and write it as a tokenizer.json.
 
     Args:
         shards: paths, brace patterns, globs, URLs or pipe: commands.
         out: the tokenizer.json to write.
-        vocab_size: the largest number of tokens, special ones included.
-        cache_dir: where copies of remote shards go; None: ~/.cache/m3ae_fast.
+        vocab_size: maximum number of tokens, including special tokens.
+        cache_dir: cache folder for copies of remote shards; None: ~/.cache/m3ae_fast.
 
     Raises:
         UserError: no caption can be used, `vocab_size` does not fit them, or `out` cannot be written.
@@ -73,7 +73,7 @@ def tokenizer(
 
 
 def describe_tokenizer(trained: TrainedTokenizer, vocab_size: int) -> list[str]:
-    """Return lines for the user. `vocab_size`: the number of tokens that was asked for."""
+    """Return the lines that describe a trained tokenizer to the user. `vocab_size`: the requested number of tokens."""
     size = trained.size
     lines = [f"{trained.path}: {size:,} tokens of {trained.captions:,} captions; set model.vocab_size={size}"]
     if size < FEW * vocab_size:

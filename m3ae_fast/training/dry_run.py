@@ -186,7 +186,8 @@ def network_bytes(
 
 
 def _mean_flops(config: Config, full: float) -> float:
-    """Return the FLOPs of a sample, on average over the run, `full` of them with images of the model's size."""
+    """Return the mean FLOPs of a sample over the run, taking the smaller images of train.image_sizes into account.
+    `full`: FLOPs of a sample with an image of the model's size."""
     mean, before = full, 0.0
     for fraction, size in config.train.image_sizes:
         smaller = config.model_copy(update={"model": config.model.model_copy(update={"image_size": size})})
@@ -199,7 +200,7 @@ def _mean_flops(config: Config, full: float) -> float:
 
 
 def _step(config: Config, model: M3AE, world: int, rate: float) -> str:
-    """Return a text on the duration of a step without waiting for network or data, and on Muon's part of it."""
+    """Return a text on the duration of a step without waits for network and data, including the share of Muon."""
     samples = config.train.global_batch / world
     seconds = samples / rate
     if config.optim.name == "adamw":
@@ -288,7 +289,8 @@ def _grids(model: M3AE, path: Path) -> list[Grid]:
 
 
 def _images(batch: PackedBatch, micro: int) -> list[tuple[str, str]]:
-    """Say how many patches native images have, and how far micro-batches of a step differ in tokens."""
+    """Return lines on the number of patches of native images, and on the variation of the number of tokens between
+    micro-batches of `micro` samples."""
     patches = [rows * columns for rows, columns in batch.grids]
     tokens_S = torch.stack([part.cu_seqlens.diff() for part in batch.sequences]).sum(0).double()
     spread = (tokens_S.std(correction=0) / tokens_S.mean()).item() / math.sqrt(micro)

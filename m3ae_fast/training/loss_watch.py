@@ -13,10 +13,11 @@ from m3ae_fast.engine.interface import StepLosses
 
 
 class NotFinite(UserError):
-    """A step's loss or gradient norm is not finite."""
+    """Raised if a step's loss or gradient norm is not finite."""
 
     def __init__(self, what: str, advice: str, batch: int) -> None:
-        """Take what was not finite, what to do, and the batch of the stream that the step took."""
+        """Create the error. `what`: description of the non-finite value; `advice`: suggestion for the user; `batch`:
+        the step's batch in the training stream."""
         super().__init__(f"{what}. {advice}")
         self.what, self.batch = what, batch
 

@@ -72,9 +72,9 @@ def pre_train(
     Args:
         config: config of the run.
         session: session of the ranks.
-        resume: "auto" continues from the last checkpoint, if any; "no" starts a new run; else the path of a checkpoint.
-        with_changes: continue although data or masks differ from the checkpoint's.
-        profile: write a profiler trace of some steps into the run folder.
+        resume: "auto" to resume from the last checkpoint, if any; "no" to start a new run; or the path of a checkpoint.
+        with_changes: whether to resume even if data or masks differ from those of the checkpoint.
+        profile: whether to write a profiler trace of some steps to the run folder.
         make_probe: function that creates an evaluation in addition to the losses, or returns None.
 
     Raises:
@@ -98,16 +98,16 @@ def pre_train(
                 trainer.log.say(f"{error.what}; batch {error.batch} is left out: the run returns to a good checkpoint")
             spent = trainer.limit.spent if trainer.limit else 0.0
             del trainer
-            gc.collect()  # its weights and loaders go now
+            gc.collect()  # frees its weights and loaders
             again = ranks.broadcast(partial(_return_to, config.run.dir, resume))
             trainer = set_up(config, again, session, folder, with_changes, make_probe, left_out)
-            if trainer.limit:  # what is repeated takes time too
+            if trainer.limit:  # repeated steps count towards the time limit
                 trainer.limit = TimeLimit(trainer.limit.seconds, spent)
 
 
 def _return_to(run_dir: Path, resume: str) -> str:
-    """Return what to resume from after a step that was not finite: the last good checkpoint, or, without one, what the
-    run began from. Main rank only."""
+    """Return the value of `resume` with which to continue after a non-finite step: "auto", which selects the last good
+    checkpoint or, if there is none, the value with which the run was started. Main rank only."""
     if any(not (path / checkpoint.FAILED).exists() for path in checkpoint.saved_steps(run_dir)):
         return "auto"
     checkpoint.set_aside_after(run_dir, 0)
@@ -123,9 +123,9 @@ def set_up(
     make_probe: Callable[[Config, Ranks], Probe | None] = lambda config, ranks: None,
     left_out: tuple[int, ...] | None = None,
 ) -> Trainer:
-    """Open the data, restore or build model and engine, and return what trains them; arguments as of `pre_train`, and
-    the batches to leave out (None: those of the checkpoint). Raises UserError if something is missing or does not
-    fit."""
+    """Open the data, build or restore the model and its engine, and return the trainer. Arguments as in `pre_train`;
+    `left_out`: batches of the stream that are left out, None for those stored in the checkpoint. Raises UserError if
+    something is missing or does not fit."""
     ranks, cfg = session.ranks, config.train
     _require_kernels(ranks.device)
     found = Resume(config.run.dir, resume, ranks, partial(_extended, config))

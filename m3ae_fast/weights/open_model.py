@@ -173,8 +173,9 @@ def _untrained(config: ModelConfig, loss: LossConfig, seed: int) -> M3AE:
 
 
 def set_images(model: MultimodalEncoder, settings: Mapping[str, Any]) -> None:
-    """Set how the images are that the model will receive: settings as of `DataConfig.image_settings`, of which None
-    keeps that of its training data. Raises UserError if the model cannot take such images."""
+    """Change settings of the images that the model will receive, such as their value range. `settings`: see
+    `DataConfig.image_settings`; a setting of None is unchanged. Raises UserError if the model does not support the
+    settings."""
     given = {name: value for name, value in settings.items() if value is not None}
     model.config = parse(ModelConfig, model.config.model_dump(mode="json") | given, "data, with the model's config")
     for module in model.modules():

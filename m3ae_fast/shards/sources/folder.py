@@ -51,15 +51,15 @@ class Folder(Records):
         columns: names of the table's columns of images and captions; None: columns with usual names.
         classes: names of the classes in the order of their labels; None: the sorted names of the sub-folders.
         flat: whether to ignore the meaning of sub-folders as splits and classes.
-        masks: a folder of label masks, NAME.png for NAME.jpg, in the same sub-folders, which become KEY.mask.png; None:
-            there are none. It may lie below `folder`.
+        masks: folder with label masks, NAME.png for NAME.jpg in the same sub-folders, which become KEY.mask.png; None:
+            no masks. The folder may be inside `folder`.
 
     `ignored` counts ignored files. `outside` is an image outside all class folders although there are class folders, or
     "". `notes` are notes for the user about splits and classes.
 
     Raises:
-        UserError: a folder cannot be listed, there is no image, or no mask of any, the table names some that are not
-            there, or folders of splits and others stand beside each other.
+        UserError: a folder cannot be listed, there is no image, no image has a mask although `masks` is given, the
+            table names images that do not exist, or split folders and other folders are mixed at one level.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class Folder(Records):
             raise UserError(
                 f"{folder}: the name of the class {os.fsencode(odd)!r} is not UTF-8; rename it, or give --flat"
             )
-        self._class_names = layout.names  # by directory
+        self._class_names = layout.names  # class by directory
         strays = [path for path in paths if os.path.dirname(path) not in layout.splits]
         paths = [path for path in paths if os.path.dirname(path) in layout.splits]
         self.outside = next((printable(path) for path in paths if os.path.dirname(path) == layout.outside), "")
-        # numbers of the paths, by split
+        # indices into the paths, by split
         rows: dict[str, list[int]] = {split: [] for split in layout.splits.values()}
         for number, path in enumerate(paths):
             rows[layout.splits[os.path.dirname(path)]].append(number)
@@ -196,12 +196,14 @@ class Folder(Records):
 
 
 def mask_of(masks: Path, image: str) -> Path:
-    """Return the file of the label mask of an image, which is named by its path below the folder of images."""
+    """Return the path of an image's label mask in the folder `masks`. `image`: path of the image relative to the folder
+    of images."""
     return masks / (os.path.splitext(image)[0] + ".png")
 
 
 def _checked_mask(mask: bytes, image: bytes) -> bytes:
-    """Return the mask of an image. Raises BadSample if it is none, or not of the size of the upright image."""
+    """Return the label mask of an image unchanged. Raises BadSample if it is not a label mask, or if its size differs
+    from that of the image after the EXIF orientation is applied."""
     height, width = mask_size(mask)
     if (height, width) != (size := upright_size_of(image)):
         raise BadSample(f"the mask has {width} x {height} pixels, the image {size[1]} x {size[0]}")
@@ -278,7 +280,7 @@ def find_files(folder: str, flat: bool = False) -> Iterator[str]:
 
 
 def _linked(folder: str, directories: Collection[str]) -> Iterator[str]:
-    """Yield a note on directories of images that links make of one folder."""
+    """Yield a note if several directories of images are links to the same folder."""
     first: dict[str, str] = {}
     again = {}
     for directory in sorted(directories, key=lambda each: (os.path.islink(os.path.join(folder, each)), each)):
@@ -292,7 +294,7 @@ def _linked(folder: str, directories: Collection[str]) -> Iterator[str]:
 
 
 def _empty(folder: str, directories: Collection[str]) -> Iterator[str]:
-    """Yield a note on folders without images next to folders with images."""
+    """Yield a note if there are folders without images next to folders with images."""
     filled = set(directories)
     for directory in directories:
         while directory := os.path.dirname(directory):

@@ -22,15 +22,23 @@ from m3ae_fast.shards.sources.caption_table import CAPTION_COLUMNS, IMAGE_COLUMN
 from m3ae_fast.shards.sources.interface import Record, Records, caption_of_row, count_samples, read_file, to_int
 
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
-_AT_A_TIME = 1000  # rows
+_AT_A_TIME = 1000  # number of rows that are read at a time
 
 
 class HuggingFace(Records):
-    """Records of a dataset: a folder written by `save_to_disk`, a folder of data files, or a name on the hub. `subset`:
-    name of the subset if there are several. `split`: None: all splits. `columns`: columns of the image, caption and
-    label; None: detected. A row with a list of captions gives one sample per caption. `ignored` counts other columns.
-    Raises UserError if `datasets` is not installed, the dataset does not exist or has neither images nor captions, or
-    the columns that are read differ between its splits."""
+    """Records of a dataset: a folder written by `save_to_disk`, a folder of data files, or a name on the hub. A row
+    with a list of captions gives one sample per caption. `ignored` counts columns that are not read.
+
+    Args:
+        name: the folder or the name on the hub.
+        subset: name of the subset if there are several.
+        split: the split to read; None: all splits.
+        columns: names of the columns of the image, caption and label; None: detected.
+
+    Raises:
+        UserError: `datasets` is not installed, the dataset does not exist or has neither images nor captions, or the
+            columns that are read differ between its splits.
+    """
 
     def __init__(
         self, name: str, subset: str | None, split: str | None, columns: tuple[str | None, str | None, str | None]

@@ -34,7 +34,7 @@ class Records(ABC):
 
     classes: Sequence[str] | None = None  # names of the classes by label
     identity: dict[str, Any]  # JSON; differs for different inputs
-    notes: Sequence[str] = ()  # what the user should know about splits and classes
+    notes: Sequence[str] = ()  # notes for the user about splits and classes
 
     def __init__(self, counts: dict[str, np.ndarray]) -> None:
         """Initialise the records with the number of samples of each row, by split."""

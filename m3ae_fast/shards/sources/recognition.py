@@ -1,4 +1,4 @@
-"""What shards are to be made of: a folder of images, an HDF5 file, or a Hugging Face dataset."""
+"""Detection of the kind of a source: a folder of images, an HDF5 file, or a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from m3ae_fast.shards.settings import SourceKind
 from m3ae_fast.shards.sources.folder import SUFFIXES, find_files
 
 _HDF5 = (".hdf5", ".h5")
-_SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that `save_to_disk` wrote
+_SAVED = ("dataset_dict.json", "state.json")  # a folder written by `save_to_disk` contains one of them
 _DATA_FILES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
 
 
 def kind_of_source(source: str) -> SourceKind:
-    """Return what a source is. A name that is no path is a dataset of the hub, unless it is written as a path."""
+    """Return the kind of a source. A name that does not exist as a path is a dataset on the hub, unless it has the form
+    of a path, such as ./photos."""
     path = Path(source)
     if path.is_dir():
         return _kind_of_folder(path)
@@ -24,7 +25,7 @@ def kind_of_source(source: str) -> SourceKind:
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Return whether `save_to_disk` of the library datasets wrote a folder."""
+    """Return whether a folder was written by `save_to_disk` of the library `datasets`."""
     return any((folder / name).exists() for name in _SAVED)
 
 
