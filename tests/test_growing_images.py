@@ -10,11 +10,13 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import Config, DataConfig, MaskingConfig, ModelConfig, SourceConfig, parse
-from m3ae_fast.data import Preparation, ShardStore, Share, eval_loader, open_corpus, train_loader
+from m3ae_fast.data import Data, Preparation, ShardStore, Share, eval_loader, open_corpus, train_loader
+from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.positions import Positions, resampled, sincos_2d, sincos_of_smaller
 from m3ae_fast.training.dry_run import report
+from m3ae_fast.training.run import _preparation
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import TINY
 
@@ -34,6 +36,16 @@ def test_positions_of_a_smaller_image_are_those_of_the_whole():
         expected = resampled(positions.image, (2, 2)) if kind == "stored" else sincos_of_smaller(16, 2, 4)
         assert torch.equal(found, expected) and torch.equal(positions(None, None, [(4, 4)])[0], positions.image)
         assert torch.equal(positions(None, None, [])[0], positions.image)  # captions alone
+
+
+def test_a_size_lasts_for_its_fraction_of_the_steps():
+    """To the nearest step, also where the product of fraction and steps is a little less than a whole number."""
+    train = TINY["train"] | {"image_sizes": [[0.29, 8], [0.57, 16]], "steps": 100}
+    data = TINY["data"] | {"tokenizer": None}
+    config = parse(Config, TINY | {"model": MODEL.model_dump(), "train": train, "data": data}, "test")
+    opened = Data(train=None, val=None, tokenizer=None)
+    schedule = Schedule(config.train, config.optim, 1000)
+    assert _preparation(config, M3AE(MODEL), opened, schedule).smaller == ((29, 8), (57, 16))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import Config, parse
 from m3ae_fast.process.session import joined_program
 from m3ae_fast.training import run as run_module
+from m3ae_fast.training.loss_watch import NotFinite
+from m3ae_fast.training.metrics_log import SilentLog
 from m3ae_fast.training.run import pre_train
+from m3ae_fast.training.time_limit import TimeLimit
 from m3ae_fast.training.trainer import batch_of
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import TINY
@@ -66,6 +70,29 @@ def train(tmp_path, monkeypatch):
 def losses(folder):
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [(line["step"], line["loss"], line["lr"]) for line in lines if "loss" in line]
+
+
+def test_a_run_that_returns_to_a_checkpoint_has_used_its_time(tmp_path, monkeypatch):
+    """The time of the steps that it repeats too, of which the checkpoint does not know."""
+    limits = []
+
+    def set_up(*given):
+        trainer = SimpleNamespace(limit=TimeLimit(3600), left_out=given[6] if len(given) > 6 else (), log=SilentLog())
+
+        def train(folder):
+            limits.append(trainer.limit)
+            if len(limits) < 3:
+                trainer.limit._began -= 600
+                raise NotFinite("the loss of step 3 is not finite", "", len(limits))
+
+        trainer.train = train
+        return trainer
+
+    monkeypatch.setattr(run_module, "set_up", set_up)
+    data = TINY | {"run": {"dir": str(tmp_path / "run")}, "train": TINY["train"] | {"rollbacks": 2, "hours": 1.0}}
+    with joined_program() as session:
+        pre_train(parse(Config, data, "test"), session)
+    assert [limit.seconds for limit in limits] == [3600] * 3 and 1200 <= limits[-1].spent < 1800
 
 
 WHOLE: list[list[str]] = []

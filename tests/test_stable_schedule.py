@@ -6,9 +6,13 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 
+from m3ae_fast import checkpoint
+from m3ae_fast.checkpoint import resuming
 from m3ae_fast.config import Config, parse
 from m3ae_fast.engine.schedule import Schedule
+from tests.helpers.checkpoints import save
 from tests.helpers.trainer import TINY
 
 
@@ -56,6 +60,16 @@ def test_any_fraction_leaves_a_step_to_fall_in(decay):
 def test_a_cosine_has_no_decay_to_go_back_to():
     plan = schedule(100, schedule="cosine")
     assert plan.decay_begin is None and plan.lr(50) == pytest.approx(0.5)
+
+
+def test_an_extended_run_goes_back_to_a_checkpoint_that_has_not_failed(tmp_path):
+    for step, decays in ((2, False), (4, False), (6, True)):
+        info = checkpoint.Info(step, 0, 42, {}, {}, decays=decays)
+        save(tmp_path, {"model/w": torch.ones(3)}, info, keep=9)
+    found = {extended: resuming.find(tmp_path, "auto", lambda _, extended=extended: extended) for extended in (0, 1)}
+    assert [checkpoint.step_of(path) for path in found.values()] == [6, 4]
+    checkpoint.mark(tmp_path, 4, checkpoint.FAILED, "step 5 was not finite")
+    assert checkpoint.step_of(resuming.find(tmp_path, "auto", lambda _: True)) == 2
 
 
 WSD = ["--set", "optim.schedule=wsd", "--set", "optim.decay_fraction=0.5", "--set", "optim.warmup_epochs=0"]

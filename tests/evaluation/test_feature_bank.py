@@ -92,6 +92,14 @@ def test_features_go_to_the_first_place_where_those_of_all_ranks_of_a_node_fit(m
         storage(250, gpu, 4, tmp_path)
 
 
+def test_a_feature_that_is_not_finite_is_named_whichever_rank_has_it():
+    ranks = SimpleNamespace(gather=lambda own: [[], own])
+    features = torch.tensor([[1.0], [torch.nan]])
+    bank = FeatureBank([*"abcd"], features, None, own_R=torch.tensor([1, 3]), ranks=ranks)
+    with pytest.raises(UserError, match="1 of 4 samples have features that are not finite, such as d;"):
+        bank.check_finite()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_in_a_file_are_the_same_and_leave_nothing(monkeypatch, tmp_path, dtype):
     monkeypatch.setattr(feature_bank, "storage", lambda *given: "file")
