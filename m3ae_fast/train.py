@@ -61,24 +61,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--profile", action="store_true", help="write trace.json.gz into run.dir: a torch profiler trace of some steps"
     )
-    dry = parser.add_argument_group("looking at a config without training")
+    dry = parser.add_argument_group("checking a config without training")
     dry.add_argument(
         "--dry-run",
         action="store_true",
-        help="check config, shards, tokenizer and probe, print sizes and memory and, measured by a few steps, how long "
-        "the run takes on this machine; then exit",
+        help="check config, shards, tokenizer and probe; print model size, memory estimate and, from a few measured "
+        "steps, the expected duration of the run on this machine; then exit",
     )
     dry.add_argument(
         "--world",
         type=int,
         metavar="N",
-        help="plan for N GPUs elsewhere, by an H100's data sheet (default: this machine)",
+        help="plan for N GPUs elsewhere, with the data-sheet values of an H100 (default: this machine)",
     )
     dry.add_argument(
         "--sizes",
         type=Path,
         metavar="FILE",
-        help="sizes of native images, as m3ae-fast shards stats wrote them",
+        help="image sizes for a model with native aspect ratio, as written by m3ae-fast shards stats --sizes",
     )
     dry.add_argument(
         "--no-data",
@@ -87,7 +87,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if (args.world is not None or args.no_data or args.sizes) and not args.dry_run:
-        parser.error("--world, --sizes and --no-data go with --dry-run")
+        parser.error("--world, --sizes and --no-data can be used only with --dry-run")
     if args.world is not None and args.world < 1:
         parser.error(f"--world {args.world}: must be 1 or more")
     return args

@@ -42,8 +42,8 @@ def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override a setting: --set {example}"
     )
-    add_setting(parser, "--seed", "run.seed", seed, "of all that is random")
-    text = "cpu: leave the GPUs of this machine alone (default: cuda if there is a GPU, else cpu)"
+    add_setting(parser, "--seed", "run.seed", seed, "random seed")
+    text = "device; cpu: do not use the GPUs of this machine (default: cuda if there is a GPU, else cpu)"
     parser.add_argument("--device", choices=("cpu", "cuda"), help=text)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 

@@ -20,16 +20,18 @@ from m3ae_fast.config.schema import IMAGE_SETTINGS, Config, ModelConfig
 
 TRAIN_HEAD = """# Settings
 
-All settings of a training run, in the sections of its JSON file; `--set section.key=value` overrides any. Made from
-m3ae_fast/config/schema.py by `m3ae-fast config > docs/config.md`. Those of probes and fine-tuning:
-[Evaluation settings](evaluation-config.md).
+All settings of a training run, in the sections of its JSON file. `--set section.key=value` overrides any of them. The
+settings of probes and fine-tuning are on another page: [Evaluation settings](evaluation-config.md).
+
+`m3ae-fast config > docs/config.md` generates this page from m3ae_fast/config/schema.py.
 """
 EVALUATION_HEAD = """# Evaluation settings
 
-Settings of `m3ae-fast evaluate` and `m3ae-fast embed`, which have no file: give them by
-`--set section.key=value`. The sections `run` and `data` are as in [a training run](config.md); options such as `--out`
-and `--train` set a part of them. Made from m3ae_fast/config/evaluation.py by
-`m3ae-fast config evaluation > docs/evaluation-config.md`.
+Settings of `m3ae-fast evaluate` and `m3ae-fast embed`. These commands have no config file; give their settings by
+`--set section.key=value`. The sections `run` and `data` are those of [a training run](config.md); options such as
+`--out` and `--train` set some of them.
+
+`m3ae-fast config evaluation > docs/evaluation-config.md` generates this page from m3ae_fast/config/evaluation.py.
 """
 _INDENT = " " * 6
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -147,7 +149,9 @@ def _default(section: type[BaseModel], key: str, field: FieldInfo) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = program("config", (__doc__ or "").partition(": ")[2])
-    parser.add_argument("page", nargs="?", choices=PAGES, default="train", help="whose settings (default: train)")
+    parser.add_argument(
+        "page", nargs="?", choices=PAGES, default="train", help="program whose settings are printed (default: train)"
+    )
     print(PAGES[parser.parse_args(argv).page](), end="")
     return 0
 

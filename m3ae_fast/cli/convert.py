@@ -2,13 +2,14 @@
 
 SOURCE is one of
   FILE.pkl           a checkpoint of the official JAX code, M3AE or MAE (nothing that it names is run)
-  FILE.pth           a checkpoint of facebookresearch/mae: pre-training, an encoder alone, fine-tuned
+  FILE.pth           a checkpoint of facebookresearch/mae: pre-trained, encoder only, or fine-tuned
   FILE.safetensors   weights of a timm VisionTransformer
-  FILE.msgpack       the official image tokenizer, a VQGAN: DIR is what data.image_tokenizer names
+  FILE.msgpack       the official image tokenizer, a VQGAN; set data.image_tokenizer to DIR
   FOLDER             a run folder, a checkpoint or an export of this program, or a model that timm saved
   OWNER/NAME         any such folder on the Hugging Face hub
 
-A model in DIR can be loaded, fine-tuned, and trained on: set model.init_from to it and the sizes in its config.json.
+A model in DIR can be loaded and fine-tuned. To continue its pre-training, set model.init_from to DIR, and the model
+sizes to those in its config.json.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
 
 def main(argv: list[str] | None = None) -> int:
     parser = program("convert", __doc__)
-    parser.add_argument("source", metavar="SOURCE", help="file, folder, or name on the hub")
+    parser.add_argument("source", metavar="SOURCE", help="weights: a file, a folder, or a name on the hub")
     parser.add_argument(
-        "--out", type=output(), required=True, metavar="DIR", help="folder for the weights, their config and tokenizer"
+        "--out", type=output(), required=True, metavar="DIR", help="output folder for weights, config and tokenizer"
     )
-    parser.add_argument("--tokenizer", help="tokenizer.json, BERT vocab.txt or hub name of the captions' tokenizer")
+    parser.add_argument(
+        "--tokenizer", help="tokenizer of the captions: a tokenizer.json, a BERT vocab.txt, or a name on the hub"
+    )
     parser.add_argument(
         "--num-heads",
         type=int,

@@ -2,10 +2,10 @@
 
 m3ae-fast draw reconstructions runs/large                       # original, masked, reconstructed; captions
 m3ae-fast draw reconstructions runs/large --ratios 0.5 0.75     # the same images at several mask ratios
-m3ae-fast draw attention runs/large --word dog                  # of the cls token and of a word, over patches
-m3ae-fast draw attention runs/large --patch 3,5 --head 2        # of a patch over the words, by one head
+m3ae-fast draw attention runs/large --word dog                  # from the cls token and a word to the patches
+m3ae-fast draw attention runs/large --patch 3,5 --head 2        # from a patch to the words, in one head
 m3ae-fast draw map runs/large --labels json.label               # t-SNE of features, coloured by class
-m3ae-fast draw map runs/mae runs/m3ae --classes cat,dog         # of several runs beside each other
+m3ae-fast draw map runs/mae runs/m3ae --classes cat,dog         # maps of several runs, side by side
 m3ae-fast draw fill runs/large photo.jpg "a [MASK] on the table"
 """
 
@@ -23,12 +23,12 @@ from m3ae_fast.config import add_range_option
 from m3ae_fast.evaluation.tasks import MAP_NEEDS
 from m3ae_fast.weights.model_name import MASK, MODEL_HELP
 
-RUN_HELP = "a run folder (its last checkpoint is taken) or a checkpoint folder"
-OF_A_RUN = "Samples lie evenly over the run's data.val (without it, data.train), or over --val."
-MAP = f"""t-SNE of the features of all samples that have a class. Several runs give a map each, beside each other, of
-the samples of the first. {OF_A_RUN}
+RUN_HELP = "a run folder (its last checkpoint is used) or a checkpoint folder"
+OF_A_RUN = "Samples are spaced evenly over the run's data.val (without it, data.train), or over --val."
+MAP = f"""t-SNE of the features of all samples that have a class. With several runs, one map for each is drawn, side by
+side, for the samples of the first run. {OF_A_RUN}
 """
-FILL = """Guess the masked words of a caption, and complete the missing patches of an image.
+FILL = """Predict the masked words of a caption, and complete the missing patches of an image.
 
   m3ae-fast draw fill runs/large photo.jpg "a [MASK] on the table"
   m3ae-fast draw fill runs/large photo.jpg "a cat on the table" --visible 0.25 --out completed.png
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def _options_of_a_run() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--out", type=output(".png"), metavar="FILE.png", help="default: RUN/COMMAND.png")
+    parser.add_argument("--out", type=output(".png"), metavar="FILE.png", help="output file (default: RUN/COMMAND.png)")
     parser.add_argument("--val", nargs="+", default=(), metavar="SHARDS", help="samples to draw (default: the run's)")
     parser.add_argument(
         "--trust",
@@ -77,9 +77,11 @@ def _add_attention(commands: Any, of_run: argparse.ArgumentParser) -> None:
     whose.add_argument(
         "--word", help="word whose attention over the patches is drawn (default: the first words of each caption)"
     )
-    whose.add_argument("--patch", metavar="R,C", help="whose attention over the words is shown: row and column, from 0")
+    whose.add_argument(
+        "--patch", metavar="R,C", help="patch whose attention over the words is drawn: row, column, from 0"
+    )
     parser.add_argument(
-        "--layer", type=int, metavar="N", help="encoder block whose attention it is, from 1 (default: the last)"
+        "--layer", type=int, metavar="N", help="encoder block whose attention is drawn, from 1 (default: the last)"
     )
     parser.add_argument("--head", type=int, metavar="N", help="attention head, from 1 (default: mean over all heads)")
 
@@ -88,16 +90,17 @@ def _add_map(commands: Any, of_run: argparse.ArgumentParser) -> None:
     parser = command(commands, "map", "t-SNE of features, coloured by class", MAP, _map, of_run)
     parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN_HELP)
     add_labels(parser)
-    parser.add_argument("--classes", metavar="A,B,...", help="the classes that are shown (default: all)")
-    parser.add_argument("--samples", type=int, metavar="N", help="shown at most (default: all with a class)")
+    parser.add_argument("--classes", metavar="A,B,...", help="classes to draw (default: all)")
+    text = "maximum number of samples in the map (default: all samples with a class)"
+    parser.add_argument("--samples", type=int, metavar="N", help=text)
 
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=int, default=12, help="samples shown (default: 12)")
+    parser.add_argument("--pictures", type=int, default=12, help="number of samples to draw (default: 12)")
 
 
 def _add_fill(commands: Any) -> None:
-    parser = command(commands, "fill", "guess masked words of a caption, complete an image", FILL, _fill)
+    parser = command(commands, "fill", "predict masked words of a caption, and complete an image", FILL, _fill)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "image",
@@ -105,14 +108,16 @@ def _add_fill(commands: Any) -> None:
         type=Path,
         help="image file; square models use its centre crop, native-aspect-ratio models the whole image",
     )
-    parser.add_argument("text", metavar="TEXT", help=f"a caption; each {MASK} stands for one token")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="guesses per mask (default: 5)")
+    parser.add_argument("text", metavar="TEXT", help=f"caption; each {MASK} stands for one token")
+    parser.add_argument(
+        "--top", type=int, default=5, metavar="N", help="number of predictions printed per mask (default: 5)"
+    )
     parser.add_argument(
         "--visible",
         type=float,
         default=1.0,
         metavar="FRACTION",
-        help="fraction of the patches that are seen (default: 1)",
+        help="fraction of the patches that are visible (default: 1)",
     )
     parser.add_argument(
         "--seed", type=seed, default=0, help="random seed for choosing the visible patches (default: 0)"
@@ -124,7 +129,7 @@ def _add_fill(commands: Any) -> None:
     parser.add_argument(
         "--image-tokenizer",
         metavar="FOLDER",
-        help="the VQGAN of a model that predicts image tokens, to draw --out (default: the run's)",
+        help="VQGAN that decodes the predicted image tokens for --out (default: the run's)",
     )
     parser.add_argument(
         "--out",

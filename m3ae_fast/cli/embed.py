@@ -4,11 +4,15 @@ m3ae-fast embed runs/large 'imagenet/val-*.tar' --out val.parquet
 m3ae-fast embed runs/large photos/ --out photos.parquet
 m3ae-fast embed out/ 'shards/*.tar' --out captions.npz --modality text --pool cls
 
-FILE has the arrays or columns `keys` [N] (of images their paths), of shards `shards` [N], `features` float32 [N, D],
-`labels` [N] if any are found (-1 or "" for a sample without), with --patches `patches` float16 [N, L, D] (in parquet
-[N, L * D]; of a native model those of an image with fewer patches end with zeros, and `grids` [N, 2] are their rows and
-columns), and what --columns names: `path` and `class` from the samples' json, as `shards make` writes it, and
-`caption`; "" if a sample has none.
+FILE contains these arrays or columns:
+  keys      [N], keys of the samples, or paths of the images
+  shards    [N], if SOURCE is shards
+  features  float32 [N, D]
+  labels    [N], if any are found; -1 or "" for a sample without a label
+  patches   float16 [N, L, D], with --patches (in parquet [N, L * D]). With native aspect ratio, the features of images
+            with fewer than L patches end with zeros, and `grids` [N, 2] contains their rows and columns
+  path, class, caption   with --columns: fields of the samples' json as `shards make` writes them, and the caption; ""
+            if a sample has none
 """
 
 from __future__ import annotations
@@ -40,23 +44,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="shards (paths, brace patterns, globs, URLs), a folder of images, or images",
     )
     parser.add_argument(
-        "--out", type=output(".parquet", ".npz"), required=True, metavar="FILE", help="a .parquet or .npz file to write"
+        "--out", type=output(".parquet", ".npz"), required=True, metavar="FILE", help="output file, .parquet or .npz"
     )
-    parser.add_argument("--pool", choices=("mean", "cls"), help="mean over all tokens but cls (default), or cls itself")
+    text = "pooling: the mean over all tokens except cls (default), or the cls token"
+    parser.add_argument("--pool", choices=("mean", "cls"), help=text)
     add_labels(parser)
     parser.add_argument(
         "--modality",
         choices=MODALITIES,
         default="image",
-        help="what the encoder sees of a sample (default: image)",
+        help="input of the encoder (default: image)",
     )
-    parser.add_argument("--patches", action="store_true", help="also the features of all patches (large)")
+    parser.add_argument("--patches", action="store_true", help="also write the features of all patches (large)")
     parser.add_argument(
         "--columns",
         type=names_of("column", COLUMN_NAMES),
         default=[],
         metavar="NAME,NAME",
-        help=f"also of each sample: {', '.join(COLUMN_NAMES)}",
+        help=f"further columns to write for each sample: {', '.join(COLUMN_NAMES)}",
     )
     add_settings(parser, "encode.batch=256")
     return parser.parse_args(argv)

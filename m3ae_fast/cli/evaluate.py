@@ -3,8 +3,8 @@
 m3ae-fast evaluate knn runs/large --train 'imagenet/train-*.tar' --val 'imagenet/val-*.tar' --out runs/knn
 m3ae-fast evaluate knn random:runs/large --train ... --val ... --labels json.label --out runs/knn-random
 
-Labels are whole numbers in KEY.cls, or numbers or names in a field of KEY.json. OUT gets result.json,
-pictures and TensorBoard events. Several ranks share the work: torchrun --nproc-per-node 8 -m m3ae_fast evaluate ...
+Labels are whole numbers in KEY.cls, or numbers or names in a field of KEY.json. The results in OUT are result.json,
+figures and TensorBoard events. On several GPUs: torchrun --nproc-per-node 8 -m m3ae_fast evaluate ...
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         )
         about = CLASSIFIER_HELP if task.classifies else MODEL_HELP
         about += f"; or {CLASSIFIER_HELP}" if task.may_classify else ""
-        about += f"; or {PIXELS}MODEL for the pixels that it sees, scaled down" if task.takes_pixels else ""
+        about += f"; or {PIXELS}MODEL for downscaled pixels in place of features" if task.takes_pixels else ""
         command.add_argument("model", metavar="MODEL", nargs="+" if task.compares else None, help=about)
-        shards = "tars: paths, brace patterns, globs, URLs or pipe: commands"
+        shards = "tar files: paths, brace patterns, globs, URLs or pipe: commands"
         if task.trains:
             command.add_argument(
-                "--train", nargs="+", required=True, metavar="SHARDS", help=f"training samples, {shards}"
+                "--train", nargs="+", required=True, metavar="SHARDS", help=f"training samples, as {shards}"
             )
         if task.has_labels:
             add_labels(command)
-        command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help="held-out samples, likewise")
+        command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help=f"held-out samples, as {shards}")
         if not task.classifies:
             command.add_argument(
                 "--modality",
                 choices=(task.modality,) if task.modality else MODALITIES,
-                help=f"what the encoder sees of a sample (default: {task.modality or 'image'}, or as the classifier)",
+                help=f"input of the encoder (default: {task.modality or 'image'}, or that of the classifier)",
             )
-        command.add_argument("--out", type=output(), required=True, metavar="DIR", help="folder for the result")
+        command.add_argument("--out", type=output(), required=True, metavar="DIR", help="output folder")
         add_settings(command, "knn.k=10")
         if name == "ood":
             command.add_argument(
@@ -62,15 +62,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 nargs="+",
                 required=True,
                 metavar="[NAME=]SHARDS",
-                help="samples of other data; give it again for each of several sets, with names",
+                help="out-of-distribution samples; repeat the option for each of several sets, with names",
             )
         if name == "robustness":
             command.add_argument(
                 "--corrupted",
                 type=Path,
                 metavar="FOLDER",
-                help="published corruptions as shards, such as ImageNet-C's: CORRUPTION/SEVERITY/*.tar (default: those "
-                "that robustness.corruptions names are applied)",
+                help="published corruptions as shards, such as ImageNet-C's: FOLDER/CORRUPTION/SEVERITY/*.tar "
+                "(default: the corruptions of robustness.corruptions are applied to --val)",
             )
         if name == "linear":
             command.add_argument(
@@ -85,7 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             _add_survey(command)
         if task.resumes:
             add_resume(command, "DIR")
-    about = "which of two results on the same samples is better, or that they do not differ significantly"
+    about = "print which of two results on the same samples is better, or that they do not differ significantly"
     command = tasks.add_parser(DIFFERENCE, help=about, description=about)
     command.add_argument("results", metavar="OUT", nargs=2, type=Path, help="the OUT folders of two tasks")
     args = parser.parse_args(argv)
@@ -98,8 +98,8 @@ def _add_survey(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--layers",
         metavar="all|N,N",
-        help="features after these blocks, from 1, in one pass over the images: OUT gets accuracy by depth, and no "
-        "classifier (default: the last one)",
+        help="evaluate the features after each of these blocks, numbered from 1, in one pass over the images; OUT "
+        "contains accuracies by depth, but no classifier (default: the last block)",
     )
     command.add_argument(
         "--shots",
@@ -110,7 +110,10 @@ def _add_survey(command: argparse.ArgumentParser) -> None:
         "times (default: use all samples)",
     )
     command.add_argument(
-        "--draws", type=_draws, metavar="N", help=f"how often --shots are drawn, from 2 (default: {DRAWS})"
+        "--draws",
+        type=_draws,
+        metavar="N",
+        help=f"number of random draws per entry of --shots, from 2 (default: {DRAWS})",
     )
 
 
@@ -120,7 +123,7 @@ def _add_comparison(command: argparse.ArgumentParser) -> None:
         type=names_of("probe", PROBE_NAMES),
         default=PROBE_NAMES,
         metavar="NAME,NAME",
-        help=f"which of {', '.join(PROBE_NAMES)} (default: all)",
+        help=f"probes to run, from {', '.join(PROBE_NAMES)} (default: all)",
     )
     command.add_argument(
         "--seeds",

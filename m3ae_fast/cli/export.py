@@ -1,11 +1,12 @@
 """m3ae-fast export MODEL --out OUT: the weights of a run as a folder that M3AE.from_pretrained(OUT) loads.
 
-It holds model.safetensors, config.json, the tokenizer, how images are prepared, and a model card.
+It contains model.safetensors, config.json, the tokenizer, the image preprocessing, and a model card.
 
-  --weights last     of a run with train.ema the last weights, not their moving average
+  --weights last     for a run with train.ema: the last weights instead of their moving average
   --format timm      the image encoder alone, for timm.create_model("local-dir:OUT", pretrained=True)
   --format onnx      the image encoder alone, as the files OUT, which ends in .onnx, and OUT's name with .int8.onnx
-                     With --train and --val, labelled shards: the k-NN accuracy of both beside torch's, and images/s
+                     With --train and --val (labelled shards), it prints images/s and the k-NN accuracy of both files
+                     and of torch
   --push OWNER/NAME  also uploads OUT to the Hugging Face hub (log in with `hf auth login` first)
 """
 
@@ -20,9 +21,9 @@ from m3ae_fast.cli.command_line import add_labels, output, program
 def main(argv: list[str] | None = None) -> int:
     parser = program("export", __doc__)
     parser.add_argument(
-        "model", metavar="MODEL", help="a run folder (its last checkpoint is taken), checkpoint or export"
+        "model", metavar="MODEL", help="a run folder (its last checkpoint is used), a checkpoint or an export"
     )
-    text = "a new folder, or an earlier export, which is replaced"
+    text = "output: a new folder or file, or an earlier export, which is replaced"
     parser.add_argument("--out", type=output(), required=True, metavar="OUT", help=text)
     parser.add_argument(
         "--format", choices=["m3ae", "timm", "onnx"], default="m3ae", help="format to export (default: m3ae)"
@@ -34,9 +35,10 @@ def main(argv: list[str] | None = None) -> int:
         help="for runs with train.ema: export the moving average or the last weights (default: average)",
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload OUT to the Hugging Face hub under this name")
-    parser.add_argument("--private", action="store_true", help="with --push: a model made by it is private")
-    for option, what in (("--train", "to look for neighbours in"), ("--val", "to classify by them")):
-        parser.add_argument(option, nargs="+", default=[], metavar="SHARDS", help=f"with --format onnx: images {what}")
+    parser.add_argument("--private", action="store_true", help="with --push: create the repository as private")
+    for option, what in (("--train", "training"), ("--val", "held-out")):
+        text = f"with --format onnx: labelled {what} images for the k-NN accuracy"
+        parser.add_argument(option, nargs="+", default=[], metavar="SHARDS", help=text)
     add_labels(parser)
     args = parser.parse_args(argv)
     from m3ae_fast.evaluation.checked_export import export
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if done.check:
         print("\n  ".join(done.check.lines()))
     if done.address:
-        print(f"pushed to {done.address}")
+        print(f"uploaded to {done.address}")
     return 0
 
 

@@ -1,11 +1,11 @@
-"""Pre-train on pictures, in one line: shards, tokenizer, held-out part, sizes, length, evaluation, report and export.
+"""Pre-train a model with one command: shards, tokenizer, settings, training, evaluation, report and export.
 
-m3ae-fast pretrain photos/ --out run                      # captions beside the images or in a table; classes: folders
-m3ae-fast pretrain imagenette2/ --out run                 # train/CLASS and val/CLASS: what is in val is held out
+m3ae-fast pretrain photos/ --out run                      # captions next to the images or in a table; classes: folders
+m3ae-fast pretrain imagenette2/ --out run                 # train/CLASS and val/CLASS: the images in val are held out
 m3ae-fast pretrain 'shards/*.tar' --out run --hours 8
-m3ae-fast pretrain uoft-cs/cifar10 --out run              # a data set of the Hugging Face hub
-m3ae-fast pretrain photos/ --out run --from runs/base     # continues from existing weights: a run, an export, MAE's ...
-m3ae-fast pretrain photos/ --out run --dry-run            # what would be chosen, and how long it takes
+m3ae-fast pretrain uoft-cs/cifar10 --out run              # a dataset of the Hugging Face hub
+m3ae-fast pretrain photos/ --out run --from runs/base     # continue from existing weights: a run, an export, MAE, ...
+m3ae-fast pretrain photos/ --out run --dry-run            # print the chosen settings and the expected duration
 
 The chosen settings are printed and written to OUT/config.json, which can be passed to `m3ae-fast train --config`.
 If it is interrupted, run the same command again to resume. In Python: m3ae_fast.pretrain("photos/", out="run").
@@ -26,17 +26,16 @@ from m3ae_fast.pretraining.automatic_settings import check_overrides
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("pretrain", __doc__)
-    parser.add_argument("source", metavar="SOURCE", help="a folder of images, shards, or a data set's name")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a folder of images, shards, or the name of a dataset on the hub"
+    )
     parser.add_argument("--out", type=output(), required=True, metavar="DIR", help="the run folder")
-    parser.add_argument(
-        "--hours", type=float, default=0.5, help="for everything, on this machine: training adapts to it (default: 0.5)"
-    )
-    parser.add_argument(
-        "--captions", type=Path, metavar="TABLE", help=".csv, .tsv, .jsonl or .parquet (default: one in the folder)"
-    )
-    parser.add_argument(
-        "--val", nargs="+", default=[], metavar="SHARDS", help="held-out samples, where SOURCE is shards"
-    )
+    text = "hours for all stages together, on this machine; the training length is adapted to it (default: 0.5)"
+    parser.add_argument("--hours", type=float, default=0.5, help=text)
+    text = "table of captions, .csv, .tsv, .jsonl or .parquet (default: the one in the folder)"
+    parser.add_argument("--captions", type=Path, metavar="TABLE", help=text)
+    text = "held-out samples, if SOURCE is shards"
+    parser.add_argument("--val", nargs="+", default=[], metavar="SHARDS", help=text)
     add_labels(parser)
     parser.add_argument(
         "--from",

@@ -1,7 +1,7 @@
 """m3ae-fast report RUN ...: one self-contained page of a run, report.html, readable without a server.
 
 It summarises the results of the run and lists diagnostics, and holds the results of tasks (every result.json below the
-run folder and below `--results`), curves, pictures, config and versions. Further runs join tables and curves.
+run folder and below `--results`), curves, figures, config and versions. Further runs are added to tables and curves.
 """
 
 from __future__ import annotations
@@ -17,11 +17,20 @@ from m3ae_fast.evaluation.report import REPORT_FILE, write_report
 def main(argv: list[str] | None = None) -> int:
     parser = program("report", __doc__)
     parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=Path, help="a run folder; more of them join its tables and curves"
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        help="a run folder; further ones are added to its tables and curves",
     )
-    parser.add_argument("--out", type=output(".html"), help=f"default: RUN/{REPORT_FILE}")
+    parser.add_argument("--out", type=output(".html"), help=f"output file (default: RUN/{REPORT_FILE})")
     parser.add_argument(
-        "--results", nargs="+", type=Path, default=[], metavar="DIR", help="folders with result.json outside RUN"
+        "--results",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="folders outside RUN that contain a result.json",
     )
     args = parser.parse_args(argv)
     run, *others = args.runs

@@ -22,6 +22,7 @@ from m3ae_fast.cli.command_line import add_labels, command, output, program, see
 from m3ae_fast.config import add_range_option
 from m3ae_fast.shards.settings import SOURCE_KINDS, Settings
 
+OUT_HELP = "output folder: a new one, or that of an interrupted command, which is then continued"
 MAKE = """Make shards of a folder of images, an HDF5 file or a Hugging Face dataset.
 
   m3ae-fast shards make images/ --out shards/ --held-out 0.05
@@ -31,27 +32,28 @@ MAKE = """Make shards of a folder of images, an HDF5 file or a Hugging Face data
   m3ae-fast shards make uoft-cs/cifar10 --out shards/
   m3ae-fast shards make saved/flickr30k --out shards/ --split train --caption-column caption
 
-A folder of images: folders called train, val (valid, validation, dev) or test, with CLASS folders below or without,
-give shards of these splits. Else, or below them, sub-folders are classes if there are at least two and every image is
-in one; class ids are the same in all splits. Captions come from a table with one row per sample, or from NAME.txt
-beside NAME.jpg. An image in several rows gives several samples, also if rows are equal, and so does a list of captions
-in a row. Tables are read strictly: a row with a field too many or too few is an error. A .tsv file has one row per line
-and no quoting, unless it was written by a program that quotes fields. Images without a caption train only the image
-side.
+A folder of images: sub-folders called train, val (valid, validation, dev) or test are splits, and shards are written
+for each of them. Other sub-folders, or those of the splits, are classes if there are at least two and every image is in
+one; class ids are the same in all splits. Captions come from a table with one row per sample, or from NAME.txt
+next to NAME.jpg. An image that occurs in several rows, or in a row with a list of captions, gives one sample per
+caption, even if rows are identical. A row with a field too many or too few is an error. A .tsv file has one row per
+line and no quoting, unless it was written by a program that quotes fields. Images without a caption are used for the
+image loss only.
 
 An HDF5 file has the layout of the official M3AE code: jpg (variable-length uint8) with caption, or ImageNet's
-train_jpg, train_labels, val_jpg, val_labels, or text alone. A row with several captions gives several samples.
+train_jpg, train_labels, val_jpg, val_labels, or only text. A row with several captions gives one sample per caption.
 
-A Hugging Face dataset is a folder that save_to_disk wrote, a folder of data files, or a name on the hub. All splits
-are taken unless one is named. A row with a list of captions gives several samples.
+A Hugging Face dataset is a folder written by save_to_disk, a folder of data files, or a name on the hub. All splits
+are converted unless --split names one. A row with a list of captions gives one sample per caption.
 
---masks names a folder of label masks with the sub-folders of SOURCE: MASKS/a/b.png, of one channel that holds a class
-id for each pixel, for SOURCE/a/b.jpg.
+--masks names a folder of label masks with the same sub-folders as SOURCE: the mask of SOURCE/a/b.jpg is MASKS/a/b.png,
+with one channel of class ids.
 
-Run an interrupted command again to continue; equal input gives equal bytes.
+Run an interrupted command again to continue it. The same input gives identical shards.
 """
-STATS = """Look at some samples: mean and standard deviation of the pixels, sizes, aspect ratios, lengths of captions,
-formats, labels, and what cannot be read. Prints the settings that a config needs; --write puts them into one.
+STATS = """Inspect some samples, and print mean and standard deviation of the pixels, image sizes, aspect ratios,
+lengths of captions, formats, labels, and unreadable samples. The settings that a config needs are printed; --write
+writes them into a config.
 
   m3ae-fast shards stats 'shards/train-*.tar' --tokenizer tokenizer.json
   m3ae-fast shards stats 'shards/train-*.tar' --picture stats.png --write mine.json
@@ -59,7 +61,7 @@ formats, labels, and what cannot be read. Prints the settings that a config need
 """
 IMAGE_TOKENS = """Make shards whose images are crops with their VQGAN token ids, for model.image_targets=vqgan with
 data.image_tokens=shards. Each image gives --views random crops or, with --centre, its central square (for held-out
-data). Captions, classes and json come along; samples without an image do not.
+data). Captions, classes and json are copied; samples without an image are left out.
 
   m3ae-fast shards image-tokens 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
   m3ae-fast shards image-tokens 'shards/val-*.tar' --vqgan vqgan/ --out ids/val --centre
@@ -71,9 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands (each has its own --help)")
     _add_make(commands)
     common = argparse.ArgumentParser(add_help=False)
-    help_text = "tars: paths, brace patterns, globs, URLs or pipe: commands"
+    help_text = "tar files: paths, brace patterns, globs, URLs or pipe: commands"
     common.add_argument("shards", nargs="+", metavar="SHARDS", help=help_text)
-    common.add_argument("--cache-dir", type=Path, help="where copies of remote shards go (default: ~/.cache/m3ae_fast)")
+    cache = "folder for copies of remote shards (default: ~/.cache/m3ae_fast)"
+    common.add_argument("--cache-dir", type=Path, help=cache)
     for add in (_add_index, _add_stats, _add_manifest, _add_tokenizer, _add_image_tokens):
         add(commands, common)
     args = parser.parse_args(argv)
@@ -84,39 +87,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_make(commands: Any) -> None:
     summary = "make shards of a folder of images, an HDF5 file or a Hugging Face dataset"
     parser = command(commands, "make", summary, MAKE, _make)
-    parser.add_argument("source", metavar="SOURCE", help="a folder, an HDF5 file, or a dataset's name on the hub")
-    parser.add_argument("--out", type=output(), required=True, metavar="DIR", help="new, or to be continued")
-    parser.add_argument("--kind", choices=[*SOURCE_KINDS], help="what SOURCE is (default: recognised)")
-    folder = parser.add_argument_group("of a folder of images")
-    folder.add_argument("--captions", type=Path, metavar="TABLE", help=".csv, .tsv, .jsonl or .parquet")
+    parser.add_argument("source", metavar="SOURCE", help="a folder, an HDF5 file, or the name of a dataset on the hub")
+    parser.add_argument("--out", type=output(), required=True, metavar="DIR", help=OUT_HELP)
+    parser.add_argument("--kind", choices=[*SOURCE_KINDS], help="kind of SOURCE (default: detected)")
+    folder = parser.add_argument_group("options for a folder of images")
+    text = "table of captions: .csv, .tsv, .jsonl or .parquet"
+    folder.add_argument("--captions", type=Path, metavar="TABLE", help=text)
     folder.add_argument(
         "--classes", type=Path, metavar="FILE", help="classes.json of other shards, to assign the same label ids"
     )
-    folder.add_argument("--flat", action="store_true", help="sub-folders are neither splits nor classes")
+    folder.add_argument("--flat", action="store_true", help="use sub-folders neither as splits nor as classes")
     text = "label masks, NAME.png of one channel for NAME.jpg, in the same sub-folders (for evaluate segment)"
     folder.add_argument("--masks", type=Path, metavar="FOLDER", help=text)
-    dataset = parser.add_argument_group("of a Hugging Face dataset")
-    dataset.add_argument("--subset", metavar="NAME", help="the configuration of a dataset that has several")
-    dataset.add_argument("--split", metavar="NAME", help="the split to take (default: all)")
+    dataset = parser.add_argument_group("options for a Hugging Face dataset")
+    dataset.add_argument("--subset", metavar="NAME", help="configuration, if the dataset has several")
+    dataset.add_argument("--split", metavar="NAME", help="split to convert (default: all)")
     columns = parser.add_argument_group("columns of a table or a dataset")
-    columns.add_argument("--image-column", metavar="NAME", help="of paths or images (default: detected)")
-    columns.add_argument("--caption-column", metavar="NAME", help="of captions (default: detected)")
-    columns.add_argument("--label-column", metavar="NAME", help="of labels, of a dataset (default: detected)")
+    columns.add_argument("--image-column", metavar="NAME", help="column of paths or images (default: detected)")
+    columns.add_argument("--caption-column", metavar="NAME", help="column of captions (default: detected)")
+    text = "column of labels, in a dataset (default: detected)"
+    columns.add_argument("--label-column", metavar="NAME", help=text)
     _add_shard_settings(parser)
 
 
 def _add_shard_settings(parser: argparse.ArgumentParser) -> None:
     shards, usual = parser.add_argument_group("shards"), Settings()
     numbers = {
-        "--short-side": (usual.short_side, "scale images down to this many pixels; smaller JPEGs stay as they are"),
+        "--short-side": (usual.short_side, "scale the short side of images down to N pixels; smaller JPEGs are copied"),
         "--quality": (usual.quality, "JPEG quality, 1 to 100"),
-        "--samples-per-shard": (usual.samples_per_shard, "at most"),
-        "--workers": (len(os.sched_getaffinity(0)), "processes"),
+        "--samples-per-shard": (usual.samples_per_shard, "maximum number of samples per shard"),
+        "--workers": (len(os.sched_getaffinity(0)), "number of worker processes"),
     }
     for option, (default, text) in numbers.items():
         shards.add_argument(option, type=int, metavar="N", default=default, help=f"{text} (default: {default})")
     add_range_option(shards)
-    text = "write this fraction of the samples to val-*.tar"
+    text = "fraction of the samples that are written to val-*.tar"
     shards.add_argument("--held-out", type=float, default=0.0, metavar="FRACTION", help=text)
     text = "do not shuffle (default: shuffle, deterministically)"
     shards.add_argument("--keep-order", action="store_true", help=text)
@@ -151,7 +156,7 @@ def _make(args: argparse.Namespace) -> None:
 
 
 def _add_index(commands: Any, common: argparse.ArgumentParser) -> None:
-    command(commands, "index", "write the shards' indexes and show what is in them", "", _index, common)
+    command(commands, "index", "write the indexes of shards, and print a table of their contents", "", _index, common)
 
 
 def _index(args: argparse.Namespace) -> None:
@@ -161,7 +166,7 @@ def _index(args: argparse.Namespace) -> None:
 
 
 def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
-    summary = "show statistics of the samples, and the settings that they need"
+    summary = "print statistics of the samples, and the settings derived from them"
     parser = command(commands, "stats", summary, STATS, _stats, common)
     parser.add_argument(
         "--samples", type=int, default=10_000, metavar="N", help="number of samples to inspect (default: 10000)"
@@ -171,16 +176,18 @@ def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
         "--channels", type=int, default=3, metavar="C", help="number of image channels of the model (default: 3)"
     )
     dtypes = ("uint8", "uint16", "float32")
-    parser.add_argument("--dtype", choices=dtypes, default="uint8", help="its model.image_dtype (default: uint8)")
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="uint8", help="model.image_dtype of the model (default: uint8)"
+    )
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="tokenizer used to measure caption lengths in tokens (default: in words)"
     )
     add_labels(parser)
     add_range_option(parser)
-    parser.add_argument("--picture", type=output(".png"), metavar="FILE.png", help="draw histograms")
-    text = "write width and height of each image"
+    parser.add_argument("--picture", type=output(".png"), metavar="FILE.png", help="write a figure with histograms")
+    text = "write the width and height of each image"
     parser.add_argument("--sizes", type=output(".json"), metavar="FILE.json", help=text)
-    parser.add_argument("--write", type=Path, metavar="CONFIG", help="a config to put the settings into")
+    parser.add_argument("--write", type=Path, metavar="CONFIG", help="config into which the settings are written")
 
 
 def _stats(args: argparse.Namespace) -> None:
@@ -203,25 +210,25 @@ def _stats(args: argparse.Namespace) -> None:
     print(*statistics.options_of(settings), sep="\n")
     if args.picture is not None:
         statistics.draw_statistics(args.picture, found)
-        print(f"drew {args.picture}")
+        print(f"wrote {args.picture}")
     if args.sizes is not None:
         statistics.write_sizes(args.sizes, found)
-        print(f"wrote the sizes of {len(found.sizes):,} images into {args.sizes}")
+        print(f"wrote the sizes of {len(found.sizes):,} images to {args.sizes}")
     if given is not None:
         statistics.write_settings(args.write, given, settings)
-        print(f"wrote them into {args.write}")
+        print(f"wrote these settings to {args.write}")
 
 
 def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
-    summary = "count samples ahead of a run, on any number of nodes"
+    summary = "count the samples of shards in advance, on any number of nodes"
     text = "Use the file (or all of its parts) as `shards` of a source in the config."
     parser = command(commands, "manifest", summary, text, _manifest, common)
-    parser.add_argument("--out", type=output(".npy"), required=True, metavar="FILE.npy", help="the file to write")
-    text = "count the I-th of N parts; each has a file of its own"
+    parser.add_argument("--out", type=output(".npy"), required=True, metavar="FILE.npy", help="output file")
+    text = "count only the I-th of N parts of the shards; each part needs an output file of its own"
     parser.add_argument("--part", type=_part, metavar="I/N", help=text)
     known = parser.add_mutually_exclusive_group()
-    known.add_argument("--stats", action="store_true", help="take counts from the NAME_stats.json of img2dataset")
-    known.add_argument("--sizes", metavar="FILE", help="take counts from a sizes.json: a file or a URL")
+    known.add_argument("--stats", action="store_true", help="read the counts from the NAME_stats.json of img2dataset")
+    known.add_argument("--sizes", metavar="FILE", help="read the counts from a sizes.json: a file or a URL")
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -244,8 +251,9 @@ def _manifest(args: argparse.Namespace) -> None:
 def _add_tokenizer(commands: Any, common: argparse.ArgumentParser) -> None:
     summary = "train a lower-cased WordPiece tokenizer on the captions"
     parser = command(commands, "tokenizer", summary, "", _tokenizer, common)
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens at most, with special ones")
-    parser.add_argument("--out", type=output(".json"), required=True, metavar="FILE.json", help="the file to write")
+    text = "maximum number of tokens, including special tokens"
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help=text)
+    parser.add_argument("--out", type=output(".json"), required=True, metavar="FILE.json", help="output file")
 
 
 def _tokenizer(args: argparse.Namespace) -> None:
@@ -258,17 +266,21 @@ def _tokenizer(args: argparse.Namespace) -> None:
 def _add_image_tokens(commands: Any, common: argparse.ArgumentParser) -> None:
     summary = "make shards of crops with their VQGAN token ids"
     parser = command(commands, "image-tokens", summary, IMAGE_TOKENS, _image_tokens, common)
-    parser.add_argument("--vqgan", type=Path, required=True, metavar="FOLDER", help="a converted VQGAN")
-    parser.add_argument("--out", type=output(), required=True, metavar="DIR", help="new, or to be continued")
-    parser.add_argument("--image-size", type=int, default=256, metavar="S", help="of the crops (default: 256 pixels)")
-    parser.add_argument("--views", type=int, default=1, metavar="N", help="random crops of each image (default: 1)")
-    parser.add_argument("--centre", action="store_true", help="take the central square instead")
-    parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"))
-    parser.add_argument("--no-flip", action="store_true", help="do not mirror half of the crops")
+    parser.add_argument("--vqgan", type=Path, required=True, metavar="FOLDER", help="folder of a converted VQGAN")
+    parser.add_argument("--out", type=output(), required=True, metavar="DIR", help=OUT_HELP)
+    text = "side of the crops in pixels (default: 256)"
+    parser.add_argument("--image-size", type=int, default=256, metavar="S", help=text)
+    text = "number of random crops of each image (default: 1)"
+    parser.add_argument("--views", type=int, default=1, metavar="N", help=text)
+    parser.add_argument("--centre", action="store_true", help="use the central square instead of random crops")
+    text = "fractions of the image's area between which the area of a crop is chosen (default: 0.2 1.0)"
+    parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"), help=text)
+    parser.add_argument("--no-flip", action="store_true", help="do not flip half of the crops horizontally")
     parser.add_argument("--seed", type=seed, default=0, help="random seed of the crops (default: 0)")
     add_range_option(parser)
-    parser.add_argument("--samples-per-shard", type=int, default=2000, metavar="N", help="at most (default: 2000)")
-    parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    text = "maximum number of samples per shard (default: 2000)"
+    parser.add_argument("--samples-per-shard", type=int, default=2000, metavar="N", help=text)
+    parser.add_argument("--device", help="device of the VQGAN (default: cuda if there is a GPU, else cpu)")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
         "--workers",

@@ -1,10 +1,11 @@
-"""Say whether a run is finished, stopped, running or failed, and at which step; the exit code says it too.
+"""Print whether a run is finished, stopped, running or failed, and at which step. The exit code is one of
+
 
 0  finished: it has taken its last step
-3  stopped: somebody or the system asked it to; --resume auto continues
-4  running: a process holds its folder
+3  stopped by a user or the system; --resume auto continues
+4  running: a process has locked its folder
 5  failed: it ended with an error, or was killed
-2  there is no run, or none that has taken a step
+2  there is no run, or it has not taken a step yet
 """
 
 from __future__ import annotations

@@ -52,11 +52,11 @@ class EncodeConfig(Section):
     """Features of the frozen encoder on unmasked input."""
 
     pool: Literal["mean", "cls"] = "mean"
-    """Pooling of features: `mean`, over all tokens but cls after the final norm; `cls`, the cls token."""
+    """Pooling of features: `mean`, over all tokens except cls after the final norm; `cls`, the cls token."""
     batch: Batch = 64
     """Samples per forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute dtype: `bf16`, `fp32`, or `auto` (bf16 where the hardware is faster in it)."""
+    """Compute dtype: `bf16`, `fp32`, or `auto` (bf16 if the hardware is faster in it)."""
 
 
 class LinearProbeConfig(LoopConfig, ScheduleConfig):
@@ -104,15 +104,16 @@ class AttentiveProbeConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of all weights."""
     online: bool | None = None
-    """Encode the images of each step, as newly sampled crops, and discard their patch tokens, instead of storing the
-    tokens of all images; null: if these do not fit into memory. With `--shots` they are always stored."""
+    """Whether each step encodes newly sampled crops and discards their patch tokens (`true`), or the tokens of all
+    images are stored (`false`). null: they are stored if they fit into memory. With `--shots`, they are always
+    stored."""
 
 
 class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     """Fine-tuning of the encoder with a classification head.
 
-    The defaults are the official recipe's for ImageNet. As there, `peak_lr` is not multiplied by the batch. Settings
-    that are null are derived from the number of training samples, as for the linear probe.
+    The defaults are those of the official recipe for ImageNet. As in that recipe, `peak_lr` is not multiplied by the
+    batch size. Settings that are null are derived from the number of training samples, as for the linear probe.
     """
 
     SECTION: ClassVar[str] = "finetune"
@@ -132,7 +133,7 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     cutmix: float = Field(1.0, ge=0, le=100)
     """Alpha of CutMix; 0: off."""
     switch_prob: float = Field(0.5, ge=0, le=1)
-    """Probability of CutMix instead of mixup, where both are on."""
+    """Probability of CutMix instead of mixup, if both are on."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment of the training images, as a string in timm's format; null: off."""
     ema: float | None = Field(None, gt=0, lt=1)
@@ -143,7 +144,8 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     global_batch: Batch | None = None  # type: ignore[assignment]
     """Samples per optimiser step, over all ranks; null: by the number of samples, from 64 to 1,024."""
     eval_every: Count | None = None
-    """Steps between evaluations; null: about ten of a run, fewer if they would take more than a twentieth of it."""
+    """Steps between evaluations; null: about ten evaluations, fewer if they would take more than a twentieth of the
+    run."""
     epochs: float | None = Field(None, gt=0, le=1e6)
     """Length of the run, in epochs; give this or `steps`. null: by the number of samples, 100 or more."""
     warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
@@ -164,7 +166,7 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
 
 
 class RobustnessConfig(Section):
-    """Accuracy on attacked and on corrupted images."""
+    """Accuracy on adversarial examples (PGD) and on corrupted images."""
 
     epsilons: list[Annotated[float, Field(gt=0, le=255)]] = [0.5, 1, 2, 4]
     """L-infinity bounds of PGD, in units of 1/255."""
@@ -197,10 +199,10 @@ class SegmentConfig(Section):
     """Semantic segmentation by the features of frozen patches."""
 
     head: Literal["linear", "knn"] = "linear"
-    """What gives a patch its class: `linear`, a linear head, trained by AdamW; `knn`, the nearest training patches,
+    """Classifier of the patches: `linear`, a linear head, trained by AdamW; `knn`, the nearest training patches,
     which needs no training (`knn.k`, `knn.temperature`)."""
     ignore_label: int | None = Field(255, ge=0, le=255)
-    """Id in the masks of pixels that neither train nor count; null: all count."""
+    """Class id of the mask pixels that are neither trained on nor counted; null: all pixels count."""
     steps: Count = 1000
     """Length of the training of the linear head, in optimiser steps."""
     batch: Batch = 32
@@ -210,14 +212,14 @@ class SegmentConfig(Section):
     weight_decay: float = Field(1e-4, ge=0)
     """Weight decay of the linear head."""
     bank_patches: Count = 50_000
-    """Most training patches that vote for `knn`, evenly over the images."""
+    """Maximum number of training patches that vote with `knn`, sampled evenly over the images."""
 
 
 class MultilabelConfig(Section):
     """Multi-label classification of frozen features."""
 
     head: Literal["linear", "knn"] = "linear"
-    """What scores the classes of a sample: `linear`, a logistic regression for each class; `knn`, the nearest training
+    """Classifier of the samples: `linear`, a logistic regression for each class; `knn`, the nearest training
     samples (`knn.k`, `knn.temperature`)."""
 
 

@@ -72,7 +72,7 @@ class ModelConfig(Section):
     """Everything that defines the network."""
 
     size: Literal["small", "base", "large", "huge"] | None = "large"
-    """Preset for `emb_dim`, `depth` and `num_heads`; each of the three that is given overrides it."""
+    """Preset for `emb_dim`, `depth` and `num_heads`; explicit values of these settings take precedence."""
     emb_dim: Size
     """Width of the encoder: a multiple of 4 and of `num_heads`."""
     depth: Layers
@@ -408,7 +408,8 @@ class OptimConfig(ScheduleConfig):
 
 
 class PretrainingOptimConfig(OptimConfig):
-    """AdamW with linear warm-up and cosine decay, as in the official code; or Muon, and another schedule."""
+    """Optimiser and learning rate schedule. The defaults, AdamW with linear warm-up and cosine decay, are the official
+    code's."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """Optimiser. `muon` orthogonalises the updates of the weight matrices in the blocks and uses AdamW for everything
@@ -509,14 +510,16 @@ class TrainConfig(TransformerLoopConfig):
     """Duration of the run in hours, including evaluations. The number of steps, initially that of `steps` or `epochs`,
     is adjusted during training so that the run ends in this time, after at most 800 epochs. null: no time limit."""
     stop_at: Annotated[float, Field(gt=0, le=1)] | Literal["plateau"] | None = None
-    """Accuracy of `train.probe`, such as 0.6, that ends the run early, or `plateau`: when three evaluations in a row
-    have no new best. The learning rate then falls as it does at the end: needs `optim.schedule: wsd`. null: never."""
+    """Condition for ending the run early: an accuracy of `train.probe`, such as 0.6, or `plateau`, three evaluations in
+    a row without a new best accuracy. The learning rate then decays as at the end of a run, which requires
+    `optim.schedule: wsd`. null: the run is not ended early."""
     image_sizes: list[Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Size], Strict(False)]] = []
-    """Smaller images at first: pairs of a fraction and a size, such as [[0.5, 96], [0.75, 160]]. Images have that size
-    until that fraction of the steps is taken, and `model.image_size` in the other steps and in evaluations."""
+    """Image sizes for the first part of the run, as pairs of a fraction of the steps and a size in pixels, such as
+    [[0.5, 96], [0.75, 160]]. A size is used until that fraction of the steps has been taken. The remaining steps, and
+    all evaluations, use `model.image_size`."""
     rollbacks: int = Field(0, ge=0, le=100)
     """Number of times that a run whose loss or gradient norm is not finite returns to its last good checkpoint and
-    leaves out the batch of that step; 0: it ends."""
+    leaves out the batch of that step; 0: the run ends instead."""
     eval_samples: Count = 1024
     """Number of held-out samples in each evaluation."""
     pictures: int = Field(6, ge=0, le=1000)

@@ -152,7 +152,7 @@ def hub(tmp_path, monkeypatch) -> Hub:
 
 def test_run_goes_to_the_hub_and_comes_back(run, tmp_path, hub, capsys):
     assert main([str(run), "--out", "out", "--push", "me/tiny", "--private"]) == 0
-    assert "pushed to https://hub/me/tiny" in capsys.readouterr().out and hub.private
+    assert "uploaded to https://hub/me/tiny" in capsys.readouterr().out and hub.private
     done = m3ae_fast.export("out", "other", push="me/other", weights="last")
     assert (done.address, done.check) == ("https://hub/me/other", None) and not hub.private
     assert "# me/tiny" in (tmp_path / "hub/me/tiny/README.md").read_text()
