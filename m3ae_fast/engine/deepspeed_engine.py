@@ -103,7 +103,9 @@ class DeepSpeedEngine:
             if isinstance(module, MLP):
                 set_z3_leaf_module(module, True)  # the module reads its layers' parameters itself
         self.kinds = state_kinds(model, groups, ema)
-        optimizer = build_optimizer(groups, optim, ema, self.zero.offloads_optimizer, partitioned=self.zero.stage == 3)
+        optimizer = build_optimizer(
+            groups, optim, dtype, ema, on_cpu=self.zero.offloads_optimizer, partitioned=self.zero.stage == 3
+        )
         self.optimizer_name = name_of(optimizer)
         section = deepspeed_section(config, optim, dtype, micro_batch, accumulation)
         try:

@@ -40,12 +40,12 @@ class Part(NamedTuple):
     gather: Callable[[Tensor], Tensor]  # all-gathers a buffer from the parts of all ranks
 
 
-def orthogonalise(x_NRC: Tensor) -> Tensor:
-    """Return approximations of the nearest semi-orthogonal matrices, computed by Newton-Schulz iterations in the dtype
-    of `x`. The result for a zero matrix is zero."""
+def orthogonalise(x_NRC: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return approximations of the nearest semi-orthogonal matrices, computed by Newton-Schulz iterations in `dtype`
+    (default: the dtype of `x`). The result for a zero matrix is zero."""
     if x_NRC.shape[1] > x_NRC.shape[2]:
-        return orthogonalise(x_NRC.mT).mT
-    x_NRC = x_NRC / (x_NRC.norm(dim=(1, 2), keepdim=True) + _EPS)
+        return orthogonalise(x_NRC.mT, dtype).mT
+    x_NRC = (x_NRC / (x_NRC.norm(dim=(1, 2), keepdim=True) + _EPS)).to(dtype or x_NRC.dtype)
     for _ in range(ITERATIONS):
         gram_NRR = x_NRC @ x_NRC.mT
         factor_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=_B, alpha=_C)
@@ -72,9 +72,10 @@ class Muon(torch.optim.Optimizer):
     optimisers see the flat buffers by which ZeRO replaces parameters; see `shard`.
     """
 
-    def __init__(self, group: dict[str, Any], others: torch.optim.Optimizer) -> None:
-        """Create the optimiser. `group`: the group that Muon updates; `others`: the optimiser of all other groups."""
-        self.others = others
+    def __init__(self, group: dict[str, Any], others: torch.optim.Optimizer, dtype: torch.dtype) -> None:
+        """Create the optimiser. `group`: the group that Muon updates; `others`: the optimiser of all other groups;
+        `dtype`: of the Newton-Schulz iterations."""
+        self.others, self._dtype = others, dtype
         super().__init__([group, *others.param_groups], {"lr": 0.0})
         self.state = others.state
         self._stacked = dict(zip(group["params"], group.pop("matrices")))
@@ -123,7 +124,8 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault((len(wide_RC), wide_RC.shape[1]), []).append((p, matrix, wide_RC))
         for (_, columns), members in by_shape.items():
             scale = UPDATE_RMS * math.sqrt(columns)
-            for (p, matrix, _), wide_RC in zip(members, orthogonalise(torch.stack([wide for *_, wide in members]))):
+            stacked_NRC = torch.stack([wide_RC for *_, wide_RC in members])
+            for (p, matrix, _), wide_RC in zip(members, orthogonalise(stacked_NRC, self._dtype)):
                 update = (wide_RC.mT if matrix.rows > matrix.columns else wide_RC).flatten()
                 first = matrix.start - self._parts[p].start  # position of the matrix in the parameter
                 begin, end = max(first, 0), min(first + len(update), p.numel())

@@ -59,13 +59,23 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(
-    groups: list[dict], config: OptimConfig, ema: float | None = None, on_cpu: bool = False, partitioned: bool = False
+    groups: list[dict],
+    config: OptimConfig,
+    dtype: torch.dtype,
+    ema: float | None = None,
+    on_cpu: bool = False,
+    partitioned: bool = False,
 ) -> torch.optim.Optimizer:
-    """Return AdamW, combined with Muon if one of the groups is for Muon (see `optimizer_groups`). `ema`: decay of a
-    moving average of the weights, see `track_ema`; None: no average. Other arguments as in `build_adamw`."""
+    """Return AdamW, combined with Muon if one of the groups is for Muon (see `optimizer_groups`).
+
+    Args:
+        dtype: of the model's matrix products, which Muon uses for its own.
+        ema: decay of a moving average of the weights, see `track_ema`; None: no average.
+        config, on_cpu, partitioned: as for `build_adamw`.
+    """
     adamw = build_adamw([group for group in groups if "momentum" not in group], config, on_cpu, partitioned)
     muon = [group for group in groups if "momentum" in group]
-    optimizer = Muon(muon[0], adamw) if muon else adamw
+    optimizer = Muon(muon[0], adamw, dtype) if muon else adamw
     track_ema(optimizer, ema)
     return optimizer
 

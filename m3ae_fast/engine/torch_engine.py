@@ -47,7 +47,7 @@ class TorchEngine:
         self.before_update: Callable[[], None] = lambda: None
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks
         self.kinds = state_kinds(model, groups, ema)
-        self.optimizer = build_optimizer(groups, optim, ema)
+        self.optimizer = build_optimizer(groups, optim, dtype, ema)
         self.optimizer_name = name_of(self.optimizer)
         self.ddp: nn.parallel.DistributedDataParallel | None = None
         if ranks.world > 1:
