@@ -1,10 +1,11 @@
-"""A ViT-MAE of Hugging Face's transformers on this library's ops, with equal losses.
+"""A ViT-MAE of Hugging Face's transformers that is patched to use this library's ops. The losses are equal.
 
     pip install transformers
     python kernels/examples/hugging_face_vit_mae.py
 
-The patched model also takes uint8 images: what the image processor would normalise, patchify, predict and compare in
-memory is done inside the ops. Weights are random here; `ViTMAEForPreTraining.from_pretrained(...)` works as well.
+The patched model also accepts uint8 images: they are normalised, split into patches and compared with the predictions
+inside the ops, without intermediate tensors in memory. This example uses random weights;
+`ViTMAEForPreTraining.from_pretrained(...)` works in the same way.
 """
 
 import copy
@@ -13,11 +14,11 @@ import torch
 from m3ae_kernels import patch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what its image processor takes: ImageNet's
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in the model's image processor
 
 
 def main() -> tuple[float, float]:
-    """Print and return the losses of the model and of its fused form."""
+    """Print and return the losses of the original and of the patched model."""
     torch.manual_seed(0)
     config = ViTMAEConfig(
         image_size=64, patch_size=8, hidden_size=96, num_hidden_layers=2, num_attention_heads=3, intermediate_size=384,

@@ -1,9 +1,10 @@
-"""A plain image MAE (He et al., arXiv 2111.06377) with `PatchEmbed` and `MaskedPixelLoss` plugged in.
+"""A plain image MAE (He et al., arXiv 2111.06377) that uses `PatchEmbed` and `MaskedPixelLoss`.
 
     python kernels/examples/image_mae.py [--steps 300]
 
-Everything between the two ops is ordinary batched torch: the images stay uint8, no patch or target tensor exists, and
-the head's predictions never do either. Trains on made-up images in seconds on a CPU; uses a GPU where there is one.
+Everything between the two ops is ordinary batched torch. The images stay uint8, and no tensors of patches, targets or
+predictions are stored. It trains on synthetic images in seconds on a CPU, or on a GPU if there is one.
+
 Shapes: B images, L patches per image, V visible patches per image, D width.
 """
 
@@ -19,7 +20,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 class ImageMAE(nn.Module):
-    """Encoder over visible patches, decoder over all, pixel loss on masked ones."""
+    """An MAE: encoder over the visible patches, decoder over all patches, pixel loss on the masked patches."""
 
     def __init__(self, dim: int = 96, depth: int = 3, heads: int = 3) -> None:
         super().__init__()
@@ -49,7 +50,8 @@ def _transformer(dim: int, depth: int, heads: int) -> nn.Module:
 
 
 def ramps(count: int, device: torch.device) -> Tensor:
-    """Smooth colour ramps [count, 3, 64, 64] uint8: easy to continue from a quarter of their patches."""
+    """Return images of smooth colour ramps, [count, 3, 64, 64] uint8, which can be predicted from a quarter of their
+    patches."""
     line = torch.linspace(-1, 1, SIDE, device=device)
     slope = torch.randn(count, 3, 2, 1, 1, device=device)
     waves = torch.sin(slope[:, :, 0] * line[:, None] + slope[:, :, 1] * line)
@@ -57,7 +59,7 @@ def ramps(count: int, device: torch.device) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
-    """Train and print; return the losses."""
+    """Train the model, and print and return the losses."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32)

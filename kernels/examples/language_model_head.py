@@ -1,12 +1,12 @@
-"""The head of a language model of Hugging Face's transformers with its loss, without logits in memory.
+"""The head of a language model of Hugging Face's transformers, fused with its loss so that logits are not stored.
 
     pip install transformers
     python kernels/examples/language_model_head.py
 
 `MaskedTokenLoss.from_linear(model.lm_head)` shares the head's parameters, so checkpoints, tied embeddings and
-optimisers stay as they are. Targets are those of any causal model: the next token, -100 where there is none. Weights
-are random here; `AutoModelForCausalLM.from_pretrained(...)` works as well, where its logits are the plain product of
-its head.
+optimisers are not affected. The targets are those of a causal language model: the next token, or -100 if there is none.
+This example uses random weights; `AutoModelForCausalLM.from_pretrained(...)` works in the same way if the logits are
+the plain output of the head.
 """
 
 import torch
@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def fused_loss(model: nn.Module, head: MaskedTokenLoss, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Map tokens and labels [B, L] int to (the mean loss of the next tokens, the fraction that is right)."""
+    """Return the mean loss of the next tokens and the fraction of them that is predicted correctly. `tokens`, `labels`:
+    int [B, L]."""
     hidden_BLD = model.model(input_ids=tokens).last_hidden_state
     next_BL = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     loss, correct = head(hidden_BLD, next_BL, return_correct=True)
@@ -24,7 +25,7 @@ def fused_loss(model: nn.Module, head: MaskedTokenLoss, tokens: Tensor, labels: 
 
 
 def main() -> tuple[float, float]:
-    """Print and return the losses of the model and of its fused form."""
+    """Print and return the losses of the original and of the fused model."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

@@ -1,9 +1,10 @@
-"""A masked language model with `MaskedTokenLoss` plugged in, its head tied to the embedding.
+"""A masked language model that uses `MaskedTokenLoss`, with a head that is tied to the embedding.
 
     python kernels/examples/masked_language_model.py [--steps 300]
 
-Targets are -100 where nothing is masked, as everywhere else; the logits of all tokens never exist at once. Learns to
-continue made-up sentences in seconds on a CPU; uses a GPU where there is one.
+As usual, targets are -100 for tokens that are not masked. The logits of all tokens never exist at the same time. It
+learns to complete synthetic sentences in seconds on a CPU, or on a GPU if there is one.
+
 Shapes: B sentences, L words each, D width, V vocabulary.
 """
 
@@ -13,12 +14,12 @@ import torch
 from m3ae_kernels import MaskedTokenLoss
 from torch import Tensor, nn
 
-LENGTH, VOCAB, MASK = 24, 1000, 0  # word 0 stands for a masked one
+LENGTH, VOCAB, MASK = 24, 1000, 0  # word 0 is the mask
 MASK_RATIO, IGNORED = 0.25, -100
 
 
 class MaskedLanguageModel(nn.Module):
-    """Embedding, encoder, and the loss on masked words."""
+    """A masked language model: embedding, encoder, and the loss on the masked words."""
 
     def __init__(self, dim: int = 96, depth: int = 2, heads: int = 3) -> None:
         super().__init__()
@@ -31,7 +32,8 @@ class MaskedLanguageModel(nn.Module):
         self.head.weight = self.embedding.weight
 
     def forward(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Map words [B, L] int to the mean loss over masked words, and the fraction of them that is right."""
+        """Return the mean loss over the masked words, and the fraction of them that is predicted correctly. `words`:
+        int [B, L]."""
         masked_BL = torch.rand(words.shape, device=words.device) < MASK_RATIO
         x_BLD = self.encoder(self.embedding(words.masked_fill(masked_BL, MASK)) + self.positions)
         targets = words.masked_fill(~masked_BL, IGNORED).flatten()
@@ -40,12 +42,12 @@ class MaskedLanguageModel(nn.Module):
 
 
 def sentences(count: int, device: torch.device) -> Tensor:
-    """Return sentences [count, L]: three words that repeat, so that any masked one stands elsewhere in the sentence."""
+    """Return sentences [count, L] of three words that repeat, so that a masked word can be inferred from the others."""
     return torch.randint(1, VOCAB, (count, 3), device=device).repeat(1, LENGTH // 3)
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
-    """Train and print; return the losses."""
+    """Train the model, and print and return the losses."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)

@@ -38,8 +38,9 @@ REGISTERS = 65536
 # limit for loads and stores of spilled registers in a kernel's assembly of about a thousand instructions
 MOST_SPILLS = 16
 DTYPES = {"bf16": "16", "fp16": "16", "fp32": "32"}
-# In every dtype, and at every size in bf16. Elsewhere fp16 takes the registers and the shared memory of bf16, heads of
-# 80 and 96 values those of 128, to which they are padded, and 13 bands those of 3.
+# For this architecture, kernels are compiled in every dtype, and at every size in bf16. On the others, fp16 uses as
+# many registers and as much shared memory as bf16; heads of 80 and 96 values as much as those of 128, to which they are
+# padded; and 13 bands as much as 3.
 EVERYTHING = ("sm_90",)
 DECODER, WIDEST = 32, 128  # head dimensions: of M3AE-Large's decoder, and the largest
 # Compiled only on request: with the settings of sm_89, the result is the same as for sm_89.
@@ -53,10 +54,10 @@ PIXEL_FLOATS = ("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3")
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a kernel: pointer arguments by element type ("x": the dtype of the inputs), sizes that are multiples of
-    16, other sizes, floats, and constants. `whole_rows` is the power of two to which a TILE of elements is limited.
-    `sample` has the head dimension and the rows for which TILE_M and TILE_N are chosen. `programs` program instances
-    must fit on a multiprocessor."""
+    """A call of a kernel, described by its pointer arguments with their element types ("x": the dtype of the inputs),
+    sizes that are multiples of 16, other sizes, floats, and constants. `whole_rows` is the power of two to which a TILE
+    of elements is limited. `sample` has the head dimension and the rows for which TILE_M and TILE_N are chosen.
+    `programs` is the number of program instances that must fit on a multiprocessor."""
 
     module: str
     kernel: str
@@ -86,7 +87,7 @@ def _pointers(**by_type: str) -> dict[str, str]:
 
 
 def _with_bands(*cases: Case) -> list[Case]:
-    """Return the cases, which read 8-bit RGB images, and the same cases for 13 bands of 16 bits, as in Sentinel-2."""
+    """Return the cases, which read 8-bit RGB images, and the same cases with 13 bands of 16 bits, as in Sentinel-2."""
     several = []
     for case in cases:
         constants = {name: value for name, value in (case.constants or {}).items() if name != "table"} | {"C": 13}

@@ -37,11 +37,11 @@ def gather_tokens(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        [..., D], as many as `rows`, in x's dtype; autocast changes nothing. Statistics in float32 (float64 for
-        float64). Gradients for x and the norm's parameters.
+        [..., D], with as many rows as `rows`, in x's dtype, regardless of autocast. Statistics are computed in float32
+        (float64 for float64). Gradients for x and the parameters of the norm.
 
     Raises:
-        TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
+        TypeError, ValueError: the dtype, shape or device of the named argument is wrong.
     """
     check_float("x", x, (..., None), x)
     check_index("rows", rows, (...,), x)

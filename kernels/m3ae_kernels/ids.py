@@ -1,6 +1,7 @@
-"""Range checks of ids, which kernels do not check themselves. Torch's code on a CPU always checks; other code, which
-would have to wait for the device, checks only with M3AE_KERNELS_CHECK=1. Called inside ops, where values are available
-under torch.compile.
+"""Range checks of ids, which kernels do not check themselves.
+
+On a CPU, torch's code always checks. Elsewhere, a check would synchronise with the device, so it is done only with
+M3AE_KERNELS_CHECK=1. The checks are called inside ops, where values are available even under torch.compile.
 """
 
 import os

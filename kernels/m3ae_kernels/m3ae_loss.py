@@ -84,7 +84,7 @@ def m3ae_loss(
         correct_weight: [W] floating, weights of the correct predictions; None for text_row_weight.
 
     Raises:
-        TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
+        TypeError, ValueError: the dtype, shape or device of the named argument is wrong.
     """
     if isinstance(image_head, MaskedTokenLoss):
         image = image_head(image_hidden, image_targets, image_row_weight)

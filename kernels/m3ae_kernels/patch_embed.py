@@ -40,15 +40,15 @@ def patch_embed(
     """Return embeddings of selected patches of a batch of images: rows of (patch * scale + shift) @ weight.T + bias.
 
     Args:
-        images: [B, C, H, W], contiguous or channels_last (else a copy is made); uint8, normalised as (x / 255 - mean) /
-            std; uint16, as (x / 65535 - mean) / std; or floating, as (x - mean) / std, without mean and std taken as it
-            is.
+        images: [B, C, H, W], contiguous or channels_last (otherwise a copy is made). uint8 images are normalised as (x
+            / 255 - mean) / std, uint16 images as (x / 65535 - mean) / std, and floating images as (x - mean) / std, or
+            not at all if mean and std are None.
         patch_ids: [...] int32 or int64, image * patches_per_image + patch, patches in row-major order.
         weight: [D, P * P * C] in the order (row, column, channel).
         bias: [D], or None for none.
         patch_size: P; H and W are multiples of it.
-        mean, std: one number per channel: of integer images in units of their largest value, 255 or 65535; of floating
-            ones in their own, or None.
+        mean, std: one number per channel. For integer images, they are in units of the largest value, 255 or 65535; for
+            floating images, in the units of the images, or None.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -58,7 +58,7 @@ def patch_embed(
             implementation keeps them, [N, K].
 
     Raises:
-        TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
+        TypeError, ValueError: the dtype, shape or device of the named argument is wrong.
     """
     scale, shift = check_pixels(images, patch_ids, patch_size, mean, std)
     check_float("weight", weight, (None, patch_size**2 * images.shape[1]), images)

@@ -56,19 +56,20 @@ def masked_pixel_loss(
     Args:
         hidden: [..., D] floating.
         weight: [P * P * C, D], its rows in the order (row, column, channel).
-        images: [B, C, H, W], contiguous or channels_last (else a copy is made); uint8, normalised as (x / 255 - mean) /
-            std; uint16, as (x / 65535 - mean) / std; or floating, as (x - mean) / std, without mean and std taken as it
-            is.
+        images: [B, C, H, W], contiguous or channels_last (otherwise a copy is made). uint8 images are normalised as (x
+            / 255 - mean) / std, uint16 images as (x / 65535 - mean) / std, and floating images as (x - mean) / std, or
+            not at all if mean and std are None.
         patch_ids: [...] int32 or int64, the target of each row: image * patches_per_image + patch, patches in row-major
             order.
         bias: [P * P * C], or None for none.
         row_weight: [...] floating, or None for ones.
         patch_size: P.
-        mean, std: one number per channel: of integer images in units of their largest value, 255 or 65535; of floating
-            ones in their own, or None.
-        norm_pix: standardise each target patch: unbiased variance, eps 1e-6 (He et al., arXiv 2111.06377, section 4.1).
-        reduction: "sum"; "mean": the sum divided by that of the weights; "none": the summands, [...]. None is "sum",
-            with a FutureWarning: from the next release on it will be "mean".
+        mean, std: one number per channel. For integer images, they are in units of the largest value, 255 or 65535; for
+            floating images, in the units of the images, or None.
+        norm_pix: whether to standardise each target patch, with unbiased variance and eps 1e-6 (He et al., arXiv
+            2111.06377, section 4.1).
+        reduction: "sum"; "mean", the sum divided by the sum of the weights; or "none", the summands, [...]. None is
+            "sum", with a FutureWarning, because the default will be "mean" from the next release on.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -78,7 +79,7 @@ def masked_pixel_loss(
             backward pass, which repeats the matmuls.
 
     Raises:
-        TypeError, ValueError: naming the argument whose dtype, shape, device or value is wrong.
+        TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
     """
     scale, shift = check_pixels(images, patch_ids, patch_size, mean, std)
     lead = patch_ids.shape

@@ -29,7 +29,7 @@ def check_pixels(
     unchanged.
 
     Raises:
-        TypeError, ValueError: naming the argument that is wrong.
+        TypeError, ValueError: the named argument is wrong.
     """
     if images.dim() != 4:
         raise ValueError(f"images has shape {tuple(images.shape)}, expected [B, C, H, W]")

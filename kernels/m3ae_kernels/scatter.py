@@ -33,10 +33,10 @@ def scatter_tokens(
         x: [..., D] floating, N rows of it.
         src: [...] int32 or int64, T elements. Each row of x must occur at most once, so that the backward pass is a
             gather.
-        fill: [..., D] floating, F rows of it: mask embeddings, or a whole text embedding; None for zeros.
-        fill_ids: int32 or int64, of src's shape, with fill.
-        table: [..., D] floating, K rows of it: positions and types; None for zeros.
-        table_ids: int32 or int64, of src's shape, with table.
+        fill: [..., D] floating, F rows: mask embeddings, or the table of a text embedding; None for zeros.
+        fill_ids: int32 or int64, with src's shape; required with fill.
+        table: [..., D] floating, K rows: embeddings of positions and types; None for zeros.
+        table_ids: int32 or int64, with src's shape; required with table.
         fill_order, table_order: results of `scatter_orders(src, fill_ids, table_ids)`, for example from a data loader,
             so that the backward pass does not sort.
         impl: "auto", "triton" or "torch".
@@ -48,7 +48,8 @@ def scatter_tokens(
         are summed in a fixed order, without atomics.
 
     Raises:
-        TypeError, ValueError: naming the argument whose dtype, shape or device is wrong, or that lacks its companion.
+        TypeError, ValueError: the dtype, shape or device of the named argument is wrong, or the argument that belongs
+            to it is missing.
     """
     check_float("x", x, (..., None), x)
     check_index("src", src, (...,), x)

@@ -17,8 +17,8 @@ def segment_sum(
     rows_TD: Tensor, ids_T: Tensor, count: int, dtype: torch.dtype, impl: str, order_T: Tensor | None = None
 ) -> Tensor:
     """Return out [count, D] of `dtype`, out[k] = sum of rows[t] over the t with ids[t] == k in order of t; negative ids
-    are left out. Sums in float32 (float64 for float64 rows); no atomics. `impl` is "triton" or "torch"; `order_T` is
-    `segment_order(ids_T)`, computed if it is not given."""
+    are left out. Sums are computed in float32 (float64 for float64 rows), without atomics. `impl` is "triton" or
+    "torch"; `order_T` is `segment_order(ids_T)`, computed if it is not given."""
     if impl == "triton":
         from .triton_impl.segment_sum import segment_sum
 

@@ -65,25 +65,26 @@ def masked_token_loss(
         targets: [...] int32 or int64 in [0, V), or `ignore_index`.
         bias: [V], or None for none.
         row_weight: [...] floating, or None for ones.
-        reduction: "sum"; "mean": the sum divided by that of the weights of the rows not ignored, 0 if there are
-            none; "none": the summands, [...]. None is "sum", with a FutureWarning: from the next release on it will be
-            "mean".
+        reduction: "sum"; "mean", the sum divided by the sum of the weights of the rows that are not ignored, 0 if there
+            are none; or "none", the summands, [...]. None is "sum", with a FutureWarning, because the default will be
+            "mean" from the next release on.
         ignore_index: rows with this target have loss 0, no gradient, and are not correct.
         label_smoothing: as in torch.nn.functional.cross_entropy.
         z_loss: weight of the squared log-partition (Chowdhery et al., arXiv 2204.02311, section 5).
-        return_correct: return (loss, correct) instead of only the loss.
+        return_correct: whether to return (loss, correct) instead of only the loss.
         workspace: bytes of logits kept at once, at least one row; None: 256 MiB on a GPU, 64 MiB on a CPU.
         impl: "auto", "triton" or "torch".
 
     Returns:
-        The loss, a scalar or [...], float32 (float64 for float64 hidden), and, where asked for, correct [...] bool:
-        argmax == target, the first of equals. The matmuls run in autocast's dtype where it is on, else in that of
-        hidden; the softmax in float32. Gradients for hidden, weight, bias and row_weight; the first three are computed
-        where they are wanted, in the forward pass (with "none" in the backward, the matmuls once more). Another target
-        out of range is an IndexError on a CPU and a loss of NaN on a GPU.
+        The loss, a scalar or [...], float32 (float64 for float64 hidden), and with return_correct also correct, bool
+        [...]: whether the target is the first of the largest logits. The matmuls run in autocast's dtype if it is
+        enabled, otherwise in that of hidden; the softmax runs in float32. Gradients for hidden, weight, bias and
+        row_weight. If required, the first three are computed in the forward pass; with "none", they are computed in the
+        backward pass, which repeats the matmuls. A target out of range raises IndexError on a CPU, and gives a loss of
+        NaN on a GPU.
 
     Raises:
-        TypeError, ValueError: naming the argument whose dtype, shape, device or value is wrong.
+        TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
     """
     check_float("hidden", hidden, (..., None), hidden)
     lead = hidden.shape[:-1]

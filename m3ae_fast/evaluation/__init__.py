@@ -1,1 +1,1 @@
-"""Evaluates the representation of a trained model. `m3ae-fast evaluate --help` lists them."""
+"""Evaluation of a trained model's representation; `m3ae-fast evaluate --help` lists the tasks."""

@@ -1,4 +1,4 @@
-"""timm's RandAugment of single images, and mixup and cutmix of pairs.
+"""Augmentation for fine-tuning: timm's RandAugment of single images, and mixup and cutmix of pairs of images.
 
 Shapes: S samples, K classes, C channels, H = W pixels.
 """
@@ -28,10 +28,10 @@ _MIXING = 64  # purpose of the random number, in addition to those of data.datas
 
 @dataclass(frozen=True)
 class RandAugment:
-    """A `data.dataset.Transform`: timm's RandAugment (arXiv 1909.13719) of its config string. Raises UserError where
-    timm rejects the string, or images are not RGB of 8 bits."""
+    """A `data.dataset.Transform` that applies timm's RandAugment (arXiv 1909.13719). Raises UserError if timm rejects
+    the config string, or if images are not 8-bit RGB."""
 
-    config: str
+    config: str  # timm's config string, such as rand-m9-mstd0.5-inc1
     model: ModelConfig
 
     def __post_init__(self) -> None:
@@ -42,16 +42,16 @@ class RandAugment:
             )
         try:
             self._make()
-        except Exception as error:  # timm asserts and converts
+        except Exception as error:  # timm reports errors in the string by assertions and failed conversions
             raise UserError(
                 f"finetune.rand_augment {self.config!r}: timm rejects it ({type(error).__name__}: {error}); "
                 "write it like rand-m9-mstd0.5-inc1, or null"
             ) from None
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
-        """Augment an image, uint8 [3, H, W]."""
+        """Return the augmented image, uint8 [3, H, W]. All randomness depends on `seed`."""
         states = random.getstate(), np.random.get_state()
-        random.seed(seed)  # timm draws from both
+        random.seed(seed)  # timm uses both generators
         np.random.seed(seed & 0xFFFFFFFF)
         try:
             augmented = self._make()(Image.fromarray(image.permute(1, 2, 0).numpy()))
@@ -73,7 +73,8 @@ class RandAugment:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keep at least one bit, where timm's would ask for 0 at the highest levels, which Pillow 13 refuses."""
+    """Posterise an image, keeping at least one bit: at the highest magnitudes, timm's function requests 0 bits, which
+    Pillow 13 rejects."""
     return ImageOps.posterize(image, min(max(bits, 1), 8))
 
 
@@ -83,16 +84,22 @@ def mixes(config: FineTuneConfig, images_only: bool) -> bool:
 
 
 class Mixing:
-    """Training batches with soft labels: smoothed and, where images are all that the encoder sees, mixed by mixup
-    (arXiv 1710.09412) or cutmix (arXiv 1905.04899).
+    """Converts training batches to batches with soft labels, with label smoothing and, if the encoder sees only images,
+    mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899).
 
-    The samples 2 k and 2 k + 1 of a lane of the stream are mixed with each other; what is drawn for them depends on the
-    seed, the lane and k alone. (The official code draws once for a micro-batch, which depends on the number of ranks.)
+    The samples 2 k and 2 k + 1 of a lane of the training stream are mixed with each other. The random numbers of such a
+    pair depend only on the seed, the lane and k. (The official code samples them once per micro-batch, so its results
+    depend on the number of ranks.)
 
     Args:
-        images_only: whether images may be mixed.
-        repeats: views of a sample, which follow each other in the stream: the k-th ones are mixed.
-        lanes: of the stream.
+        config: settings of label smoothing, mixup and cutmix.
+        model: config of the model.
+        classes: number of classes.
+        images_only: whether the encoder sees only images, so that samples may be mixed.
+        seed: random seed.
+        repeats: number of consecutive views of a sample in the stream; the k-th view of a sample is mixed with the k-th
+            view of its partner.
+        lanes: number of lanes of the stream.
     """
 
     def __init__(
@@ -112,7 +119,7 @@ class Mixing:
         self.seed, self.repeats, self.lanes = seed, repeats, lanes
 
     def check_share(self, share: Share) -> None:
-        """Raise UserError if samples to be mixed are in different micro-batches, or have different sizes."""
+        """Raise UserError if samples that are mixed would be in different micro-batches or have different sizes."""
         if self.mixes and self.native:
             raise UserError(
                 "finetune.mixup and cutmix mix images of one size, and these are native; set both to 0, or "
@@ -127,14 +134,14 @@ class Mixing:
             )
 
     def pair(self, position: int) -> tuple[int, int, int]:
-        """Return the position of the sample that the one at `position` is mixed with; the pair's number; the view."""
+        """Return the position of the partner of the sample at `position`, the number of the pair, and the view."""
         turn, view = divmod(position, self.repeats)
         index, lane = divmod(turn, self.lanes)
         return ((index ^ 1) * self.lanes + lane) * self.repeats + view, index // 2 * self.lanes + lane, view
 
     def __call__(self, batch: PackedBatch, dtype: torch.dtype) -> tuple[PackedBatch, Tensor]:
-        """Return the batch, whose images are normalised and of `dtype` if they are mixed, and soft labels [S, K]. A
-        sample whose partner could not be read is not mixed."""
+        """Return the batch and its soft labels [S, K]. Mixed images are normalised and have the given dtype. A sample
+        is not mixed if its partner could not be read."""
         assert batch.labels is not None
         labels_SK = F.one_hot(batch.labels, self.classes).float()
         labels_SK = labels_SK * (1 - self.smoothing) + self.smoothing / self.classes
@@ -151,13 +158,14 @@ class Mixing:
         return replace(batch, images=images.to(dtype)), labels_SK
 
     def _draw(self, positions: list[int | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draw, for each sample, the row of its partner (itself if there is none), its own fraction, and the box that
-        cutmix takes from the partner: int64 [S], float32 [S], int64 [S, 4] (top, bottom, left, right; 0 for mixup)."""
+        """Sample the mixing of a batch. Return, for each sample, the row of its partner (its own row if there is none),
+        int64 [S]; the weight of the sample itself, float32 [S]; and the box that cutmix pastes from the partner, int64
+        [S, 4] (top, bottom, left, right; 0 for mixup)."""
         rows = {position: row for row, position in enumerate(positions)}
         partner_S, own_S = np.arange(len(positions)), np.ones(len(positions), np.float32)
         box_S4 = np.zeros((len(positions), 4), np.int64)
         for position, row in rows.items():
-            assert position is not None  # the loader gives every sample one
+            assert position is not None  # set by the training loader
             other, *pair = self.pair(position)
             if other in rows:
                 partner_S[row] = rows[other]
@@ -178,7 +186,7 @@ class Mixing:
 
 
 def _inside(box_S4: Tensor, size: int) -> Tensor:
-    """Return a mask of the pixels in the box, bool [S, 1, H, W]."""
+    """Return a mask of the pixels inside each sample's box, bool [S, 1, H, W]."""
     place = torch.arange(size, device=box_S4.device)
     rows_SH, columns_SW = ((place >= low[:, None]) & (place < high[:, None]) for low, high in box_S4.T.split(2))
     return (rows_SH[:, :, None] & columns_SW[:, None])[:, None]

@@ -1,4 +1,5 @@
-"""Exports a model, on request with the accuracy of its ONNX files on labelled images, or to the Hugging Face hub."""
+"""Export of a model, with options to measure the accuracy of its ONNX files and to upload it to the Hugging Face
+hub."""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ from m3ae_fast.weights.onnx_model import NEEDS, file_names
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote."""
+    """The result of `export`."""
 
     weights: Pretrained
-    check: OnnxCheck | None = None  # of ONNX files, if labelled images were given
-    address: str | None = None  # on the hub, if the folder was pushed
+    check: OnnxCheck | None = None  # check of the ONNX files, if labelled images were given
+    address: str | None = None  # address on the hub, if the folder was uploaded
 
 
 def export(
@@ -38,23 +39,24 @@ def export(
     val: str | Sequence[str] = (),
     labels: str = "cls",
 ) -> Exported:
-    """Write the float32 weights of a model and return what was written.
+    """Write the float32 weights of a model, and return the result.
 
     Args:
-        model: a run folder (its last checkpoint), a checkpoint, or an export, to change its format or to push it.
-        out: a new folder, or an earlier export, which is replaced; of "onnx" a file.
-        format: "m3ae", which `load_model` loads; "timm" for the image encoder as timm's VisionTransformer; or "onnx"
-            for that as two files, in float32 and in int8.
-        weights: of a run with `train.ema`, the "average" or the "last".
-        push: the name, OWNER/NAME, under which the folder is uploaded to the Hugging Face hub too.
-        private: make a model on the hub that is private.
-        train, val: of "onnx", labelled shards: measure the k-NN accuracy of both files on `val`, with neighbours from
-            `train`, and that of torch.
-        labels: where labels are read: "cls", or "json." and the name of a field.
+        model: a run folder (its last checkpoint), a checkpoint, or an export, to convert it to another format or to
+            upload it.
+        out: a new folder, or an earlier export, which is replaced; for "onnx", the file to write.
+        format: "m3ae" for a folder that `load_model` reads, "timm" for the image encoder as timm's VisionTransformer,
+            or "onnx" for the image encoder as two files, in float32 and in int8.
+        weights: for a run with `train.ema`, the weights to export: the moving "average" or the "last" ones.
+        push: name, OWNER/NAME, under which the folder is also uploaded to the Hugging Face hub.
+        private: whether the model on the hub is created as a private one.
+        train, val: for "onnx", labelled shards. The k-NN accuracy of both files and of torch is measured on `val`, with
+            neighbours from `train`.
+        labels: source of the labels: "cls", or "json." and the name of a field.
 
     Raises:
-        UserError: there is no such model, it is damaged, arguments do not go together, a library is missing, or the
-            result cannot be written or pushed.
+        UserError: the model does not exist or is damaged, arguments cannot be combined, a library is missing, or the
+            result cannot be written or uploaded.
     """
     bank, queries = ([given] if isinstance(given, str) else list(given) for given in (train, val))
     if push and format == "onnx":

@@ -1,5 +1,4 @@
-"""Metrics of a task that classifies, from its predictions.parquet: beside top-1 and top-5 accuracy those that a large
-class does not dominate.
+"""Metrics of a classification task that are not dominated by large classes, computed from its predictions.parquet.
 
 Shapes: N samples, K classes that occur among them.
 """
@@ -23,13 +22,16 @@ from m3ae_fast.evaluation.significance import ERROR, area_under_roc, standard_er
 
 
 def class_metrics(folder: Path, classes: Classes, names: Sequence[str]) -> dict[str, Any]:
-    """Return the entries of result.json that accompany the accuracies of a classification task: the share of the
-    largest class and whether the accuracy is above it, see `against_largest_class`, and, of one prediction for each
-    sample, "balanced_accuracy", the mean over classes of the accuracy of each (macro-averaged recall), with its
-    standard error; "per_class", samples and accuracy of each; and, of two classes, "auroc", of the second one's score,
-    with its standard error. Nothing for other tasks.
+    """Return the entries of result.json that accompany the accuracies of a classification task; empty for other tasks.
 
-    `classes`: by id, of the training samples. `names`: what to call each.
+    These are the entries of `against_largest_class` and, if there is one prediction per sample, the following:
+
+    - "balanced_accuracy": the mean of the accuracies of the classes (macro-averaged recall), with its standard error;
+    - "per_class": the number of samples and the accuracy of each class;
+    - "auroc", if there are two classes: the area under the ROC curve of the second class's score, with its standard
+    error.
+
+    `classes`: labels of the training samples by class id. `names`: names of the classes for display.
     """
     found = against_largest_class(folder)
     if not found:
@@ -56,8 +58,8 @@ def class_metrics(folder: Path, classes: Classes, names: Sequence[str]) -> dict[
 
 
 def accuracy_by_class(label_N: np.ndarray, right_N: np.ndarray) -> list[dict[str, Any]]:
-    """Return "class", "samples" and "accuracy" of each class that occurs. `right_N`: how often each sample was right,
-    from 0 to 1."""
+    """Return the entries "class", "samples" and "accuracy" of each class that occurs. `right_N`: fraction of trials,
+    from 0 to 1, in which each sample was classified correctly."""
     found_K, place_N, samples_K = np.unique(label_N, return_inverse=True, return_counts=True)
     accuracy_K = np.bincount(place_N, right_N) / samples_K
     return [
@@ -67,7 +69,7 @@ def accuracy_by_class(label_N: np.ndarray, right_N: np.ndarray) -> list[dict[str
 
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Return the area under the ROC curve of scores that are higher for positives; equal ones count one half."""
+    """Return the area under the ROC curve of scores that are higher for positives; equal scores count as one half."""
     values_V, place = np.unique(np.concatenate((positive, negative)), return_inverse=True)
     parts = place[: len(positive)], place[len(positive) :]
     return area_under_roc(*(np.bincount(part, minlength=len(values_V)) for part in parts))
@@ -81,7 +83,7 @@ def auroc_error(area: float, negatives: int, positives: int) -> float:
 
 
 def draw_class_metrics(folder: Path, classes: Classes, names: Sequence[str]) -> None:
-    """Draw the confusion matrix of the predictions in a task's folder, as confusion.png."""
+    """Plot the confusion matrix of the predictions in a task's folder to confusion.png."""
     table, ids = read_parquet(folder / FILE), {label: number for number, label in enumerate(classes)}
     labels_N, predicted_N = (torch.tensor([ids[label] for label in table[name]]) for name in ("label", "prediction"))
     draw_confusion(folder / "confusion.png", labels_N, predicted_N, names)

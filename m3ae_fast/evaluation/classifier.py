@@ -1,4 +1,4 @@
-"""An encoder with a classification head, and the folder that it is saved in.
+"""An encoder with a classification head, and its storage in a folder.
 
 Shapes: S samples, D width, K classes.
 """
@@ -30,22 +30,22 @@ HEADS = {"linear": LinearProbeHead, "finetune": FineTuneHead}
 
 
 class ClassifierConfig(Section):
-    """What a saved classifier is."""
+    """The config of a saved classifier."""
 
     model: ModelConfig
-    """Of the encoder."""
+    """Config of the encoder."""
     head: Literal["linear", "finetune"]
-    """Whose head it is."""
+    """The task that trained the head."""
     pool: Pool
-    """What the head reads."""
+    """Pooling of the features that the head reads."""
     modality: Literal["image", "text", "paired"]
-    """What the encoder sees."""
+    """Modalities of a sample that the encoder sees."""
     classes: list[int | str]
     """Labels by class id."""
 
 
 def read_config(folder: str | Path) -> ClassifierConfig:
-    """Read the config of the classifier saved in `folder`. Raises UserError if there is none."""
+    """Return the config of the classifier saved in `folder`. Raises UserError if there is no classifier."""
     path = Path(folder) / CONFIG_FILE
     try:
         data = read_json(path)
@@ -55,7 +55,7 @@ def read_config(folder: str | Path) -> ClassifierConfig:
 
 
 class Classifier(nn.Module):
-    """`forward(batch)`: a batch with nothing masked -> logits [S, K]."""
+    """An encoder with a classification head. `forward(batch)` maps an unmasked batch to logits [S, K]."""
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -68,30 +68,31 @@ class Classifier(nn.Module):
         return self.backbone.pooled(batch, self.config.pool)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        # under ZeRO's bf16 the head has bf16 weights, while pooled features are float32
+        # with ZeRO in bf16, the weights of the head are bf16, but pooled features are float32
         return self.head(self.features(batch).to(next(self.head.parameters()).dtype))
 
     def load_backbone(self, model: MultimodalEncoder) -> None:
-        """Take over the encoder of a model of the same sizes, and its tokenizer."""
+        """Copy the encoder's weights from a model of the same sizes, and use its tokenizer."""
         names = self.backbone.state_dict().keys()
         self.backbone.load_state_dict({name: t for name, t in model.state_dict().items() if name in names})
         self.backbone.tokenizer = model.tokenizer
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
-        """Write classifier.json, classifier.safetensors and, where there is one, tokenizer.json into `folder`, which is
-        made where it is missing. `weights`: by name, instead of the module's own, float32."""
+        """Write classifier.json, classifier.safetensors and, if there is a tokenizer, tokenizer.json to `folder`, which
+        is created if it does not exist. `weights`: float32 weights by name that replace those of the module."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.state_dict() if weights is None else self.state_dict() | weights
         save_file({name: t.cpu().contiguous() for name, t in state.items()}, folder / MODEL_FILE)
         (folder / CONFIG_FILE).write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(folder / CONFIG_FILE, folder / MODEL_FILE)  # safetensors makes it readable only to its owner
+        shutil.copymode(folder / CONFIG_FILE, folder / MODEL_FILE)  # safetensors makes it readable only by its owner
         if self.backbone.tokenizer is not None:
             self.backbone.tokenizer.save(folder / TOKENIZER_FILE)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Classifier:
-        """Load what `save_pretrained` wrote, on the CPU. Raises UserError if a file is missing or damaged."""
+        """Load a classifier written by `save_pretrained`, on the CPU. Raises UserError if a file is missing or
+        damaged."""
         folder = Path(folder)
         config = read_config(folder)
         try:

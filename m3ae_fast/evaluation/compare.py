@@ -1,7 +1,7 @@
-"""Several models, random weights and downscaled pixels, by several probes of frozen features on the same samples:
-which is better?
+"""Comparison of models, of random weights and of downscaled pixels, by several probes of frozen features on the same
+samples, with significance tests.
 
-Shapes: N held-out samples, D trials with other seeds.
+Shapes: N held-out samples, D trials with different seeds.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from m3ae_fast.model.pixels import SIDE, Pixels
 from m3ae_fast.weights.open_model import PIXELS, RANDOM, open_encoder, set_images
 
 UNTRAINED, SCALED = "random weights", "downscaled pixels"
-_DECODING = 0.1  # about what reading an image costs, of encoding it
+_DECODING = 0.1  # approximate cost of reading an image, relative to encoding it
 TABLE_FILE = "comparison.md"
 
 
 @dataclass
 class Found:
-    """What was measured so far: predictions by seed, of each model by each probe."""
+    """The results so far: the predictions of each model and probe, by seed."""
 
     classes: Classes
     trials: dict[tuple[str, str], dict[int, Predictions]] = field(default_factory=dict)
@@ -52,11 +52,11 @@ class Found:
         self.trials.setdefault((model, probe), {})[seed] = predictions
 
     def copy(self) -> Found:
-        """Return the same, for another thread: this one goes on to change."""
+        """Return a snapshot for use by another thread."""
         return Found(self.classes, {which: dict(trials) for which, trials in [*self.trials.items()]})
 
     def correct(self, model: str, probe: str) -> np.ndarray:
-        """Return [D, N], bool."""
+        """Return whether each sample was classified correctly in each trial, bool [D, N]."""
         return np.stack([each.correct_N.numpy() for each in self.trials[model, probe].values()])
 
     def result(self) -> dict[str, Any]:
@@ -76,8 +76,7 @@ class Found:
         return next(iter(next(iter(self.trials.values())).values())).labels_N
 
     def accuracy(self, model: str, probe: str) -> dict[str, float]:
-        """Return the mean accuracy over seeds, its standard error, the mean of the classes' accuracies, and how many
-        seeds there were."""
+        """Return the mean accuracy over seeds, its standard error, the balanced accuracy, and the number of trials."""
         correct_DN = self.correct(model, probe)
         top1, error = mean_accuracy(correct_DN)
         by_class = accuracy_by_class(self._labels().numpy(), correct_DN.mean(0))
@@ -85,15 +84,15 @@ class Found:
         return {"top1": top1, f"top1{ERROR}": error, "balanced_accuracy": balanced, "trials": len(correct_DN)}
 
     def tests(self) -> Iterator[tuple[str, str, str, Difference]]:
-        """Yield (probe, first, second, test) of any two models, and of each and the largest class, by each probe, the
-        later model first."""
+        """Yield (probe, first, second, test) for each probe and each pair of models, and for each model and the largest
+        class. Of two models, `first` is the one that comes later."""
         for probe in dict.fromkeys(probe for _, probe in self.trials):
             models = [LARGEST, *(model for model, own in self.trials if own == probe)]
             for second, first in combinations(models, 2):
                 yield probe, first, second, difference(self._right(first, probe), self._right(second, probe))
 
     def warnings(self) -> Iterator[tuple[str, str]]:
-        """Yield (probe, warning) of each model that is not better than the largest class."""
+        """Yield (probe, warning) for each model that is not significantly better than the largest class."""
         for model, probe in self.trials:
             if words := not_above_largest(self._right(model, probe), self._right(LARGEST, probe), model):
                 yield probe, words
@@ -151,28 +150,29 @@ class Found:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done for a model."""
+    """The work that the comparison requires for a model."""
 
-    cost: float  # of encoding a sample: proportional to FLOPs
-    drawn: bool  # whether the weights depend on the seed
-    training: dict[str, float]  # about how many seconds, by the probes that its features are for
+    cost: float  # of encoding a sample; proportional to FLOPs
+    seeded_weights: bool  # whether the weights depend on the seed
+    training: dict[str, float]  # estimated training time in seconds, by probe
 
     def passes(self, seeds: int) -> int:
         """Return the number of passes over the images."""
-        return seeds if self.drawn else 1
+        return seeds if self.seeded_weights else 1
 
     def trials(self, probe: str, seeds: int) -> int:
         """Return the number of probes to train."""
-        return seeds if self.drawn or PROBES[probe].seeded else 1
+        return seeds if self.seeded_weights or PROBES[probe].seeded else 1
 
 
 def with_error(accuracy: Mapping[str, Any]) -> str:
-    """Return top-1 accuracy and its standard error in percent."""
+    """Return the top-1 accuracy and its standard error in percent, as text."""
     return f"{100 * accuracy['top1']:.1f} ± {100 * accuracy[f'top1{ERROR}']:.1f}"
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task. Raises UserError if a model cannot be opened, or memory is too small."""
+    """Run the task and return its result. Raises UserError if a model cannot be opened, or if the memory is too
+    small."""
     options, seeds = job.options, range(job.config.run.seed, job.config.run.seed + job.options.seeds)
     names = model_names(options.models, pixels=not all(PROBES[probe].tokens for probe in options.probes))
     # report mistakes before any work
@@ -188,7 +188,7 @@ def run(job: Job) -> dict[str, Any]:
         return SoFar(text, known.result(), known.columns(), page)
 
     job.keep_if_stopped(so_far)
-    training = cache(partial(_training, job, train.samples, len(classes)))  # of models of one shape the same
+    training = cache(partial(_training, job, train.samples, len(classes)))  # measured once per shape
     work = {name: Work(shape.cost, names[name].startswith(RANDOM), training(shape)) for name, shape in shapes.items()}
     whole = job.time_left(
         (train.samples + val.samples) * sum(each.cost * each.passes(len(seeds)) for each in work.values()),
@@ -214,13 +214,13 @@ def run(job: Job) -> dict[str, Any]:
 
 
 class Shape(NamedTuple):
-    """What the time that a model takes depends on."""
+    """Properties of a model on which its computation time depends."""
 
-    cost: float  # of encoding a sample: proportional to FLOPs
-    width: int  # of its features
+    cost: float  # of encoding a sample; proportional to FLOPs
+    width: int  # of the features
     heads: int
     patches: int
-    probes: tuple[str, ...]  # that its features are for
+    probes: tuple[str, ...]  # probes that can use its features
 
 
 def _shape(job: Job, encoder: MultimodalEncoder) -> Shape:
@@ -233,14 +233,14 @@ def _shape(job: Job, encoder: MultimodalEncoder) -> Shape:
 
 
 def _training(job: Job, samples: int, classes: int, shape: Shape) -> dict[str, float]:
-    """Return about how many seconds each probe trains on the features of a model."""
+    """Return the estimated training time of each probe on the features of a model, in seconds."""
     setting = Setting(job.config, classes, shape.heads, job.config.run.seed, job.ranks, job.pulse)
     sizes = {probe: ((shape.patches,) if PROBES[probe].tokens else ()) + (shape.width,) for probe in shape.probes}
     return {probe: expected_duration.seconds(probe, samples, size, setting) for probe, size in sizes.items()}
 
 
 def _shorter(job: Job, work: Iterable[Work]) -> str:
-    """Return options that make a comparison shorter."""
+    """Return a suggestion of options that shorten the comparison."""
     probes, seeds = job.options.probes, job.options.seeds
     ways = []
     if "attentive" in probes and len(probes) > 1:
@@ -253,8 +253,9 @@ def _shorter(job: Job, work: Iterable[Work]) -> str:
 
 
 def model_names(models: Sequence[str], pixels: bool = True) -> dict[str, str]:
-    """Return models by name, random weights of the first's network and, with `pixels`, those that it sees first. Raises
-    UserError for one named twice, and for pixels."""
+    """Return the compared models by display name. The first ones are the baselines: the first model's network with
+    random weights and, if `pixels` is set, its downscaled pixels. Raises UserError if a model is named twice, or if
+    pixels are named."""
     if len({*models}) < len(models):
         raise UserError("MODEL: one is named twice")
     if given := [model for model in models if model.startswith(PIXELS)]:
@@ -274,7 +275,8 @@ def _measure(
     seeds: Sequence[int],
     corpora: tuple[Corpus, Corpus],
 ) -> None:
-    """Encode the samples, for each seed where the weights depend on it, and probe what comes out."""
+    """Encode the samples with a model, and add the predictions of each probe and seed to `found`. If the weights depend
+    on the seed, the samples are encoded once per seed."""
     work, whole = planned
     own, parts = job, list[tuple[FeatureBank, FeatureBank] | None]()
     for number, seed in enumerate(seeds):
@@ -304,8 +306,8 @@ def _measure(
 def _encoded(
     job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[Work, TimeLeft]
 ) -> tuple[Job, list[tuple[FeatureBank, FeatureBank] | None]]:
-    """Return the job on a model, and training and held-out samples for each probe, from one pass over the images; None
-    for a probe that is to train online."""
+    """Return the job on a model, and the features of training and held-out samples for each probe, from one pass over
+    the images. They are None for a probe that will be trained online."""
     work, left = planned
     set_images(model, job.config.data.image_settings())
     own = replace(job, model=model.to(job.ranks.device).eval())

@@ -1,16 +1,19 @@
 """Default training length and learning rate of a classifier, by number of training samples, for settings that are left
 at null.
 
-At ImageNet's size it is the official recipe. On fewer samples
+For as many samples as ImageNet has, the defaults are the official recipe. For fewer samples, they are changed as
+follows:
 
-- the batch shrinks with them, so that an epoch keeps about as many steps, down to a smallest batch;
-- the epochs stay, and are more where they would be too few steps: fine-tuning sees 256,000 samples at least, as
-  BiT-HyperRule has it (arXiv 1912.11370). Warm-up is the same fraction of them;
-- the learning rate of the linear probe is multiplied by the batch (arXiv 1706.02677) and grows for fewer steps: a step
-  of LARS moves a weight by a fraction of its norm, so that the sum of all rates says how often weights are renewed.
-  That sum grows a little, and is at most 5 for each sample: the fewer samples there are, the sooner a probe overfits.
-  Both numbers are those of lab/results/recipe.md. The rate of fine-tuning stays, as in the official code: Adam's for
-  fewer steps would be higher, and for a smaller batch lower (arXiv 2205.10287).
+- Batch size: it is reduced in proportion to the number of samples, down to a minimum, so that the number of steps per
+  epoch is about the same.
+- Epochs: their number is increased if there would be too few steps. Fine-tuning processes at least 256,000 samples, as
+  in BiT-HyperRule (arXiv 1912.11370). The warm-up is the same fraction of the epochs.
+- Learning rate of the linear probe: it is proportional to the batch size (arXiv 1706.02677), and higher for fewer
+  steps. A step of LARS changes a weight by a fraction of its norm, so the learning rate summed over all steps
+  determines how far the weights can move. This sum is slightly larger for fewer samples, but at most 5 per sample,
+  because a probe overfits sooner on few samples. Both numbers were determined in lab/results/recipe.md.
+- Learning rate of fine-tuning: it is unchanged, as in the official code. For Adam, it should be higher for fewer steps,
+  but lower for a smaller batch (arXiv 2205.10287).
 """
 
 from __future__ import annotations
@@ -23,14 +26,14 @@ from typing import Any, TypeVar
 from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig
 from m3ae_fast.engine.schedule import Schedule
 
-IMAGENET = 1_281_167  # training samples
-_MORE = 0.2  # power of how many times fewer samples there are, by which the sum of a probe's rates is higher
+IMAGENET = 1_281_167  # number of training samples of ImageNet
+_MORE = 0.2  # for 1 / r of ImageNet's samples, the summed learning rate of a linear probe is multiplied by r ** _MORE
 C = TypeVar("C", LinearProbeConfig, FineTuneConfig)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """For a number of samples; the fields are named as the settings."""
+    """Hyper-parameters for a number of training samples; the fields have the names of the settings."""
 
     global_batch: int
     epochs: int
@@ -40,15 +43,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Official:
-    """The published recipe for ImageNet, and what smaller sets get at least."""
+    """The published recipe for ImageNet, and limits of its changes for smaller datasets."""
 
     recipe: Recipe
     smallest_batch: int
     fewest_steps: int
-    rate_per_sample: float | None  # sum over all steps, at most; None: the rate is the published one
+    # maximum of the learning rate summed over all steps, per training sample; None: the published learning rate is used
+    rate_per_sample: float | None
 
     def scaled(self, samples: int) -> Recipe:
-        """Return the recipe for so many training samples."""
+        """Return the recipe for this number of training samples."""
         whole = self.recipe
         batch = _power_of_two(samples / (IMAGENET // whole.global_batch))
         batch = min(max(batch, min(self.smallest_batch, _power_of_two(samples))), whole.global_batch)
@@ -58,7 +62,8 @@ class Official:
         return Recipe(batch, epochs, warmup, self._rate(samples, batch, epochs * steps_per_epoch))
 
     def _rate(self, samples: int, batch: int, steps: int) -> float:
-        """Return the rate of a run of so many steps with that batch."""
+        """Return the peak learning rate of a run with these numbers of training samples, of samples per batch and of
+        steps."""
         whole = self.recipe
         if self.rate_per_sample is None:
             return whole.peak_lr
@@ -80,13 +85,13 @@ def _power_of_two(value: float) -> int:
 
 
 def settled(config: C, samples: int, saved: Mapping[str, Any]) -> C:
-    """Return the config with a value for each setting that it leaves open.
+    """Return the config with defaults in place of settings that are null.
 
     Args:
-        config: null where a setting is open.
-        samples: of an epoch.
-        saved: the section of the checkpoint that the run continues from, whose values an open setting takes; may be
-            empty.
+        config: the config of the task.
+        samples: number of samples per epoch.
+        saved: this section in the checkpoint from which the run resumes, whose values are used as defaults; empty for a
+            new run.
     """
     recipe = OFFICIAL[config.SECTION].scaled(samples)
     values: dict[str, Any] = {"global_batch": recipe.global_batch, "peak_lr": recipe.peak_lr, **saved}
@@ -108,7 +113,7 @@ def epochs_of(schedule: Schedule) -> float:
 
 
 def chosen(config: LinearProbeConfig | FineTuneConfig) -> dict[str, Any]:
-    """Return the settings of a settled config that a recipe has."""
+    """Return those settings of a resolved config that belong to a recipe."""
     return config.model_dump(include={"global_batch", "epochs", "steps", "warmup_epochs", "peak_lr"})
 
 

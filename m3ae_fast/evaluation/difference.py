@@ -1,4 +1,4 @@
-"""Tests two results on the same samples against each other: accuracies, or areas under ROC curves.
+"""Significance tests between two results on the same samples: accuracies, or areas under ROC curves.
 
 Shapes: N in-distribution samples, M out-of-distribution samples.
 """
@@ -26,8 +26,9 @@ _COLUMNS = ("key", "label", "prediction")
 
 
 def compare_results(folders: Sequence[Path]) -> str:
-    """Return which of two tasks' OUT is better, as a sentence; of ood one for each set and score; and which of them is
-    a partial result. Raises UserError where one has no predictions of classes, or they are not of the same samples."""
+    """Return a sentence that states which of two tasks' results is better; for results of ood, one sentence for each
+    set and score. A note is added if a result is partial. Raises UserError if a folder has no predictions of classes,
+    or if the results are not on the same samples."""
     if missing := next((folder for folder in folders if not (folder / FILE).is_file()), None):
         raise UserError(f"{missing}: has no {FILE}; name the folders that two evaluations wrote, such as runs/knn")
     partial = [folder for folder in folders if (folder / SO_FAR_FILE).exists()]
@@ -47,9 +48,9 @@ def _compared(folders: Sequence[Path]) -> str:
 
 
 def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
-    """Compare a task's result, of the model `name`, with the results of others on the same samples, by name,
-    and with always naming the largest class of these samples: a sentence each. Raises UserError as `compare_results`.
-    """
+    """Compare the result of the model `name` with the results of other models on the same samples, and with always
+    predicting the largest class of these samples. Return one sentence for each comparison. `others`: folders of the
+    other results by name of the model. Raises UserError as `compare_results` does."""
     table = read_parquet(folder / FILE)
     ours = _correct(folder, table)
     compared = {other: _correct(path, read_parquet(path / FILE)) for other, path in others.items()}
@@ -60,10 +61,15 @@ def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
 
 
 def against_largest_class(folder: Path) -> dict[str, Any]:
-    """Return the entries of result.json that accompany the accuracies of a classification task: as "chance" the share
-    of the largest class among the held-out samples, of more than five classes as "chance_top5" that of the five
-    largest, and, of one prediction for each sample, as "verdict" whether it is better, with a "warning" if it is not.
-    Nothing for other tasks."""
+    """Return the entries of result.json that compare the accuracy of a classification task with always predicting the
+    largest class; empty for other tasks.
+
+    - "chance": the share of the largest class among the held-out samples;
+    - "chance_top5", if there are more than five classes: the share of the five largest classes;
+    - "verdict", if there is one prediction per sample: a sentence that states whether the accuracy is significantly
+    better than "chance";
+    - "warning", if it is not.
+    """
     if not (folder / FILE).exists():
         return {}
     table = read_parquet(folder / FILE)
@@ -82,14 +88,14 @@ def against_largest_class(folder: Path) -> dict[str, Any]:
 
 
 def one_prediction_each(table: Table) -> bool:
-    """Return whether a task has classified each sample once."""
+    """Return whether a table has exactly one prediction for each sample."""
     return len({*table["key"]}) == len(table["key"])
 
 
 def not_above_largest(right_N: np.ndarray, largest_N: np.ndarray, name: str = "the model") -> str:
-    """Return a warning if an accuracy is not significantly above that of always predicting the largest class, else "".
-    `right_N`: fraction of the seeds that classify each sample correctly; `largest_N`: whether it belongs to the largest
-    class."""
+    """Return a warning if an accuracy is not significantly above that of always predicting the largest class; otherwise
+    "". `right_N`: fraction of the seeds that classify each sample correctly; `largest_N`: whether each sample belongs
+    to the largest class; `name`: name of the model, for the message."""
     found = difference(right_N, largest_N)
     if found.is_significant and found.value > 0:
         return ""
@@ -105,7 +111,8 @@ def _largest(labels: Iterable[Any]) -> Any:
 
 
 def _words(ours: dict[str, bool], theirs: dict[str, bool], names: Sequence[Any]) -> str:
-    """Return in words whether two results by key differ."""
+    """Return a sentence that states whether two results, which say for each key whether the sample was classified
+    correctly, differ significantly."""
     _require_same(names, ours.keys(), theirs.keys())
     first_N, second_N = (np.array([each[key] for key in ours]) for each in (ours, theirs))
     return difference(first_N, second_N).words(str(names[0]), str(names[1]))
@@ -120,7 +127,7 @@ def _require_same(folders: Sequence[Any], first: Any, second: Any) -> None:
 
 
 def _require_same_classes(folders: Sequence[Path], first: Table, second: Table) -> None:
-    """Raise UserError unless the labels of the same samples differ in nothing but the names of classes."""
+    """Raise UserError if the labels of the same samples differ in more than the names of the classes."""
     labels, others = (dict(zip(table["key"], table["label"])) for table in (first, second))
     pairs = {(label, others[key]) for key, label in labels.items()}
     if len(pairs) > min(len({*labels.values()}), len({*others.values()})):
@@ -134,7 +141,7 @@ def _compare_areas(folders: Sequence[Path], first: Table, second: Table) -> str:
     samples, others = (list(zip(table["set"], table["key"])) for table in (first, second))
     _require_same(folders, {*samples}, {*others})
     place = {sample: row for row, sample in enumerate(others)}
-    rows_N = np.array([place[sample] for sample in samples])  # of the second table, in the order of the first
+    rows_N = np.array([place[sample] for sample in samples])  # rows of the second table in the order of the first
     sets_N, lines = np.array(first["set"]), []
     for name in dict.fromkeys(first["set"]):
         for score in SCORES if name != VAL else ():
@@ -145,9 +152,9 @@ def _compare_areas(folders: Sequence[Path], first: Table, second: Table) -> str:
 
 
 def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name: str, other: str) -> str:
-    """Return in words whether two scores' areas under the ROC curve differ, by the paired bootstrap over samples.
-    `first`, `second`: scores of in-distribution and of out-of-distribution samples, [N] and [M], the same samples in
-    the same order."""
+    """Return a sentence that states whether the areas under the ROC curves of two models' scores differ significantly
+    (paired bootstrap over samples). `first`, `second`: scores of the same in-distribution and out-of-distribution
+    samples, [N] and [M], in the same order. `name`, `other`: names of the models."""
     apart = auroc_and_fpr(*first)[0] - auroc_and_fpr(*second)[0]
     low, high = middle(bootstrap_areas(first[0], first[1], 0) - bootstrap_areas(second[0], second[1], 0))
     words = verdict(name, other, apart, not low <= 0 <= high)
@@ -155,9 +162,10 @@ def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name:
 
 
 def _correct(folder: Path, table: Table) -> dict[str, bool]:
-    """Return whether each sample was right, by key."""
-    whole = table.keys() >= {*_COLUMNS} and not any(None in table[name] for name in _COLUMNS)
-    if not whole or len({*table["key"]}) < len(table["key"]):
+    """Return whether each sample was classified correctly, by key. Raises UserError if the table has not exactly one
+    prediction for each sample."""
+    complete = table.keys() >= {*_COLUMNS} and not any(None in table[name] for name in _COLUMNS)
+    if not complete or not one_prediction_each(table):
         raise UserError(
             f"{folder}: has no predictions of a class for each sample, once; name the OUT of knn, linear, finetune or "
             "of attentive at one layer, or two of ood"

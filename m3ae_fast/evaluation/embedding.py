@@ -1,4 +1,4 @@
-"""FeatureBank of shards or of image files, as a table.
+"""Features of shards or of image files, as arrays or as a table.
 
 Shapes: N samples, L patches, D encoder width.
 """
@@ -60,28 +60,31 @@ def embed(
     columns: Sequence[str] = (),
     overrides: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
-    """Return the features of every sample of a source, by the frozen encoder, unmasked, on every rank.
+    """Return the features of all samples of a source, computed by the frozen encoder on unmasked input, on every rank.
 
     Args:
-        model: the name of a model, see `model_name.MODEL_HELP`, or a model.
-        source: shards (paths, brace patterns, globs, URLs), a folder of images or of shards, or a list of paths of
-            images.
-        out: a .parquet or .npz file to write too.
-        modality: modalities of a sample that the encoder sees: "image", "text" or "paired"; for images only "image".
-        pool: "mean" over all tokens but cls, or "cls"; None: as `encode.pool` says.
-        labels: where shards have their labels: "cls", or "json." and the name of a field.
-        patches: return the features of all patches too.
-        columns: of shards, more about each sample: "path", "class", "caption".
-        overrides: of the sections encode, data and run, "section.key=value".
+        model: a model, or the name of a model (see `model_name.MODEL_HELP`).
+        source: shards (paths, brace patterns, globs, URLs), a folder of images or of shards, or a list of image files.
+        out: a .parquet or .npz file to which the features are also written.
+        modality: modalities of a sample that the encoder sees: "image", "text" or "paired"; for image files, "image".
+        pool: "mean" over all tokens except cls, or "cls"; None: the value of `encode.pool`.
+        labels: source of the labels in shards: "cls", or "json." and the name of a field.
+        patches: whether to also return the features of all patches.
+        columns: additional columns about the samples of shards: "path", "class", "caption".
+        overrides: overrides "section.key=value" of settings in the sections encode, data and run.
 
     Returns:
-        Arrays: `keys` [N], of images their paths as given or below the folder; `shards` [N], of shards; `features`
-        float32 [N, D]; `labels` [N] if any is found (-1 or "" for a sample without); with `patches` `patches` float16
-        [N, L, D] and, of a native model, `grids` [N, 2], their rows and columns; and `columns`, "" for a sample
-        without. Samples that cannot be read are left out.
+        Arrays by name. Samples that cannot be read are left out.
+            `keys` [N]: keys of the samples; for image files, their paths, relative to the folder if `source` is one.
+            `shards` [N]: the shard of each sample, if `source` is shards.
+            `features`: float32 [N, D].
+            `labels` [N]: if there are any; -1 or "" for a sample without a label.
+            `patches`: float16 [N, L, D], with the argument `patches`.
+            `grids` [N, 2]: rows and columns of patches, with the argument `patches` and a native model.
+            The `columns`: text, "" for a sample without a value.
 
     Raises:
-        UserError: model or source cannot be used, or `out` exists.
+        UserError: the model or the source cannot be used, or `out` exists.
     """
     with join_ranks() as ranks:
         try:
@@ -103,8 +106,8 @@ def _listed(source: Source) -> list[str]:
 
 
 def _image_files(source: Source) -> tuple[str, list[str]] | None:
-    """Return a folder, "" if none is named, and the images below it, or None if the source is shards. Raises UserError
-    if a folder has no images."""
+    """Return the folder of the images ("" if the source is a list of files) and their paths; None if the source is
+    shards. Raises UserError if the source is empty, or if a folder contains neither images nor shards."""
     names = _listed(source)
     if not names:
         raise UserError("there is nothing to embed: name shards, a folder of images, or images")
@@ -164,11 +167,13 @@ def _check_out(out: Path | None) -> None:
 def _on_device(
     model: str | os.PathLike[str] | MultimodalEncoder, config: EvaluationConfig, device: torch.device, modality: str
 ) -> Iterator[MultimodalEncoder]:
-    """Open a model, or lend a given one to this device for the block."""
+    """Context that yields the model on the device. A model that was passed as an object is moved back at the end."""
     if isinstance(model, MultimodalEncoder):
         before = model.encoder_input.cls_token.device
-        yield model.to(device)
-        model.to(before)
+        try:
+            yield model.to(device)
+        finally:
+            model.to(before)
         return
     text, tokenizer = modality != "image", config.data.tokenizer
     opened = open_model(os.fspath(model), text=text, tokenizer=tokenizer, seed=config.run.seed).to(device)
@@ -214,7 +219,7 @@ def _features(model: MultimodalEncoder, found: FeatureBank) -> dict[str, np.ndar
 
 
 class _ImageFiles(Dataset[Sample | Skipped]):
-    """Images as samples; one that cannot be read is Skipped."""
+    """A dataset of image files; an image that cannot be read is returned as Skipped."""
 
     def __init__(self, folder: str, names: Sequence[str], config: ModelConfig) -> None:
         self.folder, self.names, self.config = folder, names, config
@@ -232,14 +237,14 @@ class _ImageFiles(Dataset[Sample | Skipped]):
 def _encode_files(
     model: MultimodalEncoder, folder: str, names: Sequence[str], config: EvaluationConfig, ranks: Ranks, patches: bool
 ) -> FeatureBank:
-    """Return the features of image files, as `encode_corpus` returns those of shards."""
+    """Return the features of image files in the same form as `encode_corpus`."""
     data, share = config.data, Share(config.encode.batch * ranks.world, rank=ranks.rank, world=ranks.world)
     share = replace(share, global_batch=share.micro_batch * share.world, accumulation=1)
     steps = range(-(-len(names) // share.global_batch))
     workers = default_workers() if data.workers is None else data.workers
     allow_open_files()
     loader = Loader(
-        cast("Dataset[PackedBatch]", _ImageFiles(folder, names, model.config)),  # `collate` makes batches of samples
+        cast("Dataset[PackedBatch]", _ImageFiles(folder, names, model.config)),  # `collate` returns batches
         batch_sampler=MicroBatches(steps, share, end=len(names)),
         num_workers=min(workers, len(steps)),
         collate_fn=partial(collate, geometry=model.geometry, model=None),
@@ -251,13 +256,13 @@ def _encode_files(
 
 
 def _field(name: str, corpus: Corpus, numbers: np.ndarray) -> list[str]:
-    """Return a field of the json of these samples, "" of one without."""
+    """Return a field of the samples' json for the samples with these numbers; "" for a sample without the field."""
     found = [value for own in read_labels(corpus, f"json.{name}", progress=True) for value in own]
     return ["" if found[number] is None else str(found[number]) for number in numbers]
 
 
 def _captions(corpus: Corpus, numbers: np.ndarray) -> list[str]:
-    """Return the captions of these samples, "" of one without."""
+    """Return the captions of the samples with these numbers; "" for a sample without a caption."""
     sources = [replace(s, modalities=["text"] * len(s.shards), caption_fraction=1.0) for s in corpus.sources]
     readers = [(Reader(source, corpus.store), int(source.sizes.sum())) for source in sources]
     places = [(reader, number) for reader, samples in readers for number in range(samples)]
@@ -278,7 +283,8 @@ COLUMNS: dict[str, Callable[[Any, np.ndarray], list[str]]] = {
 
 
 def _number(corpus: Corpus) -> Corpus:
-    """Return the corpus with each sample's number in place of its label: samples that cannot be read leave gaps."""
+    """Return the dataset with each sample's number as its label, so that samples can be identified although unreadable
+    ones are left out."""
     starts = np.cumsum([0, *(sum(source.sizes) for source in corpus.sources)])
     sources = [replace(s, labels=np.arange(sum(s.sizes)) + start) for s, start in zip(corpus.sources, starts)]
     return replace(corpus, sources=sources)
@@ -298,7 +304,7 @@ def _label_array(labels: list[Label | None]) -> np.ndarray:
 
 
 def _write(out: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write the arrays. Raises UserError if the disk refuses."""
+    """Write the arrays to a .parquet or .npz file. Raises UserError if that fails."""
     if out.suffix == PARQUET:
         return write_parquet(out, arrays)
     with whole_file(out) as partial, open(partial, "wb") as file:

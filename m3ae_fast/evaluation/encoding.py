@@ -1,6 +1,6 @@
-"""Features of whole shards, by a frozen encoder.
+"""Encoding of datasets by a frozen encoder.
 
-Shapes: S samples, R of this rank, L patches per image, D encoder width, K layers.
+Shapes: S samples of a batch, R samples of this rank, L patches per image, D encoder width, K layers.
 """
 
 from __future__ import annotations
@@ -41,20 +41,21 @@ Reduce = Callable[[Tensor, Tensor], Tensor]  # labels [S] and patches [S, K, L, 
 
 
 def key_digest(key: str, draw: str = "") -> bytes:
-    """Return a hash of a sample's key, from which random numbers of the sample are drawn; another for each `draw`. The
-    folder of its shard has no part in it, so that the same data elsewhere give the same result."""
+    """Return a hash of a sample's key, which serves as a source of random numbers for the sample; `draw` selects one of
+    several independent hashes. The hash does not depend on the folder of the shard, so that results do not change if
+    the data are moved."""
     shard_and_name = key.split("/")[-2:]
     return hashlib.sha256(os.fsencode(draw + "/".join(shard_and_name))).digest()
 
 
 class Watch(NamedTuple):
-    """How a pass over samples shows where it is, and what ends it early."""
+    """Progress display, stall detection and stop requests of a pass over samples."""
 
     title: str = "encoding"
     pulse: Pulse | None = None  # marked at each batch
     stop: StopRequest | None = None  # checked before each batch
-    whole: TimeLeft | None = None  # the task that the pass is a part of,
-    part: float = 0.0  # and its size there, see `progress`
+    whole: TimeLeft | None = None  # the whole task, of which this pass is a part; see `progress`
+    part: float = 0.0  # size of the pass within the whole task
 
     def over(self, loader: DataLoader[PackedBatch], ranks: Ranks) -> Iterable[PackedBatch]:
         """Yield the batches of a loader. Raises Stopped if a rank is asked to stop."""
@@ -80,18 +81,21 @@ def encode_corpus(
     reduce: Reduce | None = None,
     folder: Path | None = None,
 ) -> FeatureBank:
-    """Return pooled features of the central square and the caption of every sample; each rank keeps those that it
-    encoded.
+    """Return pooled features of all samples, unmasked, with the images cropped to the central square unless they are
+    native. Each rank stores the features that it has computed.
 
     Args:
-        model: on the device of `ranks`.
-        corpus: what its sources' modalities say is encoded: images, texts, or pairs. Labels go along.
-        watch: shows the progress.
-        layers: the K blocks after which features are taken, numbered from 1: features are [R, K, D] then; None: the
-            last one.
-        patches: keep the features of all patches too.
-        reduce: keep what this makes of the labels and the patches of a batch, in place of its features.
-        folder: where a file is made for features that do not fit into memory; None: in the folder for temporary files.
+        model: the encoder, on the device of `ranks`.
+        corpus: the dataset; the modalities of its sources select whether images, texts or pairs are encoded.
+        data: settings of the data loader.
+        config: settings of the encoding.
+        ranks: the ranks, between which the samples are split.
+        watch: progress display and stop requests.
+        layers: numbers of the K blocks after which features are taken, from 1; features are then [R, K, D]. None: only
+            the last block, with features [R, D].
+        patches: whether to also store the features of all patches.
+        reduce: function of a batch's labels and patch tokens whose results are stored in place of the features.
+        folder: folder for a file with features that do not fit into memory; None: the folder for temporary files.
 
     Raises:
         Stopped: a rank is asked to stop.
@@ -108,12 +112,14 @@ def encode_corpus(
 
 
 class Batches(NamedTuple):
-    """This rank's batches of all samples."""
+    """This rank's batches of a dataset."""
 
-    loader: DataLoader[PackedBatch]  # as many as of every other rank; rank r's b-th is number b x world + r of all
+    # All ranks have the same number of batches; batch b of rank r is number b * world + r among the batches of all
+    # ranks.
+    loader: DataLoader[PackedBatch]
     share: Share
-    samples: int  # of all ranks, those that cannot be read included
-    max_bad_fraction: float  # of them, that may be left out
+    samples: int  # number of samples of all ranks, including unreadable ones
+    max_bad_fraction: float  # maximum fraction of unreadable samples
 
 
 def encode_batches(
@@ -128,7 +134,7 @@ def encode_batches(
     reduce: Reduce | None = None,
     folder: Path | None = None,
 ) -> FeatureBank:
-    """Return pooled features of all ranks' batches; arguments and errors as of `encode_corpus`."""
+    """Return pooled features of the batches of all ranks. Other arguments and errors as in `encode_corpus`."""
     most = len(batches.loader) * batches.share.micro_batch
     pooled, tokens = Rows(most, ranks, folder), Rows(most, ranks, folder)
     known: list[_Known] = []
@@ -141,7 +147,7 @@ def encode_batches(
                 tokens.append(patches_SKLD)
             labels = None if batch.labels is None else batch.labels.cpu()
             known.append(_Known(batch.keys, labels, list(batch.skipped), batch.grids))
-    # rank r's b-th batch is the stream's number b x world + r
+    # batch b of rank r is number b * world + r of the dataset
     each = [known for turn in zip(*ranks.gather(known)) for known in turn]
     check_skipped([bad for one in each for bad in one.skipped], batches.samples, batches.max_bad_fraction)
     starts = list(accumulate((len(one.keys) for one in each), initial=0))
@@ -162,7 +168,7 @@ def encode_batches(
 
 
 class _Known(NamedTuple):
-    """What all ranks know of a batch."""
+    """The properties of a batch that are sent to all ranks."""
 
     keys: list[str]
     labels: Tensor | None
@@ -173,7 +179,8 @@ class _Known(NamedTuple):
 def encoding_loader(
     model: MultimodalEncoder, corpus: Corpus, data: DataConfig, share: Share, device: torch.device
 ) -> DataLoader[PackedBatch]:
-    """Return a loader of all samples, unmasked, in file order. Raises UserError if captions have no tokenizer."""
+    """Return a loader of all samples, unmasked, in file order. Raises UserError if there are captions but the model has
+    no tokenizer."""
     if corpus.has_captions:
         model.require_tokenizer()
     preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, seed=0)
@@ -183,7 +190,8 @@ def encoding_loader(
 def _one_behind(
     encode: Callable[[PackedBatch], T], batches: Iterable[PackedBatch], device: torch.device
 ) -> Iterator[tuple[PackedBatch, T]]:
-    """Yield each batch with its result once the next one has been launched: a GPU never waits for a copy."""
+    """Yield each batch with its result. A result is yielded only after the next batch has been launched, so that the
+    GPU is busy while results are copied."""
     last = None
     for batch in batches:
         encoded = encode(batch.to(device, non_blocking=True))
@@ -213,7 +221,7 @@ def _pool(
 
 
 def check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float) -> None:
-    """Raise UserError if none, or too few, of the samples could be used."""
+    """Raise UserError if no sample, or too few samples, could be used."""
     if len(skipped) == samples or len(skipped) > max_fraction * samples:
         raise UserError(
             f"{len(skipped):,} of {samples:,} samples cannot be used, such as {skipped[0]}; "

@@ -1,4 +1,4 @@
-"""How long a probe trains, judged by a few steps on random features before the first sample is encoded."""
+"""Estimate of a probe's training time from a few steps on random features, before any sample is encoded."""
 
 from __future__ import annotations
 
@@ -11,18 +11,26 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.probes import PROBES, Setting, train_heads
 from m3ae_fast.process.ranks import Ranks
 
-_LONG_ENOUGH_S = 0.2  # of steps, to judge the others by
+_LONG_ENOUGH_S = 0.2  # minimum duration of the measured steps, in seconds
 
 
 def seconds(probe: str, samples: int, shape: tuple[int, ...], setting: Setting, layers: int = 1) -> float:
-    """Return about how many seconds a probe trains on `samples` features of `shape` of so many layers, the learning
-    rates that it tries included; 0 if it does not train. Every rank must call it."""
+    """Return the estimated training time of a probe in seconds, including the search for the learning rate; 0 if the
+    probe is not trained. Every rank must call it.
+
+    Args:
+        probe: name of the probe in PROBES.
+        samples: number of training samples.
+        shape: shape of the features of a sample.
+        setting: context of the probe.
+        layers: number of layers at which probes are trained.
+    """
     if (start := PROBES[probe].recipe) is None:
         return 0.0
     recipe, ranks = start(samples, setting), setting.ranks
     bank = _random(min(recipe.batch * 10 // 9 + 10, samples), shape, setting.classes, ranks)
     taken, spent = 0, 0.0
-    while spent < _LONG_ENOUGH_S and taken < recipe.steps:  # the start is most of a few quick steps
+    while spent < _LONG_ENOUGH_S and taken < recipe.steps:  # few quick steps take mostly start-up time
         taken = min(max(4 * taken, 1), recipe.steps)
         began = perf_counter()
         train_heads(dict.fromkeys(range(layers), bank), replace(recipe, steps=taken), setting._replace(live=None))
@@ -31,7 +39,7 @@ def seconds(probe: str, samples: int, shape: tuple[int, ...], setting: Setting, 
 
 
 def _random(samples: int, shape: tuple[int, ...], classes: int, ranks: Ranks) -> FeatureBank:
-    """Return features of which a tenth can be held out, as those of tokens are stored if there are several each."""
+    """Return random features in the form in which a bank stores them: float16 if each sample has several tokens."""
     generator = torch.Generator().manual_seed(0)
     own_R = torch.arange(ranks.rank, samples, ranks.world)
     features_RD = torch.randn(len(own_R), *shape, generator=generator)

@@ -1,7 +1,7 @@
-"""Features of a dataset, of which each rank stores its own rows: on its device, in host memory or in a file.
+"""Features of a dataset. Each rank stores the features of its own samples: on its device, in host memory or in a file.
 
-Shapes: N samples of all ranks, R of them on this rank, S stored rows, D width; of several layers, or of patch tokens,
-features have more dimensions before D.
+Shapes: N samples of all ranks, R of them on this rank, S stored rows, D width. Features of several layers and patch
+tokens have further dimensions before D.
 """
 
 from __future__ import annotations
@@ -26,54 +26,53 @@ from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.inference import refuse_not_finite, rows_not_finite
 from m3ae_fast.process.ranks import Ranks
 
-_DEVICE_SHARE = 0.5  # of a GPU's free memory that features may take: heads and searches need some too
+_DEVICE_SHARE = 0.5  # fraction of a GPU's free memory for features; heads and searches need memory too
 
 
 @dataclass(frozen=True)
 class FeatureBank:
-    """Features of the samples that could be read. Every rank knows the keys and labels of all N samples, in file order,
-    and stores the features of R of them; without `ranks` this process has all.
-    """
+    """Features of the readable samples of a dataset. Every rank has the keys and labels of all N samples, in file
+    order, and stores the features of R of them. Without `ranks`, this process stores all features."""
 
     keys: list[str]
-    stored_SD: Tensor  # float32, or float16 of patch tokens; see `features_RD`
-    labels_N: Tensor | None  # int64 ids of classes, on the CPU; None for a dataset without labels
+    stored_SD: Tensor  # float32, or float16 for patch tokens; see `features_RD`
+    labels_N: Tensor | None  # int64 class ids, on the CPU; None for a dataset without labels
     patches_SLD: Tensor | None = None  # float16
     skipped: list[Skipped] = field(default_factory=list)
-    grids: list[Grid] = field(default_factory=list)  # rows and columns of patches, of samples that have an image
-    own_R: Tensor | None = None  # int64: which of the N samples this rank stores, ascending; None: all
-    at_R: Tensor | None = None  # int64: the stored rows of these; None: all, in their order
+    grids: list[Grid] = field(default_factory=list)  # rows and columns of patches of the samples with an image
+    own_R: Tensor | None = None  # int64, ascending: numbers of the samples that this rank stores; None: all samples
+    at_R: Tensor | None = None  # int64: row in `stored_SD` of each of these samples; None: all rows, in their order
     ranks: Ranks | None = None
 
     @property
     def labels(self) -> Tensor:
-        """Return the labels of a dataset that has some."""
+        """Return the labels, int64 [N]; the dataset must have labels."""
         assert self.labels_N is not None
         return self.labels_N
 
     @property
     def own(self) -> Tensor:
-        """Return which of the N samples this rank stores: int64 [R], ascending."""
+        """Return the numbers of the samples that this rank stores: int64 [R], ascending."""
         return torch.arange(len(self.keys)) if self.own_R is None else self.own_R
 
     @property
     def features_RD(self) -> Tensor:
-        """Return the features of this rank's samples; a copy if others are stored too."""
+        """Return the features of this rank's samples: a copy if the storage also contains other samples."""
         return self.stored_SD if self.at_R is None else self.take(torch.arange(len(self.at_R)))
 
     @property
     def patches_RLD(self) -> Tensor | None:
-        """Return the patch tokens of this rank's samples, if they were kept."""
+        """Return the patch tokens of this rank's samples; None if they were not stored."""
         return None if self.patches_SLD is None else self.tokens().features_RD
 
     def take(self, rows: Tensor | slice) -> Tensor:
-        """Return the features of some of this rank's R samples, by their places among these."""
+        """Return the features of some of this rank's samples. `rows`: indices into the R samples."""
         if self.at_R is None:
             return self.stored_SD[rows if isinstance(rows, slice) else rows.to(self.stored_SD.device)]
         return self.stored_SD[self.at_R[rows].to(self.stored_SD.device)]
 
     def rows(self, numbers: Sequence[int]) -> FeatureBank:
-        """Return the samples of these numbers, ascending, among the N; nothing is copied."""
+        """Return a bank of the samples with these numbers, which must be ascending, without copying features."""
         place_N = torch.full((len(self.keys),), -1)
         place_N[list(numbers)] = torch.arange(len(numbers))
         own_R = place_N[self.own]
@@ -84,51 +83,54 @@ class FeatureBank:
         return replace(self, keys=keys, labels_N=labels_N, grids=grids, own_R=own_R[kept], at_R=at_R[kept])
 
     def layer(self, number: int) -> FeatureBank:
-        """Return the samples at one of several layers, counted from 0."""
+        """Return a bank of the features of one of several layers, counted from 0."""
         patches_SLD = None if self.patches_SLD is None else self.patches_SLD[:, number]
         return replace(self, stored_SD=self.stored_SD[:, number], patches_SLD=patches_SLD)
 
     def tokens(self) -> FeatureBank:
-        """Return the samples with their patch tokens as features, [R, L, D]."""
+        """Return a bank whose features are the patch tokens, [R, L, D]."""
         assert self.patches_SLD is not None
         return replace(self, stored_SD=self.patches_SLD, patches_SLD=None)
 
     def pooled(self) -> FeatureBank:
-        """Return the samples without their patch tokens."""
+        """Return a bank without the patch tokens."""
         return replace(self, patches_SLD=None)
 
     def gathered(self) -> FeatureBank:
-        """Return a bank that has all rows on the CPU of every rank."""
+        """Return a bank that stores all samples on the CPU of every rank. Every rank must call it."""
         alone = replace(self, own_R=None, at_R=None, ranks=None)
         patches_NLD = None if self.patches_SLD is None else self.tokens().complete(self.tokens().features_RD)
         return replace(alone, stored_SD=self.complete(self.features_RD), patches_SLD=patches_NLD)
 
     def on_main(self) -> Tensor | None:
-        """Return the features of all N samples on the CPU of the main rank, [N, ...]; None elsewhere."""
+        """Return the features of all samples on the CPU of the main rank, [N, ...]; None on other ranks. Every rank
+        must call it."""
         own = self.features_RD.cpu()
         parts = [(self.own, own)] if self.ranks is None else self.ranks.gather_on_main((self.own, own))
         return None if parts is None else _in_order(parts)
 
     def complete(self, values_R: Tensor) -> Tensor:
-        """Gather rows of all ranks, [R, ...] each, on the CPU of every rank: [N, ...]."""
+        """Gather values for the samples of each rank, [R, ...], and return those of all samples on the CPU of every
+        rank, [N, ...]. Every rank must call it."""
         own = self.own, values_R.cpu()
         return _in_order(self.ranks.gather(own) if self.ranks else [own])
 
     def local(self) -> FeatureBank:
-        """Return a bank of this rank's samples alone."""
+        """Return a bank of only this rank's samples."""
         own = self.own.tolist()
         return replace(self.rows(own), own_R=None, ranks=None)
 
     def check_finite(self) -> None:
-        """Raise UserError on every rank, naming the first sample with a feature that is not finite, if there is one."""
+        """Raise UserError on every rank, with the key of the first such sample, if a feature of any sample is not
+        finite."""
         for each in (self, self.tokens()) if self.patches_SLD is not None else (self,):
             own = self.own[rows_not_finite(each.features_RD)].tolist()
             parts = self.ranks.gather(own) if self.ranks else [own]
             refuse_not_finite(sorted(row for part in parts for row in part), self.keys)
 
     def predictions(self, scores_RC: Tensor, *, votes: bool = False) -> Predictions:
-        """Return the predictions of all N samples, on every rank, from the scores of this rank's. Raises UserError on
-        every rank if scores of one are not finite."""
+        """Return the predictions of all samples on every rank, given the scores of this rank's samples. `votes`: see
+        `Predictions.of`. Raises UserError on every rank if a score on any rank is not finite."""
 
         def own() -> Predictions:
             keys = [self.keys[row] for row in self.own.tolist()]
@@ -143,7 +145,7 @@ class FeatureBank:
 
 
 def _in_order(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the rows of all parts, of which each says which numbers its rows have."""
+    """Return the rows of all parts in the order of their numbers. Each part consists of numbers and rows."""
     if len(parts) == 1:
         return parts[0][1]
     numbers, rows = zip(*parts)
@@ -154,24 +156,24 @@ def _in_order(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _ordered(values: Any, order: Tensor) -> Any:
-    """Return a column of a table in another order."""
+    """Return a column of a table with its rows in the given order."""
     if isinstance(values, Tensor):
         return values[order]
     return [values[row] for row in order.tolist()] if isinstance(values, list) else values
 
 
 class Rows:
-    """A growing tensor of rows of which the largest number is known, so that it is never copied."""
+    """A growing tensor of rows. Its maximum number of rows is known, so that it is allocated once and never copied."""
 
     def __init__(self, most: int, ranks: Ranks, folder: Path | None) -> None:
-        """Begin with no row. `folder`: where a file may be made if there is no room in memory; None: in the folder for
-        temporary files."""
+        """Create a tensor without rows. `most`: maximum number of rows; `folder`: folder for a file if the memory is
+        too small, None for the folder for temporary files."""
         self._most, self._ranks, self._folder = most, ranks, folder
         self._rows: Tensor | None = None
         self._filled = 0
 
     def append(self, rows: Tensor) -> None:
-        """Add rows. Every rank must add its first ones at the same time; of these, the dtype and the shape count."""
+        """Append rows. The first call, which every rank must make, determines the dtype and the shape."""
         if self._rows is None:
             like = rows
             self._rows = self._ranks.together(lambda: self._allocated(like))
@@ -179,7 +181,7 @@ class Rows:
         self._filled += len(rows)
 
     def tensor(self) -> Tensor:
-        """Return all rows so far."""
+        """Return all rows that have been appended."""
         assert self._rows is not None
         return self._rows[: self._filled]
 
@@ -188,23 +190,24 @@ class Rows:
         place = storage(math.prod(shape) * like.element_size(), ranks.device, len(ranks.of_node), self._folder)
         if place != "file":
             return torch.empty(shape, dtype=like.dtype, device=ranks.device if place == "device" else "cpu")
-        with tempfile.TemporaryFile(
-            dir=self._folder
-        ) as file:  # it has no name: nothing is left if the program is killed
+        # the file has no name, so it disappears even if the program is killed
+        with tempfile.TemporaryFile(dir=self._folder) as file:
             dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
             return torch.from_numpy(np.memmap(file, dtype, mode="w+", shape=shape))
 
 
 def missing_in_host_memory(needed: float, on_node: int) -> str:
-    """Return "" if `needed` bytes of each of the ranks on this node fit into its memory, else what is missing."""
+    """Return a message with the required and the free memory if `needed` bytes for each of the `on_node` ranks on this
+    node do not fit into host memory; otherwise ""."""
     return missing_memory(needed * on_node, torch.device("cpu"))
 
 
 def storage(
     needed: int, device: torch.device, on_node: int, folder: Path | None = None
 ) -> Literal["device", "host", "file"]:
-    """Return the first place where `needed` bytes of each of the ranks on this node fit: the ranks' devices, host
-    memory, or files in `folder` (None: the one for temporary files). Raises UserError if they fit nowhere."""
+    """Return the first storage into which `needed` bytes for each of the `on_node` ranks on this node fit: the ranks'
+    devices, host memory, or files in `folder` (None: the folder for temporary files). Raises UserError if they fit
+    nowhere."""
     if device.type != "cpu" and not missing_memory(needed / _DEVICE_SHARE, device):
         return "device"
     lacking = missing_in_host_memory(needed, on_node)

@@ -1,4 +1,4 @@
-"""Maps of several models' features of the same samples, each by t-SNE, and how well their classes lie apart.
+"""t-SNE maps of several models' features of the same samples, with measures of how well the classes are separated.
 
 Shapes: N samples, K neighbours, D width.
 """
@@ -27,10 +27,10 @@ _PERPLEXITY = 30.0
 
 
 class Separation(NamedTuple):
-    """How well the classes of points lie apart."""
+    """Measures of the separation of classes of points."""
 
-    silhouette: float  # mean over points, from -1 to 1 (Rousseeuw 1987); nan where every class has one point
-    knn: float  # fraction of points whose class most of their neighbours have
+    silhouette: float  # mean over points, from -1 to 1 (Rousseeuw 1987); NaN if it is not defined
+    knn: float  # k-NN accuracy: fraction of points whose class is the most frequent one among their neighbours
     neighbours: int
 
     def __str__(self) -> str:
@@ -46,9 +46,21 @@ def draw_feature_map(
     seed: int,
     most: int | None = None,
 ) -> None:
-    """Write a PNG with a panel for each model of a labelled corpus, and print what stands beneath it. `most`: samples
-    on the map, which lie evenly over the corpus; None: all. Raises UserError where there are fewer than 4 samples,
-    models cannot read the same ones, or as `open_model` and `encode_corpus` do."""
+    """Write a PNG with a t-SNE map for each model, and print the captions of the maps.
+
+    Args:
+        path: the file to write.
+        models: names of the models.
+        corpus: labelled dataset.
+        classes: names of the classes by id.
+        data: settings of the data loader.
+        seed: random seed of t-SNE.
+        most: maximum number of samples on a map, evenly spaced over the dataset; None: all samples.
+
+    Raises:
+        UserError: there are fewer than 4 samples, or the models cannot read the same samples; and as `open_model` and
+            `encode_corpus` do.
+    """
     with join_ranks() as ranks:
         opened = (open_model(name, text=False).to(ranks.device) for name in models)
         found = [encode_corpus(model, corpus, data, EncodeConfig(), ranks).gathered() for model in opened]
@@ -65,14 +77,14 @@ def draw_feature_map(
     labels_N = found[0].labels.numpy()
     panels = []
     for name, features in zip(models, found):
-        print(f"t-SNE of {len(features.keys):,} samples of {name}", file=sys.stderr, flush=True)  # it tells no progress
-        places_N2 = _places(features.features_RD.numpy(), seed)
-        panels.append(MapPanel(name, places_N2, f"{separation(places_N2, labels_N)}, {len(labels_N):,} samples"))
+        print(f"t-SNE of {len(features.keys):,} samples of {name}", file=sys.stderr, flush=True)  # it shows no progress
+        points_N2 = _tsne(features.features_RD.numpy(), seed)
+        panels.append(MapPanel(name, points_N2, f"{separation(points_N2, labels_N)}, {len(labels_N):,} samples"))
         print(f"{name}: {panels[-1].caption}")
     draw_map(path, panels, labels_N, classes)
 
 
-def _places(features_ND: np.ndarray, seed: int) -> np.ndarray:
+def _tsne(features_ND: np.ndarray, seed: int) -> np.ndarray:
     from sklearn.manifold import TSNE
 
     perplexity = min(_PERPLEXITY, (len(features_ND) - 1) / 3)
@@ -80,8 +92,8 @@ def _places(features_ND: np.ndarray, seed: int) -> np.ndarray:
 
 
 def separation(points_N2: np.ndarray, labels_N: np.ndarray, neighbours: int = NEIGHBOURS) -> Separation:
-    """Return measures of how well the classes of the points are separated in the plane. `neighbours`, at most N - 1, of
-    each point vote for its class; of equal votes the lowest class id wins."""
+    """Return measures of the separation of the classes of points in the plane. `neighbours`: number of neighbours, at
+    most N - 1, that vote for the class of a point; in a tie, the lowest class id wins."""
     from scipy.stats import mode
     from sklearn.metrics import silhouette_score
     from sklearn.neighbors import NearestNeighbors

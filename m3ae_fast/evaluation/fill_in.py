@@ -1,4 +1,4 @@
-"""Fills in the masked tokens of a caption, and the missing patches of an image."""
+"""Prediction of the masked tokens of a caption and of the missing patches of an image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from m3ae_fast.weights.open_model import is_run, open_model, saved_run, set_imag
 
 
 class Guess(NamedTuple):
-    """A token for a masked position."""
+    """A predicted token for a masked position."""
 
     token: str
     probability: float
@@ -43,22 +43,22 @@ def fill(
     tokenizer: str | None = None,
     image_tokenizer: str | None = None,
 ) -> list[list[Guess]]:
-    """Return, for each [MASK] of a caption, the likeliest tokens; draw the completed image if `out` is given.
+    """Return the most probable tokens for each [MASK] in a caption, and plot the completed image if `out` is given.
 
     Args:
-        model: the name of a model, see `model_name.MODEL_HELP`.
-        image: an image file, of which the central square is used, or all by a native model.
-        text: a caption; each [MASK] stands for one token.
-        out: the .png with the image, its visible patches and the completion; None: none is drawn.
-        top: guesses for each [MASK].
-        visible: the fraction of the patches that the model sees.
+        model: name of a model, see `model_name.MODEL_HELP`.
+        image: image file, of which the central square is used, or the whole image if the model is native.
+        text: caption; each [MASK] stands for one token.
+        out: .png file for a figure with the image, its visible patches and the completion; None: no figure.
+        top: number of predicted tokens for each [MASK].
+        visible: fraction of the patches that the model sees.
         seed: random seed for choosing the visible patches.
-        image_range: black and white of images of more than 8 bits; None: as the model was trained.
-        tokenizer: the file or name of the captions' tokenizer; None: the model's.
-        image_tokenizer: the folder of the VQGAN of a model that predicts image tokens; None: the run's.
+        image_range: values of black and white in images of more than 8 bits; None: those of the model's training data.
+        tokenizer: file or name of the captions' tokenizer; None: that of the model.
+        image_tokenizer: folder of the VQGAN, for a model that predicts image tokens; None: that of the run.
 
     Raises:
-        UserError: an argument is impossible, or model or image cannot be used.
+        UserError: an argument is invalid, or the model or the image cannot be used.
     """
     if top < 1:
         raise UserError(f"--top {top}: must be 1 or more")
@@ -80,8 +80,9 @@ def fill(
 
 
 def _open_image_tokenizer(name: str, model: ModelConfig, given: str | None, draws: bool) -> VQGAN | None:
-    """Return the VQGAN that decodes the predicted token ids; None if the model predicts pixels, or nothing is drawn.
-    Raises UserError if it is not known, or does not fit."""
+    """Return the VQGAN that decodes the predicted token ids; None if the model predicts pixels, or if no figure is
+    plotted (`draws` is False). `name`: name of the model; `given`: the VQGAN's folder, if the user named it. Raises
+    UserError if the VQGAN is unknown or does not fit the model."""
     if given and not (draws and model.image_targets == "vqgan"):
         raise UserError(f"--image-tokenizer {given}: draws --out of a model that predicts image tokens; leave it out")
     if not draws or model.image_targets == "pixels":
@@ -96,8 +97,8 @@ def _open_image_tokenizer(name: str, model: ModelConfig, given: str | None, draw
 
 
 def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) -> Sample:
-    """Return an image file and a caption, with masks, as the model takes them. Raises UserError if the file is no
-    image, or the caption is too long for one of its masks."""
+    """Return a sample of the image and the caption with their masks. Arguments as in `fill`. Raises UserError if the
+    file is not an image, or if a mask is beyond the maximum length of captions."""
     try:
         sample = unmasked_sample(0, image, None, model.config, None)
     except ValueError as error:
@@ -128,7 +129,7 @@ def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:
 
 
 def fill_text(model: M3AE, sample: Sample, top: int = 5) -> list[list[Guess]]:
-    """Return, for each masked token of a `make_sample` in order, the `top` likeliest tokens."""
+    """Return the `top` most probable tokens for each masked token of a sample, in order."""
     assert sample.text_mask is not None and model.tokenizer is not None
     geometry = replace(model.geometry, image_all_tokens=False, text_all_tokens=False)
     device = model.encoder_input.cls_token.device

@@ -1,4 +1,4 @@
-"""Fine-tuning: encoder and classification head trained together, as training trains, on augmented labelled samples.
+"""Fine-tuning: training of the encoder together with a classification head, on augmented labelled samples.
 
 Shapes: S samples of a batch, K classes.
 """
@@ -40,7 +40,9 @@ from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.initial_weights import constants
 from m3ae_fast.training.trainer import Trainer
 
-_EVALUATIONS, _EVALUATING = 10, 0.05  # of a run, at most; of its time
+# defaults for runs without finetune.eval_every: maximum number of evaluations, and maximum fraction of the time for
+# them
+_EVALUATIONS, _EVALUATING = 10, 0.05
 _AUGMENTATION = ("label_smoothing", "mixup", "cutmix", "switch_prob", "rand_augment")
 RULES = Rules(
     same=(
@@ -55,7 +57,8 @@ RULES = Rules(
 
 
 class TrainableClassifier(Classifier):
-    """In training, `forward(batch, samples)` gives ClassLosses: sums over the batch, divided by `samples`."""
+    """A classifier with augmentation by mixing. In training mode, `forward(batch, samples)` returns ClassLosses, which
+    are sums over the batch divided by `samples`."""
 
     def __init__(self, config: ClassifierConfig, mixing: Mixing) -> None:
         super().__init__(config)
@@ -73,14 +76,14 @@ class TrainableClassifier(Classifier):
 
 @dataclass(kw_only=True)
 class FineTuningTask(LabelledTask):
-    """Trains encoder and classification head."""
+    """The task of fine-tuning an encoder with a classification head."""
 
     settings: FineTuneConfig
     model: TrainableClassifier
     val: Corpus
     val_loader: DataLoader[PackedBatch]
     fixed: dict[str, Tensor]  # weights that training does not change
-    averaged: Classifier | None  # with finetune.ema: takes the average of the weights when it is evaluated
+    averaged: Classifier | None  # with finetune.ema: receives the averaged weights for evaluations
 
     def first_line(self, trainer: Trainer) -> str:
         config, ranks, deepspeed = self.settings, trainer.ranks, self.settings.deepspeed
@@ -92,11 +95,11 @@ class FineTuningTask(LabelledTask):
         )
 
     def is_due(self, trainer: Trainer) -> bool:
-        return trainer.to_evaluate(self.settings.eval_every or self._often(trainer), "val_top1")
+        return trainer.to_evaluate(self.settings.eval_every or self._default_period(trainer), "val_top1")
 
-    def _often(self, trainer: Trainer) -> int:
-        """Return the steps between evaluations if the config leaves that open: so many that a stop has something to
-        show, and that all of them take little of the run's time. A step has three passes, an evaluation one."""
+    def _default_period(self, trainer: Trainer) -> int:
+        """Return the default number of steps between evaluations. A stopped run then has an intermediate result, but
+        evaluations take only a small part of the time: per sample, an evaluation takes a third of a training step."""
         schedule = trainer.schedule
         cheap = math.ceil(self.val.samples / (3 * trainer.share.global_batch * _EVALUATING))
         return max(schedule.total_steps // _EVALUATIONS, schedule.steps_per_epoch, cheap)
@@ -134,7 +137,7 @@ class FineTuningTask(LabelledTask):
 
     @contextmanager
     def _inference(self, engine: Engine, device: torch.device) -> Iterator[Callable[[PackedBatch], Tensor]]:
-        """Return logits of a batch, by the average of the weights if there is one."""
+        """Context that yields a function from a batch to its logits, with the averaged weights if there are any."""
         if self.averaged is None:
             yield engine.evaluate
             return
@@ -146,7 +149,7 @@ class FineTuningTask(LabelledTask):
             yield self.averaged
 
     def save_classifier(self, trainer: Trainer) -> None:
-        """Write the classifier as it was evaluated."""
+        """Write the classifier to the run folder, with the averaged weights if there are any."""
         folder = trainer.run.dir
         if self.averaged is not None:
             save = partial(self.averaged.save_pretrained, folder)
@@ -156,13 +159,14 @@ class FineTuningTask(LabelledTask):
 
 
 def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
-    """Open data, classifier and checkpoint. Raises UserError where something is missing, or does not fit."""
+    """Open the data, build or restore the classifier, and return the task and its trainer. Raises UserError if
+    something is missing or does not fit."""
     ranks, data = job.ranks, job.config.data
     start = open_training(job, ranks.broadcast(lambda: settle_precision(job.config.finetune, ranks.device)))
     config: FineTuneConfig = start.settings
 
     torch.manual_seed(job.config.run.seed)
-    # a lane has pairs of samples in each step where samples are mixed
+    # if samples are mixed in pairs, each step takes an even number of samples from each lane
     pairs = 2 if mixes(config, job.modality == "image") else 1
     layout = lay_out(data, start.train.sizes, start.share.global_batch // pairs)
     model = _build(job, config, start.classes, layout.lanes)
@@ -173,7 +177,7 @@ def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
     fixed, averaged = constants(model, None), None
     if config.ema is not None:
         averaged = Classifier(model.config).to(ranks.device).eval()
-        averaged.load_state_dict(model.state_dict())  # its stored positions: the weights will be the average's
+        averaged.load_state_dict(model.state_dict())  # for the position embeddings; the weights will be overwritten
     groups = layer_decay_groups(model, model.config.model.depth, config.weight_decay, config.layer_decay)
     engine = make_engine(model, groups, [model.backbone.encoder], config, config, config.deepspeed, ranks, config.ema)
     sections = {"classifier": model.config.model_dump(mode="json"), "task": {"model": job.options.model}}
@@ -193,7 +197,7 @@ def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
 
 
 def _build(job: Job, config: FineTuneConfig, classes: Classes, lanes: int) -> TrainableClassifier:
-    """Build the classifier on the CPU, with the pre-trained encoder."""
+    """Return the classifier with the pre-trained encoder, on the CPU."""
     sizes = job.model.config.model_copy(update={"drop_path": config.drop_path})
     classifier = ClassifierConfig(
         model=sizes, head="finetune", pool=config.pool, modality=job.modality, classes=list(classes)
@@ -207,7 +211,7 @@ def _build(job: Job, config: FineTuneConfig, classes: Classes, lanes: int) -> Tr
 
 
 def run(job: Job) -> dict[str, Any] | None:
-    """Return the accuracies; None where the run was stopped before its end."""
+    """Run the task and return its result; None if it was stopped before its end."""
     job.pulse.watch_over(job.config.run)
     task, trainer = set_up(job)
     return task.complete(trainer, task.val.samples)

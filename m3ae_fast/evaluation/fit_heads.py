@@ -1,9 +1,11 @@
-"""Training of all heads of a grid in one pass over batches: layers x learning rates x seeds.
+"""Training of many heads (for several layers, learning rates and seeds) in one pass over the batches.
 
-The heads of one input are a stack, which one update serves. Each rank has its part of each step; statistics and
-gradients are sums over ranks, so that any number of ranks takes the same steps, except for rounding.
+The heads that read the same features form a stack, and are updated together. Each rank processes its part of each step.
+Statistics and gradients are summed over ranks, so that the steps do not depend on the number of ranks, except for
+rounding.
 
-Shapes: N samples, S of a step on this rank, R rows of a bank on this rank, H heads of a stack, K classes, D width.
+Shapes: N samples, S samples of a step on this rank, R samples of a bank on this rank, H heads of a stack, K classes, D
+width.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from m3ae_fast.process.heartbeats import Pulse
 from m3ae_fast.process.ranks import Ranks
 
 Heads = LinearHeads | AttentiveHeads
-Input = int  # which features heads read: the number of a layer
-_AT_A_TIME = 256  # samples to classify
+Input = int  # the features that heads read, identified by the number of their layer
+_AT_A_TIME = 256  # number of samples that are classified at a time
 
 
 class HeadBatch(NamedTuple):
@@ -39,47 +41,54 @@ class HeadBatch(NamedTuple):
 
     inputs: Mapping[Input, Tensor]  # features [S, D], or patch tokens [S, L, D]
     labels_S: Tensor
-    samples: int  # of the step, over all ranks
+    samples: int  # number of samples of the step, over all ranks
 
 
 @dataclass(frozen=True)
 class BankSteps:
-    """Steps of a shuffled stream over banks of the same samples: an epoch is a permutation of all samples, and a step
-    may span two. Each rank has those samples of a step that it stores."""
+    """The steps of a shuffled stream over banks of the same samples. An epoch is a permutation of all samples, and a
+    step may span two epochs. Each rank processes those samples of a step that it stores."""
 
     banks: Mapping[Input, FeatureBank]
     steps: range
-    batch: int  # samples of a step
+    batch: int  # number of samples of a step
     seed: int
 
     def __iter__(self) -> Iterator[HeadBatch]:
         bank = next(iter(self.banks.values()))
         samples = len(bank.keys)
-        place_N = torch.full((samples,), -1)
-        place_N[bank.own] = torch.arange(len(bank.own))
-        order = lru_cache(maxsize=2)(partial(permutation, samples, self.seed))  # of an epoch
+        row_N = torch.full((samples,), -1)  # row of each sample in this rank's features; -1: on another rank
+        row_N[bank.own] = torch.arange(len(bank.own))
+        order = lru_cache(maxsize=2)(partial(permutation, samples, self.seed))  # permutation by epoch
         for step in self.steps:
             epochs, places = np.divmod(np.arange(step * self.batch, (step + 1) * self.batch), samples)
-            rows = torch.from_numpy(
+            numbers = torch.from_numpy(
                 np.concatenate([order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
             )
-            own = rows[place_N[rows] >= 0]
-            inputs = {name: each.take(place_N[own]) for name, each in self.banks.items()}
+            own = numbers[row_N[numbers] >= 0]
+            inputs = {name: each.take(row_N[own]) for name, each in self.banks.items()}
             yield HeadBatch(inputs, bank.labels[own], self.batch)
 
 
 @dataclass
 class Stack:
-    """Heads of one input that train together."""
+    """Heads that read the same features and are trained together."""
 
     heads: Heads
     optimizer: StackedOptimizer
-    scales_H: Tensor  # learning rates, as multiples of the schedule's
-    ranks: Ranks | None = None  # that take each step together
+    scales_H: Tensor  # learning rates as multiples of the learning rate of the schedule
+    ranks: Ranks | None = None  # ranks between which each step is split
 
     def step(self, x: Tensor, labels_S: Tensor, samples: int, lr: float) -> tuple[Tensor, Tensor]:
-        """Take a step on this rank's part of its `samples`. Return the loss and the accuracy of each head before it,
-        over all samples: float32 [H] both."""
+        """Take a step on this rank's part of its samples. Return the loss and the accuracy of each head before the
+        step, over all samples, float32 [H] each.
+
+        Args:
+            x: features [S, D], or patch tokens [S, L, D].
+            labels_S: class ids.
+            samples: number of samples of the step, over all ranks.
+            lr: learning rate of the schedule.
+        """
         self.heads.train()
         self.optimizer.zero_grad()
         logits_SHK = self.heads(x)
@@ -96,26 +105,27 @@ class Stack:
 
 
 class Live:
-    """Heads in training, of which another thread may take a copy between two steps."""
+    """Access for another thread to heads in training, which can be copied between two steps."""
 
     def __init__(self) -> None:
-        self.steady = threading.Lock()  # held while weights change
+        self.updating = threading.Lock()  # held while weights change
         self._heads: Mapping[Input, Heads] = {}
         self._at: tuple[str, int, int] = ("", 0, 0)
 
     def begin(self, title: str, heads: Mapping[Input, Heads], steps: int) -> None:
-        """Show heads that will take so many steps."""
-        with self.steady:
+        """Register heads that will be trained for this number of steps. `title`: description of the training."""
+        with self.updating:
             self._heads, self._at = heads, (title, 0, steps)
 
     def stepped(self) -> None:
-        """Count a step; the caller holds `steady`."""
+        """Count a step. The caller must hold `updating`."""
         title, step, steps = self._at
         self._at = title, step + 1, steps
 
     def copy(self) -> tuple[dict[Input, Heads], str]:
-        """Return copies of the heads, in evaluation mode, and how far they are: none before their first step."""
-        with self.steady:
+        """Return copies of the heads in evaluation mode (none before their first step), and a description of the
+        training's progress."""
+        with self.updating:
             title, step, steps = self._at
             heads = {name: deepcopy(each).eval() for name, each in self._heads.items()} if step else {}
             return heads, f"{title} at step {step:,} of {steps:,}"
@@ -136,16 +146,18 @@ def fit_heads(
     """Train all heads on the same batches. Every rank must call it.
 
     Args:
-        batches: this rank's, one for each step.
-        stacks: heads by their input; left in evaluation mode.
-        lr: the learning rate of a step, which each head multiplies.
-        steps: their number.
-        title: of the progress, and of the heads in `live`.
-        pulse: marked at each step.
-        whole, part: the task that the training is a part of, and its size there, for the progress shown.
+        batches: this rank's part of each step.
+        stacks: heads by the features that they read; they are in evaluation mode afterwards.
+        lr: function from a step to its learning rate, which is multiplied by the scale of each head.
+        steps: number of steps.
+        title: description of the training for the progress display and for `live`.
+        ranks: ranks between which each step is split.
+        pulse: heartbeats of this rank, which are marked at each step.
+        live: access for another thread to the heads in training.
+        whole, part: the whole task, of which this training is a part, and its size; see `progress`.
 
     Returns:
-        The accuracy of each head in each step, before that: float32 [steps, H] by input, on the CPU.
+        The training accuracy of each head at each step, before the update: float32 [steps, H] by input, on the CPU.
     """
     live = live or Live()
     live.begin(title, {name: stack.heads for name, stack in stacks.items()}, steps)
@@ -153,7 +165,7 @@ def fit_heads(
     for step, batch in enumerate(track(batches, title, steps, whole=whole, part=part)):
         pulse.mark(title)
         labels_S = batch.labels_S.to(ranks.device)
-        with live.steady:
+        with live.updating:
             for name, stack in stacks.items() if batch.samples else ():
                 x = batch.inputs[name].to(ranks.device).float()
                 right[name].append(stack.step(x, labels_S, batch.samples, lr(step))[1])
@@ -165,14 +177,15 @@ def fit_heads(
 
 @torch.no_grad()
 def logits(heads: Heads, bank: FeatureBank, number: int = 0) -> Tensor:
-    """Return what one of the heads, in evaluation mode, makes of this rank's samples: [R, K], on the CPU."""
+    """Return the logits of one of the heads for this rank's samples: [R, K], on the CPU. The heads must be in
+    evaluation mode."""
     return torch.cat([part_SHK[:, number].cpu() for part_SHK, _ in _logits(heads, bank)])
 
 
 @torch.no_grad()
 def judge(heads: Heads, bank: FeatureBank) -> list[tuple[float, float | None]]:
-    """Return the accuracy and the loss of each head on the samples of all ranks; (0, None) of one that diverged. Every
-    rank must call it."""
+    """Return the accuracy and the loss of each head on the samples of all ranks; (0, None) for a head that has
+    diverged. Every rank must call it."""
     totals_3H = torch.zeros(3, len(heads.linear.bias), dtype=torch.float64)
     for part_SHK, labels_S in _logits(heads, bank):
         totals_3H += torch.stack(losses(part_SHK, labels_S)).double().sum(1).cpu()
@@ -180,15 +193,20 @@ def judge(heads: Heads, bank: FeatureBank) -> list[tuple[float, float | None]]:
 
 
 def verdicts(totals_3H: Tensor, samples: int, ranks: Ranks | None) -> list[tuple[float, float | None]]:
-    """Return what `judge` does, from the sums of `losses` over this rank's samples, float64 on the CPU, and the number
-    of samples of all ranks. Every rank must call it."""
+    """Return the accuracies and losses of `judge`. Every rank must call it.
+
+    Args:
+        totals_3H: sums of the results of `losses` over this rank's samples, float64 on the CPU.
+        samples: number of samples of all ranks.
+        ranks: the ranks; None: this process has all samples.
+    """
     if ranks is not None:
         ranks.sum_tensor(totals_3H)
     return [(0.0, None) if bad else (right / samples, loss / samples) for loss, right, bad in totals_3H.T.tolist()]
 
 
 def _logits(heads: Heads, bank: FeatureBank) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits [S, H, K] and labels of this rank's samples, at least once."""
+    """Yield logits [S, H, K] and labels of this rank's samples, at least once, even if there are no samples."""
     device, labels_R = heads.linear.bias.device, bank.labels[bank.own]
     for start in range(0, max(len(labels_R), 1), _AT_A_TIME):
         part = slice(start, start + _AT_A_TIME)
@@ -196,8 +214,8 @@ def _logits(heads: Heads, bank: FeatureBank) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def losses(logits_SHK: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, of each sample and head, the cross entropy, whether the best class is the right one, and whether a logit
-    is not finite, the last two 1 or 0: float32 [S, H] each."""
+    """Return for each sample and head the cross entropy, whether the prediction is correct (1 or 0), and whether a
+    logit is not finite (1 or 0): float32 [S, H] each."""
     samples, heads, classes = logits_SHK.shape
     labels_SH = labels_S[:, None].expand(samples, heads)
     loss_SH = F.cross_entropy(logits_SHK.reshape(-1, classes), labels_SH.reshape(-1), reduction="none")
@@ -206,5 +224,5 @@ def losses(logits_SHK: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def subset(banks: Mapping[Input, FeatureBank], rows: Sequence[int]) -> dict[Input, FeatureBank]:
-    """Return banks of some of their samples."""
+    """Return banks of the samples with the numbers `rows`, which must be ascending."""
     return {name: bank.rows(rows) for name, bank in banks.items()}

@@ -1,7 +1,7 @@
-"""Classification heads on pooled features, as the official code has them (young-geng/m3ae_public,
-`LinearCLS` and `ViTClassifier` of m3ae/model.py), and stacks of such heads that train together.
+"""Classification heads on pooled features, as in the official code (young-geng/m3ae_public, `LinearCLS` and
+`ViTClassifier` in m3ae/model.py), and stacks of heads that are trained together.
 
-Shapes: S samples, L patches, D width, K classes, H heads of a stack, a attention heads of width d of each.
+Shapes: S samples, L patches, D width, K classes, H heads of a stack, a attention heads of width d.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from m3ae_fast.process.collectives import all_reduce, differentiable_sum
 from m3ae_fast.process.ranks import Ranks
 
 BATCH_NORM_EPS, BATCH_NORM_MOMENTUM = 1e-5, 0.1
-_KEYS = 1 << 32  # added to the seed of what else a head draws
-_TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut off at +-2
+_KEYS = 1 << 32  # added to a head's seed for the initial weights of the keys
+_TRUNCATED_STD = 0.87962566103423978  # standard deviation of a standard normal distribution truncated at +-2
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm over samples without scale and bias, as flax's: the statistics are those of a step of all ranks.
+    """BatchNorm over samples without scale and bias, like flax's. In training mode, it uses the statistics of a step
+    over all ranks.
 
-    The running variance takes the biased variance of a batch; torch's BatchNorm1d would take the unbiased one.
+    The running variance is computed from the biased variances of batches, whereas torch's BatchNorm1d uses unbiased
+    ones.
     """
 
     mean: Tensor
@@ -39,7 +41,8 @@ class BatchNorm(nn.Module):
         self.register_buffer("var", torch.ones(shape))
 
     def forward(self, x_S: Tensor) -> Tensor:
-        """Return the samples [S, ...], normalised; each rank gives its part of a step."""
+        """Return the normalised samples [S, ...]. In training mode, every rank must call it with its part of the
+        step."""
         mean, var = self.mean, self.var
         if self.training:
             var, mean = self._moments(x_S)
@@ -54,7 +57,7 @@ class BatchNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """A norm, then a linear layer: pooled features [S, D] -> logits [S, K]."""
+    """A head that consists of a norm and a linear layer: pooled features [S, D] -> logits [S, K]."""
 
     def __init__(self, norm: nn.Module, dim: int, classes: int) -> None:
         super().__init__()
@@ -66,8 +69,8 @@ class Head(nn.Module):
 
 
 class LinearProbeHead(Head):
-    """The norm is a BatchNorm without scale and bias; in training mode, it uses the statistics of its input, which must
-    therefore be the features of a whole step."""
+    """The head of the linear probe, with a BatchNorm without scale and bias. In training mode, the norm uses the
+    statistics of its input, which must therefore be the features of a whole step."""
 
     norm: BatchNorm
 
@@ -76,18 +79,19 @@ class LinearProbeHead(Head):
 
 
 class FineTuneHead(Head):
-    """The norm is a LayerNorm (eps 1e-6)."""
+    """The head of fine-tuning, with a LayerNorm (eps 1e-6)."""
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__(LayerNorm(dim, eps=EPS), dim, classes)
 
 
 class StackedLinear(nn.Module):
-    """A linear layer of each of H heads: [S, D], or [S, H, D] with an input of its own for each, -> [S, H, K]."""
+    """The linear layers of H heads: [S, D] -> [S, H, K], or [S, H, D] -> [S, H, K] if each head has its own input.
+    `seeds`: random seed of each layer's initial weights."""
 
     def __init__(self, dim: int, classes: int, seeds: Sequence[int]) -> None:
         super().__init__()
-        layers = {seed: _begun(seed, dim, classes) for seed in dict.fromkeys(seeds)}
+        layers = {seed: _initialised(seed, dim, classes) for seed in dict.fromkeys(seeds)}
         self.weight = nn.Parameter(torch.stack([layers[seed].weight.data for seed in seeds]))
         self.bias = nn.Parameter(torch.stack([layers[seed].bias.data for seed in seeds]))
 
@@ -98,8 +102,8 @@ class StackedLinear(nn.Module):
 
 
 class LinearHeads(nn.Module):
-    """H linear probes of the same features, whose BatchNorm they share: [S, D] -> logits [S, H, K]. One is as
-    `LinearProbeHead`. `seeds`: of the weights of each."""
+    """H linear probes of the same features, which share their BatchNorm: [S, D] -> logits [S, H, K]. Each of them is
+    equivalent to a `LinearProbeHead`. `seeds`: random seed of each probe's initial weights."""
 
     def __init__(self, dim: int, classes: int, seeds: Sequence[int], ranks: Ranks | None = None) -> None:
         super().__init__()
@@ -109,7 +113,7 @@ class LinearHeads(nn.Module):
         return self.linear(self.norm(features_SD))
 
     def head(self, number: int) -> LinearProbeHead:
-        """Return one of the heads, in evaluation mode."""
+        """Return a copy of one of the heads, in evaluation mode."""
         _, classes, dim = self.linear.weight.shape
         head = LinearProbeHead(dim, classes).to(self.linear.weight.device).eval()
         weights = {f"linear.{name}": tensor[number] for name, tensor in self.linear.state_dict().items()}
@@ -118,12 +122,12 @@ class LinearHeads(nn.Module):
 
 
 class AttentiveHeads(nn.Module):
-    """H attentive probes of the same patch tokens [S, L, D] -> logits [S, H, K]: each has one learnt query whose
-    multi-head cross-attention pools the tokens, as CAPI's probe (arXiv 2502.08769) and V-JEPA's (arXiv 2404.08471),
-    then a BatchNorm and a linear layer as `LinearProbeHead`.
+    """H attentive probes of the same patch tokens: [S, L, D] -> logits [S, H, K]. In each of them, the multi-head
+    cross-attention of one learnable query pools the tokens, as in the probes of CAPI (arXiv 2502.08769) and V-JEPA
+    (arXiv 2404.08471); a BatchNorm and a linear layer follow, as in `LinearProbeHead`.
 
-    They begin as linear probes of the tokens' mean: the query is 0, which attends to all alike, and values are the
-    tokens. In training mode the statistics are those of the tokens it is given.
+    At initialisation, they are linear probes of the mean token: the query is 0 and therefore attends equally to all
+    tokens, and the values are the tokens themselves.
     """
 
     def __init__(
@@ -132,20 +136,21 @@ class AttentiveHeads(nn.Module):
         super().__init__()
         count = len(seeds)
         self.query = nn.Parameter(torch.zeros(count, attention_heads, dim // attention_heads))
-        self.keys = nn.Parameter(torch.stack([_begun(seed + _KEYS, dim, dim).weight.data for seed in seeds]))
+        self.keys = nn.Parameter(torch.stack([_initialised(seed + _KEYS, dim, dim).weight.data for seed in seeds]))
         self.values = nn.Parameter(torch.eye(dim).repeat(count, 1, 1))
         self.norm, self.linear = BatchNorm(count, dim, ranks=ranks), StackedLinear(dim, classes, seeds)
 
     def pool(self, tokens_SLD: Tensor) -> Tensor:
-        """Return what the queries find, [S, H, D].
+        """Return the tokens pooled by the attention of each probe's query, [S, H, D].
 
-        One query needs no key or value of each token: it is multiplied with the weights of the keys, and those of the
-        values with the mean that it takes of the tokens.
+        Because there is only one query, the keys and values of the tokens are not computed. The query is multiplied by
+        the weights of the keys before it is compared with the tokens, and the weighted mean of the tokens is multiplied
+        by the weights of the values.
         """
         count, heads, width = self.query.shape
         keys_HadD, values_HadD = (part.unflatten(1, (heads, width)) for part in (self.keys, self.values))
         query_HaD = torch.einsum("had,hadi->hai", self.query, keys_HadD) / math.sqrt(width)
-        missing_SL = ~tokens_SLD.any(-1)  # rows of zeros fill up images of fewer patches
+        missing_SL = ~tokens_SLD.any(-1)  # zero rows are padding of images with fewer patches
         scores_SaL = (query_HaD.flatten(0, 1) @ tokens_SLD.mT).masked_fill(missing_SL[:, None], -math.inf)
         found_SHaD = (scores_SaL.softmax(-1) @ tokens_SLD).unflatten(1, (count, heads))
         return torch.einsum("shai,hadi->shad", found_SHaD, values_HadD).flatten(2)
@@ -154,8 +159,8 @@ class AttentiveHeads(nn.Module):
         return self.linear(self.norm(self.pool(tokens_SLD)))
 
 
-def _begun(seed: int, dim: int, classes: int) -> nn.Linear:
-    """Return a linear layer with the weights of a seed."""
+def _initialised(seed: int, dim: int, classes: int) -> nn.Linear:
+    """Return a linear layer whose initial weights depend on `seed` only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = nn.Linear(dim, classes)
@@ -165,8 +170,8 @@ def _begun(seed: int, dim: int, classes: int) -> nn.Linear:
 
 @torch.no_grad()
 def init_linear(linear: nn.Linear) -> None:
-    """Initialise as flax does: weights of variance 1 / inputs from a normal distribution cut off at two standard
-    deviations (`lecun_normal`), bias 0."""
+    """Initialise a layer as flax does: weights from a normal distribution truncated at two standard deviations, with
+    variance 1 / in_features (`lecun_normal`), and bias 0."""
     std = math.sqrt(1 / linear.in_features) / _TRUNCATED_STD
     nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
     if linear.bias is not None:

@@ -1,4 +1,4 @@
-"""The job that every task is given, and the writing of its result."""
+"""The job with which every task is run, and the writing of its result."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ Columns = Mapping[str, Sequence[Any]]
 
 
 class SoFar(NamedTuple):
-    """What a task has found before its end."""
+    """The intermediate result of a task."""
 
-    done: str  # of what it does
-    result: dict[str, Any]  # what result.json would hold of it; empty if nothing was found
-    columns: Columns  # of predictions.parquet; empty if that is not to be written
-    page: str = ""  # for people
+    done: str  # description of the completed part of the task
+    result: dict[str, Any]  # entries for result.json; empty if there is no result yet
+    columns: Columns  # columns for predictions.parquet; empty if it is not written
+    page: str = ""  # text to print
 
 
 @dataclass
 class Job:
-    """One task on one model."""
+    """A run of a task on a model."""
 
     options: Options
     modality: Modality  # modalities of a sample that the encoder sees
     config: EvaluationConfig
     session: Session
-    folder: RunFolder | None  # OUT, on the main rank only
-    model: Any  # M3AE, or the Classifier where the task is about one; on the ranks' device
-    classes: Classes = ()  # by id, and what pictures call them; see `open_labelled`
-    names: list[str] = field(default_factory=list)
-    pictures: list[Callable[[], None]] = field(default_factory=list)  # drawn once the result is written
+    folder: RunFolder | None  # the output folder, on the main rank only
+    model: Any  # an M3AE, or a Classifier if the task evaluates one; on the ranks' device
+    classes: Classes = ()  # labels by class id; see `open_labelled`
+    names: list[str] = field(default_factory=list)  # names of the classes in figures
+    pictures: list[Callable[[], None]] = field(default_factory=list)  # functions that plot figures after the end
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.pulse, _ = self.session
@@ -83,8 +83,8 @@ class Job:
         return corpus
 
     def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
-        """Return training and validation samples that have a class, and the classes by id; `classes` and `names` then
-        have those and what to call them. Raises UserError as `open_corpus` and `label_corpus` do."""
+        """Return the training and the validation samples that have a class, and the classes by id. Sets `classes` and
+        `names`. Raises UserError as `open_corpus` and `label_corpus` do."""
         field, progress = self.options.labels, self.ranks.is_main
         train, val = self.open(self.config.data.train), self.open(self.config.data.val)
         classes: Classes | None = None
@@ -114,8 +114,8 @@ class Job:
         patches: bool = False,
         reduce: Reduce | None = None,
     ) -> FeatureBank:
-        """Return pooled features of all samples; `layers`, `patches` and `reduce` as in `encode_corpus`, `whole` and
-        `part` as in `Watch`."""
+        """Return pooled features of all samples. `title`: title of the progress display; `whole`, `part`: see `Watch`;
+        `layers`, `patches`, `reduce`: see `encode_corpus`."""
         watch, config = Watch(title, self.pulse, whole=whole, part=part), self.config
         return encode_corpus(
             self.model,
@@ -147,24 +147,25 @@ class Job:
     @property
     def preparation(self) -> Preparation:
         """Return the preparation of samples for the encoder, without masking."""
-        encoder = getattr(self.model, "backbone", self.model)  # of a classifier
+        encoder = getattr(self.model, "backbone", self.model)  # the model may be a classifier
         return Preparation(encoder.geometry, UNMASKED, encoder.tokenizer, self.config.run.seed)
 
     def batches(
         self, train: Corpus, share: Share, steps: range, layout: Layout, transform: Transform | None = None
     ) -> DataLoader[PackedBatch]:
-        """Return this rank's batches of `steps`."""
+        """Return a loader of this rank's training batches for the given steps."""
         more: dict[str, Any] = {"node": self.session.node(), "pin_memory": pins_memory(self.ranks.device)}
         return train_loader(
             self.config.data, train, self.preparation, share, steps, layout=layout, transform=transform, **more
         )
 
     def samples(self, corpus: Corpus, keys: Sequence[str]) -> dict[str, Sample]:
-        """Return samples of a corpus as the encoder saw them, by key."""
+        """Return the samples with these keys as the encoder has seen them, by key."""
         return samples_of(corpus, self.preparation, keys)
 
     def cell(self, sample: Sample | None, text: str | None = None, colour: Colour = BLACK) -> Cell:
-        """Return a sample to be shown: its image, or else its caption, with a text below it."""
+        """Return a cell of a figure with the sample's image, or its caption if it has no image, and a text below it. By
+        default, the text is the caption. An empty cell is returned if there is no sample."""
         if sample is None:
             return Cell(None)
         caption = ""
@@ -181,17 +182,23 @@ class Job:
         if self.ranks.is_main:
             print(text, flush=True)
 
-    def time_left(self, total: float, beside: float = 0.0, *, shorter: Callable[[float], str]) -> TimeLeft:
-        """Return the time left of the task, see there. Once that can be estimated, and would be long on a CPU, print it
-        with what `shorter` says: how to take about the fraction of it that it is given. Every rank may call it."""
+    def time_left(self, total: float, other_work: float = 0.0, *, shorter: Callable[[float], str]) -> TimeLeft:
+        """Return an estimate of the time left of the task. On a CPU, a note is printed as soon as the task is known to
+        take long.
 
-        def told(left: float) -> None:
+        Args:
+            total, other_work: as in `TimeLeft`.
+            shorter: function that is called with a fraction of the time, and returns a suggestion of options with which
+                the task takes about this fraction.
+        """
+
+        def report(left: float) -> None:
             if self.ranks.device.type == "cpu" and left > LONG_S:
                 self.say(f"note: this takes about {duration(left)} on this CPU; shorter: {shorter(SHORT_S / left)}")
 
-        left = TimeLeft(total, beside, told)
-        if beside > LONG_S:
-            left.tell(beside)  # at once, whatever the rest takes
+        left = TimeLeft(total, other_work, report)
+        if other_work > LONG_S:
+            left.tell(other_work)  # this alone takes long, so there is no need to wait for an estimate
         return left
 
     def keep(self, columns: Columns) -> None:
@@ -206,8 +213,8 @@ class Job:
         return about | result | {"model": model, "modality": self.modality, "config": config}
 
     def keep_if_stopped(self, found: Callable[[], SoFar]) -> None:
-        """From now on, if a rank is asked to stop, write and print what was found so far, before the ranks leave.
-        `found`: called then on the main rank, in a thread of its own."""
+        """From now on, write and print the intermediate result if a rank is asked to stop, before the ranks exit.
+        `found`: function that returns the intermediate result; it is called on the main rank, in another thread."""
         self.stop.at_leaving = lambda: self._leave(found) if self.ranks.is_main else ""
 
     def _leave(self, found: Callable[[], SoFar]) -> str:
@@ -216,7 +223,8 @@ class Job:
         return self.write_partial(found(), STARTS_OVER)
 
     def write_partial(self, found: SoFar, rerun: str) -> str:
-        """Write what was found so far, and return what to say of it; main rank only. `rerun`: how the task goes on."""
+        """Write the intermediate result, and return a message about it. Main rank only. `rerun`: text that states how
+        the task can be continued."""
         if not found.result:
             return f"nothing was found yet ({found.done}); {rerun}"
         if found.columns:
@@ -229,13 +237,13 @@ class Job:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise UserError if `out` holds a result."""
+    """Raise UserError if `out` contains a result."""
     if (out / RESULT_FILE).exists():
         raise UserError(f"--out {out}: already holds a {RESULT_FILE}; choose another folder")
 
 
 def write_result(out: Path, result: dict[str, Any], name: str = RESULT_FILE) -> None:
-    """Write result.json, which is whole or not there."""
+    """Write a result atomically, by default as result.json, which replaces an intermediate result."""
     write_whole(out / name, json.dumps(result, indent=2) + "\n")
     if name == RESULT_FILE:
         (out / SO_FAR_FILE).unlink(missing_ok=True)
@@ -249,7 +257,7 @@ def numbers_of(result: dict[str, Any]) -> dict[str, int | float]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Return the numbers of a result as a line, each with its standard error where that is known."""
+    """Return the numbers of a result on one line, with their standard errors if these are known."""
     numbers = numbers_of(result)
     shown = {name: f"{value:.4g}" for name, value in numbers.items() if not name.endswith(ERROR)}
     for name in shown:
@@ -259,7 +267,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def show_result(out: Path, result: dict[str, Any]) -> None:
-    """Give the numbers of a result and the pictures in `out` to TensorBoard."""
+    """Write the numbers of a result, and the figures in `out`, to TensorBoard's event files."""
     with SummaryWriter(str(out / "tensorboard")) as board:
         for name, value in numbers_of(result).items():
             board.add_scalar(f"result/{name}", value)

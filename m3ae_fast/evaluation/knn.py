@@ -1,7 +1,7 @@
 """k-nearest-neighbour classification of frozen features: no training, one pass over the data.
 
-The votes are those of Wu et al. (arXiv 1805.01978) and DINO: each of the k training samples of the highest cosine
-similarity s votes for its class with weight exp(s / temperature).
+The voting scheme is that of Wu et al. (arXiv 1805.01978) and DINO: each of the k training samples with the highest
+cosine similarity s votes for its class with weight exp(s / temperature).
 
 Shapes: N training samples, M samples to classify, R of them on this rank, K neighbours, C classes, D width.
 """
@@ -21,21 +21,21 @@ from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.predictions import Predictions
 
-_SHOWN, _NEIGHBOURS = 8, 7  # samples drawn, and neighbours of each
+_SHOWN, _NEIGHBOURS = 8, 7  # numbers of samples in the figure, and of neighbours of each
 
 
 def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, temperature: float) -> Tensor:
-    """Return the votes for each class of the k nearest training samples of this rank's queries: float32 [R, C], on the
-    CPU. Every rank must call it."""
+    """Return the votes of the k nearest training samples for each class, for this rank's queries: float32 [R, C], on
+    the CPU. Every rank must call it."""
     similarity_RK, number_RK = nearest(bank, queries, k)
-    # relative to the nearest: the same order of classes, and no overflow at low temperatures
+    # Weights are relative to that of the nearest sample, which avoids overflow at low temperatures.
     weights_RK = ((similarity_RK.double() - similarity_RK[:, :1]) / temperature).exp()
     votes_RC = weights_RK.new_zeros(len(weights_RK), classes).scatter_add(1, bank.labels[number_RK], weights_RK)
     return votes_RC.float()
 
 
 def knn_predictions(bank: FeatureBank, queries: FeatureBank, classes: int, config: KnnConfig) -> Predictions:
-    """Return the classes of all queries by their neighbours in `bank`, on every rank."""
+    """Return the k-NN predictions of all queries, with neighbours from `bank`, on every rank."""
     return queries.predictions(knn_scores(bank, queries, classes, config.k, config.temperature), votes=True)
 
 
@@ -58,8 +58,8 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _shown(bank: FeatureBank, queries: FeatureBank) -> dict[int, list[int]]:
-    """Return the nearest training samples of some queries, spread evenly, by the numbers of both. Every rank must call
-    it."""
+    """Return the numbers of the nearest training samples of some evenly spaced queries, by the number of the query.
+    Every rank must call it."""
     count = min(_SHOWN, len(queries.keys))
     rows = [number * len(queries.keys) // count for number in range(count)]
     some = queries.rows(rows)
@@ -73,8 +73,8 @@ def _draw_neighbours(
     shown: Mapping[int, Sequence[int]],
     predicted_M: Tensor,
 ) -> None:
-    """Draw queries and the training samples most similar to each, `shown` by their numbers; green if they are of its
-    class."""
+    """Plot some queries with the training samples that are most similar to each. The text of a training sample is green
+    if it has the query's class. `shown`: numbers of the training samples by the number of the query."""
     bank, queries = features
     keys = [bank.keys[row] for rows in shown.values() for row in rows], [queries.keys[row] for row in shown]
     neighbours, asked = (job.samples(corpus, names) for corpus, names in zip(corpora, keys))

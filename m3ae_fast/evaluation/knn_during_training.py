@@ -32,14 +32,14 @@ class Probe(NamedTuple):
     classes: Classes
 
     def describe(self) -> str:
-        """Return numbers of samples and classes."""
+        """Return a description with the numbers of samples and classes."""
         samples = f"{self.val.samples:,} samples among {self.train.samples:,}"
         return f"k-NN of {samples} labelled ones, {len(self.classes):,} classes"
 
 
 def open_probe(config: Config, *, progress: bool = False) -> Probe | None:
-    """Open the labelled samples of `train.probe`; None if the config asks for no probe. Raises UserError if shards or
-    labels cannot be used."""
+    """Return the labelled samples of `train.probe`; None if it is not set. Raises UserError if shards or labels cannot
+    be used."""
     probe, data = config.train.probe, config.data
     if probe is None:
         return None
@@ -53,9 +53,9 @@ def open_probe(config: Config, *, progress: bool = False) -> Probe | None:
 
 
 def knn_probe(config: Config, ranks: Ranks) -> Callable[[Trainer], None] | None:
-    """Open the labelled samples of `train.probe` before training starts. Return a function that logs the accuracy if it
-    is due, unless a rank is asked to stop, even half-way; every rank must call it. None if the config asks for no
-    probe. Raises UserError if shards or labels cannot be used."""
+    """Open the labelled samples of `train.probe`, and return a function that measures and logs the k-NN accuracy if
+    that is due; return None if `train.probe` is not set. Every rank must call the function, which ends early if a rank
+    is asked to stop. Raises UserError if shards or labels cannot be used."""
     probe = ranks.main_first(lambda: open_probe(config, progress=ranks.is_main))
     return None if probe is None else partial(_log, config, *probe)
 

@@ -1,4 +1,4 @@
-"""What the linear probe and fine-tuning have in common as tasks of the trainer."""
+"""Shared code of the linear probe and of fine-tuning, which are tasks of the trainer."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.throughput import SampleCounts, SampleRate
 from m3ae_fast.training.trainer import Trainer
 
-_TIMED, _SOON_S = 5, 2.0  # steps after the first that are timed, and seconds after which fewer will do
-_RISE = 0.02  # of training accuracy, that is worth a word
+# The duration of the run is estimated after this number of steps, or after this number of seconds if steps are slow.
+_TIMED, _SOON_S = 5, 2.0
+_RISE = 0.02  # minimum rise of the training accuracy that is reported
 
 
 class ClassLosses(NamedTuple):
-    """0-d float32 tensors; `loss` is what to differentiate."""
+    """Loss and accuracy of a batch: 0-d float32 tensors, of which `loss` is differentiated."""
 
     loss: Tensor
-    accuracy: Tensor  # by the likeliest class of the mixed labels
+    accuracy: Tensor  # with mixed labels: relative to the class with the highest weight
 
 
 @dataclass(kw_only=True)
 class LabelledTask(ABC):
-    """Counts samples, evaluates the accuracy, and keeps the predictions of the last evaluation."""
+    """A trainer's task of classification, which stores the predictions of the last evaluation."""
 
     job: Job
     settings: LinearProbeConfig | FineTuneConfig
@@ -52,9 +53,10 @@ class LabelledTask(ABC):
     notes: list[str] = field(default_factory=list)  # differences from the run that is resumed
 
     def __post_init__(self) -> None:
-        self.predictions: Predictions | None = None  # the last evaluation's
-        self.evaluated_at, self.expected = 0, False  # step of that; whether the duration was logged
-        self.first = 0.0  # when the first step ended
+        self.predictions: Predictions | None = None  # predictions of the last evaluation
+        self.evaluated_at = 0  # step of the last evaluation
+        self.expected = False  # whether the expected duration has been logged
+        self.first = 0.0  # time at which the first step ended
 
     def count(self, batches: list[PackedBatch]) -> SampleCounts:
         return SampleCounts.of(batches)
@@ -63,8 +65,8 @@ class LabelledTask(ABC):
         return [self.first_line(trainer), *(f"note: {note}" for note in self.notes)]
 
     def evaluate(self, trainer: Trainer) -> None:
-        """Log how long the run takes, once a few steps have shown it; evaluate if that is due, between the first step
-        and the last."""
+        """Log the expected duration of the run once a few steps have been timed, and evaluate if that is due. The
+        evaluation after the last step is done by `conclude`."""
         self._log_duration(trainer)
         if 0 < trainer.step < trainer.schedule.total_steps and self.is_due(trainer):
             self.conclude(trainer)
@@ -79,30 +81,31 @@ class LabelledTask(ABC):
 
     @abstractmethod
     def conclude(self, trainer: Trainer) -> dict[str, Any] | None:
-        """Return, and log, accuracies on all held-out samples; None if a rank is asked to stop."""
+        """Evaluate on all held-out samples, and log and return the accuracies; return None if a rank is asked to
+        stop."""
 
     @abstractmethod
     def length_is_open(self) -> bool:
-        """Return whether the length of the run follows from the number of samples: none is given."""
+        """Return whether the length of the run is derived from the number of samples because it is not set."""
 
     @abstractmethod
     def shorter(self, trainer: Trainer, steps: float) -> str:
-        """Return options for a shorter run: about this many steps, or another way to the result."""
+        """Return a suggestion of options for a shorter run: with about this number of steps, or by another method."""
 
     @abstractmethod
     def save_classifier(self, trainer: Trainer) -> None:
-        """Write the trained classifier into the run's folder. Every rank must call it."""
+        """Write the trained classifier to the run folder. Every rank must call it."""
 
     def cautions(self, trainer: Trainer) -> list[str]:
         """Return the warnings about the reliability of the result, one line each. Main rank only."""
         lines = []
-        with suppress(UserError):  # no metrics are left
+        with suppress(UserError):  # the metrics have been removed
             lines = read_metrics(trainer.run.dir)
         section, steps, batch = self.settings.SECTION, trainer.schedule.total_steps, trainer.share.global_batch
         return cautions(section, f"{section}.epochs", steps, OFFICIAL[section], lines, batch)
 
     def evaluated(self, trainer: Trainer, predictions: Predictions) -> dict[str, float]:
-        """Keep predictions of all held-out samples, and return their accuracies, which are logged too."""
+        """Store the predictions of all held-out samples, and log and return their accuracies."""
         self.predictions, self.evaluated_at = predictions, trainer.step
         values = predictions.accuracies()
         logged = {f"val_{name}": value for name, value in values.items() if not name.endswith(ERROR)}
@@ -110,7 +113,8 @@ class LabelledTask(ABC):
         return values
 
     def complete(self, trainer: Trainer, val_samples: int) -> dict[str, Any] | None:
-        """Train, save the classifier, keep its predictions. Return the result; None if the run was stopped."""
+        """Train the classifier, write it and its predictions, and return the result; return None if the run was
+        stopped."""
         job, result = self.job, trainer.train()
         if result is None:
             rerun = "--resume auto continues"
@@ -134,7 +138,7 @@ class LabelledTask(ABC):
         }
 
     def so_far(self, trainer: Trainer) -> SoFar:
-        """Return the last evaluation, of this attempt or of one before; main rank only."""
+        """Return the result of the last evaluation, in this attempt or an earlier one. Main rank only."""
         total = trainer.schedule.total_steps
         lines: list[dict[str, Any]] = []
         with suppress(UserError):
@@ -151,7 +155,7 @@ class LabelledTask(ABC):
         return SoFar(done, values | {"steps": at, "total_steps": total}, columns)
 
     def draw(self, trainer: Trainer) -> None:
-        """Draw the run, on the main rank."""
+        """Plot the curves of the run to training.png. Main rank only."""
         folder = trainer.run.dir
         draw_training(folder / "training.png", read_metrics(folder), trainer.schedule.steps_per_epoch)
 
@@ -166,8 +170,9 @@ class LabelledTask(ABC):
         trainer.log.say("\n".join(self.expectation(trainer, seconds / timed, left)))
 
     def expectation(self, trainer: Trainer, pace: float, left: int) -> list[str]:
-        """Return how long so many more steps take at `pace` seconds each and, if that is long on a CPU and the length
-        follows from the number of samples, what would be shorter: a line each."""
+        """Return a line with the expected duration of the `left` remaining steps at `pace` seconds per step. If that is
+        long, on a CPU, and the length was derived from the number of samples, a line with a suggestion for a shorter
+        run is added."""
         lines = [f"expected: {duration(pace * left)} for {left:,} more steps, and evaluations"]
         if trainer.ranks.device.type == "cpu" and pace * left > LONG_S and self.length_is_open():
             lines.append(f"note: that is long on this CPU; shorter: {self.shorter(trainer, SHORT_S / pace)}")
@@ -175,20 +180,20 @@ class LabelledTask(ABC):
 
 
 class Start(NamedTuple):
-    """What a training on labelled samples begins with."""
+    """The opened checkpoint and data of a training on labelled samples, with resolved settings."""
 
     found: Resume  # the checkpoint to resume from, if there is one
     train: Corpus
     val: Corpus
     classes: Classes
-    settings: Any  # LinearProbeConfig or FineTuneConfig, settled
+    settings: Any  # LinearProbeConfig or FineTuneConfig without null values
     share: Share
     schedule: Schedule
 
 
 def open_training(job: Job, config: C) -> Start:
-    """Open the checkpoint and the labelled samples, and settle the config. Raises UserError if one of them is missing
-    or cannot be used."""
+    """Open the checkpoint to resume from, if any, and the labelled samples, and fill in the settings that are null.
+    Raises UserError if something is missing or cannot be used."""
     found = Resume(job.config.run.dir, job.options.resume, job.ranks)
     train, val, classes = job.open_labelled()
     if train.has_captions:
@@ -209,16 +214,21 @@ def make_trainer(
     suggested_fix: str,
     transform: Transform | None = None,
 ) -> Trainer:
-    """Load the checkpoint into the engine, and return the trainer. Raises UserError if the checkpoint is that of
-    another run.
+    """Load the checkpoint, if any, into the engine, and return the trainer.
 
     Args:
-        task: gets the notes on differences from the run that is resumed.
-        layout: of the order of samples.
-        sections: of the config in checkpoints, besides those of every run.
-        rules: which settings a resumed run must not change.
-        suggested_fix: for losses that are not finite.
-        transform: of each training image.
+        job: the job.
+        start: the opened checkpoint and data.
+        task: the task, to which notes on differences from the resumed run are added.
+        engine: the engine of the task.
+        layout: layout of the sample order.
+        sections: sections of the config for checkpoints, in addition to those of every task.
+        rules: rules on changes of settings between a resumed run and its checkpoint.
+        suggested_fix: suggested changes of settings if a loss is not finite.
+        transform: transform that is applied to each training image.
+
+    Raises:
+        UserError: the checkpoint belongs to another run.
     """
     found, train, val, _, settings, share, schedule = start
     run, data = job.config.run, job.config.data
@@ -253,8 +263,15 @@ def make_trainer(
 def cautions(
     section: str, length: str, steps: int, official: Official, lines: list[dict[str, Any]], batch: int
 ) -> list[str]:
-    """Return warnings about the reliability of the result of a training, one line each. `length`: the setting that
-    makes it longer; `lines`, `batch`: see `rising`."""
+    """Return warnings about the reliability of the result of a training, one line each.
+
+    Args:
+        section: section of the settings.
+        length: the setting that determines the length of the training.
+        steps: number of steps of the training.
+        official: the published recipe.
+        lines, batch: as in `rising`.
+    """
     found = []
     if steps < official.fewest_steps:
         given = f"{section}.epochs and .steps" if length.endswith("epochs") else length
@@ -265,8 +282,9 @@ def cautions(
 
 
 def rising(lines: list[dict[str, Any]], batch: int) -> float:
-    """Return by how much the training accuracy of a run's last quarter is above that of the quarter before; 0 where
-    that is little, or within two standard errors. `lines`: of its metrics, each of one step of `batch` samples."""
+    """Return the difference between the mean training accuracies in the last quarter of a run and in the quarter
+    before; 0 if it is small or within two standard errors. `lines`: logged metrics, each for a step of `batch`
+    samples."""
     accuracies = [line["accuracy"] for line in lines if "accuracy" in line]
     quarter = len(accuracies) // 4
     if not quarter:

@@ -1,4 +1,5 @@
-"""Several learning rates of a linear probe, tried at once on the same cached features, as in DINOv2 (arXiv 2304.07193).
+"""Choice of a linear probe's learning rate among several that are tried at once on the same cached features, as in
+DINOv2 (arXiv 2304.07193).
 
 Shapes: S samples of a step, N held-out samples, D encoder width, K classes.
 """
@@ -12,45 +13,46 @@ from typing import NamedTuple
 from m3ae_fast.evaluation.encoding import key_digest
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 
-FACTORS = (0.01, 0.03, 0.1, 0.3, 1, 3)  # of the recipe's rate
+FACTORS = (0.01, 0.03, 0.1, 0.3, 1, 3)  # the learning rates that are tried, as multiples of the recipe's
 
 
 class Tried(NamedTuple):
-    """A rate and how well it did on the held-out samples."""
+    """A learning rate with its results on the held-out samples."""
 
     peak_lr: float
-    top1: float  # 0 where it diverged
-    loss: float | None  # None where it diverged
+    top1: float  # 0 if the training diverged
+    loss: float | None  # None if the training diverged
 
 
 class Split(NamedTuple):
-    """Numbers of samples, ascending."""
+    """A split of the training samples, as ascending numbers of samples."""
 
     train: list[int]
     held_out: list[int]
 
 
 def split(bank: FeatureBank) -> Split:
-    """Return nine tenths of the samples and the rest, by a hash of their keys. There is no rest of fewer than ten
-    samples."""
+    """Split the samples into nine tenths for training and one tenth that is held out, by a hash of their keys. If there
+    are fewer than ten samples, none is held out."""
     order = sorted(range(len(bank.keys)), key=lambda row: key_digest(bank.keys[row]))
     few = len(order) // 10
     return Split(sorted(order[few:]), sorted(order[:few]))
 
 
 def best(tried: Sequence[Tried]) -> Tried:
-    """Return the rate of the highest accuracy; of equal ones, that of the lowest loss."""
+    """Return the learning rate with the highest accuracy; in a tie, the one with the lowest loss."""
     return max(tried, key=lambda each: (each.top1, -math.inf if each.loss is None else -each.loss))
 
 
 def choose(tried: Sequence[Tried], usual: float, held_out: int) -> Tried:
-    """Return the rate nearest to the `usual` one among those whose accuracy is within a standard error of the highest:
-    with few samples, the best rate is selected largely by chance (the one-standard-error rule of Breiman et al. 1984).
+    """Return the learning rate nearest to the `usual` one among those whose accuracy is within one standard error of
+    the highest (the one-standard-error rule of Breiman et al. 1984). With few samples, the highest accuracy is largely
+    due to chance.
 
     Args:
-        tried: not empty.
-        usual: the recipe's rate.
-        held_out: how many samples the accuracies are of.
+        tried: results of the learning rates; not empty.
+        usual: the recipe's learning rate.
+        held_out: number of held-out samples.
     """
     top = best(tried).top1
     good = [each for each in tried if each.top1 >= top - math.sqrt(top * (1 - top) / held_out)]
@@ -58,7 +60,8 @@ def choose(tried: Sequence[Tried], usual: float, held_out: int) -> Tried:
 
 
 def edge(tried: Sequence[Tried], peak_lr: float | None) -> list[str]:
-    """Return a line where the rate that the run has is the lowest or the highest of those tried."""
+    """Return a warning in a list if the chosen learning rate `peak_lr` is the lowest or the highest of those that were
+    tried; otherwise an empty list."""
     rates = [each.peak_lr for each in tried]
     if not rates or peak_lr not in (rates[0], rates[-1]):
         return []
@@ -67,5 +70,5 @@ def edge(tried: Sequence[Tried], peak_lr: float | None) -> list[str]:
 
 
 def table(tried: Sequence[Tried], chosen: float) -> str:
-    """Return rates with their accuracies, and the one that was chosen, as a line."""
+    """Return a line with the learning rates, their accuracies, and the chosen learning rate."""
     return ", ".join(f"{each.peak_lr:g}: {each.top1:.1%}" for each in tried) + f"; chosen: {chosen:g}"

@@ -1,7 +1,7 @@
-"""Linear probe: a linear classifier on the frozen encoder's pooled features, as the official code trains it.
+"""Linear probe: a linear classifier on the frozen encoder's pooled features, trained as in the official code.
 
-With --cache-features every sample is encoded once, as in evaluation, and several learning rates are tried before the
-run; otherwise crops are encoded as they are drawn.
+With --cache-features, every sample is encoded once, without augmentation, and several learning rates are tried before
+the run. Otherwise, random crops are encoded in each step.
 
 Shapes: N training samples, S samples of a step, D encoder width, K classes.
 """
@@ -31,17 +31,17 @@ from m3ae_fast.evaluation.probes import Setting, cautions_of, linear_recipe, pre
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.training.trainer import Trainer
 
-_LAYER = 0  # the name of the only features
+_LAYER = 0  # key of the features, of which there is only one kind
 RULES = Rules(same=("task.weights", "task.classes", "run.seed", "encode.pool", "linear.global_batch", *SAMPLING))
-_EVALUATIONS = 100  # of a run, at most
+_EVALUATIONS = 100  # maximum number of evaluations without linear.eval_every
 
 
 @dataclass(kw_only=True)
 class ProbingTask(LabelledTask):
-    """Trains a linear classifier on frozen features."""
+    """The task of training a linear classifier on frozen features."""
 
     settings: LinearProbeConfig
-    heads: LinearHeads  # one
+    heads: LinearHeads  # a stack of one head
     val: FeatureBank
 
     def first_line(self, trainer: Trainer) -> str:
@@ -49,7 +49,7 @@ class ProbingTask(LabelledTask):
         return task + sentence(self.settings, trainer.schedule, trainer.step)
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Return whether an evaluation is due; a resumed run repeats none."""
+        """Return whether an evaluation is due. A resumed run does not repeat the evaluation at its first step."""
         schedule, step = trainer.schedule, trainer.step
         every = self.settings.eval_every or max(schedule.steps_per_epoch, schedule.total_steps // _EVALUATIONS)
         return step > trainer.start and step % every == 0
@@ -62,7 +62,7 @@ class ProbingTask(LabelledTask):
         return "--cache-features, which encodes each image once"
 
     def conclude(self, trainer: Trainer) -> dict[str, float]:
-        """Return accuracies on all held-out samples, which are logged too."""
+        """Evaluate on all held-out samples, and log and return the accuracies."""
         trainer.stop_if_not_finite()
         trainer.pulse.mark(f"evaluating after step {trainer.step}")
         return self.evaluated(trainer, self.val.predictions(logits(self.heads.eval(), self.val)))
@@ -87,8 +87,8 @@ def _save_classifier(job: Job, head: LinearProbeHead, classes: Classes) -> None:
 
 
 def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
-    """Open data and checkpoint, encode the held-out samples. Raises UserError if something is missing or does not
-    fit."""
+    """Open the data and the checkpoint, encode the held-out samples, and return the task and its trainer. Raises
+    UserError if something is missing or does not fit."""
     ranks, run, encode = job.ranks, job.config.run, job.config.encode
     start = open_training(job, job.config.linear)
     held_out = job.encode(start.val, "encoding val")
@@ -105,7 +105,7 @@ def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
 
 
 def run(job: Job) -> dict[str, Any] | None:
-    """Return the accuracies; None if the run was stopped before its end."""
+    """Run the task and return its result; None if it was stopped before its end."""
     if job.options.cache_features:
         return run_cached(job)
     job.pulse.watch_over(job.config.run)
@@ -116,8 +116,8 @@ def run(job: Job) -> dict[str, Any] | None:
 
 
 def run_cached(job: Job) -> dict[str, Any]:
-    """Train on features of all samples, encoded once; it takes so little time that there are no checkpoints. Return the
-    accuracies."""
+    """Run the task on cached features and return its result. The training takes so little time that there are no
+    checkpoints."""
     if job.options.resume != "no":
         raise UserError("--resume: a probe of cached features has no checkpoints and starts over; leave it out")
     job.keep_if_stopped(lambda: SoFar("the samples are being encoded", {}, {}))

@@ -1,8 +1,8 @@
-"""Multi-label classification of frozen features: samples belong to any number of classes. A classifier for each class
-scores the held-out samples, and the mean of the classes' average precisions (mAP) is the measure.
+"""Multi-label classification of frozen features, for samples that belong to any number of classes. A classifier for
+each class scores the held-out samples; the metric is the mean of the classes' average precisions (mAP).
 
-Shapes: N training samples, M held-out ones, R of them on this rank, L different lists of labels, C classes, D width, V
-different scores, B resamples.
+Shapes: N training samples, M held-out samples, R of them on this rank, L different lists of labels, C classes, D width,
+V different scores, B bootstrap samples.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from m3ae_fast.evaluation.job import Job, SoFar
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.significance import ERROR, middle
 
-_RESAMPLES = 200  # of the bootstrap over held-out samples
+_RESAMPLES = 200  # number of bootstrap samples
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task. Raises UserError if a sample has no list of labels, and as `Job.open`."""
+    """Run the task and return its result. Raises UserError if a sample has no list of labels, and as `Job.open`
+    does."""
     config, knn = job.config.multilabel, job.config.knn
     job.keep_if_stopped(lambda: SoFar("the samples are being encoded", {}, {}))
     train = _open(job, job.config.data.train, None)
@@ -54,8 +55,9 @@ def _open(job: Job, sources: Sequence[SourceConfig], classes: Classes | None) ->
 
 
 def neighbour_scores(bank: FeatureBank, queries: FeatureBank, truth_NC: Tensor, k: int, temperature: float) -> Tensor:
-    """Return the shares of the votes of the k nearest training samples for each class: float32 [R, C], on the CPU.
-    Every rank must call it."""
+    """Return the weighted fraction of the k nearest training samples that belong to each class, for this rank's
+    queries: float32 [R, C], on the CPU. `truth_NC`: whether a training sample belongs to a class. Every rank must call
+    it."""
     similarity_RK, number_RK = nearest(bank, queries, k)
     weights_RK = (similarity_RK.double() / temperature).softmax(1)
     scores = [(weights_K[:, None] * truth_NC[number_K]).sum(0) for weights_K, number_K in zip(weights_RK, number_RK)]
@@ -63,9 +65,9 @@ def neighbour_scores(bank: FeatureBank, queries: FeatureBank, truth_NC: Tensor, 
 
 
 def regression_scores(bank: FeatureBank, queries: FeatureBank, truth_NC: Tensor) -> Tensor:
-    """Return the log-odds of logistic regressions of standardised features, one for each class, fitted once, on the
-    main rank: float32 [R, C], on the CPU. A class of all training samples, or of none, has the same score everywhere.
-    Every rank must call it."""
+    """Return the log-odds of logistic regressions on standardised features, one for each class, for this rank's
+    queries: float32 [R, C], on the CPU. They are fitted on the main rank. If a class has all training samples or none,
+    its scores are constant. `truth_NC`: whether a training sample belongs to a class. Every rank must call it."""
     train_ND = bank.on_main()
 
     def fit() -> tuple[Tensor, Tensor]:
@@ -93,13 +95,22 @@ def _fit(train_ND: np.ndarray, truth_NC: np.ndarray) -> tuple[Tensor, Tensor]:
 def measured(
     truth_MC: np.ndarray, scores_MC: np.ndarray, known_C: np.ndarray, classes: Classes, seed: int
 ) -> dict[str, Any]:
-    """Return what result.json says of scores: the mean over the classes that held-out samples have. The standard error,
-    and the interval of the difference to scores that say nothing, whose average precision is the share of the samples
-    that have the class, are by the bootstrap over samples."""
+    """Return the entries of result.json. The mAP is the mean over the classes that occur in both the training and the
+    held-out samples. Its standard error, and the interval of its difference from uninformative scores, are computed by
+    the bootstrap over samples. The average precision of uninformative scores is the fraction of the samples that belong
+    to the class.
+
+    Args:
+        truth_MC: whether a held-out sample belongs to a class.
+        scores_MC: scores of the held-out samples.
+        known_C: whether a class occurs in the training samples.
+        classes: labels by class id.
+        seed: random seed of the bootstrap.
+    """
     counted = np.flatnonzero(truth_MC.any(0) & known_C).tolist()
     samples = len(truth_MC)
     weights_BM = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=_RESAMPLES)
-    weights_BM = np.concatenate((np.ones((1, samples), np.int64), weights_BM))  # first as they are
+    weights_BM = np.concatenate((np.ones((1, samples), np.int64), weights_BM))  # the first row has the original samples
     found_CB = np.array([average_precisions(truth_MC[:, c], scores_MC[:, c], weights_BM) for c in counted])
     chance_CB = (truth_MC[:, counted].T @ weights_BM.T) / samples
     found_B, chance_B = np.nanmean(found_CB, 0), chance_CB.mean(0)
@@ -127,9 +138,9 @@ def measured(
 
 
 def average_precisions(truth_M: np.ndarray, scores_M: np.ndarray, weights_BM: np.ndarray) -> np.ndarray:
-    """Return the average precision of a class for each weighting of the samples, [B]: the sum over the different scores
-    of the precision at that score, times the recall that it adds. nan where no sample of the class has a weight.
-    `weights_BM`: how often each sample counts, whole numbers."""
+    """Return the average precision of a class for each weighting of the samples, [B]: the sum over the distinct scores
+    of the precision at that score times the increase in recall. It is NaN if no sample of the class has a positive
+    weight. `weights_BM`: integer weights of the samples."""
     order_M = np.argsort(-scores_M, kind="stable")
     ends_V = np.flatnonzero(np.append(np.diff(scores_M[order_M]) != 0, True))
     weights_BM = weights_BM[:, order_M]
@@ -142,6 +153,7 @@ def average_precisions(truth_M: np.ndarray, scores_M: np.ndarray, weights_BM: np
 
 
 def _columns(keys: list[str], truth_MC: Tensor, scores_MC: np.ndarray, classes: Classes) -> dict[str, Any]:
-    """Return the table: keys, and the labels of each sample; scores of all classes, in the order of `classes`."""
+    """Return the columns of the predictions: keys, the labels of each sample, and its scores in the order of
+    `classes`."""
     labels = [[str(classes[number]) for number in row.nonzero()[:, 0].tolist()] for row in truth_MC]
     return {"key": keys, "labels": labels, "scores": scores_MC}

@@ -1,9 +1,10 @@
-"""Exact nearest neighbours by cosine similarity: each rank searches its own rows, and the lists of all are merged.
+"""Exact nearest neighbours by cosine similarity. Each rank searches its own samples, and the lists of all ranks are
+merged.
 
-What is found does not depend on the number of ranks or on the sizes of blocks. Candidates come from a float32 matrix
-product; then their similarity is computed in float64 and rounded to float32, and of equal ones the sample with the
-lowest number comes first. Where rounding could have left out a neighbour, because too many samples are about as
-similar as the last one, the query is searched again in float64.
+The result does not depend on the number of ranks or on block sizes. Candidates are selected by a float32 matrix
+product. Their similarities are then computed in float64 and rounded to float32; if two are equal, the sample with the
+lower number comes first. If rounding may have excluded a neighbour, because too many samples are about as similar as
+the last one, the search for the query is repeated in float64.
 
 Shapes: N samples of the bank, R of them on this rank, Q queries, q of them at a time, B rows of a block in G groups of
 g, K neighbours, C candidates, W ranks, D width.
@@ -22,13 +23,11 @@ from m3ae_fast.base.progress import track
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.process.collectives import all_gather, all_to_all
 
-_MARGIN = 8  # candidates besides the K
-_GROUP = 32  # rows whose highest similarity is found before those of single rows are compared
-_ROUNDING = (
-    4e-6  # a bound on the rounding of a float32 similarity that holds in practice; the theoretical one is D * 2e-7
-)
-_AT_A_TIME = 16_384  # queries that a rank gets from all
-_RESCORED = 1 << 23  # values of candidates that are read at a time
+_MARGIN = 8  # number of candidates in addition to K
+_GROUP = 32  # rows per group; only the groups with the highest maxima are searched row by row
+_ROUNDING = 4e-6  # bound on the rounding error of a float32 similarity in practice; the theoretical bound is D * 2e-7
+_AT_A_TIME = 16_384  # number of queries, from all ranks, that are processed at a time
+_RESCORED = 1 << 23  # number of feature values of candidates that are processed at a time
 _MISSING = torch.iinfo(torch.int64).min
 
 
@@ -44,7 +43,7 @@ class Neighbours(NamedTuple):
     """The most similar samples of a bank for this rank's queries, the most similar first."""
 
     similarity_QK: Tensor  # float32, on the CPU
-    number_QK: Tensor  # int64: which of the bank's N samples
+    number_QK: Tensor  # int64: numbers of the samples in the bank
 
 
 def nearest(bank: FeatureBank, queries: FeatureBank, k: int, title: str = "k-NN") -> Neighbours:
@@ -67,7 +66,8 @@ def nearest(bank: FeatureBank, queries: FeatureBank, k: int, title: str = "k-NN"
 
 
 def _own_neighbours(bank: FeatureBank, queries_QD: Tensor, k: int, title: str) -> Tensor:
-    """Return the k nearest of this rank's rows for each query as `_encoded` numbers, best first: int64 [Q, k]."""
+    """Return the k nearest of this rank's samples for each query, as numbers of `_encoded`, best first: int64 [Q,
+    k]."""
     unit_QD = F.normalize(queries_QD.float(), dim=1)
     similarity_QC, place_QC = _candidates(bank, unit_QD, k + _MARGIN, title)
     order_QK = torch.full((len(unit_QD), k), _MISSING, device=unit_QD.device)
@@ -84,7 +84,7 @@ def _own_neighbours(bank: FeatureBank, queries_QD: Tensor, k: int, title: str) -
         exact_qC = (rows_qCD @ query_qD[..., None])[..., 0] / length_qC
         order_qC = _encoded(exact_qC, own_R[place_qC]).masked_fill(place_QC[part] < 0, _MISSING)
         order_QK[part] = order_qC.topk(k, dim=1).values
-    # of full lists, where what is left out may be as similar as the last neighbour
+    # Complete lists are uncertain if an excluded sample may be as similar as the last neighbour.
     unsure_Q = (place_QC[:, -1] >= 0) & (similarity_QC[:, -1] >= similarity_QC[:, k - 1] - _ROUNDING)
     if unsure_Q.any():
         order_QK[unsure_Q] = _searched_exactly(bank, queries_QD[unsure_Q], k)
@@ -92,8 +92,8 @@ def _own_neighbours(bank: FeatureBank, queries_QD: Tensor, k: int, title: str) -
 
 
 def _candidates(bank: FeatureBank, unit_QD: Tensor, count: int, title: str) -> tuple[Tensor, Tensor]:
-    """Return the rows of this rank with the highest float32 similarity to each query, best first, [Q, C] both:
-    similarities, and places among this rank's rows, -1 where it has no more."""
+    """Return the similarities and the indices of this rank's samples with the highest float32 similarity to each query,
+    best first: [Q, C] each. The index is -1 if this rank has fewer samples."""
     similarity_QC = unit_QD.new_full((len(unit_QD), count), -torch.inf)
     place_QC = torch.full_like(similarity_QC, -1, dtype=torch.int64)
     at_a_time = _BLOCKS[unit_QD.device.type].queries
@@ -110,9 +110,10 @@ def _candidates(bank: FeatureBank, unit_QD: Tensor, count: int, title: str) -> t
 
 
 def _best_of_block(similarity_qB: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the highest similarities of a block and their places in it, at most `count`, in any order.
+    """Return the `count` highest similarities in a block (fewer if the block is smaller) and their indices, in any
+    order.
 
-    The best are among the groups with the highest maxima, which are found in one pass over memory.
+    They are in the groups with the highest maxima, which are found in one pass over the memory.
     """
     queries, rows = similarity_qB.shape
     groups = rows // _GROUP
@@ -133,14 +134,14 @@ def _best_of_block(similarity_qB: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(bank: FeatureBank, device: torch.device, title: str) -> Iterator[tuple[int, Tensor]]:
-    """Yield this rank's rows in blocks on the device, each with the place of its first row."""
+    """Yield this rank's features in blocks on the device, each with the index of its first row."""
     rows, size = len(bank.own), _BLOCKS[device.type].rows
     for start in track(range(0, rows, size), title):
         yield start, bank.take(slice(start, min(start + size, rows))).to(device)
 
 
 def _searched_exactly(bank: FeatureBank, queries_QD: Tensor, k: int) -> Tensor:
-    """Return the same as `_own_neighbours`, with all similarities in float64."""
+    """Return the same result as `_own_neighbours`, with all similarities computed in float64."""
     device, own_R = queries_QD.device, bank.own.to(queries_QD.device)
     at_a_time = _BLOCKS[device.type].queries
     unit_QD = F.normalize(queries_QD.double(), dim=1)
@@ -155,14 +156,15 @@ def _searched_exactly(bank: FeatureBank, queries_QD: Tensor, k: int) -> Tensor:
 
 
 def _encoded(similarity: Tensor, number: Tensor) -> Tensor:
-    """Return int64 numbers that are ordered as float32 similarities are and, of equal ones, by descending numbers."""
-    bits = (similarity.float() + 0.0).view(torch.int32).long()  # + 0.0: of -0 and 0, one
+    """Return int64 codes of pairs of similarity (float32) and sample number. Codes are ordered by similarity and, for
+    equal similarities, by descending number."""
+    bits = (similarity.float() + 0.0).view(torch.int32).long()  # + 0.0 converts -0 to 0
     ordered = torch.where(bits < 0, bits ^ 0x7FFF_FFFF, bits)
     return (ordered << 32) + (0xFFFF_FFFF - number)
 
 
 def _decoded(order: Tensor) -> tuple[Tensor, Tensor]:
-    """Return similarities and numbers of `_encoded`."""
+    """Return the similarities and numbers in the codes of `_encoded`."""
     ordered = order >> 32
     bits = torch.where(ordered < 0, ordered ^ 0x7FFF_FFFF, ordered).int()
     return bits.view(torch.float32), 0xFFFF_FFFF - (order & 0xFFFF_FFFF)

@@ -1,5 +1,5 @@
-"""Attentive probes without a bank of patch tokens: each step encodes a batch and discards its tokens, so that the
-memory does not grow with the dataset.
+"""Online training of attentive probes, without storing patch tokens: each step encodes a batch and discards its tokens,
+so that the memory does not grow with the dataset.
 
 Shapes: S samples of a batch on this rank, L patches, D width, K layers, H heads of a layer, C classes.
 """
@@ -29,26 +29,28 @@ from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding
 from m3ae_fast.process.ranks import Ranks
 
-_HELD_OUT = 0.1  # of the training samples, on which learning rates are judged
+_HELD_OUT = 0.1  # fraction of the training samples that is held out to choose the learning rate
 _DIGEST = 1 << 64
 
 
 def is_held_out(key: str) -> bool:
-    """Return whether a training sample is among the tenth that judges learning rates, by a hash of its key."""
+    """Return whether a training sample belongs to the tenth that is held out to choose the learning rate, by a hash of
+    its key."""
     return int.from_bytes(key_digest(key)[:8], "big") < _HELD_OUT * _DIGEST
 
 
 @dataclass(frozen=True)
 class EncodedSteps:
-    """Steps of the patch tokens of batches, which are encoded when their turn comes and then forgotten."""
+    """The steps of a training on the patch tokens of batches, which are encoded when they are needed and then
+    discarded."""
 
     loader: Iterable[PackedBatch]
-    accumulation: int  # batches of a step
+    accumulation: int  # number of batches per step
     model: MultimodalEncoder
     config: EncodeConfig
     layers: Sequence[int]
     ranks: Ranks
-    trying: bool  # leave out the samples that `is_held_out` says
+    trying: bool  # whether several learning rates are tried, so that the samples of `is_held_out` are left out
 
     def __iter__(self) -> Iterator[HeadBatch]:
         loader = iter(self.loader)
@@ -63,7 +65,7 @@ class EncodedSteps:
         assert batch.labels is not None
         with encoding(self.model, self.config.precision, self.ranks.device):
             _, tokens_SKLD = self.model.pooled_and_patches(batch, self.layers, self.config.pool)
-        tokens_SKLD = tokens_SKLD.half()  # as a bank has them
+        tokens_SKLD = tokens_SKLD.half()  # the precision in which a bank stores tokens
         if not self.trying:
             return tokens_SKLD, batch.labels
         kept = [row for row, key in enumerate(batch.keys) if not is_held_out(key)]
@@ -78,9 +80,18 @@ def predict_online(
     setting: Setting,
     whole: TimeLeft,
 ) -> dict[Input, Predictions]:
-    """Return what attentive probes at these layers make of the held-out samples, by layer, on every rank; all train in
-    one pass. If several learning rates are tried, each layer takes the head of the one that is best on a tenth of the
-    training samples, on which no head trains. `whole`: the task, of which these are `passes`."""
+    """Return the predictions of attentive probes for the held-out samples by layer, on every rank. The probes of all
+    layers are trained in one pass. If several learning rates are tried, the head whose learning rate is best on a tenth
+    of the training samples, on which no head is trained, is used for each layer.
+
+    Args:
+        job: the job.
+        corpora: the training and the held-out samples.
+        layers: numbers of the encoder blocks, from 1.
+        recipe: hyper-parameters of the training.
+        setting: context of the probes.
+        whole: time left of the task, whose size is that of `passes`.
+    """
     train, held_out = corpora
     ranks, world, trying = job.ranks, job.ranks.world, len(recipe.scales) > 1
     scales = [*recipe.scales.values()]
@@ -115,12 +126,13 @@ def predict_online(
 
 
 def passes(recipe: Recipe, train: Corpus, held_out: Corpus) -> float:
-    """Return how many samples `predict_online` encodes, each as often as it does."""
+    """Return the number of samples that `predict_online` encodes; a sample is counted each time that it is encoded."""
     return recipe.steps * recipe.batch + train.samples * (len(recipe.scales) > 1) + held_out.samples
 
 
 def _judged(heads: Mapping[Input, Heads], labels_S: Tensor, tokens_SKLD: Tensor) -> Tensor:
-    """Return what `verdicts` adds up, of each sample: float32 [S, K, 3, H]."""
+    """Return the results of `losses` for each sample and layer, which are to be summed for `verdicts`: float32 [S, K,
+    3, H]."""
     parts = [losses(each(tokens_SKLD[:, at].float()), labels_S) for at, each in enumerate(heads.values())]
     return torch.stack([torch.stack(part, 1) for part in parts], 1)
 
@@ -131,6 +143,6 @@ def _tried(found: FeatureBank, recipe: Recipe) -> list[Tried]:
 
 
 def _logits(trained: Mapping[Input, Trained], labels_S: Tensor, tokens_SKLD: Tensor) -> Tensor:
-    """Return the logits of each sample by the head of each layer: float32 [S, K, C]."""
+    """Return the logits of each layer's head for each sample: float32 [S, K, C]."""
     each = [one.heads(tokens_SKLD[:, at].float())[:, one.number] for at, one in enumerate(trained.values())]
     return torch.stack(each, 1)

@@ -30,7 +30,7 @@ Encode = Callable[[np.ndarray], Tensor]  # pixels [B, C, S, S] with the dtype of
 
 
 class Labelled(NamedTuple):
-    """Images with a class: those to look for neighbours in, and those to classify by them."""
+    """Labelled images: training samples, which are the neighbours, and validation samples, which are classified."""
 
     config: EvaluationConfig
     train: Corpus
@@ -39,7 +39,8 @@ class Labelled(NamedTuple):
 
 
 def open_labelled(train: list[str], val: list[str], labels: str) -> Labelled:
-    """Open shards. Raises UserError where they, or their labels (see `read_labels`), cannot be used."""
+    """Open labelled shards. `labels`: as in `read_labels`. Raises UserError if the shards or their labels cannot be
+    used."""
     parts = {"train": train, "val": val}
     data = {name: [{"shards": shards, "modality": "image"}] for name, shards in parts.items()}
     config = evaluation_config({"data": data}, [])
@@ -49,27 +50,27 @@ def open_labelled(train: list[str], val: list[str], labels: str) -> Labelled:
 
 
 class Measured(NamedTuple):
-    """An encoder on labelled images."""
+    """The results of an encoder on labelled images."""
 
-    name: str  # "torch", or of a file
-    accuracy: float  # by k-NN, from 0 to 1
-    error: float  # its standard error
+    name: str  # "torch", or the name of the ONNX file
+    accuracy: float  # k-NN accuracy, from 0 to 1
+    error: float  # standard error of the accuracy
     images_per_second: float
 
 
 class OnnxCheck(NamedTuple):
-    """Torch's encoder, in float32, and the same as ONNX files on the same images."""
+    """The results of the float32 encoder in torch and of its ONNX files on the same images."""
 
     torch: Measured
     files: list[Measured]
-    train: int  # images to find neighbours in
-    val: int  # images that were classified
+    train: int  # number of training images
+    val: int  # number of images that were classified
     classes: int
     k: int
-    batch: int  # images
+    batch: int  # images per batch
 
     def lines(self) -> list[str]:
-        """Return lines for the user."""
+        """Return the lines that describe the results to the user."""
         counts = f"k-NN on {self.val:,} of {self.classes} classes, neighbours among {self.train:,}"
         lines = [f"{counts} (k {self.k}, batches of {self.batch}):"]
         for each in (self.torch, *self.files):
@@ -81,8 +82,8 @@ class OnnxCheck(NamedTuple):
 
 
 def check_onnx(files: Sequence[Path], config: ModelConfig, state: dict[str, Tensor], images: Labelled) -> OnnxCheck:
-    """Measure the k-NN accuracy and the images/s on this machine of torch's encoder and of ONNX files. Raises UserError
-    if too few images can be read."""
+    """Measure the k-NN accuracy, and the throughput on this machine, of the encoder in torch and of its ONNX files.
+    Raises UserError if too few images can be read."""
     encoder = ImageEncoder(config, {name: tensor.float() for name, tensor in state.items()}).eval()
     encoders: dict[str, Encode] = {"torch": lambda pixels: encoder(torch.from_numpy(pixels))}
     for path in files:
@@ -109,7 +110,7 @@ def _runs(path: Path) -> Encode:
 def _encode(
     corpus: Corpus, transfer: EvaluationConfig, config: ModelConfig, encoders: dict[str, Encode]
 ) -> tuple[dict[str, FeatureBank], dict[str, float]]:
-    """Return the features of the central squares by each encoder, and the seconds that each took."""
+    """Return the features of the central squares, and the encoding time in seconds, both by encoder."""
     preparation = Preparation(Geometry.of(config), UNMASKED, None, seed=0)
     loader = eval_loader(transfer.data, corpus, preparation, Share(transfer.encode.batch))
     features: dict[str, list[Tensor]] = {name: [] for name in encoders}

@@ -1,10 +1,15 @@
-"""Out-of-distribution detection: how well scores separate --ood from --val samples, on the features of a frozen encoder
-or of a fine-tuned classifier.
+"""Out-of-distribution detection: the separation of --ood from --val samples by scores, computed from the features of a
+frozen encoder or of a fine-tuned classifier.
 
-Scores, each higher for samples that look in-distribution: the highest softmax probability (arXiv 1610.02136) and the
-energy logsumexp of the logits (arXiv 2010.03759), which are those of the classifier's own head or, on frozen features,
-of a logistic regression; minus the distance to the k-th nearest training sample among normalised features (arXiv
-2204.06507); minus the Mahalanobis distance to the nearest class, with one covariance for all (arXiv 1807.03888).
+There are four scores, which are higher for samples that look in-distribution:
+
+- max_softmax: the highest softmax probability (arXiv 1610.02136);
+- energy: logsumexp of the logits (arXiv 2010.03759);
+- knn: minus the distance of the normalised features to the k-th nearest training sample (arXiv 2204.06507);
+- mahalanobis: minus the squared Mahalanobis distance to the nearest class mean, with one covariance for all classes
+(arXiv 1807.03888).
+
+The logits are those of the classifier's head or, with frozen features, of a logistic regression.
 
 Shapes: N training samples, M samples to score, R of them on this rank, K classes, D width, V different scores.
 """
@@ -32,16 +37,16 @@ from m3ae_fast.evaluation.job import Job, SoFar, summary
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.significance import area_under_roc, middle
 
-TRAIN, VAL = "train", "val"  # what results call the in-distribution samples
+TRAIN, VAL = "train", "val"  # names of the in-distribution samples in results
 SCORES = ("max_softmax", "energy", "knn", "mahalanobis")
 TRUE_POSITIVES = 0.95
 BOOTSTRAPS = 1000
 
 
 def auroc_and_fpr(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
-    """Return the area under the ROC curve with in-distribution samples as positives, and the false positive rate at 95
-    % true positive rate (FPR95). Scores are higher for samples that look
-    in-distribution."""
+    """Return the area under the ROC curve with in-distribution samples as positives, and the false positive rate at a
+    true positive rate of 95 % (FPR95). `inside`, `outside`: scores of the in-distribution and of the
+    out-of-distribution samples."""
     from sklearn.metrics import roc_auc_score
 
     truth = np.concatenate((np.ones(len(inside)), np.zeros(len(outside))))
@@ -51,10 +56,9 @@ def auroc_and_fpr(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float
 
 
 def precision_recall_areas(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
-    """Return the areas under two precision-recall curves, as average precisions: with in-distribution samples as
-    positives, and with out-of-distribution samples as positives, found by low scores. Unlike the area under the ROC
-    curve both depend on how many samples of each there are: a score that says nothing has the share of the
-    positives."""
+    """Return the areas under two precision-recall curves (average precisions): with in-distribution samples as
+    positives, and with out-of-distribution samples as positives, which have low scores. Unlike the area under the ROC
+    curve, both depend on the numbers of samples: that of an uninformative score is the fraction of positives."""
     from sklearn.metrics import average_precision_score
 
     truth, scores = np.repeat([1, 0], (len(inside), len(outside))), np.concatenate((inside, outside))
@@ -62,8 +66,8 @@ def precision_recall_areas(inside: np.ndarray, outside: np.ndarray) -> tuple[flo
 
 
 def bootstrap_areas(inside: np.ndarray, outside: np.ndarray, seed: int) -> np.ndarray:
-    """Return the areas under the ROC curve of BOOTSTRAPS draws of in-distribution and of out-of-distribution samples,
-    with replacement. The draws depend on the seed and on the numbers of samples alone."""
+    """Return the areas under the ROC curves of BOOTSTRAPS bootstrap samples of the scores `inside` and `outside`. Which
+    samples are drawn depends only on the seed and on the numbers of samples."""
     random = np.random.default_rng(seed)
     values_V, place = np.unique(np.concatenate((inside, outside)), return_inverse=True)
     parts = place[: len(inside)], place[len(inside) :]
@@ -78,26 +82,26 @@ def bootstrap_areas(inside: np.ndarray, outside: np.ndarray, seed: int) -> np.nd
 
 
 def auroc_interval(inside: np.ndarray, outside: np.ndarray, seed: int) -> tuple[float, float]:
-    """Return the `middle` of `bootstrap_areas`."""
+    """Return the 95 % confidence interval of the area under the ROC curve, by the bootstrap."""
     return middle(bootstrap_areas(inside, outside, seed))
 
 
 class _Fitted(NamedTuple):
-    """What scores need of the training samples, besides their neighbours."""
+    """Statistics of the training samples that the scores are computed from."""
 
-    classifier: Any  # scikit-learn's; None if a head is given
+    classifier: Any  # scikit-learn's logistic regression; None if there is a head
     means_KD: np.ndarray
-    whitening_DD: np.ndarray  # behind it the Mahalanobis distances are Euclidean
+    whitening_DD: np.ndarray  # maps features such that Mahalanobis distances become Euclidean
 
 
 class Scores:
-    """The four scores, fitted to training features once, on the main rank.
+    """The four scores, which are fitted to training features on the main rank.
 
     Args:
-        bank: the training features, with labels.
-        k: which neighbour's distance counts, at most the N-th.
-        seed: of the logistic regression.
-        head: features [M, D] -> logits [M, K], of a classifier; without one, a logistic regression is fitted.
+        bank: features of the training samples, with labels.
+        k: number of the nearest neighbour whose distance is the score, at most N.
+        seed: random seed of the logistic regression.
+        head: head of a classifier, features [M, D] -> logits [M, K]; None: a logistic regression is fitted.
     """
 
     def __init__(
@@ -113,7 +117,7 @@ class Scores:
         self.fitted = ranks.broadcast(fit) if ranks else fit()
 
     def __call__(self, queries: FeatureBank) -> dict[str, np.ndarray]:
-        """Return scores by name, [M] each, on every rank."""
+        """Return the scores of all queries by name, [M] each, on every rank. Every rank must call it."""
         features_RD = queries.features_RD.cpu().numpy()
         logits_RK = self.head(features_RD) if self.head else self._logits(features_RD)
         both = (features_RD, self.fitted.means_KD)
@@ -122,16 +126,16 @@ class Scores:
         scores = {
             "max_softmax": logits_RK.softmax(1).max(1).values,
             "energy": logits_RK.logsumexp(1),
-            "knn": -(2 - 2 * similarity_R).clamp(min=0).sqrt(),  # a distance of normalised features
+            "knn": -(2 - 2 * similarity_R).clamp(min=0).sqrt(),  # distance of normalised features
             "mahalanobis": -torch.cdist(white_RD, means_KD).min(1).values.square(),
         }
         return dict(zip(scores, queries.complete(torch.stack([*scores.values()], 1).double()).T.numpy()))
 
     def _logits(self, features_RD: np.ndarray) -> Tensor:
-        if not len(features_RD):  # which scikit-learn refuses
+        if not len(features_RD):  # scikit-learn rejects an empty array
             return torch.zeros(0, len(self.fitted.means_KD), dtype=torch.float64)
         logits_RK = torch.from_numpy(self.fitted.classifier.decision_function(features_RD))
-        if logits_RK.ndim == 1:  # of two classes scikit-learn gives one: the log-odds
+        if logits_RK.ndim == 1:  # for two classes, scikit-learn returns the log-odds of the second one
             logits_RK = torch.stack((torch.zeros_like(logits_RK), logits_RK), 1)
         return logits_RK
 
@@ -154,7 +158,8 @@ def _fit(train_ND: np.ndarray, labels_N: np.ndarray, seed: int, regress: bool) -
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task. Raises UserError if the classifier has other classes, or as `Job.open_labelled` does."""
+    """Run the task and return its result. Raises UserError if the classifier has different classes or reads different
+    features, and as `Job.open_labelled` does."""
     if isinstance(job.model, Classifier):
         _check_pool(job.model, job.config.encode)
     labelled, held_out, classes = job.open_labelled()
@@ -174,9 +179,9 @@ def run(job: Job) -> dict[str, Any]:
         f"ood: {labelled.samples:,} training, {held_out.samples:,} validation and {others:,} other samples are "
         "encoded; then four scores tell the last two apart"
     )
-    told_apart: list[str] = []  # sets
-    # at any time, from another thread
-    job.keep_if_stopped(lambda: SoFar(f"{len(told_apart)} of {len(outside)} sets", dict(result), dict(columns)))
+    evaluated: list[str] = []  # names of the sets
+    # may be called from another thread at any time
+    job.keep_if_stopped(lambda: SoFar(f"{len(evaluated)} of {len(outside)} sets", dict(result), dict(columns)))
     encode = job.encoder(labelled.samples + held_out.samples + others)
     train, val = encode(labelled, "encoding train"), encode(held_out, "encoding val")
     seed = job.config.run.seed
@@ -190,15 +195,15 @@ def run(job: Job) -> dict[str, Any]:
         found = encode(corpus, f"encoding {name or 'ood'}")
         other = scores(found)
         measured = _compare(known, other, seed)
-        told = {f"{prefix}{key}": value for key, value in measured.items()}
-        result |= told
-        job.say(f"{name or 'ood'}: {summary(told)}")
+        metrics = {f"{prefix}{key}": value for key, value in measured.items()}
+        result |= metrics
+        job.say(f"{name or 'ood'}: {summary(metrics)}")
         if caution := inverted(measured):
             cautions.append(f"{name or 'ood'}: {caution}")
             job.say(f"note: {cautions[-1]}")
         more: dict[str, Any] = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
-        columns.update({column: [*columns[column], *values] for column, values in more.items()})  # at once: see above
-        told_apart.append(name)
+        columns.update({column: [*columns[column], *values] for column, values in more.items()})  # in one step
+        evaluated.append(name)
         samples[f"{name or 'ood'}_samples"] = len(found.keys)
         path = job.out / (f"scores-{name}.png" if name else "scores.png")
         job.pictures.append(partial(draw_detection, path, known, other))
@@ -207,8 +212,8 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def inverted(found: dict[str, float]) -> str:
-    """Return a caution on the scores of a set that are inverted, whose whole interval of the AUROC is below a half; ""
-    if none is."""
+    """Return a warning about inverted scores, for which the whole confidence interval of the AUROC is below 0.5; "" if
+    there are none. `found`: metrics of a set."""
     low = [f"{name} (AUROC {found[f'{name}_auroc']:.2f})" for name in SCORES if found[f"{name}_auroc_high"] < 0.5]
     if not low:
         return ""
@@ -219,7 +224,7 @@ def inverted(found: dict[str, float]) -> str:
 
 
 def _check_classes(classifier: Classifier, classes: Classes) -> None:
-    """Raise UserError where the training samples have others than those of the classifier."""
+    """Raise UserError if the classes of the training samples differ from those of the classifier."""
     if (own := classifier.config.classes) != (found := list(classes)):
         differing = sorted(map(str, {*own} ^ {*found}))
         what = f"only one of them {differing[0]!r}" if differing else "in another order"
@@ -230,7 +235,7 @@ def _check_classes(classifier: Classifier, classes: Classes) -> None:
 
 
 def _check_pool(classifier: Classifier, encode: EncodeConfig) -> None:
-    """Raise UserError where other features are asked for than those that the classifier's head reads."""
+    """Raise UserError if a pooling is set that differs from that of the features that the classifier's head reads."""
     own = classifier.config.pool
     if "pool" in encode.model_fields_set and encode.pool != own:
         raise UserError(f"--set encode.pool={encode.pool}: the classifier's head reads {own}; leave it out")
@@ -247,14 +252,15 @@ def _head_of(classifier: Classifier) -> Callable[[np.ndarray], Tensor]:
 
 
 def _of_encoder(job: Job, classifier: Classifier) -> Job:
-    """Return the job on the encoder of a classifier, whose features are those that the head reads."""
+    """Return the job on the encoder of a classifier, with the pooling of its head."""
     encode = job.config.encode.model_copy(update={"pool": classifier.config.pool})
     return replace(job, model=classifier.backbone, config=job.config.model_copy(update={"encode": encode}))
 
 
 def _compare(known: dict[str, np.ndarray], other: dict[str, np.ndarray], seed: int) -> dict[str, float]:
-    """Return the metrics of each score on in-distribution and out-of-distribution samples: the area under its ROC curve
-    with the interval, the areas under its precision-recall curves, and the false positives at 95 % true positives."""
+    """Return the metrics of each score: the area under the ROC curve with its confidence interval, the areas under the
+    precision-recall curves, and FPR95. `known`, `other`: scores of the in-distribution and of the out-of-distribution
+    samples by name."""
     found: dict[str, float] = {}
     for name in known:
         area, passed = auroc_and_fpr(known[name], other[name])

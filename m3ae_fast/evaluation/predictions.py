@@ -1,4 +1,4 @@
-"""What a classifier made of each sample, and the table that a task keeps of it.
+"""Predictions of a classifier for each sample, and the table in which a task stores them.
 
 Shapes: N samples, C classes, K best classes.
 """
@@ -22,8 +22,8 @@ FILE = "predictions.parquet"
 
 
 def best_classes(scores_NC: Tensor) -> Tensor:
-    """Return int64 [N, K]: the class of the highest score or, of more than 5 classes, those of the 5 highest, best
-    first. Raises UserError where a score is not finite: NaN would be the highest."""
+    """Return the class with the highest score or, if there are more than 5 classes, the classes with the 5 highest
+    scores, best first: int64 [N, K]. Raises UserError if a score is not finite, because NaN would be the highest."""
     bad = int((~scores_NC.isfinite()).any(1).sum())
     if bad:
         raise UserError(
@@ -34,13 +34,14 @@ def best_classes(scores_NC: Tensor) -> Tensor:
 
 
 def topk_accuracy(best_NK: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """Return accuracies from 0 to 1: "top1" and, if K = 5, "top5"."""
+    """Return the accuracies "top1" and, if K = 5, "top5", from 0 to 1."""
     correct_NK = best_NK == labels_N[:, None]
     return {f"top{k}": correct_NK[:, :k].any(1).double().mean().item() for k in sorted({1, best_NK.shape[1]})}
 
 
 def largest_share(labels: Iterable[Any], classes: int = 1) -> float:
-    """Return the share of the largest class, or of the largest few: the accuracy of always naming those."""
+    """Return the fraction of the samples that belong to the `classes` largest classes, which is the accuracy of always
+    predicting these."""
     counts = Counter(labels)
     return sum(count for _, count in counts.most_common(classes)) / counts.total()
 
@@ -52,12 +53,12 @@ class Predictions:
     keys: list[str]
     labels_N: Tensor  # int64 class ids
     best_NK: Tensor  # see `best_classes`
-    scores_N: Tensor  # float32: of the best class, from 0 to 1
+    scores_N: Tensor  # float32: scores of the best classes, from 0 to 1
 
     @classmethod
     def of(cls, keys: Sequence[str], labels_N: Tensor, scores_NC: Tensor, *, votes: bool = False) -> Predictions:
-        """Return the predictions by scores: logits, whose softmax is the score that is kept, or `votes`, whose share
-        is. Raises UserError as `best_classes` does."""
+        """Return the predictions for scores of the classes. By default, scores are logits, and their softmax is stored;
+        if `votes` is set, they are votes, and their share is stored. Raises UserError as `best_classes` does."""
         best_NK = best_classes(scores_NC)
         shares_NC = scores_NC / scores_NC.sum(1, keepdim=True) if votes else scores_NC.float().softmax(1)
         scores_N = shares_NC.gather(1, best_NK[:, :1])[:, 0].float()
@@ -65,29 +66,31 @@ class Predictions:
 
     @classmethod
     def joined(cls, parts: Sequence[Predictions]) -> Predictions:
-        """Return the predictions of several parts, one after the other."""
+        """Return the concatenation of predictions."""
         tensors = (torch.cat([getattr(part, name) for part in parts]) for name in ("labels_N", "best_NK", "scores_N"))
         return cls(list(chain.from_iterable(part.keys for part in parts)), *tensors)
 
     @property
     def correct_N(self) -> Tensor:
-        """Return whether the best class is the right one: bool."""
+        """Return whether the best class is the correct one, bool [N]."""
         return self.best_NK[:, 0] == self.labels_N
 
     def accuracies(self) -> dict[str, float]:
-        """Return accuracies from 0 to 1, "top1" and, of more than 5 classes, "top5", and standard errors, "top1_se"."""
+        """Return the accuracies "top1" and, if there are more than 5 classes, "top5", from 0 to 1, with their standard
+        errors, such as "top1_se"."""
         found = topk_accuracy(self.best_NK, self.labels_N)
         return found | {f"{name}{ERROR}": standard_error(value, len(self.keys)) for name, value in found.items()}
 
     def columns(self, classes: Classes) -> dict[str, list[Any]]:
-        """Return the table: keys, labels and predictions as in the shards, and scores."""
+        """Return the columns of the table: keys, labels and predicted labels as in the shards, and scores."""
         named = {"label": self.labels_N, "prediction": self.best_NK[:, 0]}
         columns = {name: [classes[number] for number in ids.tolist()] for name, ids in named.items()}
         return {"key": self.keys, **columns, "score": self.scores_N.tolist()}
 
 
 def stacked(parts: Iterable[tuple[Predictions, Mapping[str, Any]]], classes: Classes) -> dict[str, list[Any]]:
-    """Return one table of several predictions, each with columns that say which it is."""
+    """Return one table with several predictions. The columns of each mapping identify the predictions that belong to
+    it."""
     columns: dict[str, list[Any]] = {}
     for predictions, which in parts:
         same = {name: [value] * len(predictions.keys) for name, value in which.items()}

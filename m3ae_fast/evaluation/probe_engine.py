@@ -1,4 +1,4 @@
-"""Steps of a linear probe: features of a frozen encoder in, one LARS update of the head out.
+"""The engine of the linear probe: each step computes features with the frozen encoder and updates the head by LARS.
 
 Shapes: S samples, D encoder width.
 """
@@ -25,9 +25,9 @@ from m3ae_fast.process.ranks import Ranks
 
 
 class ProbeEngine:
-    """See `engine.interface.Engine`; only the head is trained.
+    """An engine that trains a head on the features of a frozen encoder; see `engine.interface.Engine`.
 
-    BatchNorm's statistics are those of a whole step, as in the official code: see `Stack`.
+    The statistics of BatchNorm are those of a whole step, as in the official code; see `Stack`.
     """
 
     optimizer_name = "LARS"
@@ -42,7 +42,7 @@ class ProbeEngine:
         model: MultimodalEncoder,
         encode: EncodeConfig,
     ) -> None:
-        """Train `heads`, which are one, on features of `model`, the frozen encoder."""
+        """Create the engine. `heads`: a stack of one head; `model`: the frozen encoder."""
         self.before_update: Callable[[], None] = lambda: None
         self.kinds: Kinds = {name: ("momentum",) for name, _ in heads.named_parameters()}
         self.model, self.ranks, self.frozen, self.encode = heads, ranks, model, encode
@@ -56,8 +56,8 @@ class ProbeEngine:
             features_SD = torch.cat([self.frozen.pooled(batch, self.encode.pool) for batch in batches])
         labels_S = torch.cat([batch.labels for batch in batches])
         samples = int(self.ranks.sum([len(labels_S)])[0])
-        self.before_update()  # a forward pass changes BatchNorm's statistics
-        if samples == 0:  # nothing could be read
+        self.before_update()  # already before the forward pass, which changes the statistics of BatchNorm
+        if samples == 0:  # no sample could be read
             zero = features_SD.new_zeros(())
             return [ClassLosses(zero, zero)], zero
         loss_H, right_H = self.stack.step(features_SD, labels_S, samples, lr)
@@ -68,7 +68,7 @@ class ProbeEngine:
         raise NotImplementedError("held-out features are encoded once, before the first step")
 
     def whole(self, kind: str) -> dict[str, Tensor]:
-        raise NotImplementedError("every rank has the whole head")
+        raise NotImplementedError("every rank has the complete head")
 
     def fragments(self) -> Fragments:
         return cut(self._tensors(), self.ranks.rank, self.ranks.world)

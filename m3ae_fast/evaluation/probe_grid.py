@@ -1,4 +1,5 @@
-"""k-NN, linear or attentive probe at several layers, or of few samples of each class, from one pass over the images.
+"""k-NN, linear or attentive probes at several layers, or with few training samples per class, from one pass over the
+images.
 
 Shapes: N training samples, K layers, S shots, D draws.
 """
@@ -29,15 +30,15 @@ from m3ae_fast.evaluation.tasks import DRAWS
 
 
 class Case(NamedTuple):
-    """What is measured once."""
+    """A configuration of the grid."""
 
     layer: int
-    shots: int | None  # training samples of each class; None: all
+    shots: int | None  # number of training samples per class; None: all samples
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Training and held-out samples, by layer."""
+    """Features of the training and of the held-out samples, by layer."""
 
     bank: dict[int, FeatureBank]
     held_out: dict[int, FeatureBank]
@@ -50,38 +51,39 @@ class Encoded:
 
 
 class Found:
-    """The predictions so far, and the probe in training."""
+    """The predictions so far, and access to the heads in training."""
 
     def __init__(self, cases: Sequence[Case], draws: int, classes: Classes, samples: tuple[int, int]) -> None:
         self.cases, self.draws, self.classes, self.samples, self.live = cases, draws, classes, samples, Live()
-        self.made: list[tuple[Case, int, Predictions]] = []  # with the number of the draw
+        self.made: list[tuple[Case, int, Predictions]] = []  # case, number of the draw, and predictions
         self.cautions: list[str] = []
 
     def rows(self, made: Sequence[tuple[Case, int, Predictions]]) -> list[dict[str, Any]]:
-        """Return what was measured of each case."""
+        """Return the accuracies of each case as a row."""
         cases = dict.fromkeys(case for case, _, _ in made)
         return [case._asdict() | _measured([each for other, _, each in made if other == case]) for case in cases]
 
     def result(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return what result.json holds of these rows; empty if there is none."""
+        """Return the entries of result.json for these rows; empty if there are none."""
         if not rows:
             return {}
         train_samples, val_samples = self.samples
-        result = {name: value for name, value in rows[-1].items() if name.startswith("top")}  # last layer, most shots
+        # the main accuracies are those of the last layer with the largest number of shots
+        result = {name: value for name, value in rows[-1].items() if name.startswith("top")}
         result |= {"classes": len(self.classes), "train_samples": train_samples, "draws": self.draws}
         return result | {"cautions": [*self.cautions], "val_samples": val_samples, "results": rows}
 
     def columns(self, made: Sequence[tuple[Case, int, Predictions]]) -> dict[str, list[Any]]:
-        """Return the table of these predictions."""
+        """Return the columns of the table of these predictions."""
         parts = ((predictions, case._asdict() | {"draw": draw}) for case, draw, predictions in made)
         return stacked(parts, self.classes)
 
     def so_far(self, encoded: Encoded, recipe: Recipe | None) -> SoFar:
-        """Return what is known now, with the accuracy so far of heads in training, on this rank's held-out samples; in
-        another thread."""
+        """Return the intermediate result. If no probe is complete, it includes the accuracies of the heads in training
+        on this rank's held-out samples. May be called from another thread."""
         made, probes = [*self.made], len(self.cases) * self.draws
         done, rows = f"{len(made)} of {probes} probes", self.rows(made)
-        if recipe and self.draws == 1 and not made:  # of several draws an unfinished one is no help
+        if recipe and self.draws == 1 and not made:  # an unfinished draw would not be comparable with others
             found, where = predictions_so_far(self.live, encoded.bank, encoded.held_out, recipe)
             unfinished = [(Case(layer, None), 0, predictions) for layer, predictions in found.items()]
             done += f" and the {where}" if unfinished else ""
@@ -91,7 +93,8 @@ class Found:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task. Raises UserError if there is no such layer, a class has too few samples, or memory is too small."""
+    """Run the task and return its result. Raises UserError if a layer does not exist, a class has too few samples, or
+    the memory is too small."""
     options, task = job.options, job.options.task
     if options.resume != "no":
         raise UserError("--resume: a probe with --layers or --shots has no checkpoints; leave it out")
@@ -113,7 +116,7 @@ def run(job: Job) -> dict[str, Any]:
     )
     encoded = encode_layers(job, PROBES[task], layers, (train, val, classes), whole)
     if options.shots:
-        few_shot(encoded.bank[layers[0]], max(options.shots), 0, classes)  # too many are told before any probe
+        few_shot(encoded.bank[layers[0]], max(options.shots), 0, classes)  # reports too many shots before any training
     found = Found(cases, draws, classes, encoded.samples)
     start = PROBES[task].recipe
     recipe = start and start(found.samples[0], _setting(job, found, None, 0))
@@ -129,7 +132,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _run_online(job: Job, layers: Sequence[int], opened: tuple[Corpus, Corpus, Classes]) -> dict[str, Any]:
-    """Train attentive probes at all layers without storing tokens."""
+    """Train attentive probes at all layers without storing patch tokens, and return the result."""
     train, val, classes = opened
     found = Found([Case(layer, None) for layer in layers], 1, classes, (train.samples, val.samples))
     setting = _setting(job, found, None, 0)
@@ -160,7 +163,7 @@ def _concluded(job: Job, found: Found) -> dict[str, Any]:
 
 
 def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes, layers: int) -> float:
-    """Return about how long the probes at all layers train."""
+    """Return the estimated training time of the probes at all layers, in seconds."""
     task, model = job.options.task, job.model.config
     samples = train.samples if shots is None else min(shots * len(classes), train.samples)
     shape = (model.most_patches, model.emb_dim) if PROBES[task].tokens else (model.emb_dim,)
@@ -169,7 +172,7 @@ def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes, layer
 
 
 def _shorter(job: Job, layers: Sequence[int]) -> str:
-    """Return what makes a survey shorter."""
+    """Return a suggestion of options that shorten the task."""
     ways = ["fewer --train shards"]
     if job.options.task == "attentive" and job.config.attentive.peak_lr is None:
         ways = ["--set attentive.peak_lr=1e-3, which tries no other learning rates, takes a fraction of the training"]
@@ -181,7 +184,8 @@ def _shorter(job: Job, layers: Sequence[int]) -> str:
 
 
 def chosen_layers(wanted: str | None, depth: int) -> list[int]:
-    """Return numbers of blocks, ascending; None: the last one. Raises UserError if there are no such layers."""
+    """Return the numbers of the selected encoder blocks, ascending. `wanted`: "all", or numbers separated by commas;
+    None: only the last block. Raises UserError if a block does not exist."""
     if wanted is None:
         return [depth]
     if wanted == "all":
@@ -195,8 +199,8 @@ def chosen_layers(wanted: str | None, depth: int) -> list[int]:
 def encode_layers(
     job: Job, probe: Probe, layers: Sequence[int], opened: tuple[Corpus, Corpus, Classes], whole: TimeLeft
 ) -> Encoded:
-    """Return features, or patch tokens where the probe reads those, after each layer, from one pass over the images.
-    `opened`: as of `Job.open_labelled`."""
+    """Return the features after each layer (or the patch tokens, if the probe reads these), from one pass over the
+    images. `opened`: result of `Job.open_labelled`."""
     train, val, classes = opened
     parts = []
     for corpus, title in ((train, "encoding train"), (val, "encoding val")):
@@ -208,11 +212,12 @@ def encode_layers(
 
 
 def trains_online(job: Job, layers: Sequence[int], corpora: Sequence[Corpus], name: str = "") -> bool:
-    """Return whether attentive probes of these layers discard the patch tokens: `attentive.online` says so, or they do
-    not fit into memory. Print how much they need. Every rank must call it, and gets the same."""
+    """Return whether attentive probes at these layers are trained online, without storing patch tokens: as set by
+    `attentive.online` or, if it is null, if the tokens do not fit into memory. Print the required memory. Every rank
+    must call it, and gets the same result. `name`: prefix of the printed line."""
     model, ranks, online = job.model.config, job.ranks, job.config.attentive.online
     samples = sum(corpus.samples for corpus in corpora)
-    needed = 2 * samples * len(layers) * model.most_patches * model.emb_dim  # of float16
+    needed = 2 * samples * len(layers) * model.most_patches * model.emb_dim  # float16
     lacking = missing_in_host_memory(needed / ranks.world, len(ranks.of_node))
     lacking = next(filter(None, ranks.gather(lacking)), "")
     what = f"{name}the patch tokens of {samples:,} samples at {len(layers)} layer{'s' * (len(layers) != 1)}"
@@ -226,8 +231,8 @@ def trains_online(job: Job, layers: Sequence[int], corpora: Sequence[Corpus], na
 
 
 def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> FeatureBank:
-    """Return so many samples of each class, in the bank's order, by a hash of the draw and their keys: more shots hold
-    the samples of fewer. Raises UserError if a class has too few."""
+    """Return a bank with `shots` samples of each class, which are selected by a hash of the draw and their keys. The
+    samples for fewer shots are a subset of those for more. Raises UserError if a class has too few samples."""
     labels = bank.labels.tolist()
     order = sorted(range(len(labels)), key=lambda row: key_digest(bank.keys[row], f"{draw}/"))
     taken: dict[int, list[int]] = {number: [] for number in range(len(classes))}
@@ -241,7 +246,7 @@ def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> Feat
 
 
 def _predictions(job: Job, found: Found, encoded: Encoded, shots: int | None, draw: int) -> dict[int, Predictions]:
-    """Return what probes at all layers make of the held-out samples."""
+    """Return the predictions of the probes at all layers for the held-out samples, by layer."""
     bank = encoded.bank
     if shots is not None:
         bank = {layer: few_shot(each, shots, draw, encoded.classes) for layer, each in bank.items()}
@@ -259,7 +264,8 @@ def _setting(job: Job, found: Found, shots: int | None, draw: int) -> Setting:
 
 
 def _measured(found: Sequence[Predictions]) -> dict[str, Any]:
-    """Return accuracies with their errors; of several draws their means, and the 95 % interval of that of top1."""
+    """Return the accuracies with their standard errors; for several draws, the mean top-1 accuracy with its standard
+    error and its 95 % confidence interval."""
     if len(found) == 1:
         return found[0].accuracies()
     top1, error = mean_accuracy(np.stack([predictions.correct_N.numpy() for predictions in found]))
@@ -272,7 +278,8 @@ def _name(case: Case) -> str:
 
 
 def _draw(job: Job, rows: Sequence[dict[str, Any]]) -> None:
-    """Draw accuracy by depth, a line for each number of shots; of one layer, accuracy by shots."""
+    """Plot the accuracy by layer, with a line for each number of shots; for a single layer, plot the accuracy by number
+    of shots."""
     layers = {row["layer"] for row in rows}
     x, line = ("layer", "shots") if len(layers) > 1 else ("shots", "layer")
     if len({row[x] for row in rows}) == 1:

@@ -1,5 +1,5 @@
-"""The probes of frozen features: each scores held-out samples by training samples, for features of several layers at
-once.
+"""The probes of frozen features, which are trained on the features of training samples and predict the classes of
+held-out samples, for several layers at once.
 
 Shapes: N training samples, M samples to classify, L patches, D encoder width, C classes.
 """
@@ -28,47 +28,48 @@ from m3ae_fast.evaluation.stacked_optimizers import LARS, AdamW
 from m3ae_fast.process.heartbeats import Pulse
 from m3ae_fast.process.ranks import Ranks
 
-ATTENTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # tried, of AdamW
-_USUAL = 1e-3  # of too few samples to try any
-_WARMUP = 1 / 9  # of the run, as of the linear probe
+ATTENTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # peak learning rates of AdamW that are tried
+_USUAL = 1e-3  # peak learning rate if there are too few samples to try several
+_WARMUP = 1 / 9  # fraction of the steps, as for the linear probe
 Banks = Mapping[Input, FeatureBank]
 
 
 def _no_caution(of: Input, text: str) -> None:
-    """Drop a caution."""
+    """Ignore a warning."""
 
 
 class Setting(NamedTuple):
-    """Tells a probe what it needs besides the samples."""
+    """The context of a probe: everything that it requires apart from the samples."""
 
     config: EvaluationConfig
     classes: int
-    encoder_heads: int  # of attention
-    seed: int  # of a probe's weights and of its order
+    encoder_heads: int  # number of attention heads of the encoder
+    seed: int  # random seed of the probe's initial weights and of the order of samples
     ranks: Ranks
     pulse: Pulse
-    caution: Callable[[Input, str], None] = _no_caution  # given what speaks against a result, by the input of the heads
-    live: Live | None = None  # shown the heads in training, if these are asked for before their end
+    caution: Callable[[Input, str], None] = _no_caution  # called with warnings about the reliability of a result
+    live: Live | None = None  # access for another thread to the heads in training
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the heads of a probe train on a number of samples."""
+    """The hyper-parameters of a probe's training for a number of samples."""
 
     probe: str
-    length: str  # the setting that makes the training longer
+    length: str  # the setting that determines the length of the training
     steps: int
-    batch: int  # samples of a step
-    lr: Callable[[int], float]  # of a step, for a scale of 1
-    scales: dict[float, float]  # of `lr`, by the peak learning rates that are tried; one: it is taken
-    usual: float  # the peak learning rate of too few samples to try any
-    start: Callable[[int, int], Heads]  # the width of the features, and the number of heads -> heads
+    batch: int  # samples per step
+    lr: Callable[[int], float]  # learning rate of a step, for a scale of 1
+    scales: dict[float, float]  # factor of `lr` for each peak learning rate that is tried
+    usual: float  # peak learning rate if there are too few samples to try several
+    start: Callable[[int, int], Heads]  # creates heads, given the width of the features and the number of heads
     optimizer: Callable[[Heads], LARS | AdamW]
-    choose: Callable[[Sequence[Tried], int], Tried]  # of those that were tried on so many held-out samples
+    # chooses a learning rate, given the results of those that were tried and the number of held-out samples
+    choose: Callable[[Sequence[Tried], int], Tried]
 
 
 def linear_recipe(samples: int, setting: Setting) -> Recipe:
-    """Return how linear probes train on so many samples."""
+    """Return the hyper-parameters of linear probes for this number of training samples."""
     given = setting.config.linear
     config = settled(given, samples, {})
     schedule, peak_lr = Schedule(config, config, samples), config.peak_lr
@@ -93,7 +94,7 @@ def linear_recipe(samples: int, setting: Setting) -> Recipe:
 
 
 def attentive_recipe(samples: int, setting: Setting) -> Recipe:
-    """Return how attentive probes train on so many samples."""
+    """Return the hyper-parameters of attentive probes for this number of training samples."""
     given = setting.config.attentive
     config = settled_attentive(given, samples, setting.encoder_heads)
     assert config.steps and config.batch and config.heads
@@ -114,7 +115,7 @@ def attentive_recipe(samples: int, setting: Setting) -> Recipe:
 
 
 def settled_attentive(config: AttentiveProbeConfig, samples: int, encoder_heads: int) -> AttentiveProbeConfig:
-    """Return the config with a value for each setting that it leaves open, but for the learning rate."""
+    """Return the config with defaults in place of settings that are null, except for the learning rate."""
     recipe = OFFICIAL["linear"].scaled(samples)
     batch = min(config.batch or recipe.global_batch, samples)
     steps = config.steps or math.ceil(recipe.epochs * samples / batch)
@@ -122,13 +123,13 @@ def settled_attentive(config: AttentiveProbeConfig, samples: int, encoder_heads:
 
 
 class Trained(NamedTuple):
-    """A head, the only one of its stack unless `number` says which, and what is known of its training."""
+    """A trained head of a stack, with information on its training."""
 
-    heads: Heads  # in evaluation mode
-    accuracies: list[float]  # of each step, before that
+    heads: Heads  # the stack, in evaluation mode
+    accuracies: list[float]  # training accuracy of each step, before the update
     peak_lr: float
-    tried: list[Tried]  # learning rates; empty if one was given
-    number: int = 0
+    tried: list[Tried]  # results of the learning rates that were tried; empty if the learning rate was set
+    number: int = 0  # number of the head in the stack
 
     def linear(self) -> LinearProbeHead:
         """Return the head of a linear probe."""
@@ -137,8 +138,8 @@ class Trained(NamedTuple):
 
 
 def train_heads(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, Trained]:
-    """Train a head on each bank, all in one pass, at the recipe's learning rate or, of several, at the one that is
-    chosen for it, see `try_rates`. Every rank must call it."""
+    """Train a head on each bank, all in one pass. If the recipe has several learning rates, one of them is chosen for
+    each head, see `try_rates`. Every rank must call it."""
     rates = dict.fromkeys(banks, next(iter(recipe.scales)))
     tried: dict[Input, list[Tried]] = {name: [] for name in banks}
     if len(recipe.scales) > 1:
@@ -155,9 +156,9 @@ def train_heads(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, T
 
 
 def try_rates(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, list[Tried]]:
-    """Train a head at each of the recipe's learning rates on nine tenths of the samples, for as many steps as the final
-    training takes, and return what each reaches on the rest: nothing of fewer than ten samples. The heads begin alike
-    and see the same batches. Every rank must call it."""
+    """Train a head with each of the recipe's learning rates on nine tenths of the samples, for as many steps as in the
+    final training, and return their results on the remaining tenth; the results are empty if there are fewer than ten
+    samples. The heads have the same initial weights and batches. Every rank must call it."""
     parts = split(next(iter(banks.values())))
     if not parts.held_out:
         return {name: [] for name in banks}
@@ -166,7 +167,7 @@ def try_rates(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, lis
     stacks, _ = _fit(subset(banks, parts.train), recipe, scales, title, setting)
     held_out = subset(banks, parts.held_out)
     own = {name: judge(stack.heads, held_out[name]) for name, stack in stacks.items()}
-    own = setting.ranks.broadcast(lambda: own)  # all ranks choose the same
+    own = setting.ranks.broadcast(lambda: own)  # so that all ranks choose the same learning rate
     return {name: [Tried(rate, *each) for rate, each in zip(recipe.scales, found)] for name, found in own.items()}
 
 
@@ -180,7 +181,7 @@ def _fit(
 
 
 def new_stack(width: int, recipe: Recipe, scales: Sequence[float], setting: Setting) -> Stack:
-    """Return heads of features of that width, one for each scale of the learning rate."""
+    """Return a stack of new heads, one for each scale of the learning rate. `width`: width of the features."""
     device = setting.ranks.device
     heads = recipe.start(width, len(scales)).to(device)
     return Stack(heads, recipe.optimizer(heads), torch.tensor(scales, device=device), setting.ranks)
@@ -189,8 +190,9 @@ def new_stack(width: int, recipe: Recipe, scales: Sequence[float], setting: Sett
 def predictions_so_far(
     live: Live, banks: Banks, held_out: Banks, recipe: Recipe
 ) -> tuple[dict[Input, Predictions], str]:
-    """Return what heads in training make of this rank's held-out samples, and how far the training is; of several rates
-    the best on this rank's part of the tenth that `try_rates` holds out. Nothing before the first step."""
+    """Return the predictions of the heads in training for this rank's held-out samples, and a description of the
+    training's progress. If several learning rates are tried, the head that is best on this rank's part of the tenth
+    that `try_rates` holds out is used. There are no predictions before the first step."""
     trained, where = live.copy()
     found = {}
     for name, heads in trained.items():
@@ -204,7 +206,7 @@ def predictions_so_far(
 
 
 def cautions_of(trained: Trained, recipe: Recipe) -> list[str]:
-    """Return what speaks against taking a head's accuracy as it is, a line each."""
+    """Return warnings about the reliability of a head's accuracy, one line each."""
     lines = [{"accuracy": accuracy} for accuracy in trained.accuracies]
     found = cautions(recipe.probe, recipe.length, recipe.steps, OFFICIAL["linear"], lines, recipe.batch)
     return found + edge(trained.tried, trained.peak_lr) if recipe.probe == "linear" else found
@@ -213,17 +215,23 @@ def cautions_of(trained: Trained, recipe: Recipe) -> list[str]:
 class Probe(NamedTuple):
     """A kind of probe."""
 
-    recipe: Callable[[int, Setting], Recipe] | None = None  # how its heads train; None: it has none
-    tokens: bool = False  # whether its features are [R, L, D], the patch tokens
+    recipe: Callable[[int, Setting], Recipe] | None = None  # function that returns hyper-parameters; None: no training
+    tokens: bool = False  # whether it reads patch tokens [R, L, D] instead of pooled features
 
     @property
     def seeded(self) -> bool:
-        """Return whether the seed plays a part."""
+        """Return whether the result depends on the seed."""
         return self.recipe is not None
 
     def predict(self, banks: Banks, held_out: Banks, setting: Setting) -> dict[Input, Predictions]:
-        """Return what the held-out samples are, by the training samples in `banks` and features of the same name. Every
-        rank must call it, and gets all."""
+        """Return the predictions for the held-out samples, by the features that were used. Every rank must call it, and
+        gets all predictions.
+
+        Args:
+            banks: features of the training samples.
+            held_out: features of the held-out samples, with the same keys.
+            setting: context of the probe.
+        """
         if self.recipe is None:
             config = setting.config.knn
             return {name: knn_predictions(banks[name], held_out[name], setting.classes, config) for name in banks}

@@ -19,11 +19,11 @@ from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run_state import status
 from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
-if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
+if TYPE_CHECKING:  # torch is imported only where it is used, so that --help is fast
     from m3ae_fast import checkpoint
 
 REPORT_FILE = "report.html"
-_BASELINES = {RANDOM: "random weights", PIXELS: "downscaled pixels"}  # by what their MODEL begins with
+_BASELINES = {RANDOM: "random weights", PIXELS: "downscaled pixels"}  # by the prefix of the model's name
 _SIZES = ("k", "classes", "steps", "draws", "seconds", "skipped", "train_samples", "val_samples")
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -39,9 +39,17 @@ img.wide { background: #fff; max-width: 100%; } pre { overflow-x: auto; }
 
 
 def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Sequence[Path] = ()) -> None:
-    """Write the page of the run folder `run` to `out`, an HTML file, with the results in other folders, and with the
-    curves and results of other runs beside its own. Raises UserError where a run has no metrics, a file is damaged, or
-    `out` cannot be written."""
+    """Write a report of a run as an HTML page.
+
+    Args:
+        run: the run folder.
+        out: the HTML file to write.
+        results: folders with further results of evaluations.
+        others: folders of other runs, whose curves and results are shown for comparison.
+
+    Raises:
+        UserError: a run has no metrics, a file is damaged, or `out` cannot be written.
+    """
     from m3ae_fast import checkpoint
 
     runs = {str(folder): read_metrics(folder) for folder in (run, *others)}
@@ -73,7 +81,8 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Seq
 
 
 def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """Read every result.json below `folders`. Raises UserError if one is damaged."""
+    """Return all results below `folders`, each with the path of its result.json. Raises UserError if a file is
+    damaged."""
     found = {}
     for folder in folders:
         if not folder.is_dir():
@@ -89,10 +98,11 @@ def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _head(run: Path, metrics: Metrics, named: bool) -> str:
-    """Return a summary of a run, its diagnostics and suggested fixes, as text."""
+    """Return the HTML of a run's summary, diagnostics and suggested fixes. `named`: whether to show the name of the
+    run."""
     try:
         state = status(run)[1]
-    except UserError:  # of a version that kept no record
+    except UserError:  # the run has no record, as in earlier versions
         state = f"step {metrics[-1]['step']:,}"
     words = f"{run}: {state}" if named else state
     lines = [f"<p>{escape(_sentence(words, verdict(metrics)))}</p>"]
@@ -137,7 +147,7 @@ def _results_table(found: list[tuple[Path, dict[str, Any]]]) -> str:
 
 
 def _model(path: Path, result: dict[str, Any]) -> str:
-    """Return the model and the data of a result, as text."""
+    """Return the name of a result's model for display."""
     model = str(result.get("model", path.parent.name))
     for prefix, words in _BASELINES.items():
         if model.startswith(prefix):
@@ -146,8 +156,8 @@ def _model(path: Path, result: dict[str, Any]) -> str:
 
 
 def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
-    """Yield, for each model's result with predictions, whether it differs significantly from the baselines of the same
-    task and from the largest class."""
+    """Yield, for each result with predictions, an HTML paragraph that states whether it differs significantly from the
+    baselines of the same task and from the largest class, and a warning if there is one."""
     from m3ae_fast.evaluation.difference import in_words
 
     for path, result in found:
@@ -162,7 +172,7 @@ def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
         }
         try:
             sentences = in_words(path.parent, model, others)
-        except UserError:  # predictions that are gone, or of other samples
+        except UserError:  # predictions are missing, or on different samples
             sentences = [str(result["verdict"])]
         yield f"<p>{'<br>'.join(escape(f'{task}: {words}.') for words in sentences)}</p>"
         if "warning" in result:
@@ -171,7 +181,7 @@ def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
 
 
 def _per_class(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
-    """Yield a folded table of the accuracy of each class, lowest first, for each result that has them."""
+    """Yield a collapsed table of the metric of each class, lowest first, for each result that has one."""
     for path, result in found:
         if not isinstance(rows := result.get("per_class"), list):
             continue
@@ -190,7 +200,7 @@ def _per_class(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
 
 
 def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
-    """Return a metric; of an accuracy with the standard error over the samples that it is a mean of."""
+    """Return a metric as text, with its standard error if it is known or if the metric is an accuracy."""
     error, samples = result.get(f"{name}{ERROR}"), result.get("val_samples")
     if isinstance(error, float) and error:
         return f"{value:.1%} ± {error:.1%}"
@@ -200,8 +210,8 @@ def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
 
 
 def _chance(name: str, result: dict[str, Any]) -> str:
-    """Return the value of a metric if the largest class, or the five largest, are always predicted; "" if it is
-    unknown."""
+    """Return the chance level of a metric as text: its value if the largest class (or the five largest classes) is
+    always predicted; "" if it is unknown."""
     value = result.get({"top1": "chance"}.get(name, f"chance_{name}"))
     if name == "auroc":
         value = 0.5
@@ -216,7 +226,7 @@ def _charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> str:
 
 
 def _section(title: str, content: str, is_open: bool = False) -> str:
-    """Return a part of the page that folds."""
+    """Return a collapsible section of the page."""
     return f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>{content}</details>"
 
 
@@ -225,7 +235,8 @@ def _number(value: Any) -> str:
 
 
 def _png(path: Path) -> bytes | None:
-    """Return a picture of the run; None for anything else, as where a link leads to a private file."""
+    """Return the content of a PNG file; None if the file is missing or not a PNG, for example if a link refers to a
+    private file."""
     data = path.read_bytes() if path.is_file() else b""
     return data if data.startswith(b"\x89PNG\r\n") else None
 

@@ -1,6 +1,7 @@
-"""Image-to-text and text-to-image retrieval by pooled features of each modality alone.
+"""Image-to-text and text-to-image retrieval by the pooled features of images and of captions, which are encoded
+separately.
 
-M3AE is not trained to align the two; this measures how similar they become nevertheless.
+M3AE is not trained to align the two modalities; this measures how well they are aligned nevertheless.
 
 Shapes: N pairs, R of them on this rank, Q queries, B candidates of a block, W ranks, D width.
 """
@@ -38,11 +39,11 @@ _SHOWN, _BEST = 5, 5  # number of queries drawn, and of results for each
 
 
 def own_ranks(queries: FeatureBank, candidates: FeatureBank) -> Tensor:
-    """Return the place of each query's own candidate, the one of the same number, among all by cosine similarity: int64
-    [N], on every rank, 1 for the most similar. Of a tie it is the last: features that are all the same find nothing.
+    """Return the rank of each query's matching candidate (the one with the same number) by cosine similarity: int64
+    [N], 1 is best, on every rank. Ties are resolved against the match, so that constant features do not score.
 
-    Each rank compares the queries of all with its own candidates, in float64 rounded to float32: the places do not
-    depend on the number of ranks. Both banks must have the same numbers on each rank.
+    Each rank compares the queries of all ranks with its own candidates, in float64 rounded to float32, so the result
+    does not depend on the number of ranks. On each rank, both banks must have the same numbers of samples.
     """
     ranks, device = queries.ranks, queries.stored_SD.device
     own_R = queries.own
@@ -68,12 +69,14 @@ def own_ranks(queries: FeatureBank, candidates: FeatureBank) -> Tensor:
 
 
 def recalls(ranks_N: Tensor) -> dict[int, float]:
-    """Return the fraction of the queries, from 0 to 1, whose rank is at most k, by k of RANKS."""
+    """Return the recall at k, from 0 to 1, for each k in RANKS: the fraction of queries whose match has at most rank
+    k."""
     return {k: (ranks_N <= k).double().mean().item() for k in RANKS}
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task. Raises UserError if there are fewer than two pairs, or two samples have one key."""
+    """Run the task and return its result. Raises UserError if there are fewer than two pairs, or if two samples have
+    the same key."""
     pairs = job.open(job.config.data.val)
     result: dict[str, Any] = {}
     columns: dict[str, Any] = {}
@@ -114,7 +117,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def at_chance(result: dict[str, Any]) -> bool:
-    """Return whether no recall is above chance by more than two standard errors of chance."""
+    """Return whether no recall exceeds chance level by more than two standard errors of chance level."""
 
     def above(name: str) -> bool:
         chance = result[f"chance_{name.rpartition('_')[2]}"]
@@ -124,9 +127,9 @@ def at_chance(result: dict[str, Any]) -> bool:
 
 
 def _encode(job: Job, pairs: Corpus) -> tuple[FeatureBank, FeatureBank]:
-    """Return the features of the images alone, and of the captions alone."""
+    """Return the features of the images and of the captions, which are encoded separately."""
     config = job.model.config
-    tokens: dict[Modality, int] = {"image": config.most_patches, "text": config.text_length}  # at most
+    tokens: dict[Modality, int] = {"image": config.most_patches, "text": config.text_length}  # maximum numbers
     encode, parts = job.encoder(pairs.samples * sum(tokens.values())), []
     for modality, cost in tokens.items():
         sources = [replace(source, modalities=[modality] * len(source.shards)) for source in pairs.sources]
@@ -135,7 +138,7 @@ def _encode(job: Job, pairs: Corpus) -> tuple[FeatureBank, FeatureBank]:
 
 
 def _refuse_shared(keys: Sequence[str]) -> None:
-    """Raise UserError if two samples have one key: it is then unknown which caption belongs to which image."""
+    """Raise UserError if two samples have the same key, because images and captions are matched by key."""
     twice = next((key for key, count in Counter(keys).items() if count > 1), None)
     if twice is not None:
         raise UserError(
@@ -148,12 +151,13 @@ def _pairs(features: FeatureBank, keys: set[str]) -> FeatureBank:
 
 
 def _ways(images: FeatureBank, texts: FeatureBank) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-    """Return queries and candidates of both ways."""
+    """Return the queries and the candidates for both directions of retrieval."""
     return dict(zip(WAYS, ((images, texts), (texts, images))))
 
 
 def _shown(queries: FeatureBank, candidates: FeatureBank) -> dict[int, list[int]]:
-    """Return the results for some evenly spread queries, by the indices of both. Every rank must call it."""
+    """Return the numbers of the best candidates for some evenly spaced queries, by the number of the query. Every rank
+    must call it."""
     count = min(_SHOWN, len(queries.keys))
     rows = [number * len(queries.keys) // count for number in range(count)]
     some = queries.rows(rows)
@@ -161,7 +165,8 @@ def _shown(queries: FeatureBank, candidates: FeatureBank) -> dict[int, list[int]
 
 
 def _draw(job: Job, pairs: Corpus, keys: list[str], shown: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
-    """Draw the results for some captions and for some images, both by their indices; the matching ones are green."""
+    """Plot the results for some captions and for some images; the text of a match is green. `shown`: for each
+    direction, the numbers of the candidates by the number of the query."""
     for name, best in shown.items():
         asked, found = name.split("_to_")
         samples = job.samples(pairs, [keys[row] for row in {*best, *(row for some in best.values() for row in some)}])
@@ -174,7 +179,7 @@ def _draw(job: Job, pairs: Corpus, keys: list[str], shown: Mapping[str, Mapping[
 
 
 def _cell(job: Job, sample: Sample | None, modality: str, own: bool = False) -> Cell:
-    """Return one half of a pair."""
+    """Return a cell of a figure with the image or the caption of a sample. `own`: whether it matches the query."""
     colour = GREEN if own else BLACK
     if sample is None or modality == "text":
         return job.cell(sample and replace(sample, image=None), colour=colour)

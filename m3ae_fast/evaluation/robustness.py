@@ -33,26 +33,27 @@ from m3ae_fast.evaluation.job import Job, SoFar, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
 from m3ae_fast.images.normalisation import from_unit, to_unit
 
-_TRIED = 8  # samples, until one has an image to be drawn
+_TRIED = 8  # number of samples that are tried to find an image for the figure
 Classify = Callable[[PackedBatch], Tensor]  # a batch on the device -> logits [S, K]
 CLEAN = "clean"
-_BACKWARD = 2  # forward passes that a backward pass lasts
+_BACKWARD = 2  # cost of a backward pass in forward passes
 
 
 class Pass(NamedTuple):
-    """One look at all samples."""
+    """An evaluation of all samples under one condition."""
 
     classify: Classify
     corpus: Corpus
-    cost: int = 1  # forward passes
+    cost: int = 1  # number of forward passes per sample
     corruption: Corruption | None = None
 
 
-Severities = Mapping[str, Sequence[int]]  # by kind of corruption
+Severities = Mapping[str, Sequence[int]]  # severities by kind of corruption
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task. Raises UserError if the classifier, its images, or a set of corrupted ones cannot be used."""
+    """Run the task and return its result. Raises UserError if the classifier, the images, or a set of corrupted images
+    cannot be used."""
     config, model = job.config.robustness, job.model
     published = published_sets(Path(job.options.corrupted)) if job.options.corrupted else {}
     if published:
@@ -82,7 +83,7 @@ def run(job: Job) -> dict[str, Any]:
     found: dict[str, Predictions] = {}
 
     def so_far() -> SoFar:
-        made = dict(found)  # the main thread goes on
+        made = dict(found)  # a copy, because the main thread continues
         done = f"{len(made)} of {len(passes)} passes"
         return SoFar(done, _result(config, kinds, made), _columns(made, model.config.classes))
 
@@ -102,7 +103,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _open(job: Job, sources: Sequence[SourceConfig]) -> Corpus:
-    """Return samples with labels among the classifier's classes."""
+    """Return the labelled samples of the sources. Raises UserError if a label is not among the classifier's classes."""
     classes = job.model.config.classes
     return label_corpus(job.open(sources), job.options.labels, classes, progress=job.ranks.is_main)[0]
 
@@ -136,7 +137,7 @@ def _plan(config: RobustnessConfig, images: int, passes: Mapping[str, Pass], kin
 
 
 def _result(config: RobustnessConfig, kinds: Severities, found: Mapping[str, Predictions]) -> dict[str, Any]:
-    """Return the result of the passes that were made; empty where there is none."""
+    """Return the entries of result.json for the completed passes; empty if there are none."""
     if CLEAN not in found:
         return {}
     top1 = {name: predictions.accuracies()["top1"] for name, predictions in found.items()}
@@ -153,13 +154,14 @@ def _result(config: RobustnessConfig, kinds: Severities, found: Mapping[str, Pre
 
 
 def _columns(found: Mapping[str, Predictions], classes: Classes) -> dict[str, list[Any]]:
-    """Return the table of all passes' predictions, with the pass in the column `condition`."""
+    """Return the columns of the table of all predictions, with the name of the pass in the column `condition`."""
     return stacked(((predictions, {"condition": name}) for name, predictions in found.items()), classes)
 
 
 def corruption_errors(corruptions: dict[str, list[float]], clean: float) -> dict[str, Any]:
-    """Return errors from accuracies by kind and severity: by kind, the plain mean over kinds, and how much that is
-    above the error on clean images. Not divided by AlexNet's, as those of arXiv 1903.12261 are."""
+    """Return the error of each kind of corruption (mean over severities), the mean over kinds, and its difference from
+    the error on clean images. Unlike in arXiv 1903.12261, errors are not divided by those of AlexNet. `corruptions`:
+    accuracies by kind, one for each severity."""
     errors = {kind: 1 - sum(found) / len(found) for kind, found in corruptions.items()}
     mean = sum(errors.values()) / len(errors)
     return {
@@ -172,7 +174,7 @@ def corruption_errors(corruptions: dict[str, list[float]], clean: float) -> dict
 def _draw(
     job: Job, config: RobustnessConfig, passes: Mapping[str, Pass], kinds: Severities, result: dict[str, Any]
 ) -> None:
-    """Draw accuracy over epsilon, and one sample under every corruption at every severity."""
+    """Plot the accuracy over epsilon, and a figure of one sample with every corruption at every severity."""
     if config.epsilons:
         draw_attack(job.out / "attack.png", config.epsilons, list(result["pgd"].values()), result["top1"])
     clean = _first_image(job, passes[CLEAN])
@@ -190,13 +192,14 @@ def _draw(
 
 
 def _first_image(job: Job, each: Pass) -> Tensor | None:
-    """Return the first image of a pass as the classifier sees it, without corruption; None if there is none."""
+    """Return the first image of a pass as the classifier sees it, before the pass's corruption is applied; None if
+    there is none."""
     samples = eval_samples(each.corpus, job.preparation, _TRIED)
     return next((sample.image for sample in samples if sample.image is not None), None)
 
 
 def _predictions(job: Job, each: Pass, title: str, whole: TimeLeft) -> Predictions:
-    """Return the predictions of one pass, of all ranks."""
+    """Return the predictions of one pass over the samples of all ranks."""
     config, ranks, corpus = job.config.robustness, job.ranks, each.corpus
     share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
     batches = eval_loader(job.config.data, corpus, job.preparation, share, config.samples, transform=each.corruption)
@@ -217,7 +220,7 @@ def _predictions(job: Job, each: Pass, title: str, whole: TimeLeft) -> Predictio
 
 
 def _attack(job: Job, model: Classifier, epsilon: float) -> Classify:
-    """Return a classifier that takes a batch's images after PGD has attacked them."""
+    """Return a function that classifies a batch after a PGD attack on its images."""
     config, sizes = job.config.robustness, model.config.model
     normal = sizes.image_mean, sizes.image_std
 
@@ -245,13 +248,17 @@ def pgd(
     steps: int,
     step_size: float,
 ) -> Tensor:
-    """Return images, in [0, 1] as those given and at most epsilon away from them, that raise the cross entropy of their
-    labels: projected gradient descent (arXiv 1706.06083) within an L-infinity ball.
+    """Return adversarial images, which increase the cross entropy of the labels: projected gradient descent (arXiv
+    1706.06083) within the L-infinity ball of radius `epsilon`.
 
     Args:
-        logits_of: differentiable, of images; [S, K].
-        start_SCHW: in [-1, 1]; the attack starts at images + epsilon * start.
-        steps, step_size: of the sign of the gradient.
+        logits_of: differentiable function from images to logits [S, K].
+        images_SCHW: images in [0, 1]; the result is also in [0, 1].
+        labels_S: class ids.
+        start_SCHW: values in [-1, 1]; the attack starts at images + epsilon * start.
+        epsilon: maximum change of a pixel.
+        steps: number of steps.
+        step_size: factor by which the sign of the gradient is multiplied in each step.
     """
     low, high = (images_SCHW - epsilon).clamp(min=0), (images_SCHW + epsilon).clamp(max=1)
     attacked = torch.clamp(images_SCHW + epsilon * start_SCHW, low, high)
@@ -264,11 +271,12 @@ def pgd(
 
 
 def _start(batch: PackedBatch, seed: int) -> Tensor:
-    """Return values of the images' shape, uniform in [-1, 1], a function of the seed and the samples only."""
+    """Return uniform random values in [-1, 1] with the shape of the images, which depend only on the seed and the
+    samples."""
     generator = torch.Generator()
     starts = []
     for key, (rows, columns) in zip(batch.keys, batch.grids):
         generator.manual_seed(hash64(seed, crc32(key_digest(key))) & 0xFFFFFFFF)
-        own = 1 if len(batch.images) == len(batch.keys) else rows * columns  # native images are rows of patches
+        own = 1 if len(batch.images) == len(batch.keys) else rows * columns  # native images are stored as patches
         starts.append(torch.rand(own, *batch.images.shape[1:], generator=generator) * 2 - 1)
     return torch.cat(starts)

@@ -21,12 +21,12 @@ from m3ae_fast.evaluation.feature_map import draw_feature_map
 from m3ae_fast.evaluation.tasks import MAP_NEEDS
 from m3ae_fast.weights.open_model import open_model
 
-PICTURES = 12  # samples shown, by default
-_SEARCHED = 2000  # samples, for a word
+PICTURES = 12  # default number of samples in a figure
+_SEARCHED = 2000  # maximum number of samples that are searched for a word
 
 
 class _Source(NamedTuple):
-    """What is drawn of a run."""
+    """A run's checkpoint with the samples that are shown in figures."""
 
     checkpoint: Path
     config: Config
@@ -42,24 +42,24 @@ def reconstructions(
     shards: Sequence[str] = (),
     trust: bool = False,
 ) -> Path:
-    """Draw samples, their masked input and the model's reconstruction, and return the path of the figure.
+    """Plot samples, their masked input and the model's reconstruction, and return the path of the figure.
 
     Args:
-        run: a run folder, whose last checkpoint is used, or a checkpoint.
-        out: the .png to write; None: reconstructions.png in `run`.
-        pictures: the number of samples.
-        ratios: mask ratios of the image; empty: the run's.
-        shards: whose samples are drawn; empty: those of the run's data.val or, without it, data.train.
-        trust: open all shards named in the run's config, including `pipe:` shards, which execute commands.
+        run: a run folder (its last checkpoint), or a checkpoint.
+        out: .png file to write; None: reconstructions.png in `run`.
+        pictures: number of samples.
+        ratios: mask ratios of the image; empty: that of the run.
+        shards: shards of the samples; empty: those of the run's data.val or, without it, data.train.
+        trust: whether to open all shards named in the run's config, including `pipe:` shards, which execute commands.
 
     Raises:
-        UserError: there is no checkpoint, an argument is impossible, or no sample can be used.
+        UserError: there is no checkpoint, an argument is invalid, or no sample can be used.
     """
     _check_pictures(pictures)
     if not all(0 <= ratio <= 1 for ratio in ratios):
         raise UserError(f"--ratios {' '.join(map('{:g}'.format, ratios))}: must be from 0 to 1")
     source = _open(run, shards, trust)
-    # the last weights, whose losses the run logged, not their moving average
+    # the last weights and not their moving average, because the logged losses are those of the last weights
     weights = checkpoint.read_weights(source.checkpoint, average=False)
     tokenizer = open_tokenizer(source.config.data, source.config.model)
     path = _path(run, out, "reconstructions")
@@ -80,17 +80,17 @@ def attention(
     shards: Sequence[str] = (),
     trust: bool = False,
 ) -> Path:
-    """Draw the attention of tokens over the patches, or of a patch over the words, and return the path of the figure.
+    """Plot the attention of tokens over the patches, or of a patch over the words, and return the path of the figure.
 
     Args:
-        run, out, pictures, shards, trust: as of `reconstructions`.
-        word: the word whose attention is shown; None: that of each caption's first words.
-        patch: row and column, from 0, of the patch whose attention over the words is shown instead.
-        layer: the encoder block, from 1; None: the last one.
-        head: the attention head, from 1; None: the mean over all heads.
+        run, out, pictures, shards, trust: as in `reconstructions`.
+        word: word whose attention is shown; None: the first words of each caption.
+        patch: row and column, from 0, of a patch whose attention over the words is shown instead; None: no patch.
+        layer: number of the encoder block, from 1; None: the last one.
+        head: number of the attention head, from 1; None: the mean over all heads.
 
     Raises:
-        UserError: there is no checkpoint, word, patch, layer or head as named.
+        UserError: the checkpoint, word, patch, layer or head does not exist.
     """
     _check_pictures(pictures)
     if word is not None and patch is not None:
@@ -119,15 +119,15 @@ def feature_map(
     shards: Sequence[str] = (),
     trust: bool = False,
 ) -> Path:
-    """Draw t-SNE maps of the features of labelled samples, one of each run, and return the path of the figure.
+    """Plot t-SNE maps of the features of labelled samples, one for each run, and return the path of the figure.
 
     Args:
-        runs: one or several; the samples are those of the first.
-        out: the .png to write; None: map.png in the first run.
-        labels: where labels are read: "cls", or "json." and the name of a field.
-        classes: the classes that are shown; None: all.
-        samples: the largest number of samples on the map; None: all.
-        shards, trust: as of `reconstructions`.
+        runs: one or several runs; the samples are those of the first one.
+        out: .png file to write; None: map.png in the first run.
+        labels: source of the labels: "cls", or "json." and the name of a field.
+        classes: classes that are shown; None: all classes.
+        samples: maximum number of samples on a map; None: all samples.
+        shards, trust: as in `reconstructions`.
 
     Raises:
         UserError: there is no checkpoint, fewer than 4 samples have a class, or scikit-learn is missing.
@@ -147,8 +147,8 @@ def feature_map(
 
 
 def _open(run: str | Path, shards: Sequence[str], trust: bool, images: bool = False) -> _Source:
-    """Open the samples of a run, or those of `shards`; `images`: as images alone. Raises UserError if that takes more
-    trust in the run."""
+    """Open a run's checkpoint and its samples, or those of `shards`. `images`: whether to use only the images of
+    samples. Raises UserError if opening the samples requires `trust`."""
     path = checkpoint.locate(Path(run))
     config = parse(Config, checkpoint.read_info(path).config, f"checkpoint {path}")
     sources, store = _shown(config, shards, trust, f"checkpoint {path}")
@@ -176,7 +176,8 @@ def _check_pictures(pictures: int) -> None:
 
 
 def look_at(model: ModelConfig, layer: int | None, head: int | None) -> Look:
-    """Return the block and the head whose attention is asked for. Raises UserError if the model has no such one."""
+    """Return the requested encoder block and attention head. Raises UserError if the model has no such block or
+    head."""
     for name, number, most in (("layer", layer, model.depth), ("head", head, model.num_heads)):
         if number is not None and not 1 <= number <= most:
             raise UserError(f"--{name} {number}: the encoder has {most}, counted from 1")
@@ -184,7 +185,7 @@ def look_at(model: ModelConfig, layer: int | None, head: int | None) -> Look:
 
 
 def _patch(given: str | tuple[int, int] | None, model: ModelConfig) -> tuple[int, int] | None:
-    """Return row and column of a patch, from 0. Raises UserError if the model has no such patch."""
+    """Return the row and the column of the requested patch, from 0. Raises UserError if the model has no such patch."""
     if given is None:
         return None
     side, text = model.longest_side, given if isinstance(given, str) else ",".join(map(str, given))

@@ -1,11 +1,12 @@
-"""Semantic segmentation by the features of frozen patches: a linear head, or the nearest training patches, give each
-patch the scores of the classes, which are upsampled to the pixels.
+"""Semantic segmentation by the features of frozen patches. A linear head, or the votes of the nearest training patches,
+assign scores of the classes to each patch, which are upsampled to the pixels.
 
-The measure is the mean over classes of intersection over union (mIoU), over all pixels of all held-out images but those
-of the ignored label. Masks are seen as images are: the central square, at the model's resolution.
+The metric is the mean intersection over union (mIoU) over classes, computed from all pixels of all held-out images
+except those with the ignored label. Masks are cropped and scaled like the images: to the central square at the model's
+resolution.
 
-Shapes: N training images, M held-out ones, R of either on this rank, B of a batch, L patches of an image, P patches, Q
-of them at a time, K neighbours, C classes, D width, S x S pixels of the model's view.
+Shapes: N training images, M held-out images, R images on this rank, B images of a batch, L patches of an image, P
+patches, Q of them at a time, K neighbours, C classes, D width, S x S pixels of the model's input.
 """
 
 from __future__ import annotations
@@ -34,47 +35,48 @@ from m3ae_fast.evaluation.significance import ERROR, middle
 from m3ae_fast.process.collectives import all_reduce
 from m3ae_fast.process.ranks import Ranks
 
-_SHOWN = 8  # held-out images in the picture
-_RESAMPLES = 1000  # of the bootstrap over images
-_QUERIES, _PREDICTED = 1024, 16  # patches that are compared with the voters at a time, and images predicted at a time
-_COUNTED = 64  # images whose patches are added up at a time
-_WARM_UP = 0.1  # of the steps
+_SHOWN = 8  # number of held-out images in the figure
+_RESAMPLES = 1000  # number of bootstrap samples
+_QUERIES, _PREDICTED = 1024, 16  # number of patches whose neighbours are searched, and of images predicted, at a time
+_COUNTED = 64  # number of images whose patches are summed at a time
+_WARM_UP = 0.1  # fraction of the steps
 
 
 class Images(NamedTuple):
-    """Images with masks, encoded; each rank has those that it encoded."""
+    """Encoded images with their masks. Each rank has those that it has encoded."""
 
-    bank: FeatureBank  # with the patches of each image as its features, [R, L, D]
+    bank: FeatureBank  # the features of an image are its patch tokens, [R, L, D]
     masks_RSS: Tensor  # uint8 class ids, on the CPU
 
     @property
     def side(self) -> int:
-        """Return the rows and columns of patches."""
+        """Return the number of rows, and of columns, of patches."""
         return math.isqrt(self.bank.stored_SD.shape[1])
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Pixels of each held-out image by class, int64 [M, C], ignored ones left out."""
+    """Numbers of pixels of each held-out image by class, int64 [M, C], without ignored pixels."""
 
-    right_MC: np.ndarray  # of the class, and taken for it
-    truth_MC: np.ndarray  # of the class
-    predicted_MC: np.ndarray  # taken for the class
+    right_MC: np.ndarray  # pixels of the class that are predicted correctly
+    truth_MC: np.ndarray  # pixels of the class
+    predicted_MC: np.ndarray  # pixels that are predicted as the class
 
     def miou(self, weights_M: np.ndarray | None = None) -> float:
-        """Return the mean IoU over the classes that occur or were predicted. `weights_M`: how often each image counts;
-        None: once."""
+        """Return the mean IoU over the classes that occur or are predicted. `weights_M`: weights of the images; None:
+        1."""
         return float(np.nanmean(self.iou(weights_M)))
 
     def iou(self, weights_M: np.ndarray | None = None) -> np.ndarray:
-        """Return the IoU of each class, [C]; nan of those that neither occur nor were predicted."""
+        """Return the IoU of each class, [C]; NaN for a class that neither occurs nor is predicted. `weights_M`: as in
+        `miou`."""
         weights_M = np.ones(len(self.truth_MC)) if weights_M is None else weights_M
         right_C, truth_C, predicted_C = (weights_M @ each for each in (self.right_MC, self.truth_MC, self.predicted_MC))
         union_C = truth_C + predicted_C - right_C
         return np.divide(right_C, union_C, out=np.full(len(union_C), np.nan), where=union_C > 0)
 
     def largest(self) -> Counts:
-        """Return the counts of always predicting the class of the most pixels."""
+        """Return the counts for always predicting the class with the largest number of pixels."""
         first = int(self.truth_MC.sum(0).argmax())
         predicted_MC, right_MC = np.zeros_like(self.truth_MC), np.zeros_like(self.truth_MC)
         predicted_MC[:, first], right_MC[:, first] = self.truth_MC.sum(1), self.truth_MC[:, first]
@@ -82,7 +84,8 @@ class Counts:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task. Raises UserError if no sample has a mask, or a mask cannot be read."""
+    """Run the task and return its result. Raises UserError if no sample has a mask, a mask cannot be read, or the model
+    is native."""
     config, model, data, ranks = job.config.segment, job.model.config, job.config.data, job.ranks
     if model.resize == "native":
         raise UserError("segment needs images of one size: give --set data.resize=square")
@@ -120,7 +123,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _open(job: Job, sources: Sequence[SourceConfig], name: str) -> tuple[Corpus, Masks]:
-    """Return the samples that have a mask."""
+    """Return the samples that have a mask, and their masks. `name`: "train" or "val", for the message."""
     corpus = job.open(sources)
     found, masks = job.ranks.main_first(lambda: masked_corpus(corpus, progress=job.ranks.is_main))
     job.say(f"--{name}: {found.samples:,} of {corpus.samples:,} samples have a mask")
@@ -136,12 +139,12 @@ def _images(job: Job, corpus: Corpus, masks: Masks, title: str, whole: TimeLeft)
 
 
 def _ids(images: Images, ignored: int | None, ranks: Ranks) -> set[int]:
-    """Return the class ids in the masks of all ranks."""
+    """Return the class ids that occur in the masks of all ranks, except the ignored one."""
     return {number for part in ranks.gather(images.masks_RSS.unique().tolist()) for number in part} - {ignored}
 
 
 def patch_labels(masks_BSS: Tensor, side: int, classes: int, ignored: int | None) -> Tensor:
-    """Return the pixels of each class in each of side x side patches of each image, float32 [B, L, C]."""
+    """Return the number of pixels of each class in each of the side x side patches of each image, float32 [B, L, C]."""
     cells_BLP = masks_BSS.long().unflatten(2, (side, -1)).unflatten(1, (side, -1))
     cells_BLP = cells_BLP.transpose(2, 3).flatten(3).flatten(1, 2)
     cells_BLP = cells_BLP.masked_fill(cells_BLP == (-1 if ignored is None else ignored), classes)
@@ -151,7 +154,8 @@ def patch_labels(masks_BSS: Tensor, side: int, classes: int, ignored: int | None
 
 
 class Linear:
-    """A linear head behind a BatchNorm without scale and bias: patches [B, L, D] -> log-probabilities [B, L, C]."""
+    """A trained linear head with a BatchNorm without scale and bias: patches [B, L, D] -> log-probabilities [B, L,
+    C]."""
 
     def __init__(self, head: LinearProbeHead) -> None:
         self.head = head
@@ -161,9 +165,9 @@ class Linear:
 
 
 def fit(train: Images, classes: int, config: SegmentConfig, job: Job) -> Linear:
-    """Return the head trained by AdamW on all pixels, each with the scores of its patch: the cross entropy of a patch
-    with the shares of the classes in it. The norm takes the statistics of all training patches. Each rank computes the
-    gradients of its own images."""
+    """Return a linear head trained by AdamW. The loss is the mean over pixels of the cross entropy between the scores
+    of a pixel's patch and the pixel's class. The norm uses the statistics of all training patches. Each rank computes
+    the gradients of its own images."""
     bank, ranks, side = train.bank, job.ranks, train.side
     with torch.random.fork_rng():
         torch.manual_seed(job.config.run.seed)
@@ -177,16 +181,16 @@ def fit(train: Images, classes: int, config: SegmentConfig, job: Job) -> Linear:
         return (step + 1) / warm_up if step < warm_up else 0.5 + 0.5 * math.cos(math.pi * done)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    place_N = torch.full((len(bank.keys),), -1)
-    place_N[bank.own] = torch.arange(len(bank.own))
-    rows = _batches(len(bank.keys), min(config.batch, len(bank.keys)), np.random.default_rng(job.config.run.seed))
+    row_N = torch.full((len(bank.keys),), -1)  # row of each image in this rank's features; -1: on another rank
+    row_N[bank.own] = torch.arange(len(bank.own))
+    batches = _batches(len(bank.keys), min(config.batch, len(bank.keys)), np.random.default_rng(job.config.run.seed))
     for _ in track(range(config.steps), "training the head"):
         job.pulse.mark("training the head")
-        places_B = place_N[torch.from_numpy(next(rows))]
-        places_B = places_B[places_B >= 0]
-        target_BLC = patch_labels(train.masks_RSS[places_B].to(ranks.device), side, classes, config.ignore_label)
+        rows_B = row_N[torch.from_numpy(next(batches))]
+        rows_B = rows_B[rows_B >= 0]
+        target_BLC = patch_labels(train.masks_RSS[rows_B].to(ranks.device), side, classes, config.ignore_label)
         pixels = all_reduce(target_BLC.sum(), ranks).clamp(min=1)
-        logits_BLC = head(bank.take(places_B).to(ranks.device).float())
+        logits_BLC = head(bank.take(rows_B).to(ranks.device).float())
         optimizer.zero_grad()
         (-(target_BLC * logits_BLC.log_softmax(-1)).sum() / pixels).backward()
         for p in head.parameters():
@@ -198,7 +202,7 @@ def fit(train: Images, classes: int, config: SegmentConfig, job: Job) -> Linear:
 
 
 def _statistics(bank: FeatureBank, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of the patches of all ranks, [D] each, on this rank's device."""
+    """Return the mean and the variance over the patches of all ranks, [D] each, on this rank's device."""
     sums_3D = torch.zeros(3, bank.stored_SD.shape[-1], dtype=torch.float64)
     for rows in torch.arange(len(bank.own)).split(_COUNTED):
         patches_PD = bank.take(rows).flatten(0, 1).cpu().double()
@@ -210,7 +214,7 @@ def _statistics(bank: FeatureBank, ranks: Ranks) -> tuple[Tensor, Tensor]:
 
 
 def _batches(samples: int, batch: int, random: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield rows of batches for ever, each sample once before any of them comes again."""
+    """Yield the sample numbers of batches infinitely, in epochs that contain each sample once."""
     rows = np.empty(0, np.int64)
     while True:
         while len(rows) < batch:
@@ -220,19 +224,20 @@ def _batches(samples: int, batch: int, random: np.random.Generator) -> Iterator[
 
 
 class Neighbours:
-    """The votes of the nearest training patches, each for the shares of the classes in it: patches [B, L, D] ->
-    [B, L, C], of sum 1. The voters lie evenly over the training images and over the patches of each that are not
-    ignored; every rank has all of them."""
+    """A head by the votes of the nearest training patches: patches [B, L, D] -> scores [B, L, C], whose sum over
+    classes is 1. Each training patch votes with the fractions of its pixels that belong to each class. The voting
+    patches are evenly spaced over the training images, and over the patches of an image that are not ignored
+    completely. Every rank has all of them."""
 
     def __init__(self, train: Images, classes: int, config: SegmentConfig, knn: KnnConfig, ranks: Ranks) -> None:
         bank, N = train.bank, len(train.bank.keys)
         most = min(config.bank_patches, N * train.side**2)
         own = []
-        for place, number in enumerate(bank.own.tolist()):
-            counts_LC = patch_labels(train.masks_RSS[place, None], train.side, classes, config.ignore_label)[0]
+        for row, number in enumerate(bank.own.tolist()):
+            counts_LC = patch_labels(train.masks_RSS[row, None], train.side, classes, config.ignore_label)[0]
             seen_P = counts_LC.any(1).nonzero()[:, 0]
             rows_P = _evenly(seen_P, (number + 1) * most // N - number * most // N)
-            own.append((bank.take(torch.tensor([place]))[0].cpu()[rows_P], counts_LC[rows_P]))
+            own.append((bank.take(torch.tensor([row]))[0].cpu()[rows_P], counts_LC[rows_P]))
         parts = [each for part in ranks.gather(own) for each in part]
         patches_PD, counts_PC = (torch.cat(each).to(ranks.device).float() for each in zip(*parts))
         self.shares_PC = counts_PC / counts_PC.sum(1, keepdim=True)
@@ -249,7 +254,7 @@ class Neighbours:
 
 
 def _evenly(rows_P: Tensor, most: int) -> Tensor:
-    """Return at most so many of these rows, evenly."""
+    """Return at most `most` evenly spaced elements of `rows_P`."""
     kept = min(most, len(rows_P))
     return rows_P[torch.arange(kept) * len(rows_P) // max(kept, 1)]
 
@@ -258,8 +263,8 @@ def _evenly(rows_P: Tensor, most: int) -> Tensor:
 def _predicted(
     job: Job, head: Linear | Neighbours, val: Images, classes: int, shown: set[int]
 ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
-    """Return the counts of `count` of this rank's images, int64 [R, 3, C], and mask and prediction, uint8 [S, S], of
-    those of its images whose number is among `shown`."""
+    """Return the results of `count` for this rank's images, int64 [R, 3, C], and the mask and the prediction, uint8 [S,
+    S], of those images whose number is in `shown`."""
     bank, ignored, size = val.bank, job.config.segment.ignore_label, job.model.config.image_size
     counts, cells = [torch.empty(0, 3, classes, dtype=torch.int64)], {}
     batches = torch.arange(len(bank.own)).split(_PREDICTED)
@@ -275,8 +280,8 @@ def _predicted(
 
 
 def upsampled(scores_BLC: Tensor, side: int, size: int) -> Tensor:
-    """Return the class of the highest score at each pixel, uint8 [B, S, S], from those of side x side patches, bilinear
-    between their centres."""
+    """Return the class with the highest score at each pixel, uint8 [B, S, S]. Scores are interpolated bilinearly
+    between the centres of the side x side patches. `size`: S."""
     maps_BCHW = scores_BLC.transpose(1, 2).unflatten(2, (side, side))
     return torch.cat(
         [F.interpolate(each, (size, size), mode="bilinear").argmax(1).to(torch.uint8) for each in maps_BCHW.split(1)]
@@ -284,7 +289,7 @@ def upsampled(scores_BLC: Tensor, side: int, size: int) -> Tensor:
 
 
 def count(predicted_BSS: Tensor, masks_BSS: Tensor, classes: int, ignored: int | None) -> Tensor:
-    """Return the pixels of each image by class as `Counts` has them, int64 [B, 3, C]."""
+    """Return the three numbers of pixels in `Counts` for each image and class, int64 [B, 3, C]."""
     found = []
     for predicted_SS, mask_SS in zip(predicted_BSS, masks_BSS):
         seen = torch.ones_like(mask_SS, dtype=torch.bool) if ignored is None else mask_SS != ignored
@@ -295,8 +300,8 @@ def count(predicted_BSS: Tensor, masks_BSS: Tensor, classes: int, ignored: int |
 
 
 def measured(counts: Counts, seed: int) -> dict[str, Any]:
-    """Return the entries of result.json for them. The standard error, and the interval of the difference to always
-    predicting the largest class, are by the bootstrap over images."""
+    """Return the entries of result.json. The standard error, and the interval of the difference from always predicting
+    the largest class, are computed by the bootstrap over images. `seed`: random seed of the bootstrap."""
     largest, images = counts.largest(), len(counts.truth_MC)
     weights_RM = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=_RESAMPLES)
     scores_R, chances_R = (np.array([each.miou(weights) for weights in weights_RM]) for each in (counts, largest))
@@ -330,14 +335,16 @@ def _columns(keys: list[str], counts: Counts) -> dict[str, Any]:
 
 
 def palette() -> Tensor:
-    """Return a colour of each id, uint8 [256, 3], as Pascal VOC's: the bits of an id are spread over the channels."""
+    """Return the colours of Pascal VOC for all class ids, uint8 [256, 3]: the bits of an id are distributed over the
+    channels."""
     ids = torch.arange(256)
     channels = [sum(((ids >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
     return torch.stack([torch.as_tensor(each) for each in channels], 1).to(torch.uint8)
 
 
 def _draw(job: Job, corpus: Corpus, keys: Sequence[str], cells: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-    """Draw some held-out images, each beside its mask and what was predicted."""
+    """Plot some held-out images, each with its mask and its prediction. `cells`: mask and prediction by the number of
+    the image."""
     samples, colours = job.samples(corpus, [keys[row] for row in sorted(cells)]), palette()
     sheet = []
     for row in sorted(cells):

@@ -1,5 +1,5 @@
-"""Optimisers of stacks of heads: the first dimension of every parameter is the head, and each head has its own learning
-rate. One update serves all heads."""
+"""Optimisers for stacks of heads. The first dimension of each parameter is the head, and each head has its own learning
+rate. All heads are updated together."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BETAS, EPS = (0.9, 0.999), 1e-8  # of AdamW, as torch has them
+BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults for AdamW
 
 
 class StackedOptimizer(torch.optim.Optimizer):
-    """Updates parameters [H, ...]. A schedule sets the groups' `lr` before each step: a number, or a tensor [H]."""
+    """Base class of optimisers of parameters [H, ...]. The `lr` of the groups is set before each step: a number, or a
+    tensor [H]."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -27,22 +28,23 @@ class StackedOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def _update(self, p: Tensor, grad: Tensor, lr: float | Tensor, group: dict[str, Any], state: Any) -> None:
-        """Change a parameter and its state; `lr` can be multiplied with it."""
+        """Update a parameter and its state. `lr`: a number, or a tensor that can be multiplied with the parameter."""
 
 
 class LARS(StackedOptimizer):
-    """LARS (arXiv 1708.03888) as the official linear probe runs it: `optax.lars`. For each parameter p of a head:
+    """LARS (arXiv 1708.03888) as in the official linear probe, which uses `optax.lars`. For each parameter p of a head:
 
         u = gradient + weight_decay * p
-        u = u * trust_coefficient * |p| / |u|        (u as it is where |p| or |u| is 0)
+        u = u * trust_coefficient * |p| / |u|        (u is unchanged if |p| or |u| is 0)
         buffer = momentum * buffer - lr * u
         p = p + buffer
 
-    The learning rate goes into the momentum buffer, unlike in torch's SGD and in the LARS of timm and of MAE, which
-    differ wherever the learning rate changes. No parameter is left out: biases are decayed and scaled too. A bias that
-    starts at 0 is not scaled in its first effective step, which is then about 1 / trust_coefficient times as large.
+    At a learning rate of 1, `trust_coefficient` is therefore the size of a step relative to the norm of the parameter.
 
-    So `trust_coefficient` is the size of a step at lr 1, as a fraction of the parameter's norm.
+    The learning rate is included in the momentum buffer, unlike in torch's SGD and in the LARS of timm and of MAE; the
+    results differ if the learning rate changes. No parameter is excluded: biases are decayed and scaled too. A bias
+    that is initially 0 is not scaled in its first step with a learning rate above 0, which is then about 1 /
+    trust_coefficient times as large.
     """
 
     def __init__(
@@ -66,13 +68,14 @@ class LARS(StackedOptimizer):
 
 def _scaled(p: Tensor, update: Tensor, trust_coefficient: float) -> Tensor:
     size, length = (torch.linalg.vector_norm(each, dim=[*range(1, p.ndim)], keepdim=True) for each in (p, update))
-    # without waiting for the GPU
+    # `where` avoids a synchronisation with the GPU
     ratio = torch.where((size > 0) & (length > 0), trust_coefficient * size / length, torch.ones_like(size))
     return ratio * update
 
 
 class AdamW(StackedOptimizer):
-    """AdamW (arXiv 1711.05101) with the defaults of torch.optim.AdamW, which has one learning rate for a tensor."""
+    """AdamW (arXiv 1711.05101) with the defaults of torch.optim.AdamW, which supports only one learning rate per
+    tensor."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float = 0.0, *, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})

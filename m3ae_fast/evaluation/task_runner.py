@@ -1,4 +1,4 @@
-"""Evaluates a model by one of the tasks."""
+"""Evaluation of a model by one of the tasks."""
 
 from __future__ import annotations
 
@@ -44,37 +44,38 @@ def evaluate(
     overrides: Sequence[str] = (),
     session: Session | None = None,
 ) -> dict[str, Any] | None:
-    """Evaluate a model by a task, and write its result, predictions and figures to a folder.
+    """Evaluate a model by a task, and write the result, predictions and figures to a folder.
 
     Args:
         task: "knn", "linear", "attentive", "compare", "multilabel", "segment", "finetune", "robustness", "ood" or
             "retrieval"; see `TASKS`.
-        model: the name of a model, see `model_name.MODEL_HELP`; of `robustness` the folder of a classifier, which `ood`
-            accepts too; of `compare` one model or several.
+        model: name of a model, see `model_name.MODEL_HELP`. For robustness, the folder of a classifier; ood also
+            accepts one. For compare, one or several models.
         val: held-out shards: paths, brace patterns, globs, URLs or pipe: commands.
-        out: the folder for the result, which must not hold one.
-        train: shards of training samples; robustness and retrieval have none.
-        labels: where labels are read: "cls", or "json." and the name of a field.
+        out: folder for the result, which must not contain a result.
+        train: shards of training samples; not used by robustness and retrieval.
+        labels: source of the labels: "cls", or "json." and the name of a field.
         modality: modalities of a sample that the encoder sees: "image", "text" or "paired"; None: that of the task or
             the classifier.
-        resume: of linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
-        cache_features: of linear: encode every sample once, without augmentation.
-        layers: of knn, linear and attentive: "all" or numbers of blocks, from 1; None: the last one.
-        shots: of the same: numbers of training samples of each class; empty: all samples.
-        draws: how often each number of shots is drawn; None: 5 times.
-        probes: of compare: the probes.
-        seeds: of compare: the number of seeds of each probe and of random weights.
-        ood: of ood: shards of out-of-distribution samples by the name of their set.
-        corrupted: of robustness: a folder of published corruptions as shards, CORRUPTION/SEVERITY/*.tar, which replace
-            those that robustness.corruptions names.
-        overrides: of settings, "section.key=value"; docs/evaluation-config.md lists the settings.
-        session: the ranks of a program that goes on afterwards; None: those that were started with this process join.
+        resume: for linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
+        cache_features: for linear: whether to encode every sample once, without augmentation.
+        layers: for knn, linear and attentive: "all" or numbers of encoder blocks, from 1; None: the last block.
+        shots: for knn, linear and attentive: numbers of training samples per class; empty: all samples.
+        draws: number of random draws for each number of shots; None: 5.
+        probes: for compare: the probes to use.
+        seeds: for compare: number of random seeds of each probe and of random weights.
+        ood: for ood: shards of out-of-distribution samples by the name of their set.
+        corrupted: for robustness: folder of published corruptions as shards, CORRUPTION/SEVERITY/*.tar, which replace
+            those of robustness.corruptions.
+        overrides: overrides "section.key=value" of settings, which are listed in docs/evaluation-config.md.
+        session: session of a program that continues afterwards; None: the ranks that were started with this process are
+            joined.
 
     Returns:
-        What result.json holds; None if the task was stopped before its end.
+        The content of result.json; None if the task was stopped before its end.
 
     Raises:
-        UserError: the model, the shards or an option cannot be used, or `out` holds a result.
+        UserError: the model, the shards or an option cannot be used, or `out` contains a result.
     """
     options = Options(
         task=task,
@@ -105,7 +106,7 @@ def _names(given: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...]:
 
 
 def _is_classifier(options: Options) -> bool:
-    """Return whether the model is to be opened as a classifier."""
+    """Return whether the model has to be opened as a classifier."""
     task = TASKS[options.task]
     return task.classifies or (task.may_classify and (Path(options.model) / CONFIG_FILE).is_file())
 
@@ -131,7 +132,7 @@ def _config(options: Options, modality: Modality, out: Path, overrides: Sequence
 
 
 def _require_pixels(options: Options) -> None:
-    """Raise UserError if the task cannot be done with pixels."""
+    """Raise UserError if the task does not support downscaled pixels in place of a model."""
     if not TASKS[options.task].takes_pixels:
         able = " and ".join(name for name, task in TASKS.items() if task.takes_pixels)
         raise UserError(f"{options.model}: {options.task} does not take pixels; {able} do")
@@ -140,7 +141,7 @@ def _require_pixels(options: Options) -> None:
 
 
 def _open(options: Options, modality: Modality, config: EvaluationConfig) -> MultimodalEncoder | Classifier | None:
-    """Return the model in evaluation mode, on the CPU; None if the task opens its models itself."""
+    """Return the model in evaluation mode, on the CPU; None if the task opens models itself."""
     if TASKS[options.task].compares:
         return None
     model: MultimodalEncoder | Classifier
@@ -154,7 +155,8 @@ def _open(options: Options, modality: Modality, config: EvaluationConfig) -> Mul
 
 
 def _perform(options: Options, out: Path, overrides: Sequence[str], session: Session) -> dict[str, Any] | None:
-    """Perform the task and write its result. Raises UserError if that is not possible; `out` then has no result."""
+    """Run the task, write its result and return it; return None if it was stopped. Raises UserError if that is not
+    possible; `out` then contains no result."""
     ranks, task = session.ranks, options.task
     ranks.on_main(lambda: require_for(task, options.shards, options.shots))
     if options.is_pixels:
@@ -175,7 +177,7 @@ def _perform(options: Options, out: Path, overrides: Sequence[str], session: Ses
         result = job.described(result | {"seconds": round(time.perf_counter() - started, 1)}, partial=False)
         metrics = ranks.broadcast(lambda: class_metrics(job.out, job.classes, job.names))
         result |= metrics
-        if "per_class" in metrics:  # not that of a task without predictions of classes
+        if "per_class" in metrics:  # only tasks with one prediction per sample
             job.pictures.insert(0, lambda: draw_class_metrics(job.out, job.classes, job.names))
         ranks.on_main(lambda: write_result(job.out, result))
         for draw in job.pictures:

@@ -1,4 +1,4 @@
-"""The tasks and the options that each of them has. Imports no torch, so that `--help` is fast."""
+"""The evaluation tasks and their options. Does not import torch, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.weights.model_name import PIXELS
 
-DRAWS = 5  # of `shots`, by default
-MAP_NEEDS = dict.fromkeys(("sklearn", "scipy"), "a map")  # libraries
-PROBE_NAMES = ("knn", "linear", "attentive")  # that `compare` can use
+DRAWS = 5  # default number of draws for each number of shots
+MAP_NEEDS = dict.fromkeys(("sklearn", "scipy"), "a map")  # libraries that a map requires
+PROBE_NAMES = ("knn", "linear", "attentive")  # probes that `compare` can use
 MOST_SEEDS = 100
-COLUMN_NAMES = ("path", "class", "caption")  # of `embed`
+COLUMN_NAMES = ("path", "class", "caption")  # additional columns of `embed`
 Modality = Literal["image", "text", "paired"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
-_NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # a set and its first shards
+_NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # name of a set, and its first shards
 
 
 class Task(NamedTuple):
-    """A module of this package with `run(job) -> result`, which is None where a run was stopped before its end."""
+    """Properties of a task. Its module in this package has a function `run(job)`, which returns the result, or None if
+    the task was stopped before its end."""
 
-    about: str
+    about: str  # description for --help
     trains: bool = True  # has --train and --labels
     resumes: bool = False  # has --resume
-    has_masks: bool = False  # the labels are masks; has no --labels
+    has_masks: bool = False  # the labels are masks, so there is no --labels
     classifies: bool = False  # MODEL is a classifier; has --labels
-    may_classify: bool = False  # MODEL may be one
-    modality: Modality | None = None  # the only one that it accepts
+    may_classify: bool = False  # MODEL may be a classifier
+    modality: Modality | None = None  # the only modality that it supports; None: any
     surveys: bool = False  # has --layers and --shots
     compares: bool = False  # accepts several MODELs, and opens them itself
     takes_pixels: bool = False  # MODEL may be pixels:MODEL
-    sections: tuple[str, ...] = ("encode",)  # of settings
-    libraries: tuple[str, ...] = ()  # that not every installation has
+    sections: tuple[str, ...] = ("encode",)  # sections of settings that it reads
+    libraries: tuple[str, ...] = ()  # optional libraries that it requires
 
     @property
     def has_labels(self) -> bool:
@@ -102,18 +103,18 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a task is given, apart from its settings; see `task_runner.evaluate`. Raises UserError if a value is
-    impossible, or the task does not use an option."""
+    """Options of a task apart from its settings; see `task_runner.evaluate`. Raises UserError if a value is invalid, or
+    if the task does not use an option."""
 
     task: str
-    models: Sequence[str]  # one; of `compare` one or more
+    models: Sequence[str]  # one model; for `compare`, one or more
     val: Sequence[str]
     train: Sequence[str] = ()
     labels: str = "cls"
     modality: Modality | None = None
     resume: str = "no"
     cache_features: bool = False
-    layers: str | None = None  # "all", or numbers with commas
+    layers: str | None = None  # "all", or numbers separated by commas
     shots: Sequence[int] = ()
     draws: int | None = None
     probes: Sequence[str] = PROBE_NAMES
@@ -167,12 +168,12 @@ class Options:
 
     @property
     def model(self) -> str:
-        """Return the only model, or the first of several."""
+        """Return the model, or the first of several models."""
         return self.models[0]
 
     @property
     def shards(self) -> list[str]:
-        """Return all shards that are named."""
+        """Return all shards in the options."""
         return [*self.train, *self.val, *(each for named in self.ood.values() for each in named)]
 
     @property
@@ -181,7 +182,7 @@ class Options:
 
     @property
     def module(self) -> str:
-        """Return the name of the module of this package that performs the task."""
+        """Return the name of the module that runs the task."""
         surveys = self.task == "attentive" or bool(self.layers or self.shots)
         surveys = surveys or (self.task == "linear" and self.is_pixels)  # pixels have no encoder for a classifier
         return "probe_grid" if surveys else self.task
@@ -192,15 +193,15 @@ def _default(name: str) -> Any:
 
 
 def require_for(task: str, shards: Iterable[str], shots: Sequence[int] = ()) -> None:
-    """Raise UserError if a library that a task or its shards need is not installed."""
+    """Raise UserError if a library that a task or its shards require is not installed."""
     needs = dict.fromkeys(("tensorboard", *TASKS[task].libraries), task)
     require_libraries(needs | ({"scipy": "--shots"} if shots else {}))
     object_store.require(*shards)
 
 
 def named_sets(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """Return shards by name of their set, "" if only one is given, of each --ood's words. Raises UserError if one of
-    several has no name, or two have the same."""
+    """Return the shards by the name of their set, given the arguments of each --ood; the name of a single set may be
+    "". Raises UserError if one of several sets has no name, or if two have the same name."""
     sets: dict[str, list[str]] = {}
     for first, *rest in given:
         match = _NAMED.fullmatch(first)

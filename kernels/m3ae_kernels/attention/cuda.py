@@ -40,7 +40,7 @@ class NotHere(Exception):
 
 
 _log = logging.getLogger(__name__)
-_chosen: dict[tuple, dict[int, Kernel]] = {}  # kernels by length, by device, dtype, number of heads and head dimension
+_chosen: dict[tuple, dict[int, Kernel]] = {}  # by device, dtype, number of heads and head dimension: kernels by length
 
 
 def choose(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
@@ -66,7 +66,7 @@ def try_out(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int,
 def trial(
     device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, samples: int = 0
 ) -> dict[str, float]:
-    """Return the milliseconds of each kernel that works, by name, the fastest first, for `samples` samples (0:
+    """Return the time of each working kernel in milliseconds, by name, fastest first, for `samples` samples (0:
     `SAMPLES`) of about `length` rows."""
     if dtype not in HALVES:
         return {}
@@ -130,7 +130,7 @@ def example(
 def results(
     kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, keys: Segments, queries: Segments | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the result of attention and the gradient of qkv. With `queries`, only its number of first rows are
+    """Return the result of attention and the gradient of qkv. With `queries`, only the first `queries.rows` rows are
     queries."""
     queries = queries or keys
     q, k, v = qkv_T3HD.unbind(1)
@@ -140,7 +140,7 @@ def results(
         raise ArithmeticError(f"its sums have shape {tuple(lse.shape)}")
     grads = torch.empty_like(qkv_T3HD)
     dq, dk, dv = grads.unbind(1)
-    dq[queries.rows :] = 0  # no queries
+    dq[queries.rows :] = 0  # these rows are not queries
     kernel.backward(grad, q, k, v, out, lse, dq[: queries.rows], dk, dv, queries, keys)
     return out, grads
 
@@ -237,7 +237,7 @@ def _torch_varlen(device: torch.device) -> Kernel:
         return out, lse
 
     def backward(grad, q, k, v, out, lse, dq, dk, dv, queries, keys):
-        state, unused = grad.new_zeros(2, dtype=torch.uint64), grad.new_empty(0)  # of dropout
+        state, unused = grad.new_zeros(2, dtype=torch.uint64), grad.new_empty(0)  # for dropout
         grads = torch.ops.aten._flash_attention_backward(
             grad, q, k, v, out, lse, *_positions(queries, keys), 0.0, False, state, unused
         )
@@ -266,7 +266,7 @@ def _cudnn(device: torch.device) -> Kernel:
         )[:2]
 
     def backward(grad, q, k, v, out, lse, dq, dk, dv, queries, keys):
-        state = grad.new_zeros(2, dtype=torch.uint64)  # of dropout
+        state = grad.new_zeros(2, dtype=torch.uint64)  # for dropout
         grads = torch.ops.aten._cudnn_attention_backward(
             grad_out=grad, query=q, key=k, value=v, out=out, logsumexp=lse, **lengths(queries, keys), dropout_p=0.0,
             philox_seed=state, philox_offset=state, attn_bias=None, is_causal=False,

@@ -23,7 +23,7 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The definition of scores: `scale` times q k^T, for the keys in a band around each query's position.
+    """The definition of the scores: `scale` times q k^T, for the keys in a band around each query's position.
 
     The last query has the position of the last key: query m of M has the position of key m + N - M of N. It attends to
     `left` keys before and `right` keys after this position; a negative number means all.

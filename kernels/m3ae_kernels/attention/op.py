@@ -1,9 +1,9 @@
 """Attention over packed samples, each of which attends only to itself.
 
-One op, forward and backward, on every device: torch.compile traces it like any other, and the gradient of queries, keys
-and values is the one tensor that the matmul before it expects. A `Kernel` computes it.
+It is a single op on every device, which a `Kernel` computes, so torch.compile traces it like any other op. The gradient
+of queries, keys and values is one tensor, as the matmul before it expects.
 
-Shapes: S samples, T rows, Q query rows, H heads, D values a head.
+Shapes: S samples, T rows, Q query rows, H heads, D values per head.
 """
 
 import torch
@@ -40,23 +40,25 @@ def packed_attention(
     """Return softmax(q k^T / sqrt(D)) v within each sample.
 
     Args:
-        qkv: [..., 3, H, D] floating, T rows of queries, keys and values; or, with q, [..., 2, H, D] keys and values.
-        cu_seqlens: [S + 1] int32 or int64: sample s is the rows cu_seqlens[s] to cu_seqlens[s + 1]; from 0 to T, so
-            that every row is some sample's.
-        max_seqlen: rows of the longest sample, or more.
-        q: [..., H, D] floating, Q rows: queries of some rows alone.
-        cu_queries, max_queries: as cu_seqlens and max_seqlen, of q. A sample may have no queries; one with queries has
-            keys.
-        dropout_p: fraction of the attention weights that are dropped; above 0 each sample is padded to the longest, and
-            `impl` does not matter.
-        impl: "auto", the fastest that is installed; "triton" (D up to 128) or "torch".
+        qkv: [..., 3, H, D] floating, T rows of queries, keys and values; or, with q, [..., 2, H, D], keys and values.
+        cu_seqlens: [S + 1] int32 or int64: sample s consists of the rows cu_seqlens[s] to cu_seqlens[s + 1]. The values
+            go from 0 to T, so that every row belongs to a sample.
+        max_seqlen: number of rows of the longest sample, or more.
+        q: [..., H, D] floating, Q rows: separate queries, for only some of the rows.
+        cu_queries, max_queries: the same as cu_seqlens and max_seqlen for q. A sample may have no queries, but a sample
+            with queries must have keys.
+        dropout_p: fraction of the attention weights that are dropped. If it is above 0, all samples are padded to the
+            longest, and `impl` is ignored.
+        impl: "auto" for the fastest installed kernel, "triton" (D up to 128) or "torch".
 
     Returns:
-        [..., H, D], as many rows as queries, in autocast's dtype where it is on, else in qkv's. Sums in float32
-        (float64 for float64). Gradients for qkv, as one contiguous tensor of its layout, and for q, without atomics.
+        [..., H, D], with the rows of the queries, in autocast's dtype if it is enabled, otherwise in that of qkv. Sums
+        are computed in float32 (float64 for float64). Gradients for qkv, as one contiguous tensor with its layout, and
+        for q, without atomics.
 
     Raises:
-        TypeError, ValueError: naming the argument whose dtype, shape or device is wrong, or that lacks its companion.
+        TypeError, ValueError: the dtype, shape or device of the named argument is wrong, or the argument that belongs
+            to it is missing.
     """
     check_float("qkv", qkv, (..., 3 if q is None else 2, None, None), qkv)
     check_index("cu_seqlens", cu_seqlens, (None,), qkv)

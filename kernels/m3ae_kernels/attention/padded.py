@@ -70,7 +70,7 @@ def _scores(q_SHND: Tensor, k_SHMD: Tensor, scale: float, mask: Tensor) -> Tenso
     return scores.masked_fill(~mask, _NEVER)
 
 
-def _made(q: Tensor, queries: Segments, keys: Segments, scores: Scores | None) -> tuple[float, Tensor]:
+def _scale_and_mask(q: Tensor, queries: Segments, keys: Segments, scores: Scores | None) -> tuple[float, Tensor]:
     """Return the scale and the mask of scores."""
     if scores is None:
         return q.shape[-1] ** -0.5, _valid(keys)
@@ -80,7 +80,7 @@ def _made(q: Tensor, queries: Segments, keys: Segments, scores: Scores | None) -
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, scores: Scores | None = None
 ) -> tuple[Tensor, Tensor]:
-    scale, mask = _made(q, queries, keys, scores)
+    scale, mask = _scale_and_mask(q, queries, keys, scores)
     scores_SHNM = _scores(_pad(q, queries), _pad(k, keys), scale, mask)
     lse_SHN1 = scores_SHNM.logsumexp(-1, keepdim=True)
     if scores is not None:  # a query that attends to no key has the result 0 and no gradient
@@ -92,7 +92,7 @@ def _forward(
 def _backward(
     grad, q, k, v, out, lse, dq, dk, dv, queries: Segments, keys: Segments, scores: Scores | None = None
 ) -> None:
-    scale, mask = _made(q, queries, keys, scores)
+    scale, mask = _scale_and_mask(q, queries, keys, scores)
     grad_SHND, q_SHND, lse_SHN1 = (_pad(x, queries) for x in (grad, q, lse.t()[..., None]))
     k_SHMD, v_SHMD = (_pad(x, keys) for x in (k, v))
     p_SHNM = (_scores(q_SHND, k_SHMD, scale, mask) - lse_SHN1).exp()

@@ -1,9 +1,11 @@
 """The torch implementation of `packed_attention`, optimised for CPUs.
 
-Shapes: Q query rows, T key rows, H heads, D values a head; in a group, B = samples * H, q queries and k keys a sample.
+Shapes: Q query rows, T key rows, H heads, D values per head; in a group, B = samples * H, with q queries and k keys per
+sample.
 
-Samples of equal lengths share one batched matmul, as many as have scores that fit into the cache, so there is no
-padding and no mask. Probabilities are powers of 2, which torch computes several times faster on a CPU than powers of e.
+Samples of equal lengths are processed by one batched matmul, as many at a time as have scores that fit into the cache,
+so there is no padding and no mask. Probabilities are computed as powers of 2, which are several times faster in torch
+on a CPU than powers of e.
 """
 
 import math

@@ -1,6 +1,6 @@
 """`flash_attn_varlen_func`, attention with the interface of flash-attn and separate queries, keys and values.
 
-Shapes: S samples, Q query rows, K key rows, H heads, G heads of keys and values, D values a head.
+Shapes: S samples, Q query rows, K key rows, H heads, G heads of keys and values, D values per head.
 """
 
 import torch
@@ -42,29 +42,31 @@ def flash_attn_varlen_func(
         q: [Q, H, D] floating.
         k, v: [K, G, D] floating; H is a multiple of G, and head h reads keys and values of head h // (H / G). If they
             have fewer heads than q, they are repeated.
-        cu_seqlens_q, cu_seqlens_k: [S + 1] int32 or int64: sample s is the rows cu_seqlens[s] to cu_seqlens[s + 1];
-            from 0 to Q and to K. A sample may have no queries; one with queries has keys.
-        max_seqlen_q, max_seqlen_k: rows of the longest sample, or more.
-        dropout_p: fraction of the attention weights that are dropped; above 0 each sample is padded to the longest.
+        cu_seqlens_q, cu_seqlens_k: [S + 1] int32 or int64: sample s consists of the rows cu_seqlens[s] to cu_seqlens[s
+            + 1]. The values go from 0 to Q and to K. A sample may have no queries, but a sample with queries must have
+            keys.
+        max_seqlen_q, max_seqlen_k: number of rows of the longest sample, or more.
+        dropout_p: fraction of the attention weights that are dropped. If it is above 0, all samples are padded to the
+            longest.
         softmax_scale: positive; None for 1 / sqrt(D).
         causal: query m of M attends to the keys up to m + N - M of N, that is, to no key after its position, where the
             last query has the position of the last key.
         window_size: (left, right): numbers of keys before and after a query's position to which it attends; -1 for all.
         softcap, alibi_slopes, block_table: not supported.
         deterministic: whether two runs must be bitwise equal, even if flash-attn's kernels would be faster.
-        return_attn_probs: return (out, softmax_lse [H, Q], an empty tensor) instead of out. softmax_lse is the
-            logarithm of the sum of exponentials of a query's scores, infinite if it attends to no key; it has no
-            gradient.
+        return_attn_probs: whether to return (out, softmax_lse [H, Q], an empty tensor) instead of out. softmax_lse is
+            the logarithm of the sum of exponentials of a query's scores, and infinite if the query attends to no key;
+            it has no gradient.
         impl: "auto", "triton" (D up to 128) or "torch". "auto" is the same as in `packed_attention` for plain scores.
             With softmax_scale, a causal mask or a window, it is the Triton kernel on a GPU and padded matmuls on a CPU.
 
     Returns:
-        [Q, H, D] in autocast's dtype where it is on, else in q's; 0 if a query attends to no key. Sums in float32
-        (float64 for float64). Gradients for q, k and v.
+        [Q, H, D] in autocast's dtype if it is enabled, otherwise in that of q; 0 for a query that attends to no key.
+        Sums are computed in float32 (float64 for float64). Gradients for q, k and v.
 
     Raises:
-        TypeError, ValueError: naming the argument whose dtype, shape, device or value is wrong.
-        NotImplementedError: naming an argument that only flash-attn itself supports.
+        TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
+        NotImplementedError: the named argument is supported only by flash-attn itself.
     """
     asked = {"softcap": softcap != 0, "alibi_slopes": alibi_slopes is not None, "block_table": block_table is not None}
     for name, given in asked.items():

@@ -50,9 +50,10 @@ def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
 
 
 def matmul_dtype(x_RI: Tensor, weight_OI: Tensor) -> torch.dtype | None:
-    """Return the dtype that `linear` multiplies in; None if torch does: on a GPU, of two dtypes. The number of rows
-    has no part in it: ranks whose graphs differed would compute gradients in different orders, which ZeRO reduces in
-    the order in which they come."""
+    """Return the dtype in which `linear` multiplies; None if torch's own function is used, for example on a GPU or for
+    two different dtypes. The result does not depend on the number of rows: otherwise, compiled graphs could differ
+    between ranks, which would then compute gradients in different orders, and ZeRO reduces gradients in the order in
+    which they are computed."""
     if x_RI.device.type != "cpu":
         return None
     if torch.is_autocast_enabled("cpu"):

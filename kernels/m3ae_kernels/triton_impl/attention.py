@@ -1,7 +1,7 @@
 """Kernels of `packed_attention` for samples of tens or a few hundred rows, with tiles chosen by their lengths.
 
 Shapes: Q query rows, T key rows, H heads, D head dimension; in a program instance M queries, N keys. q, k, v and their
-gradients may be slices of one tensor. Inside a sample offsets take 32 bits.
+gradients may be slices of one tensor. Offsets within a sample have 32 bits.
 """
 
 import math
@@ -17,8 +17,8 @@ from ..tuning import config
 from .common import acc_type, cdiv, launcher, precision
 
 LOG2E = math.log2(math.e)
-MOST_ROWS = 128  # rows of a tile
-MOST_DIM = 128  # head dimension; larger ones would not fit into registers
+MOST_ROWS = 128  # maximum number of rows of a tile
+MOST_DIM = 128  # maximum head dimension; larger ones would not fit into registers
 ANYWHERE = ["cu_queries", "cu_keys", "lse"]
 
 
@@ -63,10 +63,10 @@ def attention_kernel(
     (https://arxiv.org/abs/2307.08691): m_i is the largest score so far, l_i the sum of exponentials, acc that of the
     weighted values. BANDED: only keys in a band around each query, of which there may be none.
 
-    FLOPs 4HD sum(n^2), bytes 8THD in bfloat16, exponentials H sum(n^2). M3AE-Large at 512 samples: encoder (n 73, H 16,
-    D 64) 11 GFLOP, 306 MB, 91 us at 3.35 TB/s; decoder (n 290, D 32) 88 GFLOP, 608 MB, 181 us, and 0.7e9 exponentials,
-    190 us at 16 a cycle on each of 132 multiprocessors. Instructions issued, counted in what is compiled for an H100 at
-    1.7 GHz: 87 and 337 us.
+    Cost: 4HD sum(n^2) FLOPs, 8THD bytes in bfloat16, H sum(n^2) exponentials. M3AE-Large at 512 samples: encoder (n 73,
+    H 16, D 64) 11 GFLOP and 306 MB, 91 us at 3.35 TB/s; decoder (n 290, D 32) 88 GFLOP and 608 MB, 181 us, and 0.7e9
+    exponentials, 190 us at 16 per cycle on each of 132 multiprocessors. Time to issue the instructions, counted in the
+    code compiled for an H100 at 1.7 GHz: 87 and 337 us.
     """
     pid = tl.program_id(0)
     head = (pid % H).to(tl.int64)
@@ -120,7 +120,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, scores: Scores | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the result [Q, H, D] and the log-sum-exps [H, Q]."""
-    scale, left, right = _made(q, scores)
+    scale, left, right = _scale_and_band(q, scores)
     rows, heads, dim = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(heads, rows, dtype=accumulator(q.dtype))
@@ -135,7 +135,7 @@ def _forward(
     return out, lse
 
 
-def _made(q: Tensor, scores: Scores | None) -> tuple[float, int, int]:
+def _scale_and_band(q: Tensor, scores: Scores | None) -> tuple[float, int, int]:
     """Return the scale, and the numbers of keys before and after a query's position to which it attends, which plain
     scores ignore."""
     return (q.shape[2] ** -0.5, 0, 0) if scores is None else (scores.scale, *scores.reach)
@@ -177,9 +177,10 @@ def attention_backward_kernel(
     are the weights, dp and ds the gradients of weights and scores, delta the rows' sums of out * grad. BANDED as in the
     forward pass; all tiles are computed, including those outside the band.
 
-    FLOPs 10HD sum(n^2), bytes 16THD in bfloat16, exponentials H sum(n^2). M3AE-Large at 512 samples: encoder 28 GFLOP,
-    612 MB, 183 us at 3.35 TB/s; decoder 220 GFLOP, 1.2 GB, 363 us. Instructions issued, as above: encoder 85 us, so
-    that its tile of 128 keys for 73 costs nothing; decoder 610 us.
+    Cost: 10HD sum(n^2) FLOPs, 16THD bytes in bfloat16, H sum(n^2) exponentials. M3AE-Large at 512 samples: encoder 28
+    GFLOP and 612 MB, 183 us at 3.35 TB/s; decoder 220 GFLOP and 1.2 GB, 363 us. Time to issue the instructions, as
+    above: encoder 85 us, which is below the time for memory although a tile has 128 keys and a sample only 73; decoder
+    610 us.
     """
     pid = tl.program_id(0)
     head = (pid % H).to(tl.int64)
@@ -231,7 +232,7 @@ def attention_backward_kernel(
         store_rows(dk, n, keys, stride_dkv, dk_ND * scale, D, BLOCK_D)
         store_rows(dv, n, keys, stride_dkv, dv_ND, D, BLOCK_D)
         if LONG:
-            tl.debug_barrier()  # what one thread stored in `partial` another may load
+            tl.debug_barrier()  # another thread may load values that one thread has stored in `partial`
 
 
 @launcher
@@ -250,7 +251,7 @@ def _backward(
     scores: Scores | None = None,
 ) -> None:
     """Write every row of dq, dk and dv. grad, out and lse are contiguous."""
-    scale, left, right = _made(q, scores)
+    scale, left, right = _scale_and_band(q, scores)
     rows, heads, dim = q.shape
     tile = _tile("attention_backward", q, queries, keys)
     long = keys.max_seqlen > tile["BLOCK_N"]

@@ -1,6 +1,6 @@
-"""What the kernels share: pixels by patch and position, launch settings, dtypes.
+"""Shared code of the kernels: access to the pixels of patches, launch settings, dtypes.
 
-Patches are cut as ../pixels.py says.
+The order of pixels within patches is that of ../pixels.py.
 """
 
 from collections.abc import Callable
@@ -90,7 +90,8 @@ def _table(scale: tuple[float, ...], shift: tuple[float, ...], device: torch.dev
 
 @triton.jit
 def patch_starts(ids, P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr):
-    """Return the offset of each patch's first pixel; int64, as a batch of images may pass 2^31 pixels."""
+    """Return the offset of each patch's first pixel; int64, because a batch of images may have more than 2^31
+    pixels."""
     grid_w: tl.constexpr = W // P
     patches: tl.constexpr = grid_w * (H // P)
     patch = (ids % patches).to(tl.int32)

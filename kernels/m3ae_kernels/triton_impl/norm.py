@@ -36,8 +36,9 @@ def norm_rows(value, mask, weight, bias, d, D, eps, BIAS: tl.constexpr, ACC: tl.
 
 @triton.jit
 def norm_slope(gw, normed, r, D):
-    """Return the gradient of a LayerNorm's input, r * (gw - mean(gw) - normed * mean(gw * normed)): gw is that of its
-    result times the weight, and it and normed, the input with mean 0 and variance 1, are 0 beyond D."""
+    """Return the gradient of a LayerNorm's input, r * (gw - mean(gw) - normed * mean(gw * normed)). gw is the gradient
+    of the output times the weight, normed the normalised input before the weight is applied; both are 0 beyond D. r is
+    the reciprocal standard deviation."""
     along = tl.sum(gw * normed, 1) / D
     level = tl.sum(gw, 1) / D
     return (gw - normed * along[:, None] - level[:, None]) * r[:, None]

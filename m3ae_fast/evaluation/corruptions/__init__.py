@@ -1,15 +1,16 @@
-"""Common corruptions of images at five severities: the fifteen of ImageNet-C and its four more.
+"""Common corruptions of images at five severities: the fifteen corruptions of ImageNet-C and its four additional ones.
 
 Kinds and parameters are those of Hendrycks & Dietterich (arXiv 1903.12261; hendrycks/robustness, ImageNet-C), who chose
-them for images of 224 pixels. Here lengths (of blurs, trails, swaps) are multiplied by an image's side / 224, and what
-lies over it or bends it (fog, frost, snow, spatter, elastic) is made at 224 pixels and resized to it. Noise,
-brightness, contrast, saturation, pixelation and JPEG act on pixels as they are: noise, pixelation and JPEG are the
-stronger the smaller the image. An image that is no square is corrupted as the middle of one, with its edges repeated.
+them for images of 224 pixels. Here, lengths (of blurs, trails and swaps) are multiplied by side / 224. Overlays and
+distortions (fog, frost, snow, spatter, elastic) are generated at 224 pixels and resized. Noise, brightness, contrast,
+saturation, pixelation and JPEG are not scaled, so noise, pixelation and JPEG have a stronger effect on smaller images.
+An image that is not square is padded to a square by repeating its edges, corrupted, and cropped again.
 
-Frost is a procedural texture in place of the photographs that the paper's code ships: accuracies under it do not
-compare with published ones. Glass blur swaps pixels, where the paper's code copies them one way by an oversight.
+Frost is a procedural texture in place of the photographs that come with the paper's code, so accuracies with frost
+cannot be compared with published ones. Glass blur swaps pixels, whereas the paper's code, by an oversight, only copies
+them in one direction.
 
-Shapes: C = 3 channels, H x W pixels; H = W where a kind sees them.
+Shapes: C = 3 channels, H x W pixels; H = W in the functions of the corruptions.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ Corrupt = Callable[[np.ndarray, Any, np.random.Generator], np.ndarray]
 
 @dataclass(frozen=True)
 class Corruption:
-    """A `data.dataset.Transform`: one kind at one severity from 1 to 5."""
+    """A `data.dataset.Transform` that applies one kind of corruption at one severity, from 1 to 5."""
 
     kind: str
     severity: int
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
-        """Corrupt an image, uint8 [3, H, W]. All that is drawn depends on `seed` alone."""
+        """Return the corrupted image, uint8 [3, H, W]. All randomness depends on `seed`."""
         corrupt, parameters = KINDS[self.kind]
         x_HWC = image.permute(1, 2, 0).numpy() / 255
         height, width = x_HWC.shape[:2]
@@ -50,7 +51,7 @@ class Corruption:
         return torch.from_numpy(corrupted).permute(2, 0, 1).contiguous()
 
 
-# by kind: the function, and its parameters at severities 1 to 5
+# for each kind, the function and its parameters at severities 1 to 5
 KINDS: dict[str, tuple[Corrupt, tuple]] = {
     "gaussian_noise": (noise.gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
     "shot_noise": (noise.shot_noise, (60, 25, 12, 5, 3)),
@@ -73,14 +74,15 @@ KINDS: dict[str, tuple[Corrupt, tuple]] = {
     "fog": (weather.fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))),
     "brightness": (weather.brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
     "contrast": (digital.contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
-    # severities 1 and 2 shift and bend the whole, 3 to 5 ripple it finely; the lengths are 244 times a number there
+    # Severities 1 and 2 shift and bend the whole image, 3 to 5 add fine ripples. The paper's code gives these lengths
+    # as multiples of 244.
     "elastic": (
         digital.elastic,
         ((488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)),
     ),
     "pixelate": (digital.pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
     "jpeg": (digital.jpeg, (25, 18, 15, 10, 7)),
-    # the four more
+    # the four additional corruptions
     "speckle_noise": (noise.speckle_noise, (0.15, 0.2, 0.35, 0.45, 0.6)),
     "gaussian_blur": (blur.gaussian_blur, (1, 2, 3, 4, 6)),
     "spatter": (
@@ -93,6 +95,6 @@ KINDS: dict[str, tuple[Corrupt, tuple]] = {
             (0.67, 0.4, 1, 0.65, 1.5, True),
         ),
     ),
-    # severities 1 and 2 take colour away, 3 to 5 add it
+    # severities 1 and 2 reduce the saturation, 3 to 5 increase it
     "saturate": (digital.saturate, ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))),
 }

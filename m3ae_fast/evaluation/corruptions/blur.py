@@ -1,4 +1,4 @@
-"""Blurs. See the package for sources; images are float [H, W, C] in [0, 1]."""
+"""Blur corruptions; see the package for sources. Images are float [H, W, C] in [0, 1]."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def gaussian_blur(x: np.ndarray, sigma: float, _: Any) -> np.ndarray:
 
 
 def defocus_blur(x: np.ndarray, parameters: tuple[int, float], _: Any) -> np.ndarray:
-    """Blur with a disk of a radius, its edge softened by a Gaussian of 3 pixels, of 5 from radius 9 on."""
+    """Return the image blurred with a disk. `parameters`: radius of the disk, and standard deviation of the Gaussian
+    that softens its edge. The Gaussian is truncated to 3 x 3 pixels, or to 5 x 5 if the radius exceeds 8."""
     radius, sigma = parameters
     reach = max(8, radius)
     offsets = np.arange(-reach, reach + 1)
@@ -29,9 +30,10 @@ def defocus_blur(x: np.ndarray, parameters: tuple[int, float], _: Any) -> np.nda
 
 
 def _shrunk(kernel: np.ndarray, scale: float) -> np.ndarray:
-    """Return a kernel of odd side for images that are `scale` times as large: its areas averaged, its sum kept."""
+    """Return a kernel with an odd side for images that are scaled by `scale`: pixels are area averages, and the sum is
+    1."""
     side = 2 * math.ceil((len(kernel) * scale - 1) / 2) + 1
-    source = side / scale  # pixels of the kernel that the new one covers
+    source = side / scale  # side, in pixels of the old kernel, of the area that the new kernel covers
     margin = math.ceil(max(0.0, source - len(kernel)) / 2)
     image = Image.fromarray(np.pad(kernel, margin).astype(np.float32))
     left = (image.width - source) / 2
@@ -41,11 +43,12 @@ def _shrunk(kernel: np.ndarray, scale: float) -> np.ndarray:
 
 
 def glass_blur(x: np.ndarray, parameters: tuple[float, int, int], rng: np.random.Generator) -> np.ndarray:
-    """Swap each pixel with one near it, several times, between two Gaussian blurs. Where the reach of a swap is rounded
-    down, more swaps make up for it, so that displacements keep their mean square."""
-    sigma, meant, rounds = parameters
-    reach = max(1, int(meant * scale(x)))
-    swaps = rounds * scale(x) ** 2 * (2 * meant**2 + 1) / (2 * reach**2 + 1)  # of each pixel
+    """Return the image after several swaps of each pixel with a nearby one, between two Gaussian blurs. If the maximum
+    distance of a swap is rounded down, the number of swaps is increased such that the mean square displacement is the
+    same. `parameters`: standard deviation of the blurs, maximum distance, and number of swaps."""
+    sigma, unscaled, rounds = parameters
+    reach = max(1, int(unscaled * scale(x)))
+    swaps = rounds * scale(x) ** 2 * (2 * unscaled**2 + 1) / (2 * reach**2 + 1)  # per pixel
     x = gaussian_blur(x, sigma, rng)
     height, width = x.shape[:2]
     order = list(range(height * width))
@@ -59,13 +62,15 @@ def glass_blur(x: np.ndarray, parameters: tuple[float, int, int], rng: np.random
 
 
 def motion_blur(x: np.ndarray, parameters: tuple[int, float], rng: np.random.Generator) -> np.ndarray:
-    """Blur along a line at most 45 degrees from the horizontal."""
+    """Return the image blurred along a random direction at most 45 degrees from the horizontal. `parameters`: as in
+    `trail`."""
     radius, sigma = parameters
     return trail(x, radius, sigma, rng.uniform(-45, 45), scale(x))
 
 
 def trail(x: np.ndarray, radius: int, sigma: float, degrees: float, scale: float = 1.0) -> np.ndarray:
-    """Blur as ImageMagick's motion blur: half a Gaussian over 2 * radius + 1 steps of `scale` pixels; edges repeat."""
+    """Return the image blurred like ImageMagick's motion blur: with one half of a Gaussian over 2 * radius + 1 steps of
+    `scale` pixels in the direction `degrees`; edges are repeated."""
     steps, angle = np.arange(2 * radius + 1), math.radians(degrees)
     weights = np.exp(-(steps**2) / (2 * sigma**2))
     downs, rights = (np.ceil(steps * scale * way - 0.5).astype(int) for way in (math.sin(angle), math.cos(angle)))
@@ -80,14 +85,15 @@ def trail(x: np.ndarray, radius: int, sigma: float, degrees: float, scale: float
 
 
 def zoom_blur(x: np.ndarray, parameters: tuple[float, float], _: Any) -> np.ndarray:
-    """Return the mean of the image and its centre at growing zooms, up to an end in steps."""
+    """Return the mean of the image and of its enlarged centre at several zoom factors. `parameters`: end and step of
+    the zoom factors."""
     end, step = parameters
     zooms = np.arange(1, end, step)
     return (x + sum(zoomed(x, zoom) for zoom in zooms)) / (len(zooms) + 1)
 
 
 def zoomed(x: np.ndarray, zoom: float) -> np.ndarray:
-    """Return the centre, as large as the whole."""
+    """Return the central part of the image, enlarged by `zoom` to the size of the image."""
     height, width = x.shape[:2]
     h, w = int(np.ceil(height / zoom)), int(np.ceil(width / zoom))
     top, left = (height - h) // 2, (width - w) // 2

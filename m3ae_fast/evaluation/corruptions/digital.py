@@ -1,4 +1,5 @@
-"""Contrast, colour, shape and coding. See the package for sources; images are float [H, W, C] in [0, 1]."""
+"""Corruptions of contrast, colour, shape and coding; see the package for sources. Images are float [H, W, C] in [0,
+1]."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def contrast(x: np.ndarray, factor: float, _: Any) -> np.ndarray:
 
 
 def saturate(x: np.ndarray, parameters: tuple[float, float], _: Any) -> np.ndarray:
-    """Multiply HSV's saturation by a factor and add a term; grey has hue 0, red."""
+    """Return the image with its HSV saturation multiplied by the first parameter and increased by the second. The hue
+    of grey is 0 (red)."""
     factor, added = parameters
     value = x.max(axis=2, keepdims=True)
     spread = value - x.min(axis=2, keepdims=True)
@@ -29,22 +31,24 @@ def saturate(x: np.ndarray, parameters: tuple[float, float], _: Any) -> np.ndarr
 
 
 def elastic(x: np.ndarray, parameters: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
-    """Distort by an affine map that moves three corners of a central square by up to `jitter` pixels, then by a
-    displacement of each pixel: uniform noise, smoothed by a Gaussian of `sigma` pixels, times `amplitude`."""
+    """Return the image distorted by a random affine map, which moves three corners of a central square by up to
+    `jitter` pixels, and by a random displacement of each pixel: uniform noise, smoothed by a Gaussian with standard
+    deviation `sigma`, times `amplitude`. `parameters`: amplitude, sigma, jitter."""
     amplitude, sigma, jitter = parameters
     centre, half, size = STANDARD // 2, STANDARD // 3, x.shape[0]
     corners = np.array([(centre + half, centre + half), (centre + half, centre - half), (centre - half, centre - half)])
     moved = corners + rng.uniform(-jitter, jitter, corners.shape)
-    back = np.linalg.solve(np.column_stack((moved, np.ones(3))), corners)  # [3, 2]: from where a point comes
+    back = np.linalg.solve(np.column_stack((moved, np.ones(3))), corners)  # [3, 2]: maps a point to its source
     shift = resized(amplitude * _smooth(rng.uniform(-1, 1, (2, STANDARD, STANDARD)), sigma), size)
-    places = (np.mgrid[0:size, 0:size][::-1] + 0.5) / scale(x) - 0.5 + shift  # [2, H, W], of 224: right, down
+    places = (np.mgrid[0:size, 0:size][::-1] + 0.5) / scale(x) - 0.5 + shift  # [2, H, W]: right, down, for 224 pixels
     right, down = np.tensordot(back.T, np.stack((*places, np.ones((size, size)))), 1)
     at = (np.stack((down, right)) + 0.5) * scale(x) - 0.5
     return np.stack([ndimage.map_coordinates(c, at, order=1, mode="mirror") for c in x.transpose(2, 0, 1)], axis=2)
 
 
 def _smooth(x: np.ndarray, sigma: float) -> np.ndarray:
-    """Smooth planes [.., n, n], mirrored at their edges, by a Gaussian, at a cost that does not grow with sigma."""
+    """Return planes [..., n, n], mirrored at their edges, smoothed by a Gaussian. The cost does not depend on
+    `sigma`."""
     n = x.shape[-1]
     decay = np.exp(-0.5 * (sigma * np.pi * np.arange(n) / n) ** 2)
     return fft.idctn(fft.dctn(x, axes=(-2, -1)) * np.outer(decay, decay), axes=(-2, -1))

@@ -1,4 +1,4 @@
-"""Noise of each pixel by itself. See the package for sources; images are float [H, W, C] in [0, 1]."""
+"""Pixel-wise noise; see the package for sources. Images are float [H, W, C] in [0, 1]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def shot_noise(x: np.ndarray, photons: float, rng: np.random.Generator) -> np.nd
 
 
 def impulse_noise(x: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """Add salt and pepper to each channel by itself."""
+    """Return the image with salt-and-pepper noise, independently for each channel. `fraction`: fraction of changed
+    values."""
     return np.where(rng.random(x.shape) < fraction, rng.random(x.shape) < 0.5, x)
 
 

@@ -10,9 +10,9 @@ _LAYOUT = "CORRUPTION/SEVERITY/*.tar, severities from 1 to 5, such as gaussian_n
 
 
 def published_sets(folder: Path) -> dict[str, dict[int, list[str]]]:
-    """Return the shards of each corruption at each severity, both in order. Corruptions may be in folders of groups,
-    as ImageNet-C's archives have them: noise/gaussian_noise/1. Raises UserError if there are none, or a severity has no
-    shards."""
+    """Return the shards by corruption and severity, both sorted. Folders of corruptions may be grouped, as in the
+    archives of ImageNet-C: noise/gaussian_noise/1. Raises UserError if there are no corruptions, or if a severity has
+    no shards."""
     if not folder.is_dir():
         raise UserError(f"--corrupted {folder}: no such folder; it holds {_LAYOUT}")
     found: dict[str, dict[int, list[str]]] = {}

@@ -1,20 +1,20 @@
-"""The size that the corruptions' lengths are meant for."""
+"""Scaling of the corruptions' lengths to the size of the image."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
 
-STANDARD = 224  # pixels
+STANDARD = 224  # side in pixels of the images for which the parameters were chosen
 
 
 def scale(x: np.ndarray) -> float:
-    """Return the factor of lengths for the image `x` [H, W, C]."""
+    """Return the factor by which lengths are multiplied for the image `x` [H, W, C]."""
     return x.shape[0] / STANDARD
 
 
 def resized(layer: np.ndarray, size: int) -> np.ndarray:
-    """Return a layer [H, W], or planes of one [C, H, W], at `size` x `size`; shrunk without aliasing."""
+    """Return a layer [H, W], or the planes of a layer [C, H, W], resized to `size` x `size`, with antialiasing."""
     if layer.ndim == 3:
         return np.stack([resized(plane, size) for plane in layer])
     image = Image.fromarray(layer.astype(np.float32))
