@@ -14,6 +14,7 @@ import torch
 
 from m3ae_fast import train
 from m3ae_fast.__main__ import MODULES
+from m3ae_fast.base import hardware
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.config import evaluation_page, train_page
 from m3ae_fast.cli.config import main as write_page
@@ -326,6 +327,13 @@ def test_dry_run(path, capsys):
         else "a GPU without enough memory for them"
     )
     assert (recomputed in out) == (path.stem not in ("huge", "quickstart"))
+
+
+def test_a_gpu_has_the_peaks_of_its_own_data_sheet():
+    """Also if its name begins with that of another."""
+    for name, peaks in hardware._PEAKS.items():
+        assert hardware.data_sheet(f"NVIDIA {name}GB") is peaks
+    assert hardware.data_sheet("NVIDIA GeForce GTX 1080") is None
 
 
 def test_a_dry_run_predicts_step_and_bottleneck_of_the_fast_configs(capsys):

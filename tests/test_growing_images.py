@@ -38,6 +38,16 @@ def test_positions_of_a_smaller_image_are_those_of_the_whole():
         assert torch.equal(positions(None, None, [])[0], positions.image)  # captions alone
 
 
+def test_positions_of_a_smaller_image_follow_the_model():
+    """Its dtype, and a change of its size."""
+    positions = Positions(MODEL, 16)
+    first = positions(None, None, [(2, 2)])[0]
+    positions.to(torch.bfloat16)
+    assert torch.equal(positions(None, None, [(2, 2)])[0], first.bfloat16())
+    positions.float().lay_out(MODEL.model_copy(update={"image_size": 64}))
+    assert torch.equal(positions(None, None, [(2, 2)])[0], sincos_of_smaller(16, 2, 8))
+
+
 def test_a_size_lasts_for_its_fraction_of_the_steps():
     """To the nearest step, also where the product of fraction and steps is a little less than a whole number."""
     train = TINY["train"] | {"image_sizes": [[0.29, 8], [0.57, 16]], "steps": 100}

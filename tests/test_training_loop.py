@@ -211,6 +211,17 @@ def test_only_a_finite_evaluation_makes_a_checkpoint_good(monkeypatch, tmp_path,
     assert checkpoint.is_good(saved) == (loss is None)
 
 
+def test_an_evaluation_that_computes_no_loss_makes_no_checkpoint_good(monkeypatch, tmp_path, mixed):
+    """Because no held-out sample can be used."""
+    broken = write_tar(tmp_path / "v.tar", [("0.jpg", picture(0)[:-300]), ("0.txt", b"a cat")])
+    train = {"global_batch": 26, "micro_batch": 26, "steps": 1}
+    config = settings(tmp_path, mixed, data={"val": [{"shards": str(broken)}]}, train=train)
+    run(monkeypatch, config)
+    (saved,) = checkpoint.saved_steps(config.run.dir)
+    assert [line["val_skipped"] for line in lines(config) if "val_skipped" in line] == [1, 1]
+    assert not checkpoint.is_good(saved)
+
+
 @pytest.mark.parametrize("kind", ["torch", "deepspeed"])
 def test_an_engine_trains_with_dropout_and_evaluates_without(kind):
     data = json.loads(json.dumps(TINY)) | {"deepspeed": None if kind == "torch" else {}}

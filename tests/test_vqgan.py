@@ -289,6 +289,12 @@ def test_ids_made_ahead_of_time(tmp_path, vqgan, monkeypatch, capsys):
     assert not out.exists()
 
 
+def test_each_view_of_each_image_in_each_shard_is_another_crop(tmp_path, vqgan):
+    shards = [write_tar(tmp_path / f"{name}.tar", [("0.jpg", picture(0)), ("1.jpg", picture(0))]) for name in "ab"]
+    records = Crops(shards, ShardStore(tmp_path), vqgan, 32, 2, (0.2, 1.0), flip=False, seed=0, threads=1)
+    assert len({records.read("tokenized", number).image for number in range(8)}) == 8
+
+
 def test_ids_of_other_crops_are_another_conversion(tmp_path, vqgan):
     shards = write_tar(tmp_path / "a.tar", members(range(2), "image"))
     usual = {"size": 32, "views": 2, "scale": (0.2, 1.0), "flip": True, "seed": 0, "threads": 1, "image_range": None}

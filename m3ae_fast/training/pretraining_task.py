@@ -26,6 +26,8 @@ from m3ae_fast.training.notices import open_options
 from m3ae_fast.training.throughput import StepCounts
 from m3ae_fast.training.trainer import Trainer
 
+_LOSSES = ("val_image_loss", "val_text_loss")
+
 
 @dataclass(kw_only=True)
 class PretrainingTask:
@@ -82,7 +84,7 @@ class PretrainingTask:
                 log.figure(step, name, picture)
 
     def _evaluate_losses(self, trainer: Trainer, loader: DataLoader[PackedBatch]) -> None:
-        if not trainer.to_evaluate(self.config.train.eval_every, "val_image_loss", "val_text_loss"):
+        if not trainer.to_evaluate(self.config.train.eval_every, *_LOSSES):
             return
         trainer.stop_if_not_finite()
         model = trainer.engine.model
@@ -96,7 +98,8 @@ class PretrainingTask:
             trainer.cut_short()
             return
         trainer.log.log(trainer.step, values)
-        if values and all(map(math.isfinite, values.values())):
+        # if no held-out sample could be used, there is no loss
+        if not values.keys().isdisjoint(_LOSSES) and all(map(math.isfinite, values.values())):
             trainer.saver.evaluation_was_finite(trainer.step)
 
     def _first_lines(self, trainer: Trainer, attention: str) -> list[str]:

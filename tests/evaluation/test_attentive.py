@@ -61,6 +61,14 @@ def test_with_equal_keys_it_is_a_linear_probe_of_the_mean(head, alike):
     torch.testing.assert_close(head(tokens), linear(tokens.mean(1)), rtol=1e-5, atol=1e-5)
 
 
+def test_an_image_of_fewer_patches_is_pooled_as_by_itself(head):
+    """Rows of zeros fill it up."""
+    nn.init.normal_(head.query)
+    tokens = _tokens(6)
+    torch.testing.assert_close(head.pool(F.pad(tokens, (0, 0, 0, 4))), head.pool(tokens))
+    torch.testing.assert_close(head(F.pad(tokens, (0, 0, 0, 4))), head(tokens))
+
+
 def _marked(samples, seed):
     """Samples in which one of the tokens, marked, says the class, and the others say another, which varies."""
     tokens, labels = 0.3 * _tokens(samples, seed), torch.arange(samples) % 5

@@ -58,6 +58,26 @@ def test_standard_errors_are_those_of_other_draws_of_samples():
     assert metrics.auroc_error(np.mean(areas), 60, 40) == pytest.approx(np.std(areas), rel=0.2)
 
 
+def test_the_error_of_an_area_tells_few_positives_from_few_negatives(tmp_path):
+    """They count differently where the classes overlap little."""
+    random = np.random.default_rng(0)
+    for few in ("good", "bad"):
+        sizes = {"bad": 60, "good": 4} if few == "good" else {"bad": 4, "good": 60}
+        areas, errors = [], []
+        for draw in range(300):
+            own = {name: random.exponential(6.0 if name == "good" else 1.0, size) for name, size in sizes.items()}
+            areas.append(metrics.auroc(own["good"], own["bad"]))
+            if draw % 10 == 0:
+                labels = np.repeat([*own], [*sizes.values()])
+                second = np.concatenate([*own.values()]) / 100 + 0.2  # a share
+                predictions = np.where(second > 0.5, "good", "bad")
+                _table(tmp_path, labels.tolist(), predictions.tolist(), np.maximum(second, 1 - second))
+                found = class_metrics(tmp_path, ["bad", "good"], ["bad", "good"])
+                assert found["auroc"] == pytest.approx(areas[-1])
+                errors.append(found["auroc_se"])
+        assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(areas), rel=0.25)
+
+
 def test_names_stand_beside_numbers(tmp_path):
     _table(tmp_path, [0, 0, 1], [0, 1, 1])
     rows = class_metrics(tmp_path, range(2), ["cat", "dog"])["per_class"]
