@@ -14,41 +14,42 @@ from m3ae_fast.base.untrusted_file import parse_json
 from m3ae_fast.config import LONGEST, Config, Range, parse, require_libraries_of
 from m3ae_fast.config.load import apply_override
 
-TOKENIZER = "tokenizer.json"  # of a run folder
-EPOCHS, SEEN = 20, 20_000  # and samples, that a larger model must reach in the time that there is
-FEWEST_STEPS = 1000  # a batch is halved until there are so many
-LEARNING_STEPS = 300  # with fewer, or less than an epoch, features hardly differ from those of random weights
-EVALUATIONS = 20  # during training, if they do not take too long
+TOKENIZER = "tokenizer.json"  # name of the tokenizer's file in the run folder
+EPOCHS, SEEN = 20, 20_000  # minimum epochs and samples for which a larger model must be trained to be chosen
+FEWEST_STEPS = 1000  # the batch is halved until there are at least this many steps
+LEARNING_STEPS = 300  # with fewer steps, or less than an epoch, features hardly differ from those of random weights
+EVALUATIONS = 20  # number of evaluations during training, if they do not take too long
 SMALLEST_BATCH, LARGEST_BATCH = 64, 1024
-_STEPS_PER_EPOCH = 24  # about, between the smallest and the largest batch
-_WARM_UP = 0.05  # of the steps
-# of a run that continues from weights: a fraction of the usual learning rate, and the warm-up
+_STEPS_PER_EPOCH = 24  # approximate number of steps per epoch, if the batch is within its limits
+_WARM_UP = 0.05  # fraction of the steps
+# for a run that starts from given weights: factor of the usual learning rate, and warm-up
 _CONTINUED_RATE, _CONTINUED_WARM_UP = 0.25, 0.02
-LENGTHS = ("train.steps", "train.epochs")  # settings by which the user decides how long the run is
-EVALUATED = 1024  # held-out samples, at most
-PROBED = 5000  # training samples: with more the k-NN accuracy is measured only before and after
-# MAE's rate for its batch (arXiv 2111.06377), by the square root of the batch, as Adam asks for (arXiv 2205.10287)
+LENGTHS = ("train.steps", "train.epochs")  # settings that determine the length of the run
+EVALUATED = 1024  # maximum number of held-out samples on which losses are evaluated
+PROBED = 5000  # with more training samples, the k-NN accuracy is measured only before and after training
+# MAE's learning rate and batch (arXiv 2111.06377). For Adam, the learning rate is scaled with the square root of the
+# batch (arXiv 2205.10287).
 _RATE, _OF_BATCH = 2.4e-3, 4096
-# settings that are arguments of `pretrain`, by their pattern
+# options of `pretrain` by patterns of the settings that they replace
 _ARGUMENTS = {
     r"run(\.dir)?": "--out",
     r"data\.train(\.\d+(\.shards)?)?": "SOURCE",
     r"data\.val\.\d+(\.shards)?": "--val",
 }
 _ARGUMENTS |= {r"train\.probe\.labels": "--labels"}
-_RATE_OF_NARROW = 4  # times as high for models narrower than "small", as in the quickstart
+_RATE_OF_NARROW = 4  # factor of the learning rate for models narrower than "small", as in the quickstart
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Patterns for the config, and what to tell the user."""
+    """The shards of a run."""
 
-    train: list[str]
-    val: list[str]  # empty: nothing is held out
-    notes: list[str]
-    unlabelled: str = ""  # why samples have no label "cls", where that is known
-    shown: bool = False  # the user has seen what was found in them
-    image_range: Range | None = None  # with which they were made
+    train: list[str]  # patterns, as in the config
+    val: list[str]  # empty: no samples are held out
+    notes: list[str]  # notes for the user
+    unlabelled: str = ""  # reason why samples have no label "cls", if it is known
+    shown: bool = False  # whether an overview of the samples has been shown to the user
+    image_range: Range | None = None  # value range with which the shards were created
 
 
 @dataclass(frozen=True)
@@ -57,23 +58,23 @@ class Facts:
 
     samples: int
     held_out: int
-    short_side: int  # pixels, the median
+    short_side: int  # median of the shorter sides in pixels
     image_mean: list[float]
     image_std: list[float]
-    classes: int  # 0: there are no labels that can be used
+    classes: int  # 0: there are no usable labels
     vocab_size: int  # 0: there are no captions
-    text_length: int  # tokens
+    text_length: int  # maximum number of tokens per caption
     image_dtype: str = "uint8"
-    image_range: Range | None = None  # values of black and white, for more than 8 bits
+    image_range: Range | None = None  # values of black and white in images of more than 8 bits
 
 
 class Rung(NamedTuple):
-    """A size of the model, and for how many samples."""
+    """A model size, with its requirements."""
 
     name: str
     model: dict[str, Any]
-    pixels: int  # of an image, at most
-    samples: float  # that it takes at least to be of use
+    pixels: int  # maximum image size in pixels
+    samples: float  # minimum number of training samples
 
 
 def _narrow(width: int, depth: int, heads: int, decoder: int) -> dict[str, Any]:
@@ -91,16 +92,17 @@ LADDER = (
 
 
 def rungs(facts: Facts, overrides: Sequence[str] = ()) -> list[Rung]:
-    """Return the sizes that the number of samples allows, smallest first; that of the weights to continue from, if
-    there are some."""
+    """Return the model sizes for which there are enough samples, smallest first. If the run starts from given weights,
+    this is only the size of these weights."""
     if continues(overrides):
         return [Rung("as its weights", {}, LADDER[-1].pixels, 0)]
     return [rung for rung in LADDER if facts.samples >= rung.samples]
 
 
 def possible(sizes: Sequence[Rung], config_of: Callable[[Rung], Config]) -> list[Rung]:
-    """Return the sizes with which the user's settings are possible, such as a number of heads that divides the width.
-    Raises UserError if there are none."""
+    """Return the model sizes that are compatible with the user's settings, such as a number of heads, which must divide
+    the width. `config_of`: function that returns the config for a size or raises UserError. Raises UserError if there
+    are none."""
     found, first = [], None
     for rung in sizes:
         try:
@@ -114,15 +116,16 @@ def possible(sizes: Sequence[Rung], config_of: Callable[[Rung], Config]) -> list
 
 
 def image_and_patch(short_side: int, pixels: int) -> tuple[int, int]:
-    """Return an image size of at most `pixels` to which most images need not be enlarged, and its patch size: the
-    largest with eight patches a side."""
+    """Return an image size of at most `pixels`, for which most images do not have to be enlarged, and the largest patch
+    size with at least eight patches per side."""
     size = max(min(short_side, pixels), 16)
     patch = next((p for p in (16, 8) if size // p >= 8), 4)
     return size // patch * patch, patch
 
 
 def _images(facts: Facts, rung: Rung, overrides: Sequence[str]) -> tuple[int, int]:
-    """Return `image_and_patch`; where the user sets one of them, the other fits it."""
+    """Return the image size and the patch size as `image_and_patch` does. If the user sets one of them, the other is
+    adapted to it."""
     size, patch = image_and_patch(facts.short_side, rung.pixels)
     if own := given(overrides, "model.image_size"):
         patch = next((p for p in (16, 8) if own // p >= 8 and own % p == 0), 4)
@@ -132,7 +135,7 @@ def _images(facts: Facts, rung: Rung, overrides: Sequence[str]) -> tuple[int, in
 
 
 def set_to(overrides: Sequence[str], name: str, default: Any) -> Any:
-    """Return the value to which the user sets `name`, or `default`."""
+    """Return the value of the setting `name` in the overrides, or `default`."""
     found = default
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -145,13 +148,14 @@ def set_to(overrides: Sequence[str], name: str, default: Any) -> Any:
 
 
 def given(overrides: Sequence[str], name: str) -> int | None:
-    """Return the number above 0 that the user sets, None if there is none."""
+    """Return the value of the setting `name` in the overrides if it is an integer above 0, otherwise None."""
     value = set_to(overrides, name, None)
     return value if isinstance(value, int) and value > 0 else None
 
 
 def channels_set(overrides: Sequence[str]) -> int | None:
-    """Return the channels that the user sets, or other settings imply; None if they are open."""
+    """Return the number of channels that is set by the overrides or implied by other settings in them; None if there is
+    none."""
     if channels := given(overrides, "model.channels"):
         return channels
     for name in ("model.image_mean", "model.image_std"):
@@ -161,31 +165,33 @@ def channels_set(overrides: Sequence[str]) -> int | None:
 
 
 def batch_of(samples: int) -> int:
-    """Return samples per step, a power of two."""
+    """Return the default number of samples per step, a power of two, for this number of training samples."""
     most = _power_below(samples / 4)
     wanted = _power_below(samples / _STEPS_PER_EPOCH)
     return min(max(wanted, min(SMALLEST_BATCH, most)), LARGEST_BATCH)
 
 
 def continues(overrides: Sequence[str]) -> bool:
-    """Return whether the run continues from weights."""
+    """Return whether the run starts from given weights."""
     return bool(set_to(overrides, "model.init_from", None))
 
 
 def peak_rate(batch: int, width: int, factor: float = 1.0) -> float:
-    """Return `optim.peak_lr`, which is for a batch of 256, times `factor`."""
+    """Return the default of `optim.peak_lr`, which refers to a batch of 256, times `factor`. `batch`: samples per step;
+    `width`: width of the encoder."""
     rate = factor * _RATE * math.sqrt(batch / _OF_BATCH) * (_RATE_OF_NARROW if width < 384 else 1)
     return float(f"{rate * 256 / batch:.3g}")
 
 
 def steps_in(seconds: float, pace: float, batch: int, samples: int) -> int:
-    """Return the number of steps that fit at `pace` seconds per sample, at most LONGEST epochs."""
+    """Return the number of steps that fit into the time, but at most LONGEST epochs. `pace`: seconds per sample."""
     longest = LONGEST * max(samples // batch, 1)
     return max(min(int(seconds / (pace * batch)), longest), 2)
 
 
 def fitted_batch(seconds: float, pace: float, samples: int) -> int:
-    """Return the batch for the time: smaller than `batch_of` where there would be too few steps."""
+    """Return the number of samples per step: that of `batch_of`, or less if there would be too few steps. `pace`:
+    seconds per sample."""
     batch = batch_of(samples)
     while batch > SMALLEST_BATCH and seconds / (pace * batch) < FEWEST_STEPS:
         batch //= 2
@@ -193,13 +199,13 @@ def fitted_batch(seconds: float, pace: float, samples: int) -> int:
 
 
 def reaches(seconds: float, pace: float, samples: int) -> bool:
-    """Return whether the time is enough for a model of that pace to see enough samples."""
+    """Return whether a model can be trained on enough samples in the time. `pace`: seconds per sample."""
     return seconds / pace >= max(EPOCHS * samples, SEEN)
 
 
 def check_overrides(overrides: Sequence[str]) -> Config:
-    """Return the config that the user's overrides give for assumed samples. Raises UserError if one is an argument of
-    `pretrain`, and as `assumed_config`."""
+    """Return the result of `assumed_config` for the user's overrides. Raises UserError if an override sets a value for
+    which `pretrain` has an option, and as `assumed_config` does."""
     for override in overrides:
         name = override.partition("=")[0]
         if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):
@@ -210,8 +216,9 @@ def check_overrides(overrides: Sequence[str]) -> Config:
 
 
 def assumed_config(overrides: Sequence[str]) -> Config:
-    """Return the config that overrides give for assumed samples. Raises UserError if they are possible for no samples
-    at all, or need a library that is not installed."""
+    """Return the config with these overrides for hypothetical samples, to validate the overrides before the samples are
+    opened. Raises UserError if the overrides are invalid for any samples, or require a library that is not
+    installed."""
     facts = assumed(overrides)
     shards = Shards(["train.tar"], ["val.tar"], [])
 
@@ -224,7 +231,7 @@ def assumed_config(overrides: Sequence[str]) -> Config:
 
 
 def assumed(overrides: Sequence[str], samples: int = 10**6) -> Facts:
-    """Return facts about samples that fit the overrides, where these settings depend on samples."""
+    """Return statistics of hypothetical samples that are compatible with the overrides."""
     shown = set_to(overrides, "data.show_channels", None)
     most = max([2, *(number for number in shown if isinstance(number, int))]) if isinstance(shown, list) else 2
     channels = channels_set(overrides) or most + 1
@@ -234,7 +241,8 @@ def assumed(overrides: Sequence[str], samples: int = 10**6) -> Facts:
 
 
 def _length(facts: Facts, batch: int, steps: int, overrides: Sequence[str]) -> tuple[int, int]:
-    """Return the steps of the run, `steps` unless the user sets a length, and those of an epoch."""
+    """Return the number of steps of the run (`steps`, unless the overrides set a length) and the number of steps per
+    epoch."""
     per_epoch = max(facts.samples // (given(overrides, "train.global_batch") or batch), 1)
     epochs = set_to(overrides, "train.epochs", None)
     if isinstance(epochs, int | float) and epochs > 0:
@@ -255,10 +263,23 @@ def settings(
     hours: float | None = None,
     evaluations: int = EVALUATIONS,
 ) -> Config:
-    """Return the config of a run with the user's `--set` overrides. Raises UserError for one that is not possible.
+    """Return the config of a run.
 
-    `hours`: to which the number of steps is adjusted during training, unless the user sets that; None: it stays.
-    `evaluations`: between the first step and the last, about.
+    Args:
+        facts: statistics of the samples.
+        shards: the shards.
+        out: the run folder.
+        rung: the model size.
+        batch: number of samples per step.
+        steps: number of steps.
+        labels: source of the labels.
+        overrides: the user's overrides "section.key=value", which take precedence.
+        hours: time limit, to which the number of steps is adjusted during training unless the user sets a length; None:
+            the number of steps is not adjusted.
+        evaluations: approximate number of evaluations between the first step and the last.
+
+    Raises:
+        UserError: an override is invalid.
     """
     size, patch = _images(facts, rung, overrides)
     steps, per_epoch = _length(facts, batch, steps, overrides)
@@ -310,8 +331,8 @@ def settings(
 
 
 def _give_way(config: dict[str, Any], override: str) -> None:
-    """Drop automatic choices that the user's settings replace. Raises UserError for a setting of a probe that is
-    missing."""
+    """Remove the automatic settings from the config that are incompatible with an override. Raises UserError if the
+    override sets a value of the probe but there is no probe."""
     name, _, value = override.partition("=")
     if name == "train.epochs" and value != "null":
         config["train"].pop("steps", None)
@@ -330,5 +351,5 @@ def _probe(train: Any, val: Any, labels: str, every: int | None) -> dict[str, An
 
 
 def _power_below(value: float) -> int:
-    """Return the largest power of two up to `value`, at least 1."""
+    """Return the largest power of two that does not exceed `value`, but at least 1."""
     return 2 ** max(int(math.log2(max(value, 1))), 0)

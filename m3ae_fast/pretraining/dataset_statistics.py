@@ -1,4 +1,4 @@
-"""Look at the samples for the facts that settings depend on."""
+"""Statistics of a run's samples on which the automatic settings depend."""
 
 from __future__ import annotations
 
@@ -16,26 +16,37 @@ from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.labels import class_names, label_corpus
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.pretraining.automatic_settings import TOKENIZER, Facts, Shards, channels_set, set_to
-from m3ae_fast.pretraining.image_kind import range_of, sight
+from m3ae_fast.pretraining.image_kind import channels_and_dtype, range_of
 from m3ae_fast.shards.overview import describe_classes, part_of, show
 from m3ae_fast.shards.problem_counts import Tally
 from m3ae_fast.shards.statistics import collect, require_images
 from m3ae_fast.shards.tokenizer_training import caption_texts, save_tokenizer
 
-_LOOKED_AT = 2000  # samples
+_LOOKED_AT = 2000  # number of samples that are inspected
 _KINDS = 256  # number of samples whose images determine the channels and the dtype of the model
-_CAPTIONS = 200_000  # that a vocabulary is learnt from, at most
-_LONGEST = 1 << 16  # tokens
-_VOCABULARY = (512, 16384)  # smallest and largest that is learnt
-_QUANTILE = 0.95  # of the captions are not cut
+_CAPTIONS = 200_000  # maximum number of captions from which a vocabulary is learnt
+_LONGEST = 1 << 16  # maximum length of a caption in tokens
+_VOCABULARY = (512, 16384)  # smallest and largest vocabulary that is learnt
+_QUANTILE = 0.95  # fraction of the captions that are not truncated
 
 
 def look(
     shards: Shards, out: Path, labels: str, image_range: Range | None = None, overrides: Sequence[str] = ()
 ) -> tuple[Facts, list[str]]:
-    """Return facts, as far as `overrides` leave them open, and what to tell the user. Trains a tokenizer into the run
-    folder `out` if there are captions. Raises UserError if the shards cannot be used, no sample has an image, or it is
-    not evident which of their values are black and white."""
+    """Return statistics of the samples, with values from the overrides if these set them, and notes for the user. If
+    there are captions, a tokenizer is trained and written to the run folder. An overview of the samples is printed.
+
+    Args:
+        shards: the shards.
+        out: the run folder.
+        labels: source of the labels.
+        image_range: values of black and white in images of more than 8 bits; None: detected.
+        overrides: the user's overrides "section.key=value".
+
+    Raises:
+        UserError: the shards cannot be used, no sample has an image, or the value range of images of more than 8 bits
+            cannot be detected.
+    """
     store = ShardStore()
     train = open_corpus([SourceConfig(shards=shards.train)], store, progress=True)
     val = open_corpus([SourceConfig(shards=shards.val)], store, progress=True) if shards.val else None
@@ -47,7 +58,7 @@ def look(
         show("what was found", parts)
     elif labels != "cls" and classes.train:
         print(f"classes by {labels}: {describe_classes(classes.train)}", flush=True)
-    channels, dtype = sight(seen.kinds)
+    channels, dtype = channels_and_dtype(seen.kinds)
     channels, dtype = channels_set(overrides) or channels, set_to(overrides, "model.image_dtype", dtype)
     image_range = image_range or shards.image_range or range_of(seen.kinds)
     tokenizer = _tokenizer(shards, train, store, out, overrides)
@@ -75,7 +86,8 @@ def look(
 def _tokenizer(
     shards: Shards, train: Corpus, store: ShardStore, out: Path, overrides: Sequence[str]
 ) -> CaptionTokenizer | None:
-    """Return the tokenizer that the user names, or one that is learnt from the captions; None for images alone."""
+    """Return the tokenizer that is set in the overrides, otherwise one that is trained on the captions; None if there
+    are no captions."""
     size, own = set_to(overrides, "model.vocab_size", None), set_to(overrides, "data.tokenizer", "")
     if not train.has_captions or size == 0 or own is None:
         return None
@@ -94,16 +106,16 @@ def _tokenizer(
 
 
 class _Classes(NamedTuple):
-    """The classes that both parts have, and the samples of each."""
+    """The classes of the samples."""
 
-    number: int  # 0: their labels cannot be used
-    train: Counter[str] | None = None
-    val: Counter[str] | None = None
+    number: int  # 0: the labels cannot be used
+    train: Counter[str] | None = None  # number of training samples by name of the class
+    val: Counter[str] | None = None  # the same for the held-out samples
 
 
 def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[_Classes, str]:
-    """Return the classes, and why labels that the user did not ask for cannot be used. Raises UserError if those of
-    `--labels` cannot be used."""
+    """Return the classes, and the reason why labels cannot be used ("" if they can be). Raises UserError if the user
+    has set `labels` and they cannot be used."""
     if not shards.val:
         return _Classes(0), ""
     none = "there is no k-NN accuracy and no linear probe"
@@ -116,7 +128,7 @@ def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[_Classes, 
         train, classes = label_corpus(train, labels)
         val, _ = label_corpus(val, labels, classes)
     except UserError as error:
-        if labels != "cls":  # the user asked for an evaluation by them
+        if labels != "cls":  # the user has set them, so a run without evaluation would be unexpected
             raise UserError(f"--labels {labels}: {error}") from None
         return _Classes(0), f"{none}: {error}"
     names = class_names(train, classes)
@@ -124,7 +136,7 @@ def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[_Classes, 
 
 
 def _counts(corpus: Corpus, names: list[str]) -> Counter[str]:
-    """Return the samples of each class of a labelled corpus, by name."""
+    """Return the number of samples of each class of a labelled dataset, by name of the class."""
     found: Counter[str] = Counter()
     for source in corpus.sources:
         assert source.labels is not None

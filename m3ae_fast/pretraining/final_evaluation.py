@@ -1,5 +1,5 @@
-"""What a run's features are good for, compared with those of the same network untrained, with the pixels themselves and
-with the largest class."""
+"""Evaluation of a run's features at its end, in comparison with baselines: the same network with random weights, the
+pixels themselves, and the largest class."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _QUIET = ["linear.log_every=1000", "linear.eval_every=1000"]
 _OPTIONS: dict[str, dict[str, Any]] = {
     "knn": {},
     "linear": {"cache_features": True, "overrides": _QUIET},
-}  # of a model
-_ON_A_MAP = 2000  # samples: t-SNE takes half a minute
-RESULTS, MAP = "results", "map.png"  # of a run folder
+}  # options of a task for a model
+_ON_A_MAP = 2000  # number of samples on the map, for which t-SNE takes half a minute
+RESULTS, MAP = "results", "map.png"  # names in the run folder
 _MEASURED = "measured"  # file next to the results that names their checkpoint
 RUN = "this run"
 STARTED = "its initial weights"
 
 
-# what is measured: what stands behind the task in the name of its results' folder
+# for each evaluated model, the suffix after the task in the name of the folder of its results
 _SUFFIXES = {RUN: "", UNTRAINED: "-random", SCALED: "-pixels", STARTED: "-start"}
 
 
 def _models(config: Config) -> dict[str, str]:
-    """Return the models that are measured, by what each is to the run."""
+    """Return the names of the models that are evaluated, by their relation to the run."""
     run, start = str(config.run.dir), config.model.init_from
     models = {RUN: run, UNTRAINED: f"{RANDOM}{run}", SCALED: f"{PIXELS}{run}"}
     return models | ({STARTED: start} if start and Path(start).is_dir() else {})
@@ -54,16 +54,16 @@ def _models(config: Config) -> dict[str, str]:
 
 @contextmanager
 def stage() -> Iterator[Session]:
-    """Run a program as a stage of a longer line, as `joined_program` does; `stop.asked` says afterwards whether
-    somebody has asked to stop, even where the stage has come to its end."""
+    """Context that yields a session, as `joined_program` does, for one of several stages of a program. After the stage,
+    `stop.asked` states whether a stop was requested, even if the stage has completed."""
     with joined_program() as session:
         session.stop.at_leaving = lambda: GOES_ON if session.ranks.is_main else ""
         yield session
 
 
 def evaluate_run(config: Config) -> dict[str, dict[str, Any]] | None:
-    """Return by task the results of the run, of random weights and of pixels; results that an earlier call measured for
-    the same weights is read. None if a task was stopped. Raises UserError if a task cannot be done."""
+    """Evaluate the run and the baselines, and return the results by task and by model. Results of an earlier call for
+    the same weights are reused. Return None if a task was stopped. Raises UserError if a task fails."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     _forget_other_weights(run)
@@ -92,9 +92,9 @@ def evaluate_run(config: Config) -> dict[str, dict[str, Any]] | None:
 
 
 def _forget_other_weights(run: Path) -> None:
-    """Remove the results and the map of a checkpoint that is not the run's last one."""
+    """Remove the results and the map if they do not belong to the run's last checkpoint."""
     mark = run / RESULTS / _MEASURED
-    now = sha256(checkpoint.locate(run) / checkpoint.INFO_FILE) + "\n"  # which has the weights' checksums
+    now = sha256(checkpoint.locate(run) / checkpoint.INFO_FILE) + "\n"  # the file contains the checksums of the weights
     try:
         if mark.exists() and mark.read_bytes() == now.encode():
             return
@@ -107,7 +107,7 @@ def _forget_other_weights(run: Path) -> None:
 
 
 def why_no_map() -> str:
-    """Return why no map of the features can be drawn here, "" if one can."""
+    """Return the reason why no map of the features can be plotted on this machine; "" if it can be plotted."""
     try:
         require_libraries(MAP_NEEDS)
     except UserError as error:
@@ -116,8 +116,8 @@ def why_no_map() -> str:
 
 
 def draw_map(config: Config) -> None:
-    """Draw held-out samples by their features and classes into the run folder, and show it where the run's other
-    pictures are; print why where that is not possible. A map that is there already stays."""
+    """Plot a map of the held-out samples' features to the run folder and add it to the run's loggers, unless there is a
+    map already. If that is not possible, print the reason."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     path = run / MAP
@@ -137,8 +137,8 @@ def _shards(sources: list[SourceConfig]) -> list[str]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Return lines: accuracy and standard error on held-out samples, of each evaluation and of the largest class, by
-    task."""
+    """Return the lines of a table with the accuracy on held-out samples, by model and task, with standard errors, and
+    with the share of the largest class."""
     first = next(iter(found.values()))
     width = max(map(len, _TASKS.values())) + 4
     lines = [f"{'accuracy, held out, %':22}" + "".join(f"{_TASKS[task]:>{width}}" for task in found)]
@@ -149,8 +149,8 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def verdicts(run: Path, tasks: Iterable[str]) -> list[str]:
-    """Return lines: by task whether the run differs significantly from what else was measured, and from the largest
-    class, with a warning if it is not better than that."""
+    """Return lines that state for each task whether the run differs significantly from the baselines and from the
+    largest class, with a warning if it is not better than the largest class."""
     lines = []
     for task in tasks:
         folders = {whose: run / RESULTS / f"{task}{suffix}" for whose, suffix in _SUFFIXES.items() if whose != RUN}

@@ -16,28 +16,29 @@ from m3ae_fast.model.pretrained import Pretrained, check_start, check_weights
 from m3ae_fast.pretraining.automatic_settings import assumed_config
 from m3ae_fast.weights.converting import convert
 
-FOLDER = "start"  # of a run folder
-# model settings that do not follow from the weights
+FOLDER = "start"  # name of the export's folder in the run folder
+# model settings that are not determined by the weights
 _FREE = ("drop", "att_drop", "drop_path", "init_from", "image_range")
 
 
 class GivenWeights(NamedTuple):
-    """Weights to continue from, as an export."""
+    """Weights from which a run starts, stored as an export."""
 
-    overrides: list[str]  # that make a config one of their model
-    notes: list[str]  # for the user
+    overrides: list[str]  # overrides of settings that the weights determine
+    notes: list[str]  # notes for the user
 
 
 def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeights:
-    """Write the weights of `model` as an export into the run folder `out`, and return what follows from them.
+    """Write the weights of a model as an export to the run folder, and return the settings that they determine.
 
     Args:
         model: a run, a checkpoint, an export, weights of the official M3AE or MAE or of a timm model, or the name of
             any of these on the Hugging Face hub.
-        overrides: the user's, which come after those that are returned.
+        out: the run folder.
+        overrides: the user's overrides, which will be applied after the returned ones.
 
     Raises:
-        UserError: there is no such model, it is damaged, or a setting of the user's does not fit the weights.
+        UserError: the model does not exist or is damaged, or one of the user's settings does not fit the weights.
     """
     folder = out / FOLDER
     found = convert(model, folder)
@@ -58,7 +59,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
 
 
 def _require_fit(model: str, found: Pretrained, overrides: Sequence[str]) -> None:
-    """Raise UserError if the settings are impossible, or of another model than the weights."""
+    """Raise UserError if the settings are invalid, or if they do not fit the weights."""
     config = assumed_config(overrides)
     check_start(config.model, found, model)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What images show of themselves: how many channels they have, and which of their values are black and white."""
+"""Detection of settings from the images: the number of channels, the dtype, and the value range."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.kinds import Kind
 from m3ae_fast.config import Range
 
-_FILLED = 0.9  # of a type's values: they are evidently meant from its lowest to its highest
+_FILLED = 0.9  # minimum fraction of a data type's range that must occur to assume that the whole range is used
 
 
-def sight(kinds: Sequence[Kind]) -> tuple[int, str]:
-    """Return `model.channels` and `model.image_dtype` of a model that sees all of these images. Grey and colour
-    pictures together are colour; arrays of bands are not converted, so the most frequent kind decides."""
+def channels_and_dtype(kinds: Sequence[Kind]) -> tuple[int, str]:
+    """Return `model.channels` and `model.image_dtype` for images of these kinds. If there are grey and colour images,
+    the model has colour channels. Arrays of bands are not converted, so the most frequent kind of them is used."""
     arrays = Counter((kind.channels, kind.dtype) for kind in kinds if kind.is_array)
     if 2 * arrays.total() > len(kinds):
         channels, dtype = arrays.most_common(1)[0][0]
@@ -24,8 +24,9 @@ def sight(kinds: Sequence[Kind]) -> tuple[int, str]:
 
 
 def range_of(kinds: Sequence[Kind]) -> Range | None:
-    """Return `data.range`: None for levels from 0 to 255, "dtype" if values fill their type. Raises UserError for other
-    values of more than 8 bits, whose values of black and white only the user knows."""
+    """Return `data.range` for images of these kinds: None for levels from 0 to 255, "dtype" if values cover most of the
+    range of their data type. Raises UserError for other values of more than 8 bits, because only the user knows the
+    values of black and white."""
     deep = [(kind, kind.depth) for kind in kinds if kind.depth is not None]
     if not deep:
         return None

@@ -1,4 +1,4 @@
-"""Chooses the learning rate of a run by short runs on the same data."""
+"""Choice of a run's learning rate by short runs on the same data."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run import pre_train
 from m3ae_fast.training.run_state import status
 
-FOLDER, FILE = "tuning", "tuning.json"  # of the run folder
-FACTORS = (0.5, 1.0, 2.0)  # of the learning rate by the rule
-PART = 0.05  # of the run's steps, for each trial
-FEWEST = 20  # steps of a trial that say anything
+FOLDER, FILE = "tuning", "tuning.json"  # names in the run folder
+FACTORS = (0.5, 1.0, 2.0)  # the learning rates that are tried, as multiples of the default
+PART = 0.05  # length of each trial as a fraction of the run's steps
+FEWEST = 20  # minimum number of steps of a trial
 
 
 def tune(config: Config, path: Path) -> Config | None:
-    """Choose `optim.peak_lr` by the loss of short runs, each with a whole schedule, and write the config with it to
-    `path`, with what is left of `train.hours`. A stopped search goes on with the trial that was stopped; one that is
-    done is not repeated.
+    """Choose `optim.peak_lr` by the loss of short runs, each with a complete schedule, and write the config with the
+    chosen value to `path`. The time of the search is subtracted from `train.hours`. A search that was stopped resumes
+    with the trial that was stopped; a completed search is not repeated.
 
     Returns:
-        The config of the run; None if somebody asks to stop.
+        The config of the run; None if the search is stopped.
 
     Raises:
-        UserError: the run has begun, or is too short to be tuned, or no trial has a finite loss.
+        UserError: the run has already begun or is too short, or no trial has a finite loss.
     """
     run, table = config.run.dir, config.run.dir / FILE
     done: dict[str, Any] = read_json(table) if table.exists() else {"tried": {}, "seconds": 0.0}
@@ -76,7 +76,7 @@ def tune(config: Config, path: Path) -> Config | None:
 
 
 def _with_rate(config: Config, rate: float, seconds: float) -> Config:
-    """Return the config with a learning rate, whose time is shorter by some `seconds` if it is limited."""
+    """Return the config with this learning rate and, if the time is limited, with `seconds` subtracted from it."""
     train = config.train
     if train.hours:
         left = max(train.hours - seconds / 3600, train.hours / 2)
@@ -86,8 +86,8 @@ def _with_rate(config: Config, rate: float, seconds: float) -> Config:
 
 
 def _try(config: Config, rate: float, steps: int) -> float | None:
-    """Return the loss at the end of a short run, on held-out samples if there are any, infinite if it is not finite;
-    None if somebody asks to stop."""
+    """Train a short run and return its final loss, on held-out samples if there are any. It is infinite if the loss of
+    a step was not finite. Return None if the run is stopped."""
     folder = config.run.dir / FOLDER / f"peak_lr-{rate:g}"
     short = {
         "steps": steps, "epochs": None, "hours": None, "stop_at": None, "eval_every": None, "probe": None,
@@ -114,7 +114,8 @@ def _try(config: Config, rate: float, steps: int) -> float | None:
 
 
 def _loss(config: Config) -> float:
-    """Return the loss of the last evaluation on held-out samples; without any, the mean of the last logged losses."""
+    """Return the loss of the last evaluation on held-out samples, or the mean of the last logged training losses if
+    there was no evaluation."""
     lines, weights = read_metrics(config.run.dir), config.loss
     by_name = {"val_image_loss": weights.image_weight, "val_text_loss": weights.text_weight}
     if evaluations := [line for line in lines if not line.keys().isdisjoint(by_name)]:

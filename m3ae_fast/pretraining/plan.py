@@ -1,4 +1,5 @@
-"""The largest model that the data and the time allow, and for how many steps: measured on this machine."""
+"""Choice of the largest model that the data and the time allow, and of its number of steps, by measurements on this
+machine."""
 
 from __future__ import annotations
 
@@ -20,31 +21,40 @@ from m3ae_fast.pretraining.automatic_settings import Facts, Rung, Shards
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.pace import Pace, measure
 
-_TRIAL, _LONGEST_TRIAL = 0.03, 30.0  # of the time, and seconds, for the steps that measure a size, at most
-_LEAST = 0.5  # of the time is for training, however long the rest takes
-_OVER = 1.05  # of the time: a longer plan is said to be so
-_EVALUATING = 0.1  # of the training time is for the evaluations in it, at most, beside the first and the last
-# seconds: to start the loaders of an evaluation, to start a task, for report and export, a step of a linear probe
+# limits of the time in which a model size is measured: as a fraction of the whole time, and in seconds
+_TRIAL, _LONGEST_TRIAL = 0.03, 30.0
+_LEAST = 0.5  # minimum fraction of the time that is used for training
+_OVER = 1.05  # a plan is reported as too long if it exceeds the time by this factor
+_EVALUATING = 0.1  # maximum fraction of the training time for evaluations between the first and the last step
+# seconds to start the loaders of an evaluation, to start a task, for report and export, and for a step of a linear
+# probe
 _START, _TASK, _REPORT, _PROBE_STEP = 1.5, 2.0, 5.0, 2e-3
-_MODELS, _TASKS = 3, 2  # measured after training: k-NN and linear probes, of the run, of random weights and of pixels;
-_CONTINUED_MODELS = 4  # and of the weights that it has continued from
+_MODELS, _TASKS = 3, 2  # k-NN and linear probe are run on the run, on random weights and on pixels;
+_CONTINUED_MODELS = 4  # and on the initial weights if the run starts from given weights
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen, and why."""
+    """The chosen config with explanations for the user."""
 
     config: Config
     lines: list[str]
-    warning: str = ""  # that the time is too short to learn much
+    warning: str = ""  # warning that the time is too short to learn much
 
 
 class Budget:
-    """Divides the time of a call."""
+    """The division of the time between the parts of a call of `pretrain`."""
 
     def __init__(self, facts: Facts, probed: bool, hours: float, began: float, models: int = _MODELS) -> None:
-        """`probed`: the features are probed, in training and after it. `began`: when the call did, of
-        `time.monotonic`. `models`: how many are measured after training."""
+        """Create the budget.
+
+        Args:
+            facts: statistics of the samples.
+            probed: whether features are probed, during training and after it.
+            hours: the time for everything.
+            began: value of `time.monotonic` at the beginning of the call.
+            models: number of models that are evaluated after training.
+        """
         self._models = models
         self.facts, self._probed, self.seconds, self._began = facts, probed, 3600 * hours, began
 
@@ -53,32 +63,32 @@ class Budget:
         return time.monotonic() - self._began
 
     def after(self, pace: Pace) -> float:
-        """Return the seconds that everything after training takes."""
+        """Return the estimated seconds for everything after training."""
         if not self._probed:
             return _REPORT
         recipe = OFFICIAL["linear"].scaled(self.facts.samples)
         steps = recipe.epochs * max(self.facts.samples // recipe.global_batch, 1)
         tasks = self._models * _TASKS * (_TASK + self._features(pace))
-        return tasks + self._models * 2 * steps * _PROBE_STEP + _REPORT  # twice: learning rates are tried first
+        return tasks + self._models * 2 * steps * _PROBE_STEP + _REPORT  # twice, because learning rates are tried first
 
     def training(self, pace: Pace) -> float:
-        """Return the seconds for training and its evaluations, from now on."""
+        """Return the seconds from now on that are available for training and its evaluations."""
         return max(self.seconds - self.spent() - self.after(pace), _LEAST * self.seconds)
 
     def ends(self, pace: Pace) -> float:
-        """Return the seconds that the evaluations before the first and after the last step take."""
+        """Return the estimated seconds for the evaluations before the first step and after the last."""
         probe = self._features(pace) if self._probed else 0.0
         return 2 * (self._losses(pace) + probe)
 
     def evaluations(self, pace: Pace) -> tuple[int, float]:
-        """Return the evaluations between the first and the last step, and how many seconds they take."""
+        """Return the number of evaluations between the first step and the last, and the estimated seconds for them."""
         probe = self._features(pace) if self._probed and self.facts.samples <= automatic_settings.PROBED else 0.0
         each = self._losses(pace) + probe
         count = min(automatic_settings.EVALUATIONS, int(_EVALUATING * self.training(pace) / each)) if each else 0
         return count, count * each
 
     def steps_time(self, pace: Pace) -> float:
-        """Return the seconds for the steps alone."""
+        """Return the seconds that are available for training steps."""
         left = self.training(pace) - self.ends(pace) - self.evaluations(pace)[1]
         return max(left, _LEAST * self.training(pace))
 
@@ -87,8 +97,8 @@ class Budget:
         return _START + pace.evaluation(min(held_out, automatic_settings.EVALUATED)) if held_out else 0.0
 
     def _features(self, pace: Pace) -> float:
-        """Return the seconds for the features of all samples: a forward pass over all patches, about as long as a step
-        with the visible ones."""
+        """Return the estimated seconds to compute the features of all samples. A forward pass over all patches takes
+        about as long as a training step, in which only the visible patches are encoded."""
         return _START + (self.facts.samples + self.facts.held_out) * pace.sample
 
 
@@ -102,11 +112,21 @@ def choose(
     session: Session,
     began: float,
 ) -> Plan:
-    """Return the config of a run that fits the time, of which a part has passed since `began`.
+    """Return the plan of a run that fits into the time.
+
+    Args:
+        facts: statistics of the samples.
+        shards: the shards.
+        out: the run folder.
+        hours: the time for everything.
+        labels: source of the labels.
+        overrides: the user's overrides "section.key=value".
+        session: session of the ranks.
+        began: value of `time.monotonic` at the beginning of the call.
 
     Raises:
-        UserError: an override is not possible, or what would stop the run at its start.
-        Stopped: somebody asks to stop.
+        UserError: an override is invalid, or an error that would stop the run at its start.
+        Stopped: a stop is requested.
     """
 
     def config_of(
@@ -156,13 +176,13 @@ def choose(
 
 
 def _why_not_larger(facts: Facts) -> str:
-    """Return why no larger size than those that fit the samples is considered."""
+    """Return the reason why no model size larger than those allowed by the number of samples is considered."""
     above = [rung for rung in automatic_settings.LADDER if rung.samples > facts.samples]
     return f'"{above[0].name}" is for {above[0].samples:,.0f} samples or more' if above else "there is no larger one"
 
 
 def _too_slow(rung: Rung, seconds: float, pace: Pace, facts: Facts) -> str:
-    """Return why a size is too slow for the time."""
+    """Return the explanation for the user that a model size is too slow for the time."""
     seen = seconds / pace.sample
     epochs = seen / facts.samples
     return (
@@ -187,7 +207,7 @@ def _lines(config: Config, budget: Budget, rung: Rung, why: str, pace: Pace) -> 
 
 
 def _length(config: Config, budget: Budget, pace: Pace) -> list[str]:
-    """Return lines on how long the run is, and when everything is done."""
+    """Return lines about the length of the run and the expected end."""
     schedule, batch = Schedule(config.train, config.optim, budget.facts.samples), config.train.global_batch
     steps = schedule.total_steps
     epochs = steps / schedule.steps_per_epoch
@@ -207,15 +227,16 @@ def _length(config: Config, budget: Budget, pace: Pace) -> list[str]:
 
 
 def _between(config: Config, schedule: Schedule, budget: Budget, pace: Pace) -> float:
-    """Return the seconds of the evaluations between the first and the last step."""
+    """Return the estimated seconds for the evaluations between the first step and the last, with the periods in the
+    config."""
     count, seconds = budget.evaluations(pace)
     every = config.train.eval_every
     return (schedule.total_steps - 1) // every * seconds / count if every and count else 0.0
 
 
 def _warning(config: Config, budget: Budget, pace: Pace) -> str:
-    """Return a warning about a run that is too short to learn much, with sufficient hours; "" for other runs,
-    and where the user has decided how long it is."""
+    """Return a warning with a sufficient number of hours if the run is too short to learn much; "" otherwise, or if the
+    user has set the length."""
     schedule, batch = Schedule(config.train, config.optim, budget.facts.samples), config.train.global_batch
     steps, enough = schedule.total_steps, max(automatic_settings.LEARNING_STEPS, schedule.steps_per_epoch)
     if config.train.hours is None or steps >= enough:
@@ -229,6 +250,6 @@ def _warning(config: Config, budget: Budget, pace: Pace) -> str:
 
 
 def _rounded_up(value: float) -> float:
-    """Return a value with two significant digits that is not smaller."""
+    """Return the value rounded up to two significant digits."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
     return round(math.ceil(value / unit) * unit, 10)

@@ -1,4 +1,4 @@
-"""What SOURCE is, a folder, shards or a Hugging Face data set, and the shards that a run reads of it."""
+"""Detection of the kind of SOURCE (a folder, shards or a Hugging Face dataset), and the shards that a run reads."""
 
 from __future__ import annotations
 
@@ -32,24 +32,26 @@ from m3ae_fast.shards.sources.interface import Records
 from m3ae_fast.shards.sources.recognition import is_saved_dataset
 from m3ae_fast.shards.writer import convert, manifest_of
 
-SHARDS, CLEANED = "shards", "held-out"  # folders of a run folder
-_FRACTION, _MOST_HELD_OUT = 0.1, 5000  # of the samples, where they have no such split
+SHARDS, CLEANED = "shards", "held-out"  # sub-folders of the run folder
+# fraction, and maximum number, of samples that are held out if the source has no split for it
+_FRACTION, _MOST_HELD_OUT = 0.1, 5000
 
 
 def find_shards(
     source: str, out: Path, captions: Path | None, val: Sequence[str], image_range: Range | None = None
 ) -> Shards:
-    """Return the shards of `source`, made in the run folder `out` where it is not shards itself.
+    """Return the shards of a source. If the source is not shards itself, they are created in the run folder.
 
     Args:
-        source: a folder of images or of shards, shards as a config names them, or a data set's name.
+        source: a folder of images or of shards, a shard pattern as in the config, or the name of a dataset.
         out: the run folder.
-        captions: a table of them, for a folder of images; None: one in the folder, or .txt files.
-        val: held-out shards, where `source` is shards; empty: those it has of that name, or the last ones.
-        image_range: of images of more than 8 bits.
+        captions: for a folder of images, the file of the caption table; None: a table in the folder, or .txt files.
+        val: if the source is shards, the held-out shards; empty: shards with names of a held-out split, or the last
+            shards.
+        image_range: values of black and white in images of more than 8 bits; None: detected.
 
     Raises:
-        UserError: there is no such source, it cannot be used, or it has changed since a run in `out` began.
+        UserError: the source does not exist, cannot be used, or has changed since a run in `out` began.
     """
     folder = Path(source)
     tars = sorted(str(path.resolve()) for path in folder.glob("*.tar")) if folder.is_dir() else []
@@ -75,7 +77,7 @@ def find_shards(
     if captions:
         raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
     near = _similar(folder)
-    if near and "/" not in source:  # the hub would be asked for a minute where there is no network
+    if near and "/" not in source:  # without a network, a request to the hub would take a minute
         raise UserError(f"{source}: no such folder here{near}")
     try:
         records = HuggingFace(source, None, None, (None, None, None))
@@ -85,7 +87,8 @@ def find_shards(
 
 
 def _similar(folder: Path) -> str:
-    """Return a question after a folder that may be meant, or the way to give a table; "" if neither is likely."""
+    """Return a hint for a source that does not exist: a folder with a similar name, or the correct use of a caption
+    table; "" if there is none."""
     if folder.is_file() and folder.suffix.lower() in READERS:
         return f"; a table goes with the folder of its images: pretrain FOLDER --captions {folder}"
     parent = folder.parent
@@ -99,7 +102,7 @@ def _names_shards(source: str) -> bool:
 
 
 def _without_classes(pictures: Folder) -> str:
-    """Return why images have no classes, "" if they have some."""
+    """Return the reason why images have no classes; "" if they have classes."""
     if pictures.classes is not None:
         return ""
     if pictures.outside:
@@ -108,7 +111,8 @@ def _without_classes(pictures: Folder) -> str:
 
 
 def _with_table_in(folder: Path) -> tuple[Folder, list[str]]:
-    """Return the images of a folder, with the one table at its top, if any, and notes about it."""
+    """Return the records of a folder of images, with the captions and fields of a table in this folder if there is one,
+    and notes about the table."""
     tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables)
@@ -127,12 +131,14 @@ def _with_table_in(folder: Path) -> tuple[Folder, list[str]]:
 
 
 def _split(train: list[str], val: list[str], out: Path) -> Shards:
-    """Hold out shards: those given, or named so, or the last tenth, without images that the others have too."""
+    """Split shards into training and held-out shards. Held out are the shards in `val`, otherwise those whose names say
+    so, otherwise the last tenth, without samples whose image also occurs in a training shard."""
     names = train if any(map(is_manifest, train)) else expand(train)
     if val:
         return Shards(train, val, _overlap(train, val))
     folders = zip(*(name.split("/")[:-1] for name in names))
-    common = len([*takewhile(lambda level: len(set(level)) == 1, folders)])  # which say nothing of a shard
+    # Folders that all shards share say nothing about splits.
+    common = len([*takewhile(lambda level: len(set(level)) == 1, folders)])
     named = {name: _split_named(name.split("/")[common:]) for name in names}
     kept = [name for name, split in named.items() if split in (None, TRAIN)]
     evaluated = VAL if VAL in named.values() else TEST
@@ -169,19 +175,19 @@ def _split(train: list[str], val: list[str], out: Path) -> Shards:
 
 
 def _split_named(path: list[str]) -> str | None:
-    """Return the split that a shard's name says, or a folder above it; None if none does."""
+    """Return the split according to the name of a shard or of a folder above it; None if there is none."""
     *folders, name = path
     return split_of_file(name) or next(filter(None, map(split_of_folder, folders)), None)
 
 
 def _out_of_reach(shards: Sequence[str]) -> bool:
-    """Return whether images cannot be compared without fetching them."""
+    """Return whether the images of shards cannot be compared without downloading them."""
     store = ShardStore()
     return any(is_manifest(name) or store.is_staged(name) for name in shards)
 
 
 def _overlap(train: Sequence[str], val: Sequence[str]) -> list[str]:
-    """Return a note about samples that the user holds out, but whose images are trained on."""
+    """Return a note in a list if there are held-out samples whose image also occurs in a training shard."""
     if any(map(is_manifest, [*train, *val])):
         return []
     train, val = expand(list(train)), expand(list(val))
@@ -197,7 +203,8 @@ def _samples(shared: dict[str, set[int]]) -> str:
 
 
 def _made(source: Records, name: str, out: Path, notes: list[str], image_range: Range | None) -> Shards:
-    """Write the shards that `out` lacks; those of other pictures go where no training has begun."""
+    """Create the shards that are missing in the run folder, and return all of them. Shards of a source that has changed
+    since are replaced, unless training has begun."""
     folder, before = out / SHARDS, _manifest(out / SHARDS)
     parts = parts_of(source, _uses(source))
     image_range = image_range or range_of([kind for part in parts for kind in part.kinds])
@@ -230,7 +237,7 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
 
 
 def _uses(source: Records) -> dict[str, str]:
-    """Return a line that describes each split."""
+    """Return a description of the purpose of each split, by name."""
     if len(source.splits) == 1:
         return dict.fromkeys(source.splits, "trained on, part of it held out")
     train, held, apart = _roles(source.splits)
@@ -238,7 +245,7 @@ def _uses(source: Records) -> dict[str, str]:
 
 
 def _roles(splits: Collection[str]) -> tuple[str, str | None, list[str]]:
-    """Return the split to train on, the one that is held out, None if there is none, and those that are neither."""
+    """Return the split to train on, the split that is held out (None if there is none), and all other splits."""
     held_out = [split for split in HELD_OUT if split in splits]
     others = sorted(splits, key=lambda split: (split in held_out, split != TRAIN, split))
     held = next((split for split in held_out if split != others[0]), None)
@@ -246,7 +253,8 @@ def _roles(splits: Collection[str]) -> tuple[str, str | None, list[str]]:
 
 
 def _settings(source: Records, image_range: Range | None) -> Settings:
-    """Hold out a part of a source that has one split. Raises UserError if it has several, but none to train on."""
+    """Return the settings for creating shards: a part is held out if the source has only one split. Raises UserError if
+    it has several splits, but none to train on."""
     if len(source.splits) > 1 and all(split in HELD_OUT for split in source.splits):
         found = " and ".join(source.splits)
         raise UserError(f"SOURCE has the splits {found}, but none to train on; name one of them as SOURCE")

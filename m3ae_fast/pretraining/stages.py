@@ -28,17 +28,17 @@ from m3ae_fast.training.run_folder import is_held
 from m3ae_fast.training.run_state import status
 from m3ae_fast.weights.exporting import write_export
 
-CONFIG, EXPORT = "config.json", "export"  # of a run folder
+CONFIG, EXPORT = "config.json", "export"  # names in the run folder
 
 
 class Outcome(NamedTuple):
-    """What is in the run folder in the end."""
+    """The content of the run folder at the end."""
 
     run: Path
-    finished: bool  # False: stopped; the same call goes on
-    export: Path  # that `M3AE.from_pretrained` loads
+    finished: bool  # False: the run was stopped; the same call resumes it
+    export: Path  # folder for `M3AE.from_pretrained`
     report: Path
-    results: dict[str, dict[str, Any]]  # by task and by what was measured; empty without classes
+    results: dict[str, dict[str, Any]]  # results by task and by model; empty without classes
 
 
 def pretrain(
@@ -54,27 +54,33 @@ def pretrain(
     tune: bool = False,
     dry_run: bool = False,
 ) -> Outcome:
-    """Train a model on pictures, with captions where there are some, measure and export it.
+    """Train a model on images, and on their captions if there are any, evaluate it and export it. A call for an
+    interrupted run resumes it.
 
     Args:
-        source: a folder of images (captions beside them or in a table, sub-folders as classes), shards, or the name of
-            a Hugging Face data set.
-        out: the run folder, which holds everything that is made. A run that was stopped goes on.
-        hours: for everything, on this machine; the length of the run follows it, also while it trains. Where that is
-            too short to learn much and stdin is a terminal, it is asked whether to start.
-        captions: the table of captions of a folder of images; None: one in the folder, or .txt files beside images.
-        val: held-out shards, where `source` is shards.
-        labels: where classes are read: "cls", or "json." and the name of a field.
-        start_from: the model whose weights the run continues from, with its size, a lower learning rate and a shorter
-            warm-up: a run, an export, weights of the official M3AE or MAE or of a timm model, or a name on the Hugging
-            Face hub; None: random weights.
-        overrides: of the chosen settings, "section.key=value".
-        tune: choose the learning rate by short runs first, in 15 % of the training time.
-        dry_run: only say what would be done and how long it takes.
+        source: a folder of images (with captions in .txt files or in a table, and sub-folders as classes), shards, or
+            the name of a Hugging Face dataset.
+        out: the run folder, which contains all output.
+        hours: the time for everything, on this machine. The length of the run is derived from it, and adjusted during
+            training. If the time is too short to learn much and stdin is a terminal, the user is asked whether to
+            start.
+        captions: for a folder of images, the file of the caption table; None: a table in the folder, or .txt files next
+            to the images.
+        val: if `source` is shards, the held-out shards.
+        labels: source of the classes: "cls", or "json." and the name of a field.
+        start_from: model from whose weights the run starts, with its size, a lower learning rate and a shorter warm-up:
+            a run, an export, weights of the official M3AE or MAE or of a timm model, or a name on the Hugging Face hub.
+            None: random weights.
+        overrides: overrides "section.key=value" of the chosen settings.
+        tune: whether to first choose the learning rate by short runs, which take 15 % of the training time.
+        dry_run: whether to only print the plan and the expected duration.
+
+    Returns:
+        The content of the run folder at the end.
 
     Raises:
-        UserError: the source cannot be used, an override is impossible, `out` cannot be written, or the answer is not
-            to start.
+        UserError: the source cannot be used, an override is invalid, `out` cannot be written, or the user has answered
+            not to start.
     """
     began = time.monotonic()
     if not 0 < hours < 10_000:
@@ -88,7 +94,7 @@ def pretrain(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is not a folder; name a folder, which may be new")
     table_of_captions = None if captions is None else Path(captions)
-    here = [*overrides, f"run.dir={json.dumps(str(out))}"]  # the folder may be a copy, or named from elsewhere
+    here = [*overrides, f"run.dir={json.dumps(str(out))}"]  # the run folder may have been moved or copied
     given = None if start_from is None else str(start_from)
     config = _configured(
         str(source), out, hours, began, table_of_captions, val, labels, given, here, image_range, dry_run
@@ -130,7 +136,8 @@ def _configured(
     image_range: Range | None,
     dry_run: bool,
 ) -> Config | None:
-    """Return the config of the run, chosen now or by an earlier call; None if somebody asks to stop meanwhile."""
+    """Return the config of the run, which is chosen now or was chosen by an earlier call; None if a stop is requested
+    meanwhile."""
     path = out / CONFIG
     if path.exists() and not dry_run:
         load_config(path, list(overrides))  # report a mistake before any work
@@ -154,22 +161,22 @@ def _configured(
     if plan is None:
         return None
     notes = [*weights.notes, *shards.notes, *notes]
-    said = (note if note.startswith(" ") else f"note: {note}" for note in notes)  # some have examples
-    print("\n".join([*plan.lines, *said]), flush=True)
+    printed = (note if note.startswith(" ") else f"note: {note}" for note in notes)  # indented lines are examples
+    print("\n".join([*plan.lines, *printed]), flush=True)
     if plan.warning:
         print(f"warning: {plan.warning}", flush=True)
     if not dry_run:
         if plan.warning:
             _ask_whether_to_start()
-        if is_held(out):  # by another call that has chosen meanwhile
+        if is_held(out):  # another call may have started a run in the meantime
             raise UserError(f"--out {out}: another run is using it; choose another folder")
-        write_whole(path, json.dumps(remembered(plan.config), indent=2) + "\n")  # defaults too
+        write_whole(path, json.dumps(remembered(plan.config), indent=2) + "\n")  # including defaults
         print(f"{path} has all settings; --set section.key=value changes one", flush=True)
     return plan.config
 
 
 def _ask_whether_to_start() -> None:
-    """Raise UserError if somebody is at the terminal and does not want to start."""
+    """Ask the user whether to start if stdin is a terminal. Raises UserError if the answer is no."""
     if not (sys.stdin and sys.stdin.isatty()):
         return
     try:
