@@ -1,1 +1,1 @@
-"""Benchmarks: what the engine and its kernels do beside the baselines. Timing lives here, never in tests/."""
+"""Benchmarks that compare the engine and its kernels with baselines. All timing is done here, never in tests/."""

@@ -1,6 +1,6 @@
-"""An implementation in a process of its own, which takes steps when asked to.
+"""An implementation in a separate process, which takes steps on request.
 
-Implementations can so take turns and yet share nothing: neither allocator settings nor memory nor threads.
+Implementations can thus alternate although they share neither allocator settings nor memory nor threads.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# As train.py sets it: waiting threads leave their cores, the engine's memory comes in large pages. The baselines free
-# theirs and take it again all the time, and large pages would cost them a tenth.
+# As in train.py, waiting threads yield their cores, and the engine's memory is allocated in large pages. The baselines
+# free and allocate memory all the time, so that large pages would make them slower by a tenth.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 ENGINE = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
 class Alone:
-    """Implementation `name`, at work in another process until the `with` block ends.
+    """An implementation that runs in another process until the `with` block ends.
 
     Args:
-        name: of `implementations.NAMES`.
+        name: one of `implementations.NAMES`.
         model: fields of ModelConfig.
-        samples: the batch.
-        env: environment variables to add.
-        options: `masking` (fields of MaskingConfig), `optim` (of PretrainingOptimConfig), `words` and `batches`, as
-            `implementations.build` takes them.
+        samples: number of samples in the batch.
+        env: additional environment variables.
+        options: `masking` (fields of MaskingConfig), `optim` (fields of PretrainingOptimConfig), `words` and `batches`;
+            see `implementations.build`.
     """
 
-    startup: float  # seconds from the process's start to the end of its first step: imports, model, compilation
-    losses: list[float]  # of the first two steps
+    startup: float  # seconds from the start of the process to the end of its first step: imports, model, compilation
+    losses: list[float]  # losses of the first two steps
 
     def __init__(self, name: str, model: dict, samples: int, *, env: dict[str, str] | None = None, **options) -> None:
         spec = {"name": name, "model": model, "samples": samples, "options": options}
@@ -50,16 +50,16 @@ class Alone:
         self.startup, self.losses = self._answer()
 
     def step(self) -> float:
-        """Return the seconds of one more step."""
+        """Take a step and return its duration in seconds."""
         return self._ask("step")
 
     def peak_bytes(self) -> int:
-        """Return the most memory during one more step, above parameters, gradients and optimiser state. On a CPU of the
-        process's resident memory, on a GPU of torch's allocator."""
+        """Take a step and return its peak memory in bytes, without parameters, gradients and optimiser state: the
+        resident memory of the process on a CPU, the memory of torch's allocator on a GPU."""
         return self._ask("peak")
 
     def held_bytes(self) -> int:
-        """Return the most memory that the process ever held, of all kinds: what the trainer logs as its peak."""
+        """Return the peak of the process's total memory in bytes, which the trainer logs as its peak memory."""
         return self._ask("held")
 
     def _ask(self, what: str):
@@ -82,7 +82,7 @@ class Alone:
 
 
 def peak_above(function: Callable[[], object], device) -> int:
-    """Return bytes that `function` needs at its peak beyond what the process holds before it."""
+    """Return the peak memory of a call of `function` in bytes, minus the memory that the process holds before it."""
     import torch
 
     gc.collect()
@@ -108,13 +108,14 @@ def _status(field: str) -> int:
 
 
 def _age() -> float:
-    """Return the seconds since this process was started."""
+    """Return the age of this process in seconds."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def serve(spec: dict) -> None:
-    """Build the implementation, report its start-up, then answer one line per question."""
+    """Build the implementation, print its start-up time, and then answer each request with one line. Runs in the other
+    process."""
     from m3ae_fast.process.ranks import join_ranks
 
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -138,7 +139,7 @@ def _serve(spec: dict, ranks, answers) -> None:
     startup = _age()
     answer = (startup, (first, step().item()))
     with torch.device("meta"):
-        gradients = 4 * sum(p.numel() for p in M3AE(model).parameters())  # every step makes and drops them
+        gradients = 4 * sum(p.numel() for p in M3AE(model).parameters())  # allocated and freed in every step
     while True:
         print(json.dumps(answer), file=answers, flush=True)
         what = sys.stdin.readline().strip()

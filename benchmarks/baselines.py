@@ -1,5 +1,5 @@
-"""What the ops are compared with: plain torch, torch.compile of it, their matmuls alone on cuBLAS, and the losses and
-attention of torch and of other libraries, where installed."""
+"""Baselines of the ops: plain torch, the same with torch.compile, only the matmuls (by cuBLAS), and the losses and
+attention of torch and of other installed libraries."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from benchmarks.ops import Workload
 
-CHUNKS = 4  # of rows, where logits are made a part at a time
-LIGER_CHUNKS = 16  # its `chunk_mem_const`: as few chunks; with its default there are 48 at M3AE-Large's sizes
+CHUNKS = 4  # number of chunks of rows for losses that compute logits in chunks
+LIGER_CHUNKS = 16  # Liger's `chunk_mem_const`, for as few chunks; with its default there are 48 at M3AE-Large's sizes
 
 
 def baselines(work: Workload, compiled: bool = True) -> dict[str, object]:
-    """Return modules by name, each with a function named as the op."""
+    """Return the baselines of an op by name, as modules with a function that has the op's name. `compiled`: whether to
+    include torch.compile."""
     found: dict[str, Callable] = {"eager": getattr(reference, work.op)}
     if compiled:
         found["torch.compile"] = torch.compile(getattr(reference, work.op))
@@ -41,14 +42,14 @@ def baselines(work: Workload, compiled: bool = True) -> dict[str, object]:
 
 
 def _patches_given(work: Workload) -> Callable[..., Tensor]:
-    """Return the patch embedding where the chosen patches were cut and normalised before."""
+    """Return a patch embedding for which the patches have been extracted and normalised in advance."""
     weight, ids = work.tensors["weight"], work.tensors["patch_ids"].long()
     rows = reference.patches(work.tensors["images"], dtype=weight.dtype, **work.options)[ids]
     return lambda images, patch_ids, weight, bias, **_: F.linear(rows, weight, bias)
 
 
 class _Matmuls(torch.autograd.Function):
-    """The three matmuls of a head with its loss, outputs taken for their gradients, and nothing else."""
+    """Only the three matmuls of a head with its loss, where the outputs also serve as their gradients."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class _Matmuls(torch.autograd.Function):
 
 
 def _kernels(device: torch.device) -> dict[str, Kernel]:
-    """Return attention kernels of others that can be imported; whether they run here shows when they do."""
+    """Return the attention kernels of other libraries that can be imported; they may still fail on this machine."""
     found = {}
     for name, make in cuda.MAKERS.items():
         with suppress(ImportError, cuda.NotHere):
@@ -81,7 +82,7 @@ def _segments(qkv, cu_seqlens, max_seqlen, q, cu_queries, max_queries) -> tuple[
 
 
 def _sdpa(qkv, cu_seqlens, max_seqlen, q=None, cu_queries=None, max_queries=None) -> Tensor:
-    """Pad every sample to the longest."""
+    """Return the result of scaled_dot_product_attention with all samples padded to the longest one."""
     queries, keys = _segments(qkv, cu_seqlens, max_seqlen, q, cu_queries, max_queries)
     return padded_attention(*(qkv.unbind(1) if q is None else (q, *qkv.unbind(1))), queries, keys)
 
@@ -92,7 +93,7 @@ def _of_kernel(kernel: Kernel, qkv, cu_seqlens, max_seqlen, q=None, cu_queries=N
 
 
 class _OfKernel(torch.autograd.Function):
-    """As the model calls its kernels: the gradient is one tensor."""
+    """Attention by a kernel as the model calls it, with a single tensor as gradient."""
 
     @staticmethod
     def forward(ctx, kernel: Kernel, qkv: Tensor, q: Tensor | None, queries: Segments, keys: Segments) -> Tensor:
@@ -112,13 +113,13 @@ class _OfKernel(torch.autograd.Function):
         return None, dqkv, dq, None, None
 
 
-# The libraries' losses are means over rows, without row weights or accuracy.
+# The losses of the libraries are means over rows, without row weights and accuracy.
 
 
 def _torch() -> Callable[..., Tensor] | None:
     if not hasattr(F, "linear_cross_entropy"):  # before torch 2.13
         return None
-    options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)  # the backward pass is timed by itself
+    options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)  # the backward pass is also timed separately
 
     def loss(hidden, weight, bias, targets, **_) -> Tensor:
         return F.linear_cross_entropy(hidden, weight, targets.long(), linear_bias=bias, options=options)

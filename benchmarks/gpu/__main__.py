@@ -1,9 +1,9 @@
 """python -m benchmarks.gpu [--quick | --odd | --tune | --step | --all] [--budget SECONDS]: checks every kernel on the
-GPU and times it beside the baselines; or finds block sizes; or times whole training steps; or all of it, in stages.
+GPU and compares its time with baselines; or tunes block sizes; or times whole training steps; or all of it, in stages.
 
-Results are written after each op, kernel or step, so that a run which ends early has what it measured. Checks, timing
-and tuning run in a process of their own, and after a crash in another. Exit code 1 if a check, step or stage fails, 2
-if there is no GPU, 3 if --all has stages left for another call.
+Results are written after each op, kernel or step, so that they are not lost if the run ends early. Checks, timing and
+tuning run in a separate process, and continue in another one after a crash. The exit code is 1 if a check, step or
+stage fails, 2 if there is no GPU, and 3 if --all has stages left for another call.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--samples", type=int, help="of --step: a GPU's batch (default 512)")
     found.add_argument("--recompute", action="store_true", help="of --step: GELU and norms, as where memory lacks")
     found.add_argument("--results", type=Path, metavar="DIR", help="where to write (default benchmarks/results/GPU)")
-    # of a process that the program starts: it does the work, from this item on
+    # internal: set for the process that the program starts, which does the work from this item on
     found.add_argument("--from", type=int, dest="first", help=argparse.SUPPRESS)
     return found
 
 
 def main(arguments: list[str] | None = None, **options: Any) -> int:
-    """Run the benchmarks; `options` are those of `check_and_time`."""
+    """Run the benchmarks and return the exit code. `options`: see `check_and_time`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     if args.again and not args.all:
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None, **options: Any) -> int:
         return 1 if failed else 0
     dtypes = [dtype for dtype in DTYPES if args.dtype in (None, _name(dtype))]
     work = suite.items(quick=args.quick or args.odd, odd=args.odd, dtypes=dtypes)
-    if args.first is None:  # nothing before has taken memory on the GPU
+    if args.first is None:  # no memory of the GPU is in use yet
         command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
         if args.tune is not None:
             return tune.in_processes([*command, "--from", "0"], folder, seconds)
@@ -84,9 +84,9 @@ def main(arguments: list[str] | None = None, **options: Any) -> int:
 def _alone(
     args: argparse.Namespace, work: list[suite.Item], dtypes: list[torch.dtype], folder: Path, options: dict[str, Any]
 ) -> int:
-    """Check, time or tune in this process; return the exit code."""
+    """Check, time or tune in this process, and return the exit code."""
     device = CudaDevice()
-    # the project's own kernels, attention's too, whichever library's is the fastest here
+    # The project's own kernels are used, even if another library's attention kernel is faster on this GPU.
     os.environ.setdefault(dispatch.ENV, dispatch.choose_impl("auto", device.device))
     print(f"{results.device_name()}, torch {torch.__version__}", flush=True)
     failed, checks = 0, []
@@ -96,7 +96,7 @@ def _alone(
                 compiled = {"compiled": not args.no_compile} | options
                 suite.check_and_time(device, work, checks, folder, first=args.first, **compiled)
             for dtype in dtypes if args.tune is not None else ():
-                if dtype != torch.float16 or args.dtype:  # which else has the table of bfloat16
+                if dtype != torch.float16 or args.dtype:  # by default, float16 uses the table of bfloat16
                     failed += tune.tune(device, options.get("sizes", LARGE), dtype, folder, only=args.tune)
     except suite.DeviceBroken as error:
         print(f"the device is lost to this process: {error.__cause__}", flush=True)
@@ -109,7 +109,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _steps(args: argparse.Namespace) -> int:
-    """Return how many runs failed."""
+    """Time whole training steps, and return the number of runs that failed."""
     from benchmarks.gpu import step
 
     changes = {"recompute": args.recompute} | ({} if args.samples is None else {"batch": args.samples})

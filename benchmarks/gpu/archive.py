@@ -1,5 +1,5 @@
-"""Packs the records, logs and tables of all stages into one small archive, which can be carried to another machine and
-back. Compilers' caches, shards and traces are left out."""
+"""Packing of the records, logs and tables of all stages into one small archive, which can be copied to another machine
+and back. Caches of compilers, shards and traces are left out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 ARCHIVE = "records.tar.gz"
 RECORD = "record.json"
 KINDS = (".json", ".jsonl", ".txt")
-LARGEST = 8 << 20  # bytes of a file; a larger log is cut to its end
+LARGEST = 8 << 20  # maximum size of a file in bytes; of a larger log, only the end is kept
 
 
 def pack(folder: Path) -> Path:
-    """Write `folder`'s archive: whole, or not at all."""
+    """Write the archive of `folder` atomically, and return its path."""
     path, partial = folder / ARCHIVE, folder / f".{ARCHIVE}"
     with tarfile.open(partial, "w:gz") as archive:
         for record in sorted(folder.glob(f"*/{RECORD}")):
@@ -31,7 +31,7 @@ def pack(folder: Path) -> Path:
 
 
 def unpack(folder: Path) -> list[str]:
-    """Take up what `folder`'s archive has of stages that have no record there; return their names."""
+    """Extract the stages in the archive of `folder` that have no record in the folder, and return their names."""
     path = folder / ARCHIVE
     if not path.exists():
         return []
@@ -43,6 +43,6 @@ def unpack(folder: Path) -> list[str]:
             if content is None or not target.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(f"{path} has a member {member.name}, which no stage writes")
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content.read())  # extractall has no filter before Python 3.11.4
-            os.utime(target, (member.mtime, member.mtime))  # later tunings overrule earlier ones
+            target.write_bytes(content.read())  # before Python 3.11.4, extractall has no filter
+            os.utime(target, (member.mtime, member.mtime))  # the latest tuning takes precedence
     return sorted({Path(member.name).parts[0] for member in members})

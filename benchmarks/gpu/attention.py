@@ -1,5 +1,5 @@
-"""python -m benchmarks.gpu.attention: every attention kernel that is installed, and the project's own, at the
-micro-batch's size: 512 samples, forward and backward, in GPU time. Writes gpu-attention.json."""
+"""python -m benchmarks.gpu.attention: times all installed attention kernels and the project's own, forward and
+backward, for a micro-batch of 512 samples. Writes gpu-attention.json."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from benchmarks import results
 from benchmarks.measure import CpuDevice, CudaDevice
 
 SAMPLES = 512
-# M3AE-Large: heads, values a head, rows of a sample with a caption of 20 words, and with the longest
+# M3AE-Large: number of heads, head dimension, and rows of a sample with a caption of 20 words and with the longest one
 SHAPES = {"encoder": (16, 64, 55), "encoder, long": (16, 64, 81), "decoder": (16, 32, 218)}
 REPEATS = 10
 
 
 def kernels(device: torch.device) -> dict[str, Kernel]:
-    """Return those that can be made here."""
+    """Return the kernels that can be created on this machine, by name."""
     found: dict[str, Kernel] = {"padded": PADDED}
     for name, make in cuda.MAKERS.items():
         try:
             found[name] = make(device)
-        except Exception as error:  # of any kind: not installed, a broken build
+        except Exception as error:  # any error: not installed, or a broken build
             print(f"{name} is left out: {next(iter(str(error).splitlines()), repr(error))}", flush=True)
     return found
 
@@ -35,8 +35,8 @@ def time_kernels(
     samples: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[results.Row]:
-    """Return a row per shape and kernel. One that fails, or computes something else than padded matmuls, has the
-    reason in place of a time."""
+    """Return a row per shape and kernel. If a kernel fails or its results differ from padded attention, the row
+    contains the reason in place of a time."""
     rows: list[results.Row] = []
     for shape, (heads, dim, length) in SHAPES.items():
         inputs = cuda.example(device.device, dtype, heads, dim, length, samples)
@@ -48,7 +48,7 @@ def time_kernels(
                 if not off <= cuda.ERROR:
                     row["verdict"] = f"off by {off:.0%}"
                 row["ms"] = _ms(device, kernel, inputs)
-            except Exception as error:  # a kernel that was not made for this GPU, size or memory
+            except Exception as error:  # the kernel does not support this GPU or size, or there is not enough memory
                 row["verdict"] = " ".join(str(error).split())[:120] or repr(error)
             rows.append(row)
             print(row, flush=True)
@@ -56,7 +56,7 @@ def time_kernels(
 
 
 def _ms(device: CpuDevice | CudaDevice, kernel: Kernel, inputs: tuple) -> float:
-    """Return the time of one pass, with the host ahead of the device."""
+    """Return the time of one pass on the device in milliseconds, without waits for the host."""
     device.head_start()
     pairs = []
     for _ in range(REPEATS):
@@ -67,7 +67,7 @@ def _ms(device: CpuDevice | CudaDevice, kernel: Kernel, inputs: tuple) -> float:
 
 
 def main() -> int:
-    """Print and write the table; return the exit code."""
+    """Print and write the table, and return the exit code."""
     if not torch.cuda.is_available():
         print("benchmarks.gpu.attention: torch sees no CUDA device on this machine", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""A time limit for all of a command, which ends with what it has."""
+"""A time limit for a whole command, which keeps its results when it ends."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from contextlib import contextmanager
 
 
 class OutOfTime(BaseException):
-    """Not an Exception: whoever catches another library's errors must let it pass."""
+    """Raised when the time is over. It does not derive from Exception, so that code that catches errors of other
+    libraries does not catch it."""
 
 
 @contextmanager
 def budget(seconds: float) -> Iterator[None]:
-    """End the block after `seconds`, wherever it is (in C code, when that returns), and say so. The block must write
-    what is to stay as it goes along."""
+    """Context that ends the block after `seconds`, with a message. C code is not interrupted. The block must write its
+    results as it proceeds."""
 
     def end(*_: object) -> None:
         raise OutOfTime

@@ -1,9 +1,9 @@
-"""python -m benchmarks.gpu.candidates: compile settings of the matmul kernels ahead of time, on a CPU, and keep for
+"""python -m benchmarks.gpu.candidates: compiles settings of the matmul kernels ahead of time, on a CPU, and stores for
 each kernel the dozen that are worth timing on a GPU, in precompiled/ARCH.json.
 
-What spills, does not fit into shared memory or misses the tensor cores is out. Of each tile shape the settings stay
-that keep the most bytes on their way to a multiprocessor: its registers and shared memory say how many programs it
-holds, and each has all its stages but one under way.
+Settings that spill registers, do not fit into shared memory or do not use tensor cores are excluded. For each tile
+shape, the settings with the largest number of bytes in flight to a multiprocessor are kept: registers and shared memory
+determine how many program instances run on it, and in each of them the loads of all stages except one are in flight.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from m3ae_kernels.aot import CASES, SHARED_BYTES, Case, Report, compile_case
 FOLDER = Path(__file__).parent / "precompiled"
 DTYPES = {"16": "bf16", "32": "fp32"}
 PER_TILE = 2
-REGISTERS, WARPS = 65536, 64  # of a multiprocessor since compute capability 8.0 (CUDA C programming guide)
-MOST_ACCUMULATORS = 128  # of a thread's 255 registers
-# tile shapes by width of the inputs; float32 is multiplied in three TF32 products, which take three times the registers
+# registers and warps of a multiprocessor from compute capability 8.0 on (CUDA C programming guide)
+REGISTERS, WARPS = 65536, 64
+MOST_ACCUMULATORS = 128  # maximum number of a thread's 255 registers for accumulators
+# Tile shapes by width of the inputs. float32 is multiplied by three TF32 products, which require three times the
+# registers.
 TILES = {
     "16": ((64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128)),
     "32": ((32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128)),
@@ -35,13 +37,14 @@ Settings = dict[str, int]
 
 
 def read(arch: str) -> dict[str, dict[str, list[Settings]]]:
-    """Return by kernel and width what is worth timing on an architecture; empty where nothing was compiled for it."""
+    """Return the settings that are worth timing on an architecture, by kernel and width; empty if none were compiled
+    for it."""
     path = FOLDER / f"{arch}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def possible(arch: str, width: str) -> list[Settings]:
-    """Return settings whose accumulators fit into registers and whose stages fit into shared memory."""
+    """Return all settings whose accumulators fit into registers and whose stages fit into shared memory."""
     found = []
     for (m, n), (k, stages), warps in itertools.product(TILES[width], DEPTHS[width], (4, 8)):
         accumulators = m * n // (32 * warps)
@@ -51,7 +54,8 @@ def possible(arch: str, width: str) -> list[Settings]:
 
 
 def best(arch: str, width: str, reports: Sequence[tuple[Settings, Report]]) -> list[Settings]:
-    """Return PER_TILE sound settings of each tile shape, by bytes under way on a multiprocessor."""
+    """Return the PER_TILE best settings of each tile shape, by the number of bytes in flight on a multiprocessor, among
+    those without problems."""
 
     def in_flight(settings: Settings, report: Report) -> float:
         threads = 32 * settings["num_warps"]
@@ -83,7 +87,8 @@ def write(arch: str, found: dict[str, dict[str, list[Settings]]]) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     matmuls = [case for case in CASES if case.matmul and not case.sample[0]]
-    cases: dict[str, Case] = {case.kernel: case for case in reversed(matmuls)}  # of images the first kind, RGB
+    # the first case of each kernel, which has RGB images if the kernel reads images
+    cases: dict[str, Case] = {case.kernel: case for case in reversed(matmuls)}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.candidates", description=__doc__.split(": ")[1])
     parser.add_argument("--arch", choices=SHARED_BYTES, default="sm_90", metavar="ARCH", help="default sm_90")
     parser.add_argument("--kernel", nargs="+", choices=cases, default=list(cases), metavar="KERNEL")

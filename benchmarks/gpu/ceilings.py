@@ -1,5 +1,5 @@
-"""python -m benchmarks.gpu.ceilings: versions, and what this GPU reaches at best: a large matmul, those of M3AE-Large's
-layers, a copy. Writes gpu-ceilings.json."""
+"""python -m benchmarks.gpu.ceilings: measures the peak throughput of this GPU, for a large matmul, the matmuls of
+M3AE-Large's layers, and a copy. Writes gpu-ceilings.json with versions of libraries."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor
 from benchmarks import results
 from benchmarks.measure import CpuDevice, CudaDevice, measure
 
-ROWS = {"encoder": 28_160, "decoder": 111_616}  # of 512 samples
-LAYERS = {"qkv": (1, 3), "projection": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}  # inputs and outputs in widths
+ROWS = {"encoder": 28_160, "decoder": 111_616}  # rows of 512 samples
+# inputs and outputs as multiples of the width
+LAYERS = {"qkv": (1, 3), "projection": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}
 WIDTHS = {"encoder": 1024, "decoder": 512}
 COPY_BYTES = 4 << 30
 
 
 def products(rows: int, inputs: int, outputs: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
-    """Return the shapes of a layer's three matmuls."""
+    """Return the shapes of the three matmuls of a layer (forward, and gradients of input and weight), by name."""
     return {
         "forward": ((rows, inputs), (inputs, outputs)),
         "data gradient": ((rows, outputs), (outputs, inputs)),
@@ -27,7 +28,7 @@ def products(rows: int, inputs: int, outputs: int) -> dict[str, tuple[tuple[int,
 
 
 def measure_all(device: CpuDevice | CudaDevice, *, divide: int = 1, rounds: int = 5) -> list[results.Row]:
-    """Return a row per matmul and of the copy; sizes are divided by `divide`."""
+    """Return a row for each matmul and for the copy. Sizes are divided by `divide`."""
     shapes = {"8192 cubed": ((8192, 8192), (8192, 8192))}
     for part, rows in ROWS.items():
         for layer, (inputs, outputs) in LAYERS.items():
@@ -52,7 +53,7 @@ def _median(device: CpuDevice | CudaDevice, a: Tensor, b: Tensor, rounds: int) -
 
 
 def main() -> int:
-    """Print and write the table; return the exit code."""
+    """Print and write the table, and return the exit code."""
     if not torch.cuda.is_available():
         print("benchmarks.gpu.ceilings: torch sees no CUDA device on this machine", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
-"""The ops on the device against what is exact: small odd sizes in three dtypes, and the very inputs that are timed.
+"""Checks of the ops on the device against accurate results, for small odd sizes in three dtypes and for the inputs that
+are timed.
 
-Also that an op never waits for the host, and repeats itself bit for bit.
+It is also checked that ops do not synchronise with the host, and that repeated results are bitwise equal.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from torch import Tensor
 from benchmarks.ops import ODD, OPS, Sizes, Workload, make
 from benchmarks.results import Row
 
-# Twice the error of plain torch in the same dtype, and what rounding a result once may cost.
+# The allowed error is twice that of plain torch in the same dtype, plus the error of rounding a result once.
 FLOOR = {torch.float32: 5e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
-CHUNKS = 4  # in which the reference goes over the rows of the timed sizes: its logits would take gigabytes
+CHUNKS = 4  # number of chunks in which the reference processes the timed sizes, because its logits have gigabytes
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass
 class Check:
-    """One op, at some sizes, in one dtype: the worst ratio of error to what is allowed (None: it computed nothing), and
-    what went wrong."""
+    """The result of checking an op at some sizes in one dtype: the largest ratio of the error to the allowed error
+    (None if there is no result), and a description of problems."""
 
     op: str
     sizes: str
@@ -39,7 +40,7 @@ class Check:
 
 
 def check_small(name: str, dtype: torch.dtype, device: torch.device, sizes: Sizes = ODD, module=m3ae_kernels) -> Check:
-    """Check odd sizes, which no tile divides, against float64."""
+    """Check an op at odd sizes, which are not multiples of tiles, against float64."""
     work = make(name, sizes, dtype, device)
     upstream = work.upstream(work.call(reference))
     true = work.cast(torch.float64).run(reference, upstream)
@@ -47,7 +48,7 @@ def check_small(name: str, dtype: torch.dtype, device: torch.device, sizes: Size
 
 
 def check_timed(work: Workload, module=m3ae_kernels) -> Check:
-    """Check the inputs that are about to be timed against float32 in chunks of rows."""
+    """Check an op on the inputs that will be timed, against float32 in chunks of rows."""
     upstream = work.upstream(work.call(module))
     true = work.cast(torch.float32).run_in_chunks(reference, upstream, CHUNKS)
     plain = work.run_in_chunks(reference, upstream, CHUNKS)
@@ -90,7 +91,8 @@ def _syncs(work: Workload, module, upstream: tuple[Tensor, ...]) -> list[str]:
 
 
 def _error(got: Tensor, true: Tensor) -> float:
-    """Return the relative error in float64, a part at a time: the largest gradients have 50 million elements."""
+    """Return the relative error. It is computed in float64 and in parts, because the largest gradients have 50 million
+    elements."""
     wrong = size = 0.0
     for g, t in zip(got.flatten().split(1 << 24), true.flatten().split(1 << 24)):
         wrong += (g.double() - t.double()).square().sum().item()

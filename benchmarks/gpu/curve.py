@@ -1,5 +1,5 @@
-"""python -m benchmarks.gpu.curve: the quickstart's loss curve on a GPU in bf16 and in float32, on the CPU, and on the
-GPU with a kill halfway, side by side. Writes gpu-curve.json and keeps each run's log and metrics."""
+"""python -m benchmarks.gpu.curve: compares the loss curves of the quickstart on a GPU in bf16 and in float32, on the
+CPU, and on the GPU with a kill halfway. Writes gpu-curve.json, and keeps the log and the metrics of each run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from benchmarks.gpu.processes import Processes
 
 CONFIG = ROOT / "configs/quickstart.json"
 LOSSES = ("val_image_loss", "val_text_loss")
-PATIENCE_S = 390  # less than the plan has for the stage
+PATIENCE_S = 390  # time limit in seconds, which is below that of the stage in the plan
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A run: its precision, environment, and the step after which it is killed once; None: never."""
+    """A run: its precision, its environment variables, and the step after which it is killed once (None: never)."""
 
     name: str
     precision: str
@@ -45,13 +45,13 @@ CURVES = (
 
 
 def measure(folder: Path, curves: Sequence[Curve] = CURVES, settings: Mapping[str, object] | None = None) -> int:
-    """Run all curves at once, and write a row per evaluation with the losses of each; return how many failed.
-    `settings` are for the trainer's --set."""
+    """Run all curves in parallel, write a row per evaluation with the losses of all runs, and return the number of
+    failed runs. `settings`: settings for the trainer's --set."""
     failed, until = 0, time.monotonic() + PATIENCE_S
     with tempfile.TemporaryDirectory() as temporary:
         runs = {curve: Path(temporary) / str(i) for i, curve in enumerate(curves)}
         with ExitStack() as stack:
-            stack.callback(_keep, runs, folder)  # once they have ended
+            stack.callback(_keep, runs, folder)  # called after the runs have ended
             started = {curve: stack.enter_context(Processes(patience=0)) for curve in curves}
             trainers = {curve: _start(curve, started[curve], run, settings or {}) for curve, run in runs.items()}
             for curve in sorted(curves, key=lambda each: each.kill_at is None):
@@ -66,7 +66,7 @@ def measure(folder: Path, curves: Sequence[Curve] = CURVES, settings: Mapping[st
 
 
 def _keep(runs: Mapping[Curve, Path], folder: Path) -> None:
-    """Copy each run's log and metrics into a folder of its name."""
+    """Copy the log and the metrics of each run to a folder with the name of the run."""
     for curve, run in runs.items():
         kept = folder / "".join(c if c.isalnum() else "-" for c in curve.name.lower())
         kept.mkdir(parents=True, exist_ok=True)
@@ -90,12 +90,13 @@ def _finish(
     settings: Mapping[str, object],
     until: float,
 ) -> int | None:
-    """Wait for the end, with a kill and a second start between if the curve asks for it; return the exit code."""
+    """Wait for the end of a run and return its exit code. If the curve says so, kill the run and start it again in
+    between."""
     if curve.kill_at is not None:
         while trainer.poll() is None and time.monotonic() < until and last_step(run) < curve.kill_at:
             time.sleep(0.05)
         if trainer.poll() is not None:
-            return trainer.returncode or 1  # it ended before it was to be killed
+            return trainer.returncode or 1  # it ended before it was killed
         processes.end()
         trainer = _start(curve, processes, run, settings)
     try:
@@ -105,7 +106,7 @@ def _finish(
 
 
 def _lines(metrics: Path) -> list[dict]:
-    """Return what was logged, but for a last line that is not whole."""
+    """Return the logged lines, except an incomplete last line."""
     whole, _, _ = (metrics.read_text(encoding="utf-8") if metrics.exists() else "").rpartition("\n")
     return [json.loads(line) for line in whole.splitlines()]
 
@@ -115,12 +116,12 @@ def last_step(run: Path) -> int:
 
 
 def evaluations(metrics: Path) -> dict[int, dict[str, float]]:
-    """Return by step the held-out losses."""
+    """Return the held-out losses by step."""
     return {line["step"]: {name: line[name] for name in LOSSES} for line in _lines(metrics) if LOSSES[0] in line}
 
 
 def table(found: Mapping[str, dict[int, dict[str, float]]]) -> list[results.Row]:
-    """Return a row per step and loss, a column per run; None where a run has no such evaluation."""
+    """Return a row per step and loss, with a column per run; None if a run has no such evaluation."""
     steps = sorted({step for curve in found.values() for step in curve})
     return [
         {"step": step, "loss": name, **{run: curve.get(step, {}).get(name) for run, curve in found.items()}}
@@ -130,7 +131,7 @@ def table(found: Mapping[str, dict[int, dict[str, float]]]) -> list[results.Row]
 
 
 def main() -> int:
-    """Print and write the table; return the exit code."""
+    """Print and write the table, and return the exit code."""
     if not torch.cuda.is_available():
         print("benchmarks.gpu.curve: torch sees no CUDA device on this machine", file=sys.stderr)
         return 2

@@ -1,11 +1,13 @@
-"""`python -m benchmarks.gpu --all`: the first hour on a GPU, stage by stage, in calls of a few minutes each.
+"""`python -m benchmarks.gpu --all`: the validation of the kernels on a new GPU in stages, in calls of a few minutes
+each.
 
-Each stage is a process of its own, or several at once, with a time limit. What a command prints and writes is kept in
-the stage's folder, or in one of the command's name there, before anything reads it; record.json says how the stage
-ended. A stage that has a record is done: the next call goes on after it, and runs again what lacked a module that is
-there now. A stage that fails, hangs or prints nothing costs that stage alone, and no process of it stays. After every
-stage, records, logs and tables are packed into one file, which a next call takes up, also on another machine.
-Compilers' caches stay in the folder from call to call. PLAN.md says what is known by when.
+Each stage consists of one or several processes with a time limit. The output of its commands is stored in the folder of
+the stage, or in sub-folders with the names of the commands, before it is evaluated, and record.json describes how the
+stage ended. A stage with a record is complete; the next call continues with the following stages, and repeats stages
+that failed because a module was missing that is now installed. A stage that fails, hangs or prints nothing does not
+affect other stages, and all its processes are ended. After every stage, records, logs and tables are packed into one
+file, which the next call uses, also on another machine. The caches of compilers stay in the folder between calls.
+PLAN.md describes what each stage shows.
 """
 
 from __future__ import annotations
@@ -30,23 +32,23 @@ from benchmarks.gpu.archive import RECORD
 from benchmarks.gpu.processes import Processes
 from benchmarks.gpu.tune import apply
 
-LATER = 3  # exit code: stages are left for the next call
-BETTER = "{better}"  # in a command: the faster of the two engines, as measured by the stages of its name
+LATER = 3  # exit code if stages are left for the next call
+BETTER = "{better}"  # placeholder in a command for the engine that was faster in earlier stages
 SIZES = ("large", "base", "small")
 ENGINES = {"deepspeed": "large-deepspeed", "torch": "large-torch"}
-SANITIZER_ERROR = "86"  # exit code of compute-sanitizer where it has found something
+SANITIZER_ERROR = "86"  # exit code of compute-sanitizer if it has found an error
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands that run at once, by the name of each one's folder ("": the stage's own), for at most so many seconds:
-    arguments of Python's if `tool` is None."""
+    """A stage: commands that run in parallel for at most `seconds`, by the name of their folder ("": the folder of the
+    stage). The commands are arguments of Python or, if there is a `tool`, of the tool."""
 
     name: str
     seconds: float
     commands: dict[str, tuple[str, ...]]
     env: dict[str, str] = field(default_factory=dict)
-    tool: str | None = None  # a program that must exist for the stage to run, and runs Python
+    tool: str | None = None  # a program that runs Python; without it, the stage is skipped
 
 
 def _stage(name: str, seconds: float, module: str, *options: str, env: dict[str, str] | None = None) -> Stage:
@@ -60,17 +62,17 @@ def _step(name: str, on: str, seconds: float, *options: str, env: dict[str, str]
 
 
 def _sanitized(tool: str) -> Stage:
-    """Return a stage that checks small odd sizes under a tool of compute-sanitizer, without torch's caching allocator:
-    in its large blocks an overrun stays within allocated memory."""
+    """Return a stage that checks small odd sizes with a tool of compute-sanitizer. torch's caching allocator is
+    disabled, because it allocates large blocks, in which an out-of-bounds access is not detected."""
     options = ("--tool", tool, "--target-processes", "all", "--error-exitcode", SANITIZER_ERROR)
     command = (*options, sys.executable, "-m", SUITE, "--odd")
     return Stage(tool, 150, {"": command}, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, tool="compute-sanitizer")
 
 
 SUITE = "benchmarks.gpu"
-OWN = {"M3AE_KERNELS_IMPL": "triton"}  # attention too, which else may run on another library's kernel
+OWN = {"M3AE_KERNELS_IMPL": "triton"}  # uses the project's own kernels, including attention
 GOLDEN = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests/golden").glob("*.npz")))
-# in the order of what is lost without them; the limits of those before "base" add up to 45 minutes
+# in order of importance; the time limits of the stages before "base" add up to 45 minutes
 PLAN = (
     _stage("ceilings", 90, "benchmarks.gpu.ceilings"),
     _stage("verify", 90, "m3ae_fast", "verify", *GOLDEN, "--device", "cuda"),
@@ -105,20 +107,20 @@ PLAN = (
 
 
 def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN, again: Collection[str] = ()) -> int:
-    """Run the stages that have no record and for which time is left, those named in `again` in any case; return 0, 1 if
-    one has failed by now, or `LATER` if some are left."""
+    """Run the stages that have no record, and those named in `again`, while time is left. Return 1 if any stage has
+    failed, `LATER` if stages are left, otherwise 0."""
     deadline, begun = time.monotonic() + seconds, False
     if taken := archive.unpack(folder):
         print(f"{', '.join(taken)}: taken up from {folder / archive.ARCHIVE}", flush=True)
     for name in again:
         _set_aside(folder / name)
-        archive.pack(folder)  # which else would bring it back
+        archive.pack(folder)  # otherwise the archive would restore them
     outcomes: list[str] = []
     for stage in stages:
         place = folder / stage.name
         if not _is_done(place):
             left = deadline - time.monotonic()
-            if begun and left < stage.seconds:  # a call's first stage has at least the call
+            if begun and left < stage.seconds:  # the first stage of a call always starts
                 print(f"{stage.name} takes up to {stage.seconds:.0f} s, {max(0, left):.0f} are left: call again")
                 return LATER
             begun = True
@@ -138,7 +140,7 @@ def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN, again: Col
 
 
 def _is_done(place: Path) -> bool:
-    """Return whether a stage has a record, but for one that only lacked a module which is there now."""
+    """Return whether a stage has a record, unless it failed only because a module was missing that is now installed."""
     try:
         record = json.loads((place / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -147,14 +149,14 @@ def _is_done(place: Path) -> bool:
 
 
 def _set_aside(place: Path) -> None:
-    """Give the folder of a stage another name: what it measured stays."""
+    """Rename the folder of a stage, so that its results are kept."""
     if place.exists():
         taken = [int(other.suffix[1:]) for other in place.parent.glob(f"{place.name}.*") if other.suffix[1:].isdigit()]
         place.rename(f"{place}.{max(taken, default=0) + 1}")
 
 
 def _run_stage(stage: Stage, place: Path, folder: Path, seconds: float) -> dict[str, object]:
-    """Return the record of a stage, once none of its processes is left."""
+    """Run a stage and return its record, after all its processes have ended."""
     record: dict[str, object] = {"began": datetime.now(timezone.utc).isoformat(timespec="seconds"), "lacks": ""}
     tool = sys.executable if stage.tool is None else shutil.which(stage.tool)
     if tool is None:
@@ -174,7 +176,7 @@ def _run_stage(stage: Stage, place: Path, folder: Path, seconds: float) -> dict[
                 log.write_text(f"{error}\n", encoding="utf-8")
                 codes.append(error.errno)
         codes += [_wait(process, began + seconds) for process in started]
-    if processes.left:  # they may hold memory, and disturb what follows
+    if processes.left:  # they may hold memory, and disturb later stages
         record["left running"] = processes.left
     said = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
     if None in codes:
@@ -195,13 +197,13 @@ def _wait(process: subprocess.Popen, until: float) -> int | None:
 
 
 def caches(folder: Path) -> dict[str, str]:
-    """Return where compilers keep what they made."""
+    """Return the environment variables for the caches of compilers."""
     names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     return {variable: str((folder / "caches" / name).absolute()) for variable, name in names.items()}
 
 
 def better_engine(folder: Path) -> str:
-    """Return the engine of more samples a second, "torch" where neither has a number."""
+    """Return the engine with more samples per second; "torch" if there are no results."""
 
     def speed(engine: str) -> float:
         with suppress(OSError, ValueError, LookupError, TypeError):

@@ -1,7 +1,7 @@
-"""Processes that a benchmark starts, none of which outlives it, nor does anything that they start in turn.
+"""Processes that a benchmark starts. Neither they nor their children outlive the benchmark.
 
-Process groups do not tell them: a trainer starts a session of its own. A mark in the environment does, which every
-child inherits.
+They are not identified by process groups, because a trainer starts its own session, but by an environment variable,
+which all children inherit.
 """
 
 from __future__ import annotations
@@ -16,30 +16,31 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-VARIABLE = "BENCHMARK_PROCESSES"  # the marks of a process and of those above it
+VARIABLE = "BENCHMARK_PROCESSES"  # contains the marks of all enclosing `Processes`
 PATIENCE = 10.0  # seconds between SIGTERM and SIGKILL
 POLL = 0.02
 
 
 class Processes:
-    """Context manager: at its end, all that was started in it, directly or not, is ended. SIGTERM to this process is
-    an orderly end meanwhile (SystemExit), so that it can do so.
+    """A context manager that ends all processes that were started in it, directly or indirectly. In the meantime,
+    SIGTERM raises SystemExit in this process, so that it can do so.
 
     Args:
-        patience: seconds that they have to end by themselves after SIGTERM; 0: they get SIGKILL at once.
+        patience: seconds between SIGTERM and SIGKILL; 0: SIGKILL is sent at once.
     """
 
     def __init__(self, patience: float = PATIENCE) -> None:
         self.patience = patience
-        self.left: list[int] = []  # process ids that SIGKILL did not end, as in a call of a driver that hangs
+        # ids of processes that SIGKILL did not end, for example because a call of a driver hangs
+        self.left: list[int] = []
         self._mark = uuid.uuid4().hex
         self._started: list[subprocess.Popen] = []
 
     def start(
         self, command: Sequence[str], log: Path | None = None, env: Mapping[str, str] | None = None, **options
     ) -> subprocess.Popen:
-        """Start a command, whose output is appended to `log` (None: it is this process's). `env` is added to the
-        environment; `options` are those of Popen."""
+        """Start a command. `log`: file to which its output is appended, None for the output of this process; `env`:
+        additional environment variables; `options`: further arguments of Popen."""
         marks = "/".join(filter(None, (os.environ.get(VARIABLE), self._mark)))
         with ExitStack() as files:
             if log is not None:
@@ -51,21 +52,21 @@ class Processes:
         return process
 
     def running(self) -> list[int]:
-        """Return the process ids of all that was started and runs still."""
+        """Return the ids of all running processes that were started."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended, or is another user's
+            with suppress(OSError):  # it has ended, or belongs to another user
                 if self._mark.encode() in (folder / "environ").read_bytes():
                     found.append(int(folder.name))
         return found
 
     def end(self) -> None:
-        """End all that runs."""
+        """End all running processes."""
         if self.patience:
             self._kill(signal.SIGTERM)
             self._wait(self.patience)
         until = time.monotonic() + PATIENCE
-        while self._kill(signal.SIGKILL) and time.monotonic() < until:  # one may start another in between
+        while self._kill(signal.SIGKILL) and time.monotonic() < until:  # a process may have started another one
             self._wait(POLL)
         self.left = self.running()
         for process in self._started:
@@ -73,7 +74,7 @@ class Processes:
                 process.wait(0 if self.left else None)
 
     def _kill(self, number: int) -> list[int]:
-        """Send a signal to all that runs; return the process ids."""
+        """Send a signal to all running processes, and return their ids."""
         found = self.running()
         for pid in found:
             with suppress(ProcessLookupError):
@@ -81,7 +82,7 @@ class Processes:
         return found
 
     def _wait(self, seconds: float) -> None:
-        """Wait for the end of all that runs, for at most so long."""
+        """Wait until all processes have ended, but at most this number of seconds."""
         until = time.monotonic() + seconds
         while self.running() and time.monotonic() < until:
             time.sleep(POLL)

@@ -1,5 +1,6 @@
-"""Whole training as it ships, on this machine's GPUs: the trainer itself with its loader, on DeepSpeed and on plain
-torch, from shards with captions of changing lengths; and beside it the expert's version, whose batches wait on the GPU.
+"""Timing of whole training steps on this machine's GPUs: the trainer with its loader, with DeepSpeed and with plain
+torch, on shards with captions of different lengths; and for comparison the hand-optimised baseline ("expert"), whose
+batches are already on the GPU.
 
 Run by `python -m benchmarks.gpu --step`.
 """
@@ -30,22 +31,22 @@ from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.model.flops import reference_flops
 from m3ae_fast.training.profiler import ACTIVE, TRACE_FILE, WAIT, WARMUP
 
-WORDS = (8, 32)  # of a caption, fewest and most
+WORDS = (8, 32)  # minimum and maximum number of words of a caption
 LOG_EVERY = 5
-SETTLED = WAIT + WARMUP + ACTIVE + 2 * LOG_EVERY  # steps: compiled, profiled, and the trace written
+SETTLED = WAIT + WARMUP + ACTIVE + 2 * LOG_EVERY  # steps after which compilation and profiling are complete
 STEPS = SETTLED + 3 * LOG_EVERY
 EXPERT_WARMUP, EXPERT_ROUNDS, EXPERT_BATCHES = 3, 10, 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """A config that is timed with `batch` samples per GPU, from `samples` images."""
+    """A config that is timed, with `batch` samples per GPU and a dataset of `samples` images."""
 
     name: str
     config: dict[str, Any]
     batch: int = 512
     samples: int = 2048
-    recompute: bool = False  # GELU and LayerNorm outputs, although there is memory to keep them
+    recompute: bool = False  # recompute GELU and LayerNorm outputs although there is enough memory
 
     @property
     def model(self) -> ModelConfig:
@@ -53,18 +54,18 @@ class Case:
 
 
 def shipped(names: Sequence[str] = SIZES) -> list[Case]:
-    """Return the configs of the paper's sizes, the largest first: time may run out."""
+    """Return the configs of the paper's sizes, the largest first, because time may run out."""
     return [Case(name, json.loads((ROOT / f"configs/{name}.json").read_text(encoding="utf-8"))) for name in names]
 
 
 IMPLEMENTATIONS = {"deepspeed": "engine, DeepSpeed", "torch": "engine, torch", "expert": "expert"}
 METRICS = "metrics.jsonl"
-# tables of a trace: title, and what reads its rows
+# tables made from a trace: title, and function that returns the rows
 PROFILE: dict[str, tuple[str, Callable[[Path], list[results.Row]]]] = {
     "gpu-kernels": ("The kernels that take most of a step", heaviest),
     "gpu-profile": ("Where a step's time goes", breakdown),
 }
-PATIENCE = 5.0  # seconds for a trainer to end; less than a stage of the plan has, which also copies what it wrote
+PATIENCE = 5.0  # seconds for a trainer to end, which is less than the patience of a stage in the plan
 
 
 def run(
@@ -72,9 +73,9 @@ def run(
     cases: Sequence[Case] | None = None,
     implementations: Sequence[str] = tuple(IMPLEMENTATIONS.values()),
 ) -> int:
-    """Time each case, print tables, and write gpu-step.json and those of `PROFILE` into `folder` (None: this machine's)
-    after each run. What fails, for lack of memory mostly, has no numbers, and the next begins. A run's log, metrics and
-    trace are kept in a folder beside the tables. Return how many have failed."""
+    """Time each case, and return the number of failed runs. After each run, the tables are printed and written to
+    `folder` (None: that of this machine) as gpu-step.json and the files in `PROFILE`. A run that fails, usually for
+    lack of memory, has no numbers. The log, metrics and trace of a run are stored in a folder next to the tables."""
     gpus, failed = max(1, torch.cuda.device_count()), 0
     steps: list[results.Row] = []
     profile: dict[str, list[results.Row]] = {table: [] for table in PROFILE}
@@ -101,7 +102,7 @@ def run(
                         which: results.Row = {"size": case.name, "implementation": name}
                         for table, rows in _profile(kept).items():
                             profile[table] += [which | part for part in rows]
-                except Exception as error:  # of any kind: it costs this run alone
+                except Exception as error:  # any error: the next run is not affected
                     failed += 1
                     print(f"{case.name}, {name}: {error or repr(error)}", flush=True)
                 steps.append(row)
@@ -114,7 +115,7 @@ def run(
 
 
 def _profile(kept: Path) -> dict[str, list[results.Row]]:
-    """Return by table what the trace says; no rows if none can be read."""
+    """Return the rows of each table in `PROFILE`; empty if there is no readable trace."""
     try:
         return {table: read(kept / TRACE_FILE) for table, (_, read) in PROFILE.items()}
     except (OSError, EOFError, ValueError, LookupError) as error:
@@ -123,8 +124,9 @@ def _profile(kept: Path) -> dict[str, list[results.Row]]:
 
 
 def time_trainer(case: Case, shards: Path, kept: Path, gpus: int, *, plain: bool) -> results.Row:
-    """Run the trainer with --profile, keep its log, metrics and trace in `kept`, and return what it logs once it is
-    settled. Raises RuntimeError where it fails or logs nothing by then."""
+    """Run the trainer with --profile, store its log, metrics and trace in `kept`, and return the row of `settled`.
+    `plain`: use plain torch instead of DeepSpeed. Raises RuntimeError if the trainer fails or logs nothing after its
+    first steps."""
     run_dir = shards / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     config = {section: dict(values or {}) for section, values in case.config.items()}
@@ -153,7 +155,8 @@ def time_trainer(case: Case, shards: Path, kept: Path, gpus: int, *, plain: bool
 
 
 def _trainer(gpus: int, recompute: bool) -> list[str]:
-    """Return the command of the trainer, which is told that it lacks memory where it should `recompute`."""
+    """Return the command of the trainer. With `recompute`, the trainer is made to assume that there is not enough
+    memory to keep all activations."""
     program = [str(ROOT / "m3ae_fast/train.py")]
     if recompute:
         code = "import sys; from m3ae_fast.engine import build; from m3ae_fast import train; "
@@ -164,7 +167,8 @@ def _trainer(gpus: int, recompute: bool) -> list[str]:
 
 
 def settled(metrics: Path) -> results.Row:
-    """Return the medians of what was logged after the first steps. Raises RuntimeError where nothing was."""
+    """Return the medians of the metrics that were logged after the first SETTLED steps. Raises RuntimeError if there
+    are none."""
     lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ())
     found = [line for line in lines if "samples_per_s" in line and line["step"] > SETTLED]
     if not found:
@@ -180,7 +184,7 @@ def settled(metrics: Path) -> results.Row:
 
 
 def time_expert(case: Case) -> results.Row:
-    """Time the expert on one GPU. Raises RuntimeError where it fails."""
+    """Time the hand-optimised baseline on one GPU, and return its row. Raises RuntimeError if it fails."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Alone("expert", case.config["model"], case.batch, words=WORDS, batches=EXPERT_BATCHES) as process:
         for _ in range(EXPERT_WARMUP):

@@ -1,5 +1,5 @@
-"""Every op checked and timed, item by item. One that raises costs itself, and so does one that takes its process down:
-the next process goes on after it."""
+"""Checks and timing of all ops, item by item. An item that raises an error does not affect others, and neither does one
+that terminates its process, because another process continues with the next item."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from benchmarks.gpu.timing import line, time_op
 from benchmarks.measure import CpuDevice, CudaDevice
 from benchmarks.ops import LARGE, ODD, OPS, Sizes, make
 
-BROKEN = 4  # exit code: the device does nothing more for this process
+BROKEN = 4  # exit code if the device can no longer be used by the process
 CHECKS, TIMES = "gpu-checks", "gpu-ops"
-AT = ".at"  # the file that holds the number of the item that is under way
+AT = ".at"  # name of the file with the number of the current item
 
 
 class DeviceBroken(Exception):
-    """An error that leaves this process without the device, such as an illegal memory access."""
+    """Raised after an error that makes the device unusable for this process, such as an illegal memory access."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One op's check of the inputs that are timed ("timed"), its timing ("times"), or its check of odd sizes."""
+    """An item of work for an op: a check of the inputs that are timed ("timed"), the timing ("times"), or a check of
+    odd sizes."""
 
     kind: str
     op: str
@@ -65,11 +66,11 @@ def check_and_time(
     rounds: int = 5,
     repeats: int = 10,
 ) -> None:
-    """Do the items from number `first` on. Fills `checks`, and writes gpu-checks.json and gpu-ops.json into `folder`
-    (None: this machine's) as it goes, after the rows there of earlier items.
+    """Process the items from number `first` on. The results of checks are appended to `checks`, and the rows to
+    gpu-checks.json and gpu-ops.json in `folder` (None: that of this machine) after each item.
 
     Raises:
-        DeviceBroken: an item has taken the device with it.
+        DeviceBroken: the device has become unusable.
     """
     folder = folder or results.here()
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ def check_and_time(
             title = f"Ops in bf16, {where} (loss ops make their gradients forward)"
             results.save(TIMES, title, times, folder)
             torch._dynamo.reset()
-        except Exception as error:  # of any kind: it costs this item
+        except Exception as error:  # any error: the other items are not affected
             traceback.print_exc()
             checked(item.failed(f"raises {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"))
             if not device.works():
@@ -114,7 +115,7 @@ def save_checks(rows: Sequence[results.Row], folder: Path, where: str) -> None:
 
 
 def line_of(check: Check) -> str:
-    """Return a check for people."""
+    """Return a line that describes the result of a check."""
     verdict = "; ".join(check.problems) or f"ok, {check.worst:.2f} of the allowed error"
     return f"{check.op:28} {check.sizes:11} {check.dtype:9} {verdict}"
 
@@ -122,16 +123,18 @@ def line_of(check: Check) -> str:
 def in_processes(
     command: Callable[[int], Sequence[str]], work: Sequence[Item], folder: Path, seconds: float, where: str
 ) -> int:
-    """Do the items in a process of their own, and in another after each that takes its process down; return the exit
-    code.
+    """Process the items in a separate process. If an item terminates its process, another process continues with the
+    next item. Return the exit code.
 
     Args:
-        command: Returns the command that begins with an item, given its number.
-        seconds: After so many no process is started, and one that runs is told to end by itself.
-        where: The sizes of the large inputs, as text.
+        command: function from the number of the first item to the command of a process.
+        work: the items.
+        folder: folder of the results.
+        seconds: time limit, after which no process is started and a running one is asked to end.
+        where: description of the sizes of the large inputs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in {CHECKS} | {TIMES for item in work if item.kind == "times"}:  # those of an earlier run
+    for name in {CHECKS} | {TIMES for item in work if item.kind == "times"}:  # results of an earlier run
         (folder / f"{name}.json").unlink(missing_ok=True)
     first, failed, until = 0, 0, time.monotonic() + seconds
     with Processes() as processes:

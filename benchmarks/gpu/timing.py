@@ -1,4 +1,5 @@
-"""Forward, backward and both of an op beside its baselines, with the fraction of the least possible time."""
+"""Timing of an op and its baselines: forward, backward and both, with the least possible time as a fraction of the
+measured time."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ OURS = "m3ae_kernels"
 def time_op(
     device: CpuDevice | CudaDevice, work: Workload, compiled: bool, rounds: int = 5, repeats: int = 10
 ) -> list[Row]:
-    """Return a row per phase and implementation. `compiled`: torch.compile is one of the baselines."""
+    """Return a row per phase and implementation. `compiled`: whether torch.compile is one of the baselines."""
     forward, backward, both = {}, {}, {}
     learned = [work.tensors[name] for name in work.learned]
     for name, module in {OURS: m3ae_kernels, **baselines(work, compiled)}.items():
@@ -53,13 +54,14 @@ def time_op(
 
 
 def least_ms(cost: Cost, device_name: str) -> float | None:
-    """Return the time that a device's peaks allow for (FLOPs, bytes); None where they are not known."""
+    """Return the least possible time in milliseconds for (FLOPs, bytes) according to the peaks of a device; None if
+    these are unknown."""
     peaks = data_sheet(device_name)
     return None if peaks is None else 1e3 * max(cost[0] / peaks.flops, cost[1] / peaks.bandwidth)
 
 
 def line(row: Row) -> str:
-    """Return a row for people."""
+    """Return a line that describes a row."""
     reached = "" if row["of roofline"] is None else f"  {row['of roofline']:4.0%} of the roofline"
     peak = "" if row["peak MB"] is None else f"  {row['peak MB']:7.0f} MB"
     return f"{row['op']:28} {row['phase']:9} {row['implementation']:27} {row['p50 ms']:9.3f} ms{reached}{peak}"

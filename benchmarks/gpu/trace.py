@@ -1,5 +1,5 @@
-"""Summarises a torch profiler trace of a step: time by kind of kernel, time in which no kernel runs, and the kernels
-that take most time."""
+"""Summary of a torch profiler trace of training steps: time by kind of kernel, time without any kernel, and the kernels
+that take the most time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from m3ae_kernels.aot import CASES
 from benchmarks.results import Row
 
 OWN = "|".join(rf"\b{case.kernel}_kernel\b" for case in CASES)
-# the first that a kernel's name matches; names of torch, cuBLAS, CUTLASS, inductor, flash-attn, apex, DeepSpeed, NCCL
+# kinds of kernels by patterns of their names, of which the first match counts; names of torch, cuBLAS, CUTLASS,
+# inductor, flash-attn, apex, DeepSpeed, NCCL
 PARTS = {
     "communication": r"nccl",
     "attention": r"flash|fmha|attention|attn",
@@ -24,7 +25,7 @@ PARTS = {
     "elementwise": r"",
 }
 IDLE = "idle"
-LONGEST = 160  # characters of a kernel's name: templates have thousands
+LONGEST = 160  # maximum number of characters of a kernel's name; names of templates have thousands
 
 
 def part_of(kernel: str) -> str:
@@ -32,9 +33,10 @@ def part_of(kernel: str) -> str:
 
 
 def breakdown(path: Path) -> list[Row]:
-    """Return milliseconds per step and fraction of the time by part; no rows where the trace has no kernels.
+    """Return milliseconds per step and fractions of the time, by kind of kernel; no rows if the trace has no kernels.
 
-    Kernels of several streams may overlap, so that parts may add up to more than all; "idle" is when none ran.
+    Kernels in different streams may overlap, so the fractions may add up to more than 1. "idle" is the time without any
+    kernel.
     """
     kernels, steps = _read(path)
     if not kernels:
@@ -52,7 +54,7 @@ def breakdown(path: Path) -> list[Row]:
 
 
 def heaviest(path: Path, count: int = 40) -> list[Row]:
-    """Return the kernels that take the most time in all, with launches and milliseconds per step."""
+    """Return the kernels with the largest total time, with launches and milliseconds per step."""
     kernels, steps = _read(path)
     spent: dict[str, tuple[int, float]] = {}
     for start, end, name in kernels:
@@ -66,7 +68,7 @@ def heaviest(path: Path, count: int = 40) -> list[Row]:
 
 
 def _read(path: Path) -> tuple[list[tuple[float, float, str]], int]:
-    """Return start, end and name of every kernel in a trace, in order, and the number of steps."""
+    """Return the start, end and name of every kernel in a trace in order, and the number of steps."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]
     steps = {e["name"] for e in events if e["name"].startswith("ProfilerStep#")}

@@ -1,7 +1,7 @@
-"""Block sizes for the device at hand: each candidate's launches are timed by themselves, and the fastest is kept.
+"""Tuning of block sizes for the present device: the launches of each candidate are timed, and the fastest is kept.
 
-A kernel runs inside the op that keeps it busiest, so that its inputs are real; what is timed are its launches alone,
-between two stamps each, with the host so far ahead that no gap of its own lies between them.
+A kernel is timed within the op that uses it most, so that its inputs are realistic. Only its launches are timed, each
+between two time stamps on the device. The host runs far enough ahead that launch overhead is not included.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from benchmarks.ops import OPS, Sizes, Workload, make
 from benchmarks.results import Row
 
 Device = CudaDevice | CpuDevice
-GAIN = 0.99  # of the time of the settings so far: less would be noise
+GAIN = 0.99  # new settings must take less than this fraction of the time of the best ones; a smaller gain may be noise
 REPEATS = 7
 TUNING = "gpu-tuning"
 
 
 class Launches:
-    """Stands in for a kernel and stamps the device's time before and after each launch."""
+    """A wrapper of a kernel that records a time stamp of the device before and after each launch."""
 
     def __init__(self, kernel: Any, device: Device, stamps: list[tuple[Any, Any]]) -> None:
         self.kernel, self.device, self.stamps = kernel, device, stamps
@@ -56,7 +56,7 @@ class Launches:
 
 @contextmanager
 def watched(device: Device) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
-    """Collect by the name of its settings the stamps of every kernel that is launched meanwhile."""
+    """Context that collects the time stamps of all launches, by the kernel's name in the tuning table."""
     stamps: dict[str, list[tuple[Any, Any]]] = {}
     names = {f"{case.kernel}_kernel": case.table or case.kernel for case in CASES}
     modules = [module for name, module in sys.modules.items() if name.startswith("m3ae_kernels.triton_impl.")]
@@ -76,8 +76,9 @@ def watched(device: Device) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
 
 
 def kernel_ms(device: Device, work: Workload, repeats: int | None = None) -> dict[str, float]:
-    """Return what the launches of each kernel take in one forward and backward pass; the median of some."""
-    work.run(m3ae_kernels)  # compiled, and the launchers imported
+    """Return the time of each kernel's launches in one forward and backward pass in milliseconds, as the median over
+    several passes."""
+    work.run(m3ae_kernels)  # compiles the kernels and imports the launchers
     rounds: list[dict[str, float]] = []
     for _ in range(repeats or REPEATS):
         device.head_start()
@@ -88,7 +89,7 @@ def kernel_ms(device: Device, work: Workload, repeats: int | None = None) -> dic
 
 
 def busiest(device: Device, sizes: Sizes, dtype: torch.dtype) -> dict[str, str]:
-    """Return by kernel the op that keeps it busiest. An op that raises keeps none."""
+    """Return for each kernel the op in which it takes the most time. Ops that raise errors are ignored."""
     most: dict[str, tuple[float, str]] = {}
     for name in OPS:
         try:
@@ -110,14 +111,15 @@ def tune(
     try_settings: Callable[..., list[dict[str, int]]] | None = None,
     only: Collection[str] = (),
 ) -> int:
-    """Replace the device's table by the fastest settings, kernel by kernel, of those in `only` if it names some; return
-    how many kernels have none that works.
+    """Replace the settings in the device's table by the fastest ones, kernel by kernel, and return the number of
+    kernels for which no setting works. `only`: names of the kernels to tune; empty for all.
 
-    Every setting stands in gpu-tuning.json in `folder` (None: this machine's) from the moment on when it is tried. The
-    file is read at the start: a tuning that ended early, or whose process was lost with a setting, goes on after it.
+    Each setting is recorded in gpu-tuning.json in `folder` (None: that of this machine) before it is tried. The file is
+    read at the start, so that a tuning that ended early, or whose process was terminated by a setting, continues with
+    the next one.
 
     Raises:
-        DeviceBroken: a setting has taken the device with it.
+        DeviceBroken: the device has become unusable.
     """
     arch, width = tuning.arch_of(device.device), "16" if dtype.itemsize == 2 else "32"
     table, rows, failed = tuning.table(arch), results.read((folder or results.here()) / f"{TUNING}.json"), 0
@@ -138,8 +140,9 @@ def tune(
 
 
 class _Search:
-    """Settings of one kernel, timed on one op, from those that it has to what is near the best so far. At any moment
-    the best that are right are in the loaded table, and marked in the rows."""
+    """A search for the best settings of one kernel, timed within one op. It starts with the present settings and
+    proceeds to those close to the best ones so far. At any time, the loaded table contains the best settings with
+    correct results, which are also marked in the rows."""
 
     def __init__(
         self, device: Device, kernel: str, arch: str, width: str, work: Workload, rows: list[Row], folder: Path | None
@@ -150,7 +153,8 @@ class _Search:
         self.table = tuning.table(arch)[kernel]
 
     def run(self, try_settings: Callable[..., list[dict[str, int]]]) -> Row | None:
-        """Return the row of what the table has at the end; None if nothing works."""
+        """Run the search and return the row of the settings that the table contains at the end; None if no settings
+        work."""
         kernel, width, arch = self.key["kernel"], self.key["bits"], self.key["arch"]
         now = json.loads(self.tried[0]["settings"]) if self.tried else self.table[width]
         todo = [now]
@@ -173,7 +177,7 @@ class _Search:
         self.table[self.key["bits"]] = settings
         try:
             row |= {"ms": kernel_ms(self.device, self.work)[self.key["kernel"]], "verdict": "ok"}
-        except Exception as error:  # what does not compile or fit here is no candidate
+        except Exception as error:  # the settings do not compile, or do not fit this device
             row["verdict"] = _first_line(error)
             self._save()
             _raise_if_broken(self.device, error)
@@ -182,7 +186,7 @@ class _Search:
             self._keep()
 
     def _keep(self) -> Row | None:
-        """Put the best settings so far into the table, and return their row."""
+        """Write the best settings so far to the loaded table, and return their row."""
         sound = [row for row in self.tried if row["verdict"] == "ok"]
         best = min(sound, key=lambda row: row["ms"], default=None)
         if best and sound[0] is self.tried[0] and best["ms"] >= GAIN * sound[0]["ms"]:
@@ -207,7 +211,7 @@ def _raise_if_broken(device: Device, error: Exception) -> None:
 
 
 def in_processes(command: Sequence[str], folder: Path, seconds: float) -> int:
-    """Tune in a process of its own, and in another after each that ends before its time; return the exit code."""
+    """Tune in a separate process, and in another one each time that a process ends early. Return the exit code."""
     failed, known, until = 0, -1, time.monotonic() + seconds
     with Processes() as processes:
         while (left := until - time.monotonic()) > 0:
@@ -215,20 +219,21 @@ def in_processes(command: Sequence[str], folder: Path, seconds: float) -> int:
             if code in (0, 1, 2):
                 return failed or code
             failed, before, known = 1, known, len(results.read(folder / f"{TUNING}.json"))
-            if known == before:  # no trial of this round was new
+            if known == before:  # this process has tried no new settings
                 break
     return failed
 
 
 def apply(folder: Path) -> None:
-    """Put into the package's tables what the tunings in `folder` have kept, the latest last."""
+    """Write the settings that were kept by the tunings in `folder` to the package's tables; the latest take
+    precedence."""
     paths = sorted(folder.glob(f"*/{TUNING}.json"), key=lambda path: path.stat().st_mtime)
     for arch in _apply([row for path in paths for row in results.read(path)]):
         write(arch, tuning.table(arch), tuning.FOLDER)
 
 
 def _apply(rows: Sequence[Row]) -> list[str]:
-    """Change the loaded tables by rows that are kept; return the names of those that change."""
+    """Apply the kept rows to the loaded tables, and return the names of the tables that have changed."""
     changed = {}
     for row in rows:
         settings, width = json.loads(row["settings"]), row["bits"]
@@ -240,7 +245,7 @@ def _apply(rows: Sequence[Row]) -> list[str]:
 
 
 def write(arch: str, table: dict, folder: Path = tuning.FOLDER) -> Path:
-    """Write a table as the package keeps it."""
+    """Write a table in the format of the package, and return its path."""
     kernels = []
     for name, widths in table.items():
         lines = ",\n".join(f'    "{width}": {json.dumps(settings)}' for width, settings in widths.items())

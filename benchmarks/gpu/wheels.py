@@ -1,5 +1,5 @@
-"""python -m benchmarks.gpu.wheels [--python 3.12] [--download FOLDER]: what the trainer needs and an image with torch
-lacks; and the wheels of it and of all that it needs in turn (5 MB), to be carried to a machine without network:
+"""python -m benchmarks.gpu.wheels [--python 3.12] [--download FOLDER]: lists the requirements of the trainer that a
+container image with torch lacks, or downloads their wheels with all dependencies (5 MB) for a machine without network:
 pip install --no-index --no-deps FOLDER/*.whl"""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.alone import ROOT
 
-# torch in the version that its driver takes, and what images with torch have beside it
+# packages that container images with torch contain: torch, in the version for the image's driver, and its dependencies
 THERE = {
     "torch", "torchvision", "triton", "numpy", "einops", "filelock", "fsspec", "huggingface_hub", "jinja2",
     "matplotlib", "msgpack", "ninja", "packaging", "pillow", "psutil", "py-cpuinfo", "pyarrow", "pyyaml", "rich",
@@ -25,8 +25,8 @@ THERE = {
 
 
 def needed(also: Collection[str] = ()) -> list[str]:
-    """Return the requirements of pyproject.toml's dependencies and extra `train`, but for what is `THERE`; those in
-    `also` in any case."""
+    """Return the requirements in pyproject.toml's dependencies and its extra `train`, without those in `THERE` except
+    for the ones in `also`."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lists = re.findall(r"^(?:dependencies|train) = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
     found = re.findall(r'"([^"]+)"', "".join(lists))
@@ -34,7 +34,8 @@ def needed(also: Collection[str] = ()) -> list[str]:
 
 
 def download(folder: Path, python: str, also: Collection[str] = ()) -> int:
-    """Fill `folder` with wheels for a version of Python, and return the exit code of the first pip that fails, or 0."""
+    """Download wheels for a version of Python to `folder`, and return the exit code of the first call of pip that
+    fails, or 0."""
     folder.mkdir(parents=True, exist_ok=True)
     todo, done = needed(also), THERE - set(also)
     while todo:
@@ -53,7 +54,8 @@ def download(folder: Path, python: str, also: Collection[str] = ()) -> int:
 
 
 def _command(line: str, python: str, folder: Path) -> list[str]:
-    """Return the command that gets the wheel of one requirement: DeepSpeed, which comes as source alone, is built."""
+    """Return the command that obtains the wheel of one requirement. DeepSpeed, which is published only as source, is
+    built."""
     pip = [sys.executable, "-m", "pip"]
     if _name(line) == "deepspeed":
         return [*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), line]
@@ -81,7 +83,7 @@ def _name(requirement: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the list, or download; return the exit code of pip."""
+    """Print the list or download the wheels, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.wheels", description=__doc__.split(":")[1].strip())
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
     parser.add_argument("--python", default=own, metavar="VERSION", help=f"of the other machine (default {own})")
