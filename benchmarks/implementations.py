@@ -1,5 +1,5 @@
-"""Whole training steps of the same work: the two baselines (the plain reference and the expert's version) and this
-engine."""
+"""Training steps of all compared implementations on the same work: the two baselines (the eager reference and the
+hand-optimised "expert") and this engine."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def build(
     words: tuple[int, int] = WORDS,
     batches: int = 1,
 ) -> Callable[[], Tensor]:
-    """Return a function that takes one step on a batch of `samples` and returns its loss, 0-d.
+    """Return a function that takes one step on a batch of `samples` samples and returns the loss, a 0-d tensor.
 
-    All implementations start from the same parameters and see the same `batches`, again and again. The expert and the
-    engine compute in bf16 where the machine is faster in it.
+    All implementations start from the same parameters and cycle through the same `batches` batches. The expert and the
+    engine compute in bf16 if that is faster on the machine.
     """
     config = make_config(model, samples, masking=masking, optim=optim, precision=PRECISION)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Times and peak memory of a function on a device: CUDA, or a CPU for tests of the rest."""
+"""Measurement of the time and the peak memory of functions on a device: CUDA, or a CPU for tests of the programs."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,8 @@ import torch
 
 @dataclass
 class Timing:
-    """Milliseconds at the 20th, 50th and 80th percentile, and the most memory above what was there before, in MB."""
+    """Times in milliseconds at the 20th, 50th and 80th percentile, and the peak memory in MB, without the memory that
+    was in use before."""
 
     p20: float
     p50: float
@@ -18,7 +19,7 @@ class Timing:
 
 
 class CpuDevice:
-    """The wall clock; knows no peak memory."""
+    """Measurement by the wall clock, without peak memory."""
 
     device = torch.device("cpu")
     name = "cpu"
@@ -36,7 +37,7 @@ class CpuDevice:
         return time.perf_counter()
 
     def between(self, pairs: list[tuple[float, float]]) -> list[float]:
-        """Return milliseconds."""
+        """Return the times between pairs of stamps in milliseconds."""
         return [1e3 * (end - start) for start, end in pairs]
 
     def time(self, function: Callable[[], object], repeats: int) -> list[float]:
@@ -53,10 +54,10 @@ class CpuDevice:
 
 
 class CudaDevice:
-    """Events around each call, the second-level cache overwritten before it.
+    """Measurement by events around each call, after the second-level cache has been overwritten.
 
-    The overwriting also gives the host a head start: the calls that take the GPU less time than the host (about 100 us)
-    are measured without gaps.
+    Overwriting the cache also gives the host a head start, so that calls for which the GPU takes less time than the
+    host (about 100 us) are measured without gaps.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class CudaDevice:
         self._scratch = torch.empty(512 << 20, dtype=torch.uint8, device=self.device)
 
     def works(self) -> bool:
-        """Return whether the device computes anything for this process: after some errors it no longer does."""
+        """Return whether the device can still be used by this process; after some errors, it cannot."""
         try:
             torch.cuda.synchronize()
         except RuntimeError:
@@ -76,7 +77,7 @@ class CudaDevice:
         self._scratch.zero_()
 
     def head_start(self) -> None:
-        """Keep the GPU busy for some 20 ms, in which the host launches what is to be timed."""
+        """Keep the GPU busy for about 20 ms, so that the host can launch the timed work in the meantime."""
         torch.cuda._sleep(40_000_000)  # cycles
 
     def stamp(self) -> torch.cuda.Event:
@@ -85,7 +86,7 @@ class CudaDevice:
         return event
 
     def between(self, pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[float]:
-        """Return milliseconds. Waits for the GPU."""
+        """Return the times between pairs of events in milliseconds. Waits for the GPU."""
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in pairs]
 
@@ -111,7 +112,8 @@ class CudaDevice:
 def measure(
     device: CpuDevice | CudaDevice, functions: dict[str, Callable[[], object]], rounds: int = 5, repeats: int = 10
 ) -> dict[str, Timing]:
-    """Time functions that do the same work, in turns, so that a change of clocks affects them all."""
+    """Time functions that do the same work, and return the timings by name. The functions alternate, so that a change
+    of the clock rate affects all of them."""
     for function in functions.values():
         device.time(function, 3)
     times: dict[str, list[float]] = {name: [] for name in functions}

@@ -1,7 +1,7 @@
-"""The ops with their inputs, at M3AE-Large's sizes and at small odd ones, and what each must cost.
+"""The ops with their inputs, at M3AE-Large's sizes and at small odd sizes, and with their minimum cost.
 
-Letters as in the kernels' docstrings: N, M, T rows, D width, K = P * P * C, V vocabulary; of attention T keys, M
-queries, H heads.
+Shapes, as in the docstrings of the kernels: N, M, T rows, D width, K = P * P * C, V vocabulary; for attention, T keys,
+M queries, H heads.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ Cost = tuple[float, float]  # FLOPs, bytes
 
 @dataclass
 class Workload:
-    """An op, its inputs, and the least that its forward and backward cost with 16-bit inputs.
+    """An op with its inputs and the minimum cost of its forward and backward pass with 16-bit inputs.
 
-    The op goes row by row over the inputs called `rows`; none: it is run whole.
+    `rows` are the names of the inputs that the op processes row by row; if it is empty, the op cannot be run in chunks.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Workload:
     backward: Cost = (0, 0)
 
     def call(self, module) -> tuple[Tensor, ...]:
-        """Return the results of the op of `m3ae_kernels`, of its `reference`, or of anything that has them."""
+        """Return the results of the op. `module`: `m3ae_kernels`, its `reference`, or any other module with this op."""
         result = getattr(module, self.op)(**self.tensors, **self.options)
         return result if isinstance(result, tuple) else (result,)
 
@@ -43,7 +43,7 @@ class Workload:
         return tuple(torch.ones_like(out) if out.dim() == 0 else torch.randn_like(out) for out in outs)
 
     def run(self, module, upstream: tuple[Tensor, ...] | None = None) -> dict[str, Tensor]:
-        """Return the results by name, and the gradient of every learned input."""
+        """Return the results and the gradients of all learned inputs, by name."""
         outs = self.call(module)
         upstream = upstream or self.upstream(outs)
         learned = self.learned
@@ -52,7 +52,8 @@ class Workload:
         return dict(zip(("out", *learned), (*(out.detach() for out in outs), *grads)))
 
     def run_in_chunks(self, module, upstream: tuple[Tensor, ...], chunks: int) -> dict[str, Tensor]:
-        """Do as `run`, a part of the rows at a time: with so much less memory, and with sums over parts in float32."""
+        """Return the same as `run`, computed in chunks of rows, which requires less memory. Sums over chunks are
+        float32."""
         if not self.rows:
             return self.run(module, upstream)
         size = -(-len(self.tensors[self.rows[0]]) // chunks)
@@ -67,7 +68,7 @@ class Workload:
         return {name: torch.cat(p) if name in joined else sum(t.float() for t in p) for name, p in pieces.items()}
 
     def cast(self, dtype: torch.dtype) -> Workload:
-        """Return the same values in another floating dtype."""
+        """Return the workload with floating inputs converted to `dtype`."""
         tensors = {
             name: t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
             for name, t in self.tensors.items()
@@ -81,7 +82,7 @@ class Sizes:
     patch: int
     grid: int  # patches per side
     visible: int  # patches per sample
-    words: int  # a sample, of which a quarter is visible
+    words: int  # words per sample, of which a quarter is visible
     encoder: int
     decoder: int
     vocab: int
@@ -93,7 +94,7 @@ ODD = Sizes(samples=5, patch=14, grid=3, visible=4, words=19, encoder=200, decod
 
 
 def make(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
-    """Make the workload of `OPS` so named; the same values each time."""
+    """Return the workload called `name` in `OPS`. Its values are the same in each call."""
     torch.manual_seed(0)
     work = OPS[name](sizes, dtype, device)
     work.name = name
@@ -115,7 +116,7 @@ def _images(s: Sizes, device: torch.device) -> tuple[Tensor, dict]:
 
 
 def _patches(s: Sizes, visible: bool, device: torch.device) -> Tensor:
-    """Return patch ids, drawn for each sample on its own."""
+    """Return random patch ids, which are sampled independently for each sample."""
     count = s.grid**2
     order = torch.rand(s.samples, count, device=device).argsort(1)
     chosen = order[:, : s.visible] if visible else order[:, s.visible :]
@@ -137,7 +138,7 @@ def _patch_embed(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload
 
 
 def _loss_rows(s: Sizes) -> tuple[int, int]:
-    """Return packed decoder rows, and those that carry loss."""
+    """Return the number of packed decoder rows, and the number of those that carry loss."""
     tokens = s.samples * (s.grid**2 + s.words)
     return tokens, tokens - s.samples * (s.visible + s.words // 4)
 
@@ -162,7 +163,8 @@ def _norm(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
 
 
 def _scatter(s: Sizes, n: int, fill: int, length: int, d: int, dtype, device) -> Workload:
-    """Scatter into samples of `length` rows: n rows of x in all, the others from `fill`."""
+    """Return a workload that assembles samples of `length` rows, of which n in total are rows of x and the others come
+    from `fill`."""
     t = s.samples * length
     src = torch.full((t,), -1, dtype=torch.int32, device=device)
     places = torch.randperm(t, device=device)[:n].sort().values
@@ -229,13 +231,14 @@ def _token(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
 
 
 def _lengths(s: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the rows of each sample in the encoder and in the decoder, with captions of any length."""
+    """Return the number of rows of each sample in the encoder and in the decoder, with captions of random lengths."""
     words = torch.randint(s.words // 4, s.words + 1, (s.samples,), device=device)
     return 1 + s.visible + words // 4, 1 + s.grid**2 + words
 
 
 def _attention(lengths: Tensor, queries: Tensor, width: int, dim: int, dtype, device) -> Workload:
-    """Return a workload with `queries` of each sample; as many as `lengths`: of all rows."""
+    """Return an attention workload. `lengths`: number of rows of each sample; `queries`: number of queries of each
+    sample; if it equals `lengths`, all rows are queries."""
     h, t, m = width // dim, int(lengths.sum()), int(queries.sum())
     some = m < t
     tensors = {

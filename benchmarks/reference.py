@@ -1,12 +1,13 @@
-"""M3AE as one would write it without this engine: what the whole-step benchmarks compare with.
+"""M3AE without this engine, as the baselines of the benchmarks of whole steps.
 
-`ReferenceM3AE` computes what the official JAX code computes: it embeds all patches and then drops the masked, pads
-captions to `text_length`, runs every block on every row, and makes logits and pixels for all positions. With
-`expert=False` attention is softmax(q k^T) v spelled out, as there. With `expert=True` it is the same model
-optimised by hand: only visible patches are embedded, pixels and logits are made only for masked, valid positions,
-scaled_dot_product_attention, torch.compile, fused AdamW, and bf16 autocast where that is faster.
+`ReferenceM3AE` performs the same computations as the official JAX code: it embeds all patches and then drops the masked
+ones, pads captions to `text_length`, runs every block on every row, and computes logits and pixels for all positions.
+With `expert=False`, attention is written out as softmax(q k^T) v, as in the official code. With `expert=True`, the
+model is optimised by hand: only visible patches are embedded, and pixels and logits are computed only for masked, valid
+positions; it uses scaled_dot_product_attention, torch.compile, fused AdamW and, if that is faster, bf16 autocast.
 
-Its parameters have the names of `m3ae_fast.model.m3ae.M3AE`'s, so that `load_state_dict` takes them over.
+The parameters have the same names as those of `m3ae_fast.model.m3ae.M3AE`, so that they can be loaded by
+`load_state_dict`.
 
 Shapes: B samples, L patches, X text positions, K visible rows, N rows, D width, H heads, V vocabulary, P patch size.
 """
@@ -31,23 +32,24 @@ EPS = 1e-6
 
 @dataclass
 class PaddedBatch:
-    """Images with captions that are padded to one length. Every sample has both."""
+    """A batch of images with captions that are padded to the same length. Every sample has both."""
 
-    images_BCHW: Tensor  # float32, normalised: the loader's work here, not the step's
+    images_BCHW: Tensor  # float32, normalised; normalisation is not part of the step
     image_mask_BL: Tensor  # bool, True = masked
     tokens_BX: Tensor  # int64, 0 if padded
-    text_mask_BX: Tensor  # bool, drawn over all X positions
+    text_mask_BX: Tensor  # bool, sampled over all X positions
     padding_BX: Tensor  # bool, True = padding
-    # what the expert's loader adds, so that its step neither searches nor waits
+    # added for the expert, so that its step neither searches for positions nor synchronises with the device
     masked_image_BM: Tensor  # int64, the masked patches of each image
     masked_text_W: Tensor  # int64, the masked, valid tokens among B * X
-    text_weight_W: Tensor  # float32, 1 / (B * those of the same caption)
+    text_weight_W: Tensor  # float32, 1 / (B * number of masked, valid tokens of the same caption)
 
     @classmethod
     def of(
         cls, images_BCHW: Tensor, image_mask_BL: Tensor, tokens_BX: Tensor, text_mask_BX: Tensor, padding_BX: Tensor
     ):
-        """Return a batch with the rest found. All images have equally many masked patches."""
+        """Return a batch with the additional tensors for the expert. All images must have the same number of masked
+        patches."""
         masked_BX = text_mask_BX & ~padding_BX
         weight_BX = 1 / (len(masked_BX) * masked_BX.sum(1, keepdim=True).clamp(min=1)).expand_as(masked_BX)
         return cls(
@@ -118,7 +120,7 @@ class Transformer(nn.Module):
 
 
 class ReferenceM3AE(nn.Module):
-    """The model and its losses; image-text pairs alone, and no hidden layers in the output heads."""
+    """The model with its losses. It supports only image-text pairs and output heads without hidden layers."""
 
     def __init__(self, config: ModelConfig, masking: MaskingConfig, loss: LossConfig, *, expert: bool) -> None:
         super().__init__()
@@ -146,16 +148,16 @@ class ReferenceM3AE(nn.Module):
             self.register_buffer(f"{name}_text_positions", sincos_1d(size, places), persistent=False)
 
     def patchify(self, images_BCHW: Tensor) -> Tensor:
-        """Return [B, L, P * P * C], a patch in the order (row, column, channel)."""
+        """Return the patches [B, L, P * P * C], each in the order (row, column, channel)."""
         p = self.config.patch_size
         blocks = images_BCHW.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [B, C, rows, P, columns, P]
         return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def forward(self, batch: PaddedBatch) -> Tensor:
-        """Return the weighted sum of both losses, 0-d."""
+        """Return the weighted sum of both losses, a 0-d tensor."""
         patches_BLK = self.patchify(batch.images_BCHW)
         encoder, decoder = self.encoder_input, self.decoder_input["unshuffle"]
-        image_order = batch.image_mask_BL.int().argsort(dim=1, stable=True)  # visible first
+        image_order = batch.image_mask_BL.int().argsort(dim=1, stable=True)  # visible patches first
         text_order = batch.text_mask_BX.int().argsort(dim=1, stable=True)
         seen_image = image_order[:, : kept(image_order.shape[1], self.masking.image_ratio)]
         seen_text = text_order[:, : kept(text_order.shape[1], self.masking.text_ratio)]
@@ -191,7 +193,8 @@ class ReferenceM3AE(nn.Module):
         return self.loss.image_weight * image_loss + self.loss.text_weight * text_loss
 
     def loss_of_masked(self, image_BLD: Tensor, text_BXD: Tensor, patches_BLK: Tensor, batch: PaddedBatch) -> Tensor:
-        """Return it from predictions for the masked, valid positions alone. All images have equally many masked."""
+        """Return the weighted sum of both losses, computed from predictions for only the masked, valid positions. All
+        images must have the same number of masked patches."""
         hidden_image = take(image_BLD, batch.masked_image_BM).flatten(0, 1)
         target_image = take(patches_BLK, batch.masked_image_BM).flatten(0, 1)
         image_loss = (self.image_head(hidden_image).float() - target_image).square().mean()
@@ -206,7 +209,7 @@ def take(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
 
 
 def restore(seen_BKD: Tensor, mask_1D: Tensor, order_BN: Tensor) -> Tensor:
-    """Put visible rows and mask rows back in reading order."""
+    """Return visible rows and mask rows in the original order."""
     masks = mask_1D.to(seen_BKD.dtype).expand(len(seen_BKD), order_BN.shape[1] - seen_BKD.shape[1], -1)
     return take(torch.cat((seen_BKD, masks), 1), order_BN.argsort(1))
 
@@ -221,9 +224,10 @@ def masked_mean(error_BN: Tensor, mask_BN: Tensor) -> Tensor:
 
 
 class ReferenceTrainer:
-    """Forward, backward and AdamW of a ReferenceM3AE that starts from `state`.
+    """A trainer of a ReferenceM3AE with AdamW, starting from the weights `state`.
 
-    `expert`: False, float32 and eager; True, torch.compile, fused AdamW, and autocast where train.precision is bf16.
+    `expert`: False for eager computation in float32; True for torch.compile, fused AdamW and, if train.precision is
+    bf16, autocast.
     """
 
     def __init__(
@@ -246,7 +250,7 @@ class ReferenceTrainer:
             self.model.compile()
 
     def step(self, batch: PaddedBatch, lr: float) -> Tensor:
-        """Take one update. Return the loss before it."""
+        """Take a step, and return the loss before the update."""
         with self.autocast():
             loss = self.model(batch)
         loss.backward()

@@ -1,4 +1,5 @@
-"""Results on disk: in a machine's folder a JSON file per benchmark, a table of named columns with where and when."""
+"""Storage of results: each machine has a folder with a JSON file per benchmark, which contains a table with named
+columns, and information on the machine, versions and date."""
 
 from __future__ import annotations
 
@@ -17,13 +18,14 @@ import m3ae_fast
 from m3ae_fast.base.atomic_file import put_in_place
 from m3ae_fast.base.hardware import this_cpu
 
-RESULTS = Path(__file__).parent / "results"  # holds a folder per machine
+RESULTS = Path(__file__).parent / "results"  # contains a folder per machine
 ELSEWHERE = "BENCHMARK_RESULTS"
 Row = dict[str, str | int | float | None]
 
 
 def about() -> dict[str, str | float]:
-    """Return machine, versions and date; a load average `load` above `cores` says that others were busy here too."""
+    """Return the machine, versions and date. If the load average `load` exceeds `cores`, other programs were running
+    too."""
     return {
         "device": device_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -38,14 +40,14 @@ def about() -> dict[str, str | float]:
 
 
 def device_name() -> str:
-    """Return what this machine is named by: its GPU, or else its CPU."""
+    """Return the name of this machine's GPU, or of its CPU if there is no GPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return this_cpu().name or platform.processor() or "CPU"
 
 
 def here() -> Path:
-    """Return this machine's folder, or the one that a plan's stage is told to write into."""
+    """Return the folder for results: that of this machine, or the one that is set for a stage of a plan."""
     if ELSEWHERE in os.environ:
         return Path(os.environ[ELSEWHERE])
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
@@ -59,7 +61,7 @@ def write(name: str, title: str, rows: Sequence[Row], folder: Path | None = None
 
 
 def save(name: str, title: str, rows: Sequence[Row], folder: Path | None = None) -> Path:
-    """Write NAME.json into `folder`, this machine's if None: whole, or not at all. All rows have the same columns."""
+    """Write NAME.json to `folder` (None: that of this machine) atomically. All rows must have the same columns."""
     folder = folder or here()
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / f"{name}.json", folder / f".{name}.json"
@@ -70,12 +72,12 @@ def save(name: str, title: str, rows: Sequence[Row], folder: Path | None = None)
 
 
 def read(path: Path) -> list[Row]:
-    """Return the rows of a results file, none where there is no file."""
+    """Return the rows of a results file; empty if there is no file."""
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def markdown(path: Path) -> str:
-    """Return a results file as a Markdown table under its title."""
+    """Return a results file as a Markdown table with its title."""
     data = json.loads(path.read_text(encoding="utf-8"))
     a, columns = data["about"], list(data["rows"][0])
     lines = [f"**{data['title']}** ({a['device']}, {a['cores']} cores, torch {a['torch']}, {a['date']})", ""]

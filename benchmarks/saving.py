@@ -1,7 +1,8 @@
-"""Measure how long a step waits for a checkpoint, on every rank of a process group; run by test_saving.py.
+"""Measurement of the time that a step waits for a checkpoint, on every rank of a process group; started by
+test_saving.py.
 
-In turns: each rank copies its part while the next step computes its gradients, as the loop does, and rank 0 gathers
-whole tensors one by one between two steps, as it did before.
+Two methods alternate: each rank copies its part while the next step computes its gradients, as in the training loop; or
+rank 0 gathers complete tensors one by one between two steps, as in earlier versions.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ROUNDS = 3
 
 
 def gather(engine: Any, ranks: Ranks) -> dict[str, Tensor]:
-    """Return the whole state on rank 0, nothing elsewhere."""
+    """Return the complete state on rank 0, and an empty dict on other ranks."""
     state = {}
     for name, p in engine.model.named_parameters():
         for kind in ("model", *engine.kinds[name]):
@@ -49,7 +50,8 @@ def gather(engine: Any, ranks: Ranks) -> dict[str, Tensor]:
 
 
 def seconds(work: Callable[[], Any], ranks: Ranks) -> tuple[float, Any]:
-    """Return the time of the rank that takes longest, from when all begin, and this rank's result."""
+    """Run `work` on all ranks at the same time. Return the time of the slowest rank in seconds, and this rank's
+    result."""
     dist.barrier(group=ranks.control)
     begin = time.perf_counter()
     result = work()

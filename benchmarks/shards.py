@@ -1,4 +1,4 @@
-"""Shards made on the spot, with images about as heavy as photographs."""
+"""Synthetic shards, with images of about the size of photographs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def make_shards(
     folder: Path, shards: int, samples: int, size: tuple[int, int], *, vocab: int, words: tuple[int, int]
 ) -> None:
-    """Write FOLDER/0.tar and so on with `samples` in all: JPEGs of `size` (height, width), soft shapes with some grain,
-    about 50 kB at 400 x 500; captions of `words` (fewest and most) tokens. FOLDER/vocab.txt has `vocab` tokens."""
+    """Write shards FOLDER/0.tar and so on, and a vocabulary FOLDER/vocab.txt.
+
+    Args:
+        folder: the output folder.
+        shards: number of shards.
+        samples: total number of samples.
+        size: height and width of the JPEGs, which show soft shapes with grain and have about 50 kB at 400 x 500.
+        vocab: number of tokens in the vocabulary.
+        words: minimum and maximum number of tokens per caption.
+    """
     rng = torch.Generator().manual_seed(0)
     tokens = [*SPECIAL, *(f"w{i}" for i in range(vocab - len(SPECIAL)))]
     (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")

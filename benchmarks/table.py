@@ -1,4 +1,4 @@
-"""python -m benchmarks.table: rewrite the READMEs' tables from benchmarks/results/*/*.json."""
+"""python -m benchmarks.table: updates the tables in the READMEs from benchmarks/results/*/*.json."""
 
 from __future__ import annotations
 
@@ -19,35 +19,36 @@ ALL += ("native", "native-padding", "gpu-checks", "gpu-ops", "gpu-tuning", "gpu-
 PLOT = "scaling.png"
 SPEEDUP = "the engine's speed-up"
 SPEEDUPS = {"over reference": "reference", "over expert": "expert"}
-NAMES = {  # what readers call the CPUs that virtual machines name by numbers
+NAMES = {  # common names of CPUs that virtual machines identify by numbers
     "AMD EPYC, family 25 model 17": "AMD Zen 4",
     "AMD EPYC, Zen 5": "AMD Zen 5",
     "Intel Xeon Processor, family 6 model 167": "Intel with AMX",
     "Intel Xeon Processor, family 6 model 207": "Intel without AMX",
 }
-EARLIER = "0.1.0"  # the last version with an expert that did work that cannot change the loss
+EARLIER = "0.1.0"  # last version in which the expert did computations that cannot affect the loss
 NOTE = "\\* against an earlier, weaker expert, which embedded all patches and made logits for all positions."
 
 
 def machines(folder: Path) -> list[Path]:
-    """Return folders of results that have one of ALL: the study's has none."""
+    """Return the folders of results that contain one of ALL; that of the study does not."""
     return sorted({path.parent for name in ALL for path in folder.glob(f"*/{name}.json")})
 
 
 def tables(machine: Path, names: tuple[str, ...]) -> str:
-    """Return those results of a machine that are there."""
+    """Return the tables of those results in `names` that a machine has."""
     files = (machine / f"{name}.json" for name in names)
     return "\n".join(markdown(file) for file in files if file.exists())
 
 
 def page(machine: Path) -> str:
-    """Return all results of a machine."""
+    """Return the page with all results of a machine."""
     plot = f"\n![Speed and memory as one thing grows]({PLOT})\n" if (machine / PLOT).exists() else ""
     return f"# {machine.name}\n\nMade by `python -m benchmarks.table`.\n\n{tables(machine, ALL)}{plot}"
 
 
 def section(folder: Path, readme: Path) -> str:
-    """Return the training step on all machines, a row for each: by size, the engine's speed and its speed-ups."""
+    """Return the table of training steps: a row for each machine, with the engine's throughput and its speed-ups by
+    model size."""
     cases: list[tuple[str, int]] = []
     machine_rows = []
     marked = False
@@ -72,9 +73,9 @@ def section(folder: Path, readme: Path) -> str:
 
 
 def _cells(rows: dict[str, results.Row] | None, mark: str) -> list[str]:
-    """Return one size on one machine: the engine's samples/s, and how many times the baselines' that is.
+    """Return the cells for one model size on one machine: the engine's samples/s, and its speed-ups over the baselines.
 
-    `mark` follows the number over the expert.
+    `mark` is added to the speed-up over the expert.
     """
     if rows is None:
         return ["-"] * (1 + len(SPEEDUPS))
@@ -83,7 +84,7 @@ def _cells(rows: dict[str, results.Row] | None, mark: str) -> list[str]:
 
 
 def rewrite(text: str, made: str) -> str:
-    """Return `text` with what stands between the markers replaced. Raises ValueError if they are missing."""
+    """Return `text` with the part between the markers replaced. Raises ValueError if the markers are missing."""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:

@@ -1,5 +1,6 @@
-"""k-NN search compared with its matrix product alone, scikit-learn and faiss; a grid of linear heads compared with one
-head, streamed with the encoder and on cached features; linear probes compared with scikit-learn's LogisticRegression.
+"""Benchmarks of evaluation: k-NN search compared with only its matrix product, with scikit-learn and with faiss; a grid
+of linear heads compared with a single head, streamed with the encoder and on cached features; linear probes compared
+with scikit-learn's LogisticRegression.
 
 Shapes: N samples, M queries, D width, C classes, H heads.
 """
@@ -40,9 +41,10 @@ from m3ae_fast.process.ranks import Ranks, join_ranks
 BANK, QUERIES, WIDTH, K = 100_000, 5_000, 384, 20
 ROUNDS = 3
 RATES, LAYERS, CLASSES, STEPS, BATCH = 13, (9, 10, 11, 12), 1000, 4, 32
-TRAIN, TEST, KINDS = 10_000, 5_000, 50  # samples of the two parts, and classes, of the comparison with scikit-learn
-MOST = 1.3  # of the matrix product, k-NN
-MOST_OF_ONE = 1.5  # of one head, streamed, the grid
+# numbers of training samples, test samples and classes in the comparison with scikit-learn
+TRAIN, TEST, KINDS = 10_000, 5_000, 50
+MOST = 1.3  # maximum time of k-NN relative to that of the matrix product
+MOST_OF_ONE = 1.5  # maximum time of the streamed grid relative to that of a single head
 PULSE = SimpleNamespace(mark=lambda doing: None)
 
 
@@ -51,7 +53,7 @@ def _bank(features_ND: Tensor, labels_N: Tensor | None = None) -> FeatureBank:
 
 
 def _seconds(ways: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Return the seconds of each way in each round, after one that warms up; the ways alternate."""
+    """Return the duration of each function in each round in seconds, after a warm-up round. The functions alternate."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(1 + rounds):
         for name, work in ways.items():
@@ -136,7 +138,7 @@ def test_grid_of_heads(tmp_path):
         return BankSteps(dict.fromkeys(layers, cached), range(STEPS), BATCH, 0)
 
     def products() -> None:
-        """The products that a grid needs: logits, and gradients of the weights."""
+        """Compute the matrix products that a grid requires: logits, and gradients of the weights."""
         with torch.no_grad():
             for _ in range(STEPS):
                 for _ in LAYERS:

@@ -1,4 +1,4 @@
-"""Training steps with the options of faster pre-training and with the default config side by side; Muon's cost."""
+"""Comparison of training steps with the options for faster pre-training and with the default config; cost of Muon."""
 
 import statistics
 from contextlib import ExitStack
@@ -22,9 +22,9 @@ ARMS = {  # model, masking, optimiser
     "and Muon": (CROSS, THIRD, {"name": "muon"}),
 }
 DEFAULT, CHEAP, FAST = ARMS
-BATCH, BATCHES = 32, (32, 256, 4096)  # measured, and predicted
+BATCH, BATCHES = 32, (32, 256, 4096)  # batch sizes for which times are measured and for which they are predicted
 ROUNDS = 5
-MOST = 0.6  # of the default's time, with AdamW
+MOST = 0.6  # maximum time relative to that of the default, with AdamW
 
 
 def test_faster(benchmark):
@@ -40,7 +40,7 @@ def test_faster(benchmark):
                 seconds[name].append(alone[name].step())
 
         benchmark.pedantic(lambda: seconds[FAST].append(alone[FAST].step()), setup=others, rounds=ROUNDS)
-    # neighbours in time see the same load of the machine
+    # consecutive steps are subject to the same load of the machine
     ratios = {
         name: statistics.median(own / usual for own, usual in zip(seconds[name], seconds[DEFAULT])) for name in ARMS
     }
@@ -66,7 +66,7 @@ def test_faster(benchmark):
 
 
 def step_flops(name: str, samples: int) -> tuple[float, float]:
-    """Return the FLOPs of forward and backward passes of a step, and of its Newton-Schulz iterations."""
+    """Return the FLOPs of the forward and backward passes of a step, and of its Newton-Schulz iterations."""
     model, masking, optim = ARMS[name]
     config = make_config(ModelConfig(**model), BATCH, masking=MaskingConfig(**masking))
     with torch.device("meta"):
@@ -77,7 +77,8 @@ def step_flops(name: str, samples: int) -> tuple[float, float]:
 
 
 def muon_rows(measured: float) -> list[results.Row]:
-    """Return a row for each batch size; `measured`: seconds of a step that Muon takes more than AdamW, at BATCH."""
+    """Return a row for each batch size. `measured`: additional seconds per step of Muon compared with AdamW, for
+    BATCH."""
     rows: list[results.Row] = []
     for samples in BATCHES:
         passes, iterations = step_flops(FAST, samples)

@@ -1,4 +1,5 @@
-"""The share of the quickstart's steps that waits for data when its shards come from afar and only half of them fit."""
+"""Benchmark of downloading: the fraction of the time that the quickstart waits for data if its shards are remote and
+only half of them fit into the cache."""
 
 import json
 import os
@@ -17,7 +18,7 @@ from m3ae_fast.data.manifest import KINDS, rows_of, write
 
 ROOT = Path(__file__).parents[1]
 SHARDS, PER, LANES, STEPS, WARM = 64, 64, 8, 60, 10
-ROOM = 34  # shards: those of two windows of each lane, and a few that are on their way
+ROOM = 34  # number of shards that fit: those of two windows of each lane, and a few that are being downloaded
 LATENCY_S, FAULTS = 0.05, 0.2
 ROWS: list[results.Row] = []
 
@@ -38,7 +39,7 @@ def shards(tmp_path_factory) -> Path:
 
 
 def train(folder: Path, source: str, shards: Path, *options: str) -> tuple[float, float]:
-    """Return samples/s and the share of the time that waits for data."""
+    """Train, and return samples/s and the fraction of the time that is spent waiting for data."""
     options += (
         f"run.dir={folder}",
         f"train.steps={STEPS}",
@@ -57,7 +58,7 @@ def train(folder: Path, source: str, shards: Path, *options: str) -> tuple[float
 
 
 def test_shards_from_afar_keep_nobody_waiting(benchmark, shards, tmp_path):
-    """Beside the same shards on this machine's disk."""
+    """The comparison is with the same shards on a local disk."""
     sizes = [(PER, (shards / f"{number}.tar").stat().st_size, KINDS.index("paired")) for number in range(SHARDS)]
     room = ROOM * max(size for _, size, _ in sizes) / 1e9
     with faulty_server(shards, 0, FAULTS, LATENCY_S) as server:

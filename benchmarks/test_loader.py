@@ -1,4 +1,5 @@
-"""The loader alone, from JPEG shards made here, and the fraction of the quickstart's steps that waits for data."""
+"""Benchmarks of the loader alone, with synthetic JPEG shards, and of the fraction of the time that the quickstart waits
+for data."""
 
 import itertools
 import json
@@ -25,7 +26,8 @@ from m3ae_fast.data import Preparation, ShardStore, Share, open_corpus, train_lo
 
 ROOT = Path(__file__).parents[1]
 IMAGES, HEIGHT, WIDTH, BATCH = 512, 400, 500, 64
-MOST = 1.25  # times what decoding and cropping alone take: the loader reads shards, tokenises, masks and packs besides
+# maximum time relative to only decoding and cropping, because the loader also reads shards, tokenises, masks and packs
+MOST = 1.25
 ROWS: list[results.Row] = []
 
 
@@ -53,7 +55,8 @@ def one_thread():
 
 @pytest.mark.parametrize("size", [224, 256])
 def test_loader(benchmark, shards, one_thread, size):
-    """Time index, decoding, augmentation, tokens, masks and packing, beside torchvision's decoding and crop alone."""
+    """Time the loader (reading, decoding, augmentation, tokens, masks and packing), compared with only torchvision's
+    decoding and crop."""
     data = DataConfig(train=[SourceConfig(shards=f"{shards}/{{0..1}}.tar")], workers=0)
     corpus = open_corpus(data.train, ShardStore(None))
     tokenizer = load_tokenizer(str(shards / "vocab.txt"), 64, 2048)
@@ -89,7 +92,7 @@ def test_loader(benchmark, shards, one_thread, size):
 
 
 def test_data_wait(benchmark, tmp_path):
-    """Time what the quickstart's steps wait for the next batch, once it runs."""
+    """Measure the time that the quickstart's steps wait for the next batch, after the start of the run."""
     options = ["train.steps=50", "train.log_every=10", "train.pictures=0", f"run.dir={tmp_path}", "data.val=[]"]
     command = [sys.executable, str(ROOT / "m3ae_fast/train.py"), "--config", "configs/quickstart.json"]
     command += [word for option in options for word in ("--set", option)]

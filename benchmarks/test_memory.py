@@ -1,10 +1,11 @@
-"""Peak memory of a training step above parameters, gradients and optimiser state; each implementation in a process."""
+"""Benchmark of the peak memory of a training step, without parameters, gradients and optimiser state. Each
+implementation runs in its own process."""
 
 from benchmarks import results
 from benchmarks.alone import Alone
 from benchmarks.implementations import BASELINES
 
-MOST = 0.6  # of the expert's
+MOST = 0.6  # maximum memory relative to that of the expert
 
 
 def test_memory(benchmark):

@@ -1,6 +1,8 @@
-"""Native images beside square ones: tokens/s of a step at equal tokens, and what other layouts would pad.
+"""Comparison of native with square images: tokens/s of a step with equal numbers of tokens, and padding in other
+layouts.
 
-Shapes are those of openclipart's drawings, whose files are square: what lies around a drawing is cut off.
+The aspect ratios are those of openclipart's drawings. Their files are square, so the margins of the drawings are
+cropped.
 """
 
 import statistics
@@ -31,7 +33,7 @@ BATCH, ROUNDS, LEAST = 64, 7, 0.95
 
 @pytest.fixture(scope="module")
 def sizes() -> list[tuple[int, int]]:
-    """Width and height of each drawing, in pixels."""
+    """Return the width and height of each drawing in pixels."""
     found = []
     for path in sorted(CLIPART.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -42,7 +44,7 @@ def sizes() -> list[tuple[int, int]]:
 
 
 def made(model: ModelConfig, sizes: list[tuple[int, int]], seed: int = 0) -> list[Sample]:
-    """Return random images of these sizes, as the model sees them, masked."""
+    """Return samples with random images of these sizes, resized for the model and masked."""
     rng, geometry, samples = torch.Generator().manual_seed(seed), Geometry.of(model), []
     for number, (width, height) in enumerate(sizes):
         side = model.image_size // model.patch_size
@@ -54,7 +56,8 @@ def made(model: ModelConfig, sizes: list[tuple[int, int]], seed: int = 0) -> lis
 
 
 def test_a_step_at_equal_tokens(sizes):
-    """The square batch has the whole number of images that comes nearest to the tokens of the native one."""
+    """The square batch has the number of images for which its number of tokens is nearest to that of the native
+    batch."""
     keep_freed_memory()
     square = ModelConfig(size="small", image_size=224, vocab_size=0)
     native = square.model_copy(update={"resize": "native", "min_patches": 196})
@@ -76,12 +79,12 @@ def test_a_step_at_equal_tokens(sizes):
             for name, step in steps.items():
                 start = time.perf_counter()
                 step()
-                if turn:  # the first one warms up
+                if turn:  # the first round is a warm-up
                     seconds[name].append(time.perf_counter() - start)
     counts = {name: int(batch.decoder.cu_seqlens[len(batch.keys)]) for name, batch in batches.items()}
     rows: list[results.Row] = []
     for name, own in seconds.items():
-        # neighbours in time see the same load of the machine
+        # consecutive steps are subject to the same load of the machine
         ratio = statistics.median(
             (counts[name] / mine) / (counts["square"] / other) for mine, other in zip(own, seconds["square"])
         )
@@ -99,7 +102,7 @@ def test_a_step_at_equal_tokens(sizes):
 
 
 def test_padding(sizes):
-    """Measure the fraction of padding among the rows of a batch of 64: packed here, and where images are padded."""
+    """Measure the fraction of padding rows in batches of 64, for packing and for padding of images."""
     from timm.data.naflex_transforms import get_image_size_for_seq
 
     model = ModelConfig(size="small", image_size=128, patch_size=8, vocab_size=0, resize="native", max_patches=256)

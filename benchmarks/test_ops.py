@@ -1,6 +1,6 @@
-"""Each op, forward and backward: this engine's beside eager torch, torch.compile and, of the token loss, the losses of
-torch and of other libraries, at M3AE-Small's widths on a CPU (32 samples) and at M3AE-Large's on a GPU (512 samples;
-`python -m benchmarks.gpu` says much more there)."""
+"""Benchmarks of each op, forward and backward, compared with eager torch, with torch.compile and, for the token loss,
+with the losses of torch and of other libraries. The sizes are those of M3AE-Small on a CPU (32 samples) and those of
+M3AE-Large on a GPU (512 samples), where `python -m benchmarks.gpu` gives more detailed results."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ SMALL = Sizes(samples=32, patch=16, grid=14, visible=49, words=20, encoder=384, 
 DTYPE = torch.bfloat16 if PRECISION == "bf16" else torch.float32
 SIZES = LARGE if torch.cuda.is_available() else SMALL
 ROWS: list[results.Row] = []
-# of baselines.py; on a CPU Liger has no driver, and cut_cross_entropy 25.1 takes no bias
+# names in baselines.py; on a CPU, Liger has no driver, and cut_cross_entropy 25.1 does not support a bias
 RIVALS = ("torch.compile", "torch linear_cross_entropy", "Liger", "ml-cross-entropy")
 
 
@@ -38,7 +38,8 @@ def write():
 
 
 def attention(heads: int = 16) -> tuple[Workload, dict]:
-    """Return self-attention over captions of 8 to 32 tokens; eager torch pads to the longest, with a mask."""
+    """Return self-attention over captions of 8 to 32 tokens and its implementations. Eager torch pads to the longest
+    caption, with a mask."""
     torch.manual_seed(0)
     lengths = 1 + SIZES.grid**2 + torch.randint(8, 33, (SIZES.samples,))
     rows, longest = int(lengths.sum()), int(lengths.max())
@@ -58,7 +59,8 @@ def attention(heads: int = 16) -> tuple[Workload, dict]:
 
 
 def case(name: str) -> tuple[Workload, dict]:
-    """Return an op, and who runs it here: the engine, eager torch, and those of `RIVALS` that do."""
+    """Return the workload of an op and its implementations: the engine, eager torch, and those of `RIVALS` that run on
+    this machine."""
     if name == "attention":
         return attention()
     work = make(name, SIZES, DTYPE, DEVICE.device)
@@ -68,10 +70,10 @@ def case(name: str) -> tuple[Workload, dict]:
 
 
 def runs(work: Workload, module: object) -> bool:
-    """Return whether a library's op runs here, after it has compiled what it compiles."""
+    """Return whether a library's op runs on this machine. It is compiled in the process if necessary."""
     try:
         work.run(module)
-    except Exception as error:  # of any kind: no driver, an argument that this version lacks
+    except Exception as error:  # any error, such as a missing driver or an argument that this version does not support
         print(f"{work.name}: left out: {' '.join(str(error).split()) or repr(error)}")
         return False
     return True

@@ -1,4 +1,5 @@
-"""Manifest and order of corpora up to two billion samples: time and memory to open, to find a sample, in a worker."""
+"""Benchmark of manifests and of the sample order for datasets of up to two billion samples: time and memory to open
+them and to find a sample, also in a loader worker."""
 
 import json
 import multiprocessing
@@ -19,7 +20,8 @@ from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.data.order import Order
 from m3ae_fast.data.reader import Reader
 
-CORPORA = {"CC12M": (1243, 9990), "LAION-400M": (41_408, 9660), "LAION-2B": (231_349, 9000)}  # shards, samples of each
+# number of shards, and samples per shard
+CORPORA = {"CC12M": (1243, 9990), "LAION-400M": (41_408, 9660), "LAION-2B": (231_349, 9000)}
 LANES, STEPS, ROWS_OF_STEP = 64, 20, 64
 ROWS: list[results.Row] = []
 
@@ -32,18 +34,19 @@ def table():
 
 
 def resident() -> float:
-    """Return the MB of this process."""
+    """Return the resident memory of this process in MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
 
 
 def private() -> float:
-    """Return the MB that this process shares with no other."""
+    """Return the memory of this process in MB that is not shared with other processes."""
     text = Path("/proc/self/smaps_rollup").read_text()
     return sum(int(kb) for kb in re.findall(r"Private_\w+:\s+(\d+)", text)) / 1e3
 
 
 def opened(path: str, cache: str, out: str) -> None:
-    """Open it as a rank does that reads all lanes, and read on in a forked worker."""
+    """Open a manifest as a rank that reads all lanes, find samples there and in a forked worker, and write the
+    measurements to `out`."""
     store, before, start = ShardStore(Path(cache)), resident(), time.process_time()
     corpus = open_corpus([SourceConfig(shards=path)], store)
     (source,) = corpus.sources

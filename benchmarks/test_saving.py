@@ -1,4 +1,5 @@
-"""Measures how long training waits for a checkpoint of four ranks, and how much each holds meanwhile."""
+"""Benchmark of the time that training waits for a checkpoint of four ranks, and of the memory that each rank uses for
+it."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Cost of the engine's step as one thing grows at a time: batch, vocabulary, text length, mask ratio."""
+"""Benchmark of the cost of a step by batch size, vocabulary, text length and mask ratio, varied one at a time."""
 
 import statistics
 
@@ -12,11 +12,11 @@ from benchmarks import results
 from benchmarks.alone import Alone
 
 SMALL = {"size": "small", "image_size": 224}
-BATCH = 16  # where the batch is not what grows
+BATCH = 16  # batch size while other sizes are varied
 SERIES = {
     "batch": [(n, {"samples": n}) for n in (8, 16, 32, 64, 128)],
     "vocabulary": [(v, {"model": SMALL | {"vocab_size": v}}) for v in (1_000, 8_000, 30_522, 60_000)],
-    # all captions as long as they may be
+    # all captions have the maximum length
     "text length": [(n, {"model": SMALL | {"text_length": n}, "words": (n, n)}) for n in (16, 64, 256)],
     "mask ratio": [(r, {"masking": {"image_ratio": r, "text_ratio": r}}) for r in (0.25, 0.5, 0.75, 0.9)],
 }
@@ -33,7 +33,7 @@ def write():
 
 
 def draw(rows: list[results.Row]) -> None:
-    """Write scaling.png."""
+    """Plot the times to scaling.png."""
     figure, axes = plt.subplots(2, len(SERIES), figsize=(3.2 * len(SERIES), 5), squeeze=False)
     for column, what in enumerate(SERIES):
         mine = [row for row in rows if row["what grows"] == what]

@@ -1,11 +1,12 @@
-"""Seconds from launch to the end of the first training step: imports, model, compilation, and with its cache filled."""
+"""Benchmark of the time from launch to the end of the first training step (imports, model, compilation), without and
+with a filled compilation cache."""
 
 import tempfile
 
 from benchmarks import results
 from benchmarks.alone import Alone
 
-MODEL, SAMPLES = {"size": "small", "image_size": 224}, 2  # a step itself takes little
+MODEL, SAMPLES = {"size": "small", "image_size": 224}, 2  # a step takes little time
 
 
 def launch(name: str, cache: str) -> float:

@@ -1,4 +1,5 @@
-"""Whole training steps side by side: reference, expert, engine, taking turns so that a busy machine slows all alike."""
+"""Benchmark of whole training steps of the reference, the expert and the engine, which alternate so that other load on
+the machine affects all of them."""
 
 import functools
 import statistics
@@ -27,14 +28,14 @@ def write():
 
 @functools.cache
 def peak(precision: str) -> float:
-    """Return the FLOP/s of large matmuls here."""
+    """Return the FLOP/s of large matmuls on this machine."""
     return peak_flops(DEVICE, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
 
 
 def least() -> tuple[float, float]:
-    """Return ratios of the engine's speed to the reference's and the expert's that this machine must show.
+    """Return the minimum speed-ups of the engine over the reference and over the expert on this machine.
 
-    The reference computes in float32: where bf16 matmuls are little faster, one peak binds all three.
+    They depend on the speed of bf16 matmuls, because the reference computes in float32.
     """
     if PRECISION == "fp32":
         return 3.0, 1.4
@@ -57,7 +58,7 @@ def test_step(benchmark, size, samples):
 
     ratios = {}
     for name in NAMES:
-        # neighbours in time see the same load of the machine
+        # consecutive steps are subject to the same load of the machine
         ratios[name] = statistics.median(r / e for r, e in zip(seconds[name], seconds["engine"]))
         precision = "fp32" if name == "reference" else PRECISION
         row = {"size": size, "batch": samples, "implementation": name, "precision": precision}

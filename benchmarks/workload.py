@@ -1,4 +1,4 @@
-"""Made-up training batches, in the engine's layout and in the padded one, from the same samples and masks."""
+"""Synthetic training batches with the same samples and masks in the engine's packed layout and in the padded layout."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from m3ae_fast.config import (
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# what the expert and the engine compute in: the faster one here
+# precision of the expert and of the engine: the faster one on this machine
 PRECISION = fast_precision(DEVICE)
-WORDS = (8, 32)  # fewest and most valid tokens of a caption
+WORDS = (8, 32)  # minimum and maximum number of valid tokens of a caption
 
 
 def make_config(
@@ -33,7 +33,7 @@ def make_config(
     optim: PretrainingOptimConfig | None = None,
     **train,
 ) -> Config:
-    """Return a config for engines that are fed by hand; `train` goes to its section."""
+    """Return a config for engines whose batches are passed directly. `train`: settings of the section train."""
     return Config(
         model=model,
         masking=masking or MaskingConfig(),
@@ -47,7 +47,8 @@ def make_config(
 def make_batch(
     config: Config, samples: int, *, seed: int = 0, words: tuple[int, int] = WORDS
 ) -> tuple[PackedBatch, PaddedBatch]:
-    """Return random images, captions of `words` tokens (uniform), and masks as the loader draws them."""
+    """Return a batch in both layouts, with random images, captions whose lengths are uniform within `words`, and masks
+    that are sampled as by the loader."""
     m, masking = config.model, config.masking
     rng = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (samples, m.channels, m.image_size, m.image_size), dtype=torch.uint8, generator=rng)

@@ -11,9 +11,8 @@ def require_libraries_of(config: Config) -> None:
     """Raise UserError if a library that a run requires is not installed. Shards that are listed in a manifest are not
     checked, because they are known only when the manifest is read."""
     needs = {} if config.deepspeed is None else {"deepspeed": "the section deepspeed"}
-    require_libraries(
-        needs | dict.fromkeys(config.run.loggers, "run.loggers")
-    )  # loggers are named after their libraries
+    # loggers are named after their libraries
+    require_libraries(needs | dict.fromkeys(config.run.loggers, "run.loggers"))
     probe = config.train.probe
     sources = [*config.data.train, *config.data.val, *([*probe.train, *probe.val] if probe else [])]
     for source in sources:

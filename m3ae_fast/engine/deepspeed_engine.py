@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # otherwise DeepSpeed looks for other devices and warns if there are none
+    # otherwise DeepSpeed looks for other devices and warns if there are none
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 import torch.distributed as dist
