@@ -1,1 +1,1 @@
-"""Laboratories: training under random faults, whether tests notice bugs, and the paper's study at a small size."""
+"""Experiments and stress tests: training under random faults, mutation testing, and small-scale studies."""

@@ -1,10 +1,10 @@
-"""Does native aspect ratio give a better representation than squares, at equal tokens?
+"""Experiment: does native aspect ratio give a better representation than square images, at equal numbers of tokens?
 
     python -m lab.aspect --out runs/aspect
 
-The drawings of data/openclipart, whose files are square, without the white around them; MAE on them with squares and
-with native images of as many patches, and both encoders tested on square and on native images by k-NN and a linear
-probe. What is done is not done again.
+An MAE is trained on the drawings of data/openclipart, without their white margins, once as square images and once as
+native images with the same number of patches. Both encoders are tested on square and on native images by k-NN and by a
+linear probe. Completed runs are not repeated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.shards.tar_member import add_member
 
 CLIPART = Path("data/openclipart")
-WHITE = 250  # levels from here on are paper
+WHITE = 250  # minimum level of white margins
 MODES, TASKS, SEEDS = ("square", "native"), ("knn", "linear"), (0, 1, 2)
 PATCHES, PATCH = 64, 8
 MODEL = {
@@ -37,13 +37,13 @@ MODEL = {
 
 
 def drawing(data: bytes) -> Image.Image:
-    """Return an image without the white around it."""
+    """Return an image without its white margins."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     return image.crop(image.convert("L").point(lambda level: 255 * (level < WHITE)).getbbox())
 
 
 def cut(shard: Path, out: Path) -> None:
-    """Write the labelled drawings of a shard."""
+    """Write a shard with the labelled drawings of a shard, without their margins."""
     with tarfile.open(shard) as tar:
         files = {info.name: tar.extractfile(info).read() for info in tar}
     with whole_file(out) as partial, tarfile.open(partial, "w") as tar:
@@ -58,14 +58,14 @@ def cut(shard: Path, out: Path) -> None:
 
 
 def ratios(shard: Path) -> list[float]:
-    """Return how many times as long as their shorter side drawings are."""
+    """Return the aspect ratios (longer side over shorter side) of the drawings in a shard."""
     with tarfile.open(shard) as tar:
         sizes = [Image.open(io.BytesIO(tar.extractfile(i).read())).size for i in tar if i.name.endswith(".png")]
     return [max(size) / min(size) for size in sizes]
 
 
 def config(run: Path, shards: Path, mode: str, seed: int, steps: int) -> dict[str, object]:
-    """Return a run's config; a native image has as many patches as a square one, whatever its size."""
+    """Return the config of a run. A native image has as many patches as a square one."""
     sizes = {"resize": mode, "max_patches": PATCHES, "min_patches": PATCHES} if mode == "native" else {}
     return {
         "run": {"dir": str(run), "seed": seed},
@@ -78,7 +78,7 @@ def config(run: Path, shards: Path, mode: str, seed: int, steps: int) -> dict[st
 
 
 def accuracy(model: str, shards: Path, mode: str, task: str, out: Path) -> float:
-    """Return held-out accuracy in %."""
+    """Return the held-out accuracy of a task in %."""
     if not (out / "result.json").exists():
         evaluate(
             task,
@@ -93,7 +93,7 @@ def accuracy(model: str, shards: Path, mode: str, task: str, out: Path) -> float
 
 
 def table(found: dict[tuple[str, str], dict[str, list[float]]]) -> str:
-    """Return a row for each encoder and kind of test image."""
+    """Return a Markdown table with a row for each encoder and kind of test image."""
     lines = ["| encoder | tested on | k-NN | linear probe |", "|---|---|--:|--:|"]
     for (encoder, seen), each in found.items():
         cells = [f"{statistics.mean(each[task]):.1f} ± {statistics.stdev(each[task]):.1f}" for task in TASKS]

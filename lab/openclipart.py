@@ -1,8 +1,9 @@
 """Clean the captions of data/openclipart: `python -m lab.openclipart` rewrites its shards in place.
 
-Titles in the SVG files are often the name of a collection ("Various Cliparts", "AIGA_Symbol_Signs. EPS converted from")
-and keywords those of a program ("mapsym", "hash(0x8a091c0)"). A collection's name gives way to the words of the image's
-file name; program words, authors' names and repetitions go. A second run changes nothing.
+Titles in the SVG files are often the names of collections ("Various Cliparts", "AIGA_Symbol_Signs. EPS converted
+from"), and keywords are often artefacts of programs ("mapsym", "hash(0x8a091c0)"). Names of collections are replaced by
+the words of the image's file name; artefacts, names of authors and repetitions are removed. A second run changes
+nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ COLLECTION = re.compile(
     r"|gold-theme|plastik-icon-theme|advertising|map symbols|sallite|homes clipart|australian maps|clipart by .*)",
     re.IGNORECASE,
 )
-SUFFIX = re.compile(r" - (?:rpg map elements|body part)$", re.IGNORECASE)  # of titles
-NOISE = re.compile(  # whole parts of a caption
+SUFFIX = re.compile(r" - (?:rpg map elements|body part)$", re.IGNORECASE)  # suffixes of titles
+NOISE = re.compile(  # parts of a caption that are removed if they match completely
     r"eps converted from|made with inkscape|aiga symbols|(?:map|music|network|weather|signal)sym|map symbols|appicon"
     r"|lemon theme icon|mime-?types|stickmen|hash\(0x\w+\)|architetto francesco rollandin"
     r"|collection of satellite engineering related clipart|stock|unsorted"
@@ -38,7 +39,7 @@ SHORT = {"tv", "pc", "cd", "bus", "car", "bar", "cow", "cat", "dog", "sun", "hub
 
 
 def words_of(source: str) -> str:
-    """Return what the path of an image's file says of it: the words of its name, else its folder's."""
+    """Return the words in the name of an image's file or, if there are none, of its folder."""
     *_, folder, name = source.split("/")
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     found = [word.lower() for word in re.split(r"[\W_\d]+", name)]
@@ -47,7 +48,7 @@ def words_of(source: str) -> str:
 
 
 def clean(caption: str, source: str, keywords: Sequence[str]) -> str:
-    """Return a caption without debris; `source` and `keywords`: its image's path and keywords in the library."""
+    """Return the cleaned caption. `source`, `keywords`: path and keywords of the image in the library."""
     title, *rest = re.split(r"\.\s+", caption.strip().rstrip("."))
     if COLLECTION.fullmatch(title):
         title = words_of(source)
@@ -65,7 +66,7 @@ def clean(caption: str, source: str, keywords: Sequence[str]) -> str:
 
 
 def rewrite(shard: Path) -> tuple[int, int]:
-    """Clean the captions of a shard in place; return how many were changed, and of how many."""
+    """Clean the captions of a shard in place, and return the number of changed captions and of all captions."""
     with tarfile.open(shard) as tar:
         members = [(info, tar.extractfile(info).read()) for info in tar]
     about = {info.name.split(".")[0]: json.loads(data) for info, data in members if info.name.endswith(".json")}

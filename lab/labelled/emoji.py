@@ -1,7 +1,7 @@
-"""Emoji of one vendor, from npm's packages emoji-datasource-VENDOR: pictures of 64 pixels with names and categories.
+"""Emoji of one vendor, from npm's packages emoji-datasource-VENDOR: images of 64 pixels with names and categories.
 
-Held-out emoji are the same ones of every vendor, with all their skin tones: none leaks into the training samples of
-any vendor.
+The same emoji, with all their skin tones, are held out for every vendor, so that none of them occurs in the training
+samples of any vendor.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.shards.sources.interface import Record, Records
 
 VERSION = "16.0.0"
-LICENCES = {  # of the pictures; the tables of names are MIT
+LICENCES = {  # licences of the images; those of the tables of names are MIT
     "twitter": "CC-BY 4.0, Twemoji, Copyright Twitter, Inc and other contributors",
     "google": "Apache 2.0, Noto Emoji, Copyright Google Inc",
 }
-HELD_OUT = 0.2  # of the emoji
+HELD_OUT = 0.2  # fraction of the emoji
 _TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 
 
 class Picture(NamedTuple):
-    """An emoji, or a skin tone of one."""
+    """The image of an emoji, or of one of its skin tones."""
 
     image: str  # file name
     caption: str
@@ -35,10 +35,10 @@ class Picture(NamedTuple):
 
 
 class Emoji(Records):
-    """A vendor's emoji, with category as class and names as caption."""
+    """Records of a vendor's emoji, with their category as class and their names as caption."""
 
     def __init__(self, vendor: str, package: Path | None, downloads: Path):
-        """Raises UserError if the package cannot be fetched or read."""
+        """Open the package; None: download it to `downloads`. Raises UserError if it cannot be downloaded or read."""
         command = ["npm", "pack", f"emoji-datasource-{vendor}@{VERSION}"]
         package = package or fetch(command, downloads / vendor, ".tgz")
         try:
@@ -66,12 +66,12 @@ class Emoji(Records):
 
 
 def is_held_out(emoji: str) -> bool:
-    """Return whether the emoji of these code points, without a skin tone, is a held-out one."""
+    """Return whether the emoji with these code points, without skin tone, is held out."""
     return int.from_bytes(hashlib.blake2b(emoji.encode(), digest_size=8).digest(), "big") < HELD_OUT * 2**64
 
 
 def pictures_of(table: list[dict[str, Any]], vendor: str, held_out: bool) -> list[Picture]:
-    """Return the pictures that a vendor has of the emoji of one split, in the table's order."""
+    """Return a vendor's images of the emoji in one split, in the order of the table."""
     found = []
     for emoji in table:
         if is_held_out(emoji["unified"]) != held_out:

@@ -1,6 +1,6 @@
-"""Fashion-MNIST (arXiv 1708.07747) from Debian's package: 70,000 grey pictures of clothes of 28 x 28 pixels.
+"""Fashion-MNIST (arXiv 1708.07747) from Debian's package: 70,000 grey images of clothes, 28 x 28 pixels.
 
-Shapes: N pictures.
+Shapes: N images.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _FILES = {"train": "train", "val": "t10k"}  # the official test set is held out
 
 
 class Fashion(Records):
-    """All pictures, with their classes and without captions."""
+    """Records of all images, with classes and without captions."""
 
     classes = CLASSES
 
     def __init__(self, package: Path | None, downloads: Path):
-        """Raises UserError if the package cannot be fetched or read."""
+        """Open the package; None: download it to `downloads`. Raises UserError if it cannot be downloaded or read."""
         package = package or fetch(COMMAND, downloads, ".deb")
         files = read_members(package, FOLDER, ".gz")
         try:
@@ -51,8 +51,8 @@ class Fashion(Records):
 
 
 def parse_idx(packed: bytes) -> np.ndarray:
-    """Return the array stored in a gzipped IDX file of bytes, uint8 [N, ...]. Raises ValueError or OSError if it is
-    none."""
+    """Return the array in a gzipped IDX file of bytes, uint8 [N, ...]. Raises ValueError or OSError if it is not such a
+    file."""
     data = gzip.decompress(packed)
     if data[:3] != b"\0\0\x08":
         raise ValueError("not an IDX file of bytes")

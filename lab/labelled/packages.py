@@ -1,4 +1,4 @@
-"""Fetches packages with the clients of their registries, and reads the files in them."""
+"""Download of packages with the clients of their registries, and reading of their files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _AR, _HEADER = b"!<arch>\n", 60  # bytes
 
 
 def fetch(command: list[str], folder: Path, suffix: str) -> Path:
-    """Run a client in `folder` and return the package, of this suffix, that it leaves there. Raises UserError if it
-    fails."""
+    """Run a client in `folder`, and return the path of the downloaded package with this suffix. Raises UserError if the
+    client fails."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -31,10 +31,11 @@ def fetch(command: list[str], folder: Path, suffix: str) -> Path:
 
 
 def read_members(package: Path, folder: str, suffix: str) -> dict[str, bytes]:
-    """Return the files below `folder` whose names end so, by their path in it: of a Debian package, or of a tar.
+    """Return the files in a Debian package or a tar that are below `folder` and have the suffix, by their path relative
+    to `folder`.
 
     Raises:
-        UserError: the package cannot be read, or has none.
+        UserError: the package cannot be read, or contains no such file.
     """
     try:
         with open(package, "rb") as file, tarfile.open(fileobj=_tar_of(file)) as tar:
@@ -51,7 +52,8 @@ def read_members(package: Path, folder: str, suffix: str) -> dict[str, bytes]:
 
 
 def _tar_of(file: IO[bytes]) -> IO[bytes]:
-    """Return the tar of a Debian package's files, which is an ar archive's last member; any other file as it is."""
+    """Return the tar with the files of a Debian package, which is the last member of an ar archive; other files are
+    returned unchanged."""
     if file.read(len(_AR)) != _AR:
         file.seek(0)
         return file

@@ -1,1 +1,1 @@
-"""Would the tests notice a bug? python -m lab.mutation"""
+"""Mutation testing: do the tests notice a bug? python -m lab.mutation"""

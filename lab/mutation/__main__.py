@@ -1,10 +1,10 @@
-"""Would the tests notice a bug? python -m lab.mutation --out FOLDER [--count 150] [--seed 0]
+"""Mutation testing: do the tests notice a bug? python -m lab.mutation --out FOLDER [--count 150] [--seed 0]
 
-Puts a random sample of small bugs into the code, one at a time, and runs the tests that see the line: those that ran it
-when it was right, fastest first, up to a time. What none of them notices is tried in the end with slow tests of its
-part. Each result is a line of FOLDER/results.jsonl as soon as it is known, and another start goes on where one ended.
+A random sample of small bugs is inserted into the code, one at a time. For each of them, the tests that execute the
+changed line are run, fastest first, up to a time limit. Mutants that none of them notices are then tried with the slow
+tests of their part of the code. Each result is written to FOLDER/results.jsonl at once, and a repeated call resumes.
 
-FOLDER/coverage*.json come from `python -m lab.mutation.coverage_map`. Takes about an hour of one core.
+FOLDER/coverage*.json are written by `python -m lab.mutation.coverage_map`. The whole takes about an hour on one core.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 from lab.mutation.mutants import LEFT_OUT, ROOT, Mutant, sample
 from lab.mutation.trial import import_libraries, trial
 
-FAST_S = 6.0  # of tests for one mutant, by the time they take
+FAST_S = 6.0  # maximum total duration in seconds of the fast tests for a mutant
 RESUMED = "tests/test_resume.py"
 FAST, SLOWLY = "fast", "slow"
-SLOW = {  # by the part that a mutant is in
+SLOW = {  # slow tests by the part of the code that a mutant is in
     "m3ae_fast/engine/deepspeed": [f"{RESUMED}::test_resume_is_bitwise[{stage}]" for stage in (2, 3)],
     "m3ae_fast/engine": [RESUMED, "-k", "not bitwise and not signal and not sigkill and not launcher and not stage"],
     "m3ae_fast/training": [RESUMED, "-k", "not bitwise and not signal and not sigkill and not launcher and not stage"],
@@ -45,17 +45,17 @@ SLOW = {  # by the part that a mutant is in
     "m3ae_fast/": ["tests/weights", "tests/evaluation", "tests/test_report.py", "tests/test_draw.py"],
     "kernels": ["tests/kernels/test_kernel_ops.py", "tests/kernels/test_kernel_api.py"],
 }
-LIMIT_S = {FAST: 60.0, SLOWLY: 300.0}  # what takes longer hangs
+LIMIT_S = {FAST: 60.0, SLOWLY: 300.0}  # tests that take longer count as hanging
 TREE = ("m3ae_fast", "kernels", "tests", "benchmarks", "lab", "configs", "data", "docs", "examples", ".github")
 TREE += ("README.md", "CONTRIBUTING.md", "CITATION.cff", "pyproject.toml", ".pre-commit-config.yaml")
 
 
 class Choice:
-    """Which tests a mutant is tried against."""
+    """The choice of the tests for a mutant."""
 
     def __init__(self, folder: Path) -> None:
         self.seconds: dict[str, float] = {}
-        self.tests: dict[str, dict[str, list[str]]] = {}  # by file and line
+        self.tests: dict[str, dict[str, list[str]]] = {}  # tests by file and line
         for file in folder.glob("coverage*.json"):
             known = json.loads(file.read_text())
             self.seconds |= known["seconds"]
@@ -64,7 +64,8 @@ class Choice:
                     self.tests.setdefault(name, {}).setdefault(line, []).extend(tests)
 
     def fast(self, mutant: Mutant) -> list[str]:
-        """Return the tests that ran the line or, where it ran while modules were imported, any line of its file."""
+        """Return the tests that execute the mutated line or, if it is executed only during imports, any line of its
+        file."""
         lines = self.tests.get(mutant.file, {})
         seen = lines.get(str(mutant.line)) or [test for tests in lines.values() for test in tests]
         chosen, total = [], 0.0

@@ -1,4 +1,4 @@
-"""Which tests run which lines, and how long each takes: python -m lab.mutation.coverage_map FILE.json TEST..."""
+"""Record which lines each test executes, and its duration: python -m lab.mutation.coverage_map FILE.json TEST..."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ ROOT = Path(__file__).parents[2]
 
 
 class Contexts:
-    """Tells `measured` which test is running, fixtures included."""
+    """A plugin of pytest that informs `measured` of the running test, including its fixtures."""
 
     def __init__(self, measured) -> None:
         self.measured, self.seconds = measured, {}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        if "trainer" not in item.fixturenames:  # whose processes nothing here sees
+        if "trainer" not in item.fixturenames:  # coverage in its child processes is not recorded
             self.measured.switch_context(item.nodeid)
-        start = sum(os.times()[:4])  # of this process and of those it waited for
+        start = sum(os.times()[:4])  # CPU time of this process and of its ended children
         result = yield
         self.seconds[item.nodeid] = sum(os.times()[:4]) - start
         self.measured.switch_context("")

@@ -1,4 +1,4 @@
-"""Small changes of the source, each a plausible slip: what there is to change, and a fixed random sample of it."""
+"""Mutants: small changes of the source that imitate plausible mistakes, and a fixed random sample of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FILES = ("m3ae_fast/**/*.py", "kernels/m3ae_kernels/**/*.py")
-LEFT_OUT = {  # by what their paths begin with
+LEFT_OUT = {  # files that are not mutated, by prefixes of their paths
     "kernels/m3ae_kernels/aot.py": "compiles for GPUs",
     "kernels/m3ae_kernels/tuning/": "block sizes of GPUs",
     "kernels/m3ae_kernels/triton_impl/": "kernels of GPUs, which only slow tests interpret",
@@ -23,7 +23,7 @@ _SWAPPED: dict[type, type] = {
     ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr,
     ast.LShift: ast.RShift, ast.RShift: ast.LShift,
 }  # fmt: skip
-# what is only for people or for type checkers
+# code that only affects messages or type checkers
 _PASSED_OVER = (ast.JoinedStr, ast.Raise, ast.Assert, ast.AnnAssign, ast.Import, ast.ImportFrom)
 
 
@@ -31,7 +31,7 @@ _PASSED_OVER = (ast.JoinedStr, ast.Raise, ast.Assert, ast.AnnAssign, ast.Import,
 class Mutant:
     file: str  # relative to the repository
     line: int
-    start: int  # bytes into the file
+    start: int  # offset in the file in bytes
     end: int
     old: str
     new: str
@@ -45,7 +45,7 @@ class Mutant:
 
 
 def sample(count: int, seed: int) -> list[Mutant]:
-    """Draw `count` of all mutants, each as likely as any other."""
+    """Return a uniform random sample of `count` mutants."""
     every = [mutant for path in _files() for mutant in mutants(path)]
     return random.Random(seed).sample(every, count)
 
@@ -71,7 +71,7 @@ def mutants(path: Path) -> Iterator[Mutant]:
 
 
 def _changes(tree: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
-    """Yield (node, the source to put in its place)."""
+    """Yield each possible change as (node, source that replaces it)."""
     for node in _walk(tree):
         match node:
             case ast.Compare(ops=[op]) if type(op) in _SWAPPED:

@@ -1,4 +1,5 @@
-"""One mutant against some tests, in a forked process that has the libraries imported, but nothing of this project."""
+"""Run of some tests against a mutant, in a forked process in which libraries are imported, but no module of this
+project."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ HUNG = "hangs"
 
 @dataclass
 class Verdict:
-    noticed: str | None  # by which test, or how; None: by nothing
+    noticed: str | None  # the test that notices the mutant, or a description; None: no test does
     seconds: float
 
 
@@ -33,9 +34,9 @@ def import_libraries() -> None:
 
 
 def trial(mutant: Mutant, tests: list[str], tree: Path, limit_s: float) -> Verdict:
-    """Put the mutant into `tree`, a copy of the repository, while the tests run there, to the first that fails.
+    """Run the tests until one fails, with the mutant applied to `tree`, a copy of the repository.
 
-    limit_s: seconds of a core; ten times as many of the clock.
+    `limit_s`: limit of the CPU time in seconds; the limit of the wall-clock time is ten times as long.
     """
     path, start = tree / mutant.file, time.monotonic()
     source, times = path.read_bytes(), path.stat()
@@ -64,7 +65,7 @@ def trial(mutant: Mutant, tests: list[str], tree: Path, limit_s: float) -> Verdi
 
 
 def _wait(pid: int, limit_s: float) -> int | None:
-    """Return the status of a process; None if it had to be ended."""
+    """Wait for a process and return its exit status; None if it exceeded the limit and was killed."""
     until = time.monotonic() + limit_s
     while time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)

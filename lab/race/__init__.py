@@ -1,1 +1,2 @@
-"""A race to a representation of a given quality: today's recipe against cheaper ones, at equal tuning."""
+"""Experiment: the cost of reaching a given quality of the representation, with the default recipe and with cheaper
+ones, at equal tuning."""

@@ -1,11 +1,13 @@
-"""The race to a representation of a given quality. Its protocol is lab/race/README.md.
+"""Measure the cost of reaching a given quality of the representation with several recipes. The protocol is in
+lab/race/README.md.
 
 python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
 python -m lab.race data/labelled --out runs/race
-python -m lab.race data/labelled --minutes 40 --final-seeds 0     # the shortest part; the next call goes on
+python -m lab.race data/labelled --minutes 40 --final-seeds 0     # the shortest part; the next call continues
 
-Trains each run by the public program, tests it off the clock, and writes race.json, race.png and README.md after each.
-What is done is not done again: call it again after a stop, on another machine with the same --results.
+Each run is trained by the public program and tested, where the time of tests is not counted. race.json, race.png and
+README.md are written after each run. Completed runs are not repeated: if the program is stopped, call it again, on
+another machine with the same --results.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ from lab.study.shards import LABELS, prepare
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.config.load import apply_override
 
-SIDE = 36  # pixels of an emoji: half as many again as models see
+SIDE = 36  # side of an emoji in pixels, 1.5 times that of the model's images
 
 
 class TimeIsOver(Exception):
-    """No run may begin any more."""
+    """Raised if the time is over and no further run may begin."""
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -60,15 +62,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Runner:
-    """Performs runs, unless they are done, and writes the report after each."""
+    """Executes runs that are not complete, and writes the report after each of them."""
 
     def __init__(self, race: Race, folder: Path, minutes: float | None, labels: dict[str, dict[str, str]]) -> None:
         self.race, self.folder, self.labels = race, folder, labels
         self.until = None if minutes is None else time.monotonic() + 60 * minutes
-        self.asked: dict[Trial, None] = {}  # runs that were asked for, done or not
+        self.asked: dict[Trial, None] = {}  # all requested runs, complete or not
 
     def perform(self, trial: Trial) -> None:
-        """Raises TimeIsOver if a run would have to begin after the last minute, Stopped if one was asked to stop."""
+        """Execute a run unless it is complete, and write the report. Raises TimeIsOver if a run would begin after the
+        time limit, and Stopped if a run was stopped."""
         self.asked[trial] = None
         if self.race.done(trial):
             return
@@ -115,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _race(runner: Runner, args: argparse.Namespace, data: str, size: str) -> None:
-    """Tune, and perform the runs, of one size on one data set."""
+    """Tune and execute the runs of one model size on one dataset."""
     known: dict[str, Overrides] = {}
 
     def tuned(arm: str) -> Overrides:

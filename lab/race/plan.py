@@ -1,4 +1,4 @@
-"""The runs of the race, in the order of their work."""
+"""The runs of the experiment, in the order of execution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 BASELINE, FAST = "baseline", "cross, a third, Muon"
-Overrides = tuple[tuple[str, Any], ...]  # settings and their values, which JSON can hold
+Overrides = tuple[tuple[str, Any], ...]  # settings with their values, which must be representable in JSON
 
 _CROSS: Overrides = (("model.dec_attention", "cross"),)
 _THIRD: Overrides = (("masking.image_predicted", 0.33), ("masking.text_predicted", 0.33))
@@ -26,14 +26,15 @@ ARMS: dict[str, Overrides] = {
     "cross, a third, 1 block, Muon": (*_CROSS, *_THIRD, *_ONE, *_MUON),
     "cross": _CROSS,
     "cross, Muon": (*_CROSS, *_MUON),
-    "half the width": (("model.dec_emb_dim", 0.5),),  # of the decoder
+    "half the width": (("model.dec_emb_dim", 0.5),),  # relative to the encoder
     "2 blocks": (("model.dec_depth", 2),),
     "a third": _THIRD,
     "wsd": _WSD,
     "all": (*_CROSS, *_THIRD, *_MUON, *_WSD),
 }
-PIXELS, RANDOM_WEIGHTS = "raw pixels", "random weights"  # without training: what the baseline must be above
-SEEDS, FINAL_SEEDS = 3, 5  # of the arms at the shortest length; of the baseline and the fast arm at all lengths
+PIXELS, RANDOM_WEIGHTS = "raw pixels", "random weights"  # references without training, which the baseline must exceed
+# numbers of seeds: of all arms at the shortest length, and of the baseline and the fast arm at all lengths
+SEEDS, FINAL_SEEDS = 3, 5
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Trial:
     data: str
     size: str
     arm: str
-    steps: int  # of 128 samples; with another batch as many samples
+    steps: int  # for batches of 128 samples; with another batch size, the number of samples is the same
     seed: int
     tuned: Overrides = ()
-    validation: bool = False  # tested on the samples for choosing settings
+    validation: bool = False  # whether it is tested on the samples for choosing settings
 
     @property
     def overrides(self) -> Overrides:
@@ -58,7 +59,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Return the name of its folder."""
+        """Return the name of the run's folder."""
         arm = self.arm.replace(", ", "+").replace(" ", "-")
         tuned = hashlib.blake2b(json.dumps(self.tuned).encode(), digest_size=4).hexdigest()
         kind = "-validation" if self.validation else ""
@@ -66,7 +67,7 @@ class Trial:
 
 
 def tuned_as(arm: str) -> str:
-    """Return the arm whose tuning an arm takes: each optimiser is tuned once."""
+    """Return the arm whose tuned settings an arm uses; each optimiser is tuned once."""
     return FAST if ("optim.name", "muon") in ARMS[arm] else BASELINE
 
 
@@ -79,14 +80,17 @@ def race(
     final_seeds: int,
     tuned: Callable[[str], Overrides],
 ) -> Iterator[Trial]:
-    """Yield the runs of one size on one data set: for each seed, all arms at the shortest length and the baseline at
-    the next two, between which compute is interpolated; then the baseline and the fast arm at all lengths.
+    """Yield the runs of one model size on one dataset: first, for each seed, all arms at the shortest length and the
+    baseline at the next two lengths, between which the cost is interpolated; then the baseline and the fast arm at all
+    lengths.
 
     Args:
-        lengths: in steps, rising.
-        arms: which arms; the baseline is always there.
-        seeds, final_seeds: of the two parts.
-        tuned: tunes what an arm takes its settings from.
+        data: name of the dataset.
+        size: name of the model size.
+        lengths: numbers of steps, ascending.
+        arms: names of the arms; the baseline is always included.
+        seeds, final_seeds: numbers of seeds of the two parts.
+        tuned: function that returns the tuned settings of an arm, and tunes them if necessary.
     """
     trial = Trial(data, size, BASELINE, lengths[0], 0)
     ladder = [replace(trial, steps=steps) for steps in lengths[:3]]
@@ -105,14 +109,15 @@ def race(
 def tune(
     start: Trial, tried: Mapping[str, Sequence[Any]], settings: Collection[str], accuracy: Callable[[Trial], float]
 ) -> Overrides:
-    """Return the best values of all settings, one setting after the other: each takes the value with the highest
-    accuracy, the others staying at the best so far.
+    """Return the best values of all settings. They are tuned one after the other: for each setting, the value with the
+    highest accuracy is chosen while the other settings have the best values so far.
 
     Args:
-        start: the arm, at the shortest length.
-        tried: values by setting, the usual one first.
-        settings: those to tune; the others stay at the usual value.
-        accuracy: trains, unless that is done, and tests on the samples for choosing settings.
+        start: run of the arm at the shortest length.
+        tried: values of each setting, with the default first.
+        settings: names of the settings to tune; the others have their defaults.
+        accuracy: function that trains a run, unless it is complete, and returns its accuracy on the samples for
+            choosing settings.
     """
     best = {setting: frozen(values[0]) for setting, values in tried.items()}
     for setting in (each for each in tried if each in settings):
@@ -123,5 +128,5 @@ def tune(
 
 
 def frozen(value: Any) -> Any:
-    """Return a setting's value as a trial has it: a list that JSON gave is a tuple."""
+    """Return a setting's value as in a trial, with JSON's lists converted to tuples."""
     return tuple(value) if isinstance(value, list) else value

@@ -1,6 +1,7 @@
-"""Results of the race: how much less compute an arm takes to the baseline's accuracy, as tables and a plot.
+"""Results of the experiment as tables and a plot: the factor by which an arm reduces the cost of reaching the
+baseline's accuracy.
 
-Shapes: R replicates, N tested samples.
+Shapes: R bootstrap replicates, N tested samples.
 """
 
 from __future__ import annotations
@@ -31,24 +32,27 @@ Row = dict[str, Any]
 class Factor(NamedTuple):
     """Ratio of the baseline's cost to an arm's cost at equal accuracy, with its 95 % interval."""
 
-    mean: float  # geometric, over seeds
+    mean: float  # geometric mean over seeds
     low: float
     high: float
     seeds: int
-    beyond: str  # ">" or "<" if the accuracy is above or below all of the baseline's, of some seed; else ""
+    # ">" or "<" if, for a seed, the accuracy is above or below all accuracies of the baseline; otherwise ""
+    beyond: str
+    )
 
 
 def interpolated(accuracy: float, costs: Sequence[float], accuracies: Sequence[float]) -> tuple[float, str]:
-    """Return the logarithm of the cost at which a ladder of runs, of rising `costs`, reaches an accuracy, by linear
-    interpolation between their ends; and ">" or "<" if it is above or below all of theirs: then the nearest end's cost.
-    An end that is worse than a cheaper one counts as that one."""
+    """Return the logarithm of the cost at which runs of different lengths reach an accuracy, by linear interpolation
+    between runs. If the accuracy is above or below those of all runs, the cost of the nearest run and ">" or "<" are
+    returned, otherwise the second result is "". `costs` must be ascending. If a run is less accurate than a cheaper
+    one, the accuracy of the cheaper one is used."""
     reached = np.maximum.accumulate(accuracies)
     beyond = ">" if accuracy > reached[-1] else "<" if accuracy < reached[0] else ""
     return float(np.interp(accuracy, reached, np.log(costs))), beyond
 
 
 class Weights:
-    """Bootstrap weights of the tested samples, the same for all runs: row 0 counts each once."""
+    """Bootstrap weights of the tested samples, which are the same for all runs. In row 0, all weights are 1."""
 
     def __init__(self, labels: Labels) -> None:
         units = sorted({each["emoji"] for each in labels.values()})
@@ -60,14 +64,15 @@ class Weights:
         self.rng = rng
 
     def accuracies(self, correct: dict[str, float]) -> np.ndarray:
-        """Return the accuracy of each replicate, [R + 1]; what belongs together is one sample."""
+        """Return the accuracy of each replicate, [R + 1]. Images that belong together count as one sample."""
         weights_RN = self._drawn[:, [self._place[self._labels[key]["emoji"]] for key in correct]]
         return weights_RN @ np.array([*correct.values()], np.float32) / np.maximum(weights_RN.sum(1), 1)
 
 
 def factor(arm: Sequence[Row], ladder: Sequence[Row], test: str, cost: str, weights: Weights) -> Factor | None:
-    """Return the factor of an arm's runs, one for each seed, against the baseline's runs at several lengths; None
-    without a seed that has two of these. The bootstrap is paired: a replicate draws samples and seeds for all runs."""
+    """Return the factor of an arm, or None if there is no seed with at least two runs of the baseline. The bootstrap is
+    paired: a replicate has the same samples and seeds for all runs. `arm`: runs of the arm, one for each seed;
+    `ladder`: runs of the baseline with several lengths."""
     logs, beyond = [], ""
     for row in arm:
         own = [each for each in ladder if each["trial"]["seed"] == row["trial"]["seed"]]
@@ -90,13 +95,13 @@ def factor(arm: Sequence[Row], ladder: Sequence[Row], test: str, cost: str, weig
 
 
 def save(folder: Path, head: dict[str, Any], rows: Sequence[Row], labels: Labels) -> None:
-    """Write answers, numbers, the page and its plot. What stands in README.md outside of the markers stays.
+    """Write the answers, the numbers, the page and its plot. Text in README.md outside of the markers is unchanged.
 
     Args:
-        folder: made where it is not there.
-        head: `about`, the machine; `settings`.
-        rows: results of runs, those for choosing settings among them.
-        labels: of all samples.
+        folder: output folder, which is created if necessary.
+        head: `about` (the machine) and `settings`.
+        rows: results of all runs, including those for choosing settings.
+        labels: labels of all samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = {"settings": head["settings"], "runs": rows}
@@ -111,8 +116,8 @@ def save(folder: Path, head: dict[str, Any], rows: Sequence[Row], labels: Labels
 
 
 def read_answers(folder: Path, settings: dict[str, Any]) -> list[Row]:
-    """Return results that a race has left in `folder`, maybe on another machine. Raises UserError if they are of other
-    settings."""
+    """Return the results that an earlier call, possibly on another machine, has written to `folder`. Raises UserError
+    if they have different settings."""
     if not (folder / ANSWERS).exists():
         return []
     known = json.loads(lzma.decompress((folder / ANSWERS).read_bytes()))
@@ -122,7 +127,7 @@ def read_answers(folder: Path, settings: dict[str, Any]) -> list[Row]:
 
 
 def tables(rows: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
-    """Return the table of all tests, one of what was tuned, and the plot, in Markdown."""
+    """Return the table of all tests, the table of tuned settings, and the plot, as Markdown."""
     about, weights = head["about"], Weights(labels)
     minutes = sum(row["cost"]["whole_seconds"] for row in rows) / 60
     text = [
@@ -177,7 +182,7 @@ def _sorted(rows: Sequence[Row]) -> list[Row]:
 def _shown(found: Factor | None) -> str:
     if found is None:
         return "-"
-    if found.beyond:  # a bound, whose interval says nothing
+    if found.beyond:  # the factor is a bound, so there is no interval
         return f"{found.beyond} {found.mean:.2f}"
     return f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
 
@@ -188,7 +193,7 @@ def _table(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Plot accuracy against FLOPs and against seconds, a line for each arm, by data and size."""
+    """Plot the accuracy over FLOPs and over seconds, with a line for each arm, by dataset and model size."""
     kinds = _unique((row["trial"]["data"], row["trial"]["size"]) for row in rows) or [("clothes", "-")]
     figure, axes = plt.subplots(len(kinds), 2, figsize=(12, 4.5 * len(kinds)), layout="constrained", squeeze=False)
     for (data, size), pair in zip(kinds, axes):

@@ -1,4 +1,5 @@
-"""Runs of the race, trained by the public program and tested, each once: results on disk say what is done."""
+"""Execution of the experiment's runs, which are trained by the public program and tested. Results on disk determine
+which runs are complete."""
 
 from __future__ import annotations
 
@@ -30,19 +31,19 @@ from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.weights.open_model import open_model
 
 SETTINGS = Path(__file__).with_name("settings.json")
-BATCH = 128  # samples of a step, of which a trial's `steps` are
-TESTS = {  # by data: names of the tests that are kept
+BATCH = 128  # samples per step, to which `Trial.steps` refers
+TESTS = {  # names of the tests that are used, by dataset
     "clothes": {"clothes_knn": "k-NN", "clothes_linear": "linear"},
     "emoji": {"knn": "k-NN", "linear": "linear", "shift_linear": "linear, other vendor"},
 }
-CHOSEN_BY = {"clothes": "clothes_linear", "emoji": "linear"}  # the test that settings are chosen by
+CHOSEN_BY = {"clothes": "clothes_linear", "emoji": "linear"}  # test by which settings are chosen
 
 
 @dataclass(frozen=True)
 class Race:
-    """Paths and settings of a race."""
+    """Paths and settings of the experiment."""
 
-    out: Path  # holds a folder and a result per run
+    out: Path  # contains a folder and a result per run
     shards: Path  # see `lab.study.shards.prepare`
     settings: dict[str, Any]
 
@@ -53,24 +54,24 @@ class Race:
         return self.result(trial).exists()
 
     def everything(self) -> list[dict[str, Any]]:
-        """Return what is known of all runs that are done."""
+        """Return the results of all complete runs."""
         found = self.out.glob("*.result.json")
         return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(found)]
 
     def adopt(self, rows: list[dict[str, Any]]) -> None:
-        """Take over results of an earlier call that are not in `out`."""
+        """Add results of an earlier call that are not in `out`."""
         self.out.mkdir(parents=True, exist_ok=True)
         for row in rows:
             if not self.done(trial := trial_of(row)):
                 write_whole(self.result(trial), json.dumps(row) + "\n")
 
     def accuracy(self, trial: Trial) -> float:
-        """Return the accuracy of a run that is done, in the test that settings are chosen by."""
+        """Return the accuracy of a complete run in the test by which settings are chosen."""
         row = json.loads(self.result(trial).read_text(encoding="utf-8"))
         return row["numbers"][CHOSEN_BY[trial.data]]
 
     def perform(self, trial: Trial) -> None:
-        """Train and test. Raises UserError if that is not possible, Stopped if the training was asked to stop."""
+        """Train and test a run. Raises UserError if that is not possible, and Stopped if the training was stopped."""
         self.out.mkdir(parents=True, exist_ok=True)
         run = self.out / trial.name
         run.with_suffix(".json").write_text(json.dumps(self.config(trial), indent=1), encoding="utf-8")
@@ -83,7 +84,7 @@ class Race:
         write_whole(self.result(trial), json.dumps(whole | {"correct": correct}) + "\n")
 
     def _train(self, trial: Trial, run: Path) -> dict[str, float]:
-        """Train, and return what it cost; the seconds are of this process without those that load samples."""
+        """Train, and return the cost. CPU seconds are those of this process, without its loader workers."""
         config, started = parse(Config, self.config(trial), trial.name), time.process_time()
         train.main(["--config", str(run.with_suffix(".json")), "--resume", "auto"])
         seconds, steps = time.process_time() - started, config.train.steps
@@ -103,7 +104,7 @@ class Race:
         split = split_of(self.shards, trial.seed, trial.validation)
         if trial.data == "clothes":
             shards, modality = clothes_to_train_on(self.shards), "image"
-        else:  # of one vendor: the other's are drawings that the encoder has not seen
+        else:  # of one vendor only, so that the encoder has not seen the style of the other
             shards, modality = next(iter(split.train.values())), "auto"
         config["data"]["train"] = [{"shards": [str(path) for path in shards], "modality": modality}]
         for setting, value in trial.overrides if trial.trained else ():
@@ -119,7 +120,7 @@ class Race:
         return sum(len(measure.keys_of(shard)) for shard in shards)
 
     def _test(self, trial: Trial, run: Path) -> dict[str, dict[str, float]]:
-        """Return whether each tested sample was right, by test and key."""
+        """Test an encoder, and return whether each sample was classified correctly, by test and key."""
         labels = json.loads((self.shards / LABELS).read_text(encoding="utf-8"))
         split = split_of(self.shards, trial.seed, trial.validation)
         with joined_program() as session:
@@ -144,14 +145,14 @@ class Race:
 
 
 def trial_of(row: dict[str, Any]) -> Trial:
-    """Return the trial of a result, of which JSON has made the tuples lists."""
+    """Return the trial of a result, with JSON's lists converted to tuples."""
     return Trial(
         **row["trial"] | {"tuned": tuple((setting, frozen(value)) for setting, value in row["trial"]["tuned"])}
     )
 
 
 def flops(config: Config) -> float:
-    """Return the FLOPs of a run, forward and backward, Newton-Schulz iterations among them."""
+    """Return the FLOPs of a run, forward and backward, including Newton-Schulz iterations."""
     with torch.device("meta"):
         model = M3AE(config.model, config.loss)
     batch, steps = typical_batch(config, model), config.train.steps or 0

@@ -1,8 +1,9 @@
 """Training under random faults: python -m lab.soak --minutes 10
 
-Runs of a tiny model are killed, signalled, frozen, suspended and robbed of workers, locks, disk and server, and started
-again with `--resume auto` until they are complete. Each must end as the run that nobody touched: the same losses,
-gradient norms and weights, bit for bit. Exit code 1 if one does not, where anything hangs or a traceback shows.
+Runs of a tiny model are killed, signalled, frozen and suspended, lose workers, locks, disk space and the server, and
+are started again with `--resume auto` until they are complete. The losses, gradient norms and weights of each must be
+bitwise identical to those of an undisturbed run. The exit code is 1 if they are not, if anything hangs, or if a
+traceback is printed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from m3ae_fast.base.errors import exit_cleanly
 
 
 def report(tally: Tally, server: Counter, seed: int, minutes: float) -> str:
-    """Return the report in Markdown."""
+    """Return the report as Markdown."""
     faults = "\n".join(f"| {name} | {count} | {tally.survived[name]} |" for name, count in sorted(tally.tried.items()))
     failures = "\n".join(f"| {name} | {count} |" for name, count in sorted(server.items()))
     wrong = "\n".join(f"- {line}" for line in tally.wrong)

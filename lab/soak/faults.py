@@ -1,4 +1,5 @@
-"""What happens to a run: to its processes while they are at work, to its files between two starts."""
+"""Faults that are injected into a run: into its processes while they are running, and into its files between two
+starts."""
 
 from __future__ import annotations
 
@@ -18,26 +19,26 @@ import psutil
 from m3ae_fast import checkpoint
 from m3ae_fast.training.run_folder import LOCK_FILE
 
-AWAKE_S = 1.0  # a younger process has not begun to heed signals
-SUSPENDED_S = 12.0  # longer than `run.stall_timeout`
+AWAKE_S = 1.0  # seconds after which a process handles signals
+SUSPENDED_S = 12.0  # duration of a suspension, which is longer than `run.stall_timeout`
 SMALL_FILE = 400_000  # bytes; a checkpoint is larger
 
 
 @dataclass
 class Running:
-    """A start of the trainer: launcher (the rank itself, where it is alone), ranks and loader workers."""
+    """A running trainer: its launcher (the rank itself if there is only one), ranks and loader workers."""
 
     run_dir: Path
     launcher: int  # process id
     chance: random.Random
 
     def processes(self) -> list[psutil.Process]:
-        """Return all processes that are left, orphans too."""
+        """Return all running processes, including orphans."""
         mine = f"run.dir={self.run_dir}"
         return [p for p in psutil.process_iter(["cmdline"]) if mine in (p.info["cmdline"] or ())]
 
     def ranks(self) -> list[psutil.Process]:
-        """Return the ranks that are old enough to heed signals."""
+        """Return the ranks that have been running long enough to handle signals."""
         found = [p for p in self.processes() if not any("torch.distributed.run" in word for word in p.info["cmdline"])]
         pids, ranks = {p.pid for p in found}, []
         for process in found:
@@ -53,7 +54,7 @@ class Running:
 
 
 def _send(running: Running, processes: list[psutil.Process], number: int) -> bool:
-    """Send a signal to one of them. Return False if there is none yet."""
+    """Send a signal to a random one of the processes. Return False if there are none yet."""
     with contextlib.suppress(psutil.Error):
         if processes:
             running.chance.choice(processes).send_signal(number)
@@ -70,7 +71,7 @@ def _to_worker(number: int) -> Fault:
 
 
 def _to_all(number: int) -> Fault:
-    """Send to all, as schedulers do: launcher, ranks and workers."""
+    """Return a fault that sends a signal to launcher, ranks and workers, as schedulers do."""
 
     def send(running: Running) -> bool:
         if not running.ranks():
@@ -94,7 +95,7 @@ def _to_launcher(number: int) -> Fault:
 
 
 def _suspend(running: Running) -> bool:
-    """Suspend all processes, as a laptop or a virtual machine does: they wake up and go on."""
+    """Suspend all processes and resume them, as when a laptop or a virtual machine is suspended."""
     processes = running.processes() if running.ranks() else []
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for process in processes:
@@ -105,7 +106,7 @@ def _suspend(running: Running) -> bool:
 
 
 def _freeze_rank(running: Running) -> bool:
-    """Freeze one of several, for ever; nobody could notice one that is alone."""
+    """Freeze one of several ranks forever. A single rank is not frozen, because no other rank could notice it."""
     ranks = running.ranks()
     return len(ranks) > 1 and _send(running, ranks, signal.SIGSTOP)
 
@@ -118,8 +119,8 @@ def _remove_lock(running: Running) -> bool:
 
 
 FREEZE = "a rank is frozen"
-Fault = Callable[[Running], bool]  # whether it could happen; if not, it is tried again
-STOPS: dict[str, Fault] = {  # after these the trainer saves and leaves with exit code 0
+Fault = Callable[[Running], bool]  # returns whether the fault was injected; if not, it is tried again
+STOPS: dict[str, Fault] = {  # faults after which the trainer saves and exits with code 0
     "a rank gets SIGTERM": _to_rank(signal.SIGTERM),
     "a rank gets SIGINT": _to_rank(signal.SIGINT),
     "a rank gets SIGUSR1": _to_rank(signal.SIGUSR1),
@@ -150,7 +151,8 @@ def _damage(path: Path, chance: random.Random) -> bool:
 
 def _damage_checkpoint(run_dir: Path, chance: random.Random) -> bool:
     last = checkpoint.saved_steps(run_dir)[-1:]
-    return any([_damage(chance.choice(sorted(path.glob("*.*"))), chance) for path in last])  # not its mark
+    # only files with a suffix, which excludes the marks
+    return any([_damage(chance.choice(sorted(path.glob("*.*"))), chance) for path in last])
 
 
 def _damage_cache(folder: str) -> Damage:
@@ -162,7 +164,7 @@ def _empty_cache(run_dir: Path, chance: random.Random) -> bool:
     return True
 
 
-Damage = Callable[[Path, random.Random], bool]  # whether there was anything
+Damage = Callable[[Path, random.Random], bool]  # returns whether there was anything to damage
 DAMAGES: dict[str, Damage] = {
     "the last checkpoint is damaged": _damage_checkpoint,
     "the index of a shard is damaged": _damage_cache("index"),
@@ -173,5 +175,5 @@ FULL_DISK = "the disk is full"
 
 
 def no_large_files() -> None:
-    """Let no checkpoint and no copy of a shard be written from now on, as on a full disk."""
+    """Make all further writes of checkpoints and of cached shards fail, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE))

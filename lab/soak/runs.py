@@ -1,4 +1,4 @@
-"""Runs of a tiny model that are started again after every fault until they are complete, and what came of them."""
+"""Runs of a tiny model that are started again after each fault until they are complete, and their results."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ ROOT = Path(__file__).parents[2]
 CLIPART = ROOT / "data/openclipart"
 SCRIPT = str(ROOT / "m3ae_fast/train.py")
 STEPS = 60
-FAULTY_STARTS = 6  # of one run; later ones are left alone
+FAULTY_STARTS = 6  # maximum number of starts of a run with a fault; later starts are undisturbed
 STARTS = 10
-LIMIT_S = 600.0  # for one start
-STARTING_S = 6.0  # the first steps come later
-LEAVING_S = 40.0  # for what a launcher left behind
+LIMIT_S = 600.0  # time limit of a start in seconds
+STARTING_S = 6.0  # seconds in which a trainer has not yet taken a step
+LEAVING_S = 40.0  # seconds in which processes must exit after their launcher
 CONFIG = {
     "run": {"stall_timeout": 10},
     "model": {
@@ -57,12 +57,14 @@ CONFIG = {
     },
     "deepspeed": None,
 }  # fmt: skip
-ODD_CAPTIONS = (  # of which some are bad samples and none may change another
+ODD_CAPTIONS = (  # unusual captions, some of which are invalid; none may affect other samples
     b"", b" \n", b"a\0cat\0", b"\0" * 64, b"\xff\xfe\x00a", b"cat " * 20_000, b"a" * 100_000,
     "\u202ec\u0301at \U0001f408".encode(),
 )  # fmt: skip
 _SPLIT = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-_LAYOUTS = {  # ranks and the deepspeed section; of 33 samples, evaluated 8 at a time, the second rank lacks the last
+# Number of ranks and the deepspeed section. With 33 held-out samples, evaluated 8 at a time, the second rank has no
+# sample in the last batch.
+_LAYOUTS = {
     "1 rank": (1, None),
     "2 ranks": (2, None),
     "2 ranks with ZeRO-3": (2, _SPLIT),
@@ -82,22 +84,22 @@ _BITWISE = (
 
 @dataclass
 class Tally:
-    """What came of the runs."""
+    """The results of all runs."""
 
-    tried: Counter = field(default_factory=Counter)  # by fault
-    survived: Counter = field(default_factory=Counter)  # in runs that ended as if nothing had happened
+    tried: Counter = field(default_factory=Counter)  # number of injected faults by kind
+    survived: Counter = field(default_factory=Counter)  # the same in runs that ended identically to an undisturbed run
     runs: int = 0
     whole: int = 0
     starts: int = 0
-    wrong: list[str] = field(default_factory=list)  # what should not have happened, a line each
+    wrong: list[str] = field(default_factory=list)  # descriptions of failures, one line each
 
 
 @dataclass
 class Outcome:
-    """The whole course of a run."""
+    """The logged values and the final weights of a run."""
 
     trajectory: list[list[float | None]]
-    checksums: dict[str, str]  # of the last checkpoint's tensors, by file
+    checksums: dict[str, str]  # checksums of the files of the last checkpoint's tensors
 
 
 class Soak:
@@ -121,7 +123,7 @@ class Soak:
         self._config.write_text(json.dumps(config))
 
     def one_run(self) -> None:
-        """Take a run under faults to its end."""
+        """Execute a run with random faults until it is complete, and record its result."""
         if not self._layouts:
             self._layouts = self.chance.sample([*_LAYOUTS], len(_LAYOUTS))
         layout = self._layouts.pop()
@@ -162,7 +164,8 @@ class Soak:
         return self._untouched[layout]
 
     def _choose(self, run_dir: Path, ranks: int) -> str | None:
-        """Choose a fault that is possible now, all of them before any comes again; damage is done at once."""
+        """Return the name of the next fault that is possible now, or None; damage to files is done at once. Each fault
+        is used before any is repeated."""
         if not self._deck:
             self._deck = [*FAULTS, *DAMAGES, FULL_DISK]
             self.chance.shuffle(self._deck)
@@ -174,19 +177,21 @@ class Soak:
 
     def _check(self, name: str, ranks: int, fault: str | None, code: int, out: str) -> None:
         if own := re.search(rf'  File "{ROOT}/m3ae_fast/.*', out, re.DOTALL):
-            self.tally.wrong.append(f"{name}: a traceback: {own[0].strip()[:1500]!r}")  # others' follow
+            # only the first traceback is reported, because others are its consequences
+            self.tally.wrong.append(f"{name}: a traceback: {own[0].strip()[:1500]!r}")
         saves = fault in STOPS or (ranks == 1 and fault and fault.startswith("all processes get"))
-        struck_at_exit = code < 0 and self._complete(name)  # all is saved, and its handlers are gone
+        struck_at_exit = code < 0 and self._complete(name)  # the run is complete, and its signal handlers are removed
         if code and not struck_at_exit and (saves or fault is None or fault == "all processes are suspended"):
             said = "\n".join(re.findall(r"^error: .*", out, re.MULTILINE)) or out.strip()[-300:]
             self.tally.wrong.append(f"{name}: exit code {code}: {said!r}")
-        if "remove the folder to use an older one" in out:  # as the message says
+        if "remove the folder to use an older one" in out:  # follows the advice in the message
             shutil.rmtree(checkpoint.saved_steps(self.folder / name)[-1])
 
     def _start(self, name: str, layout: str, fault: str | None) -> tuple[bool, int, str]:
-        """Start the trainer, and let the fault happen: once in three times while it starts, else after some step.
+        """Start the trainer and inject the fault: in a third of the cases during its start, otherwise after a random
+        step.
 
-        Returns whether it did, the exit code, and what was printed.
+        Returns whether the fault was injected, the exit code, and the output.
         """
         self.tally.starts += 1
         run_dir, (ranks, deepspeed) = self.folder / name, _LAYOUTS[layout]
@@ -221,7 +226,7 @@ class Soak:
             return happened, code, log.read()
 
     def _see_off(self, name: str, running: Running) -> None:
-        """Require that what a launcher left behind leaves by itself, but for what is frozen."""
+        """Record a failure if processes other than frozen ones do not exit by themselves after their launcher."""
         left = running.processes()
         for process in left:
             with contextlib.suppress(psutil.Error):
@@ -236,14 +241,15 @@ class Soak:
         return bool(saved) and checkpoint.step_of(saved[-1]) == STEPS
 
     def _outcome(self, name: str) -> tuple[list[list[float | None]], dict[str, str]]:
-        """Return losses, norms and rates of every step, and the checksums of the last checkpoint."""
+        """Return the losses, gradient norms and learning rates of all steps, and the checksums of the last
+        checkpoint."""
         lines = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
         trajectory = [[line.get(key) for key in _BITWISE] for line in lines]
         info = checkpoint.read_info(checkpoint.saved_steps(self.folder / name)[-1])
         return trajectory, info.sha256
 
     def _difference(self, name: str, expected: Outcome) -> str:
-        """Return the difference from the run that nobody touched, in words."""
+        """Return a description of the difference from the undisturbed run; "" if there is none."""
         trajectory, _ = self._outcome(name)
         for found, wanted in itertools.zip_longest(trajectory, expected.trajectory):
             if found != wanted:
@@ -252,15 +258,15 @@ class Soak:
 
 
 def _step(run_dir: Path) -> int:
-    """Return the last step that was logged."""
+    """Return the last logged step."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     return 0
 
 
 def _with_broken_samples(path: Path) -> Path:
-    """Write a shard of pictures of every kind, captions that are hardly any, images of which every sixteenth is cut
-    short, and an end in the middle of the last sample."""
+    """Write a shard with images of all kinds, unusual captions and truncated images (one in sixteen), which ends in the
+    middle of the last sample."""
     odd = _odd_samples()
     with tarfile.open(CLIPART / "train-0001.tar") as source, tarfile.open(path, "w") as shard:
         for i, member in enumerate(source.getmembers()):
@@ -277,7 +283,7 @@ def _with_broken_samples(path: Path) -> Path:
 
 
 def _odd_samples() -> Iterator[dict[str, bytes]]:
-    """Return the parts of odd samples by their names: a picture of some kind with one caption after another."""
+    """Yield unusual samples as members by suffix: images of different kinds with the unusual captions in turn."""
     suffixes = {"JPEG": "jpg", "TIFF": "tif", "JPEG 2000": "jp2"}
     for number, (case, caption) in enumerate(zip(CASES, itertools.cycle(ODD_CAPTIONS))):
         suffix = suffixes.get(case.fmt, case.fmt.lower())

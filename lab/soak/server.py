@@ -1,4 +1,4 @@
-"""An HTTP server on this machine that fails as servers do, at random but within the patience of a client."""
+"""A local HTTP server with random failures that a patient client tolerates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-IN_A_ROW = 3  # faults that one path shows before it is served
+IN_A_ROW = 3  # maximum number of consecutive failures for a path
 STATUSES = ("500", "503", "429", "425", "408")
 BODIES = {
     "a truncated body": lambda body: body[: len(body) // 2],
@@ -27,7 +27,7 @@ SLOW = "slow but complete"
 
 
 class Server(NamedTuple):
-    """A running server: its address, how often it failed in which way, and how often it sent each path whole."""
+    """A running server: its address, its number of failures by kind, and the number of complete responses by path."""
 
     url: str
     failures: Counter[str]
@@ -71,7 +71,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
             self.wfile.write(BODIES[kind](body))
 
     def handle(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the client, or a fault above, has closed the connection
+        with contextlib.suppress(OSError, ValueError):  # the client or an injected fault has closed the connection
             super().handle()
 
     def log_message(self, *args) -> None:
@@ -80,13 +80,13 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 @contextmanager
 def faulty_server(folder: Path, seed: int, share: float = 0.7, latency: float = 0.0) -> Iterator[Server]:
-    """Serve `folder` while the block runs.
+    """Context in which a server serves a folder.
 
     Args:
-        folder: what is served.
-        seed: of the faults.
-        share: of requests that fail, where not IN_A_ROW before did.
-        latency: seconds before each answer.
+        folder: the folder.
+        seed: random seed of the failures.
+        share: probability that a request fails, unless the last IN_A_ROW requests for the path have failed.
+        latency: delay of each response in seconds.
     """
     told = Server("", Counter(), Counter())
     options = {"told": told, "share": share, "latency": latency, "chance": random.Random(seed), "rows": Counter()}
