@@ -38,7 +38,6 @@ class Factor(NamedTuple):
     seeds: int
     # ">" or "<" if, for a seed, the accuracy is above or below all accuracies of the baseline; otherwise ""
     beyond: str
-    )
 
 
 def interpolated(accuracy: float, costs: Sequence[float], accuracies: Sequence[float]) -> tuple[float, str]:
