@@ -16,6 +16,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -573,6 +574,30 @@ def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("the hub is far")))
     with pytest.raises(UserError, match="nowhere: no such folder here; as a data set's name: "):
         find_shards("nowhere", tmp_path / "other", None, [])
+
+
+def test_an_hdf5_file_is_taken_with_its_splits_and_classes(tmp_path):
+    images = [np.frombuffer(picture(number), dtype=np.uint8) for number in range(6)]
+    with h5py.File(tmp_path / "images.h5", "w") as file:
+        for split, chosen in (("train", images[:4]), ("val", images[4:])):
+            jpg = file.create_dataset(f"{split}_jpg", (len(chosen),), h5py.vlen_dtype(np.uint8))
+            for row, image in enumerate(chosen):
+                jpg[row] = image
+            file[f"{split}_labels"] = np.arange(len(chosen)) % 2
+    shards = find_shards(str(tmp_path / "images.h5"), tmp_path / "run", None, [])
+    assert [shards.train, shards.val] == [[f"{tmp_path}/run/shards/{name}-*.tar"] for name in ("train", "val")]
+    facts, _ = look(shards, tmp_path / "run", "cls")
+    assert (facts.samples, facts.held_out, facts.classes) == (4, 2, 2)
+
+
+def test_a_folder_of_parquet_files_is_taken_as_shards_make_takes_it(tmp_path):
+    from datasets import Dataset
+
+    rows = {"image": [{"bytes": picture(number), "path": None} for number in range(10)], "text": ["a caption"] * 10}
+    Dataset.from_dict(rows).to_parquet(str(tmp_path / "set/data.parquet"))
+    shards = find_shards(str(tmp_path / "set"), tmp_path / "run", None, [])
+    facts, _ = look(shards, tmp_path / "run", "cls")
+    assert (facts.samples, facts.held_out) == (9, 1)
 
 
 def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Detection of the kind of SOURCE (a folder, shards or a Hugging Face dataset), and the shards that a run reads."""
+"""The shards that a run reads, given SOURCE: shards, a folder of images, an HDF5 file or a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.sources.caption_table import READERS, NoColumns, read_captions
 from m3ae_fast.shards.sources.folder import Folder, ImagesMissing
 from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file, split_of_folder
+from m3ae_fast.shards.sources.hdf5 import Hdf5
 from m3ae_fast.shards.sources.huggingface import HuggingFace
 from m3ae_fast.shards.sources.interface import Records
-from m3ae_fast.shards.sources.recognition import is_saved_dataset
+from m3ae_fast.shards.sources.recognition import HDF5_SUFFIXES, kind_of_source
 from m3ae_fast.shards.writer import convert, manifest_of
 
 SHARDS, CLEANED = "shards", "held-out"  # sub-folders of the run folder
@@ -43,7 +44,8 @@ def find_shards(
     """Return the shards of a source. If the source is not shards itself, they are created in the run folder.
 
     Args:
-        source: a folder of images or of shards, a shard pattern as in the config, or the name of a dataset.
+        source: a folder of images or of shards, shards as a config names them, an HDF5 file in the layout of the
+            official code, or a Hugging Face dataset: a name, or a folder with its files.
         out: the run folder.
         captions: for a folder of images, the file of the caption table; None: a table in the folder, or .txt files.
         val: if the source is shards, the held-out shards; empty: shards with names of a held-out split, or the last
@@ -61,27 +63,33 @@ def find_shards(
         return _split(tars or [source], list(val), out)
     if val:
         raise UserError(f"--val: can be used only if SOURCE is shards; {source} is not")
-    if folder.is_dir() and not is_saved_dataset(folder):
-        if folder.resolve() in (out.resolve(), *out.resolve().parents):
-            raise UserError(
-                f"--out {out}: is inside {source}, so figures written to it would be read as input images; "
-                "choose a folder outside SOURCE"
-            )
+    if folder.is_dir() and folder.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(
+            f"--out {out}: is inside {source}, so figures written to it would be read as input images; "
+            "choose a folder outside SOURCE"
+        )
+    kind = kind_of_source(source)
+    if kind == "folder" and folder.is_dir():
         pictures, notes = (Folder(folder, captions), []) if captions else _with_table_in(folder)
         made = _made(pictures, source, out, [*notes, *pictures.notes, *pictures.ignored.lines()], image_range)
         return replace(made, unlabelled=_without_classes(pictures))
-    if not folder.is_dir() and (folder.exists() or source.startswith((".", "/", "~")) or source.endswith("/")):
+    if kind == "folder" or (kind == "hdf5" and not source.lower().endswith(HDF5_SUFFIXES)):
         raise UserError(
-            f"{source}: is not a folder, and neither shards nor the name of a Hugging Face data set{_similar(folder)}"
+            f"{source}: is not a folder, and neither shards, an HDF5 file ({', '.join(HDF5_SUFFIXES)}) nor the name of "
+            f"a Hugging Face dataset{_similar(folder)}"
         )
     if captions:
         raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
-    near = _similar(folder)
+    if kind == "hdf5":
+        return _made(Hdf5(folder), source, out, [], image_range)
+    near = "" if folder.is_dir() else _similar(folder)
     if near and "/" not in source:  # without a network, a request to the hub would take a minute
         raise UserError(f"{source}: no such folder here{near}")
     try:
         records = HuggingFace(source, None, None, (None, None, None))
     except UserError as error:
+        if folder.is_dir():
+            raise
         raise UserError(f"{source}: no such folder here{near}; as a data set's name: {error}") from None
     return _made(records, source, out, records.ignored.lines(), image_range)
 

@@ -152,6 +152,8 @@ def _columns(features: Any, named: tuple[str | None, str | None, str | None], wh
     def kind(feature: Any) -> str:
         if isinstance(feature, datasets.Image) or _is_array(feature) or getattr(feature, "dtype", None) == "binary":
             return "image"
+        if isinstance(feature, dict):  # an image in a .parquet that another library wrote
+            return "image" if feature.keys() == {"bytes", "path"} else ""
         if isinstance(feature, datasets.ClassLabel):
             return "label"
         inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)

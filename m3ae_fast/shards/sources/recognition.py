@@ -7,7 +7,7 @@ from pathlib import Path
 from m3ae_fast.shards.settings import SourceKind
 from m3ae_fast.shards.sources.folder import SUFFIXES, find_files
 
-_HDF5 = (".hdf5", ".h5")
+HDF5_SUFFIXES = (".hdf5", ".h5")
 _SAVED = ("dataset_dict.json", "state.json")  # a folder written by `save_to_disk` contains one of them
 _DATA_FILES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
 
@@ -18,7 +18,7 @@ def kind_of_source(source: str) -> SourceKind:
     path = Path(source)
     if path.is_dir():
         return _kind_of_folder(path)
-    if path.exists() or source.lower().endswith(_HDF5):
+    if path.exists() or source.lower().endswith(HDF5_SUFFIXES):
         return "hdf5"
     written_as_path = source.startswith((".", "/", "~")) or source.endswith("/")
     return "folder" if written_as_path else "huggingface"
