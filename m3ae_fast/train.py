@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     with working("importing torch", show=args.dry_run and alone()):
         from m3ae_fast.process.session import joined_program
 
-    with joined_program() as session:
+    with joined_program(args.device) as session:
         perform(args, session)
     return 0  # also if a rank was asked to stop
 

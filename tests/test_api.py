@@ -114,6 +114,33 @@ def test_a_model_is_evaluated_with_typed_arguments(run, tmp_path):
     assert found["config"]["knn"]["k"] == 3 and found["val_samples"] == 12 and 0 <= found["top1"] <= 1
 
 
+@pytest.mark.parametrize(("device", "message"), [("cuda", "torch finds no GPU"), ("cuda:1", "must be cpu or cuda")])
+def test_a_device_is_chosen_as_by_the_command(run, images, tmp_path, monkeypatch, device, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    where = {"train": "a.tar", "val": "b.tar", "out": tmp_path / "out"}
+    for call in (
+        lambda: m3ae_fast.embed(run, images, device=device),
+        lambda: m3ae_fast.evaluate("knn", run, device=device, **where),
+        lambda: m3ae_fast.pretrain(images, tmp_path / "run", device=device),
+        lambda: m3ae_fast.shards.image_tokens("a.tar", tmp_path / "out", vqgan="vqgan", device=device),
+    ):
+        with pytest.raises(UserError, match=f"--device {device}: {message}"):
+            call()
+    assert not (tmp_path / "run").exists()
+    found = m3ae_fast.embed(run, images, device="cpu", overrides=["data.workers=0"])
+    assert len(found["features"]) == 3
+
+
+@pytest.mark.parametrize("call", [m3ae_fast.embed, lambda run, images: m3ae_fast.evaluate("knn", run, **images)])
+def test_an_error_that_another_rank_reports_is_a_user_error(run, images, tmp_path, monkeypatch, call):
+    """A command prints nothing and exits; a function must not end the user's program."""
+    monkeypatch.setattr("m3ae_fast.process.ranks.Ranks.first_error", lambda *_, **__: (False, 75))
+    where = tmp_path if call is m3ae_fast.embed else {"train": "no.tar", "val": "no.tar", "out": tmp_path / "out"}
+    with pytest.raises(UserError, match=r"has neither images|no\.tar") as told:
+        call(run, where)
+    assert told.value.exit_code == 75
+
+
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from m3ae_fast.base.errors import ErrorElsewhere, ErrorReport, UserError
+from m3ae_fast.base.errors import ErrorElsewhere, ErrorReport, UserError, exit_cleanly
 from m3ae_fast.process import ranks
 from m3ae_fast.process import session as program
 from m3ae_fast.process.failures import explain
@@ -295,12 +295,13 @@ def join(monkeypatch):
         rank = SimpleNamespace(
             rank=1,
             world=2,
+            is_main=False,
             store=store,
             heartbeat_groups=[HeartbeatGroup(store, [0])],
             first_error=lambda code: (first, code),
         )
         rank.main_has_ended = lambda: False
-        monkeypatch.setattr(program, "join_ranks", lambda: nullcontext(rank))
+        monkeypatch.setattr(program, "join_ranks", lambda device: nullcontext(rank))
         monkeypatch.setattr(program, "Standby", lambda: nullcontext(None))
 
     return pretend
@@ -312,9 +313,10 @@ def test_an_error_is_told_by_the_first_rank_and_all_end_with_its_code(join, erro
     with pytest.raises(UserError) as shown, program.joined_program():
         raise error
     join(first=False)
-    with pytest.raises(SystemExit) as end, program.joined_program():
+    with pytest.raises(ErrorElsewhere) as end, program.joined_program():
         raise error
-    assert end.value.code == shown.value.exit_code == (2 if isinstance(error, UserError) else 75)
+    assert str(end.value) == str(shown.value)
+    assert end.value.exit_code == shown.value.exit_code == (2 if isinstance(error, UserError) else 75)
 
 
 def test_an_error_after_a_rank_has_left_is_none(join):
@@ -416,11 +418,16 @@ def test_what_the_disk_refuses_the_main_rank_is_a_line_for_all_and_a_bug_is_rais
             assert (raised.value is error) == (kind is not UserError)
 
 
-def test_a_rank_that_ends_because_of_another_one_s_bug_prints_nothing(join):
+def _raise(error):
+    raise error
+
+
+def test_a_rank_that_ends_because_of_another_one_s_bug_prints_nothing(join, capsys):
     join(first=True)
-    with pytest.raises(SystemExit) as end, program.joined_program():
+    with pytest.raises(ErrorElsewhere, match="rank 0 has failed"), program.joined_program():
         raise ErrorElsewhere("rank 0 has failed (KeyError: 1); see its output for the reason")
-    assert end.value.code == 2
+    assert exit_cleanly(lambda: _raise(ErrorElsewhere("rank 0 has failed"))) == 2
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_rank_that_is_late_in_indexing_still_starts(tmp_path):
@@ -435,7 +442,31 @@ def test_what_one_rank_cannot_do_ends_all_with_one_line(tmp_path):
     assert run_ranks(__name__, ["fail"], 2, tmp_path / "log") == (2, "error: rank 1 finds no shard\n")
 
 
+def with_a_mistake(rank):
+    """One rank meets a mistake that the others do not see. Rank 1 is in a sum, rank 2 computes meanwhile."""
+    ranks._OTHERS_S = 1.0
+    with program.joined_program() as (joined, _, pulse, _):
+        pulse.timeout = 3.0  # with heartbeats every 0.3 s
+        joined.sum([1.0])
+        if joined.rank == int(rank):
+            raise UserError(f"rank {rank} finds no shard")
+        if joined.rank == 2:
+            time.sleep(1.5)
+        joined.sum([1.0])
+    return 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_mistake_that_one_rank_meets_is_the_only_line_and_all_exit_with_its_code(tmp_path, rank):
+    """Also if that rank is the one that holds the store, and if others are at work until it has ended."""
+    processes = fork_ranks(__name__, ["mistake", str(rank)], 3, tmp_path / "log")
+    said = await_ranks(processes, tmp_path / "log")[1]
+    assert [line for line in said.splitlines() if "error" in line] == [f"error: rank {rank} finds no shard"]
+    assert [process.exitcode for process in processes] == [2, 2, 2]
+
+
 PROGRAMS = {
+    "mistake": with_a_mistake,
     "standing by": standing_by,
     "many clients": many_clients,
     "few files": few_files,

@@ -26,7 +26,8 @@ class UserError(Exception):
 
 
 class ErrorElsewhere(UserError):
-    """A bug in another process, which prints its traceback itself."""
+    """An error that another process reports: a mistake, or a bug, whose traceback it prints. Programs of this package
+    exit with `exit_code` and print nothing."""
 
 
 class RankLost(UserError):
@@ -49,6 +50,8 @@ _LIMITS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, 
 _DEVICES = {errno.EIO, errno.ESTALE, errno.EPIPE}
 _NETWORK = {errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH}
 _REFUSALS = _RIGHTS | _LIMITS | _DEVICES | _NETWORK
+
+_in_program = False  # whether `exit_cleanly` runs a program's main
 
 
 def one_line(error: BaseException) -> str | None:
@@ -115,15 +118,27 @@ def _on_one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def in_program() -> bool:
+    """Return whether this process runs a program, which may exit, rather than code of a user that calls functions of
+    this package."""
+    return _in_program
+
+
 def exit_cleanly(main: Callable[[], int]) -> int:
     """Run a program's main and return its exit code. An error that `one_line` explains is printed as that line on
-    stderr and gives code 2, or the `exit_code` of the UserError. Ctrl-C gives code 130. Any other error is raised."""
+    stderr, unless another process reports it, and gives code 2, or the `exit_code` of the UserError. Ctrl-C gives code
+    130. Any other error is raised."""
+    global _in_program
+    before, _in_program = _in_program, True
     try:
         return main()
     except Exception as error:
         if (line := one_line(error)) is None:
             raise
-        print(f"error: {_on_one_line(line)}", file=sys.stderr)
+        if not isinstance(error, ErrorElsewhere):
+            print(f"error: {_on_one_line(line)}", file=sys.stderr)
         return error.exit_code if isinstance(error, UserError) else UserError.exit_code
     except KeyboardInterrupt:
         return 130
+    finally:
+        _in_program = before

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from m3ae_kernels.cpu.processor import this_cpu
 
+from m3ae_fast.base.environment import DEVICES, Device
 from m3ae_fast.base.errors import UserError
 
 
@@ -29,16 +30,20 @@ class HasPrecision(Protocol):
 C = TypeVar("C", bound=HasPrecision)
 
 
-def chosen_device(name: str | None) -> torch.device:
-    """Return the device that `--device` names; by default a GPU if there is one, otherwise the CPU. Raises UserError if
-    the device cannot be used."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: is not available on this machine ({str(error).splitlines()[0]})") from None
-    return device
+def uses_gpu(device: Device | None) -> bool:
+    """Return whether `--device` chooses a GPU; by default if there is one. Raises UserError if there is none, or the
+    name is unknown."""
+    if device not in (None, *DEVICES):
+        raise UserError(f"--device {device}: must be {' or '.join(DEVICES)}; CUDA_VISIBLE_DEVICES chooses among GPUs")
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError("--device cuda: torch finds no GPU on this machine; leave it out to use the CPU")
+    return available and device != "cpu"
+
+
+def chosen_device(name: Device | None) -> torch.device:
+    """Return the device that `--device` chooses. Raises UserError as `uses_gpu` does."""
+    return torch.device("cuda" if uses_gpu(name) else "cpu")
 
 
 class Peaks(NamedTuple):

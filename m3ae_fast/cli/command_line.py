@@ -6,18 +6,42 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.environment import DEVICES, Device
+from m3ae_fast.base.errors import ErrorElsewhere, UserError
+from m3ae_fast.process.launchers import is_first_rank
+
+_FIRST_S = 10.0  # seconds for rank 0 to report a mistake: it may start later than others
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, as every other mistake is reported: argparse would print the usage first."""
+    """Raises UserError for a mistake; argparse would print the usage and exit. A command reports its own mistakes."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; `{self.prog} --help` lists the options\n")
+        refuse(f"{message}; `{self.prog} --help` lists the options")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        try:
+            found, unknown = super().parse_known_args(args, namespace)
+        except UserError as error:  # from the parser of a value
+            refuse(str(error))
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, []
+
+
+def refuse(message: str) -> NoReturn:
+    """Raise UserError for a mistake in the arguments of the program. All ranks have the same arguments: only rank 0
+    raises it, and the other ranks raise ErrorElsewhere a little later, because the launcher ends all ranks when the
+    first one exits."""
+    if is_first_rank():
+        raise UserError(message) from None
+    time.sleep(_FIRST_S)
+    raise ErrorElsewhere(message) from None
 
 
 def program(name: str, text: str | None) -> argparse.ArgumentParser:
@@ -43,9 +67,14 @@ def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override a setting: --set {example}"
     )
     add_setting(parser, "--seed", "run.seed", seed, "random seed")
-    text = "device; cpu: do not use the GPUs of this machine (default: cuda if there is a GPU, else cpu)"
-    parser.add_argument("--device", choices=("cpu", "cuda"), help=text)
+    add_device(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`."""
+    text = "device; cpu: do not use the GPUs of this machine (default: cuda if there is a GPU, else cpu)"
+    parser.add_argument("--device", choices=DEVICES, help=text)
 
 
 def add_setting(parser: argparse.ArgumentParser, option: str, key: str, parse: Callable[[str], Any], text: str) -> None:
@@ -80,15 +109,11 @@ class _Samples(_Setting):
         return [{"shards": given}]
 
 
-def use_device(name: str | None) -> None:
-    """Use the device that `--device` names, in this process and those that it starts. Must be called before torch is
-    imported. Raises UserError if it is a GPU and there is none."""
+def use_device(name: Device | None) -> None:
+    """Hide the GPUs from this process and those that it starts if `--device` names the CPU. Must be called before torch
+    is imported."""
     if name == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also for DeepSpeed, which would take a GPU that it sees
-    elif name is not None:
-        from m3ae_fast.base.hardware import chosen_device
-
-        chosen_device(name)
 
 
 def add_labels(parser: argparse.ArgumentParser) -> None:
@@ -145,8 +170,3 @@ def names_of(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
         return names
 
     return parse
-
-
-def is_first_rank() -> bool:
-    """Return whether this process is the rank that prints, once the ranks have joined."""
-    return os.environ.get("RANK", "0") == "0"

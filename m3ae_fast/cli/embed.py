@@ -24,13 +24,13 @@ from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import (
     add_labels,
     add_settings,
-    is_first_rank,
     names_of,
     output,
     program,
     use_device,
 )
 from m3ae_fast.evaluation.tasks import COLUMN_NAMES, MODALITIES
+from m3ae_fast.process.launchers import is_first_rank
 from m3ae_fast.weights.model_name import MODEL_HELP
 
 
@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         labels=args.labels,
         patches=args.patches,
         columns=args.columns,
+        device=args.device,
         overrides=args.set,
     )
     if is_first_rank():

@@ -26,9 +26,8 @@ from m3ae_fast.pretraining.automatic_settings import check_overrides
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("pretrain", __doc__)
-    parser.add_argument(
-        "source", metavar="SOURCE", help="a folder of images, shards, or the name of a dataset on the hub"
-    )
+    text = "a folder of images, shards, an HDF5 file, or the name of a dataset on the hub"
+    parser.add_argument("source", metavar="SOURCE", help=text)
     parser.add_argument("--out", type=output(), required=True, metavar="DIR", help="the run folder")
     text = "hours for all stages together, on this machine; the training length is adapted to it (default: 0.5)"
     parser.add_argument("--hours", type=float, default=0.5, help=text)
@@ -85,6 +84,7 @@ def _pretrain(args: argparse.Namespace) -> bool:
         labels=args.labels,
         start_from=args.start_from,
         overrides=args.set,
+        device=args.device,
         tune=args.tune,
         dry_run=args.dry_run,
     ).finished

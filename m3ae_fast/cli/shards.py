@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from m3ae_fast.base.errors import UserError, exit_cleanly
-from m3ae_fast.cli.command_line import add_labels, command, output, program, seed
+from m3ae_fast.cli.command_line import add_device, add_labels, command, output, program, seed
 from m3ae_fast.config import add_range_option
 from m3ae_fast.shards.settings import SOURCE_KINDS, Settings
 
@@ -280,7 +280,7 @@ def _add_image_tokens(commands: Any, common: argparse.ArgumentParser) -> None:
     add_range_option(parser)
     text = "maximum number of samples per shard (default: 2000)"
     parser.add_argument("--samples-per-shard", type=int, default=2000, metavar="N", help=text)
-    parser.add_argument("--device", help="device of the VQGAN (default: cuda if there is a GPU, else cpu)")
+    add_device(parser)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
         "--workers",

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli.command_line import program
+from m3ae_fast.cli.command_line import add_device, program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tolerance-scale", type=float, default=1.0, help="factor by which every tolerance is multiplied"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
-    parser.add_argument("--device", help="device (default: cuda if there is a GPU, else cpu)")
+    add_device(parser)
     args = parser.parse_args(argv)
     from m3ae_fast.verify.replay import compare
 

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from m3ae_fast.base import object_store
 from m3ae_fast.base.atomic_file import whole_file
 from m3ae_fast.base.bad_samples import BadSample, Skipped
+from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import keep_freed_memory, pins_memory
 from m3ae_fast.base.parquet import write_parquet
@@ -59,6 +60,7 @@ def embed(
     patches: bool = False,
     columns: Sequence[str] = (),
     overrides: Sequence[str] = (),
+    device: Device | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the features of all samples of a source, computed by the frozen encoder on unmasked input, on every rank.
 
@@ -72,6 +74,7 @@ def embed(
         patches: whether to also return the features of all patches.
         columns: additional columns about the samples of shards: "path", "class", "caption".
         overrides: overrides "section.key=value" of settings in the sections encode, data and run.
+        device: "cpu" or "cuda", which is one GPU per rank; None: a GPU if there is one, otherwise the CPU.
 
     Returns:
         Arrays by name. Samples that cannot be read are left out.
@@ -86,7 +89,7 @@ def embed(
     Raises:
         UserError: the model or the source cannot be used, or `out` exists.
     """
-    with join_ranks() as ranks:
+    with join_ranks(device) as ranks:
         try:
             images = ranks.broadcast(lambda: _image_files(source))
             config = ranks.broadcast(lambda: _settings(source, modality, pool, patches, columns, overrides, images))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import DataConfig
 from m3ae_fast.config.evaluation import EncodeConfig
@@ -45,6 +46,7 @@ def draw_feature_map(
     data: DataConfig,
     seed: int,
     most: int | None = None,
+    device: Device | None = None,
 ) -> None:
     """Write a PNG with a t-SNE map for each model, and print the captions of the maps.
 
@@ -56,12 +58,13 @@ def draw_feature_map(
         data: settings of the data loader.
         seed: random seed of t-SNE.
         most: maximum number of samples on a map, evenly spaced over the dataset; None: all samples.
+        device: as in `join_ranks`.
 
     Raises:
         UserError: there are fewer than 4 samples, or the models cannot read the same samples; and as `open_model` and
             `encode_corpus` do.
     """
-    with join_ranks() as ranks:
+    with join_ranks(device) as ranks:
         opened = (open_model(name, text=False).to(ranks.device) for name in models)
         found = [encode_corpus(model, corpus, data, EncodeConfig(), ranks).gathered() for model in opened]
     for name, features in zip(models, found):

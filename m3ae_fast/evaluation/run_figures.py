@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from m3ae_fast import checkpoint
+from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, parse
@@ -118,6 +119,7 @@ def feature_map(
     samples: int | None = None,
     shards: Sequence[str] = (),
     trust: bool = False,
+    device: Device | None = None,
 ) -> Path:
     """Plot t-SNE maps of the features of labelled samples, one for each run, and return the path of the figure.
 
@@ -128,6 +130,7 @@ def feature_map(
         classes: classes that are shown; None: all classes.
         samples: maximum number of samples on a map; None: all samples.
         shards, trust: as in `reconstructions`.
+        device: "cpu" or "cuda"; None: a GPU if there is one, otherwise the CPU.
 
     Raises:
         UserError: there is no checkpoint, fewer than 4 samples have a class, or scikit-learn is missing.
@@ -142,7 +145,8 @@ def feature_map(
         labelled, found = keep_classes(labelled, found, list(classes))
     path, config = _path(names[0], out, "map"), source.config
     shown = class_names(labelled, found)
-    draw_feature_map(path, [str(name) for name in names], labelled, shown, config.data, config.run.seed, samples)
+    models = [str(name) for name in names]
+    draw_feature_map(path, models, labelled, shown, config.data, config.run.seed, samples, device)
     return path
 
 

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
@@ -42,6 +43,7 @@ def evaluate(
     ood: Mapping[str, Sequence[str]] | None = None,
     corrupted: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
+    device: Device | None = None,
     session: Session | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a model by a task, and write the result, predictions and figures to a folder.
@@ -68,8 +70,9 @@ def evaluate(
         corrupted: for robustness: folder of published corruptions as shards, CORRUPTION/SEVERITY/*.tar, which replace
             those of robustness.corruptions.
         overrides: overrides "section.key=value" of settings, which are listed in docs/evaluation-config.md.
-        session: session of a program that continues afterwards; None: the ranks that were started with this process are
-            joined.
+        device: "cpu" or "cuda", which is one GPU per rank; None: a GPU if there is one, otherwise the CPU.
+        session: session of a program that continues afterwards, whose device is used; None: the ranks that were started
+            with this process are joined.
 
     Returns:
         The content of result.json; None if the task was stopped before its end.
@@ -96,7 +99,7 @@ def evaluate(
     )
     if session is not None:
         return _perform(options, Path(out), overrides, session)
-    with joined_program() as own:
+    with joined_program(device) as own:
         return _perform(options, Path(out), overrides, own)
     return None  # stopped
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.untrusted_file import read_json
@@ -53,15 +54,15 @@ def _models(config: Config) -> dict[str, str]:
 
 
 @contextmanager
-def stage() -> Iterator[Session]:
+def stage(device: Device | None) -> Iterator[Session]:
     """Context that yields a session, as `joined_program` does, for one of several stages of a program. After the stage,
     `stop.asked` states whether a stop was requested, even if the stage has completed."""
-    with joined_program() as session:
+    with joined_program(device) as session:
         session.stop.at_leaving = lambda: GOES_ON if session.ranks.is_main else ""
         yield session
 
 
-def evaluate_run(config: Config) -> dict[str, dict[str, Any]] | None:
+def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict[str, Any]] | None:
     """Evaluate the run and the baselines, and return the results by task and by model. Results of an earlier call for
     the same weights are reused. Return None if a task was stopped. Raises UserError if a task fails."""
     probe, run = config.train.probe, config.run.dir
@@ -74,7 +75,7 @@ def evaluate_run(config: Config) -> dict[str, dict[str, Any]] | None:
             if not (out / RESULT_FILE).exists():
                 options = _OPTIONS[task] if whose != SCALED else {}
                 print(f"{title} of {whose}:", flush=True)
-                with stage() as session:
+                with stage(device) as session:
                     evaluate(
                         task,
                         model,
@@ -115,7 +116,7 @@ def why_no_map() -> str:
     return ""
 
 
-def draw_map(config: Config) -> None:
+def draw_map(config: Config, device: Device | None = None) -> None:
     """Plot a map of the held-out samples' features to the run folder and add it to the run's loggers, unless there is a
     map already. If that is not possible, print the reason."""
     probe, run = config.train.probe, config.run.dir
@@ -124,7 +125,7 @@ def draw_map(config: Config) -> None:
     if path.exists():
         return
     try:
-        feature_map(run, path, labels=probe.labels, samples=_ON_A_MAP, shards=_shards(probe.val))
+        feature_map(run, path, labels=probe.labels, samples=_ON_A_MAP, shards=_shards(probe.val), device=device)
         show(run, config.run.loggers, checkpoint.step_of(checkpoint.locate(run)), "map", path)
     except UserError as error:
         print(f"note: no map of the features: {error}", flush=True)

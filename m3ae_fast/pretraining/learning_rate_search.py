@@ -11,6 +11,7 @@ from typing import Any
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.config import Config, remembered
@@ -25,7 +26,7 @@ PART = 0.05  # length of each trial as a fraction of the run's steps
 FEWEST = 20  # minimum number of steps of a trial
 
 
-def tune(config: Config, path: Path) -> Config | None:
+def tune(config: Config, path: Path, device: Device | None = None) -> Config | None:
     """Choose `optim.peak_lr` by the loss of short runs, each with a complete schedule, and write the config with the
     chosen value to `path`. The time of the search is subtracted from `train.hours`. A search that was stopped resumes
     with the trial that was stopped; a completed search is not repeated.
@@ -55,7 +56,7 @@ def tune(config: Config, path: Path) -> Config | None:
         if f"{rate:g}" in done["tried"]:
             continue
         began = time.monotonic()
-        loss = _try(config, rate, steps)
+        loss = _try(config, rate, steps, device)
         if loss is None:
             return None
         done["tried"][f"{rate:g}"] = loss if math.isfinite(loss) else None
@@ -85,7 +86,7 @@ def _with_rate(config: Config, rate: float, seconds: float) -> Config:
     return config.model_copy(update={"train": train, "optim": config.optim.model_copy(update={"peak_lr": rate})})
 
 
-def _try(config: Config, rate: float, steps: int) -> float | None:
+def _try(config: Config, rate: float, steps: int, device: Device | None) -> float | None:
     """Train a short run and return its final loss, on held-out samples if there are any. It is infinite if the loss of
     a step was not finite. Return None if the run is stopped."""
     folder = config.run.dir / FOLDER / f"peak_lr-{rate:g}"
@@ -102,7 +103,7 @@ def _try(config: Config, rate: float, steps: int) -> float | None:
         }
     )
     try:
-        with stage() as session:
+        with stage(device) as session:
             pre_train(trial, session, resume="auto")
     except UserError as error:
         if "is not finite" in str(error):

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from m3ae_fast.base import object_store
 from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hardware import uses_gpu
 from m3ae_fast.config import Config, Range, follow, load_config, read_config, remembered
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
@@ -51,6 +53,7 @@ def pretrain(
     labels: str = "cls",
     start_from: str | Path | None = None,
     overrides: Sequence[str] = (),
+    device: Device | None = None,
     tune: bool = False,
     dry_run: bool = False,
 ) -> Outcome:
@@ -58,8 +61,8 @@ def pretrain(
     interrupted run resumes it.
 
     Args:
-        source: a folder of images (with captions in .txt files or in a table, and sub-folders as classes), shards, or
-            the name of a Hugging Face dataset.
+        source: a folder of images (with captions in .txt files or in a table, and sub-folders as classes), shards, an
+            HDF5 file in the layout of the official code, or a Hugging Face dataset: a name, or a folder with its files.
         out: the run folder, which contains all output.
         hours: the time for everything, on this machine. The length of the run is derived from it, and adjusted during
             training. If the time is too short to learn much and stdin is a terminal, the user is asked whether to
@@ -72,6 +75,7 @@ def pretrain(
             a run, an export, weights of the official M3AE or MAE or of a timm model, or a name on the Hugging Face hub.
             None: random weights.
         overrides: overrides "section.key=value" of the chosen settings.
+        device: "cpu" or "cuda"; None: a GPU if there is one, otherwise the CPU.
         tune: whether to first choose the learning rate by short runs, which take 15 % of the training time.
         dry_run: whether to only print the plan and the expected duration.
 
@@ -85,6 +89,7 @@ def pretrain(
     began = time.monotonic()
     if not 0 < hours < 10_000:
         raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
+    uses_gpu(device)  # raises a mistake before any work
     image_range = check_overrides(overrides).model.image_range
     if tune and set_to(overrides, "optim.peak_lr", None) is not None:
         raise UserError("--tune chooses optim.peak_lr: leave out one of --tune and --set optim.peak_lr")
@@ -97,26 +102,26 @@ def pretrain(
     here = [*overrides, f"run.dir={json.dumps(str(out))}"]  # the run folder may have been moved or copied
     given = None if start_from is None else str(start_from)
     config = _configured(
-        str(source), out, hours, began, table_of_captions, val, labels, given, here, image_range, dry_run
+        str(source), out, hours, began, table_of_captions, val, labels, given, here, image_range, device, dry_run
     )
     if config and config.train.probe and (missing := why_no_map()):
         print(f"note: a run here ends without a map of the features: {missing}", flush=True)
     outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})
     if dry_run or config is None:
         return outcome
-    if tune and choose_rate(load_config(out / CONFIG, here), out / CONFIG) is None:
+    if tune and choose_rate(load_config(out / CONFIG, here), out / CONFIG, device) is None:
         return outcome
-    with stage() as session:
+    with stage(device) as session:
         config = session.ranks.broadcast(lambda: load_config(out / CONFIG, here))
         pre_train(config, session, resume="auto", make_probe=knn_probe)
     if session.stop.asked or status(out)[0] != "finished":
         return outcome
-    results = evaluate_run(config) if config.train.probe else {}
+    results = evaluate_run(config, device) if config.train.probe else {}
     if results is None:
         return outcome
     if results:
         print("\n".join([*table(results), *verdicts(out, results)]))
-        draw_map(config)
+        draw_map(config, device)
     write_report(out, out / REPORT_FILE)
     write_export(out, out / EXPORT)
     print(f"{outcome.report}: curves and pictures; {outcome.export}: M3AE.from_pretrained loads it")
@@ -134,6 +139,7 @@ def _configured(
     start_from: str | None,
     overrides: Sequence[str],
     image_range: Range | None,
+    device: Device | None,
     dry_run: bool,
 ) -> Config | None:
     """Return the config of the run, which is chosen now or was chosen by an earlier call; None if a stop is requested
@@ -155,7 +161,7 @@ def _configured(
         )
         return load_config(path, list(overrides))
     plan: Plan | None = None
-    with stage() as session:
+    with stage(device) as session:
         facts, notes = look(shards, out, labels, image_range, overrides)
         plan = choose(facts, shards, out, hours, labels, overrides, session, began)
     if plan is None:

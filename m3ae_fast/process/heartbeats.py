@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from m3ae_fast.base.errors import TRY_AGAIN
 from m3ae_fast.config import RunConfig
-from m3ae_fast.process.node_groups import HeartbeatGroup
+from m3ae_fast.process.node_groups import ERROR_KEY, HeartbeatGroup
 from m3ae_fast.process.signals import BY_ANOTHER, StopRequest, kill_children
 
 T = TypeVar("T")
@@ -50,10 +50,12 @@ class Pulse:
         """Prepare the heartbeats in `groups`. `store` is the store of all ranks, for use by the main thread."""
         self.timeout = float("inf")  # seconds; set from the config once it is known
         self.folder: Path | None = None  # for stack traces at a stall; set once the run folder is known
+        self.first_error: int | None = None  # exit code of the first rank that has ended with an error
         self._rank, self._groups, self._store, self._stop = rank, groups, store, stop
         self._others = {other: _Other() for group in groups for other in group.monitored}
         self._messages: set[str] = set()  # received, or to be forwarded
         self._forwarded: set[str] = set()
+        self._error = ""  # received, to be forwarded
         self._unwritten = threading.Lock()
         self._doing, self._marks, self._loading, self._waiting = "starting", 0, False, False
         self._quiet = 0.0  # seconds without a mark of the main thread while this process was awake
@@ -143,6 +145,9 @@ class Pulse:
             if new != other.beat:
                 other.beat, other.silent = new, 0.0
         self._messages |= {message for message in (_STOP, _STALL) if store.check([message])}
+        if self.first_error is None and store.check([ERROR_KEY]):
+            self._error = store.get(ERROR_KEY).decode()
+            self.first_error = int(self._error.split()[1])
 
     def _forward(self) -> None:
         """Act on new messages and forward them to all groups."""
@@ -154,6 +159,10 @@ class Pulse:
                 self._stop.ask(BY_ANOTHER)
             else:
                 self._write_stacks()
+        if self._error:
+            for group in self._groups:
+                group.store.compare_set(ERROR_KEY, "", self._error)
+            self._error = ""
 
     def _detect_stalls(self) -> None:
         marks, activity, looked = -1, _Activity(), time.monotonic()

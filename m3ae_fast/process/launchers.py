@@ -67,9 +67,18 @@ def adopt(environment: MutableMapping[str, str]) -> None:
 
 def alone() -> bool:
     """Return whether this process is the only rank. Raises UserError as `adopt` does."""
+    return _adopted().get("WORLD_SIZE", "1") in ("", "1")
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is rank 0, or the only one. Raises UserError as `adopt` does."""
+    return _adopted().get("RANK", "0") == "0"
+
+
+def _adopted() -> dict[str, str]:
     environment = dict(os.environ)
     adopt(environment)
-    return environment.get("WORLD_SIZE", "1") in ("", "1")
+    return environment
 
 
 def _read(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:

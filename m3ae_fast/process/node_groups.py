@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import torch.distributed as dist
 from torch import Tensor
 
+ERROR_KEY = "error"  # of a store: the rank that was the first to end with an error, and its exit code
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 

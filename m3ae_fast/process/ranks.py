@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import resource
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,10 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError, attempt, error_report, raise_shared
+from m3ae_fast.base.hardware import uses_gpu
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.launchers import adopt
-from m3ae_fast.process.node_groups import HeartbeatGroup, Sums, heartbeat_groups, node_name
+from m3ae_fast.process.node_groups import ERROR_KEY, HeartbeatGroup, Sums, heartbeat_groups, node_name
 from m3ae_fast.process.workers import allow_open_files
 
 T = TypeVar("T")
@@ -27,6 +32,8 @@ Waiting = Callable[[], AbstractContextManager[None]]
 # set by deepspeed and torchrun, and by `adopt` for other launchers; not set by plain `python`
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 _OTHER_FILES = 200  # open files of libraries, shards and logs
+_ENDED_KEY = "ended"  # of the store: the number of ranks that have ended with an error
+_OTHERS_S = 3.0  # longest wait for the other ranks to record their end; a heartbeat takes less to reach them
 TIMEOUT = timedelta(minutes=30)  # for the last rank to join
 CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Pulse` ends a run that stalls
 
@@ -124,7 +131,11 @@ class Ranks:
         ended. `of_node`: among the ranks of this node."""
         store = self.heartbeat_groups[0].store if of_node else self.store
         own = f"{self.rank} {exit_code}"
-        first = store.compare_set("error", "", own).decode()
+        first = store.compare_set(ERROR_KEY, "", own).decode()
+        store.add(_ENDED_KEY, 1)
+        for group in self.heartbeat_groups:
+            with contextlib.suppress(RuntimeError):  # the leader of the node has ended
+                group.store.compare_set(ERROR_KEY, "", first)
         return first == own, int(first.split()[1])
 
     def main_has_ended(self) -> bool:
@@ -136,6 +147,16 @@ class Ranks:
         return False
 
 
+def await_ends(store: dist.Store, world: int) -> None:
+    """Wait for a few seconds until all ranks have recorded their end with `first_error`. Rank 0 calls this before it
+    exits, because the store ends with its process."""
+    gc.collect()  # closes the connections of groups in reference cycles, because other ranks may wait for this one
+    until = time.monotonic() + _OTHERS_S
+    with contextlib.suppress(RuntimeError):  # the launcher held the store, and has ended
+        while store.add(_ENDED_KEY, 0) < world and time.monotonic() < until:
+            time.sleep(0.05)
+
+
 def _attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
     """Return the result of `work`, or its error, as `attempt` does; an error that `explain` recognises becomes a
     UserError."""
@@ -144,24 +165,27 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
 
 
 @contextmanager
-def join_ranks() -> Iterator[Ranks]:
+def join_ranks(device: Device | None = None) -> Iterator[Ranks]:
     """Join the process group (nccl with CUDA, otherwise gloo), yield the ranks, and leave the group at the end. Without
     leaving it, a ZeRO-3 run on gloo ends in SIGABRT.
+
+    Args:
+        device: the kind of device; None: a GPU if there is one, otherwise the CPU.
 
     Raises:
         UserError: the launcher's environment variables are inconsistent, this node has too few GPUs, or other ranks
             cannot be reached.
     """
     try:
-        yield _joined()
+        yield _joined(device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _joined() -> Ranks:
+def _joined(device: Device | None) -> Ranks:
     try:
-        return _join()
+        return _join(device)
     except ValueError as error:
         raise UserError(f"{error}; start the ranks with deepspeed, torchrun or srun, which set it") from None
     except RuntimeError as error:
@@ -173,7 +197,7 @@ def _joined() -> Ranks:
         ) from None
 
 
-def _join() -> Ranks:
+def _join(kind: Device | None = None) -> Ranks:
     adopt(os.environ)
     allow_open_files()  # rank 0 may hold a connection to every other rank
     for name, value in _DEFAULTS.items():
@@ -187,7 +211,7 @@ def _join() -> Ranks:
         )
     _require_files(rank, world)
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if uses_gpu(kind):
         if local_rank >= (count := torch.cuda.device_count()):
             raise UserError(
                 f"rank {rank} needs GPU {local_rank} of this node, which has only {count}: start fewer ranks"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
 
+from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import ErrorElsewhere, RankLost, UserError
 from m3ae_fast.process.failures import explain, rank_lost
 from m3ae_fast.process.heartbeats import Pulse
 from m3ae_fast.process.helper_process import Node, Standby
-from m3ae_fast.process.ranks import Ranks, join_ranks
+from m3ae_fast.process.ranks import Ranks, await_ends, join_ranks
 from m3ae_fast.process.signals import BY_ANOTHER, StopRequest
 from m3ae_fast.process.stopping import Stopped
+
+_LAST_S = 0.5  # seconds that the rank that reports an error has for printing it
 
 
 class Session(NamedTuple):
@@ -30,28 +35,36 @@ class Session(NamedTuple):
         return Node(self.ranks.from_main(uuid.uuid4().hex), self.ranks.of_node, self.fetcher)
 
 
-def raise_once(error: Exception, ranks: Ranks) -> NoReturn:
+def raise_once(error: Exception, ranks: Ranks, pulse: Pulse | None = None) -> NoReturn:
     """Report an error that other ranks may share only once. The first rank that calls this raises the UserError of
-    `explain`; the other ranks exit with its code. Ranks that end because of another rank's bug print nothing. An error
-    that `explain` does not recognise is raised unchanged."""
+    `explain`; the other ranks raise ErrorElsewhere with its exit code. An error that `explain` does not recognise is
+    raised unchanged. `pulse`: the heartbeats, which may know of the error of a rank that has ended."""
     shown = explain(error)
     if shown is None:
         raise error
     if isinstance(shown, RankLost) and ranks.main_has_ended():
         shown = rank_lost("rank 0")
-    is_first, code = _first(shown, ranks)
+    is_first, code = _first(shown, ranks, pulse)
+    if ranks.world > 1 and ranks.is_main:
+        atexit.register(await_ends, ranks.store, ranks.world)  # after the message
     if is_first and not isinstance(shown, ErrorElsewhere):
         raise shown from None
-    raise SystemExit(code) from None
+    if ranks.world > 1:  # a launcher ends all ranks when the first one exits, and would end the one that prints
+        time.sleep(_LAST_S)
+    elsewhere = ErrorElsewhere(str(shown))
+    elsewhere.exit_code = code
+    raise elsewhere from None
 
 
-def _first(shown: UserError, ranks: Ranks) -> tuple[bool, int]:
+def _first(shown: UserError, ranks: Ranks, pulse: Pulse | None) -> tuple[bool, int]:
     """Return whether this rank is the first to end with an error, and the exit code of the first one."""
     try:
         return ranks.first_error(shown.exit_code)
     except RuntimeError:  # the store has ended with rank 0
         if not isinstance(shown, RankLost):  # rank 0 has printed it
             return False, shown.exit_code
+    if pulse and pulse.first_error is not None:
+        return False, pulse.first_error
     try:
         return ranks.first_error(shown.exit_code, of_node=True)
     except RuntimeError:  # rank 0 hosted the store of this node, or that store has ended too
@@ -59,8 +72,8 @@ def _first(shown: UserError, ranks: Ranks) -> tuple[bool, int]:
 
 
 @contextmanager
-def joined_program() -> Iterator[Session]:
-    """Join the other ranks for as long as the program runs.
+def joined_program(device: Device | None = None) -> Iterator[Session]:
+    """Join the other ranks for as long as the program runs. `device`: as of `join_ranks`.
 
     An error that `explain` recognises is printed once, by the first rank that has it, and all ranks exit with its code.
     An error caused by a rank that stopped before there was anything to save is ignored: the program then ends normally,
@@ -69,7 +82,7 @@ def joined_program() -> Iterator[Session]:
     with (
         Standby() as fetcher,  # forked before there are threads, connections to other ranks or GPU memory
         StopRequest() as stop,
-        join_ranks() as ranks,
+        join_ranks(device) as ranks,
         Pulse(ranks.rank, ranks.heartbeat_groups, ranks.store, stop) as pulse,
     ):
         stop.joined(pulse.request_stop)
@@ -81,4 +94,4 @@ def joined_program() -> Iterator[Session]:
             if pulse.stop_requested():  # a rank that stopped has closed its connections
                 stop.leave(BY_ANOTHER)
                 return
-            raise_once(error, ranks)
+            raise_once(error, ranks, pulse)

@@ -14,6 +14,7 @@ from types import FrameType
 
 import psutil
 
+from m3ae_fast.base.errors import in_program
 from m3ae_fast.base.stop_signals import SIGNALS
 
 _TICK_S = 0.25  # seconds between checks of the launcher
@@ -30,9 +31,10 @@ class StopRequest:
     """Receiver of stop requests. `asked` becomes true at the first signal or when the launcher ends; a later Ctrl-C
     ends the process at once.
 
-    Before `listen` is called there is nothing to save, and a stop request ends the process with exit code 0, whatever
-    it is doing. Use as a context manager in the main thread. A separate thread reads the signals, because Python's
-    handlers do not run while the main thread is inside a library.
+    Before `listen` is called there is nothing to save, and a stop request ends a program with exit code 0, whatever it
+    is doing. Code of a user that calls functions of this package gets a KeyboardInterrupt. Use as a context manager in
+    the main thread. A separate thread reads the signals, because Python's handlers do not run while the main thread is
+    inside a library.
     """
 
     def __init__(self) -> None:
@@ -45,6 +47,7 @@ class StopRequest:
         # prints one
         self.at_leaving: Callable[[], str] | None = None
         self._lock = threading.Lock()
+        self._in_program, self._left = in_program(), threading.Event()
         self._joined = threading.Event()
         if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
             self._joined.set()
@@ -63,9 +66,10 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         with self._lock:  # from here on, there is nothing to interrupt
             self._listening = True
+        self._left.set()
         signal.set_wakeup_fd(self._old_wake)
         for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_IGN if self._leaving else handler)
+            signal.signal(number, signal.SIG_IGN if self._leaving and self._in_program else handler)
         os.close(self._wake)  # ends the watcher
         if not self._leaving:
             self._watcher.join(_GRACE_S)
@@ -100,7 +104,7 @@ class StopRequest:
             if self._ended:  # two signals may be handled late, and the second while the interpreter shuts down
                 return
             self._ended = True
-            raise SystemExit(0)
+            raise SystemExit(0) if self._in_program else KeyboardInterrupt
         self.ask(signal.Signals(number).name)
         if number == signal.SIGINT:
             self._first_interrupt = min(self._first_interrupt, time.monotonic())
@@ -137,7 +141,10 @@ class StopRequest:
             self._report(first)
             self._leaving = True
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-        time.sleep(_GRACE_S)
+        if self._in_program:
+            time.sleep(_GRACE_S)
+        elif self._left.wait(_GRACE_S):
+            return
         kill_children()  # the commands of `pipe:` shards
         os._exit(0)
 

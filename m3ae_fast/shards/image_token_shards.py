@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import chosen_device
 from m3ae_fast.config import Range
@@ -164,7 +165,7 @@ def image_tokens(
     seed: int = 0,
     image_range: Range | None = None,
     samples_per_shard: int = Settings.samples_per_shard,
-    device: str | None = None,
+    device: Device | None = None,
     workers: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Converted:
@@ -182,7 +183,7 @@ def image_tokens(
         seed: random seed of the crops.
         image_range: values of black and white in images of more than 8 bits; "dtype": the limits of their data type.
         samples_per_shard: maximum number of samples in a shard.
-        device: device that runs the VQGAN; None: a GPU if there is one, otherwise the CPU.
+        device: device that runs the VQGAN, "cpu" or "cuda"; None: a GPU if there is one, otherwise the CPU.
         workers: number of worker processes, or of threads if the VQGAN runs on a GPU; None: one per core.
         cache_dir: cache folder for copies of remote shards; None: ~/.cache/m3ae_fast.
 

@@ -179,5 +179,5 @@ def test_mistakes_are_one_line(transfer, masked, tmp_path):
         with pytest.raises(UserError, match=message):
             transfer("segment", *options, train=train, val=masked[1])
         assert not (tmp_path / "out/result.json").exists()
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="unrecognized arguments: --labels cls"):
         transfer("segment", "--labels", "cls", train=masked[0], val=masked[1])

@@ -6,6 +6,7 @@ Launchers, and what happens while a program is imported, are tested with process
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import gc
@@ -119,7 +120,10 @@ def _run(module: str, arguments: list[str], variables: dict[str, str], log: Path
     os.dup2(file, 1)
     os.dup2(file, 2)
     faulthandler.register(_SHOW_STACKS, file=2)
-    sys.exit(exit_cleanly(lambda: import_module(module).main(arguments)))
+    try:
+        sys.exit(exit_cleanly(lambda: import_module(module).main(arguments)))
+    finally:
+        atexit._run_exitfuncs()  # as a program does; multiprocessing leaves them out
 
 
 @contextmanager

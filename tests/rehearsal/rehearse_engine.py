@@ -206,11 +206,13 @@ def test_without_a_gpu_ranks_share_the_cores(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     with join_ranks() as ranks:
         assert ranks.device.type == "cpu"
+    with pytest.raises(UserError, match="--device cuda: torch finds no GPU on this machine"), join_ranks("cuda"):
+        pass
 
 
-def test_a_gpu_is_chosen_where_there_is_one_and_another_device_by_its_name(cuda):
+def test_a_gpu_is_chosen_where_there_is_one_and_the_cpu_by_its_name(cuda):
     assert hardware.chosen_device(None).type == "cuda" and hardware.chosen_device("cpu").type == "cpu"
-    with pytest.raises(UserError, match="--device abacus: is not available on this machine"):
+    with pytest.raises(UserError, match="--device abacus: must be cpu or cuda"):
         hardware.chosen_device("abacus")
 
 
