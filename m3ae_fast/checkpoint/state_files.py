@@ -57,6 +57,10 @@ def part_files(parts: int) -> list[str]:
 def write_part(folder: Path, part: Fragments, rank: int, world: int) -> str:
     """Write a rank's part to its file, flush it to disk, and return the file's SHA-256.
 
+    A single rank writes complete tensors, so that any program that reads safetensors can load its checkpoint without
+    the table. Pieces from a single rank too would remove only this branch: the reader would have to keep its own for
+    checkpoints of complete tensors.
+
     Raises OSError or SafetensorError if the file cannot be written.
     """
     file = folder / part_files(world)[rank]
