@@ -8,7 +8,6 @@ import sys
 from m3ae_fast.base.environment import settle_libraries
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.base.former_names import present_name
-from m3ae_fast.cli.command_line import refuse
 
 COMMANDS = {
     "pretrain": "one command from images to a model: makes shards, chooses settings, trains, evaluates, exports",
@@ -55,10 +54,11 @@ def _run() -> int:
 
         print(f"m3ae-fast {__version__}")
         return 0
-    if line := present_name(sys.argv[1:]):
-        refuse(line)
-    if name not in MODULES:
-        refuse(f"no command {name!r}; m3ae-fast --help lists the commands")
+    former = present_name(sys.argv[1:])
+    if former or name not in MODULES:
+        from m3ae_fast.cli.command_line import refuse
+
+        refuse(former or f"no command {name!r}; m3ae-fast --help lists the commands")
     settle_libraries()
     is_module = any(pair == ("-m", "m3ae_fast") for pair in zip(sys.orig_argv, sys.orig_argv[1:]))
     sys.argv = [f"{'python -m m3ae_fast' if is_module else 'm3ae-fast'} {name}", *sys.argv[2:]]
