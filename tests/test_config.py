@@ -272,6 +272,9 @@ def test_out_of_memory_says_what_to_do(run, monkeypatch):
 def test_what_is_off_may_stay_in_the_deepspeed_section():
     off = ["deepspeed={}", "deepspeed.wall_clock_breakdown=false", 'deepspeed.flops_profiler={"enabled":false}']
     assert load_config(ROOT / "configs/quickstart.json", off).zero.stage == 0
+    nowhere = {"stage": 1, "offload_optimizer": {"device": "none"}}
+    muon = ["optim.name=muon", f"deepspeed={json.dumps({'zero_optimization': nowhere})}"]
+    assert not load_config(ROOT / "configs/quickstart.json", muon).zero.offloads_optimizer
 
 
 def test_compile_without_a_compiler(run, monkeypatch):
@@ -598,13 +601,17 @@ def test_the_official_hyper_parameters_are_the_defaults():
         ({"data": {"val": [{"shards": "a"}, {"shards": "b", "weight": 1}]}}, "give every source a weight, or none"),
         ({"train": {"epochs": 2, "steps": 2}}, "give epochs or steps, not both"),
         ({"train": {"epochs": None}}, "give the length of the run: epochs or steps"),
+        (
+            {"model": {"text_length": 1 << 16, "size": None, "emb_dim": 4096, "depth": 1, "num_heads": 1}},
+            "of 65,536 pat",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(change, message):
     data = {"data": {"train": [{"shards": "a.tar"}]}, "train": {"epochs": 1}}
     parse(Config, data, "test")
     with pytest.raises(UserError, match=message):
-        parse(Config, {name: values | change.get(name, {}) for name, values in data.items()}, "test")
+        parse(Config, {**change, **{name: values | change.get(name, {}) for name, values in data.items()}}, "test")
 
 
 def test_a_config_follows_its_run_folder_as_far_as_that_has_its_files(tmp_path):

@@ -144,6 +144,14 @@ def test_repeating_shapes_change_no_result(kinds, fraction, attention):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_padding_is_spread_evenly_over_samples():
+    """No sample, to which all others may be padded, becomes much longer."""
+    samples, geometry = samples_of("ppite"), make_model().geometry
+    tight, padded = (pack(samples, geometry, repeat_shapes=repeat).loss for repeat in (False, True))
+    added = (padded.cu_seqlens.diff()[:5] - tight.cu_seqlens.diff()).tolist()
+    assert sum(added) > 5 and max(added) - min(added) <= 1
+
+
 def test_a_cross_decoder_takes_the_predicted_rows_alone():
     geometry = make_model().geometry
     samples = samples_of("ppit", 3, 0.5)

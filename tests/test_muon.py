@@ -18,7 +18,7 @@ from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, parse
 from m3ae_fast.config.evaluation import FineTuneConfig
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.engine.memory_estimate import matrix_elements, muon_bytes, zero_bytes
+from m3ae_fast.engine.memory_estimate import matrix_elements, memory_needed, muon_bytes, zero_bytes
 from m3ae_fast.engine.muon import orthogonalisation_flops, orthogonalise
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
@@ -238,6 +238,19 @@ def test_the_memory_estimate_has_one_moment_of_a_matrix(stage):
     *same, moments = zero_bytes(parameters, stage, 4, True)
     assert zero_bytes(parameters, stage, 4, True, matrices) == (*same, moments - matrices * 4 / (4 if stage else 1))
     assert muon_bytes(matrices, stage, 4) == 4 * matrices * (1.75 if stage else 4)
+
+
+def test_an_update_by_muon_takes_no_memory_beside_activations():
+    """They are freed by then: of large batches, all that differs from AdamW is the moment that a matrix lacks."""
+
+    def needed(name: str, samples: int) -> float:
+        given = config(name=name)
+        train = given.train.model_copy(update={"micro_batch": None})
+        return memory_needed(given.model_copy(update={"train": train}), 1, samples)
+
+    matrices = matrix_elements(config(), M3AE(config().model))
+    assert needed("adamw", 4096) - needed("muon", 4096) == pytest.approx(4 * matrices)
+    assert needed("muon", 1) > needed("adamw", 1)
 
 
 def test_a_run_says_that_it_is_open():

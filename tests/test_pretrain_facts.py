@@ -12,12 +12,15 @@ from PIL import Image
 
 from m3ae_fast import checkpoint, pretrain
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.batch.kinds import Kind
 from m3ae_fast.batch.tokenizer import train_tokenizer
 from m3ae_fast.cli.pretrain import main
 from m3ae_fast.config import load_config
 from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.images.bit_depth import Depth
 from m3ae_fast.pretraining.automatic_settings import LADDER, Shards, assumed, check_overrides, settings
 from m3ae_fast.pretraining.dataset_statistics import look
+from m3ae_fast.pretraining.image_kind import range_of
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards.problem_counts import Tally
 from m3ae_fast.shards.tokenizer_training import caption_texts
@@ -120,6 +123,13 @@ def test_what_is_black_and_white_is_asked_for_if_it_is_not_evident(tmp_path, mak
     with pytest.raises(UserError, match=message):
         find_shards(str(photos), tmp_path / "run", None, [])
     assert not (tmp_path / "run/shards").exists()
+
+
+@pytest.mark.parametrize(("high", "white"), [(256, 511), (1000, 1023), (4095, 4095), (4096, 8191), (40_000, 65_535)])
+def test_the_range_that_is_proposed_holds_all_values_and_is_one_of_a_bit_depth(high, white):
+    deep = Kind(1, True, "uint16", 8, 8, Depth("unsigned", 16), 0, high)
+    with pytest.raises(UserError, match=rf"--set data\.range=\[0,{white}\], or dtype for 0 and 65535"):
+        range_of([deep])
 
 
 def test_channels_that_the_user_sets_are_taken(tmp_path):

@@ -19,6 +19,7 @@ from m3ae_fast.training.pace import Pace
 from m3ae_fast.weights.converting import convert
 from tests.helpers.labelled import tiny_run
 from tests.helpers.mae import MAE
+from tests.test_model import TINY as SMALL
 
 SHARDS = Shards(["a.tar"], ["b.tar"], [])
 
@@ -58,6 +59,17 @@ def test_images_alone_continue_from_an_mae_without_a_decoder(tmp_path):
     given = given_weights(str(tmp_path / "converted"), tmp_path / "run", [])
     assert "model.vocab_size=0" in given.overrides and not any("data." in override for override in given.overrides)
     assert any("have no decoder, which starts from random weights" in note for note in given.notes)
+
+
+def test_the_range_of_images_is_that_of_the_weights(tmp_path):
+    deep = SMALL.model_copy(update={"vocab_size": 0, "image_range": (0, 4095)})
+    M3AE(deep).save_pretrained(tmp_path / "deep")
+    overrides = given_weights(str(tmp_path / "deep"), tmp_path / "run", []).overrides
+    (size,) = rungs(assumed(overrides), overrides)
+    config = settings(assumed(overrides), SHARDS, tmp_path, size, 64, 1000, "cls", overrides)
+    assert config.model.image_range == (0, 4095) == config.data.range
+    with pytest.raises(UserError, match=r"was trained with model\.image_range = \(0\.0, 4095\.0\), but the config has"):
+        given_weights(str(tmp_path / "deep"), tmp_path / "run", ["data.range=[0,1023]"])
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,9 @@ def test_an_extended_run_goes_back_to_a_checkpoint_that_has_not_failed(tmp_path)
     assert [checkpoint.step_of(path) for path in found.values()] == [6, 4]
     checkpoint.mark(tmp_path, 4, checkpoint.FAILED, "step 5 was not finite")
     assert checkpoint.step_of(resuming.find(tmp_path, "auto", lambda _: True)) == 2
+    saved = checkpoint.saved_steps(tmp_path)
+    (saved[-1] / checkpoint.INFO_FILE).write_text("{}")  # damaged: it is not known to have decayed
+    assert checkpoint.before_decay(saved) == saved[-1]
 
 
 WSD = ["--set", "optim.schedule=wsd", "--set", "optim.decay_fraction=0.5", "--set", "optim.warmup_epochs=0"]

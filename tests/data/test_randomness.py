@@ -187,6 +187,19 @@ def test_a_native_crop_keeps_area_and_ratio_within_their_ranges(monkeypatch):
     assert {(height, width) for _, _, height, width in boxes[:5]} != {boxes[0][2:]}
 
 
+def test_any_image_has_a_grid_within_the_bounds():
+    """However long it is: with as many patches and a ratio as near to its own as the bounds allow."""
+    native = Native(patch_size=16, least=4, most=64, longest=16, positions="absolute")
+    random = np.random.default_rng(0)
+    sizes = np.exp(random.uniform(0, np.log(5000), (2000, 2))).round().astype(int).tolist()
+    for height, width in [*sizes, (1, 10**6), (10**6, 1), (1, 1)]:
+        rows, columns = native.grid(height, width)
+        assert 1 <= rows * columns <= 64 and max(rows, columns) <= 16
+        if max(height, width) <= 4 * min(height, width):
+            assert abs(np.log(columns * height / (rows * width))) < np.log(2)
+            assert min(max(height * width / 256, 4), 64) / 1.6 <= rows * columns
+
+
 def test_native_images_of_one_grid_share_the_mask_of_a_batch(load, tmp_path):
     path = write_tar(tmp_path / "a.tar", members(range(24), "image"))
     masking, native = MaskingConfig(image_ratio=0.5, per="batch"), Native(8, 1, 16, 8, "absolute")

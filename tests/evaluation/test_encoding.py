@@ -129,6 +129,10 @@ def test_floats_are_what_value_range_says(model):
     for value_range in (None, "normalised"):
         found = model.encode(normal, value_range=value_range, precision="fp32")
         torch.testing.assert_close(found, expected, **close)
+    for shape in ((3, 44, 32), (3, 32, 44)):  # one side fits already
+        oblong = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        found = model.encode(oblong / 255, value_range=(0, 1), precision="fp32")
+        torch.testing.assert_close(found, model.encode(oblong, precision="fp32"), **close)
     tokens = model.representation(pixels)
     torch.testing.assert_close(model.representation(pixels / 255, value_range=(0, 1)), tokens, **close)
     torch.testing.assert_close(model.representation(normal), tokens, **close)

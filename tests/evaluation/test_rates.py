@@ -1,5 +1,6 @@
 """Which rate a linear probe takes of those that it tries."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import logits
+from m3ae_fast.evaluation.fit_heads import logits, losses
 from m3ae_fast.evaluation.learning_rates import FACTORS, Tried, best, choose, edge, split, table
 from m3ae_fast.evaluation.probes import Setting, linear_recipe, train_heads, try_rates
 from m3ae_fast.process.heartbeats import Pulse
@@ -98,6 +99,12 @@ def test_a_rate_that_diverges_is_never_the_best():
         tried = _tried(_bank(100), _setting(ranks, **given), 1e38)
     assert tried[-1][1:] == (0.0, None)
     assert best([Tried(1, 0.0, None), Tried(2, 0.0, 3.0)]).peak_lr == 2
+
+
+def test_one_logit_that_is_not_finite_shows_that_a_head_diverged():
+    logits_SHK = torch.zeros(2, 3, 4)
+    logits_SHK[1, 2, 0] = math.inf
+    assert losses(logits_SHK, torch.tensor([1, 1]))[2].tolist() == [[0, 0, 0], [0, 0, 1]]
 
 
 def test_a_rate_is_chosen_for_what_is_no_chance():

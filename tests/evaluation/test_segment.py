@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,14 @@ from sklearn.metrics import jaccard_score
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import read_parquet
+from m3ae_fast.config.evaluation import EvaluationConfig, SegmentConfig
+from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.report import write_report
-from m3ae_fast.evaluation.segment import Counts, count, measured, patch_labels, upsampled
+from m3ae_fast.evaluation.segment import Counts, Images, count, fit, measured, patch_labels, upsampled
 from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.label_mask import mask_view, read_mask
+from m3ae_fast.process.ranks import join_ranks
 from tests.evaluation.conftest import pictures, settings
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.shards import write_tar
@@ -113,6 +119,32 @@ def test_an_error_is_that_of_other_draws_of_images():
     right = random.integers(0, 50, (300, 30, 1))
     draws = [Counts(np.hstack((each, 50 - each)), np.full((30, 2), 50), np.full((30, 2), 50)) for each in right]
     assert measured(draws[0], 0)["miou_se"] == pytest.approx(np.std([each.miou() for each in draws]), rel=0.35)
+
+
+def test_a_head_is_trained_as_torch_would_on_all_pixels():
+    """With the cross entropy of each pixel that is not ignored, by AdamW; the norm is that of all patches."""
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(6, 4, 5, generator=generator)
+    masks = torch.randint(3, (6, 8, 8), generator=generator).to(torch.uint8)
+    masks[0, :3] = IGNORED
+    settings, steps = SegmentConfig(steps=12, batch=6, peak_lr=0.05, weight_decay=0.1), 12
+    given = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}})
+    with join_ranks() as ranks:
+        bank = FeatureBank([*"abcdef"], patches, torch.arange(6))
+        job = SimpleNamespace(ranks=ranks, config=given, pulse=SimpleNamespace(mark=lambda what: None))
+        found = fit(Images(bank, masks), 3, settings, job)(patches)
+    torch.manual_seed(given.run.seed)
+    linear = LinearProbeHead(5, 3).linear
+    rows = patches.flatten(0, 1)
+    inputs = (patches - rows.mean(0)) / (rows.var(0, unbiased=False) + 1e-5).sqrt()
+    optimizer = torch.optim.AdamW(linear.parameters(), weight_decay=0.1)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 if step == 0 else (1 + math.cos(math.pi * (step - 1) / 11)) / 2)
+        pixels = linear(inputs).transpose(1, 2).reshape(6, 3, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        optimizer.zero_grad()
+        F.cross_entropy(pixels, masks.long(), ignore_index=IGNORED).backward()
+        optimizer.step()
+    torch.testing.assert_close(found, linear(inputs).log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 
 def test_a_patch_has_the_pixels_of_its_classes():

@@ -127,6 +127,23 @@ def test_token_loss_is_cross_entropy(reduction, smoothing):
         assert error(a, b.double()) < 2e-6
 
 
+def test_a_head_without_bias_is_one_whose_bias_is_zero():
+    """Also in the log-partition, which a constant would shift."""
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(19, 12, requires_grad=True), torch.randint(0, 48, (19,))
+    weight = torch.randn(48, 12, requires_grad=True)
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    pixels = {"patch_size": 4, "mean": [0.4] * 3, "std": [0.2] * 3, "reduction": "sum"}
+
+    def results(bias):
+        words = m3ae_kernels.masked_token_loss(hidden, weight, targets, bias=bias, z_loss=0.1, reduction="sum")
+        patches = m3ae_kernels.masked_pixel_loss(hidden, weight, images, torch.arange(19), bias=bias, **pixels)
+        return [words, patches, *(g for loss in (words, patches) for g in torch.autograd.grad(loss, (hidden, weight)))]
+
+    for found, expected in zip(results(None), results(torch.zeros(48))):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.fixture
 def unwarned():
     """Nobody has been warned of the sum."""
