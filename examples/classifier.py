@@ -1,4 +1,4 @@
-"""Your own classifier around a pre-trained encoder, trained by a plain torch loop.
+"""A custom classifier with a pre-trained encoder, trained by a plain torch loop.
 
     python examples/classifier.py MODEL DIR        MODEL: an export, or a name on the hub; DIR/CLASS/NAME.jpg
 
@@ -28,7 +28,7 @@ class ImageClassifier(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(m3ae.config.emb_dim), nn.Linear(m3ae.config.emb_dim, classes))
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits [B, K] of uint8 images [B, C, image_size, image_size]; the encoder normalises them itself."""
+        """Return the logits [B, K] of uint8 images [B, C, image_size, image_size], which the encoder normalises."""
         tokens = self.m3ae.representation(images_BCHW)  # [B, 1 + L, D], the cls token first
         return self.head(tokens[:, 1:].mean(1))
 
@@ -46,12 +46,12 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     m3ae = M3AE.from_pretrained(args.model)
-    # read as in the shards that the encoder was trained on: upright, the central square, white where transparent
+    # images are read as for training: EXIF orientation applied, transparent parts white, central square
     dataset = ImageFolder(args.images, loader=partial(prepare_image, config=m3ae.config))
     train, val = random_split(dataset, [0.8, 0.2])
     model = ImageClassifier(m3ae, len(dataset.classes)).to(device)
 
-    # the encoder learns ten times more slowly than its new head; nothing reads the decoder
+    # the learning rate of the encoder is a tenth of that of the new head; the decoder is not used
     encoder = [p for part in (m3ae.patch_embed, m3ae.encoder_input, m3ae.encoder) for p in part.parameters()]
     groups = [{"params": model.head.parameters()}, {"params": encoder, "lr": args.lr / 10}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.05)

@@ -1,6 +1,7 @@
-"""Features of images by the ONNX file of `m3ae-fast export RUN --out encoder.onnx --format onnx`: no torch needed.
+"""Features of images, computed without torch by the ONNX file of `m3ae-fast export RUN --out encoder.onnx --format
+onnx`.
 
-python examples/onnx_features.py encoder.onnx A.jpg B.jpg        prints how alike the two are, from -1 to 1
+python examples/onnx_features.py encoder.onnx A.jpg B.jpg        prints the cosine similarity of the two images
 """
 
 import sys

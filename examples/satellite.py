@@ -1,8 +1,9 @@
-"""From pictures of 13 bands, made up here as a satellite's, to shards, statistics, a trained model, a picture, a probe.
+"""A complete example with satellite images of 13 bands: shards, statistics, a trained model, a figure, and a probe.
 
     python examples/satellite.py FOLDER [--images 240] [--steps 60]
 
-With your own data begin at `shards`: a folder of .npy or TIFF files, in a sub-folder for each class.
+The images are synthetic. With your own data, start with `shards`: a folder of .npy or TIFF files, with a sub-folder for
+each class.
 
 Shapes: S x S pixels, C bands.
 """
@@ -21,8 +22,8 @@ SHARDS = [sys.executable, "-m", "m3ae_fast", "shards"]
 
 
 def make_images(folder: Path, images: int) -> None:
-    """Write reflectances times 10,000, uint16 [S, S, C], as Sentinel-2's level 2A: a spectrum of each class, which a
-    smooth field makes brighter and darker, and noise."""
+    """Write images of reflectances times 10,000, uint16 [S, S, C], as in Sentinel-2's level 2A: the spectrum of the
+    class, multiplied by a smooth random field, plus noise."""
     random = np.random.default_rng(0)
     for number in range(images):
         name = list(SPECTRA)[number % len(SPECTRA)]
@@ -36,7 +37,7 @@ def make_images(folder: Path, images: int) -> None:
 
 
 def run(*command: object) -> None:
-    """Run a command as one does by hand, and stop where it fails."""
+    """Print and run a command, and exit if it fails."""
     print("$", " ".join(str(part) for part in command[1:]), flush=True)
     subprocess.run([str(part) for part in command], check=True)
 
@@ -65,7 +66,7 @@ def main() -> None:
     }  # fmt: skip
     file = args.folder / "config.json"
     file.write_text(json.dumps(config, indent=2))
-    # black and white are no light and full reflectance; the statistics are of values in between
+    # black is a reflectance of 0, and white a reflectance of 1; the statistics refer to values in between
     pixels = ["--channels", C, "--dtype", "uint16", "--range", "0,10000"]
     run(*SHARDS, "stats", train, *pixels, "--write", file)
     shown = ["--set", "data.show_channels=[3,2,1]"]  # red, green and blue, as in a photograph

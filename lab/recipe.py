@@ -1,13 +1,15 @@
-"""Does the rule that fits batch, length and rate of a classifier to the number of samples choose well?
+"""Experiment: are the default batch size, length and learning rate of a classifier good choices for the number of
+samples?
 
 python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
 python -m lab.recipe data/labelled --out runs/recipe
-python -m lab.recipe data/labelled --minutes 20 --tasks finetune  # nothing begins after 20 minutes; the next goes on
+python -m lab.recipe data/labelled --minutes 20 --tasks finetune  # nothing starts after 20 minutes; the next call
+continues
 
-Trains the linear probe and fine-tunes by the rule (m3ae_fast/evaluation/default_hyperparameters.py), at a third and
-three times its rate, half and twice as long, and probes at the rate that they choose themselves; on drawings, emoji and
-clothes, with MAE of their pictures, and probes with random weights too. Writes table.md into --out. What is done is not
-done again.
+Linear probes and fine-tuning are run with the defaults (m3ae_fast/evaluation/default_hyperparameters.py), with a third
+and three times the learning rate, and for half and twice as many steps; linear probes also with the learning rate that
+they choose themselves. The datasets are drawings, emoji and clothes, with an MAE trained on the same images; probes are
+also run on random weights. table.md is written to --out. Completed trials are not repeated.
 """
 
 from __future__ import annotations
@@ -44,24 +46,24 @@ from m3ae_fast.weights.open_model import RANDOM, open_model
 
 CLIPART = Path("data/openclipart")
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
-VALIDATED = 8  # one of so many samples that are not tested is for choosing the rule
-SIDE = 36  # pixels of a picture, at most
+VALIDATED = 8  # one in this number of samples outside of the test set is used to choose the rule
+SIDE = 36  # maximum side of an image in pixels
 MODEL = {
     "size": None, "emb_dim": 128, "depth": 2, "num_heads": 4, "dec_emb_dim": 64, "dec_depth": 1, "dec_num_heads": 2,
     "image_size": 28, "patch_size": 7, "vocab_size": 0, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.35, 0.35, 0.35],
 }  # fmt: skip
-VARIANTS = {  # rate and length, as multiples of the rule's
+VARIANTS = {  # learning rate and length as multiples of the defaults
     "rule": (1, 1), "rate / 3": (1 / 3, 1), "rate x 3": (3, 1), "steps / 2": (1, 0.5), "steps x 2": (1, 2),
 }  # fmt: skip
-TRIED = "tried"  # the rate is what the probe chooses
+TRIED = "tried"  # variant in which the probe chooses the learning rate
 ENCODERS = ("mae", "random")
-ALL = 0  # samples
-PROBES = {  # how many seeds, by set and number of samples
+ALL = 0  # denotes all samples
+PROBES = {  # number of seeds by dataset and number of samples
     "drawings": {ALL: 3},
     "emoji": {1_000: 3, ALL: 3},
     "clothes": {1_000: 3, 5_000: 3, 20_000: 1, 50_000: 1},
 }
-TUNINGS = {  # one seed of each: what there is time for
+TUNINGS = {  # fine-tuning takes long, so there is one seed for each
     "clothes": {1_000: (*VARIANTS,)},
     "drawings": {ALL: (*VARIANTS,)},
     "emoji": {ALL: (*VARIANTS,)},
@@ -75,7 +77,7 @@ class Trial(NamedTuple):
     data: str
     encoder: str
     samples: int
-    seed: int  # of the classifier, and of which samples they are
+    seed: int  # random seed of the classifier and of the choice of samples
     variant: str
 
     @property
@@ -84,7 +86,7 @@ class Trial(NamedTuple):
 
 
 def plan(tasks: Sequence[str]) -> list[Trial]:
-    """Return the trials, the longest last."""
+    """Return the trials, with the longest ones last."""
     trials = []
     for data, sizes in PROBES.items():
         for encoder in ENCODERS:
@@ -99,7 +101,8 @@ def plan(tasks: Sequence[str]) -> list[Trial]:
 
 
 def _passes(trial: Trial) -> float:
-    """Return how many samples, about, pass through an encoder, or a hundredth of those that pass through a probe."""
+    """Return the approximate cost of a trial: the number of samples that are encoded in fine-tuning, or a hundredth of
+    the number of samples in the steps of a probe."""
     samples = trial.samples or 2_000
     recipe = OFFICIAL[trial.task].scaled(samples)
     length = recipe.epochs * VARIANTS.get(trial.variant, (1, 3))[1]
@@ -107,16 +110,17 @@ def _passes(trial: Trial) -> float:
 
 
 class Picture(NamedTuple):
-    """A labelled picture."""
+    """A labelled image."""
 
     key: str
-    unit: str  # pictures of one are never in two parts
+    unit: str  # images of the same unit are in the same part
     category: str
     image: bytes
 
 
 def pictures(data: Path) -> Iterator[tuple[str, Picture]]:
-    """Yield set and part, "clothes-test", and each picture. Raises UserError if a set has no shards."""
+    """Yield each image with its dataset and part, such as "clothes-test". Raises UserError if a dataset has no
+    shards."""
     for part, split in ((TRAIN, "train"), (TEST, "val")):
         for sample in shards.read(data / "fashion", (split,)):
             key = f"clothes-{part}-{sample.key}"
@@ -134,7 +138,7 @@ def pictures(data: Path) -> Iterator[tuple[str, Picture]]:
 
 
 def prepare(data: Path, folder: Path) -> None:
-    """Write SET-PART.tar and labels.json into `folder`, unless they are there. Raises UserError as `pictures` does."""
+    """Write SET-PART.tar and labels.json to `folder`, unless they exist. Raises UserError as `pictures` does."""
     if (folder / shards.LABELS).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,10 +169,10 @@ def _write(shard: Path, samples: Sequence[tuple[str, bytes, int]]) -> None:
 
 
 class Laboratory:
-    """Trains classifiers as a plan says, and keeps in a folder what each has right."""
+    """Trains the classifiers of a plan, and stores in a folder which samples each of them classifies correctly."""
 
     def __init__(self, out: Path, steps: int) -> None:
-        """Take the folder, and the `steps` of each MAE."""
+        """Set the folder, and the number of training steps of each MAE."""
         self.out, self.steps = out, steps
         self.labels = json.loads((out / "shards" / shards.LABELS).read_text(encoding="utf-8"))
         self._encoded: dict[str, tuple[FeatureBank, FeatureBank]] = {}
@@ -180,7 +184,8 @@ class Laboratory:
         return self.out / "results" / f"{trial.name}.json"
 
     def perform(self, trial: Trial) -> bool:
-        """Train a classifier, and keep which held-out samples it has right. Returns False if it was stopped."""
+        """Train a classifier and store which held-out samples it classifies correctly. Return False if it was
+        stopped."""
         if not self._trained(trial.data):
             return False
         started = time.process_time()
@@ -195,7 +200,7 @@ class Laboratory:
         return True
 
     def _trained(self, data: str) -> bool:
-        """Train MAE of a set's pictures, unless that is done; False if it was stopped."""
+        """Train an MAE on the images of a dataset, unless that is complete. Return False if it was stopped."""
         run = self.out / data
         if (run / "checkpoints" / f"step-{self.steps:08}").exists():
             return True
@@ -216,7 +221,7 @@ class Laboratory:
         return (run / "checkpoints" / f"step-{self.steps:08}").exists()
 
     def _settings(self, trial: Trial, samples: int) -> dict[str, Any]:
-        """Return the rule's settings, with what the variant changes."""
+        """Return the default settings with the changes of the variant."""
         rate, length = VARIANTS.get(trial.variant, (1, 1))
         recipe = OFFICIAL[trial.task].scaled(samples)
         return {"epochs": length * recipe.epochs, "peak_lr": float(f"{rate * recipe.peak_lr:.3g}")}
@@ -238,10 +243,10 @@ class Laboratory:
         return {"train_samples": len(bank.keys), "settings": settings, "correct": correct}
 
     def _features(self, trial: Trial, model: str, session: Session) -> tuple[FeatureBank, FeatureBank]:
-        """Return labelled features of the pictures to train on and of all others, which are kept."""
+        """Return the labelled features of the training images and of all others. Features are cached."""
         saved = self.out / f"{trial.data}-{trial.encoder}.pt"
         if model not in self._encoded and saved.exists():
-            self._encoded[model] = torch.load(saved, weights_only=False)  # of this program
+            self._encoded[model] = torch.load(saved, weights_only=False)  # the file was written by this program
         if model not in self._encoded:
             encode = measure.encoder(open_model(model, text=False).eval(), self._config({}), session)
             found = []
@@ -255,16 +260,16 @@ class Laboratory:
         return self._encoded[model]
 
     def _config(self, sections: dict[str, Any]) -> EvaluationConfig:
-        unused = {"train": [{"shards": "-"}]}  # has to be named
+        unused = {"train": [{"shards": "-"}]}  # required by the config
         encode = {"encode": {"batch": 256}}
         return evaluation_config({"run": {"dir": str(self.out)}, "data": unused} | encode | sections, [])
 
     def _chosen(self, trial: Trial, keys: Sequence[str]) -> list[str]:
-        """Return the samples that a trial trains on."""
+        """Return the keys of the samples on which a trial is trained."""
         return sorted(keys, key=lambda key: _drawn(trial.seed, key))[: trial.samples or len(keys)]
 
     def _finetune(self, trial: Trial, model: str) -> dict[str, Any] | None:
-        """None if it was stopped."""
+        """Fine-tune, and return the result; None if it was stopped."""
         with tarfile.open(self.shard(trial.data, TRAIN)) as tar:
             images = {m.name.removesuffix(".jpg"): m for m in tar if m.name.endswith(".jpg")}
             keys = self._chosen(trial, [*images])
@@ -284,7 +289,8 @@ class Laboratory:
         return {"train_samples": len(keys), "settings": settings, "correct": dict(zip(names, right))}
 
     def tables(self, tasks: Sequence[str], part: str) -> str:
-        """Return a table for each task: accuracy by the rule, and what each variant adds to it, in points."""
+        """Return a Markdown table for each task, with the accuracy of the defaults and the difference of each variant
+        in points."""
         tested = {key for data in PROBES for key in keys(self.shard(data, part))}
         text = []
         for task in tasks:
@@ -326,7 +332,7 @@ def _percent(estimate: Estimate, sign: str = "") -> str:
 
 
 def keys(shard: Path) -> list[str]:
-    """Return the samples of a shard."""
+    """Return the keys of the samples in a shard."""
     with tarfile.open(shard) as tar:
         return [name.removesuffix(".cls") for name in tar.getnames() if name.endswith(".cls")]
 

@@ -1,1 +1,1 @@
-"""The paper's study at a small size: what text gives a masked autoencoder's representation."""
+"""The paper's study at a small scale: the effect of text on the representation of a masked autoencoder."""

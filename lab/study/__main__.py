@@ -1,14 +1,16 @@
-"""What text gives a masked autoencoder's representation, after the paper (arXiv 2205.14204), at a small size.
+"""Study the effect of text on the representation of a masked autoencoder, as in the paper (arXiv 2205.14204), at a
+small scale.
 
 python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
 python -m lab.study data/labelled --out runs/study
-python -m lab.study data/labelled --minutes 75             # begin nothing after 75 minutes; the next call goes on
-python -m lab.study data/labelled --arms fractions ratios  # what figures 3 and 5 of the paper compare
+python -m lab.study data/labelled --minutes 75             # nothing starts after 75 minutes; the next call continues
+python -m lab.study data/labelled --arms fractions ratios  # the comparisons of figures 3 and 5 in the paper
 python -m lab.study data/labelled --validation --out runs/tried --set train.optim.peak_lr=1e-3    # to choose settings
 
-Pre-trains encoders (m3ae_fast.train) on emoji with their names, tests them on emoji and clothes that were held out
-(the probes of m3ae_fast.evaluation), one after the other, and writes study.json, study.png and README.md after each.
-What is done is not done again: call it again after a stop, on another machine with the same --results.
+Encoders are pre-trained (m3ae_fast.train) on emoji with their names, one after the other, and tested on held-out emoji
+and clothes with the probes of m3ae_fast.evaluation. study.json, study.png and README.md are written after each encoder.
+Completed encoders are not repeated: if the program is stopped, call it again, on another machine with the same
+--results.
 """
 
 from __future__ import annotations

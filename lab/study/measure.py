@@ -1,4 +1,4 @@
-"""Tests of an encoder, or of raw pixels, on labelled pictures that it was not trained on.
+"""Tests of an encoder, or of raw pixels, on labelled images that are not training images of the encoder.
 
 Shapes: N samples, M held-out samples, D width, L patches.
 """
@@ -29,48 +29,58 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.session import Session
 
 SHOTS, DRAWS = (1, 5, 10), 5
-RETRIEVED = 10  # a caption counts as found among so many
-STRANGE = 1000  # pictures of a set that is out of distribution, at most
+RETRIEVED = 10  # k of the recall at k in retrieval
+STRANGE = 1000  # maximum number of images of an out-of-distribution dataset
 LOSSES = {"val_image_loss": "image loss", "val_text_loss": "text loss", "val_text_accuracy": "text accuracy",
           "val_text_relative": "text loss / unigram entropy"}  # fmt: skip
-SCORES = ("mahalanobis", "max_softmax")  # those of the paper
+SCORES = ("mahalanobis", "max_softmax")  # the scores in the paper
 
-# the shards, and whether patches are wanted, or the caption in place of the image -> features
+# function from shards, whether to keep patch tokens, and whether to encode captions instead of images, to features
 Encode = Callable[[Sequence[Path], bool, bool], FeatureBank]
 Labels = dict[str, dict[str, str]]  # see lab.study.shards
 
 
 class Split(NamedTuple):
-    """Shards of a seed."""
+    """The shards that are used with a seed."""
 
-    train: dict[str, list[Path]]  # emoji, by vendor
+    train: dict[str, list[Path]]  # emoji by vendor
     test: dict[str, list[Path]]
-    clothes: tuple[list[Path], list[Path]]  # for training a probe, and for testing it
-    strange: dict[str, list[Path]]  # out of distribution, by name; may hold those of `clothes`
+    clothes: tuple[list[Path], list[Path]]  # for training and for testing a probe
+    strange: dict[str, list[Path]]  # out-of-distribution images by name, possibly including those of `clothes`
 
 
 @dataclass
 class Found:
-    """Measurements of an encoder: whether each sample was right, from 0 to 1, by test and key; and other numbers."""
+    """Results of an encoder: to which degree, from 0 to 1, each sample was classified correctly, by test and key; and
+    other metrics."""
 
     correct: dict[str, dict[str, float]]
     numbers: dict[str, float]
 
 
 class Measuring:
-    """Tests of one encoder."""
+    """The tests of an encoder."""
 
     def __init__(
         self, encode: Encode, split: Split, labels: Labels, config: EvaluationConfig, heads: int, session: Session
     ):
-        """Take the `heads` of the attentive probe, and the `session` of the program that measures."""
+        """Prepare the tests.
+
+        Args:
+            encode: the encoder.
+            split: the shards.
+            labels: labels of all samples.
+            config: settings of the probes.
+            heads: number of attention heads of the attentive probe.
+            session: session of the program.
+        """
         self.encode, self.split, self.labels, self.config = encode, split, labels, config
         self.heads, self.session = heads, session
         self.found = Found({}, {})
 
     def emoji(self, *, attentive: bool = False) -> tuple[FeatureBank, FeatureBank]:
-        """Probe the categories and subcategories of emoji: of both vendors, of the other vendor's, and of few shots;
-        `attentive`: by attentive pooling too. Returns features of training and test pictures."""
+        """Probe the categories and subcategories of emoji, also across vendors and with few shots, and return the
+        features of training and test images. `attentive`: also use the attentive probe."""
         parts = []
         for shards in (self.split.train, self.split.test):
             by_vendor = {vendor: self.encode(paths, attentive, False) for vendor, paths in shards.items()}
@@ -95,14 +105,15 @@ class Measuring:
         return bank, held_out
 
     def clothes(self) -> FeatureBank:
-        """Probe the classes of clothes. Returns features of the test pictures."""
+        """Probe the classes of clothes, and return the features of the test images."""
         bank, held_out = (self.encode(paths, False, False) for paths in self.split.clothes)
         for probe in ("knn", "linear"):
             self.probe(f"clothes_{probe}", probe, bank, held_out)
         return held_out
 
     def out_of_distribution(self, bank: FeatureBank, held_out: FeatureBank, known: dict[str, FeatureBank]) -> None:
-        """Tell pictures of other kinds from test emoji. `known`: features that there are already, by name."""
+        """Measure the detection of out-of-distribution images, with test emoji as in-distribution images. `known`:
+        features that have been computed already, by name."""
         labelled, _ = self.labelled(bank, "category")
         seed = self.config.run.seed
         scores = Scores(labelled, self.config.knn.k, seed)
@@ -117,7 +128,7 @@ class Measuring:
                 self.found.numbers |= dict(zip(names, (area, low, high)))
 
     def retrieval(self) -> None:
-        """Look for the caption of each test picture of a vendor among all, and the other way round."""
+        """Measure image-to-text and text-to-image retrieval on the test images of a vendor."""
         shards = next(iter(self.split.test.values()))
         images, texts = (self.encode(shards, False, text) for text in (False, True))
         assert images.keys == texts.keys
@@ -136,7 +147,7 @@ class Measuring:
         field: str = "category",
         parts: int = 1,
     ) -> None:
-        """Train a probe and keep what it makes of held-out samples; of several `parts` each counts as much."""
+        """Train a probe and store its results on held-out samples. With several `parts`, each has the same weight."""
         bank, classes = self.labelled(bank, field)
         held_out, _ = self.labelled(held_out, field, classes)
         ranks, _, pulse, _ = self.session
@@ -147,8 +158,8 @@ class Measuring:
     def labelled(
         self, features: FeatureBank, field: str, classes: list[str] | None = None
     ) -> tuple[FeatureBank, list[str]]:
-        """Return the samples with their labels, and the classes, those of the samples if None; without the samples of
-        other ones."""
+        """Return the samples with class ids, and the classes. `classes`: the classes, without which samples are left
+        out; None: the classes of the samples."""
         names = [self.labels[key][field] for key in features.keys]
         classes = classes or sorted({*names})
         features = features.rows([row for row, name in enumerate(names) if name in {*classes}])
@@ -169,7 +180,7 @@ def _joined(parts: Sequence[FeatureBank]) -> FeatureBank:
 
 
 def encoder(model: M3AE, config: EvaluationConfig, session: Session) -> Encode:
-    """Return the frozen encoder's features, of the image or of the caption alone."""
+    """Return a function that computes the features of images or of captions with the frozen encoder."""
 
     def encode(shards: Sequence[Path], patches: bool, text: bool) -> FeatureBank:
         source = SourceConfig(shards=[str(path) for path in shards], modality="text" if text else "image")
@@ -182,7 +193,8 @@ def encoder(model: M3AE, config: EvaluationConfig, session: Session) -> Encode:
 
 
 def pixels(side: int, mean: Sequence[float], std: Sequence[float]) -> Encode:
-    """Return the pixels themselves, of pictures of `side` x `side`, as the encoder is given them: [N, 3 side²]."""
+    """Return a function that returns the pixels of images in place of features, scaled to `side` x `side` and
+    normalised as for the encoder: [N, 3 side²]."""
 
     def encode(shards: Sequence[Path], patches: bool, text: bool) -> FeatureBank:
         keys, rows = [], []
@@ -200,7 +212,8 @@ def pixels(side: int, mean: Sequence[float], std: Sequence[float]) -> Encode:
 
 
 def captions_alone(split: Split, labels: Labels, captions: dict[str, str]) -> Found:
-    """Name categories by the words of the caption: a logistic regression of which words there are."""
+    """Return the results of classifying the categories from captions alone, by a logistic regression on the words that
+    they contain."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -223,5 +236,5 @@ def keys_of(shard: Path) -> list[str]:
 
 
 def numbers_of(found: Found) -> dict[str, Any]:
-    """Return accuracies and other numbers."""
+    """Return the accuracies and other metrics of an encoder."""
     return {test: float(np.mean([*own.values()])) for test, own in found.correct.items()} | found.numbers

@@ -1,4 +1,4 @@
-"""List the encoders of a study: each differs from a common one in one thing."""
+"""The encoders of the study, each of which differs from a common encoder in one property."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from lab.study.shards import FOLDS
 TEXT_RATIOS = (0.15, 0.5, 0.75, 0.9)
 USUAL_RATIO = 0.75
 CAPTION_FRACTIONS = (0.1, 0.3, 1.0)  # 0 is MAE
-LENGTHS, NARROWER = (0.5, 3), 2  # what training time is multiplied, and width divided, by
-CLOTHES_LENGTH = 3  # likewise: there are 20 times as many pictures
+LENGTHS, NARROWER = (0.5, 3), 2  # factors of the training length, and divisor of the width
+CLOTHES_LENGTH = 3  # factor of the training length on clothes, of which there are 20 times as many images
 
-# what is compared: what was trained for; the paper's figures 5, 3 and 4; and what was trained on
+# the comparisons: training objectives; the paper's figures 5, 3 and 4; and training datasets
 ARMS = ("objectives", "clothes", "ratios", "fractions", "lengths", "widths")
 
 Objective = Literal["captions", "pixels", "random", "mae", "m3ae"]
-UNTRAINED: tuple[Objective, ...] = ("captions", "pixels", "random")  # the first two are no encoders
+UNTRAINED: tuple[Objective, ...] = ("captions", "pixels", "random")  # the first two are not encoders
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder, by what it was trained on and for."""
+    """An encoder, defined by its training data and objective."""
 
     objective: Objective
     width: int
-    steps: int  # of pre-training
-    seed: int  # of all that is random; and which emoji are held out
+    steps: int  # number of pre-training steps
+    seed: int  # random seed, which also selects the held-out emoji
     text_ratio: float | None = None  # fraction of the text tokens masked; None without text
-    caption_fraction: float = 1.0  # of the pairs that keep their caption
+    caption_fraction: float = 1.0  # fraction of the pairs whose captions are used
     images: Literal["emoji", "clothes"] = "emoji"
 
     @property
     def name(self) -> str:
-        """Return the name of its folder."""
+        """Return the name of the encoder's folder."""
         parts = [self.objective if self.images == "emoji" else f"{self.objective}-{self.images}"]
         parts += [] if self.text_ratio is None else [f"text{100 * self.text_ratio:.0f}"]
         parts += [] if self.caption_fraction == 1 else [f"captions{100 * self.caption_fraction:.0f}"]
@@ -52,18 +52,18 @@ def m3ae(width: int, steps: int, seed: int = 0) -> Encoder:
 
 
 def central(encoder: Encoder, width: int, steps: int) -> bool:
-    """Return whether it is of the arm `objectives`, which all tests are for."""
+    """Return whether an encoder belongs to the arm `objectives`, for which all tests are run."""
     return encoder in _encoders("objectives", width, steps, encoder.seed)
 
 
 def plan(width: int, steps: int, seeds: int = FOLDS, arms: Collection[str] = ARMS) -> list[Encoder]:
-    """Return all encoders in the order of their work: what was trained for by all seeds, then each other comparison
-    once and by further seeds, so that a study cut short says what it can.
+    """Return all encoders in the order of execution: first the training objectives with all seeds, then each other
+    comparison with one seed, then with further seeds, so that an unfinished study is as informative as possible.
 
     Args:
-        width, steps: of the common encoder.
-        seeds: of each encoder, up to FOLDS.
-        arms: which comparisons, of ARMS; the common encoders that they are compared with are in each.
+        width, steps: width and number of steps of the common encoder.
+        seeds: number of seeds of each encoder, at most FOLDS.
+        arms: the comparisons, from ARMS. Each includes the common encoders to which it is compared.
     """
     found: dict[Encoder, None] = {}
     first = [arm for arm in arms if arm == ARMS[0]] or [*arms]

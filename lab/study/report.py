@@ -1,4 +1,4 @@
-"""A study's results: what was answered sample by sample, and numbers, tables and a plot made from it."""
+"""Results of the study: the answers for each sample, and the metrics, tables and plot that are computed from them."""
 
 from __future__ import annotations
 
@@ -35,23 +35,25 @@ OOD = {
     for name, title in (("clothes", "Fashion-MNIST"), ("clip_art", "clip art"))
     for score in SCORES
 }
-SWEPT = {"knn": "k-NN", "linear": "linear", "shift_linear": "linear, other style"}  # of all encoders
+SWEPT = {"knn": "k-NN", "linear": "linear", "shift_linear": "linear, other style"}  # tests of all encoders
 NAMES = {"pixels": "raw pixels", "random": "random weights", "mae": "MAE", "m3ae": "M3AE"}
 FASHION = "Fashion-MNIST"
-COMMON: dict[str, Any] = {}  # what differs from the common encoder
-Line = tuple[str, str, dict[str, Any]]  # of a table: a name, an objective, and what differs
+COMMON: dict[str, Any] = {}  # denotes the common encoder: no differing properties
+Line = tuple[str, str, dict[str, Any]]  # a row of a table: name, objective, and differing properties
 COLOURS = {"pixels": "0.55", "random": "0.8", "mae": "tab:blue", "m3ae": "tab:orange"}
 
 
 class Rows:
-    """Results by encoder and test. `width`, `steps`: the common encoder's, where nothing else is asked for."""
+    """Results by encoder and test. `width`, `steps`: properties of the common encoder, which are the defaults of
+    queries."""
 
     def __init__(self, found: Sequence[dict[str, Any]], labels: Labels, width: int, steps: int) -> None:
         self.found, self.labels, self.width, self.steps = found, labels, width, steps
         self.of_clothes = {"images": "clothes", "steps": CLOTHES_LENGTH * steps}
 
     def of(self, objective: str, **wanted: Any) -> list[dict[str, Any]]:
-        """Return what is known of an encoder, a result for each seed."""
+        """Return the results of an encoder, one for each seed. `wanted`: properties that differ from the common
+        encoder."""
         steps = self.steps if objective in ("mae", "m3ae") else 0
         ratio = USUAL_RATIO if objective == "m3ae" else None
         usual = asdict(Encoder(objective, self.width, steps, 0, ratio)) | wanted
@@ -65,7 +67,8 @@ class Rows:
     def difference(
         self, test: str, first: str, second: str, wanted: dict[str, Any] = COMMON, other: dict[str, Any] = COMMON
     ) -> Estimate | None:
-        """Return the accuracy of one encoder less that of another."""
+        """Return the difference between the accuracies of two encoders, first minus second, in a test. `wanted`,
+        `other`: properties of the first and of the second that differ from the common encoder."""
         one, another = (self._seeds(test, self.of(name, **own)) for name, own in ((first, wanted), (second, other)))
         return difference(one, another, self.labels)
 
@@ -77,13 +80,13 @@ class Rows:
 
 
 def save(folder: Path, head: dict[str, Any], found: Sequence[dict[str, Any]], labels: Labels) -> None:
-    """Write answers, numbers, the page and its plot. What stands in README.md outside of the markers stays.
+    """Write the answers, the metrics, the page and its plot. Text in README.md outside of the markers is unchanged.
 
     Args:
-        folder: made where it is not there.
-        head: `about`, the machine; `settings`; `validation`, whether samples were those for choosing settings.
+        folder: output folder, which is created if necessary.
+        head: `about` (the machine), `settings`, and `validation` (whether the samples are those for choosing settings).
         found: results of encoders.
-        labels: of all samples.
+        labels: labels of all samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = {"settings": head["settings"], "validation": head["validation"], "encoders": found}
@@ -100,10 +103,11 @@ def save(folder: Path, head: dict[str, Any], found: Sequence[dict[str, Any]], la
 
 
 def read_answers(folder: Path, settings: dict[str, Any], validation: bool) -> list[dict[str, Any]]:
-    """Return results that a study has left in `folder`, maybe on another machine; none where there are none.
+    """Return the results that an earlier call, possibly on another machine, has written to `folder`; empty if there are
+    none.
 
     Raises:
-        UserError: they are of other settings.
+        UserError: the results have different settings.
     """
     if not (folder / ANSWERS).exists():
         return []
@@ -114,7 +118,7 @@ def read_answers(folder: Path, settings: dict[str, Any], validation: bool) -> li
 
 
 def tables(rows: Rows, head: dict[str, Any]) -> str:
-    """Return all tables, in Markdown."""
+    """Return all tables as Markdown."""
     about = head["about"]
     seconds = sum(row["train_cpu_s"] + row["measure_cpu_s"] for row in rows.found)
     lines = [
@@ -152,13 +156,13 @@ def tables(rows: Rows, head: dict[str, Any]) -> str:
 
 
 class Point(NamedTuple):
-    """A point of a figure: an encoder that differs from the common one."""
+    """A point in a plot: an encoder that differs from the common one."""
 
     name: str
     x: float
     objective: str
-    wanted: dict[str, Any]  # what differs
-    mae: dict[str, Any]  # likewise, of the MAE that it is compared with
+    wanted: dict[str, Any]  # properties that differ from the common encoder
+    mae: dict[str, Any]  # the same for the MAE with which it is compared
 
 
 def _swept(rows: Rows, point: Point) -> list[str]:
@@ -195,7 +199,7 @@ SWEEPS: dict[str, Callable[[Rows], Iterable[Point]]] = {
     "steps": partial(_sizes, "steps"),
     "width": partial(_sizes, "width"),
 }
-AXES = {  # title and x axis of the plot
+AXES = {  # title and label of the x axis of each plot
     "text tokens masked": ("Linear probe by text mask ratio (figure 5 of the paper)", "text tokens masked, %"),
     "captions kept": ("Linear probe by fraction of captions (figure 3)", "captions kept, %"),
     "steps": ("Linear probe by training time (figure 4)", "training steps"),
@@ -221,7 +225,7 @@ def _retrieval(rows: Rows) -> Iterable[list[str]]:
 
 
 def _ood(rows: Rows) -> Iterable[list[str]]:
-    """Return means over seeds, and the least and the greatest."""
+    """Return the rows of the table on out-of-distribution detection, with means, minima and maxima over seeds."""
     for objective, name in NAMES.items():
         cells = []
         for score in OOD:
@@ -232,7 +236,7 @@ def _ood(rows: Rows) -> Iterable[list[str]]:
 
 
 def _losses(rows: Rows) -> Iterable[list[str]]:
-    """Return means over seeds."""
+    """Return the rows of the table of losses, with means over seeds."""
     for objective in ("mae", "m3ae"):
         losses = [row["losses"] for row in rows.of(objective)]
         cells = ([each[name] for each in losses if name in each] for name in LOSSES)
@@ -240,14 +244,15 @@ def _losses(rows: Rows) -> Iterable[list[str]]:
 
 
 def _run(rows: Rows) -> list[str]:
-    """Return which of SWEEPS compare anything yet."""
+    """Return the names of those SWEEPS for which there are results to compare."""
     known = {title: {p.x for p in sweep(rows) if rows.of(p.objective, **p.wanted)} for title, sweep in SWEEPS.items()}
     known["captions kept"].discard(0)  # MAE
     return [title for title, values in known.items() if len(values) > 1]
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Plot the accuracies by encoder, then the linear probes of what was run of the paper's figures 3, 4 and 5.
+    """Plot the accuracies by encoder, and the accuracy of linear probes for those of the paper's figures 3, 4 and 5 for
+    which there are results.
 
     Error bars are standard errors. One legend above all panels names the encoders, so that it covers no bar.
     """

@@ -1,4 +1,5 @@
-"""A study's encoders, trained by the public program and measured, each once: results on disk say what is done."""
+"""Execution of the study: encoders are trained by the public program and tested. Results on disk determine which
+encoders are complete."""
 
 from __future__ import annotations
 
@@ -21,21 +22,21 @@ from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.weights.open_model import RANDOM, open_model
 
 SETTINGS = Path(__file__).with_name("settings.json")
-CLIP_ART = Path("data/openclipart")  # strange to all encoders
+CLIP_ART = Path("data/openclipart")  # out of distribution for all encoders
 
 
 class Stopped(Exception):
-    """Somebody asked a program to stop before its end."""
+    """Raised if a program was stopped before its end."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """Where everything is."""
+    """Paths and settings of the study."""
 
-    out: Path  # holds a folder and a result per encoder
+    out: Path  # contains a folder and a result per encoder
     shards: Path  # see `lab.study.shards.prepare`
-    settings: dict[str, Any]  # `train`: a config; `transfer`: sections of transfer's
-    validation: bool = False  # whether held-out samples are those for choosing settings
+    settings: dict[str, Any]  # `train`: a config; `transfer`: sections of the settings for evaluation
+    validation: bool = False  # whether the held-out samples are those for choosing settings
 
     @property
     def common(self) -> Encoder:
@@ -49,11 +50,11 @@ class Study:
         return self.result(encoder).exists()
 
     def perform(self, encoder: Encoder) -> None:
-        """Train the encoder and measure it.
+        """Train and test an encoder.
 
         Raises:
-            UserError: it cannot be done.
-            Stopped: the training was asked to stop.
+            UserError: that is not possible.
+            Stopped: the training was stopped.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         run, started = self.out / encoder.name, time.process_time()
@@ -71,14 +72,14 @@ class Study:
         write_whole(self.result(encoder), json.dumps(whole | {"correct": found.correct}) + "\n")
 
     def adopt(self, found: list[dict[str, Any]]) -> None:
-        """Take over results of an earlier call that are not in `out`."""
+        """Add results of an earlier call that are not in `out`."""
         self.out.mkdir(parents=True, exist_ok=True)
         for row in found:
             if not self.done(encoder := Encoder(**row["encoder"])):
                 write_whole(self.result(encoder), json.dumps(row) + "\n")
 
     def results(self, encoders: list[Encoder]) -> list[dict[str, Any]]:
-        """Return what is known of each encoder that is done."""
+        """Return the results of all complete encoders."""
         return [json.loads(self.result(each).read_text(encoding="utf-8")) for each in encoders if self.done(each)]
 
     def _measure(self, encoder: Encoder) -> Found:
@@ -93,7 +94,7 @@ class Study:
                 encode = measure.pixels(self.settings["pixels_side"], model["image_mean"], model["image_std"])
             else:
                 name = str(self.out / encoder.name)
-                if encoder.objective == "random":  # of the sizes of the encoder that is trained before it
+                if encoder.objective == "random":  # with the sizes of a trained encoder
                     name = f"{RANDOM}{self.out / m3ae(encoder.width, self.common.steps, encoder.seed).name}"
                 text = encoder.objective == "m3ae"
                 encode = measure.encoder(open_model(name, text=text, seed=encoder.seed).eval(), config, session)
@@ -110,7 +111,7 @@ class Study:
             return measuring.found
 
     def _captions(self) -> dict[str, str]:
-        """Return captions of emoji by key."""
+        """Return the captions of the emoji by key."""
         found = {}
         for path in sorted(self.shards.glob("emoji-*.tar")):
             with tarfile.open(path) as tar:
@@ -125,7 +126,7 @@ class Study:
 
     def _heads(self, width: int) -> int:
         model = self.settings["train"]["model"]
-        return max(1, model["num_heads"] * width // model["emb_dim"])  # of the same size
+        return max(1, model["num_heads"] * width // model["emb_dim"])  # with the same head dimension
 
     def _config(self, encoder: Encoder) -> dict[str, Any]:
         config = json.loads(json.dumps(self.settings["train"]))
@@ -152,7 +153,7 @@ class Study:
 
 
 def split_of(shards: Path, seed: int, validation: bool) -> Split:
-    """Return the shards of a seed, with those for choosing settings in place of the tested ones for `validation`."""
+    """Return the shards for a seed. With `validation`, the shards for choosing settings replace the test shards."""
     held = FOLDS if validation else seed % FOLDS
     others = [part for part in range(PARTS) if part != held]
     train, test = (
@@ -165,12 +166,13 @@ def split_of(shards: Path, seed: int, validation: bool) -> Split:
 
 
 def clothes_to_train_on(shards: Path) -> list[Path]:
-    """Return the shards of clothes for pre-training, which hold those that probes are trained on."""
+    """Return the shards of clothes for pre-training, which include those on which probes are trained."""
     return [shards / "fashion-probe.tar", shards / "fashion-images.tar"]
 
 
 def evaluation_of(shards: Path, out: Path, seed: int, sections: dict[str, Any]) -> EvaluationConfig:
     """Return the settings of the probes."""
-    named = [str(shards / f"fashion-{TEST}.tar")]  # has to be named; what is read is in the split
+    # required by the config; the shards that are read are those of the split
+    named = [str(shards / f"fashion-{TEST}.tar")]
     given = {"run": {"dir": str(out), "seed": seed}, "data": {"train": [{"shards": named}]}}
     return evaluation_config(given | sections, [])

@@ -1,4 +1,4 @@
-"""Shards of the study, made from those of lab.labelled: small pictures, in parts that are never mixed."""
+"""Shards of the study, which are created from those of lab.labelled: small images, in disjoint parts."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.shards.tar_member import add_member
 
 VENDORS = ("twitter", "google")
-FOLDS, VALIDATION = 3, 3  # a seed's test emoji are a fold; the part after these is for choosing settings
+FOLDS, VALIDATION = 3, 3  # number of folds, one of which is tested with each seed; part for choosing settings
 PARTS = FOLDS + 1
-CLOTHES = {"probe": 5_000, "validation": 5_000, "images": 50_000}  # of the training pictures; `images` train no probe
+# parts of the training images; probes are not trained on `images`
+CLOTHES = {"probe": 5_000, "validation": 5_000, "images": 50_000}
 TEST, LABELS = "test", "labels.json"
-_ALONE = "Component"  # a category of five skin tones and hair, not of pictures
+_ALONE = "Component"  # a category of skin tones and hair styles, which are not independent images
 
 
 class Sample(NamedTuple):
-    """A sample of a shard."""
+    """A sample in a shard."""
 
     key: str
     image: bytes
@@ -34,16 +35,19 @@ class Sample(NamedTuple):
 
 
 def prepare(data: Path, folder: Path, side: int) -> None:
-    """Write emoji-VENDOR-PART.tar, fashion-PART.tar and labels.json into `folder`, unless they are there.
+    """Write emoji-VENDOR-PART.tar, fashion-PART.tar and labels.json to `folder`, unless they exist.
 
-    Emoji have no skin tones but the plain one, so that no picture is another in other colours; both vendors' pictures
-    of an emoji are in the same part. Larger pictures are scaled to `side` x `side`: decoding them takes too long.
+    Variants of emoji with skin tones are left out, so that no image is a recoloured copy of another. The images of an
+    emoji by both vendors are in the same part. Larger images are scaled to `side` x `side`, because decoding them would
+    take too long.
 
     Args:
-        data: has the folders fashion, twitter and google, as lab.labelled writes them.
+        data: folder with the sub-folders fashion, twitter and google, as written by lab.labelled.
+        folder: output folder.
+        side: maximum side of an image in pixels.
 
     Raises:
-        UserError: one of them has no shards, or those of an earlier version.
+        UserError: a sub-folder has no shards, or shards of an earlier version.
     """
     if (folder / LABELS).exists():
         return
@@ -74,12 +78,12 @@ def prepare(data: Path, folder: Path, side: int) -> None:
 
 
 def is_plain(sample: Sample) -> bool:
-    """Return whether an emoji is a picture without a skin tone."""
+    """Return whether a sample is an independent emoji without skin tone."""
     return not sample.about["tone"] and sample.about["category"] != _ALONE
 
 
 def part_of(emoji: str) -> int:
-    """Return the part of the emoji of these code points."""
+    """Return the part that contains the emoji with these code points."""
     return _hash(emoji) % PARTS
 
 
@@ -105,7 +109,7 @@ def read(folder: Path, splits: tuple[str, ...]) -> Iterator[Sample]:
 
 
 def write(folder: Path, parts: dict[str, list[Sample]], side: int) -> None:
-    """Write a shard of each part."""
+    """Write a shard for each part."""
     for name, samples in parts.items():
         with whole_file(folder / f"{name}.tar") as partial, tarfile.open(partial, "w") as tar:
             for sample in samples:
@@ -116,7 +120,7 @@ def write(folder: Path, parts: dict[str, list[Sample]], side: int) -> None:
 
 
 def scaled(jpeg: bytes, side: int) -> bytes:
-    """Return a picture of at most `side` x `side` pixels."""
+    """Return the image with at most `side` x `side` pixels, as JPEG."""
     image = Image.open(io.BytesIO(jpeg))
     if max(image.size) <= side:
         return jpeg

@@ -1,7 +1,7 @@
-"""Means over seeds, and differences of two encoders on the same samples, with their standard errors.
+"""Means over seeds, and differences between two encoders on the same samples, with their standard errors.
 
-A seed holds out other emoji, so that all seeds together test each emoji once; clothes are tested by every seed. What
-belongs together, both vendors' pictures of an emoji, counts as one sample.
+Each seed holds out different emoji, so that all seeds together test each emoji once; clothes are tested with every
+seed. Images that belong together (both vendors' images of an emoji) count as one sample.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy as np
 
 from lab.study.measure import Labels
 
-Seeds = Mapping[int, Mapping[str, float]]  # by seed and key: whether a sample was right, from 0 to 1
+Seeds = Mapping[int, Mapping[str, float]]  # by seed and key: to which degree, from 0 to 1, a sample was correct
 
 
 class Estimate(NamedTuple):
-    """A mean, from -1 to 1, and its standard error, which other samples or other seeds would change."""
+    """A mean, from -1 to 1, and its standard error over samples and seeds."""
 
     mean: float
     error: float
     seeds: int
-    samples: int  # independent ones
+    samples: int  # number of independent samples
 
 
 def accuracy(seeds: Seeds, labels: Labels) -> Estimate:
@@ -33,8 +33,8 @@ def accuracy(seeds: Seeds, labels: Labels) -> Estimate:
 
 
 def difference(first: Seeds, second: Seeds, labels: Labels) -> Estimate | None:
-    """Return the accuracy of the first less that of the second, over the seeds and samples that both have; None if
-    there are none."""
+    """Return the difference between the accuracies, first minus second, over the seeds and samples that both have; None
+    if there are none."""
     apart = {
         seed: {key: first[seed][key] - second[seed][key] for key in first[seed] if key in second[seed]}
         for seed in first
@@ -55,6 +55,7 @@ def _estimate(seeds: Seeds, labels: Labels) -> Estimate:
 
 
 def _error(values: Iterable[np.floating]) -> float:
-    """Return the standard error of the mean of several values; of a single one nothing is known."""
+    """Return the standard error of the mean of several values; 0 for a single value, because nothing is known about its
+    variation."""
     values = [*values]
     return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
