@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: each of pytest's workers has one core
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; each of pytest's workers has one core
 
-# Processes that tests start are sent what nohup, or a script's background, would have them ignore.
+# Tests send signals to their processes that would be ignored under nohup or in the background of a script.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -15,7 +15,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 from tests.helpers.trainer import Trainer
 
-# These files begin first: a worker that began one of them at the end would work alone.
+# These files take long and therefore start first; otherwise a worker might run one of them alone at the end.
 LONGEST = (
     "test_deepspeed_options.py",
     "kernels/test_kernel_interpreter.py",

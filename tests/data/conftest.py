@@ -23,8 +23,8 @@ def tokenizer_file(tmp_path_factory):
 
 @pytest.fixture
 def load(store, tokenizer_file):
-    """load(shards | [SourceConfig], micro_batch=..., ...) -> loader with small images and captions. `at`: another store
-    than the fixture."""
+    """Return a function load(shards | [SourceConfig], micro_batch=..., ...), which returns a loader of small images and
+    captions. `at`: a store other than the fixture."""
 
     def build(
         sources,

@@ -9,12 +9,12 @@ from tests.helpers.labelled import labelled_tar, tiny_run
 
 
 def settings(*overrides):
-    """--set options."""
+    """Return `--set` options."""
     return [word for override in overrides for word in ("--set", override)]
 
 
 def pictures(folder):
-    """Names of the PNGs of a result, which TensorBoard has too."""
+    """Return the names of the figures in the folder of a result, which must also be in TensorBoard's files."""
     names = sorted(path.stem for path in folder.glob("*.png"))
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
@@ -24,21 +24,21 @@ def pictures(folder):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A run folder."""
+    """Return a run folder."""
     torch.manual_seed(0)
     return tiny_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    """Training and validation shards of three classes."""
+    """Return training and validation shards with three classes."""
     folder = tmp_path_factory.mktemp("shards")
     return labelled_tar(folder / "train.tar", range(48)), labelled_tar(folder / "val.tar", range(100, 118))
 
 
 @pytest.fixture
 def transfer(run, shards, tmp_path):
-    """transfer(task, *options, ...) -> what result.json holds."""
+    """Return a function transfer(task, *options, ...), which runs a task and returns the content of result.json."""
 
     def perform(task, *options, model=run, train=shards[0], val=shards[1], out="out"):
         data = ["--val", val] + (["--train", train] if train else [])

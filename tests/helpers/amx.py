@@ -1,4 +1,4 @@
-"""The kernels for AMX's tiles, also on CPUs without it: there by AVX-512's instructions (amx.h)."""
+"""The AMX kernels, also on CPUs without AMX, on which they are emulated by AVX-512 instructions (amx.h)."""
 
 import hashlib
 from pathlib import Path

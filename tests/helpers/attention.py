@@ -1,4 +1,4 @@
-"""The attention op as tests call it: with segments."""
+"""The attention op with an interface for tests, which takes segments."""
 
 from m3ae_kernels import packed_attention
 from m3ae_kernels.attention import Segments
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def attend(q: Tensor | None, kv: Tensor, queries: Segments, keys: Segments, **options) -> Tensor:
-    """Return what the samples' queries, q or those in kv, attend to."""
+    """Return the attention output of the samples' queries, which are `q` or those contained in `kv`."""
     if q is not None:
         options |= {"q": q, "cu_queries": queries.cu_seqlens, "max_queries": queries.max_seqlen}
     return packed_attention(kv, keys.cu_seqlens, keys.max_seqlen, **options)

@@ -1,4 +1,5 @@
-"""What ranks find in banks that are split over them, as a program: `main([FILE])` saves it on rank 0."""
+"""A program that searches and trains on feature banks that are split over ranks. `main([FILE])` saves the results on
+rank 0."""
 
 from __future__ import annotations
 
@@ -23,16 +24,16 @@ SAMPLES, QUERIES, WIDTH, CLASSES = 211, 61, 6, 3
 
 
 def features(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return features, some of which are equal, and labels."""
+    """Return random features, some of which are equal, and labels."""
     generator = torch.Generator().manual_seed(seed)
     features_ND = torch.randn(count, WIDTH, generator=generator)
-    features_ND[::3] = features_ND[0]  # more than a list of candidates holds
-    features_ND[1::17] *= 3  # the length does not count
+    features_ND[::3] = features_ND[0]  # more equal features than a list of candidates has
+    features_ND[1::17] *= 3  # the norm must not matter
     return features_ND, torch.randint(0, CLASSES, (count,), generator=generator)
 
 
 def split(features_ND: Tensor, labels_N: Tensor | None, ranks: Ranks | None, batch: int = 5) -> FeatureBank:
-    """Return a bank of which each rank stores every W-th batch."""
+    """Return a bank in which each rank stores every W-th batch."""
     keys = [f"a.tar/{number:05d}" for number in range(len(features_ND))]
     if ranks is None:
         return FeatureBank(keys, features_ND, labels_N)
@@ -42,7 +43,7 @@ def split(features_ND: Tensor, labels_N: Tensor | None, ranks: Ranks | None, bat
 
 
 def found(ranks: Ranks | None) -> dict[str, object]:
-    """Return what every rank knows in the end."""
+    """Return the results that every rank has in the end."""
     bank, queries = split(*features(SAMPLES, 0), ranks), split(*features(QUERIES, 1), ranks, batch=7)
     others = split(features(QUERIES, 2)[0], None, ranks, batch=7)
     few = bank.rows([*range(0, SAMPLES, 2)])
@@ -61,7 +62,7 @@ def found(ranks: Ranks | None) -> dict[str, object]:
 
 
 def segmented(ranks: Ranks) -> dict[str, Tensor]:
-    """Return the scores that both heads of segmentation give held-out patches."""
+    """Return the scores of both segmentation heads for held-out patches."""
     parts = []
     for seed, count in ((3, 24), (4, 9)):
         generator = torch.Generator().manual_seed(seed)
@@ -81,7 +82,7 @@ def segmented(ranks: Ranks) -> dict[str, Tensor]:
 
 
 def heads(ranks: Ranks) -> dict[str, object]:
-    """Return what probes of two layers that are trained on a bank reach, and how they train."""
+    """Return the results and the training accuracies of probes that are trained on two layers of a bank."""
     layers = torch.stack([features(SAMPLES, seed)[0] for seed in (0, 1)], 1)  # [N, 2, D]
     tokens = torch.stack((layers, layers.flip(2), 2 * layers), 2)  # [N, 2, L, D]
     labels_N = features(SAMPLES, 0)[1]
@@ -109,7 +110,7 @@ class _Pulse:
 
 
 def config(**sections: object) -> EvaluationConfig:
-    """Return settings of an evaluation."""
+    """Return the config of an evaluation."""
     return EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, **sections})
 
 

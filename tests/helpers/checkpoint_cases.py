@@ -2,9 +2,9 @@
 
     python -m torch.distributed.run --nproc-per-node 4 -m tests.helpers.checkpoint_cases save|load|die ...
 
-save DIR: trains a small net with each engine and saves it, with what DeepSpeed itself takes for its state.
-load DIR: loads each into the engine that saved it and into another, and compares.
-die DIR RANK WHERE: saves step 1, then, while it saves step 2, a rank kills itself.
+save DIR: trains a small net with each engine and saves it, together with the state according to DeepSpeed.
+load DIR: loads each checkpoint into the same engine and into a different one, and compares.
+die DIR RANK WHERE: saves step 1; then a rank kills itself while step 2 is saved.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ Losses = namedtuple("Losses", "loss")
 
 
 class Net(nn.Module):
-    """Sizes that no number of ranks divides; some have fewer elements than there are ranks."""
+    """A net whose parameter sizes are not multiples of the number of ranks; some have fewer elements than there are
+    ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class Net(nn.Module):
 
 
 def build(zero: int | None, ranks: Ranks, seed: int) -> Engine:
-    """Return an engine in bf16: from stage 1 on what is saved is not what matmuls take."""
+    """Return an engine in bf16, for which the saved weights differ from those used by matmuls from stage 1 on."""
     torch.manual_seed(seed)
     net, optim = Net(), OptimConfig()
     groups = parameter_groups(net, 0.05)
@@ -72,12 +73,13 @@ def probe(engine: Engine) -> Tensor:
 
 
 def as_deepspeed_has_it(engine: Engine) -> dict[str, Tensor]:
-    """Return the state as `engine.whole` has it, which from stage 1 on must be as DeepSpeed itself has it."""
+    """Return the state according to `engine.whole`. From stage 1 on, it must equal the state according to DeepSpeed's
+    own functions."""
     kinds = {kind for each in engine.kinds.values() for kind in each}
     found = {f"{k}/{name}": t for k in ("model", *sorted(kinds)) for name, t in engine.whole(k).items()}
     if not isinstance(engine, DeepSpeedEngine) or engine.zero.stage == 0:
         return found
-    if engine.zero.stage < 3:  # it links moments after its first step, and those of its first group alone
+    if engine.zero.stage < 3:  # DeepSpeed links moments only after its first step, and only those of its first group
         engine.ds.optimizer._hp_optimizer_states_linked = False
         engine.ds.optimizer._lazy_init_hp_params_optimizer_state()
     for name, p in engine.model.named_parameters():
@@ -92,7 +94,7 @@ def agreement(ranks: Ranks) -> Agreement:
 
 
 def copied_in_a_step(engine: Engine) -> Fragments:
-    """Return the copy that is made while a step is taken, late."""
+    """Return the copy of the state that is made late during a step."""
     staging, found = Staging(), []
 
     def copy() -> None:
@@ -147,7 +149,7 @@ def load(ranks: Ranks, folder: Path) -> None:
             assert found.keys() == expected.keys(), what
             for name, tensor in expected.items():
                 assert torch.equal(found[name], tensor), f"{what}: {name}"
-            if zero == saved:  # also what matmuls take
+            if zero == saved:  # also the weights that matmuls use
                 assert torch.equal(probe(engine), outputs), what
             if zero == 3:
                 total = sum(tensor.numel() for tensor in expected.values())

@@ -1,4 +1,4 @@
-"""Checkpoints without a run, of one rank or of several that are threads."""
+"""Checkpoints without a run, of one rank or of several ranks that are threads."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from m3ae_fast.process.agreement import Agreement
 
 
 def save(run_dir: Path, tensors: dict[str, Tensor], info: checkpoint.Info, keep: int = 9) -> Path:
-    """Save whole tensors as one rank does."""
+    """Save complete tensors as a single rank does, and return the checkpoint."""
     return checkpoint.save(run_dir, {name: whole(tensor) for name, tensor in tensors.items()}, info, keep)
 
 
 def changes_of(
     path: Path, info: checkpoint.Info, config: Config, stream: dict[str, str], with_changes: bool = False
 ) -> list[str]:
-    """Return what a pre-training run with this config and data would change when it resumes."""
+    """Return the lines of `changes` for a pre-training run with this config and data that resumes from a checkpoint."""
     sections = config.model_dump(mode="json")
     return resuming.changes(path, info, sections, stream, resuming.PRETRAINING, with_changes)
 
 
 def agreements(world: int) -> list[Agreement]:
-    """Return those of ranks that are threads of this process."""
+    """Return the agreements of ranks that are threads of this process."""
     store = dist.HashStore()
     return [Agreement(rank, world, store, threading.Event()) for rank in range(world)]
 
@@ -39,7 +39,7 @@ def agreements(world: int) -> list[Agreement]:
 def save_parts(
     run_dir: Path, parts: list[Fragments], step: int = 1, info: checkpoint.Info | None = None
 ) -> list[Path | str]:
-    """Save what each rank has; by rank the checkpoint, or the error's text."""
+    """Save the part of each rank, and return the checkpoint or the text of the error by rank."""
     info = info or checkpoint.Info(step, 0, 42, {}, {})
 
     def one(part: Fragments, ranks: Agreement) -> Path | str:
@@ -55,7 +55,7 @@ def save_parts(
 def save_cut(
     run_dir: Path, tensors: dict[str, Tensor], world: int, step: int = 1, info: checkpoint.Info | None = None
 ) -> Path:
-    """Save tensors as `world` ranks do that have an equal part of them each."""
+    """Save tensors as `world` ranks that have equal parts of them, and return the checkpoint."""
     found = save_parts(run_dir, [cut(tensors, rank, world) for rank in range(world)], step, info)
     (path,) = set(found)
     assert isinstance(path, Path), path

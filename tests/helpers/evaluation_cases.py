@@ -1,8 +1,8 @@
-"""Evaluations and steps of which some ranks have no sample: run by test_empty_batches.py.
+"""Evaluations and steps in which some ranks have no samples: run by test_empty_batches.py.
 
     python -m torch.distributed.run --nproc-per-node 3 -m tests.helpers.evaluation_cases FILE
 
-Writes what was evaluated, and the losses of the steps between, by engine.
+Writes the results of evaluations and the losses of the steps between them, by engine.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from m3ae_fast.engine.validation import Baselines, evaluate
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from tests.helpers.zero_cases import LR, config_of, engine_of, samples
 
-PER_STEP = 6  # samples of all ranks
-COUNTS = (1, 7, 12)  # samples of an evaluation: on one rank, on one rank in its last step, on all
-TRAINED = (PER_STEP, 2)  # samples of a step
+PER_STEP = 6  # number of samples over all ranks
+COUNTS = (1, 7, 12)  # numbers of samples of an evaluation: on one rank, on one rank in the last step, on all ranks
+TRAINED = (PER_STEP, 2)  # numbers of samples of the training steps
 
 
 def batches(ranks: Ranks, engine: Engine, count: int) -> list[Any]:
-    """Return this rank's batches of `count` samples, of which all ranks have equally many, some empty."""
+    """Return this rank's batches of `count` samples. All ranks have the same number of batches, some of which are
+    empty."""
     share = Share(PER_STEP, rank=ranks.rank, world=ranks.world)
     parts = MicroBatches(range(-(-count // PER_STEP)), share, end=count)
     everything = samples(9, text=True)
@@ -37,7 +38,7 @@ def batches(ranks: Ranks, engine: Engine, count: int) -> list[Any]:
 
 
 def run(ranks: Ranks, stage: int | None) -> list[Any]:
-    zero = {"stage3_param_persistence_threshold": 0}  # or else nothing of so small a model is split
+    zero = {"stage3_param_persistence_threshold": 0}  # otherwise no weight of such a small model is split
     engine = engine_of(ranks, config_of(1, stage, 1, "fp32", zero))
     found: list[Any] = []
     for trained in (*TRAINED, 0):

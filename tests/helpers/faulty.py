@@ -1,7 +1,7 @@
 """The trainer with a fault on one rank: run by test_faults.py.
 
-main(["copy", "1", "MemoryError", ...]): in the first copy for a checkpoint, rank 1 raises MemoryError; the rest are
-arguments of m3ae_fast.train.
+With main(["copy", "1", "MemoryError", ...]), rank 1 raises MemoryError in the first copy for a checkpoint. Further
+arguments are those of m3ae_fast.train.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def kill() -> BaseException:
     raise AssertionError
 
 
-# where a fault is -> the object and the name of what raises instead
+# for each place of a fault, the object and the name of its attribute that is replaced by a function that raises
 PLACES: dict[str, tuple[Any, str]] = {
     "copy": (Staging, "_into_buffer"),
     "write": (state_files, "save_file"),

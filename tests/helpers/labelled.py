@@ -1,4 +1,4 @@
-"""Labelled shards and a tiny run, small enough for a second."""
+"""Labelled shards and a tiny run, for tests that take about a second."""
 
 import io
 import json
@@ -19,7 +19,7 @@ CATEGORIES = ("Animals", "Flags", "Smileys")
 
 
 def coloured(number, colour):
-    """Return an image of noise around one colour."""
+    """Return an image with noise around a colour."""
     noise = np.random.RandomState(number).randint(-30, 30, (40, 40, 3))
     out = io.BytesIO()
     Image.fromarray((np.array(COLOURS[colour]) + noise).clip(0, 255).astype(np.uint8)).save(out, "PNG")
@@ -27,9 +27,10 @@ def coloured(number, colour):
 
 
 def labelled_members(numbers, labels=None):
-    """Yield (name, bytes): an image of one of three colours, a caption that names it, its class as number and as name.
+    """Yield members as (name, bytes): for each sample an image of one of three colours, a caption with its name, and
+    its class as number and as name.
 
-    labels: by number: written in place of the right class id; None: no cls and no json.
+    `labels`: values by sample number that replace the correct class id; None: no .cls and no .json.
     """
     for number in numbers:
         colour = NAMES[number % 3]
@@ -47,7 +48,7 @@ def labelled_tar(path, numbers, labels=None):
 
 
 def tiny_run(folder, ranks=1, data=None, **model):
-    """Return a run folder with one checkpoint of an untrained tiny model, as a number of ranks writes it."""
+    """Return a run folder with one checkpoint of an untrained tiny model, as written by this number of ranks."""
     sections = {"model": {**TINY["model"], **model}, "data": {**TINY["data"], **(data or {})}}
     config = Config.model_validate(TINY | sections, strict=False)
     weights = {f"model/{name}": p for name, p in M3AE(config.model).state_dict().items()}
@@ -60,7 +61,7 @@ def tiny_run(folder, ranks=1, data=None, **model):
 
 
 def described_tar(path, samples):
-    """Write a shard of (image, caption or None, json) by key."""
+    """Write a shard. `samples`: (image, caption or None, json) by key."""
     path.parent.mkdir(parents=True, exist_ok=True)
     members = []
     for key, (image, caption, about) in samples.items():
@@ -70,14 +71,14 @@ def described_tar(path, samples):
 
 
 def emoji(number, tone=""):
-    """Return an emoji for `described_tar`."""
+    """Return an emoji as a sample for `described_tar`."""
     category, sub = CATEGORIES[number % 3], f"sub-{number % 2}"
     about = {"emoji": f"1F{number:03X}", "category": category, "subcategory": sub, "tone": tone}
     return picture(number, (32, 32)), f"{category.lower()} {number}", about
 
 
 def emoji_and_clothes(folder):
-    """Write folders as lab.labelled does: 60 emoji of two vendors, and 45 clothes."""
+    """Write folders in the layout of lab.labelled, with 60 emoji of two vendors and 45 clothes."""
     for vendor in ("twitter", "google"):
         samples = {f"{i:03}": emoji(i) for i in range(60)}
         samples |= {"tone": emoji(0, "1F3FB"), "part": (*emoji(1)[:2], emoji(1)[2] | {"category": "Component"})}

@@ -1,4 +1,4 @@
-"""facebookresearch/mae written down once more from timm's blocks: names of weights, encoder, decoder and loss.
+"""A second implementation of facebookresearch/mae with timm's blocks: names of weights, encoder, decoder and loss.
 
 Shapes: B images, L patches, P patch size, D and E widths of encoder and decoder.
 """
@@ -46,7 +46,8 @@ class MAE(nn.Module):
         return x if before_norm else self.norm(x)
 
     def loss(self, images_BCHW: Tensor, mask_BL: Tensor, norm_pix: bool) -> Tensor:
-        """Return the loss over the masked patches of the whole batch; an image may have any number of them."""
+        """Return the mean loss over the masked patches of the whole batch. Images may have different numbers of masked
+        patches."""
         patches = images_BCHW.unflatten(2, (-1, PATCH)).unflatten(4, (-1, PATCH)).permute(0, 2, 4, 3, 5, 1)
         target = patches.flatten(3).flatten(1, 2)
         if norm_pix:

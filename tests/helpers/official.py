@@ -1,7 +1,7 @@
-"""Makes golden files of any size: the official M3AE written down once more, in float64, on padded tensors.
+"""Creation of golden files of any size by a second implementation of the official M3AE, in float64 on padded tensors.
 
-It shares no line with the engine, so that agreeing with it says as much as agreeing with the official code, which it
-is itself held to by the files in tests/golden.
+It shares no code with the engine, so that agreement with it is as informative as agreement with the official code. It
+is itself verified by the files in tests/golden.
 
 Shapes: B samples, N = L patches or X words of a sample, K = patch * patch * 3 values, R rows of a sequence.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Params = dict[str, Tensor]  # by flax path
+Params = dict[str, Tensor]  # parameters by flax path
 NO_DECAY = ("type_embedding", "mask_embedding", "cls_token", "bias", "embedding/embedding")
 
 
@@ -57,7 +57,7 @@ def head(x: Tensor, p: Params, path: str, depth: int) -> Tensor:
 
 
 class Official:
-    """One model of the official code, one batch, and all that it computes from them."""
+    """A model and a batch, with all values that the official code computes from them."""
 
     def __init__(self, meta: dict, arrays: dict[str, np.ndarray]) -> None:
         self.meta, self.c = meta, meta["config"]
@@ -157,7 +157,7 @@ class Official:
         return torch.stack(trajectory), p
 
     def arrays(self) -> dict[str, Tensor]:
-        """Return what a golden file holds beside the parameters and the batch."""
+        """Return the arrays of a golden file in addition to the parameters and the batch."""
         p = self.params
         encoded = self.encode(p, {kind: self.kept(kind) for kind in self.kinds})
         out = {f"encoder_{kind}": part for kind, part in encoded.items()}
@@ -185,7 +185,8 @@ def make_golden(
     seed: int = 0,
     **meta,
 ) -> Path:
-    """Write a golden file of a random model. `config` and `meta` override the defaults; `lengths`: of captions."""
+    """Write a golden file of a random model. `config` and `meta` override the defaults; `lengths`: lengths of the
+    captions."""
     c = {
         "emb_dim": 24, "depth": 2, "num_heads": 3, "dec_emb_dim": 16, "dec_depth": 2, "dec_num_heads": 2,
         "mlp_ratio": 4, "output_head_depth": 0, "use_type_embedding": True,
@@ -218,7 +219,8 @@ def make_golden(
 
 
 def _parameters(m: dict) -> list[tuple[str, tuple[int, ...], float, float]]:
-    """Return (flax path, shape, spread, mean) of every parameter: sizes at which all of them matter."""
+    """Return (flax path, shape, spread, mean) of every parameter, with values for which all parameters affect the
+    results."""
     c, found = m["config"], []
     d, e = c["emb_dim"], c["dec_emb_dim"]
 

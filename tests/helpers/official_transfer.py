@@ -1,7 +1,7 @@
-"""Makes golden files of a linear probe and of fine-tuning, of any size: the official code written down once more, in
-float64 and without an autograd of LARS's or Adam's own.
+"""Creation of golden files of linear probes and of fine-tuning, of any size, by a second implementation of the official
+code in float64, with the updates of LARS and Adam written out.
 
-Like tests/helpers/official.py it shares no line with the engine.
+Like tests/helpers/official.py, it shares no code with the engine.
 
 Shapes: N samples, T tokens of each (cls first), D width, K classes, B samples of a step.
 """
@@ -29,7 +29,7 @@ def warmup_cosine(step: int, init: float, peak: float, end: float, warmup: int, 
 
 
 class OfficialProbe:
-    """One linear probe: BatchNorm without scale and bias, a linear layer, cross entropy, LARS."""
+    """A linear probe: BatchNorm without scale and bias, a linear layer, cross entropy, LARS."""
 
     def __init__(self, meta: dict, settings: dict, arrays: dict[str, np.ndarray], variant: str) -> None:
         self.meta, self.settings = meta, settings
@@ -100,7 +100,8 @@ def make_probe(
     epochs: int = 3,
     seed: int = 0,
 ) -> Path:
-    """Write a file of random features and labels. `variants`: global_pool, lr_peak_value and weight_decay by name."""
+    """Write a golden file for random features and labels. `variants`: values of global_pool, lr_peak_value and
+    weight_decay by name of the variant."""
     rng = np.random.default_rng(seed)
     m = {
         "C": classes, "B": batch, "warmup_epochs": 1, "steps_per_epoch": samples // batch, "momentum": 0.9,
@@ -124,7 +125,7 @@ def make_probe(
 
 
 class OfficialFineTuning:
-    """One classifier, one batch with soft labels, and what the official script computes from them."""
+    """A classifier and a batch with soft labels, with all values that the official script computes from them."""
 
     def __init__(self, meta: dict, arrays: dict[str, np.ndarray]) -> None:
         self.meta = meta
@@ -158,7 +159,7 @@ class OfficialFineTuning:
         return {key: value.detach() for key, value in out.items()}, dict(zip(p, grads))
 
     def layer(self, path: str) -> int:
-        """Return what `name_to_layer_id` of the official script gives."""
+        """Return the result of `name_to_layer_id` in the official script."""
         parts = path.split("/")
         if len(parts) > 2 and parts[2].startswith("Block_"):
             return int(parts[2].split("_")[1]) + 1
@@ -197,7 +198,7 @@ class OfficialFineTuning:
         return self.meta["layer_decay"] ** (self.meta["depth"] + 1 - layer)
 
     def arrays(self) -> dict[str, Tensor]:
-        """Return what a file holds beside the parameters and the batch."""
+        """Return the arrays of a golden file in addition to the parameters and the batch."""
         out, grads = self.gradients(self.params)
         plain, decayed = self.trained(decay=False), self.trained(decay=True)
         out |= {"loss_trajectory": plain["loss"], "accuracy_trajectory": plain["accuracy"]}
@@ -206,7 +207,7 @@ class OfficialFineTuning:
         return {f"{group}/{key}": value for group, values in groups.items() for key, value in values.items()}
 
     def described(self) -> dict:
-        """Return what `meta` holds beside the sizes and settings."""
+        """Return the entries of `meta` in addition to sizes and settings."""
         m, layers = self.meta, range(self.meta["depth"] + 2)
         return {
             "layer_id": {path: self.layer(path) for path in self.params},
@@ -220,7 +221,8 @@ def make_finetuning(
     path: Path, *, size: int = 16, patch: int = 4, batch: int = 4, classes: int = 3, types: bool = True, seed: int = 0,
     **meta,
 ) -> Path:  # fmt: skip
-    """Write a file of a random classifier. `meta` overrides the defaults; `types`: with type embeddings."""
+    """Write a golden file of a random classifier. `meta` overrides the defaults; `types`: whether there are type
+    embeddings."""
     m = {
         "emb_dim": 24, "depth": 2, "num_heads": 3, "mlp_ratio": 4, "size": size, "patch": patch, "C": classes,
         "layer_decay": 0.7, "weight_decay": 1.0, "global_pool": False, "steps": 3, "lr_init_value": 1e-4,
@@ -241,7 +243,7 @@ def make_finetuning(
 
 
 def _parameters(m: dict, types: bool) -> list[tuple[str, tuple[int, ...], float, float]]:
-    """Return (flax path, shape, spread, mean) of every parameter, the unread ones of the decoder among them."""
+    """Return (flax path, shape, spread, mean) of every parameter, including the unused ones of the decoder."""
     d, hidden, found = m["emb_dim"], int(m["emb_dim"] * m["mlp_ratio"]), []
     blocks = [f"base_model/encoder/Block_{i}" for i in range(m["depth"])]
     matmuls = [("base_model/image_embedding", m["patch"] ** 2 * 3, d), ("Dense_0", d, m["C"])]

@@ -1,11 +1,11 @@
-"""Every setting of the deepspeed section, at every ZeRO stage that takes it: run by test_deepspeed_options.py.
+"""All settings of the deepspeed section at every ZeRO stage that supports them: run by test_deepspeed_options.py.
 
     python -m torch.distributed.run --nproc-per-node 3 -m tests.helpers.option_cases save FOLDER
     python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.option_cases resume FOLDER
     python -m tests.helpers.option_cases resume-plain FOLDER
 
-save trains a model in each case, saves it half-way, and goes on. The others go on from what was saved: with the same
-settings, or with plain torch. Each writes the losses and gradient norms of its steps, by case.
+save trains a model in each case, saves it halfway, and continues. The others continue from the saved state: with the
+same settings, or with plain torch. Each writes the losses and gradient norms of its steps, by case.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from m3ae_fast.process.ranks import Ranks, join_ranks
 from tests.helpers.zero_cases import config_of, engine_of, take
 
 HALF, STEPS = 1, 3
-SMALL = 3000  # of the model's 70,000 weights: several buckets, tensors smaller and larger than one
+SMALL = 3000  # bucket size, with which 70,000 weights fill several buckets and tensors are smaller or larger than one
 STAGE, THRESHOLD = "zero_optimization.stage", "zero_optimization.stage3_param_persistence_threshold"
 
 
 def settings(section: type[BaseModel] = DeepSpeedConfig, above: str = "") -> dict[str, list[Any]]:
-    """Return the values to try of each setting, by its full name, from the schema: the usual one first, which for sizes
-    is small, so that these matter to a small model, and then others."""
+    """Return the values to try for each setting, by its full name, as derived from the schema. The first one is the
+    base value; for sizes, it is small, so that they affect a small model."""
     found: dict[str, list[Any]] = {}
     for key, field in section.model_fields.items():
         name, kind = above + key, field.annotation
@@ -59,8 +59,8 @@ def settings(section: type[BaseModel] = DeepSpeedConfig, above: str = "") -> dic
 
 
 def cases(world: int) -> Iterator[tuple[str, dict[str, Any], Config]]:
-    """Yield by name, at each stage: what is usual; what differs from that in one setting, or in all sizes, which have
-    their defaults. Settings without effect at a stage are left out there."""
+    """Yield (name, settings, config) for each stage: the base settings, and the base settings with one other value or
+    with the default of all sizes. Settings that have no effect at a stage are left out."""
     found = settings()
     for stage in found.pop(STAGE):
         usual = {STAGE: stage} | {name: values[0] for name, values in found.items()}
@@ -68,16 +68,17 @@ def cases(world: int) -> Iterator[tuple[str, dict[str, Any], Config]]:
         sizes = {name: value for name, value in other if type(value) is int}
         changes = [{name: value} for name, value in other if name not in sizes]
         for change in [{}, *changes, *([sizes] if sizes else [])]:
-            for name in [name for name in change if name.endswith("pin_memory")]:  # of what is offloaded
+            for name in [name for name in change if name.endswith("pin_memory")]:  # a setting of offloading
                 change = change | {name.replace("pin_memory", "device"): "cpu"}
             try:
                 yield f"stage={stage} {change}", change, config_of(world, stage, 2, "fp32", **nested(usual | change))
-            except UserError:  # the stage does not take it
+            except UserError:  # the stage does not support it
                 continue
 
 
 def stages_of(name: str) -> set[int]:
-    """Return the stages at which a setting has an effect, with which its description begins if these are not all."""
+    """Return the stages at which a setting has an effect, which are stated at the beginning of its description unless
+    it has an effect at all stages."""
     _, _, rest = name.partition("zero_optimization.")
     if not rest:
         return {0, 1, 2, 3}
@@ -86,7 +87,7 @@ def stages_of(name: str) -> set[int]:
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return settings by their full names as the section that holds them."""
+    """Return settings by full name as nested sections."""
     section: dict[str, Any] = {}
     for name, value in flat.items():
         *parents, last = name.split(".")
@@ -98,8 +99,8 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
-    """Return the weights that forward passes take."""
-    import deepspeed  # which takes seconds, and not every process that reads the cases needs it
+    """Return the weights that forward passes use."""
+    import deepspeed  # takes seconds, and not every process that reads the cases requires it
 
     with deepspeed.zero.GatheredParameters(list(engine.model.parameters())):
         return {name: p.detach().clone() for name, p in engine.model.named_parameters()}

@@ -1,4 +1,5 @@
-"""Images of all formats and depths, each with its expected pixels: the table of docs/guide/image-formats.md.
+"""Images of all formats and bit depths with their expected pixels, from which the table in docs/guide/image-formats.md
+is generated.
 
 Shapes: H x W pixels; arrays are [H, W] or [H, W, C].
 """
@@ -17,27 +18,27 @@ SIDE = 32
 _random = np.random.RandomState(0)
 # flat squares of 16 pixels, which survive a JPEG
 RGB = _random.randint(0, 256, (SIDE // 16, SIDE // 16, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
-RGB = np.concatenate((RGB, RGB[:16, ::-1]))  # [48, 32, 3]: not square, so that a turn shows
+RGB = np.concatenate((RGB, RGB[:16, ::-1]))  # [48, 32, 3]: not square, so that rotations are detected
 GREY = RGB[..., 0]
 RAMP = np.linspace(0, 1, GREY.size).reshape(GREY.shape)  # from 0 to 1
 ALPHA = np.where(RAMP < 0.5, 0, 255).astype(np.uint8)
 RGBA = np.dstack((RGB, ALPHA))
 ON_WHITE = np.where(ALPHA[..., None] == 0, 255, RGB).astype(np.uint8)
-TURN = 6  # of EXIF's orientation: to be turned clockwise
+TURN = 6  # EXIF orientation: to be rotated clockwise
 NEEDS_RANGE = "has .*: set data.range"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A file of a kind, and what comes of it."""
+    """A file of some format with the expected result of decoding."""
 
     fmt: str
-    stored: str  # what the file is
+    stored: str  # description of the file
     make: Callable[[], bytes]
-    pixels: np.ndarray | None = None  # that three channels show (grey ones thrice), with `range` where one is needed
+    pixels: np.ndarray | None = None  # expected pixels with three channels, and with `range` if one is required
     range: object = None
-    refused: str | None = None  # of the message, where no range helps
-    note: str = ""  # what becomes of it, for the guide
+    refused: str | None = None  # part of the error message if the file is rejected regardless of the range
+    note: str = ""  # description of the result for the guide
 
     @property
     def row(self) -> str:
@@ -67,7 +68,7 @@ def tiff(values: np.ndarray, **options) -> bytes:
 
 
 def png(values: np.ndarray, bits: int, colour: int, *chunks: tuple[bytes, bytes], interlaced: bool = False) -> bytes:
-    """Encode a PNG by hand, unfiltered. `values`: [H, W] or [H, W, C], below 2 ** bits. `colour`: PNG's colour type."""
+    """Return a PNG without filters. `values`: [H, W] or [H, W, C], below 2 ** bits; `colour`: PNG's colour type."""
     height, width = values.shape[:2]
     rows = values.reshape(height, -1)
     if bits == 16:
@@ -86,7 +87,7 @@ def png(values: np.ndarray, bits: int, colour: int, *chunks: tuple[bytes, bytes]
 
 
 def bmp16() -> bytes:
-    """Encode a BMP by hand: 5 bits a colour, rows from the bottom up."""
+    """Return a BMP with 5 bits per colour and rows from bottom to top."""
     five = (RGB >> 3).astype(np.uint16)
     words = (five[..., 0] << 10 | five[..., 1] << 5 | five[..., 2])[::-1].astype("<u2").tobytes()
     height, width = GREY.shape
@@ -95,12 +96,12 @@ def bmp16() -> bytes:
 
 
 def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Return the levels that a range asks for."""
+    """Return the 8-bit levels for a value range."""
     return np.rint(255 * np.clip((values.astype(np.float64) - low) / (high - low), 0, 1))
 
 
 def cmyk_pixels(data: bytes) -> np.ndarray:
-    """Return what inks leave of white."""
+    """Return the RGB pixels for the inks of a CMYK image."""
     inks = np.asarray(Image.open(io.BytesIO(data))).astype(np.float64) / 255
     return np.rint(255 * (1 - inks[..., :3]) * (1 - inks[..., 3:]))
 
@@ -110,14 +111,15 @@ def _bits(bits: int) -> np.ndarray:
 
 
 def _jpeg(array: np.ndarray | Image.Image, **options) -> tuple[Callable[[], bytes], np.ndarray]:
-    """Encode a JPEG with Pillow's pixels, which are not those of the decoder that the project uses for most JPEGs."""
+    """Return a function that encodes a JPEG, and its pixels as decoded by Pillow, which is not the decoder that the
+    project uses for most JPEGs."""
     data = pillow(array, "JPEG", quality=95, **options)
     return (lambda: data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 CMYK = Image.fromarray(RGB).convert("CMYK")
 _PLAIN_CMYK = pillow(CMYK, "JPEG", quality=100)  # Pillow writes Adobe's marker and inverts
-# without the marker the same numbers are inks as they stand
+# without the marker, the numbers are not inverted
 _MARKER = _PLAIN_CMYK.index(b"\xff\xee")
 _LENGTH = int.from_bytes(_PLAIN_CMYK[_MARKER + 2 : _MARKER + 4], "big")
 _WITHOUT = _PLAIN_CMYK[:_MARKER] + _PLAIN_CMYK[_MARKER + 2 + _LENGTH :]
@@ -318,12 +320,12 @@ CASES = [
 
 
 def tiny_interlaced() -> bytes:
-    """Encode one pixel, for which Adam7's first pass is enough."""
+    """Return an interlaced PNG of one pixel, which requires only Adam7's first pass."""
     return png(RGB[:1, :1], 8, 2, interlaced=True)
 
 
 def table() -> str:
-    """Return the rows of the guide."""
+    """Return the rows of the table in the guide."""
     return "\n".join(["| format | stored as | read |", "|---|---|---|", *(case.row for case in CASES)])
 
 

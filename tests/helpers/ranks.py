@@ -1,7 +1,7 @@
-"""Processes that run a program's `main` as `python` or torchrun would, but begin with everything imported.
+"""Processes that run a program's `main` as `python` or torchrun would, but with all modules imported already.
 
-They are forked from a server that has imported torch and the trainer, which takes longer than a tiny run does.
-Launchers, and what happens while a program is imported, are tested with processes that begin from nothing.
+They are forked from a server that has imported torch and the trainer, because these imports take longer than a tiny
+run. Launchers, and events during the imports of a program, are tested with ordinary processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 LIMIT_S = 200
-_SHOW_STACKS = signal.SIGUSR2  # to a rank that is late: of all its threads, where each is
+_SHOW_STACKS = signal.SIGUSR2  # makes a late rank print the stack traces of all its threads
 _forks = multiprocessing.get_context("forkserver")
 _IMPORTED = (
     "m3ae_fast.train",
@@ -37,12 +37,12 @@ _IMPORTED = (
 _LATE = (
     "m3ae_fast.engine.deepspeed_engine",
     "torch._inductor.compile_fx",
-)  # what a ZeRO engine imports when it is made
+)  # modules that a ZeRO engine imports when it is created
 _forks.set_forkserver_preload(["pytest", *_IMPORTED, *_LATE, __name__])
 
 
 def environment() -> dict[str, str]:
-    """Return this process's environment, for programs of their own: one core, no GPU, no launcher."""
+    """Return environment variables for programs: those of this process with one core, no GPU and no launcher."""
     launched = (
         "RANK",
         "WORLD_SIZE",
@@ -60,24 +60,25 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a port below those that the system hands out: until rank 0 listens there, a connection or a listener of
-    another test could be given one of those, and a rank would wait at the wrong store."""
+    """Return a free port below those that the system assigns. One of the latter might be assigned to another test
+    before rank 0 listens on it, and a rank would then wait for the wrong store."""
     while True:
-        port = random.SystemRandom().randrange(15_000, 32_000)  # not the seeded generator: tests run side by side
+        # Not the seeded generator: tests that run in parallel would draw the same ports.
+        port = random.SystemRandom().randrange(15_000, 32_000)
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("", port))
             return port
 
 
 def fork_ranks(module: str, arguments: list[str], ranks: int, log: Path) -> list[Process]:
-    """Start `module.main(arguments)` on `ranks` ranks, each in a session of its own. What they print goes to `log`."""
+    """Start `module.main(arguments)` on `ranks` ranks, each in its own session. Their output is written to `log`."""
     launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     each = [launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
     return fork_each(module, arguments, each, log)
 
 
 def fork_each(module: str, arguments: list[str], each: list[dict[str, str]], log: Path) -> list[Process]:
-    """Do the same for processes that differ in what the environment says."""
+    """Start processes as `fork_ranks` does, one for each set of environment variables in `each`."""
     with _environment(environment()):
         ensure_running()
     processes = []
@@ -88,13 +89,13 @@ def fork_each(module: str, arguments: list[str], each: list[dict[str, str]], log
 
 
 def run_ranks(module: str, arguments: list[str], ranks: int, log: Path) -> tuple[int, str]:
-    """Run `module.main(arguments)` on `ranks` ranks to the end. Returns an exit code, the first that is not 0, and what
-    they printed. Where one is not at the end after LIMIT_S, the failure shows the stacks of all that are late."""
+    """Run `module.main(arguments)` on `ranks` ranks to the end. Return the first exit code that is not 0 (or 0) and the
+    output. If a rank has not ended after LIMIT_S, the test fails with the stack traces of all late ranks."""
     return await_ranks(fork_ranks(module, arguments, ranks, log), log)
 
 
 def await_ranks(processes: list[Process], log: Path) -> tuple[int, str]:
-    """See `run_ranks`."""
+    """Wait for the end of processes; see `run_ranks`."""
     deadline = time.monotonic() + LIMIT_S
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
@@ -102,7 +103,7 @@ def await_ranks(processes: list[Process], log: Path) -> tuple[int, str]:
     for process in late:
         os.kill(process.pid or 0, _SHOW_STACKS)
     for process in late:
-        process.join(2)  # meanwhile it writes where it waits
+        process.join(2)  # in the meantime, it writes its stack traces
         process.kill()
     out = log.read_text() if log.exists() else ""
     assert not late, f"{len(late)} of {len(processes)} ranks are still at work after {LIMIT_S} s:\n{out}"
@@ -112,8 +113,8 @@ def await_ranks(processes: list[Process], log: Path) -> tuple[int, str]:
 def _run(module: str, arguments: list[str], variables: dict[str, str], log: Path) -> None:
     from m3ae_fast.base.errors import exit_cleanly
 
-    multiprocessing.set_start_method(None, force=True)  # for its loader workers, the usual one again
-    gc.freeze()  # what was imported: DeepSpeed collects all garbage for every engine
+    multiprocessing.set_start_method(None, force=True)  # restores the default start method for loader workers
+    gc.freeze()  # excludes imported objects from DeepSpeed's garbage collection for every engine
     os.setsid()
     os.environ.update(variables)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -1,4 +1,4 @@
-"""Small shards made on the spot."""
+"""Small synthetic shards."""
 
 import io
 import tarfile
@@ -26,7 +26,7 @@ def caption(number):
 
 
 def members(numbers, kind="paired"):
-    """Yield (name, bytes) of good samples."""
+    """Yield the members of valid samples as (name, bytes)."""
     for number in numbers:
         if kind != "text":
             yield f"{number:05d}.jpg", picture(number)

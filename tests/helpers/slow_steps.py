@@ -1,4 +1,5 @@
-"""Train with a simulated clock, by which every step takes ten seconds; on ranks other than the main one, seventy."""
+"""Train with a simulated clock, on which every step takes ten seconds, or seventy seconds on ranks other than the main
+rank."""
 
 import os
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""A tiny config and ways to run the trainer, in processes of its own."""
+"""A tiny config, and functions to run the trainer in separate processes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TINY = {
 
 
 class Trainer:
-    """Runs m3ae_fast/train.py on the tiny config; every run has a folder of its own below `folder`."""
+    """Runs m3ae_fast/train.py with the tiny config. Each run has its own folder below `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,7 +67,7 @@ class Trainer:
         return [*torchrun, "--master-port", str(free_port()), *script]
 
     def start(self, run: str, *options: str, **kwargs) -> subprocess.Popen:
-        """Start it as users do, from nothing, through a launcher where there are several ranks."""
+        """Start the trainer in new processes as users do, through a launcher if there are several ranks."""
         return subprocess.Popen(
             self.command(run, *options, **kwargs),
             env=environment(),
@@ -78,19 +78,19 @@ class Trainer:
         )
 
     def launch(self, run: str, *options: str, code: int = 0, **kwargs) -> str:
-        """Start it as users do, and expect exit code `code` in the end. Returns what was printed."""
+        """Run the trainer in new processes as users do, require the exit code `code`, and return the output."""
         process = self.start(run, *options, **kwargs)
         out, _ = process.communicate(timeout=300)
         assert process.returncode == code, out
         return out
 
     def fork(self, run: str, *options: str) -> Process:
-        """Start a rank that needs no start, in a session of its own; what it prints is in `log(run)`."""
+        """Start a rank in a forked process, in its own session. Its output is written to `log(run)`."""
         (process,) = fork_ranks("m3ae_fast.train", self.arguments(run, *options), 1, self.log(run))
         return process
 
     def __call__(self, run: str, *options: str, code: int = 0, ranks: int = 1) -> str:
-        """Run ranks that need no start to the end and expect exit code `code`. Returns what was printed."""
+        """Run the trainer in forked processes, require the exit code `code`, and return the output."""
         self.log(run).unlink(missing_ok=True)
         found, out = run_ranks("m3ae_fast.train", self.arguments(run, *options), ranks, self.log(run))
         assert found == code, out
@@ -100,7 +100,7 @@ class Trainer:
         return self.folder / f"{run}.log"
 
     def lines(self, run: str, *names: str) -> list[tuple]:
-        """Return the step and the named values of every logged line that has them."""
+        """Return the step and the named values of all logged lines that have them."""
         lines = map(json.loads, (self.folder / run / "metrics.jsonl").read_text().splitlines())
         return [tuple(line[name] for name in ("step", *names)) for line in lines if line.keys() >= set(names)]
 

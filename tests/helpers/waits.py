@@ -1,6 +1,7 @@
-"""What would make the host wait for a GPU in steps of many engines, counted on a CPU: run by test_engine_waits.py.
+"""Counts of operations in the steps of many engines that would synchronise the host with a GPU, measured on a CPU: run
+by test_engine_waits.py.
 
-Writes one line of JSON per case into the file that it is given.
+Writes one line of JSON per case to the file that is given as argument.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ READS = {getattr(torch.ops.aten, name).default for name in ("_local_scalar_dense
 
 
 class Reads(TorchDispatchMode):
-    """Count the ops that bring a value from the device to the host."""
+    """Counts the ops that copy a value from the device to the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,8 +44,8 @@ class Reads(TorchDispatchMode):
 
 
 class Stream:
-    """Stands in for a GPU's. `done`: by stream's name, how many of its ops are known to be over before the next one
-    here begins."""
+    """A stand-in for a stream of a GPU. `done`: for each stream, the number of its ops that are known to be complete
+    before the next op of this stream starts."""
 
     def __init__(self, name: str, waits: list[tuple[str, str]]) -> None:
         self.name, self.waits = name, waits
@@ -56,9 +57,9 @@ class Stream:
 
 
 class Races(TorchDispatchMode):
-    """Name the ops that may begin while an op of another stream, which nothing has waited for, still uses the same
-    bytes and one of them writes: on a GPU the result would depend on luck. Storages stay alive, as `record_stream`
-    keeps them there."""
+    """Detects races: pairs of ops in different streams that use the same bytes without synchronisation, of which at
+    least one writes. On a GPU, the result would be undefined. Storages are kept alive, as by `record_stream` on a
+    GPU."""
 
     def __init__(self, cpu: StreamedCpu) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class Races(TorchDispatchMode):
         stream = self.cpu.current
         stream.done[stream.name] += 1
         self.ran.add((stream.name, func.name()))
-        collective = func.name().startswith("c10d::")  # their schemas do not say what they write
+        collective = func.name().startswith("c10d::")  # their schemas do not declare which arguments they write
         for argument, value in zip(func._schema.arguments, args):
             writes = argument.alias_info is not None and argument.alias_info.is_write
             self._use(func.name(), stream, value, writes or collective)
@@ -97,7 +98,7 @@ class Races(TorchDispatchMode):
 
 
 class StreamedCpu:
-    """DeepSpeed's CPU accelerator as one with streams, that counts waits for the whole device."""
+    """DeepSpeed's CPU accelerator with simulated streams, which counts synchronisations with the whole device."""
 
     def __init__(self) -> None:
         self.synchronised = 0
@@ -143,7 +144,7 @@ def batches_of(engine: Any, count: int) -> list[Any]:
 
 
 def count(cpu: StreamedCpu, stage: int | None, clip: float | None, precision: str, ranks: Ranks) -> dict[str, Any]:
-    """Return what the second step of an engine reads and waits for, and its norm."""
+    """Return the numbers of reads and of synchronisations in the second step of an engine, and its gradient norm."""
     engine = engine_of(stage, clip, precision, ranks)
     optimizer = getattr(getattr(engine, "ds", None), "optimizer", None)
     if hasattr(optimizer, "reduction_stream"):
@@ -162,8 +163,8 @@ def _counts(batches: list[Any]) -> LossCounts:
 
 
 def races(cpu: StreamedCpu, waits: bool, ranks: Ranks) -> dict[str, Any]:
-    """Return the ops of a step of stage 2 in two parts that may race; without `waits`, where nothing waits after the
-    reductions of a part."""
+    """Return the racing ops of a step with two micro-batches at stage 2. `waits`: whether streams are synchronised
+    after the reductions of a micro-batch."""
     engine = engine_of(2, 1.0, "bf16", ranks, accumulation=2)
     optimizer = engine.ds.optimizer
     optimizer.reduction_stream = Stream("reduction", cpu.waits)
@@ -185,7 +186,7 @@ def races(cpu: StreamedCpu, waits: bool, ranks: Ranks) -> dict[str, Any]:
 
 
 def norm_of_nan(stage: int, ranks: Ranks) -> float:
-    """Return the norm of a step with weights that are NaN."""
+    """Return the gradient norm of a step with NaN weights."""
     engine = engine_of(stage, 1.0, "bf16", ranks)
     (batch,) = batches_of(engine, 1)
     with torch.no_grad():

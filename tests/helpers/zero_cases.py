@@ -1,9 +1,9 @@
-"""Many engines, one after another in this process, on one rank or two: run by test_engine_parity.py.
+"""Steps of many engines, one after another in the same process, on one rank or two: run by test_engine_parity.py.
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.zero_cases CASES FILE
 
 CASES: matrix, unclipped, configs, uneven or muon.
-Writes one line of JSON per case into FILE: its name, and (loss, gradient norm) of every step.
+Writes one line of JSON per case to FILE: its name, and (loss, gradient norm) of every step.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def config_of(
 
 
 def matrix(world: int) -> Iterator[Case]:
-    """Return stage x precision, and each pair of what overlap, bucket and accumulation may be, in float32 on several
-    ranks; elsewhere each alone."""
+    """Yield cases for each stage and precision. In float32 on several ranks, there is a case for each combination of
+    the values of overlap, bucket size and accumulation; otherwise, these are varied one at a time."""
     for precision, stage in itertools.product(("fp32", "bf16"), (None, 0, 1, 2, 3)):
         ways = [(False, {}, 1), (True, SMALL_BUCKET, 2)]
         if precision == "fp32" and world > 1:
@@ -81,22 +81,23 @@ def matrix(world: int) -> Iterator[Case]:
 
 
 def unclipped(world: int) -> Iterator[Case]:
-    """Return what is without clipping, beside one case that is clipped."""
+    """Yield cases without clipping, and one with clipping for comparison."""
     yield "plain", config_of(world, None, 1, "fp32", {})
     for name, stage in (("plain", None), ("stage=0", 0), ("stage=2", 2)):
         yield f"{name} unclipped", config_of(world, stage, 1, "fp32", {}, clip_grad=None)
 
 
 def uneven(world: int) -> Iterator[Case]:
-    """Return a batch that the ranks do not divide, whole and in parts, of native images."""
+    """Yield cases with batches that cannot be split evenly over ranks, with and without accumulation, and with native
+    images."""
     for stage, accumulation in itertools.product((None, 0, 1, 2, 3), (1, 2)):
         name = f"stage={stage} accumulation={accumulation}"
         yield name, config_of(world, stage, accumulation, "fp32", SMALL_BUCKET if stage else {}, resize="native")
 
 
 def muon(world: int) -> Iterator[Case]:
-    """Return Muon at the stages that it works at, with a decoder whose keys and values are one weight, and with
-    gradients spread over ranks in another order than the weights'."""
+    """Yield cases with Muon at the supported stages, with a decoder whose keys and values are one weight, and with
+    gradients that are distributed over ranks in a different order from the weights."""
     options: dict[str, Any] = {"model": {"dec_attention": "cross"}, "optim": {"name": "muon"}}
     for precision, stage in itertools.product(("fp32", "bf16"), (None, 0, 1, 2)):
         for round_robin in (False, True) if stage else (False,):
@@ -106,8 +107,8 @@ def muon(world: int) -> Iterator[Case]:
 
 
 def configs(world: int) -> Iterator[Case]:
-    """Return the shipped configs in the precision of a GPU, with small sizes; and each on plain torch. Of data, rate
-    and length an engine knows nothing: configs that differ in nothing else are equal here."""
+    """Yield the shipped configs in the precision of a GPU with small sizes, each also with plain torch. Configs that
+    differ only in data, learning rate and length are equal here, because the engine does not depend on these."""
     for path in CONFIGS:
         whole = load_config(path)
         model = TINY | {"vocab_size": 64 if whole.model.vocab_size else 0}
@@ -125,8 +126,8 @@ def configs(world: int) -> Iterator[Case]:
 
 
 def samples(step: int, text: bool, native: bool = False) -> list[Sample]:
-    """Return captions of all lengths, an image without one, and one without an image: counts that differ by rank. With
-    `native`, images have one to four rows of patches."""
+    """Return samples with captions of all lengths, an image without a caption, and a caption without an image, so that
+    counts differ between ranks. With `native`, images have one to four rows of patches."""
     generator = torch.Generator().manual_seed(step)
     made = []
     for i in range(BATCH):
@@ -148,7 +149,7 @@ def engine_of(ranks: Ranks, config: Config, seed: int = 0) -> Engine:
 
 
 def take(ranks: Ranks, engine: Engine, config: Config, steps: range) -> list[tuple[float, float]]:
-    """Take these steps. Return the loss and the gradient norm of each, over all ranks."""
+    """Take steps, and return the loss and the gradient norm of each, over all ranks."""
     share = split_batch(config.train, ranks.world, ranks.rank)
     geometry, found = engine.model.geometry, []
     for step in steps:

@@ -1,8 +1,8 @@
-"""Random inputs for every op, and one way to call the op and its reference on them.
+"""Random inputs for every op, and a common interface to call the op and its reference on them.
 
-`CASES` holds for each op its sizes; `make(name, size, dtype)` the inputs; `call(module, name, inputs)` runs
-`m3ae_kernels` or its `reference`. Optional inputs (biases, row weights, norms) are of size one, so that an error in
-them shows.
+`CASES` contains the sizes for each op; `make(name, size, dtype)` returns inputs; `call(module, name, inputs)` runs the
+op of `m3ae_kernels` or its `reference`. Optional inputs (biases, row weights, norms) have values of about 1, so that
+errors in them are detected.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class Inputs:
         return [name for name, t in self.tensors.items() if t is not None and t.requires_grad]
 
     def to(self, dtype: torch.dtype, names: list[str] | None = None) -> "Inputs":
-        """The same values with the floating tensors, or those named, in another dtype."""
+        """Return the inputs with floating tensors, or only those in `names`, converted to `dtype`."""
         names = (
             names
             if names is not None
@@ -45,7 +45,7 @@ def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 
 def _images(batch: int, channels: int, patch: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """Images of 2 x 3 patches, and how many patches there are."""
+    """Return images of 2 x 3 patches, and the total number of patches."""
     shape = (batch, channels, 2 * patch, 3 * patch)
     if dtype in LARGEST:
         return torch.randint(0, LARGEST[dtype] + 1, shape, dtype=dtype), batch * 6
@@ -53,7 +53,7 @@ def _images(batch: int, channels: int, patch: int, dtype: torch.dtype) -> tuple[
 
 
 def _pixel_options(channels: int, patch: int, images: Tensor) -> dict:
-    """Floating images are normalised before, but those of many bands."""
+    """Return the options for reading images. Floating images are normalised already, except those with many bands."""
     if channels > len(MEAN):
         return {"patch_size": patch, "mean": BAND_MEAN[:channels], "std": BAND_STD[:channels]}
     if images.dtype not in LARGEST:
@@ -98,7 +98,7 @@ def gather_tokens(dtype, tokens, rows, dim, norm=False, bias=True, ids=torch.int
 
 def scatter_tokens(dtype, tokens, rows, dim, fill=None, table=None, ids=torch.int32) -> Inputs:
     src = torch.full((tokens,), -1, dtype=ids)
-    used = torch.randperm(rows)[: min(tokens, rows) * 3 // 4].to(ids)  # some rows are nobody's
+    used = torch.randperm(rows)[: min(tokens, rows) * 3 // 4].to(ids)  # some rows are not used
     src[torch.randperm(tokens)[: len(used)]] = used
     tensors = {"x": _random(rows, dim, dtype=dtype), "src": src}
     for name, count in (("fill", fill), ("table", table)):
@@ -157,8 +157,9 @@ def packed_attention(dtype, lengths, heads, dim, queries=None, ids=torch.int32) 
     return Inputs(tensors, options)
 
 
-# Rows 0, 1 and prime; widths of less than a tile and of more; tiles left ragged on every side.
-# Small where a program is a row or a segment: that is what the interpreter's time goes into.
+# Row counts are 0, 1 and prime numbers, widths are below and above that of a tile, and tiles are incomplete on every
+# side. Cases in which a program instance processes a row or a segment are small, because these take most of the
+# interpreter's time.
 CASES = {
     "attend-empty": (packed_attention, {"lengths": (), "heads": 2, "dim": 16}),
     "attend-one": (packed_attention, {"lengths": (1,), "heads": 1, "dim": 64}),
@@ -257,7 +258,7 @@ CASES = {
     ),
     "token-z": (masked_token_loss, {"rows": 11, "dim": 48, "vocab": 131, "label_smoothing": 0.1, "z_loss": 0.01}),
 }
-# One of each op, small: for the tests that look at something else than sizes.
+# One small case of each op, for tests that are not about sizes.
 SMALL = (
     "attend-queries", "embed-bands-float", "gather-some", "norm-some", "scatter-no-rows", "pixel-p16",
     "pixel-rows", "token-z", "token-rows",
@@ -277,7 +278,8 @@ def call(module, case: str, inputs: Inputs) -> Tensor:
 
 
 def run(module, case: str, inputs: Inputs, upstream: Tensor | None = None) -> dict[str, Tensor]:
-    """The result ("out") and the gradient of every learned input, for an upstream gradient (random unless given)."""
+    """Return the result ("out") and the gradients of all learned inputs by name, for an upstream gradient (random if
+    None)."""
     out = call(module, case, inputs)
     if upstream is None:
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -1,6 +1,7 @@
-"""Programs of one launch share nothing: any order gives the same bits, each address is written by one program alone and
-read by no other, and every access lies within an argument. Run by test_kernel_interpreter.py: only Triton's interpreter
-shows the addresses. It runs one program after another, so that a race would change no result there.
+"""Program instances of a launch are independent: results are bitwise the same in any order, each address is written by
+only one instance and read by no other, and every access is within an argument. Run by test_kernel_interpreter.py,
+because only Triton's interpreter shows addresses. It runs instances one after another, so a race would not change
+results there.
 """
 
 import math
@@ -25,7 +26,7 @@ ORDERS: dict[str, Callable[[list[int]], None]] = {
     "reversed": list.reverse,
     "shuffled": random.Random(7).shuffle,
 }
-# of every kernel, ragged ones; small, since the interpreter is slow
+# cases with incomplete tiles for every kernel; small, because the interpreter is slow
 CHECKED = (
     "attend-some", "attend-queries", "embed-p14", "embed-last", "embed-bands-float", "gather-some", "norm-some",
     "norm-no-bias", "scatter-vocab", "pixel-norm", "pixel-rows", "pixel-bands", "token-z", "token-mean",
@@ -36,7 +37,8 @@ builder = interpreter.interpreter_builder
 
 @dataclass
 class Launches:
-    """What the launches of a test did; addresses are of bytes. `faults` names what no launch may do."""
+    """Record of the launches of a test, with addresses in bytes. `faults` returns descriptions of forbidden
+    accesses."""
 
     order: Callable[[list[int]], None]
     kernels: set[str] = field(default_factory=set)
@@ -44,7 +46,7 @@ class Launches:
     name: str = ""
     starts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     ends: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    programs: list[int] = field(default_factory=list)  # in the order in which they run
+    programs: list[int] = field(default_factory=list)  # in order of execution
     program: int = 0
     loads: list[tuple[int, np.ndarray]] = field(default_factory=list)  # program, addresses
     stores: list[tuple[int, np.ndarray]] = field(default_factory=list)
@@ -83,13 +85,13 @@ class Launches:
 
 
 def span(tensor: Tensor) -> tuple[int, int]:
-    """Return the addresses of a tensor's first byte and of the one after its last."""
+    """Return the address of a tensor's first byte, and that after its last byte."""
     elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
 
 
 def flattened(accesses: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return all addresses, and whose each is."""
+    """Return all addresses, and the program instance of each."""
     none = np.empty(0, np.int64)
     return (
         np.concatenate([none, *(addresses for _, addresses in accesses)]),
@@ -99,7 +101,7 @@ def flattened(accesses: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.nd
 
 @pytest.fixture
 def watch(monkeypatch):
-    """Return a function that makes every launch run its programs in an order and tells what they did."""
+    """Return a function that runs the program instances of all launches in a given order and records their accesses."""
     real = {
         name: getattr(interpreter.InterpreterBuilder, name)
         for name in ("create_masked_load", "create_masked_store", "set_grid_dim", "set_grid_idx")

@@ -1,7 +1,9 @@
-"""python -m tests.rehearsal [PYTEST OPTIONS]: run the CUDA path without a GPU, and name the lines that did not run.
+"""python -m tests.rehearsal [PYTEST OPTIONS]: run the CUDA path without a GPU, and list the lines that were not
+executed.
 
-Every function of the project that mentions CUDA must run to its last line, on stand-ins where it must be; what cannot
-is listed in LEFT with the reason. Exit code 1 if a line is left without a reason, or has one and runs.
+All lines of functions that mention CUDA must be executed, with stand-ins if necessary. Lines for which this is not
+possible are listed in LEFT with the reason. The exit code is 1 if a line that was not executed has no reason, or if a
+line with a reason was executed.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FILES = ("m3ae_fast/**/*.py", "kernels/m3ae_kernels/**/*.py", "benchmarks/*.py", "benchmarks/gpu/*.py")
-# (file, a part of the line): why it does not run here
+# (file, part of the line): reason why the line is not executed here
 LEFT = {
     ("m3ae_fast/training/attention_kernels.py", "padded SDPA"): "what a run with att_drop says, on every device",
     ("kernels/m3ae_kernels/aot.py", ""): "compiles for GPUs and needs none; CI compiles all kernels with it",
@@ -25,7 +27,7 @@ LEFT = {
 
 
 def main(options: list[str]) -> int:
-    # Triton's interpreter is slow, and wrong in bf16 (triton-lang/triton#11584): kernels run in few rehearsals
+    # Kernels run in few tests, because Triton's interpreter is slow, and wrong in bf16 (triton-lang/triton#11584).
     os.environ |= {"TRITON_INTERPRET": "1", "M3AE_KERNELS_IMPL": "torch"}
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     import coverage

@@ -1,4 +1,4 @@
-"""Which lines belong to the CUDA path: all of every function that mentions CUDA."""
+"""Detection of the lines of the CUDA path: all lines of functions that mention CUDA."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ CUDA = re.compile(r"cuda|nccl", re.IGNORECASE)
 
 
 def cuda_functions(path: Path) -> dict[str, set[int]]:
-    """By name, the lines of the innermost functions whose source, docstrings and comments aside, mentions CUDA."""
+    """Return the lines of the innermost functions whose code (without docstrings and comments) mentions CUDA, by
+    name."""
     source = path.read_text(encoding="utf-8")
     owner: dict[int, str] = {}
-    silent: set[int] = set()  # docstrings and comments
-    for node in ast.walk(tree := ast.parse(source)):  # outer functions come before those inside them
+    silent: set[int] = set()  # lines of docstrings and comments
+    for node in ast.walk(tree := ast.parse(source)):  # outer functions come before inner ones
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno is not None
             owner |= dict.fromkeys(range(node.body[0].lineno, node.end_lineno + 1), f"{node.name}:{node.lineno}")

@@ -1,9 +1,9 @@
-"""A GPU that is not there: code that asks finds CUDA, and its "cuda" tensors are the CPU's, with real numbers in them.
+"""A simulated GPU: code finds CUDA available, but its "cuda" tensors are on the CPU and contain real values.
 
-Inside `FakeCuda()` every device argument "cuda" becomes the CPU, `tensor.device` and `tensor.is_cuda` claim the
-opposite, and what torch.cuda has of streams, events, memory and names answers as an H100 does. So each branch of the
-CUDA path runs, and what it computes can be compared. What only a GPU can show (races, speed, kernels of other
-libraries) it cannot show.
+Inside `FakeCuda()`, every device argument "cuda" is replaced by the CPU, `tensor.device` and `tensor.is_cuda` claim
+that tensors are on a GPU, and the functions of torch.cuda for streams, events, memory and names behave as on an H100.
+All branches of the CUDA path can thus be executed and their results compared. Races, speed and kernels of other
+libraries cannot be tested in this way.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch.utils._pytree import tree_map
 
 NAME, CAPABILITY = "NVIDIA H100 80GB HBM3", (9, 0)
 CUDA = torch.device("cuda", 0)
-AUTOCAST = ("autocast", "is_autocast_enabled", "get_autocast_dtype")  # whose first argument is a device's type
+AUTOCAST = ("autocast", "is_autocast_enabled", "get_autocast_dtype")  # functions whose first argument is a device type
 _DEVICE, _IS_CUDA = torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
 
 class FakeCuda(TorchFunctionMode):
-    """Use as a context manager. `events` lists in order what was asked of streams and events, `pinned` what went into
-    pinned memory."""
+    """The simulation, for use as a context manager. `events` lists the calls to streams and events in order, and
+    `pinned` the tensors that were copied to pinned memory."""
 
     def __init__(self, name: str = NAME, capability: tuple[int, int] = CAPABILITY, gpus: int = 1) -> None:
         super().__init__()
         self.events: list[str] = []
         self.pinned: list[torch.Size] = []
-        self.late = 0  # how often an event still says that the GPU is at work
+        self.late = 0  # number of queries of events that still report unfinished work
         self._pid, self._sync_mode = os.getpid(), 0
         self._patches = contextlib.ExitStack()
         self._answers = {
@@ -67,11 +67,11 @@ class FakeCuda(TorchFunctionMode):
         ]
         others += [(dist, "init_process_group", _on_gloo(dist.init_process_group))]
         answers = {"is_available": True, "current_device_index": 0, "set_device_index": None, "synchronize": None}
-        answers["current_stream"] = _Stream(self, "current")  # which optimisers ask, where torch is built with CUDA
+        answers["current_stream"] = _Stream(self, "current")  # queried by optimisers if torch is built with CUDA
         for name, answer in answers.items():
             others.append((torch.accelerator, name, lambda *_, answer=answer: answer))
         others += [(torch, name, _on_cpu(getattr(torch, name))) for name in AUTOCAST]
-        choose = attention.kernel_for  # a backward runs outside of this mode, and would choose a CPU's kernel
+        choose = attention.kernel_for  # the backward pass runs outside of this mode, and would choose a kernel for CPUs
         others += [(attention, "kernel_for", lambda impl, device, *head: choose(impl, CUDA, *head))]
         for owner, name, answer in others:
             self._patches.enter_context(mock.patch.object(owner, name, answer))
@@ -82,7 +82,7 @@ class FakeCuda(TorchFunctionMode):
         self._patches.close()
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if os.getpid() != self._pid:  # loader workers touch no GPU
+        if os.getpid() != self._pid:  # loader workers do not use the GPU
             return function(*args, **(kwargs or {}))
         if function == _DEVICE:
             return CUDA
@@ -122,7 +122,7 @@ class _Stream:
 
 
 class _Event:
-    """Events are a millisecond apart."""
+    """An event; successive events are one millisecond apart."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
@@ -156,7 +156,7 @@ def _on_cpu(function: Any) -> Any:
 
 
 def _on_gloo(init: Any) -> Any:
-    """nccl needs a GPU; gloo does the same sums."""
+    """Return a function that initialises gloo in place of nccl, which requires a GPU."""
 
     def init_process_group(backend: str, *args: Any, **kwargs: Any) -> None:
         init({"nccl": "gloo"}.get(backend, backend), *args, **kwargs)

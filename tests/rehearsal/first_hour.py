@@ -1,6 +1,7 @@
-"""python -m tests.rehearsal.first_hour [--results FOLDER]: run all stages of benchmarks/gpu's plan without a GPU, on a
-stand-in and with small sizes; first with an op, a process, a program and a trainer that are made to fail, then those
-stages again without. Exit code 1 if a record is missing that a GPU would have made. It takes a few minutes.
+"""python -m tests.rehearsal.first_hour [--results FOLDER]: run all stages of the plan in benchmarks/gpu without a GPU,
+with a simulated GPU and small sizes. In the first run, an op, a process, a program and a trainer are made to fail; then
+these stages are repeated without faults. The exit code is 1 if a record is missing that would exist on a GPU. It takes
+a few minutes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 from m3ae_kernels import tuning
 
 ROOT = Path(__file__).parents[2]
-FAULTS = {"checks": "failed", "attention": "failed", "large-256": "out of time"}  # how stages end with them
-SHORT = 30  # seconds for the trainer that hangs
+FAULTS = {"checks": "failed", "attention": "failed", "large-256": "out of time"}  # expected ends of stages with faults
+SHORT = 30  # time limit in seconds of the trainer that hangs
 TABLES = {
     "ceilings": ["gpu-ceilings.json"],
     "checks": [f"{dtype}/gpu-checks.json" for dtype in ("bfloat16", "float16", "float32")],
@@ -32,7 +33,7 @@ TABLES = {
     "ops-compiled": ["gpu-checks.json", "gpu-ops.json"],
     "tune": ["gpu-tuning.json"],
 }
-STEP = ["gpu-step.json"]  # of the stages that time training
+STEP = ["gpu-step.json"]  # files of the stages that time training
 SANITIZER = """#!/bin/sh
 while [ "$1" != "$STAND_IN_PYTHON" ]; do shift; done
 exec "$@"
@@ -54,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def stand_in(folder: Path) -> dict[str, str]:
-    """Write a Python that finds a GPU, tables that it may change, and a sanitizer into `folder`; return the environment
-    variables by which processes use them."""
+    """Write a Python that finds a simulated GPU, tables that may be changed, and a stand-in for compute-sanitizer to
+    `folder`. Return the environment variables with which processes use them."""
     python, real = folder / "bin/python", sys.executable
     python.parent.mkdir()
     for path, text in (
@@ -74,7 +75,7 @@ def stand_in(folder: Path) -> dict[str, str]:
 
 
 def rehearse(folder: Path) -> list[str]:
-    """Run the plan twice, and return what is wrong."""
+    """Run the plan twice, and return descriptions of failures."""
     from benchmarks import results
     from benchmarks.gpu import archive, plan
 
@@ -103,7 +104,7 @@ def rehearse(folder: Path) -> list[str]:
 
 
 def left_running() -> list[str]:
-    """Return the ids of other processes that run on the stand-in."""
+    """Return the ids of other running processes that use the simulated GPU."""
     mark, found = f"STAND_IN_PYTHON={os.environ['STAND_IN_PYTHON']}".encode(), []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:

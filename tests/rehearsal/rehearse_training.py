@@ -15,7 +15,7 @@ from tests.rehearsal.stand_ins import FusedAdam, install
 
 
 def train(folder: Path, name: str, *options: str, resume: str = "no", profile: bool = False) -> np.ndarray:
-    """Losses and gradient norms of each step."""
+    """Train, and return the loss and the gradient norm of each step."""
     (folder / "tiny.json").write_text(json.dumps(TINY))
     sizes = ["train.steps=2", "train.global_batch=4", "train.micro_batch=2", "train.eval_samples=4"]
     settings = [*sizes, f"run.dir={folder / name}", *options]

@@ -1,8 +1,8 @@
-"""python -m tests.rehearsal.stand_in_python ARGUMENTS: Python with these arguments, as on a machine with a GPU, and
-with small sizes. first_hour.py runs the plan of benchmarks/gpu with it.
+"""python -m tests.rehearsal.stand_in_python ARGUMENTS: run Python with these arguments as on a machine with a GPU, with
+small sizes. first_hour.py runs the plan of benchmarks/gpu with it.
 
-FAULTS, in the environment, has what is to fail: "op" (one raises in bf16), "process" (one dies in float16), "stage" (a
-program fails), "hang" (a trainer neither ends nor heeds SIGTERM, in a session of its own).
+The environment variable FAULTS lists faults: "op" (an op raises in bf16), "process" (a process dies in float16),
+"stage" (a program fails), "hang" (a trainer in its own session neither ends nor handles SIGTERM).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def main() -> None:
     faults = os.environ.get("FAULTS", "").split()
     module = rest[0] if what == "-m" else ""
     ours = module.partition(".")[0] in ("benchmarks", "m3ae_fast") or (what == "-c" and "m3ae_fast" in rest[0])
-    if not ours and what != TRAINER:  # such as helpers of multiprocessing
+    if not ours and what != TRAINER:  # for example helper processes of multiprocessing
         os.execv(os.environ["REAL_PYTHON"], [os.environ["REAL_PYTHON"], what, *rest])
     sys.executable = os.environ["STAND_IN_PYTHON"]
-    # Triton's interpreter is slow: it runs the kernels where nothing else can be seen, in the tuning
+    # Because Triton's interpreter is slow, kernels run only in the tuning.
     os.environ["M3AE_KERNELS_IMPL"] = "triton" if "--tune" in rest else "torch"
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiled code would look for the GPU
     from tests.rehearsal.fake_cuda import FakeCuda
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def _make_small(module: str) -> None:
-    """Change the sizes of what the module measures, and what takes long without a GPU."""
+    """Reduce the sizes that a module measures, and replace functions that take long without a GPU."""
     from m3ae_kernels import tuning
 
     from m3ae_fast.base import hardware

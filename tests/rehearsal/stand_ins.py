@@ -1,4 +1,4 @@
-"""Modules that are installed on GPU machines alone."""
+"""Stand-ins for modules that are installed only on machines with a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 
 class FusedAdam(torch.optim.AdamW):
-    """As apex and DeepSpeed have it: a flag for AdamW, and one count of steps per group."""
+    """An optimiser with the interface of apex's and DeepSpeed's FusedAdam: a flag for AdamW, and one step count per
+    group."""
 
     def __init__(self, params, *, adam_w_mode: bool, **options) -> None:
         assert adam_w_mode
@@ -23,14 +24,14 @@ class FusedAdam(torch.optim.AdamW):
 
 
 class BrokenAdam:
-    """As where the extension of apex was not built, or DeepSpeed finds no nvcc."""
+    """An optimiser that raises an error, as if the extension of apex was not built, or DeepSpeed does not find nvcc."""
 
     def __init__(self, *_, **__) -> None:
         raise RuntimeError("Please install nvcc")
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **contents) -> None:
-    """Put a module in place, of which `contents` are attributes. None of them: an import fails."""
+    """Install a module with the attributes `contents`. Without attributes, importing it fails."""
     parts = name.split(".")
     if contents and len(parts) > 1 and parts[0] not in sys.modules:
         monkeypatch.setitem(sys.modules, parts[0], ModuleType(parts[0]))

@@ -7,7 +7,7 @@ from tests.helpers.trainer import Trainer
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
-    """The folder of a run that learned a little."""
+    """Return the folder of a run with a few training steps."""
     trainer = Trainer(tmp_path_factory.mktemp("run"))
     trainer("run", "--set", "train.eval_every=6")
     return trainer.folder / "run"

@@ -1,4 +1,4 @@
-"""Pickles as the official scripts write them, from stand-ins of the modules that those import."""
+"""Pickles as written by the official scripts, created with stand-ins for the modules that these import."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 @contextmanager
 def modules(**classes: type | Any):
-    """Modules that exist while a pickle is written: `m3ae__model__M3AETrainState=cls` puts `cls` into m3ae.model."""
+    """Context in which modules exist: `m3ae__model__M3AETrainState=cls` adds `cls` to m3ae.model."""
     made = []
     for path, value in classes.items():
         *parents, name = path.split("__")
@@ -56,7 +56,7 @@ class AdamState(tuple):
 
 
 class Cell:
-    """cloudpickle's: a call without arguments whose value is set afterwards."""
+    """A cell of cloudpickle: a call without arguments whose value is set afterwards."""
 
     def __reduce__(self):
         return Cell, (), {"value": [1, "two"]}, iter([3, 4]), iter([("five", 6)])
@@ -90,7 +90,7 @@ def nested(params: dict[str, np.ndarray]) -> dict[str, Any]:
 def write_checkpoint(
     path: Path, params: dict[str, np.ndarray], variant: dict[str, Any], *, frozen: bool = False, protocol: int = 5
 ) -> Path:
-    """A checkpoint of `params` by flax path, with optimiser functions and moments beside them."""
+    """Write a checkpoint of `params` by flax path, with optimiser functions and moments, and return its path."""
     tree: Any = nested(params)
     state = TrainState(
         step=np.array(2, np.int32),
@@ -112,7 +112,7 @@ def write_checkpoint(
 
 
 class Call:
-    """Pickles as a call of `function`."""
+    """An object that is pickled as a call of `function`."""
 
     def __init__(self, function: Any, *args: Any) -> None:
         self.call = function, args
