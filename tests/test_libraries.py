@@ -25,7 +25,6 @@ PROBE = json.dumps({name: [{"shards": "gs://bucket/{0..9}.tar"}] for name in ("t
 # the library, the command line, and what needs it
 CASES = [
     ("sklearn", f"evaluate ood {TRAINS} --ood other.tar", "ood"),
-    ("sklearn", f"evaluate multilabel {TRAINS} --labels json.tags", "multilabel"),
     ("timm", f"evaluate finetune {TRAINS}", "finetune"),
     ("scipy", f"evaluate robustness {EVALUATE}", "robustness"),
     ("scipy", f"evaluate linear {TRAINS} --shots 1,5", "--shots"),

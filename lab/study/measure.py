@@ -116,7 +116,7 @@ class Measuring:
         features that have been computed already, by name."""
         labelled, _ = self.labelled(bank, "category")
         seed = self.config.run.seed
-        scores = Scores(labelled, self.config.knn.k, seed)
+        scores = Scores(labelled, self.config.knn.k)
         familiar = scores(held_out)
         for name, shards in self.split.strange.items():
             features = known[name] if name in known else self.encode(shards, False, False)

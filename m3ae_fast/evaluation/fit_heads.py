@@ -179,16 +179,16 @@ def fit_heads(
 def logits(heads: Heads, bank: FeatureBank, number: int = 0) -> Tensor:
     """Return the logits of one of the heads for this rank's samples: [R, K], on the CPU. The heads must be in
     evaluation mode."""
-    return torch.cat([part_SHK[:, number].cpu() for part_SHK, _ in _logits(heads, bank)])
+    return torch.cat([part_SHK[:, number].cpu() for _, part_SHK in _logits(heads, bank)])
 
 
 @torch.no_grad()
 def judge(heads: Heads, bank: FeatureBank) -> list[tuple[float, float | None]]:
     """Return the accuracy and the loss of each head on the samples of all ranks; (0, None) for a head that has
     diverged. Every rank must call it."""
-    totals_3H = torch.zeros(3, len(heads.linear.bias), dtype=torch.float64)
-    for part_SHK, labels_S in _logits(heads, bank):
-        totals_3H += torch.stack(losses(part_SHK, labels_S)).double().sum(1).cpu()
+    totals_3H, labels_R = torch.zeros(3, len(heads.linear.bias), dtype=torch.float64), bank.labels[bank.own]
+    for part, part_SHK in _logits(heads, bank):
+        totals_3H += torch.stack(losses(part_SHK, labels_R[part].to(part_SHK.device))).double().sum(1).cpu()
     return verdicts(totals_3H, len(bank.keys), bank.ranks)
 
 
@@ -205,12 +205,11 @@ def verdicts(totals_3H: Tensor, samples: int, ranks: Ranks | None) -> list[tuple
     return [(0.0, None) if bad else (right / samples, loss / samples) for loss, right, bad in totals_3H.T.tolist()]
 
 
-def _logits(heads: Heads, bank: FeatureBank) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits [S, H, K] and labels of this rank's samples, at least once, even if there are no samples."""
-    device, labels_R = heads.linear.bias.device, bank.labels[bank.own]
-    for start in range(0, max(len(labels_R), 1), _AT_A_TIME):
+def _logits(heads: Heads, bank: FeatureBank) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of this rank's samples with their logits [S, H, K], at least once, even if there are no samples."""
+    for start in range(0, max(len(bank.own), 1), _AT_A_TIME):
         part = slice(start, start + _AT_A_TIME)
-        yield heads(bank.take(part).to(device).float()), labels_R[part].to(device)
+        yield part, heads(bank.take(part).to(heads.linear.bias.device).float())
 
 
 def losses(logits_SHK: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:

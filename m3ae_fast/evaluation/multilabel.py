@@ -18,7 +18,9 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data.label_lists import LabelledLists, list_corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.job import Job, SoFar
+from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.significance import ERROR, middle
 
@@ -39,7 +41,7 @@ def run(job: Job) -> dict[str, Any]:
     if config.head == "knn":
         scores_RC = neighbour_scores(bank, queries, truth_NC, knn.k, knn.temperature)
     else:
-        scores_RC = regression_scores(bank, queries, truth_NC)
+        scores_RC = logits(fit(bank, truth_NC, len(train.classes), job.pulse), queries)
     scores_MC = queries.complete(scores_RC).numpy()
     job.keep(_columns(queries.keys, truth_MC, scores_MC, train.classes))
     result = measured(truth_MC.numpy(), scores_MC, truth_NC.any(0).numpy(), train.classes, job.config.run.seed)
@@ -62,34 +64,6 @@ def neighbour_scores(bank: FeatureBank, queries: FeatureBank, truth_NC: Tensor, 
     weights_RK = (similarity_RK.double() / temperature).softmax(1)
     scores = [(weights_K[:, None] * truth_NC[number_K]).sum(0) for weights_K, number_K in zip(weights_RK, number_RK)]
     return torch.stack(scores).float() if scores else torch.empty(0, truth_NC.shape[1])
-
-
-def regression_scores(bank: FeatureBank, queries: FeatureBank, truth_NC: Tensor) -> Tensor:
-    """Return the log-odds of logistic regressions on standardised features, one for each class, for this rank's
-    queries: float32 [R, C], on the CPU. They are fitted on the main rank. If a class has all training samples or none,
-    its scores are constant. `truth_NC`: whether a training sample belongs to a class. Every rank must call it."""
-    train_ND = bank.on_main()
-
-    def fit() -> tuple[Tensor, Tensor]:
-        assert train_ND is not None
-        return _fit(train_ND.numpy(), truth_NC.numpy())
-
-    weight_CD, bias_C = bank.ranks.broadcast(fit) if bank.ranks else fit()
-    return (queries.features_RD.cpu().double() @ weight_CD.T + bias_C).float()
-
-
-def _fit(train_ND: np.ndarray, truth_NC: np.ndarray) -> tuple[Tensor, Tensor]:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(train_ND)
-    standard_ND = scaler.transform(train_ND)
-    weight_CD, bias_C = np.zeros((truth_NC.shape[1], train_ND.shape[1])), np.zeros(truth_NC.shape[1])
-    for number in np.flatnonzero(truth_NC.any(0) & ~truth_NC.all(0)):
-        found = LogisticRegression(max_iter=1000).fit(standard_ND, truth_NC[:, number])
-        weight_CD[number] = found.coef_[0] / scaler.scale_
-        bias_C[number] = found.intercept_[0] - weight_CD[number] @ scaler.mean_
-    return torch.from_numpy(weight_CD), torch.from_numpy(bias_C)
 
 
 def measured(

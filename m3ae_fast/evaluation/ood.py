@@ -11,7 +11,8 @@ There are four scores, which are higher for samples that look in-distribution:
 
 The logits are those of the classifier's head or, with frozen features, of a logistic regression.
 
-Shapes: N training samples, M samples to score, R of them on this rank, K classes, D width, V different scores.
+Shapes: N training samples, M samples to score, R of either on this rank, B of them at a time, K classes, D width, V
+different scores.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
@@ -33,14 +35,18 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_detection
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.job import Job, SoFar, summary
+from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.significance import area_under_roc, middle
+from m3ae_fast.process.collectives import all_reduce
 
 TRAIN, VAL = "train", "val"  # names of the in-distribution samples in results
 SCORES = ("max_softmax", "energy", "knn", "mahalanobis")
 TRUE_POSITIVES = 0.95
 BOOTSTRAPS = 1000
+_AT_A_TIME = 4096  # samples whose squares are summed
 
 
 def auroc_and_fpr(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
@@ -86,75 +92,75 @@ def auroc_interval(inside: np.ndarray, outside: np.ndarray, seed: int) -> tuple[
     return middle(bootstrap_areas(inside, outside, seed))
 
 
-class _Fitted(NamedTuple):
-    """Statistics of the training samples that the scores are computed from."""
-
-    classifier: Any  # scikit-learn's logistic regression; None if there is a head
-    means_KD: np.ndarray
-    whitening_DD: np.ndarray  # maps features such that Mahalanobis distances become Euclidean
-
-
 class Scores:
-    """The four scores, which are fitted to training features on the main rank.
+    """The four scores, which are fitted to training features. Every rank must create and call it; no rank gathers the
+    features of others.
 
     Args:
         bank: features of the training samples, with labels.
         k: number of the nearest neighbour whose distance is the score, at most N.
-        seed: random seed of the logistic regression.
-        head: head of a classifier, features [M, D] -> logits [M, K]; None: a logistic regression is fitted.
+        head: head of a classifier, features [R, D] -> logits [R, K]; None: a logistic regression is fitted.
     """
 
-    def __init__(
-        self, bank: FeatureBank, k: int, seed: int, head: Callable[[np.ndarray], Tensor] | None = None
-    ) -> None:
-        self.bank, self.k, self.head, ranks = bank, k, head, bank.ranks
-        train_ND = bank.on_main()
-
-        def fit() -> _Fitted:
-            assert train_ND is not None
-            return _fit(train_ND.numpy(), bank.labels.numpy(), seed, head is None)
-
-        self.fitted = ranks.broadcast(fit) if ranks else fit()
+    def __init__(self, bank: FeatureBank, k: int, head: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.bank, self.k = bank, k
+        present, ids_N = bank.labels.unique(return_inverse=True)
+        self.means_KD, self.whitening_DD = _normal_distributions(bank, ids_N[bank.own], len(present))
+        self.logits = _read(head) if head else partial(logits, fit(bank, ids_N, len(present)))
 
     def __call__(self, queries: FeatureBank) -> dict[str, np.ndarray]:
         """Return the scores of all queries by name, [M] each, on every rank. Every rank must call it."""
-        features_RD = queries.features_RD.cpu().numpy()
-        logits_RK = self.head(features_RD) if self.head else self._logits(features_RD)
-        both = (features_RD, self.fitted.means_KD)
-        white_RD, means_KD = (torch.from_numpy(each @ self.fitted.whitening_DD) for each in both)
+        features_RD = queries.features_RD.to(self.means_KD.device)
+        logits_RK = self.logits(queries).double().cpu()
+        white_RD, means_KD = (each.double() @ self.whitening_DD for each in (features_RD, self.means_KD))
         similarity_R = nearest(self.bank, queries, self.k).similarity_QK[:, -1].double()
         scores = {
             "max_softmax": logits_RK.softmax(1).max(1).values,
             "energy": logits_RK.logsumexp(1),
             "knn": -(2 - 2 * similarity_R).clamp(min=0).sqrt(),  # distance of normalised features
-            "mahalanobis": -torch.cdist(white_RD, means_KD).min(1).values.square(),
+            "mahalanobis": -torch.cdist(white_RD, means_KD).min(1).values.square().cpu(),
         }
-        return dict(zip(scores, queries.complete(torch.stack([*scores.values()], 1).double()).T.numpy()))
-
-    def _logits(self, features_RD: np.ndarray) -> Tensor:
-        if not len(features_RD):  # scikit-learn rejects an empty array
-            return torch.zeros(0, len(self.fitted.means_KD), dtype=torch.float64)
-        logits_RK = torch.from_numpy(self.fitted.classifier.decision_function(features_RD))
-        if logits_RK.ndim == 1:  # for two classes, scikit-learn returns the log-odds of the second one
-            logits_RK = torch.stack((torch.zeros_like(logits_RK), logits_RK), 1)
-        return logits_RK
+        return dict(zip(scores, queries.complete(torch.stack([*scores.values()], 1)).T.numpy()))
 
 
-def _fit(train_ND: np.ndarray, labels_N: np.ndarray, seed: int, regress: bool) -> _Fitted:
-    from sklearn.covariance import LedoitWolf
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+def _read(head: Callable[[Tensor], Tensor]) -> Callable[[FeatureBank], Tensor]:
+    """Return a function from features of samples to their logits."""
+    return torch.no_grad()(lambda queries: head(queries.features_RD))
 
-    classifier = None
-    if regress:
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, random_state=seed))
-        classifier.fit(train_ND, labels_N)
-    means_KD = np.stack([train_ND[labels_N == label].mean(0) for label in np.unique(labels_N)])
-    centred_ND = train_ND - means_KD[np.unique(labels_N, return_inverse=True)[1]]
-    precision_DD = LedoitWolf(assume_centered=True).fit(centred_ND).precision_
-    values_D, vectors_DD = np.linalg.eigh(precision_DD.astype(np.float64))
-    return _Fitted(classifier, means_KD, vectors_DD * np.sqrt(values_D.clip(min=0)))
+
+def _normal_distributions(bank: FeatureBank, ids_R: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Return the means of the classes, [K, D], and a matrix [D, D] behind which Mahalanobis distances are Euclidean:
+    float64 on the device of the ranks. The covariance is the shrunk one of Ledoit and Wolf (2004).
+
+    Args:
+        bank: the training features.
+        ids_R: the classes of this rank's samples, from 0.
+        classes: K.
+    """
+    device = bank.ranks.device if bank.ranks else bank.stored_SD.device
+    width, samples = bank.stored_SD.shape[-1], len(bank.keys)
+    ids_R = ids_R.to(device)
+    parts = [slice(start, start + _AT_A_TIME) for start in range(0, len(ids_R), _AT_A_TIME)]
+    sums_KP = torch.zeros(classes, width + 1, dtype=torch.float64, device=device)  # and the number of samples
+    for part in parts:
+        features_BD = bank.take(part).to(device).double()
+        sums_KP.index_add_(0, ids_R[part], F.pad(features_BD, (0, 1), value=1.0))
+    sums_KP = all_reduce(sums_KP, bank.ranks)
+    means_KD = sums_KP[:, :-1] / sums_KP[:, -1:]
+    squares_PD = torch.zeros(width + 1, width, dtype=torch.float64, device=device)  # and the sum of fourth powers
+    for part in parts:
+        centred_BD = bank.take(part).to(device).double() - means_KD[ids_R[part]]
+        squares_PD[:-1] += centred_BD.T @ centred_BD
+        squares_PD[-1] += centred_BD.square().sum(1).square().sum()
+    squares_PD = all_reduce(squares_PD, bank.ranks) / samples
+    covariance_DD, fourth = squares_PD[:-1], squares_PD[-1, 0]
+    variance, length = covariance_DD.trace() / width, covariance_DD.square().sum()
+    distance = length - width * variance.square()  # of the covariance from a multiple of the identity
+    error = ((fourth - length) / samples).clamp(max=distance)
+    shrinkage = torch.where(error > 0, error / distance, 0.0)
+    values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
+    values_D = (1 - shrinkage) * values_D.clamp(min=0) + shrinkage * variance
+    return means_KD, vectors_DD * torch.where(values_D > 0, values_D.rsqrt(), 0.0)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -186,7 +192,7 @@ def run(job: Job) -> dict[str, Any]:
     train, val = encode(labelled, "encoding train"), encode(held_out, "encoding val")
     seed = job.config.run.seed
     job.say(f"fitting the scores to {len(train.keys):,} training samples")
-    scores = Scores(train, job.config.knn.k, seed, head)
+    scores = Scores(train, job.config.knn.k, head)
     known = scores(val)
     columns |= {"key": [*val.keys], "set": [VAL] * len(val.keys), **{name: [*own] for name, own in known.items()}}
     samples = {"train_samples": len(train.keys), "val_samples": len(val.keys)}
@@ -241,14 +247,8 @@ def _check_pool(classifier: Classifier, encode: EncodeConfig) -> None:
         raise UserError(f"--set encode.pool={encode.pool}: the classifier's head reads {own}; leave it out")
 
 
-def _head_of(classifier: Classifier) -> Callable[[np.ndarray], Tensor]:
-    device = next(classifier.parameters()).device
-
-    @torch.no_grad()
-    def logits(features_MD: np.ndarray) -> Tensor:
-        return classifier.head(torch.from_numpy(features_MD).to(device)).double().cpu()
-
-    return logits
+def _head_of(classifier: Classifier) -> Callable[[Tensor], Tensor]:
+    return torch.no_grad()(classifier.head)
 
 
 def _of_encoder(job: Job, classifier: Classifier) -> Job:

@@ -23,6 +23,7 @@ from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads, LinearProbeH
 from m3ae_fast.evaluation.knn import knn_predictions
 from m3ae_fast.evaluation.labelled_task import cautions
 from m3ae_fast.evaluation.learning_rates import FACTORS, Tried, best, choose, edge, split
+from m3ae_fast.evaluation.logistic_regression import fit_chosen
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.stacked_optimizers import LARS, AdamW
 from m3ae_fast.process.heartbeats import Pulse
@@ -213,9 +214,10 @@ def cautions_of(trained: Trained, recipe: Recipe) -> list[str]:
 
 
 class Probe(NamedTuple):
-    """A kind of probe."""
+    """A kind of probe, which either trains heads by a recipe or predicts without one."""
 
-    recipe: Callable[[int, Setting], Recipe] | None = None  # function that returns hyper-parameters; None: no training
+    recipe: Callable[[int, Setting], Recipe] | None = None  # returns the hyper-parameters of heads; None: no heads
+    find: Callable[[FeatureBank, FeatureBank, Setting], Predictions] | None = None  # predicts without a recipe
     tokens: bool = False  # whether it reads patch tokens [R, L, D] instead of pooled features
 
     @property
@@ -232,9 +234,9 @@ class Probe(NamedTuple):
             held_out: features of the held-out samples, with the same keys.
             setting: context of the probe.
         """
-        if self.recipe is None:
-            config = setting.config.knn
-            return {name: knn_predictions(banks[name], held_out[name], setting.classes, config) for name in banks}
+        if self.find is not None:
+            return {name: self.find(banks[name], held_out[name], setting) for name in banks}
+        assert self.recipe is not None
         recipe = self.recipe(len(next(iter(banks.values())).keys), setting)
         found: dict[Input, Predictions] = {}
         for name, trained in train_heads(banks, recipe, setting).items():
@@ -244,4 +246,17 @@ class Probe(NamedTuple):
         return found
 
 
-PROBES = {"knn": Probe(), "linear": Probe(linear_recipe), "attentive": Probe(attentive_recipe, tokens=True)}
+def _by_neighbours(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -> Predictions:
+    return knn_predictions(bank, held_out, setting.classes, setting.config.knn)
+
+
+def _by_regression(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -> Predictions:
+    return held_out.predictions(logits(fit_chosen(bank, setting.classes, setting.pulse)[0], held_out))
+
+
+PROBES = {
+    "knn": Probe(find=_by_neighbours),
+    "logistic": Probe(find=_by_regression),
+    "linear": Probe(linear_recipe),
+    "attentive": Probe(attentive_recipe, tokens=True),
+}

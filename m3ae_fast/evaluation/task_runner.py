@@ -49,8 +49,8 @@ def evaluate(
     """Evaluate a model by a task, and write the result, predictions and figures to a folder.
 
     Args:
-        task: "knn", "linear", "attentive", "compare", "multilabel", "segment", "finetune", "robustness", "ood" or
-            "retrieval"; see `TASKS`.
+        task: "knn", "logistic", "linear", "attentive", "compare", "multilabel", "segment", "finetune", "robustness",
+            "ood" or "retrieval"; see `TASKS`.
         model: name of a model, see `model_name.MODEL_HELP`. For robustness, the folder of a classifier; ood also
             accepts one. For compare, one or several models.
         val: held-out shards: paths, brace patterns, globs, URLs or pipe: commands.
@@ -61,8 +61,8 @@ def evaluate(
             the classifier.
         resume: for linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
         cache_features: for linear: whether to encode every sample once, without augmentation.
-        layers: for knn, linear and attentive: "all" or numbers of encoder blocks, from 1; None: the last block.
-        shots: for knn, linear and attentive: numbers of training samples per class; empty: all samples.
+        layers: for knn, logistic, linear and attentive: "all" or numbers of encoder blocks, from 1; None: the last.
+        shots: for knn, logistic, linear and attentive: numbers of training samples per class; empty: all samples.
         draws: number of random draws for each number of shots; None: 5.
         probes: for compare: the probes to use.
         seeds: for compare: number of random seeds of each probe and of random weights.
@@ -137,8 +137,8 @@ def _config(options: Options, modality: Modality, out: Path, overrides: Sequence
 def _require_pixels(options: Options) -> None:
     """Raise UserError if the task does not support downscaled pixels in place of a model."""
     if not TASKS[options.task].takes_pixels:
-        able = " and ".join(name for name, task in TASKS.items() if task.takes_pixels)
-        raise UserError(f"{options.model}: {options.task} does not take pixels; {able} do")
+        *others, last = (name for name, task in TASKS.items() if task.takes_pixels)
+        raise UserError(f"{options.model}: {options.task} does not take pixels; {', '.join(others)} and {last} do")
     if options.layers is not None or options.resume != "no":
         raise UserError(f"{options.model}: pixels have no layers and no checkpoints; leave --layers and --resume out")
 

@@ -14,7 +14,7 @@ from m3ae_fast.weights.model_name import PIXELS
 
 DRAWS = 5  # default number of draws for each number of shots
 MAP_NEEDS = dict.fromkeys(("sklearn", "scipy"), "a map")  # libraries that a map requires
-PROBE_NAMES = ("knn", "linear", "attentive")  # probes that `compare` can use
+PROBE_NAMES = ("knn", "logistic", "linear", "attentive")  # probes that `compare` can use
 MOST_SEEDS = 100
 COLUMN_NAMES = ("path", "class", "caption")  # additional columns of `embed`
 Modality = Literal["image", "text", "paired"]
@@ -48,6 +48,9 @@ TASKS = {
     "knn": Task(
         "k-nearest-neighbour accuracy of frozen features", surveys=True, takes_pixels=True, sections=("encode", "knn")
     ),
+    "logistic": Task(
+        "logistic regression on frozen features, with the best of five L2 penalties", surveys=True, takes_pixels=True
+    ),
     "linear": Task(
         "train a linear classifier on frozen features; OUT gets the classifier",
         resumes=True,
@@ -70,7 +73,6 @@ TASKS = {
     "multilabel": Task(
         "mean average precision of frozen features on samples with lists of labels",
         sections=("encode", "multilabel", "knn"),
-        libraries=("sklearn",),
     ),
     "segment": Task(
         "semantic segmentation: classify frozen patches by a linear head, or by the nearest training patches",
@@ -183,7 +185,7 @@ class Options:
     @property
     def module(self) -> str:
         """Return the name of the module that runs the task."""
-        surveys = self.task == "attentive" or bool(self.layers or self.shots)
+        surveys = self.task in ("logistic", "attentive") or bool(self.layers or self.shots)
         surveys = surveys or (self.task == "linear" and self.is_pixels)  # pixels have no encoder for a classifier
         return "probe_grid" if surveys else self.task
 

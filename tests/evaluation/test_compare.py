@@ -53,12 +53,12 @@ def compared(run, shards, tmp_path):
 
 def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path, capsys):
     result = compared("--seeds", "2")
-    models, probes = [UNTRAINED, SCALED, run.name, "mae"], ["knn", "linear", "attentive"]
+    models, probes = [UNTRAINED, SCALED, run.name, "mae"], ["knn", "logistic", "linear", "attentive"]
     rows = {(row["model"], row["probe"]): row for row in result["rows"]}
     done = [(model, probe) for model in models for probe in probes]
     done.remove((SCALED, "attentive"))  # pixels have no patch tokens
     assert list(rows) == done
-    assert {row["trials"] for (model, probe), row in rows.items() if probe != "knn"} == {2}
+    assert {row["trials"] for (model, probe), row in rows.items() if probe in ("linear", "attentive")} == {2}
     assert [rows[model, "knn"]["trials"] for model in models] == [2, 1, 1, 1]  # k-NN has nothing to draw
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     for (model, probe), row in rows.items():

@@ -78,6 +78,7 @@ def test_the_tasks_are_all_of_them(seen):
         "knn",
         "ood",
         "retrieval",
+        "logistic",
         "linear",
         "attentive",
         "compare",

@@ -13,7 +13,9 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.label_lists import list_corpus
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.multilabel import average_precisions, measured, neighbour_scores, regression_scores
+from m3ae_fast.evaluation.fit_heads import logits
+from m3ae_fast.evaluation.logistic_regression import fit
+from m3ae_fast.evaluation.multilabel import average_precisions, measured, neighbour_scores
 from tests.evaluation.conftest import settings
 from tests.helpers.labelled import NAMES, coloured
 from tests.helpers.shards import write_tar
@@ -82,7 +84,7 @@ def test_votes_and_regressions_are_of_each_class():
     bank, asked = FeatureBank([*map(str, range(80))], train, None), FeatureBank([*"abcdefghi"], queries, None)
     votes = neighbour_scores(bank, asked, truth, 80, 1e6)  # all of equal weight
     torch.testing.assert_close(votes, truth.float().mean(0).expand(9, 4))
-    scores = regression_scores(bank, asked, truth)
+    scores = logits(fit(bank, truth, 4), asked)
     assert (scores[:, :2].sign() == (queries[:, :2] - torch.tensor([0, 0.5])).sign()).float().mean() > 0.85
     assert len(scores[:, 2].unique()) == len(scores[:, 3].unique()) == 1
 

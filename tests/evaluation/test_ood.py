@@ -71,7 +71,7 @@ def test_every_score_is_lower_far_from_the_training_samples(classes):
     random = np.random.RandomState(0)
     labels = np.arange(120) % classes
     train = (4 * np.eye(6)[labels] + random.randn(120, 6)).astype(np.float32)
-    scores = Scores(_bank(train, labels), 5, seed=0)
+    scores = Scores(_bank(train, labels), 5)
     near, far = scores(_bank(train[:40] + 0.01)), scores(_bank(-6 + random.randn(40, 6).astype(np.float32)))
     for name in ("knn", "mahalanobis"):
         assert near[name].min() > far[name].max()
@@ -79,8 +79,10 @@ def test_every_score_is_lower_far_from_the_training_samples(classes):
     precision = LedoitWolf(assume_centered=True).fit(train - means[labels]).precision_
     distance = [min((x - m) @ precision @ (x - m) for m in means) for x in train[:3]]
     np.testing.assert_allclose(scores(_bank(train[:3]))["mahalanobis"], -np.array(distance), rtol=1e-5)
-    odds = scores.fitted.classifier.predict_proba(train[:5]).max(1)
-    np.testing.assert_allclose(scores(_bank(train[:5]))["max_softmax"], odds, rtol=1e-5)
+    strength = 2 if classes == 2 else 1  # scikit-learn has one vector of weights for two classes
+    judge = make_pipeline(StandardScaler(), LogisticRegression(C=strength, tol=1e-6))
+    odds = judge.fit(train, labels).predict_proba(train[:5]).max(1)
+    np.testing.assert_allclose(scores(_bank(train[:5]))["max_softmax"], odds, rtol=3e-3)
 
 
 def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path, monkeypatch):
@@ -186,7 +188,7 @@ def test_scores_take_no_memory_for_each_sample_class_and_dimension():
     """ImageNet's validation samples would have asked for 154 GB."""
     random = np.random.RandomState(0)
     train, labels = random.randn(400, 32).astype(np.float32), np.arange(400) % 200
-    scores = Scores(_bank(train, labels), 5, seed=0, head=lambda features: torch.from_numpy(features))
+    scores = Scores(_bank(train, labels), 5, head=lambda features: features)
     tracemalloc.start()
     scores(_bank(random.randn(2000, 32).astype(np.float32)))
     assert tracemalloc.get_traced_memory()[1] < 2000 * 200 * 32 * 4
@@ -199,7 +201,7 @@ def test_scores_are_those_of_scikit_learn_and_of_a_sort():
     spread = random.randn(6, 6)
     train = (6 * np.eye(6)[labels % 6] + random.randn(90, 6) @ spread).astype(np.float32)
     queries = (3 * random.randn(20, 6)).astype(np.float32)
-    found = Scores(_bank(train, labels), 4, seed=0)(_bank(queries))
+    found = Scores(_bank(train, labels), 4)(_bank(queries))
 
     means = {label: train[labels == label].mean(0) for label in set(labels)}
     within = LedoitWolf(assume_centered=True).fit([x - means[label] for x, label in zip(train, labels)])
@@ -209,13 +211,15 @@ def test_scores_are_those_of_scikit_learn_and_of_a_sort():
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, train)]
     sorted_MN = np.sort(np.linalg.norm(unit[0][:, None] - unit[1][None], axis=2), axis=1)
     np.testing.assert_allclose(found["knn"], -sorted_MN[:, 3], rtol=1e-4)
-    few = Scores(_bank(train[:6], labels[:6]), 50, seed=0)(_bank(queries))["knn"]  # of fewer than k the last one counts
+    few = Scores(_bank(train[:6], labels[:6]), 50)(_bank(queries))["knn"]  # of fewer than k the last one counts
     farthest_M = np.linalg.norm(unit[0][:, None] - unit[1][None, :6], axis=2).max(1)
     np.testing.assert_allclose(few, -farthest_M, rtol=1e-4)
 
-    judge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train, labels)
-    np.testing.assert_allclose(found["max_softmax"], judge.predict_proba(queries).max(1), rtol=1e-3)
-    np.testing.assert_allclose(found["energy"], logsumexp(judge.decision_function(queries), axis=1), rtol=1e-3)
+    judge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-6)).fit(
+        train.astype(float), labels
+    )
+    np.testing.assert_allclose(found["max_softmax"], judge.predict_proba(queries).max(1), rtol=3e-3)
+    np.testing.assert_allclose(found["energy"], logsumexp(judge.decision_function(queries), axis=1), rtol=3e-3)
 
 
 def test_every_score_is_of_the_samples_that_it_is_said_to_be_of(transfer, shards, tmp_path, monkeypatch):

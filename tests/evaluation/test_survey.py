@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 SHORT = {
     "knn": [],
+    "logistic": [],
     "linear": settings("linear.steps=30", "linear.global_batch=16", "linear.warmup_epochs=0"),
     "attentive": settings("attentive.steps=20", "attentive.batch=16"),
 }

@@ -3,6 +3,7 @@ rank 0."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from m3ae_fast.config import KnnConfig
 from m3ae_fast.config.evaluation import EvaluationConfig, SegmentConfig
+from m3ae_fast.evaluation import logistic_regression
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.knn import knn_scores
+from m3ae_fast.evaluation.logistic_regression import fit_chosen
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.ood import Scores
 from m3ae_fast.evaluation.probes import PROBES, Setting, train_heads
@@ -56,9 +59,21 @@ def found(ranks: Ranks | None) -> dict[str, object]:
         "best": predictions.best_NK,
         "scores": predictions.scores_N,
         "ranks": own_ranks(queries, others),
-        "ood": Scores(bank, 4, 0)(queries),
+        "ood": Scores(bank, 4)(queries),
+        "regressions": regressions(bank, queries),
         "rows": few.gathered().stored_SD,
     }
+
+
+def regressions(bank: FeatureBank, queries: FeatureBank) -> dict[str, Tensor]:
+    """Return the scores of logistic regressions, of classes and of lists of labels."""
+    lists_NC = torch.stack((bank.labels == 0, bank.labels < 2, bank.labels < 0), 1)
+    heads = {
+        "chosen": fit_chosen(bank, CLASSES)[0],
+        "one class": fit_chosen(replace(bank, labels_N=0 * bank.labels), 1)[0],
+        "lists": logistic_regression.fit(bank, lists_NC, 3),
+    }
+    return {name: queries.complete(logits(head, queries)) for name, head in heads.items()}
 
 
 def segmented(ranks: Ranks) -> dict[str, Tensor]:

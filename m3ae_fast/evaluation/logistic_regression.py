@@ -1,0 +1,268 @@
+"""Logistic regression of standardised features, with several strengths of the L2 penalty at once.
+
+L-BFGS (Liu and Nocedal 1989) minimises the loss of all samples. Its first estimate of the inverse Hessian is that of
+weights 0, which follows from the covariance of the features; therefore few iterations suffice. Each rank computes the
+losses and gradients of its own samples, and all ranks take the same steps.
+
+Shapes: N samples, R of them on this rank, B of them at a time, D width, P = D + 1 weights of a class, of which the last
+is its bias, K classes, H strengths, A of them at work, M pairs of the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.fit_heads import judge
+from m3ae_fast.evaluation.heads import BATCH_NORM_EPS, LinearHeads
+from m3ae_fast.evaluation.learning_rates import Tried, choose, split
+from m3ae_fast.process.collectives import all_reduce
+from m3ae_fast.process.heartbeats import Pulse
+from m3ae_fast.process.ranks import Ranks
+
+USUAL = 1.0  # inverse strength: scikit-learn's default
+INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, USUAL)  # that `fit_chosen` tries
+_CONVERGED = 1e-7  # decrease of the mean loss that the next step promises
+_MOST_ITERATIONS = 1000
+_MEMORY = 10  # pairs of a step and the change of the gradient
+_SUFFICIENT = 1e-4  # of the decrease that the gradient predicts (Armijo)
+_ROUNDING = 1e-7  # of a loss
+_SHORTEST = 1e-6  # step length
+_AT_A_TIME = 1 << 22  # logits
+
+
+def fit_chosen(bank: FeatureBank, classes: int, pulse: Pulse | None = None) -> tuple[LinearHeads, float]:
+    """Fit one classifier to labels. Its inverse strength is chosen by accuracy on a held-out tenth of the samples, as
+    the learning rate of a linear probe is, see `choose`; it is USUAL if there are fewer than ten samples. Every rank
+    must call it.
+
+    Returns:
+        The classifier, as a single head, and its inverse strength.
+    """
+    parts, strength, start_HKP = split(bank), USUAL, None
+    if parts.held_out:
+        train = bank.rows(parts.train)
+        tried_HKP, heads = _fit(train, train.labels, classes, INVERSE_STRENGTHS, pulse)
+        judged = zip(INVERSE_STRENGTHS, judge(heads, bank.rows(parts.held_out)))
+        strength = choose([Tried(each, *found) for each, found in judged], USUAL, len(parts.held_out)).peak_lr
+        strength = bank.ranks.from_main(strength) if bank.ranks else strength  # all ranks choose the same
+        start_HKP = tried_HKP[[INVERSE_STRENGTHS.index(strength)]]
+    return _fit(bank, bank.labels, classes, [strength], pulse, start_HKP)[1], strength
+
+
+def fit(bank: FeatureBank, targets: Tensor, classes: int, pulse: Pulse | None = None) -> LinearHeads:
+    """Return a classifier of the USUAL inverse strength, as a single head. Every rank must call it.
+
+    Args:
+        bank: the features.
+        targets: class ids, int64 [N], for a multinomial regression; or which classes each sample has, bool [N, K], for
+            a binary regression of each class. A class that all samples have, or none, gets weights 0.
+        classes: K.
+        pulse: marked in each iteration.
+    """
+    return _fit(bank, targets, classes, [USUAL], pulse)[1]
+
+
+def _fit(
+    bank: FeatureBank,
+    targets: Tensor,
+    classes: int,
+    inverse_strengths: Sequence[float],
+    pulse: Pulse | None,
+    start_HKP: Tensor | None = None,
+) -> tuple[Tensor, LinearHeads]:
+    """Return the weights, float64, and a head for each strength. As in scikit-learn, the penalty, which is added to the
+    mean loss, is half the sum of the squared weights, divided by the inverse strength and by N; biases have none."""
+    features = Standardised(bank)
+    device, samples = features.device, len(bank.keys)
+    counts_K = (targets.sum(0) if targets.ndim == 2 else targets.bincount(minlength=classes)).double().to(device)
+    frequency_K = (counts_K + 0.5) / (samples + (1 if targets.ndim == 2 else classes / 2))
+    penalty_H = 1 / (samples * torch.tensor(inverse_strengths, dtype=torch.float64, device=device))
+    fixed_K = (counts_K == 0) | (counts_K == samples) if targets.ndim == 2 else torch.zeros_like(counts_K).bool()
+    if start_HKP is None:
+        start_HKP = torch.zeros(
+            len(penalty_H), classes, bank.stored_SD.shape[-1] + 1, dtype=torch.float64, device=device
+        )
+        start_HKP[..., -1] = frequency_K.logit() if targets.ndim == 2 else frequency_K.log()
+    weight_HKP = _minimise(
+        _Objective(features, targets[bank.own], penalty_H, fixed_K),
+        start_HKP,
+        _InverseHessian(features, (frequency_K * (1 - frequency_K)).clamp(min=1e-9), penalty_H),
+        bank.ranks,
+        pulse,
+    )
+    if targets.ndim == 1:  # softmax does not determine the mean of the biases
+        weight_HKP[..., -1] -= weight_HKP[..., -1].mean(1, keepdim=True)
+    heads = LinearHeads(bank.stored_SD.shape[-1], classes, [0] * len(penalty_H)).to(device).eval()
+    heads.norm.mean.copy_(features.mean_D)
+    heads.norm.var.copy_(features.var_D)
+    heads.linear.weight.data.copy_(weight_HKP[..., :-1])
+    heads.linear.bias.data.copy_(weight_HKP[..., -1])
+    return weight_HKP, heads
+
+
+class Standardised:
+    """The features of a bank with mean 0 and variance 1 over the samples of all ranks. Every rank must make it."""
+
+    def __init__(self, bank: FeatureBank) -> None:
+        self.bank, self.ranks = bank, bank.ranks
+        self.device = bank.ranks.device if bank.ranks else bank.stored_SD.device
+        zeros_D = torch.zeros(bank.stored_SD.shape[-1], dtype=torch.float64, device=self.device)
+        self.mean_D, self.var_D = zeros_D, zeros_D + 1 - BATCH_NORM_EPS
+        sum_D = sum((part_BD.double().sum(0) for _, part_BD in self.parts(1)), zeros_D.clone())
+        self.mean_D = all_reduce(sum_D, self.ranks) / len(bank.keys)
+        squares_D = sum((part_BD.double().square().sum(0) for _, part_BD in self.parts(1)), zeros_D.clone())
+        self.var_D = all_reduce(squares_D, self.ranks) / len(bank.keys)
+
+    def parts(self, logits: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield this rank's samples, float32 [B, D], of which each gets so many logits, and which of the R they are."""
+        at_a_time = max(_AT_A_TIME // max(logits, self.bank.stored_SD.shape[-1]), 1)
+        mean_D, scale_D = self.mean_D.float(), (self.var_D + BATCH_NORM_EPS).rsqrt().float()
+        for start in range(0, len(self.bank.own), at_a_time):
+            part = slice(start, start + at_a_time)
+            yield part, (self.bank.take(part).to(self.device).float() - mean_D) * scale_D
+
+    @cached_property
+    def correlation_DD(self) -> Tensor:
+        """Return the covariance, float64 [D, D]."""
+        total_DD = self.mean_D.new_zeros(len(self.mean_D), len(self.mean_D))
+        for _, part_BD in self.parts(1):
+            total_DD += part_BD.T @ part_BD
+        return all_reduce(total_DD, self.ranks) / len(self.bank.keys)
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """The mean loss of all samples with its penalty, for each strength, and the gradient."""
+
+    features: Standardised
+    targets: Tensor  # of this rank's samples
+    penalty_H: Tensor
+    fixed_K: Tensor  # bool: classes whose weights stay
+
+    def __call__(self, weight_AKP: Tensor, which_A: Tensor) -> tuple[Tensor, Tensor]:
+        """Return float64 [A] and [A, K, P]."""
+        strengths, classes, _ = weight_AKP.shape
+        weight_KD, bias_K = weight_AKP[..., :-1].flatten(0, 1).float(), weight_AKP[..., -1].flatten().float()
+        found = weight_AKP.new_zeros(strengths * (1 + weight_AKP[0].numel()))
+        loss_A, gradient_AKP = found[:strengths], found[strengths:].view_as(weight_AKP)
+        for part, features_BD in self.features.parts(len(weight_KD)):
+            logits_BAK = F.linear(features_BD, weight_KD, bias_K).unflatten(1, (strengths, classes))
+            loss_BA, slope_BAK = _loss(logits_BAK, self.targets[part].to(logits_BAK.device))
+            loss_A += loss_BA.sum(0, dtype=torch.float64)
+            gradient_AKP[..., :-1] += (slope_BAK.flatten(1).T @ features_BD).view_as(gradient_AKP[..., :-1])
+            gradient_AKP[..., -1] += slope_BAK.sum(0)
+        found = all_reduce(found, self.features.ranks).div_(len(self.features.bank.keys))
+        penalty_A = self.penalty_H[which_A]
+        loss_A += penalty_A / 2 * weight_AKP[..., :-1].square().sum((1, 2))
+        gradient_AKP[..., :-1] += penalty_A[:, None, None] * weight_AKP[..., :-1]
+        return loss_A, gradient_AKP.masked_fill_(self.fixed_K[:, None], 0)
+
+
+def _loss(logits_BAK: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss of each sample, [B, A], and its derivatives by the logits, [B, A, K]."""
+    if targets.ndim == 2:
+        target_BAK = targets[:, None].to(logits_BAK.dtype).expand_as(logits_BAK)
+        loss_BAK = F.binary_cross_entropy_with_logits(logits_BAK, target_BAK, reduction="none")
+        return loss_BAK.sum(2), logits_BAK.sigmoid() - target_BAK
+    log_BAK = logits_BAK.log_softmax(2)
+    label_BA1 = targets[:, None, None].expand(-1, logits_BAK.shape[1], 1)
+    slope_BAK = log_BAK.exp()
+    slope_BAK.scatter_add_(2, label_BA1, slope_BAK.new_full(label_BA1.shape, -1))
+    return -log_BAK.gather(2, label_BA1)[..., 0], slope_BAK
+
+
+class _InverseHessian:
+    """An estimate of the inverse Hessian: that of weights 0, for classes of which each has its own curvature."""
+
+    def __init__(self, features: Standardised, curvature_K: Tensor, penalty_H: Tensor) -> None:
+        values_D, self.vectors_DD = torch.linalg.eigh(features.correlation_DD)
+        self.scale_HKD = 1 / (curvature_K[:, None] * values_D.clamp(min=0) + penalty_H[:, None, None])
+        self.scale_K = 1 / curvature_K
+
+    def __call__(self, gradient_AKP: Tensor, which_A: Tensor) -> Tensor:
+        """Return the product with gradients of some of the strengths."""
+        rotated_AKD = gradient_AKP[..., :-1] @ self.vectors_DD * self.scale_HKD[which_A]
+        bias_AK = gradient_AKP[..., -1] * self.scale_K
+        return torch.cat((rotated_AKD @ self.vectors_DD.T, bias_AK[..., None]), -1)
+
+
+class _Memory:
+    """The last steps and changes of the gradient of each strength."""
+
+    def __init__(self, like_HKP: Tensor) -> None:
+        self.step_MHKP = like_HKP.new_zeros(_MEMORY, *like_HKP.shape)
+        self.change_MHKP = torch.zeros_like(self.step_MHKP)
+        self.rho_MH = like_HKP.new_zeros(_MEMORY, len(like_HKP))  # 0 where nothing is stored yet
+
+    def add(self, step_AKP: Tensor, change_AKP: Tensor, which_A: Tensor) -> None:
+        """Store a pair of some of the strengths in place of the oldest one."""
+        for stored, new in (
+            (self.step_MHKP, step_AKP),
+            (self.change_MHKP, change_AKP),
+            (self.rho_MH, 1 / _dot(step_AKP, change_AKP).clamp(min=1e-300)),
+        ):
+            stored[:, which_A] = torch.cat((stored[1:, which_A], new[None]))
+
+    def direction(self, gradient_AKP: Tensor, which_A: Tensor, hessian: _InverseHessian) -> Tensor:
+        """Return the direction of the next step, by the two loops of L-BFGS."""
+        found_AKP, factors = -gradient_AKP, []
+        pairs = [
+            (s[which_A], y[which_A], rho[which_A]) for s, y, rho in zip(self.step_MHKP, self.change_MHKP, self.rho_MH)
+        ]
+        for step_AKP, change_AKP, rho_A in reversed(pairs):
+            factor_A = rho_A * _dot(step_AKP, found_AKP)
+            found_AKP = found_AKP - factor_A[:, None, None] * change_AKP
+            factors.append(factor_A)
+        found_AKP = hessian(found_AKP, which_A)
+        _, last_AKP, rho_A = pairs[-1]
+        scale_A = 1 / (rho_A * _dot(last_AKP, hessian(last_AKP, which_A)))
+        found_AKP = found_AKP * scale_A.where(rho_A > 0, 1)[:, None, None]
+        for (step_AKP, change_AKP, rho_A), factor_A in zip(pairs, reversed(factors)):
+            found_AKP = found_AKP + (factor_A - rho_A * _dot(change_AKP, found_AKP))[:, None, None] * step_AKP
+        return found_AKP
+
+
+def _dot(first_AKP: Tensor, second_AKP: Tensor) -> Tensor:
+    return (first_AKP * second_AKP).sum((1, 2))
+
+
+def _minimise(
+    objective: _Objective, weight_HKP: Tensor, hessian: _InverseHessian, ranks: Ranks | None, pulse: Pulse | None
+) -> Tensor:
+    """Return the weights of the lowest losses. The strengths are independent: each has its own step length, and those
+    that have converged are left out."""
+    weight_HKP, at_A = weight_HKP.clone(), torch.arange(len(weight_HKP), device=weight_HKP.device)
+    loss_H, gradient_HKP = objective(weight_HKP, at_A)
+    memory, length_H = _Memory(weight_HKP), torch.ones_like(loss_H)
+    direction_HKP = -hessian(gradient_HKP, at_A)
+    for _ in range(_MOST_ITERATIONS):
+        if pulse:
+            pulse.mark("logistic regression")
+        promised_A = -_dot(direction_HKP[at_A], gradient_HKP[at_A]) / 2
+        going = (promised_A > _CONVERGED) & (length_H[at_A] > _SHORTEST)
+        at_A = at_A[_same(going, ranks)]
+        if not len(at_A):
+            break
+        step_AKP = length_H[at_A, None, None] * direction_HKP[at_A]
+        loss_A, gradient_AKP = objective(weight_HKP[at_A] + step_AKP, at_A)
+        predicted_A = _dot(step_AKP, gradient_HKP[at_A])
+        taken = _same(loss_A <= loss_H[at_A] * (1 + _ROUNDING) + _SUFFICIENT * predicted_A, ranks)
+        length_H[at_A[~taken]] /= 2
+        at, step_AKP, gradient_AKP = at_A[taken], step_AKP[taken], gradient_AKP[taken]
+        memory.add(step_AKP, gradient_AKP - gradient_HKP[at], at)
+        weight_HKP[at] += step_AKP
+        loss_H[at], gradient_HKP[at], length_H[at] = loss_A[taken], gradient_AKP, 1.0
+        direction_HKP[at] = memory.direction(gradient_AKP, at, hessian)
+    return weight_HKP
+
+
+def _same(decisions_A: Tensor, ranks: Ranks | None) -> Tensor:
+    """Return the decisions of the main rank: rounding may differ between ranks."""
+    return decisions_A.new_tensor(ranks.from_main(decisions_A.tolist())) if ranks else decisions_A

@@ -1,0 +1,94 @@
+"""Logistic regressions are those of scikit-learn, and their strength is chosen on held-out samples."""
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from m3ae_fast.evaluation import logistic_regression
+from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.fit_heads import logits
+from m3ae_fast.evaluation.logistic_regression import USUAL, fit, fit_chosen
+
+
+def _bank(features, labels=None):
+    return FeatureBank([f"a.tar/{number}" for number in range(len(features))], features, labels)
+
+
+def _samples(count, classes, noise, width=24, seed=0, decay=2):
+    """Features, whose variances differ by a factor of 10,000 as those of networks do, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    means = torch.randn(classes, width, generator=torch.Generator().manual_seed(9))
+    features = means[labels] + noise * torch.randn(count, width, generator=generator)
+    mixing = (
+        torch.randn(width, width, generator=torch.Generator().manual_seed(8))
+        * torch.logspace(0, -decay, width)[:, None]
+    )
+    return features @ mixing + 7, labels
+
+
+def _of_scikit_learn(features, labels, queries):
+    scaler = StandardScaler().fit(features)
+    judge = LogisticRegression(max_iter=10_000, tol=1e-6).fit(scaler.transform(features), labels)
+    return torch.from_numpy(judge.decision_function(scaler.transform(queries)))
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many strengths were evaluated on all samples."""
+    seen, real = [], logistic_regression._Objective.__call__
+    monkeypatch.setattr(
+        logistic_regression._Objective, "__call__", lambda self, w, at: seen.append(len(at)) or real(self, w, at)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("logits_at_a_time", [1 << 22, 700])
+def test_regressions_are_those_of_scikit_learn_in_few_passes(monkeypatch, passes, logits_at_a_time):
+    monkeypatch.setattr(logistic_regression, "_AT_A_TIME", logits_at_a_time)
+    (features, labels), (queries, _) = _samples(300, 4, 2.0), _samples(50, 4, 2.0, seed=1)
+    found = logits(fit(_bank(features), labels, 4), _bank(queries, torch.zeros(50).long()))
+    expected = _of_scikit_learn(features.double(), labels, queries.double())
+    torch.testing.assert_close(found - found.mean(1, keepdim=True), expected.float(), rtol=0.02, atol=0.02)
+    assert sum(passes) < 40  # scikit-learn needs hundreds
+
+    lists = torch.stack((labels == 0, labels < 2, labels < 0, labels < 4), 1)
+    found = logits(fit(_bank(features), lists, 4), _bank(queries, torch.zeros(50).long()))
+    for number in range(2):
+        expected = _of_scikit_learn(features.double(), lists[:, number], queries.double())
+        torch.testing.assert_close(found[:, number], expected.float(), rtol=0.02, atol=0.02)
+    assert len(found[:, 2].unique()) == len(found[:, 3].unique()) == 1  # of no sample, and of all
+
+
+def test_a_strength_is_chosen_where_the_usual_one_overfits():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1200, 1, generator=generator)  # which all features show, with noise
+    features = hidden + 3 * torch.randn(1200, 200, generator=generator)
+    labels = (hidden[:, 0] + torch.randn(1200, generator=generator) > 0).long()
+    train, held_out = _bank(features[:400], labels[:400]), _bank(features[400:], labels[400:])
+    heads, strength = fit_chosen(train, 2)
+    right, usual = (
+        (logits(each, held_out).argmax(1) == labels[400:]).float().mean()
+        for each in (heads, fit(train, train.labels, 2))
+    )
+    assert strength < USUAL and right > usual + 0.03, (strength, right, usual)
+    assert fit_chosen(_bank(*_samples(400, 4, 0.5)), 4)[1] == USUAL
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (torch.arange(99) % 3, 3),  # too few to hold out some
+        (torch.arange(120), 120),  # held-out classes have no training sample
+        (torch.zeros(40).long(), 1),
+        (torch.arange(40) % 2, 5),  # some classes have no sample
+    ],
+)
+def test_few_samples_get_the_usual_strength(labels, classes):
+    features = torch.randn(len(labels), 6, generator=torch.Generator().manual_seed(0))
+    features[:, 0] = 3.5  # constant
+    heads, strength = fit_chosen(_bank(features, labels), classes)
+    found = logits(heads, _bank(features, labels))
+    assert strength == USUAL and found.isfinite().all() and found.shape == (len(labels), classes)
+    assert torch.isin(found.argmax(1), labels).all()
