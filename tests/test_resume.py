@@ -225,7 +225,7 @@ SETTINGS = {
     | dict.fromkeys(
         (
             "micro_batch", "log_every", "eval_every", "save_every", "keep", "ema", "activation_checkpointing",
-            "compile", "eval_samples", "pictures", "probe", "rollbacks",
+            "compile", "eval_samples", "pictures", "probe", "rollbacks", "spike_threshold",
         ),
         FREE,
     ),

@@ -1,4 +1,4 @@
-"""Runs that return to a good checkpoint and leave out the batch of a step that was not finite."""
+"""Runs that return to a good checkpoint and leave out the batch of a step that was not finite or a spike."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import Config, parse
 from m3ae_fast.process.session import joined_program
+from m3ae_fast.training import loss_watch
 from m3ae_fast.training import run as run_module
 from m3ae_fast.training.loss_watch import NotFinite
 from m3ae_fast.training.metrics_log import SilentLog
@@ -32,11 +33,11 @@ def test_steps_take_the_batches_that_are_not_left_out():
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """train(run, bad, ...) -> keys of each step's samples, of a run whose losses of samples `bad` are not finite."""
+    """train(run, bad, ...) -> keys of each step's samples, of a run whose losses of samples `bad` are `loss`."""
     source = [{"shards": write_tar(tmp_path / "p.tar", members(range((STEPS + 3) * BATCH)))}]
     build = run_module.build_engine
 
-    def perform(run, bad=(), resume="no", **changes):
+    def perform(run, bad=(), resume="no", loss=math.nan, **changes):
         data = json.loads(json.dumps(TINY))
         data["run"] = {"dir": str(tmp_path / run)}
         data["data"] |= {"train": source, "val": [], "workers": 0, "cache_dir": str(tmp_path / "cache")}
@@ -56,7 +57,7 @@ def train(tmp_path, monkeypatch):
                 taken.append(keys)
                 losses, norm = self.engine.step(batches, counts, lr)
                 if {*bad} & {*keys}:
-                    losses[-1] = losses[-1]._replace(loss=torch.tensor(math.nan))
+                    losses[-1] = losses[-1]._replace(loss=torch.tensor(loss))
                 return losses, norm
 
         monkeypatch.setattr(run_module, "build_engine", Spoilt)
@@ -141,3 +142,31 @@ def test_a_run_without_a_good_checkpoint_returns_to_its_start(train, tmp_path, b
     assert taken[batch] == whole[batch] and taken[batch + 1 :] == whole[:batch] + taken[-STEPS + batch :]
     assert taken[-STEPS:-1] == whole[:batch] + whole[batch + 1 :] and len(losses(tmp_path / "run")) == STEPS
     assert checkpoint.step_of(checkpoint.saved_steps(tmp_path / "run")[-1]) == STEPS
+
+
+@pytest.mark.slow
+def test_a_run_returns_from_spikes_of_the_loss_and_ignores_more_than_it_may(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loss_watch, "WINDOW", 3)
+    whole, settings = whole_keys(train), {"rollbacks": 1, "spike_threshold": 100.0}
+    bad = whole[4][3], whole[6][0]
+    taken = train("run", bad, loss=1e6, **settings)
+    out = capsys.readouterr().out
+    assert "the loss of step 5, 1e+06, is a spike: the 3 losses before it are" in out and "batch 4 is left out" in out
+    assert whole[6] in taken[taken.index(whole[4]) + 1 :] and "batch 6 is left out" not in out
+    found = losses(tmp_path / "run")
+    assert [step for step, loss, _ in found if loss > 1e5] == [6] and len(found) == STEPS
+    early, *late = checkpoint.saved_steps(tmp_path / "run")[1:]
+    assert len(checkpoint.read_info(early).recent_losses) == 3
+    for path in late:  # goes back to before the spike
+        shutil.rmtree(path)
+    train("run", bad, "auto", loss=1e6, **settings)
+    assert losses(tmp_path / "run") == found and checkpoint.read_info(late[-1]).left_out == [4]
+
+
+def test_spikes_need_a_run_that_may_return_and_images_of_one_size():
+    for changes, message in (
+        ({}, "train.spike_threshold returns to a checkpoint: set train.rollbacks"),
+        ({"rollbacks": 1, "image_sizes": [[0.5, 16]]}, "train.spike_threshold needs images of one size"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(Config, TINY | {"train": TINY["train"] | {"spike_threshold": 6.0} | changes}, "test")

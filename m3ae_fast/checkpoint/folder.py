@@ -73,6 +73,8 @@ class Info:
     spent: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # seconds of training, if the run has a time limit
     # batches of the stream that are left out, of which the first is 0
     left_out: list[Annotated[int, Field(ge=0, lt=1 << 53)]] = field(default_factory=list)
+    # losses of the last steps, if the run detects loss spikes
+    recent_losses: list[Annotated[float, Field(allow_inf_nan=False)]] = field(default_factory=list)
 
 
 def checkpoints_dir(run_dir: Path) -> Path:

@@ -520,6 +520,10 @@ class TrainConfig(TransformerLoopConfig):
     rollbacks: int = Field(0, ge=0, le=100)
     """Number of times that a run whose loss or gradient norm is not finite returns to its last good checkpoint and
     leaves out the batch of that step; 0: the run ends instead."""
+    spike_threshold: float | None = Field(None, gt=0, le=1e6)
+    """Number of standard deviations, such as 6, by which the loss of a step exceeds the mean of the 128 steps before it
+    if it is a spike. The run then returns as if the loss were not finite, as often as `rollbacks` allows; later spikes
+    are ignored. null: spikes are not detected."""
     eval_samples: Count = 1024
     """Number of held-out samples in each evaluation."""
     pictures: int = Field(6, ge=0, le=1000)
@@ -683,6 +687,8 @@ class Config(Section):
         if self.train.stop_at is not None and (self.train.probe is None or self.train.probe.every is None):
             raise ValueError("train.stop_at needs the accuracy of train.probe during training: set train.probe.every")
         self._check_image_sizes()
+        if self.train.spike_threshold is not None and not self.train.rollbacks:
+            raise ValueError("train.spike_threshold returns to a checkpoint: set train.rollbacks to 1 or more")
         if self.optim.name == "muon" and self.zero and (self.zero.stage == 3 or self.zero.offloads_optimizer):
             what = "stage 3" if self.zero.stage == 3 else "offload_optimizer"
             raise ValueError(
@@ -712,6 +718,8 @@ class Config(Section):
                 "train.image_sizes are for fractions of a known number of steps: set train.hours and train.stop_at to "
                 "null, and train.steps or train.epochs"
             )
+        if self.train.spike_threshold is not None:
+            raise ValueError("train.spike_threshold needs images of one size: set train.image_sizes to []")
         fractions = [fraction for fraction, _ in pairs]
         if fractions != sorted({*fractions}):
             raise ValueError(f"train.image_sizes: the fractions {fractions} must rise")

@@ -117,7 +117,7 @@ class FineTuningTask(LabelledTask):
         )
 
     def conclude(self, trainer: Trainer) -> dict[str, float] | None:
-        trainer.stop_if_not_finite()
+        trainer.stop_if_diverged()
         ranks = trainer.ranks
         own: list[tuple[Predictions, tuple[Skipped, ...]]] = []
         batches = trainer.pulse.watch(self.val_loader, f"evaluating after step {trainer.step}")

@@ -63,7 +63,7 @@ def knn_probe(config: Config, ranks: Ranks) -> Callable[[Trainer], None] | None:
 def _log(config: Config, probe: KnnProbeConfig, train: Corpus, val: Corpus, classes: Classes, trainer: Trainer) -> None:
     if not trainer.to_evaluate(probe.every, ACCURACY):
         return
-    trainer.stop_if_not_finite()
+    trainer.stop_if_diverged()
     model = trainer.engine.model
     assert isinstance(model, M3AE)
     encode = EncodeConfig(pool=probe.pool, precision=config.train.precision)

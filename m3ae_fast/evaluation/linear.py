@@ -63,7 +63,7 @@ class ProbingTask(LabelledTask):
 
     def conclude(self, trainer: Trainer) -> dict[str, float]:
         """Evaluate on all held-out samples, and log and return the accuracies."""
-        trainer.stop_if_not_finite()
+        trainer.stop_if_diverged()
         trainer.pulse.mark(f"evaluating after step {trainer.step}")
         return self.evaluated(trainer, self.val.predictions(logits(self.heads.eval(), self.val)))
 

@@ -86,7 +86,7 @@ class PretrainingTask:
     def _evaluate_losses(self, trainer: Trainer, loader: DataLoader[PackedBatch]) -> None:
         if not trainer.to_evaluate(self.config.train.eval_every, *_LOSSES):
             return
-        trainer.stop_if_not_finite()
+        trainer.stop_if_diverged()
         model = trainer.engine.model
         assert isinstance(model, M3AE)
         baselines = Baselines(model, self.config.train.precision, trainer.ranks)

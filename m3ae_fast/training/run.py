@@ -46,7 +46,7 @@ from m3ae_fast.process.session import Session
 from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.early_stopping import EarlyStopping
 from m3ae_fast.training.initial_weights import constants, start_from
-from m3ae_fast.training.loss_watch import NotFinite
+from m3ae_fast.training.loss_watch import Diverged, Spikes
 from m3ae_fast.training.notices import cautions
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.run_folder import RunFolder
@@ -91,7 +91,7 @@ def pre_train(
             try:
                 trainer.train(config.run.dir if profile and ranks.is_main else None)
                 return
-            except NotFinite as error:
+            except Diverged as error:
                 if len(trainer.left_out) >= config.train.rollbacks:
                     raise
                 left_out = (*trainer.left_out, error.batch)
@@ -106,8 +106,8 @@ def pre_train(
 
 
 def _return_to(run_dir: Path, resume: str) -> str:
-    """Return the value of `resume` with which to continue after a non-finite step: "auto", which selects the last good
-    checkpoint or, if there is none, the value with which the run was started. Main rank only."""
+    """Return the value of `resume` with which to continue after a step that was not finite or a spike: "auto", which
+    selects the last good checkpoint or, if there is none, the value with which the run was started. Main rank only."""
     if any(not (path / checkpoint.FAILED).exists() for path in checkpoint.saved_steps(run_dir)):
         return "auto"
     checkpoint.set_aside_after(run_dir, 0)
@@ -167,7 +167,17 @@ def set_up(
         limit=stream.limit,
         early_stopping=_early_stopping(config, found, ranks),
         left_out=left_out,
+        spikes=_spikes(config, found, left_out),
     )
+
+
+def _spikes(config: Config, found: Resume, left_out: tuple[int, ...]) -> Spikes | None:
+    """Return the detection of loss spikes with the losses before the checkpoint; None if the run may not return to a
+    checkpoint again, because a spike does not end a run."""
+    threshold = config.train.spike_threshold
+    if threshold is None or len(left_out) >= config.train.rollbacks:
+        return None
+    return Spikes(threshold, found.info.recent_losses if found.info else ())
 
 
 def _extended(config: Config, info: checkpoint.Info) -> bool:

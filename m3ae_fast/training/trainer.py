@@ -27,7 +27,7 @@ from m3ae_fast.process.garbage_collection import GarbageCollection
 from m3ae_fast.process.session import Session
 from m3ae_fast.process.signals import BY_ANOTHER
 from m3ae_fast.training.early_stopping import EarlyStopping
-from m3ae_fast.training.loss_watch import LossWatch, NotFinite
+from m3ae_fast.training.loss_watch import LAG, Diverged, LossWatch, Spikes
 from m3ae_fast.training.metrics_log import RunLog, SilentLog
 from m3ae_fast.training.notices import MemoryGrowth
 from m3ae_fast.training.profiler import profiler
@@ -58,9 +58,10 @@ class Sums(NamedTuple):
     """Values that are summed over ranks before each step."""
 
     stopped: float  # number of ranks that are asked to stop
-    failed: float  # number of ranks on which a step was not finite or a save has failed
+    failed: float  # number of ranks on which a step was not finite or a spike, or a save has failed
     confirmed: float  # number of ranks on which the step after the last save was finite and the save is complete
     total_steps: float  # decided by the main rank
+    loss: float  # of the step before the last LAG, if spikes are detected
     counts: Counts
 
 
@@ -93,6 +94,7 @@ class Trainer:
     limit: TimeLimit | None = None  # used on the main rank
     early_stopping: EarlyStopping | None = None  # used on the main rank
     left_out: tuple[int, ...] = ()  # batches of the stream that no step takes
+    spikes: Spikes | None = None
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.pulse, _ = self.session
@@ -102,7 +104,7 @@ class Trainer:
         if self.ranks.is_main:
             self.log = RunLog(self.run.dir, self.start, self.schedule.total_steps, self.run.loggers, self.sections)
         self.record = Recorder(self.run.dir, self.schedule.total_steps)
-        self.watch = LossWatch()
+        self.watch = LossWatch(self.spikes)
         self.growth = MemoryGrowth()
         self.saver = Saver(
             run_dir=self.run.dir,
@@ -143,7 +145,7 @@ class Trainer:
                 self.log_step(losses, grad_norm)
                 self.task.evaluate(self)
                 if self._saves():
-                    self.stop_if_not_finite()
+                    self.stop_if_diverged()
                     self._save()
                 garbage.after_step(self.step)
                 if trace:
@@ -160,9 +162,10 @@ class Trainer:
         batches = self.pulse.watch(self.train_loader, "training")
         for inputs in feed(batches, self.share.accumulation, self.ranks.device, self._start_sums):
             sums = inputs.sums()
+            spike = self.watch.compare(self.step - LAG, sums.loss / self.ranks.world)
             if sums.confirmed == self.ranks.world:
                 self.saver.step_was_finite(self.watch.finite_through)
-            if sums.stopped or sums.failed or self.step >= self.schedule.total_steps:
+            if sums.stopped or sums.failed or spike or self.step >= self.schedule.total_steps:
                 return
             self._change(int(sums.total_steps))
             self._batch += 1
@@ -194,12 +197,13 @@ class Trainer:
         failed = self.watch.failed() or self.saver.failed()
         confirmed = self.saver.awaits(self.watch.finite_through) and not self.saver.busy
         total = self._decide() if self.ranks.is_main else 0
+        loss = self.watch.loss(self.step - LAG)
         own = self.task.count(batches)
-        wait = self.ranks.start_sum((self.stop.asked, failed, confirmed, total, *own))
+        wait = self.ranks.start_sum((self.stop.asked, failed, confirmed, total, loss, *own))
 
         def sums() -> Sums:
-            stopped, failed, confirmed, total, *counts = wait()
-            return Sums(stopped, failed, confirmed, total, type(own)(*counts))
+            stopped, failed, confirmed, total, loss, *counts = wait()
+            return Sums(stopped, failed, confirmed, total, loss, type(own)(*counts))
 
         return sums
 
@@ -223,7 +227,7 @@ class Trainer:
         self.log.change(total)
         self.log.log(self.step, {"total_steps": total})
         if self._saves() and not saved:
-            self.stop_if_not_finite()
+            self.stop_if_diverged()
             self._save()
 
     def _name_bad(self, skipped: list[Skipped]) -> None:
@@ -283,9 +287,13 @@ class Trainer:
         """Log that a stop interrupted an evaluation; the next start repeats it."""
         self.log.say(f"the evaluation after step {self.step} was interrupted; --resume auto repeats it")
 
-    def stop_if_not_finite(self) -> None:
-        """Raise NotFinite on all ranks if a step of any rank had a loss or gradient norm that is not finite."""
+    def stop_if_diverged(self) -> None:
+        """Raise Diverged on all ranks if a step of any rank had a loss or gradient norm that is not finite, or if the
+        loss of a step was a spike."""
         watch = self.watch
+        if watch.spikes:
+            by_rank = self.ranks.gather(watch.losses())
+            watch.compare_all([sum(losses) / self.ranks.world for losses in zip(*by_rank)])
         found = self.ranks.gather((watch.first_bad(), watch.bad_step, watch.finite_through))
         finite_through = min(through for *_, through in found)
         if self.saver.awaits(finite_through):
@@ -295,7 +303,7 @@ class Trainer:
             step, text = min(bad)
             advice = self.saver.step_was_not_finite(step)
             advice += f": look at these samples, or continue with {self.suggested_fix}"
-            raise NotFinite(text, advice, batch_of(step - 1, self.left_out))
+            raise Diverged(text, advice, batch_of(step - 1, self.left_out))
 
     # The beginning and the end
 
@@ -329,15 +337,16 @@ class Trainer:
         changes: list[tuple[int, int]] = list(self.schedule.changes)
         begin = self.schedule.decay_begin
         decays = begin is not None and self.step > begin
+        recent = [*self.spikes.recent] if self.spikes else []
         self.saver.save(
-            checkpoint.Info(*about, self.stream, {}, self.attention, changes, decays, spent, [*self.left_out])
+            checkpoint.Info(*about, self.stream, {}, self.attention, changes, decays, spent, [*self.left_out], recent)
         )
 
     def _finish(self) -> None:
         """Wait for the last save. If the run was stopped early, save its state first. Raises UserError on all ranks if
         a save has failed."""
         self.saver.wait()
-        self.stop_if_not_finite()
+        self.stop_if_diverged()
         if self.bad.bad:
             self.log.say(f"note: {self.bad.bad:,} of {self.bad.seen:,} samples could not be used")
         if self.step >= self.schedule.total_steps:
