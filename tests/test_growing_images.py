@@ -1,14 +1,18 @@
 """Training that begins with smaller images: their positions, crops and FLOPs, and runs that go on across a switch."""
 
 import shutil
+from dataclasses import replace
+from functools import partialmethod
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.batch.packing import Geometry
+from m3ae_fast.batch.masking import draw_mask
+from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.config import Config, DataConfig, MaskingConfig, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Data, Preparation, ShardStore, Share, eval_loader, open_corpus, train_loader
 from m3ae_fast.engine.schedule import Schedule
@@ -91,6 +95,27 @@ def test_a_smaller_image_is_what_a_model_of_its_size_sees(batches):
         holder.positions.image = sincos_of_smaller(dim, 2, 4)
     losses = [each(training[2]).loss for each in (model, other)]
     assert torch.equal(*losses) and losses[0].isfinite()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["self", "cross"])
+def test_compiled_blocks_take_images_of_all_sizes_without_another_graph(attention, monkeypatch):
+    """Blocks are traced, not compiled, which takes long."""
+    torch._dynamo.reset()
+    counter, compiled = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compiled, backend=counter))
+    model, found = M3AE(MODEL.model_copy(update={"dec_attention": attention, "dec_depth": 2})), []
+    for blocks in (model.encoder, model.decoder):
+        blocks.compile_blocks()
+    for samples, side in ((4, 16), (4, 16), (4, 24), (4, 32), (3, 32)):
+        geometry, generator = replace(model.geometry, image_size=side), torch.Generator().manual_seed(side)
+        images = [torch.full((3, side, side), number, dtype=torch.uint8) for number in range(samples)]
+        masks = [draw_mask((side // 8) ** 2, 0.75, generator) for _ in images]
+        batch = pack([Sample(f"{i}", image, mask) for i, (image, mask) in enumerate(zip(images, masks))], geometry)
+        model(batch).loss.backward()
+        found.append(counter.frame_count)
+    assert {*found} == {2}  # encoder and decoder, by their first batch
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+UNIONS = (Union, UnionType)
 _ALIKE = 0.75  # minimum similarity (difflib's ratio) to suggest a key of the same section for an unknown key
 
 
 def describe_error(section: type[BaseModel], error: ValidationError) -> str:
     """Return a line that describes the first error, and the number of further errors."""
     first, *others = error.errors()
-    where = ".".join(str(part) for part in first["loc"])
+    loc = first["loc"] if first["type"] == "extra_forbidden" else _without_kinds(section, first["loc"])
+    where = ".".join(str(part) for part in loc)
     if first["type"] == "extra_forbidden":
         text = _unknown(section, first["loc"], where, first["input"])
     elif first["type"] == "missing":
@@ -22,10 +25,30 @@ def describe_error(section: type[BaseModel], error: ValidationError) -> str:
     else:
         message = first["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
+        if len(loc) < len(first["loc"]):  # a value that is none of several kinds has an error for each
+            alike = [each for each in others if _without_kinds(section, each["loc"])[: len(loc)] == loc]
+            others = [each for each in others if each not in alike]
+            kinds = dict.fromkeys(each["msg"].removeprefix("Input should be ") for each in alike)
+            message = " or ".join([message, *(kind for kind in kinds if not message.endswith(kind))])
         got = "" if isinstance(first["input"], dict) else f" (got {json.dumps(first['input'], default=str)[:80]})"
         text = message if not where or message.startswith(f"{where}.") else f"{where}: {message}{got}"
     text = " ".join(text.split())[:1000]  # an unknown key may have any length, and contain line breaks
     return text + (f" (and {len(others)} more)" if others else "")
+
+
+def _without_kinds(section: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Return the location of an error without pydantic's names for the kinds of values that a setting can have, such as
+    `constrained-float`."""
+    kept: list[int | str] = []
+    several = False
+    for part in loc:
+        if isinstance(part, str) and (field := section.model_fields.get(part)):
+            section = section_of(field.annotation) or section
+            several = len({*get_args(field.annotation)} - {type(None)}) > 1 and get_origin(field.annotation) in UNIONS
+        elif isinstance(part, str) and several:
+            continue
+        kept.append(part)
+    return tuple(kept)
 
 
 def _unknown(section: type[BaseModel], loc: tuple[int | str, ...], where: str, value: Any) -> str:
