@@ -14,7 +14,7 @@ from m3ae_fast.config import Config, parse
 from m3ae_fast.process.session import joined_program
 from m3ae_fast.training import loss_watch
 from m3ae_fast.training import run as run_module
-from m3ae_fast.training.loss_watch import NotFinite
+from m3ae_fast.training.loss_watch import Diverged
 from m3ae_fast.training.metrics_log import SilentLog
 from m3ae_fast.training.run import pre_train
 from m3ae_fast.training.time_limit import TimeLimit
@@ -84,7 +84,7 @@ def test_a_run_that_returns_to_a_checkpoint_has_used_its_time(tmp_path, monkeypa
             limits.append(trainer.limit)
             if len(limits) < 3:
                 trainer.limit._began -= 600
-                raise NotFinite("the loss of step 3 is not finite", "", len(limits))
+                raise Diverged("the loss of step 3 is not finite", "", len(limits))
 
         trainer.train = train
         return trainer
