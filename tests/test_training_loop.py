@@ -504,7 +504,7 @@ def test_a_loss_is_a_spike_only_far_above_a_full_window():
     spikes = Spikes(6, [1.0, 2.0] * (WINDOW // 2 - 1) + [1.0])
     assert not spikes.add(100.0)  # compared with 127 losses only
     spikes = Spikes(6, [1.0, 2.0] * (WINDOW // 2))
-    assert not spikes.add(4.4) and spikes.add(4.8)  # 1.5 and 6 times 0.5; the first is one of the recent losses now
+    assert spikes.add(4.6) and not spikes.add(4.4)  # 1.5 and 6 times 0.5; the second is one of the recent losses now
     assert list(spikes.recent)[-2:] == [2.0, 4.4] and len(spikes.recent) == WINDOW
     assert not spikes.add(-100.0)  # a low loss is none
 
