@@ -84,6 +84,12 @@ def test_images_have_the_size_of_their_step_and_evaluations_the_models(batches):
     assert flops[0] < flops[1] / 2 < flops[2] / 4 and flops[2] == flops[3]
 
 
+def test_an_evaluation_predicts_all_masked_patches(batches):
+    """Of which training predicts half: 6 of 12."""
+    predicted = [[int((batch.image_row_weight > 0).sum()) for batch in part] for part in batches]
+    assert predicted[0][4:] == [4 * 6] * 4 and sum(predicted[1]) == 8 * 12
+
+
 def test_a_smaller_image_is_what_a_model_of_its_size_sees(batches):
     """But for the positions, which are those of the whole."""
     training, _ = batches

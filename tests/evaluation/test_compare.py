@@ -172,13 +172,15 @@ def test_two_results_are_told_apart_or_not(transfer, run, shards, tmp_path, caps
 
 
 def test_results_of_different_labels_are_not_compared(tmp_path):
-    """Other names of the same classes are no difference."""
+    """Other names of the same classes are no difference; classes that are joined are one."""
     keys, site, colour = list("abcdef"), list("nsnsns"), [0, 1, 2, 0, 1, 2]
-    for name, labels in (("colour", colour), ("named", ["red", "green", "blue"] * 2), ("site", site)):
+    named = {"named": ["red", "green", "blue"] * 2, "joined": ["warm", "cold", "cold"] * 2}
+    for name, labels in {"colour": colour, "site": site, **named}.items():
         write_parquet(tmp_path / name / "predictions.parquet", {"key": keys, "label": labels, "prediction": labels})
     assert "does not differ significantly" in compare_results([tmp_path / "colour", tmp_path / "named"])
-    with pytest.raises(UserError, match="the samples have different classes; name results of one --labels"):
-        compare_results([tmp_path / "colour", tmp_path / "site"])
+    for pair in (("colour", "site"), ("colour", "joined"), ("joined", "colour")):
+        with pytest.raises(UserError, match="the samples have different classes; name results of one --labels"):
+            compare_results([tmp_path / name for name in pair])
 
 
 def test_predictions_of_no_class_are_no_result(tmp_path):
