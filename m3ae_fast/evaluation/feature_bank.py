@@ -102,13 +102,6 @@ class FeatureBank:
         patches_NLD = None if self.patches_SLD is None else self.tokens().complete(self.tokens().features_RD)
         return replace(alone, stored_SD=self.complete(self.features_RD), patches_SLD=patches_NLD)
 
-    def on_main(self) -> Tensor | None:
-        """Return the features of all samples on the CPU of the main rank, [N, ...]; None on other ranks. Every rank
-        must call it."""
-        own = self.features_RD.cpu()
-        parts = [(self.own, own)] if self.ranks is None else self.ranks.gather_on_main((self.own, own))
-        return None if parts is None else _in_order(parts)
-
     def complete(self, values_R: Tensor) -> Tensor:
         """Gather values for the samples of each rank, [R, ...], and return those of all samples on the CPU of every
         rank, [N, ...]. Every rank must call it."""

@@ -40,7 +40,7 @@ class HeadBatch(NamedTuple):
     """This rank's part of a step."""
 
     inputs: Mapping[Input, Tensor]  # features [S, D], or patch tokens [S, L, D]
-    labels_S: Tensor
+    targets: Tensor  # class ids [S], or how often each class counts [S, K]
     samples: int  # number of samples of the step, over all ranks
 
 
@@ -79,20 +79,20 @@ class Stack:
     scales_H: Tensor  # learning rates as multiples of the learning rate of the schedule
     ranks: Ranks | None = None  # ranks between which each step is split
 
-    def step(self, x: Tensor, labels_S: Tensor, samples: int, lr: float) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, targets: Tensor, samples: int, lr: float) -> tuple[Tensor, Tensor]:
         """Take a step on this rank's part of its samples. Return the loss and the accuracy of each head before the
         step, over all samples, float32 [H] each.
 
         Args:
             x: features [S, D], or patch tokens [S, L, D].
-            labels_S: class ids.
+            targets: class ids [S], or how often each class counts [S, K]; see `losses`.
             samples: number of samples of the step, over all ranks.
             lr: learning rate of the schedule.
         """
         self.heads.train()
         self.optimizer.zero_grad()
         logits_SHK = self.heads(x)
-        loss_SH, right_SH, _ = losses(logits_SHK, labels_S)
+        loss_SH, right_SH, _ = losses(logits_SHK, targets)
         (loss_SH.sum() / samples).backward()
         for p in self.heads.parameters():
             assert p.grad is not None
@@ -164,11 +164,11 @@ def fit_heads(
     right: dict[Input, list[Tensor]] = {name: [] for name in stacks}
     for step, batch in enumerate(track(batches, title, steps, whole=whole, part=part)):
         pulse.mark(title)
-        labels_S = batch.labels_S.to(ranks.device)
+        targets = batch.targets.to(ranks.device)
         with live.updating:
             for name, stack in stacks.items() if batch.samples else ():
                 x = batch.inputs[name].to(ranks.device).float()
-                right[name].append(stack.step(x, labels_S, batch.samples, lr(step))[1])
+                right[name].append(stack.step(x, targets, batch.samples, lr(step))[1])
             live.stepped()
     for stack in stacks.values():
         stack.heads.eval()
@@ -212,14 +212,21 @@ def _logits(heads: Heads, bank: FeatureBank) -> Iterator[tuple[slice, Tensor]]:
         yield part, heads(bank.take(part).to(heads.linear.bias.device).float())
 
 
-def losses(logits_SHK: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def losses(logits_SHK: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return for each sample and head the cross entropy, whether the prediction is correct (1 or 0), and whether a
-    logit is not finite (1 or 0): float32 [S, H] each."""
-    samples, heads, classes = logits_SHK.shape
-    labels_SH = labels_S[:, None].expand(samples, heads)
-    loss_SH = F.cross_entropy(logits_SHK.reshape(-1, classes), labels_SH.reshape(-1), reduction="none")
-    right_SH, bad_SH = logits_SHK.argmax(2) == labels_SH, ~logits_SHK.isfinite().all(2)
-    return loss_SH.view(samples, heads), right_SH.float(), bad_SH.float()
+    logit is not finite (1 or 0): float32 [S, H] each.
+
+    Args:
+        logits_SHK: the logits.
+        targets: class ids, int64 [S]; or how often each class counts in a sample, float32 [S, K], such as the pixels of
+            a patch. The second result is then how often the predicted class counts.
+    """
+    samples, heads, _ = logits_SHK.shape
+    targets = targets[:, None].expand(samples, heads, *targets.shape[1:])
+    loss_SH = F.cross_entropy(logits_SHK.flatten(0, 1), targets.flatten(0, 1), reduction="none").view(samples, heads)
+    best_SH, bad_SH = logits_SHK.argmax(2), ~logits_SHK.isfinite().all(2)
+    right_SH = targets == best_SH if targets.ndim == 2 else targets.gather(2, best_SH[..., None])[..., 0]
+    return loss_SH, right_SH.float(), bad_SH.float()
 
 
 def subset(banks: Mapping[Input, FeatureBank], rows: Sequence[int]) -> dict[Input, FeatureBank]:

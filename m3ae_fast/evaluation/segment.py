@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,17 +28,19 @@ from m3ae_fast.config.evaluation import SegmentConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.segmentation_masks import Masks, masked_corpus
 from m3ae_fast.drawing.figures import Cell, draw_sheet
+from m3ae_fast.engine.schedule import warmup_cosine
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.heads import LinearProbeHead
+from m3ae_fast.evaluation.fit_heads import BankSteps, HeadBatch, Stack, fit_heads
+from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
 from m3ae_fast.evaluation.job import Job, SoFar
 from m3ae_fast.evaluation.significance import ERROR, middle
+from m3ae_fast.evaluation.stacked_optimizers import AdamW
 from m3ae_fast.process.collectives import all_reduce
 from m3ae_fast.process.ranks import Ranks
 
 _SHOWN = 8  # number of held-out images in the figure
 _RESAMPLES = 1000  # number of bootstrap samples
 _QUERIES, _PREDICTED = 1024, 16  # number of patches whose neighbours are searched, and of images predicted, at a time
-_COUNTED = 64  # number of images whose patches are summed at a time
 _WARM_UP = 0.1  # fraction of the steps
 
 
@@ -166,61 +168,35 @@ class Linear:
 
 def fit(train: Images, classes: int, config: SegmentConfig, job: Job) -> Linear:
     """Return a linear head trained by AdamW. The loss is the mean over pixels of the cross entropy between the scores
-    of a pixel's patch and the pixel's class. The norm uses the statistics of all training patches. Each rank computes
-    the gradients of its own images."""
-    bank, ranks, side = train.bank, job.ranks, train.side
-    with torch.random.fork_rng():
-        torch.manual_seed(job.config.run.seed)
-        head = LinearProbeHead(bank.stored_SD.shape[-1], classes).to(ranks.device).eval()
-    head.norm.mean, head.norm.var = _statistics(bank, ranks)
-    optimizer = torch.optim.AdamW(head.parameters(), config.peak_lr, weight_decay=config.weight_decay)
-    warm_up = max(1, round(_WARM_UP * config.steps))
-
-    def factor(step: int) -> float:
-        done = (step - warm_up) / max(config.steps - warm_up, 1)
-        return (step + 1) / warm_up if step < warm_up else 0.5 + 0.5 * math.cos(math.pi * done)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    row_N = torch.full((len(bank.keys),), -1)  # row of each image in this rank's features; -1: on another rank
-    row_N[bank.own] = torch.arange(len(bank.own))
-    batches = _batches(len(bank.keys), min(config.batch, len(bank.keys)), np.random.default_rng(job.config.run.seed))
-    for _ in track(range(config.steps), "training the head"):
-        job.pulse.mark("training the head")
-        rows_B = row_N[torch.from_numpy(next(batches))]
-        rows_B = rows_B[rows_B >= 0]
-        target_BLC = patch_labels(train.masks_RSS[rows_B].to(ranks.device), side, classes, config.ignore_label)
-        pixels = all_reduce(target_BLC.sum(), ranks).clamp(min=1)
-        logits_BLC = head(bank.take(rows_B).to(ranks.device).float())
-        optimizer.zero_grad()
-        (-(target_BLC * logits_BLC.log_softmax(-1)).sum() / pixels).backward()
-        for p in head.parameters():
-            assert p.grad is not None
-            all_reduce(p.grad, ranks)
-        optimizer.step()
-        schedule.step()
-    return Linear(head.requires_grad_(False))
+    of a pixel's patch and the pixel's class."""
+    ranks, warm_up = job.ranks, max(1, round(_WARM_UP * config.steps))
+    heads = LinearHeads(train.bank.stored_SD.shape[-1], classes, [job.config.run.seed], ranks).to(ranks.device)
+    optimizer = AdamW(heads.parameters(), weight_decay=config.weight_decay)
+    stack = Stack(heads, optimizer, torch.full((1,), config.peak_lr, device=ranks.device), ranks)
+    fit_heads(
+        _steps(train, classes, config, job),
+        {0: stack},
+        lambda step: warmup_cosine(step + 1, warm_up, config.steps + 1),
+        config.steps,
+        "training the head",
+        ranks,
+        job.pulse,
+    )
+    return Linear(heads.head(0).requires_grad_(False))
 
 
-def _statistics(bank: FeatureBank, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Return the mean and the variance over the patches of all ranks, [D] each, on this rank's device."""
-    sums_3D = torch.zeros(3, bank.stored_SD.shape[-1], dtype=torch.float64)
-    for rows in torch.arange(len(bank.own)).split(_COUNTED):
-        patches_PD = bank.take(rows).flatten(0, 1).cpu().double()
-        count_D = torch.full_like(sums_3D[0], len(patches_PD))
-        sums_3D += torch.stack((count_D, patches_PD.sum(0), patches_PD.square().sum(0)))
-    count_D, sum_D, squares_D = all_reduce(sums_3D.to(ranks.device), ranks)
-    mean_D = sum_D / count_D
-    return mean_D.float(), (squares_D / count_D - mean_D.square()).clamp(min=0).float()
-
-
-def _batches(samples: int, batch: int, random: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield the sample numbers of batches infinitely, in epochs that contain each sample once."""
-    rows = np.empty(0, np.int64)
-    while True:
-        while len(rows) < batch:
-            rows = np.concatenate((rows, random.permutation(samples)))
-        yield rows[:batch]
-        rows = rows[batch:]
+def _steps(train: Images, classes: int, config: SegmentConfig, job: Job) -> Iterator[HeadBatch]:
+    """Yield steps of patches, whose targets are their pixels of each class."""
+    bank, ranks, images = train.bank, job.ranks, len(train.bank.keys)
+    rows_N = torch.full((images,), -1)
+    rows_N[bank.own] = torch.arange(len(bank.own))
+    numbered = replace(bank, labels_N=rows_N)  # labels are rows of the masks
+    steps = BankSteps({0: numbered}, range(config.steps), min(config.batch, images), job.config.run.seed)
+    for inputs, rows_B, _ in steps:
+        masks_BSS = train.masks_RSS[rows_B].to(ranks.device)
+        target_BLC = patch_labels(masks_BSS, train.side, classes, config.ignore_label)
+        pixels = int(all_reduce(target_BLC.sum(dtype=torch.float64), ranks))
+        yield HeadBatch({0: inputs[0].flatten(0, 1)}, target_BLC.flatten(0, 1), max(pixels, 1))
 
 
 class Neighbours:

@@ -149,7 +149,7 @@ def test_epochs_of_cached_features_are_other_permutations_each():
     assert all(epoch.sort().values.tolist() == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
     for batch in batches:
-        assert batch.labels_S.tolist() == [100 + row for row in batch.inputs[1][:, 0].long().tolist()]
+        assert batch.targets.tolist() == [100 + row for row in batch.inputs[1][:, 0].long().tolist()]
     later = list(BankSteps({1: features}, range(4, 7), 5, seed=3))
     assert all(torch.equal(one.inputs[1], other.inputs[1]) for one, other in zip(batches[4:], later))
     odd = torch.cat([batch.inputs[1][:, 0] for batch in BankSteps({1: features}, range(10), 3, seed=3)]).long()

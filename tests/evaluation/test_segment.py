@@ -122,7 +122,7 @@ def test_an_error_is_that_of_other_draws_of_images():
 
 
 def test_a_head_is_trained_as_torch_would_on_all_pixels():
-    """With the cross entropy of each pixel that is not ignored, by AdamW; the norm is that of all patches."""
+    """With the cross entropy of each pixel that is not ignored, by AdamW, behind a BatchNorm."""
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(6, 4, 5, generator=generator)
     masks = torch.randint(3, (6, 8, 8), generator=generator).to(torch.uint8)
@@ -135,15 +135,16 @@ def test_a_head_is_trained_as_torch_would_on_all_pixels():
         found = fit(Images(bank, masks), 3, settings, job)(patches)
     torch.manual_seed(given.run.seed)
     linear = LinearProbeHead(5, 3).linear
-    rows = patches.flatten(0, 1)
-    inputs = (patches - rows.mean(0)) / (rows.var(0, unbiased=False) + 1e-5).sqrt()
+    mean, var = patches.flatten(0, 1).mean(0), patches.flatten(0, 1).var(0, unbiased=False)
+    inputs, kept = (patches - mean) / (var + 1e-5).sqrt(), 0.9**steps
     optimizer = torch.optim.AdamW(linear.parameters(), weight_decay=0.1)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 if step == 0 else (1 + math.cos(math.pi * (step - 1) / 11)) / 2)
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / steps)) / 2
         pixels = linear(inputs).transpose(1, 2).reshape(6, 3, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
         optimizer.zero_grad()
         F.cross_entropy(pixels, masks.long(), ignore_index=IGNORED).backward()
         optimizer.step()
+    inputs = (patches - (1 - kept) * mean) / ((1 - kept) * var + kept + 1e-5).sqrt()  # by the running statistics
     torch.testing.assert_close(found, linear(inputs).log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 
