@@ -1,4 +1,4 @@
-"""How threads of all ranks agree beside training: here each rank is a thread of one process."""
+"""Background threads of all ranks reach agreements during training. Here each rank is a thread of one process."""
 
 import threading
 import time
@@ -76,7 +76,8 @@ def test_a_bug_on_rank_0_is_raised_there_and_ends_the_others():
 
 
 def test_a_rank_that_leaves_waits_for_the_others_a_while_and_no_longer(monkeypatch):
-    """By a clock of the test's own. One that does not leave waits on: another may have much to save."""
+    """Time is that of a simulated clock. A rank that does not leave keeps waiting, since another may have much to
+    save."""
     now, leaving = [0.0], threading.Event()
     own = Agreement(1, 2, dist.HashStore(), leaving)
     looks = []
@@ -97,7 +98,8 @@ def test_a_rank_that_leaves_waits_for_the_others_a_while_and_no_longer(monkeypat
 @pytest.mark.parametrize("failing", [set(), {0}, {2}, {0, 1}, {1, 2}])
 @pytest.mark.parametrize("bugs", [set(), {0, 1, 2}, {1}])
 def test_an_error_of_any_rank_ends_all_of_them(failing, bugs):
-    """A bug is raised where it is, a mistake of the user on all others; of bugs alone the others learn of the first."""
+    """A bug is raised on its own rank, and a user error on all others. If there are bugs only, the others are told the
+    first one."""
 
     def work(own):
         def part():

@@ -1,4 +1,5 @@
-"""The attention op and the choice of what computes it, against float64; kernels of others by stand-ins."""
+"""The attention op and the choice of its implementation, compared with float64. Stand-ins replace third-party
+kernels."""
 
 import itertools
 import logging
@@ -34,7 +35,7 @@ def segments(lengths: list[int]) -> Segments:
 
 
 def inputs(dtype: torch.dtype, whole: bool, dim: int = 8) -> tuple:
-    """q or None, keys and values, segments of the queries and of the keys."""
+    """Return q or None, keys and values, and the segments of the queries and of the keys."""
     torch.manual_seed(0)
     lengths = KEYS if whole else QUERIES
     kv = torch.randn(sum(KEYS), 3 if whole else 2, 2, dim, dtype=dtype).requires_grad_()
@@ -74,7 +75,7 @@ def run(request, monkeypatch):
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)]
 )
 def test_attention_against_softmax(run, dtype, tolerance, whole):
-    """Lengths of 0, 1 and more; fewer queries than keys; gradients too."""
+    """Outputs and gradients are compared for lengths of 0, 1 and more, and for fewer queries than keys."""
     q, kv, *ends = inputs(dtype, whole)
     out = run(q, kv, *ends)
     q64, kv64 = (x if x is None else x.detach().double().requires_grad_() for x in (q, kv))
@@ -118,7 +119,7 @@ def test_a_block_is_one_graph(pruned):
 
 
 def test_gradient_is_one_tensor():
-    """The matmul before gets what it wants: nothing is concatenated or copied."""
+    """The gradient goes to the preceding matmul without concatenation or copy."""
     _, kv, *ends = inputs(torch.float32, True)
     seen = []
     x = kv.detach().flatten(1).requires_grad_()
@@ -144,7 +145,7 @@ def test_no_queries_and_no_rows():
 
 
 def test_scores_that_are_made_at_once_stay_in_the_cache(monkeypatch):
-    """Of equal samples as many as fit, of one that does not fit all."""
+    """As many equal samples as fit are computed at once. A sample that does not fit is computed by itself."""
     monkeypatch.setattr(per_sample, "CHUNK_SCORES", 600)
     for queries, keys, sizes in ((5, 7, [8, 2]), (7, 5, [8, 2]), (20, 20, [1] * 10)):
         groups = per_sample._groups(segments([queries] * 10), segments([keys] * 10), 2)
@@ -166,7 +167,8 @@ def fill(grads: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> None:
 
 
 class StandIns:
-    """Modules to import, and what was called. `slow`: of these, `sleep`ing; `wrong`: with other results."""
+    """Stand-ins for importable modules, and a record of their calls. Those in `slow` sleep, those in `wrong` return
+    other results."""
 
     def __init__(self, wrong: str = "") -> None:
         self.calls: list[str] = []
@@ -270,7 +272,7 @@ class StandIns:
         monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
 
     def install_cudnn(self, monkeypatch) -> None:
-        """As torch 2.14 calls it."""
+        """Install the stand-in for cuDNN under the names of torch 2.14."""
 
         def forward(
             *, query, key, value, attn_bias, cum_seq_q, cum_seq_k, max_q, max_k, compute_log_sumexp, dropout_p=0.0,
@@ -296,7 +298,7 @@ class StandIns:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Nothing is chosen yet, and no device to wait for."""
+    """A state in which no implementation is chosen yet and no device has to be waited for."""
     monkeypatch.setattr(cuda, "_chosen", {})
     monkeypatch.setattr(cuda, "SAMPLES", 2)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
@@ -327,7 +329,7 @@ def test_kernels_of_others_are_called_right(monkeypatch, name, whole):
 
 @pytest.mark.slow
 def test_the_fastest_is_taken_and_the_others_reasons_are_told(monkeypatch, caplog):
-    """Time is what the stand-ins say."""
+    """Times are those of the stand-ins."""
     stand_ins = StandIns(wrong="3")
     stand_ins.install(monkeypatch, "flash_attn_2", "flash_attn_3")
     stand_ins.install_in_torch(monkeypatch)
@@ -352,7 +354,7 @@ def test_the_fastest_is_taken_and_the_others_reasons_are_told(monkeypatch, caplo
 
 
 def test_what_does_not_work_is_left_out(monkeypatch, caplog):
-    """A build that cannot be loaded, and one for another GPU; then padding remains, as for float32."""
+    """A build that cannot be loaded and a build for another GPU are left out. Padding remains, as for float32."""
 
     def broken(device) -> Kernel:
         raise ImportError("libcudart.so.11: cannot open shared object file")
@@ -373,7 +375,8 @@ def test_what_does_not_work_is_left_out(monkeypatch, caplog):
 
 
 def test_what_computes_something_else_is_left_out(monkeypatch, caplog):
-    """NaN, a few percent more, wrong gradients, and what takes all samples to be of one length."""
+    """Examples are NaN, errors of a few percent, wrong gradients, and the assumption that all samples have one
+    length."""
 
     def times(factor: float):
         def forward(*arguments):
@@ -402,7 +405,8 @@ def test_what_computes_something_else_is_left_out(monkeypatch, caplog):
 
 
 def test_what_is_right_for_all_queries_alone_is_left_out(monkeypatch, caplog):
-    """A last block has fewer queries than keys; and sums of another shape, on which compiled code would trip."""
+    """The last block has fewer queries than keys. Sums of another shape, with which compiled code would fail, are also
+    rejected."""
 
     def near(q, k, v, queries, keys):
         out, lse = PADDED.forward(q, k, v, queries, keys)
@@ -425,7 +429,8 @@ def test_what_is_right_for_all_queries_alone_is_left_out(monkeypatch, caplog):
 )
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_ends_that_are_those_of_no_samples_are_refused(ends, longest, impl):
-    """That fall, that are further apart than the longest, and that leave rows out: of keys and of queries."""
+    """Ends of keys and of queries are refused that decrease, that are further apart than the longest length, or that
+    leave rows out."""
     kv, right = torch.randn(9, 3, 2, 16), torch.tensor([0, 4, 9], dtype=torch.int32)
     wrong = torch.tensor(ends, dtype=torch.int32)
     op.packed_attention(kv, right, 5, impl=impl)
@@ -438,7 +443,7 @@ def test_ends_that_are_those_of_no_samples_are_refused(ends, longest, impl):
 
 
 def test_what_is_asked_for_is_what_runs(monkeypatch):
-    """On either device; a run says so too. tests/kernels runs Triton's."""
+    """This holds on both devices, and a run reports it. tests/kernels runs Triton's kernels."""
     monkeypatch.setattr(cuda, "choose", lambda *_: pytest.fail("nothing is tried"))
     monkeypatch.setattr(cuda, "try_out", cuda.choose)
     for device, torch_kernel in ((CPU, PER_SAMPLE), (torch.device("cuda"), PADDED)):
@@ -476,7 +481,7 @@ def test_kernels_are_checked_small_and_timed_at_the_micro_batchs_size(monkeypatc
 
 @pytest.fixture
 def trials(monkeypatch):
-    """Trials that find "new" the fastest, and "old" next; what was tried."""
+    """A record of simulated trials, in which "new" is the fastest and "old" the second."""
     tried = []
 
     def trial(device, dtype, heads, head_dim, length, samples):
@@ -504,7 +509,7 @@ def test_one_rank_chooses_and_all_run_the_same(trials):
 
 
 def test_what_is_tried_is_as_long_as_a_whole_sample(trials):
-    """In encoder and decoder, where images and texts are masked by ratios of their own."""
+    """This holds in the encoder and the decoder, with separate mask ratios of images and texts."""
     masking = MaskingConfig(image_ratio=0.25, text_ratio=0.5)
     sample = Sample("pair", torch.zeros(3, 32, 32, dtype=torch.uint8), draw_mask(16, 0.25), torch.arange(12))
     sample.text_mask = draw_mask(12, 0.5)
@@ -539,7 +544,7 @@ def test_nothing_is_tried_where_nothing_is_to_be_chosen(trials, monkeypatch):
 
 
 def test_a_run_names_its_kernels(monkeypatch):
-    """Each side's, tried for its own length before the first step."""
+    """The kernels of encoder and decoder are chosen for their own lengths before the first step."""
     asked = []
 
     def try_out(device, dtype, heads, head_dim, length):

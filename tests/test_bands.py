@@ -1,4 +1,4 @@
-"""Models of 13 bands: losses, features, pictures and exports."""
+"""Models of 13 bands: losses, features, figures and exports."""
 
 import importlib.util
 import json
@@ -44,7 +44,7 @@ def make(dtype: str, **loss) -> M3AE:
 
 
 def pixels(dtype: str) -> np.ndarray:
-    """[H, W, C]."""
+    """Return pixels [H, W, C] of a dtype."""
     unit = np.random.RandomState(0).rand(SIZE, SIZE, BANDS)
     return {"uint8": unit * 255, "uint16": unit * 65535, "float32": 3 * unit - 1}[dtype].astype(dtype)
 
@@ -89,7 +89,7 @@ def test_encode_takes_arrays_files_and_tensors(dtype, tmp_path):
 @pytest.mark.parametrize("size", [(16, 16), (40, 23)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 def test_levels_are_the_same_image_whatever_they_come_as(dtype, size, tmp_path):
-    """To the bit, and so that it can be in one batch with others."""
+    """The images are bitwise equal, and can be in one batch with others."""
     config = make(dtype).config.model_copy(update={"channels": 3, "image_mean": MEAN[:3], "image_std": STD[:3]})
     levels = np.random.RandomState(0).randint(0, 256, (*size, 3), dtype=np.uint8)
     Image.fromarray(levels).save(tmp_path / "a.png")
@@ -100,7 +100,7 @@ def test_levels_are_the_same_image_whatever_they_come_as(dtype, size, tmp_path):
 
 
 def test_weights_of_16_bits_take_normalised_floats():
-    """As under ZeRO, whose weights have 16 bits without autocast."""
+    """Under ZeRO weights have 16 bits without autocast."""
     model = make("float32")
     sample = Sample("a", normalised(chw("float32"), MEAN, STD), MASK)
     expected = model(pack([sample], model.geometry)).loss.item()
@@ -192,7 +192,7 @@ def test_mistakes_are_one_line(model, data, message):
 
 @pytest.mark.slow
 def test_the_satellite_example_runs(tmp_path, monkeypatch, capsys):
-    """Its commands, in this process: from made-up bands to a probe."""
+    """The commands of the example run in this process, from synthetic bands to a probe."""
     spec = importlib.util.spec_from_file_location("satellite", ROOT / "examples" / "satellite.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)

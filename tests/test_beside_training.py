@@ -1,4 +1,4 @@
-"""What goes on beside the steps: saves in the background, the garbage collector, shared memory, checks at the start."""
+"""Work besides the training steps: saves in the background, garbage collection, shared memory, checks at the start."""
 
 import gc
 import json
@@ -70,7 +70,7 @@ def test_no_work_begins_before_the_error_of_the_one_before_is_raised():
 
 
 class Panic(BaseException):
-    """Like that of a library in Rust."""
+    """An exception like the panic of a library in Rust."""
 
 
 def test_what_is_no_exception_is_raised_too():
@@ -87,7 +87,7 @@ def test_what_is_no_exception_is_raised_too():
 
 @pytest.mark.parametrize("error", [None, UserError, RuntimeError, KeyboardInterrupt])
 def test_the_last_work_is_awaited_at_the_end(error):
-    """But where the user wants to be gone."""
+    """It is not awaited if the user interrupts the run."""
     done, go = [], threading.Event()
     timer = threading.Timer(0.3, go.set)
     timer.start()
@@ -170,7 +170,7 @@ GEOMETRY = Geometry(256, 16, 3, 64)
 
 @pytest.mark.parametrize("width", [256, 512])
 def test_a_packed_batch_is_no_larger_than_is_reckoned_with(width):
-    """Of square images, and of the largest native ones."""
+    """This holds for square images and for the largest native ones."""
     import torch
 
     from m3ae_fast.batch import Sample, pack

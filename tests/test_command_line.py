@@ -1,4 +1,4 @@
-"""What command lines share."""
+"""Arguments and checks that all command lines share."""
 
 import os
 import re

@@ -32,7 +32,8 @@ from tests.helpers.trainer import CLIPART, ROOT, TINY
 
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
-    """Run train.py's main in this process with the tiny config; returns (exit code, stderr, or stdout with `out`)."""
+    """A function that runs train.py's main in this process with the tiny config, and returns the exit code and stderr,
+    or stdout with `out`."""
     monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its own Ctrl-C
     monkeypatch.setattr("m3ae_fast.training.dry_run.MEASURED_S", 0.1)
     config = tmp_path / "tiny.json"
@@ -294,7 +295,7 @@ def test_model_without_words_refuses_captions_that_are_asked_for(run):
 
 
 def test_model_without_words_reads_the_images_of_captioned_shards():
-    """As if the modality had been given, in training and validation."""
+    """This equals a given modality, in training and validation."""
     alone = load_config(ROOT / "configs/quickstart.json", ["model.vocab_size=0"])
     given = ["data.train.0.modality=image", "data.val.0.modality=image"]
     assert alone == load_config(ROOT / "configs/quickstart.json", ["model.vocab_size=0", *given])
@@ -320,7 +321,7 @@ def test_overrides_and_defaults():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.stem)
 def test_dry_run(path, capsys):
-    """Every config is valid; the numbers are the known ones."""
+    """Every config is valid, and the dry run prints the known numbers."""
     assert train.main(["--config", str(path), "--dry-run", "--no-data", "--world", "8"]) == 0
     out = capsys.readouterr().out
     assert "ZeRO stage" in out
@@ -336,14 +337,14 @@ def test_dry_run(path, capsys):
 
 
 def test_a_gpu_has_the_peaks_of_its_own_data_sheet():
-    """Also if its name begins with that of another."""
+    """This also holds if its name begins with that of another GPU."""
     for name, peaks in hardware._PEAKS.items():
         assert hardware.data_sheet(f"NVIDIA {name}GB") is peaks
     assert hardware.data_sheet("NVIDIA GeForce GTX 1080") is None
 
 
 def test_a_dry_run_predicts_step_and_bottleneck_of_the_fast_configs(capsys):
-    """The issue of a faster step: the loader of small needs more cores than nodes have."""
+    """The steps of the small config are so fast that its loader needs more cores than a node has."""
 
     def plan(name):
         assert train.main(["--config", name, "--dry-run", "--no-data", "--world", "8"]) == 0
@@ -377,7 +378,7 @@ def test_the_table_of_memory_is_of_all_ranks_and_every_stage():
 
 
 def test_micro_batches_of_native_images_differ_by_less_the_larger_they_are():
-    """Check two samples of 4 and 16 tokens, which deviate from their mean by 60 %."""
+    """Two samples of 4 and 16 tokens deviate from their mean by 60 %."""
     batch = SimpleNamespace(grids=[(1, 3), (3, 5)], sequences=[SimpleNamespace(cu_seqlens=torch.tensor([0, 4, 20]))])
     for micro, percent in ((1, "60.0"), (4, "30.0"), (9, "20.0")):
         (_, patches), (_, balance) = _images(batch, micro)
@@ -500,7 +501,7 @@ def test_dry_run_says_where_the_network_sets_the_pace(capsys):
 
 
 def test_dry_run_says_what_a_node_fetches(tmp_path):
-    """Of 640 shards of 1 GB, in 64 lanes, 16 nodes: each owns 40 and shuffles 8 at a time."""
+    """With 640 shards of 1 GB in 64 lanes on 16 nodes, each node owns 40 shards and shuffles 8 at a time."""
     names = [f"s3://bucket/{i:03}.tar" for i in range(640)]
     write(tmp_path / "far.npy", rows_of(names, [(1000, 10**9, KINDS.index("paired"))] * 640))
     config = load_config(ROOT / "configs/large.json", [f"data.train.0.shards={tmp_path / 'far.npy'}"])
@@ -578,7 +579,7 @@ def test_every_program_is_listed():
 
 
 def test_the_official_hyper_parameters_are_the_defaults():
-    """arXiv 2205.14204, its appendix and its public code."""
+    """The official ones are in arXiv 2205.14204, its appendix and its public code."""
     config = parse(Config, {"data": {"train": [{"shards": "a.tar"}]}, "train": {"epochs": 1}}, "test")
     model, optim = config.model, config.optim
     assert (model.emb_dim, model.depth, model.num_heads, model.mlp_ratio) == (1024, 24, 16, 4)

@@ -1,4 +1,4 @@
-"""The CPU's attention kernels against float64, and what happens where they cannot be built."""
+"""The CPU kernels of attention compared with float64, and the fallback where they cannot be built."""
 
 import itertools
 import subprocess
@@ -43,7 +43,7 @@ def segments(lengths: list[int]) -> Segments:
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """Calls with (vendor, flags) make this CPU pass for another."""
+    """A function of (vendor, flags) that makes this CPU appear as another."""
 
     def pretend(vendor: str, flags: set[str]) -> None:
         monkeypatch.setattr(native, "this_cpu", lambda: Cpu(vendor, "", frozenset(flags)))
@@ -55,7 +55,7 @@ def cpu(monkeypatch):
 
 @pytest.fixture(params=BUILDS)
 def build(request, cpu, monkeypatch) -> tuple[torch.dtype, float]:
-    """(dtype, largest relative error) of a build that is now in use."""
+    """(dtype, largest relative error) of the build that the test uses."""
     dtype, vendor, needs, tiles, error = BUILDS[request.param]
     flags = this_cpu().flags
     if not flags >= builds.AVX512 | needs:
@@ -67,7 +67,8 @@ def build(request, cpu, monkeypatch) -> tuple[torch.dtype, float]:
 
 
 def inputs(shape: str, dtype: torch.dtype = torch.float32, scale: float = 1.5) -> tuple:
-    """grad, q, k, v, segments of the queries and of the keys; q, k, v are slices of one tensor, as in the model."""
+    """Return grad, q, k, v and the segments of the queries and of the keys. As in the model, q, k and v are slices of
+    one tensor."""
     heads, dim, queries, keys = SHAPES[shape]
     torch.manual_seed(0)
     qkv = (scale * torch.randn(sum(keys), 3 * heads * dim)).to(dtype)
@@ -85,7 +86,7 @@ def name(q: Tensor) -> str:
 
 
 def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> dict[str, Tensor]:
-    """Outputs and gradients, which are slices of one tensor that nothing else is written to."""
+    """Return outputs and gradients, which are slices of one tensor to which nothing else is written."""
     kernel = kernel_of(q)
     out, lse = kernel.forward(q, k, v, queries, keys)
     dq, dkv = q.new_full(q.shape, torch.nan), k.new_full((len(k), 2, *k.shape[1:]), torch.nan)
@@ -168,7 +169,8 @@ def test_large_scores_and_what_is_not_finite(build):
 
 
 def test_lanes_past_the_last_key_are_no_keys(build):
-    """All scores far below 0, and keys that are no multiple of 16: a lane of 0 would be the largest."""
+    """All scores are far below 0 and the number of keys is no multiple of 16, so that a lane of 0 would be the
+    largest."""
     grad, q, k, v, *cu = inputs("pruned", build[0], scale=8)
     k = -q.abs().amax() * torch.ones_like(k)
     q = q.abs().contiguous()
@@ -196,7 +198,7 @@ def cache(monkeypatch, tmp_path) -> Path:
 
 
 def test_built_once_for_each_text_and_flags(cache, monkeypatch, tmp_path):
-    """Also where only a header that it includes has changed."""
+    """A changed header that the text includes also causes a build."""
     monkeypatch.setattr(builds, "FOLDER", tmp_path)
     header, source = tmp_path / "one.h", tmp_path / "one.c"
     header.write_text("#define ONE 1\n")
@@ -215,7 +217,7 @@ def test_built_once_for_each_text_and_flags(cache, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_damaged_library_is_built_again(cache):
-    """In a process of its own: a truncated library ends it with SIGBUS."""
+    """The test needs a process of its own, since a truncated library would end it with SIGBUS."""
     builds.compiled("gelu.c", ())
     whole = cached(cache)
     (library,) = whole
@@ -236,7 +238,7 @@ def test_a_damaged_library_is_built_again(cache):
 
 
 def test_what_no_loader_takes_is_not_kept(cache, monkeypatch, tmp_path, caplog):
-    """Nor by its checksum believed in the next run."""
+    """Its checksum does not make the next run accept it."""
     script(monkeypatch, tmp_path, 'while [ "$1" != -o ]; do shift; done; echo no library > "$2"')
     for _ in range(2):
         assert load_anew() is None
@@ -244,7 +246,7 @@ def test_what_no_loader_takes_is_not_kept(cache, monkeypatch, tmp_path, caplog):
 
 
 def script(monkeypatch, folder: Path, text: str) -> None:
-    """Let CC be a shell script."""
+    """Set CC to a shell script."""
     compiler = folder / "compiler"
     compiler.write_text(f"#!/bin/sh\n{text}\n", encoding="latin-1")
     compiler.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The CPU's kernels for GELU, linear layers and their gradients, against float64, and what happens without them."""
+"""The CPU kernels of GELU, linear layers and their gradients compared with float64, and the fallback without them."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ EXTREMES = (0.0, -0.0, 1e-30, 65.0, -65.0, 1e20, -1e20)
 
 @pytest.fixture
 def fresh_libraries():
-    """None is loaded yet, and none of the test's stays."""
+    """A state in which no library is loaded. Libraries that the test loads are forgotten after it."""
     libraries = (build.load, mlp._library, linear._library, linear._product_library)
     for library in libraries:
         library.cache_clear()
@@ -27,14 +27,14 @@ def fresh_libraries():
 
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path, fresh_libraries):
-    """As on a machine without a C compiler."""
+    """A machine without a C compiler."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "/no/such/compiler")
 
 
 @pytest.fixture(params=["AMX", "AVX-512"])
 def products(request, monkeypatch, fresh_libraries):
-    """Each way to compile the kernels of linear layers."""
+    """Each way of compiling the kernels of linear layers."""
     if BF16 not in build.DTYPES:
         pytest.skip("this CPU lacks products of bf16 pairs")
     monkeypatch.setattr(linear, "FLAGS", TILES_ANYWHERE if request.param == "AMX" else build.BF16)
@@ -42,7 +42,7 @@ def products(request, monkeypatch, fresh_libraries):
 
 @pytest.fixture
 def threads():
-    """Calls set their number."""
+    """A function that sets the number of threads."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -53,7 +53,7 @@ def relative(got: Tensor, exact: Tensor) -> float:
 
 
 def values(dtype: torch.dtype) -> Tensor:
-    """An odd number of them, [1008 + 7] in a shape that is none of the kernel's."""
+    """Return an odd number of values, 1008 + 7, in a shape that is no multiple of the kernel's vectors."""
     torch.manual_seed(0)
     return torch.cat([3 * torch.randn(1001), torch.linspace(-9, 9, 7), torch.tensor(EXTREMES)]).to(dtype).view(5, 203)
 
@@ -145,7 +145,7 @@ def test_products_equal_float64(products, rows, depth, width, transposed, dtype,
 
 
 def test_products_take_any_strides(products):
-    """One input at a time: rows apart, and columns side by side."""
+    """One input at a time has rows that are apart, or columns that are contiguous."""
     torch.manual_seed(0)
     x, weight, hidden = (torch.randn(shape).to(BF16) for shape in ((40, 64), (64, 96), (40, 96)))
     expected = linear.product(x, weight, None, transposed=False, hidden_RN=hidden)
@@ -170,7 +170,7 @@ def test_products_keep_nan_where_it_is(products):
 
 
 def step(layer, x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, autocast: bool) -> list[Tensor]:
-    """Output and gradients of x, weight and bias."""
+    """Return the output and the gradients of x, weight and bias."""
     leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
     with torch.autocast("cpu", BF16, enabled=autocast):
         y = layer(*leaves)
@@ -201,7 +201,7 @@ def plain_mlp(x, *parameters):
 
 
 def mlp_step(layer, x: Tensor, grad: Tensor, parameters: list[Tensor], autocast: bool = False) -> list[Tensor]:
-    """Output and gradients of all leaves that want one."""
+    """Return the output and the gradients of all leaves that require one."""
     leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in (x.requires_grad_(), *parameters)]
     with torch.autocast("cpu", BF16, enabled=autocast):
         y = layer(*leaves)
@@ -248,7 +248,8 @@ def test_mlp_leaves_to_torch_what_it_does_not_know():
 @pytest.mark.parametrize("kind", ["float32", "bf16", "autocast"])
 @pytest.mark.parametrize("size", [64, 40], ids=["a multiple of 32", "no multiple"])
 def test_no_rows_have_the_graph_of_some(kind, size):
-    """Ranks reduce gradients in the order in which they come: one without rows must have the order of the others."""
+    """Ranks reduce gradients in the order in which they are computed, so that a rank without rows must have the order
+    of the others."""
     x, _, parameters = mlp_inputs(size, BF16 if kind == "bf16" else torch.float32)
     x = x.detach().to(parameters[0].dtype)
     for layer, count in ((linear.linear, 2), (mlp.mlp, 4)):
@@ -353,7 +354,7 @@ def test_the_models_mlp_equals_float64(autocast, gelu):
 
 
 def test_a_bias_alone_is_summed_in_float32():
-    """Where the weight is frozen, and in 16 bits whoever multiplies."""
+    """This holds with a frozen weight, and in 16 bits for every implementation of the product."""
     torch.manual_seed(0)
     grad, x, weight = (1 + torch.rand(5000, 40)).to(BF16), torch.ones(5000, 8, dtype=BF16), torch.ones(40, 8)
     _, of_bias = linear.parameter_gradients(grad, x, weight, [False, True])

@@ -14,7 +14,7 @@ def relative(got: Tensor, exact: Tensor) -> float:
 
 
 def inputs(rows: int, width: int, dtype: torch.dtype, parameters: torch.dtype) -> list[Tensor]:
-    """Gradient, x, weight and bias."""
+    """Return an upstream gradient, x, weight and bias."""
     torch.manual_seed(0)
     grad, x = (torch.randn(rows, width).to(dtype) for _ in range(2))
     weight, bias = (torch.randn(width).to(parameters) for _ in range(2))
@@ -22,7 +22,7 @@ def inputs(rows: int, width: int, dtype: torch.dtype, parameters: torch.dtype) -
 
 
 def run(function, grad: Tensor, *leaves: Tensor) -> list[Tensor]:
-    """Output and gradients."""
+    """Return the output and the gradients of the leaves."""
     leaves = tuple(leaf.clone().requires_grad_() for leaf in leaves)
     y = function(*leaves)
     y.backward(grad)

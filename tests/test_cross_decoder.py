@@ -28,7 +28,7 @@ KINDS = ["p" * 20 + "iitte", "i", "ttt", "p", "e", ""]
 
 
 def samples_of(kinds: str, seed: int = 0, fraction: float = 1.0, config: ModelConfig = TINY) -> list[Sample]:
-    """Samples of these kinds: p paired, i image alone, t text alone, e an empty caption."""
+    """Return a sample for each letter of `kinds`: p paired, i image only, t text only, e empty caption."""
     rng = torch.Generator().manual_seed(seed)
     found = []
     for number, kind in enumerate(kinds):
@@ -145,7 +145,7 @@ def test_repeating_shapes_change_no_result(kinds, fraction, attention):
 
 
 def test_padding_is_spread_evenly_over_samples():
-    """No sample, to which all others may be padded, becomes much longer."""
+    """No sample becomes much longer, since all others may be padded to it."""
     samples, geometry = samples_of("ppite"), make_model().geometry
     tight, padded = (pack(samples, geometry, repeat_shapes=repeat).loss for repeat in (False, True))
     added = (padded.cu_seqlens.diff()[:5] - tight.cu_seqlens.diff()).tolist()
@@ -196,7 +196,7 @@ def test_a_choice_must_be_of_masked_tokens():
 
 
 def test_flops_are_counted():
-    """As torch counts those of the same matrix products; the embedding's pixels need no gradient."""
+    """The count equals torch's for the same matrix products. The pixels of the embedding need no gradient."""
     model, samples = make_model(), samples_of("ppit", 4, 0.5)
     batch = pack(samples, model.geometry)
     with FlopCounterMode(display=False) as counter:
@@ -276,7 +276,7 @@ CROSS += ["--set", "masking.image_predicted=0.34", "--set", "masking.text_predic
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
 def test_the_curve_is_the_same_on_two_ranks_and_after_a_resume(trainer, stage):
-    """Which tokens are predicted depends on the sample alone; drawn pictures and evaluations predict all."""
+    """The predicted tokens depend on the sample only. Figures and evaluations predict all masked tokens."""
     options = [*CROSS, "--set", "train.pictures=2", "--set", "train.save_every=3"]
     trainer("one", *zero(None), *options)
     trainer("two", *zero(stage), *options, "--set", "train.micro_batch=8", ranks=2)

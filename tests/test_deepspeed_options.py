@@ -1,4 +1,5 @@
-"""Every setting that the deepspeed section accepts: curves, checkpoints and resumed runs are those without it."""
+"""Every setting that the deepspeed section accepts keeps the curves, checkpoints and resumed runs of a run without
+it."""
 
 import json
 from importlib import import_module
@@ -63,7 +64,7 @@ def test_what_deepspeed_itself_refuses_is_one_line(monkeypatch):
     ],
 )
 def test_a_private_name_that_deepspeed_no_longer_has_is_missed(monkeypatch, module, name):
-    """The engine replaces it; set where nothing reads it, it would change nothing, and nobody would know."""
+    """The engine replaces this name. If DeepSpeed no longer read it, the replacement would silently have no effect."""
     monkeypatch.delattr(import_module(module), name)
     with join_ranks() as ranks, pytest.raises(UserError, match=rf"^DeepSpeed [\d.]+ has no {module}.{name}, which"):
         engine_of(ranks, config_of(1, 1, 1, "fp32", {}))

@@ -1,4 +1,4 @@
-"""A run that goes wrong is named right, and what it is compared with is what it should be."""
+"""The diagnosis of a failing run is correct, and so are the baselines of its losses."""
 
 import json
 import math
@@ -95,7 +95,7 @@ def test_one_held_out_sample_has_not_collapsed():
 
 
 def lines(**series):
-    """Log lines of these values, one after the other."""
+    """Return log lines with these values, one after the other."""
     return [dict(zip(series, values)) for values in zip(*series.values())]
 
 
@@ -226,7 +226,7 @@ def test_nor_where_a_loss_is_not_finite(clip_grad, precision, remedy):
 
 
 def test_the_report_knows_what_is_set(tmp_path):
-    """From the last checkpoint."""
+    """The settings are read from the last checkpoint."""
     found = [{"step": step, "val_rankme": 20.0 / (1 + step)} for step in (0, 400)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, found)))
     info = checkpoint.Info(400, 0, 42, {"optim": {"clip_grad": 1.0}}, {})
@@ -238,7 +238,7 @@ def test_the_report_knows_what_is_set(tmp_path):
 
 @pytest.mark.parametrize("norm_pix", [False, True])
 def test_losses_are_relative_to_the_best_constant_prediction(norm_pix):
-    """A model whose heads give a constant, the mean patch and the words' frequencies, has relative losses of 1."""
+    """A model that predicts the mean patch and the frequencies of words has relative losses of 1."""
     torch.manual_seed(0)
     model = M3AE(SMALL, LossConfig(norm_pix=norm_pix, per="batch"))
     batch = pack(MIXED, model.geometry)
@@ -268,7 +268,7 @@ def test_losses_are_relative_to_the_best_constant_prediction(norm_pix):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_the_features_of_all_ranks_fill_dimensions(monkeypatch, world):
-    """As those of one rank do, of however many samples; one rank alone computes the number."""
+    """They do so as on one rank, for any number of samples. Only one rank computes the value."""
     features = torch.randn(5000, SMALL.emb_dim, generator=torch.Generator().manual_seed(0))
     features[4000:] *= torch.linspace(0, 3, SMALL.emb_dim)  # what the last samples add is not what the first have
     model = M3AE(SMALL)
@@ -291,7 +291,7 @@ def test_the_features_of_all_ranks_fill_dimensions(monkeypatch, world):
 
 
 def rankme_by_svd(features: torch.Tensor) -> float:
-    """As the paper has it."""
+    """Return RankMe as the paper defines it."""
     sizes = torch.linalg.svdvals(features.double())
     p = sizes / sizes.sum() + 1e-7
     return math.exp(-(p * p.log()).sum())

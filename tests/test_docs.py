@@ -1,4 +1,5 @@
-"""What README, guide and help print is true: commands are accepted, and names of settings and files exist."""
+"""The README, the guide and --help are correct: commands are accepted, and settings and files with these names
+exist."""
 
 import argparse
 import importlib
@@ -22,7 +23,7 @@ MODULE = r"(?:m3ae_fast/(train)\.py|m3ae-fast (\w+)|-m m3ae_fast (\w+)|--module 
 
 
 def commands() -> list[str]:
-    """Each line of a block of commands, and each command between backticks, that runs a program of ours."""
+    """Return each command of the project in the pages' code blocks and between backticks."""
     found: list[str] = []
     for text in TEXT.values():
         blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
@@ -33,7 +34,7 @@ def commands() -> list[str]:
 
 
 def examples_of_help() -> list[str]:
-    """Each line that runs a program of ours in what the programs' own help says; a heading has a colon."""
+    """Return each command of the project in the programs' help, except headings, which have a colon."""
     texts = [""]
     for name in MODULES.values():
         program = importlib.import_module(name)
@@ -48,7 +49,7 @@ class Accepted(Exception):
 
 @pytest.mark.parametrize("command", commands())
 def test_a_printed_command_is_accepted(command, monkeypatch, capsys):
-    """Its program reads it without complaint, and the files that come with the repository are there."""
+    """The program accepts the command, and files of the repository that it names exist."""
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, *args, **options):
@@ -92,7 +93,7 @@ def test_links_lead_to_files_and_headings(page):
 
 @pytest.mark.parametrize("place", ["mkdocs.yml", "docs/index.md", "README.md"])
 def test_every_page_of_the_guide_is_listed(place):
-    """An appendix need not be in the README."""
+    """Appendices need not be listed in the README."""
     text = (ROOT / place).read_text(encoding="utf-8")
     missing = {page.name for page in (ROOT / "docs/guide").glob("*.md") if f"guide/{page.name}" not in text}
     assert missing <= ({"image-formats.md"} if place == "README.md" else set())
@@ -120,6 +121,6 @@ def test_what_begins_first_exists(name):
 
 
 def test_the_guide_shows_the_studys_present_picture():
-    """A copy: pages of documentation show what lies below docs/."""
+    """The guide has a copy, since pages can only show files below docs/."""
     copy, own = ROOT / "docs/guide/figures/study.png", ROOT / "lab/results/study/study.png"
     assert copy.read_bytes() == own.read_bytes()

@@ -1,4 +1,4 @@
-"""What `draw` draws is what the model does."""
+"""The figures of `draw` show the actual computation of the model."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ SIZES = ModelConfig(
 
 @pytest.mark.slow
 def test_attention_maps_are_the_ops_weights():
-    """Its output's gradient by the values of a patch is the weight of that patch."""
+    """The gradient of the op's output by the values of a patch is the attention weight of that patch."""
     torch.manual_seed(0)
     model = M3AE(SIZES).eval()
     image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
@@ -69,7 +69,7 @@ def run(tmp_path):
 
 
 def _use(run, shard):
-    """Let the run's held-out samples be those of another shard."""
+    """Replace the run's held-out samples by those of another shard."""
     path = checkpoint.saved_steps(run)[-1] / checkpoint.INFO_FILE
     text = path.read_text()
     val = next(word for word in text.split('"') if word.endswith("val-0000.tar"))
@@ -86,7 +86,7 @@ def test_each_kind_is_drawn(run, tmp_path):
 
 
 def test_each_sample_is_drawn_at_each_ratio_of_its_image(run, tmp_path, monkeypatch):
-    """Captions are masked as in the run."""
+    """Captions are masked with the run's ratio."""
     _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
     drawn = []
     monkeypatch.setattr(reconstructions, "draw_reconstructions", lambda model, samples, *_: drawn.append(samples))
@@ -122,7 +122,7 @@ def test_where_no_sample_can_be_used_nothing_is_drawn(run, tmp_path):
 
 
 def test_pictures_in_training_are_those_that_the_program_draws(run, tmp_path):
-    """Though one of the two samples is a caption alone."""
+    """This holds although one of the two samples is a caption without an image."""
     _use(run, write_tar(tmp_path / "val.tar", [("0.txt", b"blue sky"), *labelled_members(range(1, 4))]))
     path = checkpoint.locate(run)
     settings = checkpoint.read_info(path).config
@@ -159,7 +159,7 @@ def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, wor
     key to the colours."""
 
     def word_pieces(model, tokens):
-        """The places of a caption's words, by word, where it is first."""
+        """Return the positions of each word's tokens in a caption, at its first occurrence."""
         words, found = [], {}
         for place, token in enumerate(map(model.tokenizer.token, tokens.tolist())):
             words = [*words, ["", []]] if not token.startswith("##") else words
@@ -196,7 +196,7 @@ def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, wor
 
 
 def test_a_map_is_of_the_features_with_their_own_classes(run, tmp_path, monkeypatch):
-    """Placed by two of the features in the place of t-SNE."""
+    """Two of the features replace the coordinates of t-SNE."""
     _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
     drawn = []
     monkeypatch.setattr("m3ae_fast.evaluation.feature_map.draw_map", lambda path, *what: drawn.append(what))

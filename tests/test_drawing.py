@@ -1,4 +1,4 @@
-"""Pictures show what the model sees and predicts."""
+"""Figures show the input and the predictions of the model."""
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ def test_true_pixels_as_predictions_give_the_image_again():
 
 
 def test_an_even_patch_is_rebuilt_as_what_it_is():
-    """Relative to a patch whose values do not spread."""
+    """Its prediction is relative to a patch without variance."""
     sizes = SMALL.model_copy(update={"image_mean": (0.5,) * 3, "image_std": (0.25,) * 3})
     image, mask = torch.full((3, 12, 12), 200, dtype=torch.uint8), torch.arange(9) % 2 == 0
     *_, rebuilt = _images(M3AE(sizes, LossConfig(norm_pix=True)), image, mask, torch.zeros(5, 48))
@@ -95,7 +95,7 @@ def test_a_sheet_shows_each_sample(tmp_path, monkeypatch):
 
 
 def test_a_sheet_is_the_same_wherever_the_losses_are(tmp_path):
-    """Visible patches and words are shown as they are, masked ones as predicted by the same weights."""
+    """Visible patches and words are shown unchanged, masked ones as the same weights predict them."""
     sheets = set()
     for losses in ({}, {"image_all_tokens": True}, {"text_all_tokens": True}):
         draw_reconstructions(make_model(**losses), [make_sample(0), make_sample(1)], None, tmp_path / "sheet.png")
@@ -104,7 +104,7 @@ def test_a_sheet_is_the_same_wherever_the_losses_are(tmp_path):
 
 
 def inks(sheet: Image.Image, top: int, height: int) -> set[str]:
-    """The colours of words in a band of a sheet, whose edges are mixed with white."""
+    """Return the colours of words in a band of a sheet, in which antialiased edges are mixed with white."""
     left = 3 * (SIDE + GAP) + GAP + 64
     r, g, _ = np.asarray(sheet.crop((left, top, sheet.width, top + height))).astype(int).reshape(-1, 3).T
     found = {"red": r - g > 60, "green": g - r > 60, "black": np.maximum(r, g) < 100}
@@ -126,7 +126,7 @@ def test_words_have_their_colours_in_the_line_that_shows_predictions(tmp_path):
 
 
 def width(words: list[str]) -> tuple[int, int]:
-    """Pixels across and down that the words take in a line of captions."""
+    """Return the width and the height in pixels that words take in a line of captions."""
     row = Image.new("RGB", (3 * (SIDE + GAP) + TEXT_WIDTH + 200, 400), "white")
     _write_captions(ImageDraw.Draw(row), {"": [(word, BLACK) for word in words]})
     left, top, right, bottom = ImageOps.invert(row).getbbox()

@@ -19,14 +19,14 @@ from tests.test_stable_schedule import schedule
 
 
 def fed(stop_at, accuracies):
-    """The criterion after these accuracies, one for every 10 steps."""
+    """Return the criterion after these accuracies, one for every 10 steps."""
     stopping = EarlyStopping(stop_at)
     why = [stopping.add(10 * number, accuracy) for number, accuracy in enumerate(accuracies)]
     return stopping.step, [text for text in why if text]
 
 
 def test_an_accuracy_that_is_reached_ends_the_run():
-    """That of random weights does not count, and only the first decides."""
+    """The accuracy of random weights does not count. The first accuracy that reaches the threshold decides."""
     step, why = fed(0.5, [0.9, 0.4, 0.5, 0.7])
     assert step == 20 and why == ["the k-NN accuracy of 0.5 reaches train.stop_at=0.5"]
     assert fed(0.5, [0.1, 0.2, 0.3]) == (None, [])

@@ -1,4 +1,4 @@
-"""A node that is lost: what is left goes on from the last checkpoint, with the same batch."""
+"""After the loss of a node the remaining ones continue from the last checkpoint with the same batch."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def test_the_others_go_on_when_a_node_is_lost(trainer):
     port = free_port()
 
     def agent(node):
-        """torchrun on one node of one rank. The first one has the store in which nodes meet."""
+        """Start torchrun on a node of one rank. The first node has the store of the rendezvous."""
         conf = f"is_host={int(node == 0)},last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2"
         torchrun = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
         torchrun += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run", "--rdzv-conf", conf]

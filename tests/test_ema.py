@@ -1,4 +1,4 @@
-"""The moving average of the weights is what its formula says, whatever shards it."""
+"""The exponential moving average of the weights follows its formula in every ZeRO stage."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def test_a_resumed_run_has_the_same_average(trainer):
 
 @pytest.mark.slow
 def test_what_leaves_the_run_is_the_average(trainer, capsys, monkeypatch):
-    """But for pictures of it, which are of the weights whose losses it logs."""
+    """The run's figures are the exception: they show the weights whose losses are logged."""
     trainer("run", *zero(None), *OPTIONS)
     run, average = trainer.folder / "run", _average(trainer, "run", 6)
     assert export([str(run), "--out", str(trainer.folder / "out")]) == 0

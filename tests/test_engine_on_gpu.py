@@ -1,4 +1,4 @@
-"""What only a GPU can show of the engine. tests/rehearsal runs these lines without one."""
+"""Tests of the engine that need a GPU. tests/rehearsal runs these lines without one."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.helpers.zero_cases import TINY, samples
 
 
 def steps_without_waiting(deepspeed: dict | None, precision: str) -> None:
-    """Steps on changing batches: only the first one makes the host wait for the GPU."""
+    """Check that of several steps on changing batches only the first one makes the host wait for the GPU."""
     data = {
         "model": TINY,
         "data": {"train": [{"shards": "none.tar"}]},

@@ -1,4 +1,4 @@
-"""One config gives one loss curve, whatever trains it and however a step is split."""
+"""A config has one loss curve, for every engine and every split of a step."""
 
 import json
 from itertools import product
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def _curves(folder: Path, which: str, ranks: int) -> dict[str, np.ndarray]:
-    """By case: [steps, (loss, gradient norm)]."""
+    """Return the curve of each case, [steps, (loss, gradient norm)]."""
     found = folder / f"{which}-{ranks}.jsonl"
     code, out = run_ranks("tests.helpers.zero_cases", [which, str(found)], ranks, folder / f"{which}-{ranks}.log")
     assert code == 0, out[-3000:]
@@ -38,7 +38,8 @@ def test_curves_are_plain_torchs(tmp_path):
 
 
 def test_ranks_need_not_divide_the_batch(tmp_path):
-    """Nor are all images of one size. Three ranks share sixteen samples, whole and in parts, at every ZeRO stage."""
+    """Three ranks share sixteen samples in one or more micro-batches at every ZeRO stage. The images have several
+    sizes."""
     curves, one = _curves(tmp_path, "uneven", 3), _curves(tmp_path, "uneven", 1)
     assert len(curves) == 10
     for name, curve in curves.items():
@@ -54,7 +55,8 @@ def test_clipping_is_plain_torchs(tmp_path):
 
 
 def test_shipped_configs_train_as_plain_torch_does(tmp_path):
-    """Their own deepspeed section, compiled blocks and accumulation, on two ranks, in bf16, with small sizes."""
+    """The configs train at small sizes on two ranks in bf16, with their deepspeed section, compiled blocks and
+    accumulation."""
     curves = _curves(tmp_path, "configs", 2)
     assert len(curves) == 2 * len(CONFIGS) >= 12
     for path in CONFIGS:
@@ -62,7 +64,7 @@ def test_shipped_configs_train_as_plain_torch_does(tmp_path):
 
 
 def test_the_trainer_gives_the_same_curve_on_two_ranks(trainer):
-    """Stochastic depth and all, in micro-batches of another size."""
+    """This holds with stochastic depth and with another micro-batch."""
     drops = ["--set", "model.drop_path=0.3"]
     trainer("one", *zero(None), *drops)
     for stage in (None, 3):

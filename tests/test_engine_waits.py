@@ -1,4 +1,4 @@
-"""A step never makes the host wait for the device: on a CPU, by counting what would wait on a GPU."""
+"""A step never makes the host wait for the device. On a CPU, calls that would wait on a GPU are counted."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[tuple, dict]:
-    """By case what was counted; all of them in one process, since DeepSpeed joins ranks once."""
+    """The counts of each case, from one process, since DeepSpeed can be initialised only once in a process."""
     folder = tmp_path_factory.mktemp("waits")
     code, out = run_ranks("tests.helpers.waits", [str(folder / "found")], 1, folder / "log")
     assert code == 0, out
@@ -33,7 +33,7 @@ def test_a_step_reads_nothing_and_waits_for_no_device(found, stage, clip, precis
 
 
 def test_stage_2_waits_for_its_reductions_on_the_device(found):
-    """In place of the host's wait: what comes after them must not begin before."""
+    """The device waits instead of the host: work that needs the reductions must not begin before they end."""
     for clip, precision in itertools.product((None, 1.0), ("bf16", "fp32")):
         assert found[2, clip, precision]["stream waits"] >= 1
 
@@ -48,14 +48,14 @@ def test_what_runs_beside_each_other_in_stage_2_shares_no_bytes(found):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_norm_that_is_not_finite_is_returned_as_such(found, stage):
-    """DeepSpeed says -1, which would pass for a norm."""
+    """DeepSpeed returns -1, which could be taken for a norm."""
     assert not math.isfinite(found["nan", stage]["norm"])
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
 def test_clipped_gradients_are_those_of_plain_torch(found, stage, clip):
-    """Where the norm is larger than the limit, and where it is smaller: to bf16's digits."""
+    """They agree within the rounding of bf16, with norms above and below the limit."""
     assert found["clipped", stage, clip]["off"] < 0.1
 
 

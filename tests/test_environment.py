@@ -1,4 +1,4 @@
-"""Settings must be there before libraries look for them: a home folder, and how torch waits and allocates."""
+"""Environment variables must be set before libraries read them: the home folder, and torch's waiting and allocation."""
 
 import json
 import subprocess

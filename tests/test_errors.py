@@ -1,4 +1,4 @@
-"""How a program ends."""
+"""The exit of a program: its last line and its exit code."""
 
 import errno
 import subprocess
@@ -28,7 +28,8 @@ def test_a_page_that_cannot_be_written_is_a_line(command):
 
 @pytest.fixture
 def ended(monkeypatch, capsys):
-    """Return how a program ends that raises an error: its last line, or None if the error was raised as it is."""
+    """A function that returns the last line of a program that raises an error, or None if the error was raised
+    unchanged."""
 
     def ended(error, *words):
         def main():
@@ -76,7 +77,7 @@ def test_an_error_that_is_a_bug_keeps_its_traceback(ended, error):
 
 
 def _shared(*errors):
-    """How each of several processes ends, that have met these errors."""
+    """Return the exception that each of several processes raises when they have met these errors, or None."""
     found = []
     for own in errors:
         try:

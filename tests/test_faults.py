@@ -18,7 +18,7 @@ SOON_S = 90  # far below the timeout of a stall, 300 s; an idle machine takes a 
 
 @pytest.fixture
 def faulty(tmp_path):
-    """Run the trainer on 2 ranks with a fault. Return the exit codes and what was printed."""
+    """A function that runs the trainer on 2 ranks with a fault, and returns the exit codes and the output."""
     trainer = Trainer(tmp_path)
 
     def run(place, rank, error, *options):
@@ -109,7 +109,7 @@ def test_zero_stages_end_as_plain_torch_does(faulty, place):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_during_the_last_save_ends_the_other_at_once(faulty, rank):
-    """The survivor says it, with the code of a run to be started again."""
+    """The survivor reports it, and exits with the code that asks for a restart."""
     codes, out = faulty("write", rank, "SIGKILL", "--set", "train.save_every=6")
     assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 75), out
     who = "rank 0" if rank == 0 else "another rank"

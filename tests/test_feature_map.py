@@ -1,4 +1,4 @@
-"""A map shows the same samples of several runs, and says how well their classes lie apart."""
+"""A feature map shows the same samples for several runs, with a measure of the separation of their classes."""
 
 import io
 
@@ -34,7 +34,8 @@ def test_separation_is_that_of_scikit_learn():
 
 
 def test_separation_by_hand():
-    """Two pairs: a point's other is 1 away, and the other class 10 and 11, or 9 and 10."""
+    """There are two pairs of points. The other point of a pair is at distance 1, and those of the other class at 10 and
+    11, or 9 and 10."""
     found = separation(np.array([[0.0, 0], [1, 0], [10, 0], [11, 0]]), np.array([0, 0, 1, 1]), 1)
     assert found == pytest.approx((np.mean([1 - 1 / 10.5, 1 - 1 / 9.5]), 1.0, 1))
     assert str(found) == "silhouette 0.900, 1-NN accuracy 100.0 %"
@@ -123,7 +124,7 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys):
 
 
 def _deep():
-    """A sample of 16 bits, which a model reads that knows their range."""
+    """Return a 16-bit sample, which a model with an image range reads."""
     out = io.BytesIO()
     Image.fromarray(np.full((40, 40), 5, np.uint16)).save(out, "PNG")
     return [("99999.png", out.getvalue()), ("99999.cls", b"0")]

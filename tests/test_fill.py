@@ -87,7 +87,8 @@ def test_a_text_on_which_the_tokenizer_fails_is_one_line(run, photo, monkeypatch
 
 
 def test_predicted_image_tokens_are_drawn_by_the_vqgan(photo, tmp_path, capsys):
-    """That the run names, or, for an export, the command line; without one it is told before any work."""
+    """The VQGAN is named by the run or, for an export, by the command line. A missing one is reported before any
+    work."""
     torch.manual_seed(0)
     vqgan, tokens = VQGAN(VQGANConfig(32, 1, (1, 1, 1, 1), 8, 16)), {"image_targets": "vqgan", "codebook_size": 16}
     vqgan.decoder.convs[-1].bias.data.fill_(0.5)

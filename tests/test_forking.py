@@ -1,4 +1,4 @@
-"""A forked process leaves its parent's garbage alone."""
+"""A forked process does not collect the garbage of its parent."""
 
 import gc
 import multiprocessing
@@ -8,7 +8,7 @@ from m3ae_fast.base import forking
 
 
 class Ends:
-    """In a cycle; its destructor says in which process it runs."""
+    """An object in a reference cycle whose destructor prints the process that runs it."""
 
     def __init__(self, queue):
         self.me, self.queue = self, queue

@@ -43,7 +43,7 @@ def test_positions_of_a_smaller_image_are_those_of_the_whole():
 
 
 def test_positions_of_a_smaller_image_follow_the_model():
-    """Its dtype, and a change of its size."""
+    """They follow the model's dtype and a change of its size."""
     positions = Positions(MODEL, 16)
     first = positions(None, None, [(2, 2)])[0]
     positions.to(torch.bfloat16)
@@ -53,7 +53,8 @@ def test_positions_of_a_smaller_image_follow_the_model():
 
 
 def test_a_size_lasts_for_its_fraction_of_the_steps():
-    """To the nearest step, also where the product of fraction and steps is a little less than a whole number."""
+    """The number of steps is rounded to the nearest, also where fraction times steps is slightly less than an
+    integer."""
     train = TINY["train"] | {"image_sizes": [[0.29, 8], [0.57, 16]], "steps": 100}
     data = TINY["data"] | {"tokenizer": None}
     config = parse(Config, TINY | {"model": MODEL.model_dump(), "train": train, "data": data}, "test")
@@ -64,7 +65,8 @@ def test_a_size_lasts_for_its_fraction_of_the_steps():
 
 @pytest.fixture
 def batches(tmp_path):
-    """The batches of four steps and of an evaluation; images have 16 pixels in the first two steps."""
+    """The batches of four steps and of an evaluation. The images of the first step have 8 pixels a side,
+    and those of the second 16."""
     corpus = open_corpus(
         [SourceConfig(shards=write_tar(tmp_path / "a.tar", members(range(8), "image")))], ShardStore(None)
     )
@@ -85,13 +87,13 @@ def test_images_have_the_size_of_their_step_and_evaluations_the_models(batches):
 
 
 def test_an_evaluation_predicts_all_masked_patches(batches):
-    """Of which training predicts half: 6 of 12."""
+    """Training predicts half of the 12 masked patches."""
     predicted = [[int((batch.image_row_weight > 0).sum()) for batch in part] for part in batches]
     assert predicted[0][4:] == [4 * 6] * 4 and sum(predicted[1]) == 8 * 12
 
 
 def test_a_smaller_image_is_what_a_model_of_its_size_sees(batches):
-    """But for the positions, which are those of the whole."""
+    """The positions are the exception: they are those of the full size."""
     training, _ = batches
     torch.manual_seed(0)
     model = M3AE(MODEL)

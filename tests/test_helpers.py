@@ -1,4 +1,4 @@
-"""What tests rely on when something goes wrong."""
+"""Helpers on which tests rely when something fails."""
 
 import os
 import threading
@@ -10,7 +10,7 @@ from tests.helpers import ranks
 
 
 def main(arguments):
-    """A program of which one rank never ends."""
+    """Run a program of which one rank never ends."""
     if os.environ["RANK"] == "1":
         wait_here()
     return 0

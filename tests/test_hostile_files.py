@@ -65,7 +65,7 @@ def one_line(error: UserError) -> None:
 
 
 def damaged(data: bytes, cut: int, edits: list[tuple[int, bytes]]) -> bytes:
-    """`data` without its last `cut` bytes, with `edits` written over it."""
+    """Return `data` without its last `cut` bytes and overwritten by `edits`."""
     out = bytearray(data[: max(0, len(data) - cut)])
     for position, piece in edits:
         start = position % max(1, len(out))
@@ -80,7 +80,7 @@ DAMAGE = (
 
 
 def keys(value, path=()):
-    """Paths to all values of nested dicts."""
+    """Return the paths to all values of nested dicts."""
     for key, inner in value.items():
         yield (*path, key)
         if isinstance(inner, dict):
@@ -113,7 +113,7 @@ NESTED = st.just(0) | st.integers(0, 3000)
 @example(content={"\n": 1}, section="run", nested=0, brackets=True)
 @example(content={"x" * 9999: 1}, section=None, nested=0, brackets=True)
 def test_any_json_as_a_config_or_a_section_of_one(tmp_path, content, section, nested, brackets):
-    """A Config or one line, also where it is nested about as deeply as Python or pydantic allows."""
+    """The result is a Config or a one-line error, also for nesting as deep as Python or pydantic allow."""
     path = tmp_path / "config.json"
     text = json.dumps(content if section is None else WHOLE | {section: content})
     before, after = ("[", "]") if brackets else ('{"run":', "}")
@@ -139,7 +139,7 @@ def test_any_bytes_as_a_config_and_any_override(tmp_path, text, cut, edits, over
 
 
 def header(fields: dict[int, bytes], name: str = "0.jpg") -> bytes:
-    """A tar header with `fields` written at their offsets, and a checksum that is right."""
+    """Return a tar header with `fields` written at their offsets and a correct checksum."""
     block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
     for start, value in fields.items():
         block[start : start + len(value)] = value
@@ -163,7 +163,7 @@ PAX_SIZES = st.sampled_from(["9" * 5000, str(1 << 63), "-1", "1e3", "", "٣", "3
     other=st.dictionaries(st.integers(0, 147), st.binary(max_size=12), max_size=3),
 )
 def test_any_field_of_a_tar_header(tmp_path, size, kind, pax, length, other):
-    """A good member, then one whose header is arbitrary but checks out, behind a pax record."""
+    """A valid member precedes a pax record and a member with an arbitrary header and a correct checksum."""
     record = f" size={pax}\n"
     record = f"{len(record) + 2 if length is None else length}{record}".encode("utf-8", "surrogateescape")
     good = (tmp_path / "good.tar").read_bytes() if (tmp_path / "good.tar").exists() else None
@@ -178,7 +178,7 @@ def test_any_field_of_a_tar_header(tmp_path, size, kind, pax, length, other):
 
 
 def read_all(path: Path, store: ShardStore) -> int:
-    """Everything that training would do with a shard. Returns the samples that could be read."""
+    """Read a shard as training does, and return the number of samples that could be read."""
     try:
         corpus = open_corpus([SourceConfig(shards=str(path))], store)
     except UserError as error:
@@ -219,7 +219,7 @@ def test_any_damage_to_a_tar(tmp_path, cut, edits):
     value=JSON,
 )
 def test_any_damage_to_a_sidecar(tmp_path, cut, edits, field, value):
-    """What is recognisably wrong is made again; all samples are then read."""
+    """A sidecar that is recognisably wrong is written again, and all samples are read."""
     path, store = tmp_path / "a.tar", ShardStore(tmp_path / "cache")
     if not path.exists():
         write_tar(path, members(range(4)))
@@ -265,7 +265,7 @@ def saved(tmp_path_factory):
 
 
 def look_at(path: Path) -> None:
-    """All that programs do with a checkpoint."""
+    """Open a checkpoint in all the ways that programs do."""
     try:
         info = checkpoint.read_info(path)
         changes_of(path, info, parse(Config, TINY, "tiny"), {"data.train": "1"})

@@ -1,4 +1,4 @@
-"""`hub_answers` beside a hub that says something, is silent, or is not there; and what then becomes of a name."""
+"""`hub_answers` with a hub that responds, is silent or does not exist, and the resulting meaning of a name."""
 
 import functools
 import http.server
@@ -16,7 +16,7 @@ from m3ae_fast.shards.sources.huggingface import HuggingFace
 
 
 class _Knows(http.server.BaseHTTPRequestHandler):
-    """Knows that owner/name is there, and nothing else."""
+    """A hub that has owner/name only."""
 
     def do_GET(self):
         known = self.path.split("?")[0] in ("/api/models/owner/name", "/api/datasets/owner/name")
@@ -32,7 +32,7 @@ class _Knows(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def at(monkeypatch):
-    """at(port): the hub is there, on this machine."""
+    """A function of a port at which the hub is expected on this machine."""
 
     def move(port):
         api = functools.partial(huggingface_hub.HfApi, endpoint=f"http://127.0.0.1:{port}")
@@ -62,7 +62,7 @@ def test_silence_is_none(at, monkeypatch):
 
 @pytest.mark.slow
 def test_silence_is_not_waited_for_again(at, monkeypatch, tmp_path):
-    """A name of which this machine has no copy is an error, without the library's own attempts."""
+    """A name without a local copy is an error, and the library makes no attempts of its own."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", lambda *_, **__: pytest.fail("asks"))
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -1,4 +1,4 @@
-"""What srun, mpirun and mpiexec set makes one run of the processes that they start."""
+"""The variables of srun, mpirun and mpiexec make one run of the processes that they start."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_what_a_launcher_does_not_tell_is_asked_for():
 
 
 def main(argv):
-    """Say who this process is among all."""
+    """Write the rank, the local rank and the ranks per node of each process to a file."""
     from m3ae_fast.process.ranks import join_ranks
 
     with join_ranks() as ranks:

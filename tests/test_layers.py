@@ -1,4 +1,4 @@
-"""Imports flow one way, and in no circle. Imports inside functions count too."""
+"""Packages import only lower packages, and no imports are circular. Imports inside functions count too."""
 
 import ast
 import graphlib

@@ -1,4 +1,4 @@
-"""What a command, an option or a setting needs and `pip install m3ae-fast` does not install is told at once."""
+"""A missing optional library that a command, an option or a setting needs is reported at once."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def hide(monkeypatch):
 
 @pytest.mark.parametrize(("name", "line", "what"), CASES, ids=[f"{name}: {line[:40]}" for name, line, _ in CASES])
 def test_a_missing_library_is_told_before_anything_is_made(tmp_path, monkeypatch, hide, name, line, what):
-    """Neither the run nor shards of these lines exist: the library comes first."""
+    """The run and the shards of these command lines do not exist: the library is checked first."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("signal.pthread_sigmask", lambda *_: None)

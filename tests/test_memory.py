@@ -1,4 +1,4 @@
-"""A program without memory left ends with one line, wherever it is noticed."""
+"""A program that runs out of memory ends with a one-line error, wherever this happens."""
 
 import resource
 import subprocess

@@ -1,4 +1,4 @@
-"""The model on packed batches: what golden files do not show."""
+"""The model on packed batches: properties that golden files do not show."""
 
 import dataclasses
 import pickle
@@ -65,7 +65,8 @@ MIXED = [
 
 
 def test_mixed_batch_is_the_mean_of_its_samples():
-    """Packing changes nothing: a batch of images, captions and pairs has the losses of its samples one by one."""
+    """Packing has no effect: the losses of a batch of images, captions and pairs are the means of those of single
+    samples."""
     model = make_model()
     together = model(pack(MIXED, model.geometry))
     alone = [model(pack([sample], model.geometry)) for sample in MIXED]
@@ -97,7 +98,7 @@ def test_loss_weights_multiply_losses_and_leave_accuracy_and_counts():
 @pytest.mark.parametrize("per", ["sample", "batch"])
 @pytest.mark.parametrize("all_tokens", [False, True])
 def test_the_accuracy_is_that_of_the_predicted_words(per, all_tokens):
-    """A mean over captions, an empty one counting 0, or over words; however many images there are beside them."""
+    """The accuracy is a mean over captions, of which an empty one counts 0, or over words, for any number of images."""
     model, samples = make_model(text_all_tokens=all_tokens, per=per), []
     for sample in MIXED:  # of two words, which the model takes for likely
         samples.append(replace(sample, tokens=None if sample.tokens is None else sample.tokens % 2))
@@ -117,7 +118,8 @@ def test_the_accuracy_is_that_of_the_predicted_words(per, all_tokens):
 
 
 def test_losses_are_sums_over_the_counts_that_are_given():
-    """Which are those of a rank in a whole step, perhaps less than one; 0 if the step has none."""
+    """The counts are those of a rank in a whole step and may be less than one. Without samples in the step the loss is
+    0."""
     model = make_model(image_weight=0.3, text_weight=0.7)
     batch = pack(MIXED, model.geometry)
     own = model(batch)
@@ -167,7 +169,7 @@ def test_empty_batch_has_zero_loss_and_gradients():
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
 def test_mask_ratios(ratio):
-    """Nothing masked: no loss. All masked: the cls token alone is encoded."""
+    """Without masked tokens there is no loss. With all tokens masked only the cls token is encoded."""
     model = make_model()
     batch = pack([make_sample(i, ratio=ratio) for i in range(3)], model.geometry)
     losses = model(batch)
@@ -191,7 +193,7 @@ def test_pruned_last_block_equals_the_whole_one():
 
 
 def test_predictions_are_the_same_whichever_others_are_made():
-    """Of masked tokens, where only they are finished and where all tokens are."""
+    """The predictions of masked tokens are equal whether only they are computed or those of all tokens."""
     model = make_model()
     everywhere = dataclasses.replace(model.geometry, image_all_tokens=True, text_all_tokens=True)
     few, all_ = pack(MIXED, model.geometry), pack(MIXED, everywhere)
@@ -239,7 +241,7 @@ def test_dropout_and_drop_path_act_in_training_alone(half, kind):
 
 @pytest.mark.parametrize("gelu", ["tanh", "exact"])
 def test_a_block_drops_what_timms_drops(gelu):
-    """After the projection and both layers of the MLP, and each branch for whole samples."""
+    """Dropout follows the projection and both layers of the MLP. Stochastic depth drops branches of whole samples."""
     torch.manual_seed(0)
     block = Block(16, 2, 4, gelu, drop=0.5, att_drop=0.0)
     lengths = torch.tensor([5, 1, 4, 6])
@@ -287,7 +289,7 @@ def test_what_a_sample_drops_depends_on_its_draw_alone():
 
 
 def test_what_is_drawn_is_murmurs_mix_of_sample_branch_and_transformer():
-    """As by hand, so that a run goes on with the same after an update."""
+    """The draws are compared with a second computation, so that a resumed run has the same ones after an update."""
 
     def mixed(x):
         x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
@@ -312,7 +314,7 @@ def test_samples_of_their_cls_alone_have_a_row_each():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_features_are_means_of_all_rows_but_cls(dtype):
-    """In float32 at least; of samples with no other row 0, whatever the numbers of rows."""
+    """Means are computed in float32 at least. Samples with no other row have features 0."""
     lengths = [1, 2, 7, 1, 3, 2, 40]
     parts = [torch.randn(length, 5, dtype=torch.float64).to(dtype) for length in lengths]
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -325,7 +327,7 @@ def test_features_are_means_of_all_rows_but_cls(dtype):
 @pytest.mark.parametrize("training", [True, False])
 @torch.no_grad()
 def test_each_block_drops_branches_of_its_own(training):
-    """Its attention and its MLP, in the order of the factors; in evaluation none."""
+    """Attention and MLP are dropped in the order of the factors. In evaluation nothing is dropped."""
     torch.manual_seed(0)
     transformer = Transformer(12, 3, 2, drop_path=0.5, drop_key=5).train(training)
     lengths, draws = torch.tensor([3, 4, 2, 5]), torch.arange(4, dtype=torch.int32) + 7
@@ -352,7 +354,7 @@ def test_samples_without_a_draw_drop_what_torchs_generator_says():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_stochastic_depth_is_the_same_in_whole_and_in_parts(checkpointing):
-    """Gradients too, whatever is in the batch beside a sample, and padded or not."""
+    """The gradients are the same too, whatever other samples are in the batch, with and without padding."""
     model = make_model(TINY.model_copy(update={"drop_path": 0.4})).train()
     model.encoder.checkpointing = model.decoder.checkpointing = checkpointing
     samples = [replace(sample, draw=1000 + i) for i, sample in enumerate(MIXED)]
@@ -373,8 +375,8 @@ def test_stochastic_depth_is_the_same_in_whole_and_in_parts(checkpointing):
 @pytest.mark.parametrize("changed", [{}, {"drop": 0.1}, {"gelu": "exact"}], ids=["plain", "dropout", "exact GELU"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_gradients_come_in_one_order_whatever_a_batch_holds(bf16, changed):
-    """ZeRO's stages 1 and 2 reduce them over ranks in the order in which they come, each rank its own: in another order
-    they would be added to those of other weights."""
+    """ZeRO stages 1 and 2 reduce gradients in the order in which each rank computes them. In another order they would
+    be added to those of other weights."""
     model, order = make_model(TINY.model_copy(update=changed)), []
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
@@ -397,7 +399,7 @@ def test_gradients_come_in_one_order_whatever_a_batch_holds(bf16, changed):
 
 
 def test_weights_begin_as_the_official_ones():
-    """Xavier-uniform matmuls, words of N(0, 1), other embeddings of N(0, 0.02)."""
+    """Weights of matmuls are Xavier-uniform, word embeddings N(0, 1) and other embeddings N(0, 0.02)."""
     model = make_model(TINY.model_copy(update={"emb_dim": 96, "dec_emb_dim": 64, "vocab_size": 300}))
     embeddings = []
     for name, p in model.named_parameters():
@@ -416,7 +418,8 @@ def test_weights_begin_as_the_official_ones():
 
 @pytest.mark.parametrize(("head_depth", "mlp_ratio"), [(0, 4), (2, 4), (0, 2.5)])
 def test_flops_are_those_that_torch_counts(monkeypatch, head_depth, mlp_ratio):
-    """Of matmuls, forward and backward, in captions, images and pairs; attention's from the lengths."""
+    """The FLOPs of matmuls are counted, forward and backward, for captions, images and pairs. Those of attention follow
+    from the lengths."""
 
     def attention(rows, kv, cu_queries, cu_keys, flops):
         pairs = (cu_queries.diff() * cu_keys.diff()).sum().item()
@@ -444,7 +447,7 @@ def test_flops_are_those_that_torch_counts(monkeypatch, head_depth, mlp_ratio):
 
 @pytest.mark.parametrize("dropped", [{}, {"drop": 0.3}, {"att_drop": 0.3}, {"drop_path": 0.5}])
 def test_activation_checkpointing_changes_no_gradient(dropped):
-    """What is dropped in the forward pass is dropped when it is computed again."""
+    """The recomputation drops the same values as the forward pass."""
     model = make_model(TINY.model_copy(update=dropped)).train()
     batch = pack(MIXED, model.geometry)
     assert not (model.encoder.checkpointing or model.decoder.checkpointing)

@@ -34,8 +34,8 @@ MUON = ["--set", "optim.name=muon", "--set", "train.save_every=2", "--set", "tra
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (1, 7)])
 def test_newton_schulz_gives_about_the_polar_factor(shape):
-    """Its singular vectors are those of the matrix. Jordan's coefficients bring all singular values that are not tiny
-    between 0.68 and 1.14."""
+    """The result has the singular vectors of the matrix. Jordan's coefficients map all singular values that are not
+    tiny to values between 0.68 and 1.14."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, *shape, generator=generator)
     u, sizes, v = torch.linalg.svd(x, full_matrices=False)
@@ -63,7 +63,7 @@ def config(**optim) -> Config:
 
 
 def stacked(name: str, model: M3AE) -> int:
-    """The number of matrices of a weight that Muon updates, by its name; 0 where AdamW does."""
+    """Return the number of matrices in the weight with this name that Muon updates, or 0 if AdamW does."""
     if name == "decoder.kv.weight":
         return 2 * model.config.dec_depth
     if name.endswith(".qkv.weight"):
@@ -75,7 +75,8 @@ def stacked(name: str, model: M3AE) -> int:
 
 @pytest.mark.parametrize("attention", ["self", "cross"])
 def test_steps_are_those_of_a_loop_over_matrices(attention):
-    """Clipped before the orthogonalisation, with Nesterov's momentum and decoupled weight decay; AdamW for the rest."""
+    """Gradients are clipped before the orthogonalisation. Momentum is Nesterov's, weight decay is decoupled, and AdamW
+    updates the rest."""
     settings = config(clip_grad=0.1, muon_momentum=0.7, muon_lr_ratio=3.0)
     with join_ranks() as ranks:
         torch.manual_seed(0)
@@ -145,7 +146,7 @@ def test_newton_schulz_runs_in_the_precision_of_the_run(precision, dtype):
 
 @pytest.mark.slow
 def test_curves_are_plain_torchs_on_one_rank(tmp_path):
-    """On one, two and three ranks, which cut matrices anywhere, at every stage: exactly in float32."""
+    """Curves are equal in float32 on one, two and three ranks, which cut matrices anywhere, at every stage."""
     found = {}
     for ranks in (1, 2, 3):
         path = tmp_path / f"{ranks}.jsonl"
@@ -241,7 +242,8 @@ def test_the_memory_estimate_has_one_moment_of_a_matrix(stage):
 
 
 def test_an_update_by_muon_takes_no_memory_beside_activations():
-    """They are freed by then: of large batches, all that differs from AdamW is the moment that a matrix lacks."""
+    """Activations are freed before the update. With large batches, the only difference from AdamW is the missing second
+    moment of matrices."""
 
     def needed(name: str, samples: int) -> float:
         given = config(name=name)

@@ -1,4 +1,4 @@
-"""Images of their own aspect ratio: their grids, positions and batches, and a model on them."""
+"""Native images: their grids, positions and batches, and a model on them."""
 
 import itertools
 import math
@@ -56,7 +56,8 @@ def gradients(model: M3AE, samples: list[Sample]) -> tuple[torch.Tensor, dict[st
 
 @pytest.mark.parametrize(("least", "most"), [(1, 256), (64, 196), (1, 1), (7, 7), (100, 1000)])
 def test_grids_keep_ratio_and_bounds(least, most):
-    """Any size at all becomes a grid within the bounds, of nearly the image's ratio unless a side is a patch or two."""
+    """Any size becomes a grid within the bounds, with nearly the image's aspect ratio unless a side has one or two
+    patches."""
     native = Native.of(config(patch_size=16, image_size=16, max_patches=most, min_patches=least))
     sides = (1, 7, 16, 100, 223, 256, 640, 3000, 20000)
     for height, width in itertools.product(sides, sides):
@@ -130,7 +131,7 @@ def test_squares_in_a_native_model_are_the_square_path_bitwise(where, stored):
 @pytest.mark.parametrize("settings", [{}, {"native_positions": "centred"}, {"positions": "stored"}])
 @pytest.mark.parametrize("per", ["sample", "batch"])
 def test_a_batch_of_mixed_sizes_is_its_samples_one_by_one(settings, per):
-    """Losses, gradients and features of a packed batch are those of each native sample alone."""
+    """Losses, gradients and features of a packed batch are those of its native samples one by one."""
     model, samples = make_model(config(**settings), per=per, norm_pix=True), make_samples()
     loss, grads = gradients(model, samples)
     batch = pack(samples, model.geometry)
@@ -185,7 +186,7 @@ def test_stored_positions_are_resampled_as_timm_and_pillow_do(rows):
 
 
 def test_every_implementation_takes_patch_rows(monkeypatch):
-    """To the ops native pixels are images of one patch each, whatever computes them."""
+    """Every implementation of the ops treats native pixels as images of one patch each."""
     model, samples = make_model(config()), make_samples()
     expected, _ = gradients(model, samples)
     monkeypatch.setenv("M3AE_KERNELS_IMPL", "torch")

@@ -1,4 +1,4 @@
-"""Every program takes native images: training and resuming, features, transfer, pictures, exports, a look ahead."""
+"""Every program accepts native images: training, resuming, features, transfer, figures, exports and dry runs."""
 
 import json
 import re
@@ -31,7 +31,7 @@ NATIVE = ["--set", "model.resize=native", "--set", "model.max_patches=20"]
 
 
 def elongated_tar(path, numbers):
-    """Labelled images of several sizes."""
+    """Write a shard of labelled images of several sizes."""
     files = []
     for name, content in labelled_members(numbers):
         if name.endswith("png"):
@@ -56,7 +56,8 @@ def run(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_is_the_same_resumed_and_on_two_ranks(trainer, shards):
-    """And it learns; its reconstructions are drawn. It has looked how large its images are, to share them out."""
+    """The run learns and draws its reconstructions. It has read the sizes of its images to distribute them over
+    ranks."""
     sizes = Path(f"{shards[0]}.sizes.index")
     sizes.unlink(missing_ok=True)
     data = [part for name, own in zip(("train", "val"), shards) for part in ("--set", f"data.{name}.0.shards={own}")]

@@ -1,4 +1,4 @@
-"""Compare the memory that a rank is said to need with sums by hand."""
+"""Compare the estimated memory of a rank with sums by hand."""
 
 from types import SimpleNamespace
 
@@ -78,7 +78,7 @@ def test_native_images_and_models_without_words_are_of_their_own_rows():
 
 
 def test_what_one_rank_lacks_all_are_told(monkeypatch):
-    """Every one of three ranks names the first that lacks memory."""
+    """Each of three ranks names the first one that lacks memory."""
     free = ["", "8 GB are needed, and 7 GB are free", "8 GB are needed, and 6 GB are free"]
     asked = []
     for own in free:

@@ -1,6 +1,6 @@
-"""Steps of plain torch's engine against AdamW's formula in float64, and what becomes of an optimiser's state.
+"""Steps of plain torch's engine against AdamW's formula in float64, and the saved state of an optimiser.
 
-test_engine_parity.py compares DeepSpeed's with them."""
+test_engine_parity.py compares DeepSpeed's steps with them."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ def config(clip_grad: float | None) -> Config:
 
 
 def by_hand(model: M3AE, batches, counts, clip_grad: float | None) -> dict[str, torch.Tensor]:
-    """The weights after steps of RATES: gradients by torch, all else in float64."""
+    """Return the weights after steps with RATES. torch computes the gradients, and all else is in float64."""
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in weights.items()}
     for step, rate in enumerate(RATES, 1):
@@ -52,7 +52,7 @@ def by_hand(model: M3AE, batches, counts, clip_grad: float | None) -> dict[str, 
 
 @pytest.mark.parametrize("clip_grad", [None, 0.1])
 def test_steps_are_those_of_the_formula(clip_grad):
-    """Of two micro-batches, at rates that change; of a rate of 0 the weights stay."""
+    """Steps have two micro-batches and changing rates. A rate of 0 leaves the weights unchanged."""
     settings = config(clip_grad)
     with join_ranks() as ranks:
         torch.manual_seed(0)
@@ -69,7 +69,7 @@ def test_steps_are_those_of_the_formula(clip_grad):
 
 
 def test_a_state_that_is_loaded_goes_on_as_the_one_that_was_saved():
-    """Bit for bit, moments and the number of steps among it."""
+    """All of the state, including moments and the number of steps, is bitwise equal."""
     settings = config(0.1)
     with join_ranks() as ranks:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Checkpoints that several ranks write, each its part: they are whole or not there, and fit any number of ranks."""
+"""Checkpoints of which each rank writes a part: they are complete or absent, and load on any number of ranks."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def _ranks(what, folder, ranks):
 
 @pytest.mark.slow
 def test_what_four_ranks_save_any_number_loads_in_any_stage_bit_for_bit(tmp_path):
-    """Plain torch and ZeRO 0 to 3; no rank copies more than 1.3 times its share."""
+    """This holds for plain torch and ZeRO 0 to 3. No rank copies more than 1.3 times its share."""
     _ranks("save", tmp_path, 4)
     for zero in ("None", "3"):
         (path,) = checkpoint.saved_steps(tmp_path / zero)
@@ -141,7 +141,7 @@ def _parts(world=3):
 
 
 def test_an_element_in_no_part_or_in_two_is_noticed_on_every_rank(tmp_path):
-    """A rank that gives less than it should, or more, writes no error of its own."""
+    """A rank that contributes fewer or more elements than it should prints no error by itself."""
     less, more, other = _parts(), _parts(), _parts()
     less[1]["model/a"] = less[1]["model/a"]._replace(data=less[1]["model/a"].data[:-2])
     more[2]["model/b"] = whole(STATE["model/b"])
@@ -197,7 +197,7 @@ def test_a_disk_that_refuses_one_rank_is_told_on_all(tmp_path, monkeypatch, erro
 
 
 def test_a_folder_that_nodes_do_not_share_is_told(tmp_path, monkeypatch):
-    """A rank's file is on the disk of its own node."""
+    """Each rank's file is on the disk of its own node."""
     write = state_files.save_file
 
     def elsewhere(tensors, file, *rest):
@@ -282,7 +282,7 @@ def test_a_field_of_the_state_that_is_damaged_is_named_in_few_words(saved):
 
 @pytest.mark.parametrize("file", part_files(3))
 def test_a_part_without_its_checksum_is_refused(saved, file):
-    """It may be of another step: nothing else would notice."""
+    """The part may belong to another step, which nothing else would detect."""
     other = save_cut(saved.parents[1], {name: tensor + 1 for name, tensor in STATE.items()}, 3, step=2)
     (saved / file).write_bytes((other / file).read_bytes())
     info = json.loads((saved / "state.json").read_text())
@@ -378,7 +378,7 @@ def test_a_copy_takes_the_place_of_the_one_before(tmp_path):
 
 
 def test_an_update_waits_for_the_copy_that_was_begun():
-    """Whatever becomes of it: a copy that fails holds up nothing."""
+    """The update also proceeds after a copy that fails."""
     staging = Staging()
     staging.wait()
     staging.begin(torch.device("cpu"))
@@ -393,7 +393,7 @@ def test_an_update_waits_for_the_copy_that_was_begun():
 
 
 def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
-    """Whenever the thread that copies comes to it."""
+    """This holds however late the copying thread begins."""
     listed = threading.Event()
     engine = SimpleNamespace(fragments=lambda: listed.wait(60) and cut(STATE, 0, 1))
     ranks = SimpleNamespace(
@@ -419,7 +419,7 @@ def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
 
 
 def _decide(judge, world=3, rounds=1):
-    """What each rank, a thread here, is told."""
+    """Return the answer that each rank gets. Here a rank is a thread."""
 
     def one(ranks):
         try:

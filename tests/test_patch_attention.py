@@ -1,4 +1,4 @@
-"""What `draw attention --patch` draws is the softmax of the encoder's attention, computed by hand."""
+"""`draw attention --patch` draws the softmax of the encoder's attention, which is computed by hand here."""
 
 import itertools
 
@@ -42,7 +42,8 @@ def sample():
 
 @torch.no_grad()
 def by_hand(model, sample, number):
-    """Weights of all heads of a block, float64 [H, T, T]: block after block, then norm, matmul, softmax in NumPy."""
+    """Return the attention weights of all heads of a block, float64 [H, T, T], from norm, matmul and softmax in
+    NumPy."""
     inputs = []
     block = model.encoder.blocks[number]
     handle = block.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
@@ -131,7 +132,8 @@ def test_the_patch_is_outlined_and_each_word_shaded(model, sample, tmp_path, mon
     ("patch", "frame"), [((1, 3), (96, 143, 144, 191)), ((3, 1), (144, 191, 96, 143)), ((1, 2), (96, 143, 96, 143))]
 )
 def test_a_patch_is_outlined_in_pictures_of_any_ratio_that_have_it(tmp_path, monkeypatch, patch, frame):
-    """Of a wide one and a high one of 2 x 4 patches; the frame is at the top and bottom, left and right."""
+    """The pictures are a wide and a high one of 2 x 4 patches. The frame's sides at the top and bottom, left and right
+    are checked."""
     model = M3AE(SIZES.model_copy(update={"resize": "native"})).eval()
     model.tokenizer, words = Words(), torch.arange(5)
     monkeypatch.setattr(attention, "attention_to_words", lambda *_: torch.ones(5))

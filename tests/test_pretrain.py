@@ -1,4 +1,4 @@
-"""One line from pictures to a trained, measured and exported model."""
+"""One command trains, evaluates and exports a model from images."""
 
 import itertools
 import json
@@ -68,7 +68,7 @@ COLOURS = {"blue": (40, 40, 200), "green": (40, 180, 40), "red": (200, 40, 40)}
 
 
 def make_pictures(folder, each=20, captions=True):
-    """Noisy pictures in a folder for each colour, with captions."""
+    """Write noisy images with captions into a folder for each colour."""
     random = np.random.RandomState(0)
     for name, colour in COLOURS.items():
         (folder / name).mkdir(parents=True)
@@ -173,7 +173,7 @@ def test_a_finished_run_is_measured_with_the_settings_that_are_given_now(tmp_pat
 
 
 def test_a_copied_run_folder_goes_on_where_it_is(tmp_path, monkeypatch):
-    """Its config has the path that it had, perhaps one from another folder."""
+    """Its config has the former path, which may be relative to another folder."""
     photos = make_pictures(tmp_path / "photos", each=2, captions=False)
     overrides = ["data.workers=0", "train.steps=1", "train.probe=null", "train.pictures=0"]
     monkeypatch.chdir(tmp_path)
@@ -189,7 +189,7 @@ def test_a_copied_run_folder_goes_on_where_it_is(tmp_path, monkeypatch):
 
 
 def test_a_moved_run_folder_has_all_that_it_had(tmp_path, monkeypatch, capsys):
-    """Also where another run has begun at its old place, or the folder is named from elsewhere."""
+    """This also holds if another run has begun at the old path, or if the folder is named by another relative path."""
     photos = make_pictures(tmp_path / "photos", each=2)
     overrides = ["data.workers=0", "train.steps=1", "train.probe=null", "train.pictures=0"]
     monkeypatch.chdir(tmp_path)
@@ -282,7 +282,7 @@ def test_each_accuracy_stands_below_its_task_beside_what_it_is_of():
 
 @pytest.mark.slow
 def test_stopped_in_any_stage_the_same_line_goes_on(tmp_path):
-    """By Ctrl-C, which reaches all processes of a terminal's job: one line says so, and no stage is done twice."""
+    """Ctrl-C reaches all processes of a terminal's job. One line reports it, and no stage is done twice."""
     make_pictures(tmp_path / "photos", each=6)
     settings = (
         "data.workers=1",
@@ -421,7 +421,7 @@ def test_shards_are_taken_as_they_are(tmp_path):
 
 
 def test_an_image_is_on_one_side_in_folders_and_tables(tmp_path):
-    """Five captions each in a table; copies of files, and one picture in two formats, are one image."""
+    """Each image has five captions in a table. Copies of files, and a picture in two formats, count as one image."""
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(20):
@@ -446,7 +446,7 @@ def test_an_image_is_on_one_side_in_folders_and_tables(tmp_path):
 
 
 def _paths(folder, split):
-    """Return the paths of the pictures in shards, in order."""
+    """Return the paths of the images in shards, in order."""
     found = []
     for shard in sorted(folder.glob(f"{split}-*.tar")):
         with tarfile.open(shard) as tar:
@@ -455,7 +455,8 @@ def _paths(folder, split):
 
 
 def test_an_image_is_on_one_side_of_shards(tmp_path):
-    """Held-out shards lose the samples whose image others have; of the user's own a note says how many there are."""
+    """Samples are removed from held-out shards if their image is in others. For the user's own shards a note states the
+    number."""
     images = {0: (1, 2, 3), 1: (3, 4, 5), 2: (5, 6, 7)}
     for number, numbers in images.items():
         write_tar(tmp_path / f"{number}.tar", [(f"{i}-{number}.jpg", picture(i)) for i in numbers])
@@ -487,7 +488,7 @@ def test_an_image_is_on_one_side_of_shards(tmp_path):
 
 
 def test_images_that_differ_at_their_ends_alone_are_two(tmp_path):
-    """Their sizes and their middle pieces, which are compared first, are equal."""
+    """Their sizes and their middle bytes, which are compared first, are equal."""
     same = picture(0, fmt="BMP") + bytes(2 * PIECE)
     for number, end in enumerate((b"one", b"two", b"one")):
         write_tar(tmp_path / f"{number}.tar", [(f"{number}.bmp", same + end)])
@@ -506,7 +507,7 @@ def test_images_are_not_compared_where_a_side_is_a_manifest(tmp_path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_shared_images_are_those_whose_bytes_are_in_both(tmp_path, seed):
-    """Of samples with and without an image, some of them twice in a shard; many agree in size and in their middle."""
+    """Samples have an image or not, and some occur twice in a shard. Many agree in size and in their middle bytes."""
     draw, middle = random.Random(seed), bytes(2 * PIECE)
     images = [middle + b"one", middle + b"two", b"one" + middle, b"short", b"other", b"longer"]
 
@@ -533,7 +534,7 @@ def test_shared_images_are_those_whose_bytes_are_in_both(tmp_path, seed):
 
 
 def test_an_image_is_on_one_side_of_a_data_set(tmp_path, monkeypatch):
-    """Of a Hugging Face data set with one split: by the bytes of its images, or by their paths."""
+    """The data set is from Hugging Face and has one split. Its images are compared by their bytes or by their paths."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
@@ -672,7 +673,7 @@ def test_steps_and_batch_fit_the_data_and_the_time():
 @example(samples=3, pace=0.001, seconds=1e6)
 def test_batch_and_steps_are_the_most_within_their_bounds(samples, pace, seconds):
     def fits(batch):
-        """24 steps an epoch, or 4 of a small batch."""
+        """Return whether a batch fits: one with 24 steps per epoch, or a small one with 4."""
         return batch == 1 or (batch <= 1024 and batch * (24 if batch > 64 else 4) <= samples)
 
     batch = batch_of(samples)
@@ -730,7 +731,8 @@ def test_the_settings_are_those_of_the_rules_by_hand():
 
 
 def test_facts_are_those_of_the_training_samples(tmp_path):
-    """The median short side, the length that nineteen of twenty captions have, and a vocabulary that they can fill."""
+    """The facts are the median short side, the length that 95 % of captions do not exceed, and a vocabulary that they
+    can fill."""
     files = []
     for i in range(20):
         files.append((f"{i}.png", picture(i, (60 + i % 3, 20 if i < 9 else 30), fmt="PNG")))
@@ -800,7 +802,7 @@ def test_the_time_of_a_step_goes_from_the_end_of_the_one_before(monkeypatch):
 
 
 def paced(monkeypatch, times, ahead=0, seconds=60.0):
-    """What is measured in a run whose steps take these times, with batches of 4 samples."""
+    """Return the pace that is measured in a run with these step times and batches of 4 samples."""
     clock = [0.0]
 
     def steps(run):
@@ -819,13 +821,13 @@ def paced(monkeypatch, times, ahead=0, seconds=60.0):
 
 
 def test_a_pace_is_that_of_the_later_half_of_steps(monkeypatch):
-    """After the warm-up: the first ones are faster, on what was loaded ahead."""
+    """The first steps are faster, since their batches were loaded ahead."""
     found = paced(monkeypatch, [9.0, 9.0, *[0.001] * 27, *[0.002] * 27], ahead=27)
     assert found == Pace(pytest.approx(0.002 / 4), 4, 27, pytest.approx(0.0))
 
 
 def test_a_pace_is_measured_until_it_is_stable(monkeypatch):
-    """The later half of the steps is as fast throughout, or the time is used up."""
+    """Measuring ends when the later half of the steps has a constant pace, or when the time is used up."""
     calm = [9.0, 9.0, *[0.001] * 1000]
     assert paced(monkeypatch, calm).steps == 19  # of 40 steps, of which the first two are not counted
     assert paced(monkeypatch, calm, seconds=74.0).steps > 200  # a quarter of the time passes in 18 s and 500 steps
@@ -850,7 +852,7 @@ def test_a_rate_is_shown_with_its_error():
 
 @pytest.mark.parametrize(("every", "val", "evaluations"), [(25, True, 5), (None, True, 2), (25, False, 0)])
 def test_the_time_of_a_run_is_that_of_steps_and_evaluations(every, val, evaluations):
-    """A sample that is evaluated takes two thirds of one that is trained on."""
+    """An evaluated sample takes two thirds of the time of a training sample."""
     data = TINY["data"] | ({} if val else {"val": []})
     train = TINY["train"] | {"steps": 100, "global_batch": 10, "eval_every": every, "eval_samples": 6}
     config = parse(Config, TINY | {"data": data, "train": train}, "test")
@@ -882,7 +884,7 @@ def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch)
 @pytest.mark.parametrize("ends", ["slow", "memory", None])
 @pytest.mark.parametrize("place", [1, 2, 3, 4])
 def test_sizes_are_tried_from_the_smallest_to_the_first_that_will_not_do(tmp_path, monkeypatch, ends, place):
-    """And no larger one, which would do."""
+    """No larger size is tried, although it would do."""
     facts = Facts(2_000_000, 100, 300, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
     widths, tried, reckoned = [128, 192, 384, 768, 1024], [], []
 
@@ -932,7 +934,7 @@ def test_the_command_passes_on_what_it_is_given(monkeypatch, capsys, end, dry_ru
 
 @pytest.mark.parametrize(("hours", "seconds"), [(1.0, 30.0), (0.05, 5.4)])
 def test_a_trial_takes_a_small_part_of_the_time_and_never_long(tmp_path, monkeypatch, hours, seconds):
-    """In the precision in which the run will be."""
+    """A trial runs in the precision of the run."""
     facts, trials = Facts(9000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8), []
 
     def measure(config, session, limit):
@@ -978,7 +980,7 @@ def test_what_is_chosen_gives_way_to_what_the_user_sets_and_fits_it():
     ],
 )
 def test_the_largest_size_that_the_time_allows_is_chosen(tmp_path, monkeypatch, paces, size, why):
-    """Measured paces stand in, in seconds a sample."""
+    """Given paces in seconds per sample replace measured ones."""
     facts = Facts(1000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
     widths = {128: "tiny", 192: "mini"}
     monkeypatch.setattr(plan, "measure", lambda config, *_: Pace(paces[widths[config.model.emb_dim]], 8, 4))
@@ -1000,7 +1002,7 @@ def small(classes=0, samples=1000):
 
 
 def planned(monkeypatch, facts, hours, pace, overrides=(), spent=0.0, error=math.inf):
-    """The plan for samples that take `pace` seconds each, when `spent` seconds have passed."""
+    """Return the plan for samples that take `pace` seconds each, when `spent` seconds have passed."""
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: spent))
     monkeypatch.setattr(plan, "measure", lambda *_: Pace(pace, 8, 24, error))
     monkeypatch.setattr(plan, "missing_memory", lambda *_: "there is no memory")
@@ -1009,7 +1011,7 @@ def planned(monkeypatch, facts, hours, pace, overrides=(), spent=0.0, error=math
 
 
 def test_what_comes_before_and_after_training_is_part_of_the_hours(monkeypatch):
-    """Shards and measuring have taken a minute; the probes see all samples six times."""
+    """Shards and measuring have taken a minute, and the probes process all samples six times."""
     found = planned(monkeypatch, small(classes=3), 0.5, 0.01, spent=60.0, error=0.05)
     training, after = 3600 * found.config.train.hours, 6 * 1100 * 0.01 + 6 * 1002 * plan._PROBE_STEP
     assert 1800 - 60 - after - 30 < training < 1800 - 60 - after
@@ -1054,7 +1056,7 @@ def test_a_run_that_is_too_short_says_so_and_how_long_is_enough(monkeypatch):
 
 @pytest.mark.parametrize(("terminal", "answer", "starts"), [(True, "y", True), (True, "", False), (False, "", True)])
 def test_it_is_asked_whether_to_start_a_run_that_is_too_short(monkeypatch, tmp_path, capsys, terminal, answer, starts):
-    """Of who sits at a terminal; elsewhere it is told."""
+    """A user at a terminal is asked. Elsewhere a note is printed."""
     photos = make_pictures(tmp_path / "photos", each=2, captions=False)
     config = settings(small(), Shards(["a.tar"], [], []), tmp_path / "run", LADDER[0], 1, 9, "cls", [])
     monkeypatch.setattr(stages, "choose", lambda *_: plan.Plan(config, [], "9 steps: give more"))
@@ -1074,7 +1076,7 @@ def test_it_is_asked_whether_to_start_a_run_that_is_too_short(monkeypatch, tmp_p
 
 @pytest.mark.slow
 def test_a_run_takes_about_the_hours_that_it_is_given(tmp_path):
-    """However busy the machine is it ends, and says after how many steps."""
+    """The run ends however busy the machine is, and prints its number of steps."""
     photos = make_pictures(tmp_path / "photos", each=40, captions=False)
     run, began = tmp_path / "run", time.monotonic()
     assert pretrain(photos, run, hours=0.004, overrides=["data.workers=0", "train.probe=null"]).finished

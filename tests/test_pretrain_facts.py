@@ -1,4 +1,5 @@
-"""What `pretrain` finds out from the images, captions and labels, and how `--set` and what is chosen fit together."""
+"""The facts that `pretrain` derives from images, captions and labels, and the agreement of chosen settings with
+`--set`."""
 
 import re
 from dataclasses import replace
@@ -82,7 +83,7 @@ IMAGES = {
 
 
 def _folder(root, suffix, make, count=8):
-    """Eight images in two classes."""
+    """Write `count` images in two classes."""
     for number in range(count):
         path = root / ("ab"[number % 2]) / f"{number}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,7 @@ def _folder(root, suffix, make, count=8):
 
 @pytest.mark.parametrize("kind", IMAGES)
 def test_the_model_sees_what_images_have(tmp_path, kind):
-    """From a folder, and from shards that hold its files as they are."""
+    """The images come from a folder, and from shards that contain its files unchanged."""
     suffix, make, channels, dtype, image_range = IMAGES[kind]
     photos = _folder(tmp_path / "photos", suffix, make)
     files = [(f"{path.stem}.{suffix}", path.read_bytes()) for path in sorted(photos.rglob(f"*.{suffix}"))]
@@ -189,7 +190,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("override", SETTINGS)
 def test_each_setting_alone_gives_a_config_that_fits_it(tmp_path, override):
-    """Facts that fit the setting stand in for those of samples, as before there are any."""
+    """Facts that fit the setting replace those of samples, as before there are samples."""
     check_overrides([override])
     c = _chosen(override, facts=assumed([override], samples=640))
     assert eval(SETTINGS[override], {"c": c, "m": c.model, "t": c.train, "o": c.optim, "len": len})
@@ -202,7 +203,7 @@ def _written(folder, config):
 
 
 def test_every_setting_that_is_chosen_is_set_alone_above():
-    """Except those that are arguments."""
+    """Settings that are arguments are the exception."""
     config = _chosen().model_dump(exclude_unset=True)
     chosen = {f"{section}.{key}" for section in config if config[section] for key in config[section]}
     assert chosen - {override.partition("=")[0] for override in SETTINGS} == {"run.dir", "data.train", "train.hours"}
@@ -263,7 +264,7 @@ def test_the_vocabulary_is_the_users(tmp_path):
 
 
 def test_of_many_captions_a_part_is_read(tmp_path, monkeypatch):
-    """Of shards that are evenly spaced, and of samples that are."""
+    """The part consists of evenly spaced samples from evenly spaced shards."""
     monkeypatch.setattr("m3ae_fast.shards.tokenizer_training._SHARDS", 2)
     for shard in range(6):
         files = [(f"{i}.txt", f"{shard} {i}".encode()) for i in range(10)]
@@ -301,7 +302,8 @@ def test_labels_that_are_asked_for_and_not_there_end_it_before_training(tmp_path
 
 
 def test_an_imbalanced_grey_folder_with_splits_and_labels_is_trained_on(tmp_path, capsys):
-    """In the layout of ImageFolder, with a table of labels: one look comes first, then a model of grey images."""
+    """The folder has the layout of ImageFolder and a table of labels. The data are inspected first, and the model is
+    one of grey images."""
     root = tmp_path / "cells"
     rows = ["path,site,caption"]
     for split, counts in {"train": (18, 6, 3), "val": (6, 3, 2)}.items():

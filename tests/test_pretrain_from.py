@@ -1,4 +1,4 @@
-"""`pretrain --from`: which settings follow from the weights, and what the run begins with."""
+"""`pretrain --from`: the settings that follow from the weights, and the initial weights of the run."""
 
 import json
 
@@ -32,7 +32,8 @@ def base(tmp_path_factory):
 
 
 def test_settings_follow_from_the_weights(base, tmp_path):
-    """Those of the model and its tokenizer; the learning rate is a quarter, and the warm-up shorter."""
+    """The settings of the model and its tokenizer are those of the weights. The learning rate is a quarter, and the
+    warm-up is shorter."""
     given = given_weights(str(base), tmp_path, [])
     saved = M3AE.from_pretrained(tmp_path / FOLDER)
     facts = Facts(20_000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8)
@@ -101,7 +102,7 @@ def test_what_is_no_model_is_refused(tmp_path):
 
 
 def test_its_initial_weights_are_measured_too(tmp_path):
-    """And their time is planned."""
+    """The time for it is part of the plan."""
     facts, pace = Facts(1000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8), Pace(1e-3, 64, 9)
     config = settings(facts, SHARDS, tmp_path, LADDER[0], 64, 1000, "cls", [])
     continued = settings(facts, SHARDS, tmp_path, LADDER[0], 64, 1000, "cls", [f"model.init_from={tmp_path}"])

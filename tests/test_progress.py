@@ -1,4 +1,4 @@
-"""How far long work is said to be, and the time left, by a clock that the test winds."""
+"""The reported progress and remaining time of long work, on a simulated clock."""
 
 import re
 
@@ -9,7 +9,7 @@ from m3ae_fast.base.progress import Lines, TimeLeft, track
 
 
 class _Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that a test advances."""
 
     def __init__(self):
         self.seconds = 100.0
@@ -24,7 +24,7 @@ def clock():
 
 
 def _said(lines, clock, items, seconds):
-    """What is said of so many items that take `seconds` each, with when."""
+    """Return the lines that are printed for `items` that take `seconds` each, by the time at which they are printed."""
     found, began = {}, clock.seconds
     for _ in range(items):
         clock.seconds += seconds

@@ -1,5 +1,6 @@
-"""When a process takes itself or another rank for stalled, by a clock of the tests' own, on which hours pass at once;
-what signals leave behind. test_stop_and_stall.py has what processes really do."""
+"""The detection of stalls of a process itself and of other ranks on a simulated clock, and the effects of signals.
+
+test_stop_and_stall.py tests real processes."""
 
 import signal
 import time
@@ -19,7 +20,7 @@ from m3ae_fast.process.signals import StopRequest
 
 
 class Ended(Exception):
-    """In place of the end of the process."""
+    """Raised instead of ending the process."""
 
 
 class Judged:
@@ -62,7 +63,7 @@ class Judged:
         return None
 
     def beats(self, seconds: int, at=lambda now: None) -> int:
-        """How many beats that tell of something the rank sends in so many seconds from now on."""
+        """Return the number of heartbeats with progress that the rank sends in the next `seconds`."""
         self.until, self.at = self.now + seconds, at
         self.pulse._beat()
         return int(self.store.get("beat 0").split()[0])
@@ -70,7 +71,7 @@ class Judged:
 
 @pytest.mark.parametrize("timeout", [0.5, 5.0, 600.0])
 def test_idle_workers_end_the_run_after_the_timeout_and_not_before(monkeypatch, timeout):
-    """Whatever the main thread, which waits for them, does beside."""
+    """The main thread, which waits for them, does not influence this."""
     judged = Judged(monkeypatch, timeout)
     judged.busy = {"self"}
     judged.pulse.mark("waiting for its loader", loading=True)
@@ -104,7 +105,7 @@ def test_every_batch_begins_the_wait_anew(monkeypatch):
 
 
 def test_workers_may_be_idle_while_a_batch_is_used(monkeypatch):
-    """A step or a compilation of hours."""
+    """The use of a batch may be a step or a compilation of hours."""
     judged = Judged(monkeypatch, 60.0)
     batches = judged.pulse.watch([1, 2], "training")
     for _ in range(2):
@@ -146,7 +147,7 @@ def test_a_process_that_was_suspended_accuses_nobody(monkeypatch):
 
 @pytest.mark.parametrize(("rank", "others"), [(0, [1, 2, 3]), (1, [0]), (3, [0])])
 def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
-    """Rank 0 watches all, and all watch rank 0; whoever has been heard of since is not meant."""
+    """Rank 0 watches all others, and all of them watch rank 0. Ranks that have been heard from since are not named."""
     judged = Judged(monkeypatch, 60.0, rank, ranks=4)
     end, why = judged.ended(1000)
     assert 60 < end < 70 and f"no heartbeat from rank {', '.join(map(str, others))} (last activity: joining)" in why
@@ -162,7 +163,7 @@ def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
 
 
 def test_a_rank_that_moves_on_ends_nobody(monkeypatch):
-    """However silent the other is: it is for the one that waits to say so."""
+    """This holds however silent another rank is: the rank that waits reports the stall."""
     judged = Judged(monkeypatch, 60.0, ranks=2)
     assert judged.ended(1000, lambda now: judged.pulse.mark("step")) is None
 
@@ -308,7 +309,7 @@ def test_the_first_reason_to_stop_is_the_one_that_is_told():
 
 def test_signals_are_handled_afterwards_as_before():
     def mine(*_) -> None:
-        """What the program did with SIGUSR1."""
+        """The program's own handler of SIGUSR1."""
 
     before = signal.signal(signal.SIGUSR1, mine)
     try:

@@ -1,4 +1,4 @@
-"""How ranks wait for each other."""
+"""Ranks that wait for each other."""
 
 import contextlib
 import errno
@@ -33,7 +33,7 @@ TIMEOUT_S = 3.0  # of collectives, and of stalls
 
 
 def main(argv):
-    """Rank 1 is at work for longer than any timeout, or fails, while rank 0 waits; then both compute together."""
+    """Let rank 1 work for longer than any timeout, or fail, while rank 0 waits. Then both compute together."""
     if argv[0] in PROGRAMS:
         return PROGRAMS[argv[0]](*argv[1:])
     ranks.TIMEOUT = timedelta(seconds=TIMEOUT_S)
@@ -80,7 +80,7 @@ def sockets(pid):
 
 
 def standing_by():
-    """Say what CUDA is asked, and whether this rank and its fetcher have connections."""
+    """Print the queries of CUDA, and whether this rank and its fetcher have connections."""
     touched, before = [], sockets(os.getpid())
     begin, available = program.Standby, torch.cuda.is_available
     program.Standby = lambda: touched.append("fetcher") or begin()
@@ -96,7 +96,7 @@ def test_what_is_to_fetch_begins_before_connections_and_cuda(tmp_path):
 
 
 def test_a_rank_alone_starts_no_threads_of_gloo(monkeypatch):
-    """One that was in the interpreter when a loader worker is forked can crash that worker."""
+    """A gloo thread that runs Python code while a loader worker is forked can crash that worker."""
     with program.joined_program() as (alone, *_):
         for name in ("broadcast_object_list", "all_gather_object", "all_reduce"):
             monkeypatch.setattr(dist, name, lambda *_, **__: pytest.fail("a collective of one rank"))
@@ -108,7 +108,7 @@ def test_a_rank_alone_starts_no_threads_of_gloo(monkeypatch):
 
 
 def many_clients():
-    """A store whose process may have few files open, until it is a rank."""
+    """Create a store in a process with a low limit of open files, which becoming a rank raises."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     with ranks.join_ranks():
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -183,7 +183,7 @@ def stand_still(pulse):
 
 
 def test_ranks_of_a_node_hear_its_leader_sum_first_and_stop_together(tmp_path):
-    """The last of three nodes has one rank."""
+    """The last of the three nodes has one rank."""
     code, said = run_ranks(__name__, ["nodes", "stop", str(tmp_path)], 5, tmp_path / "log")
     assert code == 0 and sorted(said.splitlines()) == [
         "0: [0, 1] [[1], [2, 4]]",
@@ -208,7 +208,7 @@ def test_a_rank_that_is_killed_ends_the_others_in_a_sum(tmp_path, killed):
 
 
 def test_a_stall_leaves_what_each_rank_was_at(tmp_path):
-    """The leader of its node notices the silent rank, and all write their stack traces."""
+    """The leader of the node notices the silent rank, and all ranks write their stack traces."""
     folder, log = tmp_path / "stall", tmp_path / "log"
     processes = fork_ranks(__name__, ["nodes", "stall", str(folder)], 4, log)
     for process in processes[:3]:
@@ -252,7 +252,7 @@ def test_what_a_user_can_mend_is_told_and_the_rest_is_a_bug(error, told):
 
 @pytest.mark.parametrize(("cores", "here", "threads"), [(8, 2, 4), (8, 1, 8), (2, 3, 1), (7, 2, 3)])
 def test_the_ranks_of_a_node_share_its_cores(monkeypatch, cores, here, threads):
-    """Not those of all nodes; what the user sets stays."""
+    """The cores are those of one node. A number that the user sets is kept."""
     found = []
     variables = {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(here)}
     for name, value in variables.items():
@@ -320,7 +320,7 @@ def test_an_error_is_told_by_the_first_rank_and_all_end_with_its_code(join, erro
 
 
 def test_an_error_after_a_rank_has_left_is_none(join):
-    """Nor is it told; one that nobody foresaw is otherwise a traceback, on every rank."""
+    """Such an error is not reported. An unexpected error before that is a traceback on every rank."""
     for first in (True, False):
         join(first)
         with program.joined_program() as session:
@@ -377,11 +377,11 @@ def test_what_ranks_do_has_its_result_or_ends_all_of_them(way, failing):
 
 @pytest.mark.parametrize(("rank", "failing", "runs"), [(1, 0, False), (1, 1, True), (0, 1, True), (0, 0, True)])
 def test_a_rank_begins_only_after_the_main_one_has_succeeded(rank, failing, runs):
-    """And what one of them cannot do is raised on both."""
+    """A failure of one of them is raised on both."""
     done, turns = [], []
 
     class OneOfTwo(ranks.Ranks):
-        """Whose partner fails in its turn, where it is to fail."""
+        """A rank of two, whose partner fails in its turn if told to."""
 
         def gather(self, value):
             other = 1 - rank
@@ -443,7 +443,7 @@ def test_what_one_rank_cannot_do_ends_all_with_one_line(tmp_path):
 
 
 def with_a_mistake(rank):
-    """One rank meets a mistake that the others do not see. Rank 1 is in a sum, rank 2 computes meanwhile."""
+    """Let one rank find a user error that the others do not see. Meanwhile rank 1 is in a sum and rank 2 computes."""
     ranks._OTHERS_S = 1.0
     with program.joined_program() as (joined, _, pulse, _):
         pulse.timeout = 3.0  # with heartbeats every 0.3 s
@@ -458,7 +458,7 @@ def with_a_mistake(rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_mistake_that_one_rank_meets_is_the_only_line_and_all_exit_with_its_code(tmp_path, rank):
-    """Also if that rank is the one that holds the store, and if others are at work until it has ended."""
+    """This also holds if that rank has the store, and if others work until it has ended."""
     processes = fork_ranks(__name__, ["mistake", str(rank)], 3, tmp_path / "log")
     said = await_ranks(processes, tmp_path / "log")[1]
     assert [line for line in said.splitlines() if "error" in line] == [f"error: rank {rank} finds no shard"]

@@ -28,7 +28,7 @@ NOTEBOOK = EXAMPLES / "pictures_to_probe.ipynb"
 
 
 def texts(cell) -> str:
-    """What a cell printed."""
+    """Return what a cell printed."""
     return "".join(output.get("text", "") for output in cell.get("outputs", []))
 
 
@@ -60,7 +60,7 @@ def test_notebook_leads_from_pictures_to_a_probe(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, with pictures of two classes, captions beside them."""
+    """A folder with images of two classes and their captions, which is the current folder of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
@@ -90,7 +90,7 @@ def test_own_data_config_fits_shards_of_a_folder(folder, capsys):
 
 
 def _classify(*options):
-    """What the example prints."""
+    """Return what the example prints."""
     command = [sys.executable, str(EXAMPLES / "classifier.py"), "model", "pictures", "--batch", "8", *options]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -111,18 +111,18 @@ def test_encoder_in_a_plain_torch_classifier(folder):
 
 
 def test_the_classifier_s_images_are_those_of_shards(folder):
-    """White where they are transparent, whatever colour lies beneath."""
+    """Transparent pixels are white, whatever colour they store."""
     M3AE(ModelConfig(**TINY["model"])).save_pretrained("model")
     for path in Path("pictures").rglob("*.png"):
         pixels = np.array(Image.open(path).convert("RGBA"))
         pixels[..., 3] = 0
         Image.fromarray(pixels).save(path)
     last = re.findall(r"accuracy ([\d.]+)%", _classify("--epochs", "3"))[-1]
-    assert float(last) < 90  # there is nothing to tell them apart by
+    assert float(last) < 90  # nothing distinguishes the classes
 
 
 def test_scripts_for_many_nodes_name_what_there_is():
-    """They need a cluster; their syntax, their options and their config do not."""
+    """The scripts need a cluster. Their syntax, their options and their config are tested without one."""
     folder = EXAMPLES / "many_nodes"
     job = yaml.safe_load((folder / "pytorchjob.yaml").read_text())
     (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]

@@ -26,7 +26,7 @@ def test_example_learns(example, steps):
 
 @pytest.mark.parametrize("example", ["hugging_face_vit_mae.py", "language_model_head.py", "timm_naflexvit.py"])
 def test_models_of_others_have_equal_losses(example):
-    """Those of the model as it is and on the ops; the examples themselves compare gradients."""
+    """The original model and the model on the ops have equal losses. The examples themselves compare gradients."""
     plain, fused = losses(example)
     assert fused == pytest.approx(plain, abs=2e-6)
 

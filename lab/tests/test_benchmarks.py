@@ -31,7 +31,7 @@ TINY = ModelConfig(
 
 @pytest.mark.parametrize("expert", [False, True])
 def test_references_do_the_engines_work(expert):
-    """Same parameters, samples and masks: same loss and gradients."""
+    """The reference and the engine have the same loss and gradients for the same parameters, samples and masks."""
     config = make_config(TINY, samples=5)
     torch.manual_seed(0)
     model = M3AE(config.model, config.loss)
@@ -65,7 +65,7 @@ def test_faster_steps_have_the_flops_that_the_guide_says():
 
 
 def test_the_reference_takes_the_engines_steps():
-    """The same optimiser, with the same settings."""
+    """Both have the same optimiser with the same settings."""
     config = make_config(TINY, samples=5, precision="fp32")
     torch.manual_seed(0)
     model = M3AE(config.model, config.loss)
@@ -165,7 +165,8 @@ def test_an_implementation_works_alone():
 
 
 def test_training_as_it_ships_is_timed(tmp_path, monkeypatch):
-    """The trainer on DeepSpeed and on plain torch, with its loader; and an expert that has no memory left."""
+    """The trainer is timed on DeepSpeed and on plain torch, with its loader, beside an expert that runs out of
+    memory."""
 
     def fail(case):
         raise RuntimeError("no memory left")
@@ -256,7 +257,7 @@ def without_a_driver(**_):
 
 @pytest.fixture
 def tiny_ops(monkeypatch):
-    """The op table at sizes of a moment, without a compiler, beside a library that does not run."""
+    """The op table at tiny sizes, without a compiler, and with one library that does not run."""
     rows: list[results.Row] = []
     sizes = replace(test_ops.SIZES, samples=2, patch=4, grid=3, visible=3, words=8, encoder=32, decoder=32, vocab=97)
     monkeypatch.setattr(test_ops, "SIZES", sizes)
@@ -268,7 +269,7 @@ def tiny_ops(monkeypatch):
 
 @pytest.mark.parametrize("name", ["attention", "masked_token_loss", "gather_tokens", "packed_attention, loss rows"])
 def test_a_row_of_the_op_table_has_every_column(tiny_ops, name):
-    """Those of libraries that do not run here are empty."""
+    """The columns of libraries that do not run here are empty."""
     pedantic = SimpleNamespace(pedantic=lambda *_, **__: None, extra_info={})
     test_ops.test_op(pedantic, name)
     (row,) = tiny_ops

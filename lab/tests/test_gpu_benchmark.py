@@ -61,7 +61,7 @@ def test_a_reference_in_chunks_is_the_reference(name):
 
 
 def test_what_is_timed_is_checked():
-    """Also in parts that the odd sizes are too small for."""
+    """The check also covers parts for which the odd sizes are too small."""
 
     def wrong(images, patch_ids, **options):
         out = m3ae_kernels.patch_embed(images, patch_ids, **options)
@@ -87,7 +87,7 @@ def test_checks_and_times_are_written(tmp_path, capsys):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Two ops, of which one raises."""
+    """Two ops, one of which raises."""
 
     def check(name, dtype, *_):
         if name == "b":
@@ -121,7 +121,7 @@ def test_an_op_that_breaks_the_device_ends_its_process_and_the_next_goes_on(tmp_
 
 @pytest.mark.parametrize("end", ["finished", "failed"])
 def test_what_a_process_takes_with_it_costs_one_item(tmp_path, end):
-    """One dies at the second item, the next at the fourth and has recorded that itself."""
+    """One process dies at the second item. The next one dies at the fourth and has recorded that itself."""
     ends = {0: (1, "import os; os.abort()"), 2: (3, f"raise SystemExit({suite.BROKEN})"), 4: (5, "")}
     if end == "failed":
         ends[0] = (4, "raise SystemExit(1)")
@@ -140,7 +140,7 @@ def test_what_a_process_takes_with_it_costs_one_item(tmp_path, end):
 
 
 def test_a_tuning_ends_where_processes_end_without_a_trial(tmp_path):
-    """Another setting each time goes on."""
+    """Tuning continues as long as each process has tried a setting before it ended."""
     results.save(tuner.TUNING, "t", [], tmp_path)
     row = f"""import json; path = {str(tmp_path / "gpu-tuning.json")!r}; data = json.load(open(path))
 n = len(data["rows"]); data["rows"] += [{{}}] * (n < 2); json.dump(data, open(path, "w")); raise SystemExit(4)"""
@@ -168,7 +168,7 @@ def test_written_tables_are_the_package_tables(tmp_path):
 
 
 def test_candidates_are_those_of_the_kernels():
-    """Committed, and about a dozen for each matmul kernel."""
+    """The candidates are committed, about a dozen for each matmul kernel."""
     for kernel, widths in candidates.read("sm_90").items():
         for width, settings in widths.items():
             now = tuning.table("sm_90")[kernel][width]
@@ -305,7 +305,7 @@ def test_attention_is_tried_with_its_own_warps_and_stages(kernel):
 
 
 def test_launches_are_timed_by_themselves():
-    """On Triton's interpreter."""
+    """The kernels run on Triton's interpreter."""
     script = """if True:
         import torch
         from benchmarks.gpu.tune import kernel_ms

@@ -87,7 +87,7 @@ def test_a_bad_stage_costs_itself_alone(tmp_path, impatient):
 
 
 def test_nothing_that_a_stage_started_outlives_it(tmp_path, impatient):
-    """Nor what ignores SIGTERM in a session of its own, its parent gone."""
+    """This includes an orphaned process that ignores SIGTERM in its own session."""
     assert plan.run(tmp_path, 60, [Stage("leaves one", 60, python(ORPHAN))]) == 0
     pid, late = int((tmp_path / "leaves one/log.txt").read_text()), time.monotonic() + 30
     while runs(pid) and time.monotonic() < late:  # a killed process takes a moment to end
@@ -107,7 +107,7 @@ def test_a_process_that_hangs_and_its_children_are_ended(tmp_path):
 
 
 def test_a_process_that_cannot_be_ended_is_recorded(tmp_path, monkeypatch):
-    """As one in a call of a driver that hangs."""
+    """An example is a process in a driver call that hangs."""
 
     class Stuck(Processes):
         def end(self):
@@ -120,7 +120,7 @@ def test_a_process_that_cannot_be_ended_is_recorded(tmp_path, monkeypatch):
 
 
 def test_a_process_has_time_to_end_by_itself(tmp_path):
-    """After SIGTERM, which also ends what started it in order."""
+    """The time begins at SIGTERM, which also ends the parent of the process in order."""
     log, before = tmp_path / "log", signal.getsignal(signal.SIGTERM)
     cleans = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('cleaned'), sys.exit()))"
     with pytest.raises(SystemExit) as end, Processes() as processes:
@@ -183,7 +183,7 @@ def test_the_better_engine_goes_on(tmp_path):
 
 
 def test_the_plan_names_programs_that_are_there():
-    """Each stage within a call of ten minutes; every command's options are known to its program."""
+    """Each stage fits into a call of ten minutes, and each command's options are known to its program."""
     for stage in PLAN:
         assert stage.seconds <= 500
         for command in stage.commands.values():
@@ -206,7 +206,7 @@ def test_the_page_says_what_is_known_by_when():
 
 
 def test_the_sanitizers_verdict_counts():
-    """On memory of which no cache hides an overrun."""
+    """The sanitizer runs on memory in which no cache hides an overrun."""
     for name in ("memcheck", "racecheck"):
         (stage,) = (stage for stage in PLAN if stage.name == name)
         options = list(stage.commands[""])
@@ -256,7 +256,7 @@ def test_records_come_back_as_one_small_file_that_another_machine_takes_up(tmp_p
 
 
 def test_stages_have_the_block_sizes_that_earlier_ones_kept(tmp_path, monkeypatch):
-    """Also of a tuning that ran out of time, and on another machine."""
+    """The block sizes are also those of a tuning that ran out of time, and they are used on another machine."""
     name = tuning.INTERPRETER
     table = json.loads(json.dumps(tuning.table(name)))
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
@@ -347,7 +347,7 @@ def test_what_the_trainer_needs_and_an_image_lacks_is_listed(capsys):
 
 
 def test_wheels_are_fetched_for_the_other_python(monkeypatch, tmp_path):
-    """With all that they need in turn, in the versions that they ask for, but for what is there."""
+    """Their dependencies are fetched too, in the required versions, unless they are installed."""
     needs = {
         "pydantic": ["pydantic-core==2.50.5", "typing-extensions>=4", "email-validator; extra == 'email'"],
         "pydantic-core": ["annotated-types", "tzdata; platform_system == 'Windows'"],
@@ -442,7 +442,7 @@ def test_attention_kernels_are_timed_and_the_wrong_ones_named(monkeypatch):
 
 
 def test_curves_meet_though_one_was_killed(tmp_path):
-    """On the CPU, a few steps: a run that is killed and resumed has the losses of one that is not."""
+    """A run that is killed and resumed has the losses of an uninterrupted one, for a few steps on the CPU."""
     curves = [curve.Curve("whole", "fp32", curve.CPU), curve.Curve("killed, once", "fp32", curve.CPU, kill_at=4)]
     settings = {
         "model.emb_dim": 32, "model.depth": 1, "model.num_heads": 2, "model.dec_emb_dim": 16, "model.dec_depth": 1,

@@ -32,7 +32,7 @@ def _tar(files, mode):
 
 
 def _deb(path, files):
-    """An ar archive, as dpkg-deb makes them: a member of odd size is followed by a byte."""
+    """Write an ar archive as dpkg-deb does: a member of odd size is followed by a padding byte."""
     control = _tar({"./control": b"x"}, "w:xz")
     parts = {"debian-binary": b"2.0\n", "control.tar.xz": control, "odd": b"123"}
     parts["data.tar.xz"] = _tar({f"./{name}": data for name, data in files.items()}, "w:xz")
@@ -51,7 +51,7 @@ def _idx(array):
 
 @pytest.fixture
 def clothes(tmp_path):
-    """The package, and pictures and labels by split."""
+    """The package, and the images and labels of each split."""
     random = np.random.RandomState(0)
     data = {split: (random.randint(256, size=(count, 28, 28), dtype=np.uint8), (np.arange(count) % 10).astype(np.uint8))
             for split, count in (("train", 20), ("t10k", 10))}  # fmt: skip
@@ -63,7 +63,7 @@ def clothes(tmp_path):
 
 
 def _samples(shards):
-    """By key: its files by suffix."""
+    """Return each sample's files by suffix, by the sample's key."""
     found = {}
     for shard in shards:
         with tarfile.open(shard) as tar:

@@ -22,7 +22,7 @@ def test_every_line_of_the_cuda_path_runs_or_is_explained():
 
 @pytest.mark.slow
 def test_a_process_that_dies_in_the_first_hour_costs_one_check(tmp_path):
-    """As all other stages do nightly: python -m tests.rehearsal.first_hour."""
+    """The other stages are tested nightly by `python -m tests.rehearsal.first_hour`."""
     environment = os.environ | first_hour.stand_in(tmp_path) | {"FAULTS": "process"}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     command = [environment["STAND_IN_PYTHON"], "-m", "benchmarks.gpu", "--quick", "--dtype", "float16"]

@@ -39,7 +39,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch, tmp_path):
-    """Few clothes and shots, and other clip art."""
+    """Few clothes, few shots and other clip art, which make the study short."""
     monkeypatch.setattr(shards, "CLOTHES", {"probe": 15, "validation": 8, "images": 10})
     monkeypatch.setattr(measure, "SHOTS", (1, 2))
     described_tar(tmp_path / "clip/val-0.tar", {f"{i}": emoji(i) for i in range(6)})
@@ -48,7 +48,7 @@ def few(monkeypatch, tmp_path):
 
 @pytest.fixture
 def call(data, tmp_path):
-    """call(*options) -> the exit code of a study at toy size."""
+    """A function of options that runs a study at toy size and returns its exit code."""
 
     def perform(*options):
         sets = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
@@ -96,7 +96,7 @@ def test_a_study_needs_the_folders_of_labelled_data(data, tmp_path):
 
 
 def test_a_study_is_done_once_and_goes_on_where_it_was_stopped(call, tmp_path, monkeypatch, capsys):
-    """One encoder of each kind; what their tests see is what they say."""
+    """There is one encoder of each kind, and each is tested on the samples that its result names."""
     few = [each for each in plan(16, 4) if each.seed == 0 and central(each, 16, 4)]
     few = [each for each in few if each.objective != "mae"] + [Encoder("mae", 16, 4, 0, images="clothes")]
     monkeypatch.setattr(program, "plan", lambda *arguments: few)

@@ -1,4 +1,4 @@
-"""Images of any bands: .npy and TIFF, of 8, 16 and 32 bits."""
+"""Images with any number of bands, as .npy and TIFF files of 8, 16 and 32 bits."""
 
 import json
 import re
@@ -86,7 +86,7 @@ def test_a_range_says_what_is_black_and_white():
 
 
 def test_pictures_are_kept_as_finely():
-    """Those that Pillow reads, in a model of more than 8 bits."""
+    """Images that Pillow reads keep their precision in a model of more than 8 bits."""
     values = np.arange(0, 65536, 128, dtype=np.uint16).reshape(16, 32)
     for data in (png(values, 16, 0), tiff(values)):
         assert torch.equal(decode_image(data, 3, "dtype", "uint16"), torch.from_numpy(values).expand(3, -1, -1))
@@ -178,7 +178,7 @@ def test_a_pickle_in_an_array_is_not_opened():
 
 
 def test_sizes_have_a_limit(monkeypatch):
-    """An image may be just as large as it."""
+    """An image may be exactly as large as the limit."""
     for data in (write_npy(LEVELS), tiff(LEVELS, planarconfig="contig")):
         monkeypatch.setattr(bands, "MAX_VALUES", LEVELS.size)
         assert torch.equal(decode_image(data, BANDS), chw(LEVELS))
@@ -255,7 +255,7 @@ def test_each_band_is_resampled_as_a_picture_is(name):
 
 
 def test_crops_and_flips_are_those_of_pictures():
-    """The same seed takes the same box of every dtype, and mirrors it."""
+    """A seed gives the same box and the same flip in every dtype."""
 
     def crop(image, seed):
         return random_crop(image, 8, (0.3, 1.0), True, torch.Generator().manual_seed(seed))
@@ -295,7 +295,7 @@ def test_pixels_are_normalised_in_units_of_black_and_white():
 
 
 def test_shards_keep_bands_and_values(tmp_path):
-    """A small array as it is, a large one reduced in its own dtype, whatever file it comes from."""
+    """A small array is stored unchanged. A large one is reduced in its own dtype, whatever its file format."""
     for values in ARRAYS.values():
         for data in (write_npy(values), tiff(values, planarconfig="contig")):
             suffix, kept = as_member(data, 320, 95)

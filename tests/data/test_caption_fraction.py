@@ -43,7 +43,7 @@ def test_all_captions_are_today_and_none_is_images_alone_bit_for_bit(load, pairs
 
 
 def test_a_larger_fraction_holds_the_captions_of_a_smaller_one(load, pairs):
-    """Those of the lowest hashes, whatever the seed and the epoch."""
+    """The kept captions are those with the lowest hashes, whatever the seed and the epoch."""
     hashes = {f"{i:05d}": hashlib.blake2b(f"{i:05d}".encode(), digest_size=8).hexdigest() for i in range(60)}
     kept = {
         fraction: captions(load(source(pairs, fraction), steps=15, **UNMASKED)).keys()
@@ -68,7 +68,7 @@ def test_ranks_workers_and_a_resume_change_no_caption(load, pairs):
 
 
 def test_unpaired_text_stays_whole_beside_pairs(load, tmp_path, pairs):
-    """In a source of its own, and in the same shard."""
+    """The unpaired text is in a source of its own or in the same shard."""
     text = write_tar(tmp_path / "text.tar", members(range(100, 130), "text"))
     mixed = write_tar(tmp_path / "mixed.tar", [*members(range(200, 220)), *members(range(300, 310), "text")])
     both = [*source(pairs, 0.3), SourceConfig(shards=text)]

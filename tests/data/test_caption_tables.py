@@ -33,7 +33,7 @@ def pairs(table, **columns):
 
 
 def error(table, text=None, **columns):
-    """The one line that is said of a table."""
+    """Return the one line of the error for a table."""
     if text is not None:
         table.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as caught:
@@ -257,7 +257,7 @@ def test_fields_keep_their_types(tmp_path):
 
 
 def test_another_caption_is_no_field(tmp_path):
-    """In a json it would be read as the sample's caption."""
+    """In the sample's json file it would be read as the sample's caption."""
     (tmp_path / "t.csv").write_text("path,title,caption,site\n0.jpg,,long,here\n")
     (row,) = read_captions(tmp_path / "t.csv", caption="title")
     assert row.captions == [""] and json.loads(row.fields) == {"site": "here"}

@@ -68,7 +68,7 @@ def disk(loader):
 
 
 def until(true):
-    """Wait for what a fetcher does."""
+    """Wait until `true()` holds, which a fetcher brings about."""
     late = time.monotonic() + 30
     while not true():
         assert time.monotonic() < late
@@ -76,13 +76,13 @@ def until(true):
 
 
 def come(loader):
-    """Whether what a node is to fetch at this step is there."""
+    """Return whether the shards that a node is to fetch at this step are in its cache."""
     needs, steps = loader.companion.schedule, loader.companion._steps
     return all(needs.corpus.store.copy(shard.name).exists() for shard in needs.near(needs.span(steps)))
 
 
 def epoch(loaders):
-    """The keys of each step of some nodes, whose steps take longer than a fetch."""
+    """Return the keys of each step of some nodes, whose steps take longer than a fetch."""
     batches = [iter(loader) for loader in loaders]
     for _ in range(len(loaders[0])):
         until(lambda: all(map(come, loaders)))
@@ -129,7 +129,7 @@ def test_a_second_epoch_fetches_nothing_where_there_is_room(start, far):
 
 
 def test_a_run_that_loses_a_node_reads_the_same_samples(start, far):
-    """The others' copies are lost too, which is the worst."""
+    """The copies of the other nodes are lost too, which is the worst case."""
     _, requests, size = far
     known = list(epoch([start(0, 1, folder="whole")]))
     requests.clear()
@@ -172,7 +172,7 @@ def test_the_fetcher_leaves_with_the_run(start, tmp_path, begun):
 
 
 def test_ranks_of_a_node_share_one_fetcher(start):
-    """It waits for the slower one."""
+    """The fetcher waits for the slower rank."""
     loaders = [start(rank, 2, folder="same", node=Node("run", [0, 1], Standby())) for rank in (0, 1)]
     assert [loader.companion.schedule.lanes for loader in loaders] == [list(range(LANES))] * 2
     for loader in loaders:
@@ -216,7 +216,7 @@ def test_a_cache_that_is_too_small_is_refused(start, far):
 
 
 def test_what_a_node_fetches_to_count_it_trains_on(start, far, tmp_path):
-    """Counting and an epoch together ask for each shard once."""
+    """Counting and an epoch together request each shard once."""
     manifest, requests, _ = far
     names = [name.decode() for name in np.load(manifest[0].shards)["name"].tolist()]
     stores = [ShardStore(tmp_path / f"node{number}") for number in range(4)]

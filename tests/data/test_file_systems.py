@@ -19,7 +19,7 @@ SHARDS, PER = 4, 8
 
 @pytest.fixture
 def far(tmp_path, monkeypatch):
-    """A folder with shards on NFS; the rest of the machine is not."""
+    """A folder with shards that is reported to be on NFS. All other folders are local."""
     (tmp_path / "far").mkdir()
     mounts = {"/": "ext4", str(tmp_path / "far"): "nfs4"}
     table = lambda all: [SimpleNamespace(mountpoint=point, fstype=kind) for point, kind in mounts.items()]  # noqa: E731
@@ -53,7 +53,7 @@ def test_file_systems_of_a_network(tmp_path, monkeypatch, kind, far):
 
 
 def test_shards_on_a_network_are_read_from_whole_copies(far, store, tmp_path):
-    """Their headers are read in place: to count samples moves no pictures."""
+    """Their headers are read in place, so that counting samples copies no images."""
     corpus = open_corpus([SourceConfig(shards=str(far / "*.tar"))], store)
     assert corpus.samples == SHARDS * PER and not copies(store)
     assert len(list(far.glob("*.index"))) == SHARDS

@@ -28,7 +28,7 @@ _ODD = b"\x93NUMPY\x01\x00\xd0\x00" + b"[" * 200 + b" " * 8  # a header on which
 
 @pytest.fixture
 def shard(tmp_path):
-    """Images of many sizes, a broken one and a text alone among them."""
+    """A shard of images of many sizes, with a broken image and a text without an image."""
     files = [(f"{n}.png", picture(n, size[::-1], fmt="PNG")) for n, size in enumerate(SIDES)]
     return Path(write_tar(tmp_path / "train.tar", [*files, ("broken.png", b"no image"), ("text.txt", b"a cat")]))
 
@@ -81,7 +81,7 @@ def test_each_source_has_the_sizes_of_its_own_shards(tmp_path):
 
 
 def test_a_header_may_end_far_behind_the_beginning_of_a_file(tmp_path):
-    """A JPEG's comment of 60 kB comes before its size."""
+    """A comment of 60 kB precedes the size in a JPEG file."""
     file = io.BytesIO()
     Image.new("RGB", (24, 16)).save(file, "JPEG", comment=bytes(60_000))
     shard = write_tar(tmp_path / "train.tar", [("0.jpg", file.getvalue()), ("1.jpg", picture(1, (16, 8)))])

@@ -327,7 +327,7 @@ def test_long_captions_are_cut_within_utf8(tmp_path, store):
 
 
 def test_a_size_in_a_pax_record_counts(tmp_path, store):
-    """As tarfile and GNU tar write it from 8 GiB on; here for a small member, whose header says 0."""
+    """tarfile and GNU tar write such a record from 8 GiB on. Here a small member has one, and its header says 0."""
     image = picture(1)
     record = f" size={len(image)}\n"
     record = f"{len(record) + 2}{record}".encode()

@@ -1,4 +1,4 @@
-"""The stream in lanes: which samples, on which ranks, from which shards."""
+"""The stream of samples in lanes: the samples, the ranks that read them, and their shards."""
 
 import hashlib
 from collections import Counter
@@ -27,7 +27,7 @@ def corpus(name):
 
 
 def fetched(sizes, lanes, nodes):
-    """Shards that all nodes fetch in an epoch, over those that there are."""
+    """Return the number of shards that all nodes fetch in an epoch, divided by the number of shards."""
     order, batch = Order([sizes], None, 2, 42, lanes), 4096
     total = 0
     for node in range(nodes):
@@ -69,7 +69,7 @@ def test_a_lane_shows_each_of_its_samples_once_per_epoch(sizes, lanes):
 
 @pytest.mark.parametrize("scale", [1, 10])  # lanes of less than a block, and lanes that begin in one of several
 def test_every_sample_of_every_source_comes_once_in_as_many_positions(scale):
-    """Where the lanes divide the sources."""
+    """This holds where the number of lanes divides the sources."""
     sizes = [[scale * samples for samples in source] for source in ([40, 24], [8], [16, 16, 16])]
     order, total = Order(sizes, None, 2, 0, lanes=8), 120 * scale
     for epoch in range(3):
@@ -151,7 +151,7 @@ def test_the_order_in_lanes_is_what_it_was(weights, known):
 
 
 def test_waits_are_positions_of_the_lane_whatever_a_source_weighs():
-    """About: a source's part is exact by the block."""
+    """The positions are approximate, since a source's share is exact in each block only."""
     order, shards = Order([[300] * 20, [250] * 8], [0.9, 0.1], 2, 1, lanes=4), (300, 250)
     for lane in range(4):
         begun = {}
@@ -172,7 +172,8 @@ def test_lanes_begin_their_shards_at_different_times():
 
 
 def test_a_step_mixes_more_shards_than_without_lanes():
-    """Samples of the same shard in a step of 4096: one pair in 16 without lanes, 128 shards at a time with 64."""
+    """In a step of 4096, one pair of samples in 16 shares a shard without lanes. With 64 lanes, 128 shards are read at
+    a time."""
     sizes = corpus("12 M")
     ends = np.cumsum(sizes)
 
@@ -186,7 +187,8 @@ def test_a_step_mixes_more_shards_than_without_lanes():
 
 
 def test_a_small_set_is_shuffled_as_a_whole():
-    """Shards in order of their classes: a step has of each class what chance gives it, or nearer to its share."""
+    """With shards in order of classes, a step has of each class as many samples as chance gives, or nearer to its
+    share."""
     order = Order([[1000] * 12], None, 16, 0, lanes=8)
     for step in (0, 20, 45):
         samples = np.array([order.locate(position).sample for position in range(step * 256, (step + 1) * 256)])

@@ -83,7 +83,7 @@ def test_splits_and_classes_are_those_of_the_folders(tmp_path, capsys, layout):
 
 @pytest.mark.parametrize(("name", "split"), [("val", "val"), ("validation", "val"), ("Test", "test"), ("dev", "train")])
 def test_a_folder_called_val_gives_val_shards(tmp_path, name, split):
-    """Except ~/dev."""
+    """A folder called dev is no split, since many users keep their projects in ~/dev."""
     tree(tmp_path / name, "cat/0.png", "dog/0.png")
     assert make(tmp_path / name, tmp_path / "out") == 0
     assert _paths(tmp_path / "out") == {(split, 0, "cat/0.png"), (split, 1, "dog/0.png")}
@@ -201,14 +201,14 @@ def test_shards_are_held_out_by_their_names(tmp_path):
 
 
 def test_shards_are_held_out_by_the_folders_above_them(tmp_path):
-    """But not by those above all of them."""
+    """Folders above all of the shards do not count."""
     _shards(tmp_path, "test/train/0.tar", "test/Val/0.tar", "test/Val/train-1.tar")
     shards = find_shards(f"{tmp_path}/test/*/*.tar", tmp_path / "run", None, [])
     assert (shards.train, len(shards.val)) == ([f"{tmp_path}/test/train/0.tar"], 2)
 
 
 def test_a_class_folder_that_links_to_another_is_told(tmp_path, capsys):
-    """Its images count in both classes."""
+    """The images count in both classes."""
     root = tree(tmp_path / "data", "train/cat/0.png", "train/cat/1.png", "train/dog/0.png")
     (root / "train/wolf").symlink_to(root / "train/dog")
     (root / "train/puma").symlink_to(root / "train/cat")

@@ -61,7 +61,7 @@ def test_a_fetcher_with_nothing_to_fetch_is_ended(load, paired, tmp_path):
 
 
 def content(batch):
-    """(key, what the model would see of it) for each sample of a batch."""
+    """Return (key, the model's input) for each sample of a batch."""
     found = []
     for i, key in enumerate(batch.keys):
         encoder, decoder = (
@@ -75,12 +75,12 @@ def content(batch):
 
 
 def stream(loader):
-    """The contents of all batches of a loader, one after the other."""
+    """Return the contents of all batches of a loader, one after the other."""
     return [item for batch in loader for item in content(batch)]
 
 
 def by_step(load, shards, steps, *, world=1, accumulation=1, micro_batch, config=None, start=0, **more):
-    """For each step the samples of all ranks, sorted."""
+    """Return the sorted samples of all ranks for each step."""
     options = {"world": world, "accumulation": accumulation, "micro_batch": micro_batch, "config": config, **more}
     ranks = [load(shards, rank=r, start_step=start, steps=steps, **options) for r in range(world)]
     turns = [[item for batch in batches for item in content(batch)] for batches in zip(*ranks, strict=True)]
@@ -207,7 +207,7 @@ def test_only_a_worker_that_a_signal_killed_is_called_killed(load, paired, monke
 
 
 def test_no_two_uses_of_a_sample_share_random_numbers(load, paired, monkeypatch):
-    """Crop, mask, transform and forward pass of all views and epochs: a seed of its own for each."""
+    """The crop, mask, transform and forward pass of each view and epoch have a seed of their own."""
     seeds = []
     monkeypatch.setattr(dataset, "hash64", lambda *key: seeds.append(hash64(*key)) or seeds[-1])
     loader = load(paired, micro_batch=6, steps=12, config={"repeats": 2})
@@ -273,7 +273,7 @@ def test_a_long_tmpdir_does_not_matter(load, paired, tmp_path, monkeypatch):
 
 
 def test_a_loader_that_is_gone_keeps_no_shard_open(load, paired):
-    """A run makes one for every picture that it draws."""
+    """A run creates a loader for each figure that it draws."""
 
     def shards_open() -> int:
         paths = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
@@ -557,7 +557,7 @@ def test_signals_are_left_to_the_main_process(load, paired):
 
 
 def test_workers_begin_with_signals_blocked(tmp_path):
-    """A thread that began before would still take them."""
+    """A thread that started earlier would still receive them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
     def note(worker):
@@ -587,7 +587,7 @@ def test_fewer_shards_than_readers(load, tmp_path):
 
 
 def test_workers_may_be_spawned(load, paired):
-    """Where processes do not fork, the dataset travels pickled."""
+    """The dataset is pickled for spawned processes."""
     samples = load(paired, micro_batch=4, steps=1).dataset
     expected = [samples[position] for position in range(4)]
     found = pickle.loads(pickle.dumps(samples)).__getitems__(range(4))

@@ -24,7 +24,7 @@ from tests.helpers.shards import members, write_tar
 
 @pytest.fixture
 def remote(tmp_path):
-    """(pattern of commands that give shards, the shards fetched so far)"""
+    """(pattern of commands that print shards, function that returns the shards fetched so far)"""
     (tmp_path / "far").mkdir()
     for i in range(6):
         kind = ("paired", "image", "text")[i % 3]
@@ -69,7 +69,7 @@ def test_a_run_with_a_manifest_sees_what_it_sees_without(load, store, tmp_path, 
 
 
 def test_gzipped_shards_that_change_are_counted_anew(tmp_path, store):
-    """By the sizes and times of the files: what lies elsewhere is known by its name alone."""
+    """Local files are compared by size and time. Remote shards are known by name alone."""
     plain = tmp_path / "plain.tar"
     for count in (3, 5):
         write_tar(plain, members(range(count)))
@@ -188,7 +188,8 @@ def test_what_is_no_manifest_is_refused(tmp_path, store):
 
 
 def together(world, nodes, work):
-    """What `work(process, gather, store)` gives or raises in each of `world` threads, of which nodes share a store."""
+    """Return what `work(process, gather, store)` returns or raises in each of `world` threads. The threads of a node
+    share a store."""
     barrier, box = threading.Barrier(world, timeout=60), [None] * world
     results = [None] * world
 
@@ -256,7 +257,7 @@ def test_a_counted_shard_is_of_the_kind_that_was_counted(store, samples):
 
 @pytest.mark.parametrize("case", ["another", "damaged"])
 def test_nodes_whose_manifests_differ_count_again(tmp_path, remote, case):
-    """They counted in runs of their own, between which a shard has changed."""
+    """The nodes counted in separate runs, and a shard changed in between."""
     pattern, fetched = remote
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
     for number, store in enumerate(stores):

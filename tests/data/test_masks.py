@@ -1,4 +1,4 @@
-"""Label masks: from a folder into shards, and out of them again."""
+"""Label masks are written from a folder into shards and read from there."""
 
 import io
 

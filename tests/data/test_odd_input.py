@@ -26,7 +26,7 @@ def paths(out):
 
 
 def said(capsys):
-    """What was said since the last time, on one line each."""
+    """Return what was printed since the last call, with one message per line."""
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err and captured.err.count("\n") <= 1
     return captured.out + captured.err

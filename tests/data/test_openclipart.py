@@ -1,4 +1,4 @@
-"""The bundled captions are clean, and the tool that cleaned them does what it says."""
+"""The bundled captions are clean, and the tool that cleaned them works as documented."""
 
 import json
 import tarfile

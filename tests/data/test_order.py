@@ -79,7 +79,8 @@ def test_groups_bound_the_shards_that_are_open_at_once():
 @pytest.mark.parametrize("sizes", [[[30] * 20, [25] * 8], [[30] * 20]])
 @pytest.mark.parametrize("batch", [40, 37])  # of which the lanes have equal parts, and not
 def test_needs_are_sorted_and_cover_what_is_read(sizes, batch):
-    """What a step of weighted sources reads in the lanes of a node is in use by then, or was before."""
+    """The shards that a step of weighted sources reads in the lanes of a node are in use by then or were in use
+    before."""
     order = Order(sizes, [0.7, 0.3][: len(sizes)], 2, seed=1, lanes=4)
     shards = [np.repeat(np.arange(len(source)), source) for source in sizes]
     for first in range(0, 2400, batch):
@@ -112,7 +113,7 @@ def test_a_weighted_source_goes_through_its_samples_again_and_again():
 
 
 def test_seats_only_grow():
-    """Else a source's turn would come twice for one sample, or a block's count be negative."""
+    """Otherwise a source would be read twice for one sample, or a block would have a negative count."""
     lane = Lane([], [0.5, 0.3, 0.1, 0.0999, 0.0001], 50_000, seed=0)
     seats = [lane._seats(n) for n in range(3000)]
     assert all(int(s.sum()) == n for n, s in enumerate(seats))
@@ -133,7 +134,7 @@ def test_file_order_is_the_order_of_the_files():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 11, 12, 13, 23, 24])
 def test_some_of_a_set_lie_evenly_over_all_of_it(count):
-    """Gaps differ by at most one, the one behind the last among them."""
+    """Gaps differ by at most one, including the gap after the last sample."""
     sizes = [[5, 6], [1, 12]]
     order, starts = FileOrder(sizes, count), (0, 11)
     numbers = [starts[place.source] + place.sample for place in places(order, range(order.samples))]

@@ -1,4 +1,4 @@
-"""Pixels come in right, or not at all: every row of docs/guide/image-formats.md."""
+"""Pixels are read correctly or not at all, for every row of docs/guide/image-formats.md."""
 
 import warnings
 from io import BytesIO
@@ -23,7 +23,7 @@ def label(case: Case) -> str:
 
 
 def expected(case: Case) -> torch.Tensor:
-    """int32 [3, H, W]."""
+    """Return the expected pixels, int32 [3, H, W]."""
     pixels = torch.from_numpy(np.ascontiguousarray(case.pixels).astype(np.int32))
     return pixels.expand(3, *pixels.shape) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
@@ -117,7 +117,7 @@ def test_colours_of_16_bits_are_not_cut_to_a_range(case):
 
 
 def test_a_range_clips_and_keeps_neighbouring_values_apart():
-    """A thermal camera's values differ in their low byte, which the top byte does not show."""
+    """The values of a thermal camera differ in their low byte, which the high byte does not show."""
     values = np.arange(29_000, 29_256, dtype=np.uint16).reshape(16, 16)
     for data in (tiff(values), png(values, 16, 0)):
         found = decode_image(data, 1, (29_000, 29_255))
@@ -151,7 +151,7 @@ def test_the_guide_has_the_table():
 
 
 def damaged(data: bytes, random: np.random.RandomState) -> bytes:
-    """With some bytes changed, a part left out, doubled or cut off."""
+    """Return `data` with some bytes changed or with a part removed, doubled or cut off."""
     found = bytearray(data)
     for position in random.randint(0, len(found), random.randint(0, 6)):
         found[position] = random.choice([0, 1, 127, 128, 255, random.randint(256)])
@@ -168,7 +168,7 @@ def damaged(data: bytes, random: np.random.RandomState) -> bytes:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_odd_pictures_give_an_image_or_a_bad_sample(seed):
-    """Whatever bytes are changed in a file of any kind."""
+    """This holds for any changed bytes in a file of any format."""
     random = np.random.RandomState(seed)
     sources = [(case.make(), case.range) for case in READ if case.fmt != "AVIF"]
     good = bad = 0

@@ -17,7 +17,7 @@ from m3ae_fast.process.helper_process import Node
 
 
 class Store:
-    """A cache in which nothing is, and to which nothing can be brought."""
+    """An empty cache, into which nothing can be fetched."""
 
     def __init__(self, folder, limit=math.inf, largest=0, used=0):
         self.cache_dir, self.limit, self.largest, self.used = folder, limit, largest, used
@@ -94,7 +94,7 @@ def test_bytes_in_use_are_a_window_of_each_lane_and_must_fit(needs):
 
 
 def test_ranks_tell_steps_not_micro_batches(needs, tmp_path):
-    """The second rank of the node, which begins no fetcher, and tells in its own place."""
+    """The second rank of the node starts no fetcher, and reports its step in its own slot."""
     (tmp_path / "locks").mkdir()
     fetching = Fetching(needs(start=7), Node("run", [4, 5]), 5, accumulation=3)
     fetching.begin()
@@ -119,7 +119,7 @@ def test_a_shard_that_could_not_be_fetched_is_tried_again_after_a_while(needs, m
 
 @pytest.mark.parametrize("used", [0, 1])
 def test_copies_are_dated_while_there_is_room_for_all_connections_yet(needs, used):
-    """And once for what is needed."""
+    """Copies that are needed are dated once."""
     built = needs(limit=7 * CONNECTIONS, largest=7, used=used)
     fetcher = Fetcher(built)
     for span in (Span(0, 10, False), Span(1, 11, False)):

@@ -1,4 +1,4 @@
-"""What depends on what in the stream of samples: nothing shares a random number, and the config is respected."""
+"""Draws in the stream of samples are independent, since no two share a random number, and follow the config."""
 
 from collections import defaultdict
 
@@ -20,7 +20,7 @@ def correlation(pairs) -> float:
 
 
 def test_a_flip_tells_nothing_of_the_box(monkeypatch):
-    """Neither its area, its shape nor its place."""
+    """A flip is independent of the box's area, aspect ratio and position."""
     boxes, real = [], crops._draw_box
     monkeypatch.setattr(crops, "_draw_box", lambda *args: boxes.append(real(*args)) or boxes[-1])
     ramp = torch.arange(64, dtype=torch.uint8).expand(3, 48, 64)  # brighter to the right, unless mirrored
@@ -36,7 +36,7 @@ def test_a_flip_tells_nothing_of_the_box(monkeypatch):
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_box_may_be_as_wide_or_as_high_as_the_picture(turned):
-    """And lies anywhere then, as others do: only where no box fits is it the central one."""
+    """Such a box is placed at random as others are. The central box is taken only where no box fits."""
     size = (8, 30) if turned else (30, 8)
     boxes = [crops._draw_box(*size, (0.2, 0.5), torch.rand(41, generator=torch.Generator().manual_seed(seed)).tolist())
              for seed in range(300)]  # fmt: skip
@@ -49,12 +49,12 @@ def test_a_box_may_be_as_wide_or_as_high_as_the_picture(turned):
     (41, 8, (15, 0, 11, 8)),
 ])  # fmt: skip
 def test_where_no_box_fits_it_is_the_largest_central_one(height, width, box):
-    """No wider than 4 : 3 and no higher than 3 : 4."""
+    """Its aspect ratio is between 3 : 4 and 4 : 3."""
     assert crops._draw_box(height, width, (9.0, 9.0), [0.5] * 41) == box
 
 
 def test_crops_are_what_they_were(monkeypatch):
-    """A run goes on with the crops that it began with, with a later version too."""
+    """A run that is resumed with a later version has the same crops as before."""
     rows, columns = torch.meshgrid(torch.arange(100), torch.arange(80), indexing="ij")
     image, found = torch.stack((rows, columns, rows)).to(torch.uint8), []
     monkeypatch.setattr(crops, "resize", lambda part, *size: part)
@@ -66,7 +66,7 @@ def test_crops_are_what_they_were(monkeypatch):
 
 
 def test_a_mask_tells_nothing_of_the_crop(load, tmp_path):
-    """The first random number of each stream decides much: the masks' and the crops' are not the same."""
+    """The first random number of a stream decides much, so that masks and crops must not share it."""
     path = write_tar(tmp_path / "a.tar", members(range(4), "image"))
     samples: Samples = load(path, tokenizer=False).dataset
     firsts, real = [], samples._seeded
@@ -188,7 +188,7 @@ def test_a_native_crop_keeps_area_and_ratio_within_their_ranges(monkeypatch):
 
 
 def test_any_image_has_a_grid_within_the_bounds():
-    """However long it is: with as many patches and a ratio as near to its own as the bounds allow."""
+    """An image of any length has as many patches, and an aspect ratio as near to its own, as the bounds allow."""
     native = Native(patch_size=16, least=4, most=64, longest=16, positions="absolute")
     random = np.random.default_rng(0)
     sizes = np.exp(random.uniform(0, np.log(5000), (2000, 2))).round().astype(int).tolist()

@@ -1,4 +1,4 @@
-"""What says how values of more than 8 bits become levels reaches every program that decodes for a model."""
+"""The setting that maps values of more than 8 bits to levels reaches every program that decodes for a model."""
 
 import io
 
@@ -29,13 +29,13 @@ LOW, HIGH = 600, 855  # value - LOW is the level
 
 @pytest.fixture(scope="module")
 def levels():
-    """uint8 [32, 32] of a few pictures."""
+    """Levels of a few images, uint8 [32, 32] each."""
     return np.random.RandomState(0).randint(0, 256, (8, 32, 32), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, levels):
-    """The same pictures in 16 bits and in 8, of two classes."""
+    """Shards with the same images in 16 bits and in 8 bits, of two classes."""
     folder = tmp_path_factory.mktemp("shards")
 
     def write(name, bits, offset):
@@ -72,7 +72,7 @@ def test_a_shipped_config_takes_a_range():
 
 
 def test_another_range_is_another_run(tmp_path):
-    """A resumed run and one that starts from weights see images as they were seen before."""
+    """A resumed run, and a run that starts from weights, must decode images as before."""
     before, now = config(data={"range": [0, 4095]}), config(data={"range": [0, 65535]})
     info = checkpoint.Info(1, 16, 0, before.model_dump(mode="json"), checkpoint.versions())
     assert changes_of(tmp_path, info, before, {}) == []

@@ -79,7 +79,7 @@ def server(tmp_path):
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    """The waits between tries, in seconds, which are not slept."""
+    """The waits between attempts in seconds, which are recorded instead of slept."""
     waits = []
     monkeypatch.setattr(shards.time, "sleep", waits.append)
     return waits
@@ -182,7 +182,7 @@ def test_a_try_has_an_end_however_fast_it_is(tmp_path, store, no_waiting, monkey
 
 
 def test_a_download_keeps_nobody_from_other_shards(server, tmp_path, store):
-    """A run whose server never answers, and another one beside it."""
+    """Another run works beside a run whose server never answers."""
     write_tar(server[1] / "a.tar", members(range(3)))
     index = threading.Thread(target=lambda: index_shards([server[0] + "/a.tar?silent"], store, lost=[]), daemon=True)
     index.start()
@@ -262,7 +262,7 @@ def test_a_long_caption_of_a_copy_is_cut_and_not_taken_for_damage(server, store,
 
 
 def test_one_cache_serves_several_users(server, store, monkeypatch):
-    """Copies are as readable as the umask lets them be, and those of others are neither touched nor in the way."""
+    """Copies are as readable as the umask allows. Copies of other users are not touched and cause no error."""
     url, folder, requests = server
     write_tar(folder / "a.tar", members(range(3)))
     old = os.umask(0o002)
@@ -312,7 +312,7 @@ def test_pipe(tmp_path, store, no_waiting):
 
 
 def test_commands_are_read_where_a_thousand_files_are_open(tmp_path, store):
-    """As a rank with many sources has them; the system's select() would fail."""
+    """A rank with many sources has so many open files, for which the system's select() would fail."""
     allow_open_files()
     path = write_tar(tmp_path / "a.tar", members(range(3)))
     with contextlib.ExitStack() as files:
@@ -431,7 +431,7 @@ def test_what_a_killed_process_was_fetching_is_removed(server, store):
 
 
 def test_copies_keep_to_their_limit(server, tmp_path):
-    """Also while they are made; those whose size is not known are taken to be as large as the largest one."""
+    """The limit also holds while copies are written. A copy of unknown size counts as much as the largest one."""
     url, folder, requests = server
     for i in range(6):
         write_tar(folder / f"{i}.tar", members(range(12 - 9 * (i % 2))))
@@ -460,7 +460,7 @@ def alike(url, folder, count=20):
 
 @pytest.mark.parametrize("limit", [None, 5])
 def test_a_fetch_looks_at_few_copies_however_many_there_are(server, tmp_path, monkeypatch, limit):
-    """As long as there is room, and also if the oldest have to go."""
+    """This holds while there is space and when the oldest copies have to be removed."""
     url, folder, _ = server
     names, size = alike(url, folder)
     store = ShardStore(tmp_path / "cache", limit and (300 + limit) * size / 1e9)
@@ -484,7 +484,7 @@ def test_a_fetch_looks_at_few_copies_however_many_there_are(server, tmp_path, mo
 
 
 def test_processes_share_what_they_know_of_the_room(server, tmp_path):
-    """A copy that another process made counts, without another look."""
+    """A copy that another process made counts without listing the folder again."""
     url, folder, _ = server
     names, size = alike(url, folder)
     one, other = (ShardStore(tmp_path / "cache", 4 * size / 1e9) for _ in range(2))

@@ -38,7 +38,7 @@ def shards(tmp_path):
 
 
 def pixels(shape):
-    """float64 [images, C]: mean and mean square of every image's pixels / 255."""
+    """Return the mean and the mean square of each image's pixels / 255, float64 [images, C] each."""
     found = []
     for i in range(8):
         file = picture(i, SIZES[i % 4], fmt=KINDS[i % 2])

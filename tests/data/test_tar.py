@@ -1,4 +1,4 @@
-"""Tar headers against Python's tarfile, on whatever hypothesis comes up with."""
+"""Compare the reading of tar headers with Python's tarfile on examples by Hypothesis."""
 
 import io
 import tarfile
@@ -37,7 +37,7 @@ def write(path, members, fmt, sized=False):
 
 
 def listed(path):
-    """What tarfile finds before the first thing that it cannot read."""
+    """Return the members that tarfile finds before the first one that it cannot read."""
     found = []
     with suppress(tarfile.TarError), tarfile.open(path, encoding="utf-8", errors="replace") as tar:
         for member in tar:
@@ -108,13 +108,14 @@ def test_sizes_and_kinds_count_as_tarfile_counts_them(tmp_path, members, fmt, da
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_oracle_sees_what_was_written(tmp_path, fmt):
-    """Otherwise two wrong lists could be equal."""
+    """Without this test two wrong lists could be equal."""
     write(tmp_path / "a.tar", [("a.jpg", 700, b"0"), ("d", 0, b"5"), ("b.txt", 3, b"0")], fmt)
     assert [(name, size) for name, _, size in listed(tmp_path / "a.tar")] == [("a.jpg", 700), ("b.txt", 3)]
 
 
 def by_hand(name, data, fields=(), fmt=tarfile.USTAR_FORMAT, checksum="%06o\0 "):
-    """A member whose header has `fields` at their offsets, and its checksum written in some way."""
+    """Return a tar member with `fields` written into its header at their offsets, and its checksum in the given
+    format."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     header = bytearray(info.tobuf(fmt))
@@ -146,7 +147,7 @@ def test_a_checksum_is_written_in_several_ways(tmp_path, checksum):
 
 
 def test_sizes_in_binary_count_all_their_bytes(tmp_path):
-    """As GNU's tar writes those of 8 GiB and more; here 700, so that the member can be there."""
+    """GNU tar writes sizes of 8 GiB and more in binary. Here the size is 700, so that the test is small."""
     size = b"\x80" + (700).to_bytes(11, "big")
     assert scanned(tmp_path / "a.tar", by_hand("a.txt", b"c" * 700, [(124, size)]), LAST) == (
         [("a.txt", 700), ("b.txt", 3)],
@@ -164,7 +165,7 @@ def test_a_record_is_of_the_next_member_alone(tmp_path):
 
 
 def test_a_prefix_is_part_of_a_name_where_the_header_has_one(tmp_path):
-    """GNU's tar keeps times in its place."""
+    """GNU tar stores times in its place."""
     times = [(345, b"14601234567\0")]
     for fmt, name in ((tarfile.USTAR_FORMAT, "14601234567/a.txt"), (tarfile.GNU_FORMAT, "a.txt")):
         found = scanned(tmp_path / "a.tar", by_hand("a.txt", b"cat", times, fmt), LAST)

@@ -44,7 +44,8 @@ def test_settings_in_the_file_do_not_matter(tmp_path, tokenizer_file):
 
 
 def test_ids_may_have_gaps(tmp_path):
-    """As those of a vocabulary that lost words: the model's table has a row for each number up to the highest."""
+    """A vocabulary from which words were removed has gaps. The model's table has a row for each id up to the
+    highest."""
     Tokenizer(models.WordLevel({"[UNK]": 0, "cat": 7}, unk_token="[UNK]")).save(str(tmp_path / "gaps.json"))
     tokenizer = load_tokenizer(str(tmp_path / "gaps.json"), 8, vocab_size=8)
     assert max(tokenizer.encode("cat")) < tokenizer.vocab_size == 8
@@ -124,7 +125,7 @@ def test_no_rules_make_more_of_a_character_than_is_reckoned_with(rules):
 @settings(max_examples=50, derandomize=True, deadline=None)
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5))
 def test_what_rules_make_of_a_character_is_reckoned_exactly(lengths):
-    """Of those that replace it by itself, some times over."""
+    """The rules replace a character by several copies of itself."""
     rules = normalizers.Sequence([normalizers.Replace("a", "a" * length) for length in lengths])
     assert len(rules.normalize_str("a")) == _growth(json.loads(rules.__getstate__())) == math.prod(lengths)
 

@@ -1,4 +1,4 @@
-"""Shards made of folders, HDF5 files and Hugging Face datasets."""
+"""Shards are made from folders, HDF5 files and Hugging Face datasets."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def make(source, out, *options, workers=1):
 
 
 def contents(out, pattern="*.tar"):
-    """Samples of all shards by path: {suffix: bytes}."""
+    """Return the samples of all shards by path, each as {suffix: bytes}."""
     samples = {}
     for path in sorted(out.glob(pattern)):
         with tarfile.open(path) as tar:
@@ -169,7 +169,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, caps
 
 
 def test_ctrl_c_while_workers_start_is_not_lost(tmp_path, pictures, monkeypatch):
-    """Python forgets exceptions in hooks around a fork, such as logging's."""
+    """Python ignores exceptions that are raised in hooks around a fork, such as those of logging."""
     once: list[int] = []
     os.register_at_fork(after_in_parent=lambda: once and os.kill(os.getpid(), once.pop()))
 
@@ -216,7 +216,7 @@ def test_captions_from_a_table(tmp_path, pictures, kind):
 @pytest.mark.parametrize("keep_order", [False, True])
 @pytest.mark.parametrize(("samples", "share"), [(10, 0.28), (10, 0.22), (10, 0.01), (1000, 0.0348), (7, 0.5), (2, 0.1)])
 def test_as_many_are_held_out_as_come_nearest_to_the_share(samples, share, keep_order):
-    """At least one; each sample is in one of both."""
+    """At least one sample is held out, and each sample is either held out or trained on."""
     settings = writer.Settings(samples_per_shard=6, held_out=share, keep_order=keep_order)
     records = SimpleNamespace(splits={"train": samples}, images=lambda split: np.arange(samples))
     shards = writer._plan(records, settings)
@@ -393,7 +393,7 @@ def test_a_split_of_which_nothing_can_be_used_is_refused(tmp_path, capsys):
 
 
 def test_columns_of_a_dataset_that_nothing_reads_are_named(tmp_path, dataset, capsys):
-    """Also one whose name is usual, but not its type."""
+    """This includes a column with a usual name and an unusual type."""
     odd = dataset.map(lambda row: {"text": {"en": "a"}, "targets": [0, 1]}, remove_columns="caption")
     odd.save_to_disk(tmp_path / "saved")
     capsys.readouterr()
@@ -405,7 +405,7 @@ def test_columns_of_a_dataset_that_nothing_reads_are_named(tmp_path, dataset, ca
 
 @pytest.mark.parametrize("change", [{"remove_columns": "caption"}, {"labels": ["dog", "cat"]}])
 def test_splits_that_differ_in_what_is_read_are_refused(tmp_path, dataset, capsys, change):
-    """Their labels would be taken for classes of other names."""
+    """Otherwise their labels would be taken for classes with other names."""
     other = dataset.remove_columns(change["remove_columns"]) if "remove_columns" in change else dataset
     if "labels" in change:
         other = dataset.cast_column("label", datasets.ClassLabel(names=change["labels"]))
@@ -436,7 +436,7 @@ def test_classes_in_another_order_are_another_conversion(pictures):
 
 
 def _mistakes(folder):
-    """Arguments and what must be said of them; nothing may be written."""
+    """Return command lines and the error that each must have. Nothing may be written."""
     (folder / "empty").mkdir()
     (folder / "in" / "captions.csv").write_text("image,caption\ncat/0.jpg,one\ncat/77.jpg,two\n")
     (folder / "in" / "columns.csv").write_text("a,b\n1,2\n")

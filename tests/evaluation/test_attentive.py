@@ -62,7 +62,7 @@ def test_with_equal_keys_it_is_a_linear_probe_of_the_mean(head, alike):
 
 
 def test_an_image_of_fewer_patches_is_pooled_as_by_itself(head):
-    """Rows of zeros fill it up."""
+    """Such an image is padded with rows of zeros."""
     nn.init.normal_(head.query)
     tokens = _tokens(6)
     torch.testing.assert_close(head.pool(F.pad(tokens, (0, 0, 0, 4))), head.pool(tokens))
@@ -88,7 +88,7 @@ def _setting(ranks, **attentive):
 
 
 def _trained(bank, ranks, **attentive):
-    """The head, and how it trained."""
+    """Return the trained head and its log."""
     setting = _setting(ranks, **attentive)
     return train_heads({0: bank}, attentive_recipe(len(bank.keys), setting), setting)[0]
 
@@ -141,7 +141,7 @@ def test_steps_are_adamws_on_the_cross_entropy_with_warm_up_and_cosine():
 
 
 def test_rates_are_tried_on_nine_tenths_and_judged_on_the_rest(monkeypatch):
-    """And the head is then trained at the best of them, on all."""
+    """The head is then trained with the best of the rates on all samples."""
     monkeypatch.setattr(probes, "ATTENTIVE_RATES", (1e-2, 3e-3, 1e-4))
     bank, given = _marked(60, 0), {"batch": 16, "steps": 12, "heads": 2}
     train, held_out = (bank.rows(rows) for rows in split(bank))

@@ -1,4 +1,4 @@
-"""What a representation has to beat: the largest class, and the pixels themselves."""
+"""The baselines that a representation has to exceed: the share of the largest class, and the pixels themselves."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ SKEWED = {number: int(number % 9 == 0) for number in range(18)}  # of two classe
     ],
 )
 def test_every_result_says_the_share_of_the_largest_class(transfer, tmp_path, task, options, capsys):
-    """And in words whether it is above that."""
+    """The result also states in words whether it is above that share."""
     shard = labelled_tar(tmp_path / "a.tar", range(18), SKEWED)
     result = transfer(task, *options, train=shard, val=shard)
     assert result["chance"] == pytest.approx(16 / 18) and "chance_top5" not in result

@@ -1,4 +1,4 @@
-"""Metrics that a large class does not dominate."""
+"""Metrics that are not dominated by a large class."""
 
 import json
 
@@ -51,7 +51,8 @@ def test_equal_scores_count_one_half():
 
 
 def test_standard_errors_are_those_of_other_draws_of_samples():
-    """Of the balanced accuracy and of the area under the ROC curve, within a fifth."""
+    """The errors of the balanced accuracy and of the area under the ROC curve are within a fifth of those of redrawn
+    samples."""
     random = np.random.default_rng(1)
     negative, positive = random.normal(size=(400, 60)), random.normal(1, size=(400, 40))
     areas = [metrics.auroc(p, n) for p, n in zip(positive, negative)]
@@ -59,7 +60,7 @@ def test_standard_errors_are_those_of_other_draws_of_samples():
 
 
 def test_the_error_of_an_area_tells_few_positives_from_few_negatives(tmp_path):
-    """They count differently where the classes overlap little."""
+    """Positives and negatives contribute differently where the classes overlap little."""
     random = np.random.default_rng(0)
     for few in ("good", "bad"):
         sizes = {"bad": 60, "good": 4} if few == "good" else {"bad": 4, "good": 60}
@@ -117,7 +118,7 @@ def test_the_confusion_matrix_is_that_of_the_predictions(tmp_path, monkeypatch):
 
 
 def test_a_task_says_all_of_it(transfer, run, tmp_path, capsys):
-    """In result.json, in the last lines and in the report."""
+    """The metrics are in result.json, in the last printed lines and in the report."""
     skewed = {number: int(number % 9 == 0) for number in range(36)}
     shard = labelled_tar(tmp_path / "a.tar", range(36), skewed)
     result = transfer("knn", *settings("knn.k=30"), train=shard, val=shard)

@@ -1,4 +1,4 @@
-"""Models beside each other, and two results against each other."""
+"""The comparison of models on one data set, and of two results."""
 
 import json
 import re
@@ -33,13 +33,14 @@ SHORT = settings(
 
 
 def _short(task):
-    """Those of SHORT that a task has."""
+    """Return the settings of SHORT that a task has."""
     return settings(*(each for each in SHORT[1::2] if each.startswith((task, "encode"))))
 
 
 @pytest.fixture
 def compared(run, shards, tmp_path):
-    """compared(*options) -> what result.json holds of an M3AE beside an image-only model, `mae`."""
+    """A function of options that compares an M3AE with an image-only model, `mae`, and returns the content of
+    result.json."""
     torch.manual_seed(1)
     mae = tiny_run(tmp_path / "mae", vocab_size=0)
 
@@ -92,7 +93,7 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
 
 
 def _found(**correct):
-    """Of one probe; by model the samples that are right, a row a seed."""
+    """Return one probe's comparison from each model's correct samples, a row for each seed."""
     found, keys = Found([0, 1]), [str(i) for i in range(100)]
     for model, rows in correct.items():
         for seed, right in enumerate(rows):
@@ -172,7 +173,7 @@ def test_two_results_are_told_apart_or_not(transfer, run, shards, tmp_path, caps
 
 
 def test_results_of_different_labels_are_not_compared(tmp_path):
-    """Other names of the same classes are no difference; classes that are joined are one."""
+    """Results that differ in the names of the classes alone are compared. Joined classes are other classes."""
     keys, site, colour = list("abcdef"), list("nsnsns"), [0, 1, 2, 0, 1, 2]
     named = {"named": ["red", "green", "blue"] * 2, "joined": ["warm", "cold", "cold"] * 2}
     for name, labels in {"colour": colour, "site": site, **named}.items():
@@ -193,7 +194,7 @@ def test_predictions_of_no_class_are_no_result(tmp_path):
 
 
 def test_a_result_in_another_order_is_the_same_result(tmp_path, monkeypatch):
-    """Samples are met by key, and those of each set apart."""
+    """Samples are matched by key, separately for each set."""
     monkeypatch.setattr(ood, "BOOTSTRAPS", 20)
     random = np.random.RandomState(0)
     keys = [f"{i:02}" for i in range(40)]

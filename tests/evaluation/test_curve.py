@@ -23,7 +23,7 @@ def probe(shards, **more):
 
 @pytest.fixture
 def pretrain(trainer, shards):
-    """pretrain(name, *options) -> metrics of three steps."""
+    """A function of a name and options that trains three steps and returns their metrics."""
 
     def run(name, *options):
         folder = trainer.folder / name

@@ -1,4 +1,4 @@
-"""How long a task takes is said before it has begun, and what would be shorter."""
+"""A task's duration is estimated before the task begins, with faster alternatives."""
 
 from types import SimpleNamespace
 
@@ -31,7 +31,7 @@ def _setting(ranks, live=None, **sections):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass with a probe's steps alone."""
+    """A clock that advances with the steps of a probe only."""
     seconds = [0.0]
 
     def costs(module, name, cost):
@@ -75,7 +75,8 @@ def test_a_first_step_that_takes_long_is_enough(clock, monkeypatch):
 
 
 def test_an_attentive_probe_in_training_may_be_asked():
-    """Of several rates the best on the held-out tenth speaks; the training goes on as if nobody had asked."""
+    """Predictions during training are those of the best rate on the held-out tenth, and do not influence the
+    training."""
     generator = torch.Generator().manual_seed(0)
     tokens, labels = torch.randn(60, 3, 4, generator=generator), torch.arange(60) % 3
     bank = FeatureBank([f"a.tar/{i}" for i in range(60)], tokens, labels, None, [])
@@ -98,7 +99,7 @@ def test_an_attentive_probe_in_training_may_be_asked():
 
 
 def _expectation(kind, pace, left, device="cpu", samples=1482, **sections):
-    """Return the lines of a task with so many steps left, at so many seconds each."""
+    """Return the lines for a task with `left` steps to go, which take `pace` seconds each."""
     config = _config(**sections)
     section = settled(getattr(config, SECTIONS[kind]), samples, {})
     ranks = SimpleNamespace(device=torch.device(device))

@@ -66,7 +66,8 @@ def test_rows_that_only_fill_a_batch_up_have_no_features(model, pool):
 @pytest.mark.parametrize("order", ["after_norm", "before_norm"])
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_features_of_a_layer_are_those_of_a_model_that_ends_there(tmp_path, pool, order):
-    """And the last layer's are today's, to the bit, alone or in one pass with others."""
+    """The features of the last layer are bitwise those of `encode` without a layer, alone or in one pass with other
+    layers."""
     deep = M3AE(ModelConfig.model_validate({**TINY["model"], "depth": 3, "mean_pool": order}, strict=False))
     pictures, texts = list(images(5)), ["a red house"] * 5
     deep.tokenizer = load_tokenizer(TINY["data"]["tokenizer"], deep.config.text_length)
@@ -112,7 +113,8 @@ def test_images_come_as_pil_or_tensors_of_any_size(model):
 
 
 def test_floats_are_what_value_range_says(model):
-    """All three meanings, at the model's size and at others, and as arrays too: the features of uint8."""
+    """In each of the three ranges, floats have the features of uint8, at the model's size and others, also as
+    arrays."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (model.config.image_mean, model.config.image_std))
     close = {"rtol": 0, "atol": 1e-5}
     for size in (32, 50):
@@ -142,7 +144,7 @@ def test_floats_are_what_value_range_says(model):
 
 
 def test_value_range_is_that_of_images_of_more_than_8_bits(model, tmp_path):
-    """Files, PIL images and arrays; those of 8 bits are not scaled."""
+    """This holds for files, PIL images and arrays. Images of 8 bits are not scaled."""
     grey = images(1)[0, 0].numpy()
     expected = model.encode(Image.fromarray(grey), precision="fp32")
     deep = Image.fromarray(grey.astype(np.uint16) * 16)
@@ -176,7 +178,7 @@ def test_floats_that_are_evidently_not_normalised_are_refused(model):
     ("scale", "value_range"), [(255, (0, 1)), (65535, (0, 1)), (65535, (0, 255)), (1, (0, 255)), (1, (0, 65535))]
 )
 def test_values_evidently_in_other_units_than_value_range_are_refused(model, scale, value_range):
-    """They would all be white, or all black."""
+    """Such images would be all white or all black."""
     unit = images(2) / 255
     told = f"value_range={value_range} says what is .* values from 0 to ".replace("(", r"\(").replace(")", r"\)")
     floats = unit * scale
@@ -192,7 +194,7 @@ def test_values_evidently_in_other_units_than_value_range_are_refused(model, sca
 
 
 def test_some_values_beyond_value_range_are_clipped(model):
-    """A few bright pixels, what resizing adds, and a dark image of whole levels."""
+    """Examples are a few bright pixels, the overshoot of resizing, and a dark image of integer levels."""
     unit = images(1) / 255
     bright = unit.clone()
     bright[..., 0] = 1000.0
@@ -224,7 +226,7 @@ def test_a_shape_with_its_channels_elsewhere_is_named(model):
 
 
 def test_a_sample_without_its_text_or_image_is_refused(model):
-    """It would be encoded as the other alone."""
+    """Otherwise it would be encoded as the other modality alone."""
     pixels = images(2)
     with pytest.raises(ValueError, match="text 1 is NoneType: each sample needs its text; without any pass texts=None"):
         model.encode(pixels, ["a house", None])
@@ -252,7 +254,7 @@ def test_floats_that_may_be_normalised_are_taken(model):
 
 
 def test_images_come_as_paths_arrays_or_one_alone(model, tmp_path):
-    """And all give the features of the tensor; transparency is as in the shards."""
+    """All of them have the features of the tensor. Transparent pixels are treated as in shards."""
     pixels = images(3, 40)
     arrays = [image.permute(1, 2, 0).numpy() for image in pixels]
     paths = [tmp_path / f"{number}.png" for number in range(3)]
@@ -384,7 +386,7 @@ def test_a_corpus_is_encoded_in_file_order_with_labels_and_without_broken_sample
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_model_is_left_in_its_mode(run, training):
-    """Every module of it, also if the samples cannot be encoded."""
+    """The mode of every module is restored, also if the samples cannot be encoded."""
     model = open_model(str(run), text=False).train(training)
     model.encode(images=list(images(1)))
     assert {part.training for part in model.modules()} == {training}

@@ -1,4 +1,4 @@
-"""A bank is the same whatever rank stores which of its rows, and wherever."""
+"""A feature bank has the same results however its rows are distributed over ranks and devices."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,8 @@ from tests.helpers.ranks import run_ranks
 
 
 def _by_a_sort(bank_ND, queries_MD, k):
-    """Similarities and numbers of the most similar, the lowest number first among equal ones."""
+    """Return the similarities and row numbers of the k nearest neighbours. Equal similarities are in the order of
+    rows."""
     similarity_MN = (F.normalize(queries_MD.double(), dim=1) @ F.normalize(bank_ND.double(), dim=1).T).float()
     similarity_MN, number_MN = similarity_MN.sort(dim=1, descending=True, stable=True)
     return similarity_MN[:, :k], number_MN[:, :k]
@@ -30,7 +31,7 @@ def _bank(features):
 @pytest.mark.parametrize(("samples", "width", "k"), [(3000, 16, 20), (211, 6, 7), (9, 4, 20)])
 @pytest.mark.parametrize("equal", [False, True])
 def test_neighbours_are_those_of_a_stable_sort(monkeypatch, samples, width, k, equal):
-    """Also in blocks, and where more samples are equal than a list of candidates holds."""
+    """This also holds in blocks, and where more samples are equally similar than the list of candidates holds."""
     monkeypatch.setitem(neighbours._BLOCKS, "cpu", neighbours._Blocks(16, 2048))
     monkeypatch.setattr(neighbours, "_GROUP", 4)
     monkeypatch.setattr(neighbours, "_AT_A_TIME", 50)
@@ -49,7 +50,7 @@ def test_neighbours_are_those_of_a_stable_sort(monkeypatch, samples, width, k, e
 
 @pytest.mark.slow
 def test_two_and_three_ranks_find_what_one_finds(tmp_path):
-    """Neighbours, votes, places, scores and trained heads, of banks that are split over ranks."""
+    """Neighbours, votes, ranks, scores and trained heads are equal for banks that are split over ranks."""
     alone = bank_cases.found(None)
     with join_ranks() as ranks:
         segments = bank_cases.segmented(ranks)

@@ -1,4 +1,4 @@
-"""What the pictures of results show, read from what matplotlib is given and from the pixels."""
+"""The content of the figures of results, checked in matplotlib's objects and in the pixels."""
 
 import argparse
 import itertools
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Figures as they were saved."""
+    """The figures that were saved."""
     kept, save = [], figures._save
     monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure) or save(figure, path))
     return kept
@@ -158,7 +158,7 @@ def test_a_sheet_has_each_cell_in_its_row_and_column(tmp_path):
 
 
 def test_a_sheet_has_room_for_the_texts_and_titles_of_every_cell(tmp_path):
-    """Of texts as long as they can be, in every row and column: none lies on an image or on another text."""
+    """With the longest texts in every row and column, none overlaps an image or another text."""
     green = torch.tensor([0, 250, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
     long = "word after word " * 20
     cells = [Cell(green, long, RED), Cell(None, long, RED), Cell(green, "short", RED)]
@@ -178,7 +178,7 @@ def test_a_sheet_has_room_for_the_texts_and_titles_of_every_cell(tmp_path):
 
 
 def shown_by(samples=None, names=()):
-    """A task's job whose samples are their keys, and whose cells are what was to be shown."""
+    """Return a task's job whose samples are their keys. Its cells record the arguments that are shown."""
     return argparse.Namespace(
         out=Path("out"),
         names=names,
@@ -188,12 +188,13 @@ def shown_by(samples=None, names=()):
 
 
 def on_a_circle(angles: torch.Tensor) -> torch.Tensor:
-    """FeatureBank [N, 2] of any lengths, which do not count."""
+    """Return features [N, 2] in these directions, as a FeatureBank. Their lengths are arbitrary, since only directions
+    count."""
     return torch.stack((angles.cos(), angles.sin()), 1) * torch.arange(1, len(angles) + 1)[:, None]
 
 
 def test_neighbours_are_the_most_alike_and_green_where_they_are_of_the_samples_class(monkeypatch):
-    """Of eight samples that lie evenly among all."""
+    """The sheet shows eight samples that are evenly spaced among all."""
     sheets, classes = [], ["cat", "dog", "emu"]
     monkeypatch.setattr(knn, "draw_sheet", lambda path, rows, titles: sheets.append(rows))
     random = np.random.RandomState(0)

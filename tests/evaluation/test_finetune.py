@@ -114,7 +114,7 @@ def test_a_stop_request_ends_an_evaluation_and_loses_nothing(transfer, run, shar
 
 
 def test_ranks_and_zero_change_nothing(transfer, run, shards, tmp_path):
-    """Nothing that is drawn depends on the rank or the micro-batch."""
+    """Random draws do not depend on the rank or the micro-batch."""
     drawn = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "rand_augment": "rand-m9-mstd0.5-inc1"}
     options = settings(epochs=1, label_smoothing=0.1, micro_batch=4, ema=0.7, **drawn)
     transfer("finetune", *options, "--set", "finetune.micro_batch=16", out="one")
@@ -183,7 +183,7 @@ def test_a_checkpoint_of_other_settings_is_refused(transfer, run, shards, tmp_pa
 
 
 def _labelled_batch(model, count, first=0, only=None):
-    """Samples at positions `first` to `first + count`, or `only` some of them."""
+    """Return a batch of the samples at positions `first` to `first + count`, or of those in `only`."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
     visible = torch.zeros(4, dtype=torch.bool)
@@ -323,7 +323,7 @@ def test_rand_augment_depends_on_its_seed_alone():
 
 
 def test_rand_augment_takes_the_highest_levels():
-    """At which timm's posterize leaves 0 bits."""
+    """At the highest level timm's posterize leaves 0 bits."""
     sizes = _sizes()
     image = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
     augment = RandAugment("rand-m10-n15-inc1", sizes)
@@ -331,7 +331,7 @@ def test_rand_augment_takes_the_highest_levels():
 
 
 def test_accuracy_in_training_is_by_the_likeliest_class_of_what_was_mixed():
-    """And losses are sums over the batch, by soft labels, divided by the samples of the step."""
+    """Losses are sums over the batch by soft labels, divided by the number of samples of the step."""
     config = ClassifierConfig(model=_sizes(), head="finetune", pool="cls", modality="image", classes=[0, 1, 2])
     mixing = _mixing(mixup=1.0, cutmix=0.0, label_smoothing=0.1)
     torch.manual_seed(0)

@@ -78,7 +78,7 @@ def test_verify_finds_what_is_bent(tmp_path, capsys, make, key):
 
 @pytest.mark.parametrize("left", [6, 3, 0])
 def test_a_probe_s_parameters_are_compared_at_the_steps_that_were_recorded(tmp_path, left):
-    """Which need not have the last step, 9, among them."""
+    """The last step, 9, need not be among them."""
     file = make_probe(tmp_path / "probe.npz", VARIANTS)
     arrays = dict(np.load(file))
     kept = {k: a for k, a in arrays.items() if "/after_" not in k or int(k.split("after_")[1][0]) <= left}
@@ -145,7 +145,7 @@ def test_lars_does_not_scale_what_has_no_length():
 
 
 def test_each_head_of_a_stack_is_updated_with_its_own_learning_rate_as_alone():
-    """By torch's AdamW, and by LARS of a stack of one."""
+    """Each head is compared with torch's AdamW and with LARS on a stack of one head."""
     torch.manual_seed(0)
     begun, rates, gradients = torch.randn(3, 4, 5), torch.tensor([0.1, 0.01, 0.0]), torch.randn(6, 3, 4, 5)
     for kind, judge in ((AdamW, torch.optim.AdamW), (LARS, LARS)):

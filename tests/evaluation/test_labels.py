@@ -14,7 +14,8 @@ from tests.helpers.shards import write_tar
 
 @pytest.fixture
 def opened(tmp_path):
-    """opened(numbers, labels) -> a corpus; several to make several shards."""
+    """A function that writes samples with these numbers and labels and returns their corpus. Several pairs of arguments
+    make several shards."""
 
     def make(*shards):
         paths = [labelled_tar(tmp_path / f"{i}.tar", *shard) for i, shard in enumerate(shards)]

@@ -92,7 +92,7 @@ def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, run, tmp_path
 
 
 def test_held_out_samples_may_be_of_one_class(transfer, tmp_path):
-    """They are normalised with the statistics of training, not with their own."""
+    """The held-out samples are normalised with the statistics of the training samples, not with their own."""
     val = labelled_tar(tmp_path / "red.tar", range(101, 125, 3))
     result = transfer("linear", "--cache-features", *FAST, *settings("linear.epochs=15", "encode.pool=cls"), val=val)
     assert (result["top1"], result["val_samples"], result["train_samples"]) == (1.0, 8, 48)
@@ -101,7 +101,7 @@ def test_held_out_samples_may_be_of_one_class(transfer, tmp_path):
 
 
 def test_bad_samples_count_among_those_that_were_seen(transfer, tmp_path):
-    """One of five."""
+    """One of five samples is bad."""
     broken = [("99.png", b""), ("99.txt", b"red"), ("99.cls", b"2")]
     train = write_tar(tmp_path / "train.tar", [*labelled_members(range(4)), *broken])
     options = settings("linear.global_batch=5", "linear.micro_batch=5", "linear.steps=2")

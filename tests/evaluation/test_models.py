@@ -1,4 +1,4 @@
-"""The model that a command names, and the classifier that it leaves."""
+"""The model that a command loads, and the classifier that it writes."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""In which modes every program runs the encoder: training or evaluation, autocast, gradients."""
+"""The modes in which each program runs the encoder: training or evaluation, autocast, gradients."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ LIGHT = settings("robustness.epsilons=[1]", "robustness.steps=2", 'robustness.co
 
 @pytest.fixture
 def seen(monkeypatch):
-    """(training, with gradients, autocast) of each pass through the encoder."""
+    """A list of (training, with gradients, autocast) for each pass through the encoder."""
     found, real = [], MultimodalEncoder._input
 
     def looked_at(self, batch):
@@ -104,7 +104,7 @@ def test_a_probe_trains_on_statistics_of_the_step_and_evaluates_with_the_running
 
 
 def test_one_sample_is_evaluated_as_among_many(transfer, tmp_path):
-    """No statistics of the batch, no drop."""
+    """An evaluation uses neither batch statistics nor stochastic depth."""
     transfer("linear", "--cache-features", *LINEAR, out="classifier")
     shard = labelled_tar(tmp_path / "a.tar", range(6))
     light = settings("robustness.epsilons=[]", "robustness.corruptions=[]", "robustness.samples=99")

@@ -1,4 +1,4 @@
-"""Samples with lists of labels, and the mean average precision of what scores them."""
+"""Samples with lists of labels, and the mean average precision of their scores."""
 
 import json
 
@@ -31,7 +31,7 @@ def tagged_tar(path, tags):
 
 
 def tags_of(numbers):
-    """Return lists of labels that the colour decides: blue, green or none, and all but red are cold."""
+    """Return the samples' lists of labels by colour: blue, green or none of them, and cold unless red."""
     lists = {0: ["cold", "blue"], 1: ["green", "cold"], 2: []}
     return {number: lists[number % 3] for number in numbers}
 

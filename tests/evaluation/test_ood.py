@@ -105,7 +105,8 @@ def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path, mon
 
 
 def test_scores_below_a_half_are_said_to_be_inverted(transfer, tmp_path, monkeypatch, capsys):
-    """Where the whole interval is; a score that is merely no better than chance is not."""
+    """A score is inverted if its whole interval is below a half. A score that is merely no better than chance is
+    not."""
     scores = ood.Scores.__call__
 
     def turned(self, features):
@@ -185,7 +186,7 @@ def test_two_areas_are_told_apart_by_the_same_draws_of_both(transfer, run, tmp_p
 
 
 def test_scores_take_no_memory_for_each_sample_class_and_dimension():
-    """ImageNet's validation samples would have asked for 154 GB."""
+    """The validation samples of ImageNet would have needed 154 GB."""
     random = np.random.RandomState(0)
     train, labels = random.randn(400, 32).astype(np.float32), np.arange(400) % 200
     scores = Scores(_bank(train, labels), 5, head=lambda features: features)
@@ -223,7 +224,7 @@ def test_scores_are_those_of_scikit_learn_and_of_a_sort():
 
 
 def test_every_score_is_of_the_samples_that_it_is_said_to_be_of(transfer, shards, tmp_path, monkeypatch):
-    """Familiar ones come first, and each number is of its own score."""
+    """In-distribution samples come first, and each number is that of the score in its column."""
     given = []
     monkeypatch.setattr(ood, "auroc_and_fpr", lambda inside, outside: (given.append((inside, outside)), (0, 0))[1])
     other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
@@ -248,7 +249,7 @@ def test_an_interval_is_that_of_scikit_learns_areas_of_the_same_draws(monkeypatc
 
 
 def test_an_interval_is_about_as_wide_as_the_area_is_uncertain():
-    """By its standard deviation over samples drawn anew."""
+    """The interval is compared with the standard deviation of the area over redrawn samples."""
     random = np.random.RandomState(3)
     pairs = [(random.randn(150) + 1, random.randn(100)) for _ in range(200)]
     spread = np.std([auroc_and_fpr(*pair)[0] for pair in pairs])
@@ -274,7 +275,7 @@ def test_sets_have_names_where_there_are_several():
 
 @pytest.fixture
 def classifier(tmp_path):
-    """The folder of a fine-tuned classifier of three colours whose weights are random, and the classifier."""
+    """The folder of a fine-tuned classifier of three colours with random weights, and the classifier itself."""
     torch.manual_seed(0)
     config = ClassifierConfig(model=SIZES, head="finetune", pool="cls", modality="image", classes=[0, 1, 2])
     model = Classifier(config).eval()

@@ -1,4 +1,4 @@
-"""What a task keeps of each sample, and how two results on the same samples are told apart."""
+"""The predictions that a task stores for each sample, and the significance of the difference of two results."""
 
 import numpy as np
 import pytest
@@ -111,7 +111,7 @@ def test_a_summary_puts_errors_beside_what_they_are_of():
 
 
 def test_the_error_of_all_or_none_is_not_0():
-    """By hand: of 2 samples that are both right, Laplace's estimate is 3 of 4."""
+    """For 2 samples that are both right, Laplace's estimate of the accuracy is 3/4."""
     assert standard_error(1.0, 2) == standard_error(0.0, 2) == pytest.approx((0.75 * 0.25 / 2) ** 0.5)
     for right in (np.ones((3, 2), bool), np.zeros((1, 2), bool)):
         assert mean_accuracy(right) == (right.mean(), standard_error(1.0, 2))

@@ -1,4 +1,4 @@
-"""Which rate a linear probe takes of those that it tries."""
+"""The choice of a linear probe's learning rate among the candidates."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ from m3ae_fast.process.ranks import join_ranks
 
 
 def _bank(count, seed=0):
-    """FeatureBank in which one of three numbers is large: that of the class."""
+    """Return a FeatureBank of three features, of which that of the sample's class is large."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     features = torch.randn(count, 8, generator=generator)
@@ -52,7 +52,7 @@ def _setting(ranks, seed=0, pulse=None, **linear):
 
 
 def _tried(bank, setting, usual=None):
-    """What rates about `usual`, or about that of the number of samples, reach."""
+    """Return the results of the rates around `usual`, or around the default for the number of samples."""
     recipe = linear_recipe(len(bank.keys), setting)
     if usual is not None:  # as if it were not given
         peak = setting.config.linear.peak_lr
@@ -62,7 +62,7 @@ def _tried(bank, setting, usual=None):
 
 
 def test_each_rate_is_tried_as_a_run_of_its_own_would_be():
-    """The best one learns; what torch draws afterwards is as before."""
+    """The best rate learns, and the trials leave the state of torch's random generator unchanged."""
     given = {"global_batch": 16, "steps": 40, "warmup_epochs": 0, "peak_lr": 400.0}
     with join_ranks() as ranks:
         state, pulse = torch.get_rng_state(), _Pulse()
@@ -76,7 +76,7 @@ def test_each_rate_is_tried_as_a_run_of_its_own_would_be():
 
 
 def test_a_rate_comes_to_what_a_run_at_it_comes_to():
-    """With momentum, decay and warm-up, and on statistics of all steps."""
+    """This holds with momentum, weight decay and warm-up, and with statistics of all steps."""
     bank = _bank(200)
     train, held_out = (bank.rows(rows) for rows in split(bank))
     given = {"global_batch": 16, "steps": 20, "warmup_epochs": 0.5, "weight_decay": 0.3, "momentum": 0.5}
@@ -108,7 +108,7 @@ def test_one_logit_that_is_not_finite_shows_that_a_head_diverged():
 
 
 def test_a_rate_is_chosen_for_what_is_no_chance():
-    """Of 100 samples 70 % has a standard error of 4.6 points."""
+    """An accuracy of 70 % on 100 samples has a standard error of 4.6 points."""
     tried = [Tried(0.1, 0.7, 0.9), Tried(0.3, 0.66, 0.8), Tried(1, 0.64, 0.6), Tried(3, 0.0, None)]
     assert [choose(tried, usual, 100).peak_lr for usual in (0.1, 0.25, 0.8, 5)] == [0.1, 0.3, 0.3, 0.3]
     assert choose(tried, 1, 50).peak_lr == 1 and choose(tried, 1, 10_000).peak_lr == 0.1

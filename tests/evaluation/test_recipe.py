@@ -1,4 +1,4 @@
-"""What a number of samples makes of the settings that are open."""
+"""The values that the number of samples gives to open settings."""
 
 import re
 

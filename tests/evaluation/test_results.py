@@ -1,4 +1,4 @@
-"""What a task has found is kept, whatever its pictures come to, and pictures show any name as it is."""
+"""A task's result is kept even if its figures fail, and figures show any name unchanged."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_a_result_takes_the_place_of_what_was_found_before_a_stop(tmp_path):
 
 @pytest.fixture
 def texts(monkeypatch):
-    """What the pictures say, of all that are saved."""
+    """The texts of all figures that are saved."""
     said = []
     save = Figure.savefig
 
@@ -58,7 +58,7 @@ def test_names_are_drawn_as_they_are(tmp_path, texts):
 
 
 def test_held_out_shards_that_are_trained_on_are_told(transfer, shards, monkeypatch, capsys):
-    """However their paths are written."""
+    """The shards are recognised however their paths are written."""
     train = Path(shards[0])
     transfer("knn", "--labels", "json.name")
     assert "--val: " not in capsys.readouterr().out

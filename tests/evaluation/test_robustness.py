@@ -1,4 +1,4 @@
-"""Attacks and corruptions are what they are said to be, and the task counts right."""
+"""Attacks and corruptions are as documented, and the task counts correctly."""
 
 import argparse
 import colorsys
@@ -43,7 +43,7 @@ SIZES = ModelConfig(
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    """A folder with an untrained encoder, and a linear head that tells colours apart by it (least squares)."""
+    """A folder with an untrained encoder and a linear head that classifies colours, fitted by least squares."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("classifier")
     config = ClassifierConfig(model=SIZES, head="linear", pool="mean", modality="image", classes=[0, 1, 2])
@@ -91,7 +91,7 @@ def test_the_config_names_every_corruption():
 
 
 def _image(size=224):
-    """uint8 [3, H, W]: coloured shapes and stripes on a bright ground."""
+    """Return an image of coloured shapes and stripes on a bright background, uint8 [3, H, W]."""
     image = Image.new("RGB", (224, 224), (235, 240, 225))
     draw = ImageDraw.Draw(image)
     draw.ellipse((30, 40, 150, 160), fill=(200, 60, 40))
@@ -120,7 +120,7 @@ def test_a_corruption_depends_on_its_seed_alone_and_grows_with_its_severity(kind
 
 @pytest.mark.parametrize(("kind", "severity"), [("defocus_blur", 3), ("motion_blur", 4), ("gaussian_blur", 2)])
 def test_a_blur_is_as_wide_for_the_size_of_the_image(kind, severity):
-    """Of a small image as of a large one that is then made small."""
+    """A blurred small image resembles a large one that is blurred and then reduced."""
     large = torch.zeros(3, 224, 224, dtype=torch.uint8)
     large[:, 80:144, 80:144] = 255
     shrunk, clean = (
@@ -141,14 +141,15 @@ def test_a_trail_is_half_a_gaussian_along_its_angle():
 
 
 def sheet():
-    """Every kind, a row each, at every severity: of 48 pixels, as means of 4 x 4. Kept as CORRUPTED."""
+    """Return every corruption at every severity, a row for each kind: 48-pixel images, averaged over 4 x 4. CORRUPTED
+    stores it."""
     rows = [torch.cat([Corruption(kind, severity)(_image(48), 7) for severity in SEVERITIES], 2) for kind in KINDS]
     means = nn.functional.avg_pool2d(torch.cat(rows, 1)[None].float(), 4)[0]
     return Image.fromarray(means.round().byte().permute(1, 2, 0).numpy())
 
 
 def test_corruptions_are_what_they_were():
-    """Else accuracies under them do not compare with those of an older version."""
+    """If they changed, accuracies would not be comparable with those of an older version."""
     before, now = np.array(Image.open(CORRUPTED), float), np.array(sheet(), float)
     apart = np.abs(now - before).reshape(len(KINDS), 12, len(SEVERITIES), 12, 3).max((1, 3, 4))
     assert {kind: own.tolist() for kind, own in zip(KINDS, apart) if own.max() > 3} == {}

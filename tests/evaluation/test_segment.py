@@ -1,4 +1,4 @@
-"""Segmentation by patches: metrics are those of the definition, and shapes on backgrounds are found."""
+"""Segmentation by patches: metrics agree with their definitions, and shapes on backgrounds are found."""
 
 import io
 import json
@@ -122,7 +122,7 @@ def test_an_error_is_that_of_other_draws_of_images():
 
 
 def test_a_head_is_trained_as_torch_would_on_all_pixels():
-    """With the cross entropy of each pixel that is not ignored, by AdamW, behind a BatchNorm."""
+    """The head is a BatchNorm and a linear layer. AdamW minimises the cross-entropy of all pixels that are not ignored."""
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(6, 4, 5, generator=generator)
     masks = torch.randint(3, (6, 8, 8), generator=generator).to(torch.uint8)
@@ -167,7 +167,7 @@ def test_scores_are_upsampled_bilinearly():
 
 
 def test_a_mask_is_seen_as_its_image_is():
-    """The same central square; of both an edge lies at the same place."""
+    """Both are cropped to the same central square, in which edges are at the same positions."""
     for height, width in ((48, 40), (40, 49), (7, 8)):
         mask = np.zeros((height, width), np.uint8)
         mask[height // 2 :, width // 3 :] = 255

@@ -1,4 +1,4 @@
-"""Probes by layer and by shots: one pass over the images, and what a probe of its own would give."""
+"""Probes by layer and by shots: they need one pass over the images and give the results of separate probes."""
 
 import weakref
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ SHORT = {
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How many samples the encoder has seen."""
+    """The numbers of samples that the encoder has processed."""
     seen, real = [], MultimodalEncoder._input
     monkeypatch.setattr(MultimodalEncoder, "_input", lambda self, batch: seen.extend(batch.keys) or real(self, batch))
     return seen
@@ -147,7 +147,7 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, tmp_path, monkeypatch
 
 @pytest.fixture
 def peak(monkeypatch):
-    """The most bytes of patch tokens that existed at a time, and of what was stored of a sample."""
+    """The peak number of bytes of patch tokens at a time, and of the stored features of a sample."""
     most, alive = {"tokens": 0, "stored": 0}, weakref.WeakSet()
     encode, encoded, append = (
         MultimodalEncoder.pooled_and_patches,
@@ -181,7 +181,8 @@ def peak(monkeypatch):
 
 
 def test_an_online_probe_forgets_its_tokens(transfer, tmp_path, peak, capsys):
-    """It needs as much memory for three times as many images, and trains on none of the tenth that judges its rates."""
+    """Its memory is the same for three times as many images, and it trains on no sample of the tenth that selects its
+    rate."""
     options = settings("attentive.steps=4", "attentive.batch=16", "encode.batch=8", "attentive.online=true")
     peaks = []
     for count in (60, 180):
@@ -194,7 +195,7 @@ def test_an_online_probe_forgets_its_tokens(transfer, tmp_path, peak, capsys):
 
 
 def test_three_ranks_measure_what_one_measures(run, shards, tmp_path):
-    """By every probe, on banks and online; some ranks have no sample in the last batch."""
+    """This holds for every probe, on feature banks and online. Some ranks have no sample in the last batch."""
     options = settings("data.workers=0", "encode.precision=fp32", "encode.batch=4", "linear.steps=10")
     options += [*settings("attentive.steps=4", "attentive.batch=16", "attentive.online=true"), "--seeds", "1"]
     tables = []

@@ -1,4 +1,4 @@
-"""The compilation without a GPU: one sound kernel of each sort, and that what is unsound is called so."""
+"""Compilation without a GPU: one correct kernel of each kind compiles, and defective ones are reported."""
 
 import importlib
 import os
@@ -95,7 +95,7 @@ def test_tables_name_every_kernel_and_nothing_else():
 
 @pytest.mark.parametrize("arch", sorted(path.stem for path in tuning.FOLDER.glob("*.json")))
 def test_a_dtype_has_the_settings_of_its_width(arch, monkeypatch):
-    """And nobody can change them for the next."""
+    """A caller cannot change the settings for the next caller."""
     monkeypatch.setattr(tuning, "arch_of", lambda device: arch)
     wide = {torch.float16: "16", torch.bfloat16: "16", torch.float32: "32", torch.float64: "32"}
     for kernel, by_width in tuning.table(arch).items():
@@ -119,7 +119,7 @@ def test_command():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_86", "sm_120"])
 def test_small_gpus_have_room(arch):
-    """99 KiB of shared memory; the largest kernel of each sort, attention's longest tile among them."""
+    """The largest kernel of each kind, including attention's longest tile, fits into 99 KiB of shared memory."""
     for kernel in ("pixel_error", "attention_backward"):
         report = compile_case(CASE[kernel], arch, "bf16")
         assert report.problems == () and 0 < report.shared_bytes <= 99 << 10

@@ -33,7 +33,7 @@ OWN |= {"workspace": 999, "image_mlp": nn.Linear(8, 8), "text_mlp": nn.Linear(8,
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The options with which modules call their ops, by the op's name."""
+    """The options with which modules call their ops, by the name of the op."""
     seen = {}
 
     def watch(module, name):
@@ -68,7 +68,7 @@ def asked(monkeypatch):
     ],
 )
 def test_a_module_hands_each_of_its_options_to_its_ops(asked, module, ops):
-    """Each other than by default, whatever options there are."""
+    """Each option has a value other than its default. New options are covered as well."""
     options = [p for p in inspect.signature(module).parameters.values() if p.kind == p.KEYWORD_ONLY]
     own = {p.name: OWN[p.name] for p in options}
     assert all(own[p.name] != p.default for p in options if p.name != "channels")
@@ -111,7 +111,7 @@ def test_a_gathered_norm_is_torchs_of_the_same_eps(eps):
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_token_loss_is_cross_entropy(reduction, smoothing):
-    """Value and gradients of torch's own, ignored rows among them, without row weights or bias."""
+    """Value and gradients are those of torch's cross-entropy, with ignored rows, without row weights or bias."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(19, 12, requires_grad=True), torch.randn(31, 12, requires_grad=True)
     targets = torch.randint(0, 31, (19,))
@@ -128,7 +128,7 @@ def test_token_loss_is_cross_entropy(reduction, smoothing):
 
 
 def test_a_head_without_bias_is_one_whose_bias_is_zero():
-    """Also in the log-partition, which a constant would shift."""
+    """This also holds for the log-partition, which a constant would shift."""
     torch.manual_seed(0)
     hidden, targets = torch.randn(19, 12, requires_grad=True), torch.randint(0, 48, (19,))
     weight = torch.randn(48, 12, requires_grad=True)
@@ -146,14 +146,14 @@ def test_a_head_without_bias_is_one_whose_bias_is_zero():
 
 @pytest.fixture
 def unwarned():
-    """Nobody has been warned of the sum."""
+    """The warning about the default reduction has not been given."""
     _warn_of_sum.cache_clear()
     yield
     _warn_of_sum.cache_clear()
 
 
 def token_and_pixel_loss() -> dict:
-    """Return each loss, as a function and as a module, of one input, by the name that warnings have for it."""
+    """Return calls of each loss on one input, as a function and as a module, by its name in warnings."""
     torch.manual_seed(0)
     hidden, targets = torch.randn(4, 12), torch.tensor([3, -100, 0, 30])
     images, ids = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8), torch.arange(4)
@@ -176,7 +176,8 @@ def token_and_pixel_loss() -> dict:
 
 @pytest.mark.parametrize("name", token_and_pixel_loss())
 def test_a_loss_that_is_told_no_reduction_sums_and_warns_once(name, unwarned):
-    """Until the next release, which takes the mean as torch does: silently, callers' losses would be scaled anew."""
+    """The next release takes the mean as torch does. Without the warning, callers' losses would be rescaled
+    silently."""
     compute = token_and_pixel_loss()[name]
     with pytest.warns(FutureWarning, match=f'^m3ae_kernels: {name} sums .* pass reduction="sum"') as told:
         losses = [compute() for _ in range(2)]
@@ -201,7 +202,8 @@ def test_compiled_code_warns_of_the_sum_too(unwarned):
 
 
 def test_arguments_stand_in_the_order_of_torch():
-    """A call in the order of earlier versions, bias third, is an error and no other loss."""
+    """A call in the order of earlier versions, with the bias third, raises an error instead of returning another
+    loss."""
     (hidden, weight), targets = (torch.randn(n, 12) for n in (5, 31)), torch.arange(5)
     for bias in (None, torch.randn(31)):
         with pytest.raises(TypeError, match="positional arguments"):
@@ -215,7 +217,7 @@ def test_arguments_stand_in_the_order_of_torch():
 
 
 def test_ignored_rows_leave_no_trace():
-    """Any ignore_index, any weight: loss 0, no gradient, not correct."""
+    """For any ignore_index and any weight, ignored rows have loss 0 and no gradient and do not count as correct."""
     inputs = make("token-some", torch.float32)
     targets, weights = inputs.tensors["targets"], torch.rand(19) + 0.5
     ignored = torch.arange(19) % 3 == 0
@@ -249,7 +251,8 @@ def test_the_bias_of_an_embedding_is_summed_in_its_own_digits():
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 6, 8])
 def test_images_and_rows_may_begin_at_any_element(offset):
-    """As slices of a buffer do: what is read as wide elements is read as narrower ones then."""
+    """Slices of a buffer begin at any element. Rows that are usually read as wide elements are then read as narrower
+    ones."""
     torch.manual_seed(0)
     buffer, weight = torch.randint(0, 256, (2 * 3 * 16 * 16 + 8,), dtype=torch.uint8), torch.randn(5, 192)
     images = buffer[offset : offset + 2 * 3 * 16 * 16].view(2, 3, 16, 16)
@@ -266,7 +269,7 @@ def test_images_and_rows_may_begin_at_any_element(offset):
 
 
 def test_correct_predictions_are_counted_with_weights_of_their_own():
-    """Or else with the loss's; they never have a gradient."""
+    """Without them the weights of the loss are used. Weights of the count never have a gradient."""
     torch.manual_seed(0)
     head = m3ae_kernels.MaskedTokenLoss(12, 5, reduction="sum")
     image_head = m3ae_kernels.MaskedTokenLoss(12, 5, reduction="sum")
@@ -290,7 +293,7 @@ def test_correct_predictions_are_counted_with_weights_of_their_own():
 
 @pytest.mark.parametrize("op", ["token", "pixel", "embed"])
 def test_float64_stays_float64_under_autocast(op):
-    """As in torch's own layers."""
+    """The behaviour is that of torch's own layers."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(6, 192, dtype=torch.float64), torch.randn(192, 192, dtype=torch.float64)
     images, patch_ids = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), torch.arange(6)
@@ -306,7 +309,7 @@ def test_float64_stays_float64_under_autocast(op):
 
 
 def test_an_ignored_word_of_the_vocabulary_is_never_correct():
-    """As a padding's id is, which a model learns to predict."""
+    """An example is the id of padding, which a model learns to predict."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(40, 12), torch.randn(7, 12)
     targets = (hidden @ weight.t()).argmax(1)
@@ -321,7 +324,7 @@ def test_an_ignored_word_of_the_vocabulary_is_never_correct():
 
 @pytest.mark.parametrize("target", [-1, 97, 2**31 - 1, -(2**31)])
 def test_a_target_out_of_range_shows_in_its_loss_and_nowhere_else(target):
-    """On a CPU it is an IndexError."""
+    """On a CPU such a target raises an IndexError."""
     inputs = make("token-some", torch.float32)
     inputs.options |= {"reduction": "none", "return_correct": True}
     expected, right = m3ae_kernels.masked_token_loss(**inputs.tensors, **inputs.options)
@@ -380,7 +383,7 @@ def test_a_norm_frozen_as_a_whole_changes_no_gradient_of_rows(dtype):
 
 
 def test_without_autograd_no_gradient_is_made():
-    """Though parameters want one: evaluation costs the forward pass alone."""
+    """This holds even if parameters require gradients: evaluation costs the forward pass only."""
     hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(4096, 64, requires_grad=True)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         m3ae_kernels.masked_token_loss(hidden, weight, torch.arange(8), reduction="sum")
@@ -389,7 +392,7 @@ def test_without_autograd_no_gradient_is_made():
 
 
 def test_frozen_heads_cost_no_gradient_memory():
-    """With the weight frozen nothing of its size is allocated; with the bias frozen no more is done for it."""
+    """With a frozen weight nothing of its size is allocated. With a frozen bias its gradient is not computed."""
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(8, 64, requires_grad=True), torch.randn(4096, 64), torch.randn(4096)
     targets = torch.randint(0, 4096, (8,))
@@ -438,7 +441,8 @@ def test_other_transforms_are_refused_in_one_line(case):
 
 @pytest.mark.parametrize("case", [case for case in SMALL if case != "gather-some"])
 def test_a_graph_of_gradients_is_refused_in_one_line(case):
-    """Also of a sum, whose upstream gradient is a constant: torch would take the gradients for constants too."""
+    """This includes the graph of a sum, whose upstream gradient is a constant: torch would treat the gradients as
+    constants too."""
     inputs = make(case, torch.float32)
     learned = inputs.tensors[inputs.learned[0]]
     out = call(m3ae_kernels, case, inputs)
@@ -510,7 +514,7 @@ def test_heads_from_linear_share_its_parameters():
 
 
 def test_torchs_precision_settings_are_heeded():
-    """The newer ones too, which make torch.get_float32_matmul_precision() raise."""
+    """This includes the newer settings, with which torch.get_float32_matmul_precision() raises."""
     from m3ae_kernels.triton_impl.common import precision
 
     matmul = torch.backends.cuda.matmul
@@ -531,7 +535,7 @@ def test_torchs_precision_settings_are_heeded():
 
 
 def test_the_older_precision_setting_is_heeded_where_there_is_no_newer(monkeypatch):
-    """As in torch 2.8."""
+    """torch 2.8 is an example."""
     from m3ae_kernels.triton_impl import common
 
     for allowed, expected in ((True, "tf32"), (False, "tf32x3")):

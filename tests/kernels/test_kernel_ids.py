@@ -109,7 +109,7 @@ def test_ends_are_always_looked_at_on_a_cpu(case, name, at, value, found):
 
 
 def test_kernels_do_not_look_unless_asked(monkeypatch):
-    """Where looking would wait for the device."""
+    """The check would wait for the device."""
     monkeypatch.setattr(ids, "check_range", lambda *_, **__: pytest.fail("the ids were read"))
     for value in ("0", ""):
         monkeypatch.setenv(ids.ENV, value)

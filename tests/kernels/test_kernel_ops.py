@@ -28,7 +28,7 @@ FLOOR = {torch.float16: 2.5e-4, torch.bfloat16: 2e-3, torch.float32: 3e-7, torch
 
 
 def error(got: Tensor, true: Tensor) -> float:
-    """The distance relative to the true tensor's norm."""
+    """Return the distance relative to the norm of the true tensor."""
     assert got.shape == true.shape
     return ((got.double() - true).norm() / true.norm().clamp(min=1e-30)).item() if true.numel() else 0.0
 
@@ -99,7 +99,7 @@ def test_gradcheck(case, sizes):
 
 
 def upstreams(out: Tensor) -> dict[str, Tensor]:
-    """Gradients as autograd may hand them over."""
+    """Return upstream gradients with the layouts that autograd may pass."""
     values = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
     if out.dim() == 0:
         return {
@@ -134,7 +134,7 @@ STRIDED = (
 
 @pytest.mark.parametrize("case", STRIDED)
 def test_inputs_of_any_stride(case):
-    """Transposed, sliced and offset inputs, each with strides of its own, give what contiguous ones give."""
+    """Transposed, sliced and offset inputs, each with its own strides, give the results of contiguous ones."""
     inputs = make(case, torch.float32)
     expected = run(m3ae_kernels, case, inputs)
 
@@ -158,7 +158,7 @@ def test_inputs_of_any_stride(case):
 
 @pytest.mark.parametrize("case", SMALL)
 def test_backward_twice_and_partly(case):
-    """A second backward gives the same gradients, and wanting one gradient alone changes nothing."""
+    """A second backward pass gives the same gradients, and so does a pass that requires a single gradient."""
     inputs = make(case, torch.float32)
     expected = run(m3ae_kernels, case, inputs)
     out = call(m3ae_kernels, case, inputs)
@@ -191,7 +191,8 @@ def test_no_grad_gives_the_same_result(case):
 @pytest.mark.parametrize("case", [c for c in SMALL if c != "gather-some"])
 @pytest.mark.parametrize("other", LOW, ids=str)
 def test_mixed_dtypes(case, other):
-    """Weights wider or narrower than the activations: these set the dtype, gradients keep their own."""
+    """Weights may be wider or narrower than the activations, which set the output dtype. Gradients have the dtypes of
+    their tensors."""
     activations = {"x", "branch", "q", "qkv", "hidden", "images", "row_weight"}
     for outer, inner in ((torch.float32, other), (other, torch.float32)):
         inputs = make(case, torch.float32)
@@ -208,7 +209,8 @@ def test_mixed_dtypes(case, other):
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("case", SMALL)
 def test_autocast(case, dtype):
-    """Matmuls in autocast's dtype; results as torch's Linear and Embedding have them; gradients in the inputs' own."""
+    """Matmuls are in autocast's dtype, outputs as in torch's Linear and Embedding, gradients in the dtypes of the
+    inputs."""
     inputs = make(case, torch.float32)
     true = run(reference, case, double(inputs))
     with torch.autocast("cpu", dtype=dtype):
@@ -243,7 +245,7 @@ def test_compile_equals_eager(case, autocast):
 
 @pytest.mark.slow
 def test_inductor_equals_eager():
-    """All ops in one graph by the compiler that people use, its own kernels between them."""
+    """All ops are in one compiled graph, with Inductor's own kernels between them."""
     torch.manual_seed(0)
     pixels = {"patch_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
     embed = m3ae_kernels.PatchEmbed(16, **pixels)
@@ -291,7 +293,7 @@ def test_thirteen_bands_are_embedded_as_a_convolution_does_it(pixels):
 
 @pytest.fixture
 def poisoned():
-    """Memory that nobody has written holds NaN, or the largest integer."""
+    """Uninitialised memory holds NaN or the largest integer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
@@ -319,7 +321,7 @@ def test_changing_row_counts_compile_once():
 
 
 def ops(case: str, inputs: Inputs):
-    """The registered ops behind a case, and their arguments."""
+    """Return the registered ops that a case calls, and their arguments."""
     calls = []
 
     class Record(TorchDispatchMode):
@@ -365,7 +367,7 @@ def test_gradients_of_some_inputs_alone_have_the_shapes_that_compilers_are_told(
 
 
 def largest_allocation(case: str, inputs: Inputs) -> int:
-    """The most bytes that one allocation of a run asked for, those inside the op included."""
+    """Return the number of bytes of the largest allocation in a run, including those inside the op."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run(m3ae_kernels, case, inputs)
     return max(event.self_cpu_memory_usage for event in record.events())
@@ -381,7 +383,7 @@ def test_chunks_of_rows_add_up(case, module, monkeypatch):
 
 
 def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
-    """In chunks of a few rows the result is the same, and nothing of [M, V] or [M, K] is ever allocated."""
+    """In chunks of a few rows the result is the same, and no tensor [M, V] or [M, K] is allocated."""
     folder = "m3ae_kernels.triton_impl" if TRITON else "m3ae_kernels"
     pixel = importlib.import_module(f"{folder}.pixel_loss")
     rows, vocab, patch = 133 if TRITON else 401, 193, 192
@@ -408,7 +410,7 @@ def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
 
 @pytest.mark.parametrize("case", ["token-z", "pixel-p16"])
 def test_chunks_of_a_gradient_are_added_in_float32(case, monkeypatch):
-    """In float16, where a sum over many chunks would lose digits that each chunk still has."""
+    """In float16 a sum over many chunks would lose digits that each chunk still has."""
     folder = "m3ae_kernels.triton_impl" if TRITON else "m3ae_kernels"
     pixel = importlib.import_module(f"{folder}.pixel_loss")
     torch.manual_seed(0)
@@ -427,7 +429,7 @@ def test_chunks_of_a_gradient_are_added_in_float32(case, monkeypatch):
 
 
 def test_rows_of_16_bits_that_nearly_cancel_are_summed_in_float32():
-    """Each half of a table row's gradient is beyond the digits of float16; what is left of them is not."""
+    """Each half of the gradient of a table row exceeds the digits of float16, but their sum does not."""
     values = torch.cat((torch.full((250, 8), 9 + 2**-7), torch.full((250, 8), -9.0))).half()
     x, table = torch.zeros(1, 8).half(), torch.zeros(1, 8).half().requires_grad_()
     src, ids = torch.full((500,), -1), torch.zeros(500, dtype=torch.int64)
@@ -494,7 +496,7 @@ def test_large_logits_stay_finite():
 
 
 def test_offsets_past_two_to_the_31():
-    """The last row of a tensor of more than 2^31 elements, of which only that row is ever touched."""
+    """The op reads the last row of a tensor of more than 2^31 elements, of which only that row is ever touched."""
     x = torch.empty(2**31 // 512 + 3, 512, dtype=torch.float16)
     x[-1] = torch.arange(512)
     rows = torch.tensor([len(x) - 1], dtype=torch.int32)
@@ -537,7 +539,8 @@ def test_modules_are_the_ops_with_their_own_weights():
 
 @pytest.mark.parametrize("vocab", [53, None])
 def test_m3ae_heads_are_their_parts(vocab):
-    """The module and the reference's parts agree in value and in every gradient, hidden layers between included."""
+    """The module and the parts of the reference agree in value and in all gradients, including those of hidden
+    layers."""
     torch.manual_seed(0)
     pixels = {"patch_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
     options = {"norm_pix": True, "label_smoothing": 0.1, "z_loss": 0.01}

@@ -27,7 +27,7 @@ def vit_mae(**changes) -> ViTMAEForPreTraining:
 
 
 def images() -> tuple[Tensor, Tensor]:
-    """uint8, and what an image processor makes of them."""
+    """Return uint8 images, and the same images as an image processor prepares them."""
     pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     return pixels, (pixels / 255 - mean) / std
@@ -69,7 +69,7 @@ def test_raw_images_give_the_loss_of_normalised_ones():
 
 
 def test_patched_models_never_embed_what_is_masked():
-    """Nor predict what is visible: the ops get the rows that count, and no more."""
+    """Nor do they predict visible patches. The ops receive only the rows that are needed."""
     seen = []
     fused = patch(vit_mae())
     fused.vit.embeddings.patch_embeddings.projection.register_forward_hook(lambda _, __, out: seen.append(out.shape))

@@ -43,7 +43,7 @@ def make(case: str) -> tuple[str, Inputs]:
 
 
 def results(op: str, inputs: Inputs) -> dict[str, Tensor]:
-    """What the op returns, and every gradient."""
+    """Return the outputs of the op and all gradients."""
     out = getattr(m3ae_kernels, op)(**inputs.tensors, **inputs.options)
     out, *correct = out if isinstance(out, tuple) else (out,)
     upstream = torch.randn(out.numel(), generator=torch.Generator().manual_seed(1)).view(out.shape)
@@ -121,7 +121,7 @@ def test_dimensions_that_do_not_agree_are_named():
 
 
 def test_heads_of_m3ae_take_batches():
-    """`head_inputs` and `m3ae_loss` too, through `M3AEHeads`."""
+    """`head_inputs` and `m3ae_loss` are tested too, through `M3AEHeads`."""
     torch.manual_seed(0)
     heads = m3ae_kernels.M3AEHeads(16, 31, patch_size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
     x, images = torch.randn(2, 10, 16), torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)

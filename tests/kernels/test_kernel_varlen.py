@@ -84,7 +84,7 @@ def test_wide_heads_and_ids_of_64_bits():
 
 @pytest.mark.parametrize("case", ["causal", "plain"])
 def test_samples_of_several_tiles(case):
-    """Of more queries and keys than any kernel's tile."""
+    """The samples have more queries and keys than the tile of any kernel."""
     torch.manual_seed(0)
     lengths, options = (70, 131), CASES[case][2]
     tensors = [torch.randn(201, 1, 16, requires_grad=True) for _ in range(3)]
@@ -96,7 +96,7 @@ def test_samples_of_several_tiles(case):
 
 @pytest.mark.parametrize("case", ["plain", "causal, fewer queries"])
 def test_slices_of_one_tensor_and_transposed_ones(case):
-    """As they come out of one linear layer, or of one each."""
+    """The tensors are outputs of one linear layer for all three, or of one for each."""
     tensors, lengths, options = make(case, torch.float32)
     expected = run(m3ae_kernels, tensors, lengths, options)
     padded = [torch.nn.functional.pad(t.detach(), (0, 0, 1, 2))[:, 1:-2] for t in tensors]

@@ -1,4 +1,5 @@
-"""What the engine does on a GPU alone: copies beside the computation, a watch that does not wait, optimisers, ranks."""
+"""The parts of the engine that run on a GPU only: asynchronous copies, the check for finite losses that does not wait,
+optimisers, ranks."""
 
 import dataclasses
 
@@ -50,7 +51,7 @@ def test_missing_memory_is_told(cuda, monkeypatch):
 
 @pytest.mark.parametrize(("share", "checkpointing"), [(0.88, False), (0.92, False), (0.88, True)])
 def test_all_activations_are_kept_where_dry_runs_memory_allows_it(cuda, monkeypatch, share, checkpointing):
-    """`share` of the free memory is needed; nine tenths may be."""
+    """The activations need `share` of the free memory, of which nine tenths may be used."""
     train = {"steps": 3, "global_batch": 64, "micro_batch": 32, "compile": True, "precision": "bf16"}
     train["activation_checkpointing"] = checkpointing
     data = {"model": TINY, "data": {"train": [{"shards": "none.tar"}]}, "train": train, "deepspeed": None}

@@ -1,4 +1,4 @@
-"""What the kernels ask of the GPU before they are launched, and the official numbers on the CUDA path."""
+"""The properties of the GPU that kernels query before they are launched, and the official numbers on the CUDA path."""
 
 import runpy
 import sys
@@ -103,7 +103,8 @@ def test_gradients_of_weights_are_summed_in_float32(monkeypatch):
 
 
 def test_attention_of_triton_stands_a_trial(cuda, monkeypatch, caplog):
-    """By default, beside what is not installed here. In float16: the interpreter multiplies bfloat16 wrongly."""
+    """By default it is tried together with implementations that are not installed here. The test uses float16, since
+    the interpreter multiplies bfloat16 wrongly."""
     monkeypatch.setattr(attention_cuda, "_chosen", {})
     for name, less in (("SAMPLES", 2), ("ROUNDS", 1)):
         monkeypatch.setattr(attention_cuda, name, less)
@@ -143,7 +144,7 @@ def test_the_help_of_a_tool_names_the_device(cuda, capsys):
 
 
 def test_official_numbers_on_the_cuda_path(cuda, monkeypatch, capsys):
-    """Those of Triton's kernels: tests/kernels/test_kernel_interpreter.py."""
+    """The numbers of Triton's kernels are tested in tests/kernels/test_kernel_interpreter.py."""
     golden = min((ROOT / "tests/golden").glob("*.npz"), key=lambda path: path.stat().st_size)
     monkeypatch.setattr(sys, "argv", ["verify", str(golden), "--device", "cuda"])
     with pytest.raises(SystemExit) as done:

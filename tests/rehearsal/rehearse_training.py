@@ -47,7 +47,7 @@ def test_the_cuda_path_gives_the_cpus_numbers(tmp_path, monkeypatch, capsys, exp
 
 
 def test_memory_of_changing_sizes_is_asked_for(monkeypatch):
-    """Unless the user set something, by the name of today or the older one."""
+    """It is requested unless the user has set the variable, by its present or its older name."""
     for given in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None):
         environment = {given: "theirs"} if given else {}
         monkeypatch.setattr(os, "environ", environment)
