@@ -1,4 +1,4 @@
-"""The page of a run says what the run said, in one file."""
+"""The report of a run shows the run's records in one file."""
 
 import json
 import re
@@ -69,7 +69,8 @@ def test_the_head_says_in_words_what_the_run_has_come_to(run):
 
 
 def test_results_have_errors_and_the_share_of_the_largest_class(run):
-    """Not that of a guess among the classes, which a model of imbalanced data beats by always naming one."""
+    """The report does not use the accuracy of a random guess, which a model of imbalanced data exceeds by always
+    predicting one class."""
     result = {"task": "knn", "top1": 0.5, "top5": 1.0, "classes": 10, "val_samples": 98, "model": "random:<run>"}
     shares = {"chance": 0.4, "chance_top5": 0.8}
     (run / "probe/result.json").write_text(json.dumps(result))
@@ -91,7 +92,7 @@ def test_results_have_errors_and_the_share_of_the_largest_class(run):
 
 
 def test_a_result_that_is_not_above_the_largest_class_is_said_to_be_so(run):
-    """And how it compares with random weights and with pixels, if those were measured."""
+    """The report also compares it with random weights and with pixels, if those were measured."""
     labels = ["a"] * 70 + ["b"] * 30
     predicted = {"m": ["a"] * 100, "random:m": ["b"] * 100, "pixels:m": labels}
     for number, (model, predictions) in enumerate(predicted.items()):
@@ -138,7 +139,7 @@ def test_several_runs_share_each_chart(run, tmp_path, monkeypatch):
 
 
 def test_each_curve_is_of_the_metric_that_title_and_label_name(monkeypatch):
-    """Of several runs the held-out one is drawn, where there is one."""
+    """For several runs the held-out metric is drawn where there is one."""
     expected = {
         ("Training loss", "training"): "loss",
         ("Image loss", "training"): "image_loss",
@@ -205,7 +206,7 @@ def test_mistakes(run, tmp_path):
 
 
 def test_points_are_the_numbers_that_were_logged():
-    """Of several runs, those of a chart's last metric."""
+    """For several runs, the points are those of a chart's last metric."""
     odd = [float("nan"), float("inf"), float("-inf"), None, "1.0"]
     metrics = [{"step": step, "a": value, "b": step} for step, value in enumerate([1, *odd, 2.5])] + [{"step": 9}]
     chart = Chart("", "", [Line("a", "first", "#111111"), Line("b", "second", "#222222"), Line("c", "none", "#333333")])

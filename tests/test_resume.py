@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or moved go on as if nothing had happened."""
+"""Runs that are killed, stopped or moved continue as if uninterrupted."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def _cut(trainer, run: str, step: int) -> None:
 
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
 def test_resume_is_bitwise(trainer, stage):
-    """In bf16 too, where weights are rounded copies of float32 masters."""
+    """This also holds in bf16, where weights are rounded copies of float32 master weights."""
     options = [*zero(stage), *SAVE, "--set", "train.precision=bf16"]
     trainer("run", *options)
     whole = trainer.losses("run")
@@ -60,7 +60,7 @@ def test_resume_on_other_ranks_and_stage(trainer, stage, ranks, then_stage, then
 
 
 def test_sigkill_anywhere(trainer):
-    """Killed at three arbitrary moments, then finished: bit for bit the run that nobody touched."""
+    """A run that is killed at three arbitrary moments and then finished is bitwise the uninterrupted run."""
     options = ["--set", "train.steps=40", "--set", "train.save_every=1"]
     trainer("whole", *options)
     for delay in (0.05, 0.4, 0.9):
@@ -99,7 +99,7 @@ def test_signals_to_the_process_group_save_and_leave(trainer, number, options):
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_dead_launcher_saves(trainer, launcher):
-    """A launcher that is killed passes no signal on, and deepspeed's outer one none at all; the ranks notice."""
+    """A killed launcher passes no signal on, and DeepSpeed's outer launcher never does. The ranks detect its end."""
     options = ["--set", "train.steps=100000", "--set", "train.save_every=100000"]
     process = trainer.start("run", *options, ranks=2, launcher=launcher)
     _wait_for_steps(trainer, "run", lambda: process.poll() is None, 3)
@@ -143,7 +143,7 @@ def _wait_for_steps(trainer, run: str, alive, count: int) -> None:
 
 
 def test_going_back_to_an_older_checkpoint(trainer):
-    """What came after it is set aside, and the run takes the same way again."""
+    """Later checkpoints are set aside, and the run repeats the same steps."""
     trainer("run", *SAVE)
     whole = trainer.losses("run")
     out = trainer("run", *SAVE, "--resume", str(trainer.folder / "run/checkpoints/step-00000002"))
@@ -261,7 +261,7 @@ def test_another_value_of_a_setting_has_the_consequence_that_it_is_classified_by
 
 
 def _another(value):
-    """A value of the same kind that is possible for every setting of a tiny model."""
+    """Return another value of the same type that is valid for every setting of a tiny model."""
     others = {"tanh": "exact", "sincos": "stored", "after_norm": "before_norm", "pixels": "vqgan", None: "small"}
     others |= {"square": "native", "absolute": "centred", "uint8": "uint16", "self": "cross"}
     if isinstance(value, bool):
@@ -321,7 +321,7 @@ def main(argv):
 
 
 def test_nodes_that_see_other_shards_do_not_begin(trainer):
-    """They would train on samples of two orders, and one would wait at the end for the other."""
+    """Otherwise they would train on samples in two orders, and one would wait for the other at the end."""
     for node, shards in ((0, 2), (1, 1)):
         (trainer.folder / f"node{node}").mkdir()
         for number in range(shards):
@@ -375,7 +375,7 @@ def test_shards_written_anew_at_equal_size_are_noted_and_moved_ones_are_not(tmp_
 
 
 def test_resume_never_loops_on_weights_that_give_no_finite_loss(trainer):
-    """The first update makes weights that are finite and of no use: they are saved before anybody can know."""
+    """The first update makes weights that are finite but useless. They are saved before this can be detected."""
     options = ["--set", "train.save_every=1", "--set", "train.keep=1", "--set", "optim.clip_grad=null"]
     trainer("run", *options, "--set", "train.steps=3")
     run = trainer.folder / "run"
@@ -447,7 +447,7 @@ def test_tensors_of_another_shape_or_type_are_refused_before_anything_is_copied(
 
 
 def test_the_trainer_checks_the_whole_state(trainer):
-    """One moment of one weight is of a shape that would broadcast."""
+    """One optimiser moment of one weight has a shape that would broadcast."""
     trainer("run", *SAVE)
     path = checkpoint.saved_steps(trainer.folder / "run")[-1]
     state = load_file(path / STATE_FILE)

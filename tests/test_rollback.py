@@ -74,7 +74,7 @@ def losses(folder):
 
 
 def test_a_run_that_returns_to_a_checkpoint_has_used_its_time(tmp_path, monkeypatch):
-    """The time of the steps that it repeats too, of which the checkpoint does not know."""
+    """This includes the time of the repeated steps, which is not in the checkpoint."""
     limits = []
 
     def set_up(*given):
@@ -100,7 +100,7 @@ WHOLE: list[list[str]] = []
 
 
 def whole_keys(train):
-    """The keys of each step's samples in a run that leaves out nothing, which is trained once for all tests."""
+    """The keys of each step's samples in a run that skips nothing, which is trained once for all tests."""
     if not WHOLE:
         WHOLE[:] = train("whole")
     return WHOLE
@@ -136,7 +136,7 @@ def test_a_run_leaves_out_batches_and_goes_on_bit_for_bit(train, tmp_path, capsy
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [0, 2])
 def test_a_run_without_a_good_checkpoint_returns_to_its_start(train, tmp_path, batch):
-    """Before the first checkpoint, and right after it."""
+    """The bad step is before the first checkpoint or right after it."""
     taken = train("run", whole_keys(train)[batch][:1], rollbacks=1)
     whole = whole_keys(train)
     assert taken[batch] == whole[batch] and taken[batch + 1 :] == whole[:batch] + taken[-STEPS + batch :]

@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints."""
+"""The files of a run besides its checkpoints."""
 
 import errno
 import json
@@ -56,7 +56,8 @@ def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path, capfd
 
 
 def test_the_time_left_is_that_of_the_steps_that_there_are_now(tmp_path, capfd, monkeypatch):
-    """Neither what was prepared before the first step counts, nor, once there are more, that step, which is slower."""
+    """The preparation before the first step does not count. Nor does the first step, which is slower, once there are
+    more."""
     now = [0.0]
     monkeypatch.setattr(metrics_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with RunLog(tmp_path, 2, 12, loggers=()) as metrics:
@@ -241,7 +242,7 @@ def test_tensorboard_has_scalars_and_pictures(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["pairs", "four channels", "texts"])
 def test_loggers_get_the_pictures_of_the_report(tmp_path, monkeypatch, case):
-    """With every checkpoint; a stand-in for wandb keeps what it is given."""
+    """They get them with every checkpoint. A stand-in for wandb records its arguments."""
     shown = []
     errors = SimpleNamespace(Error=RuntimeError)
     started = SimpleNamespace(id="a", define_metric=lambda *_, **__: None, log=shown.append, finish=lambda: None)
@@ -308,7 +309,7 @@ def test_wandb_without_an_account_is_one_line(tmp_path):
 
 
 def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest():
-    """By rank the sums have what each of them waited, and what its forward passes took."""
+    """For each rank the sums contain its waiting time and the time of its forward passes."""
     told, looked = [], []
     for hosts, own, wait, where in (
         (["a", "c", "b"], 0.2, 0.4, {"data_wait": "b", "forward_s": "c"}),

@@ -1,4 +1,4 @@
-"""What makes the engine fast must not change its numbers, nor wait, nor compile again."""
+"""Optimisations of the engine must not change its numbers, wait for the device or recompile."""
 
 import shutil
 from dataclasses import replace
@@ -34,7 +34,7 @@ GEOMETRY = Geometry(32, 8, 3, 12)
 
 
 def _batch(kinds: str, seed: int, geometry: Geometry = GEOMETRY, **options) -> PackedBatch:
-    """Samples of these kinds: p paired, i image alone, t text alone."""
+    """Return a batch with a sample for each letter of `kinds`: p paired, i image only, t text only."""
     rng = torch.Generator().manual_seed(seed)
     samples = []
     for kind in kinds:
@@ -90,7 +90,7 @@ def test_large_scores_do_not_overflow():
 
 @pytest.mark.parametrize("rows", [0, 1, 7])
 def test_linear(rows):
-    """oneDNN's matmul on the CPU, forward and backward, against float64."""
+    """oneDNN's matmul on the CPU is compared with float64, forward and backward."""
     torch.manual_seed(0)
     inputs = [torch.randn(shape).requires_grad_() for shape in ((rows, 5), (9, 5), (9,))]
     grad = torch.randn(rows, 9)
@@ -148,7 +148,7 @@ def test_padding_is_apart(kinds):
 
 
 def test_nothing_attends_to_padding():
-    """What padding rows hold reaches no other row: not even NaNs do."""
+    """The contents of padding rows, even NaNs, do not reach other rows."""
     torch.manual_seed(0)
     model = M3AE(TINY)
     exact, padded = (_batch("ppit", 2, repeat_shapes=repeat) for repeat in (False, True))
@@ -161,7 +161,7 @@ def test_nothing_attends_to_padding():
 
 @pytest.mark.parametrize("repeat", [False, True])
 def test_a_step_sorts_nothing(repeat):
-    """The orders in which rows of a table are summed come from the loader."""
+    """The loader provides the orders in which rows of a table are summed."""
     model = M3AE(TINY.model_copy(update={"vocab_size": 5000}))
     batch = _batch("ppit", 0, repeat_shapes=repeat)
     with torch.profiler.profile() as profile:
@@ -187,7 +187,7 @@ def test_shapes_repeat():
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
 @torch._functorch.config.patch(activation_memory_budget=1.0)  # restored afterwards
 def test_compiled_blocks_are_right_and_compile_once():
-    """Batches of other sizes and kinds reuse the graphs of the first ones; eager numbers come out."""
+    """Batches of other sizes and kinds reuse the graphs of the first ones, and have the results of eager mode."""
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
@@ -214,7 +214,8 @@ def test_compiled_blocks_are_right_and_compile_once():
 @torch._functorch.config.patch(activation_memory_budget=1.0)
 @torch.compiler.config.patch(cache_key_tag="")
 def test_compiled_graphs_are_kept_by_the_micro_batchs_size():
-    """The first batch's rows decide how sums over rows are split, which torch's cache does not look at."""
+    """The number of rows in the first batch decides how sums over rows are split, which is not part of the key of
+    torch's cache."""
     tags = []
     for samples in (64, 512, 512):
         M3AE(TINY).encoder.compile_blocks(samples)
@@ -223,7 +224,8 @@ def test_compiled_graphs_are_kept_by_the_micro_batchs_size():
 
 
 def test_a_change_of_any_module_is_another_compiled_graph(tmp_path, monkeypatch):
-    """Of the model and of the ops: torch's cache would else run an old backward after an update."""
+    """Modules of the model and of the ops count. Otherwise torch's cache would run an old backward pass after an
+    update."""
     copies = []
     for name, module in (("model", transformer), ("kernels", m3ae_kernels)):
         folder = Path(module.__file__).parent
@@ -245,7 +247,7 @@ def test_a_change_of_any_module_is_another_compiled_graph(tmp_path, monkeypatch)
 
 
 def test_compiled_gelu_has_no_input_but_its_own():
-    """A number with a name, such as math.pi, would be a tensor that each block's backward reads on the host."""
+    """A named number such as math.pi would be a tensor that the backward pass of each block reads on the host."""
     seen = []
 
     def backend(graph, inputs):

@@ -43,7 +43,7 @@ def test_a_decay_follows_the_end_until_it_has_begun():
 
 
 def test_a_decay_that_has_begun_takes_the_steps_that_are_left():
-    """So the rate does not jump, and ends where it should."""
+    """The learning rate therefore does not jump, and ends at its final value."""
     plan = schedule(100).changed(90, 95).changed(92, 110)
     rates = [plan.lr(step) for step in range(80, 111)]
     assert plan.decay_begin == 80 and rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0)
@@ -80,7 +80,7 @@ WSD = ["--set", "optim.schedule=wsd", "--set", "optim.decay_fraction=0.5", "--se
 
 @pytest.mark.slow
 def test_an_extended_run_is_that_of_its_new_length(trainer):
-    """It goes on from the checkpoint before its decay, which is kept however few are."""
+    """It continues from the checkpoint before its decay, which is kept however few checkpoints are kept."""
     options = [*WSD, "--set", "train.save_every=1", "--set", "train.keep=1"]
     trainer("whole", *options, "--set", "train.steps=8")
     out = trainer("run", *options, "--set", "train.steps=6")

@@ -1,4 +1,4 @@
-"""What a program imports before it knows what to do: torch takes seconds."""
+"""The imports of a program before its arguments are parsed: torch takes seconds."""
 
 import os
 import re
@@ -86,7 +86,7 @@ def test_help_of_every_program_and_its_commands_does_not_import_torch():
 
 
 def test_every_command_starts_in_every_way_that_help_names():
-    """The ways of the list of commands, and the one that the help of each command begins with."""
+    """These are the ways in the list of commands and in the first line of each command's help."""
     ways = re.findall(r"(?:m3ae-fast|python -m m3ae_fast)[ .]COMMAND", usage())
     lines = [way.replace("COMMAND", command) for way in ways for command in MODULES]
     _, said = imported("-W", "ignore", "-c", START_ALL, *lines)  # runpy warns of a module that is there

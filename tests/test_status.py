@@ -1,4 +1,4 @@
-"""A script learns from words and exit code how a run stands."""
+"""A script gets the status of a run from the output and the exit code."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from tests.helpers.trainer import ROOT
 
 
 def recorded(folder, steps, error=None, reason=""):
-    """A run of ten steps that ends after `steps` of them."""
+    """Record a run of ten steps that ends after `steps` of them."""
     recorder = Recorder(folder, 10)
     with recorder.ending(lambda: steps, lambda: reason):
         recorder.begin(0)
@@ -42,7 +42,7 @@ def test_a_run_that_ended_says_how(tmp_path, capsys):
 
 
 def test_the_reason_of_a_failure_is_the_line_that_the_run_printed(tmp_path):
-    """Not what gloo says where a rank was killed."""
+    """The reason is not the message of gloo after a rank was killed."""
     lost = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
     with pytest.raises(RuntimeError):
         recorded(tmp_path, 7, lost)

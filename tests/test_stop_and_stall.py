@@ -32,7 +32,7 @@ def program(code: str, **variables: str) -> subprocess.Popen:
 
 
 def script(code: str, **variables: str) -> subprocess.Popen:
-    """Start code of a user."""
+    """Start a process with a user's code."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**environment(), "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", **variables},
@@ -64,7 +64,7 @@ def test_a_signal_before_the_first_step_ends_the_process_with_0(number, busy):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_code_of_a_user_gets_a_keyboard_interrupt_and_can_go_on(number):
-    """As in a notebook, whose process must not end."""
+    """A notebook is an example, whose process must not end."""
     code = """
         import signal, time
         from m3ae_fast.process import signals
@@ -209,7 +209,7 @@ def test_one_of_several_ranks_leaves_when_it_has_told_the_others():
 
 
 def test_a_rank_whose_peer_left_first_saves_what_there_is_and_says_it():
-    """The peer took its connections with it, in which this rank waits."""
+    """The end of the peer closed the connections on which this rank waits."""
     code = """
         import threading
         from m3ae_fast.process.session import joined_program
@@ -230,7 +230,7 @@ def test_a_rank_whose_peer_left_first_saves_what_there_is_and_says_it():
 
 @pytest.mark.parametrize(("when", "world"), [("before", "1"), ("after", "1"), ("after", "2")])
 def test_a_process_whose_launcher_died_leaves(when, world):
-    """Also one that waits for other ranks, which may never come."""
+    """This includes a process that waits for other ranks, which may never start."""
     child = "import sys; sys.stdin.readline()\n" if when == "before" else ""
     child += "from m3ae_fast.process import signals; signals._ORPHAN_S = 0.5\n"
     child += in_main(STARTING.format("threading.Event().wait()"))
@@ -291,7 +291,7 @@ def pulses(world: int, code: str) -> tuple[int, str]:
 
 
 def test_whoever_exits_at_once_leaves_no_process_behind():
-    """Nor one that a child has started."""
+    """This includes processes that a child has started."""
     code = """
         import subprocess, sys
         from m3ae_fast.process.signals import kill_children
@@ -353,7 +353,7 @@ def test_a_hung_loader_ends_the_run_and_a_slow_one_does_not():
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("torchrun", 2), ("deepspeed", 1)])
 def test_a_start_is_left_by_all_and_leaves_nothing(trainer, launcher, ranks):
-    """Signalled at one rank while another fetches its data, or orphaned by a launcher that was killed."""
+    """The signal reaches one rank while another fetches its data, or the launcher is killed."""
     source = json.dumps([{"shards": STUCK}])
     process = trainer.start("run", "--set", f"data.train={source}", ranks=ranks, launcher=launcher)
     run = trainer.folder / "run"

@@ -1,4 +1,4 @@
-"""Text is UTF-8 wherever it is read or written, whatever the locale says."""
+"""Text is read and written as UTF-8 everywhere, whatever the locale."""
 
 import ast
 

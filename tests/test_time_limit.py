@@ -1,4 +1,4 @@
-"""A run with a time limit has as many steps as fit, whatever the machine does meanwhile. All clocks are simulated."""
+"""A run with a time limit has as many steps as fit, at any load of the machine. All clocks are simulated."""
 
 import math
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ def schedule(steps, samples=16 * 10**6, **optim):
 
 
 class Machine:
-    """A clock that goes on as work is done."""
+    """A clock that advances with the work done."""
 
     def __init__(self, monkeypatch):
         self.now = 100.0
@@ -60,7 +60,7 @@ def jitter(seed, mean, spread=0.5):
 @pytest.mark.parametrize("planned", [30, 900, 36_000])
 @pytest.mark.parametrize("mean", [0.4, 4.0, 40.0, 400.0])
 def test_a_run_on_a_quiet_machine_ends_in_its_time(monkeypatch, planned, mean):
-    """However wrong the first estimate was, between the first step and the last."""
+    """This holds for any error of the first estimate, between the first step and the last."""
     machine = Machine(monkeypatch)
     plan, step = machine.train(
         schedule(planned), jitter(0, mean, 0.1), lambda now: min(10 * mean, 100.0), every=max(planned // 5, 1)
@@ -91,7 +91,7 @@ BUSY = {
 @pytest.mark.parametrize("step_time", BUSY.values(), ids=BUSY)
 @pytest.mark.parametrize("evaluated", [0.0, 1.0])
 def test_a_run_on_a_busy_machine_is_never_much_late(monkeypatch, step_time, evaluated):
-    """Evaluations are as slow as steps are at the time."""
+    """Evaluations slow down together with steps."""
     machine = Machine(monkeypatch)
     plan, step = machine.train(schedule(3600), step_time, lambda now: 15 * evaluated * step_time(now), every=180)
     assert step == plan.total_steps
@@ -111,7 +111,7 @@ def test_a_run_out_of_time_ends_with_a_learning_rate_that_falls(monkeypatch):
 
 @pytest.mark.parametrize("step_time", BUSY.values(), ids=BUSY)
 def test_a_stable_learning_rate_falls_at_the_end_of_the_time(monkeypatch, step_time):
-    """The decay is as long as planned, unless step times change much, and the rate reaches its end."""
+    """The decay is as long as planned unless step times change much, and the learning rate reaches its final value."""
     machine = Machine(monkeypatch)
     plan, step = machine.train(schedule(900, schedule="wsd"), step_time)
     rates = [plan.lr(each) for each in range(plan.warmup_steps, step + 1)]
@@ -129,7 +129,7 @@ def test_the_time_of_earlier_attempts_counts(monkeypatch):
 
 
 def test_the_last_evaluation_is_part_of_the_time(monkeypatch):
-    """One that takes a tenth of the time, as the first one did."""
+    """It takes a tenth of the time, as the first evaluation did."""
     machine = Machine(monkeypatch)
     machine.train(schedule(3600), lambda now: 1.0, lambda now: 360.0)
     assert machine.took == pytest.approx(HOUR, rel=0.03)

@@ -1,5 +1,5 @@
-"""What the loop hands to the engine, and what it makes of what comes back: a run in this process, with an engine that
-remembers."""
+"""The arguments that the loop passes to the engine, and its use of the results, in a run in this process with an engine
+that records its calls."""
 
 import argparse
 import dataclasses
@@ -56,7 +56,7 @@ pytestmark = pytest.mark.slow
 
 @dataclass
 class Recorder:
-    """An engine that notes what it is given."""
+    """An engine that records its arguments."""
 
     engine: object
     batches: list = field(default_factory=list)
@@ -86,7 +86,7 @@ class Recorder:
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Sources of 24 pairs, 12 images and 12 captions, and one of four pairs of which one cannot be used."""
+    """Sources of 24 pairs, of 12 images, of 12 captions, and of four pairs of which one cannot be used."""
     write_tar(tmp_path / "p.tar", members(range(24)))
     write_tar(tmp_path / "i.tar", members(range(24, 36), "image"))
     write_tar(tmp_path / "t.tar", members(range(36, 48), "text"))
@@ -125,7 +125,8 @@ def lines(config: Config) -> list[dict]:
 
 
 def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed, caplog):
-    """52 samples in batches of 26: two steps per epoch; warm-up of two epochs, from a tenth of the peak."""
+    """52 samples in batches of 26 make two steps per epoch. The warm-up takes two epochs and begins at a tenth of the
+    peak."""
     config = settings(
         tmp_path,
         mixed,
@@ -180,7 +181,7 @@ def test_a_run_reads_what_its_config_says(monkeypatch, tmp_path, mixed):
 
 
 def test_a_run_stops_where_too_many_of_all_samples_are_bad(monkeypatch, tmp_path):
-    """One of five: the bad ones count among those that were seen."""
+    """One of five samples is bad. Bad samples are included in the number of all samples."""
     files = [*members(range(8)), *((f"9{i}.jpg", b"") for i in range(2))]
     path = write_tar(tmp_path / "a.tar", files)
     options = {"model": {"vocab_size": 0}, "train": {"global_batch": 10, "micro_batch": 10, "steps": 3}}
@@ -212,7 +213,7 @@ def test_only_a_finite_evaluation_makes_a_checkpoint_good(monkeypatch, tmp_path,
 
 
 def test_an_evaluation_that_computes_no_loss_makes_no_checkpoint_good(monkeypatch, tmp_path, mixed):
-    """Because no held-out sample can be used."""
+    """There is no loss because no held-out sample can be used."""
     broken = write_tar(tmp_path / "v.tar", [("0.jpg", picture(0)[:-300]), ("0.txt", b"a cat")])
     train = {"global_batch": 26, "micro_batch": 26, "steps": 1}
     config = settings(tmp_path, mixed, data={"val": [{"shards": str(broken)}]}, train=train)
@@ -243,7 +244,7 @@ def test_an_engine_trains_with_dropout_and_evaluates_without(kind):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_engine_multiplies_in_its_precision_in_both_modes(precision):
-    """Seen by hooks: what every linear layer gives, with the mode and whether gradients are wanted."""
+    """Hooks record the output dtype of every linear layer, the mode and whether gradients are computed."""
     data = json.loads(json.dumps(TINY))
     data["train"] |= {"global_batch": 2, "micro_batch": 2, "precision": precision}
     config = parse(Config, data, "test")
@@ -340,7 +341,7 @@ def test_the_wait_for_data_is_that_for_the_loader_alone(monkeypatch):
 
 
 class OneOfTwo:
-    """A rank whose partner has the sums `other`."""
+    """A rank of two whose partner has the sums `other`."""
 
     device = torch.device("cpu")
 
@@ -412,7 +413,7 @@ def test_a_step_counts_its_samples_and_no_padding(repeat_shapes):
 
 
 def test_what_a_worker_has_counted_is_not_counted_again(monkeypatch):
-    """A step's FLOPs take milliseconds, in which a GPU would wait."""
+    """Counting the FLOPs of a step takes milliseconds, during which a GPU would wait."""
     model = M3AE(SMALL)
     batch = collate(MIXED, model.geometry, SMALL)
     assert batch.flops == executed_flops(SMALL, batch) > 0 and collate(MIXED, model.geometry).flops is None
@@ -459,7 +460,7 @@ def test_modules_are_told_to_train_only_after_an_evaluation(monkeypatch):
 
 
 def test_the_first_step_that_is_not_finite_is_told_with_what_was_not():
-    """Of two micro-batches, whose losses come before the norm."""
+    """A step has two micro-batches, whose losses are known before the norm."""
     fine, wrong = torch.tensor(1.0), torch.tensor(math.nan)
     for place, what in ((0, "loss"), (1, "loss"), (2, "gradient norm")):
         watch = LossWatch()
@@ -510,7 +511,7 @@ def test_a_loss_is_a_spike_only_far_above_a_full_window():
 
 
 def saver(ranks, folder, say=print) -> Saver:
-    """Of a run without an engine."""
+    """Return the Saver of a run without an engine."""
     return Saver(
         run_dir=folder,
         keep=1,
@@ -525,7 +526,7 @@ def saver(ranks, folder, say=print) -> Saver:
 
 
 def test_of_two_ranks_that_failed_the_earlier_step_is_judged():
-    """A step fails on the rank that has the sample; the others' next steps fail of its gradients."""
+    """A step fails on the rank that has the sample. The next steps of other ranks fail because of its gradients."""
     judged = []
     for mine, other in ((7, 8), (8, 7), (7, None), (None, 7)):
         trainer = argparse.Namespace(
@@ -567,7 +568,7 @@ def test_rates_are_those_since_the_last_time(monkeypatch):
 
 
 def test_utilisation_is_of_the_peak_of_all_ranks(monkeypatch, tmp_path, mixed):
-    """A rank of two, whose partner needs no doing."""
+    """The rank is one of two. Its partner is not needed."""
     monkeypatch.setattr(run_module, "peak_flops", lambda *_: 1e9)
     monkeypatch.setattr(run_module, "build_engine", lambda *_: SimpleNamespace())
     config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 13})
@@ -590,7 +591,7 @@ def test_utilisation_is_of_the_peak_of_all_ranks(monkeypatch, tmp_path, mixed):
 
 
 class Agreeing(OneOfTwo):
-    """A rank of two that knows what its partner says: sums and values."""
+    """A rank of two with the given sums and values of its partner."""
 
     rank, world, is_main, lasting = 0, 2, True, None
 
@@ -613,8 +614,8 @@ class Agreeing(OneOfTwo):
 
 
 def _verdict(tmp_path, finite_through, busy=(False, False)):
-    """Whether two ranks, that know losses to be finite through these steps, call the checkpoint of step 4 good before
-    the next step, and whether before they evaluate."""
+    """Return whether two ranks, whose losses are known to be finite through these steps, mark the checkpoint of step 4
+    as good before the next step and before they evaluate."""
     found = []
     for way in ("next", "evaluation"):
         folder = tmp_path / f"{way} {finite_through} {busy}"
@@ -782,7 +783,7 @@ def test_a_run_that_trains_nothing_is_told(tmp_path, mixed, loss, masking, train
 
 
 def test_images_that_are_enlarged_are_told(tmp_path, mixed):
-    """Those of `mixed` have 40 x 30 pixels."""
+    """The images of `mixed` have 40 x 30 pixels."""
     for size, told in ((40, False), (48, True)):
         config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3, "image_size": size})
         data = replace(open_data(config.data, config.model), val=None)
@@ -824,7 +825,7 @@ def test_held_out_shards_that_are_trained_on_are_told(tmp_path, mixed):
 
 
 def test_a_cache_on_a_network_file_system_is_told(tmp_path, mixed, monkeypatch):
-    """Where shards are copied into it."""
+    """The note is given only if shards are copied into the cache."""
     calm = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
     path = write_tar(tmp_path / "one.tar", [("0.jpg", picture(0))])
     store, schedule = ShardStore(tmp_path / "cache"), Schedule(calm.train, calm.optim, 100)

@@ -1,4 +1,4 @@
-"""Files of somebody else run no program and choose no place to write to, in any command, unless the user says so."""
+"""In no command do foreign files start a program or determine an output path, unless the user allows it."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ def shards(tmp_path, monkeypatch):
 
 
 def _run(folder, **changes):
-    """A run folder whose state.json names, in its data section, what `changes` says."""
+    """Write a run folder whose state.json has `changes` in its data section."""
     torch.manual_seed(0)
     run = tiny_run(folder)
     path = checkpoint.saved_steps(run)[-1] / checkpoint.INFO_FILE
@@ -101,7 +101,7 @@ def test_own_runs_need_no_trust(tmp_path, shards):
 
 
 def test_a_folder_becomes_no_cache_because_a_run_says_so(tmp_path, shards):
-    """What is in `shards` of a cache is removed to make room."""
+    """Files in the folder `shards` of a cache are removed to free space."""
     (tmp_path / "precious/shards").mkdir(parents=True)
     run = _run(tmp_path / "run", train=_named(shards), val=[], cache_dir=str(tmp_path / "precious"))
     with pytest.raises(UserError, match=r"sets data.cache_dir to .*precious, which is not yet a cache folder"):

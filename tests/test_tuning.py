@@ -1,4 +1,4 @@
-"""`pretrain --tune`: the learning rate is chosen by short runs, which a stopped call goes on with."""
+"""`pretrain --tune`: the learning rate is chosen by short runs, with which a stopped call continues."""
 
 import json
 

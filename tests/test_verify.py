@@ -1,4 +1,4 @@
-"""The model is the official one: golden files, replayed."""
+"""The model equals the official one, which is tested by replaying golden files."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def test_golden(file):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_our_official_is_the_official(file):
-    """What makes the other golden files agrees with the official code's own."""
+    """The reference that writes the other golden files agrees with a file by the official code."""
     golden = Golden.load(file)
     ours = Official(golden.meta, golden.arrays).arrays()
     given = {key: a for key, a in golden.arrays.items() if key.split("/")[0] in ("out", "grads", "params_after")}
@@ -98,7 +98,8 @@ def test_nan_is_no_agreement(tmp_path):
 
 
 def test_clipping_is_optax(tmp_path):
-    """A small clip_gradient scales the first step's gradients; a wrong rule would show in the parameters after it."""
+    """A small clip_gradient scales the gradients of the first step. A wrong rule would change the parameters after
+    it."""
     golden = Golden.load(next(f for f in FILES if f.stem == "paired"))
     golden.meta |= {"clip_gradient": 0.01, "steps": 1}
     after = [
@@ -191,7 +192,7 @@ def test_decay_groups_are_the_official_ones():
 
 @pytest.mark.parametrize("everywhere", ["image", "text"])
 def test_a_loss_on_all_tokens_of_one_modality_leaves_the_other_as_it_was(tmp_path, everywhere):
-    """One flag at a time, where the official code has one for both."""
+    """The test sets one flag at a time. The official code has one flag for both."""
     official = {
         flag: Golden.load(make_golden(tmp_path / f"{flag}.npz", all_token_loss=flag, seed=4)) for flag in (False, True)
     }

@@ -1,4 +1,4 @@
-"""Image targets that are ids of a VQGAN: the official tokenizer, and the three places where ids are made."""
+"""Image targets that are ids of a VQGAN: the official tokenizer, and the three places where ids are computed."""
 
 import json
 import tarfile
@@ -75,7 +75,7 @@ def test_it_is_the_official_tokenizer():
 
 
 def _flax_bytes(arrays):
-    """As flax.serialization.to_bytes writes them."""
+    """Return arrays as flax.serialization.to_bytes writes them."""
     tree = {}
     for path, array in arrays.items():
         *parents, name = path.split("/")
@@ -321,7 +321,7 @@ def test_ids_of_other_crops_are_another_conversion(tmp_path, vqgan):
 
 @pytest.mark.parametrize("options", [[], ["--no-flip"]])
 def test_half_of_the_crops_are_mirrored_unless_they_are_not_to_be(tmp_path, vqgan, options):
-    """Of a picture that is dark on its left."""
+    """The image is dark on its left."""
     vqgan.save_pretrained(tmp_path / "vqgan")
     file = BytesIO()
     Image.linear_gradient("L").rotate(90).save(file, "PNG")

@@ -1,4 +1,4 @@
-"""What takes the place of something else is whole before, on the disk too, and what it replaces is lost in no case."""
+"""A file that replaces another is complete on the disk before it does so, and the replaced file is never lost."""
 
 import hashlib
 import os
@@ -68,7 +68,7 @@ def _shards(folder):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(name, path) of every fsync, and of every replacing or renaming with both paths, in order."""
+    """The fsyncs as (name, path), and the replacements and renamings with both paths, in order."""
     made = []
     fsync = os.fsync
 
@@ -115,7 +115,8 @@ def test_contents_reach_the_disk_before_the_name_and_then_the_name(tmp_path, cal
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_rank_brings_its_part_to_the_disk_of_its_own_machine(tmp_path, calls, world):
-    """Before it says so: rank 0, which names the checkpoint, may be on another."""
+    """It does so before it reports the end of writing, since rank 0, which renames the checkpoint, may be on another
+    machine."""
     part = state_files.write_part(tmp_path, cut({"model/a": torch.ones(6)}, world - 1, world), world - 1, world)
     file = tmp_path / state_files.part_files(world)[-1]
     assert ("sync", file) in calls and part == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -128,7 +129,7 @@ def exported(tmp_path):
 
 
 def _refusing(monkeypatch, *refused):
-    """Let the renames of these numbers fail, from 1 on."""
+    """Let the renames with these numbers fail, counted from 1."""
     count = iter(range(1, 100))
 
     def wrap(function):
@@ -162,7 +163,7 @@ def test_an_output_that_cannot_be_put_back_is_kept_and_named(tmp_path, monkeypat
 
 
 def test_another_output_that_came_between_costs_no_copy(tmp_path, monkeypatch, exported):
-    """Another process has put its own there after ours had put the old one aside."""
+    """Another process has written its output after this one set the old output aside."""
     rename = os.rename
 
     def late(a, b, **options):
@@ -179,7 +180,7 @@ def test_another_output_that_came_between_costs_no_copy(tmp_path, monkeypatch, e
 
 
 def test_two_writers_of_a_file_do_not_meet(tmp_path):
-    """The last to end has its place, whole, also where the other began later."""
+    """The file of the last writer to end is there completely, also if the other one began later."""
     with whole_file(tmp_path / "a.txt") as first:
         first.write_text("first")
         with whole_file(tmp_path / "a.txt") as second:
@@ -210,7 +211,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path, write, name):
 
 
 def test_names_that_are_patterns_are_names(tmp_path):
-    """What is left of "out1" is not "out[1]"'s to remove, and the other way round."""
+    """A writer of "out[1]" does not remove the leftovers of "out1", and vice versa."""
     left = [tmp_path / f".writing-{name}-0123abcd" for name in ("out[1]", "out1")]
     for folder in left:
         folder.mkdir()

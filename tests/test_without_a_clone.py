@@ -1,4 +1,4 @@
-"""An installed wheel, without a clone and without extras, in an empty folder: what README and guide tell a newcomer."""
+"""The commands of README and guide work with an installed wheel without extras, in an empty folder without a clone."""
 
 import json
 import re

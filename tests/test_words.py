@@ -1,4 +1,4 @@
-"""Words of a caption are found whatever the tokenizer is that cut it."""
+"""Words of a caption are found for every kind of tokenizer."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def word_piece_without_decoder():
 
 
 def byte_level():
-    """As GPT-2's and CLIP's."""
+    """Return a byte-level tokenizer like those of GPT-2 and CLIP."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -37,7 +37,7 @@ def byte_level():
 
 
 def sentence_piece():
-    """As T5's."""
+    """Return a SentencePiece tokenizer like that of T5."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=["<unk>"], unk_token="<unk>")
@@ -46,7 +46,7 @@ def sentence_piece():
 
 
 def llama():
-    """One without a pre-tokenizer, to which a caption is one word."""
+    """Return a tokenizer without a pre-tokenizer, for which a caption is one word."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(

@@ -1,4 +1,4 @@
-"""What an export carries, and the hub."""
+"""The contents of an export, and its upload to the hub."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def losses_of(run) -> dict:
 
 @pytest.mark.slow
 def test_export_needs_nothing_else(run, tmp_path, monkeypatch):
-    """The tokenizer and the sizes lie beside the weights."""
+    """The tokenizer and the sizes are stored beside the weights."""
     assert main([str(run), "--out", str(tmp_path / "out")]) == 0
     monkeypatch.chdir(tmp_path)
     model = M3AE.from_pretrained("out")
@@ -97,7 +97,7 @@ def test_model_card_tells_the_run_and_no_secret(run, tmp_path):
 
 
 def test_no_file_of_an_export_has_a_path_of_this_machine(run, tmp_path):
-    """Nor what a command says, which may hold a password."""
+    """Nor has it the text of a command, which may contain a password."""
     shutil.copytree(run, tmp_path / "run")
     sources = [str(CLIPART / "train-{0000..0001}.tar"), f"file:{CLIPART}/a.tar", f"{CLIPART}/b.tar::{CLIPART}/c.tar"]
     sources += [f"pipe:cat {CLIPART}/d.tar"]
@@ -116,7 +116,7 @@ def test_no_file_of_an_export_has_a_path_of_this_machine(run, tmp_path):
 
 
 class Hub:
-    """A folder of models, instead of the hub."""
+    """A folder of models that replaces the hub."""
 
     def __init__(self, folder) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Pickles are data here: whatever they name, nothing is run."""
+"""Pickles are read as data: nothing that they name is run."""
 
 import collections
 import os

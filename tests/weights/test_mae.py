@@ -1,4 +1,4 @@
-"""Checkpoints of facebookresearch/mae: features, losses, and what an M3AE cannot be."""
+"""Checkpoints of facebookresearch/mae: features, losses, and settings that an M3AE cannot have."""
 
 import argparse
 import dataclasses
@@ -27,7 +27,7 @@ HEADS = ["--num-heads", "3", "--dec-num-heads", "2"]
 
 
 def make(seed: int = 0) -> tuple[MAE, torch.Tensor, torch.Tensor]:
-    """An MAE, uint8 images, and the same as it sees them."""
+    """Return an MAE, uint8 images, and the same images normalised for it."""
     torch.manual_seed(seed)
     mae = MAE()
     images = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -42,7 +42,7 @@ def convert(tmp_path, saved, *options: str) -> M3AE:
 
 
 def masks() -> list[torch.Tensor]:
-    """Of other lengths each: else a mean over patches would be one over images."""
+    """Return masks of different lengths. With equal lengths a mean over patches would be a mean over images."""
     generator = torch.Generator().manual_seed(1)
     return [torch.rand(9, generator=generator) < share for share in (0.3, 0.6, 0.8, 0.95)]
 
@@ -104,7 +104,7 @@ def test_encoder_alone_warns_and_computes_the_same_features(tmp_path):
 
 @torch.no_grad()
 def test_fine_tuned_encoder_norms_the_mean(tmp_path, capsys):
-    """The same network as MAE's fine-tuning builds it: timm's, with the last norm after mean pooling."""
+    """The network equals that of MAE's fine-tuning: timm's, with the last norm after mean pooling."""
     mae, images, normal = make()
     weights = {name: tensor for name, tensor in mae.state_dict().items() if not name.startswith(("decoder", "mask"))}
     weights = {
@@ -237,7 +237,8 @@ def test_what_a_file_does_not_show_is_asked_for_or_that_of_the_published_size(wi
 
 @pytest.mark.parametrize("kind", ["bare", "state_dict", "model", "old"])
 def test_weights_lie_where_programs_put_them(tmp_path, kind):
-    """With what fine-tuning puts beside an encoder, in any floats; on the CPU, wherever they were."""
+    """Files may also contain the additions of fine-tuning, in any float dtype. Weights are loaded on the CPU, wherever
+    they were saved."""
     weights = {name: tensor.double() for name, tensor in make()[0].state_dict().items()}
     weights |= {
         "head.weight": torch.ones(2),

@@ -1,4 +1,4 @@
-"""Checkpoints of the official JAX code: what they compute, and what is refused."""
+"""Checkpoints of the official JAX code: their results, and those that are refused."""
 
 import os
 import pickle
@@ -98,7 +98,7 @@ CC12M, IMAGENET = (0.5762, 0.5503, 0.5213, 0.3207, 0.3169, 0.3307), (0.485, 0.45
     ],
 )
 def test_settings_are_those_of_the_flags_or_their_defaults(tmp_path, said, expected):
-    """None: a flag that the script does not have."""
+    """None stands for a flag that the script does not have."""
     wide = said.get("m3ae.dec_num_heads", 2) is None or "m3ae.model_type" in said
     arrays = golden(tmp_path, **({"emb_dim": 48, "dec_emb_dim": 32} if wide else {}))
     changed = {"data.image_normalization": None} | said

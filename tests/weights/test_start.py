@@ -1,4 +1,4 @@
-"""Runs that start from other weights (model.init_from), and what stays fixed in them."""
+"""Runs that start from other weights (model.init_from), and the parts of them that stay fixed."""
 
 import json
 from types import SimpleNamespace
@@ -26,7 +26,8 @@ def lines(trainer, run: str) -> list[dict]:
 
 @pytest.mark.slow
 def test_run_starts_where_another_ended(trainer, run):
-    """On two ranks with ZeRO-3: the held-out losses before the first step are those after the other's last."""
+    """On two ranks with ZeRO-3, the held-out losses before the first step are those after the last step of the other
+    run."""
     write_export(run, trainer.folder / "start")
     out = trainer(
         "run", "--set", f"model.init_from={trainer.folder / 'start'}", "--set", "train.steps=1", *zero(3), ranks=2
@@ -41,8 +42,8 @@ def test_run_starts_where_another_ended(trainer, run):
 
 @pytest.mark.slow
 def test_converted_mae_trains_on_with_its_positions(trainer):
-    """Stored positions stay as they are, to the bit, through bf16 weights, checkpoints, a resumed run and an export;
-    without a decoder a new one is drawn."""
+    """Stored positions stay bitwise unchanged through bf16 weights, checkpoints, a resumed run and an export. A missing
+    decoder is initialised."""
     torch.manual_seed(0)
     mae = MAE().state_dict()
     encoder = {name: tensor for name, tensor in mae.items() if not name.startswith(("decoder", "mask"))}
@@ -126,7 +127,8 @@ def test_checkpoint_from_before_a_setting_existed_had_its_default(run):
 
 
 def test_every_setting_of_a_model_is_seen_in_its_weights_or_compared():
-    """Of `model.init_from`: what changes neither names nor shapes, but what they compute, has to be the same."""
+    """A setting that changes neither names nor shapes of weights, but their use, must be equal for
+    `model.init_from`."""
     base = {
         **TINY["model"],
         "vocab_size": 64,

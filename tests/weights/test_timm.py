@@ -1,4 +1,4 @@
-"""The image encoder to timm's VisionTransformer and back."""
+"""Conversion of the image encoder to timm's VisionTransformer and back."""
 
 import json
 import re
@@ -31,7 +31,7 @@ TINY = {
 
 
 def make(**settings) -> tuple[M3AE, torch.Tensor, torch.Tensor]:
-    """A model, uint8 images, and the same as it sees them."""
+    """Return a model, uint8 images, and the same images normalised for it."""
     config = ModelConfig(**TINY | settings)
     torch.manual_seed(0)
     model = M3AE(config)
@@ -78,8 +78,8 @@ def test_timm_computes_the_same_features_and_they_come_back(tmp_path, settings):
 
 @pytest.mark.parametrize("order", ["after_norm", "before_norm"])
 def test_the_lines_of_the_card_give_the_features_of_encode(tmp_path, monkeypatch, order):
-    """Of an image of the model's size they are the same; of others, of any aspect ratio, within what one level of 8
-    bits makes, by which the two may resize differently."""
+    """They are equal for an image of the model's size. For others they agree within the effect of one level of 8 bits,
+    by which the two ways of resizing may differ."""
     model, images, _ = make(mean_pool=order)
     write_timm(tmp_path / "timm", model.config, model.state_dict())
     monkeypatch.chdir(tmp_path)
@@ -145,7 +145,7 @@ def test_what_an_m3ae_cannot_be_is_refused(tmp_path, settings, message):
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("said", [{"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}, {}, {"mean": [0.1, 0.2, 0.3]}])
 def test_what_a_folder_says_of_images_and_gelu_or_what_timm_takes(tmp_path, nested, said):
-    """Mean and std beside each other or in a part of their own, as timm's versions write them."""
+    """Mean and std are at the top level or in a section of their own, depending on timm's version."""
     model, _, _ = make()
     write_timm(tmp_path / "timm", model.config, model.state_dict())
     about = {"architecture": "vit_tiny_patch16_224"} | ({"pretrained_cfg": said} if nested else said)

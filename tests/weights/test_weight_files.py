@@ -1,4 +1,4 @@
-"""What files of weights may hold, and that their sizes are believed only when they fit."""
+"""The allowed contents of files of weights, whose stated sizes are accepted only if they fit."""
 
 import json
 import os
@@ -113,7 +113,7 @@ def test_integers_in_a_file_of_torch_are_no_weights(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "classifier.safetensors"])
 def test_no_memory_is_taken_for_sizes_that_are_not_those_of_the_weights(tmp_path, name):
-    """A petabyte, which no machine gives."""
+    """The stated size is a petabyte, which no machine can allocate."""
     load = (exported if name == "model.safetensors" else classifier)(tmp_path / "model")
     path = tmp_path / "model" / name.replace("model.safetensors", "config.json").replace("safetensors", "json")
     config = json.loads(path.read_text())
