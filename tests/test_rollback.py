@@ -1,4 +1,4 @@
-"""Runs that return to a good checkpoint and leave out the batch of a step that was not finite or a spike."""
+"""Runs that return to a good checkpoint and skip the batch of a step that was not finite or a spike."""
 
 import json
 import math
@@ -33,7 +33,8 @@ def test_steps_take_the_batches_that_are_not_left_out():
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """train(run, bad, ...) -> keys of each step's samples, of a run whose losses of samples `bad` are `loss`."""
+    """A function that trains a run in which the losses of samples `bad` are `loss`, and returns the keys of each
+    step's samples."""
     source = [{"shards": write_tar(tmp_path / "p.tar", members(range((STEPS + 3) * BATCH)))}]
     build = run_module.build_engine
 
