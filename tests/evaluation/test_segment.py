@@ -122,7 +122,8 @@ def test_an_error_is_that_of_other_draws_of_images():
 
 
 def test_a_head_is_trained_as_torch_would_on_all_pixels():
-    """The head is a BatchNorm and a linear layer. AdamW minimises the cross-entropy of all pixels that are not ignored."""
+    """The head is a BatchNorm and a linear layer. AdamW minimises the cross-entropy of all pixels that are not
+    ignored."""
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(6, 4, 5, generator=generator)
     masks = torch.randint(3, (6, 8, 8), generator=generator).to(torch.uint8)
