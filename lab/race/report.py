@@ -69,10 +69,11 @@ class Weights:
 
 
 def factor(arm: Sequence[Row], ladder: Sequence[Row], test: str, cost: str, weights: Weights) -> Factor | None:
-    """Return the factor of an arm, or None if there is no seed with at least two runs of the baseline. The bootstrap is
-    paired: a replicate has the same samples and seeds for all runs. `arm`: runs of the arm, one for each seed;
-    `ladder`: runs of the baseline with several lengths."""
-    logs, beyond = [], ""
+    """Return the factor of an arm, or None if there is no seed with at least two runs of the baseline, or if accuracies
+    lie above all runs of the baseline for one seed and below them for another. The bootstrap is paired: a replicate has
+    the same samples and seeds for all runs. `arm`: runs of the arm, one for each seed; `ladder`: runs of the baseline
+    with several lengths."""
+    logs, beyond = [], set()
     for row in arm:
         own = [each for each in ladder if each["trial"]["seed"] == row["trial"]["seed"]]
         own.sort(key=lambda each: each["cost"][cost])
@@ -82,15 +83,15 @@ def factor(arm: Sequence[Row], ladder: Sequence[Row], test: str, cost: str, weig
         ends_R = np.stack([weights.accuracies(each["correct"][test]) for each in own], 1)
         reached_R = weights.accuracies(row["correct"][test])
         found = [interpolated(accuracy, costs, ends) for accuracy, ends in zip(reached_R, ends_R)]
-        beyond = found[0][1] or beyond
+        beyond |= {found[0][1]} - {""}
         logs.append(np.array([log for log, _ in found]) - np.log(row["cost"][cost]))
-    if not logs:
+    if not logs or len(beyond) > 1:
         return None
     logs_SR = np.stack(logs)
     drawn = np.random.default_rng(1).integers(len(logs), size=(REPLICATES, len(logs)))
     means = [logs_SR[seeds, replicate + 1].mean() for replicate, seeds in enumerate(drawn)]
     low, high = np.exp(np.percentile(means, INTERVAL))
-    return Factor(float(np.exp(logs_SR[:, 0].mean())), float(low), float(high), len(logs), beyond)
+    return Factor(float(np.exp(logs_SR[:, 0].mean())), float(low), float(high), len(logs), "".join(beyond))
 
 
 def save(folder: Path, head: dict[str, Any], rows: Sequence[Row], labels: Labels) -> None:
@@ -155,18 +156,42 @@ def tables(rows: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
             cell = [arm, f"{steps:,}", f"{len(runs)}", f"{costs[0] / 1e12:.3g}", f"{costs[1]:.0f}"]
             cells.append([*cell, *(f"{mean:.1f}" for mean in means), *factors])
         text += ["", *_table([f"{data}, {size}", *columns], cells)]
+        text += _shares(own, f"{data}, {size}", list(tests), weights)
     for data in _unique(row["trial"]["data"] for row in rows if row["trial"]["validation"]):
         chosen = [row for row in rows if row["trial"]["validation"] and row["trial"]["data"] == data]
         names = [setting for setting, _ in chosen[0]["trial"]["tuned"]]
-        cells = [_tried(row) for row in chosen]
-        text += ["", *_table([f"{data}, tried on validation samples", *names, *TESTS[data].values()], cells)]
+        cells = [_tried(row) for row in sorted(chosen, key=lambda row: row["trial"]["steps"])]
+        text += ["", *_table([f"{data}, tried on validation samples", "steps", *names, *TESTS[data].values()], cells)]
     return "\n".join(text) + f"\n\n![Accuracy against compute]({PLOT})\n"
+
+
+def _shares(rows: Sequence[Row], title: str, tests: Sequence[str], weights: Weights) -> list[str]:
+    """Return a table of the baseline's cost that the fast recipe needs for the accuracy of each of the baseline's runs:
+    the measure of the protocol's target."""
+    baseline, ladder = ([row for row in rows if row["trial"]["arm"] == arm] for arm in (BASELINE, FAST))
+    cells = []
+    for steps in sorted({row["trial"]["steps"] for row in baseline}):
+        runs = [row for row in baseline if row["trial"]["steps"] == steps]
+        found = {(cost, test): factor(runs, ladder, test, cost, weights) for cost in COSTS for test in tests}
+        if seeds := {each.seeds for each in found.values() if each}:
+            cells.append([f"{steps:,}", f"{max(seeds)}", *(_shown(each) for each in found.values())])
+    columns = [f"{COSTS[cost]}, {TESTS[rows[0]['trial']['data']][test]}" for cost in COSTS for test in tests]
+    head = [
+        f"{title}: fraction of the baseline's cost with which `{FAST}` reaches the accuracy after its steps",
+        "seeds",
+    ]
+    return ["", *_table([*head, *columns], cells)] if cells else []
 
 
 def _tried(row: Row) -> list[str]:
     trial = row["trial"]
     numbers = [f"{100 * value:.1f}" for value in row["numbers"].values()]
-    return [f"{trial['size']}, {trial['arm']}", *(json.dumps(value) for _, value in trial["tuned"]), *numbers]
+    return [
+        f"{trial['size']}, {trial['arm']}",
+        f"{trial['steps']:,}",
+        *(json.dumps(value) for _, value in trial["tuned"]),
+        *numbers,
+    ]
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:

@@ -142,9 +142,24 @@ def test_a_factor_is_read_off_the_baselines_ladder():
     assert (found.mean, found.seeds, found.beyond) == (pytest.approx(5), 2, "") and found.low < 5 < found.high
     assert report.factor([row(FAST, 7, 2.0, 6)], ladder, "t", "flops", report.Weights(labels)) is None
     assert report.factor([row(FAST, 0, 2.0, 9)], ladder, "t", "flops", report.Weights(labels)).beyond == ">"
+    apart = [row(FAST, 0, 2.0, 9), row(FAST, 1, 2.0, 3)]  # above and below
+    assert report.factor(apart, ladder, "t", "flops", report.Weights(labels)) is None
     pairs = report.Weights({"a": {"emoji": "x"}, "b": {"emoji": "x"}, "c": {"emoji": "y"}})
     same = pairs.accuracies({"a": 1.0, "b": 1.0, "c": 0.0})
     assert same[0] == pytest.approx(2 / 3) and {*np.round(same, 6)} <= {0, 1, *np.round(same, 6)}
+
+
+def test_the_fraction_of_the_baselines_cost_is_read_off_the_fast_recipes_ladder():
+    def row(arm, steps, cost, right):
+        correct = {"clothes_linear": {f"{i}": float(i < right) for i in range(10)}}
+        trial = {"arm": arm, "seed": 0, "steps": steps, "data": "clothes", "size": "S64"}
+        return {"trial": trial, "cost": dict.fromkeys(report.COSTS, cost), "correct": correct}
+
+    rows = [row(BASELINE, 1, 1.0, 5), row(BASELINE, 4, 8.0, 8), row(FAST, 1, 1.0, 6), row(FAST, 4, 4.0, 8)]
+    weights = report.Weights({f"{i}": {"emoji": f"{i}"} for i in range(10)})
+    *_, low, high = report._shares(rows, "clothes, S64", ["clothes_linear"], weights)
+    assert low.startswith("| 1 | 1 | < 1.00 |") and high.startswith("| 4 | 1 | 0.50 (")
+    assert report._shares(rows[:3], "clothes, S64", ["clothes_linear"], weights) == []
 
 
 def test_a_page_keeps_what_was_written_by_hand(tmp_path):
