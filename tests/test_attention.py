@@ -446,6 +446,7 @@ def test_what_is_asked_for_is_what_runs(monkeypatch):
     """This holds on both devices, and a run reports it. tests/kernels runs Triton's kernels."""
     monkeypatch.setattr(cuda, "choose", lambda *_: pytest.fail("nothing is tried"))
     monkeypatch.setattr(cuda, "try_out", cuda.choose)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # or the CPU would refuse Triton
     for device, torch_kernel in ((CPU, PER_SAMPLE), (torch.device("cuda"), PADDED)):
         for impl, name in (("torch", torch_kernel.name), ("triton", "triton")):
             assert kernel_for(impl, device, BF16, 2, 16, 9).name == name

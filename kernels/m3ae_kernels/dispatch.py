@@ -12,6 +12,7 @@ from . import tuning
 
 IMPLS = ("auto", "triton", "torch")
 ENV = "M3AE_KERNELS_IMPL"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # floating-point dtypes of all ops
 Shape = tuple[int | EllipsisType | None, ...]  # None: any size; a first ...: any number of dimensions
 
 
@@ -36,9 +37,15 @@ def choose_impl(impl: str, device: torch.device, dtype: torch.dtype | None = Non
     impl = asked_impl(impl)
     if device.type == "cuda" and dtype == torch.float64:
         return "torch"
+    if impl == "triton" and device.type == "cpu" and not _interpreted():
+        raise ValueError("impl is 'triton' and the tensors are on a CPU: Triton needs a GPU, or TRITON_INTERPRET=1")
     if impl != "auto":
         return impl
     return _on_gpu(device) if device.type == "cuda" else "torch"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def _on_gpu(device: torch.device) -> str:
@@ -69,7 +76,7 @@ def compute_dtype(activations: Tensor, weight: Tensor) -> torch.dtype:
     (pixels)."""
     own = activations.dtype if activations.is_floating_point() else weight.dtype
     device = activations.device.type
-    if own != torch.float64 and torch.is_autocast_enabled(device):
+    if own != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return own
 
@@ -103,20 +110,35 @@ def with_lead(rows: Tensor, lead: torch.Size) -> Tensor:
     return rows if len(lead) == 1 else rows.reshape(lead + rows.shape[1:])
 
 
+def is_integer(value: object) -> bool:
+    """Return whether a value counts as an integer, as numpy's do."""
+    return isinstance(value, int) or hasattr(value, "__index__")  # torch.compile knows the first alone
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    """Raise TypeError unless `tensor` is a dense tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, not one of layout {tensor.layout}")
+
+
 def check_float(name: str, tensor: Tensor, shape: Shape, like: Tensor) -> None:
     """Raise TypeError or ValueError unless `tensor` is floating-point and has this shape and the device of `like`."""
+    check_tensor(name, tensor)
     if hasattr(tensor, "full_tensor"):
         raise TypeError(
             f"{name} is a DTensor: pass {name}.full_tensor(), or use a Module that owns it, under fully_shard"
         )
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating, not {tensor.dtype}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be floating, of 16, 32 or 64 bits, not {tensor.dtype}")
     _check_shape(name, tensor, shape)
     _check_device(name, tensor, like)
 
 
 def check_index(name: str, tensor: Tensor, shape: Shape, like: Tensor) -> None:
     """Raise TypeError or ValueError unless `tensor` is int32 or int64 and has this shape and the device of `like`."""
+    check_tensor(name, tensor)
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
     _check_shape(name, tensor, shape)

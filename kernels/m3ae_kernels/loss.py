@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .dispatch import accumulator
 
@@ -27,6 +27,13 @@ def chosen_reduction(op: str, reduction: str | None) -> str:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, it must be one of {', '.join(REDUCTIONS)}")
     return reduction
+
+
+def check_linear(head: object) -> None:
+    """Raise TypeError unless `head` is a plain linear layer: others, such as those of adapters, compute more than their
+    weight and bias."""
+    if not isinstance(head, nn.Linear):
+        raise TypeError(f"the head must be a torch.nn.Linear, not {type(head).__name__}")
 
 
 # Like `_on_gpu` in dispatch.py, torch.compile calls it once, at compilation.

@@ -216,8 +216,10 @@ class PatchEmbed(nn.Module):
         are for integer images.
 
         Raises:
-            ValueError: the convolution is not an embedding of square patches.
+            TypeError, ValueError: it is no `torch.nn.Conv2d`, or not an embedding of square patches.
         """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"the embedding must be a torch.nn.Conv2d, not {type(conv).__name__}")
         size = conv.kernel_size[0]
         if (conv.kernel_size, conv.stride, conv.dilation) != ((size, size), (size, size), (1, 1)) or conv.groups != 1:
             raise ValueError(f"{conv} does not embed patches: kernel and stride must be one square, with no groups")

@@ -21,6 +21,7 @@ from .dispatch import (
 )
 from .ids import check_range, checked
 from .loss import (
+    check_linear,
     chosen_reduction,
     empty_gradients,
     row_gradients,
@@ -58,7 +59,7 @@ def masked_pixel_loss(
         weight: [P * P * C, D], its rows in the order (row, column, channel).
         images: [B, C, H, W], contiguous or channels_last (otherwise a copy is made). uint8 images are normalised as (x
             / 255 - mean) / std, uint16 images as (x / 65535 - mean) / std, and floating images as (x - mean) / std, or
-            not at all if mean and std are None.
+            not at all if mean and std are None. Images that require a gradient are refused, as there is none.
         patch_ids: [...] int32 or int64, the target of each row: image * patches_per_image + patch, patches in row-major
             order.
         bias: [P * P * C], or None for none.
@@ -82,6 +83,10 @@ def masked_pixel_loss(
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
     """
     scale, shift = check_pixels(images, patch_ids, patch_size, mean, std)
+    if wants_grad(images):
+        raise ValueError("images require a gradient, which masked_pixel_loss does not compute: pass images.detach()")
+    if norm_pix and patch_size**2 * images.shape[1] == 1:
+        raise ValueError("norm_pix needs patches of several values: one value has no variance")
     lead = patch_ids.shape
     check_float("hidden", hidden, (*lead, None), hidden)
     check_float("weight", weight, (patch_size**2 * images.shape[1], hidden.shape[-1]), hidden)
@@ -262,8 +267,18 @@ class MaskedPixelLoss(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, patch_size: int, **options) -> "MaskedPixelLoss":
         """Return the loss of a head such as ViT-MAE's `decoder_pred`, with shared parameters. Options as in the
-        constructor."""
-        channels = linear.out_features // patch_size**2
+        constructor.
+
+        Raises:
+            TypeError, ValueError: it is no `torch.nn.Linear`, or does not predict whole patches.
+        """
+        check_linear(linear)
+        channels, rest = divmod(linear.out_features, patch_size**2)
+        if rest:
+            raise ValueError(
+                f"{linear} does not predict patches of {patch_size} x {patch_size} pixels: out_features must be a "
+                f"multiple of {patch_size**2}"
+            )
         with torch.device("meta"):
             head = cls(linear.in_features, patch_size=patch_size, channels=channels, **options)
         for name in ("weight", "bias"):

@@ -9,11 +9,12 @@ Shapes: B images, C channels, H x W pixels, P patch size, N rows, K = P * P * C.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dispatch import check_index
+from .dispatch import DTYPES, check_index, check_tensor, is_integer
 from .wide import widest
 
 NORM_PIX_EPS = 1e-6
@@ -31,29 +32,41 @@ def check_pixels(
     Raises:
         TypeError, ValueError: the named argument is wrong.
     """
+    check_tensor("images", images)
     if images.dim() != 4:
         raise ValueError(f"images has shape {tuple(images.shape)}, expected [B, C, H, W]")
     channels, height, width = images.shape[1:]
     if not channels:
         raise ValueError("images has 0 channels, expected 1 or more")
+    if not is_integer(patch_size):
+        raise TypeError(f"patch_size is {patch_size!r}, it must be an integer: patches are square")
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"images of {height} x {width} pixels do not divide into patches of {patch_size}")
     check_index("patch_ids", patch_ids, (...,), images)
-    if images.is_floating_point():
-        if mean is None and std is None:
-            return [], []
-    elif images.dtype not in LARGEST:
-        raise TypeError(f"images must be uint8, uint16 or floating, not {images.dtype}")
-    if mean is None or std is None or len(mean) != channels or len(std) != channels:
+    if images.dtype not in DTYPES and images.dtype not in LARGEST:
+        raise TypeError(f"images must be uint8, uint16 or floating, of 16, 32 or 64 bits, not {images.dtype}")
+    if images.is_floating_point() and mean is None and std is None:
+        return [], []
+    means, stds = (_per_channel(values, channels) for values in (mean, std))
+    if means is None or stds is None:
         kind = str(images.dtype).removeprefix("torch.")
         neither = ", or neither" if images.is_floating_point() else ""
         raise ValueError(
             f"{kind} images need mean and std with one number for each of their {channels} channels{neither}"
         )
-    if min(std) <= 0:
-        raise ValueError(f"std must be positive, got {tuple(std)}")
+    if min(stds) <= 0:
+        raise ValueError(f"std must be positive, got {tuple(stds)}")
     largest = LARGEST.get(images.dtype, 1)
-    return [1 / (largest * s) for s in std], [-m / s for m, s in zip(mean, std)]
+    return [1 / (largest * s) for s in stds], [-m / s for m, s in zip(means, stds)]
+
+
+def _per_channel(values: Any, channels: int) -> list[float] | None:
+    """Return one number per channel from a sequence, array or tensor; None if their number is another."""
+    if hasattr(values, "flatten"):
+        values = values.flatten().tolist()
+    if not isinstance(values, Sequence) or len(values) != channels:
+        return None
+    return [float(value) for value in values]
 
 
 def count_patches(images: Tensor, patch_size: int) -> int:

@@ -52,12 +52,14 @@ def once(name: str, backward: Callable) -> Callable:
     """Return a `backward` that raises an error if it would become part of a graph. With torch's `once_differentiable`,
     results would count as constants if the upstream gradient is constant, as for a loss, so a gradient penalty or a
     Hessian would be 0."""
-    refuse = _refusal(name, "second derivatives")
+    refuse, refuse_batch = _refusal(name, "second derivatives"), _refusal(name, "batched gradients")
 
     def formula(ctx, *grads):
         level = torch._C._functorch.maybe_current_level() or 0
         if level > 1 or (not level and torch.is_grad_enabled()):  # torch.func.grad always builds a graph
             refuse()
+        if any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
+            refuse_batch()
         with torch.no_grad():
             return backward(ctx, *grads)
 
@@ -80,10 +82,13 @@ def _nothing(ctx, inputs, output) -> None:
 
 
 def traced(*args) -> bool:
-    """Return whether the calls of ops are observed, for example by tracing, and not only their results."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    """Return whether a call needs torch's dispatcher: if calls are observed, for example by tracing, or if a tensor is
+    not what its memory contains (meta tensors, subclasses, zero and lazily negated tensors)."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         return True
-    return any(isinstance(arg, Tensor) and type(arg) not in PLAIN for arg in args)
+    return any(
+        isinstance(x, Tensor) and (type(x) not in PLAIN or x.is_meta or x.is_neg() or x._is_zerotensor()) for x in args
+    )
 
 
 def _refusal(name: str, what: str) -> Callable:

@@ -17,12 +17,14 @@ from .dispatch import (
     check_index,
     choose_impl,
     compute_dtype,
+    is_integer,
     no_autocast,
     wants_grad,
     with_lead,
 )
 from .ids import check_range, checked
 from .loss import (
+    check_linear,
     chosen_reduction,
     empty_gradients,
     row_gradients,
@@ -101,6 +103,10 @@ def masked_token_loss(
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}, it must be from 0 to 1")
     reduction = chosen_reduction("masked_token_loss", reduction)
+    if not is_integer(ignore_index):
+        raise TypeError(f"ignore_index is {ignore_index}, it must be an integer")
+    if targets.dtype == torch.int32 and not -(2**31) <= ignore_index < 2**31:
+        raise ValueError(f"ignore_index is {ignore_index}, which int32 targets cannot contain")
     if workspace is not None and workspace < 1:
         raise ValueError(f"workspace is {workspace} bytes, it must be positive")
     dtype = compute_dtype(hidden, weight)
@@ -317,7 +323,12 @@ class MaskedTokenLoss(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options) -> "MaskedTokenLoss":
-        """Return the loss of a language model's head, with shared parameters. Options as in the constructor."""
+        """Return the loss of a language model's head, with shared parameters. Options as in the constructor.
+
+        Raises:
+            TypeError: it is no `torch.nn.Linear`.
+        """
+        check_linear(linear)
         with torch.device("meta"):
             head = cls(linear.in_features, linear.out_features, **options)
         for name in ("weight", "bias"):

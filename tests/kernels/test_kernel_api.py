@@ -10,11 +10,14 @@ import warnings
 from types import SimpleNamespace
 
 import m3ae_kernels
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
 from m3ae_kernels import reference
+from m3ae_kernels.attention.choice import kernel_for
+from m3ae_kernels.attention.padded import PADDED
 from m3ae_kernels.loss import _warn_of_sum
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -493,6 +496,107 @@ def test_patch_embed_from_and_to_convolutions(bias):
 def test_other_convolutions_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         m3ae_kernels.PatchEmbed.from_conv(nn.Conv2d(3, 12, 8, **options))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(12, 31, 1), nn.Identity(), "Linear"], ids=str)
+def test_heads_and_embeddings_of_other_layers_are_refused(layer):
+    """Adapters, for instance, have a weight too, which is not all that they compute."""
+    with pytest.raises(TypeError, match=rf"^the head must be a torch\.nn\.Linear, not {type(layer).__name__}$"):
+        m3ae_kernels.MaskedTokenLoss.from_linear(layer, reduction="mean")
+    with pytest.raises(TypeError, match=r"^the head must be a torch\.nn\.Linear"):
+        m3ae_kernels.MaskedPixelLoss.from_linear(layer, patch_size=8, reduction="mean")
+    with pytest.raises(TypeError, match=r"^the embedding must be a torch\.nn\.Conv2d"):
+        m3ae_kernels.PatchEmbed.from_conv(layer)
+
+
+def test_a_head_of_parts_of_patches_is_refused():
+    with pytest.raises(ValueError, match=r"does not predict patches of 8 x 8 pixels: .* multiple of 64$"):
+        m3ae_kernels.MaskedPixelLoss.from_linear(nn.Linear(12, 100), patch_size=8, reduction="mean")
+
+
+def test_pixel_targets_that_need_a_gradient_or_a_variance_they_lack_are_refused():
+    """Rather than a gradient that leaves the targets out, and NaN."""
+    images, weight = torch.rand(1, 3, 16, 16, requires_grad=True), torch.randn(192, 12)
+    hidden, ids = torch.randn(4, 12), torch.arange(4)
+    options = {"patch_size": 8, "reduction": "sum"}
+    with pytest.raises(ValueError, match=r"^images require a gradient, .* pass images\.detach\(\)$"):
+        m3ae_kernels.masked_pixel_loss(hidden, weight, images, ids, **options)
+    with torch.no_grad():
+        evaluated = m3ae_kernels.masked_pixel_loss(hidden, weight, images, ids, **options)
+    assert torch.equal(evaluated, m3ae_kernels.masked_pixel_loss(hidden, weight, images.detach(), ids, **options))
+    grey, options = images.detach()[:, :1], {"patch_size": 1, "norm_pix": True, "reduction": "sum"}
+    with pytest.raises(ValueError, match="norm_pix needs patches of several values"):
+        m3ae_kernels.masked_pixel_loss(hidden, weight[:1], grey, ids, **options)
+
+
+def test_means_may_be_arrays_or_tensors_of_any_shape():
+    images, ids = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8), torch.arange(4)
+    weight, (mean, std) = torch.randn(12, 192), ((0.25, 0.5, 0.75), (0.25, 0.5, 0.125))
+    expected = m3ae_kernels.patch_embed(images, ids, weight, patch_size=8, mean=mean, std=std)
+    for kind in (lambda v: torch.tensor(v).view(1, 3, 1, 1), np.array):
+        found = m3ae_kernels.patch_embed(images, ids, weight, patch_size=8, mean=kind(mean), std=kind(std))
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_tensors_without_data_pass_through_every_op(case):
+    """As models on the meta device do: shapes and dtypes of results and gradients are right."""
+    inputs = make(case, torch.float32)
+    expected = run(m3ae_kernels, case, inputs)
+    empty = {
+        name: t if t is None else t.detach().to("meta").requires_grad_(t.requires_grad)
+        for name, t in inputs.tensors.items()
+    }
+    found = run(m3ae_kernels, case, Inputs(empty, inputs.options), expected["out"].to("meta"))
+    for name, value in found.items():
+        assert value.is_meta and (value.shape, value.dtype) == (expected[name].shape, expected[name].dtype), name
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if case != "gather-some"])
+def test_lazily_negated_and_zero_gradients_are_read_as_what_they_are(case):
+    """Memory holds the opposite of the one, and nothing of the other."""
+    inputs = make(case, torch.float32)
+    upstream = torch.randn(call(m3ae_kernels, case, inputs).shape)
+    for lazy, plain in (
+        (torch._neg_view(upstream), -upstream),
+        (torch._efficientzerotensor(upstream.shape), torch.zeros_like(upstream)),
+    ):
+        found, expected = (run(m3ae_kernels, case, inputs, each) for each in (lazy, plain))
+        assert all(torch.equal(got, expected[name]) for name, got in found.items())
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if case != "gather-some"])
+def test_batches_of_gradients_are_refused_in_one_line(case):
+    inputs = make(case, torch.float32)
+    out = call(m3ae_kernels, case, inputs)
+    with pytest.raises(NotImplementedError, match=r"^m3ae_kernels: [a-z_]+ does not support batched gradients$"):
+        learned = inputs.tensors[inputs.learned[0]]
+        torch.autograd.grad(out, learned, torch.ones(2, *out.shape), is_grads_batched=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and tensorboard's graphs are made by it
+@pytest.mark.parametrize("case", ["embed-p16", "attend-some", "norm-some", "scatter-mask", "token-rows"])
+def test_traced_functions_compute_anew(case):
+    inputs, others = make(case, torch.float32), make(case, torch.float32, seed=1)
+    fixed = {n: t for n, t in inputs.tensors.items() if n not in inputs.learned}
+
+    def function(*learned: Tensor) -> Tensor:
+        return call(m3ae_kernels, case, Inputs(fixed | dict(zip(inputs.learned, learned)), inputs.options))
+
+    first, second = ([each.tensors[n].detach() for n in inputs.learned] for each in (inputs, others))
+    assert torch.equal(torch.jit.trace(function, first, check_trace=False)(*second), function(*second))
+
+
+def test_triton_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"^impl is 'triton' and the tensors are on a CPU: Triton needs a GPU, or"):
+        m3ae_kernels.gather_tokens(torch.randn(5, 8), torch.arange(2), impl="triton")
+
+
+def test_other_devices_than_gpus_and_the_cpu_use_plain_torch():
+    """The C kernels would take their addresses for the CPU's."""
+    for impl in ("auto", "torch"):
+        assert kernel_for(impl, torch.device("mps"), torch.float32, 2, 16, 37) is PADDED
 
 
 def test_heads_from_linear_share_its_parameters():

@@ -623,9 +623,24 @@ def test_m3ae_heads_are_their_parts(vocab):
         ("token-some", {"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5"),
         ("token-some", {"weight": torch.zeros(0, 512), "bias": torch.zeros(0)}, ValueError, "no rows"),
         ("token-some", {"impl": "cuda"}, ValueError, "impl is 'cuda'"),
+        ("token-some", {"targets": [1, 2]}, TypeError, "^targets must be a tensor, not list$"),
+        ("token-some", {"weight": None}, TypeError, "^weight must be a tensor, not NoneType$"),
+        ("embed-p16", {"images": [[0]]}, TypeError, "^images must be a tensor, not list$"),
+        ("gather-some", {"x": torch.zeros(2, 3).to_sparse()}, TypeError, "x must be a dense tensor, not one of layout"),
+        ("gather-some", {"x": torch.zeros(2, 3).to(torch.float8_e5m2)}, TypeError, "x must be floating, of 16, 32 or"),
+        ("embed-p16", {"images": torch.zeros(1, 3, 16, 16).to(torch.float8_e5m2)}, TypeError, "floating, of 16, 32 or"),
+        ("embed-p16", {"patch_size": (16, 16)}, TypeError, r"patch_size is \(16, 16\), it must be an integer"),
+        ("embed-p16", {"mean": 0.5}, ValueError, "mean and std with one number"),
+        ("token-some", {"ignore_index": None}, TypeError, "ignore_index is None, it must be an integer"),
+        ("token-some", {"ignore_index": 2**32}, ValueError, "which int32 targets cannot contain"),
+        ("attend-some", {"qkv": torch.zeros(43, 3, 2, 0)}, ValueError, "qkv has 2 heads of 0 values"),
+        ("attend-some", {"max_seqlen": 37.5}, TypeError, "max_seqlen is 37.5, it must be an integer"),
+        ("attend-some", {"dropout_p": 1.0}, ValueError, "dropout_p is 1.0, it must be from 0 to below 1"),
+        ("attend-some", {"dropout_p": 0.1, "max_seqlen": 5}, IndexError, "packed_attention: cu_seqlens must rise"),
     ],
 )
-def test_mistakes_are_named(case, changes, error_type, message):
+def test_mistakes_are_named(case, changes, error_type, message, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # or impl="triton" would be the mistake
     inputs = make(case, torch.float32)
     function = getattr(m3ae_kernels, CASES[case][0].__name__)
     with pytest.raises(error_type, match=message):

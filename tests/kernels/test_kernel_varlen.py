@@ -30,6 +30,9 @@ CASES = {  # the lengths of queries and of keys, (heads, heads of keys), options
     "grouped": (FEWER, (4, 2), {}),
     "grouped, causal": (SAME, (6, 2), {"causal": True}),
     "no queries": (((0, 0), (3, 2)), (1, 1), {"causal": True}),
+    "no keys": (((4, 3, 0), (0, 5, 0)), (2, 2), {}),
+    "no keys, causal": (((4, 3), (0, 5)), (2, 1), {"causal": True}),
+    "no keys at all": (((4, 3), (0, 0)), (1, 1), {}),
 }
 
 
@@ -66,7 +69,7 @@ def test_error_is_at_most_twice_that_of_torch(case, dtype, poisoned):  # noqa: F
     got = run(m3ae_kernels, tensors, lengths, options)
     unseen = true["lse"].isinf()
     assert torch.equal(got["lse"].isinf(), unseen) and got["lse"].dtype == torch.float32
-    assert (got["out"][unseen.any(0)] == 0).all() and (case != "causal, more queries" or unseen.any())
+    assert (got["out"][unseen.any(0)] == 0).all() and (not ("more" in case or "no keys" in case) or unseen.any())
     for result in (true, torch_like, got):
         result["lse"] = result["lse"].masked_fill(unseen, 0)
     for name, value in got.items():
@@ -106,6 +109,22 @@ def test_slices_of_one_tensor_and_transposed_ones(case):
         results = run(m3ae_kernels, [t.requires_grad_() for t in strided], lengths, options)
         for name, got in results.items():
             assert error(got, expected[name].double()) < 1e-6, name
+
+
+def test_lengths_may_be_tensors_and_windows_wider_than_any_sample():
+    """As callers compute the lengths, and as they spell "all"."""
+    tensors, (*boundaries, longest_q, longest_k), _ = make("plain", torch.float32)
+    expected = m3ae_kernels.flash_attn_varlen_func(*tensors, *boundaries, longest_q, longest_k, causal=True)
+    lengths = [torch.tensor(longest) for longest in (longest_q, longest_k)]
+    for left in (37, 2**31 - 1, 2**40):
+        found = m3ae_kernels.flash_attn_varlen_func(*tensors, *boundaries, *lengths, window_size=(left, 0))
+        assert torch.equal(found, expected)
+
+
+def test_dropout_of_queries_without_keys_is_finite():
+    tensors, lengths, options = make("no keys, causal", torch.float32)
+    out = m3ae_kernels.flash_attn_varlen_func(*tensors, *lengths, 0.5, **options)
+    assert (out[:4] == 0).all() and all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), tensors))
 
 
 def test_it_equals_packed_attention():
@@ -196,6 +215,12 @@ def test_its_arguments_are_those_of_flash_attn():
         ({"cu_seqlens_q": torch.zeros(4)}, TypeError, "cu_seqlens_q must be int32 or int64"),
         ({"cu_seqlens_k": torch.tensor([0, 5, 42, 44]).int()}, IndexError, "flash_attn_varlen_func: cu_seqlens_k must"),
         ({"max_seqlen_q": 36}, IndexError, r"cu_seqlens_q must .* the longest, 36, a step: cu_seqlens_q\[2\] is 42"),
+        ({"max_seqlen_k": 3, "dropout_p": 0.1}, IndexError, "flash_attn_varlen_func: cu_seqlens_k must"),
+        ({"max_seqlen_k": 37.0}, TypeError, "max_seqlen_k is 37.0, it must be an integer"),
+        ({"window_size": 3}, TypeError, r"window_size is 3, it must be a pair of integers, \(left, right\)"),
+        ({"window_size": (3, None)}, TypeError, r"window_size is \(3, None\), it must be a pair"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5, it must be from 0 to below 1"),
+        ({name: torch.randn(43, 2, 0) for name in "qkv"}, ValueError, "q has 2 heads of 0 values"),
     ],
 )
 def test_mistakes_are_named(changes, error_type, message):

@@ -25,15 +25,16 @@ def own_kernel(impl: str, device: torch.device, dtype: torch.dtype) -> Kernel:
 def kernel_for(impl: str, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
     """Return the kernel for attention of samples with about `length` keys. `impl` is "auto", "triton" or "torch".
 
-    On CUDA, the first call for each head configuration takes a second to benchmark the installed kernels; float64 runs
-    on torch."""
+    On CUDA, the first call for each head configuration takes a second to benchmark the installed kernels; float64 and
+    other devices than CUDA and the CPU run on torch."""
     if impl != "auto":
         impl = choose_impl(impl, device, dtype)
     if impl == "triton":
         from ..triton_impl.attention import TRITON
 
         return TRITON
-    if device.type == "cuda":
-        return PADDED if impl == "torch" else cuda.choose(device, dtype, heads, head_dim, length)
+    if device.type != "cpu":
+        auto = device.type == "cuda" and impl == "auto"
+        return cuda.choose(device, dtype, heads, head_dim, length) if auto else PADDED
     native = None if impl == "torch" else native_kernel(dtype, head_dim)
     return native or PER_SAMPLE

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .. import ids
+from ..dispatch import is_integer
+
 
 @dataclass(frozen=True, slots=True)
 class Segments:
@@ -19,6 +22,35 @@ class Segments:
     cu_seqlens: Tensor  # int32 [S + 1]
     max_seqlen: int
     rows: int
+
+
+def check_segments(op: str, **segments: Segments) -> None:
+    """Raise IndexError unless the boundaries, by the names of their arguments, increase from 0 to the number of rows:
+    on a CPU always, elsewhere only with M3AE_KERNELS_CHECK=1."""
+    for name, each in segments.items():
+        if ids.asked() or each.cu_seqlens.device.type == "cpu":
+            ids.check_ends(op, name, each.cu_seqlens, each.rows, each.max_seqlen)
+
+
+def check_sizes(name: str, heads: int, dim: int, dropout_p: float) -> None:
+    """Raise ValueError if there are no heads, or no values in them, or `dropout_p` is not a fraction below 1."""
+    if not heads or not dim:
+        raise ValueError(f"{name} has {heads} heads of {dim} values, there must be at least one of each")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}, it must be from 0 to below 1")
+
+
+def as_length(name: str, length: int | Tensor) -> int:
+    """Return the number of rows of the longest sample as an integer. A tensor on a GPU makes the host wait for it.
+
+    Raises:
+        TypeError: it is no integer.
+    """
+    if isinstance(length, Tensor) and not length.is_floating_point():
+        return int(length)
+    if isinstance(length, Tensor) or not is_integer(length):
+        raise TypeError(f"{name} is {length}, it must be an integer")
+    return length
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +67,8 @@ class Scores:
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Return (left, right), with a number larger than any sample in place of "all"."""
-        left, right = (side if side >= 0 else ALL_KEYS for side in (self.left, self.right))
+        """Return (left, right), with a number larger than any sample in place of "all" and of larger ones."""
+        left, right = (min(side, ALL_KEYS) if side >= 0 else ALL_KEYS for side in (self.left, self.right))
         return left, right
 
 

@@ -9,7 +9,6 @@ Shapes: S samples, T rows, Q query rows, H heads, D values per head.
 import torch
 from torch import Tensor
 
-from .. import ids
 from ..dispatch import (
     accumulator,
     as_rows,
@@ -20,9 +19,9 @@ from ..dispatch import (
     no_autocast,
     with_lead,
 )
-from ..registry import Op
+from ..registry import Op, traced
 from .choice import kernel_for
-from .kernel import Kernel, Segments
+from .kernel import Kernel, Segments, as_length, check_segments, check_sizes
 from .padded import padded_attention
 
 
@@ -45,8 +44,8 @@ def packed_attention(
             go from 0 to T, so that every row belongs to a sample.
         max_seqlen: number of rows of the longest sample, or more.
         q: [..., H, D] floating, Q rows: separate queries, for only some of the rows.
-        cu_queries, max_queries: the same as cu_seqlens and max_seqlen for q. A sample may have no queries, but a sample
-            with queries must have keys.
+        cu_queries, max_queries: the same as cu_seqlens and max_seqlen for q. A sample may have no queries, or no keys:
+            the result is then 0.
         dropout_p: fraction of the attention weights that are dropped. If it is above 0, all samples are padded to the
             longest, and `impl` is ignored.
         impl: "auto" for the fastest installed kernel, "triton" (D up to 128) or "torch".
@@ -61,6 +60,7 @@ def packed_attention(
             to it is missing.
     """
     check_float("qkv", qkv, (..., 3 if q is None else 2, None, None), qkv)
+    check_sizes("qkv", *qkv.shape[-2:], dropout_p)
     check_index("cu_seqlens", cu_seqlens, (None,), qkv)
     if (q is None) != (cu_queries is None) or (q is None) != (max_queries is None):
         raise ValueError("q, cu_queries and max_queries must be given together")
@@ -71,9 +71,12 @@ def packed_attention(
     lead = qkv.shape[:-3] if q is None else q.shape[:-2]
     q, qkv = None if q is None else as_rows(q.to(dtype), 2), as_rows(qkv.to(dtype), 3)
     cu_queries = cu_seqlens if cu_queries is None else cu_queries
-    max_queries = max_seqlen if max_queries is None else max_queries
+    max_seqlen = as_length("max_seqlen", max_seqlen)
+    max_queries = max_seqlen if max_queries is None else as_length("max_queries", max_queries)
     if dropout_p:
         queries, keys = _segments(q, qkv, cu_queries, cu_seqlens, max_queries, max_seqlen)
+        if not traced(qkv, cu_seqlens):
+            check_segments("packed_attention", cu_seqlens=keys, cu_queries=queries)
         return with_lead(padded_attention(*_parts(q, qkv), queries, keys, dropout_p), lead)
     return with_lead(attention_op(q, qkv, cu_queries, cu_seqlens, max_queries, max_seqlen, impl)[0], lead)
 
@@ -110,9 +113,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the result [Q, H, D] and the kernel's log-sum-exps [H, Q]."""
     queries, keys = _segments(q, kv, cu_queries, cu_keys, max_queries, max_keys)
-    if ids.asked() or kv.device.type == "cpu":
-        for name, ends in (("cu_seqlens", keys), ("cu_queries", queries)):
-            ids.check_ends("packed_attention", name, ends.cu_seqlens, ends.rows, ends.max_seqlen)
+    check_segments("packed_attention", cu_seqlens=keys, cu_queries=queries)
     if not queries.rows:
         return _fake(q, kv, cu_queries, cu_keys, max_queries, max_keys, impl)
     with no_autocast(kv):

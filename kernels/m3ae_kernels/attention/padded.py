@@ -35,7 +35,7 @@ def _pad(x_QHD: Tensor, segments: Segments) -> Tensor:
     """Return the rows padded to [S, H, N, D], with zeros as padding."""
     samples = len(segments.cu_seqlens) - 1
     out = x_QHD.new_zeros(samples * segments.max_seqlen, *x_QHD.shape[1:])
-    return out.index_copy(0, _places(segments), x_QHD).unflatten(0, (samples, -1)).transpose(1, 2)
+    return out.index_copy(0, _places(segments), x_QHD).unflatten(0, (samples, segments.max_seqlen)).transpose(1, 2)
 
 
 def _unpad(x_SHND: Tensor, segments: Segments) -> Tensor:
@@ -82,9 +82,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     scale, mask = _scale_and_mask(q, queries, keys, scores)
     scores_SHNM = _scores(_pad(q, queries), _pad(k, keys), scale, mask)
-    lse_SHN1 = scores_SHNM.logsumexp(-1, keepdim=True)
-    if scores is not None:  # a query that attends to no key has the result 0 and no gradient
-        lse_SHN1 = lse_SHN1.masked_fill(~mask.any(-1, keepdim=True), torch.inf)
+    # a query that attends to no key has the result 0 and no gradient
+    lse_SHN1 = scores_SHNM.logsumexp(-1, keepdim=True).masked_fill(~mask.any(-1, keepdim=True), torch.inf)
     out = (scores_SHNM - lse_SHN1).exp().to(v.dtype) @ _pad(v, keys)
     return _unpad(out, queries), _unpad(lse_SHN1, queries)[..., 0].t().contiguous()
 

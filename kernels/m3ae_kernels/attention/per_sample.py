@@ -34,16 +34,21 @@ class _Group:
 
 
 def _groups(queries: Segments, keys: Segments, heads: int) -> Iterator[_Group]:
-    """Yield groups of the samples that have queries."""
+    """Yield groups of the samples that have queries and keys."""
     by_size: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for (q, q_end), (k, k_end) in zip(_ends(queries), _ends(keys)):
-        if q_end > q:
+        if q_end > q and k_end > k:
             by_size[q_end - q, k_end - k].append((q, k))
     for (q_len, k_len), starts in by_size.items():
-        size = max(1, CHUNK_SCORES // (heads * q_len * max(k_len, 1)))
+        size = max(1, CHUNK_SCORES // (heads * q_len * k_len))
         for first in range(0, len(starts), size):
             q_starts, k_starts = zip(*starts[first : first + size])
             yield _Group(list(q_starts), list(k_starts), q_len, k_len)
+
+
+def _keys_lack(queries: Segments, keys: Segments) -> bool:
+    """Return whether a sample has queries and no keys."""
+    return any(q_end > q and k_end == k for (q, q_end), (k, k_end) in zip(_ends(queries), _ends(keys)))
 
 
 def _ends(segments: Segments) -> Iterator[tuple[int, int]]:
@@ -80,6 +85,9 @@ def _forward(q_QHD: Tensor, k_THD: Tensor, v_THD: Tensor, queries: Segments, key
     """Return (out [Q, H, D], the base-2 logarithm of the sums of exponentials [H, Q])."""
     out_QHD = q_QHD.new_empty(q_QHD.shape)
     lse_HQ = q_QHD.new_empty((q_QHD.shape[1], len(q_QHD)), dtype=accumulator(q_QHD.dtype))
+    if _keys_lack(queries, keys):
+        out_QHD.zero_()
+        lse_HQ.fill_(torch.inf)
     scale = q_QHD.shape[-1] ** -0.5 * math.log2(math.e)
     for group in _groups(queries, keys, q_QHD.shape[1]):
         q = _take(q_QHD, group.q_starts, group.q_len)
@@ -108,8 +116,8 @@ def _backward(
     keys: Segments,
 ) -> None:
     """Write every row of dq, dk and dv. The probabilities are recomputed."""
-    for x in (dk, dv):
-        x.zero_()  # samples without queries
+    for x in (dk, dv, *([dq] if _keys_lack(queries, keys) else [])):
+        x.zero_()  # samples without queries, and without keys
     scale = q_QHD.shape[-1] ** -0.5
     for group in _groups(queries, keys, q_QHD.shape[1]):
         q, grad, lse = (_take(x, group.q_starts, group.q_len) for x in (q_QHD, grad_QHD, lse_HQ.t()[..., None]))

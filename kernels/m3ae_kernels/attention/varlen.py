@@ -6,11 +6,10 @@ Shapes: S samples, Q query rows, K key rows, H heads, G heads of keys and values
 import torch
 from torch import Tensor
 
-from .. import ids
-from ..dispatch import accumulator, asked_impl, check_float, check_index, compute_dtype, no_autocast
-from ..registry import Op
+from ..dispatch import accumulator, asked_impl, check_float, check_index, compute_dtype, is_integer, no_autocast
+from ..registry import Op, traced
 from .choice import kernel_for, own_kernel
-from .kernel import Kernel, Scores, Segments
+from .kernel import Kernel, Scores, Segments, as_length, check_segments, check_sizes
 from .padded import padded_attention
 
 NAME = "flash_attn_varlen_func"
@@ -43,8 +42,7 @@ def flash_attn_varlen_func(
         k, v: [K, G, D] floating; H is a multiple of G, and head h reads keys and values of head h // (H / G). If they
             have fewer heads than q, they are repeated.
         cu_seqlens_q, cu_seqlens_k: [S + 1] int32 or int64: sample s consists of the rows cu_seqlens[s] to cu_seqlens[s
-            + 1]. The values go from 0 to Q and to K. A sample may have no queries, but a sample with queries must have
-            keys.
+            + 1]. The values go from 0 to Q and to K. A sample may have no queries or no keys.
         max_seqlen_q, max_seqlen_k: number of rows of the longest sample, or more.
         dropout_p: fraction of the attention weights that are dropped. If it is above 0, all samples are padded to the
             longest.
@@ -80,6 +78,7 @@ def flash_attn_varlen_func(
     check_index("cu_seqlens_q", cu_seqlens_q, (None,), q)
     check_index("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), q)
     heads, groups = q.shape[1], k.shape[1]
+    check_sizes("q", heads, q.shape[2], dropout_p)
     if not groups or heads % groups:
         raise ValueError(f"q has {heads} heads, which is no multiple of the {groups} heads of k and v")
     if softmax_scale is not None and not softmax_scale > 0:
@@ -88,16 +87,27 @@ def flash_attn_varlen_func(
     q, k, v = (x.to(dtype) for x in (q, k, v))
     if groups < heads:
         k, v = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
-    left, right = window_size
+    left, right = _window(window_size)
     right = 0 if causal else right
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    max_seqlen_q, max_seqlen_k = as_length("max_seqlen_q", max_seqlen_q), as_length("max_seqlen_k", max_seqlen_k)
     if dropout_p:
         segments = _segments(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        if not traced(q, cu_seqlens_q):
+            check_segments(NAME, cu_seqlens_q=segments[0], cu_seqlens_k=segments[1])
         return padded_attention(q, k, v, *segments, dropout_p, Scores(scale, left, right))
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     own = deterministic and q.device.type == "cuda"
     out, lse, _ = varlen_attention_op(q, k, v, *lengths, scale, left, right, own, asked_impl(impl))
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
+
+
+def _window(size: tuple[int, int]) -> tuple[int, int]:
+    """Return (left, right), or raise TypeError if it is no pair of integers."""
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(map(is_integer, size)):
+        raise TypeError(f"window_size is {size}, it must be a pair of integers, (left, right)")
+    left, right = size
+    return left, right
 
 
 def _segments(
@@ -143,9 +153,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result [Q, H, D], and the log-sum-exps [H, Q] in nats and in the kernel's units."""
     segments = _segments(q, k, cu_queries, cu_keys, max_queries, max_keys)
-    if ids.asked() or q.device.type == "cpu":
-        for name, ends in zip(("cu_seqlens_q", "cu_seqlens_k"), segments):
-            ids.check_ends(NAME, name, ends.cu_seqlens, ends.rows, ends.max_seqlen)
+    check_segments(NAME, cu_seqlens_q=segments[0], cu_seqlens_k=segments[1])
     if not len(q):
         return _fake(q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, left, right, own, impl)
     kernel, scores = _chosen(q, max_keys, scale, left, right, own, impl)

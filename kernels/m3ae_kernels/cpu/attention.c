@@ -230,8 +230,8 @@ static int forward_head(Head h, value *out, long out_row, float *lse, Scratch *s
             total[r] = _mm512_reduce_add_ps(sum);
         }
         for (long r = 0; r < rows; r++) {
-            inverse[r] = 1 / total[r];
-            lse[i + r] = shift[r] + log2f(total[r]);
+            inverse[r] = n ? 1 / total[r] : 0; /* without keys the result is 0 */
+            lse[i + r] = n ? shift[r] + log2f(total[r]) : INFINITY;
         }
         product(p, v, o, BLOCK, d, N / PER);
         store_rows(o, rows, d, inverse, 1, out + i * out_row, out_row);

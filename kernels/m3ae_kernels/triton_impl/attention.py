@@ -107,9 +107,9 @@ def attention_kernel(
             v_ND = load_rows(v, n, keys, stride_kv, D, BLOCK_D)
             acc = tl.dot(p.to(v_ND.dtype), v_ND, acc * alpha[:, None], input_precision=PRECISION, out_dtype=ACC)
             m_i = m_new
-        if BANDED:  # without any key, the result is 0 and has no gradient
-            m_i = tl.where(l_i == 0, float("inf"), m_i)
-            l_i = tl.where(l_i == 0, 1, l_i)
+        # without any key, the result is 0 and has no gradient
+        m_i = tl.where(l_i == 0, float("inf"), m_i)
+        l_i = tl.where(l_i == 0, 1, l_i)
         row = query * H * D + head * D
         store_rows(out + row, m, queries, H * D, acc / l_i[:, None], D, BLOCK_D)
         tl.store(lse + head * Q + query + m, m_i * scale + tl.log2(l_i), mask=m < queries)
@@ -200,7 +200,7 @@ def attention_backward_kernel(
     out += query * width + head * D
     partial += query * width + head * D
     lse += head * Q + query
-    for n0 in range(0, keys, BLOCK_N):
+    for n0 in range(0, tl.maximum(keys, 1), BLOCK_N):  # without keys once, for dq
         n = n0 + tl.arange(0, BLOCK_N)
         k_ND = load_rows(k, n, keys, stride_kv, D, BLOCK_D)
         v_ND = load_rows(v, n, keys, stride_kv, D, BLOCK_D)
@@ -256,7 +256,7 @@ def _backward(
     tile = _tile("attention_backward", q, queries, keys)
     long = keys.max_seqlen > tile["BLOCK_N"]
     partial = torch.empty_like(grad, dtype=lse.dtype) if long else lse
-    if dk.numel():
+    if dq.numel():
         attention_backward_kernel[((len(keys.cu_seqlens) - 1) * heads,)](
             grad, q, k, v, out, lse, dq, dk, dv, partial, queries.cu_seqlens, keys.cu_seqlens, rows, heads,
             q.stride(0), k.stride(0), dq.stride(0), dk.stride(0), scale, LOG2E * scale, left, right,
