@@ -38,7 +38,10 @@ def choose_impl(impl: str, device: torch.device, dtype: torch.dtype | None = Non
     if device.type == "cuda" and dtype == torch.float64:
         return "torch"
     if impl == "triton" and device.type == "cpu" and not _interpreted():
-        raise ValueError("impl is 'triton' and the tensors are on a CPU: Triton needs a GPU, or TRITON_INTERPRET=1")
+        raise ValueError(
+            f"impl is 'triton', set by the argument or by {ENV}, and the tensors are on a CPU: Triton needs a GPU, or "
+            "TRITON_INTERPRET=1"
+        )
     if impl != "auto":
         return impl
     return _on_gpu(device) if device.type == "cuda" else "torch"

@@ -60,7 +60,7 @@ def packed_attention(
             to it is missing.
     """
     check_float("qkv", qkv, (..., 3 if q is None else 2, None, None), qkv)
-    check_sizes("qkv", *qkv.shape[-2:], dropout_p)
+    check_sizes("qkv", qkv.shape[-2], qkv.shape[-1], dropout_p)
     check_index("cu_seqlens", cu_seqlens, (None,), qkv)
     if (q is None) != (cu_queries is None) or (q is None) != (max_queries is None):
         raise ValueError("q, cu_queries and max_queries must be given together")
