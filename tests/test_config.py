@@ -99,7 +99,7 @@ MISTAKES = [
     (["data.train.².shards=x"], "'²'"),
     (["nonsense"], "section.key=value"),
     (["train.steps.x=1"], "train.steps is a value"),
-    (["data.train.1.shards=x"], "'1'"),  # of one source
+    (["data.train.1.shards=x"], "'1'"),  # there is one source only
 ]
 
 
@@ -110,7 +110,7 @@ def test_a_shipped_config_is_named_without_its_path(tmp_path, monkeypatch):
         UserError, match=r"config big: is neither a file nor a config .* \(base, fast-base, .*huge, large, .*small\)"
     ):
         load_config("big")
-    (tmp_path / "large").write_text((ROOT / "configs/small.json").read_text())  # a path wins
+    (tmp_path / "large").write_text((ROOT / "configs/small.json").read_text())  # a path takes precedence
     assert load_config("large") == load_config(ROOT / "configs/small.json")
 
 
@@ -416,7 +416,7 @@ def test_a_batch_is_split_evenly_into_few_parts():
         return share.micro_batch, share.accumulation
 
     assert [parts(world, micro_batch=50) for world in (1, 3, 8, 360)] == [(45, 8), (40, 3), (45, 1), (1, 1)]
-    assert [parts(world, micro_batch=50) for world in (7, 5)] == [(26, 2), (36, 2)]  # 51 or 52 a rank; 72
+    assert [parts(world, micro_batch=50) for world in (7, 5)] == [(26, 2), (36, 2)]  # 51 or 52 samples per rank, and 72
     assert parts(4) == (90, 1)
     with pytest.raises(UserError, match="360 has no sample for some of 361 ranks"):
         parts(361)
@@ -625,7 +625,7 @@ def test_a_config_follows_its_run_folder_as_far_as_that_has_its_files(tmp_path):
         "data": {"train": [{"shards": ["/a/shards/0.tar", "/a/b.tar", "/ab/shards/0.tar"]}]},
     }
     found = follow(config, tmp_path)
-    assert found["run"] == {"dir": str(tmp_path)}  # also where nothing else is in it
+    assert found["run"] == {"dir": str(tmp_path)}  # also if it contains nothing else
     assert found["data"]["train"][0]["shards"] == [f"{tmp_path}/shards/0.tar", "/a/b.tar", "/ab/shards/0.tar"]
     for other in ({"run": {"dir": str(tmp_path)}}, {"run": {"dir": "a"}}, {"run": {"dir": 5}}, {"run": None}, {}):
         assert follow(other, tmp_path) is other

@@ -109,12 +109,12 @@ def lines(**series):
         ({"val_rankme": (2.0, 1.9)}, "collapse"),
         ({"val_rankme": (1.9, 1.5)}, None),  # too few samples to fill more
         ({"val_rankme": (1.5,)}, None),
-        ({"val_rankme": (50.0, 49.0, math.nan)}, None),  # what is not finite is told elsewhere
+        ({"val_rankme": (50.0, 49.0, math.nan)}, None),  # values that are not finite are reported elsewhere
         ({"data_wait": (1.0, 0.2)}, None),  # the first is of the workers' start
         ({"data_wait": (0.0, 0.2, 0.4, 0.4)}, "data bound"),
         ({"data_wait": (0.0, 0.5)}, "data bound"),
         ({"data_wait": (0.0, 0.9, 0.1, 0.1)}, None),
-        ({"loss": (*[2.0] * 11, 1.0)}, "no learning"),  # one step of luck
+        ({"loss": (*[2.0] * 11, 1.0)}, "no learning"),  # a single lucky step
         ({"loss": (*[2.0] * 9, 1.9, 1.9, 9.0)}, None),
         ({"val_image_relative": (1.0, 0.97), "val_text_relative": (1.0, 0.99)}, "image alone learns"),
         ({"val_image_relative": (1.0, 0.99), "val_text_relative": (1.0, 0.97)}, "text alone learns"),
@@ -270,7 +270,7 @@ def test_losses_are_relative_to_the_best_constant_prediction(norm_pix):
 def test_the_features_of_all_ranks_fill_dimensions(monkeypatch, world):
     """They do so as on one rank, for any number of samples. Only one rank computes the value."""
     features = torch.randn(5000, SMALL.emb_dim, generator=torch.Generator().manual_seed(0))
-    features[4000:] *= torch.linspace(0, 3, SMALL.emb_dim)  # what the last samples add is not what the first have
+    features[4000:] *= torch.linspace(0, 3, SMALL.emb_dim)  # the last samples span other dimensions than the first
     model = M3AE(SMALL)
     nothing = pack([], model.geometry)
     computed = []

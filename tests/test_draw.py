@@ -57,7 +57,7 @@ def test_the_patch_looked_at_most_is_red_and_others_bluer():
     patches = [shown[:, y : y + 8, x : x + 8].flatten(1) for y in (0, 8) for x in (0, 8)]
     assert all((patch == patch[:, :1]).all() for patch in patches)
     brighter = _laid_over(torch.full((3, 16, 16), 200, dtype=torch.uint8), weights, 8).int()
-    assert (brighter - shown).unique().tolist() == [50]  # half of what the image is
+    assert (brighter - shown).unique().tolist() == [50]  # half of the image's brightness
     redness = torch.tensor([(patch[0, 0] - patch[2, 0]).item() for patch in patches])
     assert redness.argsort().tolist() == weights.argsort().tolist() and redness[1] > 100 > -50 > redness[0]
 
@@ -127,7 +127,7 @@ def test_pictures_in_training_are_those_that_the_program_draws(run, tmp_path):
     path = checkpoint.locate(run)
     settings = checkpoint.read_info(path).config
     settings["run"]["dir"], settings["train"]["pictures"] = str(tmp_path), 2
-    settings["model"]["drop"] = 0.5  # of training alone
+    settings["model"]["drop"] = 0.5  # affects training only
     config = parse(Config, settings, "the run's config")
     corpus, tokenizer = open_corpus(config.data.val, ShardStore()), open_tokenizer(config.data, config.model)
     drawn = draw_training(config, checkpoint.read_weights(path), corpus, tokenizer)

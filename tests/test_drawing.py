@@ -114,7 +114,7 @@ def inks(sheet: Image.Image, top: int, height: int) -> set[str]:
 def test_words_have_their_colours_in_the_line_that_shows_predictions(tmp_path):
     model = make_model()
     with torch.no_grad():
-        model.text_head.bias[5] = 1e3  # it says 5, whatever the word
+        model.text_head.bias[5] = 1e3  # it predicts 5 for every word
     samples = [make_sample(0, words=4), make_sample(1, words=4)]
     for sample, word in zip(samples, (5, 7)):
         sample.tokens, sample.text_mask = torch.full((4,), word), torch.tensor([True, True, False, True])

@@ -48,9 +48,9 @@ def test_the_decay_begins_where_the_run_is(decay):
         stopping.add(step, 0.5)
         shorter = plan.changed(step, stopping.total_steps(step, plan, 1000))
         assert shorter.decay_begin == step < shorter.total_steps and shorter.lr(step) == 1
-        for later in range(step, shorter.total_steps):  # nothing changes it, a time limit that has time left neither
+        for later in range(step, shorter.total_steps):  # nothing changes it, not even a time limit with time left
             assert stopping.total_steps(later, shorter, 5000) == shorter.total_steps
-        assert stopping.total_steps(step, shorter, step + 1) == step + 1  # but one that has not
+        assert stopping.total_steps(step, shorter, step + 1) == step + 1  # a time limit without time left does
 
 
 def test_a_run_that_has_begun_to_decay_goes_on_as_it_is():

@@ -24,7 +24,7 @@ def test_the_average_is_the_formulas():
     track_ema(optimizer, 0.9)
     expected = None
     for step in range(4):
-        p.grad = torch.randn(5) * (step != 2)  # also of a step without a slope, which its momentum takes
+        p.grad = torch.randn(5) * (step != 2)  # includes a step without a gradient, which momentum takes
         optimizer.step()
         expected = p.detach().clone() if expected is None else 0.9 * expected + 0.1 * p.detach()
     torch.testing.assert_close(optimizer.state[p][EMA], expected)

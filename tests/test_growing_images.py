@@ -32,14 +32,14 @@ MODEL = ModelConfig(
 
 def test_positions_of_a_smaller_image_are_those_of_the_whole():
     assert torch.equal(sincos_of_smaller(16, 4, 4), sincos_2d(16, 4))
-    middle = torch.tensor([0.5, 2.5])  # each patch stands for two by two
+    middle = torch.tensor([0.5, 2.5])  # each patch covers 2 x 2 patches of the full size
     assert torch.allclose(sincos_of_smaller(16, 2, 4)[[0, 3], :4], torch.sin(middle[:, None] * 0.1 ** torch.arange(4)))
     for kind in ("sincos", "stored"):
         positions = Positions(MODEL.model_copy(update={"positions": kind}), 16)
         found, _ = positions(None, None, [(2, 2), (2, 2)])
         expected = resampled(positions.image, (2, 2)) if kind == "stored" else sincos_of_smaller(16, 2, 4)
         assert torch.equal(found, expected) and torch.equal(positions(None, None, [(4, 4)])[0], positions.image)
-        assert torch.equal(positions(None, None, [])[0], positions.image)  # captions alone
+        assert torch.equal(positions(None, None, [])[0], positions.image)  # a batch of captions only
 
 
 def test_positions_of_a_smaller_image_follow_the_model():
@@ -108,7 +108,7 @@ def test_a_smaller_image_is_what_a_model_of_its_size_sees(batches):
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["self", "cross"])
 def test_compiled_blocks_take_images_of_all_sizes_without_another_graph(attention, monkeypatch):
-    """Blocks are traced, not compiled, which takes long."""
+    """Blocks are only traced, since compiling them takes long."""
     torch._dynamo.reset()
     counter, compiled = CompileCounter(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compiled, backend=counter))
@@ -122,7 +122,7 @@ def test_compiled_blocks_take_images_of_all_sizes_without_another_graph(attentio
         batch = pack([Sample(f"{i}", image, mask) for i, (image, mask) in enumerate(zip(images, masks))], geometry)
         model(batch).loss.backward()
         found.append(counter.frame_count)
-    assert {*found} == {2}  # encoder and decoder, by their first batch
+    assert {*found} == {2}  # one graph for the encoder and one for the decoder, made by the first batch
     torch._dynamo.reset()
 
 

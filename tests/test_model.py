@@ -184,7 +184,7 @@ def test_mask_ratios(ratio):
 def test_pruned_last_block_equals_the_whole_one():
     model = make_model()
     for name, p in model.named_parameters():
-        if name.endswith("bias"):  # they begin as 0
+        if name.endswith("bias"):  # biases are initialised with 0
             torch.nn.init.normal_(p)
     batch = pack(MIXED, model.geometry)
     _, x = model.decoder_input(model.forward_encoder(batch), batch)
@@ -282,7 +282,8 @@ def test_what_a_sample_drops_depends_on_its_draw_alone():
     assert torch.equal(drop_path_factors(draws[order[:17]], 6, 0.25, 0), factors[:, order[:17]])
     dropped = torch.cat((factors, drop_path_factors(draws, 6, 0.25, 1))) == 0
     assert ((dropped.double().mean(1) - 0.25).abs() < 0.03).all()
-    both = (dropped[:, None] & dropped[None]).double().mean(2)  # branches of both transformers draw apart
+    # the branches of both transformers are drawn independently
+    both = (dropped[:, None] & dropped[None]).double().mean(2)
     both.fill_diagonal_(0.25**2)
     assert ((both - 0.25**2).abs() < 0.02).all()
     assert ((dropped[:, 1:] & dropped[:, :-1]).double().mean(1) - 0.25**2).abs().max() < 0.02
@@ -435,7 +436,7 @@ def test_flops_are_those_that_torch_counts(monkeypatch, head_depth, mlp_ratio):
     ops = torch.ops.m3ae
     formulas = {ops.packed_attention: forward, ops.packed_attention_backward: backward}
     monkeypatch.setattr(registry, "traced", lambda *_: False)  # the counter sees what the kernels' ops call
-    for name in ("attention_op", "attention_backward_op"):  # but these, which make the scores again
+    for name in ("attention_op", "attention_backward_op"):  # except these, which compute the scores again
         monkeypatch.setattr(op, name, getattr(op, name).registered)
     config = TINY.model_copy(update={"output_head_depth": head_depth, "mlp_ratio": mlp_ratio})
     model = make_model(config).double()

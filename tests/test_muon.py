@@ -135,7 +135,7 @@ def test_newton_schulz_runs_in_the_precision_of_the_run(precision, dtype):
         model = M3AE(SMALL, settings.loss)
         batch = pack(MIXED, model.geometry)
         engine = build_engine(model, settings, ranks)
-        engine.step([batch], batch.counts, 0.0)  # the state exists
+        engine.step([batch], batch.counts, 0.0)  # creates the state
         with Products() as products:
             engine.step([batch], batch.counts, 0.01)
     assert products.dtypes == {dtype}

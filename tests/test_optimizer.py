@@ -115,4 +115,4 @@ def test_what_is_collected_is_a_copy_in_float32():
     before = found["weight"].clone()
     model.weight.data += 1
     assert torch.equal(found["weight"], before)
-    assert asked == ["ema", "ema"]  # of each parameter, by all ranks together
+    assert asked == ["ema", "ema"]  # once for each parameter, on all ranks together

@@ -81,7 +81,7 @@ def test_a_row_of_tensors_is_cut_into_equal_parts(world):
         assert {part[name].shape for part in pieces} == {tuple(tensor.shape)}
 
 
-@pytest.mark.parametrize("world", [2, 5, 80])  # of 80 some have nothing
+@pytest.mark.parametrize("world", [2, 5, 80])  # some of the 80 ranks have nothing to write
 def test_any_elements_of_a_tensor_are_read_from_whoever_wrote_them(tmp_path, world):
     state = checkpoint.open_state(save_cut(tmp_path, STATE, world))
     assert state.shapes == {name: tuple(tensor.shape) for name, tensor in STATE.items()}
@@ -257,7 +257,7 @@ def test_a_damaged_file_is_one_line_whichever_it_is(saved, file, damage):
         (saved / file).mkdir()
     elif damage == "pipe":
         os.mkfifo(saved / file)
-    assert resuming.find(saved.parents[1], "auto") == saved  # not silently an older one
+    assert resuming.find(saved.parents[1], "auto") == saved  # an older one must not be used silently
     for read in (checkpoint.open_state, checkpoint.read_weights):
         with pytest.raises(UserError, match=rf"{saved.name}: {file} is damaged \(.*remove the folder") as caught:
             read(saved)
@@ -470,7 +470,7 @@ def test_a_rank_that_left_is_not_awaited_by_one_that_is_about_to(monkeypatch):
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(alone.decide, "x", str)
         with pytest.raises(TimeoutError):
-            waiting.result(0.3)  # as long as it trains on
+            waiting.result(0.3)  # while it continues training
         alone._leaving.set()
         with pytest.raises(UserError, match="another rank exited during a save"):
             waiting.result(5)

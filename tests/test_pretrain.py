@@ -87,7 +87,7 @@ def test_the_map_is_beside_the_other_pictures(tmp_path, monkeypatch, capsys):
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
 
     def draw(labels):
-        data = {"train": [{"shards": str(tmp_path / "train.tar")}]}  # which nothing reads
+        data = {"train": [{"shards": str(tmp_path / "train.tar")}]}  # nothing reads it
         probe = {"train": {"steps": 1, "probe": data | {"val": [{"shards": val}], "labels": labels}}}
         final_evaluation.draw_map(
             Config.model_validate({"run": {"dir": str(run)}, "data": data, **probe}, strict=False)
@@ -165,7 +165,7 @@ def test_a_finished_run_is_measured_with_the_settings_that_are_given_now(tmp_pat
     (run / "config.json").write_text(config.model_dump_json())
     monkeypatch.setattr(stages, "pre_train", lambda *_, **__: None)
     monkeypatch.setattr(stages, "status", lambda _: ("finished", ""))
-    monkeypatch.setattr(stages, "evaluate_run", seen.append)  # which says that it was stopped
+    monkeypatch.setattr(stages, "evaluate_run", seen.append)  # returns that it was stopped
     assert not pretrain(shards, run, val=[shards], overrides=["train.probe.k=7"]).finished
     probe = config.train.probe.model_copy(update={"k": 7})
     assert seen == [config.model_copy(update={"train": config.train.model_copy(update={"probe": probe})})]

@@ -74,7 +74,7 @@ def main(argv):
 def sockets(pid):
     found = set()
     for file in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # that of the folder itself
+        with contextlib.suppress(FileNotFoundError):  # raised for the folder itself
             found |= {link for link in [os.readlink(file)] if link.startswith("socket:")}
     return found
 
@@ -236,7 +236,7 @@ LOST = "exited; see its output for the reason, unless it was killed or its node 
         (dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed"), LOST),
         (dist.DistNetworkError("sendBytes failed: Broken pipe"), LOST),
         (dist.DistNetworkError("failed to send 8 bytes"), LOST),
-        (OSError("Broken pipe"), None),  # that of a program's own
+        (OSError("Broken pipe"), None),  # raised by the program itself
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a loader worker was killed"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "/dev/shm is full"),
@@ -396,7 +396,7 @@ def test_a_rank_begins_only_after_the_main_one_has_succeeded(rank, failing, runs
 
     with pytest.raises(UserError, match="no shard"):
         OneOfTwo(rank, 2, 0, torch.device("cpu"), None, [], [], None, None, [], None).main_first(work)
-    assert done == [rank] * runs and len(turns) == 1 + failing  # it is known as soon as it has happened
+    assert done == [rank] * runs and len(turns) == 1 + failing  # a failure is known as soon as it happens
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,9 @@ def test_results_have_errors_and_the_share_of_the_largest_class(run):
     heads = "".join(f"<th>{name}</th>" for name in ("task", "model", "metric", "value", "largest class"))
     assert f"<table><tr>{heads}</tr><tr><td>" in page
     row = "<tr><td>knn</td><td>random weights of &lt;run&gt;</td><td>{}</td>" + 2 * '<td class="number">{}</td>'
-    assert row.format("top1", "50.0% ± 5.1%", "") in page  # of a version that did not say it
+    assert row.format("top1", "50.0% ± 5.1%", "") in page  # the result of a version that did not record it
     for model in ("pixels:<run>", "random:<run>"):
-        more = {"top1_se": 0.07, "top5_se": 0.0, "model": model} | shares  # as tasks do
+        more = {"top1_se": 0.07, "top5_se": 0.0, "model": model} | shares  # as tasks write them
         (run / "probe/result.json").write_text(json.dumps(result | more))
         write_report(run, run / "report.html")
         page = (run / "report.html").read_text()

@@ -80,7 +80,8 @@ def test_sigkill_anywhere(trainer):
     ("number", "options"),
     [
         (signal.SIGINT, ["data.workers=0"]),
-        (signal.SIGTERM, ["data.workers=3", "train.eval_every=1", "train.eval_samples=1000"]),  # nearly always in one
+        # nearly always during an evaluation
+        (signal.SIGTERM, ["data.workers=3", "train.eval_every=1", "train.eval_samples=1000"]),
         (signal.SIGUSR1, ["data.workers=1", "train.save_every=1"]),
         (signal.SIGHUP, ["data.workers=1"]),
     ],
@@ -210,9 +211,11 @@ SETTINGS = {
         ("image_weight", "text_weight", "image_all_tokens", "text_all_tokens", "norm_pix", "per"), NOTED
     ),
     "data": dict.fromkeys(("crop_scale", "flip", "repeats", "image_tokens"), STREAM)
-    | dict.fromkeys(("train", "tokenizer", "image_tokenizer"), FREE)  # by the fingerprint, wherever they lie
-    | dict.fromkeys(("shuffle_shards", "lanes"), FREE)  # by the fingerprint's order
-    | dict.fromkeys(("range", "resize", "max_patches", "min_patches"), FREE)  # by what follows them in the model
+    # compared by the fingerprint, wherever the files are
+    | dict.fromkeys(("train", "tokenizer", "image_tokenizer"), FREE)
+    | dict.fromkeys(("shuffle_shards", "lanes"), FREE)  # compared by the order in the fingerprint
+    # compared by the model's settings that follow from them
+    | dict.fromkeys(("range", "resize", "max_patches", "min_patches"), FREE)
     | {"show_channels": FREE}
     | dict.fromkeys(("val", "workers", "prefetch", "cache_dir", "cache_gb", "max_bad_fraction"), FREE),
     "optim": {"name": REFUSED}
@@ -426,11 +429,12 @@ def test_auto_passes_over_what_has_failed(tmp_path):
     assert resuming.find(tmp_path, "auto") == two
     assert len(resuming.passed_over(tmp_path)) == 1 and str(three) in resuming.passed_over(tmp_path)[0]
     checkpoint.mark(tmp_path, 2, checkpoint.GOOD, "")
-    assert judge(tmp_path, 3) == f"the last good checkpoint is {two}"  # it is not to blame
+    assert judge(tmp_path, 3) == f"the last good checkpoint is {two}"  # it is not the cause
     assert resuming.find(tmp_path, "auto") == two
     assert resuming.find(tmp_path, str(three)) == three
     checkpoint.mark(tmp_path, 1, checkpoint.FAILED, "")
-    assert [str(three) in note for note in resuming.passed_over(tmp_path)] == [True]  # what lies before is no news
+    # earlier checkpoints are not reported
+    assert [str(three) in note for note in resuming.passed_over(tmp_path)] == [True]
     checkpoint.mark(tmp_path, 2, checkpoint.FAILED, "")
     with pytest.raises(UserError, match="all of its checkpoints are marked as failed"):
         resuming.find(tmp_path, "auto")

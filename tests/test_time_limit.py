@@ -150,7 +150,8 @@ def test_a_change_keeps_the_learning_rate_continuous_and_leads_to_its_end():
     assert rates[-1] == pytest.approx(whole.lr(1000))
     steepest = max(abs(whole.lr(step + 1) - whole.lr(step)) for step in range(100, 1000))
     after = np.abs(np.diff(rates[300:]))
-    assert max(after[:600]) < steepest and max(after) < 3 * steepest  # stretched, and then compressed
+    # the decay is stretched first and compressed later
+    assert max(after[:600]) < steepest and max(after) < 3 * steepest
     assert changed.warmup_steps == whole.warmup_steps and changed.due(1200, None) and not changed.due(1000, None)
 
 

@@ -147,7 +147,8 @@ def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed
     captions = [sum(batch.captions for batch in batches) for batches in engine.batches]
     assert [len(batches) for batches in engine.batches] == [2] * 8
     assert engine.counts == [LossCounts(*pair) for pair in zip(images, captions)]
-    assert any(len(a.images) != len(b.images) for a, b in engine.batches)  # counts of a part are not those of half
+    # the counts of a part are not those of half a batch
+    assert any(len(a.images) != len(b.images) for a, b in engine.batches)
     assert sum(images[:2]) == 24 + 12 + 3 and sum(captions[:2]) == 24 + 12 + 3
     assert len(set(engine.seeds)) == 8
 
@@ -177,7 +178,7 @@ def test_a_run_reads_what_its_config_says(monkeypatch, tmp_path, mixed):
         (batch,) = made.task.eval_loader
         assert batch.keys == [f"{tmp_path}/v.tar/{number:05d}" for number in range(60, 70, 2)]
         found.append(batch.encoder_table_ids.tolist())
-    assert found[0] == found[1] != found[2]  # masks are the seed's
+    assert found[0] == found[1] != found[2]  # masks depend on the seed
 
 
 def test_a_run_stops_where_too_many_of_all_samples_are_bad(monkeypatch, tmp_path):
@@ -365,7 +366,7 @@ def test_held_out_losses_are_means_over_the_pictures_and_captions_of_all_ranks()
     engine = argparse.Namespace(evaluate=lambda batch: model.eval()(batch))
     samples = [*MIXED, make_sample(7, image=False, words=3), make_sample(8, words=2), make_sample(9, words=None)]
     with torch.no_grad():
-        model.text_head.bias[5] = 30.0  # it always says 5, which is right for some captions
+        model.text_head.bias[5] = 30.0  # it always predicts 5, which is right for some captions
     samples[4] = dataclasses.replace(samples[4], tokens=torch.full_like(samples[4].tokens, 5))
     samples[6] = dataclasses.replace(
         samples[6], tokens=torch.tensor([5, 5, 1]), text_mask=torch.ones(3, dtype=torch.bool)
@@ -395,7 +396,7 @@ def test_work_ends_before_the_first_batch_where_a_rank_asks_to_stop():
             done.append(batch)
             stop.asked = batch == 2
     assert done == [0, 1, 2]
-    other = argparse.Namespace(sum=lambda values: [values[0] + 1])  # the partner asks
+    other = argparse.Namespace(sum=lambda values: [values[0] + 1])  # the partner asks to stop
     with pytest.raises(Stopped):
         next(until_stopped(range(5), other, argparse.Namespace(asked=False)))
 
@@ -659,7 +660,7 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
             main.ranks.other = other.ranks.own
             next(Trainer.inputs(main))
         else:
-            working.set()  # which is waited for
+            working.set()  # the write is awaited
             Trainer.stop_if_diverged(main)
         good = checkpoint.is_good(*checkpoint.saved_steps(folder))
         assert (main.saver.unjudged is None) == good
@@ -791,9 +792,8 @@ def test_images_that_are_enlarged_are_told(tmp_path, mixed):
         assert [note.startswith("images are enlarged: half of ") for note in notes] == [True] * told
         assert all("short side of 30 pixels or less, but model.image_size is 48" in note for note in notes)
     native = config.model_copy(update={"model": config.model.model_copy(update={"resize": "native"})})
-    assert (
-        cautions(native, data, Schedule(config.train, config.optim, data.train.samples)) == []
-    )  # they keep their size
+    # native images keep their size
+    assert cautions(native, data, Schedule(config.train, config.optim, data.train.samples)) == []
 
 
 def test_an_image_only_run_logs_no_text(monkeypatch, tmp_path):

@@ -25,7 +25,7 @@ def _hook(event, arguments):
         started.append(str(arguments))
 
 
-sys.addaudithook(_hook)  # cannot be taken away again
+sys.addaudithook(_hook)  # an audit hook cannot be removed
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def _named(*shards):
     "pattern",
     [
         "pipe:touch {marker}",
-        "{{{shards},pipe:touch {marker}}}",  # braces, written out
+        "{{{shards},pipe:touch {marker}}}",  # nested braces
         "{shards}::pipe:touch {marker}",
         "PIPE:touch {marker}; : ://",
         " pipe:touch {marker}; : ://",

@@ -105,7 +105,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_ranks(batch, lanes, repeats)
             assert len(parts) == 3 and max(map(len, parts)) - min(map(len, parts)) <= 1
             own = list(chain.from_iterable(parts))
             assert len(own) in (batch // world, -(-batch // world))
-            if rank == world // 2:  # an order that has made no other lanes
+            if rank == world // 2:  # an order that has not computed other lanes
                 order = Order([sizes], None, 2, 1, lanes)
                 assert all(order.locate(p // repeats) == known[p - everything[0]] for p in own[:99])
             found += own
@@ -133,8 +133,8 @@ def test_the_lanes_follow_from_batch_and_shards():
     assert layout(shards, 4095) == Layout(63, 3)
     assert layout(shards, 4093) == Layout(1, 128)  # a prime
     assert layout([[10] * 7], 4096) == Layout(4, 32)  # no more than there are shards
-    assert layout([[10] * 100, [9]], 4096) == Layout(8, 16)  # each has a part of every source
-    assert layout(shards, 4096, repeats=256) == Layout(16, 8)  # of samples, not of their views
+    assert layout([[10] * 100, [9]], 4096) == Layout(8, 16)  # each lane has a part of every source
+    assert layout(shards, 4096, repeats=256) == Layout(16, 8)  # counts samples, not their views
     assert layout(shards, 4096, repeats=3) == Layout(64, 2)
 
 
@@ -168,7 +168,7 @@ def test_lanes_begin_their_shards_at_different_times():
     firsts = Counter(int(order._lane(lane).sources[0]._epoch(0)[1][1]) for lane in range(16))
     assert len(firsts) > 4 and set(firsts) <= set(range(1, 9))
     epochs = {int(order._lane(0).sources[0]._epoch(epoch)[1][1]) for epoch in range(9)}
-    assert len(epochs) > 3  # and anew in each epoch
+    assert len(epochs) > 3  # and the waits differ between epochs
 
 
 def test_a_step_mixes_more_shards_than_without_lanes():

@@ -157,7 +157,7 @@ def test_pretraining_keeps_the_splits(tmp_path):
     shards = find_shards(str(root), tmp_path / "second", None, [])
     assert shards.val == [f"{tmp_path}/second/shards/test-*.tar"]
     (root / "train").rename(tmp_path / "train")
-    shards = find_shards(str(root / "test"), tmp_path / "third", None, [])  # as the user wishes
+    shards = find_shards(str(root / "test"), tmp_path / "third", None, [])  # a test split is used if it is named
     assert {split for split, _, _ in _paths(tmp_path / "third/shards")} == {"train", "val"}
     (tmp_path / "val").rename(root / "val")
     with pytest.raises(

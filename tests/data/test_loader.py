@@ -93,7 +93,7 @@ def test_world_size_accumulation_and_workers_change_nothing(load, paired):
     for world, accumulation in ((2, 1), (1, 3), (2, 3), (4, 1), (12, 1)):
         micro_batch = 12 // world // accumulation
         assert by_step(load, paired, 4, world=world, accumulation=accumulation, micro_batch=micro_batch) == reference
-    for world, accumulation in ((5, 1), (7, 2), (8, 3)):  # parts that differ by one, or are empty
+    for world, accumulation in ((5, 1), (7, 2), (8, 3)):  # parts differ by one sample, or are empty
         options = {"world": world, "accumulation": accumulation, "global_batch": 12}
         assert by_step(load, paired, 4, micro_batch=1, **options) == reference
     for workers in (1, 2):
@@ -295,7 +295,7 @@ def test_masks(load, paired, per):
     assert all(len(rows) == 4 for step in visible for rows in step)
     assert [len(set(step)) for step in visible] == [1] * 4 if per == "batch" else min(map(len, map(set, visible))) > 6
     assert len({step[0] for step in visible}) > 2
-    # the official rule for text: masked among all positions, then cut to the caption
+    # the official rule for text: the mask is drawn for all positions, then cut to the caption's length
     for batch in batches:
         for key, (_, _, rows, mask_ids) in content(batch):
             length = len(load(paired).dataset.preparation.tokenizer.encode(caption(int(key[-5:]))))
@@ -387,7 +387,7 @@ def test_repeats_are_views_of_one_decoding(load, paired, monkeypatch):
     assert len(decoded) == 36
     views = stream(load(paired, micro_batch=6, steps=12, config={"repeats": 2}))
     assert len(decoded) == 36 + 36
-    assert sorted(views[::2]) == sorted(once)  # the first view is the only one there is without repeats
+    assert sorted(views[::2]) == sorted(once)  # the first view is that of a run without repeats
     for (key, first), (same_key, second) in zip(views[::2], views[1::2], strict=True):
         assert key == same_key and first[0] != second[0]  # another crop
     assert sum(first[2:] != second[2:] for (_, first), (_, second) in zip(views[::2], views[1::2])) > 24  # masks
@@ -445,7 +445,7 @@ def test_a_shard_may_mix_what_its_samples_have(load, tmp_path):
     for modality, counts in (("paired", (5, 5)), ("image", (8, 0)), ("text", (0, 7))):
         (batch,) = load([SourceConfig(shards=path, modality=modality)], micro_batch=10, steps=1)
         assert batch.counts == counts and len(batch.skipped) == 10 - max(counts)
-    # a sample draws the same crop and masks whatever its neighbours are
+    # a sample has the same crop and masks whatever the other samples of the batch are
     (batch,) = load([SourceConfig(shards=path, modality="any")], micro_batch=10, train=False)
     alone = write_tar(tmp_path / "b.tar", members(range(5)))
     (pairs,) = load([SourceConfig(shards=alone)], micro_batch=5, train=False)
@@ -467,7 +467,7 @@ BAD = {
 def test_bad_samples_are_left_out_and_named(load, tmp_path, name, workers):
     files, reason = BAD[name]
     path = write_tar(tmp_path / "a.tar", [*members(range(3)), *files, *members(range(4, 8))])
-    # by itself a shard would train what each sample has; a source that is paired misses the other part
+    # a shard by itself would train on the modalities that each sample has; in a paired source the other one is missing
     sources = [SourceConfig(shards=path, modality="paired")]
     (batch,) = load(sources, micro_batch=8, steps=1, config={"workers": workers})
     assert sorted(int(key[-5:]) for key in batch.keys) == [0, 1, 2, 4, 5, 6, 7]
@@ -483,7 +483,8 @@ def test_bad_samples_are_left_out_and_named(load, tmp_path, name, workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_caption_on_which_the_tokenizers_library_panics_is_a_bad_sample(load, tmp_path, tokenizer_file, workers):
     definition = json.loads(Path(tokenizer_file).read_text())
-    rule = {"type": "Replace", "pattern": {"Regex": "(?:a|aa)+$"}, "content": "a"}  # tries for ever, and gives up
+    # this pattern backtracks until it gives up
+    rule = {"type": "Replace", "pattern": {"Regex": "(?:a|aa)+$"}, "content": "a"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition | {"normalizer": rule}))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"), 8)
     text = "a" * 60 + "b"

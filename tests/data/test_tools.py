@@ -162,7 +162,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, caps
         patch.setattr(writer, "as_member", lambda *arguments: pytest.fail("converted again"))
         assert make(pictures, out, "--samples-per-shard", "3") == 0
     for change in (["--short-side", "20"], ["--flat"], []):
-        if not change:  # what it says was cut short
+        if not change:  # the file was cut off
             os.truncate(out / "conversion.json", 99)
         assert make(pictures, out, "--samples-per-shard", "3", *change) == 2
         assert "holds another conversion" in capsys.readouterr().err
@@ -180,7 +180,7 @@ def test_ctrl_c_while_workers_start_is_not_lost(tmp_path, pictures, monkeypatch)
             return super().submit(*work)
 
     monkeypatch.setattr(writer, "ProcessPoolExecutor", Pool)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever other tests have left
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever handler other tests have left
     try:
         assert make(pictures, tmp_path / "out", "--samples-per-shard", "5", workers=2) == 130
     finally:

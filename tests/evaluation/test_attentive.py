@@ -70,7 +70,7 @@ def test_an_image_of_fewer_patches_is_pooled_as_by_itself(head):
 
 
 def _marked(samples, seed):
-    """Samples in which one of the tokens, marked, says the class, and the others say another, which varies."""
+    """Return samples in which a marked token encodes the class, and each other token encodes a random class."""
     tokens, labels = 0.3 * _tokens(samples, seed), torch.arange(samples) % 5
     generator = torch.Generator().manual_seed(seed + 100)
     for row in range(samples):

@@ -98,10 +98,11 @@ def test_a_result_that_is_not_above_the_largest_class_has_a_warning(tmp_path):
     says = "the model is not significantly better than the largest class: top-1 accuracy {}, largest class 70.0%"
     assert warning([0] * 100) == says.format("70.0%")  # balanced accuracy 0.5
     assert warning([1] * 100) == says.format("30.0%")
-    assert warning([0] * 68 + [1] * 2 + [1] * 3 + [0] * 27) == says.format("71.0%")  # one point is no difference
+    # one percentage point is not significant
+    assert warning([0] * 68 + [1] * 2 + [1] * 3 + [0] * 27) == says.format("71.0%")
     assert warning(labels) is None
     twice = class_metrics(tmp_path, range(2), ["0", "1"])
-    _table(tmp_path, labels, labels, keys=[*map(str, range(50))] * 2)  # of two layers, say
+    _table(tmp_path, labels, labels, keys=[*map(str, range(50))] * 2)  # such as predictions of two layers
     assert "balanced_accuracy" in twice and class_metrics(tmp_path, range(2), ["0", "1"]).keys() == {"chance"}
     write_parquet(tmp_path / "predictions.parquet", {"key": ["a"], "score": [1.0]})
     assert class_metrics(tmp_path, (), []) == {}

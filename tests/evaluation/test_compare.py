@@ -60,7 +60,7 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
     done.remove((SCALED, "attentive"))  # pixels have no patch tokens
     assert list(rows) == done
     assert {row["trials"] for (model, probe), row in rows.items() if probe in ("linear", "attentive")} == {2}
-    assert [rows[model, "knn"]["trials"] for model in models] == [2, 1, 1, 1]  # k-NN has nothing to draw
+    assert [rows[model, "knn"]["trials"] for model in models] == [2, 1, 1, 1]  # k-NN has no random draws
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     for (model, probe), row in rows.items():
         own = table[(table.model == model) & (table.probe == probe)]
@@ -104,7 +104,7 @@ def _found(**correct):
 
 def test_a_sample_that_half_the_seeds_have_right_counts_for_neither():
     even, other = np.full(20, 0.5), np.arange(20) % 2 == 0
-    assert difference(even, other).p == difference(other, even).p == 1.0  # as often right
+    assert difference(even, other).p == difference(other, even).p == 1.0  # both are right equally often
     mixed = np.where(np.arange(20) < 9, 1.0, even)  # nine more, of which the other has every second one
     assert difference(mixed, other).p == difference(other, mixed).p == stats.binomtest(0, 4).pvalue
 
@@ -116,7 +116,8 @@ def test_a_test_is_paired_on_the_mean_over_seeds():
     of_poor, of_good, (probe, first, second, test) = found.tests()
     assert (probe, first, second) == ("knn", "good", "poor")
     for (_, *names, against), name, right in ((of_poor, "poor", poor), (of_good, "good", good)):
-        assert names == [name, LARGEST] and against == difference(right.mean(0), np.ones(100))  # all are of one class
+        # all samples have one class
+        assert names == [name, LARGEST] and against == difference(right.mean(0), np.ones(100))
     assert test == difference(good.mean(0), poor[0].astype(float)) and test.is_significant
     decided = good[0] == good[1]
     theirs = stats.binomtest(

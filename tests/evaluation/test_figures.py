@@ -74,7 +74,7 @@ def test_a_confusion_matrix_has_shares_of_each_label_in_its_row(drawn, tmp_path)
     expected = np.array([[0.75, 0, 0.25, 0], [0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_allclose(axes.images[0].get_array(), expected)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
-    assert axes.images[0].get_clim() == (0, 1)  # one colour is one share in all pictures
+    assert axes.images[0].get_clim() == (0, 1)  # a colour stands for the same share in all figures
     for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [text.get_text() for text in ticks] == ["a", "b", "c", "d"]
 
@@ -140,7 +140,8 @@ def test_a_detection_shows_which_samples_are_which(drawn, tmp_path):
         for bars in panels[0].containers
     ]
     assert centres[0] > centres[1]
-    for bars in (bars for panel in panels for bars in panel.containers):  # few samples are as high as many
+    # bars of few and of many samples have the same height
+    for bars in (bars for panel in panels for bars in panel.containers):
         assert sum(bar.get_width() * bar.get_height() for bar in bars) == pytest.approx(1)
 
 
@@ -220,7 +221,7 @@ def test_what_is_found_is_the_most_alike_and_green_where_it_is_the_own_one(monke
     monkeypatch.setattr(retrieval, "draw_sheet", lambda path, rows, titles: sheets.__setitem__(path.stem, rows))
     random = np.random.RandomState(0)
     images, texts = (torch.from_numpy(random.rand(12) * 6.28) for _ in range(2))
-    texts[:6] = images[:6]  # of which each finds itself first
+    texts[:6] = images[:6]  # each text is most similar to its own image
     keys = [f"{number:02d}" for number in range(12)]
     features = [FeatureBank(keys, on_a_circle(angles), None) for angles in (images, texts)]
     samples = {key: Sample(key, torch.zeros(1), tokens=torch.zeros(1)) for key in keys}

@@ -131,7 +131,7 @@ def test_ranks_and_zero_change_nothing(transfer, run, shards, tmp_path):
     for name, weight in averages[0].items():
         other = averages[1][name]
         if name.endswith("qkv.bias"):
-            # softmax does not see the keys' bias: its gradient is only rounding, which Adam blows up
+            # softmax is invariant to the keys' bias: its gradient is rounding error, which Adam amplifies
             weight, other = (torch.cat(bias.chunk(3)[::2]) for bias in (weight, other))
         np.testing.assert_allclose(other, weight, rtol=2e-3, atol=1e-4)
     last = checkpoint.open_state(checkpoint.saved_steps(tmp_path / "one")[-1])
@@ -210,12 +210,12 @@ def test_neighbours_are_mixed_and_labels_have_the_same_weights(mixup, cutmix):
     mixed, labels = _mixing(mixup=mixup, cutmix=cutmix)(batch, torch.float32)
     plain = _plain(batch)
     torch.testing.assert_close(labels.sum(1), torch.ones(31))
-    torch.testing.assert_close(mixed.images[30], plain[30])  # whose partner is elsewhere
+    torch.testing.assert_close(mixed.images[30], plain[30])  # its partner is in another batch
     assert labels[30].tolist() == [1, 0, 0]
     shares, covered = set(), torch.zeros(batch.images.shape[-2:], dtype=torch.bool)
     for row in range(30):
         partner = row ^ 1
-        own = labels[row, row % 3].item()  # neighbours are of other classes
+        own = labels[row, row % 3].item()  # neighbours have different classes
         assert labels[row, partner % 3].item() == pytest.approx(1 - own, abs=1e-6)
         assert labels[partner, partner % 3].item() == pytest.approx(own)
         shares.add(own)
@@ -226,7 +226,7 @@ def test_neighbours_are_mixed_and_labels_have_the_same_weights(mixup, cutmix):
         assert same.double().mean().item() == pytest.approx(own, abs=1e-6)
         assert torch.equal(mixed.images[row][:, ~same], plain[partner][:, ~same])
         taken, covered = (~same).nonzero(), covered | ~same
-        if len(taken):  # a rectangle
+        if len(taken):  # the part from the partner is a rectangle
             sides = taken.max(0).values - taken.min(0).values + 1
             assert sides.prod() == len(taken)
     assert len(shares) >= 8
@@ -306,7 +306,7 @@ def test_labels_are_smoothed_once_whether_mixed_or_not():
     for mixup, images_only in ((0.8, True), (0.8, False), (0.0, True)):
         mixing = Mixing(FineTuneConfig(mixup=mixup, cutmix=0, label_smoothing=0.3), sizes, 3, images_only, 0)
         _, labels = mixing(replace(batch, labels=torch.tensor([0, 0, 1, 1])), torch.float32)
-        assert labels[0].tolist() == pytest.approx([0.8, 0.1, 0.1])  # mixed with an image of its class
+        assert labels[0].tolist() == pytest.approx([0.8, 0.1, 0.1])  # it is mixed with an image of its class
 
 
 def test_rand_augment_depends_on_its_seed_alone():

@@ -90,11 +90,11 @@ def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path, mon
     other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
     draw = ood.draw_detection
     monkeypatch.setattr(ood, "draw_detection", lambda path, *scores: drawn.extend(scores) or draw(path, *scores))
-    result = transfer("ood", "--ood", other, "--set", "knn.k=5")  # below a class's 16 samples
+    result = transfer("ood", "--ood", other, "--set", "knn.k=5")  # less than the 16 samples of a class
     assert result["knn_auroc"] > 0.95
     assert pictures(tmp_path / "out") == ["scores"]
     inside, outside = drawn
-    for name in inside:  # what is drawn is what is told
+    for name in inside:  # the figure shows the reported values
         both = np.concatenate((inside[name], outside[name]))
         assert result[f"{name}_auroc"] == pytest.approx(roc_auc_score(np.arange(len(both)) < 18, both))
         truth = np.arange(len(both)) < 18
@@ -157,7 +157,7 @@ def test_two_areas_are_told_apart_by_the_same_draws_of_both(transfer, run, tmp_p
     assert areas_apart(good, good, "A", "B") == (
         "A does not differ significantly from B on these samples: AUROC +0.000, 95 % interval +0.000 to +0.000"
     )
-    # alone, the intervals of these two overlap; of the same draws they do not
+    # the separate intervals of these two overlap, but with common draws their difference is significant
     low, high = auroc_interval(*bad, 0)[1], auroc_interval(*same, 0)[0]
     assert low > high and "A is better than B" in areas_apart(same, bad, "A", "B")
     draws = stats.bootstrap(
@@ -212,7 +212,8 @@ def test_scores_are_those_of_scikit_learn_and_of_a_sort():
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, train)]
     sorted_MN = np.sort(np.linalg.norm(unit[0][:, None] - unit[1][None], axis=2), axis=1)
     np.testing.assert_allclose(found["knn"], -sorted_MN[:, 3], rtol=1e-4)
-    few = Scores(_bank(train[:6], labels[:6]), 50)(_bank(queries))["knn"]  # of fewer than k the last one counts
+    # with fewer than k samples the last one is the k-th
+    few = Scores(_bank(train[:6], labels[:6]), 50)(_bank(queries))["knn"]
     farthest_M = np.linalg.norm(unit[0][:, None] - unit[1][None, :6], axis=2).max(1)
     np.testing.assert_allclose(few, -farthest_M, rtol=1e-4)
 

@@ -64,7 +64,7 @@ def test_ood_and_retrieval_keep_their_samples_too(transfer, shards, tmp_path):
     found = transfer("ood", "--ood", f"a={shards[0]}", "--ood", f"same={shards[1]}", out="ood")
     table = _columns(tmp_path / "ood")
     assert table["set"] == ["val"] * 18 + ["a"] * 48 + ["same"] * 18 and len(table["knn"]) == len(table["key"]) == 84
-    assert {found[f"same_{score}_auroc"] for score in SCORES} == {0.5}  # the images alone, as of val
+    assert {found[f"same_{score}_auroc"] for score in SCORES} == {0.5}  # the same images as in val
 
 
 def test_mcnemar_is_a_fair_coin_for_the_samples_that_one_alone_has_right():
@@ -98,7 +98,7 @@ def test_two_results_are_told_apart_in_words_or_not():
     little = np.arange(100) < 98
     said = difference(right, little).words("MAE", "M3AE")
     assert "MAE does not differ significantly from M3AE on these samples: +2.0 points" in said and "p = 0.5" in said
-    five, six = (difference(right, np.arange(100) >= count) for count in (5, 6))  # of as many coins all are heads
+    five, six = (difference(right, np.arange(100) >= count) for count in (5, 6))  # all of 5 and 6 coins are heads
     assert (five.p, six.p) == pytest.approx((2 / 2**5, 2 / 2**6)) and min(five.low, six.low) > 0
     assert six.is_significant and not five.is_significant
     of_seeds = difference(np.full(100, 2 / 3), np.full(100, 1 / 3))  # right in two of three seeds, in one of three

@@ -119,7 +119,7 @@ def test_each_way_asks_with_what_it_says(transfer, monkeypatch):
     own = torch.eye(18)
     captions = own.clone()
     captions[6:] = own[0] + own[6:] / 2
-    given = {"image": own, "text": captions * (1 + torch.arange(18))[:, None]}  # lengths do not count
+    given = {"image": own, "text": captions * (1 + torch.arange(18))[:, None]}  # lengths do not matter
     real = retrieval._encode
 
     def encode(job, pairs):

@@ -113,7 +113,7 @@ def test_a_corruption_depends_on_its_seed_alone_and_grows_with_its_severity(kind
     drawn = kind.endswith("noise") or kind in DRAWN
     assert drawn != torch.equal(found[2], Corruption(kind, 3)(image, 8))
     distances = [(each.double() - image.double()).square().mean().item() for each in found]
-    # two kinds in one each: less colour, then more; shifts of the whole, then ripples
+    # in both kinds severities 1 and 2 differ from 3 to 5: less or more colour, shifts of the image or ripples
     parts = [distances[:2], distances[2:]] if kind in ("saturate", "elastic") else [distances]
     assert all(part == sorted(part) and part[0] > 1 for part in parts)
 
@@ -200,7 +200,7 @@ def test_published_sets_are_found_by_corruption_and_severity(tmp_path):
 
 
 def test_published_corruptions_replace_those_that_are_applied(transfer, classifier, shards, tmp_path):
-    """Each is a pass over its own images: here the clean ones, and ones whose labels are those of other colours."""
+    """Each severity has its own images: here the clean ones, and images with the labels of other colours."""
     for severity, labels in ((1, None), (3, {number: (number + 1) % 3 for number in range(100, 118)})):
         folder = tmp_path / f"c/frost/{severity}"
         folder.mkdir(parents=True)
@@ -276,7 +276,7 @@ def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, tm
     options = ["--set", "robustness.epsilons=[1e-6,64]", "--set", 'robustness.corruptions=["jpeg","contrast"]']
     result = transfer("robustness", *options, model=classifier, train=None)
     assert result["task"] == "robustness" and list(result["pgd"]) == ["1e-06/255", "64/255"]
-    assert result["pgd"]["1e-06/255"] == result["top1"]  # no attack to speak of
+    assert result["pgd"]["1e-06/255"] == result["top1"]  # the attack is too weak to change a prediction
     assert result["top1"] > 0.9 > result["pgd"]["64/255"]
     assert [len(found) for found in result["corruptions"].values()] == [5, 5]
     every = np.mean(list(result["corruptions"].values()))
@@ -387,7 +387,7 @@ def test_an_attack_starts_where_the_seed_and_the_sample_say():
         assert all(torch.equal(start, whole[key]) for key, start in starts(keys).items())
     values = torch.stack([*whole.values(), *starts(["a/1"], seed=4).values()])
     assert len({start.numpy().tobytes() for start in values}) == 5
-    # native ones are the patches of all
+    # native images are the patches of all samples
     native = argparse.Namespace(keys=["a/1", "a/2"], images=torch.zeros(8, 3, 4, 4), grids=[(1, 3), (5, 1)])
     assert _start(native, 3).shape == (8, 3, 4, 4)
     assert -1 <= values.min() < -0.98 and 0.98 < values.max() <= 1 and abs(values.mean()) < 0.05
