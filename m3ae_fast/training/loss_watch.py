@@ -24,11 +24,11 @@ class Diverged(UserError):
 
 
 LAG = 2  # number of steps that may be in flight on the GPU before the host waits for their loss
-WINDOW = 128  # number of losses with which a loss is compared, as in OLMo
+WINDOW = 128  # number of losses with which a loss is compared, as in OLMo-core's skip-step optimisers
 
 
 class Spikes:
-    """Detection of losses that are far above recent ones: the criterion of OLMo (arXiv 2501.00656)."""
+    """Detection of losses that are far above recent ones, by the criterion of OLMo-core's skip-step optimisers."""
 
     def __init__(self, threshold: float, recent: Sequence[float] = ()) -> None:
         """Create the detector. `threshold`: number of standard deviations above the mean; `recent`: losses of the
