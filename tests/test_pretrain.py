@@ -396,7 +396,8 @@ def test_a_table_in_the_folder_gives_the_captions(tmp_path):
     (photos / "sizes.txt").rename(photos / "sizes.csv")
     (photos / "captions.csv").unlink()
     notes = find_shards(str(photos), tmp_path / "other", None, []).notes
-    assert notes[0].startswith(f"{photos}/sizes.csv is not used: it has no columns such as")
+    own = (photos / "sizes.csv").read_text().splitlines()[0].replace(",", ", ")
+    assert notes[0] == f"{photos}/sizes.csv is not used: it has no columns such as file_name and caption, but {own}"
     (photos / "sizes.csv").unlink()
     (photos / "Captions.CSV").write_text("file_name,caption\n" + rows)
     notes = find_shards(str(photos), tmp_path / "another", None, []).notes

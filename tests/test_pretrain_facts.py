@@ -107,6 +107,16 @@ def test_the_model_sees_what_images_have(tmp_path, kind):
         assert np.allclose(m.image_mean, 0.5, atol=0.25) and min(m.image_std) > 0.05
 
 
+def test_shards_that_are_cut_off_are_named(tmp_path):
+    files = [(f"{number}.png", _png(_levels(24, 20, 3))) for number in range(8)]
+    shards = [write_tar(tmp_path / f"{number}.tar", files) for number in range(5)]
+    for path in map(Path, shards[:4]):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    _, notes = look(Shards(shards[1:], shards[:1], []), tmp_path / "run", "cls")
+    assert [note.partition(":")[0] for note in notes[1:4]] == [*shards[1:4]]
+    assert notes[4:] == ["further damaged or unreadable shards: 1"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -27,6 +27,7 @@ _KINDS = 256  # number of samples whose images determine the channels and the dt
 _CAPTIONS = 200_000  # maximum number of captions from which a vocabulary is learnt
 _LONGEST = 1 << 16  # maximum length of a caption in tokens
 _VOCABULARY = (512, 16384)  # smallest and largest vocabulary that is learnt
+_NAMED = 3  # maximum number of damaged shards that are named
 _QUANTILE = 0.95  # fraction of the captions that are not truncated
 
 
@@ -67,6 +68,10 @@ def look(
     if found.bad:
         reason = found.bad.most_common(1)[0][0]
         notes.append(f"{found.bad.total():,} of {found.seen:,} samples that were looked at cannot be used: {reason}")
+    damaged = train.damaged + (val.damaged if val else [])
+    notes += [str(shard) for shard in damaged[:_NAMED]]
+    if len(damaged) > _NAMED:
+        notes.append(f"further damaged or unreadable shards: {len(damaged) - _NAMED:,}")
     mean, std = found.mean_and_std()
     lengths = found.lengths or [1]
     return Facts(

@@ -129,8 +129,9 @@ def _with_table_in(folder: Path) -> tuple[Folder, list[str]]:
         return Folder(folder), []
     try:
         pictures = Folder(folder, tables[0])
-    except NoColumns:
-        return Folder(folder), [f"{tables[0]} is not used: it has no columns such as file_name and caption"]
+    except NoColumns as error:
+        note = f"{tables[0]} is not used: it has no columns such as file_name and caption, but {error.columns}"
+        return Folder(folder), [note]
     except ImagesMissing as error:
         if any(row.captions is not None for row in read_captions(tables[0])[:1]):
             raise

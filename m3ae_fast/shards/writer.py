@@ -117,11 +117,12 @@ def _plan(records: Records, settings: Settings) -> list[Shard]:
                 f"--held-out: the input has splits of its own ({', '.join(records.splits)}); convert one of them alone"
             )
         ((name, split, order),) = parts
-        held = split_images(records.images(split)[order], max(1, round(len(order) * settings.held_out)))
+        images = records.images(split)[order]
+        held = split_images(images, max(1, round(len(order) * settings.held_out)))
         if held.all():
-            raise UserError(
-                f"--held-out {settings.held_out:g}: holds out all {len(order)} samples (those of one image go together)"
-            )
+            if (images == images[0]).all():
+                raise UserError(f"all {len(order)} samples have the same image, so that none of them can be held out")
+            raise UserError(f"--held-out {settings.held_out:g}: holds out all {len(order)} samples; lower it")
         parts = [(TRAIN if name in HELD_OUT else name, split, order[~held]), (VAL, split, order[held])]
     shards = []
     for name, split, order in parts:

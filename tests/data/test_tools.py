@@ -389,7 +389,10 @@ def test_a_split_of_which_nothing_can_be_used_is_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     (tmp_path / "in" / "good.jpg").unlink()
     assert make(tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2
-    assert "--held-out 0.1: holds out all 9 samples (those of one image go together)" in capsys.readouterr().err
+    assert "all 9 samples have the same image, so that none of them can be held out" in capsys.readouterr().err
+    (tmp_path / "in" / "1.jpg").write_bytes(b"another image")
+    assert make(tmp_path / "in", tmp_path / "out", "--held-out", "0.99") == 2
+    assert "--held-out 0.99: holds out all 9 samples; lower it" in capsys.readouterr().err
 
 
 def test_columns_of_a_dataset_that_nothing_reads_are_named(tmp_path, dataset, capsys):

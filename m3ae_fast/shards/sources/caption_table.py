@@ -38,7 +38,11 @@ _Rows = Generator[list[Any], None, None]
 
 
 class NoColumns(UserError):
-    """Raised if a table has no columns that are used."""
+    """Raised if a table has no columns that are used. `columns`: the columns that it has, as text."""
+
+    def __init__(self, columns: Sequence[str], where: str, option: str) -> None:
+        self.columns = ", ".join(columns) or "no columns"
+        super().__init__(f"{where}: has {self.columns}; name one with {option}")
 
 
 class Row(NamedTuple):
@@ -85,7 +89,7 @@ def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str
         raise UserError(f"{option} {named}: {where} has {', '.join(columns) or 'no columns'}")
     names = [named] if named else [column for name in usual for column in columns if column.lower() == name][:1]
     if not names:
-        raise NoColumns(f"{where}: has {', '.join(columns) or 'no columns'}; name one with {option}")
+        raise NoColumns(columns, where, option)
     same = [column for column in columns if column == named or (not named and column.lower() == names[0].lower())]
     if len(same) > 1:
         advice = f"name one with {option}" if len(set(same)) == len(same) else "rename or remove all but one"
