@@ -27,7 +27,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from m3ae_fast import checkpoint, pretrain
-from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.base.hardware import fast_precision
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.cli import draw, export
@@ -576,6 +576,20 @@ def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("the hub is far")))
     with pytest.raises(UserError, match="nowhere: no such folder here; as a data set's name: "):
         find_shards("nowhere", tmp_path / "other", None, [])
+
+
+def test_several_ranks_are_referred_to_the_training_program(tmp_path, monkeypatch, capsys):
+    """Each of them would make the shards and the report."""
+    monkeypatch.setattr("m3ae_fast.cli.command_line._FIRST_S", 0.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert exit_cleanly(lambda: main([str(tmp_path), "--out", str(tmp_path / "run")])) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: pretrain runs as a single process; on several GPUs") == (rank == "0")
+    with pytest.raises(UserError, match="pretrain runs as a single process"):
+        pretrain(tmp_path, tmp_path / "run")
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_hdf5_file_is_taken_with_its_splits_and_classes(tmp_path):

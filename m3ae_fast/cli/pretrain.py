@@ -19,9 +19,10 @@ import sys
 from pathlib import Path
 
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli.command_line import add_labels, add_settings, output, program, use_device
-from m3ae_fast.pretraining import GOES_ON
+from m3ae_fast.cli.command_line import add_labels, add_settings, output, program, refuse, use_device
+from m3ae_fast.pretraining import GOES_ON, SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import check_overrides
+from m3ae_fast.process.launchers import alone
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -57,6 +58,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if not alone():
+        refuse(SEVERAL_RANKS)
     check_overrides(args.set)  # a mistake is told before the imports, which take seconds
     try:
         finished = _pretrain(args)

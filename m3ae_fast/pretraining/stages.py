@@ -18,6 +18,7 @@ from m3ae_fast.config import Config, Range, follow, load_config, read_config, re
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.report import REPORT_FILE, write_report
+from m3ae_fast.pretraining import SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import assumed_config, check_overrides, set_to
 from m3ae_fast.pretraining.dataset_statistics import look
 from m3ae_fast.pretraining.final_evaluation import draw_map, evaluate_run, stage, table, verdicts, why_no_map
@@ -25,6 +26,7 @@ from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
 from m3ae_fast.pretraining.learning_rate_search import tune as choose_rate
 from m3ae_fast.pretraining.plan import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
+from m3ae_fast.process.launchers import alone
 from m3ae_fast.training.run import pre_train
 from m3ae_fast.training.run_folder import is_held
 from m3ae_fast.training.run_state import status
@@ -89,6 +91,8 @@ def pretrain(
     began = time.monotonic()
     if not 0 < hours < 10_000:
         raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
+    if not alone():
+        raise UserError(SEVERAL_RANKS)
     uses_gpu(device)  # raises a mistake before any work
     image_range = check_overrides(overrides).model.image_range
     if tune and set_to(overrides, "optim.peak_lr", None) is not None:
