@@ -144,6 +144,13 @@ def test_repeating_shapes_change_no_result(kinds, fraction, attention):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_attention_is_dropped_in_training_alone():
+    model = make_model(TINY.model_copy(update={"att_drop": 0.5}))
+    batch = pack(samples_of("ppit"), model.geometry)
+    losses = {mode: {model.train(mode)(batch).loss.item() for _ in range(3)} for mode in (True, False)}
+    assert (len(losses[True]), len(losses[False])) == (3, 1)
+
+
 def test_padding_is_spread_evenly_over_samples():
     """No sample becomes much longer, since all others may be padded to it."""
     samples, geometry = samples_of("ppite"), make_model().geometry

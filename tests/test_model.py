@@ -11,6 +11,7 @@ from m3ae_kernels import registry
 from m3ae_kernels.attention import op
 from torch.utils.flop_counter import FlopCounterMode
 
+from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import Sample, Segments, pack
@@ -500,6 +501,18 @@ def test_representation_refuses_nonsense():
             model.representation(text=torch.tensor([[2, wrong]]))
     ignored = torch.tensor([[2, -1]]), torch.tensor([[0, 1]])
     assert not model.representation(None, *ignored)[:, -1].any()
+
+
+def test_patches_that_an_image_lacks_are_zeros():
+    model = make_model(TINY.model_copy(update={"resize": "native"})).eval()
+    images = [torch.randint(256, (3, 16, width), dtype=torch.uint8) for width in (8, 16)]
+    samples = [unmasked_sample(number, image, None, model.config, None) for number, image in enumerate(images)]
+    patches, alone = (
+        model.pooled_and_patches(pack(each, model.geometry), [TINY.depth])[1][:, 0].detach()
+        for each in (samples, samples[:1])
+    )
+    assert not patches[0, 8:].any() and patches[1].any(1).all()
+    torch.testing.assert_close(patches[0], alone[0])
 
 
 @pytest.mark.slow

@@ -207,13 +207,15 @@ def test_only_a_worker_that_a_signal_killed_is_called_killed(load, paired, monke
 
 
 def test_no_two_uses_of_a_sample_share_random_numbers(load, paired, monkeypatch):
-    """The crop, mask, transform and forward pass of each view and epoch have a seed of their own."""
+    """The crop, mask, predicted patches and tokens, transform and forward pass of each view and epoch have a seed of
+    their own."""
     seeds = []
     monkeypatch.setattr(dataset, "hash64", lambda *key: seeds.append(hash64(*key)) or seeds[-1])
-    loader = load(paired, micro_batch=6, steps=12, config={"repeats": 2})
+    masking = MaskingConfig(image_predicted=0.5, text_predicted=0.5)
+    loader = load(paired, micro_batch=6, steps=12, config={"repeats": 2}, masking=masking)
     loader.dataset.transform = lambda image, seed: image
     assert sum(len(batch.keys) for batch in loader) == 72
-    assert len(seeds) == len(set(seeds)) == 4 * 72
+    assert len(seeds) == len(set(seeds)) == 6 * 72
 
 
 def test_samples_are_found_by_key_behind_shards_with_captions_alone(load, tmp_path):

@@ -25,7 +25,7 @@ from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.shards import main
 from m3ae_fast.data.shards import INDEX_SUFFIX
 from m3ae_fast.images.decoding import decode_image
-from m3ae_fast.shards import writer
+from m3ae_fast.shards import making, writer
 from m3ae_fast.shards.duplicate_images import join
 from m3ae_fast.shards.sources.folder import Folder
 from m3ae_fast.shards.sources.huggingface import HuggingFace
@@ -224,6 +224,29 @@ def test_as_many_are_held_out_as_come_nearest_to_the_share(samples, share, keep_
     held_out = sum(len(shard.numbers) for shard in shards if shard.name.startswith("val-"))
     assert held_out == 1 or abs(held_out - share * samples) <= 0.5
     assert sorted(numbers) == list(range(samples)) and (numbers == sorted(numbers)) == (keep_order or samples == 2)
+
+
+@pytest.mark.parametrize(("split", "rest"), [("train", "train"), ("extra", "extra"), ("test", "train")])
+def test_what_is_not_held_out_keeps_its_name_unless_that_says_held_out(split, rest):
+    records = SimpleNamespace(splits={split: 10}, images=lambda split: np.arange(10))
+    shards = writer._plan(records, writer.Settings(held_out=0.2))
+    assert {shard.name.partition("-")[0] for shard in shards} == {rest, "val"}
+
+
+def test_a_field_called_label_is_not_replaced_by_the_class():
+    files = writer._files(writer.Record(None, "a cat", 3, {"label": "tabby"}), writer.Settings())
+    assert json.loads(files["json"]) == {"label": "tabby"} and files["cls"] == b"3"
+
+
+@pytest.mark.parametrize("keep_order", [False, True])
+def test_samples_are_shuffled_unless_their_order_is_kept(tmp_path, keep_order):
+    (tmp_path / "in").mkdir()
+    for number in range(9):
+        (tmp_path / f"in/{number}.png").write_bytes(picture(number, fmt="PNG"))
+    making.make(tmp_path / "in", tmp_path / "out", keep_order=keep_order, workers=1)
+    with tarfile.open(tmp_path / "out/train-00000.tar") as tar:
+        names = [name for name in tar.getnames() if name.endswith(".jpg")]
+    assert len(names) == 9 and (names == sorted(names)) == keep_order
 
 
 def test_images_that_are_one_in_either_way_are_one_also_by_way_of_others():
