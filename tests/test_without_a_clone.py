@@ -127,7 +127,6 @@ def test_the_readmes_commands_make_a_model_of_images_and_others_use_it(site, tmp
         m3ae-fast shards stats shards/*.tar
         m3ae-fast train --config small --dry-run --no-data --world 8
         m3ae-fast train --config large --dry-run --no-data
-        m3ae-fast export out --out vit --format timm
         m3ae-fast shards index shards/*.tar
     """
     lines = [make, words, [*train, *options], [*show, "--pictures", "2"], write, ["m3ae-fast", *knn]]
@@ -147,7 +146,7 @@ def test_the_readmes_commands_make_a_model_of_images_and_others_use_it(site, tmp
     for part in ("images.npz: keys [20]", "finished at step 3 of 3", "parameters"):
         assert part in said
     assert M3AE.from_pretrained(tmp_path / "again").encode([Image.new("RGB", (40, 40))]).isfinite().all()
-    made = {"again", "cache", "images", "images.npz", "out", "results", "runs", "shards", "tokenizer.json", "vit"}
+    made = {"again", "cache", "images", "images.npz", "out", "results", "runs", "shards", "tokenizer.json"}
     assert {path.name for path in tmp_path.iterdir()} == made
     installed = {path.name for path in (site / "m3ae_fast/configs").glob("*.json")}
     assert installed == {path.name for path in (ROOT / "configs").glob("*.json")}
