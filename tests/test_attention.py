@@ -23,7 +23,7 @@ from m3ae_fast.training.attention_kernels import RunAttention
 from tests.helpers.attention import attend
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
-QUERIES, KEYS = [0, 1, 3, 5, 3, 3], [2, 1, 7, 5, 7, 7]  # some alike
+QUERIES, KEYS = [0, 1, 3, 5, 3, 3], [2, 1, 7, 5, 7, 7]  # some lengths are equal
 CONFIG = ModelConfig(
     size=None, emb_dim=64, depth=1, num_heads=2, dec_emb_dim=48, dec_depth=1, dec_num_heads=3,
     image_size=32, patch_size=8, text_length=12, vocab_size=50,
@@ -343,7 +343,7 @@ def test_the_fastest_is_taken_and_the_others_reasons_are_told(monkeypatch, caplo
     assert not [line for line in caplog.records if line.levelno > logging.INFO and "not available" in line.message]
     assert "flash-attn 3 is excluded: its results are off by" in caplog.text
     assert "torch varlen takes 2000.000 ms" in caplog.text
-    # asked again, nothing is tried again; another length is another question when it is asked at the start
+    # a repeated request makes no new trials; another length at the start of a run does
     stand_ins.calls.clear()
     assert cuda.choose(CPU, BF16, 2, 16, 300).name == "flash-attn 2" and not stand_ins.calls
     seconds["torch varlen"] = 0.5
@@ -446,7 +446,7 @@ def test_what_is_asked_for_is_what_runs(monkeypatch):
     """This holds on both devices, and a run reports it. tests/kernels runs Triton's kernels."""
     monkeypatch.setattr(cuda, "choose", lambda *_: pytest.fail("nothing is tried"))
     monkeypatch.setattr(cuda, "try_out", cuda.choose)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # or the CPU would refuse Triton
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # otherwise the CPU would refuse Triton
     for device, torch_kernel in ((CPU, PER_SAMPLE), (torch.device("cuda"), PADDED)):
         for impl, name in (("torch", torch_kernel.name), ("triton", "triton")):
             assert kernel_for(impl, device, BF16, 2, 16, 9).name == name
@@ -503,7 +503,7 @@ def test_one_rank_chooses_and_all_run_the_same(trials):
     names, times = RunAttention(*where).choose(512)
     assert names == {"encoder": "new", "decoder": "new"} and times["encoder"] == {"new": 1.0, "old": 2.0}
     assert trials == [(2, 32, 8, 512), (3, 16, 29, 512)]
-    RunAttention(*where).settle({"encoder": "new", "decoder": "old"})  # of another rank
+    RunAttention(*where).settle({"encoder": "new", "decoder": "old"})  # the choice of another rank
     assert RunAttention(*where).describe() == "new (encoder), old (decoder)"
     assert [kernel_for("auto", gpu, BF16, *head, 8).name for head in ((2, 32), (3, 16))] == ["new", "old"]
     assert len(trials) == 2

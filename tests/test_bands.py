@@ -131,7 +131,7 @@ def test_pictures_show_the_channels_that_are_asked_for(dtype, tmp_path):
     with pytest.raises(UserError, match=r"data.show_channels \[0, 1, 13\]: images have channels 0 to 12"):
         levels(image, config, (0, 1, 13))
     sample = Sample("a", image, MASK)
-    # what is predicted perfectly looks as the original does
+    # a perfect prediction looks like the original
     target = normalised(image, MEAN, STD).unflatten(2, (2, 8)).unflatten(1, (2, 8)).permute(1, 3, 2, 4, 0).flatten(0, 1)
     target = target.flatten(1)[MASK]
     target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
@@ -211,8 +211,9 @@ def test_the_satellite_example_runs(tmp_path, monkeypatch, capsys):
     assert np.abs(np.array(config.image_mean) - values.mean((0, 1, 2))).max() < 0.02
     assert np.abs(np.array(config.image_std) - values.std((0, 1, 2))).max() < 0.02
     accuracy = json.loads((tmp_path / "knn" / "result.json").read_text())["top1"]
-    assert accuracy > 0.6  # of four spectra that differ plainly
+    assert accuracy > 0.6  # the four spectra differ clearly
     colours = np.asarray(Image.open(tmp_path / "bands.png").convert("RGB"))[24:184, 8:168]
     assert (colours[..., 0] != colours[..., 2]).any()
-    drawn = np.asarray(Image.open(tmp_path / "run" / "attention.png").convert("RGB"))[6:134, 6:134]  # in training
+    # the sheet that was drawn during training
+    drawn = np.asarray(Image.open(tmp_path / "run" / "attention.png").convert("RGB"))[6:134, 6:134]
     assert (drawn[..., 0] != drawn[..., 2]).any()

@@ -57,7 +57,7 @@ def test_no_work_begins_before_the_error_of_the_one_before_is_raised():
         raise UserError("the disk is full")
 
     background.start(fail)
-    for _ in range(2):  # while it is at work, and after it has failed
+    for _ in range(2):  # while the work is running, and after it has failed
         with pytest.raises(AssertionError):
             background.start(lambda: done.append(1))
         go.set()
@@ -110,7 +110,8 @@ def test_the_last_work_is_awaited_at_the_end(error):
         with pytest.raises(error):
             run()
     assert done == ([] if error is KeyboardInterrupt else [1])
-    assert background.leaving.is_set() == (error in (KeyboardInterrupt, RuntimeError))  # a UserError is all ranks'
+    # a UserError is raised on all ranks, so that no rank has to leave
+    assert background.leaving.is_set() == (error in (KeyboardInterrupt, RuntimeError))
     go.set()
     timer.join()
 
@@ -160,7 +161,7 @@ def test_garbage_is_collected_in_the_same_steps_everywhere(monkeypatch):
     try:
         with GarbageCollection():
             pass
-        assert not gc.isenabled()  # as it was
+        assert not gc.isenabled()  # as before
     finally:
         gc.enable()
 

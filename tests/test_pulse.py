@@ -90,7 +90,7 @@ def test_workers_that_do_something_are_waited_for(monkeypatch):
             judged.busy = set()
 
     end, _ = judged.ended(5000, at)
-    assert 1060 <= end < 1070  # a timeout after they fell idle
+    assert 1060 <= end < 1070  # one timeout after the workers became idle
 
 
 def test_every_batch_begins_the_wait_anew(monkeypatch):
@@ -135,14 +135,14 @@ def test_what_the_main_thread_is_at_is_known_at_each_moment_of_a_batch(monkeypat
         waiting, waiting, training, waiting, training, waiting, training
     ]  # fmt: skip
     marks = [mark for _, _, mark in seen]
-    assert marks[1:] == sorted(set(marks))  # each is a sign that it moves on
+    assert marks[1:] == sorted(set(marks))  # each mark shows progress
 
 
 def test_a_process_that_was_suspended_accuses_nobody(monkeypatch):
     judged = Judged(monkeypatch, 60.0, ranks=2)
     judged.pulse.mark("waiting for its loader", loading=True)
     end, _ = judged.ended(2e5, lambda now: 1e5 if 30 <= now < 31 else None)
-    assert 1e5 + 60 - 2 <= end < 1e5 + 70  # the seconds for which it was awake
+    assert 1e5 + 60 - 2 <= end < 1e5 + 70  # only seconds in which the process was not suspended count
 
 
 @pytest.mark.parametrize(("rank", "others"), [(0, [1, 2, 3]), (1, [0]), (3, [0])])
@@ -179,7 +179,7 @@ def test_a_rank_beats_while_something_of_it_moves_and_no_longer(monkeypatch):
         assert judged.beats(50) > 45
         assert judged.store.get("beat 0").endswith(b" step")
     assert judged.beats(50) <= 1
-    assert judged.store.get("beat 0").endswith(b" starting")  # it is not at that step any more
+    assert judged.store.get("beat 0").endswith(b" starting")  # the rank has left that step
     judged.busy = {"self"}
     judged.pulse.mark("waiting for its loader", loading=True)
     assert judged.beats(50) <= 1
@@ -249,7 +249,7 @@ def test_every_rank_is_monitored_by_rank_0_or_by_a_leader_that_rank_0_monitors(n
     for rank in range(1, len(nodes)):
         apart = len(leaders) not in (1, len(nodes))
         assert (nodes.index(nodes[rank]) if apart and rank not in leaders else 0) in hears[rank]
-    for rank, own in groups.items():  # a message in a group reaches its members
+    for rank, own in groups.items():  # a message to a group reaches its members
         for number, group in enumerate(own):
             group.store.set(f"said {rank} {number}", "x")
     for rank, own in groups.items():

@@ -203,7 +203,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path, write, name):
     if not child:
         with whole_file(tmp_path / "a.txt"), output_folder(tmp_path / "out") as partial:
             (partial / "part").touch()
-            os._exit(0)  # as a kill: nothing is cleaned up
+            os._exit(0)  # like a kill, this cleans nothing up
     os.waitpid(child, 0)
     assert len(os.listdir(tmp_path)) == 2
     write(tmp_path)
@@ -225,7 +225,7 @@ def test_an_output_named_by_a_link_takes_the_place_of_what_it_leads_to(tmp_path,
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     with output_folder("link") as partial:
-        monkeypatch.chdir(tmp_path / "elsewhere")  # a relative name is of where it began
+        monkeypatch.chdir(tmp_path / "elsewhere")  # a relative path refers to the folder where the program started
         write_tensors(partial / MODEL_FILE, {"a": torch.zeros(2)})
         (partial / CARD_FILE).write_text("new")
     assert (tmp_path / "link").is_symlink() and (exported / CARD_FILE).read_text() == "new"
