@@ -33,7 +33,8 @@ def patch(
     norm, head and loss run only for masked patches. `logits` is then None; in eval mode, outputs are unchanged.
     `ViTMAEModel`: only the embedding is patched. Masks are sampled as before; losses and gradients are equal except for
     rounding. Parameters are unchanged, so optimisers, checkpoints and `save_pretrained` are not affected. Patch before
-    torch.compile and before wrapping. `interpolate_pos_encoding=True` uses the model's own code.
+    torch.compile and before wrapping, and again after unpickling, which restores the model's own code.
+    `interpolate_pos_encoding=True` uses the model's own code too.
 
     Args:
         model: the model, which is changed in place.
