@@ -383,7 +383,7 @@ def test_micro_batches_of_native_images_differ_by_less_the_larger_they_are():
     for micro, percent in ((1, "60.0"), (4, "30.0"), (9, "20.0")):
         (_, patches), (_, balance) = _images(batch, micro)
         assert patches == "9.0 on average, from 3 to 15"
-        assert f"micro-batches of {micro} samples differ by {percent}%" in balance
+        assert f"micro-batches of {micro} samples differs by {percent}%" in balance
 
 
 def test_learning_rate_is_optax_warmup_cosine():
@@ -447,7 +447,7 @@ def test_a_dry_run_without_a_gpu_has_no_number_of_one(run, tmp_path):
     assert "batch                 16 = 1 rank x 4 samples x 4 accumulated\n" in out
     for line in (r"memory +[\d.e-]+ GB per rank", r"loader +[\d.e-]+ cores, for .* samples/s, measured over"):
         assert re.search(line, out), line
-    assert "\nprobe                 k-NN of 9 samples among 9 labelled ones, 3 classes\n" in out
+    assert "\nprobe                 k-NN of 9 samples by 9 labelled samples, 3 classes\n" in out
     code, out = run("--dry-run", "--no-data", out=True)
     assert code == 0 and "GPUs elsewhere" in out and not re.search("H100|ZeRO|sent per|cores", out)
     assert "an H100 by its data sheet" in run("--dry-run", "--no-data", "--world", "8", out=True)[1]

@@ -58,8 +58,8 @@ def longer(metrics):
     [
         ("collapse", {"optim": {"peak_lr": 0.32, "weight_decay": 90.0}}),
         ("no learning", {"optim": {"peak_lr": 1e-9}}),
-        ("text alone learns", {"loss": {"image_weight": 0.0}}),
-        ("image alone learns", {"loss": {"text_weight": 0.0}}),
+        ("only text is learnt", {"loss": {"image_weight": 0.0}}),
+        ("only image is learnt", {"loss": {"text_weight": 0.0}}),
     ],
 )
 def test_a_broken_run_is_named(tmp_path, name, sections):
@@ -116,8 +116,8 @@ def lines(**series):
         ({"data_wait": (0.0, 0.9, 0.1, 0.1)}, None),
         ({"loss": (*[2.0] * 11, 1.0)}, "no learning"),  # a single lucky step
         ({"loss": (*[2.0] * 9, 1.9, 1.9, 9.0)}, None),
-        ({"val_image_relative": (1.0, 0.97), "val_text_relative": (1.0, 0.99)}, "image alone learns"),
-        ({"val_image_relative": (1.0, 0.99), "val_text_relative": (1.0, 0.97)}, "text alone learns"),
+        ({"val_image_relative": (1.0, 0.97), "val_text_relative": (1.0, 0.99)}, "only image is learnt"),
+        ({"val_image_relative": (1.0, 0.99), "val_text_relative": (1.0, 0.97)}, "only text is learnt"),
         ({"val_image_relative": (1.0, 0.5, 0.99), "val_text_relative": (1.0, 0.5, 1.5)}, "no learning"),
         ({"val_text_relative": (1.0, 0.99), "loss": (2.0, 1.0)}, "no learning"),
     ],
@@ -136,7 +136,7 @@ def test_words_have_each_number_in_its_place():
     assert verdict(metrics) == (
         "the image loss on held-out samples is 0.50 of that of predicting the mean patch, and began at 1.25; "
         "the text loss on held-out samples is 0.75 of that of predicting how often each word piece occurs, and began "
-        "at 1.75; k-NN accuracy 50.0%, before training 12.5%; the features fill 12.5 dimensions (RankMe), before "
+        "at 1.75; k-NN accuracy 50.0%, before training 12.5%; effective rank of the features (RankMe) 12.5, before "
         "training 20.0"
     )
     for top1, words in (
@@ -146,7 +146,9 @@ def test_words_have_each_number_in_its_place():
         metrics = lines(val_knn_top1=(0.125, top1), val_knn_largest_class=(0.66, 0.66))
         assert verdict(metrics) == f"k-NN accuracy {words} largest class 66.0%"
     (told,) = findings(lines(val_rankme=(20.0, 3.0)))
-    assert told.what.startswith("the features fill 3.0 dimensions (RankMe), and those of the untrained network 20.0")
+    assert told.what.startswith(
+        "the effective rank of the features (RankMe) is 3.0, compared with 20.0 before training"
+    )
     (told,) = findings(lines(val_image_relative=(1.0, 0.9), val_text_relative=(1.5, 1.6)))
     assert told.what.startswith("the text loss") and told.remedy.startswith("more steps, a higher loss.text_weight, o")
 
@@ -177,18 +179,18 @@ def test_too_few_steps_are_no_collapse(steps, rates, names):
         (
             (1.0, 0.6),
             (1.4, 1.01),
-            "image alone learns",
+            "only image is learnt",
             "began at 1.40: the model has learnt only the token",
         ),
         (
             (1.0, 0.6),
             (1.4, 0.99),
-            "image alone learns",
+            "only image is learnt",
             "the model has learnt only the token frequencies",
         ),
         ((1.0, 0.6), (1.4, 0.97), None, ""),
-        ((1.0, 0.6), (1.0, 1.0), "image alone learns", "and began at 1.00"),
-        ((1.5, 1.0), (1.4, 0.7), "text alone learns", "the model has learnt only the mean patch"),
+        ((1.0, 0.6), (1.0, 1.0), "only image is learnt", "and began at 1.00"),
+        ((1.5, 1.0), (1.4, 0.7), "only text is learnt", "the model has learnt only the mean patch"),
         ((1.5, 1.0), (1.4, 1.0), "no learning", "the image loss on held-out samples is 1.00"),
     ],
 )

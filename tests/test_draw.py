@@ -222,7 +222,7 @@ def test_mistakes_are_one_line_and_draw_nothing(run, tmp_path):
         (["reconstructions", "--ratios", "1.5"], "must be from 0 to 1"),
         (["attention", "--word", "unicorn"], "none of the samples has an image and 'unicorn'"),
         (["map", "--labels", "json.other"], "3 of 3 samples have no label"),
-        (["map"], "a map needs 4 or more"),
+        (["map"], "a map requires at least 4"),
     ):
         with pytest.raises(UserError, match=message):
             main([what, str(run), *options, "--out", str(tmp_path / "out.png")])

@@ -63,13 +63,13 @@ def test_the_command_prints_guesses_and_draws_a_completion(run, photo, tmp_path,
 
 def test_mistakes_are_one_line(run, photo, tmp_path):
     for options, message in (
-        ([str(photo), "a cat"], r"nothing to fill: write .MASK. in the text"),
+        ([str(photo), "a cat"], r"there is nothing to fill in: write .MASK. in the text"),
         ([str(photo), "a [MASK]", "--visible", "2"], "must be from 0 to 1"),
         ([str(photo), "a [MASK]", "--top", "0"], "must be 1 or more"),
         ([str(tmp_path / "no.png"), "a [MASK]"], "cannot be read"),
         ([__file__, "a [MASK]"], "not an image"),
         ([str(photo), "a [MASK]", "--out", str(photo)], "is the image; name another file"),
-        ([str(photo), "red " * 20 + "[MASK]"], "would be cut off"),
+        ([str(photo), "red " * 20 + "[MASK]"], "would be truncated"),
     ):
         with pytest.raises(UserError, match=message):
             main(["fill", str(run), *options])
@@ -109,7 +109,7 @@ def test_predicted_image_tokens_are_drawn_by_the_vqgan(photo, tmp_path, capsys):
     assert main(["fill", *given, "--image-tokenizer", str(tmp_path / "vqgan")]) == 0
     assert (tmp_path / "other.png").read_bytes() == out.read_bytes()
     pixels = tiny_run(tmp_path / "pixels")
-    with pytest.raises(UserError, match=r"--image-tokenizer .*vqgan: draws --out of a model"):
+    with pytest.raises(UserError, match=r"--image-tokenizer .*vqgan: is used only for --out with a model"):
         main(["fill", str(pixels), *given[1:], "--image-tokenizer", str(tmp_path / "vqgan")])
     with pytest.raises(UserError, match=r"--image-tokenizer .*: has 16 codes, but model.codebook_size is 32"):
         other = tiny_run(tmp_path / "other", data={"image_tokenizer": "none"}, **tokens | {"codebook_size": 32})

@@ -532,7 +532,7 @@ def test_patch_features_are_a_map_of_the_rows_of_patches(resize):
     with pytest.raises(ValueError, match="layer 9: the encoder has layers 1 to 2"):
         model.patch_features(images, layer=9)
     if resize == "native":
-        with pytest.raises(ValueError, match="images have maps of 2 x 4 and 4 x 2 patches: give those of one size"):
+        with pytest.raises(ValueError, match="the images have patch maps of different sizes, 2 x 4 and 4 x 2"):
             model.patch_features([images[0], images[1].mT])
 
 

@@ -329,8 +329,8 @@ def test_pictures_of_more_than_8_bits_take_a_range(tmp_path, capsys):
     for number, values in enumerate(deep):
         Image.fromarray(values).save(tmp_path / f"photos/{number}.png")
     message = (
-        r"the images have unsigned 16-bit values, from \d+ to 409\d in the 4 that were looked at: say which is black "
-        r"and which is white, such as --set data.range=\[0,4095\], or dtype for 0 and 65535"
+        r"the images have unsigned 16-bit values, from \d+ to 409\d in 4 inspected images: set the values of black "
+        r"and white, such as --set data.range=\[0,4095\], or dtype for 0 and 65535"
     )
     with pytest.raises(UserError, match=message):
         pretrain(tmp_path / "photos", tmp_path / "run", dry_run=True)
@@ -351,7 +351,7 @@ def test_shards_of_changed_pictures_are_made_anew_before_a_run_begins(tmp_path):
     assert "its shards are created again" in find_shards(str(photos), out, None, []).notes[-1]
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns != first and not (out / "config.json").exists()
     (photos / "red/0.txt").write_text("a third one")
-    with pytest.raises(UserError, match="holds shards of something else; remove it, or choose another --out"):
+    with pytest.raises(UserError, match="holds the shards of another source; remove it, or choose another --out"):
         find_shards(str(photos), out, None, [])  # without a config it is not known who made them
 
 
@@ -381,7 +381,7 @@ def test_a_table_in_the_folder_gives_the_captions(tmp_path):
     rows = "".join(f"red/{i}.png,a red thing\n" for i in range(4))
     (photos / "captions.csv").write_text("file_name,caption\n" + rows)
     shards = find_shards(str(photos), tmp_path / "run", None, [])
-    assert f"captions and fields are those of {photos / 'captions.csv'}" in shards.notes
+    assert f"captions and fields are read from {photos / 'captions.csv'}" in shards.notes
     facts, _ = look(shards, tmp_path / "run", "cls")
     assert facts.vocab_size > 0
     (photos / "sizes.csv").write_text("a,b\n1,2\n")
@@ -401,7 +401,7 @@ def test_a_table_in_the_folder_gives_the_captions(tmp_path):
     (photos / "sizes.csv").unlink()
     (photos / "Captions.CSV").write_text("file_name,caption\n" + rows)
     notes = find_shards(str(photos), tmp_path / "another", None, []).notes
-    assert f"captions and fields are those of {photos / 'Captions.CSV'}" in notes
+    assert f"captions and fields are read from {photos / 'Captions.CSV'}" in notes
 
 
 def test_shards_are_taken_as_they_are(tmp_path):
@@ -464,7 +464,9 @@ def test_an_image_is_on_one_side_of_shards(tmp_path):
     source, out = f"{tmp_path}/{{0..2}}.tar", tmp_path / "run"
     shards = find_shards(source, out, None, [])
     assert shards.val == [f"{out}/held-out/00000-2.tar"] and len(shards.train) == 2
-    assert shards.notes == ["the last 1 of 3 shards are held out but for 1 sample whose image other shards have too"]
+    assert shards.notes == [
+        "the last 1 of 3 shards are held out, except 1 sample whose image also occurs in other shards"
+    ]
     with tarfile.open(shards.val[0]) as tar:
         assert tar.getnames() == ["6-2.jpg", "7-2.jpg"]
         assert tar.extractfile("6-2.jpg").read() == picture(6)
@@ -479,7 +481,7 @@ def test_an_image_is_on_one_side_of_shards(tmp_path):
     with tarfile.open(find_shards(source, out, None, []).val[0]) as tar:
         assert tar.getnames() == ["8-2.jpg"]  # the shard has changed
     given = find_shards(f"{tmp_path}/0.tar", out, None, [f"{tmp_path}/1.tar"])
-    assert given.notes == ["held out, but with an image that training shards have too: 1 sample"]
+    assert given.notes == ["held out, although their image also occurs in training shards: 1 sample"]
     shutil.copy(tmp_path / "1.tar", tmp_path / "2.tar")
     nothing = find_shards(source, tmp_path / "other", None, [])
     assert (
@@ -574,7 +576,7 @@ def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
     assert (facts.samples, facts.held_out, facts.classes, notes) == (4, 4, 2, []) and facts.vocab_size
     monkeypatch.setattr("m3ae_fast.shards.sources.huggingface.hub_answers", lambda *_: True)
     monkeypatch.setattr("datasets.load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("the hub is far")))
-    with pytest.raises(UserError, match="nowhere: no such folder here; as a data set's name: "):
+    with pytest.raises(UserError, match="nowhere: no such folder; as the name of a dataset: "):
         find_shards("nowhere", tmp_path / "other", None, [])
 
 
@@ -627,7 +629,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
         ((f"{tmp_path}/nothing", out), {}, "is not a folder"),
         ((f"{tmp_path}/fotos", out), {}, r"is not a folder.*; did you mean .*/photos\?"),
         ((table, out), {}, r"is not a folder.*: pretrain FOLDER --captions .*t\.jsonl$"),
-        (("fotos", out), {}, r"fotos: no such folder here; did you mean photos\?"),
+        (("fotos", out), {}, r"fotos: no such folder; did you mean photos\?"),
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
         ((photos, next(photos.rglob("*.png"))), {}, "is not a folder; name a folder, which may be new"),

@@ -268,7 +268,7 @@ def test_the_vocabulary_is_the_users(tmp_path):
     assert [*sizes.values()][:3] == [60, 0, 0] and 0 < mine <= 50 < sizes["model.text_length=9"]
     assert not (tmp_path / "other").exists()
     with pytest.raises(
-        UserError, match=r"model.vocab_size=9999: the captions give \d+ tokens; set that, or leave it out"
+        UserError, match=r"model.vocab_size=9999: the captions yield \d+ tokens; set this number, or none"
     ):
         look(shards, tmp_path, "cls", None, ["model.vocab_size=9999"])
 
@@ -289,9 +289,7 @@ def test_of_many_captions_a_part_is_read(tmp_path, monkeypatch):
 def test_samples_that_cannot_be_used_are_told(tmp_path):
     files = [*members(range(4)), ("9.jpg", picture(1)[:-300])]
     _, notes = look(Shards([write_tar(tmp_path / "a.tar", files)], [], []), tmp_path, "cls")
-    assert any(
-        re.match("1 of 5 samples that were looked at cannot be used: the image is damaged", note) for note in notes
-    )
+    assert any(re.match("1 of 5 inspected samples cannot be used: the image is damaged", note) for note in notes)
 
 
 @pytest.mark.slow

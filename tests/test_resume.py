@@ -148,7 +148,7 @@ def test_going_back_to_an_older_checkpoint(trainer):
     trainer("run", *SAVE)
     whole = trainer.losses("run")
     out = trainer("run", *SAVE, "--resume", str(trainer.folder / "run/checkpoints/step-00000002"))
-    assert out.count("a later checkpoint is now") == 2
+    assert out.count("a later checkpoint was renamed to") == 2
     assert trainer.losses("run") == whole
     steps = [f"step-{step:08d}" for step in (2, 4, 6)]
     assert trainer.checkpoints("run") == [f"aside-{step}" for step in steps[1:]] + steps

@@ -813,7 +813,7 @@ def test_members_that_nothing_reads_are_told_at_the_start(tmp_path, mixed):
     whole, other = found
     schedule = Schedule(config.train, config.optim, 100)
     for data, name in ((Data(other, whole, None), "train"), (Data(whole, other, None), "val")):
-        assert cautions(config, data, schedule) == [f"data.{name}: files in its shards that are ignored: 1 .mp4"]
+        assert cautions(config, data, schedule) == [f"data.{name}: some files in its shards are ignored: 1 .mp4"]
 
 
 def test_held_out_shards_that_are_trained_on_are_told(tmp_path, mixed):

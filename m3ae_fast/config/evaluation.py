@@ -187,11 +187,11 @@ class RobustnessConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> RobustnessConfig:
         if not self.severities:
-            raise ValueError("severities must name one or more; corruptions [] leaves corruptions out")
+            raise ValueError("severities must contain at least one; to evaluate no corruptions, set corruptions to []")
         for name in ("epsilons", "corruptions", "severities"):
             shown = [each if isinstance(each, str) else f"{each:g}" for each in getattr(self, name)]
             if twice := [each for each in shown if shown.count(each) > 1]:
-                raise ValueError(f"{name} has {twice[0]} twice; name each once")
+                raise ValueError(f"{name} contains {twice[0]} twice; give each once")
         return self
 
 

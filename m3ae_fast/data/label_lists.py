@@ -78,7 +78,9 @@ def _define_classes(used: set[Label], where: str, field: str) -> Classes:
     if len({isinstance(label, str) for label in used}) > 1:
         raise UserError(f"{where}: some labels ({field}) are numbers and some are text")
     if len(used) > MOST_CLASSES:
-        raise UserError(f"{where}: {len(used):,} different labels ({field}); {MOST_CLASSES:,} are the most")
+        raise UserError(
+            f"{where}: {len(used):,} different labels ({field}), but at most {MOST_CLASSES:,} are supported"
+        )
     return sorted(used)  # type: ignore[type-var]
 
 

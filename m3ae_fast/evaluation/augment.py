@@ -122,15 +122,15 @@ class Mixing:
         """Raise UserError if samples that are mixed would be in different micro-batches or have different sizes."""
         if self.mixes and self.native:
             raise UserError(
-                "finetune.mixup and cutmix mix images of one size, and these are native; set both to 0, or "
-                "data.resize to square"
+                "finetune.mixup and cutmix can mix only images of one size, but data.resize is native; set both to 0, "
+                "or data.resize to square"
             )
         together, parts = 2 * self.repeats, share.world * share.accumulation
         if self.mixes and share.global_batch % (parts * together):
             raise UserError(
-                f"finetune.mixup and cutmix mix neighbours, but {share.global_batch} samples in {parts} micro-batches "
-                f"are no multiple of {together} in each; choose another finetune.global_batch or micro_batch, or set "
-                "both to 0"
+                f"finetune.mixup and cutmix mix pairs of samples within a micro-batch, which must therefore have a "
+                f"multiple of {together} samples, but {share.global_batch} samples are split into {parts} "
+                "micro-batches; choose another finetune.global_batch or micro_batch, or set both to 0"
             )
 
     def pair(self, position: int) -> tuple[int, int, int]:

@@ -60,11 +60,11 @@ def export(
     """
     bank, queries = ([given] if isinstance(given, str) else list(given) for given in (train, val))
     if push and format == "onnx":
-        raise UserError("--push takes a folder, which --format onnx does not make")
+        raise UserError("--push uploads a folder, but --format onnx writes files; leave out --push")
     if private and not push:
-        raise UserError("--private is for --push, which makes a model on the hub")
+        raise UserError("--private can be used only with --push")
     if (bank or queries) and not (bank and queries and format == "onnx"):
-        raise UserError("--train and --val go together, with --format onnx")
+        raise UserError("--train and --val can be used only together, and only with --format onnx")
     if format == "onnx":
         require_libraries(NEEDS)
     images = open_labelled(bank, queries, labels) if bank else None

@@ -121,8 +121,8 @@ def _words(ours: dict[str, bool], theirs: dict[str, bool], names: Sequence[Any])
 def _require_same(folders: Sequence[Any], first: Any, second: Any) -> None:
     if first != second:
         raise UserError(
-            f"{folders[0]} and {folders[1]}: {len(first ^ second):,} samples are in one of them alone; name two "
-            "results of the same --val, spelled alike"
+            f"{folders[0]} and {folders[1]}: {len(first ^ second):,} samples are in only one of them; name two "
+            "results with the same --val, spelled in the same way"
         )
 
 
@@ -167,8 +167,8 @@ def _correct(folder: Path, table: Table) -> dict[str, bool]:
     complete = table.keys() >= {*_COLUMNS} and not any(None in table[name] for name in _COLUMNS)
     if not complete or not one_prediction_each(table):
         raise UserError(
-            f"{folder}: has no predictions of a class for each sample, once; name the OUT of knn, linear, finetune or "
-            "of attentive at one layer, or two of ood"
+            f"{folder}: does not contain exactly one class prediction per sample; name the OUT of knn, linear, "
+            "finetune or attentive at one layer, or two of ood"
         )
     return {
         key: label == prediction for key, label, prediction in zip(table["key"], table["label"], table["prediction"])

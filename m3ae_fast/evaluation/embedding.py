@@ -142,7 +142,7 @@ def _settings(
     images: tuple[str, list[str]] | None,
 ) -> EvaluationConfig:
     if patches and modality == "text":
-        raise UserError("--patches: texts have none; choose another --modality")
+        raise UserError("--patches: texts have no patches; choose another --modality")
     if unknown := [name for name in columns if name not in COLUMN_NAMES]:
         raise UserError(f"--columns {unknown[0]}: no such column; choose from {', '.join(COLUMN_NAMES)}")
     if images and (modality != "image" or columns):

@@ -73,7 +73,7 @@ def draw_feature_map(
                 f"{name}: reads a different set of samples than {models[0]}; choose shards that both models can read"
             )
     if len(found[0].keys) < 4:
-        raise UserError(f"{len(found[0].keys)} samples have a class: a map needs 4 or more")
+        raise UserError(f"{len(found[0].keys)} samples have a class, but a map requires at least 4")
     if most and most < len(found[0].keys):
         rows = np.linspace(0, len(found[0].keys) - 1, most).astype(int).tolist()
         found = [features.rows(rows) for features in found]

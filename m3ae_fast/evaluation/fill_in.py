@@ -65,7 +65,7 @@ def fill(
     if not 0 <= visible <= 1:
         raise UserError(f"--visible {visible:g}: must be from 0 to 1")
     if not out and MASK not in text:
-        raise UserError(f"nothing to fill: write {MASK} in the text, or name --out for a completed image")
+        raise UserError(f"there is nothing to fill in: write {MASK} in the text, or complete the image with --out")
     image, path = Path(image), None if out is None else Path(out)
     if path and path.exists() and image.exists() and path.samefile(image):
         raise UserError(f"--out {path}: is the image; name another file")
@@ -84,14 +84,17 @@ def _open_image_tokenizer(name: str, model: ModelConfig, given: str | None, draw
     plotted (`draws` is False). `name`: name of the model; `given`: the VQGAN's folder, if the user named it. Raises
     UserError if the VQGAN is unknown or does not fit the model."""
     if given and not (draws and model.image_targets == "vqgan"):
-        raise UserError(f"--image-tokenizer {given}: draws --out of a model that predicts image tokens; leave it out")
+        raise UserError(
+            f"--image-tokenizer {given}: is used only for --out with a model that predicts image tokens; leave it out"
+        )
     if not draws or model.image_targets == "pixels":
         return None
     source = Path(name.removeprefix(RANDOM))
     folder = given or (saved_run(source).image_tokenizer if is_run(source) else None)
     if folder is None:
         raise UserError(
-            f"--out: {name} predicts tokens of a VQGAN, which draws them; name its folder with --image-tokenizer"
+            f"--out: {name} predicts tokens of a VQGAN, which is needed to decode them; give its folder with "
+            "--image-tokenizer"
         )
     return load_image_tokenizer(folder, model, "--image-tokenizer" if given else "data.image_tokenizer")
 
@@ -124,7 +127,9 @@ def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:
         masked += ([True] if number else []) + [False] * len(own)
     length = model.config.text_length
     if any(masked[length:]):
-        raise UserError(f"the text has {len(ids)} tokens, and the model takes {length}: a {MASK} would be cut off")
+        raise UserError(
+            f"the text has {len(ids)} tokens, but the model reads {length}: a {MASK} would be truncated; shorten it"
+        )
     return torch.tensor(ids[:length], dtype=torch.int64), torch.tensor(masked[:length], dtype=torch.bool)
 
 

@@ -112,8 +112,8 @@ class FineTuningTask(LabelledTask):
         per_epoch = trainer.schedule.steps_per_epoch
         epochs = int(max(steps / per_epoch, 1))
         return (
-            f"--set finetune.epochs={epochs} ({epochs * per_epoch:,} steps, which learn less), or the task linear with "
-            "--cache-features: of 1,000 to 2,400 samples it was no worse (lab/results/recipe.md)"
+            f"--set finetune.epochs={epochs} ({epochs * per_epoch:,} steps, with a lower accuracy), or the task linear "
+            "with --cache-features, which was no worse on 1,000 to 2,400 samples (lab/results/recipe.md)"
         )
 
     def conclude(self, trainer: Trainer) -> dict[str, float] | None:

@@ -37,7 +37,7 @@ from m3ae_fast.training.run_folder import RunFolder
 RESULT_FILE, SO_FAR_FILE = "result.json", "result-so-far.json"
 
 LONG_S, SHORT_S = 15 * 60, 10 * 60  # on a CPU: duration that is warned about, and duration that is proposed instead
-STARTS_OVER = "the same command starts over"
+STARTS_OVER = "running the same command again starts over"
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -79,7 +79,7 @@ class Job:
         for damaged in corpus.damaged:
             self.say(str(damaged))
         if corpus.ignored:
-            self.say(f"members of the shards that nothing reads: {corpus.ignored}")
+            self.say(f"files in the shards that are ignored: {corpus.ignored}")
         return corpus
 
     def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
@@ -92,7 +92,7 @@ class Job:
         for corpus in (train, val):
             found, classes = label_corpus(corpus, field, classes, progress=progress)
             labelled.append(found)
-            self.say(f"{found.samples:,} of {corpus.samples:,} samples have one of {len(classes)} classes")
+            self.say(f"{found.samples:,} of {corpus.samples:,} samples belong to one of the {len(classes)} classes")
         assert classes is not None
         if shared := val.shared_with(train):
             parts = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
@@ -194,7 +194,9 @@ class Job:
 
         def report(left: float) -> None:
             if self.ranks.device.type == "cpu" and left > LONG_S:
-                self.say(f"note: this takes about {duration(left)} on this CPU; shorter: {shorter(SHORT_S / left)}")
+                self.say(
+                    f"note: this takes about {duration(left)} on this CPU; to shorten it: {shorter(SHORT_S / left)}"
+                )
 
         left = TimeLeft(total, other_work, report)
         if other_work > LONG_S:
@@ -226,7 +228,7 @@ class Job:
         """Write the intermediate result, and return a message about it. Main rank only. `rerun`: text that states how
         the task can be continued."""
         if not found.result:
-            return f"nothing was found yet ({found.done}); {rerun}"
+            return f"no result yet ({found.done}); {rerun}"
         if found.columns:
             write_parquet(self.out / PREDICTIONS_FILE, found.columns)
         result = self.described({"done": found.done, **found.result}, partial=True)

@@ -82,7 +82,7 @@ def _draw_neighbours(
     for row, nearest_K in shown.items():
         label, predicted = int(queries.labels[row]), int(predicted_M[row])
         right = GREEN if label == predicted else RED
-        text = job.names[label] + ("" if label == predicted else f", taken for {job.names[predicted]}")
+        text = job.names[label] + ("" if label == predicted else f", predicted as {job.names[predicted]}")
         cells = [job.cell(asked.get(queries.keys[row]), text, right)]
         for other in nearest_K:
             own = int(bank.labels[other])

@@ -33,8 +33,8 @@ class Probe(NamedTuple):
 
     def describe(self) -> str:
         """Return a description with the numbers of samples and classes."""
-        samples = f"{self.val.samples:,} samples among {self.train.samples:,}"
-        return f"k-NN of {samples} labelled ones, {len(self.classes):,} classes"
+        samples = f"{self.val.samples:,} samples by {self.train.samples:,} labelled samples"
+        return f"k-NN of {samples}, {len(self.classes):,} classes"
 
 
 def open_probe(config: Config, *, progress: bool = False) -> Probe | None:

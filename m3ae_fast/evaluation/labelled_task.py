@@ -175,7 +175,7 @@ class LabelledTask(ABC):
         run is added."""
         lines = [f"expected: {duration(pace * left)} for {left:,} more steps, and evaluations"]
         if trainer.ranks.device.type == "cpu" and pace * left > LONG_S and self.length_is_open():
-            lines.append(f"note: that is long on this CPU; shorter: {self.shorter(trainer, SHORT_S / pace)}")
+            lines.append(f"note: this is long for a CPU; to shorten it: {self.shorter(trainer, SHORT_S / pace)}")
         return lines
 
 

@@ -66,7 +66,7 @@ def edge(tried: Sequence[Tried], peak_lr: float | None) -> list[str]:
     if not rates or peak_lr not in (rates[0], rates[-1]):
         return []
     side = "lowest" if peak_lr == rates[0] else "highest"
-    return [f"the chosen rate, {peak_lr:g}, is the {side} of those tried; set linear.peak_lr to one beyond it"]
+    return [f"the selected learning rate, {peak_lr:g}, is the {side} candidate; also try a linear.peak_lr beyond it"]
 
 
 def table(tried: Sequence[Tried], chosen: float) -> str:

@@ -139,7 +139,7 @@ def run_cached(job: Job) -> dict[str, Any]:
     def so_far() -> SoFar:
         found, where = predictions_so_far(live, {_LAYER: bank}, {_LAYER: held_out}, recipe)
         if not found:
-            return SoFar("the heads have taken no step", {}, {})
+            return SoFar("no step has been taken", {}, {})
         return SoFar(where, found[_LAYER].accuracies(), found[_LAYER].columns(classes))
 
     job.keep_if_stopped(so_far)

@@ -52,7 +52,7 @@ def _open(job: Job, sources: Sequence[SourceConfig], classes: Classes | None) ->
     found = list_corpus(job.open(sources), job.options.labels, classes, progress=job.ranks.is_main)
     job.say(f"{found.corpus.samples:,} samples with lists of {len(found.classes):,} classes")
     if found.unknown:
-        job.say(f"note: {found.unknown:,} labels of --val have no training sample and do not count")
+        job.say(f"note: {found.unknown:,} labels of --val have no training sample and are left out")
     return found
 
 
@@ -103,8 +103,8 @@ def measured(
             }
             for row, c in enumerate(counted)
         ],
-        "verdict": f"mAP {mean:.1%}; minus that of scores that say nothing {100 * (mean - chance):+.1f} points, 95 % "
-        f"interval {100 * low:+.1f} to {100 * high:+.1f}",
+        "verdict": f"mAP {mean:.1%}; difference from random scores {100 * (mean - chance):+.1f} points, 95 % interval "
+        f"{100 * low:+.1f} to {100 * high:+.1f}",
     }
     if low <= 0:
         result["warning"] = f"the model is not significantly better than chance: mAP {mean:.1%}, chance {chance:.1%}"

@@ -182,8 +182,8 @@ def run(job: Job) -> dict[str, Any]:
     cautions: list[str] = []
     others = sum(corpus.samples for corpus in outside.values())
     job.say(
-        f"ood: {labelled.samples:,} training, {held_out.samples:,} validation and {others:,} other samples are "
-        "encoded; then four scores tell the last two apart"
+        f"ood: {labelled.samples:,} training, {held_out.samples:,} held-out and {others:,} out-of-distribution samples "
+        "are encoded; then four scores are evaluated at separating the last two groups"
     )
     evaluated: list[str] = []  # names of the sets
     # may be called from another thread at any time
@@ -233,10 +233,10 @@ def _check_classes(classifier: Classifier, classes: Classes) -> None:
     """Raise UserError if the classes of the training samples differ from those of the classifier."""
     if (own := classifier.config.classes) != (found := list(classes)):
         differing = sorted(map(str, {*own} ^ {*found}))
-        what = f"only one of them {differing[0]!r}" if differing else "in another order"
+        what = f"only one of them has {differing[0]!r}" if differing else "in another order"
         raise UserError(
-            f"--train: its samples have {len(found)} classes, the classifier {len(own)}, and {what}; name the samples "
-            "that it was trained on"
+            f"--train: its samples have {len(found)} classes and the classifier {len(own)}, {what}; name the samples "
+            "on which the classifier was trained"
         )
 
 

@@ -112,7 +112,7 @@ def run(job: Job) -> dict[str, Any]:
         f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
         + (f"{', '.join(map(str, options.shots))} of {train.samples:,}" if options.shots else f"all {train.samples:,}")
         + f" training samples{' a class' if options.shots else ''}: {len(cases) * draws} probes"
-        + (f", which train about {duration(whole.other_work)}" if whole.other_work > 1 else "")
+        + (f", trained in about {duration(whole.other_work)}" if whole.other_work > 1 else "")
     )
     encoded = encode_layers(job, PROBES[task], layers, (train, val, classes), whole)
     if options.shots:
@@ -175,7 +175,7 @@ def _shorter(job: Job, layers: Sequence[int]) -> str:
     """Return a suggestion of options that shorten the task."""
     ways = ["fewer --train shards"]
     if job.options.task == "attentive" and job.config.attentive.peak_lr is None:
-        ways = ["--set attentive.peak_lr=1e-3, which tries no other learning rates, takes a fraction of the training"]
+        ways = ["--set attentive.peak_lr=1e-3, so that only one learning rate is trained"]
     if job.options.shots:
         ways.append("fewer --shots or --draws")
     if len(layers) > 1:

@@ -31,8 +31,8 @@ from m3ae_fast.process.collectives import all_gather, all_reduce
 
 RANKS, WAYS = (1, 5, 10), ("image_to_text", "text_to_image")
 AT_CHANCE = (
-    "note: this is what chance gives. M3AE learns to predict words and patches from each other; it learns no alignment "
-    "of whole captions with whole images, so that their pooled features need not lie alike"
+    "note: the recall is at chance level. M3AE is trained to predict masked tokens and patches, not to align the "
+    "embeddings of captions and images, so the pooled features of a matching pair need not be similar"
 )
 _AT_A_TIME = 1024
 _SHOWN, _BEST = 5, 5  # number of queries drawn, and of results for each
@@ -81,13 +81,13 @@ def run(job: Job) -> dict[str, Any]:
     result: dict[str, Any] = {}
     columns: dict[str, Any] = {}
     job.say(
-        f"retrieval: {pairs.samples:,} samples, encoded twice, images and captions; then each image looks for its "
-        "caption among all, and each caption for its image"
+        f"retrieval: the images and the captions of {pairs.samples:,} samples are encoded; then all captions are "
+        "ranked for each image, and all images for each caption"
     )
 
     def so_far() -> SoFar:
         done = sum(f"{way}_rank" in columns for way in WAYS)
-        return SoFar(f"{done} of {len(WAYS)} ways", dict(result), dict(columns))
+        return SoFar(f"{done} of {len(WAYS)} directions", dict(result), dict(columns))
 
     job.keep_if_stopped(so_far)
     images, texts = _encode(job, pairs)
@@ -175,7 +175,7 @@ def _draw(job: Job, pairs: Corpus, keys: list[str], shown: Mapping[str, Mapping[
             cells = [_cell(job, samples.get(keys[row]), asked)]
             cells += [_cell(job, samples.get(keys[other]), found, other == row) for other in some]
             sheet.append(cells)
-        draw_sheet(job.out / f"{name}.png", sheet, (asked, "found, best first"))
+        draw_sheet(job.out / f"{name}.png", sheet, (asked, "results, most similar first"))
 
 
 def _cell(job: Job, sample: Sample | None, modality: str, own: bool = False) -> Cell:

@@ -58,16 +58,18 @@ def run(job: Job) -> dict[str, Any]:
     published = published_sets(Path(job.options.corrupted)) if job.options.corrupted else {}
     if published:
         if config.corruptions and "corruptions" in config.model_fields_set:
-            raise UserError("--corrupted: has the corruptions; leave robustness.corruptions out")
+            raise UserError("--corrupted provides the corruptions; leave out robustness.corruptions")
         config = config.model_copy(update={"corruptions": []})
     applied = {kind: config.severities for kind in config.corruptions}
     kinds: Severities = applied | {kind: list(sets) for kind, sets in published.items()}
     if model.config.modality == "text":
         raise UserError(f"{job.options.model}: classifies texts; robustness needs a classifier of images")
     if config.corruptions and (model.config.model.channels != 3 or model.config.model.image_dtype != "uint8"):
-        raise UserError("robustness.corruptions: need RGB images of 8 bits; set it to [] for others")
+        raise UserError("robustness.corruptions are defined only for 8-bit RGB images; set it to [] for other images")
     if config.epsilons and model.config.model.image_dtype == "float32":
-        raise UserError("robustness.epsilons: need pixels from black to white; set it to [] for image_dtype float32")
+        raise UserError(
+            "robustness.epsilons: attacks need pixels between black and white; set it to [] for image_dtype float32"
+        )
     val = _open(job, job.config.data.val)
     corrupted = {
         f"{kind} {severity}": _open(job, [SourceConfig(shards=shards, modality=job.modality)])
@@ -130,9 +132,9 @@ def _plan(config: RobustnessConfig, images: int, passes: Mapping[str, Pass], kin
     severities, attacks = max(map(len, kinds.values()), default=0), len(config.epsilons)
     forward = sum(each.cost for each in passes.values())
     return (
-        f"robustness: {images:,} images, {len(passes)} times: clean, {attacks} attacks of {config.steps} steps, "
-        f"{len(kinds)} corruptions at {severities} severities; together as long as {forward * images:,} images take to "
-        "be classified (fewer: robustness.samples)"
+        f"robustness: {images:,} images in {len(passes)} passes: clean images, {attacks} attacks of {config.steps} "
+        f"steps, {len(kinds)} corruptions at {severities} severities; this is equivalent to classifying "
+        f"{forward * images:,} images (set robustness.samples for fewer)"
     )
 
 

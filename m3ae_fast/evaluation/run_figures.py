@@ -65,7 +65,7 @@ def reconstructions(
     tokenizer = open_tokenizer(source.config.data, source.config.model)
     path = _path(run, out, "reconstructions")
     if not draw_run(source.config, weights, source.corpus, tokenizer, path, pictures, list(ratios)):
-        raise UserError("none of the samples can be used; m3ae-fast shards stats SHARDS says why")
+        raise UserError("none of the samples can be used; m3ae-fast shards stats SHARDS prints the reasons")
     return path
 
 
@@ -95,7 +95,7 @@ def attention(
     """
     _check_pictures(pictures)
     if word is not None and patch is not None:
-        raise UserError("--word and --patch: are two figures; name one of them")
+        raise UserError("--word and --patch draw different figures; give only one of them")
     source = _open(run, shards, trust)
     config, path = source.config, _path(run, out, "attention")
     look, place = look_at(config.model, layer, head), _patch(patch, config.model)
@@ -136,7 +136,7 @@ def feature_map(
         UserError: there is no checkpoint, fewer than 4 samples have a class, or scikit-learn is missing.
     """
     if samples is not None and samples < 4:
-        raise UserError(f"--samples {samples}: a map needs 4 or more")
+        raise UserError(f"--samples {samples}: a map requires at least 4")
     require_libraries(MAP_NEEDS)
     names = [runs] if isinstance(runs, str | Path) else list(runs)
     source = _open(names[0], shards, trust, images=True)

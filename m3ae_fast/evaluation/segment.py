@@ -295,8 +295,8 @@ def measured(counts: Counts, seed: int) -> dict[str, Any]:
             for number in np.flatnonzero(~np.isnan(iou_C)).tolist()
         ],
         "classes": int((~np.isnan(iou_C)).sum()),
-        "verdict": f"mIoU {miou:.1%}; minus that of always predicting the largest class {100 * (miou - chance):+.1f} "
-        f"points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}",
+        "verdict": f"mIoU {miou:.1%}; difference from always predicting the largest class "
+        f"{100 * (miou - chance):+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}",
     }
     if low <= 0:
         result["warning"] = (

@@ -55,7 +55,7 @@ def npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
         shape, is_fortran, dtype = read_header[version](file)
         return tuple(map(int, shape)), is_fortran, dtype, file.tell()  # NumPy accepts True as a length
     except Exception as error:  # NumPy's parser raises many kinds of errors for foreign headers
-        raise BadSample(f"the array is broken ({' '.join(str(error).split())[:200]})") from None
+        raise BadSample(f"the array is damaged ({' '.join(str(error).split())[:200]})") from None
 
 
 def read_npy(data: bytes) -> np.ndarray:
@@ -65,7 +65,7 @@ def read_npy(data: bytes) -> np.ndarray:
     try:
         values = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if is_fortran else "C")
     except ValueError as error:
-        raise BadSample(f"the array is broken ({error})") from None
+        raise BadSample(f"the array is damaged ({error})") from None
     return checked(values.astype(values.dtype.newbyteorder("="), copy=False))
 
 
@@ -90,7 +90,7 @@ def read_tiff(data: bytes) -> np.ndarray:
     except BadSample:
         raise
     except Exception as error:  # hostile files raise many kinds of errors
-        raise BadSample(f"the TIFF is broken ({' '.join(str(error).split())[:200]})") from None
+        raise BadSample(f"the TIFF is damaged ({' '.join(str(error).split())[:200]})") from None
     if axes not in ("YX", "YXS"):
         raise BadSample(f"the TIFF has the axes {axes}, and not rows, columns and bands")
     return checked(values)

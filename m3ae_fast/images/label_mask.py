@@ -34,7 +34,9 @@ def read_mask(data: bytes) -> Tensor:
     except (OSError, ValueError, SyntaxError) as error:
         raise BadSample(f"the mask cannot be decoded ({error})") from None
     if ids_HW.size and (ids_HW.max() > MAX_ID or ids_HW.min() < 0):
-        raise BadSample(f"the mask has the class id {max(ids_HW.max(), ids_HW.min(), key=abs)}; ids go to {MAX_ID}")
+        raise BadSample(
+            f"the mask has the class id {max(ids_HW.max(), ids_HW.min(), key=abs)}; ids must be from 0 to {MAX_ID}"
+        )
     return torch.from_numpy(ids_HW.astype(np.uint8))
 
 
@@ -51,9 +53,9 @@ def _header(data: bytes) -> Image.Image:
     try:
         image = Image.open(BytesIO(data), formats=("PNG",))
     except (OSError, ValueError, SyntaxError) as error:
-        raise BadSample(f"the mask is no PNG ({error})") from None
+        raise BadSample(f"the mask is not a PNG ({error})") from None
     if image.mode not in _MODES:
-        raise BadSample(f"the mask is {image.mode}; it must have one channel, of class ids")
+        raise BadSample(f"the mask has mode {image.mode}; it must have one channel, of class ids")
     if image.height * image.width > MAX_PIXELS:
         raise BadSample(f"the mask has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
     return image

@@ -289,7 +289,9 @@ class MultimodalEncoder(nn.Module):
                 grids.update(packed.grids)
                 if len(grids) > 1:
                     sizes = " and ".join(f"{rows} x {columns}" for rows, columns in sorted(grids)[:2])
-                    raise ValueError(f"images have maps of {sizes} patches: give those of one size at a time")
+                    raise ValueError(
+                        f"the images have patch maps of different sizes, {sizes}: pass images of one size at a time"
+                    )
                 ((rows, columns),) = grids
                 patches_SLD = self.pooled_and_patches(packed, layers)[1][:, 0, : rows * columns]
                 parts.append(_wide(patches_SLD).unflatten(1, (rows, columns)))

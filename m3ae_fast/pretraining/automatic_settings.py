@@ -209,9 +209,9 @@ def check_overrides(overrides: Sequence[str]) -> Config:
     for override in overrides:
         name = override.partition("=")[0]
         if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):
-            raise UserError(f"--set {name}: is what {meant} names")
+            raise UserError(f"--set {name}: use {meant} instead")
     if set_to(overrides, "data.val", None):
-        raise UserError("--set data.val: is what SOURCE or --val names; [] evaluates on nothing")
+        raise UserError("--set data.val: give held-out samples in SOURCE or with --val; only [] can be set, for none")
     return assumed_config(overrides)
 
 
@@ -342,7 +342,9 @@ def _give_way(config: dict[str, Any], override: str) -> None:
         for key in ("emb_dim", "depth", "num_heads", "dec_emb_dim", "dec_depth", "dec_num_heads"):
             config["model"].pop(key, None)
     if name.startswith("train.probe.") and config["train"]["probe"] is None:
-        raise UserError(f"--set {name}: there is no probe, since no labels of the samples can be used; see --labels")
+        raise UserError(
+            f"--set {name}: there is no probe, because the samples have no usable labels; name them with --labels"
+        )
 
 
 def _probe(train: Any, val: Any, labels: str, every: int | None) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def look(
     seen = part_of(train, "train", "trained on", classes.train, _KINDS)
     if not shards.shown:
         parts = [seen] if val is None else [seen, part_of(val, "val", "held out", classes.val)]
-        show("what was found", parts)
+        show("the dataset", parts)
     elif labels != "cls" and classes.train:
         print(f"classes by {labels}: {describe_classes(classes.train)}", flush=True)
     channels, dtype = channels_and_dtype(seen.kinds)
@@ -67,7 +67,7 @@ def look(
     require_images(found)
     if found.bad:
         reason = found.bad.most_common(1)[0][0]
-        notes.append(f"{found.bad.total():,} of {found.seen:,} samples that were looked at cannot be used: {reason}")
+        notes.append(f"{found.bad.total():,} of {found.seen:,} inspected samples cannot be used: {reason}")
     damaged = train.damaged + (val.damaged if val else [])
     notes += [str(shard) for shard in damaged[:_NAMED]]
     if len(damaged) > _NAMED:
@@ -104,7 +104,7 @@ def _tokenizer(
     found = CaptionTokenizer(learnt, _LONGEST)
     if size and found.vocab_size != size:
         raise UserError(
-            f"--set model.vocab_size={size}: the captions give {found.vocab_size} tokens; set that, or leave it out"
+            f"--set model.vocab_size={size}: the captions yield {found.vocab_size} tokens; set this number, or none"
         )
     save_tokenizer(learnt, out / TOKENIZER)
     return found

@@ -54,7 +54,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
         implied["data.range"] = found.config.image_range
     given = [f"{name}={json.dumps(value)}" for name, value in implied.items()]
     _require_fit(model, found, [*given, *overrides])
-    decoder = [] if found.has_decoder else ["they have no decoder, which starts from random weights"]
+    decoder = [] if found.has_decoder else ["they contain no decoder: it is randomly initialised"]
     return GivenWeights(given, [f"{found.kind}: weights to continue from, in {folder}", *decoder, *found.notes])
 
 

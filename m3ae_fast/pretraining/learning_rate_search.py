@@ -65,13 +65,15 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
         print(f"optim.peak_lr {rate:g}: loss {loss:.4g}", flush=True)
     found = {rate: loss for rate, loss in done["tried"].items() if loss is not None}
     if not found:
-        raise UserError(f"--tune: no run with {', '.join(done['tried'])} as optim.peak_lr had a finite loss")
+        rates = ", ".join(done["tried"])
+        raise UserError(f"--tune: no run had a finite loss, with optim.peak_lr {rates}; set a lower optim.peak_lr")
     best = min(found, key=lambda rate: found[rate])
     tried = [*done["tried"]]
     tuned = _with_rate(config, float(best), done["seconds"])
     write_whole(path, json.dumps(remembered(tuned), indent=2) + "\n")
     write_whole(table, json.dumps(done | {"chosen": float(best)}, indent=1) + "\n")
-    note = ", at the end of those that were tried: the best one may lie beyond" if best in (tried[0], tried[-1]) else ""
+    is_end = best in (tried[0], tried[-1])
+    note = ", the lowest or highest of these rates; the best rate may be outside their range" if is_end else ""
     print(f"chosen: optim.peak_lr {best}{note}", flush=True)
     return tuned
 

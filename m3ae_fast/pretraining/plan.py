@@ -152,13 +152,13 @@ def choose(
     continues = automatic_settings.continues(overrides)
     budget = Budget(facts, probed, hours, began, _CONTINUED_MODELS if continues else _MODELS)
     rung, pace = allowed[0], measured(allowed[0])
-    why = "the model of the weights that it continues from" if continues else _why_not_larger(facts)
+    why = "the size of the given weights" if continues else _why_not_larger(facts)
     for larger in allowed[1:]:
         needed = memory_needed(
             config_of(larger, automatic_settings.SMALLEST_BATCH, 1), 1, automatic_settings.SMALLEST_BATCH
         )
         if lacking := missing_memory(needed, session.ranks.device):
-            why = f'not "{larger.name}", for which {lacking}'
+            why = f'"{larger.name}" does not fit into memory: {lacking}'
             break
         other = measured(larger)
         seconds = budget.steps_time(other)
@@ -178,7 +178,9 @@ def choose(
 def _why_not_larger(facts: Facts) -> str:
     """Return the reason why no model size larger than those allowed by the number of samples is considered."""
     above = [rung for rung in automatic_settings.LADDER if rung.samples > facts.samples]
-    return f'"{above[0].name}" is for {above[0].samples:,.0f} samples or more' if above else "there is no larger one"
+    if not above:
+        return "there is no larger size"
+    return f'"{above[0].name}" requires {above[0].samples:,.0f} samples or more'
 
 
 def _too_slow(rung: Rung, seconds: float, pace: Pace, facts: Facts) -> str:
@@ -186,9 +188,9 @@ def _too_slow(rung: Rung, seconds: float, pace: Pace, facts: Facts) -> str:
     seen = seconds / pace.sample
     epochs = seen / facts.samples
     return (
-        f'"{rung.name}" is too slow: in the time it would train on {seen:,.0f} images, '
-        f"{epochs:,.{0 if epochs >= 10 else 1}f} epochs, and a larger model is chosen from "
-        f"{automatic_settings.EPOCHS} epochs and {automatic_settings.SEEN:,} images on"
+        f'"{rung.name}" is too slow: in the given time it would see {seen:,.0f} images '
+        f"({epochs:,.{0 if epochs >= 10 else 1}f} epochs), but a larger model needs at least "
+        f"{automatic_settings.SEEN:,} images and {automatic_settings.EPOCHS} epochs"
     )
 
 
@@ -200,8 +202,8 @@ def _lines(config: Config, budget: Budget, rung: Rung, why: str, pace: Pace) -> 
     return [
         f"data: {facts.samples:,} samples and {facts.held_out:,} held out; {kind}; "
         + (f"{facts.classes} classes" if facts.classes else "no classes"),
-        f'model: "{m.size or rung.name}", {m.emb_dim} wide, {m.depth} deep, images of {m.image_size} px in patches of '
-        f"{m.patch_size} (half of them have {facts.short_side} px or more); {why}",
+        f'model: "{m.size or rung.name}", {m.emb_dim} wide, {m.depth} deep, images of {m.image_size} px (median short '
+        f"side of the files: {facts.short_side} px) in patches of {m.patch_size} px; {why}",
         *_length(config, budget, pace),
     ]
 
@@ -219,9 +221,9 @@ def _length(config: Config, budget: Budget, pace: Pace) -> list[str]:
     over = budget.spent() + training + after > _OVER * budget.seconds
     return [
         f"length: {steps:,} steps of {batch} samples, {epochs:,.{0 if epochs >= 10 else 1}f} epochs"
-        + (f"; {LONGEST} epochs are the most" if capped else "")
-        + ("; their number is adjusted to the time during training" if adjusted else ""),
-        f"time: {duration(training)} for training at {pace.rate()}, {duration(after)} for what follows; done at about "
+        + (f"; the maximum is {LONGEST} epochs" if capped else "")
+        + ("; the number of steps is adjusted to the time during training" if adjusted else ""),
+        f"time: {duration(training)} for training at {pace.rate()}, {duration(after)} for later stages; done at about "
         f"{end:%a %H:%M}{', later than' if over else ';'} --hours {budget.seconds / 3600:g}",
     ]
 

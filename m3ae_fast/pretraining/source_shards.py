@@ -75,7 +75,7 @@ def find_shards(
         return replace(made, unlabelled=_without_classes(pictures))
     if kind == "folder" or (kind == "hdf5" and not source.lower().endswith(HDF5_SUFFIXES)):
         raise UserError(
-            f"{source}: is not a folder, and neither shards, an HDF5 file ({', '.join(HDF5_SUFFIXES)}) nor the name of "
+            f"{source}: is neither a folder, nor shards, nor an HDF5 file ({', '.join(HDF5_SUFFIXES)}), nor the name of "
             f"a Hugging Face dataset{_similar(folder)}"
         )
     if captions:
@@ -84,13 +84,13 @@ def find_shards(
         return _made(Hdf5(folder), source, out, [], image_range)
     near = "" if folder.is_dir() else _similar(folder)
     if near and "/" not in source:  # without a network, a request to the hub would take a minute
-        raise UserError(f"{source}: no such folder here{near}")
+        raise UserError(f"{source}: no such folder{near}")
     try:
         records = HuggingFace(source, None, None, (None, None, None))
     except UserError as error:
         if folder.is_dir():
             raise
-        raise UserError(f"{source}: no such folder here{near}; as a data set's name: {error}") from None
+        raise UserError(f"{source}: no such folder{near}; as the name of a dataset: {error}") from None
     return _made(records, source, out, records.ignored.lines(), image_range)
 
 
@@ -98,10 +98,10 @@ def _similar(folder: Path) -> str:
     """Return a hint for a source that does not exist: a folder with a similar name, or the correct use of a caption
     table; "" if there is none."""
     if folder.is_file() and folder.suffix.lower() in READERS:
-        return f"; a table goes with the folder of its images: pretrain FOLDER --captions {folder}"
+        return f"; to use a table, name the folder of its images: pretrain FOLDER --captions {folder}"
     parent = folder.parent
-    beside = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
-    near = difflib.get_close_matches(folder.name, beside, n=1)
+    siblings = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, siblings, n=1)
     return f"; did you mean {parent / near[0]}?" if near else ""
 
 
@@ -114,8 +114,8 @@ def _without_classes(pictures: Folder) -> str:
     if pictures.classes is not None:
         return ""
     if pictures.outside:
-        return f"sub-folders are classes only if every image is in one, and {pictures.outside} is in none"
-    return "there are not several sub-folders, which would be classes"
+        return f"sub-folders are used as classes only if every image is in one, but {pictures.outside} is not"
+    return "there are fewer than two sub-folders that could be classes"
 
 
 def _with_table_in(folder: Path) -> tuple[Folder, list[str]]:
@@ -124,7 +124,7 @@ def _with_table_in(folder: Path) -> tuple[Folder, list[str]]:
     tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables)
-        raise UserError(f"{folder}: has several tables ({names}); name that of the captions with --captions")
+        raise UserError(f"{folder}: has several tables ({names}); choose one with --captions")
     if not tables:
         return Folder(folder), []
     try:
@@ -136,7 +136,7 @@ def _with_table_in(folder: Path) -> tuple[Folder, list[str]]:
         if any(row.captions is not None for row in read_captions(tables[0])[:1]):
             raise
         return Folder(folder), [f"{tables[0]} is not used: {str(error).partition(': ')[2]}"]
-    return pictures, [f"captions and fields are those of {tables[0]}"]
+    return pictures, [f"captions and fields are read from {tables[0]}"]
 
 
 def _split(train: list[str], val: list[str], out: Path) -> Shards:
@@ -156,12 +156,11 @@ def _split(train: list[str], val: list[str], out: Path) -> Shards:
     if held and kept:
         notes = [f"held out by their names: {len(held):,} of {len(names):,} shards, such as {held[0]}"]
         if apart:
-            notes.append(
-                f"not used, since there is a validation split too: {len(apart):,} of a test, such as {apart[0]}"
-            )
+            tests = f"{len(apart):,} test shard{'s' * (len(apart) != 1)}, such as {apart[0]}"
+            notes.append(f"not used, because there is also a validation split: {tests}")
         return Shards(kept, held, notes + _overlap(kept, held))
     if len(names) == 1:
-        note = "nothing is held out of one file of shards: name others with --val to see losses and accuracies"
+        note = "no samples are held out, because there is only one shard; pass other shards with --val to evaluate"
         return Shards(names, [], [note])
     count = max(1, round(_FRACTION * len(names)))
     kept, held = names[:-count], names[-count:]
@@ -177,7 +176,7 @@ def _split(train: list[str], val: list[str], out: Path) -> Shards:
         elif write_without(name, shared[name], path):
             left.append(str(path.resolve()))
     if shared:
-        note += f" but for {_samples(shared)} whose image other shards have too"
+        note += f", except {_samples(shared)} whose image also occurs in other shards"
     if not left:
         note = "no validation set: all images of the last shards also occur in others; pass separate shards with --val"
     return Shards(kept, left, [note])
@@ -203,7 +202,7 @@ def _overlap(train: Sequence[str], val: Sequence[str]) -> list[str]:
     if _out_of_reach([*train, *val]):
         return []
     shared = shared_images(train, val)
-    return [f"held out, but with an image that training shards have too: {_samples(shared)}"] if shared else []
+    return [f"held out, although their image also occurs in training shards: {_samples(shared)}"] if shared else []
 
 
 def _samples(shared: dict[str, set[int]]) -> str:
@@ -224,11 +223,11 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
     if before is not None and before != json.loads(json.dumps(now)):
         if checkpoint.saved_steps(out):
             raise UserError(
-                f"{name}: has changed since the run in {out} began; choose another --out, or continue with the old  "
+                f"{name}: has changed since the run in {out} began; choose another --out, or continue with the old "
                 f"shards: m3ae-fast train --config {out / 'config.json'} --resume auto"
             )
         if not (out / "config.json").exists():
-            raise UserError(f"{folder}: holds shards of something else; remove it, or choose another --out")
+            raise UserError(f"{folder}: holds the shards of another source; remove it, or choose another --out")
         shutil.rmtree(folder)
         (out / "config.json").unlink()
         notes = [*notes, f"{name} has changed, so its shards are created again"]
@@ -238,7 +237,7 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
     whole = folder.resolve()
     lines = notes + made.tally.lines()
     if apart:
-        lines.append(f"{', '.join(apart)}: neither trained on nor evaluated; its shards are in {folder}")
+        lines.append(f"{', '.join(apart)}: not used for training or evaluation; its shards are in {folder}")
     if not held:
         lines.append("no samples are held out: all reported losses and accuracies will be on training data")
     kept, val = ([str(whole / f"{split}-*.tar")] if split else [] for split in (train, held))

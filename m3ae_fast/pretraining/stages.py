@@ -109,7 +109,7 @@ def pretrain(
         str(source), out, hours, began, table_of_captions, val, labels, given, here, image_range, device, dry_run
     )
     if config and config.train.probe and (missing := why_no_map()):
-        print(f"note: a run here ends without a map of the features: {missing}", flush=True)
+        print(f"note: no map of the features will be drawn: {missing}", flush=True)
     outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})
     if dry_run or config is None:
         return outcome
@@ -180,8 +180,8 @@ def _configured(
             _ask_whether_to_start()
         if is_held(out):  # another call may have started a run in the meantime
             raise UserError(f"--out {out}: another run is using it; choose another folder")
-        write_whole(path, json.dumps(remembered(plan.config), indent=2) + "\n")  # including defaults
-        print(f"{path} has all settings; --set section.key=value changes one", flush=True)
+        write_whole(path, json.dumps(remembered(plan.config), indent=2) + "\n")  # defaults too
+        print(f"{path} contains all settings; --set section.key=value overrides them", flush=True)
     return plan.config
 
 
@@ -203,4 +203,6 @@ def _follow(path: Path) -> None:
     followed = follow(data, path.parent.resolve())
     if followed != data:
         write_whole(path, json.dumps(followed, indent=2) + "\n")
-        print(f"{path}: the run folder was {data['run']['dir']}; paths below it are below {followed['run']['dir']} now")
+        print(
+            f"{path}: the run folder has moved from {data['run']['dir']} to {followed['run']['dir']}; paths follow it"
+        )

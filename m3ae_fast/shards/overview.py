@@ -44,7 +44,7 @@ class Part:
         BadSample or OSError."""
         count = min(samples, self.samples)
         numbers = np.linspace(0, self.samples - 1, count).round().astype(np.int64).tolist()
-        for number in track(numbers, f"looking at {self.name}"):
+        for number in track(numbers, f"inspecting {self.name}"):
             self.seen += 1
             try:
                 image, caption = read(number)

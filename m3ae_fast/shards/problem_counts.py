@@ -13,7 +13,7 @@ _TEXT = {
     EMPTY: "sample{s} with an empty caption",
     CUT: f"sample{{s}} with a caption of more than {MAX_CAPTION_BYTES:,} bytes, of which training reads the beginning",
     IGNORED: "file{s} ignored, as neither an image nor the caption of one",
-    OUTSIDE: "image{s} in no split and left out",
+    OUTSIDE: "image{s} outside the splits left out",
     UNREAD: "unused column{s}",
 }
 

@@ -250,7 +250,7 @@ def collect(
         found.labels.update(of_source)
     places = [(source, number) for source in drawn.sources for number in range(sum(source.sizes))]
     readers: dict[int, Reader] = {}
-    for source, number in track(places, "looking at samples", len(places)):
+    for source, number in track(places, "inspecting samples", len(places)):
         reader = readers.setdefault(id(source), Reader(source, corpus.store))
         data = None
         try:

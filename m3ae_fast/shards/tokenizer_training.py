@@ -62,7 +62,7 @@ def tokenizer(
     names, tally = [shards] if isinstance(shards, str) else list(shards), Tally()
     texts = list(caption_texts(names, ShardStore(cache_dir), tally))
     if not texts:
-        raise UserError(f"shards {' '.join(names)}: no caption in them has a word")
+        raise UserError(f"shards {' '.join(names)}: none of their captions contains a word")
     print(f"training a tokenizer of {len(texts):,} captions", file=sys.stderr, flush=True)
     trained = train_tokenizer(texts, vocab_size)
     size = trained.get_vocab_size()

@@ -270,7 +270,7 @@ def describe_conversion(out: Path, converted: Converted) -> str:
     lines = [f"{out}: {c.samples:,} samples in {shards} ({listed}), {c.captions:,} with a caption"]
     lines += c.tally.lines()
     if earlier := c.left_out - c.tally.counts[REFUSED]:
-        lines.append(f"{earlier:,} left out by the call before, which this one continued")
+        lines.append(f"{earlier:,} left out before the conversion was interrupted")
     for split in dict.fromkeys(path.name.rpartition("-")[0] for path in c.shards):
         lines.append(f'  "{split}": [{{"shards": "{out / split}-*.tar"}}]')
     return "\n".join(lines)

@@ -63,8 +63,8 @@ def _collapse(metrics: Metrics, config: Mapping[str, Any]) -> Finding | None:
         advice.append("less optim.weight_decay")
     return Finding(
         "collapse",
-        f"the features fill {last:.1f} dimensions (RankMe), and those of the untrained network {first:.1f}: those "
-        "of different samples have become alike",
+        f"the effective rank of the features (RankMe) is {last:.1f}, compared with {first:.1f} before training: the "
+        "features of different samples have become similar",
         either(advice),
     )
 
@@ -107,7 +107,7 @@ def _learning(metrics: Metrics) -> list[Finding]:
         return [Finding("no learning", " and ".join(_compared(metrics, name) for name in known), suggested_fix)]
     return [
         Finding(
-            f"{other} alone learns",
+            f"only {other} is learnt",
             f"{_compared(metrics, name)}{_constant(metrics, name)}",
             f"more steps, a higher loss.{name}_weight, or a lower loss.{other}_weight; look at the {name}s in "
             "reconstructions.png",
@@ -158,7 +158,7 @@ def verdict(metrics: Metrics) -> str:
     feature rank."""
     parts = [_compared(metrics, name) for name in ("image", "text") if len(series(metrics, f"val_{name}_relative")) > 1]
     accuracy = "k-NN accuracy {:.1%}, before training {:.1%}"
-    rank = "the features fill {:.1f} dimensions (RankMe), before training {:.1f}"
+    rank = "effective rank of the features (RankMe) {:.1f}, before training {:.1f}"
     for name, text in {"val_knn_top1": accuracy, "val_rankme": rank}.items():
         if len(values := series(metrics, name)) > 1:
             parts.append(text.format(values[-1], values[0]))

@@ -298,7 +298,7 @@ def _images(batch: PackedBatch, micro: int) -> list[tuple[str, str]]:
         ("patches per image", f"{sum(patches) / len(patches):,.1f} on average, from {min(patches)} to {max(patches)}"),
         (
             "balance",
-            f"tokens of micro-batches of {micro} samples differ by {spread:.1%} (standard deviation), before the ranks "
-            "of a node share out images of local shards by size",
+            f"the number of tokens in micro-batches of {micro} samples differs by {spread:.1%} (standard deviation), "
+            "before images of local shards are balanced over the ranks of a node",
         ),
     ]

@@ -50,7 +50,7 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
         )
     for name, corpus in (("train", data.train), ("val", data.val)):
         if corpus and corpus.ignored:
-            notes.append(f"data.{name}: files in its shards that are ignored: {corpus.ignored}")
+            notes.append(f"data.{name}: some files in its shards are ignored: {corpus.ignored}")
     if shared := data.val.shared_with(data.train) if data.val else []:
         notes.append(
             f"data.val: {len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'} trained on too, such as "

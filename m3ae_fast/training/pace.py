@@ -68,8 +68,8 @@ class Pace:
         step = self.sample * config.train.global_batch
         scaled = "" if self.batch == config.train.global_batch else f" of {self.batch} samples, scaled"
         whole, steps = duration(self.seconds(config, schedule)), schedule.total_steps
-        adjusted = "; train.hours changes their number" if config.train.hours else ""
-        adjusted += "; those with smaller images take less" if config.train.image_sizes else ""
+        adjusted = "; train.hours adjusts the number of steps" if config.train.hours else ""
+        adjusted += "; steps with smaller images take less" if config.train.image_sizes else ""
         return f"{whole} on this machine: {steps:,} steps of {step:.3g} s, measured by {self.steps}{scaled}{adjusted}"
 
 

@@ -288,7 +288,7 @@ def _require_kernels(device: torch.device) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     if triton and device.type == "cuda" and (missing := missing_for_triton()):
-        raise UserError(f"Triton, which the kernels are written in, needs {' and '.join(missing)} on this machine")
+        raise UserError(f"the Triton kernels need {' and '.join(missing)} on this machine")
 
 
 def _build_model(config: Config, found: Resume, ranks: Ranks) -> tuple[M3AE, dict[str, Tensor], list[str]]:

@@ -320,7 +320,7 @@ class Trainer:
             self.log.begin()
             self.record.begin(self.start)
             for path in checkpoint.set_aside_after(self.run.dir, self.start):
-                self.log.say(f"the run continues from step {self.start}: a later checkpoint is now {path}")
+                self.log.say(f"the run continues from step {self.start}; a later checkpoint was renamed to {path}")
 
         self.ranks.on_main(begin)
 

@@ -156,12 +156,12 @@ def test_four_bands_are_no_transparency():
         (write_npy(LEVELS[None]), BANDS, r"the array has shape \[1, 20, 24, 13\], and not \[height, width, channels\]"),
         (write_npy(LEVELS[:0]), BANDS, r"the array has shape \[0, 24, 13\], and not"),
         (write_npy(np.where(FLOATS > 800, np.inf, FLOATS)), BANDS, "has values that are not finite"),
-        (write_npy(LEVELS)[:-1], BANDS, "the array is broken"),
-        (write_npy(LEVELS).replace(b"(20, 24", b"(2e9,24"), BANDS, "the array is broken"),
-        (write_npy(LEVELS).replace(b"(20, 24, 13)", b"(True,24,13)"), BANDS, "the array is broken"),
-        (b"\x93NUMPY\x03\0", BANDS, "the array is broken"),
+        (write_npy(LEVELS)[:-1], BANDS, "the array is damaged"),
+        (write_npy(LEVELS).replace(b"(20, 24", b"(2e9,24"), BANDS, "the array is damaged"),
+        (write_npy(LEVELS).replace(b"(20, 24, 13)", b"(True,24,13)"), BANDS, "the array is damaged"),
+        (b"\x93NUMPY\x03\0", BANDS, "the array is damaged"),
         (tiff(LEVELS, planarconfig="contig", extratags=[(274, 3, 1, 6, True)]), BANDS, "with bands and is rotated"),
-        (tiff(LEVELS, planarconfig="contig")[:200], BANDS, "the TIFF is broken"),
+        (tiff(LEVELS, planarconfig="contig")[:200], BANDS, "the TIFF is damaged"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_a_bad_sample(data, channels, message):
@@ -173,7 +173,7 @@ def test_a_pickle_in_an_array_is_not_opened():
     objects = np.array([[{"a": 1}]], dtype=object)
     out = bands.BytesIO()
     np.save(out, objects, allow_pickle=True)
-    with pytest.raises(BadSample, match="the array is broken"):
+    with pytest.raises(BadSample, match="the array is damaged"):
         read_npy(out.getvalue())
 
 

@@ -133,14 +133,14 @@ def test_a_table_of_labels_alone(tmp_path, capsys):
 def test_images_in_no_split_are_left_out_and_named(tmp_path, capsys):
     root = tree(tmp_path / "data", "logo.png", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     assert make(root, tmp_path / "out") == 0
-    assert "1 image in no split and left out, such as\n    logo.png" in capsys.readouterr().out
+    assert "1 image outside the splits left out, such as\n    logo.png" in capsys.readouterr().out
     assert len(_paths(tmp_path / "out")) == 3
 
 
 def test_splits_beside_other_folders_are_refused(tmp_path):
     root = tree(tmp_path / "data", "train/0.png", "val/0.png", "masks/0.png")
     with pytest.raises(
-        UserError, match="train, val are names of splits, but masks beside them is not; move other folders"
+        UserError, match="train, val are names of splits, but masks next to them is not; move other folders"
     ):
         Folder(root)
 
@@ -149,7 +149,7 @@ def test_pretraining_keeps_the_splits(tmp_path):
     root = tree(tmp_path / "data", *(f"{split}/{name}/0.png" for split in ("train", "val", "test") for name in "ab"))
     shards = find_shards(str(root), tmp_path / "run", None, [])
     assert (shards.train, shards.val) == tuple([f"{tmp_path}/run/shards/{each}-*.tar"] for each in ("train", "val"))
-    assert any(re.fullmatch("test: neither trained on nor evaluated; its shards are in .*", n) for n in shards.notes)
+    assert any(re.fullmatch("test: not used for training or evaluation; its shards are in .*", n) for n in shards.notes)
     assert _paths(tmp_path / "run/shards") == {
         (split, "ab".index(name), f"{split}/{name}/0.png") for split in ("train", "val", "test") for name in "ab"
     }
@@ -194,7 +194,7 @@ def test_shards_are_held_out_by_their_names(tmp_path):
     assert shards.train == [str(tmp_path / name) for name in names[1:3]] and shards.val == [str(tmp_path / names[3])]
     assert shards.notes == [
         f"held out by their names: 1 of 4 shards, such as {tmp_path}/food-val-0.tar",
-        f"not used, since there is a validation split too: 1 of a test, such as {tmp_path}/food-test-0.tar",
+        f"not used, because there is also a validation split: 1 test shard, such as {tmp_path}/food-test-0.tar",
     ]
     (tmp_path / names[3]).unlink()
     assert find_shards(str(tmp_path), tmp_path / "run", None, []).val == [str(tmp_path / names[0])]
@@ -214,7 +214,7 @@ def test_a_class_folder_that_links_to_another_is_told(tmp_path, capsys):
     (root / "train/puma").symlink_to(root / "train/cat")
     assert make(root, tmp_path / "out") == 0
     assert (
-        "note: the images of train/puma are those of train/cat, by a link, and count twice, as of train/wolf\n"
+        "note: train/puma links to train/cat, so its images count twice; so do those of train/wolf\n"
         in capsys.readouterr().out
     )
     assert len(_paths(tmp_path / "out")) == 6
@@ -227,7 +227,7 @@ def test_an_empty_class_folder_is_told(tmp_path):
     (root / "train/emu/readme.md").write_text("none")
     folder = Folder(root)
     assert folder.classes == ["cat", "dog"]
-    assert folder.notes == ["no image in train/emu, val/emu, beside folders with images"]
+    assert folder.notes == ["train/emu, val/emu: no images, although neighbouring folders have some"]
     assert Folder(root, flat=True).notes == []
 
 

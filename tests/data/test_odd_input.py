@@ -314,4 +314,4 @@ def test_the_tokenizer_tool_says_what_it_left_out(tmp_path, capsys):
     assert f"1 sample with an empty caption, such as\n    {shard}/1" in told
     blank = write_tar(tmp_path / "b.tar", [("0.txt", b" ")])
     assert exit_cleanly(lambda: data(["tokenizer", blank, "--vocab-size", "20", "--out", f"{blank}.json"])) == 2
-    assert "no caption in them has a word" in said(capsys) and not os.path.exists(f"{blank}.json")
+    assert "none of their captions contains a word" in said(capsys) and not os.path.exists(f"{blank}.json")

@@ -138,7 +138,7 @@ def test_models_are_called_by_their_folders_where_these_differ():
     assert model_names(["runs/a", "runs/b"], pixels=False) == {UNTRAINED: "random:runs/a"} | own
     assert list(model_names(["x/run", "y/run"])) == [UNTRAINED, SCALED, "x/run", "y/run"]
     assert model_names(["random:x"]) == {UNTRAINED: "random:x", SCALED: "pixels:x", "random:x": "random:x"}
-    with pytest.raises(UserError, match="pixels:a: compare has pixels of its own; leave it out"):
+    with pytest.raises(UserError, match="pixels:a: compare always includes downscaled pixels; leave out this model"):
         model_names(["a", "pixels:a"])
     with pytest.raises(UserError, match="one is named twice"):
         model_names(["a", "a"])

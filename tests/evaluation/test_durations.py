@@ -109,15 +109,15 @@ def _expectation(kind, pace, left, device="cpu", samples=1482, **sections):
 
 
 SECTIONS = {FineTuningTask: "finetune", ProbingTask: "linear"}
-LONG = "note: that is long on this CPU; shorter: "
+LONG = "note: this is long for a CPU; to shorten it: "
 
 
 def test_a_long_run_on_a_cpu_is_told_with_a_shorter_one():
     first, note = _expectation(FineTuningTask, 1.0, 4001)
     assert first == "expected: 1:06:41 for 4,001 more steps, and evaluations"
     assert note == (
-        f"{LONG}--set finetune.epochs=26 (598 steps, which learn less), or the task linear with --cache-features: of "
-        "1,000 to 2,400 samples it was no worse (lab/results/recipe.md)"
+        f"{LONG}--set finetune.epochs=26 (598 steps, with a lower accuracy), or the task linear with --cache-features, "
+        "which was no worse on 1,000 to 2,400 samples (lab/results/recipe.md)"
     )
     large = _expectation(FineTuningTask, 9.0, 78_000, samples=50_000)[1]
     assert large.startswith(f"{LONG}--set finetune.epochs=1 (781 steps")
@@ -148,7 +148,7 @@ def test_a_long_task_on_a_cpu_is_told_with_what_is_shorter_once(device, pace, to
     left = Job.time_left(job, 100, shorter=lambda part: f"--set robustness.samples={int(1000 * part)}")
     left.during(1, pace)
     left.during(2, pace)
-    note = "note: this takes about 0:59:24 on this CPU; shorter: --set robustness.samples=168"
+    note = "note: this takes about 0:59:24 on this CPU; to shorten it: --set robustness.samples=168"
     assert said == ([note] if told else [])
 
 
@@ -156,9 +156,9 @@ def test_a_training_that_is_long_is_told_before_anything_is_encoded():
     said = []
     job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")), say=said.append)
     Job.time_left(job, 100, 3600, shorter=lambda _: "--seeds 1").during(50, 1.0)
-    assert said == ["note: this takes about 1:00:00 on this CPU; shorter: --seeds 1"]
+    assert said == ["note: this takes about 1:00:00 on this CPU; to shorten it: --seeds 1"]
     quick = Job.time_left(job, 100, 600, shorter=lambda _: "--seeds 1")
     assert len(said) == 1
     quick._now = lambda now=quick._now: now() + 1000  # the first of two parts took that long
     quick.after(50)
-    assert said[1:] == ["note: this takes about 0:26:40 on this CPU; shorter: --seeds 1"]
+    assert said[1:] == ["note: this takes about 0:26:40 on this CPU; to shorten it: --seeds 1"]

@@ -278,7 +278,10 @@ def test_micro_batches_that_part_neighbours_are_refused(batch, world, repeats, f
     mixing = _mixing(repeats=repeats)
     if fits:
         return mixing.check_share(Share(batch, 1, 0, world))
-    with pytest.raises(UserError, match=f"{batch} samples in {world} micro-batches are no multiple of {2 * repeats}"):
+    with pytest.raises(
+        UserError,
+        match=f"a multiple of {2 * repeats} samples, but {batch} samples are split into {world} micro-batches",
+    ):
         mixing.check_share(Share(batch, 1, 0, world))
     _mixing(repeats=repeats, mixup=0, cutmix=0).check_share(Share(batch, 1, 0, world))
 

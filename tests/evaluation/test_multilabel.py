@@ -49,7 +49,7 @@ def test_labels_that_the_colour_decides_are_found(transfer, tmp_path, head, caps
     assert result["map"] > 0.9 > 0.6 > result["chance_map"] and "warning" not in result
     assert [row["class"] for row in result["per_class"]] == ["blue", "cold", "green"]
     said = capsys.readouterr().out
-    assert "note: 1 labels of --val have no training sample and do not count" in said
+    assert "note: 1 labels of --val have no training sample and are left out" in said
     assert f"multilabel: {result['verdict']}\n" in said and f"map {result['map']:.4f} ± {result['map_se']:.4f}" in said
     table = read_parquet(tmp_path / "out/predictions.parquet")
     assert table["labels"][0] == ["blue", "cold"] and table["labels"][2] == []

@@ -141,7 +141,7 @@ def test_how_far_it_is_is_said_and_a_stop_leaves_the_sets_so_far(transfer, tmp_p
     said = capsys.readouterr().out
     assert re.search(r"encoding val: 18 samples done \(79% of the encoding, about \d:\d\d:\d\d left\)", said)
     assert "encoding b: 9 samples done (100% of the encoding)\n" in said
-    assert left[:3] == ["nothing was found yet (0 of 2 sets); the same command starts over"] * 3
+    assert left[:3] == ["no result yet (0 of 2 sets); running the same command again starts over"] * 3
     assert left[3].startswith(f"partial result, 1 of 2 sets, in {tmp_path}/out/result-so-far.json: a_max_softmax_")
     assert columns == [["val"] * 18 + ["a"] * 9, ["val"] * 18 + ["a"] * 9 + ["b"] * 9]
 
@@ -329,7 +329,7 @@ def test_a_classifiers_scores_are_of_its_own_features_and_head(transfer, classif
 def test_a_classifier_of_other_classes_or_another_input_is_refused(transfer, classifier, shards, tmp_path):
     folder, _ = classifier
     for options, message in (
-        (["--labels", "json.name"], "have 3 classes, the classifier 3, and only one of them '0'"),
+        (["--labels", "json.name"], "have 3 classes and the classifier 3, only one of them has '0'"),
         (["--modality", "text"], "--modality text: the classifier .* sees image; leave it out"),
         (["--set", "encode.pool=mean"], "--set encode.pool=mean: the classifier's head reads cls; leave it out"),
     ):
@@ -337,11 +337,11 @@ def test_a_classifier_of_other_classes_or_another_input_is_refused(transfer, cla
             transfer("ood", "--ood", shards[1], *options, model=folder)
         assert not (tmp_path / "out/result.json").exists()
     fewer = labelled_tar(tmp_path / "fewer.tar", range(12), {i: i % 2 for i in range(12)})
-    with pytest.raises(UserError, match="have 2 classes, the classifier 3, and only one of them '2'"):
+    with pytest.raises(UserError, match="have 2 classes and the classifier 3, only one of them has '2'"):
         transfer("ood", "--ood", shards[1], model=folder, train=fewer, val=fewer)
     config = json.loads((folder / "classifier.json").read_text())
     (folder / "classifier.json").write_text(json.dumps(config | {"classes": [2, 1, 0]}))
-    with pytest.raises(UserError, match="have 3 classes, the classifier 3, and in another order"):
+    with pytest.raises(UserError, match="have 3 classes and the classifier 3, in another order"):
         transfer("ood", "--ood", shards[1], model=folder)
     (folder / "classifier.json").write_text(json.dumps({"head": 1}))
     with pytest.raises(UserError, match=r"classifier\.json"):

@@ -81,7 +81,7 @@ def test_shapes_are_found_where_they_are(transfer, masked, tmp_path, head, capsy
     assert result["miou"] > 0.5 > 0.35 > result["chance_miou"] and "warning" not in result
     assert (result["train_samples"], result["val_samples"], result["classes"]) == (39, 16, 3)
     said = capsys.readouterr().out
-    assert "--train: 39 of 40 samples have a mask" in said and "members of the shards that nothing reads" not in said
+    assert "--train: 39 of 40 samples have a mask" in said and "files in the shards that are ignored" not in said
     assert f"segment: {result['verdict']}\n" in said and f"± {result['miou_se']:.4f}" in said
     assert pictures(tmp_path / "out") == ["segmentation"]
     table = read_parquet(tmp_path / "out/predictions.parquet")
@@ -188,10 +188,10 @@ def test_masks_of_palettes_and_of_16_bits_hold_ids():
         assert read_mask(data).tolist() == ids.tolist()
     assert read_mask(png(ids > 2)).tolist() == (ids > 2).astype(int).tolist()
     for data, message in (
-        (png(np.zeros((2, 2, 3), np.uint8)), "the mask is RGB; it must have one channel"),
-        (png(np.full((2, 2), 300, np.uint16)), "the mask has the class id 300; ids go to 255"),
+        (png(np.zeros((2, 2, 3), np.uint8)), "the mask has mode RGB; it must have one channel"),
+        (png(np.full((2, 2), 300, np.uint16)), "the mask has the class id 300; ids must be from 0 to 255"),
         (png(ids)[:45], "cannot be decoded"),
-        (b"GIF89a", "the mask is no PNG"),
+        (b"GIF89a", "the mask is not a PNG"),
     ):
         with pytest.raises(BadSample, match=message):
             read_mask(data)
@@ -206,7 +206,7 @@ def test_mistakes_are_one_line(transfer, masked, tmp_path):
     for options, train, message in (
         ([], plain, "no sample has a mask, KEY.mask.png beside its image; make shards"),
         ([], one, "its masks have 1 classes besides segment.ignore_label 255; two are needed"),
-        ([], rgb, "the mask is RGB; it must have one channel, of class ids, in the mask at byte"),
+        ([], rgb, "the mask has mode RGB; it must have one channel, of class ids, in the mask at byte"),
         (["--set", "data.resize=native"], masked[0], "segment needs images of one size: give --set data.resize=sq"),
         (["--set", "linear.steps=3"], masked[0], "linear.steps: segment does not use it; did you mean segment.steps"),
     ):

@@ -74,7 +74,7 @@ def test_its_accuracy_on_labelled_shards_is_told_beside_torch(tmp_path, capsys):
     assert exit_cleanly(lambda: export(lost)) == 2
     assert "no.tar" in capsys.readouterr().err and not (tmp_path / "b.onnx").exists()
     for wrong in (command, [*command, "--val", shards[1], "--format", "timm"]):
-        with pytest.raises(UserError, match="--train and --val go together, with --format onnx"):
+        with pytest.raises(UserError, match="--train and --val can be used only together, and only with --format onnx"):
             export(wrong)
 
 

@@ -161,7 +161,7 @@ class Folder(Records):
         suffix, count as one image."""
         paths = [self._paths[row] for row in self._rows[split]]
         files = [os.path.join(self.folder, path) for path in paths]
-        sketches = [_sketch(path) for path in track(files, "looking for the same image twice")]
+        sketches = [_sketch(path) for path in track(files, "looking for duplicate images")]
         # an unreadable file has no duplicates
         contents_N = number_same(len(files), [lambda i: sketches[i] or i, lambda i: _digest(files[i])])
         stems: dict[str, int] = {}
@@ -289,8 +289,8 @@ def _linked(folder: str, directories: Collection[str]) -> Iterator[str]:
             again[directory] = kept
     if again:
         link, kept = next(iter(again.items()))
-        more = f", as of {listed([*again][1:])}" if len(again) > 1 else ""
-        yield f"the images of {printable(link)} are those of {printable(kept)}, by a link, and count twice{more}"
+        more = f"; so do those of {listed([*again][1:])}" if len(again) > 1 else ""
+        yield f"{printable(link)} links to {printable(kept)}, so its images count twice{more}"
 
 
 def _empty(folder: str, directories: Collection[str]) -> Iterator[str]:
@@ -305,7 +305,7 @@ def _empty(folder: str, directories: Collection[str]) -> Iterator[str]:
             names = [each.name for each in entries if each.is_dir(follow_symlinks=False) and each.name[0] != "."]
         found += [path for path in (os.path.join(parent, name) for name in names) if path not in filled]
     if found:
-        yield f"no image in {listed(found)}, beside folders with images"
+        yield f"{listed(found)}: no images, although neighbouring folders have some"
 
 
 def _ignored(

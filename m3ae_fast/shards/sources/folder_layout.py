@@ -93,7 +93,7 @@ def _level_of_splits(root: str, directories: Collection[str]) -> int | None:
         elif is_divided and not level:
             splits = [name for name in names if split_of_folder(name)]
             raise UserError(
-                f"{root}: {listed(splits)} are names of splits, but {listed(names - {*splits})} beside them is not; "
+                f"{root}: {listed(splits)} are names of splits, but {listed(names - {*splits})} next to them is not; "
                 "move other folders elsewhere, or rename the splits if they are classes"
             )
     return None

@@ -108,7 +108,7 @@ class HuggingFace(Records):
         if not self.image or self._dtype:  # duplicates are not detected for arrays
             return rows_S
         data = self._data[split].select_columns([self.image]).with_format("arrow")
-        batches = track(data.iter(_AT_A_TIME), "looking for the same image twice", -(-len(data) // _AT_A_TIME))
+        batches = track(data.iter(_AT_A_TIME), "looking for duplicate images", -(-len(data) // _AT_A_TIME))
         sketches = [_sketch(value) for batch in batches for value in batch.column(0)]
 
         def whole(row: int) -> bytes:
