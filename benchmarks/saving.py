@@ -81,7 +81,7 @@ def measure(zero: int | None, ranks: Ranks, agreed: Agreement, folder: Path) -> 
     total = sum(ranks.gather(held))
     for _ in range(2):
         step()
-    plain, before, now, beside, written, shared = [], [], [], [], [], []
+    plain, before, now, during, written, shared = [], [], [], [], [], []
     for number in range(ROUNDS):
         plain.append(seconds(step, ranks)[0])
         taken, whole = seconds(lambda: gather(engine, ranks), ranks)
@@ -99,7 +99,7 @@ def measure(zero: int | None, ranks: Ranks, agreed: Agreement, folder: Path) -> 
         staging.begin(ranks.device)
         saving.start(lambda: staging.copy(engine.fragments))
         begun = time.perf_counter() - began
-        beside.append(seconds(step, ranks)[0])
+        during.append(seconds(step, ranks)[0])
         now.append(max(ranks.gather(begun + waits[-1])))
         saving.wait()
         info = checkpoint.Info(number, 0, 0, {}, {})
@@ -116,7 +116,7 @@ def measure(zero: int | None, ranks: Ranks, agreed: Agreement, folder: Path) -> 
         "gathered: written in, s": statistics.median(written),
         "parts: written in, s": statistics.median(shared),
         "a step, s": statistics.median(plain),
-        "a step beside the copying, s": statistics.median(beside),
+        "a step during the copying, s": statistics.median(during),
         "gathered: rank 0 holds, MB": total * 4 / 1e6,
         "parts: a rank holds at most, MB": max(ranks.gather(held)) * 4 / 1e6,
         "over its share": max(ranks.gather(held)) * ranks.world / total,

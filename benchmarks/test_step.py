@@ -47,7 +47,9 @@ def test_step(benchmark, size, samples):
     with ExitStack() as stack:
         alone = {n: stack.enter_context(Alone(n, {"size": size, "image_size": 224}, samples)) for n in NAMES}
         for name in NAMES[1:]:
-            assert alone[name].losses == pytest.approx(alone["reference"].losses, rel=1e-2), "bf16 beside float32"
+            assert alone[name].losses == pytest.approx(alone["reference"].losses, rel=1e-2), (
+                "bf16 compared with float32"
+            )
         seconds: dict[str, list[float]] = {name: [] for name in NAMES}
 
         def baselines() -> None:

@@ -78,7 +78,7 @@ def test_a_run_that_waits_for_its_data_is_named_and_a_sound_one_is_not(tmp_path,
     assert [finding.name for finding in findings(slow)] == ["too few steps", "data bound"]
     sound = [line | {"data_wait": 0.01} for line in longer(trained(tmp_path / "sound"))]  # the machine may be busy
     assert findings(sound) == []
-    assert "the image loss on held-out samples is " in verdict(sound) and "dimensions (RankMe)" in verdict(sound)
+    assert "the image loss on held-out samples is " in verdict(sound) and "(RankMe)" in verdict(sound)
 
 
 def test_without_held_out_samples_the_training_loss_is_judged():
@@ -134,10 +134,10 @@ def test_words_have_each_number_in_its_place():
         val_rankme=(20.0, 9.0, 12.5),
     )
     assert verdict(metrics) == (
-        "the image loss on held-out samples is 0.50 of that of predicting the mean patch, and began at 1.25; "
-        "the text loss on held-out samples is 0.75 of that of predicting how often each word piece occurs, and began "
-        "at 1.75; k-NN accuracy 50.0%, before training 12.5%; effective rank of the features (RankMe) 12.5, before "
-        "training 20.0"
+        "the image loss on held-out samples is 0.50 times that of predicting the mean patch (before training 1.25); "
+        "the text loss on held-out samples is 0.75 times that of predicting how often each word piece occurs "
+        "(before training 1.75); k-NN accuracy 50.0%, before training 12.5%; effective rank of the features (RankMe) "
+        "12.5, before training 20.0"
     )
     for top1, words in (
         (0.75, "75.0%, before training 12.5%, the"),
@@ -150,7 +150,9 @@ def test_words_have_each_number_in_its_place():
         "the effective rank of the features (RankMe) is 3.0, compared with 20.0 before training"
     )
     (told,) = findings(lines(val_image_relative=(1.0, 0.9), val_text_relative=(1.5, 1.6)))
-    assert told.what.startswith("the text loss") and told.remedy.startswith("more steps, a higher loss.text_weight, o")
+    assert told.what.startswith("the text loss") and told.suggestion.startswith(
+        "more steps, a higher loss.text_weight, o"
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_too_few_steps_are_no_collapse(steps, rates, names):
     found = findings(metrics)
     assert [finding.name for finding in found] == names
     if names == ["too few steps"]:
-        assert f"{steps[-1]} steps are too few" in found[0].what and "train.steps" in found[0].remedy
+        assert f"{steps[-1]} steps are too few" in found[0].what and "train.steps" in found[0].suggestion
         assert ("warm-up" in found[0].what) == (rates[1] > rates[0])
 
 
@@ -180,7 +182,7 @@ def test_too_few_steps_are_no_collapse(steps, rates, names):
             (1.0, 0.6),
             (1.4, 1.01),
             "only image is learnt",
-            "began at 1.40: the model has learnt only the token",
+            "before training 1.40): the model has learnt only the token",
         ),
         (
             (1.0, 0.6),
@@ -189,7 +191,7 @@ def test_too_few_steps_are_no_collapse(steps, rates, names):
             "the model has learnt only the token frequencies",
         ),
         ((1.0, 0.6), (1.4, 0.97), None, ""),
-        ((1.0, 0.6), (1.0, 1.0), "only image is learnt", "and began at 1.00"),
+        ((1.0, 0.6), (1.0, 1.0), "only image is learnt", "before training 1.00"),
         ((1.5, 1.0), (1.4, 0.7), "only text is learnt", "the model has learnt only the mean patch"),
         ((1.5, 1.0), (1.4, 1.0), "no learning", "the image loss on held-out samples is 1.00"),
     ],
@@ -211,9 +213,9 @@ def test_what_a_constant_predicts_has_not_been_learnt(image, text, name, what):
 )
 def test_nothing_is_advised_that_is_set_already(optim, advice):
     (found,) = findings(lines(step=(0, 400), val_rankme=(20.0, 3.0)), {"optim": optim})
-    assert found.remedy == f"a lower optim.peak_lr, {advice}"
+    assert found.suggestion == f"a lower optim.peak_lr, {advice}"
     (found,) = findings(lines(step=(200, 400), data_wait=(0.5, 0.5)), {"data": {"repeats": 2}})
-    assert found.remedy.endswith("data.repeats=3")
+    assert found.suggestion.endswith("data.repeats=3")
 
 
 @pytest.mark.parametrize(

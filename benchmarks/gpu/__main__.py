@@ -34,13 +34,20 @@ def parser() -> argparse.ArgumentParser:
     what = found.add_mutually_exclusive_group()
     what.add_argument("--quick", action="store_true", help="checks alone, no timing")
     what.add_argument("--odd", action="store_true", help="checks of small odd sizes alone")
-    what.add_argument("--tune", nargs="*", metavar="KERNEL", help="find this GPU's block sizes, of all or of these")
+    what.add_argument(
+        "--tune",
+        nargs="*",
+        metavar="KERNEL",
+        help="find the best block sizes on this GPU, for all kernels or for these",
+    )
     what.add_argument("--step", action="store_true", help="whole training steps; needs m3ae_fast installed")
     what.add_argument("--all", action="store_true", help="every stage of plan.py; call again for those that are left")
     found.add_argument(
         "--budget", type=float, metavar="SECONDS", help=f"end after so long (default {BUDGET}; --all: {ALL_BUDGET})"
     )
-    found.add_argument("--again", nargs="+", default=(), choices=names, metavar="STAGE", help="of --all: run anew")
+    found.add_argument(
+        "--again", nargs="+", default=(), choices=names, metavar="STAGE", help="with --all: stages to run again"
+    )
     found.add_argument("--dtype", choices=[_name(d) for d in DTYPES], help="check or tune one alone")
     found.add_argument("--no-compile", action="store_true", help="without torch.compile among the baselines")
     found.add_argument("--size", choices=plan.SIZES, help="of --step: this alone")

@@ -52,7 +52,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, metavar="N", help="begin no run after so many minutes")
     add("--data", nargs="+", choices=TESTS, default=[*TESTS], help="data sets (default: all)")
     add("--sizes", nargs="+", choices=settings["sizes"], default=[*settings["sizes"]], help="models (default: all)")
-    add("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="arms beside the baseline (default: all)")
+    add("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="recipes to compare with the baseline (default: all)")
     add("--lengths", nargs="+", type=int, default=settings["lengths"], metavar="STEPS", help="lengths, rising")
     add("--tune", nargs="*", choices=settings["tried"], default=[*settings["tried"]], help="settings (default: all)")
     add("--seeds", type=int, default=SEEDS, help=f"of all arms at the shortest length (default: {SEEDS})")

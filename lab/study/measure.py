@@ -30,7 +30,7 @@ from m3ae_fast.process.session import Session
 
 SHOTS, DRAWS = (1, 5, 10), 5
 RETRIEVED = 10  # k of the recall at k in retrieval
-STRANGE = 1000  # maximum number of images of an out-of-distribution dataset
+OTHERS = 1000  # maximum number of images of an out-of-distribution dataset
 LOSSES = {"val_image_loss": "image loss", "val_text_loss": "text loss", "val_text_accuracy": "text accuracy",
           "val_text_relative": "text loss / unigram entropy"}  # fmt: skip
 SCORES = ("mahalanobis", "max_softmax")  # the scores in the paper
@@ -46,7 +46,9 @@ class Split(NamedTuple):
     train: dict[str, list[Path]]  # emoji by vendor
     test: dict[str, list[Path]]
     clothes: tuple[list[Path], list[Path]]  # for training and for testing a probe
-    strange: dict[str, list[Path]]  # out-of-distribution images by name, possibly including those of `clothes`
+    out_of_distribution: dict[
+        str, list[Path]
+    ]  # out-of-distribution images by name, possibly including those of `clothes`
 
 
 @dataclass
@@ -117,13 +119,13 @@ class Measuring:
         labelled, _ = self.labelled(bank, "category")
         seed = self.config.run.seed
         scores = Scores(labelled, self.config.knn.k)
-        familiar = scores(held_out)
-        for name, shards in self.split.strange.items():
+        inside = scores(held_out)
+        for name, shards in self.split.out_of_distribution.items():
             features = known[name] if name in known else self.encode(shards, False, False)
-            strange = scores(features.rows(range(min(STRANGE, len(features.keys)))))
+            outside = scores(features.rows(range(min(OTHERS, len(features.keys)))))
             for score in SCORES:
-                area, _ = auroc_and_fpr(familiar[score], strange[score])
-                low, high = auroc_interval(familiar[score], strange[score], seed)
+                area, _ = auroc_and_fpr(inside[score], outside[score])
+                low, high = auroc_interval(inside[score], outside[score], seed)
                 names = (f"ood_{name}_{score}{suffix}" for suffix in ("", "_low", "_high"))
                 self.found.numbers |= dict(zip(names, (area, low, high)))
 

@@ -161,8 +161,8 @@ def split_of(shards: Path, seed: int, validation: bool) -> Split:
         for parts in (others, [held])
     )
     clothes = tuple([shards / f"fashion-{name}.tar"] for name in ("probe", "validation" if validation else TEST))
-    strange = {"clothes": clothes[1], "clip_art": sorted(CLIP_ART.glob("val-*.tar"))}
-    return Split(train, test, (clothes[0], clothes[1]), strange)
+    out_of_distribution = {"clothes": clothes[1], "clip_art": sorted(CLIP_ART.glob("val-*.tar"))}
+    return Split(train, test, (clothes[0], clothes[1]), out_of_distribution)
 
 
 def clothes_to_train_on(shards: Path) -> list[Path]:

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 def _pretrain(args: argparse.Namespace) -> bool:
     """Return whether the run is finished."""
     use_device(args.device)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the imports of libraries do not heed it well
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the imports of libraries do not handle it well
     from m3ae_fast.pretraining.stages import pretrain
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

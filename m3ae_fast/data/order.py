@@ -143,7 +143,7 @@ class Lane:
     """A sub-stream of the sample order, which consists of a part of each source.
 
     In each block of positions, each source has its exact proportion (Webster's apportionment, whose seats never
-    decrease), in random order. Proportions are counted anew in each epoch. Without weights, an epoch contains each
+    decrease), in random order. Proportions are counted again in each epoch. Without weights, an epoch contains each
     sample exactly once.
     """
 

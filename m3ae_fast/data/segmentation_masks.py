@@ -89,7 +89,7 @@ def masked_corpus(corpus: Corpus, *, progress: bool = False) -> tuple[Corpus, Ma
         sources.append(select_labelled(replace(source, shards=located), np.array(ids, dtype=np.int64)))
     if not places:
         raise UserError(
-            f"shards {shards[0]}{' ...' if len(shards) > 1 else ''}: no sample has a mask, KEY.{MASK_SUFFIX} beside "
+            f"shards {shards[0]}{' ...' if len(shards) > 1 else ''}: no sample has a mask, KEY.{MASK_SUFFIX} next to "
             "its image; make shards of a folder of images with --masks FOLDER"
         )
     sources = [source for source in sources if source.shards]

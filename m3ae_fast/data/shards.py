@@ -37,7 +37,7 @@ from m3ae_fast.data.download import ATTEMPTS, NotThere, download, retry_after
 FREE_FRACTION = 0.1  # fraction of the cache folder's disk that stays free by evicting older copies
 _KEPT_NS = 1000  # ns between the modification times of copies that are needed one after the other
 _ROOM = "room"  # name of the lock for eviction
-_LEDGER = struct.Struct("<QQ")  # see `ShardStore._make_room`
+_LEDGER = struct.Struct("<QQ")  # see `ShardStore._evict`
 _LOOK_S = 60.0  # seconds between scans of all copies while the cache is full
 _SCANS = 4  # scans of all copies for one new copy, at most
 _PARTIAL = "partial-"  # prefix of the names of incomplete copies
@@ -263,7 +263,7 @@ class ShardStore:
                     download(shard, out)
                     with self.lock(_ROOM) as ledger:  # in case it is larger than expected
                         out.truncate(out.tell())
-                        self._make_room(ledger, grown=out.tell() - gone)
+                        self._evict(ledger, grown=out.tell() - gone)
                     gone = out.tell()
                     to_disk(partial)
                     with self.lock(_ROOM) as ledger:  # no other process may evict the old copy meanwhile
@@ -271,7 +271,7 @@ class ShardStore:
                         os.replace(partial, copy)
                         gone = 0
                         if replaced:
-                            self._make_room(ledger, grown=-replaced)
+                            self._evict(ledger, grown=-replaced)
                     to_disk(copy.parent)
                 return
             except OSError as error:
@@ -284,7 +284,7 @@ class ShardStore:
                         # closed, it may count as abandoned, and a scan of another process has then removed it
                         grown = -gone if partial.exists() else 0
                         partial.unlink(missing_ok=True)
-                        self._make_room(ledger, grown=grown)
+                        self._evict(ledger, grown=grown)
                 partial.unlink(missing_ok=True)
 
     def _begin(self, partial: Path, size: int) -> tuple[BinaryIO, int]:
@@ -292,13 +292,13 @@ class ShardStore:
         this number. The file is locked until it is closed; an unlocked incomplete file belongs to a killed process. The
         umask determines who may read it."""
         with self.lock(_ROOM) as ledger:
-            size = self._make_room(ledger, size)
+            size = self._evict(ledger, size)
             out = open(partial, "x+b")  # noqa: SIM115
             lock(out.fileno())
             out.truncate(size)  # a sparse file, which takes no blocks
         return out, size
 
-    def _make_room(self, ledger: int, size: int | None = None, grown: int = 0) -> int:
+    def _evict(self, ledger: int, size: int | None = None, grown: int = 0) -> int:
         """Evict the oldest copies until a new copy fits within the limit and FREE_FRACTION of the disk is free.
         Processes that have an evicted copy open can still read it (POSIX).
 

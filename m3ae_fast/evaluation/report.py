@@ -111,7 +111,7 @@ def _head(run: Path, metrics: Metrics, named: bool) -> str:
     saved = checkpoint.saved_steps(run)
     unusual = findings(metrics, checkpoint.read_info(saved[-1]).config if saved else None)
     for finding in unusual:
-        lines.append(f"<p><b>{finding.name}</b>: {escape(finding.what)}. To try: {escape(finding.remedy)}.</p>")
+        lines.append(f"<p><b>{finding.name}</b>: {escape(finding.what)}. To try: {escape(finding.suggestion)}.</p>")
     if not unusual:
         lines.append('<p class="faint">Nothing unusual.</p>')
     return "\n".join(lines)

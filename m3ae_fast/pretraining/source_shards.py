@@ -75,8 +75,8 @@ def find_shards(
         return replace(made, unlabelled=_without_classes(pictures))
     if kind == "folder" or (kind == "hdf5" and not source.lower().endswith(HDF5_SUFFIXES)):
         raise UserError(
-            f"{source}: is neither a folder, nor shards, nor an HDF5 file ({', '.join(HDF5_SUFFIXES)}), nor the name of "
-            f"a Hugging Face dataset{_similar(folder)}"
+            f"{source}: is neither a folder, nor shards, nor an HDF5 file ({', '.join(HDF5_SUFFIXES)}), nor the name "
+            f"of a Hugging Face dataset{_similar(folder)}"
         )
     if captions:
         raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")

@@ -26,7 +26,7 @@ STALL_FOLDER = "stall"
 _BUSY = 0.05  # fraction of a core; idle threads use less
 _WRITING = 1 << 12  # bytes per interval; a download or a save writes more
 _STOP, _STALL = "stop", "stall"  # messages between ranks
-_HOPS = 3  # intervals until a message has reached every rank: to the node's leader, to rank 0, and back
+_INTERVALS = 3  # intervals until a message has reached every rank: to the node's leader, to rank 0, and back
 _WRITE_S = 5.0  # longest time to write the stack traces
 
 
@@ -201,7 +201,7 @@ class Pulse:
         self._messages.add(_STALL)
         writing = threading.Thread(target=self._write_stacks, daemon=True)  # the disk may be the cause of the stall
         writing.start()
-        time.sleep(_HOPS * self._interval)
+        time.sleep(_INTERVALS * self._interval)
         writing.join(_WRITE_S)
         kill_children()  # a frozen worker would never exit
         os._exit(TRY_AGAIN)

@@ -55,8 +55,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._wakes, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
-        heeded = [number for number in SIGNALS if not (number == signal.SIGHUP and _ignored(number))]
-        self._handlers = {number: signal.signal(number, self._handle) for number in heeded}
+        handled = [number for number in SIGNALS if not (number == signal.SIGHUP and _ignored(number))]
+        self._handlers = {number: signal.signal(number, self._handle) for number in handled}
         self._old_wake = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._watcher.start()

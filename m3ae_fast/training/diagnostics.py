@@ -27,7 +27,7 @@ class Finding(NamedTuple):
 
     name: str
     what: str
-    remedy: str
+    suggestion: str
 
 
 def findings(metrics: Metrics, config: Mapping[str, Any] | None = None) -> list[Finding]:
@@ -138,7 +138,7 @@ def _compared(metrics: Metrics, name: str) -> str:
     """Return a sentence about a modality's held-out loss."""
     constant = {"image": "predicting the mean patch", "text": "predicting how often each word piece occurs"}[name]
     first, *_, last = series(metrics, f"val_{name}_relative")
-    return f"the {name} loss on held-out samples is {last:.2f} of that of {constant}, and began at {first:.2f}"
+    return f"the {name} loss on held-out samples is {last:.2f} times that of {constant} (before training {first:.2f})"
 
 
 def _data(metrics: Metrics, config: Mapping[str, Any]) -> Finding | None:

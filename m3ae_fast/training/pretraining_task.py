@@ -92,8 +92,8 @@ class PretrainingTask:
         baselines = Baselines(model, self.config.train.precision, trainer.ranks)
         batches = trainer.pulse.watch(loader, f"evaluating after step {trainer.step}")
         try:
-            heeding = until_stopped(batches, trainer.ranks, trainer.stop)
-            values = evaluate(trainer.engine, heeding, trainer.ranks, trainer.add_targets, baselines)
+            stoppable = until_stopped(batches, trainer.ranks, trainer.stop)
+            values = evaluate(trainer.engine, stoppable, trainer.ranks, trainer.add_targets, baselines)
         except Stopped:
             trainer.cut_short()
             return

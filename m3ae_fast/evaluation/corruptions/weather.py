@@ -43,9 +43,9 @@ def plasma(decay: float, rng: np.random.Generator) -> np.ndarray:
         return sum(points) / 4 + rng.uniform(-spread, spread, points[0].shape)
 
     while len(heights) < STANDARD:
-        below, beside = np.roll(heights, -1, 0), np.roll(heights, -1, 1)
-        centres = between(heights, below, beside, np.roll(below, -1, 1))
-        rows = between(heights, beside, centres, np.roll(centres, 1, 0))
+        below, right = np.roll(heights, -1, 0), np.roll(heights, -1, 1)
+        centres = between(heights, below, right, np.roll(below, -1, 1))
+        rows = between(heights, right, centres, np.roll(centres, 1, 0))
         columns = between(heights, below, centres, np.roll(centres, 1, 1))
         cells = np.stack((np.stack((heights, rows), -1), np.stack((columns, centres), -1)), 1)  # [n, 2, n, 2]
         heights, spread = cells.reshape(2 * len(heights), -1), spread / decay**2

@@ -138,7 +138,7 @@ class Folder(Records):
         row = self._rows[split][row]
         path = os.path.join(self.folder, self._paths[row])
         sample = self._samples[row][turn]
-        caption = sample.caption if self._has_captions else self._beside(path)
+        caption = sample.caption if self._has_captions else self._caption_file_of(path)
         name = self._class_names[os.path.dirname(self._paths[row])]
         about: dict[str, Any] = {"path": printable(self._paths[row])}
         if name is not None:
@@ -168,25 +168,25 @@ class Folder(Records):
         stems_N = np.array([stems.setdefault(os.path.splitext(path)[0], len(stems)) for path in files])
         return join(contents_N, stems_N)[super().images(split)]
 
-    def _beside(self, path: str) -> str | None:
+    def _caption_file_of(self, path: str) -> str | None:
         """Return the text of the .txt file next to an image; None if there is none."""
-        beside = _text_file(path)
-        if beside is None:
+        caption_file = _text_file(path)
+        if caption_file is None:
             return None
         try:
-            return read_file(beside).decode("utf-8-sig")
+            return read_file(caption_file).decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise BadSample(f"{beside}: cannot be read ({error})") from None
+            raise BadSample(f"{caption_file}: cannot be read ({error})") from None
 
     def _fingerprints(self) -> dict[str, str]:
         """Return fingerprints of images, captions and classes, which differ if the user has changed them."""
         images, captions = hashlib.sha256(), hashlib.sha256()
         for path, own in zip(self._paths, self._samples):
             file = os.path.join(self.folder, path)
-            beside = None if self._has_captions else _text_file(file)
+            text = None if self._has_captions else _text_file(file)
             for sample in own:
                 images.update(f"{path!r} {_stamp(file)}\n".encode())
-                captions.update(f"{sample.caption!r} {beside and _stamp(beside)}{sample.fields}\n".encode())
+                captions.update(f"{sample.caption!r} {text and _stamp(text)}{sample.fields}\n".encode())
         classes = hashlib.sha256(json.dumps(self.classes).encode())
         named = {"pictures": images, "captions": captions, "classes": classes}
         if self._masks is not None:

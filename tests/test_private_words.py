@@ -1,0 +1,88 @@
+"""Words that this project used privately stay out of texts, messages and identifiers: the field has terms for them."""
+
+import re
+
+import pytest
+
+from tests.helpers.trainer import ROOT
+
+# private word or phrase, as a pattern -> the term of the field. Identifiers are split into words first.
+TERMS = {
+    r"told apart|(tell|tells|telling) (\w+ ){0,3}apart": "significantly different",
+    r"yardsticks?": "baseline",
+    r"strange|familiar": "out-of-distribution, in-distribution",
+    r"likeness": "cosine similarity",
+    r"by heart": "overfits",
+    r"comes? to|came to": "reaches",
+    r"(made|makes?|make) again": "recomputed",
+    r"signs? of life": "heartbeat",
+    r"(stands?|stood) still": "stalls",
+    r"without end": "infinite",
+    r"hops": "sequential communication steps",
+    r"remembers?": "is saved with the model",
+    r"seen whole": "not cropped",
+    r"whole or not there": "complete, or written atomically",
+    r"in the way": "safeguard",
+    r"(makes?|made) room": "is evicted",
+    r"heeds?|heeding|heeded": "handles",
+    r"remed(y|ies)": "suggested fix",
+    r"slips?": "mutant",
+    r"without a word": "silently",
+    r"nothing reads": "ignored files",
+    r"beside": "compared with, alongside, next to",
+    r"anew": "again",
+    r"likewise": "in the same way",
+}
+PRIVATE = re.compile("|".join(rf"(?P<t{i}>\b(?:{pattern})\b)" for i, pattern in enumerate(TERMS)), re.IGNORECASE)
+FOLDERS = ("m3ae_fast", "kernels", "lab", "benchmarks", "examples", "docs", "configs")
+KINDS = {".py", ".md", ".sh", ".ipynb", ".json", ".yaml", ".sbatch", ".c", ".h", ".cpp"}
+MEASURED = {".json", ".ipynb"}  # of results, only what is written by hand is read
+FORMER = {"CHANGELOG.md": ["told apart"]}  # a former key of a result
+
+
+def read_by_users():
+    """Each text file of the project apart from tests, and the documents in its root."""
+    yield from sorted(ROOT.glob("*.md"))
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*")):
+            place = path.relative_to(ROOT).parts
+            if path.suffix in KINDS and "tests" not in place and not (path.suffix in MEASURED and "results" in place):
+                yield path
+
+
+def words_of(text: str) -> str:
+    """Return a text whose identifiers are split into words: `made_again`, `madeAgain` -> "made again"."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text.replace("_", " "))
+
+
+def private_words(text: str) -> list[str]:
+    """Return "word: term" for each private word of a text."""
+    text = re.sub(r"\s+", " ", words_of(text))
+    terms = [*TERMS.values()]
+    return [f"{found[0].lower()}: {terms[int((found.lastgroup or '')[1:])]}" for found in PRIVATE.finditer(text)]
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("def told_apart(first):", "told apart"),
+        ("class SignOfLife:", "sign of life"),
+        ('raise UserError("files beside\n    the shards")', "beside"),
+        ("**Strange** samples", "strange"),
+    ],
+)
+def test_private_words_are_found_in_identifiers_messages_and_prose(text, word):
+    (found,) = private_words(text)
+    assert found.startswith(f"{word}: ")
+
+
+def test_texts_have_the_terms_of_the_field():
+    found, seen = {}, set()
+    for path in read_by_users():
+        name = str(path.relative_to(ROOT))
+        seen.add(path.suffix)
+        words = private_words(f"{name} {path.read_text(encoding='utf-8')}")
+        if rest := [word for word in words if word.partition(":")[0] not in FORMER.get(name, [])]:
+            found[name] = rest
+    assert {".py", ".md", ".json", ".sh"} <= seen
+    assert found == {}
