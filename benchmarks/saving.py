@@ -110,16 +110,16 @@ def measure(zero: int | None, ranks: Ranks, agreed: Agreement, folder: Path) -> 
         shared.append(seconds(write_parts, ranks)[0])
     return {
         "engine": "plain torch" if zero is None else f"ZeRO {zero}",
-        "gathered: step waits, s": statistics.median(before),
-        "parts: step waits, s": statistics.median(now),
+        "gathered: delay of a step, s": statistics.median(before),
+        "parts: delay of a step, s": statistics.median(now),
         "ratio": statistics.median(a / b for a, b in zip(before, now)),
-        "gathered: written in, s": statistics.median(written),
-        "parts: written in, s": statistics.median(shared),
+        "gathered: time to write, s": statistics.median(written),
+        "parts: time to write, s": statistics.median(shared),
         "a step, s": statistics.median(plain),
         "a step during the copying, s": statistics.median(during),
-        "gathered: rank 0 holds, MB": total * 4 / 1e6,
-        "parts: a rank holds at most, MB": max(ranks.gather(held)) * 4 / 1e6,
-        "over its share": max(ranks.gather(held)) * ranks.world / total,
+        "gathered: memory of rank 0, MB": total * 4 / 1e6,
+        "parts: maximum memory of a rank, MB": max(ranks.gather(held)) * 4 / 1e6,
+        "relative to its partition": max(ranks.gather(held)) * ranks.world / total,
     }
 
 

@@ -42,7 +42,7 @@ def test_features(tmp_path):
     with join_ranks() as ranks:
         config = EncodeConfig(batch=BATCH)
         ways: dict[str, Callable[[], object]] = {
-            f"loop by hand over batches in memory, {fast}": by_hand,
+            f"hand-written loop over batches in memory, {fast}": by_hand,
             "features of a shard": lambda: encode_corpus(model, corpus, data, config, ranks),
             "encode, fp32": lambda: model.encode(images, batch=BATCH, precision="fp32"),
             f"encode, auto ({fast})": lambda: model.encode(images, batch=BATCH),
@@ -57,7 +57,7 @@ def test_features(tmp_path):
     loop, *_ = seconds.values()
     ratios = {name: statistics.median(a / b for a, b in zip(loop, own)) for name, own in seconds.items()}
     rows: list[results.Row] = [
-        {"what": name, "samples/s": SAMPLES / statistics.median(own), "of the loop by hand": ratios[name]}
+        {"what": name, "samples/s": SAMPLES / statistics.median(own), "relative to the hand-written loop": ratios[name]}
         for name, own in seconds.items()
     ]
     results.write("features", "Features of the small encoder, 224 px, images of 256 x 320 pixels", rows)

@@ -36,7 +36,7 @@ def draw(rows: list[results.Row]) -> None:
     """Plot the times to scaling.png."""
     figure, axes = plt.subplots(2, len(SERIES), figsize=(3.2 * len(SERIES), 5), squeeze=False)
     for column, what in enumerate(SERIES):
-        mine = [row for row in rows if row["what grows"] == what]
+        mine = [row for row in rows if row["quantity"] == what]
         values = [float(row["to"]) for row in mine]
         for line, quantity in enumerate(("samples/s", "peak MB")):
             axis = axes[line][column]
@@ -59,11 +59,11 @@ def test_scaling(benchmark, what):
             spec = {"model": SMALL, "samples": BATCH} | change
             with Alone("engine", **spec) as engine:
                 speed = spec["samples"] / statistics.median(engine.step() for _ in range(3))
-                row = {"what grows": what, "to": str(value), "samples/s": speed, "peak MB": engine.peak_bytes() / 1e6}
+                row = {"quantity": what, "to": str(value), "samples/s": speed, "peak MB": engine.peak_bytes() / 1e6}
                 ROWS.append(row)
 
     benchmark.pedantic(run, rounds=1)
-    peaks = [row["peak MB"] for row in ROWS if row["what grows"] == what]
+    peaks = [row["peak MB"] for row in ROWS if row["quantity"] == what]
     if what == "batch":
         assert peaks[-1] < 1.1 * 2 * peaks[-2], "memory grows no faster than the batch"
     if what == "vocabulary":

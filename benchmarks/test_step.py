@@ -65,7 +65,7 @@ def test_step(benchmark, size, samples):
         precision = "fp32" if name == "reference" else PRECISION
         row = {"size": size, "batch": samples, "implementation": name, "precision": precision}
         row["samples/s"] = samples / statistics.median(seconds[name])
-        row["the engine's speed-up"] = ratios[name]
+        row["speed-up of the engine"] = ratios[name]
         row["best samples/s"] = samples / min(seconds[name])
         ROWS.append(row)
     benchmark.extra_info |= {f"speed-up over {name}": ratios[name] for name in BASELINES}

@@ -62,7 +62,7 @@ def test_a_race_is_run_once_and_goes_on_where_it_was_stopped(call, tmp_path, mon
         by_part[row["trial"]["validation"]] |= {*row["correct"]["clothes_knn"]}
     assert len(by_part[False]) == 12 and by_part[True].isdisjoint(by_part[False])
     page = (out / report.PAGE).read_text()
-    assert "| clothes, S64 | steps |" in page and "tried on validation samples" in page
+    assert "| Fashion-MNIST, S64 | steps |" in page and "tried on validation samples" in page
     assert (out / report.PLOT).stat().st_size
     pairs = Trial("emoji", "S64", FAST, 1, 0)
     running = Race(out / "pairs", out / "shards", settings)
