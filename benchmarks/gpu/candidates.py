@@ -93,7 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", choices=SHARED_BYTES, default="sm_90", metavar="ARCH", help="default sm_90")
     parser.add_argument("--kernel", nargs="+", choices=cases, default=list(cases), metavar="KERNEL")
     parser.add_argument("--width", nargs="+", choices=DTYPES, default=list(DTYPES), help="bits of the inputs")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at once")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="number of parallel compilations"
+    )
     args = parser.parse_args(arguments)
     found = {kernel: dict(tables) for kernel, tables in read(args.arch).items() if kernel in cases}
     with ProcessPoolExecutor(args.jobs) as pool:

@@ -305,8 +305,10 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="ARCH",
     )
     parser.add_argument("--kernel", nargs="+", choices=dict.fromkeys(c.kernel for c in CASES), metavar="KERNEL")
-    parser.add_argument("--full", action="store_true", help="every kernel at every size in every dtype")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at once")
+    parser.add_argument("--full", action="store_true", help="compile every kernel at every size in every dtype")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="number of parallel compilations"
+    )
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")

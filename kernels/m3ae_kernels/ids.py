@@ -32,7 +32,7 @@ def check_range(op: str, name: str, ids: Tensor, rows: int, *, none: bool = Fals
         return
     at = int(wrong.nonzero()[0])
     others = ", or negative for none" if none else "" if ignored is None else f", or {ignored} to be ignored"
-    valid = f"from 0 to {rows - 1}" if rows else "of no row, since there are none"
+    valid = f"from 0 to {rows - 1}" if rows else "absent, because there are no rows"
     raise IndexError(f"{op}: {name} is out of range at row {at}: it is {int(ids[at])} and must be {valid}{others}")
 
 

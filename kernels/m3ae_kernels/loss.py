@@ -25,7 +25,7 @@ def chosen_reduction(op: str, reduction: str | None) -> str:
         _warn_of_sum(op)
         return "sum"
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, it must be one of {', '.join(REDUCTIONS)}")
+        raise ValueError(f"reduction is {reduction!r}, but must be one of {', '.join(REDUCTIONS)}")
     return reduction
 
 
@@ -43,7 +43,7 @@ chosen_reduction._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _warn_of_sum(op: str) -> None:
     warnings.warn(
-        f"m3ae_kernels: {op} sums its loss where no reduction is given; from the next release on it will take the "
+        f"m3ae_kernels: {op} sums its loss if no reduction is given; from the next release on it will take the "
         'mean, as torch does: pass reduction="sum" to keep the sum, or reduction="mean"',
         FutureWarning,
         stacklevel=4,

@@ -222,9 +222,9 @@ class PatchEmbed(nn.Module):
             raise TypeError(f"the embedding must be a torch.nn.Conv2d, not {type(conv).__name__}")
         size = conv.kernel_size[0]
         if (conv.kernel_size, conv.stride, conv.dilation) != ((size, size), (size, size), (1, 1)) or conv.groups != 1:
-            raise ValueError(f"{conv} does not embed patches: kernel and stride must be one square, with no groups")
+            raise ValueError(f"{conv} does not embed patches: kernel and stride must be equal squares, without groups")
         if conv.padding not in ((0, 0), "valid"):
-            raise ValueError(f"{conv} pads its images: patches have no padding")
+            raise ValueError(f"{conv} has padding, but patches must not be padded")
         embed = cls(
             conv.out_channels, patch_size=size, channels=conv.in_channels, bias=conv.bias is not None,
             mean=mean, std=std, impl=impl,

@@ -99,16 +99,16 @@ def masked_token_loss(
         row_weight = as_rows(row_weight, 0)
     hidden, targets = as_rows(hidden, 1), as_rows(targets, 0)
     if not weight.shape[0]:
-        raise ValueError("weight has no rows: there must be a vocabulary")
+        raise ValueError("weight has no rows, but the vocabulary must not be empty")
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing is {label_smoothing}, it must be from 0 to 1")
+        raise ValueError(f"label_smoothing is {label_smoothing}, but must be from 0 to 1")
     reduction = chosen_reduction("masked_token_loss", reduction)
     if not is_integer(ignore_index):
         raise TypeError(f"ignore_index is {ignore_index}, it must be an integer")
     if targets.dtype == torch.int32 and not -(2**31) <= ignore_index < 2**31:
         raise ValueError(f"ignore_index is {ignore_index}, which int32 targets cannot contain")
     if workspace is not None and workspace < 1:
-        raise ValueError(f"workspace is {workspace} bytes, it must be positive")
+        raise ValueError(f"workspace is {workspace} bytes, but must be positive")
     dtype = compute_dtype(hidden, weight)
     impl = choose_impl(impl, hidden.device, dtype)
     options = Options(ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace, impl)

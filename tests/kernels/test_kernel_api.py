@@ -489,7 +489,7 @@ def test_patch_embed_from_and_to_convolutions(bias):
     "options, message",
     [
         ({"stride": 4}, "kernel and stride"),
-        ({"stride": 8, "padding": 1}, "pads its images"),
+        ({"stride": 8, "padding": 1}, "has padding"),
         ({"stride": 8, "groups": 3}, "no groups"),
     ],
 )

@@ -22,7 +22,7 @@ OUT_OF_RANGE = [
     ("gather-long", "rows", -1, "from 0 to 30"),
     ("norm-some", "rows", 101, "from 0 to 100"),
     ("scatter-mask", "src", 97, "from 0 to 96, or negative for none"),
-    ("scatter-no-rows", "src", 0, "of no row, since there are none, or negative for none"),
+    ("scatter-no-rows", "src", 0, "absent, because there are no rows, or negative for none"),
     ("scatter-mask", "fill_ids", 2, "from 0 to 1, or negative for none"),
     ("scatter-mask", "table_ids", 35, "from 0 to 34, or negative for none"),
     ("token-some", "targets", 97, "from 0 to 96, or -100 to be ignored"),

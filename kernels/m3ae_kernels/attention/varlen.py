@@ -80,9 +80,9 @@ def flash_attn_varlen_func(
     heads, groups = q.shape[1], k.shape[1]
     check_sizes("q", heads, q.shape[2], dropout_p)
     if not groups or heads % groups:
-        raise ValueError(f"q has {heads} heads, which is no multiple of the {groups} heads of k and v")
+        raise ValueError(f"q has {heads} heads, which is not a multiple of the {groups} heads of k and v")
     if softmax_scale is not None and not softmax_scale > 0:
-        raise ValueError(f"softmax_scale is {softmax_scale}, it must be positive")
+        raise ValueError(f"softmax_scale is {softmax_scale}, but must be positive")
     dtype = compute_dtype(q, q)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     if groups < heads:
