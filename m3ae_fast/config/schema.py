@@ -521,9 +521,9 @@ class TrainConfig(TransformerLoopConfig):
     """Number of times that a run whose loss or gradient norm is not finite returns to its last good checkpoint and
     leaves out the batch of that step; 0: the run ends instead."""
     spike_threshold: float | None = Field(None, gt=0, le=1e6)
-    """Number of standard deviations, such as 6, by which the loss of a step exceeds the mean of the 128 steps before it
-    if it is a spike. The run then returns as if the loss were not finite, as often as `rollbacks` allows; later spikes
-    are ignored. null: spikes are not detected."""
+    """Threshold for loss spikes, in standard deviations, such as 6. If the loss of a step exceeds the mean of the 128
+    steps before it by more, the run returns to a checkpoint as if the loss were not finite, as often as `rollbacks`
+    allows; later spikes are ignored. null: spikes are not detected."""
     eval_samples: Count = 1024
     """Number of held-out samples in each evaluation."""
     pictures: int = Field(6, ge=0, le=1000)
