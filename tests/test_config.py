@@ -329,7 +329,7 @@ def test_dry_run(path, capsys):
     for number in known.get(path.stem, ()):
         assert number in out
     recomputed = (
-        "a GPU without enough memory for them keeps 62%"
+        "a GPU without enough memory for them, 62% are kept"
         if path.stem == "large"
         else "a GPU without enough memory for them"
     )
@@ -450,7 +450,7 @@ def test_a_dry_run_without_a_gpu_has_no_number_of_one(run, tmp_path):
     assert "\nprobe                 k-NN of 9 samples by 9 labelled samples, 3 classes\n" in out
     code, out = run("--dry-run", "--no-data", out=True)
     assert code == 0 and "GPUs elsewhere" in out and not re.search("H100|ZeRO|sent per|cores", out)
-    assert "an H100 by its data sheet" in run("--dry-run", "--no-data", "--world", "8", out=True)[1]
+    assert "TFLOP/s by its data sheet" in run("--dry-run", "--no-data", "--world", "8", out=True)[1]
 
 
 @pytest.mark.slow
@@ -507,8 +507,8 @@ def test_dry_run_says_what_a_node_fetches(tmp_path):
     config = load_config(ROOT / "configs/large.json", [f"data.train.0.shards={tmp_path / 'far.npy'}"])
     corpus = open_corpus(config.data.train, ShardStore(tmp_path / "cache"))
     lines = dict(_fetching(config, corpus, 128, rate=100.0))
-    assert lines["fetching"] == "8 GB on a node before the first step at most, 8 s at 1 GB/s; then 800 MB/s"
-    assert lines["disk of a node"] == "16 GB of copies or more; 40 GB for all that it reads"
+    assert lines["fetching"] == "at most 8 GB per node before the first step, in 8 s at 1 GB/s; then 800 MB/s"
+    assert lines["disk of a node"] == "at least 16 GB for cached shards; 40 GB to cache all"
 
 
 @pytest.mark.slow

@@ -197,8 +197,8 @@ def run(job: Job) -> dict[str, Any]:
     )
     job.say(
         f"compare: {', '.join(names)}; probes: {', '.join(options.probes)}; {len(seeds)} seeds; {len(names)} models "
-        f"encode {train.samples + val.samples:,} images each, random weights once for each seed"
-        + (f"; the probes train about {duration(whole.other_work)} in all" if whole.other_work > 1 else "")
+        f"encode {train.samples + val.samples:,} images each (random weights: once per seed)"
+        + (f"; the probes train for about {duration(whole.other_work)} in total" if whole.other_work > 1 else "")
     )
     for name, model in names.items():
         _measure(job, found, (work[name], whole), name, model, seeds, (train, val))

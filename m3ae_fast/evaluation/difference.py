@@ -132,7 +132,7 @@ def _require_same_classes(folders: Sequence[Path], first: Table, second: Table) 
     pairs = {(label, others[key]) for key, label in labels.items()}
     if len(pairs) > min(len({*labels.values()}), len({*others.values()})):
         raise UserError(
-            f"{folders[0]} and {folders[1]}: the samples have different classes; name results of one --labels"
+            f"{folders[0]} and {folders[1]}: the samples have different classes; name results with the same --labels"
         )
 
 

@@ -92,7 +92,9 @@ def report(
     peaks = data_sheet("H100")
     assert peaks is not None
     rate = UTILISATION * peaks.flops / ours  # samples per second of an H100
-    gpu = f"an H100 by its data sheet, {peaks.flops / 1e12:,.0f} TFLOP/s, of which {UTILISATION:.0%} are assumed"
+    gpu = (
+        f"an H100, {peaks.flops / 1e12:,.0f} TFLOP/s by its data sheet, at an assumed utilisation of {UTILISATION:.0%}"
+    )
     unit = "GPUs" if gpus else "rank" if world == 1 else "ranks"
     square = ", of a square image" if config.model.resize == "native" else ""
     lines = [
@@ -139,7 +141,8 @@ def report(
     if recomputes(config.train):
         fraction = (6 + config.model.mlp_ratio) / (8 + 2 * config.model.mlp_ratio)
         console.print(
-            f"a GPU without enough memory for them keeps {fraction:.0%}: outputs of GELU and LayerNorm are recomputed"
+            f"on a GPU without enough memory for them, {fraction:.0%} are kept, and the outputs of GELU and LayerNorm "
+            "are recomputed"
         )
 
 
@@ -255,10 +258,10 @@ def _fetching(config: Config, corpus: Corpus, world: int, rate: float) -> list[t
     return [
         (
             "fetching",
-            f"{first / 1e9:,.3g} GB on a node before the first step at most, {first / FETCHED:,.0f} s at "
+            f"at most {first / 1e9:,.3g} GB per node before the first step, in {first / FETCHED:,.0f} s at "
             f"{FETCHED / 1e9:g} GB/s; then {owned / epoch / 1e6:,.3g} MB/s",
         ),
-        ("disk of a node", f"{2 * first / 1e9:,.3g} GB of copies or more; {owned / 1e9:,.3g} GB for all that it reads"),
+        ("disk of a node", f"at least {2 * first / 1e9:,.3g} GB for cached shards; {owned / 1e9:,.3g} GB to cache all"),
     ]
 
 
@@ -281,7 +284,7 @@ def _grids(model: M3AE, path: Path) -> list[Grid]:
     try:
         sizes = [(float(width), float(height)) for width, height in read_json(path)]
         if not sizes or not all(1 <= side < math.inf for size in sizes for side in size):
-            raise ValueError("a width or height below 1, or none")
+            raise ValueError("a width or height is missing or below 1")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--sizes {path}: cannot be read ({error}); stats --sizes writes such a file") from None
     every = -(-len(sizes) // SIZES)

@@ -181,7 +181,7 @@ def test_results_of_different_labels_are_not_compared(tmp_path):
         write_parquet(tmp_path / name / "predictions.parquet", {"key": keys, "label": labels, "prediction": labels})
     assert "does not differ significantly" in compare_results([tmp_path / "colour", tmp_path / "named"])
     for pair in (("colour", "site"), ("colour", "joined"), ("joined", "colour")):
-        with pytest.raises(UserError, match="the samples have different classes; name results of one --labels"):
+        with pytest.raises(UserError, match="the samples have different classes; name results with the same --labels"):
             compare_results([tmp_path / name for name in pair])
 
 

@@ -54,7 +54,7 @@ def test_a_comparison_leaves_the_table_of_what_is_done(stopped, tmp_path, ranks)
     assert parquet.read_table(tmp_path / "out/predictions.parquet").num_rows == 18
     reason = "SIGTERM" if ranks == 1 else "asked by another rank"
     assert said.count("stopped (") == 1 and f"stopped ({reason}); partial result, 0 of 3 models, in " in said
-    assert re.search(r"the probes train about [^;]*\d:\d\d:\d\d in all", said), "before an image is encoded"
+    assert re.search(r"the probes train for about [^;]*\d:\d\d:\d\d in total", said), "before an image is encoded"
 
 
 def test_an_attentive_probe_says_how_long_it_takes_and_leaves_its_accuracy_so_far(stopped, tmp_path):

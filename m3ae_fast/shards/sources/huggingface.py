@@ -43,7 +43,7 @@ class HuggingFace(Records):
     def __init__(
         self, name: str, subset: str | None, split: str | None, columns: tuple[str | None, str | None, str | None]
     ) -> None:
-        datasets = library("datasets", "a Hugging Face data set")
+        datasets = library("datasets", "a Hugging Face dataset")
         data = _load(datasets, name, subset)
         if split is not None:
             if split not in data:
