@@ -204,7 +204,7 @@ def test_a_dry_run_takes_the_sizes_that_stats_wrote(trainer, shards, tmp_path, c
     (tmp_path / "nan.json").write_text("[[NaN, 1]]")
     for wrong, told in (
         (tmp_path / "none.json", "cannot be read"),
-        (tmp_path / "nan.json", "a width or height below 1"),
+        (tmp_path / "nan.json", "a width or height is missing or below 1"),
         (trainer.config, "stats --sizes writes such a file"),
     ):
         with pytest.raises(UserError, match=told):

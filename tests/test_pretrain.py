@@ -385,7 +385,7 @@ def test_a_table_in_the_folder_gives_the_captions(tmp_path):
     facts, _ = look(shards, tmp_path / "run", "cls")
     assert facts.vocab_size > 0
     (photos / "sizes.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match=r"several tables \(captions.csv, sizes.csv\); name that .* --captions"):
+    with pytest.raises(UserError, match=r"several tables \(captions.csv, sizes.csv\); choose one with --captions"):
         find_shards(str(photos), tmp_path / "run", None, [])
     named = find_shards(str(photos), tmp_path / "named", photos / "captions.csv", [])
     assert look(named, tmp_path / "named", "cls")[0].vocab_size == facts.vocab_size
@@ -626,9 +626,9 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
     for arguments, options, message in (
         ((photos, photos / "run"), {}, "figures written to it would be read as input images"),
         ((photos, photos), {}, "figures written to it would be read as input images"),
-        ((f"{tmp_path}/nothing", out), {}, "is not a folder"),
-        ((f"{tmp_path}/fotos", out), {}, r"is not a folder.*; did you mean .*/photos\?"),
-        ((table, out), {}, r"is not a folder.*: pretrain FOLDER --captions .*t\.jsonl$"),
+        ((f"{tmp_path}/nothing", out), {}, "is neither a folder"),
+        ((f"{tmp_path}/fotos", out), {}, r"is neither a folder.*; did you mean .*/photos\?"),
+        ((table, out), {}, r"is neither a folder.*: pretrain FOLDER --captions .*t\.jsonl$"),
         (("fotos", out), {}, r"fotos: no such folder; did you mean photos\?"),
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
@@ -651,7 +651,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
         ("train.global_batch", r"--set train.global_batch: write it as section.key=value"),
         ("model.num_heads=5", r"--set: model: emb_dim \d+ is not divisible by num_heads 5"),
         ("model.image_size=50", r"--set: model: image_size 50 is not divisible by patch_size 4"),
-        ("run.dir=x", "--set run.dir: is what --out names"),
+        ("run.dir=x", "--set run.dir: use --out instead"),
     ],
 )
 def test_an_impossible_override_is_told_before_anything_is_made(tmp_path, override, message):
@@ -894,7 +894,7 @@ def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch)
     sizes = [settings(facts, Shards(["a.tar"], [], []), tmp_path, rung, 64, 1, "cls", []) for rung in LADDER[1:3]]
     assert needed == [memory_needed(config, 1, 64) for config in sizes]
     assert tried == [128, 192] and found.config.model.emb_dim == 192
-    assert 'not "small", for which 8 GB are needed' in found.lines[1]
+    assert '"small" does not fit into memory: 8 GB are needed' in found.lines[1]
     assert "at 10,000 samples/s, measured over 4 steps" in found.lines[3]
 
 
@@ -987,12 +987,12 @@ def test_what_is_chosen_gives_way_to_what_the_user_sets_and_fits_it():
 @pytest.mark.parametrize(
     ("paces", "size", "why"),
     [
-        ({"tiny": 1e-3, "mini": 2e-3}, "mini", '"small" is for 10,000 samples or more'),
+        ({"tiny": 1e-3, "mini": 2e-3}, "mini", '"small" requires 10,000 samples or more'),
         (
             {"tiny": 1e-3, "mini": 1.0},
             "tiny",
-            '"mini" is too slow: in the time it would train on 3,118 images, 3.1 epochs, and a larger model is chosen '
-            "from 20 epochs and 20,000 images on",
+            '"mini" is too slow: in the given time it would see 3,118 images (3.1 epochs), but a larger model needs at '
+            "least 20,000 images and 20 epochs",
         ),
     ],
 )

@@ -222,9 +222,9 @@ def test_every_setting_that_is_chosen_is_set_alone_above():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.train.0.shards=x.tar", "--set data.train.0.shards: is what SOURCE names"),
-        ('data.val=[{"shards":"x.tar"}]', "--set data.val: is what SOURCE or --val names"),
-        ("train.probe.labels=json.x", "--set train.probe.labels: is what --labels names"),
+        ("data.train.0.shards=x.tar", "--set data.train.0.shards: use SOURCE instead"),
+        ('data.val=[{"shards":"x.tar"}]', "--set data.val: give held-out samples in SOURCE or with --val"),
+        ("train.probe.labels=json.x", "--set train.probe.labels: use --labels instead"),
         ("model.image_targets=vqgan", "data.image_tokenizer: model.image_targets vqgan needs the folder of a VQGAN"),
         ("train.steps=null", "give the length of the run: epochs or steps"),
         ("model.num_heads=7", r"emb_dim \d+ is not divisible by num_heads 7"),
@@ -245,7 +245,7 @@ def test_image_tokens_go_with_the_choices(tmp_path):
 
 
 def test_a_setting_of_a_probe_that_is_missing_is_told():
-    with pytest.raises(UserError, match=r"--set train.probe.k: there is no probe, since no labels .* see --labels"):
+    with pytest.raises(UserError, match=r"--set train.probe.k: there is no probe, because .* with --labels"):
         _chosen("train.probe.k=7", facts=replace(assumed([]), classes=0))
 
 

@@ -59,7 +59,7 @@ def test_images_alone_continue_from_an_mae_without_a_decoder(tmp_path):
     convert(tmp_path / "mae.pth", tmp_path / "converted", num_heads=3)
     given = given_weights(str(tmp_path / "converted"), tmp_path / "run", [])
     assert "model.vocab_size=0" in given.overrides and not any("data." in override for override in given.overrides)
-    assert any("have no decoder, which starts from random weights" in note for note in given.notes)
+    assert any("contain no decoder: it is randomly initialised" in note for note in given.notes)
 
 
 def test_the_range_of_images_is_that_of_the_weights(tmp_path):

@@ -64,7 +64,7 @@ def test_the_head_says_in_words_what_the_run_has_come_to(run):
     (run / "status.json").write_text('{"state": "stopped", "step": 900, "total_steps": 2000, "reason": "SIGTERM"}')
     write_report(run, run / "report.html")
     head = (run / "report.html").read_text().partition("<table>")[0]
-    assert "Stopped at step 900 of 2,000 (SIGTERM). The image loss on held-out samples is 0.50 of that of" in head
+    assert "Stopped at step 900 of 2,000 (SIGTERM). The image loss on held-out samples is 0.50 times that of" in head
     assert (
         "<b>collapse</b>: the effective rank of the features (RankMe) is 1.2" in head
         and "To try: a lower optim.peak_lr" in head

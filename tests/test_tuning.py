@@ -64,7 +64,7 @@ def test_a_search_that_cannot_say_anything_is_refused(tmp_path, monkeypatch, cap
     (tmp_path / "tuning.json").unlink()
     trials(monkeypatch, {5e-4: 3.0, 1e-3: 2.0, 2e-3: 1.0})
     learning_rate_search.tune(tuned_config(tmp_path), path)
-    assert "chosen: optim.peak_lr 0.002, at the end of those that were tried" in capsys.readouterr().out
+    assert "chosen: optim.peak_lr 0.002, the lowest or highest of these rates" in capsys.readouterr().out
     (tmp_path / "tuning.json").unlink()
     monkeypatch.setattr(learning_rate_search.checkpoint, "saved_steps", lambda run: [run / "step-1"])
     with pytest.raises(UserError, match="has begun; leave out --tune"):

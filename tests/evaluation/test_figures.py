@@ -209,7 +209,7 @@ def test_neighbours_are_the_most_alike_and_green_where_they_are_of_the_samples_c
     for number, ((_, text, colour), *found) in enumerate(rows):
         mine = 20 * number // 8
         own, taken = int(labels[1][mine]), int(predicted[mine])
-        assert text == (classes[own] if own == taken else f"{classes[own]}, taken for {classes[taken]}")
+        assert text == (classes[own] if own == taken else f"{classes[own]}, predicted as {classes[taken]}")
         assert colour == (GREEN if own == taken else RED)
         nearest = torch.cos(angles[0] - angles[1][mine]).argsort(descending=True)[:7].tolist()
         expected = [(f"train{i}", classes[labels[0][i]], GREEN if labels[0][i] == own else RED) for i in nearest]

@@ -490,7 +490,7 @@ def test_patch_embed_from_and_to_convolutions(bias):
     [
         ({"stride": 4}, "kernel and stride"),
         ({"stride": 8, "padding": 1}, "has padding"),
-        ({"stride": 8, "groups": 3}, "no groups"),
+        ({"stride": 8, "groups": 3}, "without groups"),
     ],
 )
 def test_other_convolutions_are_refused(options, message):

@@ -208,7 +208,11 @@ def test_its_arguments_are_those_of_flash_attn():
         ({"block_table": torch.ones(2, 2).int()}, NotImplementedError, "does not support block_table"),
         ({"dropout_p": 0.1, "return_attn_probs": True}, NotImplementedError, "return_attn_probs with dropout_p"),
         ({"softmax_scale": 0.0}, ValueError, "softmax_scale is 0.0, but must be positive"),
-        ({"k": torch.randn(43, 3, 16), "v": torch.randn(43, 3, 16)}, ValueError, "q has 2 heads, which is no multiple"),
+        (
+            {"k": torch.randn(43, 3, 16), "v": torch.randn(43, 3, 16)},
+            ValueError,
+            "q has 2 heads, which is not a multiple",
+        ),
         ({"v": torch.randn(43, 2, 8)}, ValueError, r"v has shape \(43, 2, 8\), expected \[43, 2, 16\]"),
         ({"k": torch.randn(43, 2, 8)}, ValueError, r"k has shape"),
         ({"cu_seqlens_k": torch.zeros(2).int()}, ValueError, "cu_seqlens_k has shape"),
