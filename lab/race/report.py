@@ -23,6 +23,7 @@ from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.errors import UserError
 
 JSON, PLOT, PAGE, ANSWERS = "race.json", "race.png", "README.md", "answers.json.xz"
+DATA = {"clothes": "Fashion-MNIST", "emoji": "emoji"}  # as tables and plots name them
 COSTS = {"flops": "FLOPs", "seconds": "seconds", "samples": "samples"}
 REPLICATES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
@@ -136,9 +137,9 @@ def tables(rows: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
     minutes = sum(row["cost"]["whole_seconds"] for row in rows) / 60
     text = [
         f"{about['device']}, 1 thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}; "
-        f"{len(rows)} runs, {minutes:.0f} CPU minutes of training. Accuracy in %, mean over seeds. A factor is how "
-        "many times as much the baseline takes to the same accuracy, with its 95 % interval over seeds and samples; > "
-        "and <: above or below all of the baseline's runs, so that the factor is at least or at most that."
+        f"{len(rows)} runs, {minutes:.0f} CPU minutes of training. Accuracy in %, mean over seeds. A factor is the "
+        "cost at which the baseline reaches the same accuracy, divided by the cost of the run, with its 95 % interval "
+        "over seeds and samples. > and < mark bounds: the accuracy is above or below that of all runs of the baseline."
     ]
     tested = [row for row in rows if not row["trial"]["validation"]]
     for data, size in _unique((row["trial"]["data"], row["trial"]["size"]) for row in tested):
@@ -159,13 +160,16 @@ def tables(rows: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
             ]
             cell = [arm, f"{steps:,}", f"{len(runs)}", f"{costs[0] / 1e12:.3g}", f"{costs[1]:.0f}"]
             cells.append([*cell, *(f"{mean:.1f}" for mean in means), *factors])
-        text += ["", *_table([f"{data}, {size}", *columns], cells)]
-        text += _shares(own, f"{data}, {size}", list(tests), weights)
+        text += ["", *_table([f"{DATA[data]}, {size}", *columns], cells)]
+        text += _shares(own, f"{DATA[data]}, {size}", list(tests), weights)
     for data in _unique(row["trial"]["data"] for row in rows if row["trial"]["validation"]):
         chosen = [row for row in rows if row["trial"]["validation"] and row["trial"]["data"] == data]
         names = [setting for setting, _ in chosen[0]["trial"]["tuned"]]
         cells = [_tried(row) for row in sorted(chosen, key=lambda row: row["trial"]["steps"])]
-        text += ["", *_table([f"{data}, tried on validation samples", "steps", *names, *TESTS[data].values()], cells)]
+        text += [
+            "",
+            *_table([f"{DATA[data]}, tried on validation samples", "steps", *names, *TESTS[data].values()], cells),
+        ]
     return "\n".join(text) + f"\n\n![Accuracy against compute]({PLOT})\n"
 
 
@@ -242,7 +246,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 axis.plot(x, y, "-o", color=colour, label=arm)
             axis.set(xscale="log", xlabel={"flops": "executed FLOPs", "seconds": "CPU seconds of training"}[cost],
                      ylabel="top-1 accuracy of the linear probe, %",
-                     title=f"Accuracy by cost of pre-training: {data}, {size}")  # fmt: skip
+                     title=f"Accuracy by cost of pre-training: {DATA[data]}, {size}")  # fmt: skip
             axis.grid(alpha=0.3)
         if own:
             pair[0].legend(fontsize=7)
