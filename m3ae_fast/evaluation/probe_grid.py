@@ -57,11 +57,15 @@ class Found:
         self.cases, self.draws, self.classes, self.samples, self.live = cases, draws, classes, samples, Live()
         self.made: list[tuple[Case, int, Predictions]] = []  # case, number of the draw, and predictions
         self.cautions: list[str] = []
+        self.chosen: dict[Case, dict[str, float]] = {}  # hyper-parameters that were selected; empty for several draws
 
     def rows(self, made: Sequence[tuple[Case, int, Predictions]]) -> list[dict[str, Any]]:
         """Return the accuracies of each case as a row."""
         cases = dict.fromkeys(case for case, _, _ in made)
-        return [case._asdict() | _measured([each for other, _, each in made if other == case]) for case in cases]
+        return [
+            case._asdict() | _measured([each for other, _, each in made if other == case]) | self.chosen.get(case, {})
+            for case in cases
+        ]
 
     def result(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the entries of result.json for these rows; empty if there are none."""
@@ -111,7 +115,7 @@ def run(job: Job) -> dict[str, Any]:
     job.say(
         f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
         + (f"{', '.join(map(str, options.shots))} of {train.samples:,}" if options.shots else f"all {train.samples:,}")
-        + f" training samples{' a class' if options.shots else ''}: {len(cases) * draws} probes"
+        + f" training samples{' a class' if options.shots else ''}: {probes} probe{'s' * (probes != 1)}"
         + (f", trained in about {duration(whole.other_work)}" if whole.other_work > 1 else "")
     )
     encoded = encode_layers(job, PROBES[task], layers, (train, val, classes), whole)
@@ -260,7 +264,11 @@ def _setting(job: Job, found: Found, shots: int | None, draw: int) -> Setting:
         name = _name(Case(layer, shots)) + (f", draw {draw + 1}" if shots else "")
         found.cautions.append(f"{name}: {text}")
 
-    return Setting(job.config, len(found.classes), heads, seed, job.ranks, job.pulse, caution, found.live)
+    def chose(layer: int, chosen: dict[str, float]) -> None:
+        if found.draws == 1:
+            found.chosen[Case(layer, shots)] = chosen
+
+    return Setting(job.config, len(found.classes), heads, seed, job.ranks, job.pulse, caution, chose, found.live)
 
 
 def _measured(found: Sequence[Predictions]) -> dict[str, Any]:

@@ -39,6 +39,10 @@ def _no_caution(of: Input, text: str) -> None:
     """Ignore a warning."""
 
 
+def _no_choice(of: Input, chosen: dict[str, float]) -> None:
+    """Drop the selected hyper-parameters."""
+
+
 class Setting(NamedTuple):
     """The context of a probe: everything that it requires apart from the samples."""
 
@@ -49,6 +53,7 @@ class Setting(NamedTuple):
     ranks: Ranks
     pulse: Pulse
     caution: Callable[[Input, str], None] = _no_caution  # called with warnings about the reliability of a result
+    chose: Callable[[Input, dict[str, float]], None] = _no_choice  # called with the hyper-parameters that were selected
     live: Live | None = None  # access for another thread to the heads in training
 
 
@@ -217,7 +222,8 @@ class Probe(NamedTuple):
     """A kind of probe, which either trains heads by a recipe or predicts without one."""
 
     recipe: Callable[[int, Setting], Recipe] | None = None  # returns the hyper-parameters of heads; None: no heads
-    find: Callable[[FeatureBank, FeatureBank, Setting], Predictions] | None = None  # predicts without a recipe
+    find: Callable[[FeatureBank, FeatureBank, Setting], tuple[Predictions, dict[str, float]]] | None = None  # without a
+    # recipe: returns the predictions and the hyper-parameters that were selected
     tokens: bool = False  # whether it reads patch tokens [R, L, D] instead of pooled features
 
     @property
@@ -234,24 +240,29 @@ class Probe(NamedTuple):
             held_out: features of the held-out samples, with the same keys.
             setting: context of the probe.
         """
+        found: dict[Input, Predictions] = {}
         if self.find is not None:
-            return {name: self.find(banks[name], held_out[name], setting) for name in banks}
+            for name in banks:
+                found[name], chosen = self.find(banks[name], held_out[name], setting)
+                setting.chose(name, chosen)
+            return found
         assert self.recipe is not None
         recipe = self.recipe(len(next(iter(banks.values())).keys), setting)
-        found: dict[Input, Predictions] = {}
         for name, trained in train_heads(banks, recipe, setting).items():
             for text in cautions_of(trained, recipe):
                 setting.caution(name, text)
+            setting.chose(name, {"peak_lr": trained.peak_lr})
             found[name] = held_out[name].predictions(logits(trained.heads, held_out[name]))
         return found
 
 
-def _by_neighbours(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -> Predictions:
-    return knn_predictions(bank, held_out, setting.classes, setting.config.knn)
+def _by_neighbours(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -> tuple[Predictions, dict[str, float]]:
+    return knn_predictions(bank, held_out, setting.classes, setting.config.knn), {}
 
 
-def _by_regression(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -> Predictions:
-    return held_out.predictions(logits(fit_chosen(bank, setting.classes, setting.pulse)[0], held_out))
+def _by_regression(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -> tuple[Predictions, dict[str, float]]:
+    heads, strength = fit_chosen(bank, setting.classes, setting.pulse)
+    return held_out.predictions(logits(heads, held_out)), {"inverse_strength": strength}
 
 
 PROBES = {

@@ -46,6 +46,8 @@ def test_one_pass_serves_all_layers_and_a_picture_shows_them(transfer, tmp_path,
     assert len(passes) == 48 + 18
     assert [(row["layer"], row["shots"]) for row in result["results"]] == [(1, None), (2, None)]
     assert result["top1"] == result["results"][1]["top1"] and result["top1"] > 0.4  # chance: a third
+    chosen = {"knn": set(), "logistic": {"inverse_strength"}}.get(task, {"peak_lr"})
+    assert all({"inverse_strength", "peak_lr"} & {*row} == chosen for row in result["results"])
     assert pictures(tmp_path / "out") == ["depth"]
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     for row in result["results"]:
