@@ -105,6 +105,7 @@ def test_knn():
         for name, own in seconds.items()
     ]
     title = f"{K} nearest neighbours of {QUERIES:,} queries among {BANK:,} features of width {WIDTH}"
+    title += "" if find_spec("faiss") else "; faiss is not installed"
     results.write("knn", title, rows)
     assert ratios["m3ae-fast"] < MOST and extra < 1e9
 

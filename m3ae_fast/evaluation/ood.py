@@ -160,7 +160,8 @@ def _normal_distributions(bank: FeatureBank, ids_R: Tensor, classes: int) -> tup
     shrinkage = torch.where(error > 0, error / distance, 0.0)
     values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
     values_D = (1 - shrinkage) * values_D.clamp(min=0) + shrinkage * variance
-    return means_KD, vectors_DD * torch.where(values_D > 0, values_D.rsqrt(), 0.0)
+    rounding = width * torch.finfo(torch.float64).eps * values_D.max()
+    return means_KD, vectors_DD * torch.where(values_D > rounding, values_D.rsqrt(), 0.0)
 
 
 def run(job: Job) -> dict[str, Any]:

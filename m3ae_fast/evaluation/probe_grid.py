@@ -112,6 +112,7 @@ def run(job: Job) -> dict[str, Any]:
         return _run_online(job, layers, (train, val, classes))
     expected = {shots: draws * _seconds(job, shots, train, classes, len(layers)) for shots in numbers}
     whole = job.time_left(train.samples + val.samples, sum(expected.values()), shorter=lambda _: _shorter(job, layers))
+    probes = len(cases) * draws
     job.say(
         f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
         + (f"{', '.join(map(str, options.shots))} of {train.samples:,}" if options.shots else f"all {train.samples:,}")

@@ -196,6 +196,19 @@ def test_scores_take_no_memory_for_each_sample_class_and_dimension():
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("labels", [[0, 0], [4, 9, 4]])
+def test_directions_without_variance_do_not_count(labels):
+    random = np.random.RandomState(0)
+    train, queries = (random.randn(count, 5).astype(np.float32) for count in (len(labels), 4))
+    found = Scores(_bank(train, np.array(labels)), 20)(_bank(queries))
+    means = np.stack([train[labels == label].mean(0) for label in np.unique(labels)])
+    centred = train - means[np.unique(labels, return_inverse=True)[1]]
+    precision = LedoitWolf(assume_centered=True).fit(centred.astype(float)).precision_
+    distance = [min((x - m) @ precision @ (x - m) for m in means) for x in queries]
+    np.testing.assert_allclose(found["mahalanobis"], -np.array(distance), rtol=1e-4, atol=1e-9)
+    assert all(np.isfinite(own).all() for own in found.values())
+
+
 def test_scores_are_those_of_scikit_learn_and_of_a_sort():
     random = np.random.RandomState(1)
     labels = np.array([7, 2, 5])[np.arange(90) % 3]  # ids with gaps, as where a class has no readable sample

@@ -60,7 +60,7 @@ def test_a_comparison_leaves_the_table_of_what_is_done(stopped, tmp_path, ranks)
 def test_an_attentive_probe_says_how_long_it_takes_and_leaves_its_accuracy_so_far(stopped, tmp_path):
     options = settings(f"attentive.steps={ENDLESS}", "attentive.batch=8", "attentive.peak_lr=0.001")
     said, result = stopped(r"attentive probe: [\d,]+ of 10,000,000, about .* left", "attentive", *options)
-    assert re.search(r"48 training samples: 1 probes, trained in about .*\d:\d\d:\d\d\n", said)
+    assert re.search(r"48 training samples: 1 probe, trained in about .*\d:\d\d:\d\d\n", said)
     assert result["partial"] and 0 <= result["top1"] <= 1
     (row,) = result["results"]
     assert re.fullmatch(r"attentive probe at step [\d,]+ of 10,000,000", row["unfinished"])
