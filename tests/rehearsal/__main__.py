@@ -20,6 +20,7 @@ LEFT = {
     ("kernels/m3ae_kernels/aot.py", ""): "compiles for GPUs and needs none; CI compiles all kernels with it",
     ("kernels/m3ae_kernels/attention/varlen.py", ""): "for other projects; test_kernel_varlen.py runs it on every path",
     ("kernels/m3ae_kernels/dispatch.py", 'return "torch"'): "float64; a test runs it with a stand-in for the device",
+    ("kernels/m3ae_kernels/dispatch.py", "raise ValueError("): "Triton on a CPU; test_kernel_api.py asks for it",
     ("kernels/m3ae_kernels/triton_impl/common.py", "allow_tf32"): "of torch 2.8, which lacks fp32_precision",
     ("m3ae_fast/cli/command_line.py", ""): "--device, which no stage gives; test_command_line.py does",
     ("m3ae_fast/train.py", ""): "a dry run prints a plan for GPUs if there is one; tests reach it by --world",
