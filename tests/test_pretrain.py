@@ -366,7 +366,7 @@ def test_a_folder_without_captions_gives_an_image_model(tmp_path):
     assert (config.model.emb_dim, config.model.image_size, config.model.patch_size) == (192, 40, 4)
     shutil.copy(photos / "red/0.png", photos / "stray.png")
     shutil.copytree(photos / "red", tmp_path / "flat")
-    for folder, why in ((photos, "and stray.png is in none"), (tmp_path / "flat", "there are not several sub-folders")):
+    for folder, why in ((photos, "but stray.png is not"), (tmp_path / "flat", "fewer than two sub-folders")):
         _, notes = look(find_shards(str(folder), tmp_path / f"run-{folder.name}", None, []), out, "cls")
         assert len(notes) == 1 and why in notes[0]
     one = make_pictures(tmp_path / "one", each=1, captions=False)
@@ -1037,7 +1037,7 @@ def test_what_comes_before_and_after_training_is_part_of_the_hours(monkeypatch):
     taken = t.steps * t.global_batch * 0.01 + evaluations * (1100 + 100 * 2 / 3) * 0.01
     assert 0.85 * training < taken < training
     assert "at 100 ± 5 samples/s, measured over 24 steps" in found.lines[3]
-    assert "their number is adjusted to the time" in found.lines[2] and "done at about" in found.lines[3]
+    assert "the number of steps is adjusted to the time" in found.lines[2] and "done at about" in found.lines[3]
     assert not found.warning and found.lines[3].endswith("; --hours 0.5")
     assert planned(monkeypatch, small(classes=3), 0.01, 0.01).lines[3].endswith(", later than --hours 0.01")
 
