@@ -18,9 +18,12 @@ from m3ae_fast.checkpoint import resuming, state_files
 from m3ae_fast.checkpoint.saver import Saver
 from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.checkpoint.state_files import TABLE_FILE, part_files
+from m3ae_fast.config import ModelConfig
 from m3ae_fast.engine.fragments import Fragment, cut, whole
 from m3ae_fast.process import agreement
+from m3ae_fast.training.trainer import Trainer
 from m3ae_fast.weights.exporting import write_export
+from m3ae_fast.weights.open_model import SavedRun, run_weights
 from tests.helpers.checkpoints import agreements, save, save_cut, save_parts
 from tests.helpers.labelled import tiny_run
 from tests.helpers.ranks import fork_ranks, run_ranks
@@ -134,6 +137,9 @@ def test_the_average_of_the_weights_is_read_from_parts_and_the_buffers_with_it(t
     for average, expected in ((True, state["ema/a"]), (False, state["model/a"])):
         found = checkpoint.read_weights(path, average=average)
         assert found.keys() == {"a", "fixed"} and torch.equal(found["a"], expected)
+        sizes = ModelConfig.model_validate({"size": "small", "vocab_size": 0})
+        run = SavedRun(path, None, sizes, None, None, None, ema=0.9)
+        assert ("the average of its weights" in run_weights(run, average=average).kind) == average
 
 
 def _parts(world=3):
@@ -392,10 +398,8 @@ def test_an_update_waits_for_the_copy_that_was_begun():
     assert not waiting.is_alive()
 
 
-def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
-    """This holds however late the copying thread begins."""
-    listed = threading.Event()
-    engine = SimpleNamespace(fragments=lambda: listed.wait(60) and cut(STATE, 0, 1))
+def _saver(run_dir, fragments, say=lambda text: None):
+    """Return a saver of one rank."""
     ranks = SimpleNamespace(
         rank=0,
         world=1,
@@ -405,10 +409,16 @@ def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
         together=lambda work: work(),
         sum=lambda values: values,
     )
-    said, options = [], {"keep": 1, "constants": {}, "suggested_fix": "", "keep_folder": lambda: "", "after_save": None}
-    with Saver(run_dir=tmp_path, engine=engine, ranks=ranks, say=said.append, **options) as saver:
+    options = {"keep": 9, "constants": {}, "suggested_fix": "", "keep_folder": lambda: "", "after_save": None}
+    return Saver(run_dir=run_dir, engine=SimpleNamespace(fragments=fragments), ranks=ranks, say=say, **options)
+
+
+def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
+    """This holds however late the copying thread begins."""
+    listed, said = threading.Event(), []
+    with _saver(tmp_path, lambda: listed.wait(60) and cut(STATE, 0, 1), said.append) as saver:
         saver.save(checkpoint.Info(3, 12, 0, {}, {}))
-        waiting = threading.Thread(target=engine.before_update)
+        waiting = threading.Thread(target=saver.engine.before_update)
         waiting.start()
         waiting.join(0.05)
         assert waiting.is_alive() and saver.busy and saver.awaits(4) and not saver.awaits(3)
@@ -416,6 +426,30 @@ def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
         waiting.join(60)
         assert not waiting.is_alive()
     assert said == [f"saved {path}" for path in checkpoint.saved_steps(tmp_path)]
+
+
+def test_an_evaluation_makes_the_checkpoint_of_its_own_step_good(tmp_path):
+    with _saver(tmp_path, lambda: cut(STATE, 0, 1)) as saver:
+        for step in (2, 3):
+            if step == 2:
+                saver.evaluation_was_finite(step)
+            saver.save(checkpoint.Info(step, 12, 0, {}, {}))
+            assert saver.awaits(step + 1) == (step == 3)
+    assert [checkpoint.is_good(path) for path in checkpoint.saved_steps(tmp_path)] == [True, False]
+
+
+def test_a_checkpoint_that_is_being_written_is_good_once_the_next_step_is_finite(tmp_path):
+    """Before an evaluation the run waits for it, and marks it then."""
+    listed = threading.Event()
+    watch = SimpleNamespace(spikes=None, first_bad=lambda: "", bad_step=None, finite_through=4)
+    with _saver(tmp_path, lambda: listed.wait(60) and cut(STATE, 0, 1)) as saver:
+        saver.save(checkpoint.Info(3, 12, 0, {}, {}))
+        saver.ranks.sum = lambda values: listed.set() or values  # it is written while the run waits
+        trainer = SimpleNamespace(watch=watch, ranks=SimpleNamespace(gather=lambda own: [own]), saver=saver)
+        Trainer.stop_if_diverged(trainer)
+        listed.set()
+    (saved,) = checkpoint.saved_steps(tmp_path)
+    assert checkpoint.is_good(saved)
 
 
 def _decide(judge, world=3, rounds=1):

@@ -7,13 +7,14 @@ import torch
 
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.evaluation import expected_duration, probes
+from m3ae_fast.evaluation import expected_duration, labelled_task, probes
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, settled
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.finetune import FineTuningTask
 from m3ae_fast.evaluation.fit_heads import Live
 from m3ae_fast.evaluation.heads import AttentiveHeads
 from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation.labelled_task import LabelledTask
 from m3ae_fast.evaluation.linear import ProbingTask
 from m3ae_fast.evaluation.probes import Setting, settled_attentive
 from m3ae_fast.evaluation.stacked_optimizers import LARS
@@ -72,6 +73,19 @@ def test_a_first_step_that_takes_long_is_enough(clock, monkeypatch):
     with join_ranks() as ranks:
         given = _setting(ranks, attentive={"peak_lr": 1e-3, "steps": 50})
         assert expected_duration.seconds("attentive", 100, (3, 4), given) == pytest.approx(2.01 * 50) and clock[0] < 3
+
+
+def test_the_pace_of_a_training_is_that_of_the_steps_after_the_first(monkeypatch):
+    """Of which the start of the loader is a part. A training that continues counts its own steps."""
+    seconds, told = [100.0], []
+    monkeypatch.setattr(labelled_task.time, "perf_counter", lambda: seconds[0])
+    schedule, log = SimpleNamespace(total_steps=50), SimpleNamespace(say=lambda text: None)
+    task = SimpleNamespace(expected=False, first=0.0, expectation=lambda _, *pace: told.append(pace) or [])
+    for step in range(20, 30):
+        trainer = SimpleNamespace(step=step, start=20, schedule=schedule, log=log)
+        LabelledTask._log_duration(task, trainer)
+        seconds[0] += 60 if step == 20 else 0.25
+    assert told == [(0.25, 24)]
 
 
 def test_an_attentive_probe_in_training_may_be_asked():

@@ -20,6 +20,14 @@ def test_an_untrained_network_depends_on_the_seed_alone(run):
     assert not torch.equal(weights(1), open_model(str(run), text=False).patch_embed.weight)
 
 
+def test_an_untrained_network_of_an_export_depends_on_the_seed_too(run, tmp_path):
+    open_model(str(run), text=False).save_pretrained(tmp_path / "export")
+    first, again, other = (
+        open_model(f"random:{tmp_path / 'export'}", text=False, seed=seed).patch_embed.weight for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 def test_a_tokenizer_that_is_named_goes_before_the_runs_own(run, monkeypatch):
     asked, real = [], opening.load_tokenizer
     monkeypatch.setattr(opening, "load_tokenizer", lambda name, *sizes: asked.append(name) or real(own, *sizes))
