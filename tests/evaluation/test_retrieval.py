@@ -58,7 +58,7 @@ def test_how_far_it_is_is_said_and_a_stop_leaves_what_was_found(transfer, tmp_pa
     assert re.search(r"encoding images: 18 samples done \(50% of the encoding, about \d:\d\d:\d\d left\)", said)
     assert "encoding texts: 18 samples done (100% of the encoding)\n" in said
     assert left[0] == "no result yet (0 of 2 directions); running the same command again starts over"
-    found = next(line for line in left if line.startswith("partial result, 1 of 2 ways"))
+    found = next(line for line in left if line.startswith("partial result, 1 of 2 directions"))
     assert f"{tmp_path}/out/result-so-far.json: image_to_text_recall1 " in found and "text_to_image" not in found
 
 
