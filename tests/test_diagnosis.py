@@ -13,7 +13,7 @@ from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, LossConfig, OptimConfig, TrainConfig, parse
 from m3ae_fast.data import dataset
 from m3ae_fast.engine.fragments import cut
-from m3ae_fast.engine.validation import Baselines, entropy, rankme
+from m3ae_fast.engine.validation_losses import Baselines, entropy, rankme
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.report import write_report
 from m3ae_fast.images.decoding import decode_image

@@ -13,15 +13,15 @@ from PIL import Image
 
 from m3ae_fast import checkpoint, pretrain
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.batch.kinds import Kind
 from m3ae_fast.batch.tokenizer import train_tokenizer
 from m3ae_fast.cli.pretrain import main
 from m3ae_fast.config import load_config
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.images.bit_depth import Depth
+from m3ae_fast.images.image_kind import Kind
 from m3ae_fast.pretraining.automatic_settings import LADDER, Shards, assumed, check_overrides, settings
 from m3ae_fast.pretraining.dataset_statistics import look
-from m3ae_fast.pretraining.image_kind import range_of
+from m3ae_fast.pretraining.image_settings import range_of
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards.problem_counts import Tally
 from m3ae_fast.shards.tokenizer_training import caption_texts

@@ -45,7 +45,7 @@ def script(code: str, **variables: str) -> subprocess.Popen:
 
 STARTING = """
     import threading
-    from m3ae_fast.process.signals import StopRequest
+    from m3ae_fast.process.stop_request import StopRequest
     with StopRequest() as stop:
         print("ready", flush=True)
         {}
@@ -104,7 +104,7 @@ def test_a_process_that_leaves_saves_what_there_is_or_leaves_all_the_same(saves,
 def test_a_signal_is_heeded_where_a_thousand_files_are_open():
     code = """
         import os, resource, time
-        from m3ae_fast.process.signals import StopRequest
+        from m3ae_fast.process.stop_request import StopRequest
         resource.setrlimit(resource.RLIMIT_NOFILE, (2000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         files = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
         with StopRequest():
@@ -120,7 +120,7 @@ def test_a_signal_is_heeded_where_a_thousand_files_are_open():
 def test_a_closed_terminal_is_nothing_under_nohup():
     code = """
         import os, signal, time
-        from m3ae_fast.process.signals import StopRequest
+        from m3ae_fast.process.stop_request import StopRequest
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with StopRequest() as stop:
             stop.listen()
@@ -158,7 +158,7 @@ def test_what_came_while_the_program_was_imported_is_handled():
         import os, signal, time
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
         os.kill(os.getpid(), signal.SIGUSR1)
-        from m3ae_fast.process.signals import StopRequest
+        from m3ae_fast.process.stop_request import StopRequest
         with StopRequest():
             time.sleep(60)
     """
@@ -192,7 +192,7 @@ def test_a_signal_during_training_asks_and_a_later_ctrl_c_insists():
 def test_one_of_several_ranks_leaves_when_it_has_told_the_others():
     code = """
         import threading, time
-        from m3ae_fast.process.signals import StopRequest
+        from m3ae_fast.process.stop_request import StopRequest
         with StopRequest() as stop:
             print("ready", flush=True)
             input()
@@ -275,7 +275,7 @@ PULSE = """
     import torch.distributed as dist
     from m3ae_fast.process.heartbeats import Pulse
     from m3ae_fast.process.node_groups import HeartbeatGroup
-    from m3ae_fast.process.signals import StopRequest
+    from m3ae_fast.process.stop_request import StopRequest
     store = dist.TCPStore("127.0.0.1", 0, 1, True)
     heard = [list(range(1, {world})), *[[0]] * ({world} - 1)]
     groups = [[HeartbeatGroup(store.clone(), ranks)] for ranks in heard]
@@ -294,7 +294,7 @@ def test_whoever_exits_at_once_leaves_no_process_behind():
     """This includes processes that a child has started."""
     code = """
         import subprocess, sys
-        from m3ae_fast.process.signals import kill_children
+        from m3ae_fast.process.stop_request import kill_children
         child = subprocess.Popen(["sh", "-c", "sleep 100 & echo $!; wait"], stdout=subprocess.PIPE)
         number = child.stdout.readline().decode().strip()
         kill_children()

@@ -32,7 +32,7 @@ from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.feed import StepInput
 from m3ae_fast.engine.optimizer import clip_by_global_norm
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.engine.validation import evaluate
+from m3ae_fast.engine.validation_losses import evaluate
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE

@@ -1,4 +1,4 @@
-"""Random masks of tokens."""
+"""Random masks of tokens. `data/dataset.py` draws the masks of a sample, with the ratios of `masking` in the config."""
 
 from __future__ import annotations
 

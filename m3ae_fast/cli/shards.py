@@ -20,7 +20,8 @@ from typing import Any
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.command_line import add_device, add_labels, command, output, program, seed
 from m3ae_fast.config import add_range_option
-from m3ae_fast.shards.settings import SOURCE_KINDS, Settings
+from m3ae_fast.shards.settings import Settings
+from m3ae_fast.shards.sources import SOURCE_KINDS
 
 OUT_HELP = "output folder: a new one, or that of an interrupted command, which is then continued"
 MAKE = """Make shards of a folder of images, an HDF5 file or a Hugging Face dataset.
@@ -128,8 +129,8 @@ def _add_shard_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _make(args: argparse.Namespace) -> None:
-    from m3ae_fast.shards.making import open_source
     from m3ae_fast.shards.overview import parts_of, show
+    from m3ae_fast.shards.sources.registry import open_source
     from m3ae_fast.shards.writer import convert, describe_conversion
 
     settings = Settings(

@@ -23,17 +23,17 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_comparison
 from m3ae_fast.evaluation import expected_duration
+from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
 from m3ae_fast.evaluation.difference import LARGEST, not_above_largest
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job, SoFar, summary
-from m3ae_fast.evaluation.online_probe import passes, predict_online
 from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
 from m3ae_fast.evaluation.probe_grid import trains_online
 from m3ae_fast.evaluation.probes import PROBES, Setting, attentive_recipe
 from m3ae_fast.evaluation.significance import ERROR, LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.model.pixels import SIDE, Pixels
+from m3ae_fast.model.pixel_baseline import SIDE, Pixels
 from m3ae_fast.weights.open_model import PIXELS, RANDOM, open_encoder, set_images
 
 UNTRAINED, SCALED = "random weights", "downscaled pixels"

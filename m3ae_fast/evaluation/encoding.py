@@ -33,7 +33,7 @@ from m3ae_fast.model.inference import encoding
 from m3ae_fast.model.pooling import Pool
 from m3ae_fast.process.heartbeats import Pulse
 from m3ae_fast.process.ranks import Ranks
-from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.process.stop_request import StopRequest
 from m3ae_fast.process.stopping import until_stopped
 
 T = TypeVar("T")

@@ -26,7 +26,7 @@ from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
 from m3ae_fast.evaluation.job import Job, SoFar
 from m3ae_fast.evaluation.labelled_task import LabelledTask, make_trainer, open_training
 from m3ae_fast.evaluation.learning_rates import table
-from m3ae_fast.evaluation.probe_engine import ProbeEngine
+from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
 from m3ae_fast.evaluation.probes import Setting, cautions_of, linear_recipe, predictions_so_far, train_heads
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.training.trainer import Trainer

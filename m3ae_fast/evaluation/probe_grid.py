@@ -18,11 +18,11 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
 from m3ae_fast.evaluation import expected_duration
+from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.encoding import key_digest
 from m3ae_fast.evaluation.feature_bank import FeatureBank, missing_in_host_memory
 from m3ae_fast.evaluation.fit_heads import Live
 from m3ae_fast.evaluation.job import Job, SoFar, summary
-from m3ae_fast.evaluation.online_probe import passes, predict_online
 from m3ae_fast.evaluation.predictions import Predictions, stacked
 from m3ae_fast.evaluation.probes import PROBES, Probe, Recipe, Setting, attentive_recipe, predictions_so_far
 from m3ae_fast.evaluation.significance import ERROR, interval, mean_accuracy

@@ -16,7 +16,7 @@ from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.labels import class_names, label_corpus
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.pretraining.automatic_settings import TOKENIZER, Facts, Shards, channels_set, set_to
-from m3ae_fast.pretraining.image_kind import channels_and_dtype, range_of
+from m3ae_fast.pretraining.image_settings import channels_and_dtype, range_of
 from m3ae_fast.shards.overview import describe_classes, part_of, show
 from m3ae_fast.shards.problem_counts import Tally
 from m3ae_fast.shards.statistics import collect, require_images

@@ -19,7 +19,7 @@ from m3ae_fast.config import Range
 from m3ae_fast.data.manifest import is_manifest
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
 from m3ae_fast.pretraining.automatic_settings import Shards
-from m3ae_fast.pretraining.image_kind import range_of
+from m3ae_fast.pretraining.image_settings import range_of
 from m3ae_fast.shards.held_out import shared_images, write_without
 from m3ae_fast.shards.output_claim import MANIFEST
 from m3ae_fast.shards.overview import parts_of, show
@@ -30,7 +30,7 @@ from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TEST, TRAIN, VAL, s
 from m3ae_fast.shards.sources.hdf5 import Hdf5
 from m3ae_fast.shards.sources.huggingface import HuggingFace
 from m3ae_fast.shards.sources.interface import Records
-from m3ae_fast.shards.sources.recognition import HDF5_SUFFIXES, kind_of_source
+from m3ae_fast.shards.sources.registry import HDF5_SUFFIXES, kind_of_source
 from m3ae_fast.shards.writer import convert, manifest_of
 
 SHARDS, CLEANED = "shards", "held-out"  # sub-folders of the run folder

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from m3ae_fast.base.errors import TRY_AGAIN
 from m3ae_fast.config import RunConfig
 from m3ae_fast.process.node_groups import ERROR_KEY, HeartbeatGroup
-from m3ae_fast.process.signals import BY_ANOTHER, StopRequest, kill_children
+from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest, kill_children
 
 T = TypeVar("T")
 STALL_FOLDER = "stall"

@@ -15,7 +15,7 @@ from m3ae_fast.process.failures import explain, rank_lost
 from m3ae_fast.process.heartbeats import Pulse
 from m3ae_fast.process.helper_process import Node, Standby
 from m3ae_fast.process.ranks import Ranks, await_ends, join_ranks
-from m3ae_fast.process.signals import BY_ANOTHER, StopRequest
+from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
 from m3ae_fast.process.stopping import Stopped
 
 _LAST_S = 0.5  # seconds that the rank that reports an error has for printing it

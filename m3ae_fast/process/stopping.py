@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from m3ae_fast.process.ranks import Ranks
-from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.process.stop_request import StopRequest
 
 T = TypeVar("T")
 

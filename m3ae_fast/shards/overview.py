@@ -14,9 +14,9 @@ from rich.table import Table
 
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.progress import track
-from m3ae_fast.batch.kinds import Kind, kind_of
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.reader import Reader
+from m3ae_fast.images.image_kind import Kind, kind_of
 from m3ae_fast.shards.sources.interface import Records
 
 _LOOKED_AT = 64  # samples that are inspected per split

@@ -1,19 +1,12 @@
-"""Settings for the creation of shards, and the kinds of sources."""
+"""Settings for the creation of shards."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import Range
 
-SourceKind = Literal["folder", "hdf5", "huggingface"]
-SOURCE_KINDS: dict[SourceKind, str] = {
-    "folder": "a folder of images",
-    "hdf5": "an HDF5 file",
-    "huggingface": "a Hugging Face dataset",
-}
 _LIMITS = {"short_side": (1, 1 << 16), "quality": (1, 100), "samples_per_shard": (1, 1 << 32)}
 
 

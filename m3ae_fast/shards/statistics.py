@@ -22,7 +22,6 @@ from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
-from m3ae_fast.batch.kinds import kind_of
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer
 from m3ae_fast.config import MAX_CHANNELS, Config, Range, SourceConfig, parse
 from m3ae_fast.config.load import read_config
@@ -32,6 +31,7 @@ from m3ae_fast.data.order import permutation
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.images.decoding import decode_image, format_of
+from m3ae_fast.images.image_kind import kind_of
 
 _QUANTILES = (0, 0.05, 0.5, 0.95, 1)  # quantiles of a distribution that are shown
 _LONGEST = 1 << 16  # maximum length of a caption in tokens

@@ -1,4 +1,6 @@
-"""The log of a run, written by the main rank: a progress bar, metrics.jsonl, and loggers such as TensorBoard."""
+"""The log of a run, written by the main rank: a progress bar, metrics.jsonl, and loggers such as TensorBoard.
+
+The values that a step logs are put together in `Trainer.log_step`."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import Config
 from m3ae_fast.data import Data
 from m3ae_fast.drawing.during_training import draw_training
-from m3ae_fast.engine.validation import Baselines, evaluate
+from m3ae_fast.engine.validation_losses import Baselines, evaluate
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.training.attention_kernels import RunAttention

@@ -25,7 +25,7 @@ from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.process.garbage_collection import GarbageCollection
 from m3ae_fast.process.session import Session
-from m3ae_fast.process.signals import BY_ANOTHER
+from m3ae_fast.process.stop_request import BY_ANOTHER
 from m3ae_fast.training.early_stopping import EarlyStopping
 from m3ae_fast.training.loss_watch import LAG, Diverged, LossWatch, Spikes
 from m3ae_fast.training.metrics_log import RunLog, SilentLog

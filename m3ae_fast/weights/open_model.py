@@ -18,7 +18,7 @@ from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import LossConfig, ModelConfig, parse
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.pixels import Pixels
+from m3ae_fast.model.pixel_baseline import Pixels
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.pretrained import Pretrained, build
 from m3ae_fast.weights.model_name import PIXELS, RANDOM

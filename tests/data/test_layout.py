@@ -6,7 +6,7 @@ import re
 import pytest
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.batch.kinds import Kind
+from m3ae_fast.images.image_kind import Kind
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards import overview
 from m3ae_fast.shards.sources.folder import Folder

@@ -30,7 +30,7 @@ from m3ae_fast.shards.duplicate_images import join
 from m3ae_fast.shards.sources.folder import Folder
 from m3ae_fast.shards.sources.huggingface import HuggingFace
 from m3ae_fast.shards.sources.interface import to_int
-from m3ae_fast.shards.sources.recognition import kind_of_source
+from m3ae_fast.shards.sources.registry import kind_of_source
 from tests.helpers.shards import caption, picture
 
 

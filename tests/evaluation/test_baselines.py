@@ -11,7 +11,7 @@ from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.evaluation.difference import against_largest_class
-from m3ae_fast.model.pixels import SIDE, Pixels
+from m3ae_fast.model.pixel_baseline import SIDE, Pixels
 from tests.evaluation.conftest import settings
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.trainer import TINY

@@ -13,7 +13,7 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import BankSteps
 from m3ae_fast.evaluation.heads import LinearHeads
 from m3ae_fast.evaluation.learning_rates import Tried, choose
-from m3ae_fast.evaluation.probe_engine import ProbeEngine
+from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.training import throughput
 from m3ae_fast.weights.open_model import open_model

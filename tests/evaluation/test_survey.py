@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn.neighbors import KNeighborsClassifier
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.evaluation import feature_bank, online_probe, probe_grid
+from m3ae_fast.evaluation import attentive_online, feature_bank, probe_grid
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.probe_grid import chosen_layers, few_shot
 from m3ae_fast.evaluation.significance import interval, mean_accuracy
@@ -153,7 +153,7 @@ def peak(monkeypatch):
     most, alive = {"tokens": 0, "stored": 0}, weakref.WeakSet()
     encode, encoded, append = (
         MultimodalEncoder.pooled_and_patches,
-        online_probe.EncodedSteps._encoded,
+        attentive_online.EncodedSteps._encoded,
         feature_bank.Rows.append,
     )
 
@@ -168,7 +168,7 @@ def peak(monkeypatch):
 
     def of_a_step(self, batch):
         tokens, labels = encoded(self, batch)
-        assert len(labels) == sum(not online_probe.is_held_out(key) for key in batch.keys)
+        assert len(labels) == sum(not attentive_online.is_held_out(key) for key in batch.keys)
         count(tokens)
         return tokens, labels
 
@@ -177,7 +177,7 @@ def peak(monkeypatch):
         most["stored"] = max(most["stored"], rows[:1].nbytes)
 
     monkeypatch.setattr(MultimodalEncoder, "pooled_and_patches", pooled_and_patches)
-    monkeypatch.setattr(online_probe.EncodedSteps, "_encoded", of_a_step)
+    monkeypatch.setattr(attentive_online.EncodedSteps, "_encoded", of_a_step)
     monkeypatch.setattr(feature_bank.Rows, "append", stored)
     return most
 

@@ -1,4 +1,4 @@
-"""Checkpoints of engines on several ranks: run by test_parts.py.
+"""Checkpoints of engines on several ranks: run by test_checkpoint_parts.py.
 
     python -m torch.distributed.run --nproc-per-node 4 -m tests.helpers.checkpoint_cases save|load|die ...
 

@@ -19,7 +19,7 @@ from m3ae_fast.batch import pack
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.data.loader import MicroBatches, Share
 from m3ae_fast.engine.interface import Engine
-from m3ae_fast.engine.validation import Baselines, evaluate
+from m3ae_fast.engine.validation_losses import Baselines, evaluate
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from tests.helpers.zero_cases import LR, config_of, engine_of, samples
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.batch.kinds import Kind
 from m3ae_fast.config import Range
+from m3ae_fast.images.image_kind import Kind
 
 _FILLED = 0.9  # minimum fraction of a data type's range that must occur to assume that the whole range is used
 

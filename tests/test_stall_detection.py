@@ -13,10 +13,10 @@ import pytest
 import torch.distributed as dist
 
 from m3ae_fast.process import heartbeats as pulse_module
-from m3ae_fast.process import signals
+from m3ae_fast.process import stop_request
 from m3ae_fast.process.heartbeats import Pulse
 from m3ae_fast.process.node_groups import HeartbeatGroup, heartbeat_groups, ranks_by_node
-from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.process.stop_request import StopRequest
 
 
 class Ended(Exception):
@@ -292,7 +292,7 @@ def test_activity_is_of_the_process_and_all_below_it_or_of_those_alone(monkeypat
 
 def test_the_launcher_is_looked_at_a_few_times_a_second(monkeypatch):
     looks = []
-    monkeypatch.setattr(signals, "_launcher_chain", lambda: looks.append(1))
+    monkeypatch.setattr(stop_request, "_launcher_chain", lambda: looks.append(1))
     with StopRequest() as stop:
         stop.listen()
         time.sleep(0.6)
@@ -313,10 +313,10 @@ def test_signals_are_handled_afterwards_as_before():
 
     before = signal.signal(signal.SIGUSR1, mine)
     try:
-        expected = {number: signal.getsignal(number) for number in signals.SIGNALS}
+        expected = {number: signal.getsignal(number) for number in stop_request.SIGNALS}
         with StopRequest() as stop:
             assert signal.getsignal(signal.SIGUSR1) != mine
             stop.listen()
-        assert {number: signal.getsignal(number) for number in signals.SIGNALS} == expected
+        assert {number: signal.getsignal(number) for number in stop_request.SIGNALS} == expected
     finally:
         signal.signal(signal.SIGUSR1, before)

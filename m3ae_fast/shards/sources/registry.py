@@ -1,0 +1,125 @@
+"""The kinds of sources that shards can be created from: detection of a source's kind, and the function that opens it.
+
+A new kind needs a module beside this one with a subclass of `Records`, an entry of `SOURCE_KINDS` in `__init__.py`, and
+a branch of `kind_of_source` and of `open_source`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.untrusted_file import read_json
+from m3ae_fast.shards.sources import SOURCE_KINDS, SourceKind
+from m3ae_fast.shards.sources.folder import SUFFIXES, Folder, find_files
+from m3ae_fast.shards.sources.hdf5 import Hdf5
+from m3ae_fast.shards.sources.huggingface import HuggingFace
+from m3ae_fast.shards.sources.interface import Records
+
+HDF5_SUFFIXES = (".hdf5", ".h5")
+_SAVED = ("dataset_dict.json", "state.json")  # a folder written by `save_to_disk` contains one of them
+_DATA_FILES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
+_OPTIONS_OF: dict[str, tuple[SourceKind, ...]] = {
+    **dict.fromkeys(("captions", "classes", "flat", "masks"), ("folder",)),
+    **dict.fromkeys(("image_column", "caption_column"), ("folder", "huggingface")),
+    **dict.fromkeys(("subset", "split", "label_column"), ("huggingface",)),
+}  # for each option, the kinds of source that use it
+
+
+def kind_of_source(source: str) -> SourceKind:
+    """Return the kind of a source. A name that does not exist as a path is a dataset on the hub, unless it has the form
+    of a path, such as ./photos."""
+    path = Path(source)
+    if path.is_dir():
+        return _kind_of_folder(path)
+    if path.exists() or source.lower().endswith(HDF5_SUFFIXES):
+        return "hdf5"
+    written_as_path = source.startswith((".", "/", "~")) or source.endswith("/")
+    return "folder" if written_as_path else "huggingface"
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Return whether a folder was written by `save_to_disk` of the library `datasets`."""
+    return any((folder / name).exists() for name in _SAVED)
+
+
+def _kind_of_folder(folder: Path) -> SourceKind:
+    if is_saved_dataset(folder):
+        return "huggingface"
+    tables = False
+    for path in find_files(str(folder)):
+        if path.lower().endswith(SUFFIXES):
+            return "folder"
+        tables |= path.lower().endswith(_DATA_FILES)
+    return "huggingface" if tables else "folder"
+
+
+def open_source(
+    source: str | os.PathLike[str],
+    *,
+    kind: SourceKind | None = None,
+    captions: str | os.PathLike[str] | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    label_column: str | None = None,
+    classes: str | os.PathLike[str] | Sequence[str] | None = None,
+    flat: bool = False,
+    masks: str | os.PathLike[str] | None = None,
+    subset: str | None = None,
+    split: str | None = None,
+) -> Records:
+    """Return the samples of a source.
+
+    Args:
+        source: a folder of images, an HDF5 file in the layout of the official code, or a Hugging Face dataset, which is
+            a folder written by `save_to_disk`, a folder of data files, or a name on the hub.
+        kind: kind of the source; None: detected.
+        captions: for a folder of images, the file of a table with a row for each sample; None: .txt files next to the
+            images.
+        image_column, caption_column: column names of the table or the dataset; None: detected.
+        label_column: column name of the dataset; None: detected.
+        classes: for a folder of images, the classes in the order of their labels, or the classes.json of other shards.
+        flat: for a folder of images, whether to ignore the meaning of sub-folders as splits and classes.
+        masks: for a folder of images, a folder with the label masks in the same sub-folders: a single-channel NAME.png
+            for each NAME.jpg. In the shards, a mask is stored as KEY.mask.png next to its image.
+        subset: for a dataset, the name of the subset (configuration).
+        split: for a dataset, the split to read; None: all splits.
+
+    Raises:
+        UserError: the source cannot be read, or an argument does not apply to sources of its kind.
+    """
+    name = os.fspath(source)
+    kind = kind or kind_of_source(name)
+    options: dict[str, object] = {"captions": captions, "classes": classes, "flat": flat, "masks": masks}
+    options |= {
+        "subset": subset,
+        "split": split,
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "label_column": label_column,
+    }
+    for option, value in options.items():
+        if value not in (None, False) and kind not in _OPTIONS_OF[option]:
+            wanted = " or ".join(SOURCE_KINDS[each] for each in _OPTIONS_OF[option])
+            option = option.replace("_", "-")
+            raise UserError(f"--{option} is for {wanted}; {name} is {SOURCE_KINDS[kind]} (if it is not, give --kind)")
+    if kind == "hdf5":
+        return Hdf5(Path(name))
+    if kind == "huggingface":
+        return HuggingFace(name, subset, split, (image_column, caption_column, label_column))
+    table = None if captions is None else Path(captions)
+    names = _read_classes(classes) if isinstance(classes, str | os.PathLike) else classes
+    columns = (image_column, caption_column)
+    return Folder(Path(name), table, columns, names, flat, None if masks is None else Path(masks))
+
+
+def _read_classes(path: str | os.PathLike[str]) -> list[str]:
+    try:
+        names = read_json(Path(path))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("not a list of names")
+        return names
+    except (OSError, ValueError) as error:
+        raise UserError(f"--classes {path}: cannot be read ({error})") from None
