@@ -165,10 +165,10 @@ def test_a_finished_run_is_measured_with_the_settings_that_are_given_now(tmp_pat
     (run / "config.json").write_text(config.model_dump_json())
     monkeypatch.setattr(stages, "pre_train", lambda *_, **__: None)
     monkeypatch.setattr(stages, "status", lambda _: ("finished", ""))
-    monkeypatch.setattr(stages, "evaluate_run", seen.append)  # returns that it was stopped
-    assert not pretrain(shards, run, val=[shards], overrides=["train.probe.k=7"]).finished
+    monkeypatch.setattr(stages, "evaluate_run", lambda *args: seen.append(args))  # returns that it was stopped
+    assert not pretrain(shards, run, val=[shards], overrides=["train.probe.k=7"], device="cpu").finished
     probe = config.train.probe.model_copy(update={"k": 7})
-    assert seen == [config.model_copy(update={"train": config.train.model_copy(update={"probe": probe})})]
+    assert seen == [(config.model_copy(update={"train": config.train.model_copy(update={"probe": probe})}), "cpu")]
     assert "config.json already exists and is used unchanged" in capsys.readouterr().out
 
 
@@ -944,6 +944,7 @@ def test_the_command_passes_on_what_it_is_given(monkeypatch, capsys, end, dry_ru
     assert main(line) == code
     given = {"hours": 3.0, "captions": Path("a.csv"), "val": ["b.tar", "c.tar"], "labels": "json.kind"}
     given |= {"start_from": "base", "overrides": ["train.global_batch=8"], "dry_run": dry_run, "tune": True}
+    given["device"] = None
     assert calls == [(("photos", Path("run")), given)]
     out, err = capsys.readouterr()
     assert (out.strip(), err.strip()) == (said, "stopped; run the same command again to resume" if end is None else "")
