@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import results
 from lab.race import report
-from lab.race.plan import ARMS, FINAL_SEEDS, SEEDS, Overrides, Trial, race, tune
+from lab.race.plan import ARMS, FINAL_SEEDS, SEEDS, USUAL, Overrides, Trial, race, tune
 from lab.race.run import SETTINGS, TESTS, Race
 from lab.study.run import Stopped
 from lab.study.shards import LABELS, prepare
@@ -124,7 +124,8 @@ def _race(runner: Runner, args: argparse.Namespace, data: str, size: str) -> Non
     def tuned(arm: str) -> Overrides:
         if arm not in known:
             start = Trial(data, size, arm, args.lengths[0], 0)
-            known[arm] = tune(start, runner.race.settings["tried"], args.tune, runner.accuracy)
+            settings = () if arm == USUAL else args.tune
+            known[arm] = tune(start, runner.race.settings["tried"], settings, runner.accuracy)
         return known[arm]
 
     for trial in race(data, size, args.lengths, args.arms, args.seeds, args.final_seeds, tuned):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 BASELINE, FAST = "baseline", "cross, a third, Muon"
+USUAL = "baseline, usual settings"  # which are not tuned: at lengths other than that of tuning they may be better
 Overrides = tuple[tuple[str, Any], ...]  # settings with their values, which must be representable in JSON
 
 _CROSS: Overrides = (("model.dec_attention", "cross"),)
@@ -18,6 +19,7 @@ _WSD: Overrides = (("optim.schedule", "wsd"),)
 _ONE: Overrides = (("model.dec_depth", 1),)
 ARMS: dict[str, Overrides] = {
     BASELINE: (),
+    USUAL: (),
     FAST: (*_CROSS, *_THIRD, *_MUON),
     "Muon": _MUON,
     "cross, a third": (*_CROSS, *_THIRD),
@@ -68,6 +70,8 @@ class Trial:
 
 def tuned_as(arm: str) -> str:
     """Return the arm whose tuned settings an arm uses; each optimiser is tuned once."""
+    if arm == USUAL:
+        return USUAL
     return FAST if ("optim.name", "muon") in ARMS[arm] else BASELINE
 
 
@@ -93,9 +97,10 @@ def race(
         tuned: function that returns the tuned settings of an arm, and tunes them if necessary.
     """
     trial = Trial(data, size, BASELINE, lengths[0], 0)
-    ladder = [replace(trial, steps=steps) for steps in lengths[:3]]
+    baselines = [arm for arm in (BASELINE, USUAL) if arm in (BASELINE, *arms)]
+    ladder = [replace(trial, arm=arm, steps=steps) for steps in lengths[:3] for arm in baselines]
     factorial = [replace(trial, arm=arm) for arm in ARMS if arm in arms and arm != BASELINE]
-    final = [replace(trial, arm=arm, steps=steps) for steps in lengths for arm in (BASELINE, FAST)]
+    final = [replace(trial, arm=arm, steps=steps) for steps in lengths for arm in (*baselines, FAST)]
     found: dict[Trial, None] = {}
     for seed in range(seeds):
         found |= dict.fromkeys(replace(each, seed=seed) for each in [*ladder, *factorial])

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.table import END, START, rewrite
-from lab.race.plan import ARMS, BASELINE, FAST, PIXELS, RANDOM_WEIGHTS
+from lab.race.plan import ARMS, BASELINE, FAST, PIXELS, RANDOM_WEIGHTS, USUAL
 from lab.race.run import TESTS
 from lab.study.measure import Labels
 from m3ae_fast.base.atomic_file import whole_file, write_whole
@@ -24,6 +24,7 @@ from m3ae_fast.base.errors import UserError
 
 JSON, PLOT, PAGE, ANSWERS = "race.json", "race.png", "README.md", "answers.json.xz"
 DATA = {"clothes": "Fashion-MNIST", "emoji": "emoji"}  # as tables and plots name them
+BASELINES = (BASELINE, USUAL)  # at each cost the better of the two counts
 COSTS = {"flops": "FLOPs", "seconds": "seconds", "samples": "samples"}
 REPLICATES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
@@ -144,7 +145,7 @@ def tables(rows: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
     tested = [row for row in rows if not row["trial"]["validation"]]
     for data, size in _unique((row["trial"]["data"], row["trial"]["size"]) for row in tested):
         own = [row for row in tested if (row["trial"]["data"], row["trial"]["size"]) == (data, size)]
-        ladder = [row for row in own if row["trial"]["arm"] == BASELINE]
+        ladder = [row for row in own if row["trial"]["arm"] in BASELINES]
         tests = TESTS[data]
         columns = ["steps", "seeds", "TFLOP", "CPU s", *tests.values()]
         columns += [f"{COSTS[cost]}, {name}" for cost in COSTS for name in tests.values()]
@@ -154,7 +155,7 @@ def tables(rows: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
             costs = [np.mean([row["cost"][cost] for row in runs]) for cost in ("flops", "seconds")]
             means = [100 * np.mean([row["numbers"][test] for row in runs]) for test in tests]
             factors = [
-                "-" if arm not in ARMS or arm == BASELINE else _shown(factor(runs, ladder, test, cost, weights))
+                "-" if arm not in ARMS or arm in BASELINES else _shown(factor(runs, ladder, test, cost, weights))
                 for cost in COSTS
                 for test in tests
             ]
@@ -176,13 +177,13 @@ def tables(rows: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
 def _shares(rows: Sequence[Row], title: str, tests: Sequence[str], weights: Weights) -> list[str]:
     """Return a table of the baseline's cost that the fast recipe needs for the accuracy of each of the baseline's runs:
     the measure of the protocol's target."""
-    baseline, ladder = ([row for row in rows if row["trial"]["arm"] == arm] for arm in (BASELINE, FAST))
-    cells = []
-    for steps in sorted({row["trial"]["steps"] for row in baseline}):
-        runs = [row for row in baseline if row["trial"]["steps"] == steps]
+    ladder, cells = [row for row in rows if row["trial"]["arm"] == FAST], []
+    baselines = [(row["trial"]["arm"], row["trial"]["steps"]) for row in rows if row["trial"]["arm"] in BASELINES]
+    for arm, steps in sorted({*baselines}):
+        runs = [row for row in rows if (row["trial"]["arm"], row["trial"]["steps"]) == (arm, steps)]
         found = {(cost, test): factor(runs, ladder, test, cost, weights) for cost in COSTS for test in tests}
         if seeds := {each.seeds for each in found.values() if each}:
-            cells.append([f"{steps:,}", f"{max(seeds)}", *(_shown(each) for each in found.values())])
+            cells.append([f"{arm}, {steps:,}", f"{max(seeds)}", *(_shown(each) for each in found.values())])
     columns = [f"{COSTS[cost]}, {TESTS[rows[0]['trial']['data']][test]}" for cost in COSTS for test in tests]
     head = [
         f"{title}: fraction of the baseline's cost with which `{FAST}` reaches the accuracy after its steps",
@@ -242,7 +243,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 if arm not in ARMS:
                     axis.axhline(y[0], color="0.6", ls="--" if arm == PIXELS else ":", label=arm)
                     continue
-                colour = {BASELINE: "black", FAST: "tab:red"}.get(arm, f"C{number % 10}")
+                colour = {BASELINE: "black", USUAL: "0.5", FAST: "tab:red"}.get(arm, f"C{number % 10}")
                 axis.plot(x, y, "-o", color=colour, label=arm)
             axis.set(xscale="log", xlabel={"flops": "executed FLOPs", "seconds": "CPU seconds of training"}[cost],
                      ylabel="top-1 accuracy of the linear probe, %",

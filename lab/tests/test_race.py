@@ -10,7 +10,7 @@ import pytest
 from benchmarks import table
 from lab.race import __main__ as program
 from lab.race import report
-from lab.race.plan import ARMS, BASELINE, FAST, PIXELS, RANDOM_WEIGHTS, Trial, race, tune, tuned_as
+from lab.race.plan import ARMS, BASELINE, FAST, PIXELS, RANDOM_WEIGHTS, USUAL, Trial, race, tune, tuned_as
 from lab.race.run import SETTINGS, Race, flops, trial_of
 from lab.study import shards
 from m3ae_fast import train
@@ -98,7 +98,7 @@ def test_all_arms_are_configs_of_one_data_stream(tmp_path, monkeypatch):
     for (data, size, arm), cost in costs.items():
         usual, muon = costs[data, size, BASELINE], costs[data, size, "Muon"]
         if ("optim.name", "muon") not in ARMS[arm]:
-            assert cost == usual if arm in (BASELINE, "wsd") else cost <= usual
+            assert cost == usual if arm in (BASELINE, USUAL, "wsd") else cost <= usual
         assert usual < muon < 1.5 * usual and (size[0] == "L" or costs[data, size, FAST] < 0.7 * usual)
     other = Trial("clothes", "S64", BASELINE, 300, 1, (("train.global_batch", 64),))
     assert running.config(other)["train"] == running.config(trial)["train"] | {"global_batch": 64, "steps": 600}
@@ -116,14 +116,14 @@ def test_each_side_is_tuned_with_as_many_runs():
     best = tune(Trial("clothes", "S64", FAST, 300, 0), tried, ["a", "b"], accuracy)
     assert best == (("a", 2), ("b", 1), ("c", 5)) and all(each.validation for each in asked)
     assert len({*asked}) == 4  # the best so far is not run again
-    assert [tuned_as(arm) for arm in ("2 blocks", "1 block, Muon", "all")] == [BASELINE, FAST, FAST]
+    assert [tuned_as(arm) for arm in ("2 blocks", "1 block, Muon", "all", USUAL)] == [BASELINE, FAST, FAST, USUAL]
 
 
 def test_the_shortest_part_comes_first():
     trials = [*race("clothes", "S64", (10, 20, 40, 80), [*ARMS], 2, 3, lambda arm: ((arm, 0),))]
-    assert len({*trials}) == len(trials) == 2 * (len(ARMS) + 2 + 2) + 3 * 8 - 2 * 4
-    assert [each.seed for each in trials[: 2 * (len(ARMS) + 4)]] == sorted([0, 1] * (len(ARMS) + 4))
-    assert {each.arm for each in trials if each.steps > 40} == {BASELINE, FAST}
+    assert len({*trials}) == len(trials) == 2 * (len(ARMS) + 4 + 2) + 3 * 12 - 2 * 7
+    assert [each.seed for each in trials[: 2 * (len(ARMS) + 6)]] == sorted([0, 1] * (len(ARMS) + 6))
+    assert {each.arm for each in trials if each.steps > 40} == {BASELINE, USUAL, FAST}
 
 
 def test_a_factor_is_read_off_the_baselines_ladder():
@@ -158,7 +158,7 @@ def test_the_fraction_of_the_baselines_cost_is_read_off_the_fast_recipes_ladder(
     rows = [row(BASELINE, 1, 1.0, 5), row(BASELINE, 4, 8.0, 8), row(FAST, 1, 1.0, 6), row(FAST, 4, 4.0, 8)]
     weights = report.Weights({f"{i}": {"emoji": f"{i}"} for i in range(10)})
     *_, low, high = report._shares(rows, "clothes, S64", ["clothes_linear"], weights)
-    assert low.startswith("| 1 | 1 | < 1.00 |") and high.startswith("| 4 | 1 | 0.50 (")
+    assert low.startswith("| baseline, 1 | 1 | < 1.00 |") and high.startswith("| baseline, 4 | 1 | 0.50 (")
     assert report._shares(rows[:3], "clothes, S64", ["clothes_linear"], weights) == []
 
 
