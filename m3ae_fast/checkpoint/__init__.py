@@ -17,6 +17,7 @@ from m3ae_fast.checkpoint.folder import (
     save,
     saved_steps,
     set_aside_after,
+    step_folder,
     step_of,
     versions,
 )

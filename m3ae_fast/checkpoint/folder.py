@@ -81,6 +81,11 @@ def checkpoints_dir(run_dir: Path) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Return the path of the checkpoint of `step`, whether or not it exists; `step_of` reads the step back."""
+    return checkpoints_dir(run_dir) / f"step-{step:08d}"
+
+
 def step_of(path: Path) -> int:
     """Return the step in a checkpoint's name; -1 for other names."""
     match = re.fullmatch(r"step-(\d+)", path.name)
@@ -115,7 +120,7 @@ def save(
         UserError: raised on every rank if a tensor is not finite, a file cannot be written, or a part is missing. The
             earlier checkpoints are unchanged.
     """
-    target = checkpoints_dir(run_dir) / f"step-{info.step:08d}"
+    target = step_folder(run_dir, info.step)
     for last in (False, True):
         unfinished = ranks.decide("", lambda _: _begin(target))
         if not unfinished:
@@ -247,7 +252,7 @@ def before_decay(saved: Sequence[Path]) -> Path | None:
 
 def mark(run_dir: Path, step: int, as_what: str, why: str) -> Path | None:
     """Mark the checkpoint of `step` as GOOD or FAILED, and return it; None if there is none."""
-    path = checkpoints_dir(run_dir) / f"step-{step:08d}"
+    path = step_folder(run_dir, step)
     if path not in saved_steps(run_dir):
         return None
     with contextlib.suppress(OSError):  # if the disk is full, the checkpoint remains unmarked

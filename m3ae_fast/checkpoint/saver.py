@@ -139,7 +139,7 @@ class Saver:
 def judge(run_dir: Path, bad_step: int) -> str:
     """Mark the checkpoint right before `bad_step`, whose loss or gradient norm is not finite, as failed. Return a
     message about it that names the last good checkpoint."""
-    before = checkpoint.checkpoints_dir(run_dir) / f"step-{bad_step - 1:08d}"
+    before = checkpoint.step_folder(run_dir, bad_step - 1)
     marked = ""
     if before.is_dir() and not checkpoint.is_good(before):
         why = f"step {bad_step}, the first from its weights, was not finite"

@@ -25,6 +25,7 @@ from m3ae_fast.images.bit_depth import as_pixels, bands_to_pixels, check_colours
 
 MAX_PIXELS = 1 << 27  # a larger image is rejected as a decompression bomb
 # Other formats are rejected: Pillow would pass an EPS file to Ghostscript.
+# The suffixes of files that are read are in data/index.py.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF")
 # First bytes of other formats that are often found in place of images, for error messages.
 _OTHERS = {

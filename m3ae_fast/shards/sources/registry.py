@@ -1,7 +1,7 @@
 """The kinds of sources that shards can be created from: detection of a source's kind, and the function that opens it.
 
 A new kind needs a module next to this one with a subclass of `Records`, an entry of `SOURCE_KINDS` in `__init__.py`,
-and a branch of `kind_of_source` and of `open_source`.
+a branch of `kind_of_source` and of `open_source`, and one in pretraining/source_shards.py.
 """
 
 from __future__ import annotations
