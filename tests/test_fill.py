@@ -68,7 +68,7 @@ def test_mistakes_are_one_line(run, photo, tmp_path):
         ([str(photo), "a [MASK]", "--top", "0"], "must be 1 or more"),
         ([str(tmp_path / "no.png"), "a [MASK]"], "cannot be read"),
         ([__file__, "a [MASK]"], "not an image"),
-        ([str(photo), "a [MASK]", "--out", str(photo)], "is the image; name another file"),
+        ([str(photo), "a [MASK]", "--out", str(photo)], "is the input image; choose another file"),
         ([str(photo), "red " * 20 + "[MASK]"], "would be truncated"),
     ):
         with pytest.raises(UserError, match=message):

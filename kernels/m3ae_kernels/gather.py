@@ -28,7 +28,7 @@ def gather_tokens(
     """Return y = x[rows], with LayerNorm applied if `norm_weight` is given.
 
     Args:
-        x: [..., D] floating, T rows of it.
+        x: [..., D] floating; T rows in total.
         rows: [...] int32 or int64, below T. Each row must occur at most once, so that the backward pass is a scatter
             without atomics.
         norm_weight: [D] floating, or None for no LayerNorm.
@@ -185,9 +185,9 @@ def norm_backward(
     needs: Sequence[bool],
     totals: Sequence[Tensor],
 ) -> Tensor:
-    """Run a LayerNorm's backward pass on torch. Return the gradient of x in its dtype, and add the gradients of weight
-    and bias to `totals`. They are summed in float32, since torch's sums in 16 bits have errors of 3 to 7 %. `wide_2CD`
-    is a buffer for copies."""
+    """Run a LayerNorm's backward pass with torch. Return the gradient of x in its dtype, and add the gradients of
+    weight and bias to `totals`. They are summed in float32, since torch's sums in 16 bits have errors of 3 to 7 %.
+    `wide_2CD` is a buffer for copies."""
     scale_D = weight_D.to(mean_C.dtype)
     norm = [x_CD.shape[1]], mean_C[:, None], rstd_C[:, None], scale_D, scale_D  # the value of the bias has no effect
     backward = torch.ops.aten.native_layer_norm_backward
@@ -220,7 +220,8 @@ gather_norm_backward = Op("gather_norm_backward", _norm_gradients, _empty_gradie
 
 
 class GatherNorm(nn.Module):
-    """`gather_tokens` with the LayerNorm that it owns: weight [dim] (one) and bias [dim] (zero)."""
+    """`gather_tokens` with the LayerNorm that it owns: weight [dim], initialised to one, and bias [dim], initialised to
+    zero."""
 
     def __init__(self, dim: int, *, eps: float = 1e-6, bias: bool = True, impl: str = "auto"):
         super().__init__()
@@ -229,7 +230,8 @@ class GatherNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Map x [..., dim], rows [...] int, distinct rows of x -> [..., dim], as many as `rows`."""
+        """Map x [..., dim] and rows [...] (int, distinct row numbers of x) to [..., dim], with as many rows as
+        `rows`."""
         return gather_tokens(x, rows, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, impl=self.impl)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,5 @@
-"""Copies of memory on a CPU as a few wide elements, which is many times faster than 8- or 16-bit elements."""
+"""Copying memory on a CPU as a few wide elements, which is many times faster than copying it as 8- or 16-bit
+elements."""
 
 import math
 
@@ -9,7 +10,7 @@ WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torc
 
 
 def widest(tensor: Tensor, count: int) -> torch.dtype:
-    """Return the widest dtype as which runs of `count` elements of the tensor can be viewed."""
+    """Return the widest dtype in which the tensor can be viewed, if it is accessed in runs of `count` elements."""
     size = tensor.element_size()
     return WIDE[math.gcd(count * size, tensor.storage_offset() * size, 16)]
 

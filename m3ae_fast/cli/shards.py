@@ -1,4 +1,4 @@
-"""Shards: make them, look into them, train a tokenizer on them.
+"""Shards: make and inspect them, train a tokenizer on them.
 
 m3ae-fast shards make images/ --out shards/ --held-out 0.05
 m3ae-fast shards index 'shards/*.tar'
@@ -24,7 +24,7 @@ from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.sources import SOURCE_KINDS
 
 OUT_HELP = "output folder: a new one, or that of an interrupted command, which is then continued"
-MAKE = """Make shards of a folder of images, an HDF5 file or a Hugging Face dataset.
+MAKE = """Make shards from a folder of images, an HDF5 file or a Hugging Face dataset.
 
   m3ae-fast shards make images/ --out shards/ --held-out 0.05
   m3ae-fast shards make images/ --out shards/ --captions captions.csv --caption-column title
@@ -34,10 +34,10 @@ MAKE = """Make shards of a folder of images, an HDF5 file or a Hugging Face data
   m3ae-fast shards make saved/flickr30k --out shards/ --split train --caption-column caption
 
 A folder of images: sub-folders called train, val (valid, validation, dev) or test are splits, and shards are written
-for each of them. Other sub-folders, or those of the splits, are classes if there are at least two and every image is in
-one; class ids are the same in all splits. Captions come from a table with one row per sample, or from NAME.txt
-next to NAME.jpg. An image that occurs in several rows, or in a row with a list of captions, gives one sample per
-caption, even if rows are identical. A row with a field too many or too few is an error. A .tsv file has one row per
+for each of them. Other sub-folders, or the sub-folders of the splits, are classes if there are at least two of them and
+every image is in one; class ids are the same in all splits. Captions come from a table with one row per sample, or from
+NAME.txt next to NAME.jpg. An image that occurs in several rows, or in a row with a list of captions, gives one sample
+per caption, even if rows are identical. A row with a field too many or too few is an error. A .tsv file has one row per
 line and no quoting, unless it was written by a program that quotes fields. Images without a caption are used for the
 image loss only.
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_make(commands: Any) -> None:
-    summary = "make shards of a folder of images, an HDF5 file or a Hugging Face dataset"
+    summary = "make shards from a folder of images, an HDF5 file or a Hugging Face dataset"
     parser = command(commands, "make", summary, MAKE, _make)
     parser.add_argument("source", metavar="SOURCE", help="a folder, an HDF5 file, or the name of a dataset on the hub")
     parser.add_argument("--out", type=output(), required=True, metavar="DIR", help=OUT_HELP)
@@ -274,7 +274,7 @@ def _add_image_tokens(commands: Any, common: argparse.ArgumentParser) -> None:
     text = "number of random crops of each image (default: 1)"
     parser.add_argument("--views", type=int, default=1, metavar="N", help=text)
     parser.add_argument("--centre", action="store_true", help="use the central square instead of random crops")
-    text = "fractions of the image's area between which the area of a crop is chosen (default: 0.2 1.0)"
+    text = "smallest and largest area of a crop, as fractions of the image's area (default: 0.2 1.0)"
     parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"), help=text)
     parser.add_argument("--no-flip", action="store_true", help="do not flip half of the crops horizontally")
     parser.add_argument("--seed", type=seed, default=0, help="random seed of the crops (default: 0)")

@@ -20,7 +20,7 @@ from m3ae_fast.data.shards import ShardStore, expand
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset source: shards and the modality that each of them trains."""
+    """A data source: shards, and the modality for which each of them is used."""
 
     shards: Sequence[IndexedShard]
     modalities: list[Modality]

@@ -90,7 +90,7 @@ def masked_corpus(corpus: Corpus, *, progress: bool = False) -> tuple[Corpus, Ma
     if not places:
         raise UserError(
             f"shards {shards[0]}{' ...' if len(shards) > 1 else ''}: no sample has a mask, KEY.{MASK_SUFFIX} next to "
-            "its image; make shards of a folder of images with --masks FOLDER"
+            "its image; make shards from a folder of images with --masks FOLDER"
         )
     sources = [source for source in sources if source.shards]
     return replace(corpus, sources=sources), Masks(corpus.store, shards, np.array(places, dtype=np.int64))

@@ -42,8 +42,8 @@ def lacking_for_activations(config: Config, ranks: Ranks, samples: int) -> str:
 
 
 def recomputes(loop: TransformerLoopConfig) -> bool:
-    """Return whether blocks may recompute outputs of GELU and LayerNorm to save memory: if they are compiled, and
-    without activation checkpointing."""
+    """Return whether blocks may recompute outputs of GELU and LayerNorm to save memory. They may if they are compiled
+    and activation checkpointing is off."""
     return loop.compile and not loop.activation_checkpointing
 
 

@@ -68,7 +68,7 @@ def fill(
         raise UserError(f"there is nothing to fill in: write {MASK} in the text, or complete the image with --out")
     image, path = Path(image), None if out is None else Path(out)
     if path and path.exists() and image.exists() and path.samefile(image):
-        raise UserError(f"--out {path}: is the image; name another file")
+        raise UserError(f"--out {path}: is the input image; choose another file")
     opened = open_model(model, text=True, tokenizer=tokenizer).eval()
     set_images(opened, {"image_range": image_range})
     vqgan = _open_image_tokenizer(model, opened.config, image_tokenizer, bool(path))

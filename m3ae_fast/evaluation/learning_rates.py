@@ -25,7 +25,7 @@ class Tried(NamedTuple):
 
 
 class Split(NamedTuple):
-    """A split of the training samples, as ascending numbers of samples."""
+    """A split of the training samples, as ascending sample indices."""
 
     train: list[int]
     held_out: list[int]

@@ -1,4 +1,4 @@
-"""The engine of the linear probe: each step computes features with the frozen encoder and updates the head by LARS.
+"""The engine of the linear probe: each step computes features with the frozen encoder and updates the head with LARS.
 
 Shapes: S samples, D encoder width.
 """
@@ -56,7 +56,7 @@ class ProbeEngine:
             features_SD = torch.cat([self.frozen.pooled(batch, self.encode.pool) for batch in batches])
         labels_S = torch.cat([batch.labels for batch in batches])
         samples = int(self.ranks.sum([len(labels_S)])[0])
-        self.before_update()  # already before the forward pass, which changes the statistics of BatchNorm
+        self.before_update()  # must precede the forward pass, which already changes the statistics of BatchNorm
         if samples == 0:  # no sample could be read
             zero = features_SD.new_zeros(())
             return [ClassLosses(zero, zero)], zero

@@ -13,7 +13,7 @@ from typing import Any
 from m3ae_fast.process.workers import signals_blocked, start_worker
 
 _forks = multiprocessing.get_context("fork")  # independent of this Python's default start method
-_POLL_S = 0.1  # seconds between checks that the parent still lives
+_POLL_S = 0.1  # seconds between checks that the parent is still alive
 
 
 class Standby:
@@ -66,6 +66,6 @@ class Node:
 
     run: str  # a name that is unique among the runs on the node
     ranks: Sequence[int]
-    fetcher: Standby | None = (
-        None  # of this rank; the leader's process downloads shards. None: it is started with the loader
-    )
+    # this rank's standby process; the leader of a node uses its own to download shards. None: it is started with the
+    # loader
+    fetcher: Standby | None = None

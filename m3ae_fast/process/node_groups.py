@@ -12,7 +12,7 @@ from typing import NamedTuple, cast
 import torch.distributed as dist
 from torch import Tensor
 
-ERROR_KEY = "error"  # of a store: the rank that was the first to end with an error, and its exit code
+ERROR_KEY = "error"  # key in a store; its value: the first rank that ended with an error, and its exit code
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -63,8 +63,8 @@ def _among_all(store: dist.Store, monitored: Sequence[int]) -> HeartbeatGroup:
 
 
 class Sums:
-    """Hierarchical all-reduce of host numbers. It takes few sequential communication steps; gloo's all-reduce takes two
-    per rank."""
+    """Hierarchical all-reduce of numbers in host memory. It takes few sequential communication steps; gloo's all-reduce
+    takes two per rank."""
 
     def __init__(self, rank: int, nodes: Sequence[str], control: dist.ProcessGroup, timeout: timedelta) -> None:
         """Create the groups; every rank must do so. `nodes`: the node of each rank. If there is a single node, or one

@@ -33,7 +33,7 @@ Waiting = Callable[[], AbstractContextManager[None]]
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 _OTHER_FILES = 200  # open files of libraries, shards and logs
 _ENDED_KEY = "ended"  # of the store: the number of ranks that have ended with an error
-_OTHERS_S = 3.0  # longest wait for the other ranks to record their end; a heartbeat takes less to reach them
+_OTHERS_S = 3.0  # longest wait for the other ranks to record their end; longer than a heartbeat takes to reach them
 TIMEOUT = timedelta(minutes=30)  # for the last rank to join
 CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Pulse` ends a run that stalls
 
@@ -55,7 +55,7 @@ class Ranks:
     sums: Sums
 
     def __deepcopy__(self, memo: dict) -> Ranks:
-        """Return the ranks themselves: a copy of a module that has them belongs to the same ones."""
+        """Return this object itself: a copied module belongs to the same ranks as the original."""
         return self
 
     @property
@@ -126,9 +126,9 @@ class Ranks:
         return self.together(lambda: cast(T, first) if self.is_main else work(), waiting)
 
     def first_error(self, exit_code: int, *, of_node: bool = False) -> tuple[bool, int]:
-        """Record that this rank ends with an error. Return whether it is the first one, which prints it, and the exit
-        code of the first one. Raises RuntimeError if the process that holds the store, rank 0 or the launcher, has
-        ended. `of_node`: among the ranks of this node."""
+        """Record that this rank ends with an error. Return whether it is the first rank to do so (the first one prints
+        its error), and the exit code of the first. Raises RuntimeError if the process that holds the store, rank 0 or
+        the launcher, has ended. `of_node`: whether "first" means the first among the ranks of this node only."""
         store = self.heartbeat_groups[0].store if of_node else self.store
         own = f"{self.rank} {exit_code}"
         first = store.compare_set(ERROR_KEY, "", own).decode()
@@ -139,7 +139,7 @@ class Ranks:
         return first == own, int(first.split()[1])
 
     def main_has_ended(self) -> bool:
-        """Return whether rank 0 has ended, with the store that it holds."""
+        """Return whether rank 0 has ended, and with it the store that it holds."""
         try:
             self.lasting.check([""])
         except RuntimeError:
@@ -148,8 +148,8 @@ class Ranks:
 
 
 def await_ends(store: dist.Store, world: int) -> None:
-    """Wait for a few seconds until all ranks have recorded their end with `first_error`. Rank 0 calls this before it
-    exits, because the store ends with its process."""
+    """Wait until all ranks have recorded their end with `first_error`, but at most a few seconds. Rank 0 calls this
+    before it exits, because the store ends with its process."""
     gc.collect()  # closes the connections of groups in reference cycles, because other ranks may wait for this one
     until = time.monotonic() + _OTHERS_S
     with contextlib.suppress(RuntimeError):  # the launcher held the store, and has ended

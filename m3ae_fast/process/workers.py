@@ -45,7 +45,7 @@ def default_workers() -> int:
 
 
 def allow_open_files() -> None:
-    """Raise the soft limit of open files, usually 1024: each tensor from a worker and each connection is an open
+    """Raise the soft limit on open files, usually 1024: each tensor from a worker and each connection is an open
     file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(1 << 16, hard)
@@ -88,7 +88,7 @@ class Companion(Protocol):
 
 
 class Loader(DataLoader[T_co]):
-    """A DataLoader whose workers leave signals to the main process from their start.
+    """A DataLoader whose workers, from the moment they start, leave signals to the main process.
 
     `companion` may be set before the first batch.
     """

@@ -40,7 +40,7 @@ UTILISATION = 0.45  # assumed fraction of an H100's bf16 peak, which good traine
 NETWORK = 50e9  # assumed network bandwidth in bytes per second and GPU: 400 Gbit/s
 FETCHED = 1e9  # assumed download rate in bytes per second and node
 GPUS_OF_NODE = 8
-MEASURED_S = 5.0  # seconds per epoch of steps that are measured to estimate the duration of the run
+MEASURED_S = 5.0  # maximum number of seconds spent measuring steps to estimate the duration of the run
 SIZES = 256  # maximum number of image sizes that represent the dataset
 DECODED_PER_CORE = 600  # images per second and core at 256 px: benchmarks/results
 CORES_PER_GPU = 12  # usual number of cores per GPU
@@ -93,7 +93,8 @@ def report(
     assert peaks is not None
     rate = UTILISATION * peaks.flops / ours  # samples per second of an H100
     gpu = (
-        f"an H100, {peaks.flops / 1e12:,.0f} TFLOP/s by its data sheet, at an assumed utilisation of {UTILISATION:.0%}"
+        f"an H100, {peaks.flops / 1e12:,.0f} TFLOP/s according to its data sheet, at an assumed utilisation of "
+        f"{UTILISATION:.0%}"
     )
     unit = "GPUs" if gpus else "rank" if world == 1 else "ranks"
     square = ", of a square image" if config.model.resize == "native" else ""
@@ -224,8 +225,8 @@ def _loader(rate: float) -> str:
     if cores <= CORES_PER_GPU:
         return text
     return (
-        f"{text}; on nodes with fewer, such as the usual {CORES_PER_GPU}, the loader is the bottleneck: scale the "
-        "images of the shards down ahead (--short-side when they are written), or raise data.repeats"
+        f"{text}; on nodes with fewer cores per GPU ({CORES_PER_GPU} is usual), the loader is the bottleneck: "
+        "downscale the images when the shards are written (--short-side), or raise data.repeats"
     )
 
 

@@ -77,9 +77,9 @@ def measure(config: Config, session: Session, seconds: float) -> Pace:
     """Measure the pace of a run by taking steps without output, until their rate is stable or `seconds` have passed.
     Every rank must call it.
 
-    A small batch is measured first, then a batch as large as the time allows, up to that of the config, whose precision
-    must be resolved. The time for opening the data is not included. Raises UserError as the run would at its start, and
-    Stopped if a rank is asked to stop.
+    A small batch is measured first, then a batch as large as the time allows, up to train.global_batch. The precision
+    of `config` must be resolved. The time for opening the data is not included. Raises UserError as the run would at
+    its start, and Stopped if a rank is asked to stop.
     """
     whole = config.train.global_batch
     pace = _trial(config, session, max(min(FIRST_BATCH, whole), session.ranks.world), seconds / 4)

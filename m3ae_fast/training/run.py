@@ -106,8 +106,9 @@ def pre_train(
 
 
 def _return_to(run_dir: Path, resume: str) -> str:
-    """Return the value of `resume` with which to continue after a step that was not finite or a spike: "auto", which
-    selects the last good checkpoint or, if there is none, the value with which the run was started. Main rank only."""
+    """Return the value of `resume` with which to continue after a step with a non-finite loss or gradient norm, or with
+    a loss spike: "auto", which selects the last good checkpoint or, if there is none, the value with which the run was
+    started. Main rank only."""
     if any(not (path / checkpoint.FAILED).exists() for path in checkpoint.saved_steps(run_dir)):
         return "auto"
     checkpoint.set_aside_after(run_dir, 0)
@@ -172,8 +173,8 @@ def set_up(
 
 
 def _spikes(config: Config, found: Resume, left_out: tuple[int, ...]) -> Spikes | None:
-    """Return the detection of loss spikes with the losses before the checkpoint; None if the run may not return to a
-    checkpoint again, because a spike does not end a run."""
+    """Return a detector of loss spikes that knows the losses before the checkpoint. Return None if no rollback is left,
+    because a spike must not end a run."""
     threshold = config.train.spike_threshold
     if threshold is None or len(left_out) >= config.train.rollbacks:
         return None
@@ -181,8 +182,8 @@ def _spikes(config: Config, found: Resume, left_out: tuple[int, ...]) -> Spikes 
 
 
 def _extended(config: Config, info: checkpoint.Info) -> bool:
-    """Return whether a run with a constant learning rate before its decay is set to more steps than when it wrote a
-    checkpoint."""
+    """Return whether a run whose learning rate is constant before its decay is now set to run longer (by steps, epochs,
+    hours or train.stop_at) than when it wrote the checkpoint."""
     was, now = info.config.get("train") or {}, config.train
     lengths = ((getattr(now, key), was.get(key)) for key in ("steps", "epochs", "hours"))
     longer = any(new and old and new > old for new, old in lengths)
@@ -197,7 +198,7 @@ def _stops_later(config: Config, info: checkpoint.Info) -> bool:
 
 
 def _early_stopping(config: Config, found: Resume, ranks: Ranks) -> EarlyStopping | None:
-    """Return the early stopping with the accuracies up to the checkpoint; None if it is not set."""
+    """Return the early-stopping rule, with the accuracies up to the checkpoint; None if train.stop_at is not set."""
     if config.train.stop_at is None:
         return None
     stopping = EarlyStopping(config.train.stop_at)

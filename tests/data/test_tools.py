@@ -494,7 +494,7 @@ def _mistakes(folder):
     yield [folder / "empty", "OUT", "--kind", "huggingface"], "cannot be loaded"
     datasets.Dataset.from_dict({"number": [1]}).save_to_disk(folder / "saved")
     yield [folder / "saved", "OUT", "--split", "none"], "--split none: .* has train"
-    yield [folder / "saved", "OUT"], "has number; name --image-column"
+    yield [folder / "saved", "OUT"], "has the columns number; choose one with --image-column"
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, pictures, capsys):

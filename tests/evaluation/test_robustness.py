@@ -187,9 +187,9 @@ def test_published_sets_are_found_by_corruption_and_severity(tmp_path):
     assert {kind: list(sets) for kind, sets in found.items()} == {"frost": [3], "gaussian_noise": [1, 2]}
     assert found["frost"][3] == [str(tmp_path / "frost/3/val-0.tar")]
     (tmp_path / "frost/4").mkdir()
-    with pytest.raises(UserError, match="frost/4 has no shards; make them of a folder of images"):
+    with pytest.raises(UserError, match="frost/4 has no shards; make them from a folder of images"):
         published_sets(tmp_path)
-    for folder, message in ((tmp_path / "nothing", "no such folder"), (tmp_path / "frost/3", "has no CORRUPTION/SEV")):
+    for folder, message in ((tmp_path / "nothing", "no such folder"), (tmp_path / "frost/3", "has no shards of the form CORRUPTION/SEV")):
         with pytest.raises(UserError, match=message):
             published_sets(folder)
     (tmp_path / "gaussian_noise/2").mkdir(parents=True)

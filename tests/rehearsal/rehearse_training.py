@@ -59,7 +59,7 @@ def test_memory_of_changing_sizes_is_asked_for(monkeypatch):
 def test_a_machine_that_triton_cannot_build_on_is_told(tmp_path, monkeypatch, cuda):
     monkeypatch.setenv("M3AE_KERNELS_IMPL", "triton")
     monkeypatch.setattr("m3ae_fast.training.run.missing_for_triton", lambda: ["a C compiler", "Python.h"])
-    with pytest.raises(Exception, match=r"needs a C compiler and Python\.h on this machine"):
+    with pytest.raises(Exception, match=r"need a C compiler and Python\.h on this machine"):
         train(tmp_path, "run", "deepspeed=null")
 
 

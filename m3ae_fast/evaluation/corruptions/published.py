@@ -6,7 +6,7 @@ from pathlib import Path
 
 from m3ae_fast.base.errors import UserError
 
-_LAYOUT = "CORRUPTION/SEVERITY/*.tar, severities from 1 to 5, such as gaussian_noise/1/val-00000.tar"
+_LAYOUT = "CORRUPTION/SEVERITY/*.tar, with severities from 1 to 5, such as gaussian_noise/1/val-00000.tar"
 
 
 def published_sets(folder: Path) -> dict[str, dict[int, list[str]]]:
@@ -14,15 +14,17 @@ def published_sets(folder: Path) -> dict[str, dict[int, list[str]]]:
     archives of ImageNet-C: noise/gaussian_noise/1. Raises UserError if there are no corruptions, or if a severity has
     no shards."""
     if not folder.is_dir():
-        raise UserError(f"--corrupted {folder}: no such folder; it holds {_LAYOUT}")
+        raise UserError(f"--corrupted {folder}: no such folder; a folder with {_LAYOUT} is expected")
     found: dict[str, dict[int, list[str]]] = {}
     for path in sorted([*folder.glob("*/[1-5]"), *folder.glob("*/*/[1-5]")]):
         shards = sorted(map(str, path.glob("*.tar")))
         if not shards:
-            raise UserError(f"--corrupted {folder}: {path} has no shards; make them of a folder of images")
+            raise UserError(f"--corrupted {folder}: {path} has no shards; make them from a folder of images")
         if path.name in map(str, found.get(kind := path.parent.name, ())):
-            raise UserError(f"--corrupted {folder}: has {kind} at severity {path.name} twice, in {path} too")
+            raise UserError(
+                f"--corrupted {folder}: has two folders for {kind} at severity {path.name}, one of which is {path}"
+            )
         found.setdefault(kind, {})[int(path.name)] = shards
     if not found:
-        raise UserError(f"--corrupted {folder}: has no {_LAYOUT}")
+        raise UserError(f"--corrupted {folder}: has no shards of the form {_LAYOUT}")
     return found

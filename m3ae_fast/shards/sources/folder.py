@@ -116,7 +116,8 @@ class Folder(Records):
             missing = [path for path in paths if not os.path.lexists(mask_of(masks, path))]
             if len(missing) == len(paths):
                 raise UserError(
-                    f"--masks {masks}: has no mask of any image, such as {printable(str(mask_of(masks, paths[0])))}"
+                    f"--masks {masks}: has no mask for any image; expected, for example, "
+                    f"{printable(str(mask_of(masks, paths[0])))}"
                 )
             if missing:
                 self.notes.append(

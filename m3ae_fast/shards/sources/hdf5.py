@@ -45,7 +45,7 @@ class Hdf5(Records):
         self._fields: dict[str, _Fields] = {}
         counts: dict[str, np.ndarray] = {}
         try:
-            open_regular(path).close()  # HDF5 would block at a pipe
+            open_regular(path).close()  # HDF5 would block on a pipe
             with h5py.File(path, "r") as file:
                 names = list(file)
                 for split, layouts in _SPLITS.items():

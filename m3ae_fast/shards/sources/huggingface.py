@@ -166,14 +166,15 @@ def _columns(features: Any, named: tuple[str | None, str | None, str | None], wh
     for (what, names), name in zip(usual.items(), named):
         fitting = [column for column, feature in features.items() if kind(feature) == what]
         if name is not None and name in features and name not in fitting:
-            raise UserError(f"--{what}-column {name}: is {features[name]}, not {what}s")
+            raise UserError(f"--{what}-column {name}: has the type {features[name]}, which does not hold {what}s")
         if name is None and not any(column.lower() in names for column in fitting):
             only = fitting[0] if len(fitting) == 1 and what == "image" else None
             found.append(only)
         else:
             found.append(choose_column(fitting, name, names, f"--{what}-column", where))
     if found[0] is None and found[1] is None:
-        raise UserError(f"{where}: has {', '.join(features)}; name --image-column or --caption-column")
+        columns = ", ".join(features)
+        raise UserError(f"{where}: has the columns {columns}; choose one with --image-column or --caption-column")
     return found
 
 
