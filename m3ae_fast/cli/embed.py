@@ -1,4 +1,4 @@
-"""Features of every sample of shards, or of every image of a folder, by the frozen encoder, unmasked, as a table.
+"""Write a table of features: the frozen encoder encodes every sample of shards, or every image of a folder, unmasked.
 
 m3ae-fast embed runs/large 'imagenet/val-*.tar' --out val.parquet
 m3ae-fast embed runs/large photos/ --out photos.parquet

@@ -52,8 +52,8 @@ with one channel of class ids.
 
 Run an interrupted command again to continue it. The same input gives identical shards.
 """
-STATS = """Inspect some samples, and print mean and standard deviation of the pixels, image sizes, aspect ratios,
-lengths of captions, formats, labels, and unreadable samples. The settings that a config needs are printed; --write
+STATS = """Inspect some samples, and print the mean and standard deviation of the pixels, image sizes, aspect
+ratios, caption lengths, formats, labels, and unreadable samples. The settings that a config needs are printed; --write
 writes them into a config.
 
   m3ae-fast shards stats 'shards/train-*.tar' --tokenizer tokenizer.json
@@ -98,7 +98,9 @@ def _add_make(commands: Any) -> None:
         "--classes", type=Path, metavar="FILE", help="classes.json of other shards, to assign the same label ids"
     )
     folder.add_argument("--flat", action="store_true", help="use sub-folders neither as splits nor as classes")
-    text = "label masks, NAME.png of one channel for NAME.jpg, in the same sub-folders (for evaluate segment)"
+    text = (
+        "folder of label masks: a single-channel NAME.png for NAME.jpg, in the same sub-folders (for evaluate segment)"
+    )
     folder.add_argument("--masks", type=Path, metavar="FOLDER", help=text)
     dataset = parser.add_argument_group("options for a Hugging Face dataset")
     dataset.add_argument("--subset", metavar="NAME", help="configuration, if the dataset has several")

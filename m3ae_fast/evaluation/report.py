@@ -130,7 +130,7 @@ def _numbers(metrics: Metrics, info: checkpoint.Info | None) -> str:
     losses = ("loss", "val_image_loss", "val_text_loss", "val_text_accuracy")
     shown = (*losses, "val_knn_top1", "val_knn_largest_class", "samples_per_s", "mfu")
     rows += [[name, _number(last[name])] for name in shown if name in last]
-    return _section("Last numbers", _table([[escape(name), _cell(value)] for name, value in rows]))
+    return _section("Latest values", _table([[escape(name), _cell(value)] for name, value in rows]))
 
 
 def _results_table(found: list[tuple[Path, dict[str, Any]]]) -> str:

@@ -62,7 +62,9 @@ def test_a_mask_that_does_not_fit_its_image_is_refused(tmp_path):
     (masks / "a.png").write_bytes(picture(0, (32, 24)))
     with pytest.raises(BadSample, match="the mask is not a PNG"):
         folder.read("train", 0)
-    with pytest.raises(UserError, match=r"--masks .*nothing: has no mask for any image; expected, for example, .*nothing/a.png"):
+    with pytest.raises(
+        UserError, match=r"--masks .*nothing: has no mask for any image; expected, for example, .*nothing/a.png"
+    ):
         Folder(images, masks=tmp_path / "nothing")
 
 

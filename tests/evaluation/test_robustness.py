@@ -189,7 +189,10 @@ def test_published_sets_are_found_by_corruption_and_severity(tmp_path):
     (tmp_path / "frost/4").mkdir()
     with pytest.raises(UserError, match="frost/4 has no shards; make them from a folder of images"):
         published_sets(tmp_path)
-    for folder, message in ((tmp_path / "nothing", "no such folder"), (tmp_path / "frost/3", "has no shards of the form CORRUPTION/SEV")):
+    for folder, message in (
+        (tmp_path / "nothing", "no such folder"),
+        (tmp_path / "frost/3", "has no shards of the form CORRUPTION/SEV"),
+    ):
         with pytest.raises(UserError, match=message):
             published_sets(folder)
     (tmp_path / "gaussian_noise/2").mkdir(parents=True)

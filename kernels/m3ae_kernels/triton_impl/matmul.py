@@ -10,8 +10,8 @@ WIDE_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()  # whether 16-bit pr
 
 
 def even_chunks(count: int, most: int, multiple: int) -> int:
-    """Return the rows of a chunk: at most `most`, with all chunks about equal, and a multiple of `multiple` if there
-    are several chunks and `most` allows it."""
+    """Return the number of rows per chunk: at most `most`, about the same for all chunks, and a multiple of `multiple`
+    if there are several chunks and `most` allows it."""
     multiple = min(multiple, max(1, most))
     most = max(1, most // multiple * multiple)
     chunks = max(1, cdiv(count, most))
@@ -20,8 +20,8 @@ def even_chunks(count: int, most: int, multiple: int) -> int:
 
 
 def workspace_rows(count: int, most: int) -> int:
-    """Return the rows to allocate for chunks of at most `most` of `count` rows: one of a few sizes for all counts, so
-    that the allocator can reuse memory."""
+    """Return the number of rows to allocate when `count` rows are processed in chunks of at most `most`. Only a few
+    sizes occur, so that the allocator can reuse memory."""
     return max(1, min(most, 1 << max(0, count - 1).bit_length()))
 
 

@@ -121,8 +121,8 @@ class Folder(Records):
                 )
             if missing:
                 self.notes.append(
-                    f"{len(missing):,} of {len(paths):,} images have no mask in {masks}, such as "
-                    f"{printable(missing[0])}"
+                    f"{len(missing):,} of {len(paths):,} images, such as {printable(missing[0])}, have no mask in "
+                    f"{masks}"
                 )
         self.ignored = _ignored(folder, files, [*paths, *strays], captions, self._has_captions)
         for path in strays:
