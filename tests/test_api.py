@@ -144,7 +144,7 @@ def test_an_error_that_another_rank_reports_is_a_user_error(run, images, tmp_pat
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("kmeans", {}, "kmeans: no such task; choose from knn, linear"),
+        ("kmeans", {}, "kmeans: no such task; choose from knn, logistic, linear"),
         ("knn", {"seeds": 5}, "--seeds: knn does not use it"),
         ("finetune", {"layers": "all"}, "--layers: finetune does not use it"),
         ("knn", {"train": ()}, "--train: knn needs shards"),

@@ -78,6 +78,8 @@ def test_a_mistake_in_a_command_of_a_program_points_to_the_help_of_that_command(
 @pytest.mark.parametrize("variables", [{"RANK": "{}", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "{}", **SRUN}])
 def test_a_mistake_on_the_command_line_of_several_ranks_is_told_once(monkeypatch, capsys, line, variables):
     monkeypatch.setattr(command_line, "_FIRST_S", 0.0)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # other tests may have left them in this process
+        monkeypatch.delenv(name, raising=False)
     words = ["images", *line.split(" ")]
     for rank in ("0", "1"):
         for name, value in variables.items():

@@ -93,7 +93,9 @@ def test_tasks_take_them(run, shards, tmp_path, task, capsys):
         return
     tune = ["finetune.steps=2", "finetune.global_batch=8", "finetune.warmup_epochs=0", "finetune.precision=fp32"]
     if task == "finetune":
-        with pytest.raises(UserError, match="mix images of one size, and these are native; set both to 0"):
+        with pytest.raises(
+            UserError, match=r"can mix only images of one size, but data\.resize is native; set both to 0"
+        ):
             perform(task, run, *tune, out="mixed")
     perform("finetune", run, *tune, "finetune.mixup=0", "finetune.cutmix=0", out="tuned")
     if task == "robustness":
@@ -200,7 +202,7 @@ def test_a_dry_run_takes_the_sizes_that_stats_wrote(trainer, shards, tmp_path, c
     whole, all_kept, _ = flops(*NATIVE)
     mean, some_kept, out = flops(*NATIVE, "--sizes", str(sizes))
     assert 0.5 * whole < mean < whole and 0.5 * all_kept < some_kept < all_kept
-    assert "from 1 to 20" in out and "differ by" in out
+    assert "from 1 to 20" in out and "differs by" in out
     (tmp_path / "nan.json").write_text("[[NaN, 1]]")
     for wrong, told in (
         (tmp_path / "none.json", "cannot be read"),

@@ -61,13 +61,20 @@ def test_resume_on_other_ranks_and_stage(trainer, stage, ranks, then_stage, then
 
 def test_sigkill_anywhere(trainer):
     """A run that is killed at three arbitrary moments and then finished is bitwise the uninterrupted run."""
+
+    def read(path):
+        try:
+            return path.read_text()
+        except FileNotFoundError:  # not there yet, or just being replaced
+            return ""
+
     options = ["--set", "train.steps=40", "--set", "train.save_every=1"]
     trainer("whole", *options)
     for delay in (0.05, 0.4, 0.9):
         process = trainer.fork("killed", *options, "--resume", "auto")
         metrics = trainer.folder / "killed/metrics.jsonl"
-        before = metrics.read_text() if metrics.exists() else ""
-        while process.is_alive() and (not metrics.exists() or len(metrics.read_text()) <= len(before)):
+        before = read(metrics)
+        while process.is_alive() and len(read(metrics)) <= len(before):
             time.sleep(0.01)
         time.sleep(delay)
         process.kill()

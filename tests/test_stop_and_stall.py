@@ -67,11 +67,11 @@ def test_code_of_a_user_gets_a_keyboard_interrupt_and_can_go_on(number):
     """A notebook is an example, whose process must not end."""
     code = """
         import signal, time
-        from m3ae_fast.process import signals
-        signals._GRACE_S = 0.2
+        from m3ae_fast.process import stop_request
+        stop_request._GRACE_S = 0.2
         before = signal.getsignal(signal.SIGINT)
         try:
-            with signals.StopRequest():
+            with stop_request.StopRequest():
                 print("ready", flush=True)
                 time.sleep(60)
         except KeyboardInterrupt:
@@ -169,8 +169,8 @@ def test_what_came_while_the_program_was_imported_is_handled():
 def test_a_signal_during_training_asks_and_a_later_ctrl_c_insists():
     code = """
         import time
-        from m3ae_fast.process import signals
-        with signals.StopRequest() as stop:
+        from m3ae_fast.process import stop_request
+        with stop_request.StopRequest() as stop:
             stop.listen()
             print("ready", flush=True)
             while not stop.asked: time.sleep(0.01)
@@ -232,7 +232,7 @@ def test_a_rank_whose_peer_left_first_saves_what_there_is_and_says_it():
 def test_a_process_whose_launcher_died_leaves(when, world):
     """This includes a process that waits for other ranks, which may never start."""
     child = "import sys; sys.stdin.readline()\n" if when == "before" else ""
-    child += "from m3ae_fast.process import signals; signals._ORPHAN_S = 0.5\n"
+    child += "from m3ae_fast.process import stop_request; stop_request._ORPHAN_S = 0.5\n"
     child += in_main(STARTING.format("threading.Event().wait()"))
     code = f"""
         import subprocess, sys

@@ -86,7 +86,7 @@ def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
             assert re.search(rf"\n{title}: this run .* {other}( on these samples)?: [+-]", done.stdout)
     assert re.search(r"<p>knn: run .* the largest class[^<]*\.</p>", page) and "<th>largest class</th>" in page
     missing = "a map needs scikit-learn and SciPy: pip install 'm3ae-fast[evaluate]'"
-    assert done.stdout.index(f"without a map of the features: {missing}") < done.stdout.index("plain torch")
+    assert done.stdout.index(f"no map of the features will be drawn: {missing}") < done.stdout.index("plain torch")
     assert f"note: no map of the features: {missing}" in done.stdout
     features = M3AE.from_pretrained(run / "export").encode([Image.new("RGB", (40, 40))], ["a red picture"])
     assert features.isfinite().all()

@@ -40,7 +40,7 @@ from m3ae_fast.process import workers as loader_workers
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.helper_process import Node
 from m3ae_fast.process.workers import Loader, default_workers
-from m3ae_fast.shards.sources.caption_table import NoColumns
+from m3ae_fast.shards.sources.folder import ImagesMissing
 from tests.helpers.shards import WORDS, caption, members, picture, write_tar
 
 
@@ -189,7 +189,7 @@ def test_an_exception_in_a_worker_keeps_its_type_message_and_traceback(load, pai
 
 def test_a_user_s_mistake_in_a_worker_is_one_line(load, paired, monkeypatch):
     def refuse(self, positions):
-        raise NoColumns("captions.csv: has no column x:\n name another one")
+        raise ImagesMissing("captions.csv: has no column x:\n name another one")
 
     monkeypatch.setattr(Samples, "__getitems__", refuse)
     for count in (0, 1):

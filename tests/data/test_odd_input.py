@@ -276,7 +276,7 @@ def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
     (tmp_path / "out" / "train-00000.tar").unlink()
     assert make(pictures, tmp_path / "out", *options) == 0
     text = said(capsys)
-    assert "2 samples with an empty caption" in text and "1 left out by the call before" in text
+    assert "2 samples with an empty caption" in text and "1 left out before the conversion was interrupted" in text
 
 
 def test_files_that_are_no_input_are_named(folder, tmp_path, capsys):

@@ -140,7 +140,7 @@ def test_models_are_called_by_their_folders_where_these_differ():
     assert model_names(["random:x"]) == {UNTRAINED: "random:x", SCALED: "pixels:x", "random:x": "random:x"}
     with pytest.raises(UserError, match="pixels:a: compare always includes downscaled pixels; leave out this model"):
         model_names(["a", "pixels:a"])
-    with pytest.raises(UserError, match="one is named twice"):
+    with pytest.raises(UserError, match="the same model is given twice"):
         model_names(["a", "a"])
 
 
@@ -164,10 +164,10 @@ def test_two_results_are_told_apart_or_not(transfer, run, shards, tmp_path, caps
     said = capsys.readouterr().out
     assert said.startswith(f"{folders[0]} ") and folders[1] in said and "McNemar p = " in said
     transfer("knn", val=shards[0], out="elsewhere")
-    with pytest.raises(UserError, match="66 samples are in one of them alone"):
+    with pytest.raises(UserError, match="66 samples are in only one of them"):
         main(["difference", folders[0], str(tmp_path / "elsewhere")])
     transfer("knn", "--layers", "all", out="layers")
-    with pytest.raises(UserError, match="has no predictions of a class for each sample, once"):
+    with pytest.raises(UserError, match="does not contain exactly one class prediction per sample"):
         main(["difference", folders[0], str(tmp_path / "layers")])
     with pytest.raises(UserError, match=r"nowhere: has no predictions.parquet; name the folders that two"):
         main(["difference", folders[0], str(tmp_path / "nowhere")])
@@ -190,7 +190,7 @@ def test_predictions_of_no_class_are_no_result(tmp_path):
         columns = {"key": ["a", "b"], "label": [1, 2], "prediction": prediction}
         (tmp_path / name).mkdir()
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / name / "predictions.parquet")
-    with pytest.raises(UserError, match="other: has no predictions of a class for each sample"):
+    with pytest.raises(UserError, match="other: does not contain exactly one class prediction per sample"):
         main(["difference", str(tmp_path / "one"), str(tmp_path / "other")])
 
 

@@ -90,7 +90,7 @@ def test_mistakes_are_one_line_and_write_nothing(features, shards, tmp_path, mon
     before = kept.read_bytes()
     for name, options, message in (
         ("kept.npz", [], "exists already"),
-        ("new.npz", ["--patches", "--modality", "text"], "texts have none"),
+        ("new.npz", ["--patches", "--modality", "text"], "texts have no patches"),
         ("new.npz", ["--set", "encode.bath=3"], "unknown key encode.bath; did you mean encode.batch?"),
         (
             "new.npz",

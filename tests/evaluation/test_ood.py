@@ -181,7 +181,7 @@ def test_two_areas_are_told_apart_by_the_same_draws_of_both(transfer, run, tmp_p
     for score, line in zip(SCORES, lines):
         apart = results[0][f"o_{score}_auroc"] - results[1][f"o_{score}_auroc"]
         assert f"AUROC {apart:+.3f}, 95 % interval" in line
-    with pytest.raises(UserError, match="1 samples are in one of them alone"):
+    with pytest.raises(UserError, match="1 samples are in only one of them"):
         main(["difference", str(tmp_path / "one"), str(tmp_path / "three")])
 
 

@@ -120,6 +120,6 @@ def test_of_equal_rates_the_one_of_lower_loss_is_the_best():
     tried = [Tried(0.1, 0.5, 0.9), Tried(0.3, 0.7, 0.8), Tried(1, 0.7, 0.6)]
     assert best(tried).peak_lr == 1
     assert table(tried, 0.3) == "0.1: 50.0%, 0.3: 70.0%, 1: 70.0%; chosen: 0.3"
-    assert "1, is the highest of those tried" in edge(tried, 1)[0]
-    assert "0.1, is the lowest of those tried" in edge(tried, 0.1)[0]
+    assert "1, is the highest candidate" in edge(tried, 1)[0]
+    assert "0.1, is the lowest candidate" in edge(tried, 0.1)[0]
     assert edge(tried, 0.3) == edge(tried, 5.0) == edge([], 1.0) == []

@@ -198,7 +198,7 @@ def test_published_sets_are_found_by_corruption_and_severity(tmp_path):
     (tmp_path / "gaussian_noise/2").mkdir(parents=True)
     (tmp_path / "gaussian_noise/2/val-0.tar").touch()
     (tmp_path / "frost/4").rmdir()
-    with pytest.raises(UserError, match="has gaussian_noise at severity 2 twice"):
+    with pytest.raises(UserError, match="has two folders for gaussian_noise at severity 2"):
         published_sets(tmp_path)
 
 
@@ -213,7 +213,7 @@ def test_published_corruptions_replace_those_that_are_applied(transfer, classifi
     assert result["corruptions"] == {"frost": [result["top1"], 0.0]} and result["top1"] > 0.9
     assert result["corruption_error"]["frost"] == 1 - result["top1"] / 2 and result["procedural"] == []
     assert (tmp_path / "out/corruptions.png").exists()
-    with pytest.raises(UserError, match="--corrupted: has the corruptions; leave"):
+    with pytest.raises(UserError, match="--corrupted provides the corruptions; leave"):
         transfer(
             "robustness", *options, *settings('robustness.corruptions=["fog"]'), model=classifier, train=None, out="b"
         )
@@ -287,7 +287,7 @@ def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, tm
     assert result["val_samples"] == 18 and result["top1_se"] < 0.1
     said = capsys.readouterr().out
     assert "18 images in 13 passes: clean images, 2 attacks of 10 steps, 2 corruptions at 5 severities" in said
-    assert f"as long as {18 * (1 + 2 * 31 + 10):,} images" in said
+    assert f"equivalent to classifying {18 * (1 + 2 * 31 + 10):,} images" in said
     assert "clean (1 of 13, about 0:" in said and "contrast 5 (13 of 13): top1" in said
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     for name, top1 in (("clean", result["top1"]), ("jpeg 2", result["corruptions"]["jpeg"][1])):
@@ -360,8 +360,8 @@ def test_a_fine_tuned_classifier_can_be_attacked(transfer, tmp_path):
     [
         (["--set", "robustness.severities=[6]"], "less than or equal to 5"),
         (["--set", 'robustness.corruptions=["rain"]'], "robustness.corruptions"),
-        (["--set", "robustness.severities=[]"], "corruptions [] leaves corruptions out"),
-        (["--set", "robustness.epsilons=[1,2,1.0]"], "epsilons has 1 twice"),
+        (["--set", "robustness.severities=[]"], "to evaluate no corruptions, set corruptions to []"),
+        (["--set", "robustness.epsilons=[1,2,1.0]"], "epsilons contains 1 twice"),
         (["--labels", "json.name"], "no training sample has the label"),
         (["--labels", "text.x"], "must be cls"),
     ],
