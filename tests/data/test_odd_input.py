@@ -252,7 +252,7 @@ def test_what_is_no_caption_in_hdf5_and_datasets_is_left_out_by_name(tmp_path, c
     datasets.Dataset.from_dict({"caption": [{"raw": "a"}]}).save_to_disk(tmp_path / "dict")
     capsys.readouterr()  # of the library's bar
     assert make(tmp_path / "dict", tmp_path / "out2", "--caption-column", "caption") == 2
-    assert "--caption-column caption: is" in said(capsys)
+    assert "--caption-column caption: has the type" in said(capsys)
 
 
 def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
