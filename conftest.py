@@ -1,4 +1,4 @@
-"""How `pytest -n` shares out tests: those here, of examples, of experiments and of benchmark programs."""
+"""Scheduling of `pytest -n`, for the tests of all folders."""
 
 from typing import Any
 

@@ -28,7 +28,7 @@ NOTEBOOK = EXAMPLES / "pictures_to_probe.ipynb"
 
 
 def texts(cell) -> str:
-    """Return what a cell printed."""
+    """Return the printed output of a cell."""
     return "".join(output.get("text", "") for output in cell.get("outputs", []))
 
 
@@ -90,7 +90,7 @@ def test_own_data_config_fits_shards_of_a_folder(folder, capsys):
 
 
 def _classify(*options):
-    """Return what the example prints."""
+    """Return the printed output of the example."""
     command = [sys.executable, str(EXAMPLES / "classifier.py"), "model", "pictures", "--batch", "8", *options]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

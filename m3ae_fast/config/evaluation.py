@@ -104,8 +104,8 @@ class AttentiveProbeConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of all weights."""
     online: bool | None = None
-    """Whether each step encodes newly sampled crops and discards their patch tokens (`true`), or the tokens of all
-    images are stored (`false`). null: they are stored if they fit into memory. With `--shots`, they are always
+    """Source of the patch tokens. `true`: each step encodes newly sampled crops and discards their tokens; `false`: the
+    tokens of all images are stored. null: they are stored if they fit into memory. With `--shots`, they are always
     stored."""
 
 

@@ -26,7 +26,7 @@ def paths(out):
 
 
 def said(capsys):
-    """Return what was printed since the last call, with one message per line."""
+    """Return the output printed since the last call, with one message per line."""
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err and captured.err.count("\n") <= 1
     return captured.out + captured.err

@@ -76,7 +76,7 @@ def test_a_first_step_that_takes_long_is_enough(clock, monkeypatch):
 
 
 def test_the_pace_of_a_training_is_that_of_the_steps_after_the_first(monkeypatch):
-    """Of which the start of the loader is a part. A training that continues counts its own steps."""
+    """The first step also waits for the loader to start. A resumed training counts only its own steps."""
     seconds, told = [100.0], []
     monkeypatch.setattr(labelled_task.time, "perf_counter", lambda: seconds[0])
     schedule, log = SimpleNamespace(total_steps=50), SimpleNamespace(say=lambda text: None)

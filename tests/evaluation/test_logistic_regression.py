@@ -36,7 +36,7 @@ def _of_scikit_learn(features, labels, queries):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How many strengths were evaluated on all samples."""
+    """Return a list that grows with each pass over all samples by the number of penalty strengths evaluated in it."""
     seen, real = [], logistic_regression._Objective.__call__
     monkeypatch.setattr(
         logistic_regression._Objective, "__call__", lambda self, w, at: seen.append(len(at)) or real(self, w, at)
