@@ -68,7 +68,7 @@ class ProbeEngine:
         raise NotImplementedError("held-out features are encoded once, before the first step")
 
     def whole(self, kind: str) -> dict[str, Tensor]:
-        raise NotImplementedError("every rank has the complete head")
+        raise NotImplementedError("the head is complete on every rank: read it from `model`")
 
     def fragments(self) -> Fragments:
         return cut(self._tensors(), self.ranks.rank, self.ranks.world)

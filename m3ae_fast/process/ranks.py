@@ -150,7 +150,8 @@ class Ranks:
 def await_ends(store: dist.Store, world: int) -> None:
     """Wait until all ranks have recorded their end with `first_error`, but at most a few seconds. Rank 0 calls this
     before it exits, because the store ends with its process."""
-    gc.collect()  # closes the connections of groups in reference cycles, because other ranks may wait for this one
+    # Closes connections of process groups that reference cycles keep alive; other ranks may wait for that.
+    gc.collect()
     until = time.monotonic() + _OTHERS_S
     with contextlib.suppress(RuntimeError):  # the launcher held the store, and has ended
         while store.add(_ENDED_KEY, 0) < world and time.monotonic() < until:

@@ -188,8 +188,8 @@ def test_what_is_no_manifest_is_refused(tmp_path, store):
 
 
 def together(world, nodes, work):
-    """Run `work(process, gather, store)` in `world` threads, and return the result or exception of each. The threads of a
-    node share a store."""
+    """Run `work(process, gather, store)` in `world` threads, and return the result or exception of each. The threads of
+    a node share a store."""
     barrier, box = threading.Barrier(world, timeout=60), [None] * world
     results = [None] * world
 
