@@ -80,7 +80,8 @@ def markdown(path: Path) -> str:
     """Return a results file as a Markdown table with its title."""
     data = json.loads(path.read_text(encoding="utf-8"))
     a, columns = data["about"], list(data["rows"][0])
-    lines = [f"**{data['title']}** ({a['device']}, {a['cores']} cores, torch {a['torch']}, {a['date']})", ""]
+    threads = f"{a['threads']} thread{'s' if a['threads'] != 1 else ''} on {a['cores']} cores"
+    lines = [f"**{data['title']}** ({a['device']}, {threads}, torch {a['torch']}, {a['date']})", ""]
     lines.append("| " + " | ".join(columns) + " |")
     numeric = [not any(isinstance(row[c], str) for row in data["rows"]) for c in columns]
     lines.append("|" + "|".join("--:" if n else "---" for n in numeric) + "|")

@@ -23,7 +23,7 @@ def make_shards(
         folder: the output folder.
         shards: number of shards.
         samples: total number of samples.
-        size: height and width of the JPEGs, which show soft shapes with grain and have about 50 kB at 400 x 500.
+        size: height and width of the JPEGs.
         vocab: number of tokens in the vocabulary.
         words: minimum and maximum number of tokens per caption.
     """
@@ -33,10 +33,22 @@ def make_shards(
     for shard in range(shards):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for i in range(shard, samples, shards):
-                soft = torch.rand(1, 3, 25, 32, generator=rng) * 255
-                image = F.interpolate(soft, size, mode="bicubic")[0] + 8 * torch.randn(1, *size, generator=rng)
-                jpeg = encode_jpeg(image.clamp(0, 255).to(torch.uint8), quality=85).numpy().tobytes()
+                jpeg = _jpeg(size, rng)
                 length = int(torch.randint(words[0], words[1] + 1, (), generator=rng))
                 ids = torch.randint(len(SPECIAL), vocab, (length,), generator=rng).tolist()
                 for ending, data in (("jpg", jpeg), ("txt", " ".join(tokens[i] for i in ids).encode())):
                     add_member(tar, f"{i:05}.{ending}", data)
+
+
+def make_jpegs(folder: Path, count: int, size: tuple[int, int]) -> None:
+    """Write images FOLDER/00000.jpg and so on, of height and width `size`."""
+    rng = torch.Generator().manual_seed(0)
+    for i in range(count):
+        (folder / f"{i:05}.jpg").write_bytes(_jpeg(size, rng))
+
+
+def _jpeg(size: tuple[int, int], rng: torch.Generator) -> bytes:
+    """Return a JPEG of blurred shapes with noise, which takes about 50 kB at 400 x 500 pixels."""
+    blurred = torch.rand(1, 3, 25, 32, generator=rng) * 255
+    image = F.interpolate(blurred, size, mode="bicubic")[0] + 8 * torch.randn(1, *size, generator=rng)
+    return encode_jpeg(image.clamp(0, 255).to(torch.uint8), quality=85).numpy().tobytes()

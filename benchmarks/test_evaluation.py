@@ -39,7 +39,7 @@ from m3ae_fast.evaluation.stacked_optimizers import LARS
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks, join_ranks
 
-BANK, QUERIES, WIDTH, K = 100_000, 5_000, 384, 20
+BANK, QUERIES, WIDTH, K = 100_000, 10_000, 384, 20
 ROUNDS = 3
 RATES, LAYERS, CLASSES, STEPS, BATCH = 13, (9, 10, 11, 12), 1000, 4, 32
 # numbers of training samples, test samples and classes in the comparison with scikit-learn
@@ -99,8 +99,8 @@ def test_knn():
         {
             "search": name,
             "seconds": statistics.median(own),
-            "time, matrix product = 1": ratios[name],
-            "more memory, GB": extra / 1e9 if name == "m3ae-fast" else None,
+            "time relative to the matrix product": ratios[name],
+            "additional memory, GB": extra / 1e9 if name == "m3ae-fast" else None,
         }
         for name, own in seconds.items()
     ]
@@ -166,7 +166,7 @@ def test_grid_of_heads(tmp_path):
         )
     one, many = list(seconds.values())[:2]
     rows: list[results.Row] = [
-        {"heads": name, "ms a step": 1e3 * statistics.median(own) / STEPS} for name, own in seconds.items()
+        {"heads": name, "ms per step": 1e3 * statistics.median(own) / STEPS} for name, own in seconds.items()
     ]
     title = f"Linear heads of {CLASSES:,} classes, width {width}, batch {BATCH}, with the small encoder at 224 px"
     results.write("heads", title, rows)

@@ -27,7 +27,8 @@ ROWS: list[results.Row] = []
 def table():
     yield
     if ROWS:
-        title = f"The quickstart's model on {SHARDS} shards, of which {ROOM} fit, after step {WARM}"
+        shards = f"{SHARDS} remote shards, of which {ROOM} fit on the disk"
+        title = f"Training of the quickstart's model on {shards}, after step {WARM}"
         results.write("fetching", title, ROWS)
 
 

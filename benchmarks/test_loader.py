@@ -35,7 +35,7 @@ ROWS: list[results.Row] = []
 def write():
     yield
     if ROWS:
-        results.write("loader", f"Loading, one core, JPEG images of {WIDTH} x {HEIGHT} pixels", ROWS)
+        results.write("loader", f"Speed of the loader on one core, JPEG images of {WIDTH} x {HEIGHT} pixels", ROWS)
 
 
 @pytest.fixture(scope="module")

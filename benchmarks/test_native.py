@@ -124,7 +124,7 @@ def test_padding(sizes):
     naflex = [get_image_size_for_seq((height, width), 8, 256)[1] for batch in batches for width, height in batch]
     used = sum(height * width // 64 for height, width in naflex)
     rows.append(_row(name, "timm's NaFlex, padded to 256", used, 256 * len(naflex)))
-    results.write("native-padding", f"Padding, batches of {BATCH} of openclipart's {len(sizes):,} drawings", rows)
+    results.write("native-padding", f"Padding in batches of {BATCH} of openclipart's {len(sizes):,} drawings", rows)
     assert rows[0]["padding"] < 0.01 < rows[1]["padding"]
 
 

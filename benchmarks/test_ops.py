@@ -32,7 +32,7 @@ RIVALS = ("torch.compile", "torch linear_cross_entropy", "Liger", "ml-cross-entr
 def write():
     yield
     if ROWS:
-        kinds = "loss ops make their gradients forward; -: not here"
+        kinds = "loss ops compute their gradients in the forward pass; -: does not run on this machine"
         title = f"Ops in {PRECISION} at {SIZES.samples} samples ({kinds})"
         results.write("ops", title, ROWS)
 

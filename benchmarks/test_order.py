@@ -30,7 +30,7 @@ ROWS: list[results.Row] = []
 def table():
     yield
     if ROWS:
-        results.write("order", f"A manifest and an order of {LANES} lanes", ROWS)
+        results.write("order", f"Manifest and sample order of {LANES} lanes", ROWS)
 
 
 def resident() -> float:

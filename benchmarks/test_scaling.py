@@ -28,7 +28,9 @@ def write():
     yield
     if not ROWS:
         return
-    results.write("scaling", f"How the engine scales (small, 224 px, batch {BATCH} where it does not grow)", ROWS)
+    results.write(
+        "scaling", f"Speed and memory of the engine by quantity (small, 224 px, batch {BATCH} unless varied)", ROWS
+    )
     draw(ROWS)
 
 

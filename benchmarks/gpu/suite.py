@@ -95,7 +95,7 @@ def check_and_time(
             for row in time_op(device, inputs, compiled, rounds, repeats):
                 times.append(row)
                 print(line(row), flush=True)
-            title = f"Ops in bf16, {where} (loss ops make their gradients forward)"
+            title = f"Ops in bf16, {where} (loss ops compute their gradients in the forward pass)"
             results.save(TIMES, title, times, folder)
             torch._dynamo.reset()
         except Exception as error:  # any error: the other items are not affected

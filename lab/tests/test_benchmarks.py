@@ -60,8 +60,8 @@ def test_faster_steps_have_the_flops_that_the_guide_says():
     usual, cheap, fast = (test_faster.step_flops(name, 8) for name in test_faster.ARMS)
     assert cheap[0] == fast[0] < 0.38 * usual[0] and usual[1] == cheap[1] == 0 < fast[1]
     rows = test_faster.muon_rows(0.5)
-    assert [row["seconds more than AdamW"] for row in rows] == [0.5, None, None]
-    assert [round(row["part of the step"], 3) for row in rows] == [0.502, 0.112, 0.008]
+    assert [row["additional seconds per step compared with AdamW"] for row in rows] == [0.5, None, None]
+    assert [round(row["fraction of the step's FLOPs"], 3) for row in rows] == [0.502, 0.112, 0.008]
 
 
 def test_the_reference_takes_the_engines_steps():
