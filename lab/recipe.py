@@ -235,7 +235,9 @@ class Laboratory:
             assert bank.labels_N is not None and held_out.labels_N is not None
             classes = 1 + max(each["class"] for each in (self.labels[key] for key in held_out.keys + bank.keys))
             given = settings if trial.variant != TRIED else settings | {"peak_lr": None}
-            setting = Setting(self._config({"linear": given}), classes, 1, trial.seed, session.ranks, session.pulse)
+            setting = Setting(
+                self._config({"linear": given}), classes, 1, trial.seed, session.ranks, session.heartbeats
+            )
             trained = train_heads({0: bank}, linear_recipe(len(bank.keys), setting), setting)[0]
             settings["peak_lr"] = trained.peak_lr
             right_N = logits(trained.heads, held_out).argmax(1) == held_out.labels_N

@@ -38,8 +38,8 @@ def main(argv):
         return PROGRAMS[argv[0]](*argv[1:])
     ranks.TIMEOUT = timedelta(seconds=TIMEOUT_S)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    with program.joined_program() as (joined, _, pulse, _):
-        pulse.timeout = TIMEOUT_S
+    with program.joined_program() as (joined, _, heartbeats, _):
+        heartbeats.timeout = TIMEOUT_S
         assert joined.of_node == [0, 1]
         mine = joined.rank + 7
         assert joined.from_main(mine) == joined.broadcast(lambda: mine) == 7
@@ -64,7 +64,7 @@ def main(argv):
                     raise UserError("rank 0 has made nothing yet")
             return joined.rank
 
-        assert joined.main_first(work, pulse.waiting) == joined.rank
+        assert joined.main_first(work, heartbeats.waiting) == joined.rank
         total = torch.ones(1)
         dist.all_reduce(total)  # in the group that has the short timeout
         print(f"{total.item():g} ranks\n", end="", flush=True)  # in one piece: the ranks share the output
@@ -141,7 +141,7 @@ def on_nodes(what, folder):
     or is killed."""
     rank = int(os.environ["RANK"])
     ranks.node_name = lambda: f"node {rank // 2}"
-    with program.joined_program() as (joined, stop, pulse, _):
+    with program.joined_program() as (joined, stop, heartbeats, _):
         stop.listen()
         print(
             f"{rank}: {joined.of_node} {[list(group.monitored) for group in joined.heartbeat_groups]}\n",
@@ -149,15 +149,15 @@ def on_nodes(what, folder):
             flush=True,
         )
         check_sums(joined)
-        pulse.timeout, pulse.folder = (3.0 if what == "stall" else 60.0), Path(folder)
+        heartbeats.timeout, heartbeats.folder = (3.0 if what == "stall" else 60.0), Path(folder)
         if rank == 3 and what == "stop":
-            pulse.request_stop("enough")
+            heartbeats.request_stop("enough")
         if rank == 3 and what == "stall":
-            stand_still(pulse)
+            stand_still(heartbeats)
         if what == f"killed {rank}":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "stall":
-            with pulse.waiting():  # as one that waits for its GPU, which takes time of the CPU
+            with heartbeats.waiting():  # as one that waits for its GPU, which takes time of the CPU
                 joined.gather(None)
         while what.startswith("killed"):
             joined.sum([1.0])
@@ -177,8 +177,8 @@ def check_sums(joined):
     assert joined.sum(range(1000)) == [joined.world * number for number in range(1000)]
 
 
-def stand_still(pulse):
-    pulse.timeout = 6.0  # it is not the first to notice
+def stand_still(heartbeats):
+    heartbeats.timeout = 6.0  # it is not the first to notice
     time.sleep(20)
 
 
@@ -324,7 +324,7 @@ def test_an_error_after_a_rank_has_left_is_none(join):
     for first in (True, False):
         join(first)
         with program.joined_program() as session:
-            session.pulse.request_stop("SIGTERM")
+            session.heartbeats.request_stop("SIGTERM")
             raise RuntimeError("Connection closed by peer")
         join(first)
         with pytest.raises(RuntimeError, match="a bug"), program.joined_program():
@@ -445,8 +445,8 @@ def test_what_one_rank_cannot_do_ends_all_with_one_line(tmp_path):
 def with_a_mistake(rank):
     """Let one rank find a user error that the others do not see. Meanwhile rank 1 is in a sum and rank 2 computes."""
     ranks._OTHERS_S = 1.0
-    with program.joined_program() as (joined, _, pulse, _):
-        pulse.timeout = 3.0  # with heartbeats every 0.3 s
+    with program.joined_program() as (joined, _, heartbeats, _):
+        heartbeats.timeout = 3.0  # with heartbeats every 0.3 s
         joined.sum([1.0])
         if joined.rank == int(rank):
             raise UserError(f"rank {rank} finds no shard")

@@ -12,9 +12,9 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from m3ae_fast.process import heartbeats as pulse_module
+from m3ae_fast.process import heartbeats as heartbeats_module
 from m3ae_fast.process import stop_request
-from m3ae_fast.process.heartbeats import Pulse
+from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.node_groups import HeartbeatGroup, heartbeat_groups, ranks_by_node
 from m3ae_fast.process.stop_request import StopRequest
 
@@ -31,12 +31,12 @@ class Judged:
         self.now, self.busy, self.looks = 0.0, set(), 0
         self.store, self.stop = dist.HashStore(), StopRequest()
         group = HeartbeatGroup(self.store, [0] if rank else range(1, ranks))
-        self.pulse = Pulse(rank, [group], self.store, self.stop)
-        self.pulse.timeout = timeout
-        monkeypatch.setattr(pulse_module.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(pulse_module, "_Activity", lambda: self)
-        monkeypatch.setattr(self.pulse, "_end_process", self.end)
-        monkeypatch.setattr(self.pulse, "_end", self)
+        self.heartbeats = Heartbeats(rank, [group], self.store, self.stop)
+        self.heartbeats.timeout = timeout
+        monkeypatch.setattr(heartbeats_module.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(heartbeats_module, "_Activity", lambda: self)
+        monkeypatch.setattr(self.heartbeats, "_end_process", self.end)
+        monkeypatch.setattr(self.heartbeats, "_end", self)
 
     def grown(self, children_alone: bool) -> bool:
         return bool(self.busy - ({"self"} if children_alone else set()))
@@ -57,7 +57,7 @@ class Judged:
         """When the process ended and why; None if it was still there after `until` seconds."""
         self.until, self.at = until, at
         try:
-            self.pulse._detect_stalls()
+            self.heartbeats._detect_stalls()
         except Ended as end:
             return self.now, str(end)
         return None
@@ -65,7 +65,7 @@ class Judged:
     def beats(self, seconds: int, at=lambda now: None) -> int:
         """Return the number of heartbeats with progress that the rank sends in the next `seconds`."""
         self.until, self.at = self.now + seconds, at
-        self.pulse._beat()
+        self.heartbeats._beat()
         return int(self.store.get("beat 0").split()[0])
 
 
@@ -74,7 +74,7 @@ def test_idle_workers_end_the_run_after_the_timeout_and_not_before(monkeypatch, 
     """The main thread, which waits for them, does not influence this."""
     judged = Judged(monkeypatch, timeout)
     judged.busy = {"self"}
-    judged.pulse.mark("waiting for its loader", loading=True)
+    judged.heartbeats.mark("waiting for its loader", loading=True)
     end, why = judged.ended(10 * timeout)
     assert timeout < end < 1.3 * timeout and "its data-loader workers are idle" in why
     assert judged.looks >= 10
@@ -83,7 +83,7 @@ def test_idle_workers_end_the_run_after_the_timeout_and_not_before(monkeypatch, 
 def test_workers_that_do_something_are_waited_for(monkeypatch):
     judged = Judged(monkeypatch, 60.0)
     judged.busy = {"workers"}
-    judged.pulse.mark("waiting for its loader", loading=True)
+    judged.heartbeats.mark("waiting for its loader", loading=True)
 
     def at(now: float) -> None:
         if now > 1000:
@@ -98,7 +98,7 @@ def test_every_batch_begins_the_wait_anew(monkeypatch):
 
     def at(now: float) -> None:
         if now < 500 and now % 50 == 0:
-            judged.pulse.mark("waiting for its loader", loading=True)
+            judged.heartbeats.mark("waiting for its loader", loading=True)
 
     end, _ = judged.ended(5000, at)
     assert 510 < end < 520
@@ -107,7 +107,7 @@ def test_every_batch_begins_the_wait_anew(monkeypatch):
 def test_workers_may_be_idle_while_a_batch_is_used(monkeypatch):
     """The use of a batch may be a step or a compilation of hours."""
     judged = Judged(monkeypatch, 60.0)
-    batches = judged.pulse.watch([1, 2], "training")
+    batches = judged.heartbeats.watch([1, 2], "training")
     for _ in range(2):
         next(batches)
         assert judged.ended(judged.now + 5000) is None
@@ -117,7 +117,7 @@ def test_what_the_main_thread_is_at_is_known_at_each_moment_of_a_batch(monkeypat
     judged, seen = Judged(monkeypatch, 60.0), []
 
     def note() -> None:
-        seen.append((judged.pulse._doing, judged.pulse._loading, judged.pulse._marks))
+        seen.append((judged.heartbeats._doing, judged.heartbeats._loading, judged.heartbeats._marks))
 
     class Loader:
         def __iter__(self):
@@ -127,7 +127,7 @@ def test_what_the_main_thread_is_at_is_known_at_each_moment_of_a_batch(monkeypat
                 yield batch
             note()
 
-    for _ in judged.pulse.watch(Loader(), "training"):
+    for _ in judged.heartbeats.watch(Loader(), "training"):
         note()
     note()
     waiting, training = ("waiting for its loader", True), ("training", False)
@@ -140,7 +140,7 @@ def test_what_the_main_thread_is_at_is_known_at_each_moment_of_a_batch(monkeypat
 
 def test_a_process_that_was_suspended_accuses_nobody(monkeypatch):
     judged = Judged(monkeypatch, 60.0, ranks=2)
-    judged.pulse.mark("waiting for its loader", loading=True)
+    judged.heartbeats.mark("waiting for its loader", loading=True)
     end, _ = judged.ended(2e5, lambda now: 1e5 if 30 <= now < 31 else None)
     assert 1e5 + 60 - 2 <= end < 1e5 + 70  # only seconds in which the process was not suspended count
 
@@ -154,10 +154,10 @@ def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
 
     def heard(now: float) -> None:
         for other in others[:-1]:
-            judged.pulse._others[other].silent = 0.0
+            judged.heartbeats._others[other].silent = 0.0
 
-    judged.pulse._others[others[-1]].beat = b"7 saving step 4"
-    judged.pulse.mark("step 5")
+    judged.heartbeats._others[others[-1]].beat = b"7 saving step 4"
+    judged.heartbeats.mark("step 5")
     _, why = judged.ended(judged.now + 1000, heard)
     assert f"from rank {others[-1]} (last activity: saving step 4)" in why
 
@@ -165,23 +165,23 @@ def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
 def test_a_rank_that_moves_on_ends_nobody(monkeypatch):
     """This holds however silent another rank is: the rank that waits reports the stall."""
     judged = Judged(monkeypatch, 60.0, ranks=2)
-    assert judged.ended(1000, lambda now: judged.pulse.mark("step")) is None
+    assert judged.ended(1000, lambda now: judged.heartbeats.mark("step")) is None
 
 
 def test_a_rank_beats_while_something_of_it_moves_and_no_longer(monkeypatch):
     judged = Judged(monkeypatch, 600.0, ranks=2)
     assert judged.beats(50) <= 1
-    assert judged.beats(50, lambda now: judged.pulse.mark("step")) > 45
+    assert judged.beats(50, lambda now: judged.heartbeats.mark("step")) > 45
     judged.busy = {"self"}
     assert judged.beats(50) > 45
     judged.busy = set()
-    with judged.pulse.waiting():
+    with judged.heartbeats.waiting():
         assert judged.beats(50) > 45
         assert judged.store.get("beat 0").endswith(b" step")
     assert judged.beats(50) <= 1
     assert judged.store.get("beat 0").endswith(b" starting")  # the rank has left that step
     judged.busy = {"self"}
-    judged.pulse.mark("waiting for its loader", loading=True)
+    judged.heartbeats.mark("waiting for its loader", loading=True)
     assert judged.beats(50) <= 1
     judged.busy = {"workers"}
     assert judged.beats(50) > 45
@@ -189,7 +189,7 @@ def test_a_rank_beats_while_something_of_it_moves_and_no_longer(monkeypatch):
 
 def test_a_rank_is_heard_when_it_tells_something_new(monkeypatch):
     judged = Judged(monkeypatch, 600.0, ranks=3)
-    one, two = (judged.pulse._others[other] for other in (1, 2))
+    one, two = (judged.heartbeats._others[other] for other in (1, 2))
     judged.store.set("beat 1", "1 step 1")
     judged.beats(5)
     assert one.beat == b"1 step 1" and two.beat == b""
@@ -202,7 +202,7 @@ def test_a_rank_is_heard_when_it_tells_something_new(monkeypatch):
     judged.store.set("beat 1", "2 step 2")
     judged.store.set("stop", "SIGTERM")
     judged.beats(5)
-    assert one.silent == 0.0 and judged.stop.reason == "asked by another rank" and judged.pulse.stop_requested()
+    assert one.silent == 0.0 and judged.stop.reason == "asked by another rank" and judged.heartbeats.stop_requested()
 
 
 def test_where_the_store_has_left_a_rank_knows_what_it_was_told_itself(monkeypatch):
@@ -211,17 +211,17 @@ def test_where_the_store_has_left_a_rank_knows_what_it_was_told_itself(monkeypat
     def gone(keys):
         raise RuntimeError("Connection reset by peer")
 
-    judged.pulse._store = SimpleNamespace(check=gone)
-    assert not judged.pulse.stop_requested()
+    judged.heartbeats._store = SimpleNamespace(check=gone)
+    assert not judged.heartbeats.stop_requested()
     judged.stop.ask("SIGTERM")
-    assert judged.pulse.stop_requested()
+    assert judged.heartbeats.stop_requested()
 
 
 def test_the_first_that_asks_the_others_to_stop_is_told_so(monkeypatch):
     judged = Judged(monkeypatch, 600.0, ranks=2)
-    assert not judged.pulse.stop_requested()
-    assert [judged.pulse.request_stop("SIGTERM") for _ in range(3)] == [True, False, False]
-    assert judged.pulse.stop_requested()
+    assert not judged.heartbeats.stop_requested()
+    assert [judged.heartbeats.request_stop("SIGTERM") for _ in range(3)] == [True, False, False]
+    assert judged.heartbeats.stop_requested()
 
 
 def test_groups_have_two_levels_if_there_are_several_nodes_and_one_has_several_ranks():
@@ -278,9 +278,9 @@ def test_activity_is_of_the_process_and_all_below_it_or_of_those_alone(monkeypat
         def io_counters(self):
             return SimpleNamespace(write_chars=10**6 * used[self.name] if kind == "writes" else 0)
 
-    monkeypatch.setattr(pulse_module, "psutil", SimpleNamespace(Process=Process, Error=psutil.Error))
-    monkeypatch.setattr(pulse_module.time, "monotonic", lambda: now[0])
-    activity = pulse_module._Activity()
+    monkeypatch.setattr(heartbeats_module, "psutil", SimpleNamespace(Process=Process, Error=psutil.Error))
+    monkeypatch.setattr(heartbeats_module.time, "monotonic", lambda: now[0])
+    activity = heartbeats_module._Activity()
     for _ in range(3):
         now[0] += 10.0
         assert not activity.grown(alone)

@@ -270,22 +270,22 @@ def test_a_process_without_a_launcher_outlives_its_shell():
     child.wait(20)
 
 
-PULSE = """
+HEARTBEATS = """
     import hashlib, subprocess, sys, time
     import torch.distributed as dist
-    from m3ae_fast.process.heartbeats import Pulse
+    from m3ae_fast.process.heartbeats import Heartbeats
     from m3ae_fast.process.node_groups import HeartbeatGroup
     from m3ae_fast.process.stop_request import StopRequest
     store = dist.TCPStore("127.0.0.1", 0, 1, True)
     heard = [list(range(1, {world})), *[[0]] * ({world} - 1)]
     groups = [[HeartbeatGroup(store.clone(), ranks)] for ranks in heard]
-    pulses = [Pulse(rank, groups[rank], store, StopRequest()) for rank in range({world})]
-    for pulse in pulses: pulse.timeout = 1.0
+    heartbeats_of = [Heartbeats(rank, groups[rank], store, StopRequest()) for rank in range({world})]
+    for heartbeats in heartbeats_of: heartbeats.timeout = 1.0
 """
 
 
-def pulses(world: int, code: str) -> tuple[int, str]:
-    process = program(textwrap.dedent(PULSE.format(world=world)) + textwrap.dedent(code))
+def run_heartbeats(world: int, code: str) -> tuple[int, str]:
+    process = program(textwrap.dedent(HEARTBEATS.format(world=world)) + textwrap.dedent(code))
     out, _ = process.communicate(timeout=60)
     return process.returncode, out
 
@@ -307,14 +307,14 @@ def test_whoever_exits_at_once_leaves_no_process_behind():
 
 def test_a_silent_rank_ends_the_run_and_is_named():
     code = """
-        with pulses[0] as pulse:
-            pulse.mark("step 7")
-            with pulses[1] as other:
+        with heartbeats_of[0] as heartbeats:
+            heartbeats.mark("step 7")
+            with heartbeats_of[1] as other:
                 other.mark("step 6")
                 time.sleep(0.5)
             time.sleep(60)
     """
-    assert pulses(2, code) == (
+    assert run_heartbeats(2, code) == (
         75,
         "error: rank 0, step 7: for 1 s, no heartbeat from rank 1 (last activity: step 6); --resume auto continues\n",
     )
@@ -322,12 +322,12 @@ def test_a_silent_rank_ends_the_run_and_is_named():
 
 def test_a_rank_that_computes_is_waited_for():
     code = """
-        with pulses[0] as pulse, pulses[1]:
+        with heartbeats_of[0] as heartbeats, heartbeats_of[1]:
             until = time.monotonic() + 3
             while time.monotonic() < until: hashlib.sha256(bytes(1 << 20))  # without the interpreter's lock, as torch
         print("whole")
     """
-    assert pulses(2, code) == (0, "whole\n")
+    assert run_heartbeats(2, code) == (0, "whole\n")
 
 
 HUNG = """
@@ -336,19 +336,19 @@ HUNG = """
         yield 1
         time.sleep(2.5)  # the child's batch does not come
         child.kill()
-    with pulses[0] as pulse:
-        print(list(pulse.watch(batches(), "training")))
+    with heartbeats_of[0] as heartbeats:
+        print(list(heartbeats.watch(batches(), "training")))
 """
 
 
 def test_a_hung_loader_ends_the_run_and_a_slow_one_does_not():
-    code, out = pulses(1, HUNG.format(child="import time; time.sleep(60)"))
+    code, out = run_heartbeats(1, HUNG.format(child="import time; time.sleep(60)"))
     assert code == 75 and "rank 0, waiting for its loader: for 1 s, its data-loader workers are idle" in out
-    assert pulses(1, HUNG.format(child="while True: pass")) == (0, "[1]\n")
+    assert run_heartbeats(1, HUNG.format(child="while True: pass")) == (0, "[1]\n")
     downloading = (
         "import time\nwith open('/dev/null', 'wb') as f:\n  while True: f.write(b'x' * 9999); time.sleep(0.05)"
     )
-    assert pulses(1, HUNG.format(child=downloading)) == (0, "[1]\n")
+    assert run_heartbeats(1, HUNG.format(child=downloading)) == (0, "[1]\n")
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("torchrun", 2), ("deepspeed", 1)])

@@ -152,8 +152,8 @@ class Measuring:
         """Train a probe and store its results on held-out samples. With several `parts`, each has the same weight."""
         bank, classes = self.labelled(bank, field)
         held_out, _ = self.labelled(held_out, field, classes)
-        ranks, _, pulse, _ = self.session
-        setting = Setting(self.config, len(classes), self.heads, self.config.run.seed, ranks, pulse)
+        ranks, _, heartbeats, _ = self.session
+        setting = Setting(self.config, len(classes), self.heads, self.config.run.seed, ranks, heartbeats)
         predictions = PROBES[probe].predict({0: bank}, {0: held_out}, setting)[0]
         self._keep(name, predictions.keys, [value / parts for value in predictions.correct_N.tolist()])
 
@@ -187,7 +187,7 @@ def encoder(model: M3AE, config: EvaluationConfig, session: Session) -> Encode:
     def encode(shards: Sequence[Path], patches: bool, text: bool) -> FeatureBank:
         source = SourceConfig(shards=[str(path) for path in shards], modality="text" if text else "image")
         corpus = open_corpus([source], ShardStore(None))
-        watch = Watch(pulse=session.pulse)
+        watch = Watch(heartbeats=session.heartbeats)
         found = encode_corpus(model, corpus, config.data, config.encode, session.ranks, watch, patches=patches)
         return replace(found.gathered(), keys=[key.rpartition("/")[2] for key in found.keys])
 

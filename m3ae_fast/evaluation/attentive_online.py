@@ -102,7 +102,7 @@ def predict_online(
     steps = EncodedSteps(loader, accumulation, job.model, job.config.encode, layers, ranks, trying)
     title = f"{recipe.probe} probe, online" + (f", {len(scales)} rates" if trying else "")
     part = float(recipe.steps * recipe.batch)
-    right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, job.pulse, setting.live, whole, part)
+    right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, job.heartbeats, setting.live, whole, part)
     whole.after(part)
     heads = {layer: stack.heads for layer, stack in stacks.items()}
     tried: dict[Input, list[Tried]] = {layer: [] for layer in layers}

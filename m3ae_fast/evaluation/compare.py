@@ -234,7 +234,7 @@ def _shape(job: Job, encoder: MultimodalEncoder) -> Shape:
 
 def _training(job: Job, samples: int, classes: int, shape: Shape) -> dict[str, float]:
     """Return the estimated training time of each probe on the features of a model, in seconds."""
-    setting = Setting(job.config, classes, shape.heads, job.config.run.seed, job.ranks, job.pulse)
+    setting = Setting(job.config, classes, shape.heads, job.config.run.seed, job.ranks, job.heartbeats)
     sizes = {probe: ((shape.patches,) if PROBES[probe].tokens else ()) + (shape.width,) for probe in shape.probes}
     return {probe: expected_duration.seconds(probe, samples, size, setting) for probe, size in sizes.items()}
 
@@ -291,7 +291,7 @@ def _measure(
             def caution(_: int, text: str, about: str = about) -> None:
                 job.say(f"note: {about}: {text}")
 
-            setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.pulse, caution)
+            setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, caution)
             with whole.aside(work.training[probe]):
                 if pair is None:
                     recipe = attentive_recipe(corpora[0].samples, setting)

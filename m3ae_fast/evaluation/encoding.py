@@ -31,7 +31,7 @@ from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding
 from m3ae_fast.model.pooling import Pool
-from m3ae_fast.process.heartbeats import Pulse
+from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.stop_request import StopRequest
 from m3ae_fast.process.stopping import until_stopped
@@ -52,14 +52,14 @@ class Watch(NamedTuple):
     """Progress display, stall detection and stop requests of a pass over samples."""
 
     title: str = "encoding"
-    pulse: Pulse | None = None  # marked at each batch
+    heartbeats: Heartbeats | None = None  # marked at each batch
     stop: StopRequest | None = None  # checked before each batch
     whole: TimeLeft | None = None  # the whole task, of which this pass is a part; see `progress`
     part: float = 0.0  # size of the pass within the whole task
 
     def over(self, loader: DataLoader[PackedBatch], ranks: Ranks) -> Iterable[PackedBatch]:
         """Yield the batches of a loader. Raises Stopped if a rank is asked to stop."""
-        batches: Iterable[PackedBatch] = self.pulse.watch(loader, self.title) if self.pulse else loader
+        batches: Iterable[PackedBatch] = self.heartbeats.watch(loader, self.title) if self.heartbeats else loader
         if self.stop:
             batches = until_stopped(batches, ranks, self.stop)
         return track(batches, self.title, len(loader), whole=self.whole, part=self.part)

@@ -120,7 +120,7 @@ class FineTuningTask(LabelledTask):
         trainer.stop_if_diverged()
         ranks = trainer.ranks
         own: list[tuple[Predictions, tuple[Skipped, ...]]] = []
-        batches = trainer.pulse.watch(self.val_loader, f"evaluating after step {trainer.step}")
+        batches = trainer.heartbeats.watch(self.val_loader, f"evaluating after step {trainer.step}")
         try:
             with self._inference(trainer.engine, ranks.device) as infer:
                 for batch in until_stopped(batches, ranks, trainer.stop):
@@ -212,6 +212,6 @@ def _build(job: Job, config: FineTuneConfig, classes: Classes, lanes: int) -> Tr
 
 def run(job: Job) -> dict[str, Any] | None:
     """Run the task and return its result; None if it was stopped before its end."""
-    job.pulse.watch_over(job.config.run)
+    job.heartbeats.watch_over(job.config.run)
     task, trainer = set_up(job)
     return task.complete(trainer, task.val.samples)

@@ -28,7 +28,7 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads
 from m3ae_fast.evaluation.stacked_optimizers import StackedOptimizer
 from m3ae_fast.process.collectives import all_reduce
-from m3ae_fast.process.heartbeats import Pulse
+from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 
 Heads = LinearHeads | AttentiveHeads
@@ -138,7 +138,7 @@ def fit_heads(
     steps: int,
     title: str,
     ranks: Ranks,
-    pulse: Pulse,
+    heartbeats: Heartbeats,
     live: Live | None = None,
     whole: TimeLeft | None = None,
     part: float = 0.0,
@@ -152,7 +152,7 @@ def fit_heads(
         steps: number of steps.
         title: description of the training for the progress display and for `live`.
         ranks: ranks between which each step is split.
-        pulse: heartbeats of this rank, which are marked at each step.
+        heartbeats: heartbeats of this rank, which are marked at each step.
         live: access for another thread to the heads in training.
         whole, part: the whole task, of which this training is a part, and its size; see `progress`.
 
@@ -163,7 +163,7 @@ def fit_heads(
     live.begin(title, {name: stack.heads for name, stack in stacks.items()}, steps)
     right: dict[Input, list[Tensor]] = {name: [] for name in stacks}
     for step, batch in enumerate(track(batches, title, steps, whole=whole, part=part)):
-        pulse.mark(title)
+        heartbeats.mark(title)
         targets = batch.targets.to(ranks.device)
         with live.updating:
             for name, stack in stacks.items() if batch.samples else ():

@@ -66,7 +66,7 @@ class Job:
     pictures: list[Callable[[], None]] = field(default_factory=list)  # functions that plot figures after the end
 
     def __post_init__(self) -> None:
-        self.ranks, self.stop, self.pulse, _ = self.session
+        self.ranks, self.stop, self.heartbeats, _ = self.session
 
     @property
     def out(self) -> Path:
@@ -116,7 +116,7 @@ class Job:
     ) -> FeatureBank:
         """Return pooled features of all samples. `title`: title of the progress display; `whole`, `part`: see `Watch`;
         `layers`, `patches`, `reduce`: see `encode_corpus`."""
-        watch, config = Watch(title, self.pulse, whole=whole, part=part), self.config
+        watch, config = Watch(title, self.heartbeats, whole=whole, part=part), self.config
         return encode_corpus(
             self.model,
             corpus,

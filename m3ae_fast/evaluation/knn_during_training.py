@@ -67,10 +67,10 @@ def _log(config: Config, probe: KnnProbeConfig, train: Corpus, val: Corpus, clas
     model = trainer.engine.model
     assert isinstance(model, M3AE)
     encode = EncodeConfig(pool=probe.pool, precision=config.train.precision)
-    ranks, pulse, stop, folder = trainer.ranks, trainer.pulse, trainer.stop, trainer.run.dir
+    ranks, heartbeats, stop, folder = trainer.ranks, trainer.heartbeats, trainer.stop, trainer.run.dir
     try:
         bank, queries = (
-            encode_corpus(model, corpus, config.data, encode, ranks, Watch(title, pulse, stop), folder=folder)
+            encode_corpus(model, corpus, config.data, encode, ranks, Watch(title, heartbeats, stop), folder=folder)
             for corpus, title in ((train, "k-NN: train"), (val, "k-NN: val"))
         )
     except Stopped:

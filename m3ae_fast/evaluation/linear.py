@@ -64,7 +64,7 @@ class ProbingTask(LabelledTask):
     def conclude(self, trainer: Trainer) -> dict[str, float]:
         """Evaluate on all held-out samples, and log and return the accuracies."""
         trainer.stop_if_diverged()
-        trainer.pulse.mark(f"evaluating after step {trainer.step}")
+        trainer.heartbeats.mark(f"evaluating after step {trainer.step}")
         return self.evaluated(trainer, self.val.predictions(logits(self.heads.eval(), self.val)))
 
     def save_classifier(self, trainer: Trainer) -> None:
@@ -108,7 +108,7 @@ def run(job: Job) -> dict[str, Any] | None:
     """Run the task and return its result; None if it was stopped before its end."""
     if job.options.cache_features:
         return run_cached(job)
-    job.pulse.watch_over(job.config.run)
+    job.heartbeats.watch_over(job.config.run)
     task, trainer = set_up(job)
     if (result := task.complete(trainer, len(task.val.keys))) is None:
         return None
@@ -124,7 +124,7 @@ def run_cached(job: Job) -> dict[str, Any]:
     train_corpus, val, classes = job.open_labelled()
     ranks, config, live = job.ranks, job.config, Live()
     model = job.model.config
-    setting = Setting(config, len(classes), model.num_heads, config.run.seed, ranks, job.pulse, live=live)
+    setting = Setting(config, len(classes), model.num_heads, config.run.seed, ranks, job.heartbeats, live=live)
     expected = expected_duration.seconds("linear", train_corpus.samples, (model.emb_dim,), setting)
     whole = job.time_left(train_corpus.samples + val.samples, expected, shorter=lambda _: "a lower linear.steps")
     bank, held_out = (

@@ -23,7 +23,7 @@ from m3ae_fast.evaluation.fit_heads import judge
 from m3ae_fast.evaluation.heads import BATCH_NORM_EPS, LinearHeads
 from m3ae_fast.evaluation.learning_rates import Tried, choose, split
 from m3ae_fast.process.collectives import all_reduce
-from m3ae_fast.process.heartbeats import Pulse
+from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 
 USUAL = 1.0  # inverse strength: scikit-learn's default
@@ -37,7 +37,7 @@ _SHORTEST = 1e-6  # step length
 _AT_A_TIME = 1 << 22  # logits
 
 
-def fit_chosen(bank: FeatureBank, classes: int, pulse: Pulse | None = None) -> tuple[LinearHeads, float]:
+def fit_chosen(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None) -> tuple[LinearHeads, float]:
     """Fit one classifier to labels. Its inverse strength is chosen by accuracy on a held-out tenth of the samples, as
     the learning rate of a linear probe is, see `choose`; it is USUAL if there are fewer than ten samples. Every rank
     must call it.
@@ -48,15 +48,15 @@ def fit_chosen(bank: FeatureBank, classes: int, pulse: Pulse | None = None) -> t
     parts, strength, start_HKP = split(bank), USUAL, None
     if parts.held_out:
         train = bank.rows(parts.train)
-        tried_HKP, heads = _fit(train, train.labels, classes, INVERSE_STRENGTHS, pulse)
+        tried_HKP, heads = _fit(train, train.labels, classes, INVERSE_STRENGTHS, heartbeats)
         judged = zip(INVERSE_STRENGTHS, judge(heads, bank.rows(parts.held_out)))
         strength = choose([Tried(each, *found) for each, found in judged], USUAL, len(parts.held_out)).peak_lr
         strength = bank.ranks.from_main(strength) if bank.ranks else strength  # all ranks choose the same
         start_HKP = tried_HKP[[INVERSE_STRENGTHS.index(strength)]]
-    return _fit(bank, bank.labels, classes, [strength], pulse, start_HKP)[1], strength
+    return _fit(bank, bank.labels, classes, [strength], heartbeats, start_HKP)[1], strength
 
 
-def fit(bank: FeatureBank, targets: Tensor, classes: int, pulse: Pulse | None = None) -> LinearHeads:
+def fit(bank: FeatureBank, targets: Tensor, classes: int, heartbeats: Heartbeats | None = None) -> LinearHeads:
     """Return a classifier of the USUAL inverse strength, as a single head. Every rank must call it.
 
     Args:
@@ -64,9 +64,9 @@ def fit(bank: FeatureBank, targets: Tensor, classes: int, pulse: Pulse | None = 
         targets: class ids, int64 [N], for a multinomial regression; or which classes each sample has, bool [N, K], for
             a binary regression of each class. A class that all samples have, or none, gets weights 0.
         classes: K.
-        pulse: marked in each iteration.
+        heartbeats: marked in each iteration.
     """
-    return _fit(bank, targets, classes, [USUAL], pulse)[1]
+    return _fit(bank, targets, classes, [USUAL], heartbeats)[1]
 
 
 def _fit(
@@ -74,7 +74,7 @@ def _fit(
     targets: Tensor,
     classes: int,
     inverse_strengths: Sequence[float],
-    pulse: Pulse | None,
+    heartbeats: Heartbeats | None,
     start_HKP: Tensor | None = None,
 ) -> tuple[Tensor, LinearHeads]:
     """Return the weights, float64, and a head for each strength. As in scikit-learn, the penalty, which is added to the
@@ -95,7 +95,7 @@ def _fit(
         start_HKP,
         _InverseHessian(features, (frequency_K * (1 - frequency_K)).clamp(min=1e-9), penalty_H),
         bank.ranks,
-        pulse,
+        heartbeats,
     )
     if targets.ndim == 1:  # softmax does not determine the mean of the biases
         weight_HKP[..., -1] -= weight_HKP[..., -1].mean(1, keepdim=True)
@@ -234,7 +234,11 @@ def _dot(first_AKP: Tensor, second_AKP: Tensor) -> Tensor:
 
 
 def _minimise(
-    objective: _Objective, weight_HKP: Tensor, hessian: _InverseHessian, ranks: Ranks | None, pulse: Pulse | None
+    objective: _Objective,
+    weight_HKP: Tensor,
+    hessian: _InverseHessian,
+    ranks: Ranks | None,
+    heartbeats: Heartbeats | None,
 ) -> Tensor:
     """Return the weights of the lowest losses. The strengths are independent: each has its own step length, and those
     that have converged are left out."""
@@ -243,8 +247,8 @@ def _minimise(
     memory, length_H = _Memory(weight_HKP), torch.ones_like(loss_H)
     direction_HKP = -hessian(gradient_HKP, at_A)
     for _ in range(_MOST_ITERATIONS):
-        if pulse:
-            pulse.mark("logistic regression")
+        if heartbeats:
+            heartbeats.mark("logistic regression")
         promised_A = -_dot(direction_HKP[at_A], gradient_HKP[at_A]) / 2
         going = (promised_A > _CONVERGED) & (length_H[at_A] > _SHORTEST)
         at_A = at_A[_same(going, ranks)]

@@ -41,7 +41,7 @@ def run(job: Job) -> dict[str, Any]:
     if config.head == "knn":
         scores_RC = neighbour_scores(bank, queries, truth_NC, knn.k, knn.temperature)
     else:
-        scores_RC = logits(fit(bank, truth_NC, len(train.classes), job.pulse), queries)
+        scores_RC = logits(fit(bank, truth_NC, len(train.classes), job.heartbeats), queries)
     scores_MC = queries.complete(scores_RC).numpy()
     job.keep(_columns(queries.keys, truth_MC, scores_MC, train.classes))
     result = measured(truth_MC.numpy(), scores_MC, truth_NC.any(0).numpy(), train.classes, job.config.run.seed)

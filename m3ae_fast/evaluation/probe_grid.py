@@ -172,7 +172,7 @@ def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes, layer
     task, model = job.options.task, job.model.config
     samples = train.samples if shots is None else min(shots * len(classes), train.samples)
     shape = (model.most_patches, model.emb_dim) if PROBES[task].tokens else (model.emb_dim,)
-    setting = Setting(job.config, len(classes), model.num_heads, job.config.run.seed, job.ranks, job.pulse)
+    setting = Setting(job.config, len(classes), model.num_heads, job.config.run.seed, job.ranks, job.heartbeats)
     return expected_duration.seconds(task, samples, shape, setting, layers)
 
 
@@ -269,7 +269,7 @@ def _setting(job: Job, found: Found, shots: int | None, draw: int) -> Setting:
         if found.draws == 1:
             found.chosen[Case(layer, shots)] = chosen
 
-    return Setting(job.config, len(found.classes), heads, seed, job.ranks, job.pulse, caution, chose, found.live)
+    return Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, caution, chose, found.live)
 
 
 def _measured(found: Sequence[Predictions]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from m3ae_fast.evaluation.learning_rates import FACTORS, Tried, best, choose, ed
 from m3ae_fast.evaluation.logistic_regression import fit_chosen
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.stacked_optimizers import LARS, AdamW
-from m3ae_fast.process.heartbeats import Pulse
+from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 
 ATTENTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # peak learning rates of AdamW that are tried
@@ -51,7 +51,7 @@ class Setting(NamedTuple):
     encoder_heads: int  # number of attention heads of the encoder
     seed: int  # random seed of the probe's initial weights and of the order of samples
     ranks: Ranks
-    pulse: Pulse
+    heartbeats: Heartbeats
     caution: Callable[[Input, str], None] = _no_caution  # called with warnings about the reliability of a result
     chose: Callable[[Input, dict[str, float]], None] = _no_choice  # called with the hyper-parameters that were selected
     live: Live | None = None  # access for another thread to the heads in training
@@ -182,8 +182,8 @@ def _fit(
 ) -> tuple[dict[Input, Stack], dict[Input, torch.Tensor]]:
     stacks = {name: new_stack(bank.stored_SD.shape[-1], recipe, scales[name], setting) for name, bank in banks.items()}
     batches = BankSteps(banks, range(recipe.steps), recipe.batch, setting.seed)
-    ranks, pulse = setting.ranks, setting.pulse
-    return stacks, fit_heads(batches, stacks, recipe.lr, recipe.steps, title, ranks, pulse, setting.live)
+    ranks, heartbeats = setting.ranks, setting.heartbeats
+    return stacks, fit_heads(batches, stacks, recipe.lr, recipe.steps, title, ranks, heartbeats, setting.live)
 
 
 def new_stack(width: int, recipe: Recipe, scales: Sequence[float], setting: Setting) -> Stack:
@@ -261,7 +261,7 @@ def _by_neighbours(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -
 
 
 def _by_regression(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -> tuple[Predictions, dict[str, float]]:
-    heads, strength = fit_chosen(bank, setting.classes, setting.pulse)
+    heads, strength = fit_chosen(bank, setting.classes, setting.heartbeats)
     return held_out.predictions(logits(heads, held_out)), {"inverse_strength": strength}
 
 

@@ -180,7 +180,7 @@ def fit(train: Images, classes: int, config: SegmentConfig, job: Job) -> Linear:
         config.steps,
         "training the head",
         ranks,
-        job.pulse,
+        job.heartbeats,
     )
     return Linear(heads.head(0).requires_grad_(False))
 
@@ -245,7 +245,7 @@ def _predicted(
     counts, cells = [torch.empty(0, 3, classes, dtype=torch.int64)], {}
     batches = torch.arange(len(bank.own)).split(_PREDICTED)
     for rows_B in track(batches, "predicting", len(batches)):
-        job.pulse.mark("predicting")
+        job.heartbeats.mark("predicting")
         scores_BLC = head(bank.take(rows_B).to(job.ranks.device).float())
         predicted_BSS, masks_BSS = upsampled(scores_BLC, val.side, size).cpu(), val.masks_RSS[rows_B]
         counts.append(count(predicted_BSS, masks_BSS, classes, ignored))

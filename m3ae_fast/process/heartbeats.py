@@ -38,7 +38,7 @@ class _Other:
     silent: float = 0.0  # seconds without a new heartbeat while this process was awake
 
 
-class Pulse:
+class Heartbeats:
     """Sender and monitor of heartbeats, which ends the process if there has been no progress for `timeout` seconds.
 
     A rank makes progress if its main thread calls `mark`, or if its processes compute or write. A long download, a
@@ -62,10 +62,10 @@ class Pulse:
         self._idle = 0.0  # of these, seconds in which the loader workers were idle too
         self._end = threading.Event()
 
-    def __enter__(self) -> Pulse:
+    def __enter__(self) -> Heartbeats:
         self._threads = [threading.Thread(target=self._detect_stalls, name="stalls", daemon=True)]
         if self._others:
-            self._threads.append(threading.Thread(target=self._beat, name="pulse", daemon=True))
+            self._threads.append(threading.Thread(target=self._beat, name="heartbeats", daemon=True))
         for thread in self._threads:
             thread.start()
         return self

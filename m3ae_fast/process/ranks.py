@@ -35,7 +35,7 @@ _OTHER_FILES = 200  # open files of libraries, shards and logs
 _ENDED_KEY = "ended"  # of the store: the number of ranks that have ended with an error
 _OTHERS_S = 3.0  # longest wait for the other ranks to record their end; longer than a heartbeat takes to reach them
 TIMEOUT = timedelta(minutes=30)  # for the last rank to join
-CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Pulse` ends a run that stalls
+CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Heartbeats` ends a run that stalls
 
 
 @dataclass(frozen=True)

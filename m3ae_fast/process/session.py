@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import ErrorElsewhere, RankLost, UserError
 from m3ae_fast.process.failures import explain, rank_lost
-from m3ae_fast.process.heartbeats import Pulse
+from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.helper_process import Node, Standby
 from m3ae_fast.process.ranks import Ranks, await_ends, join_ranks
 from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
@@ -27,7 +27,7 @@ class Session(NamedTuple):
 
     ranks: Ranks
     stop: StopRequest
-    pulse: Pulse
+    heartbeats: Heartbeats
     fetcher: Standby
 
     def node(self) -> Node:
@@ -35,16 +35,16 @@ class Session(NamedTuple):
         return Node(self.ranks.from_main(uuid.uuid4().hex), self.ranks.of_node, self.fetcher)
 
 
-def raise_once(error: Exception, ranks: Ranks, pulse: Pulse | None = None) -> NoReturn:
+def raise_once(error: Exception, ranks: Ranks, heartbeats: Heartbeats | None = None) -> NoReturn:
     """Report an error that other ranks may share only once. The first rank that calls this raises the UserError of
     `explain`; the other ranks raise ErrorElsewhere with its exit code. An error that `explain` does not recognise is
-    raised unchanged. `pulse`: the heartbeats, which may know of the error of a rank that has ended."""
+    raised unchanged. `heartbeats`: the heartbeats, which may know of the error of a rank that has ended."""
     shown = explain(error)
     if shown is None:
         raise error
     if isinstance(shown, RankLost) and ranks.main_has_ended():
         shown = rank_lost("rank 0")
-    is_first, code = _first(shown, ranks, pulse)
+    is_first, code = _first(shown, ranks, heartbeats)
     if ranks.world > 1 and ranks.is_main:
         atexit.register(await_ends, ranks.store, ranks.world)  # after the message
     if is_first and not isinstance(shown, ErrorElsewhere):
@@ -56,15 +56,15 @@ def raise_once(error: Exception, ranks: Ranks, pulse: Pulse | None = None) -> No
     raise elsewhere from None
 
 
-def _first(shown: UserError, ranks: Ranks, pulse: Pulse | None) -> tuple[bool, int]:
+def _first(shown: UserError, ranks: Ranks, heartbeats: Heartbeats | None) -> tuple[bool, int]:
     """Return whether this rank is the first to end with an error, and the exit code of the first one."""
     try:
         return ranks.first_error(shown.exit_code)
     except RuntimeError:  # the store has ended with rank 0
         if not isinstance(shown, RankLost):  # rank 0 has printed it
             return False, shown.exit_code
-    if pulse and pulse.first_error is not None:
-        return False, pulse.first_error
+    if heartbeats and heartbeats.first_error is not None:
+        return False, heartbeats.first_error
     try:
         return ranks.first_error(shown.exit_code, of_node=True)
     except RuntimeError:  # rank 0 hosted the store of this node, or that store has ended too
@@ -83,15 +83,15 @@ def joined_program(device: Device | None = None) -> Iterator[Session]:
         Standby() as fetcher,  # forked before there are threads, connections to other ranks or GPU memory
         StopRequest() as stop,
         join_ranks(device) as ranks,
-        Pulse(ranks.rank, ranks.heartbeat_groups, ranks.store, stop) as pulse,
+        Heartbeats(ranks.rank, ranks.heartbeat_groups, ranks.store, stop) as heartbeats,
     ):
-        stop.joined(pulse.request_stop)
+        stop.joined(heartbeats.request_stop)
         try:
-            yield Session(ranks, stop, pulse, fetcher)
+            yield Session(ranks, stop, heartbeats, fetcher)
         except Stopped:
             return
         except Exception as error:
-            if pulse.stop_requested():  # a rank that stopped has closed its connections
+            if heartbeats.stop_requested():  # a rank that stopped has closed its connections
                 stop.leave(BY_ANOTHER)
                 return
-            raise_once(error, ranks, pulse)
+            raise_once(error, ranks, heartbeats)

@@ -90,7 +90,7 @@ class PretrainingTask:
         model = trainer.engine.model
         assert isinstance(model, M3AE)
         baselines = Baselines(model, self.config.train.precision, trainer.ranks)
-        batches = trainer.pulse.watch(loader, f"evaluating after step {trainer.step}")
+        batches = trainer.heartbeats.watch(loader, f"evaluating after step {trainer.step}")
         try:
             stoppable = until_stopped(batches, trainer.ranks, trainer.stop)
             values = evaluate(trainer.engine, stoppable, trainer.ranks, trainer.add_targets, baselines)

@@ -40,7 +40,7 @@ from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.optimizer import optimizer_groups, state_kinds
 from m3ae_fast.engine.schedule import Change, Schedule, split_batch
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.process.heartbeats import Pulse
+from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.diagnostics import fix_of_losses
@@ -84,7 +84,7 @@ def pre_train(
     ranks.on_main(lambda: require_libraries_of(config))
     settled = ranks.broadcast(lambda: settle_precision(config.train, ranks.device))
     config = config.model_copy(update={"train": settled})
-    session.pulse.watch_over(config.run)
+    session.heartbeats.watch_over(config.run)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
         trainer = set_up(config, resume, session, folder, with_changes, make_probe)
         while True:
@@ -226,8 +226,8 @@ def _open_stream(config: Config, session: Session, found: Resume) -> _Stream:
     ranks, cfg, info = session.ranks, config.train, found.info
     limit = TimeLimit(3600 * cfg.hours, info.spent if info else 0.0) if cfg.hours else None
     share = split_batch(cfg, ranks.world, ranks.rank)
-    _count_shards(config, ranks, session.pulse)
-    data = ranks.main_first(lambda: _open(config, progress=ranks.is_main), session.pulse.waiting)
+    _count_shards(config, ranks, session.heartbeats)
+    data = ranks.main_first(lambda: _open(config, progress=ranks.is_main), session.heartbeats.waiting)
     keeps = info is not None and (limit or (cfg.stop_at is not None and not _extended(config, info)))
     changes = tuple(Change(*each) for each in info.changes) if info and keeps else ()
     schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats, changes)
@@ -267,13 +267,13 @@ def _targets_on_device(config: Config, data: Data, device: torch.device) -> Call
     return lambda batch: with_image_targets(batch, vqgan, config.model)
 
 
-def _count_shards(config: Config, ranks: Ranks, pulse: Pulse) -> None:
+def _count_shards(config: Config, ranks: Ranks, heartbeats: Heartbeats) -> None:
     """Create the missing manifests of remote shards. Errors as in `manifest.prepare`."""
     data = config.data
-    store = ranks.main_first(lambda: ShardStore(data.cache_dir, data.cache_gb), pulse.waiting)
+    store = ranks.main_first(lambda: ShardStore(data.cache_dir, data.cache_gb), heartbeats.waiting)
 
     def gather(value: Any) -> list[Any]:
-        with pulse.waiting():
+        with heartbeats.waiting():
             return ranks.gather(value)
 
     for sources in (data.train, data.val):

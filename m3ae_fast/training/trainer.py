@@ -97,7 +97,7 @@ class Trainer:
     spikes: Spikes | None = None
 
     def __post_init__(self) -> None:
-        self.ranks, self.stop, self.pulse, _ = self.session
+        self.ranks, self.stop, self.heartbeats, _ = self.session
         self.step = self.logged = self.start  # optimiser steps so far, and the last logged step
         self._batch = batch_of(self.start, self.left_out)  # of the stream, that comes next
         self.log: RunLog = SilentLog()
@@ -159,7 +159,7 @@ class Trainer:
         """Yield this rank's micro-batches of each step, on the device, with the counts over all ranks, until the last
         step or until a rank is asked to stop or has failed. The next micro-batches are loaded, and their counts are
         summed, while the GPU computes. Raises UserError if too many samples are invalid."""
-        batches = self.pulse.watch(self.train_loader, "training")
+        batches = self.heartbeats.watch(self.train_loader, "training")
         for inputs in feed(batches, self.share.accumulation, self.ranks.device, self._start_sums):
             sums = inputs.sums()
             spike = self.watch.compare(self.step - LAG, sums.loss / self.ranks.world)
@@ -182,7 +182,7 @@ class Trainer:
     def take_step(self, inputs: StepInput[Sums], counts: Counts) -> tuple[list[Any], Tensor]:
         """Take one optimiser step (forward, backward and update). Return the losses of the micro-batches and the
         gradient norm."""
-        self.pulse.mark(f"step {self.step + 1}")
+        self.heartbeats.mark(f"step {self.step + 1}")
         if self.seeds_steps:  # the random numbers depend only on the seed, the step and the rank
             torch.manual_seed(hash64(self.run.seed, self.step, self.ranks.rank) & 0xFFFFFFFF)
         batches = [self.add_targets(batch) for batch in inputs.device]
@@ -331,7 +331,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Start saving a checkpoint. Every rank must call it. Errors as in `Saver.save`."""
-        self.pulse.mark(f"saving step {self.step}")
+        self.heartbeats.mark(f"saving step {self.step}")
         about = (self.step, self.step * self.settings.global_batch, self.run.seed, self.sections, checkpoint.versions())
         spent = self.limit.spent if self.limit else 0.0
         changes: list[tuple[int, int]] = list(self.schedule.changes)

@@ -22,7 +22,7 @@ from m3ae_fast.evaluation.probes import (
     train_heads,
 )
 from m3ae_fast.process.ranks import join_ranks
-from tests.evaluation.test_rates import _Pulse
+from tests.evaluation.test_rates import _Heartbeats
 
 
 def _tokens(samples, seed=0):
@@ -84,7 +84,7 @@ def _marked(samples, seed):
 
 def _setting(ranks, **attentive):
     config = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, "attentive": attentive})
-    return Setting(config, 5, 4, 3, ranks, _Pulse())
+    return Setting(config, 5, 4, 3, ranks, _Heartbeats())
 
 
 def _trained(bank, ranks, **attentive):
@@ -100,7 +100,7 @@ def test_it_finds_the_token_that_tells_where_the_mean_does_not():
     bank, held_out = _marked(400, 0), _marked(200, 1)
     means = [FeatureBank(part.keys, part.features_RD.mean(1), part.labels_N, None, []) for part in (bank, held_out)]
     with join_ranks() as ranks:
-        setting = Setting(config, 5, 4, 0, ranks, _Pulse())
+        setting = Setting(config, 5, 4, 0, ranks, _Heartbeats())
         attends = PROBES["attentive"].predict({0: bank}, {0: held_out}, setting)[0].accuracies()["top1"]
         again = PROBES["attentive"].predict({0: bank}, {0: held_out}, setting)[0].accuracies()["top1"]
         bank, held_out = means

@@ -19,7 +19,7 @@ from m3ae_fast.evaluation.linear import ProbingTask
 from m3ae_fast.evaluation.probes import Setting, settled_attentive
 from m3ae_fast.evaluation.stacked_optimizers import LARS
 from m3ae_fast.process.ranks import join_ranks
-from tests.evaluation.test_rates import _Pulse
+from tests.evaluation.test_rates import _Heartbeats
 
 
 def _config(**sections):
@@ -27,7 +27,7 @@ def _config(**sections):
 
 
 def _setting(ranks, live=None, **sections):
-    return Setting(_config(**sections), 3, 2, 0, ranks, _Pulse(), live=live)
+    return Setting(_config(**sections), 3, 2, 0, ranks, _Heartbeats(), live=live)
 
 
 @pytest.fixture

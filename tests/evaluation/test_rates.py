@@ -11,7 +11,7 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits, losses
 from m3ae_fast.evaluation.learning_rates import FACTORS, Tried, best, choose, edge, split, table
 from m3ae_fast.evaluation.probes import Setting, linear_recipe, train_heads, try_rates
-from m3ae_fast.process.heartbeats import Pulse
+from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import join_ranks
 
 
@@ -24,12 +24,12 @@ def _bank(count, seed=0):
     return FeatureBank([f"a.tar/{i:04}" for i in range(count)], features, labels, None, [])
 
 
-class _Pulse:
+class _Heartbeats:
     def __init__(self):
         self.marks = 0
 
     def mark(self, doing):
-        assert hasattr(Pulse, "mark")
+        assert hasattr(Heartbeats, "mark")
         self.marks += 1
 
 
@@ -46,9 +46,9 @@ def test_a_tenth_is_held_out_by_key_whatever_the_order():
     assert split(moved).held_out == held_out
 
 
-def _setting(ranks, seed=0, pulse=None, **linear):
+def _setting(ranks, seed=0, heartbeats=None, **linear):
     given = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, "linear": linear})
-    return Setting(given, 3, 1, seed, ranks, pulse or _Pulse())
+    return Setting(given, 3, 1, seed, ranks, heartbeats or _Heartbeats())
 
 
 def _tried(bank, setting, usual=None):
@@ -65,12 +65,12 @@ def test_each_rate_is_tried_as_a_run_of_its_own_would_be():
     """The best rate learns, and the trials leave the state of torch's random generator unchanged."""
     given = {"global_batch": 16, "steps": 40, "warmup_epochs": 0, "peak_lr": 400.0}
     with join_ranks() as ranks:
-        state, pulse = torch.get_rng_state(), _Pulse()
-        tried = _tried(_bank(200), _setting(ranks, pulse=pulse, **given), 400.0)
+        state, heartbeats = torch.get_rng_state(), _Heartbeats()
+        tried = _tried(_bank(200), _setting(ranks, heartbeats=heartbeats, **given), 400.0)
         again = _tried(_bank(200), _setting(ranks, **given), 400.0)
         assert torch.equal(torch.get_rng_state(), state)
         assert _tried(_bank(9), _setting(ranks, **given), 400.0) == []
-    assert tried == again and pulse.marks == 40
+    assert tried == again and heartbeats.marks == 40
     assert [each.peak_lr for each in tried] == [float(f"{400 * factor:.3g}") for factor in FACTORS]
     assert best(tried).top1 >= 0.8 and len({each.loss for each in tried}) == len(FACTORS)
 

@@ -132,7 +132,7 @@ def test_a_head_is_trained_as_torch_would_on_all_pixels():
     given = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}})
     with join_ranks() as ranks:
         bank = FeatureBank([*"abcdef"], patches, torch.arange(6))
-        job = SimpleNamespace(ranks=ranks, config=given, pulse=SimpleNamespace(mark=lambda what: None))
+        job = SimpleNamespace(ranks=ranks, config=given, heartbeats=SimpleNamespace(mark=lambda what: None))
         found = fit(Images(bank, masks), 3, settings, job)(patches)
     torch.manual_seed(given.run.seed)
     linear = LinearProbeHead(5, 3).linear

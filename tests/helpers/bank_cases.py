@@ -87,7 +87,7 @@ def segmented(ranks: Ranks) -> dict[str, Tensor]:
         bank = split(patches_NLD, torch.arange(count), ranks, batch=2)
         parts.append(Images(bank, masks_NSS[bank.own]))
     train, held_out = parts
-    job = SimpleNamespace(ranks=ranks, config=config(), pulse=SimpleNamespace(mark=lambda what: None))
+    job = SimpleNamespace(ranks=ranks, config=config(), heartbeats=SimpleNamespace(mark=lambda what: None))
     settings = SegmentConfig(steps=20, batch=7, bank_patches=50)
     heads = {
         "linear patches": fit(train, CLASSES, settings, job),
@@ -104,7 +104,7 @@ def heads(ranks: Ranks) -> dict[str, object]:
     reached: dict[str, object] = {}
     for probe, features_ND in (("linear", layers), ("attentive", tokens)):
         section = {"steps": 30, "weight_decay": 0.01, "global_batch" if probe == "linear" else "batch": 64}
-        setting = Setting(config(**{probe: section}), CLASSES, 2, 5, ranks, _Pulse())
+        setting = Setting(config(**{probe: section}), CLASSES, 2, 5, ranks, _Heartbeats())
         whole = split(features_ND, labels_N, ranks)
         banks = {number: whole.layer(number) for number in range(2)}
         start = PROBES[probe].recipe
@@ -119,7 +119,7 @@ def heads(ranks: Ranks) -> dict[str, object]:
     return reached
 
 
-class _Pulse:
+class _Heartbeats:
     def mark(self, doing: str) -> None:
         pass
 
