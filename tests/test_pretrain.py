@@ -41,15 +41,15 @@ from m3ae_fast.evaluation.report import write_report
 from m3ae_fast.pretraining import automatic_settings, final_evaluation, plan, stages
 from m3ae_fast.pretraining import dataset_statistics as look_module
 from m3ae_fast.pretraining.automatic_settings import (
-    LADDER,
-    Facts,
+    MODEL_SIZES,
+    DatasetStatistics,
     Shards,
     batch_of,
     image_and_patch,
     settings,
     steps_in,
 )
-from m3ae_fast.pretraining.dataset_statistics import look
+from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.source_shards import _overlap, find_shards
 from m3ae_fast.process.stopping import Stopped
 from m3ae_fast.shards.duplicate_images import PIECE
@@ -159,9 +159,9 @@ for stage in [*STAGES, None]:
 
 def test_a_finished_run_is_measured_with_the_settings_that_are_given_now(tmp_path, monkeypatch, capsys):
     shards, run, seen = write_tar(tmp_path / "a.tar", members(range(3), "image")), tmp_path / "run", []
-    facts = Facts(3, 3, 32, [0.5] * 3, [0.2] * 3, classes=2, vocab_size=0, text_length=8)
+    statistics = DatasetStatistics(3, 3, 32, [0.5] * 3, [0.2] * 3, classes=2, vocab_size=0, text_length=8)
     run.mkdir()
-    config = settings(facts, Shards([shards], [shards], []), run, LADDER[0], 1, 9, "cls", [])
+    config = settings(statistics, Shards([shards], [shards], []), run, MODEL_SIZES[0], 1, 9, "cls", [])
     (run / "config.json").write_text(config.model_dump_json())
     monkeypatch.setattr(stages, "pre_train", lambda *_, **__: None)
     monkeypatch.setattr(stages, "status", lambda _: ("finished", ""))
@@ -359,15 +359,15 @@ def test_a_folder_without_captions_gives_an_image_model(tmp_path):
     photos = make_pictures(tmp_path / "photos", each=10, captions=False)
     out = tmp_path / "run"
     shards = find_shards(str(photos), out, None, [])
-    facts, notes = look(shards, out, "cls")
-    config = settings(facts, shards, out, LADDER[1], 8, 100, "cls", [])
-    assert config.model.vocab_size == 0 and config.data.tokenizer is None and facts.classes == 3 and not notes
+    statistics, notes = inspect(shards, out, "cls")
+    config = settings(statistics, shards, out, MODEL_SIZES[1], 8, 100, "cls", [])
+    assert config.model.vocab_size == 0 and config.data.tokenizer is None and statistics.classes == 3 and not notes
     assert not (out / "tokenizer.json").exists()
     assert (config.model.emb_dim, config.model.image_size, config.model.patch_size) == (192, 40, 4)
     shutil.copy(photos / "red/0.png", photos / "stray.png")
     shutil.copytree(photos / "red", tmp_path / "flat")
     for folder, why in ((photos, "but stray.png is not"), (tmp_path / "flat", "fewer than two sub-folders")):
-        _, notes = look(find_shards(str(folder), tmp_path / f"run-{folder.name}", None, []), out, "cls")
+        _, notes = inspect(find_shards(str(folder), tmp_path / f"run-{folder.name}", None, []), out, "cls")
         assert len(notes) == 1 and why in notes[0]
     one = make_pictures(tmp_path / "one", each=1, captions=False)
     for other in sorted(one.rglob("*.png"))[1:]:
@@ -382,13 +382,13 @@ def test_a_table_in_the_folder_gives_the_captions(tmp_path):
     (photos / "captions.csv").write_text("file_name,caption\n" + rows)
     shards = find_shards(str(photos), tmp_path / "run", None, [])
     assert f"captions and fields are read from {photos / 'captions.csv'}" in shards.notes
-    facts, _ = look(shards, tmp_path / "run", "cls")
-    assert facts.vocab_size > 0
+    statistics, _ = inspect(shards, tmp_path / "run", "cls")
+    assert statistics.vocab_size > 0
     (photos / "sizes.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"several tables \(captions.csv, sizes.csv\); choose one with --captions"):
         find_shards(str(photos), tmp_path / "run", None, [])
     named = find_shards(str(photos), tmp_path / "named", photos / "captions.csv", [])
-    assert look(named, tmp_path / "named", "cls")[0].vocab_size == facts.vocab_size
+    assert inspect(named, tmp_path / "named", "cls")[0].vocab_size == statistics.vocab_size
     (photos / "sizes.csv").rename(photos / "sizes.txt")
     (photos / "captions.csv").write_bytes("file_name,caption\nred/0.png,café\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"captions.csv: line 2 is not UTF-8; save it in UTF-8"):
@@ -417,8 +417,8 @@ def test_shards_are_taken_as_they_are(tmp_path):
     (tmp_path / "2.tar").rename(tmp_path / "testimonials.tar")  # is no test split
     write_tar(tmp_path / "z-interval-4.tar", members(range(16, 20)))  # nor this one of validation
     assert [os.path.basename(name) for name in find_shards(str(tmp_path), tmp_path, None, []).val] == ["val-3.tar"]
-    facts, notes = look(given, tmp_path, "cls")
-    assert facts.classes == 0 and "no k-NN accuracy and no linear probe: " in notes[0]
+    statistics, notes = inspect(given, tmp_path, "cls")
+    assert statistics.classes == 0 and "no k-NN accuracy and no linear probe: " in notes[0]
 
 
 def test_an_image_is_on_one_side_in_folders_and_tables(tmp_path):
@@ -572,8 +572,13 @@ def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
     DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "set"))
     shards = find_shards(str(tmp_path / "set"), tmp_path / "run", None, [])
     assert [shards.train, shards.val] == [[f"{tmp_path}/run/shards/{name}-*.tar"] for name in ("train", "test")]
-    facts, notes = look(shards, tmp_path / "run", "cls")
-    assert (facts.samples, facts.held_out, facts.classes, notes) == (4, 4, 2, []) and facts.vocab_size
+    statistics, notes = inspect(shards, tmp_path / "run", "cls")
+    assert (statistics.samples, statistics.held_out, statistics.classes, notes) == (
+        4,
+        4,
+        2,
+        [],
+    ) and statistics.vocab_size
     monkeypatch.setattr("m3ae_fast.shards.sources.huggingface.hub_answers", lambda *_: True)
     monkeypatch.setattr("datasets.load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("the hub is far")))
     with pytest.raises(UserError, match="nowhere: no such folder; as the name of a dataset: "):
@@ -604,8 +609,8 @@ def test_an_hdf5_file_is_taken_with_its_splits_and_classes(tmp_path):
             file[f"{split}_labels"] = np.arange(len(chosen)) % 2
     shards = find_shards(str(tmp_path / "images.h5"), tmp_path / "run", None, [])
     assert [shards.train, shards.val] == [[f"{tmp_path}/run/shards/{name}-*.tar"] for name in ("train", "val")]
-    facts, _ = look(shards, tmp_path / "run", "cls")
-    assert (facts.samples, facts.held_out, facts.classes) == (4, 2, 2)
+    statistics, _ = inspect(shards, tmp_path / "run", "cls")
+    assert (statistics.samples, statistics.held_out, statistics.classes) == (4, 2, 2)
 
 
 def test_a_folder_of_parquet_files_is_taken_as_shards_make_takes_it(tmp_path):
@@ -614,8 +619,8 @@ def test_a_folder_of_parquet_files_is_taken_as_shards_make_takes_it(tmp_path):
     rows = {"image": [{"bytes": picture(number), "path": None} for number in range(10)], "text": ["a caption"] * 10}
     Dataset.from_dict(rows).to_parquet(str(tmp_path / "set/data.parquet"))
     shards = find_shards(str(tmp_path / "set"), tmp_path / "run", None, [])
-    facts, _ = look(shards, tmp_path / "run", "cls")
-    assert (facts.samples, facts.held_out) == (9, 1)
+    statistics, _ = inspect(shards, tmp_path / "run", "cls")
+    assert (statistics.samples, statistics.held_out) == (9, 1)
 
 
 def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
@@ -713,20 +718,22 @@ def test_what_the_user_sets_last_counts_and_null_or_0_is_nothing():
 
 
 def test_a_size_is_for_as_many_samples_as_it_takes_at_least():
-    for rung in LADDER:
-        own = Facts(int(rung.samples), 0, 1, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
-        assert automatic_settings.rungs(own)[-1].samples == rung.samples
+    for size in MODEL_SIZES:
+        own = DatasetStatistics(int(size.samples), 0, 1, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
+        assert automatic_settings.model_sizes(own)[-1].samples == size.samples
         assert (
-            rung.samples == 0
-            or automatic_settings.rungs(replace(own, samples=own.samples - 1))[-1].samples < rung.samples
+            size.samples == 0
+            or automatic_settings.model_sizes(replace(own, samples=own.samples - 1))[-1].samples < size.samples
         )
 
 
 def test_the_settings_are_those_of_the_rules_by_hand():
-    def chosen(samples, steps, batch=64, held_out=2000, words=512, rung=1):
-        facts = Facts(samples, held_out, 100, [0.5] * 3, [0.2] * 3, classes=3, vocab_size=words, text_length=24)
+    def chosen(samples, steps, batch=64, held_out=2000, words=512, size=1):
+        statistics = DatasetStatistics(
+            samples, held_out, 100, [0.5] * 3, [0.2] * 3, classes=3, vocab_size=words, text_length=24
+        )
         shards = Shards(["a.tar"], ["b.tar"] if held_out else [], [])
-        return settings(facts, shards, Path("r"), LADDER[rung], batch, steps, "json.kind", [])
+        return settings(statistics, shards, Path("r"), MODEL_SIZES[size], batch, steps, "json.kind", [])
 
     config = chosen(samples=6400, steps=4000)
     t, o = config.train, config.optim
@@ -744,32 +751,32 @@ def test_the_settings_are_those_of_the_rules_by_hand():
     assert chosen(samples=5000, steps=5).train.eval_every == 5
     assert automatic_settings.peak_rate(4096, 768) == 1.5e-4  # MAE's
     assert automatic_settings.peak_rate(1024, 384) == 3e-4  # of half the square root, for a quarter of the batch
-    assert chosen(samples=6400, steps=9, rung=2).optim.peak_lr == 1.2e-3 == automatic_settings.peak_rate(64, 383) / 4
+    assert chosen(samples=6400, steps=9, size=2).optim.peak_lr == 1.2e-3 == automatic_settings.peak_rate(64, 383) / 4
 
 
-def test_facts_are_those_of_the_training_samples(tmp_path):
-    """The facts are the median short side, the length that 95 % of captions do not exceed, and a vocabulary that they
+def test_statistics_are_those_of_the_training_samples(tmp_path):
+    """The statistics are the median short side, the length that 95 % of captions do not exceed, and a vocabulary that they
     can fill."""
     files = []
     for i in range(20):
         files.append((f"{i}.png", picture(i, (60 + i % 3, 20 if i < 9 else 30), fmt="PNG")))
         files.append((f"{i}.txt", b"one two three " * (30 if i == 19 else 4)))
     train, val = write_tar(tmp_path / "a.tar", files), write_tar(tmp_path / "b.tar", members(range(3)))
-    facts, _ = look(Shards([train], [val], []), tmp_path / "run", "cls")
-    assert (facts.samples, facts.held_out, facts.short_side, facts.classes) == (20, 3, 30, 0)
+    statistics, _ = inspect(Shards([train], [val], []), tmp_path / "run", "cls")
+    assert (statistics.samples, statistics.held_out, statistics.short_side, statistics.classes) == (20, 3, 30, 0)
     tokenizer = load_tokenizer(str(tmp_path / "run/tokenizer.json"), 1 << 16)
     lengths = [len(tokenizer.encode(text.decode())) for name, text in files if name.endswith("txt")]
-    assert facts.text_length == min(64, -(-sorted(lengths)[18] // 8) * 8) < lengths[19]
-    assert facts.vocab_size == tokenizer.vocab_size <= 512
+    assert statistics.text_length == min(64, -(-sorted(lengths)[18] // 8) * 8) < lengths[19]
+    assert statistics.vocab_size == tokenizer.vocab_size <= 512
     means = [np.asarray(Image.open(BytesIO(data)).convert("RGB")).mean((0, 1)) / 255 for _, data in files[::2]]
-    assert facts.image_mean == pytest.approx(np.mean(means, 0), abs=2e-4)
+    assert statistics.image_mean == pytest.approx(np.mean(means, 0), abs=2e-4)
 
 
 @pytest.mark.parametrize(("words", "length"), [(0, 8), (8, 8), (9, 16), (40, 40), (57, 64), (64, 64), (300, 64)])
 def test_most_captions_are_not_cut_but_none_is_longer_than_64(tmp_path, words, length):
     files = [file for i in range(3) for file in ((f"{i}.jpg", picture(i)), (f"{i}.txt", b"one " * words))]
-    facts, _ = look(Shards([write_tar(tmp_path / "a.tar", files)], [], []), tmp_path / "run", "cls")
-    assert facts.text_length == length and (facts.held_out, facts.classes) == (0, 0)
+    statistics, _ = inspect(Shards([write_tar(tmp_path / "a.tar", files)], [], []), tmp_path / "run", "cls")
+    assert statistics.text_length == length and (statistics.held_out, statistics.classes) == (0, 0)
 
 
 @pytest.mark.parametrize(("captions", "wanted"), [(1, 512), (724, 512), (725, 1024), (2896, 2048), (10**5, 16384)])
@@ -777,7 +784,7 @@ def test_a_vocabulary_is_for_about_as_many_captions_as_it_has_tokens(tmp_path, m
     asked, train = [], look_module.train_tokenizer
     monkeypatch.setattr(look_module, "caption_texts", lambda *_: iter(["one two"] * captions))
     monkeypatch.setattr(look_module, "train_tokenizer", lambda texts, size: asked.append(size) or train(texts[:9], 20))
-    look(Shards([write_tar(tmp_path / "a.tar", members(range(2)))], [], []), tmp_path / "run", "cls")
+    inspect(Shards([write_tar(tmp_path / "a.tar", members(range(2)))], [], []), tmp_path / "run", "cls")
     assert asked == [wanted]
 
 
@@ -790,8 +797,8 @@ def test_classes_are_those_that_training_samples_have(tmp_path):
 
     train = labelled("a.tar", (0, 1))
     for classes, count in (((0, 1), 2), ((1,), 2), ((0, 1, 2), 0)):
-        facts, notes = look(Shards([train], [labelled("b.tar", classes)], []), tmp_path / "run", "cls")
-        assert facts.classes == count and bool(notes) == (count == 0)
+        statistics, notes = inspect(Shards([train], [labelled("b.tar", classes)], []), tmp_path / "run", "cls")
+        assert statistics.classes == count and bool(notes) == (count == 0)
     assert "there is no k-NN accuracy and no linear probe: " in notes[0]
 
 
@@ -881,7 +888,7 @@ def test_the_time_of_a_run_is_that_of_steps_and_evaluations(every, val, evaluati
 
 
 def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch):
-    facts = Facts(20_000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
+    statistics = DatasetStatistics(20_000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
     tried, needed = [], []
     monkeypatch.setattr(plan, "measure", lambda config, *_: tried.append(config.model.emb_dim) or Pace(1e-4, 8, 4))
     monkeypatch.setattr(
@@ -890,8 +897,10 @@ def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch)
         lambda size, device: needed.append(size) or ("8 GB are needed" if len(needed) > 1 else ""),
     )
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
-    found = plan.choose(facts, Shards(["a.tar"], [], []), tmp_path, 1.0, "cls", [], session, time.monotonic())
-    sizes = [settings(facts, Shards(["a.tar"], [], []), tmp_path, rung, 64, 1, "cls", []) for rung in LADDER[1:3]]
+    found = plan.choose(statistics, Shards(["a.tar"], [], []), tmp_path, 1.0, "cls", [], session, time.monotonic())
+    sizes = [
+        settings(statistics, Shards(["a.tar"], [], []), tmp_path, size, 64, 1, "cls", []) for size in MODEL_SIZES[1:3]
+    ]
     assert needed == [memory_needed(config, 1, 64) for config in sizes]
     assert tried == [128, 192] and found.config.model.emb_dim == 192
     assert '"small" does not fit into memory: 8 GB are needed' in found.lines[1]
@@ -902,7 +911,7 @@ def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch)
 @pytest.mark.parametrize("place", [1, 2, 3, 4])
 def test_sizes_are_tried_from_the_smallest_to_the_first_that_will_not_do(tmp_path, monkeypatch, ends, place):
     """No larger size is tried, although it would do."""
-    facts = Facts(2_000_000, 100, 300, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
+    statistics = DatasetStatistics(2_000_000, 100, 300, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
     widths, tried, reckoned = [128, 192, 384, 768, 1024], [], []
 
     def measure(config, session, limit):
@@ -916,7 +925,7 @@ def test_sizes_are_tried_from_the_smallest_to_the_first_that_will_not_do(tmp_pat
     monkeypatch.setattr(plan, "measure", measure)
     monkeypatch.setattr(plan, "missing_memory", missing)
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
-    found = plan.choose(facts, Shards(["a.tar"], [], []), tmp_path, 1000.0, "cls", [], session, time.monotonic())
+    found = plan.choose(statistics, Shards(["a.tar"], [], []), tmp_path, 1000.0, "cls", [], session, time.monotonic())
     chosen = place - 1 if ends else 4
     assert found.config.model.emb_dim == widths[chosen]
     assert tried == widths[: chosen + 1 + (ends == "slow")] and len(reckoned) == (place if ends else 4)
@@ -953,7 +962,10 @@ def test_the_command_passes_on_what_it_is_given(monkeypatch, capsys, end, dry_ru
 @pytest.mark.parametrize(("hours", "seconds"), [(1.0, 30.0), (0.05, 5.4)])
 def test_a_trial_takes_a_small_part_of_the_time_and_never_long(tmp_path, monkeypatch, hours, seconds):
     """A trial runs in the precision of the run."""
-    facts, trials = Facts(9000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8), []
+    statistics, trials = (
+        DatasetStatistics(9000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8),
+        [],
+    )
 
     def measure(config, session, limit):
         trials.append((config.train.precision, pytest.approx(limit)))
@@ -963,15 +975,17 @@ def test_a_trial_takes_a_small_part_of_the_time_and_never_long(tmp_path, monkeyp
     monkeypatch.setattr(plan, "missing_memory", lambda size, device: "")
     device = torch.device("cpu")
     session = SimpleNamespace(ranks=SimpleNamespace(device=device))
-    plan.choose(facts, Shards(["a.tar"], [], []), tmp_path, hours, "cls", [], session, time.monotonic())
+    plan.choose(statistics, Shards(["a.tar"], [], []), tmp_path, hours, "cls", [], session, time.monotonic())
     assert trials == [(fast_precision(device), seconds)] * 2
 
 
 def test_what_is_chosen_gives_way_to_what_the_user_sets_and_fits_it():
-    facts = Facts(1000, 100, 40, [0.5] * 3, [0.2] * 3, classes=2, vocab_size=512, text_length=8)
+    statistics = DatasetStatistics(1000, 100, 40, [0.5] * 3, [0.2] * 3, classes=2, vocab_size=512, text_length=8)
 
     def chosen(*overrides):
-        return settings(facts, Shards(["a.tar"], ["b.tar"], []), Path("r"), LADDER[0], 64, 9, "cls", overrides)
+        return settings(
+            statistics, Shards(["a.tar"], ["b.tar"], []), Path("r"), MODEL_SIZES[0], 64, 9, "cls", overrides
+        )
 
     config = chosen("model.size=small", "train.epochs=3")
     assert config.model.emb_dim == 384 and config.train.epochs == 3 and config.train.steps is None
@@ -999,15 +1013,15 @@ def test_what_is_chosen_gives_way_to_what_the_user_sets_and_fits_it():
 )
 def test_the_largest_size_that_the_time_allows_is_chosen(tmp_path, monkeypatch, paces, size, why):
     """Given paces in seconds per sample replace measured ones."""
-    facts = Facts(1000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
+    statistics = DatasetStatistics(1000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
     widths = {128: "tiny", 192: "mini"}
     monkeypatch.setattr(plan, "measure", lambda config, *_: Pace(paces[widths[config.model.emb_dim]], 8, 4))
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
     shards = Shards(["a.tar"], ["b.tar"], [])
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: 50.0))
-    found = plan.choose(facts, shards, tmp_path, 1.0, "cls", [], session, 50.0)
+    found = plan.choose(statistics, shards, tmp_path, 1.0, "cls", [], session, 50.0)
     assert f'model: "{size}"' in found.lines[1] and why in found.lines[1]
-    larger = plan.choose(facts, shards, tmp_path, 1.0, "cls", ["train.global_batch=256"], session, 50.0)
+    larger = plan.choose(statistics, shards, tmp_path, 1.0, "cls", ["train.global_batch=256"], session, 50.0)
     assert larger.config.train.global_batch == 256
     for train in (found.config.train, larger.config.train):
         taken = train.steps * train.global_batch * paces[size]
@@ -1016,16 +1030,16 @@ def test_the_largest_size_that_the_time_allows_is_chosen(tmp_path, monkeypatch, 
 
 
 def small(classes=0, samples=1000):
-    return Facts(samples, 100, 100, [0.5] * 3, [0.2] * 3, classes=classes, vocab_size=0, text_length=8)
+    return DatasetStatistics(samples, 100, 100, [0.5] * 3, [0.2] * 3, classes=classes, vocab_size=0, text_length=8)
 
 
-def planned(monkeypatch, facts, hours, pace, overrides=(), spent=0.0, error=math.inf):
+def planned(monkeypatch, statistics, hours, pace, overrides=(), spent=0.0, error=math.inf):
     """Return the plan for samples that take `pace` seconds each, when `spent` seconds have passed."""
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: spent))
     monkeypatch.setattr(plan, "measure", lambda *_: Pace(pace, 8, 24, error))
     monkeypatch.setattr(plan, "missing_memory", lambda *_: "there is no memory")
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
-    return plan.choose(facts, Shards(["a.tar"], ["b.tar"], []), Path("r"), hours, "cls", overrides, session, 0.0)
+    return plan.choose(statistics, Shards(["a.tar"], ["b.tar"], []), Path("r"), hours, "cls", overrides, session, 0.0)
 
 
 def test_what_comes_before_and_after_training_is_part_of_the_hours(monkeypatch):
@@ -1076,7 +1090,7 @@ def test_a_run_that_is_too_short_says_so_and_how_long_is_enough(monkeypatch):
 def test_it_is_asked_whether_to_start_a_run_that_is_too_short(monkeypatch, tmp_path, capsys, terminal, answer, starts):
     """A user at a terminal is asked. Elsewhere a note is printed."""
     photos = make_pictures(tmp_path / "photos", each=2, captions=False)
-    config = settings(small(), Shards(["a.tar"], [], []), tmp_path / "run", LADDER[0], 1, 9, "cls", [])
+    config = settings(small(), Shards(["a.tar"], [], []), tmp_path / "run", MODEL_SIZES[0], 1, 9, "cls", [])
     monkeypatch.setattr(stages, "choose", lambda *_: plan.Plan(config, [], "9 steps: give more"))
     monkeypatch.setattr(stages, "pre_train", lambda *_, **__: None)
     monkeypatch.setattr(stages, "status", lambda _: ("stopped", ""))

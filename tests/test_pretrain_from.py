@@ -12,7 +12,14 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.pretrain import parse_args
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pretraining import final_evaluation
-from m3ae_fast.pretraining.automatic_settings import LADDER, Facts, Shards, assumed, rungs, settings
+from m3ae_fast.pretraining.automatic_settings import (
+    MODEL_SIZES,
+    DatasetStatistics,
+    Shards,
+    assumed,
+    model_sizes,
+    settings,
+)
 from m3ae_fast.pretraining.given_weights import FOLDER, given_weights
 from m3ae_fast.pretraining.plan import Budget
 from m3ae_fast.training.pace import Pace
@@ -36,18 +43,18 @@ def test_settings_follow_from_the_weights(base, tmp_path):
     warm-up is shorter."""
     given = given_weights(str(base), tmp_path, [])
     saved = M3AE.from_pretrained(tmp_path / FOLDER)
-    facts = Facts(20_000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8)
-    (size,) = rungs(facts, given.overrides)
-    config = settings(facts, SHARDS, tmp_path, size, 64, 1000, "cls", given.overrides)
+    statistics = DatasetStatistics(20_000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8)
+    (size,) = model_sizes(statistics, given.overrides)
+    config = settings(statistics, SHARDS, tmp_path, size, 64, 1000, "cls", given.overrides)
     free = {"size", "init_from"}
     assert config.model.model_dump(exclude=free) == saved.config.model_dump(exclude=free)
     assert config.model.init_from == str(tmp_path / FOLDER)
     assert config.data.tokenizer == str(tmp_path / FOLDER / "tokenizer.json")
     fresh = [override for override in given.overrides if not override.startswith("model.init_from")]
-    usual = settings(facts, SHARDS, tmp_path, LADDER[0], 64, 1000, "cls", fresh)
+    usual = settings(statistics, SHARDS, tmp_path, MODEL_SIZES[0], 64, 1000, "cls", fresh)
     assert config.optim.peak_lr == pytest.approx(usual.optim.peak_lr / 4, rel=1e-2)
     assert 0 < config.optim.warmup_epochs < usual.optim.warmup_epochs / 2
-    own = settings(facts, SHARDS, tmp_path, size, 64, 1000, "cls", [*given.overrides, "optim.peak_lr=0.5"])
+    own = settings(statistics, SHARDS, tmp_path, size, 64, 1000, "cls", [*given.overrides, "optim.peak_lr=0.5"])
     assert own.optim.peak_lr == 0.5
 
 
@@ -66,7 +73,7 @@ def test_the_range_of_images_is_that_of_the_weights(tmp_path):
     deep = SMALL.model_copy(update={"vocab_size": 0, "image_range": (0, 4095)})
     M3AE(deep).save_pretrained(tmp_path / "deep")
     overrides = given_weights(str(tmp_path / "deep"), tmp_path / "run", []).overrides
-    (size,) = rungs(assumed(overrides), overrides)
+    (size,) = model_sizes(assumed(overrides), overrides)
     config = settings(assumed(overrides), SHARDS, tmp_path, size, 64, 1000, "cls", overrides)
     assert config.model.image_range == (0, 4095) == config.data.range
     with pytest.raises(UserError, match=r"was trained with model\.image_range = \(0\.0, 4095\.0\), but the config has"):
@@ -89,7 +96,7 @@ def test_a_setting_of_another_model_is_refused_at_once(base, tmp_path, override,
 def test_another_image_size_is_possible_where_positions_are_computed(base, tmp_path):
     given = given_weights(str(base), tmp_path, ["model.image_size=64"])
     overrides = [*given.overrides, "model.image_size=64"]
-    (size,) = rungs(assumed(overrides), overrides)
+    (size,) = model_sizes(assumed(overrides), overrides)
     config = settings(assumed(overrides), SHARDS, tmp_path, size, 64, 1000, "cls", overrides)
     assert (config.model.image_size, config.model.patch_size) == (64, 8)
 
@@ -103,12 +110,12 @@ def test_what_is_no_model_is_refused(tmp_path):
 
 def test_its_initial_weights_are_measured_too(tmp_path):
     """The time for it is part of the plan."""
-    facts, pace = Facts(1000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8), Pace(1e-3, 64, 9)
-    config = settings(facts, SHARDS, tmp_path, LADDER[0], 64, 1000, "cls", [])
-    continued = settings(facts, SHARDS, tmp_path, LADDER[0], 64, 1000, "cls", [f"model.init_from={tmp_path}"])
+    statistics, pace = DatasetStatistics(1000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8), Pace(1e-3, 64, 9)
+    config = settings(statistics, SHARDS, tmp_path, MODEL_SIZES[0], 64, 1000, "cls", [])
+    continued = settings(statistics, SHARDS, tmp_path, MODEL_SIZES[0], 64, 1000, "cls", [f"model.init_from={tmp_path}"])
     assert final_evaluation.STARTED not in final_evaluation._models(config)
     assert final_evaluation._models(continued)[final_evaluation.STARTED] == str(tmp_path)
-    three, four = (Budget(facts, True, 1.0, 0.0, models).after(pace) for models in (3, 4))
+    three, four = (Budget(statistics, True, 1.0, 0.0, models).after(pace) for models in (3, 4))
     assert four > three
 
 

@@ -27,7 +27,7 @@ from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
 from m3ae_fast.evaluation.difference import LARGEST, not_above_largest
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.job import Job, SoFar, summary
+from m3ae_fast.evaluation.job import Job, PartialResult, summary
 from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
 from m3ae_fast.evaluation.probe_grid import trains_online
 from m3ae_fast.evaluation.probes import PROBES, Setting, attentive_recipe
@@ -180,14 +180,14 @@ def run(job: Job) -> dict[str, Any]:
     train, val, classes = job.open_labelled()
     found, done = Found(classes), 0
 
-    def so_far() -> SoFar:
+    def partial_result() -> PartialResult:
         known, text = found.copy(), f"{done} of {len(names)} models"
         page = f"Partial, stopped after {text}.\n\n{known.page()}" if known.trials else ""
         if page:
             write_whole(job.out / TABLE_FILE, page)
-        return SoFar(text, known.result(), known.columns(), page)
+        return PartialResult(text, known.result(), known.columns(), page)
 
-    job.keep_if_stopped(so_far)
+    job.keep_if_stopped(partial_result)
     training = cache(partial(_training, job, train.samples, len(classes)))  # measured once per shape
     work = {name: Work(shape.cost, names[name].startswith(RANDOM), training(shape)) for name, shape in shapes.items()}
     whole = job.time_left(

@@ -15,7 +15,7 @@ import numpy as np
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.parquet import read_parquet
-from m3ae_fast.evaluation.job import SO_FAR_FILE
+from m3ae_fast.evaluation.job import PARTIAL_FILE
 from m3ae_fast.evaluation.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
 from m3ae_fast.evaluation.predictions import FILE, largest_share
 from m3ae_fast.evaluation.significance import difference, middle, verdict
@@ -31,7 +31,7 @@ def compare_results(folders: Sequence[Path]) -> str:
     or if the results are not on the same samples."""
     if missing := next((folder for folder in folders if not (folder / FILE).is_file()), None):
         raise UserError(f"{missing}: has no {FILE}; name the folders that two evaluations wrote, such as runs/knn")
-    partial = [folder for folder in folders if (folder / SO_FAR_FILE).exists()]
+    partial = [folder for folder in folders if (folder / PARTIAL_FILE).exists()]
     notes = [f"note: {folder} holds a partial result: the task was stopped before its end" for folder in partial]
     return "\n".join([*notes, _compared(folders)])
 

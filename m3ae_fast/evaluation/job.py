@@ -34,7 +34,7 @@ from m3ae_fast.evaluation.tasks import TASKS, Modality, Options
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.run_folder import RunFolder
 
-RESULT_FILE, SO_FAR_FILE = "result.json", "result-so-far.json"
+RESULT_FILE, PARTIAL_FILE = "result.json", "result-so-far.json"
 
 LONG_S, SHORT_S = 15 * 60, 10 * 60  # on a CPU: duration that is warned about, and duration that is proposed instead
 STARTS_OVER = "running the same command again starts over"
@@ -42,7 +42,7 @@ STARTS_OVER = "running the same command again starts over"
 Columns = Mapping[str, Sequence[Any]]
 
 
-class SoFar(NamedTuple):
+class PartialResult(NamedTuple):
     """The intermediate result of a task."""
 
     done: str  # description of the completed part of the task
@@ -214,17 +214,17 @@ class Job:
         model = list(options.models) if TASKS[options.task].compares else options.model
         return about | result | {"model": model, "modality": self.modality, "config": config}
 
-    def keep_if_stopped(self, found: Callable[[], SoFar]) -> None:
+    def keep_if_stopped(self, found: Callable[[], PartialResult]) -> None:
         """From now on, write and print the intermediate result if a rank is asked to stop, before the ranks exit.
         `found`: function that returns the intermediate result; it is called on the main rank, in another thread."""
         self.stop.at_leaving = lambda: self._leave(found) if self.ranks.is_main else ""
 
-    def _leave(self, found: Callable[[], SoFar]) -> str:
+    def _leave(self, found: Callable[[], PartialResult]) -> str:
         if (self.out / RESULT_FILE).exists():
             return f"the result is in {self.out / RESULT_FILE}"
         return self.write_partial(found(), STARTS_OVER)
 
-    def write_partial(self, found: SoFar, rerun: str) -> str:
+    def write_partial(self, found: PartialResult, rerun: str) -> str:
         """Write the intermediate result, and return a message about it. Main rank only. `rerun`: text that states how
         the task can be continued."""
         if not found.result:
@@ -232,10 +232,10 @@ class Job:
         if found.columns:
             write_parquet(self.out / PREDICTIONS_FILE, found.columns)
         result = self.described({"done": found.done, **found.result}, partial=True)
-        write_result(self.out, result, SO_FAR_FILE)
+        write_result(self.out, result, PARTIAL_FILE)
         if found.page:
             print(found.page, flush=True)
-        return f"partial result, {found.done}, in {self.out / SO_FAR_FILE}: {summary(found.result)}; {rerun}"
+        return f"partial result, {found.done}, in {self.out / PARTIAL_FILE}: {summary(found.result)}; {rerun}"
 
 
 def refuse_existing(out: Path) -> None:
@@ -248,7 +248,7 @@ def write_result(out: Path, result: dict[str, Any], name: str = RESULT_FILE) -> 
     """Write a result atomically, by default as result.json, which replaces an intermediate result."""
     write_whole(out / name, json.dumps(result, indent=2) + "\n")
     if name == RESULT_FILE:
-        (out / SO_FAR_FILE).unlink(missing_ok=True)
+        (out / PARTIAL_FILE).unlink(missing_ok=True)
 
 
 def numbers_of(result: dict[str, Any]) -> dict[str, int | float]:

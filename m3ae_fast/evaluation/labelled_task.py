@@ -24,7 +24,7 @@ from m3ae_fast.drawing.figures import draw_training
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, C, Official, chosen, settled
-from m3ae_fast.evaluation.job import LONG_S, SHORT_S, Columns, Job, SoFar
+from m3ae_fast.evaluation.job import LONG_S, SHORT_S, Columns, Job, PartialResult
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.training.metrics_log import read_metrics
@@ -118,7 +118,7 @@ class LabelledTask(ABC):
         job, result = self.job, trainer.train()
         if result is None:
             rerun = "--resume auto continues"
-            job.ranks.on_main(lambda: job.say(job.write_partial(self.so_far(trainer), rerun)))
+            job.ranks.on_main(lambda: job.say(job.write_partial(self.partial_result(trainer), rerun)))
             return None
         self.save_classifier(trainer)
         assert self.predictions is not None
@@ -137,7 +137,7 @@ class LabelledTask(ABC):
             "cautions": found,
         }
 
-    def so_far(self, trainer: Trainer) -> SoFar:
+    def partial_result(self, trainer: Trainer) -> PartialResult:
         """Return the result of the last evaluation, in this attempt or an earlier one. Main rank only."""
         total = trainer.schedule.total_steps
         lines: list[dict[str, Any]] = []
@@ -150,9 +150,9 @@ class LabelledTask(ABC):
             at, columns = lines[-1]["step"], {}
             values = {name.removeprefix("val_"): value for name, value in lines[-1].items() if name.startswith("val_")}
         else:
-            return SoFar(f"step {trainer.step:,} of {total:,}, none evaluated", {}, {})
+            return PartialResult(f"step {trainer.step:,} of {total:,}, none evaluated", {}, {})
         done = f"the evaluation after step {at:,} of {total:,}"
-        return SoFar(done, values | {"steps": at, "total_steps": total}, columns)
+        return PartialResult(done, values | {"steps": at, "total_steps": total}, columns)
 
     def draw(self, trainer: Trainer) -> None:
         """Plot the curves of the run to training.png. Main rank only."""

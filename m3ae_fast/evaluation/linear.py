@@ -23,11 +23,11 @@ from m3ae_fast.evaluation.default_hyperparameters import chosen, sentence, settl
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import Live, logits
 from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
-from m3ae_fast.evaluation.job import Job, SoFar
+from m3ae_fast.evaluation.job import Job, PartialResult
 from m3ae_fast.evaluation.labelled_task import LabelledTask, make_trainer, open_training
 from m3ae_fast.evaluation.learning_rates import table
 from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
-from m3ae_fast.evaluation.probes import Setting, cautions_of, linear_recipe, predictions_so_far, train_heads
+from m3ae_fast.evaluation.probes import Setting, cautions_of, linear_recipe, partial_predictions, train_heads
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.training.trainer import Trainer
 
@@ -120,7 +120,7 @@ def run_cached(job: Job) -> dict[str, Any]:
     checkpoints."""
     if job.options.resume != "no":
         raise UserError("--resume: a probe of cached features has no checkpoints and starts over; leave it out")
-    job.keep_if_stopped(lambda: SoFar("the samples are being encoded", {}, {}))
+    job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train_corpus, val, classes = job.open_labelled()
     ranks, config, live = job.ranks, job.config, Live()
     model = job.model.config
@@ -136,13 +136,13 @@ def run_cached(job: Job) -> dict[str, Any]:
     schedule = Schedule(settings, settings, len(bank.keys))
     job.say(f"linear probe of {config.encode.pool} features, {len(classes)} classes, {sentence(settings, schedule, 0)}")
 
-    def so_far() -> SoFar:
-        found, where = predictions_so_far(live, {_LAYER: bank}, {_LAYER: held_out}, recipe)
+    def partial_result() -> PartialResult:
+        found, where = partial_predictions(live, {_LAYER: bank}, {_LAYER: held_out}, recipe)
         if not found:
-            return SoFar("no step has been taken", {}, {})
-        return SoFar(where, found[_LAYER].accuracies(), found[_LAYER].columns(classes))
+            return PartialResult("no step has been taken", {}, {})
+        return PartialResult(where, found[_LAYER].accuracies(), found[_LAYER].columns(classes))
 
-    job.keep_if_stopped(so_far)
+    job.keep_if_stopped(partial_result)
     with whole.aside(expected):
         trained = train_heads({_LAYER: bank}, recipe, setting)[_LAYER]
     if trained.tried:

@@ -19,7 +19,7 @@ from m3ae_fast.data.label_lists import LabelledLists, list_corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits
-from m3ae_fast.evaluation.job import Job, SoFar
+from m3ae_fast.evaluation.job import Job, PartialResult
 from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.significance import ERROR, middle
@@ -31,12 +31,12 @@ def run(job: Job) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if a sample has no list of labels, and as `Job.open`
     does."""
     config, knn = job.config.multilabel, job.config.knn
-    job.keep_if_stopped(lambda: SoFar("the samples are being encoded", {}, {}))
+    job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train = _open(job, job.config.data.train, None)
     val = _open(job, job.config.data.val, train.classes)
     encode = job.encoder(train.corpus.samples + val.corpus.samples)
     bank, queries = encode(train.corpus, "encoding train"), encode(val.corpus, "encoding val")
-    job.keep_if_stopped(lambda: SoFar("the samples are encoded", {}, {}))
+    job.keep_if_stopped(lambda: PartialResult("the samples are encoded", {}, {}))
     truth_NC, truth_MC = (part.classes_LC[each.labels] for part, each in ((train, bank), (val, queries)))
     if config.head == "knn":
         scores_RC = neighbour_scores(bank, queries, truth_NC, knn.k, knn.temperature)

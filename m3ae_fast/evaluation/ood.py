@@ -36,7 +36,7 @@ from m3ae_fast.drawing.figures import draw_detection
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits
-from m3ae_fast.evaluation.job import Job, SoFar, summary
+from m3ae_fast.evaluation.job import Job, PartialResult, summary
 from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.significance import area_under_roc, middle
@@ -188,7 +188,7 @@ def run(job: Job) -> dict[str, Any]:
     )
     evaluated: list[str] = []  # names of the sets
     # may be called from another thread at any time
-    job.keep_if_stopped(lambda: SoFar(f"{len(evaluated)} of {len(outside)} sets", dict(result), dict(columns)))
+    job.keep_if_stopped(lambda: PartialResult(f"{len(evaluated)} of {len(outside)} sets", dict(result), dict(columns)))
     encode = job.encoder(labelled.samples + held_out.samples + others)
     train, val = encode(labelled, "encoding train"), encode(held_out, "encoding val")
     seed = job.config.run.seed

@@ -22,9 +22,9 @@ from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.encoding import key_digest
 from m3ae_fast.evaluation.feature_bank import FeatureBank, missing_in_host_memory
 from m3ae_fast.evaluation.fit_heads import Live
-from m3ae_fast.evaluation.job import Job, SoFar, summary
+from m3ae_fast.evaluation.job import Job, PartialResult, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
-from m3ae_fast.evaluation.probes import PROBES, Probe, Recipe, Setting, attentive_recipe, predictions_so_far
+from m3ae_fast.evaluation.probes import PROBES, Probe, Recipe, Setting, attentive_recipe, partial_predictions
 from m3ae_fast.evaluation.significance import ERROR, interval, mean_accuracy
 from m3ae_fast.evaluation.tasks import DRAWS
 
@@ -82,18 +82,18 @@ class Found:
         parts = ((predictions, case._asdict() | {"draw": draw}) for case, draw, predictions in made)
         return stacked(parts, self.classes)
 
-    def so_far(self, encoded: Encoded, recipe: Recipe | None) -> SoFar:
+    def partial_result(self, encoded: Encoded, recipe: Recipe | None) -> PartialResult:
         """Return the intermediate result. If no probe is complete, it includes the accuracies of the heads in training
         on this rank's held-out samples. May be called from another thread."""
         made, probes = [*self.made], len(self.cases) * self.draws
         done, rows = f"{len(made)} of {probes} probes", self.rows(made)
         if recipe and self.draws == 1 and not made:  # an unfinished draw would not be comparable with others
-            found, where = predictions_so_far(self.live, encoded.bank, encoded.held_out, recipe)
+            found, where = partial_predictions(self.live, encoded.bank, encoded.held_out, recipe)
             unfinished = [(Case(layer, None), 0, predictions) for layer, predictions in found.items()]
             done += f" and the {where}" if unfinished else ""
             rows += [row | {"unfinished": where} for row in self.rows(unfinished)]
             made += unfinished
-        return SoFar(done, self.result(rows), self.columns(made))
+        return PartialResult(done, self.result(rows), self.columns(made))
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def run(job: Job) -> dict[str, Any]:
     draws = (options.draws or DRAWS) if options.shots else 1
     numbers: list[int | None] = [*options.shots] or [None]
     cases = [Case(layer, shots) for shots in numbers for layer in layers]
-    job.keep_if_stopped(lambda: SoFar("the samples are being encoded", {}, {}))
+    job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train, val, classes = job.open_labelled()
     if task == "attentive" and not options.shots and trains_online(job, layers, [train, val]):
         return _run_online(job, layers, (train, val, classes))
@@ -125,7 +125,7 @@ def run(job: Job) -> dict[str, Any]:
     found = Found(cases, draws, classes, encoded.samples)
     start = PROBES[task].recipe
     recipe = start and start(found.samples[0], _setting(job, found, None, 0))
-    job.keep_if_stopped(lambda: found.so_far(encoded, recipe))
+    job.keep_if_stopped(lambda: found.partial_result(encoded, recipe))
     for shots in numbers:
         for draw in range(draws):
             with whole.aside(expected[shots] / draws):
@@ -151,7 +151,7 @@ def _run_online(job: Job, layers: Sequence[int], opened: tuple[Corpus, Corpus, C
         f"attentive probe at {len(layers)} of {job.model.config.depth} layers, online, {train.samples:,} training "
         f"samples, batch {recipe.batch}, {recipe.steps:,} steps, learning rates: {', '.join(map(str, recipe.scales))}"
     )
-    job.keep_if_stopped(lambda: SoFar(found.live.copy()[1], {}, {}))
+    job.keep_if_stopped(lambda: PartialResult(found.live.copy()[1], {}, {}))
     made = predict_online(job, (train, val), layers, recipe, setting, whole)
     found.made = [(Case(layer, None), 0, predictions) for layer, predictions in made.items()]
     return _concluded(job, found)

@@ -193,7 +193,7 @@ def new_stack(width: int, recipe: Recipe, scales: Sequence[float], setting: Sett
     return Stack(heads, recipe.optimizer(heads), torch.tensor(scales, device=device), setting.ranks)
 
 
-def predictions_so_far(
+def partial_predictions(
     live: Live, banks: Banks, held_out: Banks, recipe: Recipe
 ) -> tuple[dict[Input, Predictions], str]:
     """Return the predictions of the heads in training for this rank's held-out samples, and a description of the

@@ -32,7 +32,7 @@ from m3ae_fast.engine.schedule import warmup_cosine
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import BankSteps, HeadBatch, Stack, fit_heads
 from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
-from m3ae_fast.evaluation.job import Job, SoFar
+from m3ae_fast.evaluation.job import Job, PartialResult
 from m3ae_fast.evaluation.significance import ERROR, middle
 from m3ae_fast.evaluation.stacked_optimizers import AdamW
 from m3ae_fast.process.collectives import all_reduce
@@ -91,7 +91,7 @@ def run(job: Job) -> dict[str, Any]:
     config, model, data, ranks = job.config.segment, job.model.config, job.config.data, job.ranks
     if model.resize == "native":
         raise UserError("segment needs images of one size: give --set data.resize=square")
-    job.keep_if_stopped(lambda: SoFar("the images are being encoded", {}, {}))
+    job.keep_if_stopped(lambda: PartialResult("the images are being encoded", {}, {}))
     opened = {name: _open(job, sources, name) for name, sources in (("train", data.train), ("val", data.val))}
     samples = sum(corpus.samples for corpus, _ in opened.values())
     whole = job.time_left(samples, shorter=lambda _: "fewer --train shards")
@@ -105,7 +105,7 @@ def run(job: Job) -> dict[str, Any]:
     if not asked:
         raise UserError(f"--val: all pixels of its masks have segment.ignore_label {config.ignore_label}")
     classes = max(known | asked) + 1
-    job.keep_if_stopped(lambda: SoFar("the images are encoded", {}, {}))
+    job.keep_if_stopped(lambda: PartialResult("the images are encoded", {}, {}))
     head: Linear | Neighbours
     if config.head == "linear":
         head = fit(train, classes, config, job)

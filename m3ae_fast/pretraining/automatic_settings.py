@@ -53,7 +53,7 @@ class Shards:
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetStatistics:
     """Statistics of the training and the held-out samples."""
 
     samples: int
@@ -68,7 +68,7 @@ class Facts:
     image_range: Range | None = None  # values of black and white in images of more than 8 bits
 
 
-class Rung(NamedTuple):
+class ModelSize(NamedTuple):
     """A model size, with its requirements."""
 
     name: str
@@ -82,32 +82,32 @@ def _narrow(width: int, depth: int, heads: int, decoder: int) -> dict[str, Any]:
     return own | {"dec_emb_dim": decoder, "dec_depth": 2, "dec_num_heads": 4}
 
 
-LADDER = (
-    Rung("tiny", _narrow(128, 4, 4, 64), 48, 0),
-    Rung("mini", _narrow(192, 6, 6, 128), 96, 0),
-    Rung("small", {"size": "small", "dec_emb_dim": 256, "dec_depth": 4, "dec_num_heads": 8}, 224, 1e4),
-    Rung("base", {"size": "base"}, 224, 1e5),
-    Rung("large", {"size": "large"}, 224, 1e6),
+MODEL_SIZES = (
+    ModelSize("tiny", _narrow(128, 4, 4, 64), 48, 0),
+    ModelSize("mini", _narrow(192, 6, 6, 128), 96, 0),
+    ModelSize("small", {"size": "small", "dec_emb_dim": 256, "dec_depth": 4, "dec_num_heads": 8}, 224, 1e4),
+    ModelSize("base", {"size": "base"}, 224, 1e5),
+    ModelSize("large", {"size": "large"}, 224, 1e6),
 )
 
 
-def rungs(facts: Facts, overrides: Sequence[str] = ()) -> list[Rung]:
+def model_sizes(statistics: DatasetStatistics, overrides: Sequence[str] = ()) -> list[ModelSize]:
     """Return the model sizes for which there are enough samples, smallest first. If the run starts from given weights,
     this is only the size of these weights."""
     if continues(overrides):
-        return [Rung("as its weights", {}, LADDER[-1].pixels, 0)]
-    return [rung for rung in LADDER if facts.samples >= rung.samples]
+        return [ModelSize("as its weights", {}, MODEL_SIZES[-1].pixels, 0)]
+    return [size for size in MODEL_SIZES if statistics.samples >= size.samples]
 
 
-def possible(sizes: Sequence[Rung], config_of: Callable[[Rung], Config]) -> list[Rung]:
+def possible(sizes: Sequence[ModelSize], config_of: Callable[[ModelSize], Config]) -> list[ModelSize]:
     """Return the model sizes that are compatible with the user's settings, such as a number of heads, which must divide
     the width. `config_of`: function that returns the config for a size or raises UserError. Raises UserError if there
     are none."""
     found, first = [], None
-    for rung in sizes:
+    for size in sizes:
         try:
-            config_of(rung)
-            found.append(rung)
+            config_of(size)
+            found.append(size)
         except UserError as error:
             first = first or error
     if not found and first is not None:
@@ -123,15 +123,15 @@ def image_and_patch(short_side: int, pixels: int) -> tuple[int, int]:
     return size // patch * patch, patch
 
 
-def _images(facts: Facts, rung: Rung, overrides: Sequence[str]) -> tuple[int, int]:
+def _images(statistics: DatasetStatistics, size: ModelSize, overrides: Sequence[str]) -> tuple[int, int]:
     """Return the image size and the patch size as `image_and_patch` does. If the user sets one of them, the other is
     adapted to it."""
-    size, patch = image_and_patch(facts.short_side, rung.pixels)
+    image_size, patch = image_and_patch(statistics.short_side, size.pixels)
     if own := given(overrides, "model.image_size"):
         patch = next((p for p in (16, 8) if own // p >= 8 and own % p == 0), 4)
     elif own := given(overrides, "model.patch_size"):
-        size = max(size // own, 1) * own
-    return size, patch
+        image_size = max(image_size // own, 1) * own
+    return image_size, patch
 
 
 def set_to(overrides: Sequence[str], name: str, default: Any) -> Any:
@@ -219,31 +219,31 @@ def assumed_config(overrides: Sequence[str]) -> Config:
     """Return the config with these overrides for hypothetical samples, to validate the overrides before the samples are
     opened. Raises UserError if the overrides are invalid for any samples, or require a library that is not
     installed."""
-    facts = assumed(overrides)
+    statistics = assumed(overrides)
     shards = Shards(["train.tar"], ["val.tar"], [])
 
-    def config_of(rung: Rung) -> Config:
-        return settings(facts, shards, Path("run"), rung, 64, 1000, "cls", overrides)
+    def config_of(size: ModelSize) -> Config:
+        return settings(statistics, shards, Path("run"), size, 64, 1000, "cls", overrides)
 
-    config = config_of(possible(LADDER, config_of)[0])
+    config = config_of(possible(MODEL_SIZES, config_of)[0])
     require_libraries_of(config)
     return config
 
 
-def assumed(overrides: Sequence[str], samples: int = 10**6) -> Facts:
+def assumed(overrides: Sequence[str], samples: int = 10**6) -> DatasetStatistics:
     """Return statistics of hypothetical samples that are compatible with the overrides."""
     shown = set_to(overrides, "data.show_channels", None)
     most = max([2, *(number for number in shown if isinstance(number, int))]) if isinstance(shown, list) else 2
     channels = channels_set(overrides) or most + 1
     is_alone = set_to(overrides, "data.tokenizer", "") is None
     words = 0 if is_alone else set_to(overrides, "model.vocab_size", 512)
-    return Facts(samples, 1000, 1000, [0.5] * channels, [0.25] * channels, 2, words, text_length=64)
+    return DatasetStatistics(samples, 1000, 1000, [0.5] * channels, [0.25] * channels, 2, words, text_length=64)
 
 
-def _length(facts: Facts, batch: int, steps: int, overrides: Sequence[str]) -> tuple[int, int]:
+def _length(statistics: DatasetStatistics, batch: int, steps: int, overrides: Sequence[str]) -> tuple[int, int]:
     """Return the number of steps of the run (`steps`, unless the overrides set a length) and the number of steps per
     epoch."""
-    per_epoch = max(facts.samples // (given(overrides, "train.global_batch") or batch), 1)
+    per_epoch = max(statistics.samples // (given(overrides, "train.global_batch") or batch), 1)
     epochs = set_to(overrides, "train.epochs", None)
     if isinstance(epochs, int | float) and epochs > 0:
         steps = max(round(epochs * per_epoch), 1)
@@ -251,10 +251,10 @@ def _length(facts: Facts, batch: int, steps: int, overrides: Sequence[str]) -> t
 
 
 def settings(
-    facts: Facts,
+    statistics: DatasetStatistics,
     shards: Shards,
     out: Path,
-    rung: Rung,
+    size: ModelSize,
     batch: int,
     steps: int,
     labels: str,
@@ -266,10 +266,10 @@ def settings(
     """Return the config of a run.
 
     Args:
-        facts: statistics of the samples.
+        statistics: statistics of the samples.
         shards: the shards.
         out: the run folder.
-        rung: the model size.
+        size: the model size.
         batch: number of samples per step.
         steps: number of steps.
         labels: source of the labels.
@@ -281,30 +281,30 @@ def settings(
     Raises:
         UserError: an override is invalid.
     """
-    size, patch = _images(facts, rung, overrides)
-    steps, per_epoch = _length(facts, batch, steps, overrides)
+    image_size, patch = _images(statistics, size, overrides)
+    steps, per_epoch = _length(statistics, batch, steps, overrides)
     train, val = ([{"shards": part}] for part in (shards.train, shards.val))
     warm_up, factor = (_CONTINUED_WARM_UP, _CONTINUED_RATE) if continues(overrides) else (_WARM_UP, 1.0)
     often = max(steps // evaluations, min(steps, 10)) if evaluations else None
     config: dict[str, Any] = {
         "run": {"dir": str(out)},
         "model": {
-            **rung.model,
-            "image_size": size,
+            **size.model,
+            "image_size": image_size,
             "patch_size": patch,
-            "channels": len(facts.image_mean),
-            "image_dtype": facts.image_dtype,
-            "image_mean": facts.image_mean,
-            "image_std": facts.image_std,
-            "text_length": facts.text_length,
-            "vocab_size": facts.vocab_size,
+            "channels": len(statistics.image_mean),
+            "image_dtype": statistics.image_dtype,
+            "image_mean": statistics.image_mean,
+            "image_std": statistics.image_std,
+            "text_length": statistics.text_length,
+            "vocab_size": statistics.vocab_size,
         },
         "loss": {"norm_pix": set_to(overrides, "model.image_targets", "pixels") == "pixels"},
         "data": {
             "train": train,
             "val": val if shards.val else [],
-            "tokenizer": str((out / TOKENIZER).resolve()) if facts.vocab_size else None,
-            "range": facts.image_range,
+            "tokenizer": str((out / TOKENIZER).resolve()) if statistics.vocab_size else None,
+            "range": statistics.image_range,
             "crop_scale": [0.4, 1.0],
         },
         "optim": {"warmup_epochs": round(warm_up * steps / per_epoch, 3), "clip_grad": 1.0},
@@ -314,9 +314,11 @@ def settings(
             "hours": hours,
             "log_every": max(steps // 50, 1),
             "eval_every": often,
-            "eval_samples": max(min(facts.held_out, EVALUATED), 1),
+            "eval_samples": max(min(statistics.held_out, EVALUATED), 1),
             "save_every": max(steps // 10, min(steps, 10)),
-            "probe": _probe(train, val, labels, often if facts.samples <= PROBED else None) if facts.classes else None,
+            "probe": _probe(train, val, labels, often if statistics.samples <= PROBED else None)
+            if statistics.classes
+            else None,
         },
         "deepspeed": None,
     }

@@ -15,7 +15,7 @@ from m3ae_fast.config import Range, SourceConfig
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.labels import class_names, label_corpus
 from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.pretraining.automatic_settings import TOKENIZER, Facts, Shards, channels_set, set_to
+from m3ae_fast.pretraining.automatic_settings import TOKENIZER, DatasetStatistics, Shards, channels_set, set_to
 from m3ae_fast.pretraining.image_settings import channels_and_dtype, range_of
 from m3ae_fast.shards.overview import describe_classes, part_of, show
 from m3ae_fast.shards.problem_counts import Tally
@@ -31,9 +31,9 @@ _NAMED = 3  # maximum number of damaged shards that are named
 _QUANTILE = 0.95  # fraction of the captions that are not truncated
 
 
-def look(
+def inspect(
     shards: Shards, out: Path, labels: str, image_range: Range | None = None, overrides: Sequence[str] = ()
-) -> tuple[Facts, list[str]]:
+) -> tuple[DatasetStatistics, list[str]]:
     """Return statistics of the samples, with values from the overrides if these set them, and notes for the user. If
     there are captions, a tokenizer is trained and written to the run folder. An overview of the samples is printed.
 
@@ -74,7 +74,7 @@ def look(
         notes.append(f"further damaged or unreadable shards: {len(damaged) - _NAMED:,}")
     mean, std = found.mean_and_std()
     lengths = found.lengths or [1]
-    return Facts(
+    return DatasetStatistics(
         train.samples,
         val.samples if val else 0,
         int(np.median(np.array(found.sizes).min(1))),

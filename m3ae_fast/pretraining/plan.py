@@ -17,7 +17,7 @@ from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
 from m3ae_fast.pretraining import automatic_settings
-from m3ae_fast.pretraining.automatic_settings import Facts, Rung, Shards
+from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, ModelSize, Shards
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.pace import Pace, measure
 
@@ -45,18 +45,20 @@ class Plan:
 class Budget:
     """The division of the time between the parts of a call of `pretrain`."""
 
-    def __init__(self, facts: Facts, probed: bool, hours: float, began: float, models: int = _MODELS) -> None:
+    def __init__(
+        self, statistics: DatasetStatistics, probed: bool, hours: float, began: float, models: int = _MODELS
+    ) -> None:
         """Create the budget.
 
         Args:
-            facts: statistics of the samples.
+            statistics: statistics of the samples.
             probed: whether features are probed, during training and after it.
             hours: the time for everything.
             began: value of `time.monotonic` at the beginning of the call.
             models: number of models that are evaluated after training.
         """
         self._models = models
-        self.facts, self._probed, self.seconds, self._began = facts, probed, 3600 * hours, began
+        self.statistics, self._probed, self.seconds, self._began = statistics, probed, 3600 * hours, began
 
     def spent(self) -> float:
         """Return the seconds since the call began."""
@@ -66,8 +68,8 @@ class Budget:
         """Return the estimated seconds for everything after training."""
         if not self._probed:
             return _REPORT
-        recipe = OFFICIAL["linear"].scaled(self.facts.samples)
-        steps = recipe.epochs * max(self.facts.samples // recipe.global_batch, 1)
+        recipe = OFFICIAL["linear"].scaled(self.statistics.samples)
+        steps = recipe.epochs * max(self.statistics.samples // recipe.global_batch, 1)
         tasks = self._models * _TASKS * (_TASK + self._features(pace))
         return tasks + self._models * 2 * steps * _PROBE_STEP + _REPORT  # twice, because learning rates are tried first
 
@@ -82,7 +84,7 @@ class Budget:
 
     def evaluations(self, pace: Pace) -> tuple[int, float]:
         """Return the number of evaluations between the first step and the last, and the estimated seconds for them."""
-        probe = self._features(pace) if self._probed and self.facts.samples <= automatic_settings.PROBED else 0.0
+        probe = self._features(pace) if self._probed and self.statistics.samples <= automatic_settings.PROBED else 0.0
         each = self._losses(pace) + probe
         count = min(automatic_settings.EVALUATIONS, int(_EVALUATING * self.training(pace) / each)) if each else 0
         return count, count * each
@@ -93,17 +95,17 @@ class Budget:
         return max(left, _LEAST * self.training(pace))
 
     def _losses(self, pace: Pace) -> float:
-        held_out = self.facts.held_out
+        held_out = self.statistics.held_out
         return _START + pace.evaluation(min(held_out, automatic_settings.EVALUATED)) if held_out else 0.0
 
     def _features(self, pace: Pace) -> float:
         """Return the estimated seconds to compute the features of all samples. A forward pass over all patches takes
         about as long as a training step, in which only the visible patches are encoded."""
-        return _START + (self.facts.samples + self.facts.held_out) * pace.sample
+        return _START + (self.statistics.samples + self.statistics.held_out) * pace.sample
 
 
 def choose(
-    facts: Facts,
+    statistics: DatasetStatistics,
     shards: Shards,
     out: Path,
     hours: float,
@@ -115,7 +117,7 @@ def choose(
     """Return the plan of a run that fits into the time.
 
     Args:
-        facts: statistics of the samples.
+        statistics: statistics of the samples.
         shards: the shards.
         out: the run folder.
         hours: the time for everything.
@@ -130,29 +132,30 @@ def choose(
     """
 
     def config_of(
-        rung: Rung,
+        size: ModelSize,
         batch: int,
         steps: int,
         time_limit: float | None = None,
         evaluations: int = automatic_settings.EVALUATIONS,
     ) -> Config:
-        given = (facts, shards, out, rung, batch, steps, labels, overrides)
+        given = (statistics, shards, out, size, batch, steps, labels, overrides)
         return automatic_settings.settings(*given, hours=time_limit, evaluations=evaluations)
 
     allowed = automatic_settings.possible(
-        automatic_settings.rungs(facts, overrides), lambda rung: config_of(rung, automatic_settings.SMALLEST_BATCH, 1)
+        automatic_settings.model_sizes(statistics, overrides),
+        lambda size: config_of(size, automatic_settings.SMALLEST_BATCH, 1),
     )
 
-    def measured(rung: Rung) -> Pace:
-        config = config_of(rung, automatic_settings.batch_of(facts.samples), 1)
+    def measured(size: ModelSize) -> Pace:
+        config = config_of(size, automatic_settings.batch_of(statistics.samples), 1)
         settled = config.model_copy(update={"train": settle_precision(config.train, session.ranks.device)})
         return measure(settled, session, min(_TRIAL * budget.seconds, _LONGEST_TRIAL))
 
     probed = config_of(allowed[0], automatic_settings.SMALLEST_BATCH, 1).train.probe is not None
     continues = automatic_settings.continues(overrides)
-    budget = Budget(facts, probed, hours, began, _CONTINUED_MODELS if continues else _MODELS)
-    rung, pace = allowed[0], measured(allowed[0])
-    why = "the size of the given weights" if continues else _why_not_larger(facts)
+    budget = Budget(statistics, probed, hours, began, _CONTINUED_MODELS if continues else _MODELS)
+    size, pace = allowed[0], measured(allowed[0])
+    why = "the size of the given weights" if continues else _why_not_larger(statistics)
     for larger in allowed[1:]:
         needed = memory_needed(
             config_of(larger, automatic_settings.SMALLEST_BATCH, 1), 1, automatic_settings.SMALLEST_BATCH
@@ -162,55 +165,55 @@ def choose(
             break
         other = measured(larger)
         seconds = budget.steps_time(other)
-        if not automatic_settings.reaches(seconds, other.sample, facts.samples):
-            why = _too_slow(larger, seconds, other, facts)
+        if not automatic_settings.reaches(seconds, other.sample, statistics.samples):
+            why = _too_slow(larger, seconds, other, statistics)
             break
-        rung, pace = larger, other
+        size, pace = larger, other
     seconds, (evaluations, _) = budget.steps_time(pace), budget.evaluations(pace)
-    fitted = automatic_settings.fitted_batch(seconds, pace.sample, facts.samples)
+    fitted = automatic_settings.fitted_batch(seconds, pace.sample, statistics.samples)
     batch = automatic_settings.given(overrides, "train.global_batch") or fitted
-    steps = automatic_settings.steps_in(seconds, pace.sample, batch, facts.samples)
+    steps = automatic_settings.steps_in(seconds, pace.sample, batch, statistics.samples)
     time_limit = round(budget.training(pace) / 3600, 5)
-    config = config_of(rung, batch, steps, time_limit, evaluations)
-    return Plan(config, _lines(config, budget, rung, why, pace), _warning(config, budget, pace))
+    config = config_of(size, batch, steps, time_limit, evaluations)
+    return Plan(config, _lines(config, budget, size, why, pace), _warning(config, budget, pace))
 
 
-def _why_not_larger(facts: Facts) -> str:
+def _why_not_larger(statistics: DatasetStatistics) -> str:
     """Return the reason why no model size larger than those allowed by the number of samples is considered."""
-    above = [rung for rung in automatic_settings.LADDER if rung.samples > facts.samples]
+    above = [size for size in automatic_settings.MODEL_SIZES if size.samples > statistics.samples]
     if not above:
         return "there is no larger size"
     return f'"{above[0].name}" requires {above[0].samples:,.0f} samples or more'
 
 
-def _too_slow(rung: Rung, seconds: float, pace: Pace, facts: Facts) -> str:
+def _too_slow(size: ModelSize, seconds: float, pace: Pace, statistics: DatasetStatistics) -> str:
     """Return the explanation for the user that a model size is too slow for the time."""
     seen = seconds / pace.sample
-    epochs = seen / facts.samples
+    epochs = seen / statistics.samples
     return (
-        f'"{rung.name}" is too slow: in the given time it would see {seen:,.0f} images '
+        f'"{size.name}" is too slow: in the given time it would see {seen:,.0f} images '
         f"({epochs:,.{0 if epochs >= 10 else 1}f} epochs), but a larger model needs at least "
         f"{automatic_settings.SEEN:,} images and {automatic_settings.EPOCHS} epochs"
     )
 
 
-def _lines(config: Config, budget: Budget, rung: Rung, why: str, pace: Pace) -> list[str]:
-    m, facts = config.model, budget.facts
+def _lines(config: Config, budget: Budget, size: ModelSize, why: str, pace: Pace) -> list[str]:
+    m, statistics = config.model, budget.statistics
     kind = (
         f"captions of up to {m.text_length} tokens of {m.vocab_size:,}" if m.vocab_size else "no captions: image-only"
     )
     return [
-        f"data: {facts.samples:,} samples and {facts.held_out:,} held out; {kind}; "
-        + (f"{facts.classes} classes" if facts.classes else "no classes"),
-        f'model: "{m.size or rung.name}", {m.emb_dim} wide, {m.depth} deep, images of {m.image_size} px (median short '
-        f"side of the files: {facts.short_side} px) in patches of {m.patch_size} px; {why}",
+        f"data: {statistics.samples:,} samples and {statistics.held_out:,} held out; {kind}; "
+        + (f"{statistics.classes} classes" if statistics.classes else "no classes"),
+        f'model: "{m.size or size.name}", {m.emb_dim} wide, {m.depth} deep, images of {m.image_size} px (median short '
+        f"side of the files: {statistics.short_side} px) in patches of {m.patch_size} px; {why}",
         *_length(config, budget, pace),
     ]
 
 
 def _length(config: Config, budget: Budget, pace: Pace) -> list[str]:
     """Return lines about the length of the run and the expected end."""
-    schedule, batch = Schedule(config.train, config.optim, budget.facts.samples), config.train.global_batch
+    schedule, batch = Schedule(config.train, config.optim, budget.statistics.samples), config.train.global_batch
     steps = schedule.total_steps
     epochs = steps / schedule.steps_per_epoch
     capped = epochs == LONGEST
@@ -239,7 +242,7 @@ def _between(config: Config, schedule: Schedule, budget: Budget, pace: Pace) -> 
 def _warning(config: Config, budget: Budget, pace: Pace) -> str:
     """Return a warning with a sufficient number of hours if the run is too short to learn much; "" otherwise, or if the
     user has set the length."""
-    schedule, batch = Schedule(config.train, config.optim, budget.facts.samples), config.train.global_batch
+    schedule, batch = Schedule(config.train, config.optim, budget.statistics.samples), config.train.global_batch
     steps, enough = schedule.total_steps, max(automatic_settings.LEARNING_STEPS, schedule.steps_per_epoch)
     if config.train.hours is None or steps >= enough:
         return ""

@@ -20,7 +20,7 @@ from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.report import REPORT_FILE, write_report
 from m3ae_fast.pretraining import SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import assumed_config, check_overrides, set_to
-from m3ae_fast.pretraining.dataset_statistics import look
+from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.final_evaluation import draw_map, evaluate_run, stage, table, verdicts, why_no_map
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
 from m3ae_fast.pretraining.learning_rate_search import tune as choose_rate
@@ -166,8 +166,8 @@ def _configured(
         return load_config(path, list(overrides))
     plan: Plan | None = None
     with stage(device) as session:
-        facts, notes = look(shards, out, labels, image_range, overrides)
-        plan = choose(facts, shards, out, hours, labels, overrides, session, began)
+        statistics, notes = inspect(shards, out, labels, image_range, overrides)
+        plan = choose(statistics, shards, out, hours, labels, overrides, session, began)
     if plan is None:
         return None
     notes = [*weights.notes, *shards.notes, *notes]

@@ -98,9 +98,9 @@ def test_an_attentive_probe_in_training_may_be_asked():
         live, sections = Live(), {"attentive": {"batch": 20, "steps": 6, "heads": 2}}
         setting = _setting(ranks, live, **sections)
         recipe = probes.attentive_recipe(60, setting)
-        assert probes.predictions_so_far(live, {1: bank}, {1: bank}, recipe)[0] == {}
+        assert probes.partial_predictions(live, {1: bank}, {1: bank}, recipe)[0] == {}
         tried = probes.try_rates({1: bank}, recipe, setting)[1]
-        found, where = probes.predictions_so_far(live, {1: bank}, {1: bank}, recipe)
+        found, where = probes.partial_predictions(live, {1: bank}, {1: bank}, recipe)
         heads, _ = live.copy()
         assert where == "attentive probe, 5 rates at step 6 of 6"
         number = tried.index(probes.best(tried))

@@ -28,7 +28,7 @@ QUICK = {
 
 
 def test_a_result_takes_the_place_of_what_was_found_before_a_stop(tmp_path):
-    for name, result in ((job.SO_FAR_FILE, {"top1": 0.5}), (job.RESULT_FILE, {"top1": 0.75})):
+    for name, result in ((job.PARTIAL_FILE, {"top1": 0.5}), (job.RESULT_FILE, {"top1": 0.75})):
         job.write_result(tmp_path, result, name)
         (written,) = tmp_path.iterdir()
         assert written.name == name and json.loads(written.read_text()) == result

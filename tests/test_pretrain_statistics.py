@@ -1,4 +1,4 @@
-"""The facts that `pretrain` derives from images, captions and labels, and the agreement of chosen settings with
+"""The statistics that `pretrain` derives from images, captions and labels, and the agreement of chosen settings with
 `--set`."""
 
 import re
@@ -19,8 +19,8 @@ from m3ae_fast.config import load_config
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.images.bit_depth import Depth
 from m3ae_fast.images.image_kind import Kind
-from m3ae_fast.pretraining.automatic_settings import LADDER, Shards, assumed, check_overrides, settings
-from m3ae_fast.pretraining.dataset_statistics import look
+from m3ae_fast.pretraining.automatic_settings import MODEL_SIZES, Shards, assumed, check_overrides, settings
+from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.image_settings import range_of
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards.problem_counts import Tally
@@ -99,8 +99,8 @@ def test_the_model_sees_what_images_have(tmp_path, kind):
     files = [(f"{path.stem}.{suffix}", path.read_bytes()) for path in sorted(photos.rglob(f"*.{suffix}"))]
     own = Shards([write_tar(tmp_path / "a.tar", files[:6])], [write_tar(tmp_path / "b.tar", files[6:])], [])
     for shards in (find_shards(str(photos), tmp_path / "run", None, []), own):
-        facts, _ = look(shards, tmp_path / "run", "cls")
-        config = settings(facts, shards, tmp_path / "run", LADDER[0], 2, 9, "cls", [])
+        statistics, _ = inspect(shards, tmp_path / "run", "cls")
+        config = settings(statistics, shards, tmp_path / "run", MODEL_SIZES[0], 2, 9, "cls", [])
         m = config.model
         assert (m.channels, m.image_dtype, config.data.range) == (channels, dtype, image_range)
         assert len(m.image_mean) == len(m.image_std) == channels and m.image_range == image_range
@@ -112,7 +112,7 @@ def test_shards_that_are_cut_off_are_named(tmp_path):
     shards = [write_tar(tmp_path / f"{number}.tar", files) for number in range(5)]
     for path in map(Path, shards[:4]):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    _, notes = look(Shards(shards[1:], shards[:1], []), tmp_path / "run", "cls")
+    _, notes = inspect(Shards(shards[1:], shards[:1], []), tmp_path / "run", "cls")
     assert [note.partition(":")[0] for note in notes[1:4]] == [*shards[1:4]]
     assert notes[4:] == ["further damaged or unreadable shards: 1"]
 
@@ -147,14 +147,14 @@ def test_channels_that_the_user_sets_are_taken(tmp_path):
     photos = _folder(tmp_path / "photos", "png", lambda: _png(_levels(24, 20)))
     shards = find_shards(str(photos), tmp_path / "run", None, [])
     for override, channels in (("model.channels=3", 3), ("model.image_mean=[0.5,0.5,0.5]", 3), ("model.size=small", 1)):
-        facts, _ = look(shards, tmp_path / "run", "cls", None, [override])
-        config = settings(facts, shards, tmp_path / "run", LADDER[0], 2, 9, "cls", [override])
+        statistics, _ = inspect(shards, tmp_path / "run", "cls", None, [override])
+        config = settings(statistics, shards, tmp_path / "run", MODEL_SIZES[0], 2, 9, "cls", [override])
         assert config.model.channels == channels == len(config.model.image_std)
 
 
-def _chosen(*overrides, facts=None):
-    shards, facts = Shards(["a.tar"], ["b.tar"], []), facts or assumed(overrides)
-    return settings(facts, shards, Path("r"), LADDER[1], 64, 100, "cls", overrides)
+def _chosen(*overrides, statistics=None):
+    shards, statistics = Shards(["a.tar"], ["b.tar"], []), statistics or assumed(overrides)
+    return settings(statistics, shards, Path("r"), MODEL_SIZES[1], 64, 100, "cls", overrides)
 
 
 # each setting that `pretrain` chooses, with another value, and an expression that must hold then
@@ -200,9 +200,9 @@ SETTINGS = {
 
 @pytest.mark.parametrize("override", SETTINGS)
 def test_each_setting_alone_gives_a_config_that_fits_it(tmp_path, override):
-    """Facts that fit the setting replace those of samples, as before there are samples."""
+    """DatasetStatistics that fit the setting replace those of samples, as before there are samples."""
     check_overrides([override])
-    c = _chosen(override, facts=assumed([override], samples=640))
+    c = _chosen(override, statistics=assumed([override], samples=640))
     assert eval(SETTINGS[override], {"c": c, "m": c.model, "t": c.train, "o": c.optim, "len": len})
     assert load_config(_written(tmp_path, c)) == c
 
@@ -246,7 +246,7 @@ def test_image_tokens_go_with_the_choices(tmp_path):
 
 def test_a_setting_of_a_probe_that_is_missing_is_told():
     with pytest.raises(UserError, match=r"--set train.probe.k: there is no probe, because .* with --labels"):
-        _chosen("train.probe.k=7", facts=replace(assumed([]), classes=0))
+        _chosen("train.probe.k=7", statistics=replace(assumed([]), classes=0))
 
 
 def _captioned(path, count):
@@ -262,15 +262,15 @@ def test_the_vocabulary_is_the_users(tmp_path):
     shards = Shards([_captioned(tmp_path / "a.tar", 30)], [], [])
     sizes = {}
     for override in ("model.vocab_size=60", "model.vocab_size=0", "data.tokenizer=null", "model.text_length=9"):
-        sizes[override] = look(shards, tmp_path, "cls", None, [override])[0].vocab_size
+        sizes[override] = inspect(shards, tmp_path, "cls", None, [override])[0].vocab_size
     train_tokenizer([caption(i) for i in range(9)], 50).save(str(tmp_path / "mine.json"))
-    mine = look(shards, tmp_path / "other", "cls", None, [f"data.tokenizer={tmp_path}/mine.json"])[0].vocab_size
+    mine = inspect(shards, tmp_path / "other", "cls", None, [f"data.tokenizer={tmp_path}/mine.json"])[0].vocab_size
     assert [*sizes.values()][:3] == [60, 0, 0] and 0 < mine <= 50 < sizes["model.text_length=9"]
     assert not (tmp_path / "other").exists()
     with pytest.raises(
         UserError, match=r"model.vocab_size=9999: the captions yield \d+ tokens; set this number, or none"
     ):
-        look(shards, tmp_path, "cls", None, ["model.vocab_size=9999"])
+        inspect(shards, tmp_path, "cls", None, ["model.vocab_size=9999"])
 
 
 def test_of_many_captions_a_part_is_read(tmp_path, monkeypatch):
@@ -288,7 +288,7 @@ def test_of_many_captions_a_part_is_read(tmp_path, monkeypatch):
 
 def test_samples_that_cannot_be_used_are_told(tmp_path):
     files = [*members(range(4)), ("9.jpg", picture(1)[:-300])]
-    _, notes = look(Shards([write_tar(tmp_path / "a.tar", files)], [], []), tmp_path, "cls")
+    _, notes = inspect(Shards([write_tar(tmp_path / "a.tar", files)], [], []), tmp_path, "cls")
     assert any(re.match("1 of 5 inspected samples cannot be used: the image is damaged", note) for note in notes)
 
 
@@ -304,9 +304,9 @@ def test_labels_that_are_asked_for_and_not_there_end_it_before_training(tmp_path
 
     train, val = map(labelled, ("train", "val"))
     shards = Shards([train], [val], [])
-    assert look(shards, tmp_path / "run", "cls")[0].classes > 1
+    assert inspect(shards, tmp_path / "run", "cls")[0].classes > 1
     with pytest.raises(UserError, match=r"--labels json\.nope: .*nope"):
-        look(shards, tmp_path / "run", "json.nope")
+        inspect(shards, tmp_path / "run", "json.nope")
 
 
 def test_an_imbalanced_grey_folder_with_splits_and_labels_is_trained_on(tmp_path, capsys):
