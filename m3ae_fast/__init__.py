@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from m3ae_fast.base.environment import settle_home, settle_libraries
+from m3ae_fast.base.environment import configure_home, configure_libraries
 from m3ae_fast.base.former_names import refuse_former_module
 from m3ae_fast.base.memory import refuse_too_few_addresses, shown_in_one_line
 
@@ -34,8 +34,8 @@ if sys.argv[:1] == ["-m"] or os.path.dirname(os.path.realpath(sys.argv[0])) == _
     refuse_former_module()
     sys.excepthook = shown_in_one_line  # a command of this package is being started
     refuse_too_few_addresses()
-    settle_libraries()
-settle_home()  # before other libraries look for it
+    configure_libraries()
+configure_home()  # before other libraries look for it
 
 
 def __getattr__(name: str) -> Any:
@@ -47,7 +47,7 @@ def __getattr__(name: str) -> Any:
     if name == "shards":
         return import_module("m3ae_fast.shards")
     if name in _MODULES:
-        settle_libraries()
+        configure_libraries()
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

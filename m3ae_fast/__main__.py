@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-from m3ae_fast.base.environment import settle_libraries
+from m3ae_fast.base.environment import configure_libraries
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.base.former_names import present_name
 
@@ -59,7 +59,7 @@ def _run() -> int:
         from m3ae_fast.cli.command_line import refuse
 
         refuse(former or f"no command {name!r}; m3ae-fast --help lists the commands")
-    settle_libraries()
+    configure_libraries()
     is_module = any(pair == ("-m", "m3ae_fast") for pair in zip(sys.orig_argv, sys.orig_argv[1:]))
     sys.argv = [f"{'python -m m3ae_fast' if is_module else 'm3ae-fast'} {name}", *sys.argv[2:]]
     runpy.run_module(MODULES[name], run_name="__main__", alter_sys=False)

@@ -136,13 +136,13 @@ def perform(args: argparse.Namespace, session: Session) -> None:
 
 def _dry_run(config: Config, args: argparse.Namespace, session: Session) -> None:
     """Print the report of --dry-run. Every rank must call it. Raises UserError as at the start of a run."""
-    from m3ae_fast.base.hardware import settle_precision
+    from m3ae_fast.base.hardware import resolve_precision
     from m3ae_fast.evaluation.knn_during_training import open_probe
     from m3ae_fast.training.dry_run import report, report_time
 
     ranks = session.ranks
     gpus = args.world is not None or ranks.device.type == "cuda"
-    settled = config if gpus else config.model_copy(update={"train": settle_precision(config.train, ranks.device)})
+    resolved = config if gpus else config.model_copy(update={"train": resolve_precision(config.train, ranks.device)})
 
     def print_report() -> None:
         more = []
@@ -151,7 +151,7 @@ def _dry_run(config: Config, args: argparse.Namespace, session: Session) -> None
                 probe = open_probe(config, progress=True)
             more = [("probe", probe.describe())] if probe else []
         world = args.world if gpus else ranks.world
-        report(settled, world, gpus=gpus, data=not args.no_data, sizes=args.sizes, more=more)
+        report(resolved, world, gpus=gpus, data=not args.no_data, sizes=args.sizes, more=more)
 
     ranks.on_main(print_report)
     if args.world is None and not args.no_data:

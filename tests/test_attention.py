@@ -503,7 +503,7 @@ def test_one_rank_chooses_and_all_run_the_same(trials):
     names, times = RunAttention(*where).choose(512)
     assert names == {"encoder": "new", "decoder": "new"} and times["encoder"] == {"new": 1.0, "old": 2.0}
     assert trials == [(2, 32, 8, 512), (3, 16, 29, 512)]
-    RunAttention(*where).settle({"encoder": "new", "decoder": "old"})  # the choice of another rank
+    RunAttention(*where).use_kernels({"encoder": "new", "decoder": "old"})  # the choice of another rank
     assert RunAttention(*where).describe() == "new (encoder), old (decoder)"
     assert [kernel_for("auto", gpu, BF16, *head, 8).name for head in ((2, 32), (3, 16))] == ["new", "old"]
     assert len(trials) == 2
@@ -524,7 +524,7 @@ def test_each_kind_of_head_has_a_choice_of_its_own(trials, monkeypatch):
     monkeypatch.setattr(cuda, "trial", lambda *asked, **_: real(asked) or {"new": 1.0})
     gpu, second = (torch.device("cuda", number) for number in (0, 1))
     kind = (gpu, BF16, 2, 32)
-    cuda.settle(*kind, 8, "old")
+    cuda.use_kernel(*kind, 8, "old")
     others = [(second, *kind[1:]), (gpu, torch.float16, 2, 32), (gpu, BF16, 4, 32), (gpu, BF16, 2, 64)]
     assert [cuda.choose(*other, 8).name for other in (kind, *others)] == ["old", *["new"] * 4]
     assert [asked[:4] for asked in trials] == others

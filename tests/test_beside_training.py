@@ -229,7 +229,7 @@ def test_what_triton_needs_is_looked_for(monkeypatch, tmp_path):
 @pytest.mark.parametrize("held_out", [True, False])
 def test_damaged_shards_are_named_of_training_and_of_held_out_samples(monkeypatch, held_out):
     told = []
-    attention = SimpleNamespace(choose=print, settle=lambda kernels: None, describe=lambda: "")
+    attention = SimpleNamespace(choose=print, use_kernels=lambda kernels: None, describe=lambda: "")
     monkeypatch.setattr(pretraining_task, "RunAttention", lambda *_: attention)
     config = SimpleNamespace(model=None, masking=None, train=SimpleNamespace(precision="fp32"))
     val = SimpleNamespace(damaged=["val"]) if held_out else None

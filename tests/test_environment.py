@@ -75,7 +75,7 @@ import torch
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_a_program_settles_how_torch_waits_and_allocates_before_it_is_imported(start):
+def test_a_program_configures_how_torch_waits_and_allocates_before_importing_it(start):
     assert _set(STARTS[start]) == SETTINGS
 
 

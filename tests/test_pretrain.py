@@ -755,8 +755,8 @@ def test_the_settings_are_those_of_the_rules_by_hand():
 
 
 def test_statistics_are_those_of_the_training_samples(tmp_path):
-    """The statistics are the median short side, the length that 95 % of captions do not exceed, and a vocabulary that they
-    can fill."""
+    """The statistics include the median short side, the length that 95 % of captions do not exceed, and a vocabulary
+    that the captions can fill."""
     files = []
     for i in range(20):
         files.append((f"{i}.png", picture(i, (60 + i % 3, 20 if i < 9 else 30), fmt="PNG")))

@@ -334,7 +334,7 @@ def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest
             bad=SimpleNamespace(bad=0),
         )
         loop.throughput = SimpleNamespace(rates=lambda own=own: {"data_wait": own})
-        loop.growth = SimpleNamespace(look=lambda steps, _: looked.append(steps))
+        loop.growth = SimpleNamespace(check=lambda steps, _: looked.append(steps))
         Trainer.log_step(loop, [PackedLosses(torch.tensor(2.0))], torch.tensor(1.0))
         values, named = told[-1]
         assert (values["loss"], values["data_wait"], values["forward_s"], named) == (2.0, wait, max(own, 0.3), where)

@@ -840,6 +840,6 @@ def test_a_cache_on_a_network_file_system_is_told(tmp_path, mixed, monkeypatch):
 
 def test_memory_that_goes_on_growing_is_told():
     growth = MemoryGrowth()
-    assert [growth.look(step, gigabytes) for step, gigabytes in ((1, 1.0), (50, 2.0), (60, 2.9))] == [None] * 3
-    assert growth.look(70, 3.1) == "peak memory has grown from 2.00 to 3.10 GB since the first steps"
-    assert growth.look(80, 3.2) is None
+    assert [growth.check(step, gigabytes) for step, gigabytes in ((1, 1.0), (50, 2.0), (60, 2.9))] == [None] * 3
+    assert growth.check(70, 3.1) == "peak memory has grown from 2.00 to 3.10 GB since the first steps"
+    assert growth.check(80, 3.2) is None

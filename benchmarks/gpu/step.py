@@ -33,8 +33,8 @@ from m3ae_fast.training.profiler import ACTIVE, TRACE_FILE, WAIT, WARMUP
 
 WORDS = (8, 32)  # minimum and maximum number of words of a caption
 LOG_EVERY = 5
-SETTLED = WAIT + WARMUP + ACTIVE + 2 * LOG_EVERY  # steps after which compilation and profiling are complete
-STEPS = SETTLED + 3 * LOG_EVERY
+START_UP_STEPS = WAIT + WARMUP + ACTIVE + 2 * LOG_EVERY  # steps after which compilation and profiling are complete
+STEPS = START_UP_STEPS + 3 * LOG_EVERY
 EXPERT_WARMUP, EXPERT_ROUNDS, EXPERT_BATCHES = 3, 10, 4
 
 
@@ -124,7 +124,7 @@ def _profile(kept: Path) -> dict[str, list[results.Row]]:
 
 
 def time_trainer(case: Case, shards: Path, kept: Path, gpus: int, *, plain: bool) -> results.Row:
-    """Run the trainer with --profile, store its log, metrics and trace in `kept`, and return the row of `settled`.
+    """Run the trainer with --profile, store its log, metrics and trace in `kept`, and return `stable_medians`.
     `plain`: use plain torch instead of DeepSpeed. Raises RuntimeError if the trainer fails or logs nothing after its
     first steps."""
     run_dir = shards / "run"
@@ -151,7 +151,7 @@ def time_trainer(case: Case, shards: Path, kept: Path, gpus: int, *, plain: bool
     if code:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise RuntimeError(f"{(lines or ['no output'])[-1]} (see {log})")
-    return settled(kept / METRICS)
+    return stable_medians(kept / METRICS)
 
 
 def _trainer(gpus: int, recompute: bool) -> list[str]:
@@ -166,13 +166,13 @@ def _trainer(gpus: int, recompute: bool) -> list[str]:
     return [sys.executable, *launcher, *program]
 
 
-def settled(metrics: Path) -> results.Row:
-    """Return the medians of the metrics that were logged after the first SETTLED steps. Raises RuntimeError if there
+def stable_medians(metrics: Path) -> results.Row:
+    """Return the medians of the metrics that were logged after the first START_UP_STEPS steps. Raises RuntimeError if there
     are none."""
     lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ())
-    found = [line for line in lines if "samples_per_s" in line and line["step"] > SETTLED]
+    found = [line for line in lines if "samples_per_s" in line and line["step"] > START_UP_STEPS]
     if not found:
-        raise RuntimeError(f"{metrics} has no line of a step after {SETTLED}")
+        raise RuntimeError(f"{metrics} has no line of a step after {START_UP_STEPS}")
     names = {
         "samples/s": "samples_per_s",
         "reference MFU": "mfu",

@@ -173,7 +173,7 @@ def test_training_as_it_ships_is_timed(tmp_path, monkeypatch):
         raise RuntimeError("no memory left")
 
     monkeypatch.setattr(gpu_step, "time_expert", fail)
-    monkeypatch.setattr(gpu_step, "SETTLED", 5)
+    monkeypatch.setattr(gpu_step, "START_UP_STEPS", 5)
     monkeypatch.setattr(gpu_step, "STEPS", 15)
     config = {name: TRAINER_TINY[name] for name in ("model", "optim", "train", "deepspeed")}
     case = gpu_step.Case("tiny", config | {"model": config["model"] | {"vocab_size": 50}}, batch=4, samples=16)

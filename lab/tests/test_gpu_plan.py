@@ -413,9 +413,9 @@ def test_a_run_that_fails_in_any_way_costs_its_numbers_alone(tmp_path, monkeypat
     assert [row["samples/s"] for row in results.read(tmp_path / "gpu-step.json")] == [None, 10.0]
 
 
-def test_a_run_that_logs_nothing_settled_says_so(tmp_path):
+def test_a_run_that_ends_during_start_up_is_reported(tmp_path):
     with pytest.raises(RuntimeError, match=r"metrics\.jsonl has no line of a step after"):
-        step.settled(tmp_path / "metrics.jsonl")
+        step.stable_medians(tmp_path / "metrics.jsonl")
 
 
 def test_ceilings_of_a_cpu(monkeypatch):

@@ -12,7 +12,7 @@ Device = Literal["cpu", "cuda"]
 DEVICES: tuple[Device, ...] = get_args(Device)
 
 
-def settle_libraries() -> None:
+def configure_libraries() -> None:
     """Set default environment variables for torch, without overriding those set by the user. Must be called before
     torch is imported."""
     # Waiting OpenMP threads must not occupy a core that the loader, another rank or another program could use.
@@ -26,7 +26,7 @@ def settle_libraries() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-def settle_home() -> None:
+def configure_home() -> None:
     """Set HOME to a temporary folder, the same for all processes, if the user's home folder is missing, as in some
     containers and batch systems. Prints a note once per node."""
     home = os.path.expanduser("~")

@@ -75,7 +75,7 @@ def fast_precision(device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-def settle_precision(config: C, device: torch.device) -> C:
+def resolve_precision(config: C, device: torch.device) -> C:
     """Return `config` with precision "auto" resolved for `device`."""
     return config if config.precision != "auto" else config.model_copy(update={"precision": fast_precision(device)})
 

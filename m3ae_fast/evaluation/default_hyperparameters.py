@@ -84,7 +84,7 @@ def _power_of_two(value: float) -> int:
     return max(2, 2 ** round(math.log2(value)))
 
 
-def settled(config: C, samples: int, saved: Mapping[str, Any]) -> C:
+def with_defaults(config: C, samples: int, saved: Mapping[str, Any]) -> C:
     """Return the config with defaults in place of settings that are null.
 
     Args:

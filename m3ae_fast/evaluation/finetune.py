@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from m3ae_fast.base.bad_samples import Skipped
-from m3ae_fast.base.hardware import pins_memory, settle_precision
+from m3ae_fast.base.hardware import pins_memory, resolve_precision
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.resuming import SAMPLING, Rules
 from m3ae_fast.config.evaluation import FineTuneConfig
@@ -162,7 +162,7 @@ def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
     """Open the data, build or restore the classifier, and return the task and its trainer. Raises UserError if
     something is missing or does not fit."""
     ranks, data = job.ranks, job.config.data
-    start = open_training(job, ranks.broadcast(lambda: settle_precision(job.config.finetune, ranks.device)))
+    start = open_training(job, ranks.broadcast(lambda: resolve_precision(job.config.finetune, ranks.device)))
     config: FineTuneConfig = start.settings
 
     torch.manual_seed(job.config.run.seed)

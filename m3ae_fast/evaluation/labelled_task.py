@@ -23,7 +23,7 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_training
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule, split_batch
-from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, C, Official, chosen, settled
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, C, Official, chosen, with_defaults
 from m3ae_fast.evaluation.job import LONG_S, SHORT_S, Columns, Job, PartialResult
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import ERROR
@@ -198,7 +198,7 @@ def open_training(job: Job, config: C) -> Start:
     train, val, classes = job.open_labelled()
     if train.has_captions:
         job.model.require_tokenizer()
-    settings = settled(config, train.samples, found.section(config.SECTION))
+    settings = with_defaults(config, train.samples, found.section(config.SECTION))
     share = split_batch(settings, job.ranks.world, job.ranks.rank)
     return Start(found, train, val, classes, settings, share, Schedule(settings, settings, train.samples))
 

@@ -19,7 +19,7 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
-from m3ae_fast.evaluation.default_hyperparameters import chosen, sentence, settled
+from m3ae_fast.evaluation.default_hyperparameters import chosen, sentence, with_defaults
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import Live, logits
 from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
@@ -131,7 +131,7 @@ def run_cached(job: Job) -> dict[str, Any]:
         job.encode(corpus, title, whole, corpus.samples)
         for corpus, title in ((train_corpus, "encoding train"), (val, "encoding val"))
     )
-    settings = settled(config.linear, len(bank.keys), {})
+    settings = with_defaults(config.linear, len(bank.keys), {})
     recipe = linear_recipe(len(bank.keys), setting)
     schedule = Schedule(settings, settings, len(bank.keys))
     job.say(f"linear probe of {config.encode.pool} features, {len(classes)} classes, {sentence(settings, schedule, 0)}")

@@ -16,7 +16,7 @@ import torch
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.evaluation import AttentiveProbeConfig, EvaluationConfig
 from m3ae_fast.engine.schedule import Schedule, warmup_cosine
-from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, settled
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, with_defaults
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import BankSteps, Heads, Input, Live, Stack, fit_heads, judge, logits, subset
 from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads, LinearProbeHead
@@ -77,7 +77,7 @@ class Recipe:
 def linear_recipe(samples: int, setting: Setting) -> Recipe:
     """Return the hyper-parameters of linear probes for this number of training samples."""
     given = setting.config.linear
-    config = settled(given, samples, {})
+    config = with_defaults(given, samples, {})
     schedule, peak_lr = Schedule(config, config, samples), config.peak_lr
     assert peak_lr is not None
     rates = (peak_lr,) if given.peak_lr is not None else tuple(float(f"{f * peak_lr:.3g}") for f in FACTORS)
@@ -102,7 +102,7 @@ def linear_recipe(samples: int, setting: Setting) -> Recipe:
 def attentive_recipe(samples: int, setting: Setting) -> Recipe:
     """Return the hyper-parameters of attentive probes for this number of training samples."""
     given = setting.config.attentive
-    config = settled_attentive(given, samples, setting.encoder_heads)
+    config = attentive_with_defaults(given, samples, setting.encoder_heads)
     assert config.steps and config.batch and config.heads
     heads, steps = config.heads, config.steps
     rates = ATTENTIVE_RATES if given.peak_lr is None else (given.peak_lr,)
@@ -120,7 +120,7 @@ def attentive_recipe(samples: int, setting: Setting) -> Recipe:
     )
 
 
-def settled_attentive(config: AttentiveProbeConfig, samples: int, encoder_heads: int) -> AttentiveProbeConfig:
+def attentive_with_defaults(config: AttentiveProbeConfig, samples: int, encoder_heads: int) -> AttentiveProbeConfig:
     """Return the config with defaults in place of settings that are null, except for the learning rate."""
     recipe = OFFICIAL["linear"].scaled(samples)
     batch = min(config.batch or recipe.global_batch, samples)

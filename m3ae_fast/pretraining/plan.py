@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from m3ae_fast.base.hardware import missing_memory, settle_precision
+from m3ae_fast.base.hardware import missing_memory, resolve_precision
 from m3ae_fast.base.progress import duration
 from m3ae_fast.config import LONGEST, Config
 from m3ae_fast.engine.memory_estimate import memory_needed
@@ -148,8 +148,8 @@ def choose(
 
     def measured(size: ModelSize) -> Pace:
         config = config_of(size, automatic_settings.batch_of(statistics.samples), 1)
-        settled = config.model_copy(update={"train": settle_precision(config.train, session.ranks.device)})
-        return measure(settled, session, min(_TRIAL * budget.seconds, _LONGEST_TRIAL))
+        resolved = config.model_copy(update={"train": resolve_precision(config.train, session.ranks.device)})
+        return measure(resolved, session, min(_TRIAL * budget.seconds, _LONGEST_TRIAL))
 
     probed = config_of(allowed[0], automatic_settings.SMALLEST_BATCH, 1).train.probe is not None
     continues = automatic_settings.continues(overrides)

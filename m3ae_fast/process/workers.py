@@ -33,7 +33,7 @@ IN_WORKER = "in DataLoader worker process"  # torch's mark of an exception that 
 _LEAVING_S = 5.0  # seconds for workers to exit before they are killed
 # Before Python 3.12, a forked worker hangs if a non-Python thread enters the interpreter during the fork, such as
 # gloo's thread that frees the tensor of a collective. This pause gives such threads time to leave.
-_SETTLING_S = 0.02
+_BEFORE_FORK_S = 0.02
 _LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 
 
@@ -98,7 +98,7 @@ class Loader(DataLoader[T_co]):
     def __iter__(self) -> Any:
         keep_socket_paths_short()
         if self.num_workers:
-            time.sleep(_SETTLING_S)
+            time.sleep(_BEFORE_FORK_S)
         with signals_blocked():
             if self.companion is not None:
                 self.companion.begin()

@@ -30,8 +30,8 @@ class RunAttention:
         """Benchmark the installed kernels on a micro-batch of `samples`. Return the fastest kernel for encoder and
         decoder, and the milliseconds of each kernel that works. `known` kernels are returned without a benchmark if
         they work on this machine. Returns an empty result if no timing is needed: on a CPU, or if M3AE_KERNELS_IMPL is
-        set. Call it on one rank only, so that all ranks use the same kernels, and pass the result to `settle` on every
-        rank."""
+        set. Call it on one rank only, so that all ranks use the same kernels, and pass the result to `use_kernels` on
+        every rank."""
         names: Names = {}
         times: dict[str, dict[str, float]] = {}
         if self.device.type != "cuda" or asked_impl("auto") != "auto" or self.config.att_drop:
@@ -44,12 +44,12 @@ class RunAttention:
             names[part] = name
         return names, times
 
-    def settle(self, names: Names) -> None:
+    def use_kernels(self, names: Names) -> None:
         """Set the attention kernels of the encoder and the decoder to those returned by `choose`, on this rank or
         another."""
         sizes = self._sizes()
         for part, name in names.items():
-            cuda.settle(self.device, self.dtype, *sizes[part], name)
+            cuda.use_kernel(self.device, self.dtype, *sizes[part], name)
 
     def describe(self) -> str:
         """Return the names of the kernels of encoder and decoder. On CUDA, a kernel that is not set is determined by
@@ -63,7 +63,7 @@ class RunAttention:
 
     def _works(self, size: tuple[int, int, int], name: str) -> bool:
         try:
-            cuda.settle(self.device, self.dtype, *size, name)
+            cuda.use_kernel(self.device, self.dtype, *size, name)
         # a kernel chosen on another machine may not be installed on this one, or its build may be broken
         except Exception:
             return False

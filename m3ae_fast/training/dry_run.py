@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.hardware import data_sheet, missing_memory, settle_precision
+from m3ae_fast.base.hardware import data_sheet, missing_memory, resolve_precision
 from m3ae_fast.base.progress import working
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.batch.packed import PackedBatch
@@ -154,8 +154,8 @@ def report_time(config: Config, session: Session) -> None:
     if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world, FIRST_BATCH), ranks.device)):
         print(f"{'time':21} not measured on this machine: {lacking}")
         return
-    settled = config.model_copy(update={"train": settle_precision(config.train, ranks.device)})
-    pace = measure(settled, session, MEASURED_S)
+    resolved = config.model_copy(update={"train": resolve_precision(config.train, ranks.device)})
+    pace = measure(resolved, session, MEASURED_S)
     if ranks.is_main:
         found = open_data(config.data, config.model)
         schedule = Schedule(config.train, config.optim, found.train.samples * config.data.repeats)

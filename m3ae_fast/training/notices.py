@@ -13,7 +13,7 @@ from m3ae_fast.data.shards import network_file_system
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.images.decoding import size_of
 
-_SETTLED_STEPS = 50  # number of steps after which memory use should be stable
+_FIRST_STEPS = 50  # number of steps after which memory use should be stable
 _GROWTH = 1.5
 _LOOKED_AT = 32  # images that are inspected per source
 _ENLARGED = 0.75  # fraction of the model's image size; smaller images are reported
@@ -119,14 +119,14 @@ class MemoryGrowth:
     """Detector of peak memory that keeps growing after the first steps of a run."""
 
     def __init__(self) -> None:
-        self._settled: float | None = None
+        self._stable: float | None = None
 
-    def look(self, steps: int, gigabytes: float) -> str | None:
+    def check(self, steps: int, gigabytes: float) -> str | None:
         """Return the note after this many steps of this attempt; None if there is none."""
-        if steps < _SETTLED_STEPS:
+        if steps < _FIRST_STEPS:
             return None
-        before, self._settled = self._settled, self._settled or gigabytes
+        before, self._stable = self._stable, self._stable or gigabytes
         if before is None or gigabytes < _GROWTH * before:
             return None
-        self._settled = gigabytes
+        self._stable = gigabytes
         return f"peak memory has grown from {before:.2f} to {gigabytes:.2f} GB since the first steps"

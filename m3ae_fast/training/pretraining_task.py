@@ -50,7 +50,7 @@ class PretrainingTask:
         # be bitwise equal.
         choose = partial(attention.choose, trainer.share.micro_batch, trainer.attention)
         trainer.attention, times = ranks.broadcast(choose)
-        attention.settle(trainer.attention)
+        attention.use_kernels(trainer.attention)
         described = attention.describe()
         damaged = self.data.train.damaged + (self.data.val.damaged if self.data.val else [])
         trainer.bad.report(ranks.from_main(damaged), say=ranks.is_main)

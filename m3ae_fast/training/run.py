@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from m3ae_fast import checkpoint
 from m3ae_fast.base.bad_samples import BadSamples
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.hardware import dtype_of, missing_for_triton, peak_flops, pins_memory, settle_precision
+from m3ae_fast.base.hardware import dtype_of, missing_for_triton, peak_flops, pins_memory, resolve_precision
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.resuming import Resume, require_same
 from m3ae_fast.config import Config, remembered, require_libraries_of
@@ -82,8 +82,8 @@ def pre_train(
     """
     ranks = session.ranks
     ranks.on_main(lambda: require_libraries_of(config))
-    settled = ranks.broadcast(lambda: settle_precision(config.train, ranks.device))
-    config = config.model_copy(update={"train": settled})
+    resolved = ranks.broadcast(lambda: resolve_precision(config.train, ranks.device))
+    config = config.model_copy(update={"train": resolved})
     session.heartbeats.watch_over(config.run)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
         trainer = set_up(config, resume, session, folder, with_changes, make_probe)

@@ -11,7 +11,7 @@ from m3ae_fast.engine.schedule import Schedule
 
 _WARM = 2  # steps that are excluded because memory is allocated, kernels are compiled and loader workers start
 _FEWEST = 8  # measured steps before the first adjustment, or as many as take
-_SETTLED = 0.1  # of the time
+_SUFFICIENT_TIME = 0.1  # of the time
 # The weight of a step's duration decreases by a factor of e over this fraction of the time left, but over no less than
 # this fraction of the whole time.
 _RECENT, _RECENT_LEAST = 0.1, 0.01
@@ -69,9 +69,9 @@ class TimeLimit:
         """Return the number of steps for a run that is at `step`: that of the schedule, unless the run would then end
         too late or too early."""
         total, left = schedule.total_steps, self.seconds - self.spent
-        settled = self._taken >= _WARM + _FEWEST or self._counted >= _SETTLED * self.seconds
+        measured = self._taken >= _WARM + _FEWEST or self._counted >= _SUFFICIENT_TIME * self.seconds
         early = self.spent - self._adjusted < _PAUSE * self.seconds
-        if not self._taken or (left > 0 and (early or not settled)):
+        if not self._taken or (left > 0 and (early or not measured)):
             return total
         per_step, last = self._duration / self._steps, 0.0
         for seconds, frequency in self._evaluations.values():

@@ -258,7 +258,7 @@ class Trainer:
             where |= {name: self.ranks.hosts[each.index(values[name])]} if len(set(self.ranks.hosts)) > 1 else {}
         memory = peak_memory(self.ranks.device) / 1e9
         self.log.log(self.step, values | {"peak_memory_gb": memory, "skipped": self.bad.bad}, where)
-        if grown := self.growth.look(self.step - self.start, memory):
+        if grown := self.growth.check(self.step - self.start, memory):
             self.log.say(f"note: {grown}")
 
     # What tasks call

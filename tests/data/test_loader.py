@@ -690,7 +690,7 @@ def test_other_threads_leave_the_interpreter_before_workers_are_forked(monkeypat
         seen.append(bool(left))
         return fork()
 
-    monkeypatch.setattr("m3ae_fast.process.workers._SETTLING_S", 1.0)
+    monkeypatch.setattr("m3ae_fast.process.workers._BEFORE_FORK_S", 1.0)
     monkeypatch.setattr(os, "fork", forked)
     thread = threading.Thread(target=leave)
     thread.start()

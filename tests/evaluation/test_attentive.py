@@ -18,7 +18,7 @@ from m3ae_fast.evaluation.probes import (
     Trained,
     attentive_recipe,
     cautions_of,
-    settled_attentive,
+    attentive_with_defaults,
     train_heads,
 )
 from m3ae_fast.process.ranks import join_ranks
@@ -162,10 +162,10 @@ def test_rates_are_tried_on_nine_tenths_and_judged_on_the_rest(monkeypatch):
 
 
 def test_what_is_open_follows_from_the_number_of_samples():
-    found = settled_attentive(AttentiveProbeConfig(), 1000, 6)
+    found = attentive_with_defaults(AttentiveProbeConfig(), 1000, 6)
     assert (found.batch, found.heads) == (256, 6)
     assert found.steps == math.ceil(334 * 1000 / 256)
-    assert settled_attentive(AttentiveProbeConfig(batch=512, steps=7, heads=2), 100, 6).batch == 100
+    assert attentive_with_defaults(AttentiveProbeConfig(batch=512, steps=7, heads=2), 100, 6).batch == 100
 
 
 def test_short_and_unfinished_trainings_are_told():

@@ -8,7 +8,7 @@ import torch
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import expected_duration, labelled_task, probes
-from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, settled
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, with_defaults
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.finetune import FineTuningTask
 from m3ae_fast.evaluation.fit_heads import Live
@@ -16,7 +16,7 @@ from m3ae_fast.evaluation.heads import AttentiveHeads
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import LabelledTask
 from m3ae_fast.evaluation.linear import ProbingTask
-from m3ae_fast.evaluation.probes import Setting, settled_attentive
+from m3ae_fast.evaluation.probes import Setting, attentive_with_defaults
 from m3ae_fast.evaluation.stacked_optimizers import LARS
 from m3ae_fast.process.ranks import join_ranks
 from tests.evaluation.test_rates import _Heartbeats
@@ -54,14 +54,14 @@ def clock(monkeypatch):
 def test_a_probes_duration_is_that_of_its_steps(clock, samples):
     with join_ranks() as ranks:
         setting = _setting(ranks)
-        linear = settled(setting.config.linear, samples, {})
+        linear = with_defaults(setting.config.linear, samples, {})
         steps = Schedule(linear, linear, samples).total_steps
         found = expected_duration.seconds("linear", samples, (4,), setting)
         assert found == pytest.approx(2 * 0.02 * steps), "rates are tried, and then one is taken"
         given = _setting(ranks, linear={"peak_lr": 1.0, "steps": 70}, attentive={"peak_lr": 1e-3, "steps": 50})
         assert expected_duration.seconds("linear", samples, (4,), given) == pytest.approx(0.02 * 70)
         assert expected_duration.seconds("attentive", samples, (3, 4), given) == pytest.approx(0.01 * 50)
-        steps = settled_attentive(setting.config.attentive, samples, 2).steps
+        steps = attentive_with_defaults(setting.config.attentive, samples, 2).steps
         found = expected_duration.seconds("attentive", samples, (3, 4), setting)
         assert found == pytest.approx(2 * 0.01 * steps, rel=0.25), "five rates at once, which are judged, and then one"
         assert expected_duration.seconds("knn", samples, (4,), setting) == 0.0
@@ -115,7 +115,7 @@ def test_an_attentive_probe_in_training_may_be_asked():
 def _expectation(kind, pace, left, device="cpu", samples=1482, **sections):
     """Return the lines for a task with `left` steps to go, which take `pace` seconds each."""
     config = _config(**sections)
-    section = settled(getattr(config, SECTIONS[kind]), samples, {})
+    section = with_defaults(getattr(config, SECTIONS[kind]), samples, {})
     ranks = SimpleNamespace(device=torch.device(device))
     task = object.__new__(kind)
     task.job = SimpleNamespace(config=config)

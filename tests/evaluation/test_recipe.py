@@ -6,7 +6,7 @@ import pytest
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig, evaluation_config
-from m3ae_fast.evaluation.default_hyperparameters import IMAGENET, OFFICIAL, Recipe, chosen, settled
+from m3ae_fast.evaluation.default_hyperparameters import IMAGENET, OFFICIAL, Recipe, chosen, with_defaults
 from m3ae_fast.evaluation.labelled_task import rising
 from tests.helpers.trainer import ROOT
 
@@ -15,7 +15,7 @@ from tests.helpers.trainer import ROOT
 def test_at_imagenet_s_size_it_is_the_official_recipe(samples):
     assert OFFICIAL["linear"].scaled(samples) == Recipe(2048, 90, 10.0, 0.1)
     assert OFFICIAL["finetune"].scaled(samples) == Recipe(1024, 100, 5.0, 1e-3)
-    probe, tuning = settled(LinearProbeConfig(), samples, {}), settled(FineTuneConfig(), samples, {})
+    probe, tuning = with_defaults(LinearProbeConfig(), samples, {}), with_defaults(FineTuneConfig(), samples, {})
     expected = {"global_batch": 2048, "epochs": 90.0, "steps": None, "warmup_epochs": 10.0, "peak_lr": 0.1}
     assert chosen(probe) == expected
     assert chosen(tuning) == expected | {"global_batch": 1024, "epochs": 100.0, "warmup_epochs": 5.0, "peak_lr": 1e-3}
@@ -23,8 +23,8 @@ def test_at_imagenet_s_size_it_is_the_official_recipe(samples):
 
 def test_what_is_given_stays():
     given = {"global_batch": 24, "epochs": 15.0, "steps": None, "warmup_epochs": 2.0, "peak_lr": 30.0}
-    assert chosen(settled(LinearProbeConfig(**given), 500, {})) == given
-    steps = settled(LinearProbeConfig(steps=90, global_batch=100), 1000, {})
+    assert chosen(with_defaults(LinearProbeConfig(**given), 500, {})) == given
+    steps = with_defaults(LinearProbeConfig(steps=90, global_batch=100), 1000, {})
     assert chosen(steps) == {
         **given,
         "global_batch": 100,
@@ -37,8 +37,8 @@ def test_what_is_given_stays():
 
 def test_a_run_that_continues_keeps_what_it_began_with():
     saved = {"global_batch": 2048, "epochs": None, "steps": 77, "warmup_epochs": 10.0, "peak_lr": 0.1}
-    assert chosen(settled(LinearProbeConfig(), 500, saved)) == saved
-    longer = settled(LinearProbeConfig(steps=99), 500, saved)
+    assert chosen(with_defaults(LinearProbeConfig(), 500, saved)) == saved
+    longer = with_defaults(LinearProbeConfig(steps=99), 500, saved)
     assert chosen(longer) == saved | {"steps": 99}
 
 

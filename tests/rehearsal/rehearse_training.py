@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m3ae_fast.base.environment import settle_libraries
+from m3ae_fast.base.environment import configure_libraries
 from m3ae_fast.train import main
 from tests.helpers.trainer import TINY
 from tests.rehearsal.fake_cuda import FakeCuda
@@ -51,7 +51,7 @@ def test_memory_of_changing_sizes_is_asked_for(monkeypatch):
     for given in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None):
         environment = {given: "theirs"} if given else {}
         monkeypatch.setattr(os, "environ", environment)
-        settle_libraries()
+        configure_libraries()
         assert environment.get(given or "PYTORCH_ALLOC_CONF") == ("theirs" if given else "expandable_segments:True")
         assert len(environment) == 4  # with those of threads, of pages and of logs
 

@@ -115,7 +115,7 @@ def _suite(arguments: list[str], faults: list[str]) -> int:
     config = {"model": MODEL | {"vocab_size": 50}, "train": {"precision": "fp32"}}
     step.shipped = lambda names=program.plan.SIZES: [step.Case(name, config, samples=16) for name in names]
     step.run = lambda folder, cases, names: run(folder, [replace(c, batch=c.batch // 64) for c in cases], names)
-    step.SETTLED, step.STEPS = 9, 15
+    step.START_UP_STEPS, step.STEPS = 9, 15
     return program.main(arguments, sizes=sizes, small=sizes, rounds=1, repeats=1)
 
 

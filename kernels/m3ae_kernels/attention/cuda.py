@@ -59,7 +59,7 @@ def try_out(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int,
     choices = _chosen.setdefault((device, dtype, heads, head_dim), {})
     if length not in choices:
         times = trial(device, dtype, heads, head_dim, length)
-        settle(device, dtype, heads, head_dim, length, next(iter(times), PADDED.name))
+        use_kernel(device, dtype, heads, head_dim, length, next(iter(times), PADDED.name))
     return choices[length]
 
 
@@ -75,7 +75,7 @@ def trial(
     return fastest(MAKERS, device, inputs, timed)
 
 
-def settle(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, name: str) -> None:
+def use_kernel(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, name: str) -> None:
     """Use the named kernel, possibly chosen by another process, for samples of about `length` rows. Raises KeyError if
     the name is unknown, and the factory's own exception if the kernel is not installed."""
     kernel = PADDED if name == PADDED.name else MAKERS[name](device)
