@@ -41,7 +41,7 @@ from m3ae_fast.process.session import joined_program
 from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.training import throughput
 from m3ae_fast.training.loss_watch import LAG, WINDOW, LossWatch, Spikes
-from m3ae_fast.training.notices import MemoryGrowth, cautions
+from m3ae_fast.training.notices import MemoryGrowth, run_warnings
 from m3ae_fast.training.run import _preparation, pre_train
 from m3ae_fast.training.throughput import SampleCounts, StepCounts, Throughput
 from m3ae_fast.training.trainer import Trainer
@@ -751,7 +751,7 @@ def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):
 
     def notes(config: Config) -> list[str]:
         data = replace(open_data(config.data, config.model), val=None)
-        return cautions(config, data, Schedule(config.train, config.optim, data.train.samples))
+        return run_warnings(config, data, Schedule(config.train, config.optim, data.train.samples))
 
     warmup, colours = notes(wild)
     assert "the warm-up of 3,000 steps (optim.warmup_epochs=1000) is shortened to the run's 6 steps" in warmup
@@ -779,7 +779,7 @@ def test_a_run_that_trains_nothing_is_told(tmp_path, mixed, loss, masking, train
     changes = {"loss": config.loss.model_copy(update=loss), "masking": config.masking.model_copy(update=masking)}
     config = config.model_copy(update=changes)
     data = replace(open_data(config.data, config.model), val=None)
-    found = cautions(config, data, Schedule(config.train, config.optim, data.train.samples))
+    found = run_warnings(config, data, Schedule(config.train, config.optim, data.train.samples))
     assert [note.startswith("the total loss is always 0: ") for note in found] == [True] * (not trained)
 
 
@@ -788,12 +788,12 @@ def test_images_that_are_enlarged_are_told(tmp_path, mixed):
     for size, told in ((40, False), (48, True)):
         config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3, "image_size": size})
         data = replace(open_data(config.data, config.model), val=None)
-        notes = cautions(config, data, Schedule(config.train, config.optim, data.train.samples))
+        notes = run_warnings(config, data, Schedule(config.train, config.optim, data.train.samples))
         assert [note.startswith("images are enlarged: half of ") for note in notes] == [True] * told
         assert all("short side of 30 pixels or less, but model.image_size is 48" in note for note in notes)
     native = config.model_copy(update={"model": config.model.model_copy(update={"resize": "native"})})
     # native images keep their size
-    assert cautions(native, data, Schedule(config.train, config.optim, data.train.samples)) == []
+    assert run_warnings(native, data, Schedule(config.train, config.optim, data.train.samples)) == []
 
 
 def test_an_image_only_run_logs_no_text(monkeypatch, tmp_path):
@@ -813,14 +813,14 @@ def test_members_that_nothing_reads_are_told_at_the_start(tmp_path, mixed):
     whole, other = found
     schedule = Schedule(config.train, config.optim, 100)
     for data, name in ((Data(other, whole, None), "train"), (Data(whole, other, None), "val")):
-        assert cautions(config, data, schedule) == [f"data.{name}: some files in its shards are ignored: 1 .mp4"]
+        assert run_warnings(config, data, schedule) == [f"data.{name}: some files in its shards are ignored: 1 .mp4"]
 
 
 def test_held_out_shards_that_are_trained_on_are_told(tmp_path, mixed):
     one, two = (write_tar(tmp_path / f"{i}.tar", [(f"{i}.jpg", picture(i))]) for i in range(2))
     calm = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
     train, val = (open_corpus([SourceConfig(shards=names)], ShardStore(tmp_path)) for names in (one, [one, two]))
-    (note,) = cautions(calm, Data(train, val, None), Schedule(calm.train, calm.optim, 100))
+    (note,) = run_warnings(calm, Data(train, val, None), Schedule(calm.train, calm.optim, 100))
     assert note.startswith(f"data.val: 1 of its shards is trained on too, such as {one}: ")
 
 
@@ -830,12 +830,12 @@ def test_a_cache_on_a_network_file_system_is_told(tmp_path, mixed, monkeypatch):
     path = write_tar(tmp_path / "one.tar", [("0.jpg", picture(0))])
     store, schedule = ShardStore(tmp_path / "cache"), Schedule(calm.train, calm.optim, 100)
     far, near = (Data(open_corpus([SourceConfig(shards=s)], store), None, None) for s in (f"pipe:cat {path}", path))
-    assert cautions(calm, far, schedule) == []
+    assert run_warnings(calm, far, schedule) == []
     mounts = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype="nfs4")]
     monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
-    (note,) = cautions(calm, far, schedule)
+    (note,) = run_warnings(calm, far, schedule)
     assert f"data.cache_dir {store.cache_dir} is on a network file system (nfs4)" in note
-    assert cautions(calm, near, schedule) == []
+    assert run_warnings(calm, near, schedule) == []
 
 
 def test_memory_that_goes_on_growing_is_told():

@@ -167,8 +167,8 @@ def _trainer(gpus: int, recompute: bool) -> list[str]:
 
 
 def stable_medians(metrics: Path) -> results.Row:
-    """Return the medians of the metrics that were logged after the first START_UP_STEPS steps. Raises RuntimeError if there
-    are none."""
+    """Return the medians of the metrics that were logged after the first START_UP_STEPS steps. Raises RuntimeError if
+    there are none."""
     lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ())
     found = [line for line in lines if "samples_per_s" in line and line["step"] > START_UP_STEPS]
     if not found:

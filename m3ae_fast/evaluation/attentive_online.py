@@ -24,7 +24,7 @@ from m3ae_fast.evaluation.fit_heads import HeadBatch, Heads, Input, fit_heads, l
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.learning_rates import Tried
 from m3ae_fast.evaluation.predictions import Predictions
-from m3ae_fast.evaluation.probes import Recipe, Setting, Trained, cautions_of, new_stack
+from m3ae_fast.evaluation.probes import Recipe, Setting, Trained, head_warnings, new_stack
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding
 from m3ae_fast.process.ranks import Ranks
@@ -117,8 +117,8 @@ def predict_online(
         number = tried[layer].index(recipe.choose(tried[layer], 0)) if trying else 0
         rate = [*recipe.scales][number]
         trained[layer] = Trained(heads[layer], right[layer][:, number].tolist(), rate, tried[layer], number)
-        for text in cautions_of(trained[layer], recipe):
-            setting.caution(layer, text)
+        for text in head_warnings(trained[layer], recipe):
+            setting.warn(layer, text)
     reduce = partial(_logits, trained)
     logits = job.encode(held_out, "encoding val", whole, held_out.samples, layers=layers, reduce=reduce)
     whole.after(held_out.samples)

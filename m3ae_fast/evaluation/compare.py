@@ -288,10 +288,10 @@ def _measure(
                 continue
             about, heads = f"{name}, {probe}, seed {seed}", opened.config.num_heads
 
-            def caution(_: int, text: str, about: str = about) -> None:
+            def warn(_: int, text: str, about: str = about) -> None:
                 job.say(f"note: {about}: {text}")
 
-            setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, caution)
+            setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, warn)
             with whole.aside(work.training[probe]):
                 if pair is None:
                     recipe = attentive_recipe(corpora[0].samples, setting)

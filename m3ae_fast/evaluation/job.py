@@ -38,6 +38,7 @@ RESULT_FILE, PARTIAL_FILE = "result.json", "result-so-far.json"
 
 LONG_S, SHORT_S = 15 * 60, 10 * 60  # on a CPU: duration that is warned about, and duration that is proposed instead
 STARTS_OVER = "running the same command again starts over"
+WARNINGS = "cautions"  # key of the list of warnings in a result; existing result files have this name
 
 Columns = Mapping[str, Sequence[Any]]
 

@@ -24,7 +24,7 @@ from m3ae_fast.drawing.figures import draw_training
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, C, Official, chosen, with_defaults
-from m3ae_fast.evaluation.job import LONG_S, SHORT_S, Columns, Job, PartialResult
+from m3ae_fast.evaluation.job import LONG_S, SHORT_S, WARNINGS, Columns, Job, PartialResult
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.training.metrics_log import read_metrics
@@ -96,13 +96,13 @@ class LabelledTask(ABC):
     def save_classifier(self, trainer: Trainer) -> None:
         """Write the trained classifier to the run folder. Every rank must call it."""
 
-    def cautions(self, trainer: Trainer) -> list[str]:
+    def warnings(self, trainer: Trainer) -> list[str]:
         """Return the warnings about the reliability of the result, one line each. Main rank only."""
         lines = []
         with suppress(UserError):  # the metrics have been removed
             lines = read_metrics(trainer.run.dir)
         section, steps, batch = self.settings.SECTION, trainer.schedule.total_steps, trainer.share.global_batch
-        return cautions(section, f"{section}.epochs", steps, OFFICIAL[section], lines, batch)
+        return training_warnings(section, f"{section}.epochs", steps, OFFICIAL[section], lines, batch)
 
     def evaluated(self, trainer: Trainer, predictions: Predictions) -> dict[str, float]:
         """Store the predictions of all held-out samples, and log and return their accuracies."""
@@ -124,9 +124,9 @@ class LabelledTask(ABC):
         assert self.predictions is not None
         job.keep(self.predictions.columns(self.classes))
         job.pictures.append(lambda: self.draw(trainer))
-        found = job.ranks.broadcast(lambda: self.cautions(trainer))
-        for caution in found:
-            job.say(f"note: {caution}")
+        found = job.ranks.broadcast(lambda: self.warnings(trainer))
+        for warning in found:
+            job.say(f"note: {warning}")
         return result | {
             "classes": len(self.classes),
             "steps": trainer.step,
@@ -134,7 +134,7 @@ class LabelledTask(ABC):
             "val_samples": val_samples,
             "skipped": trainer.bad.bad,
             "recipe": chosen(self.settings),
-            "cautions": found,
+            WARNINGS: found,
         }
 
     def partial_result(self, trainer: Trainer) -> PartialResult:
@@ -260,7 +260,7 @@ def make_trainer(
     )
 
 
-def cautions(
+def training_warnings(
     section: str, length: str, steps: int, official: Official, lines: list[dict[str, Any]], batch: int
 ) -> list[str]:
     """Return warnings about the reliability of the result of a training, one line each.

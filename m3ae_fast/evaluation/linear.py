@@ -23,11 +23,11 @@ from m3ae_fast.evaluation.default_hyperparameters import chosen, sentence, with_
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import Live, logits
 from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
-from m3ae_fast.evaluation.job import Job, PartialResult
+from m3ae_fast.evaluation.job import WARNINGS, Job, PartialResult
 from m3ae_fast.evaluation.labelled_task import LabelledTask, make_trainer, open_training
 from m3ae_fast.evaluation.learning_rates import table
 from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
-from m3ae_fast.evaluation.probes import Setting, cautions_of, linear_recipe, partial_predictions, train_heads
+from m3ae_fast.evaluation.probes import Setting, head_warnings, linear_recipe, partial_predictions, train_heads
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.training.trainer import Trainer
 
@@ -151,9 +151,9 @@ def run_cached(job: Job) -> dict[str, Any]:
     predictions = held_out.predictions(logits(trained.heads, held_out))
     _save_classifier(job, trained.linear(), classes)
     job.keep(predictions.columns(classes))
-    found = cautions_of(trained, recipe)
-    for caution in found:
-        job.say(f"note: {caution}")
+    found = head_warnings(trained, recipe)
+    for warning in found:
+        job.say(f"note: {warning}")
     return predictions.accuracies() | {
         "classes": len(classes),
         "steps": recipe.steps,
@@ -161,6 +161,6 @@ def run_cached(job: Job) -> dict[str, Any]:
         "val_samples": len(held_out.keys),
         "skipped": len(bank.skipped) + len(held_out.skipped),
         "recipe": chosen(settings.model_copy(update={"peak_lr": trained.peak_lr})),
-        "cautions": found,
+        WARNINGS: found,
         "rates": [tried._asdict() for tried in trained.tried],
     }

@@ -36,7 +36,7 @@ from m3ae_fast.drawing.figures import draw_detection
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits
-from m3ae_fast.evaluation.job import Job, PartialResult, summary
+from m3ae_fast.evaluation.job import WARNINGS, Job, PartialResult, summary
 from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.significance import area_under_roc, middle
@@ -180,7 +180,7 @@ def run(job: Job) -> dict[str, Any]:
         head, job = _head_of(job.model), _of_encoder(job, job.model)
     result: dict[str, Any] = {}
     columns: dict[str, Any] = {}
-    cautions: list[str] = []
+    warnings: list[str] = []
     others = sum(corpus.samples for corpus in outside.values())
     job.say(
         f"ood: {labelled.samples:,} training, {held_out.samples:,} held-out and {others:,} out-of-distribution samples "
@@ -205,9 +205,9 @@ def run(job: Job) -> dict[str, Any]:
         metrics = {f"{prefix}{key}": value for key, value in measured.items()}
         result |= metrics
         job.say(f"{name or 'ood'}: {summary(metrics)}")
-        if caution := inverted(measured):
-            cautions.append(f"{name or 'ood'}: {caution}")
-            job.say(f"note: {cautions[-1]}")
+        if warning := inverted(measured):
+            warnings.append(f"{name or 'ood'}: {warning}")
+            job.say(f"note: {warnings[-1]}")
         more: dict[str, Any] = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
         columns.update({column: [*columns[column], *values] for column, values in more.items()})  # in one step
         evaluated.append(name)
@@ -215,7 +215,7 @@ def run(job: Job) -> dict[str, Any]:
         path = job.out / (f"scores-{name}.png" if name else "scores.png")
         job.pictures.append(partial(draw_detection, path, known, other))
     job.keep(columns)
-    return result | {"classes": len(classes), "cautions": cautions} | samples
+    return result | {"classes": len(classes), WARNINGS: warnings} | samples
 
 
 def inverted(found: dict[str, float]) -> str:

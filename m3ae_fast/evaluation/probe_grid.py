@@ -22,7 +22,7 @@ from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.encoding import key_digest
 from m3ae_fast.evaluation.feature_bank import FeatureBank, missing_in_host_memory
 from m3ae_fast.evaluation.fit_heads import Live
-from m3ae_fast.evaluation.job import Job, PartialResult, summary
+from m3ae_fast.evaluation.job import WARNINGS, Job, PartialResult, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
 from m3ae_fast.evaluation.probes import PROBES, Probe, Recipe, Setting, attentive_recipe, partial_predictions
 from m3ae_fast.evaluation.significance import ERROR, interval, mean_accuracy
@@ -56,7 +56,7 @@ class Found:
     def __init__(self, cases: Sequence[Case], draws: int, classes: Classes, samples: tuple[int, int]) -> None:
         self.cases, self.draws, self.classes, self.samples, self.live = cases, draws, classes, samples, Live()
         self.made: list[tuple[Case, int, Predictions]] = []  # case, number of the draw, and predictions
-        self.cautions: list[str] = []
+        self.warnings: list[str] = []
         self.chosen: dict[Case, dict[str, float]] = {}  # hyper-parameters that were selected; empty for several draws
 
     def rows(self, made: Sequence[tuple[Case, int, Predictions]]) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ class Found:
         # the main accuracies are those of the last layer with the largest number of shots
         result = {name: value for name, value in rows[-1].items() if name.startswith("top")}
         result |= {"classes": len(self.classes), "train_samples": train_samples, "draws": self.draws}
-        return result | {"cautions": [*self.cautions], "val_samples": val_samples, "results": rows}
+        return result | {WARNINGS: [*self.warnings], "val_samples": val_samples, "results": rows}
 
     def columns(self, made: Sequence[tuple[Case, int, Predictions]]) -> dict[str, list[Any]]:
         """Return the columns of the table of these predictions."""
@@ -160,8 +160,8 @@ def _run_online(job: Job, layers: Sequence[int], opened: tuple[Corpus, Corpus, C
 def _concluded(job: Job, found: Found) -> dict[str, Any]:
     """Write the predictions and return the result."""
     job.keep(found.columns(found.made))
-    for caution in found.cautions:
-        job.say(f"note: {caution}")
+    for warning in found.warnings:
+        job.say(f"note: {warning}")
     rows = found.rows(found.made)
     job.pictures.append(lambda: _draw(job, rows))
     return found.result(rows)
@@ -261,15 +261,15 @@ def _predictions(job: Job, found: Found, encoded: Encoded, shots: int | None, dr
 def _setting(job: Job, found: Found, shots: int | None, draw: int) -> Setting:
     heads, seed = job.model.config.num_heads, job.config.run.seed
 
-    def caution(layer: int, text: str) -> None:
+    def warn(layer: int, text: str) -> None:
         name = _name(Case(layer, shots)) + (f", draw {draw + 1}" if shots else "")
-        found.cautions.append(f"{name}: {text}")
+        found.warnings.append(f"{name}: {text}")
 
     def chose(layer: int, chosen: dict[str, float]) -> None:
         if found.draws == 1:
             found.chosen[Case(layer, shots)] = chosen
 
-    return Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, caution, chose, found.live)
+    return Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, warn, chose, found.live)
 
 
 def _measured(found: Sequence[Predictions]) -> dict[str, Any]:

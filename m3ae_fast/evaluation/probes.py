@@ -21,7 +21,7 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import BankSteps, Heads, Input, Live, Stack, fit_heads, judge, logits, subset
 from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads, LinearProbeHead
 from m3ae_fast.evaluation.knn import knn_predictions
-from m3ae_fast.evaluation.labelled_task import cautions
+from m3ae_fast.evaluation.labelled_task import training_warnings
 from m3ae_fast.evaluation.learning_rates import FACTORS, Tried, best, choose, edge, split
 from m3ae_fast.evaluation.logistic_regression import fit_chosen
 from m3ae_fast.evaluation.predictions import Predictions
@@ -35,7 +35,7 @@ _WARMUP = 1 / 9  # fraction of the steps, as for the linear probe
 Banks = Mapping[Input, FeatureBank]
 
 
-def _no_caution(of: Input, text: str) -> None:
+def _no_warning(of: Input, text: str) -> None:
     """Ignore a warning."""
 
 
@@ -52,7 +52,7 @@ class Setting(NamedTuple):
     seed: int  # random seed of the probe's initial weights and of the order of samples
     ranks: Ranks
     heartbeats: Heartbeats
-    caution: Callable[[Input, str], None] = _no_caution  # called with warnings about the reliability of a result
+    warn: Callable[[Input, str], None] = _no_warning  # called with warnings about the reliability of a result
     chose: Callable[[Input, dict[str, float]], None] = _no_choice  # called with the hyper-parameters that were selected
     live: Live | None = None  # access for another thread to the heads in training
 
@@ -211,10 +211,10 @@ def partial_predictions(
     return found, where
 
 
-def cautions_of(trained: Trained, recipe: Recipe) -> list[str]:
+def head_warnings(trained: Trained, recipe: Recipe) -> list[str]:
     """Return warnings about the reliability of a head's accuracy, one line each."""
     lines = [{"accuracy": accuracy} for accuracy in trained.accuracies]
-    found = cautions(recipe.probe, recipe.length, recipe.steps, OFFICIAL["linear"], lines, recipe.batch)
+    found = training_warnings(recipe.probe, recipe.length, recipe.steps, OFFICIAL["linear"], lines, recipe.batch)
     return found + edge(trained.tried, trained.peak_lr) if recipe.probe == "linear" else found
 
 
@@ -249,8 +249,8 @@ class Probe(NamedTuple):
         assert self.recipe is not None
         recipe = self.recipe(len(next(iter(banks.values())).keys), setting)
         for name, trained in train_heads(banks, recipe, setting).items():
-            for text in cautions_of(trained, recipe):
-                setting.caution(name, text)
+            for text in head_warnings(trained, recipe):
+                setting.warn(name, text)
             setting.chose(name, {"peak_lr": trained.peak_lr})
             found[name] = held_out[name].predictions(logits(trained.heads, held_out[name]))
         return found

@@ -19,7 +19,7 @@ _LOOKED_AT = 32  # images that are inspected per source
 _ENLARGED = 0.75  # fraction of the model's image size; smaller images are reported
 
 
-def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
+def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
     """Return one warning per unusual property of a run."""
     notes = []
     if not _trains(config):

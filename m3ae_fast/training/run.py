@@ -47,7 +47,7 @@ from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.early_stopping import EarlyStopping
 from m3ae_fast.training.initial_weights import constants, start_from
 from m3ae_fast.training.loss_watch import Diverged, Spikes
-from m3ae_fast.training.notices import cautions
+from m3ae_fast.training.notices import run_warnings
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.run_folder import RunFolder
 from m3ae_fast.training.throughput import Throughput
@@ -234,7 +234,7 @@ def _open_stream(config: Config, session: Session, found: Resume) -> _Stream:
     layout = lay_out(config.data, data.train.sizes, cfg.global_batch)
     mine = fingerprint(data, layout)
     require_same(ranks, mine, data.val)
-    return _Stream(data, layout, share, schedule, limit, mine, cautions(config, data, schedule))
+    return _Stream(data, layout, share, schedule, limit, mine, run_warnings(config, data, schedule))
 
 
 def _loaders(

@@ -17,8 +17,8 @@ from m3ae_fast.evaluation.probes import (
     Setting,
     Trained,
     attentive_recipe,
-    cautions_of,
     attentive_with_defaults,
+    head_warnings,
     train_heads,
 )
 from m3ae_fast.process.ranks import join_ranks
@@ -171,7 +171,7 @@ def test_what_is_open_follows_from_the_number_of_samples():
 def test_short_and_unfinished_trainings_are_told():
     with join_ranks() as ranks:
         short, long = (attentive_recipe(1000, _setting(ranks, batch=100, steps=steps)) for steps in (40, 1000))
-    few, still = cautions_of(Trained(None, [0.02 * step for step in range(40)], 1e-3, []), short)
+    few, still = head_warnings(Trained(None, [0.02 * step for step in range(40)], 1e-3, []), short)
     assert few == "only 40 steps: without attentive.steps, the run would take at least 1,000"
     assert still.startswith("training accuracy was still rising, by 20.0%; raise attentive.steps")
-    assert cautions_of(Trained(None, [0.9] * 1000, 1e-3, []), long) == []
+    assert head_warnings(Trained(None, [0.9] * 1000, 1e-3, []), long) == []
