@@ -53,8 +53,8 @@ def ramps(count: int, device: torch.device) -> Tensor:
     """Return images of smooth colour ramps, [count, 3, 64, 64] uint8, which can be predicted from a quarter of their
     patches."""
     line = torch.linspace(-1, 1, SIDE, device=device)
-    slope = torch.randn(count, 3, 2, 1, 1, device=device)
-    waves = torch.sin(slope[:, :, 0] * line[:, None] + slope[:, :, 1] * line)
+    frequency = torch.randn(count, 3, 2, 1, 1, device=device)
+    waves = torch.sin(frequency[:, :, 0] * line[:, None] + frequency[:, :, 1] * line)
     return ((waves + 1) * 127.5).to(torch.uint8)
 
 

@@ -134,7 +134,7 @@ CASES = [
         Case(
             "pixel_loss", "pixel_error",
             _pointers(
-                x="hidden weight bias slope", u8="images", i32="ids", fp32="unit_weight mean rstd tile_loss tile_bias"
+                x="hidden weight bias grad", u8="images", i32="ids", fp32="unit_weight mean rstd tile_loss tile_bias"
             ),
             ("D", "stride"), ("N",), PIXEL_FLOATS, PATCHES | {"NORM_PIX": True, "GRAD": True}, matmul=True,
         ),

@@ -227,14 +227,14 @@ def _pixel_loss(
         row_loss[rows] = torch.linalg.vector_norm(error_MK, dim=1).square_().div_(error_MK.shape[1])
         if not any(needs):
             continue
-        slope_MK = error_MK.mul_(unit_weight[rows, None] * (2 / error_MK.shape[1]))
-        slope_low_MK = slope_MK.to(dtype)
+        grad_MK = error_MK.mul_(unit_weight[rows, None] * (2 / error_MK.shape[1]))
+        grad_low_MK = grad_MK.to(dtype)
         if needs[0]:
-            torch.mm(slope_low_MK, weight, out=grad_hidden[rows])
+            torch.mm(grad_low_MK, weight, out=grad_hidden[rows])
         if needs[1]:
-            sum_KD += slope_low_MK.t() @ hidden[rows]
+            sum_KD += grad_low_MK.t() @ hidden[rows]
         if needs[2]:
-            sum_K += slope_MK.sum(0)
+            sum_K += grad_MK.sum(0)
     if needs[1]:
         grad_weight.copy_(from_cut(sum_KD, images, patch_size, 0))
     if needs[2]:

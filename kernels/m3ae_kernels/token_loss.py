@@ -261,33 +261,33 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
         row_loss[rows] = loss_C1.masked_fill_(ignored_C1, 0)[:, 0]
         if not any(needs):
             return
-        slope_CV = log_p_CV.exp_()
+        grad_CV = log_p_CV.exp_()
         if z_loss:
-            slope_CV *= 1 + 2 * z_loss * lse_C1
+            grad_CV *= 1 + 2 * z_loss * lse_C1
         if smoothing:
-            slope_CV -= smoothing / vocab
-        slope_CV.scatter_add_(1, target_C1, slope_CV.new_full((1, 1), smoothing - 1).expand_as(target_C1))
+            grad_CV -= smoothing / vocab
+        grad_CV.scatter_add_(1, target_C1, grad_CV.new_full((1, 1), smoothing - 1).expand_as(target_C1))
         if needs[2]:
-            grad_bias.addmv_(slope_CV.t(), unit_weight[rows])
-        logits_CV.copy_(slope_CV)
+            grad_bias.addmv_(grad_CV.t(), unit_weight[rows])
+        logits_CV.copy_(grad_CV)
 
     for start in range(0, len(hidden), chunk):
         hidden_CD, unit_weight_C1 = hidden[start : start + chunk], unit_weight[start : start + chunk, None]
-        slope_CV = torch.addmm(bias, hidden_CD, weight.t(), out=logits_CV[: len(hidden_CD)])
+        grad_CV = torch.addmm(bias, hidden_CD, weight.t(), out=logits_CV[: len(hidden_CD)])
         for first in range(0, len(hidden_CD), softmax_rows):
-            part_CV = slope_CV[first : first + softmax_rows]
+            part_CV = grad_CV[first : first + softmax_rows]
             softmax(slice(start + first, start + first + len(part_CV)), part_CV)
         # Row weights scale the narrow matrices, not the wide one.
         if needs[0]:
-            torch.mul(slope_CV @ weight, unit_weight_C1, out=grad_hidden[start : start + chunk])
+            torch.mul(grad_CV @ weight, unit_weight_C1, out=grad_hidden[start : start + chunk])
         if needs[1]:
             weighted_CD = (hidden_CD * unit_weight_C1).to(dtype)
             if sum_VD is not None:
-                sum_VD += slope_CV.t() @ weighted_CD
+                sum_VD += grad_CV.t() @ weighted_CD
             elif grad_weight.dtype == dtype:
-                torch.mm(slope_CV.t(), weighted_CD, out=grad_weight)
+                torch.mm(grad_CV.t(), weighted_CD, out=grad_weight)
             else:
-                grad_weight.copy_(slope_CV.t() @ weighted_CD)
+                grad_weight.copy_(grad_CV.t() @ weighted_CD)
     if needs[1] and sum_VD is not None:
         grad_weight.copy_(sum_VD)
 

@@ -154,10 +154,10 @@ class _Objective:
         loss_A, gradient_AKP = found[:strengths], found[strengths:].view_as(weight_AKP)
         for part, features_BD in self.features.parts(len(weight_KD)):
             logits_BAK = F.linear(features_BD, weight_KD, bias_K).unflatten(1, (strengths, classes))
-            loss_BA, slope_BAK = _loss(logits_BAK, self.targets[part].to(logits_BAK.device))
+            loss_BA, grad_BAK = _loss(logits_BAK, self.targets[part].to(logits_BAK.device))
             loss_A += loss_BA.sum(0, dtype=torch.float64)
-            gradient_AKP[..., :-1] += (slope_BAK.flatten(1).T @ features_BD).view_as(gradient_AKP[..., :-1])
-            gradient_AKP[..., -1] += slope_BAK.sum(0)
+            gradient_AKP[..., :-1] += (grad_BAK.flatten(1).T @ features_BD).view_as(gradient_AKP[..., :-1])
+            gradient_AKP[..., -1] += grad_BAK.sum(0)
         found = all_reduce(found, self.features.ranks).div_(len(self.features.bank.keys))
         penalty_A = self.penalty_H[which_A]
         loss_A += penalty_A / 2 * weight_AKP[..., :-1].square().sum((1, 2))
@@ -166,16 +166,16 @@ class _Objective:
 
 
 def _loss(logits_BAK: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss of each sample, [B, A], and its derivatives by the logits, [B, A, K]."""
+    """Return the loss of each sample, [B, A], and its derivatives with respect to the logits, [B, A, K]."""
     if targets.ndim == 2:
         target_BAK = targets[:, None].to(logits_BAK.dtype).expand_as(logits_BAK)
         loss_BAK = F.binary_cross_entropy_with_logits(logits_BAK, target_BAK, reduction="none")
         return loss_BAK.sum(2), logits_BAK.sigmoid() - target_BAK
     log_BAK = logits_BAK.log_softmax(2)
     label_BA1 = targets[:, None, None].expand(-1, logits_BAK.shape[1], 1)
-    slope_BAK = log_BAK.exp()
-    slope_BAK.scatter_add_(2, label_BA1, slope_BAK.new_full(label_BA1.shape, -1))
-    return -log_BAK.gather(2, label_BA1)[..., 0], slope_BAK
+    grad_BAK = log_BAK.exp()
+    grad_BAK.scatter_add_(2, label_BA1, grad_BAK.new_full(label_BA1.shape, -1))
+    return -log_BAK.gather(2, label_BA1)[..., 0], grad_BAK
 
 
 class _InverseHessian:

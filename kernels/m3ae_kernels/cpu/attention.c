@@ -277,16 +277,16 @@ static int backward_head(Head h, const value *out, long out_row, const value *g,
         product(v + j * d / PER, grad_flipped, dp, BLOCK, M, d / PER);
         for (long r = 0; r < BLOCK; r += PER)
             for (long i = 0; i < M; i += LANES) {
-                __m512 slopes[PER];
+                __m512 ds_rows[PER];
                 for (int e = 0; e < PER; e++) {
                     const long at = (r + e) * M + i;
                     const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s + at), scale, _mm512_loadu_ps(sums + i));
                     const __m512 y = _mm512_maskz_mov_ps(j + r + e < n ? 0xFFFF : 0, power_of_2(x));
-                    slopes[e] = _mm512_mul_ps(y, _mm512_sub_ps(_mm512_loadu_ps(dp + at), _mm512_loadu_ps(mean + i)));
+                    ds_rows[e] = _mm512_mul_ps(y, _mm512_sub_ps(_mm512_loadu_ps(dp + at), _mm512_loadu_ps(mean + i)));
                     put(p + at / PER, y);
-                    put(ds + at / PER, slopes[e]);
+                    put(ds + at / PER, ds_rows[e]);
                 }
-                put_rows(ds_joined + (j + r) / PER * M + i, slopes);
+                put_rows(ds_joined + (j + r) / PER * M + i, ds_rows);
             }
         const long rows = n - j < BLOCK ? n - j : BLOCK;
         if (rows > 0) {

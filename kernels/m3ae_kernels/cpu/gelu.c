@@ -7,13 +7,13 @@ void forward(const value *x, value *y, long count, int threads) {
     for (long i = 0; i < count; i += LANES) store_some(y + i, count - i, gelu(load_some(x + i, count - i)));
 }
 
-/* dx = grad times the slope at x, and y as `forward` makes it. */
+/* dx = grad times the derivative at x, and y as `forward` makes it. */
 void backward(const value *grad, const value *x, value *dx, value *y, long count, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < count; i += LANES) {
         __m512 result;
-        const __m512 slope = gelu_and_slope(load_some(x + i, count - i), &result);
-        store_some(dx + i, count - i, _mm512_mul_ps(load_some(grad + i, count - i), slope));
+        const __m512 derivative = gelu_and_derivative(load_some(x + i, count - i), &result);
+        store_some(dx + i, count - i, _mm512_mul_ps(load_some(grad + i, count - i), derivative));
         store_some(y + i, count - i, result);
     }
 }

@@ -68,7 +68,7 @@ static inline void stream(bf16 *dst, __m512 left, __m512 right) {
 }
 
 /* PLAIN: out is the product and the bias. BEFORE_GELU: so it is, and y is GELU of out. THROUGH_GELU: out is the product times
-   GELU's slope at h, and y is GELU of h. */
+   GELU's derivative at h, and y is GELU of h. */
 enum { PLAIN, BEFORE_GELU, THROUGH_GELU };
 
 static inline void put_row(const Result *result, long r, long N, int kind) {
@@ -77,8 +77,8 @@ static inline void put_row(const Result *result, long r, long N, int kind) {
     if (kind == THROUGH_GELU) {
         __m512 values[2];
         const bf16 *h = result->h + r * N;
-        const __m512 slope = gelu_and_slope(load(h), values), next = gelu_and_slope(load(h + 16), values + 1);
-        stream(out, _mm512_mul_ps(left, slope), _mm512_mul_ps(right, next));
+        const __m512 derivative = gelu_and_derivative(load(h), values), next = gelu_and_derivative(load(h + 16), values + 1);
+        stream(out, _mm512_mul_ps(left, derivative), _mm512_mul_ps(right, next));
         stream(y, values[0], values[1]);
         return;
     }

@@ -15,21 +15,21 @@ void backward(const bf16 *grad, const bf16 *x, const float *weight, const float 
             __m512 sum = _mm512_setzero_ps(), along = _mm512_setzero_ps(); /* of g w, and of g w times x normalised */
             for (long i = 0; i < D; i += LANES) {
                 const __mmask16 some = lanes(D - i);
-                const __m512 slope = load_some(g + i, D - i);
+                const __m512 gradient = load_some(g + i, D - i);
                 const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(load_some(at + i, D - i), centre), scale);
-                const __m512 product = _mm512_mul_ps(slope, normed), w = _mm512_maskz_loadu_ps(some, weight + i);
-                sum = _mm512_fmadd_ps(slope, w, sum);
+                const __m512 product = _mm512_mul_ps(gradient, normed), w = _mm512_maskz_loadu_ps(some, weight + i);
+                sum = _mm512_fmadd_ps(gradient, w, sum);
                 along = _mm512_fmadd_ps(product, w, along);
                 const __m512 total = _mm512_maskz_loadu_ps(some, of_weight + i), plain = _mm512_maskz_loadu_ps(some, of_bias + i);
                 _mm512_mask_storeu_ps(of_weight + i, some, _mm512_add_ps(total, product));
-                _mm512_mask_storeu_ps(of_bias + i, some, _mm512_add_ps(plain, slope));
+                _mm512_mask_storeu_ps(of_bias + i, some, _mm512_add_ps(plain, gradient));
             }
             const __m512 mean_sum = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / D);
             const __m512 mean_along = _mm512_set1_ps(_mm512_reduce_add_ps(along) / D);
             for (long i = 0; i < D; i += LANES) {
                 const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(load_some(at + i, D - i), centre), scale);
-                const __m512 slope = _mm512_mul_ps(load_some(g + i, D - i), _mm512_maskz_loadu_ps(lanes(D - i), weight + i));
-                const __m512 rest = _mm512_fnmadd_ps(normed, mean_along, _mm512_sub_ps(slope, mean_sum));
+                const __m512 weighted = _mm512_mul_ps(load_some(g + i, D - i), _mm512_maskz_loadu_ps(lanes(D - i), weight + i));
+                const __m512 rest = _mm512_fnmadd_ps(normed, mean_along, _mm512_sub_ps(weighted, mean_sum));
                 store_some(dx + r * D + i, D - i, _mm512_mul_ps(scale, rest));
             }
         }

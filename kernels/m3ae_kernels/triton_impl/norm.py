@@ -35,7 +35,7 @@ def norm_rows(value, mask, weight, bias, d, D, eps, BIAS: tl.constexpr, ACC: tl.
 
 
 @triton.jit
-def norm_slope(gw, normed, r, D):
+def norm_gradient(gw, normed, r, D):
     """Return the gradient of a LayerNorm's input, r * (gw - mean(gw) - normed * mean(gw * normed)). gw is the gradient
     of the output times the weight, normed the normalised input before the weight is applied; both are 0 beyond D. r is
     the reciprocal standard deviation."""
@@ -131,7 +131,7 @@ def gather_norm_backward_kernel(
         normed = tl.where(mask, (value - mu[:, None]) * r[:, None], 0)
         # 2. Their gradient.
         if GRAD_X:
-            out = norm_slope(g * w[None, :], normed, r, D)
+            out = norm_gradient(g * w[None, :], normed, r, D)
             tl.store(grad_x + t.to(tl.int64)[:, None] * D + d[None, :], out, mask=(t < end)[:, None] & (d < D)[None, :])
         # 3. The sums for weight and bias.
         if PARAMETERS:

@@ -2,7 +2,7 @@
 
 1. Mean and standard deviation of all patches (`patch_stats`), only for norm_pix.
 2. Chunk by chunk: predictions, targets and errors in one kernel (`pixel_error`), which writes the gradients with
-   respect to the predictions (slopes); two plain products compute the gradients of hidden and weight from them while
+   respect to the predictions; two plain products compute the gradients of hidden and weight from them while
    they are in the cache.
 """
 
@@ -31,7 +31,7 @@ from .common import (
 from .matmul import add_product, even_chunks, workspace_rows
 
 NORM_PIX_EPS = tl.constexpr(1e-6)
-WORKSPACE_BYTES = 24 << 20  # slopes of one chunk: half of an H100's second-level cache
+WORKSPACE_BYTES = 24 << 20  # gradients of one chunk: half of an H100's second-level cache
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["ids", "mean", "rstd"])
@@ -84,19 +84,19 @@ def patch_stats_kernel(
     do_not_specialize_on_alignment=["bias", "ids", "unit_weight", "mean", "rstd", "tile_loss", "tile_bias"],
 )
 def pixel_error_kernel(
-    hidden, weight, bias, images, ids, unit_weight, mean, rstd, tile_loss, tile_bias, slope, N, D, stride,
+    hidden, weight, bias, images, ids, unit_weight, mean, rstd, tile_loss, tile_bias, grad, N, D, stride,
     table, s0, s1, s2, s3, b0, b1, b2, b3,
     P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, NORMALISE: tl.constexpr,
     NORM_PIX: tl.constexpr, GRAD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compare predictions hidden [N, D] @ weight [K, D].T + bias with the pixels, one tile per program instance.
-    Computes the tile's squared errors by row (tile_loss [tiles of K, N]) and, if gradients are needed, the slopes
-    unit_weight[r] * 2 / K * error (slope [N, stride], zero beyond K) and their sums by column (tile_bias [tiles of N,
+    Computes the tile's squared errors by row (tile_loss [tiles of K, N]) and, if gradients are needed, the gradients
+    unit_weight[r] * 2 / K * error (grad [N, stride], zero beyond K) and their sums by column (tile_bias [tiles of N,
     K]).
 
     FLOPs 2NDK; bytes at least N(2D + K + 2K) + 2KD. M3AE-Large at 512 samples (N 98304, D 512, K 768): 77 GFLOP, 78 us
-    at 989 TFLOP/s; 328 MB, 98 us at 3.35 TB/s, of which the slopes, 151 MB, stay in the second-level cache chunk by
+    at 989 TFLOP/s; 328 MB, 98 us at 3.35 TB/s, of which the gradients, 151 MB, stay in the second-level cache chunk by
     chunk. With the two products after it, 6NDK: 234 us.
     """
     K: tl.constexpr = C * P * P
@@ -129,11 +129,11 @@ def pixel_error_kernel(
     # 3. Squared errors by row.
     error = tl.where(mask, acc + tl.load(bias + n, mask=n < K, other=0).to(ACC)[None, :] - target, 0)
     tl.store(tile_loss + tile_n * N + m, tl.sum(error * error, 1), mask=m < N)
-    # 4. Slopes, and their sums by column.
+    # 4. Gradients with respect to the predictions, and their sums by column.
     if GRAD:
         error *= tl.load(unit_weight + m, mask=m < N, other=0)[:, None] * (2 / K)
         inside = (m < N)[:, None] & (n < stride)[None, :]
-        tl.store(slope + m.to(tl.int64)[:, None] * stride + n[None, :], error, mask=inside)
+        tl.store(grad + m.to(tl.int64)[:, None] * stride + n[None, :], error, mask=inside)
         tl.store(tile_bias + tile_m * K + n, tl.sum(error, 0), mask=n < K)
 
 
@@ -175,7 +175,7 @@ def pixel_loss(
     tile = config("pixel_error", images.device, dtype)
     most = max(1, WORKSPACE_BYTES // (stride * dtype.itemsize))
     chunk = even_chunks(count, most, tile["BLOCK_M"])
-    slope = hidden.new_empty(workspace_rows(count, most) if any(needs) else 0, stride)
+    grad = hidden.new_empty(workspace_rows(count, most) if any(needs) else 0, stride)
     total = hidden.new_empty(weight.shape if needs[1] else 0, dtype=acc)
     total_bias = torch.zeros_like(grad_bias)
     tiles_n = cdiv(patch, tile["BLOCK_N"])
@@ -187,16 +187,16 @@ def pixel_loss(
         tile_bias = unit_weight.new_empty(tiles_m if any(needs) else 0, patch)
         pixel_error_kernel[(tiles_m * tiles_n,)](
             hidden[rows], weight, bias, images, ids[rows], unit_weight[rows], mean[rows], rstd[rows],
-            tile_loss, tile_bias, slope, size, wide, stride, **pixels,
+            tile_loss, tile_bias, grad, size, wide, stride, **pixels,
             NORM_PIX=norm_pix, GRAD=any(needs), PRECISION=precision(dtype), **tile,
         )  # fmt: skip
         torch.div(tile_loss.sum(0), patch, out=row_loss[rows])
         if needs[0] and wide == dim:
-            torch.mm(slope[:size], weight, out=grad_hidden[rows])
+            torch.mm(grad[:size], weight, out=grad_hidden[rows])
         elif needs[0]:
-            grad_hidden[rows] = (slope[:size] @ weight)[:, :dim]
+            grad_hidden[rows] = (grad[:size] @ weight)[:, :dim]
         if needs[1]:
-            add_product(total, slope[:size].t(), hidden[rows], start == 0)
+            add_product(total, grad[:size].t(), hidden[rows], start == 0)
         if needs[2]:
             total_bias += tile_bias.sum(0)
     if needs[1]:

@@ -80,11 +80,11 @@ def token_rows_kernel(
         level = 1 + 2 * z_loss * lse
         for v0 in range(0, stride, BLOCK_V):
             v = v0 + lane
-            slope = tl.exp(tl.load(logits + v, mask=v < stride, other=0).to(ACC) - lse) * level
+            grad = tl.exp(tl.load(logits + v, mask=v < stride, other=0).to(ACC) - lse) * level
             if SMOOTH:
-                slope -= smoothing / V
-            slope = tl.where(v == column, slope - (1 - smoothing), slope) * weight
-            tl.store(logits + v, tl.where(counted & (v < V), slope, 0), mask=v < stride)
+                grad -= smoothing / V
+            grad = tl.where(v == column, grad - (1 - smoothing), grad) * weight
+            tl.store(logits + v, tl.where(counted & (v < V), grad, 0), mask=v < stride)
 
 
 @launcher
