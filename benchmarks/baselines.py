@@ -70,7 +70,7 @@ def _kernels(device: torch.device) -> dict[str, Kernel]:
     """Return the attention kernels of other libraries that can be imported; they may still fail on this machine."""
     found = {}
     for name, make in cuda.MAKERS.items():
-        with suppress(ImportError, cuda.NotHere):
+        with suppress(ImportError, cuda.NotAvailable):
             if name != "triton":
                 found[name] = make(device)
     return found

@@ -20,7 +20,7 @@ from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.process.session import joined_program
-from m3ae_fast.training.diagnostics import findings, fix_of_losses, verdict
+from m3ae_fast.training.diagnostics import diagnose, fix_of_losses, verdict
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run import pre_train
 from tests.helpers.trainer import TINY
@@ -63,7 +63,7 @@ def longer(metrics):
     ],
 )
 def test_a_broken_run_is_named(tmp_path, name, sections):
-    assert [finding.name for finding in findings(longer(trained(tmp_path, **sections)))][:1] == [name]
+    assert [diagnostic.name for diagnostic in diagnose(longer(trained(tmp_path, **sections)))][:1] == [name]
 
 
 @pytest.mark.slow
@@ -75,22 +75,22 @@ def test_a_run_that_waits_for_its_data_is_named_and_a_sound_one_is_not(tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(dataset, "decode_image", slowly)
         slow = trained(tmp_path, data={"val": []}, train={"global_batch": 2, "steps": 3})
-    assert [finding.name for finding in findings(slow)] == ["too few steps", "data bound"]
+    assert [diagnostic.name for diagnostic in diagnose(slow)] == ["too few steps", "data bound"]
     sound = [line | {"data_wait": 0.01} for line in longer(trained(tmp_path / "sound"))]  # the machine may be busy
-    assert findings(sound) == []
+    assert diagnose(sound) == []
     assert "the image loss on held-out samples is " in verdict(sound) and "(RankMe)" in verdict(sound)
 
 
 def test_without_held_out_samples_the_training_loss_is_judged():
     still = [{"step": 20 * step, "loss": 2.0} for step in range(10)]
-    assert [finding.name for finding in findings(still)] == ["no learning"]
-    assert findings([line | {"loss": 2.0 - i / 9} for i, line in enumerate(still)]) == findings(still[:9]) == []
+    assert [diagnostic.name for diagnostic in diagnose(still)] == ["no learning"]
+    assert diagnose([line | {"loss": 2.0 - i / 9} for i, line in enumerate(still)]) == diagnose(still[:9]) == []
     assert verdict(still) == ""
 
 
 def test_one_held_out_sample_has_not_collapsed():
-    assert findings([{"step": 500 * step, "val_rankme": 1.0} for step in range(2)]) == []
-    (found,) = findings([{"step": 500 * step, "val_rankme": 9.0 - 8 * step} for step in range(2)])
+    assert diagnose([{"step": 500 * step, "val_rankme": 1.0} for step in range(2)]) == []
+    (found,) = diagnose([{"step": 500 * step, "val_rankme": 9.0 - 8 * step} for step in range(2)])
     assert found.name == "collapse"
 
 
@@ -123,7 +123,7 @@ def lines(**series):
     ],
 )
 def test_a_finding_is_of_first_and_last_values(metrics, name):
-    assert [finding.name for finding in findings(lines(**metrics))] == ([name] if name else [])
+    assert [diagnostic.name for diagnostic in diagnose(lines(**metrics))] == ([name] if name else [])
 
 
 def test_words_have_each_number_in_its_place():
@@ -145,11 +145,11 @@ def test_words_have_each_number_in_its_place():
     ):
         metrics = lines(val_knn_top1=(0.125, top1), val_knn_largest_class=(0.66, 0.66))
         assert verdict(metrics) == f"k-NN accuracy {words} largest class 66.0%"
-    (told,) = findings(lines(val_rankme=(20.0, 3.0)))
+    (told,) = diagnose(lines(val_rankme=(20.0, 3.0)))
     assert told.what.startswith(
         "the effective rank of the features (RankMe) is 3.0, compared with 20.0 before training"
     )
-    (told,) = findings(lines(val_image_relative=(1.0, 0.9), val_text_relative=(1.5, 1.6)))
+    (told,) = diagnose(lines(val_image_relative=(1.0, 0.9), val_text_relative=(1.5, 1.6)))
     assert told.what.startswith("the text loss") and told.suggestion.startswith(
         "more steps, a higher loss.text_weight, o"
     )
@@ -168,8 +168,8 @@ def test_words_have_each_number_in_its_place():
 )
 def test_too_few_steps_are_no_collapse(steps, rates, names):
     metrics = lines(step=steps, lr=rates, val_rankme=(20.0, 3.0), val_image_relative=(1.0, 1.0))
-    found = findings(metrics)
-    assert [finding.name for finding in found] == names
+    found = diagnose(metrics)
+    assert [diagnostic.name for diagnostic in found] == names
     if names == ["too few steps"]:
         assert f"{steps[-1]} steps are too few" in found[0].what and "train.steps" in found[0].suggestion
         assert ("warm-up" in found[0].what) == (rates[1] > rates[0])
@@ -197,9 +197,9 @@ def test_too_few_steps_are_no_collapse(steps, rates, names):
     ],
 )
 def test_what_a_constant_predicts_has_not_been_learnt(image, text, name, what):
-    found = findings(lines(step=(0, 400), val_image_relative=image, val_text_relative=text))
-    assert [finding.name for finding in found] == ([name] if name else [])
-    assert all(what in finding.what for finding in found)
+    found = diagnose(lines(step=(0, 400), val_image_relative=image, val_text_relative=text))
+    assert [diagnostic.name for diagnostic in found] == ([name] if name else [])
+    assert all(what in diagnostic.what for diagnostic in found)
 
 
 @pytest.mark.parametrize(
@@ -212,9 +212,9 @@ def test_what_a_constant_predicts_has_not_been_learnt(image, text, name, what):
     ],
 )
 def test_nothing_is_advised_that_is_set_already(optim, advice):
-    (found,) = findings(lines(step=(0, 400), val_rankme=(20.0, 3.0)), {"optim": optim})
+    (found,) = diagnose(lines(step=(0, 400), val_rankme=(20.0, 3.0)), {"optim": optim})
     assert found.suggestion == f"a lower optim.peak_lr, {advice}"
-    (found,) = findings(lines(step=(200, 400), data_wait=(0.5, 0.5)), {"data": {"repeats": 2}})
+    (found,) = diagnose(lines(step=(200, 400), data_wait=(0.5, 0.5)), {"data": {"repeats": 2}})
     assert found.suggestion.endswith("data.repeats=3")
 
 

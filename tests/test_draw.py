@@ -17,7 +17,7 @@ from m3ae_fast.drawing import attention, reconstructions
 from m3ae_fast.drawing.attention import _laid_over, attention_to_patches
 from m3ae_fast.drawing.during_training import draw_training
 from m3ae_fast.drawing.reconstructions import draw_run
-from m3ae_fast.evaluation.run_figures import look_at
+from m3ae_fast.evaluation.run_figures import head_choice
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.weights.open_model import open_model
@@ -105,13 +105,13 @@ def test_each_sample_is_drawn_at_each_ratio_of_its_image(run, tmp_path, monkeypa
 
 
 def test_blocks_and_heads_are_counted_from_1():
-    def look(layer=None, head=None):
-        return tuple(look_at(SIZES, layer, head))
+    def choice(layer=None, head=None):
+        return tuple(head_choice(SIZES, layer, head))
 
-    assert [look(), look(1), look(2, 1), look(head=4)] == [(1, None), (0, None), (1, 0), (1, 3)]
+    assert [choice(), choice(1), choice(2, 1), choice(head=4)] == [(1, None), (0, None), (1, 0), (1, 3)]
     for wrong in ((0, 1), (3, 1), (1, 0), (1, 5)):
         with pytest.raises(UserError, match=r"the encoder has [24], counted from 1"):
-            look(*wrong)
+            choice(*wrong)
 
 
 def test_where_no_sample_can_be_used_nothing_is_drawn(run, tmp_path):

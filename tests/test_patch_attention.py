@@ -14,7 +14,7 @@ from m3ae_fast.drawing import attention
 from m3ae_fast.drawing.attention import (
     OUTLINE,
     SHADE,
-    Look,
+    HeadChoice,
     attention_to_patches,
     attention_to_words,
     draw_patch_attention,
@@ -67,12 +67,12 @@ def by_hand(model, sample, number):
 def test_a_patchs_attention_is_the_softmax_by_hand(model, sample, block, head):
     weights = by_hand(model, sample, block)
     weights = weights.mean(0) if head is None else weights[head]
-    look = Look(block, head)
+    choice = HeadChoice(block, head)
     for row, column in ((0, 0), (1, 2), (3, 3)):
-        found = attention_to_words(model, sample, (row, column), look).numpy()
+        found = attention_to_words(model, sample, (row, column), choice).numpy()
         np.testing.assert_allclose(found, weights[1 + 4 * row + column, 1 + LENGTH :], rtol=1e-4)
     patches = weights[[0, 18], 1 : 1 + LENGTH]
-    found = attention_to_patches(model, sample, [0, 18], look).numpy()
+    found = attention_to_patches(model, sample, [0, 18], choice).numpy()
     np.testing.assert_allclose(found, patches / patches.sum(1, keepdims=True), rtol=1e-4)
 
 
@@ -91,8 +91,8 @@ def test_a_patch_of_a_native_image_is_the_one_at_its_row_and_column(size):
 
 
 def test_heads_and_blocks_differ(model, sample):
-    looks = [Look(), Look(0), Look(-1, 0), Look(-1, 1)]
-    assert len({tuple(attention_to_words(model, sample, (1, 1), look).tolist()) for look in looks}) == 4
+    choices = [HeadChoice(), HeadChoice(0), HeadChoice(-1, 0), HeadChoice(-1, 1)]
+    assert len({tuple(attention_to_words(model, sample, (1, 1), choice).tolist()) for choice in choices}) == 4
 
 
 def test_shades_are_in_proportion():
@@ -152,15 +152,15 @@ def test_the_program_draws_what_its_options_say(tmp_path, monkeypatch):
     torch.manual_seed(0)
     run = tiny_run(tmp_path / "run")
     _use(run, labelled_tar(tmp_path / "val.tar", range(6)))
-    looks, real = [], attention.attention_to_words
+    choices, real = [], attention.attention_to_words
     monkeypatch.setattr(
-        attention, "attention_to_words", lambda *given: looks.append(given[2:]) or real(*given)
+        attention, "attention_to_words", lambda *given: choices.append(given[2:]) or real(*given)
     )  # fmt: skip
     out = tmp_path / "a.png"
     base = ["attention", str(run), "--pictures", "2", "--out", str(out)]
     assert main([*base, "--patch", "1,3", "--layer", "1", "--head", "4"]) == 0
     assert main([*base, "--patch", "0,0"]) == 0
-    assert looks == [((1, 3), Look(0, 3))] * 2 + [((0, 0), Look(1, None))] * 2
+    assert choices == [((1, 3), HeadChoice(0, 3))] * 2 + [((0, 0), HeadChoice(1, None))] * 2
     pictures = set()
     for options in ([], ["--layer", "1"], ["--head", "1"], ["--word", "blue", "--head", "1"]):
         assert main([*base, *options]) == 0

@@ -19,7 +19,7 @@ from PIL import Image
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.data import ShardStore, open_corpus
-from m3ae_fast.evaluation.encoding import Watch, encode_corpus
+from m3ae_fast.evaluation.encoding import PassMonitor, encode_corpus
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.ood import Scores, auroc_and_fpr, auroc_interval
 from m3ae_fast.evaluation.probe_grid import few_shot
@@ -52,7 +52,7 @@ class Split(NamedTuple):
 
 
 @dataclass
-class Found:
+class EncoderResults:
     """Results of an encoder: to which degree, from 0 to 1, each sample was classified correctly, by test and key; and
     other metrics."""
 
@@ -78,7 +78,7 @@ class Measuring:
         """
         self.encode, self.split, self.labels, self.config = encode, split, labels, config
         self.heads, self.session = heads, session
-        self.found = Found({}, {})
+        self.found = EncoderResults({}, {})
 
     def emoji(self, *, attentive: bool = False) -> tuple[FeatureBank, FeatureBank]:
         """Probe the categories and subcategories of emoji, also across vendors and with few shots, and return the
@@ -187,8 +187,8 @@ def encoder(model: M3AE, config: EvaluationConfig, session: Session) -> Encode:
     def encode(shards: Sequence[Path], patches: bool, text: bool) -> FeatureBank:
         source = SourceConfig(shards=[str(path) for path in shards], modality="text" if text else "image")
         corpus = open_corpus([source], ShardStore(None))
-        watch = Watch(heartbeats=session.heartbeats)
-        found = encode_corpus(model, corpus, config.data, config.encode, session.ranks, watch, patches=patches)
+        monitor = PassMonitor(heartbeats=session.heartbeats)
+        found = encode_corpus(model, corpus, config.data, config.encode, session.ranks, monitor, patches=patches)
         return replace(found.gathered(), keys=[key.rpartition("/")[2] for key in found.keys])
 
     return encode
@@ -213,7 +213,7 @@ def pixels(side: int, mean: Sequence[float], std: Sequence[float]) -> Encode:
     return encode
 
 
-def captions_alone(split: Split, labels: Labels, captions: dict[str, str]) -> Found:
+def captions_alone(split: Split, labels: Labels, captions: dict[str, str]) -> EncoderResults:
     """Return the results of classifying the categories from captions alone, by a logistic regression on the words that
     they contain."""
     from sklearn.feature_extraction.text import CountVectorizer
@@ -228,7 +228,7 @@ def captions_alone(split: Split, labels: Labels, captions: dict[str, str]) -> Fo
     words.fit([captions[key] for key in train], [labels[key]["category"] for key in train])
     predicted = words.predict([captions[key] for key in test])
     right = {key: float(labels[key]["category"] == found) for key, found in zip(test, predicted)}
-    return Found({"linear": right}, {})
+    return EncoderResults({"linear": right}, {})
 
 
 def keys_of(shard: Path) -> list[str]:
@@ -237,6 +237,6 @@ def keys_of(shard: Path) -> list[str]:
         return [name.removesuffix(".jpg") for name in tar.getnames() if name.endswith(".jpg")]
 
 
-def numbers_of(found: Found) -> dict[str, Any]:
+def numbers_of(found: EncoderResults) -> dict[str, Any]:
     """Return the accuracies and other metrics of an encoder."""
     return {test: float(np.mean([*own.values()])) for test, own in found.correct.items()} | found.numbers

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.study import measure
-from lab.study.measure import Found, Measuring, Split
+from lab.study.measure import EncoderResults, Measuring, Split
 from lab.study.plan import Encoder, central, m3ae
 from lab.study.shards import FOLDS, LABELS, PARTS, TEST, VENDORS
 from m3ae_fast import checkpoint, train
@@ -82,7 +82,7 @@ class Study:
         """Return the results of all complete encoders."""
         return [json.loads(self.result(each).read_text(encoding="utf-8")) for each in encoders if self.done(each)]
 
-    def _measure(self, encoder: Encoder) -> Found:
+    def _measure(self, encoder: Encoder) -> EncoderResults:
         labels = json.loads((self.shards / LABELS).read_text(encoding="utf-8"))
         split, model = split_of(self.shards, encoder.seed, self.validation), self.settings["train"]["model"]
         if encoder.objective == "captions":

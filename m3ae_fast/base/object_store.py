@@ -12,7 +12,7 @@ from typing import Any
 from m3ae_fast.base.libraries import require_libraries
 
 SCHEMES = ("s3://", "gs://")
-NOT_THERE = 66  # EX_NOINPUT of sysexits.h: a retry would not help
+NOT_FOUND = 66  # EX_NOINPUT of sysexits.h: a retry would not help
 _LONGEST = "1d"  # timeout of a request; the reader of the output has a timeout of its own
 
 
@@ -26,7 +26,7 @@ def require(*shards: str) -> None:
 
 
 def command(url: str) -> list[str]:
-    """Return the arguments of a command that writes the object to stdout. If it fails, it exits with NOT_THERE or 1 and
+    """Return the arguments of a command that writes the object to stdout. If it fails, it exits with NOT_FOUND or 1 and
     prints the reason on stderr."""
     return [sys.executable, "-m", "m3ae_fast.base.object_store", url]
 
@@ -43,7 +43,7 @@ def main(url: str) -> int:
     except BrokenPipeError:  # the reader has closed the pipe
         return 1
     except (FileNotFoundError, PermissionDeniedError, UnauthenticatedError) as error:
-        return _said(error, NOT_THERE)
+        return _said(error, NOT_FOUND)
     except Exception as error:  # the many kinds of credentials raise many kinds of errors
         return _said(error, 1)
     return 0

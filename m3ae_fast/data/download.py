@@ -35,12 +35,12 @@ _CHUNK = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-class NotThere(OSError):
+class NotFound(OSError):
     """A permanent failure, for which a retry is pointless."""
 
 
 def download(shard: str, out: BinaryIO) -> None:
-    """Write the tar from a URL, a `pipe:` command or a gzipped file to `out`, which must be empty. Raises NotThere if
+    """Write the tar from a URL, a `pipe:` command or a gzipped file to `out`, which must be empty. Raises NotFound if
     the server reports that it does not exist, and OSError for all other failures: a transfer that is too slow or
     incomplete, or data that are not a tar. The error has the attribute `retry_after` in seconds if the server sends
     it."""
@@ -52,7 +52,7 @@ def download(shard: str, out: BinaryIO) -> None:
     except urllib.error.HTTPError as error:
         with error:
             if error.code < 500 and error.code not in RETRIED:
-                raise NotThere(f"{error}") from error
+                raise NotFound(f"{error}") from error
             raise _with_wait(OSError(f"{error}"), error.headers.get("Retry-After")) from error
     except OSError:
         raise
@@ -137,7 +137,7 @@ def _of_object(source: Pipe) -> Iterator[bytes]:
     yield from _of_command(source)
     if code := source.proc.wait():
         reason = source.proc.stderr.read().decode("utf-8", "replace").strip()
-        raise NotThere(reason) if code == object_store.NOT_THERE else OSError(reason)
+        raise NotFound(reason) if code == object_store.NOT_FOUND else OSError(reason)
 
 
 def _of_http(response) -> Iterator[bytes]:

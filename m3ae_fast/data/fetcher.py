@@ -28,7 +28,7 @@ from m3ae_fast.process.helper_process import Node, Standby
 
 T = TypeVar("T")
 CONNECTIONS = 16
-_LOOK_S = 0.1  # seconds between checks of the schedule
+_CHECK_S = 0.1  # seconds between checks of the schedule
 _RETRY_S = 60.0  # seconds until a failed download is retried
 
 
@@ -166,7 +166,7 @@ def serve(parent: int, schedule: PrefetchSchedule, path: Path, ranks: int) -> No
     fetcher = Fetcher(schedule)
     try:
         while os.getppid() == parent:
-            fetcher.look(schedule.span(steps))
+            fetcher.update(schedule.span(steps))
             fetcher.wait()
     finally:
         path.unlink(missing_ok=True)
@@ -184,7 +184,7 @@ class Fetcher:
         self._span: Span | None = None
         self._near: list[Shard] = []
 
-    def look(self, span: Span) -> None:
+    def update(self, span: Span) -> None:
         """Start downloading the shards that are needed at `span` and not cached."""
         if span != self._span:
             before, self._span, self._near = self._near, span, self.schedule.near(span)
@@ -197,9 +197,9 @@ class Fetcher:
     def wait(self) -> None:
         """Wait until a download has finished, or until the next check is due."""
         if len(self._busy) == CONNECTIONS:
-            wait(self._busy.values(), _LOOK_S, FIRST_COMPLETED)
+            wait(self._busy.values(), _CHECK_S, FIRST_COMPLETED)
         else:
-            time.sleep(_LOOK_S)
+            time.sleep(_CHECK_S)
         for name in [name for name, future in self._busy.items() if future.done()]:
             if not self._busy.pop(name).result():
                 self._failed[name] = time.monotonic()

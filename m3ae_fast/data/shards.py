@@ -32,13 +32,13 @@ from webdataset.shardlists import expand_urls
 from m3ae_fast.base.atomic_file import is_abandoned, lock, to_disk
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.object_store import require
-from m3ae_fast.data.download import ATTEMPTS, NotThere, download, retry_after
+from m3ae_fast.data.download import ATTEMPTS, NotFound, download, retry_after
 
 FREE_FRACTION = 0.1  # fraction of the cache folder's disk that stays free by evicting older copies
 _KEPT_NS = 1000  # ns between the modification times of copies that are needed one after the other
 _ROOM = "room"  # name of the lock for eviction
 _LEDGER = struct.Struct("<QQ")  # see `ShardStore._evict`
-_LOOK_S = 60.0  # seconds between scans of all copies while the cache is full
+_SCAN_S = 60.0  # seconds between scans of all copies while the cache is full
 _SCANS = 4  # scans of all copies for one new copy, at most
 _PARTIAL = "partial-"  # prefix of the names of incomplete copies
 MAX_SHARDS = 10_000_000
@@ -275,7 +275,7 @@ class ShardStore:
                     to_disk(copy.parent)
                 return
             except OSError as error:
-                if isinstance(error, NotThere) or attempt == ATTEMPTS - 1 or not is_remote(shard):
+                if isinstance(error, NotFound) or attempt == ATTEMPTS - 1 or not is_remote(shard):
                     raise OSError(f"cannot fetch {shard}: {error}") from error
                 time.sleep(retry_after(error, attempt))
             finally:
@@ -320,7 +320,7 @@ class ShardStore:
         used, largest = self._look() if scans else _LEDGER.unpack(noted)
         used += 0 if scans else grown
         while not self._has_room(used + (new := 0 if size is None else size or largest)):
-            stale = scans == 0 and time.monotonic() - self._looked > _LOOK_S
+            stale = scans == 0 and time.monotonic() - self._looked > _SCAN_S
             if self._oldest and not stale:
                 used -= self._remove(self._oldest.popleft())
                 continue

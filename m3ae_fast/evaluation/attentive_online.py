@@ -22,7 +22,7 @@ from m3ae_fast.evaluation.encoding import key_digest
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import HeadBatch, Heads, Input, fit_heads, losses, verdicts
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.learning_rates import Tried
+from m3ae_fast.evaluation.learning_rates import RateTrial
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.probes import Recipe, Setting, Trained, head_warnings, new_stack
 from m3ae_fast.model.encoder import MultimodalEncoder
@@ -105,7 +105,7 @@ def predict_online(
     right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, job.heartbeats, setting.live, whole, part)
     whole.after(part)
     heads = {layer: stack.heads for layer, stack in stacks.items()}
-    tried: dict[Input, list[Tried]] = {layer: [] for layer in layers}
+    tried: dict[Input, list[RateTrial]] = {layer: [] for layer in layers}
     if trying:
         reduce = partial(_judged, heads)
         found = job.encode(train, "judging learning rates", whole, train.samples, layers=layers, reduce=reduce)
@@ -137,9 +137,11 @@ def _judged(heads: Mapping[Input, Heads], labels_S: Tensor, tokens_SKLD: Tensor)
     return torch.stack([torch.stack(part, 1) for part in parts], 1)
 
 
-def _tried(found: FeatureBank, recipe: Recipe) -> list[Tried]:
+def _tried(found: FeatureBank, recipe: Recipe) -> list[RateTrial]:
     totals_3H = found.features_RD.double().sum(0).cpu()
-    return [Tried(rate, *each) for rate, each in zip(recipe.scales, verdicts(totals_3H, len(found.keys), found.ranks))]
+    return [
+        RateTrial(rate, *each) for rate, each in zip(recipe.scales, verdicts(totals_3H, len(found.keys), found.ranks))
+    ]
 
 
 def _logits(trained: Mapping[Input, Trained], labels_S: Tensor, tokens_SKLD: Tensor) -> Tensor:

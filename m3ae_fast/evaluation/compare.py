@@ -42,7 +42,7 @@ TABLE_FILE = "comparison.md"
 
 
 @dataclass
-class Found:
+class ComparedPredictions:
     """The results so far: the predictions of each model and probe, by seed."""
 
     classes: Classes
@@ -51,9 +51,9 @@ class Found:
     def add(self, model: str, probe: str, seed: int, predictions: Predictions) -> None:
         self.trials.setdefault((model, probe), {})[seed] = predictions
 
-    def copy(self) -> Found:
+    def copy(self) -> ComparedPredictions:
         """Return a snapshot for use by another thread."""
-        return Found(self.classes, {which: dict(trials) for which, trials in [*self.trials.items()]})
+        return ComparedPredictions(self.classes, {which: dict(trials) for which, trials in [*self.trials.items()]})
 
     def correct(self, model: str, probe: str) -> np.ndarray:
         """Return whether each sample was classified correctly in each trial, bool [D, N]."""
@@ -149,7 +149,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Work:
+class ComputeCost:
     """The work that the comparison requires for a model."""
 
     cost: float  # of encoding a sample; proportional to FLOPs
@@ -178,7 +178,7 @@ def run(job: Job) -> dict[str, Any]:
     # report mistakes before any work
     shapes = {name: _shape(job, open_encoder(model, text=False)) for name, model in names.items()}
     train, val, classes = job.open_labelled()
-    found, done = Found(classes), 0
+    found, done = ComparedPredictions(classes), 0
 
     def partial_result() -> PartialResult:
         known, text = found.copy(), f"{done} of {len(names)} models"
@@ -189,7 +189,9 @@ def run(job: Job) -> dict[str, Any]:
 
     job.keep_if_stopped(partial_result)
     training = cache(partial(_training, job, train.samples, len(classes)))  # measured once per shape
-    work = {name: Work(shape.cost, names[name].startswith(RANDOM), training(shape)) for name, shape in shapes.items()}
+    work = {
+        name: ComputeCost(shape.cost, names[name].startswith(RANDOM), training(shape)) for name, shape in shapes.items()
+    }
     whole = job.time_left(
         (train.samples + val.samples) * sum(each.cost * each.passes(len(seeds)) for each in work.values()),
         sum(each.trials(probe, len(seeds)) * each.training[probe] for each in work.values() for probe in each.training),
@@ -239,7 +241,7 @@ def _training(job: Job, samples: int, classes: int, shape: Shape) -> dict[str, f
     return {probe: expected_duration.seconds(probe, samples, size, setting) for probe, size in sizes.items()}
 
 
-def _shorter(job: Job, work: Iterable[Work]) -> str:
+def _shorter(job: Job, work: Iterable[ComputeCost]) -> str:
     """Return a suggestion of options that shorten the comparison."""
     probes, seeds = job.options.probes, job.options.seeds
     ways = []
@@ -268,8 +270,8 @@ def model_names(models: Sequence[str], pixels: bool = True) -> dict[str, str]:
 
 def _measure(
     job: Job,
-    found: Found,
-    planned: tuple[Work, TimeLeft],
+    found: ComparedPredictions,
+    planned: tuple[ComputeCost, TimeLeft],
     name: str,
     model: str,
     seeds: Sequence[int],
@@ -304,7 +306,7 @@ def _measure(
 
 
 def _encoded(
-    job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[Work, TimeLeft]
+    job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[ComputeCost, TimeLeft]
 ) -> tuple[Job, list[tuple[FeatureBank, FeatureBank] | None]]:
     """Return the job on a model, and the features of training and held-out samples for each probe, from one pass over
     the images. They are None for a probe that will be trained online."""

@@ -48,7 +48,7 @@ def key_digest(key: str, draw: str = "") -> bytes:
     return hashlib.sha256(os.fsencode(draw + "/".join(shard_and_name))).digest()
 
 
-class Watch(NamedTuple):
+class PassMonitor(NamedTuple):
     """Progress display, stall detection and stop requests of a pass over samples."""
 
     title: str = "encoding"
@@ -65,7 +65,7 @@ class Watch(NamedTuple):
         return track(batches, self.title, len(loader), whole=self.whole, part=self.part)
 
 
-WATCH = Watch()
+NO_MONITOR = PassMonitor()
 
 
 def encode_corpus(
@@ -74,7 +74,7 @@ def encode_corpus(
     data: DataConfig,
     config: EncodeConfig,
     ranks: Ranks,
-    watch: Watch = WATCH,
+    monitor: PassMonitor = NO_MONITOR,
     *,
     layers: Sequence[int] | None = None,
     patches: bool = False,
@@ -90,7 +90,7 @@ def encode_corpus(
         data: settings of the data loader.
         config: settings of the encoding.
         ranks: the ranks, between which the samples are split.
-        watch: progress display and stop requests.
+        monitor: progress display and stop requests.
         layers: numbers of the K blocks after which features are taken, from 1; features are then [R, K, D]. None: only
             the last block, with features [R, D].
         patches: whether to also store the features of all patches.
@@ -107,7 +107,7 @@ def encode_corpus(
         encoding_loader(model, corpus, data, share, ranks.device), share, corpus.samples, data.max_bad_fraction
     )
     return encode_batches(
-        model, batches, config, ranks, watch, layers=layers, patches=patches, reduce=reduce, folder=folder
+        model, batches, config, ranks, monitor, layers=layers, patches=patches, reduce=reduce, folder=folder
     )
 
 
@@ -127,7 +127,7 @@ def encode_batches(
     batches: Batches,
     config: EncodeConfig,
     ranks: Ranks,
-    watch: Watch = WATCH,
+    monitor: PassMonitor = NO_MONITOR,
     *,
     layers: Sequence[int] | None = None,
     patches: bool = False,
@@ -140,7 +140,7 @@ def encode_batches(
     known: list[_Known] = []
     with encoding(model, config.precision, ranks.device):
         encode = partial(_pool, model, layers or [model.config.depth], config.pool, patches, reduce)
-        shown = watch.over(batches.loader, ranks)
+        shown = monitor.over(batches.loader, ranks)
         for batch, (pooled_SKD, patches_SKLD) in _one_behind(encode, shown, ranks.device):
             pooled.append(pooled_SKD)
             if patches_SKLD is not None:

@@ -104,7 +104,7 @@ class Stack:
         return loss_H, right_H
 
 
-class Live:
+class HeadsInTraining:
     """Access for another thread to heads in training, which can be copied between two steps."""
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ def fit_heads(
     title: str,
     ranks: Ranks,
     heartbeats: Heartbeats,
-    live: Live | None = None,
+    live: HeadsInTraining | None = None,
     whole: TimeLeft | None = None,
     part: float = 0.0,
 ) -> dict[Input, Tensor]:
@@ -159,7 +159,7 @@ def fit_heads(
     Returns:
         The training accuracy of each head at each step, before the update: float32 [steps, H] by input, on the CPU.
     """
-    live = live or Live()
+    live = live or HeadsInTraining()
     live.begin(title, {name: stack.heads for name, stack in stacks.items()}, steps)
     right: dict[Input, list[Tensor]] = {name: [] for name in stacks}
     for step, batch in enumerate(track(batches, title, steps, whole=whole, part=part)):

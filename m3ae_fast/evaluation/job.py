@@ -26,7 +26,7 @@ from m3ae_fast.data import Corpus, Layout, Preparation, ShardStore, Share, open_
 from m3ae_fast.data.dataset import UNMASKED, Transform
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.drawing.figures import BLACK, Cell, Colour, levels
-from m3ae_fast.evaluation.encoding import Reduce, Watch, encode_corpus
+from m3ae_fast.evaluation.encoding import PassMonitor, Reduce, encode_corpus
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS_FILE
 from m3ae_fast.evaluation.significance import ERROR
@@ -115,16 +115,16 @@ class Job:
         patches: bool = False,
         reduce: Reduce | None = None,
     ) -> FeatureBank:
-        """Return pooled features of all samples. `title`: title of the progress display; `whole`, `part`: see `Watch`;
-        `layers`, `patches`, `reduce`: see `encode_corpus`."""
-        watch, config = Watch(title, self.heartbeats, whole=whole, part=part), self.config
+        """Return pooled features of all samples. `title`: title of the progress display; `whole`, `part`: see
+        `PassMonitor`; `layers`, `patches`, `reduce`: see `encode_corpus`."""
+        monitor, config = PassMonitor(title, self.heartbeats, whole=whole, part=part), self.config
         return encode_corpus(
             self.model,
             corpus,
             config.data,
             config.encode,
             self.ranks,
-            watch,
+            monitor,
             layers=layers,
             patches=patches,
             reduce=reduce,

@@ -11,7 +11,7 @@ from m3ae_fast.config import Config, KnnProbeConfig
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import Corpus, ShardStore, open_corpus
 from m3ae_fast.data.labels import Classes, label_corpus
-from m3ae_fast.evaluation.encoding import Watch, encode_corpus
+from m3ae_fast.evaluation.encoding import PassMonitor, encode_corpus
 from m3ae_fast.evaluation.knn import knn_predictions
 from m3ae_fast.evaluation.predictions import largest_share
 from m3ae_fast.model.m3ae import M3AE
@@ -70,7 +70,9 @@ def _log(config: Config, probe: KnnProbeConfig, train: Corpus, val: Corpus, clas
     ranks, heartbeats, stop, folder = trainer.ranks, trainer.heartbeats, trainer.stop, trainer.run.dir
     try:
         bank, queries = (
-            encode_corpus(model, corpus, config.data, encode, ranks, Watch(title, heartbeats, stop), folder=folder)
+            encode_corpus(
+                model, corpus, config.data, encode, ranks, PassMonitor(title, heartbeats, stop), folder=folder
+            )
             for corpus, title in ((train, "k-NN: train"), (val, "k-NN: val"))
         )
     except Stopped:

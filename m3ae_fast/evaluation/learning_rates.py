@@ -16,7 +16,7 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank
 FACTORS = (0.01, 0.03, 0.1, 0.3, 1, 3)  # the learning rates that are tried, as multiples of the recipe's
 
 
-class Tried(NamedTuple):
+class RateTrial(NamedTuple):
     """A learning rate with its results on the held-out samples."""
 
     peak_lr: float  # or inverse strength of a penalty
@@ -39,12 +39,12 @@ def split(bank: FeatureBank) -> Split:
     return Split(sorted(order[few:]), sorted(order[:few]))
 
 
-def best(tried: Sequence[Tried]) -> Tried:
+def best(tried: Sequence[RateTrial]) -> RateTrial:
     """Return the learning rate with the highest accuracy; in a tie, the one with the lowest loss."""
     return max(tried, key=lambda each: (each.top1, -math.inf if each.loss is None else -each.loss))
 
 
-def choose(tried: Sequence[Tried], usual: float, held_out: int) -> Tried:
+def choose(tried: Sequence[RateTrial], usual: float, held_out: int) -> RateTrial:
     """Return the learning rate nearest to the `usual` one among those whose accuracy is within one standard error of
     the highest (the one-standard-error rule of Breiman et al. 1984). With few samples, the highest accuracy is largely
     due to chance.
@@ -59,7 +59,7 @@ def choose(tried: Sequence[Tried], usual: float, held_out: int) -> Tried:
     return min(good, key=lambda each: (each.loss is None, abs(math.log(each.peak_lr / usual))))
 
 
-def edge(tried: Sequence[Tried], peak_lr: float | None) -> list[str]:
+def edge(tried: Sequence[RateTrial], peak_lr: float | None) -> list[str]:
     """Return a warning in a list if the chosen learning rate `peak_lr` is the lowest or the highest of those that were
     tried; otherwise an empty list."""
     rates = [each.peak_lr for each in tried]
@@ -69,6 +69,6 @@ def edge(tried: Sequence[Tried], peak_lr: float | None) -> list[str]:
     return [f"the selected learning rate, {peak_lr:g}, is the {side} candidate; also try a linear.peak_lr beyond it"]
 
 
-def table(tried: Sequence[Tried], chosen: float) -> str:
+def table(tried: Sequence[RateTrial], chosen: float) -> str:
     """Return a line with the learning rates, their accuracies, and the chosen learning rate."""
     return ", ".join(f"{each.peak_lr:g}: {each.top1:.1%}" for each in tried) + f"; chosen: {chosen:g}"

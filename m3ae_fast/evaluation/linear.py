@@ -21,7 +21,7 @@ from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.default_hyperparameters import chosen, sentence, with_defaults
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import Live, logits
+from m3ae_fast.evaluation.fit_heads import HeadsInTraining, logits
 from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
 from m3ae_fast.evaluation.job import WARNINGS, Job, PartialResult
 from m3ae_fast.evaluation.labelled_task import LabelledTask, make_trainer, open_training
@@ -122,7 +122,7 @@ def run_cached(job: Job) -> dict[str, Any]:
         raise UserError("--resume: a probe of cached features has no checkpoints and starts over; leave it out")
     job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train_corpus, val, classes = job.open_labelled()
-    ranks, config, live = job.ranks, job.config, Live()
+    ranks, config, live = job.ranks, job.config, HeadsInTraining()
     model = job.model.config
     setting = Setting(config, len(classes), model.num_heads, config.run.seed, ranks, job.heartbeats, live=live)
     expected = expected_duration.seconds("linear", train_corpus.samples, (model.emb_dim,), setting)

@@ -21,7 +21,7 @@ from torch import Tensor
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import judge
 from m3ae_fast.evaluation.heads import BATCH_NORM_EPS, LinearHeads
-from m3ae_fast.evaluation.learning_rates import Tried, choose, split
+from m3ae_fast.evaluation.learning_rates import RateTrial, choose, split
 from m3ae_fast.process.collectives import all_reduce
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
@@ -50,7 +50,7 @@ def fit_chosen(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = 
         train = bank.rows(parts.train)
         tried_HKP, heads = _fit(train, train.labels, classes, INVERSE_STRENGTHS, heartbeats)
         judged = zip(INVERSE_STRENGTHS, judge(heads, bank.rows(parts.held_out)))
-        strength = choose([Tried(each, *found) for each, found in judged], USUAL, len(parts.held_out)).peak_lr
+        strength = choose([RateTrial(each, *found) for each, found in judged], USUAL, len(parts.held_out)).peak_lr
         strength = bank.ranks.from_main(strength) if bank.ranks else strength  # all ranks choose the same
         start_HKP = tried_HKP[[INVERSE_STRENGTHS.index(strength)]]
     return _fit(bank, bank.labels, classes, [strength], heartbeats, start_HKP)[1], strength

@@ -21,7 +21,7 @@ from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.encoding import key_digest
 from m3ae_fast.evaluation.feature_bank import FeatureBank, missing_in_host_memory
-from m3ae_fast.evaluation.fit_heads import Live
+from m3ae_fast.evaluation.fit_heads import HeadsInTraining
 from m3ae_fast.evaluation.job import WARNINGS, Job, PartialResult, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
 from m3ae_fast.evaluation.probes import PROBES, Probe, Recipe, Setting, attentive_recipe, partial_predictions
@@ -50,11 +50,12 @@ class Encoded:
         return len(next(iter(self.bank.values())).keys), len(next(iter(self.held_out.values())).keys)
 
 
-class Found:
+class GridPredictions:
     """The predictions so far, and access to the heads in training."""
 
     def __init__(self, cases: Sequence[Case], draws: int, classes: Classes, samples: tuple[int, int]) -> None:
-        self.cases, self.draws, self.classes, self.samples, self.live = cases, draws, classes, samples, Live()
+        self.cases, self.draws, self.classes, self.samples = cases, draws, classes, samples
+        self.live = HeadsInTraining()
         self.made: list[tuple[Case, int, Predictions]] = []  # case, number of the draw, and predictions
         self.warnings: list[str] = []
         self.chosen: dict[Case, dict[str, float]] = {}  # hyper-parameters that were selected; empty for several draws
@@ -122,7 +123,7 @@ def run(job: Job) -> dict[str, Any]:
     encoded = encode_layers(job, PROBES[task], layers, (train, val, classes), whole)
     if options.shots:
         few_shot(encoded.bank[layers[0]], max(options.shots), 0, classes)  # reports too many shots before any training
-    found = Found(cases, draws, classes, encoded.samples)
+    found = GridPredictions(cases, draws, classes, encoded.samples)
     start = PROBES[task].recipe
     recipe = start and start(found.samples[0], _setting(job, found, None, 0))
     job.keep_if_stopped(lambda: found.partial_result(encoded, recipe))
@@ -139,7 +140,7 @@ def run(job: Job) -> dict[str, Any]:
 def _run_online(job: Job, layers: Sequence[int], opened: tuple[Corpus, Corpus, Classes]) -> dict[str, Any]:
     """Train attentive probes at all layers without storing patch tokens, and return the result."""
     train, val, classes = opened
-    found = Found([Case(layer, None) for layer in layers], 1, classes, (train.samples, val.samples))
+    found = GridPredictions([Case(layer, None) for layer in layers], 1, classes, (train.samples, val.samples))
     setting = _setting(job, found, None, 0)
     recipe = attentive_recipe(train.samples, setting)
 
@@ -157,7 +158,7 @@ def _run_online(job: Job, layers: Sequence[int], opened: tuple[Corpus, Corpus, C
     return _concluded(job, found)
 
 
-def _concluded(job: Job, found: Found) -> dict[str, Any]:
+def _concluded(job: Job, found: GridPredictions) -> dict[str, Any]:
     """Write the predictions and return the result."""
     job.keep(found.columns(found.made))
     for warning in found.warnings:
@@ -250,7 +251,9 @@ def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> Feat
     return bank.rows(sorted(row for rows in taken.values() for row in rows))
 
 
-def _predictions(job: Job, found: Found, encoded: Encoded, shots: int | None, draw: int) -> dict[int, Predictions]:
+def _predictions(
+    job: Job, found: GridPredictions, encoded: Encoded, shots: int | None, draw: int
+) -> dict[int, Predictions]:
     """Return the predictions of the probes at all layers for the held-out samples, by layer."""
     bank = encoded.bank
     if shots is not None:
@@ -258,7 +261,7 @@ def _predictions(job: Job, found: Found, encoded: Encoded, shots: int | None, dr
     return PROBES[job.options.task].predict(bank, encoded.held_out, _setting(job, found, shots, draw))
 
 
-def _setting(job: Job, found: Found, shots: int | None, draw: int) -> Setting:
+def _setting(job: Job, found: GridPredictions, shots: int | None, draw: int) -> Setting:
     heads, seed = job.model.config.num_heads, job.config.run.seed
 
     def warn(layer: int, text: str) -> None:

@@ -18,11 +18,21 @@ from m3ae_fast.config.evaluation import AttentiveProbeConfig, EvaluationConfig
 from m3ae_fast.engine.schedule import Schedule, warmup_cosine
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, with_defaults
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import BankSteps, Heads, Input, Live, Stack, fit_heads, judge, logits, subset
+from m3ae_fast.evaluation.fit_heads import (
+    BankSteps,
+    Heads,
+    HeadsInTraining,
+    Input,
+    Stack,
+    fit_heads,
+    judge,
+    logits,
+    subset,
+)
 from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads, LinearProbeHead
 from m3ae_fast.evaluation.knn import knn_predictions
 from m3ae_fast.evaluation.labelled_task import training_warnings
-from m3ae_fast.evaluation.learning_rates import FACTORS, Tried, best, choose, edge, split
+from m3ae_fast.evaluation.learning_rates import FACTORS, RateTrial, best, choose, edge, split
 from m3ae_fast.evaluation.logistic_regression import fit_chosen
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.stacked_optimizers import LARS, AdamW
@@ -54,7 +64,7 @@ class Setting(NamedTuple):
     heartbeats: Heartbeats
     warn: Callable[[Input, str], None] = _no_warning  # called with warnings about the reliability of a result
     chose: Callable[[Input, dict[str, float]], None] = _no_choice  # called with the hyper-parameters that were selected
-    live: Live | None = None  # access for another thread to the heads in training
+    live: HeadsInTraining | None = None  # access for another thread to the heads in training
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class Recipe:
     start: Callable[[int, int], Heads]  # creates heads, given the width of the features and the number of heads
     optimizer: Callable[[Heads], LARS | AdamW]
     # chooses a learning rate, given the results of those that were tried and the number of held-out samples
-    choose: Callable[[Sequence[Tried], int], Tried]
+    choose: Callable[[Sequence[RateTrial], int], RateTrial]
 
 
 def linear_recipe(samples: int, setting: Setting) -> Recipe:
@@ -134,7 +144,7 @@ class Trained(NamedTuple):
     heads: Heads  # the stack, in evaluation mode
     accuracies: list[float]  # training accuracy of each step, before the update
     peak_lr: float
-    tried: list[Tried]  # results of the learning rates that were tried; empty if the learning rate was set
+    tried: list[RateTrial]  # results of the learning rates that were tried; empty if the learning rate was set
     number: int = 0  # number of the head in the stack
 
     def linear(self) -> LinearProbeHead:
@@ -147,7 +157,7 @@ def train_heads(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, T
     """Train a head on each bank, all in one pass. If the recipe has several learning rates, one of them is chosen for
     each head, see `try_rates`. Every rank must call it."""
     rates = dict.fromkeys(banks, next(iter(recipe.scales)))
-    tried: dict[Input, list[Tried]] = {name: [] for name in banks}
+    tried: dict[Input, list[RateTrial]] = {name: [] for name in banks}
     if len(recipe.scales) > 1:
         tried = try_rates(banks, recipe, setting)
         few = len(next(iter(banks.values())).keys) // 10
@@ -161,7 +171,7 @@ def train_heads(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, T
     return {name: Trained(stacks[name].heads, right[name][:, 0].tolist(), rates[name], tried[name]) for name in banks}
 
 
-def try_rates(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, list[Tried]]:
+def try_rates(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, list[RateTrial]]:
     """Train a head with each of the recipe's learning rates on nine tenths of the samples, for as many steps as in the
     final training, and return their results on the remaining tenth; the results are empty if there are fewer than ten
     samples. The heads have the same initial weights and batches. Every rank must call it."""
@@ -174,7 +184,7 @@ def try_rates(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, lis
     held_out = subset(banks, parts.held_out)
     own = {name: judge(stack.heads, held_out[name]) for name, stack in stacks.items()}
     own = setting.ranks.broadcast(lambda: own)  # so that all ranks choose the same learning rate
-    return {name: [Tried(rate, *each) for rate, each in zip(recipe.scales, found)] for name, found in own.items()}
+    return {name: [RateTrial(rate, *each) for rate, each in zip(recipe.scales, found)] for name, found in own.items()}
 
 
 def _fit(
@@ -194,7 +204,7 @@ def new_stack(width: int, recipe: Recipe, scales: Sequence[float], setting: Sett
 
 
 def partial_predictions(
-    live: Live, banks: Banks, held_out: Banks, recipe: Recipe
+    live: HeadsInTraining, banks: Banks, held_out: Banks, recipe: Recipe
 ) -> tuple[dict[Input, Predictions], str]:
     """Return the predictions of the heads in training for this rank's held-out samples, and a description of the
     training's progress. If several learning rates are tried, the head that is best on this rank's part of the tenth
@@ -205,7 +215,7 @@ def partial_predictions(
         number, asked = 0, held_out[name].local()
         if len(heads.linear.bias) > 1:
             tenth = banks[name].rows(split(banks[name]).held_out).local()
-            tried = [Tried(rate, *each) for rate, each in zip(recipe.scales, judge(heads, tenth))]
+            tried = [RateTrial(rate, *each) for rate, each in zip(recipe.scales, judge(heads, tenth))]
             number = tried.index(best(tried))
         found[name] = asked.predictions(logits(heads, asked, number))
     return found, where

@@ -14,7 +14,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, draw_charts
 from m3ae_fast.evaluation.significance import ERROR, standard_error
-from m3ae_fast.training.diagnostics import Metrics, findings, verdict
+from m3ae_fast.training.diagnostics import Metrics, diagnose, verdict
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run_state import status
 from m3ae_fast.weights.model_name import PIXELS, RANDOM
@@ -109,9 +109,11 @@ def _head(run: Path, metrics: Metrics, named: bool) -> str:
     from m3ae_fast import checkpoint
 
     saved = checkpoint.saved_steps(run)
-    unusual = findings(metrics, checkpoint.read_info(saved[-1]).config if saved else None)
-    for finding in unusual:
-        lines.append(f"<p><b>{finding.name}</b>: {escape(finding.what)}. To try: {escape(finding.suggestion)}.</p>")
+    unusual = diagnose(metrics, checkpoint.read_info(saved[-1]).config if saved else None)
+    for diagnostic in unusual:
+        lines.append(
+            f"<p><b>{diagnostic.name}</b>: {escape(diagnostic.what)}. To try: {escape(diagnostic.suggestion)}.</p>"
+        )
     if not unusual:
         lines.append('<p class="faint">Nothing unusual.</p>')
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_c
 from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.harmless_sources import require_harmless
 from m3ae_fast.data.labels import class_names, keep_classes, label_corpus
-from m3ae_fast.drawing.attention import Look, draw_attention, draw_patch_attention
+from m3ae_fast.drawing.attention import HeadChoice, draw_attention, draw_patch_attention
 from m3ae_fast.drawing.reconstructions import draw_run
 from m3ae_fast.evaluation.feature_map import draw_feature_map
 from m3ae_fast.evaluation.tasks import MAP_NEEDS
@@ -98,15 +98,15 @@ def attention(
         raise UserError("--word and --patch draw different figures; give only one of them")
     source = _open(run, shards, trust)
     config, path = source.config, _path(run, out, "attention")
-    look, place = look_at(config.model, layer, head), _patch(patch, config.model)
+    choice, place = head_choice(config.model, layer, head), _patch(patch, config.model)
     text = bool(config.model.vocab_size) or place is not None
     model = open_model(str(run), text=text, tokenizer=config.data.tokenizer).eval()
     preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, config.run.seed)
     samples = eval_samples(source.corpus, preparation, _SEARCHED if word else pictures)
     if place:
-        draw_patch_attention(model, samples, path, pictures, place, look, config.data.show_channels)
+        draw_patch_attention(model, samples, path, pictures, place, choice, config.data.show_channels)
     else:
-        draw_attention(model, samples, path, pictures, word, look, config.data.show_channels)
+        draw_attention(model, samples, path, pictures, word, choice, config.data.show_channels)
     return path
 
 
@@ -179,13 +179,13 @@ def _check_pictures(pictures: int) -> None:
         raise UserError(f"--pictures {pictures}: must be 1 or more")
 
 
-def look_at(model: ModelConfig, layer: int | None, head: int | None) -> Look:
+def head_choice(model: ModelConfig, layer: int | None, head: int | None) -> HeadChoice:
     """Return the requested encoder block and attention head. Raises UserError if the model has no such block or
     head."""
     for name, number, most in (("layer", layer, model.depth), ("head", head, model.num_heads)):
         if number is not None and not 1 <= number <= most:
             raise UserError(f"--{name} {number}: the encoder has {most}, counted from 1")
-    return Look((layer or model.depth) - 1, head and head - 1)
+    return HeadChoice((layer or model.depth) - 1, head and head - 1)
 
 
 def _patch(given: str | tuple[int, int] | None, model: ModelConfig) -> tuple[int, int] | None:

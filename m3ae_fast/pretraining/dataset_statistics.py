@@ -22,7 +22,7 @@ from m3ae_fast.shards.problem_counts import Tally
 from m3ae_fast.shards.statistics import collect, require_images
 from m3ae_fast.shards.tokenizer_training import caption_texts, save_tokenizer
 
-_LOOKED_AT = 2000  # number of samples that are inspected
+_INSPECTED = 2000  # number of samples that are inspected
 _KINDS = 256  # number of samples whose images determine the channels and the dtype of the model
 _CAPTIONS = 200_000  # maximum number of captions from which a vocabulary is learnt
 _LONGEST = 1 << 16  # maximum length of a caption in tokens
@@ -63,7 +63,7 @@ def inspect(
     channels, dtype = channels_set(overrides) or channels, set_to(overrides, "model.image_dtype", dtype)
     image_range = image_range or shards.image_range or range_of(seen.kinds)
     tokenizer = _tokenizer(shards, train, store, out, overrides)
-    found = collect(train, _LOOKED_AT, 0, channels, image_range, tokenizer, labels if classes.number else "cls", dtype)
+    found = collect(train, _INSPECTED, 0, channels, image_range, tokenizer, labels if classes.number else "cls", dtype)
     require_images(found)
     if found.bad:
         reason = found.bad.most_common(1)[0][0]

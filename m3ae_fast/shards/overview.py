@@ -19,7 +19,7 @@ from m3ae_fast.data.reader import Reader
 from m3ae_fast.images.image_kind import Kind, kind_of
 from m3ae_fast.shards.sources.interface import Records
 
-_LOOKED_AT = 64  # samples that are inspected per split
+_INSPECTED = 64  # samples that are inspected per split
 _LARGEST, _SMALLEST = 4, 2  # numbers of classes that are shown if there are many
 _KINDS = 3  # maximum number of kinds of images that are shown
 _EXAMPLE = 60  # maximum number of characters of an example caption
@@ -39,7 +39,7 @@ class Part:
     captions: list[str] = field(default_factory=list)
     bad: Counter[str] = field(default_factory=Counter)  # by reason
 
-    def look(self, read: Callable[[int], tuple[bytes | None, str | None]], samples: int = _LOOKED_AT) -> Part:
+    def inspect(self, read: Callable[[int], tuple[bytes | None, str | None]], samples: int = _INSPECTED) -> Part:
         """Inspect `samples` evenly spaced samples. `read` returns the image and caption of a sample, and may raise
         BadSample or OSError."""
         count = min(samples, self.samples)
@@ -65,12 +65,12 @@ def parts_of(records: Records, uses: dict[str, str]) -> list[Part]:
             record = records.read(split, number)
             return record.image, record.caption
 
-        return Part(split, samples, uses.get(split, ""), records.class_counts(split)).look(read)
+        return Part(split, samples, uses.get(split, ""), records.class_counts(split)).inspect(read)
 
     return [part(split, samples) for split, samples in records.splits.items()]
 
 
-def part_of(corpus: Corpus, name: str, use: str, classes: Counter[str] | None, samples: int = _LOOKED_AT) -> Part:
+def part_of(corpus: Corpus, name: str, use: str, classes: Counter[str] | None, samples: int = _INSPECTED) -> Part:
     """Inspect `samples` samples of shards."""
     readers = [Reader(source, corpus.store) for source in corpus.sources]
     starts = np.cumsum([0, *(int(source.sizes.sum()) for source in corpus.sources)])
@@ -79,7 +79,7 @@ def part_of(corpus: Corpus, name: str, use: str, classes: Counter[str] | None, s
         source = int(np.searchsorted(starts, number, side="right")) - 1
         return readers[source].read(*readers[source].find(number - int(starts[source])))
 
-    return Part(name, corpus.samples, use, classes).look(read, samples)
+    return Part(name, corpus.samples, use, classes).inspect(read, samples)
 
 
 def show(title: str, parts: Sequence[Part]) -> None:

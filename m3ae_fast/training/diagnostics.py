@@ -22,7 +22,7 @@ WAITING = 0.3  # fraction of the time spent waiting for data (median of the log 
 Metrics = Sequence[dict[str, Any]]  # lines of metrics.jsonl
 
 
-class Finding(NamedTuple):
+class Diagnostic(NamedTuple):
     """A diagnostic: an unusual observation with a suggested fix."""
 
     name: str
@@ -30,15 +30,15 @@ class Finding(NamedTuple):
     suggestion: str
 
 
-def findings(metrics: Metrics, config: Mapping[str, Any] | None = None) -> list[Finding]:
+def diagnose(metrics: Metrics, config: Mapping[str, Any] | None = None) -> list[Diagnostic]:
     """Return the diagnostics, the most severe first; empty if there are none. `config`: the run's sections, if known,
     so that settings that are already in use are not suggested."""
     config = config or {}
     learning = [few] if (few := _few_steps(metrics)) else [_collapse(metrics, config), *_learning(metrics)]
-    return [finding for finding in (*learning, _data(metrics, config)) if finding]
+    return [diagnostic for diagnostic in (*learning, _data(metrics, config)) if diagnostic]
 
 
-def _few_steps(metrics: Metrics) -> Finding | None:
+def _few_steps(metrics: Metrics) -> Diagnostic | None:
     steps, rates = max(series(metrics, "step"), default=0), series(metrics, "lr")
     warming = len(rates) > 1 and rates[-1] > rates[-2]
     if not steps or (steps >= FEW_STEPS and not warming):
@@ -47,10 +47,10 @@ def _few_steps(metrics: Metrics) -> Finding | None:
     if warming:
         what += "; the learning rate is still rising in its warm-up"
     shorter = ", or a shorter optim.warmup_epochs" if warming else ""
-    return Finding("too few steps", what, f"a higher train.epochs or train.steps{shorter}")
+    return Diagnostic("too few steps", what, f"a higher train.epochs or train.steps{shorter}")
 
 
-def _collapse(metrics: Metrics, config: Mapping[str, Any]) -> Finding | None:
+def _collapse(metrics: Metrics, config: Mapping[str, Any]) -> Diagnostic | None:
     ranks = series(metrics, "val_rankme")
     if len(ranks) < 2 or ranks[0] < COLLAPSED:  # too few held-out samples for a higher rank
         return None
@@ -61,7 +61,7 @@ def _collapse(metrics: Metrics, config: Mapping[str, Any]) -> Finding | None:
     advice = ["a lower optim.peak_lr", *clipping("optim", optim.get("clip_grad", math.inf)), "a longer warm-up"]
     if optim.get("weight_decay") != 0:
         advice.append("less optim.weight_decay")
-    return Finding(
+    return Diagnostic(
         "collapse",
         f"the effective rank of the features (RankMe) is {last:.1f}, compared with {first:.1f} before training: the "
         "features of different samples have become similar",
@@ -92,7 +92,7 @@ def either(advice: Sequence[str]) -> str:
     return f"{', '.join(others)}, or {last}" if others else last
 
 
-def _learning(metrics: Metrics) -> list[Finding]:
+def _learning(metrics: Metrics) -> list[Diagnostic]:
     """Return diagnostics of the learning of images and texts, from their held-out losses or, without these, the
     training loss."""
     learnt = {name: _learnt(metrics, name) for name in ("image", "text")}
@@ -102,11 +102,11 @@ def _learning(metrics: Metrics) -> list[Finding]:
         losses = series(metrics, "loss")
         if len(losses) < _FEW or median(losses[-3:]) < FALLEN * losses[0]:
             return []
-        return [Finding("no learning", "the training loss has not fallen", suggested_fix)]
+        return [Diagnostic("no learning", "the training loss has not fallen", suggested_fix)]
     if not any(known.values()):
-        return [Finding("no learning", " and ".join(_compared(metrics, name) for name in known), suggested_fix)]
+        return [Diagnostic("no learning", " and ".join(_compared(metrics, name) for name in known), suggested_fix)]
     return [
-        Finding(
+        Diagnostic(
             f"only {other} is learnt",
             f"{_compared(metrics, name)}{_constant(metrics, name)}",
             f"more steps, a higher loss.{name}_weight, or a lower loss.{other}_weight; look at the {name}s in "
@@ -141,12 +141,12 @@ def _compared(metrics: Metrics, name: str) -> str:
     return f"the {name} loss on held-out samples is {last:.2f} times that of {constant} (before training {first:.2f})"
 
 
-def _data(metrics: Metrics, config: Mapping[str, Any]) -> Finding | None:
+def _data(metrics: Metrics, config: Mapping[str, Any]) -> Diagnostic | None:
     waits = series(metrics, "data_wait")[1:]  # the first value includes the start of the workers
     if not waits or median(waits) < WAITING:
         return None
     repeats = (config.get("data") or {}).get("repeats", 1)
-    return Finding(
+    return Diagnostic(
         "data bound",
         f"training waits for data {median(waits):.0%} of the time",
         f"more data.workers, smaller images (m3ae-fast shards make --short-side), or data.repeats={repeats + 1}",

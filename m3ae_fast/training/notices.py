@@ -15,7 +15,7 @@ from m3ae_fast.images.decoding import size_of
 
 _FIRST_STEPS = 50  # number of steps after which memory use should be stable
 _GROWTH = 1.5
-_LOOKED_AT = 32  # images that are inspected per source
+_INSPECTED = 32  # images that are inspected per source
 _ENLARGED = 0.75  # fraction of the model's image size; smaller images are reported
 
 
@@ -102,7 +102,7 @@ def _enlarged(config: Config, corpus: Corpus) -> str:
     for source in corpus.sources:
         if source.indexed and source.has_images and not corpus.store.is_cached(source.indexed[0].shard):
             reader = Reader(source, corpus.store.in_place())
-            for row in range(min(source.indexed[0].summary.samples, _LOOKED_AT)):
+            for row in range(min(source.indexed[0].summary.samples, _INSPECTED)):
                 with contextlib.suppress(BadSample, OSError):
                     image = reader.read(0, row).image
                     sides += [min(size_of(image))] if image else []

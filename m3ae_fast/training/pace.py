@@ -30,7 +30,7 @@ _FEWEST = 4  # minimum number of measured steps, unless a single one exceeds the
 # below this fraction of the mean.
 _STABLE = 0.02
 _PARTS, _OF_PART = 4, 4  # number of parts, and minimum number of steps per part
-_LOOK = 8  # steps between checks for stability; more after many steps
+_CHECK_EVERY = 8  # steps between checks for stability; more after many steps
 # fraction of the time that is always used, however stable the rate is, because the load of the machine varies
 _LEAST = 1 / 4
 # time to evaluate a sample, as a fraction of a step's time per sample: two forward passes and no backward pass
@@ -136,7 +136,7 @@ def _counted(times: Sequence[float]) -> Sequence[float]:
 def _stable(times: Sequence[float], ahead: int) -> bool:
     """Return whether enough steps were taken for a stable rate. The first `ahead` steps, whose batches were loaded in
     advance, do not count."""
-    often = max(_LOOK, 1 << max(len(times).bit_length() - 4, 0))
+    often = max(_CHECK_EVERY, 1 << max(len(times).bit_length() - 4, 0))
     if len(times) % often or len(times) < _WARM + 2 * ahead:
         return False
     counted = _counted(times)

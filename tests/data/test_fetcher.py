@@ -192,7 +192,7 @@ def test_tables_come_with_the_copies(start):
     needs = start(0, 4).companion.schedule
     store, span = needs.corpus.store, needs.span(np.zeros(1, np.int64))
     fetcher = Fetcher(needs)
-    until(lambda: fetcher.look(span) or fetcher.wait() or not fetcher._busy)
+    until(lambda: fetcher.update(span) or fetcher.wait() or not fetcher._busy)
     near = [shard.name for shard in needs.near(span)]
     assert len(near) == 4 and all(store.copy(name).exists() for name in near)
     assert len(list((store.cache_dir / "index").iterdir())) == 4
@@ -205,7 +205,7 @@ def test_a_shard_that_cannot_be_fetched_is_not_asked_for_all_the_time(start, far
     needs = start(0, 4).companion.schedule
     fetcher = Fetcher(needs)
     for _ in range(3):
-        fetcher.look(needs.span(np.zeros(1, np.int64)))
+        fetcher.update(needs.span(np.zeros(1, np.int64)))
         until(lambda: fetcher.wait() or not fetcher._busy)
     assert sorted(far[1].values()) == [1] * 4
 

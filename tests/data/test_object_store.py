@@ -17,7 +17,7 @@ from m3ae_fast.base import object_store
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, download, open_corpus
-from m3ae_fast.data.download import NotThere
+from m3ae_fast.data.download import NotFound
 from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.data.shards import expand
 from tests.data.test_fetcher import disk, epoch
@@ -104,7 +104,7 @@ def test_s3_without_the_permission_is_told_at_once(s3, tmp_path):
     client, _, faults, _ = s3
     url = put(client, tmp_path, "a.tar", range(3))
     faults["/bucket/a.tar"] = ["403"]
-    with pytest.raises(NotThere, match="403 Forbidden"):
+    with pytest.raises(NotFound, match="403 Forbidden"):
         download.read_small(url, 1 << 20)
 
 

@@ -105,13 +105,13 @@ def test_ranks_tell_steps_not_micro_batches(needs, tmp_path):
 
 def test_a_shard_that_could_not_be_fetched_is_tried_again_after_a_while(needs, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(fetcher_module, "_LOOK_S", 0.001)
+    monkeypatch.setattr(fetcher_module, "_CHECK_S", 0.001)
     monkeypatch.setattr(fetcher_module, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep))
     built = needs()
     fetcher, asked = Fetcher(built), built.corpus.store.asked
     for now, times in ((0.0, 1), (30.0, 1), (59.0, 1), (61.0, 2), (119.0, 2), (125.0, 3)):
         clock[0] = now
-        fetcher.look(Span(0, 10, False))
+        fetcher.update(Span(0, 10, False))
         while fetcher._busy:
             fetcher.wait()
         assert sorted(asked) == sorted([shard.name for shard in built.near(Span(0, 10, False))] * times)
@@ -123,7 +123,7 @@ def test_copies_are_dated_while_there_is_room_for_all_connections_yet(needs, use
     built = needs(limit=7 * CONNECTIONS, largest=7, used=used)
     fetcher = Fetcher(built)
     for span in (Span(0, 10, False), Span(1, 11, False)):
-        fetcher.look(span)
+        fetcher.update(span)
     kept = built.corpus.store.kept
     assert len(kept) == used and all(names == [shard.name for shard in built.next(span)] for names in kept)
     fetcher._pool.shutdown()

@@ -469,7 +469,7 @@ def test_a_fetch_looks_at_few_copies_however_many_there_are(server, tmp_path, mo
         copy.write_bytes(bytes(size))
         os.utime(copy, (age, age))
     store.path(names[0])  # after which the process knows the copies
-    monkeypatch.setattr(shards, "_LOOK_S", float("inf"))
+    monkeypatch.setattr(shards, "_SCAN_S", float("inf"))
     calls, stat, scandir, usage = Counter(), Path.stat, os.scandir, shutil.disk_usage
     monkeypatch.setattr(Path, "stat", lambda self, **more: calls.update(stat=1) or stat(self, **more))
     monkeypatch.setattr(os, "scandir", lambda path: calls.update(scandir=1) or scandir(path))

@@ -10,7 +10,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from m3ae_fast.base.parquet import read_parquet, write_parquet
 from m3ae_fast.evaluation import class_metrics as metrics
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
-from m3ae_fast.evaluation.compare import Found
+from m3ae_fast.evaluation.compare import ComparedPredictions
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.report import write_report
 from tests.evaluation.conftest import settings
@@ -144,7 +144,7 @@ def test_a_task_says_all_of_it(transfer, run, tmp_path, capsys):
 
 def test_models_beside_each_other_have_both():
     labels = torch.tensor([0] * 90 + [1] * 10)
-    found = Found([0, 1])
+    found = ComparedPredictions([0, 1])
     for model, best in (("blind", torch.zeros(100, dtype=torch.long)), ("good", labels)):
         found.add(model, "knn", 0, Predictions([*map(str, range(100))], labels, best[:, None], torch.ones(100)))
     assert [row["balanced_accuracy"] for row in found.result()["rows"]] == [0.5, 1.0]

@@ -16,7 +16,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import write_parquet
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.evaluation import ood
-from m3ae_fast.evaluation.compare import SCALED, UNTRAINED, Found, model_names
+from m3ae_fast.evaluation.compare import SCALED, UNTRAINED, ComparedPredictions, model_names
 from m3ae_fast.evaluation.difference import LARGEST, compare_results
 from m3ae_fast.evaluation.ood import SCORES
 from m3ae_fast.evaluation.predictions import Predictions
@@ -94,7 +94,7 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
 
 def _found(**correct):
     """Return one probe's comparison from each model's correct samples, a row for each seed."""
-    found, keys = Found([0, 1]), [str(i) for i in range(100)]
+    found, keys = ComparedPredictions([0, 1]), [str(i) for i in range(100)]
     for model, rows in correct.items():
         for seed, right in enumerate(rows):
             best_NK = torch.from_numpy(~np.asarray(right)).long()[:, None]
@@ -129,7 +129,7 @@ def test_a_test_is_paired_on_the_mean_over_seeds():
     assert found.result()["rows"][1]["top1"] == pytest.approx(good.mean())
     assert found.result()["chance"] == 1.0  # all are of one of the two classes
     assert "the largest class has 100.0 % of the samples" in found.page()
-    assert Found([0, 1]).result() == {}
+    assert ComparedPredictions([0, 1]).result() == {}
 
 
 def test_models_are_called_by_their_folders_where_these_differ():

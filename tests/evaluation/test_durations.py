@@ -11,7 +11,7 @@ from m3ae_fast.evaluation import expected_duration, labelled_task, probes
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, with_defaults
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.finetune import FineTuningTask
-from m3ae_fast.evaluation.fit_heads import Live
+from m3ae_fast.evaluation.fit_heads import HeadsInTraining
 from m3ae_fast.evaluation.heads import AttentiveHeads
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import LabelledTask
@@ -95,7 +95,7 @@ def test_an_attentive_probe_in_training_may_be_asked():
     tokens, labels = torch.randn(60, 3, 4, generator=generator), torch.arange(60) % 3
     bank = FeatureBank([f"a.tar/{i}" for i in range(60)], tokens, labels, None, [])
     with join_ranks() as ranks:
-        live, sections = Live(), {"attentive": {"batch": 20, "steps": 6, "heads": 2}}
+        live, sections = HeadsInTraining(), {"attentive": {"batch": 20, "steps": 6, "heads": 2}}
         setting = _setting(ranks, live, **sections)
         recipe = probes.attentive_recipe(60, setting)
         assert probes.partial_predictions(live, {1: bank}, {1: bank}, recipe)[0] == {}

@@ -12,7 +12,7 @@ from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import BankSteps
 from m3ae_fast.evaluation.heads import LinearHeads
-from m3ae_fast.evaluation.learning_rates import Tried, choose
+from m3ae_fast.evaluation.learning_rates import RateTrial, choose
 from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.training import throughput
@@ -164,7 +164,7 @@ def test_without_settings_it_tries_rates_and_has_no_checkpoints(transfer, tmp_pa
     rates = {tried["peak_lr"]: tried["top1"] for tried in whole["rates"]}
     rate = whole["recipe"]["peak_lr"]
     usual = OFFICIAL["linear"].scaled(48).peak_lr
-    assert len(rates) == 6 and rate == choose([Tried(**each) for each in whole["rates"]], usual, 4).peak_lr
+    assert len(rates) == 6 and rate == choose([RateTrial(**each) for each in whole["rates"]], usual, 4).peak_lr
     assert "only 12 steps: " in whole["cautions"][0]
     given = transfer("linear", "--cache-features", *short, *settings(f"linear.peak_lr={rate}"), out="given")
     assert given["rates"] == [] and given["recipe"] == whole["recipe"]

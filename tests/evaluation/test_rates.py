@@ -9,7 +9,7 @@ import torch
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits, losses
-from m3ae_fast.evaluation.learning_rates import FACTORS, Tried, best, choose, edge, split, table
+from m3ae_fast.evaluation.learning_rates import FACTORS, RateTrial, best, choose, edge, split, table
 from m3ae_fast.evaluation.probes import Setting, linear_recipe, train_heads, try_rates
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import join_ranks
@@ -98,7 +98,7 @@ def test_a_rate_that_diverges_is_never_the_best():
     with join_ranks() as ranks:
         tried = _tried(_bank(100), _setting(ranks, **given), 1e38)
     assert tried[-1][1:] == (0.0, None)
-    assert best([Tried(1, 0.0, None), Tried(2, 0.0, 3.0)]).peak_lr == 2
+    assert best([RateTrial(1, 0.0, None), RateTrial(2, 0.0, 3.0)]).peak_lr == 2
 
 
 def test_one_logit_that_is_not_finite_shows_that_a_head_diverged():
@@ -109,15 +109,15 @@ def test_one_logit_that_is_not_finite_shows_that_a_head_diverged():
 
 def test_a_rate_is_chosen_for_what_is_no_chance():
     """An accuracy of 70 % on 100 samples has a standard error of 4.6 points."""
-    tried = [Tried(0.1, 0.7, 0.9), Tried(0.3, 0.66, 0.8), Tried(1, 0.64, 0.6), Tried(3, 0.0, None)]
+    tried = [RateTrial(0.1, 0.7, 0.9), RateTrial(0.3, 0.66, 0.8), RateTrial(1, 0.64, 0.6), RateTrial(3, 0.0, None)]
     assert [choose(tried, usual, 100).peak_lr for usual in (0.1, 0.25, 0.8, 5)] == [0.1, 0.3, 0.3, 0.3]
     assert choose(tried, 1, 50).peak_lr == 1 and choose(tried, 1, 10_000).peak_lr == 0.1
-    assert choose([tried[0], Tried(1, 0.7, 0.9)], 0.4, 100).peak_lr == 1  # of which 0.1 is a quarter
-    assert choose([Tried(1, 0.0, None), Tried(2, 0.0, 3.0)], 1.4, 9).peak_lr == 2
+    assert choose([tried[0], RateTrial(1, 0.7, 0.9)], 0.4, 100).peak_lr == 1  # of which 0.1 is a quarter
+    assert choose([RateTrial(1, 0.0, None), RateTrial(2, 0.0, 3.0)], 1.4, 9).peak_lr == 2
 
 
 def test_of_equal_rates_the_one_of_lower_loss_is_the_best():
-    tried = [Tried(0.1, 0.5, 0.9), Tried(0.3, 0.7, 0.8), Tried(1, 0.7, 0.6)]
+    tried = [RateTrial(0.1, 0.5, 0.9), RateTrial(0.3, 0.7, 0.8), RateTrial(1, 0.7, 0.6)]
     assert best(tried).peak_lr == 1
     assert table(tried, 0.3) == "0.1: 50.0%, 0.3: 70.0%, 1: 70.0%; chosen: 0.3"
     assert "1, is the highest candidate" in edge(tried, 1)[0]

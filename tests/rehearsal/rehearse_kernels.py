@@ -117,7 +117,7 @@ def test_attention_of_triton_stands_a_trial(cuda, monkeypatch, caplog):
 
 
 def test_attention_of_triton_stands_no_trial_on_an_old_gpu(monkeypatch):
-    with FakeCuda(capability=(7, 5)), pytest.raises(attention_cuda.NotHere):
+    with FakeCuda(capability=(7, 5)), pytest.raises(attention_cuda.NotAvailable):
         attention_cuda.MAKERS["triton"](CUDA)
 
 

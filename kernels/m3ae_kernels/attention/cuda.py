@@ -35,7 +35,7 @@ Inputs = tuple[Tensor, Tensor, Segments]  # qkv, a gradient of the result, the s
 Maker = Callable[[torch.device], Kernel]
 
 
-class NotHere(Exception):
+class NotAvailable(Exception):
     """Raised if a kernel is not available on this GPU or in this version of its library."""
 
 
@@ -95,7 +95,7 @@ def fastest(makers: dict[str, Maker], device: torch.device, checked: Inputs, tim
                 raise ArithmeticError(f"its results are off by {off:.0%}")
             results(kernel, *timed)  # warm-up: compilation and memory allocation
             found[name] = 1e3 * min(_seconds(kernel, *timed) for _ in range(ROUNDS))
-        except (ModuleNotFoundError, NotHere) as error:
+        except (ModuleNotFoundError, NotAvailable) as error:
             _log.info("attention: %s is not available (%s)", name, error)
         except Exception as error:  # any error: a broken build, or an unsupported GPU or head dimension
             _log.warning("attention: %s is excluded: %s", name, " ".join(str(error).split()) or repr(error))
@@ -250,11 +250,12 @@ def _torch_varlen(device: torch.device) -> Kernel:
 def _cudnn(device: torch.device) -> Kernel:
     """Return cuDNN's kernel, which torch's own attention over packed samples uses from version 2.14 on, for more than
     128 rows. Earlier versions never use it, and the op's backward pass confuses the head dimension with the rows of the
-    longest sample and writes past its memory (pytorch/pytorch#186142). Raises NotHere if torch would not use it."""
+    longest sample and writes past its memory (pytorch/pytorch#186142). Raises NotAvailable if torch would not use
+    it."""
     from torch.nn.attention import varlen
 
     if not varlen._should_use_cudnn(device.index or 0):
-        raise NotHere("torch uses cuDNN for packed samples from 2.14 on, from cuDNN 9.18 on, on sm_90 and sm_100")
+        raise NotAvailable("torch uses cuDNN for packed samples from 2.14 on, from cuDNN 9.18 on, on sm_90 and sm_100")
 
     def lengths(queries, keys):
         most = (max(segments.max_seqlen, CUDNN_ROWS) for segments in (queries, keys))
@@ -281,7 +282,7 @@ def _triton(device: torch.device) -> Kernel:
     from ..triton_impl.attention import TRITON
 
     if not tuning.fits(device):
-        raise NotHere("its tiles do not fit this GPU")
+        raise NotAvailable("its tiles do not fit this GPU")
     return TRITON
 
 

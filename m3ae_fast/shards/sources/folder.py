@@ -26,7 +26,7 @@ from m3ae_fast.shards.sources.caption_table import Row, read_captions
 from m3ae_fast.shards.sources.folder_layout import TRAIN, listed, printable, split_of_folder, understand
 from m3ae_fast.shards.sources.interface import Record, Records, read_file
 
-_LOOKED_AT = 1000  # rows of a table that are inspected for the names of fields
+_INSPECTED = 1000  # rows of a table that are inspected for the names of fields
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
@@ -107,7 +107,7 @@ class Folder(Records):
             table = read_captions(captions, *columns)
             self._has_captions = table[0].captions is not None
             self._samples = _join(folder, paths, captions, table)
-            fields = {name: None for row in table[:_LOOKED_AT] if row.fields for name in json.loads(row.fields)}
+            fields = {name: None for row in table[:_INSPECTED] if row.fields for name in json.loads(row.fields)}
             if fields:
                 self.notes.append(f"fields of {captions} for --labels: {', '.join(f'json.{name}' for name in fields)}")
         counts = np.array([len(each) for each in self._samples])
