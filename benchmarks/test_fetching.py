@@ -18,7 +18,7 @@ from m3ae_fast.data.manifest import KINDS, rows_of, write
 
 ROOT = Path(__file__).parents[1]
 SHARDS, PER, LANES, STEPS, WARM = 64, 64, 8, 60, 10
-ROOM = 34  # number of shards that fit: those of two windows of each lane, and a few that are being downloaded
+FITTING = 34  # number of shards that fit: those of two windows of each lane, and a few that are being downloaded
 LATENCY_S, FAULTS = 0.05, 0.2
 ROWS: list[results.Row] = []
 
@@ -27,7 +27,7 @@ ROWS: list[results.Row] = []
 def table():
     yield
     if ROWS:
-        shards = f"{SHARDS} remote shards, of which {ROOM} fit on the disk"
+        shards = f"{SHARDS} remote shards, of which {FITTING} fit on the disk"
         title = f"Training of the quickstart's model on {shards}, after step {WARM}"
         results.write("fetching", title, ROWS)
 
@@ -61,11 +61,11 @@ def train(folder: Path, source: str, shards: Path, *options: str) -> tuple[float
 def test_shards_from_afar_keep_nobody_waiting(benchmark, shards, tmp_path):
     """The comparison is with the same shards on a local disk."""
     sizes = [(PER, (shards / f"{number}.tar").stat().st_size, KINDS.index("paired")) for number in range(SHARDS)]
-    room = ROOM * max(size for _, size, _ in sizes) / 1e9
+    cache_gb = FITTING * max(size for _, size, _ in sizes) / 1e9
     with faulty_server(shards, 0, FAULTS, LATENCY_S) as server:
         names = [f"{server.url}/{number}.tar" for number in range(SHARDS)]
         write(tmp_path / "far.npy", rows_of(names, sizes))
-        cache = (f"data.cache_gb={room}", f"data.cache_dir={tmp_path / 'cache'}")
+        cache = (f"data.cache_gb={cache_gb}", f"data.cache_dir={tmp_path / 'cache'}")
         near = train(tmp_path / "near", f"{shards}/{{0..{SHARDS - 1}}}.tar", shards)
         far = benchmark.pedantic(lambda: train(tmp_path / "far", str(tmp_path / "far.npy"), shards, *cache), rounds=1)
         gets, failures = sum(server.served.values()), sum(server.failures.values())

@@ -56,7 +56,7 @@ def opened(path: str, cache: str, out: str) -> None:
         os.wait()
         start = time.process_time()
         fingerprint(Data(corpus, None, None), Layout(LANES, 2))
-        PrefetchSchedule(corpus, order, range(LANES), 0, 1, 4096, 0).require_room()
+        PrefetchSchedule(corpus, order, range(LANES), 0, 1, 4096, 0).require_space()
         begin = {"what else a start takes, s": time.process_time() - start}
         Path(out).write_text(json.dumps(json.loads(Path(out).read_text()) | begin))
         return

@@ -82,8 +82,8 @@ def sockets(pid):
 def standing_by():
     """Print the queries of CUDA, and whether this rank and its fetcher have connections."""
     touched, before = [], sockets(os.getpid())
-    begin, available = program.Standby, torch.cuda.is_available
-    program.Standby = lambda: touched.append("fetcher") or begin()
+    begin, available = program.HelperProcess, torch.cuda.is_available
+    program.HelperProcess = lambda: touched.append("fetcher") or begin()
     torch.cuda.is_available = lambda: touched.append("cuda") or available()
     with program.joined_program() as session:
         own, its = (len(sockets(pid) - before) > 0 for pid in (os.getpid(), session.fetcher.process.pid))
@@ -302,7 +302,7 @@ def join(monkeypatch):
         )
         rank.main_has_ended = lambda: False
         monkeypatch.setattr(program, "join_ranks", lambda device: nullcontext(rank))
-        monkeypatch.setattr(program, "Standby", lambda: nullcontext(None))
+        monkeypatch.setattr(program, "HelperProcess", lambda: nullcontext(None))
 
     return pretend
 

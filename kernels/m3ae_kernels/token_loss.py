@@ -176,7 +176,7 @@ def _loss(
         check_range("masked_token_loss", "targets", targets, len(weight), ignored=options.ignore_index)
     row_weight = row_weight.masked_fill(targets == options.ignore_index, 0)
     unit_weight_M, unit = unit_weights(row_weight)
-    results = _room(inputs, options, needs)
+    results = _empty_results(inputs, options, needs)
     if impl == "triton":
         from .triton_impl.token_loss import token_loss
     else:
@@ -195,7 +195,7 @@ def _loss(
     return torch.dot(row_loss_M, row_weight), row_loss_M, unit, grads[0], grads[1], grads[2], correct_M
 
 
-def _room(inputs: Inputs, options: Options, needs: Sequence[bool]) -> Results:
+def _empty_results(inputs: Inputs, options: Options, needs: Sequence[bool]) -> Results:
     rows = inputs.targets.shape[0] if options.return_correct else 0
     correct = inputs.targets.new_empty(rows, dtype=torch.bool)
     grads = empty_gradients(inputs.hidden, inputs.weight, options.dtype, needs)
@@ -203,13 +203,15 @@ def _room(inputs: Inputs, options: Options, needs: Sequence[bool]) -> Results:
 
 
 def _fake(hidden, weight, bias, row_weight, targets, needs, *options):
-    row_loss, correct, *grads = _room(Inputs(hidden, weight, bias, row_weight, targets), Options(*options), needs)
+    row_loss, correct, *grads = _empty_results(
+        Inputs(hidden, weight, bias, row_weight, targets), Options(*options), needs
+    )
     return row_loss.new_empty(()), row_loss, row_loss.new_empty(()), *grads, correct
 
 
 def _rows_fake(hidden, weight, bias, targets, *options):
     ones = hidden.new_empty(hidden.shape[0], dtype=accumulator(Options(*options).dtype))
-    return _room(Inputs(hidden, weight, bias, ones, targets), Options(*options), [False] * 3)[:2]
+    return _empty_results(Inputs(hidden, weight, bias, ones, targets), Options(*options), [False] * 3)[:2]
 
 
 def _rows_backward(ctx, upstream, _):

@@ -25,8 +25,8 @@ def fetch(command: list[str], folder: Path, suffix: str) -> Path:
         ) from None
     found = sorted(folder.glob(f"*{suffix}"))
     if done.returncode or not found:
-        told = (done.stderr.strip() or f"leaves no {suffix}").splitlines()[-1][:200]
-        raise UserError(f"{' '.join(command)}: {told}; get the package elsewhere and name it with --package")
+        reason = (done.stderr.strip() or f"leaves no {suffix}").splitlines()[-1][:200]
+        raise UserError(f"{' '.join(command)}: {reason}; get the package elsewhere and name it with --package")
     return found[-1]
 
 

@@ -220,12 +220,12 @@ class Soak:
             if process.poll() is None:
                 self.tally.wrong.append(f"{name}: still there after {LIMIT_S:.0f} s")
                 process.kill()
-            self._see_off(name, running)
+            self._check_exit(name, running)
             code = process.wait()
             log.seek(0)
             return happened, code, log.read()
 
-    def _see_off(self, name: str, running: Running) -> None:
+    def _check_exit(self, name: str, running: Running) -> None:
         """Record a failure if processes other than frozen ones do not exit by themselves after their launcher."""
         left = running.processes()
         for process in left:

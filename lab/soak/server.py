@@ -36,21 +36,21 @@ class Server(NamedTuple):
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
     def __init__(
-        self, *args, told: Server, share: float, latency: float, chance: random.Random, rows: Counter, **options
+        self, *args, counts: Server, share: float, latency: float, chance: random.Random, rows: Counter, **options
     ) -> None:
-        self.told, self.share, self.latency, self.chance, self.rows = told, share, latency, chance, rows
+        self.counts, self.share, self.latency, self.chance, self.rows = counts, share, latency, chance, rows
         super().__init__(*args, **options)
 
     def do_GET(self) -> None:
         time.sleep(self.latency)
         if self.rows[self.path] >= IN_A_ROW or self.chance.random() >= self.share:
             self.rows[self.path] = 0
-            self.told.served[self.path] += 1
+            self.counts.served[self.path] += 1
             return super().do_GET()
         self.rows[self.path] += 1
         kind = self.chance.choice([*STATUSES, *BODIES, *WORDLESS, SLOW])
-        self.told.failures[kind] += 1
-        self.told.served[self.path] += kind == SLOW
+        self.counts.failures[kind] += 1
+        self.counts.served[self.path] += kind == SLOW
         if kind in STATUSES:
             self.send_response(int(kind))
             self.send_header("Retry-After", "0")
@@ -88,10 +88,10 @@ def faulty_server(folder: Path, seed: int, share: float = 0.7, latency: float = 
         share: probability that a request fails, unless the last IN_A_ROW requests for the path have failed.
         latency: delay of each response in seconds.
     """
-    told = Server("", Counter(), Counter())
-    options = {"told": told, "share": share, "latency": latency, "chance": random.Random(seed), "rows": Counter()}
+    counts = Server("", Counter(), Counter())
+    options = {"counts": counts, "share": share, "latency": latency, "chance": random.Random(seed), "rows": Counter()}
     handler = partial(_Handler, directory=str(folder), **options)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        yield told._replace(url=f"http://127.0.0.1:{server.server_port}")
+        yield counts._replace(url=f"http://127.0.0.1:{server.server_port}")
         server.shutdown()

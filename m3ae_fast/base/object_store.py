@@ -43,9 +43,9 @@ def main(url: str) -> int:
     except BrokenPipeError:  # the reader has closed the pipe
         return 1
     except (FileNotFoundError, PermissionDeniedError, UnauthenticatedError) as error:
-        return _said(error, NOT_FOUND)
+        return _print_reason(error, NOT_FOUND)
     except Exception as error:  # the many kinds of credentials raise many kinds of errors
-        return _said(error, 1)
+        return _print_reason(error, 1)
     return 0
 
 
@@ -65,7 +65,7 @@ def _open(scheme: str, bucket: str) -> Any:
     return S3Store(bucket, client_options=options, credential_provider=Boto3CredentialProvider(session))
 
 
-def _said(error: Exception, code: int) -> int:
+def _print_reason(error: Exception, code: int) -> int:
     print(" ".join(str(error).partition("Debug source")[0].split())[:500], file=sys.stderr)
     return code
 

@@ -48,7 +48,7 @@ class TimeLeft:
         """Count a part as done and return the text of `left`."""
         self.done, self._spent = self.done + part, self._now() - self._started
         if self.done < self.total:
-            self.tell(self._estimate(self.done, self._spent))
+            self.report_once(self._estimate(self.done, self._spent))
         return self.left()
 
     def left(self) -> str:
@@ -62,10 +62,10 @@ class TimeLeft:
         whether the estimate is reliable enough to report."""
         left = self._estimate(self.done + done, self._spent + pace * done)
         if sure:
-            self.tell(left)
+            self.report_once(left)
         return left
 
-    def tell(self, left: float) -> None:
+    def report_once(self, left: float) -> None:
         """Pass an estimate of the seconds left to `report`, unless one has been reported before."""
         report, self._report = self._report, None
         if report:
@@ -145,13 +145,13 @@ def working(title: str, *, show: bool = True, every: float = 5.0) -> Iterator[No
         yield
         return
     _say(title)
-    teller = threading.Thread(target=go_on, daemon=True)
-    teller.start()
+    reporter = threading.Thread(target=go_on, daemon=True)
+    reporter.start()
     try:
         yield
     finally:
         ended.set()
-        teller.join()
+        reporter.join()
 
 
 def _say(text: str) -> None:

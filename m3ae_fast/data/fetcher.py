@@ -24,7 +24,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.order import Order, ShuffleWindow
-from m3ae_fast.process.helper_process import Node, Standby
+from m3ae_fast.process.helper_process import HelperProcess, Node
 
 T = TypeVar("T")
 CONNECTIONS = 16
@@ -92,11 +92,11 @@ class PrefetchSchedule:
         each = self.order.upcoming_windows(self.lanes, 0, 0)
         return sum(shard.size for shard in set(self._named(chain.from_iterable(each))))
 
-    def require_room(self) -> None:
+    def require_space(self) -> None:
         """Raise UserError if the shards that are in use at the same time do not fit into the cache. Shards on a network
         file system are then read directly instead, so they do not count."""
         store = self.corpus.store
-        store.staging = store.staging and self.in_use() <= store.room().limit
+        store.staging = store.staging and self.in_use() <= store.space().limit
         limit = store.limit
         if limit < math.inf and (most := self.in_use()) > limit:
             raise UserError(
@@ -105,11 +105,11 @@ class PrefetchSchedule:
             )
 
     def _fitting(self, windows: Iterable[ShuffleWindow]) -> list[Shard]:
-        room, found = self.corpus.store.room(), {}
-        free = room.limit
+        space, found = self.corpus.store.space(), {}
+        free = space.limit
         for shard in self._named(windows):
             if shard.name not in found:
-                free -= shard.size or room.largest
+                free -= shard.size or space.largest
                 if free < 0:
                     break
                 found[shard.name] = shard
@@ -142,7 +142,7 @@ class Fetching:
         self._steps = _shared_steps(self._path, self._ranks)
         self._steps[self._slot] = self.schedule.start
         if self._slot == 0:
-            self._fetcher = self._fetcher or Standby()
+            self._fetcher = self._fetcher or HelperProcess()
             self._fetcher.start(serve, self.schedule, self._path, self._ranks)
 
     def watch(self, batches: Iterator[T]) -> Iterator[T]:
@@ -192,7 +192,7 @@ class Fetcher:
                 self._keep(span)
         for shard in self._near:
             if len(self._busy) < CONNECTIONS and self._lacks(shard.name):
-                self._busy[shard.name] = self._pool.submit(self._bring, shard)
+                self._busy[shard.name] = self._pool.submit(self._download, shard)
 
     def wait(self) -> None:
         """Wait until a download has finished, or until the next check is due."""
@@ -206,7 +206,7 @@ class Fetcher:
 
     def _keep(self, span: Span) -> None:
         """Set the order of eviction if cached shards must be evicted."""
-        limit, used, largest = self.store.room()
+        limit, used, largest = self.store.space()
         if used + CONNECTIONS * largest > limit:
             self.store.keep([shard.name for shard in self.schedule.next(span)])
 
@@ -218,7 +218,7 @@ class Fetcher:
         except OSError:  # the original of a gzipped shard no longer exists
             return False
 
-    def _bring(self, shard: Shard) -> bool:
+    def _download(self, shard: Shard) -> bool:
         """Download a shard and create its index. Return False if that fails; the reader of the shard reports the
         reason."""
         try:

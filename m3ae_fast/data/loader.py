@@ -182,7 +182,7 @@ def _fetching(loader: Loader[PackedBatch], samples: Samples, micro_batches: Micr
     share, order = micro_batches.share, cast("Order", samples.order)
     ahead = -(-loader.num_workers * (loader.prefetch_factor or 0) // share.accumulation)
     schedule = _schedule(samples.corpus, order, micro_batches, node.ranks, ahead)
-    schedule.require_room()
+    schedule.require_space()
     return Fetching(schedule, node, share.rank, share.accumulation)
 
 

@@ -36,7 +36,7 @@ from m3ae_fast.data.download import ATTEMPTS, NotFound, download, retry_after
 
 FREE_FRACTION = 0.1  # fraction of the cache folder's disk that stays free by evicting older copies
 _KEPT_NS = 1000  # ns between the modification times of copies that are needed one after the other
-_ROOM = "room"  # name of the lock for eviction
+_EVICTION = "room"  # name of the lock for eviction
 _LEDGER = struct.Struct("<QQ")  # see `ShardStore._evict`
 _SCAN_S = 60.0  # seconds between scans of all copies while the cache is full
 _SCANS = 4  # scans of all copies for one new copy, at most
@@ -230,7 +230,7 @@ class ShardStore:
             with contextlib.suppress(OSError):  # it does not exist, or belongs to another user
                 os.utime(self.copy(shard), ns=(when, when))
 
-    def room(self) -> CacheSpace:
+    def space(self) -> CacheSpace:
         """Return the limit and the current usage of the cache."""
         sizes = [copy.size for copy in self._copies()]
         usage = shutil.disk_usage(self.cache_dir)
@@ -261,12 +261,12 @@ class ShardStore:
                 out, gone = self._begin(partial, size)
                 with out:
                     download(shard, out)
-                    with self.lock(_ROOM) as ledger:  # in case it is larger than expected
+                    with self.lock(_EVICTION) as ledger:  # in case it is larger than expected
                         out.truncate(out.tell())
                         self._evict(ledger, grown=out.tell() - gone)
                     gone = out.tell()
                     to_disk(partial)
-                    with self.lock(_ROOM) as ledger:  # no other process may evict the old copy meanwhile
+                    with self.lock(_EVICTION) as ledger:  # no other process may evict the old copy meanwhile
                         replaced = copy.stat().st_size if copy.exists() else 0
                         os.replace(partial, copy)
                         gone = 0
@@ -280,7 +280,7 @@ class ShardStore:
                 time.sleep(retry_after(error, attempt))
             finally:
                 if gone:
-                    with self.lock(_ROOM) as ledger:
+                    with self.lock(_EVICTION) as ledger:
                         # closed, it may count as abandoned, and a scan of another process has then removed it
                         grown = -gone if partial.exists() else 0
                         partial.unlink(missing_ok=True)
@@ -291,7 +291,7 @@ class ShardStore:
         """Create an empty file that counts as `size` bytes, or as the largest copy if `size` is 0. Return the file and
         this number. The file is locked until it is closed; an unlocked incomplete file belongs to a killed process. The
         umask determines who may read it."""
-        with self.lock(_ROOM) as ledger:
+        with self.lock(_EVICTION) as ledger:
             size = self._evict(ledger, size)
             out = open(partial, "x+b")  # noqa: SIM115
             lock(out.fileno())
@@ -319,7 +319,7 @@ class ShardStore:
         scans = int(self._oldest is None or len(noted) < _LEDGER.size)
         used, largest = self._look() if scans else _LEDGER.unpack(noted)
         used += 0 if scans else grown
-        while not self._has_room(used + (new := 0 if size is None else size or largest)):
+        while not self._has_space(used + (new := 0 if size is None else size or largest)):
             stale = scans == 0 and time.monotonic() - self._looked > _SCAN_S
             if self._oldest and not stale:
                 used -= self._remove(self._oldest.popleft())
@@ -342,7 +342,7 @@ class ShardStore:
                 return copy.size
         return 0
 
-    def _has_room(self, used: int) -> bool:
+    def _has_space(self, used: int) -> bool:
         usage = shutil.disk_usage(self.cache_dir)
         return used <= self.limit and usage.free >= FREE_FRACTION * usage.total
 

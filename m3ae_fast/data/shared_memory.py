@@ -25,24 +25,24 @@ def batch_bytes(geometry: Geometry, micro_batch: int) -> int:
 def most_workers(size: int) -> int:
     """Return the number of workers, at least 1, for which two batches of `size` bytes each fit: one waits while one is
     packed."""
-    return max(1, int(min(_room(), 1e15) / (2 * size)))
+    return max(1, int(min(_available_bytes(), 1e15) / (2 * size)))
 
 
 def fitting_prefetch(prefetch: int, workers: int, size: int) -> int:
     """Return the number of batches of `size` bytes that each of `workers` prepares in advance: `prefetch`, or fewer if
     they exceed MAX_BYTES or this rank's shared memory. Raises UserError if not even one fits, as with Docker's default
     of 64 MB."""
-    room = _room()
-    if room < 2 * size * workers:
+    available = _available_bytes()
+    if available < 2 * size * workers:
         raise UserError(
-            f"{SHM}: has {room / 1e6:,.0f} MB available per rank, but the batches of {workers} workers take "
+            f"{SHM}: has {available / 1e6:,.0f} MB available per rank, but the batches of {workers} workers take "
             f"{2 * size * workers / 1e6:,.0f} MB: enlarge it (docker run --shm-size, or --ipc=host), or lower "
             "data.workers or train.micro_batch"
         )
-    return max(1, min(prefetch, int(min(room, MAX_BYTES) / (size * workers)) - 1))
+    return max(1, min(prefetch, int(min(available, MAX_BYTES) / (size * workers)) - 1))
 
 
-def _room() -> float:
+def _available_bytes() -> float:
     """Return the number of bytes of shared memory that this rank may use."""
     return FRACTION * _free_bytes() / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 

@@ -201,7 +201,7 @@ class Job:
 
         left = TimeLeft(total, other_work, report)
         if other_work > LONG_S:
-            left.tell(other_work)  # this alone takes long, so there is no need to wait for an estimate
+            left.report_once(other_work)  # this alone takes long, so there is no need to wait for an estimate
         return left
 
     def keep(self, columns: Columns) -> None:

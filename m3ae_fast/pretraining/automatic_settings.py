@@ -323,7 +323,7 @@ def settings(
         "deepspeed": None,
     }
     for override in overrides:
-        _give_way(config, override)
+        _drop_incompatible(config, override)
         apply_override(config, override)
     if shards.val and not config["data"]["val"]:
         config["train"]["probe"] = None
@@ -332,7 +332,7 @@ def settings(
     return parse(Config, config, "--set")
 
 
-def _give_way(config: dict[str, Any], override: str) -> None:
+def _drop_incompatible(config: dict[str, Any], override: str) -> None:
     """Remove the automatic settings from the config that are incompatible with an override. Raises UserError if the
     override sets a value of the probe but there is no probe."""
     name, _, value = override.partition("=")

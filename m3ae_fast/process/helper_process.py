@@ -16,7 +16,7 @@ _forks = multiprocessing.get_context("fork")  # independent of this Python's def
 _POLL_S = 0.1  # seconds between checks that the parent is still alive
 
 
-class Standby:
+class HelperProcess:
     """A process that waits for a function to run, and runs only one. As a context manager, it is killed at the end of
     the block.
 
@@ -25,7 +25,7 @@ class Standby:
 
     def __init__(self) -> None:
         theirs, self._work = _forks.Pipe(duplex=False)
-        self.process = _forks.Process(target=_stand_by, args=(theirs, os.getpid()), name="standby", daemon=True)
+        self.process = _forks.Process(target=_run_when_given, args=(theirs, os.getpid()), name="helper", daemon=True)
         with signals_blocked():
             self.process.start()
         theirs.close()
@@ -43,14 +43,14 @@ class Standby:
         self.process.kill()
         self.process.join()
 
-    def __enter__(self) -> Standby:
+    def __enter__(self) -> HelperProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.end()
 
 
-def _stand_by(given: Connection, parent: int) -> None:
+def _run_when_given(given: Connection, parent: int) -> None:
     start_worker(0)
     while not given.poll(_POLL_S):
         if os.getppid() != parent:
@@ -66,6 +66,6 @@ class Node:
 
     run: str  # a name that is unique among the runs on the node
     ranks: Sequence[int]
-    # this rank's standby process; the leader of a node uses its own to download shards. None: it is started with the
+    # this rank's helper process; the leader of a node uses its own to download shards. None: it is started with the
     # loader
-    fetcher: Standby | None = None
+    fetcher: HelperProcess | None = None

@@ -13,7 +13,7 @@ from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import ErrorElsewhere, RankLost, UserError
 from m3ae_fast.process.failures import explain, rank_lost
 from m3ae_fast.process.heartbeats import Heartbeats
-from m3ae_fast.process.helper_process import Node, Standby
+from m3ae_fast.process.helper_process import HelperProcess, Node
 from m3ae_fast.process.ranks import Ranks, await_ends, join_ranks
 from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
 from m3ae_fast.process.stopping import Stopped
@@ -28,7 +28,7 @@ class Session(NamedTuple):
     ranks: Ranks
     stop: StopRequest
     heartbeats: Heartbeats
-    fetcher: Standby
+    fetcher: HelperProcess
 
     def node(self) -> Node:
         """Return the ranks of this node. Every rank must call this method."""
@@ -80,7 +80,7 @@ def joined_program(device: Device | None = None) -> Iterator[Session]:
     as it does if all ranks raise Stopped.
     """
     with (
-        Standby() as fetcher,  # forked before there are threads, connections to other ranks or GPU memory
+        HelperProcess() as fetcher,  # forked before there are threads, connections to other ranks or GPU memory
         StopRequest() as stop,
         join_ranks(device) as ranks,
         Heartbeats(ranks.rank, ranks.heartbeat_groups, ranks.store, stop) as heartbeats,

@@ -54,12 +54,12 @@ class RunFolder:
                 return ""
         except OSError:
             pass
-        event = self._what_became_of_it()
+        event = self._lock_event()
         self._unlock()
         self._take()
         return event
 
-    def _what_became_of_it(self) -> str:
+    def _lock_event(self) -> str:
         assert self._folder_lock is not None
         held, now = os.fstat(self._folder_lock), Path(os.readlink(f"/proc/self/fd/{self._folder_lock}"))
         if self.path.exists() and os.path.samestat(held, os.stat(self.path)):

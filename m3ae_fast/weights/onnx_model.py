@@ -123,14 +123,14 @@ def _quantise(path: Path, out: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     root = logging.getLogger()
-    root.addFilter(_says_something)
+    root.addFilter(_is_relevant)
     try:
         quantize_dynamic(path, out, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
     finally:
-        root.removeFilter(_says_something)
+        root.removeFilter(_is_relevant)
 
 
-def _says_something(record: logging.LogRecord) -> bool:
+def _is_relevant(record: logging.LogRecord) -> bool:
     """Return False for onnxruntime's advice to infer shapes beforehand, because shapes are fixed here."""
     return "pre-processing before quantization" not in record.getMessage()
 

@@ -16,7 +16,7 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore
 from m3ae_fast.data.fetcher import Fetcher
 from m3ae_fast.data.manifest import KINDS, prepare, rows_of, write
-from m3ae_fast.process.helper_process import Node, Standby
+from m3ae_fast.process.helper_process import HelperProcess, Node
 from tests.data.test_manifest import together
 from tests.helpers.shards import members, write_tar
 
@@ -160,7 +160,7 @@ def test_the_fetcher_leaves_with_the_run(start, tmp_path, begun):
     pids, other = os.pipe()
     child = os.fork()
     if not child:
-        loader = start(0, 1, node=Node("run", [0], Standby()))
+        loader = start(0, 1, node=Node("run", [0], HelperProcess()))
         os.write(other, loader.companion._fetcher.process.pid.to_bytes(4, "little"))
         if begun:
             loader.companion.begin()
@@ -173,7 +173,7 @@ def test_the_fetcher_leaves_with_the_run(start, tmp_path, begun):
 
 def test_ranks_of_a_node_share_one_fetcher(start):
     """The fetcher waits for the slower rank."""
-    loaders = [start(rank, 2, folder="same", node=Node("run", [0, 1], Standby())) for rank in (0, 1)]
+    loaders = [start(rank, 2, folder="same", node=Node("run", [0, 1], HelperProcess())) for rank in (0, 1)]
     assert [loader.companion.schedule.lanes for loader in loaders] == [list(range(LANES))] * 2
     for loader in loaders:
         iter(loader)

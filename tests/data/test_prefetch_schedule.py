@@ -23,7 +23,7 @@ class Store:
         self.cache_dir, self.limit, self.largest, self.used = folder, limit, largest, used
         self.asked, self.kept, self.staging = [], [], False
 
-    def room(self):
+    def space(self):
         return CacheSpace(self.limit, self.used, self.largest)
 
     def is_staged(self, shard):
@@ -88,9 +88,9 @@ def test_what_fits_is_counted_with_the_largest_copy_where_a_size_is_unknown(need
 def test_bytes_in_use_are_a_window_of_each_lane_and_must_fit(needs):
     assert (needs(5).in_use(), needs(5).owned()) == (10, 60)
     assert 4 * 5 <= needs(5, lanes=4).in_use() <= 4 * 10 and needs(5, lanes=4).owned() == 60
-    needs(5, limit=10).require_room()
+    needs(5, limit=10).require_space()
     with pytest.raises(UserError, match=r"or lower data\.shuffle_shards"):
-        needs(5, limit=9).require_room()
+        needs(5, limit=9).require_space()
 
 
 def test_ranks_tell_steps_not_micro_batches(needs, tmp_path):

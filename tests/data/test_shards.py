@@ -442,7 +442,7 @@ def test_copies_keep_to_their_limit(server, tmp_path):
     for name in names:
         store.path(name)
         sizes.append(sum(path.stat().st_size for path in copies.iterdir()))
-    assert max(sizes) <= store.limit and store.room().limit == store.limit
+    assert max(sizes) <= store.limit and store.space().limit == store.limit
     assert sizes[-1] > 2 * size
     for path in map(store.copy, names):
         assert not path.exists() or path.read_bytes() == (folder / path.name[-5:]).read_bytes()
@@ -480,7 +480,7 @@ def test_a_fetch_looks_at_few_copies_however_many_there_are(server, tmp_path, mo
     monkeypatch.undo()
     kept = sorted(int(path.name[:3]) for path in (store.cache_dir / "shards").glob("???.tar"))
     assert kept == list(range(0 if limit is None else 20 - limit, 300))
-    assert store.room().used <= store.limit
+    assert store.space().used <= store.limit
 
 
 def test_processes_share_what_they_know_of_the_room(server, tmp_path):
@@ -490,8 +490,8 @@ def test_processes_share_what_they_know_of_the_room(server, tmp_path):
     one, other = (ShardStore(tmp_path / "cache", 4 * size / 1e9) for _ in range(2))
     for number, store in enumerate([one, other, one, other, one, one, other]):
         store.path(names[number])
-        assert one.room().used <= min(number + 1, 4) * size
-    assert one.room().used == 4 * size
+        assert one.space().used <= min(number + 1, 4) * size
+    assert one.space().used == 4 * size
 
 
 @pytest.mark.parametrize("noted", [b"", b"short", bytes(16)])
@@ -502,7 +502,7 @@ def test_a_ledger_that_is_lost_or_wrong_is_made_again(server, tmp_path, noted):
         store = ShardStore(tmp_path / "cache", 2 * size / 1e9)  # of a process of its own, which looks once
         (store.cache_dir / "locks/room").write_bytes(noted)
         store.path(names[number])
-        assert store.room().used <= 2 * size
+        assert store.space().used <= 2 * size
 
 
 def test_a_copy_that_was_used_since_it_was_seen_stays(server, tmp_path):
