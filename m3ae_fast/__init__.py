@@ -1,4 +1,4 @@
-"""Pre-training of multimodal masked autoencoders (M3AE, arXiv 2205.14204) and their relatives, fast."""
+"""Fast pre-training of multimodal masked autoencoders (M3AE, arXiv 2205.14204) and related models."""
 
 import os
 import sys
@@ -35,7 +35,7 @@ if sys.argv[:1] == ["-m"] or os.path.dirname(os.path.realpath(sys.argv[0])) == _
     sys.excepthook = shown_in_one_line  # a command of this package is being started
     refuse_too_few_addresses()
     configure_libraries()
-configure_home()  # before other libraries look for it
+configure_home()  # before other libraries look for the home folder
 
 
 def __getattr__(name: str) -> Any:

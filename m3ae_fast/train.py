@@ -34,7 +34,7 @@ from m3ae_fast.cli.command_line import (
 from m3ae_fast.config import load_config, require_libraries_of, shipped_configs
 from m3ae_fast.process.launchers import alone
 
-if TYPE_CHECKING:  # torch is imported only where it is used, so that --help and errors in the config come at once
+if TYPE_CHECKING:  # torch is imported only where it is used, so that --help and config errors appear at once
     from m3ae_fast.config import Config
     from m3ae_fast.process.session import Session
 
@@ -135,7 +135,7 @@ def perform(args: argparse.Namespace, session: Session) -> None:
 
 
 def _dry_run(config: Config, args: argparse.Namespace, session: Session) -> None:
-    """Print the report of --dry-run. Every rank must call it. Raises UserError as at the start of a run."""
+    """Print the report of --dry-run. Every rank must call it. Raises the same UserErrors as the start of a run."""
     from m3ae_fast.base.hardware import resolve_precision
     from m3ae_fast.evaluation.knn_during_training import open_probe
     from m3ae_fast.training.dry_run import report, report_time

@@ -46,8 +46,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yield an empty temporary folder next to `target`, and let it replace `target` when the block ends. Raises OSError
-    if the disk refuses, and UserError if it then also refuses to restore the former `target`; after any exception
-    `target` is as it was."""
+    if writing fails, and UserError if the former `target` can then not be restored. After any other exception, `target`
+    is unchanged."""
     mine = uuid.uuid4().hex[:8]
     partial, old = (target.with_name(f".{word}-{target.name}-{mine}") for word in ("writing", "removing"))
     try:
@@ -128,8 +128,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Rename a finished file, or a folder of files, to `path`. Its contents are flushed to disk before the name is.
-    Raises OSError if writing fails."""
+    """Rename a finished file, or a folder of files, to `path`. The contents are flushed to disk before the file is
+    renamed. Raises OSError if writing fails."""
     for written in (*(sorted(partial.iterdir()) if partial.is_dir() else ()), partial):
         to_disk(written)
     os.replace(partial, path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from m3ae_fast.base.errors import UserError
 
-MIN_SEEN = 100  # samples that are read before the fraction of bad samples is checked
+MIN_SEEN = 100  # number of samples that are read before the fraction of bad samples is checked
 NAMED = 20  # bad samples that are logged one by one
 
 _log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ class BadSample(Exception):
 
 
 class NeedsRange(BadSample):
-    """Values of more than 8 bits, of which nothing says what is black and white."""
+    """Raised for an image of more than 8 bits if the values of black and white are unknown."""
 
     def __init__(self, found: str) -> None:
         super().__init__(

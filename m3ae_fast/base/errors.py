@@ -68,7 +68,8 @@ def one_line(error: BaseException) -> str | None:
 
 
 def _named_by_user(file: object) -> bool:
-    """Return whether an argument of the command line, or the value in one such as --set NAME=VALUE, is this file."""
+    """Return whether the command line names this file, as an argument or as the value in an argument such as --set
+    NAME=VALUE."""
     if not isinstance(file, str | bytes | os.PathLike):
         return False
     words = (part for word in sys.argv[1:] for part in (word, word.rpartition("=")[2]))
@@ -100,12 +101,12 @@ def raise_shared(own: BaseException | None, reports: Iterable[Sequence[Any] | No
 
     Raises:
         Exception: `own`, the error of this process, if it is a bug.
-        UserError: the first error, in the order of the processes, that one line explains.
+        UserError: the first error, in the order of the processes, that can be explained in one line.
         ErrorElsewhere: all reported errors are bugs of other processes.
     """
     if own is not None and one_line(own) is None:
         raise own
-    # the sort is stable
+    # errors that are explained come first; because the sort is stable, they stay in the order of the processes
     found = sorted((ErrorReport(*each) for each in reports if each), key=lambda each: not each.complete)
     if found:
         raise (UserError if found[0].complete else ErrorElsewhere)(found[0].line)
@@ -119,15 +120,15 @@ def _on_one_line(text: str) -> str:
 
 
 def in_program() -> bool:
-    """Return whether this process runs a program, which may exit, rather than code of a user that calls functions of
-    this package."""
+    """Return whether this process runs a program of this package, which may exit, rather than a user's code that calls
+    the package's functions."""
     return _in_program
 
 
 def exit_cleanly(main: Callable[[], int]) -> int:
-    """Run a program's main and return its exit code. An error that `one_line` explains is printed as that line on
-    stderr, unless another process reports it, and gives code 2, or the `exit_code` of the UserError. Ctrl-C gives code
-    130. Any other error is raised."""
+    """Run a program's main and return its exit code. For an error that `one_line` explains, the line is printed on
+    stderr, unless another process reports the error, and the exit code is 2 or the `exit_code` of the UserError. After
+    Ctrl-C, the exit code is 130. Any other error is raised."""
     global _in_program
     before, _in_program = _in_program, True
     try:

@@ -31,8 +31,8 @@ C = TypeVar("C", bound=HasPrecision)
 
 
 def uses_gpu(device: Device | None) -> bool:
-    """Return whether `--device` chooses a GPU; by default if there is one. Raises UserError if there is none, or the
-    name is unknown."""
+    """Return whether `--device` selects a GPU. Without `--device`, a GPU is selected if there is one. Raises UserError
+    if the selected GPU does not exist, or if the name is unknown."""
     if device not in (None, *DEVICES):
         raise UserError(f"--device {device}: must be {' or '.join(DEVICES)}; CUDA_VISIBLE_DEVICES chooses among GPUs")
     available = torch.cuda.is_available()
@@ -42,7 +42,7 @@ def uses_gpu(device: Device | None) -> bool:
 
 
 def chosen_device(name: Device | None) -> torch.device:
-    """Return the device that `--device` chooses. Raises UserError as `uses_gpu` does."""
+    """Return the device that `--device` selects. Raises UserError as `uses_gpu` does."""
     return torch.device("cuda" if uses_gpu(name) else "cpu")
 
 
@@ -53,7 +53,7 @@ class Peaks(NamedTuple):
     bandwidth: float  # memory bandwidth, bytes/s
 
 
-# by a part of the GPU's name; the first match counts
+# The keys are parts of GPU names; the first match counts.
 _PEAKS = {
     "H200": Peaks(989e12, 4.8e12),
     "H100 PCIe": Peaks(756e12, 2.0e12),

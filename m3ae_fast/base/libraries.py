@@ -9,7 +9,7 @@ from typing import Any
 
 from m3ae_fast.base.errors import UserError
 
-# import names of pyproject.toml's optional dependencies, by extra; "" lists those of every installation
+# Import names of the optional dependencies in pyproject.toml, by extra. The key "" lists those of every installation.
 EXTRAS = {
     "": ("tensorboard",),
     "train": ("deepspeed",),

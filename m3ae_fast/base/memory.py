@@ -8,7 +8,7 @@ from types import TracebackType
 
 # messages of torch, CUDA, C++ and the system
 _SIGNS = ("can't allocate memory", "annot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "bad_alloc")
-# further messages under `ulimit -v`, when a thread's stack, a library or a module cannot be mapped
+# further messages under `ulimit -v`, if a thread's stack, a library or a module cannot be mapped
 _SIGNS_OF_LIMIT = (
     "start new thread",
     "Resource temporarily unavailable",
@@ -16,7 +16,7 @@ _SIGNS_OF_LIMIT = (
     "error return without",
 )
 
-_ADDRESSES = 1_500_000_000  # bytes that torch and its threads require; with less they abort or hang instead of raising
+_ADDRESSES = 1_500_000_000  # bytes that torch and its threads require; with less, they abort or hang, without an error
 
 
 def refuse_too_few_addresses() -> None:

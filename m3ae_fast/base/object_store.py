@@ -13,7 +13,7 @@ from m3ae_fast.base.libraries import require_libraries
 
 SCHEMES = ("s3://", "gs://")
 NOT_FOUND = 66  # EX_NOINPUT of sysexits.h: a retry would not help
-_LONGEST = "1d"  # timeout of a request; the reader of the output has a timeout of its own
+_LONGEST = "1d"  # timeout of a request; the process that reads the output has its own timeout
 
 
 def require(*shards: str) -> None:
@@ -44,7 +44,7 @@ def main(url: str) -> int:
         return 1
     except (FileNotFoundError, PermissionDeniedError, UnauthenticatedError) as error:
         return _print_reason(error, NOT_FOUND)
-    except Exception as error:  # the many kinds of credentials raise many kinds of errors
+    except Exception as error:  # different kinds of credentials raise different kinds of errors
         return _print_reason(error, 1)
     return 0
 
@@ -59,7 +59,7 @@ def _open(scheme: str, bucket: str) -> Any:
     from boto3 import Session
     from obstore.auth.boto3 import Boto3CredentialProvider
 
-    session = Session()  # profiles, single sign-on, roles: everything that `aws` supports
+    session = Session()  # supports the same profiles, single sign-on and roles as the program `aws`
     if session.get_credentials() is None:
         return S3Store(bucket, client_options=options, skip_signature=True)
     return S3Store(bucket, client_options=options, credential_provider=Boto3CredentialProvider(session))

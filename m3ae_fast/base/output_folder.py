@@ -18,7 +18,8 @@ from m3ae_fast.base.untrusted_file import open_regular
 MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 TOKENIZER_FILE, PREPROCESSOR_FILE = "tokenizer.json", "preprocessor_config.json"
 FILES = (MODEL_FILE, CONFIG_FILE, CARD_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE)
-# excluded: integers and booleans, whose meaning is unknown, and float8, whose scales are stored elsewhere
+# Integers and booleans are excluded because their meaning is unknown, and float8 because its scales are stored
+# elsewhere.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MARK = {"format": "pt", "written_by": "m3ae_fast"}
 

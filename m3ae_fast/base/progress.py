@@ -14,8 +14,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Clock = Callable[[], float]  # seconds
-_FIRST_S = 3.0  # until the first line: shorter work needs none
-_SELDOM_S = 60.0  # longest time between lines; before that, a line is printed whenever the elapsed time has doubled
+_FIRST_S = 3.0  # seconds until the first line; shorter work prints none
+_SELDOM_S = 60.0  # longest seconds between lines; until then, a line is printed whenever the elapsed time has doubled
 
 
 def duration(seconds: float) -> str:
@@ -102,8 +102,8 @@ class Lines:
         self._first: tuple[float, int] | None = None  # time at which the first items were done, and their number
 
     def advance(self, count: int) -> tuple[str, str] | None:
-        """Count items as done. If a line is due, return the progress of this work and the time left of the whole task
-        ("" if this work is the whole task); otherwise return None."""
+        """Count items as done. If a line is due, return the progress of this work, and the time left of the whole task
+        ("" if this work is the whole task). Otherwise return None."""
         now, self._done = self._now(), self._done + count
         if self._first is None and self._done:
             self._first = now, self._done
@@ -124,7 +124,7 @@ class Lines:
         return text, duration(self._whole.during(item * self._done, self._pace(now) / item, sure))
 
     def _pace(self, now: float) -> float:
-        """Return the seconds per item. The start-up is left out if more than the first items are done."""
+        """Return the seconds per item. The start-up time is excluded once items after the first ones are done."""
         assert self._first is not None
         when, done = self._first
         if self._done > done:

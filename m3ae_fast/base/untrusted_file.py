@@ -21,14 +21,15 @@ def open_regular(path: str | Path) -> io.FileIO:
 
 
 def read_json(path: str | Path) -> Any:
-    """Return the content of a JSON file in UTF-8. Raises OSError as `open_regular`, ValueError as `parse_json`."""
+    """Return the content of a JSON file in UTF-8. Raises OSError as `open_regular` does, and ValueError as `parse_json`
+    does."""
     with open_regular(path) as file:
         return parse_json(file.read().decode("utf-8-sig"))
 
 
 def parse_json(text: str) -> Any:
     """Return the content of a JSON text. Raises ValueError if the text is not JSON, is nested too deeply or contains a
-    key twice; Python's json would silently keep the last of two equal keys."""
+    key twice, because Python's json would silently keep only the last of two equal keys."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:

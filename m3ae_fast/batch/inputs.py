@@ -31,16 +31,15 @@ OneImage: TypeAlias = "Image | Tensor | np.ndarray | str | os.PathLike[str]"  # 
 # and standard deviation; None: the default of the called function.
 ValueRange: TypeAlias = 'tuple[float, float] | Literal["normalised"] | None'
 _MOST_DEVIATIONS = 20.0  # limit for a normalised image whose values are all above the mean
-_OTHER_UNITS = (
-    0.1  # fraction of values that are beyond black or white by the whole range: more than a few bright pixels
-)
-_LEVELS = 100  # a wider range is one of integer levels, to which fractions from 0 to 1 do not belong
+# maximum fraction of values that exceed black or white by more than the range, to allow for a few bright pixels
+_OTHER_UNITS = 0.1
+_LEVELS = 100  # a wider range denotes integer levels, for which fractional values from 0 to 1 are implausible
 
 
 def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[OneImage]:
-    """Return a single image as a list, and several images unchanged. A tensor of four dimensions is several images; so
-    is an array of four dimensions, or of three that cannot be [H, W, channels] of one image. Raises ValueError for an
-    array of three dimensions that could be one image with its channels first."""
+    """Return the images as a sequence; a single image becomes a list of one. A tensor or an array with four dimensions
+    is several images, and so is an array with three dimensions whose shape cannot be [H, W, channels]. Raises
+    ValueError for an array with three dimensions that could also be one image with its channels first."""
     if isinstance(images, (str, os.PathLike, Image)):
         return [images]
     if isinstance(images, np.ndarray):
@@ -57,9 +56,10 @@ def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[
 
 
 def check_values(images: Iterable[OneImage], value_range: ValueRange, config: ModelConfig) -> None:
-    """Raise ValueError if `value_range` is invalid, or evidently not that of the images. If it is None, the
-    floating-point tensors among them must not together span a part of [0, 1] or of [0, 255]; constant images are not
-    considered. For black and white, see `_check_units`."""
+    """Raise ValueError if `value_range` is invalid or evidently wrong for the images. If it is None, floating-point
+    tensors must be normalised: values that evidently are not, such as values from 0 to 1 or from 0 to 255, raise the
+    error, unless all images are constant. If it gives the values of black and white, it is checked by
+    `_check_units`."""
     if value_range is not None:
         is_pair = isinstance(value_range, (tuple, list)) and len(value_range) == 2
         if value_range != "normalised" and not (is_pair and value_range[0] < value_range[1]):
@@ -89,9 +89,9 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
 
 
 def _check_units(images: Iterable[OneImage], value_range: tuple[float, float]) -> None:
-    """Raise ValueError if the floating tensors, and the arrays of more than 8 bits, evidently have values in
-    other units than `value_range`: values far outside it, which would be clipped, or values in [0, 1] although the
-    range is that of 8-bit levels."""
+    """Raise ValueError if floating-point tensors, or arrays of more than 8 bits, evidently have other units than
+    `value_range`: if many values lie far outside the range and would be clipped, or if all values lie in [0, 1]
+    although the range is one of integer levels."""
     low, high = value_range
     size = beyond = 0
     spans, is_whole = [], True
@@ -164,11 +164,11 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
             image_dtype; it is cropped to the central square unless the model has native aspect ratio. A floating-point
             tensor.
         value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays of more than
-            8 bits, in place of the model's image_range. (black, white), such as (0, 1): the image has any size and is
-            read like a file, which rounds to the model's integers if the image must be resized. "normalised": the image
-            is normalised with the model's image_mean and image_std and has the shape [C, image_size, image_size], or
-            sides that are multiples of the patch size for native aspect ratio. None: "normalised" for tensors, and
-            image_range for arrays.
+            8 bits, in place of the model's image_range. With (black, white), such as (0, 1), the image may have any
+            size and is read like a file; if it must be resized, its values are rounded to the model's integers. With
+            "normalised", the image is already normalised by the model's image_mean and image_std, and has the shape [C,
+            image_size, image_size] or, for native aspect ratio, sides that are multiples of the patch size. None:
+            "normalised" for tensors, and image_range for arrays.
 
     Raises:
         ValueError: the image cannot be used, or does not fit the model.
@@ -232,7 +232,7 @@ class Preprocess:
 
 
 def _of_call(error: BadSample) -> str:
-    """Return the message for a caller in Python, who has no config."""
+    """Return the message in a form for callers in Python, who have no config."""
     if isinstance(error, NeedsRange):
         how = "pass value_range=(black, white), such as (0, 4095), or --range 0,4095 to a command"
         return f"the image has {error.found}: {how}"

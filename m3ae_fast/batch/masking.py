@@ -15,7 +15,7 @@ def kept(length: int, ratio: float) -> int:
 
 def draw_mask(length: int, ratio: float, generator: torch.Generator | None = None) -> Tensor:
     """Return a random mask, bool [length], True if masked: the `kept` smallest of the noise stay visible."""
-    # NumPy takes a fifth of torch's time. float64 has no ties, whose order would depend on the CPU.
+    # NumPy takes a fifth of torch's time. Values in float64 have no ties, whose order would depend on the CPU.
     noise = torch.rand(length, dtype=torch.float64, generator=generator).numpy()
     mask = np.ones(length, dtype=bool)
     mask[noise.argsort()[: kept(length, ratio)]] = False

@@ -42,7 +42,7 @@ class PackedBatch:
     encoder_src: Tensor  # [T] row of the patch embeddings
     token_ids: Tensor  # [T] row of the text embedding
     encoder_table_ids: Tensor  # [T] row of [cls, patch positions, text positions]
-    token_order: Tensor  # [T] this and the next: order in which the backward pass sums the rows of an id
+    token_order: Tensor  # [T] order in which the backward pass sums the rows of an id; so is the next field
     encoder_table_order: Tensor  # [T]
     # decoder input
     decoder: Segments  # U rows
@@ -55,7 +55,7 @@ class PackedBatch:
     loss: Segments  # M rows
     loss_rows: Tensor  # [M] decoder row
     image_rows: Tensor  # [I] row among the M
-    image_patch_ids: Tensor  # [I] as `patch_ids`
+    image_patch_ids: Tensor  # [I] see `patch_ids`
     image_targets: Tensor  # [I] token id; [0] if the targets are pixels, or if the ids are computed later
     image_row_weight: Tensor  # float32 [I] loss weight / (rows of this image), or the loss weight alone
     text_rows: Tensor  # [W] row among the M
@@ -66,14 +66,14 @@ class PackedBatch:
     captions: int  # number of captions, including empty ones
     counts: LossCounts
     labels: Tensor | None = None  # int64 [S] ids of the samples' classes; None if there are none
-    positions: list[int | None] = field(default_factory=list)  # of the samples in the training stream
-    skipped: tuple[Any, ...] = ()  # samples the loader could not use
+    positions: list[int | None] = field(default_factory=list)  # indices of the samples in the training stream
+    skipped: tuple[Any, ...] = ()  # samples that the loader could not use
     flops: float | None = None  # FLOPs of a step on these samples, if the loader has counted them
 
     @property
     def sequences(self) -> tuple[Segments, ...]:
         """Return segments that together contain each token of the encoder and the decoder once."""
-        crosses = self.decoder.rows == self.loss.rows  # otherwise the decoder has at least an additional cls
+        crosses = self.decoder.rows == self.loss.rows  # otherwise the decoder has at least one additional row, cls
         return (self.encoder, self.decoder) if crosses else (self.decoder,)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
@@ -101,7 +101,8 @@ class PackedBatch:
         return PackedBatch(**values)
 
     def __reduce__(self) -> tuple[Callable, tuple]:
-        """Pickle as two tensors instead of twenty: each takes the training process a quarter of a millisecond."""
+        """Pickle as two tensors instead of twenty, because unpickling each tensor takes the training process a quarter
+        of a millisecond."""
         others: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         rows = [others.pop(name) for name in INDEX_ROWS]
         rows += [others.pop(name).view(torch.int32) for name in WEIGHT_ROWS]

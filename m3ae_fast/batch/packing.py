@@ -89,10 +89,10 @@ class Sample:
     # [C, H, W] of the model's size: uint8, uint16, or floating-point and already normalised
     image: Tensor | None = None
     image_mask: Tensor | None = None  # bool [L], True = masked
-    tokens: Tensor | None = None  # int [n]; n = 0: an empty caption; None: no caption
+    tokens: Tensor | None = None  # int [n]; n is 0 for an empty caption; None: no caption
     text_mask: Tensor | None = None  # bool [n]
     label: int | None = None  # id of its class
-    loss_weight: float = 1.0  # factor of the sample's losses
+    loss_weight: float = 1.0  # factor by which the sample's losses are multiplied
     draw: int = -1  # 31-bit seed of the random numbers in its forward pass; -1: torch's generator is used
     position: int | None = None  # index in the training stream
     image_ids: Tensor | None = None  # int [L], if the image targets are token ids that are known

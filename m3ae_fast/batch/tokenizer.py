@@ -18,7 +18,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hub import hub_answers
 from m3ae_fast.base.untrusted_file import read_json
 
-MAX_GROWTH = 4096  # characters into which rules may expand one character; usual rules produce 2
+MAX_GROWTH = 4096  # maximum number of characters into which rules may expand one character; common rules produce 2
 UNKNOWN = "[UNK]"
 SPECIAL = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")
 
@@ -69,7 +69,7 @@ class CaptionTokenizer:
         tokenizer. A character that consists of several tokens belongs to the last of them."""
         decode: Callable[[Sequence[int]], str] = self.decode
         model = self._tokenizer.model
-        if isinstance(model, models.WordPiece):  # the usual decoder would change the text, such as "do not" to "don't"
+        if isinstance(model, models.WordPiece):  # its usual decoder would change text, for example "do not" to "don't"
             word_pieces = decoders.WordPiece(model.continuing_subword_prefix, cleanup=False)
             decode = lambda ids: word_pieces.decode([self.token(each) for each in ids])  # noqa: E731
         texts = [decode(ids[:end]).rstrip("\N{REPLACEMENT CHARACTER}") for end in range(len(ids) + 1)]

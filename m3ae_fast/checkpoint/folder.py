@@ -60,18 +60,18 @@ class Info:
     """The content of a checkpoint except its tensors."""
 
     step: Annotated[int, Field(ge=0, lt=1 << 53)]  # optimiser steps taken
-    samples: Annotated[int, Field(ge=0)]  # samples seen, which is the position in the sample order
+    samples: Annotated[int, Field(ge=0)]  # number of samples seen, which is the position in the sample order
     seed: int
     config: dict[str, dict[str, Any] | None]
     versions: dict[str, str]
-    stream: dict[str, str] = field(default_factory=dict)  # fingerprint of the training data: `data.fingerprint`
+    stream: dict[str, str] = field(default_factory=dict)  # fingerprint of the training data, see `data.fingerprint`
     sha256: dict[str, str] = field(default_factory=dict)  # by file name
     attention: dict[str, str] = field(default_factory=dict)  # on GPUs: the chosen kernel, by part of the model
     # changes of its `Schedule`
     changes: list[Annotated[tuple[int, int], AfterValidator(_later)]] = field(default_factory=list)
     decays: bool = False  # whether the learning rate has begun to fall, with a schedule that can be extended
     spent: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # seconds of training, if the run has a time limit
-    # batches of the stream that are left out, of which the first is 0
+    # batches of the stream that are left out; the first batch of the stream is 0
     left_out: list[Annotated[int, Field(ge=0, lt=1 << 53)]] = field(default_factory=list)
     # losses of the last steps, if the run detects loss spikes
     recent_losses: list[Annotated[float, Field(allow_inf_nan=False)]] = field(default_factory=list)
@@ -290,8 +290,8 @@ def read_info(path: Path) -> Info:
 
 
 def open_state(path: Path, rank: int = 0, world: int = 1) -> State:
-    """Open a checkpoint's tensors after verifying the checksums of its files, which is split over `world` ranks. Raises
-    UserError if the checkpoint is damaged or missing."""
+    """Verify the checksums of a checkpoint's files, with the work split over `world` ranks, and return a reader of its
+    tensors. Raises UserError if the checkpoint is damaged or missing."""
     if not path.is_dir():
         raise UserError(
             f"checkpoint {path}: rank {rank} cannot find it; run.dir must be on a file system shared by all nodes"

@@ -23,7 +23,7 @@ from m3ae_fast.engine.optimizer import EMA, Kinds
 from m3ae_fast.process.ranks import Ranks
 
 Severity = Literal["refused", "other samples", "noted", "free"]
-Sections = Mapping[str, Mapping[str, Any] | None]  # settings by section, as JSON has them
+Sections = Mapping[str, Mapping[str, Any] | None]  # settings by section, as in JSON
 SAMPLING = ("data.crop_scale", "data.flip", "data.repeats", "data.image_tokens")  # settings that change the samples
 
 

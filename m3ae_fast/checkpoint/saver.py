@@ -38,7 +38,7 @@ class Saver:
     say: Callable[[str], None]
     # ensures that run_dir still belongs to this run, and returns a description of changes
     keep_folder: Callable[[], str]
-    after_save: Callable[[int, Path], None] | None  # called with a saved step and its checkpoint, on the main rank
+    after_save: Callable[[int, Path], None] | None  # called on the main rank with each saved step and its checkpoint
 
     def __post_init__(self) -> None:
         self._thread = Background()

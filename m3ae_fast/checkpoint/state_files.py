@@ -58,8 +58,8 @@ def write_part(folder: Path, part: Fragments, rank: int, world: int) -> str:
     """Write a rank's part to its file, flush it to disk, and return the file's SHA-256.
 
     A single rank writes complete tensors, so that any program that reads safetensors can load its checkpoint without
-    the table. Pieces from a single rank too would remove only this branch: the reader would have to keep its own for
-    checkpoints of complete tensors.
+    the table. If a single rank wrote pieces too, only this branch would be saved: the reader would still need its
+    branch for checkpoints with complete tensors.
 
     Raises OSError or SafetensorError if the file cannot be written.
     """
@@ -102,9 +102,9 @@ def tabulate(folder: Path, shapes: dict[str, Shape], parts: int) -> Table:
 
 @dataclass(frozen=True)
 class _Written:
-    """Written files of a state; objects are equal if the headers of the files are."""
+    """The written files of a state. Two objects are equal if the headers of their files are equal."""
 
-    headers: str  # their SHA-256
+    headers: str  # SHA-256 of the headers of all files
     folder: Path = field(compare=False)
     shapes: dict[str, Shape] = field(compare=False)
     parts: int = field(compare=False)

@@ -45,7 +45,8 @@ def refuse(message: str) -> NoReturn:
 
 
 def program(name: str, text: str | None) -> argparse.ArgumentParser:
-    """Return a parser for `m3ae-fast NAME`, whose help shows the name that was typed and `text` line by line."""
+    """Return a parser for `m3ae-fast NAME`. Its help shows the command as the user typed it, and the lines of `text`
+    unchanged."""
     shown = argparse.RawDescriptionHelpFormatter
     typed = sys.argv[0] if sys.argv[0].endswith((f"m3ae_fast {name}", f"{name}.py")) else f"m3ae-fast {name}"
     return _Parser(prog=typed, description=text, formatter_class=shown)
@@ -54,7 +55,8 @@ def program(name: str, text: str | None) -> argparse.ArgumentParser:
 def command(
     commands: Any, name: str, summary: str, text: str, perform: Callable, common: argparse.ArgumentParser | None = None
 ) -> argparse.ArgumentParser:
-    """Return a parser for a command of a program, which `perform(args)` does; `common`: has more arguments of it."""
+    """Return a parser for a command of a program. `perform`: function that runs the command on the parsed arguments;
+    `common`: parent parser with further arguments."""
     shown, parents = argparse.RawDescriptionHelpFormatter, [common] if common else []
     parser = commands.add_parser(name, parents=parents, help=summary, description=text, formatter_class=shown)
     parser.set_defaults(perform=perform)
@@ -78,14 +80,15 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_setting(parser: argparse.ArgumentParser, option: str, key: str, parse: Callable[[str], Any], text: str) -> None:
-    """Add an option that is short for `--set KEY=VALUE`. `parse` returns the value; `text`: the help."""
+    """Add an option that is short for `--set KEY=VALUE`. `parse`: function that converts the argument to the value;
+    `text`: the help."""
     shown = "DIR" if option == "--out" else "N"
     text = f"{text}: short for --set {key}={shown}"
     parser.add_argument(option, action=_Setting, **_into_set(key), type=parse, metavar=shown, help=text)
 
 
 def add_samples(parser: argparse.ArgumentParser, option: str, key: str, text: str) -> None:
-    """Add an option that names the shards of the setting KEY, of sources. `text`: the help."""
+    """Add an option for the shards of the setting KEY, which is a list of data sources. `text`: the help."""
     parser.add_argument(option, action=_Samples, **_into_set(key), nargs="+", metavar="SHARDS", help=text)
 
 
@@ -110,14 +113,14 @@ class _Samples(_Setting):
 
 
 def use_device(name: Device | None) -> None:
-    """Hide the GPUs from this process and those that it starts if `--device` names the CPU. Must be called before torch
+    """Hide the GPUs from this process and its child processes if `--device` names the CPU. Must be called before torch
     is imported."""
     if name == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also for DeepSpeed, which would take a GPU that it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also for DeepSpeed, which would use any visible GPU
 
 
 def add_labels(parser: argparse.ArgumentParser) -> None:
-    """Add `--labels`, the member of a sample that holds its class."""
+    """Add `--labels`, which names the member of a sample that contains its label."""
     parser.add_argument(
         "--labels",
         default="cls",
@@ -138,8 +141,8 @@ def add_resume(parser: argparse.ArgumentParser, folder: str) -> None:
 
 
 def output(*endings: str) -> Callable[[str], Path]:
-    """Return a parser of the path of a folder to write, or of a file with one of these endings. If it cannot be one
-    it raises UserError: argparse would print its usage too."""
+    """Return a function that parses the path of an output folder, or of an output file with one of these endings. The
+    function raises UserError for an invalid path; for other exceptions, argparse would also print the usage."""
 
     def parse(text: str) -> Path:
         if not text:
@@ -154,14 +157,15 @@ def output(*endings: str) -> Callable[[str], Path]:
 
 
 def seed(text: str) -> int:
-    """Parse a seed. Raises UserError, as `output` does, where torch could not begin with it."""
+    """Parse a seed. Raises UserError if torch does not accept the seed."""
     if not (text.isdecimal() and int(text) < 1 << 63):
         raise UserError(f"--seed {text}: must be a whole number from 0, below 2^63")
     return int(text)
 
 
 def names_of(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
-    """Return a parser of comma-separated names, each of which must be a `known` `what`."""
+    """Return a function that parses comma-separated names, which must be in `known`. `what`: the kind of the names, for
+    messages."""
 
     def parse(text: str) -> list[str]:
         names = [*dict.fromkeys(text.split(","))]

@@ -72,8 +72,8 @@ _Sections = dict[type[BaseModel], tuple[str, str]]
 
 
 def _sections(root: type[BaseModel], above: str = "") -> _Sections:
-    """Return the sections in `root` and in these, each kind once, by the full name that it has first, and what `root`
-    says of it."""
+    """Return the sections in `root`, including nested ones. Each class of section occurs once, with the full name of
+    its first occurrence and its description in `root`."""
     found: _Sections = {}
     for key, field in root.model_fields.items():
         if kind := section_of(field.annotation):
@@ -88,7 +88,8 @@ def _links(sections: _Sections, page: str = "") -> dict[type[BaseModel], str]:
 
 
 def _page(head: str, root: type[BaseModel], elsewhere: dict[type[BaseModel], str] | None = None) -> str:
-    """Return a table for each kind of section, but those that another page explains, which `elsewhere` links to."""
+    """Return a page with a table for each class of section. `elsewhere`: links to the sections that another page
+    explains; these get no table."""
     sections, known = _sections(root), elsewhere or {}
     links = _links(sections) | known
     tables = [_table(kind, *about, links) for kind, about in sections.items() if kind not in known]
@@ -100,7 +101,7 @@ def _table(section: type[BaseModel], name: str, note: str, links: dict[type[Base
     lines = [f"## {name}", "", about, "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
     schemas = section.model_json_schema()["properties"]
     for key, field in section.model_fields.items():
-        if section is ModelConfig and key in IMAGE_SETTINGS:  # which are set in `data`
+        if section is ModelConfig and key in IMAGE_SETTINGS:  # these are set in `data`
             continue
         kind = section_of(field.annotation)
         allowed = _allowed(schemas[key], links[kind] if kind else "")
@@ -110,7 +111,8 @@ def _table(section: type[BaseModel], name: str, note: str, links: dict[type[Base
 
 
 def _allowed(schema: dict[str, Any], section: str) -> str:
-    """Return the values that a field's JSON schema allows. `section`: the link to the section that it names, if any."""
+    """Return the values that a field's JSON schema allows. `section`: link to the section that is the field's type, if
+    any."""
     if "anyOf" in schema:
         return " or ".join(_allowed(one, section) for one in schema["anyOf"])
     if "$ref" in schema:
@@ -121,7 +123,7 @@ def _allowed(schema: dict[str, Any], section: str) -> str:
     if kind == "array":
         if "items" in schema:
             return f"list: {_allowed(schema['items'], section)}"
-        first, *_ = items = schema["prefixItems"]  # all alike
+        first, *_ = items = schema["prefixItems"]  # all items have the same schema
         return f"list of {len(items)}: {_allowed(first, section)}"
     if kind in ("integer", "number"):
         bounds = [f"{sign} {_number(schema[name])}" for name, sign in BOUNDS.items() if name in schema]
@@ -132,7 +134,7 @@ def _allowed(schema: dict[str, Any], section: str) -> str:
 
 
 def _number(bound: float) -> str:
-    """Return a bound as people read it: powers of two beyond 65,536 as such."""
+    """Return a bound in readable form: powers of two above 65,536 are written as powers."""
     if isinstance(bound, int) and bound > 1 << 16 and bound & (bound - 1) == 0:
         return f"2^{bound.bit_length() - 1}"
     return f"{bound:,.15g}"

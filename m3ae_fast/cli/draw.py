@@ -153,7 +153,7 @@ def _attention(args: argparse.Namespace) -> Path:
 
 
 def _map(args: argparse.Namespace) -> Path:
-    require_libraries(MAP_NEEDS)  # a missing one is said before the imports, which take seconds
+    require_libraries(MAP_NEEDS)  # reports a missing library before the imports, which take seconds
     from m3ae_fast.evaluation.run_figures import feature_map
 
     classes = None if args.classes is None else args.classes.split(",")

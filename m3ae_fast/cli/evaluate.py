@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     given.pop("local_rank")
     use_device(given["device"])
-    if alone():  # a missing library is said before the imports, which take seconds
+    if alone():  # reports a missing library before the imports, which take seconds
         ood = [each for named in given.get("ood", {}).values() for each in named]
         require_for(given["task"], [*given.get("train", []), *given["val"], *ood], given.get("shots", []))
     from m3ae_fast.evaluation.task_runner import evaluate

@@ -50,7 +50,7 @@ def _found(path: str | Path) -> Path:
 
 def read_config(path: Path, label: str) -> dict[str, Any]:
     """Return the JSON object in a config file. Raises UserError, whose message begins with `label`, if the file cannot
-    be read or contains anything else."""
+    be read or does not contain a JSON object."""
     try:
         data = read_json(path)
     except OSError as error:
@@ -105,8 +105,8 @@ def parse(section: type[T], data: Any, where: str) -> T:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Apply the override `section.key=value` to plain JSON data. Raises UserError if its form is wrong or if it names
-    an item that does not exist in a list."""
+    """Apply the override `section.key=value` to plain JSON data. Raises UserError if the override is malformed, or if
+    it names an item that does not exist in a list."""
     name, equals, text = override.partition("=")
     override = " ".join(override.split())[:200]  # for messages
     if not equals or not name:

@@ -25,7 +25,7 @@ def describe_error(section: type[BaseModel], error: ValidationError) -> str:
     else:
         message = first["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
-        if len(loc) < len(first["loc"]):  # a value that is none of several kinds has an error for each
+        if len(loc) < len(first["loc"]):  # a value that matches no allowed type has an error for each type
             alike = [each for each in others if _without_kinds(section, each["loc"])[: len(loc)] == loc]
             others = [each for each in others if each not in alike]
             kinds = dict.fromkeys(each["msg"].removeprefix("Input should be ") for each in alike)

@@ -26,7 +26,7 @@ class Source:
     modalities: list[Modality]
     weight: float | None
     loss_weight: float = 1.0
-    labels: np.ndarray | None = None  # int64, of all samples in file order; see data.labels
+    labels: np.ndarray | None = None  # int64, labels of all samples in file order; see data.labels
     caption_fraction: float = 1.0  # fraction of the pairs whose captions are used; see data.reader
     image_sizes: np.ndarray | None = None  # int32 [samples, 2], height and width; see data.image_sizes
 
@@ -68,7 +68,7 @@ class Corpus:
     sources: list[Source]
     store: ShardStore
     damaged: list[Skipped] = field(default_factory=list)  # incomplete or unreadable shards
-    # by source: number of unreadable shards, and of all shards
+    # for each source: number of unreadable shards, and of all shards
     counted: list[tuple[int, int]] = field(default_factory=list)
 
     @property
@@ -77,8 +77,8 @@ class Corpus:
         return sum(int(source.sizes.sum()) for source in self.sources)
 
     def require(self, max_bad_fraction: float) -> None:
-        """Raise UserError if more than `max_bad_fraction` of a source's shards cannot be read: their samples count as
-        bad samples."""
+        """Raise UserError if more than `max_bad_fraction` of a source's shards cannot be read, because their samples
+        count as bad samples."""
         for lost, of in self.counted:
             if lost > max_bad_fraction * of:
                 named = next(item for item in self.damaged if item.reason.startswith("cannot be read"))
@@ -109,7 +109,7 @@ class Corpus:
     @property
     def weights(self) -> list[float] | None:
         given = [source.weight for source in self.sources if source.weight is not None]
-        return given or None  # the config has weights for all sources or for none
+        return given or None  # the config gives weights to all sources or to none
 
     @property
     def has_captions(self) -> bool:
@@ -118,8 +118,8 @@ class Corpus:
 
 def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress: bool = False) -> Corpus:
     """Find all shards and count their samples, from a manifest or from their indexes, which are created if missing.
-    `progress` shows a bar. Raises UserError if a pattern matches nothing, no shard of a source can be read, or no
-    sample of a source has its modality."""
+    `progress` shows a bar. Raises UserError if a pattern matches nothing, no shard of a source can be read, or a source
+    has no sample with its modality."""
     corpus = Corpus([], store)
     for config in sources:
         names = [] if is_manifest(config.shards) else expand(config.shards)

@@ -32,10 +32,10 @@ from m3ae_fast.images.normalisation import model_input
 from m3ae_fast.vqgan.model import VQGAN
 
 UNMASKED = MaskingConfig(image_ratio=0, text_ratio=0)
-# Purposes of random numbers, so that no two of them share a stream.
+# Each purpose of random numbers has its own number, so that no two purposes share a random stream.
 _CROP, _MASK, _BATCH_MASK, _TRANSFORM, _FORWARD, _PREDICTED_PATCHES, _PREDICTED_TOKENS = range(7)
 
-# uint8 [C, H, W] and a seed -> the same shape; all its randomness comes from the seed
+# maps an image, uint8 [C, H, W], and a seed to an image of the same shape; all randomness comes from the seed
 Transform = Callable[[Tensor, int], Tensor]
 
 
@@ -52,14 +52,14 @@ class Augment:
 class Preparation:
     """Settings that determine how samples become model inputs."""
 
-    geometry: Geometry  # of the model
+    geometry: Geometry  # geometry of the model
     masking: MaskingConfig
     tokenizer: CaptionTokenizer | None  # None if there are no captions
-    seed: int  # of the run
+    seed: int  # seed of the run
     image_tokenizer: VQGAN | None = None  # computes the images' token ids in the loader
     stored_codebook: int | None = None  # size of the codebook, if the shards contain the images' token ids
     counted_for: ModelConfig | None = None  # model whose FLOPs workers count for each batch
-    smaller: tuple[tuple[int, int], ...] = ()  # image sizes in training, each until so many steps are taken
+    smaller: tuple[tuple[int, int], ...] = ()  # (step, size): smaller image sizes, each used until this step
 
 
 class _Draft(NamedTuple):
@@ -84,8 +84,8 @@ class Samples(Dataset[Sample | Skipped]):
     corpus: Corpus
     order: Order | FileOrder
     preparation: Preparation
-    augment: Augment | None  # None: no augmentation, but the central square, or the whole native image
-    positions_per_mask: int  # with `masking.per` "batch": the number of samples per step over all ranks
+    augment: Augment | None  # None: no augmentation; the central square or the whole native image is used
+    positions_per_mask: int  # number of samples per step, which share masks with `masking.per` "batch"
     repeats: int = 1  # consecutive views of each sample
     transform: Transform | None = None  # applied to each cropped image
 
@@ -102,8 +102,8 @@ class Samples(Dataset[Sample | Skipped]):
     def __getitems__(self, positions: Sequence[int]) -> list[Sample | Skipped]:
         """Return a whole, possibly empty, micro-batch, as the DataLoader requests.
 
-        Images are decoded last, because decoding evicts the CPU caches: other work between two images would take twice
-        as long.
+        All images are decoded last, because decoding evicts the contents of the CPU caches, and other work between two
+        images would then take twice as long.
         """
         groups = [list(views) for _, views in groupby(positions, lambda position: position // self.repeats)]
         drafts = [self._without_image(views) for views in groups]
@@ -113,8 +113,8 @@ class Samples(Dataset[Sample | Skipped]):
 
     def _without_image(self, positions: Sequence[int]) -> _Draft | list[Skipped]:
         """Return the views at `positions`, which belong to one sample, before image decoding."""
-        turn = positions[0] // self.repeats
-        place = self.order.locate(turn)
+        index = positions[0] // self.repeats
+        place = self.order.locate(index)
         reader = self._readers[place.source]
         shard, row = reader.find(place.sample)
         name, key = reader.source.shards[shard].shard, f"sample {row}"
@@ -132,7 +132,7 @@ class Samples(Dataset[Sample | Skipped]):
             sample = Sample(
                 f"{name}/{key}",
                 tokens=tokens,
-                image_mask=None if image is None else image_mask,  # None for a native image until its size is known
+                image_mask=None if image is None else image_mask,  # a native image's mask is sampled later
                 text_mask=None if tokens is None else text_mask[: len(tokens)].clone(),
                 label=None if source.labels is None else int(source.labels[place.sample]),
                 loss_weight=source.loss_weight,
@@ -193,7 +193,7 @@ class Samples(Dataset[Sample | Skipped]):
                 sample.image_ids = ids
 
     def _geometry(self, position: int) -> Geometry:
-        """Return the geometry of the step that a position belongs to: with smaller images in the first steps."""
+        """Return the geometry of the step that a position belongs to. The first steps may use smaller images."""
         if self.augment is not None:
             for end, geometry in self._smaller:
                 if position < end * self.positions_per_mask:
@@ -213,7 +213,8 @@ class Samples(Dataset[Sample | Skipped]):
         return self.transform(image, hash64(self.preparation.seed, _TRANSFORM, *key)) if self.transform else image
 
     def _masks(self, key: tuple[int, ...], position: int) -> tuple[Tensor, Tensor]:
-        """Sample the masks of patches and of text tokens, over the whole text length, as in the official code."""
+        """Sample the masks of patches and of text tokens. The text mask covers the whole text length, as in the
+        official code."""
         geometry, masking = self._geometry(position), self.preparation.masking
         image_mask = self._image_mask(geometry.patches_per_image, key, position // self.positions_per_mask)
         return image_mask, draw_mask(geometry.text_length, masking.text_ratio, self._generator)
@@ -226,7 +227,8 @@ class Samples(Dataset[Sample | Skipped]):
         return draw_mask(patches, masking.image_ratio, generator)
 
     def _predicted(self, mask: Tensor | None, fraction: float, key: tuple[int, ...]) -> Tensor | None:
-        """Sample the masked tokens that are predicted in training; None: all of them, as in an evaluation."""
+        """Sample the masked tokens that are predicted in training. Return None if all of them are predicted, as in an
+        evaluation."""
         if mask is None or fraction == 1 or self.augment is None:
             return None
         return draw_predicted(mask, fraction, self._seeded(*key))

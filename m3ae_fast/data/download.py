@@ -25,7 +25,7 @@ from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.tar import is_whole_tar
 
 TIMEOUT_S = 60.0  # seconds without a byte
-SLOWEST = 4096.0  # bytes per second over SLOW_S; slower is an error
+SLOWEST = 4096.0  # minimum number of bytes per second, averaged over SLOW_S; a slower transfer is an error
 SLOW_S = 120.0
 LONGEST_S = 4 * 3600.0  # limit for one attempt, in seconds
 ATTEMPTS = 5
@@ -56,7 +56,7 @@ def download(shard: str, out: BinaryIO) -> None:
             raise _with_wait(OSError(f"{error}"), error.headers.get("Retry-After")) from error
     except OSError:
         raise
-    except Exception as error:  # handlers of schemes and decompression raise many kinds of errors
+    except Exception as error:  # URL handlers and decompressors raise many kinds of errors
         raise OSError(str(error)) from error
     out.flush()
     if not out.tell():
@@ -87,7 +87,7 @@ def retry_after(error: OSError, attempt: int) -> float:
 
 
 def _with_wait(error: OSError, header: str | None) -> OSError:
-    """Add the waiting time of a Retry-After header to the error. The header has seconds or a date (RFC 9110)."""
+    """Add the waiting time of a Retry-After header to the error. The header contains seconds or a date (RFC 9110)."""
     seconds = 0.0
     if header and header.strip().isascii() and header.strip().isdecimal():
         seconds = float(header[:9])
@@ -106,7 +106,7 @@ def _begin(out: BinaryIO) -> str:
 @contextmanager
 def _open(shard: str) -> Iterator[Iterator[bytes]]:
     """Open a shard and yield an iterator over its bytes."""
-    if shard.startswith(("http://", "https://")):  # gopen would require curl
+    if shard.startswith(("http://", "https://")):  # gopen would require the program curl
         with urllib.request.urlopen(shard, timeout=TIMEOUT_S) as response:
             yield _of_http(response)
     elif "://" not in shard and not shard.startswith("pipe:"):
@@ -122,7 +122,7 @@ def _open(shard: str) -> Iterator[Iterator[bytes]]:
         try:
             yield _of_object(source) if stored else _of_command(source)
         except BaseException:
-            source.proc.kill()  # otherwise closing would wait for it
+            source.proc.kill()  # otherwise, closing would wait for the process
             source.ignore_errors = True
             raise
         finally:
@@ -151,7 +151,7 @@ def _of_http(response) -> Iterator[bytes]:
 
 def _of_command(source: Pipe) -> Iterator[bytes]:
     fd = source.stream.fileno()
-    ready = select.poll()  # select() fails if a thousand files are open
+    ready = select.poll()  # select() fails for file descriptors above 1023
     ready.register(fd, select.POLLIN)
     silent = 0.0
     while silent < TIMEOUT_S:

@@ -49,15 +49,15 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class PrefetchSchedule:
-    """Prefetch schedule: the shards that a node reads, by time of use."""
+    """The prefetch schedule: the shards that a node reads, ordered by time of use."""
 
     corpus: Corpus
     order: Order  # the sample order
-    lanes: Sequence[int]  # of the sample order that the node's ranks read
+    lanes: Sequence[int]  # lanes of the sample order that the node's ranks read
     start: int  # first step of the run
     stop: int  # step before which the run ends
     positions: float  # positions in the order per step; fractional if `data.repeats` does not divide the batch
-    ahead: int  # steps whose batches are prepared in advance
+    ahead: int  # number of steps whose batches are prepared in advance
 
     def span(self, steps: np.ndarray) -> Span:
         """Return the positions of the ranks, given the number of steps that each has taken."""
@@ -170,7 +170,7 @@ def serve(parent: int, schedule: PrefetchSchedule, path: Path, ranks: int) -> No
             fetcher.wait()
     finally:
         path.unlink(missing_ok=True)
-        os._exit(0)  # does not wait for current downloads
+        os._exit(0)  # exits without waiting for current downloads
 
 
 class Fetcher:
@@ -180,7 +180,7 @@ class Fetcher:
         self.schedule, self.store = schedule, schedule.corpus.store
         self._pool = ThreadPoolExecutor(CONNECTIONS)
         self._busy: dict[str, Future[bool]] = {}
-        self._failed: dict[str, float] = {}  # time of failure, by name
+        self._failed: dict[str, float] = {}  # time of the last failed download, by shard name
         self._span: Span | None = None
         self._near: list[Shard] = []
 

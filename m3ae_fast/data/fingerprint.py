@@ -24,11 +24,12 @@ WRITTEN = "data.train.written"  # time at which the shards were last written
 
 
 def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
-    """Return by name the properties of the data that must be unchanged when a run resumes: shards with sizes and order,
-    weights of sources, fractions of captions, labels and tokenizers. WRITTEN is included although copying the shards
-    changes it.
+    """Return the properties of the data that must be unchanged when a run resumes, by name: the shards with their sizes
+    and order, the weights of the sources, the fractions of captions, the labels and the tokenizers. The entry WRITTEN
+    is included too, although copying the shards changes it.
 
-    Folders are not included, because shards may move, nor are settings; see `checkpoint.resuming.SAMPLING`.
+    Folders are not included, because shards may be moved. Settings are not included either; see
+    `checkpoint.resuming.SAMPLING`.
     """
     shards = [
         [shard.shard.rpartition("/")[2], shard.summary.size, shard.summary.samples, modality]

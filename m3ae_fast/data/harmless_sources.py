@@ -10,13 +10,13 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
 
-# downloaded by this process, or by a command that gets the URL as a single argument
+# Such URLs are downloaded by this process, or by a command that receives the URL as a single argument.
 _FETCHED = re.compile(r"(https?|s3|gs)://")
 
 
 def require_harmless(sources: Iterable[SourceConfig], cache_dir: Path | None, where: str) -> None:
-    """Raise UserError if a shard of `sources` would run a program, or if copies would be written to and removed from a
-    `cache_dir` that is not yet a cache folder. `where`: the file that contains these settings."""
+    """Raise UserError if a shard of `sources` would run a program, or if `cache_dir` is not a cache folder yet, because
+    files would be written to it and removed from it. `where`: the file that contains these settings."""
     advice = "add --trust if you trust it, or name other shards with --shards"
     for shard in (shard for source in sources for shard in expand(source.shards)):
         if is_remote(shard) and not _FETCHED.match(shard):

@@ -21,7 +21,7 @@ from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, IndexedShard
 from m3ae_fast.data.shards import INDEX_SUFFIX
 from m3ae_fast.images.decoding import size_of
 
-_HEAD = 1 << 14  # bytes that contain most headers
+_HEAD = 1 << 14  # number of bytes that is sufficient for most headers
 _MAX_SIDE = (1 << 31) - 1
 _THREADS = 8
 
@@ -30,7 +30,8 @@ def measured(corpus: Corpus, *, progress: bool = False) -> Corpus:
     """Return the dataset with `Source.image_sizes` filled in. It is left unchanged if the shards are not read in place
     but copied to the cache first, because the image sizes are then not known in advance.
 
-    Sizes are cached in a file next to each index. It is created on first use and renewed when the shard changes.
+    The sizes of a shard are cached in a file next to its index. The file is created on first use and renewed when the
+    shard changes.
     """
     shards = [(number, shard) for number, source in enumerate(corpus.sources) for shard in source.indexed]
     if len(shards) < sum(len(source.shards) for source in corpus.sources):
@@ -60,7 +61,7 @@ def _sizes_of(shard: IndexedShard) -> np.ndarray:
 
 
 def _kept(path: Path, identity: Sequence[int], samples: int) -> np.ndarray | None:
-    """Return the cached sizes; None if the file belongs to another shard or is damaged."""
+    """Return the cached sizes; None if the file belongs to another version of the shard or is damaged."""
     try:
         with open_regular(path) as file:
             rows = np.lib.format.read_array(file, allow_pickle=False)
@@ -72,7 +73,7 @@ def _kept(path: Path, identity: Sequence[int], samples: int) -> np.ndarray | Non
 
 def _read(shard: IndexedShard) -> np.ndarray:
     sizes = np.zeros((shard.summary.samples, 2), dtype=np.int32)
-    with suppress(OSError), open(shard.shard, "rb") as file:  # its samples will count as bad samples
+    with suppress(OSError), open(shard.shard, "rb") as file:  # its samples count as bad samples later
         table = shard.table()
         for row in np.flatnonzero(table["image_offset"] != MISSING).tolist():
             offset, length = (int(table[name][row]) for name in ("image_offset", "image_size"))

@@ -39,10 +39,10 @@ VERSION = 6
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "npy")
 MASK_SUFFIX = "mask.png"
 _OTHER_SUFFIXES = ("txt", "json", "cls", "ids", MASK_SUFFIX)
-_MOST_IGNORED = 20  # number of suffixes in a summary
+_MOST_IGNORED = 20  # maximum number of suffixes in a summary
 MISSING = -1
 MAX_IMAGE_BYTES = 1 << 28
-_MAX_KEY = 128  # bytes shown in messages
+_MAX_KEY = 128  # maximum number of bytes of a key that messages show
 _MAX_JSON = 1 << 20  # bytes
 _MAX_SUMMARY = 1 << 16  # bytes
 _MAX_HEADER = 1 << 17  # bytes of NumPy's header
@@ -50,7 +50,7 @@ _OFFSETS = tuple(f"{part}_{what}" for part in ("image", "text", "cls", "json", "
 _CHECKSUMS = tuple(f"{part}_crc" for part in ("image", "text", "ids"))
 _MAX_FILE = 1 << 60  # bytes
 _THREADS = 8
-# key as in WebDataset: up to the first dot of the basename
+# The key is defined as in WebDataset: the path up to the first dot of the basename.
 _KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^/.]+)[.]([^/]*)$", re.DOTALL)
 _NOTHING = Member("", MISSING, 0)
 _META = re.compile(r"^__[^/]*__($|/)")  # WebDataset skips these members
@@ -69,9 +69,9 @@ class Summary:
     samples: _Count  # samples with an image or a caption
     images: _Count
     captions: _Count
-    paired: _Count  # samples with both
+    paired: _Count  # samples with an image and a caption
     ignored: dict[str, _Count]  # numbers of ignored files by suffix; only the most frequent suffixes
-    damage: str | None  # description of damage to the tar, of which the readable part is indexed
+    damage: str | None  # description of damage to the tar, whose readable part is indexed
 
     @property
     def modality(self) -> Modality:
@@ -137,7 +137,7 @@ def index_shards(
         try:
             if entry := _load(shard, store):
                 return entry
-            path = _file(shard, store)  # outside the lock, which must not be held during a download
+            path = _file(shard, store)  # called before the lock is taken, which must not be held during a download
             with store.lock(f"index-{store.name(shard)}"):
                 return _load(shard, store) or _make(shard, path, store)
         except OSError as error:

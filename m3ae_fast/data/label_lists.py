@@ -27,7 +27,7 @@ MOST_CLASSES = 1 << 14
 class LabelledLists:
     """Samples with lists of labels."""
 
-    corpus: Corpus  # its labels are ids of lists
+    corpus: Corpus  # the samples; their labels are ids of lists
     classes_LC: Tensor  # bool: whether a list contains a class
     classes: Classes
     unknown: int  # number of labels in the lists that are not among the classes and therefore ignored

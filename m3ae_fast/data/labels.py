@@ -81,8 +81,8 @@ def read_members(
 def label_corpus(
     corpus: Corpus, field: str, classes: Classes | None = None, *, gaps: bool = False, progress: bool = False
 ) -> tuple[Corpus, Classes]:
-    """Return the samples of a dataset except those with label -1, with class ids in `Source.labels`, and the classes by
-    id.
+    """Return the samples of a dataset without those that have label -1, and the classes by id. `Source.labels` of the
+    returned samples contains class ids.
 
     `field`: as in `read_labels`. `classes`: classes of the training samples; None: the samples are training samples and
     define the classes. `gaps`: allow missing label numbers, as in a subset of the classes; the labels that occur are
@@ -116,9 +116,9 @@ def label_corpus(
 
 
 def class_names(corpus: Corpus, classes: Classes) -> list[str]:
-    """Return the name of each class of a labelled dataset for figures, by id. Texts are names already. The names of
-    integer labels come from the file classes.json next to the shards, or from `class_name` in the samples' json if each
-    class has one. Otherwise the name is the integer."""
+    """Return the name of each class of a labelled dataset for figures, by id. A text label is its own name. The names
+    of integer labels are taken from the file classes.json next to the shards, or from `class_name` in the samples' json
+    if each class has one; otherwise, the integer is the name."""
     if any(isinstance(label, str) for label in classes):
         return [str(label) for label in classes]
     names = _listed_names(corpus) or _written_names(corpus, classes)
@@ -138,7 +138,7 @@ def _written_names(corpus: Corpus, classes: Classes) -> dict[int, str]:
     """Return the `class_name` of each label from the samples; empty if a label has several names."""
     try:
         written = read_labels(corpus, "json.class_name")
-    except UserError:  # a name is not text
+    except UserError:  # raised if a name is not text
         return {}
     names: dict[int, str] = {}
     for source, own in zip(corpus.sources, written):
@@ -233,8 +233,8 @@ def select_labelled(source: Source, ids: np.ndarray) -> Source:
 
 
 def keep_classes(corpus: Corpus, classes: Classes, names: Sequence[str]) -> tuple[Corpus, Classes]:
-    """Return the samples of the classes with these `names` (or integer labels as text), and these classes, with ids in
-    the order of `names`. Raises UserError if a class has no sample, a name is repeated, or there is only one."""
+    """Return the samples of the classes with these `names` (or integer labels as text), and the classes; ids are in the
+    order of `names`. Raises UserError if a class has no sample, a name is repeated, or there is only one."""
     ids = {str(label): number for number, label in enumerate(classes)}
     if unknown := [name for name in names if name not in ids]:
         raise UserError(f"no sample has the class {unknown[0]!r}; the classes are {', '.join(list(ids)[:20])}")

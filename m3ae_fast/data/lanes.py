@@ -16,7 +16,7 @@ class Layout(NamedTuple):
     """Parameters of the sample order in addition to the shards, the source weights and the seed."""
 
     lanes: int
-    window: int  # number of shards (or parts of shards) that a lane shuffles together
+    window: int  # number of shards (or slices of shards) that a lane shuffles together
 
     def __str__(self) -> str:
         """Return the name of the layout in checkpoints."""

@@ -55,12 +55,13 @@ class MicroBatches(Sampler[list[int]]):
     `end` on do not exist: a micro-batch may be short or empty, but all ranks have the same number.
     """
 
-    steps: range  # of the sample order
+    steps: range  # range of steps to sample
     share: Share
-    lanes: int = 1  # of the sample order
-    repeats: int = 1  # consecutive positions that are views of one sample
-    end: int | None = None  # None: infinite
-    # cost of a position, which is balanced over the `ranks` of this node in each step; None: equal costs
+    lanes: int = 1  # number of lanes of the sample order
+    repeats: int = 1  # number of consecutive positions that are views of the same sample
+    end: int | None = None  # number of positions; None: the order is infinite
+    # Function that returns the cost of a position. Costs are balanced over the `ranks` of this node in each step. None:
+    # all costs are equal.
     work: Callable[[int], int] | None = None
     ranks: Sequence[int] = ()
 
@@ -105,7 +106,7 @@ def balanced(parts: Sequence[Sequence[int]], work: Callable[[int], int]) -> list
     positions = sorted(position for part in parts for position in part)
     costs = {position: work(position) for position in positions}
     shared: list[list[int]] = [[] for _ in parts]
-    least = [(0, number) for number, part in enumerate(parts) if part]  # heap of the parts that are not full
+    least = [(0, number) for number, part in enumerate(parts) if part]  # heap of the parts that are not yet full
     for position in sorted(positions, key=costs.__getitem__, reverse=True):
         cost, number = least[0]
         shared[number].append(position)
@@ -130,8 +131,9 @@ def train_loader(
 ) -> DataLoader[PackedBatch]:
     """Return a loader of `share.accumulation` shuffled and augmented micro-batches per step, over all epochs.
 
-    Bad samples are left out of their batch and listed in `batch.skipped`. If the sizes of native images are known, they
-    are distributed over the ranks of the node such that all ranks have about the same number of patches.
+    Bad samples are left out of their batch and listed in `batch.skipped`. If the sizes of native images are known, the
+    images of a step are distributed over the ranks of the node such that all ranks have about the same number of
+    patches.
 
     Args:
         config: settings of crops, repeats, shuffling, workers and prefetching.
@@ -161,8 +163,8 @@ def train_loader(
 
 
 def _patches(corpus: Corpus, order: Order, geometry: Geometry) -> Callable[[int], int] | None:
-    """Return a function from a position to the number of patches of its image; None if all numbers are equal or
-    unknown."""
+    """Return a function that maps a position to the number of patches of its image; None if all images have the same
+    number, or if it is unknown."""
     sizes = [source.image_sizes for source in corpus.sources if source.image_sizes is not None]
     if geometry.native is None or len(sizes) < len(corpus.sources):
         return None
@@ -222,7 +224,7 @@ def eval_loader(
     order = FileOrder(corpus.sizes, samples)
     share = replace(share, global_batch=share.micro_batch * share.world, accumulation=1)
     steps = range(-(-order.samples // share.global_batch))
-    # all samples share masks, regardless of the number of ranks
+    # all samples have the same masks, regardless of the number of ranks
     dataset = Samples(corpus, order, preparation, None, order.samples, transform=transform)
     return _loader(config, dataset, MicroBatches(steps, share, end=order.samples), pin_memory)
 
@@ -274,7 +276,7 @@ def collate(
     samples: Sequence[Sample | Skipped], geometry: Geometry, model: ModelConfig | None = None, grows: bool = False
 ) -> PackedBatch:
     """Pack the valid samples of a micro-batch; bad samples are listed in its `skipped`. With `model`, count the FLOPs.
-    If the image size `grows`, the images, all of one size, may be smaller than the model's."""
+    If `grows` is set, the images of a batch, which have equal sizes, may be smaller than the model's image size."""
     usable = [sample for sample in samples if isinstance(sample, Sample)]
     if grows and (images := [sample.image for sample in usable if sample.image is not None]):
         geometry = replace(geometry, image_size=images[0].shape[-1])

@@ -28,10 +28,10 @@ from m3ae_fast.data.shards import ShardStore, expand, is_remote
 T = TypeVar("T")
 Gather = Callable[[Any], list[Any]]  # gathers the values of all processes on every process
 KINDS: tuple[Modality, ...] = get_args(Modality)
-UNREAD = len(KINDS)  # the kind of a shard that could not be counted
+UNREAD = len(KINDS)  # kind of a shard whose samples could not be counted
 SUFFIX = ".npy"
 _MAX_NAME = 1 << 12  # bytes
-_MAX_SAMPLES = 1 << 26  # per shard, which then has at least 64 GB; the order of more could not be computed
+_MAX_SAMPLES = 1 << 26  # per shard, which then has at least 64 GB; the order of more samples could not be computed
 _NO_SIDECAR = Path()  # placeholder until the shard is indexed
 _PART = re.compile(r"\.part-(\d+)-of-(\d+)\.npy$")
 
@@ -71,7 +71,7 @@ class CountedShards(Sequence[IndexedShard]):
         name, samples, size, number = self.rows[index].item()
         kind = KINDS[number]
         images, captions = (0 if kind == alone else samples for alone in ("text", "image"))
-        paired = {"paired": samples, "any": max(samples - 1, 0)}.get(kind, 0)  # unknown for "any"
+        paired = {"paired": samples, "any": max(samples - 1, 0)}.get(kind, 0)  # the number is unknown for "any"
         summary = Summary(VERSION, size, 0, samples, images, captions, paired, {}, None)
         return CountedShard(name.decode(), summary, _NO_SIDECAR, self.store)
 
@@ -86,7 +86,7 @@ class CountedShards(Sequence[IndexedShard]):
 
 
 def rows_of(names: Sequence[str], counts: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Return a manifest of the shards `names` with `counts` (samples, size, kind)."""
+    """Return the rows of a manifest for the shards `names` with `counts` (samples, size, kind)."""
     encoded = [name.encode() for name in names]
     width = max([1, *map(len, encoded)])
     dtype = [("name", f"S{width}"), ("samples", "<u4"), ("size", "<u8"), ("kind", "u1")]
@@ -203,8 +203,8 @@ def prepare(
     node. Does nothing if all nodes already have the same manifest, or if `patterns` names one. Every process must call
     it.
 
-    `key`: the seed and the number of the source. Shards are split as they are split into lanes, so a node counts the
-    shards that it will train on, and does not download them again if they fit into its cache.
+    `key`: the seed and the number of the source. The shards are split over nodes in the same way as over lanes, so each
+    node counts the shards that it will train on, and does not download them again if they fit into its cache.
 
     Raises:
         UserError: raised in every process if one of them cannot write, or if no shard can be read.
@@ -232,14 +232,14 @@ def prepare(
 
 
 def none_read(first: Skipped, shards: int) -> UserError:
-    """Return the error for the case that none of the shards can be read; `first` is the first of them."""
+    """Return the error to raise if none of the shards can be read. `first`: the error of the first shard."""
     others = f"; the same applies to {shards - 1:,} other{'s' * (shards > 2)}" if shards > 1 else ""
     return UserError(f"shard {first}{others}")
 
 
 def _held(path: Path) -> str | None:
-    """Return the digest of a manifest; None if there is none, if it is damaged, or if some of its shards could not be
-    read."""
+    """Return the digest of a manifest; None if the manifest is missing or damaged, or if some of its shards could not
+    be read."""
     try:
         rows = read(path)
     except UserError:

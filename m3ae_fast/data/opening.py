@@ -29,7 +29,7 @@ class Data:
 
 
 def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False) -> Data:
-    """Open the shards and tokenizers. Raises UserError if one is missing, damaged, or does not fit the model."""
+    """Open the shards and tokenizers. Raises UserError if a file is missing or damaged, or does not fit the model."""
     store = ShardStore(config.cache_dir, config.cache_gb)
     train = open_corpus(config.train, store, progress=progress)
     val = open_corpus(config.val, store, progress=progress) if config.val else None

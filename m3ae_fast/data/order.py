@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BLOCK = 1000  # number of positions after which the proportions of the sources are exact
-LANE_BLOCK = 32  # the same if there are several lanes, whose rounding errors average out
+LANE_BLOCK = 32  # the same number for several lanes: smaller, because the rounding errors of lanes average out
 _MASK = (1 << 64) - 1
-_STAGGER = -1  # used in place of a window's number
+_STAGGER = -1  # key of the random number for the first window, in place of a window's number
 
 
 class Place(NamedTuple):
@@ -54,8 +54,8 @@ def permutation(length: int, *key: int) -> np.ndarray:
 class ShuffleWindow(NamedTuple):
     """A shuffle window: shards whose samples are shuffled together."""
 
-    wait: float  # approximate number of positions in its lane until it is needed; 0: it is in use
-    ahead: int  # number of windows after those in use
+    wait: float  # approximate number of positions in its lane until the window is needed; 0: it is in use
+    ahead: int  # number of the window, counted from the windows in use
     source: int
     shards: tuple[int, ...]
 
@@ -91,7 +91,8 @@ class SourceOrder:
 
     pieces: Pieces
     window: int  # number of slices that are shuffled together
-    # whether an epoch's first window has a random number of slices, so that lanes begin shards at different times
+    # whether the first window of an epoch has a random number of slices, so that lanes begin new shards at different
+    # times
     staggered: bool
     key: tuple[int, ...]  # seeds of the order
 
@@ -101,7 +102,7 @@ class SourceOrder:
         self._shuffled = _Latest(self._shuffle)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Return the epoch and the sample for the source's `index`-th sample since the start."""
+        """Return the epoch and the number of the sample that is the source's `index`-th since the start."""
         epoch, rest = divmod(index, self.samples)
         _, _, bounds = self._epoch(epoch)
         number = int(np.searchsorted(bounds, rest, side="right")) - 1
@@ -142,9 +143,9 @@ class SourceOrder:
 class Lane:
     """A sub-stream of the sample order, which consists of a part of each source.
 
-    In each block of positions, each source has its exact proportion (Webster's apportionment, whose seats never
-    decrease), in random order. Proportions are counted again in each epoch. Without weights, an epoch contains each
-    sample exactly once.
+    In each block of positions, each source has its exact proportion (Webster's apportionment, in which the numbers of
+    samples never decrease), in random order. The apportionment starts again in each epoch. Without weights, an epoch
+    contains each sample exactly once.
     """
 
     sources: Sequence[SourceOrder]
@@ -163,11 +164,11 @@ class Lane:
 
     def locate(self, position: int) -> Place:
         """Return the sample at `position`."""
-        source, index = self.turn(position)
+        source, index = self.source_at(position)
         return Place(source, *self.sources[source].locate(index))
 
-    def turn(self, position: int) -> tuple[int, int]:
-        """Return the source at `position`, and the number of its samples before."""
+    def source_at(self, position: int) -> tuple[int, int]:
+        """Return the source at `position`, and the number of samples of this source before the position."""
         if len(self.sources) == 1:
             return 0, position
         epoch, rest = divmod(self._start + position, self.samples)
@@ -184,8 +185,8 @@ class Lane:
         return np.maximum(0, epoch * self._epoch_seats + seats - self._before).tolist()
 
     def _seats(self, positions: int) -> np.ndarray:
-        """Return the number of samples of each source among an epoch's first `positions`: the lowest (k + 1/2) /
-        proportion are chosen."""
+        """Return the number of samples of each source among an epoch's first `positions`. Webster's method assigns the
+        positions to the lowest values of (k + 1/2) / proportion."""
         seats = np.maximum(0, np.floor((positions - len(self.proportions) / 2) * self.proportions)).astype(np.int64)
         for _ in range(positions - int(seats.sum())):
             seats[np.argmin((seats + 0.5) / self.proportions)] += 1
@@ -215,8 +216,8 @@ class Order:
     sizes: Sequence[Sequence[int] | np.ndarray]
     weights: Sequence[float] | None  # proportions of the samples of each source; None: by size
     window: int  # number of slices of shards that a lane shuffles together
-    seed: int  # of the run
-    lanes: int = 1  # C
+    seed: int  # seed of the run
+    lanes: int = 1  # number of lanes, C
 
     def __post_init__(self) -> None:
         self._sources = [self._whole(number, np.asarray(shards)) for number, shards in enumerate(self.sizes)]

@@ -21,8 +21,8 @@ from m3ae_fast.data.shards import ShardStore
 
 T = TypeVar("T")
 MAX_CAPTION_BYTES = 1 << 16  # longer text is truncated; a JSON member must not be larger
-IDS_DTYPE = np.dtype("<i4")  # of KEY.ids
-_OPEN_SHARDS = 256  # twice the default of data.shuffle_shards; each is two open files
+IDS_DTYPE = np.dtype("<i4")  # dtype of the member KEY.ids
+_OPEN_SHARDS = 256  # twice the default of data.shuffle_shards; each shard has two open files
 _RETRY_S = 60  # seconds until a failed shard is retried
 
 
@@ -46,7 +46,7 @@ class Reader:
         self._starts = np.concatenate(([0], np.cumsum(source.sizes)))
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._failed: dict[int, tuple[float, OSError]] = {}
-        self._renewed: dict[int, float] = {}  # time, by shard
+        self._renewed: dict[int, float] = {}  # time of the last download, by shard
 
     def find(self, sample: int) -> tuple[int, int]:
         """Return the shard and row of a sample, given its number in file order."""
@@ -129,7 +129,7 @@ class Reader:
 
     def _renew(self, shard: int) -> None:
         """Download a cached shard again, unless another process has done so, and open it. Raises OSError if that fails,
-        or if it has been done recently."""
+        or if the shard has been downloaded again recently."""
         opened, name = self._open[shard], self.source.shards[shard].shard
         if time.monotonic() - self._renewed.get(shard, -_RETRY_S) < _RETRY_S:
             raise OSError(f"its cached copy {self.store.copy(name)} differs from the indexed shard")
@@ -166,7 +166,7 @@ def keeps_caption(key: bytes, fraction: float) -> bool:
 
 
 class _Damaged(OSError):
-    """Raised if a member differs from the indexed one."""
+    """Raised if a member differs from its entry in the index."""
 
 
 def _read(fd: int, entry: np.void, part: str, limit: int, what: str, most: int | None = None) -> bytes:

@@ -1,4 +1,4 @@
-"""Label masks of samples, which are stored as KEY.mask.png next to the image.
+"""Label masks of samples, stored as the member KEY.mask.png next to the image.
 
 Shapes: N samples with a mask, S x S pixels of the model's input.
 """

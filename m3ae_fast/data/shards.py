@@ -1,8 +1,9 @@
 """Shard patterns and the shard cache: expansion of names, and local files for shards.
 
 An uncompressed tar on a local disk is read in place. All other shards (URLs, `pipe:` commands, gzipped tars, files on a
-network file system) are copied to the cache folder once per node: to a temporary file that is then renamed, under a
-lock per shard for all processes of the node. Several users may share the folder if its mode and their umask allow it.
+network file system) are copied to the cache folder once per node: the copy is written to a temporary file, which is
+then renamed. Each shard has a lock for all processes of the node. Several users may share the folder if its mode and
+their umask allow it.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from m3ae_fast.base.object_store import require
 from m3ae_fast.data.download import ATTEMPTS, NotFound, download, retry_after
 
 FREE_FRACTION = 0.1  # fraction of the cache folder's disk that stays free by evicting older copies
-_KEPT_NS = 1000  # ns between the modification times of copies that are needed one after the other
+_KEPT_NS = 1000  # nanoseconds between the modification times of copies that are needed one after the other
 _EVICTION = "room"  # name of the lock for eviction
 _LEDGER = struct.Struct("<QQ")  # see `ShardStore._evict`
 _SCAN_S = 60.0  # seconds between scans of all copies while the cache is full
-_SCANS = 4  # scans of all copies for one new copy, at most
+_SCANS = 4  # maximum number of scans of all copies for one new copy
 _PARTIAL = "partial-"  # prefix of the names of incomplete copies
 MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # suffix of a shard's sidecar
 _FOLDERS = ("shards", "locks", "index")  # sub-folders of a cache folder
-# network file systems, and network-like ones whose files are on local disks
+# Types of network file systems, and types that look like one although their files are on local disks.
 _NETWORK = ("nfs", "lustre", "gpfs", "ceph", "cifs", "smb", "beegfs", "wekafs", "afs", "panfs", "fuse.")
 _LOCAL = ("fuse.fuse-overlayfs", "fuse.mergerfs")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
@@ -123,8 +124,8 @@ class ShardStore:
     FREE_FRACTION of it is left free. Raises UserError if the folder cannot be created."""
 
     def __init__(self, cache_dir: str | os.PathLike[str] | None = None, cache_gb: float | None = None):
-        self._far: dict[str, bool] = {}  # whether a folder is on a network file system
-        self._oldest: deque[_Copy] | None = None  # copies at the last scan, the oldest first
+        self._far: dict[str, bool] = {}  # by folder: whether it is on a network file system
+        self._oldest: deque[_Copy] | None = None  # copies found in the last scan, oldest first
         self._looked = 0.0  # time of the last scan
         self.limit = math.inf if cache_gb is None else round(cache_gb * 1e9)  # bytes
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -187,7 +188,7 @@ class ShardStore:
         while True:
             try:
                 with contextlib.suppress(PermissionError):  # it belongs to another user
-                    os.utime(copy)  # recently used, so evicted last
+                    os.utime(copy)  # marks the copy as recently used, so that it is evicted last
                     return copy
                 if copy.is_file():
                     return copy
@@ -227,7 +228,7 @@ class ShardStore:
             self._oldest.clear()  # their modification times have changed
         for number, shard in enumerate(shards):
             when = now - number * _KEPT_NS
-            with contextlib.suppress(OSError):  # it does not exist, or belongs to another user
+            with contextlib.suppress(OSError):  # the copy does not exist, or belongs to another user
                 os.utime(self.copy(shard), ns=(when, when))
 
     def space(self) -> CacheSpace:
@@ -253,15 +254,16 @@ class ShardStore:
             os.close(fd)
 
     def _fetch(self, shard: str, copy: Path, size: int = 0) -> None:
-        """Download a shard and replace any old copy; processes that have the old copy open can still read it."""
+        """Download a shard and replace the old copy, if any. Processes that have the old copy open can still read
+        it."""
         for attempt in range(ATTEMPTS):
             partial = self.cache_dir / "shards" / f"{_PARTIAL}{uuid.uuid4().hex}"
-            gone = 0  # bytes in the ledger that are not on disk
+            gone = 0  # number of bytes in the ledger that are not on disk
             try:
                 out, gone = self._begin(partial, size)
                 with out:
                     download(shard, out)
-                    with self.lock(_EVICTION) as ledger:  # in case it is larger than expected
+                    with self.lock(_EVICTION) as ledger:  # in case the copy is larger than expected
                         out.truncate(out.tell())
                         self._evict(ledger, grown=out.tell() - gone)
                     gone = out.tell()
@@ -281,21 +283,22 @@ class ShardStore:
             finally:
                 if gone:
                     with self.lock(_EVICTION) as ledger:
-                        # closed, it may count as abandoned, and a scan of another process has then removed it
+                        # once it is closed, the file counts as abandoned, and a scan by another process may have
+                        # removed it
                         grown = -gone if partial.exists() else 0
                         partial.unlink(missing_ok=True)
                         self._evict(ledger, grown=grown)
                 partial.unlink(missing_ok=True)
 
     def _begin(self, partial: Path, size: int) -> tuple[BinaryIO, int]:
-        """Create an empty file that counts as `size` bytes, or as the largest copy if `size` is 0. Return the file and
-        this number. The file is locked until it is closed; an unlocked incomplete file belongs to a killed process. The
-        umask determines who may read it."""
+        """Create an empty file for which `size` bytes are reserved in the ledger, or the size of the largest copy if
+        `size` is 0. Return the file and the number of reserved bytes. The file is locked until it is closed; an
+        unlocked incomplete file belongs to a killed process. The umask determines who may read it."""
         with self.lock(_EVICTION) as ledger:
             size = self._evict(ledger, size)
             out = open(partial, "x+b")  # noqa: SIM115
             lock(out.fileno())
-            out.truncate(size)  # a sparse file, which takes no blocks
+            out.truncate(size)  # the file is sparse and takes no space on disk yet
         return out, size
 
     def _evict(self, ledger: int, size: int | None = None, grown: int = 0) -> int:
@@ -304,8 +307,8 @@ class ShardStore:
 
         Scanning all copies takes time in proportion to their number, while all other processes wait. The scan is
         skipped if the ledger shows that there is enough space, or if this process has scanned recently. In the latter
-        case, the oldest copies of that scan are evicted unless they have been used since. If that leaves too little
-        space, because other processes or threads use copies meanwhile, they are scanned again.
+        case, the oldest copies of that scan are evicted unless they have been used since. If that does not free enough
+        space, because other processes or threads have used these copies since, all copies are scanned again.
 
         Args:
             ledger: handle of the lock file, which contains the bytes of all copies and of the largest copy.
@@ -335,7 +338,7 @@ class ShardStore:
     @staticmethod
     def _remove(copy: _Copy) -> int:
         """Remove a copy unless it has been used since the scan. Return the freed bytes."""
-        # removed by another process, or belongs to another user
+        # the copy was removed by another process, or belongs to another user
         with contextlib.suppress(FileNotFoundError, PermissionError):
             if copy.path.stat().st_mtime_ns == copy.used:
                 copy.path.unlink()

@@ -10,9 +10,9 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.process.workers import SHM
 
-MAX_BYTES = 8 << 30  # limit for a rank's waiting batches
+MAX_BYTES = 8 << 30  # maximum number of bytes of a rank's waiting batches
 FRACTION = 0.8  # fraction of the free shared memory that all ranks of a node may use
-INDEX_BYTES = 64  # for index rows and weights, per token of a sample
+INDEX_BYTES = 64  # bytes of indices and weights per token of a sample
 
 
 def batch_bytes(geometry: Geometry, micro_batch: int) -> int:
@@ -23,15 +23,15 @@ def batch_bytes(geometry: Geometry, micro_batch: int) -> int:
 
 
 def most_workers(size: int) -> int:
-    """Return the number of workers, at least 1, for which two batches of `size` bytes each fit: one waits while one is
-    packed."""
+    """Return the maximum number of workers, at least 1, for which two batches of `size` bytes per worker fit: one batch
+    waits while the next one is packed."""
     return max(1, int(min(_available_bytes(), 1e15) / (2 * size)))
 
 
 def fitting_prefetch(prefetch: int, workers: int, size: int) -> int:
-    """Return the number of batches of `size` bytes that each of `workers` prepares in advance: `prefetch`, or fewer if
-    they exceed MAX_BYTES or this rank's shared memory. Raises UserError if not even one fits, as with Docker's default
-    of 64 MB."""
+    """Return the number of batches of `size` bytes that each of `workers` workers prepares in advance: `prefetch`, or
+    fewer if these batches would exceed MAX_BYTES or this rank's shared memory. Raises UserError if not even one fits,
+    as with Docker's default of 64 MB."""
     available = _available_bytes()
     if available < 2 * size * workers:
         raise UserError(
@@ -50,6 +50,6 @@ def _available_bytes() -> float:
 def _free_bytes() -> float:
     try:
         status = os.statvfs(SHM)
-    except OSError:  # unknown size on systems other than Linux
+    except OSError:  # the size is unknown on systems other than Linux
         return float("inf")
     return status.f_bavail * status.f_frsize

@@ -14,9 +14,9 @@ from m3ae_fast.base.untrusted_file import open_regular
 
 BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
-_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders: their size field has no meaning
-_MAX_EXTENSION = 1 << 20  # bytes of a long-name or pax record; more is garbage
-_MAX_SIZE = 1 << 60  # bytes of a member; more is garbage
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices and folders, whose size field has no meaning
+_MAX_EXTENSION = 1 << 20  # maximum bytes of a long-name or pax record; a larger one is garbage
+_MAX_SIZE = 1 << 60  # maximum bytes of a member; a larger one is garbage
 
 
 class Member(NamedTuple):
@@ -129,8 +129,8 @@ def _pax(record: bytes) -> dict[str, str]:
 
 
 def _decimal(digits: str) -> int | None:
-    """Return the number in `digits`; None if it is invalid, and `_MAX_SIZE` + 1 for more than 19 digits, which no size
-    has."""
+    """Return the number in `digits`; None if it is invalid. For more than 19 digits, which no valid size has, return
+    `_MAX_SIZE` + 1."""
     if not (digits.isascii() and digits.isdecimal()):
         return None
     return int(digits) if len(digits) <= 19 else _MAX_SIZE + 1
