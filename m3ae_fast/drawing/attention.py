@@ -31,12 +31,12 @@ from m3ae_fast.model.transformer import Block
 _WORDS = 7  # maximum number of words per caption
 SHADE: Colour = (255, 110, 90)  # background of the word with the most attention
 OUTLINE: Colour = (255, 0, 0)
-# sizes in pixels: side of an image, width of a caption, gap, height of a text line
+# Sizes in pixels: side of an image, width of a caption, gap between them, height of a line of text.
 _SIDE, _WIDE, _GAP, _LINE = 192, 420, 8, 20
 
 
 class HeadChoice(NamedTuple):
-    """The choice of the attention that is shown."""
+    """The encoder block and the attention head whose attention is shown."""
 
     block: int = -1  # block of the encoder, from 0; -1: the last one
     head: int | None = None  # head, from 0; None: the mean over all heads
@@ -49,7 +49,7 @@ class Word(NamedTuple):
     """A word of a caption."""
 
     text: str
-    tokens: list[int]  # positions in the caption; text of these tokens is not shared with other words
+    tokens: list[int]  # indices in the caption of the tokens that belong to this word only
 
 
 @torch.no_grad()
@@ -227,7 +227,8 @@ def shade(part: float, highest: float) -> Colour:
 def _write_shaded(
     draw: ImageDraw.ImageDraw, words: Sequence[str], parts: Sequence[float], corner: tuple[int, int]
 ) -> None:
-    """Draw the pieces of a caption at `corner` on their shades, with an explanation of the shades below."""
+    """Draw the pieces of a caption at `corner`, each on a background of its shade, with an explanation of the shades
+    below."""
     font, (left, y) = ImageFont.load_default(13), corner
     x, highest = float(left), max(parts, default=0.0)
     for word, part in zip(words, parts):

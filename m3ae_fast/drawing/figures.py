@@ -28,7 +28,7 @@ _SIDE, _GAP, _LINE = 128, 6, 13  # sizes in pixels: side of an image, gap betwee
 _WIDE = 22  # number of characters per line below an image
 Colour = tuple[int, int, int]
 BLACK, GREEN, RED = (20, 20, 20), (0, 130, 50), (190, 30, 30)
-_MOST_NAMES = 40  # maximum number of classes whose names are shown at a confusion matrix
+_MOST_NAMES = 40  # maximum number of classes for which a confusion matrix shows names
 _ERRORS = "error bars: ± 1 standard error"
 
 
@@ -102,8 +102,8 @@ def shown(image: Tensor, side: int = _SIDE) -> Image.Image:
 
 
 def box_in(image: Tensor, side: int) -> tuple[int, int, int, int]:
-    """Return the left, top, width and height of an image [C, H, W] centred in a square whose side its longer side
-    fills."""
+    """Return the left, top, width and height of an image [C, H, W] that is scaled to fit into a square and centred in
+    it."""
     width, height = (max(1, round(side * own / max(image.shape[1:]))) for own in (image.shape[2], image.shape[1]))
     return (side - width) // 2, (side - height) // 2, width, height
 
@@ -149,8 +149,8 @@ def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], steps_per_ep
 
 
 def draw_accuracies(path: Path, lines: Mapping[str, Sequence[tuple[float, float, float]]], axis: str) -> None:
-    """Write a PNG of accuracies over x, which `axis` names: a line for each name, of points (x, accuracy, standard
-    error)."""
+    """Write a PNG of accuracies against x, with one line of points (x, accuracy, standard error) per name. `axis`:
+    label of the x axis."""
     figure, (axes,) = _figure(5.6, 3.6)
     for name, points in lines.items():
         x, accuracy, error = zip(*points)
@@ -187,7 +187,7 @@ def draw_comparison(path: Path, rows: Sequence[Mapping[str, Any]], chance: float
 
 
 def draw_attack(path: Path, epsilons: Sequence[float], top1: Sequence[float], clean: float) -> None:
-    """Write a PNG of the accuracy by the bound of an attack, in units of 1/255."""
+    """Write a PNG of the accuracy against the bound of an attack in units of 1/255."""
     figure, (axes,) = _figure(4.6, 3.2)
     axes.plot([0, *epsilons], [clean, *top1], marker="o", markersize=4)
     axes.set(xlabel="bound of the attack (L-infinity), in 1/255", ylabel="top-1 accuracy", ylim=(0, 1))
@@ -234,7 +234,8 @@ class MapPanel(NamedTuple):
 
 
 def draw_map(path: Path, panels: Sequence[MapPanel], labels_N: np.ndarray, classes: Sequence[int | str]) -> None:
-    """Write a PNG with a panel of points in a plane for each of `panels`, coloured by class. Labels are ids."""
+    """Write a PNG with a panel of points in a plane for each of `panels`, coloured by class. The labels are class
+    ids."""
     from matplotlib import colormaps
 
     figure, all_axes = _figure(2 + 6 * len(panels), 6, len(panels))

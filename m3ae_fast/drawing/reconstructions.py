@@ -149,7 +149,8 @@ def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None
     masked[mask_L] = GREY
     views = [patches_LK, masked]
     if pixels_IK is not None:
-        # predictions are normalised per patch; undone with the statistics of the true patch, as in MAE
+        # Predictions are normalised per patch. The normalisation is undone with the statistics of the true patch, as in
+        # MAE.
         if model.loss_config.norm_pix:
             normal = _cut(normalised(image, c.image_mean, c.image_std), c.patch_size)
             spread = (normal.var(-1, keepdim=True) + 1e-6).sqrt()

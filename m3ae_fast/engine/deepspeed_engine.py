@@ -41,8 +41,8 @@ from m3ae_fast.engine.optimizer import build_optimizer, collect, name_of, prime,
 from m3ae_fast.model.transformer import MLP
 from m3ae_fast.process.ranks import Ranks
 
-# Attributes with the flat buffers of weights and of master weights: of ZeRO's optimiser at stages 1 and 2, and of the
-# BF16_Optimizer, which stage 1 may use instead.
+# Names of the attributes with the flat buffers of weights and of master weights, in ZeRO's optimiser for stages 1 and 2
+# and in the BF16_Optimizer, which stage 1 may use instead.
 _BUFFERS = ("bit16_groups_flat", "single_partition_of_fp32_groups")
 _BF16_BUFFERS = ("bf16_groups_flat", "fp32_groups_flat_partition")
 

@@ -13,7 +13,7 @@ class Fragment(NamedTuple):
 
     data: Tensor  # float32, 1-D
     start: int  # first element in the flattened tensor
-    shape: tuple[int, ...]  # of the complete tensor
+    shape: tuple[int, ...]  # shape of the complete tensor
 
 
 # Fragments by name: "model/NAME" for weights, and "KIND/NAME" for the engine's `kinds` of optimiser state: "exp_avg"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 MOMENTUM = "momentum_buffer"  # key in the state, as in torch.optim.Muon
-UPDATE_RMS = 0.2  # root mean square of an update's elements at a learning rate of 1, as Adam's typically have
+UPDATE_RMS = 0.2  # root mean square of an update's elements at a learning rate of 1, a typical value for Adam
 ITERATIONS = 5
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan's coefficients: the singular values converge to between 0.68 and 1.14
 _EPS = 1e-7
@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, group: dict[str, Any], others: torch.optim.Optimizer, dtype: torch.dtype) -> None:
         """Create the optimiser. `group`: the group that Muon updates; `others`: the optimiser of all other groups;
-        `dtype`: of the Newton-Schulz iterations."""
+        `dtype`: dtype of the Newton-Schulz iterations."""
         self.others, self._dtype = others, dtype
         super().__init__([group, *others.param_groups], {"lr": 0.0})
         self.state = others.state

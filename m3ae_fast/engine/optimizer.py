@@ -69,7 +69,7 @@ def build_optimizer(
     """Return AdamW, combined with Muon if one of the groups is for Muon (see `optimizer_groups`).
 
     Args:
-        dtype: of the model's matrix products, which Muon uses for its own.
+        dtype: dtype of the model's matrix products, in which Muon computes its own products.
         ema: decay of a moving average of the weights, see `track_ema`; None: no average.
         config, on_cpu, partitioned: as for `build_adamw`.
     """
@@ -100,7 +100,7 @@ def build_adamw(
     if first.is_cuda and first.dtype != torch.float64 and not on_cpu and not partitioned:
         try:
             return importlib.import_module("apex.optimizers").FusedAdam(groups, adam_w_mode=True, **options)
-        except Exception:  # not installed, installed without its extension, or the unrelated package of that name
+        except Exception:  # apex or its extension is missing, or it is the unrelated package of that name
             _log.debug("apex is not available", exc_info=True)
     return torch.optim.AdamW(groups, fused=True, **options)
 

@@ -67,7 +67,7 @@ class Schedule:
 
     train: LoopConfig
     optim: ScheduleConfig
-    samples: int  # per epoch
+    samples: int  # number of samples per epoch
     changes: tuple[Change, ...] = ()  # in the order in which they were decided
 
     @property

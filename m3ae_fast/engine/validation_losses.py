@@ -87,7 +87,7 @@ class Baselines:
         if len(self._text_ids):
             self._text_ids += torch.bincount(batch.text_targets[text_W], minlength=len(self._text_ids)).cpu()
         with encoding(self._model, self._precision, self._ranks.device):
-            # also for a batch without samples, because with ZeRO-3 all ranks must gather the weights
+            # computed even for a batch without samples, because with ZeRO-3 all ranks must gather the weights
             features_ND = self._model.pooled(batch).double()
         self._gram_DD += features_ND.T @ features_ND
         self._samples += len(features_ND)

@@ -81,8 +81,8 @@ def predict_online(
     whole: TimeLeft,
 ) -> dict[Input, Predictions]:
     """Return the predictions of attentive probes for the held-out samples by layer, on every rank. The probes of all
-    layers are trained in one pass. If several learning rates are tried, the head whose learning rate is best on a tenth
-    of the training samples, on which no head is trained, is used for each layer.
+    layers are trained in one pass. If several learning rates are tried, the predictions of a layer are those of the
+    head whose learning rate is best on a tenth of the training samples. No head is trained on this tenth.
 
     Args:
         job: the job.

@@ -23,7 +23,7 @@ from m3ae_fast.data.loader import Share
 from m3ae_fast.data.order import hash64
 from m3ae_fast.images.normalisation import normalised
 
-_MIXING = 64  # purpose of the random number, in addition to those of data.dataset
+_MIXING = 64  # number of this purpose of random numbers, in addition to those in data.dataset
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RandAugment:
             )
         try:
             self._make()
-        except Exception as error:  # timm reports errors in the string by assertions and failed conversions
+        except Exception as error:  # timm reports errors in the string as failed assertions and conversions
             raise UserError(
                 f"finetune.rand_augment {self.config!r}: timm rejects it ({type(error).__name__}: {error}); "
                 "write it like rand-m9-mstd0.5-inc1, or null"
@@ -51,7 +51,7 @@ class RandAugment:
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Return the augmented image, uint8 [3, H, W]. All randomness depends on `seed`."""
         states = random.getstate(), np.random.get_state()
-        random.seed(seed)  # timm uses both generators
+        random.seed(seed)  # timm uses Python's and NumPy's generators
         np.random.seed(seed & 0xFFFFFFFF)
         try:
             augmented = self._make()(Image.fromarray(image.permute(1, 2, 0).numpy()))

@@ -58,8 +58,8 @@ def class_metrics(folder: Path, classes: Classes, names: Sequence[str]) -> dict[
 
 
 def accuracy_by_class(label_N: np.ndarray, right_N: np.ndarray) -> list[dict[str, Any]]:
-    """Return the entries "class", "samples" and "accuracy" of each class that occurs. `right_N`: fraction of trials,
-    from 0 to 1, in which each sample was classified correctly."""
+    """Return the entries "class", "samples" and "accuracy" of each class that occurs. `right_N`: fraction of the
+    trials, from 0 to 1, in which each sample was classified correctly."""
     found_K, place_N, samples_K = np.unique(label_N, return_inverse=True, return_counts=True)
     accuracy_K = np.bincount(place_N, right_N) / samples_K
     return [

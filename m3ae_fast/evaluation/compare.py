@@ -152,7 +152,7 @@ class ComparedPredictions:
 class ComputeCost:
     """The work that the comparison requires for a model."""
 
-    cost: float  # of encoding a sample; proportional to FLOPs
+    cost: float  # cost of encoding a sample, proportional to FLOPs
     seeded_weights: bool  # whether the weights depend on the seed
     training: dict[str, float]  # estimated training time in seconds, by probe
 
@@ -218,8 +218,8 @@ def run(job: Job) -> dict[str, Any]:
 class Shape(NamedTuple):
     """Properties of a model on which its computation time depends."""
 
-    cost: float  # of encoding a sample; proportional to FLOPs
-    width: int  # of the features
+    cost: float  # cost of encoding a sample, proportional to FLOPs
+    width: int  # width of the features
     heads: int
     patches: int
     probes: tuple[str, ...]  # probes that can use its features

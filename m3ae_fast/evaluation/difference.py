@@ -111,8 +111,8 @@ def _largest(labels: Iterable[Any]) -> Any:
 
 
 def _words(ours: dict[str, bool], theirs: dict[str, bool], names: Sequence[Any]) -> str:
-    """Return a sentence that states whether two results, which say for each key whether the sample was classified
-    correctly, differ significantly."""
+    """Return a sentence that states whether two results differ significantly. A result maps each sample's key to
+    whether the sample was classified correctly."""
     _require_same(names, ours.keys(), theirs.keys())
     first_N, second_N = (np.array([each[key] for key in ours]) for each in (ours, theirs))
     return difference(first_N, second_N).words(str(names[0]), str(names[1]))
@@ -162,7 +162,7 @@ def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name:
 
 
 def _correct(folder: Path, table: Table) -> dict[str, bool]:
-    """Return whether each sample was classified correctly, by key. Raises UserError if the table has not exactly one
+    """Return whether each sample was classified correctly, by key. Raises UserError unless the table has exactly one
     prediction for each sample."""
     complete = table.keys() >= {*_COLUMNS} and not any(None in table[name] for name in _COLUMNS)
     if not complete or not one_prediction_each(table):

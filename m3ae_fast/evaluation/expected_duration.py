@@ -30,7 +30,7 @@ def seconds(probe: str, samples: int, shape: tuple[int, ...], setting: Setting, 
     recipe, ranks = start(samples, setting), setting.ranks
     bank = _random(min(recipe.batch * 10 // 9 + 10, samples), shape, setting.classes, ranks)
     taken, spent = 0, 0.0
-    while spent < _LONG_ENOUGH_S and taken < recipe.steps:  # few quick steps take mostly start-up time
+    while spent < _LONG_ENOUGH_S and taken < recipe.steps:  # a few quick steps would measure mostly start-up time
         taken = min(max(4 * taken, 1), recipe.steps)
         began = perf_counter()
         train_heads(dict.fromkeys(range(layers), bank), replace(recipe, steps=taken), setting._replace(live=None))

@@ -26,7 +26,7 @@ from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.inference import refuse_not_finite, rows_not_finite
 from m3ae_fast.process.ranks import Ranks
 
-_DEVICE_SHARE = 0.5  # fraction of a GPU's free memory for features; heads and searches need memory too
+_DEVICE_SHARE = 0.5  # fraction of a GPU's free memory that features may take; heads and searches need memory too
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FeatureBank:
     skipped: list[Skipped] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)  # rows and columns of patches of the samples with an image
     own_R: Tensor | None = None  # int64, ascending: numbers of the samples that this rank stores; None: all samples
-    at_R: Tensor | None = None  # int64: row in `stored_SD` of each of these samples; None: all rows, in their order
+    at_R: Tensor | None = None  # int64: row in `stored_SD` of each of these samples; None: all rows, in order
     ranks: Ranks | None = None
 
     @property

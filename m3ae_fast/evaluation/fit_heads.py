@@ -108,7 +108,7 @@ class HeadsInTraining:
     """Access for another thread to heads in training, which can be copied between two steps."""
 
     def __init__(self) -> None:
-        self.updating = threading.Lock()  # held while weights change
+        self.updating = threading.Lock()  # lock that is held while weights change
         self._heads: Mapping[Input, Heads] = {}
         self._at: tuple[str, int, int] = ("", 0, 0)
 

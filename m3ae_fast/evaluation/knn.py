@@ -21,7 +21,7 @@ from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.predictions import Predictions
 
-_SHOWN, _NEIGHBOURS = 8, 7  # numbers of samples in the figure, and of neighbours of each
+_SHOWN, _NEIGHBOURS = 8, 7  # number of queries in the figure, and of neighbours per query
 
 
 def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, temperature: float) -> Tensor:

@@ -40,7 +40,7 @@ class ClassLosses(NamedTuple):
     """Loss and accuracy of a batch: 0-d float32 tensors, of which `loss` is differentiated."""
 
     loss: Tensor
-    accuracy: Tensor  # with mixed labels: relative to the class with the highest weight
+    accuracy: Tensor  # for mixed labels, the accuracy with respect to the class with the highest weight
 
 
 @dataclass(kw_only=True)

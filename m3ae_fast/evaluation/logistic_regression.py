@@ -1,11 +1,11 @@
-"""Logistic regression of standardised features, with several strengths of the L2 penalty at once.
+"""Logistic regression on standardised features, for several strengths of the L2 penalty at once.
 
-L-BFGS (Liu and Nocedal 1989) minimises the loss of all samples. Its first estimate of the inverse Hessian is that of
-weights 0, which follows from the covariance of the features; therefore few iterations suffice. Each rank computes the
+L-BFGS (Liu and Nocedal 1989) minimises the loss of all samples. Its initial estimate of the inverse Hessian is computed
+for zero weights from the covariance of the features, so that few iterations are necessary. Each rank computes the
 losses and gradients of its own samples, and all ranks take the same steps.
 
-Shapes: N samples, R of them on this rank, B of them at a time, D width, P = D + 1 weights of a class, of which the last
-is its bias, K classes, H strengths, A of them at work, M pairs of the memory.
+Shapes: N samples, R of them on this rank, B of them at a time, D width, P = D + 1 weights of a class, the last of which
+is its bias, K classes, H strengths, A of them that are still optimised, M pairs in the memory.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from m3ae_fast.process.collectives import all_reduce
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 
-USUAL = 1.0  # inverse strength: scikit-learn's default
-INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, USUAL)  # that `fit_chosen` tries
-_CONVERGED = 1e-7  # decrease of the mean loss that the next step promises
+USUAL = 1.0  # scikit-learn's default inverse strength
+INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, USUAL)  # inverse strengths that `fit_chosen` tries
+_CONVERGED = 1e-7  # a strength has converged if the expected decrease of the mean loss in the next step is smaller
 _MOST_ITERATIONS = 1000
-_MEMORY = 10  # pairs of a step and the change of the gradient
-_SUFFICIENT = 1e-4  # of the decrease that the gradient predicts (Armijo)
-_ROUNDING = 1e-7  # of a loss
-_SHORTEST = 1e-6  # step length
-_AT_A_TIME = 1 << 22  # logits
+_MEMORY = 10  # number of pairs of a step and the change of the gradient
+_SUFFICIENT = 1e-4  # minimum decrease of the loss as a fraction of the decrease that the gradient predicts (Armijo)
+_ROUNDING = 1e-7  # relative rounding error of a loss
+_SHORTEST = 1e-6  # minimum step length
+_AT_A_TIME = 1 << 22  # maximum number of logits that are computed at a time
 
 
 def fit_chosen(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None) -> tuple[LinearHeads, float]:
-    """Fit one classifier to labels. Its inverse strength is chosen by accuracy on a held-out tenth of the samples, as
-    the learning rate of a linear probe is, see `choose`; it is USUAL if there are fewer than ten samples. Every rank
-    must call it.
+    """Fit one classifier to labels. The inverse strength is chosen by the accuracy on a held-out tenth of the samples,
+    in the same way as the learning rate of a linear probe; see `choose`. It is USUAL if there are fewer than ten
+    samples. Every rank must call it.
 
     Returns:
         The classifier, as a single head, and its inverse strength.
@@ -51,20 +51,21 @@ def fit_chosen(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = 
         tried_HKP, heads = _fit(train, train.labels, classes, INVERSE_STRENGTHS, heartbeats)
         judged = zip(INVERSE_STRENGTHS, judge(heads, bank.rows(parts.held_out)))
         strength = choose([RateTrial(each, *found) for each, found in judged], USUAL, len(parts.held_out)).peak_lr
-        strength = bank.ranks.from_main(strength) if bank.ranks else strength  # all ranks choose the same
+        strength = bank.ranks.from_main(strength) if bank.ranks else strength  # all ranks use the same value
         start_HKP = tried_HKP[[INVERSE_STRENGTHS.index(strength)]]
     return _fit(bank, bank.labels, classes, [strength], heartbeats, start_HKP)[1], strength
 
 
 def fit(bank: FeatureBank, targets: Tensor, classes: int, heartbeats: Heartbeats | None = None) -> LinearHeads:
-    """Return a classifier of the USUAL inverse strength, as a single head. Every rank must call it.
+    """Return a classifier with the inverse strength USUAL, as a single head. Every rank must call it.
 
     Args:
         bank: the features.
-        targets: class ids, int64 [N], for a multinomial regression; or which classes each sample has, bool [N, K], for
-            a binary regression of each class. A class that all samples have, or none, gets weights 0.
-        classes: K.
-        heartbeats: marked in each iteration.
+        targets: class ids, int64 [N], for a multinomial regression; or whether each sample belongs to each class, bool
+            [N, K], for one binary regression per class. The weights are 0 for a class to which all samples belong, or
+            none.
+        classes: K, the number of classes.
+        heartbeats: heartbeats of this rank, which are marked in each iteration.
     """
     return _fit(bank, targets, classes, [USUAL], heartbeats)[1]
 
@@ -77,8 +78,9 @@ def _fit(
     heartbeats: Heartbeats | None,
     start_HKP: Tensor | None = None,
 ) -> tuple[Tensor, LinearHeads]:
-    """Return the weights, float64, and a head for each strength. As in scikit-learn, the penalty, which is added to the
-    mean loss, is half the sum of the squared weights, divided by the inverse strength and by N; biases have none."""
+    """Return the weights, float64, and a head for each strength. As in scikit-learn, the penalty that is added to the
+    mean loss is half the sum of the squared weights, divided by the inverse strength and by N. Biases are not
+    penalised."""
     features = Standardised(bank)
     device, samples = features.device, len(bank.keys)
     counts_K = (targets.sum(0) if targets.ndim == 2 else targets.bincount(minlength=classes)).double().to(device)
@@ -97,7 +99,7 @@ def _fit(
         bank.ranks,
         heartbeats,
     )
-    if targets.ndim == 1:  # softmax does not determine the mean of the biases
+    if targets.ndim == 1:  # the softmax does not depend on the mean of the biases
         weight_HKP[..., -1] -= weight_HKP[..., -1].mean(1, keepdim=True)
     heads = LinearHeads(bank.stored_SD.shape[-1], classes, [0] * len(penalty_H)).to(device).eval()
     heads.norm.mean.copy_(features.mean_D)
@@ -108,7 +110,8 @@ def _fit(
 
 
 class Standardised:
-    """The features of a bank with mean 0 and variance 1 over the samples of all ranks. Every rank must make it."""
+    """The features of a bank, standardised to mean 0 and variance 1 over the samples of all ranks. Every rank must
+    create this object."""
 
     def __init__(self, bank: FeatureBank) -> None:
         self.bank, self.ranks = bank, bank.ranks
@@ -121,7 +124,8 @@ class Standardised:
         self.var_D = all_reduce(squares_D, self.ranks) / len(bank.keys)
 
     def parts(self, logits: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yield this rank's samples, float32 [B, D], of which each gets so many logits, and which of the R they are."""
+        """Yield slices of this rank's R samples, each with the standardised features of the slice, float32 [B, D].
+        `logits`: number of logits per sample, which limits B."""
         at_a_time = max(_AT_A_TIME // max(logits, self.bank.stored_SD.shape[-1]), 1)
         mean_D, scale_D = self.mean_D.float(), (self.var_D + BATCH_NORM_EPS).rsqrt().float()
         for start in range(0, len(self.bank.own), at_a_time):
@@ -130,7 +134,7 @@ class Standardised:
 
     @cached_property
     def correlation_DD(self) -> Tensor:
-        """Return the covariance, float64 [D, D]."""
+        """Return the covariance of the standardised features, float64 [D, D]."""
         total_DD = self.mean_D.new_zeros(len(self.mean_D), len(self.mean_D))
         for _, part_BD in self.parts(1):
             total_DD += part_BD.T @ part_BD
@@ -139,15 +143,15 @@ class Standardised:
 
 @dataclass(frozen=True)
 class _Objective:
-    """The mean loss of all samples with its penalty, for each strength, and the gradient."""
+    """The objective: the mean loss over all samples plus the penalty, for each strength, and its gradient."""
 
     features: Standardised
-    targets: Tensor  # of this rank's samples
+    targets: Tensor  # targets of this rank's samples
     penalty_H: Tensor
-    fixed_K: Tensor  # bool: classes whose weights stay
+    fixed_K: Tensor  # bool: whether the weights of a class are not optimised
 
     def __call__(self, weight_AKP: Tensor, which_A: Tensor) -> tuple[Tensor, Tensor]:
-        """Return float64 [A] and [A, K, P]."""
+        """Return the values, float64 [A], and the gradients, float64 [A, K, P], of the strengths `which_A`."""
         strengths, classes, _ = weight_AKP.shape
         weight_KD, bias_K = weight_AKP[..., :-1].flatten(0, 1).float(), weight_AKP[..., -1].flatten().float()
         found = weight_AKP.new_zeros(strengths * (1 + weight_AKP[0].numel()))
@@ -179,7 +183,8 @@ def _loss(logits_BAK: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _InverseHessian:
-    """An estimate of the inverse Hessian: that of weights 0, for classes of which each has its own curvature."""
+    """An estimate of the inverse Hessian at zero weights, which treats the classes as independent and gives each its
+    own curvature."""
 
     def __init__(self, features: Standardised, curvature_K: Tensor, penalty_H: Tensor) -> None:
         values_D, self.vectors_DD = torch.linalg.eigh(features.correlation_DD)
@@ -187,14 +192,14 @@ class _InverseHessian:
         self.scale_K = 1 / curvature_K
 
     def __call__(self, gradient_AKP: Tensor, which_A: Tensor) -> Tensor:
-        """Return the product with gradients of some of the strengths."""
+        """Return the product of the estimate with the gradients of the strengths `which_A`."""
         rotated_AKD = gradient_AKP[..., :-1] @ self.vectors_DD * self.scale_HKD[which_A]
         bias_AK = gradient_AKP[..., -1] * self.scale_K
         return torch.cat((rotated_AKD @ self.vectors_DD.T, bias_AK[..., None]), -1)
 
 
 class _Memory:
-    """The last steps and changes of the gradient of each strength."""
+    """The most recent steps of each strength, with the changes of its gradient."""
 
     def __init__(self, like_HKP: Tensor) -> None:
         self.step_MHKP = like_HKP.new_zeros(_MEMORY, *like_HKP.shape)
@@ -202,7 +207,7 @@ class _Memory:
         self.rho_MH = like_HKP.new_zeros(_MEMORY, len(like_HKP))  # 0 where nothing is stored yet
 
     def add(self, step_AKP: Tensor, change_AKP: Tensor, which_A: Tensor) -> None:
-        """Store a pair of some of the strengths in place of the oldest one."""
+        """Store a step and the change of the gradient for the strengths `which_A`, in place of their oldest pair."""
         for stored, new in (
             (self.step_MHKP, step_AKP),
             (self.change_MHKP, change_AKP),
@@ -211,7 +216,7 @@ class _Memory:
             stored[:, which_A] = torch.cat((stored[1:, which_A], new[None]))
 
     def direction(self, gradient_AKP: Tensor, which_A: Tensor, hessian: _InverseHessian) -> Tensor:
-        """Return the direction of the next step, by the two loops of L-BFGS."""
+        """Return the direction of the next step, computed by the two-loop recursion of L-BFGS."""
         found_AKP, factors = -gradient_AKP, []
         pairs = [
             (s[which_A], y[which_A], rho[which_A]) for s, y, rho in zip(self.step_MHKP, self.change_MHKP, self.rho_MH)
@@ -240,8 +245,8 @@ def _minimise(
     ranks: Ranks | None,
     heartbeats: Heartbeats | None,
 ) -> Tensor:
-    """Return the weights of the lowest losses. The strengths are independent: each has its own step length, and those
-    that have converged are left out."""
+    """Return the weights that minimise the objective. The strengths are independent: each has its own step length, and
+    those that have converged are no longer optimised."""
     weight_HKP, at_A = weight_HKP.clone(), torch.arange(len(weight_HKP), device=weight_HKP.device)
     loss_H, gradient_HKP = objective(weight_HKP, at_A)
     memory, length_H = _Memory(weight_HKP), torch.ones_like(loss_H)
@@ -268,5 +273,5 @@ def _minimise(
 
 
 def _same(decisions_A: Tensor, ranks: Ranks | None) -> Tensor:
-    """Return the decisions of the main rank: rounding may differ between ranks."""
+    """Return the decisions of the main rank, because rounding errors may differ between ranks."""
     return decisions_A.new_tensor(ranks.from_main(decisions_A.tolist())) if ranks else decisions_A

@@ -84,7 +84,7 @@ def _own_neighbours(bank: FeatureBank, queries_QD: Tensor, k: int, title: str) -
         exact_qC = (rows_qCD @ query_qD[..., None])[..., 0] / length_qC
         order_qC = _encoded(exact_qC, own_R[place_qC]).masked_fill(place_QC[part] < 0, _MISSING)
         order_QK[part] = order_qC.topk(k, dim=1).values
-    # Complete lists are uncertain if an excluded sample may be as similar as the last neighbour.
+    # A complete list is uncertain if an excluded sample may be as similar as its last neighbour.
     unsure_Q = (place_QC[:, -1] >= 0) & (similarity_QC[:, -1] >= similarity_QC[:, k - 1] - _ROUNDING)
     if unsure_Q.any():
         order_QK[unsure_Q] = _searched_exactly(bank, queries_QD[unsure_Q], k)

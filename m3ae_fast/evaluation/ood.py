@@ -46,7 +46,7 @@ TRAIN, VAL = "train", "val"  # names of the in-distribution samples in results
 SCORES = ("max_softmax", "energy", "knn", "mahalanobis")
 TRUE_POSITIVES = 0.95
 BOOTSTRAPS = 1000
-_AT_A_TIME = 4096  # samples whose squares are summed
+_AT_A_TIME = 4096  # number of samples whose squares are summed at a time
 
 
 def auroc_and_fpr(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
@@ -64,7 +64,8 @@ def auroc_and_fpr(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float
 def precision_recall_areas(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
     """Return the areas under two precision-recall curves (average precisions): with in-distribution samples as
     positives, and with out-of-distribution samples as positives, which have low scores. Unlike the area under the ROC
-    curve, both depend on the numbers of samples: that of an uninformative score is the fraction of positives."""
+    curve, both areas depend on the numbers of samples: for an uninformative score, the area is the fraction of
+    positives."""
     from sklearn.metrics import average_precision_score
 
     truth, scores = np.repeat([1, 0], (len(inside), len(outside))), np.concatenate((inside, outside))
@@ -129,25 +130,30 @@ def _read(head: Callable[[Tensor], Tensor]) -> Callable[[FeatureBank], Tensor]:
 
 
 def _normal_distributions(bank: FeatureBank, ids_R: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Return the means of the classes, [K, D], and a matrix [D, D] behind which Mahalanobis distances are Euclidean:
-    float64 on the device of the ranks. The covariance is the shrunk one of Ledoit and Wolf (2004).
+    """Return the means of the classes, [K, D], and a whitening matrix, [D, D]: Mahalanobis distances are Euclidean
+    distances between features that are multiplied by it. Both are float64 on the device of the ranks. The covariance is
+    shrunk as proposed by Ledoit and Wolf (2004).
 
     Args:
         bank: the training features.
         ids_R: the classes of this rank's samples, from 0.
-        classes: K.
+        classes: K, the number of classes.
     """
     device = bank.ranks.device if bank.ranks else bank.stored_SD.device
     width, samples = bank.stored_SD.shape[-1], len(bank.keys)
     ids_R = ids_R.to(device)
     parts = [slice(start, start + _AT_A_TIME) for start in range(0, len(ids_R), _AT_A_TIME)]
-    sums_KP = torch.zeros(classes, width + 1, dtype=torch.float64, device=device)  # and the number of samples
+    sums_KP = torch.zeros(
+        classes, width + 1, dtype=torch.float64, device=device
+    )  # the last column is the number of samples
     for part in parts:
         features_BD = bank.take(part).to(device).double()
         sums_KP.index_add_(0, ids_R[part], F.pad(features_BD, (0, 1), value=1.0))
     sums_KP = all_reduce(sums_KP, bank.ranks)
     means_KD = sums_KP[:, :-1] / sums_KP[:, -1:]
-    squares_PD = torch.zeros(width + 1, width, dtype=torch.float64, device=device)  # and the sum of fourth powers
+    squares_PD = torch.zeros(
+        width + 1, width, dtype=torch.float64, device=device
+    )  # the last row is the sum of the fourth powers of norms
     for part in parts:
         centred_BD = bank.take(part).to(device).double() - means_KD[ids_R[part]]
         squares_PD[:-1] += centred_BD.T @ centred_BD
@@ -155,7 +161,7 @@ def _normal_distributions(bank: FeatureBank, ids_R: Tensor, classes: int) -> tup
     squares_PD = all_reduce(squares_PD, bank.ranks) / samples
     covariance_DD, fourth = squares_PD[:-1], squares_PD[-1, 0]
     variance, length = covariance_DD.trace() / width, covariance_DD.square().sum()
-    distance = length - width * variance.square()  # of the covariance from a multiple of the identity
+    distance = length - width * variance.square()  # squared distance of the covariance from a multiple of the identity
     error = ((fourth - length) / samples).clamp(max=distance)
     shrinkage = torch.where(error > 0, error / distance, 0.0)
     values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
@@ -209,7 +215,9 @@ def run(job: Job) -> dict[str, Any]:
             warnings.append(f"{name or 'ood'}: {warning}")
             job.say(f"note: {warnings[-1]}")
         more: dict[str, Any] = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
-        columns.update({column: [*columns[column], *values] for column, values in more.items()})  # in one step
+        columns.update(
+            {column: [*columns[column], *values] for column, values in more.items()}
+        )  # assigned at once, because another thread may read them
         evaluated.append(name)
         samples[f"{name or 'ood'}_samples"] = len(found.keys)
         path = job.out / (f"scores-{name}.png" if name else "scores.png")

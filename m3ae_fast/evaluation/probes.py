@@ -232,8 +232,8 @@ class Probe(NamedTuple):
     """A kind of probe, which either trains heads by a recipe or predicts without one."""
 
     recipe: Callable[[int, Setting], Recipe] | None = None  # returns the hyper-parameters of heads; None: no heads
-    find: Callable[[FeatureBank, FeatureBank, Setting], tuple[Predictions, dict[str, float]]] | None = None  # without a
-    # recipe: returns the predictions and the hyper-parameters that were selected
+    # without a recipe: returns the predictions and the hyper-parameters that were selected
+    find: Callable[[FeatureBank, FeatureBank, Setting], tuple[Predictions, dict[str, float]]] | None = None
     tokens: bool = False  # whether it reads patch tokens [R, L, D] instead of pooled features
 
     @property

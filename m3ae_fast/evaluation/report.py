@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch is imported only where it is used, so that --help is 
     from m3ae_fast import checkpoint
 
 REPORT_FILE = "report.html"
-_BASELINES = {RANDOM: "random weights", PIXELS: "downscaled pixels"}  # by the prefix of the model's name
+_BASELINES = {RANDOM: "random weights", PIXELS: "downscaled pixels"}  # display names, by the prefix of the model's name
 _SIZES = ("k", "classes", "steps", "draws", "seconds", "skipped", "train_samples", "val_samples")
 _STYLE = """
 :root { color-scheme: light dark; }

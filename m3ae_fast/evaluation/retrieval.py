@@ -35,7 +35,7 @@ AT_CHANCE = (
     "embeddings of captions and images, so the pooled features of a matching pair need not be similar"
 )
 _AT_A_TIME = 1024
-_SHOWN, _BEST = 5, 5  # number of queries drawn, and of results for each
+_SHOWN, _BEST = 5, 5  # number of queries in the figure, and of results per query
 
 
 def own_ranks(queries: FeatureBank, candidates: FeatureBank) -> Tensor:

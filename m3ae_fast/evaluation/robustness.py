@@ -36,7 +36,7 @@ from m3ae_fast.images.normalisation import from_unit, to_unit
 _TRIED = 8  # number of samples that are tried to find an image for the figure
 Classify = Callable[[PackedBatch], Tensor]  # a batch on the device -> logits [S, K]
 CLEAN = "clean"
-_BACKWARD = 2  # cost of a backward pass in forward passes
+_BACKWARD = 2  # cost of a backward pass relative to a forward pass
 
 
 class Pass(NamedTuple):
@@ -85,7 +85,7 @@ def run(job: Job) -> dict[str, Any]:
     found: dict[str, Predictions] = {}
 
     def partial_result() -> PartialResult:
-        made = dict(found)  # a copy, because the main thread continues
+        made = dict(found)  # copied, because the main thread continues to add passes
         done = f"{len(made)} of {len(passes)} passes"
         return PartialResult(done, _result(config, kinds, made), _columns(made, model.config.classes))
 

@@ -1,5 +1,5 @@
-"""Semantic segmentation by the features of frozen patches. A linear head, or the votes of the nearest training patches,
-assign scores of the classes to each patch, which are upsampled to the pixels.
+"""Semantic segmentation with frozen patch features. A linear head, or a vote of the nearest training patches, assigns a
+score for each class to each patch. The scores are upsampled to the pixels.
 
 The metric is the mean intersection over union (mIoU) over classes, computed from all pixels of all held-out images
 except those with the ignored label. Masks are cropped and scaled like the images: to the central square at the model's
@@ -40,8 +40,11 @@ from m3ae_fast.process.ranks import Ranks
 
 _SHOWN = 8  # number of held-out images in the figure
 _RESAMPLES = 1000  # number of bootstrap samples
-_QUERIES, _PREDICTED = 1024, 16  # number of patches whose neighbours are searched, and of images predicted, at a time
-_WARM_UP = 0.1  # fraction of the steps
+_QUERIES, _PREDICTED = (
+    1024,
+    16,
+)  # at a time: patches whose neighbours are searched, and images that are predicted
+_WARM_UP = 0.1  # fraction of the steps that belong to the warm-up
 
 
 class Images(NamedTuple):
@@ -200,7 +203,7 @@ def _steps(train: Images, classes: int, config: SegmentConfig, job: Job) -> Iter
 
 
 class Neighbours:
-    """A head by the votes of the nearest training patches: patches [B, L, D] -> scores [B, L, C], whose sum over
+    """A head that uses the votes of the nearest training patches: patches [B, L, D] -> scores [B, L, C], whose sum over
     classes is 1. Each training patch votes with the fractions of its pixels that belong to each class. The voting
     patches are evenly spaced over the training images, and over the patches of an image that are not ignored
     completely. Every rank has all of them."""

@@ -55,7 +55,7 @@ class Difference(NamedTuple):
     """The difference of two accuracies on the same samples: first minus second."""
 
     value: float
-    low: float  # this and the next: 95 % confidence interval, by the bootstrap
+    low: float  # lower end of the 95 % confidence interval, computed by the bootstrap
     high: float
     p: float  # p-value of McNemar's exact test
 

@@ -17,10 +17,10 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import library
 
 NPY = b"\x93NUMPY"
-MAX_VALUES = 1 << 28  # of an array; a larger array is rejected as a decompression bomb
+MAX_VALUES = 1 << 28  # maximum number of values in an array; a larger array is rejected as a decompression bomb
 DTYPES = (np.uint8, np.uint16, np.float32)
 _TIFF = re.compile(rb"II[*+]\0|MM\0[*+]")
-_PLAIN = (1, 2)  # TIFF's PhotometricInterpretation: grey with black as 0, and RGB
+_PLAIN = (1, 2)  # values of TIFF's PhotometricInterpretation: grey with black as 0, and RGB
 _SAMPLES, _ORIENTATION, _EXTRA = 277, 274, 338  # tags of TIFF
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # tifffile logs odd files, which are used or reported anyway
@@ -46,8 +46,8 @@ def bands_of(header: Image.Image) -> tuple[int, bool]:
 
 
 def npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Return the shape, whether the order is Fortran's, the dtype, and the offset of the values of a .npy file. The
-    beginning of the file is sufficient. Raises BadSample if it is damaged."""
+    """Return the shape of the array in a .npy file, whether it is in Fortran order, its dtype, and the offset of its
+    values. The beginning of the file is sufficient. Raises BadSample if it is damaged."""
     file = BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)

@@ -12,11 +12,14 @@ from m3ae_fast.config import Range
 
 _BITS, _PHOTOMETRIC, _FORMAT = 258, 262, 339  # tags of TIFF
 _KINDS = {1: "unsigned", 2: "signed", 3: "float"}  # by TIFF's SampleFormat
-_MODES = {"I": ("signed", 32), "F": ("float", 32)}  # of Pillow, for images without further information in their file
+_MODES = {
+    "I": ("signed", 32),
+    "F": ("float", 32),
+}  # by Pillow's mode, for files without further information
 
 
 class Depth(NamedTuple):
-    """The bit depth of an image file: how it stores a value."""
+    """The bit depth of an image file: the type and the number of bits of a value."""
 
     kind: str
     bits: int

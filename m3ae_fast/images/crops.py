@@ -1,4 +1,4 @@
-"""Crops: random ones in training; in evaluation the central square, or the whole image with native aspect ratio.
+"""Crops: random crops in training; in evaluation the central square or, with native aspect ratio, the whole image.
 
 Shapes: C channels, H x W pixels of the original image, S x S pixels of the model's square input.
 """

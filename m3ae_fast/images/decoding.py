@@ -42,7 +42,7 @@ _READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _TURNING = ("exif", "xmp")  # keys of `Image.info` that may contain the orientation
 _ON_A_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_SCALES = {"L;2": 85, "L;4": 17}  # by the rawmode of a PNG: 8-bit levels per level of the file
+_SCALES = {"L;2": 85, "L;4": 17}  # 8-bit levels per level of the file, by the raw mode of a PNG
 
 # Pillow warns about odd images, which are used or reported anyway.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -74,7 +74,7 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None, d
     # torchvision applies the orientation only to JPEGs, and would ignore that of a WEBP
     is_turned = header.format == "WEBP" and not header.info.keys().isdisjoint(_TURNING)
     if header.mode in _TORCHVISION_MODES.get((header.format or "", channels), ()) and not is_turned:
-        # a copy, because torch warns about read-only buffers
+        # copied, because torch warns about read-only buffers
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         try:
             return widened(torchvision_decode(encoded, _READ_MODES[channels], apply_exif_orientation=True), dtype)
@@ -121,7 +121,7 @@ def upright_size_of(data: bytes) -> tuple[int, int]:
     BadSample as `size_of` does."""
     height, width = size_of(data)
     if not bands.is_npy(data):
-        with suppress(BadSample):  # a TIFF that Pillow does not read
+        with suppress(BadSample):  # Pillow does not read some TIFFs
             if header_of(data).getexif().get(ExifTags.Base.Orientation) in _ON_A_SIDE:
                 return width, height
     return height, width

@@ -11,19 +11,20 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.images.bit_depth import Depth, depth_of, grey_values
 from m3ae_fast.images.decoding import decode_image, header_of, own_bands
 
-_LIKE_GREY = 1  # levels by which red, green and blue of a grey image may differ
+_LIKE_GREY = 1  # maximum difference in levels between red, green and blue of a grey image
 
 
 class Kind(NamedTuple):
     """Channels and values of an image file."""
 
-    # that a model requires to use all of the image; 1 if it is grey, also if red, green and blue are equal
+    # Number of channels with which a model uses the whole image; 1 for a grey image, including one whose red, green and
+    # blue are equal.
     channels: int
-    is_array: bool  # whether it is an array of bands, which are not converted
-    dtype: str  # of an array; "uint8" for ordinary images
+    is_array: bool  # whether the file is an array of bands, which are not converted to other channels
+    dtype: str  # dtype of an array; "uint8" for ordinary images
     height: int
     width: int
-    depth: Depth | None = None  # if the bit depth is high; None for levels from 0 to 255
+    depth: Depth | None = None  # the bit depth if it is high; None for levels from 0 to 255
     low: float = 0.0  # lowest value
     high: float = 255.0  # highest value
 

@@ -38,9 +38,10 @@ class Native:
         return cls(config.patch_size, config.min_patches, config.most_patches, config.longest_side, positions)
 
     def grid(self, height: float, width: float, area: float | None = None) -> Grid:
-        """Return the patch grid of an image of height x width pixels. Candidates have a side rounded up or down from
-        the exact size; the nearest in aspect ratio and number of patches within the bounds is chosen. `area`: number of
-        pixels of the whole image, which sets the number of patches of its crops; None: height x width."""
+        """Return the patch grid of an image of height x width pixels. The candidates have sides that are rounded up or
+        down from the exact sizes. Of those within the bounds, the grid nearest in aspect ratio and number of patches is
+        chosen. `area`: number of pixels of the whole image, which sets the number of patches of its crops; None: height
+        x width."""
         patches = min(max((area or height * width) / self.patch_size**2, self.least), self.most)
         patches = min(patches, self.longest**2 * min(height / width, width / height))
         high, wide = (_around(math.sqrt(patches * ratio)) for ratio in (height / width, width / height))
@@ -105,5 +106,5 @@ def patch_rows(images: Sequence[Tensor], patch_size: int) -> Tensor:
     cut = images[0].new_empty(sum(rows * columns for rows, columns in grids), channels, patch_size, patch_size)
     for image, (rows, columns), own in zip(images, grids, cut.split([rows * columns for rows, columns in grids])):
         blocks = image.reshape(channels, rows, patch_size, columns, patch_size)
-        own.unflatten(0, (rows, columns)).copy_(blocks.permute(1, 3, 0, 2, 4))  # directly into place: a single copy
+        own.unflatten(0, (rows, columns)).copy_(blocks.permute(1, 3, 0, 2, 4))  # a single copy
     return cut

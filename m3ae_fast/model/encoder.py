@@ -35,8 +35,8 @@ from m3ae_fast.model.pooling import Pool, mean_of_tokens, only_cls
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import Transformer
 
-_pack = torch.compiler.disable(pack)  # uses NumPy on the host and must not be traced
-_check_values = torch.compiler.disable(check_values)  # depends on the data
+_pack = torch.compiler.disable(pack)  # runs NumPy on the host and must not be traced
+_check_values = torch.compiler.disable(check_values)  # depends on the values of the data and must not be traced
 
 
 def pixel_options(config: ModelConfig) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def drop_options(config: ModelConfig) -> dict[str, Any]:
 
 
 class EncoderInput(nn.Module):
-    """Patch embeddings, text tokens and cls tokens -> encoder rows, with positions and types."""
+    """Maps patch embeddings, text tokens and cls tokens to encoder rows, and adds positions and types."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ from m3ae_fast.model.transformer import EPS, QKV, Gelu, Transformer, gelu
 class Losses(NamedTuple):
     """Losses of a batch: 0-d float32 tensors. `loss` is to be differentiated; the other tensors are detached.
 
-    A tuple, because DeepSpeed finds differentiable outputs only in tuples, lists and dicts.
+    This class is a tuple because DeepSpeed finds differentiable outputs only in tuples, lists and dicts.
     """
 
     loss: Tensor
@@ -75,7 +75,8 @@ class Unshuffle(nn.Module):
 
 
 class HeadMLP(nn.Module):
-    """The hidden layers of an output head: LayerNorm, then (Linear, GELU, LayerNorm), residual from the second on."""
+    """The hidden layers of an output head: a LayerNorm, then groups of Linear, GELU and LayerNorm, with residual
+    connections from the second group on."""
 
     def __init__(self, dim: int, depth: int, gelu: Gelu) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from m3ae_fast.images.normalisation import normalised
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pooling import Pool
 
-SIDE = 16  # pixels
+SIDE = 16  # side of the downscaled image in pixels
 
 
 class Pixels(MultimodalEncoder):
@@ -27,7 +27,7 @@ class Pixels(MultimodalEncoder):
     standard deviation of `config`."""
 
     def __init__(self, config: ModelConfig) -> None:
-        nn.Module.__init__(self)  # skips creating an encoder's weights
+        nn.Module.__init__(self)  # skips the creation of an encoder's weights
         self.config, self.tokenizer = config, None
         # callers of inference query the dtype of the weights
         self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)

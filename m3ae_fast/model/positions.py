@@ -82,8 +82,8 @@ class Positions(nn.Module):
         self, image_type: Tensor | None, text_type: Tensor | None, grids: Iterable[Grid]
     ) -> tuple[Tensor, Tensor]:
         """Return the position tables [positions, dim] and [text_length, dim], with the modality's embedding [1, dim]
-        added if there is one. The first table is for the patches of a square image, of the model's size or of the
-        smaller one that all images of the batch have, or for the batch's `grids` in the layout of
+        added if there is one. The first table is for the patches of a square image, whose size is the model's or the
+        smaller size of the batch's images; or, with native aspect ratio, for the batch's `grids` in the layout of
         `Native.position_indices`."""
         image = self.image
         if self.side is not None and (grid := next(iter(grids), None)) not in (None, (self.side, self.side)):

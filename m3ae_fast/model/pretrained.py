@@ -43,7 +43,7 @@ class Pretrained:
     """The content of a pretrained model's folder."""
 
     config: ModelConfig
-    state: dict[str, Tensor]  # by parameter name: of the encoder only, or of the complete model
+    state: dict[str, Tensor]  # weights by parameter name, of the encoder only or of the complete model
     tokenizer: CaptionTokenizer | None = None
     kind: str = "exported M3AE"  # kind of source, for messages
     notes: tuple[str, ...] = ()  # notes for the user

@@ -92,7 +92,8 @@ def gelu(x: Tensor, kind: Gelu) -> Tensor:
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     # 0.5 (1 + tanh(u)) = sigmoid(2 u) needs one cheap exponential, whereas tanh on a CPU takes several times longer. 2
-    # sqrt(2 / pi) is a literal, because with dynamic shapes a named number would be an input that every backward reads.
+    # sqrt(2 / pi) is a literal, because with dynamic shapes a named constant would become an input of the graph that
+    # every backward pass reads.
     return x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
@@ -117,7 +118,7 @@ _MASK, _GOLDEN = 0xFFFFFFFF, 0x9E3779B9
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Mix 32 bits well, in int64: the finaliser of MurmurHash3."""
+    """Return a hash of 32 bits, as int64, with the finaliser of MurmurHash3."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
     return x ^ (x >> 16)
@@ -219,7 +220,7 @@ class Blocks(nn.Module):
         """
         budget = 1.0 if keep_activations else MEMORY_BUDGET
         if budget != torch._functorch.config.activation_memory_budget:
-            torch._dynamo.reset()  # discards graphs of an earlier engine, which equal blocks would share
+            torch._dynamo.reset()  # discards the graphs of an earlier engine, which equal blocks would otherwise share
         torch._functorch.config.activation_memory_budget = budget
         torch.compiler.config.cache_key_tag = f"{_source_tag()}-{samples}"
         for block in self.blocks:

@@ -66,7 +66,7 @@ class Golden:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
         except Exception as error:  # NumPy and zipfile raise many kinds of errors on hostile input
-            reason = str(error).partition(". ")[0]  # without NumPy's advice to trust a pickle
+            reason = str(error).partition(". ")[0]  # removes NumPy's advice to trust a pickle
             raise UserError(f"{path}: is not a golden file ({reason})") from None
 
     @property
@@ -156,8 +156,8 @@ class Golden:
 
 
 def without_keys(name: str, *tensors: Tensor) -> list[Tensor]:
-    """Return tensors of the parameter `name`, of a qkv bias without its keys' part: softmax does not see that, so that
-    its gradient is only rounding, which Adam blows up to steps."""
+    """Return tensors of the parameter `name`. For a qkv bias, the part of the keys is removed: it does not affect the
+    softmax, so its gradient consists of rounding errors, which Adam would scale up to full steps."""
     if not name.endswith("qkv.bias"):
         return [*tensors]
     return [torch.stack((t.chunk(3)[0], t.chunk(3)[2])) for t in tensors]

@@ -20,8 +20,8 @@ from m3ae_fast.verify.golden import Golden, Quantity
 
 TOLERANCE = 1e-5
 TOLERANCE_GRADIENT = 3e-5
-TOLERANCE_CHANGE = 1e-4  # tolerance of the parameter changes, if they are not mostly rounding errors
-STRONG_LR = 1.0  # peak lr from which on they are not; at the published one, parameters change by 3e-4 of their size
+TOLERANCE_CHANGE = 1e-4  # tolerance of parameter changes, which are mostly rounding errors at low learning rates
+STRONG_LR = 1.0  # changes are compared from this peak lr on; at the published one, they are 3e-4 of the parameters
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
@@ -42,7 +42,7 @@ def _replay(
         return tokens_NTD[:, 1:].mean(1) if settings["global_pool"] else tokens_NTD[:, 0]
 
     features_ND, labels_N = pooled("features"), golden.tensor("in/labels").long().to(device)
-    head = LinearHeads(features_ND.shape[1], meta["C"], [0]).to(device, dtype)  # a stack of one
+    head = LinearHeads(features_ND.shape[1], meta["C"], [0]).to(device, dtype)  # a stack with a single head
     weights = {"kernel": head.linear.weight, "bias": head.linear.bias}
     tensors = {**weights, "mean": head.norm.mean, "var": head.norm.var}  # by name in the file
     for name, tensor in tensors.items():

@@ -19,7 +19,7 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.verify.golden import Golden, Quantity, without_keys
 
 TOLERANCE = 2e-5  # outputs, losses, gradients in float32
-TOLERANCE_AFTER_STEPS = 2e-4  # parameters after AdamW: its division turns rounding into step-sized differences
+TOLERANCE_AFTER_STEPS = 2e-4  # parameters after AdamW, whose division amplifies rounding errors to the size of a step
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:

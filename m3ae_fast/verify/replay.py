@@ -14,7 +14,7 @@ from m3ae_fast.base.hardware import chosen_device
 from m3ae_fast.verify import finetune, linear_probe, pretraining, vqgan
 from m3ae_fast.verify.golden import Golden, Quantity, relative_error
 
-# kind of file by an array that occurs only in files of this kind
+# The kind of a file, by an array that occurs only in files of this kind.
 _KINDS = {
     "in/features": linear_probe.quantities,
     "in/soft_labels": finetune.quantities,

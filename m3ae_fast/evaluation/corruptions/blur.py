@@ -30,10 +30,10 @@ def defocus_blur(x: np.ndarray, parameters: tuple[int, float], _: Any) -> np.nda
 
 
 def _shrunk(kernel: np.ndarray, scale: float) -> np.ndarray:
-    """Return a kernel with an odd side for images that are scaled by `scale`: pixels are area averages, and the sum is
-    1."""
+    """Return a kernel with an odd side for images that are scaled by `scale`: its pixels are averages over areas of the
+    given kernel, and their sum is 1."""
     side = 2 * math.ceil((len(kernel) * scale - 1) / 2) + 1
-    source = side / scale  # side, in pixels of the old kernel, of the area that the new kernel covers
+    source = side / scale  # side of the area that the new kernel covers, in pixels of the old kernel
     margin = math.ceil(max(0.0, source - len(kernel)) / 2)
     image = Image.fromarray(np.pad(kernel, margin).astype(np.float32))
     left = (image.width - source) / 2

@@ -79,7 +79,8 @@ def frost_texture(rng: np.random.Generator) -> np.ndarray:
 def _grow(
     draw: ImageDraw.ImageDraw, at: tuple[float, float], angle: float, length: float, rng: np.random.Generator
 ) -> None:
-    """Draw a slightly bent stem with pairs of branches at 60 degrees, as of ice, which are shorter towards the tip."""
+    """Draw a slightly bent stem of an ice crystal, with pairs of branches at 60 degrees that become shorter towards the
+    tip."""
     step, grown = 9.0, 0.0
     while grown < length:
         angle += rng.normal(0, 2.5)
