@@ -1,4 +1,5 @@
-"""Settings that fit data, hardware and time. Rules of thumb where nothing better is known; each is a constant here."""
+"""Automatic settings that fit the data, the hardware and the available time. They are rules of thumb if nothing better
+is known; each rule is a constant in this module."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ LEARNING_STEPS = 300  # with fewer steps, or less than an epoch, features hardly
 EVALUATIONS = 20  # number of evaluations during training, if they do not take too long
 SMALLEST_BATCH, LARGEST_BATCH = 64, 1024
 _STEPS_PER_EPOCH = 24  # approximate number of steps per epoch, if the batch is within its limits
-_WARM_UP = 0.05  # fraction of the steps
+_WARM_UP = 0.05  # fraction of the steps that belong to the warm-up
 # for a run that starts from given weights: factor of the usual learning rate, and warm-up
 _CONTINUED_RATE, _CONTINUED_WARM_UP = 0.25, 0.02
 LENGTHS = ("train.steps", "train.epochs")  # settings that determine the length of the run
@@ -30,7 +31,7 @@ PROBED = 5000  # with more training samples, the k-NN accuracy is measured only 
 # MAE's learning rate and batch (arXiv 2111.06377). For Adam, the learning rate is scaled with the square root of the
 # batch (arXiv 2205.10287).
 _RATE, _OF_BATCH = 2.4e-3, 4096
-# options of `pretrain` by patterns of the settings that they replace
+# The options of `pretrain`, by patterns of the settings that they replace.
 _ARGUMENTS = {
     r"run(\.dir)?": "--out",
     r"data\.train(\.\d+(\.shards)?)?": "SOURCE",
@@ -44,7 +45,7 @@ _RATE_OF_NARROW = 4  # factor of the learning rate for models narrower than "sma
 class Shards:
     """The shards of a run."""
 
-    train: list[str]  # patterns, as in the config
+    train: list[str]  # patterns of names, as in the config
     val: list[str]  # empty: no samples are held out
     notes: list[str]  # notes for the user
     unlabelled: str = ""  # reason why samples have no label "cls", if it is known

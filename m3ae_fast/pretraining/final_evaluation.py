@@ -36,7 +36,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "linear": {"cache_features": True, "overrides": _QUIET},
 }  # options of a task for a model
 _ON_A_MAP = 2000  # number of samples on the map, for which t-SNE takes half a minute
-RESULTS, MAP = "results", "map.png"  # names in the run folder
+RESULTS, MAP = "results", "map.png"  # names of a folder and a file in the run folder
 _MEASURED = "measured"  # file next to the results that names their checkpoint
 RUN = "this run"
 STARTED = "its initial weights"

@@ -21,7 +21,7 @@ from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, ModelSiz
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.pace import Pace, measure
 
-# limits of the time in which a model size is measured: as a fraction of the whole time, and in seconds
+# maximum time for measuring a model size, as a fraction of the whole time and in seconds
 _TRIAL, _LONGEST_TRIAL = 0.03, 30.0
 _LEAST = 0.5  # minimum fraction of the time that is used for training
 _OVER = 1.05  # a plan is reported as too long if it exceeds the time by this factor
@@ -29,8 +29,8 @@ _EVALUATING = 0.1  # maximum fraction of the training time for evaluations betwe
 # seconds to start the loaders of an evaluation, to start a task, for report and export, and for a step of a linear
 # probe
 _START, _TASK, _REPORT, _PROBE_STEP = 1.5, 2.0, 5.0, 2e-3
-_MODELS, _TASKS = 3, 2  # k-NN and linear probe are run on the run, on random weights and on pixels;
-_CONTINUED_MODELS = 4  # and on the initial weights if the run starts from given weights
+_MODELS, _TASKS = 3, 2  # numbers of evaluated models (run, random weights, pixels) and tasks (k-NN, linear probe)
+_CONTINUED_MODELS = 4  # number of evaluated models if the run starts from given weights, which are evaluated too
 
 
 @dataclass(frozen=True)

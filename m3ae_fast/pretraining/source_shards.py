@@ -140,13 +140,14 @@ def _with_table_in(folder: Path) -> tuple[Folder, list[str]]:
 
 
 def _split(train: list[str], val: list[str], out: Path) -> Shards:
-    """Split shards into training and held-out shards. Held out are the shards in `val`, otherwise those whose names say
-    so, otherwise the last tenth, without samples whose image also occurs in a training shard."""
+    """Split shards into training and held-out shards. The held-out shards are those in `val`, otherwise those with the
+    name of a held-out split, otherwise the last tenth, from which samples whose image also occurs in a training shard
+    are removed."""
     names = train if any(map(is_manifest, train)) else expand(train)
     if val:
         return Shards(train, val, _overlap(train, val))
     folders = zip(*(name.split("/")[:-1] for name in names))
-    # Folders that all shards share say nothing about splits.
+    # Folders that contain all shards do not indicate a split.
     common = len([*takewhile(lambda level: len(set(level)) == 1, folders)])
     named = {name: _split_named(name.split("/")[common:]) for name in names}
     kept = [name for name, split in named.items() if split in (None, TRAIN)]

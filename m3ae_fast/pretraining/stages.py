@@ -1,4 +1,4 @@
-"""The stages of `pretrain`, each done once: a call after an interruption resumes with the first that is not done."""
+"""The stages of `pretrain`. Each is done once: a call after an interruption resumes with the first incomplete stage."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def pretrain(
         raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
     if not alone():
         raise UserError(SEVERAL_RANKS)
-    uses_gpu(device)  # raises a mistake before any work
+    uses_gpu(device)  # raises an error for a mistake before any work
     image_range = check_overrides(overrides).model.image_range
     if tune and set_to(overrides, "optim.peak_lr", None) is not None:
         raise UserError("--tune chooses optim.peak_lr: leave out one of --tune and --set optim.peak_lr")
@@ -150,7 +150,7 @@ def _configured(
     meanwhile."""
     path = out / CONFIG
     if path.exists() and not dry_run:
-        load_config(path, list(overrides))  # report a mistake before any work
+        load_config(path, list(overrides))  # raises an error for a mistake before any work
         _follow(path)
     weights = GivenWeights([], [])
     if start_from is not None and (dry_run or not path.exists()):
@@ -180,7 +180,7 @@ def _configured(
             _ask_whether_to_start()
         if is_held(out):  # another call may have started a run in the meantime
             raise UserError(f"--out {out}: another run is using it; choose another folder")
-        write_whole(path, json.dumps(remembered(plan.config), indent=2) + "\n")  # defaults too
+        write_whole(path, json.dumps(remembered(plan.config), indent=2) + "\n")  # includes the defaults
         print(f"{path} contains all settings; --set section.key=value overrides them", flush=True)
     return plan.config
 

@@ -14,7 +14,7 @@ from m3ae_fast.base.errors import ErrorElsewhere, RankLost, UserError, attempt, 
 
 T = TypeVar("T")
 
-_PAUSE = 0.25  # longest time between two polls, in seconds: many ranks poll the same store
+_PAUSE = 0.25  # longest seconds between two polls of the store, which many ranks poll
 _PATIENCE = 10.0  # seconds to wait for other ranks if this rank is about to exit
 _SAID, _REFUSED, _FAILED = "said ", "refused ", "failed "
 
@@ -24,8 +24,9 @@ class Agreement:
     store, which no thread can block for the others."""
 
     def __init__(self, rank: int, world: int, store: dist.Store, leaving: threading.Event) -> None:
-        """Create the agreement; only one may use `store`. `leaving` is set if this rank is about to exit, perhaps
-        because another rank has exited. Ranks that then do not report within seconds are given up."""
+        """Create the agreement, which must be the only one that uses `store`. `leaving` is set if this rank is about to
+        exit, perhaps because another rank has exited. Ranks that then do not report within seconds are considered
+        lost."""
         self.rank, self.world = rank, world
         self._store, self._leaving, self._round = store, leaving, 0
 

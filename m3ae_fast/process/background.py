@@ -59,7 +59,7 @@ class Background:
             except BaseException as error:  # a panic in a Rust library is not an Exception
                 self._error = error
             finally:
-                del work  # it may refer to large objects
+                del work  # the function may refer to large objects
                 self._idle.set()
 
     def __enter__(self) -> Background:
@@ -73,5 +73,5 @@ class Background:
         if not issubclass(kind, UserError):
             self.leaving.set()
         if issubclass(kind, Exception):
-            # the save is worth waiting for; its error is dropped in favour of the error that ends the run
+            # wait for the save, but drop its error in favour of the error that ends the run
             self._idle.wait()

@@ -23,8 +23,8 @@ from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest, kill_childre
 
 T = TypeVar("T")
 STALL_FOLDER = "stall"
-_BUSY = 0.05  # fraction of a core; idle threads use less
-_WRITING = 1 << 12  # bytes per interval; a download or a save writes more
+_BUSY = 0.05  # fraction of a core that counts as computing; idle threads use less
+_WRITING = 1 << 12  # bytes per interval that count as writing; a download or a save writes more
 _STOP, _STALL = "stop", "stall"  # messages between ranks
 _INTERVALS = 3  # intervals until a message has reached every rank: to the node's leader, to rank 0, and back
 _WRITE_S = 5.0  # longest time to write the stack traces
@@ -48,14 +48,14 @@ class Heartbeats:
 
     def __init__(self, rank: int, groups: Sequence[HeartbeatGroup], store: dist.Store, stop: StopRequest) -> None:
         """Prepare the heartbeats in `groups`. `store` is the store of all ranks, for use by the main thread."""
-        self.timeout = float("inf")  # seconds; set from the config once it is known
-        self.folder: Path | None = None  # for stack traces at a stall; set once the run folder is known
+        self.timeout = float("inf")  # in seconds; set once the config is known
+        self.folder: Path | None = None  # folder for stack traces at a stall; set once the run folder is known
         self.first_error: int | None = None  # exit code of the first rank that has ended with an error
         self._rank, self._groups, self._store, self._stop = rank, groups, store, stop
         self._others = {other: _Other() for group in groups for other in group.monitored}
-        self._messages: set[str] = set()  # received, or to be forwarded
+        self._messages: set[str] = set()  # messages that were received or are to be forwarded
         self._forwarded: set[str] = set()
-        self._error = ""  # received, to be forwarded
+        self._error = ""  # error that was received and is to be forwarded
         self._unwritten = threading.Lock()
         self._doing, self._marks, self._loading, self._waiting = "starting", 0, False, False
         self._quiet = 0.0  # seconds without a mark of the main thread while this process was awake
@@ -207,7 +207,8 @@ class Heartbeats:
         os._exit(TRY_AGAIN)
 
     def _write_stacks(self) -> None:
-        """Write the stack traces once, in the first thread that calls this: a thread may be blocked by a disk."""
+        """Write the stack traces once, in the first thread that calls this method, because a disk may block the
+        thread."""
         if self.folder and self._unwritten.acquire(blocking=False):
             with contextlib.suppress(OSError):
                 write_stacks(self.folder, self._rank)

@@ -19,7 +19,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class HeartbeatGroup(NamedTuple):
     """A group of ranks that exchange heartbeats through one TCPStore."""
 
-    store: dist.Store  # with a connection of its own, for use by threads
+    store: dist.Store  # has its own connection, for use by threads
     monitored: Sequence[int]  # the ranks in the group whose heartbeats this rank monitors
 
 
@@ -43,7 +43,8 @@ def heartbeat_groups(
     leaders.
 
     `nodes` is the node of each rank, and `store` the store of all ranks; its process then needs one connection per node
-    instead of one per rank. `timeout`: for the leader of this node to respond. Every rank must call this function.
+    instead of one per rank. `timeout`: maximum time for the leader of this node to respond. Every rank must call this
+    function.
     """
     groups = ranks_by_node(nodes)
     own = next(group for group in groups if rank in group)
@@ -68,7 +69,7 @@ class Sums:
 
     def __init__(self, rank: int, nodes: Sequence[str], control: dist.ProcessGroup, timeout: timedelta) -> None:
         """Create the groups; every rank must do so. `nodes`: the node of each rank. If there is a single node, or one
-        rank per node, sums use `control` directly. `timeout`: of the groups."""
+        rank per node, sums use `control` directly. `timeout`: timeout of the groups."""
         groups = ranks_by_node(nodes)
         own = next(group for group in groups if rank in group)
         leaders = [group[0] for group in groups]

@@ -31,10 +31,10 @@ T = TypeVar("T")
 Waiting = Callable[[], AbstractContextManager[None]]
 # set by deepspeed and torchrun, and by `adopt` for other launchers; not set by plain `python`
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-_OTHER_FILES = 200  # open files of libraries, shards and logs
-_ENDED_KEY = "ended"  # of the store: the number of ranks that have ended with an error
+_OTHER_FILES = 200  # maximum number of other open files: of libraries, shards and logs
+_ENDED_KEY = "ended"  # key in the store; its value: the number of ranks that have ended with an error
 _OTHERS_S = 3.0  # longest wait for the other ranks to record their end; longer than a heartbeat takes to reach them
-TIMEOUT = timedelta(minutes=30)  # for the last rank to join
+TIMEOUT = timedelta(minutes=30)  # maximum time for the last rank to join
 CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Heartbeats` ends a run that stalls
 
 
@@ -46,7 +46,7 @@ class Ranks:
     world: int
     local_rank: int
     device: torch.device
-    control: dist.ProcessGroup  # gloo, for host numbers; GPUs never wait for it
+    control: dist.ProcessGroup  # group on gloo, for host numbers; GPUs never wait for it
     hosts: list[str]  # the host name of each rank
     of_node: list[int]  # the ranks of this node
     store: dist.Store
@@ -80,7 +80,7 @@ class Ranks:
 
     def from_main(self, value: T) -> T:
         """Return rank 0's picklable `value` on every rank."""
-        if self.world == 1:  # gloo's threads could be in the interpreter while a loader worker is forked
+        if self.world == 1:  # otherwise, gloo's threads could be in the interpreter while a loader worker is forked
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)

@@ -46,7 +46,7 @@ def raise_once(error: Exception, ranks: Ranks, heartbeats: Heartbeats | None = N
         shown = rank_lost("rank 0")
     is_first, code = _first(shown, ranks, heartbeats)
     if ranks.world > 1 and ranks.is_main:
-        atexit.register(await_ends, ranks.store, ranks.world)  # after the message
+        atexit.register(await_ends, ranks.store, ranks.world)  # runs after the message has been printed
     if is_first and not isinstance(shown, ErrorElsewhere):
         raise shown from None
     if ranks.world > 1:  # a launcher ends all ranks when the first one exits, and would end the one that prints
@@ -73,7 +73,7 @@ def _first(shown: UserError, ranks: Ranks, heartbeats: Heartbeats | None) -> tup
 
 @contextmanager
 def joined_program(device: Device | None = None) -> Iterator[Session]:
-    """Join the other ranks for as long as the program runs. `device`: as of `join_ranks`.
+    """Join the other ranks for as long as the program runs. `device`: see `join_ranks`.
 
     An error that `explain` recognises is printed once, by the first rank that has it, and all ranks exit with its code.
     An error caused by a rank that stopped before there was anything to save is ignored: the program then ends normally,

@@ -20,7 +20,7 @@ from m3ae_fast.base.stop_signals import SIGNALS
 _TICK_S = 0.25  # seconds between checks of the launcher
 _GRACE_S = 3.0  # seconds for the main thread to clean up if there is nothing to save
 _JOIN_S = 60.0  # seconds for a rank that is asked to stop before it has joined the other ranks: it must notify them
-_ORPHAN_S = 10.0  # the same if the launcher has ended, perhaps together with the rendezvous store
+_ORPHAN_S = 10.0  # the same time if the launcher has ended, perhaps together with the rendezvous store
 _LAUNCHER_GONE = "the launcher has ended"
 BY_ANOTHER = "asked by another rank"
 _GONE = (0,)
@@ -64,7 +64,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:  # from here on, there is nothing to interrupt
+        with self._lock:  # from here on, there is nothing left to interrupt
             self._listening = True
         self._left.set()
         signal.set_wakeup_fd(self._old_wake)
@@ -112,7 +112,7 @@ class StopRequest:
                 raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        woken = select.poll()  # select() fails if a thousand files are open
+        woken = select.poll()  # select() fails for file descriptors above 1023
         woken.register(self._wakes, select.POLLIN)
         while True:
             if woken.poll(1000 * _TICK_S):

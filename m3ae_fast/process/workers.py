@@ -29,7 +29,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS = 16
 SHM = Path("/dev/shm")  # where workers place batches for the main process
-IN_WORKER = "in DataLoader worker process"  # torch's mark of an exception that a worker raised
+IN_WORKER = "in DataLoader worker process"  # text with which torch marks an exception that a worker raised
 _LEAVING_S = 5.0  # seconds for workers to exit before they are killed
 # Before Python 3.12, a forked worker hangs if a non-Python thread enters the interpreter during the fork, such as
 # gloo's thread that frees the tensor of a collective. This pause gives such threads time to leave.
@@ -156,7 +156,7 @@ def _send_error(queue: Queue[Any], error: Exception, unsent: object) -> None:
         info = torch.utils.data.get_worker_info()
         where = f"{IN_WORKER} {info.id if info else '?'}"
         queue.put((number, ExceptionWrapper((type(error), error, error.__traceback__), where)))
-    except BaseException:  # no memory to send the error either
+    except BaseException:  # there is no memory to send the error either
         os._exit(1)
 
 

@@ -51,13 +51,13 @@ class Crops(Records):
     shards: list[str]
     store: ShardStore  # cache for remote shards
     vqgan: VQGAN  # on the device on which it runs
-    size: int  # S
+    size: int  # S, the side of a crop in pixels
     views: int | None  # number of random crops per image; None: the central square
-    scale: tuple[float, float]  # this and the next two: settings of the random crops
+    scale: tuple[float, float]  # smallest and largest fraction of the area that a random crop covers
     flip: bool
     seed: int
     threads: int  # threads that prepare crops for the VQGAN
-    image_range: Range | None = None  # of images of more than 8 bits
+    image_range: Range | None = None  # values of black and white in images of more than 8 bits
 
     def __post_init__(self) -> None:
         self._found = index_shards(self.shards, self.store, progress=True)

@@ -19,7 +19,7 @@ from m3ae_fast.data.reader import Reader
 from m3ae_fast.images.image_kind import Kind, kind_of
 from m3ae_fast.shards.sources.interface import Records
 
-_INSPECTED = 64  # samples that are inspected per split
+_INSPECTED = 64  # number of samples that are inspected per split
 _LARGEST, _SMALLEST = 4, 2  # numbers of classes that are shown if there are many
 _KINDS = 3  # maximum number of kinds of images that are shown
 _EXAMPLE = 60  # maximum number of characters of an example caption
@@ -37,7 +37,7 @@ class Part:
     seen: int = 0
     kinds: list[Kind] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
-    bad: Counter[str] = field(default_factory=Counter)  # by reason
+    bad: Counter[str] = field(default_factory=Counter)  # number of unusable samples by reason
 
     def inspect(self, read: Callable[[int], tuple[bytes | None, str | None]], samples: int = _INSPECTED) -> Part:
         """Inspect `samples` evenly spaced samples. `read` returns the image and caption of a sample, and may raise

@@ -6,7 +6,7 @@ from collections import Counter
 
 from m3ae_fast.data.reader import MAX_CAPTION_BYTES
 
-_SHOWN = 3  # examples shown per kind
+_SHOWN = 3  # number of examples shown per kind
 REFUSED, EMPTY, CUT, IGNORED, OUTSIDE, UNREAD = "refused", "empty", "cut", "ignored", "outside", "unread"
 _TEXT = {
     REFUSED: "unusable sample{s} skipped",

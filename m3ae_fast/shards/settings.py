@@ -15,7 +15,7 @@ class Settings:
     """Settings for the creation of shards."""
 
     samples_per_shard: int = 2000
-    short_side: int = 320  # pixels; larger images are scaled down
+    short_side: int = 320  # maximum number of pixels of the shorter side; larger images are scaled down
     quality: int = 95  # JPEG quality
     # fraction of the samples that are held out as a separate split, together with all other samples of their images
     held_out: float = 0.0

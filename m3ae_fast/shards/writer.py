@@ -186,13 +186,13 @@ def _no_interrupt() -> Iterator[None]:
         before(*came[0])
 
 
-_of_worker: tuple[Records, Path, Settings, Any]  # the last is the number of written samples by shard
+_of_worker: tuple[Records, Path, Settings, Any]  # the last element is the number of written samples by shard
 
 
 def _begin(*arguments: Any) -> None:
     global _of_worker
     _of_worker = arguments  # type: ignore[assignment]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # handled by the main process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles it
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from m3ae_fast.config import LoopConfig, ScheduleConfig
 
-# with fewer steps a model is hardly trained: RankMe falls at first, and losses are near those of constants
+# With fewer steps, a model is hardly trained: RankMe falls at first, and losses are near those of constant predictions.
 FEW_STEPS = 100
 # a modality counts as learnt if its loss is below this fraction of its first value and of a constant prediction's loss
 FALLEN = 0.98
@@ -52,7 +52,7 @@ def _few_steps(metrics: Metrics) -> Diagnostic | None:
 
 def _collapse(metrics: Metrics, config: Mapping[str, Any]) -> Diagnostic | None:
     ranks = series(metrics, "val_rankme")
-    if len(ranks) < 2 or ranks[0] < COLLAPSED:  # too few held-out samples for a higher rank
+    if len(ranks) < 2 or ranks[0] < COLLAPSED:  # the rank is limited by the number of held-out samples
         return None
     first, last = ranks[0], ranks[-1]
     if last >= COLLAPSED and last >= COLLAPSED_TO * first:

@@ -42,7 +42,7 @@ FETCHED = 1e9  # assumed download rate in bytes per second and node
 GPUS_OF_NODE = 8
 MEASURED_S = 5.0  # maximum number of seconds spent measuring steps to estimate the duration of the run
 SIZES = 256  # maximum number of image sizes that represent the dataset
-DECODED_PER_CORE = 600  # images per second and core at 256 px: benchmarks/results
+DECODED_PER_CORE = 600  # images decoded per second and core at 256 px, from benchmarks/results
 CORES_PER_GPU = 12  # usual number of cores per GPU
 FP32 = 67e12  # FLOP/s of an H100 in float32, by its data sheet
 
@@ -149,7 +149,7 @@ def report(
 
 def report_time(config: Config, session: Session) -> None:
     """Print the duration of the run on the present ranks, estimated from measured steps, and without GPUs the load of
-    the data loader. Every rank must call it. Raises UserError as at the start of a run."""
+    the data loader. Every rank must call it. Raises the same UserErrors as the start of a run."""
     ranks = session.ranks
     if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world, FIRST_BATCH), ranks.device)):
         print(f"{'time':21} not measured on this machine: {lacking}")
@@ -171,13 +171,13 @@ def report_time(config: Config, session: Session) -> None:
 def network_bytes(
     parameters: int, stage: int | None, world: int, accumulation: int, bf16: bool, fp32_sums: bool
 ) -> int:
-    """Return the bytes that a GPU sends per optimiser step. `stage` None: DDP; `fp32_sums`: gradients are reduced in
-    float32.
+    """Return the bytes that a GPU sends per optimiser step. `stage`: ZeRO stage, or None for DDP; `fp32_sums`: whether
+    gradients are reduced in float32.
 
-    An all-reduce sends 2 (n - 1) / n of its data, a reduce-scatter or all-gather half of that. Gradients are sent once
-    per step, with stages 2 and 3, which keep only shards, per micro-batch; DeepSpeed reduces them to their owners
-    by all-reduce in stages 1 and 2. Weights are gathered once after the step, in stage 3 for every forward and backward
-    pass.
+    An all-reduce over n GPUs sends 2 (n - 1) / n of its data, and a reduce-scatter or an all-gather half of that.
+    Gradients are sent once per step, or once per micro-batch in stages 2 and 3, in which each GPU keeps only its
+    partition of them. In stages 1 and 2, DeepSpeed reduces gradients by all-reduce. Weights are gathered once after the
+    step, or for every forward and backward pass in stage 3.
     """
     half = parameters * (world - 1) / world
     weights = (2 if bf16 and stage else 4) * half

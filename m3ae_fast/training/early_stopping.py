@@ -12,7 +12,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.training.metrics_log import read_metrics
 
-ACCURACY = "val_knn_top1"  # its name in the log
+ACCURACY = "val_knn_top1"  # name of the accuracy in the log
 
 PLATEAU: Literal["plateau"] = "plateau"
 PATIENCE = 3  # consecutive evaluations without a new best accuracy that form a plateau

@@ -49,7 +49,7 @@ class TensorBoard:
 class WandB:
     """Logger to a run of Weights & Biases. Its id is stored in the run folder, so that a resumed run continues it.
 
-    Project, entity and mode come from WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE ("offline" needs no account).
+    Project, entity and mode come from WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE ("offline" requires no account).
     """
 
     def __init__(self, folder: Path, start_step: int, config: dict[str, Any]) -> None:

@@ -86,8 +86,8 @@ class LossWatch:
         return [loss for *_, loss in self._finite]
 
     def loss(self, step: int) -> float:
-        """Return this rank's loss of a step that is to be compared; 0 if there is none. `failed` must have been
-        called, and `step` be at least LAG steps old."""
+        """Return this rank's loss of a step that is to be compared; 0 if there is none. `failed` must have been called,
+        and `step` must be at least LAG steps old."""
         return next((loss for at, _, loss in self._finite if at == step), 0.0)
 
     def compare(self, step: int, loss: float) -> bool:

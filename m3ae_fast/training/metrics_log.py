@@ -80,7 +80,7 @@ class RunLog:
             self._old_hook(args)
 
     def _close(self) -> None:
-        with contextlib.suppress(OSError):  # reported by `log`
+        with contextlib.suppress(OSError):  # `log` reports the error
             for logger in self._opened:
                 logger.close()
         if self._file is not None:

@@ -33,8 +33,9 @@ class RunFolder:
 
     Two locks are used: a POSIX lock on a file, which all file systems support, and flock on the folder itself, which
     remains if the file is removed. Both end with this process, however it ends: the POSIX lock is not inherited by
-    loader workers, and they release the flock. (filelock uses flock on a file. It would have two holders if the file is
-    removed, is inherited by workers before version 4, and without flock leaves a mark that outlives a killed run.)
+    loader workers, and they release the flock. (The library filelock uses flock on a file. If the file is removed, two
+    processes could hold that lock; before version 4, loader workers inherit it; and on file systems without flock, it
+    leaves a file behind if the run is killed.)
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,7 +107,7 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         """Release the locks, and remove the folder if it was created here and is otherwise empty."""
-        # it was removed in the meantime: the error that ends the run is the one to report
+        # The folder was removed in the meantime; the error that ends the run is the one to report.
         with contextlib.suppress(OSError):
             if self._made and os.listdir(self.path) == [LOCK_FILE]:
                 shutil.rmtree(self.path, ignore_errors=True)

@@ -68,11 +68,11 @@ class StepCounts(NamedTuple):
     samples: float
     images: float
     captions: float
-    loss_image: float  # this and the next: denominators of the losses
+    loss_image: float  # denominator of the image loss; the next field is that of the text loss
     loss_text: float
     skipped: float  # samples that could not be used
     tokens: float  # cls tokens, visible tokens, and masked tokens in the decoder
-    flops: float  # executed, forward and backward
+    flops: float  # executed FLOPs, forward and backward
 
     def denominators(self, world: int) -> LossCounts:
         """Return the engine's loss denominators, per rank, from the sums over `world` ranks."""
@@ -102,7 +102,8 @@ class Throughput:
     """Measurement of throughput and utilisation between two log lines."""
 
     def __init__(self, config: ModelConfig, masking: MaskingConfig, peak_flops: float, one_size: bool = True) -> None:
-        """Start counting. `peak_flops`: FLOP/s of all ranks together; `one_size`: of images, throughout the run."""
+        """Start counting. `peak_flops`: FLOP/s of all ranks together; `one_size`: whether all images have the same size
+        throughout the run."""
         self._peak = peak_flops
         self._has_reference = config.resize == "square" and one_size
         self._paired = reference_flops(config, masking)
@@ -127,9 +128,9 @@ class Throughput:
         rates = {
             "samples_per_s": n.samples / seconds,
             "tokens_per_s": n.tokens / seconds,
-            # with the FLOPs of the official code
+            # computed with the FLOPs of the official code
             **({"mfu": reference / seconds / self._peak} if self._has_reference else {}),
-            "utilisation": n.flops / seconds / self._peak,  # with the executed FLOPs
+            "utilisation": n.flops / seconds / self._peak,  # computed with the executed FLOPs
             "data_wait": self._waited / seconds,
         }
         self._start()

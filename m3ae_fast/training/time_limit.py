@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from m3ae_fast.engine.schedule import Schedule
 
 _WARM = 2  # steps that are excluded because memory is allocated, kernels are compiled and loader workers start
-_FEWEST = 8  # measured steps before the first adjustment, or as many as take
-_SUFFICIENT_TIME = 0.1  # of the time
+_FEWEST = 8  # minimum number of measured steps before the first adjustment
+_SUFFICIENT_TIME = 0.1  # fraction of the time whose measurement also suffices for the first adjustment
 # The weight of a step's duration decreases by a factor of e over this fraction of the time left, but over no less than
 # this fraction of the whole time.
 _RECENT, _RECENT_LEAST = 0.1, 0.01

@@ -60,8 +60,8 @@ class Sums(NamedTuple):
     stopped: float  # number of ranks that are asked to stop
     failed: float  # number of ranks on which a step was not finite or a spike, or a save has failed
     confirmed: float  # number of ranks on which the step after the last save was finite and the save is complete
-    total_steps: float  # decided by the main rank
-    loss: float  # of the step before the last LAG, if spikes are detected
+    total_steps: float  # number of steps of the run, decided by the main rank
+    loss: float  # loss of the step that was taken LAG steps ago, if spikes are detected
     counts: Counts
 
 
@@ -81,7 +81,7 @@ class Trainer:
     train_loader: Iterable[Any]  # PackedBatches, or other inputs of the engine
     throughput: Rates
     bad: BadSamples
-    stream: dict[str, str]  # fingerprint of the data
+    stream: dict[str, str]  # fingerprint of the training data
     start: int  # number of steps in the checkpoint from which the run resumes
     suggested_fix: str  # settings to change if a loss or weight is not finite
     # tensors saved in checkpoints in addition to the engine's state
@@ -99,7 +99,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.heartbeats, _ = self.session
         self.step = self.logged = self.start  # optimiser steps so far, and the last logged step
-        self._batch = batch_of(self.start, self.left_out)  # of the stream, that comes next
+        self._batch = batch_of(self.start, self.left_out)  # the next batch of the stream
         self.log: RunLog = SilentLog()
         if self.ranks.is_main:
             self.log = RunLog(self.run.dir, self.start, self.schedule.total_steps, self.run.loggers, self.sections)

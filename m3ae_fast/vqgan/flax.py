@@ -31,7 +31,7 @@ def convert_vqgan(path: str | Path, out: str | Path) -> VQGAN:
 
 def from_flax(arrays: Mapping[str, np.ndarray], where: str) -> VQGAN:
     """Return the VQGAN with the weights in `arrays`, by flax path ("params/encoder/Conv_0/kernel"). Raises UserError if
-    they are not those of a VQGAN."""
+    these weights are not those of a VQGAN."""
     try:
         config = _config(arrays)
         vqgan = VQGAN(config)

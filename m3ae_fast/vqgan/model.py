@@ -25,7 +25,7 @@ from m3ae_fast.config import ModelConfig
 from m3ae_fast.model.pretrained import build, is_encoder
 
 GROUPS, EPS = 32, 1e-6  # for all GroupNorms
-CHUNK = 8  # images encoded at a time: the first level takes 32 MB per image of 256 pixels
+CHUNK = 8  # number of images encoded at a time; the first level takes 32 MB per image of 256 pixels
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ResBlock(nn.Module):
 
 
 def _res_blocks(width: int, widths: list[int], count: int) -> nn.ModuleList:
-    """Return `count` blocks for each of `widths`; the first takes `width` channels."""
+    """Return `count` blocks for each of `widths`. The input of the first block has `width` channels."""
     every = [w for w in widths for _ in range(count)]
     return nn.ModuleList(ResBlock(before, after) for before, after in zip([width, *every], every))
 

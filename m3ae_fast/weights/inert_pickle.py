@@ -48,7 +48,7 @@ class Inert:
 
 
 class _Builder:
-    """An allowed global that builds an object; otherwise as inert as Inert."""
+    """An allowed global that builds an object; in all other respects like `Inert`."""
 
     def __init__(self, build: Callable) -> None:
         self._build = build

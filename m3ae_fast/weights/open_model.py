@@ -81,7 +81,7 @@ def open_model(name: str, *, text: bool, tokenizer: str | None = None, seed: int
     """Return a model on the CPU in float32, with its tokenizer if `text` is set.
 
     Args:
-        name: name of the model; see `command_line.MODEL_HELP`.
+        name: name of the model; see `model_name.MODEL_HELP`.
         text: whether captions will be encoded.
         tokenizer: tokenizer to use instead of the model's own.
         seed: random seed of the weights of `random:MODEL`.

@@ -33,7 +33,7 @@ IMAGE_COLUMNS = ("file_name", "filename", "image", "image_path", "path", "filepa
 CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence", "alt_text")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _ABSENT = object()  # value of a column that is missing in a row of jsonl
-# first the list of column names, which later rows may extend, then the values of each row
+# The iterator yields the list of column names, which later rows may extend, and then the values of each row.
 _Rows = Generator[list[Any], None, None]
 
 
@@ -48,7 +48,7 @@ class NoColumns(UserError):
 class Row(NamedTuple):
     """A row of a caption table."""
 
-    number: int  # counted from 1, without the row of column names
+    number: int  # number of the row from 1, not counting the row of column names
     image: str
     captions: list[str] | None  # empty: the row has no caption; None: the table has no captions
     fields: str  # JSON object with the values of other columns; "" if there are none
@@ -222,7 +222,7 @@ def _parquet(table: Path) -> _Rows:
         try:
             for batch in file.iter_batches():
                 yield from map(list, zip(*(column.to_pylist() for column in batch.columns)))
-        except pyarrow.ArrowException as error:  # not all of them are ValueErrors
+        except pyarrow.ArrowException as error:  # not all of pyarrow's exceptions are ValueErrors
             raise ValueError(error) from None
 
 

@@ -38,7 +38,7 @@ class _Sample(NamedTuple):
     """A sample's caption and fields in a table."""
 
     caption: str | None = None
-    fields: str = ""  # a JSON object
+    fields: str = ""  # JSON object
 
 
 class Folder(Records):
@@ -91,7 +91,7 @@ class Folder(Records):
             raise UserError(
                 f"{folder}: the name of the class {os.fsencode(odd)!r} is not UTF-8; rename it, or give --flat"
             )
-        self._class_names = layout.names  # class by directory
+        self._class_names = layout.names  # class of each directory
         strays = [path for path in paths if os.path.dirname(path) not in layout.splits]
         paths = [path for path in paths if os.path.dirname(path) in layout.splits]
         self.outside = next((printable(path) for path in paths if os.path.dirname(path) == layout.outside), "")
@@ -158,7 +158,7 @@ class Folder(Records):
         return found
 
     def images(self, split: str) -> np.ndarray:
-        """Return image numbers; see `records.Records`. Files with equal bytes, or with names that differ only in the
+        """Return image numbers; see `interface.Records`. Files with equal bytes, or with names that differ only in the
         suffix, count as one image."""
         paths = [self._paths[row] for row in self._rows[split]]
         files = [os.path.join(self.folder, path) for path in paths]

@@ -102,7 +102,7 @@ class HuggingFace(Records):
         return found
 
     def images(self, split: str) -> np.ndarray:
-        """Return image numbers; see `records.Records`. Rows whose image has the same bytes or the same path count as
+        """Return image numbers; see `interface.Records`. Rows whose image has the same bytes or the same path count as
         one image."""
         rows_S = super().images(split)
         if not self.image or self._dtype:  # duplicates are not detected for arrays

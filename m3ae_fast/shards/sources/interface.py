@@ -33,7 +33,7 @@ class Records(ABC):
     processes."""
 
     classes: Sequence[str] | None = None  # names of the classes by label
-    identity: dict[str, Any]  # JSON; differs for different inputs
+    identity: dict[str, Any]  # JSON data that differ for different inputs
     notes: Sequence[str] = ()  # notes for the user about splits and classes
 
     def __init__(self, counts: dict[str, np.ndarray]) -> None:
