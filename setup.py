@@ -1,4 +1,5 @@
-"""Two import packages in one distribution: m3ae_kernels (torch and triton alone) and m3ae_fast (the engine)."""
+"""Two import packages in one distribution: m3ae_kernels (which requires only torch and Triton) and m3ae_fast (the
+engine)."""
 
 from setuptools import find_packages, setup
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.ops import Workload
 
 CHUNKS = 4  # number of chunks of rows for losses that compute logits in chunks
-LIGER_CHUNKS = 16  # Liger's `chunk_mem_const`, for as few chunks; with its default there are 48 at M3AE-Large's sizes
+LIGER_CHUNKS = 16  # Liger's `chunk_mem_const` for few chunks; with its default, there are 48 at M3AE-Large's sizes
 
 
 def baselines(work: Workload, compiled: bool = True) -> dict[str, object]:
@@ -93,7 +93,7 @@ def _of_kernel(kernel: Kernel, qkv, cu_seqlens, max_seqlen, q=None, cu_queries=N
 
 
 class _OfKernel(torch.autograd.Function):
-    """Attention by a kernel as the model calls it, with a single tensor as gradient."""
+    """Attention computed by a kernel, called as in the model, with a single tensor as the gradient."""
 
     @staticmethod
     def forward(ctx, kernel: Kernel, qkv: Tensor, q: Tensor | None, queries: Segments, keys: Segments) -> Tensor:
@@ -133,7 +133,7 @@ def _liger() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     parameters = inspect.signature(Liger.forward).parameters.values()
-    set_here = {"accum_dtype": torch.float32, "chunk_mem_const": LIGER_CHUNKS}  # older versions lack the second
+    set_here = {"accum_dtype": torch.float32, "chunk_mem_const": LIGER_CHUNKS}  # older versions lack the second setting
     options = [set_here.get(p.name, p.default) for p in list(parameters)[5:]]  # after ctx and the four tensors
 
     def loss(hidden, weight, bias, targets, **_) -> Tensor:

@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--samples", type=int, help="of --step: a GPU's batch (default 512)")
     found.add_argument("--recompute", action="store_true", help="of --step: GELU and norms, as where memory lacks")
     found.add_argument("--results", type=Path, metavar="DIR", help="where to write (default benchmarks/results/GPU)")
-    # internal: set for the process that the program starts, which does the work from this item on
+    # internal: set for the process that the program starts, which processes the items from this one on
     found.add_argument("--from", type=int, dest="first", help=argparse.SUPPRESS)
     return found
 

@@ -96,7 +96,7 @@ def _finish(
         while trainer.poll() is None and time.monotonic() < until and last_step(run) < curve.kill_at:
             time.sleep(0.05)
         if trainer.poll() is not None:
-            return trainer.returncode or 1  # it ended before it was killed
+            return trainer.returncode or 1  # the trainer ended before it was killed
         processes.end()
         trainer = _start(curve, processes, run, settings)
     try:

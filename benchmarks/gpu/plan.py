@@ -72,7 +72,7 @@ def _sanitized(tool: str) -> Stage:
 SUITE = "benchmarks.gpu"
 OWN = {"M3AE_KERNELS_IMPL": "triton"}  # uses the project's own kernels, including attention
 GOLDEN = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests/golden").glob("*.npz")))
-# in order of importance; the time limits of the stages before "base" add up to 45 minutes
+# The stages in order of importance. The time limits of those before "base" add up to 45 minutes.
 PLAN = (
     _stage("ceilings", 90, "benchmarks.gpu.ceilings"),
     _stage("verify", 90, "m3ae_fast", "verify", *GOLDEN, "--device", "cuda"),
@@ -114,7 +114,7 @@ def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN, again: Col
         print(f"{', '.join(taken)}: taken up from {folder / archive.ARCHIVE}", flush=True)
     for name in again:
         _set_aside(folder / name)
-        archive.pack(folder)  # otherwise the archive would restore them
+        archive.pack(folder)  # packed again, because the old archive would restore the folders that were set aside
     outcomes: list[str] = []
     for stage in stages:
         place = folder / stage.name

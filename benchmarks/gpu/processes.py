@@ -55,7 +55,7 @@ class Processes:
         """Return the ids of all running processes that were started."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended, or belongs to another user
+            with suppress(OSError):  # the process has ended, or belongs to another user
                 if self._mark.encode() in (folder / "environ").read_bytes():
                     found.append(int(folder.name))
         return found

@@ -102,7 +102,7 @@ def run(
                         which: results.Row = {"size": case.name, "implementation": name}
                         for table, rows in _profile(kept).items():
                             profile[table] += [which | part for part in rows]
-                except Exception as error:  # any error: the next run is not affected
+                except Exception as error:  # any error, because the next run is not affected
                     failed += 1
                     print(f"{case.name}, {name}: {error or repr(error)}", flush=True)
                 steps.append(row)

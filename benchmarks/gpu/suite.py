@@ -98,7 +98,7 @@ def check_and_time(
             title = f"Ops in bf16, {where} (loss ops compute their gradients in the forward pass)"
             results.save(TIMES, title, times, folder)
             torch._dynamo.reset()
-        except Exception as error:  # any error: the other items are not affected
+        except Exception as error:  # any error, because the other items are not affected
             traceback.print_exc()
             checked(item.failed(f"raises {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"))
             if not device.works():

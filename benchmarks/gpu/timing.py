@@ -26,7 +26,7 @@ def time_op(
             out = work.call(module)
             upstream = work.upstream(out)
             torch.autograd.grad(out, learned, upstream, retain_graph=True, allow_unused=True)
-        except Exception as error:  # another library's failure is not ours: report it and continue
+        except Exception as error:  # a failure of another library is reported, and the timing continues
             if name == OURS:
                 raise
             print(f"{work.name}: {name} left out: {next(iter(str(error).splitlines()), repr(error))}", flush=True)

@@ -13,8 +13,8 @@ from m3ae_kernels.aot import CASES
 from benchmarks.results import Row
 
 OWN = "|".join(rf"\b{case.kernel}_kernel\b" for case in CASES)
-# kinds of kernels by patterns of their names, of which the first match counts; names of torch, cuBLAS, CUTLASS,
-# inductor, flash-attn, apex, DeepSpeed, NCCL
+# Kinds of kernels, each with a pattern of names; the first match counts. The patterns cover torch, cuBLAS, CUTLASS,
+# inductor, flash-attn, apex, DeepSpeed and NCCL.
 PARTS = {
     "communication": r"nccl",
     "attention": r"flash|fmha|attention|attn",

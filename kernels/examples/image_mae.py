@@ -2,8 +2,9 @@
 
     python kernels/examples/image_mae.py [--steps 300]
 
-Everything between the two ops is ordinary batched torch. The images stay uint8, and no tensors of patches, targets or
-predictions are stored. It trains on synthetic images in seconds on a CPU, or on a GPU if there is one.
+Everything between the two ops is ordinary torch code on batches. The images stay uint8, and no tensors of patches,
+targets or predictions are stored. The example trains on synthetic images in seconds on a CPU, or on a GPU if there is
+one.
 
 Shapes: B images, L patches per image, V visible patches per image, D width.
 """

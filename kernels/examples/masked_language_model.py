@@ -2,8 +2,8 @@
 
     python kernels/examples/masked_language_model.py [--steps 300]
 
-As usual, targets are -100 for tokens that are not masked. The logits of all tokens never exist at the same time. It
-learns to complete synthetic sentences in seconds on a CPU, or on a GPU if there is one.
+As usual, targets are -100 for tokens that are not masked. The logits of all tokens never exist at the same time. The
+model learns to complete synthetic sentences in seconds on a CPU, or on a GPU if there is one.
 
 Shapes: B sentences, L words each, D width, V vocabulary.
 """

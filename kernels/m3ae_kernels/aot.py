@@ -9,11 +9,11 @@ largest head dimension and the matmuls of images. `--full` compiles every kernel
 times the time. The additional cases have the same settings and nearly the same code as the cases that are always
 compiled.
 
-One line per kernel, architecture and dtype: registers, spills and local memory, shared memory, and the matrix
-instruction. Nothing is compiled for architectures on which the ops run on torch. The exit code is 1 if a kernel does
-not compile, has more than MOST_SPILLS instructions that spill registers, uses local memory, requires more shared memory
-than the chip has, multiplies matrices without tensor cores, or allows fewer program instances on an NVIDIA
-multiprocessor than it should. It is 2 for an invalid argument.
+The program prints one line per kernel, architecture and dtype: registers, spills and local memory, shared memory, and
+the matrix instruction. Nothing is compiled for architectures on which the ops run on torch. The exit code is 1 if a
+kernel does not compile, has more than MOST_SPILLS instructions that spill registers, uses local memory, requires more
+shared memory than the chip has, multiplies matrices without tensor cores, or allows fewer program instances on an
+NVIDIA multiprocessor than it should. It is 2 for an invalid argument.
 """
 
 import argparse
@@ -35,14 +35,15 @@ SHARED_BYTES = {
     "sm_120": 101376, "gfx942": 65536,
 }  # fmt: skip
 REGISTERS = 65536
-# limit for loads and stores of spilled registers in a kernel's assembly of about a thousand instructions
+# maximum number of loads and stores of spilled registers in a kernel's assembly, which has about a thousand
+# instructions
 MOST_SPILLS = 16
 DTYPES = {"bf16": "16", "fp16": "16", "fp32": "32"}
 # For this architecture, kernels are compiled in every dtype, and at every size in bf16. On the others, fp16 uses as
 # many registers and as much shared memory as bf16; heads of 80 and 96 values as much as those of 128, to which they are
 # padded; and 13 bands as much as 3.
 EVERYTHING = ("sm_90",)
-DECODER, WIDEST = 32, 128  # head dimensions: of M3AE-Large's decoder, and the largest
+DECODER, WIDEST = 32, 128  # head dimension of M3AE-Large's decoder, and the largest head dimension
 # Compiled only on request: with the settings of sm_89, the result is the same as for sm_89.
 AS_OTHERS = ("sm_86",)
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|DMMA|v_mfma)")
@@ -114,7 +115,7 @@ def _attention(head_dim: int, keys: int, programs: int = 1, banded: bool = False
 
 CASES = [
     *_attention(64, 81, programs=2),  # M3AE-Large's encoder
-    *_attention(DECODER, 321, programs=2),  # and decoder
+    *_attention(DECODER, 321, programs=2),  # M3AE-Large's decoder
     *_attention(64, 321, banded=True),  # with causal masks and windows
     # for other models: in float32, one program instance uses the registers or the shared memory of a multiprocessor
     *(case for head_dim in (80, 96, WIDEST) for case in _attention(head_dim, 321)),

@@ -115,7 +115,7 @@ def with_lead(rows: Tensor, lead: torch.Size) -> Tensor:
 
 def is_integer(value: object) -> bool:
     """Return whether a value counts as an integer, as numpy's do."""
-    return isinstance(value, int) or hasattr(value, "__index__")  # torch.compile knows the first alone
+    return isinstance(value, int) or hasattr(value, "__index__")  # torch.compile supports only the first test
 
 
 def check_tensor(name: str, tensor: object) -> None:

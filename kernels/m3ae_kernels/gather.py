@@ -51,7 +51,7 @@ def gather_tokens(
         if norm_bias is not None:
             raise ValueError("norm_bias requires norm_weight")
         if impl == "torch" and not traced(x, rows):
-            # as fast as the op at any size, with half of its overhead per call
+            # This path is as fast as the op at any size, and has half of its overhead per call.
             _check(x, rows)
             return with_lead(torch.embedding(x, rows), lead)
         return with_lead(gather_rows(x, rows, impl), lead)

@@ -2,8 +2,8 @@
 
     python -m m3ae_kernels.hub FOLDER
 
-writes FOLDER/build/torch-universal: pure Python and Triton, for every backend of torch. Upload FOLDER as it is, or try
-it with `kernels.get_local_kernel(Path(FOLDER))`.
+writes FOLDER/build/torch-universal, which contains only Python and Triton code, for every backend of torch. Upload
+FOLDER as it is, or try it with `kernels.get_local_kernel(Path(FOLDER))`.
 """
 
 from __future__ import annotations

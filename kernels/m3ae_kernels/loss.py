@@ -30,8 +30,8 @@ def chosen_reduction(op: str, reduction: str | None) -> str:
 
 
 def check_linear(head: object) -> None:
-    """Raise TypeError unless `head` is a plain linear layer: others, such as those of adapters, compute more than their
-    weight and bias."""
+    """Raise TypeError unless `head` is a plain linear layer, because other layers, such as those of adapters, compute
+    more than a product with a weight plus a bias."""
     if not isinstance(head, nn.Linear):
         raise TypeError(f"the head must be a torch.nn.Linear, not {type(head).__name__}")
 
@@ -88,8 +88,8 @@ def empty_gradients(
 
 
 def save_gradients(ctx, inputs, output) -> None:
-    """Save the gradients of a loss; a `setup_context`. Inputs start with (hidden, weight, bias), and outputs are (loss,
-    row losses, unit, the gradients of hidden, weight and bias, others)."""
+    """Save the gradients of a loss. Serves as a `setup_context`. Inputs start with (hidden, weight, bias), and outputs
+    are (loss, row losses, unit, the gradients of hidden, weight and bias, others)."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:6])
@@ -109,8 +109,8 @@ def scale_gradients(ctx, upstream: Tensor | None, inputs: int) -> tuple[Tensor |
 
 
 def save_inputs(ctx, inputs, output) -> None:
-    """Save the inputs of a loss by rows, whose gradients are computed in the backward pass; a `setup_context`. Inputs
-    start with (hidden, weight, bias), outputs with the row losses."""
+    """Save the inputs of a loss by rows, whose gradients are computed in the backward pass. Serves as a
+    `setup_context`. Inputs start with (hidden, weight, bias), outputs with the row losses."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
@@ -120,8 +120,9 @@ def save_inputs(ctx, inputs, output) -> None:
 
 
 def row_gradients(ctx, upstream: Tensor | None, loss) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the inputs saved by `save_inputs`, given the gradients of the row losses. They are those
-    of the summed loss with these gradients as row weights, computed by `loss(inputs, row_weight, needs)`."""
+    """Return the gradients of the inputs saved by `save_inputs`, given the gradients of the row losses. They are the
+    gradients of the summed loss with the gradients of the row losses as row weights, computed by `loss(inputs,
+    row_weight, needs)`."""
     if upstream is None:
         return (None,) * len(ctx.others)
     inputs = [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others)]

@@ -16,8 +16,8 @@ from .token_loss import MaskedTokenLoss
 
 
 class M3AELoss(NamedTuple):
-    """Weighted sums over rows of the two losses, and of the correct text predictions (detached). They are scalars;
-    those of text are 0 without a text head."""
+    """Weighted sums over rows of the two losses, and of the correct text predictions (detached). All of them are
+    scalars. The values for text are 0 without a text head."""
 
     image: Tensor
     text: Tensor
@@ -37,7 +37,7 @@ def head_inputs(
 
     Args:
         x: [..., D] floating, the last block's output.
-        norm: a `GatherNorm`, or anything called as norm(x, rows).
+        norm: a `GatherNorm`, or any callable with the arguments (x, rows).
         image_rows: [...] int, distinct rows of x.
         text_rows: [...] int, distinct, and not among the image's rows; None for an image-only model.
         image_mlp, text_mlp: hidden layers between the norm and a head; None for none.

@@ -211,12 +211,12 @@ class PatchEmbed(nn.Module):
         std: Sequence[float] | None = None,
         impl: str = "auto",
     ) -> "PatchEmbed":
-        """Return the embedding that equals a convolution of patches, such as timm's `patch_embed.proj`, or
+        """Return the embedding that is equivalent to a convolution of patches, such as timm's `patch_embed.proj`, or
         `embeddings.patch_embeddings.projection` in Hugging Face's ViT and ViT-MAE. The weights are copied; mean and std
         are for integer images.
 
         Raises:
-            TypeError, ValueError: it is no `torch.nn.Conv2d`, or not an embedding of square patches.
+            TypeError, ValueError: the module is not a `torch.nn.Conv2d`, or not an embedding of square patches.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"the embedding must be a torch.nn.Conv2d, not {type(conv).__name__}")

@@ -59,7 +59,8 @@ def masked_pixel_loss(
         weight: [P * P * C, D], its rows in the order (row, column, channel).
         images: [B, C, H, W], contiguous or channels_last (otherwise a copy is made). uint8 images are normalised as (x
             / 255 - mean) / std, uint16 images as (x / 65535 - mean) / std, and floating images as (x - mean) / std, or
-            not at all if mean and std are None. Images that require a gradient are refused, as there is none.
+            not at all if mean and std are None. Images that require a gradient are rejected, because none is computed
+            for them.
         patch_ids: [...] int32 or int64, the target of each row: image * patches_per_image + patch, patches in row-major
             order.
         bias: [P * P * C], or None for none.
@@ -270,7 +271,7 @@ class MaskedPixelLoss(nn.Module):
         constructor.
 
         Raises:
-            TypeError, ValueError: it is no `torch.nn.Linear`, or does not predict whole patches.
+            TypeError, ValueError: the module is not a `torch.nn.Linear`, or does not predict whole patches.
         """
         check_linear(linear)
         channels, rest = divmod(linear.out_features, patch_size**2)

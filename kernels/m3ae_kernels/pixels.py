@@ -61,7 +61,8 @@ def check_pixels(
 
 
 def _per_channel(values: Any, channels: int) -> list[float] | None:
-    """Return one number per channel from a sequence, array or tensor; None if their number is another."""
+    """Return one number per channel from a sequence, array or tensor; None if it does not have one number per
+    channel."""
     if hasattr(values, "flatten"):
         values = values.flatten().tolist()
     if not isinstance(values, Sequence) or len(values) != channels:

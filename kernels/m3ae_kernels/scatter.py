@@ -30,7 +30,7 @@ def scatter_tokens(
     + (table[table_ids[t]] if table_ids[t] >= 0 else 0).
 
     Args:
-        x: [..., D] floating, N rows of it.
+        x: [..., D] floating; N rows in total.
         src: [...] int32 or int64, T elements. Each row of x must occur at most once, so that the backward pass is a
             gather.
         fill: [..., D] floating, F rows: mask embeddings, or the table of a text embedding; None for zeros.
@@ -42,10 +42,9 @@ def scatter_tokens(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        [..., D], of src's shape, in x's dtype; autocast changes nothing, as with torch's Embedding. The sum is computed
-            in float32 (float64 for float64). Gradients for x, fill and table, each in its own dtype; those of fill and
-            table
-        are summed in a fixed order, without atomics.
+        [..., D], of src's shape, in x's dtype; autocast has no effect, as for torch's Embedding. The sum is computed in
+            float32 (float64 for float64). Gradients for x, fill and table, each in its own dtype; those of fill and
+            table are summed in a fixed order, without atomics.
 
     Raises:
         TypeError, ValueError: the dtype, shape or device of the named argument is wrong, or the argument that belongs
@@ -186,7 +185,7 @@ def _empty_gradients(
 
 
 def _place_rows(grad_TD: Tensor, src_T: Tensor, count: int, impl: str) -> Tensor:
-    """Return out [count, D], out[src[t]] = grad[t] where src[t] >= 0, zero if no t points."""
+    """Return out [count, D] with out[src[t]] = grad[t] for src[t] >= 0; rows that do not occur in `src` are zero."""
     if impl == "triton":
         from .triton_impl.rows import place_rows
 

@@ -21,9 +21,9 @@ class Options(NamedTuple):
     ignore_index: int
     label_smoothing: float
     z_loss: float
-    dtype: torch.dtype  # of the matmuls
+    dtype: torch.dtype  # dtype of the matmuls
     return_correct: bool
-    workspace: int | None  # bytes of logits kept at once
+    workspace: int | None  # maximum number of bytes of logits that are kept at once
     impl: str
 
 

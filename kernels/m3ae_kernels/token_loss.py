@@ -279,7 +279,7 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
         for first in range(0, len(hidden_CD), softmax_rows):
             part_CV = grad_CV[first : first + softmax_rows]
             softmax(slice(start + first, start + first + len(part_CV)), part_CV)
-        # Row weights scale the narrow matrices, not the wide one.
+        # The row weights are applied to the narrow matrices and not to the wide one, which takes less time.
         if needs[0]:
             torch.mul(grad_CV @ weight, unit_weight_C1, out=grad_hidden[start : start + chunk])
         if needs[1]:
@@ -328,7 +328,7 @@ class MaskedTokenLoss(nn.Module):
         """Return the loss of a language model's head, with shared parameters. Options as in the constructor.
 
         Raises:
-            TypeError: it is no `torch.nn.Linear`.
+            TypeError: the module is not a `torch.nn.Linear`.
         """
         check_linear(linear)
         with torch.device("meta"):

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # by bytes
+WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # by bytes per element
 
 
 def widest(tensor: Tensor, count: int) -> torch.dtype:

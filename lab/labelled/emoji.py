@@ -22,7 +22,7 @@ LICENCES = {  # licences of the images; those of the tables of names are MIT
     "twitter": "CC-BY 4.0, Twemoji, Copyright Twitter, Inc and other contributors",
     "google": "Apache 2.0, Noto Emoji, Copyright Google Inc",
 }
-HELD_OUT = 0.2  # fraction of the emoji
+HELD_OUT = 0.2  # fraction of the emoji that are held out
 _TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 
 

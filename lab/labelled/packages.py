@@ -10,7 +10,7 @@ from typing import IO
 
 from m3ae_fast.base.errors import UserError
 
-_AR, _HEADER = b"!<arch>\n", 60  # bytes
+_AR, _HEADER = b"!<arch>\n", 60  # magic number, and bytes of a member's header
 
 
 def fetch(command: list[str], folder: Path, suffix: str) -> Path:

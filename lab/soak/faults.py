@@ -119,7 +119,7 @@ def _remove_lock(running: Running) -> bool:
 
 
 FREEZE = "a rank is frozen"
-Fault = Callable[[Running], bool]  # returns whether the fault was injected; if not, it is tried again
+Fault = Callable[[Running], bool]  # returns whether the fault was injected; otherwise, it is tried again
 STOPS: dict[str, Fault] = {  # faults after which the trainer saves and exits with code 0
     "a rank gets SIGTERM": _to_rank(signal.SIGTERM),
     "a rank gets SIGINT": _to_rank(signal.SIGINT),

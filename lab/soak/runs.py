@@ -103,11 +103,14 @@ class Outcome:
 
 
 class Soak:
-    """Args:
-    folder: where runs may live.
-    url: of the server that offers train-0000.tar.
-    until: time.monotonic() after which faults end.
-    say: shows what is going on.
+    """A soak test: runs of a tiny model under random faults.
+
+    Args:
+        folder: folder for the runs.
+        url: address of the server that provides train-0000.tar.
+        seed: random seed of the faults.
+        until: value of `time.monotonic` after which no more faults are injected.
+        say: function that prints a line about the progress.
     """
 
     def __init__(self, folder: Path, url: str, seed: int, until: float, say: Callable[[str], None]) -> None:
@@ -115,7 +118,7 @@ class Soak:
         self.chance, self.tally = random.Random(seed), Tally()
         self._untouched: dict[str, Outcome] = {}
         self._deck: list[str] = []
-        self._layouts: list[str] = []  # of the next runs
+        self._layouts: list[str] = []  # layouts of the next runs
         self._config = folder / "config.json"
         config = json.loads(json.dumps(CONFIG))
         config["data"]["train"][0]["shards"] = f"{url}/train-0000.tar"

@@ -38,7 +38,7 @@ OOD = {
 SWEPT = {"knn": "k-NN", "linear": "linear", "shift_linear": "linear, other style"}  # tests of all encoders
 NAMES = {"pixels": "raw pixels", "random": "random weights", "mae": "MAE", "m3ae": "M3AE"}
 FASHION = "Fashion-MNIST"
-COMMON: dict[str, Any] = {}  # denotes the common encoder: no differing properties
+COMMON: dict[str, Any] = {}  # denotes the common encoder, which has no differing properties
 Line = tuple[str, str, dict[str, Any]]  # a row of a table: name, objective, and differing properties
 COLOURS = {"pixels": "0.55", "random": "0.8", "mae": "tab:blue", "m3ae": "tab:orange"}
 
@@ -246,7 +246,7 @@ def _losses(rows: Rows) -> Iterable[list[str]]:
 def _run(rows: Rows) -> list[str]:
     """Return the names of those SWEEPS for which there are results to compare."""
     known = {title: {p.x for p in sweep(rows) if rows.of(p.objective, **p.wanted)} for title, sweep in SWEEPS.items()}
-    known["captions kept"].discard(0)  # MAE
+    known["captions kept"].discard(0)  # a fraction of 0 is the MAE
     return [title for title, values in known.items() if len(values) > 1]
 
 

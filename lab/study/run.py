@@ -94,7 +94,7 @@ class Study:
                 encode = measure.pixels(self.settings["pixels_side"], model["image_mean"], model["image_std"])
             else:
                 name = str(self.out / encoder.name)
-                if encoder.objective == "random":  # with the sizes of a trained encoder
+                if encoder.objective == "random":  # the network has the sizes of a trained encoder
                     name = f"{RANDOM}{self.out / m3ae(encoder.width, self.common.steps, encoder.seed).name}"
                 text = encoder.objective == "m3ae"
                 encode = measure.encoder(open_model(name, text=text, seed=encoder.seed).eval(), config, session)
@@ -126,7 +126,7 @@ class Study:
 
     def _heads(self, width: int) -> int:
         model = self.settings["train"]["model"]
-        return max(1, model["num_heads"] * width // model["emb_dim"])  # with the same head dimension
+        return max(1, model["num_heads"] * width // model["emb_dim"])  # keeps the head dimension
 
     def _config(self, encoder: Encoder) -> dict[str, Any]:
         config = json.loads(json.dumps(self.settings["train"]))

@@ -28,10 +28,10 @@ SAMPLES = 64  # number of samples in a check
 HALVES = (torch.bfloat16, torch.float16)
 HEAD_START = 20_000_000  # cycles that the GPU waits for the host's launches, about 10 ms
 ROUNDS = 3  # rounds of a benchmark, each with the same number of calls
-CUDNN_ROWS = 129  # minimum for the stated length of the longest sample
+CUDNN_ROWS = 129  # minimum value to pass as the length of the longest sample, so that cuDNN is used
 ERROR = 0.03  # largest relative difference (of norms) between two kernels in bf16
 
-Inputs = tuple[Tensor, Tensor, Segments]  # qkv, a gradient of the result, the samples
+Inputs = tuple[Tensor, Tensor, Segments]  # qkv, the gradient of the result, and the samples
 Maker = Callable[[torch.device], Kernel]
 
 
@@ -40,7 +40,7 @@ class NotAvailable(Exception):
 
 
 _log = logging.getLogger(__name__)
-_chosen: dict[tuple, dict[int, Kernel]] = {}  # by device, dtype, number of heads and head dimension: kernels by length
+_chosen: dict[tuple, dict[int, Kernel]] = {}  # kernels by length, by device, dtype, heads and head dimension
 
 
 def choose(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:

@@ -25,15 +25,16 @@ class Segments:
 
 
 def check_segments(op: str, **segments: Segments) -> None:
-    """Raise IndexError unless the boundaries, by the names of their arguments, increase from 0 to the number of rows:
-    on a CPU always, elsewhere only with M3AE_KERNELS_CHECK=1."""
+    """Raise IndexError unless the boundaries increase from 0 to the number of rows. On a CPU, they are always checked;
+    elsewhere only with M3AE_KERNELS_CHECK=1. The keywords are the names of the arguments, for the message."""
     for name, each in segments.items():
         if ids.asked() or each.cu_seqlens.device.type == "cpu":
             ids.check_ends(op, name, each.cu_seqlens, each.rows, each.max_seqlen)
 
 
 def check_sizes(name: str, heads: int, dim: int, dropout_p: float) -> None:
-    """Raise ValueError if there are no heads, or no values in them, or `dropout_p` is not a fraction below 1."""
+    """Raise ValueError if the number of heads or the head dimension is 0, or if `dropout_p` is not a fraction below
+    1."""
     if not heads or not dim:
         raise ValueError(f"{name} has {heads} heads of {dim} values, there must be at least one of each")
     if not 0 <= dropout_p < 1:
@@ -44,7 +45,7 @@ def as_length(name: str, length: int | Tensor) -> int:
     """Return the number of rows of the longest sample as an integer. A tensor on a GPU makes the host wait for it.
 
     Raises:
-        TypeError: it is no integer.
+        TypeError: the length is not an integer.
     """
     if isinstance(length, Tensor) and not length.is_floating_point():
         return int(length)
@@ -67,7 +68,8 @@ class Scores:
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Return (left, right), with a number larger than any sample in place of "all" and of larger ones."""
+        """Return (left, right), with ALL_KEYS, which is larger than any sample, in place of "all" and of larger
+        numbers."""
         left, right = (min(side, ALL_KEYS) if side >= 0 else ALL_KEYS for side in (self.left, self.right))
         return left, right
 

@@ -23,7 +23,8 @@ def padded_attention(
     dropout_p: float = 0.0,
     scores: Scores | None = None,
 ) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v within each sample, by scaled_dot_product_attention; with `scores` those."""
+    """Return softmax(q k^T / sqrt(D)) v within each sample, computed by scaled_dot_product_attention. If `scores` is
+    given, the scores are those that it defines."""
     q_SHND = _pad(q_QHD, queries)
     k_SHMD, v_SHMD = (_pad(x, keys) for x in (k_KHD, v_KHD))
     mask, scale = (_valid(keys), None) if scores is None else (_banded(queries, keys, scores), scores.scale)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..dispatch import accumulator
 from .kernel import NATS, Kernel, Segments
 
-CHUNK_SCORES = 1 << 20  # scores per batched matmul: a few MB, which fit into a CPU's caches
+CHUNK_SCORES = 1 << 20  # maximum number of scores per batched matmul: a few MB, which fit into a CPU's caches
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _take(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
 
 
 def _put(x_BnD: Tensor, out_THD: Tensor, starts: list[int], length: int) -> None:
-    """Write rows that `_take` returned back to `out_THD`."""
+    """Write rows in the layout that `_take` returns to `out_THD`."""
     rows = x_BnD.unflatten(0, (len(starts), -1)).transpose(1, 2).flatten(0, 1)
     if len(starts) == 1:
         out_THD[starts[0] : starts[0] + length] = rows
@@ -117,7 +117,7 @@ def _backward(
 ) -> None:
     """Write every row of dq, dk and dv. The probabilities are recomputed."""
     for x in (dk, dv, *([dq] if _keys_lack(queries, keys) else [])):
-        x.zero_()  # samples without queries, and without keys
+        x.zero_()  # rows of samples without queries or without keys have no gradient
     scale = q_QHD.shape[-1] ** -0.5
     for group in _groups(queries, keys, q_QHD.shape[1]):
         q, grad, lse = (_take(x, group.q_starts, group.q_len) for x in (q_QHD, grad_QHD, lse_HQ.t()[..., None]))

@@ -25,7 +25,7 @@ AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # CPU features that al
 BF16 = ("-mavx512bf16", "-DBF16")
 TILES = (*BF16, "-mamx-tile", "-mamx-bf16", "-DTILES")
 _NEEDS = {torch.float32: AVX512, torch.bfloat16: AVX512 | {"avx512_bf16"}}
-# CPU features; evaluated at import, because a query inside a compiled function would break the graph
+# The required CPU features are evaluated at import, because a query inside a compiled function would break the graph.
 DTYPES = {dtype for dtype, flags in _NEEDS.items() if this_cpu().flags >= flags}
 LIMIT_S = 60  # time limit of the compiler in seconds; gcc takes 2
 _FLAGS = ["-O3", "-std=c11", "-shared", "-fPIC", "-fopenmp", "-mfma", *(f"-m{name}" for name in sorted(AVX512))]
@@ -45,8 +45,8 @@ def may_use_tiles() -> bool:
 def load(source: str, flags: tuple[str, ...], otherwise: str) -> ctypes.CDLL | None:
     """Return the kernels of `source`, a file of this folder, compiled with `flags`.
 
-    None if they cannot be built; the first failure logs a warning that begins with `otherwise`, which describes the
-    fallback.
+    Return None if the kernels cannot be built. The first failure logs a warning that begins with `otherwise`, which
+    describes the fallback.
     """
     try:
         return compiled(source, flags)

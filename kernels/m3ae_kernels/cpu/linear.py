@@ -25,7 +25,7 @@ def _flags() -> tuple[str, ...] | None:
     return BF16 if this_cpu().pairs else None
 
 
-# evaluated at import; inside a compiled function they would break the graph
+# The flags are evaluated at import, because a query inside a compiled function would break the graph.
 ONEDNN = torch.backends.mkldnn.is_available() and this_cpu().vendor == "AuthenticAMD"
 FLAGS = _flags()
 PANEL_BYTES = 1 << 20  # bytes of sums per thread of weight_gradient.c

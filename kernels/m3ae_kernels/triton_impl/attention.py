@@ -99,7 +99,7 @@ def attention_kernel(
             m_new = tl.maximum(m_i, tl.max(s, 1))
             m_scaled = m_new * scale
             if BANDED:
-                # if there is no key yet, a difference would be NaN
+                # as long as there is no key, a difference would be NaN
                 m_scaled = tl.where(m_new == float("-inf"), 0, m_scaled)
             p = tl.exp2(s * scale - m_scaled[:, None])
             alpha = tl.exp2(m_i * scale - m_scaled)
@@ -200,7 +200,7 @@ def attention_backward_kernel(
     out += query * width + head * D
     partial += query * width + head * D
     lse += head * Q + query
-    for n0 in range(0, tl.maximum(keys, 1), BLOCK_N):  # without keys once, for dq
+    for n0 in range(0, tl.maximum(keys, 1), BLOCK_N):  # without keys, there is one iteration, for dq
         n = n0 + tl.arange(0, BLOCK_N)
         k_ND = load_rows(k, n, keys, stride_kv, D, BLOCK_D)
         v_ND = load_rows(v, n, keys, stride_kv, D, BLOCK_D)

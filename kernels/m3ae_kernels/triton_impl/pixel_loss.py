@@ -47,7 +47,7 @@ def patch_stats_kernel(
     k = tl.arange(0, BLOCK_D)
     mask = (m < N)[:, None] & (k < K)[None, :]
     starts = patch_starts(tl.load(ids + m, mask=m < N, other=0), P, C, H, W, PLANAR)
-    if K <= BLOCK_D:  # whole patches lie in registers
+    if K <= BLOCK_D:  # a whole patch fits into registers
         x = load_pixels(
             images, starts[:, None], k[None, :], mask, table, s0, s1, s2, s3, b0, b1, b2, b3,
             P, C, H, W, PLANAR, NORMALISE, ACC,

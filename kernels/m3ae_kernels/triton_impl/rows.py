@@ -1,7 +1,7 @@
 """Kernels that move rows: gather, its backward pass, and `scatter_tokens`. Each takes one pass over memory.
 
-A scatter is 1. the inversion of its positions, 2. a gather by the result: every row is written once, and no zeros are
-needed before.
+A scatter is computed in two steps: 1. its positions are inverted; 2. rows are gathered by the result. Every row is thus
+written once, and the output does not have to be set to zero first.
 """
 
 import torch
@@ -38,7 +38,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["places"])
 def invert_kernel(places, out, M, BLOCK: tl.constexpr):
     """Set out[places[m]] = m where places[m] >= 0; the positions are distinct, so no two program instances write to the
-    same one."""
+    same position."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     place = tl.load(places + m, mask=m < M, other=-1)
     tl.store(out + place, m, mask=place >= 0)
@@ -46,8 +46,8 @@ def invert_kernel(places, out, M, BLOCK: tl.constexpr):
 
 @launcher
 def invert(places: Tensor, count: int) -> Tensor:
-    """Return out [count] int32, out[places[m]] = m, -1 if no m points: turns a scatter of rows into a gather, which
-    writes every row once."""
+    """Return out [count] int32 with out[places[m]] = m, and -1 at positions that do not occur in `places`. This turns a
+    scatter of rows into a gather, which writes every row once."""
     out = places.new_full((count,), -1, dtype=torch.int32)
     if len(places):
         tile = config("invert", places.device, out.dtype)
@@ -56,7 +56,8 @@ def invert(places: Tensor, count: int) -> Tensor:
 
 
 def place_rows(x: Tensor, places: Tensor, count: int) -> Tensor:
-    """Return out [count, D], out[places[m]] = x[m] where places[m] >= 0, zero if no m points."""
+    """Return out [count, D] with out[places[m]] = x[m] for places[m] >= 0; rows that do not occur in `places` are
+    zero."""
     return take_rows(x, invert(places, count))
 
 
@@ -97,7 +98,7 @@ def scatter_tokens(
         grid = (cdiv(out.shape[0], tile["BLOCK_M"]), cdiv(out.shape[1], tile["BLOCK_D"]))
         given = {"FILL": fill is not None, "TABLE": table is not None}
         tensors = [x, src]
-        for rows, ids in ((fill, fill_ids), (table, table_ids)):  # absent tensors are not read
+        for rows, ids in ((fill, fill_ids), (table, table_ids)):  # tensors that are not given are not read
             tensors += [x if rows is None else rows, src if ids is None else ids]
         scatter_tokens_kernel[grid](
             *(t.contiguous() for t in tensors), out, *out.shape, **given, ACC=acc_type(x.dtype), **tile

@@ -43,12 +43,13 @@ def token_rows_kernel(
     target = tl.load(targets + row)
     counted = target != ignore_index
     inside = counted & (target >= 0) & (target < V)
-    # Read before any thread writes; a target out of range reads nothing and shows in the loss.
+    # The target's logit is read before any thread writes. For a target out of range, nothing is read, and the loss is
+    # NaN.
     logit = tl.load(logits + target, mask=inside, other=float("nan")).to(ACC)
     column = tl.where(inside, target, -1).to(tl.int32)
-    # 1. Online softmax (algorithm 3 of https://arxiv.org/abs/1805.02867) in each lane: maximum m, its first place, sum
-    # d of exponentials, sum of logits; reduced across lanes once. m starts finite, so that a logit of -inf is only a
-    # probability of 0.
+    # 1. Online softmax (algorithm 3 of https://arxiv.org/abs/1805.02867) in each lane: the maximum m, its first
+    # position, the sum d of exponentials, and the sum of logits. They are reduced across lanes once. m starts finite,
+    # so that a logit of -inf is only a probability of 0.
     m = tl.full((BLOCK_V,), -3.0e38, dtype=ACC)
     d = tl.zeros((BLOCK_V,), dtype=ACC)
     argmax = tl.zeros((BLOCK_V,), dtype=tl.int32)

@@ -13,7 +13,7 @@ import torch
 FOLDER = Path(__file__).parent
 INTERPRETER = "interpreter"
 OLDEST = (8, 0)  # oldest supported compute capability; older devices run on torch
-# By compute capability; other NVIDIA devices, all with less shared memory, take FALLBACK.
+# Names of tables by compute capability. Other NVIDIA devices, all of which have less shared memory, use FALLBACK.
 NVIDIA = {
     (8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100", (12, 0): "sm_120", (12, 1): "sm_120",
 }  # fmt: skip
@@ -50,7 +50,7 @@ def arch_of(device: torch.device) -> str:
 
 
 def config(kernel: str, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
-    """Return the launch settings of a kernel, a fresh dict."""
+    """Return the launch settings of a kernel as a new dict."""
     arch = arch_of(device)
     settings = table(arch)[kernel]["16" if dtype.itemsize == 2 else "32"]
     return dict(settings) if arch == INTERPRETER else settings | FUSE
