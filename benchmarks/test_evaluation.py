@@ -46,7 +46,7 @@ RATES, LAYERS, CLASSES, STEPS, BATCH = 13, (9, 10, 11, 12), 1000, 4, 32
 TRAIN, TEST, KINDS = 10_000, 5_000, 50
 MOST = 1.3  # maximum time of k-NN relative to that of the matrix product
 MOST_OF_ONE = 1.5  # maximum time of the streamed grid relative to that of a single head
-PULSE = SimpleNamespace(mark=lambda doing: None)
+HEARTBEATS = SimpleNamespace(mark=lambda doing: None)
 
 
 def _bank(features_ND: Tensor, labels_N: Tensor | None = None) -> FeatureBank:
@@ -152,7 +152,7 @@ def test_grid_of_heads(tmp_path):
 
         def fit(batches: Callable, layers: tuple[int, ...], rates: int) -> Callable[[], object]:
             stacks = _stacks(ranks, width, layers, rates)
-            return lambda: fit_heads(batches(layers), stacks, lambda step: 0.1, STEPS, "", ranks, PULSE)
+            return lambda: fit_heads(batches(layers), stacks, lambda step: 0.1, STEPS, "", ranks, HEARTBEATS)
 
         grid = f"{RATES} rates x {len(LAYERS)} layers"
         seconds = _seconds(
@@ -188,7 +188,7 @@ def test_linear_probes_and_scikit_learn():
     train, test = part(TRAIN), part(TEST)
     config = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}})
     with join_ranks() as ranks:
-        setting = Setting(config, KINDS, 1, 0, ranks, PULSE)
+        setting = Setting(config, KINDS, 1, 0, ranks, HEARTBEATS)
         recipe = linear_recipe(TRAIN, setting)
 
         def probe() -> float:

@@ -137,7 +137,7 @@ def working(title: str, *, show: bool = True, every: float = 5.0) -> Iterator[No
     """Print on stderr that work of unknown duration has begun, and every `every` seconds that it is still running."""
     ended, began = threading.Event(), time.monotonic()
 
-    def go_on() -> None:
+    def report() -> None:
         while not ended.wait(every):
             _say(f"{title}: {duration(time.monotonic() - began)} so far")
 
@@ -145,7 +145,7 @@ def working(title: str, *, show: bool = True, every: float = 5.0) -> Iterator[No
         yield
         return
     _say(title)
-    reporter = threading.Thread(target=go_on, daemon=True)
+    reporter = threading.Thread(target=report, daemon=True)
     reporter.start()
     try:
         yield

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import add_labels, add_settings, output, program, refuse, use_device
-from m3ae_fast.pretraining import GOES_ON, SEVERAL_RANKS
+from m3ae_fast.pretraining import RESUME_NOTE, SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import check_overrides
 from m3ae_fast.process.launchers import alone
 
@@ -64,10 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         finished = _pretrain(args)
     except KeyboardInterrupt:
-        print(f"stopped; {GOES_ON}", file=sys.stderr)
+        print(f"stopped; {RESUME_NOTE}", file=sys.stderr)
         return 130
     if not (finished or args.dry_run):
-        print(f"stopped; {GOES_ON}")
+        print(f"stopped; {RESUME_NOTE}")
     return 0
 
 

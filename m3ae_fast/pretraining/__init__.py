@@ -8,4 +8,4 @@ SEVERAL_RANKS = (
     "pretrain runs as a single process; on several GPUs, train with the config that it writes (`torchrun "
     "--nproc-per-node N -m m3ae_fast train --config OUT/config.json --resume auto`), then run pretrain again"
 )  # error message
-GOES_ON = "run the same command again to resume"
+RESUME_NOTE = "run the same command again to resume"

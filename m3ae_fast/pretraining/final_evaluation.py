@@ -24,7 +24,7 @@ from m3ae_fast.evaluation.job import RESULT_FILE
 from m3ae_fast.evaluation.run_figures import feature_map
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.evaluation.tasks import MAP_NEEDS
-from m3ae_fast.pretraining import GOES_ON
+from m3ae_fast.pretraining import RESUME_NOTE
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.loggers import show
 from m3ae_fast.weights.model_name import PIXELS, RANDOM
@@ -58,7 +58,7 @@ def stage(device: Device | None) -> Iterator[Session]:
     """Context that yields a session, as `joined_program` does, for one of several stages of a program. After the stage,
     `stop.asked` states whether a stop was requested, even if the stage has completed."""
     with joined_program(device) as session:
-        session.stop.at_leaving = lambda: GOES_ON if session.ranks.is_main else ""
+        session.stop.at_leaving = lambda: RESUME_NOTE if session.ranks.is_main else ""
         yield session
 
 

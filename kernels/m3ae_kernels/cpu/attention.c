@@ -175,7 +175,7 @@ static void *take(Scratch *s, size_t values) { /* of 4 bytes */
     return block;
 }
 
-/* Room for `blocks` blocks of `values` values of 4 bytes in all. */
+/* Memory for `blocks` blocks of `values` values of 4 bytes in all. */
 static int reserve(Scratch *s, size_t values, size_t blocks) {
     s->used = 0;
     if (4 * values + 64 * blocks <= s->size) return 1;

@@ -100,12 +100,12 @@ typedef struct {
 } Strip;
 
 #ifdef TILES
-/* Rows r to r + STRIP: in their place, or in `room`, with zeros for the missing ones. */
-static inline Strip take_strip(const bf16 *x, bf16 *room, long r, long R, long K, long row, long panels) {
+/* Rows r to r + STRIP: in their place, or in `buffer`, with zeros for the missing ones. */
+static inline Strip take_strip(const bf16 *x, bf16 *buffer, long r, long R, long K, long row, long panels) {
     if (r + STRIP <= R) return (Strip){x + r * row, row, x + (r + STRIP) * row, (STRIP - 1 + panels) / panels};
-    memset(room, 0, STRIP * K * sizeof(bf16));
-    for (long i = 0; r + i < R; i++) memcpy(room + i * K, x + (r + i) * row, K * sizeof(bf16));
-    return (Strip){room, K, room, 0};
+    memset(buffer, 0, STRIP * K * sizeof(bf16));
+    for (long i = 0; r + i < R; i++) memcpy(buffer + i * K, x + (r + i) * row, K * sizeof(bf16));
+    return (Strip){buffer, K, buffer, 0};
 }
 
 /* The sums of `now` = the product of a strip and a panel. Meanwhile the result before goes to memory, and rows of the next
@@ -143,15 +143,15 @@ static inline void multiply(Strip *strip, const bf16 *panel, long steps, const R
     *before = *now;
 }
 #else
-/* Rows r to r + STRIP, the missing ones zeros, copied to `room`: 32 values of each side by side. Rows a power of two
+/* Rows r to r + STRIP, the missing ones zeros, copied to `buffer`: 32 values of each side by side. Rows a power of two
    apart would push each other out of the cache. */
-static inline Strip take_strip(const bf16 *x, bf16 *room, long r, long R, long K, long row, long panels) {
+static inline Strip take_strip(const bf16 *x, bf16 *buffer, long r, long R, long K, long row, long panels) {
     for (long i = 0; i < STRIP; i++)
         for (long k = 0; k < K; k += 32) {
             const __m512i some = r + i < R ? _mm512_loadu_si512(x + (r + i) * row + k) : _mm512_setzero_si512();
-            _mm512_store_si512((void *)(room + k * STRIP + i * 32), some);
+            _mm512_store_si512((void *)(buffer + k * STRIP + i * 32), some);
         }
-    return (Strip){.x = room};
+    return (Strip){.x = buffer};
 }
 
 /* `now`, the product of a strip and a panel, to memory: broadcast one bf16 pair of a row and multiply it with 32 columns. */
@@ -194,8 +194,8 @@ typedef struct {
     long R, K, N, row;
 } Product;
 
-/* A thread's part of it; `room` is for a strip of rows. */
-static inline void work(const Product *all, bf16 *room, int kind) {
+/* A thread's part of it; `buffer` is for a strip of rows. */
+static inline void work(const Product *all, bf16 *buffer, int kind) {
     const long R = all->R, K = all->K, N = all->N;
     const long steps = K / 32, panels = N / 32, part = smaller(panels, PART / (32 * K) ? PART / (32 * K) : 1);
     const long parts = (panels + part - 1) / part, blocks = (R + ROWS - 1) / ROWS;
@@ -206,7 +206,7 @@ static inline void work(const Product *all, bf16 *room, int kind) {
     for (long first = 0; first < parts; first++)
         for (long block = 0; block < blocks; block++)
             for (long r = block * ROWS; r < smaller(R, (block + 1) * ROWS); r += STRIP) {
-                Strip strip = take_strip(all->x, room, r, R, K, all->row, part);
+                Strip strip = take_strip(all->x, buffer, r, R, K, all->row, part);
                 for (long p = first * part; p < smaller(panels, (first + 1) * part); p++, turn = !turn) {
                     const long at = r * N + p * 32;
                     const float *bias = all->bias ? all->bias + p * 32 : NULL;
@@ -218,17 +218,17 @@ static inline void work(const Product *all, bf16 *room, int kind) {
 }
 
 /* x is [R, K], its rows `row` values apart; the weight, of float if `wide`, else bf16, is [N, K] if `transposed`, else [K, N];
-   bias [N] may be NULL. With h [R, N]: THROUGH_GELU; with y alone: BEFORE_GELU. `packed` has room for the weight. K and N
+   bias [N] may be NULL. With h [R, N]: THROUGH_GELU; with y alone: BEFORE_GELU. `packed` has space for the weight. K and N
    are multiples of 32, and out, y and packed are aligned to 64 bytes. Returns 0 if allocation fails. */
 int linear(const bf16 *x, const void *weight, const float *bias, const bf16 *h, bf16 *packed, bf16 *out, bf16 *y, long R,
            long K, long N, long row, int transposed, int wide, int threads) {
     const long steps = K / 32, panels = N / 32;
     const Product all = {x, bias, h, packed, out, y, R, K, N, row};
-    bf16 *rooms = aligned_alloc(64, threads * STRIP * K * sizeof(bf16)); /* a strip for each thread */
-    if (!rooms) return 0;
+    bf16 *buffers = aligned_alloc(64, threads * STRIP * K * sizeof(bf16)); /* a strip for each thread */
+    if (!buffers) return 0;
 #pragma omp parallel num_threads(threads)
     {
-        bf16 *room = rooms + omp_get_thread_num() * STRIP * K;
+        bf16 *buffer = buffers + omp_get_thread_num() * STRIP * K;
         const Tiles before = take_tiles();
 #pragma omp for collapse(2)
         for (long p = 0; p < panels; p++)
@@ -237,12 +237,12 @@ int linear(const bf16 *x, const void *weight, const float *bias, const bf16 *h, 
                 if (transposed) pack_transposed(weight, K, t * 32, p * 32, wide, tiles);
                 else pack(weight, N, t * 32, p * 32, wide, tiles);
             }
-        if (h) work(&all, room, THROUGH_GELU);
-        else if (y) work(&all, room, BEFORE_GELU);
-        else work(&all, room, PLAIN);
+        if (h) work(&all, buffer, THROUGH_GELU);
+        else if (y) work(&all, buffer, BEFORE_GELU);
+        else work(&all, buffer, PLAIN);
         _mm_sfence();
         give_tiles_back(before);
     }
-    free(rooms);
+    free(buffers);
     return 1;
 }

@@ -18,7 +18,7 @@
 #else
 #define STRIP 14
 #endif
-#define STRIP_VALUES (DEPTH * STRIP + 32) /* room for a block of a strip, and for the end of a store */
+#define STRIP_VALUES (DEPTH * STRIP + 32) /* a block of a strip, and the end of a store */
 
 static inline __m512i row_of_32(const bf16 *x, long row, long at, long rows) {
     return at < rows ? _mm512_loadu_si512(x + at * row) : _mm512_setzero_si512();
@@ -178,7 +178,7 @@ static inline void put(const float *c, long width, int transposed, float *dst, l
 #endif
 
 /* `wide` is [rows, W] and `narrow` [rows, N], their rows `_row` values apart; W and N are multiples of 32. `packed`
-   has room for N values for each of the rows, rounded up to a multiple of 32; sums are zero. A thread takes about `panel`
+   has space for N values for each of the rows, rounded up to a multiple of 32; sums are zero. A thread takes about `panel`
    columns. Returns 0 if allocation fails. */
 int weight_gradient(const bf16 *wide, const bf16 *narrow, long rows, long W, long N, long wide_row, long narrow_row,
                     int transposed, bf16 *packed, float *out, float *wide_sums, float *narrow_sums, long panel, int threads) {
@@ -192,8 +192,8 @@ int weight_gradient(const bf16 *wide, const bf16 *narrow, long rows, long W, lon
         bf16 *a = aligned_alloc(64, strips * STRIP_VALUES * sizeof(bf16));
         float *c = aligned_alloc(64, panel * N * sizeof(float));
         float *column_sums = aligned_alloc(64, lanes_of_sums * sizeof(float));
-        const int room = ok && a && c && column_sums;
-        if (!room) {
+        const int allocated = ok && a && c && column_sums;
+        if (!allocated) {
 #pragma omp atomic write
             ok = 0;
         }
