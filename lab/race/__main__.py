@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ import torch
 
 from benchmarks import results
 from lab.race import report
-from lab.race.plan import ARMS, FINAL_SEEDS, SEEDS, USUAL, Overrides, Trial, race, tune
+from lab.race.plan import ARMS, FINAL_SEEDS, SEEDS, USUAL, Overrides, Trial, race, tune, tuned_as, usual
 from lab.race.run import SETTINGS, TESTS, Race
 from lab.study.run import Stopped
 from lab.study.shards import LABELS, prepare
-from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.config.load import apply_override
 
 SIDE = 36  # side of an emoji in pixels, 1.5 times that of the model's images
@@ -52,8 +53,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, metavar="N", help="begin no run after so many minutes")
     add("--data", nargs="+", choices=TESTS, default=[*TESTS], help="data sets (default: all)")
     add("--sizes", nargs="+", choices=settings["sizes"], default=[*settings["sizes"]], help="models (default: all)")
-    add("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="recipes to compare with the baseline (default: all)")
-    add("--lengths", nargs="+", type=int, default=settings["lengths"], metavar="STEPS", help="lengths, rising")
+    add("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="recipes (default: all)")
+    add("--lengths", nargs="+", type=int, metavar="STEPS", help="lengths of runs (default: all of settings.json)")
     add("--tune", nargs="*", choices=settings["tried"], default=[*settings["tried"]], help="settings (default: all)")
     add("--seeds", type=int, default=SEEDS, help=f"of all arms at the shortest length (default: {SEEDS})")
     add("--final-seeds", type=int, default=FINAL_SEEDS, help=f"at all lengths (default: {FINAL_SEEDS})")
@@ -96,6 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = json.loads(SETTINGS.read_text(encoding="utf-8"))
     for override in args.set:
         apply_override(settings, override)
+    if unknown := {*(args.lengths or ())} - {*settings["lengths"]}:
+        raise UserError(
+            f"--lengths {min(unknown)}: is not one of {settings['lengths']}; add it with --set lengths=[...]"
+        )
     shards = args.out / "shards"
     prepare(args.folder, shards, SIDE)
     labels = json.loads((shards / LABELS).read_text(encoding="utf-8"))
@@ -118,18 +123,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _race(runner: Runner, args: argparse.Namespace, data: str, size: str) -> None:
-    """Tune and execute the runs of one model size on one dataset."""
-    known: dict[str, Overrides] = {}
+    """Tune and execute the selected runs of one model size on one dataset."""
+    settings, known = runner.race.settings, {USUAL: usual(runner.race.settings["tried"])}
 
     def tuned(arm: str) -> Overrides:
         if arm not in known:
-            start = Trial(data, size, arm, args.lengths[0], 0)
-            settings = () if arm == USUAL else args.tune
-            known[arm] = tune(start, runner.race.settings["tried"], settings, runner.accuracy)
+            start = Trial(data, size, arm, settings["lengths"][0], 0)
+            known[arm] = tune(start, settings["tried"], args.tune, runner.accuracy)
         return known[arm]
 
-    for trial in race(data, size, args.lengths, args.arms, args.seeds, args.final_seeds, tuned):
-        runner.perform(trial)
+    lengths = {*(args.lengths or settings["lengths"])}
+    for trial in race(data, size, settings["lengths"], settings["tried"], args.seeds, args.final_seeds):
+        if trial.trained and not (trial.arm in args.arms and trial.steps in lengths):
+            continue
+        untuned = trial.trained and not trial.tuned
+        runner.perform(replace(trial, tuned=tuned(tuned_as(trial.arm))) if untuned else trial)
 
 
 def say(text: str) -> None:

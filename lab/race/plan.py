@@ -37,6 +37,7 @@ ARMS: dict[str, Overrides] = {
 PIXELS, RANDOM_WEIGHTS = "raw pixels", "random weights"  # references without training, which the baseline must exceed
 # numbers of seeds: of all arms at the shortest length, and of the baseline and the fast arm at all lengths
 SEEDS, FINAL_SEEDS = 3, 5
+CHECKED = "optim.peak_lr"  # the setting that is tried again at a longer length, on validation samples
 
 
 @dataclass(frozen=True)
@@ -76,39 +77,40 @@ def tuned_as(arm: str) -> str:
 
 
 def race(
-    data: str,
-    size: str,
-    lengths: Sequence[int],
-    arms: Sequence[str],
-    seeds: int,
-    final_seeds: int,
-    tuned: Callable[[str], Overrides],
+    data: str, size: str, lengths: Sequence[int], tried: Mapping[str, Sequence[Any]], seeds: int, final_seeds: int
 ) -> Iterator[Trial]:
-    """Yield the runs of one model size on one dataset: first, for each seed, all arms at the shortest length and the
-    baseline at the next two lengths, between which the cost is interpolated; then the baseline and the fast arm at all
-    lengths.
+    """Yield the runs of one model size on one dataset, without the settings that are tuned: first, for each seed, both
+    baselines at the three shortest lengths, between which the cost is interpolated, and all arms at the shortest; then
+    the check of the learning rates at the third length; then, for each seed, the baseline with its usual settings and
+    the fast arm at all lengths, the longest first.
 
     Args:
         data: name of the dataset.
         size: name of the model size.
         lengths: numbers of steps, ascending.
-        arms: names of the arms; the baseline is always included.
-        seeds, final_seeds: numbers of seeds of the two parts.
-        tuned: function that returns the tuned settings of an arm, and tunes them if necessary.
+        tried: values of each setting, with the default first.
+        seeds, final_seeds: numbers of seeds of the two parts at the beginning and at the end.
     """
     trial = Trial(data, size, BASELINE, lengths[0], 0)
-    baselines = [arm for arm in (BASELINE, USUAL) if arm in (BASELINE, *arms)]
-    ladder = [replace(trial, arm=arm, steps=steps) for steps in lengths[:3] for arm in baselines]
-    factorial = [replace(trial, arm=arm) for arm in ARMS if arm in arms and arm != BASELINE]
-    final = [replace(trial, arm=arm, steps=steps) for steps in lengths for arm in (*baselines, FAST)]
+    ladder = [replace(trial, arm=arm, steps=steps) for steps in lengths[:3] for arm in (BASELINE, USUAL)]
+    factorial = [replace(trial, arm=arm) for arm in ARMS if arm != BASELINE]
+    final = [replace(trial, arm=arm, steps=steps) for steps in reversed(lengths) for arm in (USUAL, FAST)]
     found: dict[Trial, None] = {}
     for seed in range(seeds):
         found |= dict.fromkeys(replace(each, seed=seed) for each in [*ladder, *factorial])
         found |= {replace(trial, arm=arm, seed=seed, steps=0): None for arm in (PIXELS, RANDOM_WEIGHTS)}
+    for value in tried[CHECKED]:
+        checked = dict(usual(tried)) | {CHECKED: frozen(value)}
+        at_length = replace(trial, steps=lengths[:3][-1], tuned=tuple(checked.items()), validation=True)
+        found |= {replace(at_length, arm=arm): None for arm in (BASELINE, FAST)}
     for seed in range(final_seeds):
-        found |= dict.fromkeys(replace(each, seed=seed) for each in final if FAST in arms)
-    for each in found:
-        yield replace(each, tuned=tuned(tuned_as(each.arm))) if each.trained else each
+        found |= dict.fromkeys(replace(each, seed=seed) for each in final)
+    yield from found
+
+
+def usual(tried: Mapping[str, Sequence[Any]]) -> Overrides:
+    """Return the default values of the settings that are tuned. `tried`: values of each setting, the default first."""
+    return tuple((setting, frozen(values[0])) for setting, values in tried.items())
 
 
 def tune(
@@ -124,7 +126,7 @@ def tune(
         accuracy: function that trains a run, unless it is complete, and returns its accuracy on the samples for
             choosing settings.
     """
-    best = {setting: frozen(values[0]) for setting, values in tried.items()}
+    best = dict(usual(tried))
     for setting in (each for each in tried if each in settings):
         candidates = [best | {setting: frozen(value)} for value in tried[setting]]
         trials = [replace(start, tuned=tuple(each.items()), validation=True) for each in candidates]

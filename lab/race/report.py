@@ -26,6 +26,7 @@ JSON, PLOT, PAGE, ANSWERS = "race.json", "race.png", "README.md", "answers.json.
 DATA = {"clothes": "Fashion-MNIST", "emoji": "emoji"}  # as tables and plots name them
 BASELINES = (BASELINE, USUAL)  # at each cost the better of the two counts
 COSTS = {"flops": "FLOPs", "seconds": "seconds", "samples": "samples"}
+SELECTING = ("lengths", "tried")  # sections of settings.json that are part of the trials
 REPLICATES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
 Row = dict[str, Any]
@@ -123,11 +124,11 @@ def save(folder: Path, head: dict[str, Any], rows: Sequence[Row], labels: Labels
 
 def read_answers(folder: Path, settings: dict[str, Any]) -> list[Row]:
     """Return the results that an earlier call, possibly on another machine, has written to `folder`. Raises UserError
-    if they have different settings."""
+    if they have different settings, other than those that select the runs."""
     if not (folder / ANSWERS).exists():
         return []
     known = json.loads(lzma.decompress((folder / ANSWERS).read_bytes()))
-    if known["settings"] != settings:
+    if any(known["settings"].get(name) != settings[name] for name in settings if name not in SELECTING):
         raise UserError(f"{folder}: has results of other settings; choose another folder (--out, --results)")
     return known["runs"]
 

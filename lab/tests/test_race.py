@@ -20,7 +20,7 @@ from tests.helpers.labelled import emoji_and_clothes
 
 SMALL = {"emb_dim": 16, "depth": 1, "num_heads": 2, "dec_emb_dim": 16, "dec_depth": 2, "dec_num_heads": 2}
 TINY = {
-    "sizes.S64": SMALL, "data.clothes.model.image_size": 8, "data.emoji.model.image_size": 8,
+    "lengths": [1, 2], "sizes.S64": SMALL, "data.clothes.model.image_size": 8, "data.emoji.model.image_size": 8,
     "train.train.global_batch": 16, "tried": {"optim.peak_lr": [0.006], "train.global_batch": [16]},
     "transfer.linear": {"epochs": 1, "peak_lr": 0.1},
 }  # fmt: skip
@@ -35,7 +35,7 @@ def call(tmp_path_factory, tmp_path, monkeypatch):
 
     def perform(*options):
         sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-        where = [str(data), "--out", str(tmp_path / "out"), "--sizes", "S64", "--lengths", "1", "2"]
+        where = [str(data), "--out", str(tmp_path / "out"), "--sizes", "S64"]
         return program.main([*where, "--seeds", "1", "--final-seeds", "0", *sets, *options])
 
     return perform
@@ -43,7 +43,7 @@ def call(tmp_path_factory, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_race_is_run_once_and_goes_on_where_it_was_stopped(call, tmp_path, monkeypatch, capsys):
-    few = ["--data", "clothes", "--arms", FAST, "--tune", "optim.peak_lr"]
+    few = ["--data", "clothes", "--arms", BASELINE, FAST, "--tune", "optim.peak_lr"]
     with monkeypatch.context() as patch:
         patch.setattr(train, "main", lambda arguments: 0)  # asked to stop before its first checkpoint
         assert call(*few) == 1
@@ -54,7 +54,8 @@ def test_a_race_is_run_once_and_goes_on_where_it_was_stopped(call, tmp_path, mon
     rows = Race(out / "runs", out / "shards", settings).everything()
     kinds = [(row["trial"]["arm"], row["trial"]["steps"]) for row in rows]
     runs = [(BASELINE, 1), (BASELINE, 2), (FAST, 1), (PIXELS, 0), (RANDOM_WEIGHTS, 0)]
-    assert sorted(kinds) == sorted([*runs, (BASELINE, 1), (FAST, 1)])  # the others chose the learning rate
+    tried = [(BASELINE, 1), (FAST, 1), (BASELINE, 2), (FAST, 2)]  # to choose the learning rate, and to check it
+    assert sorted(kinds) == sorted([*runs, *tried])
     costs = {arm: row["cost"]["flops"] for row in rows for arm in [row["trial"]["arm"]] if row["trial"]["steps"] < 2}
     assert min(costs[FAST], costs[BASELINE]) > costs[PIXELS] == 0
     by_part: dict[bool, set[str]] = {False: set(), True: set()}
@@ -78,6 +79,9 @@ def test_a_race_is_run_once_and_goes_on_where_it_was_stopped(call, tmp_path, mon
     assert call(*few) == 0 and (out / report.PAGE).read_text() == page
     with pytest.raises(UserError, match="has results of other settings"):
         call("--set", "transfer.encode.batch=8")
+    with pytest.raises(UserError, match=r"--lengths 3: is not one of \[1, 2\]"):
+        call("--lengths", "1", "3")
+    assert call(*few, "--set", "lengths=[1,2,3]", "--lengths", "1") == 0  # the results of other lengths stay valid
 
 
 def test_all_arms_are_configs_of_one_data_stream(tmp_path, monkeypatch):
@@ -119,11 +123,22 @@ def test_each_side_is_tuned_with_as_many_runs():
     assert [tuned_as(arm) for arm in ("2 blocks", "1 block, Muon", "all", USUAL)] == [BASELINE, FAST, FAST, USUAL]
 
 
-def test_the_shortest_part_comes_first():
-    trials = [*race("clothes", "S64", (10, 20, 40, 80), [*ARMS], 2, 3, lambda arm: ((arm, 0),))]
-    assert len({*trials}) == len(trials) == 2 * (len(ARMS) + 4 + 2) + 3 * 12 - 2 * 7
-    assert [each.seed for each in trials[: 2 * (len(ARMS) + 6)]] == sorted([0, 1] * (len(ARMS) + 6))
-    assert {each.arm for each in trials if each.steps > 40} == {BASELINE, USUAL, FAST}
+def test_the_shortest_part_comes_first_and_then_the_longest_runs():
+    tried = {"optim.peak_lr": [0.006, 0.003], "optim.betas": [[0.9, 0.95], [0.9, 0.999]]}
+    trials = [*race("clothes", "S64", (10, 20, 40, 80), tried, 2, 3)]
+    first, checks = 2 * (len(ARMS) + 4 + 2), 2 * 2
+    assert len({*trials}) == len(trials) == first + checks + 3 * 8 - 2 * 4
+    assert [each.seed for each in trials[:first]] == sorted([0, 1] * (first // 2))
+    checked = trials[first : first + checks]
+    assert all(each.validation and each.steps == 40 for each in checked)
+    assert [(each.arm, dict(each.tuned)) for each in checked] == [
+        (arm, {"optim.peak_lr": rate, "optim.betas": (0.9, 0.95)})
+        for rate in (0.006, 0.003)
+        for arm in (BASELINE, FAST)
+    ]
+    longest = trials[first + checks :]
+    assert [(each.arm, each.steps) for each in longest[:2]] == [(USUAL, 80), (FAST, 80)]
+    assert all(not each.validation and not each.tuned for each in longest)
 
 
 def test_a_factor_is_read_off_the_baselines_ladder():
