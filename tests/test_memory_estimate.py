@@ -56,6 +56,18 @@ def test_activations_are_those_of_the_rows_of_encoder_and_decoder(precision, che
     assert activation_bytes(found, batch) == (2 if precision == "bf16" else 4) * rows * BLOCKS
 
 
+@pytest.mark.parametrize(("checkpointing", "row", "query"), [(False, KEPT, KEPT - 2), (True, 1, 1)])
+def test_a_decoder_with_cross_attention_keeps_keys_and_values_of_the_encoders_rows(checkpointing, row, query):
+    """It has no rows but the predicted ones: 6 of the 12 masked patches, and 2 of the 4 masked tokens."""
+    found = config(activation_checkpointing=checkpointing)
+    model = found.model.model_copy(update={"dec_attention": "cross"})
+    masking = found.masking.model_copy(update={"image_predicted": 0.5, "text_predicted": 0.5})
+    found = found.model_copy(update={"model": model, "masking": masking})
+    batch = typical_batch(found, M3AE(model))
+    assert (batch.encoder.rows, batch.decoder.rows) == (6, 8)
+    assert activation_bytes(found, batch) == 4 * (row * 3 * 6 * 32 + query * 2 * 8 * 48 + 2 * 2 * 6 * 48)
+
+
 @pytest.mark.parametrize("stage", [None, 3])
 @pytest.mark.parametrize(("micro", "samples", "at_once"), [(4, 9, 4), (4, 3, 3), (None, 9, 9)])
 def test_a_rank_needs_its_part_of_the_state_and_a_micro_batchs_activations(stage, micro, samples, at_once):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks.table import END, START, rewrite
 from lab.race.plan import ARMS, BASELINE, FAST, PIXELS, RANDOM_WEIGHTS, USUAL
@@ -29,6 +30,8 @@ COSTS = {"flops": "FLOPs", "seconds": "seconds", "samples": "samples"}
 SELECTING = ("lengths", "tried")  # sections of settings.json that are part of the trials
 REPLICATES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
+LEGEND = {BASELINE: "baseline, tuned at 300 steps", FAST: f"fast recipe: {FAST}"}  # other arms have their names
+AXES = {"flops": (1e12, "executed TFLOP"), "seconds": (1, "CPU seconds of training")}  # costs with unit, in the plot
 Row = dict[str, Any]
 
 
@@ -227,30 +230,37 @@ def _table(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Plot the accuracy over FLOPs and over seconds, with a line for each arm, by dataset and model size."""
+    """Plot the accuracy of the linear probe over FLOPs and over seconds, with a line through the means of each arm, a
+    point for each run, and a dashed line for each reference without training, by dataset and model size."""
     kinds = _unique((row["trial"]["data"], row["trial"]["size"]) for row in rows) or [("clothes", "-")]
-    figure, axes = plt.subplots(len(kinds), 2, figsize=(12, 4.5 * len(kinds)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(kinds), 2, figsize=(10, 4.2 * len(kinds)), layout="constrained", squeeze=False)
     for (data, size), pair in zip(kinds, axes):
         own = _sorted([row for row in rows if (row["trial"]["data"], row["trial"]["size"]) == (data, size)])
         test = list(TESTS[data])[1]
-        for axis, cost in zip(pair, ("flops", "seconds")):
+        for axis, (cost, (unit, label)) in zip(pair, AXES.items()):
             for number, arm in enumerate(_unique(row["trial"]["arm"] for row in own)):
-                by_steps: dict[int, list[Row]] = {}
-                for row in own:
-                    if row["trial"]["arm"] == arm:
-                        by_steps.setdefault(row["trial"]["steps"], []).append(row)
-                x = [np.mean([row["cost"][cost] for row in runs]) for runs in by_steps.values()]
-                y = [100 * np.mean([row["numbers"][test] for row in runs]) for runs in by_steps.values()]
+                of_arm = [row for row in own if row["trial"]["arm"] == arm]
+                x = np.array([row["cost"][cost] / unit for row in of_arm])
+                y = np.array([100 * row["numbers"][test] for row in of_arm])
                 if arm not in ARMS:
-                    axis.axhline(y[0], color="0.6", ls="--" if arm == PIXELS else ":", label=arm)
+                    axis.axhline(y.mean(), color="0.5", lw=1, ls="--")
+                    axis.annotate(arm, (0.01, y.mean()), xycoords=("axes fraction", "data"), fontsize=8, color="0.3",
+                                  xytext=(0, 2), textcoords="offset points")  # fmt: skip
                     continue
-                colour = {BASELINE: "black", USUAL: "0.5", FAST: "tab:red"}.get(arm, f"C{number % 10}")
-                axis.plot(x, y, "-o", color=colour, label=arm)
-            axis.set(xscale="log", xlabel={"flops": "executed FLOPs", "seconds": "CPU seconds of training"}[cost],
-                     ylabel="top-1 accuracy of the linear probe, %",
-                     title=f"Accuracy by cost of pre-training: {DATA[data]}, {size}")  # fmt: skip
+                colour = {BASELINE: "0.65", USUAL: "black", FAST: "tab:red"}.get(arm, f"C{number % 10}")
+                steps = [row["trial"]["steps"] for row in of_arm]
+                groups = [[place for place, own in enumerate(steps) if own == each] for each in _unique(steps)]
+                means = ([values[group].mean() for group in groups] for values in (x, y))
+                axis.plot(*means, "-o", color=colour, ms=5, label=LEGEND.get(arm, arm))
+                axis.plot(x, y, "o", color=colour, ms=3, alpha=0.4)
+            axis.set(xscale="log", xlabel=f"{label}, logarithmic", ylabel="accuracy of the linear probe, %")
+            axis.set_title(f"{DATA[data]}, {size}", fontsize=10)
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
-        if own:
-            pair[0].legend(fontsize=7)
-    figure.savefig(path, dpi=80)
+            axis.margins(0.06, 0.08)
+    if labels := dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()))):
+        figure.legend(labels.values(), labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

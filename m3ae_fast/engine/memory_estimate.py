@@ -103,11 +103,17 @@ def typical_batch(config: Config, model: M3AE, grids: Sequence[Grid] | None = No
 
 def activation_bytes(config: Config, batch: PackedBatch) -> float:
     """Return the bytes of the activations of a batch. For each row of width D, a block keeps 2 norms, q, k, v, the
-    attention output, 2 residual sums, and the hidden activations of the MLP twice. A decoder with cross-attention also
-    keeps keys and values of the encoder's rows for each block."""
+    attention output, 2 residual sums, and the hidden activations of the MLP twice. A block of a decoder with
+    cross-attention has its keys and values for the encoder's rows instead, and keeps them even if it is
+    checkpointed."""
     m = config.model
+    cross = m.dec_attention == "cross"
     size = 2 if in_bf16(config) else 4
-    kept = 1 if config.train.activation_checkpointing else 8 + 2 * m.mlp_ratio
-    blocks = m.depth * batch.encoder.rows * m.emb_dim + m.dec_depth * batch.decoder.rows * m.dec_emb_dim
-    keys_and_values = 2 * m.dec_depth * batch.encoder.rows * m.dec_emb_dim if m.dec_attention == "cross" else 0
-    return size * (kept * blocks + keys_and_values)
+    by_encoder = 8 + 2 * m.mlp_ratio
+    by_decoder = by_encoder - 2 if cross else by_encoder
+    if config.train.activation_checkpointing:  # only the input of each block
+        by_encoder = by_decoder = 1
+    encoder = by_encoder * m.depth * batch.encoder.rows * m.emb_dim
+    decoder = by_decoder * m.dec_depth * batch.decoder.rows * m.dec_emb_dim
+    keys_and_values = 2 * m.dec_depth * batch.encoder.rows * m.dec_emb_dim if cross else 0
+    return size * (encoder + decoder + keys_and_values)
