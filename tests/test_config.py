@@ -24,7 +24,7 @@ from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.engine.memory_estimate import zero_bytes
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.process import ranks
-from m3ae_fast.training.dry_run import _fetching, _images, _memory_table, network_bytes, report
+from m3ae_fast.training.dry_run import FP32, _fetching, _images, _memory_table, network_bytes, report
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.ranks import free_port
 from tests.helpers.trainer import CLIPART, ROOT, TINY
@@ -360,6 +360,16 @@ def test_a_dry_run_predicts_step_and_bottleneck_of_the_fast_configs(capsys):
         assert gigabytes[1] < gigabytes[0]
         bottleneck = ["the loader is the bottleneck" in text for text in (loader, fast_loader)]
         assert bottleneck == {"small": [True, True], "base": [False, True], "large": [False, False]}[size]
+
+
+def test_a_dry_run_predicts_newton_schulz_in_the_precision_of_the_run(capsys):
+    found = {}
+    for precision in ("bf16", "fp32"):
+        options = ["--dry-run", "--no-data", "--world", "8", "--set", f"train.precision={precision}"]
+        assert train.main(["--config", "fast-small", *options]) == 0
+        words = re.search(r"and ([\d.]+) ms for Muon's.*GFLOP in (\w+)$", capsys.readouterr().out, re.M)
+        found[words[2]] = float(words[1])
+    assert found["float32"] / found["bf16"] == pytest.approx(hardware.data_sheet("H100").flops / FP32, rel=0.01)
 
 
 @pytest.mark.parametrize(("micro", "split"), [(None, "1 GPUs x 16 samples"), (4, "4 GPUs x 4 samples")])

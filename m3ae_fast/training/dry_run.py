@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.hardware import data_sheet, missing_memory, resolve_precision
+from m3ae_fast.base.hardware import Peaks, data_sheet, missing_memory, resolve_precision
 from m3ae_fast.base.progress import working
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.batch.packed import PackedBatch
@@ -115,7 +115,7 @@ def report(
         lines += [
             ("GPU", gpu),
             ("network", _network(config, parameters, world, accumulation, rate)),
-            ("step", _step(config, model, world, rate)),
+            ("step", _step(config, model, world, rate, peaks)),
             ("loader", _loader(rate)),
         ]
     if data:
@@ -203,7 +203,7 @@ def _mean_flops(config: Config, full: float) -> float:
     return mean
 
 
-def _step(config: Config, model: M3AE, world: int, rate: float) -> str:
+def _step(config: Config, model: M3AE, world: int, rate: float, peaks: Peaks) -> str:
     """Return a text on the duration of a step without waits for network and data, including the share of Muon."""
     samples = config.train.global_batch / world
     seconds = samples / rate
@@ -211,10 +211,11 @@ def _step(config: Config, model: M3AE, world: int, rate: float) -> str:
         return f"{1e3 * seconds:.3g} ms for {samples:,.0f} samples per GPU"
     stage = 0 if config.zero is None else config.zero.stage
     flops = orthogonalisation_flops(model.hidden_matrices()) / (world if stage else 1)
-    orthogonalising = flops / (UTILISATION * FP32)
+    precision, peak = ("bf16", peaks.flops) if in_bf16(config) else ("float32", FP32)
+    orthogonalising = flops / (UTILISATION * peak)
     return (
         f"{1e3 * (seconds + orthogonalising):.3g} ms: {1e3 * seconds:.3g} ms for {samples:,.0f} samples per GPU, and "
-        f"{1e3 * orthogonalising:.3g} ms for Muon's Newton-Schulz iterations, {flops / 1e9:,.3g} GFLOP in float32"
+        f"{1e3 * orthogonalising:.3g} ms for Muon's Newton-Schulz iterations, {flops / 1e9:,.3g} GFLOP in {precision}"
     )
 
 
