@@ -69,6 +69,14 @@ def test_images_alone_continue_from_an_mae_without_a_decoder(tmp_path):
     assert any("contain no decoder: it is randomly initialised" in note for note in given.notes)
 
 
+def test_a_decoder_with_cross_attention_starts_from_an_encoder(tmp_path):
+    M3AE(SMALL).save_pretrained(tmp_path / "self")
+    given = given_weights(str(tmp_path / "self"), tmp_path / "run", ["model.dec_attention=cross"])
+    note = "their decoder was trained with model.dec_attention=self: it is randomly initialised"
+    assert note in given.notes
+    assert note not in given_weights(str(tmp_path / "self"), tmp_path / "other", []).notes
+
+
 def test_the_range_of_images_is_that_of_the_weights(tmp_path):
     deep = SMALL.model_copy(update={"vocab_size": 0, "image_range": (0, 4095)})
     M3AE(deep).save_pretrained(tmp_path / "deep")

@@ -146,8 +146,8 @@ class ModelConfig(Section):
     """Whether features are averaged over tokens after the final LayerNorm or before it, as in fine-tuned MAEs (timm's
     `fc_norm`)."""
     init_from: str | None = None
-    """Export folder or Hugging Face model id to initialise a new run from. If it contains no decoder, the decoder is
-    randomly initialised."""
+    """Export folder or Hugging Face model id to initialise a new run from. If it contains no decoder, or one with
+    another `dec_attention`, the decoder is randomly initialised."""
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,6 +117,25 @@ def read_pretrained(source: str | Path) -> Pretrained:
     if config.vocab_size and path.is_file():
         tokenizer = load_tokenizer(str(path), config.text_length, config.vocab_size, label="tokenizer")
     return Pretrained(config, state, tokenizer)
+
+
+def start_for(config: ModelConfig, found: Pretrained) -> Pretrained:
+    """Return the weights with which a model of this config starts: those of the encoder alone if the decoder was
+    trained with the other kind of attention."""
+    if found.has_decoder and found.config.dec_attention != config.dec_attention:
+        encoder = {name: tensor for name, tensor in found.state.items() if name.startswith(ENCODER)}
+        return replace(found, state=encoder)
+    return found
+
+
+def missing_decoder(found: Pretrained, start: Pretrained) -> str:
+    """Return why a model has a randomly initialised decoder; "" if it has that of the weights. `found`: the weights;
+    `start`: what `start_for` returned for them."""
+    if start.has_decoder:
+        return ""
+    if found.has_decoder:
+        return f"their decoder was trained with model.dec_attention={found.config.dec_attention}"
+    return "they contain no decoder"
 
 
 def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.output_folder import TOKENIZER_FILE
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.pretrained import Pretrained, check_start, check_weights
+from m3ae_fast.model.pretrained import Pretrained, check_start, check_weights, missing_decoder, start_for
 from m3ae_fast.pretraining.automatic_settings import assumed_config
 from m3ae_fast.weights.converting import convert
 
@@ -53,14 +53,17 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
     if found.config.image_range is not None:
         implied["data.range"] = found.config.image_range
     given = [f"{name}={json.dumps(value)}" for name, value in implied.items()]
-    _require_fit(model, found, [*given, *overrides])
-    decoder = [] if found.has_decoder else ["they contain no decoder: it is randomly initialised"]
+    missing = missing_decoder(found, _fitting(model, found, [*given, *overrides]))
+    decoder = [f"{missing}: it is randomly initialised"] if missing else []
     return GivenWeights(given, [f"{found.kind}: weights to continue from, in {folder}", *decoder, *found.notes])
 
 
-def _require_fit(model: str, found: Pretrained, overrides: Sequence[str]) -> None:
-    """Raise UserError if the settings are invalid, or if they do not fit the weights."""
+def _fitting(model: str, found: Pretrained, overrides: Sequence[str]) -> Pretrained:
+    """Return the weights with which the run starts. Raises UserError if the settings are invalid, or if they do not fit
+    the weights."""
     config = assumed_config(overrides)
-    check_start(config.model, found, model)
+    start = start_for(config.model, found)
+    check_start(config.model, start, model)
     with torch.device("meta"):
-        check_weights(M3AE(config.model, config.loss), found.state, f"--from {model}")
+        check_weights(M3AE(config.model, config.loss), start.state, f"--from {model}")
+    return start

@@ -7,29 +7,29 @@ from torch import Tensor, nn
 
 from m3ae_fast.engine.interface import Read
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.pretrained import Pretrained, check_start, check_weights, read_pretrained
+from m3ae_fast.model.pretrained import check_start, check_weights, missing_decoder, read_pretrained, start_for
 from m3ae_fast.process.ranks import Ranks
 
 
 @torch.no_grad()
 def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
     """Load the weights in `model.init_from` into a model on the CPU, on every rank; rank 0 reads them. If the source
-    has no decoder, the model's decoder is unchanged. Return a line for the log. Raises UserError if the export does not
-    exist, or if one of its settings or weights does not fit the model."""
+    has no decoder, or one with the other kind of attention, the model's decoder is unchanged. Return a line for the
+    log. Raises UserError if the export does not exist, or if one of its settings or weights does not fit the model."""
 
-    def read() -> Pretrained:
-        start = read_pretrained(source)
+    def read() -> tuple[dict[str, Tensor], str]:
+        found = read_pretrained(source)
+        start = start_for(model.config, found)
         check_start(model.config, start, source)
         check_weights(model, start.state, f"model.init_from {source}")
-        return start
+        return start.state, missing_decoder(found, start)
 
-    start = ranks.on_main(read)
-    has_decoder = ranks.from_main(start is None or start.has_decoder)
+    state, missing = ranks.on_main(read) or ({}, "")
+    missing = ranks.from_main(missing)
     own = model.state_dict()
-    for name in ranks.from_main(list(start.state) if start else []):
-        own[name].copy_(ranks.from_main(start.state[name] if start else own[name]))
-    without = "" if has_decoder else ", which has no decoder: the decoder is randomly initialised"
-    return f"weights from {source}{without}"
+    for name in ranks.from_main([*state]):
+        own[name].copy_(ranks.from_main(state[name] if state else own[name]))
+    return f"weights from {source}" + (f"; {missing}: it is randomly initialised" if missing else "")
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def test_converted_mae_trains_on_with_its_positions(trainer):
     trainer.config.write_text(json.dumps(tiny))
     options = ["--set", "train.precision=bf16", *zero(1)]
     out = trainer("run", *options, "--set", "train.steps=2")
-    assert "which has no decoder: the decoder is randomly initialised" in out
+    assert "; they contain no decoder: it is randomly initialised\n" in out
     out = trainer("run", *options, "--set", "train.steps=4", "--resume", "auto")
     assert "weights from" not in out
     assert [line["step"] for line in lines(trainer, "run") if "loss" in line] == [1, 2, 3, 4]
@@ -106,6 +106,23 @@ def test_weights_that_do_not_fit_are_named(tmp_path, run, change):
         start_from(model, str(tmp_path / "start"), alone)
     assert MISTAKES[change] in str(caught.value) and "\n" not in str(caught.value)
     assert all((before[name] == tensor).all() for name, tensor in model.state_dict().items())
+
+
+def test_a_decoder_with_the_other_attention_is_not_loaded(tmp_path):
+    torch.manual_seed(0)
+    whole = M3AE(ModelConfig(**TINY["model"]))
+    whole.save_pretrained(tmp_path / "start")
+    alone = SimpleNamespace(on_main=lambda work: work(), from_main=lambda value: value)
+    crossed = M3AE(whole.config.model_copy(update={"dec_attention": "cross"}))
+    before = {name: tensor.clone() for name, tensor in crossed.state_dict().items()}
+    line = start_from(crossed, str(tmp_path / "start"), alone)
+    assert line.endswith("start; their decoder was trained with model.dec_attention=self: it is randomly initialised")
+    for name, tensor in crossed.state_dict().items():
+        expected = whole.state_dict()[name] if name.startswith(ENCODER) else before[name]
+        assert torch.equal(tensor, expected), name
+    again = M3AE(whole.config)
+    assert start_from(again, str(tmp_path / "start"), alone) == f"weights from {tmp_path / 'start'}"
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
 def test_run_that_cannot_start_says_so_in_a_line_and_leaves_nothing(trainer):
