@@ -26,8 +26,9 @@ def photo(tmp_path):
     return path
 
 
-def test_each_mask_gets_its_likeliest_tokens(run, photo):
-    model = open_model(str(run), text=True).eval()
+@pytest.mark.parametrize("attention", ["self", "cross"])
+def test_each_mask_gets_its_likeliest_tokens(tmp_path, photo, attention):
+    model = open_model(str(tiny_run(tmp_path / "run", dec_attention=attention)), text=True).eval()
     text = "a [MASK] house by the [MASK]"
     guesses = fill_text(model, make_sample(model, photo, text, 1.0, 0), top=model.config.vocab_size)
     assert [len(place) for place in guesses] == [2048, 2048]
