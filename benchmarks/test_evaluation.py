@@ -176,9 +176,8 @@ def test_grid_of_heads(tmp_path):
 def test_linear_probes_and_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     means_CD = torch.randn(KINDS, WIDTH, generator=generator)
-    mixing_DD = (
-        torch.randn(WIDTH, WIDTH, generator=generator) / torch.arange(1, WIDTH + 1)[:, None]
-    )  # with a spectrum like that of a network's features
+    # features with a spectrum like that of a network's features
+    mixing_DD = torch.randn(WIDTH, WIDTH, generator=generator) / torch.arange(1, WIDTH + 1)[:, None]
 
     def part(count: int) -> FeatureBank:
         labels_N = torch.randint(KINDS, (count,), generator=generator)
