@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; each of pytest's workers has one core
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it at its import; each of pytest's workers has one core
 
 # Tests send signals to their processes that would be ignored under nohup or in the background of a script.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:

@@ -47,7 +47,7 @@ def test_all_ranks_get_what_rank_0_makes_of_all_reports_in_their_order(world):
     expected = [[f"{number}:{rank}" for rank in range(world)] for number in range(5)]
     assert on_every_rank(world, work, store) == [[" ".join(reports) for reports in expected]] * world
     assert judged == expected
-    assert store.num_keys() <= 1  # of many saves nothing is left but the last answer
+    assert store.num_keys() <= 1  # after many saves, only the last answer is left
 
 
 @pytest.mark.parametrize("words", ["the disk is full", "said yes", "refused no"])
@@ -76,8 +76,7 @@ def test_a_bug_on_rank_0_is_raised_there_and_ends_the_others():
 
 
 def test_a_rank_that_leaves_waits_for_the_others_a_while_and_no_longer(monkeypatch):
-    """Time is that of a simulated clock. A rank that does not leave keeps waiting, since another may have much to
-    save."""
+    """The clock is simulated. A rank that does not leave keeps waiting, because another rank may have much to save."""
     now, leaving = [0.0], threading.Event()
     own = Agreement(1, 2, dist.HashStore(), leaving)
     looks = []
@@ -98,8 +97,8 @@ def test_a_rank_that_leaves_waits_for_the_others_a_while_and_no_longer(monkeypat
 @pytest.mark.parametrize("failing", [set(), {0}, {2}, {0, 1}, {1, 2}])
 @pytest.mark.parametrize("bugs", [set(), {0, 1, 2}, {1}])
 def test_an_error_of_any_rank_ends_all_of_them(failing, bugs):
-    """A bug is raised on its own rank, and a user error on all others. If there are bugs only, the others are told the
-    first one."""
+    """A bug is raised on its own rank, and a user error on all others. If all errors are bugs, the other ranks receive
+    the first one."""
 
     def work(own):
         def part():

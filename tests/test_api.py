@@ -23,7 +23,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder of images of several sizes and formats, some in sub-folders."""
+    """Return a folder with images of several sizes and formats, some of them in sub-folders."""
     folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     (folder / "more").mkdir()
     for name, size in (("a.png", (40, 64)), ("b.jpg", (50, 33)), ("more/c.png", (32, 32))):

@@ -75,7 +75,7 @@ def run(request, monkeypatch):
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)]
 )
 def test_attention_against_softmax(run, dtype, tolerance, whole):
-    """Outputs and gradients are compared for lengths of 0, 1 and more, and for fewer queries than keys."""
+    """Compare outputs and gradients for lengths of 0, 1 and more, and with fewer queries than keys."""
     q, kv, *ends = inputs(dtype, whole)
     out = run(q, kv, *ends)
     q64, kv64 = (x if x is None else x.detach().double().requires_grad_() for x in (q, kv))
@@ -145,7 +145,8 @@ def test_no_queries_and_no_rows():
 
 
 def test_scores_that_are_made_at_once_stay_in_the_cache(monkeypatch):
-    """As many equal samples as fit are computed at once. A sample that does not fit is computed by itself."""
+    """As many samples of equal lengths as fit into the cache are computed at once. A sample that does not fit is
+    computed by itself."""
     monkeypatch.setattr(per_sample, "CHUNK_SCORES", 600)
     for queries, keys, sizes in ((5, 7, [8, 2]), (7, 5, [8, 2]), (20, 20, [1] * 10)):
         groups = per_sample._groups(segments([queries] * 10), segments([keys] * 10), 2)
@@ -298,7 +299,7 @@ class StandIns:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """A state in which no implementation is chosen yet and no device has to be waited for."""
+    """Set a state in which no implementation has been chosen, and no device has to be waited for."""
     monkeypatch.setattr(cuda, "_chosen", {})
     monkeypatch.setattr(cuda, "SAMPLES", 2)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
@@ -329,7 +330,7 @@ def test_kernels_of_others_are_called_right(monkeypatch, name, whole):
 
 @pytest.mark.slow
 def test_the_fastest_is_taken_and_the_others_reasons_are_told(monkeypatch, caplog):
-    """Times are those of the stand-ins."""
+    """The times are those of the stand-ins."""
     stand_ins = StandIns(wrong="3")
     stand_ins.install(monkeypatch, "flash_attn_2", "flash_attn_3")
     stand_ins.install_in_torch(monkeypatch)
@@ -343,18 +344,19 @@ def test_the_fastest_is_taken_and_the_others_reasons_are_told(monkeypatch, caplo
     assert not [line for line in caplog.records if line.levelno > logging.INFO and "not available" in line.message]
     assert "flash-attn 3 is excluded: its results are off by" in caplog.text
     assert "torch varlen takes 2000.000 ms" in caplog.text
-    # a repeated request makes no new trials; another length at the start of a run does
+    # a repeated request runs no new trials, but another length at the start of a run does
     stand_ins.calls.clear()
     assert cuda.choose(CPU, BF16, 2, 16, 300).name == "flash-attn 2" and not stand_ins.calls
     seconds["torch varlen"] = 0.5
     assert cuda.try_out(CPU, BF16, 2, 16, 300).name == "torch varlen"
     assert cuda.try_out(CPU, BF16, 2, 16, 300).name == "torch varlen"
-    asked = (12, 50, 54, 150, 290)  # nearer by their ratio: 9 * 300 is 52 * 52
+    asked = (12, 50, 54, 150, 290)  # the nearest length is determined by ratios: 9 * 300 is 52 * 52
     assert [cuda.choose(CPU, BF16, 2, 16, n).name for n in asked] == ["flash-attn 2"] * 2 + ["torch varlen"] * 3
 
 
 def test_what_does_not_work_is_left_out(monkeypatch, caplog):
-    """A build that cannot be loaded and a build for another GPU are left out. Padding remains, as for float32."""
+    """A build that cannot be loaded and a build for another GPU are excluded. Padded attention remains, as for
+    float32."""
 
     def broken(device) -> Kernel:
         raise ImportError("libcudart.so.11: cannot open shared object file")
@@ -375,8 +377,8 @@ def test_what_does_not_work_is_left_out(monkeypatch, caplog):
 
 
 def test_what_computes_something_else_is_left_out(monkeypatch, caplog):
-    """Examples are NaN, errors of a few percent, wrong gradients, and the assumption that all samples have one
-    length."""
+    """The wrong kernels return NaN, errors of a few percent or wrong gradients, or assume that all samples have the
+    same length."""
 
     def times(factor: float):
         def forward(*arguments):
@@ -405,8 +407,8 @@ def test_what_computes_something_else_is_left_out(monkeypatch, caplog):
 
 
 def test_what_is_right_for_all_queries_alone_is_left_out(monkeypatch, caplog):
-    """The last block has fewer queries than keys. Sums of another shape, with which compiled code would fail, are also
-    rejected."""
+    """The last block has fewer queries than keys. Kernels whose log-sum-exps have another shape, with which compiled
+    code would fail, are also excluded."""
 
     def near(q, k, v, queries, keys):
         out, lse = PADDED.forward(q, k, v, queries, keys)
@@ -429,8 +431,8 @@ def test_what_is_right_for_all_queries_alone_is_left_out(monkeypatch, caplog):
 )
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_ends_that_are_those_of_no_samples_are_refused(ends, longest, impl):
-    """Ends of keys and of queries are refused that decrease, that are further apart than the longest length, or that
-    leave rows out."""
+    """The boundaries of queries and of keys are rejected if they decrease, are further apart than the longest length,
+    or leave out rows."""
     kv, right = torch.randn(9, 3, 2, 16), torch.tensor([0, 4, 9], dtype=torch.int32)
     wrong = torch.tensor(ends, dtype=torch.int32)
     op.packed_attention(kv, right, 5, impl=impl)
@@ -443,7 +445,7 @@ def test_ends_that_are_those_of_no_samples_are_refused(ends, longest, impl):
 
 
 def test_what_is_asked_for_is_what_runs(monkeypatch):
-    """This holds on both devices, and a run reports it. tests/kernels runs Triton's kernels."""
+    """This holds on both devices, and the run logs the choice. The Triton kernels are tested in tests/kernels."""
     monkeypatch.setattr(cuda, "choose", lambda *_: pytest.fail("nothing is tried"))
     monkeypatch.setattr(cuda, "try_out", cuda.choose)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # otherwise the CPU would refuse Triton
@@ -482,7 +484,7 @@ def test_kernels_are_checked_small_and_timed_at_the_micro_batchs_size(monkeypatc
 
 @pytest.fixture
 def trials(monkeypatch):
-    """A record of simulated trials, in which "new" is the fastest and "old" the second."""
+    """Return a record of simulated trials, in which "new" is the fastest kernel and "old" the second."""
     tried = []
 
     def trial(device, dtype, heads, head_dim, length, samples):
@@ -510,7 +512,7 @@ def test_one_rank_chooses_and_all_run_the_same(trials):
 
 
 def test_what_is_tried_is_as_long_as_a_whole_sample(trials):
-    """This holds in the encoder and the decoder, with separate mask ratios of images and texts."""
+    """This holds for the encoder and the decoder, with different mask ratios of images and texts."""
     masking = MaskingConfig(image_ratio=0.25, text_ratio=0.5)
     sample = Sample("pair", torch.zeros(3, 32, 32, dtype=torch.uint8), draw_mask(16, 0.25), torch.arange(12))
     sample.text_mask = draw_mask(12, 0.5)

@@ -89,7 +89,7 @@ def test_encode_takes_arrays_files_and_tensors(dtype, tmp_path):
 @pytest.mark.parametrize("size", [(16, 16), (40, 23)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 def test_levels_are_the_same_image_whatever_they_come_as(dtype, size, tmp_path):
-    """The images are bitwise equal, and can be in one batch with others."""
+    """The images are bitwise equal, and can be combined with other images in a batch."""
     config = make(dtype).config.model_copy(update={"channels": 3, "image_mean": MEAN[:3], "image_std": STD[:3]})
     levels = np.random.RandomState(0).randint(0, 256, (*size, 3), dtype=np.uint8)
     Image.fromarray(levels).save(tmp_path / "a.png")
@@ -100,7 +100,7 @@ def test_levels_are_the_same_image_whatever_they_come_as(dtype, size, tmp_path):
 
 
 def test_weights_of_16_bits_take_normalised_floats():
-    """Under ZeRO weights have 16 bits without autocast."""
+    """With ZeRO, weights have 16 bits, and autocast is not used."""
     model = make("float32")
     sample = Sample("a", normalised(chw("float32"), MEAN, STD), MASK)
     expected = model(pack([sample], model.geometry)).loss.item()
@@ -192,7 +192,7 @@ def test_mistakes_are_one_line(model, data, message):
 
 @pytest.mark.slow
 def test_the_satellite_example_runs(tmp_path, monkeypatch, capsys):
-    """The commands of the example run in this process, from synthetic bands to a probe."""
+    """The commands of the example, from synthetic images to a probe, run in this process."""
     spec = importlib.util.spec_from_file_location("satellite", ROOT / "examples" / "satellite.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
@@ -214,6 +214,6 @@ def test_the_satellite_example_runs(tmp_path, monkeypatch, capsys):
     assert accuracy > 0.6  # the four spectra differ clearly
     colours = np.asarray(Image.open(tmp_path / "bands.png").convert("RGB"))[24:184, 8:168]
     assert (colours[..., 0] != colours[..., 2]).any()
-    # the sheet that was drawn during training
+    # the figure that was plotted during training
     drawn = np.asarray(Image.open(tmp_path / "run" / "attention.png").convert("RGB"))[6:134, 6:134]
     assert (drawn[..., 0] != drawn[..., 2]).any()

@@ -1,4 +1,5 @@
-"""Work besides the training steps: saves in the background, garbage collection, shared memory, checks at the start."""
+"""Work in addition to the training steps: saves in the background, garbage collection, shared memory, and checks at the
+start."""
 
 import gc
 import json
@@ -87,7 +88,7 @@ def test_what_is_no_exception_is_raised_too():
 
 @pytest.mark.parametrize("error", [None, UserError, RuntimeError, KeyboardInterrupt])
 def test_the_last_work_is_awaited_at_the_end(error):
-    """It is not awaited if the user interrupts the run."""
+    """The last work is not awaited if the user interrupts the run."""
     done, go = [], threading.Event()
     timer = threading.Timer(0.3, go.set)
     timer.start()
@@ -110,7 +111,7 @@ def test_the_last_work_is_awaited_at_the_end(error):
         with pytest.raises(error):
             run()
     assert done == ([] if error is KeyboardInterrupt else [1])
-    # a UserError is raised on all ranks, so that no rank has to leave
+    # a UserError is raised on all ranks, so no rank has to end the others
     assert background.leaving.is_set() == (error in (KeyboardInterrupt, RuntimeError))
     go.set()
     timer.join()
@@ -171,7 +172,7 @@ GEOMETRY = Geometry(256, 16, 3, 64)
 
 @pytest.mark.parametrize("width", [256, 512])
 def test_a_packed_batch_is_no_larger_than_is_reckoned_with(width):
-    """This holds for square images and for the largest native ones."""
+    """This holds for square images and for the largest native images."""
     import torch
 
     from m3ae_fast.batch import Sample, pack

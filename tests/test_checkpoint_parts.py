@@ -1,4 +1,4 @@
-"""Checkpoints of which each rank writes a part: they are complete or absent, and load on any number of ranks."""
+"""Checkpoints of which each rank writes a part are complete or absent, and can be loaded on any number of ranks."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_a_rank_that_is_killed_in_the_midst_of_a_save_leaves_the_one_before(tmp_
     assert resuming.find(tmp_path, "auto") == path
     assert torch.equal(checkpoint.open_state(path).whole("model/w"), torch.arange(1000.0) + 1)
     left = os.listdir(tmp_path / "checkpoints")
-    assert len(left) == 2 and left != [path.name]  # what it had begun
+    assert len(left) == 2 and left != [path.name]  # the folder that the failed save had begun
     save_cut(tmp_path, STATE, 2, step=2)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000001", "step-00000002"]
 
@@ -115,7 +115,7 @@ def test_torch_distributed_checkpoint_reads_what_ranks_wrote(tmp_path, world):
 def test_one_rank_s_checkpoint_is_one_file_that_safetensors_reads(tmp_path):
     path = save(tmp_path, STATE, checkpoint.Info(1, 0, 42, {}, {}))
     assert sorted(file.name for file in path.iterdir()) == ["state.json", "state.safetensors"]
-    for folder in (path, save_cut(tmp_path, STATE, 2, step=2)):  # who may read one of its files may read all
+    for folder in (path, save_cut(tmp_path, STATE, 2, step=2)):  # all its files have the same permissions
         assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
     found = load_file(path / "state.safetensors")
     assert found.keys() == STATE.keys() and all(torch.equal(found[name], tensor) for name, tensor in STATE.items())
@@ -147,7 +147,7 @@ def _parts(world=3):
 
 
 def test_an_element_in_no_part_or_in_two_is_noticed_on_every_rank(tmp_path):
-    """A rank that contributes fewer or more elements than it should prints no error by itself."""
+    """A rank that contributes too few or too many elements does not notice this by itself."""
     less, more, other = _parts(), _parts(), _parts()
     less[1]["model/a"] = less[1]["model/a"]._replace(data=less[1]["model/a"].data[:-2])
     more[2]["model/b"] = whole(STATE["model/b"])
@@ -263,7 +263,7 @@ def test_a_damaged_file_is_one_line_whichever_it_is(saved, file, damage):
         (saved / file).mkdir()
     elif damage == "pipe":
         os.mkfifo(saved / file)
-    assert resuming.find(saved.parents[1], "auto") == saved  # an older one must not be used silently
+    assert resuming.find(saved.parents[1], "auto") == saved  # an older checkpoint must not be used silently
     for read in (checkpoint.open_state, checkpoint.read_weights):
         with pytest.raises(UserError, match=rf"{saved.name}: {file} is damaged \(.*remove the folder") as caught:
             read(saved)
@@ -288,7 +288,7 @@ def test_a_field_of_the_state_that_is_damaged_is_named_in_few_words(saved):
 
 @pytest.mark.parametrize("file", part_files(3))
 def test_a_part_without_its_checksum_is_refused(saved, file):
-    """The part may belong to another step, which nothing else would detect."""
+    """The part may belong to another step, which no other check would detect."""
     other = save_cut(saved.parents[1], {name: tensor + 1 for name, tensor in STATE.items()}, 3, step=2)
     (saved / file).write_bytes((other / file).read_bytes())
     info = json.loads((saved / "state.json").read_text())
@@ -384,7 +384,7 @@ def test_a_copy_takes_the_place_of_the_one_before(tmp_path):
 
 
 def test_an_update_waits_for_the_copy_that_was_begun():
-    """The update also proceeds after a copy that fails."""
+    """The update also proceeds if the copy fails."""
     staging = Staging()
     staging.wait()
     staging.begin(torch.device("cpu"))
@@ -414,7 +414,7 @@ def _saver(run_dir, fragments, say=lambda text: None):
 
 
 def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
-    """This holds however late the copying thread begins."""
+    """This holds even if the copying thread begins late."""
     listed, said = threading.Event(), []
     with _saver(tmp_path, lambda: listed.wait(60) and cut(STATE, 0, 1), said.append) as saver:
         saver.save(checkpoint.Info(3, 12, 0, {}, {}))
@@ -439,12 +439,12 @@ def test_an_evaluation_makes_the_checkpoint_of_its_own_step_good(tmp_path):
 
 
 def test_a_checkpoint_that_is_being_written_is_good_once_the_next_step_is_finite(tmp_path):
-    """Before an evaluation the run waits for it, and marks it then."""
+    """Before an evaluation, the run waits for the checkpoint and then marks it."""
     listed = threading.Event()
     watch = SimpleNamespace(spikes=None, first_bad=lambda: "", bad_step=None, finite_through=4)
     with _saver(tmp_path, lambda: listed.wait(60) and cut(STATE, 0, 1)) as saver:
         saver.save(checkpoint.Info(3, 12, 0, {}, {}))
-        saver.ranks.sum = lambda values: listed.set() or values  # it is written while the run waits
+        saver.ranks.sum = lambda values: listed.set() or values  # the checkpoint is written while the run waits
         trainer = SimpleNamespace(watch=watch, ranks=SimpleNamespace(gather=lambda own: [own]), saver=saver)
         Trainer.stop_if_diverged(trainer)
         listed.set()
@@ -453,7 +453,7 @@ def test_a_checkpoint_that_is_being_written_is_good_once_the_next_step_is_finite
 
 
 def _decide(judge, world=3, rounds=1):
-    """Return the answer that each rank gets. Here a rank is a thread."""
+    """Return the answer that each rank receives. Each rank is a thread."""
 
     def one(ranks):
         try:
@@ -504,7 +504,7 @@ def test_a_rank_that_left_is_not_awaited_by_one_that_is_about_to(monkeypatch):
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(alone.decide, "x", str)
         with pytest.raises(TimeoutError):
-            waiting.result(0.3)  # while it continues training
+            waiting.result(0.3)  # while the rank continues training
         alone._leaving.set()
         with pytest.raises(UserError, match="another rank exited during a save"):
             waiting.result(5)

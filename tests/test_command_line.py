@@ -11,7 +11,7 @@ from m3ae_fast.cli import command_line, evaluate, pretrain, shards
 from m3ae_fast.cli.command_line import output, seed, use_device
 
 WRONG = [
-    (output(), "", "is empty; name one"),  # as of a variable of the shell that is not set
+    (output(), "", "is empty; name one"),  # such as the value of a shell variable that is not set
     (output(), "out\udcff", "is not UTF-8"),
     (output(".png"), "photo.jpg", "photo.jpg: must end in .png"),
     (output(".npz", ".parquet"), "npz", "npz: must end in .npz or .parquet"),
@@ -78,7 +78,7 @@ def test_a_mistake_in_a_command_of_a_program_points_to_the_help_of_that_command(
 @pytest.mark.parametrize("variables", [{"RANK": "{}", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "{}", **SRUN}])
 def test_a_mistake_on_the_command_line_of_several_ranks_is_told_once(monkeypatch, capsys, line, variables):
     monkeypatch.setattr(command_line, "_FIRST_S", 0.0)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # other tests may have left them in this process
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # other tests may have set them in this process
         monkeypatch.delenv(name, raising=False)
     words = ["images", *line.split(" ")]
     for rank in ("0", "1"):

@@ -1,4 +1,4 @@
-"""A user's mistake is one line that names the thing, exit code 2, and nothing is written."""
+"""A user's mistake gives a message of one line that names the mistake, and exit code 2, and nothing is written."""
 
 import json
 import re
@@ -32,8 +32,8 @@ from tests.helpers.trainer import CLIPART, ROOT, TINY
 
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
-    """A function that runs train.py's main in this process with the tiny config, and returns the exit code and stderr,
-    or stdout with `out`."""
+    """Return a function that runs train.py's main in this process with the tiny config. It returns the exit code and
+    stderr or, with `out`, stdout."""
     monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its own Ctrl-C
     monkeypatch.setattr("m3ae_fast.training.dry_run.MEASURED_S", 0.1)
     config = tmp_path / "tiny.json"
@@ -99,7 +99,7 @@ MISTAKES = [
     (["data.train.².shards=x"], "'²'"),
     (["nonsense"], "section.key=value"),
     (["train.steps.x=1"], "train.steps is a value"),
-    (["data.train.1.shards=x"], "'1'"),  # there is one source only
+    (["data.train.1.shards=x"], "'1'"),  # there is only one source
 ]
 
 
@@ -157,7 +157,7 @@ def test_old_run_is_not_overwritten(run):
 
 @pytest.mark.slow
 def test_damaged_checkpoint(run):
-    """Every kind of damage: test_hostile_files.py."""
+    """test_hostile_files.py tests every kind of damage."""
     assert run()[0] == 0
     for name in ("state.safetensors", "state.json"):
         (run.folder / "run/checkpoints/step-00000006" / name).write_bytes(b"{")
@@ -212,7 +212,7 @@ def test_loss_that_is_not_finite(run):
     code, err = run(*(word for o in options for word in ("--set", o)))
     assert code == 2
     assert "the loss of step" in err and "train-0000.tar/" in err and "optim.peak_lr" in err
-    assert (run.folder / "run/checkpoints").is_dir()  # what was saved before is still there
+    assert (run.folder / "run/checkpoints").is_dir()  # earlier checkpoints are still there
 
 
 @pytest.mark.slow
@@ -295,7 +295,7 @@ def test_model_without_words_refuses_captions_that_are_asked_for(run):
 
 
 def test_model_without_words_reads_the_images_of_captioned_shards():
-    """This equals a given modality, in training and validation."""
+    """This is equivalent to a modality that is set, in training and validation."""
     alone = load_config(ROOT / "configs/quickstart.json", ["model.vocab_size=0"])
     given = ["data.train.0.modality=image", "data.val.0.modality=image"]
     assert alone == load_config(ROOT / "configs/quickstart.json", ["model.vocab_size=0", *given])
@@ -337,14 +337,14 @@ def test_dry_run(path, capsys):
 
 
 def test_a_gpu_has_the_peaks_of_its_own_data_sheet():
-    """This also holds if its name begins with that of another GPU."""
+    """This also holds if the name begins with the name of another GPU."""
     for name, peaks in hardware._PEAKS.items():
         assert hardware.data_sheet(f"NVIDIA {name}GB") is peaks
     assert hardware.data_sheet("NVIDIA GeForce GTX 1080") is None
 
 
 def test_a_dry_run_predicts_step_and_bottleneck_of_the_fast_configs(capsys):
-    """The steps of the small config are so fast that its loader needs more cores than a node has."""
+    """The steps of the small config are so fast that its loader requires more cores than a node has."""
 
     def plan(name):
         assert train.main(["--config", name, "--dry-run", "--no-data", "--world", "8"]) == 0
@@ -402,7 +402,7 @@ def test_learning_rate_is_optax_warmup_cosine():
 
     config = OptimConfig(peak_lr=1.0, init_lr=0.1, end_lr=0.01)
     rates = [learning_rate(step, config, 512, 10, 110) for step in (0, 5, 10, 60, 110, 500)]
-    # twice the numbers of optax.warmup_cosine_decay_schedule(0.1, 1.0, 10, 110, 0.01): the batch is 2 x 256
+    # twice the values of optax.warmup_cosine_decay_schedule(0.1, 1.0, 10, 110, 0.01), because the batch is 2 x 256
     assert rates == pytest.approx([0.2, 1.1, 2.0, 1.01, 0.02, 0.02])
     assert learning_rate(0, config, 256, 0, 10) == 1.0
 
@@ -574,13 +574,13 @@ def test_a_kind_of_section_is_explained_once():
 
 
 def test_every_program_is_listed():
-    """`python -m m3ae_fast` names whatever can be run."""
+    """`python -m m3ae_fast` lists everything that can be run."""
     programs = {
         path.stem if path.name != "__main__.py" else path.parent.name
         for path in (ROOT / "m3ae_fast").rglob("*.py")
         if '__name__ == "__main__"' in path.read_text()
     }
-    started = {"m3ae_fast", "object_store"}  # the latter by a run, to fetch shards
+    started = {"m3ae_fast", "object_store"}  # a run starts the latter to download shards
     assert programs - started == {module.rpartition(".")[2] for module in MODULES.values()}
     listed = subprocess.run([sys.executable, "-m", "m3ae_fast"], cwd=ROOT, capture_output=True, text=True).stdout
     assert all(f"\n  {name} " in listed for name in MODULES)
@@ -589,7 +589,7 @@ def test_every_program_is_listed():
 
 
 def test_the_official_hyper_parameters_are_the_defaults():
-    """The official ones are in arXiv 2205.14204, its appendix and its public code."""
+    """The official hyper-parameters are in arXiv 2205.14204, its appendix and its public code."""
     config = parse(Config, {"data": {"train": [{"shards": "a.tar"}]}, "train": {"epochs": 1}}, "test")
     model, optim = config.model, config.optim
     assert (model.emb_dim, model.depth, model.num_heads, model.mlp_ratio) == (1024, 24, 16, 4)
@@ -635,7 +635,7 @@ def test_a_config_follows_its_run_folder_as_far_as_that_has_its_files(tmp_path):
         "data": {"train": [{"shards": ["/a/shards/0.tar", "/a/b.tar", "/ab/shards/0.tar"]}]},
     }
     found = follow(config, tmp_path)
-    assert found["run"] == {"dir": str(tmp_path)}  # also if it contains nothing else
+    assert found["run"] == {"dir": str(tmp_path)}  # even if the config contains nothing else
     assert found["data"]["train"][0]["shards"] == [f"{tmp_path}/shards/0.tar", "/a/b.tar", "/ab/shards/0.tar"]
     for other in ({"run": {"dir": str(tmp_path)}}, {"run": {"dir": "a"}}, {"run": {"dir": 5}}, {"run": None}, {}):
         assert follow(other, tmp_path) is other

@@ -1,4 +1,4 @@
-"""The CPU kernels of attention compared with float64, and the fallback where they cannot be built."""
+"""The CPU kernels of attention, compared with float64, and the fallback if they cannot be built."""
 
 import itertools
 import subprocess
@@ -18,14 +18,14 @@ from torch import Tensor
 from tests.helpers.amx import TILES_ANYWHERE
 
 AMX = {"amx_tile", "amx_bf16"}
-BUILDS = {  # dtype, a vendor for whose CPUs it is made, what the CPU must have, whether AMX, largest relative error
+BUILDS = {  # dtype, vendor of the CPUs, required CPU flags, whether it uses AMX, largest relative error
     "float32": (torch.float32, "GenuineIntel", set(), False, 3e-6),
     "bf16 as floats": (torch.bfloat16, "GenuineIntel", {"avx512_bf16"}, False, 4e-3),
     "bf16 in pairs": (torch.bfloat16, "AuthenticAMD", {"avx512_bf16"}, False, 4e-3),
     "bf16 in tiles": (torch.bfloat16, "GenuineIntel", {"avx512_bf16"}, True, 4e-3),
 }
 PER_SAMPLE = "torch, per sample"
-SHAPES = {  # heads, values per head, queries, keys
+SHAPES = {  # heads, head dimension, queries, keys
     "one key": (1, 16, [1], [1]),
     "decoder": (4, 32, [217, 229, 198], [217, 229, 198]),
     "encoder": (6, 64, [55, 3, 61, 8, 9, 16, 17], [55, 3, 61, 8, 9, 16, 17]),
@@ -43,7 +43,7 @@ def segments(lengths: list[int]) -> Segments:
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """A function of (vendor, flags) that makes this CPU appear as another."""
+    """Return a function of (vendor, flags) that makes this CPU appear as another one."""
 
     def pretend(vendor: str, flags: set[str]) -> None:
         monkeypatch.setattr(native, "this_cpu", lambda: Cpu(vendor, "", frozenset(flags)))
@@ -55,7 +55,7 @@ def cpu(monkeypatch):
 
 @pytest.fixture(params=BUILDS)
 def build(request, cpu, monkeypatch) -> tuple[torch.dtype, float]:
-    """(dtype, largest relative error) of the build that the test uses."""
+    """Return (dtype, largest relative error) of the build that the test uses."""
     dtype, vendor, needs, tiles, error = BUILDS[request.param]
     flags = this_cpu().flags
     if not flags >= builds.AVX512 | needs:
@@ -86,7 +86,7 @@ def name(q: Tensor) -> str:
 
 
 def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> dict[str, Tensor]:
-    """Return outputs and gradients, which are slices of one tensor to which nothing else is written."""
+    """Return outputs and gradients, which are slices of one tensor; nothing else is written to this tensor."""
     kernel = kernel_of(q)
     out, lse = kernel.forward(q, k, v, queries, keys)
     dq, dkv = q.new_full(q.shape, torch.nan), k.new_full((len(k), 2, *k.shape[1:]), torch.nan)
@@ -169,8 +169,8 @@ def test_large_scores_and_what_is_not_finite(build):
 
 
 def test_lanes_past_the_last_key_are_no_keys(build):
-    """All scores are far below 0 and the number of keys is no multiple of 16, so that a lane of 0 would be the
-    largest."""
+    """All scores are far below 0, and the number of keys is not a multiple of 16, so an unused lane with the value 0
+    would be the largest score."""
     grad, q, k, v, *cu = inputs("pruned", build[0], scale=8)
     k = -q.abs().amax() * torch.ones_like(k)
     q = q.abs().contiguous()
@@ -179,9 +179,9 @@ def test_lanes_past_the_last_key_are_no_keys(build):
     exact = run(*(x.double() for x in (grad, q, k, v)), *cu)
     results = run(grad, q, k, v, *cu)
     assert all(result.isfinite().all() for result in results.values())
-    for name in ("out", "lse", "dv"):  # the others are differences of equal numbers
+    for name in ("out", "lse", "dv"):  # the other gradients are differences of equal numbers
         got = results[name]
-        # dv's weights are exp2(score - lse): as exact as float32 is at the size of the scores
+        # The weights of dv are exp2(score - lse), which is as accurate as float32 is at the magnitude of the scores.
         bound = 2 * build[1] + (2 * 2**-23 * float(scores.abs().max()) if name == "dv" else 0)
         assert (got.double() - exact[name]).norm() <= bound * (1 + exact[name].norm()), name
 
@@ -198,7 +198,7 @@ def cache(monkeypatch, tmp_path) -> Path:
 
 
 def test_built_once_for_each_text_and_flags(cache, monkeypatch, tmp_path):
-    """A changed header that the text includes also causes a build."""
+    """A change of an included header also causes a build."""
     monkeypatch.setattr(builds, "FOLDER", tmp_path)
     header, source = tmp_path / "one.h", tmp_path / "one.c"
     header.write_text("#define ONE 1\n")
@@ -217,7 +217,7 @@ def test_built_once_for_each_text_and_flags(cache, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_damaged_library_is_built_again(cache):
-    """The test needs a process of its own, since a truncated library would end it with SIGBUS."""
+    """The test runs in a separate process, because a truncated library would end the process with SIGBUS."""
     builds.compiled("gelu.c", ())
     whole = cached(cache)
     (library,) = whole
@@ -238,7 +238,7 @@ def test_a_damaged_library_is_built_again(cache):
 
 
 def test_what_no_loader_takes_is_not_kept(cache, monkeypatch, tmp_path, caplog):
-    """Its checksum does not make the next run accept it."""
+    """The next run does not accept it on account of its checksum."""
     script(monkeypatch, tmp_path, 'while [ "$1" != -o ]; do shift; done; echo no library > "$2"')
     for _ in range(2):
         assert load_anew() is None
@@ -284,7 +284,7 @@ def test_kernels_are_built_without_a_home(monkeypatch, tmp_path, caplog, home):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if home == "none":
         monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    else:  # as for root too: a file where a folder should be
+    else:  # a file in place of a folder, which stops root too
         (tmp_path / ".cache").touch()
         monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert builds.compiled("gelu.c", ()).forward and builds.compiled("gelu.c", ("-DOTHER",)).forward

@@ -16,7 +16,7 @@ EXTREMES = (0.0, -0.0, 1e-30, 65.0, -65.0, 1e20, -1e20)
 
 @pytest.fixture
 def fresh_libraries():
-    """A state in which no library is loaded. Libraries that the test loads are forgotten after it."""
+    """Set a state in which no library is loaded. Libraries that the test loads are dropped after it."""
     libraries = (build.load, mlp._library, linear._library, linear._product_library)
     for library in libraries:
         library.cache_clear()
@@ -27,14 +27,14 @@ def fresh_libraries():
 
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path, fresh_libraries):
-    """A machine without a C compiler."""
+    """Simulate a machine without a C compiler."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "/no/such/compiler")
 
 
 @pytest.fixture(params=["AMX", "AVX-512"])
 def products(request, monkeypatch, fresh_libraries):
-    """Each way of compiling the kernels of linear layers."""
+    """Use each way of compiling the kernels of linear layers."""
     if BF16 not in build.DTYPES:
         pytest.skip("this CPU lacks products of bf16 pairs")
     monkeypatch.setattr(linear, "FLAGS", TILES_ANYWHERE if request.param == "AMX" else build.BF16)
@@ -42,7 +42,7 @@ def products(request, monkeypatch, fresh_libraries):
 
 @pytest.fixture
 def threads():
-    """A function that sets the number of threads."""
+    """Return a function that sets the number of threads."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -53,7 +53,7 @@ def relative(got: Tensor, exact: Tensor) -> float:
 
 
 def values(dtype: torch.dtype) -> Tensor:
-    """Return an odd number of values, 1008 + 7, in a shape that is no multiple of the kernel's vectors."""
+    """Return an odd number of values, 1008 + 7, which is not a multiple of the kernel's vector length."""
     torch.manual_seed(0)
     return torch.cat([3 * torch.randn(1001), torch.linspace(-9, 9, 7), torch.tensor(EXTREMES)]).to(dtype).view(5, 203)
 
@@ -130,7 +130,7 @@ def test_products_equal_float64(products, rows, depth, width, transposed, dtype,
         through = linear.product(x, weight, None, transposed=transposed, hidden_RN=hidden)
         results.append((plain[0], *before, *through))
     assert plain[1] is None and all(torch.equal(a, b) for a, b in zip(*results)), "the same on any number of threads"
-    # of what is stored, as the backward makes it again
+    # GELU of the stored values, as the backward pass recomputes it
     assert torch.equal(before[1], mlp.gelu(before[0])) and torch.equal(through[1], mlp.gelu(hidden))
     rounded = weight.to(BF16).double()
     exact = x.double() @ (rounded.t() if transposed else rounded)
@@ -145,7 +145,7 @@ def test_products_equal_float64(products, rows, depth, width, transposed, dtype,
 
 
 def test_products_take_any_strides(products):
-    """One input at a time has rows that are apart, or columns that are contiguous."""
+    """One input at a time has gaps between its rows, or contiguous columns."""
     torch.manual_seed(0)
     x, weight, hidden = (torch.randn(shape).to(BF16) for shape in ((40, 64), (64, 96), (40, 96)))
     expected = linear.product(x, weight, None, transposed=False, hidden_RN=hidden)
@@ -248,8 +248,8 @@ def test_mlp_leaves_to_torch_what_it_does_not_know():
 @pytest.mark.parametrize("kind", ["float32", "bf16", "autocast"])
 @pytest.mark.parametrize("size", [64, 40], ids=["a multiple of 32", "no multiple"])
 def test_no_rows_have_the_graph_of_some(kind, size):
-    """Ranks reduce gradients in the order in which they are computed, so that a rank without rows must have the order
-    of the others."""
+    """Ranks reduce gradients in the order in which they are computed, so a rank without rows must have the same order
+    as the other ranks."""
     x, _, parameters = mlp_inputs(size, BF16 if kind == "bf16" else torch.float32)
     x = x.detach().to(parameters[0].dtype)
     for layer, count in ((linear.linear, 2), (mlp.mlp, 4)):
@@ -280,8 +280,8 @@ def _within(event, other) -> bool:
 
 
 def test_the_backward_makes_no_zeros_for_what_is_before_gelu():
-    """Of that size it makes the gradients before and after GELU, which are one where they come with the product, and
-    GELU once more. What torch's own product copies does not count: torch 2.11 does."""
+    """The only tensors of this size are the gradients before and after GELU, which are a single tensor if the product
+    computes both, and the recomputed GELU. Copies by torch's own product, as in torch 2.11, do not count."""
     rows, hidden = 4096, 256
     for dtype in build.DTYPES:
         parameters = [torch.randn(shape).requires_grad_() for shape in ((hidden, 32), (hidden,), (32, hidden), (32,))]
@@ -354,7 +354,7 @@ def test_the_models_mlp_equals_float64(autocast, gelu):
 
 
 def test_a_bias_alone_is_summed_in_float32():
-    """This holds with a frozen weight, and in 16 bits for every implementation of the product."""
+    """This holds if the weight is frozen, and in 16 bits for every implementation of the product."""
     torch.manual_seed(0)
     grad, x, weight = (1 + torch.rand(5000, 40)).to(BF16), torch.ones(5000, 8, dtype=BF16), torch.ones(40, 8)
     _, of_bias = linear.parameter_gradients(grad, x, weight, [False, True])

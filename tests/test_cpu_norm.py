@@ -1,4 +1,4 @@
-"""LayerNorm's gradients in 16 bits on a CPU, where torch's own are several percent off."""
+"""The gradients of LayerNorm in 16 bits on a CPU, for which torch's own gradients have errors of several percent."""
 
 import pytest
 import torch

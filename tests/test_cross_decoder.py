@@ -152,7 +152,7 @@ def test_attention_is_dropped_in_training_alone():
 
 
 def test_padding_is_spread_evenly_over_samples():
-    """No sample becomes much longer, since all others may be padded to it."""
+    """No sample becomes much longer, because all other samples may be padded to its length."""
     samples, geometry = samples_of("ppite"), make_model().geometry
     tight, padded = (pack(samples, geometry, repeat_shapes=repeat).loss for repeat in (False, True))
     added = (padded.cu_seqlens.diff()[:5] - tight.cu_seqlens.diff()).tolist()
@@ -190,7 +190,7 @@ def test_a_fraction_of_the_masked_tokens_is_chosen(length, fraction):
         assert not (predicted & ~mask).any()
         assert int(predicted.sum()) == max(round(fraction * masked), min(masked, 1))
         total += predicted
-    if length == 64:  # each token as often: within five standard errors
+    if length == 64:  # each token occurs equally often, within five standard errors
         p = max(round(fraction * 48), 1) / 64
         assert (total / 300 - p).abs().max() < 5 * (p * (1 - p) / 300) ** 0.5 + 1e-9
 
@@ -203,11 +203,11 @@ def test_a_choice_must_be_of_masked_tokens():
 
 
 def test_flops_are_counted():
-    """The count equals torch's for the same matrix products. The pixels of the embedding need no gradient."""
+    """The count equals torch's count for the same matrix products. The pixels of the embedding require no gradient."""
     model, samples = make_model(), samples_of("ppit", 4, 0.5)
     batch = pack(samples, model.geometry)
     with FlopCounterMode(display=False) as counter:
-        for sample in samples:  # by queries alone, the products with the memory once for each sample
+        for sample in samples:  # one product per query, and the products with the memory once per sample
             one_sample(model, sample)
     assert counter.get_total_flops() > 0
     queries = (batch.loss.cu_seqlens.diff().double(), batch.encoder.cu_seqlens.diff().double())
@@ -283,7 +283,7 @@ CROSS += ["--set", "masking.image_predicted=0.34", "--set", "masking.text_predic
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
 def test_the_curve_is_the_same_on_two_ranks_and_after_a_resume(trainer, stage):
-    """The predicted tokens depend on the sample only. Figures and evaluations predict all masked tokens."""
+    """The predicted tokens depend only on the sample. Figures and evaluations predict all masked tokens."""
     options = [*CROSS, "--set", "train.pictures=2", "--set", "train.save_every=3"]
     trainer("one", *zero(None), *options)
     trainer("two", *zero(stage), *options, "--set", "train.micro_batch=8", ranks=2)

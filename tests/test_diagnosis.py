@@ -29,7 +29,7 @@ from tests.test_model import TINY as SMALL
 
 
 def trained(folder, **sections):
-    """Train the tiny model with other settings for 12 steps; return what it logged."""
+    """Train the tiny model with changed settings for 12 steps, and return the logged lines."""
     data = json.loads(json.dumps(TINY))
     data["run"] = {"dir": str(folder / "run"), "loggers": []}
     data["data"]["workers"] = 0
@@ -43,8 +43,8 @@ def trained(folder, **sections):
 
 
 def longer(metrics):
-    """Return the log lines as of ten times as many steps, and of constant predictions that are half as good: in its few
-    steps so small a model comes nowhere near them."""
+    """Return the log lines with ten times as many steps, and relative to constant predictions that are half as good,
+    because in a few steps such a small model does not reach the loss of constant predictions."""
     relative = "val_image_relative", "val_text_relative"
     return [
         line | {"step": 10 * line["step"]} | {name: line[name] / 2 for name in relative if name in line}
@@ -104,13 +104,13 @@ def lines(**series):
     [
         ({"val_rankme": (3.0, 9.0, 1.9)}, "collapse"),
         ({"val_rankme": (3.0, 1.0, 2.0)}, None),
-        ({"val_rankme": (100.0, 120.0, 49.0)}, "collapse"),  # far from one dimension, but half of them are gone
+        ({"val_rankme": (100.0, 120.0, 49.0)}, "collapse"),  # far from one dimension, but half of them are lost
         ({"val_rankme": (100.0, 10.0, 51.0)}, None),
         ({"val_rankme": (2.0, 1.9)}, "collapse"),
-        ({"val_rankme": (1.9, 1.5)}, None),  # too few samples to fill more
+        ({"val_rankme": (1.9, 1.5)}, None),  # too few samples for a higher rank
         ({"val_rankme": (1.5,)}, None),
         ({"val_rankme": (50.0, 49.0, math.nan)}, None),  # values that are not finite are reported elsewhere
-        ({"data_wait": (1.0, 0.2)}, None),  # the first is of the workers' start
+        ({"data_wait": (1.0, 0.2)}, None),  # the first value includes the start of the workers
         ({"data_wait": (0.0, 0.2, 0.4, 0.4)}, "data bound"),
         ({"data_wait": (0.0, 0.5)}, "data bound"),
         ({"data_wait": (0.0, 0.9, 0.1, 0.1)}, None),
@@ -162,7 +162,7 @@ def test_words_have_each_number_in_its_place():
         ((0, 45), (1e-3, 1e-4), ["too few steps"]),
         ((0, 99), (1e-3, 1e-4), ["too few steps"]),
         ((0, 100), (1e-3, 1e-4), ["collapse", "no learning"]),
-        ((0, 400), (1e-4, 2e-4), ["too few steps"]),  # the warm-up is not over
+        ((0, 400), (1e-4, 2e-4), ["too few steps"]),  # the warm-up has not ended
         ((0, 400), (2e-4, 2e-4), ["collapse", "no learning"]),
     ],
 )
@@ -272,7 +272,7 @@ def test_losses_are_relative_to_the_best_constant_prediction(norm_pix):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_the_features_of_all_ranks_fill_dimensions(monkeypatch, world):
-    """They do so as on one rank, for any number of samples. Only one rank computes the value."""
+    """The result equals that of a single rank, for any number of samples. Only one rank computes it."""
     features = torch.randn(5000, SMALL.emb_dim, generator=torch.Generator().manual_seed(0))
     features[4000:] *= torch.linspace(0, 3, SMALL.emb_dim)  # the last samples span other dimensions than the first
     model = M3AE(SMALL)

@@ -23,7 +23,7 @@ MODULE = r"(?:m3ae_fast/(train)\.py|m3ae-fast (\w+)|-m m3ae_fast (\w+)|--module 
 
 
 def commands() -> list[str]:
-    """Return each command of the project in the pages' code blocks and between backticks."""
+    """Return each command of the project in code blocks of the pages and between backticks."""
     found: list[str] = []
     for text in TEXT.values():
         blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
@@ -38,7 +38,7 @@ def examples_of_help() -> list[str]:
     texts = [""]
     for name in MODULES.values():
         program = importlib.import_module(name)
-        texts += [text for text in vars(program).values() if isinstance(text, str)]  # descriptions of its commands
+        texts += [text for text in vars(program).values() if isinstance(text, str)]  # descriptions of commands
     lines = [line.strip() for text in dict.fromkeys(texts) for line in text.splitlines()]
     return [line for line in lines if re.match(rf"(\w[^`]* )?{MODULE}", line) and not re.search(r":( |$)", line)]
 
@@ -121,6 +121,6 @@ def test_what_begins_first_exists(name):
 
 
 def test_the_guide_shows_the_studys_present_picture():
-    """The guide has a copy, since pages can only show files below docs/."""
+    """The guide has a copy of the figure, because pages can show only files below docs/."""
     copy, own = ROOT / "docs/guide/figures/study.png", ROOT / "lab/results/study/study.png"
     assert copy.read_bytes() == own.read_bytes()

@@ -33,7 +33,7 @@ SIZES = ModelConfig(
 
 @pytest.mark.slow
 def test_attention_maps_are_the_ops_weights():
-    """The gradient of the op's output by the values of a patch is the attention weight of that patch."""
+    """The gradient of the op's output with respect to the values of a patch is the attention weight of this patch."""
     torch.manual_seed(0)
     model = M3AE(SIZES).eval()
     image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
@@ -69,7 +69,7 @@ def run(tmp_path):
 
 
 def _use(run, shard):
-    """Replace the run's held-out samples by those of another shard."""
+    """Replace the held-out samples of the run by those of another shard."""
     path = checkpoint.saved_steps(run)[-1] / checkpoint.INFO_FILE
     text = path.read_text()
     val = next(word for word in text.split('"') if word.endswith("val-0000.tar"))
@@ -122,7 +122,7 @@ def test_where_no_sample_can_be_used_nothing_is_drawn(run, tmp_path):
 
 
 def test_pictures_in_training_are_those_that_the_program_draws(run, tmp_path):
-    """This holds although one of the two samples is a caption without an image."""
+    """This holds even though one of the two samples is a caption without an image."""
     _use(run, write_tar(tmp_path / "val.tar", [("0.txt", b"blue sky"), *labelled_members(range(1, 4))]))
     path = checkpoint.locate(run)
     settings = checkpoint.read_info(path).config
@@ -149,14 +149,14 @@ def test_images_are_masked_as_in_the_run_or_by_each_ratio_in_turn(run, tmp_path,
     for ratios in ((), (0.5, 0.75)):
         assert draw_run(config, weights, corpus, tokenizer, tmp_path / "a.png", 2, ratios) == 2 * max(len(ratios), 1)
     shares = [[sample.image_mask.float().mean().item() for sample in samples] for samples in drawn]
-    assert shares == [[0.25, 0.25], [0.5, 0.75, 0.5, 0.75]]  # an image's ratios are below each other
+    assert shares == [[0.25, 0.25], [0.5, 0.75, 0.5, 0.75]]  # the ratios of an image are in consecutive rows
     assert [sample.key for sample in drawn[1]] == [sample.key for sample in drawn[0] for _ in range(2)]
 
 
 @pytest.mark.parametrize("word", [None, "blue", "Blue"])
 def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, word):
-    """Of a word that is asked for, where it is first; else of cls and the first words, each once. The last row is the
-    key to the colours."""
+    """If a word is given, its first occurrence is shown; otherwise cls and the first words, each once. The last row is
+    the colour scale."""
 
     def word_pieces(model, tokens):
         """Return the positions of each word's tokens in a caption, at its first occurrence."""
@@ -208,7 +208,7 @@ def test_a_map_is_of_the_features_with_their_own_classes(run, tmp_path, monkeypa
 
     monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", fit_transform)
     main(["map", str(run), "--labels", "json.name"])
-    assert chosen == [(42, 11 / 3)]  # the run's seed, and neighbours that three times as many samples give
+    assert chosen == [(42, 11 / 3)]  # the seed of the run, and a perplexity of a third of the number of neighbours
     (([panel], labels, classes),) = drawn
     images = [decode_image(coloured(number, NAMES[number % 3]), 3) for number in range(12)]
     expected = open_model(str(run), text=False).eval().encode(images)[:, :2]

@@ -56,7 +56,7 @@ def test_true_pixels_as_predictions_give_the_image_again():
 
 
 def test_an_even_patch_is_rebuilt_as_what_it_is():
-    """Its prediction is relative to a patch without variance."""
+    """The prediction is relative to the mean and the variance of the patch, which are those of a uniform patch."""
     sizes = SMALL.model_copy(update={"image_mean": (0.5,) * 3, "image_std": (0.25,) * 3})
     image, mask = torch.full((3, 12, 12), 200, dtype=torch.uint8), torch.arange(9) % 2 == 0
     *_, rebuilt = _images(M3AE(sizes, LossConfig(norm_pix=True)), image, mask, torch.zeros(5, 48))
@@ -95,7 +95,7 @@ def test_a_sheet_shows_each_sample(tmp_path, monkeypatch):
 
 
 def test_a_sheet_is_the_same_wherever_the_losses_are(tmp_path):
-    """Visible patches and words are shown unchanged, masked ones as the same weights predict them."""
+    """Visible patches and words are shown unchanged, and masked ones as predicted with the same weights."""
     sheets = set()
     for losses in ({}, {"image_all_tokens": True}, {"text_all_tokens": True}):
         draw_reconstructions(make_model(**losses), [make_sample(0), make_sample(1)], None, tmp_path / "sheet.png")
@@ -104,7 +104,7 @@ def test_a_sheet_is_the_same_wherever_the_losses_are(tmp_path):
 
 
 def inks(sheet: Image.Image, top: int, height: int) -> set[str]:
-    """Return the colours of words in a band of a sheet, in which antialiased edges are mixed with white."""
+    """Return the colours of the words in a horizontal band of a figure. Antialiased edges are mixed with white."""
     left = 3 * (SIDE + GAP) + GAP + 64
     r, g, _ = np.asarray(sheet.crop((left, top, sheet.width, top + height))).astype(int).reshape(-1, 3).T
     found = {"red": r - g > 60, "green": g - r > 60, "black": np.maximum(r, g) < 100}
@@ -114,7 +114,7 @@ def inks(sheet: Image.Image, top: int, height: int) -> set[str]:
 def test_words_have_their_colours_in_the_line_that_shows_predictions(tmp_path):
     model = make_model()
     with torch.no_grad():
-        model.text_head.bias[5] = 1e3  # it predicts 5 for every word
+        model.text_head.bias[5] = 1e3  # the model predicts 5 for every word
     samples = [make_sample(0, words=4), make_sample(1, words=4)]
     for sample, word in zip(samples, (5, 7)):
         sample.tokens, sample.text_mask = torch.full((4,), word), torch.tensor([True, True, False, True])
@@ -126,7 +126,7 @@ def test_words_have_their_colours_in_the_line_that_shows_predictions(tmp_path):
 
 
 def width(words: list[str]) -> tuple[int, int]:
-    """Return the width and the height in pixels that words take in a line of captions."""
+    """Return the width and the height in pixels that words occupy in a line of captions."""
     row = Image.new("RGB", (3 * (SIDE + GAP) + TEXT_WIDTH + 200, 400), "white")
     _write_captions(ImageDraw.Draw(row), {"": [(word, BLACK) for word in words]})
     left, top, right, bottom = ImageOps.invert(row).getbbox()
@@ -150,8 +150,8 @@ def test_a_long_caption_makes_its_row_as_high_as_it_needs(tmp_path):
         sheets.append(Image.open(tmp_path / "sheet.png").convert("L"))
     short, long = (sheet.height for sheet in sheets)
     assert short == 24 + 2 * (SIDE + GAP) and long > short + SIDE
-    end = long - SIDE - GAP  # of the long row
-    assert sheets[1].crop((600, end - 60, 900, end - GAP)).getextrema()[0] < 128  # it has its last words
+    end = long - SIDE - GAP  # end of the long row
+    assert sheets[1].crop((600, end - 60, 900, end - GAP)).getextrema()[0] < 128  # the last words are visible
 
 
 def test_a_sheet_is_drawn_without_dropout_whatever_the_models_mode(tmp_path):

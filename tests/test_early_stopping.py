@@ -1,4 +1,5 @@
-"""Runs that end when the k-NN accuracy is reached or no longer grows: the criterion, and the decay that follows."""
+"""Runs that end when the k-NN accuracy reaches a target or no longer improves: the criterion, and the decay that
+follows."""
 
 import json
 import shutil
@@ -19,14 +20,14 @@ from tests.test_stable_schedule import schedule
 
 
 def fed(stop_at, accuracies):
-    """Return the criterion after these accuracies, one for every 10 steps."""
+    """Return the criterion after these accuracies, one per 10 steps."""
     stopping = EarlyStopping(stop_at)
     why = [stopping.add(10 * number, accuracy) for number, accuracy in enumerate(accuracies)]
     return stopping.step, [text for text in why if text]
 
 
 def test_an_accuracy_that_is_reached_ends_the_run():
-    """The accuracy of random weights does not count. The first accuracy that reaches the threshold decides."""
+    """The accuracy of random weights is ignored. The first accuracy that reaches the target decides."""
     step, why = fed(0.5, [0.9, 0.4, 0.5, 0.7])
     assert step == 20 and why == ["the k-NN accuracy of 0.5 reaches train.stop_at=0.5"]
     assert fed(0.5, [0.1, 0.2, 0.3]) == (None, [])
@@ -48,9 +49,9 @@ def test_the_decay_begins_where_the_run_is(decay):
         stopping.add(step, 0.5)
         shorter = plan.changed(step, stopping.total_steps(step, plan, 1000))
         assert shorter.decay_begin == step < shorter.total_steps and shorter.lr(step) == 1
-        for later in range(step, shorter.total_steps):  # nothing changes it, not even a time limit with time left
+        for later in range(step, shorter.total_steps):  # it does not change, even if a time limit has time left
             assert stopping.total_steps(later, shorter, 5000) == shorter.total_steps
-        assert stopping.total_steps(step, shorter, step + 1) == step + 1  # a time limit without time left does
+        assert stopping.total_steps(step, shorter, step + 1) == step + 1  # it changes if a time limit has no time left
 
 
 def test_a_run_that_has_begun_to_decay_goes_on_as_it_is():
@@ -111,7 +112,7 @@ def test_a_run_stops_with_a_decay_on_all_ranks_and_goes_on_bit_for_bit(trainer, 
     rates = [rate for _, rate in trainer.lines("one", "lr")]
     assert rates[:5] == [rates[0]] * 5 and rates[5:] == sorted(rates[5:], reverse=True) and rates[5] < rates[4]
     assert [step for step, _ in trainer.lines("one", ACCURACY)] == [0, 4, 8]
-    assert trainer.checkpoints("one") == [f"step-{step:08}" for step in (3, 4, 6, 8)]  # 4: before the decay
+    assert trainer.checkpoints("one") == [f"step-{step:08}" for step in (3, 4, 6, 8)]  # step 4 is before the decay
     whole = trainer.losses("one")
     for last in (3, 4, 6):
         for path in checkpoint.saved_steps(folder):
@@ -123,5 +124,5 @@ def test_a_run_stops_with_a_decay_on_all_ranks_and_goes_on_bit_for_bit(trainer, 
     assert trainer.lines("two", "total_steps") == [(4, 8)]
     np.testing.assert_allclose(np.array(trainer.losses("two")), np.array(whole), rtol=2e-5)
     later = ["--set", "train.steps=12", "--set", "train.stop_at=null"]
-    trainer("one", *options, *later, "--resume", "auto")  # goes back to step 4
+    trainer("one", *options, *later, "--resume", "auto")  # returns to step 4
     assert trainer.losses("one")[:4] == whole[:4] and len(trainer.losses("one")) == 12

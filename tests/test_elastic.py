@@ -1,4 +1,4 @@
-"""After the loss of a node the remaining ones continue from the last checkpoint with the same batch."""
+"""After the loss of a node, the remaining nodes continue from the last checkpoint with the same global batch."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from tests.helpers.trainer import ROOT
 pytestmark = pytest.mark.slow
 
 OPTIONS = ("train.steps=50", "train.save_every=5", "train.eval_every=1000", "run.loggers=[]")
-WITHIN_S = 60.0  # training again
+WITHIN_S = 60.0  # maximum seconds until training continues
 
 
 def kill(agent):
@@ -30,7 +30,7 @@ def test_the_others_go_on_when_a_node_is_lost(trainer):
     port = free_port()
 
     def agent(node):
-        """Start torchrun on a node of one rank. The first node has the store of the rendezvous."""
+        """Start torchrun on a node with one rank. The first node hosts the store of the rendezvous."""
         conf = f"is_host={int(node == 0)},last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2"
         torchrun = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
         torchrun += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run", "--rdzv-conf", conf]

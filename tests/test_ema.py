@@ -24,7 +24,7 @@ def test_the_average_is_the_formulas():
     track_ema(optimizer, 0.9)
     expected = None
     for step in range(4):
-        p.grad = torch.randn(5) * (step != 2)  # includes a step without a gradient, which momentum takes
+        p.grad = torch.randn(5) * (step != 2)  # includes a step without a gradient, in which momentum acts
         optimizer.step()
         expected = p.detach().clone() if expected is None else 0.9 * expected + 0.1 * p.detach()
     torch.testing.assert_close(optimizer.state[p][EMA], expected)
@@ -61,7 +61,7 @@ def test_a_resumed_run_has_the_same_average(trainer):
 
 @pytest.mark.slow
 def test_what_leaves_the_run_is_the_average(trainer, capsys, monkeypatch):
-    """The run's figures are the exception: they show the weights whose losses are logged."""
+    """The figures of the run are an exception: they show the weights whose losses are logged."""
     trainer("run", *zero(None), *OPTIONS)
     run, average = trainer.folder / "run", _average(trainer, "run", 6)
     assert export([str(run), "--out", str(trainer.folder / "out")]) == 0

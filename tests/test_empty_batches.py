@@ -1,5 +1,5 @@
-"""A rank without a sample takes part in all that the others do: at the end of an evaluation there may be fewer samples
-than ranks."""
+"""A rank without samples takes part in all operations of the other ranks: at the end of an evaluation, there may be
+fewer samples than ranks."""
 
 import json
 

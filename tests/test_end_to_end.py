@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_train_export_load(trainer):
-    """Two ranks with ZeRO-2 learn, the run folder is complete, and the export is the trained model."""
+    """Two ranks train with ZeRO-2, the run folder is complete, and the export contains the trained model."""
     options = ["train.steps=40", "train.log_every=5", "train.eval_every=20", "train.pictures=3", "train.save_every=15"]
     options += ['deepspeed={"zero_optimization":{"stage":2}}', "optim.peak_lr=8e-2"]
     out = trainer.launch("run", *(word for o in options for word in ("--set", o)), ranks=2, launcher="deepspeed")

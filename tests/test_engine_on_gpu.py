@@ -1,4 +1,4 @@
-"""Tests of the engine that need a GPU. tests/rehearsal runs these lines without one."""
+"""Tests of the engine that require a GPU. tests/rehearsal executes the tested code without a GPU."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.helpers.zero_cases import TINY, samples
 
 
 def steps_without_waiting(deepspeed: dict | None, precision: str) -> None:
-    """Check that of several steps on changing batches only the first one makes the host wait for the GPU."""
+    """Check that in several steps on changing batches, the host waits for the GPU only in the first step."""
     data = {
         "model": TINY,
         "data": {"train": [{"shards": "none.tar"}]},

@@ -1,4 +1,4 @@
-"""A config has one loss curve, for every engine and every split of a step."""
+"""A config has the same loss curve with every engine and every split of a step."""
 
 import json
 from itertools import product
@@ -23,9 +23,9 @@ def _curves(folder: Path, which: str, ranks: int) -> dict[str, np.ndarray]:
 
 
 def test_curves_are_plain_torchs(tmp_path):
-    """Exactly in float32. In bf16 ZeRO keeps bf16 weights with float32 masters: near plain torch's autocast, not on it.
-
-    One test, since each of pytest's workers would compute a fixture of its own."""
+    """They are equal in float32. In bf16, ZeRO keeps bf16 weights with float32 master weights, so its curves are close
+    to those of plain torch's autocast but not equal. This is a single test, because each of pytest's workers would
+    compute its own fixture."""
     found = {ranks: _curves(tmp_path, "matrix", ranks) for ranks in (1, 2)}
     plain = {precision: found[1][f"{precision} stage=None accumulation=1"] for precision in ("fp32", "bf16")}
     assert np.ptp(plain["fp32"][:, 0]) > 0.3  # the curve moves
@@ -38,8 +38,8 @@ def test_curves_are_plain_torchs(tmp_path):
 
 
 def test_ranks_need_not_divide_the_batch(tmp_path):
-    """Three ranks share sixteen samples in one or more micro-batches at every ZeRO stage. The images have several
-    sizes."""
+    """Sixteen samples are split over three ranks, in one or more micro-batches, at every ZeRO stage. The images have
+    different sizes."""
     curves, one = _curves(tmp_path, "uneven", 3), _curves(tmp_path, "uneven", 1)
     assert len(curves) == 10
     for name, curve in curves.items():
@@ -55,8 +55,8 @@ def test_clipping_is_plain_torchs(tmp_path):
 
 
 def test_shipped_configs_train_as_plain_torch_does(tmp_path):
-    """The configs train at small sizes on two ranks in bf16, with their deepspeed section, compiled blocks and
-    accumulation."""
+    """The configs are trained at small sizes on two ranks in bf16, with their deepspeed section, compiled blocks and
+    gradient accumulation."""
     curves = _curves(tmp_path, "configs", 2)
     assert len(curves) == 2 * len(CONFIGS) >= 12
     for path in CONFIGS:
@@ -64,7 +64,7 @@ def test_shipped_configs_train_as_plain_torch_does(tmp_path):
 
 
 def test_the_trainer_gives_the_same_curve_on_two_ranks(trainer):
-    """This holds with stochastic depth and with another micro-batch."""
+    """This holds with stochastic depth and with another micro-batch size."""
     drops = ["--set", "model.drop_path=0.3"]
     trainer("one", *zero(None), *drops)
     for stage in (None, 3):

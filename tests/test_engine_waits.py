@@ -15,7 +15,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[tuple, dict]:
-    """The counts of each case, from one process, since DeepSpeed can be initialised only once in a process."""
+    """Return the counts of each case. They come from a separate process, because DeepSpeed can be initialised only once
+    per process."""
     folder = tmp_path_factory.mktemp("waits")
     code, out = run_ranks("tests.helpers.waits", [str(folder / "found")], 1, folder / "log")
     assert code == 0, out
@@ -33,14 +34,15 @@ def test_a_step_reads_nothing_and_waits_for_no_device(found, stage, clip, precis
 
 
 def test_stage_2_waits_for_its_reductions_on_the_device(found):
-    """The device waits instead of the host: work that needs the reductions must not begin before they end."""
+    """The device waits instead of the host: work that depends on the reductions must not begin before they have
+    ended."""
     for clip, precision in itertools.product((None, 1.0), ("bf16", "fp32")):
         assert found[2, clip, precision]["stream waits"] >= 1
 
 
 def test_what_runs_beside_each_other_in_stage_2_shares_no_bytes(found):
-    """Copies into buckets, reductions on their stream and what takes the gradients: each begins after what it needs. A
-    wait that is taken away shows."""
+    """Copies into buckets, reductions on their stream, and the code that uses the gradients each begin after the work
+    on which they depend. The test fails if one of the waits is removed."""
     right, wrong = found["races", True], found["races", False]
     assert right["races"] == {} and "c10d::allreduce_" in right["reduced by"]
     assert sum(wrong["races"].values()) > 0
@@ -48,14 +50,14 @@ def test_what_runs_beside_each_other_in_stage_2_shares_no_bytes(found):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_norm_that_is_not_finite_is_returned_as_such(found, stage):
-    """DeepSpeed returns -1, which could be taken for a norm."""
+    """DeepSpeed returns -1, which could be mistaken for a norm."""
     assert not math.isfinite(found["nan", stage]["norm"])
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
 def test_clipped_gradients_are_those_of_plain_torch(found, stage, clip):
-    """They agree within the rounding of bf16, with norms above and below the limit."""
+    """They agree within the rounding error of bf16, for norms above and below the limit."""
     assert found["clipped", stage, clip]["off"] < 0.1
 
 

@@ -32,7 +32,7 @@ def test_a_user_without_a_home_has_a_temporary_one_and_is_told(tmp_path, variabl
     home, cache, told = _run(tmp_path, **variables)
     assert home.startswith(f"{tmp_path}/") and cache == f"{home}/.cache"
     assert told.count("\n") == 1 and f"there is no home folder, so caches are kept in {home}" in told
-    assert _run(tmp_path, LOCAL_RANK="1", **variables) == (home, cache, "")  # all ranks share it, one speaks
+    assert _run(tmp_path, LOCAL_RANK="1", **variables) == (home, cache, "")  # only rank 0 prints the note
 
 
 def test_a_home_that_is_there_is_used(tmp_path):
@@ -44,9 +44,9 @@ SETTINGS = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "THP_MEM_ALLOC_ENABLE": "1",
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    "PYTORCH_CUDA_ALLOC_CONF": None,  # the older name
+    "PYTORCH_CUDA_ALLOC_CONF": None,  # older name of the variable
 }
-# how programs start, and what else imports the package
+# the ways in which programs start, and other imports of the package
 STARTS = {
     "module": "sys.argv = ['-m']; import m3ae_fast",
     "script": f"sys.argv = ['{ROOT}/m3ae_fast/train.py']; import m3ae_fast",
@@ -57,7 +57,7 @@ STARTS = {
 
 
 def _set(start, **given):
-    """Return the variables as they are when torch is imported, or else at the end."""
+    """Return the variables at the time when torch is imported or, if it is not imported, at the end."""
     program = f"""
 import json, os, sys
 class Torch:

@@ -28,7 +28,7 @@ def test_a_page_that_cannot_be_written_is_a_line(command):
 
 @pytest.fixture
 def ended(monkeypatch, capsys):
-    """A function that returns the last line of a program that raises an error, or None if the error was raised
+    """Return a function that returns the last line of a program that raises an error, or None if the error was raised
     unchanged."""
 
     def ended(error, *words):
@@ -77,7 +77,7 @@ def test_an_error_that_is_a_bug_keeps_its_traceback(ended, error):
 
 
 def _shared(*errors):
-    """Return the exception that each of several processes raises when they have met these errors, or None."""
+    """Return the exception, or None, that each of several processes raises after these errors."""
     found = []
     for own in errors:
         try:

@@ -1,4 +1,4 @@
-"""A fault on one rank ends all ranks at once, and its own error is the one that is shown."""
+"""A fault on one rank ends all ranks at once, and the error of this rank is the one that is shown."""
 
 import json
 import signal
@@ -18,7 +18,7 @@ SOON_S = 90  # far below the timeout of a stall, 300 s; an idle machine takes a 
 
 @pytest.fixture
 def faulty(tmp_path):
-    """A function that runs the trainer on 2 ranks with a fault, and returns the exit codes and the output."""
+    """Return a function that runs the trainer on 2 ranks with a fault. It returns the exit codes and the output."""
     trainer = Trainer(tmp_path)
 
     def run(place, rank, error, *options):
@@ -93,11 +93,11 @@ def test_a_bug_on_rank_0_alone_shows_its_traceback(faulty, place):
 def test_an_error_in_a_loader_worker_of_one_rank_is_the_one_that_is_shown(faulty, rank, error):
     codes, out = faulty("loader", rank, error)
     if error == "KeyError":
-        assert codes[rank] == 1 and codes[1 - rank] == 75, out  # which only knows that the other has ended
+        assert codes[rank] == 1 and codes[1 - rank] == 75, out  # this rank only knows that the other one has ended
         assert "in injected_fault" in out and "KeyError: 'a bug'" in out
     else:
         assert codes[rank] == 2 and "error: a.tar: a mistake\n" in out and "Traceback" not in out, out
-        assert codes[1 - rank] in ((2,) if rank == 1 else (2, 75)), out  # the store may have gone with rank 0
+        assert codes[1 - rank] in ((2,) if rank == 1 else (2, 75)), out  # the store may have ended with rank 0
 
 
 @pytest.mark.parametrize("place", ["copy", "write", "rename"])
@@ -109,7 +109,7 @@ def test_zero_stages_end_as_plain_torch_does(faulty, place):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_during_the_last_save_ends_the_other_at_once(faulty, rank):
-    """The survivor reports it, and exits with the code that asks for a restart."""
+    """The other rank reports it, and exits with the code that requests a restart."""
     codes, out = faulty("write", rank, "SIGKILL", "--set", "train.save_every=6")
     assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 75), out
     who = "rank 0" if rank == 0 else "another rank"

@@ -34,8 +34,8 @@ def test_separation_is_that_of_scikit_learn():
 
 
 def test_separation_by_hand():
-    """There are two pairs of points. The other point of a pair is at distance 1, and those of the other class at 10 and
-    11, or 9 and 10."""
+    """There are two pairs of points, one per class. The distance within a pair is 1, and the distances to the points of
+    the other class are 10 and 11, or 9 and 10."""
     found = separation(np.array([[0.0, 0], [1, 0], [10, 0], [11, 0]]), np.array([0, 0, 1, 1]), 1)
     assert found == pytest.approx((np.mean([1 - 1 / 10.5, 1 - 1 / 9.5]), 1.0, 1))
     assert str(found) == "silhouette 0.900, 1-NN accuracy 100.0 %"
@@ -69,11 +69,11 @@ def test_runs_are_drawn_beside_each_other(runs, tmp_path, monkeypatch, capsys):
     assert f"{runs[1]}: {told[1]}" in capsys.readouterr().out
     main([*base[:2], *base[3:], "--classes", "red,blue"])
     ((_, alone, _, _),) = given[1:]
-    np.testing.assert_array_equal(alone[0].places_N2, panels[0].places_N2)  # one run is as among others
+    np.testing.assert_array_equal(alone[0].places_N2, panels[0].places_N2)  # a map is independent of other runs
 
 
 def test_samples_may_lack_a_class_that_others_have(runs, tmp_path, monkeypatch):
-    """Draw a few held-out samples, whose class numbers have gaps."""
+    """A few held-out samples, whose class numbers have gaps, are plotted."""
     given = []
     monkeypatch.setattr(feature_map, "draw_map", lambda *args: given.append(args))
     shards = labelled_tar(tmp_path / "val.tar", [1, 2, 4, 5, 7])

@@ -98,10 +98,10 @@ def test_predicted_image_tokens_are_drawn_by_the_vqgan(photo, tmp_path, capsys):
     out, words = tmp_path / "out.png", [str(photo), "a [MASK] cat", "--visible", "0.25"]
     assert main(["fill", str(run), *words, "--out", str(out)]) == 0
     drawn = np.asarray(Image.open(out)).astype(int)
-    assert drawn.shape[1] > 480 and drawn[24:184, 344:496].std() > 1  # the third image, which the VQGAN's decoder draws
+    assert drawn.shape[1] > 480 and drawn[24:184, 344:496].std() > 1  # the third image, decoded by the VQGAN
     open_model(str(run), text=True).save_pretrained(tmp_path / "export")
     capsys.readouterr()
-    assert main(["fill", str(tmp_path / "export"), *words]) == 0  # without a figure no VQGAN is needed
+    assert main(["fill", str(tmp_path / "export"), *words]) == 0  # without a figure, no VQGAN is required
     given = [str(tmp_path / "export"), *words, "--out", str(tmp_path / "other.png")]
     capsys.readouterr()
     with pytest.raises(UserError, match=r"--out: .*export predicts tokens of a VQGAN.* with --image-tokenizer"):

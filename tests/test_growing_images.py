@@ -1,4 +1,5 @@
-"""Training that begins with smaller images: their positions, crops and FLOPs, and runs that go on across a switch."""
+"""Training that begins with smaller images: their positions, crops and FLOPs, and runs that are resumed across a change
+of the size."""
 
 import shutil
 from dataclasses import replace
@@ -39,11 +40,11 @@ def test_positions_of_a_smaller_image_are_those_of_the_whole():
         found, _ = positions(None, None, [(2, 2), (2, 2)])
         expected = resampled(positions.image, (2, 2)) if kind == "stored" else sincos_of_smaller(16, 2, 4)
         assert torch.equal(found, expected) and torch.equal(positions(None, None, [(4, 4)])[0], positions.image)
-        assert torch.equal(positions(None, None, [])[0], positions.image)  # a batch of captions only
+        assert torch.equal(positions(None, None, [])[0], positions.image)  # a batch that contains only captions
 
 
 def test_positions_of_a_smaller_image_follow_the_model():
-    """They follow the model's dtype and a change of its size."""
+    """They have the model's dtype, and follow a change of its size."""
     positions = Positions(MODEL, 16)
     first = positions(None, None, [(2, 2)])[0]
     positions.to(torch.bfloat16)
@@ -53,7 +54,7 @@ def test_positions_of_a_smaller_image_follow_the_model():
 
 
 def test_a_size_lasts_for_its_fraction_of_the_steps():
-    """The number of steps is rounded to the nearest, also where fraction times steps is slightly less than an
+    """The number of steps is rounded to the nearest integer, even if fraction times steps is slightly less than an
     integer."""
     train = TINY["train"] | {"image_sizes": [[0.29, 8], [0.57, 16]], "steps": 100}
     data = TINY["data"] | {"tokenizer": None}
@@ -65,8 +66,8 @@ def test_a_size_lasts_for_its_fraction_of_the_steps():
 
 @pytest.fixture
 def batches(tmp_path):
-    """The batches of four steps and of an evaluation. The images of the first step have 8 pixels a side,
-    and those of the second 16."""
+    """Return the batches of four steps and of an evaluation. The images of the first step have 8 pixels per side, and
+    those of the second step 16."""
     corpus = open_corpus(
         [SourceConfig(shards=write_tar(tmp_path / "a.tar", members(range(8), "image")))], ShardStore(None)
     )
@@ -93,7 +94,7 @@ def test_an_evaluation_predicts_all_masked_patches(batches):
 
 
 def test_a_smaller_image_is_what_a_model_of_its_size_sees(batches):
-    """The positions are the exception: they are those of the full size."""
+    """The positions are an exception: they are those of the full size."""
     training, _ = batches
     torch.manual_seed(0)
     model = M3AE(MODEL)
@@ -108,7 +109,7 @@ def test_a_smaller_image_is_what_a_model_of_its_size_sees(batches):
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["self", "cross"])
 def test_compiled_blocks_take_images_of_all_sizes_without_another_graph(attention, monkeypatch):
-    """Blocks are only traced, since compiling them takes long."""
+    """Blocks are only traced, because compiling them takes long."""
     torch._dynamo.reset()
     counter, compiled = CompileCounter(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compiled, backend=counter))
@@ -122,7 +123,7 @@ def test_compiled_blocks_take_images_of_all_sizes_without_another_graph(attentio
         batch = pack([Sample(f"{i}", image, mask) for i, (image, mask) in enumerate(zip(images, masks))], geometry)
         model(batch).loss.backward()
         found.append(counter.frame_count)
-    assert {*found} == {2}  # one graph for the encoder and one for the decoder, made by the first batch
+    assert {*found} == {2}  # the first batch creates one graph for the encoder and one for the decoder
     torch._dynamo.reset()
 
 
@@ -163,7 +164,7 @@ def test_a_run_grows_on_all_ranks_and_goes_on_across_the_switch(trainer):
     whole = trainer.losses("one")
     assert len(whole) == 6 and not trainer.lines("one", "mfu")
     folder = trainer.folder / "one"
-    for last in (2, 3):  # before the switch, and at it
+    for last in (2, 3):  # before and at the change of the size
         for path in checkpoint.saved_steps(folder):
             if checkpoint.step_of(path) > last:
                 shutil.rmtree(path)

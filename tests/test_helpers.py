@@ -10,7 +10,7 @@ from tests.helpers import ranks
 
 
 def main(arguments):
-    """Run a program of which one rank never ends."""
+    """Run a program with one rank that never ends."""
     if os.environ["RANK"] == "1":
         wait_here()
     return 0

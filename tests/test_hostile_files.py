@@ -1,5 +1,5 @@
-"""Files that anybody may have written or damaged: one line for the user or a counted skip, never a traceback, and no
-endless wait. The examples are fixed (derandomised)."""
+"""Untrusted or damaged files give one line for the user or a counted skip, but never a traceback or an endless wait.
+The examples are fixed (derandomised)."""
 
 import json
 import math
@@ -113,7 +113,7 @@ NESTED = st.just(0) | st.integers(0, 3000)
 @example(content={"\n": 1}, section="run", nested=0, brackets=True)
 @example(content={"x" * 9999: 1}, section=None, nested=0, brackets=True)
 def test_any_json_as_a_config_or_a_section_of_one(tmp_path, content, section, nested, brackets):
-    """The result is a Config or a one-line error, also for nesting as deep as Python or pydantic allow."""
+    """The result is a Config or a one-line error, even for the deepest nesting that Python or pydantic allow."""
     path = tmp_path / "config.json"
     text = json.dumps(content if section is None else WHOLE | {section: content})
     before, after = ("[", "]") if brackets else ('{"run":', "}")

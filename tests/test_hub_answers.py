@@ -16,7 +16,7 @@ from m3ae_fast.shards.sources.huggingface import HuggingFace
 
 
 class _Knows(http.server.BaseHTTPRequestHandler):
-    """A hub that has owner/name only."""
+    """A hub that contains only owner/name."""
 
     def do_GET(self):
         known = self.path.split("?")[0] in ("/api/models/owner/name", "/api/datasets/owner/name")
@@ -32,7 +32,7 @@ class _Knows(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def at(monkeypatch):
-    """A function of a port at which the hub is expected on this machine."""
+    """Return a function that sets the port at which the hub is expected on this machine."""
 
     def move(port):
         api = functools.partial(huggingface_hub.HfApi, endpoint=f"http://127.0.0.1:{port}")
@@ -57,12 +57,12 @@ def test_silence_is_none(at, monkeypatch):
         monkeypatch.setattr(hub, "PATIENCE", 0.1)
         assert not hub.hub_answers("owner/name")
     monkeypatch.setattr(hub, "PATIENCE", 60)
-    assert not hub.hub_answers("owner/name")  # refused, as nobody listens any more
+    assert not hub.hub_answers("owner/name")  # refused, because no process listens any more
 
 
 @pytest.mark.slow
 def test_silence_is_not_waited_for_again(at, monkeypatch, tmp_path):
-    """A name without a local copy is an error, and the library makes no attempts of its own."""
+    """A name without a local copy gives an error, and the library does not retry."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", lambda *_, **__: pytest.fail("asks"))
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -1,4 +1,4 @@
-"""The imports of a program before its arguments are parsed: torch takes seconds."""
+"""The imports of a program before its arguments are parsed, because importing torch takes seconds."""
 
 import os
 import re
@@ -82,14 +82,14 @@ def test_help_of_every_program_and_its_commands_does_not_import_torch():
     assert {f"m3ae-fast shards {tool}" for tool in tools} <= shown
     assert {f"m3ae-fast draw {what}" for what in ("reconstructions", "attention", "map", "fill")} <= shown
     assert {f"m3ae-fast evaluate {task}" for task in (*TASKS, "difference")} <= shown
-    assert tuple(probes.PROBES) == PROBE_NAMES  # their names are known without torch
+    assert tuple(probes.PROBES) == PROBE_NAMES  # the names are known without importing torch
 
 
 def test_every_command_starts_in_every_way_that_help_names():
     """These are the ways in the list of commands and in the first line of each command's help."""
     ways = re.findall(r"(?:m3ae-fast|python -m m3ae_fast)[ .]COMMAND", usage())
     lines = [way.replace("COMMAND", command) for way in ways for command in MODULES]
-    _, said = imported("-W", "ignore", "-c", START_ALL, *lines)  # runpy warns of a module that is there
+    _, said = imported("-W", "ignore", "-c", START_ALL, *lines)  # runpy warns about a module that is already imported
     programs = dict(line.split(": ") for line in said.splitlines())
     assert len(ways) == 2 and programs.keys() == {*lines, *programs.values()}
     assert all(re.split("[ .]", line)[-1] == re.split("[ .]", program)[-1] for line, program in programs.items())

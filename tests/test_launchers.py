@@ -1,4 +1,4 @@
-"""The variables of srun, mpirun and mpiexec make one run of the processes that they start."""
+"""The processes that srun, mpirun or mpiexec start form one run, according to the launcher's environment variables."""
 
 import json
 import os
@@ -40,13 +40,13 @@ def adopted(environment):
 
 @pytest.mark.parametrize(("environment", "told"), [
     (SLURM, ("502", "508", "6", "6", "gpu003")),
-    (SLURM | PMI, ("502", "508", "6", "6", "head")),  # srun --mpi=pmi2; what the user sets stays
+    (SLURM | PMI, ("502", "508", "6", "6", "head")),  # srun --mpi=pmi2; variables that the user has set are kept
     (SLURM | {"SLURM_NODEID": "64"}, ("502", "508", "6", "1", "gpu003")),  # of 64 nodes, counted from 0
     (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x62),4,2"}, ("502", "508", "6", "4", "gpu003")),
-    (SLURM | {"SLURM_JOB_NODELIST": "login1,gpu[003-065]"}, ("502", "508", "6", "6", "gpu003")),  # the job has more
+    (SLURM | {"SLURM_JOB_NODELIST": "login1,gpu[003-065]"}, ("502", "508", "6", "6", "gpu003")),  # more nodes
     (OMPI, ("3", "4", "3", "4", "127.0.0.1")),
     (OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "SLURM_NODELIST": "b1,b2"}, ("3", "4", "3", "2", "b1")),
-    # mpirun has its daemons started by srun, one on each node
+    # mpirun starts its daemons with srun, one per node
     (OMPI | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "0"}, ("3", "4", "3", "4", "127.0.0.1")),
     (PMI, ("1", "2", "0", "1", "head")),
 ])  # fmt: skip
@@ -60,7 +60,7 @@ def test_torchs_own_words_count_more():
     for name in ("RANK", "WORLD_SIZE"):
         some = {key: value for key, value in torchrun.items() if key != name}
         assert adopted(some) == some
-    alone = {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}  # a shell that srun has opened
+    alone = {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}  # a shell that was started by srun
     assert adopted(alone) == alone
     script = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NUM_TASKS"}  # sbatch, without srun
     assert adopted(script) == script
@@ -109,7 +109,7 @@ def main(argv):
 def test_processes_of_srun_are_one_run(tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     slurm = SLURM | {
-        "SLURM_JOB_ID": str(os.getpid()),  # of which the port depends
+        "SLURM_JOB_ID": str(os.getpid()),  # the port depends on it
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_NODEID": "0",

@@ -5,7 +5,7 @@ import graphlib
 
 from tests.helpers.trainer import ROOT
 
-# the packages, lowest first; the programs at the root of m3ae_fast are above all
+# The packages, lowest first. The programs at the root of m3ae_fast are above all of them.
 LAYERS = ("m3ae_kernels", "base", "config", "process", "images", "batch", "model", "vqgan", "data", "shards", "engine")
 LAYERS += ("checkpoint", "drawing", "training", "weights", "evaluation", "pretraining", "verify", "cli")
 
@@ -21,7 +21,7 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in _modules().ite
 
 
 def _imports(name):
-    """Return the modules of both packages that a module imports, also those that only its functions import."""
+    """Return the modules of both packages that a module imports, including those that only its functions import."""
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
     found = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):

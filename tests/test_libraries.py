@@ -1,4 +1,4 @@
-"""A missing optional library that a command, an option or a setting needs is reported at once."""
+"""A missing optional library that a command, an option or a setting requires is reported at once."""
 
 import json
 import re
@@ -22,7 +22,7 @@ EVALUATE = "run --val val.tar --out out"
 TRAINS = f"{EVALUATE} --train train.tar"
 PRETRAIN = "pretrain photos --out out"
 PROBE = json.dumps({name: [{"shards": "gs://bucket/{0..9}.tar"}] for name in ("train", "val")}, separators=(",", ":"))
-# the library, the command line, and what needs it
+# the library, the command line, and the option or setting that requires the library
 CASES = [
     ("sklearn", f"evaluate ood {TRAINS} --ood other.tar", "ood"),
     ("timm", f"evaluate finetune {TRAINS}", "finetune"),
@@ -92,13 +92,13 @@ def test_a_plan_for_machines_elsewhere_needs_no_library_here(tmp_path, hide, cap
 
 
 def test_the_extras_are_those_of_the_package():
-    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    tomllib = pytest.importorskip("tomllib")  # part of Python from 3.11 on
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = {"": project["dependencies"], **project["optional-dependencies"]}
     for extra, names in EXTRAS.items():
         wanted = {re.match(r"[\w-]+", each)[0].replace("scikit-learn", "sklearn") for each in listed[extra]}
         assert {*names} <= wanted if extra == "" else {*names} == wanted
-    assert {*listed} - {*EXTRAS} == {"docs", "dev"}  # which no command needs
+    assert {*listed} - {*EXTRAS} == {"docs", "dev"}  # these extras are not required by any command
 
 
 def test_one_line_names_all_that_is_missing(hide):

@@ -15,7 +15,7 @@ from tests.helpers.ranks import environment
 from tests.helpers.trainer import ROOT
 
 CONFIG = str(ROOT / "configs/quickstart.json")
-TOO_LITTLE = 300 << 20  # bytes of addresses: torch's libraries alone need more
+TOO_LITTLE = 300 << 20  # bytes of address space, less than torch's libraries require
 
 
 def under_limit(*arguments, limit=TOO_LITTLE):
@@ -47,7 +47,7 @@ def test_too_little_memory_to_import_torch_is_one_line(command):
     assert "ulimit -v allows this process 0.31 GB of address space" in done.stderr
 
 
-@pytest.mark.parametrize("limit", [600 << 20, 1200 << 20])  # where torch's libraries abort, and where they hang
+@pytest.mark.parametrize("limit", [600 << 20, 1200 << 20])  # torch's libraries abort or hang
 def test_too_little_memory_for_its_threads_is_one_line_too(limit):
     done = under_limit("-m", "m3ae_fast", "train", "--help", limit=limit)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
@@ -84,7 +84,7 @@ def test_a_command_that_asks_for_too_much_ends_with_one_line(main, capsys, monke
 
 def test_other_errors_are_not_taken_for_it(monkeypatch):
     def wrong():
-        raise RuntimeError("Resource temporarily unavailable")  # of a thread, where processes are limited
+        raise RuntimeError("Resource temporarily unavailable")  # for a thread, if processes are limited
 
     with pytest.raises(RuntimeError, match="temporarily"):
         exit_cleanly(wrong)

@@ -1,4 +1,4 @@
-"""Compare the estimated memory of a rank with sums by hand."""
+"""The estimated memory of a rank, compared with sums computed by hand."""
 
 from types import SimpleNamespace
 
@@ -17,10 +17,10 @@ from m3ae_fast.engine.memory_estimate import (
 from m3ae_fast.model.m3ae import M3AE
 from tests.helpers.trainer import TINY
 
-# of 4 x 4 patches of which 4 are seen, and of 5 of 16 tokens of which 1 is: with cls 6 rows and 22
+# 4 of 4 x 4 patches are visible, and 1 of 5 text tokens (at most 16): 6 encoder rows and 22 decoder rows with cls
 SIZES = {"emb_dim": 32, "dec_emb_dim": 48, "depth": 3, "dec_depth": 2}
 BLOCKS = 3 * 6 * 32 + 2 * 22 * 48
-KEPT = 8 + 2 * 4  # rows of a block, with an MLP of four times the width
+KEPT = 8 + 2 * 4  # number of values of a row that a block keeps, with an MLP of four times the width
 
 
 def config(stage=None, **train) -> Config:
@@ -30,7 +30,7 @@ def config(stage=None, **train) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("stage", "bf16", "each"),  # of weights, gradients, Adam: bytes a parameter, and whether ranks share them
+    ("stage", "bf16", "each"),  # bytes per parameter, and whether ranks partition them
     [
         (0, True, ((4, False), (4, False), (8, False))),
         (1, True, ((2, False), (4, False), (12, True))),
@@ -90,7 +90,7 @@ def test_native_images_and_models_without_words_are_of_their_own_rows():
 
 
 def test_what_one_rank_lacks_all_are_told(monkeypatch):
-    """Each of three ranks names the first one that lacks memory."""
+    """Each of three ranks names the first rank that lacks memory."""
     free = ["", "8 GB are needed, and 7 GB are free", "8 GB are needed, and 6 GB are free"]
     asked = []
     for own in free:

@@ -66,8 +66,8 @@ MIXED = [
 
 
 def test_mixed_batch_is_the_mean_of_its_samples():
-    """Packing has no effect: the losses of a batch of images, captions and pairs are the means of those of single
-    samples."""
+    """Packing does not affect the losses: those of a batch of images, captions and pairs are the means of the losses of
+    single samples."""
     model = make_model()
     together = model(pack(MIXED, model.geometry))
     alone = [model(pack([sample], model.geometry)) for sample in MIXED]
@@ -99,9 +99,10 @@ def test_loss_weights_multiply_losses_and_leave_accuracy_and_counts():
 @pytest.mark.parametrize("per", ["sample", "batch"])
 @pytest.mark.parametrize("all_tokens", [False, True])
 def test_the_accuracy_is_that_of_the_predicted_words(per, all_tokens):
-    """The accuracy is a mean over captions, of which an empty one counts 0, or over words, for any number of images."""
+    """The accuracy is a mean over captions, in which an empty caption counts as 0, or over words, for any number of
+    images."""
     model, samples = make_model(text_all_tokens=all_tokens, per=per), []
-    for sample in MIXED:  # of two words, which the model takes for likely
+    for sample in MIXED:  # captions of two words, which the model predicts with high probability
         samples.append(replace(sample, tokens=None if sample.tokens is None else sample.tokens % 2))
     with torch.no_grad():
         model.text_head.bias[:2] = 1e3
@@ -119,7 +120,7 @@ def test_the_accuracy_is_that_of_the_predicted_words(per, all_tokens):
 
 
 def test_losses_are_sums_over_the_counts_that_are_given():
-    """The counts are those of a rank in a whole step and may be less than one. Without samples in the step the loss is
+    """The counts are those of a rank in a whole step and may be less than one. If the step has no samples, the loss is
     0."""
     model = make_model(image_weight=0.3, text_weight=0.7)
     batch = pack(MIXED, model.geometry)
@@ -155,7 +156,7 @@ def test_batch_survives_the_way_between_processes(samples):
             assert (received.max_seqlen, received.rows) == (sent.max_seqlen, sent.rows)
             sent, received = sent.cu_seqlens, received.cu_seqlens
         if isinstance(sent, torch.Tensor):
-            torch.testing.assert_close(received, sent, rtol=0, atol=0)  # dtypes too
+            torch.testing.assert_close(received, sent, rtol=0, atol=0)  # compares dtypes too
         else:
             assert received == sent
 
@@ -170,7 +171,7 @@ def test_empty_batch_has_zero_loss_and_gradients():
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
 def test_mask_ratios(ratio):
-    """Without masked tokens there is no loss. With all tokens masked only the cls token is encoded."""
+    """Without masked tokens, there is no loss. If all tokens are masked, only the cls token is encoded."""
     model = make_model()
     batch = pack([make_sample(i, ratio=ratio) for i in range(3)], model.geometry)
     losses = model(batch)
@@ -194,7 +195,7 @@ def test_pruned_last_block_equals_the_whole_one():
 
 
 def test_predictions_are_the_same_whichever_others_are_made():
-    """The predictions of masked tokens are equal whether only they are computed or those of all tokens."""
+    """The predictions for masked tokens do not depend on whether predictions for the other tokens are computed too."""
     model = make_model()
     everywhere = dataclasses.replace(model.geometry, image_all_tokens=True, text_all_tokens=True)
     few, all_ = pack(MIXED, model.geometry), pack(MIXED, everywhere)
@@ -291,7 +292,8 @@ def test_what_a_sample_drops_depends_on_its_draw_alone():
 
 
 def test_what_is_drawn_is_murmurs_mix_of_sample_branch_and_transformer():
-    """The draws are compared with a second computation, so that a resumed run has the same ones after an update."""
+    """The random draws are compared with a second implementation, so that a run that is resumed after an update of this
+    package has the same draws."""
 
     def mixed(x):
         x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
@@ -316,7 +318,7 @@ def test_samples_of_their_cls_alone_have_a_row_each():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_features_are_means_of_all_rows_but_cls(dtype):
-    """Means are computed in float32 at least. Samples with no other row have features 0."""
+    """Means are computed in at least float32. The features of samples without another row are 0."""
     lengths = [1, 2, 7, 1, 3, 2, 40]
     parts = [torch.randn(length, 5, dtype=torch.float64).to(dtype) for length in lengths]
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -329,7 +331,7 @@ def test_features_are_means_of_all_rows_but_cls(dtype):
 @pytest.mark.parametrize("training", [True, False])
 @torch.no_grad()
 def test_each_block_drops_branches_of_its_own(training):
-    """Attention and MLP are dropped in the order of the factors. In evaluation nothing is dropped."""
+    """Attention and MLP are dropped in the order of the factors. In evaluation, nothing is dropped."""
     torch.manual_seed(0)
     transformer = Transformer(12, 3, 2, drop_path=0.5, drop_key=5).train(training)
     lengths, draws = torch.tensor([3, 4, 2, 5]), torch.arange(4, dtype=torch.int32) + 7
@@ -356,7 +358,7 @@ def test_samples_without_a_draw_drop_what_torchs_generator_says():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_stochastic_depth_is_the_same_in_whole_and_in_parts(checkpointing):
-    """The gradients are the same too, whatever other samples are in the batch, with and without padding."""
+    """The gradients do not depend on the other samples in the batch either, with and without padding."""
     model = make_model(TINY.model_copy(update={"drop_path": 0.4})).train()
     model.encoder.checkpointing = model.decoder.checkpointing = checkpointing
     samples = [replace(sample, draw=1000 + i) for i, sample in enumerate(MIXED)]
@@ -377,8 +379,8 @@ def test_stochastic_depth_is_the_same_in_whole_and_in_parts(checkpointing):
 @pytest.mark.parametrize("changed", [{}, {"drop": 0.1}, {"gelu": "exact"}], ids=["plain", "dropout", "exact GELU"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_gradients_come_in_one_order_whatever_a_batch_holds(bf16, changed):
-    """ZeRO stages 1 and 2 reduce gradients in the order in which each rank computes them. In another order they would
-    be added to those of other weights."""
+    """ZeRO stages 1 and 2 reduce gradients in the order in which each rank computes them. In another order, they would
+    be added to the gradients of other weights."""
     model, order = make_model(TINY.model_copy(update=changed)), []
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
@@ -401,7 +403,7 @@ def test_gradients_come_in_one_order_whatever_a_batch_holds(bf16, changed):
 
 
 def test_weights_begin_as_the_official_ones():
-    """Weights of matmuls are Xavier-uniform, word embeddings N(0, 1) and other embeddings N(0, 0.02)."""
+    """Weights of matmuls are Xavier-uniform, word embeddings N(0, 1), and other embeddings N(0, 0.02)."""
     model = make_model(TINY.model_copy(update={"emb_dim": 96, "dec_emb_dim": 64, "vocab_size": 300}))
     embeddings = []
     for name, p in model.named_parameters():
@@ -420,8 +422,8 @@ def test_weights_begin_as_the_official_ones():
 
 @pytest.mark.parametrize(("head_depth", "mlp_ratio"), [(0, 4), (2, 4), (0, 2.5)])
 def test_flops_are_those_that_torch_counts(monkeypatch, head_depth, mlp_ratio):
-    """The FLOPs of matmuls are counted, forward and backward, for captions, images and pairs. Those of attention follow
-    from the lengths."""
+    """The FLOPs of matmuls are counted, forward and backward, for captions, images and pairs. The FLOPs of attention
+    are computed from the lengths."""
 
     def attention(rows, kv, cu_queries, cu_keys, flops):
         pairs = (cu_queries.diff() * cu_keys.diff()).sum().item()
@@ -437,7 +439,7 @@ def test_flops_are_those_that_torch_counts(monkeypatch, head_depth, mlp_ratio):
     ops = torch.ops.m3ae
     formulas = {ops.packed_attention: forward, ops.packed_attention_backward: backward}
     monkeypatch.setattr(registry, "traced", lambda *_: False)  # the counter sees what the kernels' ops call
-    for name in ("attention_op", "attention_backward_op"):  # except these, which compute the scores again
+    for name in ("attention_op", "attention_backward_op"):  # except these ops, which recompute the scores
         monkeypatch.setattr(op, name, getattr(op, name).registered)
     config = TINY.model_copy(update={"output_head_depth": head_depth, "mlp_ratio": mlp_ratio})
     model = make_model(config).double()
@@ -462,7 +464,7 @@ def test_activation_checkpointing_changes_no_gradient(dropped):
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     other, expected, found = grads
     torch.testing.assert_close(found, expected)
-    assert torch.equal(other, expected) != bool(dropped)  # something was dropped
+    assert torch.equal(other, expected) != bool(dropped)  # some values were dropped
 
 
 def test_representation_of_float_and_byte_pictures_agrees():
@@ -598,7 +600,7 @@ def test_sizes_build(size):
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["autocast", "parameters"])
 def test_every_gradient_in_bf16_is_near_that_in_float32(by):
-    """Plain torch runs bf16 by autocast, DeepSpeed by parameters of bf16."""
+    """Plain torch computes in bf16 by autocast, and DeepSpeed with parameters in bf16."""
     model = make_model(TINY.model_copy(update={"output_head_depth": 1, "use_type_embedding": True}))
     batch = pack([make_sample(seed, words=9) for seed in range(200)], model.geometry)
 
@@ -613,6 +615,6 @@ def test_every_gradient_in_bf16_is_near_that_in_float32(by):
     assert exact.keys() == low.keys()
     for name, grad in low.items():
         wanted = exact[name]
-        if name.endswith("qkv.bias"):  # without the keys' bias: only rounding
+        if name.endswith("qkv.bias"):  # without the bias of the keys, whose gradient is only rounding errors
             grad, wanted = (torch.cat(g.chunk(3)[::2]) for g in (grad, wanted))
         assert (grad - wanted).norm() < 0.03 * wanted.norm(), name

@@ -1,5 +1,5 @@
-"""Muon: its update against the polar factor, its steps against a loop over matrices, the same curve on all ranks and
-ZeRO stages, and what becomes of its state."""
+"""Muon: its update compared with the polar factor, its steps compared with a loop over matrices, equal curves for all
+numbers of ranks and all ZeRO stages, and its state in checkpoints."""
 
 import json
 import math
@@ -75,8 +75,8 @@ def stacked(name: str, model: M3AE) -> int:
 
 @pytest.mark.parametrize("attention", ["self", "cross"])
 def test_steps_are_those_of_a_loop_over_matrices(attention):
-    """Gradients are clipped before the orthogonalisation. Momentum is Nesterov's, weight decay is decoupled, and AdamW
-    updates the rest."""
+    """Gradients are clipped before the orthogonalisation. The momentum is Nesterov's, the weight decay is decoupled,
+    and AdamW updates the other parameters."""
     settings = config(clip_grad=0.1, muon_momentum=0.7, muon_lr_ratio=3.0)
     with join_ranks() as ranks:
         torch.manual_seed(0)
@@ -118,13 +118,13 @@ def test_steps_are_those_of_a_loop_over_matrices(attention):
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_newton_schulz_runs_in_the_precision_of_the_run(precision, dtype):
-    """In bfloat16 the orthogonalised matrices are those of float32 to about 1 %."""
+    """In bfloat16, the orthogonalised matrices differ from those in float32 by about 1 %."""
 
     class Products(TorchDispatchMode):
         dtypes: set[torch.dtype] = set()
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten.baddbmm.default:  # nothing else in a step of the model calls it
+            if func is torch.ops.aten.baddbmm.default:  # no other part of a step calls it
                 self.dtypes.add(args[0].dtype)
             return func(*args, **kwargs or {})
 
@@ -146,7 +146,8 @@ def test_newton_schulz_runs_in_the_precision_of_the_run(precision, dtype):
 
 @pytest.mark.slow
 def test_curves_are_plain_torchs_on_one_rank(tmp_path):
-    """Curves are equal in float32 on one, two and three ranks, which cut matrices anywhere, at every stage."""
+    """In float32, the curves are equal on one, two and three ranks, whose partitions may split matrices anywhere, at
+    every stage."""
     found = {}
     for ranks in (1, 2, 3):
         path = tmp_path / f"{ranks}.jsonl"

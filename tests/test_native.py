@@ -40,7 +40,7 @@ def make_samples(sizes=SIZES, words: int = 5) -> list[Sample]:
     for number, (height, width) in enumerate(sizes):
         sample = Sample(str(number), torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator))
         sample.image_mask = draw_mask(height * width // 16, 0.75, generator)
-        if number % 2 == 0:  # pairs and images alone
+        if number % 2 == 0:  # pairs, and images without captions
             sample.tokens = torch.randint(0, 31, (words,), generator=generator)
             sample.text_mask = draw_mask(words, 0.5, generator)
         samples.append(sample)
@@ -92,7 +92,7 @@ def test_a_model_told_of_other_shapes_is_as_one_made_for_them(was, now, where):
 
 @pytest.mark.parametrize("where", ["absolute", "centred"])
 def test_positions_are_those_of_rows_and_columns(where):
-    """Each row of the table that `pack` names is the sin-cos embedding of the patch's column and row."""
+    """Each row of the table that `pack` selects is the sin-cos embedding of the patch's column and row."""
     model = make_model(config(native_positions=where))
     batch = pack(make_samples(), model.geometry)
     table = Positions(model.config, 24)(None, None, batch.grids)[0]
@@ -131,7 +131,7 @@ def test_squares_in_a_native_model_are_the_square_path_bitwise(where, stored):
 @pytest.mark.parametrize("settings", [{}, {"native_positions": "centred"}, {"positions": "stored"}])
 @pytest.mark.parametrize("per", ["sample", "batch"])
 def test_a_batch_of_mixed_sizes_is_its_samples_one_by_one(settings, per):
-    """Losses, gradients and features of a packed batch are those of its native samples one by one."""
+    """The losses, gradients and features of a packed batch are those of its native samples, computed one by one."""
     model, samples = make_model(config(**settings), per=per, norm_pix=True), make_samples()
     loss, grads = gradients(model, samples)
     batch = pack(samples, model.geometry)

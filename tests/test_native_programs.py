@@ -56,8 +56,8 @@ def run(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_is_the_same_resumed_and_on_two_ranks(trainer, shards):
-    """The run learns and draws its reconstructions. It has read the sizes of its images to distribute them over
-    ranks."""
+    """The loss decreases, and reconstructions are plotted. The run reads the sizes of its images in advance, to
+    distribute the images over ranks."""
     sizes = Path(f"{shards[0]}.sizes.index")
     sizes.unlink(missing_ok=True)
     data = [part for name, own in zip(("train", "val"), shards) for part in ("--set", f"data.{name}.0.shards={own}")]
@@ -130,7 +130,7 @@ def test_features_are_those_of_encode_whatever_else_is_in_the_batch(run, shards,
 
 def test_models_are_compared_by_images_of_the_shape_that_is_asked_for(run, shards, tmp_path, monkeypatch):
     def encode(job, *_, **__):
-        raise UserError(f"images are {job.model.config.resize}")  # all else takes its time
+        raise UserError(f"images are {job.model.config.resize}")  # everything else would take long
 
     monkeypatch.setattr(Job, "encode", encode)
     arguments = ["--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "out"), "--set", "data.workers=0"]

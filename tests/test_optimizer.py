@@ -1,6 +1,6 @@
-"""Steps of plain torch's engine against AdamW's formula in float64, and the saved state of an optimiser.
+"""Steps of plain torch's engine, compared with AdamW's formula in float64, and the saved state of an optimiser.
 
-test_engine_parity.py compares DeepSpeed's steps with them."""
+test_engine_parity.py compares DeepSpeed's steps with those of plain torch."""
 
 import copy
 import json
@@ -30,7 +30,8 @@ def config(clip_grad: float | None) -> Config:
 
 
 def by_hand(model: M3AE, batches, counts, clip_grad: float | None) -> dict[str, torch.Tensor]:
-    """Return the weights after steps with RATES. torch computes the gradients, and all else is in float64."""
+    """Return the weights after steps with RATES. The gradients are computed by torch, and everything else in
+    float64."""
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in weights.items()}
     for step, rate in enumerate(RATES, 1):
@@ -52,7 +53,7 @@ def by_hand(model: M3AE, batches, counts, clip_grad: float | None) -> dict[str, 
 
 @pytest.mark.parametrize("clip_grad", [None, 0.1])
 def test_steps_are_those_of_the_formula(clip_grad):
-    """Steps have two micro-batches and changing rates. A rate of 0 leaves the weights unchanged."""
+    """Steps have two micro-batches and changing learning rates. A learning rate of 0 leaves the weights unchanged."""
     settings = config(clip_grad)
     with join_ranks() as ranks:
         torch.manual_seed(0)
@@ -69,7 +70,7 @@ def test_steps_are_those_of_the_formula(clip_grad):
 
 
 def test_a_state_that_is_loaded_goes_on_as_the_one_that_was_saved():
-    """All of the state, including moments and the number of steps, is bitwise equal."""
+    """The whole state, including moments and the number of steps, is bitwise equal."""
     settings = config(0.1)
     with join_ranks() as ranks:
         torch.manual_seed(0)
@@ -115,4 +116,4 @@ def test_what_is_collected_is_a_copy_in_float32():
     before = found["weight"].clone()
     model.weight.data += 1
     assert torch.equal(found["weight"], before)
-    assert asked == ["ema", "ema"]  # once for each parameter, on all ranks together
+    assert asked == ["ema", "ema"]  # once per parameter, over all ranks together

@@ -24,7 +24,7 @@ from m3ae_fast.model.m3ae import M3AE
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.test_draw import SIZES, _use
 
-HEADS, LENGTH = 4, 16  # of SIZES: heads, and patches of an image
+HEADS, LENGTH = 4, 16  # in SIZES: number of heads, and patches of an image
 
 
 @pytest.fixture
@@ -114,12 +114,12 @@ def test_the_patch_is_outlined_and_each_word_shaded(model, sample, tmp_path, mon
     sample.image = torch.full((3, 32, 32), 200, dtype=torch.uint8)
     draw_patch_attention(model, [Sample("text"), sample, sample, sample], tmp_path / "a.png", 2, (1, 2))
     sheet = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
-    assert len(sheet) == 8 + 2 * 200  # of those with both, two
+    assert len(sheet) == 8 + 2 * 200  # two of the samples that have both
     for top in (8, 208):
         image = sheet[top : top + 192, 8:200]
         rows, columns = np.nonzero((image == OUTLINE).all(-1))
         assert [rows.min(), rows.max(), columns.min(), columns.max()] == [48, 95, 96, 143]
-        line = sheet[top, 208:]  # the upper edge of the words' shades
+        line = sheet[top, 208:]  # the upper edge of the shaded words
         seen = [tuple(colour) for i, colour in enumerate(line) if i == 0 or (colour != line[i - 1]).any()]
         assert [colour for colour in seen if colour != (255, 255, 255)] == [
             shade(part, 0.25) for part in parts[1:].tolist()
@@ -132,8 +132,7 @@ def test_the_patch_is_outlined_and_each_word_shaded(model, sample, tmp_path, mon
     ("patch", "frame"), [((1, 3), (96, 143, 144, 191)), ((3, 1), (144, 191, 96, 143)), ((1, 2), (96, 143, 96, 143))]
 )
 def test_a_patch_is_outlined_in_pictures_of_any_ratio_that_have_it(tmp_path, monkeypatch, patch, frame):
-    """The pictures are a wide and a high one of 2 x 4 patches. The frame's sides at the top and bottom, left and right
-    are checked."""
+    """One image is wide and one is high, with 2 x 4 patches each. All four sides of the frame are checked."""
     model = M3AE(SIZES.model_copy(update={"resize": "native"})).eval()
     model.tokenizer, words = Words(), torch.arange(5)
     monkeypatch.setattr(attention, "attention_to_words", lambda *_: torch.ones(5))

@@ -28,7 +28,7 @@ class Machine:
         monkeypatch.setattr(time_limit, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def train(self, plan, step_time, evaluation=lambda now: 0.0, every=None, limit=None, start=0, until=None):
-        """Train as `Loop` does, to the end or `until` so many steps are taken. `step_time` and `evaluation`: seconds,
+        """Train as `Trainer` does, to the end or `until` so many steps are taken. `step_time` and `evaluation`: seconds,
         given those since the start. Return the schedule and the steps taken."""
         limit = limit or TimeLimit(HOUR)
         began, step = self.now, start
