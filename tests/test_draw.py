@@ -208,7 +208,7 @@ def test_a_map_is_of_the_features_with_their_own_classes(run, tmp_path, monkeypa
 
     monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", fit_transform)
     main(["map", str(run), "--labels", "json.name"])
-    assert chosen == [(42, 11 / 3)]  # the seed of the run, and a perplexity of a third of the number of neighbours
+    assert chosen == [(42, 11 / 3)]  # the seed of the run, and a third of the other samples as perplexity
     (([panel], labels, classes),) = drawn
     images = [decode_image(coloured(number, NAMES[number % 3]), 3) for number in range(12)]
     expected = open_model(str(run), text=False).eval().encode(images)[:, :2]

@@ -68,7 +68,7 @@ COLOURS = {"blue": (40, 40, 200), "green": (40, 180, 40), "red": (200, 40, 40)}
 
 
 def make_pictures(folder, each=20, captions=True):
-    """Write noisy images with captions into a folder for each colour."""
+    """Write noisy images with captions to one folder per colour."""
     random = np.random.RandomState(0)
     for name, colour in COLOURS.items():
         (folder / name).mkdir(parents=True)
@@ -87,7 +87,7 @@ def test_the_map_is_beside_the_other_pictures(tmp_path, monkeypatch, capsys):
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
 
     def draw(labels):
-        data = {"train": [{"shards": str(tmp_path / "train.tar")}]}  # nothing reads it
+        data = {"train": [{"shards": str(tmp_path / "train.tar")}]}  # no code reads it
         probe = {"train": {"steps": 1, "probe": data | {"val": [{"shards": val}], "labels": labels}}}
         final_evaluation.draw_map(
             Config.model_validate({"run": {"dir": str(run)}, "data": data, **probe}, strict=False)
@@ -173,7 +173,7 @@ def test_a_finished_run_is_measured_with_the_settings_that_are_given_now(tmp_pat
 
 
 def test_a_copied_run_folder_goes_on_where_it_is(tmp_path, monkeypatch):
-    """Its config has the former path, which may be relative to another folder."""
+    """The config contains the former path, which may be relative to another folder."""
     photos = make_pictures(tmp_path / "photos", each=2, captions=False)
     overrides = ["data.workers=0", "train.steps=1", "train.probe=null", "train.pictures=0"]
     monkeypatch.chdir(tmp_path)
@@ -189,7 +189,7 @@ def test_a_copied_run_folder_goes_on_where_it_is(tmp_path, monkeypatch):
 
 
 def test_a_moved_run_folder_has_all_that_it_had(tmp_path, monkeypatch, capsys):
-    """This also holds if another run has begun at the old path, or if the folder is named by another relative path."""
+    """This also holds if another run has begun at the old path, or if another relative path to the folder is given."""
     photos = make_pictures(tmp_path / "photos", each=2)
     overrides = ["data.workers=0", "train.steps=1", "train.probe=null", "train.pictures=0"]
     monkeypatch.chdir(tmp_path)
@@ -210,7 +210,7 @@ def test_a_moved_run_folder_has_all_that_it_had(tmp_path, monkeypatch, capsys):
 
 
 def test_a_call_beside_another_leaves_its_config(tmp_path, monkeypatch):
-    """Refuse to write a config over one that another call began to train with meanwhile."""
+    """A config with which another call has begun to train in the meantime is not overwritten."""
     photos, run = make_pictures(tmp_path / "photos", each=2, captions=False), tmp_path / "run"
     child = []
 
@@ -282,7 +282,7 @@ def test_each_accuracy_stands_below_its_task_beside_what_it_is_of():
 
 @pytest.mark.slow
 def test_stopped_in_any_stage_the_same_line_goes_on(tmp_path):
-    """Ctrl-C reaches all processes of a terminal's job. One line reports it, and no stage is done twice."""
+    """Ctrl-C reaches all processes of a terminal's job. One line reports it, and no stage is repeated."""
     make_pictures(tmp_path / "photos", each=6)
     settings = (
         "data.workers=1",
@@ -352,7 +352,7 @@ def test_shards_of_changed_pictures_are_made_anew_before_a_run_begins(tmp_path):
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns != first and not (out / "config.json").exists()
     (photos / "red/0.txt").write_text("a third one")
     with pytest.raises(UserError, match="holds the shards of another source; remove it, or choose another --out"):
-        find_shards(str(photos), out, None, [])  # without a config it is not known who made them
+        find_shards(str(photos), out, None, [])  # without a config, the origin of the shards is unknown
 
 
 def test_a_folder_without_captions_gives_an_image_model(tmp_path):
@@ -414,15 +414,15 @@ def test_shards_are_taken_as_they_are(tmp_path):
     given = find_shards(f"{tmp_path}/0.tar", tmp_path / "run", None, [f"{tmp_path}/1.tar"])
     assert given.val == [f"{tmp_path}/1.tar"]
     (tmp_path / "3.tar").rename(tmp_path / "val-3.tar")
-    (tmp_path / "2.tar").rename(tmp_path / "testimonials.tar")  # is no test split
-    write_tar(tmp_path / "z-interval-4.tar", members(range(16, 20)))  # nor this one of validation
+    (tmp_path / "2.tar").rename(tmp_path / "testimonials.tar")  # is not a test split
+    write_tar(tmp_path / "z-interval-4.tar", members(range(16, 20)))  # and this one is not a validation split
     assert [os.path.basename(name) for name in find_shards(str(tmp_path), tmp_path, None, []).val] == ["val-3.tar"]
     statistics, notes = inspect(given, tmp_path, "cls")
     assert statistics.classes == 0 and "no k-NN accuracy and no linear probe: " in notes[0]
 
 
 def test_an_image_is_on_one_side_in_folders_and_tables(tmp_path):
-    """Each image has five captions in a table. Copies of files, and a picture in two formats, count as one image."""
+    """Each image has five captions in a table. Copies of a file, and an image in two formats, count as one image."""
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(20):
@@ -456,8 +456,8 @@ def _paths(folder, split):
 
 
 def test_an_image_is_on_one_side_of_shards(tmp_path):
-    """Samples are removed from held-out shards if their image is in others. For the user's own shards a note states the
-    number."""
+    """Samples are removed from held-out shards if their image is also in other shards. For held-out shards that the
+    user names, a note states their number."""
     images = {0: (1, 2, 3), 1: (3, 4, 5), 2: (5, 6, 7)}
     for number, numbers in images.items():
         write_tar(tmp_path / f"{number}.tar", [(f"{i}-{number}.jpg", picture(i)) for i in numbers])
@@ -474,7 +474,7 @@ def test_an_image_is_on_one_side_of_shards(tmp_path):
     assert find_shards(source, out, None, []) == shards and os.stat(shards.val[0]).st_mtime_ns == before
     write_tar(tmp_path / "1.tar", [("3-1.jpg", picture(3)), ("6-1.jpg", picture(6))])
     with tarfile.open(find_shards(source, out, None, []).val[0]) as tar:
-        assert tar.getnames() == ["5-2.jpg", "7-2.jpg"]  # of a shard that is trained on
+        assert tar.getnames() == ["5-2.jpg", "7-2.jpg"]  # the image is also in a training shard
     write_tar(tmp_path / "1.tar", [(f"{i}-1.jpg", picture(i)) for i in images[1]])
     write_tar(tmp_path / "2.tar", [("8-2.jpg", picture(8)), ("5-2.jpg", picture(5))])
     os.utime(tmp_path / "2.tar", ns=(before + 10**9, before + 10**9))
@@ -491,7 +491,7 @@ def test_an_image_is_on_one_side_of_shards(tmp_path):
 
 
 def test_images_that_differ_at_their_ends_alone_are_two(tmp_path):
-    """Their sizes and their middle bytes, which are compared first, are equal."""
+    """The sizes and the middle bytes of the images, which are compared first, are equal."""
     same = picture(0, fmt="BMP") + bytes(2 * PIECE)
     for number, end in enumerate((b"one", b"two", b"one")):
         write_tar(tmp_path / f"{number}.tar", [(f"{number}.bmp", same + end)])
@@ -510,7 +510,8 @@ def test_images_are_not_compared_where_a_side_is_a_manifest(tmp_path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_shared_images_are_those_whose_bytes_are_in_both(tmp_path, seed):
-    """Samples have an image or not, and some occur twice in a shard. Many agree in size and in their middle bytes."""
+    """Some samples have no image, and some images occur twice in a shard. Many have the same size and the same middle
+    bytes."""
     draw, middle = random.Random(seed), bytes(2 * PIECE)
     images = [middle + b"one", middle + b"two", b"one" + middle, b"short", b"other", b"longer"]
 
@@ -537,7 +538,7 @@ def test_shared_images_are_those_whose_bytes_are_in_both(tmp_path, seed):
 
 
 def test_an_image_is_on_one_side_of_a_data_set(tmp_path, monkeypatch):
-    """The data set is from Hugging Face and has one split. Its images are compared by their bytes or by their paths."""
+    """The dataset is from Hugging Face and has one split. Its images are compared by their bytes or by their paths."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
@@ -586,7 +587,7 @@ def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
 
 
 def test_several_ranks_are_referred_to_the_training_program(tmp_path, monkeypatch, capsys):
-    """Each of them would make the shards and the report."""
+    """Otherwise, each rank would create the shards and the report."""
     monkeypatch.setattr("m3ae_fast.cli.command_line._FIRST_S", 0.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
@@ -749,7 +750,7 @@ def test_the_settings_are_those_of_the_rules_by_hand():
     assert (few.train.log_every, few.train.eval_every, few.train.save_every) == (1, 10, 10)
     assert (few.train.eval_samples, few.data.val, few.data.tokenizer, few.train.probe.every) == (1, [], None, 10)
     assert chosen(samples=5000, steps=5).train.eval_every == 5
-    assert automatic_settings.peak_rate(4096, 768) == 1.5e-4  # MAE's
+    assert automatic_settings.peak_rate(4096, 768) == 1.5e-4  # the learning rate of MAE
     assert automatic_settings.peak_rate(1024, 384) == 3e-4  # of half the square root, for a quarter of the batch
     assert chosen(samples=6400, steps=9, size=2).optim.peak_lr == 1.2e-3 == automatic_settings.peak_rate(64, 383) / 4
 
@@ -845,7 +846,7 @@ def paced(monkeypatch, times, ahead=0, seconds=60.0):
 
 
 def test_a_pace_is_that_of_the_later_half_of_steps(monkeypatch):
-    """The first steps are faster, since their batches were loaded ahead."""
+    """The first steps are faster, because their batches were loaded in advance."""
     found = paced(monkeypatch, [9.0, 9.0, *[0.001] * 27, *[0.002] * 27], ahead=27)
     assert found == Pace(pytest.approx(0.002 / 4), 4, 27, pytest.approx(0.0))
 
@@ -853,7 +854,7 @@ def test_a_pace_is_that_of_the_later_half_of_steps(monkeypatch):
 def test_a_pace_is_measured_until_it_is_stable(monkeypatch):
     """Measuring ends when the later half of the steps has a constant pace, or when the time is used up."""
     calm = [9.0, 9.0, *[0.001] * 1000]
-    assert paced(monkeypatch, calm).steps == 19  # of 40 steps, of which the first two are not counted
+    assert paced(monkeypatch, calm).steps == 19  # of 40 steps; the first two are not counted
     assert paced(monkeypatch, calm, seconds=74.0).steps > 200  # a quarter of the time passes in 18 s and 500 steps
     falling = [9.0, 9.0, *(0.5 / (each + 1) for each in range(40)), *[0.01] * 1000]
     assert paced(monkeypatch, falling).sample == pytest.approx(0.01 / 4, rel=0.1)
@@ -865,7 +866,7 @@ def test_a_pace_is_measured_until_it_is_stable(monkeypatch):
     rising = [9.0, 9.0, *(0.01 * 1.02**each for each in range(1000))]
     found = paced(monkeypatch, rising)
     assert found.error > 0.1 and found.steps < 200
-    assert paced(monkeypatch, [5.0] * 10, seconds=1.0) == Pace(5 / 4, 4, 1)  # too slow for an error
+    assert paced(monkeypatch, [5.0] * 10, seconds=1.0) == Pace(5 / 4, 4, 1)  # too few steps for a standard error
 
 
 def test_a_rate_is_shown_with_its_error():
@@ -910,7 +911,7 @@ def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch)
 @pytest.mark.parametrize("ends", ["slow", "memory", None])
 @pytest.mark.parametrize("place", [1, 2, 3, 4])
 def test_sizes_are_tried_from_the_smallest_to_the_first_that_will_not_do(tmp_path, monkeypatch, ends, place):
-    """No larger size is tried, although it would do."""
+    """No larger size is tried, even if it would fit."""
     statistics = DatasetStatistics(2_000_000, 100, 300, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
     widths, tried, reckoned = [128, 192, 384, 768, 1024], [], []
 
@@ -930,7 +931,7 @@ def test_sizes_are_tried_from_the_smallest_to_the_first_that_will_not_do(tmp_pat
     assert found.config.model.emb_dim == widths[chosen]
     assert tried == widths[: chosen + 1 + (ends == "slow")] and len(reckoned) == (place if ends else 4)
     rate = f"{1 / (1e-6 * widths[chosen]):,.0f} samples/s"
-    assert rate in found.lines[3]  # its own pace, not that of one tried after it
+    assert rate in found.lines[3]  # the pace of this size, and not that of a size that was tried later
 
 
 @pytest.mark.parametrize(("end", "dry_run", "code", "said"), [
@@ -989,8 +990,8 @@ def test_what_is_chosen_gives_way_to_what_the_user_sets_and_fits_it():
 
     config = chosen("model.size=small", "train.epochs=3")
     assert config.model.emb_dim == 384 and config.train.epochs == 3 and config.train.steps is None
-    assert chosen().optim.peak_lr == pytest.approx(4 * config.optim.peak_lr)  # a narrow model's
-    twice = chosen("model.image_size=64", "model.image_size=48").model  # the last one counts
+    assert chosen().optim.peak_lr == pytest.approx(4 * config.optim.peak_lr)  # the learning rate of a narrow model
+    twice = chosen("model.image_size=64", "model.image_size=48").model  # the last value counts
     assert (twice.image_size, twice.patch_size) == (48, 4)
     assert chosen("train.global_batch=256").optim.peak_lr == pytest.approx(chosen().optim.peak_lr / 2)
     assert chosen("optim.peak_lr=1e-3").optim.peak_lr == 1e-3
@@ -1012,7 +1013,7 @@ def test_what_is_chosen_gives_way_to_what_the_user_sets_and_fits_it():
     ],
 )
 def test_the_largest_size_that_the_time_allows_is_chosen(tmp_path, monkeypatch, paces, size, why):
-    """Given paces in seconds per sample replace measured ones."""
+    """The given paces, in seconds per sample, replace measured ones."""
     statistics = DatasetStatistics(1000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
     widths = {128: "tiny", 192: "mini"}
     monkeypatch.setattr(plan, "measure", lambda config, *_: Pace(paces[widths[config.model.emb_dim]], 8, 4))
@@ -1034,7 +1035,7 @@ def small(classes=0, samples=1000):
 
 
 def planned(monkeypatch, statistics, hours, pace, overrides=(), spent=0.0, error=math.inf):
-    """Return the plan for samples that take `pace` seconds each, when `spent` seconds have passed."""
+    """Return the plan for samples that take `pace` seconds each, after `spent` seconds."""
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: spent))
     monkeypatch.setattr(plan, "measure", lambda *_: Pace(pace, 8, 24, error))
     monkeypatch.setattr(plan, "missing_memory", lambda *_: "there is no memory")
@@ -1043,7 +1044,7 @@ def planned(monkeypatch, statistics, hours, pace, overrides=(), spent=0.0, error
 
 
 def test_what_comes_before_and_after_training_is_part_of_the_hours(monkeypatch):
-    """Shards and measuring have taken a minute, and the probes process all samples six times."""
+    """The creation of shards and the measurements have taken a minute, and the probes process all samples six times."""
     found = planned(monkeypatch, small(classes=3), 0.5, 0.01, spent=60.0, error=0.05)
     training, after = 3600 * found.config.train.hours, 6 * 1100 * 0.01 + 6 * 1002 * plan._PROBE_STEP
     assert 1800 - 60 - after - 30 < training < 1800 - 60 - after
@@ -1088,7 +1089,7 @@ def test_a_run_that_is_too_short_says_so_and_how_long_is_enough(monkeypatch):
 
 @pytest.mark.parametrize(("terminal", "answer", "starts"), [(True, "y", True), (True, "", False), (False, "", True)])
 def test_it_is_asked_whether_to_start_a_run_that_is_too_short(monkeypatch, tmp_path, capsys, terminal, answer, starts):
-    """A user at a terminal is asked. Elsewhere a note is printed."""
+    """A user at a terminal is asked; otherwise, a note is printed."""
     photos = make_pictures(tmp_path / "photos", each=2, captions=False)
     config = settings(small(), Shards(["a.tar"], [], []), tmp_path / "run", MODEL_SIZES[0], 1, 9, "cls", [])
     monkeypatch.setattr(stages, "choose", lambda *_: plan.Plan(config, [], "9 steps: give more"))
@@ -1108,7 +1109,7 @@ def test_it_is_asked_whether_to_start_a_run_that_is_too_short(monkeypatch, tmp_p
 
 @pytest.mark.slow
 def test_a_run_takes_about_the_hours_that_it_is_given(tmp_path):
-    """The run ends however busy the machine is, and prints its number of steps."""
+    """The run ends in time regardless of the load of the machine, and prints its number of steps."""
     photos = make_pictures(tmp_path / "photos", each=40, captions=False)
     run, began = tmp_path / "run", time.monotonic()
     assert pretrain(photos, run, hours=0.004, overrides=["data.workers=0", "train.probe=null"]).finished

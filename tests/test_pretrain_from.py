@@ -33,14 +33,14 @@ SHARDS = Shards(["a.tar"], ["b.tar"], [])
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A run of an untrained tiny model with a tokenizer."""
+    """Return a run of an untrained tiny model with a tokenizer."""
     torch.manual_seed(1)
     return tiny_run(tmp_path_factory.mktemp("base"))
 
 
 def test_settings_follow_from_the_weights(base, tmp_path):
-    """The settings of the model and its tokenizer are those of the weights. The learning rate is a quarter, and the
-    warm-up is shorter."""
+    """The settings of the model and its tokenizer are those of the weights. The learning rate is a quarter of the usual
+    one, and the warm-up is shorter."""
     given = given_weights(str(base), tmp_path, [])
     saved = M3AE.from_pretrained(tmp_path / FOLDER)
     statistics = DatasetStatistics(20_000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8)
@@ -61,7 +61,7 @@ def test_settings_follow_from_the_weights(base, tmp_path):
 def test_images_alone_continue_from_an_mae_without_a_decoder(tmp_path):
     mae = {name: t for name, t in MAE().state_dict().items() if not name.startswith(("decoder", "mask"))}
     torch.save({"model": mae}, tmp_path / "mae.pth")
-    with pytest.raises(UserError, match="num-heads"):  # of no published width
+    with pytest.raises(UserError, match="num-heads"):  # the width is not that of a published size
         given_weights(str(tmp_path / "mae.pth"), tmp_path / "run", [])
     convert(tmp_path / "mae.pth", tmp_path / "converted", num_heads=3)
     given = given_weights(str(tmp_path / "converted"), tmp_path / "run", [])
@@ -117,7 +117,7 @@ def test_what_is_no_model_is_refused(tmp_path):
 
 
 def test_its_initial_weights_are_measured_too(tmp_path):
-    """The time for it is part of the plan."""
+    """The time for this evaluation is part of the plan."""
     statistics, pace = DatasetStatistics(1000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8), Pace(1e-3, 64, 9)
     config = settings(statistics, SHARDS, tmp_path, MODEL_SIZES[0], 64, 1000, "cls", [])
     continued = settings(statistics, SHARDS, tmp_path, MODEL_SIZES[0], 64, 1000, "cls", [f"model.init_from={tmp_path}"])
@@ -129,7 +129,7 @@ def test_its_initial_weights_are_measured_too(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_begins_with_the_weights(base, tmp_path, capsys):
-    """With a tiny learning rate the weights hardly change; a finished run is not trained again."""
+    """With a tiny learning rate, the weights hardly change. A finished run is not trained again."""
     for number in range(24):
         path = tmp_path / "photos" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)

@@ -83,7 +83,7 @@ IMAGES = {
 
 
 def _folder(root, suffix, make, count=8):
-    """Write `count` images in two classes."""
+    """Write `count` images of two classes."""
     for number in range(count):
         path = root / ("ab"[number % 2]) / f"{number}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("override", SETTINGS)
 def test_each_setting_alone_gives_a_config_that_fits_it(tmp_path, override):
-    """DatasetStatistics that fit the setting replace those of samples, as before there are samples."""
+    """Hypothetical statistics that fit the setting replace those of samples, as before the samples are opened."""
     check_overrides([override])
     c = _chosen(override, statistics=assumed([override], samples=640))
     assert eval(SETTINGS[override], {"c": c, "m": c.model, "t": c.train, "o": c.optim, "len": len})
@@ -213,7 +213,7 @@ def _written(folder, config):
 
 
 def test_every_setting_that_is_chosen_is_set_alone_above():
-    """Settings that are arguments are the exception."""
+    """Settings that are arguments are an exception."""
     config = _chosen().model_dump(exclude_unset=True)
     chosen = {f"{section}.{key}" for section in config if config[section] for key in config[section]}
     assert chosen - {override.partition("=")[0] for override in SETTINGS} == {"run.dir", "data.train", "train.hours"}
@@ -294,7 +294,7 @@ def test_samples_that_cannot_be_used_are_told(tmp_path):
 
 @pytest.mark.slow
 def test_labels_that_are_asked_for_and_not_there_end_it_before_training(tmp_path):
-    """Labels that nobody asked for are only noted: see above."""
+    """For labels that the user did not request, only a note is printed; see above."""
 
     def labelled(name):
         files = [
@@ -311,7 +311,7 @@ def test_labels_that_are_asked_for_and_not_there_end_it_before_training(tmp_path
 
 def test_an_imbalanced_grey_folder_with_splits_and_labels_is_trained_on(tmp_path, capsys):
     """The folder has the layout of ImageFolder and a table of labels. The data are inspected first, and the model is
-    one of grey images."""
+    one for grey images."""
     root = tmp_path / "cells"
     rows = ["path,site,caption"]
     for split, counts in {"train": (18, 6, 3), "val": (6, 3, 2)}.items():

@@ -41,7 +41,7 @@ TERMS = {
 PRIVATE = re.compile("|".join(rf"(?P<t{i}>\b(?:{pattern})\b)" for i, pattern in enumerate(TERMS)), re.IGNORECASE)
 FOLDERS = ("m3ae_fast", "kernels", "lab", "benchmarks", "examples", "docs", "configs")
 KINDS = {".py", ".md", ".sh", ".ipynb", ".json", ".yaml", ".sbatch", ".c", ".h", ".cpp"}
-MEASURED = {".json", ".ipynb"}  # of results, only what is written by hand is read
+MEASURED = {".json", ".ipynb"}  # files of these types are not read in folders of results
 # words that are part of results: a former key, and a key that existing files have
 FORMER = {"CHANGELOG.md": ["told apart"], "m3ae_fast/evaluation/job.py": ["cautions"]}
 # names of classes, functions and constants that the field's terms have replaced, in tests too
@@ -52,7 +52,7 @@ DEFINED = re.compile(rf"^[ \t]*(?:(?:class|def) ({NAMES})\b|({NAMES})\b[^\n]* = 
 
 
 def read_by_users():
-    """Each text file of the project apart from tests, and the documents in its root."""
+    """Yield each text file of the project, except tests, and the documents in its root."""
     yield from sorted(ROOT.glob("*.md"))
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):

@@ -47,7 +47,7 @@ def test_short_work_says_nothing(clock):
 
 def test_the_start_of_the_loader_is_not_taken_for_the_pace(clock):
     lines = Lines("encoding", 100, now=clock)
-    clock.seconds += 2.8  # until the first item
+    clock.seconds += 2.8  # seconds until the first item
     assert lines.advance(1) is None
     clock.seconds += 0.3
     assert lines.advance(3) == ("encoding: 4 of 100, about 0:00:10 left", "")
@@ -80,7 +80,7 @@ def test_the_time_left_of_the_whole_task_is_known_in_its_first_part(clock):
 def test_a_part_is_weighed_with_those_before_it(clock):
     whole = TimeLeft(30, now=clock)
     clock.seconds += 10
-    whole.after(10)  # a second each
+    whole.after(10)  # one second per item
     found = _said(Lines("attacked", 10, whole, 10, now=clock), clock, 5, 3.0)
     assert found[3.0] == ("attacked: 1 of 10, about 0:00:27 left", "0:00:22")  # 13 s for 11 of 30
 

@@ -29,11 +29,12 @@ from tests.helpers.ranks import await_ranks, fork_each, fork_ranks, run_ranks
 
 pytestmark = pytest.mark.slow
 
-TIMEOUT_S = 3.0  # of collectives, and of stalls
+TIMEOUT_S = 3.0  # timeout of collectives and of stalls
 
 
 def main(argv):
-    """Let rank 1 work for longer than any timeout, or fail, while rank 0 waits. Then both compute together."""
+    """Let rank 1 work for longer than any timeout, or fail, while rank 0 waits. Then, both ranks take part in a
+    collective."""
     if argv[0] in PROGRAMS:
         return PROGRAMS[argv[0]](*argv[1:])
     ranks.TIMEOUT = timedelta(seconds=TIMEOUT_S)
@@ -66,8 +67,8 @@ def main(argv):
 
         assert joined.main_first(work, heartbeats.waiting) == joined.rank
         total = torch.ones(1)
-        dist.all_reduce(total)  # in the group that has the short timeout
-        print(f"{total.item():g} ranks\n", end="", flush=True)  # in one piece: the ranks share the output
+        dist.all_reduce(total)  # in the group with the short timeout
+        print(f"{total.item():g} ranks\n", end="", flush=True)  # a single write, because the ranks share the output
     return 0
 
 
@@ -80,7 +81,7 @@ def sockets(pid):
 
 
 def standing_by():
-    """Print the queries of CUDA, and whether this rank and its fetcher have connections."""
+    """Print the calls that query CUDA, and whether this rank and its fetcher have connections."""
     touched, before = [], sockets(os.getpid())
     begin, available = program.HelperProcess, torch.cuda.is_available
     program.HelperProcess = lambda: touched.append("fetcher") or begin()
@@ -108,7 +109,7 @@ def test_a_rank_alone_starts_no_threads_of_gloo(monkeypatch):
 
 
 def many_clients():
-    """Create a store in a process with a low limit of open files, which becoming a rank raises."""
+    """Create a store in a process with a low limit of open files, which `join_ranks` raises."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     with ranks.join_ranks():
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -137,8 +138,7 @@ def test_too_low_a_hard_limit_of_open_files_is_one_line(tmp_path):
 
 
 def on_nodes(what, folder):
-    """Ranks of which each two pretend to be on a separate node. Rank 3 asks the others to stop, stands still
-    or is killed."""
+    """Run ranks, each two of which simulate a separate node. Rank 3 asks the others to stop, stalls or is killed."""
     rank = int(os.environ["RANK"])
     ranks.node_name = lambda: f"node {rank // 2}"
     with program.joined_program() as (joined, stop, heartbeats, _):
@@ -157,18 +157,18 @@ def on_nodes(what, folder):
         if what == f"killed {rank}":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "stall":
-            with heartbeats.waiting():  # as one that waits for its GPU, which takes time of the CPU
+            with heartbeats.waiting():  # like a rank that waits for its GPU, which takes CPU time
                 joined.gather(None)
         while what.startswith("killed"):
             joined.sum([1.0])
         while not stop.asked:
             time.sleep(0.01)
-        joined.gather(None)  # before one of them leaves
+        joined.gather(None)  # before one of the ranks exits
     return 0
 
 
 def check_sums(joined):
-    """Two sums under way at once are those of a single all-reduce of all ranks, to the bit."""
+    """Check that two concurrent sums are bitwise equal to those of a single all-reduce over all ranks."""
     values = [float(joined.rank), 2.0**45 + joined.rank, float(torch.tensor(0.1 * joined.rank)), 1.0]
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total, group=joined.control)
@@ -178,12 +178,12 @@ def check_sums(joined):
 
 
 def stand_still(heartbeats):
-    heartbeats.timeout = 6.0  # it is not the first to notice
+    heartbeats.timeout = 6.0  # this rank is not the first to detect the stall
     time.sleep(20)
 
 
 def test_ranks_of_a_node_hear_its_leader_sum_first_and_stop_together(tmp_path):
-    """The last of the three nodes has one rank."""
+    """The last of the three nodes has only one rank."""
     code, said = run_ranks(__name__, ["nodes", "stop", str(tmp_path)], 5, tmp_path / "log")
     assert code == 0 and sorted(said.splitlines()) == [
         "0: [0, 1] [[1], [2, 4]]",
@@ -196,8 +196,8 @@ def test_ranks_of_a_node_hear_its_leader_sum_first_and_stop_together(tmp_path):
 
 @pytest.mark.parametrize("killed", [3, 0])
 def test_a_rank_that_is_killed_ends_the_others_in_a_sum(tmp_path, killed):
-    """On its node and, through its leader, on the other node. They say so, also if the store has gone with rank 0,
-    and exit with the code of a run to be started again."""
+    """It ends the ranks on its node and, through the leader, those on the other node. They report it, even if the store
+    has ended with rank 0, and exit with the code that requests a restart."""
     processes = fork_ranks(__name__, ["nodes", f"killed {killed}", str(tmp_path)], 4, tmp_path / "log")
     _, said = await_ranks(processes, tmp_path / "log")
     assert [p.exitcode for p in processes] == [-signal.SIGKILL if rank == killed else 75 for rank in range(4)]
@@ -252,7 +252,7 @@ def test_what_a_user_can_mend_is_told_and_the_rest_is_a_bug(error, told):
 
 @pytest.mark.parametrize(("cores", "here", "threads"), [(8, 2, 4), (8, 1, 8), (2, 3, 1), (7, 2, 3)])
 def test_the_ranks_of_a_node_share_its_cores(monkeypatch, cores, here, threads):
-    """The cores are those of one node. A number that the user sets is kept."""
+    """The ranks of a node share the cores of this node only. A number that the user has set is kept."""
     found = []
     variables = {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(here)}
     for name, value in variables.items():
@@ -288,7 +288,7 @@ def test_counts_are_summed_exactly_and_the_first_error_stays_the_first():
 
 @pytest.fixture
 def join(monkeypatch):
-    """Let programs join as rank 1 of two; whether it is the first with an error is what is given."""
+    """Let programs join as rank 1 of two. The argument states whether it is the first rank with an error."""
 
     def pretend(first: bool) -> None:
         store = dist.HashStore()
@@ -320,7 +320,7 @@ def test_an_error_is_told_by_the_first_rank_and_all_end_with_its_code(join, erro
 
 
 def test_an_error_after_a_rank_has_left_is_none(join):
-    """Such an error is not reported. An unexpected error before that is a traceback on every rank."""
+    """Such an error is not reported. An unexpected error before that gives a traceback on every rank."""
     for first in (True, False):
         join(first)
         with program.joined_program() as session:
@@ -377,11 +377,11 @@ def test_what_ranks_do_has_its_result_or_ends_all_of_them(way, failing):
 
 @pytest.mark.parametrize(("rank", "failing", "runs"), [(1, 0, False), (1, 1, True), (0, 1, True), (0, 0, True)])
 def test_a_rank_begins_only_after_the_main_one_has_succeeded(rank, failing, runs):
-    """A failure of one of them is raised on both."""
+    """A failure of one rank is raised on both ranks."""
     done, turns = [], []
 
     class OneOfTwo(ranks.Ranks):
-        """A rank of two, whose partner fails in its turn if told to."""
+        """One of two ranks, whose partner fails in its turn if `failing` is set."""
 
         def gather(self, value):
             other = 1 - rank
@@ -396,7 +396,7 @@ def test_a_rank_begins_only_after_the_main_one_has_succeeded(rank, failing, runs
 
     with pytest.raises(UserError, match="no shard"):
         OneOfTwo(rank, 2, 0, torch.device("cpu"), None, [], [], None, None, [], None).main_first(work)
-    assert done == [rank] * runs and len(turns) == 1 + failing  # a failure is known as soon as it happens
+    assert done == [rank] * runs and len(turns) == 1 + failing  # the failure is known at once
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,8 @@ def test_what_one_rank_cannot_do_ends_all_with_one_line(tmp_path):
 
 
 def with_a_mistake(rank):
-    """Let one rank find a user error that the others do not see. Meanwhile rank 1 is in a sum and rank 2 computes."""
+    """Let one rank find a user error that the others do not see. Meanwhile, rank 1 waits in a sum and rank 2
+    computes."""
     ranks._OTHERS_S = 1.0
     with program.joined_program() as (joined, _, heartbeats, _):
         heartbeats.timeout = 3.0  # with heartbeats every 0.3 s
@@ -458,7 +459,7 @@ def with_a_mistake(rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_mistake_that_one_rank_meets_is_the_only_line_and_all_exit_with_its_code(tmp_path, rank):
-    """This also holds if that rank has the store, and if others work until it has ended."""
+    """This also holds if this rank hosts the store, and if other ranks work until it has ended."""
     processes = fork_ranks(__name__, ["mistake", str(rank)], 3, tmp_path / "log")
     said = await_ranks(processes, tmp_path / "log")[1]
     assert [line for line in said.splitlines() if "error" in line] == [f"error: rank {rank} finds no shard"]

@@ -46,12 +46,12 @@ def test_one_file_with_everything(run):
     page = (run / "report.html").read_text()
     charts = re.findall(r'alt="([^"]+)" src="data:image/png', page)
     assert charts == ["Training loss", "Image loss", "Learning rate"]
-    assert page.count("data:image/png") == 4  # and the reconstructions
+    assert page.count("data:image/png") == 4  # including the reconstructions
     assert "&lt;run&gt;" in page and "<run>" not in page and "&lt;tiny&gt;" in page
     assert '<td>linear</td><td>probe</td><td>top1</td><td class="number">0.4212</td>' in page and "torch" in page
     assert (
         '<td>samples seen</td><td class="number">32</td>' in page and "<td>2.2</td>" in page
-    )  # of the last checkpoint
+    )  # figure of the last checkpoint
     last = {"steps": "2", "loss": "nan", "val_image_loss": "2"}
     assert all(f'<td>{name}</td><td class="number">{value}</td>' in page for name, value in last.items())
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
@@ -72,7 +72,7 @@ def test_the_head_says_in_words_what_the_run_has_come_to(run):
 
 
 def test_results_have_errors_and_the_share_of_the_largest_class(run):
-    """The report does not use the accuracy of a random guess, which a model of imbalanced data exceeds by always
+    """The report does not use the accuracy of random guesses, which a model for imbalanced data exceeds by always
     predicting one class."""
     result = {"task": "knn", "top1": 0.5, "top5": 1.0, "classes": 10, "val_samples": 98, "model": "random:<run>"}
     shares = {"chance": 0.4, "chance_top5": 0.8}
@@ -82,7 +82,7 @@ def test_results_have_errors_and_the_share_of_the_largest_class(run):
     heads = "".join(f"<th>{name}</th>" for name in ("task", "model", "metric", "value", "largest class"))
     assert f"<table><tr>{heads}</tr><tr><td>" in page
     row = "<tr><td>knn</td><td>random weights of &lt;run&gt;</td><td>{}</td>" + 2 * '<td class="number">{}</td>'
-    assert row.format("top1", "50.0% ± 5.1%", "") in page  # the result of a version that did not record it
+    assert row.format("top1", "50.0% ± 5.1%", "") in page  # the result of an earlier version, which did not record it
     for model in ("pixels:<run>", "random:<run>"):
         more = {"top1_se": 0.07, "top5_se": 0.0, "model": model} | shares  # as tasks write them
         (run / "probe/result.json").write_text(json.dumps(result | more))
@@ -142,7 +142,7 @@ def test_several_runs_share_each_chart(run, tmp_path, monkeypatch):
 
 
 def test_each_curve_is_of_the_metric_that_title_and_label_name(monkeypatch):
-    """For several runs the held-out metric is drawn where there is one."""
+    """For several runs, the held-out metric is plotted if there is one."""
     expected = {
         ("Training loss", "training"): "loss",
         ("Image loss", "training"): "image_loss",
@@ -165,7 +165,7 @@ def test_each_curve_is_of_the_metric_that_title_and_label_name(monkeypatch):
         ("Peak memory", "peak"): "peak_memory_gb",
     }
     names, plotted = list(expected.values()), []
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # which takes its time
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # it would take long
     plot = Axes.plot
     monkeypatch.setattr(
         Axes, "plot", lambda *a, **options: plotted.append((options["label"], a[1:])) or plot(*a, **options)
@@ -198,7 +198,7 @@ def test_mistakes(run, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         write_report(run, tmp_path / "page.html", [tmp_path / "nothing"])
     with pytest.raises(UserError, match="cannot be written"):
-        write_report(run, run / "probe/result.json/page.html")  # below a file
+        write_report(run, run / "probe/result.json/page.html")  # the path is below a file
     (run / "probe/result.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         write_report(run, tmp_path / "page.html")
@@ -223,7 +223,7 @@ def test_points_are_the_numbers_that_were_logged():
 
 
 def test_a_training_loss_of_one_step_is_seen():
-    """Draw it as a point, since one step makes no line."""
+    """It is plotted as a point, because a single step does not form a line."""
     metrics = {"run": [{"step": 1, "loss": 1.0}]}
     ((_, png),) = draw_charts([Chart("Loss", "", [Line("loss", "training", "#ff0000")])], metrics)
     red, green, _ = np.asarray(Image.open(BytesIO(png)).convert("RGB"), dtype=int).transpose(2, 0, 1)

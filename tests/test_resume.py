@@ -41,7 +41,7 @@ def _cut(trainer, run: str, step: int) -> None:
 
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
 def test_resume_is_bitwise(trainer, stage):
-    """This also holds in bf16, where weights are rounded copies of float32 master weights."""
+    """This also holds in bf16, in which weights are rounded copies of float32 master weights."""
     options = [*zero(stage), *SAVE, "--set", "train.precision=bf16"]
     trainer("run", *options)
     whole = trainer.losses("run")
@@ -60,12 +60,12 @@ def test_resume_on_other_ranks_and_stage(trainer, stage, ranks, then_stage, then
 
 
 def test_sigkill_anywhere(trainer):
-    """A run that is killed at three arbitrary moments and then finished is bitwise the uninterrupted run."""
+    """A run that is killed at three arbitrary moments and then finished is bitwise equal to the uninterrupted run."""
 
     def read(path):
         try:
             return path.read_text()
-        except FileNotFoundError:  # not there yet, or just being replaced
+        except FileNotFoundError:  # it does not exist yet, or is being replaced
             return ""
 
     options = ["--set", "train.steps=40", "--set", "train.save_every=1"]
@@ -107,7 +107,8 @@ def test_signals_to_the_process_group_save_and_leave(trainer, number, options):
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_dead_launcher_saves(trainer, launcher):
-    """A killed launcher passes no signal on, and DeepSpeed's outer launcher never does. The ranks detect its end."""
+    """A killed launcher does not forward signals, and DeepSpeed's outer launcher never does. The ranks detect its
+    end."""
     options = ["--set", "train.steps=100000", "--set", "train.save_every=100000"]
     process = trainer.start("run", *options, ranks=2, launcher=launcher)
     _wait_for_steps(trainer, "run", lambda: process.poll() is None, 3)
@@ -119,14 +120,14 @@ def test_dead_launcher_saves(trainer, launcher):
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("step", [3, 6])  # the last one, too: the run is complete but for its evaluation
+@pytest.mark.parametrize("step", [3, 6])  # also the last step, after which only the evaluation is missing
 def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(trainer, monkeypatch, capsys, step):
     options = ["--set", "train.eval_every=3", "--set", "data.workers=0"]
     trainer("whole", *options)
     evaluate, calls = pretraining_task.evaluate, []
 
     def signalled(*args):
-        if len(calls) == step // 3:  # the first is before step 1
+        if len(calls) == step // 3:  # the first call is before step 1
             os.kill(os.getpid(), signal.SIGTERM)
         calls.append(1)
         return evaluate(*args)
@@ -208,7 +209,7 @@ def test_what_a_resumed_run_may_change(tmp_path):
         fits("run", stream=stream | {"data.image_tokenizer": "weights 1"})
 
 
-# what happens where a resumed run has another value; a new setting joins one of them
+# The effect of another value in a resumed run. A new setting must be added to one of the groups.
 REFUSED, STREAM, NOTED, FREE = "was made with", "which changes the stream of samples", "from here on", ""
 SETTINGS = {
     "run": {"seed": REFUSED, "dir": FREE, "loggers": FREE, "stall_timeout": FREE},
@@ -218,10 +219,10 @@ SETTINGS = {
         ("image_weight", "text_weight", "image_all_tokens", "text_all_tokens", "norm_pix", "per"), NOTED
     ),
     "data": dict.fromkeys(("crop_scale", "flip", "repeats", "image_tokens"), STREAM)
-    # compared by the fingerprint, wherever the files are
+    # compared by the fingerprint, regardless of the location of the files
     | dict.fromkeys(("train", "tokenizer", "image_tokenizer"), FREE)
     | dict.fromkeys(("shuffle_shards", "lanes"), FREE)  # compared by the order in the fingerprint
-    # compared by the model's settings that follow from them
+    # compared by the settings of the model that are derived from them
     | dict.fromkeys(("range", "resize", "max_patches", "min_patches"), FREE)
     | {"show_channels": FREE}
     | dict.fromkeys(("val", "workers", "prefetch", "cache_dir", "cache_gb", "max_bad_fraction"), FREE),
@@ -255,7 +256,7 @@ def test_another_value_of_a_setting_has_the_consequence_that_it_is_classified_by
     config = parse(Config, TINY, "tiny")
     saved = config.model_dump(mode="json")
     saved[section] |= {name: "another"}
-    if section == "model":  # whose section is parsed
+    if section == "model":  # this section is parsed
         grey = {"image_mean": [0.5], "image_std": [0.5]} if name == "channels" else {}
         possible = {"image_range": [0, 4095], "channels": 1, "max_patches": 9}
         other = possible[name] if name in possible else _another(getattr(config.model, name))
@@ -324,14 +325,15 @@ def test_the_fingerprint_sees_all_that_a_source_is(tmp_path):
 
 
 def main(argv):
-    """Train on what is in each rank's own home folder."""
+    """Train on the shards in the separate home folder of each rank."""
     folder, *arguments = argv
     os.environ["HOME"] = f"{folder}/node{os.environ['RANK']}"
     return train.main(arguments)
 
 
 def test_nodes_that_see_other_shards_do_not_begin(trainer):
-    """Otherwise they would train on samples in two orders, and one would wait for the other at the end."""
+    """Otherwise, they would train on samples in two different orders, and one node would wait for the other at the
+    end."""
     for node, shards in ((0, 2), (1, 1)):
         (trainer.folder / f"node{node}").mkdir()
         for number in range(shards):
@@ -347,7 +349,7 @@ def test_nodes_that_see_other_shards_do_not_begin(trainer):
 
 @pytest.mark.parametrize(("seen", "told"), [
     ({}, None),
-    ({WRITTEN: "today"}, None),  # a copy has another date
+    ({WRITTEN: "today"}, None),  # a copy has another modification time
     ({"data.train": "2 shards"}, r"data\.train is 1 shards on rank 0 \(a\), 2 shards on rank 1 \(b\)"),
     ({"data.val": 7}, r"data\.val is 9 samples on rank 0 \(a\), 7 samples on rank 1"),
     ({"data.val": None}, r"data\.val is 9 samples on rank 0 \(a\), none on rank 1"),
@@ -385,11 +387,12 @@ def test_shards_written_anew_at_equal_size_are_noted_and_moved_ones_are_not(tmp_
 
 
 def test_resume_never_loops_on_weights_that_give_no_finite_loss(trainer):
-    """The first update makes weights that are finite but useless. They are saved before this can be detected."""
+    """The first update gives weights that are finite but give no finite loss. They are saved before this can be
+    detected."""
     options = ["--set", "train.save_every=1", "--set", "train.keep=1", "--set", "optim.clip_grad=null"]
     trainer("run", *options, "--set", "train.steps=3")
     run = trainer.folder / "run"
-    assert trainer.checkpoints("run") == ["step-00000003"]  # good, by the evaluation at the end
+    assert trainer.checkpoints("run") == ["step-00000003"]  # marked as good by the evaluation at the end
     assert checkpoint.is_good(checkpoint.saved_steps(run)[0])
     wild = [*options, "--resume", "auto", "--set", "train.steps=9", "--set", "optim.peak_lr=1e30"]
     out = trainer("run", *wild, code=2)
@@ -436,7 +439,7 @@ def test_auto_passes_over_what_has_failed(tmp_path):
     assert resuming.find(tmp_path, "auto") == two
     assert len(resuming.passed_over(tmp_path)) == 1 and str(three) in resuming.passed_over(tmp_path)[0]
     checkpoint.mark(tmp_path, 2, checkpoint.GOOD, "")
-    assert judge(tmp_path, 3) == f"the last good checkpoint is {two}"  # it is not the cause
+    assert judge(tmp_path, 3) == f"the last good checkpoint is {two}"  # this checkpoint is not the cause
     assert resuming.find(tmp_path, "auto") == two
     assert resuming.find(tmp_path, str(three)) == three
     checkpoint.mark(tmp_path, 1, checkpoint.FAILED, "")
@@ -497,7 +500,7 @@ def test_half_deleted_checkpoint_is_no_checkpoint_and_no_obstacle(tmp_path, lost
     assert resuming.find(tmp_path, "auto") == one
     assert resuming.passed_over(tmp_path) == [f"{two} is skipped: some of its files are missing"]
     shutil.rmtree(one)
-    assert len(resuming.passed_over(tmp_path)) == 1  # also where the run begins anew
+    assert len(resuming.passed_over(tmp_path)) == 1  # also if the run starts from the beginning
     _save(tmp_path, 1)
     assert _save(tmp_path, 2) == two
     assert resuming.passed_over(tmp_path) == []
@@ -534,6 +537,6 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path, value):
     save_file(poison, path / STATE_FILE)
     with pytest.raises(UserError, match=r"state.safetensors is damaged \(its checksum"):
         checkpoint.open_state(path)
-    (path / checkpoint.INFO_FILE).write_text(json.dumps(asdict(info)))  # as before there were checksums
+    (path / checkpoint.INFO_FILE).write_text(json.dumps(asdict(info)))  # as in versions without checksums
     with pytest.raises(UserError, match=r"model/w is not finite; remove the folder"):
         checkpoint.open_state(path).whole("model/w")

@@ -33,8 +33,8 @@ def test_steps_take_the_batches_that_are_not_left_out():
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """A function that trains a run in which the losses of samples `bad` are `loss`, and returns the keys of each
-    step's samples."""
+    """Return a function that trains a run in which the losses of the samples `bad` are `loss`, and returns the keys of
+    each step's samples."""
     source = [{"shards": write_tar(tmp_path / "p.tar", members(range((STEPS + 3) * BATCH)))}]
     build = run_module.build_engine
 
@@ -75,7 +75,7 @@ def losses(folder):
 
 
 def test_a_run_that_returns_to_a_checkpoint_has_used_its_time(tmp_path, monkeypatch):
-    """This includes the time of the repeated steps, which is not in the checkpoint."""
+    """This includes the time of the repeated steps, which is not stored in the checkpoint."""
     limits = []
 
     def set_up(*given):
@@ -101,7 +101,7 @@ WHOLE: list[list[str]] = []
 
 
 def whole_keys(train):
-    """The keys of each step's samples in a run that skips nothing, which is trained once for all tests."""
+    """Return the keys of each step's samples in a run that skips no batch. The run is trained once for all tests."""
     if not WHOLE:
         WHOLE[:] = train("whole")
     return WHOLE
@@ -112,7 +112,7 @@ def test_a_run_leaves_out_batches_and_goes_on_bit_for_bit(train, tmp_path, capsy
     WHOLE[:] = whole = train("whole")
     bad = whole[4][3], whole[6][0]
     with pytest.raises(UserError, match=r"the loss of step 6 is not finite; .* the last good checkpoint"):
-        train("one", bad, rollbacks=1)  # too few for the seventh batch
+        train("one", bad, rollbacks=1)  # too few rollbacks for the seventh batch
     taken = train("run", bad, rollbacks=2)
     out = capsys.readouterr().out
     assert "the loss of step 5 is not finite" in out and "batch 4 is left out" in out and "batch 6 is left out" in out
@@ -125,7 +125,7 @@ def test_a_run_leaves_out_batches_and_goes_on_bit_for_bit(train, tmp_path, capsy
     assert [rate for *_, rate in found] == [rate for *_, rate in losses(tmp_path / "whole")]
     last = checkpoint.saved_steps(tmp_path / "run")[-1]
     assert checkpoint.step_of(last) == STEPS and checkpoint.read_info(last).left_out == [4, 6]
-    for keep in (6, 4):  # after both, and before them
+    for keep in (6, 4):  # after both spikes, and before them
         for path in checkpoint.saved_steps(tmp_path / "run"):
             if checkpoint.step_of(path) > keep:
                 shutil.rmtree(path)
@@ -137,7 +137,7 @@ def test_a_run_leaves_out_batches_and_goes_on_bit_for_bit(train, tmp_path, capsy
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [0, 2])
 def test_a_run_without_a_good_checkpoint_returns_to_its_start(train, tmp_path, batch):
-    """The bad step is before the first checkpoint or right after it."""
+    """The failed step is before the first checkpoint or right after it."""
     taken = train("run", whole_keys(train)[batch][:1], rollbacks=1)
     whole = whole_keys(train)
     assert taken[batch] == whole[batch] and taken[batch + 1 :] == whole[:batch] + taken[-STEPS + batch :]
@@ -158,7 +158,7 @@ def test_a_run_returns_from_spikes_of_the_loss_and_ignores_more_than_it_may(trai
     assert [step for step, loss, _ in found if loss > 1e5] == [6] and len(found) == STEPS
     early, *late = checkpoint.saved_steps(tmp_path / "run")[1:]
     assert len(checkpoint.read_info(early).recent_losses) == 3
-    for path in late:  # goes back to before the spike
+    for path in late:  # the run returns to a step before the spike
         shutil.rmtree(path)
     train("run", bad, "auto", loss=1e6, **settings)
     assert losses(tmp_path / "run") == found and checkpoint.read_info(late[-1]).left_out == [4]

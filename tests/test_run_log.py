@@ -1,4 +1,4 @@
-"""The files of a run besides its checkpoints."""
+"""The files of a run in addition to its checkpoints."""
 
 import errno
 import json
@@ -44,7 +44,7 @@ def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path, capfd
         for step in range(4):
             metrics.log(step, {"loss": 1.0})
     with (tmp_path / METRICS_FILE).open("ab") as file:
-        file.write(b'\xff\xfe\n[1]\n5\n{"step": "x"}\n{"step": null}\n')  # somebody else's
+        file.write(b'\xff\xfe\n[1]\n5\n{"step": "x"}\n{"step": null}\n')  # lines from another program
         file.write(b'{"step": 4, "lo')  # killed while writing
     with RunLog(tmp_path, 2, 9) as metrics:
         metrics.log(3, {"loss": 2.0})
@@ -56,8 +56,8 @@ def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path, capfd
 
 
 def test_the_time_left_is_that_of_the_steps_that_there_are_now(tmp_path, capfd, monkeypatch):
-    """The preparation before the first step does not count. Nor does the first step, which is slower, once there are
-    more."""
+    """The preparation before the first step is excluded, and so is the first step, which is slower, once there are more
+    steps."""
     now = [0.0]
     monkeypatch.setattr(metrics_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with RunLog(tmp_path, 2, 12, loggers=()) as metrics:
@@ -85,7 +85,7 @@ def test_one_folder_is_for_one_run(tmp_path):
             RunFolder(tmp_path)
         other.kill()
     with RunFolder(tmp_path) as folder:
-        (tmp_path / LOCK_FILE).unlink()  # by hand
+        (tmp_path / LOCK_FILE).unlink()  # removed by hand
         folder.keep()
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as other:
             assert "another run is using it" in other.stderr.read()
@@ -112,7 +112,7 @@ def test_the_lock_outlives_its_file(tmp_path):
         second = subprocess.run([sys.executable, "-c", program, str(folder.path)], capture_output=True, text=True)
         assert "another run is using it" in second.stderr
         assert folder.keep() and not folder.keep()
-        worker = os.fork()  # as loader workers, which may outlive the run by some seconds
+        worker = os.fork()  # like a loader worker, which may outlive the run by a few seconds
         if worker == 0:
             signal.pause()
     RunFolder(tmp_path / "run").__exit__()
@@ -152,7 +152,7 @@ def test_a_folder_that_is_renamed_under_way_is_told_with_what_to_do(trainer):
     process.join(60)
     told = f"run.dir {run} was renamed to {renamed}: metrics are still written there, checkpoints to a new {run}; to"
     assert process.exitcode == 0 and trainer.log("run").read_text().count(told) == 1
-    for path in checkpoint.saved_steps(run):  # what it says to do
+    for path in checkpoint.saved_steps(run):  # follows the message
         path.rename(renamed / "checkpoints" / path.name)
     last = checkpoint.step_of(checkpoint.saved_steps(renamed)[-1])
     trainer("renamed", "--set", f"train.steps={last + 1}", "--resume", "auto")
@@ -190,7 +190,7 @@ def test_a_folder_in_which_nothing_came_to_be_goes_again(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         (folder.path / METRICS_FILE).touch()
     assert (tmp_path / "run" / METRICS_FILE).exists()
-    (tmp_path / "mine").mkdir()  # the user's own, empty
+    (tmp_path / "mine").mkdir()  # an empty folder of the user
     with RunFolder(tmp_path / "mine"):
         pass
     assert (tmp_path / "mine").is_dir()
@@ -242,7 +242,7 @@ def test_tensorboard_has_scalars_and_pictures(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["pairs", "four channels", "texts"])
 def test_loggers_get_the_pictures_of_the_report(tmp_path, monkeypatch, case):
-    """They get them with every checkpoint. A stand-in for wandb records its arguments."""
+    """The loggers receive them with every checkpoint. A stand-in for wandb records its arguments."""
     shown = []
     errors = SimpleNamespace(Error=RuntimeError)
     started = SimpleNamespace(id="a", define_metric=lambda *_, **__: None, log=shown.append, finish=lambda: None)
@@ -309,7 +309,7 @@ def test_wandb_without_an_account_is_one_line(tmp_path):
 
 
 def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest():
-    """For each rank the sums contain its waiting time and the time of its forward passes."""
+    """For each rank, the sums contain its waiting time and the time of its forward passes."""
     told, looked = [], []
     for hosts, own, wait, where in (
         (["a", "c", "b"], 0.2, 0.4, {"data_wait": "b", "forward_s": "c"}),
@@ -338,8 +338,8 @@ def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest
         Trainer.log_step(loop, [PackedLosses(torch.tensor(2.0))], torch.tensor(1.0))
         values, named = told[-1]
         assert (values["loss"], values["data_wait"], values["forward_s"], named) == (2.0, wait, max(own, 0.3), where)
-        assert (values["lr"], values["epoch"]) == (6.0, 6.1)  # the rate that the step just taken had
-        assert loop.logged == 61 and looked[-1] == 50  # steps of this attempt
+        assert (values["lr"], values["epoch"]) == (6.0, 6.1)  # the learning rate of the step that was just taken
+        assert loop.logged == 61 and looked[-1] == 50  # number of steps in this attempt
 
 
 def test_forward_passes_of_training_are_timed(monkeypatch):
@@ -350,7 +350,7 @@ def test_forward_passes_of_training_are_timed(monkeypatch):
     def step(seconds):
         monkeypatch.setattr(module, "forward", lambda: clock.__setitem__(0, clock[0] + seconds))
         module()
-        clock[0] += 100  # backward, and others
+        clock[0] += 100  # backward pass and other work
 
     step(1.0), step(2.0)
     module.eval()

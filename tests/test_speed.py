@@ -54,7 +54,7 @@ def _segments(lengths: list[int]) -> Segments:
     return Segments(torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), max(lengths), sum(lengths))
 
 
-# equal lengths share a matmul; a sample may have no queries; no sample at all
+# samples of equal lengths share a matmul; a sample without queries; no samples at all
 @pytest.mark.parametrize(
     ("queries", "keys"),
     [([5, 5, 3, 5, 1], [5, 5, 3, 5, 1]), ([2, 0, 4, 2, 2], [7, 3, 9, 7, 6]), ([1], [1]), ([0, 0], [2, 3])],
@@ -66,7 +66,7 @@ def _segments(lengths: list[int]) -> Segments:
 def test_packed_attention(monkeypatch, queries, keys, chunk, dtype, tolerance):
     monkeypatch.setattr(per_sample, "CHUNK_SCORES", chunk)
     torch.manual_seed(0)
-    wide = torch.randn(sum(keys), 3, 2, 8, dtype=dtype).requires_grad_()  # q, k, v as slices, as the model has them
+    wide = torch.randn(sum(keys), 3, 2, 8, dtype=dtype).requires_grad_()  # q, k and v are slices, as in the model
     q = wide[: sum(queries), 0]
     out = attend(q, wide[:, 1:], _segments(queries), _segments(keys), impl="torch")
     grad = torch.randn(out.shape, dtype=dtype)
@@ -90,7 +90,7 @@ def test_large_scores_do_not_overflow():
 
 @pytest.mark.parametrize("rows", [0, 1, 7])
 def test_linear(rows):
-    """oneDNN's matmul on the CPU is compared with float64, forward and backward."""
+    """oneDNN's matmul on the CPU, compared with float64, forward and backward."""
     torch.manual_seed(0)
     inputs = [torch.randn(shape).requires_grad_() for shape in ((rows, 5), (9, 5), (9,))]
     grad = torch.randn(rows, 9)
@@ -121,7 +121,7 @@ def test_repeating_shapes_change_no_result(kinds, all_tokens):
         results.append((*losses, *[p.grad for p in model.parameters()]))
     for got, expected in zip(*results):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
-    # rates and utilisation count what was asked for
+    # throughput and utilisation count only the required work
     assert StepCounts.of([padded], TINY) == StepCounts.of([exact], TINY)
 
 
@@ -208,13 +208,13 @@ def test_compiled_blocks_are_right_and_compile_once():
         graphs = counters["stats"]["unique_graphs"]
         if step == 1:
             warm = graphs
-    assert graphs == warm == 3  # encoder, decoder, the decoder's last block
+    assert graphs == warm == 3  # encoder, decoder, and the decoder's last block
 
 
 @torch._functorch.config.patch(activation_memory_budget=1.0)
 @torch.compiler.config.patch(cache_key_tag="")
 def test_compiled_graphs_are_kept_by_the_micro_batchs_size():
-    """The number of rows in the first batch decides how sums over rows are split, which is not part of the key of
+    """The number of rows in the first batch determines how sums over rows are split, which is not part of the key of
     torch's cache."""
     tags = []
     for samples in (64, 512, 512):
@@ -224,8 +224,8 @@ def test_compiled_graphs_are_kept_by_the_micro_batchs_size():
 
 
 def test_a_change_of_any_module_is_another_compiled_graph(tmp_path, monkeypatch):
-    """Modules of the model and of the ops count. Otherwise torch's cache would run an old backward pass after an
-    update."""
+    """This holds for modules of the model and of the ops. Otherwise, torch's cache would run an old backward pass after
+    an update."""
     copies = []
     for name, module in (("model", transformer), ("kernels", m3ae_kernels)):
         folder = Path(module.__file__).parent
@@ -234,7 +234,7 @@ def test_a_change_of_any_module_is_another_compiled_graph(tmp_path, monkeypatch)
             copies[-1].parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copies[-1])
         monkeypatch.setattr(module, "__file__", str(tmp_path / name / Path(module.__file__).name))
-    assert len({path.parent for path in copies}) > 4  # sub-folders too
+    assert len({path.parent for path in copies}) > 4  # includes sub-folders
     tag, listed = transformer._source_tag.__wrapped__, Path.rglob
     tags = [tag()]
     monkeypatch.setattr(Path, "rglob", lambda *given: reversed(list(listed(*given))))  # as another disk lists files
@@ -247,7 +247,7 @@ def test_a_change_of_any_module_is_another_compiled_graph(tmp_path, monkeypatch)
 
 
 def test_compiled_gelu_has_no_input_but_its_own():
-    """A named number such as math.pi would be a tensor that the backward pass of each block reads on the host."""
+    """A named constant such as math.pi would become a tensor that the backward pass of each block reads on the host."""
     seen = []
 
     def backend(graph, inputs):

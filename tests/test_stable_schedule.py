@@ -1,5 +1,5 @@
-"""A learning rate that stays and then falls: its formula, changes of the number of steps, and runs that are extended or
-branch off."""
+"""A learning rate that is constant and then decays: its formula, changes of the number of steps, and runs that are
+extended or branch off."""
 
 import json
 import math
@@ -38,12 +38,12 @@ def test_a_decay_follows_the_end_until_it_has_begun():
     longer = plan.changed(50, 200)
     assert longer.decay_begin == 160 and longer.lr(159) == 1 and longer.lr(60) == 1
     assert [longer.lr(step) for step in range(160, 200)] == [schedule(200).lr(step) for step in range(160, 200)]
-    shorter = plan.changed(90 - 30, 65)  # whose decay would have begun before
+    shorter = plan.changed(90 - 30, 65)  # its decay would have begun earlier
     assert shorter.decay_begin == 60 and shorter.lr(60) == 1 and shorter.lr(65) == pytest.approx(0)
 
 
 def test_a_decay_that_has_begun_takes_the_steps_that_are_left():
-    """The learning rate therefore does not jump, and ends at its final value."""
+    """The learning rate therefore does not jump, and reaches its final value."""
     plan = schedule(100).changed(90, 95).changed(92, 110)
     rates = [plan.lr(step) for step in range(80, 111)]
     assert plan.decay_begin == 80 and rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0)
@@ -80,7 +80,8 @@ WSD = ["--set", "optim.schedule=wsd", "--set", "optim.decay_fraction=0.5", "--se
 
 @pytest.mark.slow
 def test_an_extended_run_is_that_of_its_new_length(trainer):
-    """It continues from the checkpoint before its decay, which is kept however few checkpoints are kept."""
+    """It continues from the checkpoint before its decay, which is always kept, even if only few checkpoints are
+    kept."""
     options = [*WSD, "--set", "train.save_every=1", "--set", "train.keep=1"]
     trainer("whole", *options, "--set", "train.steps=8")
     out = trainer("run", *options, "--set", "train.steps=6")

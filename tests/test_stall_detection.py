@@ -24,8 +24,9 @@ class Ended(Exception):
 
 
 class Judged:
-    """A rank whose stalls are judged. `at(seconds)` is called at each look. It may change `busy`, who computes or
-    writes: "workers" or "self"; what it returns, if anything, is for how long the whole process is suspended then."""
+    """A rank whose stalls are detected on a simulated clock. `at(seconds)` is called at each check. It may change
+    `busy`, which states who computes or writes ("workers" or "self"), and may return a number of seconds for which the
+    whole process is then suspended."""
 
     def __init__(self, monkeypatch, timeout: float, rank: int = 0, ranks: int = 1) -> None:
         self.now, self.busy, self.looks = 0.0, set(), 0
@@ -54,7 +55,8 @@ class Judged:
         return self.now > self.until
 
     def ended(self, until: float, at=lambda now: None) -> tuple[float, str] | None:
-        """When the process ended and why; None if it was still there after `until` seconds."""
+        """Return the time and the reason of the end of the process; None if it was still running after `until`
+        seconds."""
         self.until, self.at = until, at
         try:
             self.heartbeats._detect_stalls()
@@ -71,7 +73,7 @@ class Judged:
 
 @pytest.mark.parametrize("timeout", [0.5, 5.0, 600.0])
 def test_idle_workers_end_the_run_after_the_timeout_and_not_before(monkeypatch, timeout):
-    """The main thread, which waits for them, does not influence this."""
+    """The main thread, which waits for the workers, has no influence on this."""
     judged = Judged(monkeypatch, timeout)
     judged.busy = {"self"}
     judged.heartbeats.mark("waiting for its loader", loading=True)
@@ -105,7 +107,7 @@ def test_every_batch_begins_the_wait_anew(monkeypatch):
 
 
 def test_workers_may_be_idle_while_a_batch_is_used(monkeypatch):
-    """The use of a batch may be a step or a compilation of hours."""
+    """The batch may be used for a step or for a compilation that takes hours."""
     judged = Judged(monkeypatch, 60.0)
     batches = judged.heartbeats.watch([1, 2], "training")
     for _ in range(2):
@@ -147,7 +149,8 @@ def test_a_process_that_was_suspended_accuses_nobody(monkeypatch):
 
 @pytest.mark.parametrize(("rank", "others"), [(0, [1, 2, 3]), (1, [0]), (3, [0])])
 def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
-    """Rank 0 watches all others, and all of them watch rank 0. Ranks that have been heard from since are not named."""
+    """Rank 0 monitors all other ranks, and all of them monitor rank 0. Ranks whose heartbeats have been received since
+    are not named."""
     judged = Judged(monkeypatch, 60.0, rank, ranks=4)
     end, why = judged.ended(1000)
     assert 60 < end < 70 and f"no heartbeat from rank {', '.join(map(str, others))} (last activity: joining)" in why
@@ -163,7 +166,7 @@ def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
 
 
 def test_a_rank_that_moves_on_ends_nobody(monkeypatch):
-    """This holds however silent another rank is: the rank that waits reports the stall."""
+    """This holds even if another rank is silent for long: the rank that waits reports the stall."""
     judged = Judged(monkeypatch, 60.0, ranks=2)
     assert judged.ended(1000, lambda now: judged.heartbeats.mark("step")) is None
 

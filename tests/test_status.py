@@ -1,4 +1,4 @@
-"""A script gets the status of a run from the output and the exit code."""
+"""A script can obtain the status of a run from the output and the exit code."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def test_a_run_that_ended_says_how(tmp_path, capsys):
 
 
 def test_the_reason_of_a_failure_is_the_line_that_the_run_printed(tmp_path):
-    """The reason is not the message of gloo after a rank was killed."""
+    """The reason is not gloo's message after a rank was killed."""
     lost = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
     with pytest.raises(RuntimeError):
         recorded(tmp_path, 7, lost)
@@ -60,7 +60,7 @@ def test_a_killed_run_has_failed_after_the_last_step_that_it_logged(tmp_path):
 def test_a_run_has_the_steps_to_which_it_was_changed(tmp_path):
     recorder = Recorder(tmp_path, 10)
     recorder.change(0, 20)
-    assert not (tmp_path / "status.json").exists()  # nothing is recorded before a step
+    assert not (tmp_path / "status.json").exists()  # nothing is recorded before the first step
     with recorder.ending(lambda: 20, str):
         recorder.begin(0)
         recorder.change(5, 30)
@@ -75,7 +75,7 @@ def test_a_run_whose_folder_is_held_is_running_and_goes_on(tmp_path):
         command = [sys.executable, "-m", "m3ae_fast", "status", str(tmp_path)]
         done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (4, "running, step 2 of 10 logged\n"), done.stderr
-        assert folder.keep() == ""  # its lock is as it was
+        assert folder.keep() == ""  # its lock is unchanged
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -1,5 +1,5 @@
-"""Signals, launchers that vanish, and ranks or loaders that stand still: small programs around the parts that see to
-them, and the trainer while it starts."""
+"""Signals, launchers that end, and ranks or loaders that stall: small programs that use the modules that handle them,
+and the trainer during its start."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.helpers.trainer import ROOT
 
 pytestmark = pytest.mark.slow
 
-STUCK = "pipe:sleep 100; cat /nowhere"  # a shard that makes the start endless
+STUCK = "pipe:sleep 100; cat /nowhere"  # a shard with which the start never ends
 
 
 def in_main(code: str) -> str:
@@ -32,7 +32,7 @@ def program(code: str, **variables: str) -> subprocess.Popen:
 
 
 def script(code: str, **variables: str) -> subprocess.Popen:
-    """Start a process with a user's code."""
+    """Start a process that runs a user's code."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**environment(), "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", **variables},
@@ -64,7 +64,7 @@ def test_a_signal_before_the_first_step_ends_the_process_with_0(number, busy):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_code_of_a_user_gets_a_keyboard_interrupt_and_can_go_on(number):
-    """A notebook is an example, whose process must not end."""
+    """An example is a notebook, whose process must not end."""
     code = """
         import signal, time
         from m3ae_fast.process import stop_request
@@ -133,10 +133,10 @@ def test_a_closed_terminal_is_nothing_under_nohup():
 
 
 def test_a_library_that_swallows_the_end_is_ended_all_the_same():
-    process = program(STARTING.format("import ctypes; ctypes.PyDLL(None).sleep(60)"))  # keeps even the interpreter
+    process = program(STARTING.format("import ctypes; ctypes.PyDLL(None).sleep(60)"))  # blocks even the interpreter
     assert process.stdout.readline() == "ready\n"
-    time.sleep(1)  # until it sleeps: a signal before that interrupts nothing
-    process.send_signal(signal.SIGTERM)  # which interrupts the C library's sleep
+    time.sleep(1)  # wait until it sleeps, because an earlier signal would not interrupt the sleep
+    process.send_signal(signal.SIGTERM)  # the signal interrupts the C library's sleep
     assert process.wait(20) == 0
     process.stdout.close()
     swallow = """
@@ -180,7 +180,7 @@ def test_a_signal_during_training_asks_and_a_later_ctrl_c_insists():
     process = program(code)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)  # a launcher's, of the same key
+    process.send_signal(signal.SIGINT)  # the signal that a launcher sends for the same key
     assert process.stdout.readline() == "SIGINT\n"
     time.sleep(2.1)
     assert process.poll() is None
@@ -209,7 +209,7 @@ def test_one_of_several_ranks_leaves_when_it_has_told_the_others():
 
 
 def test_a_rank_whose_peer_left_first_saves_what_there_is_and_says_it():
-    """The end of the peer closed the connections on which this rank waits."""
+    """The end of the other rank has closed the connections on which this rank waits."""
     code = """
         import threading
         from m3ae_fast.process.session import joined_program
@@ -230,7 +230,7 @@ def test_a_rank_whose_peer_left_first_saves_what_there_is_and_says_it():
 
 @pytest.mark.parametrize(("when", "world"), [("before", "1"), ("after", "1"), ("after", "2")])
 def test_a_process_whose_launcher_died_leaves(when, world):
-    """This includes a process that waits for other ranks, which may never start."""
+    """This includes a process that waits for other ranks that may never start."""
     child = "import sys; sys.stdin.readline()\n" if when == "before" else ""
     child += "from m3ae_fast.process import stop_request; stop_request._ORPHAN_S = 0.5\n"
     child += in_main(STARTING.format("threading.Event().wait()"))
@@ -244,9 +244,9 @@ def test_a_process_whose_launcher_died_leaves(when, world):
     """
     launcher = program(code, TORCHELASTIC_RUN_ID="1", WORLD_SIZE=world)
     child = psutil.Process(int(launcher.stdout.readline()))
-    launcher.kill()  # which also closes the child's input
+    launcher.kill()  # this also closes the input of the child
     try:
-        launcher.communicate(timeout=20)  # what the child says goes there, too
+        launcher.communicate(timeout=20)  # the output of the child goes there too
         child.wait(20)
     finally:
         if child.is_running():
@@ -264,7 +264,7 @@ def test_a_process_without_a_launcher_outlives_its_shell():
     shell = program(code)
     child = psutil.Process(int(shell.stdout.readline()))
     shell.communicate()
-    time.sleep(1)  # four looks at its parent
+    time.sleep(1)  # four checks of its parent
     assert child.is_running() and child.status() != psutil.STATUS_ZOMBIE
     child.terminate()
     child.wait(20)
@@ -353,11 +353,11 @@ def test_a_hung_loader_ends_the_run_and_a_slow_one_does_not():
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("torchrun", 2), ("deepspeed", 1)])
 def test_a_start_is_left_by_all_and_leaves_nothing(trainer, launcher, ranks):
-    """The signal reaches one rank while another fetches its data, or the launcher is killed."""
+    """The signal reaches one rank while another one downloads its data, or the launcher is killed."""
     source = json.dumps([{"shards": STUCK}])
     process = trainer.start("run", "--set", f"data.train={source}", ranks=ranks, launcher=launcher)
     run = trainer.folder / "run"
-    while not run.exists():  # it has joined, and begun
+    while not run.exists():  # it has joined the ranks and has begun
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
     time.sleep(0.5)
@@ -367,7 +367,7 @@ def test_a_start_is_left_by_all_and_leaves_nothing(trainer, launcher, ranks):
         for child in psutil.Process(process.pid).children(recursive=True)
         if script in child.cmdline() and not any("launch" in word for word in child.cmdline())
     ]
-    assert len(found) == 2 * ranks  # with who is to fetch
+    assert len(found) == 2 * ranks  # including the fetcher processes
     if launcher == "torchrun":
         (found[-1].parent() if found[-1].parent() in found else found[-1]).terminate()
     else:

@@ -1,4 +1,4 @@
-"""Text is read and written as UTF-8 everywhere, whatever the locale."""
+"""Text is read and written as UTF-8 everywhere, regardless of the locale."""
 
 import ast
 

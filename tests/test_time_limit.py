@@ -1,4 +1,4 @@
-"""A run with a time limit has as many steps as fit, at any load of the machine. All clocks are simulated."""
+"""A run with a time limit takes as many steps as fit, at any load of the machine. All clocks are simulated."""
 
 import math
 from types import SimpleNamespace
@@ -28,8 +28,9 @@ class Machine:
         monkeypatch.setattr(time_limit, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def train(self, plan, step_time, evaluation=lambda now: 0.0, every=None, limit=None, start=0, until=None):
-        """Train as `Trainer` does, to the end or `until` so many steps are taken. `step_time` and `evaluation`: seconds,
-        given those since the start. Return the schedule and the steps taken."""
+        """Train as `Trainer` does, to the end or until `until` steps are taken, and return the schedule and the number
+        of steps taken. `step_time`, `evaluation`: functions from the seconds since the start to the duration of a step
+        or an evaluation."""
         limit = limit or TimeLimit(HOUR)
         began, step = self.now, start
 
@@ -94,7 +95,7 @@ BUSY = {
 def test_a_run_on_a_busy_machine_is_never_much_late(monkeypatch, step_time, evaluated):
     """Evaluations slow down together with steps."""
     machine = Machine(monkeypatch)
-    monkeypatch.setattr(f"{__name__}.WILD", jitter(1, 1.0, 1.5))  # the same numbers in whatever order tests run
+    monkeypatch.setattr(f"{__name__}.WILD", jitter(1, 1.0, 1.5))  # the same numbers in any order of the tests
     plan, step = machine.train(schedule(3600), step_time, lambda now: 15 * evaluated * step_time(now), every=180)
     assert step == plan.total_steps
     assert 0.85 * HOUR < machine.took < 1.3 * HOUR
@@ -131,7 +132,7 @@ def test_the_time_of_earlier_attempts_counts(monkeypatch):
 
 
 def test_the_last_evaluation_is_part_of_the_time(monkeypatch):
-    """It takes a tenth of the time, as the first evaluation did."""
+    """The evaluation takes a tenth of the time, like the first one."""
     machine = Machine(monkeypatch)
     machine.train(schedule(3600), lambda now: 1.0, lambda now: 360.0)
     assert machine.took == pytest.approx(HOUR, rel=0.03)
@@ -160,7 +161,7 @@ def test_a_change_keeps_the_learning_rate_continuous_and_leads_to_its_end():
 def test_a_warm_up_is_stretched_too():
     whole = schedule(1000, warmup_epochs=1e-4)
     assert whole.warmup_steps == 100
-    longer = whole.changed(50, 9550)  # 10 steps for each of the 950 that were left
+    longer = whole.changed(50, 9550)  # 10 steps for each of the 950 remaining steps
     assert max(range(9550), key=longer.lr) == 550 and longer.lr(550) == pytest.approx(whole.lr(100))
 
 

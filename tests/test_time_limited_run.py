@@ -1,4 +1,4 @@
-"""Real runs with a time limit, by a simulated clock: every rank ends at the same step, and a killed run goes on."""
+"""Real runs with a time limit on a simulated clock: every rank ends at the same step, and a killed run is resumed."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from tests.helpers.slow_steps import STEP_S
 
 pytestmark = pytest.mark.slow
 
-STEPS = 24  # that fit, where 60 were planned
+STEPS = 24  # number of steps that fit; 60 were planned
 OPTIONS = ["train.steps=60", f"train.hours={STEPS * STEP_S / 3600}", "train.save_every=2", "train.keep=30"]
 OPTIONS += ["train.log_every=1", "data.workers=0"]
 
@@ -41,7 +41,7 @@ def test_a_run_ends_in_its_time_and_a_killed_one_goes_on_bit_for_bit(trainer):
     assert min(rates) == rates[-1] < 0.02 * max(rates)
     assert "training is complete; set train.hours=null and raise" in train(trainer, "run")
     assert trainer.lines("run", "loss", "grad_norm", "lr") == whole
-    for step in (STEPS - 6, at - 2):  # after the change, and before it
+    for step in (STEPS - 6, at - 2):  # after the change of the number of steps, and before it
         for path in checkpoint.saved_steps(folder):
             if checkpoint.step_of(path) > step:
                 shutil.rmtree(path)

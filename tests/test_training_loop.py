@@ -1,5 +1,5 @@
-"""The arguments that the loop passes to the engine, and its use of the results, in a run in this process with an engine
-that records its calls."""
+"""The arguments that the training loop passes to the engine, and its use of the results, in a run with an engine that
+records its calls."""
 
 import argparse
 import dataclasses
@@ -63,8 +63,8 @@ class Recorder:
     counts: list = field(default_factory=list)
     lrs: list = field(default_factory=list)
     seeds: list = field(default_factory=list)
-    bad: dict = field(default_factory=dict)  # by step, from 1: the loss to return in place of the true one
-    held_out: float | None = None  # the image loss to evaluate to in place of the true one
+    bad: dict = field(default_factory=dict)  # loss to return in place of the true one, by step, from 1
+    held_out: float | None = None  # image loss to return from evaluations in place of the true one
 
     def __getattr__(self, name):
         return getattr(self.engine, name)
@@ -86,7 +86,7 @@ class Recorder:
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Sources of 24 pairs, of 12 images, of 12 captions, and of four pairs of which one cannot be used."""
+    """Return sources with 24 pairs, 12 images, 12 captions, and four pairs, one of which cannot be used."""
     write_tar(tmp_path / "p.tar", members(range(24)))
     write_tar(tmp_path / "i.tar", members(range(24, 36), "image"))
     write_tar(tmp_path / "t.tar", members(range(36, 48), "text"))
@@ -125,8 +125,8 @@ def lines(config: Config) -> list[dict]:
 
 
 def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed, caplog):
-    """52 samples in batches of 26 make two steps per epoch. The warm-up takes two epochs and begins at a tenth of the
-    peak."""
+    """With 52 samples in batches of 26, an epoch has two steps. The warm-up takes two epochs and begins at a tenth of
+    the peak learning rate."""
     config = settings(
         tmp_path,
         mixed,
@@ -136,7 +136,7 @@ def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed
     )
     engine, finished = run(monkeypatch, config)
     scale = 26 / 256
-    by_hand = [0.256, 0.832, 1.408, 1.984]  # a quarter of the way up each
+    by_hand = [0.256, 0.832, 1.408, 1.984]  # each step rises by a quarter of the warm-up
     by_hand += [0.128 + (2.56 - 0.128) * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
     assert engine.lrs == pytest.approx([lr * scale for lr in by_hand])
     logged = [line for line in lines(config) if "loss" in line]
@@ -147,7 +147,7 @@ def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed
     captions = [sum(batch.captions for batch in batches) for batches in engine.batches]
     assert [len(batches) for batches in engine.batches] == [2] * 8
     assert engine.counts == [LossCounts(*pair) for pair in zip(images, captions)]
-    # the counts of a part are not those of half a batch
+    # the counts of a part of a batch are not half of those of the batch
     assert any(len(a.images) != len(b.images) for a, b in engine.batches)
     assert sum(images[:2]) == 24 + 12 + 3 and sum(captions[:2]) == 24 + 12 + 3
     assert len(set(engine.seeds)) == 8
@@ -214,7 +214,7 @@ def test_only_a_finite_evaluation_makes_a_checkpoint_good(monkeypatch, tmp_path,
 
 
 def test_an_evaluation_that_computes_no_loss_makes_no_checkpoint_good(monkeypatch, tmp_path, mixed):
-    """There is no loss because no held-out sample can be used."""
+    """There is no loss, because no held-out sample can be used."""
     broken = write_tar(tmp_path / "v.tar", [("0.jpg", picture(0)[:-300]), ("0.txt", b"a cat")])
     train = {"global_batch": 26, "micro_batch": 26, "steps": 1}
     config = settings(tmp_path, mixed, data={"val": [{"shards": str(broken)}]}, train=train)
@@ -350,7 +350,7 @@ class OneOfTwo:
         self.other, self.own = other, None
 
     def sum(self, values):
-        if len(values) == 1:  # whether anybody asks to stop
+        if len(values) == 1:  # whether a rank is asked to stop
             return list(values)
         self.own = list(values)
         return [a + b for a, b in zip(values, self.other)] if self.other else list(values)
@@ -366,7 +366,7 @@ def test_held_out_losses_are_means_over_the_pictures_and_captions_of_all_ranks()
     engine = argparse.Namespace(evaluate=lambda batch: model.eval()(batch))
     samples = [*MIXED, make_sample(7, image=False, words=3), make_sample(8, words=2), make_sample(9, words=None)]
     with torch.no_grad():
-        model.text_head.bias[5] = 30.0  # it always predicts 5, which is right for some captions
+        model.text_head.bias[5] = 30.0  # the model always predicts 5, which is correct for some captions
     samples[4] = dataclasses.replace(samples[4], tokens=torch.full_like(samples[4].tokens, 5))
     samples[6] = dataclasses.replace(
         samples[6], tokens=torch.tensor([5, 5, 1]), text_mask=torch.ones(3, dtype=torch.bool)
@@ -414,7 +414,7 @@ def test_a_step_counts_its_samples_and_no_padding(repeat_shapes):
 
 
 def test_what_a_worker_has_counted_is_not_counted_again(monkeypatch):
-    """Counting the FLOPs of a step takes milliseconds, during which a GPU would wait."""
+    """Counting the FLOPs of a step takes milliseconds, in which a GPU would wait."""
     model = M3AE(SMALL)
     batch = collate(MIXED, model.geometry, SMALL)
     assert batch.flops == executed_flops(SMALL, batch) > 0 and collate(MIXED, model.geometry).flops is None
@@ -482,7 +482,7 @@ def test_ranks_find_the_same_spike_in_their_mean_loss(at_once):
     watches = [LossWatch(Spikes(6)), LossWatch(Spikes(6))]
     for step in range(1, end + 1):
         mean = 9.0 if step == high else math.nan if step == end else usual[step % WINDOW]
-        for watch, other in zip(watches, (-5.0, 5.0)):  # of two micro-batches
+        for watch, other in zip(watches, (-5.0, 5.0)):  # losses of two micro-batches
             losses = [argparse.Namespace(loss=torch.tensor(value)) for value in (mean + other, other * (step % 5))]
             watch.add(step, [f"{step}"], losses, torch.tensor(1.0))
             watch.failed()
@@ -508,7 +508,7 @@ def test_a_loss_is_a_spike_only_far_above_a_full_window():
     spikes = Spikes(6, [1.0, 2.0] * (WINDOW // 2))
     assert spikes.add(4.6) and not spikes.add(4.4)  # 1.5 and 6 times 0.5; the second is one of the recent losses now
     assert list(spikes.recent)[-2:] == [2.0, 4.4] and len(spikes.recent) == WINDOW
-    assert not spikes.add(-100.0)  # a low loss is none
+    assert not spikes.add(-100.0)  # a low loss is not a spike
 
 
 def saver(ranks, folder, say=print) -> Saver:
@@ -527,7 +527,7 @@ def saver(ranks, folder, say=print) -> Saver:
 
 
 def test_of_two_ranks_that_failed_the_earlier_step_is_judged():
-    """A step fails on the rank that has the sample. The next steps of other ranks fail because of its gradients."""
+    """A step fails on the rank that has the sample. The next steps of the other ranks fail because of its gradients."""
     judged = []
     for mine, other in ((7, 8), (8, 7), (7, None), (None, 7)):
         trainer = argparse.Namespace(
@@ -569,7 +569,7 @@ def test_rates_are_those_since_the_last_time(monkeypatch):
 
 
 def test_utilisation_is_of_the_peak_of_all_ranks(monkeypatch, tmp_path, mixed):
-    """The rank is one of two. Its partner is not needed."""
+    """The rank is one of two. The other rank is not required."""
     monkeypatch.setattr(run_module, "peak_flops", lambda *_: 1e9)
     monkeypatch.setattr(run_module, "build_engine", lambda *_: SimpleNamespace())
     config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 13})
@@ -592,7 +592,7 @@ def test_utilisation_is_of_the_peak_of_all_ranks(monkeypatch, tmp_path, mixed):
 
 
 class Agreeing(OneOfTwo):
-    """A rank of two with the given sums and values of its partner."""
+    """One of two ranks, with the given sums and values of its partner."""
 
     rank, world, is_main, lasting = 0, 2, True, None
 
@@ -670,10 +670,10 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
 
 
 def test_a_checkpoint_is_good_once_the_step_after_it_is_finite_on_all_ranks(tmp_path):
-    """Step 5 is the first whose loss comes from the weights of step 4."""
+    """Step 5 is the first step whose loss is computed from the weights after step 4."""
     for pair in itertools.product((3, 4, 5, 6), repeat=2):
         assert _verdict(tmp_path, pair) == [min(pair) >= 5] * 2, pair
-    assert _verdict(tmp_path, (5, 5), busy=(False, True)) == [False, True]  # it may not be written yet
+    assert _verdict(tmp_path, (5, 5), busy=(False, True)) == [False, True]  # the checkpoint may not be written yet
 
 
 def test_what_a_step_draws_depends_on_seed_step_and_rank_alone():
@@ -698,7 +698,7 @@ def test_the_peak_of_a_matmul_counts_a_multiplication_and_an_addition(monkeypatc
     from m3ae_fast.base import hardware
 
     clock = iter(range(1000))
-    monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))  # every matmul takes a second
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))  # every matmul takes one second
     sizes, real = [], torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: sizes.append((*a.shape, b.shape[1])) or real(a, b))
     peak = hardware.peak_flops(torch.device("cpu"), torch.float32)

@@ -1,4 +1,4 @@
-"""In no command do foreign files start a program or determine an output path, unless the user allows it."""
+"""Untrusted files cannot start a program or determine an output path in any command, unless the user allows it."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from m3ae_fast.data import ShardStore
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.shards import picture
 
-started = []  # words of the programs that the process has asked for, while `watching`
+started = []  # arguments of the programs that the process tries to start while `watching`
 watching = []
 
 
@@ -101,7 +101,7 @@ def test_own_runs_need_no_trust(tmp_path, shards):
 
 
 def test_a_folder_becomes_no_cache_because_a_run_says_so(tmp_path, shards):
-    """Files in the folder `shards` of a cache are removed to free space."""
+    """Otherwise, files in its sub-folder `shards` could be removed to free space."""
     (tmp_path / "precious/shards").mkdir(parents=True)
     run = _run(tmp_path / "run", train=_named(shards), val=[], cache_dir=str(tmp_path / "precious"))
     with pytest.raises(UserError, match=r"sets data.cache_dir to .*precious, which is not yet a cache folder"):

@@ -1,4 +1,5 @@
-"""`pretrain --tune`: the learning rate is chosen by short runs, with which a stopped call continues."""
+"""`pretrain --tune`: the learning rate is chosen by short runs, and a stopped call resumes with the run that was
+stopped."""
 
 import json
 
@@ -19,7 +20,8 @@ def tuned_config(tmp_path, **train):
 
 
 def trials(monkeypatch, losses):
-    """Make trials end with these losses by learning rate; "stop" is one that was stopped. Return their configs."""
+    """Let trials end with these losses, by learning rate; "stop" denotes a trial that is stopped. Return the configs of
+    the trials."""
     tried = []
 
     def pre_train(config, session, resume):
@@ -41,7 +43,7 @@ def trials(monkeypatch, losses):
 def test_a_learning_rate_is_chosen_by_the_loss_of_short_runs(tmp_path, monkeypatch, capsys):
     config, path = tuned_config(tmp_path, hours=2.0), tmp_path / "config.json"
     tried = trials(monkeypatch, {5e-4: 0.9, 1e-3: 0.7, 2e-3: "stop"})
-    assert learning_rate_search.tune(config, path) is None and not path.exists()  # the same call goes on
+    assert learning_rate_search.tune(config, path) is None and not path.exists()  # the same call resumes the search
     tried += trials(monkeypatch, {2e-3: None})
     found = learning_rate_search.tune(config, path)
     assert [each.optim.peak_lr for each in tried] == [5e-4, 1e-3, 2e-3]
@@ -49,7 +51,7 @@ def test_a_learning_rate_is_chosen_by_the_loss_of_short_runs(tmp_path, monkeypat
     assert found.optim.peak_lr == 1e-3 and 1.9 < found.train.hours <= 2.0 and found.train.steps > 950
     assert load_config(path).optim == found.optim and "optim.peak_lr 0.0005: loss 1.9" in capsys.readouterr().out
     trials(monkeypatch, {})
-    assert learning_rate_search.tune(found, path) == found  # which is done
+    assert learning_rate_search.tune(found, path) == found  # the search is complete
 
 
 def test_a_search_that_cannot_say_anything_is_refused(tmp_path, monkeypatch, capsys):

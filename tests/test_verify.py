@@ -32,7 +32,7 @@ def test_golden(file):
         assert relative_error(ours, official) <= tolerance, name
     arrays = {key.split("/")[0] for key in golden.arrays}
     assert arrays == {"params", "in", "out", "grads", "params_after"}
-    for key in golden.arrays:  # nothing that the official model computed is left out
+    for key in golden.arrays:  # all values that the official model computed are compared
         group, _, rest = key.partition("/")
         wanted = {"out": rest, "grads": f"grad {rest}", "params_after": f"after {rest}"}.get(group)
         assert wanted is None or wanted in names, key
@@ -40,16 +40,16 @@ def test_golden(file):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_our_official_is_the_official(file):
-    """The reference that writes the other golden files agrees with a file by the official code."""
+    """The reference that writes the other golden files agrees with a file written by the official code."""
     golden = Golden.load(file)
     ours = Official(golden.meta, golden.arrays).arrays()
     given = {key: a for key, a in golden.arrays.items() if key.split("/")[0] in ("out", "grads", "params_after")}
     assert ours.keys() == given.keys()
     for key, array in given.items():
         if key in ("out/encoder_text", "out/text_output", "out/representation"):
-            continue  # padded positions mean nothing; the losses see the others
+            continue  # padded positions have no meaning; the losses cover the other positions
         if key.endswith("Attention_0/Dense_0/bias"):
-            continue  # the keys' third is rounding
+            continue  # the third that belongs to the keys consists of rounding errors
         assert relative_error(ours[key], torch.from_numpy(array)) < 2e-5, key
 
 
@@ -155,7 +155,7 @@ def test_files_that_cannot_be_replayed(tmp_path, capsys, key, value, message):
         arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     else:
         arrays[key] = value
-    file = tmp_path / "[/odd].npz"  # looks like markup
+    file = tmp_path / "[/odd].npz"  # the name looks like markup
     file.parent.mkdir()
     np.savez(file, **arrays)
     assert exit_cleanly(lambda: main([str(file)])) == 2
@@ -187,7 +187,7 @@ def test_decay_groups_are_the_official_ones():
     depth = golden.meta["config"]["output_head_depth"]
     names = {flax_name(name, depth) for name, p in model.named_parameters() if id(p) in decayed}
     assert sorted(names) == sorted(golden.meta["decayed"])
-    assert json.dumps(golden.meta["no_decay"])  # the list that the official code matches path parts against
+    assert json.dumps(golden.meta["no_decay"])  # the list with which the official code compares the parts of paths
 
 
 @pytest.mark.parametrize("everywhere", ["image", "text"])

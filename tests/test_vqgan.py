@@ -37,7 +37,7 @@ from tests.helpers.trainer import TINY
 pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).parent / "golden/vqgan/vqgan.npz"
-SMALL = VQGANConfig(32, 1, (1, 1, 1, 1), 8, 16)  # a code for 8 x 8 pixels
+SMALL = VQGANConfig(32, 1, (1, 1, 1, 1), 8, 16)  # one code for 8 x 8 pixels
 MODEL = ModelConfig(**{**TINY["model"], "vocab_size": 0, "image_targets": "vqgan", "codebook_size": 16})
 
 
@@ -75,7 +75,7 @@ def test_it_is_the_official_tokenizer():
 
 
 def _flax_bytes(arrays):
-    """Return arrays as flax.serialization.to_bytes writes them."""
+    """Return the bytes that flax.serialization.to_bytes writes for the arrays."""
     tree = {}
     for path, array in arrays.items():
         *parents, name = path.split("/")
@@ -172,7 +172,7 @@ def test_it_is_frozen_and_a_folder_of_something_else_is_none(vqgan, model, tmp_p
 
 
 def test_bytes_and_floats_have_the_same_ids(vqgan):
-    images = torch.stack([sample.image for sample in samples(11)])  # more than are encoded at a time
+    images = torch.stack([sample.image for sample in samples(11)])  # more images than are encoded at a time
     ids_BL = vqgan.encode(images)
     assert ids_BL.shape == (11, 16) and ids_BL.dtype == torch.int32 and len(ids_BL.unique()) > 3
     assert torch.equal(vqgan.encode(images / 255), ids_BL)
@@ -199,7 +199,7 @@ def test_the_loss_is_the_cross_entropy_of_masked_patches(vqgan, model):
     expected = torch.stack([F.cross_entropy(logits, ids[mask].long()) for logits, ids, mask in parts]).mean()
     torch.testing.assert_close(losses.image_loss, expected)
     assert model.image_head.weight.shape == (16, 32) and model.image_head.weight.grad.any()
-    # images that were normalised are put back before the tokenizer sees them
+    # the normalisation of images is undone before the tokenizer encodes them
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MODEL.image_mean, MODEL.image_std))
     for normalise in (lambda image: image, lambda image: (image / 255 - mean) / std):
         without = samples(3)
@@ -270,7 +270,7 @@ def test_ids_made_ahead_of_time(tmp_path, vqgan, monkeypatch, capsys):
         assert sample.get("cls") == (b"4" if number >= 15 else None)
         ids = vqgan.encode(decode_image(sample["jpg"], 3)[None])[0]
         assert np.frombuffer(sample["ids"], "<i4").tolist() == ids.tolist()
-    assert len({sample["jpg"] for sample in found.values()}) == 18  # every view is another crop
+    assert len({sample["jpg"] for sample in found.values()}) == 18  # every view is a different crop
 
     for name in ("train", "val"):
         stored = list(_loader(tmp_path, tmp_path / name / "*.tar", name == "train", stored_codebook=16))
@@ -312,7 +312,7 @@ def test_ids_of_other_crops_are_another_conversion(tmp_path, vqgan):
     assert identity(threads=2) == identity()
     before = identity()
     with torch.no_grad():
-        vqgan.encoder.conv_out.bias[0] += 1  # ids of the same codebook
+        vqgan.encoder.conv_out.bias[0] += 1  # the ids change, but the codebook does not
     assert identity() != before
     before = identity()
     write_tar(tmp_path / "a.tar", [(f"{i}.jpg", picture(i + 2)[:-1] + b"\0") for i in range(2)])
@@ -359,7 +359,7 @@ def test_reconstructions_are_drawn_through_the_decoder(tmp_path, vqgan, model):
         draw_reconstructions(model, samples(2), None, tmp_path / "a.png", vqgan)
         sheets.append(np.asarray(Image.open(tmp_path / "a.png")).astype(int))
     changed = np.abs(sheets[0] - sheets[1]).max((0, 2)) > 0
-    assert changed[2 * 168 : 3 * 168].any() and not changed[: 2 * 168].any()  # the third image alone
+    assert changed[2 * 168 : 3 * 168].any() and not changed[: 2 * 168].any()  # only the third image
 
 
 def test_the_true_ids_as_predictions_give_the_decoders_picture(vqgan, model):

@@ -1,4 +1,4 @@
-"""A file that replaces another is complete on the disk before it does so, and the replaced file is never lost."""
+"""A file is completely written to disk before it replaces another one, and the replaced file is never lost."""
 
 import hashlib
 import os
@@ -68,7 +68,7 @@ def _shards(folder):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The fsyncs as (name, path), and the replacements and renamings with both paths, in order."""
+    """Record the fsyncs as (name, path), and the replacements and renames with both paths, in order."""
     made = []
     fsync = os.fsync
 
@@ -115,8 +115,8 @@ def test_contents_reach_the_disk_before_the_name_and_then_the_name(tmp_path, cal
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_rank_brings_its_part_to_the_disk_of_its_own_machine(tmp_path, calls, world):
-    """It does so before it reports the end of writing, since rank 0, which renames the checkpoint, may be on another
-    machine."""
+    """It does so before it reports the end of writing, because rank 0, which renames the checkpoint, may be on another
+    node."""
     part = state_files.write_part(tmp_path, cut({"model/a": torch.ones(6)}, world - 1, world), world - 1, world)
     file = tmp_path / state_files.part_files(world)[-1]
     assert ("sync", file) in calls and part == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -129,7 +129,7 @@ def exported(tmp_path):
 
 
 def _refusing(monkeypatch, *refused):
-    """Let the renames with these numbers fail, counted from 1."""
+    """Let the renames with these numbers, counted from 1, fail."""
     count = iter(range(1, 100))
 
     def wrap(function):
@@ -163,7 +163,7 @@ def test_an_output_that_cannot_be_put_back_is_kept_and_named(tmp_path, monkeypat
 
 
 def test_another_output_that_came_between_costs_no_copy(tmp_path, monkeypatch, exported):
-    """Another process has written its output after this one set the old output aside."""
+    """Another process has written its output after this process renamed the old output."""
     rename = os.rename
 
     def late(a, b, **options):
@@ -180,7 +180,7 @@ def test_another_output_that_came_between_costs_no_copy(tmp_path, monkeypatch, e
 
 
 def test_two_writers_of_a_file_do_not_meet(tmp_path):
-    """The file of the last writer to end is there completely, also if the other one began later."""
+    """The complete file of the writer that ends last remains, even if the other one began later."""
     with whole_file(tmp_path / "a.txt") as first:
         first.write_text("first")
         with whole_file(tmp_path / "a.txt") as second:
@@ -203,7 +203,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path, write, name):
     if not child:
         with whole_file(tmp_path / "a.txt"), output_folder(tmp_path / "out") as partial:
             (partial / "part").touch()
-            os._exit(0)  # like a kill, this cleans nothing up
+            os._exit(0)  # like a kill, this skips all clean-up
     os.waitpid(child, 0)
     assert len(os.listdir(tmp_path)) == 2
     write(tmp_path)

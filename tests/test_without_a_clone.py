@@ -1,4 +1,5 @@
-"""The commands of README and guide work with an installed wheel without extras, in an empty folder without a clone."""
+"""The commands in the README and the guide work with an installed wheel without extras, in an empty folder without a
+clone."""
 
 import json
 import re
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 EXTRAS = ("datasets", "deepspeed", "scipy", "sklearn", "timm", "wandb")  # pip installs none of them
 SMALL = {**{f"model.{key}": value for key, value in TINY["model"].items() if key not in ("size", "vocab_size")}}
 SMALL |= {"train.steps": 3, "train.global_batch": 8, "train.pictures": 0, "data.workers": 0, "deepspeed": "null"}
-# a program that runs command lines one after the other, which imports torch once
+# A program that runs command lines one after another, so that torch is imported only once.
 RUN = """
 import json, sys
 from m3ae_fast.__main__ import run
@@ -43,7 +44,7 @@ for line in json.load(sys.stdin):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A folder with the wheel's packages, installed without the network."""
+    """Return a folder with the packages of the wheel, installed without network access."""
     work = tmp_path_factory.mktemp("wheel")
     for name in ("m3ae_fast", "kernels", "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -56,7 +57,7 @@ def site(tmp_path_factory):
     )
     (wheel,) = work.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", work / "site", wheel], check=True)
-    blocked = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"  # an import of one fails
+    blocked = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"  # importing one of them fails
     (work / "site/sitecustomize.py").write_text(blocked)
     return work / "site"
 

@@ -1,4 +1,4 @@
-"""Words of a caption are found for every kind of tokenizer."""
+"""The words of a caption are located with every kind of tokenizer."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def sentence_piece():
 
 
 def llama():
-    """Return a tokenizer without a pre-tokenizer, for which a caption is one word."""
+    """Return a tokenizer without a pre-tokenizer, which treats a caption as one word."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(

@@ -44,7 +44,7 @@ def test_notebook_leads_from_pictures_to_a_probe(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     stored = nbformat.read(NOTEBOOK, as_version=4)
     fresh = nbformat.from_dict(stored)
-    for cell in fresh.cells:  # half as long
+    for cell in fresh.cells:  # trains for half as many steps
         cell.source = cell.source.replace('--config "$CONFIG"', '--config "$CONFIG" --set train.epochs=14')
     NotebookClient(fresh, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(map(texts, fresh.cells))
@@ -54,7 +54,7 @@ def test_notebook_leads_from_pictures_to_a_probe(tmp_path, monkeypatch):
     assert [name for name, *_ in rows] == ["k-NN", "linear"]
     untrained, trained = (sum(float(row[column]) for row in rows) / 2 for column in (1, 2))
     assert trained > max(untrained, 25)  # of 8 classes; one of them alone is two or three samples from chance
-    assert pictures(fresh) == pictures(stored) == 5  # what is stored is what it gives
+    assert pictures(fresh) == pictures(stored) == 5  # the stored output is up to date
     assert NOTEBOOK.stat().st_size < 500_000
 
 
@@ -76,7 +76,7 @@ def folder(tmp_path, monkeypatch):
 def test_own_data_config_fits_shards_of_a_folder(folder, capsys):
     assert data(["make", "pictures", "--out", "shards", "--held-out", "0.2"]) == 0
     assert data(["tokenizer", "shards/train-*.tar", "--vocab-size", "1024", "--out", "tokenizer.json"]) == 0
-    size = re.search(r"model\.vocab_size=(\d+)", capsys.readouterr().out)[1]  # of so few captions
+    size = re.search(r"model\.vocab_size=(\d+)", capsys.readouterr().out)[1]  # few captions give a small vocabulary
     config = str(EXAMPLES / "own_data.json")
     command = [sys.executable, "-m", "m3ae_fast", "train", "--config", config, "--set", f"model.vocab_size={size}"]
     done = subprocess.run([*command, "--dry-run"], env=environment(), capture_output=True, text=True)
@@ -86,7 +86,7 @@ def test_own_data_config_fits_shards_of_a_folder(folder, capsys):
     written = {
         f"{section}.{key}" for section, keys in json.loads(Path(config).read_text()).items() if keys for key in keys
     }
-    assert named <= written | {"model.size", "deepspeed"}  # the table explains what the file has
+    assert named <= written | {"model.size", "deepspeed"}  # the table explains the settings in the file
 
 
 def _classify(*options):
@@ -111,18 +111,18 @@ def test_encoder_in_a_plain_torch_classifier(folder):
 
 
 def test_the_classifier_s_images_are_those_of_shards(folder):
-    """Transparent pixels are white, whatever colour they store."""
+    """Transparent pixels are white, regardless of their stored colour."""
     M3AE(ModelConfig(**TINY["model"])).save_pretrained("model")
     for path in Path("pictures").rglob("*.png"):
         pixels = np.array(Image.open(path).convert("RGBA"))
         pixels[..., 3] = 0
         Image.fromarray(pixels).save(path)
     last = re.findall(r"accuracy ([\d.]+)%", _classify("--epochs", "3"))[-1]
-    assert float(last) < 90  # nothing distinguishes the classes
+    assert float(last) < 90  # the classes cannot be distinguished
 
 
 def test_scripts_for_many_nodes_name_what_there_is():
-    """The scripts need a cluster. Their syntax, their options and their config are tested without one."""
+    """The scripts require a cluster. Their syntax, their options and their config are tested without one."""
     folder = EXAMPLES / "many_nodes"
     job = yaml.safe_load((folder / "pytorchjob.yaml").read_text())
     (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]

@@ -11,7 +11,8 @@ from tests.helpers.trainer import ROOT
 
 
 def losses(example: str, *arguments: str) -> list[float]:
-    """Return what an example prints after the word "loss" or, of two models, after "fused" and the other's name."""
+    """Return the losses that an example prints after the word "loss" or, for two models, after "fused" and after the
+    name of the other model."""
     command = [sys.executable, str(ROOT / "kernels/examples" / example), *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -26,7 +27,7 @@ def test_example_learns(example, steps):
 
 @pytest.mark.parametrize("example", ["hugging_face_vit_mae.py", "language_model_head.py", "timm_naflexvit.py"])
 def test_models_of_others_have_equal_losses(example):
-    """The original model and the model on the ops have equal losses. The examples themselves compare gradients."""
+    """The original model and the model with the ops have equal losses. The examples themselves compare gradients."""
     plain, fused = losses(example)
     assert fused == pytest.approx(plain, abs=2e-6)
 

@@ -1,4 +1,5 @@
-"""`lab.aspect` on a few made-up drawings: cut, trained, tested, and not done twice."""
+"""`lab.aspect` on a few synthetic drawings: they are cut, models are trained and tested, and completed runs are not
+repeated."""
 
 import io
 import tarfile

@@ -158,16 +158,16 @@ def test_table_needs_its_markers(tmp_path, capsys):
 def test_an_implementation_works_alone():
     with Alone("reference", TINY.model_dump(mode="json"), 2, batches=1, words=(1, 12)) as process:
         first, second = process.losses
-        assert first > second  # it learns
+        assert first > second  # the loss decreases
         assert process.startup > process.step() > 0
         peak = process.peak_bytes()
-        assert peak > -4 * 200_000  # less its gradients
-        assert process.held_bytes() > peak  # as the trainer's log: with weights and all
+        assert peak > -4 * 200_000  # minus the gradients
+        assert process.held_bytes() > peak  # as in the trainer's log, including weights and all other memory
 
 
 def test_training_as_it_ships_is_timed(tmp_path, monkeypatch):
-    """The trainer is timed on DeepSpeed and on plain torch, with its loader, beside an expert that runs out of
-    memory."""
+    """The trainer is timed with DeepSpeed and with plain torch, with its loader, and compared with an expert that runs
+    out of memory."""
 
     def fail(case):
         raise RuntimeError("no memory left")
@@ -258,7 +258,7 @@ def without_a_driver(**_):
 
 @pytest.fixture
 def tiny_ops(monkeypatch):
-    """The op table at tiny sizes, without a compiler, and with one library that does not run."""
+    """Set up the table of ops at tiny sizes, without a compiler, and with one library that does not run."""
     rows: list[results.Row] = []
     sizes = replace(test_ops.SIZES, samples=2, patch=4, grid=3, visible=3, words=8, encoder=32, decoder=32, vocab=97)
     monkeypatch.setattr(test_ops, "SIZES", sizes)

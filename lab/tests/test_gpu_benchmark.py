@@ -61,7 +61,7 @@ def test_a_reference_in_chunks_is_the_reference(name):
 
 
 def test_what_is_timed_is_checked():
-    """The check also covers parts for which the odd sizes are too small."""
+    """The check also covers code for which the odd sizes are too small."""
 
     def wrong(images, patch_ids, **options):
         out = m3ae_kernels.patch_embed(images, patch_ids, **options)
@@ -87,7 +87,7 @@ def test_checks_and_times_are_written(tmp_path, capsys):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Two ops, one of which raises."""
+    """Use two ops, one of which raises an error."""
 
     def check(name, dtype, *_):
         if name == "b":
@@ -121,7 +121,7 @@ def test_an_op_that_breaks_the_device_ends_its_process_and_the_next_goes_on(tmp_
 
 @pytest.mark.parametrize("end", ["finished", "failed"])
 def test_what_a_process_takes_with_it_costs_one_item(tmp_path, end):
-    """One process dies at the second item. The next one dies at the fourth and has recorded that itself."""
+    """One process dies at the second item. The next one dies at the fourth item, and has recorded this itself."""
     ends = {0: (1, "import os; os.abort()"), 2: (3, f"raise SystemExit({suite.BROKEN})"), 4: (5, "")}
     if end == "failed":
         ends[0] = (4, "raise SystemExit(1)")
@@ -158,7 +158,7 @@ def test_measure_takes_turns():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "ab"}
     timings = measure(CpuDevice(), functions, rounds=2, repeats=2)
-    assert "".join(calls) == "aaabbb" + "aabb" * 2 + "ab"  # warm-up, turns, peak
+    assert "".join(calls) == "aaabbb" + "aabb" * 2 + "ab"  # warm-up, alternating rounds, peak memory
     assert all(t.p20 <= t.p50 <= t.p80 for t in timings.values())
 
 
@@ -168,7 +168,7 @@ def test_written_tables_are_the_package_tables(tmp_path):
 
 
 def test_candidates_are_those_of_the_kernels():
-    """The candidates are committed, about a dozen for each matmul kernel."""
+    """The committed files contain about a dozen candidates for each matmul kernel."""
     for kernel, widths in candidates.read("sm_90").items():
         for width, settings in widths.items():
             now = tuning.table("sm_90")[kernel][width]
@@ -209,8 +209,8 @@ BEST = {"BLOCK_M": 16, "BLOCK_D": 256}
 
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
-    """Tuning on a clock that knows one best setting; `asked` has the ops that it was asked for. Each kernel is timed in
-    the op that keeps it busiest."""
+    """Simulate tuning with a clock for which one setting is best; `asked` contains the ops that were timed. Each kernel
+    is timed in the op in which it takes the most time."""
     table = json.loads(json.dumps(tuning.table("interpreter")))
     table["rows"]["32"] = {"BLOCK_M": 8, "BLOCK_D": 256}
     asked = []
@@ -254,7 +254,7 @@ def test_tuning_keeps_the_fastest_and_goes_on_where_it_ended(tuned):
     }
     tuned.table["rows"]["32"] = {"BLOCK_M": 8, "BLOCK_D": 256}
     assert tuned.run() == 0
-    assert tuned.asked == list(OPS)  # nothing but the search for the busiest op
+    assert tuned.asked == list(OPS)  # only the search for the op in which a kernel takes the most time
     assert tuned.table["rows"]["32"] == BEST and tried(tuned.folder) == expected
 
 
@@ -271,7 +271,7 @@ def test_a_setting_that_breaks_the_device_is_not_tried_again(tuned, monkeypatch)
         tuned.run(broken)
     assert tried(tuned.folder) == [(10.0, "yes", "ok"), (None, "", "out of resources")]
     path = tuned.folder / "gpu-tuning.json"
-    path.write_text(path.read_text().replace("out of resources", "under way"))  # the process was lost
+    path.write_text(path.read_text().replace("out of resources", "under way"))  # as if the process had died
     tuned.table["rows"]["32"] = {"BLOCK_M": 8, "BLOCK_D": 256}
     assert tuned.run() == 0
     assert tried(tuned.folder) == [(10.0, "", "ok"), (None, "", "under way"), (5.0, "yes", "ok")]
@@ -300,7 +300,7 @@ def test_attention_is_tried_with_its_own_warps_and_stages(kernel):
     now = tuning.table("sm_90")[kernel]["16"]
     near = candidates.settings_to_try(kernel, now, "sm_90", "16")
     assert now in near and {s["num_warps"] for s in near} == {2, 4, 8} and {s["num_stages"] for s in near} == {1, 2, 3}
-    assert now | {"TILE_M": 2048, "TILE_N": 2048, "num_stages": 2} in near  # as kernels/TRIED.md says
+    assert now | {"TILE_M": 2048, "TILE_N": 2048, "num_stages": 2} in near  # see kernels/TRIED.md
     assert len({json.dumps(s) for s in near}) == len(near) <= 9 + 2 * 12
 
 

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.gpu --all` without a GPU: stand-in stages that crash, hang and leave nothing; what runs on a
-bare machine; and the parts of the plan's own stages that a CPU can show."""
+"""`python -m benchmarks.gpu --all` without a GPU: stand-in stages that crash, hang or print nothing; the stages that
+run on a machine without further libraries; and the parts of the plan's stages that can run on a CPU."""
 
 import itertools
 import json
@@ -33,7 +33,8 @@ from tests.helpers.trainer import ROOT
 
 
 def python(*codes: str) -> dict[str, tuple[str, str]]:
-    """Return a stage's commands: of one its folder is the stage's, of several "0", "1", ..."""
+    """Return the commands of a stage. The folder of a single command is that of the stage; several commands have the
+    folders "0", "1", ..."""
     return {str(i) if len(codes) > 1 else "": ("-c", code) for i, code in enumerate(codes)}
 
 
@@ -63,8 +64,8 @@ def runs(pid: int) -> bool:
 
 
 def test_a_bad_stage_costs_itself_alone(tmp_path, impatient):
-    """One that crashes, one that hangs, one that prints nothing, one whose program is not there, one whose program is
-    none: all others have run, and what they wrote is kept."""
+    """A stage crashes, one hangs, one prints nothing, the program of one does not exist, and the file of another is not
+    a program. All other stages are run, and their output is kept."""
     (tmp_path / "no-program").touch(mode=0o755)
     stages = [
         Stage("first", 60, python("print('one')", "print('two')")),
@@ -87,7 +88,7 @@ def test_a_bad_stage_costs_itself_alone(tmp_path, impatient):
 
 
 def test_nothing_that_a_stage_started_outlives_it(tmp_path, impatient):
-    """This includes an orphaned process that ignores SIGTERM in its own session."""
+    """This includes an orphaned process in its own session that ignores SIGTERM."""
     assert plan.run(tmp_path, 60, [Stage("leaves one", 60, python(ORPHAN))]) == 0
     pid, late = int((tmp_path / "leaves one/log.txt").read_text()), time.monotonic() + 30
     while runs(pid) and time.monotonic() < late:  # a killed process takes a moment to end
@@ -120,7 +121,7 @@ def test_a_process_that_cannot_be_ended_is_recorded(tmp_path, monkeypatch):
 
 
 def test_a_process_has_time_to_end_by_itself(tmp_path):
-    """The time begins at SIGTERM, which also ends the parent of the process in order."""
+    """The time begins at SIGTERM, which also ends the parent of the process properly."""
     log, before = tmp_path / "log", signal.getsignal(signal.SIGTERM)
     cleans = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('cleaned'), sys.exit()))"
     with pytest.raises(SystemExit) as end, Processes() as processes:
@@ -143,7 +144,7 @@ def test_a_call_goes_on_where_the_last_one_ended(tmp_path, capsys):
     assert plan.run(tmp_path, 30, [replace(stages[0], seconds=40), replace(stages[1], seconds=30)]) == LATER
     assert "two takes up to 30 s" in capsys.readouterr().out
     assert outcomes(tmp_path) == {"one": "done"}
-    (tmp_path / "two").mkdir()  # of a call that was cut short
+    (tmp_path / "two").mkdir()  # from a call that was interrupted
     (tmp_path / "two/log.txt").write_text("old")
     assert plan.run(tmp_path, 200, stages) == 0
     assert (tmp_path / "count").read_text() == "xxx"
@@ -183,7 +184,7 @@ def test_the_better_engine_goes_on(tmp_path):
 
 
 def test_the_plan_names_programs_that_are_there():
-    """Each stage fits into a call of ten minutes, and each command's options are known to its program."""
+    """Each stage fits into a call of ten minutes, and the programs accept the options of the commands."""
     for stage in PLAN:
         assert stage.seconds <= 500
         for command in stage.commands.values():
@@ -206,7 +207,7 @@ def test_the_page_says_what_is_known_by_when():
 
 
 def test_the_sanitizers_verdict_counts():
-    """The sanitizer runs on memory in which no cache hides an overrun."""
+    """The sanitizer runs without the caching allocator, which would hide an out-of-bounds access."""
     for name in ("memcheck", "racecheck"):
         (stage,) = (stage for stage in PLAN if stage.name == name)
         options = list(stage.commands[""])
@@ -249,7 +250,7 @@ def test_records_come_back_as_one_small_file_that_another_machine_takes_up(tmp_p
     assert plan.run(there, 60, stages) == 1
     assert f"one: taken up from {there}" in capsys.readouterr().out
     assert outcomes(there) == {"one": "done", "two": "failed"} and (there / "one/log.txt").read_text() == "done\n"
-    shutil.rmtree(there / "two")  # taken up again, beside what is there
+    shutil.rmtree(there / "two")  # continued, in addition to what exists
     (there / "one/log.txt").write_text("own")
     assert plan.run(there, 60, stages) == 1 and outcomes(there) == {"one": "done", "two": "failed"}
     assert (there / "one/log.txt").read_text() == "own"
@@ -347,7 +348,7 @@ def test_what_the_trainer_needs_and_an_image_lacks_is_listed(capsys):
 
 
 def test_wheels_are_fetched_for_the_other_python(monkeypatch, tmp_path):
-    """Their dependencies are fetched too, in the required versions, unless they are installed."""
+    """Their dependencies are downloaded too, in the required versions, unless they are installed."""
     needs = {
         "pydantic": ["pydantic-core==2.50.5", "typing-extensions>=4", "email-validator; extra == 'email'"],
         "pydantic-core": ["annotated-types", "tzdata; platform_system == 'Windows'"],
@@ -442,7 +443,7 @@ def test_attention_kernels_are_timed_and_the_wrong_ones_named(monkeypatch):
 
 
 def test_curves_meet_though_one_was_killed(tmp_path):
-    """A run that is killed and resumed has the losses of an uninterrupted one, for a few steps on the CPU."""
+    """A run that is killed and resumed has the losses of an uninterrupted run, for a few steps on the CPU."""
     curves = [curve.Curve("whole", "fp32", curve.CPU), curve.Curve("killed, once", "fp32", curve.CPU, kill_at=4)]
     settings = {
         "model.emb_dim": 32, "model.depth": 1, "model.num_heads": 2, "model.dec_emb_dim": 16, "model.dec_depth": 1,

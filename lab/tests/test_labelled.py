@@ -1,4 +1,5 @@
-"""Packages of labelled data become shards; stand-ins of the packages and of the registries' clients are made here."""
+"""Packages of labelled data are converted to shards. The tests create stand-ins for the packages and for the clients of
+the registries."""
 
 import gzip
 import io
@@ -51,7 +52,7 @@ def _idx(array):
 
 @pytest.fixture
 def clothes(tmp_path):
-    """The package, and the images and labels of each split."""
+    """Return the package, and the images and labels of each split."""
     random = np.random.RandomState(0)
     data = {split: (random.randint(256, size=(count, 28, 28), dtype=np.uint8), (np.arange(count) % 10).astype(np.uint8))
             for split, count in (("train", 20), ("t10k", 10))}  # fmt: skip

@@ -1,4 +1,5 @@
-"""`lab.recipe` at toy size: parts share no emoji, each trial is done once, and tables say what a variant adds."""
+"""`lab.recipe` at toy size: parts have no emoji in common, each trial is run once, and tables contain the difference of
+each variant."""
 
 import json
 from dataclasses import replace
@@ -38,7 +39,7 @@ def test_variants_are_trained_once_and_compared(data, tmp_path, capsys, monkeypa
     labels = json.loads((out / "shards/labels.json").read_text())
     parts = {f"{name}-{part}": {*recipe.keys(out / f"shards/{name}-{part}.tar")}
              for name in ("emoji", "clothes", "drawings") for part in (TRAIN, VALIDATION, TEST)}  # fmt: skip
-    assert sum(map(len, parts.values())) == len(labels) == 2 * 60 + 45 + 20  # without tones and label -1
+    assert sum(map(len, parts.values())) == len(labels) == 2 * 60 + 45 + 20  # without skin tones and without label -1
     units = [{labels[key]["emoji"] for key in parts[f"emoji-{part}"]} for part in (TRAIN, VALIDATION, TEST)]
     assert all(units) and sum(map(len, units)) == 60
     assert len(parts["clothes-test"]) == 12 and len(parts["drawings-test"]) == 4

@@ -1,4 +1,4 @@
-"""No line of the CUDA path stays unexecuted, where there is no GPU: see tests/rehearsal."""
+"""Every line of the CUDA path is executed without a GPU; see tests/rehearsal."""
 
 import os
 import subprocess

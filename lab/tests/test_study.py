@@ -1,4 +1,4 @@
-"""The paper's study, at toy size."""
+"""The study of the paper at toy size."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch, tmp_path):
-    """Few clothes, few shots and other clip art, which make the study short."""
+    """Shorten the study with few Fashion-MNIST images, few shots and other clip art."""
     monkeypatch.setattr(shards, "CLOTHES", {"probe": 15, "validation": 8, "images": 10})
     monkeypatch.setattr(measure, "SHOTS", (1, 2))
     described_tar(tmp_path / "clip/val-0.tar", {f"{i}": emoji(i) for i in range(6)})
@@ -48,7 +48,7 @@ def few(monkeypatch, tmp_path):
 
 @pytest.fixture
 def call(data, tmp_path):
-    """A function of options that runs a study at toy size and returns its exit code."""
+    """Return a function of options that runs a study at toy size and returns the exit code."""
 
     def perform(*options):
         sets = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
@@ -96,14 +96,14 @@ def test_a_study_needs_the_folders_of_labelled_data(data, tmp_path):
 
 
 def test_a_study_is_done_once_and_goes_on_where_it_was_stopped(call, tmp_path, monkeypatch, capsys):
-    """There is one encoder of each kind, and each is tested on the samples that its result names."""
+    """There is one encoder of each kind, and each is tested on the samples that are listed in its result."""
     few = [each for each in plan(16, 4) if each.seed == 0 and central(each, 16, 4)]
     few = [each for each in few if each.objective != "mae"] + [Encoder("mae", 16, 4, 0, images="clothes")]
     monkeypatch.setattr(program, "plan", lambda *arguments: few)
     monkeypatch.setattr(report, "draw", lambda rows, path: None)  # see below
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "main", lambda arguments: 0)  # asked to stop before its first checkpoint
+        patch.setattr(train, "main", lambda arguments: 0)  # as if it were asked to stop before its first checkpoint
         assert call() == 1
     assert not (out / report.JSON).exists()
     assert call("--minutes", "0") == 0 and "5 encoders are left" in capsys.readouterr().out
@@ -127,10 +127,10 @@ def test_a_study_is_done_once_and_goes_on_where_it_was_stopped(call, tmp_path, m
             assert {key.split("-")[0] for key in row["correct"]["same_style_knn"]} == {"twitter"}
             assert set(report.OOD) < set(row["numbers"])
     assert len(found["maeclothes"]["correct"]["clothes_knn"]) == 12
-    assert found["captionsemoji"]["numbers"]["linear"] == 1  # each caption has its category
+    assert found["captionsemoji"]["numbers"]["linear"] == 1  # each caption contains its category
     page = (out / report.PAGE).read_text()
     assert "test samples" in page and "| words of the caption | - | 100.0 " in page
-    assert call("--validation", "--minutes", "0") == 0  # whose encoders are others
+    assert call("--validation", "--minutes", "0") == 0  # its encoders are different ones
     assert "5 encoders are left" in capsys.readouterr().out
     assert "validation samples" in (out / "validation" / report.PAGE).read_text()
     monkeypatch.setattr(Study, "perform", lambda self, encoder: pytest.fail(f"{encoder.name} is done again"))
@@ -183,7 +183,7 @@ def test_pixels_are_what_an_encoder_is_given(tmp_path):
 
 
 def test_a_plan_compares_like_with_like():
-    """Encoders differ from the common one in one thing; what was trained for comes first, by all seeds."""
+    """Encoders differ from the common encoder in one property. The training objectives come first, with all seeds."""
     encoders = plan(192, 400)
     assert len({each.name for each in encoders}) == len(encoders)
     first = [each for each in encoders if central(each, 192, 400)]
@@ -192,7 +192,7 @@ def test_a_plan_compares_like_with_like():
     for encoder in encoders:
         if encoder.objective == "m3ae":
             assert len({key for key, value in asdict(encoder).items() if value != common[key]} - {"seed"}) <= 1
-        if encoder.objective == "random":  # its sizes are those of one before it
+        if encoder.objective == "random":  # it has the sizes of an encoder that was trained before
             assert m3ae(192, 400, encoder.seed) in encoders[: encoders.index(encoder)]
 
 
@@ -225,7 +225,8 @@ def test_a_difference_counts_an_emoji_once_and_seeds_apart():
 
 
 def _results(encoders):
-    """Made-up results: half of four samples are right, and one more for M3AE; captions and steps shift numbers."""
+    """Return synthetic results: two of four samples are correct, and three for M3AE. The fraction of captions and the
+    number of steps shift the metrics."""
     rows = []
     for each in encoders:
         if each.objective == "captions":
@@ -259,7 +260,7 @@ def test_results_become_tables_and_a_plot(tmp_path, monkeypatch):
     assert "| M3AE | 75.0 ± 13.1 (3) | 75.0 ± 13.1 (3) | 10.0 |" in text
     assert "| MAE | 60.0 (50.0 to 70.0) |" in text and "| MAE | 0.800 | - | - | - |" in text
     assert "| 0 % (MAE) | 50.0 ± 15.1 (3) | 50.0 ± 15.1 (3) | 50.0 ± 15.1 (3) | +0.0 ± 0.0 (3) | - |\n| 10 % " in text
-    apart = "+25.0 ± 13.1 (3) |"  # from raw pixels, and from MAE
+    apart = "+25.0 ± 13.1 (3) |"  # differences from raw pixels and from MAE
     assert f"| {3 * steps}, M3AE | 75.0 ± 13.1 (3) | 75.0 ± 13.1 (3) | 75.0 ± 13.1 (3) | {apart} {apart}" in text
     (figure,) = figures
     ratios, captions, lengths, widths = figure.axes[3:7]

@@ -24,7 +24,7 @@ def tokenizer_file(tmp_path_factory):
 @pytest.fixture
 def load(store, tokenizer_file):
     """Return a function load(shards | [SourceConfig], micro_batch=..., ...), which returns a loader of small images and
-    captions. `at`: a store other than the fixture."""
+    captions. `at`: a store to use instead of the fixture."""
 
     def build(
         sources,

@@ -77,7 +77,7 @@ def test_a_range_says_what_is_black_and_white():
         decode_image(write_npy(FLOATS), BANDS, (-100, 300), "float32"),
         chw((FLOATS.astype(np.float64) + 100) / 400).float(),
     )
-    for dtype in ("uint16", "float32"):  # levels are levels, whatever the range
+    for dtype in ("uint16", "float32"):  # 8-bit levels are levels, regardless of the range
         unit = decode_image(write_npy(LEVELS), BANDS, (0, 9), dtype).double() / (65535 if dtype == "uint16" else 1)
         torch.testing.assert_close(unit, chw(LEVELS) / 255.0, check_dtype=False, rtol=0, atol=1e-7)
     for values in (DEEP, FLOATS):
@@ -86,7 +86,7 @@ def test_a_range_says_what_is_black_and_white():
 
 
 def test_pictures_are_kept_as_finely():
-    """Images that Pillow reads keep their precision in a model of more than 8 bits."""
+    """Images that Pillow reads keep their precision in a model with more than 8 bits."""
     values = np.arange(0, 65536, 128, dtype=np.uint16).reshape(16, 32)
     for data in (png(values, 16, 0), tiff(values)):
         assert torch.equal(decode_image(data, 3, "dtype", "uint16"), torch.from_numpy(values).expand(3, -1, -1))
@@ -142,7 +142,7 @@ def test_four_bands_are_no_transparency():
     with_fourth = tiff(four, photometric="rgb", extrasamples=["unspecified"])
     for data in (write_npy(four), with_fourth):
         assert torch.equal(decode_image(data, 4), chw(four))
-    # to a model of colours it is a picture with something beside them
+    # for a model with colour channels, it is a colour image with an extra channel
     assert torch.equal(decode_image(with_fourth, 3), chw(four)[:3]) and len(decode_image(with_fourth, 1)) == 1
 
 
@@ -208,7 +208,7 @@ def test_without_tifffile_it_is_named(monkeypatch):
 
 def test_pillow_says_nothing_beside(caplog):
     data = bytearray(tiff(RGB, photometric="rgb"))
-    place = data.index(struct.pack("<HHI", 277, 3, 1)) + 8  # of SamplesPerPixel
+    place = data.index(struct.pack("<HHI", 277, 3, 1)) + 8  # position of SamplesPerPixel
     data[place : place + 2] = struct.pack("<H", 2048)
     with pytest.raises(BadSample):
         decode_image(bytes(data), 3)
@@ -255,7 +255,7 @@ def test_each_band_is_resampled_as_a_picture_is(name):
 
 
 def test_crops_and_flips_are_those_of_pictures():
-    """A seed gives the same box and the same flip in every dtype."""
+    """The same seed gives the same box and the same flip in every dtype."""
 
     def crop(image, seed):
         return random_crop(image, 8, (0.3, 1.0), True, torch.Generator().manual_seed(seed))
@@ -273,7 +273,7 @@ def test_pixels_may_be_changed_and_are_nobody_elses(name, count):
     before, data = values.copy(), write_npy(values)
     for read in (partial(pixels_of_bands, values), partial(decode_image, data)):
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # torch's, of memory that may not be written
+            warnings.simplefilter("error")  # torch's warning about memory that is not writable
             found = read(count, "dtype", name)
         expected = found.clone()
         found.zero_()

@@ -1,4 +1,4 @@
-"""A source that keeps the captions of a fraction of its pairs."""
+"""A source that uses the captions of a fraction of its pairs."""
 
 import hashlib
 
@@ -26,7 +26,8 @@ def source(shards, fraction, **more):
 
 
 def captions(batches):
-    """Token ids by key without its shard, of samples that have a caption. Text stands below the cls and 16 patches."""
+    """Return the token ids of samples with a caption, by key without the shard. The text follows the cls token and 16
+    patches."""
     found = {}
     for key, (_, tokens, rows, _) in stream(batches):
         if text := [token for token, row in zip(tokens, rows) if row > 16]:
@@ -43,7 +44,7 @@ def test_all_captions_are_today_and_none_is_images_alone_bit_for_bit(load, pairs
 
 
 def test_a_larger_fraction_holds_the_captions_of_a_smaller_one(load, pairs):
-    """The kept captions are those with the lowest hashes, whatever the seed and the epoch."""
+    """The kept captions are those with the lowest hashes, regardless of the seed and the epoch."""
     hashes = {f"{i:05d}": hashlib.blake2b(f"{i:05d}".encode(), digest_size=8).hexdigest() for i in range(60)}
     kept = {
         fraction: captions(load(source(pairs, fraction), steps=15, **UNMASKED)).keys()
@@ -68,7 +69,7 @@ def test_ranks_workers_and_a_resume_change_no_caption(load, pairs):
 
 
 def test_unpaired_text_stays_whole_beside_pairs(load, tmp_path, pairs):
-    """The unpaired text is in a source of its own or in the same shard."""
+    """The unpaired text is in a separate source or in the same shard."""
     text = write_tar(tmp_path / "text.tar", members(range(100, 130), "text"))
     mixed = write_tar(tmp_path / "mixed.tar", [*members(range(200, 220)), *members(range(300, 310), "text")])
     both = [*source(pairs, 0.3), SourceConfig(shards=text)]

@@ -1,4 +1,5 @@
-"""Tables of captions: what is read is what was written, and what cannot be read is named, never guessed."""
+"""Tables of captions: the captions are read as they were written, and what cannot be read is reported and never
+guessed."""
 
 import csv
 import datetime
@@ -23,7 +24,7 @@ fuzz = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-# Text as captions have it, rich in what tables treat specially.
+# Text as in captions, with many characters that tables treat specially.
 TEXT = st.text(st.sampled_from('"",\t\n ;\'ab') | st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"))
 ONE_LINE = st.text(st.sampled_from('"", ;\'ab') | st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]))
 
@@ -33,7 +34,7 @@ def pairs(table, **columns):
 
 
 def error(table, text=None, **columns):
-    """Return the one line of the error for a table."""
+    """Return the one-line error for a table."""
     if text is not None:
         table.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as caught:
@@ -257,7 +258,7 @@ def test_fields_keep_their_types(tmp_path):
 
 
 def test_another_caption_is_no_field(tmp_path):
-    """In the sample's json file it would be read as the sample's caption."""
+    """In the sample's json file, such a field would be read as the caption."""
     (tmp_path / "t.csv").write_text("path,title,caption,site\n0.jpg,,long,here\n")
     (row,) = read_captions(tmp_path / "t.csv", caption="title")
     assert row.captions == [""] and json.loads(row.fields) == {"site": "here"}

@@ -78,7 +78,7 @@ def test_transparent_parts_become_white(mode):
 @pytest.mark.parametrize("fmt, mode", [("JPEG", "RGB"), ("JPEG", "CMYK")])
 def test_pictures_stand_upright(fmt, mode):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
+    exif[0x0112] = 6  # to be rotated clockwise
     data = encode(gradient(mode), fmt, exif=exif, quality=100)
     close(decode_image(data, 3), gradient().rotate(-90, expand=True), 20)
 
@@ -117,7 +117,7 @@ def test_broken_pictures(data):
 
 
 def test_postscript_is_not_run():
-    """Pillow by itself would start Ghostscript."""
+    """Pillow would otherwise start Ghostscript."""
     with pytest.raises(BadSample, match="not an image in a known format"):
         decode_image(encode(gradient(), "EPS"), 3)
 
@@ -133,7 +133,8 @@ def test_decompression_bombs(size):
 
 
 def test_crops_are_torchvisions():
-    """Crops have the same box and the same resize as torchvision's, and boxes have the same distribution."""
+    """Crops have the same boxes and are resized in the same way as torchvision's, and the boxes have the same
+    distribution."""
     image = decode_image(encode(gradient(size=(500, 400)), "JPEG"), 3)
     generator = torch.Generator()
     for seed in range(20):
@@ -154,7 +155,7 @@ def test_crops_are_torchvisions():
 @settings(max_examples=100, derandomize=True, deadline=None)
 @given(height=st.integers(1, 60), width=st.integers(1, 60), seed=st.integers(0, 99))
 def test_where_no_box_fits_the_crop_is_torchvisions_too(height, width, seed):
-    """A box of five times the image's area never fits."""
+    """A box with five times the area of the image never fits."""
     theirs = RandomResizedCrop(64, scale=(5, 5)).make_params([torch.zeros(1, height, width)])
     draws = torch.rand(41, generator=torch.Generator().manual_seed(seed)).tolist()
     assert _draw_box(height, width, (5, 5), draws) == tuple(theirs[name] for name in ("top", "left", "height", "width"))
@@ -198,7 +199,7 @@ def test_centre_crop():
 @example(edge=7, height=5, width=1, seed=0, channels=1)
 @example(edge=7, height=30, width=1, seed=0, channels=3)
 def test_values_of_16_bits_and_floats_are_resized_as_pillow_does_and_never_wrap(edge, height, width, seed, channels):
-    """Bicubic interpolation overshoots at an edge from black to white, below 0 and above 65535."""
+    """At an edge from black to white, bicubic interpolation overshoots below 0 and above 65535."""
     image = torch.zeros(channels, 20, 20)
     image[..., edge:] = 65535
     image[..., :3, :] = torch.randint(65536, (channels, 3, 20), generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""One fetcher for each node: over a server that counts, with several nodes' cache folders."""
+"""One fetcher per node, with a server that counts requests and with the cache folders of several nodes."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ from tests.helpers.shards import members, write_tar
 pytestmark = pytest.mark.slow
 
 SHARDS, PER, BATCH, LANES = 96, 16, 32, 16
-STEPS = SHARDS * PER // BATCH  # of an epoch
+STEPS = SHARDS * PER // BATCH  # number of steps in an epoch
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(params=[0.0])
 def far(request, shards, tmp_path, monkeypatch):
-    """(manifest of shards behind a URL, Counter of the paths served, bytes of a shard). The parameter: which share of
-    requests fails."""
+    """Return (manifest of shards behind a URL, Counter of the served paths, bytes of a shard). The parameter is the
+    fraction of requests that fail."""
     folder, size = shards
     monkeypatch.setattr("m3ae_fast.data.shards.retry_after", lambda *_: 0.01)
     with faulty_server(folder, 0, request.param) as server:
@@ -48,7 +48,7 @@ def far(request, shards, tmp_path, monkeypatch):
 
 @pytest.fixture
 def start(load, far, tmp_path):
-    """start(number, world, cache_gb=..., ...) -> the loader of a node of one rank."""
+    """Return a function start(number, world, cache_gb=..., ...), which returns the loader of a node with one rank."""
 
     def build(number, world, cache_gb=None, folder="node{}", **options):
         store = ShardStore(tmp_path / folder.format(number), cache_gb)
@@ -68,7 +68,7 @@ def disk(loader):
 
 
 def until(true):
-    """Wait until `true()` holds, which a fetcher brings about."""
+    """Wait until `true()` returns true because of a fetcher's work."""
     late = time.monotonic() + 30
     while not true():
         assert time.monotonic() < late
@@ -76,13 +76,13 @@ def until(true):
 
 
 def come(loader):
-    """Return whether the shards that a node is to fetch at this step are in its cache."""
+    """Return whether the shards that a node must have downloaded at this step are in its cache."""
     needs, steps = loader.companion.schedule, loader.companion._steps
     return all(needs.corpus.store.copy(shard.name).exists() for shard in needs.near(needs.span(steps)))
 
 
 def epoch(loaders):
-    """Return the keys of each step of some nodes, whose steps take longer than a fetch."""
+    """Return the keys of each step of some nodes, whose steps take longer than a download."""
     batches = [iter(loader) for loader in loaders]
     for _ in range(len(loaders[0])):
         until(lambda: all(map(come, loaders)))
@@ -129,7 +129,7 @@ def test_a_second_epoch_fetches_nothing_where_there_is_room(start, far):
 
 
 def test_a_run_that_loses_a_node_reads_the_same_samples(start, far):
-    """The copies of the other nodes are lost too, which is the worst case."""
+    """The cached shards of the other nodes are lost too, which is the worst case."""
     _, requests, size = far
     known = list(epoch([start(0, 1, folder="whole")]))
     requests.clear()
@@ -152,7 +152,7 @@ def test_no_sample_is_lost_with_the_fetcher(start, far):
         assert not batch.skipped and disk(loader) <= 24 * size
         seen += batch.keys
     assert len(seen) == len(set(seen)) == SHARDS * PER // 2
-    assert sum(requests.values()) <= 1.05 * SHARDS / 2 + 4  # what the fetcher was at when it died
+    assert sum(requests.values()) <= 1.05 * SHARDS / 2 + 4  # the shards that the fetcher was downloading when it died
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -216,7 +216,7 @@ def test_a_cache_that_is_too_small_is_refused(start, far):
 
 
 def test_what_a_node_fetches_to_count_it_trains_on(start, far, tmp_path):
-    """Counting and an epoch together request each shard once."""
+    """Counting the samples and training for an epoch together request each shard once."""
     manifest, requests, _ = far
     names = [name.decode() for name in np.load(manifest[0].shards)["name"].tolist()]
     stores = [ShardStore(tmp_path / f"node{number}") for number in range(4)]

@@ -1,4 +1,4 @@
-"""Shards on file systems of a network: a table of mounts stands in for the machine's."""
+"""Shards on network file systems: a table of mounts replaces the table of the machine."""
 
 import os
 from itertools import chain
@@ -19,7 +19,7 @@ SHARDS, PER = 4, 8
 
 @pytest.fixture
 def far(tmp_path, monkeypatch):
-    """A folder with shards that is reported to be on NFS. All other folders are local."""
+    """Return a folder with shards that is reported to be on NFS. All other folders are local."""
     (tmp_path / "far").mkdir()
     mounts = {"/": "ext4", str(tmp_path / "far"): "nfs4"}
     table = lambda all: [SimpleNamespace(mountpoint=point, fstype=kind) for point, kind in mounts.items()]  # noqa: E731
@@ -53,15 +53,15 @@ def test_file_systems_of_a_network(tmp_path, monkeypatch, kind, far):
 
 
 def test_shards_on_a_network_are_read_from_whole_copies(far, store, tmp_path):
-    """Their headers are read in place, so that counting samples copies no images."""
+    """The headers of shards are read in place, so that counting samples copies no images."""
     corpus = open_corpus([SourceConfig(shards=str(far / "*.tar"))], store)
     assert corpus.samples == SHARDS * PER and not copies(store)
     assert len(list(far.glob("*.index"))) == SHARDS
     expected = captions(ShardStore(far / "cache"), far)
-    assert not copies(ShardStore(far / "cache"))  # a copy there would be no nearer
+    assert not copies(ShardStore(far / "cache"))  # a copy in this folder would not be any closer
     assert captions(store, far) == expected
     assert len(copies(store)) == SHARDS
-    write_tar(far / "0.tar", members(range(30), "text"))  # a larger one, which its old copy is not taken for
+    write_tar(far / "0.tar", members(range(30), "text"))  # a larger shard, for which the old copy is not used
     with pytest.raises(OSError, match="differs from the indexed shard"):
         Reader(corpus.sources[0], store).read(0, 0)
 
@@ -95,4 +95,4 @@ def test_a_look_at_a_few_images_copies_no_shard(far, store, tmp_path):
     assert _enlarged(SimpleNamespace(model=model), corpus).startswith("images are enlarged: half of 4 inspected")
     assert not copies(store)
     Reader(corpus.sources[0], store).read(0, 0)
-    assert len(copies(store)) == 1  # as a run reads it
+    assert len(copies(store)) == 1  # read as in a run

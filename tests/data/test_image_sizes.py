@@ -1,4 +1,4 @@
-"""Sizes of images by their headers, and how the ranks of a node share out native images by them."""
+"""Sizes of images from their headers, and the distribution of native images over the ranks of a node by size."""
 
 import io
 import os
@@ -23,12 +23,12 @@ from tests.helpers.shards import picture, write_tar
 SIDES = [(8 * rows, 8 * columns) for rows in range(1, 9) for columns in (1, 2, 4, 8)]  # height and width
 
 
-_ODD = b"\x93NUMPY\x01\x00\xd0\x00" + b"[" * 200 + b" " * 8  # a header on which numpy's parser fails in its own way
+_ODD = b"\x93NUMPY\x01\x00\xd0\x00" + b"[" * 200 + b" " * 8  # a header for which NumPy's parser raises an unusual error
 
 
 @pytest.fixture
 def shard(tmp_path):
-    """A shard of images of many sizes, with a broken image and a text without an image."""
+    """Write a shard of images of many sizes, with a broken image and a text without an image."""
     files = [(f"{n}.png", picture(n, size[::-1], fmt="PNG")) for n, size in enumerate(SIDES)]
     return Path(write_tar(tmp_path / "train.tar", [*files, ("broken.png", b"no image"), ("text.txt", b"a cat")]))
 
@@ -49,18 +49,18 @@ def test_sizes_are_kept_until_the_shard_changes(shard, monkeypatch):
     assert source.image_sizes.tolist() == [*map(list, SIDES), [0, 0], [0, 0]]
     kept = shard.with_name("train.tar.sizes.index")
     with monkeypatch.context() as patch:
-        patch.setattr("m3ae_fast.data.image_sizes.size_of", None)  # nothing is read again
+        patch.setattr("m3ae_fast.data.image_sizes.size_of", None)  # no header is read again
         assert np.array_equal(measured(opened(shard)).sources[0].image_sizes, source.image_sizes)
     damage = (lambda: os.truncate(kept, 100), lambda: np.savez(kept.open("wb"), a=1), lambda: kept.write_bytes(_ODD))
     for make in (*damage, lambda: (kept.unlink(), os.mkfifo(kept))):
         make()
         assert np.array_equal(measured(opened(shard)).sources[0].image_sizes, source.image_sizes)
     rows = np.load(kept)
-    np.save(kept.open("wb"), np.where(rows == 64, -1, rows))  # impossible
+    np.save(kept.open("wb"), np.where(rows == 64, -1, rows))  # an impossible size
     assert np.array_equal(measured(opened(shard)).sources[0].image_sizes, source.image_sizes)
     write_tar(shard, [("one.png", picture(0, (24, 16), fmt="PNG"))])
     assert measured(opened(shard)).sources[0].image_sizes.tolist() == [[16, 24]]
-    assert len(opened(f"{shard.parent}/*").sources[0].shards) == 1  # what is kept is no shard
+    assert len(opened(f"{shard.parent}/*").sources[0].shards) == 1  # the file with the sizes is not a shard
     before = shard.stat()
     write_tar(shard, [("one.png", picture(0, (40, 8), fmt="PNG"))])
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
@@ -81,7 +81,7 @@ def test_each_source_has_the_sizes_of_its_own_shards(tmp_path):
 
 
 def test_a_header_may_end_far_behind_the_beginning_of_a_file(tmp_path):
-    """A comment of 60 kB precedes the size in a JPEG file."""
+    """In a JPEG file, a comment of 60 kB precedes the size."""
     file = io.BytesIO()
     Image.new("RGB", (24, 16)).save(file, "JPEG", comment=bytes(60_000))
     shard = write_tar(tmp_path / "train.tar", [("0.jpg", file.getvalue()), ("1.jpg", picture(1, (16, 8)))])
@@ -107,8 +107,8 @@ def test_parts_become_equal_and_keep_their_sizes():
 
 @pytest.mark.parametrize(("accumulation", "repeats", "most"), [(1, 1, 64), (2, 1, 64), (1, 2, 64), (1, 1, 16)])
 def test_ranks_of_a_node_share_out_each_step_by_size(shard, accumulation, repeats, most):
-    """Each step has the same samples; those of another node stay there, and views of a sample where they were. What
-    counts is the patches of an image, which large ones have no more of than allowed."""
+    """Each step has the same samples. Samples of another node stay on that node, and views of a sample stay together.
+    The cost is the number of patches of an image, which is limited for large images."""
     model = ModelConfig(
         size=None, emb_dim=8, depth=1, num_heads=1, dec_emb_dim=8, dec_depth=1, dec_num_heads=1, image_size=64,
         patch_size=8, text_length=4, vocab_size=0, resize="native", max_patches=most,
@@ -121,7 +121,7 @@ def test_ranks_of_a_node_share_out_each_step_by_size(shard, accumulation, repeat
         return list(train_loader(config, corpus, preparation, Share(32, accumulation, rank, 4), range(6), node=node))
 
     def found(corpus):
-        """Return keys and patches of each step, by rank."""
+        """Return the keys and the numbers of patches of each step, by rank."""
         ranks = [load(rank, corpus) for rank in range(4)]
         steps = [[batches[i : i + accumulation] for batches in ranks] for i in range(0, 6 * accumulation, accumulation)]
         keys = [[[k for b in own for k in (*b.keys, *(s.key for s in b.skipped))] for own in step] for step in steps]
@@ -149,7 +149,7 @@ def test_what_is_no_image_has_no_size():
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         return file.getvalue()
 
-    for shape in ((1 << 40, 3), (MAX_PIXELS // 2 + 1, 2), (-5, 8), (0, 8), (7,)):  # headers can say anything
+    for shape in ((1 << 40, 3), (MAX_PIXELS // 2 + 1, 2), (-5, 8), (0, 8), (7,)):  # headers may contain any numbers
         with pytest.raises(BadSample, match="not an image"):
             size_of(header(*shape))
     assert size_of(header(MAX_PIXELS // 2, 2, 13)) == (MAX_PIXELS // 2, 2)

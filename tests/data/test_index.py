@@ -220,7 +220,7 @@ def test_sidecar_is_used_and_renewed(tmp_path, store, monkeypatch):
 
 def test_a_folder_that_cannot_be_written(tmp_path, store):
     path = write_tar(tmp_path / "a.tar", members(range(3)))
-    os.mkdir(path + INDEX_SUFFIX)  # in the sidecar's way, even for root
+    os.mkdir(path + INDEX_SUFFIX)  # blocks the path of the sidecar, even for root
     (shard,) = index_shards([path], store)
     assert shard.sidecar.parent == store.cache_dir / "index"
     assert len(shard.table()) == 3
@@ -275,7 +275,7 @@ def test_few_files_are_open_at_once(tmp_path, store, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
     for shard in (0, 1, 2, 3, 4, 5, 0, 3):
         assert reader.read(shard, 0).caption == caption(shard)
-        assert len(os.listdir("/proc/self/fd")) <= before + 2 * 2  # a shard and its table
+        assert len(os.listdir("/proc/self/fd")) <= before + 2 * 2  # a shard has two open files: the tar and its table
 
 
 def test_the_shard_used_longest_ago_is_closed_first(tmp_path, store, monkeypatch):
@@ -294,7 +294,7 @@ def test_a_shard_is_indexed_by_one_while_others_wait(tmp_path, store, monkeypatc
 
     def make(*arguments):
         made.append(1)
-        time.sleep(0.2)  # the others have found no index meanwhile
+        time.sleep(0.2)  # meanwhile, the other processes have found no index
         return real(*arguments)
 
     monkeypatch.setattr(index, "_make", make)
@@ -316,7 +316,7 @@ def test_long_captions_are_cut_within_utf8(tmp_path, store):
     files = [("a.txt", "ü".encode() * 50_000), ("b.txt", b"x" + "ü".encode() * 50_000), ("c.txt", b"\xff\xfe")]
     files += [
         ("d.txt", b"x" * 65_532 + b"\xff" + b"y" * 9)
-    ]  # whose last four bytes are too many for a part of a letter
+    ]  # the last four bytes are too many for an incomplete character
     corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files))], store)
     reader = Reader(corpus.sources[0], store)
     assert reader.read(0, 0).caption == "ü" * 32768
@@ -327,7 +327,8 @@ def test_long_captions_are_cut_within_utf8(tmp_path, store):
 
 
 def test_a_size_in_a_pax_record_counts(tmp_path, store):
-    """tarfile and GNU tar write such a record from 8 GiB on. Here a small member has one, and its header says 0."""
+    """tarfile and GNU tar write such a record for sizes from 8 GiB on. Here, a small member has one, and its header
+    states the size 0."""
     image = picture(1)
     record = f" size={len(image)}\n"
     record = f"{len(record) + 2}{record}".encode()
@@ -348,7 +349,8 @@ def test_a_size_in_a_pax_record_counts(tmp_path, store):
 
 
 def test_a_repeated_suffix_begins_another_sample(tmp_path, store):
-    """As WebDataset's groups: two images with one key and suffix are two samples, the caption is the second's."""
+    """As in WebDataset, two images with the same key and suffix are two samples, and the caption belongs to the second
+    one."""
     files = [("a.jpg", picture(1)), ("a.jpg", picture(2)), ("a.txt", b"a cat"), ("b.jpg", picture(3))]
     corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files), modality="image")], store)
     reader = Reader(corpus.sources[0], store)

@@ -1,4 +1,4 @@
-"""The stream of samples in lanes: the samples, the ranks that read them, and their shards."""
+"""The sample order with lanes: the samples, the ranks that read them, and their shards."""
 
 import hashlib
 from collections import Counter
@@ -14,7 +14,7 @@ from m3ae_fast.data.loader import MicroBatches
 from m3ae_fast.data.order import LANE_BLOCK, Order
 
 WORLDS = (1, 2, 3, 8, 48, 63, 64, 100, 504, 512)
-CORPORA = {"12 M": (1243, 9990), "400 M": (41_408, 9660), "2 B": (231_349, 9000)}  # shards, samples of a shard
+CORPORA = {"12 M": (1243, 9990), "400 M": (41_408, 9660), "2 B": (231_349, 9000)}  # number of shards, samples per shard
 
 
 def layout(sizes, global_batch, **config):
@@ -27,7 +27,7 @@ def corpus(name):
 
 
 def fetched(sizes, lanes, nodes):
-    """Return the number of shards that all nodes fetch in an epoch, divided by the number of shards."""
+    """Return the number of shards that all nodes download in an epoch, divided by the number of shards."""
     order, batch = Order([sizes], None, 2, 42, lanes), 4096
     total = 0
     for node in range(nodes):
@@ -69,7 +69,7 @@ def test_a_lane_shows_each_of_its_samples_once_per_epoch(sizes, lanes):
 
 @pytest.mark.parametrize("scale", [1, 10])  # lanes of less than a block, and lanes that begin in one of several
 def test_every_sample_of_every_source_comes_once_in_as_many_positions(scale):
-    """This holds where the number of lanes divides the sources."""
+    """This holds if the number of lanes divides the sizes of the sources."""
     sizes = [[scale * samples for samples in source] for source in ([40, 24], [8], [16, 16, 16])]
     order, total = Order(sizes, None, 2, 0, lanes=8), 120 * scale
     for epoch in range(3):
@@ -83,11 +83,11 @@ def test_weights_are_exact_in_every_lane():
     for lane in range(16):
         places = [order.locate(index * 16 + lane) for index in range(3000)]
         small = [place for place in places if place.source == 1]
-        assert len(small) == pytest.approx(300, abs=7)  # of three blocks and as many epochs
+        assert len(small) == pytest.approx(300, abs=7)  # samples of three blocks and three epochs
         assert [place.epoch for place in small] == sorted(place.epoch for place in small)
         assert len(set(small)) == len(small)
     steps = [[order.locate(p).source for p in range(first, first + 512)] for first in range(0, 16_000, 512)]
-    assert np.std([np.mean(step) for step in steps]) < 0.008  # by chance 0.013
+    assert np.std([np.mean(step) for step in steps]) < 0.008  # the deviation by chance is 0.013
     assert np.mean(steps) == pytest.approx(0.1, abs=1e-3)
 
 
@@ -105,7 +105,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_ranks(batch, lanes, repeats)
             assert len(parts) == 3 and max(map(len, parts)) - min(map(len, parts)) <= 1
             own = list(chain.from_iterable(parts))
             assert len(own) in (batch // world, -(-batch // world))
-            if rank == world // 2:  # an order that has not computed other lanes
+            if rank == world // 2:  # a new order object, which has not computed other lanes
                 order = Order([sizes], None, 2, 1, lanes)
                 assert all(order.locate(p // repeats) == known[p - everything[0]] for p in own[:99])
             found += own
@@ -131,10 +131,10 @@ def test_the_lanes_follow_from_batch_and_shards():
     assert layout(shards, 4096) == Layout(64, 2)
     assert layout(shards, 4096, lanes=512, shuffle_shards=600) == Layout(512, 2)
     assert layout(shards, 4095) == Layout(63, 3)
-    assert layout(shards, 4093) == Layout(1, 128)  # a prime
-    assert layout([[10] * 7], 4096) == Layout(4, 32)  # no more than there are shards
+    assert layout(shards, 4093) == Layout(1, 128)  # a prime number
+    assert layout([[10] * 7], 4096) == Layout(4, 32)  # no more lanes than shards
     assert layout([[10] * 100, [9]], 4096) == Layout(8, 16)  # each lane has a part of every source
-    assert layout(shards, 4096, repeats=256) == Layout(16, 8)  # counts samples, not their views
+    assert layout(shards, 4096, repeats=256) == Layout(16, 8)  # the samples are counted, and not their views
     assert layout(shards, 4096, repeats=3) == Layout(64, 2)
 
 
@@ -144,14 +144,14 @@ def test_a_layout_has_a_name():
 
 @pytest.mark.parametrize(("weights", "known"), [(None, "19498cea149f"), ((0.7, 0.3), "08c207e3ed42")])
 def test_the_order_in_lanes_is_what_it_was(weights, known):
-    """A changed order would make resumed runs differ from those of an older version."""
+    """If the order changed, resumed runs would differ from runs of an earlier version."""
     order = Order([[50, 60, 90, 40] * 8, [70, 80] * 6], weights, 2, 7, lanes=6)
     places = [order.locate(position) for start in (0, 10_000, 10**7) for position in range(start, start + 600)]
     assert hashlib.sha256(np.array(places, "<i8").tobytes()).hexdigest()[:12] == known
 
 
 def test_waits_are_positions_of_the_lane_whatever_a_source_weighs():
-    """The positions are approximate, since a source's share is exact in each block only."""
+    """The positions are approximate, because the proportion of a source is exact only over whole blocks."""
     order, shards = Order([[300] * 20, [250] * 8], [0.9, 0.1], 2, 1, lanes=4), (300, 250)
     for lane in range(4):
         begun = {}
@@ -187,10 +187,10 @@ def test_a_step_mixes_more_shards_than_without_lanes():
 
 
 def test_a_small_set_is_shuffled_as_a_whole():
-    """With shards in order of classes, a step has of each class as many samples as chance gives, or nearer to its
-    share."""
+    """If the shards are sorted by class, the number of samples of each class in a step is as close to its expected
+    value as in random samples, or closer."""
     order = Order([[1000] * 12], None, 16, 0, lanes=8)
     for step in (0, 20, 45):
         samples = np.array([order.locate(position).sample for position in range(step * 256, (step + 1) * 256)])
         classes = np.bincount(samples // 600, minlength=20)
-        assert ((classes - 12.8) ** 2 / 12.8).sum() < 36  # chi-squared of 19 degrees of freedom: 99 %
+        assert ((classes - 12.8) ** 2 / 12.8).sum() < 36  # 99th percentile of chi-squared with 19 degrees of freedom

@@ -16,7 +16,7 @@ from tests.helpers.shards import members, picture, write_tar
 
 
 def tree(root, *paths):
-    """Write an image for each path, none equal to another."""
+    """Write a different image for each path."""
     for number, path in enumerate(paths):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(picture(number, fmt="PNG"))
@@ -24,7 +24,7 @@ def tree(root, *paths):
 
 
 def _paths(shards):
-    """Split, label and path of each sample in a folder of shards."""
+    """Return the split, label and path of each sample in a folder of shards."""
     found = set()
     for split in {path.name.rpartition("-")[0] for path in shards.glob("*.tar")}:
         for sample in contents(shards, f"{split}-*.tar"):
@@ -83,7 +83,7 @@ def test_splits_and_classes_are_those_of_the_folders(tmp_path, capsys, layout):
 
 @pytest.mark.parametrize(("name", "split"), [("val", "val"), ("validation", "val"), ("Test", "test"), ("dev", "train")])
 def test_a_folder_called_val_gives_val_shards(tmp_path, name, split):
-    """A folder called dev is no split, since many users keep their projects in ~/dev."""
+    """A folder called dev is not a split, because many users keep their projects in ~/dev."""
     tree(tmp_path / name, "cat/0.png", "dog/0.png")
     assert make(tmp_path / name, tmp_path / "out") == 0
     assert _paths(tmp_path / "out") == {(split, 0, "cat/0.png"), (split, 1, "dog/0.png")}
@@ -111,7 +111,7 @@ def test_captions_are_those_of_each_split(tmp_path):
 
 
 def test_a_table_of_labels_alone(tmp_path, capsys):
-    """Its columns are fields of the samples' json, captions stand beside the images, and class ids are unchanged."""
+    """Its columns become fields of the samples' json, captions are next to the images, and class ids are unchanged."""
     root = tree(tmp_path / "data", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     (root / "val/cat/0.txt").write_text("a cat")
     (root / "t.csv").write_text("path,site\nval/cat/0.png,north\ntrain/dog/0.png,south\n")
@@ -201,7 +201,7 @@ def test_shards_are_held_out_by_their_names(tmp_path):
 
 
 def test_shards_are_held_out_by_the_folders_above_them(tmp_path):
-    """Folders above all of the shards do not count."""
+    """Folders that contain all shards are ignored."""
     _shards(tmp_path, "test/train/0.tar", "test/Val/0.tar", "test/Val/train-1.tar")
     shards = find_shards(f"{tmp_path}/test/*/*.tar", tmp_path / "run", None, [])
     assert (shards.train, len(shards.val)) == ([f"{tmp_path}/test/train/0.tar"], 2)

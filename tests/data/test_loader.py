@@ -75,7 +75,7 @@ def content(batch):
 
 
 def stream(loader):
-    """Return the contents of all batches of a loader, one after the other."""
+    """Return the concatenated contents of all batches of a loader."""
     return [item for batch in loader for item in content(batch)]
 
 
@@ -151,7 +151,8 @@ def test_the_global_generator_is_left_alone(load, paired):
     ids=repr,
 )
 def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, failure, told):
-    """The queue's thread would drop it, and the loader wait for ever; here sharing memory fails as on a full disk."""
+    """The thread of the queue would drop the batch, and the loader would wait forever. In this test, sharing memory
+    fails as on a full disk."""
 
     def refuse(storage):
         raise failure
@@ -161,7 +162,7 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, failur
         with pytest.raises(type(failure), match="DataLoader worker") as error:
             next(iter(load(paired, steps=20, config={"workers": 1})))
     assert told in str(explain(error.value)) if told else explain(error.value) is None
-    assert "in refuse" in str(error.value) and str(failure) in str(error.value)  # its traceback
+    assert "in refuse" in str(error.value) and str(failure) in str(error.value)  # the message contains the traceback
 
 
 def test_a_worker_without_memory_for_its_error_ends(load, paired, monkeypatch):
@@ -183,7 +184,7 @@ def test_an_exception_in_a_worker_keeps_its_type_message_and_traceback(load, pai
     monkeypatch.setattr(Samples, "__getitems__", broken)
     with pytest.raises(KeyError) as error:
         next(iter(load(paired, steps=20, config={"workers": count})))
-    assert explain(error.value) is None  # a bug, of which the traceback is shown
+    assert explain(error.value) is None  # it is a bug, whose traceback is shown
     assert "KeyError: 'position " in str(error.value) and "in broken" in str(error.value)
 
 
@@ -207,8 +208,8 @@ def test_only_a_worker_that_a_signal_killed_is_called_killed(load, paired, monke
 
 
 def test_no_two_uses_of_a_sample_share_random_numbers(load, paired, monkeypatch):
-    """The crop, mask, predicted patches and tokens, transform and forward pass of each view and epoch have a seed of
-    their own."""
+    """The crop, the masks, the predicted patches and tokens, the transform and the forward pass of each view in each
+    epoch have separate seeds."""
     seeds = []
     monkeypatch.setattr(dataset, "hash64", lambda *key: seeds.append(hash64(*key)) or seeds[-1])
     masking = MaskingConfig(image_predicted=0.5, text_predicted=0.5)
@@ -266,7 +267,7 @@ def test_many_batches_ahead_need_more_files_than_usual(load, paired):
 
 
 def test_a_long_tmpdir_does_not_matter(load, paired, tmp_path, monkeypatch):
-    folder = tmp_path / ("long" * 25)  # sockets in it would have too long a path
+    folder = tmp_path / ("long" * 25)  # the paths of sockets in this folder would be too long
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
@@ -297,7 +298,8 @@ def test_masks(load, paired, per):
     assert all(len(rows) == 4 for step in visible for rows in step)
     assert [len(set(step)) for step in visible] == [1] * 4 if per == "batch" else min(map(len, map(set, visible))) > 6
     assert len({step[0] for step in visible}) > 2
-    # the official rule for text: the mask is drawn for all positions, then cut to the caption's length
+    # As in the official code, the mask is sampled for all positions of the text, and truncated to the length of the
+    # caption.
     for batch in batches:
         for key, (_, _, rows, mask_ids) in content(batch):
             length = len(load(paired).dataset.preparation.tokenizer.encode(caption(int(key[-5:]))))
@@ -311,8 +313,8 @@ NATIVE = Native(patch_size=8, least=1, most=16, longest=8, positions="absolute")
 
 @pytest.mark.parametrize("per", ["sample", "batch"])
 def test_masks_of_native_images(load, tmp_path, per):
-    """The ratio is each image's; a square one and every caption have the masks that they have in a square model, and
-    with one mask for a batch all images of a size have the same."""
+    """Each image is masked with the mask ratio. A square image and every caption have the same masks as in a square
+    model. With one mask per batch, all images of the same size have the same mask."""
     sizes = [(32, 32), (64, 16), (40, 24), (16, 16)]
     pictures = ((f"{i:05d}.png", picture(i, sizes[i % 4], fmt="PNG")) for i in range(12))
     files = [file for i, own in enumerate(pictures) for file in (own, (f"{i:05d}.txt", caption(i).encode()))]
@@ -370,7 +372,7 @@ def test_a_source_has_a_loss_weight_beside_its_share(load, tmp_path):
     (weighted,) = load(sources, micro_batch=8, train=False)
     for name in ("image_row_weight", "text_row_weight"):
         one, other = getattr(plain, name), getattr(weighted, name)
-        factors = (other / one)[one > 0]  # the others only make shapes repeat
+        factors = (other / one)[one > 0]  # the other rows are padding that makes shapes repeat
         assert factors.unique_consecutive().tolist() == [1.0, 0.25]
     assert torch.equal(plain.text_row_mean_weight, weighted.text_row_mean_weight)
     assert torch.equal(plain.text_row_mean_weight, plain.text_row_weight)
@@ -389,9 +391,9 @@ def test_repeats_are_views_of_one_decoding(load, paired, monkeypatch):
     assert len(decoded) == 36
     views = stream(load(paired, micro_batch=6, steps=12, config={"repeats": 2}))
     assert len(decoded) == 36 + 36
-    assert sorted(views[::2]) == sorted(once)  # the first view is that of a run without repeats
+    assert sorted(views[::2]) == sorted(once)  # the first view is the same as in a run without repeats
     for (key, first), (same_key, second) in zip(views[::2], views[1::2], strict=True):
-        assert key == same_key and first[0] != second[0]  # another crop
+        assert key == same_key and first[0] != second[0]  # the crops differ
     assert sum(first[2:] != second[2:] for (_, first), (_, second) in zip(views[::2], views[1::2])) > 24  # masks
 
 
@@ -447,7 +449,7 @@ def test_a_shard_may_mix_what_its_samples_have(load, tmp_path):
     for modality, counts in (("paired", (5, 5)), ("image", (8, 0)), ("text", (0, 7))):
         (batch,) = load([SourceConfig(shards=path, modality=modality)], micro_batch=10, steps=1)
         assert batch.counts == counts and len(batch.skipped) == 10 - max(counts)
-    # a sample has the same crop and masks whatever the other samples of the batch are
+    # a sample's crop and masks do not depend on the other samples of the batch
     (batch,) = load([SourceConfig(shards=path, modality="any")], micro_batch=10, train=False)
     alone = write_tar(tmp_path / "b.tar", members(range(5)))
     (pairs,) = load([SourceConfig(shards=alone)], micro_batch=5, train=False)
@@ -469,7 +471,8 @@ BAD = {
 def test_bad_samples_are_left_out_and_named(load, tmp_path, name, workers):
     files, reason = BAD[name]
     path = write_tar(tmp_path / "a.tar", [*members(range(3)), *files, *members(range(4, 8))])
-    # a shard by itself would train on the modalities that each sample has; in a paired source the other one is missing
+    # On its own, the shard would be trained on the modalities that each sample has; in a paired source, the other
+    # modality is missing.
     sources = [SourceConfig(shards=path, modality="paired")]
     (batch,) = load(sources, micro_batch=8, steps=1, config={"workers": workers})
     assert sorted(int(key[-5:]) for key in batch.keys) == [0, 1, 2, 4, 5, 6, 7]
@@ -478,14 +481,14 @@ def test_bad_samples_are_left_out_and_named(load, tmp_path, name, workers):
     assert reason in skipped.reason
     assert str(skipped) == f"{path}/x: {skipped.reason}"
     good = dict(stream(load(write_tar(tmp_path / "b.tar", [*members(range(4)), *members(range(4, 8))]), steps=2)))
-    for key, sample in content(batch):  # the others are what they are without it
+    for key, sample in content(batch):  # the other samples are the same as without it
         assert good[key.replace("a.tar", "b.tar")] == sample
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_caption_on_which_the_tokenizers_library_panics_is_a_bad_sample(load, tmp_path, tokenizer_file, workers):
     definition = json.loads(Path(tokenizer_file).read_text())
-    # this pattern backtracks until it gives up
+    # this pattern backtracks until the library raises an error
     rule = {"type": "Replace", "pattern": {"Regex": "(?:a|aa)+$"}, "content": "a"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition | {"normalizer": rule}))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"), 8)
@@ -550,7 +553,7 @@ def test_signals_are_left_to_the_main_process(load, paired):
     batches = iter(load(paired, steps=40, config={"workers": 1, "prefetch": 1}))
     next(batches)
     (worker,) = set(multiprocessing.active_children()).difference(before)
-    for name in ("INT", "TERM"):  # as Ctrl-C and schedulers send them to all
+    for name in ("INT", "TERM"):  # sent to all processes, as by Ctrl-C and by schedulers
         subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
         assert len(list(islice(batches, 10))) == 10
     assert worker.is_alive()
@@ -619,7 +622,7 @@ def test_default_workers(monkeypatch):
 def test_too_many_bad_samples():
     counter = BadSamples(0.1, samples=10_000)
     counter.report([Skipped("a.tar", "7", "the image is broken")])
-    counter.count(50, 50)  # too few to judge
+    counter.count(50, 50)  # too few samples for a decision
     counter.count(950, 50)
     assert (counter.seen, counter.bad) == (1000, 100)
     with pytest.raises(UserError, match=r"101 of 1001 samples cannot be used, such as a.tar/7: the image is broken"):
@@ -658,7 +661,8 @@ def test_a_run_stops_in_the_first_step_with_too_many_bad_samples_of_enough(steps
 
 
 def test_words_are_known(load, paired):
-    """The fixtures' captions hold no unknown word, or the tests above would compare less than they seem to."""
+    """The captions of the fixtures contain no unknown words; otherwise, the tests above would compare less than they
+    appear to."""
     tokenizer = load(paired).dataset.preparation.tokenizer
     assert 1 not in tokenizer.encode(" ".join(WORDS))
 

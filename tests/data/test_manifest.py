@@ -1,4 +1,4 @@
-"""Shards that were counted ahead of time."""
+"""Shards whose samples were counted in advance."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ from tests.helpers.shards import members, write_tar
 
 @pytest.fixture
 def remote(tmp_path):
-    """(pattern of commands that print shards, function that returns the shards fetched so far)"""
+    """Return (pattern of commands that print shards, function that returns the shards downloaded so far)."""
     (tmp_path / "far").mkdir()
     for i in range(6):
         kind = ("paired", "image", "text")[i % 3]
@@ -69,7 +69,7 @@ def test_a_run_with_a_manifest_sees_what_it_sees_without(load, store, tmp_path, 
 
 
 def test_gzipped_shards_that_change_are_counted_anew(tmp_path, store):
-    """Local files are compared by size and time. Remote shards are known by name alone."""
+    """Local files are compared by size and modification time. Remote shards are identified by name only."""
     plain = tmp_path / "plain.tar"
     for count in (3, 5):
         write_tar(plain, members(range(count)))
@@ -124,7 +124,7 @@ def test_counts_that_others_have_made(tmp_path):
         assert rows[["name", "samples", "kind"]].tolist() == [
             (name.encode(), 4 + i, KINDS.index("paired")) for i, name in enumerate(shards)
         ]
-    assert len(list(tmp_path.glob("*.index"))) == 1  # of the shard that told what kind they are
+    assert len(list(tmp_path.glob("*.index"))) == 1  # the index of the shard that determined the kind
     (tmp_path / "sizes.json").write_text("{}")
     with pytest.raises(UserError, match="must be a number of samples, but is None"):
         make(tmp_path, *shards, "--sizes", str(tmp_path / "sizes.json"))
@@ -134,8 +134,8 @@ def test_a_shard_of_another_length_never_moves_the_order(load, tmp_path):
     paths = [write_tar(tmp_path / f"{i}.tar", members(range(i * 10, i * 10 + 5))) for i in range(3)]
     path = make(tmp_path, *paths)
     before = keys(load([SourceConfig(shards=path)], micro_batch=15, steps=1))
-    write_tar(paths[0], members(range(3)))  # two samples fewer
-    write_tar(paths[1], members(range(10, 19)))  # four more
+    write_tar(paths[0], members(range(3)))  # two fewer samples
+    write_tar(paths[1], members(range(10, 19)))  # four more samples
     (batch,) = load([SourceConfig(shards=path)], micro_batch=15, steps=1)
     assert keys([batch]) == [key for key in before if key not in ("00003", "00004")]
     assert [skipped.reason for skipped in batch.skipped] == [
@@ -228,12 +228,12 @@ def test_nodes_count_together_and_each_keeps_the_manifest(tmp_path, remote):
         assert list(corpus.sources[0].sizes) == [3, 4, 5, 6, 7, 8] and not corpus.damaged
     assert sum(fetched().values()) == 6
     (lost,) = (stores[1].cache_dir / "manifests").iterdir()
-    lost.unlink()  # of one node, and all count again
+    lost.unlink()  # one node has lost it, and all nodes count again
     assert together(4, 2, work) == [None] * 4 and lost.exists()
 
 
 def test_a_rank_counts_the_shards_of_its_lanes(tmp_path, monkeypatch):
-    """The parts of a run's second source are what its lanes own."""
+    """The parts of a run's second source are the shards that its lanes own."""
     store, counted = ShardStore(tmp_path), {}
     names = [f"pipe:cat {i}.tar" for i in range(12)]
 
@@ -273,7 +273,7 @@ def test_nodes_whose_manifests_differ_count_again(tmp_path, remote, case):
     assert together(4, 2, work) == [None] * 4
     first, second = (read(path) for path in paths)
     assert first.tolist() == second.tolist() and first["samples"].sum() in (27, 33)
-    assert fetched() == before  # both have all copies
+    assert fetched() == before  # both nodes have cached all shards
 
 
 def test_what_one_cannot_do_all_are_told(tmp_path, remote):
@@ -315,7 +315,7 @@ def test_why_no_shard_can_be_counted_is_told_to_all_and_nothing_is_kept(tmp_path
 
 
 def test_two_billion_samples_are_open_at_once(tmp_path, store):
-    """Manifest, order and reader of 231,349 shards, within 50 MB of a process's own."""
+    """The manifest, order and reader of 231,349 shards take less than 50 MB of a process's private memory."""
     names = [f"s3://bucket/laion2b/{i:06d}.tar" for i in range(231_349)]
     path = tmp_path / "laion2b.npy"
     write(path, rows_of(names, [(9000, 0, KINDS.index("paired"))] * len(names)))

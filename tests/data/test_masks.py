@@ -1,4 +1,4 @@
-"""Label masks are written from a folder into shards and read from there."""
+"""Label masks are written from a folder to shards, and read from the shards."""
 
 import io
 
@@ -32,7 +32,8 @@ def write(folder, files):
 
 @pytest.mark.parametrize("place", ["masks", "images/masks"])
 def test_masks_of_a_folder_stand_beside_their_images(tmp_path, place, capsys):
-    """Below the folder of images too, where they are no images; an image without a mask has none."""
+    """This also holds if the folder of masks is inside the folder of images, where masks are not images. An image
+    without a mask has no mask in the shards."""
     names = ("train/a.jpg", "train/b.png", "val/a.jpg")
     images = write(tmp_path / "images", {name: picture(i, (32, 24)) for i, name in enumerate(names)})
     masks = write(tmp_path / place, {"train/a.png": mask(1), "val/a.png": mask(2)})
@@ -51,7 +52,7 @@ def test_masks_of_a_folder_stand_beside_their_images(tmp_path, place, capsys):
 def test_a_mask_that_does_not_fit_its_image_is_refused(tmp_path):
     turned = io.BytesIO()
     exif = Image.Exif()
-    exif[0x0112] = 6  # on its side: upright it has 24 x 32 pixels
+    exif[0x0112] = 6  # rotated: with the orientation applied, the image has 24 x 32 pixels
     Image.open(io.BytesIO(picture(0, (32, 24)))).save(turned, "JPEG", exif=exif)
     images = write(tmp_path / "images", {"a.jpg": picture(1, (32, 24)), "b.jpg": turned.getvalue()})
     masks = write(tmp_path / "masks", {"a.png": mask(1, (24, 32)), "b.png": mask(1, (24, 32))})
@@ -69,7 +70,7 @@ def test_a_mask_that_does_not_fit_its_image_is_refused(tmp_path):
 
 
 def test_samples_have_the_masks_beside_them(tmp_path):
-    """Also where others have none, images have several files, and captions stand alone."""
+    """This also holds if other samples have no masks, images have several files, or captions have no image."""
     image = picture(0, (32, 32))
     first = [("0.jpg", image), ("0.mask.png", mask(3)), ("1.jpg", image), ("2.txt", b"alone"), ("2.mask.png", mask(9))]
     first += [("3.jpg", image), ("3.png", image), ("3.mask.png", mask(4))]

@@ -1,4 +1,4 @@
-"""Shards in object stores: moto stands in for S3, a folder behind http for Google's."""
+"""Shards in object stores: moto replaces S3, and a folder behind http replaces Google Cloud Storage."""
 
 import http.server
 import json
@@ -35,8 +35,8 @@ class _Silent(WSGIRequestHandler):
 
 @pytest.fixture
 def s3(monkeypatch):
-    """(client, Counter of GETs by path, dict of faults by path: the answers that come before the whole object, what
-    ranges were asked for)"""
+    """Return (client, Counter of GETs by path, dict of faults by path: responses that are sent before the complete
+    object, requested ranges)."""
     gets, faults, ranges, moto = Counter(), {}, [], DomainDispatcherApplication(create_backend_app)
 
     def application(environ, start_response):
@@ -82,7 +82,7 @@ def test_s3(s3, tmp_path, store):
 
 
 def test_failures_of_s3_that_pass_are_tried_again(s3, tmp_path, store):
-    """A response that breaks off is continued from where it broke off."""
+    """A response that breaks off is resumed at this position."""
     client, gets, faults, ranges = s3
     url = put(client, tmp_path, "a.tar", range(3))
     faults["/bucket/a.tar"] = ["503", "short", "500"]

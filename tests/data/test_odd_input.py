@@ -1,4 +1,5 @@
-"""Folders and files as users have them: with odd pictures, links, pipes, names, and corrections after the first try."""
+"""Folders and files as users have them: with unusual images, links, pipes and names, and with corrections after the
+first attempt."""
 
 import json
 import os
@@ -98,7 +99,7 @@ ODD = {
 @pytest.mark.parametrize("reason", ODD)
 def test_one_odd_picture_is_left_out_by_name_and_the_others_are_kept(folder, tmp_path, capsys, reason):
     ODD[reason](folder / "odd.png")
-    for _ in range(2):  # also by the call that finds everything done
+    for _ in range(2):  # also by the call that finds everything complete
         assert make(folder, tmp_path / "out") == 0
         assert "1 samples in 1 shard" in said(capsys)
     assert paths(tmp_path / "out") == ["good.jpg"]
@@ -250,7 +251,7 @@ def test_what_is_no_caption_in_hdf5_and_datasets_is_left_out_by_name(tmp_path, c
     assert [sample["txt"] for sample in contents(tmp_path / "hf")] == [b"a", b"b", b"c"]
     assert "train row 1: the sample has neither image nor caption" in said(capsys)
     datasets.Dataset.from_dict({"caption": [{"raw": "a"}]}).save_to_disk(tmp_path / "dict")
-    capsys.readouterr()  # of the library's bar
+    capsys.readouterr()  # drops the output of the library's progress bar
     assert make(tmp_path / "dict", tmp_path / "out2", "--caption-column", "caption") == 2
     assert "--caption-column caption: has the type" in said(capsys)
 

@@ -46,10 +46,10 @@ def test_is_a_pure_function_of_the_position():
 
 
 def test_the_order_is_what_it_was():
-    """A changed order would make resumed runs differ from those of an older version."""
+    """If the order changed, resumed runs would differ from runs of an earlier version."""
     assert hash64(1, 2, 3) == 15020427595393229491
     assert permutation(8, 42).tolist() == [4, 6, 7, 1, 3, 5, 0, 2]
-    long = permutation(300_000, 7).astype("<i8")  # in which single bits decide
+    long = permutation(300_000, 7).astype("<i8")  # long enough that single bits of the hash matter
     assert hashlib.sha256(long.tobytes()).hexdigest()[:12] == "5f8447cbbcd9"
     order = Order([[5, 6], [4]], None, 2, 7)
     known = {0: (0, 0, 6), 1: (1, 0, 0), 2: (0, 0, 2), 14: (0, 0, 10), 15: (1, 1, 2), 16: (1, 1, 0)}
@@ -62,7 +62,7 @@ def test_groups_bound_the_shards_that_are_open_at_once():
     groups = [set(shards[i : i + 30]) for i in range(0, 120, 30)]
     assert all(len(group) == 3 for group in groups)
     assert set.union(*groups) == set(range(12))
-    groups.append({place.sample // 10 for place in places(order, range(120, 150))})  # the next epoch's
+    groups.append({place.sample // 10 for place in places(order, range(120, 150))})  # the same window in the next epoch
     for first, end, known in ((0, 1, 1), (29, 30, 1), (29, 31, 2), (30, 31, 1), (65, 119, 2)):
         (needs,) = order.upcoming_windows([0], first, end)
         found = [(need.ahead, set(need.shards)) for need in needs]
@@ -77,10 +77,10 @@ def test_groups_bound_the_shards_that_are_open_at_once():
 
 
 @pytest.mark.parametrize("sizes", [[[30] * 20, [25] * 8], [[30] * 20]])
-@pytest.mark.parametrize("batch", [40, 37])  # of which the lanes have equal parts, and not
+@pytest.mark.parametrize("batch", [40, 37])  # the lanes have equal parts of the first batch size, but not of the second
 def test_needs_are_sorted_and_cover_what_is_read(sizes, batch):
-    """The shards that a step of weighted sources reads in the lanes of a node are in use by then or were in use
-    before."""
+    """The shards that a step reads in the lanes of a node, from weighted sources, are in use at this step or were in
+    use before."""
     order = Order(sizes, [0.7, 0.3][: len(sizes)], 2, seed=1, lanes=4)
     shards = [np.repeat(np.arange(len(source)), source) for source in sizes]
     for first in range(0, 2400, batch):
@@ -113,7 +113,7 @@ def test_a_weighted_source_goes_through_its_samples_again_and_again():
 
 
 def test_seats_only_grow():
-    """Otherwise a source would be read twice for one sample, or a block would have a negative count."""
+    """Otherwise, a sample of a source would be read twice, or the count of a block would be negative."""
     lane = Lane([], [0.5, 0.3, 0.1, 0.0999, 0.0001], 50_000, seed=0)
     seats = [lane._seats(n) for n in range(3000)]
     assert all(int(s.sum()) == n for n, s in enumerate(seats))
@@ -134,7 +134,7 @@ def test_file_order_is_the_order_of_the_files():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 11, 12, 13, 23, 24])
 def test_some_of_a_set_lie_evenly_over_all_of_it(count):
-    """Gaps differ by at most one, including the gap after the last sample."""
+    """The gaps between samples differ by at most one, including the gap after the last sample."""
     sizes = [[5, 6], [1, 12]]
     order, starts = FileOrder(sizes, count), (0, 11)
     numbers = [starts[place.source] + place.sample for place in places(order, range(order.samples))]

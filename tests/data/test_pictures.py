@@ -1,4 +1,4 @@
-"""Pixels are read correctly or not at all, for every row of docs/guide/image-formats.md."""
+"""Pixels are read correctly or the file is rejected, for every row of docs/guide/image-formats.md."""
 
 import warnings
 from io import BytesIO
@@ -45,7 +45,7 @@ def test_the_limits_of_a_depth_are_numpys(kind, name, bits):
 
 
 def test_jpeg_2000_is_read_up_to_8_bits():
-    """By the byte that says how many there are, less one; 128 more where values are signed."""
+    """The byte that states the number of bits contains this number minus one, plus 128 if values are signed."""
     file = BytesIO()
     Image.new("RGB", (16, 16), "red").save(file, "JPEG2000")
     data = bytearray(file.getvalue())
@@ -117,7 +117,7 @@ def test_colours_of_16_bits_are_not_cut_to_a_range(case):
 
 
 def test_a_range_clips_and_keeps_neighbouring_values_apart():
-    """The values of a thermal camera differ in their low byte, which the high byte does not show."""
+    """The values of a thermal camera differ only in their low byte."""
     values = np.arange(29_000, 29_256, dtype=np.uint16).reshape(16, 16)
     for data in (tiff(values), png(values, 16, 0)):
         found = decode_image(data, 1, (29_000, 29_255))

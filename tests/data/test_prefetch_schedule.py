@@ -1,4 +1,5 @@
-"""Compare which shards a node needs, and when, with counts by hand; no process fetches any."""
+"""The shards that a node requires, and the times at which it requires them, compared with counts by hand. No shard is
+downloaded."""
 
 import math
 import time
@@ -17,7 +18,7 @@ from m3ae_fast.process.helper_process import Node
 
 
 class Store:
-    """An empty cache, into which nothing can be fetched."""
+    """An empty cache, into which nothing can be downloaded."""
 
     def __init__(self, folder, limit=math.inf, largest=0, used=0):
         self.cache_dir, self.limit, self.largest, self.used = folder, limit, largest, used
@@ -42,7 +43,8 @@ class Store:
 
 @pytest.fixture
 def needs(tmp_path):
-    """needs(size=..., ...) -> of 12 shards of 10 samples, of which two at a time are shuffled. `store`: see `Store`."""
+    """Return a function needs(size=..., ...), which returns the schedule of 12 shards with 10 samples each; two shards
+    are shuffled at a time. `store`: see `Store`."""
 
     def build(size=5, start=0, stop=12, positions=10.0, ahead=0, lanes=1, **store):
         entries = [SimpleNamespace(shard=f"{i}.tar", summary=SimpleNamespace(size=size)) for i in range(12)]
@@ -56,10 +58,10 @@ def needs(tmp_path):
 def test_a_span_is_from_the_slowest_rank_to_what_the_fastest_has_ahead(needs):
     built = needs(start=10, stop=20, positions=2.5, ahead=3)
     for steps, span in (
-        ([0, 0], Span(25, 35, False)),  # nobody has begun: (10 + 1 + 3) * 2.5
+        ([0, 0], Span(25, 35, False)),  # no rank has begun: (10 + 1 + 3) * 2.5
         ([10, 14], Span(25, 45, False)),
-        ([11, 14], Span(27, 45, True)),  # of 27.5 the first is half read
-        ([13, 13], Span(32, 43, True)),  # up to 42.5
+        ([11, 14], Span(27, 45, True)),  # from 27.5, of which the first position is half read
+        ([13, 13], Span(32, 43, True)),  # up to position 42.5
         ([12, 18], Span(30, 50, True)),  # the run ends
     ):
         assert built.span(np.array(steps)) == span
@@ -74,13 +76,13 @@ def test_what_follows_is_fetched_once_there_was_a_step_but_not_what_comes_after_
 
     assert [near(whole, Span(0, 10, begun)) for begun in (False, True)] == [windows[0], windows[0] + windows[1]]
     found = near(whole, Span(15, 25, True))
-    assert sorted(found[:4]) == sorted(windows[0] + windows[1]) and found[4:] == windows[2]  # two are in use
-    assert near(needs(stop=2), Span(0, 10, True)) == windows[0]  # it ends with the window
+    assert sorted(found[:4]) == sorted(windows[0] + windows[1]) and found[4:] == windows[2]  # two windows are in use
+    assert near(needs(stop=2), Span(0, 10, True)) == windows[0]  # the run ends with the window
     assert near(needs(stop=3), Span(0, 10, True)) == windows[0] + windows[1]
 
 
 def test_what_fits_is_counted_with_the_largest_copy_where_a_size_is_unknown(needs):
-    span = Span(15, 25, True)  # of six shards
+    span = Span(15, 25, True)  # contains six shards
     for size, largest, limit, fit in ((5, 0, 20, 4), (5, 90, 19, 3), (0, 10, 39, 3), (0, 0, 39, 6), (0, 10, 9, 0)):
         assert len(needs(size, largest=largest, limit=limit).near(span)) == fit
 
@@ -119,7 +121,7 @@ def test_a_shard_that_could_not_be_fetched_is_tried_again_after_a_while(needs, m
 
 @pytest.mark.parametrize("used", [0, 1])
 def test_copies_are_dated_while_there_is_room_for_all_connections_yet(needs, used):
-    """Copies that are needed are dated once."""
+    """The modification times of required copies are set once."""
     built = needs(limit=7 * CONNECTIONS, largest=7, used=used)
     fetcher = Fetcher(built)
     for span in (Span(0, 10, False), Span(1, 11, False)):

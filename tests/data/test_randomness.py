@@ -1,4 +1,5 @@
-"""Draws in the stream of samples are independent, since no two share a random number, and follow the config."""
+"""Random draws in the stream of samples are independent, because no two of them share a random number, and follow the
+config."""
 
 from collections import defaultdict
 
@@ -23,7 +24,7 @@ def test_a_flip_tells_nothing_of_the_box(monkeypatch):
     """A flip is independent of the box's area, aspect ratio and position."""
     boxes, real = [], crops._draw_box
     monkeypatch.setattr(crops, "_draw_box", lambda *args: boxes.append(real(*args)) or boxes[-1])
-    ramp = torch.arange(64, dtype=torch.uint8).expand(3, 48, 64)  # brighter to the right, unless mirrored
+    ramp = torch.arange(64, dtype=torch.uint8).expand(3, 48, 64)  # brighter to the right, unless flipped
     flipped = []
     for seed in range(1500):
         crop = random_crop(ramp, 8, (0.2, 0.9), True, torch.Generator().manual_seed(seed))
@@ -36,7 +37,7 @@ def test_a_flip_tells_nothing_of_the_box(monkeypatch):
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_box_may_be_as_wide_or_as_high_as_the_picture(turned):
-    """Such a box is placed at random as others are. The central box is taken only where no box fits."""
+    """Such a box is placed at random like any other box. The central box is used only if no box fits."""
     size = (8, 30) if turned else (30, 8)
     boxes = [crops._draw_box(*size, (0.2, 0.5), torch.rand(41, generator=torch.Generator().manual_seed(seed)).tolist())
              for seed in range(300)]  # fmt: skip
@@ -54,7 +55,7 @@ def test_where_no_box_fits_it_is_the_largest_central_one(height, width, box):
 
 
 def test_crops_are_what_they_were(monkeypatch):
-    """A run that is resumed with a later version has the same crops as before."""
+    """A run that is resumed with a later version has the same crops."""
     rows, columns = torch.meshgrid(torch.arange(100), torch.arange(80), indexing="ij")
     image, found = torch.stack((rows, columns, rows)).to(torch.uint8), []
     monkeypatch.setattr(crops, "resize", lambda part, *size: part)
@@ -66,7 +67,7 @@ def test_crops_are_what_they_were(monkeypatch):
 
 
 def test_a_mask_tells_nothing_of_the_crop(load, tmp_path):
-    """The first random number of a stream decides much, so that masks and crops must not share it."""
+    """The first random number of a stream has a large effect, so masks and crops must not share it."""
     path = write_tar(tmp_path / "a.tar", members(range(4), "image"))
     samples: Samples = load(path, tokenizer=False).dataset
     firsts, real = [], samples._seeded
@@ -171,7 +172,8 @@ def test_what_a_forward_pass_draws_depends_on_the_view_of_a_sample_alone(load, t
 
 
 def test_a_native_crop_keeps_area_and_ratio_within_their_ranges(monkeypatch):
-    """Those of the box; what the model sees of it has its ratio, and as many patches as the whole image would have."""
+    """This holds for the box. The model's input has the aspect ratio of the box, and as many patches as the whole image
+    would have."""
     boxes, real = [], crops._draw_box
     monkeypatch.setattr(crops, "_draw_box", lambda *args: boxes.append(real(*args)) or boxes[-1])
     native = Native(patch_size=4, least=1, most=100, longest=20, positions="absolute")
@@ -188,7 +190,7 @@ def test_a_native_crop_keeps_area_and_ratio_within_their_ranges(monkeypatch):
 
 
 def test_any_image_has_a_grid_within_the_bounds():
-    """An image of any length has as many patches, and an aspect ratio as near to its own, as the bounds allow."""
+    """An image of any size has as many patches, and an aspect ratio as close to its own, as the bounds allow."""
     native = Native(patch_size=16, least=4, most=64, longest=16, positions="absolute")
     random = np.random.default_rng(0)
     sizes = np.exp(random.uniform(0, np.log(5000), (2000, 2))).round().astype(int).tolist()

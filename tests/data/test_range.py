@@ -24,18 +24,18 @@ from tests.helpers.pictures import pillow, png
 from tests.helpers.shards import write_tar
 from tests.helpers.trainer import TINY
 
-LOW, HIGH = 600, 855  # value - LOW is the level
+LOW, HIGH = 600, 855  # the level is value - LOW
 
 
 @pytest.fixture(scope="module")
 def levels():
-    """Levels of a few images, uint8 [32, 32] each."""
+    """Return the levels of a few images, uint8 [32, 32] each."""
     return np.random.RandomState(0).randint(0, 256, (8, 32, 32), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, levels):
-    """Shards with the same images in 16 bits and in 8 bits, of two classes."""
+    """Write shards with the same images of two classes in 16 bits and in 8 bits."""
     folder = tmp_path_factory.mktemp("shards")
 
     def write(name, bits, offset):
@@ -80,7 +80,7 @@ def test_another_range_is_another_run(tmp_path):
         changes_of(tmp_path, info, now, {}, with_changes=True)
     with pytest.raises(UserError, match=r"model.image_range = \(0.0, 4095.0\), but the config has \(0.0, 65535.0\)"):
         check_start(now.model, Pretrained(before.model, {}), "there")
-    check_start(now.model, Pretrained(config().model, {}), "there")  # a model of 8-bit images takes any
+    check_start(now.model, Pretrained(config().model, {}), "there")  # a model of 8-bit images accepts any range
 
 
 def test_exports_and_encode_use_it(tmp_path, levels):

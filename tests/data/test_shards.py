@@ -26,8 +26,8 @@ from tests.helpers.shards import members, picture, write_tar
 
 @pytest.fixture
 def server(tmp_path):
-    """(url, folder that is served, Counter of requested paths) on the local host. What follows a path's `?` is a fault,
-    which `?once` shows to the first request alone."""
+    """Return (url, served folder, Counter of requested paths) of a server on the local host. The query after `?` in a
+    path names a fault; with `?once`, only the first request has it."""
     folder = tmp_path / "served"
     folder.mkdir()
     requests = Counter()
@@ -48,7 +48,7 @@ def server(tmp_path):
                 return super().do_GET()
             whole = (folder / path[1:]).read_bytes()
             self.send_response(200)
-            if fault == "short":  # promises more than it sends
+            if fault == "short":  # announces more bytes than it sends
                 self.send_header("Content-Length", str(len(whole)))
             self.end_headers()
             if fault in ("short", "cut"):
@@ -67,7 +67,7 @@ def server(tmp_path):
             pass
 
         def handle(self):
-            with contextlib.suppress(ConnectionError):  # the client had enough
+            with contextlib.suppress(ConnectionError):  # the client has closed the connection
                 super().handle()
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as httpd:
@@ -79,7 +79,7 @@ def server(tmp_path):
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    """The waits between attempts in seconds, which are recorded instead of slept."""
+    """Record the waits between attempts in seconds, instead of sleeping."""
     waits = []
     monkeypatch.setattr(shards.time, "sleep", waits.append)
     return waits
@@ -138,7 +138,7 @@ def test_failures_that_pass_are_tried_again(server, store, no_waiting):
     for fault in ("408", "425", "429", "500", "503", "short", "cut", "html"):
         assert samples(f"{url}/a.tar?{fault}-once", store) == 3, fault
         assert requests[f"/a.tar?{fault}-once"] == 2
-    assert no_waiting == [1, 1, 7, 1, 1, 1, 1, 1]  # 7 as its Retry-After says
+    assert no_waiting == [1, 1, 7, 1, 1, 1, 1, 1]  # 7 from its Retry-After header
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_try_has_an_end_however_fast_it_is(tmp_path, store, no_waiting, monkey
 
 
 def test_a_download_keeps_nobody_from_other_shards(server, tmp_path, store):
-    """Another run works beside a run whose server never answers."""
+    """Another run proceeds while the server of a run never responds."""
     write_tar(server[1] / "a.tar", members(range(3)))
     index = threading.Thread(target=lambda: index_shards([server[0] + "/a.tar?silent"], store, lost=[]), daemon=True)
     index.start()
@@ -197,14 +197,14 @@ def test_a_copy_that_turns_out_damaged_is_fetched_again_once(server, store):
     url, folder, requests = server
     write_tar(folder / "a.tar", members(range(3)))
     shard = url + "/a.tar"
-    store.copy(shard).write_bytes(b"<html>")  # as an older version kept it
+    store.copy(shard).write_bytes(b"<html>")  # as an earlier version stored it
     assert samples(shard, store) == 3 and requests["/a.tar"] == 1
     whole = store.copy(shard).read_bytes()
     store.copy(shard).write_bytes(whole[:3000])
     corpus = open_corpus([SourceConfig(shards=shard)], store)
     assert Reader(corpus.sources[0], store).read(0, 2).image == picture(2)
     assert requests["/a.tar"] == 2
-    write_tar(folder / "a.tar", members(range(5)))  # now it is another shard
+    write_tar(folder / "a.tar", members(range(5)))  # the shard has been replaced
     store.copy(shard).write_bytes(b"")
     with pytest.raises(OSError, match=rf"its cached copy {store.copy(shard)} differs from the indexed shard; delete "):
         Reader(corpus.sources[0], store).read(0, 2)
@@ -236,7 +236,7 @@ def test_a_copy_of_which_a_byte_changed_is_fetched_again_once(server, store, no_
     for _ in range(3):
         with pytest.raises(OSError, match=r"cannot fetch|differs from the indexed shard"):
             reader.read(0, 2)
-    assert requests["/a.tar"] == 4  # it is not asked for each time
+    assert requests["/a.tar"] == 4  # it is not requested each time
     assert reader.read(0, 1) == intact[1]
 
 
@@ -297,7 +297,7 @@ def test_what_could_be_waited_on_for_ever_is_no_shard(tmp_path, store, kind):
     with pytest.raises(UserError, match="is a pipe or a device"):
         samples(path, store)
     good = write_tar(tmp_path / "good.tar", members(range(3)))
-    os.symlink(path, good + ".index")  # in place of a sidecar
+    os.symlink(path, good + ".index")  # a link in place of a sidecar
     assert samples(good, store) == 3
 
 
@@ -312,7 +312,7 @@ def test_pipe(tmp_path, store, no_waiting):
 
 
 def test_commands_are_read_where_a_thousand_files_are_open(tmp_path, store):
-    """A rank with many sources has so many open files, for which the system's select() would fail."""
+    """A rank with many sources has that many open files, with which the system's select() would fail."""
     allow_open_files()
     path = write_tar(tmp_path / "a.tar", members(range(3)))
     with contextlib.ExitStack() as files:
@@ -375,7 +375,7 @@ def test_copies_used_longest_ago_make_room(server, store, monkeypatch):
         write_tar(folder / f"{i}.tar", members(range(3)))
     copies = store.cache_dir / "shards"
 
-    def usage(path):  # a disk for two shards
+    def usage(path):  # a disk with space for two shards
         return shutil._ntuple_diskusage(100, 0, 0 if len(os.listdir(copies)) > 2 else 50)
 
     monkeypatch.setattr(shards.shutil, "disk_usage", usage)
@@ -383,7 +383,7 @@ def test_copies_used_longest_ago_make_room(server, store, monkeypatch):
     assert len(os.listdir(copies)) <= 2
     kept = store.path(urls[0])
     store.path(urls[1])
-    os.utime(kept, (2**31, 2**31))  # in the future: the clock's ticks are coarse
+    os.utime(kept, (2**31, 2**31))  # in the future, because the clock of the file system is coarse
     store.path(urls[2])
     assert kept.exists()
     before = requests.copy()
@@ -410,7 +410,7 @@ def test_two_processes_may_make_room_at_once(server, store, monkeypatch, no_wait
         write_tar(folder / f"{i}.tar", members(range(3)))
     copy = store.path(f"{url}/0.tar")
 
-    def usage(path):  # full; and the other process is faster
+    def usage(path):  # the disk is full, and the other process is faster
         copy.unlink(missing_ok=True)
         return shutil._ntuple_diskusage(100, 100, 0)
 
@@ -431,7 +431,7 @@ def test_what_a_killed_process_was_fetching_is_removed(server, store):
 
 
 def test_copies_keep_to_their_limit(server, tmp_path):
-    """The limit also holds while copies are written. A copy of unknown size counts as much as the largest one."""
+    """The limit also holds while copies are written. A copy of unknown size counts as much as the largest copy."""
     url, folder, requests = server
     for i in range(6):
         write_tar(folder / f"{i}.tar", members(range(12 - 9 * (i % 2))))
@@ -451,7 +451,7 @@ def test_copies_keep_to_their_limit(server, tmp_path):
 
 
 def alike(url, folder, count=20):
-    """Serve shards of one size; return their names and that size."""
+    """Serve shards of equal size, and return their names and the size."""
     tar = Path(write_tar(folder / "0.tar", members(range(3)))).read_bytes()
     for number in range(count):
         (folder / f"{number}.tar").write_bytes(tar)
@@ -460,7 +460,7 @@ def alike(url, folder, count=20):
 
 @pytest.mark.parametrize("limit", [None, 5])
 def test_a_fetch_looks_at_few_copies_however_many_there_are(server, tmp_path, monkeypatch, limit):
-    """This holds while there is space and when the oldest copies have to be removed."""
+    """This holds as long as there is space, and when the oldest copies have to be removed."""
     url, folder, _ = server
     names, size = alike(url, folder)
     store = ShardStore(tmp_path / "cache", limit and (300 + limit) * size / 1e9)
@@ -468,7 +468,7 @@ def test_a_fetch_looks_at_few_copies_however_many_there_are(server, tmp_path, mo
         copy = store.cache_dir / "shards" / f"{age:03d}.tar"
         copy.write_bytes(bytes(size))
         os.utime(copy, (age, age))
-    store.path(names[0])  # after which the process knows the copies
+    store.path(names[0])  # the process has then scanned the copies
     monkeypatch.setattr(shards, "_SCAN_S", float("inf"))
     calls, stat, scandir, usage = Counter(), Path.stat, os.scandir, shutil.disk_usage
     monkeypatch.setattr(Path, "stat", lambda self, **more: calls.update(stat=1) or stat(self, **more))
@@ -499,7 +499,7 @@ def test_a_ledger_that_is_lost_or_wrong_is_made_again(server, tmp_path, noted):
     url, folder, _ = server
     names, size = alike(url, folder)
     for number in range(5):
-        store = ShardStore(tmp_path / "cache", 2 * size / 1e9)  # of a process of its own, which looks once
+        store = ShardStore(tmp_path / "cache", 2 * size / 1e9)  # the store of a separate process, which scans once
         (store.cache_dir / "locks/room").write_bytes(noted)
         store.path(names[number])
         assert store.space().used <= 2 * size
@@ -536,7 +536,7 @@ def test_copies_that_are_needed_last_make_room(server, tmp_path):
 def test_fetch_ahead(server, store):
     url, folder, requests = server
     write_tar(folder / "0.tar", members(range(3)))
-    with store.lock(store.name(url + "/0.tar")):  # someone else is at it
+    with store.lock(store.name(url + "/0.tar")):  # another process has locked it
         assert store.fetch_ahead(url + "/0.tar")
     assert not requests
     assert not store.fetch_ahead(url + "/missing.tar")

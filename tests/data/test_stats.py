@@ -22,7 +22,7 @@ SIZES = [(40, 30), (30, 30), (20, 60), (64, 16)]
 
 @pytest.fixture
 def shards(tmp_path):
-    """Two shards: eight pairs of several sizes and formats with a class, four captions, and two broken images."""
+    """Write two shards: eight pairs of several sizes and formats with a class, four captions, and two broken images."""
     good = [
         file
         for i in range(8)

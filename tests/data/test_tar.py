@@ -1,4 +1,4 @@
-"""Compare the reading of tar headers with Python's tarfile on examples by Hypothesis."""
+"""The reading of tar headers, compared with Python's tarfile on examples that Hypothesis generates."""
 
 import io
 import tarfile
@@ -22,7 +22,8 @@ relaxed = settings(
 
 
 def write(path, members, fmt, sized=False):
-    """Members with contents of their own; links and folders have none. `sized`: pax records say their sizes too."""
+    """Write members with different contents; links and folders have none. `sized`: pax records contain their sizes
+    too."""
     with tarfile.open(path, "w", format=fmt, encoding="utf-8") as tar:
         for number, (name, size, kind) in enumerate(members):
             info = tarfile.TarInfo(name)
@@ -60,7 +61,7 @@ def test_members_are_where_tarfile_finds_them(tmp_path, members, fmt):
 @relaxed
 @given(files, st.sampled_from(FORMATS), st.data())
 def test_a_changed_tar_is_read_like_tarfile_or_called_damaged(tmp_path, members, fmt, data):
-    """Any bytes of headers changed, with the checksums made right again or not, or the end cut off."""
+    """Any bytes of headers are changed, with or without corrected checksums, or the end is cut off."""
     path = tmp_path / "a.tar"
     write(path, members, fmt)
     content = bytearray(path.read_bytes())
@@ -79,14 +80,15 @@ def test_a_changed_tar_is_read_like_tarfile_or_called_damaged(tmp_path, members,
     assert all(member.offset % BLOCK == 0 and member.size >= 0 for member in found)
     assert ends[:-1] == sorted(ends[:-1]) and (damage is not None or max(ends, default=0) <= len(content))
     if damage is None:
-        theirs = [member[1:] for member in listed(path)]  # fewer where, say, a mode is no number
+        theirs = [member[1:] for member in listed(path)]  # there are fewer if, for example, a mode is not a number
         assert [member[1:] for member in found][: len(theirs)] == theirs
 
 
 @relaxed
 @given(files.filter(bool), st.sampled_from(FORMATS), st.data())
 def test_sizes_and_kinds_count_as_tarfile_counts_them(tmp_path, members, fmt, data):
-    """A link whose header has a size, a size that a record gives otherwise: where both read on, they read the same."""
+    """Examples are a link whose header has a size, and a size that differs from that in a record. If both readers
+    continue, they read the same members."""
     path = tmp_path / "a.tar"
     write(path, members, fmt, sized=fmt == tarfile.PAX_FORMAT and data.draw(st.booleans()))
     content = bytearray(path.read_bytes())
@@ -102,13 +104,13 @@ def test_sizes_and_kinds_count_as_tarfile_counts_them(tmp_path, members, fmt, da
     path.write_bytes(content)
     found, damage = scan_tar(path)
     if damage is None:
-        # a directory that has become a file keeps its slash, which tarfile cuts off
+        # a directory that was changed to a file keeps its slash, which tarfile removes
         assert [(member[0].rstrip("/"), *member[1:]) for member in found] == listed(path)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_oracle_sees_what_was_written(tmp_path, fmt):
-    """Without this test two wrong lists could be equal."""
+    """Without this test, two wrong lists could be equal."""
     write(tmp_path / "a.tar", [("a.jpg", 700, b"0"), ("d", 0, b"5"), ("b.txt", 3, b"0")], fmt)
     assert [(name, size) for name, _, size in listed(tmp_path / "a.tar")] == [("a.jpg", 700), ("b.txt", 3)]
 
@@ -147,7 +149,7 @@ def test_a_checksum_is_written_in_several_ways(tmp_path, checksum):
 
 
 def test_sizes_in_binary_count_all_their_bytes(tmp_path):
-    """GNU tar writes sizes of 8 GiB and more in binary. Here the size is 700, so that the test is small."""
+    """GNU tar writes sizes of 8 GiB and more in binary. Here, the size is 700, so that the test is small."""
     size = b"\x80" + (700).to_bytes(11, "big")
     assert scanned(tmp_path / "a.tar", by_hand("a.txt", b"c" * 700, [(124, size)]), LAST) == (
         [("a.txt", 700), ("b.txt", 3)],

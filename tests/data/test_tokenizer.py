@@ -18,7 +18,7 @@ def test_json(tokenizer_file):
     tokenizer = load_tokenizer(tokenizer_file, 8)
     ids = tokenizer.encode("Red CAT, red  dög")
     assert [tokenizer.token(i) for i in ids[:2]] == ["red", "cat"]
-    assert tokenizer.token(ids[2]) == "[UNK]"  # no comma in the training captions
+    assert tokenizer.token(ids[2]) == "[UNK]"  # the training captions contain no comma
     assert ids.dtype == "int64"
     assert not set(ids[:2]) & set(range(len(SPECIAL)))
     assert tokenizer.decode(tokenizer.encode("red houses")) == "red houses"

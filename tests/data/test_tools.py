@@ -41,7 +41,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Two classes of five images, of which the first three have captions."""
+    """Write two classes of five images each, of which the first three have captions."""
     for name in ("cat", "dog"):
         (tmp_path / "in" / name).mkdir(parents=True)
         for i in range(5):
@@ -90,7 +90,7 @@ def test_a_folder_with_classes_and_captions(tmp_path, pictures, capsys):
         assert json.loads(sample["json"]) == {"path": path, "class_name": name, "label": int(sample["cls"])}
         assert sample.get("txt") == (f"a {name}, {caption(number)}".encode() if number < 3 else None)
         assert decode_image(sample["jpg"], 3).shape == (3, 30, 40)
-    assert list(samples) != sorted(samples)  # shuffled
+    assert list(samples) != sorted(samples)  # the samples are shuffled
     assert len(list(out.glob("*" + INDEX_SUFFIX))) == 3
 
 
@@ -111,7 +111,7 @@ def test_progress_within_a_shard_is_shown_with_several_workers(tmp_path, picture
     out, seen, gate, shrink = tmp_path / "out", [], tmp_path / "gate", writer.as_member
 
     def held_up(*arguments):
-        if len(written := list((tmp_path / "counts").iterdir())) == 4:  # of ten
+        if len(written := list((tmp_path / "counts").iterdir())) == 4:  # four of ten
             for _ in range(200):
                 if gate.exists():
                     break
@@ -162,7 +162,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, caps
         patch.setattr(writer, "as_member", lambda *arguments: pytest.fail("converted again"))
         assert make(pictures, out, "--samples-per-shard", "3") == 0
     for change in (["--short-side", "20"], ["--flat"], []):
-        if not change:  # the file was cut off
+        if not change:  # the file was truncated
             os.truncate(out / "conversion.json", 99)
         assert make(pictures, out, "--samples-per-shard", "3", *change) == 2
         assert "holds another conversion" in capsys.readouterr().err
@@ -407,7 +407,7 @@ def test_a_split_of_which_nothing_can_be_used_is_refused(tmp_path, capsys):
     (tmp_path / "in" / "good.jpg").write_bytes(picture(1))
     for number in range(9):
         (tmp_path / "in" / f"{number}.jpg").write_bytes(b"no image")
-    assert make(tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2  # the only one that differs
+    assert make(tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2  # the only option that differs
     assert re.search(r"no sample of train can be used, such as \d.jpg: not an image", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
     (tmp_path / "in" / "good.jpg").unlink()
@@ -431,7 +431,7 @@ def test_columns_of_a_dataset_that_nothing_reads_are_named(tmp_path, dataset, ca
 
 @pytest.mark.parametrize("change", [{"remove_columns": "caption"}, {"labels": ["dog", "cat"]}])
 def test_splits_that_differ_in_what_is_read_are_refused(tmp_path, dataset, capsys, change):
-    """Otherwise their labels would be taken for classes with other names."""
+    """Otherwise, their labels would be mistaken for classes with other names."""
     other = dataset.remove_columns(change["remove_columns"]) if "remove_columns" in change else dataset
     if "labels" in change:
         other = dataset.cast_column("label", datasets.ClassLabel(names=change["labels"]))

@@ -62,7 +62,7 @@ def test_with_equal_keys_it_is_a_linear_probe_of_the_mean(head, alike):
 
 
 def test_an_image_of_fewer_patches_is_pooled_as_by_itself(head):
-    """Such an image is padded with rows of zeros."""
+    """Such an image is padded with zero rows."""
     nn.init.normal_(head.query)
     tokens = _tokens(6)
     torch.testing.assert_close(head.pool(F.pad(tokens, (0, 0, 0, 4))), head.pool(tokens))
@@ -141,7 +141,7 @@ def test_steps_are_adamws_on_the_cross_entropy_with_warm_up_and_cosine():
 
 
 def test_rates_are_tried_on_nine_tenths_and_judged_on_the_rest(monkeypatch):
-    """The head is then trained with the best of the rates on all samples."""
+    """The head is then trained with the best learning rate on all samples."""
     monkeypatch.setattr(probes, "ATTENTIVE_RATES", (1e-2, 3e-3, 1e-4))
     bank, given = _marked(60, 0), {"batch": 16, "steps": 12, "heads": 2}
     train, held_out = (bank.rows(rows) for rows in split(bank))

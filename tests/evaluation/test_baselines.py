@@ -17,7 +17,7 @@ from tests.helpers.labelled import labelled_tar
 from tests.helpers.trainer import TINY
 
 SHORT = settings("linear.steps=4", "linear.peak_lr=1", "linear.global_batch=16", "linear.warmup_epochs=0")
-SKEWED = {number: int(number % 9 == 0) for number in range(18)}  # of two classes, 16 and 2 samples
+SKEWED = {number: int(number % 9 == 0) for number in range(18)}  # two classes with 16 and 2 samples
 
 
 @pytest.mark.slow
@@ -31,7 +31,7 @@ SKEWED = {number: int(number % 9 == 0) for number in range(18)}  # of two classe
     ],
 )
 def test_every_result_says_the_share_of_the_largest_class(transfer, tmp_path, task, options, capsys):
-    """The result also states in words whether it is above that share."""
+    """The result also states whether the accuracy is significantly above that share."""
     shard = labelled_tar(tmp_path / "a.tar", range(18), SKEWED)
     result = transfer(task, *options, train=shard, val=shard)
     assert result["chance"] == pytest.approx(16 / 18) and "chance_top5" not in result
@@ -54,7 +54,7 @@ def test_the_largest_class_is_that_of_the_samples(tmp_path):
     assert found["verdict"].startswith("the model is better than the largest class: +60.0 points, 95 % interval")
     assert told([1] * 100)["verdict"].startswith("the model is worse than the largest class: -20.0 points")
     assert told([0] * 100)["verdict"].startswith("the model does not differ significantly from the largest class")
-    assert "verdict" not in told(labels, ["0", *keys[:-1]])  # of several predictions of a sample
+    assert "verdict" not in told(labels, ["0", *keys[:-1]])  # a sample with several predictions
     write_parquet(tmp_path / "predictions.parquet", {"key": keys, "score": labels})
     assert against_largest_class(tmp_path) == {} == against_largest_class(tmp_path / "nothing")
 

@@ -51,8 +51,8 @@ def test_equal_scores_count_one_half():
 
 
 def test_standard_errors_are_those_of_other_draws_of_samples():
-    """The errors of the balanced accuracy and of the area under the ROC curve are within a fifth of those of redrawn
-    samples."""
+    """The standard errors of the balanced accuracy and of the area under the ROC curve differ by less than a fifth from
+    the standard deviations over redrawn samples."""
     random = np.random.default_rng(1)
     negative, positive = random.normal(size=(400, 60)), random.normal(1, size=(400, 40))
     areas = [metrics.auroc(p, n) for p, n in zip(positive, negative)]
@@ -60,7 +60,7 @@ def test_standard_errors_are_those_of_other_draws_of_samples():
 
 
 def test_the_error_of_an_area_tells_few_positives_from_few_negatives(tmp_path):
-    """Positives and negatives contribute differently where the classes overlap little."""
+    """Positives and negatives contribute differently if the classes overlap little."""
     random = np.random.default_rng(0)
     for few in ("good", "bad"):
         sizes = {"bad": 60, "good": 4} if few == "good" else {"bad": 4, "good": 60}
@@ -138,7 +138,7 @@ def test_a_task_says_all_of_it(transfer, run, tmp_path, capsys):
     assert "accuracy of each class" in page and '<td>0</td><td class="number">32</td>' in page
     for model in (f"random:{run}", f"pixels:{run}"):
         (tmp_path / "out/result.json").write_text(json.dumps(result | {"model": model}))
-        write_report(tmp_path / "out", tmp_path / "report.html")  # of which nobody expects more
+        write_report(tmp_path / "out", tmp_path / "report.html")  # the report requires no other entries
         assert "<b>warning</b>" not in (tmp_path / "report.html").read_text()
 
 

@@ -1,4 +1,4 @@
-"""The comparison of models on one data set, and of two results."""
+"""The comparison of models on a dataset, and of two results."""
 
 import json
 import re
@@ -33,13 +33,13 @@ SHORT = settings(
 
 
 def _short(task):
-    """Return the settings of SHORT that a task has."""
+    """Return the settings in SHORT that a task has."""
     return settings(*(each for each in SHORT[1::2] if each.startswith((task, "encode"))))
 
 
 @pytest.fixture
 def compared(run, shards, tmp_path):
-    """A function of options that compares an M3AE with an image-only model, `mae`, and returns the content of
+    """Return a function of options that compares an M3AE with an image-only model, `mae`, and returns the content of
     result.json."""
     torch.manual_seed(1)
     mae = tiny_run(tmp_path / "mae", vocab_size=0)
@@ -93,7 +93,7 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
 
 
 def _found(**correct):
-    """Return one probe's comparison from each model's correct samples, a row for each seed."""
+    """Return the comparison for one probe, given which samples each model classifies correctly, with a row per seed."""
     found, keys = ComparedPredictions([0, 1]), [str(i) for i in range(100)]
     for model, rows in correct.items():
         for seed, right in enumerate(rows):
@@ -104,8 +104,8 @@ def _found(**correct):
 
 def test_a_sample_that_half_the_seeds_have_right_counts_for_neither():
     even, other = np.full(20, 0.5), np.arange(20) % 2 == 0
-    assert difference(even, other).p == difference(other, even).p == 1.0  # both are right equally often
-    mixed = np.where(np.arange(20) < 9, 1.0, even)  # nine more, of which the other has every second one
+    assert difference(even, other).p == difference(other, even).p == 1.0  # both models are equally often right
+    mixed = np.where(np.arange(20) < 9, 1.0, even)  # nine more; the other has every second one
     assert difference(mixed, other).p == difference(other, mixed).p == stats.binomtest(0, 4).pvalue
 
 
@@ -127,7 +127,7 @@ def test_a_test_is_paired_on_the_mean_over_seeds():
     assert "- knn: good is better than poor" in found.page()
     assert "- knn: good is worse than the largest class: -1" in found.page()
     assert found.result()["rows"][1]["top1"] == pytest.approx(good.mean())
-    assert found.result()["chance"] == 1.0  # all are of one of the two classes
+    assert found.result()["chance"] == 1.0  # all samples belong to one of the two classes
     assert "the largest class has 100.0 % of the samples" in found.page()
     assert ComparedPredictions([0, 1]).result() == {}
 
@@ -174,7 +174,7 @@ def test_two_results_are_told_apart_or_not(transfer, run, shards, tmp_path, caps
 
 
 def test_results_of_different_labels_are_not_compared(tmp_path):
-    """Results that differ in the names of the classes alone are compared. Joined classes are other classes."""
+    """Results that differ only in the names of the classes are compared. Merged classes are different classes."""
     keys, site, colour = list("abcdef"), list("nsnsns"), [0, 1, 2, 0, 1, 2]
     named = {"named": ["red", "green", "blue"] * 2, "joined": ["warm", "cold", "cold"] * 2}
     for name, labels in {"colour": colour, "site": site, **named}.items():

@@ -23,7 +23,7 @@ def probe(shards, **more):
 
 @pytest.fixture
 def pretrain(trainer, shards):
-    """A function of a name and options that trains three steps and returns their metrics."""
+    """Return a function of a name and options that trains for three steps and returns the logged metrics."""
 
     def run(name, *options):
         folder = trainer.folder / name
@@ -58,7 +58,7 @@ def test_a_stop_request_ends_the_pass_between_two_batches(pretrain, shards, monk
 
     def signalled(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:  # the training samples' batch after step 2
+        if len(calls) == 3:  # the batch of training samples after step 2
             os.kill(os.getpid(), signal.SIGTERM)
         return pool(*args, **kwargs)
 
@@ -79,8 +79,8 @@ def test_labels_that_cannot_be_used_end_the_run_before_it_begins(pretrain, shard
 
 
 def test_the_curve_of_a_partitioned_model_is_the_same(trainer, shards):
-    """ZeRO-3 on three ranks gathers weights that it has given away, also where ranks have no sample: of three that an
-    evaluation has, which shows in pictures too, and at the end of the probe's."""
+    """With ZeRO-3 on three ranks, partitioned weights are gathered even if ranks have no sample, in an evaluation of
+    three samples, for figures, and at the end of the probe's samples."""
     options = [*settings("train.steps=3", "data.workers=0", "train.eval_samples=3", "train.pictures=2")]
     options += [*probe(shards), "--set", "train.eval_every=1"]
     split = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}

@@ -32,7 +32,7 @@ def _setting(ranks, live=None, **sections):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that advances with the steps of a probe only."""
+    """Simulate a clock that advances only with the steps of a probe."""
     seconds = [0.0]
 
     def costs(module, name, cost):
@@ -89,8 +89,8 @@ def test_the_pace_of_a_training_is_that_of_the_steps_after_the_first(monkeypatch
 
 
 def test_an_attentive_probe_in_training_may_be_asked():
-    """Predictions during training are those of the best rate on the held-out tenth, and do not influence the
-    training."""
+    """Predictions during training come from the head with the best learning rate on the held-out tenth, and do not
+    affect the training."""
     generator = torch.Generator().manual_seed(0)
     tokens, labels = torch.randn(60, 3, 4, generator=generator), torch.arange(60) % 3
     bank = FeatureBank([f"a.tar/{i}" for i in range(60)], tokens, labels, None, [])
@@ -113,7 +113,7 @@ def test_an_attentive_probe_in_training_may_be_asked():
 
 
 def _expectation(kind, pace, left, device="cpu", samples=1482, **sections):
-    """Return the lines for a task with `left` steps to go, which take `pace` seconds each."""
+    """Return the lines for a task with `left` remaining steps at `pace` seconds per step."""
     config = _config(**sections)
     section = with_defaults(getattr(config, SECTIONS[kind]), samples, {})
     ranks = SimpleNamespace(device=torch.device(device))

@@ -109,12 +109,12 @@ def test_images_come_as_pil_or_tensors_of_any_size(model):
     assert model.encode(images=[]).shape == model.encode(texts=[]).shape == (0, 32)
     with torch.no_grad():
         empty = model.encode(texts=[""])
-    assert not empty.any()  # of an empty caption only cls is left
+    assert not empty.any()  # for an empty caption, only the cls token is left
 
 
 def test_floats_are_what_value_range_says(model):
-    """In each of the three ranges, floats have the features of uint8, at the model's size and others, also as
-    arrays."""
+    """In each of the three ranges, floating-point images have the same features as uint8 images, at the model's size
+    and at other sizes, and as arrays too."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (model.config.image_mean, model.config.image_std))
     close = {"rtol": 0, "atol": 1e-5}
     for size in (32, 50):
@@ -131,7 +131,7 @@ def test_floats_are_what_value_range_says(model):
     for value_range in (None, "normalised"):
         found = model.encode(normal, value_range=value_range, precision="fp32")
         torch.testing.assert_close(found, expected, **close)
-    for shape in ((3, 44, 32), (3, 32, 44)):  # one side fits already
+    for shape in ((3, 44, 32), (3, 32, 44)):  # one side has the right size already
         oblong = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         found = model.encode(oblong / 255, value_range=(0, 1), precision="fp32")
         torch.testing.assert_close(found, model.encode(oblong, precision="fp32"), **close)
@@ -226,7 +226,7 @@ def test_a_shape_with_its_channels_elsewhere_is_named(model):
 
 
 def test_a_sample_without_its_text_or_image_is_refused(model):
-    """Otherwise it would be encoded as the other modality alone."""
+    """Otherwise, only the other modality of the sample would be encoded."""
     pixels = images(2)
     with pytest.raises(ValueError, match="text 1 is NoneType: each sample needs its text; without any pass texts=None"):
         model.encode(pixels, ["a house", None])
@@ -244,8 +244,8 @@ def test_an_array_of_16_bits_is_told_of_value_range(model, tmp_path):
 
 
 def test_floats_that_may_be_normalised_are_taken(model):
-    """One value says nothing of a range, nor does one bright image among others; with mean 0 and deviation 1 both
-    meanings are one."""
+    """Neither a constant image nor one bright image among others identifies a range. With mean 0 and standard deviation
+    1, both meanings are the same."""
     bright = images(1) / 255
     for floats in (torch.zeros(1, 3, 32, 32), torch.full((2, 3, 32, 32), 0.5), torch.cat((bright, -bright))):
         assert torch.equal(model.encode(floats), model.encode(floats, value_range="normalised"))
@@ -254,7 +254,7 @@ def test_floats_that_may_be_normalised_are_taken(model):
 
 
 def test_images_come_as_paths_arrays_or_one_alone(model, tmp_path):
-    """All of them have the features of the tensor. Transparent pixels are treated as in shards."""
+    """All of them have the same features as the tensor. Transparent pixels are treated as in shards."""
     pixels = images(3, 40)
     arrays = [image.permute(1, 2, 0).numpy() for image in pixels]
     paths = [tmp_path / f"{number}.png" for number in range(3)]
@@ -315,7 +315,7 @@ def test_features_are_as_exact_as_the_weights_and_never_less_than_float32(run, p
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
 def test_half_precision_is_encoded(run, precision):
-    """Encode float16 weights and images on a CPU, where autocast does not know float16."""
+    """Weights and images in float16 are encoded on a CPU, whose autocast does not support float16."""
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     model = open_model(str(run), text=False).eval()
     expected = model.encode(pixels, precision="fp32")
@@ -386,7 +386,7 @@ def test_a_corpus_is_encoded_in_file_order_with_labels_and_without_broken_sample
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_model_is_left_in_its_mode(run, training):
-    """The mode of every module is restored, also if the samples cannot be encoded."""
+    """The mode of every module is restored, even if the samples cannot be encoded."""
     model = open_model(str(run), text=False).train(training)
     model.encode(images=list(images(1)))
     assert {part.training for part in model.modules()} == {training}

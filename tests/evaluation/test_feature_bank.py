@@ -17,7 +17,7 @@ from tests.helpers.ranks import run_ranks
 
 
 def _by_a_sort(bank_ND, queries_MD, k):
-    """Return the similarities and row numbers of the k nearest neighbours. Equal similarities are in the order of
+    """Return the similarities and row numbers of the k nearest neighbours; equal similarities are in the order of the
     rows."""
     similarity_MN = (F.normalize(queries_MD.double(), dim=1) @ F.normalize(bank_ND.double(), dim=1).T).float()
     similarity_MN, number_MN = similarity_MN.sort(dim=1, descending=True, stable=True)
@@ -31,7 +31,8 @@ def _bank(features):
 @pytest.mark.parametrize(("samples", "width", "k"), [(3000, 16, 20), (211, 6, 7), (9, 4, 20)])
 @pytest.mark.parametrize("equal", [False, True])
 def test_neighbours_are_those_of_a_stable_sort(monkeypatch, samples, width, k, equal):
-    """This also holds in blocks, and where more samples are equally similar than the list of candidates holds."""
+    """This also holds if samples are searched in blocks, and if more samples are equally similar than the list of
+    candidates can hold."""
     monkeypatch.setitem(neighbours._BLOCKS, "cpu", neighbours._Blocks(16, 2048))
     monkeypatch.setattr(neighbours, "_GROUP", 4)
     monkeypatch.setattr(neighbours, "_AT_A_TIME", 50)
@@ -50,7 +51,7 @@ def test_neighbours_are_those_of_a_stable_sort(monkeypatch, samples, width, k, e
 
 @pytest.mark.slow
 def test_two_and_three_ranks_find_what_one_finds(tmp_path):
-    """Neighbours, votes, ranks, scores and trained heads are equal for banks that are split over ranks."""
+    """Neighbours, votes, retrieval ranks, scores and trained heads are the same for banks that are split over ranks."""
     alone = bank_cases.found(None)
     with join_ranks() as ranks:
         segments = bank_cases.segmented(ranks)
@@ -68,7 +69,7 @@ def test_two_and_three_ranks_find_what_one_finds(tmp_path):
             for name, expected in heads.items():
                 torch.testing.assert_close(found["heads"][name], expected, rtol=1e-3, atol=1e-4, msg=name)
             for name, scores in alone["ood"].items():
-                rounding = 1e-6 if name in ("knn", "mahalanobis") else 1e-3  # than that of a regression
+                rounding = 1e-6 if name in ("knn", "mahalanobis") else 1e-3  # a regression has larger rounding errors
                 np.testing.assert_allclose(found["ood"][name], scores, rtol=rounding, atol=rounding)
             for name, scores in alone["regressions"].items():
                 torch.testing.assert_close(found["regressions"][name], scores, rtol=1e-3, atol=1e-3)

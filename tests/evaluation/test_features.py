@@ -13,7 +13,7 @@ from tests.helpers.shards import write_tar
 
 @pytest.fixture
 def features(run, tmp_path):
-    """A function of shards, a name and options that extracts features and returns the file."""
+    """Return a function of shards, a name and options that extracts features and returns the file."""
 
     def make(shards, name="out.npz", *options):
         given = [shards] if isinstance(shards, str) else shards
@@ -51,7 +51,7 @@ def test_parquet_holds_the_same_as_npz(features, shards):
 
 
 def test_columns_tell_which_sample_it_is(features, tmp_path):
-    """The columns are those of the readable samples, for features of images and of captions."""
+    """The columns contain only the readable samples, for features of images and of captions."""
     files = {}
     for name, content in labelled_members(range(5)):
         files[name] = content

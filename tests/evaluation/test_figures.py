@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved."""
+    """Return the list of saved figures."""
     kept, save = [], figures._save
     monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure) or save(figure, path))
     return kept
@@ -107,7 +107,7 @@ def test_a_comparison_has_a_bar_for_each_model_and_probe(drawn, tmp_path):
         whiskers = group.errorbar.lines[2][0].get_segments()
         for bar, whisker in zip(group, whiskers, strict=True):
             spans.append((bar.get_x(), bar.get_x() + bar.get_width()))
-            probe = probes[round(sum(spans[-1]) / 2)]  # of the nearest tick
+            probe = probes[round(sum(spans[-1]) / 2)]  # the value at the nearest tick
             bars[group.get_label(), probe] = bar.get_height(), np.ptp(whisker[:, 1]) / 2
     assert bars == {name: (top1[name], pytest.approx(errors[name])) for name in names}
     assert all(left[1] < right[0] for left, right in itertools.pairwise(sorted(spans)))
@@ -159,7 +159,7 @@ def test_a_sheet_has_each_cell_in_its_row_and_column(tmp_path):
 
 
 def test_a_sheet_has_room_for_the_texts_and_titles_of_every_cell(tmp_path):
-    """With the longest texts in every row and column, none overlaps an image or another text."""
+    """Even the longest texts in every row and column do not overlap an image or another text."""
     green = torch.tensor([0, 250, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
     long = "word after word " * 20
     cells = [Cell(green, long, RED), Cell(None, long, RED), Cell(green, "short", RED)]
@@ -179,7 +179,7 @@ def test_a_sheet_has_room_for_the_texts_and_titles_of_every_cell(tmp_path):
 
 
 def shown_by(samples=None, names=()):
-    """Return a task's job whose samples are their keys. Its cells record the arguments that are shown."""
+    """Return a job whose samples are represented by their keys. Its cells record the displayed arguments."""
     return argparse.Namespace(
         out=Path("out"),
         names=names,
@@ -189,13 +189,13 @@ def shown_by(samples=None, names=()):
 
 
 def on_a_circle(angles: torch.Tensor) -> torch.Tensor:
-    """Return features [N, 2] in these directions, as a FeatureBank. Their lengths are arbitrary, since only directions
-    count."""
+    """Return features [N, 2] in these directions, as a FeatureBank. Their lengths are arbitrary, because only
+    directions matter."""
     return torch.stack((angles.cos(), angles.sin()), 1) * torch.arange(1, len(angles) + 1)[:, None]
 
 
 def test_neighbours_are_the_most_alike_and_green_where_they_are_of_the_samples_class(monkeypatch):
-    """The sheet shows eight samples that are evenly spaced among all."""
+    """The figure shows eight samples that are evenly spaced over the dataset."""
     sheets, classes = [], ["cat", "dog", "emu"]
     monkeypatch.setattr(knn, "draw_sheet", lambda path, rows, titles: sheets.append(rows))
     random = np.random.RandomState(0)

@@ -1,4 +1,4 @@
-"""Fine-tuning learns, resumes as if never interrupted, and leaves a classifier that loads."""
+"""Fine-tuning decreases the loss, resumes bitwise, and writes a classifier that can be loaded."""
 
 import json
 import os
@@ -210,12 +210,12 @@ def test_neighbours_are_mixed_and_labels_have_the_same_weights(mixup, cutmix):
     mixed, labels = _mixing(mixup=mixup, cutmix=cutmix)(batch, torch.float32)
     plain = _plain(batch)
     torch.testing.assert_close(labels.sum(1), torch.ones(31))
-    torch.testing.assert_close(mixed.images[30], plain[30])  # its partner is in another batch
+    torch.testing.assert_close(mixed.images[30], plain[30])  # the partner of this sample is in another batch
     assert labels[30].tolist() == [1, 0, 0]
     shares, covered = set(), torch.zeros(batch.images.shape[-2:], dtype=torch.bool)
     for row in range(30):
         partner = row ^ 1
-        own = labels[row, row % 3].item()  # neighbours have different classes
+        own = labels[row, row % 3].item()  # adjacent samples have different classes
         assert labels[row, partner % 3].item() == pytest.approx(1 - own, abs=1e-6)
         assert labels[partner, partner % 3].item() == pytest.approx(own)
         shares.add(own)
@@ -226,7 +226,7 @@ def test_neighbours_are_mixed_and_labels_have_the_same_weights(mixup, cutmix):
         assert same.double().mean().item() == pytest.approx(own, abs=1e-6)
         assert torch.equal(mixed.images[row][:, ~same], plain[partner][:, ~same])
         taken, covered = (~same).nonzero(), covered | ~same
-        if len(taken):  # the part from the partner is a rectangle
+        if len(taken):  # the part that comes from the partner is a rectangle
             sides = taken.max(0).values - taken.min(0).values + 1
             assert sides.prod() == len(taken)
     assert len(shares) >= 8
@@ -326,7 +326,7 @@ def test_rand_augment_depends_on_its_seed_alone():
 
 
 def test_rand_augment_takes_the_highest_levels():
-    """At the highest level timm's posterize leaves 0 bits."""
+    """At the highest magnitude, timm's posterize would leave 0 bits."""
     sizes = _sizes()
     image = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
     augment = RandAugment("rand-m10-n15-inc1", sizes)
@@ -334,7 +334,7 @@ def test_rand_augment_takes_the_highest_levels():
 
 
 def test_accuracy_in_training_is_by_the_likeliest_class_of_what_was_mixed():
-    """Losses are sums over the batch by soft labels, divided by the number of samples of the step."""
+    """Losses are computed with soft labels, summed over the batch, and divided by the number of samples of the step."""
     config = ClassifierConfig(model=_sizes(), head="finetune", pool="cls", modality="image", classes=[0, 1, 2])
     mixing = _mixing(mixup=1.0, cutmix=0.0, label_smoothing=0.1)
     torch.manual_seed(0)

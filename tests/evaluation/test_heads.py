@@ -1,4 +1,4 @@
-"""Heads, LARS and layer-wise learning rates are the official ones."""
+"""Heads, LARS and layer-wise learning rates equal the official ones."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_linear_probes_of_any_size_are_the_official_ones(tmp_path, sizes):
 def test_fine_tunings_of_any_size_are_the_official_ones(tmp_path, name):
     file = make_finetuning(tmp_path / "finetune.npz", **FINE_TUNINGS[name])
     names = agree(file, 60)
-    for key in np.load(file).files:  # nothing is left out but the decoder, which ours has not
+    for key in np.load(file).files:  # everything is compared except the decoder, which our classifier does not have
         group, _, rest = key.partition("/")
         wanted = {
             "out": rest,
@@ -78,7 +78,7 @@ def test_verify_finds_what_is_bent(tmp_path, capsys, make, key):
 
 @pytest.mark.parametrize("left", [6, 3, 0])
 def test_a_probe_s_parameters_are_compared_at_the_steps_that_were_recorded(tmp_path, left):
-    """The last step, 9, need not be among them."""
+    """The last step, 9, need not be among the recorded steps."""
     file = make_probe(tmp_path / "probe.npz", VARIANTS)
     arrays = dict(np.load(file))
     kept = {k: a for k, a in arrays.items() if "/after_" not in k or int(k.split("after_")[1][0]) <= left}
@@ -124,7 +124,7 @@ def test_layers_of_text_are_the_official_ones():
 
 
 def test_pooled_rows_are_those_of_each_sample_alone():
-    lengths = [4, 1, 3]  # the second has its cls row alone
+    lengths = [4, 1, 3]  # the second sample has only its cls row
     rows = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
     segments = Segments(torch.tensor([0, 4, 5, 8], dtype=torch.int32), 4, 8)
     parts = rows.split(lengths)
@@ -145,7 +145,7 @@ def test_lars_does_not_scale_what_has_no_length():
 
 
 def test_each_head_of_a_stack_is_updated_with_its_own_learning_rate_as_alone():
-    """Each head is compared with torch's AdamW and with LARS on a stack of one head."""
+    """Each head is compared with a head trained alone: by torch's AdamW, and by LARS on a stack of one head."""
     torch.manual_seed(0)
     begun, rates, gradients = torch.randn(3, 4, 5), torch.tensor([0.1, 0.01, 0.0]), torch.randn(6, 3, 4, 5)
     for kind, judge in ((AdamW, torch.optim.AdamW), (LARS, LARS)):

@@ -50,7 +50,7 @@ def test_more_neighbours_than_samples_and_a_low_temperature_are_fine():
 def test_accuracies_are_shares_of_the_best_scores():
     scores = torch.arange(8.0).expand(4, 8)
     assert topk_accuracy(best_classes(scores), torch.tensor([7, 3, 2, 6])) == {"top1": 0.25, "top5": 0.75}
-    assert [best_classes(torch.eye(classes)).shape[1] for classes in (5, 6)] == [1, 5]  # of five all would be right
+    assert [best_classes(torch.eye(classes)).shape[1] for classes in (5, 6)] == [1, 5]  # all of 5 would be right
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_colours_are_told_apart(transfer, run, tmp_path):
     result = transfer("knn", "--labels", "json.name")
     assert (result["task"], result["top1"], result["classes"], result["val_samples"]) == ("knn", 1.0, 3, 18)
     few = transfer("knn", "--labels", "json.name", "--set", "knn.k=1000", out="few")
-    assert few["k"] == few["train_samples"]  # all of them
+    assert few["k"] == few["train_samples"]  # all training samples are neighbours
     assert list((tmp_path / "out/tensorboard").iterdir())
     assert pictures(tmp_path / "out") == ["confusion", "neighbours"]
     untrained = transfer("knn", "--modality", "paired", model=f"random:{run}", out="random")

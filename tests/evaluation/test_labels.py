@@ -14,8 +14,8 @@ from tests.helpers.shards import write_tar
 
 @pytest.fixture
 def opened(tmp_path):
-    """A function that writes samples with these numbers and labels and returns their corpus. Several pairs of arguments
-    make several shards."""
+    """Return a function that writes samples with these numbers and labels, and returns their dataset. Each pair of
+    arguments gives a shard."""
 
     def make(*shards):
         paths = [labelled_tar(tmp_path / f"{i}.tar", *shard) for i, shard in enumerate(shards)]
@@ -32,7 +32,8 @@ def test_labels_are_read_from_cls_and_json(opened):
 
 
 def test_pictures_call_classes_by_their_names(tmp_path, opened):
-    """classes.json beside the shards goes before class_name in the samples; texts are names already."""
+    """classes.json next to the shards takes precedence over class_name in the samples. Text labels are names
+    already."""
 
     def corpus(name, class_names):
         files = dict(labelled_members(range(6)))

@@ -35,11 +35,11 @@ def test_colours_are_told_apart(transfer, run, tmp_path, cached):
     assert pictures(tmp_path / "out") == ["confusion"] + ["training"] * (not cached)
     if not cached:
         lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-        assert sum("val_top1" in line for line in lines) == 15  # every epoch
+        assert sum("val_top1" in line for line in lines) == 15  # one line per epoch
     classifier = Classifier.from_pretrained(tmp_path / "out").eval()
     assert classifier.config.classes == ["blue", "green", "red"]
     encoder = open_model(str(run), text=False)
-    assert torch.equal(classifier.backbone.patch_embed.weight, encoder.patch_embed.weight)  # it was frozen
+    assert torch.equal(classifier.backbone.patch_embed.weight, encoder.patch_embed.weight)  # the encoder was frozen
 
 
 def test_a_step_is_one_of_lars_on_the_loss_of_the_whole_batch():
@@ -84,7 +84,7 @@ def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, run, tmp_path
             transfer("linear", *options, "--resume", "auto", *settings(other), out="cut")
     with pytest.raises(UserError, match=r"was made with task\.weights = .*, but the config has"):
         transfer("linear", *options, "--resume", "auto", model=f"random:{run}", out="cut")
-    same = run.parent / "." / run.name / "checkpoints" / ".."  # the same weights, named in another way
+    same = run.parent / "." / run.name / "checkpoints" / ".."  # another path of the same weights
     resumed = transfer("linear", *options, "--resume", "auto", model=same, out="cut")
     assert resumed["top1"] == whole["top1"]
     states = [checkpoint.saved_steps(tmp_path / name)[-1] / "state.safetensors" for name in ("whole", "cut")]

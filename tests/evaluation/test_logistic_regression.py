@@ -1,4 +1,4 @@
-"""Logistic regressions are those of scikit-learn, and their strength is chosen on held-out samples."""
+"""Logistic regressions equal those of scikit-learn, and their inverse strength is chosen on held-out samples."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def _bank(features, labels=None):
 
 
 def _samples(count, classes, noise, width=24, seed=0, decay=2):
-    """Features, whose variances differ by a factor of 10,000 as those of networks do, and labels."""
+    """Return features, whose variances differ by a factor of 10,000 as those of networks do, and labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
     means = torch.randn(classes, width, generator=torch.Generator().manual_seed(9))
@@ -63,7 +63,7 @@ def test_regressions_are_those_of_scikit_learn_in_few_passes(monkeypatch, passes
 
 def test_a_strength_is_chosen_where_the_usual_one_overfits():
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1200, 1, generator=generator)  # which all features show, with noise
+    hidden = torch.randn(1200, 1, generator=generator)  # all features are noisy multiples of this variable
     features = hidden + 3 * torch.randn(1200, 200, generator=generator)
     labels = (hidden[:, 0] + torch.randn(1200, generator=generator) > 0).long()
     train, held_out = _bank(features[:400], labels[:400]), _bank(features[400:], labels[400:])
@@ -79,7 +79,7 @@ def test_a_strength_is_chosen_where_the_usual_one_overfits():
 @pytest.mark.parametrize(
     ("labels", "classes"),
     [
-        (torch.arange(99) % 3, 3),  # too few to hold out some
+        (torch.arange(99) % 3, 3),  # too few samples to hold out any
         (torch.arange(120), 120),  # held-out classes have no training sample
         (torch.zeros(40).long(), 1),
         (torch.arange(40) % 2, 5),  # some classes have no sample
@@ -87,7 +87,7 @@ def test_a_strength_is_chosen_where_the_usual_one_overfits():
 )
 def test_few_samples_get_the_usual_strength(labels, classes):
     features = torch.randn(len(labels), 6, generator=torch.Generator().manual_seed(0))
-    features[:, 0] = 3.5  # constant
+    features[:, 0] = 3.5  # a constant feature
     heads, strength = fit_chosen(_bank(features, labels), classes)
     found = logits(heads, _bank(features, labels))
     assert strength == USUAL and found.isfinite().all() and found.shape == (len(labels), classes)

@@ -26,7 +26,7 @@ LIGHT = settings("robustness.epsilons=[1]", "robustness.steps=2", 'robustness.co
 
 @pytest.fixture
 def seen(monkeypatch):
-    """A list of (training, with gradients, autocast) for each pass through the encoder."""
+    """Return a list of (training, with gradients, autocast), with an entry for each pass through the encoder."""
     found, real = [], MultimodalEncoder._input
 
     def looked_at(self, batch):
@@ -100,7 +100,7 @@ def test_a_probe_trains_on_statistics_of_the_step_and_evaluates_with_the_running
     modes, real = [], BatchNorm.forward
     monkeypatch.setattr(BatchNorm, "forward", lambda self, x: modes.append((self.training, len(x))) or real(self, x))
     transfer("linear", "--cache-features", *LINEAR)
-    assert modes[-3:] == [(True, 8), (True, 8), (False, 18)]  # after a trial that shows how long it takes
+    assert modes[-3:] == [(True, 8), (True, 8), (False, 18)]  # after the steps from which the duration is estimated
 
 
 def test_one_sample_is_evaluated_as_among_many(transfer, tmp_path):

@@ -22,7 +22,7 @@ from tests.helpers.shards import write_tar
 
 
 def tagged_tar(path, tags):
-    """Write a shard of coloured images with these lists by number."""
+    """Write a shard of coloured images with these lists of labels, by sample number."""
     members = []
     for number, own in tags.items():
         members.append((f"{number:03}.png", coloured(number, NAMES[number % 3])))
@@ -31,7 +31,8 @@ def tagged_tar(path, tags):
 
 
 def tags_of(numbers):
-    """Return the samples' lists of labels by colour: blue, green or none of them, and cold unless red."""
+    """Return the lists of labels of the samples by colour: blue or green, or neither for red; and cold for blue and
+    green."""
     lists = {0: ["cold", "blue"], 1: ["green", "cold"], 2: []}
     return {number: lists[number % 3] for number in numbers}
 
@@ -59,7 +60,7 @@ def test_labels_that_the_colour_decides_are_found(transfer, tmp_path, head, caps
 
 def test_average_precisions_are_those_of_scikit_learn():
     random = np.random.default_rng(0)
-    truth, scores = random.random(60) < 0.3, random.normal(size=60).round(1)  # some are equal
+    truth, scores = random.random(60) < 0.3, random.normal(size=60).round(1)  # some scores are equal
     weights = random.multinomial(60, np.full(60, 1 / 60), size=5)
     found = average_precisions(truth, scores, np.concatenate((np.ones((1, 60), int), weights)))
     expected = [average_precision_score(truth, scores, sample_weight=each) for each in (np.ones(60), *weights)]
@@ -82,7 +83,7 @@ def test_votes_and_regressions_are_of_each_class():
     train, queries = torch.randn(80, 5, generator=generator), torch.randn(9, 5, generator=generator)
     truth = torch.stack((train[:, 0] > 0, train[:, 1] > 0.5, torch.ones(80) > 0, torch.zeros(80) > 0), 1)
     bank, asked = FeatureBank([*map(str, range(80))], train, None), FeatureBank([*"abcdefghi"], queries, None)
-    votes = neighbour_scores(bank, asked, truth, 80, 1e6)  # all of equal weight
+    votes = neighbour_scores(bank, asked, truth, 80, 1e6)  # all votes have equal weight
     torch.testing.assert_close(votes, truth.float().mean(0).expand(9, 4))
     scores = logits(fit(bank, truth, 4), asked)
     assert (scores[:, :2].sign() == (queries[:, :2] - torch.tensor([0, 0.5])).sign()).float().mean() > 0.85

@@ -48,16 +48,16 @@ def test_auroc_and_fpr_are_those_of_the_curve():
     assert area == pytest.approx((inside[:, None] > outside).mean())
     fpr, tpr, _ = roc_curve(np.repeat([1, 0], [200, 300]), np.concatenate((inside, outside)), drop_intermediate=False)
     assert passed == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
-    coarse = inside.round(), outside.round()  # of which many are equal, also to the threshold
+    coarse = inside.round(), outside.round()  # many of these scores are equal, also to the threshold
     fpr, tpr, _ = roc_curve(np.repeat([1, 0], [200, 300]), np.concatenate(coarse), drop_intermediate=False)
     assert auroc_and_fpr(*coarse)[1] == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
-    assert auroc_and_fpr(np.arange(30.0), np.arange(30.0))[1] == 29 / 30  # 95 % are 28.5 samples, so that 29 pass
+    assert auroc_and_fpr(np.arange(30.0), np.arange(30.0))[1] == 29 / 30  # 95 % are 28.5 samples, so 29 are accepted
     assert auroc_and_fpr(np.ones(5), np.zeros(5)) == (1.0, 0.0)
     assert auroc_and_fpr(np.zeros(5), np.ones(5)) == (0.0, 1.0)
 
 
 def _average_precision(truth, scores):
-    """Return the sum of precisions over the steps of recall, at each different score."""
+    """Return the sum over distinct scores of the precision times the increase in recall."""
     area, before = 0.0, 0
     for score in sorted(set(scores), reverse=True):
         found = truth[scores >= score]
@@ -90,7 +90,7 @@ def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path, mon
     other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
     draw = ood.draw_detection
     monkeypatch.setattr(ood, "draw_detection", lambda path, *scores: drawn.extend(scores) or draw(path, *scores))
-    result = transfer("ood", "--ood", other, "--set", "knn.k=5")  # less than the 16 samples of a class
+    result = transfer("ood", "--ood", other, "--set", "knn.k=5")  # fewer than the 16 samples of a class
     assert result["knn_auroc"] > 0.95
     assert pictures(tmp_path / "out") == ["scores"]
     inside, outside = drawn
@@ -105,8 +105,8 @@ def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path, mon
 
 
 def test_scores_below_a_half_are_said_to_be_inverted(transfer, tmp_path, monkeypatch, capsys):
-    """A score is inverted if its whole interval is below a half. A score that is merely no better than chance is
-    not."""
+    """A score is inverted if its whole confidence interval is below 0.5. A score that is merely not better than chance
+    is not inverted."""
     scores = ood.Scores.__call__
 
     def turned(self, features):
@@ -157,7 +157,8 @@ def test_two_areas_are_told_apart_by_the_same_draws_of_both(transfer, run, tmp_p
     assert areas_apart(good, good, "A", "B") == (
         "A does not differ significantly from B on these samples: AUROC +0.000, 95 % interval +0.000 to +0.000"
     )
-    # the separate intervals of these two overlap, but with common draws their difference is significant
+    # The confidence intervals of the two areas overlap, but with paired bootstrap samples their difference is
+    # significant.
     low, high = auroc_interval(*bad, 0)[1], auroc_interval(*same, 0)[0]
     assert low > high and "A is better than B" in areas_apart(same, bad, "A", "B")
     draws = stats.bootstrap(
@@ -186,7 +187,7 @@ def test_two_areas_are_told_apart_by_the_same_draws_of_both(transfer, run, tmp_p
 
 
 def test_scores_take_no_memory_for_each_sample_class_and_dimension():
-    """The validation samples of ImageNet would have needed 154 GB."""
+    """For the validation samples of ImageNet, such memory would be 154 GB."""
     random = np.random.RandomState(0)
     train, labels = random.randn(400, 32).astype(np.float32), np.arange(400) % 200
     scores = Scores(_bank(train, labels), 5, head=lambda features: features)
@@ -211,7 +212,7 @@ def test_directions_without_variance_do_not_count(labels):
 
 def test_scores_are_those_of_scikit_learn_and_of_a_sort():
     random = np.random.RandomState(1)
-    labels = np.array([7, 2, 5])[np.arange(90) % 3]  # ids with gaps, as where a class has no readable sample
+    labels = np.array([7, 2, 5])[np.arange(90) % 3]  # ids with gaps, as if a class had no readable sample
     spread = random.randn(6, 6)
     train = (6 * np.eye(6)[labels % 6] + random.randn(90, 6) @ spread).astype(np.float32)
     queries = (3 * random.randn(20, 6)).astype(np.float32)
@@ -225,7 +226,7 @@ def test_scores_are_those_of_scikit_learn_and_of_a_sort():
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, train)]
     sorted_MN = np.sort(np.linalg.norm(unit[0][:, None] - unit[1][None], axis=2), axis=1)
     np.testing.assert_allclose(found["knn"], -sorted_MN[:, 3], rtol=1e-4)
-    # with fewer than k samples the last one is the k-th
+    # with fewer than k samples, the last one replaces the k-th
     few = Scores(_bank(train[:6], labels[:6]), 50)(_bank(queries))["knn"]
     farthest_M = np.linalg.norm(unit[0][:, None] - unit[1][None, :6], axis=2).max(1)
     np.testing.assert_allclose(few, -farthest_M, rtol=1e-4)
@@ -289,7 +290,7 @@ def test_sets_have_names_where_there_are_several():
 
 @pytest.fixture
 def classifier(tmp_path):
-    """The folder of a fine-tuned classifier of three colours with random weights, and the classifier itself."""
+    """Return the folder of a classifier of three colours with random weights, and the classifier itself."""
     torch.manual_seed(0)
     config = ClassifierConfig(model=SIZES, head="finetune", pool="cls", modality="image", classes=[0, 1, 2])
     model = Classifier(config).eval()

@@ -1,4 +1,4 @@
-"""The predictions that a task stores for each sample, and the significance of the difference of two results."""
+"""The predictions that a task stores for each sample, and the significance of the difference between two results."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_ood_and_retrieval_keep_their_samples_too(transfer, shards, tmp_path):
 def test_mcnemar_is_a_fair_coin_for_the_samples_that_one_alone_has_right():
     first = np.array([1] * 10 + [1] * 8 + [0] * 2 + [0] * 5, dtype=bool)
     second = np.array([1] * 10 + [0] * 8 + [1] * 2 + [0] * 5, dtype=bool)
-    by_hand = 2 * (1 + 10 + 45) / 2**10  # of ten coins, two heads or fewer, on either side
+    by_hand = 2 * (1 + 10 + 45) / 2**10  # two or fewer heads in ten coin tosses, on either side
     assert mcnemar(first, second) == pytest.approx(by_hand) == mcnemar(second, first)
     assert mcnemar(first, first) == 1.0
     for one, other in ((0, 6), (3, 3), (7, 21), (480, 530), (3000, 2500)):
@@ -111,7 +111,7 @@ def test_a_summary_puts_errors_beside_what_they_are_of():
 
 
 def test_the_error_of_all_or_none_is_not_0():
-    """For 2 samples that are both right, Laplace's estimate of the accuracy is 3/4."""
+    """For 2 samples that are both classified correctly, Laplace's estimate of the accuracy is 3/4."""
     assert standard_error(1.0, 2) == standard_error(0.0, 2) == pytest.approx((0.75 * 0.25 / 2) ** 0.5)
     for right in (np.ones((3, 2), bool), np.zeros((1, 2), bool)):
         assert mean_accuracy(right) == (right.mean(), standard_error(1.0, 2))

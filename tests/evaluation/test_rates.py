@@ -16,7 +16,7 @@ from m3ae_fast.process.ranks import join_ranks
 
 
 def _bank(count, seed=0):
-    """Return a FeatureBank of three features, of which that of the sample's class is large."""
+    """Return a FeatureBank with three features, one per class; the feature of a sample's class is large."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     features = torch.randn(count, 8, generator=generator)
@@ -52,9 +52,9 @@ def _setting(ranks, seed=0, heartbeats=None, **linear):
 
 
 def _tried(bank, setting, usual=None):
-    """Return the results of the rates around `usual`, or around the default for the number of samples."""
+    """Return the results of the learning rates around `usual`, or around the default for the number of samples."""
     recipe = linear_recipe(len(bank.keys), setting)
-    if usual is not None:  # as if it were not given
+    if usual is not None:  # as if the learning rate were not set
         peak = setting.config.linear.peak_lr
         scales = {float(f"{factor * usual:.3g}"): factor * usual / peak for factor in FACTORS}
         recipe = replace(recipe, scales=scales)
@@ -62,7 +62,8 @@ def _tried(bank, setting, usual=None):
 
 
 def test_each_rate_is_tried_as_a_run_of_its_own_would_be():
-    """The best rate learns, and the trials leave the state of torch's random generator unchanged."""
+    """The loss decreases with the best learning rate, and the trials leave the state of torch's random generator
+    unchanged."""
     given = {"global_batch": 16, "steps": 40, "warmup_epochs": 0, "peak_lr": 400.0}
     with join_ranks() as ranks:
         state, heartbeats = torch.get_rng_state(), _Heartbeats()
@@ -76,7 +77,7 @@ def test_each_rate_is_tried_as_a_run_of_its_own_would_be():
 
 
 def test_a_rate_comes_to_what_a_run_at_it_comes_to():
-    """This holds with momentum, weight decay and warm-up, and with statistics of all steps."""
+    """This holds with momentum, weight decay and warm-up, and for the statistics of all steps."""
     bank = _bank(200)
     train, held_out = (bank.rows(rows) for rows in split(bank))
     given = {"global_batch": 16, "steps": 20, "warmup_epochs": 0.5, "weight_decay": 0.3, "momentum": 0.5}
@@ -112,7 +113,7 @@ def test_a_rate_is_chosen_for_what_is_no_chance():
     tried = [RateTrial(0.1, 0.7, 0.9), RateTrial(0.3, 0.66, 0.8), RateTrial(1, 0.64, 0.6), RateTrial(3, 0.0, None)]
     assert [choose(tried, usual, 100).peak_lr for usual in (0.1, 0.25, 0.8, 5)] == [0.1, 0.3, 0.3, 0.3]
     assert choose(tried, 1, 50).peak_lr == 1 and choose(tried, 1, 10_000).peak_lr == 0.1
-    assert choose([tried[0], RateTrial(1, 0.7, 0.9)], 0.4, 100).peak_lr == 1  # of which 0.1 is a quarter
+    assert choose([tried[0], RateTrial(1, 0.7, 0.9)], 0.4, 100).peak_lr == 1  # 0.1 is a quarter of the usual rate
     assert choose([RateTrial(1, 0.0, None), RateTrial(2, 0.0, 3.0)], 1.4, 9).peak_lr == 2
 
 

@@ -1,4 +1,4 @@
-"""The values that the number of samples gives to open settings."""
+"""The values of settings that are left at null, by number of samples."""
 
 import re
 
@@ -49,7 +49,7 @@ def test_no_number_of_samples_is_too_few_steps_or_jumps_far():
             recipe = official.scaled(samples)
             steps = recipe.epochs * max(samples // recipe.global_batch, 1)
             assert steps >= official.fewest_steps and 2 <= recipe.global_batch <= max(2, 1.42 * samples)
-            if official.rate_per_sample is not None:  # 45,000: the official run's sum
+            if official.rate_per_sample is not None:  # 45,000 is the summed learning rate of the official run
                 rate = recipe.peak_lr * recipe.global_batch / 256
                 most = 45_000 * (IMAGENET / samples) ** 0.2
                 expected = min(official.rate_per_sample * samples, most) / steps
@@ -84,7 +84,7 @@ def test_accuracy_that_still_rises_is_told_from_noise():
     assert rising(rise, 64) == pytest.approx(0.1)
     assert rising(rise, 1) == 0.0, "ten samples say nothing"
     assert rising([{"step": i, "accuracy": 0.5 + i / 10_000} for i in range(40)], 4096) == 0.0
-    little = [{"step": i, "accuracy": 0.53 if i >= 30 else 0.5} for i in range(40)]  # one and a half errors, or three
+    little = [{"step": i, "accuracy": 0.53 if i >= 30 else 0.5} for i in range(40)]  # 1.5 or 3 standard errors
     assert (rising(little, 125), rising(little, 500)) == (0.0, pytest.approx(0.03))
     assert rising([*rise[:3], {"step": 4, "val_top1": 1.0}], 64) == 0.0
     assert rising(rise[::-1], 64) == 0.0

@@ -36,7 +36,7 @@ def test_a_result_takes_the_place_of_what_was_found_before_a_stop(tmp_path):
 
 @pytest.fixture
 def texts(monkeypatch):
-    """The texts of all figures that are saved."""
+    """Return the list of the texts in all saved figures."""
     said = []
     save = Figure.savefig
 

@@ -117,12 +117,12 @@ def test_above_chance_is_what_two_standard_errors_of_chance_do_not_explain():
 
 
 def test_each_way_asks_with_what_it_says(transfer, monkeypatch):
-    """By hand: image i is e_i; six captions are their images, and each other one is twice as much like image 0 as like
-    its own, which no other caption is like."""
+    """The expected ranks are computed by hand: image i is the unit vector e_i. Six captions equal their images; each
+    other caption is twice as similar to image 0 as to its own image, to which no other caption is similar."""
     own = torch.eye(18)
     captions = own.clone()
     captions[6:] = own[0] + own[6:] / 2
-    given = {"image": own, "text": captions * (1 + torch.arange(18))[:, None]}  # lengths do not matter
+    given = {"image": own, "text": captions * (1 + torch.arange(18))[:, None]}  # the lengths of features have no effect
     real = retrieval._encode
 
     def encode(job, pairs):

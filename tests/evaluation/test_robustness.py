@@ -43,7 +43,7 @@ SIZES = ModelConfig(
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    """A folder with an untrained encoder and a linear head that classifies colours, fitted by least squares."""
+    """Return a folder with an untrained encoder and a linear head that classifies colours, fitted by least squares."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("classifier")
     config = ClassifierConfig(model=SIZES, head="linear", pool="mean", modality="image", classes=[0, 1, 2])
@@ -113,14 +113,14 @@ def test_a_corruption_depends_on_its_seed_alone_and_grows_with_its_severity(kind
     drawn = kind.endswith("noise") or kind in DRAWN
     assert drawn != torch.equal(found[2], Corruption(kind, 3)(image, 8))
     distances = [(each.double() - image.double()).square().mean().item() for each in found]
-    # in both kinds severities 1 and 2 differ from 3 to 5: less or more colour, shifts of the image or ripples
+    # In both kinds, severities 1 and 2 differ from 3 to 5: less or more colour, shifts of the image or ripples.
     parts = [distances[:2], distances[2:]] if kind in ("saturate", "elastic") else [distances]
     assert all(part == sorted(part) and part[0] > 1 for part in parts)
 
 
 @pytest.mark.parametrize(("kind", "severity"), [("defocus_blur", 3), ("motion_blur", 4), ("gaussian_blur", 2)])
 def test_a_blur_is_as_wide_for_the_size_of_the_image(kind, severity):
-    """A blurred small image resembles a large one that is blurred and then reduced."""
+    """A blurred small image is similar to a large image that is blurred and then reduced."""
     large = torch.zeros(3, 224, 224, dtype=torch.uint8)
     large[:, 80:144, 80:144] = 255
     shrunk, clean = (
@@ -141,15 +141,15 @@ def test_a_trail_is_half_a_gaussian_along_its_angle():
 
 
 def sheet():
-    """Return every corruption at every severity, a row for each kind: 48-pixel images, averaged over 4 x 4. CORRUPTED
-    stores it."""
+    """Return images of every corruption at every severity, with a row for each kind: images of 48 pixels, averaged over
+    4 x 4. The file CORRUPTED contains the expected result."""
     rows = [torch.cat([Corruption(kind, severity)(_image(48), 7) for severity in SEVERITIES], 2) for kind in KINDS]
     means = nn.functional.avg_pool2d(torch.cat(rows, 1)[None].float(), 4)[0]
     return Image.fromarray(means.round().byte().permute(1, 2, 0).numpy())
 
 
 def test_corruptions_are_what_they_were():
-    """If they changed, accuracies would not be comparable with those of an older version."""
+    """If they changed, accuracies could not be compared with those of earlier versions."""
     before, now = np.array(Image.open(CORRUPTED), float), np.array(sheet(), float)
     apart = np.abs(now - before).reshape(len(KINDS), 12, len(SEVERITIES), 12, 3).max((1, 3, 4))
     assert {kind: own.tolist() for kind, own in zip(KINDS, apart) if own.max() > 3} == {}
@@ -203,7 +203,7 @@ def test_published_sets_are_found_by_corruption_and_severity(tmp_path):
 
 
 def test_published_corruptions_replace_those_that_are_applied(transfer, classifier, shards, tmp_path):
-    """Each severity has its own images: here the clean ones, and images with the labels of other colours."""
+    """Each severity has its own images: in this test the clean images, and images with the labels of other colours."""
     for severity, labels in ((1, None), (3, {number: (number + 1) % 3 for number in range(100, 118)})):
         folder = tmp_path / f"c/frost/{severity}"
         folder.mkdir(parents=True)
@@ -269,7 +269,7 @@ def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, tm
         monkeypatch.setattr(robustness, name, keep)
     predict = robustness._predictions
 
-    def with_mistakes(job, each, title, whole):  # one more at each severity
+    def with_mistakes(job, each, title, whole):  # one more mistake at each severity
         found = predict(job, each, title, whole)
         mistakes, best = each.corruption.severity if each.corruption else 0, found.best_NK.clone()
         best[:mistakes, 0] = (found.labels_N[:mistakes] + 1) % len(job.model.config.classes)

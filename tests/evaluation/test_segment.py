@@ -1,4 +1,5 @@
-"""Segmentation by patches: metrics agree with their definitions, and shapes on backgrounds are found."""
+"""Segmentation by patch features: metrics agree with their definitions, and shapes are segmented from the
+background."""
 
 import io
 import json
@@ -37,7 +38,8 @@ def png(array, mode=None):
 
 
 def shapes(number):
-    """Return an image of noise with a disc and a square of other colours, and its mask: 0, 1 and 2, a rim ignored."""
+    """Return a noisy image with a disc and a square of other colours, and its mask: classes 0, 1 and 2, with an ignored
+    rim."""
     random = np.random.RandomState(number)
     image, mask = np.full((48, 40, 3), (30, 60, 220)), np.zeros((48, 40), np.uint8)
     y, x = np.mgrid[:48, :40]
@@ -96,7 +98,7 @@ def test_shapes_are_found_where_they_are(transfer, masked, tmp_path, head, capsy
 def test_metrics_are_those_of_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     truth, predicted = (torch.randint(4, (6, 8, 8), dtype=torch.uint8, generator=generator) for _ in range(2))
-    truth[truth == 3] = IGNORED  # class 3 is predicted and never right
+    truth[truth == 3] = IGNORED  # class 3 is predicted but never correct
     counts = counted(predicted, truth, 4, IGNORED)
     seen = truth != IGNORED
     ious = jaccard_score(truth[seen], predicted[seen], average=None, labels=range(4), zero_division=0)
@@ -110,7 +112,7 @@ def test_metrics_are_those_of_scikit_learn():
     assert result["warning"].startswith("the model is not significantly better than the largest class: mIoU")
     apart = [count(predicted[i : i + 1], truth[i : i + 1], 4, IGNORED)[0, 0] for i in range(6)]
     np.testing.assert_array_equal(counts.right_MC, apart)
-    everything = counted(predicted, predicted, 5, None)  # of a class that does not occur there is no IoU
+    everything = counted(predicted, predicted, 5, None)  # a class that does not occur has no IoU
     assert everything.miou() == 1.0 and np.isnan(everything.iou()[4])
 
 
@@ -122,8 +124,8 @@ def test_an_error_is_that_of_other_draws_of_images():
 
 
 def test_a_head_is_trained_as_torch_would_on_all_pixels():
-    """The head is a BatchNorm and a linear layer. AdamW minimises the cross-entropy of all pixels that are not
-    ignored."""
+    """The head consists of a BatchNorm and a linear layer. AdamW minimises the cross-entropy over all pixels that are
+    not ignored."""
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(6, 4, 5, generator=generator)
     masks = torch.randint(3, (6, 8, 8), generator=generator).to(torch.uint8)
@@ -145,7 +147,7 @@ def test_a_head_is_trained_as_torch_would_on_all_pixels():
         optimizer.zero_grad()
         F.cross_entropy(pixels, masks.long(), ignore_index=IGNORED).backward()
         optimizer.step()
-    inputs = (patches - (1 - kept) * mean) / ((1 - kept) * var + kept + 1e-5).sqrt()  # by the running statistics
+    inputs = (patches - (1 - kept) * mean) / ((1 - kept) * var + kept + 1e-5).sqrt()  # with running statistics
     torch.testing.assert_close(found, linear(inputs).log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 
@@ -168,7 +170,7 @@ def test_scores_are_upsampled_bilinearly():
 
 
 def test_a_mask_is_seen_as_its_image_is():
-    """Both are cropped to the same central square, in which edges are at the same positions."""
+    """Image and mask are cropped to the same central square, in which edges are at the same positions."""
     for height, width in ((48, 40), (40, 49), (7, 8)):
         mask = np.zeros((height, width), np.uint8)
         mask[height // 2 :, width // 3 :] = 255

@@ -1,4 +1,5 @@
-"""What a task that is stopped leaves: of programs that would go on for ever, once they have said how far they are."""
+"""The partial results of tasks that are stopped. The tasks would never end, and are stopped once they have reported
+their progress."""
 
 import json
 import os
@@ -20,8 +21,8 @@ ENDLESS = 10_000_000  # steps
 
 @pytest.fixture
 def stopped(run, shards, tmp_path):
-    """stopped(when, task, *options) -> what a task printed that gets a signal once it has printed `when`, and what
-    result-so-far.json holds."""
+    """Return a function stopped(when, task, *options), which sends a signal to a task once it has printed `when`, and
+    returns its output and the content of result-so-far.json."""
 
     def perform(when, task, *options, ranks=1, to=0):
         log, out = tmp_path / "log", tmp_path / "out"

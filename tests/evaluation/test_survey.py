@@ -1,4 +1,4 @@
-"""Probes by layer and by shots: they need one pass over the images and give the results of separate probes."""
+"""Probes by layer and by number of shots require one pass over the images and give the results of separate probes."""
 
 import weakref
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ SHORT = {
 
 @pytest.fixture
 def passes(monkeypatch):
-    """The numbers of samples that the encoder has processed."""
+    """Return the list of the numbers of samples that the encoder has processed."""
     seen, real = [], MultimodalEncoder._input
     monkeypatch.setattr(MultimodalEncoder, "_input", lambda self, batch: seen.extend(batch.keys) or real(self, batch))
     return seen
@@ -45,7 +45,7 @@ def test_one_pass_serves_all_layers_and_a_picture_shows_them(transfer, tmp_path,
     result = transfer(task, "--layers", "all", *SHORT[task])
     assert len(passes) == 48 + 18
     assert [(row["layer"], row["shots"]) for row in result["results"]] == [(1, None), (2, None)]
-    assert result["top1"] == result["results"][1]["top1"] and result["top1"] > 0.4  # chance: a third
+    assert result["top1"] == result["results"][1]["top1"] and result["top1"] > 0.4  # chance level is a third
     chosen = {"knn": set(), "logistic": {"inverse_strength"}}.get(task, {"peak_lr"})
     assert all({"inverse_strength", "peak_lr"} & {*row} == chosen for row in result["results"])
     assert pictures(tmp_path / "out") == ["depth"]
@@ -149,7 +149,7 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, tmp_path, monkeypatch
 
 @pytest.fixture
 def peak(monkeypatch):
-    """The peak number of bytes of patch tokens at a time, and of the stored features of a sample."""
+    """Record the peak number of bytes of patch tokens at a time, and of the stored features of a sample."""
     most, alive = {"tokens": 0, "stored": 0}, weakref.WeakSet()
     encode, encoded, append = (
         MultimodalEncoder.pooled_and_patches,
@@ -183,8 +183,8 @@ def peak(monkeypatch):
 
 
 def test_an_online_probe_forgets_its_tokens(transfer, tmp_path, peak, capsys):
-    """Its memory is the same for three times as many images, and it trains on no sample of the tenth that selects its
-    rate."""
+    """Three times as many images require the same memory. The probe is not trained on the tenth of the samples with
+    which its learning rate is chosen."""
     options = settings("attentive.steps=4", "attentive.batch=16", "encode.batch=8", "attentive.online=true")
     peaks = []
     for count in (60, 180):
@@ -197,7 +197,8 @@ def test_an_online_probe_forgets_its_tokens(transfer, tmp_path, peak, capsys):
 
 
 def test_three_ranks_measure_what_one_measures(run, shards, tmp_path):
-    """This holds for every probe, on feature banks and online. Some ranks have no sample in the last batch."""
+    """This holds for every probe, on feature banks and for online training. Some ranks have no sample in the last
+    batch."""
     options = settings("data.workers=0", "encode.precision=fp32", "encode.batch=4", "linear.steps=10")
     options += [*settings("attentive.steps=4", "attentive.batch=16", "attentive.online=true"), "--seeds", "1"]
     tables = []

@@ -149,7 +149,7 @@ def load(ranks: Ranks, folder: Path) -> None:
             assert found.keys() == expected.keys(), what
             for name, tensor in expected.items():
                 assert torch.equal(found[name], tensor), f"{what}: {name}"
-            if zero == saved:  # also the weights that matmuls use
+            if zero == saved:  # the weights that matmuls use must be equal too
                 assert torch.equal(probe(engine), outputs), what
             if zero == 3:
                 total = sum(tensor.numel() for tensor in expected.values())

@@ -78,7 +78,7 @@ def emoji(number, tone=""):
 
 
 def emoji_and_clothes(folder):
-    """Write folders in the layout of lab.labelled, with 60 emoji of two vendors and 45 clothes."""
+    """Write folders in the layout of lab.labelled, with 60 emoji of two vendors and 45 Fashion-MNIST images."""
     for vendor in ("twitter", "google"):
         samples = {f"{i:03}": emoji(i) for i in range(60)}
         samples |= {"tone": emoji(0, "1F3FB"), "part": (*emoji(1)[:2], emoji(1)[2] | {"category": "Component"})}

@@ -68,7 +68,7 @@ def cases(world: int) -> Iterator[tuple[str, dict[str, Any], Config]]:
         sizes = {name: value for name, value in other if type(value) is int}
         changes = [{name: value} for name, value in other if name not in sizes]
         for change in [{}, *changes, *([sizes] if sizes else [])]:
-            for name in [name for name in change if name.endswith("pin_memory")]:  # a setting of offloading
+            for name in [name for name in change if name.endswith("pin_memory")]:  # it is a setting of offloading
                 change = change | {name.replace("pin_memory", "device"): "cpu"}
             try:
                 yield f"stage={stage} {change}", change, config_of(world, stage, 2, "fp32", **nested(usual | change))

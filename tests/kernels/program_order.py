@@ -26,7 +26,7 @@ ORDERS: dict[str, Callable[[list[int]], None]] = {
     "reversed": list.reverse,
     "shuffled": random.Random(7).shuffle,
 }
-# cases with incomplete tiles for every kernel; small, because the interpreter is slow
+# Cases with incomplete tiles for every kernel. They are small, because the interpreter is slow.
 CHECKED = (
     "attend-some", "attend-queries", "embed-p14", "embed-last", "embed-bands-float", "gather-some", "norm-some",
     "norm-no-bias", "scatter-vocab", "pixel-norm", "pixel-rows", "pixel-bands", "token-z", "token-mean",
@@ -46,7 +46,7 @@ class Launches:
     name: str = ""
     starts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     ends: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    programs: list[int] = field(default_factory=list)  # in order of execution
+    programs: list[int] = field(default_factory=list)  # program instances in order of execution
     program: int = 0
     loads: list[tuple[int, np.ndarray]] = field(default_factory=list)  # program, addresses
     stores: list[tuple[int, np.ndarray]] = field(default_factory=list)

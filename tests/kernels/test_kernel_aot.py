@@ -49,8 +49,8 @@ def test_unsound_settings_are_reported(settings, problem):
 
 
 def test_every_dtype_and_head_width_is_compiled_in_both_directions(monkeypatch):
-    """Ahead of time, for what the ops take: each width in bf16, each dtype at one width, and float32 at the widest;
-    with --full each in each."""
+    """By default, each head dimension is compiled in bf16, each dtype at one head dimension, and float32 at the largest
+    one; with --full, each head dimension is compiled in each dtype."""
     asked = []
 
     def compile_nothing(case, arch, dtype):
@@ -127,7 +127,7 @@ def test_small_gpus_have_room(arch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Make this machine's GPU one of some compute capability."""
+    """Simulate a GPU with the given compute capability."""
     monkeypatch.delenv("M3AE_KERNELS_IMPL", raising=False)
 
     def of(capability: tuple[int, int]) -> torch.device:
@@ -160,8 +160,8 @@ def test_gpus_for_which_the_kernels_are_compiled_run_them_without_a_word(gpu, ca
 @pytest.mark.parametrize("case", SMALL)
 @pytest.mark.parametrize("impl", ["auto", "triton"])
 def test_float64_runs_on_torch_on_every_gpu(gpu, case, impl):
-    """Triton compiles patch_embed's kernels for it on no NVIDIA GPU, and spills registers in others. An op's last
-    argument is its implementation."""
+    """Triton does not compile the kernels of patch_embed in float64 for any NVIDIA GPU, and spills registers in other
+    kernels. The last argument of an op is its implementation."""
     device = gpu((9, 0))
     asked = []
 
@@ -173,7 +173,7 @@ def test_float64_runs_on_torch_on_every_gpu(gpu, case, impl):
 
     for dtype, expected in ((torch.float32, "triton"), (torch.float64, "torch")):
         inputs = make(case, dtype)
-        if case.startswith("attend"):  # decides in the op; in float32 "auto" is torch too
+        if case.startswith("attend"):  # attention decides inside the op; in float32, "auto" is torch too
             found = kernel_for(impl, device, dtype, 2, 16, 9).name
             assert found == ("triton" if (impl, expected) == ("triton", "triton") else "padded matmuls")
             continue
@@ -204,8 +204,8 @@ def test_an_architecture_on_torch_is_not_compiled(capsys):
 
 
 def test_what_may_lie_anywhere_compiles_once():
-    """Ids and numbers by row come from callers or from the middle of a tensor: whether they start on 16 bytes changes
-    from step to step, and must not change the kernel."""
+    """Ids and values per row come from callers or from the middle of a tensor. Whether they are aligned to 16 bytes
+    changes from step to step, and must not cause another compilation."""
     anywhere = {
         "ids", "rows", "places", "src", "fill_ids", "table_ids", "targets", "order", "unit_weight", "row_loss",
         "correct", "cu_queries", "cu_keys",

@@ -1,4 +1,4 @@
-"""What those who come from torch, Liger, timm or transformers count on. Runs on either implementation, as
+"""Behaviour that users of torch, Liger, timm and transformers expect. Runs on both implementations, as
 test_kernel_ops.py does."""
 
 import importlib
@@ -36,7 +36,7 @@ OWN |= {"workspace": 999, "image_mlp": nn.Linear(8, 8), "text_mlp": nn.Linear(8,
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The options with which modules call their ops, by the name of the op."""
+    """Record the options with which modules call their ops, by the name of the op."""
     seen = {}
 
     def watch(module, name):
@@ -71,7 +71,7 @@ def asked(monkeypatch):
     ],
 )
 def test_a_module_hands_each_of_its_options_to_its_ops(asked, module, ops):
-    """Each option has a value other than its default. New options are covered as well."""
+    """Each option has a value that differs from its default. New options are covered automatically."""
     options = [p for p in inspect.signature(module).parameters.values() if p.kind == p.KEYWORD_ONLY]
     own = {p.name: OWN[p.name] for p in options}
     assert all(own[p.name] != p.default for p in options if p.name != "channels")
@@ -114,7 +114,8 @@ def test_a_gathered_norm_is_torchs_of_the_same_eps(eps):
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_token_loss_is_cross_entropy(reduction, smoothing):
-    """Value and gradients are those of torch's cross-entropy, with ignored rows, without row weights or bias."""
+    """The value and the gradients are those of torch's cross-entropy, with ignored rows, and without row weights or
+    bias."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(19, 12, requires_grad=True), torch.randn(31, 12, requires_grad=True)
     targets = torch.randint(0, 31, (19,))
@@ -149,7 +150,7 @@ def test_a_head_without_bias_is_one_whose_bias_is_zero():
 
 @pytest.fixture
 def unwarned():
-    """The warning about the default reduction has not been given."""
+    """Reset the warning about the default reduction, which is issued only once."""
     _warn_of_sum.cache_clear()
     yield
     _warn_of_sum.cache_clear()
@@ -179,8 +180,8 @@ def token_and_pixel_loss() -> dict:
 
 @pytest.mark.parametrize("name", token_and_pixel_loss())
 def test_a_loss_that_is_told_no_reduction_sums_and_warns_once(name, unwarned):
-    """The next release takes the mean as torch does. Without the warning, callers' losses would be rescaled
-    silently."""
+    """The default will be the mean from the next release on, as in torch. Without the warning, the losses of callers
+    would be rescaled silently."""
     compute = token_and_pixel_loss()[name]
     with pytest.warns(FutureWarning, match=f'^m3ae_kernels: {name} sums .* pass reduction="sum"') as told:
         losses = [compute() for _ in range(2)]
@@ -254,8 +255,8 @@ def test_the_bias_of_an_embedding_is_summed_in_its_own_digits():
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 6, 8])
 def test_images_and_rows_may_begin_at_any_element(offset):
-    """Slices of a buffer begin at any element. Rows that are usually read as wide elements are then read as narrower
-    ones."""
+    """Slices of a buffer may begin at any element. Rows that are usually read as wide elements are then read as
+    narrower ones."""
     torch.manual_seed(0)
     buffer, weight = torch.randint(0, 256, (2 * 3 * 16 * 16 + 8,), dtype=torch.uint8), torch.randn(5, 192)
     images = buffer[offset : offset + 2 * 3 * 16 * 16].view(2, 3, 16, 16)
@@ -272,7 +273,7 @@ def test_images_and_rows_may_begin_at_any_element(offset):
 
 
 def test_correct_predictions_are_counted_with_weights_of_their_own():
-    """Without them the weights of the loss are used. Weights of the count never have a gradient."""
+    """Without such weights, those of the loss are used. The weights of the count never have a gradient."""
     torch.manual_seed(0)
     head = m3ae_kernels.MaskedTokenLoss(12, 5, reduction="sum")
     image_head = m3ae_kernels.MaskedTokenLoss(12, 5, reduction="sum")
@@ -312,7 +313,7 @@ def test_float64_stays_float64_under_autocast(op):
 
 
 def test_an_ignored_word_of_the_vocabulary_is_never_correct():
-    """An example is the id of padding, which a model learns to predict."""
+    """An example is the id of padding, which a model may learn to predict."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(40, 12), torch.randn(7, 12)
     targets = (hidden @ weight.t()).argmax(1)
@@ -327,7 +328,7 @@ def test_an_ignored_word_of_the_vocabulary_is_never_correct():
 
 @pytest.mark.parametrize("target", [-1, 97, 2**31 - 1, -(2**31)])
 def test_a_target_out_of_range_shows_in_its_loss_and_nowhere_else(target):
-    """On a CPU such a target raises an IndexError."""
+    """On a CPU, such a target raises an IndexError."""
     inputs = make("token-some", torch.float32)
     inputs.options |= {"reduction": "none", "return_correct": True}
     expected, right = m3ae_kernels.masked_token_loss(**inputs.tensors, **inputs.options)
@@ -386,7 +387,7 @@ def test_a_norm_frozen_as_a_whole_changes_no_gradient_of_rows(dtype):
 
 
 def test_without_autograd_no_gradient_is_made():
-    """This holds even if parameters require gradients: evaluation costs the forward pass only."""
+    """This holds even if parameters require gradients: an evaluation takes only the time of the forward pass."""
     hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(4096, 64, requires_grad=True)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         m3ae_kernels.masked_token_loss(hidden, weight, torch.arange(8), reduction="sum")
@@ -395,7 +396,8 @@ def test_without_autograd_no_gradient_is_made():
 
 
 def test_frozen_heads_cost_no_gradient_memory():
-    """With a frozen weight nothing of its size is allocated. With a frozen bias its gradient is not computed."""
+    """If the weight is frozen, no tensor of its size is allocated. If the bias is frozen, its gradient is not
+    computed."""
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(8, 64, requires_grad=True), torch.randn(4096, 64), torch.randn(4096)
     targets = torch.randint(0, 4096, (8,))
@@ -500,7 +502,7 @@ def test_other_convolutions_are_refused(options, message):
 
 @pytest.mark.parametrize("layer", [nn.Conv1d(12, 31, 1), nn.Identity(), "Linear"], ids=str)
 def test_heads_and_embeddings_of_other_layers_are_refused(layer):
-    """Adapters, for instance, have a weight too, which is not all that they compute."""
+    """Adapters, for example, also have a weight, but compute more than a product with it."""
     with pytest.raises(TypeError, match=rf"^the head must be a torch\.nn\.Linear, not {type(layer).__name__}$"):
         m3ae_kernels.MaskedTokenLoss.from_linear(layer, reduction="mean")
     with pytest.raises(TypeError, match=r"^the head must be a torch\.nn\.Linear"):
@@ -515,7 +517,7 @@ def test_a_head_of_parts_of_patches_is_refused():
 
 
 def test_pixel_targets_that_need_a_gradient_or_a_variance_they_lack_are_refused():
-    """Rather than a gradient that leaves the targets out, and NaN."""
+    """Otherwise, the gradient would ignore the targets, and the loss would be NaN."""
     images, weight = torch.rand(1, 3, 16, 16, requires_grad=True), torch.randn(192, 12)
     hidden, ids = torch.randn(4, 12), torch.arange(4)
     options = {"patch_size": 8, "reduction": "sum"}
@@ -540,7 +542,7 @@ def test_means_may_be_arrays_or_tensors_of_any_shape():
 
 @pytest.mark.parametrize("case", SMALL)
 def test_tensors_without_data_pass_through_every_op(case):
-    """As models on the meta device do: shapes and dtypes of results and gradients are right."""
+    """The shapes and dtypes of results and gradients are right for tensors on the meta device."""
     inputs = make(case, torch.float32)
     expected = run(m3ae_kernels, case, inputs)
     empty = {
@@ -554,7 +556,7 @@ def test_tensors_without_data_pass_through_every_op(case):
 
 @pytest.mark.parametrize("case", [case for case in SMALL if case != "gather-some"])
 def test_lazily_negated_and_zero_gradients_are_read_as_what_they_are(case):
-    """Memory holds the opposite of the one, and nothing of the other."""
+    """The memory of a negated tensor contains the values with the opposite sign, and a zero tensor has no memory."""
     inputs = make(case, torch.float32)
     upstream = torch.randn(call(m3ae_kernels, case, inputs).shape)
     for lazy, plain in (
@@ -574,7 +576,7 @@ def test_batches_of_gradients_are_refused_in_one_line(case):
         torch.autograd.grad(out, learned, torch.ones(2, *out.shape), is_grads_batched=True)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and tensorboard's graphs are made by it
+@pytest.mark.filterwarnings("ignore")  # torch.jit, with which TensorBoard's graphs are created, is deprecated
 @pytest.mark.parametrize("case", ["embed-p16", "attend-some", "norm-some", "scatter-mask", "token-rows"])
 def test_traced_functions_compute_anew(case):
     inputs, others = make(case, torch.float32), make(case, torch.float32, seed=1)
@@ -594,7 +596,7 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
 
 
 def test_other_devices_than_gpus_and_the_cpu_use_plain_torch():
-    """The C kernels would take their addresses for the CPU's."""
+    """The C kernels would mistake their addresses for addresses in host memory."""
     for impl in ("auto", "torch"):
         assert kernel_for(impl, torch.device("mps"), torch.float32, 2, 16, 37) is PADDED
 

@@ -1,4 +1,4 @@
-"""The README's examples run as printed; the library stands alone."""
+"""The README's examples run as printed, and the library can be installed separately."""
 
 import re
 import shutil
@@ -37,7 +37,7 @@ def test_the_tests_that_the_readme_names_exist():
 
 
 def test_distribution_of_its_own(tmp_path):
-    """`pip install ./kernels` makes of this folder m3ae-kernels alone: the package, its tables, three requirements."""
+    """`pip install ./kernels` installs only m3ae-kernels: the package, its tuning tables, and three requirements."""
     source = tmp_path / "kernels"
     shutil.copytree(KERNELS, source, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
     code = "from setuptools import build_meta; build_meta.build_wheel('.')"

@@ -1,4 +1,5 @@
-"""Weights of FSDP2: Modules under `fully_shard` on two ranks equal one process; DTensors by themselves are refused."""
+"""Weights of FSDP2: modules under `fully_shard` on two ranks give the results of one process, and DTensors passed
+directly are rejected."""
 
 import os
 import subprocess
@@ -88,7 +89,7 @@ def mesh(tmp_path):
 
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
 def test_a_dtensor_is_refused_in_one_line(mesh, placement):
-    """Its full tensor, which the error names, has the gradient."""
+    """The full tensor, which the error message suggests, has the gradient."""
     hidden, targets = torch.randn(4, 8), torch.arange(4)
     weight = DTensor.from_local(torch.randn(11, 8), mesh, [placement]).requires_grad_()
     with pytest.raises(TypeError, match=r"^weight is a DTensor: pass weight.full_tensor\(\), or use a Module"):

@@ -1,4 +1,4 @@
-"""The layout of Hugging Face's hub, loaded as its `kernels` package does: from a path, under a name of its own."""
+"""The layout for the Hugging Face hub, loaded as by the `kernels` package: from a path, under a unique name."""
 
 import json
 import subprocess

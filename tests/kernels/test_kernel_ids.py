@@ -1,5 +1,5 @@
-"""Ids that name no row, in torch's code on a CPU and, with M3AE_KERNELS_CHECK, everywhere. Runs on either
-implementation, as test_kernel_ops.py does."""
+"""Ids that are out of range raise errors: in torch's code on a CPU and, with M3AE_KERNELS_CHECK, everywhere. Runs on
+both implementations, as test_kernel_ops.py does."""
 
 import os
 import re
@@ -109,7 +109,7 @@ def test_ends_are_always_looked_at_on_a_cpu(case, name, at, value, found):
 
 
 def test_kernels_do_not_look_unless_asked(monkeypatch):
-    """The check would wait for the device."""
+    """The check would synchronise with the device."""
     monkeypatch.setattr(ids, "check_range", lambda *_, **__: pytest.fail("the ids were read"))
     for value in ("0", ""):
         monkeypatch.setenv(ids.ENV, value)

@@ -1,7 +1,7 @@
-"""The Triton kernels on Triton's interpreter: test_kernel_ops.py and other files that say so once
-more, tiles.py and program_order.py, in a process of their own.
+"""The Triton kernels on Triton's interpreter: test_kernel_ops.py, the other files that run on both implementations,
+tiles.py and program_order.py, in a separate process.
 
-Triton decides at its import whether it interprets; the rest of the suite must not be interpreted.
+Triton decides at its import whether kernels are interpreted; the other tests must not be interpreted.
 """
 
 import os
@@ -24,7 +24,7 @@ def test_ops_on_the_interpreter():
         "tiles.py",
         "program_order.py",
     ]
-    # compilers and transforms see the registration of the ops, which is the same for both implementations
+    # Compilers and transforms use only the registration of the ops, which is the same for both implementations.
     others = "not inductor and not compile_equals_eager and not func_grad and not transforms and not compiled_code"
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", others]
     command += [str(HERE / file) for file in files]

@@ -33,7 +33,8 @@ print((peak() - before) / (4 * rows * vocab))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_token_loss_stays_far_below_its_logits():
-    """Forward and backward, the weight's gradient included, add less than a quarter of the float32 logits."""
+    """The forward and backward passes, including the gradient of the weight, allocate less than a quarter of the
+    float32 logits."""
     result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert 0 < float(result.stdout) < 0.25

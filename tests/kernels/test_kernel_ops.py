@@ -1,4 +1,4 @@
-"""Every op against float64, and what the library promises of it.
+"""Every op, compared with float64, and the guarantees of the library.
 
 Runs on the torch implementations; test_kernel_interpreter.py runs this file again on the Triton ones.
 """
@@ -23,7 +23,7 @@ TRITON = os.environ.get("M3AE_KERNELS_IMPL") == "triton"
 # The interpreter's products are wrong in bfloat16: it multiplies the bits.
 LOW = [torch.float16] if TRITON else [torch.float16, torch.bfloat16]
 FEW = (*SMALL, "norm-no-bias", "scatter-mask", "token-mean") if TRITON else tuple(CASES)  # the interpreter is slow
-# What rounding the result once, or a sum of a few float32 terms in another order, may cost.
+# Maximum error from rounding the result once, or from summing a few float32 terms in another order.
 FLOOR = {torch.float16: 2.5e-4, torch.bfloat16: 2e-3, torch.float32: 3e-7, torch.float64: 1e-15}
 
 
@@ -92,9 +92,10 @@ def test_gradcheck(case, sizes):
     def function(*tensors: Tensor) -> Tensor:
         return call(m3ae_kernels, case, Inputs(inputs.tensors | dict(zip(names, tensors)), inputs.options))
 
-    # The kernels' float32 constants blur nothing here: both sides of gradcheck go through them.
+    # The kernels' float32 constants do not matter, because both sides of gradcheck use them.
     learned = [inputs.tensors[name] for name in names]
-    # Along random directions, in which a wrong entry shows as well, where inputs are many or the interpreter is slow.
+    # If there are many inputs or the interpreter is slow, gradients are checked along random directions, which also
+    # reveal a wrong entry.
     assert torch.autograd.gradcheck(function, learned, fast_mode=TRITON or "bands" in case)
 
 
@@ -209,8 +210,8 @@ def test_mixed_dtypes(case, other):
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("case", SMALL)
 def test_autocast(case, dtype):
-    """Matmuls are in autocast's dtype, outputs as in torch's Linear and Embedding, gradients in the dtypes of the
-    inputs."""
+    """Matmuls have autocast's dtype, outputs the dtypes of torch's Linear and Embedding, and gradients the dtypes of
+    the inputs."""
     inputs = make(case, torch.float32)
     true = run(reference, case, double(inputs))
     with torch.autocast("cpu", dtype=dtype):
@@ -293,7 +294,7 @@ def test_thirteen_bands_are_embedded_as_a_convolution_does_it(pixels):
 
 @pytest.fixture
 def poisoned():
-    """Uninitialised memory holds NaN or the largest integer."""
+    """Fill uninitialised memory with NaN or the largest integer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
@@ -340,14 +341,14 @@ def test_opcheck(case):
     calls = ops(case, make(case, torch.float32))
     assert calls
     for func, args in calls:
-        # The recorded arguments are below autograd: those that learn say so again.
+        # The arguments were recorded below autograd, so requires_grad is set again.
         args = [
             a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
         ]
         tests = list(torch.library.opcheck.__kwdefaults__["test_utils"])
-        if TRITON:  # the others see the registration alone
+        if TRITON:  # the other checks use only the registration
             tests = ["test_schema", "test_faketensor"]
-        if "backward" in func.name():  # has no formula of its own
+        if "backward" in func.name():  # the backward op has no gradient formula
             tests = [name for name in tests if name != "test_autograd_registration"]
             args = [a.detach() if isinstance(a, Tensor) else a for a in args]
         torch.library.opcheck(func, tuple(args), test_utils=tests)
@@ -383,7 +384,7 @@ def test_chunks_of_rows_add_up(case, module, monkeypatch):
 
 
 def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
-    """In chunks of a few rows the result is the same, and no tensor [M, V] or [M, K] is allocated."""
+    """In chunks of a few rows, the result is the same, and no tensor [M, V] or [M, K] is allocated."""
     folder = "m3ae_kernels.triton_impl" if TRITON else "m3ae_kernels"
     pixel = importlib.import_module(f"{folder}.pixel_loss")
     rows, vocab, patch = 133 if TRITON else 401, 193, 192
@@ -394,7 +395,7 @@ def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
     whole = {}
     for case, inputs, width in cases:
         whole[case] = run(m3ae_kernels, case, inputs)
-        # One chunk holds them all: the measurement sees what it should.
+        # With a single chunk, such a tensor is allocated, which shows that the measurement works.
         assert largest_allocation(case, inputs) >= 4 * rows * width
     token_inputs.options["workspace"] = 4 * (48 if TRITON else 97) * 256
     if TRITON:
@@ -410,7 +411,7 @@ def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
 
 @pytest.mark.parametrize("case", ["token-z", "pixel-p16"])
 def test_chunks_of_a_gradient_are_added_in_float32(case, monkeypatch):
-    """In float16 a sum over many chunks would lose digits that each chunk still has."""
+    """In float16, a sum over many chunks would lose digits that each chunk still has."""
     folder = "m3ae_kernels.triton_impl" if TRITON else "m3ae_kernels"
     pixel = importlib.import_module(f"{folder}.pixel_loss")
     torch.manual_seed(0)
@@ -453,7 +454,7 @@ def test_any_negative_index_names_no_row():
 def test_correct_is_the_first_of_the_largest():
     hidden = torch.zeros(4, 8)
     bias = torch.zeros(1200)
-    bias[[515, 3, 1027]] = 2.0  # three equal largest, in three tiles, of which one lane sees them all
+    bias[[515, 3, 1027]] = 2.0  # three equal maxima in three tiles, all in the same lane
     targets = torch.tensor([3, 515, 1027, 0], dtype=torch.int32)
     weight = torch.zeros(1200, 8)
     options = {"row_weight": torch.ones(4), "reduction": "sum", "return_correct": True}
@@ -465,7 +466,8 @@ def test_correct_is_the_first_of_the_largest():
 
 @pytest.mark.parametrize("scale", [1e-7, -1e4] if TRITON else [1e-7, 1e4, -1e-7, -1e4])
 def test_row_weights_of_any_magnitude_in_float16(scale):
-    """Weights far from one neither vanish nor overflow in the stored gradients; a loss scale undoes 1e-7."""
+    """Row weights far from 1 neither underflow nor overflow in the stored gradients. A loss scale compensates for the
+    weight of 1e-7."""
     for case in ("pixel-p16", "token-some"):
         inputs = make(case, torch.float16)
         upstream = torch.tensor(1.0)
@@ -496,7 +498,7 @@ def test_large_logits_stay_finite():
 
 
 def test_offsets_past_two_to_the_31():
-    """The op reads the last row of a tensor of more than 2^31 elements, of which only that row is ever touched."""
+    """The op reads the last row of a tensor of more than 2^31 elements; only this row is ever touched."""
     x = torch.empty(2**31 // 512 + 3, 512, dtype=torch.float16)
     x[-1] = torch.arange(512)
     rows = torch.tensor([len(x) - 1], dtype=torch.int32)
@@ -640,7 +642,7 @@ def test_m3ae_heads_are_their_parts(vocab):
     ],
 )
 def test_mistakes_are_named(case, changes, error_type, message, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # or impl="triton" would be the mistake
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # otherwise, impl="triton" would be the mistake
     inputs = make(case, torch.float32)
     function = getattr(m3ae_kernels, CASES[case][0].__name__)
     with pytest.raises(error_type, match=message):

@@ -1,4 +1,4 @@
-"""`m3ae_kernels.patch` under a small ViT-MAE of transformers with random weights."""
+"""`m3ae_kernels.patch`, applied to a small ViT-MAE of transformers with random weights."""
 
 import copy
 
@@ -21,7 +21,7 @@ def vit_mae(**changes) -> ViTMAEForPreTraining:
     )  # fmt: skip
     model = ViTMAEForPreTraining(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # zeros, in biases and positions, would hide a mistake
+        for parameter in model.parameters():  # zeros in biases and positions would hide mistakes
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model.train()
 
@@ -69,7 +69,7 @@ def test_raw_images_give_the_loss_of_normalised_ones():
 
 
 def test_patched_models_never_embed_what_is_masked():
-    """Nor do they predict visible patches. The ops receive only the rows that are needed."""
+    """They do not predict visible patches either. The ops receive only the required rows."""
     seen = []
     fused = patch(vit_mae())
     fused.vit.embeddings.patch_embeddings.projection.register_forward_hook(lambda _, __, out: seen.append(out.shape))

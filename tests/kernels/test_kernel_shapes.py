@@ -1,4 +1,4 @@
-"""Rows in any number of dimensions. Runs on either implementation, as test_kernel_ops.py does."""
+"""Rows in any number of dimensions. Runs on both implementations, as test_kernel_ops.py does."""
 
 import m3ae_kernels
 import pytest
@@ -11,7 +11,7 @@ from tests.kernels.kernel_cases import Inputs
 
 IMAGES = {"rows": 12, "dim": 16, "batch": 4, "channels": 3, "patch": 8}
 TOKENS = {"rows": 12, "dim": 16, "vocab": 31, "ignored": True}
-ROWS = {  # the inputs whose first dimension may be several
+ROWS = {  # the inputs whose first dimension may be replaced by several
     "patch_embed": ("patch_ids",),
     "gather_tokens": ("x", "rows"),
     "scatter_tokens": ("x", "src", "fill", "fill_ids", "table", "table_ids"),
@@ -95,7 +95,8 @@ def test_no_rows_in_two_dimensions():
 
 
 def test_batches_whose_rows_do_not_follow_one_another():
-    """A transposed batch equals its copy: silently wrong gradients under strides are the commonest bug of such ops."""
+    """A transposed batch gives the same result as its copy. Silently wrong gradients for strided inputs are the most
+    common bug of such ops."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(5, 3, 16).transpose(0, 1), torch.randn(31, 16)
     targets = torch.randint(0, 31, (5, 3)).t()

@@ -1,5 +1,5 @@
-"""`flash_attn_varlen_func` against float64, and what those who come from flash-attn count on. Runs on either
-implementation, as test_kernel_ops.py does."""
+"""`flash_attn_varlen_func`, compared with float64, and the behaviour that users of flash-attn expect. Runs on both
+implementations, as test_kernel_ops.py does."""
 
 import inspect
 import os
@@ -18,7 +18,7 @@ from tests.kernels.test_kernel_ops import FLOOR, LOW, error, poisoned  # noqa: F
 
 TRITON = os.environ.get("M3AE_KERNELS_IMPL") == "triton"
 SAME, FEWER, MORE = ((5, 37, 1), (5, 37, 1)), ((3, 20, 0), (5, 37, 4)), ((9, 40, 2), (5, 21, 2))
-CASES = {  # the lengths of queries and of keys, (heads, heads of keys), options
+CASES = {  # lengths of queries, lengths of keys, (heads, heads of keys), options
     "plain": (SAME, (2, 2), {}),
     "scale": (FEWER, (2, 2), {"softmax_scale": 0.07}),
     "causal": (SAME, (2, 2), {"causal": True}),
@@ -99,7 +99,7 @@ def test_samples_of_several_tiles(case):
 
 @pytest.mark.parametrize("case", ["plain", "causal, fewer queries"])
 def test_slices_of_one_tensor_and_transposed_ones(case):
-    """The tensors are outputs of one linear layer for all three, or of one for each."""
+    """The tensors are the output of one linear layer for all three, or of a separate layer for each."""
     tensors, lengths, options = make(case, torch.float32)
     expected = run(m3ae_kernels, tensors, lengths, options)
     padded = [torch.nn.functional.pad(t.detach(), (0, 0, 1, 2))[:, 1:-2] for t in tensors]
@@ -112,7 +112,7 @@ def test_slices_of_one_tensor_and_transposed_ones(case):
 
 
 def test_lengths_may_be_tensors_and_windows_wider_than_any_sample():
-    """As callers compute the lengths, and as they spell "all"."""
+    """Callers compute lengths as tensors, and use a large number to denote "all"."""
     tensors, (*boundaries, longest_q, longest_k), _ = make("plain", torch.float32)
     expected = m3ae_kernels.flash_attn_varlen_func(*tensors, *boundaries, longest_q, longest_k, causal=True)
     lengths = [torch.tensor(longest) for longest in (longest_q, longest_k)]

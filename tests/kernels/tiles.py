@@ -1,5 +1,6 @@
-"""Ragged cases with the block sizes that ship for an H100, unwritten memory poisoned, and what only far larger inputs
-would do; and the official model. Run by test_kernel_interpreter.py: only Triton's interpreter can."""
+"""Cases with incomplete tiles at the shipped block sizes for an H100, with unwritten memory poisoned; cases that
+otherwise occur only for far larger inputs; and the official model. Run by test_kernel_interpreter.py, because only
+Triton's interpreter can run them."""
 
 import itertools
 
@@ -49,7 +50,7 @@ def test_shipped_tiles(case, dtype, monkeypatch, poisoned):  # noqa: F811
 @pytest.mark.parametrize("other", [False, True], ids=["whole", "queries of some rows"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_attention_at_the_edges_of_its_tiles(dtype, other, poisoned):  # noqa: F811
-    """Samples of one row less than a tile, of as many, one more, and two tiles: of keys and of queries."""
+    """Samples have one row less than a tile, as many rows, one more, or two tiles, for keys and for queries."""
     rows = {side: attention.as_rows(tuning.config("attention_backward", CPU, dtype), 16)[side] for side in SIDES}
     edges = sorted({n for b in rows.values() for n in (b - 1, b, b + 1, 2 * b)})
     inputs = packed_attention(dtype, edges, 1, 16, queries=[*edges[1:], edges[0]] if other else None)
@@ -64,7 +65,7 @@ def test_the_kernels_equal_the_official_model(capsys):
 
 
 def test_a_loss_scale_changes_no_gradient_of_attention():
-    """Of numbers whose products are beyond float16's: gradients and the values' mean."""
+    """The products of gradients and values, and their mean, exceed the range of float16."""
     inputs, scale = make("attend-queries", torch.float16), 2.0**14
     inputs.tensors["qkv"].data[:, 1] = 4 + inputs.tensors["qkv"].data[:, 1] / 64
     upstream = torch.randn(inputs.tensors["q"].shape, dtype=torch.float64).clamp(-3, 3)
@@ -75,7 +76,7 @@ def test_a_loss_scale_changes_no_gradient_of_attention():
 
 @pytest.mark.parametrize("case", ["embed-p14", "norm-some"])
 def test_a_program_of_a_backward_adds_its_blocks_up(case, monkeypatch):
-    """As where there are more blocks of rows than programs."""
+    """This happens if there are more blocks of rows than program instances."""
     monkeypatch.setattr(patch_embed, "TARGET_PROGRAMS", 1)
     monkeypatch.setattr(norm, "MAX_PARTIALS", 2)
     inputs = make(case, torch.float32)
@@ -85,7 +86,7 @@ def test_a_program_of_a_backward_adds_its_blocks_up(case, monkeypatch):
 
 
 def test_a_wide_weights_gradient_has_digits_that_16_bits_lack():
-    """Of products of float16, which float32 sums exactly but for its own rounding."""
+    """Products of float16 values are exact in float32, so the only rounding errors are those of the float32 sums."""
     inputs = make("embed-float", torch.float16).to(torch.float32, ["weight", "bias"])
     upstream = torch.randn(13, 48).half().double()
     true = run(reference, "embed-float", double(inputs), upstream)
@@ -93,7 +94,7 @@ def test_a_wide_weights_gradient_has_digits_that_16_bits_lack():
 
 
 def test_rows_are_shared_out_whole_and_within_the_room_for_them():
-    """To few programs of whole blocks; to chunks that fit where they are put."""
+    """Rows are distributed over few program instances in whole blocks, and over chunks that fit into their buffers."""
     for count, block in itertools.product((0, 1, 63, 64, 65, 511, 512, 513, 10**6), (1, 8, 64)):
         share, programs = norm.rows_by_program(count, block)
         assert share % block == 0 and programs <= norm.MAX_PARTIALS
@@ -105,7 +106,7 @@ def test_rows_are_shared_out_whole_and_within_the_room_for_them():
 
 
 class FirstTile:
-    """A kernel of which only the first program runs."""
+    """A kernel of which only the first program instance runs."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -115,7 +116,8 @@ class FirstTile:
 
 
 def test_rows_past_two_to_the_31_are_read_and_written(monkeypatch):
-    """Of three rows so wide that the third begins there; memory that nobody touches costs nothing."""
+    """The tensor has three rows that are so wide that the third begins beyond 2^31 elements. Memory that is never
+    touched is not allocated."""
     for name in ("take_rows_kernel", "scatter_tokens_kernel"):
         monkeypatch.setattr(rows, name, FirstTile(getattr(rows, name)))
     width, seen = 2**30, 32
@@ -129,7 +131,7 @@ def test_rows_past_two_to_the_31_are_read_and_written(monkeypatch):
 
 
 class LastTile:
-    """A kernel of which only the last program runs."""
+    """A kernel of which only the last program instance runs."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -145,7 +147,8 @@ class LastTile:
 
 
 def test_the_last_rows_of_many_are_read_and_written(monkeypatch):
-    """Of so many that they begin past two to the 31; memory that nobody touches costs nothing."""
+    """There are so many rows that the last ones begin beyond 2^31 elements. Memory that is never touched is not
+    allocated."""
     width = 2**16
     count = 2**31 // width + 3
     torch.manual_seed(0)

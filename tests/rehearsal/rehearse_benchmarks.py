@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`, its measuring and its report, as on a GPU."""
+"""`python -m benchmarks.gpu` with its measurements and its report, as on a GPU."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ TINY = replace(ODD, samples=1, vocab=40, encoder=16, decoder=16)
 
 @pytest.fixture
 def device(cuda, monkeypatch):
-    """A GPU with a small cache, on which no call waits."""
+    """Simulate a GPU with a small cache, on which no call waits."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*(min(n, 8) for n in size), **options))
     made = CudaDevice()
@@ -81,7 +81,7 @@ def test_a_plan_begins_before_memory_is_taken(tmp_path, cuda, monkeypatch):
 
 
 def test_the_work_is_done_in_processes_of_its_own(tmp_path, cuda, monkeypatch):
-    """Without a GPU the processes report that, and the program exits with their code."""
+    """Without a GPU, the processes report this, and the program exits with their code."""
     started = []
 
     class Done(Processes):
@@ -99,7 +99,7 @@ def test_the_work_is_done_in_processes_of_its_own(tmp_path, cuda, monkeypatch):
 
 
 def test_the_projects_own_kernels_are_checked_and_tuned(tmp_path, device, monkeypatch):
-    """The kernels of attention are included, whatever a trial would choose."""
+    """The attention kernels are included, regardless of the kernel that a benchmark would choose."""
     monkeypatch.delenv("M3AE_KERNELS_IMPL")
     monkeypatch.setattr(program, "CudaDevice", lambda: device)
     asked = []
@@ -127,7 +127,7 @@ def test_an_op_that_takes_the_gpu_with_it_ends_its_process(tmp_path, device, mon
 
 
 def test_tuning(tmp_path, device, monkeypatch):
-    """Tune two ops on Triton's interpreter, with one setting each."""
+    """Two ops are tuned on Triton's interpreter, with one setting each."""
     monkeypatch.setenv("M3AE_KERNELS_IMPL", "triton")
     monkeypatch.setattr(program, "CudaDevice", lambda: device)
     monkeypatch.setattr(tune, "OPS", ("gather_tokens", "gather_tokens + LayerNorm"))

@@ -1,5 +1,5 @@
-"""The parts of the engine that run on a GPU only: asynchronous copies, the check for finite losses that does not wait,
-optimisers, ranks."""
+"""The parts of the engine that run only on a GPU: asynchronous copies, the asynchronous check for finite losses,
+optimisers, and ranks."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ def test_missing_memory_is_told(cuda, monkeypatch):
 
 @pytest.mark.parametrize(("share", "checkpointing"), [(0.88, False), (0.92, False), (0.88, True)])
 def test_all_activations_are_kept_where_dry_runs_memory_allows_it(cuda, monkeypatch, share, checkpointing):
-    """The activations need `share` of the free memory, of which nine tenths may be used."""
+    """The activations require the fraction `share` of the free memory, of which nine tenths may be used."""
     train = {"steps": 3, "global_batch": 64, "micro_batch": 32, "compile": True, "precision": "bf16"}
     train["activation_checkpointing"] = checkpointing
     data = {"model": TINY, "data": {"train": [{"shards": "none.tar"}]}, "train": train, "deepspeed": None}
@@ -93,7 +93,7 @@ def test_batches_are_copied_on_a_stream_of_their_own(cuda):
     seen = [event for event in cuda.events if event != "current reads"]
     assert seen == ["sums", "on side", "off side", "current waits for side", "computed"] * 2
     reads = sum(isinstance(getattr(device, f.name), torch.Tensor) for f in dataclasses.fields(device)) + 3
-    assert cuda.events.count("current reads") == 4 * reads  # every tensor, that of the three segments too
+    assert cuda.events.count("current reads") == 4 * reads  # every tensor, including those of the three segments
 
 
 def test_pinned_batches_come_from_the_loader(cuda):
@@ -118,13 +118,13 @@ def losses(value: float) -> list[Losses]:
 
 def test_a_bad_loss_is_found_without_waiting(cuda):
     watch, norm = LossWatch(), torch.tensor(1.0)
-    cuda.late = 4  # the GPU is behind
+    cuda.late = 4  # the GPU lags behind the host
     for step, value in enumerate((1.0, float("nan"), 1.0)):
         watch.add(step, [f"sample {step}"], losses(value), norm)
         if step < 2:
             assert not watch.failed() and "wait for event" not in cuda.events
     cuda.late = 100
-    assert not watch.failed()  # three steps under way: it waits for the first
+    assert not watch.failed()  # with three steps in flight, the host waits for the first one
     assert cuda.events.count("wait for event") == 1
     assert "the loss of step 1 is not finite; samples: sample 1" in watch.first_bad()
     assert watch.failed()

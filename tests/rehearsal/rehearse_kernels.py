@@ -65,7 +65,7 @@ def test_tables_of_amd(monkeypatch):
 
 
 class OnGPU(torch.Tensor):
-    """Says so."""
+    """A stand-in for a tensor that claims to be on a GPU."""
 
     is_cuda = True
 
@@ -85,7 +85,7 @@ def test_gradients_of_weights_are_summed_in_float32(monkeypatch):
     ]
     assert matmul.WIDE_SUMS
     a = torch.randn(4, 6)
-    with monkeypatch.context() as patch:  # a torch that has no such sums
+    with monkeypatch.context() as patch:  # a version of torch without such sums
         patch.setattr(matmul, "WIDE_SUMS", False)
         patch.setattr(torch.version, "cuda", "13.0")
         there, total = a.bfloat16().as_subclass(OnGPU), torch.zeros(4, 4)
@@ -103,12 +103,12 @@ def test_gradients_of_weights_are_summed_in_float32(monkeypatch):
 
 
 def test_attention_of_triton_stands_a_trial(cuda, monkeypatch, caplog):
-    """By default it is tried together with implementations that are not installed here. The test uses float16, since
-    the interpreter multiplies bfloat16 wrongly."""
+    """By default, it is benchmarked together with implementations that are not installed here. The test uses float16,
+    because the interpreter multiplies bfloat16 incorrectly."""
     monkeypatch.setattr(attention_cuda, "_chosen", {})
     for name, less in (("SAMPLES", 2), ("ROUNDS", 1)):
         monkeypatch.setattr(attention_cuda, name, less)
-    for head_dim, length in ((64, 5), (16, 140)):  # one tile of keys, and two
+    for head_dim, length in ((64, 5), (16, 140)):  # one tile of keys, and two tiles
         assert attention_cuda.try_out(CUDA, torch.float16, 1, head_dim, length).name == "triton"
     wrong = Kernel("triton", lambda *parts: (PADDED.forward(*parts)[0] * 1.05, PADDED.forward(*parts)[1]), None)
     monkeypatch.setattr("m3ae_kernels.triton_impl.attention.TRITON", wrong)
@@ -144,7 +144,7 @@ def test_the_help_of_a_tool_names_the_device(cuda, capsys):
 
 
 def test_official_numbers_on_the_cuda_path(cuda, monkeypatch, capsys):
-    """The numbers of Triton's kernels are tested in tests/kernels/test_kernel_interpreter.py."""
+    """The results of the Triton kernels are tested in tests/kernels/test_kernel_interpreter.py."""
     golden = min((ROOT / "tests/golden").glob("*.npz"), key=lambda path: path.stat().st_size)
     monkeypatch.setattr(sys, "argv", ["verify", str(golden), "--device", "cuda"])
     with pytest.raises(SystemExit) as done:

@@ -1,4 +1,4 @@
-"""The trainer on a GPU that is not there learns what it learns on the CPU."""
+"""The trainer on a simulated GPU has the losses of the trainer on the CPU."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def test_the_cuda_path_gives_the_cpus_numbers(tmp_path, monkeypatch, capsys, exp
     section = "null" if stage is None else json.dumps({"zero_optimization": {"stage": stage}})
     with FakeCuda() as cuda:
         first = train(tmp_path, "run", f"deepspeed={section}", "train.save_every=1", "train.keep=9", profile=True)
-        if stage is None:  # DeepSpeed lives once in a process
+        if stage is None:  # DeepSpeed can be initialised only once per process
             (tmp_path / "run/checkpoints/step-00000002").rename(tmp_path / "away")
             again = train(tmp_path, "run", "deepspeed=null", resume="auto")
             np.testing.assert_allclose(again[-1], first[-1], rtol=1e-6)
@@ -47,13 +47,13 @@ def test_the_cuda_path_gives_the_cpus_numbers(tmp_path, monkeypatch, capsys, exp
 
 
 def test_memory_of_changing_sizes_is_asked_for(monkeypatch):
-    """It is requested unless the user has set the variable, by its present or its older name."""
+    """Expandable segments are requested unless the user has set the variable, under its present or its older name."""
     for given in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None):
         environment = {given: "theirs"} if given else {}
         monkeypatch.setattr(os, "environ", environment)
         configure_libraries()
         assert environment.get(given or "PYTORCH_ALLOC_CONF") == ("theirs" if given else "expandable_segments:True")
-        assert len(environment) == 4  # with those of threads, of pages and of logs
+        assert len(environment) == 4  # together with the variables for threads, pages and logs
 
 
 def test_a_machine_that_triton_cannot_build_on_is_told(tmp_path, monkeypatch, cuda):

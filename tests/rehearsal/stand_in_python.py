@@ -26,7 +26,7 @@ QUICKSTART = {
     "train.global_batch": 8, "train.steps": 12, "train.log_every": 2, "train.eval_every": 6, "train.eval_samples": 8,
     "train.save_every": 3, "data.workers": 1, "train.pictures": 0, "optim.warmup_epochs": 0,
 } | {f"model.{name}": "null" if value is None else value for name, value in MODEL.items()}  # fmt: skip
-RAISES, DIES, HANGS = "gather_tokens", "masked_pixel_loss", 256  # the last one a batch
+RAISES, DIES, HANGS = "gather_tokens", "masked_pixel_loss", 256  # the last one is a batch size
 
 
 def main() -> None:

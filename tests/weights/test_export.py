@@ -28,7 +28,7 @@ def losses_of(run) -> dict:
 
 @pytest.mark.slow
 def test_export_needs_nothing_else(run, tmp_path, monkeypatch):
-    """The tokenizer and the sizes are stored beside the weights."""
+    """The tokenizer and the sizes are stored together with the weights."""
     assert main([str(run), "--out", str(tmp_path / "out")]) == 0
     monkeypatch.chdir(tmp_path)
     model = M3AE.from_pretrained("out")
@@ -50,16 +50,16 @@ def test_transformers_prepares_pictures_as_encode_does(tmp_path, channels):
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
     pixels = np.random.default_rng(0).integers(0, 256, (57, 57, 4), dtype=np.uint8)
-    for height, width in ((24, 24), (57, 40), (33, 44), (20, 57)):  # as it is, cut by odd numbers, enlarged
+    for height, width in ((24, 24), (57, 40), (33, 44), (20, 57)):  # unchanged, cropped by odd numbers, enlarged
         image = Image.fromarray(pixels[:height, :width, : max(channels, 3)])
         image = image.convert("L") if channels == 1 else image
-        told = {"input_data_format": "channels_first"} if channels == 4 else {}  # transformers 5.20 cannot guess it
+        told = {"input_data_format": "channels_first"} if channels == 4 else {}  # transformers 5.20 cannot infer it
         theirs = processor(image, return_tensors="pt", **told)["pixel_values"]
         torch.testing.assert_close(
             theirs[0], (prepare_image(image, model.config) / 255 - mean) / std, rtol=0, atol=1e-6
         )
         torch.testing.assert_close(model.encode(theirs, precision="fp32"), model.encode([image], precision="fp32"))
-    grey = Image.fromarray(pixels[..., 0])  # becomes what the model takes
+    grey = Image.fromarray(pixels[..., 0])  # is converted to the model's channels
     if channels == 3:
         theirs = processor(grey, return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(theirs, (prepare_image(grey, model.config) / 255 - mean) / std, rtol=0, atol=1e-6)
@@ -97,7 +97,7 @@ def test_model_card_tells_the_run_and_no_secret(run, tmp_path):
 
 
 def test_no_file_of_an_export_has_a_path_of_this_machine(run, tmp_path):
-    """Nor has it the text of a command, which may contain a password."""
+    """The files do not contain the text of a command either, because it may include a password."""
     shutil.copytree(run, tmp_path / "run")
     sources = [str(CLIPART / "train-{0000..0001}.tar"), f"file:{CLIPART}/a.tar", f"{CLIPART}/b.tar::{CLIPART}/c.tar"]
     sources += [f"pipe:cat {CLIPART}/d.tar"]

@@ -1,4 +1,4 @@
-"""Pickles are read as data: nothing that they name is run."""
+"""Pickles are read as data: no code that they refer to is executed."""
 
 import collections
 import os
@@ -61,7 +61,7 @@ NUMBERS = st.sampled_from([np.dtype(code) for code in ("?", *"bBhHiIqQefdFD")]).
 )
 def test_arrays_of_any_numbers_shape_and_order_come_back_and_may_be_written(array, is_fortran, protocol):
     saved = [np.asfortranarray(array) if is_fortran else array, array.reshape(-1)[:1].sum()]
-    saved[0].flags.writeable = False  # as NumPy sees arrays of JAX
+    saved[0].flags.writeable = False  # as in NumPy views of JAX arrays
     with tempfile.NamedTemporaryFile() as file:
         file.write(pickle.dumps(saved, protocol))
         file.flush()
@@ -95,7 +95,7 @@ def test_what_is_named_is_not_run(tmp_path, monkeypatch, call):
 def test_dtypes_of_objects_and_impossible_arrays_are_not_built(tmp_path):
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps([np.array([{}, print], dtype=object), np.zeros(2, "i4,f4")], 4))
-    assert [array.size for array in load_inert(path)] == [0, 0]  # left empty
+    assert [array.size for array in load_inert(path)] == [0, 0]  # the arrays are left empty
     data = pickle.dumps(ARRAYS["matrix"], 5)
     path.write_bytes(data.replace(b"K\x02K\x03", b"K\x09K\x09"))  # a shape that its bytes do not fill
     with pytest.raises(UserError, match="it is damaged"):

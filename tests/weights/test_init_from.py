@@ -26,7 +26,7 @@ def lines(trainer, run: str) -> list[dict]:
 
 @pytest.mark.slow
 def test_run_starts_where_another_ended(trainer, run):
-    """On two ranks with ZeRO-3, the held-out losses before the first step are those after the last step of the other
+    """On two ranks with ZeRO-3, the held-out losses before the first step equal those after the last step of the other
     run."""
     write_export(run, trainer.folder / "start")
     out = trainer(
@@ -42,8 +42,8 @@ def test_run_starts_where_another_ended(trainer, run):
 
 @pytest.mark.slow
 def test_converted_mae_trains_on_with_its_positions(trainer):
-    """Stored positions stay bitwise unchanged through bf16 weights, checkpoints, a resumed run and an export. A missing
-    decoder is initialised."""
+    """Position embeddings from the checkpoint stay bitwise unchanged with bf16 weights, in checkpoints, in a resumed
+    run and in an export. A missing decoder is initialised."""
     torch.manual_seed(0)
     mae = MAE().state_dict()
     encoder = {name: tensor for name, tensor in mae.items() if not name.startswith(("decoder", "mask"))}
@@ -144,7 +144,7 @@ def test_checkpoint_from_before_a_setting_existed_had_its_default(run):
 
 
 def test_every_setting_of_a_model_is_seen_in_its_weights_or_compared():
-    """A setting that changes neither names nor shapes of weights, but their use, must be equal for
+    """A setting that does not change the names or shapes of weights, but their use, must be equal for
     `model.init_from`."""
     base = {
         **TINY["model"],
@@ -163,7 +163,7 @@ def test_every_setting_of_a_model_is_seen_in_its_weights_or_compared():
         "image_range": [0, 4095],
     }  # fmt: skip
     free = {"size", "drop", "att_drop", "drop_path", "init_from"}
-    # sin-cos positions fit; codes show where they are used; levels may be finer
+    # sin-cos positions fit any size; the codebook size shows in the weights if it is used; the bit depth may be higher
     adapted = {"image_size", "text_length", "codebook_size", "image_dtype"}
     adapted |= {"resize", "max_patches", "min_patches", "native_positions"}
     assert ModelConfig.model_fields.keys() == others.keys() | compared.keys() | free | adapted

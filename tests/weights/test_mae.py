@@ -1,4 +1,4 @@
-"""Checkpoints of facebookresearch/mae: features, losses, and settings that an M3AE cannot have."""
+"""Checkpoints of facebookresearch/mae: features, losses, and settings that an M3AE does not support."""
 
 import argparse
 import dataclasses
@@ -21,7 +21,7 @@ from m3ae_fast.weights.mae import IMAGENET, ViTOptions, _config
 from tests.helpers.mae import MAE, PATCH, SIZE
 from tests.weights.official_pickle import Call
 
-# of the published sizes: timm's vit_tiny to vit_huge
+# the published sizes: timm's vit_tiny to vit_huge
 HEADS_BY_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 HEADS = ["--num-heads", "3", "--dec-num-heads", "2"]
 
@@ -42,7 +42,8 @@ def convert(tmp_path, saved, *options: str) -> M3AE:
 
 
 def masks() -> list[torch.Tensor]:
-    """Return masks of different lengths. With equal lengths a mean over patches would be a mean over images."""
+    """Return masks with different numbers of masked patches. With equal numbers, a mean over patches would be a mean
+    over images."""
     generator = torch.Generator().manual_seed(1)
     return [torch.rand(9, generator=generator) < share for share in (0.3, 0.6, 0.8, 0.95)]
 
@@ -53,7 +54,7 @@ def test_features_are_maes(tmp_path, capsys):
     model = convert(tmp_path, {"model": mae.state_dict(), "epoch": 3})
     torch.testing.assert_close(model.representation(images), mae.tokens(normal), rtol=0, atol=2e-5)
     said = capsys.readouterr().out
-    assert "set loss.per=batch" in said and "tokenizer" not in said  # it takes no captions
+    assert "set loss.per=batch" in said and "tokenizer" not in said  # the model does not accept captions
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
@@ -70,7 +71,7 @@ def test_loss_and_gradients_are_maes_over_any_parts_of_a_step(tmp_path, norm_pix
     parts = [pack(samples[:3], model.geometry), pack(samples[3:], model.geometry)]  # as of two micro-batches or ranks
     counts = LossCounts(*map(sum, zip(*(part.counts for part in parts))))
     assert counts == whole.counts == (sum(mask.sum().item() for mask in masks()), 0)
-    step = StepCounts.of(parts, model.config)  # what ranks add up
+    step = StepCounts.of(parts, model.config)  # the counts that are summed over ranks
     assert (step.images, step.loss_image, step.loss_text) == (4, *counts)
     loss = sum(model(part, counts).loss for part in parts)
     loss.backward()
@@ -104,7 +105,7 @@ def test_encoder_alone_warns_and_computes_the_same_features(tmp_path):
 
 @torch.no_grad()
 def test_fine_tuned_encoder_norms_the_mean(tmp_path, capsys):
-    """The network equals that of MAE's fine-tuning: timm's, with the last norm after mean pooling."""
+    """The network equals that of MAE's fine-tuning, which is timm's with the last norm after mean pooling."""
     mae, images, normal = make()
     weights = {name: tensor for name, tensor in mae.state_dict().items() if not name.startswith(("decoder", "mask"))}
     weights = {
@@ -126,7 +127,7 @@ def test_fine_tuned_encoder_norms_the_mean(tmp_path, capsys):
     torch.testing.assert_close(pooled[:, 0], expected, **close)
     torch.testing.assert_close(patches[:, 0], model.forward_encoder(batch).unflatten(0, (4, -1))[:, 1:])
     torch.testing.assert_close(model.pooled(batch, "cls"), model.pooled_and_patches(batch, [2], "cls")[0][:, 0])
-    assert (patches[:, 0].mean(1) - expected).abs().max() > 1e-2  # the other order is another thing
+    assert (patches[:, 0].mean(1) - expected).abs().max() > 1e-2  # the other order gives a different result
 
 
 @pytest.mark.parametrize(
@@ -237,8 +238,8 @@ def test_what_a_file_does_not_show_is_asked_for_or_that_of_the_published_size(wi
 
 @pytest.mark.parametrize("kind", ["bare", "state_dict", "model", "old"])
 def test_weights_lie_where_programs_put_them(tmp_path, kind):
-    """Files may also contain the additions of fine-tuning, in any float dtype. Weights are loaded on the CPU, wherever
-    they were saved."""
+    """Files may also contain weights that fine-tuning adds, in any floating-point dtype. Weights are loaded on the CPU,
+    regardless of the device on which they were saved."""
     weights = {name: tensor.double() for name, tensor in make()[0].state_dict().items()}
     weights |= {
         "head.weight": torch.ones(2),

@@ -1,4 +1,4 @@
-"""Checkpoints of the official JAX code: their results, and those that are refused."""
+"""Checkpoints of the official JAX code: their results, and checkpoints that are rejected."""
 
 import os
 import pickle
@@ -82,7 +82,7 @@ CC12M, IMAGENET = (0.5762, 0.5503, 0.5213, 0.3207, 0.3169, 0.3307), (0.485, 0.45
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ({}, (24, 7, 3, 2, *CC12M)),  # of a script that has no such flag
+        ({}, (24, 7, 3, 2, *CC12M)),  # the flags of a script without this flag
         ({"data.image_normalization": "cc12m"}, (24, 7, 3, 2, *CC12M)),
         ({"data.image_normalization": "imagenet"}, (24, 7, 3, 2, *IMAGENET)),
         ({"data.image_normalization": "none"}, (24, 7, 3, 2, 0, 0, 0, 1, 1, 1)),
@@ -98,7 +98,7 @@ CC12M, IMAGENET = (0.5762, 0.5503, 0.5213, 0.3207, 0.3169, 0.3307), (0.485, 0.45
     ],
 )
 def test_settings_are_those_of_the_flags_or_their_defaults(tmp_path, said, expected):
-    """None stands for a flag that the script does not have."""
+    """None denotes a flag that the script does not have."""
     wide = said.get("m3ae.dec_num_heads", 2) is None or "m3ae.model_type" in said
     arrays = golden(tmp_path, **({"emb_dim": 48, "dec_emb_dim": 32} if wide else {}))
     changed = {"data.image_normalization": None} | said

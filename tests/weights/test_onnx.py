@@ -1,4 +1,4 @@
-"""The image encoder as an ONNX file gives the features of `encode`, of any number of images."""
+"""The image encoder as an ONNX file gives the features of `encode`, for any number of images."""
 
 import itertools
 import json
@@ -55,7 +55,7 @@ def test_its_features_are_those_of_encode(tmp_path, settings, capsys, caplog):
 
 
 def test_its_accuracy_on_labelled_shards_is_told_beside_torch(tmp_path, capsys):
-    """Random weights distinguish colours. The accuracy is that of k-NN on the features of `encode`."""
+    """Even random weights distinguish the colours. The accuracy is that of k-NN on the features of `encode`."""
     model, _, _ = make()
     model.save_pretrained(tmp_path / "model")
     shards = [labelled_tar(tmp_path / f"{name}.tar", numbers) for name, numbers in SPLITS.items()]
@@ -85,7 +85,7 @@ def test_a_file_of_another_name_is_not_written(tmp_path, name):
 
 
 def test_samples_to_classify_have_the_class_numbers_of_the_others(tmp_path):
-    """This holds although they lack some classes."""
+    """This holds even though these samples lack some classes."""
     train, val = labelled_tar(tmp_path / "a.tar", range(6)), labelled_tar(tmp_path / "b.tar", [1, 2, 4, 5])
     found = onnx_check.open_labelled([train], [val], "json.name")
     ids = [part.sources[0].labels.tolist() for part in (found.train, found.val)]
@@ -93,7 +93,7 @@ def test_samples_to_classify_have_the_class_numbers_of_the_others(tmp_path):
 
 
 def test_what_a_file_loses_and_how_fast_it_is_are_told(tmp_path, monkeypatch):
-    """The features carry no information, and the clock advances by a second at each reading."""
+    """The features are uninformative, and the simulated clock advances by a second at each reading."""
     model, _, _ = make()
     images = onnx_check.open_labelled(*([labelled_tar(tmp_path / f"{n}.tar", r)] for n, r in SPLITS.items()), "cls")
     draw = np.random.default_rng(0).standard_normal

@@ -78,8 +78,8 @@ def test_timm_computes_the_same_features_and_they_come_back(tmp_path, settings):
 
 @pytest.mark.parametrize("order", ["after_norm", "before_norm"])
 def test_the_lines_of_the_card_give_the_features_of_encode(tmp_path, monkeypatch, order):
-    """They are equal for an image of the model's size. For others they agree within the effect of one level of 8 bits,
-    by which the two ways of resizing may differ."""
+    """They are equal for an image of the model's size. For other sizes, they agree within the effect of one 8-bit
+    level, by which the two ways of resizing may differ."""
     model, images, _ = make(mean_pool=order)
     write_timm(tmp_path / "timm", model.config, model.state_dict())
     monkeypatch.chdir(tmp_path)
@@ -112,7 +112,7 @@ def test_a_model_of_timms_own_comes_in(tmp_path):
     torch.testing.assert_close(model.representation(images), vit.forward_features(images), rtol=0, atol=2e-5)
     assert (
         main([str(tmp_path / "timm"), "--out", str(tmp_path / "other"), "--num-heads", "4"]) == 0
-    )  # goes before the file's
+    )  # takes precedence over the value in the file
     assert json.loads((tmp_path / "other/config.json").read_text())["num_heads"] == 4
 
 
@@ -145,7 +145,7 @@ def test_what_an_m3ae_cannot_be_is_refused(tmp_path, settings, message):
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("said", [{"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}, {}, {"mean": [0.1, 0.2, 0.3]}])
 def test_what_a_folder_says_of_images_and_gelu_or_what_timm_takes(tmp_path, nested, said):
-    """Mean and std are at the top level or in a section of their own, depending on timm's version."""
+    """Mean and std are at the top level or in a separate section, depending on timm's version."""
     model, _, _ = make()
     write_timm(tmp_path / "timm", model.config, model.state_dict())
     about = {"architecture": "vit_tiny_patch16_224"} | ({"pretrained_cfg": said} if nested else said)

@@ -1,4 +1,4 @@
-"""The allowed contents of files of weights, whose stated sizes are accepted only if they fit."""
+"""The allowed contents of weight files. The sizes that they state are accepted only if they fit the weights."""
 
 import json
 import os
