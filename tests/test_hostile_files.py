@@ -1,6 +1,7 @@
 """Untrusted or damaged files give one line for the user or a counted skip, but never a traceback or an endless wait.
 The examples are fixed (derandomised)."""
 
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.checkpoint.state_files import STATE_FILE, State
+from m3ae_fast.checkpoint.state_files import STATE_FILE, TABLE_FILE, table_of_complete_tensors
 from m3ae_fast.cli.shards import main as data
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, load_config, parse
 from m3ae_fast.data import ShardStore, open_corpus
@@ -271,7 +272,7 @@ def look_at(path: Path) -> None:
         changes_of(path, info, parse(Config, TINY, "tiny"), {"data.train": "1"})
         parse(ModelConfig, info.config.get("model"), f"checkpoint {path}")
         parse(Config, info.config, f"checkpoint {path}")
-        State(path).check({name: tuple(t.shape) for name, t in STATE.items()})
+        checkpoint.open_state(path).check({name: tuple(t.shape) for name, t in STATE.items()})
         state = checkpoint.read_weights(path)
         assert state["w"].shape == (2, 3)
     except UserError as error:
@@ -294,22 +295,31 @@ def test_any_value_in_any_field_of_a_state_json(tmp_path, saved, where, value):
     path = tmp_path / saved.name
     path.mkdir(exist_ok=True)
     (path / checkpoint.INFO_FILE).write_text(json.dumps(data))
-    (path / STATE_FILE).write_bytes((saved / STATE_FILE).read_bytes())
+    for file in (STATE_FILE, TABLE_FILE):
+        (path / file).write_bytes((saved / file).read_bytes())
     look_at(path)
 
 
 @fuzz(100)
-@given(cut=st.integers(0, 300), edits=DAMAGE[1], checked=st.booleans(), head=st.integers(0, (1 << 64) - 1))
-def test_any_damage_to_the_files_of_a_checkpoint(tmp_path, saved, cut, edits, checked, head):
+@given(
+    cut=st.integers(0, 300),
+    edits=DAMAGE[1],
+    sums=st.sampled_from(["as saved", "of the damaged file", "none"]),
+    head=st.integers(0, (1 << 64) - 1),
+)
+def test_any_damage_to_the_files_of_a_checkpoint(tmp_path, saved, cut, edits, sums, head):
     path = tmp_path / saved.name
     path.mkdir(exist_ok=True)
     info = json.loads((saved / checkpoint.INFO_FILE).read_text())
     whole = (saved / STATE_FILE).read_bytes()
-    (path / checkpoint.INFO_FILE).write_text(json.dumps(info if checked else info | {"sha256": {}}))
+    (path / TABLE_FILE).write_bytes((saved / TABLE_FILE).read_bytes())
     for content in (damaged(whole, cut, edits), head.to_bytes(8, "little") + whole[8:]):
         (path / STATE_FILE).write_bytes(content)
+        of_it = info["sha256"] | {STATE_FILE: hashlib.sha256(content).hexdigest()}
+        sha256 = {"as saved": info["sha256"], "of the damaged file": of_it, "none": {}}[sums]
+        (path / checkpoint.INFO_FILE).write_text(json.dumps(info | {"sha256": sha256}))
         look_at(path)
-        if checked and content != whole:
+        if sums == "as saved" and content != whole:
             with pytest.raises(UserError, match="is damaged"):
                 checkpoint.open_state(path)
     (path / checkpoint.INFO_FILE).write_bytes(damaged(json.dumps(info).encode(), cut, edits))
@@ -321,7 +331,8 @@ def test_a_pipe_in_the_place_of_a_checkpoints_state_is_not_waited_for(tmp_path, 
     path.mkdir()
     (path / checkpoint.INFO_FILE).write_bytes((saved / checkpoint.INFO_FILE).read_bytes())
     os.mkfifo(path / STATE_FILE)
-    for read in (checkpoint.open_state, checkpoint.read_weights, State):
+    (path / TABLE_FILE).write_bytes((saved / TABLE_FILE).read_bytes())
+    for read in (checkpoint.open_state, checkpoint.read_weights, table_of_complete_tensors):
         with pytest.raises(UserError, match=r"state\.safetensors is damaged .*is not a regular file"):
             read(path)
 

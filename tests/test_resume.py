@@ -17,7 +17,7 @@ from m3ae_fast import checkpoint, train
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint import resuming, state_files
 from m3ae_fast.checkpoint.saver import judge
-from m3ae_fast.checkpoint.state_files import STATE_FILE, State
+from m3ae_fast.checkpoint.state_files import STATE_FILE
 from m3ae_fast.config import Config, DataConfig, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Data, Layout, ShardStore, open_corpus
 from m3ae_fast.data.fingerprint import WRITTEN, fingerprint
@@ -450,14 +450,15 @@ def test_auto_passes_over_what_has_failed(tmp_path):
         resuming.find(tmp_path, "auto")
 
 
-@pytest.mark.parametrize("tensor", [torch.ones(1, 3), torch.ones(6), torch.ones(3, dtype=torch.float64), None])
-def test_tensors_of_another_shape_or_type_are_refused_before_anything_is_copied(tmp_path, tensor):
+@pytest.mark.parametrize("tensor", [torch.ones(1, 3), torch.ones(6), None])
+def test_tensors_of_another_shape_are_refused_before_anything_is_copied(tmp_path, tensor):
     state = {} if tensor is None else {"model/w": tensor}
     path = save(tmp_path, state | {"model/b": torch.ones(2)}, checkpoint.Info(1, 0, 42, {}, {}), keep=9)
-    State(path).check({"model/b": (2,)})
-    words = "has no tensor model/w" if tensor is None else r"model/w is F\d+ \[.*the model needs F32 \[3\]"
+    saved = checkpoint.open_state(path)
+    saved.check({"model/b": (2,)})
+    words = "has no tensor model/w" if tensor is None else r"model/w has the shape \[.*the model needs \[3\]"
     with pytest.raises(UserError, match=words):
-        State(path).check({"model/b": (2,), "model/w": (3,)})
+        saved.check({"model/b": (2,), "model/w": (3,)})
 
 
 def test_the_trainer_checks_the_whole_state(trainer):
@@ -470,7 +471,7 @@ def test_the_trainer_checks_the_whole_state(trainer):
     info = json.loads((path / checkpoint.INFO_FILE).read_text()) | {"sha256": {}}
     (path / checkpoint.INFO_FILE).write_text(json.dumps(info))
     out = trainer("run", *SAVE, "--set", "train.steps=8", "--resume", "auto", code=2)
-    assert f"{name} is F32 [1, " in out and out.count("\n") == 1
+    assert f"{name} has the shape [1, " in out and out.count("\n") == 1
 
 
 def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
@@ -481,7 +482,7 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
 
 def _save(run_dir, step, **options):
     return save(
-        run_dir, {"model/w": torch.full((3,), step)}, checkpoint.Info(step, 0, 42, {}, {}), **{"keep": 9, **options}
+        run_dir, {"model/w": torch.full((3,), float(step))}, checkpoint.Info(step, 0, 42, {}, {}), **{"keep": 9, **options}
     )
 
 

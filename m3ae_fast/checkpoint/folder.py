@@ -2,6 +2,7 @@
 
 run.dir/checkpoints/step-00001234/
     state*.safetensors  float32 weights, Adam moments and, with train.ema, averaged weights: see `state_files`
+    table.json          the files and slices that make up each tensor
     state.json          step, samples seen, seeds, config, versions, the data's fingerprint, checksums of other files
     good                marks a checkpoint from whose weights a finite loss was computed
     failed              marks a checkpoint with a non-finite loss, which `--resume auto` skips
@@ -210,9 +211,8 @@ class _Save(NamedTuple):
             if "error" in report:
                 raise UserError(report["error"])
         sums = dict(zip(state_files.part_files(self.world), (report["sha256"] for report in reports)))
-        if self.world > 1:
-            shapes = {name: piece.shape for name, piece in self.part.items()}
-            sums[state_files.TABLE_FILE] = state_files.write_table(self.unfinished, shapes, self.world)
+        shapes = {name: piece.shape for name, piece in self.part.items()}
+        sums[state_files.TABLE_FILE] = state_files.write_table(self.unfinished, shapes, self.world)
         info = json.dumps(asdict(replace(self.info, sha256=sums)), indent=2)
         (self.unfinished / INFO_FILE).write_text(info + "\n", encoding="utf-8")
         for file in sums:  # safetensors creates files that only their owner can read
@@ -296,11 +296,13 @@ def open_state(path: Path, rank: int = 0, world: int = 1) -> State:
         raise UserError(
             f"checkpoint {path}: rank {rank} cannot find it; run.dir must be on a file system shared by all nodes"
         )
-    sums, table = read_info(path).sha256, None
+    sums = read_info(path).sha256
     if state_files.TABLE_FILE in sums:
         state_files.check(path, state_files.TABLE_FILE, sums)
         table = state_files.read_table(path)
-    for file in state_files.part_files(table.parts if table else 1)[rank::world]:
+    else:
+        table = state_files.table_of_complete_tensors(path)
+    for file in state_files.part_files(table.parts)[rank::world]:
         state_files.check(path, file, sums)
     return State(path, table)
 

@@ -1,8 +1,12 @@
 """The tensors of a checkpoint: one file per rank, and a table of the pieces of each tensor.
 
-    state.safetensors                    written by a single rank: complete tensors by name
-    state-00002-of-00004.safetensors     written by the second of four ranks: flat pieces by name
-    table.json                           the files and slices that make up each tensor, if several ranks wrote them
+    state-00002-of-00004.safetensors     written by the second of four ranks: its pieces by name
+    state.safetensors                    written by a single rank, whose pieces are complete tensors
+    table.json                           the files and slices that make up each tensor
+
+A piece is stored in the shape of the tensor if it is the complete tensor, and flat otherwise. Any program that reads
+safetensors can therefore load the checkpoint of a single rank. Earlier versions wrote all pieces of several ranks flat,
+and no table for a single rank; their checkpoints can be read too.
 
 The files have torch.distributed.checkpoint's safetensors format and can be read by its HuggingFaceStorageReader. They
 are not written by it, because its writer keeps a second copy of each part in memory and does not verify that the parts
@@ -57,19 +61,16 @@ def part_files(parts: int) -> list[str]:
 def write_part(folder: Path, part: Fragments, rank: int, world: int) -> str:
     """Write a rank's part to its file, flush it to disk, and return the file's SHA-256.
 
-    A single rank writes complete tensors, so that any program that reads safetensors can load its checkpoint without
-    the table. If a single rank wrote pieces too, only this branch would be saved: the reader would still need its
-    branch for checkpoints with complete tensors.
-
     Raises OSError or SafetensorError if the file cannot be written.
     """
     file = folder / part_files(world)[rank]
-    if world == 1:
-        save_file({name: data.view(shape) for name, (data, _, shape) in part.items()}, file)
-    else:
-        pieces = {name: piece for name, piece in part.items() if len(piece.data)}
-        offsets = json.dumps({name: {"saved_offsets": [start]} for name, (_, start, _) in pieces.items()})
-        save_file({name: data for name, (data, *_) in pieces.items()}, file, {_OFFSETS: offsets})
+    tensors, offsets = dict[str, Tensor](), {}
+    for name, (data, start, shape) in part.items():
+        if len(data):
+            complete = len(data) == math.prod(shape)
+            tensors[name] = data.view(shape) if complete else data
+            offsets[name] = {"saved_offsets": [0] * len(shape) if complete else [start]}
+    save_file(tensors, file, {_OFFSETS: json.dumps(offsets)})
     to_disk(file)
     return sha256(file)
 
@@ -86,7 +87,8 @@ def tabulate(folder: Path, shapes: dict[str, Shape], parts: int) -> Table:
         try:
             with safe_open(folder / file, framework="pt") as opened:
                 for name, offsets in json.loads(opened.metadata()[_OFFSETS]).items():
-                    found[name].append((*offsets["saved_offsets"], number, *opened.get_slice(name).get_shape()))
+                    start = sum(offsets["saved_offsets"])  # one offset of a flat piece, or zeros of a complete tensor
+                    found[name].append((start, number, math.prod(opened.get_slice(name).get_shape())))
         except (OSError, SafetensorError) as error:
             raise _unseen(folder / file, number, error) from None
     for name, pieces in found.items():
@@ -182,18 +184,30 @@ def read_table(path: Path) -> Table:
     return table
 
 
+def table_of_complete_tensors(path: Path) -> Table:
+    """Return the table of a checkpoint without one, whose single file has complete tensors. Raises UserError if the
+    file is damaged."""
+    file = _open(path, STATE_FILE)
+    names = file.keys()
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    return Table(1, shapes, {name: [(0, math.prod(shape))] for name, shape in shapes.items()})
+
+
+def _open(path: Path, file: str) -> Any:
+    """Return an opened file of a checkpoint. Raises UserError if it is damaged."""
+    try:
+        open_regular(path / file).close()  # safetensors would wait for a pipe
+        return safe_open(path / file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, file, error) from None
+
+
 class State:
     """Reader of a checkpoint's tensors and of slices of them. Files are opened on first use."""
 
-    def __init__(self, path: Path, table: Table | None = None) -> None:
-        """Open a state with several parts, or with a single part if there is no `table`. Raises UserError if it is
-        damaged."""
+    def __init__(self, path: Path, table: Table) -> None:
+        """Create the reader of a checkpoint with this table."""
         self._path, self._opened = path, dict[str, Any]()
-        if table is None:
-            whole = self._file(STATE_FILE)
-            names = whole.keys()
-            shapes = {name: tuple(whole.get_slice(name).get_shape()) for name in names}
-            table = Table(1, shapes, {name: [(0, math.prod(shape))] for name, shape in shapes.items()})
         self.shapes, self._pieces, self._files = table.shapes, table.pieces, part_files(table.parts)
 
     def whole(self, name: str) -> Tensor:
@@ -204,7 +218,7 @@ class State:
         """Return the elements [start, start + count) of a flattened tensor.
 
         Raises:
-            UserError: the tensor does not exist, an element is not finite, or a file is damaged.
+            UserError: the tensor does not exist, an element is not finite, or a file is damaged or not of float32.
         """
         self._shape(name)
         found, stop = [], start + count  # counted from the first element of each piece
@@ -218,14 +232,11 @@ class State:
         return tensor
 
     def check(self, shapes: dict[str, Shape]) -> None:
-        """Raise UserError if a tensor of `shapes` is missing in the state, has a different shape, or is not float32."""
+        """Raise UserError if a tensor of `shapes` is missing in the state, or has a different shape."""
         for name, shape in shapes.items():
-            found, kind = self._shape(name), "F32"
-            if self._files == [STATE_FILE]:  # pieces are checked when they are read
-                kind = self._file(STATE_FILE).get_slice(name).get_dtype()
-            if found != shape or kind != "F32":
+            if (found := self._shape(name)) != shape:
                 raise UserError(
-                    f"checkpoint {self._path}: {name} is {kind} {list(found)}, but the model needs F32 {list(shape)}"
+                    f"checkpoint {self._path}: {name} has the shape {list(found)}, but the model needs {list(shape)}"
                 )
 
     def _shape(self, name: str) -> Shape:
@@ -239,15 +250,11 @@ class State:
             tensor = self._file(file).get_tensor(name)
         except SafetensorError as error:
             raise damaged(self._path, file, error) from None
-        if len(self._files) > 1 and (tensor.dtype, tensor.shape) != (torch.float32, (length,)):
+        if (tensor.dtype, tensor.numel()) != (torch.float32, length):
             raise damaged(self._path, file, f"its piece of {name} is {tensor.dtype} {list(tensor.shape)}")
         return tensor.flatten()
 
     def _file(self, file: str) -> Any:
         if file not in self._opened:
-            try:
-                open_regular(self._path / file).close()  # safetensors would wait for a pipe
-                self._opened[file] = safe_open(self._path / file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise damaged(self._path, file, error) from None
+            self._opened[file] = _open(self._path, file)
         return self._opened[file]
