@@ -106,7 +106,9 @@ def test_ranks_may_have_their_pieces_in_any_order(tmp_path):
 def test_torch_distributed_checkpoint_reads_what_ranks_wrote(tmp_path, world):
     path = save_cut(tmp_path, STATE, world)
     pieces = checkpoint.state_files.read_table(path).pieces
-    found = {name: torch.zeros(tensor.shape if len(pieces[name]) == 1 else tensor.numel()) for name, tensor in STATE.items()}
+    found = {
+        name: torch.zeros(tensor.shape if len(pieces[name]) == 1 else tensor.numel()) for name, tensor in STATE.items()
+    }
     dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
     for name, tensor in STATE.items():
         assert torch.equal(found[name].view(tensor.shape), tensor)

@@ -634,7 +634,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
         ((photos, photos), {}, "figures written to it would be read as input images"),
         ((f"{tmp_path}/nothing", out), {}, "is neither a folder"),
         ((f"{tmp_path}/fotos", out), {}, r"is neither a folder.*; did you mean .*/photos\?"),
-        ((table, out), {}, r"is neither a folder.*: pretrain FOLDER --captions .*t\.jsonl$"),
+        ((table, out), {}, r"is neither a folder.*; to use a table, .* and --captions .*t\.jsonl$"),
         (("fotos", out), {}, r"fotos: no such folder; did you mean photos\?"),
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),

@@ -482,7 +482,10 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
 
 def _save(run_dir, step, **options):
     return save(
-        run_dir, {"model/w": torch.full((3,), float(step))}, checkpoint.Info(step, 0, 42, {}, {}), **{"keep": 9, **options}
+        run_dir,
+        {"model/w": torch.full((3,), float(step))},
+        checkpoint.Info(step, 0, 42, {}, {}),
+        **{"keep": 9, **options},
     )
 
 

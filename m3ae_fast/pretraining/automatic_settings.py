@@ -282,45 +282,15 @@ def settings(
     Raises:
         UserError: an override is invalid.
     """
-    image_size, patch = _images(statistics, size, overrides)
     steps, per_epoch = _length(statistics, batch, steps, overrides)
-    train, val = ([{"shards": part}] for part in (shards.train, shards.val))
     warm_up, factor = (_CONTINUED_WARM_UP, _CONTINUED_RATE) if continues(overrides) else (_WARM_UP, 1.0)
-    often = max(steps // evaluations, min(steps, 10)) if evaluations else None
     config: dict[str, Any] = {
         "run": {"dir": str(out)},
-        "model": {
-            **size.model,
-            "image_size": image_size,
-            "patch_size": patch,
-            "channels": len(statistics.image_mean),
-            "image_dtype": statistics.image_dtype,
-            "image_mean": statistics.image_mean,
-            "image_std": statistics.image_std,
-            "text_length": statistics.text_length,
-            "vocab_size": statistics.vocab_size,
-        },
+        "model": _model_section(statistics, size, overrides),
         "loss": {"norm_pix": set_to(overrides, "model.image_targets", "pixels") == "pixels"},
-        "data": {
-            "train": train,
-            "val": val if shards.val else [],
-            "tokenizer": str((out / TOKENIZER).resolve()) if statistics.vocab_size else None,
-            "range": statistics.image_range,
-            "crop_scale": [0.4, 1.0],
-        },
+        "data": _data_section(statistics, shards, out),
         "optim": {"warmup_epochs": round(warm_up * steps / per_epoch, 3), "clip_grad": 1.0},
-        "train": {
-            "global_batch": batch,
-            "steps": steps,
-            "hours": hours,
-            "log_every": max(steps // 50, 1),
-            "eval_every": often,
-            "eval_samples": max(min(statistics.held_out, EVALUATED), 1),
-            "save_every": max(steps // 10, min(steps, 10)),
-            "probe": _probe(train, val, labels, often if statistics.samples <= PROBED else None)
-            if statistics.classes
-            else None,
-        },
+        "train": _train_section(statistics, shards, batch, steps, labels, evaluations) | {"hours": hours},
         "deepspeed": None,
     }
     for override in overrides:
@@ -331,6 +301,50 @@ def settings(
     found = parse(Config, config, "--set")
     config["optim"].setdefault("peak_lr", peak_rate(found.train.global_batch, found.model.emb_dim, factor))
     return parse(Config, config, "--set")
+
+
+def _model_section(statistics: DatasetStatistics, size: ModelSize, overrides: Sequence[str]) -> dict[str, Any]:
+    image_size, patch = _images(statistics, size, overrides)
+    return {
+        **size.model,
+        "image_size": image_size,
+        "patch_size": patch,
+        "channels": len(statistics.image_mean),
+        "image_dtype": statistics.image_dtype,
+        "image_mean": statistics.image_mean,
+        "image_std": statistics.image_std,
+        "text_length": statistics.text_length,
+        "vocab_size": statistics.vocab_size,
+    }
+
+
+def _data_section(statistics: DatasetStatistics, shards: Shards, out: Path) -> dict[str, Any]:
+    return {
+        "train": [{"shards": shards.train}],
+        "val": [{"shards": shards.val}] if shards.val else [],
+        "tokenizer": str((out / TOKENIZER).resolve()) if statistics.vocab_size else None,
+        "range": statistics.image_range,
+        "crop_scale": [0.4, 1.0],
+    }
+
+
+def _train_section(
+    statistics: DatasetStatistics, shards: Shards, batch: int, steps: int, labels: str, evaluations: int
+) -> dict[str, Any]:
+    often = max(steps // evaluations, min(steps, 10)) if evaluations else None
+    probe = None
+    if statistics.classes:
+        train, val = ([{"shards": part, "modality": "image"}] for part in (shards.train, shards.val))
+        probe = {"train": train, "val": val, "labels": labels, "every": often if statistics.samples <= PROBED else None}
+    return {
+        "global_batch": batch,
+        "steps": steps,
+        "log_every": max(steps // 50, 1),
+        "eval_every": often,
+        "eval_samples": max(min(statistics.held_out, EVALUATED), 1),
+        "save_every": max(steps // 10, min(steps, 10)),
+        "probe": probe,
+    }
 
 
 def _drop_incompatible(config: dict[str, Any], override: str) -> None:
@@ -348,11 +362,6 @@ def _drop_incompatible(config: dict[str, Any], override: str) -> None:
         raise UserError(
             f"--set {name}: there is no probe, because the samples have no usable labels; name them with --labels"
         )
-
-
-def _probe(train: Any, val: Any, labels: str, every: int | None) -> dict[str, Any]:
-    images = [[source | {"modality": "image"} for source in part] for part in (train, val)]
-    return {"train": images[0], "val": images[1], "labels": labels, "every": every}
 
 
 def _power_below(value: float) -> int:

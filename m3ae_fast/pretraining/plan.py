@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -154,21 +154,14 @@ def choose(
     probed = config_of(allowed[0], automatic_settings.SMALLEST_BATCH, 1).train.probe is not None
     continues = automatic_settings.continues(overrides)
     budget = Budget(statistics, probed, hours, began, _CONTINUED_MODELS if continues else _MODELS)
-    size, pace = allowed[0], measured(allowed[0])
-    why = "the size of the given weights" if continues else _why_not_larger(statistics)
-    for larger in allowed[1:]:
-        needed = memory_needed(
-            config_of(larger, automatic_settings.SMALLEST_BATCH, 1), 1, automatic_settings.SMALLEST_BATCH
-        )
-        if lacking := missing_memory(needed, session.ranks.device):
-            why = f'"{larger.name}" does not fit into memory: {lacking}'
-            break
-        other = measured(larger)
-        seconds = budget.steps_time(other)
-        if not automatic_settings.reaches(seconds, other.sample, statistics.samples):
-            why = _too_slow(larger, seconds, other, statistics)
-            break
-        size, pace = larger, other
+
+    def lacking(size: ModelSize) -> str:
+        smallest = automatic_settings.SMALLEST_BATCH
+        return missing_memory(memory_needed(config_of(size, smallest, 1), 1, smallest), session.ranks.device)
+
+    size, pace, why = _largest_fitting(allowed, lacking, measured, budget)
+    if not why:
+        why = "the size of the given weights" if continues else _why_not_larger(statistics)
     seconds, (evaluations, _) = budget.steps_time(pace), budget.evaluations(pace)
     fitted = automatic_settings.fitted_batch(seconds, pace.sample, statistics.samples)
     batch = automatic_settings.given(overrides, "train.global_batch") or fitted
@@ -176,6 +169,34 @@ def choose(
     time_limit = round(budget.training(pace) / 3600, 5)
     config = config_of(size, batch, steps, time_limit, evaluations)
     return Plan(config, _lines(config, budget, size, why, pace), _warning(config, budget, pace))
+
+
+def _largest_fitting(
+    allowed: Sequence[ModelSize],
+    lacking: Callable[[ModelSize], str],
+    measured: Callable[[ModelSize], Pace],
+    budget: Budget,
+) -> tuple[ModelSize, Pace, str]:
+    """Return the largest model size that fits into memory and can be trained long enough in the time, its pace, and the
+    reason why the next one is not chosen; "" if there is none.
+
+    Args:
+        allowed: sizes to choose from, smallest first. The first is chosen if no other fits.
+        lacking: returns a text about the memory that a size lacks, or "".
+        measured: measures the pace of a size.
+        budget: the time.
+    """
+    statistics = budget.statistics
+    size, pace = allowed[0], measured(allowed[0])
+    for larger in allowed[1:]:
+        if missing := lacking(larger):
+            return size, pace, f'"{larger.name}" does not fit into memory: {missing}'
+        other = measured(larger)
+        seconds = budget.steps_time(other)
+        if not automatic_settings.reaches(seconds, other.sample, statistics.samples):
+            return size, pace, _too_slow(larger, seconds, other, statistics)
+        size, pace = larger, other
+    return size, pace, ""
 
 
 def _why_not_larger(statistics: DatasetStatistics) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,10 @@ from m3ae_fast.shards.output_claim import MANIFEST
 from m3ae_fast.shards.overview import parts_of, show
 from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.sources.caption_table import READERS, NoColumns, read_captions
-from m3ae_fast.shards.sources.folder import Folder, ImagesMissing
+from m3ae_fast.shards.sources.folder import ImagesMissing
 from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file, split_of_folder
-from m3ae_fast.shards.sources.hdf5 import Hdf5
-from m3ae_fast.shards.sources.huggingface import HuggingFace
 from m3ae_fast.shards.sources.interface import Records
-from m3ae_fast.shards.sources.registry import HDF5_SUFFIXES, kind_of_source
+from m3ae_fast.shards.sources.registry import kind_of_source, open_source
 from m3ae_fast.shards.writer import convert, manifest_of
 
 SHARDS, CLEANED = "shards", "held-out"  # sub-folders of the run folder
@@ -68,101 +66,78 @@ def find_shards(
             f"--out {out}: is inside {source}, so figures written to it would be read as input images; "
             "choose a folder outside SOURCE"
         )
-    kind = kind_of_source(source)
-    if kind == "folder" and folder.is_dir():
-        pictures, notes = (Folder(folder, captions), []) if captions else _with_table_in(folder)
-        made = _made(pictures, source, out, [*notes, *pictures.notes, *pictures.ignored.lines()], image_range)
-        return replace(made, unlabelled=_without_classes(pictures))
-    if kind == "folder" or (kind == "hdf5" and not source.lower().endswith(HDF5_SUFFIXES)):
-        raise UserError(
-            f"{source}: is neither a folder, nor shards, nor an HDF5 file ({', '.join(HDF5_SUFFIXES)}), nor the name "
-            f"of a Hugging Face dataset{_similar(folder)}"
-        )
-    if captions:
-        raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
-    if kind == "hdf5":
-        return _made(Hdf5(folder), source, out, [], image_range)
-    near = "" if folder.is_dir() else _similar(folder)
-    if near and "/" not in source:  # without a network, a request to the hub would take a minute
-        raise UserError(f"{source}: no such folder{near}")
-    try:
-        records = HuggingFace(source, None, None, (None, None, None))
-    except UserError as error:
-        if folder.is_dir():
-            raise
-        raise UserError(f"{source}: no such folder{near}; as the name of a dataset: {error}") from None
-    return _made(records, source, out, records.ignored.lines(), image_range)
-
-
-def _similar(folder: Path) -> str:
-    """Return a hint for a source that does not exist: a folder with a similar name, or the correct use of a caption
-    table; "" if there is none."""
-    if folder.is_file() and folder.suffix.lower() in READERS:
-        return f"; to use a table, name the folder of its images: pretrain FOLDER --captions {folder}"
-    parent = folder.parent
-    siblings = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
-    near = difflib.get_close_matches(folder.name, siblings, n=1)
-    return f"; did you mean {parent / near[0]}?" if near else ""
+    records, notes = _open(source, captions)
+    made = _made(records, source, out, [*notes, *records.notes, *records.ignored.lines()], image_range)
+    return replace(made, unlabelled=records.unlabelled)
 
 
 def _names_shards(source: str) -> bool:
     return source.endswith(".tar") or ".tar" in source.rpartition("/")[2] or is_remote(source) or is_manifest(source)
 
 
-def _without_classes(pictures: Folder) -> str:
-    """Return the reason why images have no classes; "" if they have classes."""
-    if pictures.classes is not None:
-        return ""
-    if pictures.outside:
-        return f"sub-folders are used as classes only if every image is in one, but {pictures.outside} is not"
-    return "there are fewer than two sub-folders that could be classes"
-
-
-def _with_table_in(folder: Path) -> tuple[Folder, list[str]]:
-    """Return the records of a folder of images, with the captions and fields of a table in this folder if there is one,
-    and notes about the table."""
-    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
+def _open(source: str, captions: Path | None) -> tuple[Records, list[str]]:
+    """Return the records of a source that is not shards, and notes about them. If no table of captions is given, the
+    captions and fields of a folder of images are read from a table in it, if there is one."""
+    kind = kind_of_source(source)
+    if captions and kind != "folder":
+        raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
+    records = partial(open_source, source, kind=kind)
+    if captions or kind != "folder":
+        return records(captions=captions), []
+    tables = sorted(path for path in Path(source).iterdir() if path.suffix.lower() in READERS)
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables)
-        raise UserError(f"{folder}: has several tables ({names}); choose one with --captions")
+        raise UserError(f"{source}: has several tables ({names}); choose one with --captions")
     if not tables:
-        return Folder(folder), []
+        return records(), []
     try:
-        pictures = Folder(folder, tables[0])
+        return records(captions=tables[0]), [f"captions and fields are read from {tables[0]}"]
     except NoColumns as error:
         note = f"{tables[0]} is not used: it has no columns such as file_name and caption, but {error.columns}"
-        return Folder(folder), [note]
     except ImagesMissing as error:
         if any(row.captions is not None for row in read_captions(tables[0])[:1]):
             raise
-        return Folder(folder), [f"{tables[0]} is not used: {str(error).partition(': ')[2]}"]
-    return pictures, [f"captions and fields are read from {tables[0]}"]
+        note = f"{tables[0]} is not used: {str(error).partition(': ')[2]}"
+    return records(), [note]
 
 
 def _split(train: list[str], val: list[str], out: Path) -> Shards:
     """Split shards into training and held-out shards. The held-out shards are those in `val`, otherwise those with the
     name of a held-out split, otherwise the last tenth, from which samples whose image also occurs in a training shard
     are removed."""
-    names = train if any(map(is_manifest, train)) else expand(train)
     if val:
         return Shards(train, val, _overlap(train, val))
-    folders = zip(*(name.split("/")[:-1] for name in names))
-    # Folders that contain all shards do not indicate a split.
-    common = len([*takewhile(lambda level: len(set(level)) == 1, folders)])
-    named = {name: _split_named(name.split("/")[common:]) for name in names}
-    kept = [name for name, split in named.items() if split in (None, TRAIN)]
-    evaluated = VAL if VAL in named.values() else TEST
-    held = [name for name, split in named.items() if split == evaluated]
-    apart = [name for name in names if name not in (*kept, *held)]
-    if held and kept:
-        notes = [f"held out by their names: {len(held):,} of {len(names):,} shards, such as {held[0]}"]
-        if apart:
-            tests = f"{len(apart):,} test shard{'s' * (len(apart) != 1)}, such as {apart[0]}"
-            notes.append(f"not used, because there is also a validation split: {tests}")
-        return Shards(kept, held, notes + _overlap(kept, held))
+    names = train if any(map(is_manifest, train)) else expand(train)
+    if named := _split_by_names(names):
+        return named
     if len(names) == 1:
         note = "no samples are held out, because there is only one shard; pass other shards with --val to evaluate"
         return Shards(names, [], [note])
+    return _hold_out_last(names, out)
+
+
+def _split_by_names(names: list[str]) -> Shards | None:
+    """Split shards by the splits that their names and folders say; return None if that leaves none to train on or none
+    to hold out."""
+    folders = zip(*(name.split("/")[:-1] for name in names))
+    # Folders that contain all shards do not indicate a split.
+    common = len([*takewhile(lambda level: len(set(level)) == 1, folders)])
+    splits = {name: _split_named(name.split("/")[common:]) for name in names}
+    kept = [name for name, split in splits.items() if split in (None, TRAIN)]
+    evaluated = VAL if VAL in splits.values() else TEST
+    held = [name for name, split in splits.items() if split == evaluated]
+    if not (held and kept):
+        return None
+    notes = [f"held out by their names: {len(held):,} of {len(names):,} shards, such as {held[0]}"]
+    if apart := [name for name in names if name not in (*kept, *held)]:
+        tests = f"{len(apart):,} test shard{'s' * (len(apart) != 1)}, such as {apart[0]}"
+        notes.append(f"not used, because there is also a validation split: {tests}")
+    return Shards(kept, held, notes + _overlap(kept, held))
+
+
+def _hold_out_last(names: list[str], out: Path) -> Shards:
+    """Hold out the last tenth of the shards. Held-out shards with images that also occur in a training shard are
+    replaced by copies in `out` without these samples, unless that requires a download."""
     count = max(1, round(_FRACTION * len(names)))
     kept, held = names[:-count], names[-count:]
     note = f"the last {count:,} of {len(names):,} shards are held out"

@@ -88,20 +88,8 @@ def pretrain(
         UserError: the source cannot be used, an override is invalid, `out` cannot be written, or the user has answered
             not to start.
     """
-    began = time.monotonic()
-    if not 0 < hours < 10_000:
-        raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
-    if not alone():
-        raise UserError(SEVERAL_RANKS)
-    uses_gpu(device)  # raises an error for a mistake before any work
-    image_range = check_overrides(overrides).model.image_range
-    if tune and set_to(overrides, "optim.peak_lr", None) is not None:
-        raise UserError("--tune chooses optim.peak_lr: leave out one of --tune and --set optim.peak_lr")
-    object_store.require(str(source), *val)
-    check_field(labels)
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is not a folder; name a folder, which may be new")
+    began, out = time.monotonic(), Path(out)
+    image_range = _check(hours, out, source, val, labels, overrides, device, tune)
     table_of_captions = None if captions is None else Path(captions)
     here = [*overrides, f"run.dir={json.dumps(str(out))}"]  # the run folder may have been moved or copied
     given = None if start_from is None else str(start_from)
@@ -123,13 +111,45 @@ def pretrain(
     results = evaluate_run(config, device) if config.train.probe else {}
     if results is None:
         return outcome
-    if results:
-        print("\n".join([*table(results), *verdicts(out, results)]))
-        draw_map(config, device)
-    write_report(out, out / REPORT_FILE)
-    write_export(out, out / EXPORT)
-    print(f"{outcome.report}: curves and pictures; {outcome.export}: M3AE.from_pretrained loads it")
+    _present(config, results, outcome, device)
     return outcome._replace(finished=True, results=results)
+
+
+def _check(
+    hours: float,
+    out: Path,
+    source: str | Path,
+    val: Sequence[str],
+    labels: str,
+    overrides: Sequence[str],
+    device: Device | None,
+    tune: bool,
+) -> Range | None:
+    """Raise UserError for a mistake in the arguments of `pretrain` before any work. Return the value range of the
+    images, if an override sets it."""
+    if not 0 < hours < 10_000:
+        raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
+    if not alone():
+        raise UserError(SEVERAL_RANKS)
+    uses_gpu(device)
+    image_range = check_overrides(overrides).model.image_range
+    if tune and set_to(overrides, "optim.peak_lr", None) is not None:
+        raise UserError("--tune chooses optim.peak_lr: leave out one of --tune and --set optim.peak_lr")
+    object_store.require(str(source), *val)
+    check_field(labels)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is not a folder; name a folder, which may be new")
+    return image_range
+
+
+def _present(config: Config, results: dict[str, dict[str, Any]], outcome: Outcome, device: Device | None) -> None:
+    """Print the results of the evaluations, draw the map of the features, and write the report and the export."""
+    if results:
+        print("\n".join([*table(results), *verdicts(outcome.run, results)]))
+        draw_map(config, device)
+    write_report(outcome.run, outcome.report)
+    write_export(outcome.run, outcome.export)
+    print(f"{outcome.report}: curves and pictures; {outcome.export}: M3AE.from_pretrained loads it")
 
 
 def _configured(

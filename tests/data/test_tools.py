@@ -21,7 +21,7 @@ from PIL import Image
 from scipy.sparse.csgraph import connected_components
 
 from m3ae_fast.base.bad_samples import BadSample
-from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.shards import main
 from m3ae_fast.data.shards import INDEX_SUFFIX
 from m3ae_fast.images.decoding import decode_image
@@ -476,7 +476,7 @@ def _mistakes(folder):
     (folder / "broken" / "a.jpg").write_bytes(b"no image")
     table = [folder / "in", "OUT", "--captions"]
     yield [folder / "empty", "OUT"], "contains no images"
-    yield [folder / "nowhere", "OUT"], "is not a folder"
+    yield [folder / "nowhere", "OUT"], "is neither a folder, nor an HDF5 file"
     yield [folder / "broken", "OUT"], "no sample can be used, such as"
     yield [*table, folder / "in/captions.csv"], "1 of 2 rows name images that are not in .*'cat/77.jpg' .row 2."
     yield [*table, folder / "in/columns.csv"], "has a, b; name one with --image-column"
@@ -528,6 +528,8 @@ def test_the_kind_of_a_source_is_recognised(tmp_path, pictures):
     (tmp_path / "linked/captions.csv").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.h5").touch()
+    _hdf5(tmp_path / "without a suffix", jpg=[1, 2])
+    (tmp_path / "notes").write_text("no source")
     for name, kind in (
         ("in", "folder"),
         ("parquet", "huggingface"),
@@ -536,8 +538,10 @@ def test_the_kind_of_a_source_is_recognised(tmp_path, pictures):
         ("empty", "folder"),
         ("a.h5", "hdf5"),
         ("none.hdf5", "hdf5"),
-        ("none", "folder"),
+        ("without a suffix", "hdf5"),
     ):
         assert kind_of_source(str(tmp_path / name)) == kind, name
     assert kind_of_source("owner/name") == kind_of_source("mnist") == "huggingface"
-    assert kind_of_source("images/") == kind_of_source("./images") == "folder"
+    for name in ("images/", "./images", str(tmp_path / "none"), str(tmp_path / "notes")):
+        with pytest.raises(UserError, match="is neither a folder, nor an HDF5 file"):
+            kind_of_source(name)

@@ -23,7 +23,7 @@ from m3ae_fast.images.label_mask import mask_size, read_mask
 from m3ae_fast.shards.duplicate_images import join, middle, number_same
 from m3ae_fast.shards.problem_counts import IGNORED, OUTSIDE, Tally
 from m3ae_fast.shards.sources.caption_table import Row, read_captions
-from m3ae_fast.shards.sources.folder_layout import TRAIN, listed, printable, split_of_folder, understand
+from m3ae_fast.shards.sources.folder_layout import TRAIN, Layout, listed, printable, split_of_folder, understand
 from m3ae_fast.shards.sources.interface import Record, Records, read_file
 
 _INSPECTED = 1000  # rows of a table that are inspected for the names of fields
@@ -54,8 +54,7 @@ class Folder(Records):
         masks: folder with label masks, NAME.png for NAME.jpg in the same sub-folders, which become KEY.mask.png; None:
             no masks. The folder may be inside `folder`.
 
-    `ignored` counts ignored files. `outside` is an image outside all class folders although there are class folders, or
-    "". `notes` are notes for the user about splits and classes.
+    `ignored` counts ignored files.
 
     Raises:
         UserError: a folder cannot be listed, there is no image, no image has a mask although `masks` is given, the
@@ -73,63 +72,44 @@ class Folder(Records):
     ) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder}: is not a folder")
-        self.folder = str(folder)
-        files = sorted(find_files(self.folder, flat))
-        self._masks = masks
-        if masks is not None:
-            own = os.path.relpath(os.path.realpath(masks), os.path.realpath(folder)) + os.sep
-            files = [path for path in files if not path.startswith(own)]
-        paths = [path for path in files if path.lower().endswith(SUFFIXES)]
-        if not paths:
-            raise UserError(f"{folder}: contains no images ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
-        _require_reader(self.folder, paths)
+        self.folder, self._masks = str(folder), masks
+        files, paths = _find_images(folder, masks, flat)
         directories = {os.path.dirname(path) for path in paths}
         layout = understand(self.folder, directories, classes, flat)
         notes = [] if flat else [*_linked(self.folder, directories), *_empty(self.folder, directories)]
         self.classes, self.notes = layout.classes, [*layout.notes, *notes]
-        if self.classes and (odd := next((name for name in self.classes if printable(name) != name), None)):
-            raise UserError(
-                f"{folder}: the name of the class {os.fsencode(odd)!r} is not UTF-8; rename it, or give --flat"
-            )
+        _require_utf8(folder, self.classes or ())
         self._class_names = layout.names  # class of each directory
+        self._labels = {name: label for label, name in enumerate(self.classes or ())}
         strays = [path for path in paths if os.path.dirname(path) not in layout.splits]
-        paths = [path for path in paths if os.path.dirname(path) in layout.splits]
-        self.outside = next((printable(path) for path in paths if os.path.dirname(path) == layout.outside), "")
+        self._paths = [path for path in paths if os.path.dirname(path) in layout.splits]
+        self.unlabelled = _why_unlabelled(layout, self._paths)
         # indices into the paths, by split
         rows: dict[str, list[int]] = {split: [] for split in layout.splits.values()}
-        for number, path in enumerate(paths):
+        for number, path in enumerate(self._paths):
             rows[layout.splits[os.path.dirname(path)]].append(number)
         self._rows = {split: np.array(numbers) for split, numbers in rows.items()}
-        self._labels = {name: label for label, name in enumerate(self.classes or ())}
-        self._paths, self._has_captions = paths, False
-        self._samples = [[_Sample()]] * len(paths)  # by image
+        self._samples, self._has_captions = [[_Sample()]] * len(self._paths), False  # by image
         if captions is not None:
-            table = read_captions(captions, *columns)
-            self._has_captions = table[0].captions is not None
-            self._samples = _join(folder, paths, captions, table)
-            fields = {name: None for row in table[:_INSPECTED] if row.fields for name in json.loads(row.fields)}
-            if fields:
-                self.notes.append(f"fields of {captions} for --labels: {', '.join(f'json.{name}' for name in fields)}")
+            self.notes += self._read_table(captions, columns)
         counts = np.array([len(each) for each in self._samples])
         super().__init__({split: counts[rows] for split, rows in self._rows.items()})
         if masks is not None:
-            missing = [path for path in paths if not os.path.lexists(mask_of(masks, path))]
-            if len(missing) == len(paths):
-                raise UserError(
-                    f"--masks {masks}: has no mask for any image; expected, for example, "
-                    f"{printable(str(mask_of(masks, paths[0])))}"
-                )
-            if missing:
-                self.notes.append(
-                    f"{len(missing):,} of {len(paths):,} images, such as {printable(missing[0])}, have no mask in "
-                    f"{masks}"
-                )
-        self.ignored = _ignored(folder, files, [*paths, *strays], captions, self._has_captions)
+            self.notes += _missing_masks(masks, self._paths)
+        self.ignored = _ignored(folder, files, paths, captions, self._has_captions)
         for path in strays:
             self.ignored.add(OUTSIDE, printable(path))
         self.identity = {"kind": "folder", **self._fingerprints()}
         if [*self.splits] != [TRAIN]:
             self.identity["splits"] = self.splits
+
+    def _read_table(self, table: Path, columns: tuple[str | None, str | None]) -> list[str]:
+        """Set the samples of each image to those of a caption table, and return notes about the table."""
+        rows = read_captions(table, *columns)
+        self._has_captions = rows[0].captions is not None
+        self._samples = _join(Path(self.folder), self._paths, table, rows)
+        fields = {name: None for row in rows[:_INSPECTED] if row.fields for name in json.loads(row.fields)}
+        return [f"fields of {table} for --labels: {', '.join(f'json.{name}' for name in fields)}"] if fields else []
 
     def name(self, split: str, number: int) -> str:
         return printable(self._paths[self._rows[split][self.place(split, number)[0]]])
@@ -194,6 +174,49 @@ class Folder(Records):
             stamps = [_stamp(str(mask_of(self._masks, path))) for path in self._paths]
             named["masks"] = hashlib.sha256(repr(stamps).encode())
         return {name: digest.hexdigest()[:16] for name, digest in named.items()}
+
+
+def _find_images(folder: Path, masks: Path | None, flat: bool) -> tuple[list[str], list[str]]:
+    """Return the sorted paths of all files below a folder except the masks, and those of the images among them. Raises
+    UserError if there is none, or a library to read them is missing."""
+    files = sorted(find_files(str(folder), flat))
+    if masks is not None:
+        own = os.path.relpath(os.path.realpath(masks), os.path.realpath(folder)) + os.sep
+        files = [path for path in files if not path.startswith(own)]
+    images = [path for path in files if path.lower().endswith(SUFFIXES)]
+    if not images:
+        raise UserError(f"{folder}: contains no images ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
+    _require_reader(str(folder), images)
+    return files, images
+
+
+def _require_utf8(folder: Path, classes: Sequence[str]) -> None:
+    """Raise UserError if the name of a class is not UTF-8."""
+    if odd := next((name for name in classes if printable(name) != name), None):
+        raise UserError(f"{folder}: the name of the class {os.fsencode(odd)!r} is not UTF-8; rename it, or give --flat")
+
+
+def _why_unlabelled(layout: Layout, paths: Sequence[str]) -> str:
+    """Return the reason why images have no classes; "" if they have classes."""
+    if layout.classes is not None:
+        return ""
+    outside = next((printable(path) for path in paths if os.path.dirname(path) == layout.outside), None)
+    if outside:
+        return f"sub-folders are used as classes only if every image is in one, but {outside} is not"
+    return "there are fewer than two sub-folders that could be classes"
+
+
+def _missing_masks(masks: Path, paths: Sequence[str]) -> list[str]:
+    """Return a note in a list if some images have no mask. Raises UserError if none has."""
+    missing = [path for path in paths if not os.path.lexists(mask_of(masks, path))]
+    if len(missing) == len(paths):
+        raise UserError(
+            f"--masks {masks}: has no mask for any image; expected, for example, "
+            f"{printable(str(mask_of(masks, paths[0])))}"
+        )
+    if not missing:
+        return []
+    return [f"{len(missing):,} of {len(paths):,} images, such as {printable(missing[0])}, have no mask in {masks}"]
 
 
 def mask_of(masks: Path, image: str) -> Path:

@@ -25,6 +25,10 @@ LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
 _AT_A_TIME = 1000  # number of rows that are read at a time
 
 
+class NotLoaded(UserError):
+    """Raised if a dataset does not exist or cannot be loaded."""
+
+
 class HuggingFace(Records):
     """Records of a dataset: a folder written by `save_to_disk`, a folder of data files, or a name on the hub. A row
     with a list of captions gives one sample per caption. `ignored` counts columns that are not read.
@@ -36,8 +40,9 @@ class HuggingFace(Records):
         columns: names of the columns of the image, caption and label; None: detected.
 
     Raises:
-        UserError: `datasets` is not installed, the dataset does not exist or has neither images nor captions, or the
+        UserError: `datasets` is not installed, the dataset has neither images nor captions, or the
             columns that are read differ between its splits.
+        NotLoaded: the dataset does not exist or cannot be loaded.
     """
 
     def __init__(
@@ -120,14 +125,14 @@ class HuggingFace(Records):
 
 
 def _load(datasets: Any, name: str, subset: str | None) -> dict[str, Any]:
-    """Return the splits of a dataset by name."""
+    """Return the splits of a dataset by name. Raises NotLoaded."""
     try:
         saved = any(os.path.exists(Path(name, file)) for file in ("dataset_dict.json", "state.json"))
         if not (Path(name).exists() or _downloaded(name) or hub_answers(name, "dataset")):
             raise ConnectionError("it is not a folder, and the Hugging Face hub does not respond")
         data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, subset)
     except Exception as error:  # the library raises many kinds of errors, from files and from the network
-        raise UserError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+        raise NotLoaded(f"{name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
     return dict(data) if isinstance(data, dict) else {"train": data}
 
 

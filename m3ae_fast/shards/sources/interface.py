@@ -35,6 +35,7 @@ class Records(ABC):
     classes: Sequence[str] | None = None  # names of the classes by label
     identity: dict[str, Any]  # JSON data that differ for different inputs
     notes: Sequence[str] = ()  # notes for the user about splits and classes
+    unlabelled: str = ""  # reason why samples have no label, if it is known
 
     def __init__(self, counts: dict[str, np.ndarray]) -> None:
         """Initialise the records with the number of samples of each row, by split."""

@@ -1,43 +1,64 @@
 """The kinds of sources that shards can be created from: detection of a source's kind, and the function that opens it.
 
 A new kind needs a module next to this one with a subclass of `Records`, an entry of `SOURCE_KINDS` in `__init__.py`,
-a branch of `kind_of_source` and of `open_source`, and one in pretraining/source_shards.py.
+a function in `_OPEN`, and a branch of `kind_of_source`.
 """
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.untrusted_file import read_json
+from m3ae_fast.base.untrusted_file import open_regular, read_json
 from m3ae_fast.shards.sources import SOURCE_KINDS, SourceKind
+from m3ae_fast.shards.sources.caption_table import READERS
 from m3ae_fast.shards.sources.folder import SUFFIXES, Folder, find_files
 from m3ae_fast.shards.sources.hdf5 import Hdf5
-from m3ae_fast.shards.sources.huggingface import HuggingFace
+from m3ae_fast.shards.sources.huggingface import HuggingFace, NotLoaded
 from m3ae_fast.shards.sources.interface import Records
 
-HDF5_SUFFIXES = (".hdf5", ".h5")
+_HDF5_SUFFIXES, _HDF5_SIGNATURE = (".hdf5", ".h5"), b"\x89HDF\r\n\x1a\n"
 _SAVED = ("dataset_dict.json", "state.json")  # a folder written by `save_to_disk` contains one of them
 _DATA_FILES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
-_OPTIONS_OF: dict[str, tuple[SourceKind, ...]] = {
-    **dict.fromkeys(("captions", "classes", "flat", "masks"), ("folder",)),
-    **dict.fromkeys(("image_column", "caption_column"), ("folder", "huggingface")),
-    **dict.fromkeys(("subset", "split", "label_column"), ("huggingface",)),
-}  # for each option, the kinds of source that use it
 
 
 def kind_of_source(source: str) -> SourceKind:
     """Return the kind of a source. A name that does not exist as a path is a dataset on the hub, unless it has the form
-    of a path, such as ./photos."""
+    of a path, such as ./photos. Raises UserError if the source does not exist, or is a file of another kind."""
     path = Path(source)
     if path.is_dir():
         return _kind_of_folder(path)
-    if path.exists() or source.lower().endswith(HDF5_SUFFIXES):
+    if source.lower().endswith(_HDF5_SUFFIXES) or _is_hdf5(path):
         return "hdf5"
-    written_as_path = source.startswith((".", "/", "~")) or source.endswith("/")
-    return "folder" if written_as_path else "huggingface"
+    if path.exists() or source.startswith((".", "/", "~")) or source.endswith("/"):
+        raise UserError(
+            f"{source}: is neither a folder, nor an HDF5 file ({', '.join(_HDF5_SUFFIXES)}), nor the name of a Hugging "
+            f"Face dataset{_hint(path)}"
+        )
+    return "huggingface"
+
+
+def _is_hdf5(path: Path) -> bool:
+    try:
+        with open_regular(path) as file:
+            return file.read(len(_HDF5_SIGNATURE)) == _HDF5_SIGNATURE
+    except OSError:
+        return False
+
+
+def _hint(path: Path) -> str:
+    """Return a hint for a path that is no source: a folder with a similar name, or the correct use of a caption table;
+    "" if there is none."""
+    if path.is_file() and path.suffix.lower() in READERS:
+        return f"; to use a table, give the folder of its images, and --captions {path}"
+    parent = path.parent
+    siblings = [each.name for each in parent.iterdir() if each.is_dir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"; did you mean {parent / near[0]}?" if near else ""
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -100,19 +121,63 @@ def open_source(
         "caption_column": caption_column,
         "label_column": label_column,
     }
-    for option, value in options.items():
-        if value not in (None, False) and kind not in _OPTIONS_OF[option]:
-            wanted = " or ".join(SOURCE_KINDS[each] for each in _OPTIONS_OF[option])
+    given = {option: value for option, value in options.items() if value not in (None, False)}
+    for option in given:
+        kinds = [each for each, function in _OPEN.items() if option in inspect.signature(function).parameters]
+        if kind not in kinds:
+            wanted = " or ".join(SOURCE_KINDS[each] for each in kinds)
             option = option.replace("_", "-")
             raise UserError(f"--{option} is for {wanted}; {name} is {SOURCE_KINDS[kind]} (if it is not, give --kind)")
-    if kind == "hdf5":
-        return Hdf5(Path(name))
-    if kind == "huggingface":
-        return HuggingFace(name, subset, split, (image_column, caption_column, label_column))
+    return _OPEN[kind](name, **given)
+
+
+def _open_folder(
+    name: str,
+    *,
+    captions: str | os.PathLike[str] | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    classes: str | os.PathLike[str] | Sequence[str] | None = None,
+    flat: bool = False,
+    masks: str | os.PathLike[str] | None = None,
+) -> Folder:
     table = None if captions is None else Path(captions)
     names = _read_classes(classes) if isinstance(classes, str | os.PathLike) else classes
     columns = (image_column, caption_column)
     return Folder(Path(name), table, columns, names, flat, None if masks is None else Path(masks))
+
+
+def _open_hdf5(name: str) -> Hdf5:
+    return Hdf5(Path(name))
+
+
+def _open_dataset(
+    name: str,
+    *,
+    subset: str | None = None,
+    split: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    label_column: str | None = None,
+) -> HuggingFace:
+    columns = (image_column, caption_column, label_column)
+    if Path(name).exists():
+        return HuggingFace(name, subset, split, columns)
+    hint = _hint(Path(name))
+    if hint and "/" not in name:  # without a network, a request to the hub would take a minute
+        raise UserError(f"{name}: no such folder{hint}")
+    try:
+        return HuggingFace(name, subset, split, columns)
+    except NotLoaded as error:
+        raise UserError(f"{name}: no such folder{hint}; as the name of a dataset: {error}") from None
+
+
+# A function for each kind of source. Its keyword arguments are the options of `open_source` that apply to the kind.
+_OPEN: dict[SourceKind, Callable[..., Records]] = {
+    "folder": _open_folder,
+    "hdf5": _open_hdf5,
+    "huggingface": _open_dataset,
+}
 
 
 def _read_classes(path: str | os.PathLike[str]) -> list[str]:
