@@ -235,7 +235,7 @@ def test_damaged_shards_are_named_of_training_and_of_held_out_samples(monkeypatc
     config = SimpleNamespace(model=None, masking=None, train=SimpleNamespace(precision="fp32"))
     val = SimpleNamespace(damaged=["val"]) if held_out else None
     data = SimpleNamespace(train=SimpleNamespace(damaged=["train"]), val=val)
-    task = PretrainingTask(config=config, data=data, eval_loader=None, notes=[], probe=None)
+    task = PretrainingTask(config=config, engine=None, data=data, eval_loader=None, notes=[], probe=None)
     trainer = SimpleNamespace(
         ranks=SimpleNamespace(device=None, is_main=False, broadcast=lambda _: ({}, {}), from_main=lambda value: value),
         bad=SimpleNamespace(report=lambda items, say: told.extend(items)),

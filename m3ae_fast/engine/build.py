@@ -9,7 +9,7 @@ from torch import nn
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import dtype_of, has_compiler, keep_freed_memory
 from m3ae_fast.config import Config, DeepSpeedConfig, OptimConfig, TransformerLoopConfig
-from m3ae_fast.engine.interface import Engine
+from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.memory_estimate import lacking_for_activations, recomputes
 from m3ae_fast.engine.optimizer import optimizer_groups
 from m3ae_fast.engine.schedule import split_batch
@@ -19,7 +19,7 @@ from m3ae_fast.model.transformer import Blocks
 from m3ae_fast.process.ranks import Ranks
 
 
-def build_engine(model: M3AE, config: Config, ranks: Ranks) -> Engine:
+def build_engine(model: M3AE, config: Config, ranks: Ranks) -> ModelEngine:
     """Build the engine for pre-training. On a GPU, it keeps all activations if there is enough memory. Arguments and
     errors as in `make_engine`."""
     groups = optimizer_groups(model, config.optim)
@@ -45,7 +45,7 @@ def make_engine(
     ranks: Ranks,
     ema: float | None = None,
     keep_activations: bool = False,
-) -> Engine:
+) -> ModelEngine:
     """Build an engine for `model`, and move the model to the ranks' device.
 
     Args:

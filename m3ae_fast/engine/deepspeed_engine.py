@@ -57,7 +57,7 @@ class Place(NamedTuple):
 
 
 class DeepSpeedEngine:
-    """An engine that trains with DeepSpeed; see `engine.interface.Engine`."""
+    """An engine that trains with DeepSpeed; see `engine.interface.ModelEngine`."""
 
     memory = ""
 

@@ -1,4 +1,4 @@
-"""The interface between a training loop and its engine: training steps, evaluation, and the training state.
+"""The interfaces of engines: `Engine` for the trainer and checkpoints, and `ModelEngine` for tasks that train a model.
 
 A state consists of tensors by parameter name. Each rank saves and loads flat slices of them, so that checkpoints do not
 depend on ZeRO stages or on the layout of optimisers.
@@ -30,11 +30,9 @@ class StepLosses(Protocol):
 
 
 class Engine(Protocol):
-    """An engine that trains a module, which maps (batch, counts) to StepLosses."""
+    """An engine that takes training steps, and saves and loads their state."""
 
     model: nn.Module
-    optimizer_name: str
-    memory: str  # log line on decisions that depend on the memory; "" if there are none
     before_update: Callable[[], None]  # called before each change of the state, which may be read until then
     kinds: Kinds  # kinds of optimiser state, which are prefixes in the keys of `Fragments`
 
@@ -51,17 +49,24 @@ class Engine(Protocol):
             The micro-batches' StepLosses, and the global gradient norm before clipping.
         """
 
-    def evaluate(self, batch: PackedBatch) -> Any:
-        """Return the module's output for one batch, without gradients and dropout."""
-
     def fragments(self) -> Fragments:
         """Return this rank's part of the state, as views that the next update overwrites. The parts of all ranks
         together contain every tensor exactly once. There is no synchronisation between ranks, and forward and backward
         passes may run at the same time."""
 
+    def load_state(self, step: int, read: Read) -> None:
+        """Load the state after `step` updates. Each rank reads only its own elements."""
+
+
+class ModelEngine(Engine, Protocol):
+    """An engine that trains a module, which maps (batch, counts) to StepLosses, and evaluates it."""
+
+    optimizer_name: str
+    memory: str  # log line on decisions that depend on the memory; "" if there are none
+
+    def evaluate(self, batch: PackedBatch) -> Any:
+        """Return the module's output for one batch, without gradients and dropout."""
+
     def whole(self, kind: str) -> dict[str, Tensor]:
         """Return the complete weights (kind "model"), or the complete optimiser state of one of `kinds`, by parameter
         name: float32, on the CPU, on every rank. Every rank must call it."""
-
-    def load_state(self, step: int, read: Read) -> None:
-        """Load the state after `step` updates. Each rank reads only its own elements."""

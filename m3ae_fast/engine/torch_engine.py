@@ -28,7 +28,7 @@ from m3ae_fast.process.ranks import Ranks
 
 class TorchEngine:
     """An engine that trains with plain torch, and with DistributedDataParallel if there are several ranks; see
-    `engine.interface.Engine`."""
+    `engine.interface.ModelEngine`."""
 
     memory = ""
 

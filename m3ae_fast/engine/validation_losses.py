@@ -13,7 +13,7 @@ from m3ae_kernels.pixels import check_pixels, standardise, take_patches
 from torch import Tensor
 
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.engine.interface import Engine
+from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.model.inference import encoding
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
@@ -22,7 +22,7 @@ _EPS = 1e-7  # epsilon in the definition of RankMe
 
 
 def evaluate(
-    engine: Engine,
+    engine: ModelEngine,
     loader: Iterable[PackedBatch],
     ranks: Ranks,
     with_targets: Callable[[PackedBatch], PackedBatch],

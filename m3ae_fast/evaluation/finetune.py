@@ -25,7 +25,7 @@ from m3ae_fast.config.evaluation import FineTuneConfig
 from m3ae_fast.data import Corpus, eval_loader, lay_out
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.engine.build import make_engine
-from m3ae_fast.engine.interface import Engine
+from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.evaluation.augment import Mixing, RandAugment, mixes
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
@@ -80,6 +80,7 @@ class FineTuningTask(LabelledTask):
 
     settings: FineTuneConfig
     model: TrainableClassifier
+    engine: ModelEngine
     val: Corpus
     val_loader: DataLoader[PackedBatch]
     fixed: dict[str, Tensor]  # weights that training does not change
@@ -91,7 +92,7 @@ class FineTuningTask(LabelledTask):
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
         return (
             f"classifier, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {config.precision}, "
-            f"{kind}, optimiser: {trainer.engine.optimizer_name}, {sentence(config, trainer.schedule, trainer.step)}"
+            f"{kind}, optimiser: {self.engine.optimizer_name}, {sentence(config, trainer.schedule, trainer.step)}"
         )
 
     def is_due(self, trainer: Trainer) -> bool:
@@ -122,7 +123,7 @@ class FineTuningTask(LabelledTask):
         own: list[tuple[Predictions, tuple[Skipped, ...]]] = []
         batches = trainer.heartbeats.watch(self.val_loader, f"evaluating after step {trainer.step}")
         try:
-            with self._inference(trainer.engine, ranks.device) as infer:
+            with self._inference(ranks.device) as infer:
                 for batch in until_stopped(batches, ranks, trainer.stop):
                     assert batch.labels is not None
                     scores_SK = infer(batch.to(ranks.device)).float()
@@ -136,12 +137,12 @@ class FineTuningTask(LabelledTask):
         return self.evaluated(trainer, Predictions.joined(predictions))
 
     @contextmanager
-    def _inference(self, engine: Engine, device: torch.device) -> Iterator[Callable[[PackedBatch], Tensor]]:
+    def _inference(self, device: torch.device) -> Iterator[Callable[[PackedBatch], Tensor]]:
         """Context that yields a function from a batch to its logits, with the averaged weights if there are any."""
         if self.averaged is None:
-            yield engine.evaluate
+            yield self.engine.evaluate
             return
-        average = engine.whole(EMA)
+        average = self.engine.whole(EMA)
         for name, p in self.averaged.named_parameters():
             p.data.copy_(average[name])
         bf16 = self.settings.precision == "bf16"
@@ -154,7 +155,7 @@ class FineTuningTask(LabelledTask):
         if self.averaged is not None:
             save = partial(self.averaged.save_pretrained, folder)
         else:
-            save = partial(self.model.save_pretrained, folder, trainer.engine.whole("model") | self.fixed)
+            save = partial(self.model.save_pretrained, folder, self.engine.whole("model") | self.fixed)
         trainer.ranks.on_main(save)
 
 
@@ -187,6 +188,7 @@ def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
         settings=config,
         classes=start.classes,
         model=model,
+        engine=engine,
         val=start.val,
         val_loader=val_batches,
         fixed=fixed,

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.evaluation import EncodeConfig, LinearProbeConfig
 from m3ae_fast.engine.fragments import Fragments, cut
 from m3ae_fast.engine.interface import Read
@@ -30,8 +29,6 @@ class ProbeEngine:
     The statistics of BatchNorm are those of a whole step, as in the official code; see `Stack`.
     """
 
-    optimizer_name = "LARS"
-    memory = ""
     model: nn.Module
 
     def __init__(
@@ -63,12 +60,6 @@ class ProbeEngine:
         loss_H, right_H = self.stack.step(features_SD, labels_S, samples, lr)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         return [ClassLosses(loss_H[0], right_H[0])], norm
-
-    def evaluate(self, batch: PackedBatch) -> Tensor:
-        raise NotImplementedError("held-out features are encoded once, before the first step")
-
-    def whole(self, kind: str) -> dict[str, Tensor]:
-        raise NotImplementedError("the head is complete on every rank: read it from `model`")
 
     def fragments(self) -> Fragments:
         return cut(self._tensors(), self.ranks.rank, self.ranks.world)

@@ -17,6 +17,7 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import Config
 from m3ae_fast.data import Data
 from m3ae_fast.drawing.during_training import draw_training
+from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.validation_losses import Baselines, evaluate
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.stopping import Stopped, until_stopped
@@ -34,6 +35,7 @@ class PretrainingTask:
     """The task of pre-training an M3AE."""
 
     config: Config
+    engine: ModelEngine
     data: Data
     eval_loader: DataLoader[PackedBatch] | None
     notes: list[str]  # notes for the user, printed at the start
@@ -87,13 +89,13 @@ class PretrainingTask:
         if not trainer.to_evaluate(self.config.train.eval_every, *_LOSSES):
             return
         trainer.stop_if_diverged()
-        model = trainer.engine.model
+        model = self.engine.model
         assert isinstance(model, M3AE)
         baselines = Baselines(model, self.config.train.precision, trainer.ranks)
         batches = trainer.heartbeats.watch(loader, f"evaluating after step {trainer.step}")
         try:
             stoppable = until_stopped(batches, trainer.ranks, trainer.stop)
-            values = evaluate(trainer.engine, stoppable, trainer.ranks, trainer.add_targets, baselines)
+            values = evaluate(self.engine, stoppable, trainer.ranks, trainer.add_targets, baselines)
         except Stopped:
             trainer.cut_short()
             return
@@ -104,7 +106,7 @@ class PretrainingTask:
 
     def _first_lines(self, trainer: Trainer, attention: str) -> list[str]:
         """Return the first log lines: model, device and engine; samples and steps; learning rate."""
-        config, ranks, schedule, engine = self.config, trainer.ranks, trainer.schedule, trainer.engine
+        config, engine, ranks, schedule = self.config, self.engine, trainer.ranks, trainer.schedule
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
         precision: str = config.train.precision
         if precision == "bf16" and fast_precision(ranks.device) == "fp32":

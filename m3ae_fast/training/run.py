@@ -141,7 +141,14 @@ def set_up(
         left_out = tuple(found.info.left_out) if found.info else ()
     held_out, loader = _loaders(config, stream, preparation, found.step, session, left_out)
     probe = make_probe(config, ranks)
-    task = PretrainingTask(config=config, data=stream.data, eval_loader=held_out, notes=[*started, *notes], probe=probe)
+    task = PretrainingTask(
+        config=config,
+        engine=engine,
+        data=stream.data,
+        eval_loader=held_out,
+        notes=[*started, *notes],
+        probe=probe,
+    )
     peak = ranks.world * peak_flops(ranks.device, dtype_of(cfg.precision))
     return Trainer(
         task=task,

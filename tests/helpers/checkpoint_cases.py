@@ -31,7 +31,7 @@ from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
 from m3ae_fast.engine.fragments import Fragments, cut
-from m3ae_fast.engine.interface import Engine
+from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.optimizer import parameter_groups
 from m3ae_fast.engine.torch_engine import TorchEngine
 from m3ae_fast.process.agreement import Agreement
@@ -57,7 +57,7 @@ class Net(nn.Module):
         return Losses(out.float().square().mean()) if self.training else out.float()
 
 
-def build(zero: int | None, ranks: Ranks, seed: int) -> Engine:
+def build(zero: int | None, ranks: Ranks, seed: int) -> ModelEngine:
     """Return an engine in bf16, for which the saved weights differ from those used by matmuls from stage 1 on."""
     torch.manual_seed(seed)
     net, optim = Net(), OptimConfig()
@@ -68,11 +68,11 @@ def build(zero: int | None, ranks: Ranks, seed: int) -> Engine:
     return DeepSpeedEngine(net, groups, config, optim, torch.bfloat16, ranks, 4, 1, EMA)
 
 
-def probe(engine: Engine) -> Tensor:
+def probe(engine: ModelEngine) -> Tensor:
     return engine.evaluate(torch.linspace(-1, 1, 37)[None])
 
 
-def as_deepspeed_has_it(engine: Engine) -> dict[str, Tensor]:
+def as_deepspeed_has_it(engine: ModelEngine) -> dict[str, Tensor]:
     """Return the state according to `engine.whole`. From stage 1 on, it must equal the state according to DeepSpeed's
     own functions."""
     kinds = {kind for each in engine.kinds.values() for kind in each}
@@ -93,7 +93,7 @@ def agreement(ranks: Ranks) -> Agreement:
     return Agreement(ranks.rank, ranks.world, ranks.lasting, threading.Event())
 
 
-def copied_in_a_step(engine: Engine) -> Fragments:
+def copied_in_a_step(engine: ModelEngine) -> Fragments:
     """Return the copy of the state that is made late during a step."""
     staging, found = Staging(), []
 

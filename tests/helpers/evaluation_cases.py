@@ -18,7 +18,7 @@ import torch
 from m3ae_fast.batch import pack
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.data.loader import MicroBatches, Share
-from m3ae_fast.engine.interface import Engine
+from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.validation_losses import Baselines, evaluate
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from tests.helpers.zero_cases import LR, config_of, engine_of, samples
@@ -28,7 +28,7 @@ COUNTS = (1, 7, 12)  # numbers of samples of an evaluation: on one rank, on one 
 TRAINED = (PER_STEP, 2)  # numbers of samples of the training steps
 
 
-def batches(ranks: Ranks, engine: Engine, count: int) -> list[Any]:
+def batches(ranks: Ranks, engine: ModelEngine, count: int) -> list[Any]:
     """Return this rank's batches of `count` samples. All ranks have the same number of batches, some of which are
     empty."""
     share = Share(PER_STEP, rank=ranks.rank, world=ranks.world)

@@ -29,7 +29,7 @@ from m3ae_fast.checkpoint import resuming
 from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.config import Config, DeepSpeedConfig, ZeroConfig
 from m3ae_fast.config.messages import section_of
-from m3ae_fast.engine.interface import Engine
+from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from tests.helpers.zero_cases import config_of, engine_of, take
@@ -98,7 +98,7 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return {"zero": section.pop("zero_optimization"), **section}
 
 
-def weights(engine: Engine) -> dict[str, Tensor]:
+def weights(engine: ModelEngine) -> dict[str, Tensor]:
     """Return the weights that forward passes use."""
     import deepspeed  # takes seconds, and not every process that reads the cases requires it
 
@@ -106,7 +106,7 @@ def weights(engine: Engine) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in engine.model.named_parameters()}
 
 
-def require_saved(engine: Engine, path: Path, case: str) -> None:
+def require_saved(engine: ModelEngine, path: Path, case: str) -> None:
     saved = checkpoint.read_weights(path, average=False)
     for name, weight in weights(engine).items():
         assert torch.equal(weight, saved[name]), f"{case}: {name}"

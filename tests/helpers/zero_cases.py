@@ -24,7 +24,7 @@ from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.config import Config, load_config, parse
 from m3ae_fast.data.loader import MicroBatches
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.engine.interface import Engine
+from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.model import M3AE
 from m3ae_fast.process.ranks import Ranks, join_ranks
@@ -143,12 +143,12 @@ def samples(step: int, text: bool, native: bool = False) -> list[Sample]:
     return made
 
 
-def engine_of(ranks: Ranks, config: Config, seed: int = 0) -> Engine:
+def engine_of(ranks: Ranks, config: Config, seed: int = 0) -> ModelEngine:
     torch.manual_seed(seed)
     return build_engine(M3AE(config.model, config.loss), config, ranks)
 
 
-def take(ranks: Ranks, engine: Engine, config: Config, steps: range) -> list[tuple[float, float]]:
+def take(ranks: Ranks, engine: ModelEngine, config: Config, steps: range) -> list[tuple[float, float]]:
     """Take steps, and return the loss and the gradient norm of each, over all ranks."""
     share = split_batch(config.train, ranks.world, ranks.rank)
     geometry, found = engine.model.geometry, []
