@@ -20,11 +20,14 @@ def _modules():
 MODULES = {name.removesuffix(".__init__"): path for name, path in _modules().items()}
 
 
-def _imports(name):
-    """Return the modules of both packages that a module imports, including those that only its functions import."""
+def _imports(name, inside=False):
+    """Return the modules of both packages that a module imports, including those that only its functions
+    import; with `inside`, only the latter."""
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     found = set()
-    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+    for node in (each for part in (functions if inside else [tree]) for each in ast.walk(part)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -55,3 +58,11 @@ def test_a_layer_imports_only_the_layers_below():
 def test_every_package_has_a_layer_and_every_layer_is_a_package():
     packages = {path.parent.name for path in (ROOT / "m3ae_fast").glob("*/__init__.py")}
     assert packages == {*LAYERS} - {"m3ae_kernels"}
+
+
+def test_only_programs_import_modules_of_the_package_in_functions():
+    """Programs do, so that --help does not import torch. DeepSpeed is an optional library."""
+    programs = {"m3ae_fast", "m3ae_fast.__main__", "m3ae_fast.train"}
+    modules = [name for name in MODULES if name.startswith("m3ae_fast") and not name.startswith("m3ae_fast.cli.")]
+    found = {f"{name} -> {other}" for name in {*modules} - programs for other in _imports(name, inside=True)}
+    assert found == {"m3ae_fast.engine.build -> m3ae_fast.engine.deepspeed_engine"}

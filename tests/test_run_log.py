@@ -27,6 +27,7 @@ from m3ae_fast.data import open_data
 from m3ae_fast.evaluation.report import write_report
 from m3ae_fast.training import metrics_log, run_folder, throughput
 from m3ae_fast.training.loggers import WANDB_ID_FILE
+from m3ae_fast.training.metrics_line import MetricsLine
 from m3ae_fast.training.metrics_log import METRICS_FILE, RunLog
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.run_folder import LOCK_FILE, RunFolder
@@ -259,7 +260,9 @@ def test_loggers_get_the_pictures_of_the_report(tmp_path, monkeypatch, case):
     data = open_data(config.data, config.model)
     with RunLog(tmp_path, 0, 9, ["tensorboard", "wandb"]) as log:
         log.log(3, {"loss": 1.5})
-        PretrainingTask(config=config, data=data, eval_loader=None, notes=[], probe=None).draw(log, 3, path)
+        PretrainingTask(config=config, engine=None, data=data, eval_loader=None, notes=[], probe=None).draw(
+            log, 3, path
+        )
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["images"]) == names and {events.Images(name)[0].step for name in names} == {3}
@@ -310,36 +313,42 @@ def test_wandb_without_an_account_is_one_line(tmp_path):
 
 def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest():
     """For each rank, the sums contain its waiting time and the time of its forward passes."""
-    told, looked = [], []
     for hosts, own, wait, where in (
         (["a", "c", "b"], 0.2, 0.4, {"data_wait": "b", "forward_s": "c"}),
         (["a", "c", "b"], 0.5, 0.5, {"data_wait": "a", "forward_s": "a"}),
         (["a"] * 3, 0.2, 0.4, {}),
     ):
-        ranks = SimpleNamespace(rank=0, world=3, hosts=hosts, is_main=True, device=torch.device("cpu"))
+        ranks = SimpleNamespace(rank=0, world=3, hosts=hosts, device=torch.device("cpu"))
         ranks.sum = lambda values: [values[0] * 3, *(a + b for a, b in zip(values[1:], (0, 0.1, 0.4, 0, 0.3, 0.1)))]
-        schedule = SimpleNamespace(lr=lambda step: step / 10, steps_per_epoch=10, due=lambda *_: True)
-        log = SimpleNamespace(log=lambda step, values, where: told.append((values, where)))
-        forward = SimpleNamespace(per_step=lambda steps, own=own: own / steps)
-        loop = SimpleNamespace(
-            step=61,
-            logged=60,
-            forward=forward,
+        line = MetricsLine(
             ranks=ranks,
-            schedule=schedule,
-            log=log,
-            start=11,
-            settings=SimpleNamespace(log_every=1),
+            throughput=SimpleNamespace(rates=lambda own=own: {"data_wait": own}),
+            forward=SimpleNamespace(per_step=lambda steps, own=own: own * 2 / steps),
             not_computed=(),
-            bad=SimpleNamespace(bad=0),
+            logged=59,
         )
-        loop.throughput = SimpleNamespace(rates=lambda own=own: {"data_wait": own})
-        loop.growth = SimpleNamespace(check=lambda steps, _: looked.append(steps))
-        Trainer.log_step(loop, [PackedLosses(torch.tensor(2.0))], torch.tensor(1.0))
-        values, named = told[-1]
+        values, named = line.after(61, [PackedLosses(torch.tensor(2.0))], torch.tensor(1.0), 0.1, 6.1, 4)
         assert (values["loss"], values["data_wait"], values["forward_s"], named) == (2.0, wait, max(own, 0.3), where)
-        assert (values["lr"], values["epoch"]) == (6.0, 6.1)  # the learning rate of the step that was just taken
-        assert loop.logged == 61 and looked[-1] == 50  # number of steps in this attempt
+        assert (values["lr"], values["epoch"], values["skipped"], line.logged) == (0.1, 6.1, 4, 61)
+
+
+def test_a_line_has_the_rate_of_its_step_and_growing_memory_is_noted():
+    """The growth is counted from the first step of this attempt."""
+    told, looked = [], []
+    trainer = SimpleNamespace(
+        step=61,
+        start=11,
+        schedule=SimpleNamespace(lr=lambda step: step / 10, steps_per_epoch=10, due=lambda *_: True),
+        settings=SimpleNamespace(log_every=1),
+        bad=SimpleNamespace(bad=0),
+        line=SimpleNamespace(after=lambda *values: ({"peak_memory_gb": 3.0, "values": values}, {})),
+        growth=SimpleNamespace(check=lambda steps, memory: looked.append((steps, memory)) or "it grows"),
+        log=SimpleNamespace(log=lambda *line: told.append(line), say=told.append),
+    )
+    Trainer.log_step(trainer, ["losses"], "norm")
+    (step, values, _), note = told
+    assert step == 61 and values["values"] == (61, ["losses"], "norm", 6.0, 6.1, 0)
+    assert looked == [(50, 3.0)] and note == "note: it grows"
 
 
 def test_forward_passes_of_training_are_timed(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.status import CODES, main
-from m3ae_fast.process.failures import rank_lost
+from m3ae_fast.process.failures import explain, rank_lost
 from m3ae_fast.training import run_state
 from m3ae_fast.training.run_folder import RunFolder
 from m3ae_fast.training.run_state import Recorder, status
@@ -19,7 +19,7 @@ from tests.helpers.trainer import ROOT
 def recorded(folder, steps, error=None, reason=""):
     """Record a run of ten steps that ends after `steps` of them."""
     recorder = Recorder(folder, 10)
-    with recorder.ending(lambda: steps, lambda: reason):
+    with recorder.ending(lambda: steps, lambda: reason, explain):
         recorder.begin(0)
         if error:
             raise error
@@ -61,7 +61,7 @@ def test_a_run_has_the_steps_to_which_it_was_changed(tmp_path):
     recorder = Recorder(tmp_path, 10)
     recorder.change(0, 20)
     assert not (tmp_path / "status.json").exists()  # nothing is recorded before the first step
-    with recorder.ending(lambda: 20, str):
+    with recorder.ending(lambda: 20, str, explain):
         recorder.begin(0)
         recorder.change(5, 30)
         assert "step 5 of 30" in status(tmp_path)[1]
@@ -88,7 +88,7 @@ def test_a_run_that_ends_or_begins_while_its_record_is_read_has_not_failed(tmp_p
 
 
 def test_nothing_is_recorded_before_a_step(tmp_path):
-    with Recorder(tmp_path / "run", 10).ending(lambda: 0, str):
+    with Recorder(tmp_path / "run", 10).ending(lambda: 0, str, explain):
         pass
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="no run has taken a step there"):

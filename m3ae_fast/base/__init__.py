@@ -1,1 +1,1 @@
-"""Foundations that all other packages use: errors, files, progress, the environment, the hardware."""
+"""Foundations that all other packages use: errors, files, progress, random numbers, the environment, the hardware."""

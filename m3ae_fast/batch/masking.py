@@ -1,10 +1,15 @@
-"""Random masks of tokens. `data/dataset.py` draws the masks of a sample, with the ratios of `masking` in the config."""
+"""Random masks of tokens, with the ratios of the section `masking` of the config."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from m3ae_fast.base.randomness import Purpose, RandomStreams
+from m3ae_fast.config import MaskingConfig
+
+UNMASKED = MaskingConfig(image_ratio=0, text_ratio=0)
 
 
 def kept(length: int, ratio: float) -> int:
@@ -31,3 +36,43 @@ def draw_predicted(mask: Tensor, fraction: float, generator: torch.Generator | N
     predicted = np.zeros(len(mask), dtype=bool)
     predicted[masked[noise.argsort()[:wanted]]] = True
     return torch.from_numpy(predicted)
+
+
+class MaskSampler:
+    """A sampler of the masks of samples and of the masked tokens that are predicted.
+
+    Its results depend only on the seed and on the key of a sample. If `masking.per` is "batch", the mask of patches
+    depends on the number of the step in place of the key.
+    """
+
+    def __init__(self, config: MaskingConfig, seed: int) -> None:
+        self.config, self._streams = config, RandomStreams(seed)
+
+    def image_and_text(self, patches: int, text_length: int, key: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
+        """Sample the masks of the patches and of the text tokens of a sample. As in the official code, the mask of the
+        text covers the maximum length, and continues the random numbers of that of the patches."""
+        generator = self._image_stream(key, step)
+        image_mask = draw_mask(patches, self.config.image_ratio, generator)
+        return image_mask, draw_mask(text_length, self.config.text_ratio, generator)
+
+    def image(self, patches: int, key: tuple[int, ...], step: int) -> Tensor:
+        """Sample the mask of the patches alone. It equals that of `image_and_text`."""
+        return draw_mask(patches, self.config.image_ratio, self._image_stream(key, step))
+
+    def predicted_patches(self, mask: Tensor | None, key: tuple[int, ...]) -> Tensor | None:
+        """Sample the masked patches that are predicted in training. Return None if all of them are predicted."""
+        return self._predicted(mask, self.config.image_predicted, Purpose.PREDICTED_PATCHES, key)
+
+    def predicted_tokens(self, mask: Tensor | None, key: tuple[int, ...]) -> Tensor | None:
+        """Sample the masked text tokens that are predicted in training. Return None if all of them are predicted."""
+        return self._predicted(mask, self.config.text_predicted, Purpose.PREDICTED_TOKENS, key)
+
+    def _image_stream(self, key: tuple[int, ...], step: int) -> torch.Generator:
+        if self.config.per == "sample":
+            return self._streams.generator(Purpose.MASK, *key)
+        return self._streams.generator(Purpose.BATCH_MASK, step)
+
+    def _predicted(self, mask: Tensor | None, fraction: float, purpose: Purpose, key: tuple[int, ...]) -> Tensor | None:
+        if mask is None or fraction == 1:
+            return None
+        return draw_predicted(mask, fraction, self._streams.generator(purpose, *key))

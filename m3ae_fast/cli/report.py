@@ -11,7 +11,6 @@ from pathlib import Path
 
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import output, program
-from m3ae_fast.evaluation.report import REPORT_FILE, write_report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="a run folder; further ones are added to its tables and curves",
     )
-    parser.add_argument("--out", type=output(".html"), help=f"output file (default: RUN/{REPORT_FILE})")
+    parser.add_argument("--out", type=output(".html"), help="output file (default: RUN/report.html)")
     parser.add_argument(
         "--results",
         nargs="+",
@@ -33,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         help="folders outside RUN that contain a result.json",
     )
     args = parser.parse_args(argv)
+    from m3ae_fast.evaluation.report import REPORT_FILE, write_report
+
     run, *others = args.runs
     out = args.out or run / REPORT_FILE
     write_report(run, out, args.results, others)

@@ -19,21 +19,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from m3ae_fast.base.bad_samples import BadSample, Skipped
-from m3ae_fast.batch.masking import draw_mask, draw_predicted
+from m3ae_fast.base.randomness import Purpose, RandomStreams
+from m3ae_fast.batch.masking import MaskSampler
 from m3ae_fast.batch.packing import Geometry, Sample
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.data.corpus import Corpus
-from m3ae_fast.data.order import FileOrder, Order, Place, hash64
+from m3ae_fast.data.order import FileOrder, Order, Place
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.images.crops import random_crop, whole_view
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.images.normalisation import model_input
 from m3ae_fast.vqgan.model import VQGAN
-
-UNMASKED = MaskingConfig(image_ratio=0, text_ratio=0)
-# Each purpose of random numbers has its own number, so that no two purposes share a random stream.
-_CROP, _MASK, _BATCH_MASK, _TRANSFORM, _FORWARD, _PREDICTED_PATCHES, _PREDICTED_TOKENS = range(7)
 
 # maps an image, uint8 [C, H, W], and a seed to an image of the same shape; all randomness comes from the seed
 Transform = Callable[[Tensor, int], Tensor]
@@ -91,8 +88,8 @@ class Samples(Dataset[Sample | Skipped]):
 
     def __post_init__(self) -> None:
         self._readers = [Reader(source, self.corpus.store) for source in self.corpus.sources]
-        self._generator = torch.Generator()
-        geometry = self.preparation.geometry
+        geometry, seed = self.preparation.geometry, self.preparation.seed
+        self._streams, self._masks = RandomStreams(seed), MaskSampler(self.preparation.masking, seed)
         self._smaller = [(end, replace(geometry, image_size=size)) for end, size in self.preparation.smaller]
 
     def __getitem__(self, position: int) -> Sample | Skipped:
@@ -128,7 +125,9 @@ class Samples(Dataset[Sample | Skipped]):
         source, views = reader.source, [position % self.repeats for position in positions]
         samples = []
         for position, view in zip(positions, views):
-            image_mask, text_mask = self._masks(_key(place, view), position)
+            key_of_view = _key(place, view)
+            patches, text_length = self._geometry(position).patches_per_image, self.preparation.geometry.text_length
+            image_mask, text_mask = self._masks.image_and_text(patches, text_length, key_of_view, self._step(position))
             sample = Sample(
                 f"{name}/{key}",
                 tokens=tokens,
@@ -136,12 +135,12 @@ class Samples(Dataset[Sample | Skipped]):
                 text_mask=None if tokens is None else text_mask[: len(tokens)].clone(),
                 label=None if source.labels is None else int(source.labels[place.sample]),
                 loss_weight=source.loss_weight,
-                draw=hash64(self.preparation.seed, _FORWARD, *_key(place, view)) >> 33,
+                draw=self._streams.seed(Purpose.FORWARD, *key_of_view) >> 33,
                 position=position,
                 image_ids=ids,
             )
-            fraction = self.preparation.masking.text_predicted
-            sample.text_predicted = self._predicted(sample.text_mask, fraction, (_PREDICTED_TOKENS, *_key(place, view)))
+            if self.augment is not None:
+                sample.text_predicted = self._masks.predicted_tokens(sample.text_mask, key_of_view)
             samples.append(sample)
         return _Draft(samples, views, image, place, partial(Skipped, name, key))
 
@@ -164,9 +163,9 @@ class Samples(Dataset[Sample | Skipped]):
             sample.image = model_input(image_CSS, geometry.image_mean, geometry.image_std)
             if geometry.native is not None:
                 rows, columns = geometry.grid(sample.image)
-                sample.image_mask = self._image_mask(rows * columns, key, sample.position // self.positions_per_mask)
-            fraction = self.preparation.masking.image_predicted
-            sample.image_predicted = self._predicted(sample.image_mask, fraction, (_PREDICTED_PATCHES, *key))
+                sample.image_mask = self._masks.image(rows * columns, key, self._step(sample.position))
+            if self.augment is not None:
+                sample.image_predicted = self._masks.predicted_patches(sample.image_mask, key)
         return draft.samples
 
     def _tokens(self, caption: str) -> Tensor:
@@ -192,6 +191,10 @@ class Samples(Dataset[Sample | Skipped]):
             for sample, ids in zip(samples, vqgan.encode(images)):
                 sample.image_ids = ids
 
+    def _step(self, position: int) -> int:
+        """Return the number of the step that a position belongs to."""
+        return position // self.positions_per_mask
+
     def _geometry(self, position: int) -> Geometry:
         """Return the geometry of the step that a position belongs to. The first steps may use smaller images."""
         if self.augment is not None:
@@ -206,33 +209,8 @@ class Samples(Dataset[Sample | Skipped]):
             return image  # the stored ids belong to this crop
         if self.augment is None:
             return whole_view(image, frame)
-        generator = self._seeded(_CROP, *key)
+        generator = self._streams.generator(Purpose.CROP, *key)
         return random_crop(image, frame, self.augment.crop_scale, self.augment.flip, generator)
 
     def _transform(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
-        return self.transform(image, hash64(self.preparation.seed, _TRANSFORM, *key)) if self.transform else image
-
-    def _masks(self, key: tuple[int, ...], position: int) -> tuple[Tensor, Tensor]:
-        """Sample the masks of patches and of text tokens. The text mask covers the whole text length, as in the
-        official code."""
-        geometry, masking = self._geometry(position), self.preparation.masking
-        image_mask = self._image_mask(geometry.patches_per_image, key, position // self.positions_per_mask)
-        return image_mask, draw_mask(geometry.text_length, masking.text_ratio, self._generator)
-
-    def _image_mask(self, patches: int, key: tuple[int, ...], batch: int) -> Tensor:
-        """Sample the mask of an image with this number of patches, without affecting the random numbers for the
-        text."""
-        masking = self.preparation.masking
-        generator = self._seeded(_MASK, *key) if masking.per == "sample" else self._seeded(_BATCH_MASK, batch)
-        return draw_mask(patches, masking.image_ratio, generator)
-
-    def _predicted(self, mask: Tensor | None, fraction: float, key: tuple[int, ...]) -> Tensor | None:
-        """Sample the masked tokens that are predicted in training. Return None if all of them are predicted, as in an
-        evaluation."""
-        if mask is None or fraction == 1 or self.augment is None:
-            return None
-        return draw_predicted(mask, fraction, self._seeded(*key))
-
-    def _seeded(self, *key: int) -> torch.Generator:
-        # torch's generator uses only 32 bits of a seed
-        return self._generator.manual_seed(hash64(self.preparation.seed, *key) & 0xFFFFFFFF)
+        return self.transform(image, self._streams.seed(Purpose.TRANSFORM, *key)) if self.transform else image

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from m3ae_fast.base.randomness import hash64
+
 BLOCK = 1000  # number of positions after which the proportions of the sources are exact
 LANE_BLOCK = 32  # the same number for several lanes: smaller, because the rounding errors of lanes average out
-_MASK = (1 << 64) - 1
 _STAGGER = -1  # key of the random number for the first window, in place of a window's number
 
 
@@ -30,17 +31,6 @@ class Place(NamedTuple):
     source: int
     epoch: int
     sample: int
-
-
-def hash64(*parts: int) -> int:
-    """Return a 64-bit hash of integers (splitmix64, Steele et al. 2014, chained)."""
-    value = 0
-    for part in parts:
-        value = ((value ^ (part & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-        value ^= value >> 31
-    return value
 
 
 def permutation(length: int, *key: int) -> np.ndarray:

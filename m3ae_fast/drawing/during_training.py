@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, Preparation, eval_samples
-from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.drawing.attention import draw_attention
 from m3ae_fast.drawing.reconstructions import draw_run, open_weights
 

@@ -18,12 +18,13 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import pins_memory
 from m3ae_fast.base.parquet import write_parquet
 from m3ae_fast.base.progress import TimeLeft, duration
+from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.data import Corpus, Layout, Preparation, ShardStore, Share, open_corpus, samples_of, train_loader
-from m3ae_fast.data.dataset import UNMASKED, Transform
+from m3ae_fast.data.dataset import Transform
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.drawing.figures import BLACK, Cell, Colour, levels
 from m3ae_fast.evaluation.encoding import PassMonitor, Reduce, encode_corpus

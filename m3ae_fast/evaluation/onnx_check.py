@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.base.progress import track
+from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.data import Corpus, Preparation, ShardStore, Share, eval_loader, open_corpus
-from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.evaluation.encoding import check_skipped
 from m3ae_fast.evaluation.feature_bank import FeatureBank

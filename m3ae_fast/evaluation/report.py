@@ -7,20 +7,19 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from m3ae_fast import checkpoint
 from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, draw_charts
+from m3ae_fast.evaluation.difference import in_words
 from m3ae_fast.evaluation.significance import ERROR, standard_error
 from m3ae_fast.training.diagnostics import Metrics, diagnose, verdict
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run_state import status
 from m3ae_fast.weights.model_name import PIXELS, RANDOM
-
-if TYPE_CHECKING:  # torch is imported only where it is used, so that --help is fast
-    from m3ae_fast import checkpoint
 
 REPORT_FILE = "report.html"
 _BASELINES = {RANDOM: "random weights", PIXELS: "downscaled pixels"}  # display names, by the prefix of the model's name
@@ -50,8 +49,6 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Seq
     Raises:
         UserError: a run has no metrics, a file is damaged, or `out` cannot be written.
     """
-    from m3ae_fast import checkpoint
-
     runs = {str(folder): read_metrics(folder) for folder in (run, *others)}
     found = read_results([run, *others, *results])
     saved = checkpoint.saved_steps(run)
@@ -106,8 +103,6 @@ def _head(run: Path, metrics: Metrics, named: bool) -> str:
         state = f"step {metrics[-1]['step']:,}"
     words = f"{run}: {state}" if named else state
     lines = [f"<p>{escape(_sentence(words, verdict(metrics)))}</p>"]
-    from m3ae_fast import checkpoint
-
     saved = checkpoint.saved_steps(run)
     unusual = diagnose(metrics, checkpoint.read_info(saved[-1]).config if saved else None)
     for diagnostic in unusual:
@@ -160,8 +155,6 @@ def _model(path: Path, result: dict[str, Any]) -> str:
 def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
     """Yield, for each result with predictions, an HTML paragraph that states whether it differs significantly from the
     baselines of the same task and from the largest class, and a warning if there is one."""
-    from m3ae_fast.evaluation.difference import in_words
-
     for path, result in found:
         task, model = result.get("task"), str(result.get("model"))
         if "verdict" not in result or model.startswith((*_BASELINES,)):

@@ -18,12 +18,12 @@ from torch import Tensor
 from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import TimeLeft, track
+from m3ae_fast.base.randomness import seed32
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.evaluation import RobustnessConfig
 from m3ae_fast.data import Corpus, Share, eval_loader, eval_samples
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
-from m3ae_fast.data.order import hash64
 from m3ae_fast.drawing.figures import Cell, draw_attack, draw_sheet
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.corruptions import PROCEDURAL, Corruption
@@ -278,7 +278,7 @@ def _start(batch: PackedBatch, seed: int) -> Tensor:
     generator = torch.Generator()
     starts = []
     for key, (rows, columns) in zip(batch.keys, batch.grids):
-        generator.manual_seed(hash64(seed, crc32(key_digest(key))) & 0xFFFFFFFF)
+        generator.manual_seed(seed32(seed, crc32(key_digest(key))))
         own = 1 if len(batch.images) == len(batch.keys) else rows * columns  # native images are stored as patches
         starts.append(torch.rand(own, *batch.images.shape[1:], generator=generator) * 2 - 1)
     return torch.cat(starts)

@@ -11,9 +11,9 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
+from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
-from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.harmless_sources import require_harmless
 from m3ae_fast.data.labels import class_names, keep_classes, label_corpus
 from m3ae_fast.drawing.attention import HeadChoice, draw_attention, draw_patch_attention

@@ -25,9 +25,9 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import chosen_device
+from m3ae_fast.base.randomness import seed32
 from m3ae_fast.config import Range
 from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, index_shards
-from m3ae_fast.data.order import hash64
 from m3ae_fast.data.reader import IDS_DTYPE
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.images.crops import centre_crop, random_crop
@@ -139,7 +139,7 @@ class Crops(Records):
         if self.views is None:
             crop = centre_crop(image, self.size)
         else:
-            generator = torch.Generator().manual_seed(hash64(self.seed, shard, row, view) & 0xFFFFFFFF)
+            generator = torch.Generator().manual_seed(seed32(self.seed, shard, row, view))
             crop = random_crop(image, self.size, self.scale, self.flip, generator)
         data = jpeg(crop, QUALITY)
         return decode_image(data, 3), data, others

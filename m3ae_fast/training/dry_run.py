@@ -77,70 +77,106 @@ def report(
         raise UserError(
             f"--sizes {sizes}: can be used only with model.resize=native, because square images all have the same size"
         )
-    with torch.device("meta"):
-        model = M3AE(config.model, config.loss)
-    parameters = sum(p.numel() for p in model.parameters())
-    grids = None if sizes is None else _grids(model, sizes)
-    batch = typical_batch(config, model, grids)
-    world = world or max(config.train.global_batch // (config.train.micro_batch or config.train.global_batch), 1)
-    share = split_batch(config.train, world)
-    micro, accumulation = share.micro_batch, share.accumulation
-    console = Console(highlight=False, soft_wrap=True)
-    official = reference_flops(config.model, config.masking)
-    full = executed_flops(config.model, batch) / len(batch.keys)
-    ours = _mean_flops(config, full)
-    peaks = data_sheet("H100")
-    assert peaks is not None
-    rate = UTILISATION * peaks.flops / ours  # samples per second of an H100
-    gpu = (
-        f"an H100, {peaks.flops / 1e12:,.0f} TFLOP/s according to its data sheet, at an assumed utilisation of "
-        f"{UTILISATION:.0%}"
-    )
-    unit = "GPUs" if gpus else "rank" if world == 1 else "ranks"
-    square = ", of a square image" if config.model.resize == "native" else ""
-    lines = [
-        ("parameters", f"{parameters:,}"),
-        ("FLOPs per sample", f"{official / 1e9:,.1f} G forward and backward in the official code{square}"),
-        ("", f"{full / 1e9:,.1f} G in this engine, for a caption of {caption_tokens(config)} tokens"),
-        *([("", f"{ours / 1e9:,.1f} G on average, with train.image_sizes")] if config.train.image_sizes else []),
-        (
-            "batch",
-            f"{config.train.global_batch} = {world} {unit} x {micro} samples x {accumulation} accumulated"
-            + (" at most" if micro * world * accumulation != config.train.global_batch else "")
-            + (" (train.micro_batch is a maximum)" if micro != (config.train.micro_batch or micro) else ""),
-        ),
-        *([] if grids is None else _images(batch, micro)),
-    ]
+    needs = _Needs(config, world, sizes)
+    lines = [*_flops_lines(needs), _batch_line(needs, gpus)]
+    if sizes is not None:
+        lines += _images(needs.batch, needs.share.micro_batch)
     if gpus:
-        lines += [
-            ("GPU", gpu),
-            ("network", _network(config, parameters, world, accumulation, rate)),
-            ("step", _step(config, model, world, rate, peaks)),
-            ("loader", _loader(rate)),
-        ]
+        lines += _gpu_lines(needs)
     if data:
-        with working("opening the data"):
-            found = open_data(config.data, config.model, progress=True)
-        schedule = Schedule(config.train, config.optim, found.train.samples * config.data.repeats)
-        held_out = f", {found.val.samples:,} held out" if found.val else ""
-        lines.append(("data", f"{found.train.samples:,} samples{held_out}; {schedule.total_steps:,} steps"))
-        lines += _fetching(config, found.train, world, rate) if gpus else []
-    activations = micro * activation_bytes(config, batch) / len(batch.keys)
-    matrices = matrix_elements(config, model)
+        lines += _data_lines(needs, gpus)
     if not gpus:
         stage = config.zero.stage if config.zero else 0
-        memory = sum(zero_bytes(parameters, stage, world, in_bf16(config), matrices))
-        lines.append(("memory", f"{(memory + activations) / 1e9:,.3g} GB per rank, an estimate"))
+        memory = sum(zero_bytes(needs.parameters, stage, needs.world, in_bf16(config), needs.matrices))
+        lines.append(("memory", f"{(memory + needs.activations) / 1e9:,.3g} GB per rank, an estimate"))
     if not (gpus or data):
         lines.append(("time", "not measured without data; --world N plans a run on N GPUs elsewhere"))
+    console = Console(highlight=False, soft_wrap=True)
     for name, text in [*lines, *more]:
         console.print(f"{name:21} {text}")
-    if not gpus:
-        return
-    console.print(_memory_table(config, parameters, world, activations, matrices))
+    if gpus:
+        _print_memory(console, needs)
+
+
+class _Needs:
+    """The FLOPs, the throughput of an H100 and the memory that follow from a config."""
+
+    def __init__(self, config: Config, world: int | None, sizes: Path | None) -> None:
+        """Compute them. Arguments and errors as in `report`."""
+        with torch.device("meta"):
+            self.model = M3AE(config.model, config.loss)
+        self.config = config
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.batch = typical_batch(config, self.model, None if sizes is None else _grids(self.model, sizes))
+        one_step = config.train.global_batch // (config.train.micro_batch or config.train.global_batch)
+        self.world = world or max(one_step, 1)
+        self.share = split_batch(config.train, self.world)
+        samples = len(self.batch.keys)
+        self.flops = executed_flops(config.model, self.batch) / samples  # per sample with an image of full size
+        self.mean_flops = _mean_flops(config, self.flops)  # per sample, over the run
+        peaks = data_sheet("H100")
+        assert peaks is not None
+        self.peaks = peaks
+        self.rate = UTILISATION * peaks.flops / self.mean_flops  # samples per second of an H100
+        self.activations = self.share.micro_batch * activation_bytes(config, self.batch) / samples  # bytes per rank
+        self.matrices = matrix_elements(config, self.model)
+
+
+def _flops_lines(needs: _Needs) -> list[tuple[str, str]]:
+    config = needs.config
+    official = reference_flops(config.model, config.masking)
+    square = ", of a square image" if config.model.resize == "native" else ""
+    lines = [
+        ("parameters", f"{needs.parameters:,}"),
+        ("FLOPs per sample", f"{official / 1e9:,.1f} G forward and backward in the official code{square}"),
+        ("", f"{needs.flops / 1e9:,.1f} G in this engine, for a caption of {caption_tokens(config)} tokens"),
+    ]
+    if config.train.image_sizes:
+        lines.append(("", f"{needs.mean_flops / 1e9:,.1f} G on average, with train.image_sizes"))
+    return lines
+
+
+def _batch_line(needs: _Needs, gpus: bool) -> tuple[str, str]:
+    train, world = needs.config.train, needs.world
+    micro, accumulation = needs.share.micro_batch, needs.share.accumulation
+    unit = "GPUs" if gpus else "rank" if world == 1 else "ranks"
+    text = f"{train.global_batch} = {world} {unit} x {micro} samples x {accumulation} accumulated"
+    if micro * world * accumulation != train.global_batch:
+        text += " at most"
+    if micro != (train.micro_batch or micro):
+        text += " (train.micro_batch is a maximum)"
+    return "batch", text
+
+
+def _gpu_lines(needs: _Needs) -> list[tuple[str, str]]:
+    config, world, rate = needs.config, needs.world, needs.rate
+    sheet = f"{needs.peaks.flops / 1e12:,.0f} TFLOP/s according to its data sheet"
+    return [
+        ("GPU", f"an H100, {sheet}, at an assumed utilisation of {UTILISATION:.0%}"),
+        ("network", _network(config, needs.parameters, world, needs.share.accumulation, rate)),
+        ("step", _step(config, needs.model, world, rate, needs.peaks)),
+        ("loader", _loader(rate)),
+    ]
+
+
+def _data_lines(needs: _Needs, gpus: bool) -> list[tuple[str, str]]:
+    """Open the data, and return lines about it."""
+    config = needs.config
+    with working("opening the data"):
+        found = open_data(config.data, config.model, progress=True)
+    schedule = Schedule(config.train, config.optim, found.train.samples * config.data.repeats)
+    held_out = f", {found.val.samples:,} held out" if found.val else ""
+    lines = [("data", f"{found.train.samples:,} samples{held_out}; {schedule.total_steps:,} steps")]
+    return lines + (_fetching(config, found.train, needs.world, needs.rate) if gpus else [])
+
+
+def _print_memory(console: Console, needs: _Needs) -> None:
+    """Print the memory per GPU for each ZeRO stage."""
+    console.print(_memory_table(needs.config, needs.parameters, needs.world, needs.activations, needs.matrices))
     console.print("activations are an estimate: what autograd saves for each block, in the run's precision")
-    if recomputes(config.train):
-        fraction = (6 + config.model.mlp_ratio) / (8 + 2 * config.model.mlp_ratio)
+    if recomputes(needs.config.train):
+        mlp_ratio = needs.config.model.mlp_ratio
+        fraction = (6 + mlp_ratio) / (8 + 2 * mlp_ratio)
         console.print(
             f"on a GPU without enough memory for them, {fraction:.0%} are kept, and the outputs of GELU and LayerNorm "
             "are recomputed"

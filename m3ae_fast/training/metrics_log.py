@@ -1,6 +1,7 @@
 """The log of a run, written by the main rank: a progress bar, metrics.jsonl, and loggers such as TensorBoard.
 
-The values that a step logs are put together in `Trainer.log_step`."""
+The values of a line are put together in `metrics_line.py`.
+"""
 
 from __future__ import annotations
 

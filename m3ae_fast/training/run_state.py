@@ -49,18 +49,20 @@ class Recorder:
                 self._write(RUNNING, step)
 
     @contextmanager
-    def ending(self, step: Callable[[], int], reason: Callable[[], str]) -> Iterator[None]:
-        """Context that records how a started run ends: the step, and the `reason` if it was stopped. If the disk is
-        full, the record is unchanged."""
+    def ending(
+        self, step: Callable[[], int], reason: Callable[[], str], explain: Callable[[BaseException], UserError | None]
+    ) -> Iterator[None]:
+        """Context that records how a started run ends: the step, and the `reason` if it was stopped, or the text of the
+        error. If the disk is full, the record is unchanged.
+
+        `explain`: returns an error as a UserError, None for a bug.
+        """
         state, why = FAILED, ""
         try:
             yield
             state = FINISHED if step() >= self._total else STOPPED
             why = reason() if state == STOPPED else ""
         except BaseException as error:
-            # imported here because it imports torch, which `status` does not need
-            from m3ae_fast.process.failures import explain
-
             why = " ".join(str(explain(error) or error).split()) or type(error).__name__
             raise
         finally:

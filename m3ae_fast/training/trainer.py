@@ -14,20 +14,21 @@ from torch import Tensor
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.bad_samples import NAMED, BadSamples, Skipped
-from m3ae_fast.base.hardware import peak_memory
+from m3ae_fast.base.randomness import seed32
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.saver import Saver
 from m3ae_fast.config import LoopConfig, RunConfig
 from m3ae_fast.data import Share
-from m3ae_fast.data.order import hash64
 from m3ae_fast.engine.feed import StepInput, feed
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
+from m3ae_fast.process.failures import explain
 from m3ae_fast.process.garbage_collection import GarbageCollection
 from m3ae_fast.process.session import Session
 from m3ae_fast.process.stop_request import BY_ANOTHER
 from m3ae_fast.training.early_stopping import EarlyStopping
 from m3ae_fast.training.loss_watch import LAG, Diverged, LossWatch, Spikes
+from m3ae_fast.training.metrics_line import MetricsLine
 from m3ae_fast.training.metrics_log import RunLog, SilentLog
 from m3ae_fast.training.notices import MemoryGrowth
 from m3ae_fast.training.profiler import profiler
@@ -98,7 +99,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.heartbeats, _ = self.session
-        self.step = self.logged = self.start  # optimiser steps so far, and the last logged step
+        self.step = self.start  # optimiser steps so far
         self._batch = batch_of(self.start, self.left_out)  # the next batch of the stream
         self.log: RunLog = SilentLog()
         if self.ranks.is_main:
@@ -184,7 +185,7 @@ class Trainer:
         gradient norm."""
         self.heartbeats.mark(f"step {self.step + 1}")
         if self.seeds_steps:  # the random numbers depend only on the seed, the step and the rank
-            torch.manual_seed(hash64(self.run.seed, self.step, self.ranks.rank) & 0xFFFFFFFF)
+            torch.manual_seed(seed32(self.run.seed, self.step, self.ranks.rank))
         batches = [self.add_targets(batch) for batch in inputs.device]
         losses, grad_norm = self.engine.step(
             batches, counts.denominators(self.ranks.world), self.schedule.lr(self.step)
@@ -239,26 +240,10 @@ class Trainer:
         """Log the current step if that is due."""
         if self.step != 1 and not self.schedule.due(self.step, self.settings.log_every):
             return
-        world, rates = self.ranks.world, self.throughput.rates()
-        own = [sum(values).item() for values in zip(*losses)]  # waits for the GPU
-        forward = self.forward.per_step(self.step - self.logged)
-        self.logged = self.step
-        by_rank = [0.0] * 2 * world
-        by_rank[self.ranks.rank :: world] = rates["data_wait"], forward
-        sums = self.ranks.sum([*own, *by_rank])
-        if not self.ranks.is_main:
-            return
-        means = zip(losses[0]._fields, sums)
-        values = {name: value / world for name, value in means if not name.startswith(self.not_computed)}
-        values |= {"lr": self.schedule.lr(self.step - 1), "grad_norm": float(grad_norm)}
-        values |= {"epoch": self.step / self.schedule.steps_per_epoch, **rates}
-        where: dict[str, str] = {}
-        for name, each in (("data_wait", sums[-2 * world : -world]), ("forward_s", sums[-world:])):
-            values[name] = max(each)
-            where |= {name: self.ranks.hosts[each.index(values[name])]} if len(set(self.ranks.hosts)) > 1 else {}
-        memory = peak_memory(self.ranks.device) / 1e9
-        self.log.log(self.step, values | {"peak_memory_gb": memory, "skipped": self.bad.bad}, where)
-        if grown := self.growth.check(self.step - self.start, memory):
+        lr, epoch = self.schedule.lr(self.step - 1), self.step / self.schedule.steps_per_epoch
+        values, where = self.line.after(self.step, losses, grad_norm, lr, epoch, self.bad.bad)
+        self.log.log(self.step, values, where)
+        if grown := self.growth.check(self.step - self.start, values["peak_memory_gb"]):
             self.log.say(f"note: {grown}")
 
     # What tasks call
@@ -309,12 +294,18 @@ class Trainer:
 
     def _ending(self) -> AbstractContextManager[None]:
         """Return a context that records how the run ends."""
-        return self.record.ending(lambda: self.step, lambda: self.stop.reason or BY_ANOTHER)
+        return self.record.ending(lambda: self.step, lambda: self.stop.reason or BY_ANOTHER, explain)
 
     def _begin(self) -> None:
         """Before the first step, set aside the output that an earlier attempt wrote after this step, and start the
         timer."""
-        self.forward = ForwardTime(self.engine.model, self.ranks.device)
+        self.line = MetricsLine(
+            ranks=self.ranks,
+            throughput=self.throughput,
+            forward=ForwardTime(self.engine.model, self.ranks.device),
+            not_computed=self.not_computed,
+            logged=self.start,
+        )
 
         def begin() -> None:
             self.log.begin()

@@ -7,13 +7,20 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from m3ae_fast.base.errors import UserError
-
-if TYPE_CHECKING:  # torch is imported only where it is used, so that --help is fast
-    from m3ae_fast.model.pretrained import Pretrained
-    from m3ae_fast.weights.open_model import SavedRun
+from m3ae_fast.base.output_folder import CONFIG_FILE
+from m3ae_fast.data.shards import is_remote
+from m3ae_fast.model.card import model_card
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.pretrained import Pretrained, check_weights, read_pretrained, write_pretrained
+from m3ae_fast.training.metrics_log import read_metrics
+from m3ae_fast.weights.onnx_model import write_onnx
+from m3ae_fast.weights.open_model import SavedRun, is_run, run_weights, saved_run
+from m3ae_fast.weights.timm_model import write_timm
 
 # sections of the config that the card shows; the other sections contain local paths
 _SHOWN = ("masking", "loss", "optim", "train")
@@ -42,11 +49,6 @@ def write_export(
     Raises:
         UserError: there is no checkpoint, it is damaged, or `out` cannot be written.
     """
-    from m3ae_fast.base.output_folder import CONFIG_FILE
-    from m3ae_fast.model.card import model_card
-    from m3ae_fast.model.pretrained import write_pretrained
-    from m3ae_fast.weights.open_model import is_run, run_weights, saved_run
-
     if not is_run(Path(run)) and (Path(run) / CONFIG_FILE).is_file():
         found, about = _read_export(run), ""
     else:
@@ -57,13 +59,9 @@ def write_export(
         square = f"it takes square images of {size} x {size} pixels; images of other shapes need format m3ae"
         found = replace(found, notes=(*found.notes, square))
     if format == "onnx":
-        from m3ae_fast.weights.onnx_model import write_onnx
-
         files = write_onnx(out, found.config, found.state)
         return replace(found, notes=(*found.notes, *map(str, files)))
     if format == "timm":
-        from m3ae_fast.weights.timm_model import write_timm
-
         write_timm(out, found.config, found.state)
     else:
         card = model_card(name or Path(out).resolve().name, found.config, about)
@@ -72,11 +70,6 @@ def write_export(
 
 
 def _read_export(folder: str | Path) -> Pretrained:
-    import torch
-
-    from m3ae_fast.model.m3ae import M3AE
-    from m3ae_fast.model.pretrained import check_weights, read_pretrained
-
     found = replace(read_pretrained(folder), kind=f"export {folder}")
     with torch.device("meta"):
         check_weights(M3AE(found.config), found.state, str(folder))
@@ -112,8 +105,6 @@ def _shards(data: dict[str, Any]) -> list[str]:
 def _public(shards: str) -> str:
     """Return the publishable part of a shard pattern: the names of local files, a URL without user and query, and
     nothing of a command."""
-    from m3ae_fast.data.shards import is_remote
-
     if shards.startswith("pipe:"):
         return "pipe:..."
     if "::" in shards:
@@ -126,8 +117,6 @@ def _public(shards: str) -> str:
 def _last_metrics(run: SavedRun) -> dict[str, tuple[float, int]]:
     """Return the last value of each metric up to the checkpoint's step, with the step at which it was logged, by
     name."""
-    from m3ae_fast.training.metrics_log import read_metrics
-
     wanted = re.compile(r"(val_)?(loss|image_loss|text_loss|text_accuracy)")
     found: dict[str, tuple[float, int]] = {}
     with contextlib.suppress(UserError):  # the checkpoint has been moved away from its run

@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 
 from m3ae_fast.base.bad_samples import BadSample, BadSamples, Skipped
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.randomness import RandomStreams
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import MaskingConfig, SourceConfig
-from m3ae_fast.data import ShardStore, dataset, open_corpus
+from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.dataset import Samples
 from m3ae_fast.data.loader import samples_of
-from m3ae_fast.data.order import hash64
 from m3ae_fast.data.shards import ATTEMPTS
 from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.decoding import decode_image
@@ -210,8 +210,8 @@ def test_only_a_worker_that_a_signal_killed_is_called_killed(load, paired, monke
 def test_no_two_uses_of_a_sample_share_random_numbers(load, paired, monkeypatch):
     """The crop, the masks, the predicted patches and tokens, the transform and the forward pass of each view in each
     epoch have separate seeds."""
-    seeds = []
-    monkeypatch.setattr(dataset, "hash64", lambda *key: seeds.append(hash64(*key)) or seeds[-1])
+    seeds, seed_of = [], RandomStreams.seed
+    monkeypatch.setattr(RandomStreams, "seed", lambda *key: seeds.append(seed_of(*key)) or seeds[-1])
     masking = MaskingConfig(image_predicted=0.5, text_predicted=0.5)
     loader = load(paired, micro_batch=6, steps=12, config={"repeats": 2}, masking=masking)
     loader.dataset.transform = lambda image, seed: image

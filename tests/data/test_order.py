@@ -5,7 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from m3ae_fast.data.order import BLOCK, FileOrder, Lane, Order, hash64, permutation
+from m3ae_fast.base.randomness import hash64
+from m3ae_fast.data.order import BLOCK, FileOrder, Lane, Order, permutation
 
 
 def places(order, positions):

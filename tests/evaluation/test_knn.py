@@ -4,10 +4,10 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import Preparation, ShardStore, open_corpus, samples_of
-from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.evaluation import class_metrics, job, knn
 from m3ae_fast.evaluation.feature_bank import FeatureBank
