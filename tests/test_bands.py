@@ -20,7 +20,7 @@ from m3ae_fast.config import Config, ModelConfig, load_config, parse
 from m3ae_fast.data.shared_memory import batch_bytes
 from m3ae_fast.drawing.attention import draw_attention
 from m3ae_fast.drawing.figures import levels
-from m3ae_fast.drawing.reconstructions import _images, draw_reconstructions
+from m3ae_fast.drawing.reconstructions import draw_reconstructions, views_of
 from m3ae_fast.images.bands import write_npy
 from m3ae_fast.images.normalisation import normalised
 from m3ae_fast.model.m3ae import M3AE
@@ -135,7 +135,7 @@ def test_pictures_show_the_channels_that_are_asked_for(dtype, tmp_path):
     target = normalised(image, MEAN, STD).unflatten(2, (2, 8)).unflatten(1, (2, 8)).permute(1, 3, 2, 4, 0).flatten(0, 1)
     target = target.flatten(1)[MASK]
     target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
-    original, masked, rebuilt = _images(model, image, MASK, target)
+    original, masked, rebuilt = views_of(model, image, MASK, target)
     assert (original.int() - rebuilt.int()).abs().max() <= 1 and (masked != original).any()
     whole = Sample("a", image, MASK & False)
     for name, draw in (

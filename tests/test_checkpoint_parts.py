@@ -508,10 +508,10 @@ def test_an_error_of_the_decision_is_one_of_every_rank():
 def test_a_rank_that_waits_long_still_looks_often(monkeypatch):
     pauses = []
     monkeypatch.setattr(agreement.time, "sleep", pauses.append)
-    _, waiting = agreements(2)
     looks = iter([False] * 20 + [True])
-    monkeypatch.setattr(waiting, "_store", SimpleNamespace(check=lambda _: next(looks), get=str.encode))
-    assert waiting._await(["key"]) == ["key"] and pauses[0] < 0.01
+    store = SimpleNamespace(set=lambda *_: None, check=lambda _: next(looks), get=lambda _: b"the answer")
+    waiting = agreement.Agreement(1, 2, store, threading.Event())
+    assert waiting.decide("a report", str) == "the answer" and pauses[0] < 0.01
     assert sorted(pauses) == pauses and pauses[-1] == max(pauses) == agreement._PAUSE < 1
 
 

@@ -14,7 +14,7 @@ from m3ae_fast.cli.draw import main, parse_args
 from m3ae_fast.config import Config, ModelConfig, parse
 from m3ae_fast.data import ShardStore, open_corpus, open_tokenizer
 from m3ae_fast.drawing import attention, reconstructions
-from m3ae_fast.drawing.attention import _laid_over, attention_to_patches
+from m3ae_fast.drawing.attention import attention_to_patches, shade_patches
 from m3ae_fast.drawing.during_training import draw_training
 from m3ae_fast.drawing.reconstructions import draw_run
 from m3ae_fast.evaluation.run_figures import head_choice
@@ -53,10 +53,10 @@ def test_attention_maps_are_the_ops_weights():
 
 def test_the_patch_looked_at_most_is_red_and_others_bluer():
     weights = torch.tensor([0.1, 0.4, 0.3, 0.2])
-    shown = _laid_over(torch.full((3, 16, 16), 100, dtype=torch.uint8), weights, 8).int()
+    shown = shade_patches(torch.full((3, 16, 16), 100, dtype=torch.uint8), weights, 8).int()
     patches = [shown[:, y : y + 8, x : x + 8].flatten(1) for y in (0, 8) for x in (0, 8)]
     assert all((patch == patch[:, :1]).all() for patch in patches)
-    brighter = _laid_over(torch.full((3, 16, 16), 200, dtype=torch.uint8), weights, 8).int()
+    brighter = shade_patches(torch.full((3, 16, 16), 200, dtype=torch.uint8), weights, 8).int()
     assert (brighter - shown).unique().tolist() == [50]  # half of the image's brightness
     redness = torch.tensor([(patch[0, 0] - patch[2, 0]).item() for patch in patches])
     assert redness.argsort().tolist() == weights.argsort().tolist() and redness[1] > 100 > -50 > redness[0]
@@ -192,7 +192,7 @@ def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, wor
         for cell in row[1:]:
             queries = [0] if cell.text == "cls" else [1 + places + i for i in word_pieces(model, tokens)[cell.text]]
             weights_L = attention_to_patches(model, sample, queries).mean(0)
-            assert torch.equal(cell.image, _laid_over(row[0].image, weights_L, model.config.patch_size))
+            assert torch.equal(cell.image, shade_patches(row[0].image, weights_L, model.config.patch_size))
 
 
 def test_a_map_is_of_the_features_with_their_own_classes(run, tmp_path, monkeypatch):

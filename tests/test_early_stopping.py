@@ -13,7 +13,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.status import status
 from m3ae_fast.config import Config, parse
 from m3ae_fast.training.early_stopping import ACCURACY, EarlyStopping
-from m3ae_fast.training.run import _extended
+from m3ae_fast.training.run import is_extended
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.trainer import TINY
 from tests.test_stable_schedule import schedule
@@ -86,7 +86,7 @@ def test_it_needs_an_accuracy_and_a_decay():
 def test_a_run_that_is_to_stop_later_goes_back_to_its_decay(was, now, longer):
     config = SimpleNamespace(optim=SimpleNamespace(decay=0.2), train=SimpleNamespace(stop_at=now, **LENGTHS))
     info = SimpleNamespace(config={"train": {"stop_at": was, **LENGTHS}})
-    assert _extended(config, info) == longer
+    assert is_extended(config, info) == longer
 
 
 LENGTHS = {"steps": 10, "epochs": None, "hours": None}

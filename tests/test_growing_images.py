@@ -21,7 +21,7 @@ from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.positions import Positions, resampled, sincos_2d, sincos_of_smaller
 from m3ae_fast.training.dry_run import report
-from m3ae_fast.training.run import _preparation
+from m3ae_fast.training.run import preparation_of
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import TINY
 
@@ -61,7 +61,7 @@ def test_a_size_lasts_for_its_fraction_of_the_steps():
     config = parse(Config, TINY | {"model": MODEL.model_dump(), "train": train, "data": data}, "test")
     opened = Data(train=None, val=None, tokenizer=None)
     schedule = Schedule(config.train, config.optim, 1000)
-    assert _preparation(config, M3AE(MODEL), opened, schedule).smaller == ((29, 8), (57, 16))
+    assert preparation_of(config, M3AE(MODEL), opened, schedule).smaller == ((29, 8), (57, 16))
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ from m3ae_fast.pretraining.automatic_settings import (
     steps_in,
 )
 from m3ae_fast.pretraining.dataset_statistics import inspect
-from m3ae_fast.pretraining.source_shards import _overlap, find_shards
+from m3ae_fast.pretraining.source_shards import find_shards, overlap
 from m3ae_fast.process.stopping import Stopped
 from m3ae_fast.shards.duplicate_images import PIECE
 from m3ae_fast.shards.held_out import shared_images, write_without
@@ -504,7 +504,7 @@ def test_images_are_not_compared_where_a_side_is_a_manifest(tmp_path):
     shard = write_tar(tmp_path / "a.tar", members(range(3)))
     write_manifest(tmp_path / "a.npy", rows_of([shard], [(3, 2, 0)]))
     sides = {"tar": [shard], "npy": [str(tmp_path / "a.npy")]}
-    notes = {(one, other): _overlap(sides[one], sides[other]) for one in sides for other in sides}
+    notes = {(one, other): overlap(sides[one], sides[other]) for one in sides for other in sides}
     assert notes.pop(("tar", "tar")) and not any(notes.values())
 
 

@@ -257,7 +257,9 @@ def test_the_ranks_of_a_node_share_its_cores(monkeypatch, cores, here, threads):
     variables = {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(here)}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(ranks, "_connect", lambda *_: (None, None))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(None, 0, 16)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
     monkeypatch.setattr(dist, "all_gather_object", lambda hosts, host, group: None)
     monkeypatch.setattr(ranks, "heartbeat_groups", lambda *_: [])
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))

@@ -14,7 +14,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import write_parquet
 from m3ae_fast.checkpoint.folder import Info
 from m3ae_fast.cli.report import main
-from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, Line, _curves, draw_charts
+from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, Line, draw_charts, points_of
 from m3ae_fast.evaluation.difference import against_largest_class
 from m3ae_fast.evaluation.report import write_report
 
@@ -213,13 +213,13 @@ def test_points_are_the_numbers_that_were_logged():
     odd = [float("nan"), float("inf"), float("-inf"), None, "1.0"]
     metrics = [{"step": step, "a": value, "b": step} for step, value in enumerate([1, *odd, 2.5])] + [{"step": 9}]
     chart = Chart("", "", [Line("a", "first", "#111111"), Line("b", "second", "#222222"), Line("c", "none", "#333333")])
-    assert [*_curves(chart, {"run": metrics})] == [
+    assert [*points_of(chart, {"run": metrics})] == [
         ("first", "#111111", [(0, 1), (6, 2.5)]), ("second", "#222222", [(step, step) for step in range(7)]),
     ]  # fmt: skip
     two = chart._replace(lines=chart.lines[:2])
     points = [(step, step) for step in range(7)]
-    assert [*_curves(two, {"one": metrics, "two": metrics})] == [("one", None, points), ("two", None, points)]
-    assert [*_curves(two, {"one": metrics, "two": []})] == [("one", None, points)]
+    assert [*points_of(two, {"one": metrics, "two": metrics})] == [("one", None, points), ("two", None, points)]
+    assert [*points_of(two, {"one": metrics, "two": []})] == [("one", None, points)]
 
 
 def test_a_training_loss_of_one_step_is_seen():

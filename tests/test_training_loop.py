@@ -42,7 +42,7 @@ from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.training import throughput
 from m3ae_fast.training.loss_watch import LAG, WINDOW, LossWatch, Spikes
 from m3ae_fast.training.notices import MemoryGrowth, run_warnings
-from m3ae_fast.training.run import _preparation, pre_train
+from m3ae_fast.training.run import pre_train, preparation_of
 from m3ae_fast.training.throughput import SampleCounts, StepCounts, Throughput
 from m3ae_fast.training.trainer import Trainer
 from tests.helpers.checkpoints import save
@@ -432,7 +432,7 @@ def test_a_run_lets_its_workers_count():
         "case",
     )
     schedule = argparse.Namespace(total_steps=1)
-    assert _preparation(config, M3AE(SMALL), data, schedule).counted_for == config.model
+    assert preparation_of(config, M3AE(SMALL), data, schedule).counted_for == config.model
 
 
 def test_modules_are_told_to_train_only_after_an_evaluation(monkeypatch):

@@ -22,7 +22,7 @@ from m3ae_fast.cli.convert import main as convert
 from m3ae_fast.cli.shards import main as data
 from m3ae_fast.config import Config, DataConfig, LossConfig, MaskingConfig, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Preparation, ShardStore, Share, eval_loader, open_corpus, train_loader
-from m3ae_fast.drawing.reconstructions import _decoded, draw_reconstructions
+from m3ae_fast.drawing.reconstructions import decode_predicted, draw_reconstructions
 from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
@@ -368,7 +368,7 @@ def test_the_true_ids_as_predictions_give_the_decoders_picture(vqgan, model):
     vqgan.decoder.convs[-1].bias.data.fill_(0.5)
     exact = vqgan.decode(ids_L.view(1, 4, 4))[0].clamp(0, 1) * 255
     logits_IK = F.one_hot(ids_L[sample.image_mask].long(), 16).float()
-    shown = _decoded(model, vqgan, sample.image, sample.image_mask, logits_IK)
+    shown = decode_predicted(model, vqgan, sample.image, sample.image_mask, logits_IK)
     assert exact.std() > 1
     torch.testing.assert_close(shown.float(), exact, rtol=0, atol=0.501)
 

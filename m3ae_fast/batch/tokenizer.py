@@ -196,12 +196,12 @@ def _from_json(path: Path) -> Tokenizer:
     is exhausted."""
     data = read_json(path)
     for part in ("normalizer", "decoder"):
-        if isinstance(data, dict) and _growth(data.get(part)) > MAX_GROWTH:
+        if isinstance(data, dict) and growth(data.get(part)) > MAX_GROWTH:
             raise ValueError(f"the rules of its {part} may expand one character into more than {MAX_GROWTH:,}")
     return Tokenizer.from_file(str(path))
 
 
-def _growth(rule: Any) -> int:
+def growth(rule: Any) -> int:
     """Return the maximum number of characters that a normalizer or decoder produces from one, by replacing and
     prepending."""
     if not isinstance(rule, dict):
@@ -211,7 +211,7 @@ def _growth(rule: Any) -> int:
     length = len(text) if isinstance(text, str) else 0
     pattern = rule.get("pattern")
     needs_text = isinstance(pattern, dict) and bool(pattern.get("String"))  # other patterns may match the empty string
-    return math.prod(map(_growth, parts)) * (max(1, length) if needs_text else 1 + length)
+    return math.prod(map(growth, parts)) * (max(1, length) if needs_text else 1 + length)
 
 
 def _from_vocab(path: Path) -> Tokenizer:

@@ -111,7 +111,7 @@ def draw_attention(
         image = levels(sample.image, model.config, channels)
         cells = [Cell(image)]
         for weights_L, text in zip(parts, ["cls", *(word.text for word in words)]):
-            cells.append(Cell(_laid_over(image, weights_L, model.config.patch_size), text, RED))
+            cells.append(Cell(shade_patches(image, weights_L, model.config.patch_size), text, RED))
         rows.append(cells)
     if not rows:
         raise UserError("none of the samples has an image" + (f" and {word!r} in its caption" if word else ""))
@@ -137,7 +137,7 @@ def words_of(tokenizer: CaptionTokenizer, tokens: Sequence[int], word: str | Non
     return list(found.values())[: _WORDS if word is None else 1]
 
 
-def _laid_over(image: Tensor, weights_L: Tensor, patch: int) -> Tensor:
+def shade_patches(image: Tensor, weights_L: Tensor, patch: int) -> Tensor:
     """Return an overlay, uint8 [3, H, W]: the mean of the image and a colour for each patch."""
     high = (weights_L / weights_L.max()).view(grid_of(image, patch))
     high = high.repeat_interleave(patch, 0).repeat_interleave(patch, 1)

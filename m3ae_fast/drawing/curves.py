@@ -69,7 +69,7 @@ def draw_charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> Iterato
     for chart in charts:
         figure = Figure(figsize=(4.2, 2.6), layout="constrained")
         axes = figure.add_subplot()
-        for label, colour, points in _curves(chart, runs):
+        for label, colour, points in points_of(chart, runs):
             # a single point is not visible as a line
             marker = "o" if len(points) < 2 or (len(points) < 30 and label != "training") else ""
             axes.plot(*zip(*points), label=label, color=colour, marker=marker, markersize=3, linewidth=1.4)
@@ -88,7 +88,7 @@ def draw_charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> Iterato
         yield chart.title, picture.getvalue()
 
 
-def _curves(chart: Chart, runs: Mapping[str, Metrics]) -> Iterator[tuple[str, str | None, list[tuple[int, float]]]]:
+def points_of(chart: Chart, runs: Mapping[str, Metrics]) -> Iterator[tuple[str, str | None, list[tuple[int, float]]]]:
     """Yield the label, colour and points of each curve in a chart."""
     for name, metrics in runs.items():
         for line in chart.lines[-1:] if len(runs) > 1 else chart.lines:

@@ -117,9 +117,9 @@ def _row(
     height = SIDE
     if sample.image is not None and sample.image_mask is not None:
         output_IK = output_IK.float().cpu()
-        images = _images(model, sample.image, sample.image_mask, None if vqgan else output_IK)
+        images = views_of(model, sample.image, sample.image_mask, None if vqgan else output_IK)
         if vqgan:
-            images.append(_decoded(model, vqgan, sample.image, sample.image_mask, output_IK))
+            images.append(decode_predicted(model, vqgan, sample.image, sample.image_mask, output_IK))
         for i, image in enumerate(images):
             row.paste(shown(levels(image, model.config, channels), SIDE), (GAP + i * (SIDE + GAP), 0))
     if sample.tokens is not None and sample.text_mask is not None and logits_WV is not None:
@@ -130,7 +130,7 @@ def _row(
     return row.crop((0, 0, row.width, height))
 
 
-def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK: Tensor) -> Tensor:
+def decode_predicted(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK: Tensor) -> Tensor:
     """Return the image, uint8 [C, H, W], decoded from the true ids of visible patches and the predicted ids of masked
     patches."""
     ids_L, predicted_L = vqgan.encode(image[None])[0], torch.zeros(len(mask_L), dtype=torch.int32)
@@ -140,7 +140,7 @@ def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK
     return (decoded.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None) -> list[Tensor]:
+def views_of(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None) -> list[Tensor]:
     """Return the original image, the masked image and, if pixels are predicted, the reconstruction, each uint8 [C, H,
     W]."""
     c, with_loss = model.config, _with_loss(mask_L, model.loss_config.image_all_tokens)

@@ -34,7 +34,7 @@ def random_crop(
     """
     draws = torch.rand(4 * _TRIES + 1, generator=generator).tolist()
     H, W = image.shape[-2:]
-    top, left, height, width = _draw_box(H, W, scale, draws, 1.0 if isinstance(frame, int) else W / H)
+    top, left, height, width = draw_box(H, W, scale, draws, 1.0 if isinstance(frame, int) else W / H)
     crop = resize(image[:, top : top + height, left : left + width], *_pixels(frame, height, width, H * W))
     return (_mirrored(crop) if flip and draws[-1] < 0.5 else crop).contiguous()
 
@@ -48,7 +48,7 @@ def _pixels(frame: int | Native, height: int, width: int, area: int) -> tuple[in
     return rows * frame.patch_size, columns * frame.patch_size
 
 
-def _draw_box(
+def draw_box(
     height: int, width: int, scale: tuple[float, float], draws: list[float], own: float = 1.0
 ) -> tuple[int, int, int, int]:
     """Return the top, left, height and width of a crop, sampled as in

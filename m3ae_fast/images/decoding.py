@@ -82,7 +82,7 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None, d
             pass  # Pillow may be able to read it
     try:
         if header.format == "JPEG2000":
-            _check_precision(data)
+            check_precision(data)
         return pixels_of(header, channels, image_range, dtype)
     except BadSample:
         raise
@@ -186,7 +186,7 @@ def header_of(data: bytes) -> Image.Image:
     return header
 
 
-def _check_precision(data: bytes) -> None:
+def check_precision(data: bytes) -> None:
     """Raise BadSample if a component of a JPEG 2000 is not unsigned 8-bit: Pillow would shift its values."""
     start = data.index(b"\xff\x4f\xff\x51") + 40  # Csiz in the SIZ marker, after the sizes of image and tiles
     precisions = data[start + 2 : start + 2 + 3 * int.from_bytes(data[start : start + 2], "big") : 3]

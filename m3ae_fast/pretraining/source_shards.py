@@ -106,7 +106,7 @@ def _split(train: list[str], val: list[str], out: Path) -> Shards:
     name of a held-out split, otherwise the last tenth, from which samples whose image also occurs in a training shard
     are removed."""
     if val:
-        return Shards(train, val, _overlap(train, val))
+        return Shards(train, val, overlap(train, val))
     names = train if any(map(is_manifest, train)) else expand(train)
     if named := _split_by_names(names):
         return named
@@ -132,7 +132,7 @@ def _split_by_names(names: list[str]) -> Shards | None:
     if apart := [name for name in names if name not in (*kept, *held)]:
         tests = f"{len(apart):,} test shard{'s' * (len(apart) != 1)}, such as {apart[0]}"
         notes.append(f"not used, because there is also a validation split: {tests}")
-    return Shards(kept, held, notes + _overlap(kept, held))
+    return Shards(kept, held, notes + overlap(kept, held))
 
 
 def _hold_out_last(names: list[str], out: Path) -> Shards:
@@ -170,7 +170,7 @@ def _out_of_reach(shards: Sequence[str]) -> bool:
     return any(is_manifest(name) or store.is_staged(name) for name in shards)
 
 
-def _overlap(train: Sequence[str], val: Sequence[str]) -> list[str]:
+def overlap(train: Sequence[str], val: Sequence[str]) -> list[str]:
     """Return a note in a list if there are held-out samples whose image also occurs in a training shard."""
     if any(map(is_manifest, [*train, *val])):
         return []

@@ -80,7 +80,7 @@ def report(
     needs = _Needs(config, world, sizes)
     lines = [*_flops_lines(needs), _batch_line(needs, gpus)]
     if sizes is not None:
-        lines += _images(needs.batch, needs.share.micro_batch)
+        lines += image_lines(needs.batch, needs.share.micro_batch)
     if gpus:
         lines += _gpu_lines(needs)
     if data:
@@ -167,12 +167,12 @@ def _data_lines(needs: _Needs, gpus: bool) -> list[tuple[str, str]]:
     schedule = Schedule(config.train, config.optim, found.train.samples * config.data.repeats)
     held_out = f", {found.val.samples:,} held out" if found.val else ""
     lines = [("data", f"{found.train.samples:,} samples{held_out}; {schedule.total_steps:,} steps")]
-    return lines + (_fetching(config, found.train, needs.world, needs.rate) if gpus else [])
+    return lines + (fetching_lines(config, found.train, needs.world, needs.rate) if gpus else [])
 
 
 def _print_memory(console: Console, needs: _Needs) -> None:
     """Print the memory per GPU for each ZeRO stage."""
-    console.print(_memory_table(needs.config, needs.parameters, needs.world, needs.activations, needs.matrices))
+    console.print(memory_table(needs.config, needs.parameters, needs.world, needs.activations, needs.matrices))
     console.print("activations are an estimate: what autograd saves for each block, in the run's precision")
     if recomputes(needs.config.train):
         mlp_ratio = needs.config.model.mlp_ratio
@@ -199,7 +199,7 @@ def report_time(config: Config, session: Session) -> None:
         if ranks.device.type == "cpu":
             cores = 1 / pace.sample / DECODED_PER_CORE
             lines.append(("loader", f"{cores:,.2g} cores, for {pace.rate()}"))
-            lines += _fetching(config, found.train, ranks.world, 1 / pace.sample / ranks.world)
+            lines += fetching_lines(config, found.train, ranks.world, 1 / pace.sample / ranks.world)
         for name, text in lines:
             print(f"{name:21} {text}", flush=True)
 
@@ -284,7 +284,7 @@ def _network(config: Config, parameters: int, world: int, accumulation: int, rat
     return text
 
 
-def _fetching(config: Config, corpus: Corpus, world: int, rate: float) -> list[tuple[str, str]]:
+def fetching_lines(config: Config, corpus: Corpus, world: int, rate: float) -> list[tuple[str, str]]:
     """Return lines on the downloads and cached shards of a node, if shards are not read in place and their sizes are
     known."""
     ranks = range(min(world, GPUS_OF_NODE))
@@ -303,7 +303,7 @@ def _fetching(config: Config, corpus: Corpus, world: int, rate: float) -> list[t
     ]
 
 
-def _memory_table(config: Config, parameters: int, world: int, activations: float, matrices: int = 0) -> Table:
+def memory_table(config: Config, parameters: int, world: int, activations: float, matrices: int = 0) -> Table:
     adam = "Adam" if config.optim.name == "adamw" else "Muon and Adam"
     table = Table("ZeRO stage", "weights", "gradients", f"master + {adam}", "activations", "GB per GPU")
     for stage in range(4):
@@ -329,7 +329,7 @@ def _grids(model: M3AE, path: Path) -> list[Grid]:
     return [native.grid(height, width) for width, height in sizes[::every]]
 
 
-def _images(batch: PackedBatch, micro: int) -> list[tuple[str, str]]:
+def image_lines(batch: PackedBatch, micro: int) -> list[tuple[str, str]]:
     """Return lines on the number of patches of native images, and on the variation of the number of tokens between
     micro-batches of `micro` samples."""
     patches = [rows * columns for rows, columns in batch.grids]

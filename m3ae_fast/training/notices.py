@@ -64,7 +64,7 @@ def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
             "model.image_mean and model.image_std are still the defaults for CC12M; set them to those of your images, "
             "which m3ae-fast shards stats SHARDS prints"
         )
-    if config.model.resize == "square" and (note := _enlarged(config, data.train)):
+    if config.model.resize == "square" and (note := enlarged_images(config, data.train)):
         notes.append(note)
     return notes
 
@@ -95,7 +95,7 @@ def _trains(config: Config) -> bool:
     return bool(image or text)
 
 
-def _enlarged(config: Config, corpus: Corpus) -> str:
+def enlarged_images(config: Config, corpus: Corpus) -> str:
     """Return a note if most images are much smaller than the model's image size, judged by some locally available
     images; otherwise ""."""
     sides = []

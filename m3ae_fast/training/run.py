@@ -129,11 +129,11 @@ def set_up(
     something is missing or does not fit."""
     ranks, cfg = session.ranks, config.train
     _require_kernels(ranks.device)
-    found = Resume(config.run.dir, resume, ranks, partial(_extended, config))
+    found = Resume(config.run.dir, resume, ranks, partial(is_extended, config))
     stream = _open_stream(config, session, found)
     notes = stream.notes + found.notes(config, stream.fingerprint, resume, with_changes)
     model, fixed, started = _build_model(config, found, ranks)
-    preparation = _preparation(config, model, stream.data, stream.schedule)
+    preparation = preparation_of(config, model, stream.data, stream.schedule)
     engine = build_engine(model, config, ranks)
     found.load(engine)
     add_targets = _targets_on_device(config, stream.data, ranks.device)
@@ -188,7 +188,7 @@ def _spikes(config: Config, found: Resume, left_out: tuple[int, ...]) -> Spikes 
     return Spikes(threshold, found.info.recent_losses if found.info else ())
 
 
-def _extended(config: Config, info: checkpoint.Info) -> bool:
+def is_extended(config: Config, info: checkpoint.Info) -> bool:
     """Return whether a run whose learning rate is constant before its decay is now set to run longer (by steps, epochs,
     hours or train.stop_at) than when it wrote the checkpoint."""
     was, now = info.config.get("train") or {}, config.train
@@ -235,7 +235,7 @@ def _open_stream(config: Config, session: Session, found: Resume) -> _Stream:
     share = split_batch(cfg, ranks.world, ranks.rank)
     _count_shards(config, ranks, session.heartbeats)
     data = ranks.main_first(lambda: _open(config, progress=ranks.is_main), session.heartbeats.waiting)
-    keeps = info is not None and (limit or (cfg.stop_at is not None and not _extended(config, info)))
+    keeps = info is not None and (limit or (cfg.stop_at is not None and not is_extended(config, info)))
     changes = tuple(Change(*each) for each in info.changes) if info and keeps else ()
     schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats, changes)
     layout = lay_out(config.data, data.train.sizes, cfg.global_batch)
@@ -316,7 +316,7 @@ def _open(config: Config, progress: bool) -> Data:
     return data if config.model.resize == "square" else replace(data, train=measured(data.train, progress=progress))
 
 
-def _preparation(config: Config, model: M3AE, data: Data, schedule: Schedule) -> Preparation:
+def preparation_of(config: Config, model: M3AE, data: Data, schedule: Schedule) -> Preparation:
     tokens, vqgan, total = config.data.image_tokens, data.image_tokenizer, schedule.total_steps
     return Preparation(
         model.geometry,

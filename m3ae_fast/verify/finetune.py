@@ -33,7 +33,7 @@ OFFICIAL_BATCH = 256  # the peak lr is not scaled by the batch size; this batch 
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
-    model = _build(golden).to(device, dtype)
+    model = build_classifier(golden).to(device, dtype)
     batch = _batch(golden, model.backbone).to(device)
     labels_SK = golden.tensor("in/soft_labels").to(device, dtype)
     features_SD = model.features(batch)
@@ -56,7 +56,7 @@ def flax_path(name: str) -> str:
     return heads.get(name) or re.sub(r"head\.linear\.", "Dense_0/", name).replace("weight", "kernel")
 
 
-def _build(golden: Golden) -> Classifier:
+def build_classifier(golden: Golden) -> Classifier:
     m = golden.meta
     data = {"size": None, "vocab_size": 0, "image_size": m["size"], "patch_size": m["patch"]}
     data |= {name: m[name] for name in ("emb_dim", "depth", "num_heads", "mlp_ratio")}

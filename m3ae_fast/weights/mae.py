@@ -62,7 +62,7 @@ def from_vit(
     for name, axes in {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}.items():
         if name not in theirs or theirs[name].ndim != axes:
             raise UserError(f"{where}: not an MAE or a timm VisionTransformer: lacks the weight {name} of {axes} axes")
-    config = _config(theirs, options, "before_norm" if norms_the_mean else "after_norm", where)
+    config = config_of(theirs, options, "before_norm" if norms_the_mean else "after_norm", where)
     with torch.device("meta"):
         own = M3AE(config).state_dict()
     if "decoder_embed.weight" not in theirs:
@@ -101,7 +101,7 @@ def _ours(name: str, take: Callable[[str], Tensor], where: str) -> Tensor:
     raise KeyError(name)
 
 
-def _config(theirs: dict[str, Tensor], options: ViTOptions, mean_pool: str, where: str) -> ModelConfig:
+def config_of(theirs: dict[str, Tensor], options: ViTOptions, mean_pool: str, where: str) -> ModelConfig:
     width, channels, patch, columns = theirs["patch_embed.proj.weight"].shape
     patches = theirs["pos_embed"].shape[1] - 1
     side = math.isqrt(max(patches, 0))

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from m3ae_fast.base.bad_samples import BadSample
-from m3ae_fast.images.crops import _draw_box, centre_crop, random_crop, resize
+from m3ae_fast.images.crops import centre_crop, draw_box, random_crop, resize
 from m3ae_fast.images.decoding import decode_image
 from tests.helpers.shards import picture
 
@@ -139,7 +139,7 @@ def test_crops_are_torchvisions():
     generator = torch.Generator()
     for seed in range(20):
         found = random_crop(image, 64, (0.2, 1.0), False, generator.manual_seed(seed))
-        box = _draw_box(400, 500, (0.2, 1.0), torch.rand(41, generator=generator.manual_seed(seed)).tolist())
+        box = draw_box(400, 500, (0.2, 1.0), torch.rand(41, generator=generator.manual_seed(seed)).tolist())
         expected = F.resized_crop(image, *box, [64, 64], InterpolationMode.BICUBIC, antialias=True)
         assert torch.equal(found, expected)
         assert found.is_contiguous()
@@ -147,7 +147,7 @@ def test_crops_are_torchvisions():
     torch.manual_seed(0)
     theirs = RandomResizedCrop(64, scale=(0.2, 1.0))
     theirs = np.array([list(theirs.make_params([image]).values()) for _ in range(4000)], dtype=float)
-    ours = np.array([_draw_box(400, 500, (0.2, 1.0), torch.rand(41).tolist()) for _ in range(4000)], dtype=float)
+    ours = np.array([draw_box(400, 500, (0.2, 1.0), torch.rand(41).tolist()) for _ in range(4000)], dtype=float)
     assert np.abs(theirs.mean(0) - ours.mean(0)).max() < 6
     assert np.abs(theirs.std(0) - ours.std(0)).max() < 6
 
@@ -158,7 +158,7 @@ def test_where_no_box_fits_the_crop_is_torchvisions_too(height, width, seed):
     """A box with five times the area of the image never fits."""
     theirs = RandomResizedCrop(64, scale=(5, 5)).make_params([torch.zeros(1, height, width)])
     draws = torch.rand(41, generator=torch.Generator().manual_seed(seed)).tolist()
-    assert _draw_box(height, width, (5, 5), draws) == tuple(theirs[name] for name in ("top", "left", "height", "width"))
+    assert draw_box(height, width, (5, 5), draws) == tuple(theirs[name] for name in ("top", "left", "height", "width"))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3), (7, 5)])

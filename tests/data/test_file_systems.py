@@ -10,7 +10,7 @@ from m3ae_fast.config import ModelConfig, SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import network_file_system
-from m3ae_fast.training.notices import _enlarged
+from m3ae_fast.training.notices import enlarged_images
 from tests.data.test_fetcher import epoch
 from tests.helpers.shards import members, write_tar
 
@@ -92,7 +92,7 @@ def test_a_look_at_a_few_images_copies_no_shard(far, store, tmp_path):
     write_tar(far / "images.tar", members(range(4)))
     corpus = open_corpus([SourceConfig(shards=str(far / "images.tar"))], store)
     model = ModelConfig(size=None, emb_dim=32, depth=1, num_heads=4, image_size=4096, patch_size=16, vocab_size=0)
-    assert _enlarged(SimpleNamespace(model=model), corpus).startswith("images are enlarged: half of 4 inspected")
+    assert enlarged_images(SimpleNamespace(model=model), corpus).startswith("images are enlarged: half of 4 inspected")
     assert not copies(store)
     Reader(corpus.sources[0], store).read(0, 0)
     assert len(copies(store)) == 1  # read as in a run

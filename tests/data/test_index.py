@@ -13,7 +13,7 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.shards import main as data_tools
 from m3ae_fast.config import SourceConfig
-from m3ae_fast.data import index
+from m3ae_fast.data import ShardStore, index
 from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.index import IMAGE_SUFFIXES, MISSING, index_shards
 from m3ae_fast.data.reader import Reader
@@ -282,22 +282,22 @@ def test_the_shard_used_longest_ago_is_closed_first(tmp_path, store, monkeypatch
     monkeypatch.setattr("m3ae_fast.data.reader._OPEN_SHARDS", 2)
     paths = [write_tar(tmp_path / f"{i}.tar", members([i])) for i in range(3)]
     reader = Reader(open_corpus([SourceConfig(shards=paths)], store).sources[0], store)
-    opened, real = [], reader._open_shard
-    monkeypatch.setattr(reader, "_open_shard", lambda entry: opened.append(entry.shard) or real(entry))
+    opened, real = [], store.path
+    monkeypatch.setattr(ShardStore, "path", lambda _, shard, *size: opened.append(shard) or real(shard, *size))
     for shard in (0, 1, 0, 2, 0, 1):
         reader.read(shard, 0)
     assert opened == [paths[shard] for shard in (0, 1, 2, 1)]
 
 
 def test_a_shard_is_indexed_by_one_while_others_wait(tmp_path, store, monkeypatch):
-    made, real = [], index._make
+    made, real = [], index.scan_tar
 
-    def make(*arguments):
+    def scan(path):
         made.append(1)
         time.sleep(0.2)  # meanwhile, the other processes have found no index
-        return real(*arguments)
+        return real(path)
 
-    monkeypatch.setattr(index, "_make", make)
+    monkeypatch.setattr(index, "scan_tar", scan)
     path = write_tar(tmp_path / "a.tar", members(range(3)))
     assert [entry.summary.samples for entry in index.index_shards([path] * 4, store)] == [3] * 4
     assert made == [1]

@@ -11,7 +11,7 @@ from PIL import Image, features
 
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.images.bit_depth import Depth, depth_of
-from m3ae_fast.images.decoding import _check_precision, decode_image, pixels_of
+from m3ae_fast.images.decoding import check_precision, decode_image, pixels_of
 from m3ae_fast.shards.shrink import shrink
 from tests.helpers.pictures import CASES, GREY, NEEDS_RANGE, Case, png, table, tiff
 
@@ -56,10 +56,10 @@ def test_jpeg_2000_is_read_up_to_8_bits():
             changed = data.copy()
             changed[first + 3 * component] = precision
             if precision <= 7:
-                _check_precision(bytes(changed))
+                check_precision(bytes(changed))
             else:
                 with pytest.raises(BadSample, match="more than 8 bits"):
-                    _check_precision(bytes(changed))
+                    check_precision(bytes(changed))
 
 
 def skip_without_avif(case: Case) -> None:

@@ -23,8 +23,8 @@ def correlation(pairs) -> float:
 
 def test_a_flip_tells_nothing_of_the_box(monkeypatch):
     """A flip is independent of the box's area, aspect ratio and position."""
-    boxes, real = [], crops._draw_box
-    monkeypatch.setattr(crops, "_draw_box", lambda *args: boxes.append(real(*args)) or boxes[-1])
+    boxes, real = [], crops.draw_box
+    monkeypatch.setattr(crops, "draw_box", lambda *args: boxes.append(real(*args)) or boxes[-1])
     ramp = torch.arange(64, dtype=torch.uint8).expand(3, 48, 64)  # brighter to the right, unless flipped
     flipped = []
     for seed in range(1500):
@@ -40,7 +40,7 @@ def test_a_flip_tells_nothing_of_the_box(monkeypatch):
 def test_a_box_may_be_as_wide_or_as_high_as_the_picture(turned):
     """Such a box is placed at random like any other box. The central box is used only if no box fits."""
     size = (8, 30) if turned else (30, 8)
-    boxes = [crops._draw_box(*size, (0.2, 0.5), torch.rand(41, generator=torch.Generator().manual_seed(seed)).tolist())
+    boxes = [crops.draw_box(*size, (0.2, 0.5), torch.rand(41, generator=torch.Generator().manual_seed(seed)).tolist())
              for seed in range(300)]  # fmt: skip
     whole = [(left, top) if turned else (top, left) for top, left, *part in boxes if part[turned ^ 1] == 8]
     assert len({along for along, _ in whole}) > 10 and {across for _, across in whole} == {0}
@@ -52,7 +52,7 @@ def test_a_box_may_be_as_wide_or_as_high_as_the_picture(turned):
 ])  # fmt: skip
 def test_where_no_box_fits_it_is_the_largest_central_one(height, width, box):
     """Its aspect ratio is between 3 : 4 and 4 : 3."""
-    assert crops._draw_box(height, width, (9.0, 9.0), [0.5] * 41) == box
+    assert crops.draw_box(height, width, (9.0, 9.0), [0.5] * 41) == box
 
 
 def test_crops_are_what_they_were(monkeypatch):
@@ -124,13 +124,13 @@ def test_a_mask_of_a_batch_is_that_of_all_its_parts(load, tmp_path):
 
 def test_the_crop_settings_of_the_config_are_heeded(load, tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a.tar", [(f"{i}.png", picture(i, fmt="PNG")) for i in range(24)])
-    areas, real = [], crops._draw_box
+    areas, real = [], crops.draw_box
 
     def box(*args):
         areas.append(np.prod((found := real(*args))[2:]) / (40 * 30))
         return found
 
-    monkeypatch.setattr(crops, "_draw_box", box)
+    monkeypatch.setattr(crops, "draw_box", box)
 
     def images(**config) -> dict:
         areas.clear()
@@ -175,8 +175,8 @@ def test_what_a_forward_pass_draws_depends_on_the_view_of_a_sample_alone(load, t
 def test_a_native_crop_keeps_area_and_ratio_within_their_ranges(monkeypatch):
     """This holds for the box. The model's input has the aspect ratio of the box, and as many patches as the whole image
     would have."""
-    boxes, real = [], crops._draw_box
-    monkeypatch.setattr(crops, "_draw_box", lambda *args: boxes.append(real(*args)) or boxes[-1])
+    boxes, real = [], crops.draw_box
+    monkeypatch.setattr(crops, "draw_box", lambda *args: boxes.append(real(*args)) or boxes[-1])
     native = Native(patch_size=4, least=1, most=100, longest=20, positions="absolute")
     image = torch.zeros(3, 30, 90, dtype=torch.uint8)
     for seed in range(300):

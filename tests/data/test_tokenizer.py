@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, processors
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.batch.tokenizer import SPECIAL, _growth, load_tokenizer, train_tokenizer
+from m3ae_fast.batch.tokenizer import SPECIAL, growth, load_tokenizer, train_tokenizer
 from tests.helpers.shards import caption
 
 CAPTIONS = [caption(i) for i in range(40)]
@@ -119,7 +119,7 @@ RULES = st.one_of(
 )
 def test_no_rules_make_more_of_a_character_than_is_reckoned_with(rules):
     said = json.loads(rules.__getstate__())
-    assert len(rules.normalize_str("a")) <= _growth(said)
+    assert len(rules.normalize_str("a")) <= growth(said)
 
 
 @settings(max_examples=50, derandomize=True, deadline=None)
@@ -127,7 +127,7 @@ def test_no_rules_make_more_of_a_character_than_is_reckoned_with(rules):
 def test_what_rules_make_of_a_character_is_reckoned_exactly(lengths):
     """The rules replace a character by several copies of itself."""
     rules = normalizers.Sequence([normalizers.Replace("a", "a" * length) for length in lengths])
-    assert len(rules.normalize_str("a")) == _growth(json.loads(rules.__getstate__())) == math.prod(lengths)
+    assert len(rules.normalize_str("a")) == growth(json.loads(rules.__getstate__())) == math.prod(lengths)
 
 
 def test_special_tokens_alone_are_special():

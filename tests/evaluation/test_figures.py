@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import auc
 
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def drawn(monkeypatch):
     """Return the list of saved figures."""
-    kept, save = [], figures._save
-    monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure) or save(figure, path))
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *to, **how: kept.append(self) or save(self, *to, **how))
     return kept
 
 

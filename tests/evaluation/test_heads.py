@@ -104,10 +104,10 @@ def test_a_fine_tuning_without_steps_is_compared_as_far_as_it_goes(tmp_path):
 
 
 def test_decay_and_layers_reach_every_parameter_once(tmp_path):
-    from m3ae_fast.verify.finetune import _build
+    from m3ae_fast.verify.finetune import build_classifier
 
     golden = Golden.load(make_finetuning(tmp_path / "finetune.npz"))
-    model, m = _build(golden), golden.meta
+    model, m = build_classifier(golden), golden.meta
     groups = layer_decay_groups(model, m["depth"], 0.3, 0.5)
     found = {id(p): group for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(found) == len(list(model.parameters()))

@@ -17,7 +17,7 @@ from m3ae_fast.config import LossConfig
 from m3ae_fast.model import M3AE
 from m3ae_fast.training.throughput import StepCounts
 from m3ae_fast.weights.importing import read_source
-from m3ae_fast.weights.mae import IMAGENET, ViTOptions, _config
+from m3ae_fast.weights.mae import IMAGENET, ViTOptions, config_of
 from tests.helpers.mae import MAE, PATCH, SIZE
 from tests.weights.official_pickle import Call
 
@@ -227,12 +227,12 @@ def test_what_a_file_does_not_show_is_asked_for_or_that_of_the_published_size(wi
         "blocks.0.norm1.weight": torch.ones(width),
         "blocks.0.mlp.fc1.weight": torch.zeros(3 * width // 2, width),
     }
-    config = _config(weights, ViTOptions(), "after_norm", "here")
+    config = config_of(weights, ViTOptions(), "after_norm", "here")
     assert (config.num_heads, config.gelu, config.depth) == (HEADS_BY_WIDTH[width], "exact", 1)
     assert (config.dec_emb_dim, config.dec_num_heads, config.dec_depth) == (512, 16, 8)
     assert (config.mlp_ratio, config.image_size, config.patch_size) == (1.5, 4, 2)
     assert (config.image_mean, config.image_std) == IMAGENET
-    config = _config(weights, ViTOptions(width // 8, 4, gelu="tanh"), "after_norm", "here")
+    config = config_of(weights, ViTOptions(width // 8, 4, gelu="tanh"), "after_norm", "here")
     assert (config.num_heads, config.dec_num_heads, config.gelu) == (width // 8, 4, "tanh")
 
 
