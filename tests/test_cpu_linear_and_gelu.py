@@ -377,11 +377,11 @@ def test_frozen_parameters_get_no_gradient(products):
 def test_torch_takes_over_without_a_compiler(no_compiler, caplog):
     x, grad = torch.randn(40, 64).to(BF16), torch.randn(40, 64).to(BF16)
     for dtype in build.DTYPES:
-        before, grad = (t.to(dtype) for t in torch.randn(2, 40, 64))
+        before, upstream = (t.to(dtype) for t in torch.randn(2, 40, 64))
         exact = before.double().requires_grad_()
-        F.gelu(exact, approximate="tanh").backward(grad.double())
+        F.gelu(exact, approximate="tanh").backward(upstream.double())
         assert torch.equal(mlp.gelu(before), F.gelu(before, approximate="tanh"))
-        assert relative(mlp.gelu_gradient(grad, before)[0], exact.grad) < (4e-3 if dtype == BF16 else 1e-6)
+        assert relative(mlp.gelu_gradient(upstream, before)[0], exact.grad) < (4e-3 if dtype == BF16 else 1e-6)
         assert "GELU runs on torch" in caplog.text
     if linear.FLAGS is not None:
         square = torch.randn(64, 64).to(BF16)

@@ -1,14 +1,15 @@
 /* Attention of packed sequences, forward and backward, for CPUs with AVX-512, and with AMX where available.
 
-   A task is one head of one sample: its scores never leave the core's caches. Threads call the same entry point and
-   take tasks from a shared counter; each task writes rows of its own, so results do not depend on their number.
+   A task is one head of one sample, whose scores never leave the caches of the core. All threads call the same entry
+   point and take tasks from a shared counter. Each task writes its own rows, so the results do not depend on the number
+   of threads.
 
-   BF16: queries, keys, values and gradients are bf16, else float. PAIRS: products are sums of bf16 pairs, two neighbours
-   along the summed axis: one instruction multiplies 16 x 2 bf16 and adds to 16 floats. TILES: so does AMX, 16 x 16 x 16
-   pairs at a time. Else they are of floats. What an instruction multiplies in one lane is a unit here. Sums are of floats
-   either way.
+   BF16: queries, keys, values and gradients are bf16; otherwise, they are float. PAIRS: products are computed from pairs
+   of bf16 values that are adjacent along the summed axis; one instruction multiplies 16 x 2 bf16 values and adds the
+   products to 16 floats. TILES: AMX does the same for 16 x 16 x 16 pairs at a time. Without PAIRS, products are computed
+   from floats. The operand of an instruction in one lane is called a unit. Sums are always computed in float.
 
-   Shapes: m queries, n keys, d values per head; M and N are m and n rounded up. */
+   Shapes: m queries, n keys, d values per head; M and N are m and n rounded up to a multiple of ALIGN. */
 
 #ifdef TILES
 #define PAIRS
@@ -17,8 +18,8 @@
 #include "vectors.h"
 
 #ifdef TILES
-#define BLOCK 32 /* rows of a block, whose scores are made together: two tiles */
-#define ALIGN 32 /* what M and N are multiples of */
+#define BLOCK 32 /* rows of a block, whose scores are computed together: two tiles */
+#define ALIGN 32 /* M and N are multiples of it */
 #else
 #define BLOCK 8 /* 8 rows of 3 vectors fill the registers */
 #define ALIGN 16
@@ -35,10 +36,10 @@ typedef float unit;
 /* ---- values and units ---- */
 
 #ifdef PAIRS
-/* LANES neighbours of a row. */
+/* Store LANES adjacent values of a row as units. */
 static void put(unit *dst, __m512 x) { _mm256_storeu_si256((void *)dst, to_bf16(x)); }
 
-/* LANES columns of PER rows. */
+/* Store LANES columns of PER rows as units. */
 static void put_rows(unit *dst, const __m512 x[PER]) {
     const __m512i low = _mm512_cvtepu16_epi32(to_bf16(x[0])), high = _mm512_cvtepu16_epi32(to_bf16(x[1]));
     _mm512_storeu_si512(dst, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
@@ -59,14 +60,15 @@ static inline __m512 multiply_add(unit left, const unit *right, __m512 sum) {
 
 /* ---- layouts ---- */
 
-/* Rows side by side, zero from row m on: the summed axis is d. dst is [M, d / PER]. */
+/* Copy rows unchanged, with zeros from row m on, for products whose summed axis is d. dst is [M, d / PER]. */
 static void copy_rows(const value *x, long row, long m, long M, long d, unit *dst) {
     for (long i = 0; i < M; i++)
         for (long c = 0; c < d; c += LANES)
             put(dst + (i * d + c) / PER, i < m ? load(x + i * row + c) : _mm512_setzero_ps());
 }
 
-/* dst[r][c] = rows PER r and after at column c: the summed axis is the rows. dst is [N / PER, d]. */
+/* Join PER rows to units: dst[r][c] contains column c of the rows from PER * r on, for products whose summed axis is that
+   of the rows. dst is [N / PER, d]. */
 static void join_rows(const value *x, long row, long n, long N, long d, unit *dst) {
     for (long r = 0; r < N; r += PER)
         for (long c = 0; c < d; c += LANES) {
@@ -76,7 +78,7 @@ static void join_rows(const value *x, long row, long n, long N, long d, unit *ds
         }
 }
 
-/* dst [columns, rows] = the transpose of src [rows, columns], of 32 bits each; both counts are multiples of 8. */
+/* dst [columns, rows] = the transpose of src [rows, columns], in units of 32 bits; both sizes are multiples of 8. */
 static void flip(const void *src, long rows, long columns, void *dst) {
     const uint32_t *from = src;
     uint32_t *to = dst;
@@ -92,7 +94,7 @@ static void flip(const void *src, long rows, long columns, void *dst) {
         }
 }
 
-/* scale * c[i][:] into rows of a result. */
+/* Store scale * c[i][:] to the rows of a result. */
 static void store_rows(const float *c, long rows, long d, const float *scale, long scale_step, value *dst, long row) {
     for (long i = 0; i < rows; i++) {
         const __m512 factor = _mm512_set1_ps(scale[i * scale_step]);
@@ -103,7 +105,7 @@ static void store_rows(const float *c, long rows, long d, const float *scale, lo
 /* ---- products: c [rows, columns] = a [rows, units] b [units, columns], all contiguous ---- */
 
 #ifdef TILES
-/* `rows`, `columns` and twice `units` are multiples of 32. */
+/* `rows`, `columns` and 2 * `units` must be multiples of 32. */
 static void product(const unit *a, const unit *b, float *c, long rows, long columns, long units) {
     for (long i = 0; i < rows; i += 32)
         for (long j = 0; j < columns; j += 32) {
@@ -128,7 +130,7 @@ static void product(const unit *a, const unit *b, float *c, long rows, long colu
         }
 }
 #else
-/* 8 rows and `vectors` vectors. */
+/* Compute 8 rows of `vectors` vectors. */
 static inline __attribute__((always_inline)) void tile(const unit *a, const unit *b, float *c, long columns, long units,
                                                        const int vectors) {
     __m512 sum[8][3];
@@ -148,7 +150,7 @@ static inline __attribute__((always_inline)) void tile(const unit *a, const unit
         for (int v = 0; v < vectors; v++) _mm512_storeu_ps(c + i * columns + v * LANES, sum[i][v]);
 }
 
-/* `rows` is a multiple of 8, `columns` of LANES. */
+/* `rows` must be a multiple of 8, and `columns` a multiple of LANES. */
 static void product(const unit *a, const unit *b, float *c, long rows, long columns, long units) {
     for (long i = 0; i < rows; i += 8)
         for (long j = 0; j < columns;) {
@@ -169,13 +171,13 @@ typedef struct {
     size_t size, used;
 } Scratch;
 
-static void *take(Scratch *s, size_t values) { /* of 4 bytes */
+static void *take(Scratch *s, size_t values) { /* values of 4 bytes */
     void *block = s->memory + s->used;
     s->used += round_up(4 * values, 64);
     return block;
 }
 
-/* Memory for `blocks` blocks of `values` values of 4 bytes in all. */
+/* Reserve memory for `blocks` blocks with `values` values of 4 bytes in total. */
 static int reserve(Scratch *s, size_t values, size_t blocks) {
     s->used = 0;
     if (4 * values + 64 * blocks <= s->size) return 1;
@@ -187,7 +189,7 @@ static int reserve(Scratch *s, size_t values, size_t blocks) {
 
 typedef struct {
     const value *q, *k, *v;
-    long q_row, k_row, v_row; /* from row to row, in values */
+    long q_row, k_row, v_row; /* strides between rows, in values */
     long m, n, d;
 } Head;
 
@@ -211,7 +213,7 @@ static int forward_head(Head h, value *out, long out_row, float *lse, Scratch *s
         float shift[BLOCK], total[BLOCK], inverse[BLOCK];
         const long rows = m - i < BLOCK ? m - i : BLOCK;
         product(q + i * d / PER, k_flipped, s, BLOCK, N, d / PER);
-        for (long r = 0; r < rows; r++) { /* all rows' maxima first: a row's sum then waits for nothing */
+        for (long r = 0; r < rows; r++) { /* the maxima of all rows first, so that the sum of a row does not have to wait */
             const float *row = s + r * N;
             __m512 top = _mm512_set1_ps(-INFINITY);
             for (long j = 0; j < n; j += LANES) top = _mm512_mask_max_ps(top, lanes(n - j), top, _mm512_loadu_ps(row + j));
@@ -230,7 +232,7 @@ static int forward_head(Head h, value *out, long out_row, float *lse, Scratch *s
             total[r] = _mm512_reduce_add_ps(sum);
         }
         for (long r = 0; r < rows; r++) {
-            inverse[r] = n ? 1 / total[r] : 0; /* without keys the result is 0 */
+            inverse[r] = n ? 1 / total[r] : 0; /* without keys, the result is 0 */
             lse[i + r] = n ? shift[r] + log2f(total[r]) : INFINITY;
         }
         product(p, v, o, BLOCK, d, N / PER);
@@ -239,7 +241,7 @@ static int forward_head(Head h, value *out, long out_row, float *lse, Scratch *s
     return 1;
 }
 
-/* Blocks of keys; a column is a query, so that what belongs to a query is a vector. */
+/* Process blocks of keys. Columns are queries, so that the values per query form vectors. */
 static int backward_head(Head h, const value *out, long out_row, const value *g, long g_row, const float *lse, Gradients to,
                          Scratch *scratch) {
     const long m = h.m, n = h.n, d = h.d, M = round_up(m, ALIGN), N = round_up(n, ALIGN);
@@ -265,7 +267,7 @@ static int backward_head(Head h, const value *out, long out_row, const value *g,
     join_rows(g, g_row, m, M, d, grad_joined);
     join_rows(h.k, h.k_row, n, N, d, k_joined);
     flip(k_joined, N / PER, d, k_across);
-    for (long i = 0; i < M; i++) { /* the mean of dp under p is out times grad; p of what is no query is nothing */
+    for (long i = 0; i < M; i++) { /* the mean of dp weighted by p is out times grad; padding has p = 0 */
         __m512 sum = _mm512_setzero_ps();
         for (long j = 0; i < m && j < d; j += LANES)
             sum = _mm512_fmadd_ps(load(out + i * out_row + j), load(g + i * g_row + j), sum);
@@ -304,20 +306,20 @@ static int backward_head(Head h, const value *out, long out_row, const value *g,
 
 /* ---- all heads of all samples ---- */
 
-/* What one call works on. native.py knows the same fields. A row of q, k, v, out, grad or a gradient holds all heads side
-   by side; rows are `_row` values apart. */
+/* The arguments of a call; native.py has the same fields. A row of q, k, v, out, grad or a gradient contains all heads, one
+   after another; rows are `_row` values apart. */
 typedef struct {
     const value *q, *k, *v;
     long q_row, k_row, v_row;
-    const int32_t *cu_q, *cu_k; /* where each sample begins */
+    const int32_t *cu_q, *cu_k; /* first row of each sample */
     long samples, heads, d, queries;
     value *out;
     long out_row;
-    float *lse; /* [heads, queries], of powers of 2 */
+    float *lse; /* [heads, queries], base-2 logarithms of sums of exponentials */
     const value *grad;
     long grad_row;
     Gradients to;
-    long next; /* the first task that no thread has taken */
+    long next; /* number of the next task that no thread has taken */
 } Work;
 
 static Head head_at(const Work *w, long sample, long head) {
@@ -354,7 +356,7 @@ static int run(Work *w, int (*task)(const Work *, long, long, Scratch *)) {
     return ok;
 }
 
-/* Every thread makes the same call. Returns 0 if allocation fails. */
+/* Must be called by every thread with the same arguments. Returns 0 if an allocation fails. */
 int forward(Work *w) { return run(w, forward_task); }
 
 int backward(Work *w) { return run(w, backward_task); }

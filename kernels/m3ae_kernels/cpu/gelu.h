@@ -11,12 +11,12 @@
 #define CUBE 0.044715f
 #define LOG2_E 1.4426950409f
 
-/* 1 / (1 + e ** -u), and *rest = e ** -u: both are exact to the last digits at both ends. `x` is at most 64 in size. */
+/* Return 1 / (1 + e ** -u), and set *rest = e ** -u; both are accurate for very small and very large u. |x| is at most 64. */
 static inline __m512 gate(__m512 x, __m512 square, __m512 *rest) {
     const __m512 derivative = _mm512_fmadd_ps(square, _mm512_set1_ps(-LOG2_E * LINEAR * CUBE), _mm512_set1_ps(-LOG2_E * LINEAR));
     *rest = power_of_2(_mm512_mul_ps(x, derivative));
     const __m512 sum = _mm512_add_ps(_mm512_set1_ps(1), *rest);
-    __m512 inverse = _mm512_rcp14_ps(sum); /* 14 bits: bf16 keeps 8 */
+    __m512 inverse = _mm512_rcp14_ps(sum); /* accurate to 14 bits; bf16 has 8 */
 #ifndef BF16
     const __m512 error = _mm512_fnmadd_ps(sum, inverse, _mm512_set1_ps(1));
     const __m512 better = _mm512_fmadd_ps(error, inverse, inverse);
@@ -25,7 +25,7 @@ static inline __m512 gate(__m512 x, __m512 square, __m512 *rest) {
     return inverse;
 }
 
-static inline __m512 within(__m512 x) { /* in this order a NaN stays one */
+static inline __m512 within(__m512 x) { /* this order of operands preserves NaN */
     return _mm512_min_ps(_mm512_set1_ps(64), _mm512_max_ps(_mm512_set1_ps(-64), x));
 }
 
@@ -35,7 +35,7 @@ static inline __m512 gelu(__m512 x) {
     return _mm512_mul_ps(x, gate(near, _mm512_mul_ps(near, near), &rest));
 }
 
-/* The derivative at x, g + x g (1 - g) u' where g is the gate, and *value = gelu(x). */
+/* Return the derivative at x, g + x g (1 - g) u', where g is the gate, and set *value = gelu(x). */
 static inline __m512 gelu_and_derivative(__m512 x, __m512 *value) {
     __m512 rest;
     const __m512 near = within(x), square = _mm512_mul_ps(near, near), g = gate(near, square, &rest);

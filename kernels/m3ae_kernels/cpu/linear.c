@@ -1,32 +1,32 @@
 /* Linear layers in bf16 on CPUs with AMX, or with AVX512_BF16's dot products: x w^T + bias, optionally followed by GELU, and
    the gradient of their input, grad w, optionally through a GELU.
 
-   Products are [R, K] by [K, N]. The weight is packed first: pairs of K side by side, N in panels of 32 columns, whose squares
-   of 32 by 32 are two tiles each. Each block of it is applied to all rows before the next; a strip of rows stays in a core's first
-   cache. Results are written with non-temporal stores, because they do not fit in the caches. Every number is one sum over K
-   in float, whatever the number of threads. */
+   Products are [R, K] by [K, N]. The weight is packed first: pairs along K are adjacent, and N is split into panels of 32
+   columns, whose blocks of 32 by 32 are two tiles each. Each part of the weight is multiplied with all rows before the next
+   part; a strip of rows stays in a core's first-level cache. Results are written with non-temporal stores, because they do
+   not fit into the caches. Every result is a single sum over K in float, regardless of the number of threads. */
 
 #include <omp.h>
 
 #include "gelu.h"
 
 #ifdef TILES
-#define STRIP 32       /* rows that are multiplied at once */
-#define PART (1 << 19) /* values of the weight that are multiplied with all rows at once: they stay in the second cache */
+#define STRIP 32       /* rows that are multiplied at a time */
+#define PART (1 << 19) /* values of the weight in a part, which stays in the second-level cache */
 #else
 #define STRIP 14
-#define PART (1 << 20) /* in the third one */
+#define PART (1 << 20) /* the part stays in the third-level cache */
 #endif
-#define ROWS (8 * STRIP) /* rows that a thread takes at once */
+#define ROWS (8 * STRIP) /* rows that a thread takes at a time */
 
-/* 32 values of a weight as bf16. */
+/* Load 32 values of a weight as bf16. */
 static inline __m512i values(const void *w, long at, int wide) {
     if (!wide) return _mm512_loadu_si512((const bf16 *)w + at);
     const float *x = (const float *)w + at;
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
 }
 
-/* Two tiles of K k..k+31 and columns n..n+31 of the product: the weight is [N, K]. */
+/* Pack two tiles for k..k+31 of K and columns n..n+31 of the product, from a weight [N, K]. */
 static void pack_transposed(const void *w, long K, long k, long n, int wide, bf16 *tiles) {
     for (int half = 0; half < 2; half++, n += 16, tiles += TILE) {
         __m512i x[16];
@@ -36,9 +36,9 @@ static void pack_transposed(const void *w, long K, long k, long n, int wide, bf1
     }
 }
 
-/* The same of a weight [K, N]. */
+/* Pack the same tiles from a weight [K, N]. */
 static void pack(const void *w, long N, long k, long n, int wide, bf16 *tiles) {
-    uint16_t left[32], right[32]; /* 32 and more: of the second row */
+    uint16_t left[32], right[32]; /* indices from 32 on select from the second row */
     for (int c = 0; c < 16; c++) {
         left[2 * c] = c, left[2 * c + 1] = 32 + c;
         right[2 * c] = 16 + c, right[2 * c + 1] = 48 + c;
@@ -50,7 +50,7 @@ static void pack(const void *w, long N, long k, long n, int wide, bf16 *tiles) {
     }
 }
 
-/* STRIP x 32 sums on their way to memory. */
+/* STRIP x 32 sums that are to be written to memory. */
 typedef struct {
     float *sums;
     const float *bias;
@@ -67,8 +67,8 @@ static inline void stream(bf16 *dst, __m512 left, __m512 right) {
     _mm512_stream_si512((void *)dst, (__m512i)_mm512_cvtne2ps_pbh(right, left));
 }
 
-/* PLAIN: out is the product and the bias. BEFORE_GELU: so it is, and y is GELU of out. THROUGH_GELU: out is the product times
-   GELU's derivative at h, and y is GELU of h. */
+/* PLAIN: out is the product plus the bias. BEFORE_GELU: the same, and y is GELU of out. THROUGH_GELU: out is the product
+   times the derivative of GELU at h, and y is GELU of h. */
 enum { PLAIN, BEFORE_GELU, THROUGH_GELU };
 
 static inline void put_row(const Result *result, long r, long N, int kind) {
@@ -90,17 +90,17 @@ static inline void put_row(const Result *result, long r, long N, int kind) {
     if (kind == BEFORE_GELU) stream(y, gelu(rounded(left)), gelu(rounded(right)));
 }
 
-/* The rows of x that are multiplied at once. */
+/* The rows of x that are multiplied at a time. */
 typedef struct {
     const bf16 *x;
-    long row; /* values between rows */
-    /* rows of the next strip, to be fetched early: the next of them, and how many with each panel */
+    long row; /* stride between rows, in values */
+    /* the next row of the following strip to prefetch, and the number of rows to prefetch with each panel */
     const bf16 *next;
     long fetched;
 } Strip;
 
 #ifdef TILES
-/* Rows r to r + STRIP: in their place, or in `buffer`, with zeros for the missing ones. */
+/* Return rows r to r + STRIP: in place or, if some do not exist, copied to `buffer` with zeros for the missing rows. */
 static inline Strip take_strip(const bf16 *x, bf16 *buffer, long r, long R, long K, long row, long panels) {
     if (r + STRIP <= R) return (Strip){x + r * row, row, x + (r + STRIP) * row, (STRIP - 1 + panels) / panels};
     memset(buffer, 0, STRIP * K * sizeof(bf16));
@@ -108,9 +108,9 @@ static inline Strip take_strip(const bf16 *x, bf16 *buffer, long r, long R, long
     return (Strip){buffer, K, buffer, 0};
 }
 
-/* The sums of `now` = the product of a strip and a panel. Meanwhile the result before goes to memory, and rows of the next
-   strip and the h of this result come from there: loads and stores overlap with the AMX instructions. The weight's tiles pass
-   by the first cache (tileloaddt1). */
+/* Compute the product of a strip and a panel as the sums of `now`. Meanwhile, the previous result is written to memory, and
+   rows of the next strip and the h of this result are prefetched, so that loads and stores overlap with the AMX
+   instructions. The tiles of the weight bypass the first-level cache (tileloaddt1). */
 static inline void multiply(Strip *strip, const bf16 *panel, long steps, const Result *now, Result *before, long N,
                             int kind) {
     const long each = (STRIP - 1 + steps) / steps, row = strip->row;
@@ -143,8 +143,8 @@ static inline void multiply(Strip *strip, const bf16 *panel, long steps, const R
     *before = *now;
 }
 #else
-/* Rows r to r + STRIP, the missing ones zeros, copied to `buffer`: 32 values of each side by side. Rows a power of two
-   apart would push each other out of the cache. */
+/* Copy rows r to r + STRIP to `buffer`, with zeros for missing rows, in blocks of 32 values per row. Rows at a distance of a
+   power of two would evict each other from the cache. */
 static inline Strip take_strip(const bf16 *x, bf16 *buffer, long r, long R, long K, long row, long panels) {
     for (long i = 0; i < STRIP; i++)
         for (long k = 0; k < K; k += 32) {
@@ -154,7 +154,8 @@ static inline Strip take_strip(const bf16 *x, bf16 *buffer, long r, long R, long
     return (Strip){.x = buffer};
 }
 
-/* `now`, the product of a strip and a panel, to memory: broadcast one bf16 pair of a row and multiply it with 32 columns. */
+/* Compute the product of a strip and a panel, and write it to memory: each bf16 pair of a row is broadcast and multiplied
+   with 32 columns. */
 static inline void multiply(Strip *strip, const bf16 *panel, long steps, const Result *now, Result *before, long N,
                             int kind) {
     const bf16 *x = strip->x;
@@ -185,7 +186,8 @@ static inline void multiply(Strip *strip, const bf16 *panel, long steps, const R
 }
 #endif
 
-/* What `linear` computes: out [R, N] = x [R, K], its rows `row` values apart, times a packed weight, plus bias [N] or NULL. */
+/* The computation of `linear`: out [R, N] = x [R, K], whose rows are `row` values apart, times a packed weight, plus bias [N],
+   which may be NULL. */
 typedef struct {
     const bf16 *x;
     const float *bias;
@@ -194,13 +196,13 @@ typedef struct {
     long R, K, N, row;
 } Product;
 
-/* A thread's part of it; `buffer` is for a strip of rows. */
+/* Compute a thread's part of the product. `buffer`: memory for a strip of rows. */
 static inline void work(const Product *all, bf16 *buffer, int kind) {
     const long R = all->R, K = all->K, N = all->N;
     const long steps = K / 32, panels = N / 32, part = smaller(panels, PART / (32 * K) ? PART / (32 * K) : 1);
     const long parts = (panels + part - 1) / part, blocks = (R + ROWS - 1) / ROWS;
     float sums[2][STRIP * 32] __attribute__((aligned(64)));
-    Result before = {.rows = 0}; /* not in memory yet */
+    Result before = {.rows = 0}; /* the previous result, which is not in memory yet */
     int turn = 0;
 #pragma omp for collapse(2) schedule(dynamic)
     for (long first = 0; first < parts; first++)
@@ -217,14 +219,15 @@ static inline void work(const Product *all, bf16 *buffer, int kind) {
     for (long r = 0; r < before.rows; r++) put_row(&before, r, N, kind);
 }
 
-/* x is [R, K], its rows `row` values apart; the weight, of float if `wide`, else bf16, is [N, K] if `transposed`, else [K, N];
-   bias [N] may be NULL. With h [R, N]: THROUGH_GELU; with y alone: BEFORE_GELU. `packed` has space for the weight. K and N
-   are multiples of 32, and out, y and packed are aligned to 64 bytes. Returns 0 if allocation fails. */
+/* x is [R, K], with rows that are `row` values apart. The weight is float if `wide` is set, otherwise bf16; it is [N, K] if
+   `transposed` is set, otherwise [K, N]. bias [N] may be NULL. If h [R, N] is given, the kind is THROUGH_GELU; if only y is
+   given, it is BEFORE_GELU. `packed` has space for the weight. K and N are multiples of 32; out, y and packed are aligned to
+   64 bytes. Returns 0 if an allocation fails. */
 int linear(const bf16 *x, const void *weight, const float *bias, const bf16 *h, bf16 *packed, bf16 *out, bf16 *y, long R,
            long K, long N, long row, int transposed, int wide, int threads) {
     const long steps = K / 32, panels = N / 32;
     const Product all = {x, bias, h, packed, out, y, R, K, N, row};
-    bf16 *buffers = aligned_alloc(64, threads * STRIP * K * sizeof(bf16)); /* a strip for each thread */
+    bf16 *buffers = aligned_alloc(64, threads * STRIP * K * sizeof(bf16)); /* one strip per thread */
     if (!buffers) return 0;
 #pragma omp parallel num_threads(threads)
     {

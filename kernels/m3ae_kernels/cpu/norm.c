@@ -2,8 +2,9 @@
 
 #include "vectors.h"
 
-/* x, grad and dx are [R, D]; weight is [D]; mean and rstd, the reciprocal standard deviation, are [R]. sums are [blocks, 2, D]
-   and zero: what each `rows` rows add to the gradients of weight and bias, whatever the number of threads. */
+/* x, grad and dx are [R, D]; weight is [D]; mean and rstd, the reciprocal standard deviation, are [R]. sums [blocks, 2, D] must
+   be zero; they receive the contributions of each block of `rows` rows to the gradients of weight and bias, which do not
+   depend on the number of threads. */
 void backward(const bf16 *grad, const bf16 *x, const float *weight, const float *mean, const float *rstd, bf16 *dx, float *sums,
               long R, long D, long rows, int threads) {
 #pragma omp parallel for num_threads(threads)
@@ -12,7 +13,7 @@ void backward(const bf16 *grad, const bf16 *x, const float *weight, const float 
         for (long r = first; r < smaller(R, first + rows); r++) {
             const bf16 *g = grad + r * D, *at = x + r * D;
             const __m512 centre = _mm512_set1_ps(mean[r]), scale = _mm512_set1_ps(rstd[r]);
-            __m512 sum = _mm512_setzero_ps(), along = _mm512_setzero_ps(); /* of g w, and of g w times x normalised */
+            __m512 sum = _mm512_setzero_ps(), along = _mm512_setzero_ps(); /* sums of g w, and of g w times the normalised x */
             for (long i = 0; i < D; i += LANES) {
                 const __mmask16 some = lanes(D - i);
                 const __m512 gradient = load_some(g + i, D - i);

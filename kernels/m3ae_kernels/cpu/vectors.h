@@ -1,6 +1,6 @@
-/* What the CPU kernels share: vectors of 16 floats, and AMX's tiles.
+/* Code shared by the CPU kernels: vectors of 16 floats, and AMX tiles.
 
-   BF16: values are bf16 in memory, else float. TILES: AMX is there. */
+   BF16: values are bf16 in memory; otherwise, they are float. TILES: AMX is available. */
 
 #ifndef M3AE_FAST_VECTORS
 #define M3AE_FAST_VECTORS
@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LANES 16 /* floats of a vector */
+#define LANES 16 /* number of floats in a vector */
 
 typedef uint16_t bf16;
 
@@ -53,10 +53,10 @@ static inline __m512 load_some(const value *x, long count) { return _mm512_maskz
 static inline void store_some(value *dst, long count, __m512 x) { _mm512_mask_storeu_ps(dst, lanes(count), x); }
 #endif
 
-/* 2 ** x, or 2 ** -100 below that: on [-1/2, 1/2] the cubic of least relative error, 7.5e-5, a thirtieth of bf16's; in
-   float Taylor's polynomial, 2e-7. */
+/* Return 2 ** x, but at least 2 ** -100. On [-1/2, 1/2], bf16 uses the cubic with the least relative error, 7.5e-5, which is a
+   thirtieth of the rounding error of bf16; float uses the Taylor polynomial, with an error of 2e-7. */
 static inline __m512 power_of_2(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-100), x); /* no denormals, which are slow; in this order a NaN stays one */
+    x = _mm512_max_ps(_mm512_set1_ps(-100), x); /* avoids denormals, which are slow; this order preserves NaN */
     const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #ifdef BF16
     __m512 y = _mm512_set1_ps(5.517166e-2f);
@@ -76,7 +76,7 @@ static inline __m512 power_of_2(__m512 x) {
     return _mm512_scalef_ps(y, _mm512_sub_ps(x, r));
 }
 
-/* 16 x 16 numbers of 32 bits, rows to columns: of pairs of numbers, of pairs of pairs, then of 128 bits. */
+/* Transpose 16 x 16 numbers of 32 bits: first within pairs, then within pairs of pairs, then in blocks of 128 bits. */
 static inline void flip_square(__m512i x[16]) {
     __m512i y[16];
     for (int i = 0; i < 16; i += 2) {
@@ -100,7 +100,7 @@ static inline void flip_square(__m512i x[16]) {
     for (int i = 0; i < 16; i++) x[i] = y[i];
 }
 
-#define TILE 512 /* values of a tile: 16 rows of 32 */
+#define TILE 512 /* number of values in a tile: 16 rows of 32 */
 
 #ifdef TILES
 typedef struct {
@@ -109,7 +109,7 @@ typedef struct {
     uint8_t rows[16];
 } Tiles;
 
-/* 8 tiles of 16 rows of 64 bytes; returns what the thread's tiles were. */
+/* Configure 8 tiles of 16 rows of 64 bytes, and return the thread's previous configuration of tiles. */
 static inline Tiles take_tiles(void) {
     Tiles before, config = {.palette = 1};
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
@@ -123,7 +123,7 @@ static inline void give_tiles_back(Tiles before) {
     else _tile_release();
 }
 #else
-typedef int Tiles; /* without AMX there are none to take */
+typedef int Tiles; /* without AMX, there are no tiles to configure */
 
 static inline Tiles take_tiles(void) { return 0; }
 

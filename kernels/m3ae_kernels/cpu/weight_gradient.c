@@ -1,20 +1,21 @@
 /* Gradients of a linear layer's weight and bias, from bf16, on CPUs with AMX or with AVX-512's products of pairs: left^T right,
    and the sums of both over rows.
 
-   The wider of the two is `wide`, the other `narrow`; the result is [W, N], or [N, W] if `transposed`. The summed axis is that of
-   rows: both are packed as pairs of rows side by side, and AMX wants the transpose of that for `wide`. A thread takes a panel of
-   wide's columns, and sums its products with all of narrow in its cache, DEPTH rows at a time; so results do not depend on the
-   number of threads.
+   The wider of the two operands is `wide`, the other one `narrow`; the result is [W, N], or [N, W] if `transposed` is set. The
+   summed axis is that of the rows: both operands are packed as pairs of adjacent rows, and AMX requires the transpose of this
+   layout for `wide`. A thread takes a panel of columns of `wide`, and sums its products with all of `narrow` in its cache,
+   DEPTH rows at a time, so results do not depend on the number of threads.
 
-   Pairs come from unpacklo and unpackhi, which take every other 4 columns: a tile holds 16 of 32 columns, the first those
-   that divided by 4 are even, the second the odd ones. Sums over rows lie with even columns first, then odd ones. */
+   Pairs are created by unpacklo and unpackhi, which select alternating groups of 4 columns: each tile contains 16 of 32
+   columns, the first tile the groups with even numbers, the second those with odd numbers. Sums over rows are stored with the
+   even columns first, followed by the odd ones. */
 
 #include "vectors.h"
 
 #define DEPTH 256 /* rows of a block */
 #define STEPS (DEPTH / 32)
 #ifdef TILES
-#define STRIP 32 /* of wide's columns, which are multiplied at once */
+#define STRIP 32 /* columns of wide that are multiplied at a time */
 #else
 #define STRIP 14
 #endif
@@ -29,7 +30,7 @@ static inline void add(__m512i x, __m512 *even, __m512 *odd) {
     *odd = _mm512_add_ps(*odd, _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xFFFF0000))));
 }
 
-/* Two tiles from 32 rows and 32 columns: pairs of rows, or their transpose. */
+/* Pack 32 rows and 32 columns into two tiles of pairs of rows, or of their transpose. */
 static inline void pack(const bf16 *x, long row, long at, long rows, int transpose, bf16 *tiles, float *sums) {
     __m512i low[16], high[16];
     __m512 even = _mm512_loadu_ps(sums), odd = _mm512_loadu_ps(sums + 16);
@@ -49,12 +50,12 @@ static inline void pack(const bf16 *x, long row, long at, long rows, int transpo
     _mm512_storeu_ps(sums + 16, odd);
 }
 
-/* dst += sums of `columns` columns, each in its place. */
+/* Add the sums of `columns` columns to dst, in the order of the columns. */
 static void add_sums(const float *sums, long columns, float *dst) {
     for (long c = 0; c < columns; c++) dst[c] += sums[c / 32 * 32 + c % 32 / 2 + c % 2 * 16];
 }
 
-/* 32 numbers, of even and of odd columns, in the order of columns. */
+/* Store 32 numbers, given as those of even and of odd groups of columns, in the order of the columns. */
 static inline void put_in_order(__m512i even, __m512i odd, float *dst) {
     const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
     _mm512_storeu_si512(dst, _mm512_permutex2var_epi64(even, first, odd));
@@ -62,7 +63,7 @@ static inline void put_in_order(__m512i even, __m512i odd, float *dst) {
 }
 
 #ifdef TILES
-/* 32 rows of a panel of wide, `width` columns, as step t of a block. */
+/* Pack 32 rows of a panel of wide, which has `width` columns, as step t of a block. */
 static inline void pack_wide(const bf16 *x, long row, long at, long rows, long width, long t, bf16 *a, float *sums) {
     for (long i = 0; i < width; i += STRIP)
         pack(x + i, row, at, rows, 1, a + i / STRIP * STRIP_VALUES + t * 2 * TILE, sums + i);
@@ -70,7 +71,8 @@ static inline void pack_wide(const bf16 *x, long row, long at, long rows, long w
 
 static void add_wide_sums(const float *sums, long width, float *dst) { add_sums(sums, width, dst); }
 
-/* c, four tiles of 32 x 32 floats, += the products of `steps` pairs of tiles of a and b, or = them if it is the first. */
+/* Add the products of `steps` pairs of tiles of a and b to c, four tiles of 32 x 32 floats; set c to them if `first` is set.
+   */
 static inline void multiply(const bf16 *a, const bf16 *b, long b_step, long steps, int first, float *c) {
     if (first) {
         _tile_zero(0);
@@ -99,7 +101,8 @@ static inline void multiply(const bf16 *a, const bf16 *b, long b_step, long step
     _tile_stored(3, c + 768, 64);
 }
 
-/* 32 x 32 floats from four tiles to rows of dst, `row` apart, or to its columns if `transposed`; each in its place. */
+/* Store 32 x 32 floats from four tiles in the rows of dst, which are `row` apart, or in its columns if `transposed` is set.
+   */
 static inline void put(const float *c, long width, int transposed, float *dst, long row) {
     for (int half = 0; half < 2; half++) {
         const float *left = c + half * (transposed ? 256 : 512), *right = left + (transposed ? 512 : 256);
@@ -113,13 +116,14 @@ static inline void put(const float *c, long width, int transposed, float *dst, l
     }
 }
 #else
-/* 32 rows of a panel of wide, `width` columns, as step t of a block: STRIP columns' pairs of one row after the other. */
+/* Pack 32 rows of a panel of wide, which has `width` columns, as step t of a block: the pairs of STRIP columns, row by row.
+   */
 static inline void pack_wide(const bf16 *x, long row, long at, long rows, long width, long t, bf16 *a, float *sums) {
     const __m512bh one = (__m512bh)_mm512_set1_epi16(0x3F80);
     for (long k = 0; k < 32; k += 2) {
         const bf16 *first = x + (at + k) * row;
         for (long i = 0, strip = 0; i < width; i += STRIP, strip++) {
-            /* stored as whole vectors, since masks are slow there: the next row overwrites what is too much */
+            /* whole vectors are stored, because masked stores are slow; the next row overwrites the excess */
             const __mmask16 some = lanes(width - i);
             const __m256i none = _mm256_setzero_si256();
             const __m512i low = _mm512_cvtepu16_epi32(at + k < rows ? _mm256_maskz_loadu_epi16(some, first + i) : none);
@@ -136,7 +140,8 @@ static void add_wide_sums(const float *sums, long width, float *dst) {
     for (long i = 0; i < width; i++) dst[i] += sums[i / STRIP * LANES + i % STRIP];
 }
 
-/* c, STRIP x 32 floats, += the products of a strip and 32 columns, `steps` times 32 rows, or = them if it is the first. */
+/* Add the products of a strip and 32 columns over `steps` times 32 rows to c, STRIP x 32 floats; set c to them if `first` is
+   set. */
 static inline void multiply(const bf16 *a, const bf16 *b, long b_step, long steps, int first, float *c) {
     __m512 even[STRIP], odd[STRIP];
 #pragma GCC unroll 16
@@ -161,7 +166,8 @@ static inline void multiply(const bf16 *a, const bf16 *b, long b_step, long step
     for (int i = 0; i < STRIP; i++) _mm512_store_ps(c + 32 * i, even[i]), _mm512_store_ps(c + 32 * i + 16, odd[i]);
 }
 
-/* STRIP x 32 floats, of which `width` count, to rows of dst, `row` apart, or to its columns if `transposed`. */
+/* Store STRIP x 32 floats, of which the first `width` rows are used, in the rows of dst, which are `row` apart, or in its columns if
+   `transposed` is set. */
 static inline void put(const float *c, long width, int transposed, float *dst, long row) {
     const long count = smaller(STRIP, width);
     if (!transposed) {
@@ -177,9 +183,9 @@ static inline void put(const float *c, long width, int transposed, float *dst, l
 }
 #endif
 
-/* `wide` is [rows, W] and `narrow` [rows, N], their rows `_row` values apart; W and N are multiples of 32. `packed`
-   has space for N values for each of the rows, rounded up to a multiple of 32; sums are zero. A thread takes about `panel`
-   columns. Returns 0 if allocation fails. */
+/* `wide` is [rows, W] and `narrow` [rows, N], with rows that are `_row` values apart; W and N are multiples of 32. `packed` has
+   space for N values per row, for `rows` rounded up to a multiple of 32. The sums must be zero. A thread takes about `panel`
+   columns. Returns 0 if an allocation fails. */
 int weight_gradient(const bf16 *wide, const bf16 *narrow, long rows, long W, long N, long wide_row, long narrow_row,
                     int transposed, bf16 *packed, float *out, float *wide_sums, float *narrow_sums, long panel, int threads) {
     const long deep = round_up(rows, 32) / 32, blocks = round_up(deep, STEPS) / STEPS, b_step = N / 16 * TILE;
