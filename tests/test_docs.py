@@ -23,7 +23,7 @@ MODULE = r"(?:m3ae_fast/(train)\.py|m3ae-fast (\w+)|-m m3ae_fast (\w+)|--module 
 
 
 def commands() -> list[str]:
-    """Return each command of the project in code blocks of the pages and between backticks."""
+    """Return each command of the project in the pages' code blocks and between backticks."""
     found: list[str] = []
     for text in TEXT.values():
         blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
@@ -38,7 +38,7 @@ def examples_of_help() -> list[str]:
     texts = [""]
     for name in MODULES.values():
         program = importlib.import_module(name)
-        texts += [text for text in vars(program).values() if isinstance(text, str)]  # descriptions of commands
+        texts += [text for text in vars(program).values() if isinstance(text, str)]  # descriptions of its commands
     lines = [line.strip() for text in dict.fromkeys(texts) for line in text.splitlines()]
     return [line for line in lines if re.match(rf"(\w[^`]* )?{MODULE}", line) and not re.search(r":( |$)", line)]
 
@@ -120,7 +120,8 @@ def test_what_begins_first_exists(name):
     assert (ROOT / "tests" / name).is_file()
 
 
-def test_the_guide_shows_the_studys_present_picture():
+@pytest.mark.parametrize("name", ["study", "race"])
+def test_the_guide_shows_the_present_figure_of_an_experiment(name):
     """The guide has a copy of the figure, because pages can show only files below docs/."""
-    copy, own = ROOT / "docs/guide/figures/study.png", ROOT / "lab/results/study/study.png"
+    copy, own = ROOT / f"docs/guide/figures/{name}.png", ROOT / f"lab/results/{name}/{name}.png"
     assert copy.read_bytes() == own.read_bytes()

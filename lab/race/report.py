@@ -97,11 +97,17 @@ def factor(arm: Sequence[Row], ladder: Sequence[Row], test: str, cost: str, weig
         logs.append(np.array([log for log, _ in found]) - np.log(row["cost"][cost]))
     if not logs or len(beyond) > 1:
         return None
-    logs_SR = np.stack(logs)
-    drawn = np.random.default_rng(1).integers(len(logs), size=(REPLICATES, len(logs)))
-    means = [logs_SR[seeds, replicate + 1].mean() for replicate, seeds in enumerate(drawn)]
-    low, high = np.exp(np.percentile(means, INTERVAL))
-    return Factor(float(np.exp(logs_SR[:, 0].mean())), float(low), float(high), len(logs), "".join(beyond))
+    mean, low, high = np.exp(_mean_and_interval(np.stack(logs)))
+    return Factor(float(mean), float(low), float(high), len(logs), "".join(beyond))
+
+
+def _mean_and_interval(values_SR: np.ndarray) -> tuple[float, float, float]:
+    """Return the mean over seeds of the first column, and the 95 % interval of the mean over the other columns, which
+    are replicates; each has the same number of seeds, drawn with replacement. S: seeds."""
+    drawn = np.random.default_rng(1).integers(len(values_SR), size=(REPLICATES, len(values_SR)))
+    means = [values_SR[seeds, replicate + 1].mean() for replicate, seeds in enumerate(drawn)]
+    low, high = np.percentile(means, INTERVAL)
+    return float(values_SR[:, 0].mean()), float(low), float(high)
 
 
 def save(folder: Path, head: dict[str, Any], rows: Sequence[Row], labels: Labels) -> None:
@@ -166,6 +172,7 @@ def tables(rows: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
             cell = [arm, f"{steps:,}", f"{len(runs)}", f"{costs[0] / 1e12:.3g}", f"{costs[1]:.0f}"]
             cells.append([*cell, *(f"{mean:.1f}" for mean in means), *factors])
         text += ["", *_table([f"{DATA[data]}, {size}", *columns], cells)]
+        text += _differences(own, f"{DATA[data]}, {size}", list(tests), weights)
         text += _shares(own, f"{DATA[data]}, {size}", list(tests), weights)
     for data in _unique(row["trial"]["data"] for row in rows if row["trial"]["validation"]):
         chosen = [row for row in rows if row["trial"]["validation"] and row["trial"]["data"] == data]
@@ -194,6 +201,30 @@ def _shares(rows: Sequence[Row], title: str, tests: Sequence[str], weights: Weig
         "seeds",
     ]
     return ["", *_table([*head, *columns], cells)] if cells else []
+
+
+def _differences(rows: Sequence[Row], title: str, tests: Sequence[str], weights: Weights) -> list[str]:
+    """Return a table of the fast recipe's runs of each length compared with the longest runs of the baseline with its
+    usual settings: the cost as a fraction, and the difference in accuracy."""
+    usual = [row for row in rows if row["trial"]["arm"] == USUAL]
+    longest = max((row["trial"]["steps"] for row in usual), default=0)
+    by_seed = {row["trial"]["seed"]: row for row in usual if row["trial"]["steps"] == longest}
+    fast = [row for row in rows if row["trial"]["arm"] == FAST and row["trial"]["seed"] in by_seed]
+    cells = []
+    for steps in sorted({row["trial"]["steps"] for row in fast}):
+        pairs = [(row, by_seed[row["trial"]["seed"]]) for row in fast if row["trial"]["steps"] == steps]
+        cell = [f"{steps:,}", f"{len(pairs)}"]
+        cell += [f"{np.mean([own['cost'][cost] / other['cost'][cost] for own, other in pairs]):.2f}" for cost in COSTS]
+        for test in tests:
+            own_SR, other_SR = (
+                np.stack([weights.accuracies(row["correct"][test]) for row in part]) for part in zip(*pairs)
+            )
+            mean, low, high = _mean_and_interval(100 * (own_SR - other_SR))
+            cell.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
+        cells.append(cell)
+    head = f"{title}: `{FAST}` compared with `{USUAL}` after {longest:,} steps"
+    columns = [*COSTS.values(), *(f"{TESTS[rows[0]['trial']['data']][test]}, points" for test in tests)]
+    return ["", *_table([head, "seeds", *columns], cells)] if cells else []
 
 
 def _tried(row: Row) -> list[str]:

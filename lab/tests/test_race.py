@@ -177,6 +177,21 @@ def test_the_fraction_of_the_baselines_cost_is_read_off_the_fast_recipes_ladder(
     assert report._shares(rows[:3], "clothes, S64", ["clothes_linear"], weights) == []
 
 
+def test_runs_of_equal_seeds_are_compared_with_the_longest_of_the_baseline():
+    def row(arm, steps, seed, cost, right):
+        correct = {"clothes_linear": {f"{i}": float(i < right) for i in range(10)}}
+        trial = {"arm": arm, "seed": seed, "steps": steps, "data": "clothes", "size": "S64"}
+        return {"trial": trial, "cost": dict.fromkeys(report.COSTS, cost), "correct": correct}
+
+    rows = [row(USUAL, 1, 0, 1.0, 9), row(USUAL, 4, 0, 8.0, 6), row(USUAL, 4, 1, 8.0, 8), row(BASELINE, 9, 2, 9.0, 1)]
+    fast = [row(FAST, 4, 0, 4.0, 7), row(FAST, 4, 1, 2.0, 8), row(FAST, 4, 2, 1.0, 9)]  # the last has no counterpart
+    weights = report.Weights({f"{i}": {"emoji": f"{i}"} for i in range(10)})
+    *_, last = report._differences([*rows, *fast], "clothes, S64", ["clothes_linear"], weights)
+    assert last.startswith("| 4 | 2 | 0.38 | 0.38 | 0.38 | +5.0 (+0.0 to ")
+    assert report._differences(rows, "clothes, S64", ["clothes_linear"], weights) == []
+    assert report._differences(fast, "clothes, S64", ["clothes_linear"], weights) == []
+
+
 def test_a_page_keeps_what_was_written_by_hand(tmp_path):
     (tmp_path / report.PAGE).write_text(f"By hand.\n{table.START}\n{table.END}\n")
     about = {"device": "CPU", "torch": "2", "m3ae_fast": "0", "date": "2026-01-01"}
