@@ -22,7 +22,7 @@ from m3ae_fast.engine.memory_estimate import matrix_elements, memory_needed, muo
 from m3ae_fast.engine.muon import orthogonalisation_flops, orthogonalise
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
-from m3ae_fast.training.notices import open_options
+from m3ae_fast.training.user_warnings import open_options
 from tests.helpers.checkpoints import changes_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainer import TINY, zero

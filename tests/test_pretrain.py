@@ -51,7 +51,7 @@ from m3ae_fast.pretraining.automatic_settings import (
 )
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.source_shards import find_shards, overlap
-from m3ae_fast.process.stopping import Stopped
+from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.shards.duplicate_images import PIECE
 from m3ae_fast.shards.held_out import shared_images, write_without
 from m3ae_fast.train import main as start

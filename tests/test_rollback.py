@@ -79,7 +79,7 @@ def test_a_run_that_returns_to_a_checkpoint_has_used_its_time(tmp_path, monkeypa
     limits = []
 
     def set_up(*given):
-        trainer = SimpleNamespace(limit=TimeLimit(3600), left_out=given[6] if len(given) > 6 else (), log=SilentLog())
+        trainer = SimpleNamespace(limit=TimeLimit(3600), left_out=given[6] or (), log=SilentLog())
 
         def train(folder):
             limits.append(trainer.limit)

@@ -38,13 +38,13 @@ from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.process.session import joined_program
-from m3ae_fast.process.stopping import Stopped, until_stopped
+from m3ae_fast.process.stoppable_loop import Stopped, until_stopped
 from m3ae_fast.training import throughput
 from m3ae_fast.training.loss_watch import LAG, WINDOW, LossWatch, Spikes
-from m3ae_fast.training.notices import MemoryGrowth, run_warnings
 from m3ae_fast.training.run import pre_train, preparation_of
 from m3ae_fast.training.throughput import SampleCounts, StepCounts, Throughput
 from m3ae_fast.training.trainer import Trainer
+from m3ae_fast.training.user_warnings import MemoryGrowth, run_warnings
 from tests.helpers.checkpoints import save
 from tests.helpers.shards import members, picture, write_tar
 from tests.helpers.trainer import TINY

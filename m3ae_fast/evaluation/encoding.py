@@ -34,7 +34,7 @@ from m3ae_fast.model.pooling import Pool
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.stop_request import StopRequest
-from m3ae_fast.process.stopping import until_stopped
+from m3ae_fast.process.stoppable_loop import until_stopped
 
 T = TypeVar("T")
 Reduce = Callable[[Tensor, Tensor], Tensor]  # labels [S] and patches [S, K, L, D] -> [S, K, ...]

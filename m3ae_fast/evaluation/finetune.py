@@ -35,7 +35,7 @@ from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask, make_trainer, open_training
 from m3ae_fast.evaluation.layer_decay import layer_decay_groups
 from m3ae_fast.evaluation.predictions import Predictions
-from m3ae_fast.process.stopping import Stopped, until_stopped
+from m3ae_fast.process.stoppable_loop import Stopped, until_stopped
 from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.initial_weights import constants
 from m3ae_fast.training.trainer import Trainer

@@ -16,7 +16,7 @@ from m3ae_fast.evaluation.knn import knn_predictions
 from m3ae_fast.evaluation.predictions import largest_share
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
-from m3ae_fast.process.stopping import Stopped
+from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.training.early_stopping import ACCURACY
 from m3ae_fast.training.trainer import Trainer
 

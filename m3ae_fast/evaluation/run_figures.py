@@ -14,8 +14,8 @@ from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
-from m3ae_fast.data.harmless_sources import require_harmless
 from m3ae_fast.data.labels import class_names, keep_classes, label_corpus
+from m3ae_fast.data.untrusted_sources import require_harmless
 from m3ae_fast.drawing.attention import HeadChoice, draw_attention, draw_patch_attention
 from m3ae_fast.drawing.reconstructions import draw_run
 from m3ae_fast.evaluation.feature_map import draw_feature_map

@@ -16,7 +16,7 @@ from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.helper_process import HelperProcess, Node
 from m3ae_fast.process.ranks import Ranks, await_ends, join_ranks
 from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
-from m3ae_fast.process.stopping import Stopped
+from m3ae_fast.process.stoppable_loop import Stopped
 
 _LAST_S = 0.5  # seconds that the rank that reports an error has for printing it
 

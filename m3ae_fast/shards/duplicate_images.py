@@ -1,8 +1,7 @@
-"""Detection of duplicate images, so that either all samples of an image are held out or none."""
+"""Detection of duplicate images among the samples of a source."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,19 +42,3 @@ def join(first_N: np.ndarray, second_N: np.ndarray) -> np.ndarray:
             np.minimum.at(lowest, groups_N, numbers_N)
             numbers_N = lowest[groups_N]
     return numbers_N
-
-
-def split_images(images_N: np.ndarray, wanted: int) -> np.ndarray:
-    """Return a mask of samples to hold out, bool [N]: about `wanted` of the last samples, with all samples of an image
-    or none. An image with more samples than are still wanted is skipped. At least one image is held out.
-    """
-    counts = Counter(images_N[::-1].tolist())  # in the order of the images' last samples, from the end
-    held, left = set(), wanted
-    for image, samples in counts.items():
-        if samples <= left:
-            held.add(image)
-            left -= samples
-            if not left:
-                break
-    held = held or {min(counts, key=lambda image: counts[image])}
-    return np.isin(images_N, list(held))

@@ -1,4 +1,8 @@
-"""Detection of images that occur in both held-out and training shards, for example images with several captions."""
+"""Held-out samples: none of their images is also trained on, for example with another caption.
+
+`split_images` chooses the samples that are held out when shards are made. `shared_images` and `write_without` remove
+images that occur in training shards from existing held-out shards.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import io
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +35,22 @@ class _Place(NamedTuple):
     shard: str
     offset: int
     size: int
+
+
+def split_images(images_N: np.ndarray, wanted: int) -> np.ndarray:
+    """Return a mask of samples to hold out, bool [N]: about `wanted` of the last samples, with all samples of an image
+    or none. An image with more samples than are still wanted is skipped. At least one image is held out.
+    """
+    counts = Counter(images_N[::-1].tolist())  # in the order of the images' last samples, from the end
+    held, left = set(), wanted
+    for image, samples in counts.items():
+        if samples <= left:
+            held.add(image)
+            left -= samples
+            if not left:
+                break
+    held = held or {min(counts, key=lambda image: counts[image])}
+    return np.isin(images_N, list(held))
 
 
 def shared_images(train: Sequence[str], val: Sequence[str]) -> dict[str, set[int]]:

@@ -19,7 +19,7 @@ from m3ae_fast.base.progress import duration, working
 from m3ae_fast.config import Config
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.process.session import Session
-from m3ae_fast.process.stopping import Stopped
+from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.training.run import set_up
 from m3ae_fast.training.trainer import Trainer
 

@@ -20,12 +20,12 @@ from m3ae_fast.drawing.during_training import draw_training
 from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.validation_losses import Baselines, evaluate
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.process.stopping import Stopped, until_stopped
+from m3ae_fast.process.stoppable_loop import Stopped, until_stopped
 from m3ae_fast.training.attention_kernels import RunAttention
 from m3ae_fast.training.metrics_log import RunLog
-from m3ae_fast.training.notices import open_options
 from m3ae_fast.training.throughput import StepCounts
 from m3ae_fast.training.trainer import Trainer
+from m3ae_fast.training.user_warnings import open_options
 
 _LOSSES = ("val_image_loss", "val_text_loss")
 

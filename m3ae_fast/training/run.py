@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,13 +44,14 @@ from m3ae_fast.process.session import Session
 from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.early_stopping import EarlyStopping
 from m3ae_fast.training.initial_weights import constants, start_from
-from m3ae_fast.training.loss_watch import Diverged, Spikes
-from m3ae_fast.training.notices import run_warnings
+from m3ae_fast.training.loss_watch import Spikes
 from m3ae_fast.training.pretraining_task import PretrainingTask
+from m3ae_fast.training.rollback import train_with_rollbacks
 from m3ae_fast.training.run_folder import RunFolder
 from m3ae_fast.training.throughput import Throughput
 from m3ae_fast.training.time_limit import TimeLimit
 from m3ae_fast.training.trainer import Trainer, batch_of
+from m3ae_fast.training.user_warnings import run_warnings
 from m3ae_fast.vqgan.model import with_image_targets
 
 Probe = Callable[[Trainer], None]
@@ -86,33 +85,12 @@ def pre_train(
     config = config.model_copy(update={"train": resolved})
     session.heartbeats.watch_over(config.run)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-        trainer = set_up(config, resume, session, folder, with_changes, make_probe)
-        while True:
-            try:
-                trainer.train(config.run.dir if profile and ranks.is_main else None)
-                return
-            except Diverged as error:
-                if len(trainer.left_out) >= config.train.rollbacks:
-                    raise
-                left_out = (*trainer.left_out, error.batch)
-                trainer.log.say(f"{error.what}; batch {error.batch} is left out: the run returns to a good checkpoint")
-            spent = trainer.limit.spent if trainer.limit else 0.0
-            del trainer
-            gc.collect()  # frees its weights and loaders
-            again = ranks.broadcast(partial(_return_to, config.run.dir, resume))
-            trainer = set_up(config, again, session, folder, with_changes, make_probe, left_out)
-            if trainer.limit:  # repeated steps count towards the time limit
-                trainer.limit = TimeLimit(trainer.limit.seconds, spent)
 
+        def build(resume: str, left_out: tuple[int, ...] | None) -> Trainer:
+            return set_up(config, resume, session, folder, with_changes, make_probe, left_out)
 
-def _return_to(run_dir: Path, resume: str) -> str:
-    """Return the value of `resume` with which to continue after a step with a non-finite loss or gradient norm, or with
-    a loss spike: "auto", which selects the last good checkpoint or, if there is none, the value with which the run was
-    started. Main rank only."""
-    if any(not (path / checkpoint.FAILED).exists() for path in checkpoint.saved_steps(run_dir)):
-        return "auto"
-    checkpoint.set_aside_after(run_dir, 0)
-    return resume
+        trace_dir = config.run.dir if profile and ranks.is_main else None
+        train_with_rollbacks(config, ranks, resume, build, trace_dir)
 
 
 def set_up(
