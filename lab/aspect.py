@@ -86,7 +86,7 @@ def accuracy(model: str, shards: Path, mode: str, task: str, out: Path) -> float
             train=str(shards / "train-*.tar"),
             val=str(shards / "val-*.tar"),
             out=out,
-            cache_features=task == "linear",
+            layers=[MODEL["depth"]] if task == "linear" else None,  # features are computed once, without augmentation
             overrides=[f"data.resize={mode}"],
         )
     return 100 * json.loads((out / "result.json").read_text(encoding="utf-8"))["top1"]

@@ -110,22 +110,19 @@ def test_the_map_is_beside_the_other_pictures(tmp_path, monkeypatch, capsys):
 
 STOPS = """
 import gc, os, signal, sys, time
-from dataclasses import replace
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.pretraining import dataset_statistics, plan, stages
 from m3ae_fast.cli.pretrain import main
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.trainer import Trainer
 from m3ae_fast.shards import writer
-from m3ae_fast.evaluation import default_hyperparameters, knn, linear
+from m3ae_fast.evaluation import knn, logistic
 
-official = default_hyperparameters.OFFICIAL
-official["linear"] = replace(official["linear"], fewest_steps=10)
 STAGES = {
     "shards": (writer, "_write"), "tokenizer": (dataset_statistics, "train_tokenizer"),
     "statistics": (dataset_statistics, "collect"),
     "measuring": (plan, "measure"), "training": (Trainer, "log_step"), "end of training": (PretrainingTask, "conclude"),
-    "k-NN": (knn, "run"), "linear probe": (linear, "run"),
+    "k-NN": (knn, "run"), "logistic regression": (logistic, "fit_chosen"),
     "report": (stages, "write_report"), "export": (stages, "write_export"),
 }
 HEEDED = ("training", "end of training")  # by what is going on
@@ -237,7 +234,6 @@ def test_results_are_of_the_last_checkpoint(tmp_path, monkeypatch):
 
     def evaluate(task, model, *, out, **options):
         measured.append(task)
-        assert not (options.get("cache_features") and "resume" in options)  # such a probe has no checkpoints
         final_evaluation.write_whole(out / "result.json", json.dumps({"top1": len(measured)}))
 
     monkeypatch.setattr(final_evaluation, "evaluate", evaluate)
@@ -246,13 +242,13 @@ def test_results_are_of_the_last_checkpoint(tmp_path, monkeypatch):
     config = Config.model_validate({"run": {"dir": str(run)}, **given}, strict=False)
     first = final_evaluation.evaluate_run(config)
     (run / "map.png").touch()
-    assert final_evaluation.evaluate_run(config) == first and measured == ["knn"] * 3 + ["linear"] * 3
+    assert final_evaluation.evaluate_run(config) == first and measured == ["knn"] * 3 + ["logistic"] * 3
     assert (run / "map.png").exists()
-    (run / "results/linear/checkpoints").mkdir()
+    (run / "results/logistic/old").touch()
     info = checkpoint.read_info(checkpoint.locate(run))
     save(run, {"model/a": torch.zeros(1)}, replace(info, step=2))
-    assert final_evaluation.evaluate_run(config)["linear"][final_evaluation.RUN] == {"top1": 10}
-    assert not (run / "map.png").exists() and not (run / "results/linear/checkpoints").exists()
+    assert final_evaluation.evaluate_run(config)["logistic"][final_evaluation.RUN] == {"top1": 10}
+    assert not (run / "map.png").exists() and not (run / "results/logistic/old").exists()
     (run / "results").rename(tmp_path / "elsewhere")
     (run / "results").symlink_to(tmp_path / "elsewhere")
     save(run, {"model/a": torch.zeros(1)}, replace(info, step=3))
@@ -267,9 +263,9 @@ def test_each_accuracy_stands_below_its_task_beside_what_it_is_of():
         found[final_evaluation.RUN] |= {"chance": chance, "val_samples": 1200}
         return found
 
-    found = {"knn": results(0.75, 0.5, 0.625, chance=0.66), "linear": results(0.7, 0.4, 0.6, chance=0.66)}
+    found = {"knn": results(0.75, 0.5, 0.625, chance=0.66), "logistic": results(0.7, 0.4, 0.6, chance=0.66)}
     head, *lines, largest = final_evaluation.table(found)
-    ends = [head.index(title) + len(title) for title in ("k-NN", "linear probe")]
+    ends = [head.index(title) + len(title) for title in ("k-NN", "logistic regression")]
     for line, name, *texts in zip(
         lines,
         (final_evaluation.RUN, final_evaluation.UNTRAINED, final_evaluation.SCALED),
@@ -309,7 +305,7 @@ def test_stopped_in_any_stage_the_same_line_goes_on(tmp_path):
         whole[2] == "0" and "this run" in whole[1] and "step 3" not in whole[1] and (tmp_path / "run/export").is_dir()
     )
     outputs = [said for _, said, _ in [*stopped, whole]]
-    for once in ("tokens of", "saved run/checkpoints/step-00000003", "k-NN of random weights", "linear: top1"):
+    for once in ("tokens of", "saved run/checkpoints/step-00000003", "k-NN of random weights", "logistic: top1"):
         assert sum(once in said for said in outputs) == 1, once
 
 
@@ -418,7 +414,7 @@ def test_shards_are_taken_as_they_are(tmp_path):
     write_tar(tmp_path / "z-interval-4.tar", members(range(16, 20)))  # and this one is not a validation split
     assert [os.path.basename(name) for name in find_shards(str(tmp_path), tmp_path, None, []).val] == ["val-3.tar"]
     statistics, notes = inspect(given, tmp_path, "cls")
-    assert statistics.classes == 0 and "no k-NN accuracy and no linear probe: " in notes[0]
+    assert statistics.classes == 0 and "no k-NN accuracy and no logistic regression: " in notes[0]
 
 
 def test_an_image_is_on_one_side_in_folders_and_tables(tmp_path):
@@ -800,7 +796,7 @@ def test_classes_are_those_that_training_samples_have(tmp_path):
     for classes, count in (((0, 1), 2), ((1,), 2), ((0, 1, 2), 0)):
         statistics, notes = inspect(Shards([train], [labelled("b.tar", classes)], []), tmp_path / "run", "cls")
         assert statistics.classes == count and bool(notes) == (count == 0)
-    assert "there is no k-NN accuracy and no linear probe: " in notes[0]
+    assert "there is no k-NN accuracy and no logistic regression: " in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -1046,7 +1042,7 @@ def planned(monkeypatch, statistics, hours, pace, overrides=(), spent=0.0, error
 def test_what_comes_before_and_after_training_is_part_of_the_hours(monkeypatch):
     """The creation of shards and the measurements have taken a minute, and the probes process all samples six times."""
     found = planned(monkeypatch, small(classes=3), 0.5, 0.01, spent=60.0, error=0.05)
-    training, after = 3600 * found.config.train.hours, 6 * 1100 * 0.01 + 6 * 1002 * plan._PROBE_STEP
+    training, after = 3600 * found.config.train.hours, 6 * 1100 * 0.01 + 3 * 3 * 1000 * plan._REGRESSION
     assert 1800 - 60 - after - 30 < training < 1800 - 60 - after
     t = found.config.train
     evaluations = 1 + -(-t.steps // t.probe.every)

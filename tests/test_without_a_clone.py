@@ -73,7 +73,7 @@ def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
         assert said in done.stdout
     run = tmp_path / "run"
     assert status(run)[0] == "finished"
-    for task in ("knn", "linear"):
+    for task in ("knn", "logistic"):
         for name in (task, f"{task}-random", f"{task}-pixels"):
             result = json.loads((run / "results" / name / "result.json").read_text())
             assert f" {100 * result['top1']:.1f} ± {100 * result['top1_se']:.1f}" in done.stdout
@@ -82,7 +82,7 @@ def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
     assert result["chance"] >= 1 / 3
     assert re.search(rf"\nthe largest class +{share} +{share}   \(6 samples\)\n", done.stdout)
     page = (run / "report.html").read_text()
-    for title in ("k-NN", "linear probe"):
+    for title in ("k-NN", "logistic regression"):
         for other in ("random weights", "downscaled pixels", "the largest class"):
             assert re.search(rf"\n{title}: this run .* {other}( on these samples)?: [+-]", done.stdout)
     assert re.search(r"<p>knn: run .* the largest class[^<]*\.</p>", page) and "<th>largest class</th>" in page

@@ -50,8 +50,8 @@ def test_notebook_leads_from_pictures_to_a_probe(tmp_path, monkeypatch):
     printed = "".join(map(texts, fresh.cells))
     losses = [float(value) for value in re.findall(r"val_image_loss ([\d.]+)", printed)]
     assert losses[-1] < 0.6 * losses[0]
-    rows = re.findall(r"^(k-NN|linear) +([\d.]+)% +([\d.]+)%$", printed, re.MULTILINE)
-    assert [name for name, *_ in rows] == ["k-NN", "linear"]
+    rows = re.findall(r"^(k-NN|logistic) +([\d.]+)% +([\d.]+)%$", printed, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["k-NN", "logistic"]
     untrained, trained = (sum(float(row[column]) for row in rows) / 2 for column in (1, 2))
     assert trained > max(untrained, 25)  # of 8 classes; one of them alone is two or three samples from chance
     assert pictures(fresh) == pictures(stored) == 5  # the stored output is up to date

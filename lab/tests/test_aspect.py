@@ -3,10 +3,12 @@ repeated."""
 
 import io
 import tarfile
+from dataclasses import replace
 
 from PIL import Image
 
 from lab import aspect
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
 from tests.helpers.shards import write_tar
 
 
@@ -29,7 +31,7 @@ def test_native_and_square_are_trained_and_tested_alike(tmp_path, monkeypatch, c
         write_tar(tmp_path / f"in/{name}.tar", files.items())
     monkeypatch.setattr(aspect, "CLIPART", tmp_path / "in")
     monkeypatch.setattr(aspect, "SEEDS", (0, 1))
-    monkeypatch.setattr(aspect, "TASKS", ("knn", "knn"))
+    monkeypatch.setitem(OFFICIAL, "linear", replace(OFFICIAL["linear"], fewest_steps=2))
     sizes = {"emb_dim": 16, "depth": 1, "num_heads": 2, "dec_emb_dim": 16, "image_size": 16}
     monkeypatch.setattr(aspect, "MODEL", aspect.MODEL | sizes)
     monkeypatch.setattr(aspect, "PATCHES", 4)

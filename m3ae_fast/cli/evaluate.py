@@ -17,7 +17,7 @@ from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import add_labels, add_resume, add_settings, names_of, output, program, use_device
 from m3ae_fast.cli.config import settings_help
 from m3ae_fast.config.evaluation import EvaluationConfig
-from m3ae_fast.evaluation.tasks import DRAWS, MODALITIES, MOST_SEEDS, PROBE_NAMES, TASKS, named_sets, require_for
+from m3ae_fast.evaluation.tasks import DRAWS, MODALITIES, MOST_SEEDS, POOLS, PROBE_NAMES, TASKS, named_sets, require_for
 from m3ae_fast.process.launchers import alone
 from m3ae_fast.weights.model_name import CLASSIFIER_HELP, MODEL_HELP, PIXELS
 
@@ -72,17 +72,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 help="published corruptions as shards, such as ImageNet-C's: FOLDER/CORRUPTION/SEVERITY/*.tar "
                 "(default: the corruptions of robustness.corruptions are applied to --val)",
             )
-        if name == "linear":
-            command.add_argument(
-                "--cache-features",
-                action="store_true",
-                help="extract the features once, without augmentation, and train the probe on them: seconds "
-                "instead of hours",
-            )
         if task.compares:
             _add_comparison(command)
         if task.surveys:
-            _add_survey(command)
+            _add_survey(command, task.pools)
         if task.resumes:
             add_resume(command, "DIR")
     about = "print which of two results on the same samples is better, or that they do not differ significantly"
@@ -94,13 +87,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _add_survey(command: argparse.ArgumentParser) -> None:
+def _add_survey(command: argparse.ArgumentParser, pools: bool) -> None:
     command.add_argument(
         "--layers",
         metavar="all|N,N",
         help="evaluate the features after each of these blocks, numbered from 1, in one pass over the images; OUT "
         "contains accuracies by depth, but no classifier (default: the last block)",
     )
+    if pools:
+        command.add_argument(
+            "--pools",
+            type=lambda text: [*POOLS] if text == "all" else names_of("pooling", POOLS)(text),
+            default=[],
+            metavar="all|NAME,NAME",
+            help=f"evaluate the features of each of these poolings ({', '.join(POOLS)}) in one pass over the images; "
+            "OUT contains no classifier (default: that of encode.pool)",
+        )
     command.add_argument(
         "--shots",
         type=_counts,

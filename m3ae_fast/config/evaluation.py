@@ -44,6 +44,7 @@ CommonCorruption = Literal[
     "jpeg",
 ]
 ExtraCorruption = Literal["speckle_noise", "gaussian_blur", "spatter", "saturate"]
+Pool = Literal["mean", "cls"]
 
 _COMMON = ("run", "data")  # sections and settings that every task reads
 
@@ -51,7 +52,7 @@ _COMMON = ("run", "data")  # sections and settings that every task reads
 class EncodeConfig(Section):
     """Features of the frozen encoder on unmasked input."""
 
-    pool: Literal["mean", "cls"] = "mean"
+    pool: Pool = "mean"
     """Pooling of features: `mean`, over all tokens except cls after the final norm; `cls`, the cls token."""
     batch: Batch = 64
     """Samples per forward pass."""
@@ -80,9 +81,9 @@ class LinearProbeConfig(LoopConfig, ScheduleConfig):
     """Maximum number of samples per rank and forward pass. Larger per-rank batches are split evenly into micro-batches
     with gradient accumulation; null: no gradient accumulation."""
     peak_lr: float | None = Field(None, gt=0)  # type: ignore[assignment]
-    """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256. null: with --cache-features,
-    chosen from six candidates by accuracy on a held-out tenth of the training samples; otherwise derived from the
-    number of training samples."""
+    """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256. null: derived from the number
+    of training samples; if each image is encoded only once (`--layers`, `--pools`, `--shots`, `compare`), chosen from
+    six candidates by accuracy on a held-out tenth of the training samples."""
     warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
     """Length of the warm-up, in epochs; at most the whole run. null: a ninth of the run."""
     epochs: float | None = Field(None, gt=0, le=1e6)
@@ -119,7 +120,7 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     SECTION: ClassVar[str] = "finetune"
     LENGTH_FOLLOWS: ClassVar[bool] = True
 
-    pool: Literal["mean", "cls"] = "cls"
+    pool: Pool = "cls"
     """Input of the head: `cls`, the cls token; `mean`, the mean of all other tokens."""
     layer_decay: float = Field(0.6, gt=0, le=1)
     """Learning rate of a layer as a fraction of the next layer's."""

@@ -45,7 +45,7 @@ def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, p
 
     Raises:
         UserError: a sample has no list, a label is neither an integer nor text, numbers and texts are mixed, no sample
-            has a label, or a shard cannot be read.
+            has a label (or one of `classes`), or a shard cannot be read.
     """
     if not field.startswith("json."):
         raise UserError(f"--labels {field}: lists of labels are in a field of the samples' json; name one: json.FIELD")
@@ -63,6 +63,8 @@ def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, p
     if classes is None:
         classes = _define_classes(used, where, field)
     ids = {label: number for number, label in enumerate(classes)}
+    if not used & ids.keys():
+        raise UserError(f"{where}: no sample has a label of a training sample in its list ({field})")
     numbers: dict[tuple[Label, ...], int] = {}
     found = [np.array([numbers.setdefault(each or (), len(numbers)) for each in own], dtype=np.int64) for own in lists]
     classes_LC = torch.zeros(len(numbers), len(classes), dtype=torch.bool)

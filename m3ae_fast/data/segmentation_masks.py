@@ -34,7 +34,7 @@ class Masks:
 
     store: ShardStore
     shards: list[str]
-    places_N3: np.ndarray  # int64: number of the shard, offset and size of the mask in bytes
+    places_N5: np.ndarray  # int64: number of the shard; offset and size in bytes of the mask, and of the image
 
     def views(self, numbers: Sequence[int], size: int, *, progress: bool = False) -> Tensor:
         """Return the class ids of the samples with these numbers, cropped and scaled to the model's input (see
@@ -47,16 +47,16 @@ class Masks:
         return views
 
     def _read(self, number: int) -> Tensor:
-        place, offset, size = self.places_N3[number].tolist()
-        shard = self.shards[place]
+        place, at, size, *of_image = self.places_N5[number].tolist()
+        shard, parts = self.shards[place], ((at, size), of_image)
         try:
             with open_regular(self.store.path(shard)) as file:
-                data = os.pread(file.fileno(), min(size, MAX_IMAGE_BYTES), offset)
-            return read_mask(data)
+                mask, image = (os.pread(file.fileno(), min(size, MAX_IMAGE_BYTES), offset) for offset, size in parts)
+            return read_mask(mask, image)
         except OSError as error:
             raise UserError(f"shard {shard}: cannot be read ({error.strerror or error})") from None
         except BadSample as error:
-            raise UserError(f"shard {shard}: {error}, in the mask at byte {offset}; repair it, or remove it") from None
+            raise UserError(f"shard {shard}: {error}, in the mask at byte {at}; repair it, or remove it") from None
 
 
 def masked_corpus(corpus: Corpus, *, progress: bool = False) -> tuple[Corpus, Masks]:
@@ -64,7 +64,7 @@ def masked_corpus(corpus: Corpus, *, progress: bool = False) -> tuple[Corpus, Ma
     their masks, which are accessed by these numbers. Raises UserError if no sample has a mask, or if a shard cannot be
     read."""
     shards: list[str] = []
-    places: list[tuple[int, int, int]] = []
+    places: list[tuple[int, int, int, int, int]] = []
     sources = []
     for source in corpus.sources:
         located = [shard.located() for shard in source.shards]
@@ -72,7 +72,7 @@ def masked_corpus(corpus: Corpus, *, progress: bool = False) -> tuple[Corpus, Ma
         for shard in track(located, "looking for masks", len(located), show=progress):
             try:
                 members, _ = scan_tar(corpus.store.path(shard.shard))
-                offsets = shard.table()["image_offset"].tolist()
+                images = shard.table()[["image_offset", "image_size"]].tolist()
             except OSError as error:
                 raise UserError(f"shard {shard.shard}: cannot be read ({error.strerror or error})") from None
             masks = {}  # mask members by the offset of the image
@@ -80,11 +80,11 @@ def masked_corpus(corpus: Corpus, *, progress: bool = False) -> tuple[Corpus, Ma
                 image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
                 if image is not None and MASK_SUFFIX in files:
                     masks[image.offset] = files[MASK_SUFFIX]
-            for offset in offsets:
+            for offset, size in images:
                 mask = masks.get(offset) if offset != MISSING else None
                 ids.append(LEFT_OUT if mask is None else len(places))
                 if mask is not None:
-                    places.append((len(shards), mask.offset, mask.size))
+                    places.append((len(shards), mask.offset, mask.size, offset, size))
             shards.append(shard.shard)
         sources.append(select_labelled(replace(source, shards=located), np.array(ids, dtype=np.int64)))
     if not places:

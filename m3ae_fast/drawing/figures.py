@@ -28,7 +28,8 @@ _SIDE, _GAP, _LINE = 128, 6, 13  # sizes in pixels: side of an image, gap betwee
 _WIDE = 22  # number of characters per line below an image
 Colour = tuple[int, int, int]
 BLACK, GREEN, RED = (20, 20, 20), (0, 130, 50), (190, 30, 30)
-_MOST_NAMES = 40  # maximum number of classes for which a confusion matrix shows names
+# maximum numbers of classes in a confusion matrix, and of classes whose names are shown
+_MOST_CONFUSED, _MOST_NAMES = 1000, 40
 _ERRORS = "error bars: ± 1 standard error"
 
 
@@ -114,17 +115,25 @@ def _wrapped(cell: Cell) -> list[str]:
 
 
 def draw_confusion(path: Path, labels_N: Tensor, predicted_N: Tensor, classes: Sequence[int | str]) -> None:
-    """Write a PNG of the confusion matrix: the fractions of each class's samples that were predicted as each class."""
-    count = len(classes)
-    flat = np.bincount(labels_N.numpy() * count + predicted_N.numpy(), minlength=count * count)
-    fractions = flat.reshape(count, count) / np.maximum(flat.reshape(count, count).sum(1, keepdims=True), 1)
+    """Write a PNG of the confusion matrix: the fractions of each class's samples that were predicted as each class. If
+    there are more than _MOST_CONFUSED classes, those with the most samples are shown."""
+    samples_K = np.bincount(labels_N.numpy(), minlength=len(classes))
+    shown = np.sort(np.argsort(-samples_K, kind="stable")[:_MOST_CONFUSED])
+    count, place_K = len(shown), np.full(len(classes), -1)
+    place_K[shown] = np.arange(count)
+    rows_N, columns_N = place_K[labels_N.numpy()], place_K[predicted_N.numpy()]
+    seen_N = (rows_N >= 0) & (columns_N >= 0)
+    flat = np.bincount(rows_N[seen_N] * count + columns_N[seen_N], minlength=count * count)
+    fractions = flat.reshape(count, count) / np.maximum(samples_K[shown, None], 1)
     side = min(3 + 0.3 * count, 12)
     figure, (axes,) = _figure(side + 0.8, side)
     image = axes.imshow(fractions, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, ax=axes, fraction=0.046, label="fraction of the true class's samples")
     axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix")
+    if count < len(classes):
+        axes.set_title(f"Confusion matrix of the {count:,} largest of {len(classes):,} classes")
     if count <= _MOST_NAMES:
-        names = [str(name)[:20] for name in classes]
+        names = [str(classes[number])[:20] for number in shown]
         axes.set_xticks(range(count), names, rotation=90, fontsize=7)
         axes.set_yticks(range(count), names, fontsize=7)
     _save(figure, path)

@@ -59,7 +59,7 @@ class EncodedSteps:
             tokens, labels = zip(*parts)
             tokens_SKLD, labels_S = torch.cat(tokens), torch.cat(labels)
             samples = int(self.ranks.sum([len(labels_S)])[0])
-            yield HeadBatch({layer: tokens_SKLD[:, at] for at, layer in enumerate(self.layers)}, labels_S, samples)
+            yield HeadBatch({at: tokens_SKLD[:, at] for at in range(len(self.layers))}, labels_S, samples)
 
     def _encoded(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         assert batch.labels is not None
@@ -80,9 +80,10 @@ def predict_online(
     setting: Setting,
     whole: TimeLeft,
 ) -> dict[Input, Predictions]:
-    """Return the predictions of attentive probes for the held-out samples by layer, on every rank. The probes of all
-    layers are trained in one pass. If several learning rates are tried, the predictions of a layer are those of the
-    head whose learning rate is best on a tenth of the training samples. No head is trained on this tenth.
+    """Return the predictions of attentive probes for the held-out samples on every rank, by place of the layer in
+    `layers`. The probes of all layers are trained in one pass. If several learning rates are tried, the predictions of
+    a layer are those of the head whose learning rate is best on a tenth of the training samples. No head is trained on
+    this tenth.
 
     Args:
         job: the job.
@@ -95,7 +96,8 @@ def predict_online(
     train, held_out = corpora
     ranks, world, trying = job.ranks, job.ranks.world, len(recipe.scales) > 1
     scales = [*recipe.scales.values()]
-    stacks = {layer: new_stack(job.model.config.emb_dim, recipe, scales, setting) for layer in layers}
+    places = range(len(layers))
+    stacks = {at: new_stack(job.model.config.emb_dim, recipe, scales, setting) for at in places}
     accumulation = max(-(-recipe.batch // (job.config.encode.batch * world)), 1)
     share = Share(recipe.batch, accumulation, ranks.rank, world)
     loader = job.batches(train, share, range(recipe.steps), lay_out(job.config.data, train.sizes, recipe.batch))
@@ -104,25 +106,25 @@ def predict_online(
     part = float(recipe.steps * recipe.batch)
     right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, job.heartbeats, setting.live, whole, part)
     whole.after(part)
-    heads = {layer: stack.heads for layer, stack in stacks.items()}
-    tried: dict[Input, list[RateTrial]] = {layer: [] for layer in layers}
+    heads = {at: stack.heads for at, stack in stacks.items()}
+    tried: dict[Input, list[RateTrial]] = {at: [] for at in places}
     if trying:
         reduce = partial(_judged, heads)
         found = job.encode(train, "judging learning rates", whole, train.samples, layers=layers, reduce=reduce)
         whole.after(train.samples)
         found = found.rows([row for row, key in enumerate(found.keys) if is_held_out(key)])
-        tried = {layer: _tried(found.layer(at), recipe) for at, layer in enumerate(layers)}
+        tried = {at: _tried(found.layer(at), recipe) for at in places}
     trained = {}
-    for layer in layers:
-        number = tried[layer].index(recipe.choose(tried[layer], 0)) if trying else 0
+    for at in places:
+        number = tried[at].index(recipe.choose(tried[at], 0)) if trying else 0
         rate = [*recipe.scales][number]
-        trained[layer] = Trained(heads[layer], right[layer][:, number].tolist(), rate, tried[layer], number)
-        for text in head_warnings(trained[layer], recipe):
-            setting.warn(layer, text)
+        trained[at] = Trained(heads[at], right[at][:, number].tolist(), rate, tried[at], number)
+        for text in head_warnings(trained[at], recipe):
+            setting.warn(at, text)
     reduce = partial(_logits, trained)
     logits = job.encode(held_out, "encoding val", whole, held_out.samples, layers=layers, reduce=reduce)
     whole.after(held_out.samples)
-    return {layer: logits.predictions(logits.layer(at).features_RD) for at, layer in enumerate(layers)}
+    return {at: logits.predictions(logits.layer(at).features_RD) for at in places}
 
 
 def passes(recipe: Recipe, train: Corpus, held_out: Corpus) -> float:

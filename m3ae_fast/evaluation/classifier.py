@@ -19,14 +19,14 @@ from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import ModelConfig, Section, parse
+from m3ae_fast.config.evaluation import Pool
 from m3ae_fast.evaluation.heads import FineTuneHead, LinearProbeHead
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.model.pooling import Pool
 from m3ae_fast.model.pretrained import build
 from m3ae_fast.weights.model_name import CLASSIFIER_HELP
 
 MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE = "classifier.safetensors", "classifier.json", "tokenizer.json"
-HEADS = {"linear": LinearProbeHead, "finetune": FineTuneHead}
+HEADS = {"linear": LinearProbeHead, "logistic": LinearProbeHead, "finetune": FineTuneHead}
 
 
 class ClassifierConfig(Section):
@@ -34,7 +34,7 @@ class ClassifierConfig(Section):
 
     model: ModelConfig
     """Config of the encoder."""
-    head: Literal["linear", "finetune"]
+    head: Literal["linear", "logistic", "finetune"]
     """The task that trained the head."""
     pool: Pool
     """Pooling of the features that the head reads."""

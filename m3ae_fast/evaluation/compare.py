@@ -297,8 +297,8 @@ def _measure(
             with whole.aside(work.training[probe]):
                 if pair is None:
                     recipe = attentive_recipe(corpora[0].samples, setting)
-                    left, layer = TimeLeft(passes(recipe, *corpora)), opened.config.depth
-                    predictions = predict_online(own, corpora, [layer], recipe, setting, left)[layer]
+                    left, depth = TimeLeft(passes(recipe, *corpora)), opened.config.depth
+                    predictions = predict_online(own, corpora, [depth], recipe, setting, left)[0]
                 else:
                     predictions = PROBES[probe].predict({0: pair[0]}, {0: pair[1]}, setting)[0]
             found.add(name, probe, seed, predictions)

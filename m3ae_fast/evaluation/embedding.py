@@ -29,7 +29,7 @@ from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
+from m3ae_fast.config.evaluation import EvaluationConfig, Pool, evaluation_config
 from m3ae_fast.data import Corpus, ShardStore, Share, open_corpus
 from m3ae_fast.data.labels import Label, read_labels
 from m3ae_fast.data.loader import MicroBatches, collate
@@ -38,7 +38,6 @@ from m3ae_fast.evaluation.encoding import Batches, encode_batches, encode_corpus
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.tasks import COLUMN_NAMES
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.model.pooling import Pool
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.process.session import raise_once
 from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker

@@ -1,6 +1,7 @@
 """Encoding of datasets by a frozen encoder.
 
-Shapes: S samples of a batch, R samples of this rank, L patches per image, D encoder width, K layers.
+Shapes: S samples of a batch, R samples of this rank, L patches per image, D encoder width, K layers, or pairs of a
+layer and a pooling.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ from m3ae_fast.base.progress import TimeLeft, track
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import DataConfig
-from m3ae_fast.config.evaluation import EncodeConfig
+from m3ae_fast.config.evaluation import EncodeConfig, Pool
 from m3ae_fast.data import Corpus, Preparation, Share, eval_loader
 from m3ae_fast.evaluation.feature_bank import FeatureBank, Rows
 from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding
-from m3ae_fast.model.pooling import Pool
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.stop_request import StopRequest
@@ -77,6 +77,7 @@ def encode_corpus(
     monitor: PassMonitor = NO_MONITOR,
     *,
     layers: Sequence[int] | None = None,
+    pools: Sequence[Pool] | None = None,
     patches: bool = False,
     reduce: Reduce | None = None,
     folder: Path | None = None,
@@ -91,8 +92,9 @@ def encode_corpus(
         config: settings of the encoding.
         ranks: the ranks, between which the samples are split.
         monitor: progress display and stop requests.
-        layers: numbers of the K blocks after which features are taken, from 1; features are then [R, K, D]. None: only
-            the last block, with features [R, D].
+        layers: numbers of the blocks after which features are taken, from 1; features are then [R, K, D], in the order
+            of `MultimodalEncoder.pooled_of_layers`. None: only the last block, with features [R, D].
+        pools: the poolings, of which there is one with `patches` or `reduce`; None: that of `config`.
         patches: whether to also store the features of all patches.
         reduce: function of a batch's labels and patch tokens whose results are stored in place of the features.
         folder: folder for a file with features that do not fit into memory; None: the folder for temporary files.
@@ -107,7 +109,16 @@ def encode_corpus(
         encoding_loader(model, corpus, data, share, ranks.device), share, corpus.samples, data.max_bad_fraction
     )
     return encode_batches(
-        model, batches, config, ranks, monitor, layers=layers, patches=patches, reduce=reduce, folder=folder
+        model,
+        batches,
+        config,
+        ranks,
+        monitor,
+        layers=layers,
+        pools=pools,
+        patches=patches,
+        reduce=reduce,
+        folder=folder,
     )
 
 
@@ -130,6 +141,7 @@ def encode_batches(
     monitor: PassMonitor = NO_MONITOR,
     *,
     layers: Sequence[int] | None = None,
+    pools: Sequence[Pool] | None = None,
     patches: bool = False,
     reduce: Reduce | None = None,
     folder: Path | None = None,
@@ -139,7 +151,7 @@ def encode_batches(
     pooled, tokens = Rows(most, ranks, folder), Rows(most, ranks, folder)
     known: list[_Known] = []
     with encoding(model, config.precision, ranks.device):
-        encode = partial(_pool, model, layers or [model.config.depth], config.pool, patches, reduce)
+        encode = partial(_pool, model, layers or [model.config.depth], pools or [config.pool], patches, reduce)
         shown = monitor.over(batches.loader, ranks)
         for batch, (pooled_SKD, patches_SKLD) in _one_behind(encode, shown, ranks.device):
             pooled.append(pooled_SKD)
@@ -205,13 +217,14 @@ def _one_behind(
 def _pool(
     model: MultimodalEncoder,
     layers: Sequence[int],
-    pool: Pool,
+    pools: Sequence[Pool],
     patches: bool,
     reduce: Reduce | None,
     batch: PackedBatch,
 ) -> tuple[Tensor, Tensor | None]:
     if not patches and reduce is None:
-        return model.pooled_of_layers(batch, layers, pool), None
+        return model.pooled_of_layers(batch, layers, pools), None
+    (pool,) = pools
     pooled_SKD, patches_SKLD = model.pooled_and_patches(batch, layers, pool)
     if reduce is None:
         return pooled_SKD, patches_SKLD.half()

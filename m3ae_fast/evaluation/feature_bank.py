@@ -83,7 +83,7 @@ class FeatureBank:
         return replace(self, keys=keys, labels_N=labels_N, grids=grids, own_R=own_R[kept], at_R=at_R[kept])
 
     def layer(self, number: int) -> FeatureBank:
-        """Return a bank of the features of one of several layers, counted from 0."""
+        """Return a bank of the features of one of several layers, or pairs of a layer and a pooling, counted from 0."""
         patches_SLD = None if self.patches_SLD is None else self.patches_SLD[:, number]
         return replace(self, stored_SD=self.stored_SD[:, number], patches_SLD=patches_SLD)
 

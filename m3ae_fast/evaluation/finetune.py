@@ -113,8 +113,8 @@ class FineTuningTask(LabelledTask):
         per_epoch = trainer.schedule.steps_per_epoch
         epochs = int(max(steps / per_epoch, 1))
         return (
-            f"--set finetune.epochs={epochs} ({epochs * per_epoch:,} steps, with a lower accuracy), or the task linear "
-            "with --cache-features, which was no worse on 1,000 to 2,400 samples (lab/results/recipe.md)"
+            f"--set finetune.epochs={epochs} ({epochs * per_epoch:,} steps, with a lower accuracy), or the task "
+            "logistic, which encodes each image once"
         )
 
     def conclude(self, trainer: Trainer) -> dict[str, float] | None:
@@ -131,7 +131,8 @@ class FineTuningTask(LabelledTask):
         except Stopped:
             trainer.cut_short()
             return None
-        predictions, skipped = zip(*(part for parts in ranks.gather(own) for part in parts))
+        # the batches alternate between the ranks, which all have equally many
+        predictions, skipped = zip(*(part for turn in zip(*ranks.gather(own)) for part in turn))
         most_bad = self.job.config.data.max_bad_fraction
         check_skipped([each for part in skipped for each in part], self.val.samples, most_bad)
         return self.evaluated(trainer, Predictions.joined(predictions))

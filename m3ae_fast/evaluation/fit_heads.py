@@ -1,4 +1,4 @@
-"""Training of many heads (for several layers, learning rates and seeds) in one pass over the batches.
+"""Training of many heads (for several layers, poolings, learning rates and seeds) in one pass over the batches.
 
 The heads that read the same features form a stack, and are updated together. Each rank processes its part of each step.
 Statistics and gradients are summed over ranks, so that the steps do not depend on the number of ranks, except for
@@ -32,7 +32,7 @@ from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 
 Heads = LinearHeads | AttentiveHeads
-Input = int  # the features that heads read, identified by the number of their layer
+Input = int  # number that identifies the features that heads read, such as those of a layer with a pooling
 _AT_A_TIME = 256  # number of samples that are classified at a time
 
 

@@ -22,13 +22,15 @@ from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import SourceConfig
-from m3ae_fast.config.evaluation import EvaluationConfig
+from m3ae_fast.config.evaluation import EvaluationConfig, Pool
 from m3ae_fast.data import Corpus, Layout, Preparation, ShardStore, Share, open_corpus, samples_of, train_loader
 from m3ae_fast.data.dataset import Transform
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.drawing.figures import BLACK, Cell, Colour, levels
+from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.encoding import PassMonitor, Reduce, encode_corpus
 from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS_FILE
 from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.evaluation.tasks import TASKS, Modality, Options
@@ -63,6 +65,7 @@ class Job:
     session: Session
     folder: RunFolder | None  # the output folder, on the main rank only
     model: Any  # an M3AE, or a Classifier if the task evaluates one; on the ranks' device
+    is_last: bool = True  # whether the program ends with this task, which then prints what it leaves if it is stopped
     classes: Classes = ()  # labels by class id; see `open_labelled`
     names: list[str] = field(default_factory=list)  # names of the classes in figures
     pictures: list[Callable[[], None]] = field(default_factory=list)  # functions that plot figures after the end
@@ -113,11 +116,12 @@ class Job:
         part: float = 0.0,
         *,
         layers: Sequence[int] | None = None,
+        pools: Sequence[Pool] | None = None,
         patches: bool = False,
         reduce: Reduce | None = None,
     ) -> FeatureBank:
         """Return pooled features of all samples. `title`: title of the progress display; `whole`, `part`: see
-        `PassMonitor`; `layers`, `patches`, `reduce`: see `encode_corpus`."""
+        `PassMonitor`; other arguments: see `encode_corpus`."""
         monitor, config = PassMonitor(title, self.heartbeats, whole=whole, part=part), self.config
         return encode_corpus(
             self.model,
@@ -127,6 +131,7 @@ class Job:
             self.ranks,
             monitor,
             layers=layers,
+            pools=pools,
             patches=patches,
             reduce=reduce,
             folder=self.out,
@@ -209,6 +214,26 @@ class Job:
         """Write the predictions of each sample, as predictions.parquet."""
         self.ranks.on_main(lambda: write_parquet(self.out / PREDICTIONS_FILE, columns))
 
+    def save_probe(self, head: LinearProbeHead) -> None:
+        """Write a classifier that consists of the model and a head that was trained on its pooled features, as
+        `Classifier.save_pretrained` does. Every rank must call it."""
+
+        def save() -> None:
+            classifier = Classifier(
+                ClassifierConfig(
+                    model=self.model.config,
+                    head=self.options.task,  # type: ignore[arg-type]
+                    pool=self.config.encode.pool,
+                    modality=self.modality,
+                    classes=list(self.classes),
+                )
+            )
+            classifier.load_backbone(self.model)
+            classifier.head.load_state_dict(head.state_dict())
+            classifier.save_pretrained(self.out)
+
+        self.ranks.on_main(save)
+
     def described(self, result: dict[str, Any], *, partial: bool) -> dict[str, Any]:
         """Return a complete or partial result with a description of its model and data."""
         options, config = self.options, self.config.model_dump(mode="json")
@@ -218,8 +243,10 @@ class Job:
 
     def keep_if_stopped(self, found: Callable[[], PartialResult]) -> None:
         """From now on, write and print the intermediate result if a rank is asked to stop, before the ranks exit.
-        `found`: function that returns the intermediate result; it is called on the main rank, in another thread."""
-        self.stop.at_leaving = lambda: self._leave(found) if self.ranks.is_main else ""
+        `found`: function that returns the intermediate result; it is called on the main rank, in another thread. A
+        program that continues after the task reports the stop itself."""
+        if self.is_last:
+            self.stop.at_leaving = lambda: self._leave(found) if self.ranks.is_main else ""
 
     def _leave(self, found: Callable[[], PartialResult]) -> str:
         if (self.out / RESULT_FILE).exists():

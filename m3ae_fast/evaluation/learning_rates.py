@@ -67,8 +67,3 @@ def edge(tried: Sequence[RateTrial], peak_lr: float | None) -> list[str]:
         return []
     side = "lowest" if peak_lr == rates[0] else "highest"
     return [f"the selected learning rate, {peak_lr:g}, is the {side} candidate; also try a linear.peak_lr beyond it"]
-
-
-def table(tried: Sequence[RateTrial], chosen: float) -> str:
-    """Return a line with the learning rates, their accuracies, and the chosen learning rate."""
-    return ", ".join(f"{each.peak_lr:g}: {each.top1:.1%}" for each in tried) + f"; chosen: {chosen:g}"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data.label_lists import LabelledLists, list_corpus
 from m3ae_fast.data.labels import Classes
@@ -80,8 +81,13 @@ def measured(
         known_C: whether a class occurs in the training samples.
         classes: labels by class id.
         seed: random seed of the bootstrap.
+
+    Raises:
+        UserError: no class occurs in both the training and the held-out samples.
     """
     counted = np.flatnonzero(truth_MC.any(0) & known_C).tolist()
+    if not counted:
+        raise UserError("--val: no sample that can be read has a label of a training sample that can be read")
     samples = len(truth_MC)
     weights_BM = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=_RESAMPLES)
     weights_BM = np.concatenate((np.ones((1, samples), np.int64), weights_BM))  # the first row has the original samples

@@ -1,7 +1,5 @@
-"""k-NN, linear or attentive probes at several layers, or with few training samples per class, from one pass over the
+"""Probes of the features of several layers and poolings, or with few training samples per class, from one pass over the
 images.
-
-Shapes: N training samples, K layers, S shots, D draws.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import numpy as np
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import TimeLeft, duration
+from m3ae_fast.config.evaluation import Pool
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
@@ -24,21 +23,37 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank, missing_in_host_memor
 from m3ae_fast.evaluation.fit_heads import HeadsInTraining
 from m3ae_fast.evaluation.job import WARNINGS, Job, PartialResult, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
-from m3ae_fast.evaluation.probes import PROBES, Probe, Recipe, Setting, attentive_recipe, partial_predictions
+from m3ae_fast.evaluation.probes import PROBES, Recipe, Setting, attentive_recipe, partial_predictions
 from m3ae_fast.evaluation.significance import ERROR, interval, mean_accuracy
 from m3ae_fast.evaluation.tasks import DRAWS
+
+
+class Features(NamedTuple):
+    """A kind of features of the encoder."""
+
+    layer: int  # number of the block, from 1
+    pool: Pool | None  # None: patch tokens, which are pooled by an attentive probe
 
 
 class Case(NamedTuple):
     """A configuration of the grid."""
 
     layer: int
+    pool: Pool | None
     shots: int | None  # number of training samples per class; None: all samples
+
+    def name(self, pools: bool) -> str:
+        """Return the name for display. `pools`: whether there are several poolings."""
+        return (
+            f"layer {self.layer}"
+            + (f", {self.pool}" if pools else "")
+            + ("" if self.shots is None else f", {self.shots} shots")
+        )
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features of the training and of the held-out samples, by layer."""
+    """Features of the training and of the held-out samples, by number of the kind of features."""
 
     bank: dict[int, FeatureBank]
     held_out: dict[int, FeatureBank]
@@ -53,9 +68,23 @@ class Encoded:
 class GridPredictions:
     """The predictions so far, and access to the heads in training."""
 
-    def __init__(self, cases: Sequence[Case], draws: int, classes: Classes, samples: tuple[int, int]) -> None:
-        self.cases, self.draws, self.classes, self.samples = cases, draws, classes, samples
-        self.live = HeadsInTraining()
+    def __init__(
+        self,
+        kinds: Sequence[Features],
+        shots: Sequence[int | None],
+        draws: int,
+        classes: Classes,
+        samples: tuple[int, int],
+    ) -> None:
+        self.kinds, self.draws, self.classes, self.samples, self.live = (
+            kinds,
+            draws,
+            classes,
+            samples,
+            HeadsInTraining(),
+        )
+        self.cases = [Case(*kind, number) for number in shots for kind in kinds]
+        self.pools = len({kind.pool for kind in kinds}) > 1  # whether there are several poolings
         self.made: list[tuple[Case, int, Predictions]] = []  # case, number of the draw, and predictions
         self.warnings: list[str] = []
         self.chosen: dict[Case, dict[str, float]] = {}  # hyper-parameters that were selected; empty for several draws
@@ -73,8 +102,9 @@ class GridPredictions:
         if not rows:
             return {}
         train_samples, val_samples = self.samples
-        # the main accuracies are those of the last layer with the largest number of shots
-        result = {name: value for name, value in rows[-1].items() if name.startswith("top")}
+        # the main accuracies are those of the last layer with the first pooling and the largest number of shots
+        main = [row for row in rows if row["pool"] == rows[0]["pool"]][-1]
+        result = {name: value for name, value in main.items() if name.startswith("top")}
         result |= {"classes": len(self.classes), "train_samples": train_samples, "draws": self.draws}
         return result | {WARNINGS: [*self.warnings], "val_samples": val_samples, "results": rows}
 
@@ -90,7 +120,7 @@ class GridPredictions:
         done, rows = f"{len(made)} of {probes} probes", self.rows(made)
         if recipe and self.draws == 1 and not made:  # an unfinished draw would not be comparable with others
             found, where = partial_predictions(self.live, encoded.bank, encoded.held_out, recipe)
-            unfinished = [(Case(layer, None), 0, predictions) for layer, predictions in found.items()]
+            unfinished = [(Case(*self.kinds[number], None), 0, own) for number, own in found.items()]
             done += f" and the {where}" if unfinished else ""
             rows += [row | {"unfinished": where} for row in self.rows(unfinished)]
             made += unfinished
@@ -102,28 +132,33 @@ def run(job: Job) -> dict[str, Any]:
     the memory is too small."""
     options, task = job.options, job.options.task
     if options.resume != "no":
-        raise UserError("--resume: a probe with --layers or --shots has no checkpoints; leave it out")
+        raise UserError("--resume: a probe with --layers, --pools or --shots has no checkpoints; leave it out")
+    if options.pools and "pool" in job.config.encode.model_fields_set:
+        raise UserError("--pools replaces encode.pool; leave out one of the two")
     layers = chosen_layers(options.layers, job.model.config.depth)
+    pools: list[Pool | None] = [*options.pools] or [job.config.encode.pool]
+    pools = [None] if PROBES[task].tokens else pools
+    kinds = [Features(layer, pool) for layer in layers for pool in pools]
     draws = (options.draws or DRAWS) if options.shots else 1
     numbers: list[int | None] = [*options.shots] or [None]
-    cases = [Case(layer, shots) for shots in numbers for layer in layers]
     job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train, val, classes = job.open_labelled()
     if task == "attentive" and not options.shots and trains_online(job, layers, [train, val]):
         return _run_online(job, layers, (train, val, classes))
-    expected = {shots: draws * _seconds(job, shots, train, classes, len(layers)) for shots in numbers}
+    expected = {shots: draws * _seconds(job, shots, train, classes, len(kinds)) for shots in numbers}
     whole = job.time_left(train.samples + val.samples, sum(expected.values()), shorter=lambda _: _shorter(job, layers))
-    probes = len(cases) * draws
+    probes = len(kinds) * len(numbers) * draws
     job.say(
         f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
+        + (f"{' and '.join(options.pools)} features, " if options.pools else "")
         + (f"{', '.join(map(str, options.shots))} of {train.samples:,}" if options.shots else f"all {train.samples:,}")
         + f" training samples{' a class' if options.shots else ''}: {probes} probe{'s' * (probes != 1)}"
         + (f", trained in about {duration(whole.other_work)}" if whole.other_work > 1 else "")
     )
-    encoded = encode_layers(job, PROBES[task], layers, (train, val, classes), whole)
+    encoded = encode_kinds(job, kinds, (train, val, classes), whole)
     if options.shots:
-        few_shot(encoded.bank[layers[0]], max(options.shots), 0, classes)  # reports too many shots before any training
-    found = GridPredictions(cases, draws, classes, encoded.samples)
+        few_shot(encoded.bank[0], max(options.shots), 0, classes)  # reports too many shots before any training
+    found = GridPredictions(kinds, numbers, draws, classes, encoded.samples)
     start = PROBES[task].recipe
     recipe = start and start(found.samples[0], _setting(job, found, None, 0))
     job.keep_if_stopped(lambda: found.partial_result(encoded, recipe))
@@ -131,16 +166,18 @@ def run(job: Job) -> dict[str, Any]:
         for draw in range(draws):
             with whole.aside(expected[shots] / draws):
                 made = _predictions(job, found, encoded, shots, draw)
-            found.made += [(Case(layer, shots), draw, predictions) for layer, predictions in made.items()]
+            found.made += [(Case(*kinds[number], shots), draw, own) for number, own in made.items()]
         for row in found.rows([each for each in found.made if each[0].shots == shots]):
-            job.say(f"{_name(Case(row.pop('layer'), row.pop('shots')))}: {summary(row)}{whole.left()}")
+            case = Case(*(row.pop(name) for name in Case._fields))
+            job.say(f"{case.name(found.pools)}: {summary(row)}{whole.left()}")
     return _concluded(job, found)
 
 
 def _run_online(job: Job, layers: Sequence[int], opened: tuple[Corpus, Corpus, Classes]) -> dict[str, Any]:
     """Train attentive probes at all layers without storing patch tokens, and return the result."""
     train, val, classes = opened
-    found = GridPredictions([Case(layer, None) for layer in layers], 1, classes, (train.samples, val.samples))
+    kinds = [Features(layer, None) for layer in layers]
+    found = GridPredictions(kinds, [None], 1, classes, (train.samples, val.samples))
     setting = _setting(job, found, None, 0)
     recipe = attentive_recipe(train.samples, setting)
 
@@ -154,7 +191,7 @@ def _run_online(job: Job, layers: Sequence[int], opened: tuple[Corpus, Corpus, C
     )
     job.keep_if_stopped(lambda: PartialResult(found.live.copy()[1], {}, {}))
     made = predict_online(job, (train, val), layers, recipe, setting, whole)
-    found.made = [(Case(layer, None), 0, predictions) for layer, predictions in made.items()]
+    found.made = [(Case(*kinds[number], None), 0, own) for number, own in made.items()]
     return _concluded(job, found)
 
 
@@ -168,13 +205,13 @@ def _concluded(job: Job, found: GridPredictions) -> dict[str, Any]:
     return found.result(rows)
 
 
-def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes, layers: int) -> float:
-    """Return the estimated training time of the probes at all layers, in seconds."""
+def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes, kinds: int) -> float:
+    """Return the estimated training time of the probes of all kinds of features, in seconds."""
     task, model = job.options.task, job.model.config
     samples = train.samples if shots is None else min(shots * len(classes), train.samples)
     shape = (model.most_patches, model.emb_dim) if PROBES[task].tokens else (model.emb_dim,)
     setting = Setting(job.config, len(classes), model.num_heads, job.config.run.seed, job.ranks, job.heartbeats)
-    return expected_duration.seconds(task, samples, shape, setting, layers)
+    return expected_duration.seconds(task, samples, shape, setting, kinds)
 
 
 def _shorter(job: Job, layers: Sequence[int]) -> str:
@@ -186,6 +223,8 @@ def _shorter(job: Job, layers: Sequence[int]) -> str:
         ways.append("fewer --shots or --draws")
     if len(layers) > 1:
         ways.append("fewer --layers")
+    if len(job.options.pools) > 1:
+        ways.append("fewer --pools")
     return " or ".join(ways)
 
 
@@ -202,18 +241,28 @@ def chosen_layers(wanted: str | None, depth: int) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def encode_layers(
-    job: Job, probe: Probe, layers: Sequence[int], opened: tuple[Corpus, Corpus, Classes], whole: TimeLeft
+def encode_kinds(
+    job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpus, Classes], whole: TimeLeft
 ) -> Encoded:
-    """Return the features after each layer (or the patch tokens, if the probe reads these), from one pass over the
-    images. `opened`: result of `Job.open_labelled`."""
+    """Return the features of all pairs of a layer and a pooling, or the patch tokens of all layers, from one pass over
+    the images.
+
+    Args:
+        job: the job.
+        kinds: the kinds of features, with all poolings of a layer next to each other.
+        opened: result of `Job.open_labelled`.
+        whole: time left of the task.
+    """
     train, val, classes = opened
+    layers = [*dict.fromkeys(kind.layer for kind in kinds)]
+    pools = [*dict.fromkeys(kind.pool for kind in kinds if kind.pool)] or None
+    tokens = pools is None
     parts = []
     for corpus, title in ((train, "encoding train"), (val, "encoding val")):
-        found = job.encode(corpus, title, whole, corpus.samples, layers=layers, patches=probe.tokens)
+        found = job.encode(corpus, title, whole, corpus.samples, layers=layers, pools=pools, patches=tokens)
         whole.after(corpus.samples)
-        found = found.tokens() if probe.tokens else found
-        parts.append({number: found.layer(place) for place, number in enumerate(layers)})
+        found = found.tokens() if tokens else found
+        parts.append({number: found.layer(number) for number in range(len(kinds))})
     return Encoded(parts[0], parts[1], classes)
 
 
@@ -254,23 +303,23 @@ def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> Feat
 def _predictions(
     job: Job, found: GridPredictions, encoded: Encoded, shots: int | None, draw: int
 ) -> dict[int, Predictions]:
-    """Return the predictions of the probes at all layers for the held-out samples, by layer."""
+    """Return the predictions of the probes for the held-out samples, by number of the kind of features."""
     bank = encoded.bank
     if shots is not None:
-        bank = {layer: few_shot(each, shots, draw, encoded.classes) for layer, each in bank.items()}
+        bank = {number: few_shot(each, shots, draw, encoded.classes) for number, each in bank.items()}
     return PROBES[job.options.task].predict(bank, encoded.held_out, _setting(job, found, shots, draw))
 
 
 def _setting(job: Job, found: GridPredictions, shots: int | None, draw: int) -> Setting:
     heads, seed = job.model.config.num_heads, job.config.run.seed
 
-    def warn(layer: int, text: str) -> None:
-        name = _name(Case(layer, shots)) + (f", draw {draw + 1}" if shots else "")
+    def warn(number: int, text: str) -> None:
+        name = Case(*found.kinds[number], shots).name(found.pools) + (f", draw {draw + 1}" if shots else "")
         found.warnings.append(f"{name}: {text}")
 
-    def chose(layer: int, chosen: dict[str, float]) -> None:
+    def chose(number: int, chosen: dict[str, float]) -> None:
         if found.draws == 1:
-            found.chosen[Case(layer, shots)] = chosen
+            found.chosen[Case(*found.kinds[number], shots)] = chosen
 
     return Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, warn, chose, found.live)
 
@@ -285,20 +334,17 @@ def _measured(found: Sequence[Predictions]) -> dict[str, Any]:
     return {"top1": top1, f"top1{ERROR}": error, "draws": len(found), "low": max(low, 0.0), "high": min(high, 1.0)}
 
 
-def _name(case: Case) -> str:
-    return f"layer {case.layer}" + ("" if case.shots is None else f", {case.shots} shots")
-
-
 def _draw(job: Job, rows: Sequence[dict[str, Any]]) -> None:
-    """Plot the accuracy by layer, with a line for each number of shots; for a single layer, plot the accuracy by number
-    of shots."""
-    layers = {row["layer"] for row in rows}
+    """Plot the accuracy by layer, with a line for each pooling and number of shots; for a single layer, plot the
+    accuracy by number of shots."""
+    layers, pools = ({row[name] for row in rows} for name in ("layer", "pool"))
     x, line = ("layer", "shots") if len(layers) > 1 else ("shots", "layer")
     if len({row[x] for row in rows}) == 1:
         return
     points: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
         name = "all samples" if row[line] is None else f"{line} {row[line]}"
+        name = f"{row['pool']}, {name}" if len(pools) > 1 else name
         points.setdefault(name, []).append((row[x], row["top1"], row[f"top1{ERROR}"]))
     titles = {"layer": ("depth.png", "layer"), "shots": ("shots.png", "training samples of each class")}
     draw_accuracies(job.out / titles[x][0], points, titles[x][1])

@@ -29,7 +29,7 @@ from m3ae_fast.evaluation.fit_heads import (
     logits,
     subset,
 )
-from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads, LinearProbeHead
+from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads
 from m3ae_fast.evaluation.knn import knn_predictions
 from m3ae_fast.evaluation.labelled_task import training_warnings
 from m3ae_fast.evaluation.learning_rates import FACTORS, RateTrial, best, choose, edge, split
@@ -146,11 +146,6 @@ class Trained(NamedTuple):
     peak_lr: float
     tried: list[RateTrial]  # results of the learning rates that were tried; empty if the learning rate was set
     number: int = 0  # number of the head in the stack
-
-    def linear(self) -> LinearProbeHead:
-        """Return the head of a linear probe."""
-        assert isinstance(self.heads, LinearHeads)
-        return self.heads.head(self.number)
 
 
 def train_heads(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, Trained]:

@@ -206,11 +206,12 @@ def _predictions(job: Job, each: Pass, title: str, whole: TimeLeft) -> Predictio
     share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
     batches = eval_loader(job.config.data, corpus, job.preparation, share, config.samples, transform=each.corruption)
     shown: Iterable[PackedBatch] = track(batches, title, len(batches), whole=whole, part=each.cost)
-    own: list[Predictions] = []
+    own: list[Predictions | None] = []  # by batch; None: no sample can be read
     skipped: list[Skipped] = []
     for batch in shown:
         skipped += batch.skipped
         if not batch.keys:
+            own.append(None)
             continue
         batch = batch.to(ranks.device)
         assert batch.labels is not None
@@ -218,7 +219,8 @@ def _predictions(job: Job, each: Pass, title: str, whole: TimeLeft) -> Predictio
             own.append(Predictions.of(batch.keys, batch.labels, each.classify(batch)))
     skipped = [some for part in ranks.gather(skipped) for some in part]
     check_skipped(skipped, min(config.samples or corpus.samples, corpus.samples), job.config.data.max_bad_fraction)
-    return Predictions.joined([some for part in ranks.gather(own) for some in part])
+    # the batches alternate between the ranks, which all have equally many
+    return Predictions.joined([some for turn in zip(*ranks.gather(own)) for some in turn if some is not None])
 
 
 def _attack(job: Job, model: Classifier, epsilon: float) -> Classify:

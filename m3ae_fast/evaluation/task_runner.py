@@ -13,11 +13,11 @@ from typing import Any, Literal
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import keep_freed_memory
-from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
+from m3ae_fast.config.evaluation import EvaluationConfig, Pool, evaluation_config
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.classifier import CONFIG_FILE, Classifier, read_config
 from m3ae_fast.evaluation.job import Job, refuse_existing, show_result, summary, write_result
-from m3ae_fast.evaluation.tasks import PROBE_NAMES, TASKS, Modality, Options, require_for
+from m3ae_fast.evaluation.tasks import POOLS, PROBE_NAMES, TASKS, Modality, Options, require_for
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.run_folder import RunFolder
@@ -34,8 +34,8 @@ def evaluate(
     labels: str = "cls",
     modality: Modality | None = None,
     resume: str = "no",
-    cache_features: bool = False,
     layers: Literal["all"] | str | Sequence[int] | None = None,
+    pools: Literal["all"] | Sequence[Pool] = (),
     shots: Sequence[int] = (),
     draws: int | None = None,
     probes: Sequence[str] = PROBE_NAMES,
@@ -60,8 +60,8 @@ def evaluate(
         modality: modalities of a sample that the encoder sees: "image", "text" or "paired"; None: that of the task or
             the classifier.
         resume: for linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
-        cache_features: for linear: whether to encode every sample once, without augmentation.
         layers: for knn, logistic, linear and attentive: "all" or numbers of encoder blocks, from 1; None: the last.
+        pools: for knn, logistic and linear: "all" or poolings, "mean" and "cls"; empty: that of encode.pool.
         shots: for knn, logistic, linear and attentive: numbers of training samples per class; empty: all samples.
         draws: number of random draws for each number of shots; None: 5.
         probes: for compare: the probes to use.
@@ -88,8 +88,8 @@ def evaluate(
         labels=labels,
         modality=modality,
         resume=resume,
-        cache_features=cache_features,
         layers=layers if layers is None or isinstance(layers, str) else ",".join(map(str, layers)),
+        pools=POOLS if pools == "all" else tuple(dict.fromkeys(pools)),
         shots=tuple(sorted({*shots})),
         draws=draws,
         probes=tuple(dict.fromkeys(probes)),
@@ -98,9 +98,9 @@ def evaluate(
         corrupted=None if corrupted is None else os.fspath(corrupted),
     )
     if session is not None:
-        return _perform(options, Path(out), overrides, session)
+        return _perform(options, Path(out), overrides, session, is_last=False)
     with joined_program(device) as own:
-        return _perform(options, Path(out), overrides, own)
+        return _perform(options, Path(out), overrides, own, is_last=True)
     return None  # stopped
 
 
@@ -139,8 +139,11 @@ def _require_pixels(options: Options) -> None:
     if not TASKS[options.task].takes_pixels:
         *others, last = (name for name, task in TASKS.items() if task.takes_pixels)
         raise UserError(f"{options.model}: {options.task} does not take pixels; {', '.join(others)} and {last} do")
-    if options.layers is not None or options.resume != "no":
-        raise UserError(f"{options.model}: pixels have no layers and no checkpoints; leave --layers and --resume out")
+    if options.layers is not None or options.pools or options.resume != "no":
+        raise UserError(
+            f"{options.model}: pixels have no layers, no poolings and no checkpoints; leave out --layers, --pools and "
+            "--resume"
+        )
 
 
 def _open(options: Options, modality: Modality, config: EvaluationConfig) -> MultimodalEncoder | Classifier | None:
@@ -157,9 +160,11 @@ def _open(options: Options, modality: Modality, config: EvaluationConfig) -> Mul
     return model.eval()
 
 
-def _perform(options: Options, out: Path, overrides: Sequence[str], session: Session) -> dict[str, Any] | None:
-    """Run the task, write its result and return it; return None if it was stopped. Raises UserError if that is not
-    possible; `out` then contains no result."""
+def _perform(
+    options: Options, out: Path, overrides: Sequence[str], session: Session, *, is_last: bool
+) -> dict[str, Any] | None:
+    """Run the task, write its result and return it; return None if it was stopped. `is_last`: see `Job`. Raises
+    UserError if that is not possible; `out` then contains no result."""
     ranks, task = session.ranks, options.task
     ranks.on_main(lambda: require_for(task, options.shards, options.shots))
     if options.is_pixels:
@@ -173,7 +178,7 @@ def _perform(options: Options, out: Path, overrides: Sequence[str], session: Ses
     model = _open(options, modality, config)
     model = model and model.to(ranks.device)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-        job = Job(options, modality, config, session, folder, model)
+        job = Job(options, modality, config, session, folder, model, is_last)
         result: dict[str, Any] | None = import_module(f"m3ae_fast.evaluation.{options.module}").run(job)
         if result is None:
             return None

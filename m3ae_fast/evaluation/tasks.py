@@ -10,12 +10,14 @@ from typing import Any, Literal, NamedTuple, get_args
 from m3ae_fast.base import object_store
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
+from m3ae_fast.config.evaluation import Pool
 from m3ae_fast.weights.model_name import PIXELS
 
 DRAWS = 5  # default number of draws for each number of shots
 MAP_NEEDS = dict.fromkeys(("sklearn", "scipy"), "a map")  # libraries that a map requires
 PROBE_NAMES = ("knn", "logistic", "linear", "attentive")  # probes that `compare` can use
 MOST_SEEDS = 100
+POOLS: tuple[Pool, ...] = get_args(Pool)
 COLUMN_NAMES = ("path", "class", "caption")  # additional columns of `embed`
 Modality = Literal["image", "text", "paired"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
@@ -34,6 +36,7 @@ class Task(NamedTuple):
     may_classify: bool = False  # MODEL may be a classifier
     modality: Modality | None = None  # the only modality that it supports; None: any
     surveys: bool = False  # has --layers and --shots
+    pools: bool = False  # has --pools, which requires `surveys`
     compares: bool = False  # accepts several MODELs, and opens them itself
     takes_pixels: bool = False  # MODEL may be pixels:MODEL
     sections: tuple[str, ...] = ("encode",)  # sections of settings that it reads
@@ -46,15 +49,23 @@ class Task(NamedTuple):
 
 TASKS = {
     "knn": Task(
-        "k-nearest-neighbour accuracy of frozen features", surveys=True, takes_pixels=True, sections=("encode", "knn")
+        "k-nearest-neighbour accuracy of frozen features",
+        surveys=True,
+        pools=True,
+        takes_pixels=True,
+        sections=("encode", "knn"),
     ),
     "logistic": Task(
-        "logistic regression on frozen features, with the best of five L2 penalties", surveys=True, takes_pixels=True
+        "logistic regression on frozen features, with the best of five L2 penalties; OUT gets the classifier",
+        surveys=True,
+        pools=True,
+        takes_pixels=True,
     ),
     "linear": Task(
         "train a linear classifier on frozen features; OUT gets the classifier",
         resumes=True,
         surveys=True,
+        pools=True,
         takes_pixels=True,
         sections=("encode", "linear"),
     ),
@@ -115,8 +126,8 @@ class Options:
     labels: str = "cls"
     modality: Modality | None = None
     resume: str = "no"
-    cache_features: bool = False
     layers: str | None = None  # "all", or numbers separated by commas
+    pools: Sequence[Pool] = ()  # empty: that of encode.pool
     shots: Sequence[int] = ()
     draws: int | None = None
     probes: Sequence[str] = PROBE_NAMES
@@ -133,8 +144,8 @@ class Options:
             "labels": task.has_labels,
             "modality": not task.classifies,
             "resume": task.resumes,
-            "cache_features": self.task == "linear",
             "layers": task.surveys,
+            "pools": task.pools,
             "shots": task.surveys,
             "draws": task.surveys,
             "probes": task.compares,
@@ -155,6 +166,8 @@ class Options:
             raise UserError(f"--modality {self.modality}: must be {' or '.join(allowed)} for {self.task}")
         if unknown := [probe for probe in self.probes if probe not in PROBE_NAMES]:
             raise UserError(f"--probes {unknown[0]}: no such probe; choose from {', '.join(PROBE_NAMES)}")
+        if unknown := [pool for pool in self.pools if pool not in POOLS]:
+            raise UserError(f"--pools {unknown[0]}: no such pooling; choose from {', '.join(POOLS)}")
         if not self.probes or not 1 <= self.seeds <= MOST_SEEDS:
             raise UserError(f"compare needs one probe or more, and from 1 to {MOST_SEEDS} seeds")
         if self.draws is not None and not self.shots:
@@ -185,8 +198,9 @@ class Options:
     @property
     def module(self) -> str:
         """Return the name of the module that runs the task."""
-        surveys = self.task in ("logistic", "attentive") or bool(self.layers or self.shots)
-        surveys = surveys or (self.task == "linear" and self.is_pixels)  # pixels have no encoder for a classifier
+        surveys = self.task == "attentive" or bool(self.layers or self.pools or self.shots)
+        # pixels have no encoder for a classifier
+        surveys = surveys or (self.task in ("logistic", "linear") and self.is_pixels)
         return "probe_grid" if surveys else self.task
 
 

@@ -13,24 +13,28 @@ from PIL import Image
 from torch import Tensor
 
 from m3ae_fast.base.bad_samples import BadSample
-from m3ae_fast.images.decoding import MAX_PIXELS
+from m3ae_fast.images.decoding import MAX_PIXELS, upright_size_of
 
 _MODES = ("1", "L", "P", "I;16", "I")  # in palette images, the palette indices are the ids, as in Pascal VOC
 MAX_ID = 255
 
 
-def mask_size(data: bytes) -> tuple[int, int]:
-    """Return the height and width in the header of a label mask. Raises BadSample if the file is not a label mask."""
-    image = _header(data)
-    return image.height, image.width
+def read_mask(data: bytes, image: bytes) -> Tensor:
+    """Return the class ids of a label mask, uint8 [H, W].
 
+    Args:
+        data: content of the mask's file.
+        image: content of the image's file.
 
-def read_mask(data: bytes) -> Tensor:
-    """Return the class ids of a label mask, uint8 [H, W]. Raises BadSample if the file is not a label mask, is damaged,
-    or contains an id above 255."""
-    image = _header(data)
+    Raises:
+        BadSample: the file is not a label mask, is damaged, or contains an id above 255, or its size differs from that
+            of the image after the EXIF orientation is applied.
+    """
+    mask = _header(data)
+    if (mask.height, mask.width) != (size := upright_size_of(image)):
+        raise BadSample(f"the mask has {mask.width} x {mask.height} pixels, the image {size[1]} x {size[0]}")
     try:
-        ids_HW = np.array(image)
+        ids_HW = np.array(mask)
     except (OSError, ValueError, SyntaxError) as error:
         raise BadSample(f"the mask cannot be decoded ({error})") from None
     if ids_HW.size and (ids_HW.max() > MAX_ID or ids_HW.min() < 0):

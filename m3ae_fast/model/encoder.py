@@ -29,9 +29,10 @@ from m3ae_fast.batch.packed import PackedBatch, Segments
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
+from m3ae_fast.config.evaluation import Pool
 from m3ae_fast.images.normalisation import from_unit
 from m3ae_fast.model.inference import check_finite, encoding
-from m3ae_fast.model.pooling import Pool, mean_of_tokens, only_cls
+from m3ae_fast.model.pooling import mean_of_tokens, only_cls
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import Transformer
 
@@ -133,18 +134,33 @@ class MultimodalEncoder(nn.Module):
             pool: "mean": the mean of all rows except cls (0 if there are none), with the LayerNorm before or after the
                 mean according to the config's `mean_pool`. "cls": the row of the cls token.
         """
-        return self.pooled_of_layers(batch, [self.config.depth], pool)[:, 0]
+        return self.pooled_of_layers(batch, [self.config.depth], [pool])[:, 0]
 
-    def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean") -> Tensor:
-        """Return features [S, K, D] after each of K blocks, pooled and normalised as in `pooled`, from one pass.
-        `layers`: numbers of the blocks, from 1. The features of the last block equal those of `pooled` bitwise."""
+    def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pools: Sequence[Pool] = ("mean",)) -> Tensor:
+        """Return features after each of several blocks, pooled and normalised as in `pooled`, from one pass.
+
+        Args:
+            batch: on the model's device.
+            layers: numbers of the blocks, from 1.
+            pools: the poolings.
+
+        Returns:
+            Features [S, K, D], where K numbers the pairs of a layer and a pooling: all poolings of the first layer come
+                first. The features of the last block equal those of `pooled` bitwise, except that those of the cls
+                token may differ by rounding if there are several poolings.
+        """
         cls_rows = batch.encoder.cu_seqlens[:-1]
-        pruned = () if pool == "mean" else (cls_rows, only_cls(batch.encoder))
+        only = {*pools} == {"cls"}  # the last block then computes the cls rows only
+        pruned = (cls_rows, only_cls(batch.encoder)) if only else ()
         found = {}
         for layer, x_TD in self._after(layers, batch, *pruned):
-            cls_PD = x_TD if layer == self.config.depth else x_TD[cls_rows.long()]
-            found[layer] = self._mean(x_TD, batch) if pool == "mean" else self._cls(cls_PD, batch)
-        return torch.stack([found[layer] for layer in layers], 1)
+            for pool in pools:
+                if pool == "mean":
+                    found[layer, pool] = self._mean(x_TD, batch)
+                else:
+                    cls_PD = x_TD if only and layer == self.config.depth else x_TD[cls_rows.long()]
+                    found[layer, pool] = self._cls(cls_PD, batch)
+        return torch.stack([found[layer, pool] for layer in layers for pool in pools], 1)
 
     def pooled_and_patches(
         self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean"
@@ -256,7 +272,7 @@ class MultimodalEncoder(nn.Module):
         device = self.encoder_input.cls_token.device
         parts = [torch.empty(0, self.config.emb_dim, device=device)]
         with encoding(self, precision, device):
-            parts += [self.pooled_of_layers(packed, layers, pool)[:, 0] for packed in batches]
+            parts += [self.pooled_of_layers(packed, layers, [pool])[:, 0] for packed in batches]
         features_SD = torch.cat(parts)
         check_finite(features_SD, [f"number {i}" for i in range(len(features_SD))])
         return features_SD

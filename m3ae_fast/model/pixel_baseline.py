@@ -1,6 +1,6 @@
 """A baseline for representations: the pixels of the downscaled image in place of an encoder's features.
 
-Shapes: B images, C channels, H x W pixels, R patches of P x P pixels, S samples, K layers.
+Shapes: B images, C channels, H x W pixels, R patches of P x P pixels, S samples, K pairs of a layer and a pooling.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import ModelConfig
+from m3ae_fast.config.evaluation import Pool
 from m3ae_fast.images.normalisation import normalised
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.model.pooling import Pool
 
 SIDE = 16  # side of the downscaled image in pixels
 
@@ -32,8 +32,8 @@ class Pixels(MultimodalEncoder):
         # callers of inference query the dtype of the weights
         self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)
 
-    def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean") -> Tensor:
-        """Return the pixels as features [S, K, C * SIDE * SIDE], which are the same for each layer."""
+    def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pools: Sequence[Pool] = ("mean",)) -> Tensor:
+        """Return the pixels as features [S, K, C * SIDE * SIDE], which are the same for each layer and pooling."""
         mean, std, side = self.config.image_mean, self.config.image_std, (SIDE, SIDE)
         with torch.autocast(batch.images.device.type, enabled=False):
             small = [
@@ -41,7 +41,7 @@ class Pixels(MultimodalEncoder):
                 for image in self._images(batch)
             ]
         none = batch.images.new_zeros(0, self.config.channels, *side, dtype=torch.float32)  # a rank may have no samples
-        return torch.cat([none, *small]).flatten(1)[:, None].expand(-1, len(layers), -1)
+        return torch.cat([none, *small]).flatten(1)[:, None].expand(-1, len(layers) * len(pools), -1)
 
     def pooled_and_patches(
         self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean"

@@ -5,14 +5,10 @@ Shapes: T encoder rows, S samples, D width.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from m3ae_fast.batch.packed import Segments
-
-Pool = Literal["mean", "cls"]
 
 
 def mean_of_tokens(x_TD: Tensor, segments: Segments) -> Tensor:

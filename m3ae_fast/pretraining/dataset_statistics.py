@@ -123,7 +123,7 @@ def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[_Classes, 
     has set `labels` and they cannot be used."""
     if not shards.val:
         return _Classes(0), ""
-    none = "there is no k-NN accuracy and no linear probe"
+    none = "there is no k-NN accuracy and no logistic regression"
     if shards.unlabelled and labels == "cls":
         return _Classes(0), f"{none}: {shards.unlabelled}"
     try:

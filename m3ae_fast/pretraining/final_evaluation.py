@@ -29,12 +29,7 @@ from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.loggers import show
 from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
-_TASKS = {"knn": "k-NN", "linear": "linear probe"}
-_QUIET = ["linear.log_every=1000", "linear.eval_every=1000"]
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "knn": {},
-    "linear": {"cache_features": True, "overrides": _QUIET},
-}  # options of a task for a model
+_TASKS = {"knn": "k-NN", "logistic": "logistic regression"}
 _ON_A_MAP = 2000  # number of samples on the map, for which t-SNE takes half a minute
 RESULTS, MAP = "results", "map.png"  # names of a folder and a file in the run folder
 _MEASURED = "measured"  # file next to the results that names their checkpoint
@@ -73,7 +68,6 @@ def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict
         for whose, model in _models(config).items():
             out = run / RESULTS / f"{task}{_SUFFIXES[whose]}"
             if not (out / RESULT_FILE).exists():
-                options = _OPTIONS[task] if whose != SCALED else {}
                 print(f"{title} of {whose}:", flush=True)
                 with stage(device) as session:
                     evaluate(
@@ -84,7 +78,6 @@ def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict
                         labels=probe.labels,
                         out=out,
                         session=session,
-                        **options,
                     )
                 if session.stop.asked or not (out / RESULT_FILE).exists():
                     return None

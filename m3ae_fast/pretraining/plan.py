@@ -15,7 +15,6 @@ from m3ae_fast.base.progress import duration
 from m3ae_fast.config import LONGEST, Config
 from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
 from m3ae_fast.pretraining import automatic_settings
 from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, ModelSize, Shards
 from m3ae_fast.process.session import Session
@@ -26,10 +25,11 @@ _TRIAL, _LONGEST_TRIAL = 0.03, 30.0
 _LEAST = 0.5  # minimum fraction of the time that is used for training
 _OVER = 1.05  # a plan is reported as too long if it exceeds the time by this factor
 _EVALUATING = 0.1  # maximum fraction of the training time for evaluations between the first and the last step
-# seconds to start the loaders of an evaluation, to start a task, for report and export, and for a step of a linear
-# probe
-_START, _TASK, _REPORT, _PROBE_STEP = 1.5, 2.0, 5.0, 2e-3
-_MODELS, _TASKS = 3, 2  # numbers of evaluated models (run, random weights, pixels) and tasks (k-NN, linear probe)
+# seconds to start the loaders of an evaluation, to start a task, and for report and export
+_START, _TASK, _REPORT = 1.5, 2.0, 5.0
+_REGRESSION = 5e-6  # seconds of a logistic regression per training sample and class, at a width of up to 768
+# numbers of evaluated models (run, random weights, pixels) and tasks (k-NN, logistic regression)
+_MODELS, _TASKS = 3, 2
 _CONTINUED_MODELS = 4  # number of evaluated models if the run starts from given weights, which are evaluated too
 
 
@@ -68,10 +68,10 @@ class Budget:
         """Return the estimated seconds for everything after training."""
         if not self._probed:
             return _REPORT
-        recipe = OFFICIAL["linear"].scaled(self.statistics.samples)
-        steps = recipe.epochs * max(self.statistics.samples // recipe.global_batch, 1)
-        tasks = self._models * _TASKS * (_TASK + self._features(pace))
-        return tasks + self._models * 2 * steps * _PROBE_STEP + _REPORT  # twice, because learning rates are tried first
+        tasks = (
+            _TASKS * (_TASK + self._features(pace)) + _REGRESSION * self.statistics.samples * self.statistics.classes
+        )
+        return self._models * tasks + _REPORT
 
     def training(self, pace: Pace) -> float:
         """Return the seconds from now on that are available for training and its evaluations."""

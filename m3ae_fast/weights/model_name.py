@@ -7,4 +7,4 @@ MODEL_HELP = (
     "a run folder (its last checkpoint; with train.ema the average), a checkpoint, an export folder, a hub name, or "
     "random:MODEL for the same network with random weights"
 )
-CLASSIFIER_HELP = "the OUT folder of a linear or finetune task"
+CLASSIFIER_HELP = "the OUT folder of a logistic, linear or finetune task"

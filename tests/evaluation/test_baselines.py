@@ -25,7 +25,8 @@ SKEWED = {number: int(number % 9 == 0) for number in range(18)}  # two classes w
     ("task", "options"),
     [
         ("knn", ()),
-        ("linear", ("--cache-features", *SHORT)),
+        ("logistic", ()),
+        ("linear", SHORT),
         ("linear", ("--layers", "1", *SHORT)),
         ("finetune", settings("finetune.steps=2", "finetune.global_batch=16", "finetune.rand_augment=null")),
     ],
@@ -98,8 +99,13 @@ def test_colours_are_named_by_pixels(transfer, run, capsys):
             ("--modality", "paired"),
             "the pixel baseline has features of images, not of captions; leave out --modality",
         ),
-        ("knn", ("--layers", "1"), "pixels have no layers and no checkpoints; leave --layers and --resume out"),
-        ("linear", ("--resume", "auto"), "pixels have no layers and no checkpoints"),
+        (
+            "knn",
+            ("--layers", "1"),
+            "no poolings and no checkpoints; leave out --layers, --pools and --resume",
+        ),
+        ("knn", ("--pools", "cls"), "pixels have no layers, no poolings and no checkpoints"),
+        ("linear", ("--resume", "auto"), "pixels have no layers, no poolings and no checkpoints"),
     ],
 )
 def test_what_cannot_be_done_with_pixels_is_refused(transfer, run, tmp_path, task, options, message):

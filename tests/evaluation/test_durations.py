@@ -130,12 +130,12 @@ def test_a_long_run_on_a_cpu_is_told_with_a_shorter_one():
     first, note = _expectation(FineTuningTask, 1.0, 4001)
     assert first == "expected: 1:06:41 for 4,001 more steps, and evaluations"
     assert note == (
-        f"{LONG}--set finetune.epochs=26 (598 steps, with a lower accuracy), or the task linear with --cache-features, "
-        "which was no worse on 1,000 to 2,400 samples (lab/results/recipe.md)"
+        f"{LONG}--set finetune.epochs=26 (598 steps, with a lower accuracy), or the task logistic, which encodes "
+        "each image once"
     )
     large = _expectation(FineTuningTask, 9.0, 78_000, samples=50_000)[1]
     assert large.startswith(f"{LONG}--set finetune.epochs=1 (781 steps")
-    assert _expectation(ProbingTask, 1.0, 1001)[1] == f"{LONG}--cache-features, which encodes each image once"
+    assert _expectation(ProbingTask, 1.0, 1001)[1] == f"{LONG}the task logistic, which encodes each image once"
 
 
 @pytest.mark.parametrize(

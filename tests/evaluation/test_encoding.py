@@ -81,12 +81,15 @@ def test_features_of_a_layer_are_those_of_a_model_that_ends_there(tmp_path, pool
     samples = [unmasked_sample(i, x, "a red house", deep.config, deep.tokenizer) for i, x in enumerate(pictures)]
     batch = pack(samples, deep.geometry)
     with torch.no_grad():
-        whole, each = deep.pooled(batch, pool), deep.pooled_of_layers(batch, [3, 1, 2], pool)
+        whole, each = deep.pooled(batch, pool), deep.pooled_of_layers(batch, [3, 1, 2], [pool])
         patches = deep.pooled_and_patches(batch, [2, 3], pool)[1]
     assert torch.equal(each[:, 0], whole) and torch.equal(deep.encode(**given, batch=5), whole)
     for place, layer in enumerate((3, 1, 2)):
         assert torch.equal(each[:, place], deep.encode(**given, batch=5, layer=layer))
     torch.testing.assert_close(patches[:, 1], deep.representation(torch.stack(pictures), _tokens(deep))[:, 1:17])
+    with torch.no_grad():
+        both = deep.pooled_of_layers(batch, [2, 3], ["cls", "mean"]).unflatten(1, (2, 2))
+    torch.testing.assert_close(both[:, :, ("cls", "mean").index(pool)], each[:, [2, 0]], rtol=1e-5, atol=1e-5)
     for layer in (0, 4):
         with pytest.raises(ValueError, match=f"layer {layer}: the encoder has layers 1 to 3"):
             deep.encode(**given, layer=layer)

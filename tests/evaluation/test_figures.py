@@ -80,6 +80,17 @@ def test_a_confusion_matrix_has_shares_of_each_label_in_its_row(drawn, tmp_path)
         assert [text.get_text() for text in ticks] == ["a", "b", "c", "d"]
 
 
+def test_of_very_many_classes_the_largest_are_in_the_matrix(drawn, tmp_path, monkeypatch):
+    """The rest is left out, but its predictions still count in the fractions."""
+    monkeypatch.setattr(figures, "_MOST_CONFUSED", 2)
+    labels, predicted = torch.tensor([0, 1, 1, 1, 1, 3, 3]), torch.tensor([3, 1, 1, 3, 0, 3, 1])
+    figures.draw_confusion(tmp_path / "a.png", labels, predicted, ["a", "b", "c", "d"])
+    axes = drawn[0].axes[0]
+    np.testing.assert_allclose(axes.images[0].get_array(), [[0.5, 0.25], [0.5, 0.5]])
+    assert axes.get_title() == "Confusion matrix of the 2 largest of 4 classes"
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["b", "d"]
+
+
 def test_a_training_curve_is_over_epochs_and_by_name(drawn, tmp_path):
     metrics = [{"step": 5, "loss": 2.0, "accuracy": 0.25}, {"step": 10, "loss": 1.0, "val_top1": 0.5, "val_top5": 0.75}]
     figures.draw_training(tmp_path / "a.png", metrics, steps_per_epoch=5)

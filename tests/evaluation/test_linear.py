@@ -1,18 +1,20 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.config.evaluation import EncodeConfig, LinearProbeConfig
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import BankSteps
 from m3ae_fast.evaluation.heads import LinearHeads
-from m3ae_fast.evaluation.learning_rates import RateTrial, choose
+from m3ae_fast.evaluation.learning_rates import FACTORS
 from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.training import throughput
@@ -27,15 +29,12 @@ pytestmark = pytest.mark.slow
 FAST = settings("linear.peak_lr=30", "linear.global_batch=24", "linear.micro_batch=8", "linear.warmup_epochs=2")
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_colours_are_told_apart(transfer, run, tmp_path, cached):
-    options = ["--cache-features"] * cached
-    result = transfer("linear", "--labels", "json.name", *options, *FAST, *settings("linear.epochs=15"))
+def test_colours_are_told_apart(transfer, run, tmp_path):
+    result = transfer("linear", "--labels", "json.name", *FAST, *settings("linear.epochs=15"))
     assert (result["top1"], result["steps"], result["classes"]) == (1.0, 30, 3)
-    assert pictures(tmp_path / "out") == ["confusion"] + ["training"] * (not cached)
-    if not cached:
-        lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-        assert sum("val_top1" in line for line in lines) == 15  # one line per epoch
+    assert pictures(tmp_path / "out") == ["confusion", "training"]
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert sum("val_top1" in line for line in lines) == 15  # one line per epoch
     classifier = Classifier.from_pretrained(tmp_path / "out").eval()
     assert classifier.config.classes == ["blue", "green", "red"]
     encoder = open_model(str(run), text=False)
@@ -94,7 +93,7 @@ def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, run, tmp_path
 def test_held_out_samples_may_be_of_one_class(transfer, tmp_path):
     """The held-out samples are normalised with the statistics of the training samples, not with their own."""
     val = labelled_tar(tmp_path / "red.tar", range(101, 125, 3))
-    result = transfer("linear", "--cache-features", *FAST, *settings("linear.epochs=15", "encode.pool=cls"), val=val)
+    result = transfer("linear", *FAST, *settings("linear.epochs=15", "encode.pool=cls"), val=val)
     assert (result["top1"], result["val_samples"], result["train_samples"]) == (1.0, 8, 48)
     saved = Classifier.from_pretrained(tmp_path / "out").config
     assert (saved.pool, saved.head, saved.modality, saved.classes) == ("cls", "linear", "image", [0, 1, 2])
@@ -138,7 +137,7 @@ def test_two_ranks_take_the_steps_of_one(transfer, run, shards, tmp_path):
 
 def test_a_learning_rate_that_is_too_high_ends_in_one_line(transfer):
     with pytest.raises(UserError, match=r"not finite.*lower linear.peak_lr"):
-        transfer("linear", "--cache-features", *FAST, *settings("linear.peak_lr=1e30", "linear.steps=20"))
+        transfer("linear", "--layers", "2", *FAST, *settings("linear.peak_lr=1e30", "linear.steps=20"))
 
 
 def test_epochs_of_cached_features_are_other_permutations_each():
@@ -158,21 +157,18 @@ def test_epochs_of_cached_features_are_other_permutations_each():
     assert not torch.equal(other.inputs[1][:, 0].long(), epochs[0])
 
 
-def test_without_settings_it_tries_rates_and_has_no_checkpoints(transfer, tmp_path):
-    short = settings("linear.steps=12", "linear.global_batch=24")
-    whole = transfer("linear", "--cache-features", *short, out="whole")
-    rates = {tried["peak_lr"]: tried["top1"] for tried in whole["rates"]}
-    rate = whole["recipe"]["peak_lr"]
-    usual = OFFICIAL["linear"].scaled(48).peak_lr
-    assert len(rates) == 6 and rate == choose([RateTrial(**each) for each in whole["rates"]], usual, 4).peak_lr
-    assert "only 12 steps: " in whole["cautions"][0]
-    given = transfer("linear", "--cache-features", *short, *settings(f"linear.peak_lr={rate}"), out="given")
-    assert given["rates"] == [] and given["recipe"] == whole["recipe"]
-    heads = [Classifier.from_pretrained(tmp_path / name).head for name in ("whole", "given")]
-    torch.testing.assert_close(heads[0].linear.weight, heads[1].linear.weight)
+def test_a_rate_that_is_set_gives_what_it_gives_among_several(transfer, tmp_path):
+    """This holds if each image is encoded only once, which is when several rates are tried."""
+    short = ["--layers", "2", *settings("linear.steps=12", "linear.global_batch=24")]
+    whole = transfer("linear", *short, out="whole")
+    rate, usual = whole["results"][0]["peak_lr"], OFFICIAL["linear"].scaled(48).peak_lr
+    assert rate in [pytest.approx(factor * usual, rel=5e-3) for factor in FACTORS]
+    assert "layer 2: only 12 steps: " in whole["cautions"][0]
+    given = transfer("linear", *short, *settings(f"linear.peak_lr={rate}"), out="given")
+    assert given["results"] == whole["results"]
+    tables = [read_parquet(tmp_path / name / "predictions.parquet") for name in ("whole", "given")]
+    np.testing.assert_allclose(*(table["score"] for table in tables), rtol=1e-5)
     assert not (tmp_path / "whole/checkpoints").exists()
-    with pytest.raises(UserError, match="--resume: a probe of cached features has no checkpoints and starts over"):
-        transfer("linear", "--cache-features", "--resume", "auto", out="other")
 
 
 def test_the_run_is_said_before_the_first_step_and_its_duration_soon_after(transfer, capsys):

@@ -76,6 +76,8 @@ def test_scores_that_say_nothing_have_a_warning():
     assert result["chance_map"] == pytest.approx(truth[:, :3].mean()) and result["classes"] == 3
     assert result["warning"].startswith("the model is not significantly better than chance: mAP")
     assert "warning" not in measured(truth, truth + 0.0, np.ones(4, bool), [*"abcd"], 0)
+    with pytest.raises(UserError, match="no sample that can be read has a label of a training sample"):
+        measured(truth, truth + 0.0, np.array([False] * 3 + [True]), [*"abcd"], 0)
 
 
 def test_votes_and_regressions_are_of_each_class():
@@ -96,6 +98,8 @@ def test_lists_become_ids(tmp_path):
     assert found.classes_LC.tolist() == [[True, True], [False, False], [True, False]]
     other = list_corpus(found.corpus, "json.tags", [1, 2])
     assert other.unknown == 1 and other.classes_LC.tolist() == [[True, False], [False, False], [True, False]]
+    with pytest.raises(UserError, match="no sample has a label of a training sample in its list"):
+        list_corpus(found.corpus, "json.tags", [2])
 
 
 @pytest.mark.parametrize(

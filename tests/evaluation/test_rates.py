@@ -9,7 +9,7 @@ import torch
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits, losses
-from m3ae_fast.evaluation.learning_rates import FACTORS, RateTrial, best, choose, edge, split, table
+from m3ae_fast.evaluation.learning_rates import FACTORS, RateTrial, best, choose, edge, split
 from m3ae_fast.evaluation.probes import Setting, linear_recipe, train_heads, try_rates
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import join_ranks
@@ -91,7 +91,7 @@ def test_a_rate_comes_to_what_a_run_at_it_comes_to():
             assert each.loss == pytest.approx(found, rel=1e-5), each
             assert each.top1 == pytest.approx((found_MK.argmax(1) == held_out.labels_N).double().mean().item())
             with torch.no_grad():
-                torch.testing.assert_close(trained.linear()(held_out.features_RD), found_MK)
+                torch.testing.assert_close(trained.heads.head(0)(held_out.features_RD), found_MK)
 
 
 def test_a_rate_that_diverges_is_never_the_best():
@@ -120,7 +120,6 @@ def test_a_rate_is_chosen_for_what_is_no_chance():
 def test_of_equal_rates_the_one_of_lower_loss_is_the_best():
     tried = [RateTrial(0.1, 0.5, 0.9), RateTrial(0.3, 0.7, 0.8), RateTrial(1, 0.7, 0.6)]
     assert best(tried).peak_lr == 1
-    assert table(tried, 0.3) == "0.1: 50.0%, 0.3: 70.0%, 1: 70.0%; chosen: 0.3"
     assert "1, is the highest candidate" in edge(tried, 1)[0]
     assert "0.1, is the lowest candidate" in edge(tried, 0.1)[0]
     assert edge(tried, 0.3) == edge(tried, 5.0) == edge([], 1.0) == []

@@ -22,7 +22,8 @@ QUICK = {
     "knn": (),
     "ood": (),
     "retrieval": (),
-    "linear": ("--cache-features", *settings("linear.steps=2", "linear.global_batch=16", "linear.warmup_epochs=0")),
+    "logistic": (),
+    "linear": settings("linear.steps=2", "linear.global_batch=16", "linear.warmup_epochs=0"),
     "finetune": settings("finetune.steps=1", "finetune.global_batch=16", "finetune.micro_batch=16"),
 }
 

@@ -174,7 +174,7 @@ def test_a_mask_is_seen_as_its_image_is():
     for height, width in ((48, 40), (40, 49), (7, 8)):
         mask = np.zeros((height, width), np.uint8)
         mask[height // 2 :, width // 3 :] = 255
-        seen = mask_view(read_mask(png(mask)), 32)
+        seen = mask_view(read_mask(png(mask), png(mask)), 32)
         image = centre_crop(torch.from_numpy(mask)[None], 32)[0]
         assert (image[seen == 255] > 100).all() and (image[seen == 0] < 155).all()
 
@@ -186,17 +186,19 @@ def test_masks_of_palettes_and_of_16_bits_hold_ids():
     out = io.BytesIO()
     indexed.save(out, "PNG")
     assert Image.open(out).mode == "P"
+    image = png(np.zeros((2, 3, 3), np.uint8))
     for data in (out.getvalue(), png(ids.astype(np.uint16)), png(ids)):
-        assert read_mask(data).tolist() == ids.tolist()
-    assert read_mask(png(ids > 2)).tolist() == (ids > 2).astype(int).tolist()
+        assert read_mask(data, image).tolist() == ids.tolist()
+    assert read_mask(png(ids > 2), image).tolist() == (ids > 2).astype(int).tolist()
     for data, message in (
-        (png(np.zeros((2, 2, 3), np.uint8)), "the mask has mode RGB; it must have one channel"),
-        (png(np.full((2, 2), 300, np.uint16)), "the mask has the class id 300; ids must be from 0 to 255"),
+        (png(np.zeros((2, 3, 3), np.uint8)), "the mask has mode RGB; it must have one channel"),
+        (png(np.full((2, 3), 300, np.uint16)), "the mask has the class id 300; ids must be from 0 to 255"),
         (png(ids)[:45], "cannot be decoded"),
         (b"GIF89a", "the mask is not a PNG"),
+        (png(ids.T.copy()), "the mask has 2 x 3 pixels, the image 3 x 2"),
     ):
         with pytest.raises(BadSample, match=message):
-            read_mask(data)
+            read_mask(data, image)
 
 
 @pytest.mark.slow
@@ -204,10 +206,12 @@ def test_mistakes_are_one_line(transfer, masked, tmp_path):
     image, _ = shapes(0)
     one = write_tar(tmp_path / "one.tar", [("0.png", image), ("0.mask.png", png(np.zeros((48, 40), np.uint8)))])
     rgb = write_tar(tmp_path / "rgb.tar", [("0.png", image), ("0.mask.png", image)])
+    turned = write_tar(tmp_path / "turned.tar", [("0.png", image), ("0.mask.png", png(np.eye(40, 48, dtype=np.uint8)))])
     plain = labelled_tar(tmp_path / "plain.tar", range(4))
     for options, train, message in (
         ([], plain, "no sample has a mask, KEY.mask.png next to its image; make shards"),
         ([], one, "its masks have 1 classes besides segment.ignore_label 255; two are needed"),
+        ([], turned, "the mask has 48 x 40 pixels, the image 40 x 48, in the mask at byte"),
         ([], rgb, "the mask has mode RGB; it must have one channel, of class ids, in the mask at byte"),
         (["--set", "data.resize=native"], masked[0], "segment needs images of one size: give --set data.resize=sq"),
         (["--set", "linear.steps=3"], masked[0], "linear.steps: segment does not use it; did you mean segment.steps"),

@@ -15,6 +15,7 @@ from m3ae_fast.evaluation import attentive_online, feature_bank, probe_grid
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.probe_grid import chosen_layers, few_shot
 from m3ae_fast.evaluation.significance import interval, mean_accuracy
+from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.weights.open_model import open_model
@@ -61,16 +62,39 @@ def test_one_pass_serves_all_layers_and_a_picture_shows_them(transfer, tmp_path,
     assert (few in result["cautions"]) == (f"note: {few}" in said) == attends
 
 
-@pytest.mark.parametrize("task", ["knn", "linear"])
+@pytest.mark.parametrize("task", ["knn", "logistic"])
 def test_the_last_layer_equals_the_task_without_layers_to_the_bit(transfer, tmp_path, task):
-    transfer(task, "--layers", "1,2", *SHORT[task], out="layers")
-    transfer(task, *(["--cache-features"] if task == "linear" else []), *SHORT[task], out="plain")
+    transfer(task, "--layers", "1,2", out="layers")
+    transfer(task, out="plain")
     layers, plain = (
         parquet.read_table(tmp_path / name / "predictions.parquet").to_pandas() for name in ("layers", "plain")
     )
     last = layers[layers.layer == 2].reset_index(drop=True)
     for column in ("key", "label", "prediction", "score"):
         assert last[column].equals(plain[column])
+
+
+@pytest.mark.parametrize("task", ["knn", "logistic", "linear"])
+def test_one_pass_serves_all_poolings(transfer, tmp_path, passes, task, capsys):
+    """Each accuracy is that of a run with only this pooling."""
+    given = [*SHORT[task], *settings("encode.precision=fp32")]
+    result = transfer(task, "--layers", "all", "--pools", "cls,mean", *given)
+    assert len(passes) == 48 + 18
+    rows, pools = result["results"], ["cls", "mean"]
+    assert [(row["layer"], row["pool"]) for row in rows] == [(layer, pool) for layer in (1, 2) for pool in pools]
+    assert result["top1"] == rows[2]["top1"]  # of the last layer with the pooling that is named first
+    said = capsys.readouterr().out
+    assert f"{task} probe at 2 of 2 layers, cls and mean features, all 48 training samples: 4 probes" in said
+    assert "layer 1, cls: top1 " in said and pictures(tmp_path / "out") == ["depth"]
+    table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
+    for pool in pools:
+        own = transfer(task, "--layers", "all", *given, *settings(f"encode.pool={pool}"), out=pool)
+        assert [row["pool"] for row in own["results"]] == [pool, pool]
+        assert [row for row in rows if row["pool"] == pool] == own["results"]
+        alone = parquet.read_table(tmp_path / pool / "predictions.parquet").to_pandas()
+        found = table[table.pool == pool].reset_index(drop=True)
+        assert found.prediction.equals(alone.prediction)
+        np.testing.assert_allclose(found.score, alone.score, rtol=1e-4)
 
 
 def test_few_shots_are_those_of_a_k_nn_by_hand(transfer, run, shards, tmp_path):
@@ -140,10 +164,20 @@ def test_layers_are_numbers_of_blocks():
 
 
 def test_mistakes_are_one_line_and_leave_nothing(transfer, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--resume: a probe with --layers or --shots has no checkpoints"):
+    with pytest.raises(UserError, match="--resume: a probe with --layers, --pools or --shots has no checkpoints"):
         transfer("linear", "--layers", "all", "--resume", "auto")
     with pytest.raises(UserError, match="--layers 3: must be all, or numbers from 1 to 2"):
         transfer("knn", "--layers", "3")
+    with pytest.raises(UserError, match=r"--pools replaces encode\.pool; leave out one of the two"):
+        transfer("knn", "--pools", "all", *settings("encode.pool=cls"))
+    with pytest.raises(UserError, match="argument --pools: max: no pooling 'max'; choose from mean, cls"):
+        transfer("knn", "--pools", "max")
+    with pytest.raises(UserError, match="unrecognized arguments: --pools all"):
+        transfer("attentive", "--pools", "all")
+    with pytest.raises(UserError, match="--pools max: no such pooling; choose from mean, cls"):
+        evaluate("knn", "run", train="a.tar", val="b.tar", out=tmp_path / "out", pools=["max"])
+    with pytest.raises(UserError, match="--pools: attentive does not use it; leave it out"):
+        evaluate("attentive", "run", train="a.tar", val="b.tar", out=tmp_path / "out", pools="all")
     assert not (tmp_path / "out").exists()
 
 
@@ -233,7 +267,13 @@ def test_accuracies_are_drawn_by_depth_or_of_one_layer_by_shots(tmp_path, monkey
     drawn = []
     monkeypatch.setattr(probe_grid, "draw_accuracies", lambda *what: drawn.append(what))
     rows = [
-        {"layer": layer, "shots": of, "top1": 10 * layer + (of or 0), "top1_se": 1} for layer in layers for of in shots
+        {"layer": layer, "pool": "mean", "shots": of, "top1": 10 * layer + (of or 0), "top1_se": 1}
+        for layer in layers
+        for of in shots
     ]
     probe_grid._draw(SimpleNamespace(out=tmp_path), rows)
     assert [(path.name, points) for path, points, _ in drawn] == ([(file, lines)] if file else [])
+    drawn.clear()
+    probe_grid._draw(SimpleNamespace(out=tmp_path), [*rows, *(row | {"pool": "cls"} for row in rows)])
+    each = {f"{pool}, {name}": points for pool in ("mean", "cls") for name, points in (lines or {}).items()}
+    assert [points for _, points, _ in drawn] == ([each] if file else [])

@@ -18,8 +18,8 @@ from m3ae_fast.base.progress import track
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.index import IMAGE_SUFFIXES, MASK_SUFFIX
 from m3ae_fast.images.bands import ReaderMissing
-from m3ae_fast.images.decoding import own_bands, upright_size_of
-from m3ae_fast.images.label_mask import mask_size, read_mask
+from m3ae_fast.images.decoding import own_bands
+from m3ae_fast.images.label_mask import read_mask
 from m3ae_fast.shards.duplicate_images import join, middle, number_same
 from m3ae_fast.shards.problem_counts import IGNORED, OUTSIDE, Tally
 from m3ae_fast.shards.sources.caption_table import Row, read_captions
@@ -127,7 +127,8 @@ class Folder(Records):
         about |= json.loads(sample.fields or "{}")
         data, members = read_file(path), {}
         if self._masks is not None and os.path.lexists(file := mask_of(self._masks, self._paths[row])):
-            members[MASK_SUFFIX] = _checked_mask(read_file(str(file)), data)
+            members[MASK_SUFFIX] = read_file(str(file))
+            read_mask(members[MASK_SUFFIX], data)
         return Record(data, caption, None if name is None else self._labels[name], about, members)
 
     def class_counts(self, split: str) -> Counter[str]:
@@ -223,16 +224,6 @@ def mask_of(masks: Path, image: str) -> Path:
     """Return the path of an image's label mask in the folder `masks`. `image`: path of the image relative to the folder
     of images."""
     return masks / (os.path.splitext(image)[0] + ".png")
-
-
-def _checked_mask(mask: bytes, image: bytes) -> bytes:
-    """Return the label mask of an image unchanged. Raises BadSample if it is not a label mask, or if its size differs
-    from that of the image after the EXIF orientation is applied."""
-    height, width = mask_size(mask)
-    if (height, width) != (size := upright_size_of(image)):
-        raise BadSample(f"the mask has {width} x {height} pixels, the image {size[1]} x {size[0]}")
-    read_mask(mask)
-    return mask
 
 
 def _text_file(image: str) -> str | None:

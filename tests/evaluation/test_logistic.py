@@ -1,0 +1,50 @@
+"""The task `logistic` and the classifier that it writes."""
+
+import pytest
+import torch
+
+from m3ae_fast.base.parquet import read_parquet
+from m3ae_fast.evaluation.classifier import Classifier
+from m3ae_fast.evaluation.logistic_regression import INVERSE_STRENGTHS
+from m3ae_fast.weights.open_model import open_model
+from tests.evaluation.conftest import pictures, settings
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_robustness_and_ood_get_the_classifier_that_was_measured(transfer, run, shards, tmp_path, pool):
+    labels = ["--labels", "json.name"]
+    encode = settings("encode.precision=fp32", f"encode.pool={pool}")
+    result = transfer("logistic", *labels, *encode, out="classifier")
+    assert result["top1"] > 0.4 and result["inverse_strength"] in INVERSE_STRENGTHS  # chance: a third
+    assert (result["classes"], result["train_samples"], result["val_samples"]) == (3, 48, 18)
+    assert pictures(tmp_path / "classifier") == ["confusion"]
+    classifier = Classifier.from_pretrained(tmp_path / "classifier")
+    saved = classifier.config
+    assert (saved.pool, saved.head, saved.modality, saved.classes) == (
+        pool,
+        "logistic",
+        "image",
+        ["blue", "green", "red"],
+    )
+    encoder = open_model(str(run), text=False)
+    assert torch.equal(classifier.backbone.patch_embed.weight, encoder.patch_embed.weight)
+
+    given = {"model": tmp_path / "classifier"}
+    clean = settings("robustness.epsilons=[]", "robustness.corruptions=[]")
+    transfer("robustness", *labels, *clean, **given, train=None, out="clean")
+    transfer("ood", *labels, "--ood", shards[0], *encode, **given, out="ood")
+    measured, attacked, ood = (
+        read_parquet(tmp_path / f"{name}/predictions.parquet") for name in ("classifier", "clean", "ood")
+    )
+    assert attacked["prediction"] == measured["prediction"]
+    assert attacked["score"] == pytest.approx(measured["score"], rel=1e-3)
+    assert ood["max_softmax"][:18] == pytest.approx(measured["score"], rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [["--layers", "1"], ["--shots", "5"], ["pixels"]])
+def test_a_survey_and_pixels_have_no_classifier(transfer, run, tmp_path, options):
+    model = f"pixels:{run}" if options == ["pixels"] else run
+    transfer("logistic", *([] if options == ["pixels"] else options), model=model)
+    assert not (tmp_path / "out/classifier.json").exists()

@@ -1,0 +1,95 @@
+"""Every task has the same result on 1, 2 and 3 ranks."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from m3ae_fast.base.parquet import read_parquet
+from m3ae_fast.evaluation.classifier import Classifier
+from m3ae_fast.evaluation.tasks import TASKS
+from tests.helpers import task_cases
+from tests.helpers.ranks import run_ranks
+from tests.helpers.trainer import ROOT
+
+pytestmark = pytest.mark.slow
+
+OF_THE_CALL = ("seconds", "config", "model")
+
+
+def _alike(found, expected, where):
+    """Assert that two values of JSON are equal, numbers within rounding and texts of them up to their numbers."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name, value in expected.items():
+            if name not in OF_THE_CALL:
+                _alike(found[name], value, f"{where}.{name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for number, (one, other) in enumerate(zip(found, expected)):
+            _alike(one, other, f"{where}[{number}]")
+    elif isinstance(expected, float) and not math.isnan(expected):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), where
+    elif not isinstance(expected, str):
+        assert found == expected or expected != expected, where
+
+
+@pytest.fixture(scope="module")
+def alone(run, tmp_path_factory):
+    """Return the folder of the data, and the folder with the results of one rank."""
+    data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("alone")
+    task_cases.write_data(data)
+    code, said = run_ranks("tests.helpers.task_cases", [str(run), str(data), str(out)], 1, data / "log")
+    assert code == 0, said
+    return data, out
+
+
+def test_the_cases_are_all_tasks():
+    assert {task for task, _ in task_cases.CASES.values()} == {*TASKS}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_task_has_the_result_of_one_rank(run, alone, tmp_path, ranks):
+    data, one = alone
+    code, said = run_ranks("tests.helpers.task_cases", [str(run), str(data), str(tmp_path)], ranks, tmp_path / "log")
+    assert code == 0, said
+    for name in task_cases.CASES:
+        results = [json.loads((folder / name / "result.json").read_text()) for folder in (tmp_path, one)]
+        _alike(*results, name)
+        found, expected = (read_parquet(folder / name / "predictions.parquet") for folder in (tmp_path, one))
+        assert found.keys() == expected.keys()
+        for column, values in expected.items():
+            if isinstance(values[0], float | list) and column != "labels":
+                np.testing.assert_allclose(found[column], values, rtol=2e-3, atol=2e-3, err_msg=f"{name}, {column}")
+            else:
+                assert found[column] == values, (name, column)
+    for name in ("logistic", "linear", "finetune"):
+        states = [Classifier.from_pretrained(folder / name).head.state_dict() for folder in (tmp_path, one)]
+        for key, value in states[1].items():
+            np.testing.assert_allclose(states[0][key], value, rtol=2e-3, atol=2e-3, err_msg=f"{name}, {key}")
+
+
+def _fields(value):
+    """Yield the names of the fields of a result, also of those of rows, as the guide names them."""
+    for name, inner in value.items():
+        name = re.sub(r"^(other_)?(max_softmax|energy|knn|mahalanobis)_(?!samples)", "SET_SCORE_", name)
+        name = re.sub(r"^text_to_image_", "image_to_text_", name)
+        yield re.sub(r"^other_samples$", "SET_samples", name).removesuffix("_se")
+        if name == "recipe" or (isinstance(inner, list) and inner and isinstance(inner[0], dict)):
+            for row in inner if isinstance(inner, list) else [inner]:
+                yield from _fields(row)
+
+
+def test_the_guide_names_every_field_of_a_result_and_no_other(alone):
+    guide = (ROOT / "docs/guide/evaluating.md").read_text()
+    (section,) = re.findall(r"### Fields of result.json\n(.*?)\n## ", guide, re.DOTALL)
+    table = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    named = {name.removesuffix("_se") for _, fields in table for name in re.findall(r"`([A-Za-z0-9_]+)`", fields)}
+    results = [json.loads((alone[1] / name / "result.json").read_text()) for name in task_cases.CASES]
+    found = {name for result in results for name in _fields(result)}
+    assert found - named == set()
+    rare = {"top5", "chance_top5", "auroc", "warning", "name"}  # not in the results of three classes
+    words = {"SCORE", "SET_", "attentive", "text_to_image", "max_softmax", "energy", "knn", "mahalanobis"}
+    assert named - found - rare - words == set()

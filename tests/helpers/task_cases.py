@@ -1,0 +1,93 @@
+"""A program that runs every evaluation task once, on the ranks on which it is started: `main([RUN, DATA, OUT])`.
+
+DATA is a folder written by `write_data`. The results are written to folders in OUT.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from m3ae_fast.evaluation.task_runner import evaluate
+from m3ae_fast.process.session import joined_program
+from tests.helpers.labelled import NAMES, coloured, labelled_tar
+from tests.helpers.shards import write_tar
+
+TRAIN, VAL = range(47), range(100, 117)  # neither number can be split evenly
+_LISTS: list[list[str]] = [["cold", "blue"], ["green", "cold"], []]
+_SHORT = ["attentive.steps=3", "attentive.batch=16", "attentive.online=false", "attentive.peak_lr=0.01"]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "knn": ("knn", {}),
+    "logistic": ("logistic", {}),
+    "linear": ("linear", {"overrides": ["linear.steps=3", "linear.global_batch=16", "linear.peak_lr=1"]}),
+    "poolings": (
+        "linear",
+        {"layers": "all", "pools": "all", "overrides": ["linear.steps=9", "linear.global_batch=16"]},
+    ),
+    "shots": ("knn", {"shots": [2, 5], "draws": 2}),
+    "attentive": ("attentive", {"overrides": _SHORT}),
+    "multilabel": ("multilabel", {"labels": "json.tags"}),
+    "multilabel-knn": ("multilabel", {"labels": "json.tags", "overrides": ["multilabel.head=knn"]}),
+    "segment": ("segment", {"overrides": ["segment.steps=9", "segment.batch=5", "segment.peak_lr=0.01"]}),
+    "segment-knn": ("segment", {"overrides": ["segment.head=knn", "segment.bank_patches=200"]}),
+    "finetune": (
+        "finetune",
+        {"overrides": ["finetune.steps=2", "finetune.global_batch=12", "finetune.precision=fp32"]},
+    ),
+    "robustness": (
+        "robustness",
+        {"overrides": ["robustness.epsilons=[2]", "robustness.steps=2", 'robustness.corruptions=["fog"]']},
+    ),
+    "ood": ("ood", {}),
+    "retrieval": ("retrieval", {}),
+    "compare": (
+        "compare",
+        {"seeds": 1, "probes": ["knn", "attentive"], "overrides": [*_SHORT[:2], "attentive.online=true"]},
+    ),
+}
+
+
+def write_data(folder: Path) -> None:
+    """Write shards of coloured images with captions, labels, lists of labels and masks."""
+    for name, numbers in (("train", TRAIN), ("val", VAL)):
+        files = []
+        for number in numbers:
+            mask = np.zeros((40, 40), np.uint8)
+            mask[number % 30 :, : 40 - number % 20] = 1 + number % 3
+            png = io.BytesIO()
+            Image.fromarray(mask).save(png, "PNG")
+            fields = {"tags": _LISTS[number % 3]}
+            files += [
+                (f"{number:05d}.png", coloured(number, NAMES[number % 3])),
+                (f"{number:05d}.txt", f"a {NAMES[number % 3]} picture of {number}".encode()),
+                (f"{number:05d}.cls", str(number % 3).encode()),
+                (f"{number:05d}.json", json.dumps(fields).encode()),
+                (f"{number:05d}.mask.png", png.getvalue()),
+            ]
+        write_tar(folder / f"{name}.tar", files)
+    labelled_tar(folder / "other.tar", range(200, 211))
+
+
+def main(arguments: list[str]) -> int:
+    """Run the tasks."""
+    run, data, out = map(Path, arguments)
+    with joined_program("cpu") as session:
+        for name, (task, options) in CASES.items():
+            trains = {} if task in ("robustness", "retrieval") else {"train": str(data / "train.tar")}
+            encoded = [] if task in ("finetune", "robustness") else ["encode.precision=fp32", "encode.batch=4"]
+            evaluate(
+                task,
+                out / "logistic" if task == "robustness" else run,
+                val=str(data / "val.tar"),
+                out=out / name,
+                session=session,
+                **trains,
+                **({"ood": {"other": [str(data / "other.tar")]}} if task == "ood" else {}),
+                **options | {"overrides": ["data.workers=0", *encoded, *options.get("overrides", [])]},
+            )
+    return 0
