@@ -804,7 +804,7 @@ def test_classes_are_those_that_training_samples_have(tmp_path):
 )
 def test_a_pace_is_measured_with_as_large_a_batch_as_six_steps_of_it_fit_the_time(monkeypatch, sample, trials):
     tried = []
-    monkeypatch.setattr(pace, "_trial", lambda *given: tried.append(given[2:]) or Pace(sample, given[2], 4))
+    monkeypatch.setattr(pace, "measure_batch", lambda *given: tried.append(given[2:]) or Pace(sample, given[2], 4))
     config = parse(Config, TINY | {"train": TINY["train"] | {"global_batch": 1024, "steps": 9}}, "test")
     assert pace.measure(config, SimpleNamespace(ranks=SimpleNamespace(world=1)), 10).batch == trials[-1][0]
     assert tried == trials
@@ -816,7 +816,7 @@ def test_the_time_of_a_step_goes_from_the_end_of_the_one_before(monkeypatch):
     taken = []
     trainer = SimpleNamespace(inputs=lambda: [("inputs", "counts")] * 2)
     trainer.take_step = lambda *what: taken.append(what) or (None, torch.tensor(1.0))
-    times = pace._times(trainer)
+    times = pace.step_times(trainer)
     assert [next(times), next(times)] == [1.5, 2.5] and taken == [("inputs", "counts")] * 2
     with pytest.raises(Stopped):  # a rank is asked to stop
         next(times)
@@ -833,12 +833,12 @@ def paced(monkeypatch, times, ahead=0, seconds=60.0):
 
     monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(pace, "set_up", lambda *_: None)
-    monkeypatch.setattr(pace, "_times", steps)
-    monkeypatch.setattr(pace, "_ahead", lambda run: ahead)
+    monkeypatch.setattr(pace, "step_times", steps)
+    monkeypatch.setattr(pace, "batches_ahead", lambda run: ahead)
     monkeypatch.setattr(pace, "gc", SimpleNamespace(collect=lambda: None))
     session = SimpleNamespace(ranks=SimpleNamespace(world=1, is_main=False, from_main=lambda value: value))
     config = parse(Config, TINY | {"train": TINY["train"] | {"global_batch": 4, "steps": 9}}, "test")
-    return pace._trial(config, session, 4, seconds)
+    return pace.measure_batch(config, session, 4, seconds)
 
 
 def test_a_pace_is_that_of_the_later_half_of_steps(monkeypatch):

@@ -295,7 +295,7 @@ def test_activity_is_of_the_process_and_all_below_it_or_of_those_alone(monkeypat
 
 def test_the_launcher_is_looked_at_a_few_times_a_second(monkeypatch):
     looks = []
-    monkeypatch.setattr(stop_request, "_launcher_chain", lambda: looks.append(1))
+    monkeypatch.setattr(stop_request, "launcher_chain", lambda: looks.append(1))
     with StopRequest() as stop:
         stop.listen()
         time.sleep(0.6)

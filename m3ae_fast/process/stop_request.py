@@ -39,7 +39,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason = ""
-        self._parents = _launcher_chain()
+        self._parents = launcher_chain()
         self._listening = self._leaving = self._ended = self._reported = False
         self._first_interrupt = float("inf")
         self._notify: Callable[[str], bool] | None = None
@@ -123,7 +123,7 @@ class StopRequest:
                 for number in numbers:
                     if number in SIGNALS:
                         self.ask(signal.Signals(number).name)
-            if not self.asked and ((chain := _launcher_chain()) != self._parents or chain == _GONE):
+            if not self.asked and ((chain := launcher_chain()) != self._parents or chain == _GONE):
                 self.ask(_LAUNCHER_GONE)
             if self.asked and not self._listening:
                 self._leave()
@@ -183,7 +183,7 @@ def kill_children() -> None:
             child.kill()
 
 
-def _launcher_chain() -> tuple[int, ...] | None:
+def launcher_chain() -> tuple[int, ...] | None:
     """Return the ids of the launcher processes whose end should end this process: torchrun's agent, or deepspeed's
     inner and outer launcher, because the outer launcher does not forward SIGTERM when it dies. Return None under plain
     `python`, which may outlive its shell, and _GONE if a launcher started this process and has ended."""

@@ -82,12 +82,12 @@ def measure(config: Config, session: Session, seconds: float) -> Pace:
     its start, and Stopped if a rank is asked to stop.
     """
     whole = config.train.global_batch
-    pace = _trial(config, session, max(min(FIRST_BATCH, whole), session.ranks.world), seconds / 4)
+    pace = measure_batch(config, session, max(min(FIRST_BATCH, whole), session.ranks.world), seconds / 4)
     fitting = min(whole, int(seconds / (_WARM + _FEWEST) / pace.sample))
-    return pace if fitting < 2 * pace.batch else _trial(config, session, fitting, seconds)
+    return pace if fitting < 2 * pace.batch else measure_batch(config, session, fitting, seconds)
 
 
-def _trial(config: Config, session: Session, batch: int, seconds: float) -> Pace:
+def measure_batch(config: Config, session: Session, batch: int, seconds: float) -> Pace:
     """Return the pace of steps with `batch` samples."""
     with (
         working(f"measuring steps of {batch:,} samples", show=session.ranks.is_main),
@@ -104,8 +104,8 @@ def _trial(config: Config, session: Session, batch: int, seconds: float) -> Pace
         }
         short = config.model_copy(update={"run": nowhere, "train": config.train.model_copy(update=changes)})
         trainer = set_up(short, "no", session, None)
-        with closing(_times(trainer)) as times:
-            taken, began, ahead = [], time.perf_counter(), _ahead(trainer)
+        with closing(step_times(trainer)) as times:
+            taken, began, ahead = [], time.perf_counter(), batches_ahead(trainer)
             for each in times:
                 taken.append(each)
                 spent, enough = time.perf_counter() - began, _WARM + (_FEWEST if each < seconds else 1)
@@ -120,7 +120,7 @@ def _trial(config: Config, session: Session, batch: int, seconds: float) -> Pace
     return pace
 
 
-def _ahead(trainer: Trainer) -> int:
+def batches_ahead(trainer: Trainer) -> int:
     """Return the number of steps whose batches are loaded before the first step."""
     loader = trainer.train_loader
     assert isinstance(loader, DataLoader)
@@ -153,7 +153,7 @@ def _error(times: Sequence[float]) -> float:
     return stdev(means) / math.sqrt(_PARTS) / fmean(means)
 
 
-def _times(trainer: Trainer) -> Generator[float, None, None]:
+def step_times(trainer: Trainer) -> Generator[float, None, None]:
     """Take steps, and yield the seconds of each, including the wait for data. Raises Stopped if a rank is asked to
     stop."""
     began = time.perf_counter()
