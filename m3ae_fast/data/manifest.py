@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, get_args, overload
+from typing import TypeVar, get_args, overload
 
 import numpy as np
 
 from m3ae_fast.base.atomic_file import whole_file
 from m3ae_fast.base.bad_samples import Skipped
-from m3ae_fast.base.errors import UserError, attempt, error_report, raise_shared
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.index import VERSION, IndexedShard, Modality, Summary, index_shards
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
+from m3ae_fast.process.ranks import Ranks, Waiting
 
 T = TypeVar("T")
-Gather = Callable[[Any], list[Any]]  # gathers the values of all processes on every process
 KINDS: tuple[Modality, ...] = get_args(Modality)
 UNREAD = len(KINDS)  # kind of a shard whose samples could not be counted
 SUFFIX = ".npy"
@@ -151,17 +152,6 @@ def read_all(patterns: str | list[str]) -> np.ndarray:
     return join([read(Path(path)) for path in paths])
 
 
-class Process(Protocol):
-    """The rank of this process, as in `process.ranks.Ranks`."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world(self) -> int: ...
-    @property
-    def local_rank(self) -> int: ...
-
-
 def count(names: Sequence[str], store: ShardStore, progress: bool = False) -> tuple[np.ndarray, list[Skipped]]:
     """Return a manifest of the shards, which are read completely, and the unreadable or incomplete shards. Raises
     UserError as `index_shards` does."""
@@ -194,41 +184,48 @@ def cached(names: Sequence[str], store: ShardStore) -> Path:
 def prepare(
     patterns: str | list[str],
     store: ShardStore,
-    process: Process,
-    gather: Gather,
-    progress: bool = False,
+    ranks: Ranks,
+    waiting: Waiting = nullcontext,
     key: tuple[int, int] = (0, 0),
 ) -> None:
-    """Count the samples of shards that are not read in place, split over all processes, and write the manifest on every
-    node. Does nothing if all nodes already have the same manifest, or if `patterns` names one. Every process must call
-    it.
+    """Count the samples of shards that are not read in place, split over all ranks, and write the manifest on every
+    node. Does nothing if all nodes already have the same manifest, or if `patterns` names one. Every rank must call it.
 
-    `key`: the seed and the number of the source. The shards are split over nodes in the same way as over lanes, so each
-    node counts the shards that it will train on, and does not download them again if they fit into its cache.
+    Args:
+        patterns: the shards of a source.
+        store: the shard cache of this rank's node.
+        ranks: the ranks of the run.
+        waiting: context that is entered while this rank waits for others.
+        key: the seed and the number of the source. The shards are split over nodes in the same way as over lanes, so
+            each node counts the shards that it will train on, and does not download them again if they fit into its
+            cache.
 
     Raises:
-        UserError: raised in every process if one of them cannot write, or if no shard can be read.
+        UserError: raised on every rank if one of them cannot write, or if no shard can be read.
     """
     names = [] if is_manifest(patterns) else expand(patterns)
     path = cached(names, store)
     if not any(map(store.is_cached, names)):
         return
-    held = gather(_held(path))  # nodes may have counted at different times or in different runs
+    with waiting():
+        held = ranks.gather(_held(path))  # nodes may have counted at different times or in different runs
     if held[0] is not None and len(set(held)) == 1:
         return
 
     order = permutation(len(names), *key)
 
     def part() -> tuple[np.ndarray, list[Skipped]]:
-        own = [names[number] for number in part_of(order.tolist(), process.rank, process.world)]
-        rows, lost = count(own, store, progress)
+        own = [names[number] for number in part_of(order.tolist(), ranks.rank, ranks.world)]
+        rows, lost = count(own, store, ranks.is_main)
         return rows, lost[:1]
 
-    found = _all(gather, part)
+    own = ranks.together(part, waiting)
+    with waiting():
+        found = ranks.gather(own)
     rows = join([rows for rows, _ in found])[np.argsort(order)]
     if (rows["kind"] == UNREAD).all():
         raise none_read(next(first for _, lost in found for first in lost), len(rows))
-    _all(gather, lambda: write(path, rows) if process.local_rank == 0 else None)
+    ranks.together(lambda: write(path, rows) if ranks.local_rank == 0 else None, waiting)
 
 
 def none_read(first: Skipped, shards: int) -> UserError:
@@ -245,12 +242,3 @@ def _held(path: Path) -> str | None:
     except UserError:
         return None
     return None if (rows["kind"] == UNREAD).any() else hashlib.sha256(rows.tobytes()).hexdigest()
-
-
-def _all(gather: Gather, work: Callable[[], Any]) -> list[Any]:
-    """Return the results of `work` in all processes. An error in any process is raised in all of them; see
-    `raise_shared`."""
-    result, error = attempt(work)
-    found = gather((result, error_report(error, "a process that counts shards")))
-    raise_shared(error, [each for _, each in found])
-    return [value for value, _ in found]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from m3ae_kernels.dispatch import choose_impl
@@ -256,14 +255,9 @@ def _count_shards(config: Config, ranks: Ranks, heartbeats: Heartbeats) -> None:
     """Create the missing manifests of remote shards. Errors as in `manifest.prepare`."""
     data = config.data
     store = ranks.main_first(lambda: ShardStore(data.cache_dir, data.cache_gb), heartbeats.waiting)
-
-    def gather(value: Any) -> list[Any]:
-        with heartbeats.waiting():
-            return ranks.gather(value)
-
     for sources in (data.train, data.val):
         for number, source in enumerate(sources):
-            manifest.prepare(source.shards, store, ranks, gather, ranks.is_main, (config.run.seed, number))
+            manifest.prepare(source.shards, store, ranks, heartbeats.waiting, (config.run.seed, number))
 
 
 def _require_kernels(device: torch.device) -> None:

@@ -6,6 +6,7 @@ import os
 import threading
 import tracemalloc
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from m3ae_fast.data.manifest import KINDS, UNREAD, CountedShards, join, read, ro
 from m3ae_fast.data.order import Order
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import expand
+from m3ae_fast.process.ranks import Ranks
 from tests.helpers.shards import members, write_tar
 
 
@@ -75,7 +77,7 @@ def test_gzipped_shards_that_change_are_counted_anew(tmp_path, store):
         write_tar(plain, members(range(count)))
         (tmp_path / "0.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
         names = str(tmp_path / "*.tar.gz")
-        together(1, 1, lambda process, gather, _, names=names: manifest.prepare(names, store, process, gather))
+        together(1, 1, lambda ranks, _, names=names: manifest.prepare(names, store, ranks))
         (source,) = open_corpus([SourceConfig(shards=names)], store).sources
         assert isinstance(source.shards, CountedShards) and list(source.sizes) == [count]
 
@@ -188,7 +190,7 @@ def test_what_is_no_manifest_is_refused(tmp_path, store):
 
 
 def together(world, nodes, work):
-    """Run `work(process, gather, store)` in `world` threads, and return the result or exception of each. The threads of
+    """Run `work(ranks, node)` in `world` threads, and return the result or exception of each. The threads of
     a node share a store."""
     barrier, box = threading.Barrier(world, timeout=60), [None] * world
     results = [None] * world
@@ -202,9 +204,10 @@ def together(world, nodes, work):
             return found
 
         each = world // nodes
-        process = SimpleNamespace(rank=rank, world=world, local_rank=rank % each)
+        ranks = SimpleNamespace(rank=rank, world=world, local_rank=rank % each, is_main=rank == 0, gather=gather)
+        ranks.together = partial(Ranks.together, ranks)
         try:
-            results[rank] = work(process, gather, rank // each)
+            results[rank] = work(ranks, rank // each)
         except UserError as error:
             results[rank] = str(error)
 
@@ -219,7 +222,7 @@ def together(world, nodes, work):
 def test_nodes_count_together_and_each_keeps_the_manifest(tmp_path, remote):
     pattern, fetched = remote
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
-    work = lambda process, gather, node: manifest.prepare(pattern, stores[node], process, gather)  # noqa: E731
+    work = lambda ranks, node: manifest.prepare(pattern, stores[node], ranks)  # noqa: E731
     for _ in range(2):  # once is enough
         assert together(4, 2, work) == [None] * 4
         assert fetched() == {str(i): 1 for i in range(6)}
@@ -242,7 +245,7 @@ def test_a_rank_counts_the_shards_of_its_lanes(tmp_path, monkeypatch):
         return rows_of(own, [(10, 0, 0)] * len(own)), []
 
     monkeypatch.setattr(manifest, "count", count)
-    together(4, 4, lambda process, gather, _: manifest.prepare(names, store, process, gather, key=(5, 1)))
+    together(4, 4, lambda ranks, _: manifest.prepare(names, store, ranks, key=(5, 1)))
     order = Order([[10] * 5, [10] * 12], None, 1, 5, lanes=4)
     owned = [set(order._lane(lane).sources[1].pieces.shards.tolist()) for lane in range(4)]
     assert sorted(map(sorted, counted.values())) == sorted(map(sorted, owned)) and len(set.union(*owned)) == 12
@@ -261,7 +264,7 @@ def test_nodes_whose_manifests_differ_count_again(tmp_path, remote, case):
     pattern, fetched = remote
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
     for number, store in enumerate(stores):
-        together(1, 1, lambda process, gather, _, store=store: manifest.prepare(pattern, store, process, gather))
+        together(1, 1, lambda ranks, _, store=store: manifest.prepare(pattern, store, ranks))
         if number == 0:
             write_tar(tmp_path / "far/5.tar", members(range(50, 52), "text"))
     paths = [manifest.cached(expand(pattern), store) for store in stores]
@@ -269,7 +272,7 @@ def test_nodes_whose_manifests_differ_count_again(tmp_path, remote, case):
     if case == "damaged":
         paths[1].write_bytes(b"half a manifest")
     before = fetched()
-    work = lambda process, gather, node: manifest.prepare(pattern, stores[node], process, gather)  # noqa: E731
+    work = lambda ranks, node: manifest.prepare(pattern, stores[node], ranks)  # noqa: E731
     assert together(4, 2, work) == [None] * 4
     first, second = (read(path) for path in paths)
     assert first.tolist() == second.tolist() and first["samples"].sum() in (27, 33)
@@ -280,7 +283,7 @@ def test_what_one_cannot_do_all_are_told(tmp_path, remote):
     pattern, _ = remote
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
     (stores[1].cache_dir / "manifests").write_text("in the way")
-    found = together(4, 2, lambda process, gather, node: manifest.prepare(pattern, stores[node], process, gather))
+    found = together(4, 2, lambda ranks, node: manifest.prepare(pattern, stores[node], ranks))
     assert len(set(found)) == 1 and "manifests" in found[0]
 
 
@@ -290,7 +293,7 @@ def test_a_shard_that_could_not_be_counted_is_told_and_counted_again(tmp_path, r
     far = tmp_path / "far/2.tar"
     far.rename(tmp_path / "away")
     store = ShardStore(tmp_path / "node")
-    prepare = lambda: together(1, 1, lambda process, gather, _: manifest.prepare(pattern, store, process, gather))  # noqa: E731
+    prepare = lambda: together(1, 1, lambda ranks, _: manifest.prepare(pattern, store, ranks))  # noqa: E731
     assert prepare() == [None]
     corpus = open_corpus([SourceConfig(shards=pattern)], store)
     assert corpus.samples == 28 and corpus.counted == [(1, 6)] and "cannot be read" in str(corpus.damaged[0])
@@ -306,7 +309,7 @@ def test_why_no_shard_can_be_counted_is_told_to_all_and_nothing_is_kept(tmp_path
     pattern, _ = remote
     (tmp_path / "far").rename(tmp_path / "away")
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
-    work = lambda process, gather, node: manifest.prepare(pattern, stores[node], process, gather)  # noqa: E731
+    work = lambda ranks, node: manifest.prepare(pattern, stores[node], ranks)  # noqa: E731
     for told in together(4, 2, work):
         assert "cannot be read (" in told and told.endswith("; the same applies to 5 others")
     assert not any((store.cache_dir / "manifests").exists() for store in stores)
