@@ -468,8 +468,9 @@ def test_the_trainer_checks_the_whole_state(trainer):
     state = load_file(path / STATE_FILE)
     name = next(name for name, t in state.items() if name.startswith("exp_avg_sq/") and t.ndim == 2 and len(t) > 1)
     save_file(state | {name: state[name][:1].contiguous()}, path / STATE_FILE)
-    info = json.loads((path / checkpoint.INFO_FILE).read_text()) | {"sha256": {}}
-    (path / checkpoint.INFO_FILE).write_text(json.dumps(info))
+    info = json.loads((path / checkpoint.INFO_FILE).read_text())
+    sums = {STATE_FILE: state_files.sha256(path / STATE_FILE)}  # without a table, the shapes are those in the file
+    (path / checkpoint.INFO_FILE).write_text(json.dumps(info | {"sha256": sums}))
     out = trainer("run", *SAVE, "--set", "train.steps=8", "--resume", "auto", code=2)
     assert f"{name} has the shape [1, " in out and out.count("\n") == 1
 
@@ -541,6 +542,10 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path, value):
     save_file(poison, path / STATE_FILE)
     with pytest.raises(UserError, match=r"state.safetensors is damaged \(its checksum"):
         checkpoint.open_state(path)
-    (path / checkpoint.INFO_FILE).write_text(json.dumps(asdict(info)))  # as in versions without checksums
+    (path / checkpoint.INFO_FILE).write_text(json.dumps(asdict(info)))
+    with pytest.raises(UserError, match=r"state.safetensors is damaged \(its checksum is missing"):
+        checkpoint.open_state(path)
+    sums = {STATE_FILE: state_files.sha256(path / STATE_FILE)}
+    (path / checkpoint.INFO_FILE).write_text(json.dumps(asdict(info) | {"sha256": sums}))
     with pytest.raises(UserError, match=r"model/w is not finite; remove the folder"):
         checkpoint.open_state(path).whole("model/w")

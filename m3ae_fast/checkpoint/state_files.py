@@ -158,13 +158,13 @@ def damaged(path: Path, file: str, error: object) -> UserError:
 
 
 def check(path: Path, file: str, sums: dict[str, str]) -> None:
-    """Raise UserError if a file is missing, or if its checksum in `sums` (SHA-256 by file name) is missing or differs.
-    `sums` is empty for checkpoints of versions without checksums."""
+    """Raise UserError if a file is missing, or if its checksum in `sums` (SHA-256 by file name) is missing or
+    differs."""
     try:
         found = sha256(path / file)
-        if sums and file not in sums:
+        if file not in sums:
             raise OSError("its checksum is missing from state.json, so it may be from another step")
-        if sums and sums[file] != found:
+        if sums[file] != found:
             raise OSError("its checksum differs from the one in state.json")
     except OSError as error:
         raise damaged(path, file, error) from None
