@@ -56,11 +56,11 @@ def _bank(features_ND: Tensor, labels_N: Tensor | None = None) -> FeatureBank:
 def _seconds(ways: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Return the duration of each function in each round in seconds, after a warm-up round. The functions alternate."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(1 + rounds):
+    for repetition in range(1 + rounds):
         for name, work in ways.items():
             start = time.perf_counter()
             work()
-            if turn:
+            if repetition:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 

@@ -55,11 +55,11 @@ def test_features(tmp_path):
             f"encode, auto ({fast})": lambda: model.encode(images, batch=BATCH),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(1 + ROUNDS):
+        for repetition in range(1 + ROUNDS):
             for name, work in ways.items():
                 start = time.perf_counter()
                 work()
-                if turn:  # the first round is a warm-up
+                if repetition:  # the first round is a warm-up
                     seconds[name].append(time.perf_counter() - start)
     loop, *_ = seconds.values()
     ratios = {name: statistics.median(a / b for a, b in zip(loop, own)) for name, own in seconds.items()}
@@ -111,11 +111,11 @@ def test_folder_of_jpegs(tmp_path):
     rows: list[results.Row] = []
     for workers in WORKERS:
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(1 + ROUNDS):
+        for repetition in range(1 + ROUNDS):
             for name, work in ways.items():
                 start = time.perf_counter()
                 work(workers)
-                if turn:  # the first round is a warm-up
+                if repetition:  # the first round is a warm-up
                     seconds[name].append(time.perf_counter() - start)
         timm_loop = next(iter(seconds.values()))
         for name, own in seconds.items():

@@ -75,11 +75,11 @@ def test_a_step_at_equal_tokens(sizes):
             batches[name] = batch = pack(own, m3ae.geometry, repeat_shapes=True).to(DEVICE)
             steps[name] = lambda engine=engine, batch=batch: engine.step([batch], batch.counts, 1e-5)[0][0].loss.item()
         seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for turn in range(1 + ROUNDS):
+        for repetition in range(1 + ROUNDS):
             for name, step in steps.items():
                 start = time.perf_counter()
                 step()
-                if turn:  # the first round is a warm-up
+                if repetition:  # the first round is a warm-up
                     seconds[name].append(time.perf_counter() - start)
     counts = {name: int(batch.decoder.cu_seqlens[len(batch.keys)]) for name, batch in batches.items()}
     rows: list[results.Row] = []

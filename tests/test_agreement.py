@@ -15,7 +15,7 @@ from m3ae_fast.process.agreement import Agreement
 
 
 def on_every_rank(world, work, store=None):
-    """Return what `work(rank's agreement)` returns or raises on each rank."""
+    """Return the result or the exception of `work(agreement of the rank)` for each rank."""
     store, leaving = store or dist.HashStore(), threading.Event()
     timer = threading.Timer(10, leaving.set)  # so that no test waits forever
     timer.start()

@@ -191,7 +191,7 @@ def test_a_packed_batch_is_no_larger_than_is_reckoned_with(width):
 
 
 def _free(monkeypatch, size):
-    """Let this many bytes of shared memory be free, in blocks of 100."""
+    """Replace os.statvfs, so that `size` bytes of shared memory seem free, in blocks of 100 bytes."""
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=size / 100, f_frsize=100))
 
 

@@ -126,7 +126,8 @@ def test_one_rank_s_checkpoint_is_one_file_that_safetensors_reads(tmp_path):
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path, world):
-    """A single rank wrote complete tensors and no table; several ranks wrote flat pieces, also of complete tensors."""
+    """In that version, a single rank wrote complete tensors and no table. Several ranks wrote flat pieces, even of
+    complete tensors."""
     path = save_cut(tmp_path, STATE, world)
     info = json.loads((path / "state.json").read_text())
     for rank, file in enumerate(part_files(world)):

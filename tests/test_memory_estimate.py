@@ -58,7 +58,7 @@ def test_activations_are_those_of_the_rows_of_encoder_and_decoder(precision, che
 
 @pytest.mark.parametrize(("checkpointing", "row", "query"), [(False, KEPT, KEPT - 2), (True, 1, 1)])
 def test_a_decoder_with_cross_attention_keeps_keys_and_values_of_the_encoders_rows(checkpointing, row, query):
-    """It has no rows but the predicted ones: 6 of the 12 masked patches, and 2 of the 4 masked tokens."""
+    """The decoder has only the predicted rows: 6 of the 12 masked patches, and 2 of the 4 masked tokens."""
     found = config(activation_checkpointing=checkpointing)
     model = found.model.model_copy(update={"dec_attention": "cross"})
     masking = found.masking.model_copy(update={"image_predicted": 0.5, "text_predicted": 0.5})

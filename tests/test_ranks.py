@@ -383,7 +383,7 @@ def test_a_rank_begins_only_after_the_main_one_has_succeeded(rank, failing, runs
     done, turns = [], []
 
     class OneOfTwo(ranks.Ranks):
-        """One of two ranks, whose partner fails in its turn if `failing` is set."""
+        """One of two ranks. If `failing` is set, the other rank fails."""
 
         def gather(self, value):
             other = 1 - rank

@@ -333,7 +333,7 @@ def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest
 
 
 def test_a_line_has_the_rate_of_its_step_and_growing_memory_is_noted():
-    """The growth is counted from the first step of this attempt."""
+    """The growth of the memory is measured from the first step of this attempt."""
     told, looked = [], []
     trainer = SimpleNamespace(
         step=61,

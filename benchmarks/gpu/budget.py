@@ -15,8 +15,8 @@ class OutOfTime(BaseException):
 
 @contextmanager
 def budget(seconds: float) -> Iterator[None]:
-    """Context that ends the block after `seconds`, with a message. C code is not interrupted. The block must write its
-    results as it proceeds."""
+    """Context manager that ends the block after `seconds`, with a message. C code is not interrupted. The block must
+    write its results as it proceeds."""
 
     def end(*_: object) -> None:
         raise OutOfTime

@@ -56,7 +56,7 @@ class Launches:
 
 @contextmanager
 def watched(device: Device) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
-    """Context that collects the time stamps of all launches, by the kernel's name in the tuning table."""
+    """Context manager that collects the time stamps of all launches, by the kernel's name in the tuning table."""
     stamps: dict[str, list[tuple[Any, Any]]] = {}
     names = {f"{case.kernel}_kernel": case.table or case.kernel for case in CASES}
     modules = [module for name, module in sys.modules.items() if name.startswith("m3ae_kernels.triton_impl.")]

@@ -186,7 +186,7 @@ def norm_backward(
     totals: Sequence[Tensor],
 ) -> Tensor:
     """Run a LayerNorm's backward pass with torch. Return the gradient of x in its dtype, and add the gradients of
-    weight and bias to `totals`. They are summed in float32, since torch's sums in 16 bits have errors of 3 to 7 %.
+    weight and bias to `totals`. They are summed in float32 because torch's sums in 16 bits have errors of 3 to 7 %.
     `wide_2CD` is a buffer for copies."""
     scale_D = weight_D.to(mean_C.dtype)
     norm = [x_CD.shape[1]], mean_C[:, None], rstd_C[:, None], scale_D, scale_D  # the value of the bias has no effect

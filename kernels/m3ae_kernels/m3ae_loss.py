@@ -133,7 +133,7 @@ class M3AEHeads(nn.Module):
             )
 
     def forward(self, x: Tensor, *, image_rows: Tensor, text_rows: Tensor | None = None, **targets) -> M3AELoss:
-        """Return the losses; x and rows as in `head_inputs`, the other arguments as in `m3ae_loss`."""
+        """Return the losses. See `head_inputs` for `x` and the rows, and `m3ae_loss` for the other arguments."""
         hidden = self._inputs(x, image_rows, text_rows)
         return m3ae_loss(*hidden, image_head=self.image_head, text_head=self.text_head, **targets)
 

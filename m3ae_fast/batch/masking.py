@@ -50,13 +50,13 @@ class MaskSampler:
 
     def image_and_text(self, patches: int, text_length: int, key: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
         """Sample the masks of the patches and of the text tokens of a sample. As in the official code, the mask of the
-        text covers the maximum length, and continues the random numbers of that of the patches."""
+        text covers the maximum length, and is drawn after that of the patches from the same random numbers."""
         generator = self._image_stream(key, step)
         image_mask = draw_mask(patches, self.config.image_ratio, generator)
         return image_mask, draw_mask(text_length, self.config.text_ratio, generator)
 
     def image(self, patches: int, key: tuple[int, ...], step: int) -> Tensor:
-        """Sample the mask of the patches alone. It equals that of `image_and_text`."""
+        """Sample only the mask of the patches. It equals the one from `image_and_text`."""
         return draw_mask(patches, self.config.image_ratio, self._image_stream(key, step))
 
     def predicted_patches(self, mask: Tensor | None, key: tuple[int, ...]) -> Tensor | None:

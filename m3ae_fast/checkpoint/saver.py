@@ -73,7 +73,8 @@ class Saver:
         self.unjudged = None if good else step
 
     def wait(self) -> None:
-        """Wait until all ranks have completed the current save. Every rank must call it. Errors as in `save`."""
+        """Wait until all ranks have completed the current save. Every rank must call it. Raises the same errors as
+        `save`."""
         while any(self.ranks.sum([self._thread.busy])):  # raises an error at once if another rank has been killed
             self._thread.wait_briefly()
         self.ranks.together(self._thread.wait)

@@ -119,7 +119,8 @@ def _table(written: _Written) -> str:
 
 
 def write_table(folder: Path, shapes: dict[str, Shape], parts: int) -> str:
-    """Write the table of the files in `folder` and return its file's SHA-256. Arguments and errors as in `tabulate`."""
+    """Write the table of the files in `folder` and return its file's SHA-256. See `tabulate` for the arguments and
+    errors."""
     headers = hashlib.sha256(json.dumps(shapes).encode())
     for number, file in enumerate(part_files(parts)):
         try:
@@ -211,7 +212,7 @@ class State:
         self.shapes, self._pieces, self._files = table.shapes, table.pieces, part_files(table.parts)
 
     def whole(self, name: str) -> Tensor:
-        """Return a complete tensor. Errors as in `read`."""
+        """Return a complete tensor. Raises the same errors as `read`."""
         return self.read(name, 0, math.prod(self._shape(name))).view(self.shapes[name])
 
     def read(self, name: str, start: int, count: int) -> Tensor:

@@ -29,7 +29,7 @@ def lay_out(config: DataConfig, sizes: Sequence[Sequence[int] | np.ndarray], glo
     """Return the lanes of a stream: the largest number of lanes, up to `config.lanes`, such that each step takes the
     same number of samples from every lane, few shards are split between lanes, and each lane contains samples of every
     source. `sizes`: number of samples in each shard, by source."""
-    turns = global_batch // math.gcd(global_batch, config.repeats)
-    most = min(config.lanes, turns, sum(map(len, sizes)), *(int(np.sum(shards)) for shards in sizes))
-    lanes = next(number for number in range(most, 0, -1) if turns % number == 0)
+    divisible = global_batch // math.gcd(global_batch, config.repeats)
+    most = min(config.lanes, divisible, sum(map(len, sizes)), *(int(np.sum(shards)) for shards in sizes))
+    lanes = next(number for number in range(most, 0, -1) if divisible % number == 0)
     return Layout(lanes, -(-config.shuffle_shards // lanes))

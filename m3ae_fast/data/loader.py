@@ -219,8 +219,8 @@ def eval_loader(
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
     """Return a loader of every sample once, or of `samples` evenly spaced samples, in file order. Images are cropped to
-    the central square unless they are native, and the masks are the same in each evaluation. Arguments and errors as in
-    `train_loader`; accumulation is ignored."""
+    the central square unless they are native, and the masks are the same in each evaluation. See `train_loader` for the
+    arguments and errors; accumulation is ignored."""
     order = FileOrder(corpus.sizes, samples)
     share = replace(share, global_batch=share.micro_batch * share.world, accumulation=1)
     steps = range(-(-order.samples // share.global_batch))

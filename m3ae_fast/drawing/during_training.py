@@ -18,7 +18,7 @@ def draw_training(
     config: Config, weights: dict[str, Tensor], corpus: Corpus, tokenizer: CaptionTokenizer | None
 ) -> dict[str, Path]:
     """Plot samples of `corpus` to the run folder, and return the paths of the figures by name: "reconstructions" and,
-    if there are images, "attention". Arguments and errors as in `draw_run`."""
+    if there are images, "attention". See `draw_run` for the arguments and errors."""
     folder, count = config.run.dir, config.train.pictures
     drawn = {}
     if draw_run(config, weights, corpus, tokenizer, folder / "reconstructions.png", count):

@@ -59,12 +59,12 @@ def draw_run(
         The number of plotted rows. If no sample is valid, it is 0, and no PNG is written.
     """
     model = open_weights(config, weights)
-    turns = []
+    by_ratio = []
     for ratio in ratios or [config.masking.image_ratio]:
         masking = config.masking.model_copy(update={"image_ratio": ratio})
         preparation = Preparation(model.geometry, masking, tokenizer, config.run.seed)
-        turns.append(eval_samples(corpus, preparation, count))
-    samples = [sample for turn in zip(*turns) for sample in turn]
+        by_ratio.append(eval_samples(corpus, preparation, count))
+    samples = [sample for same in zip(*by_ratio) for sample in same]
     if samples:
         vqgan = open_image_tokenizer(config.data, config.model)
         draw_reconstructions(model, samples, tokenizer, path, vqgan, config.data.show_channels)

@@ -20,8 +20,8 @@ from m3ae_fast.process.ranks import Ranks
 
 
 def build_engine(model: M3AE, config: Config, ranks: Ranks) -> ModelEngine:
-    """Build the engine for pre-training. On a GPU, it keeps all activations if there is enough memory. Arguments and
-    errors as in `make_engine`."""
+    """Build the engine for pre-training. On a GPU, it keeps all activations if there is enough memory. See
+    `make_engine` for the arguments and errors."""
     groups = optimizer_groups(model, config.optim)
     transformers = (model.encoder, model.decoder)
     train, optim = config.train, config.optim

@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
 
     Muon's group has `momentum`, `weight_decay` (decoupled), and `matrices`: the number of equally large matrices that
     are stacked in each parameter. The other optimiser's group dictionaries and state are shared with it, so that both
-    optimisers see the flat buffers by which ZeRO replaces parameters; see `shard`.
+    optimisers see the flat buffers with which ZeRO replaces parameters; see `shard`.
     """
 
     def __init__(self, group: dict[str, Any], others: torch.optim.Optimizer, dtype: torch.dtype) -> None:

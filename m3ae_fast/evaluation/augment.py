@@ -135,8 +135,8 @@ class Mixing:
 
     def pair(self, position: int) -> tuple[int, int, int]:
         """Return the position of the partner of the sample at `position`, the number of the pair, and the view."""
-        turn, view = divmod(position, self.repeats)
-        index, lane = divmod(turn, self.lanes)
+        sample, view = divmod(position, self.repeats)
+        index, lane = divmod(sample, self.lanes)
         return ((index ^ 1) * self.lanes + lane) * self.repeats + view, index // 2 * self.lanes + lane, view
 
     def __call__(self, batch: PackedBatch, dtype: torch.dtype) -> tuple[PackedBatch, Tensor]:

@@ -146,7 +146,8 @@ def encode_batches(
     reduce: Reduce | None = None,
     folder: Path | None = None,
 ) -> FeatureBank:
-    """Return pooled features of the batches of all ranks. Other arguments and errors as in `encode_corpus`."""
+    """Return pooled features of the batches of all ranks. See `encode_corpus` for the other arguments and the
+    errors."""
     most = len(batches.loader) * batches.share.micro_batch
     pooled, tokens = Rows(most, ranks, folder), Rows(most, ranks, folder)
     known: list[_Known] = []
@@ -160,10 +161,10 @@ def encode_batches(
             labels = None if batch.labels is None else batch.labels.cpu()
             known.append(_Known(batch.keys, labels, list(batch.skipped), batch.grids))
     # batch b of rank r is number b * world + r of the dataset
-    each = [known for turn in zip(*ranks.gather(known)) for known in turn]
+    each = [known for parallel in zip(*ranks.gather(known)) for known in parallel]
     check_skipped([bad for one in each for bad in one.skipped], batches.samples, batches.max_bad_fraction)
     starts = list(accumulate((len(one.keys) for one in each), initial=0))
-    own = [torch.arange(starts[turn], starts[turn + 1]) for turn in range(ranks.rank, len(each), ranks.world)]
+    own = [torch.arange(starts[batch], starts[batch + 1]) for batch in range(ranks.rank, len(each), ranks.world)]
     bank = FeatureBank(
         keys=[key for one in each for key in one.keys],
         stored_SD=pooled.tensor(),

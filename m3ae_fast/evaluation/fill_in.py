@@ -100,8 +100,8 @@ def _open_image_tokenizer(name: str, model: ModelConfig, given: str | None, draw
 
 
 def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) -> Sample:
-    """Return a sample of the image and the caption with their masks. Arguments as in `fill`. Raises UserError if the
-    file is not an image, or if a mask is beyond the maximum length of captions."""
+    """Return a sample of the image and the caption with their masks. See `fill` for the arguments. Raises UserError if
+    the file is not an image, or if a mask is beyond the maximum length of captions."""
     try:
         sample = unmasked_sample(0, image, None, model.config, None)
     except ValueError as error:

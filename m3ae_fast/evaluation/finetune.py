@@ -139,7 +139,8 @@ class FineTuningTask(LabelledTask):
 
     @contextmanager
     def _inference(self, device: torch.device) -> Iterator[Callable[[PackedBatch], Tensor]]:
-        """Context that yields a function from a batch to its logits, with the averaged weights if there are any."""
+        """Context manager that yields a function from a batch to its logits, with the averaged weights if there are
+        any."""
         if self.averaged is None:
             yield self.engine.evaluate
             return

@@ -195,8 +195,8 @@ def check_precision(data: bytes) -> None:
 
 
 def pixels_of(image: Image.Image, channels: int, image_range: Range | None = None, dtype: str = "uint8") -> Tensor:
-    """Return a Pillow image as pixels [C, H, W], with its orientation applied. Transparency, bit depth and errors as in
-    `decode_image`."""
+    """Return a Pillow image as pixels [C, H, W], with its orientation applied. Transparency, bit depth and errors are
+    handled as in `decode_image`."""
     if channels not in _PIL_MODES:
         raise BadSample(f"the image has {len(image.getbands())} channels, but the model takes {channels}")
     depth, clear = depth_of(image), _transparent_level(image)

@@ -286,8 +286,8 @@ class MultimodalEncoder(nn.Module):
         batch: int = 64,
         precision: Literal["auto", "bf16", "fp32"] = "auto",
     ) -> Tensor:
-        """Return the features of each image's patches as a feature map, without gradients. Arguments and errors as in
-        `encode`.
+        """Return the features of each image's patches as a feature map, without gradients. See `encode` for the
+        arguments and errors.
 
         Returns:
             Features [B, H, W, D] with the final LayerNorm, where H x W are the rows and columns of patches, on the

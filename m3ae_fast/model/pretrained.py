@@ -120,8 +120,8 @@ def read_pretrained(source: str | Path) -> Pretrained:
 
 
 def start_for(config: ModelConfig, found: Pretrained) -> Pretrained:
-    """Return the weights with which a model of this config starts: those of the encoder alone if the decoder was
-    trained with the other kind of attention."""
+    """Return the weights with which a model of this config starts: only those of the encoder if the decoder was trained
+    with the other kind of attention."""
     if found.has_decoder and found.config.dec_attention != config.dec_attention:
         encoder = {name: tensor for name, tensor in found.state.items() if name.startswith(ENCODER)}
         return replace(found, state=encoder)
@@ -129,8 +129,8 @@ def start_for(config: ModelConfig, found: Pretrained) -> Pretrained:
 
 
 def missing_decoder(found: Pretrained, start: Pretrained) -> str:
-    """Return why a model has a randomly initialised decoder; "" if it has that of the weights. `found`: the weights;
-    `start`: what `start_for` returned for them."""
+    """Return the reason why a model has a randomly initialised decoder; "" if its decoder is loaded from the weights.
+    `found`: the weights; `start`: the result of `start_for` for them."""
     if start.has_decoder:
         return ""
     if found.has_decoder:
@@ -152,7 +152,7 @@ def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:
 
 def build(make: Callable[[], M], state: dict[str, Tensor], where: str) -> M:
     """Return the module that `make` creates, with the weights `state`. Its sizes come from an untrusted file, so no
-    memory is allocated until they are known to match the weights. Errors as in `check_weights`."""
+    memory is allocated until they are known to match the weights. Raises the same errors as `check_weights`."""
     with torch.device("meta"):
         check_weights(make(), state, where)
     model = make()

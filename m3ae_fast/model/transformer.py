@@ -102,7 +102,7 @@ def drop_path_factors(draws_S: Tensor, branches: int, p: float, key: int) -> Ten
     [branches, S], 0 with probability `p`, else 1 / (1 - p).
 
     Args:
-        draws_S: int32 seed of each sample, on which alone the result depends; -1: torch's generator is used instead.
+        draws_S: int32 seed of each sample; the result depends on nothing else. -1: torch's generator is used instead.
         branches: number of branches in the transformer.
         p: probability of dropping a branch.
         key: key of the transformer, so that different transformers drop independently.

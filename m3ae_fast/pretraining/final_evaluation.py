@@ -50,8 +50,8 @@ def _models(config: Config) -> dict[str, str]:
 
 @contextmanager
 def stage(device: Device | None) -> Iterator[Session]:
-    """Context that yields a session, as `joined_program` does, for one of several stages of a program. After the stage,
-    `stop.asked` states whether a stop was requested, even if the stage has completed."""
+    """Context manager that yields a session, as `joined_program` does, for one of several stages of a program. After
+    the stage, `stop.asked` states whether a stop was requested, even if the stage has completed."""
     with joined_program(device) as session:
         session.stop.at_leaving = lambda: RESUME_NOTE if session.ranks.is_main else ""
         yield session

@@ -117,8 +117,8 @@ def _split(train: list[str], val: list[str], out: Path) -> Shards:
 
 
 def _split_by_names(names: list[str]) -> Shards | None:
-    """Split shards by the splits that their names and folders say; return None if that leaves none to train on or none
-    to hold out."""
+    """Split shards by the splits named in their file and folder names. Return None if that leaves none to train on or
+    none to hold out."""
     folders = zip(*(name.split("/")[:-1] for name in names))
     # Folders that contain all shards do not indicate a split.
     common = len([*takewhile(lambda level: len(set(level)) == 1, folders)])

@@ -43,7 +43,7 @@ class Heartbeats:
 
     A rank makes progress if its main thread calls `mark`, or if its processes compute or write. A long download, a
     compilation or a large save is therefore not a stall, whereas a frozen process, an unresponsive disk and a deadlock
-    are. Separate threads do this, since the main thread may wait in a collective forever. Use as a context manager.
+    are. Separate threads do this, because the main thread may wait in a collective forever. Use as a context manager.
     """
 
     def __init__(self, rank: int, groups: Sequence[HeartbeatGroup], store: dist.Store, stop: StopRequest) -> None:

@@ -78,8 +78,8 @@ class Crops(Records):
         self._ready: dict[int, Record | BadSample] = {}
 
     def name(self, split: str, number: int) -> str:
-        shard, turn = self.place(split, number)
-        return f"{self._found[shard].shard}, image {turn // (self.views or 1)}"
+        shard, index = self.place(split, number)
+        return f"{self._found[shard].shard}, image {index // (self.views or 1)}"
 
     def images(self, split: str) -> np.ndarray:
         return np.arange(self.splits[split]) // (self.views or 1)
@@ -113,8 +113,8 @@ class Crops(Records):
 
     def _find(self, number: int) -> tuple[int, int, int, np.void]:
         """Return the shard, the row of the image in it, the view, and the offsets of the sample's members."""
-        shard, turn = self.place(_SPLIT, number)
-        row, view = divmod(turn, self.views or 1)
+        shard, index = self.place(_SPLIT, number)
+        row, view = divmod(index, self.views or 1)
         if self._table[0] != shard:
             try:
                 table = self._found[shard].table()

@@ -29,9 +29,9 @@ class RunAttention:
     def choose(self, samples: int, known: Names | None = None) -> tuple[Names, dict[str, dict[str, float]]]:
         """Benchmark the installed kernels on a micro-batch of `samples`. Return the fastest kernel for encoder and
         decoder, and the milliseconds of each kernel that works. `known` kernels are returned without a benchmark if
-        they work on this machine. Returns an empty result if no timing is needed: on a CPU, or if M3AE_KERNELS_IMPL is
-        set. Call it on one rank only, so that all ranks use the same kernels, and pass the result to `use_kernels` on
-        every rank."""
+        they work on this machine. The result is empty if no timing is needed: on a CPU, or if M3AE_KERNELS_IMPL is set.
+        Call it on one rank only, so that all ranks use the same kernels, and pass the result to `use_kernels` on every
+        rank."""
         names: Names = {}
         times: dict[str, dict[str, float]] = {}
         if self.device.type != "cuda" or asked_impl("auto") != "auto" or self.config.att_drop:

@@ -152,7 +152,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _while_writable(self) -> Iterator[None]:
-        """Context that reports a full disk once instead of raising."""
+        """Context manager that reports a full disk once instead of raising an error."""
         try:
             yield
         except OSError as error:
@@ -161,8 +161,8 @@ class RunLog:
             self._written = False
 
     def _left(self, step: int) -> timedelta:
-        """Return the estimated time left, from the time per step since the first step. After the first step alone, its
-        own duration is used, which excludes the preparation of the run."""
+        """Return the estimated time left, from the time per step since the first step. After only one step, the
+        duration of this step is used, which excludes the preparation of the run."""
         first, begun = self._first or (self.start, self._begun)
         if step == first:
             first, begun = step - 1, self._begun

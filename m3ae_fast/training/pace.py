@@ -31,7 +31,7 @@ _FEWEST = 4  # minimum number of measured steps, unless a single one exceeds the
 _STABLE = 0.02
 _PARTS, _OF_PART = 4, 4  # number of parts, and minimum number of steps per part
 _CHECK_EVERY = 8  # steps between checks for stability; more after many steps
-# fraction of the time that is always used, however stable the rate is, because the load of the machine varies
+# fraction of the time that is always used, even if the rate is stable, because the load of the machine varies
 _LEAST = 1 / 4
 # time to evaluate a sample, as a fraction of a step's time per sample: two forward passes and no backward pass
 _EVALUATED = 2 / 3

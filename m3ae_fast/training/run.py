@@ -101,9 +101,9 @@ def set_up(
     make_probe: Callable[[Config, Ranks], Probe | None] = lambda config, ranks: None,
     left_out: tuple[int, ...] | None = None,
 ) -> Trainer:
-    """Open the data, build or restore the model and its engine, and return the trainer. Arguments as in `pre_train`;
-    `left_out`: batches of the stream that are left out, None for those stored in the checkpoint. Raises UserError if
-    something is missing or does not fit."""
+    """Open the data, build or restore the model and its engine, and return the trainer. See `pre_train` for the
+    arguments. `left_out`: batches of the stream that are left out; None: those stored in the checkpoint. Raises
+    UserError if something is missing or does not fit."""
     ranks, cfg = session.ranks, config.train
     _require_kernels(ranks.device)
     found = Resume(config.run.dir, resume, ranks, partial(is_extended, config))
@@ -157,8 +157,8 @@ def set_up(
 
 
 def _spikes(config: Config, found: Resume, left_out: tuple[int, ...]) -> Spikes | None:
-    """Return a detector of loss spikes that knows the losses before the checkpoint. Return None if no rollback is left,
-    because a spike must not end a run."""
+    """Return a detector of loss spikes that starts from the losses recorded before the checkpoint. Return None if no
+    rollback is left, because a spike must not end a run."""
     threshold = config.train.spike_threshold
     if threshold is None or len(left_out) >= config.train.rollbacks:
         return None
@@ -252,7 +252,7 @@ def _targets_on_device(config: Config, data: Data, device: torch.device) -> Call
 
 
 def _count_shards(config: Config, ranks: Ranks, heartbeats: Heartbeats) -> None:
-    """Create the missing manifests of remote shards. Errors as in `manifest.prepare`."""
+    """Create the missing manifests of remote shards. Raises the same errors as `manifest.prepare`."""
     data = config.data
     store = ranks.main_first(lambda: ShardStore(data.cache_dir, data.cache_gb), heartbeats.waiting)
     for sources in (data.train, data.val):

@@ -32,10 +32,10 @@ class RunFolder:
     """A run folder that is locked for this process. Use as a context manager.
 
     Two locks are used: a POSIX lock on a file, which all file systems support, and flock on the folder itself, which
-    remains if the file is removed. Both end with this process, however it ends: the POSIX lock is not inherited by
-    loader workers, and they release the flock. (The library filelock uses flock on a file. If the file is removed, two
-    processes could hold that lock; before version 4, loader workers inherit it; and on file systems without flock, it
-    leaves a file behind if the run is killed.)
+    remains if the file is removed. Both are released when this process ends, even if it is killed: the POSIX lock is
+    not inherited by loader workers, and they release the flock. (The library filelock uses flock on a file. If the file
+    is removed, two processes could hold that lock; before version 4, loader workers inherit it; and on file systems
+    without flock, it leaves a file behind if the run is killed.)
     """
 
     def __init__(self, path: Path) -> None:

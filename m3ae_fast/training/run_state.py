@@ -52,8 +52,8 @@ class Recorder:
     def ending(
         self, step: Callable[[], int], reason: Callable[[], str], explain: Callable[[BaseException], UserError | None]
     ) -> Iterator[None]:
-        """Context that records how a started run ends: the step, and the `reason` if it was stopped, or the text of the
-        error. If the disk is full, the record is unchanged.
+        """Record how a started run ends: its step, and either the `reason` for which it was stopped or the text of the
+        error. If the disk is full, the record is unchanged. Use as a context manager.
 
         `explain`: returns an error as a UserError, None for a bug.
         """

@@ -138,8 +138,8 @@ class Throughput:
 
 
 class ForwardTime:
-    """Measurement of the forward passes of training, which identify slow ranks: backward passes wait for other ranks,
-    so a whole step takes the same time on all ranks."""
+    """Measurement of the forward passes of training. They identify slow ranks, whereas a whole step takes the same time
+    on all ranks, because backward passes wait for other ranks."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._passes: list[tuple[Any, Any]] = []

@@ -57,7 +57,8 @@ class TimeLimit:
 
     @contextmanager
     def evaluation(self, name: str, every: int | None, due: bool) -> Iterator[None]:
-        """Context that measures an evaluation, if it is `due`. `every`: its period in steps; None: only at the end."""
+        """Context manager that measures an evaluation if it is `due`. `every`: its period in steps; None: only at the
+        end."""
         began = time.monotonic()
         yield
         took = time.monotonic() - began

@@ -321,7 +321,7 @@ class Trainer:
         return self.schedule.due(self.step, self.settings.save_every) or self.step == self.schedule.decay_begin
 
     def _save(self) -> None:
-        """Start saving a checkpoint. Every rank must call it. Errors as in `Saver.save`."""
+        """Start saving a checkpoint. Every rank must call it. Raises the same errors as `Saver.save`."""
         self.heartbeats.mark(f"saving step {self.step}")
         about = (self.step, self.step * self.settings.global_batch, self.run.seed, self.sections, checkpoint.versions())
         spent = self.limit.spent if self.limit else 0.0

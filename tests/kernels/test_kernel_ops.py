@@ -148,13 +148,13 @@ def test_inputs_of_any_stride(case):
             return t.transpose(0, 1).contiguous().transpose(0, 1)
         return F.pad(t, (1 + number, 0))[..., 1 + number :]
 
-    for turn in (0, 1):
+    for parity in (0, 1):
         strided = {
-            name: awkward(t.detach(), i, (i + turn) % 2 == 1).requires_grad_(t.requires_grad)
+            name: awkward(t.detach(), i, (i + parity) % 2 == 1).requires_grad_(t.requires_grad)
             for i, (name, t) in enumerate(inputs.tensors.items())
         }
         for name, got in run(m3ae_kernels, case, Inputs(strided, inputs.options)).items():
-            assert error(got, expected[name].double()) < 1e-6, (name, turn)
+            assert error(got, expected[name].double()) < 1e-6, (name, parity)
 
 
 @pytest.mark.parametrize("case", SMALL)

@@ -78,8 +78,8 @@ def test_timm_computes_the_same_features_and_they_come_back(tmp_path, settings):
 
 @pytest.mark.parametrize("order", ["after_norm", "before_norm"])
 def test_the_lines_of_the_card_give_the_features_of_encode(tmp_path, monkeypatch, order):
-    """They are equal for an image of the model's size. For other sizes, they agree within the effect of one 8-bit
-    level, by which the two ways of resizing may differ."""
+    """The features are equal for an image of the model's size. For other sizes, the two ways of resizing may differ by
+    one 8-bit level, and the features agree within the effect of this difference."""
     model, images, _ = make(mean_pool=order)
     write_timm(tmp_path / "timm", model.config, model.state_dict())
     monkeypatch.chdir(tmp_path)

@@ -53,8 +53,8 @@ def glass_blur(x: np.ndarray, parameters: tuple[float, int, int], rng: np.random
     height, width = x.shape[:2]
     order = list(range(height * width))
     rows, columns = np.mgrid[height - reach : reach : -1, width - reach : reach : -1].reshape(2, -1)
-    for turn in range(math.ceil(swaps)):
-        down, right = rng.integers(-reach, reach, (2, len(rows))) * (rng.random(len(rows)) < swaps - turn)
+    for swap in range(math.ceil(swaps)):
+        down, right = rng.integers(-reach, reach, (2, len(rows))) * (rng.random(len(rows)) < swaps - swap)
         others = (rows + down) * width + columns + right
         for one, other in zip((rows * width + columns).tolist(), others.tolist()):
             order[one], order[other] = order[other], order[one]

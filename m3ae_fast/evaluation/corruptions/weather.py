@@ -89,8 +89,8 @@ def _grow(
         at, grown = to, grown + step
         branch = 0.35 * (length - grown) * rng.uniform(0.5, 1)
         if branch > step:
-            for turn in (-60, 60):
-                _grow(draw, at, angle + turn, branch, rng)
+            for fork in (-60, 60):
+                _grow(draw, at, angle + fork, branch, rng)
 
 
 def snow(x: np.ndarray, parameters: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:

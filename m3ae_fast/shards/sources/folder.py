@@ -115,10 +115,10 @@ class Folder(Records):
         return printable(self._paths[self._rows[split][self.place(split, number)[0]]])
 
     def read(self, split: str, number: int) -> Record:
-        row, turn = self.place(split, number)
+        row, index = self.place(split, number)
         row = self._rows[split][row]
         path = os.path.join(self.folder, self._paths[row])
-        sample = self._samples[row][turn]
+        sample = self._samples[row][index]
         caption = sample.caption if self._has_captions else self._caption_file_of(path)
         name = self._class_names[os.path.dirname(self._paths[row])]
         about: dict[str, Any] = {"path": printable(self._paths[row])}

@@ -99,12 +99,12 @@ class Hdf5(Records):
             import h5py
 
             self._open = h5py.File(self.path, "r")
-        fields, (row, turn) = self._fields[split], self.place(split, number)
+        fields, (row, index) = self._fields[split], self.place(split, number)
         try:
             image, caption, label = (self._open[name][row] if name else None for name in fields)
         except OSError as error:
             raise BadSample(f"the file is damaged ({error})") from None
-        text = caption_of_row(_as_text(caption), turn) if fields.caption else None
+        text = caption_of_row(_as_text(caption), index) if fields.caption else None
         return Record(None if image is None else _bytes(image), text, to_int(label))
 
 

@@ -85,9 +85,9 @@ class HuggingFace(Records):
         return f"{split} row {self.place(split, number)[0]}"
 
     def read(self, split: str, number: int) -> Record:
-        row_number, turn = self.place(split, number)
+        row_number, index = self.place(split, number)
         row = self._data[split][row_number]
-        caption = caption_of_row(row[self.caption], turn) if self.caption else None
+        caption = caption_of_row(row[self.caption], index) if self.caption else None
         label = to_int(row[self.label]) if self.label else None
         if label is not None and label < 0:  # a hidden label, as in test splits
             label = None

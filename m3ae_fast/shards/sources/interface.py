@@ -123,11 +123,11 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__} ({str(value)[:60]!r})"
 
 
-def caption_of_row(value: Any, turn: int) -> str:
-    """Return the caption of sample number `turn` of a row; blank if it has none. Raises BadSample if `value` is not a
+def caption_of_row(value: Any, index: int) -> str:
+    """Return the caption of sample number `index` of a row; blank if it has none. Raises BadSample if `value` is not a
     caption."""
     try:
-        return (captions_of(value) or [""])[turn]
+        return (captions_of(value) or [""])[index]
     except ValueError as error:
         raise BadSample(f"the caption {error}") from None
 

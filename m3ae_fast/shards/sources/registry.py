@@ -51,8 +51,8 @@ def _is_hdf5(path: Path) -> bool:
 
 
 def _hint(path: Path) -> str:
-    """Return a hint for a path that is no source: a folder with a similar name, or the correct use of a caption table;
-    "" if there is none."""
+    """Return a hint for a path that is not a source: a folder with a similar name, or the correct use of a caption
+    table; "" if there is none."""
     if path.is_file() and path.suffix.lower() in READERS:
         return f"; to use a table, give the folder of its images, and --captions {path}"
     parent = path.parent
