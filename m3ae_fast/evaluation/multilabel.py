@@ -92,8 +92,9 @@ def measured(
     weights_BM = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=_RESAMPLES)
     weights_BM = np.concatenate((np.ones((1, samples), np.int64), weights_BM))  # the first row has the original samples
     found_CB = np.array([average_precisions(truth_MC[:, c], scores_MC[:, c], weights_BM) for c in counted])
-    chance_CB = (truth_MC[:, counted].T @ weights_BM.T) / samples
-    found_B, chance_B = np.nanmean(found_CB, 0), chance_CB.mean(0)
+    chance_CB = np.where(np.isnan(found_CB), np.nan, (truth_MC[:, counted].T @ weights_BM.T) / samples)
+    drawn_B = ~np.isnan(found_CB).all(0)  # a bootstrap sample may have no sample of any class
+    found_B, chance_B = np.nanmean(found_CB[:, drawn_B], 0), np.nanmean(chance_CB[:, drawn_B], 0)
     low, high = middle(found_B[1:] - chance_B[1:])
     mean, chance = float(found_B[0]), float(chance_B[0])
     result: dict[str, Any] = {

@@ -283,6 +283,7 @@ def measured(counts: Counts, seed: int) -> dict[str, Any]:
     the largest class, are computed by the bootstrap over images. `seed`: random seed of the bootstrap."""
     largest, images = counts.largest(), len(counts.truth_MC)
     weights_RM = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=_RESAMPLES)
+    weights_RM = weights_RM[weights_RM @ counts.truth_MC.sum(1) > 0]  # an image may have no pixel that counts
     scores_R, chances_R = (np.array([each.miou(weights) for weights in weights_RM]) for each in (counts, largest))
     low, high = middle(scores_R - chances_R)
     miou, chance, pixels = counts.miou(), largest.miou(), int(counts.truth_MC.sum())

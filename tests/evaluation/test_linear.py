@@ -1,4 +1,5 @@
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -179,4 +180,4 @@ def test_the_run_is_said_before_the_first_step_and_its_duration_soon_after(trans
     )
     said += "batch 24 / 256"
     assert out.index(said) < out.index("step 1 ") < out.index("expected: ")
-    assert "for 4 more steps" in out
+    assert re.search(r"for [1-4] more steps", out)

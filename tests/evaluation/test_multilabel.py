@@ -80,6 +80,14 @@ def test_scores_that_say_nothing_have_a_warning():
         measured(truth, truth + 0.0, np.array([False] * 3 + [True]), [*"abcd"], 0)
 
 
+def test_a_draw_without_a_class_does_not_count():
+    """This happens with few samples; a draw without any class has neither an average precision nor a chance level."""
+    truth = np.array([[True, False], [False, True], [False, False]])
+    result = measured(truth, np.zeros((3, 2)), np.ones(2, bool), ["a", "b"], 0)
+    assert result["map"] == result["chance_map"] == pytest.approx(1 / 3)
+    assert 0 < result["map_se"] < 1 and "interval +0.0 to +0.0" in result["verdict"] and "warning" in result
+
+
 def test_votes_and_regressions_are_of_each_class():
     generator = torch.Generator().manual_seed(0)
     train, queries = torch.randn(80, 5, generator=generator), torch.randn(9, 5, generator=generator)

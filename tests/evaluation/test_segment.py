@@ -116,6 +116,13 @@ def test_metrics_are_those_of_scikit_learn():
     assert everything.miou() == 1.0 and np.isnan(everything.iou()[4])
 
 
+def test_images_of_which_all_pixels_are_ignored_change_no_error_to_nan():
+    right = np.array([[9, 8], [0, 0], [0, 0]])
+    pixels = np.array([[10, 10], [0, 0], [0, 0]])
+    result = measured(Counts(right, pixels, pixels), 0)
+    assert result["miou"] == pytest.approx((9 / 11 + 8 / 12) / 2) and result["miou_se"] == pytest.approx(0)
+
+
 def test_an_error_is_that_of_other_draws_of_images():
     random = np.random.default_rng(0)
     right = random.integers(0, 50, (300, 30, 1))
