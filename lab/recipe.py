@@ -144,7 +144,7 @@ def prepare(data: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[Picture]] = {}
     for name, picture in pictures(data):
-        if name.endswith(TRAIN) and _drawn("validation", picture.unit) % VALIDATED == 0:
+        if name.endswith(TRAIN) and drawn("validation", picture.unit) % VALIDATED == 0:
             name = name.removesuffix(TRAIN) + VALIDATION
         parts.setdefault(name, []).append(picture)
     labels: dict[str, dict[str, Any]] = {}
@@ -153,15 +153,17 @@ def prepare(data: Path, folder: Path) -> None:
         classes = sorted({picture.category for picture in parts[f"{data_set}-{TRAIN}"]})
         own = [picture for picture in own if picture.category in classes]
         labels |= {each.key: {"emoji": each.unit, "class": classes.index(each.category)} for each in own}
-        _write(folder / f"{name}.tar", [(p.key, shards.scaled(p.image, SIDE), labels[p.key]["class"]) for p in own])
+        write_shard(
+            folder / f"{name}.tar", [(p.key, shards.scaled(p.image, SIDE), labels[p.key]["class"]) for p in own]
+        )
     write_whole(folder / shards.LABELS, json.dumps(labels) + "\n")
 
 
-def _drawn(seed: Any, key: str) -> int:
+def drawn(seed: Any, key: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest(), "big")
 
 
-def _write(shard: Path, samples: Sequence[tuple[str, bytes, int]]) -> None:
+def write_shard(shard: Path, samples: Sequence[tuple[str, bytes, int]]) -> None:
     with whole_file(shard) as partial, tarfile.open(partial, "w") as tar:
         for key, image, label in samples:
             add_member(tar, f"{key}.jpg", image)
@@ -268,7 +270,7 @@ class Laboratory:
 
     def _chosen(self, trial: Trial, keys: Sequence[str]) -> list[str]:
         """Return the keys of the samples on which a trial is trained."""
-        return sorted(keys, key=lambda key: _drawn(trial.seed, key))[: trial.samples or len(keys)]
+        return sorted(keys, key=lambda key: drawn(trial.seed, key))[: trial.samples or len(keys)]
 
     def _finetune(self, trial: Trial, model: str) -> dict[str, Any] | None:
         """Fine-tune, and return the result; None if it was stopped."""
@@ -276,7 +278,7 @@ class Laboratory:
             images = {m.name.removesuffix(".jpg"): m for m in tar if m.name.endswith(".jpg")}
             keys = self._chosen(trial, [*images])
             samples = [(key, tar.extractfile(images[key]).read(), self.labels[key]["class"]) for key in keys]
-        _write(shard := self.out / "drawn.tar", samples)
+        write_shard(shard := self.out / "drawn.tar", samples)
         settings = self._settings(trial, len(keys))
         given = {"data.workers": 0, "finetune.log_every": 100, **{f"finetune.{k}": v for k, v in settings.items()}}
         overrides = [f"{name}={value}" for name, value in given.items()]

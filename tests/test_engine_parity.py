@@ -46,12 +46,15 @@ def test_ranks_need_not_divide_the_batch(tmp_path):
         np.testing.assert_allclose(curve, one["stage=None accumulation=1"], rtol=1e-5, err_msg=name)
 
 
-def test_clipping_is_plain_torchs(tmp_path):
+def test_clipping_and_layer_decay_are_plain_torchs(tmp_path):
     curves = _curves(tmp_path, "unclipped", 2)
-    plain, unclipped = curves.pop("plain"), curves["plain unclipped"]
-    assert len(curves) == 3 and abs(plain - unclipped).max() > 1e-3
-    for name, curve in curves.items():
-        np.testing.assert_allclose(curve, unclipped, rtol=1e-5, err_msg=name)
+    plain = curves.pop("plain")
+    for kind, number in (("unclipped", 3), ("layer decay", 5)):
+        own = {name: curve for name, curve in curves.items() if name.endswith(kind)}
+        first = next(iter(own.values()))
+        assert len(own) == number and abs(plain - first).max() > 1e-3
+        for name, curve in own.items():
+            np.testing.assert_allclose(curve, first, rtol=1e-5, err_msg=name)
 
 
 def test_shipped_configs_train_as_plain_torch_does(tmp_path):

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if not alone():
         refuse(SEVERAL_RANKS)
-    check_overrides(args.set)  # report mistakes before the imports, which take seconds
+    check_overrides(args.set, args.start_from)  # report mistakes before the imports, which take seconds
     try:
         finished = _pretrain(args)
     except KeyboardInterrupt:

@@ -419,6 +419,10 @@ class PretrainingOptimConfig(OptimConfig):
     muon_lr_ratio: float = Field(2.0, gt=0, le=1e3)
     """With `name: muon`: learning rate of Muon's matrices as a multiple of AdamW's. At a ratio of 1 their updates are
     as large as AdamW's; orthogonalised updates tolerate larger learning rates."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """For a run that starts from trained weights (`model.init_from`): learning rate of a layer of the encoder as a
+    fraction of the next layer's. The embeddings are the lowest layer. The encoder's last norm and the decoder have the
+    full learning rate, which the logs show as `lr`. 1: all layers have it. It cannot be combined with Muon."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Schedule of the learning rate after the warm-up: `cosine` decay, or `wsd` (warm-up, stable, decay), which is
     constant until a decay at the end, so that a run can be extended from the checkpoint before the decay."""
@@ -689,6 +693,7 @@ class Config(Section):
         self._check_image_sizes()
         if self.train.spike_threshold is not None and not self.train.rollbacks:
             raise ValueError("train.spike_threshold returns to a checkpoint: set train.rollbacks to 1 or more")
+        self._check_layer_decay()
         if self.optim.name == "muon" and self.zero and (self.zero.stage == 3 or self.zero.offloads_optimizer):
             what = "stage 3" if self.zero.stage == 3 else "offload_optimizer"
             raise ValueError(
@@ -704,6 +709,22 @@ class Config(Section):
         if not 0 <= min(shown) <= max(shown) < self.model.channels:
             raise ValueError(f"data.show_channels {list(shown)}: the model has channels 0 to {self.model.channels - 1}")
         return self._with_images()._without_captions()
+
+    def _check_layer_decay(self) -> None:
+        """Raise ValueError if optim.layer_decay is set and cannot be combined with other settings."""
+        decay = self.optim.layer_decay
+        if decay == 1:
+            return
+        if self.model.init_from is None:
+            raise ValueError(
+                f"optim.layer_decay {decay:g} is for a run that starts from trained weights: set model.init_from (with "
+                "pretrain: --from MODEL), or optim.layer_decay to 1"
+            )
+        if self.optim.name == "muon":
+            raise ValueError(
+                f"optim.layer_decay {decay:g} cannot be combined with Muon, whose learning rate is the same in all "
+                "layers: set optim.name to adamw, or optim.layer_decay to 1"
+            )
 
     def _check_image_sizes(self) -> None:
         """Raise ValueError if train.image_sizes is invalid or cannot be combined with other settings."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from m3ae_fast.config import OptimConfig, PretrainingOptimConfig
+from m3ae_fast.engine.layer_decay import layer_of, lr_scale, scaled_groups
 from m3ae_fast.engine.muon import MOMENTUM, Muon
 from m3ae_fast.model.m3ae import M3AE
 
@@ -32,7 +33,8 @@ def state_kinds(model: nn.Module, groups: list[dict], ema: float | None) -> Kind
 def optimizer_groups(model: M3AE, config: PretrainingOptimConfig) -> list[dict]:
     """Return the parameter groups of the optimiser for pre-training: those of AdamW and, with Muon, in front of them
     the group of hidden matrices."""
-    groups = parameter_groups(model, config.weight_decay)
+    depth, decay = model.config.depth, config.layer_decay
+    groups = parameter_groups(model, config.weight_decay, lambda name: lr_scale(layer_of(name, depth), depth, decay))
     if config.name == "adamw":
         return groups
     stacked = model.hidden_matrices()
@@ -48,14 +50,12 @@ def optimizer_groups(model: M3AE, config: PretrainingOptimConfig) -> list[dict]:
     return [muon, *groups]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return the parameter groups of AdamW. Weight decay applies to matmul weights and, as in the official code, to
-    LayerNorm scales, but not to biases and embeddings."""
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
-        (decayed if name.endswith(".weight") else others).append(p)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, scale_of: Callable[[str], float] = lambda name: 1.0
+) -> list[dict]:
+    """Return the parameter groups of AdamW, see `scaled_groups`. Weight decay applies to matmul weights and, as in the
+    official code, to LayerNorm scales, but not to biases and embeddings."""
+    return scaled_groups(model, weight_decay, lambda name, p: name.endswith(".weight"), scale_of)
 
 
 def build_optimizer(

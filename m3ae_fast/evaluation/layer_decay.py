@@ -18,6 +18,8 @@ import re
 
 from torch import nn
 
+from m3ae_fast.engine.layer_decay import lr_scale, scaled_groups
+
 
 def layer_of(name: str, depth: int) -> int:
     """Return the layer of the parameter `name`, from 0 to depth + 1: 4 for `backbone.encoder.blocks.3.norm1.weight`."""
@@ -26,24 +28,13 @@ def layer_of(name: str, depth: int) -> int:
     return 0 if re.search(r"\bencoder_input\.cls_token$|\bencoder\.norm\.", name) else depth + 1
 
 
-def lr_scale(layer: int, depth: int, layer_decay: float) -> float:
-    """Return the factor by which the learning rate of a layer is multiplied."""
-    return layer_decay ** (depth + 1 - layer)
-
-
 def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Return the parameter groups of AdamW for a Classifier: for each layer, one group with weight decay (weight
-    matrices) and one without. Each group has the layer's `lr_scale`, see `engine.optimizer.set_lr`. `layer_decay`:
-    factor between the learning rates of a layer and of the layer above."""
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, p in model.named_parameters():
-        decays = name.endswith(".weight") and p.ndim > 1
-        groups.setdefault((layer_of(name, depth), decays), []).append(p)
-    return [
-        {
-            "params": params,
-            "weight_decay": weight_decay if decays else 0.0,
-            "lr_scale": lr_scale(layer, depth, layer_decay),
-        }
-        for (layer, decays), params in sorted(groups.items(), key=lambda item: item[0])
-    ]
+    """Return the parameter groups of AdamW for a Classifier, see `scaled_groups`. Only weight matrices have weight
+    decay. `layer_decay`: factor between the learning rates of a layer and of the layer above."""
+
+    def is_matrix(name: str, p: nn.Parameter) -> bool:
+        return name.endswith(".weight") and p.ndim > 1
+
+    return scaled_groups(
+        model, weight_decay, is_matrix, lambda name: lr_scale(layer_of(name, depth), depth, layer_decay)
+    )

@@ -3,6 +3,7 @@ is known; each rule is a constant in this module."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -204,16 +205,18 @@ def reaches(seconds: float, pace: float, samples: int) -> bool:
     return seconds / pace >= max(EPOCHS * samples, SEEN)
 
 
-def check_overrides(overrides: Sequence[str]) -> Config:
-    """Return the result of `assumed_config` for the user's overrides. Raises UserError if an override sets a value for
-    which `pretrain` has an option, and as `assumed_config` does."""
+def check_overrides(overrides: Sequence[str], start_from: str | None = None) -> Config:
+    """Return the result of `assumed_config` for the user's overrides, for a run that starts from the weights
+    `start_from` (None: from random weights). Raises UserError if an override sets a value for which `pretrain` has an
+    option, and as `assumed_config` does."""
     for override in overrides:
         name = override.partition("=")[0]
         if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):
             raise UserError(f"--set {name}: use {meant} instead")
     if set_to(overrides, "data.val", None):
         raise UserError("--set data.val: give held-out samples in SOURCE or with --val; only [] can be set, for none")
-    return assumed_config(overrides)
+    start = [] if start_from is None else [f"model.init_from={json.dumps(start_from)}"]
+    return assumed_config([*start, *overrides])
 
 
 def assumed_config(overrides: Sequence[str]) -> Config:

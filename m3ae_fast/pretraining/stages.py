@@ -88,11 +88,10 @@ def pretrain(
         UserError: the source cannot be used, an override is invalid, `out` cannot be written, or the user has answered
             not to start.
     """
-    began, out = time.monotonic(), Path(out)
-    image_range = _check(hours, out, source, val, labels, overrides, device, tune)
+    began, out, given = time.monotonic(), Path(out), None if start_from is None else str(start_from)
+    image_range = _check(hours, out, source, val, labels, given, overrides, device, tune)
     table_of_captions = None if captions is None else Path(captions)
     here = [*overrides, f"run.dir={json.dumps(str(out))}"]  # the run folder may have been moved or copied
-    given = None if start_from is None else str(start_from)
     config = _configured(
         str(source), out, hours, began, table_of_captions, val, labels, given, here, image_range, device, dry_run
     )
@@ -121,6 +120,7 @@ def _check(
     source: str | Path,
     val: Sequence[str],
     labels: str,
+    start_from: str | None,
     overrides: Sequence[str],
     device: Device | None,
     tune: bool,
@@ -132,7 +132,7 @@ def _check(
     if not alone():
         raise UserError(SEVERAL_RANKS)
     uses_gpu(device)
-    image_range = check_overrides(overrides).model.image_range
+    image_range = check_overrides(overrides, start_from).model.image_range
     if tune and set_to(overrides, "optim.peak_lr", None) is not None:
         raise UserError("--tune chooses optim.peak_lr: leave out one of --tune and --set optim.peak_lr")
     object_store.require(str(source), *val)

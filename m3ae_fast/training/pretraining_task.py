@@ -18,6 +18,7 @@ from m3ae_fast.config import Config
 from m3ae_fast.data import Data
 from m3ae_fast.drawing.during_training import draw_training
 from m3ae_fast.engine.interface import ModelEngine
+from m3ae_fast.engine.layer_decay import lr_scale
 from m3ae_fast.engine.validation_losses import Baselines, evaluate
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.stoppable_loop import Stopped, until_stopped
@@ -119,13 +120,15 @@ class PretrainingTask:
         adjusted = f", adjusted to train.hours={config.train.hours:g}" if config.train.hours else ""
         begin = schedule.decay_begin
         falls = "" if begin is None else f", and falling after {begin:,} steps"
+        lowest = lr_scale(0, config.model.depth, config.optim.layer_decay)
+        layers = "" if lowest == 1 else f"; times {lowest:.3g} in the embeddings (optim.layer_decay)"
         lines = [
             f"M3AE, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {precision}, {kind}, "
             f"attention: {attention}, optimiser: {engine.optimizer_name}",
             f"{self.data.train.samples:,} samples{views}, "
             f"batch {config.train.global_batch} = {ranks.world} ranks x {per_rank} samples{accumulated}, "
             f"steps {trainer.step} to {schedule.total_steps}{adjusted}, run folder {config.run.dir}",
-            f"{schedule.describe_rate()}, after {schedule.warmup_steps:,} steps of warm-up{falls}",
+            f"{schedule.describe_rate()}, after {schedule.warmup_steps:,} steps of warm-up{falls}{layers}",
         ]
         lines += filter(None, (open_options(config), engine.memory))
         if trainer.step >= schedule.total_steps:

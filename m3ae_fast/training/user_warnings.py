@@ -76,6 +76,7 @@ def open_options(config: Config) -> str:
         "masking.image_predicted": (config.masking.image_predicted, 1.0),
         "masking.text_predicted": (config.masking.text_predicted, 1.0),
         "optim.name": (config.optim.name, "adamw"),
+        "optim.layer_decay": (config.optim.layer_decay, 1.0),
         "optim.schedule": (config.optim.schedule, "cosine"),
         "train.image_sizes": ([[*pair] for pair in config.train.image_sizes], []),
     }

@@ -81,10 +81,13 @@ def matrix(world: int) -> Iterator[Case]:
 
 
 def unclipped(world: int) -> Iterator[Case]:
-    """Yield cases without clipping, and one with clipping for comparison."""
+    """Yield cases without clipping, and one with clipping for comparison; and cases with layer-wise learning rates."""
     yield "plain", config_of(world, None, 1, "fp32", {})
     for name, stage in (("plain", None), ("stage=0", 0), ("stage=2", 2)):
         yield f"{name} unclipped", config_of(world, stage, 1, "fp32", {}, clip_grad=None)
+    layers: dict[str, Any] = {"model": {"init_from": "unused"}, "optim": {"layer_decay": 0.5}}
+    for stage in (None, 0, 1, 2, 3):
+        yield f"stage={stage} layer decay", config_of(world, stage, 1, "fp32", SMALL_BUCKET if stage else {}, **layers)
 
 
 def uneven(world: int) -> Iterator[Case]:

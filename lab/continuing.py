@@ -1,0 +1,328 @@
+"""Experiment: when does continuing from existing weights give better features than training anew in equal time?
+
+python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
+python -m lab.continuing data/labelled --out runs/continuing
+python -m lab.continuing data/labelled --minutes 20        # nothing starts after 20 minutes; the next call continues
+
+An MAE is trained on many images of a domain, the source. Then MAEs are trained on few images of another domain, the
+target: anew, and continuing from the source's weights, with the settings that `m3ae-fast pretrain` chooses. All are
+tested on held-out images of the target. The protocol is in lab/README.md. table.md is written to --out after each run.
+Complete runs are not repeated; an incomplete run starts again, so that its CPU time is that of one undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import results
+from lab import recipe
+from lab.recipe import SIDE, TEST, TRAIN, drawn, write_shard
+from lab.study import measure
+from lab.study.measure import Encode
+from lab.study.shards import LABELS, scaled
+from lab.study.statistics import Estimate, Seeds, accuracy, difference
+from m3ae_fast import checkpoint, train
+from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.config.evaluation import evaluation_config
+from m3ae_fast.evaluation.probes import PROBES, Setting
+from m3ae_fast.pretraining.automatic_settings import Facts, Shards, peak_rate, rungs, settings
+from m3ae_fast.pretraining.given_weights import given_weights
+from m3ae_fast.process.session import Session, joined_program
+from m3ae_fast.shards.statistics import stats
+from m3ae_fast.weights.open_model import RANDOM, open_model
+
+TARGET = ("t-shirt", "pullover", "dress", "coat", "shirt")  # classes of the target; the others are the related source
+IMAGES = 2000  # number of training images of the target
+RELATED, UNRELATED = "related", "unrelated"  # the sources: the other clothes; drawings in colour
+# the model "tiny" of `pretrain`, made smaller
+SIZES = {"image_size": 28, "patch_size": 7, "emb_dim": 64, "num_heads": 2, "dec_depth": 1}
+BATCH = 64
+SOURCE_STEPS, LENGTHS, LONG, SEEDS = 750, (50, 150, 450), 1200, 3
+# settings of all runs that `pretrain` would choose by time, or that only produce output
+FIXED = {"train.save_every": 1_000_000, "train.pictures": 0, "data.workers": 0, "train.compile": False}
+TASKS = {"knn": "k-NN", "logistic": "logistic"}
+
+ANEW, ON, FULL, LAYERED, FAR = "anew", "continued", "full rate", "layer decay", "unrelated source"
+PIXELS, RANDOM_WEIGHTS = "raw pixels", "random weights"
+STARTS = {ON: RELATED, FULL: RELATED, LAYERED: RELATED, FAR: UNRELATED}  # source of the initial weights by arm
+SETTINGS = {FULL: {"optim.peak_lr": peak_rate(BATCH, SIZES["emb_dim"])}, LAYERED: {"optim.layer_decay": 0.75}}
+DESCRIBED = {
+    PIXELS: "raw pixels",
+    RANDOM_WEIGHTS: "random weights",
+    RELATED: "weights of the related source, as they are",
+    UNRELATED: "weights of the unrelated source, as they are",
+    ANEW: "anew",
+    ON: "continued from the related source",
+    FULL: "the same, full learning rate",
+    LAYERED: "the same, layer decay 0.75",
+    FAR: "continued from the unrelated source",
+}
+
+
+class Trial(NamedTuple):
+    """An encoder: an arm, or a source or a reference, whose number of steps is that of its own training."""
+
+    arm: str
+    steps: int
+    seed: int  # determines the target's training images, the initial weights and the order of the samples
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.replace(' ', '-')}-{self.steps}-{self.seed}"
+
+    @property
+    def source(self) -> Trial | None:
+        """Return the encoder whose weights this one starts from; None for random weights."""
+        return Trial(STARTS[self.arm], SOURCE_STEPS, self.seed) if self.arm in STARTS else None
+
+
+def plan(seeds: int) -> list[Trial]:
+    """Return the encoders in the order of their training: the main comparison of all seeds comes first."""
+    stages: list[list[tuple[str, int]]] = [
+        [(RELATED, SOURCE_STEPS), (RANDOM_WEIGHTS, 0), *((arm, steps) for steps in LENGTHS for arm in (ANEW, ON))],
+        [(UNRELATED, SOURCE_STEPS), *((FAR, steps) for steps in LENGTHS[1:])],
+        [(ANEW, LONG)],
+        [(ON, LONG)],
+        [(LAYERED, steps) for steps in LENGTHS[1:]],
+        [(FULL, steps) for steps in LENGTHS[1:]],
+        [(PIXELS, 0)],
+    ]
+    return [Trial(arm, steps, seed) for stage in stages for seed in range(seeds) for arm, steps in stage]
+
+
+def prepare(data: Path, folder: Path, seeds: int) -> None:
+    """Write a shard for each source, for the target's test images and, for each seed, for its training images; and the
+    labels, unless they exist. Raises UserError if `data` has no shards."""
+    if (folder / LABELS).exists() and (folder / f"{TRAIN}-{seeds - 1}.tar").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    sources: dict[str, list[tuple[str, bytes, int]]] = {RELATED: [], UNRELATED: []}
+    target: dict[str, list[tuple[str, bytes, int]]] = {TRAIN: [], TEST: []}
+    for name, picture in recipe.pictures(data):
+        is_target = name.startswith("clothes") and picture.category in TARGET
+        label = TARGET.index(picture.category) if is_target else -1
+        row = (picture.key, scaled(picture.image, SIDE), label)
+        if is_target:
+            target[name.rpartition("-")[2]].append(row)
+        elif name != f"clothes-{TEST}":
+            sources[RELATED if name.startswith("clothes") else UNRELATED].append(row)
+    for name, rows in sources.items():
+        write_shard(folder / f"{name}.tar", rows)
+    write_shard(folder / f"{TEST}.tar", target[TEST])
+    for seed in range(seeds):
+        chosen = sorted(target[TRAIN], key=lambda row: drawn(seed, row[0]))[:IMAGES]
+        write_shard(folder / f"{TRAIN}-{seed}.tar", chosen)
+    labels = {key: {"emoji": key, "class": label} for rows in target.values() for key, _, label in rows}
+    write_whole(folder / LABELS, json.dumps(labels) + "\n")
+
+
+class Laboratory:
+    """Trains and tests encoders, and stores in a folder which test images are classified correctly."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    @cached_property
+    def labels(self) -> dict[str, dict[str, Any]]:
+        return json.loads((self.out / "shards" / LABELS).read_text(encoding="utf-8"))
+
+    def shard(self, name: str) -> Path:
+        return self.out / "shards" / f"{name}.tar"
+
+    def run(self, trial: Trial) -> Path:
+        return self.out / "runs" / trial.name
+
+    def result(self, trial: Trial) -> Path:
+        return self.out / "results" / f"{trial.name}.json"
+
+    def perform(self, trial: Trial) -> bool:
+        """Train an encoder if it needs training, test it, and store the result. Return False if it was stopped."""
+        seconds = 0.0
+        if trial.arm not in (PIXELS, RANDOM_WEIGHTS):
+            shutil.rmtree(self.run(trial), ignore_errors=True)  # of an interrupted run, whose CPU time is not known
+            started = time.process_time()
+            settings_file = self.out / "runs" / f"{trial.name}.json"
+            write_whole(settings_file, json.dumps(self.config(trial), indent=1))
+            train.main(["--config", str(settings_file)])
+            seconds = time.process_time() - started
+            if trial.steps not in map(checkpoint.step_of, checkpoint.saved_steps(self.run(trial))):
+                return False
+        found = {"cpu_s": round(seconds, 2), "correct": self._test(trial)}
+        write_whole(self.result(trial), json.dumps(trial._asdict() | found) + "\n")
+        return True
+
+    def config(self, trial: Trial) -> dict[str, Any]:
+        """Return the config that `pretrain` chooses for a number of steps, with and without --from. Weights to start
+        from are written to the run folder."""
+        overrides = [f"{name}={json.dumps(value)}" for name, value in {**FIXED, "run.seed": trial.seed}.items()]
+        overrides += [f"{name}={json.dumps(value)}" for name, value in SETTINGS.get(trial.arm, {}).items()]
+        if trial.source:
+            overrides = [*given_weights(str(self.run(trial.source)), self.run(trial), []).overrides, *overrides]
+        else:
+            overrides = [*overrides, *(f"model.{name}={value}" for name, value in SIZES.items())]
+        shard = self.shard(trial.arm if trial.arm in (RELATED, UNRELATED) else f"{TRAIN}-{trial.seed}")
+        facts = self._facts(shard)
+        (size, *_) = rungs(facts, overrides)
+        shards = Shards([str(shard)], [], [])
+        chosen = settings(
+            facts, shards, self.run(trial), size, BATCH, trial.steps, "cls", overrides, evaluations=0
+        )  # fmt: skip
+        return chosen.model_dump(mode="json")
+
+    def _facts(self, shard: Path) -> Facts:
+        found = stats(str(shard), samples=IMAGES)
+        return Facts(found.of, 0, SIZES["image_size"], *found.mean_and_std(), 0, 0, 8)
+
+    def _test(self, trial: Trial) -> dict[str, dict[str, int]]:
+        """Return whether each test image is classified correctly, by task and key."""
+        unused = {"train": [{"shards": "-"}]}  # required by the config
+        given = {"run": {"dir": str(self.out), "seed": trial.seed}, "data": unused, "encode": {"batch": 256}}
+        config, correct = evaluation_config(given, []), {}
+        with joined_program() as session:
+            encode = self._encode(trial, config, session)
+            parts = []
+            for name in (f"{TRAIN}-{trial.seed}", TEST):
+                bank = encode([self.shard(name)], False, False)
+                labels_N = torch.tensor([self.labels[key]["class"] for key in bank.keys])
+                parts.append({0: replace(bank, labels_N=labels_N)})
+            setting = Setting(config, len(TARGET), 1, trial.seed, session.ranks, session.pulse)
+            for task in TASKS:
+                found = PROBES[task].predict(*parts, setting)[0]
+                correct[task] = dict(zip(found.keys, (int(value) for value in found.correct_N.tolist())))
+        return correct
+
+    def _encode(self, trial: Trial, config: Any, session: Session) -> Encode:
+        if trial.arm == PIXELS:
+            facts = self._facts(self.shard(f"{TRAIN}-{trial.seed}"))
+            return measure.pixels(facts.short_side, facts.image_mean, facts.image_std)
+        name = str(self.run(trial))
+        if trial.arm == RANDOM_WEIGHTS:
+            name = f"{RANDOM}{self.run(Trial(RELATED, SOURCE_STEPS, trial.seed))}"
+        return measure.encoder(open_model(name, text=False, seed=trial.seed).eval(), config, session)
+
+
+class Found(NamedTuple):
+    """Results of an arm at a length."""
+
+    correct: dict[str, Seeds]  # by task
+    cpu_s: float  # of its training, mean over seeds
+
+
+def collected(laboratory: Laboratory, seeds: int) -> dict[tuple[str, int], Found]:
+    """Return the results so far, by arm and steps."""
+    rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for trial in plan(seeds):
+        if laboratory.result(trial).exists():
+            row = json.loads(laboratory.result(trial).read_text(encoding="utf-8"))
+            rows.setdefault((trial.arm, trial.steps), []).append(row)
+    return {
+        key: Found(
+            {task: {r["seed"]: r["correct"][task] for r in own} for task in TASKS}, fmean(r["cpu_s"] for r in own)
+        )
+        for key, own in rows.items()
+    }
+
+
+def tables(found: Mapping[tuple[str, int], Found], labels: measure.Labels) -> str:
+    """Return Markdown tables: accuracies and differences in equal time of the target's runs, and in equal total
+    time."""
+    head = ["encoder", "steps", "CPU s", "seeds", *TASKS.values()]
+    for other in ("minus anew", "minus its initial weights"):
+        head += [f"{title}, {other}" for title in TASKS.values()]
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1)]
+    order = [*DESCRIBED]
+    for arm, steps in sorted(
+        found, key=lambda key: (key[1] if key[0] not in (RELATED, UNRELATED) else 0, order.index(key[0]))
+    ):
+        own = found[arm, steps]
+        apart = _apart(own, found.get((ANEW, steps)) if arm in STARTS else None, labels)
+        changed = _apart(own, found.get((STARTS[arm], SOURCE_STEPS)) if arm in STARTS else None, labels)
+        means = [accuracy(own.correct[task], labels) for task in TASKS]
+        cells = [DESCRIBED[arm], f"{steps:,}", f"{own.cpu_s:.0f}", str(means[0].seeds), *map(_percent, means)]
+        lines.append([*cells, *apart, *changed])
+    source = found.get((RELATED, SOURCE_STEPS))
+    last = LENGTHS[-1]
+    assert SOURCE_STEPS + last == LONG
+    on, anew = found.get((ON, last)), found.get((ANEW, LONG))
+    text = [_markdown(lines)]
+    if source and on and anew:
+        head = ["equal total time", "CPU s", *TASKS.values()]
+        lines = [head, ["---"] + ["--:"] * (len(head) - 1)]
+        cells = ([_percent(accuracy(each.correct[task], labels)) for task in TASKS] for each in (on, anew))
+        lines.append(
+            [f"source {SOURCE_STEPS:,} steps, then continued {last:,}", f"{source.cpu_s + on.cpu_s:.0f}", *next(cells)]
+        )
+        lines.append([f"anew {LONG:,} steps", f"{anew.cpu_s:.0f}", *next(cells)])
+        lines.append(["difference", "", *_apart(on, anew, labels)])
+        text.append(_markdown(lines))
+    return "\n\n".join(text)
+
+
+def _apart(one: Found, other: Found | None, labels: measure.Labels) -> list[str]:
+    """Return the differences of the accuracies by task; dashes if there is nothing to compare with."""
+    if other is None:
+        return ["-"] * len(TASKS)
+    apart = (difference(one.correct[task], other.correct[task], labels) for task in TASKS)
+    return ["-" if each is None else _percent(each, "+") for each in apart]
+
+
+def _percent(estimate: Estimate, sign: str = "") -> str:
+    return f"{100 * estimate.mean:{sign}.1f} ± {100 * estimate.error:.1f}"
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write(laboratory: Laboratory, seeds: int) -> str:
+    """Write table.md and return its text."""
+    about = results.about()
+    head = f"{about['device']}, one thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}. "
+    head += "Accuracy in %, mean ± standard error over test images and seeds; differences in points."
+    text = f"{head}\n\n{tables(collected(laboratory, seeds), laboratory.labels)}\n"
+    write_whole(laboratory.out / "table.md", text)
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.continuing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "data", type=Path, metavar="DATA", help="has folders fashion, twitter and google, as lab.labelled writes them"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/continuing"), help="folder (default: runs/continuing)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"number of seeds (default: {SEEDS})")
+    parser.add_argument("--minutes", type=float, metavar="N", help="begin nothing after so many minutes")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    prepare(args.data, args.out / "shards", args.seeds)
+    laboratory = Laboratory(args.out)
+    for trial in plan(args.seeds):
+        if laboratory.result(trial).exists():
+            continue
+        if args.minutes is not None and time.monotonic() - started > 60 * args.minutes:
+            break
+        print(f"{time.strftime('%H:%M:%S')}  {trial.name}", flush=True)
+        if not laboratory.perform(trial):
+            return 1
+        write(laboratory, args.seeds)
+    print(write(laboratory, args.seeds))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,50 @@
+"""Layer-wise learning rates (arXiv 2106.08254): the lower a layer of the encoder, the lower its learning rate.
+
+In pre-training, the embeddings are layer 0, and block i of the encoder is layer i + 1. The encoder's last norm and the
+decoder are layer depth + 1, which has the full learning rate. Fine-tuning has the layers of the official code, see
+`evaluation.layer_decay`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from torch import nn
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Return the layer of the parameter `name` in pre-training, from 0 to depth + 1: 4 for
+    `encoder.blocks.3.norm1.weight`."""
+    if block := re.match(r"encoder\.blocks\.(\d+)\.", name):
+        return int(block[1]) + 1
+    return 0 if name.startswith(("patch_embed.", "encoder_input.")) else depth + 1
+
+
+def lr_scale(layer: int, depth: int, layer_decay: float) -> float:
+    """Return the factor by which the learning rate of a layer is multiplied."""
+    return layer_decay ** (depth + 1 - layer)
+
+
+def scaled_groups(
+    model: nn.Module,
+    weight_decay: float,
+    is_decayed: Callable[[str, nn.Parameter], bool],
+    scale_of: Callable[[str], float],
+) -> list[dict]:
+    """Return the parameter groups of AdamW: for each learning rate, highest first, one group with weight decay and one
+    without. Each group has its factor of the learning rate as `lr_scale`, see `engine.optimizer.set_lr`.
+
+    Args:
+        model: the module to train.
+        weight_decay: weight decay of the parameters for which `is_decayed` is true.
+        is_decayed: function of a parameter's name and value.
+        scale_of: function that returns the factor of the learning rate of the parameter with a name.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        groups.setdefault((scale_of(name), is_decayed(name, p)), []).append(p)
+    return [
+        {"params": params, "weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale}
+        for (scale, decayed), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    ]
