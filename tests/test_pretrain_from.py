@@ -20,12 +20,14 @@ from m3ae_fast.pretraining.automatic_settings import (
     model_sizes,
     settings,
 )
+from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.given_weights import FOLDER, given_weights
 from m3ae_fast.pretraining.plan import Budget
 from m3ae_fast.training.pace import Pace
 from m3ae_fast.weights.converting import convert
-from tests.helpers.labelled import tiny_run
+from tests.helpers.labelled import labelled_members, labelled_tar, tiny_run
 from tests.helpers.mae import MAE
+from tests.helpers.shards import write_tar
 from tests.test_model import TINY as SMALL
 
 SHARDS = Shards(["a.tar"], ["b.tar"], [])
@@ -89,16 +91,22 @@ def test_the_range_of_images_is_that_of_the_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("overrides", "message"),
     [
-        ("model.depth=3", r"--from .*: the weight encoder.blocks.2\S* is missing; check that"),
-        ("model.gelu=exact", "was trained with model.gelu = tanh, but the config has exact"),
-        ("model.vocab_size=0", r"--from .*: the weight \S*text\S* does not exist in this model"),
+        (["model.depth=3"], r"--set model\.depth=3: does not fit the weights \S*base\S*, which have 2; leave it out"),
+        (
+            ["model.gelu=exact"],
+            r'--set model\.gelu=exact: does not fit the weights \S*, which have "tanh"; leave it out',
+        ),
+        (["model.text_length=9", "model.patch_size=4"], r"--set model\.patch_size=4: .*, which have 8; leave it out"),
+        (["model.channels=1"], r"--set model\.channels=1: does not fit the weights \S*, which have 3; leave it out"),
+        (["model.size=small"], r"--set model\.size=small: does not fit the weights [^,]*; leave it out"),
+        (["model.text_length=9", "optim.peak_lr=-1"], "optim.peak_lr"),
     ],
 )
-def test_a_setting_of_another_model_is_refused_at_once(base, tmp_path, override, message):
+def test_a_setting_of_another_model_is_refused_at_once(base, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
-        given_weights(str(base), tmp_path, [override])
+        given_weights(str(base), tmp_path, overrides)
 
 
 def test_another_image_size_is_possible_where_positions_are_computed(base, tmp_path):
@@ -109,11 +117,58 @@ def test_another_image_size_is_possible_where_positions_are_computed(base, tmp_p
     assert (config.model.image_size, config.model.patch_size) == (64, 8)
 
 
-def test_what_is_no_model_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nowhere: no such file or folder"):
-        given_weights(str(tmp_path / "nowhere"), tmp_path / "run", [])
+def test_what_is_no_model_is_refused(base, tmp_path):
+    (checkpoint_folder,) = checkpoint.saved_steps(base)
+    convert(base, tmp_path / "export")
+    new = tmp_path / "new"  # a run that was stopped before its first checkpoint
+    new.mkdir()
+    (new / "config.json").write_text('{"run": {}}')
+    for name, message in (
+        (tmp_path / "nowhere", "--from .*nowhere: no such file or folder"),
+        (new, "--from .*new: this run has no checkpoint yet; continue the run, or name another model"),
+        (tmp_path, "--from .*: the folder contains neither checkpoints nor an exported model"),
+        (base / "checkpoints", f"--from .*: name the run folder, {base}, or one of the checkpoints in"),
+        (
+            checkpoint_folder / "state.json",
+            f"--from .*: is one file of a checkpoint .*; name its folder, {checkpoint_folder}",
+        ),
+        (tmp_path / "export/model.safetensors", "--from .*: is one file of .* an export; name its folder, .*export$"),
+        (
+            f"random:{base}",
+            "--from random:.*: names no trained weights; to start from random weights, leave out --from",
+        ),
+        ("", "--from: names no model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            given_weights(str(name), tmp_path / "run", [])
     args = parse_args(["photos", "--out", "run", "--from", "base"])
     assert args.start_from == "base"
+
+
+def test_text_in_the_weights_or_in_the_samples_alone_is_noted(base, tmp_path):
+    pairs = Shards([str(labelled_tar(tmp_path / "pairs.tar", range(6)))], [], [])
+    images = [(name, data) for name, data in labelled_members(range(6)) if not name.endswith(".txt")]
+    alone = Shards([str(write_tar(tmp_path / "alone.tar", images))], [], [])
+    text = given_weights(str(base), tmp_path / "run", []).overrides
+    image = ["model.init_from=start", "model.vocab_size=0"]
+    for shards, overrides, words in (
+        (alone, text, "there are no captions: the weights for text are kept"),
+        (
+            pairs,
+            image,
+            "the captions are ignored, because the weights to continue from are those of an image-only model",
+        ),
+        (pairs, text, ""),
+        (alone, image, ""),
+    ):
+        statistics, notes = inspect(shards, tmp_path, "cls", None, overrides)
+        told = [note for note in notes if "the captions are" in note or "no captions" in note]
+        assert [words in note for note in told] == ([True] if words else [])
+        assert bool(statistics.vocab_size) == (shards is pairs and overrides is text)
+    with pytest.raises(
+        UserError, match=r"--from: the tokenizer of these weights is missing, .* --set data\.tokenizer=FILE"
+    ):
+        inspect(pairs, tmp_path, "cls", None, [*text, "data.tokenizer=null"])
 
 
 def test_its_initial_weights_are_measured_too(tmp_path):

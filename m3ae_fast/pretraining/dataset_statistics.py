@@ -15,7 +15,14 @@ from m3ae_fast.config import Range, SourceConfig
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.labels import class_names, label_corpus
 from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.pretraining.automatic_settings import TOKENIZER, DatasetStatistics, Shards, channels_set, set_to
+from m3ae_fast.pretraining.automatic_settings import (
+    TOKENIZER,
+    DatasetStatistics,
+    Shards,
+    channels_set,
+    continues,
+    set_to,
+)
 from m3ae_fast.pretraining.image_settings import channels_and_dtype, range_of
 from m3ae_fast.shards.overview import describe_classes, part_of, show
 from m3ae_fast.shards.problem_counts import Tally
@@ -46,7 +53,7 @@ def inspect(
 
     Raises:
         UserError: the shards cannot be used, no sample has an image, or the value range of images of more than 8 bits
-            cannot be detected.
+            cannot be detected; or the tokenizer of the weights that the run starts from is missing.
     """
     store = ShardStore()
     train = open_corpus([SourceConfig(shards=shards.train)], store, progress=True)
@@ -62,6 +69,7 @@ def inspect(
     channels, dtype = channels_and_dtype(seen.kinds)
     channels, dtype = channels_set(overrides) or channels, set_to(overrides, "model.image_dtype", dtype)
     image_range = image_range or shards.image_range or range_of(seen.kinds)
+    notes += _on_given_weights(train.has_captions, overrides)
     tokenizer = _tokenizer(shards, train, store, out, overrides)
     found = collect(train, _INSPECTED, 0, channels, image_range, tokenizer, labels if classes.number else "cls", dtype)
     require_images(found)
@@ -86,6 +94,25 @@ def inspect(
         dtype,
         image_range,
     ), notes
+
+
+def _on_given_weights(has_captions: bool, overrides: Sequence[str]) -> list[str]:
+    """Return a note if the run starts from given weights and only these, or only the samples, have text. Raises
+    UserError if both have, but the tokenizer of the weights is not known."""
+    vocab_size = set_to(overrides, "model.vocab_size", None)
+    if not continues(overrides) or vocab_size is None:
+        return []
+    if not has_captions:
+        text = "there are no captions: the weights for text are kept, but they are not trained"
+        return [text] if vocab_size else []
+    if not vocab_size:
+        return ["the captions are ignored, because the weights to continue from are those of an image-only model"]
+    if set_to(overrides, "data.tokenizer", "") is None:
+        raise UserError(
+            "--from: the tokenizer of these weights is missing, and there are captions; name it with --set "
+            "data.tokenizer=FILE"
+        )
+    return []
 
 
 def _tokenizer(

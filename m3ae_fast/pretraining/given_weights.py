@@ -15,6 +15,7 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import Pretrained, check_start, check_weights, missing_decoder, start_for
 from m3ae_fast.pretraining.automatic_settings import assumed_config
 from m3ae_fast.weights.converting import convert
+from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
 FOLDER = "start"  # name of the export's folder in the run folder
 # model settings that are not determined by the weights
@@ -41,7 +42,14 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
         UserError: the model does not exist or is damaged, or one of the user's settings does not fit the weights.
     """
     folder = out / FOLDER
-    found = convert(model, folder)
+    if not model:
+        raise UserError("--from: names no model")
+    if model.startswith((RANDOM, PIXELS)):
+        raise UserError(f"--from {model}: names no trained weights; to start from random weights, leave out --from")
+    try:
+        found = convert(model, folder)
+    except UserError as error:
+        raise UserError(f"--from {error}" if str(error).startswith(model) else str(error)) from None
     if not isinstance(found, Pretrained):
         raise UserError(f"--from {model}: is an image tokenizer; name the weights of a model")
     implied = {f"model.{name}": value for name, value in found.config.model_dump(mode="json").items()}
@@ -53,12 +61,32 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
     if found.config.image_range is not None:
         implied["data.range"] = found.config.image_range
     given = [f"{name}={json.dumps(value)}" for name, value in implied.items()]
-    missing = missing_decoder(found, _fitting(model, found, [*given, *overrides]))
+    missing = missing_decoder(found, _fitting(model, found, given, overrides))
     decoder = [f"{missing}: it is randomly initialised"] if missing else []
     return GivenWeights(given, [f"{found.kind}: weights to continue from, in {folder}", *decoder, *found.notes])
 
 
-def _fitting(model: str, found: Pretrained, overrides: Sequence[str]) -> Pretrained:
+def _fitting(model: str, found: Pretrained, given: Sequence[str], own: Sequence[str]) -> Pretrained:
+    """Return the weights with which the run starts. `given`: overrides of settings that the weights determine; `own`:
+    the user's overrides. Raises UserError if the settings do not fit the weights, with the name of the first override
+    that does not."""
+    try:
+        return _fitting_all(model, found, [*given, *own])
+    except UserError:
+        for override in own:
+            name, _, value = override.partition("=")
+            if not name.startswith("model."):
+                continue
+            try:
+                _fitting_all(model, found, [*given, override])
+            except UserError:
+                theirs = json.dumps(found.config.model_dump(mode="json").get(name.removeprefix("model.")))
+                have = "" if theirs == "null" else f", which have {theirs}"
+                raise UserError(f"--set {name}={value}: does not fit the weights {model}{have}; leave it out") from None
+        raise
+
+
+def _fitting_all(model: str, found: Pretrained, overrides: Sequence[str]) -> Pretrained:
     """Return the weights with which the run starts. Raises UserError if the settings are invalid, or if they do not fit
     the weights."""
     config = assumed_config(overrides)

@@ -220,9 +220,9 @@ def _too_slow(size: ModelSize, seconds: float, pace: Pace, statistics: DatasetSt
 
 def _lines(config: Config, budget: Budget, size: ModelSize, why: str, pace: Pace) -> list[str]:
     m, statistics = config.model, budget.statistics
-    kind = (
-        f"captions of up to {m.text_length} tokens of {m.vocab_size:,}" if m.vocab_size else "no captions: image-only"
-    )
+    kind = "no captions" if m.vocab_size else "no captions: image-only"
+    if statistics.vocab_size and m.vocab_size:
+        kind = f"captions of up to {m.text_length} tokens of {m.vocab_size:,}"
     return [
         f"data: {statistics.samples:,} samples and {statistics.held_out:,} held out; {kind}; "
         + (f"{statistics.classes} classes" if statistics.classes else "no classes"),
