@@ -92,12 +92,12 @@ def plan(seeds: int) -> list[Trial]:
     """Return the encoders in the order of their training: the main comparison of all seeds comes first."""
     stages: list[list[tuple[str, int]]] = [
         [(RELATED, SOURCE_STEPS), (RANDOM_WEIGHTS, 0), *((arm, steps) for steps in LENGTHS for arm in (ANEW, ON))],
-        [(UNRELATED, SOURCE_STEPS), *((FAR, steps) for steps in LENGTHS[1:])],
         [(ANEW, LONG)],
+        [(PIXELS, 0)],
+        [(UNRELATED, SOURCE_STEPS), *((FAR, steps) for steps in LENGTHS[1:])],
         [(ON, LONG)],
         [(LAYERED, steps) for steps in LENGTHS[1:]],
         [(FULL, steps) for steps in LENGTHS[1:]],
-        [(PIXELS, 0)],
     ]
     return [Trial(arm, steps, seed) for stage in stages for seed in range(seeds) for arm, steps in stage]
 
