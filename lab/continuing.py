@@ -176,9 +176,7 @@ class Laboratory:
         facts = self._facts(shard)
         (size, *_) = rungs(facts, overrides)
         shards = Shards([str(shard)], [], [])
-        chosen = settings(
-            facts, shards, self.run(trial), size, BATCH, trial.steps, "cls", overrides, evaluations=0
-        )  # fmt: skip
+        chosen = settings(facts, shards, self.run(trial), size, BATCH, trial.steps, "cls", overrides, evaluations=0)
         return chosen.model_dump(mode="json")
 
     def _facts(self, shard: Path) -> Facts:
@@ -236,38 +234,43 @@ def collected(laboratory: Laboratory, seeds: int) -> dict[tuple[str, int], Found
 
 
 def tables(found: Mapping[tuple[str, int], Found], labels: measure.Labels) -> str:
-    """Return Markdown tables: accuracies and differences in equal time of the target's runs, and in equal total
-    time."""
+    """Return Markdown tables: accuracies with differences in equal time of the target's runs, and a comparison in equal
+    total time."""
     head = ["encoder", "steps", "CPU s", "seeds", *TASKS.values()]
-    for other in ("minus anew", "minus its initial weights"):
-        head += [f"{title}, {other}" for title in TASKS.values()]
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1)]
-    order = [*DESCRIBED]
-    for arm, steps in sorted(
-        found, key=lambda key: (key[1] if key[0] not in (RELATED, UNRELATED) else 0, order.index(key[0]))
-    ):
-        own = found[arm, steps]
-        apart = _apart(own, found.get((ANEW, steps)) if arm in STARTS else None, labels)
-        changed = _apart(own, found.get((STARTS[arm], SOURCE_STEPS)) if arm in STARTS else None, labels)
-        means = [accuracy(own.correct[task], labels) for task in TASKS]
-        cells = [DESCRIBED[arm], f"{steps:,}", f"{own.cpu_s:.0f}", str(means[0].seeds), *map(_percent, means)]
-        lines.append([*cells, *apart, *changed])
-    source = found.get((RELATED, SOURCE_STEPS))
-    last = LENGTHS[-1]
-    assert SOURCE_STEPS + last == LONG
-    on, anew = found.get((ON, last)), found.get((ANEW, LONG))
-    text = [_markdown(lines)]
-    if source and on and anew:
-        head = ["equal total time", "CPU s", *TASKS.values()]
-        lines = [head, ["---"] + ["--:"] * (len(head) - 1)]
-        cells = ([_percent(accuracy(each.correct[task], labels)) for task in TASKS] for each in (on, anew))
-        lines.append(
-            [f"source {SOURCE_STEPS:,} steps, then continued {last:,}", f"{source.cpu_s + on.cpu_s:.0f}", *next(cells)]
-        )
-        lines.append([f"anew {LONG:,} steps", f"{anew.cpu_s:.0f}", *next(cells)])
-        lines.append(["difference", "", *_apart(on, anew, labels)])
-        text.append(_markdown(lines))
-    return "\n\n".join(text)
+    head += [f"{title}, minus {other}" for other in ("anew", "its initial weights") for title in TASKS.values()]
+    lines = [head]
+    for arm, steps in sorted(found, key=_position):
+        own, others = found[arm, steps], [(ANEW, steps), (STARTS.get(arm, arm), SOURCE_STEPS)]
+        apart = [cell for key in others for cell in _apart(own, found.get(key) if arm in STARTS else None, labels)]
+        lines.append([DESCRIBED[arm], f"{steps:,}", f"{own.cpu_s:.0f}", *_accuracies(own, labels), *apart])
+    parts = [lines]
+    last = LONG - SOURCE_STEPS
+    if {(RELATED, SOURCE_STEPS), (ON, last), (ANEW, LONG)} <= found.keys():
+        on, anew = found[ON, last], found[ANEW, LONG]
+        both = found[RELATED, SOURCE_STEPS].cpu_s + on.cpu_s
+        rows = [
+            [
+                f"related source {SOURCE_STEPS:,} steps, then continued {last:,}",
+                f"{both:.0f}",
+                *_accuracies(on, labels),
+            ],
+            [f"anew {LONG:,}", f"{anew.cpu_s:.0f}", *_accuracies(anew, labels)],
+            ["difference", "", "", *_apart(on, anew, labels)],
+        ]
+        parts.append([["equal total time, steps", "CPU s", "seeds", *TASKS.values()], *rows])
+    return "\n\n".join(map(_markdown, parts))
+
+
+def _position(key: tuple[str, int]) -> tuple[int, int]:
+    """Return the position of an encoder in the table: references first, then arms by length."""
+    arm, steps = key
+    return (steps if arm == ANEW or arm in STARTS else 0), [*DESCRIBED].index(arm)
+
+
+def _accuracies(own: Found, labels: measure.Labels) -> list[str]:
+    """Return the number of seeds, and the accuracy by task."""
+    means = [accuracy(own.correct[task], labels) for task in TASKS]
+    return [str(means[0].seeds), *map(_percent, means)]
 
 
 def _apart(one: Found, other: Found | None, labels: measure.Labels) -> list[str]:
@@ -283,7 +286,9 @@ def _percent(estimate: Estimate, sign: str = "") -> str:
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Return a table whose first line is the head."""
+    ruled = [lines[0], ["---"] + ["--:"] * (len(lines[0]) - 1), *lines[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
 
 
 def write(laboratory: Laboratory, seeds: int) -> str:

@@ -88,4 +88,4 @@ def test_differences_are_those_of_equal_steps_and_of_the_initial_weights():
     lines = continuing.tables(found, {f"{i}": {"emoji": f"{i}"} for i in range(10)}).splitlines()
     (on,) = [line.split(" | ") for line in lines if line.startswith("| continued from the related source | ")]
     assert on[4].startswith("80.0 ± ") and on[6].startswith("+30.0 ± ") and on[8].startswith("+10.0 ± ")
-    assert lines[-1].split(" | ")[2].startswith("-10.0 ± ") and " | 29 | " in lines[-3]
+    assert lines[-1].split(" | ")[3].startswith("-10.0 ± ") and " | 29 | " in lines[-3]
