@@ -1,13 +1,14 @@
-"""Experiment: when does continuing from existing weights give better features than training anew in equal time?
+"""Experiment: when does continuing from existing weights give better features than training from scratch in equal time?
 
 python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
 python -m lab.continuing data/labelled --out runs/continuing
 python -m lab.continuing data/labelled --minutes 20        # nothing starts after 20 minutes; the next call continues
 
 An MAE is trained on many images of a domain, the source. Then MAEs are trained on few images of another domain, the
-target: anew, and continuing from the source's weights, with the settings that `m3ae-fast pretrain` chooses. All are
-tested on held-out images of the target. The protocol is in lab/README.md. table.md is written to --out after each run.
-Complete runs are not repeated; an incomplete run starts again, so that its CPU time is that of one undisturbed run.
+target: from scratch, and continuing from the source's weights, with the settings that `m3ae-fast pretrain` chooses. All
+are tested on held-out images of the target. The protocol is in lab/README.md. table.md is written to --out after each
+run. Complete runs are not repeated; an incomplete run starts again, so that its CPU time is that of one undisturbed
+run.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.config.evaluation import evaluation_config
 from m3ae_fast.evaluation.probes import PROBES, Setting
-from m3ae_fast.pretraining.automatic_settings import Facts, Shards, peak_rate, rungs, settings
+from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, Shards, model_sizes, peak_rate, settings
 from m3ae_fast.pretraining.given_weights import given_weights
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.shards.statistics import stats
@@ -54,7 +55,7 @@ SOURCE_STEPS, LENGTHS, LONG, SEEDS = 750, (50, 150, 450), 1200, 3
 FIXED = {"train.save_every": 1_000_000, "train.pictures": 0, "data.workers": 0, "train.compile": False}
 TASKS = {"knn": "k-NN", "logistic": "logistic"}
 
-ANEW, ON, FULL, LAYERED, FAR = "anew", "continued", "full rate", "layer decay", "unrelated source"
+SCRATCH, ON, FULL, LAYERED, FAR = "from scratch", "continued", "full rate", "layer decay", "unrelated source"
 PIXELS, RANDOM_WEIGHTS = "raw pixels", "random weights"
 STARTS = {ON: RELATED, FULL: RELATED, LAYERED: RELATED, FAR: UNRELATED}  # source of the initial weights by arm
 SETTINGS = {FULL: {"optim.peak_lr": peak_rate(BATCH, SIZES["emb_dim"])}, LAYERED: {"optim.layer_decay": 0.75}}
@@ -63,7 +64,7 @@ DESCRIBED = {
     RANDOM_WEIGHTS: "random weights",
     RELATED: "weights of the related source, as they are",
     UNRELATED: "weights of the unrelated source, as they are",
-    ANEW: "anew",
+    SCRATCH: "from scratch",
     ON: "continued from the related source",
     FULL: "the same, full learning rate",
     LAYERED: "the same, layer decay 0.75",
@@ -91,8 +92,8 @@ class Trial(NamedTuple):
 def plan(seeds: int) -> list[Trial]:
     """Return the encoders in the order of their training: the main comparison of all seeds comes first."""
     stages: list[list[tuple[str, int]]] = [
-        [(RELATED, SOURCE_STEPS), (RANDOM_WEIGHTS, 0), *((arm, steps) for steps in LENGTHS for arm in (ANEW, ON))],
-        [(ANEW, LONG)],
+        [(RELATED, SOURCE_STEPS), (RANDOM_WEIGHTS, 0), *((arm, steps) for steps in LENGTHS for arm in (SCRATCH, ON))],
+        [(SCRATCH, LONG)],
         [(PIXELS, 0)],
         [(UNRELATED, SOURCE_STEPS), *((FAR, steps) for steps in LENGTHS[1:])],
         [(ON, LONG)],
@@ -173,15 +174,17 @@ class Laboratory:
         else:
             overrides = [*overrides, *(f"model.{name}={value}" for name, value in SIZES.items())]
         shard = self.shard(trial.arm if trial.arm in (RELATED, UNRELATED) else f"{TRAIN}-{trial.seed}")
-        facts = self._facts(shard)
-        (size, *_) = rungs(facts, overrides)
+        statistics = self._statistics(shard)
+        (size, *_) = model_sizes(statistics, overrides)
         shards = Shards([str(shard)], [], [])
-        chosen = settings(facts, shards, self.run(trial), size, BATCH, trial.steps, "cls", overrides, evaluations=0)
+        chosen = settings(
+            statistics, shards, self.run(trial), size, BATCH, trial.steps, "cls", overrides, evaluations=0
+        )
         return chosen.model_dump(mode="json")
 
-    def _facts(self, shard: Path) -> Facts:
+    def _statistics(self, shard: Path) -> DatasetStatistics:
         found = stats(str(shard), samples=IMAGES)
-        return Facts(found.of, 0, SIZES["image_size"], *found.mean_and_std(), 0, 0, 8)
+        return DatasetStatistics(found.of, 0, SIZES["image_size"], *found.mean_and_std(), 0, 0, 8)
 
     def _test(self, trial: Trial) -> dict[str, dict[str, int]]:
         """Return whether each test image is classified correctly, by task and key."""
@@ -195,7 +198,7 @@ class Laboratory:
                 bank = encode([self.shard(name)], False, False)
                 labels_N = torch.tensor([self.labels[key]["class"] for key in bank.keys])
                 parts.append({0: replace(bank, labels_N=labels_N)})
-            setting = Setting(config, len(TARGET), 1, trial.seed, session.ranks, session.pulse)
+            setting = Setting(config, len(TARGET), 1, trial.seed, session.ranks, session.heartbeats)
             for task in TASKS:
                 found = PROBES[task].predict(*parts, setting)[0]
                 correct[task] = dict(zip(found.keys, (int(value) for value in found.correct_N.tolist())))
@@ -203,22 +206,22 @@ class Laboratory:
 
     def _encode(self, trial: Trial, config: Any, session: Session) -> Encode:
         if trial.arm == PIXELS:
-            facts = self._facts(self.shard(f"{TRAIN}-{trial.seed}"))
-            return measure.pixels(facts.short_side, facts.image_mean, facts.image_std)
+            statistics = self._statistics(self.shard(f"{TRAIN}-{trial.seed}"))
+            return measure.pixels(statistics.short_side, statistics.image_mean, statistics.image_std)
         name = str(self.run(trial))
         if trial.arm == RANDOM_WEIGHTS:
             name = f"{RANDOM}{self.run(Trial(RELATED, SOURCE_STEPS, trial.seed))}"
         return measure.encoder(open_model(name, text=False, seed=trial.seed).eval(), config, session)
 
 
-class Found(NamedTuple):
+class Result(NamedTuple):
     """Results of an arm at a length."""
 
     correct: dict[str, Seeds]  # by task
     cpu_s: float  # of its training, mean over seeds
 
 
-def collected(laboratory: Laboratory, seeds: int) -> dict[tuple[str, int], Found]:
+def collected(laboratory: Laboratory, seeds: int) -> dict[tuple[str, int], Result]:
     """Return the results so far, by arm and steps."""
     rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for trial in plan(seeds):
@@ -226,27 +229,27 @@ def collected(laboratory: Laboratory, seeds: int) -> dict[tuple[str, int], Found
             row = json.loads(laboratory.result(trial).read_text(encoding="utf-8"))
             rows.setdefault((trial.arm, trial.steps), []).append(row)
     return {
-        key: Found(
+        key: Result(
             {task: {r["seed"]: r["correct"][task] for r in own} for task in TASKS}, fmean(r["cpu_s"] for r in own)
         )
         for key, own in rows.items()
     }
 
 
-def tables(found: Mapping[tuple[str, int], Found], labels: measure.Labels) -> str:
+def tables(found: Mapping[tuple[str, int], Result], labels: measure.Labels) -> str:
     """Return Markdown tables: accuracies with differences in equal time of the target's runs, and a comparison in equal
     total time."""
     head = ["encoder", "steps", "CPU s", "seeds", *TASKS.values()]
-    head += [f"{title}, minus {other}" for other in ("anew", "its initial weights") for title in TASKS.values()]
+    head += [f"{title}, minus {other}" for other in ("from scratch", "its initial weights") for title in TASKS.values()]
     lines = [head]
     for arm, steps in sorted(found, key=_position):
-        own, others = found[arm, steps], [(ANEW, steps), (STARTS.get(arm, arm), SOURCE_STEPS)]
+        own, others = found[arm, steps], [(SCRATCH, steps), (STARTS.get(arm, arm), SOURCE_STEPS)]
         apart = [cell for key in others for cell in _apart(own, found.get(key) if arm in STARTS else None, labels)]
         lines.append([DESCRIBED[arm], f"{steps:,}", f"{own.cpu_s:.0f}", *_accuracies(own, labels), *apart])
     parts = [lines]
     last = LONG - SOURCE_STEPS
-    if {(RELATED, SOURCE_STEPS), (ON, last), (ANEW, LONG)} <= found.keys():
-        on, anew = found[ON, last], found[ANEW, LONG]
+    if {(RELATED, SOURCE_STEPS), (ON, last), (SCRATCH, LONG)} <= found.keys():
+        on, scratch = found[ON, last], found[SCRATCH, LONG]
         both = found[RELATED, SOURCE_STEPS].cpu_s + on.cpu_s
         rows = [
             [
@@ -254,8 +257,8 @@ def tables(found: Mapping[tuple[str, int], Found], labels: measure.Labels) -> st
                 f"{both:.0f}",
                 *_accuracies(on, labels),
             ],
-            [f"anew {LONG:,}", f"{anew.cpu_s:.0f}", *_accuracies(anew, labels)],
-            ["difference", "", "", *_apart(on, anew, labels)],
+            [f"from scratch {LONG:,}", f"{scratch.cpu_s:.0f}", *_accuracies(scratch, labels)],
+            ["difference", "", "", *_apart(on, scratch, labels)],
         ]
         parts.append([["equal total time, steps", "CPU s", "seeds", *TASKS.values()], *rows])
     return "\n\n".join(map(_markdown, parts))
@@ -264,16 +267,16 @@ def tables(found: Mapping[tuple[str, int], Found], labels: measure.Labels) -> st
 def _position(key: tuple[str, int]) -> tuple[int, int]:
     """Return the position of an encoder in the table: references first, then arms by length."""
     arm, steps = key
-    return (steps if arm == ANEW or arm in STARTS else 0), [*DESCRIBED].index(arm)
+    return (steps if arm == SCRATCH or arm in STARTS else 0), [*DESCRIBED].index(arm)
 
 
-def _accuracies(own: Found, labels: measure.Labels) -> list[str]:
+def _accuracies(own: Result, labels: measure.Labels) -> list[str]:
     """Return the number of seeds, and the accuracy by task."""
     means = [accuracy(own.correct[task], labels) for task in TASKS]
     return [str(means[0].seeds), *map(_percent, means)]
 
 
-def _apart(one: Found, other: Found | None, labels: measure.Labels) -> list[str]:
+def _apart(one: Result, other: Result | None, labels: measure.Labels) -> list[str]:
     """Return the differences of the accuracies by task; dashes if there is nothing to compare with."""
     if other is None:
         return ["-"] * len(TASKS)

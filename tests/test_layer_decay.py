@@ -18,7 +18,7 @@ from m3ae_fast.engine.optimizer import optimizer_groups
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pretraining.automatic_settings import check_overrides
 from m3ae_fast.process.ranks import join_ranks
-from m3ae_fast.training.notices import open_options
+from m3ae_fast.training.user_warnings import open_options
 from tests.helpers.checkpoints import changes_of
 from tests.helpers.trainer import TINY, zero
 from tests.test_model import MIXED

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lab import continuing
-from lab.continuing import ANEW, FAR, FULL, LAYERED, ON, RELATED, UNRELATED, Found, Trial, plan
+from lab.continuing import FAR, FULL, LAYERED, ON, RELATED, SCRATCH, UNRELATED, Result, Trial, plan
 from lab.recipe import TEST, TRAIN, keys
 from m3ae_fast import checkpoint, train
 from m3ae_fast.model.pretrained import read_pretrained
@@ -45,12 +45,12 @@ def test_runs_start_from_their_source_and_are_done_once(data, tmp_path, monkeypa
     def config(arm, steps=2):
         return json.loads((out / f"runs/{Trial(arm, steps, 0).name}.json").read_text())
 
-    anew, on = config(ANEW), config(ON)
-    assert on["optim"]["peak_lr"] == pytest.approx(anew["optim"]["peak_lr"] / 4, rel=0.01)
+    scratch, on = config(SCRATCH), config(ON)
+    assert on["optim"]["peak_lr"] == pytest.approx(scratch["optim"]["peak_lr"] / 4, rel=0.01)
     assert config(FULL)["optim"]["peak_lr"] == 0.0048  # of batches of 64
     assert [config(arm)["optim"]["layer_decay"] for arm in (ON, LAYERED)] == [1, 0.75]
-    assert anew["model"]["init_from"] is None and anew["data"]["train"] == on["data"]["train"]
-    assert (on["train"]["steps"], config(ANEW, 4)["train"]["steps"]) == (2, 4) and on["train"]["global_batch"] == 4
+    assert scratch["model"]["init_from"] is None and scratch["data"]["train"] == on["data"]["train"]
+    assert (on["train"]["steps"], config(SCRATCH, 4)["train"]["steps"]) == (2, 4) and on["train"]["global_batch"] == 4
     for arm, source in ((ON, RELATED), (FAR, UNRELATED)):
         started = read_pretrained(out / f"runs/{Trial(arm, 2, 0).name}/start").state
         trained = checkpoint.read_weights(checkpoint.locate(out / f"runs/{Trial(source, 2, 0).name}"))
@@ -70,22 +70,22 @@ def test_the_main_comparison_of_all_seeds_comes_first():
     assert len({*trials}) == len(trials)
     for number, trial in enumerate(trials):
         assert trial.source is None or trial.source in trials[:number]
-    first = trials[: trials.index(Trial(ANEW, continuing.LONG, 0))]
-    assert {(arm, steps, seed) for arm in (ANEW, ON) for steps in continuing.LENGTHS for seed in (0, 1)} < {*first}
+    first = trials[: trials.index(Trial(SCRATCH, continuing.LONG, 0))]
+    assert {(arm, steps, seed) for arm in (SCRATCH, ON) for steps in continuing.LENGTHS for seed in (0, 1)} < {*first}
     assert continuing.SOURCE_STEPS + continuing.LENGTHS[-1] == continuing.LONG
 
 
 def test_differences_are_those_of_equal_steps_and_of_the_initial_weights():
-    def row(right: int, cpu_s: float) -> Found:
+    def row(right: int, cpu_s: float) -> Result:
         marks = {f"{i}": int(i < right) for i in range(10)}
-        return Found({task: {0: marks} for task in continuing.TASKS}, cpu_s)
+        return Result({task: {0: marks} for task in continuing.TASKS}, cpu_s)
 
     last, source = continuing.LENGTHS[-1], continuing.SOURCE_STEPS
     found = {
-        (ANEW, last): row(5, 9),
+        (SCRATCH, last): row(5, 9),
         (ON, last): row(8, 9),
         (RELATED, source): row(7, 20),
-        (ANEW, continuing.LONG): row(9, 30),
+        (SCRATCH, continuing.LONG): row(9, 30),
     }
     lines = continuing.tables(found, {f"{i}": {"emoji": f"{i}"} for i in range(10)}).splitlines()
     (on,) = [line.split(" | ") for line in lines if line.startswith("| continued from the related source | ")]
