@@ -12,12 +12,23 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import add_labels, add_resume, add_settings, names_of, output, program, use_device
 from m3ae_fast.cli.config import settings_help
 from m3ae_fast.config.evaluation import EvaluationConfig
-from m3ae_fast.evaluation.tasks import DRAWS, MODALITIES, MOST_SEEDS, POOLS, PROBE_NAMES, TASKS, named_sets, require_for
+from m3ae_fast.evaluation.tasks import (
+    DRAWS,
+    MODALITIES,
+    MOST_SEEDS,
+    POOLS,
+    PROBE_NAMES,
+    TASKS,
+    Task,
+    named_sets,
+    require_for,
+)
 from m3ae_fast.process.launchers import alone
 from m3ae_fast.weights.model_name import CLASSIFIER_HELP, MODEL_HELP, PIXELS
 
@@ -28,56 +39,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("evaluate", __doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, task in TASKS.items():
-        command = tasks.add_parser(
-            name,
-            help=task.about,
-            description=task.about,
-            epilog=settings_help(EvaluationConfig, task.sections),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        about = CLASSIFIER_HELP if task.classifies else MODEL_HELP
-        about += f"; or {CLASSIFIER_HELP}" if task.may_classify else ""
-        about += f"; or {PIXELS}MODEL for downscaled pixels in place of features" if task.takes_pixels else ""
-        command.add_argument("model", metavar="MODEL", nargs="+" if task.compares else None, help=about)
-        shards = "tar files: paths, brace patterns, globs, URLs or pipe: commands"
-        if task.trains:
-            command.add_argument(
-                "--train", nargs="+", required=True, metavar="SHARDS", help=f"training samples, as {shards}"
-            )
-        if task.has_labels:
-            add_labels(command)
-        command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help=f"held-out samples, as {shards}")
-        if not task.classifies:
-            command.add_argument(
-                "--modality",
-                choices=(task.modality,) if task.modality else MODALITIES,
-                help=f"input of the encoder (default: {task.modality or 'image'}, or that of the classifier)",
-            )
-        command.add_argument("--out", type=output(), required=True, metavar="DIR", help="output folder")
-        add_settings(command, "knn.k=10")
-        if name == "ood":
-            command.add_argument(
-                "--ood",
-                action="append",
-                nargs="+",
-                required=True,
-                metavar="[NAME=]SHARDS",
-                help="out-of-distribution samples; repeat the option for each of several sets, with names",
-            )
-        if name == "robustness":
-            command.add_argument(
-                "--corrupted",
-                type=Path,
-                metavar="FOLDER",
-                help="published corruptions as shards, such as ImageNet-C's: FOLDER/CORRUPTION/SEVERITY/*.tar "
-                "(default: the corruptions of robustness.corruptions are applied to --val)",
-            )
-        if task.compares:
-            _add_comparison(command)
-        if task.surveys:
-            _add_survey(command, task.pools)
-        if task.resumes:
-            add_resume(command, "DIR")
+        _add_task(tasks, name, task)
     about = "print which of two results on the same samples is better, or that they do not differ significantly"
     command = tasks.add_parser(DIFFERENCE, help=about, description=about)
     command.add_argument("results", metavar="OUT", nargs=2, type=Path, help="the OUT folders of two tasks")
@@ -85,6 +47,66 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if hasattr(args, "ood"):
         args.ood = named_sets(args.ood)
     return args
+
+
+def _add_task(tasks: Any, name: str, task: Task) -> None:
+    command = tasks.add_parser(
+        name,
+        help=task.about,
+        description=task.about,
+        epilog=settings_help(EvaluationConfig, task.sections),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    about = CLASSIFIER_HELP if task.classifies else MODEL_HELP
+    about += f"; or {CLASSIFIER_HELP}" if task.may_classify else ""
+    about += f"; or {PIXELS}MODEL for downscaled pixels in place of features" if task.takes_pixels else ""
+    command.add_argument("model", metavar="MODEL", nargs="+" if task.compares else None, help=about)
+    shards = "tar files: paths, brace patterns, globs, URLs or pipe: commands"
+    if task.trains:
+        text = f"training samples, as {shards}"
+        command.add_argument("--train", nargs="+", required=True, metavar="SHARDS", help=text)
+    if task.has_labels:
+        add_labels(command)
+    command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help=f"held-out samples, as {shards}")
+    if not task.classifies:
+        command.add_argument(
+            "--modality",
+            choices=(task.modality,) if task.modality else MODALITIES,
+            help=f"input of the encoder (default: {task.modality or 'image'}, or that of the classifier)",
+        )
+    command.add_argument("--out", type=output(), required=True, metavar="DIR", help="output folder")
+    add_settings(command, "knn.k=10")
+    if name == "ood":
+        _add_outside_sets(command)
+    if name == "robustness":
+        _add_corrupted(command)
+    if task.compares:
+        _add_comparison(command)
+    if task.surveys:
+        _add_survey(command, task.pools)
+    if task.resumes:
+        add_resume(command, "DIR")
+
+
+def _add_outside_sets(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--ood",
+        action="append",
+        nargs="+",
+        required=True,
+        metavar="[NAME=]SHARDS",
+        help="out-of-distribution samples; repeat the option for each of several sets, with names",
+    )
+
+
+def _add_corrupted(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--corrupted",
+        type=Path,
+        metavar="FOLDER",
+        help="published corruptions as shards, such as ImageNet-C's: FOLDER/CORRUPTION/SEVERITY/*.tar "
+        "(default: the corruptions of robustness.corruptions are applied to --val)",
+    )
 
 
 def _add_survey(command: argparse.ArgumentParser, pools: bool) -> None:

@@ -152,7 +152,7 @@ class MultimodalEncoder(nn.Module):
         cls_rows = batch.encoder.cu_seqlens[:-1]
         only = {*pools} == {"cls"}  # the last block then computes the cls rows only
         pruned = (cls_rows, only_cls(batch.encoder)) if only else ()
-        found = {}
+        found: dict[tuple[int, Pool], Tensor] = {}
         for layer, x_TD in self._after(layers, batch, *pruned):
             for pool in pools:
                 if pool == "mean":
