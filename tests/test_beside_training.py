@@ -132,7 +132,7 @@ def test_an_error_of_the_last_work_is_raised_at_the_end_unless_another_ends_the_
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_save_that_fails_in_the_background_stops_the_run(trainer, ranks):
-    """The checkpoint folder turns into a file after the first save."""
+    """After the first save, a file replaces the checkpoint folder."""
     options = ["--set", "train.steps=2000", "--set", "train.save_every=2", "--set", "train.keep=1"]
     processes = fork_ranks("m3ae_fast.train", trainer.arguments("run", *options), ranks, trainer.log("run"))
     folder = trainer.folder / "run/checkpoints"

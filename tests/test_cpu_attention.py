@@ -238,7 +238,8 @@ def test_a_damaged_library_is_built_again(cache):
 
 
 def test_what_no_loader_takes_is_not_kept(cache, monkeypatch, tmp_path, caplog):
-    """The next run does not accept it on account of its checksum."""
+    """The file that cannot be loaded is removed. Otherwise, the next run would accept it because its checksum is
+    correct."""
     script(monkeypatch, tmp_path, 'while [ "$1" != -o ]; do shift; done; echo no library > "$2"')
     for _ in range(2):
         assert load_anew() is None

@@ -94,7 +94,7 @@ def test_an_evaluation_predicts_all_masked_patches(batches):
 
 
 def test_a_smaller_image_is_what_a_model_of_its_size_sees(batches):
-    """The positions are an exception: they are those of the full size."""
+    """Only the positions differ: they are those of the full size."""
     training, _ = batches
     torch.manual_seed(0)
     model = M3AE(MODEL)

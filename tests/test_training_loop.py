@@ -342,7 +342,7 @@ def test_the_wait_for_data_is_that_for_the_loader_alone(monkeypatch):
 
 
 class OneOfTwo:
-    """A rank of two whose partner has the sums `other`."""
+    """One of two ranks. The sums of the other rank are `other`."""
 
     device = torch.device("cpu")
 

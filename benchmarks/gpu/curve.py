@@ -121,7 +121,8 @@ def evaluations(metrics: Path) -> dict[int, dict[str, float]]:
 
 
 def table(found: Mapping[str, dict[int, dict[str, float]]]) -> list[results.Row]:
-    """Return a row per step and loss, with a column per run; None if a run has no such evaluation."""
+    """Return a row per step and loss, with a column per run. The value of a run without an evaluation at the step is
+    None."""
     steps = sorted({step for curve in found.values() for step in curve})
     return [
         {"step": step, "loss": name, **{run: curve.get(step, {}).get(name) for run, curve in found.items()}}

@@ -33,7 +33,7 @@ class ImageMAE(nn.Module):
         self.loss = MaskedPixelLoss(dim, patch_size=PATCH, mean=MEAN, std=STD, reduction="mean")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images [B, 3, 64, 64] uint8 -> scalar loss."""
+        """Return the loss, a scalar, of images [B, 3, 64, 64] uint8."""
         batch, count = len(images), GRID**2
         visible = round(count * (1 - MASK_RATIO))
         order_BL = torch.rand(batch, count, device=images.device).argsort(1)

@@ -53,7 +53,7 @@ class Study:
         """Train and test an encoder.
 
         Raises:
-            UserError: that is not possible.
+            UserError: the encoder cannot be trained or tested.
             Stopped: the training was stopped.
         """
         self.out.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ def test_s3(s3, tmp_path, store):
 
 
 def test_failures_of_s3_that_pass_are_tried_again(s3, tmp_path, store):
-    """A response that breaks off is resumed at this position."""
+    """If a response breaks off, the download is resumed at the position that was reached."""
     client, gets, faults, ranges = s3
     url = put(client, tmp_path, "a.tar", range(3))
     faults["/bucket/a.tar"] = ["503", "short", "500"]

@@ -187,7 +187,7 @@ def test_two_areas_are_told_apart_by_the_same_draws_of_both(transfer, run, tmp_p
 
 
 def test_scores_take_no_memory_for_each_sample_class_and_dimension():
-    """For the validation samples of ImageNet, such memory would be 154 GB."""
+    """For the validation samples of ImageNet, a tensor of this size would take 154 GB."""
     random = np.random.RandomState(0)
     train, labels = random.randn(400, 32).astype(np.float32), np.arange(400) % 200
     scores = Scores(_bank(train, labels), 5, head=lambda features: features)

@@ -620,7 +620,7 @@ def test_heads_from_linear_share_its_parameters():
 
 
 def test_torchs_precision_settings_are_heeded():
-    """This includes the newer settings, with which torch.get_float32_matmul_precision() raises."""
+    """This applies to the newer settings too, with which torch.get_float32_matmul_precision() raises an error."""
     from m3ae_kernels.triton_impl.common import precision
 
     matmul = torch.backends.cuda.matmul

@@ -69,7 +69,7 @@ def test_raw_images_give_the_loss_of_normalised_ones():
 
 
 def test_patched_models_never_embed_what_is_masked():
-    """They do not predict visible patches either. The ops receive only the required rows."""
+    """The models do not predict visible patches either. The ops receive only the required rows."""
     seen = []
     fused = patch(vit_mae())
     fused.vit.embeddings.patch_embeddings.projection.register_forward_hook(lambda _, __, out: seen.append(out.shape))
