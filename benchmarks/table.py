@@ -29,7 +29,7 @@ ALL += ("faster", "muon", "knn", "heads", "probe")
 ALL += ("native", "native-padding", "gpu-checks", "gpu-ops", "gpu-tuning", "gpu-step", "gpu-profile")
 PLOT = "scaling.png"
 SPEEDUP = "speed-up of the engine"
-SPEEDUPS = {"over reference": "reference", "over expert": "expert"}
+SPEEDUPS = {"speed-up over reference": "reference", "speed-up over expert": "expert"}
 NAMES = {  # common names of CPUs that virtual machines identify by numbers
     "AMD EPYC, family 25 model 17": "AMD Zen 4",
     "AMD EPYC, Zen 5": "AMD Zen 5",

@@ -1,6 +1,6 @@
 """A custom classifier with a pre-trained encoder, trained by a plain torch loop.
 
-    python examples/classifier.py MODEL DIR        MODEL: an export, or a name on the hub; DIR/CLASS/NAME.jpg
+    python examples/classifier.py MODEL DIR        MODEL: an export, or a name on the Hub; DIR/CLASS/NAME.jpg
 
 Shapes: B images, L patches, D encoder width, K classes.
 """
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("images")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--minutes", type=float, default=5, help="training ends after so long, whatever the epochs say")
+    parser.add_argument("--minutes", type=float, default=5, help="time limit of the training, regardless of --epochs")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()

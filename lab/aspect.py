@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m lab.aspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for shards, runs and the table")
-    parser.add_argument("--steps", type=int, default=400, help="of each run (default: 400)")
+    parser.add_argument("--steps", type=int, default=400, help="number of steps of each run (default: 400)")
     args = parser.parse_args(argv)
     shards = args.out / "shards"
     for shard in sorted(CLIPART.glob("*.tar")):
@@ -124,8 +124,8 @@ def main(argv: list[str] | None = None) -> int:
             found.setdefault((name, seen), {}).setdefault(task, []).append(accuracy(model, shards, seen, task, out))
     shapes = [ratio for shard in sorted(shards.glob("*.tar")) for ratio in ratios(shard)]
     spread = "{:.2f}, {:.2f} and {:.2f}".format(*np.quantile(shapes, (0.25, 0.5, 0.75)))
-    text = f"{len(shapes):,} drawings, their longer over their shorter side {spread} (quartiles). Accuracy in %: mean "
-    text += f"and standard deviation of {len(SEEDS)} seeds.\n\n"
+    text = f"{len(shapes):,} drawings; quartiles of the longer side divided by the shorter side: {spread}. "
+    text += f"Accuracy in %: mean and standard deviation of {len(SEEDS)} seeds.\n\n"
     write_whole(args.out / "table.md", text + table(found) + "\n")
     print(text + table(found))
     return 0

@@ -8,8 +8,8 @@ continues
 
 Linear probes and fine-tuning are run with the defaults (m3ae_fast/evaluation/default_hyperparameters.py), with a third
 and three times the learning rate, and for half and twice as many steps; linear probes also with the learning rate that
-they choose themselves. The datasets are drawings, emoji and clothes, with an MAE trained on the same images; probes are
-also run on random weights. table.md is written to --out. Completed trials are not repeated.
+they select themselves. The datasets are clip art, emoji and Fashion-MNIST, with an MAE trained on the same images;
+probes are also run on random weights. table.md is written to --out. Completed trials are not repeated.
 """
 
 from __future__ import annotations
@@ -346,12 +346,16 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m lab.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "data", type=Path, metavar="DATA", help="has folders fashion, twitter and google, as lab.labelled writes them"
+        "data", type=Path, metavar="DATA", help="folder with fashion, twitter and google, written by lab.labelled"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/recipe"), help="folder (default: runs/recipe)")
-    parser.add_argument("--tasks", nargs="+", choices=OFFICIAL, default=[*OFFICIAL], help="which (default: both)")
-    parser.add_argument("--minutes", type=float, metavar="N", help="begin nothing after so many minutes")
-    parser.add_argument("--steps", type=int, default=400, metavar="N", help="of each MAE (default: 400)")
+    parser.add_argument("--out", type=Path, default=Path("runs/recipe"), help="output folder (default: runs/recipe)")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=OFFICIAL, default=[*OFFICIAL], help="tasks to run (default: both)"
+    )
+    parser.add_argument("--minutes", type=float, metavar="N", help="start no trial after N minutes")
+    parser.add_argument(
+        "--steps", type=int, default=400, metavar="N", help="number of training steps of each MAE (default: 400)"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     started = time.monotonic()

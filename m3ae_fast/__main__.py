@@ -10,7 +10,7 @@ from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.base.former_names import present_name
 
 COMMANDS = {
-    "pretrain": "one command from images to a model: makes shards, chooses settings, trains, evaluates, exports",
+    "pretrain": "train a model on images with one command: make shards, choose settings, train, evaluate, export",
     "train": "pre-train a model; on several GPUs: torchrun --nproc-per-node N -m m3ae_fast train",
     "shards": "make shards from folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
     "embed": "write the features of shards or of a folder of images as .npz or .parquet",

@@ -55,8 +55,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume-with-changes",
         action="store_true",
-        help="resume even if the shards, tokenizer, crops or masks differ from those of the checkpoint; from "
-        "there on it is a different run",
+        help="resume even if the shards, tokenizer, crops or masks differ from those of the checkpoint; "
+        "the result then differs from that of an uninterrupted run",
     )
     parser.add_argument(
         "--profile", action="store_true", help="write trace.json.gz into run.dir: a torch profiler trace of some steps"

@@ -436,11 +436,11 @@ def test_ends_that_are_those_of_no_samples_are_refused(ends, longest, impl):
     kv, right = torch.randn(9, 3, 2, 16), torch.tensor([0, 4, 9], dtype=torch.int32)
     wrong = torch.tensor(ends, dtype=torch.int32)
     op.packed_attention(kv, right, 5, impl=impl)
-    with pytest.raises(IndexError, match="cu_seqlens must rise from 0 to the 9 rows"):
+    with pytest.raises(IndexError, match="cu_seqlens must increase from 0 to 9, the number of rows"):
         op.packed_attention(kv, wrong, longest, impl=impl)
     if len(ends) == 3:
         queries = {"q": kv[:, 0], "cu_queries": wrong, "max_queries": longest}
-        with pytest.raises(IndexError, match="cu_queries must rise from 0 to the 9 rows"):
+        with pytest.raises(IndexError, match="cu_queries must increase from 0 to 9, the number of rows"):
             op.packed_attention(kv[:, 1:], right, 5, impl=impl, **queries)
 
 

@@ -82,7 +82,7 @@ def test_encode_takes_arrays_files_and_tensors(dtype, tmp_path):
         torch.testing.assert_close(model.encode(torch.from_numpy(levels).permute(2, 0, 1)), model.encode(levels))
         with pytest.raises(ValueError, match=r"the image has dtype torch\.int32, but must be uint16 or floating-point"):
             model.encode(image.int()[None])
-    with pytest.raises(ValueError, match=r"the array \[16, 16, 12\] has 12 channels, but the model takes 13"):
+    with pytest.raises(ValueError, match=r"the array \[16, 16, 12\] has 12 channels, but the model expects 13"):
         model.encode([values[..., :12]])
 
 

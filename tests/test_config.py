@@ -93,7 +93,7 @@ MISTAKES = [
     (["run.seed=18446744073709551616"], "run.seed"),
     (["run.dir="], "run.dir: is empty; name a path"),
     (["model.depth=100000000000"], "model.depth"),
-    (["model.mlp_ratio=0.01"], "mlp_ratio 0.01 leaves no hidden layer"),
+    (["model.mlp_ratio=0.01"], "mlp_ratio 0.01 gives a hidden width of 0"),
     (["train.global_batch=1000000000000000000"], "train.global_batch"),
     (['run.dir="a\\u0000b"'], "null character"),
     (["data.train.².shards=x"], "'²'"),
@@ -132,7 +132,7 @@ def test_config_file_mistakes(run):
     for name, text, message in [
         ("missing.json", None, "cannot be read"),
         ("broken.json", "{", "is not valid JSON"),
-        ("list.json", "[]", "must hold one JSON object"),
+        ("list.json", "[]", "must contain one JSON object"),
         ("deep.json", "[" * 100_000, "is not valid JSON"),
         ("twice.json", '{"data": {"train": 1, "train": 2}}', "duplicate key 'train'"),
         ("empty.json", "{}", "data is missing"),
@@ -148,7 +148,7 @@ def test_config_file_mistakes(run):
 def test_old_run_is_not_overwritten(run):
     assert run()[0] == 0
     code, err = run()
-    assert code == 2 and "already holds checkpoints" in err
+    assert code == 2 and "already contains checkpoints" in err
     code, err = run("--resume", "auto", "--set", "model.depth=3")
     assert code == 2 and "model.depth = 2, but the config has 3" in err
     code, err = run("--resume", str(run.folder / "nothing"))
@@ -329,9 +329,9 @@ def test_dry_run(path, capsys):
     for number in known.get(path.stem, ()):
         assert number in out
     recomputed = (
-        "a GPU without enough memory for them, 62% are kept"
+        "a GPU without enough memory for all activations, 62% are kept"
         if path.stem == "large"
-        else "a GPU without enough memory for them"
+        else "a GPU without enough memory for all activations"
     )
     assert (recomputed in out) == (path.stem not in ("huge", "quickstart"))
 

@@ -248,7 +248,7 @@ def test_losses_on_all_tokens_are_refused():
         M3AE(TINY, LossConfig(image_all_tokens=True))
     data = {"data": {"train": [{"shards": "a.tar"}]}, "train": {"global_batch": 8, "steps": 1}}
     data |= {"model": {"size": "small", "dec_attention": "cross"}, "loss": {"text_all_tokens": True}}
-    with pytest.raises(UserError, match=r"model\.dec_attention cross predicts masked tokens alone"):
+    with pytest.raises(UserError, match=r"model\.dec_attention cross predicts only masked tokens"):
         parse(Config, data, "config")
 
 

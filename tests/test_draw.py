@@ -176,7 +176,7 @@ def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, wor
     main(["attention", str(run), "--pictures", "2" if word else "7", *(["--word", word] if word else [])])
     ((*rows, key),) = sheets
     (cell,) = key
-    assert cell.text == "blue: none; red: maximum of each image"
+    assert cell.text == "blue: zero attention; red: maximum in image"
     assert cell.image[0, 0, -1] > cell.image[0, 0, 0] and cell.image[2, 0, -1] < cell.image[2, 0, 0]
     shown = [[cell.text for cell in row] for row in rows]
     if word:

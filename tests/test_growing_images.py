@@ -133,7 +133,7 @@ def test_compiled_blocks_take_images_of_all_sizes_without_another_graph(attentio
         ({"resize": "native"}, {}, r"square images with pixel targets, not model\.resize native"),
         ({"image_targets": "vqgan"}, {}, r"square images with pixel targets, not model\.image_targets vqgan"),
         ({}, {"hours": 1.0}, r"a known number of steps: set train\.hours"),
-        ({}, {"image_sizes": [[0.5, 8], [0.25, 12]]}, r"the fractions \[0\.5, 0\.25\] must rise"),
+        ({}, {"image_sizes": [[0.5, 8], [0.25, 12]]}, r"the fractions \[0\.5, 0\.25\] must increase"),
         ({}, {"image_sizes": [[0.5, 10]]}, r"10 must be a multiple of model\.patch_size"),
         ({}, {"image_sizes": [[0.5, 64]]}, r"below model\.image_size"),
         ({}, {"image_sizes": [[1.0, 16]]}, r"train\.image_sizes"),

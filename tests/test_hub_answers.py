@@ -32,7 +32,7 @@ class _Knows(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def at(monkeypatch):
-    """Return a function that sets the port at which the hub is expected on this machine."""
+    """Return a function that sets the port at which the Hub is expected on this machine."""
 
     def move(port):
         api = functools.partial(huggingface_hub.HfApi, endpoint=f"http://127.0.0.1:{port}")
@@ -68,9 +68,9 @@ def test_silence_is_not_waited_for_again(at, monkeypatch, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         at(silent.getsockname()[1])
         monkeypatch.setattr(hub, "PATIENCE", 0.1)
-        with pytest.raises(UserError, match="owner/name: no such file or folder, and the hub does not respond, and"):
+        with pytest.raises(UserError, match="owner/name: no such file or folder, and the Hub does not respond, and"):
             find_folder("owner/name")
-        with pytest.raises(UserError, match="owner/name: neither a file nor available from the Hugging Face hub"):
+        with pytest.raises(UserError, match="owner/name: neither a file nor available from the Hugging Face Hub"):
             load_tokenizer("owner/name", 8)
         with pytest.raises(UserError, match=r"owner/name: cannot be loaded \(it is not a folder, and the"):
             HuggingFace("owner/name", None, None, (None, None, None))

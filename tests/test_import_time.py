@@ -130,15 +130,15 @@ def test_one_rank_of_several_leaves_the_config_to_the_first(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["m3ae_fast", "transfer", "knn"], "m3ae-fast transfer is called m3ae-fast evaluate now"),
-        (["m3ae_fast", "features"], "m3ae-fast features is called m3ae-fast embed now"),
-        (["m3ae_fast.transfer", "knn"], "python -m m3ae_fast.transfer is called m3ae-fast evaluate now"),
-        (["m3ae_fast.report", "run"], "python -m m3ae_fast.report is called m3ae-fast report now"),
-        (["m3ae_fast", "visualise", "a", "map"], "m3ae-fast visualise map is called m3ae-fast draw map now"),
-        (["m3ae_fast", "visualise", "a"], "m3ae-fast visualise is called m3ae-fast draw reconstructions now"),
-        (["m3ae_fast", "fill"], "m3ae-fast fill is called m3ae-fast draw fill now"),
-        (["m3ae_fast.data", "from-hf"], "python -m m3ae_fast.data from-hf is called m3ae-fast shards make now"),
-        (["m3ae_fast", "data"], "m3ae-fast data is called m3ae-fast shards now"),
+        (["m3ae_fast", "transfer", "knn"], "m3ae-fast transfer has been renamed to m3ae-fast evaluate"),
+        (["m3ae_fast", "features"], "m3ae-fast features has been renamed to m3ae-fast embed"),
+        (["m3ae_fast.transfer", "knn"], "python -m m3ae_fast.transfer has been renamed to m3ae-fast evaluate"),
+        (["m3ae_fast.report", "run"], "python -m m3ae_fast.report has been renamed to m3ae-fast report"),
+        (["m3ae_fast", "visualise", "a", "map"], "m3ae-fast visualise map has been renamed to m3ae-fast draw map"),
+        (["m3ae_fast", "visualise", "a"], "m3ae-fast visualise has been renamed to m3ae-fast draw reconstructions"),
+        (["m3ae_fast", "fill"], "m3ae-fast fill has been renamed to m3ae-fast draw fill"),
+        (["m3ae_fast.data", "from-hf"], "python -m m3ae_fast.data from-hf has been renamed to m3ae-fast shards make"),
+        (["m3ae_fast", "data"], "m3ae-fast data has been renamed to m3ae-fast shards"),
     ],
 )
 def test_a_former_name_says_the_present_one(arguments, line):

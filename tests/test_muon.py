@@ -214,7 +214,9 @@ def test_what_keeps_no_whole_matrices_is_refused(section, request):
     data = json.loads(json.dumps(TINY))
     data["optim"] |= {"name": "muon"}
     data["deepspeed"] = {"zero_optimization": section}
-    with pytest.raises(UserError, match=f"optim.name muon needs whole matrices, of which {request.node.callspec.id}"):
+    with pytest.raises(
+        UserError, match=f"optim.name muon needs whole matrices on the GPU, but {request.node.callspec.id}"
+    ):
         parse(Config, data, "test")
     data["optim"]["name"] = "adamw"
     parse(Config, data, "test")

@@ -172,7 +172,7 @@ def test_exports_are_of_square_images_and_say_so(run, tmp_path, capsys):
     timm = pytest.importorskip("timm")
     model = open_model(str(run), text=False)
     assert export.main([str(run), "--out", str(tmp_path / "timm"), "--format", "timm"]) == 0
-    assert "it takes square images of 32 x 32 pixels" in capsys.readouterr().out
+    assert "it accepts only square images of 32 x 32 pixels" in capsys.readouterr().out
     vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.image_mean, model.config.image_std))

@@ -347,7 +347,7 @@ def test_shards_of_changed_pictures_are_made_anew_before_a_run_begins(tmp_path):
     assert "its shards are created again" in find_shards(str(photos), out, None, []).notes[-1]
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns != first and not (out / "config.json").exists()
     (photos / "red/0.txt").write_text("a third one")
-    with pytest.raises(UserError, match="holds the shards of another source; remove it, or choose another --out"):
+    with pytest.raises(UserError, match="contains the shards of another source; remove it, or choose another --out"):
         find_shards(str(photos), out, None, [])  # without a config, the origin of the shards is unknown
 
 
@@ -577,7 +577,7 @@ def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
         [],
     ) and statistics.vocab_size
     monkeypatch.setattr("m3ae_fast.shards.sources.huggingface.hub_answers", lambda *_: True)
-    monkeypatch.setattr("datasets.load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("the hub is far")))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("the Hub is far")))
     with pytest.raises(UserError, match="nowhere: no such folder; as the name of a dataset: "):
         find_shards("nowhere", tmp_path / "other", None, [])
 

@@ -68,13 +68,13 @@ def test_images_alone_continue_from_an_mae_without_a_decoder(tmp_path):
     convert(tmp_path / "mae.pth", tmp_path / "converted", num_heads=3)
     given = given_weights(str(tmp_path / "converted"), tmp_path / "run", [])
     assert "model.vocab_size=0" in given.overrides and not any("data." in override for override in given.overrides)
-    assert any("contain no decoder: it is randomly initialised" in note for note in given.notes)
+    assert any("contain no decoder, so the decoder is randomly initialised" in note for note in given.notes)
 
 
 def test_a_decoder_with_cross_attention_starts_from_an_encoder(tmp_path):
     M3AE(SMALL).save_pretrained(tmp_path / "self")
     given = given_weights(str(tmp_path / "self"), tmp_path / "run", ["model.dec_attention=cross"])
-    note = "their decoder was trained with model.dec_attention=self: it is randomly initialised"
+    note = "their decoder was trained with model.dec_attention=self, so the decoder is randomly initialised"
     assert note in given.notes
     assert note not in given_weights(str(tmp_path / "self"), tmp_path / "other", []).notes
 

@@ -37,6 +37,15 @@ TERMS = {
     r"cautions?": "warning",
     r"(?<!alibi )slopes?": "gradient, derivative",
     r"settle[sd]?|settling": "resolved, configured",
+    r"errors? of one line": "one-line error",
+    r"must rise": "must increase",
+    r"(is|are) (said|told)": "is printed, is reported",
+    r"what is (black|white)": "the values of black and white",
+    r"trained on too": "also used for training",
+    r"(?<!there )(is|are) no (image|number|multiple|list|model|text|array|file|folder)s?": "is not a",
+    r"half written": "incomplete",
+    r"(here|there|where)(of|in|to|by|upon)|forthwith|notwithstanding|for want of|insofar|whichever": "plain words",
+    r"(is|are) (called .{1,40}) now": "has been renamed to",
 }
 PRIVATE = re.compile("|".join(rf"(?P<t{i}>\b(?:{pattern})\b)" for i, pattern in enumerate(TERMS)), re.IGNORECASE)
 FOLDERS = ("m3ae_fast", "kernels", "lab", "benchmarks", "examples", "docs", "configs")
@@ -84,11 +93,17 @@ def private_words(text: str) -> list[str]:
         ("class SignOfLife:", "sign of life"),
         ('raise UserError("files beside\n    the shards")', "beside"),
         ("**Strange** samples", "strange"),
+        ("an array that is no image", "is no image"),
+        ("the section thereof", "thereof"),
     ],
 )
 def test_private_words_are_found_in_identifiers_messages_and_prose(text, word):
     (found,) = private_words(text)
     assert found.startswith(f"{word}: ")
+
+
+def test_an_absence_is_not_a_private_word():
+    assert private_words("there is no image, and there are no texts") == []
 
 
 def test_texts_have_the_terms_of_the_field():

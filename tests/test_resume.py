@@ -204,7 +204,7 @@ def test_what_a_resumed_run_may_change(tmp_path):
         "train.precision was fp32 and is bf16 from here on",
     ]
     with pytest.raises(
-        UserError, match=r"with data\.image_tokenizer = none, now it is weights 1, which changes the stream"
+        UserError, match=r"with data\.image_tokenizer = none, but it is now weights 1, which changes the stream"
     ):
         fits("run", stream=stream | {"data.image_tokenizer": "weights 1"})
 
@@ -344,7 +344,7 @@ def test_nodes_that_see_other_shards_do_not_begin(trainer):
     assert code == 2 and not (trainer.folder / "run/checkpoints").exists()
     (line,) = said.splitlines()
     assert line.startswith("error: data.train is 2 shards with 80 samples, ") and "on rank 0 (" in line
-    assert "1 shards with 40 samples" in line and line.endswith("give every node the same files")
+    assert "1 shards with 40 samples" in line and line.endswith("make the files identical on all nodes")
 
 
 @pytest.mark.parametrize(("seen", "told"), [
@@ -382,7 +382,7 @@ def test_shards_written_anew_at_equal_size_are_noted_and_moved_ones_are_not(tmp_
     info = checkpoint.Info(1, 0, config.run.seed, config.model_dump(mode="json"), {}, before)
     (note,) = changes_of(tmp_path, info, config, after)
     assert note.startswith("data.train.written was ") and "is 2023-11-14 22:13:20 UTC" in note
-    with pytest.raises(UserError, match=r"data\.train\.loss_weight = 1, now it is 2, which changes the stream"):
+    with pytest.raises(UserError, match=r"data\.train\.loss_weight = 1, but it is now 2, which changes the stream"):
         changes_of(tmp_path, info, config, before | {"data.train.loss_weight": "2"})
 
 
@@ -399,7 +399,7 @@ def test_resume_never_loops_on_weights_that_give_no_finite_loss(trainer):
     assert "step-00000004 is now marked as failed" in out and "the last good checkpoint is" in out
     assert trainer.checkpoints("run") == ["step-00000003", "step-00000004"]
     out = trainer("run", *options, "--resume", "auto", "--set", "train.steps=5")
-    assert "step-00000004 is skipped: step 5, the first from its weights, was not finite" in out
+    assert "step-00000004 is skipped: step 5, the first step with its weights, was not finite" in out
     assert [step for step, *_ in trainer.losses("run")] == [1, 2, 3, 4, 5]
 
 
@@ -517,7 +517,7 @@ def test_a_run_does_not_go_on_among_checkpoints_of_another(tmp_path):
     (tmp_path / "link").symlink_to(mine)
     assert resuming.find(tmp_path / "mine", str(tmp_path / "link")) == tmp_path / "link"
     assert resuming.find(tmp_path / "new", str(tmp_path / "other")) == other
-    with pytest.raises(UserError, match="already holds checkpoints"):
+    with pytest.raises(UserError, match="already contains checkpoints"):
         resuming.find(tmp_path / "mine", str(other))
 
 

@@ -205,7 +205,8 @@ def test_a_rank_is_heard_when_it_tells_something_new(monkeypatch):
     judged.store.set("beat 1", "2 step 2")
     judged.store.set("stop", "SIGTERM")
     judged.beats(5)
-    assert one.silent == 0.0 and judged.stop.reason == "asked by another rank" and judged.heartbeats.stop_requested()
+    assert one.silent == 0.0 and judged.stop.reason == "requested by another rank"
+    assert judged.heartbeats.stop_requested()
 
 
 def test_where_the_store_has_left_a_rank_knows_what_it_was_told_itself(monkeypatch):
@@ -306,7 +307,7 @@ def test_the_first_reason_to_stop_is_the_one_that_is_told():
     stop = StopRequest()
     assert not stop.asked
     stop.ask("SIGTERM")
-    stop.ask("asked by another rank")
+    stop.ask("requested by another rank")
     assert stop.asked and stop.reason == "SIGTERM"
 
 

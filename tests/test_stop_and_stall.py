@@ -224,7 +224,7 @@ def test_a_rank_whose_peer_left_first_saves_what_there_is_and_says_it():
     assert [process.stdout.readline() for process in ranks] == ["ready\n"] * 2
     ranks[1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=60)[0] for process in ranks]
-    assert said == ["stopped (asked by another rank); half is in a.json\n", ""]
+    assert said == ["stopped (requested by another rank); half is in a.json\n", ""]
     assert [process.returncode for process in ranks] == [0, 0]
 
 

@@ -498,7 +498,7 @@ def test_ranks_find_the_same_spike_in_their_mean_loss(at_once):
     for watch in watches:
         assert (watch.bad_step, len(watch.spikes.recent)) == (high, WINDOW)
         assert watch.first_bad() == (
-            f"the loss of step {high}, 9, is a spike: the 128 losses before it are 2.5 ± 0.5; samples: {high}"
+            f"the loss of step {high}, 9, is a spike: the previous 128 losses are 2.5 ± 0.5; samples: {high}"
         )
 
 
@@ -821,7 +821,7 @@ def test_held_out_shards_that_are_trained_on_are_told(tmp_path, mixed):
     calm = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
     train, val = (open_corpus([SourceConfig(shards=names)], ShardStore(tmp_path)) for names in (one, [one, two]))
     (note,) = run_warnings(calm, Data(train, val, None), Schedule(calm.train, calm.optim, 100))
-    assert note.startswith(f"data.val: 1 of its shards is trained on too, such as {one}: ")
+    assert note.startswith(f"data.val: 1 of its shards is also used for training, such as {one}: ")
 
 
 def test_a_cache_on_a_network_file_system_is_told(tmp_path, mixed, monkeypatch):

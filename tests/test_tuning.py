@@ -71,7 +71,7 @@ def test_a_search_that_cannot_say_anything_is_refused(tmp_path, monkeypatch, cap
     monkeypatch.setattr(learning_rate_search.checkpoint, "saved_steps", lambda run: [run / "step-1"])
     with pytest.raises(UserError, match="has begun; leave out --tune"):
         learning_rate_search.tune(tuned_config(tmp_path), path)
-    with pytest.raises(UserError, match=r"leave out one of --tune and --set optim\.peak_lr"):
+    with pytest.raises(UserError, match=r"use only one of --tune and --set optim\.peak_lr"):
         pretrain(tmp_path, tmp_path / "out", overrides=["optim.peak_lr=1e-3"], tune=True)
 
 

@@ -32,29 +32,31 @@ def parser() -> argparse.ArgumentParser:
     names = [stage.name for stage in plan.PLAN]
     found = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     what = found.add_mutually_exclusive_group()
-    what.add_argument("--quick", action="store_true", help="checks alone, no timing")
-    what.add_argument("--odd", action="store_true", help="checks of small odd sizes alone")
+    what.add_argument("--quick", action="store_true", help="only check the kernels, without timing")
+    what.add_argument("--odd", action="store_true", help="only check the kernels at small odd sizes")
     what.add_argument(
         "--tune",
         nargs="*",
         metavar="KERNEL",
-        help="find the best block sizes on this GPU, for all kernels or for these",
+        help="find the best block sizes on this GPU, for all kernels or only for the named ones",
     )
-    what.add_argument("--step", action="store_true", help="whole training steps; needs m3ae_fast installed")
-    what.add_argument("--all", action="store_true", help="every stage of plan.py; call again for those that are left")
+    what.add_argument("--step", action="store_true", help="time whole training steps; requires m3ae_fast")
+    what.add_argument(
+        "--all", action="store_true", help="run all stages of plan.py; call again for the remaining stages"
+    )
     found.add_argument(
-        "--budget", type=float, metavar="SECONDS", help=f"end after so long (default {BUDGET}; --all: {ALL_BUDGET})"
+        "--budget", type=float, metavar="SECONDS", help=f"time limit (default: {BUDGET}; with --all: {ALL_BUDGET})"
     )
     found.add_argument(
         "--again", nargs="+", default=(), choices=names, metavar="STAGE", help="with --all: stages to run again"
     )
-    found.add_argument("--dtype", choices=[_name(d) for d in DTYPES], help="check or tune one alone")
-    found.add_argument("--no-compile", action="store_true", help="without torch.compile among the baselines")
-    found.add_argument("--size", choices=plan.SIZES, help="of --step: this alone")
-    found.add_argument("--on", choices=("deepspeed", "torch", "expert"), help="of --step: what runs it, alone")
-    found.add_argument("--samples", type=int, help="of --step: a GPU's batch (default 512)")
-    found.add_argument("--recompute", action="store_true", help="of --step: GELU and norms, as where memory lacks")
-    found.add_argument("--results", type=Path, metavar="DIR", help="where to write (default benchmarks/results/GPU)")
+    found.add_argument("--dtype", choices=[_name(d) for d in DTYPES], help="check or tune only in this dtype")
+    found.add_argument("--no-compile", action="store_true", help="leave out the torch.compile baselines")
+    found.add_argument("--size", choices=plan.SIZES, help="with --step: only this size of the model")
+    found.add_argument("--on", choices=("deepspeed", "torch", "expert"), help="with --step: only this engine")
+    found.add_argument("--samples", type=int, help="with --step: batch size per GPU (default: 512)")
+    found.add_argument("--recompute", action="store_true", help="with --step: recompute GELU and norms, to save memory")
+    found.add_argument("--results", type=Path, metavar="DIR", help="output folder (default: benchmarks/results/GPU)")
     # internal: set for the process that the program starts, which processes the items from this one on
     found.add_argument("--from", type=int, dest="first", help=argparse.SUPPRESS)
     return found
@@ -65,7 +67,7 @@ def main(arguments: list[str] | None = None, **options: Any) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     if args.again and not args.all:
-        parser().error("--again goes with --all")
+        parser().error("--again can be used only with --all")
     if not torch.cuda.is_available():
         print("benchmarks.gpu: torch sees no CUDA device on this machine; nothing to measure", file=sys.stderr)
         return 2

@@ -121,7 +121,7 @@ def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN, again: Col
         if not _is_done(place):
             left = deadline - time.monotonic()
             if begun and left < stage.seconds:  # the first stage of a call always starts
-                print(f"{stage.name} takes up to {stage.seconds:.0f} s, {max(0, left):.0f} are left: call again")
+                print(f"{stage.name} takes up to {stage.seconds:.0f} s, {max(0, left):.0f} s are left: call again")
                 return LATER
             begun = True
             shutil.rmtree(place, ignore_errors=True)

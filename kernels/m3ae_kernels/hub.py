@@ -1,4 +1,4 @@
-"""Writes the library in the layout that Hugging Face's `kernels` package loads from the hub or from a folder.
+"""Writes the library in the layout that Hugging Face's `kernels` package loads from the Hub or from a folder.
 
     python -m m3ae_kernels.hub FOLDER
 

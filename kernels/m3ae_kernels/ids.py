@@ -58,5 +58,5 @@ def check_ends(op: str, name: str, ends: Tensor, rows: int, longest: int) -> Non
         return
     at = int((~right).nonzero()[0]) if len(ends) else 0
     found = f"{name}[{at}] is {int(ends[at])}" if len(ends) else f"{name} is empty"
-    valid = f"from 0 to the {rows} rows there are, by at most the longest, {longest}, a step"
-    raise IndexError(f"{op}: {name} must rise {valid}: {found}")
+    valid = f"from 0 to {rows}, the number of rows, in steps of at most {longest}, the maximum length"
+    raise IndexError(f"{op}: {name} must increase {valid}: {found}")

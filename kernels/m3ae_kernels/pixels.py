@@ -39,7 +39,7 @@ def check_pixels(
     if not channels:
         raise ValueError("images has 0 channels, expected 1 or more")
     if not is_integer(patch_size):
-        raise TypeError(f"patch_size is {patch_size!r}, it must be an integer: patches are square")
+        raise TypeError(f"patch_size is {patch_size!r}, but must be an integer: patches are square")
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"images of {height} x {width} pixels do not divide into patches of {patch_size}")
     check_index("patch_ids", patch_ids, (...,), images)

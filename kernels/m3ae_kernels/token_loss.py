@@ -104,7 +104,7 @@ def masked_token_loss(
         raise ValueError(f"label_smoothing is {label_smoothing}, but must be from 0 to 1")
     reduction = chosen_reduction("masked_token_loss", reduction)
     if not is_integer(ignore_index):
-        raise TypeError(f"ignore_index is {ignore_index}, it must be an integer")
+        raise TypeError(f"ignore_index is {ignore_index}, but must be an integer")
     if targets.dtype == torch.int32 and not -(2**31) <= ignore_index < 2**31:
         raise ValueError(f"ignore_index is {ignore_index}, which int32 targets cannot contain")
     if workspace is not None and workspace < 1:

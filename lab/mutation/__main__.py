@@ -97,9 +97,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lab.mutation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of coverage*.json and of the results")
-    parser.add_argument("--count", type=int, default=150, help="mutants (default: 150)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder with coverage*.json, to which results are written"
+    )
+    parser.add_argument("--count", type=int, default=150, help="number of mutants (default: 150)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sample of mutants (default: 0)")
     args = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
     import_libraries()

@@ -56,9 +56,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lab.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=10, help="when faults end; the last run is then finished")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults (default: 0)")
-    parser.add_argument("--out", type=Path, help="a Markdown file for the report, which is printed too")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10,
+        help="time after which no more faults are injected and the last run is completed",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the faults (default: 0)")
+    parser.add_argument("--out", type=Path, help="Markdown file to which the report is also written")
     args = parser.parse_args(argv)
     begin = time.monotonic()
     until = begin + 60 * args.minutes

@@ -8,8 +8,8 @@ python -m lab.study data/labelled --arms fractions ratios  # the comparisons of 
 python -m lab.study data/labelled --validation --out runs/tried --set train.optim.peak_lr=1e-3    # to choose settings
 
 Encoders are pre-trained (m3ae_fast.train) on emoji with their names, one after the other, and tested on held-out emoji
-and clothes with the probes of m3ae_fast.evaluation. study.json, study.png and README.md are written after each encoder.
-Completed encoders are not repeated: if the program is stopped, call it again, on another machine with the same
+and Fashion-MNIST with the probes of m3ae_fast.evaluation. study.json, study.png and README.md are written after each
+encoder. Completed encoders are not repeated: if the program is stopped, run it again, on another machine with the same
 --results.
 """
 
@@ -38,19 +38,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m lab.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "data", type=Path, metavar="DATA", help="has folders fashion, twitter and google, as lab.labelled writes them"
+        "data", type=Path, metavar="DATA", help="folder with fashion, twitter and google, written by lab.labelled"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder for runs (default: runs/study)")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="folder for tables and plot (default: --out)")
     parser.add_argument(
-        "--seeds", type=int, choices=range(1, FOLDS + 1), default=FOLDS, help=f"of each encoder (default: {FOLDS})"
+        "--out", type=Path, default=Path("runs/study"), help="output folder for the runs (default: runs/study)"
     )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="what is compared (default: all)")
-    parser.add_argument("--minutes", type=float, metavar="N", help="begin no encoder after so many minutes")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="output folder for the tables and the plot (default: --out)"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        choices=range(1, FOLDS + 1),
+        default=FOLDS,
+        help=f"number of seeds per encoder (default: {FOLDS})",
+    )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="comparisons to run (default: all)")
+    parser.add_argument("--minutes", type=float, metavar="N", help="start no encoder after N minutes")
     parser.add_argument(
         "--validation",
         action="store_true",
-        help="test on samples that have no part in the tests, to choose settings; runs in --out/validation",
+        help="evaluate on validation samples, which are not part of the test sets; runs are in --out/validation",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of settings.json"
@@ -89,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             study.perform(encoder)
         except Stopped:
-            say("stopped; call it again to go on")
+            say("stopped; run the same command again to continue")
             return 1
         write()
     write()

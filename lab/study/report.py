@@ -151,7 +151,7 @@ def tables(rows: Rows, head: dict[str, Any]) -> str:
         swept = [_swept(rows, point) for point in SWEEPS[title](rows)]
         lines += ["", *_table([title, *SWEPT.values(), "linear, minus raw pixels", "linear, minus MAE"], swept)]
     lines += ["", *_table(["held-out", *LOSSES.values()], _losses(rows))]
-    alt = "Accuracy by encoder, and by what was run of captions kept, text mask ratio, training time and width"
+    alt = "Accuracy by encoder, and by text mask ratio, fraction of captions, training time and encoder width"
     return "\n".join(lines) + f"\n\n![{alt}]({PLOT})\n"
 
 

@@ -58,7 +58,7 @@ def prepare(data: Path, folder: Path, side: int) -> None:
         for sample in read(data / vendor, ("train", "val")):
             about = sample.about
             if "tone" not in about:
-                raise UserError(f"{data / vendor}: was made by an earlier version; make it again with lab.labelled")
+                raise UserError(f"{data / vendor}: was made by an earlier version; create it again with lab.labelled")
             if not is_plain(sample):
                 continue
             key = f"{vendor}-{about['emoji']}"

@@ -41,7 +41,10 @@ def test_native_and_square_are_trained_and_tested_alike(tmp_path, monkeypatch, c
         found = [Image.open(tar.extractfile(info)).size for info in tar if info.name.endswith(".png")]
     assert len(found) == 8 and all(abs(a - b) <= 2 for a, b in zip(found[0], (40, 10)))
     text = (tmp_path / "out/table.md").read_text()
-    assert text.startswith("10 drawings, their longer over their shorter side ") and text.count(" ± ") == 12
+    assert (
+        text.startswith("10 drawings; quartiles of the longer side divided by the shorter side: ")
+        and text.count(" ± ") == 12
+    )
     capsys.readouterr()
     assert aspect.main(arguments) == 0
     assert "training is complete" in capsys.readouterr().out

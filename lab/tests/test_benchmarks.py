@@ -108,7 +108,8 @@ def test_results_become_the_readmes_tables(tmp_path):
     assert table.main(["--readme", str(readme), "--results", str(tmp_path / "results")]) == 0
     text = readme.read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("\nafter\n")
-    assert "| machine | tiny, batch 3: samples/s | over reference | over expert |\n|---|--:|--:|--:|\n" in text
+    head = "| machine | tiny, batch 3: samples/s | speed-up over reference | speed-up over expert |"
+    assert f"{head}\n|---|--:|--:|--:|\n" in text
     assert "(results/some-cpu/README.md) | 10 | 5.00 x | 2.50 x |\n" in text and "Ops" not in text
     assert table.NOTE not in text
     page = (tmp_path / "results/some-cpu/README.md").read_text()

@@ -87,7 +87,7 @@ def _restore(old: Path, target: Path) -> None:
     try:
         os.rename(old, target)
     except OSError as error:
-        reason = f"{error.strerror or error}; what it held is now {old}"
+        reason = f"{error.strerror or error}; its previous content is now in {old}"
         raise UserError(f"{target}: can neither be replaced nor restored ({reason})") from None
 
 

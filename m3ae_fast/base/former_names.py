@@ -34,7 +34,7 @@ def present_name(words: Sequence[str], typed: str = "m3ae-fast ") -> str | None:
         return None
     names = [f"{words[0]} {word}" for word in words[1:]]
     former = next((name for name in names if name in RENAMED), words[0])
-    return f"{typed}{former} is called m3ae-fast {RENAMED[former]} now"
+    return f"{typed}{former} has been renamed to m3ae-fast {RENAMED[former]}"
 
 
 def present_module(arguments: Sequence[str]) -> str | None:
@@ -47,7 +47,7 @@ def present_module(arguments: Sequence[str]) -> str | None:
     if package != "m3ae_fast":
         return None
     if name in _MODULES:
-        return f"python -m {module} is called m3ae-fast {name} now"
+        return f"python -m {module} has been renamed to m3ae-fast {name}"
     return present_name([name, *words], "python -m m3ae_fast.")
 
 

@@ -37,7 +37,7 @@ def uses_gpu(device: Device | None) -> bool:
         raise UserError(f"--device {device}: must be {' or '.join(DEVICES)}; CUDA_VISIBLE_DEVICES chooses among GPUs")
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise UserError("--device cuda: torch finds no GPU on this machine; leave it out to use the CPU")
+        raise UserError("--device cuda: torch finds no GPU on this machine; leave out --device to use the CPU")
     return available and device != "cpu"
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: a quick check that it responds, and download and upload of weight folders by the name
+"""The Hugging Face Hub: a quick check that it responds, and download and upload of weight folders by the name
 owner/name."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PATIENCE = 12.0  # seconds to wait for a response: the library would retry for o
 
 
 def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
-    """Return whether the hub responds to a request for a name, even if only to report that it does not exist."""
+    """Return whether the Hub responds to a request for a name, even if only to report that it does not exist."""
     answers: SimpleQueue[bool] = SimpleQueue()
 
     def ask() -> None:
@@ -37,7 +37,7 @@ def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
         else:
             answers.put(True)
 
-    # The request's timeout applies to each IP address of the hub, and does not cover the name look-up.
+    # The request's timeout applies to each IP address of the Hub, and does not cover the name look-up.
     Thread(target=ask, daemon=True).start()
     try:
         return answers.get(timeout=PATIENCE)
@@ -46,13 +46,13 @@ def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
 
 
 def find_folder(source: str | Path) -> Path:
-    """Return `source` if it is an existing path, otherwise the folder of the hub's model of that name, downloaded.
-    Raises UserError if it is neither a path nor a model on the hub, or if the hub does not respond."""
+    """Return `source` if it is an existing path, otherwise the folder of the Hub's model of that name, downloaded.
+    Raises UserError if it is neither a path nor a model on the Hub, or if the Hub does not respond."""
     path = Path(source).expanduser()
     if path.exists():
         return path
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
-        raise UserError(f"{source}: no such file or folder; name an export, or a model of the hub as owner/name")
+        raise UserError(f"{source}: no such file or folder; name an export, or a model on the Hub as owner/name")
     try:
         cached, files = not hub_answers(str(source)), list(FILES)
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=files, local_files_only=cached))
@@ -62,9 +62,9 @@ def find_folder(source: str | Path) -> Path:
 
 def push_folder(folder: str | Path, name: str, private: bool = False) -> str:
     """Upload a folder as the model `name`, which is created if it does not exist, and return its address. Raises
-    UserError if the user is not logged in, the name is taken or invalid, or the hub does not respond."""
+    UserError if the user is not logged in, the name is taken or invalid, or the Hub does not respond."""
     if huggingface_hub.get_token() is None:
-        raise UserError(f"{name}: uploading requires a token of the hub; run `hf auth login`, or set HF_TOKEN")
+        raise UserError(f"{name}: uploading requires a token of the Hub; run `hf auth login`, or set HF_TOKEN")
     try:
         api = huggingface_hub.HfApi()
         url = api.create_repo(name, private=private, exist_ok=True)
@@ -76,14 +76,14 @@ def push_folder(folder: str | Path, name: str, private: bool = False) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):
-        return "the hub has no such model, or it is private: run `hf auth login`"
+        return "the Hub has no such model, or it is private: run `hf auth login`"
     if isinstance(error, LocalEntryNotFoundError):
-        return "the hub does not respond, and there is no copy from an earlier download"
+        return "the Hub does not respond, and there is no copy from an earlier download"
     text = " ".join(str(error).split())[:200]
     if isinstance(error, HFValidationError):
-        return f"the hub does not allow this name ({text})"
+        return f"the Hub does not allow this name ({text})"
     return (
-        f"the hub refuses the request ({text})"
+        f"the Hub refuses the request ({text})"
         if isinstance(error, HfHubHTTPError)
-        else f"the hub cannot be reached ({text})"
+        else f"the Hub cannot be reached ({text})"
     )

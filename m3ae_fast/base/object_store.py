@@ -21,7 +21,7 @@ def require(*shards: str) -> None:
     installed."""
     urls = (url for pattern in shards for url in pattern.split("::") if url.startswith(SCHEMES))
     if (url := next(urls, None)) is not None:
-        otherwise = f", or name it by a command: 'pipe:aws s3 cp {url} -'"
+        otherwise = f", or read it with a command: 'pipe:aws s3 cp {url} -'"
         require_libraries({"boto3": url, "obstore": url}, otherwise)
 
 

@@ -48,7 +48,7 @@ def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[
             layout = f"height, width, {channels}" if channels > 1 else "height, width"
             several = "" if channels > 1 else f", or list(x) for {len(images)} images"
             raise ValueError(
-                f"an array of shape {list(images.shape)} is no image [{layout}]: "
+                f"an array of shape {list(images.shape)} is not an image [{layout}]: "
                 f"with channels first pass x.transpose(1, 2, 0){several}"
             )
         return [images] if is_one else list(images)
@@ -113,9 +113,9 @@ def _check_units(images: Iterable[OneImage], value_range: tuple[float, float]) -
     fractions = low <= 0 and high >= _LEVELS and min(spans) >= 0 and max(spans) <= 1 and not is_whole
     if fractions or beyond > _OTHER_UNITS * size:
         raise ValueError(
-            f"value_range={tuple(value_range)} says what is black and white, and these images have values from "
-            f"{min(spans):.3g} to {max(spans):.3g}: pass the values that are black and white in them, or "
-            'value_range="normalised" if they are (x - mean) / std'
+            f"value_range={tuple(value_range)} gives the values of black and white, but these images have values from "
+            f"{min(spans):.3g} to {max(spans):.3g}: pass the values of black and white in these images, or "
+            'value_range="normalised" if the images are normalised, (x - mean) / std'
         )
 
 
@@ -126,7 +126,7 @@ def check_present(images: Sequence[OneImage | None] | None, texts: Sequence[str 
         for number, value in enumerate(values if values is not None else ()):
             if value is None or not isinstance(value, kind):
                 found = f"{what} {number} is {type(value).__name__}"
-                raise ValueError(f"{found}: each sample needs its {what}; without any pass {what}s=None")
+                raise ValueError(f"{found}: each sample needs its own {what}; pass {what}s=None if there are none")
 
 
 def unmasked_sample(

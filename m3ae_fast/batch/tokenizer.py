@@ -93,9 +93,9 @@ def load_tokenizer(
     name: str, max_length: int, vocab_size: int | None = None, label: str = "data.tokenizer"
 ) -> CaptionTokenizer:
     """Load a tokenizer that truncates captions to `max_length` tokens: from a `tokenizer.json`, from a BERT `vocab.txt`
-    (lower-cased), or by name, such as `bert-base-uncased`, from the Hugging Face hub. `vocab_size`: number of rows of
+    (lower-cased), or by name, such as `bert-base-uncased`, from the Hugging Face Hub. `vocab_size`: number of rows of
     the model's text embedding; None: any. `label`: beginning of error messages. Raises UserError if there is no such
-    tokenizer, the hub does not respond, or the vocabulary does not fit the model."""
+    tokenizer, the Hub does not respond, or the vocabulary does not fit the model."""
     path = _find(name, label)
     try:
         with _panics_as_errors():
@@ -154,18 +154,18 @@ def _symbols(tokenizer: Tokenizer, caption: str) -> Iterator[str]:
 
 
 def _find(name: str, label: str) -> Path:
-    """Return the path `name` if it is a file, otherwise the path of the file downloaded from the hub. Raises UserError
+    """Return the path `name` if it is a file, otherwise the path of the file downloaded from the Hub. Raises UserError
     if there is neither."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
     if path.suffix in (".json", ".txt") or path.is_absolute() or path.exists():
-        raise UserError(f"{label} {name}: no such file; name a tokenizer.json, a vocab.txt or a hub model")
+        raise UserError(f"{label} {name}: no such file; name a tokenizer.json, a vocab.txt or a model on the Hub")
     try:
         return Path(hf_hub_download(name, "tokenizer.json", local_files_only=not hub_answers(name)))
     except Exception:
         raise UserError(
-            f"{label} {name}: neither a file nor available from the Hugging Face hub; "
+            f"{label} {name}: neither a file nor available from the Hugging Face Hub; "
             "download its tokenizer.json and name that file"
         ) from None
 

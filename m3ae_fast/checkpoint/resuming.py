@@ -37,7 +37,7 @@ class Rules:
     samples: tuple[str, ...] = DATA  # changes are refused unless allowed, because they change the samples
     noted: tuple[str, ...] = (WRITTEN,)  # changes are reported
     free: tuple[str, ...] = ()  # exceptions from a `section.*`
-    advice: str = "start in another folder, or set it back"  # advice in the message about changed samples
+    advice: str = "start in another folder, or restore the former value"  # advice in the message about changed samples
 
     def severity(self, name: str) -> Severity:
         """Return the severity of a change of this setting or entry."""
@@ -93,7 +93,7 @@ def find(run_dir: Path, resume: str, extended: Callable[[checkpoint.Info], bool]
         return before if before not in (None, usable[-1]) and extended(checkpoint.read_info(usable[-1])) else usable[-1]
     path = None if resume == "no" else checkpoint.locate(Path(resume))
     if own and (path is None or path.resolve() not in [p.resolve() for p in own]):
-        raise UserError(f"{run_dir} already holds checkpoints; add --resume auto, or choose another run.dir")
+        raise UserError(f"{run_dir} already contains checkpoints; add --resume auto, or choose another run.dir")
     return path
 
 
@@ -193,8 +193,8 @@ def changes(
     if samples and not with_changes:
         name, was, value = samples[0]
         raise UserError(
-            f"checkpoint {path}: was made with {name} = {was}, now it is {value}, which changes the stream of samples; "
-            f"{rules.advice}"
+            f"checkpoint {path}: was made with {name} = {was}, but it is now {value}, which changes the stream of "
+            f"samples; {rules.advice}"
         )
     noted = [each for each in changed if rules.severity(each[0]) == "noted"]
     return [f"{name} was {was} and is {value} from here on" for name, was, value in samples + noted]
@@ -234,7 +234,7 @@ def require_same(ranks: Ranks, stream: dict[str, str], held_out: Corpus | None) 
             if seen.get(name) != value:
                 raise UserError(
                     f"{name} is {value} on rank 0 ({ranks.hosts[0]}), {seen.get(name)} on rank {ranks.rank} "
-                    f"({ranks.hosts[ranks.rank]}): the streams of samples differ; give every node the same files"
+                    f"({ranks.hosts[ranks.rank]}): the streams of samples differ; make the files identical on all nodes"
                 )
 
     ranks.together(compare)

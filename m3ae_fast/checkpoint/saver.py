@@ -143,7 +143,7 @@ def judge(run_dir: Path, bad_step: int) -> str:
     before = checkpoint.step_folder(run_dir, bad_step - 1)
     marked = ""
     if before.is_dir() and not checkpoint.is_good(before):
-        why = f"step {bad_step}, the first from its weights, was not finite"
+        why = f"step {bad_step}, the first step with its weights, was not finite"
         checkpoint.mark(run_dir, bad_step - 1, checkpoint.FAILED, why)
         marked = f"{before} is now marked as failed, and --resume auto will skip it; "
     good = [path for path in checkpoint.saved_steps(run_dir) if checkpoint.is_good(path)]

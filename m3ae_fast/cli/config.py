@@ -52,7 +52,7 @@ PAGES = {"train": train_page, "evaluation": evaluation_page}
 
 def settings_help(root: type[BaseModel], names: Iterable[str]) -> str:
     """Return the settings of some sections of `root` as lines for --help: default, allowed values and meaning."""
-    lines = ["settings, given with --set KEY=VALUE; those of data and run are in docs/config.md:"]
+    lines = ["settings, given with --set KEY=VALUE; docs/config.md lists the settings of data and run:"]
     for name in names:
         section = section_of(root.model_fields[name].annotation)
         assert section is not None

@@ -1,12 +1,12 @@
-"""m3ae-fast convert SOURCE --out DIR: weights of other programs as a folder that M3AE.from_pretrained loads.
+"""m3ae-fast convert SOURCE --out DIR: convert weights of other programs to a folder that M3AE.from_pretrained loads.
 
 SOURCE is one of
-  FILE.pkl           a checkpoint of the official JAX code, M3AE or MAE (nothing that it names is run)
+  FILE.pkl           a checkpoint of the official JAX code, M3AE or MAE (code that it refers to is not executed)
   FILE.pth           a checkpoint of facebookresearch/mae: pre-trained, encoder only, or fine-tuned
   FILE.safetensors   weights of a timm VisionTransformer
   FILE.msgpack       the official image tokenizer, a VQGAN; set data.image_tokenizer to DIR
   FOLDER             a run folder, a checkpoint or an export of this program, or a model that timm saved
-  OWNER/NAME         any such folder on the Hugging Face hub
+  OWNER/NAME         any such folder on the Hugging Face Hub
 
 A model in DIR can be loaded and fine-tuned. To continue its pre-training, set model.init_from to DIR, and the model
 sizes to those in its config.json.
@@ -27,12 +27,12 @@ if TYPE_CHECKING:  # torch is imported only where it is used, so that --help app
 
 def main(argv: list[str] | None = None) -> int:
     parser = program("convert", __doc__)
-    parser.add_argument("source", metavar="SOURCE", help="weights: a file, a folder, or a name on the hub")
+    parser.add_argument("source", metavar="SOURCE", help="weights: a file, a folder, or a name on the Hub")
     parser.add_argument(
         "--out", type=output(), required=True, metavar="DIR", help="output folder for weights, config and tokenizer"
     )
     parser.add_argument(
-        "--tokenizer", help="tokenizer of the captions: a tokenizer.json, a BERT vocab.txt, or a name on the hub"
+        "--tokenizer", help="tokenizer of the captions: a tokenizer.json, a BERT vocab.txt, or a name on the Hub"
     )
     parser.add_argument(
         "--num-heads",
@@ -61,7 +61,7 @@ def _summary(found: Pretrained, out: Path) -> str:
     what = "encoder and decoder" if found.has_decoder else "an encoder"
     lines = [f"{found.kind}: {what}, {parameters:,} weights, written to {out}", *found.notes]
     if found.config.vocab_size and found.tokenizer is None:
-        lines.append("no tokenizer in it: add --tokenizer to encode captions as text")
+        lines.append("the weights contain no tokenizer: add --tokenizer to encode captions")
     return "\n  ".join(lines)
 
 

@@ -24,7 +24,7 @@ from m3ae_fast.evaluation.tasks import MAP_NEEDS
 from m3ae_fast.weights.model_name import MASK, MODEL_HELP
 
 RUN_HELP = "a run folder (its last checkpoint is used) or a checkpoint folder"
-OF_A_RUN = "Samples are spaced evenly over the run's data.val (without it, data.train), or over --val."
+OF_A_RUN = "Samples are selected evenly from data.val of the run (without it, from data.train), or from --val."
 MAP = f"""t-SNE of the features of all samples that have a class. With several runs, one map for each is drawn, side by
 side, for the samples of the first run. {OF_A_RUN}
 """
@@ -49,7 +49,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def _options_of_a_run() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--out", type=output(".png"), metavar="FILE.png", help="output file (default: RUN/COMMAND.png)")
-    parser.add_argument("--val", nargs="+", default=(), metavar="SHARDS", help="samples to draw (default: the run's)")
+    parser.add_argument(
+        "--val", nargs="+", default=(), metavar="SHARDS", help="samples to draw (default: samples of the run)"
+    )
     parser.add_argument(
         "--trust",
         action="store_true",
@@ -64,7 +66,12 @@ def _add_reconstructions(commands: Any, of_run: argparse.ArgumentParser) -> None
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     _add_pictures(parser)
     parser.add_argument(
-        "--ratios", type=float, nargs="+", default=[], metavar="R", help="mask ratios of the image (default: the run's)"
+        "--ratios",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="R",
+        help="mask ratios of the image (default: the mask ratio of the run)",
     )
 
 
@@ -129,7 +136,7 @@ def _add_fill(commands: Any) -> None:
     parser.add_argument(
         "--image-tokenizer",
         metavar="FOLDER",
-        help="VQGAN that decodes the predicted image tokens for --out (default: the run's)",
+        help="VQGAN that decodes the predicted image tokens for --out (default: the VQGAN of the run)",
     )
     parser.add_argument(
         "--out",

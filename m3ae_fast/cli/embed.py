@@ -55,7 +55,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="image",
         help="input of the encoder (default: image)",
     )
-    parser.add_argument("--patches", action="store_true", help="also write the features of all patches (large)")
+    parser.add_argument(
+        "--patches", action="store_true", help="also write the features of all patches, which makes the file large"
+    )
     parser.add_argument(
         "--columns",
         type=names_of("column", COLUMN_NAMES),

@@ -3,7 +3,7 @@
 m3ae-fast evaluate knn runs/large --train 'imagenet/train-*.tar' --val 'imagenet/val-*.tar' --out runs/knn
 m3ae-fast evaluate knn random:runs/large --train ... --val ... --labels json.label --out runs/knn-random
 
-Labels are whole numbers in KEY.cls, or numbers or names in a field of KEY.json. The results in OUT are result.json,
+Labels are integers in KEY.cls, or integers or names in a field of KEY.json. The results in OUT are result.json,
 figures and TensorBoard events. On several GPUs: torchrun --nproc-per-node 8 -m m3ae_fast evaluate ...
 """
 
@@ -95,7 +95,7 @@ def _add_outside_sets(command: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="[NAME=]SHARDS",
-        help="out-of-distribution samples; repeat the option for each of several sets, with names",
+        help="out-of-distribution samples; for several sets, repeat the option and give each set a name",
     )
 
 
@@ -104,7 +104,7 @@ def _add_corrupted(command: argparse.ArgumentParser) -> None:
         "--corrupted",
         type=Path,
         metavar="FOLDER",
-        help="published corruptions as shards, such as ImageNet-C's: FOLDER/CORRUPTION/SEVERITY/*.tar "
+        help="published corrupted images, such as ImageNet-C, as shards in FOLDER/CORRUPTION/SEVERITY/*.tar "
         "(default: the corruptions of robustness.corruptions are applied to --val)",
     )
 
@@ -162,13 +162,13 @@ def _add_comparison(command: argparse.ArgumentParser) -> None:
 def _counts(text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text}: must be numbers from 1 with commas, such as 1,5,10")
+        raise argparse.ArgumentTypeError(f"{text}: must be a comma-separated list of integers from 1, such as 1,5,10")
     return sorted({int(part) for part in parts})
 
 
 def _draws(text: str) -> int:
     if not (text.isdecimal() and int(text) > 1):
-        raise argparse.ArgumentTypeError(f"{text}: must be a number from 2")
+        raise argparse.ArgumentTypeError(f"{text}: must be an integer of at least 2")
     return int(text)
 
 

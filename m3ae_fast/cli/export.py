@@ -1,13 +1,13 @@
-"""m3ae-fast export MODEL --out OUT: the weights of a run as a folder that M3AE.from_pretrained(OUT) loads.
+"""m3ae-fast export MODEL --out OUT: write the weights of a model to a folder that M3AE.from_pretrained(OUT) loads.
 
-It contains model.safetensors, config.json, the tokenizer, the image preprocessing, and a model card.
+The folder contains model.safetensors, config.json, the tokenizer, the image preprocessing, and a model card.
 
   --weights last     for a run with train.ema: the last weights instead of their moving average
-  --format timm      the image encoder alone, for timm.create_model("local-dir:OUT", pretrained=True)
-  --format onnx      the image encoder alone, as the files OUT, which ends in .onnx, and OUT's name with .int8.onnx
-                     With --train and --val (labelled shards), it prints images/s and the k-NN accuracy of both files
-                     and of torch
-  --push OWNER/NAME  also uploads OUT to the Hugging Face hub (log in with `hf auth login` first)
+  --format timm      only the image encoder, for timm.create_model("local-dir:OUT", pretrained=True)
+  --format onnx      only the image encoder, as two files: OUT, which must end in .onnx, and a file that ends in
+                     .int8.onnx. With --train and --val (labelled shards), images/s and the k-NN accuracy of both files
+                     and of torch are printed
+  --push OWNER/NAME  also uploads OUT to the Hugging Face Hub (log in with `hf auth login` first)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         default="average",
         help="for runs with train.ema: export the moving average or the last weights (default: average)",
     )
-    parser.add_argument("--push", metavar="OWNER/NAME", help="upload OUT to the Hugging Face hub under this name")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload OUT to the Hugging Face Hub under this name")
     parser.add_argument("--private", action="store_true", help="with --push: create the repository as private")
     for option, what in (("--train", "training"), ("--val", "held-out")):
         text = f"with --format onnx: labelled {what} images for the k-NN accuracy"

@@ -3,7 +3,7 @@
 m3ae-fast pretrain photos/ --out run                      # captions next to the images or in a table; classes: folders
 m3ae-fast pretrain imagenette2/ --out run                 # train/CLASS and val/CLASS: the images in val are held out
 m3ae-fast pretrain 'shards/*.tar' --out run --hours 8
-m3ae-fast pretrain uoft-cs/cifar10 --out run              # a dataset of the Hugging Face hub
+m3ae-fast pretrain uoft-cs/cifar10 --out run              # a dataset of the Hugging Face Hub
 m3ae-fast pretrain photos/ --out run --from runs/base     # continue from existing weights: a run, an export, MAE, ...
 m3ae-fast pretrain photos/ --out run --dry-run            # print the chosen settings and the expected duration
 
@@ -27,12 +27,12 @@ from m3ae_fast.process.launchers import alone
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("pretrain", __doc__)
-    text = "a folder of images, shards, an HDF5 file, or the name of a dataset on the hub"
+    text = "a folder of images, shards, an HDF5 file, or the name of a dataset on the Hub"
     parser.add_argument("source", metavar="SOURCE", help=text)
     parser.add_argument("--out", type=output(), required=True, metavar="DIR", help="the run folder")
-    text = "hours for all stages together, on this machine; the training length is adapted to it (default: 0.5)"
+    text = "time limit in hours for all stages on this machine; the training length is adapted to it (default: 0.5)"
     parser.add_argument("--hours", type=float, default=0.5, help=text)
-    text = "table of captions, .csv, .tsv, .jsonl or .parquet (default: the one in the folder)"
+    text = "table of captions, .csv, .tsv, .jsonl or .parquet (default: the table in the folder)"
     parser.add_argument("--captions", type=Path, metavar="TABLE", help=text)
     text = "held-out samples, if SOURCE is shards"
     parser.add_argument("--val", nargs="+", default=[], metavar="SHARDS", help=text)
@@ -42,11 +42,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         dest="start_from",
         metavar="MODEL",
         help="continue from these weights, with a lower learning rate: a run, an export, weights of the official M3AE "
-        "or MAE or of a timm model, or a name on the hub (default: random weights)",
+        "or MAE or of a timm model, or a name on the Hub (default: random weights)",
     )
     add_settings(parser, "train.global_batch=64")
     parser.add_argument(
-        "--tune", action="store_true", help="choose the learning rate by short runs first: 15%% of the training time"
+        "--tune",
+        action="store_true",
+        help="first choose the learning rate with short runs, which take 15%% of the training time",
     )
     parser.add_argument(
         "--dry-run",

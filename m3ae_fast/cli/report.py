@@ -1,7 +1,8 @@
-"""m3ae-fast report RUN ...: one self-contained page of a run, report.html, readable without a server.
+"""m3ae-fast report RUN ...: write a self-contained page about a run, report.html, which can be read without a server.
 
-It summarises the results of the run and lists diagnostics, and holds the results of tasks (every result.json below the
-run folder and below `--results`), curves, figures, config and versions. Further runs are added to tables and curves.
+The page begins with a summary of the results and diagnostics. It also contains the results of tasks (every result.json
+below the run folder and below `--results`), curves, figures, the config and versions. Further runs are added to the
+tables and curves.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="RUN",
         nargs="+",
         type=Path,
-        help="a run folder; further ones are added to its tables and curves",
+        help="a run folder; its tables and curves also show any further runs",
     )
     parser.add_argument("--out", type=output(".html"), help="output file (default: RUN/report.html)")
     parser.add_argument(

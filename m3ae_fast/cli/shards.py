@@ -1,4 +1,4 @@
-"""Shards: make and inspect them, train a tokenizer on them.
+"""Make and inspect shards, and train a tokenizer on their captions.
 
 m3ae-fast shards make images/ --out shards/ --held-out 0.05
 m3ae-fast shards index 'shards/*.tar'
@@ -23,7 +23,7 @@ from m3ae_fast.config import add_range_option
 from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.sources import SOURCE_KINDS
 
-OUT_HELP = "output folder: a new one, or that of an interrupted command, which is then continued"
+OUT_HELP = "output folder: a new folder, or the folder of an interrupted command, which is then continued"
 MAKE = """Make shards from a folder of images, an HDF5 file or a Hugging Face dataset.
 
   m3ae-fast shards make images/ --out shards/ --held-out 0.05
@@ -44,8 +44,8 @@ image loss only.
 An HDF5 file has the layout of the official M3AE code: jpg (variable-length uint8) with caption, or ImageNet's
 train_jpg, train_labels, val_jpg, val_labels, or only text. A row with several captions gives one sample per caption.
 
-A Hugging Face dataset is a folder written by save_to_disk, a folder of data files, or a name on the hub. All splits
-are converted unless --split names one. A row with a list of captions gives one sample per caption.
+A Hugging Face dataset is a folder written by save_to_disk, a folder of data files, or a name on the Hub. All splits
+are converted unless --split is given. A row with a list of captions gives one sample per caption.
 
 --masks names a folder of label masks with the same sub-folders as SOURCE: the mask of SOURCE/a/b.jpg is MASKS/a/b.png,
 with one channel of class ids.
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_make(commands: Any) -> None:
     summary = "make shards from a folder of images, an HDF5 file or a Hugging Face dataset"
     parser = command(commands, "make", summary, MAKE, _make)
-    parser.add_argument("source", metavar="SOURCE", help="a folder, an HDF5 file, or the name of a dataset on the hub")
+    parser.add_argument("source", metavar="SOURCE", help="a folder, an HDF5 file, or the name of a dataset on the Hub")
     parser.add_argument("--out", type=output(), required=True, metavar="DIR", help=OUT_HELP)
     parser.add_argument("--kind", choices=[*SOURCE_KINDS], help="kind of SOURCE (default: detected)")
     folder = parser.add_argument_group("options for a folder of images")
@@ -97,13 +97,13 @@ def _add_make(commands: Any) -> None:
     folder.add_argument(
         "--classes", type=Path, metavar="FILE", help="classes.json of other shards, to assign the same label ids"
     )
-    folder.add_argument("--flat", action="store_true", help="use sub-folders neither as splits nor as classes")
+    folder.add_argument("--flat", action="store_true", help="do not use sub-folders as splits or classes")
     text = (
         "folder of label masks: a single-channel NAME.png for NAME.jpg, in the same sub-folders (for evaluate segment)"
     )
     folder.add_argument("--masks", type=Path, metavar="FOLDER", help=text)
     dataset = parser.add_argument_group("options for a Hugging Face dataset")
-    dataset.add_argument("--subset", metavar="NAME", help="configuration, if the dataset has several")
+    dataset.add_argument("--subset", metavar="NAME", help="configuration of the dataset, if it has several")
     dataset.add_argument("--split", metavar="NAME", help="split to convert (default: all)")
     columns = parser.add_argument_group("columns of a table or a dataset")
     columns.add_argument("--image-column", metavar="NAME", help="column of paths or images (default: detected)")
@@ -227,7 +227,7 @@ def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
     text = "Use the file (or all of its parts) as `shards` of a source in the config."
     parser = command(commands, "manifest", summary, text, _manifest, common)
     parser.add_argument("--out", type=output(".npy"), required=True, metavar="FILE.npy", help="output file")
-    text = "count only the I-th of N parts of the shards; each part needs an output file of its own"
+    text = "count only the I-th of N parts of the shards; each part needs its own output file"
     parser.add_argument("--part", type=_part, metavar="I/N", help=text)
     known = parser.add_mutually_exclusive_group()
     known.add_argument("--stats", action="store_true", help="read the counts from the NAME_stats.json of img2dataset")

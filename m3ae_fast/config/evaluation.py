@@ -53,61 +53,67 @@ class EncodeConfig(Section):
     """Features of the frozen encoder on unmasked input."""
 
     pool: Pool = "mean"
-    """Pooling of features: `mean`, over all tokens except cls after the final norm; `cls`, the cls token."""
+    """Pooling of the features after the final LayerNorm: `mean`, the mean over all tokens except cls; `cls`, the cls
+    token."""
     batch: Batch = 64
     """Samples per forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute dtype: `bf16`, `fp32`, or `auto` (bf16 if the hardware is faster in it)."""
+    """Dtype of the computations: `bf16`, `fp32`, or `auto` (bf16 if it is faster than fp32 on this hardware)."""
 
 
 class LinearProbeConfig(LoopConfig, ScheduleConfig):
-    """A linear classifier on frozen features, trained by LARS.
+    """A linear classifier on frozen features, trained with LARS.
 
     Settings that are null are derived from the number of training samples by this
-    [rule](guide/comparing.md#default-hyper-parameters-by-dataset-size). For ImageNet it gives the official
-    hyper-parameters, except for `encode.pool`, which is `cls` there. A resumed run keeps its values.
+    [rule](guide/comparing.md#default-hyper-parameters-by-dataset-size). For ImageNet, the rule gives the official
+    hyper-parameters, except for `encode.pool`, which is `cls` in the official code. A resumed run keeps its values.
     """
 
     SECTION: ClassVar[str] = "linear"
     LENGTH_FOLLOWS: ClassVar[bool] = True
 
     weight_decay: float = Field(0.0, ge=0)
-    """Weight decay of the linear layer, its bias included."""
+    """Weight decay of the linear layer, including its bias."""
     momentum: Beta = 0.9
     """Momentum of LARS."""
     global_batch: Batch | None = None  # type: ignore[assignment]
-    """Samples per optimiser step, over all ranks; null: by the number of samples, from 256 to 2,048."""
+    """Number of samples per optimiser step, over all ranks; null: derived from the number of training samples, 256 to
+    2,048."""
     micro_batch: Batch | None = 64
     """Maximum number of samples per rank and forward pass. Larger per-rank batches are split evenly into micro-batches
     with gradient accumulation; null: no gradient accumulation."""
     peak_lr: float | None = Field(None, gt=0)  # type: ignore[assignment]
-    """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256. null: derived from the number
-    of training samples; if each image is encoded only once (`--layers`, `--pools`, `--shots`, `compare`), chosen from
-    six candidates by accuracy on a held-out tenth of the training samples."""
+    """Learning rate after the warm-up, for a batch of 256. It is multiplied by `global_batch` / 256. null: derived from
+    the number of training samples or, if each image is encoded only once (`--layers`, `--pools`, `--shots`, `compare`),
+    selected from six candidates by the accuracy on a held-out tenth of the training samples."""
     warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
     """Length of the warm-up, in epochs; at most the whole run. null: a ninth of the run."""
     epochs: float | None = Field(None, gt=0, le=1e6)
-    """Length of the run, in epochs; give this or `steps`. null: by the number of samples, 90 or more."""
+    """Length of the run, in epochs; alternative to `steps`. null: derived from the number of training samples, 90 or
+    more."""
 
 
 class AttentiveProbeConfig(Section):
-    """Attentive probe: one learnable query attends to the frozen patch tokens, followed by a linear classifier; trained
-    with AdamW. At initialisation it is equivalent to mean pooling."""
+    """Attentive probe: one learnable query attends to the frozen patch tokens, followed by a linear classifier. Both
+    are trained with AdamW. At initialisation, the attention is equivalent to mean pooling."""
 
     heads: Count | None = None
-    """Number of attention heads; null: as many as the encoder has."""
+    """Number of attention heads; null: the number of heads of the encoder."""
     batch: Batch | None = None
-    """Samples per optimiser step; null: by the number of samples, as for the linear probe."""
+    """Number of samples per optimiser step; null: derived from the number of training samples, as for the linear
+    probe."""
     steps: Count | None = None
-    """Length of the run, in optimiser steps; null: by the number of samples, as for the linear probe."""
+    """Length of the run, in optimiser steps; null: derived from the number of training samples, as for the linear
+    probe."""
     peak_lr: float | None = Field(None, gt=0)
-    """Learning rate after warm-up; null: the best of five on a held-out tenth of the training samples."""
+    """Learning rate after the warm-up; null: the best of five candidates on a held-out tenth of the training
+    samples."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of all weights."""
     online: bool | None = None
     """Source of the patch tokens. `true`: each step encodes newly sampled crops and discards their tokens; `false`: the
-    tokens of all images are stored. null: they are stored if they fit into memory. With `--shots`, they are always
-    stored."""
+    tokens of all images are stored. null: the tokens are stored if they fit into memory. With `--shots`, the tokens are
+    always stored."""
 
 
 class FineTuneConfig(TransformerLoopConfig, OptimConfig):
@@ -123,42 +129,46 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     pool: Pool = "cls"
     """Input of the head: `cls`, the cls token; `mean`, the mean of all other tokens."""
     layer_decay: float = Field(0.6, gt=0, le=1)
-    """Learning rate of a layer as a fraction of the next layer's."""
+    """Learning rate of a layer, as a fraction of the learning rate of the next layer."""
     drop_path: Rate = 0.1
-    """Stochastic depth: the probability that a sample skips a block's branch, the same in every block."""
+    """Stochastic depth: probability that a sample skips a residual branch of a block. The probability is the same in
+    all blocks."""
     label_smoothing: Rate = 0.1
-    """Label smoothing: the fraction of a label that is spread evenly over all classes."""
+    """Label smoothing: fraction of a label that is spread evenly over all classes."""
     mixup: float = Field(0.8, ge=0, le=100)
-    """Alpha of mixup between consecutive samples of the training stream; 0: off. Images are mixed only if the encoder
-    sees no text."""
+    """Alpha of mixup between consecutive samples of the training stream; 0: no mixup. Images are mixed only if the
+    input of the encoder contains no text."""
     cutmix: float = Field(1.0, ge=0, le=100)
-    """Alpha of CutMix; 0: off."""
+    """Alpha of CutMix; 0: no CutMix."""
     switch_prob: float = Field(0.5, ge=0, le=1)
-    """Probability of CutMix instead of mixup, if both are on."""
+    """Probability of CutMix instead of mixup, if both are used."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """RandAugment of the training images, as a string in timm's format; null: off."""
+    """RandAugment of the training images, as a string in timm's format; null: no RandAugment."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay per step of a moving average of the weights, which is then evaluated and saved; null: none."""
+    """Decay per step of an exponential moving average of the weights. The average is evaluated and saved. null: no
+    average."""
     deepspeed: DeepSpeedConfig | None = None
-    """Settings of DeepSpeed, as in training; null: plain torch, data-parallel (DDP)."""
+    """Settings of DeepSpeed, as in training; null: plain torch with data parallelism (DDP)."""
 
     global_batch: Batch | None = None  # type: ignore[assignment]
-    """Samples per optimiser step, over all ranks; null: by the number of samples, from 64 to 1,024."""
+    """Number of samples per optimiser step, over all ranks; null: derived from the number of training samples, 64 to
+    1,024."""
     eval_every: Count | None = None
-    """Steps between evaluations; null: about ten evaluations, fewer if they would take more than a twentieth of the
+    """Steps between evaluations; null: about ten evaluations, or fewer if they would take more than a twentieth of the
     run."""
     epochs: float | None = Field(None, gt=0, le=1e6)
-    """Length of the run, in epochs; give this or `steps`. null: by the number of samples, 100 or more."""
+    """Length of the run, in epochs; alternative to `steps`. null: derived from the number of training samples, 100 or
+    more."""
     warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
     """Length of the warm-up, in epochs; at most the whole run. null: a twentieth of the run."""
     peak_lr: float = Field(1e-3, gt=0)
-    """Learning rate after warm-up."""
+    """Learning rate after the warm-up."""
     init_lr: float = Field(0.0, ge=0)
     """Learning rate of the first step."""
     end_lr: float = Field(0.0, ge=0)
     """Learning rate after the last step."""
     weight_decay: float = Field(0.05, ge=0)
-    """Weight decay of matmul weights."""
+    """Weight decay of weight matrices."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Adam's decay rates of the first and the second moment, per step."""
 
@@ -179,9 +189,9 @@ class RobustnessConfig(Section):
     """ImageNet-C corruptions to evaluate. The default is the fifteen corruptions of the benchmark's mean corruption
     error. Frost uses a procedural texture instead of ImageNet-C's photographs."""
     severities: list[Annotated[int, Field(ge=1, le=5)]] = [1, 2, 3, 4, 5]
-    """Severities to run, from 1 to 5."""
+    """Severities of the corruptions to evaluate, from 1 to 5."""
     samples: Count | None = None
-    """Number of held-out samples, spread evenly over the data; null: all."""
+    """Number of held-out samples to use, spread evenly over the dataset; null: all samples."""
     batch: Batch = 64
     """Samples per forward pass."""
 
@@ -197,19 +207,20 @@ class RobustnessConfig(Section):
 
 
 class SegmentConfig(Section):
-    """Semantic segmentation by the features of frozen patches."""
+    """Semantic segmentation using frozen patch features."""
 
     head: Literal["linear", "knn"] = "linear"
-    """Classifier of the patches: `linear`, a linear head, trained by AdamW; `knn`, the nearest training patches,
+    """Classifier of the patches: `linear`, a linear head, trained with AdamW; `knn`, the nearest training patches,
     which needs no training (`knn.k`, `knn.temperature`)."""
     ignore_label: int | None = Field(255, ge=0, le=255)
-    """Class id of the mask pixels that are neither trained on nor counted; null: all pixels count."""
+    """Class id of the mask pixels that are excluded from training and from the metrics; null: no pixels are
+    excluded."""
     steps: Count = 1000
     """Length of the training of the linear head, in optimiser steps."""
     batch: Batch = 32
-    """Images per optimiser step."""
+    """Number of images per optimiser step."""
     peak_lr: float = Field(1e-3, gt=0)
-    """Learning rate after warm-up, which then decays to 0 (cosine)."""
+    """Learning rate after the warm-up. It then decays to 0 with a cosine schedule."""
     weight_decay: float = Field(1e-4, ge=0)
     """Weight decay of the linear head."""
     bank_patches: Count = 50_000

@@ -59,7 +59,7 @@ def read_config(path: Path, label: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{label} {path}: is not valid JSON ({error})") from None
     if not isinstance(data, dict):
-        raise UserError(f"{label} {path}: must hold one JSON object")
+        raise UserError(f"{label} {path}: must contain one JSON object")
     return data
 
 
@@ -97,7 +97,7 @@ def parse(section: type[T], data: Any, where: str) -> T:
     which begins with `where`."""
     text = json.dumps(data)
     if "\\u0000" in text:  # not allowed in file names
-        raise UserError(f"{where}: holds a null character")
+        raise UserError(f"{where}: contains a null character")
     try:
         return section.model_validate_json(text)
     except ValidationError as error:

@@ -69,7 +69,7 @@ IMAGE_SETTINGS = {"image_range": "range", **{name: name for name in ("resize", "
 
 
 class ModelConfig(Section):
-    """Everything that defines the network."""
+    """Settings that define the network."""
 
     size: Literal["small", "base", "large", "huge"] | None = "large"
     """Preset for `emb_dim`, `depth` and `num_heads`; explicit values of these settings take precedence."""
@@ -118,15 +118,16 @@ class ModelConfig(Section):
     image's rows and columns, as timm does."""
     channels: int = Field(3, ge=1, le=MAX_CHANNELS)
     """Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA. TIFF and .npy files may have any number of channels,
-    such as the bands of a satellite, or depth as a fourth channel."""
+    such as the spectral bands of a satellite image, or depth as a fourth channel."""
     image_dtype: Literal["uint8", "uint16", "float32"] = "uint8"
-    """Data type of the pixels. Black is 0; white is 255 for uint8, 65,535 for uint16 and 1 for float32, whose values
-    may exceed both. `data.range` sets which values of a file are black and white."""
+    """Data type of the pixels. Black is 0; white is 255 for uint8, 65,535 for uint16 and 1 for float32. Values of type
+    float32 may lie outside the range from black to white. `data.range` sets which values of a file are black and
+    white."""
     image_mean: Channels = (0.5762, 0.5503, 0.5213)
-    """Mean of the pixels, one value per channel, with black = 0 and white = 1. The default is that of CC12M."""
+    """Mean of the pixels, one value per channel, with black = 0 and white = 1. The default is the mean of CC12M."""
     image_std: Channels = (0.3207, 0.3169, 0.3307)
-    """Standard deviation of the pixels, one positive value per channel, in the same units. The default is that of
-    CC12M."""
+    """Standard deviation of the pixels, one positive value per channel, in the same units as the mean. The default is
+    the standard deviation of CC12M."""
     image_range: Range | None = None
     """`data.range` of the training images."""
     text_length: Size = 64
@@ -141,13 +142,14 @@ class ModelConfig(Section):
     gelu: Literal["tanh", "exact"] = "tanh"
     """Variant of GELU: the tanh approximation, as in the official M3AE, or the exact function, as in MAE and timm."""
     positions: Literal["sincos", "stored"] = "sincos"
-    """Position embeddings of patches: computed, or stored with the weights, as in MAE. Neither is trained."""
+    """Position embeddings of patches. `sincos`: computed. `stored`: read from the weights, as in MAE. Neither kind is
+    trained."""
     mean_pool: Literal["after_norm", "before_norm"] = "after_norm"
     """Whether features are averaged over tokens after the final LayerNorm or before it, as in fine-tuned MAEs (timm's
     `fc_norm`)."""
     init_from: str | None = None
-    """Export folder or Hugging Face model id to initialise a new run from. If it contains no decoder, or one with
-    another `dec_attention`, the decoder is randomly initialised."""
+    """Export folder or Hugging Face model id whose weights initialise a new run. If it contains no decoder, or a
+    decoder with another `dec_attention`, the decoder is randomly initialised."""
 
     @model_validator(mode="before")
     @classmethod
@@ -165,9 +167,9 @@ class ModelConfig(Section):
             if dim % heads:
                 raise ValueError(f"{dim_name} {dim} is not divisible by {heads_name} {heads}")
             if dim % 4:
-                raise ValueError(f"{dim_name} {dim} is not a multiple of 4, as sin-cos positions need")
+                raise ValueError(f"{dim_name} {dim} is not a multiple of 4, which sin-cos position embeddings require")
             if int(dim * self.mlp_ratio) == 0:
-                raise ValueError(f"mlp_ratio {self.mlp_ratio:g} leaves no hidden layer for {dim_name} {dim}")
+                raise ValueError(f"mlp_ratio {self.mlp_ratio:g} gives a hidden width of 0 for {dim_name} {dim}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         if self.resize == "native":
@@ -179,14 +181,15 @@ class ModelConfig(Section):
         width = max(self.emb_dim, self.dec_emb_dim)
         if places * width > MAX_POSITIONS:
             raise ValueError(
-                f"positions of {places:,} patches or tokens, {width} wide, are more than {MAX_POSITIONS:,} numbers; "
+                f"the position embeddings of {places:,} patches or tokens with width {width} have more than "
+                f"{MAX_POSITIONS:,} elements; "
                 "raise patch_size, or lower image_size or text_length"
             )
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != self.channels:
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} values for {self.channels} channels; "
-                    f"m3ae-fast shards stats SHARDS --channels {self.channels} prints those of your images"
+                    f"m3ae-fast shards stats SHARDS --channels {self.channels} prints the values of your images"
                 )
         if min(self.image_std) <= 0:
             raise ValueError("image_std must be above 0")
@@ -242,11 +245,11 @@ class MaskingConfig(Section):
     text_ratio: float = Field(0.75, ge=0, le=1)
     """Fraction of the text tokens that are masked."""
     image_predicted: float = Field(1.0, gt=0, le=1)
-    """Fraction of the masked patches that are predicted in training, that is, enter the decoder and the loss.
-    Evaluations and reconstructions predict all of them. Values below 1 are meant for `model.dec_attention: cross`; with
-    `self` they make the features worse."""
+    """Fraction of the masked patches that enter the decoder and the loss in training. Evaluations and reconstructions
+    always predict all masked patches. Values below 1 are intended for `model.dec_attention: cross`; with `self`, they
+    make the features worse."""
     text_predicted: float = Field(1.0, gt=0, le=1)
-    """Fraction of the masked text tokens that are predicted in training; as `image_predicted`."""
+    """Fraction of the masked text tokens that enter the decoder and the loss in training, like `image_predicted`."""
     per: Literal["sample", "batch"] = "sample"
     """How masks are sampled: one for each sample, or one for the whole batch, as in the official code."""
 
@@ -275,15 +278,17 @@ class SourceConfig(Section):
     shards: str | list[str]
     """Tar files: paths, brace patterns, globs, URLs or `pipe:` commands; or a manifest of them, `NAME.npy`."""
     weight: float | None = Field(None, gt=0, le=1e12)
-    """Weight of this source when samples are drawn, relative to the other sources; null: its number of samples."""
+    """Sampling weight of this source, relative to the other sources; null: its number of samples."""
     loss_weight: float = Field(1.0, ge=0, le=1e6)
     """Factor by which the losses of these samples are multiplied; the denominator of the mean does not change."""
     modality: Literal["auto", "any", "paired", "image", "text"] = "auto"
-    """Modalities to use from each sample. `any`: all that the sample has; `auto`: those that every sample of the shard
-    has, otherwise `any`. An image-only model (`model.vocab_size` 0) uses only the images with `auto`."""
+    """Modalities that are used from each sample. `any`: all modalities of the sample; `auto`: the modalities that all
+    samples of the shard have, or `any` if the samples differ. An image-only model (`model.vocab_size` 0) uses only the
+    images with `auto`."""
     caption_fraction: float = Field(1.0, ge=0, le=1)
-    """Fraction of the pairs that keep their caption; the others are used as images without text. The pairs are chosen
-    by a hash of their keys: they are the same in every run, and a larger fraction includes those of a smaller one."""
+    """Fraction of the pairs that keep their caption; the others are used as images without text. The pairs are selected
+    by a hash of their keys, so they are the same in every run, and a larger fraction includes the pairs of a smaller
+    fraction."""
 
     @model_validator(mode="after")
     def _possible(self) -> SourceConfig:
@@ -296,37 +301,37 @@ class DataConfig(Section):
     """Training and validation data."""
 
     train: list[SourceConfig] = Field(min_length=1)
-    """Sources of the training samples."""
+    """Data sources of the training samples."""
     val: list[SourceConfig] = []
-    """Sources of the held-out samples."""
+    """Data sources of the held-out samples."""
     tokenizer: str | None = None
-    """Text tokenizer: a tokenizer.json, a BERT vocab.txt or a name on the Hugging Face hub; null: captions are not
+    """Text tokenizer: a tokenizer.json, a BERT vocab.txt or a name on the Hugging Face Hub; null: captions are not
     used."""
     range: Range | None = None
     """Pixel values that map to black and white in images with more than 8 bits per channel, such as [0, 4095]; `dtype`
-    uses the full range of the file's data type (0 to 1 for floats). null: the range saved with the model; if there is
-    none, such images are rejected."""
+    uses the full range of the file's data type (0 to 1 for floats). null: the range saved with the model; without a
+    saved range, such images are rejected."""
     resize: Literal["square", "native"] | None = None
     """How images are resized. `square`: cropped and scaled to `model.image_size`. `native`: the aspect ratio is kept,
-    and the size too if it is between `min_patches` and `max_patches`; both sides are rounded to multiples of the patch
-    size. Saved with the model; null: `square`, or as saved."""
+    and images with `min_patches` to `max_patches` patches are not resized, except that both sides are rounded to
+    multiples of the patch size. This setting is saved with the model. null: the saved value, or `square`."""
     max_patches: Size | None = None
     """With `resize: native`: maximum number of patches per image; larger images are downscaled. The longer side is
-    limited to 2 √`max_patches` patches, so images with an aspect ratio above 4:1 have fewer patches. Saved with the
-    model; null: the number of patches of a square image, or as saved."""
+    limited to 2 √`max_patches` patches, so images with an aspect ratio above 4:1 have fewer patches. This setting is
+    saved with the model. null: the saved value, or the number of patches of a square image."""
     min_patches: Size | None = None
-    """With `resize: native`: minimum number of patches per image; smaller images are upscaled. Saved with the model;
-    null: 1, or as saved."""
+    """With `resize: native`: minimum number of patches per image; smaller images are upscaled. This setting is saved
+    with the model. null: the saved value, or 1."""
     show_channels: Annotated[tuple[int, int, int], Strict(False)] | None = None
-    """Indices, from 0, of the channels that figures show as red, green and blue. null: the first three if there are 3
-    or 4 channels, otherwise the first as grey."""
+    """Indices, from 0, of the channels that figures show as red, green and blue. null: the first three channels if
+    there are 3 or 4, otherwise the first channel as grey."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest fraction of an image's area that RandomResizedCrop keeps: 0 < smallest ≤ largest ≤ 1."""
     flip: bool = True
     """Whether images are flipped horizontally with probability 0.5."""
     repeats: int = Field(1, gt=0, le=1 << 16)
-    """Number of views (crops and masks) of each sample per epoch. The sample is decoded once, and an epoch has this
-    many times as many steps."""
+    """Number of views (crops and masks) of each sample per epoch. Each sample is decoded once per epoch, and the number
+    of steps per epoch is multiplied by this value."""
     shuffle_shards: int = Field(128, gt=0, le=1 << 24)
     """Number of shards whose samples are shuffled together, over all lanes."""
     lanes: int = Field(64, gt=0, le=1 << 16)
@@ -334,21 +339,21 @@ class DataConfig(Section):
     some of them. The number used is the largest divisor of the global batch size that exceeds neither this value nor
     the number of shards."""
     workers: int | None = Field(None, ge=0, le=1024)
-    """Number of data-loader processes per rank; null: chosen by the number of CPU cores."""
+    """Number of data-loader processes per rank; null: derived from the number of CPU cores."""
     prefetch: int = Field(4, gt=0, le=1024)
     """Number of batches that each worker prepares in advance; reduced if they would not fit into shared memory."""
     cache_dir: NamedPath | None = None
     """Cache folder for shards that are remote or on a network file system, and for the indexes of shards in read-only
     folders; null: `~/.cache/m3ae_fast`."""
     cache_gb: float | None = Field(None, gt=0, le=1e9)
-    """Maximum size of the shard cache per node, in GB; null: use the disk until a tenth of it is left free."""
+    """Maximum size of the shard cache per node, in GB; null: the cache grows until only a tenth of the disk is free."""
     image_tokenizer: NamedPath | None = None
     """Folder of the converted VQGAN whose token ids are the image targets (`model.image_targets: vqgan`)."""
     image_tokens: Literal["device", "workers", "shards"] = "device"
     """Where the image token ids are computed: on the training device, in the data-loader workers, or in advance, by
     `m3ae-fast shards image-tokens`."""
     max_bad_fraction: float = Field(0.1, ge=0, le=1)
-    """Maximum fraction of samples that cannot be used; a run in which more of them are found stops with an error."""
+    """Maximum fraction of samples that cannot be used. If the fraction is larger, the run stops with an error."""
 
     @model_validator(mode="after")
     def _possible(self) -> DataConfig:
@@ -374,12 +379,12 @@ class ScheduleConfig(Section):
     SECTION: ClassVar[str] = "optim"  # for messages
 
     peak_lr: float = Field(1.5e-4, gt=0)
-    """Learning rate after the warm-up, for a batch of 256. It is multiplied by global_batch / 256; the logs show the
-    product as `lr`."""
+    """Learning rate after the warm-up, for a batch of 256. It is multiplied by `global_batch` / 256, and the product is
+    logged as `lr`."""
     init_lr: float = Field(0.0, ge=0)
-    """Learning rate of the first step; scaled in the same way."""
+    """Learning rate of the first step. It is scaled in the same way as `peak_lr`."""
     end_lr: float = Field(0.0, ge=0)
-    """Learning rate after the last step; scaled in the same way."""
+    """Learning rate after the last step. It is scaled in the same way as `peak_lr`."""
     warmup_epochs: float = Field(5, ge=0, le=1e6)
     """Length of the warm-up, in epochs; at most the whole run."""
 
@@ -408,8 +413,8 @@ class OptimConfig(ScheduleConfig):
 
 
 class PretrainingOptimConfig(OptimConfig):
-    """Optimiser and learning rate schedule. The defaults, AdamW with linear warm-up and cosine decay, are the official
-    code's."""
+    """Optimiser and learning rate schedule. The defaults are those of the official code: AdamW with linear warm-up and
+    cosine decay."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """Optimiser. `muon` orthogonalises the updates of the weight matrices in the blocks and uses AdamW for everything
@@ -417,18 +422,21 @@ class PretrainingOptimConfig(OptimConfig):
     muon_momentum: Beta = 0.95
     """With `name: muon`: decay rate of the momentum, per step."""
     muon_lr_ratio: float = Field(2.0, gt=0, le=1e3)
-    """With `name: muon`: learning rate of Muon's matrices as a multiple of AdamW's. At a ratio of 1 their updates are
-    as large as AdamW's; orthogonalised updates tolerate larger learning rates."""
+    """With `name: muon`: learning rate of the matrices that Muon updates, as a multiple of AdamW's learning rate. With
+    a ratio of 1, their updates have the typical size of AdamW updates; orthogonalised updates tolerate larger learning
+    rates."""
     layer_decay: float = Field(1.0, gt=0, le=1)
-    """For a run that starts from trained weights (`model.init_from`): learning rate of a layer of the encoder as a
-    fraction of the next layer's. The embeddings are the lowest layer. The encoder's last norm and the decoder have the
-    full learning rate, which the logs show as `lr`. 1: all layers have it. It cannot be combined with Muon."""
+    """For a run that starts from trained weights (`model.init_from`): learning rate of a layer of the encoder, as a
+    fraction of the learning rate of the next layer. The embeddings are the lowest layer. The last norm of the encoder
+    and the decoder have the full learning rate, which is logged as `lr`. 1: all layers have the full learning rate.
+    Values below 1 cannot be combined with Muon."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """Schedule of the learning rate after the warm-up: `cosine` decay, or `wsd` (warm-up, stable, decay), which is
-    constant until a decay at the end, so that a run can be extended from the checkpoint before the decay."""
+    """Schedule of the learning rate after the warm-up. `cosine`: cosine decay. `wsd` (warm-up, stable, decay): a
+    constant learning rate until a decay at the end, so that a run can be extended from the checkpoint before the
+    decay."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
-    """With `schedule: wsd`: fraction of the steps in which the learning rate decays, as 1 minus the square root of the
-    decay's progress (arXiv 2405.18392)."""
+    """With `schedule: wsd`: fraction of the steps in which the learning rate decays. The learning rate is multiplied by
+    1 minus the square root of the decay's progress (arXiv 2405.18392)."""
 
     @property
     def decay(self) -> float | None:
@@ -448,9 +456,9 @@ class LoopConfig(Section):
     """Maximum number of samples per rank and forward pass. Larger per-rank batches are split evenly into micro-batches
     with gradient accumulation; null: no gradient accumulation."""
     epochs: float | None = Field(None, gt=0, le=1e6)
-    """Length of the run, in epochs; give this or `steps`."""
+    """Length of the run, in epochs; alternative to `steps`."""
     steps: Count | None = None
-    """Length of the run, in optimiser steps; give this or `epochs`."""
+    """Length of the run, in optimiser steps; alternative to `epochs`."""
     log_every: Count = 10
     """Steps between log lines."""
     eval_every: Count | None = None
@@ -474,11 +482,13 @@ class TransformerLoopConfig(LoopConfig):
     """Settings of a training of a transformer."""
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Dtype of the computations: `bf16`, `fp32`, or `auto` (bf16 if the hardware computes faster in it)."""
+    """Dtype of the computations: `bf16`, `fp32`, or `auto` (bf16 if it is faster than fp32 on this hardware)."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay per step of a moving average of the weights, such as 0.9999, for export and evaluation; null: none."""
+    """Decay per step of an exponential moving average of the weights, such as 0.9999. Export and evaluation use the
+    average. null: no average."""
     activation_checkpointing: bool = False
-    """Whether activations are recomputed in the backward pass, which needs less memory and about a third more time."""
+    """Whether activations are recomputed in the backward pass, which reduces memory and increases the time of a step by
+    about a third."""
     compile: bool = False
     """Whether torch.compile compiles the transformer blocks."""
 
@@ -511,23 +521,24 @@ class TrainConfig(TransformerLoopConfig):
     """Length, batch, precision and periods of the training loop."""
 
     hours: float | None = Field(None, gt=0, le=1e5)
-    """Duration of the run in hours, including evaluations. The number of steps, initially that of `steps` or `epochs`,
-    is adjusted during training so that the run ends in this time, after at most 800 epochs. null: no time limit."""
+    """Duration of the run in hours, including evaluations. The number of steps, whose initial value is given by `steps`
+    or `epochs`, is adjusted during training so that the run ends after this time, or after 800 epochs at the latest.
+    null: no time limit."""
     stop_at: Annotated[float, Field(gt=0, le=1)] | Literal["plateau"] | None = None
-    """Condition for ending the run early: an accuracy of `train.probe`, such as 0.6, or `plateau`, three evaluations in
-    a row without a new best accuracy. The learning rate then decays as at the end of a run, which requires
-    `optim.schedule: wsd`. null: the run is not ended early."""
+    """Condition for ending the run early: an accuracy of `train.probe`, such as 0.6, or `plateau`, which means three
+    evaluations in a row without a new best accuracy. The learning rate then decays in the same way as at the end of a
+    run, which requires `optim.schedule: wsd`. null: the run is not ended early."""
     image_sizes: list[Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Size], Strict(False)]] = []
     """Image sizes for the first part of the run, as pairs of a fraction of the steps and a size in pixels, such as
     [[0.5, 96], [0.75, 160]]. A size is used until that fraction of the steps has been taken. The remaining steps, and
     all evaluations, use `model.image_size`."""
     rollbacks: int = Field(0, ge=0, le=100)
-    """Number of times that a run whose loss or gradient norm is not finite returns to its last good checkpoint and
-    leaves out the batch of that step; 0: the run ends instead."""
+    """Maximum number of rollbacks: if the loss or the gradient norm of a step is not finite, the run returns to its
+    last good checkpoint and leaves out the batch of that step. 0: the run ends instead."""
     spike_threshold: float | None = Field(None, gt=0, le=1e6)
-    """Threshold for loss spikes, in standard deviations, such as 6. If the loss of a step exceeds the mean of the 128
-    steps before it by more, the run returns to a checkpoint as if the loss were not finite, as often as `rollbacks`
-    allows; later spikes are ignored. null: spikes are not detected."""
+    """Threshold for loss spikes, in standard deviations, such as 6. If the loss of a step exceeds the mean of the
+    previous 128 steps by more than this, the run returns to its last good checkpoint, as for a loss that is not finite.
+    After `rollbacks` rollbacks, further spikes are ignored. null: spikes are not detected."""
     eval_samples: Count = 1024
     """Number of held-out samples in each evaluation."""
     pictures: int = Field(6, ge=0, le=1000)
@@ -538,20 +549,20 @@ class TrainConfig(TransformerLoopConfig):
 
 
 class OffloadConfig(Section):
-    """Where ZeRO keeps tensors that are offloaded from the GPU."""
+    """Memory in which ZeRO keeps the tensors that are offloaded from the GPU."""
 
     device: Literal["none", "cpu"] = "none"
-    """Memory that holds the offloaded tensors: `cpu`, or `none` for no offloading."""
+    """Device whose memory holds the offloaded tensors: `cpu`, or `none` for no offloading."""
     pin_memory: bool = False
-    """Whether the offloaded tensors are pinned: faster copies, at the cost of pageable memory."""
+    """Whether the offloaded tensors are in pinned memory, which is copied faster but cannot be paged out."""
 
 
 class ZeroConfig(Section):
-    """How ZeRO splits the training state over ranks and communicates; the names are DeepSpeed's."""
+    """Partitioning and communication of ZeRO. The names of the settings are those of DeepSpeed."""
 
     stage: int = Field(0, ge=0, le=3)
-    """What is partitioned over ranks. 0: nothing; 1: the optimiser state; 2: also the gradients; 3: also the
-    weights."""
+    """ZeRO stage, which determines what is partitioned over ranks. 0: nothing; 1: the optimiser state; 2: also the
+    gradients; 3: also the weights."""
     overlap_comm: bool = True
     """Whether gradients are reduced during the backward pass."""
     reduce_bucket_size: Annotated[int, Field(gt=0, le=1 << 34), Strict(False)] = 50_000_000
@@ -565,9 +576,9 @@ class ZeroConfig(Section):
     round_robin_gradients: bool = False
     """Stages 1 and 2: whether gradients are spread over ranks in the order in which they are computed."""
     offload_optimizer: OffloadConfig | None = None
-    """Offloading of the optimiser's state and step, from stage 1 on; null: none."""
+    """Stages 1 to 3: offloading of the optimiser's state and step; null: no offloading."""
     offload_param: OffloadConfig | None = None
-    """Offloading of the weights, stage 3 only; null: none."""
+    """Stage 3: offloading of the weights; null: no offloading."""
     sub_group_size: Annotated[int, Field(gt=0, le=1 << 40), Strict(False)] = 1_000_000_000
     """Stage 3: number of elements that the optimiser updates at a time."""
     stage3_prefetch_bucket_size: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 50_000_000
@@ -621,14 +632,14 @@ _NOT_SUPPORTED = {
     "comms_logger": "use --profile",
     "flops_profiler": "use --profile; --dry-run counts FLOPs",
     "autotuning": "use --dry-run for the memory that a config needs",
-    "data_efficiency": "the loader is this trainer's own",
+    "data_efficiency": "the trainer has its own data loader",
     "managed_gradient_accumulation": "the trainer decides when gradients are reduced",
     "gradient_allreduce_op": "gradients are averaged over ranks",
 }
 
 
 class DeepSpeedConfig(Section):
-    """Settings of DeepSpeed that do not follow from the other sections."""
+    """Settings of DeepSpeed that are not derived from the other sections."""
 
     zero_optimization: ZeroConfig = ZeroConfig()
     """Settings of ZeRO."""
@@ -669,7 +680,7 @@ class Config(Section):
     optim: PretrainingOptimConfig = PretrainingOptimConfig()
     train: TrainConfig
     deepspeed: DeepSpeedConfig | None = DeepSpeedConfig()
-    """null: plain torch, data-parallel (DDP)."""
+    """null: plain torch with data parallelism (DDP)."""
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
@@ -680,7 +691,7 @@ class Config(Section):
             raise ValueError("loss.norm_pix needs pixel targets, but model.image_targets is vqgan")
         if self.model.dec_attention == "cross" and (self.loss.image_all_tokens or self.loss.text_all_tokens):
             raise ValueError(
-                "model.dec_attention cross predicts masked tokens alone: set loss.image_all_tokens and "
+                "model.dec_attention cross predicts only masked tokens: set loss.image_all_tokens and "
                 "loss.text_all_tokens to false, or model.dec_attention to self"
             )
         if self.train.stop_at is not None and self.optim.decay in (None, 1):
@@ -697,7 +708,7 @@ class Config(Section):
         if self.optim.name == "muon" and self.zero and (self.zero.stage == 3 or self.zero.offloads_optimizer):
             what = "stage 3" if self.zero.stage == 3 else "offload_optimizer"
             raise ValueError(
-                f"optim.name muon needs whole matrices, of which {what} of ZeRO keeps parts or sends them to the CPU: "
+                f"optim.name muon needs whole matrices on the GPU, but {what} of ZeRO partitions or offloads them: "
                 "set zero_optimization.stage to 0, 1 or 2 without offload_optimizer, or optim.name to adamw"
             )
         if self.data.image_tokens == "shards" and self.data.repeats > 1:
@@ -743,7 +754,7 @@ class Config(Section):
             raise ValueError("train.spike_threshold needs images of one size: set train.image_sizes to []")
         fractions = [fraction for fraction, _ in pairs]
         if fractions != sorted({*fractions}):
-            raise ValueError(f"train.image_sizes: the fractions {fractions} must rise")
+            raise ValueError(f"train.image_sizes: the fractions {fractions} must increase")
         for _, size in pairs:
             if size % model.patch_size or size >= model.image_size:
                 raise ValueError(
@@ -758,7 +769,7 @@ class Config(Section):
         for own, value in given.items():
             if (before := getattr(self.model, own)) not in (value, ModelConfig.model_fields[own].default):
                 name = IMAGE_SETTINGS[own]
-                raise ValueError(f"data.{name} is {value}, but model.{own} {before}: give data.{name} alone")
+                raise ValueError(f"data.{name} is {value}, but model.{own} {before}; set only data.{name}")
         if not given:
             return self
         try:

@@ -22,7 +22,7 @@ def check_range(name: str, image_range: Range | None) -> None:
 
 def add_range_option(parser: argparse._ActionsContainer) -> None:
     """Add `--range`, for programs without a config."""
-    text = "values that are black and white in images above 8 bits"
+    text = "values of black and white in images with more than 8 bits"
     parser.add_argument("--range", type=_parse, metavar="LOW,HIGH|dtype", help=text)
 
 
@@ -35,5 +35,5 @@ def _parse(text: str) -> Range:
     except ValueError:
         low = high = math.nan
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither two values LOW,HIGH, LOW below HIGH, nor dtype")
+        raise argparse.ArgumentTypeError(f"{text!r} must be dtype, or two values LOW,HIGH with LOW below HIGH")
     return low, high

@@ -62,7 +62,7 @@ def download(shard: str, out: BinaryIO) -> None:
     if not out.tell():
         raise OSError("the source sent no data")
     if not is_whole_tar(out.fileno(), out.tell()):
-        raise OSError(f"the data is not a tar with its end mark ({_begin(out)})")
+        raise OSError(f"the data are not a complete tar file: the end mark is missing ({_begin(out)})")
 
 
 def read_small(name: str, limit: int) -> bytes:

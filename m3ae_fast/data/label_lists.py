@@ -48,7 +48,7 @@ def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, p
             has a label (or one of `classes`), or a shard cannot be read.
     """
     if not field.startswith("json."):
-        raise UserError(f"--labels {field}: lists of labels are in a field of the samples' json; name one: json.FIELD")
+        raise UserError(f"--labels {field}: lists of labels must be in a field of the json; name the field: json.FIELD")
     sources = [replace(source, shards=[shard.located() for shard in source.shards]) for source in corpus.sources]
     corpus = replace(corpus, sources=sources)
     where = f"shards {corpus.sources[0].shards[0].shard}" + (" ..." if len(corpus.sources[0].shards) > 1 else "")
@@ -56,7 +56,7 @@ def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, p
     if missing := sum(each is None for own in lists for each in own):
         total = sum(map(len, lists))
         raise UserError(
-            f"{where}: {missing:,} of {total:,} samples have no list of labels ({field}); an empty list says that a "
+            f"{where}: {missing:,} of {total:,} samples have no list of labels ({field}); an empty list means that a "
             "sample has none of the classes"
         )
     used = {label for own in lists for each in own for label in each or ()}

@@ -115,7 +115,7 @@ def draw_attention(
         rows.append(cells)
     if not rows:
         raise UserError("none of the samples has an image" + (f" and {word!r} in its caption" if word else ""))
-    key = Cell(_key(rows[0][0].image), "blue: none; red: maximum of each image")
+    key = Cell(_key(rows[0][0].image), "blue: zero attention; red: maximum in image")
     draw_sheet(path, [*rows, [key]], ("image", "attention of"))
 
 
@@ -241,5 +241,5 @@ def _write_shaded(
         draw.text((x + 1, y), text, fill=BLACK, font=font)
         x += width
     total, most = 100 * sum(parts), 100 * highest
-    shares = f"{total:.3g} % of the patch's attention goes to text tokens; {most:.3g} % to the reddest"
+    shares = f"{total:.3g} % of the patch's attention goes to text tokens; {most:.3g} % to the reddest token"
     draw.text((left, y + _LINE + 4), shares, fill=(110, 110, 110), font=ImageFont.load_default(11))

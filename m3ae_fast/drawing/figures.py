@@ -199,7 +199,7 @@ def draw_attack(path: Path, epsilons: Sequence[float], top1: Sequence[float], cl
     """Write a PNG of the accuracy against the bound of an attack in units of 1/255."""
     figure, (axes,) = _figure(4.6, 3.2)
     axes.plot([0, *epsilons], [clean, *top1], marker="o", markersize=4)
-    axes.set(xlabel="bound of the attack (L-infinity), in 1/255", ylabel="top-1 accuracy", ylim=(0, 1))
+    axes.set(xlabel="L-infinity bound of the attack, in units of 1/255", ylabel="top-1 accuracy", ylim=(0, 1))
     axes.set_title("Accuracy under PGD attacks", fontsize=10)
     axes.grid(alpha=0.25)
     _save(figure, path)
@@ -256,7 +256,7 @@ def draw_map(path: Path, panels: Sequence[MapPanel], labels_N: np.ndarray, class
             x, y = panel.places_N2[labels_N == number].T
             marks.append(axes.scatter(x, y, 9, color=colours(number), linewidths=0, label=str(name)))
         axes.set(xticks=[], yticks=[], title=panel.title, xlabel=panel.caption)
-    figure.suptitle("t-SNE of the features; each point is a sample, its colour the class", fontsize=10)
+    figure.suptitle("t-SNE of the features. Each point is a sample, coloured by its class.", fontsize=10)
     if len(classes) <= _MOST_NAMES:
         place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         legend = all_axes[-1].legend(marks, [""] * len(marks), fontsize=7, frameon=False, markerscale=2, **place)

@@ -47,7 +47,7 @@ def split_batch(config: LoopConfig, world: int, rank: int = 0) -> Share:
     if config.global_batch < world:
         raise UserError(
             f"config: {config.SECTION}.global_batch {config.global_batch} has no sample for some of {world} ranks; "
-            "raise it, or start fewer"
+            "raise it, or start fewer ranks"
         )
     most = -(-config.global_batch // world)
     accumulation = -(-most // (config.micro_batch or most))

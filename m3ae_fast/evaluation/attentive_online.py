@@ -110,7 +110,7 @@ def predict_online(
     tried: dict[Input, list[RateTrial]] = {at: [] for at in places}
     if trying:
         reduce = partial(_judged, heads)
-        found = job.encode(train, "judging learning rates", whole, train.samples, layers=layers, reduce=reduce)
+        found = job.encode(train, "evaluating learning rates", whole, train.samples, layers=layers, reduce=reduce)
         whole.after(train.samples)
         found = found.rows([row for row, key in enumerate(found.keys) if is_held_out(key)])
         tried = {at: _tried(found.layer(at), recipe) for at in places}

@@ -37,7 +37,7 @@ class RandAugment:
     def __post_init__(self) -> None:
         if self.model.channels != 3 or self.model.image_dtype != "uint8":
             raise UserError(
-                "finetune.rand_augment: takes only RGB of 8 bits; set it to null for "
+                "finetune.rand_augment: supports only 8-bit RGB images; set it to null for "
                 f"{self.model.channels} channels of {self.model.image_dtype}"
             )
         try:

@@ -24,7 +24,7 @@ class Exported:
 
     weights: Pretrained
     check: OnnxCheck | None = None  # check of the ONNX files, if labelled images were given
-    address: str | None = None  # address on the hub, if the folder was uploaded
+    address: str | None = None  # address on the Hub, if the folder was uploaded
 
 
 def export(
@@ -48,8 +48,8 @@ def export(
         format: "m3ae" for a folder that `load_model` reads, "timm" for the image encoder as timm's VisionTransformer,
             or "onnx" for the image encoder as two files, in float32 and in int8.
         weights: for a run with `train.ema`, the weights to export: the moving "average" or the "last" ones.
-        push: name, OWNER/NAME, under which the folder is also uploaded to the Hugging Face hub.
-        private: whether the model on the hub is created as a private one.
+        push: name, OWNER/NAME, under which the folder is also uploaded to the Hugging Face Hub.
+        private: whether the model on the Hub is created as a private one.
         train, val: for "onnx", labelled shards. The k-NN accuracy of both files and of torch is measured on `val`, with
             neighbours from `train`.
         labels: source of the labels: "cls", or "json." and the name of a field.

@@ -32,7 +32,7 @@ def compare_results(folders: Sequence[Path]) -> str:
     if missing := next((folder for folder in folders if not (folder / FILE).is_file()), None):
         raise UserError(f"{missing}: has no {FILE}; name the folders that two evaluations wrote, such as runs/knn")
     partial = [folder for folder in folders if (folder / PARTIAL_FILE).exists()]
-    notes = [f"note: {folder} holds a partial result: the task was stopped before its end" for folder in partial]
+    notes = [f"note: {folder} contains a partial result: the task was stopped before its end" for folder in partial]
     return "\n".join([*notes, _compared(folders)])
 
 
@@ -122,7 +122,7 @@ def _require_same(folders: Sequence[Any], first: Any, second: Any) -> None:
     if first != second:
         raise UserError(
             f"{folders[0]} and {folders[1]}: {len(first ^ second):,} samples are in only one of them; name two "
-            "results with the same --val, spelled in the same way"
+            "results with the same --val, given in the same form"
         )
 
 

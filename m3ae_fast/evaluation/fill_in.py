@@ -128,7 +128,8 @@ def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:
     length = model.config.text_length
     if any(masked[length:]):
         raise UserError(
-            f"the text has {len(ids)} tokens, but the model reads {length}: a {MASK} would be truncated; shorten it"
+            f"the text has {len(ids)} tokens, but the model reads at most {length}: a {MASK} would be "
+            "truncated; shorten the text"
         )
     return torch.tensor(ids[:length], dtype=torch.int64), torch.tensor(masked[:length], dtype=torch.bool)
 

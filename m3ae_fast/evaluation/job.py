@@ -202,7 +202,8 @@ class Job:
         def report(left: float) -> None:
             if self.ranks.device.type == "cpu" and left > LONG_S:
                 self.say(
-                    f"note: this takes about {duration(left)} on this CPU; to shorten it: {shorter(SHORT_S / left)}"
+                    f"note: this takes about {duration(left)} on this CPU; to reduce the time: "
+                    f"{shorter(SHORT_S / left)}"
                 )
 
         left = TimeLeft(total, other_work, report)
@@ -270,7 +271,7 @@ class Job:
 def refuse_existing(out: Path) -> None:
     """Raise UserError if `out` contains a result."""
     if (out / RESULT_FILE).exists():
-        raise UserError(f"--out {out}: already holds a {RESULT_FILE}; choose another folder")
+        raise UserError(f"--out {out}: already contains a {RESULT_FILE}; choose another folder")
 
 
 def write_result(out: Path, result: dict[str, Any], name: str = RESULT_FILE) -> None:

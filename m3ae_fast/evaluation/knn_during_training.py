@@ -48,7 +48,7 @@ def open_probe(config: Config, *, progress: bool = False) -> Probe | None:
     train, classes = label_corpus(train, probe.labels, progress=progress)
     val, _ = label_corpus(val, probe.labels, classes, progress=progress)
     if train.has_captions or val.has_captions:
-        raise UserError('train.probe: takes only images; set "modality": "image" on its sources')
+        raise UserError('train.probe: supports only images; set "modality": "image" on its sources')
     return Probe(probe, train, val, classes)
 
 

@@ -150,7 +150,7 @@ class LabelledTask(ABC):
             at, columns = lines[-1]["step"], {}
             values = {name.removeprefix("val_"): value for name, value in lines[-1].items() if name.startswith("val_")}
         else:
-            return PartialResult(f"step {trainer.step:,} of {total:,}, none evaluated", {}, {})
+            return PartialResult(f"step {trainer.step:,} of {total:,}, not evaluated yet", {}, {})
         done = f"the evaluation after step {at:,} of {total:,}"
         return PartialResult(done, values | {"steps": at, "total_steps": total}, columns)
 
@@ -175,7 +175,7 @@ class LabelledTask(ABC):
         run is added."""
         lines = [f"expected: {duration(pace * left)} for {left:,} more steps, and evaluations"]
         if trainer.ranks.device.type == "cpu" and pace * left > LONG_S and self.length_is_open():
-            lines.append(f"note: this is long for a CPU; to shorten it: {self.shorter(trainer, SHORT_S / pace)}")
+            lines.append(f"note: this is a long time for a CPU; to reduce it: {self.shorter(trainer, SHORT_S / pace)}")
         return lines
 
 

@@ -146,7 +146,7 @@ def _searched_exactly(bank: FeatureBank, queries_QD: Tensor, k: int) -> Tensor:
     at_a_time = _BLOCKS[device.type].queries
     unit_QD = F.normalize(queries_QD.double(), dim=1)
     order_QK = torch.full((len(unit_QD), k), _MISSING, device=device)
-    for start, block_BD in _blocks(bank, device, "k-NN, of equally similar samples"):
+    for start, block_BD in _blocks(bank, device, "k-NN, ordering equally similar samples"):
         unit_BD, number_B = F.normalize(block_BD.double(), dim=1), own_R[start : start + len(block_BD)]
         for first in range(0, len(unit_QD), at_a_time):
             part = slice(first, first + at_a_time)

@@ -234,7 +234,7 @@ def inverted(found: dict[str, float]) -> str:
         return ""
     return (
         f"inverted on this data: {', '.join(low)}. Out-of-distribution samples score as more in-distribution than "
-        "those of --val; choose another score"
+        "the samples of --val; choose another score"
     )
 
 

@@ -102,8 +102,8 @@ def run(job: Job) -> dict[str, Any]:
     known, asked = (_ids(part, config.ignore_label, ranks) for part in (train, val))
     if len(known) < 2:
         raise UserError(
-            f"--train: its masks have {len(known)} classes besides segment.ignore_label {config.ignore_label}; two are "
-            "needed"
+            f"--train: its masks have {len(known)} classes besides segment.ignore_label {config.ignore_label}; at "
+            "least two are required"
         )
     if not asked:
         raise UserError(f"--val: all pixels of its masks have segment.ignore_label {config.ignore_label}")

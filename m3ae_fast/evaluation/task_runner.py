@@ -138,7 +138,7 @@ def _require_pixels(options: Options) -> None:
     """Raise UserError if the task does not support downscaled pixels in place of a model."""
     if not TASKS[options.task].takes_pixels:
         *others, last = (name for name, task in TASKS.items() if task.takes_pixels)
-        raise UserError(f"{options.model}: {options.task} does not take pixels; {', '.join(others)} and {last} do")
+        raise UserError(f"{options.model}: {options.task} does not accept pixels; {', '.join(others)} and {last} do")
     if options.layers is not None or options.pools or options.resume != "no":
         raise UserError(
             f"{options.model}: pixels have no layers, no poolings and no checkpoints; leave out --layers, --pools and "

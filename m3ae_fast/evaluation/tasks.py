@@ -62,7 +62,7 @@ TASKS = {
         takes_pixels=True,
     ),
     "linear": Task(
-        "train a linear classifier on frozen features; OUT gets the classifier",
+        "train a linear classifier on frozen features; the classifier is saved in OUT",
         resumes=True,
         surveys=True,
         pools=True,
@@ -76,7 +76,7 @@ TASKS = {
         sections=("encode", "attentive"),
     ),
     "compare": Task(
-        "random weights, downscaled pixels and each MODEL by several probes and seeds: a table, and which differ",
+        "compare models, random weights and downscaled pixels with several probes, and test which differ significantly",
         modality="image",
         compares=True,
         sections=("encode", "knn", "linear", "attentive"),
@@ -86,19 +86,19 @@ TASKS = {
         sections=("encode", "multilabel", "knn"),
     ),
     "segment": Task(
-        "semantic segmentation: classify frozen patches by a linear head, or by the nearest training patches",
+        "semantic segmentation: classify frozen patch features with a linear head, or by the nearest training patches",
         has_masks=True,
         modality="image",
         sections=("encode", "segment", "knn"),
     ),
     "finetune": Task(
-        "train the encoder with a classification head; OUT gets the classifier",
+        "train the encoder with a classification head; the classifier is saved in OUT",
         resumes=True,
         sections=("finetune",),
         libraries=("timm",),
     ),
     "robustness": Task(
-        "accuracy of a classifier on attacked and on corrupted images",
+        "accuracy of a classifier on adversarial and on corrupted images",
         trains=False,
         classifies=True,
         sections=("robustness",),
@@ -179,7 +179,7 @@ class Options:
                 f"--ood {taken[0]}: the result already uses this name for --{taken[0]}; choose another name"
             )
         if any(shots < 1 for shots in self.shots) or (self.draws is not None and self.draws < 2):
-            raise UserError("--shots must be numbers from 1, and --draws a number from 2")
+            raise UserError("--shots must be integers of at least 1, and --draws an integer of at least 2")
 
     @property
     def model(self) -> str:
@@ -223,6 +223,6 @@ def named_sets(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
         match = _NAMED.fullmatch(first)
         name, shards = match.groups() if match else ("", first)
         if name in sets or (not name and len(given) > 1):
-            raise UserError(f"--ood {first}: give each of several sets a name of its own, such as --ood other={shards}")
+            raise UserError(f"--ood {first}: give each set a different name, such as --ood other={shards}")
         sets[name] = [shards, *rest]
     return sets

@@ -59,7 +59,7 @@ def deep_grey(image: Image.Image, depth: Depth, image_range: Range | None, chann
     [4, H, W] with alpha if `channels` is 4. Raises BadSample if a value is not finite, or if `channels` is 4 and the
     image has no alpha."""
     if channels == 4 and dtype != "uint8":
-        raise BadSample(f"the image has one channel of {depth}, but the model takes 4")
+        raise BadSample(f"the image has one channel of {depth}, but the model expects 4")
     values, clear = grey_values(image, depth), image.info.get("transparency")
     lit = scaled(values, depth, image_range)
     opaque = np.full(values.shape, True) if clear is None else values != clear

@@ -164,7 +164,7 @@ def pixels_of_bands(values: np.ndarray, channels: int, image_range: Range | None
     of more than 8 bits have no range."""
     if values.shape[2] != channels:
         raise BadSample(
-            f"the array {list(values.shape)} has {values.shape[2]} channels, but the model takes {channels}"
+            f"the array {list(values.shape)} has {values.shape[2]} channels, but the model expects {channels}"
         )
     pixels = bands_to_pixels(values, image_range, dtype)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)).copy())
@@ -198,7 +198,7 @@ def pixels_of(image: Image.Image, channels: int, image_range: Range | None = Non
     """Return a Pillow image as pixels [C, H, W], with its orientation applied. Transparency, bit depth and errors are
     handled as in `decode_image`."""
     if channels not in _PIL_MODES:
-        raise BadSample(f"the image has {len(image.getbands())} channels, but the model takes {channels}")
+        raise BadSample(f"the image has {len(image.getbands())} channels, but the model expects {channels}")
     depth, clear = depth_of(image), _transparent_level(image)
     image = ImageOps.exif_transpose(image)
     if image.mode == "LAB":

@@ -1,4 +1,4 @@
-"""The model card: the README.md of a folder of weights, which the Hugging Face hub displays."""
+"""The model card: the README.md of a folder of weights, which the Hugging Face Hub displays."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 from m3ae_fast.config import ModelConfig
 
-# the hub's value for a licence that it does not list; the card asks for the actual licence
+# the Hub's value for a licence that it does not list; the card asks for the actual licence
 _CARD = """---
 library_name: m3ae-fast
 license: other
@@ -15,7 +15,7 @@ tags: [{tags}]
 
 # {name}
 
-{what}, arXiv 2205.14204: a ViT encoder, {depth} blocks {emb_dim} wide, of {images} in patches of
+{what}, arXiv 2205.14204: a ViT encoder with {depth} blocks of width {emb_dim} for {images} in patches of
 {patch_size} x {patch_size}{text}.
 
 ```python
@@ -49,7 +49,7 @@ def model_card(name: str, config: ModelConfig, run: str = "") -> str:
         images=f"{c.image_size} x {c.image_size} images" if c.resize == "square" else "images of any aspect ratio",
         patches=c.patches_per_image,
         pixels="normalised" if c.image_dtype == "float32" else c.image_dtype,
-        text=f" and of captions of up to {c.text_length} tokens" if c.vocab_size else "",
+        text=f" and for captions of up to {c.text_length} tokens" if c.vocab_size else "",
         run=f"\n{run}" if run else "",
         arguments="images, texts" if c.vocab_size else "images",
         captions=", strings" if c.vocab_size else "",

@@ -369,10 +369,11 @@ class MultimodalEncoder(nn.Module):
     def require_tokenizer(self) -> None:
         """Raise UserError if the model does not accept text."""
         if not self.config.vocab_size:
-            raise UserError("the model is image-only (vocab_size 0): it cannot take captions; use images only")
+            raise UserError("the model is image-only (vocab_size 0): it does not accept captions; pass only images")
         if self.tokenizer is None:
             raise UserError(
-                "the model has no tokenizer: name the one it was trained with (data.tokenizer, M3AE.tokenizer)"
+                "the model has no tokenizer: set the tokenizer with which it was trained (data.tokenizer, "
+                "M3AE.tokenizer)"
             )
 
     def representation(

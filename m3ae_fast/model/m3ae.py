@@ -209,10 +209,10 @@ class M3AE(MultimodalEncoder):
         write_pretrained(folder, Pretrained(self.config, self.state_dict(), self.tokenizer), card)
 
     def push_to_hub(self, name: str, private: bool = False) -> str:
-        """Upload the files of `save_pretrained` to the Hugging Face hub as `name` (owner/name), and return the address.
+        """Upload the files of `save_pretrained` to the Hugging Face Hub as `name` (owner/name), and return the address.
 
         Raises:
-            UserError: the user is not logged in, or the hub refuses the request or does not respond.
+            UserError: the user is not logged in, or the Hub refuses the request or does not respond.
         """
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent, name.rpartition("/")[2])
@@ -222,13 +222,13 @@ class M3AE(MultimodalEncoder):
     @classmethod
     def from_pretrained(cls, source: str | Path) -> M3AE:
         """Load a model written by `save_pretrained`, `m3ae-fast export` or `m3ae-fast convert`, from a folder or from
-        the Hugging Face hub by its name (owner/name).
+        the Hugging Face Hub by its name (owner/name).
 
         The `tokenizer` is loaded too if there is one. If the source contains only an encoder, a warning is issued, and
         the decoder is randomly initialised.
 
         Raises:
-            UserError: a file is missing or damaged, the files do not fit together, or the hub does not respond.
+            UserError: a file is missing or damaged, the files do not fit together, or the Hub does not respond.
         """
         found = read_pretrained(source)
         model = build(lambda: cls(found.config), found.state, str(source))

@@ -102,7 +102,7 @@ def _preprocessing(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_pretrained(source: str | Path) -> Pretrained:
-    """Read a folder written by `write_pretrained`, or a model from the hub by its name. Raises UserError if there is no
+    """Read a folder written by `write_pretrained`, or a model from the Hub by its name. Raises UserError if there is no
     such folder or model, or if a file is missing or damaged."""
     folder = find_folder(source)
     try:

@@ -214,7 +214,9 @@ def check_overrides(overrides: Sequence[str], start_from: str | None = None) -> 
         if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):
             raise UserError(f"--set {name}: use {meant} instead")
     if set_to(overrides, "data.val", None):
-        raise UserError("--set data.val: give held-out samples in SOURCE or with --val; only [] can be set, for none")
+        raise UserError(
+            "--set data.val: give held-out samples in SOURCE or with --val; only [] can be set, to use none"
+        )
     start = [] if start_from is None else [f"model.init_from={json.dumps(start_from)}"]
     return assumed_config([*start, *overrides])
 

@@ -34,7 +34,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
 
     Args:
         model: a run, a checkpoint, an export, weights of the official M3AE or MAE or of a timm model, or the name of
-            any of these on the Hugging Face hub.
+            any of these on the Hugging Face Hub.
         out: the run folder.
         overrides: the user's overrides, which will be applied after the returned ones.
 
@@ -62,7 +62,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
         implied["data.range"] = found.config.image_range
     given = [f"{name}={json.dumps(value)}" for name, value in implied.items()]
     missing = missing_decoder(found, _fitting(model, found, given, overrides))
-    decoder = [f"{missing}: it is randomly initialised"] if missing else []
+    decoder = [f"{missing}, so the decoder is randomly initialised"] if missing else []
     return GivenWeights(given, [f"{found.kind}: weights to continue from, in {folder}", *decoder, *found.notes])
 
 

@@ -226,8 +226,8 @@ def _lines(config: Config, budget: Budget, size: ModelSize, why: str, pace: Pace
     return [
         f"data: {statistics.samples:,} samples and {statistics.held_out:,} held out; {kind}; "
         + (f"{statistics.classes} classes" if statistics.classes else "no classes"),
-        f'model: "{m.size or size.name}", {m.emb_dim} wide, {m.depth} deep, images of {m.image_size} px (median short '
-        f"side of the files: {statistics.short_side} px) in patches of {m.patch_size} px; {why}",
+        f'model: "{m.size or size.name}", width {m.emb_dim}, depth {m.depth}, images of {m.image_size} px (median '
+        f"short side of the files: {statistics.short_side} px) in patches of {m.patch_size} px; {why}",
         *_length(config, budget, pace),
     ]
 

@@ -203,7 +203,7 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
                 f"shards: m3ae-fast train --config {out / 'config.json'} --resume auto"
             )
         if not (out / "config.json").exists():
-            raise UserError(f"{folder}: holds the shards of another source; remove it, or choose another --out")
+            raise UserError(f"{folder}: contains the shards of another source; remove it, or choose another --out")
         shutil.rmtree(folder)
         (out / "config.json").unlink()
         notes = [*notes, f"{name} has changed, so its shards are created again"]
@@ -223,7 +223,7 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
 def _uses(source: Records) -> dict[str, str]:
     """Return a description of the purpose of each split, by name."""
     if len(source.splits) == 1:
-        return dict.fromkeys(source.splits, "trained on, part of it held out")
+        return dict.fromkeys(source.splits, "used for training, partly held out")
     train, held, apart = _roles(source.splits)
     return {train: "trained on", held or "": "held out"} | dict.fromkeys(apart, "not used")
 
@@ -241,7 +241,7 @@ def _settings(source: Records, image_range: Range | None) -> Settings:
     it has several splits, but none to train on."""
     if len(source.splits) > 1 and all(split in HELD_OUT for split in source.splits):
         found = " and ".join(source.splits)
-        raise UserError(f"SOURCE has the splits {found}, but none to train on; name one of them as SOURCE")
+        raise UserError(f"SOURCE has the splits {found}, but no split to train on; pass one of the splits as SOURCE")
     samples = sum(source.splits.values())
     alone = len(source.splits) == 1 and samples > 1
     return Settings(held_out=min(_FRACTION, _MOST_HELD_OUT / samples) if alone else 0.0, image_range=image_range)

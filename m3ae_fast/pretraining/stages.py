@@ -74,7 +74,7 @@ def pretrain(
         val: if `source` is shards, the held-out shards.
         labels: source of the classes: "cls", or "json." and the name of a field.
         start_from: model from whose weights the run starts, with its size, a lower learning rate and a shorter warm-up:
-            a run, an export, weights of the official M3AE or MAE or of a timm model, or a name on the Hugging Face hub.
+            a run, an export, weights of the official M3AE or MAE or of a timm model, or a name on the Hugging Face Hub.
             None: random weights.
         overrides: overrides "section.key=value" of the chosen settings.
         device: "cpu" or "cuda"; None: a GPU if there is one, otherwise the CPU.
@@ -134,7 +134,7 @@ def _check(
     uses_gpu(device)
     image_range = check_overrides(overrides, start_from).model.image_range
     if tune and set_to(overrides, "optim.peak_lr", None) is not None:
-        raise UserError("--tune chooses optim.peak_lr: leave out one of --tune and --set optim.peak_lr")
+        raise UserError("--tune chooses optim.peak_lr: use only one of --tune and --set optim.peak_lr")
     object_store.require(str(source), *val)
     check_field(labels)
     if out.exists() and not out.is_dir():
@@ -149,7 +149,7 @@ def _present(config: Config, results: dict[str, dict[str, Any]], outcome: Outcom
         draw_map(config, device)
     write_report(outcome.run, outcome.report)
     write_export(outcome.run, outcome.export)
-    print(f"{outcome.report}: curves and pictures; {outcome.export}: M3AE.from_pretrained loads it")
+    print(f"{outcome.report}: curves and figures; {outcome.export}: M3AE.from_pretrained loads it")
 
 
 def _configured(
@@ -224,5 +224,6 @@ def _follow(path: Path) -> None:
     if followed != data:
         write_whole(path, json.dumps(followed, indent=2) + "\n")
         print(
-            f"{path}: the run folder has moved from {data['run']['dir']} to {followed['run']['dir']}; paths follow it"
+            f"{path}: the run folder has moved from {data['run']['dir']} to {followed['run']['dir']}; its paths "
+            "are updated"
         )

@@ -42,7 +42,7 @@ def _explain_worker(error: BaseException) -> UserError | None:
     # Shared memory may run out when a worker allocates it (torch names the file) or when it writes to it.
     if ("No space left" in text and "</torch_" in text) or "Bus error" in text:
         return UserError(
-            f"{SHM} is full, so that a loader worker could not pass on a batch: free space in it, enlarge it "
+            f"{SHM} is full, so a loader worker cannot pass on a batch: free space in it, enlarge it "
             f"(docker run --shm-size, or --ipc=host), or {lower}"
         )
     if out_of_memory(error):
@@ -52,5 +52,5 @@ def _explain_worker(error: BaseException) -> UserError | None:
     if "killed by signal" in text:
         return UserError(f"a loader worker was killed, perhaps for lack of memory: {lower}")
     if "exited unexpectedly" in text:
-        return UserError(f"a loader worker ended unexpectedly; its output may say why. {_CONTINUE}")
+        return UserError(f"a loader worker ended unexpectedly; its output may show the reason. {_CONTINUE}")
     return None

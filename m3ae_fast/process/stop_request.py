@@ -22,7 +22,7 @@ _GRACE_S = 3.0  # seconds for the main thread to clean up if there is nothing to
 _JOIN_S = 60.0  # seconds for a rank that is asked to stop before it has joined the other ranks: it must notify them
 _ORPHAN_S = 10.0  # the same time if the launcher has ended, perhaps together with the rendezvous store
 _LAUNCHER_GONE = "the launcher has ended"
-BY_ANOTHER = "asked by another rank"
+BY_ANOTHER = "requested by another rank"
 _GONE = (0,)
 _TWICE_S = 2.0  # seconds; a launcher repeats a terminal's Ctrl-C, so only a later one means "now"
 

@@ -114,7 +114,8 @@ def _plan(records: Records, settings: Settings) -> list[Shard]:
     if settings.held_out:
         if len(parts) > 1:
             raise UserError(
-                f"--held-out: the input has splits of its own ({', '.join(records.splits)}); convert one of them alone"
+                f"--held-out: the input has splits of its own ({', '.join(records.splits)}); convert only one of these "
+                "splits"
             )
         ((name, split, order),) = parts
         images = records.images(split)[order]

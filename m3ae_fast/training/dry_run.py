@@ -178,8 +178,8 @@ def _print_memory(console: Console, needs: _Needs) -> None:
         mlp_ratio = needs.config.model.mlp_ratio
         fraction = (6 + mlp_ratio) / (8 + 2 * mlp_ratio)
         console.print(
-            f"on a GPU without enough memory for them, {fraction:.0%} are kept, and the outputs of GELU and LayerNorm "
-            "are recomputed"
+            f"on a GPU without enough memory for all activations, {fraction:.0%} are kept, and the outputs of GELU and "
+            "LayerNorm are recomputed"
         )
 
 

@@ -29,7 +29,7 @@ def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
     own = model.state_dict()
     for name in ranks.from_main([*state]):
         own[name].copy_(ranks.from_main(state[name] if state else own[name]))
-    return f"weights from {source}" + (f"; {missing}: it is randomly initialised" if missing else "")
+    return f"weights from {source}" + (f"; {missing}, so the decoder is randomly initialised" if missing else "")
 
 
 @torch.no_grad()

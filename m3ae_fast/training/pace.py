@@ -69,7 +69,7 @@ class Pace:
         scaled = "" if self.batch == config.train.global_batch else f" of {self.batch} samples, scaled"
         whole, steps = duration(self.seconds(config, schedule)), schedule.total_steps
         adjusted = "; train.hours adjusts the number of steps" if config.train.hours else ""
-        adjusted += "; steps with smaller images take less" if config.train.image_sizes else ""
+        adjusted += "; steps with smaller images take less time" if config.train.image_sizes else ""
         return f"{whole} on this machine: {steps:,} steps of {step:.3g} s, measured by {self.steps}{scaled}{adjusted}"
 
 

@@ -116,7 +116,7 @@ class PretrainingTask:
         views = f" x {config.data.repeats} views" if config.data.repeats > 1 else ""
         least, rest = divmod(config.train.global_batch, ranks.world)
         per_rank = f"{least} or {least + 1}" if rest else f"{least}"
-        accumulated = f" in {trainer.share.accumulation} parts" if trainer.share.accumulation > 1 else ""
+        accumulated = f" in {trainer.share.accumulation} micro-batches" if trainer.share.accumulation > 1 else ""
         adjusted = f", adjusted to train.hours={config.train.hours:g}" if config.train.hours else ""
         begin = schedule.decay_begin
         falls = "" if begin is None else f", and falling after {begin:,} steps"

@@ -52,17 +52,18 @@ def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
         if corpus and corpus.ignored:
             notes.append(f"data.{name}: some files in its shards are ignored: {corpus.ignored}")
     if shared := data.val.shared_with(data.train) if data.val else []:
+        which = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
         notes.append(
-            f"data.val: {len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'} trained on too, such as "
-            f"{shared[0]}: validation losses therefore do not measure performance on unseen samples"
+            f"data.val: {which} also used for training, such as {shared[0]}: validation losses therefore do not "
+            "measure performance on unseen samples"
         )
     fields = ModelConfig.model_fields
     default = all(getattr(config.model, name) == fields[name].default for name in ("image_mean", "image_std"))
     sources = [source for source in data.train.sources if source.has_images]
     if default and sources and not any("cc12m" in shard.shard.lower() for one in sources for shard in one.shards):
         notes.append(
-            "model.image_mean and model.image_std are still the defaults for CC12M; set them to those of your images, "
-            "which m3ae-fast shards stats SHARDS prints"
+            "model.image_mean and model.image_std are still the defaults for CC12M; set them to the values of your "
+            "images, which m3ae-fast shards stats SHARDS prints"
         )
     if config.model.resize == "square" and (note := enlarged_images(config, data.train)):
         notes.append(note)

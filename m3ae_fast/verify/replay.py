@@ -29,7 +29,9 @@ def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iter
         yield from replay(golden, device, dtype)
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{golden.path}: cannot be replayed ({type(error).__name__}: {reason}); is it whole?") from None
+        raise UserError(
+            f"{golden.path}: cannot be replayed ({type(error).__name__}: {reason}); is it complete?"
+        ) from None
 
 
 def compare(args: argparse.Namespace) -> int:

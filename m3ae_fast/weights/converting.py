@@ -26,7 +26,7 @@ def convert(
     """Convert weights and return the result: a model, or the image tokenizer for a .msgpack file.
 
     Args:
-        source: file, folder or Hugging Face hub name of the weights; `m3ae-fast convert --help` lists the supported
+        source: file, folder or Hugging Face Hub name of the weights; `m3ae-fast convert --help` lists the supported
             kinds. No code in the files is executed.
         out: the folder to write.
         tokenizer: the tokenizer.json, BERT vocab.txt or hub name of the captions' tokenizer.

@@ -1,5 +1,5 @@
-"""Opening of a model by its name on the command line: a run, a checkpoint, an export, a hub name, or an untrained
-network."""
+"""Opening of a model by its name on the command line: a run, a checkpoint, an export, a name on the Hub, or a
+randomly initialised network."""
 
 from __future__ import annotations
 
@@ -93,12 +93,12 @@ def open_model(name: str, *, text: bool, tokenizer: str | None = None, seed: int
     if not text:
         return model
     if not model.config.vocab_size:
-        raise UserError(f"{name}: is an image-only model, which cannot take text")
+        raise UserError(f"{name}: is an image-only model, which does not accept text")
     if wanted := tokenizer or own:
         model.tokenizer = load_tokenizer(wanted, model.config.text_length, model.config.vocab_size)
     if model.tokenizer is None:
         raise UserError(
-            f"{name}: has no tokenizer with it; name one with --set data.tokenizer=FILE (for fill, --tokenizer FILE)"
+            f"{name}: has no tokenizer; give a tokenizer with --set data.tokenizer=FILE (for fill, --tokenizer FILE)"
         )
     return model
 
@@ -114,7 +114,7 @@ def load_model(
 
     Args:
         name: a run folder (its last checkpoint; with train.ema the average), a checkpoint, an export folder, a name on
-            the Hugging Face hub, or `random:` before any of them for the same network with random weights.
+            the Hugging Face Hub, or `random:` before any of them for the same network with random weights.
         tokenizer: file or name of a caption tokenizer to use instead of the model's own.
         seed: random seed of random weights.
         device: device for the model.
@@ -126,7 +126,7 @@ def load_model(
     lengths = model.config.text_length, model.config.vocab_size
     if tokenizer is not None:
         if not model.config.vocab_size:
-            raise UserError(f"{name}: is an image-only model, which cannot take text; leave out the tokenizer")
+            raise UserError(f"{name}: is an image-only model, which does not accept text; leave out the tokenizer")
         model.tokenizer = load_tokenizer(tokenizer, *lengths)
     elif own and model.config.vocab_size:
         try:

@@ -38,20 +38,20 @@ The image encoder of an M3AE as timm's VisionTransformer: image positions and th
 ```python
 import timm
 
-model = timm.create_model("local-dir:{name}", pretrained=True).eval()  # on the hub: hf-hub:OWNER/{name}
+model = timm.create_model("local-dir:{name}", pretrained=True).eval()  # on the Hub: hf-hub:OWNER/{name}
 prepare = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
 side = min(image.size)  # of a PIL image
 left, top = (image.width - side) // 2, (image.height - side) // 2
 square = image.crop((left, top, left + side, top + side))
-features = model(prepare(square)[None])  # [1, {emb_dim}], those of M3AE.encode(image, pool="mean")
+features = model(prepare(square)[None])  # [1, {emb_dim}], equal to M3AE.encode(image, pool="mean")
 ```
 
 The central square is cropped first, as in pre-training: timm's own transform resizes an image before it crops it, which
-gives other pixels, and other features, if the image is not square.
+gives different pixels, and therefore different features, if the image is not square.
 
-`model.forward_features` gives all tokens, [B, 1 + {patches}, {emb_dim}], the cls token first. Images are the
-central square with black 0 and white 1 (levels of 8 bits / 255), minus {mean}, over {std}. Without config.json:
-`timm.models.VisionTransformer({arguments})`, whose LayerNorms have eps 1e-6.
+`model.forward_features` returns all tokens, [B, 1 + {patches}, {emb_dim}], the cls token first. The input is the
+central square of an image, scaled so that black is 0 and white is 1 (8-bit levels / 255), minus {mean}, divided by
+{std}. Without config.json, use `timm.models.VisionTransformer({arguments})`, with LayerNorms whose eps is 1e-6.
 """
 
 

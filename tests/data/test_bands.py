@@ -103,7 +103,7 @@ def test_pictures_are_kept_as_finely():
     assert torch.equal(decode_image(png(RGB, 8, 2), 3, None, "uint16"), (levels.int() * 257).to(torch.uint16))
     for data, channels, message in (
         (png(colours, 16, 2), 3, "colour channels, of which Pillow reads 8 bits"),
-        (png(values, 16, 0), 4, "has one channel of unsigned 16-bit values, but the model takes 4"),
+        (png(values, 16, 0), 4, "has one channel of unsigned 16-bit values, but the model expects 4"),
     ):
         with pytest.raises(BadSample, match=message):
             decode_image(data, channels, "dtype", "uint16")
@@ -149,9 +149,9 @@ def test_four_bands_are_no_transparency():
 @pytest.mark.parametrize(
     "data, channels, message",
     [
-        (write_npy(LEVELS), 3, r"the array \[20, 24, 13\] has 13 channels, but the model takes 3"),
-        (tiff(LEVELS, planarconfig="contig"), 3, "has 13 channels, but the model takes 3"),
-        (png(RGB, 8, 2), BANDS, "has 3 channels, but the model takes 13"),
+        (write_npy(LEVELS), 3, r"the array \[20, 24, 13\] has 13 channels, but the model expects 3"),
+        (tiff(LEVELS, planarconfig="contig"), 3, "has 13 channels, but the model expects 3"),
+        (png(RGB, 8, 2), BANDS, "has 3 channels, but the model expects 13"),
         (write_npy(DEEP.astype(np.int16)), BANDS, "the array has dtype int16, but must be uint8, uint16 or float32"),
         (write_npy(LEVELS[None]), BANDS, r"the array has shape \[1, 20, 24, 13\], and not \[height, width, channels\]"),
         (write_npy(LEVELS[:0]), BANDS, r"the array has shape \[0, 24, 13\], and not"),
@@ -341,7 +341,7 @@ def test_statistics_are_of_each_band(tmp_path, capsys):
     mean, std = (json.loads(re.search(rf"model.image_{name}=(\S+)", said)[1]) for name in ("mean", "std"))
     both = (np.stack([FLOATS, FLOATS + 50]).astype(np.float64) + 100) / 200
     assert np.abs(both.mean((0, 1, 2)) - mean).max() < 1e-4 and np.abs(both.std((0, 1, 2)) - std).max() < 1e-4
-    assert 'model.image_dtype="float32"' in said and "has 3 channels, but the model takes 13" in said
+    assert 'model.image_dtype="float32"' in said and "has 3 channels, but the model expects 13" in said
     assert Image.open(tmp_path / "a.png").width > 600
     with pytest.raises(UserError, match="--channels 0: must be from 1 to 256"):
         data_tools([*command, "--channels", "0"])

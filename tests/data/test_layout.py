@@ -161,7 +161,7 @@ def test_pretraining_keeps_the_splits(tmp_path):
     assert {split for split, _, _ in _paths(tmp_path / "third/shards")} == {"train", "val"}
     (tmp_path / "val").rename(root / "val")
     with pytest.raises(
-        UserError, match="has the splits val and test, but none to train on; name one of them as SOURCE"
+        UserError, match="has the splits val and test, but no split to train on; pass one of the splits as SOURCE"
     ):
         find_shards(str(root), tmp_path / "fourth", None, [])
 

@@ -173,7 +173,7 @@ def test_a_worker_without_memory_for_its_error_ends(load, paired, monkeypatch):
     monkeypatch.setitem(ForkingPickler._extra_reducers, torch.UntypedStorage, refuse)
     with pytest.raises(RuntimeError, match="DataLoader worker") as error:
         next(iter(load(paired, steps=20, config={"workers": 1})))
-    assert "a loader worker ended unexpectedly; its output may say why" in str(explain(error.value))
+    assert "a loader worker ended unexpectedly; its output may show the reason" in str(explain(error.value))
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -154,7 +154,7 @@ def test_google_storage(tmp_path, store, monkeypatch):
 def test_without_the_extra_a_line_says_what_to_install(tmp_path, store, monkeypatch, url):
     monkeypatch.setitem(sys.modules, "obstore", None)
     first = url.replace("{0..1}", "0")
-    line = rf"{first} needs obstore: pip install 'm3ae-fast\[remote\]', or name it by a command: 'pipe:aws s3 cp"
+    line = rf"{first} needs obstore: pip install 'm3ae-fast\[remote\]', or read it with a command: 'pipe:aws s3 cp"
     with pytest.raises(UserError, match=line):
         expand(first)
     with pytest.raises(UserError, match="needs obstore"):

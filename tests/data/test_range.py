@@ -61,7 +61,7 @@ def test_a_model_remembers_the_range_of_its_data():
         ({"data": {"range": [9, 3]}}, r"must be the values of black and of white, with black below white"),
         ({"data": {"range": [3, 3]}}, r"data: range \[3.0, 3.0\] must be"),
         ({"data": {"range": "float"}}, "data.range"),
-        ({"data": {"range": [0, 1]}, "model": {"image_range": "dtype"}}, "give data.range alone"),
+        ({"data": {"range": [0, 1]}, "model": {"image_range": "dtype"}}, "set only data.range"),
     ):
         with pytest.raises(UserError, match=message):
             config(**wrong)
@@ -121,7 +121,7 @@ def test_fill_takes_a_range(tmp_path, levels, capsys):
         draw.main(["fill", run, str(photo), "a [MASK]"])
     assert draw.main(["fill", run, str(photo), "a [MASK]", "--range", f"{LOW},{HIGH}"]) == 0
     for wrong in ("9,3", "1", "a,b", "nan,3", "0,inf"):
-        with pytest.raises(UserError, match="neither two values LOW,HIGH"):
+        with pytest.raises(UserError, match="must be dtype, or two values LOW,HIGH"):
             draw.main(["fill", run, str(photo), "a [MASK]", "--range", wrong])
 
 

@@ -148,8 +148,8 @@ def test_failures_that_pass_are_tried_again(server, store, no_waiting):
         ("403", 1, "HTTP Error 403"),
         ("429", download.ATTEMPTS, "HTTP Error 429"),
         ("short", download.ATTEMPTS, "ended after .* of .* bytes"),
-        ("cut", download.ATTEMPTS, "not a tar with its end mark"),
-        ("html", download.ATTEMPTS, "not a tar .*55 bytes that begin with '<!DOCTYPE html>"),
+        ("cut", download.ATTEMPTS, "not a complete tar file"),
+        ("html", download.ATTEMPTS, "not a complete tar file.*55 bytes that begin with '<!DOCTYPE html>"),
     ],
 )
 def test_a_failure_that_stays_is_told_and_nothing_is_kept(server, store, no_waiting, fault, tries, words):

@@ -142,7 +142,7 @@ def test_bands_without_their_options_are_told_of_them(tmp_path, capsys):
     npy = BytesIO()
     np.save(npy, np.arange(8 * 8 * 5, dtype=np.uint16).reshape(8, 8, 5))
     write_tar(tmp_path / "a.tar", [("0.npy", npy.getvalue())])
-    with pytest.raises(UserError, match=r"has 5 channels, but the model takes 3; try --channels 5 --dtype uint16 --"):
+    with pytest.raises(UserError, match=r"has 5 channels, but the model expects 3; try --channels 5 --dtype uint16 --"):
         main(["stats", str(tmp_path / "a.tar")])
     assert main(["stats", str(tmp_path / "a.tar"), "--channels=5", "--dtype=uint16", "--range=0,400"]) == 0
     capsys.readouterr()

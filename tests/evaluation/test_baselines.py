@@ -92,8 +92,8 @@ def test_colours_are_named_by_pixels(transfer, run, capsys):
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("attentive", (), "attentive does not take pixels; knn, logistic and linear do"),
-        ("finetune", (), "finetune does not take pixels; knn, logistic and linear do"),
+        ("attentive", (), "attentive does not accept pixels; knn, logistic and linear do"),
+        ("finetune", (), "finetune does not accept pixels; knn, logistic and linear do"),
         (
             "knn",
             ("--modality", "paired"),

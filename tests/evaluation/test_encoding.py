@@ -183,7 +183,7 @@ def test_floats_that_are_evidently_not_normalised_are_refused(model):
 def test_values_evidently_in_other_units_than_value_range_are_refused(model, scale, value_range):
     """Such images would be all white or all black."""
     unit = images(2) / 255
-    told = f"value_range={value_range} says what is .* values from 0 to ".replace("(", r"\(").replace(")", r"\)")
+    told = f"value_range={value_range} gives the values of .* values from 0 to ".replace("(", r"\(").replace(")", r"\)")
     floats = unit * scale
     for given in (floats, floats[0].permute(1, 2, 0).numpy(), list(floats.half() if scale == 1 else floats)):
         with pytest.raises(ValueError, match=told):
@@ -220,9 +220,9 @@ def test_a_shape_with_its_channels_elsewhere_is_named(model):
             ValueError, match=r"\[32, 32, 3\], but must have \[3, height, width\]; x\.permute\(2, 0, 1\)"
         ):
             call(hwc)
-    with pytest.raises(ValueError, match=r"array of shape \[7, 32, 32\] is no image \[height, width, 3\]"):
+    with pytest.raises(ValueError, match=r"array of shape \[7, 32, 32\] is not an image \[height, width, 3\]"):
         model.encode(np.zeros((7, 32, 32), np.uint8))
-    with pytest.raises(ValueError, match=r"array of shape \[3, 32, 32\] is no image \[height, width\].*list\(x\) for"):
+    with pytest.raises(ValueError, match=r"array of shape \[3, 32, 32\] is not an image .*list\(x\) for"):
         grey.encode(chw.numpy())
     assert grey.encode(list(chw.numpy())).shape == (3, 32)
     assert grey.encode(np.zeros((5, 32, 32), np.uint8)).shape == (5, 32)
@@ -231,9 +231,9 @@ def test_a_shape_with_its_channels_elsewhere_is_named(model):
 def test_a_sample_without_its_text_or_image_is_refused(model):
     """Otherwise, only the other modality of the sample would be encoded."""
     pixels = images(2)
-    with pytest.raises(ValueError, match="text 1 is NoneType: each sample needs its text; without any pass texts=None"):
+    with pytest.raises(ValueError, match="text 1 is NoneType: each sample needs its own text; pass texts=None"):
         model.encode(pixels, ["a house", None])
-    with pytest.raises(ValueError, match="image 0 is NoneType: each sample needs its image"):
+    with pytest.raises(ValueError, match="image 0 is NoneType: each sample needs its own image"):
         model.encode([None, pixels[0]], ["a house", "a tree"])
 
 

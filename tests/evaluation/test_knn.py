@@ -94,7 +94,7 @@ def test_samples_are_found_by_their_keys(shards, tmp_path):
 def test_a_result_is_never_written_over(transfer, tmp_path):
     transfer("knn")
     before = (tmp_path / "out/result.json").read_bytes()
-    with pytest.raises(UserError, match=r"already holds a result.json"):
+    with pytest.raises(UserError, match=r"already contains a result.json"):
         transfer("knn")
     assert (tmp_path / "out/result.json").read_bytes() == before
 
@@ -109,7 +109,7 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, run, shards, tmp_path
         ([], {"model": tmp_path / "nothing"}, "nothing: no such file or folder"),
         ([], {"val": foreign}, "no training sample has the label 9"),
         (["--labels", "txt"], {}, "must be cls, or json.FIELD"),
-        (["--modality", "text"], {"model": image_only}, "is an image-only model, which cannot take text"),
+        (["--modality", "text"], {"model": image_only}, "is an image-only model, which does not accept text"),
     ):
         with pytest.raises(UserError, match=message):
             transfer("knn", *options, **more)

@@ -76,7 +76,7 @@ def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, run, tmp_path
         transfer("linear", *options, out="cut")
     assert not (tmp_path / "cut/result.json").exists()
     monkeypatch.undo()
-    with pytest.raises(UserError, match="already holds checkpoints"):
+    with pytest.raises(UserError, match="already contains checkpoints"):
         transfer("linear", *options, out="cut")
     for other, was in (("encode.pool=cls", "mean"), ("linear.global_batch=48", "24")):
         name, _, now = other.partition("=")

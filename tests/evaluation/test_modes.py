@@ -128,4 +128,4 @@ def test_help_shows_every_setting_of_a_task(task, capsys):
     if task in ("knn", "ood", "compare"):
         assert "Number of neighbours that vote. Default: 20; allowed: integer > 0." in said
     if task == "robustness":
-        assert "Severities to run, from 1 to 5. Default: [1, 2, 3, 4, 5]; allowed: list: integer ≥ 1, ≤ 5." in said
+        assert "evaluate, from 1 to 5. Default: [1, 2, 3, 4, 5]; allowed: list: integer ≥ 1, ≤ 5." in said

@@ -113,7 +113,7 @@ def test_lists_become_ids(tmp_path):
 @pytest.mark.parametrize(
     ("tags", "field", "message"),
     [
-        ({0: ["a"]}, "cls", "--labels cls: lists of labels are in a field of the samples' json; name one"),
+        ({0: ["a"]}, "cls", "--labels cls: lists of labels must be in a field of the json; name the field"),
         ({0: ["a"], 1: None}, "json.tags", "1 of 2 samples have no list of labels"),
         ({0: "a"}, "json.tags", 'a.tar/000: json.tags is "a", not a list; for single labels use knn or linear'),
         ({0: ["a", 1]}, "json.tags", "some labels .* are numbers and some are text"),

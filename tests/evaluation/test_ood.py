@@ -282,7 +282,7 @@ def test_sets_have_names_where_there_are_several():
         "dtd": ["s3://x?y=z"],
     }
     for given in ([["a.tar"], ["b=b.tar"]], [["b=a.tar"], ["b=b.tar"]]):
-        with pytest.raises(UserError, match="give each of several sets a name of its own"):
+        with pytest.raises(UserError, match="give each set a different name"):
             named_sets(given)
     with pytest.raises(UserError, match="val: the result already uses this name for --val"):
         Options("ood", ["run"], ["b.tar"], ["c.tar"], ood=named_sets([["val=a.tar"]]))

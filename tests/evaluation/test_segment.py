@@ -217,7 +217,7 @@ def test_mistakes_are_one_line(transfer, masked, tmp_path):
     plain = labelled_tar(tmp_path / "plain.tar", range(4))
     for options, train, message in (
         ([], plain, "no sample has a mask, KEY.mask.png next to its image; make shards"),
-        ([], one, "its masks have 1 classes besides segment.ignore_label 255; two are needed"),
+        ([], one, "its masks have 1 classes besides segment.ignore_label 255; at least two are"),
         ([], turned, "the mask has 48 x 40 pixels, the image 40 x 48, in the mask at byte"),
         ([], rgb, "the mask has mode RGB; it must have one channel, of class ids, in the mask at byte"),
         (["--set", "data.resize=native"], masked[0], "segment needs images of one size: give --set data.resize=sq"),

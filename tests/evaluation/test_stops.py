@@ -53,7 +53,7 @@ def test_a_comparison_leaves_the_table_of_what_is_done(stopped, tmp_path, ranks)
     ((row),) = result["rows"]
     assert (row["model"], row["probe"]) == ("random weights", "knn")
     assert parquet.read_table(tmp_path / "out/predictions.parquet").num_rows == 18
-    reason = "SIGTERM" if ranks == 1 else "asked by another rank"
+    reason = "SIGTERM" if ranks == 1 else "requested by another rank"
     assert said.count("stopped (") == 1 and f"stopped ({reason}); partial result, 0 of 3 models, in " in said
     assert re.search(r"the probes train for about [^;]*\d:\d\d:\d\d in total", said), "before an image is encoded"
 
@@ -81,5 +81,5 @@ def test_fine_tuning_leaves_its_last_evaluation_and_a_checkpoint(stopped, tmp_pa
     assert any((tmp_path / "out/checkpoints").iterdir())
     assert f"partial result, {result['done']}, in {tmp_path}/out/result-so-far.json: top1 " in said
     assert said.rstrip().endswith("; --resume auto continues")
-    note = f"note: {tmp_path}/out holds a partial result: the task was stopped before its end\n"
+    note = f"note: {tmp_path}/out contains a partial result: the task was stopped before its end\n"
     assert compare_results([tmp_path / "out"] * 2).startswith(note)

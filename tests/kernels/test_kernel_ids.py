@@ -59,7 +59,7 @@ def test_an_id_out_of_range_is_named_with_op_argument_row_and_range(check, case,
 @pytest.mark.parametrize("case, name, at, value, found", ENDS)
 def test_ends_of_no_samples_are_named(check, case, name, at, value, found):
     with pytest.raises(
-        IndexError, match=rf"^packed_attention: {name} must rise from 0 to .* a step: {re.escape(found)}$"
+        IndexError, match=rf"^packed_attention: {name} must increase from 0 to .* length: {re.escape(found)}$"
     ):
         call(m3ae_kernels, case, wrong(case, name, at, value))
 

@@ -1,4 +1,4 @@
-"""The contents of an export, and its upload to the hub."""
+"""The contents of an export, and its upload to the Hub."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def test_no_file_of_an_export_has_a_path_of_this_machine(run, tmp_path):
 
 
 class Hub:
-    """A folder of models that replaces the hub."""
+    """A folder of models that replaces the Hub."""
 
     def __init__(self, folder) -> None:
         self.folder = folder
@@ -170,9 +170,9 @@ def test_run_goes_to_the_hub_and_comes_back(run, tmp_path, hub, capsys):
     [
         (
             "me/other",
-            r"me/other: no such file or folder, and the hub cannot be reached \(no network in tests second line\)",
+            r"me/other: no such file or folder, and the Hub cannot be reached \(no network in tests second line\)",
         ),
-        ("nowhere", "nowhere: no such file or folder; name an export, or a model of the hub as owner/name"),
+        ("nowhere", "nowhere: no such file or folder; name an export, or a model on the Hub as owner/name"),
         ("a/b/c", "no such file or folder"),
     ],
 )
@@ -184,7 +184,7 @@ def test_model_that_is_not_there(hub, name, message):
 def test_push_without_token_or_network(hub, tmp_path, monkeypatch):
     model = M3AE(ModelConfig(size=None, emb_dim=8, depth=1, num_heads=1, dec_emb_dim=8, dec_depth=1, dec_num_heads=1))
     monkeypatch.setattr(hub, "upload_folder", lambda **_: (_ for _ in ()).throw(ConnectionError("reset")))
-    with pytest.raises(UserError, match=r"me/x: cannot be uploaded: the hub cannot be reached \(reset\)"):
+    with pytest.raises(UserError, match=r"me/x: cannot be uploaded: the Hub cannot be reached \(reset\)"):
         model.push_to_hub("me/x")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)

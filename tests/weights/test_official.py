@@ -149,8 +149,8 @@ def test_tokenizer_comes_along(tmp_path, capsys):
     with np.load(make_golden(tmp_path / "golden.npz", vocab=tokenizer.get_vocab_size())) as file:
         write_checkpoint(tmp_path / "a.pkl", params_of({key: file[key] for key in file.files}), flags())
     command = [str(tmp_path / "a.pkl"), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "words.json")]
-    assert main(command[:3]) == 0 and "no tokenizer in it: add --tokenizer" in capsys.readouterr().out
-    assert main(command) == 0 and "no tokenizer in it" not in capsys.readouterr().out
+    assert main(command[:3]) == 0 and "the weights contain no tokenizer: add --tokenizer" in capsys.readouterr().out
+    assert main(command) == 0 and "contain no tokenizer" not in capsys.readouterr().out
     words = M3AE.from_pretrained(tmp_path / "out").tokenizer
     assert words is not None and words.max_length == 7
     np.testing.assert_array_equal(
@@ -291,7 +291,7 @@ def test_folder_with_something_else_is_left_alone(tmp_path, content):
     write_checkpoint(tmp_path / "a.pkl", params_of(golden(tmp_path)), flags())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / content).write_text("mine")
-    with pytest.raises(UserError, match="already holds"):
+    with pytest.raises(UserError, match="already contains"):
         main([str(tmp_path / "a.pkl"), "--out", str(tmp_path / "out")])
     assert os.listdir(tmp_path / "out") == [content] and (tmp_path / "out" / content).read_text() == "mine"
 

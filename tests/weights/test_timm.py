@@ -84,7 +84,7 @@ def test_the_lines_of_the_card_give_the_features_of_encode(tmp_path, monkeypatch
     write_timm(tmp_path / "timm", model.config, model.state_dict())
     monkeypatch.chdir(tmp_path)
     card, config = (tmp_path / "timm/README.md").read_text(), model.config
-    assert f"/ 255), minus {config.image_mean}, over {config.image_std}. " in card
+    assert f"/ 255), minus {config.image_mean}, divided by\n{config.image_std}. " in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     cases = {(24, 24): 1e-5, (48, 60): 5e-3, (60, 48): 5e-3, (64, 67): 5e-3, (48, 49): 5e-3, (200, 24): 5e-3}
     for size, close in cases.items():

@@ -77,7 +77,7 @@ def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path, make):
     os.mkfifo(path)
     with pytest.raises(UserError, match="is not a regular file"):
         load()
-    with pytest.raises(UserError, match=r"already holds .*; name a new folder"):
+    with pytest.raises(UserError, match=r"already contains .*; name a new folder"):
         exported(tmp_path / "model")
 
 
@@ -127,7 +127,7 @@ def test_positions_of_a_picture_too_large_to_be_one_are_refused(tmp_path):
     load = exported(tmp_path / "model")
     path = tmp_path / "model/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_size": 1 << 16}))
-    with pytest.raises(UserError, match="positions of 67,108,864 patches or tokens, 16 wide"):
+    with pytest.raises(UserError, match="position embeddings of 67,108,864 patches or tokens with width 16"):
         load()
 
 

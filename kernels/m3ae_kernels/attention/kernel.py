@@ -36,9 +36,9 @@ def check_sizes(name: str, heads: int, dim: int, dropout_p: float) -> None:
     """Raise ValueError if the number of heads or the head dimension is 0, or if `dropout_p` is not a fraction below
     1."""
     if not heads or not dim:
-        raise ValueError(f"{name} has {heads} heads of {dim} values, there must be at least one of each")
+        raise ValueError(f"{name} has {heads} heads of dimension {dim}, but both must be at least 1")
     if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}, it must be from 0 to below 1")
+        raise ValueError(f"dropout_p is {dropout_p}, but must be at least 0 and below 1")
 
 
 def as_length(name: str, length: int | Tensor) -> int:
@@ -50,7 +50,7 @@ def as_length(name: str, length: int | Tensor) -> int:
     if isinstance(length, Tensor) and not length.is_floating_point():
         return int(length)
     if isinstance(length, Tensor) or not is_integer(length):
-        raise TypeError(f"{name} is {length}, it must be an integer")
+        raise TypeError(f"{name} is {length}, but must be an integer")
     return length
 
 

@@ -105,7 +105,7 @@ def flash_attn_varlen_func(
 def _window(size: tuple[int, int]) -> tuple[int, int]:
     """Return (left, right). Raises TypeError unless the window is a pair of integers."""
     if not isinstance(size, tuple | list) or len(size) != 2 or not all(map(is_integer, size)):
-        raise TypeError(f"window_size is {size}, it must be a pair of integers, (left, right)")
+        raise TypeError(f"window_size is {size}, but must be a pair of integers, (left, right)")
     left, right = size
     return left, right
 

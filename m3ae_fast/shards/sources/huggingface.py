@@ -30,11 +30,11 @@ class NotLoaded(UserError):
 
 
 class HuggingFace(Records):
-    """Records of a dataset: a folder written by `save_to_disk`, a folder of data files, or a name on the hub. A row
+    """Records of a dataset: a folder written by `save_to_disk`, a folder of data files, or a name on the Hub. A row
     with a list of captions gives one sample per caption. `ignored` counts columns that are not read.
 
     Args:
-        name: the folder or the name on the hub.
+        name: the folder or the name on the Hub.
         subset: name of the subset if there are several.
         split: the split to read; None: all splits.
         columns: names of the columns of the image, caption and label; None: detected.
@@ -129,7 +129,7 @@ def _load(datasets: Any, name: str, subset: str | None) -> dict[str, Any]:
     try:
         saved = any(os.path.exists(Path(name, file)) for file in ("dataset_dict.json", "state.json"))
         if not (Path(name).exists() or _downloaded(name) or hub_answers(name, "dataset")):
-            raise ConnectionError("it is not a folder, and the Hugging Face hub does not respond")
+            raise ConnectionError("it is not a folder, and the Hugging Face Hub does not respond")
         data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, subset)
     except Exception as error:  # the library raises many kinds of errors, from files and from the network
         raise NotLoaded(f"{name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None

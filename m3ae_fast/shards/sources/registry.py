@@ -27,7 +27,7 @@ _DATA_FILES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
 
 
 def kind_of_source(source: str) -> SourceKind:
-    """Return the kind of a source. A name that does not exist as a path is a dataset on the hub, unless it has the form
+    """Return the kind of a source. A name that does not exist as a path is a dataset on the Hub, unless it has the form
     of a path, such as ./photos. Raises UserError if the source does not exist, or is a file of another kind."""
     path = Path(source)
     if path.is_dir():
@@ -95,7 +95,7 @@ def open_source(
 
     Args:
         source: a folder of images, an HDF5 file in the layout of the official code, or a Hugging Face dataset, which is
-            a folder written by `save_to_disk`, a folder of data files, or a name on the hub.
+            a folder written by `save_to_disk`, a folder of data files, or a name on the Hub.
         kind: kind of the source; None: detected.
         captions: for a folder of images, the file of a table with a row for each sample; None: .txt files next to the
             images.
@@ -127,7 +127,9 @@ def open_source(
         if kind not in kinds:
             wanted = " or ".join(SOURCE_KINDS[each] for each in kinds)
             option = option.replace("_", "-")
-            raise UserError(f"--{option} is for {wanted}; {name} is {SOURCE_KINDS[kind]} (if it is not, give --kind)")
+            raise UserError(
+                f"--{option} is for {wanted}; {name} is {SOURCE_KINDS[kind]} (if this is wrong, give --kind)"
+            )
     return _OPEN[kind](name, **given)
 
 
@@ -164,7 +166,7 @@ def _open_dataset(
     if Path(name).exists():
         return HuggingFace(name, subset, split, columns)
     hint = _hint(Path(name))
-    if hint and "/" not in name:  # without a network, a request to the hub would take a minute
+    if hint and "/" not in name:  # without a network, a request to the Hub would take a minute
         raise UserError(f"{name}: no such folder{hint}")
     try:
         return HuggingFace(name, subset, split, columns)
