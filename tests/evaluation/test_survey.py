@@ -21,7 +21,6 @@ from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.weights.open_model import open_model
 from tests.evaluation.conftest import pictures, settings
 from tests.helpers.labelled import NAMES, coloured, labelled_tar
-from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -228,23 +227,6 @@ def test_an_online_probe_forgets_its_tokens(transfer, tmp_path, peak, capsys):
         peaks.append(dict(peak))
     assert peaks[0] == peaks[1] and 0 < peaks[0]["stored"] < 200 < peaks[0]["tokens"]
     assert "online, 180 training samples, batch 16, 4 steps, learning rates: 0.0001" in capsys.readouterr().out
-
-
-def test_three_ranks_measure_what_one_measures(run, shards, tmp_path):
-    """This holds for every probe, on feature banks and for online training. Some ranks have no sample in the last
-    batch."""
-    options = settings("data.workers=0", "encode.precision=fp32", "encode.batch=4", "linear.steps=10")
-    options += [*settings("attentive.steps=4", "attentive.batch=16", "attentive.online=true"), "--seeds", "1"]
-    tables = []
-    for ranks in (1, 3):
-        out = tmp_path / f"{ranks}"
-        command = ["compare", str(run), "--train", shards[0], "--val", shards[1], "--out", str(out), *options]
-        code, said = run_ranks("m3ae_fast.cli.evaluate", command, ranks, tmp_path / f"{ranks}.log")
-        assert code == 0, said
-        tables.append(parquet.read_table(out / "predictions.parquet").to_pandas())
-    one, three = tables
-    assert one.drop(columns="score").equals(three.drop(columns="score"))
-    np.testing.assert_allclose(one.score, three.score, atol=1e-3)
 
 
 def test_tokens_that_do_not_fit_into_memory_are_not_stored(transfer, peak, monkeypatch, capsys):

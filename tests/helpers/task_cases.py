@@ -18,7 +18,7 @@ from m3ae_fast.process.session import joined_program
 from tests.helpers.labelled import NAMES, coloured, labelled_tar
 from tests.helpers.shards import write_tar
 
-TRAIN, VAL = range(47), range(100, 117)  # neither number can be split evenly
+TRAIN, VAL = range(47), range(100, 117)  # neither can be split evenly: some ranks have no sample in the last batch
 _LISTS: list[list[str]] = [["cold", "blue"], ["green", "cold"], []]
 _SHORT = ["attentive.steps=3", "attentive.batch=16", "attentive.online=false", "attentive.peak_lr=0.01"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
