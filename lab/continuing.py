@@ -95,8 +95,8 @@ def plan(seeds: int) -> list[Trial]:
         [(RELATED, SOURCE_STEPS), (RANDOM_WEIGHTS, 0), *((arm, steps) for steps in LENGTHS for arm in (SCRATCH, ON))],
         [(SCRATCH, LONG)],
         [(PIXELS, 0)],
-        [(UNRELATED, SOURCE_STEPS), *((FAR, steps) for steps in LENGTHS[1:])],
         [(ON, LONG)],
+        [(UNRELATED, SOURCE_STEPS), *((FAR, steps) for steps in LENGTHS[1:])],
         [(LAYERED, steps) for steps in LENGTHS[1:]],
         [(FULL, steps) for steps in LENGTHS[1:]],
     ]
