@@ -405,7 +405,7 @@ def test_shards_are_taken_as_they_are(tmp_path):
         write_tar(tmp_path / f"{i}.tar", members(range(4 * i, 4 * i + 4)))
     shards = find_shards(str(tmp_path), tmp_path / "run", None, [])
     assert [os.path.basename(name) for name in (*shards.train, *shards.val)] == ["0.tar", "1.tar", "2.tar", "3.tar"]
-    assert len(shards.val) == 1 and "the last 1 of 4 shards are held out" in shards.notes
+    assert len(shards.val) == 1 and "held out: the last 1 of 4 shards" in shards.notes
     assert find_shards(f"{tmp_path}/0.tar", tmp_path / "run", None, []).val == []
     given = find_shards(f"{tmp_path}/0.tar", tmp_path / "run", None, [f"{tmp_path}/1.tar"])
     assert given.val == [f"{tmp_path}/1.tar"]
@@ -460,9 +460,7 @@ def test_an_image_is_on_one_side_of_shards(tmp_path):
     source, out = f"{tmp_path}/{{0..2}}.tar", tmp_path / "run"
     shards = find_shards(source, out, None, [])
     assert shards.val == [f"{out}/held-out/00000-2.tar"] and len(shards.train) == 2
-    assert shards.notes == [
-        "the last 1 of 3 shards are held out, except 1 sample whose image also occurs in other shards"
-    ]
+    assert shards.notes == ["held out: the last 1 of 3 shards, except 1 sample whose image also occurs in other shards"]
     with tarfile.open(shards.val[0]) as tar:
         assert tar.getnames() == ["6-2.jpg", "7-2.jpg"]
         assert tar.extractfile("6-2.jpg").read() == picture(6)

@@ -11,8 +11,8 @@ FILE contains these arrays or columns:
   labels    [N], if any are found; -1 or "" for a sample without a label
   patches   float16 [N, L, D], with --patches (in parquet [N, L * D]). With native aspect ratio, the features of images
             with fewer than L patches end with zeros, and `grids` [N, 2] contains their rows and columns
-  path, class, caption   with --columns: fields of the samples' json as `shards make` writes them, and the caption; ""
-            if a sample has none
+  path, class, caption   with --columns: the fields path and class of a sample's json, which `shards make` writes, and
+            the sample's caption; "" if a sample has no such field or no caption
 """
 
 from __future__ import annotations

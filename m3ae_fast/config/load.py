@@ -93,8 +93,8 @@ def _moved(value: Any, was: str, now: Path) -> Any:
 
 
 def parse(section: type[T], data: Any, where: str) -> T:
-    """Return the section with the given plain JSON data. Raises UserError with one line about the first invalid field,
-    which begins with `where`."""
+    """Return the section with the given plain JSON data. Raises UserError with one line that begins with `where` and
+    describes the first invalid field."""
     text = json.dumps(data)
     if "\\u0000" in text:  # not allowed in file names
         raise UserError(f"{where}: contains a null character")

@@ -84,15 +84,17 @@ class ComparedPredictions:
         return {"top1": top1, f"top1{ERROR}": error, "balanced_accuracy": balanced, "trials": len(correct_DN)}
 
     def tests(self) -> Iterator[tuple[str, str, str, Difference]]:
-        """Yield (probe, first, second, test) for each probe and each pair of models, and for each model and the largest
-        class. Of two models, `first` is the one that comes later."""
+        """Yield (probe, first, second, test) for each probe and each pair of models, and for each model and the
+        baseline that always predicts the largest class. The models are listed with the baseline first, and `first`
+        comes after `second` in this list."""
         for probe in dict.fromkeys(probe for _, probe in self.trials):
             models = [LARGEST, *(model for model, own in self.trials if own == probe)]
             for second, first in combinations(models, 2):
                 yield probe, first, second, difference(self._right(first, probe), self._right(second, probe))
 
     def warnings(self) -> Iterator[tuple[str, str]]:
-        """Yield (probe, warning) for each model that is not significantly better than the largest class."""
+        """Yield (probe, warning) for each model that is not significantly better than always predicting the largest
+        class."""
         for model, probe in self.trials:
             if words := not_above_largest(self._right(model, probe), self._right(LARGEST, probe), model):
                 yield probe, words

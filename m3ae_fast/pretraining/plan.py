@@ -222,7 +222,7 @@ def _lines(config: Config, budget: Budget, size: ModelSize, why: str, pace: Pace
     m, statistics = config.model, budget.statistics
     kind = "no captions" if m.vocab_size else "no captions: image-only"
     if statistics.vocab_size and m.vocab_size:
-        kind = f"captions of up to {m.text_length} tokens of {m.vocab_size:,}"
+        kind = f"captions of up to {m.text_length} tokens (vocabulary: {m.vocab_size:,})"
     return [
         f"data: {statistics.samples:,} samples and {statistics.held_out:,} held out; {kind}; "
         + (f"{statistics.classes} classes" if statistics.classes else "no classes"),

@@ -140,7 +140,7 @@ def _hold_out_last(names: list[str], out: Path) -> Shards:
     replaced by copies in `out` without these samples, unless that requires a download."""
     count = max(1, round(_FRACTION * len(names)))
     kept, held = names[:-count], names[-count:]
-    note = f"the last {count:,} of {len(names):,} shards are held out"
+    note = f"held out: the last {count:,} of {len(names):,} shards"
     if _out_of_reach(names):
         return Shards(kept, held, [note])
     shared = shared_images(kept, held)

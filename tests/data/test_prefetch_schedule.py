@@ -44,7 +44,7 @@ class Store:
 @pytest.fixture
 def needs(tmp_path):
     """Return a function needs(size=..., ...), which returns the schedule of 12 shards with 10 samples each; two shards
-    are shuffled at a time. `store`: see `Store`."""
+    are shuffled together. `store`: see `Store`."""
 
     def build(size=5, start=0, stop=12, positions=10.0, ahead=0, lanes=1, **store):
         entries = [SimpleNamespace(shard=f"{i}.tar", summary=SimpleNamespace(size=size)) for i in range(12)]

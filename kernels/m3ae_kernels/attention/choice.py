@@ -25,8 +25,8 @@ def own_kernel(impl: str, device: torch.device, dtype: torch.dtype) -> Kernel:
 def kernel_for(impl: str, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
     """Return the kernel for attention of samples with about `length` keys. `impl` is "auto", "triton" or "torch".
 
-    On CUDA, the first call for each head configuration takes a second to benchmark the installed kernels; float64 and
-    other devices than CUDA and the CPU run on torch."""
+    On CUDA, the first call for each head configuration takes a second to benchmark the installed kernels; float64,
+    and devices other than CUDA and the CPU, run on torch."""
     if impl != "auto":
         impl = choose_impl(impl, device, dtype)
     if impl == "triton":

@@ -42,13 +42,13 @@ def flash_attn_varlen_func(
         k, v: [K, G, D] floating; H is a multiple of G, and head h reads keys and values of head h // (H / G). If they
             have fewer heads than q, they are repeated.
         cu_seqlens_q, cu_seqlens_k: [S + 1] int32 or int64: sample s consists of the rows cu_seqlens[s] to cu_seqlens[s
-            + 1]. The values go from 0 to Q and to K. A sample may have no queries or no keys.
+            + 1]. They go from 0 to Q and from 0 to K, respectively. A sample may have no queries or no keys.
         max_seqlen_q, max_seqlen_k: number of rows of the longest sample, or more.
         dropout_p: fraction of the attention weights that are dropped. If it is above 0, all samples are padded to the
             longest.
         softmax_scale: positive; None for 1 / sqrt(D).
-        causal: query m of M attends to the keys up to m + N - M of N, that is, to no key after its position, where the
-            last query has the position of the last key.
+        causal: whether a query attends only to keys up to its own position. The last query of a sample has the position
+            of its last key: query m of M attends to the keys up to number m + N - M of N.
         window_size: (left, right): numbers of keys before and after a query's position to which it attends; -1 for all.
         softcap, alibi_slopes, block_table: not supported.
         deterministic: whether two runs must be bitwise equal, even if flash-attn's kernels would be faster.
