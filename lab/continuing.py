@@ -237,8 +237,8 @@ def collected(laboratory: Laboratory, seeds: int) -> dict[tuple[str, int], Resul
 
 
 def tables(found: Mapping[tuple[str, int], Result], labels: measure.Labels) -> str:
-    """Return Markdown tables: accuracies with differences in equal time of the target's runs, and a comparison in equal
-    total time."""
+    """Return Markdown tables: accuracies and their differences for equal training time on the target, and a comparison
+    for equal total training time."""
     head = ["encoder", "steps", "CPU s", "seeds", *TASKS.values()]
     head += [f"{title}, minus {other}" for other in ("from scratch", "its initial weights") for title in TASKS.values()]
     lines = [head]

@@ -72,8 +72,8 @@ _Sections = dict[type[BaseModel], tuple[str, str]]
 
 
 def _sections(root: type[BaseModel], above: str = "") -> _Sections:
-    """Return the sections in `root`, including nested ones. Each class of section occurs once, with the full name of
-    its first occurrence and its description in `root`."""
+    """Return the sections in `root`, including nested ones. A section class that occurs several times is listed once,
+    with the full name of its first occurrence and its description in `root`, which is empty if it is nested."""
     found: _Sections = {}
     for key, field in root.model_fields.items():
         if kind := section_of(field.annotation):
@@ -88,7 +88,7 @@ def _links(sections: _Sections, page: str = "") -> dict[type[BaseModel], str]:
 
 
 def _page(head: str, root: type[BaseModel], elsewhere: dict[type[BaseModel], str] | None = None) -> str:
-    """Return a page with a table for each class of section. `elsewhere`: links to the sections that another page
+    """Return a page with a table for each section class. `elsewhere`: links to the sections that another page
     explains; these get no table."""
     sections, known = _sections(root), elsewhere or {}
     links = _links(sections) | known

@@ -106,7 +106,8 @@ def label_corpus(
     for label in used:
         if label not in ids:
             raise UserError(
-                f"{where}: no training sample has the label {label!r} ({field}); add some, or label them -1"
+                f"{where}: no training sample has the label {label!r} ({field}); add training samples of this class, "
+                "or change the label to -1 to exclude these samples"
             )
     sources = [
         select_labelled(source, np.array([ids[label] for label in own], dtype=np.int64))  # type: ignore[index]
@@ -284,7 +285,7 @@ def parse_label(value: Any, field: str, where: str) -> Label | None:
     """Return the label in a JSON field; None if the value is null. Raises UserError if it is neither an integer nor
     text. `where`: name of the sample, for the message."""
     if isinstance(value, int) and not _INT64.min <= value <= _INT64.max:
-        raise UserError(f"{where}: {field} is {str(value)[:40]}, which exceeds the integers of 64 bits")
+        raise UserError(f"{where}: {field} is {str(value)[:40]}, which does not fit into a 64-bit integer")
     if value is None or (isinstance(value, int | str) and not isinstance(value, bool)):
         return value
     raise UserError(f"{where}: {field} must be an integer or text, but is {json.dumps(value)[:40]}")

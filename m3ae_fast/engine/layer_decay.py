@@ -33,13 +33,13 @@ def scaled_groups(
     scale_of: Callable[[str], float],
 ) -> list[dict]:
     """Return the parameter groups of AdamW: for each learning rate, highest first, one group with weight decay and one
-    without. Each group has its factor of the learning rate as `lr_scale`, see `engine.optimizer.set_lr`.
+    without. Each group contains the factor of its learning rate as `lr_scale`, see `engine.optimizer.set_lr`.
 
     Args:
         model: the module to train.
         weight_decay: weight decay of the parameters for which `is_decayed` is true.
         is_decayed: function of a parameter's name and value.
-        scale_of: function that returns the factor of the learning rate of the parameter with a name.
+        scale_of: function that returns the factor of a parameter's learning rate, given the parameter's name.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():

@@ -190,7 +190,7 @@ def run(job: Job) -> dict[str, Any]:
     others = sum(corpus.samples for corpus in outside.values())
     job.say(
         f"ood: {labelled.samples:,} training, {held_out.samples:,} held-out and {others:,} out-of-distribution samples "
-        "are encoded; then four scores are evaluated at separating the last two groups"
+        "are encoded; then four scores are compared by how well they separate the last two groups"
     )
     evaluated: list[str] = []  # names of the sets
     # may be called from another thread at any time
@@ -242,10 +242,10 @@ def _check_classes(classifier: Classifier, classes: Classes) -> None:
     """Raise UserError if the classes of the training samples differ from those of the classifier."""
     if (own := classifier.config.classes) != (found := list(classes)):
         differing = sorted(map(str, {*own} ^ {*found}))
-        what = f"only one of them has {differing[0]!r}" if differing else "in another order"
+        what = f"only one of them has {differing[0]!r}" if differing else "their order differs"
         raise UserError(
-            f"--train: its samples have {len(found)} classes and the classifier {len(own)}, {what}; name the samples "
-            "on which the classifier was trained"
+            f"--train: the samples have {len(found)} classes, and the classifier has {len(own)}: {what}; pass the "
+            "samples on which the classifier was trained"
         )
 
 
@@ -253,7 +253,9 @@ def _check_pool(classifier: Classifier, encode: EncodeConfig) -> None:
     """Raise UserError if a pooling is set that differs from that of the features that the classifier's head reads."""
     own = classifier.config.pool
     if "pool" in encode.model_fields_set and encode.pool != own:
-        raise UserError(f"--set encode.pool={encode.pool}: the classifier's head reads {own}; leave it out")
+        raise UserError(
+            f"--set encode.pool={encode.pool}: the classifier was trained with encode.pool={own}; leave it out"
+        )
 
 
 def _head_of(classifier: Classifier) -> Callable[[Tensor], Tensor]:

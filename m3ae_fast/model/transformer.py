@@ -211,8 +211,8 @@ class Blocks(nn.Module):
 
     def compile_blocks(self, samples: int = 0, keep_activations: bool = False) -> None:
         """Compile the blocks with torch.compile, for any number of rows; equal blocks share one graph. `samples`:
-        samples per micro-batch. Sums over rows are tuned for about as many rows as the first batch has, which is not
-        part of the key of torch's cache of compiled graphs.
+        samples per micro-batch. They become part of the key of torch's cache of compiled graphs, because sums over rows
+        are tuned for the number of rows of the first batch, which torch's own key does not contain.
 
         Without `keep_activations`, the backward pass recomputes GELU and LayerNorm outputs. This halves the activation
         memory. On a CPU it takes no measurable time, because these ops are fused with the ops that read them; a GPU

@@ -11,14 +11,14 @@ from m3ae_fast.engine.schedule import Schedule
 
 _WARM = 2  # steps that are excluded because memory is allocated, kernels are compiled and loader workers start
 _FEWEST = 8  # minimum number of measured steps before the first adjustment
-_SUFFICIENT_TIME = 0.1  # fraction of the time whose measurement also suffices for the first adjustment
-# The weight of a step's duration decreases by a factor of e over this fraction of the time left, but over no less than
-# this fraction of the whole time.
+_SUFFICIENT_TIME = 0.1  # fewer steps suffice if together they took this fraction of the time limit
+# Recent steps count more: a step's weight decreases by a factor of e within _RECENT of the time left or _RECENT_LEAST
+# of the time limit, whichever is longer.
 _RECENT, _RECENT_LEAST = 0.1, 0.01
-_TOLERANCE = 0.02  # fraction of the time: no adjustment if the expected end is this close to the limit
-_PAUSE = 0.02  # fraction of the time between two adjustments
-# If no time is left, the learning rate is still decayed: over this fraction of the steps taken, but in at most this
-# fraction of the time.
+_TOLERANCE = 0.02  # fraction of the time limit: no adjustment if the expected end is this close to it
+_PAUSE = 0.02  # minimum time between two adjustments, as a fraction of the time limit
+# If no time is left, the learning rate is still decayed, over a number of steps: _RUN_DOWN of those taken, but no more
+# than fit into _RUN_DOWN_TIME of the time limit.
 _RUN_DOWN, _RUN_DOWN_TIME = 0.02, 0.03
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning decreases the loss, resumes bitwise, and writes a classifier that can be loaded."""
+"""Fine-tuning decreases the loss, resumes with bitwise identical results, and writes a classifier."""
 
 import json
 import os
