@@ -12,8 +12,8 @@ from m3ae_fast.engine.schedule import Schedule
 _WARM = 2  # steps that are excluded because memory is allocated, kernels are compiled and loader workers start
 _FEWEST = 8  # minimum number of measured steps before the first adjustment
 _SUFFICIENT_TIME = 0.1  # fewer steps suffice if together they took this fraction of the time limit
-# Recent steps count more: a step's weight decreases by a factor of e within _RECENT of the time left or _RECENT_LEAST
-# of the time limit, whichever is longer.
+# Recent steps count more: a step's weight decreases by a factor of e within _RECENT of the time left, or within
+# _RECENT_LEAST of the time limit if that is longer.
 _RECENT, _RECENT_LEAST = 0.1, 0.01
 _TOLERANCE = 0.02  # fraction of the time limit: no adjustment if the expected end is this close to it
 _PAUSE = 0.02  # minimum time between two adjustments, as a fraction of the time limit
