@@ -19,10 +19,9 @@ from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.config import evaluation_page, train_page
 from m3ae_fast.cli.config import main as write_page
 from m3ae_fast.config import Config, DeepSpeedConfig, ModelConfig, OptimConfig, TrainConfig, follow, load_config, parse
-from m3ae_fast.data import ShardStore, open_corpus, open_data
+from m3ae_fast.data import ShardStore, open_corpus, open_data, split_batch
 from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.engine.memory_estimate import zero_bytes
-from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.process import ranks
 from m3ae_fast.training.dry_run import FP32, fetching_lines, image_lines, memory_table, network_bytes, report
 from tests.helpers.labelled import labelled_tar

@@ -35,8 +35,8 @@ from m3ae_fast.shards.sources.hdf5 import Hdf5
 from m3ae_fast.training.metrics_log import METRICS_FILE, RunLog
 from m3ae_fast.verify.golden import Golden
 from m3ae_fast.vqgan.model import VQGAN
+from m3ae_fast.weights.from_mae_or_timm import ViTOptions
 from m3ae_fast.weights.importing import read_source
-from m3ae_fast.weights.mae import ViTOptions
 from tests.helpers.checkpoints import changes_of, save
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import CLIPART, TINY

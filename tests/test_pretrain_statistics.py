@@ -16,7 +16,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import train_tokenizer
 from m3ae_fast.cli.pretrain import main
 from m3ae_fast.config import load_config
-from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.images.bit_depth import Depth
 from m3ae_fast.images.image_kind import Kind
 from m3ae_fast.pretraining.automatic_settings import MODEL_SIZES, Shards, assumed, check_overrides, settings

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from m3ae_fast.base.errors import ErrorElsewhere, ErrorReport, UserError, exit_cleanly
 from m3ae_fast.process import ranks
 from m3ae_fast.process import session as program
-from m3ae_fast.process.failures import explain
+from m3ae_fast.process.failure_messages import explain
 from m3ae_fast.process.node_groups import HeartbeatGroup
 from tests.helpers.ranks import await_ranks, fork_each, fork_ranks, run_ranks
 

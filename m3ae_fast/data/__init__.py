@@ -6,18 +6,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from m3ae_fast.data.corpus import Corpus, open_corpus
     from m3ae_fast.data.dataset import Preparation
-    from m3ae_fast.data.lanes import Layout, lay_out
-    from m3ae_fast.data.loader import Share, eval_loader, eval_samples, samples_of, train_loader
+    from m3ae_fast.data.lane_count import Layout, lay_out
+    from m3ae_fast.data.loader import eval_loader, eval_samples, samples_of, train_loader
     from m3ae_fast.data.opening import Data, open_data, open_image_tokenizer, open_tokenizer
-    from m3ae_fast.data.shards import ShardStore
+    from m3ae_fast.data.rank_share import Share, split_batch
+    from m3ae_fast.data.shard_store import ShardStore
 
 _NAMES = {
     "corpus": ("Corpus", "open_corpus"),
     "dataset": ("Preparation",),
-    "lanes": ("Layout", "lay_out"),
-    "loader": ("Share", "eval_loader", "eval_samples", "samples_of", "train_loader"),
+    "lane_count": ("Layout", "lay_out"),
+    "loader": ("eval_loader", "eval_samples", "samples_of", "train_loader"),
     "opening": ("Data", "open_data", "open_image_tokenizer", "open_tokenizer"),
-    "shards": ("ShardStore",),
+    "rank_share": ("Share", "split_batch"),
+    "shard_store": ("ShardStore",),
 }
 
 

@@ -15,7 +15,7 @@ from m3ae_fast.base.object_store import require
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data.index import IMAGE_SUFFIXES, IndexedShard, Modality, index_shards
 from m3ae_fast.data.manifest import UNREAD, CountedShards, cached, is_manifest, none_read, read, read_all
-from m3ae_fast.data.shards import ShardStore, expand
+from m3ae_fast.data.shard_store import ShardStore, expand
 
 
 @dataclass(frozen=True)

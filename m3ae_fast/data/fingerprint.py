@@ -7,7 +7,7 @@ import json
 from datetime import datetime, timezone
 
 from m3ae_fast.data.corpus import Corpus
-from m3ae_fast.data.lanes import Layout
+from m3ae_fast.data.lane_count import Layout
 from m3ae_fast.data.opening import Data
 from m3ae_fast.model.pretrained import weights_digest
 

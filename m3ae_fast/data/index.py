@@ -29,7 +29,7 @@ from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.base.untrusted_file import open_regular
-from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
+from m3ae_fast.data.shard_store import INDEX_SUFFIX, ShardStore
 from m3ae_fast.data.tar import Member, scan_tar
 
 Modality = Literal["any", "paired", "image", "text"]

@@ -22,7 +22,7 @@ from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.data.corpus import Corpus, Source
 from m3ae_fast.data.index import MISSING, IndexedShard, printable
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.data.shard_store import ShardStore
 
 T = TypeVar("T")
 MAX_CLASSES = 1 << 20

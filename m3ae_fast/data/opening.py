@@ -9,7 +9,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, check_tokenizer, load_tokenizer
 from m3ae_fast.config import DataConfig, ModelConfig
 from m3ae_fast.data.corpus import Corpus, open_corpus
-from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.vqgan.model import VQGAN
 
 

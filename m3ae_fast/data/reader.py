@@ -17,7 +17,7 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.corpus import Source
 from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, IndexedShard, caption_of, printable
-from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.data.shard_store import ShardStore
 
 T = TypeVar("T")
 MAX_CAPTION_BYTES = 1 << 16  # longer text is truncated; a JSON member must not be larger

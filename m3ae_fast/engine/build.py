@@ -9,10 +9,10 @@ from torch import nn
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import dtype_of, has_compiler, keep_freed_memory
 from m3ae_fast.config import Config, DeepSpeedConfig, OptimConfig, TransformerLoopConfig
+from m3ae_fast.data import split_batch
 from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.memory_estimate import lacking_for_activations, recomputes
 from m3ae_fast.engine.optimizer import optimizer_groups
-from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.engine.torch_engine import TorchEngine
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.transformer import Blocks

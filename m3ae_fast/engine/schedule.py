@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import LONGEST, LoopConfig, ScheduleConfig
-from m3ae_fast.data import Share
 
 
 def learning_rate(step: float, config: ScheduleConfig, batch: int, warmup_steps: int, total_steps: int) -> float:
@@ -39,19 +37,6 @@ def warmup_stable_decay(
     decay at this step, from 0 to 1."""
     rate = init + (peak - init) * step / warmup_steps if step < warmup_steps else peak
     return end + (rate - end) * (1 - math.sqrt(decayed))
-
-
-def split_batch(config: LoopConfig, world: int, rank: int = 0) -> Share:
-    """Return the split of each step's batch over ranks, with as few micro-batches as `config.micro_batch` allows.
-    Raises UserError if there are more ranks than samples in a step."""
-    if config.global_batch < world:
-        raise UserError(
-            f"config: {config.SECTION}.global_batch {config.global_batch} has no sample for some of {world} ranks; "
-            "raise it, or start fewer ranks"
-        )
-    most = -(-config.global_batch // world)
-    accumulation = -(-most // (config.micro_batch or most))
-    return Share(config.global_batch, accumulation, rank, world)
 
 
 class Change(NamedTuple):

@@ -20,7 +20,7 @@ from m3ae_fast.base.randomness import hash64
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.evaluation import FineTuneConfig
-from m3ae_fast.data.loader import Share
+from m3ae_fast.data import Share
 from m3ae_fast.images.normalisation import normalised
 
 _MIXING = 64  # number of this purpose of random numbers, in addition to those in data.dataset

@@ -32,7 +32,8 @@ from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.evaluation import EvaluationConfig, Pool, evaluation_config
 from m3ae_fast.data import Corpus, ShardStore, Share, open_corpus
 from m3ae_fast.data.labels import Label, read_labels
-from m3ae_fast.data.loader import MicroBatches, collate
+from m3ae_fast.data.loader import collate
+from m3ae_fast.data.rank_share import MicroBatches
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.evaluation.encoding import Batches, encode_batches, encode_corpus
 from m3ae_fast.evaluation.feature_bank import FeatureBank

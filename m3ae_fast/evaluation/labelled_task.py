@@ -16,13 +16,13 @@ from m3ae_fast.base.progress import duration
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.resuming import Resume, Rules, require_same
 from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig
-from m3ae_fast.data import Corpus, Data, Layout, Share
+from m3ae_fast.data import Corpus, Data, Layout, Share, split_batch
 from m3ae_fast.data.dataset import Transform
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_training
 from m3ae_fast.engine.interface import Engine
-from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, C, Official, chosen, with_defaults
 from m3ae_fast.evaluation.job import LONG_S, SHORT_S, WARNINGS, Columns, Job, PartialResult
 from m3ae_fast.evaluation.predictions import Predictions

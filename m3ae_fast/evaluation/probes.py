@@ -270,8 +270,7 @@ def _by_regression(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -
     return held_out.predictions(logits(heads, held_out)), {"inverse_strength": strength}
 
 
-# A new probe needs an entry here and in `TASKS` of evaluation/tasks.py, and a section of EvaluationConfig if it has
-# settings.
+# The docstring of `tasks.py` lists what else a new probe needs.
 PROBES = {
     "knn": Probe(find=_by_neighbours),
     "logistic": Probe(find=_by_regression),

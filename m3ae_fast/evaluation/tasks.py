@@ -1,4 +1,9 @@
-"""The evaluation tasks and their options. Does not import torch, so that `--help` is fast."""
+"""The evaluation tasks and their options. Does not import torch, so that `--help` is fast.
+
+A new task needs an entry in `TASKS`, a module in this package with a function `run(job)`, and a section of
+EvaluationConfig if it has settings. A new frozen probe also needs an entry in `PROBES` of `probes.py`, and its name in
+`PROBE_NAMES` if `compare` is to offer it.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer, train_to
 from m3ae_fast.config import Range, SourceConfig
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.labels import class_names, label_corpus
-from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.pretraining.automatic_settings import (
     TOKENIZER,
     DatasetStatistics,

@@ -17,7 +17,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.config import Range
 from m3ae_fast.data.manifest import is_manifest
-from m3ae_fast.data.shards import ShardStore, expand, is_remote
+from m3ae_fast.data.shard_store import ShardStore, expand, is_remote
 from m3ae_fast.pretraining.automatic_settings import Shards
 from m3ae_fast.pretraining.image_settings import range_of
 from m3ae_fast.shards.held_out import shared_images, write_without

@@ -22,7 +22,7 @@ from torch import Tensor
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError, attempt, error_report, raise_shared
 from m3ae_fast.base.hardware import uses_gpu
-from m3ae_fast.process.failures import explain
+from m3ae_fast.process.failure_messages import explain
 from m3ae_fast.process.launchers import adopt
 from m3ae_fast.process.node_groups import ERROR_KEY, HeartbeatGroup, Sums, heartbeat_groups, node_name
 from m3ae_fast.process.workers import allow_open_files

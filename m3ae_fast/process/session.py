@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import ErrorElsewhere, RankLost, UserError
-from m3ae_fast.process.failures import explain, rank_lost
+from m3ae_fast.process.failure_messages import explain, rank_lost
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.helper_process import HelperProcess, Node
 from m3ae_fast.process.ranks import Ranks, await_ends, join_ranks

@@ -23,7 +23,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.index import MISSING, IndexedShard, group, index_shards
-from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.shards.duplicate_images import middle
 from m3ae_fast.shards.tar_member import add_member

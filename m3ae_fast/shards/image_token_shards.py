@@ -29,7 +29,7 @@ from m3ae_fast.base.randomness import seed32
 from m3ae_fast.config import Range
 from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, index_shards
 from m3ae_fast.data.reader import IDS_DTYPE
-from m3ae_fast.data.shards import ShardStore, expand
+from m3ae_fast.data.shard_store import ShardStore, expand
 from m3ae_fast.images.crops import centre_crop, random_crop
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.pretrained import weights_digest

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from m3ae_fast.data.corpus import describe_ignored
 from m3ae_fast.data.index import IndexedShard, index_shards
-from m3ae_fast.data.shards import ShardStore, expand
+from m3ae_fast.data.shard_store import ShardStore, expand
 
 
 def index(shards: str | Sequence[str], *, cache_dir: str | os.PathLike[str] | None = None) -> list[IndexedShard]:

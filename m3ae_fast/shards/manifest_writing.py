@@ -16,7 +16,7 @@ from m3ae_fast.base.untrusted_file import parse_json
 from m3ae_fast.data.download import read_small
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.manifest import KINDS, SUFFIX, UNREAD, count, part_of, rows_of, write
-from m3ae_fast.data.shards import ShardStore, expand
+from m3ae_fast.data.shard_store import ShardStore, expand
 
 _THREADS = 32
 _MAX_BYTES = 1 << 26  # limit for a file of counts

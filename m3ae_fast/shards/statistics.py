@@ -29,7 +29,7 @@ from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.labels import LEFT_OUT, Label, read_labels, select_labelled
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.images.decoding import decode_image, format_of
 from m3ae_fast.images.image_kind import kind_of
 

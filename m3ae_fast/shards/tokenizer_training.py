@@ -20,7 +20,7 @@ from m3ae_fast.batch.tokenizer import SPECIAL, train_tokenizer
 from m3ae_fast.config import MAX_VOCAB, SourceConfig
 from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.shards.problem_counts import REFUSED, Tally
 
 _SHARDS = 16  # minimum number of shards from which a subset of the captions is read

@@ -33,7 +33,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import progress
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.order import permutation
-from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
+from m3ae_fast.data.shard_store import INDEX_SUFFIX, ShardStore
 from m3ae_fast.shards.held_out import split_images
 from m3ae_fast.shards.output_claim import CLASSES, MANIFEST, claimed
 from m3ae_fast.shards.problem_counts import REFUSED, Tally

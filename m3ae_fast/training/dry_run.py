@@ -16,7 +16,7 @@ from m3ae_fast.base.progress import working
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import Config
-from m3ae_fast.data import Corpus, open_data
+from m3ae_fast.data import Corpus, open_data, split_batch
 from m3ae_fast.data.loader import prefetch_schedule
 from m3ae_fast.engine.memory_estimate import (
     activation_bytes,
@@ -29,7 +29,7 @@ from m3ae_fast.engine.memory_estimate import (
     zero_bytes,
 )
 from m3ae_fast.engine.muon import orthogonalisation_flops
-from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE

@@ -29,13 +29,14 @@ from m3ae_fast.data import (
     lay_out,
     manifest,
     open_data,
+    split_batch,
     train_loader,
 )
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.image_sizes import measured
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.optimizer import optimizer_groups, state_kinds
-from m3ae_fast.engine.schedule import Change, Schedule, split_batch
+from m3ae_fast.engine.schedule import Change, Schedule
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks

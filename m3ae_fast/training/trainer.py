@@ -22,7 +22,7 @@ from m3ae_fast.data import Share
 from m3ae_fast.engine.feed import StepInput, feed
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.process.failures import explain
+from m3ae_fast.process.failure_messages import explain
 from m3ae_fast.process.garbage_collection import GarbageCollection
 from m3ae_fast.process.session import Session
 from m3ae_fast.process.stop_request import BY_ANOTHER

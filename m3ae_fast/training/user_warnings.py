@@ -9,7 +9,7 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.config import Config, ModelConfig
 from m3ae_fast.data import Corpus, Data
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.data.shards import network_file_system
+from m3ae_fast.data.shard_store import network_file_system
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.images.decoding import size_of
 

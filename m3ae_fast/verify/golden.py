@@ -23,7 +23,7 @@ from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import LossConfig, ModelConfig, OptimConfig, parse
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.weights.jax_checkpoint import flax_name, from_flax
+from m3ae_fast.weights.from_official_code import flax_name, from_flax
 
 
 class Quantity(NamedTuple):

@@ -11,8 +11,8 @@ from m3ae_fast.model.card import model_card
 from m3ae_fast.model.pretrained import Pretrained, write_pretrained
 from m3ae_fast.vqgan.flax import convert_vqgan
 from m3ae_fast.vqgan.model import VQGAN
+from m3ae_fast.weights.from_mae_or_timm import ViTOptions
 from m3ae_fast.weights.importing import read_source
-from m3ae_fast.weights.mae import ViTOptions
 
 
 def convert(

@@ -13,7 +13,7 @@ import torch
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.output_folder import CONFIG_FILE
-from m3ae_fast.data.shards import is_remote
+from m3ae_fast.data.shard_store import is_remote
 from m3ae_fast.model.card import model_card
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import Pretrained, check_weights, read_pretrained, write_pretrained

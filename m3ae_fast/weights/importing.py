@@ -22,8 +22,8 @@ from m3ae_fast.checkpoint import INFO_FILE
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import Pretrained, check_weights, read_pretrained
 from m3ae_fast.training.metrics_log import METRICS_FILE
-from m3ae_fast.weights.jax_checkpoint import read_jax_checkpoint
-from m3ae_fast.weights.mae import ViTOptions, from_vit
+from m3ae_fast.weights.from_mae_or_timm import ViTOptions, from_vit
+from m3ae_fast.weights.from_official_code import read_jax_checkpoint
 from m3ae_fast.weights.open_model import is_run, run_weights, saved_run
 from m3ae_fast.weights.timm_model import is_timm_folder, read_timm_folder
 

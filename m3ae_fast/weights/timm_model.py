@@ -22,7 +22,7 @@ from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.model.positions import sincos_2d
 from m3ae_fast.model.pretrained import Pretrained
-from m3ae_fast.weights.mae import ViTOptions, from_vit
+from m3ae_fast.weights.from_mae_or_timm import ViTOptions, from_vit
 
 _ACT_LAYERS = {"tanh": "gelu_tanh", "exact": "gelu"}
 _CARD = """---

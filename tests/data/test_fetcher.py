@@ -38,7 +38,7 @@ def far(request, shards, tmp_path, monkeypatch):
     """Return (manifest of shards behind a URL, Counter of the served paths, bytes of a shard). The parameter is the
     fraction of requests that fail."""
     folder, size = shards
-    monkeypatch.setattr("m3ae_fast.data.shards.retry_after", lambda *_: 0.01)
+    monkeypatch.setattr("m3ae_fast.data.shard_store.retry_after", lambda *_: 0.01)
     with faulty_server(folder, 0, request.param) as server:
         names = [f"{server.url}/{i:02}.tar" for i in range(SHARDS)]
         write(tmp_path / "far.npy", rows_of(names, [(PER, size, KINDS.index("text"))] * SHARDS))

@@ -9,7 +9,7 @@ import pytest
 from m3ae_fast.config import ModelConfig, SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.data.shards import network_file_system
+from m3ae_fast.data.shard_store import network_file_system
 from m3ae_fast.training.user_warnings import enlarged_images
 from tests.data.test_fetcher import epoch
 from tests.helpers.shards import members, write_tar

@@ -14,7 +14,7 @@ from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import DataConfig, MaskingConfig, ModelConfig, SourceConfig
 from m3ae_fast.data import Preparation, ShardStore, Share, open_corpus, train_loader
 from m3ae_fast.data.image_sizes import measured
-from m3ae_fast.data.loader import balanced
+from m3ae_fast.data.rank_share import balanced
 from m3ae_fast.images.decoding import MAX_PIXELS, size_of
 from m3ae_fast.process.helper_process import Node
 from tests.helpers.pictures import CASES, RGB

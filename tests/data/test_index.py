@@ -17,7 +17,7 @@ from m3ae_fast.data import ShardStore, index
 from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.index import IMAGE_SUFFIXES, MISSING, index_shards
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.data.shards import INDEX_SUFFIX
+from m3ae_fast.data.shard_store import INDEX_SUFFIX
 from m3ae_fast.data.tar import scan_tar
 from tests.helpers.shards import caption, members, picture, write_tar
 
@@ -132,7 +132,7 @@ def test_a_cut_sidecar_is_made_again(tmp_path, store, cut):
 
 
 def test_one_bad_shard_among_many_is_skipped_and_counted(tmp_path, store, monkeypatch):
-    monkeypatch.setattr("m3ae_fast.data.shards.ATTEMPTS", 1)
+    monkeypatch.setattr("m3ae_fast.data.shard_store.ATTEMPTS", 1)
     paths = [write_tar(tmp_path / f"{i}.tar", members(range(3))) for i in range(10)]
     gone = f"pipe:cat {tmp_path}/none.tar"
     corpus = open_corpus([SourceConfig(shards=[*paths[:5], gone, *paths[5:]])], store)

@@ -9,9 +9,9 @@ import pytest
 
 from m3ae_fast.config import DataConfig
 from m3ae_fast.data import Share, lay_out
-from m3ae_fast.data.lanes import Layout
-from m3ae_fast.data.loader import MicroBatches
+from m3ae_fast.data.lane_count import Layout
 from m3ae_fast.data.order import LANE_BLOCK, Order
+from m3ae_fast.data.rank_share import MicroBatches
 
 WORLDS = (1, 2, 3, 8, 48, 63, 64, 100, 504, 512)
 CORPORA = {"12 M": (1243, 9990), "400 M": (41_408, 9660), "2 B": (231_349, 9000)}  # number of shards, samples per shard

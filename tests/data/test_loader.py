@@ -32,12 +32,12 @@ from m3ae_fast.config import MaskingConfig, SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.dataset import Samples
 from m3ae_fast.data.loader import samples_of
-from m3ae_fast.data.shards import ATTEMPTS
+from m3ae_fast.data.shard_store import ATTEMPTS
 from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.images.patch_grid import Native
 from m3ae_fast.process import workers as loader_workers
-from m3ae_fast.process.failures import explain
+from m3ae_fast.process.failure_messages import explain
 from m3ae_fast.process.helper_process import Node
 from m3ae_fast.process.workers import Loader, default_workers
 from m3ae_fast.shards.sources.folder import ImagesMissing
@@ -523,7 +523,7 @@ def test_a_shard_that_vanishes_is_counted(load, tmp_path, repeats):
 
 
 def test_a_shard_that_cannot_be_fetched_again_is_not_tried_for_every_sample(load, tmp_path, store, monkeypatch):
-    monkeypatch.setattr("m3ae_fast.data.shards.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("m3ae_fast.data.shard_store.time.sleep", lambda seconds: None)
     path = write_tar(tmp_path / "a.tar", members(range(6)))
     loader = load(f"pipe:echo >> {tmp_path}/tries; cat {path}", micro_batch=6, train=False)
     for file in (*(store.cache_dir / "shards").iterdir(), tmp_path / "a.tar", tmp_path / "tries"):

@@ -19,7 +19,7 @@ from m3ae_fast.data import ShardStore, manifest, open_corpus
 from m3ae_fast.data.manifest import KINDS, UNREAD, CountedShards, join, read, rows_of, write
 from m3ae_fast.data.order import Order
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.data.shards import expand
+from m3ae_fast.data.shard_store import expand
 from m3ae_fast.process.ranks import Ranks
 from tests.helpers.shards import members, write_tar
 
@@ -288,7 +288,7 @@ def test_what_one_cannot_do_all_are_told(tmp_path, remote):
 
 
 def test_a_shard_that_could_not_be_counted_is_told_and_counted_again(tmp_path, remote, monkeypatch):
-    monkeypatch.setattr("m3ae_fast.data.shards.retry_after", lambda *_: 0.0)
+    monkeypatch.setattr("m3ae_fast.data.shard_store.retry_after", lambda *_: 0.0)
     pattern, _ = remote
     far = tmp_path / "far/2.tar"
     far.rename(tmp_path / "away")
@@ -305,7 +305,7 @@ def test_a_shard_that_could_not_be_counted_is_told_and_counted_again(tmp_path, r
 
 
 def test_why_no_shard_can_be_counted_is_told_to_all_and_nothing_is_kept(tmp_path, remote, monkeypatch):
-    monkeypatch.setattr("m3ae_fast.data.shards.retry_after", lambda *_: 0.0)
+    monkeypatch.setattr("m3ae_fast.data.shard_store.retry_after", lambda *_: 0.0)
     pattern, _ = remote
     (tmp_path / "far").rename(tmp_path / "away")
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]

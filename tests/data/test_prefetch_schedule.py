@@ -13,7 +13,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.data import fetcher as fetcher_module
 from m3ae_fast.data.fetcher import CONNECTIONS, Fetcher, Fetching, PrefetchSchedule, Span
 from m3ae_fast.data.order import Order
-from m3ae_fast.data.shards import CacheSpace
+from m3ae_fast.data.shard_store import CacheSpace
 from m3ae_fast.process.helper_process import Node
 
 

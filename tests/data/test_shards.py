@@ -16,10 +16,10 @@ import pytest
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
-from m3ae_fast.data import ShardStore, download, open_corpus, shards
+from m3ae_fast.data import ShardStore, download, open_corpus, shard_store
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.data.shards import expand
+from m3ae_fast.data.shard_store import expand
 from m3ae_fast.process.workers import allow_open_files
 from tests.helpers.shards import members, picture, write_tar
 
@@ -81,7 +81,7 @@ def server(tmp_path):
 def no_waiting(monkeypatch):
     """Record the waits between attempts in seconds, instead of sleeping."""
     waits = []
-    monkeypatch.setattr(shards.time, "sleep", waits.append)
+    monkeypatch.setattr(shard_store.time, "sleep", waits.append)
     return waits
 
 
@@ -165,7 +165,7 @@ def test_a_failure_that_stays_is_told_and_nothing_is_kept(server, store, no_wait
 def test_a_server_that_is_slow_beyond_use_is_given_up(server, store, no_waiting, monkeypatch, fault):
     for name, value in (("TIMEOUT_S", 0.3), ("SLOW_S", 0.3)):
         monkeypatch.setattr(download, name, value)
-    monkeypatch.setattr(shards, "ATTEMPTS", 1)
+    monkeypatch.setattr(shard_store, "ATTEMPTS", 1)
     write_tar(server[1] / "a.tar", members(range(3)))
     with pytest.raises(UserError, match="timed out" if fault == "silent" else "bytes/s is below 4096"):
         samples(f"{server[0]}/a.tar?{fault}", store)
@@ -173,7 +173,7 @@ def test_a_server_that_is_slow_beyond_use_is_given_up(server, store, no_waiting,
 
 def test_a_try_has_an_end_however_fast_it_is(tmp_path, store, no_waiting, monkeypatch):
     monkeypatch.setattr(download, "LONGEST_S", 0.3)
-    monkeypatch.setattr(shards, "ATTEMPTS", 1)
+    monkeypatch.setattr(shard_store, "ATTEMPTS", 1)
     with pytest.raises(UserError, match=r"took more than 0\.3 s"):
         samples("pipe:cat /dev/zero", store)
     monkeypatch.setattr(download, "TIMEOUT_S", 1.0)
@@ -278,11 +278,11 @@ def test_one_cache_serves_several_users(server, store, monkeypatch):
     def refuse(path, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(shards.os, "utime", refuse)
+    monkeypatch.setattr(shard_store.os, "utime", refuse)
     assert store.path(url + "/a.tar") == copy
     opened, real = [], os.open
     monkeypatch.setattr(
-        shards.os, "open", lambda p, f, *m: refuse(p) if f & os.O_RDWR else opened.append(p) or real(p, f)
+        shard_store.os, "open", lambda p, f, *m: refuse(p) if f & os.O_RDWR else opened.append(p) or real(p, f)
     )
     with store.lock(copy.name), pytest.raises(BlockingIOError), store.lock(copy.name, wait=False):
         pass
@@ -378,7 +378,7 @@ def test_copies_used_longest_ago_make_room(server, store, monkeypatch):
     def usage(path):  # a disk with space for two shards
         return shutil._ntuple_diskusage(100, 0, 0 if len(os.listdir(copies)) > 2 else 50)
 
-    monkeypatch.setattr(shards.shutil, "disk_usage", usage)
+    monkeypatch.setattr(shard_store.shutil, "disk_usage", usage)
     assert [index_shards([url], store)[0].summary.samples for url in urls] == [3] * 4
     assert len(os.listdir(copies)) <= 2
     kept = store.path(urls[0])
@@ -414,7 +414,7 @@ def test_two_processes_may_make_room_at_once(server, store, monkeypatch, no_wait
         copy.unlink(missing_ok=True)
         return shutil._ntuple_diskusage(100, 100, 0)
 
-    monkeypatch.setattr(shards.shutil, "disk_usage", usage)
+    monkeypatch.setattr(shard_store.shutil, "disk_usage", usage)
     assert store.path(f"{url}/1.tar").exists()
     assert requests == {"/0.tar": 1, "/1.tar": 1} and not no_waiting
 
@@ -469,7 +469,7 @@ def test_a_fetch_looks_at_few_copies_however_many_there_are(server, tmp_path, mo
         copy.write_bytes(bytes(size))
         os.utime(copy, (age, age))
     store.path(names[0])  # the process has then scanned the copies
-    monkeypatch.setattr(shards, "_SCAN_S", float("inf"))
+    monkeypatch.setattr(shard_store, "_SCAN_S", float("inf"))
     calls, stat, scandir, usage = Counter(), Path.stat, os.scandir, shutil.disk_usage
     monkeypatch.setattr(Path, "stat", lambda self, **more: calls.update(stat=1) or stat(self, **more))
     monkeypatch.setattr(os, "scandir", lambda path: calls.update(scandir=1) or scandir(path))

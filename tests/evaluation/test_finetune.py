@@ -16,7 +16,7 @@ from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.evaluation import FineTuneConfig
-from m3ae_fast.data.loader import MicroBatches, Share
+from m3ae_fast.data.rank_share import MicroBatches, Share
 from m3ae_fast.evaluation import finetune
 from m3ae_fast.evaluation.augment import Mixing, RandAugment
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig

@@ -17,7 +17,7 @@ import torch
 
 from m3ae_fast.batch import pack
 from m3ae_fast.batch.packed import LossCounts
-from m3ae_fast.data.loader import MicroBatches, Share
+from m3ae_fast.data.rank_share import MicroBatches, Share
 from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.validation_losses import Baselines, evaluate
 from m3ae_fast.process.ranks import Ranks, join_ranks

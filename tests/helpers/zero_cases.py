@@ -22,10 +22,9 @@ import torch
 from m3ae_fast.batch import Sample, draw_mask, pack
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.config import Config, load_config, parse
-from m3ae_fast.data.loader import MicroBatches
+from m3ae_fast.data.rank_share import MicroBatches, split_batch
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.interface import ModelEngine
-from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.model import M3AE
 from m3ae_fast.process.ranks import Ranks, join_ranks
 

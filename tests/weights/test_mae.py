@@ -16,8 +16,8 @@ from m3ae_fast.cli.convert import main
 from m3ae_fast.config import LossConfig
 from m3ae_fast.model import M3AE
 from m3ae_fast.training.throughput import StepCounts
+from m3ae_fast.weights.from_mae_or_timm import IMAGENET, ViTOptions, config_of
 from m3ae_fast.weights.importing import read_source
-from m3ae_fast.weights.mae import IMAGENET, ViTOptions, config_of
 from tests.helpers.mae import MAE, PATCH, SIZE
 from tests.weights.official_pickle import Call
 

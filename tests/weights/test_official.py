@@ -11,8 +11,8 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import train_tokenizer
 from m3ae_fast.cli.convert import main
 from m3ae_fast.model import M3AE
+from m3ae_fast.weights.from_mae_or_timm import ViTOptions
 from m3ae_fast.weights.importing import read_source
-from m3ae_fast.weights.mae import ViTOptions
 from tests.helpers.official import make_golden
 from tests.helpers.shards import caption
 from tests.weights.official_pickle import Call, write_checkpoint

@@ -1,4 +1,4 @@
-"""One-line error messages for failures that a user can fix."""
+"""One-line error messages for failures that a user can fix. `heartbeats.py` detects ranks that are silent."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Choice of the number of lanes (parallel sub-streams of the sample order). It depends on the data and the batch size,
-but never on the number of ranks."""
+but never on the number of ranks. `order.py` assigns shards to lanes, and `rank_share.py` lanes to ranks."""
 
 from __future__ import annotations
 

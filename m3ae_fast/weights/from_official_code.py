@@ -18,8 +18,8 @@ from m3ae_fast.config import ModelConfig, parse
 from m3ae_fast.config.schema import SIZES
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import ENCODER, Pretrained
+from m3ae_fast.weights.from_mae_or_timm import IMAGENET
 from m3ae_fast.weights.inert_pickle import Inert, load_inert
-from m3ae_fast.weights.mae import IMAGENET
 
 # our name -> flax path
 _NAMES = {
