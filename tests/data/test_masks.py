@@ -71,7 +71,7 @@ def test_a_mask_that_does_not_fit_its_image_is_refused(tmp_path):
 
 def test_samples_have_the_masks_beside_them(tmp_path):
     """This also holds if other samples have no masks, images have several files, or captions have no image."""
-    image = picture(0, (32, 32))
+    image = picture(0, (32, 24))
     first = [("0.jpg", image), ("0.mask.png", mask(3)), ("1.jpg", image), ("2.txt", b"alone"), ("2.mask.png", mask(9))]
     first += [("3.jpg", image), ("3.png", image), ("3.mask.png", mask(4))]
     shards = [
