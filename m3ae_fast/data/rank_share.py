@@ -1,4 +1,4 @@
-"""Assignment of samples to ranks: the part of each step's batch that a rank reads, which determines its lanes and shards.
+"""Assignment of samples to ranks: the part of each step's batch that a rank reads, and so its lanes and shards.
 
 `order.py` assigns shards to lanes. Within a rank, the workers of the DataLoader take micro-batches in turn.
 """
