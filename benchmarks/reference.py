@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.batch.masking import kept
 from m3ae_fast.config import Config, LossConfig, MaskingConfig, ModelConfig
-from m3ae_fast.engine.optimizer import parameter_groups
+from m3ae_fast.engine.parameter_groups import parameter_groups
 from m3ae_fast.model.positions import sincos_1d, sincos_2d
 
 EPS = 1e-6

@@ -25,7 +25,7 @@ from m3ae_fast.images.bands import write_npy
 from m3ae_fast.images.normalisation import normalised
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.weights.onnx_model import input_dtype, write_onnx
-from m3ae_fast.weights.timm_model import model_arguments, timm_weights, write_timm
+from m3ae_fast.weights.timm_folder import model_arguments, timm_weights, write_timm
 from tests.helpers.trainer import ROOT, TINY
 
 BANDS, SIZE = 13, 16

@@ -27,7 +27,7 @@ from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.tar import scan_tar
 from m3ae_fast.evaluation.classifier import read_config
 from m3ae_fast.evaluation.fill_in import make_sample
-from m3ae_fast.evaluation.report import read_results
+from m3ae_fast.evaluation.run_report import read_results
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import read_pretrained
 from m3ae_fast.shards.output_claim import claimed

@@ -14,7 +14,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, ModelConfig, parse
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.engine.optimizer import optimizer_groups
+from m3ae_fast.engine.parameter_groups import optimizer_groups
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pretraining.automatic_settings import check_overrides
 from m3ae_fast.process.ranks import join_ranks

@@ -37,8 +37,8 @@ from m3ae_fast.data.manifest import rows_of
 from m3ae_fast.data.manifest import write as write_manifest
 from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.evaluation.report import write_report
-from m3ae_fast.pretraining import automatic_settings, final_evaluation, plan, stages
+from m3ae_fast.evaluation.run_report import write_report
+from m3ae_fast.pretraining import automatic_settings, final_evaluation, size_and_length, stages
 from m3ae_fast.pretraining import dataset_statistics as look_module
 from m3ae_fast.pretraining.automatic_settings import (
     MODEL_SIZES,
@@ -111,7 +111,7 @@ def test_the_map_is_beside_the_other_pictures(tmp_path, monkeypatch, capsys):
 STOPS = """
 import gc, os, signal, sys, time
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.pretraining import dataset_statistics, plan, stages
+from m3ae_fast.pretraining import dataset_statistics, size_and_length, stages
 from m3ae_fast.cli.pretrain import main
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.trainer import Trainer
@@ -214,7 +214,7 @@ def test_a_call_beside_another_leaves_its_config(tmp_path, monkeypatch):
     def hold(*_):
         run.mkdir(exist_ok=True)
         code = (
-            "import pathlib; from m3ae_fast.training.run_folder import RunFolder\n"
+            "import pathlib; from m3ae_fast.training.run_lock import RunFolder\n"
             f"held = RunFolder(pathlib.Path({str(run)!r})); print(flush=True); input()"
         )
         command = [sys.executable, "-c", code]
@@ -885,14 +885,18 @@ def test_the_time_of_a_run_is_that_of_steps_and_evaluations(every, val, evaluati
 def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch):
     statistics = DatasetStatistics(20_000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
     tried, needed = [], []
-    monkeypatch.setattr(plan, "measure", lambda config, *_: tried.append(config.model.emb_dim) or Pace(1e-4, 8, 4))
     monkeypatch.setattr(
-        plan,
+        size_and_length, "measure", lambda config, *_: tried.append(config.model.emb_dim) or Pace(1e-4, 8, 4)
+    )
+    monkeypatch.setattr(
+        size_and_length,
         "missing_memory",
         lambda size, device: needed.append(size) or ("8 GB are needed" if len(needed) > 1 else ""),
     )
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
-    found = plan.choose(statistics, Shards(["a.tar"], [], []), tmp_path, 1.0, "cls", [], session, time.monotonic())
+    found = size_and_length.choose(
+        statistics, Shards(["a.tar"], [], []), tmp_path, 1.0, "cls", [], session, time.monotonic()
+    )
     sizes = [
         settings(statistics, Shards(["a.tar"], [], []), tmp_path, size, 64, 1, "cls", []) for size in MODEL_SIZES[1:3]
     ]
@@ -917,10 +921,12 @@ def test_sizes_are_tried_from_the_smallest_to_the_first_that_will_not_do(tmp_pat
         reckoned.append(needed)
         return "8 GB are needed" if ends == "memory" and len(reckoned) == place else ""
 
-    monkeypatch.setattr(plan, "measure", measure)
-    monkeypatch.setattr(plan, "missing_memory", missing)
+    monkeypatch.setattr(size_and_length, "measure", measure)
+    monkeypatch.setattr(size_and_length, "missing_memory", missing)
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
-    found = plan.choose(statistics, Shards(["a.tar"], [], []), tmp_path, 1000.0, "cls", [], session, time.monotonic())
+    found = size_and_length.choose(
+        statistics, Shards(["a.tar"], [], []), tmp_path, 1000.0, "cls", [], session, time.monotonic()
+    )
     chosen = place - 1 if ends else 4
     assert found.config.model.emb_dim == widths[chosen]
     assert tried == widths[: chosen + 1 + (ends == "slow")] and len(reckoned) == (place if ends else 4)
@@ -966,11 +972,11 @@ def test_a_trial_takes_a_small_part_of_the_time_and_never_long(tmp_path, monkeyp
         trials.append((config.train.precision, pytest.approx(limit)))
         return Pace(1e-4, 8, 4)
 
-    monkeypatch.setattr(plan, "measure", measure)
-    monkeypatch.setattr(plan, "missing_memory", lambda size, device: "")
+    monkeypatch.setattr(size_and_length, "measure", measure)
+    monkeypatch.setattr(size_and_length, "missing_memory", lambda size, device: "")
     device = torch.device("cpu")
     session = SimpleNamespace(ranks=SimpleNamespace(device=device))
-    plan.choose(statistics, Shards(["a.tar"], [], []), tmp_path, hours, "cls", [], session, time.monotonic())
+    size_and_length.choose(statistics, Shards(["a.tar"], [], []), tmp_path, hours, "cls", [], session, time.monotonic())
     assert trials == [(fast_precision(device), seconds)] * 2
 
 
@@ -1010,17 +1016,17 @@ def test_the_largest_size_that_the_time_allows_is_chosen(tmp_path, monkeypatch, 
     """The given paces, in seconds per sample, replace measured ones."""
     statistics = DatasetStatistics(1000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
     widths = {128: "tiny", 192: "mini"}
-    monkeypatch.setattr(plan, "measure", lambda config, *_: Pace(paces[widths[config.model.emb_dim]], 8, 4))
+    monkeypatch.setattr(size_and_length, "measure", lambda config, *_: Pace(paces[widths[config.model.emb_dim]], 8, 4))
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
     shards = Shards(["a.tar"], ["b.tar"], [])
-    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: 50.0))
-    found = plan.choose(statistics, shards, tmp_path, 1.0, "cls", [], session, 50.0)
+    monkeypatch.setattr(size_and_length, "time", SimpleNamespace(monotonic=lambda: 50.0))
+    found = size_and_length.choose(statistics, shards, tmp_path, 1.0, "cls", [], session, 50.0)
     assert f'model: "{size}"' in found.lines[1] and why in found.lines[1]
-    larger = plan.choose(statistics, shards, tmp_path, 1.0, "cls", ["train.global_batch=256"], session, 50.0)
+    larger = size_and_length.choose(statistics, shards, tmp_path, 1.0, "cls", ["train.global_batch=256"], session, 50.0)
     assert larger.config.train.global_batch == 256
     for train in (found.config.train, larger.config.train):
         taken = train.steps * train.global_batch * paces[size]
-        assert train.hours == pytest.approx((3600 - plan._REPORT) / 3600, abs=1e-5)
+        assert train.hours == pytest.approx((3600 - size_and_length._REPORT) / 3600, abs=1e-5)
         assert 0.85 * 3600 < taken <= 3600 or train.steps == automatic_settings.LONGEST * (1000 // train.global_batch)
 
 
@@ -1030,17 +1036,19 @@ def small(classes=0, samples=1000):
 
 def planned(monkeypatch, statistics, hours, pace, overrides=(), spent=0.0, error=math.inf):
     """Return the plan for samples that take `pace` seconds each, after `spent` seconds."""
-    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: spent))
-    monkeypatch.setattr(plan, "measure", lambda *_: Pace(pace, 8, 24, error))
-    monkeypatch.setattr(plan, "missing_memory", lambda *_: "there is no memory")
+    monkeypatch.setattr(size_and_length, "time", SimpleNamespace(monotonic=lambda: spent))
+    monkeypatch.setattr(size_and_length, "measure", lambda *_: Pace(pace, 8, 24, error))
+    monkeypatch.setattr(size_and_length, "missing_memory", lambda *_: "there is no memory")
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
-    return plan.choose(statistics, Shards(["a.tar"], ["b.tar"], []), Path("r"), hours, "cls", overrides, session, 0.0)
+    return size_and_length.choose(
+        statistics, Shards(["a.tar"], ["b.tar"], []), Path("r"), hours, "cls", overrides, session, 0.0
+    )
 
 
 def test_what_comes_before_and_after_training_is_part_of_the_hours(monkeypatch):
     """The creation of shards and the measurements have taken a minute, and the probes process all samples six times."""
     found = planned(monkeypatch, small(classes=3), 0.5, 0.01, spent=60.0, error=0.05)
-    training, after = 3600 * found.config.train.hours, 6 * 1100 * 0.01 + 3 * 3 * 1000 * plan._REGRESSION
+    training, after = 3600 * found.config.train.hours, 6 * 1100 * 0.01 + 3 * 3 * 1000 * size_and_length._REGRESSION
     assert 1800 - 60 - after - 30 < training < 1800 - 60 - after
     t = found.config.train
     evaluations = 1 + -(-t.steps // t.probe.every)
@@ -1055,9 +1063,9 @@ def test_what_comes_before_and_after_training_is_part_of_the_hours(monkeypatch):
 @pytest.mark.parametrize("pace", [1e-4, 1e-3, 1e-2])
 def test_evaluations_take_a_small_part_of_the_time(monkeypatch, pace):
     t = planned(monkeypatch, small(classes=3), 0.1, pace).config.train
-    each, between = plan._START + 1100 * pace, (t.steps - 1) // t.eval_every if t.eval_every else 0
+    each, between = size_and_length._START + 1100 * pace, (t.steps - 1) // t.eval_every if t.eval_every else 0
     assert between * each <= 0.12 * 360 and t.eval_every == t.probe.every
-    assert between >= min(19, int(0.1 * 0.5 * 360 / (each + plan._START + pace * 100)) - 1)
+    assert between >= min(19, int(0.1 * 0.5 * 360 / (each + size_and_length._START + pace * 100)) - 1)
 
 
 def test_a_length_that_the_user_sets_stays(monkeypatch):
@@ -1078,7 +1086,11 @@ def test_a_run_that_is_too_short_says_so_and_how_long_is_enough(monkeypatch):
     hours = float(short.warning.rpartition("--hours ")[2])
     assert not planned(monkeypatch, small(samples=9000), hours, 0.01).warning
     assert planned(monkeypatch, small(samples=9000), 0.7 * hours, 0.01).warning
-    assert plan._rounded_up(0.1234) == 0.13 and plan._rounded_up(12) == 12 and plan._rounded_up(1.201) == 1.3
+    assert (
+        size_and_length._rounded_up(0.1234) == 0.13
+        and size_and_length._rounded_up(12) == 12
+        and size_and_length._rounded_up(1.201) == 1.3
+    )
 
 
 @pytest.mark.parametrize(("terminal", "answer", "starts"), [(True, "y", True), (True, "", False), (False, "", True)])
@@ -1086,7 +1098,7 @@ def test_it_is_asked_whether_to_start_a_run_that_is_too_short(monkeypatch, tmp_p
     """A user at a terminal is asked; otherwise, a note is printed."""
     photos = make_pictures(tmp_path / "photos", each=2, captions=False)
     config = settings(small(), Shards(["a.tar"], [], []), tmp_path / "run", MODEL_SIZES[0], 1, 9, "cls", [])
-    monkeypatch.setattr(stages, "choose", lambda *_: plan.Plan(config, [], "9 steps: give more"))
+    monkeypatch.setattr(stages, "choose", lambda *_: size_and_length.Plan(config, [], "9 steps: give more"))
     monkeypatch.setattr(stages, "pre_train", lambda *_, **__: None)
     monkeypatch.setattr(stages, "status", lambda _: ("stopped", ""))
     stdin = StringIO(f"{answer}\n")

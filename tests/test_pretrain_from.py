@@ -22,7 +22,7 @@ from m3ae_fast.pretraining.automatic_settings import (
 )
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.given_weights import FOLDER, given_weights
-from m3ae_fast.pretraining.plan import Budget
+from m3ae_fast.pretraining.size_and_length import Budget
 from m3ae_fast.training.pace import Pace
 from m3ae_fast.weights.converting import convert
 from tests.helpers.labelled import labelled_members, labelled_tar, tiny_run

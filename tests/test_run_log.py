@@ -24,13 +24,13 @@ from m3ae_fast.checkpoint import folder as folder_module
 from m3ae_fast.checkpoint import state_files
 from m3ae_fast.config import Config, parse
 from m3ae_fast.data import open_data
-from m3ae_fast.evaluation.report import write_report
-from m3ae_fast.training import metrics_log, run_folder, throughput
+from m3ae_fast.evaluation.run_report import write_report
+from m3ae_fast.training import metrics_log, run_lock, throughput
 from m3ae_fast.training.loggers import WANDB_ID_FILE
 from m3ae_fast.training.metrics_line import MetricsLine
 from m3ae_fast.training.metrics_log import METRICS_FILE, RunLog
 from m3ae_fast.training.pretraining_task import PretrainingTask
-from m3ae_fast.training.run_folder import LOCK_FILE, RunFolder
+from m3ae_fast.training.run_lock import LOCK_FILE, RunFolder
 from m3ae_fast.training.trainer import Trainer
 from tests.helpers.checkpoints import save
 from tests.helpers.labelled import tiny_run
@@ -77,7 +77,7 @@ def test_the_time_left_is_that_of_the_steps_that_there_are_now(tmp_path, capfd, 
 
 
 def test_one_folder_is_for_one_run(tmp_path):
-    program = "import pathlib, sys; from m3ae_fast.training.run_folder import RunFolder\n"
+    program = "import pathlib, sys; from m3ae_fast.training.run_lock import RunFolder\n"
     program += "folder = RunFolder(pathlib.Path(sys.argv[1])); print('has it', flush=True); input()"
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -96,17 +96,17 @@ def test_a_file_system_without_locks_of_folders_has_those_of_files(tmp_path, mon
     def missing(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", missing)
+    monkeypatch.setattr(run_lock.fcntl, "flock", missing)
     with RunFolder(tmp_path / "run") as folder:
         other = os.fork()
         if other == 0:
-            os._exit(int(run_folder.is_held(folder.path)))
+            os._exit(int(run_lock.is_held(folder.path)))
         assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 1
 
 
 def test_the_lock_outlives_its_file(tmp_path):
     program = (
-        "import pathlib, sys; from m3ae_fast.training.run_folder import RunFolder; RunFolder(pathlib.Path(sys.argv[1]))"
+        "import pathlib, sys; from m3ae_fast.training.run_lock import RunFolder; RunFolder(pathlib.Path(sys.argv[1]))"
     )
     with RunFolder(tmp_path / "run") as folder:
         (folder.path / LOCK_FILE).unlink()

@@ -10,7 +10,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.status import CODES, main
 from m3ae_fast.process.failure_messages import explain, rank_lost
 from m3ae_fast.training import run_state
-from m3ae_fast.training.run_folder import RunFolder
+from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.training.run_state import Recorder, status
 from tests.helpers.ranks import environment
 from tests.helpers.trainer import ROOT

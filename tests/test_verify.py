@@ -179,7 +179,7 @@ def test_every_parameter_has_its_flax_name():
 
 
 def test_decay_groups_are_the_official_ones():
-    from m3ae_fast.engine.optimizer import parameter_groups
+    from m3ae_fast.engine.parameter_groups import parameter_groups
 
     golden = Golden.load(FILES[-1])
     model = golden.build_model()

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from m3ae_fast import checkpoint
-from m3ae_fast.training.run_folder import LOCK_FILE
+from m3ae_fast.training.run_lock import LOCK_FILE
 
 AWAKE_S = 1.0  # seconds after which a process handles signals
 SUSPENDED_S = 12.0  # duration of a suspension, which is longer than `run.stall_timeout`

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         help="folders outside RUN that contain a result.json",
     )
     args = parser.parse_args(argv)
-    from m3ae_fast.evaluation.report import REPORT_FILE, write_report
+    from m3ae_fast.evaluation.run_report import REPORT_FILE, write_report
 
     run, *others = args.runs
     out = args.out or run / REPORT_FILE

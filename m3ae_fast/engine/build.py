@@ -12,7 +12,7 @@ from m3ae_fast.config import Config, DeepSpeedConfig, OptimConfig, TransformerLo
 from m3ae_fast.data import split_batch
 from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.memory_estimate import lacking_for_activations, recomputes
-from m3ae_fast.engine.optimizer import optimizer_groups
+from m3ae_fast.engine.parameter_groups import optimizer_groups
 from m3ae_fast.engine.torch_engine import TorchEngine
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.transformer import Blocks

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast.config import OptimConfig, PretrainingOptimConfig
-from m3ae_fast.engine.layer_decay import layer_of, lr_scale, scaled_groups
+from m3ae_fast.config import OptimConfig
 from m3ae_fast.engine.muon import MOMENTUM, Muon
-from m3ae_fast.model.m3ae import M3AE
 
 _log = logging.getLogger(__name__)
 
@@ -30,34 +28,6 @@ def state_kinds(model: nn.Module, groups: list[dict], ema: float | None) -> Kind
     return {name: (*((MOMENTUM,) if p in by_muon else MOMENTS), *average) for name, p in model.named_parameters()}
 
 
-def optimizer_groups(model: M3AE, config: PretrainingOptimConfig) -> list[dict]:
-    """Return the parameter groups of the optimiser for pre-training: those of AdamW and, with Muon, in front of them
-    the group of hidden matrices."""
-    depth, decay = model.config.depth, config.layer_decay
-    groups = parameter_groups(model, config.weight_decay, lambda name: lr_scale(layer_of(name, depth), depth, decay))
-    if config.name == "adamw":
-        return groups
-    stacked = model.hidden_matrices()
-    for group in groups:
-        group["params"] = [p for p in group["params"] if p not in stacked]
-    muon = {
-        "params": list(stacked),
-        "matrices": list(stacked.values()),
-        "momentum": config.muon_momentum,
-        "weight_decay": config.weight_decay,
-        "lr_scale": config.muon_lr_ratio,
-    }
-    return [muon, *groups]
-
-
-def parameter_groups(
-    model: nn.Module, weight_decay: float, scale_of: Callable[[str], float] = lambda name: 1.0
-) -> list[dict]:
-    """Return the parameter groups of AdamW, see `scaled_groups`. Weight decay applies to matmul weights and, as in the
-    official code, to LayerNorm scales, but not to biases and embeddings."""
-    return scaled_groups(model, weight_decay, lambda name, p: name.endswith(".weight"), scale_of)
-
-
 def build_optimizer(
     groups: list[dict],
     config: OptimConfig,
@@ -66,7 +36,7 @@ def build_optimizer(
     on_cpu: bool = False,
     partitioned: bool = False,
 ) -> torch.optim.Optimizer:
-    """Return AdamW, combined with Muon if one of the groups is for Muon (see `optimizer_groups`).
+    """Return AdamW, combined with Muon if one of the groups is for Muon (see `parameter_groups.optimizer_groups`).
 
     Args:
         dtype: dtype of the model's matrix products, in which Muon computes its own products.

@@ -31,9 +31,9 @@ from m3ae_fast.evaluation.augment import Mixing, RandAugment, mixes
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.default_hyperparameters import sentence
 from m3ae_fast.evaluation.encoding import check_skipped
+from m3ae_fast.evaluation.finetune_groups import layer_decay_groups
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask, make_trainer, open_training
-from m3ae_fast.evaluation.layer_decay import layer_decay_groups
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.process.stoppable_loop import Stopped, until_stopped
 from m3ae_fast.training.diagnostics import fix_of_losses

@@ -35,7 +35,7 @@ from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS_FILE
 from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.evaluation.tasks import TASKS, Modality, Options
 from m3ae_fast.process.session import Session
-from m3ae_fast.training.run_folder import RunFolder
+from m3ae_fast.training.run_lock import RunFolder
 
 RESULT_FILE, PARTIAL_FILE = "result.json", "result-so-far.json"
 

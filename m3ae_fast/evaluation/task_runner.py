@@ -20,7 +20,7 @@ from m3ae_fast.evaluation.job import Job, refuse_existing, show_result, summary,
 from m3ae_fast.evaluation.tasks import POOLS, PROBE_NAMES, TASKS, Modality, Options, require_for
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.session import Session, joined_program
-from m3ae_fast.training.run_folder import RunFolder
+from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.weights.open_model import open_encoder, set_images
 
 

@@ -1,5 +1,5 @@
 """Automatic settings that fit the data, the hardware and the available time. They are rules of thumb if nothing better
-is known; each rule is a constant in this module."""
+is known; each rule is a constant in this module. `size_and_length.py` applies them to measurements of the speed."""
 
 from __future__ import annotations
 

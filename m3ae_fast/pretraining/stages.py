@@ -17,18 +17,18 @@ from m3ae_fast.base.hardware import uses_gpu
 from m3ae_fast.config import Config, Range, follow, load_config, read_config, remembered
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
-from m3ae_fast.evaluation.report import REPORT_FILE, write_report
+from m3ae_fast.evaluation.run_report import REPORT_FILE, write_report
 from m3ae_fast.pretraining import SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import assumed_config, check_overrides, set_to
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.final_evaluation import draw_map, evaluate_run, stage, table, verdicts, why_no_map
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
 from m3ae_fast.pretraining.learning_rate_search import tune as choose_rate
-from m3ae_fast.pretraining.plan import Plan, choose
+from m3ae_fast.pretraining.size_and_length import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.process.launchers import alone
 from m3ae_fast.training.run import pre_train
-from m3ae_fast.training.run_folder import is_held
+from m3ae_fast.training.run_lock import is_held
 from m3ae_fast.training.run_state import status
 from m3ae_fast.weights.exporting import write_export
 

@@ -35,7 +35,8 @@ from m3ae_fast.data import (
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.image_sizes import measured
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.engine.optimizer import optimizer_groups, state_kinds
+from m3ae_fast.engine.optimizer import state_kinds
+from m3ae_fast.engine.parameter_groups import optimizer_groups
 from m3ae_fast.engine.schedule import Change, Schedule
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.heartbeats import Heartbeats
@@ -47,7 +48,7 @@ from m3ae_fast.training.initial_weights import constants, start_from
 from m3ae_fast.training.loss_watch import Spikes
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.rollback import train_with_rollbacks
-from m3ae_fast.training.run_folder import RunFolder
+from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.training.throughput import Throughput
 from m3ae_fast.training.time_limit import TimeLimit
 from m3ae_fast.training.trainer import Trainer, batch_of

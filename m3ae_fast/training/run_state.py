@@ -13,7 +13,7 @@ from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.training.metrics_log import read_metrics
-from m3ae_fast.training.run_folder import is_held
+from m3ae_fast.training.run_lock import is_held
 
 RECORD_FILE = "status.json"
 RUNNING, FINISHED, STOPPED, FAILED = STATES = "running", "finished", "stopped", "failed"

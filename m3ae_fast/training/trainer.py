@@ -31,7 +31,7 @@ from m3ae_fast.training.loss_watch import LAG, Diverged, LossWatch, Spikes
 from m3ae_fast.training.metrics_line import MetricsLine
 from m3ae_fast.training.metrics_log import RunLog, SilentLog
 from m3ae_fast.training.profiler import profiler
-from m3ae_fast.training.run_folder import RunFolder
+from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.training.run_state import Recorder
 from m3ae_fast.training.throughput import Counts, ForwardTime, Rates
 from m3ae_fast.training.time_limit import TimeLimit

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.batch.packing import pack
-from m3ae_fast.engine.optimizer import build_adamw, clip_by_global_norm, parameter_groups, set_lr
+from m3ae_fast.engine.optimizer import build_adamw, clip_by_global_norm, set_lr
+from m3ae_fast.engine.parameter_groups import parameter_groups
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.verify.golden import Golden, Quantity, without_keys
 

@@ -20,7 +20,7 @@ from m3ae_fast.model.pretrained import Pretrained, check_weights, read_pretraine
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.weights.onnx_model import write_onnx
 from m3ae_fast.weights.open_model import SavedRun, is_run, run_weights, saved_run
-from m3ae_fast.weights.timm_model import write_timm
+from m3ae_fast.weights.timm_folder import write_timm
 
 # sections of the config that the card shows; the other sections contain local paths
 _SHOWN = ("masking", "loss", "optim", "train")

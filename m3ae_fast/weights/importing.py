@@ -25,7 +25,7 @@ from m3ae_fast.training.metrics_log import METRICS_FILE
 from m3ae_fast.weights.from_mae_or_timm import ViTOptions, from_vit
 from m3ae_fast.weights.from_official_code import read_jax_checkpoint
 from m3ae_fast.weights.open_model import is_run, run_weights, saved_run
-from m3ae_fast.weights.timm_model import is_timm_folder, read_timm_folder
+from m3ae_fast.weights.timm_folder import is_timm_folder, read_timm_folder
 
 _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 

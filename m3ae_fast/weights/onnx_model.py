@@ -23,7 +23,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.images.normalisation import to_unit
-from m3ae_fast.weights.timm_model import model_arguments, timm_weights
+from m3ae_fast.weights.timm_folder import model_arguments, timm_weights
 
 NEEDS = dict.fromkeys(("onnx", "onnxruntime", "timm"), "--format onnx")
 SUFFIX, INT8_SUFFIX = ".onnx", ".int8.onnx"

@@ -12,7 +12,7 @@ from m3ae_fast.evaluation import class_metrics as metrics
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.compare import ComparedPredictions
 from m3ae_fast.evaluation.predictions import Predictions
-from m3ae_fast.evaluation.report import write_report
+from m3ae_fast.evaluation.run_report import write_report
 from tests.evaluation.conftest import settings
 from tests.helpers.labelled import labelled_tar
 

@@ -19,7 +19,7 @@ from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.config.evaluation import EvaluationConfig, SegmentConfig
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import LinearProbeHead
-from m3ae_fast.evaluation.report import write_report
+from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.evaluation.segment import Counts, Images, count, fit, measured, patch_labels, upsampled
 from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.label_mask import mask_view, read_mask

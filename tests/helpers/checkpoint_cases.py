@@ -32,7 +32,7 @@ from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
 from m3ae_fast.engine.fragments import Fragments, cut
 from m3ae_fast.engine.interface import ModelEngine
-from m3ae_fast.engine.optimizer import parameter_groups
+from m3ae_fast.engine.parameter_groups import parameter_groups
 from m3ae_fast.engine.torch_engine import TorchEngine
 from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.process.ranks import Ranks, join_ranks

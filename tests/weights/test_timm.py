@@ -14,7 +14,7 @@ from m3ae_fast.cli.export import main as export
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.model import M3AE
 from m3ae_fast.weights.from_mae_or_timm import HEADS, IMAGENET, ViTOptions
-from m3ae_fast.weights.timm_model import read_timm_folder, write_timm
+from m3ae_fast.weights.timm_folder import read_timm_folder, write_timm
 
 TINY = {
     "size": None,

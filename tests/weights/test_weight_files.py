@@ -18,7 +18,7 @@ from m3ae_fast.model.card import model_card
 from m3ae_fast.model.pretrained import Pretrained, check_weights, weights_digest, write_pretrained
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
 from m3ae_fast.weights.exporting import write_export
-from m3ae_fast.weights.timm_model import write_timm
+from m3ae_fast.weights.timm_folder import write_timm
 from tests.helpers.mae import MAE
 
 SIZES = {

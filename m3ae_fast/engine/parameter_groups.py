@@ -1,8 +1,9 @@
-"""Layer-wise learning rates (arXiv 2106.08254): the lower a layer of the encoder, the lower its learning rate.
+"""The parameter groups of the optimisers: which parameters Muon updates, weight decay, and layer-wise learning rates
+(arXiv 2106.08254): the lower a layer of the encoder, the lower its learning rate.
 
 In pre-training, the embeddings are layer 0, and block i of the encoder is layer i + 1. The encoder's last norm and the
 decoder are layer depth + 1, which has the full learning rate. Fine-tuning has the layers of the official code, see
-`evaluation.layer_decay`.
+`evaluation.finetune_groups`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,37 @@ import re
 from collections.abc import Callable
 
 from torch import nn
+
+from m3ae_fast.config import PretrainingOptimConfig
+from m3ae_fast.model.m3ae import M3AE
+
+
+def optimizer_groups(model: M3AE, config: PretrainingOptimConfig) -> list[dict]:
+    """Return the parameter groups of the optimiser for pre-training: those of AdamW and, with Muon, in front of them
+    the group of hidden matrices."""
+    depth, decay = model.config.depth, config.layer_decay
+    groups = parameter_groups(model, config.weight_decay, lambda name: lr_scale(layer_of(name, depth), depth, decay))
+    if config.name == "adamw":
+        return groups
+    stacked = model.hidden_matrices()
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p not in stacked]
+    muon = {
+        "params": list(stacked),
+        "matrices": list(stacked.values()),
+        "momentum": config.muon_momentum,
+        "weight_decay": config.weight_decay,
+        "lr_scale": config.muon_lr_ratio,
+    }
+    return [muon, *groups]
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, scale_of: Callable[[str], float] = lambda name: 1.0
+) -> list[dict]:
+    """Return the parameter groups of AdamW, see `scaled_groups`. Weight decay applies to matmul weights and, as in the
+    official code, to LayerNorm scales, but not to biases and embeddings."""
+    return scaled_groups(model, weight_decay, lambda name, p: name.endswith(".weight"), scale_of)
 
 
 def layer_of(name: str, depth: int) -> int:

@@ -18,7 +18,7 @@ import re
 
 from torch import nn
 
-from m3ae_fast.engine.layer_decay import lr_scale, scaled_groups
+from m3ae_fast.engine.parameter_groups import lr_scale, scaled_groups
 
 
 def layer_of(name: str, depth: int) -> int:
