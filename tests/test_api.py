@@ -188,7 +188,7 @@ def test_shards_are_made_counted_and_described_in_python(images, tmp_path, monke
         ),
         (
             lambda shards: shards.make("in/", "out", split="train"),
-            "--split is for a Hugging Face dataset; in/ is a folder",
+            "in/: is neither a folder, nor an HDF5 file",
         ),
         (lambda shards: shards.manifest("a.tar", "m.npy", part=(3, 2)), "--part 3/2: must be I/N"),
         (lambda shards: shards.tokenizer("a.tar", "t.json", vocab_size=1), "--vocab-size 1: must be above"),

@@ -19,11 +19,11 @@ from m3ae_fast.drawing.reconstructions import (
     SIDE,
     TEXT_WIDTH,
     _cut,
-    _images,
     _join,
     _write_captions,
     caption_views,
     draw_reconstructions,
+    views_of,
 )
 from m3ae_fast.model.m3ae import M3AE
 from tests.test_model import TINY, make_model, make_sample
@@ -49,7 +49,7 @@ def test_true_pixels_as_predictions_give_the_image_again():
         pixels = normal if loss.image_all_tokens else normal[mask]
         if loss.norm_pix:
             pixels = (pixels - pixels.mean(1, keepdim=True)) / (pixels.var(1, keepdim=True) + 1e-6).sqrt()
-        original, masked, rebuilt = _images(M3AE(SMALL, loss), image, mask, pixels)
+        original, masked, rebuilt = views_of(M3AE(SMALL, loss), image, mask, pixels)
         assert torch.equal(original, image) and torch.equal(rebuilt, image)
         assert torch.equal((_cut(masked, 4) == GREY).all(1), mask)
         assert torch.equal(_cut(masked, 4)[~mask], _cut(image, 4)[~mask])
@@ -59,7 +59,7 @@ def test_an_even_patch_is_rebuilt_as_what_it_is():
     """The prediction is relative to the mean and the variance of the patch, which are those of a uniform patch."""
     sizes = SMALL.model_copy(update={"image_mean": (0.5,) * 3, "image_std": (0.25,) * 3})
     image, mask = torch.full((3, 12, 12), 200, dtype=torch.uint8), torch.arange(9) % 2 == 0
-    *_, rebuilt = _images(M3AE(sizes, LossConfig(norm_pix=True)), image, mask, torch.zeros(5, 48))
+    *_, rebuilt = views_of(M3AE(sizes, LossConfig(norm_pix=True)), image, mask, torch.zeros(5, 48))
     assert torch.equal(rebuilt, image)
 
 
@@ -89,7 +89,7 @@ def test_a_sheet_shows_each_sample(tmp_path, monkeypatch):
     sheet = Image.open(tmp_path / "sheet.png").crop((0, 24, 3 * (SIDE + GAP), 24 + SIDE))
     with torch.no_grad():
         pixels_IK, _ = model.eval().predict(pack(samples[:1], model.geometry))
-    for number, image in enumerate(_images(model, samples[0].image, samples[0].image_mask, pixels_IK)):
+    for number, image in enumerate(views_of(model, samples[0].image, samples[0].image_mask, pixels_IK)):
         column = sheet.crop((GAP + number * (SIDE + GAP), 0, (number + 1) * (SIDE + GAP), SIDE))
         assert np.abs(np.asarray(column).astype(int) - np.asarray(shown(image, SIDE)).astype(int)).max() <= 1, number
 

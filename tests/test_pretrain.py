@@ -121,7 +121,8 @@ from m3ae_fast.evaluation import knn, logistic
 STAGES = {
     "shards": (writer, "_write"), "tokenizer": (dataset_statistics, "train_tokenizer"),
     "statistics": (dataset_statistics, "collect"),
-    "measuring": (plan, "measure"), "training": (Trainer, "log_step"), "end of training": (PretrainingTask, "conclude"),
+    "measuring": (size_and_length, "measure"),
+    "training": (Trainer, "log_step"), "end of training": (PretrainingTask, "conclude"),
     "k-NN": (knn, "run"), "logistic regression": (logistic, "fit_chosen"),
     "report": (stages, "write_report"), "export": (stages, "write_export"),
 }
@@ -305,7 +306,12 @@ def test_stopped_in_any_stage_the_same_line_goes_on(tmp_path):
         whole[2] == "0" and "this run" in whole[1] and "step 3" not in whole[1] and (tmp_path / "run/export").is_dir()
     )
     outputs = [said for _, said, _ in [*stopped, whole]]
-    for once in ("tokens of", "saved run/checkpoints/step-00000003", "k-NN of random weights", "logistic: top1"):
+    for once in (
+        "tokens (vocabulary",
+        "saved run/checkpoints/step-00000003",
+        "k-NN of random weights",
+        "logistic: top1",
+    ):
         assert sum(once in said for said in outputs) == 1, once
 
 

@@ -194,7 +194,7 @@ def test_a_run_begins_with_the_weights(base, tmp_path, capsys):
     few = ["train.steps=1", "optim.peak_lr=1e-30", "data.workers=0", "train.pictures=0", "train.precision=fp32"]
     found = pretrain(tmp_path / "photos", tmp_path / "run", start_from=base, overrides=few)
     said = capsys.readouterr().out
-    assert found.finished and "weights to continue from" in said and 'model: "as its weights", 32 wide' in said
+    assert found.finished and "weights to continue from" in said and 'model: "as its weights", width 32' in said
     before, after = checkpoint.read_weights(checkpoint.locate(base)), M3AE.from_pretrained(found.export).state_dict()
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-20)

@@ -230,7 +230,7 @@ SETTINGS = {
     | dict.fromkeys(
         ("peak_lr", "init_lr", "end_lr", "warmup_epochs", "weight_decay", "betas", "eps", "clip_grad"), NOTED
     )
-    | dict.fromkeys(("muon_momentum", "muon_lr_ratio", "schedule", "decay_fraction"), NOTED),
+    | dict.fromkeys(("layer_decay", "muon_momentum", "muon_lr_ratio", "schedule", "decay_fraction"), NOTED),
     "train": {"global_batch": REFUSED, "image_sizes": STREAM}
     | dict.fromkeys(("epochs", "steps", "hours", "stop_at", "precision"), NOTED)
     | dict.fromkeys(

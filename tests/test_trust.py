@@ -13,6 +13,7 @@ from m3ae_fast.cli import draw, export, report
 from m3ae_fast.cli import embed as features
 from m3ae_fast.cli import evaluate as transfer_main
 from m3ae_fast.data import ShardStore
+from m3ae_fast.evaluation.run_report import REPORT_FILE
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.shards import picture
 
@@ -156,4 +157,4 @@ def test_a_private_file_is_no_picture_of_a_report(tmp_path):
     for name in ("reconstructions.png", "task/a.png"):
         (run / name).symlink_to(tmp_path / "secret")
     assert report.main([str(run)]) == 0
-    assert "bWluZQ" not in (run / report.REPORT_FILE).read_text()
+    assert "bWluZQ" not in (run / REPORT_FILE).read_text()

@@ -220,7 +220,7 @@ def test_what_a_node_fetches_to_count_it_trains_on(start, far, tmp_path):
     manifest, requests, _ = far
     names = [name.decode() for name in np.load(manifest[0].shards)["name"].tolist()]
     stores = [ShardStore(tmp_path / f"node{number}") for number in range(4)]
-    work = lambda process, gather, node: prepare(names, stores[node], process, gather)  # noqa: E731
+    work = lambda ranks, node: prepare(names, stores[node], ranks)  # noqa: E731
     assert together(4, 4, work) == [None] * 4
     assert sum(requests.values()) == SHARDS
     manifest[0] = SourceConfig(shards=names)

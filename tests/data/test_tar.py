@@ -104,8 +104,9 @@ def test_sizes_and_kinds_count_as_tarfile_counts_them(tmp_path, members, fmt, da
     path.write_bytes(content)
     found, damage = scan_tar(path)
     if damage is None:
-        # a directory that was changed to a file keeps its slash, which tarfile removes
-        assert [(member[0].rstrip("/"), *member[1:]) for member in found] == listed(path)
+        # a directory that was changed to a file keeps its slash, which tarfile removes in some formats
+        without_slash = [[(name.rstrip("/"), *more) for name, *more in each] for each in (found, listed(path))]
+        assert without_slash[0] == without_slash[1]
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
