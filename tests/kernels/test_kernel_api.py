@@ -201,7 +201,8 @@ def test_compiled_code_warns_of_the_sum_too(unwarned):
     compute = token_and_pixel_loss()["masked_token_loss"]
     with pytest.warns(FutureWarning, match="masked_token_loss sums") as told:
         compiled = [torch.compile(compute, fullgraph=True, backend="aot_eager")() for _ in range(2)]
-    assert len(told) == 1
+    # torch may warn too, of its own functions, when it compiles for the first time in a process
+    assert sum("masked_token_loss sums" in str(each.message) for each in told) == 1
     assert all(torch.equal(each, compute(reduction="sum")) for each in compiled)
 
 
