@@ -21,6 +21,7 @@ from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.model.transformer import Block
 from m3ae_fast.training.attention_kernels import RunAttention
 from tests.helpers.attention import attend
+from tests.helpers.triton_kernels import import_kernels
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 QUERIES, KEYS = [0, 1, 3, 5, 3, 3], [2, 1, 7, 5, 7, 7]  # some lengths are equal
@@ -448,6 +449,7 @@ def test_what_is_asked_for_is_what_runs(monkeypatch):
     """This holds on both devices, and the run logs the choice. The Triton kernels are tested in tests/kernels."""
     monkeypatch.setattr(cuda, "choose", lambda *_: pytest.fail("nothing is tried"))
     monkeypatch.setattr(cuda, "try_out", cuda.choose)
+    import_kernels()
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # otherwise the CPU would refuse Triton
     for device, torch_kernel in ((CPU, PER_SAMPLE), (torch.device("cuda"), PADDED)):
         for impl, name in (("torch", torch_kernel.name), ("triton", "triton")):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.triton_kernels import import_kernels
 from tests.kernels.kernel_cases import BAND_MEAN, BAND_STD, CASES, SMALL, Inputs, call, make, run
 
 TRITON = os.environ.get("M3AE_KERNELS_IMPL") == "triton"
@@ -642,6 +643,7 @@ def test_m3ae_heads_are_their_parts(vocab):
     ],
 )
 def test_mistakes_are_named(case, changes, error_type, message, monkeypatch):
+    import_kernels()
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # otherwise, impl="triton" would be the mistake
     inputs = make(case, torch.float32)
     function = getattr(m3ae_kernels, CASES[case][0].__name__)
