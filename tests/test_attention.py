@@ -146,8 +146,8 @@ def test_no_queries_and_no_rows():
 
 
 def test_scores_that_are_made_at_once_stay_in_the_cache(monkeypatch):
-    """As many samples of equal lengths as fit into the cache are computed at once. A sample that does not fit is
-    computed by itself."""
+    """Samples of equal lengths are computed together, as many as fit into the cache. A sample that does not fit is
+    computed alone."""
     monkeypatch.setattr(per_sample, "CHUNK_SCORES", 600)
     for queries, keys, sizes in ((5, 7, [8, 2]), (7, 5, [8, 2]), (20, 20, [1] * 10)):
         groups = per_sample._groups(segments([queries] * 10), segments([keys] * 10), 2)

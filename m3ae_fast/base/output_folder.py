@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from m3ae_fast.base.atomic_file import whole_folder
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.untrusted_file import open_regular
+from m3ae_fast.base.untrusted_file import open_regular, read_json
 
 MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 TOKENIZER_FILE, PREPROCESSOR_FILE = "tokenizer.json", "preprocessor_config.json"
@@ -60,6 +61,15 @@ def _is_ours(path: Path) -> bool:
             return (file.metadata() or {}).get("written_by") == _MARK["written_by"]
     except (OSError, SafetensorError):
         return False
+
+
+def read_folder_config(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's config.json; empty if there is none, or if it cannot be read."""
+    try:
+        config = read_json(folder / CONFIG_FILE)
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -215,15 +215,15 @@ class Job:
         """Write the predictions of each sample, as predictions.parquet."""
         self.ranks.on_main(lambda: write_parquet(self.out / PREDICTIONS_FILE, columns))
 
-    def save_probe(self, head: LinearProbeHead) -> None:
-        """Write a classifier that consists of the model and a head that was trained on its pooled features, as
+    def save_probe(self, task: Literal["linear", "logistic"], head: LinearProbeHead) -> None:
+        """Write a classifier that consists of the model and a head that `task` has trained on its pooled features, as
         `Classifier.save_pretrained` does. Every rank must call it."""
 
         def save() -> None:
             classifier = Classifier(
                 ClassifierConfig(
                     model=self.model.config,
-                    head=self.options.task,  # type: ignore[arg-type]
+                    head=task,
                     pool=self.config.encode.pool,
                     modality=self.modality,
                     classes=list(self.classes),

@@ -55,7 +55,7 @@ class ProbingTask(LabelledTask):
         return self.evaluated(trainer, self.val.predictions(logits(self.heads.eval(), self.val)))
 
     def save_classifier(self, trainer: Trainer) -> None:
-        self.job.save_probe(self.heads.head(0))
+        self.job.save_probe("linear", self.heads.head(0))
 
 
 def set_up(job: Job) -> tuple[ProbingTask, Trainer]:

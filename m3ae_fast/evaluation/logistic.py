@@ -23,7 +23,7 @@ def run(job: Job) -> dict[str, Any]:
     job.say(f"logistic regression of {job.config.encode.pool} features of {len(bank.keys):,} samples")
     heads, strength = fit_chosen(bank, len(classes), job.heartbeats)
     predictions = held_out.predictions(logits(heads, held_out))
-    job.save_probe(heads.head(0))
+    job.save_probe("logistic", heads.head(0))
     job.keep(predictions.columns(classes))
     return predictions.accuracies() | {
         "inverse_strength": strength,

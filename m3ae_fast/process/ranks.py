@@ -90,14 +90,6 @@ class Ranks:
         """Return every rank's picklable `value` on every rank."""
         return _gather(value, self.world, self.control)
 
-    def gather_on_main(self, value: T) -> list[T] | None:
-        """Return every rank's picklable `value` on rank 0, None elsewhere."""
-        if self.world == 1:
-            return [value]
-        values = [value] * self.world if self.is_main else None
-        dist.gather_object(value, values, dst=0, group=self.control)
-        return values
-
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Run `work` on rank 0 while the other ranks wait. Return its result on rank 0 and None elsewhere. An error is
         raised on every rank; see `raise_shared`."""

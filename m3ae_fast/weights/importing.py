@@ -16,8 +16,8 @@ from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hub import find_folder
-from m3ae_fast.base.output_folder import CONFIG_FILE, MODEL_FILE, read_tensors
-from m3ae_fast.base.untrusted_file import open_regular, read_json
+from m3ae_fast.base.output_folder import MODEL_FILE, read_folder_config, read_tensors
+from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.checkpoint import INFO_FILE
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import Pretrained, check_weights, read_pretrained
@@ -50,7 +50,7 @@ def _recognise(source: str, heads: ViTOptions) -> Pretrained:
     path = find_folder(source)
     if path.is_dir():
         return _read_folder(path, source, heads)
-    ours = (path.parent / INFO_FILE).is_file() or "emb_dim" in _about(path.parent)
+    ours = (path.parent / INFO_FILE).is_file() or "emb_dim" in read_folder_config(path.parent)
     if ours and path.suffix in (".json", ".safetensors"):
         raise UserError(f"{source}: is one file of a checkpoint or an export; name its folder, {path.parent}")
     try:
@@ -81,18 +81,9 @@ def _read_folder(path: Path, source: str, heads: ViTOptions) -> Pretrained:
         return read_pretrained(source)
     if is_run(path.parent):
         raise UserError(f"{source}: name the run folder, {path.parent}, or one of the checkpoints in {path}")
-    if (path / METRICS_FILE).is_file() or "run" in _about(path):
+    if (path / METRICS_FILE).is_file() or "run" in read_folder_config(path):
         raise UserError(f"{source}: this run has no checkpoint yet; continue the run, or name another model")
     raise UserError(f"{source}: the folder contains neither checkpoints nor an exported model")
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's config.json; empty if there is none that can be read."""
-    try:
-        about = read_json(folder / CONFIG_FILE)
-    except (OSError, ValueError):
-        return {}
-    return about if isinstance(about, dict) else {}
 
 
 def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOptions, source: str) -> Pretrained:

@@ -17,8 +17,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.output_folder import CARD_FILE, CONFIG_FILE, MODEL_FILE, output_folder, read_tensors, write_tensors
-from m3ae_fast.base.untrusted_file import read_json
+from m3ae_fast.base.output_folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MODEL_FILE,
+    output_folder,
+    read_folder_config,
+    read_tensors,
+    write_tensors,
+)
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.model.positions import sincos_2d
 from m3ae_fast.model.pretrained import Pretrained
@@ -134,21 +141,13 @@ def timm_weights(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Ten
 
 
 def is_timm_folder(folder: Path) -> bool:
-    return "architecture" in _about(folder)
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    try:
-        about = read_json(folder / CONFIG_FILE)
-    except (OSError, ValueError):
-        return {}
-    return about if isinstance(about, dict) else {}
+    return "architecture" in read_folder_config(folder)
 
 
 def read_timm_folder(folder: Path, heads: ViTOptions) -> Pretrained:
     """Convert a VisionTransformer saved by timm or by `write_timm`. Raises UserError if a file is missing or damaged,
     or if the model cannot be represented as an M3AE."""
-    about = _about(folder)
+    about = read_folder_config(folder)
     arguments, pretrained = about.get("model_args") or {}, about.get("pretrained_cfg") or about
     where = str(folder)
     activation = arguments.get("act_layer") or "gelu"

@@ -349,7 +349,7 @@ def test_a_size_in_a_pax_record_counts(tmp_path, store):
 
 
 def test_a_repeated_suffix_begins_another_sample(tmp_path, store):
-    """As in WebDataset, two images with the same key and suffix are two samples, and the caption belongs to the second
+    """Two images with the same key and suffix are two samples, as in WebDataset, and the caption belongs to the second
     one."""
     files = [("a.jpg", picture(1)), ("a.jpg", picture(2)), ("a.txt", b"a cat"), ("b.jpg", picture(3))]
     corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files), modality="image")], store)
