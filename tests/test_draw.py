@@ -216,6 +216,15 @@ def test_a_map_is_of_the_features_with_their_own_classes(run, tmp_path, monkeypa
     assert [classes[label] for label in labels] == [NAMES[number % 3] for number in range(12)]
 
 
+@pytest.mark.parametrize("options, device", [([], None), (["--device", "cpu"], "cpu")])
+def test_a_map_is_computed_on_the_device_of_the_command(run, tmp_path, monkeypatch, options, device):
+    _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
+    devices = []
+    monkeypatch.setattr("m3ae_fast.evaluation.run_figures.draw_feature_map", lambda *what: devices.append(what[-1]))
+    main(["map", str(run), "--labels", "json.name", *options])
+    assert devices == [device]
+
+
 def test_mistakes_are_one_line_and_draw_nothing(run, tmp_path):
     _use(run, labelled_tar(tmp_path / "val.tar", range(3)))
     for (what, *options), message in (

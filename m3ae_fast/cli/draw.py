@@ -18,7 +18,7 @@ from typing import Any
 
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.base.libraries import require_libraries
-from m3ae_fast.cli.command_line import add_labels, command, output, program, seed
+from m3ae_fast.cli.command_line import add_device, add_labels, command, output, program, seed
 from m3ae_fast.config import add_range_option
 from m3ae_fast.evaluation.tasks import MAP_NEEDS
 from m3ae_fast.weights.model_name import MASK, MODEL_HELP
@@ -100,6 +100,7 @@ def _add_map(commands: Any, of_run: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", metavar="A,B,...", help="classes to draw (default: all)")
     text = "maximum number of samples in the map (default: all samples with a class)"
     parser.add_argument("--samples", type=int, metavar="N", help=text)
+    add_device(parser)
 
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +165,8 @@ def _map(args: argparse.Namespace) -> Path:
     from m3ae_fast.evaluation.run_figures import feature_map
 
     classes = None if args.classes is None else args.classes.split(",")
-    return feature_map(args.runs, labels=args.labels, classes=classes, samples=args.samples, **_source(args))
+    chosen = {"labels": args.labels, "classes": classes, "samples": args.samples, "device": args.device}
+    return feature_map(args.runs, **chosen, **_source(args))
 
 
 def _source(args: argparse.Namespace) -> dict[str, Any]:
