@@ -28,10 +28,10 @@ import torch
 
 from benchmarks import results
 from lab import recipe
-from lab.recipe import SIDE, TEST, TRAIN, drawn, write_shard
+from lab.recipe import SIDE, TEST, TRAIN, drawn
 from lab.study import measure
 from lab.study.measure import Encode
-from lab.study.shards import LABELS, scaled
+from lab.study.shards import LABELS, scaled, write_labelled
 from lab.study.statistics import Estimate, Seeds, accuracy, difference
 from m3ae_fast import checkpoint, train
 from m3ae_fast.base.atomic_file import write_whole
@@ -120,11 +120,11 @@ def prepare(data: Path, folder: Path, seeds: int) -> None:
         elif name != f"clothes-{TEST}":
             sources[RELATED if name.startswith("clothes") else UNRELATED].append(row)
     for name, rows in sources.items():
-        write_shard(folder / f"{name}.tar", rows)
-    write_shard(folder / f"{TEST}.tar", target[TEST])
+        write_labelled(folder / f"{name}.tar", rows)
+    write_labelled(folder / f"{TEST}.tar", target[TEST])
     for seed in range(seeds):
         chosen = sorted(target[TRAIN], key=lambda row: drawn(seed, row[0]))[:IMAGES]
-        write_shard(folder / f"{TRAIN}-{seed}.tar", chosen)
+        write_labelled(folder / f"{TRAIN}-{seed}.tar", chosen)
     labels = {key: {"emoji": key, "class": label} for rows in target.values() for key, _, label in rows}
     write_whole(folder / LABELS, json.dumps(labels) + "\n")
 

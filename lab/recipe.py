@@ -24,7 +24,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet
 import torch
 
 from benchmarks import results
@@ -37,11 +36,8 @@ from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits
-from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS
 from m3ae_fast.evaluation.probes import Setting, linear_recipe, train_heads
-from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.process.session import Session, joined_program
-from m3ae_fast.shards.tar_member import add_member
 from m3ae_fast.weights.open_model import RANDOM, open_model
 
 CLIPART = Path("data/openclipart")
@@ -153,21 +149,13 @@ def prepare(data: Path, folder: Path) -> None:
         classes = sorted({picture.category for picture in parts[f"{data_set}-{TRAIN}"]})
         own = [picture for picture in own if picture.category in classes]
         labels |= {each.key: {"emoji": each.unit, "class": classes.index(each.category)} for each in own}
-        write_shard(
-            folder / f"{name}.tar", [(p.key, shards.scaled(p.image, SIDE), labels[p.key]["class"]) for p in own]
-        )
+        samples = [(p.key, shards.scaled(p.image, SIDE), labels[p.key]["class"]) for p in own]
+        shards.write_labelled(folder / f"{name}.tar", samples)
     write_whole(folder / shards.LABELS, json.dumps(labels) + "\n")
 
 
 def drawn(seed: Any, key: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest(), "big")
-
-
-def write_shard(shard: Path, samples: Sequence[tuple[str, bytes, int]]) -> None:
-    with whole_file(shard) as partial, tarfile.open(partial, "w") as tar:
-        for key, image, label in samples:
-            add_member(tar, f"{key}.jpg", image)
-            add_member(tar, f"{key}.cls", str(label).encode())
 
 
 class Laboratory:
@@ -278,19 +266,12 @@ class Laboratory:
             images = {m.name.removesuffix(".jpg"): m for m in tar if m.name.endswith(".jpg")}
             keys = self._chosen(trial, [*images])
             samples = [(key, tar.extractfile(images[key]).read(), self.labels[key]["class"]) for key in keys]
-        write_shard(shard := self.out / "drawn.tar", samples)
+        shards.write_labelled(shard := self.out / "drawn.tar", samples)
         settings = self._settings(trial, len(keys))
-        given = {"data.workers": 0, "finetune.log_every": 100, **{f"finetune.{k}": v for k, v in settings.items()}}
-        overrides = [f"{name}={value}" for name, value in given.items()]
-        held_out = [str(self.shard(trial.data, part)) for part in (VALIDATION, TEST)]
-        out = self.out / "tuned" / trial.name
-        evaluate("finetune", model, train=str(shard), val=held_out, out=out, resume="auto", overrides=overrides)
-        if not (out / PREDICTIONS).exists():
-            return None
-        table = pyarrow.parquet.read_table(out / PREDICTIONS).to_pydict()
-        names = [key.rpartition("/")[2] for key in table["key"]]
-        right = [int(a == b) for a, b in zip(table["label"], table["prediction"])]
-        return {"train_samples": len(keys), "settings": settings, "correct": dict(zip(names, right))}
+        held_out = [self.shard(trial.data, part) for part in (VALIDATION, TEST)]
+        named = {f"finetune.{key}": value for key, value in settings.items()}
+        correct = measure.finetune(model, shard, held_out, self.out / "tuned" / trial.name, named)
+        return None if correct is None else {"train_samples": len(keys), "settings": settings, "correct": correct}
 
     def tables(self, tasks: Sequence[str], part: str) -> str:
         """Return a Markdown table for each task, with the accuracy of the defaults and the difference of each variant

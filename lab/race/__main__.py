@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ import torch
 
 from benchmarks import results
 from lab.race import report
-from lab.race.plan import ARMS, FINAL_SEEDS, SEEDS, USUAL, Overrides, Trial, race, tune, tuned_as, usual
-from lab.race.run import SETTINGS, TESTS, Race
+from lab.race.plan import ARMS, FINAL_SEEDS, SEEDS, USUAL, Overrides, Trial, finetuned, race, tune, tuned_as, usual
+from lab.race.run import FINETUNED, SETTINGS, TESTS, Race
 from lab.study.run import Stopped
 from lab.study.shards import LABELS, prepare
 from m3ae_fast.base.errors import UserError, exit_cleanly
@@ -58,6 +58,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tune", nargs="*", choices=settings["tried"], default=[*settings["tried"]], help="settings (default: all)")
     add("--seeds", type=int, default=SEEDS, help=f"of all arms at the shortest length (default: {SEEDS})")
     add("--final-seeds", type=int, default=FINAL_SEEDS, help=f"at all lengths (default: {FINAL_SEEDS})")
+    add("--finetune", type=int, default=SEEDS, metavar="N", help=f"seeds to fine-tune (default: {SEEDS})")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of settings.json")
     return parser.parse_args(argv)
 
@@ -74,12 +75,19 @@ class Runner:
         """Execute a run unless it is complete, and write the report. Raises TimeIsOver if a run would begin after the
         time limit, and Stopped if a run was stopped."""
         self.asked[trial] = None
-        if self.race.done(trial):
-            return
+        if not self.race.done(trial):
+            self._execute(self.race.perform, trial)
+
+    def finetune(self, trial: Trial) -> None:
+        """Fine-tune the encoder of a run, like `perform`."""
+        if not self.race.finetuning(trial).exists():
+            self._execute(self.race.finetune, trial)
+
+    def _execute(self, action: Callable[[Trial], None], trial: Trial) -> None:
         if self.until is not None and time.monotonic() > self.until:
             raise TimeIsOver
-        say(trial.name)
-        self.race.perform(trial)
+        say(f"{action.__name__} {trial.name}")
+        action(trial)
         self.write()
 
     def accuracy(self, trial: Trial) -> float:
@@ -88,7 +96,7 @@ class Runner:
 
     def write(self) -> None:
         head: dict[str, Any] = {"about": results.about(), "settings": self.race.settings}
-        report.save(self.folder, head, self.race.everything(), self.labels)
+        report.save(self.folder, head, self.race.everything(), self.race.finetuned(), self.labels)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels = json.loads((shards / LABELS).read_text(encoding="utf-8"))
     folder = args.results or args.out
     running = Race(args.out / "runs", shards, settings)
-    running.adopt(report.read_answers(folder, settings))
+    running.adopt(*report.read_answers(folder, settings))
     runner = Runner(running, folder, args.minutes, labels)
     try:
         for data in args.data:
@@ -132,12 +140,17 @@ def _race(runner: Runner, args: argparse.Namespace, data: str, size: str) -> Non
             known[arm] = tune(start, settings["tried"], args.tune, runner.accuracy)
         return known[arm]
 
+    def with_settings(trial: Trial) -> Trial:
+        untuned = trial.trained and not trial.tuned
+        return replace(trial, tuned=tuned(tuned_as(trial.arm))) if untuned else trial
+
     lengths = {*(args.lengths or settings["lengths"])}
     for trial in race(data, size, settings["lengths"], settings["tried"], args.seeds, args.final_seeds):
         if trial.trained and not (trial.arm in args.arms and trial.steps in lengths):
             continue
-        untuned = trial.trained and not trial.tuned
-        runner.perform(replace(trial, tuned=tuned(tuned_as(trial.arm))) if untuned else trial)
+        runner.perform(with_settings(trial))
+    for trial in finetuned(data, size, settings["lengths"], args.finetune) if data == FINETUNED else ():
+        runner.finetune(with_settings(trial))
 
 
 def say(text: str) -> None:

@@ -108,6 +108,22 @@ def race(
     yield from found
 
 
+def finetuned(data: str, size: str, lengths: Sequence[int], seeds: int) -> Iterator[Trial]:
+    """Yield the runs whose encoders are fine-tuned, without the settings that are tuned: for each seed, the baseline
+    with its usual settings at the greatest length, the fast recipe at the length before it, an encoder with random
+    weights, and both recipes at the shortest length.
+
+    Args:
+        data: name of the dataset.
+        size: name of the model size.
+        lengths: numbers of steps, ascending.
+        seeds: number of seeds.
+    """
+    *_, thrifty, longest = lengths
+    runs = ((USUAL, longest), (FAST, thrifty), (RANDOM_WEIGHTS, 0), (USUAL, lengths[0]), (FAST, lengths[0]))
+    yield from (Trial(data, size, arm, steps, seed) for seed in range(seeds) for arm, steps in runs)
+
+
 def usual(tried: Mapping[str, Sequence[Any]]) -> Overrides:
     """Return the default values of the settings that are tuned. `tried`: values of each setting, the default first."""
     return tuple((setting, frozen(values[0])) for setting, values in tried.items())

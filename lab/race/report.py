@@ -110,40 +110,43 @@ def _mean_and_interval(values_SR: np.ndarray) -> tuple[float, float, float]:
     return float(values_SR[:, 0].mean()), float(low), float(high)
 
 
-def save(folder: Path, head: dict[str, Any], rows: Sequence[Row], labels: Labels) -> None:
+def save(folder: Path, head: dict[str, Any], rows: Sequence[Row], finetuned: Sequence[Row], labels: Labels) -> None:
     """Write the answers, the numbers, the page and its plot. Text in README.md outside of the markers is unchanged.
 
     Args:
         folder: output folder, which is created if necessary.
         head: `about` (the machine) and `settings`.
         rows: results of all runs, including those for choosing settings.
+        finetuned: results of the encoders that were fine-tuned.
         labels: labels of all samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    known = {"settings": head["settings"], "runs": rows}
+    known = {"settings": head["settings"], "runs": rows, "finetuned": finetuned}
     with whole_file(folder / ANSWERS) as partial:
         partial.write_bytes(lzma.compress(json.dumps(known).encode()))
-    short = [{key: value for key, value in row.items() if key != "correct"} for row in rows]
-    write_whole(folder / JSON, json.dumps(head | {"runs": short}, indent=1) + "\n")
+    runs, tuned = (
+        [{key: value for key, value in row.items() if key != "correct"} for row in part] for part in (rows, finetuned)
+    )
+    write_whole(folder / JSON, json.dumps(head | {"runs": runs, "finetuned": tuned}, indent=1) + "\n")
     page = folder / PAGE
     text = page.read_text(encoding="utf-8") if page.exists() else f"# The race\n\n{START}\n{END}\n"
-    page.write_text(rewrite(text, tables(rows, head, labels)), encoding="utf-8")
+    page.write_text(rewrite(text, tables(rows, finetuned, head, labels)), encoding="utf-8")
     draw([row for row in rows if not row["trial"]["validation"]], folder / PLOT)
 
 
-def read_answers(folder: Path, settings: dict[str, Any]) -> list[Row]:
-    """Return the results that an earlier call, possibly on another machine, has written to `folder`. Raises UserError
-    if they have different settings, other than those that select the runs."""
+def read_answers(folder: Path, settings: dict[str, Any]) -> tuple[list[Row], list[Row]]:
+    """Return the results of runs, and of fine-tuning their encoders, that an earlier call, possibly on another machine,
+    has written to `folder`. Raises UserError if they have different settings, other than those that select the runs."""
     if not (folder / ANSWERS).exists():
-        return []
+        return [], []
     known = json.loads(lzma.decompress((folder / ANSWERS).read_bytes()))
     if any(known["settings"].get(name) != settings[name] for name in settings if name not in SELECTING):
         raise UserError(f"{folder}: has results of other settings; choose another folder (--out, --results)")
-    return known["runs"]
+    return known["runs"], known["finetuned"]
 
 
-def tables(rows: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
-    """Return the table of all tests, the table of tuned settings, and the plot, as Markdown."""
+def tables(rows: Sequence[Row], finetuned: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
+    """Return the tables of all tests, of fine-tuning and of tuned settings, and the plot, as Markdown."""
     about, weights = head["about"], Weights(labels)
     minutes = sum(row["cost"]["whole_seconds"] for row in rows) / 60
     text = [
@@ -174,6 +177,8 @@ def tables(rows: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
         text += ["", *_table([f"{DATA[data]}, {size}", *columns], cells)]
         text += _differences(own, f"{DATA[data]}, {size}", list(tests), weights)
         text += _shares(own, f"{DATA[data]}, {size}", list(tests), weights)
+        of_size = [row for row in finetuned if (row["trial"]["data"], row["trial"]["size"]) == (data, size)]
+        text += _finetuned(of_size, f"{DATA[data]}, {size}", weights)
     for data in _unique(row["trial"]["data"] for row in rows if row["trial"]["validation"]):
         chosen = [row for row in rows if row["trial"]["validation"] and row["trial"]["data"] == data]
         names = [setting for setting, _ in chosen[0]["trial"]["tuned"]]
@@ -225,6 +230,30 @@ def _differences(rows: Sequence[Row], title: str, tests: Sequence[str], weights:
     head = f"{title}: `{FAST}` compared with `{USUAL}` after {longest:,} steps"
     columns = [*COSTS.values(), *(f"{TESTS[rows[0]['trial']['data']][test]}, points" for test in tests)]
     return ["", *_table([head, "seeds", *columns], cells)] if cells else []
+
+
+def _finetuned(rows: Sequence[Row], title: str, weights: Weights) -> list[str]:
+    """Return a table of the accuracies of fine-tuned encoders, and of their differences from the encoder of the
+    baseline with its usual settings that was trained for the longest time, on the same samples and seeds."""
+    longest = max((row["trial"]["steps"] for row in rows if row["trial"]["arm"] == USUAL), default=0)
+    accuracies = {
+        (row["trial"]["arm"], row["trial"]["steps"], row["trial"]["seed"]): 100
+        * weights.accuracies(row["correct"]["finetune"])
+        for row in rows
+    }
+    cells = []
+    for arm, steps in _unique((row["trial"]["arm"], row["trial"]["steps"]) for row in _sorted(rows)):
+        own = {seed: found for (a, s, seed), found in accuracies.items() if (a, s) == (arm, steps)}
+        cell = [arm, f"{steps:,}", f"{len(own)}", f"{np.mean([found[0] for found in own.values()]):.1f}"]
+        others = {seed: accuracies[key] for seed in own if (key := (USUAL, longest, seed)) in accuracies}
+        if others and (arm, steps) != (USUAL, longest):
+            apart_SR = np.stack([own[seed] - other for seed, other in others.items()])
+            mean, low, high = _mean_and_interval(apart_SR)
+            cells.append([*cell, f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"])
+        else:
+            cells.append([*cell, "-"])
+    head = [f"{title}, fine-tuned", "steps", "seeds", "accuracy", f"minus `{USUAL}` after {longest:,} steps, points"]
+    return ["", *_table(head, cells)] if cells else []
 
 
 def _tried(row: Row) -> list[str]:

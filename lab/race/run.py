@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from lab.race.plan import PIXELS, Trial, frozen
+from lab.race.plan import PIXELS, USUAL, Trial, frozen, usual
 from lab.study import measure
 from lab.study.measure import Encode, Measuring
 from lab.study.run import Stopped, clothes_to_train_on, evaluation_of, split_of
-from lab.study.shards import LABELS
+from lab.study.shards import LABELS, write_labelled
 from m3ae_fast import checkpoint, train
 from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.config import Config, parse
@@ -28,7 +28,7 @@ from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.metrics_log import read_metrics
-from m3ae_fast.weights.open_model import open_model
+from m3ae_fast.weights.open_model import RANDOM, open_model
 
 SETTINGS = Path(__file__).with_name("settings.json")
 BATCH = 128  # samples per step, to which `Trial.steps` refers
@@ -36,6 +36,7 @@ TESTS = {  # names of the tests that are used, by dataset
     "clothes": {"clothes_knn": "k-NN", "clothes_linear": "linear"},
     "emoji": {"knn": "k-NN", "linear": "linear", "shift_linear": "linear, other vendor"},
 }
+FINETUNED = "clothes"  # the dataset on which encoders are fine-tuned
 CHOSEN_BY = {"clothes": "clothes_linear", "emoji": "linear"}  # test by which settings are chosen
 
 
@@ -53,17 +54,28 @@ class Race:
     def done(self, trial: Trial) -> bool:
         return self.result(trial).exists()
 
+    def finetuning(self, trial: Trial) -> Path:
+        """Return the path of the result of fine-tuning a run's encoder."""
+        return self.out / f"{trial.name}.finetuned.json"
+
     def everything(self) -> list[dict[str, Any]]:
         """Return the results of all complete runs."""
-        found = self.out.glob("*.result.json")
-        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(found)]
+        return self._read("*.result.json")
 
-    def adopt(self, rows: list[dict[str, Any]]) -> None:
+    def finetuned(self) -> list[dict[str, Any]]:
+        """Return the results of all encoders that have been fine-tuned."""
+        return self._read("*.finetuned.json")
+
+    def _read(self, pattern: str) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.out.glob(pattern))]
+
+    def adopt(self, rows: list[dict[str, Any]], finetuned: list[dict[str, Any]]) -> None:
         """Add results of an earlier call that are not in `out`."""
         self.out.mkdir(parents=True, exist_ok=True)
-        for row in rows:
-            if not self.done(trial := trial_of(row)):
-                write_whole(self.result(trial), json.dumps(row) + "\n")
+        for found, path_of in ((rows, self.result), (finetuned, self.finetuning)):
+            for row in found:
+                if not (path := path_of(trial_of(row))).exists():
+                    write_whole(path, json.dumps(row) + "\n")
 
     def accuracy(self, trial: Trial) -> float:
         """Return the accuracy of a complete run in the test by which settings are chosen."""
@@ -72,9 +84,7 @@ class Race:
 
     def perform(self, trial: Trial) -> None:
         """Train and test a run. Raises UserError if that is not possible, and Stopped if the training was stopped."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        run = self.out / trial.name
-        run.with_suffix(".json").write_text(json.dumps(self.config(trial), indent=1), encoding="utf-8")
+        run = self._prepared(trial)
         cost = (
             self._train(trial, run) if trial.trained else {"samples": 0, "flops": 0, "seconds": 0, "whole_seconds": 0}
         )
@@ -82,6 +92,44 @@ class Race:
         numbers = {test: fmean(own.values()) for test, own in correct.items()}
         whole = {"trial": asdict(trial), "cost": cost, "numbers": numbers}
         write_whole(self.result(trial), json.dumps(whole | {"correct": correct}) + "\n")
+
+    def finetune(self, trial: Trial) -> None:
+        """Fine-tune the encoder of a run on the images of the probes, with the default settings of the program, and
+        test the classifier. A run that is not on this machine is trained again. Raises UserError if that is not
+        possible, and Stopped if a training was stopped."""
+        run = self._prepared(trial)
+        if trial.trained:
+            self._train(trial, run)
+        labels = json.loads((self.shards / LABELS).read_text(encoding="utf-8"))
+        probed, tested = split_of(self.shards, trial.seed, trial.validation).clothes
+        classes = sorted({each["category"] for key, each in labels.items() if key.startswith("fashion")})
+        shards = []
+        for part in (*probed, *tested):
+            shards.append(self.out / f"labelled-{part.name}")
+            if not shards[-1].exists():
+                images = measure.images_of(part)
+                write_labelled(shards[-1], ((k, image, classes.index(labels[k]["category"])) for k, image in images))
+        model = str(run)
+        if not trial.trained:  # the model of a checkpoint with the same sizes, with random weights
+            shortest = replace(
+                trial, arm=USUAL, steps=min(self.settings["lengths"]), tuned=usual(self.settings["tried"])
+            )
+            self._train(shortest, self._prepared(shortest))
+            model = f"{RANDOM}{self.out / shortest.name}"
+        settings = {"run.seed": trial.seed}
+        settings |= {f"finetune.{key}": value for key, value in self.settings["finetune"].items()}
+        correct = measure.finetune(model, shards[0], shards[1:], self.out / f"{trial.name}.finetuned", settings)
+        if correct is None:
+            raise Stopped
+        whole = {"trial": asdict(trial), "numbers": {"finetune": fmean(correct.values())}}
+        write_whole(self.finetuning(trial), json.dumps(whole | {"correct": {"finetune": correct}}) + "\n")
+
+    def _prepared(self, trial: Trial) -> Path:
+        """Write the config of a run, and return the run's folder."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        run = self.out / trial.name
+        run.with_suffix(".json").write_text(json.dumps(self.config(trial), indent=1), encoding="utf-8")
+        return run
 
     def _train(self, trial: Trial, run: Path) -> dict[str, float]:
         """Train, and return the cost. CPU seconds are those of this process, without its loader workers."""

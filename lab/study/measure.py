@@ -6,13 +6,15 @@ Shapes: N samples, M held-out samples, D width, L patches.
 from __future__ import annotations
 
 import io
+import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet
 import torch
 from PIL import Image
 
@@ -22,9 +24,11 @@ from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.evaluation.encoding import PassMonitor, encode_corpus
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.ood import Scores, auroc_and_fpr, auroc_interval
+from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS
 from m3ae_fast.evaluation.probe_grid import few_shot
 from m3ae_fast.evaluation.probes import PROBES, Setting
 from m3ae_fast.evaluation.retrieval import own_ranks
+from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.session import Session
 
@@ -201,13 +205,11 @@ def pixels(side: int, mean: Sequence[float], std: Sequence[float]) -> Encode:
     def encode(shards: Sequence[Path], patches: bool, text: bool) -> FeatureBank:
         keys, rows = [], []
         for path in shards:
-            with tarfile.open(path) as tar:
-                for member in tar:
-                    if member.name.endswith(".jpg") and (file := tar.extractfile(member)):
-                        image = Image.open(io.BytesIO(file.read())).convert("RGB")
-                        values = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
-                        rows.append(((values - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)).ravel())
-                        keys.append(member.name.removesuffix(".jpg"))
+            for key, content in images_of(path):
+                image = Image.open(io.BytesIO(content)).convert("RGB")
+                values = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
+                rows.append(((values - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)).ravel())
+                keys.append(key)
         return FeatureBank(keys, torch.from_numpy(np.stack(rows)), None, None, [])
 
     return encode
@@ -229,6 +231,38 @@ def captions_alone(split: Split, labels: Labels, captions: dict[str, str]) -> En
     predicted = words.predict([captions[key] for key in test])
     right = {key: float(labels[key]["category"] == found) for key, found in zip(test, predicted)}
     return EncoderResults({"linear": right}, {})
+
+
+def finetune(
+    model: str, train: Path, held_out: Sequence[Path], out: Path, settings: dict[str, Any]
+) -> dict[str, int] | None:
+    """Fine-tune a model, and return whether each held-out image was classified correctly, 0 or 1 by key. Return None if
+    the training was stopped.
+
+    Args:
+        model: name of the model, see `m3ae_fast.evaluate`.
+        train, held_out: shards of labelled images.
+        out: output folder, from which an interrupted training is resumed.
+        settings: values of settings by full name; the others have their defaults.
+    """
+    given = {"data.workers": 0, "finetune.log_every": 100} | settings
+    if not (out / PREDICTIONS).exists():
+        overrides = [f"{name}={json.dumps(value)}" for name, value in given.items()]
+        shards = [str(path) for path in held_out]
+        evaluate("finetune", model, train=str(train), val=shards, out=out, resume="auto", overrides=overrides)
+    if not (out / PREDICTIONS).exists():
+        return None
+    table = pyarrow.parquet.read_table(out / PREDICTIONS).to_pydict()
+    keys = [key.rpartition("/")[2] for key in table["key"]]
+    return {key: int(a == b) for key, a, b in zip(keys, table["label"], table["prediction"])}
+
+
+def images_of(shard: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the key and the JPEG file of each image in a shard."""
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            if member.name.endswith(".jpg") and (file := tar.extractfile(member)):
+                yield member.name.removesuffix(".jpg"), file.read()
 
 
 def keys_of(shard: Path) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +117,14 @@ def write(folder: Path, parts: dict[str, list[Sample]], side: int) -> None:
                 files |= {} if sample.caption is None else {"txt": sample.caption.encode()}
                 for suffix, content in files.items():
                     add_member(tar, f"{sample.key}.{suffix}", content)
+
+
+def write_labelled(shard: Path, samples: Iterable[tuple[str, bytes, int]]) -> None:
+    """Write a shard of labelled images. `samples`: key, JPEG file and class number of each image."""
+    with whole_file(shard) as partial, tarfile.open(partial, "w") as tar:
+        for key, image, label in samples:
+            add_member(tar, f"{key}.jpg", image)
+            add_member(tar, f"{key}.cls", str(label).encode())
 
 
 def scaled(jpeg: bytes, side: int) -> bytes:

@@ -22,7 +22,7 @@ SMALL = {"emb_dim": 16, "depth": 1, "num_heads": 2, "dec_emb_dim": 16, "dec_dept
 TINY = {
     "lengths": [1, 2], "sizes.S64": SMALL, "data.clothes.model.image_size": 8, "data.emoji.model.image_size": 8,
     "train.train.global_batch": 16, "tried": {"optim.peak_lr": [0.006], "train.global_batch": [16]},
-    "transfer.linear": {"epochs": 1, "peak_lr": 0.1},
+    "transfer.linear": {"epochs": 1, "peak_lr": 0.1}, "finetune.epochs": 1,
 }  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def call(tmp_path_factory, tmp_path, monkeypatch):
     def perform(*options):
         sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={json.dumps(value)}")]
         where = [str(data), "--out", str(tmp_path / "out"), "--sizes", "S64"]
-        return program.main([*where, "--seeds", "1", "--final-seeds", "0", *sets, *options])
+        return program.main([*where, "--seeds", "1", "--final-seeds", "0", "--finetune", "0", *sets, *options])
 
     return perform
 
@@ -72,9 +72,16 @@ def test_a_race_is_run_once_and_goes_on_where_it_was_stopped(call, tmp_path, mon
     assert {*row["correct"]} == {"knn", "linear", "shift_linear"}
     assert {key.split("-")[0] for key in row["correct"]["shift_linear"]} == {"google"}
     assert "emoji-twitter" in str(running.config(pairs)["data"]) and "google" not in str(running.config(pairs)["data"])
+    assert call(*few, "--finetune", "1") == 0
+    page = (out / report.PAGE).read_text()
+    *_, last = page.partition("| Fashion-MNIST, S64, fine-tuned | steps |")
+    assert [line.split(" | ")[:3] for line in last.splitlines()[2:6]] == [
+        [f"| {arm}", steps, "1"] for arm, steps in ((RANDOM_WEIGHTS, "0"), (USUAL, "1"), (USUAL, "2"), (FAST, "1"))
+    ]
     monkeypatch.setattr(Race, "perform", lambda self, trial: pytest.fail(f"{trial.name} is run again"))
+    monkeypatch.setattr(Race, "finetune", lambda self, trial: pytest.fail(f"{trial.name} is fine-tuned again"))
     assert call(*few) == 0
-    for result in (out / "runs").glob("*.result.json"):
+    for result in [*(out / "runs").glob("*.result.json"), *(out / "runs").glob("*.finetuned.json")]:
         result.unlink()  # as on another machine
     assert call(*few) == 0 and (out / report.PAGE).read_text() == page
     with pytest.raises(UserError, match="has results of other settings"):
@@ -195,5 +202,5 @@ def test_runs_of_equal_seeds_are_compared_with_the_longest_of_the_baseline():
 def test_a_page_keeps_what_was_written_by_hand(tmp_path):
     (tmp_path / report.PAGE).write_text(f"By hand.\n{table.START}\n{table.END}\n")
     about = {"device": "CPU", "torch": "2", "m3ae_fast": "0", "date": "2026-01-01"}
-    report.save(tmp_path, {"about": about, "settings": {}}, [], {})
+    report.save(tmp_path, {"about": about, "settings": {}}, [], [], {})
     assert (tmp_path / report.PAGE).read_text().startswith("By hand.")
