@@ -1,8 +1,8 @@
 #!/bin/bash
 # On each node: bash examples/many_nodes/elastic.sh HEAD configs/large.json [--set KEY=VALUE ...]
 #
-# HEAD is the name of one of the nodes. 48 to 64 nodes train. When a node is lost, the others restart without it from the
-# last checkpoint, with the same global batch. When a node joins, all restart with it.
+# HEAD is the name of one of the nodes. 48 to 64 nodes train. When a node is lost, the remaining nodes restart from the
+# last checkpoint, with the same global batch. When a node joins, all nodes restart, including the new one.
 
 head=$1 config=$2
 shift 2
