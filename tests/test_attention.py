@@ -424,7 +424,7 @@ def test_what_is_right_for_all_queries_alone_is_left_out(monkeypatch, caplog):
     inputs = cuda.example(CPU, BF16, 2, 16, 9)
     assert cuda.fastest(makers, CPU, inputs, inputs) == {}
     assert "one is excluded: its results are off by" in caplog.text
-    assert "two is excluded: its sums have shape (17, 2, 1)" in caplog.text
+    assert "two is excluded: its log-sum-exps have shape (17, 2, 1)" in caplog.text
 
 
 @pytest.mark.parametrize(

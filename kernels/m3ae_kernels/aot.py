@@ -13,7 +13,7 @@ The program prints one line per kernel, architecture and dtype: registers, spill
 the matrix instruction. Nothing is compiled for architectures on which the ops run on torch. The exit code is 1 if a
 kernel does not compile, has more than MOST_SPILLS instructions that spill registers, uses local memory, requires more
 shared memory than the chip has, multiplies matrices without tensor cores, or allows fewer program instances on an
-NVIDIA multiprocessor than it should. It is 2 for an invalid argument.
+NVIDIA multiprocessor than required. It is 2 for an invalid argument.
 """
 
 import argparse
@@ -39,12 +39,13 @@ REGISTERS = 65536
 # instructions
 MOST_SPILLS = 16
 DTYPES = {"bf16": "16", "fp16": "16", "fp32": "32"}
-# For this architecture, kernels are compiled in every dtype, and at every size in bf16. On the others, fp16 uses as
-# many registers and as much shared memory as bf16; heads of 80 and 96 values as much as those of 128, to which they are
-# padded; and 13 bands as much as 3.
+# For this architecture, kernels are compiled in every dtype, and at every size in bf16. On the other architectures,
+# fp16 needs the same registers and shared memory as bf16, head dimensions of 80 and 96 the same as 128, to which they
+# are padded, and 13 bands the same as 3, so these cases are not compiled.
 EVERYTHING = ("sm_90",)
 DECODER, WIDEST = 32, 128  # head dimension of M3AE-Large's decoder, and the largest head dimension
-# Compiled only on request: with the settings of sm_89, the result is the same as for sm_89.
+# Architectures that are compiled only on request: they use the settings of sm_89, and the result is the same as for
+# sm_89.
 AS_OTHERS = ("sm_86",)
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|DMMA|v_mfma)")
 
@@ -117,7 +118,7 @@ CASES = [
     *_attention(64, 81, programs=2),  # M3AE-Large's encoder
     *_attention(DECODER, 321, programs=2),  # M3AE-Large's decoder
     *_attention(64, 321, banded=True),  # with causal masks and windows
-    # for other models: in float32, one program instance uses the registers or the shared memory of a multiprocessor
+    # for other models: in float32, one program instance uses all registers or all shared memory of a multiprocessor
     *(case for head_dim in (80, 96, WIDEST) for case in _attention(head_dim, 321)),
     *_with_bands(
         Case(
@@ -248,7 +249,7 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
     of_registers = REGISTERS // (threads * 8 * -(-report.registers // 8))
     fit = min(of_registers, (SHARED_BYTES[arch] + 1024) // (report.shared_bytes + 1024))
     if fit < case.programs and not amd:
-        problems.append(f"{fit} program instances fit on a multiprocessor, not {case.programs}")
+        problems.append(f"{fit} program instances fit on a multiprocessor, but {case.programs} must fit")
     if case.matmul and not found:
         problems.append("no matrix instruction")
     report.problems = tuple(problems)
@@ -267,8 +268,8 @@ def _on_torch(arch: str) -> bool:
 
 
 def _read_nvidia(report: Report, cubin: bytes, matmul: bool) -> str:
-    """Return the assembly; empty if it does not need to be checked, because disassembling takes half of the time for a
-    small kernel."""
+    """Return the assembly, or an empty string if it does not need to be checked, because disassembling takes half of
+    the time for a small kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -13,13 +13,13 @@ from . import tuning
 IMPLS = ("auto", "triton", "torch")
 ENV = "M3AE_KERNELS_IMPL"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # floating-point dtypes of all ops
-Shape = tuple[int | EllipsisType | None, ...]  # None: any size; a first ...: any number of dimensions
+Shape = tuple[int | EllipsisType | None, ...]  # None stands for any size, a leading `...` for any number of dimensions
 
 
 def asked_impl(impl: str) -> str:
-    """Return the requested implementation, possibly "auto": the argument, or otherwise the value of M3AE_KERNELS_IMPL.
+    """Return the requested implementation: the argument or, if that is "auto", the value of M3AE_KERNELS_IMPL, if set.
 
-    Called before an op and never inside it, because compiled graphs are cached by the op's arguments.
+    Call this function before an op and never inside it, because compiled graphs are cached by the op's arguments.
 
     Raises:
         ValueError: the name is unknown.
@@ -32,14 +32,15 @@ def asked_impl(impl: str) -> str:
 
 
 def choose_impl(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
-    """Return "triton" or "torch": the requested implementation, otherwise the best one for the device. float64 runs on
-    torch on every GPU, because Triton cannot compile all kernels for it, and others spill registers."""
+    """Return "triton" or "torch": the requested implementation or, for "auto", the best one for the device. On a GPU,
+    float64 always runs on torch, because Triton cannot compile some kernels for it, and other kernels spill
+    registers."""
     impl = asked_impl(impl)
     if device.type == "cuda" and dtype == torch.float64:
         return "torch"
     if impl == "triton" and device.type == "cpu" and not _interpreted():
         raise ValueError(
-            f"impl is 'triton', set by the argument or by {ENV}, and the tensors are on a CPU: Triton needs a GPU, or "
+            f"impl is 'triton', set by the argument or by {ENV}, but the tensors are on a CPU: use a GPU, or set "
             "TRITON_INTERPRET=1"
         )
     if impl != "auto":
@@ -66,8 +67,8 @@ def _best_on_gpu(device: torch.device) -> str:
         return "triton"
     oldest = ".".join(map(str, tuning.OLDEST))
     warnings.warn(
-        f"m3ae_kernels: the ops run on torch on {torch.cuda.get_device_name(device)}: the Triton kernels need a GPU of "
-        f"compute capability {oldest} or newer",
+        f"m3ae_kernels: on {torch.cuda.get_device_name(device)}, the ops run on torch: the Triton kernels need a GPU "
+        f"of compute capability {oldest} or newer",
         stacklevel=5,
     )
     return "torch"
@@ -75,7 +76,7 @@ def _best_on_gpu(device: torch.device) -> str:
 
 def compute_dtype(activations: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype of the matmul of `activations` with `weight`: autocast's dtype if autocast is enabled (except
-    for float64, as in torch), otherwise that of the activations, or that of the weight if the activations are integers
+    for float64, as in torch), otherwise the dtype of the activations, or of the weight if the activations are integers
     (pixels)."""
     own = activations.dtype if activations.is_floating_point() else weight.dtype
     device = activations.device.type
@@ -114,7 +115,7 @@ def with_lead(rows: Tensor, lead: torch.Size) -> Tensor:
 
 
 def is_integer(value: object) -> bool:
-    """Return whether a value counts as an integer, as numpy's do."""
+    """Return whether a value is an integer; integers of numpy are included."""
     return isinstance(value, int) or hasattr(value, "__index__")  # torch.compile supports only the first test
 
 
@@ -131,10 +132,11 @@ def check_float(name: str, tensor: Tensor, shape: Shape, like: Tensor) -> None:
     check_tensor(name, tensor)
     if hasattr(tensor, "full_tensor"):
         raise TypeError(
-            f"{name} is a DTensor: pass {name}.full_tensor(), or use a Module that owns it, under fully_shard"
+            f"{name} is a DTensor: pass {name}.full_tensor(), or use a module of m3ae_kernels that owns it, with "
+            "fully_shard"
         )
     if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} must be floating, of 16, 32 or 64 bits, not {tensor.dtype}")
+        raise TypeError(f"{name} must be floating-point with 16, 32 or 64 bits, not {tensor.dtype}")
     _check_shape(name, tensor, shape)
     _check_device(name, tensor, like)
 
@@ -160,4 +162,4 @@ def _check_shape(name: str, tensor: Tensor, shape: Shape) -> None:
 
 def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, the other tensors are on {like.device}")
+        raise ValueError(f"{name} is on {tensor.device}, but the other tensors are on {like.device}")

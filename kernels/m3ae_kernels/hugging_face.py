@@ -1,7 +1,7 @@
-"""Patching of models of Hugging Face's transformers 5 to use the ops, in place, with the same parameters, state_dict
-and losses.
+"""In-place patching of models of Hugging Face's transformers 5. Patched models use the ops, and have the same
+parameters, state_dict and losses.
 
-The parameters of a module are still read only in its own forward, as ZeRO-3 and FSDP require.
+As before, the parameters of a module are used in its own forward and nowhere else, as ZeRO-3 and FSDP require.
 
 Shapes: B images, L patches per image, N visible patches per image, D width.
 """
@@ -32,13 +32,14 @@ def patch(
     `ViTMAEForPreTraining`: only visible patches are embedded, the un-shuffle is one op, and in training, the decoder's
     norm, head and loss run only for masked patches. `logits` is then None; in eval mode, outputs are unchanged.
     `ViTMAEModel`: only the embedding is patched. Masks are sampled as before; losses and gradients are equal except for
-    rounding. Parameters are unchanged, so optimisers, checkpoints and `save_pretrained` are not affected. Patch before
-    torch.compile and before wrapping, and again after unpickling, which restores the model's own code.
-    `interpolate_pos_encoding=True` uses the model's own code too.
+    rounding. Parameters are unchanged, so optimisers, checkpoints and `save_pretrained` are not affected. Patch a model
+    before torch.compile and before it is wrapped (as by DDP), and again after unpickling, which restores the model's
+    own code. Calls with `interpolate_pos_encoding=True` use the model's own code too.
 
     Args:
         model: the model, which is changed in place.
-        mean, std: as in `patch_embed`, one number per channel: `pixel_values` may then be uint8 or uint16 images too.
+        mean, std: as in `patch_embed`, one number per channel. If they are given, `pixel_values` may also be uint8 or
+            uint16 images.
         impl: "auto", "triton" or "torch".
 
     Raises:
@@ -94,7 +95,7 @@ KNOWN = {"ViTMAEForPreTraining": _patch_pre_training, "ViTMAEModel": _patch_enco
 
 def _projection_forward(options: _Options) -> Callable:
     def forward(self: nn.Conv2d, images: Tensor, patch_ids_BN: Tensor | None = None) -> Tensor:
-        """Return the output of the convolution, or with `patch_ids_BN` the embeddings of these patches, [B, N, D]."""
+        """Return the output of the convolution or, with `patch_ids_BN`, the embeddings of these patches, [B, N, D]."""
         if patch_ids_BN is None:
             return type(self).forward(self, images)
         weight_DK = self.weight.permute(0, 2, 3, 1).flatten(1)
@@ -111,8 +112,8 @@ def _embeddings_forward(options: _Options) -> Callable:
         if interpolate_pos_encoding or pixel_values.shape[1:] != (self.config.num_channels, *self.image_size):
             return type(self).forward(self, options.floating(pixel_values), noise, interpolate_pos_encoding)
         count, patches = len(pixel_values), self.patch_embeddings.num_patches
-        # The visible patches are found by masking embeddings that contain only the patch numbers, which uses no other
-        # random numbers.
+        # The visible patches are found by masking embeddings that contain only the patch numbers. This consumes the
+        # same random numbers as transformers' own code.
         numbers_BL1 = torch.arange(patches, device=pixel_values.device).expand(count, -1)[..., None]
         kept_BN1, mask, ids_restore = self.random_masking(numbers_BL1, noise)
         kept_BN = kept_BN1[..., 0]
@@ -179,7 +180,8 @@ def _head_forward(options: _Options) -> Callable:
         self: nn.Linear, hidden: Tensor, images: Tensor | None = None, patch_ids: Tensor | None = None,
         config: Any = None,
     ) -> Tensor:  # fmt: skip
-        """Return the output of the Linear, or with images the mean loss of its predictions of these patches."""
+        """Return the output of the Linear or, with images, the mean loss of its predictions of the patches
+        `patch_ids`."""
         if images is None or patch_ids is None:
             return type(self).forward(self, hidden)
         pixels = options.pixels(images, config.patch_size)

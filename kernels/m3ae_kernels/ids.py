@@ -1,7 +1,8 @@
 """Range checks of ids, which kernels do not check themselves.
 
-On a CPU, torch's code always checks. Elsewhere, a check would synchronise with the device, so it is done only with
-M3AE_KERNELS_CHECK=1. The checks are called inside ops, where values are available even under torch.compile.
+On a CPU, the torch implementation always checks ids. On other devices, a check would synchronise with the device, so
+ids are checked only if M3AE_KERNELS_CHECK=1 is set. The checks are called inside ops, where values are available even
+under torch.compile.
 """
 
 import os
@@ -23,8 +24,8 @@ def checked(ids: Tensor, impl: str) -> bool:
 
 
 def check_range(op: str, name: str, ids: Tensor, rows: int, *, none: bool = False, ignored: int | None = None) -> None:
-    """Raise IndexError unless all ids [T] are from 0 to rows - 1. Negative ids are allowed with `none`, and ids equal
-    to `ignored` are allowed."""
+    """Raise IndexError unless all ids [T] are from 0 to rows - 1. With `none`, negative ids are allowed too. Ids equal
+    to `ignored` are always allowed."""
     wrong = (ids >= rows) if none else (ids < 0) | (ids >= rows)
     if ignored is not None:
         wrong &= ids != ignored
@@ -45,7 +46,9 @@ def check_distinct(op: str, name: str, ids: Tensor) -> None:
         return
     first = int(equal.nonzero()[0])
     at, again = int(places[first]), int(places[first + 1])
-    raise IndexError(f"{op}: {name} is {int(ids[at])} at row {at} and again at row {again}: its rows must be distinct")
+    raise IndexError(
+        f"{op}: {name} is {int(ids[at])} at row {at} and again at row {again}, but its values must be distinct"
+    )
 
 
 def check_ends(op: str, name: str, ends: Tensor, rows: int, longest: int) -> None:

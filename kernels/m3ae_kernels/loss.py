@@ -16,7 +16,7 @@ REDUCTIONS = ("sum", "mean", "none")
 
 
 def chosen_reduction(op: str, reduction: str | None) -> str:
-    """Return the reduction. If none is given, it is "sum", with one warning per op. `op`: the public name of the op.
+    """Return the reduction. If none is given, it is "sum", with one warning per op. `op` is the public name of the op.
 
     Raises:
         ValueError: the reduction is unknown.
@@ -36,7 +36,7 @@ def check_linear(head: object) -> None:
         raise TypeError(f"the head must be a torch.nn.Linear, not {type(head).__name__}")
 
 
-# Like `_on_gpu` in dispatch.py, torch.compile calls it once, at compilation.
+# torch.compile calls this function once, at compilation, like `_on_gpu` in dispatch.py
 chosen_reduction._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -109,8 +109,8 @@ def scale_gradients(ctx, upstream: Tensor | None, inputs: int) -> tuple[Tensor |
 
 
 def save_inputs(ctx, inputs, output) -> None:
-    """Save the inputs of a loss by rows, whose gradients are computed in the backward pass. Serves as a
-    `setup_context`. Inputs start with (hidden, weight, bias), outputs with the row losses."""
+    """Save the inputs of a loss with reduction "none", whose gradients are computed in the backward pass. Serves as a
+    `setup_context`. Inputs start with (hidden, weight, bias), and outputs start with the row losses."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]

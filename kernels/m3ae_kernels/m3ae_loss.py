@@ -1,4 +1,4 @@
-"""Both losses of M3AE from the packed rows of the decoder, with separate heads or with `M3AEHeads`.
+"""Both losses of M3AE, computed from the packed rows of the decoder, with separate heads or with `M3AEHeads`.
 
 Shapes: M packed rows, D width, I rows with a pixel loss, W rows with a token loss, V vocabulary, K = P * P * C.
 """

@@ -48,7 +48,7 @@ def patch_embed(
         bias: [D], or None for none.
         patch_size: P; H and W are multiples of it.
         mean, std: one number per channel. For integer images, they are in units of the largest value, 255 or 65535; for
-            floating images, in the units of the images, or None.
+            floating images, they are in the units of the images, or None.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -258,8 +258,8 @@ class PatchEmbed(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, images: Tensor, patch_ids: Tensor) -> Tensor:
-        """Map images [B, C, H, W], uint8 or uint16, or floating and already normalised; patch_ids [...] int -> [...,
-        dim]."""
+        """Return the embeddings [..., dim] of the patches patch_ids [...] int of images [B, C, H, W]. Images are uint8,
+        uint16, or floating and already normalised."""
         return patch_embed(
             images,
             patch_ids,

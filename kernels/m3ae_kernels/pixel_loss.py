@@ -67,11 +67,11 @@ def masked_pixel_loss(
         row_weight: [...] floating, or None for ones.
         patch_size: P.
         mean, std: one number per channel. For integer images, they are in units of the largest value, 255 or 65535; for
-            floating images, in the units of the images, or None.
+            floating images, they are in the units of the images, or None.
         norm_pix: whether to standardise each target patch, with unbiased variance and eps 1e-6 (He et al., arXiv
             2111.06377, section 4.1).
-        reduction: "sum"; "mean", the sum divided by the sum of the weights; or "none", the summands, [...]. None is
-            "sum", with a FutureWarning, because the default will be "mean" from the next release on.
+        reduction: "sum"; "mean", the sum divided by the sum of the weights; or "none", the summands, [...]. None means
+            "sum" and issues a FutureWarning, because the default will be "mean" from the next release on.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -267,8 +267,8 @@ class MaskedPixelLoss(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, patch_size: int, **options) -> "MaskedPixelLoss":
-        """Return the loss of a head such as ViT-MAE's `decoder_pred`, with shared parameters. Options as in the
-        constructor.
+        """Return the loss of a head such as ViT-MAE's `decoder_pred`, with shared parameters. `options` are those of
+        the constructor.
 
         Raises:
             TypeError, ValueError: the module is not a `torch.nn.Linear`, or does not predict whole patches.
@@ -292,8 +292,8 @@ class MaskedPixelLoss(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor, images: Tensor, patch_ids: Tensor, row_weight: Tensor | None = None) -> Tensor:
-        """Map hidden [..., dim], images [B, C, H, W], uint8 or uint16, or floating and already normalised, patch_ids
-        [...] int, row_weight [...] -> the loss, scalar or [...]."""
+        """Return the loss, scalar or [...], of hidden [..., dim] against the patches patch_ids [...] int of images [B,
+        C, H, W], with row_weight [...]. Images are uint8, uint16, or floating and already normalised."""
         return masked_pixel_loss(
             hidden,
             self.weight,

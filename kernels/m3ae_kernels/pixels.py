@@ -1,8 +1,8 @@
 """Extraction of patches from images in plain torch, shared by `patch_embed` and `masked_pixel_loss`.
 
 Inside the ops, the order within patches follows the memory of the images: (channel, row, column) for contiguous images,
-(row, column, channel) for images in channels_last memory. Callers see only the latter; if the orders differ, the weight
-is permuted, which is a small copy.
+(row, column, channel) for images in channels_last memory. Callers see only the second order; if the orders differ, the
+weight is permuted, which is a small copy.
 
 Shapes: B images, C channels, H x W pixels, P patch size, N rows, K = P * P * C.
 """
@@ -41,10 +41,12 @@ def check_pixels(
     if not is_integer(patch_size):
         raise TypeError(f"patch_size is {patch_size!r}, but must be an integer: patches are square")
     if patch_size < 1 or height % patch_size or width % patch_size:
-        raise ValueError(f"images of {height} x {width} pixels do not divide into patches of {patch_size}")
+        raise ValueError(
+            f"images of {height} x {width} pixels cannot be divided into patches of {patch_size} x {patch_size}"
+        )
     check_index("patch_ids", patch_ids, (...,), images)
     if images.dtype not in DTYPES and images.dtype not in LARGEST:
-        raise TypeError(f"images must be uint8, uint16 or floating, of 16, 32 or 64 bits, not {images.dtype}")
+        raise TypeError(f"images must be uint8, uint16 or floating-point with 16, 32 or 64 bits, not {images.dtype}")
     if images.is_floating_point() and mean is None and std is None:
         return [], []
     means, stds = (_per_channel(values, channels) for values in (mean, std))
@@ -143,8 +145,8 @@ def take_patches(
 
 
 def put_patches(rows: Tensor, images: Tensor, patch_size: int, scale: Sequence[float]) -> Tensor:
-    """Return contiguous images [B, C, H, W] with all patches in order from rows [B * patches, K], in the patch order of
-    `images`, with each channel multiplied by its scale."""
+    """Return contiguous images [B, C, H, W], assembled from all of their patches, rows [B * patches, K] in the patch
+    order of `images`. Each channel is multiplied by its scale."""
     batch, channels, height, width = images.shape
     grid, patch = (batch, height // patch_size, width // patch_size), (patch_size, patch_size)
     if planar(images):

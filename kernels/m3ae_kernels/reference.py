@@ -17,7 +17,8 @@ from .pixels import LARGEST
 def patches(
     images: Tensor, patch_size: int, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return all patches [B * patches_per_image, P * P * C] of images [B, C, H, W], normalised if there are means."""
+    """Return all patches [B * patches_per_image, P * P * C] of images [B, C, H, W], normalised if `mean` and `std` are
+    given."""
     x_BCHW = images.to(dtype)
     if mean is not None and std is not None:
         mean_C, std_C = (torch.tensor(v, dtype=dtype, device=images.device)[:, None, None] for v in (mean, std))
@@ -129,7 +130,7 @@ def packed_attention(
     q, k, v = qkv.unbind(1) if q is None else (q, *qkv.unbind(1))
     cu_queries = cu_seqlens if cu_queries is None else cu_queries
     longest = max_seqlen if max_queries is None else max_queries
-    # The last row is padding; if all keys are padding, the weights are uniform and receive no gradient.
+    # F.pad appends a row of zeros as padding. If all keys are padding, the weights are uniform and receive no gradient.
     q_SHND, k_SHMD, v_SHMD = (
         F.pad(x, (0, 0, 0, 0, 0, 1))[_padded_rows(cu, n, len(x))].transpose(1, 2)
         for x, cu, n in ((q, cu_queries, longest), (k, cu_seqlens, max_seqlen), (v, cu_seqlens, max_seqlen))
@@ -173,7 +174,8 @@ def flash_attn_varlen_func(
 
 
 def _padded_rows(cu_seqlens: Tensor, longest: int, rows: int) -> Tensor:
-    """Return the row of each sample's n-th token, [S, longest]; `rows` if there is none."""
+    """Return the index of the row of each sample's n-th token, [S, longest], or `rows` if the sample has fewer
+    tokens."""
     place = cu_seqlens[:-1, None] + torch.arange(longest, device=cu_seqlens.device)
     return torch.where(place < cu_seqlens[1:, None], place, rows).long()
 

@@ -16,12 +16,12 @@ NAMESPACE = "m3ae" if __package__ == "m3ae_kernels" else __package__
 
 
 class Op:
-    """`NAMESPACE::name`, called with positional arguments.
+    """The op `NAMESPACE::name`, which is called with positional arguments.
 
     Args:
         name: name of the op.
         forward: the implementation, annotated for torch.library.
-        fake: same arguments; returns empty tensors of the right shapes and dtypes.
+        fake: a function with the same arguments that returns empty tensors of the right shapes and dtypes.
         setup_context, backward: as for torch.library.register_autograd; None: the op is not differentiable.
     """
 
@@ -49,9 +49,9 @@ class Op:
 
 
 def once(name: str, backward: Callable) -> Callable:
-    """Return a `backward` that raises an error if it would become part of a graph. With torch's `once_differentiable`,
-    results would count as constants if the upstream gradient is constant, as for a loss, so a gradient penalty or a
-    Hessian would be 0."""
+    """Return `backward`, wrapped so that it raises an error if it would itself be differentiated. torch's
+    `once_differentiable` raises no error if the upstream gradient is a constant, as for a loss: gradients would then
+    count as constants, and a gradient penalty or a Hessian would be 0."""
     refuse, refuse_batch = _refusal(name, "second derivatives"), _refusal(name, "batched gradients")
 
     def formula(ctx, *grads):
@@ -82,8 +82,9 @@ def _nothing(ctx, inputs, output) -> None:
 
 
 def traced(*args) -> bool:
-    """Return whether a call needs torch's dispatcher: if calls are observed, for example by tracing, or if a tensor is
-    not what its memory contains (meta tensors, subclasses, zero and lazily negated tensors)."""
+    """Return whether a call needs torch's dispatcher, because calls are observed, for example by tracing, or because
+    the memory of a tensor does not contain its values (meta tensors, subclasses, zero tensors and lazily negated
+    tensors)."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         return True
     return any(

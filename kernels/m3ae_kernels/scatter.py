@@ -80,12 +80,13 @@ def scatter_orders(
 
 
 def _filled(src_T: Tensor, fill_ids_T: Tensor) -> Tensor:
-    """Return the fill ids, -1 for rows that come from x."""
+    """Return the fill ids, with -1 for rows that come from x."""
     return torch.where(src_T < 0, fill_ids_T, -1)
 
 
 def _rows_or_zero(ids_T: Tensor, *parts: Tensor) -> Tensor:
-    """Return rows of the concatenated parts by id, zero for negative ids. Much faster on a CPU than masking."""
+    """Return the rows of the concatenated parts that have these ids, and zeros for negative ids. On a CPU, this is much
+    faster than masking."""
     rows = torch.cat((*parts, parts[0].new_zeros(1, parts[0].shape[1])))
     return rows.index_select(0, torch.where(ids_T < 0, len(rows) - 1, ids_T))
 
@@ -160,8 +161,8 @@ def _gradients(
     table_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, fill and table. `counts`: their numbers of rows; -1: not required, so the result is
-    empty."""
+    """Return the gradients of x, fill and table. `counts` contains their numbers of rows, or -1 for a gradient that is
+    not required and is returned as an empty tensor."""
     x_rows, fill_rows, table_rows = counts
     orders = fill_order, table_order
     grad_x, grad_fill, grad_table = _empty_gradients(
@@ -190,7 +191,7 @@ def _place_rows(grad_TD: Tensor, src_T: Tensor, count: int, impl: str) -> Tensor
         from .triton_impl.rows import place_rows
 
         return place_rows(grad_TD, src_T, count)
-    # Implemented as a gather by the destination of each row; a last entry collects rows from other sources.
+    # The rows are gathered by their destinations. An additional last entry collects the rows with a negative `src`.
     places = src_T.new_full((count + 1,), -1)
     index_T = torch.where(src_T < 0, count, src_T).long()
     places.scatter_(0, index_T, torch.arange(len(src_T), dtype=src_T.dtype, device=src_T.device))

@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def segment_order(ids: Tensor) -> Tensor:
-    """Return the order for `segment_sum` if the ids [T] are known in advance: [T] int32, stable, with negative ids
-    first."""
+    """Return the order in which `segment_sum` adds rows with these ids [T], for callers that know the ids in advance:
+    [T] int32, a stable sort with negative ids first."""
     return torch.argsort(ids, stable=True).int()
 
 

@@ -68,9 +68,9 @@ def masked_token_loss(
         bias: [V], or None for none.
         row_weight: [...] floating, or None for ones.
         reduction: "sum"; "mean", the sum divided by the sum of the weights of the rows that are not ignored, 0 if there
-            are none; or "none", the summands, [...]. None is "sum", with a FutureWarning, because the default will be
-            "mean" from the next release on.
-        ignore_index: rows with this target have loss 0, no gradient, and are not correct.
+            are none; or "none", the summands, [...]. None means "sum" and issues a FutureWarning, because the default
+            will be "mean" from the next release on.
+        ignore_index: rows with this target have a loss of 0 and no gradient, and never count as correct.
         label_smoothing: as in torch.nn.functional.cross_entropy.
         z_loss: weight of the squared log-partition (Chowdhery et al., arXiv 2204.02311, section 5).
         return_correct: whether to return (loss, correct) instead of only the loss.
@@ -79,11 +79,11 @@ def masked_token_loss(
 
     Returns:
         The loss, a scalar or [...], float32 (float64 for float64 hidden), and with return_correct also correct, bool
-        [...]: whether the target is the first of the largest logits. The matmuls run in autocast's dtype if it is
-        enabled, otherwise in that of hidden; the softmax runs in float32. Gradients for hidden, weight, bias and
-        row_weight. If required, the first three are computed in the forward pass; with "none", they are computed in the
-        backward pass, which repeats the matmuls. A target out of range raises IndexError on a CPU, and gives a loss of
-        NaN on a GPU.
+        [...]: whether the target is the index of the largest logit (the first one if several are equal). The matmuls
+        run in autocast's dtype if it is enabled, otherwise in that of hidden; the softmax runs in float32. Gradients
+        for hidden, weight, bias and row_weight. If required, the first three are computed in the forward pass; with
+        "none", they are computed in the backward pass, which repeats the matmuls. A target out of range raises
+        IndexError on a CPU, and gives a loss of NaN on a GPU.
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
@@ -254,7 +254,7 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
             hit_C = logits_CV.max(1).indices == targets[rows]  # faster than argmax
             correct[rows] = hit_C.masked_fill_(ignored_C1[:, 0], False)
         log_p_CV = torch.log_softmax(logits_CV, 1, dtype=acc, out=softmax_CV[: len(logits_CV)])
-        # Any column yields the log-partition; using the target's avoids cancellation in the loss.
+        # The log-partition can be computed from any column; the target's column avoids cancellation in the loss.
         log_p_target_C1 = log_p_CV.gather(1, target_C1)
         lse_C1 = logits_CV.gather(1, target_C1) - log_p_target_C1
         loss_C1 = -(1 - smoothing) * log_p_target_C1 + z_loss * lse_C1.square()
@@ -325,7 +325,7 @@ class MaskedTokenLoss(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options) -> "MaskedTokenLoss":
-        """Return the loss of a language model's head, with shared parameters. Options as in the constructor.
+        """Return the loss of a language model's head, with shared parameters. `options` are those of the constructor.
 
         Raises:
             TypeError: the module is not a `torch.nn.Linear`.
@@ -345,8 +345,8 @@ class MaskedTokenLoss(nn.Module):
     def forward(
         self, hidden: Tensor, targets: Tensor, row_weight: Tensor | None = None, *, return_correct: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Map hidden [..., dim], targets [...] int, row_weight [...] -> the loss, scalar or [...]; with return_correct
-        (loss, correct [...] bool)."""
+        """Return the loss, scalar or [...], of hidden [..., dim], targets [...] int and row_weight [...]; with
+        return_correct, return (loss, correct [...] bool)."""
         return masked_token_loss(
             hidden,
             self.weight,

@@ -592,7 +592,7 @@ def test_traced_functions_compute_anew(case):
 
 def test_triton_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match=r"^impl is 'triton', set by .*, and the tensors are on a CPU: Triton"):
+    with pytest.raises(ValueError, match=r"^impl is 'triton', set by .*, but the tensors are on a CPU: use a GPU"):
         m3ae_kernels.gather_tokens(torch.randn(5, 8), torch.arange(2), impl="triton")
 
 

@@ -92,7 +92,7 @@ def test_a_dtensor_is_refused_in_one_line(mesh, placement):
     """The full tensor, which the error message suggests, has the gradient."""
     hidden, targets = torch.randn(4, 8), torch.arange(4)
     weight = DTensor.from_local(torch.randn(11, 8), mesh, [placement]).requires_grad_()
-    with pytest.raises(TypeError, match=r"^weight is a DTensor: pass weight.full_tensor\(\), or use a Module"):
+    with pytest.raises(TypeError, match=r"^weight is a DTensor: pass weight.full_tensor\(\), or use a module"):
         m3ae_kernels.masked_token_loss(hidden, weight, targets)
     with pytest.raises(TypeError, match="x is a DTensor"):
         m3ae_kernels.gather_tokens(weight, targets)

@@ -13,8 +13,8 @@ from .per_sample import PER_SAMPLE
 
 
 def own_kernel(impl: str, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """Return this package's kernel for `Scores` of any kind, which is also bitwise deterministic on CUDA. `impl` as in
-    `kernel_for`."""
+    """Return this package's kernel, which supports `Scores` of any kind and is bitwise deterministic on CUDA. `impl` is
+    the same as in `kernel_for`."""
     if choose_impl(impl, device, dtype) == "torch":
         return PADDED
     from ..triton_impl.attention import TRITON

@@ -40,12 +40,12 @@ class NotAvailable(Exception):
 
 
 _log = logging.getLogger(__name__)
-_chosen: dict[tuple, dict[int, Kernel]] = {}  # kernels by length, by device, dtype, heads and head dimension
+_chosen: dict[tuple, dict[int, Kernel]] = {}  # (device, dtype, heads, head dimension) -> length -> kernel
 
 
 def choose(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
     """Return the fastest kernel for samples of about `length` rows. Kernels are benchmarked once per head
-    configuration; other lengths get the choice for the nearest length that was passed to `try_out`."""
+    configuration; for any other length, the choice for the nearest length that was passed to `try_out` is used."""
     choices = _chosen.get((device, dtype, heads, head_dim))
     if choices is None:
         return try_out(device, dtype, heads, head_dim, length)
@@ -53,7 +53,7 @@ def choose(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, 
 
 
 def try_out(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
-    """Return the fastest kernel as `choose` does, after a benchmark at `length` unless there has been one."""
+    """Return the fastest kernel for samples of about `length` rows. The first call for a length runs the benchmark."""
     if dtype not in HALVES:
         return PADDED
     choices = _chosen.setdefault((device, dtype, heads, head_dim), {})
@@ -83,8 +83,8 @@ def use_kernel(device: torch.device, dtype: torch.dtype, heads: int, head_dim: i
 
 
 def fastest(makers: dict[str, Maker], device: torch.device, checked: Inputs, timed: Inputs) -> dict[str, float]:
-    """Time forward and backward on `timed` for every kernel whose results on `checked` match `PADDED`, with all queries
-    and with a subset of them. Returns {kernel name: milliseconds}, fastest first."""
+    """Time forward and backward on `timed` for every kernel whose results on `checked` match those of `PADDED`, with
+    all queries and with a subset of them. Returns {kernel name: milliseconds}, fastest first."""
     found: dict[str, float] = {}
     expected = _both(PADDED, checked)
     for name, make in makers.items():
@@ -105,7 +105,8 @@ def fastest(makers: dict[str, Maker], device: torch.device, checked: Inputs, tim
 
 
 def _both(kernel: Kernel, checked: Inputs) -> tuple[Tensor, ...]:
-    """Return results with all queries, and with half of the queries as in a last block, where one sample has none."""
+    """Return the results with all queries, and with half of the queries, as in a model's last block. In the second
+    case, one sample has no queries."""
     qkv_T3HD, grad_THD, keys = checked
     lengths = (keys.cu_seqlens.diff() + 1) // 2
     lengths[-1] = 0
@@ -137,7 +138,7 @@ def results(
     q, grad = q[: queries.rows], grad_THD[: queries.rows]
     out, lse = kernel.forward(q, k, v, queries, keys)
     if lse.shape != (q.shape[1], q.shape[0]):  # compiled code relies on this shape
-        raise ArithmeticError(f"its sums have shape {tuple(lse.shape)}")
+        raise ArithmeticError(f"its log-sum-exps have shape {tuple(lse.shape)}")
     grads = torch.empty_like(qkv_T3HD)
     dq, dk, dv = grads.unbind(1)
     dq[queries.rows :] = 0  # these rows are not queries
@@ -146,14 +147,14 @@ def results(
 
 
 def distance(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest relative distance; NaN if any value is NaN."""
+    """Return the largest relative distance (of norms) between corresponding tensors; NaN if any value is NaN."""
     pairs = [(a.float(), b.float()) for a, b in zip(got, expected)]
     return float(torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max())
 
 
 def _seconds(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segments) -> float:
-    """Return the time of one pass. On a GPU, it is measured between events, with the host far enough ahead that its own
-    time does not matter."""
+    """Return the duration of one forward and backward pass. On a GPU, it is measured between events, with the host so
+    far ahead that the time of its launches does not matter."""
     inputs = qkv_T3HD, grad_THD, segments
     if qkv_T3HD.device.type != "cuda":
         started = time.perf_counter()
@@ -170,8 +171,8 @@ def _seconds(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segme
     return 1e-3 * start.elapsed_time(end) / ROUNDS
 
 
-# The available kernels. Argument names are those of flash-attn 2.8 and of its hopper/ and flash_attn/cute/ in 2026;
-# versions with other names raise TypeError and are excluded.
+# The available kernels. Argument names are those of flash-attn 2.8 and, in 2026, of the folders hopper/ and
+# flash_attn/cute/ of its repository. Versions with other argument names raise TypeError and are excluded.
 
 
 def _flash_attn_2(device: torch.device) -> Kernel:
@@ -248,14 +249,16 @@ def _torch_varlen(device: torch.device) -> Kernel:
 
 
 def _cudnn(device: torch.device) -> Kernel:
-    """Return cuDNN's kernel, which torch's own attention over packed samples uses from version 2.14 on, for more than
-    128 rows. Earlier versions never use it, and the op's backward pass confuses the head dimension with the rows of the
-    longest sample and writes past its memory (pytorch/pytorch#186142). Raises NotAvailable if torch would not use
-    it."""
+    """Return cuDNN's kernel. From version 2.14 on, torch's own attention over packed samples uses this kernel for
+    samples of more than 128 rows. Earlier versions never use it, and their backward pass of the op confuses the head
+    dimension with the number of rows of the longest sample and writes past its memory (pytorch/pytorch#186142). Raises
+    NotAvailable if torch would not use it."""
     from torch.nn.attention import varlen
 
     if not varlen._should_use_cudnn(device.index or 0):
-        raise NotAvailable("torch uses cuDNN for packed samples from 2.14 on, from cuDNN 9.18 on, on sm_90 and sm_100")
+        raise NotAvailable(
+            "torch uses cuDNN for packed samples only from torch 2.14 and cuDNN 9.18 on, on sm_90 and sm_100"
+        )
 
     def lengths(queries, keys):
         most = (max(segments.max_seqlen, CUDNN_ROWS) for segments in (queries, keys))

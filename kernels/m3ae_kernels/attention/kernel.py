@@ -42,7 +42,7 @@ def check_sizes(name: str, heads: int, dim: int, dropout_p: float) -> None:
 
 
 def as_length(name: str, length: int | Tensor) -> int:
-    """Return the number of rows of the longest sample as an integer. A tensor on a GPU makes the host wait for it.
+    """Return the number of rows of the longest sample as an integer. If it is a tensor on a GPU, the host waits for it.
 
     Raises:
         TypeError: the length is not an integer.
@@ -58,8 +58,9 @@ def as_length(name: str, length: int | Tensor) -> int:
 class Scores:
     """The definition of the scores: `scale` times q k^T, for the keys in a band around each query's position.
 
-    The last query has the position of the last key: query m of M has the position of key m + N - M of N. It attends to
-    `left` keys before and `right` keys after this position; a negative number means all.
+    The last query of a sample has the position of its last key: with M queries and N keys, query m has the position of
+    key m + N - M. A query attends to `left` keys before and `right` keys after its position; a negative number means
+    all.
     """
 
     scale: float
@@ -68,8 +69,8 @@ class Scores:
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Return (left, right), with ALL_KEYS, which is larger than any sample, in place of "all" and of larger
-        numbers."""
+        """Return (left, right) as numbers of at most ALL_KEYS, which also replaces negative numbers and is larger than
+        any sample."""
         left, right = (min(side, ALL_KEYS) if side >= 0 else ALL_KEYS for side in (self.left, self.right))
         return left, right
 
@@ -82,14 +83,17 @@ NATS = math.log(2)  # nats per power of 2
 class Kernel:
     """An implementation of softmax(q k^T / sqrt(D)) v for each sample, and of its gradients.
 
-    Inputs are q [Q, H, D] and k, v [K, H, D], maybe slices of one tensor, contiguous in their last two dimensions;
-    `out` is [Q, H, D], `lse` float32 (float64 for float64) [H, Q]: log-sum-exps of the scores for `backward`.
+    Inputs are q [Q, H, D] and k, v [K, H, D], which are contiguous in their last two dimensions and may be slices of
+    one tensor. `out` is [Q, H, D]; `lse`, float32 (float64 for float64) [H, Q], contains the log-sum-exps of the scores
+    for `backward`. The kernels that `own_kernel` (choice.py) returns also accept `Scores` as the last argument of both
+    functions.
     """
 
     name: str  # for logs
     forward: Callable[[Tensor, Tensor, Tensor, Segments, Segments], tuple[Tensor, Tensor]]
     """(q, k, v, queries, keys) -> (out, lse)."""
     backward: Callable[..., None]
-    """(grad, q, k, v, out, lse, dq, dk, dv, queries, keys): writes every row of dq, dk, dv, maybe such slices too."""
+    """(grad, q, k, v, out, lse, dq, dk, dv, queries, keys): writes every row of dq, dk and dv, which may be slices
+    too."""
     unit: float = 1.0  # unit of `lse` in nats
     """Both also accept `Scores` as a last argument if the kernel is one of `own_kernel` in choice.py."""

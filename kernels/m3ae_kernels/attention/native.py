@@ -45,7 +45,7 @@ class Build(NamedTuple):
 
 
 def native_kernel(dtype: torch.dtype, head_dim: int) -> Kernel | None:
-    """Return the compiled kernel for this head dimension; None if there is none."""
+    """Return the compiled kernel for this dtype and head dimension; None if there is none."""
     build = best_build(dtype, head_dim)
     if build is None:
         return None
@@ -88,7 +88,8 @@ def _backward(library: ctypes.CDLL, grad, q, k, v, out, lse, dq, dk, dv, queries
 
 
 def _rows(x_THD: Tensor) -> Tensor:
-    """Return rows for the kernels, which support only a stride between rows."""
+    """Return `x_THD`, copied if its rows are not contiguous: the kernels support no stride other than that between
+    rows."""
     return x_THD if x_THD.stride()[1:] == (x_THD.shape[2], 1) else x_THD.contiguous()
 
 

@@ -1,7 +1,7 @@
 """Attention over packed samples, each of which attends only to itself.
 
-It is a single op on every device, which a `Kernel` computes, so torch.compile traces it like any other op. The gradient
-of queries, keys and values is one tensor, as the matmul before it expects.
+On every device, attention is a single op that a `Kernel` computes, so torch.compile traces it like any other op. The
+gradient of queries, keys and values is one tensor, as the matmul before the op expects.
 
 Shapes: S samples, T rows, Q query rows, H heads, D values per head.
 """
@@ -43,9 +43,9 @@ def packed_attention(
         cu_seqlens: [S + 1] int32 or int64: sample s consists of the rows cu_seqlens[s] to cu_seqlens[s + 1]. The values
             go from 0 to T, so that every row belongs to a sample.
         max_seqlen: number of rows of the longest sample, or more.
-        q: [..., H, D] floating, Q rows: separate queries, for only some of the rows.
-        cu_queries, max_queries: the same as cu_seqlens and max_seqlen for q. A sample may have no queries, or no keys:
-            the result is then 0.
+        q: [..., H, D] floating, Q rows: separate queries, for example of only some of the rows.
+        cu_queries, max_queries: cu_seqlens and max_seqlen of q. A sample may have no queries. It may also have no keys;
+            the result of its queries is then 0.
         dropout_p: fraction of the attention weights that are dropped. If it is above 0, all samples are padded to the
             longest, and `impl` is ignored.
         impl: "auto" for the fastest installed kernel, "triton" (D up to 128) or "torch".

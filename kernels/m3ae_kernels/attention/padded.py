@@ -1,6 +1,7 @@
-"""Attention with all samples padded to the longest one, in plain torch, for all devices and dtypes. Differentiable.
+"""Attention with all samples padded to the longest one, in plain, differentiable torch, for all devices and dtypes.
 
-Shapes: Q query rows, K key rows, H heads, D values per head; S samples, N query and M key rows of the longest.
+Shapes: Q query rows, K key rows, H heads, D values per head; S samples, N query rows and M key rows of the longest
+sample.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def padded_attention(
     dropout_p: float = 0.0,
     scores: Scores | None = None,
 ) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v within each sample, computed by scaled_dot_product_attention. If `scores` is
-    given, the scores are those that it defines."""
+    """Return softmax(q k^T / sqrt(D)) v within each sample, computed by scaled_dot_product_attention. `scores` replaces
+    the default definition of the scores."""
     q_SHND = _pad(q_QHD, queries)
     k_SHMD, v_SHMD = (_pad(x, keys) for x in (k_KHD, v_KHD))
     mask, scale = (_valid(keys), None) if scores is None else (_banded(queries, keys, scores), scores.scale)

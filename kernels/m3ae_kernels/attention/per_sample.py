@@ -3,9 +3,9 @@
 Shapes: Q query rows, T key rows, H heads, D values per head; in a group, B = samples * H, with q queries and k keys per
 sample.
 
-Samples of equal lengths are processed by one batched matmul, as many at a time as have scores that fit into the cache,
-so there is no padding and no mask. Probabilities are computed as powers of 2, which are several times faster in torch
-on a CPU than powers of e.
+Samples of equal lengths are processed together by batched matmuls, in groups whose scores fit into the cache, so there
+is no padding and no mask. Probabilities are computed as powers of 2, which are several times faster in torch on a CPU
+than powers of e.
 """
 
 import math

@@ -39,24 +39,26 @@ def flash_attn_varlen_func(
 
     Args:
         q: [Q, H, D] floating.
-        k, v: [K, G, D] floating; H is a multiple of G, and head h reads keys and values of head h // (H / G). If they
-            have fewer heads than q, they are repeated.
+        k, v: [K, G, D] floating; H is a multiple of G, and head h reads keys and values of head h // (H / G). If k and
+            v have fewer heads than q, they are repeated.
         cu_seqlens_q, cu_seqlens_k: [S + 1] int32 or int64: sample s consists of the rows cu_seqlens[s] to cu_seqlens[s
-            + 1]. They go from 0 to Q and from 0 to K, respectively. A sample may have no queries or no keys.
+            + 1]. The values go from 0 to Q and from 0 to K, respectively. A sample may have no queries or no keys.
         max_seqlen_q, max_seqlen_k: number of rows of the longest sample, or more.
         dropout_p: fraction of the attention weights that are dropped. If it is above 0, all samples are padded to the
             longest.
         softmax_scale: positive; None for 1 / sqrt(D).
         causal: whether a query attends only to keys up to its own position. The last query of a sample has the position
-            of its last key: query m of M attends to the keys up to number m + N - M of N.
-        window_size: (left, right): numbers of keys before and after a query's position to which it attends; -1 for all.
+            of its last key: with M queries and N keys, query m attends to keys 0 to m + N - M.
+        window_size: (left, right), the numbers of keys before and after its position to which a query attends; -1 for
+            all.
         softcap, alibi_slopes, block_table: not supported.
         deterministic: whether two runs must be bitwise equal, even if flash-attn's kernels would be faster.
         return_attn_probs: whether to return (out, softmax_lse [H, Q], an empty tensor) instead of out. softmax_lse is
             the logarithm of the sum of exponentials of a query's scores, and infinite if the query attends to no key;
             it has no gradient.
-        impl: "auto", "triton" (D up to 128) or "torch". "auto" is the same as in `packed_attention` for plain scores.
-            With softmax_scale, a causal mask or a window, it is the Triton kernel on a GPU and padded matmuls on a CPU.
+        impl: "auto", "triton" (D up to 128) or "torch". For plain scores, "auto" is the same as in `packed_attention`.
+            With softmax_scale, a causal mask or a window, "auto" selects the Triton kernel on a GPU and padded matmuls
+            on a CPU.
 
     Returns:
         [Q, H, D] in autocast's dtype if it is enabled, otherwise in that of q; 0 for a query that attends to no key.

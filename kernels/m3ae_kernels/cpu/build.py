@@ -62,7 +62,8 @@ def compiled(source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     """Return the library from the user's cache, or compile it to the cache.
 
     Raises:
-        OSError, ValueError, CalledProcessError, TimeoutExpired: the compiler is missing, misspelt, fails or hangs.
+        OSError, ValueError, CalledProcessError, TimeoutExpired: the compiler is missing, fails or hangs, or the
+            variable CC cannot be parsed.
     """
     compiler = shlex.split(os.environ.get("CC", "")) or [next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")]
     command = [*compiler, *_FLAGS, *flags]
@@ -70,7 +71,7 @@ def compiled(source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     name = f"{Path(source).stem}-{_digest(bytes(1).join((*texts, shlex.join(command).encode())))}"
     cache = _users_cache()
     for library in sorted(cache.glob(f"{name}-*.so")) if cache else []:
-        with suppress(OSError):  # it may have been compiled on a machine with another libc
+        with suppress(OSError):  # the library may have been compiled on a machine with another libc
             if _is_whole(library):
                 return ctypes.CDLL(str(library))
     library = _built([*command, str(FOLDER / source)], name, _folder_for_builds())
@@ -91,7 +92,8 @@ def _is_whole(library: Path) -> bool:
 
 
 def _built(command: list[str], name: str, folder: Path) -> Path:
-    """Compile to `name`-CHECKSUM.so. Several processes may do so at once, because each renames a complete file."""
+    """Compile to `name`-CHECKSUM.so. Several processes may do so at the same time, because each renames a complete file
+    of its own."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / "library.so"
         _run([*command, "-o", str(built), "-lm"])
@@ -123,7 +125,8 @@ def _users_cache() -> Path | None:
 
 
 def _folder_for_builds() -> Path:
-    """Return the user's cache, or otherwise a temporary folder that this process removes at its end, with a warning."""
+    """Return the user's cache. If it cannot be used, log a warning and return a temporary folder, which this process
+    removes at its end."""
     reason: object = "there is no home folder"
     cache = _users_cache()
     if cache is not None:

@@ -1,4 +1,4 @@
-"""The linear layer of the transformer blocks: torch's own, except on CPUs on which another library is faster.
+"""The linear layer of the transformer blocks: torch's own, except on CPUs for which another implementation is faster.
 
 Shapes: R rows, I inputs, O outputs.
 """
@@ -161,7 +161,8 @@ def parameter_gradients(
 
 
 def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """Return grad^T x, [O, I], and grad's sum over rows, [O], both float32, from bf16; O and I are multiples of 32."""
+    """Return grad^T x, [O, I], and grad's sum over rows, [O], both in float32. Inputs are bf16; O and I are multiples
+    of 32."""
     library = _library()
     if library is None:
         with torch.autocast("cpu", enabled=False):
@@ -195,7 +196,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return x with only a stride between rows, as the C code requires; torch aligns it to 64 bytes."""
+    """Return x, copied if its rows are not contiguous, as the C code requires. torch aligns the copy to 64 bytes."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -1,5 +1,5 @@
 """LayerNorm: torch's own, except for gradients in 16 bits on a CPU. There, torch sums the gradients of weight and bias
-in 16 bits too, with errors of 7 %, and 58 % if the sum is small compared with its terms.
+in 16 bits too, with errors of 7 %, or of 58 % if a sum is small compared with its terms.
 
 Shapes: R rows, D width.
 """

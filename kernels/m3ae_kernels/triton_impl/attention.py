@@ -1,4 +1,5 @@
-"""Kernels of `packed_attention` for samples of tens or a few hundred rows, with tiles chosen by their lengths.
+"""Kernels of `packed_attention` for samples of tens or a few hundred rows, with tiles chosen by the lengths of the
+samples.
 
 Shapes: Q query rows, T key rows, H heads, D head dimension; in a program instance M queries, N keys. q, k, v and their
 gradients may be slices of one tensor. Offsets within a sample have 32 bits.
@@ -58,10 +59,10 @@ def attention_kernel(
     D: tl.constexpr, BANDED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute BLOCK_M queries of one sample and head per program instance, over all its keys; scale is log2(e) /
-    sqrt(D). lse [H, Q] is the base-2 logarithm of the sums of exponentials. FlashAttention-2's algorithm 1
-    (https://arxiv.org/abs/2307.08691): m_i is the largest score so far, l_i the sum of exponentials, acc that of the
-    weighted values. BANDED: only keys in a band around each query, of which there may be none.
+    """Compute BLOCK_M queries of one sample and head per program instance, over all keys of the sample; scale is
+    log2(e) / sqrt(D). lse [H, Q] is the base-2 logarithm of the sums of exponentials. FlashAttention-2's algorithm 1
+    (https://arxiv.org/abs/2307.08691): m_i is the largest score so far, l_i the sum of exponentials, acc the sum of the
+    weighted values. BANDED: a query attends only to the keys in a band around its position, which may contain no key.
 
     Cost: 4HD sum(n^2) FLOPs, 8THD bytes in bfloat16, H sum(n^2) exponentials. M3AE-Large at 512 samples: encoder (n 73,
     H 16, D 64) 11 GFLOP and 306 MB, 91 us at 3.35 TB/s; decoder (n 290, D 32) 88 GFLOP and 608 MB, 181 us, and 0.7e9
@@ -99,7 +100,7 @@ def attention_kernel(
             m_new = tl.maximum(m_i, tl.max(s, 1))
             m_scaled = m_new * scale
             if BANDED:
-                # as long as there is no key, a difference would be NaN
+                # before the first key in the band, the difference of two infinities would be NaN
                 m_scaled = tl.where(m_new == float("-inf"), 0, m_scaled)
             p = tl.exp2(s * scale - m_scaled[:, None])
             alpha = tl.exp2(m_i * scale - m_scaled)
@@ -136,16 +137,16 @@ def _forward(
 
 
 def _scale_and_band(q: Tensor, scores: Scores | None) -> tuple[float, int, int]:
-    """Return the scale, and the numbers of keys before and after a query's position to which it attends, which plain
-    scores ignore."""
+    """Return the scale, and the numbers of keys before and after its position to which a query attends. Plain scores
+    ignore these numbers."""
     return (q.shape[2] ** -0.5, 0, 0) if scores is None else (scores.scale, *scores.reach)
 
 
 def _tile(name: str, q: Tensor, queries: Segments, keys: Segments) -> dict:
-    """Return the settings of the tuning table, with at most as many rows as the longest sample fills."""
+    """Return the settings of the tuning table, with tiles limited to the rows that the longest sample fills."""
     if q.shape[2] > MOST_DIM:
         raise ValueError(
-            f"head dimension of {q.shape[2]}: the Triton kernels support at most {MOST_DIM}; impl='torch' supports more"
+            f"the head dimension is {q.shape[2]}, but the Triton kernels support at most {MOST_DIM}; use impl='torch'"
         )
     tile = config(name, q.device, q.dtype)
     return as_rows(tile, q.shape[2], queries.max_seqlen, keys.max_seqlen) | tile

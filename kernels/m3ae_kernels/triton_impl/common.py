@@ -36,12 +36,13 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return the precision of `tl.dot` in float32, as set for torch's own matmuls. Tensor cores are used in both cases
-    (three TF32 products have about float32's precision). AMD's matrix cores support float32."""
+    """Return the precision of `tl.dot` in float32, as set for torch's own matmuls. NVIDIA's tensor cores are used for
+    both "tf32" and "tf32x3" (three TF32 products have about float32's precision). AMD's matrix cores support
+    float32."""
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    # from torch 2.9 on, it reflects both settings, and reading the older one may raise an error
+    # from torch 2.9 on, fp32_precision reflects both settings, and reading allow_tf32 may raise an error
     if hasattr(matmul, "fp32_precision"):
         return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
     return "tf32" if matmul.allow_tf32 else "tf32x3"
@@ -52,8 +53,8 @@ def cdiv(a: int, b: int) -> int:
 
 
 def padded(matrix: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return the matrix in `dtype`, contiguous, with zeros below and to its right up to this shape: odd widths would be
-    loaded one element at a time."""
+    """Return the matrix in `dtype`, contiguous, zero-padded below and to the right to this shape, because rows of odd
+    width would be loaded one element at a time."""
     if matrix.shape == (rows, columns):
         return matrix.to(dtype).contiguous()
     return F.pad(matrix.to(dtype), (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))

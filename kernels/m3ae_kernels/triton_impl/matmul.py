@@ -28,7 +28,7 @@ def workspace_rows(count: int, most: int) -> int:
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """Compute total += a @ b, or total = a @ b if it is the first product.
 
-    If a and b are 16-bit, products are summed in float32, the dtype of total, where the device and torch support it.
+    If a and b are 16-bit, products are summed in float32, the dtype of total, if the device and torch support it.
     Otherwise (AMD, the interpreter on a CPU, older versions of torch), the product is rounded to 16 bits once per call.
     """
     if a.dtype == total.dtype:

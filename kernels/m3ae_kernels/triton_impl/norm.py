@@ -21,7 +21,7 @@ MAX_PARTIALS = 512  # program instances of the backward pass, each with its own 
 
 @triton.jit
 def norm_rows(value, mask, weight, bias, d, D, eps, BIAS: tl.constexpr, ACC: tl.constexpr):
-    """Return the LayerNorm of whole rows, their means and reciprocal standard deviations; value is 0 if mask is
+    """Return the LayerNorm of whole rows, their means and reciprocal standard deviations; value is 0 where mask is
     false."""
     # 1. Mean, then variance around it.
     mu = tl.sum(value, 1) / D
@@ -106,8 +106,8 @@ def gather_norm_backward_kernel(
     grad, x, source, weight, mean, rstd, grad_x, partial_weight, partial_bias, T, D, stride, program_rows,
     GRAD_X: tl.constexpr, PARAMETERS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute grad_x of `program_rows` rows per program instance, zero if `source` is negative, and their sums for the
-    gradients of weight and bias [programs, D].
+    """Compute grad_x of `program_rows` rows per program instance, zero for rows with a negative `source`, and the sums
+    over these rows for the gradients of weight and bias [programs, D].
 
     Bytes at least 4MD + 2TD in bfloat16: M3AE-Large at 512 samples (M 123k, T 164k, D 512): 420 MB, 125 us at 3.35
     TB/s.
@@ -115,7 +115,7 @@ def gather_norm_backward_kernel(
     pid = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     w = tl.load(weight + d, mask=d < D, other=0).to(ACC)
-    # One sum per lane, which are added across the threads of the program instance once at the end.
+    # Each lane keeps its own sums, which are added across the threads of the program instance once, at the end.
     sum_w = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     sum_b = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     end = tl.minimum((pid + 1) * program_rows, T)

@@ -88,7 +88,8 @@ def patch_embed_dweight_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute partial [S, D, K] = grad [N, D].T @ pixels [N, K] over the rows of each split s, one tile per program
-    instance. In the tile sizes, M is for D, N for the elements of a patch, and K for rows.
+    instance. BLOCK_M is the tile size along D, BLOCK_N that along the elements of a patch, and BLOCK_K that along the
+    rows.
 
     FLOPs 2NKD; bytes at least N(K + 2D) + 4KD, and 8SKD for the splits. M3AE-Large at 512 samples (N 32768, K 768,
     D 1024, S 6): 51.5 GFLOP, 52 us at 989 TFLOP/s; 133 MB, 40 us at 3.35 TB/s.

@@ -31,7 +31,7 @@ from .common import (
 from .matmul import add_product, even_chunks, workspace_rows
 
 NORM_PIX_EPS = tl.constexpr(1e-6)
-WORKSPACE_BYTES = 24 << 20  # gradients of one chunk: half of an H100's second-level cache
+WORKSPACE_BYTES = 24 << 20  # size of the gradients of one chunk: half of an H100's second-level cache
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["ids", "mean", "rstd"])
@@ -163,7 +163,7 @@ def pixel_loss(
     hidden = padded(hidden, count, wide, dtype)
     weight = padded(to_cut(weight, images, patch_size, 0), stride, wide, dtype)
     pixels = pixel_arguments(images, patch_size, scale, shift) | {"ACC": acc_type(dtype)}
-    mean = rstd = unit_weight  # read only with norm_pix
+    mean = rstd = unit_weight  # not used without norm_pix
     if norm_pix:
         mean, rstd = torch.empty_like(unit_weight), torch.empty_like(unit_weight)
         tile = config("patch_stats", images.device, dtype)

@@ -1,4 +1,4 @@
-"""Kernels that move rows: gather, its backward pass, and `scatter_tokens`. Each takes one pass over memory.
+"""Kernels that move rows: gather, its backward pass, and `scatter_tokens`. Each kernel makes one pass over memory.
 
 A scatter is computed in two steps: 1. its positions are inverted; 2. rows are gathered at the inverted positions. Every
 row is thus written once, and the output does not have to be set to zero first.
