@@ -46,9 +46,7 @@ def check_distinct(op: str, name: str, ids: Tensor) -> None:
         return
     first = int(equal.nonzero()[0])
     at, again = int(places[first]), int(places[first + 1])
-    raise IndexError(
-        f"{op}: {name} is {int(ids[at])} at row {at} and again at row {again}, but its values must be distinct"
-    )
+    raise IndexError(f"{op}: {name} is {int(ids[at])} at row {at} and again at row {again}: values must be distinct")
 
 
 def check_ends(op: str, name: str, ends: Tensor, rows: int, longest: int) -> None:
