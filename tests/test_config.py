@@ -456,7 +456,7 @@ def test_a_dry_run_without_a_gpu_has_no_number_of_one(run, tmp_path):
     assert "batch                 16 = 1 rank x 4 samples x 4 accumulated\n" in out
     for line in (r"memory +[\d.e-]+ GB per rank", r"loader +[\d.e-]+ cores, for .* samples/s, measured over"):
         assert re.search(line, out), line
-    assert "\nprobe                 k-NN of 9 samples by 9 labelled samples, 3 classes\n" in out
+    assert "\nprobe                 k-NN of 9 samples, with neighbours from 9 labelled samples, 3 classes\n" in out
     code, out = run("--dry-run", "--no-data", out=True)
     assert code == 0 and "GPUs elsewhere" in out and not re.search("H100|ZeRO|sent per|cores", out)
     assert "TFLOP/s according to its data sheet" in run("--dry-run", "--no-data", "--world", "8", out=True)[1]

@@ -34,14 +34,14 @@ _DIGEST = 1 << 64
 
 
 def is_held_out(key: str) -> bool:
-    """Return whether a training sample belongs to the tenth that is held out to choose the learning rate, by a hash of
-    its key."""
+    """Return whether a training sample belongs to the tenth that is held out to choose the learning rate. A hash of its
+    key decides this."""
     return int.from_bytes(key_digest(key)[:8], "big") < _HELD_OUT * _DIGEST
 
 
 @dataclass(frozen=True)
 class EncodedSteps:
-    """The steps of a training on the patch tokens of batches, which are encoded when they are needed and then
+    """The steps of training on the patch tokens of batches, which are encoded when they are needed and then
     discarded."""
 
     loader: Iterable[PackedBatch]
@@ -80,7 +80,7 @@ def predict_online(
     setting: Setting,
     whole: TimeLeft,
 ) -> dict[Input, Predictions]:
-    """Return the predictions of attentive probes for the held-out samples on every rank, by place of the layer in
+    """Return the predictions of attentive probes for the held-out samples on every rank, by index of the layer in
     `layers`. The probes of all layers are trained in one pass. If several learning rates are tried, the predictions of
     a layer are those of the head whose learning rate is best on a tenth of the training samples. No head is trained on
     this tenth.
@@ -91,7 +91,7 @@ def predict_online(
         layers: numbers of the encoder blocks, from 1.
         recipe: hyper-parameters of the training.
         setting: context of the probes.
-        whole: time left of the task, whose size is that of `passes`.
+        whole: estimator of the task's remaining time. The size of the task is the result of `passes`.
     """
     train, held_out = corpora
     ranks, world, trying = job.ranks, job.ranks.world, len(recipe.scales) > 1

@@ -23,7 +23,7 @@ from m3ae_fast.config.evaluation import FineTuneConfig
 from m3ae_fast.data import Share
 from m3ae_fast.images.normalisation import normalised
 
-_MIXING = 64  # number of this purpose of random numbers, in addition to those in data.dataset
+_MIXING = 64  # number that identifies this purpose of random numbers; data.dataset defines the others
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class RandAugment:
             )
         try:
             self._make()
-        except Exception as error:  # timm reports errors in the string as failed assertions and conversions
+        except Exception as error:  # timm reports errors in the string as failed assertions or conversions
             raise UserError(
                 f"finetune.rand_augment {self.config!r}: timm rejects it ({type(error).__name__}: {error}); "
-                "write it like rand-m9-mstd0.5-inc1, or null"
+                "set it to a string such as rand-m9-mstd0.5-inc1, or to null"
             ) from None
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
@@ -73,8 +73,8 @@ class RandAugment:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Posterise an image, keeping at least one bit: at the highest magnitudes, timm's function requests 0 bits, which
-    Pillow 13 rejects."""
+    """Return the image posterised to at least one bit: at the highest magnitudes, timm's function requests 0 bits,
+    which Pillow 13 rejects."""
     return ImageOps.posterize(image, min(max(bits, 1), 8))
 
 
@@ -130,7 +130,7 @@ class Mixing:
             raise UserError(
                 f"finetune.mixup and cutmix mix pairs of samples within a micro-batch, which must therefore have a "
                 f"multiple of {together} samples, but {share.global_batch} samples are split into {parts} "
-                "micro-batches; choose another finetune.global_batch or micro_batch, or set both to 0"
+                "micro-batches; choose another finetune.global_batch or micro_batch, or set mixup and cutmix to 0"
             )
 
     def pair(self, position: int) -> tuple[int, int, int]:

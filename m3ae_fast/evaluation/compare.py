@@ -184,7 +184,7 @@ def run(job: Job) -> dict[str, Any]:
 
     def partial_result() -> PartialResult:
         known, text = found.copy(), f"{done} of {len(names)} models"
-        page = f"Partial, stopped after {text}.\n\n{known.page()}" if known.trials else ""
+        page = f"Partial result: the comparison was stopped after {text}.\n\n{known.page()}" if known.trials else ""
         if page:
             write_whole(job.out / TABLE_FILE, page)
         return PartialResult(text, known.result(), known.columns(), page)

@@ -1,8 +1,7 @@
 """Default training length and learning rate of a classifier, by number of training samples, for settings that are left
 at null.
 
-For as many samples as ImageNet has, the defaults are the official recipe. For fewer samples, they are changed as
-follows:
+For a dataset of ImageNet's size, the defaults are the official recipe. For fewer samples, they are changed as follows:
 
 - Batch size: it is reduced in proportion to the number of samples, down to a minimum, so that the number of steps per
   epoch is about the same.
@@ -43,7 +42,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Official:
-    """The published recipe for ImageNet, and limits of its changes for smaller datasets."""
+    """The published recipe for ImageNet, and limits on its changes for smaller datasets."""
 
     recipe: Recipe
     smallest_batch: int
@@ -90,8 +89,8 @@ def with_defaults(config: C, samples: int, saved: Mapping[str, Any]) -> C:
     Args:
         config: the config of the task.
         samples: number of samples per epoch.
-        saved: this section in the checkpoint from which the run resumes, whose values are used as defaults; empty for a
-            new run.
+        saved: the values of this section in the checkpoint from which the run resumes, which are used as defaults;
+            empty for a new run.
     """
     recipe = OFFICIAL[config.SECTION].scaled(samples)
     values: dict[str, Any] = {"global_batch": recipe.global_batch, "peak_lr": recipe.peak_lr, **saved}

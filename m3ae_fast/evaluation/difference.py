@@ -26,9 +26,9 @@ _COLUMNS = ("key", "label", "prediction")
 
 
 def compare_results(folders: Sequence[Path]) -> str:
-    """Return a sentence that states which of two tasks' results is better; for results of ood, one sentence for each
-    set and score. A note is added if a result is partial. Raises UserError if a folder has no predictions of classes,
-    or if the results are not on the same samples."""
+    """Return a sentence that states which of the results of two tasks is better; for results of ood, one sentence for
+    each set and score. A note is added if a result is partial. Raises UserError if a folder has no predictions of
+    classes, or if the results are not on the same samples."""
     if missing := next((folder for folder in folders if not (folder / FILE).is_file()), None):
         raise UserError(f"{missing}: has no {FILE}; name the folders that two evaluations wrote, such as runs/knn")
     partial = [folder for folder in folders if (folder / PARTIAL_FILE).exists()]
@@ -167,8 +167,8 @@ def _correct(folder: Path, table: Table) -> dict[str, bool]:
     complete = table.keys() >= {*_COLUMNS} and not any(None in table[name] for name in _COLUMNS)
     if not complete or not one_prediction_each(table):
         raise UserError(
-            f"{folder}: does not contain exactly one class prediction per sample; name the OUT of knn, linear, "
-            "finetune or attentive at one layer, or two of ood"
+            f"{folder}: does not contain exactly one class prediction per sample; name the folders of knn, linear, "
+            "finetune or attentive results at one layer, or of two ood results"
         )
     return {
         key: label == prediction for key, label, prediction in zip(table["key"], table["label"], table["prediction"])

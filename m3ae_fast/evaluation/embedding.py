@@ -170,7 +170,7 @@ def _check_out(out: Path | None) -> None:
 def _on_device(
     model: str | os.PathLike[str] | MultimodalEncoder, config: EvaluationConfig, device: torch.device, modality: str
 ) -> Iterator[MultimodalEncoder]:
-    """Context manager that yields the model on the device. A model that was passed as an object is moved back at the
+    """Yield the model on the device, as a context manager. A model that was passed as an object is moved back at the
     end."""
     if isinstance(model, MultimodalEncoder):
         before = model.encoder_input.cls_token.device

@@ -94,7 +94,7 @@ def encode_corpus(
         monitor: progress display and stop requests.
         layers: numbers of the blocks after which features are taken, from 1; features are then [R, K, D], in the order
             of `MultimodalEncoder.pooled_of_layers`. None: only the last block, with features [R, D].
-        pools: the poolings, of which there is one with `patches` or `reduce`; None: that of `config`.
+        pools: the poolings (exactly one with `patches` or `reduce`); None: the pooling of `config`.
         patches: whether to also store the features of all patches.
         reduce: function of a batch's labels and patch tokens whose results are stored in place of the features.
         folder: folder for a file with features that do not fit into memory; None: the folder for temporary files.

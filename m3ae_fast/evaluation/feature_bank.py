@@ -114,8 +114,8 @@ class FeatureBank:
         return replace(self.rows(own), own_R=None, ranks=None)
 
     def check_finite(self) -> None:
-        """Raise UserError on every rank, with the key of the first such sample, if a feature of any sample is not
-        finite."""
+        """Raise UserError on every rank if a feature of any sample is not finite. The message contains the key of the
+        first such sample."""
         for each in (self, self.tokens()) if self.patches_SLD is not None else (self,):
             own = self.own[rows_not_finite(each.features_RD)].tolist()
             parts = self.ranks.gather(own) if self.ranks else [own]
@@ -211,6 +211,6 @@ def storage(
     if needed * on_node > 0.9 * free:
         raise UserError(
             f"the features fit neither into memory ({lacking}) nor into a file in {place} ({free / 1e9:.3g} GB are "
-            "free); name fewer samples, or use more nodes"
+            "free); use fewer samples, or more nodes"
         )
     return "file"

@@ -80,7 +80,8 @@ def draw_feature_map(
     labels_N = found[0].labels.numpy()
     panels = []
     for name, features in zip(models, found):
-        print(f"t-SNE of {len(features.keys):,} samples of {name}", file=sys.stderr, flush=True)  # it shows no progress
+        # t-SNE itself shows no progress
+        print(f"t-SNE of {len(features.keys):,} samples of {name}", file=sys.stderr, flush=True)
         points_N2 = _tsne(features.features_RD.numpy(), seed)
         panels.append(MapPanel(name, points_N2, f"{separation(points_N2, labels_N)}, {len(labels_N):,} samples"))
         print(f"{name}: {panels[-1].caption}")

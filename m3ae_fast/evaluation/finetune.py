@@ -40,8 +40,8 @@ from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.initial_weights import constants
 from m3ae_fast.training.trainer import Trainer
 
-# defaults for runs without finetune.eval_every: maximum number of evaluations, and maximum fraction of the time for
-# them
+# defaults for runs without finetune.eval_every: maximum number of evaluations, and maximum fraction of the run's time
+# that evaluations take
 _EVALUATIONS, _EVALUATING = 10, 0.05
 _AUGMENTATION = ("label_smoothing", "mixup", "cutmix", "switch_prob", "rand_augment")
 RULES = Rules(
@@ -131,7 +131,7 @@ class FineTuningTask(LabelledTask):
         except Stopped:
             trainer.cut_short()
             return None
-        # the batches alternate between the ranks, which all have equally many
+        # the batches are assigned to the ranks in turn, and all ranks have the same number of batches
         predictions, skipped = zip(*(part for turn in zip(*ranks.gather(own)) for part in turn))
         most_bad = self.job.config.data.max_bad_fraction
         check_skipped([each for part in skipped for each in part], self.val.samples, most_bad)
@@ -139,7 +139,7 @@ class FineTuningTask(LabelledTask):
 
     @contextmanager
     def _inference(self, device: torch.device) -> Iterator[Callable[[PackedBatch], Tensor]]:
-        """Context manager that yields a function from a batch to its logits, with the averaged weights if there are
+        """Yield a function from a batch to its logits, as a context manager. It uses the averaged weights if there are
         any."""
         if self.averaged is None:
             yield self.engine.evaluate
@@ -162,8 +162,8 @@ class FineTuningTask(LabelledTask):
 
 
 def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
-    """Open the data, build or restore the classifier, and return the task and its trainer. Raises UserError if
-    something is missing or does not fit."""
+    """Open the data, build or restore the classifier, and return the task and its trainer. Raises UserError if the
+    data, the model or the checkpoint cannot be used."""
     ranks, data = job.ranks, job.config.data
     start = open_training(job, ranks.broadcast(lambda: resolve_precision(job.config.finetune, ranks.device)))
     config: FineTuneConfig = start.settings

@@ -32,7 +32,7 @@ from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 
 Heads = LinearHeads | AttentiveHeads
-Input = int  # number that identifies the features that heads read, such as those of a layer with a pooling
+Input = int  # number that identifies the features that heads read, such as those of one layer and pooling
 _AT_A_TIME = 256  # number of samples that are classified at a time
 
 
@@ -80,8 +80,8 @@ class Stack:
     ranks: Ranks | None = None  # ranks between which each step is split
 
     def step(self, x: Tensor, targets: Tensor, samples: int, lr: float) -> tuple[Tensor, Tensor]:
-        """Take a step on this rank's part of its samples. Return the loss and the accuracy of each head before the
-        step, over all samples, float32 [H] each.
+        """Take a training step, given this rank's part of its samples. Return the loss and the accuracy of each head
+        before the step, over all samples of the step, float32 [H] each.
 
         Args:
             x: features [S, D], or patch tokens [S, L, D].
@@ -154,7 +154,7 @@ def fit_heads(
         ranks: ranks between which each step is split.
         heartbeats: heartbeats of this rank, which are marked at each step.
         live: access for another thread to the heads in training.
-        whole, part: the whole task, of which this training is a part, and its size; see `progress`.
+        whole, part: the whole task, of which this training is a part, and the size of the part; see `progress`.
 
     Returns:
         The training accuracy of each head at each step, before the update: float32 [steps, H] by input, on the CPU.

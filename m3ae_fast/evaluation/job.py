@@ -39,7 +39,8 @@ from m3ae_fast.training.run_lock import RunFolder
 
 RESULT_FILE, PARTIAL_FILE = "result.json", "result-so-far.json"
 
-LONG_S, SHORT_S = 15 * 60, 10 * 60  # on a CPU: duration that is warned about, and duration that is proposed instead
+# On a CPU, if a task takes longer than LONG_S, a note suggests options with which it takes about SHORT_S (in seconds).
+LONG_S, SHORT_S = 15 * 60, 10 * 60
 STARTS_OVER = "running the same command again starts over"
 WARNINGS = "cautions"  # key of the list of warnings in a result; existing result files have this name
 
@@ -65,7 +66,7 @@ class Job:
     session: Session
     folder: RunFolder | None  # the output folder, on the main rank only
     model: Any  # an M3AE, or a Classifier if the task evaluates one; on the ranks' device
-    is_last: bool = True  # whether the program ends with this task, which then prints what it leaves if it is stopped
+    is_last: bool = True  # whether the program ends with this task, so that a stopped task reports its partial result
     classes: Classes = ()  # labels by class id; see `open_labelled`
     names: list[str] = field(default_factory=list)  # names of the classes in figures
     pictures: list[Callable[[], None]] = field(default_factory=list)  # functions that plot figures after the end
@@ -78,7 +79,7 @@ class Job:
         return self.config.run.dir
 
     def open(self, sources: Sequence[SourceConfig]) -> Corpus:
-        """Open the samples of the sources, labelled or not. Raises UserError as `open_corpus` does."""
+        """Open the samples of the sources, whether or not they have labels. Raises UserError as `open_corpus` does."""
         store = ShardStore(self.config.data.cache_dir, self.config.data.cache_gb)
         corpus = self.ranks.main_first(lambda: open_corpus(sources, store, progress=self.ranks.is_main))
         for damaged in corpus.damaged:
@@ -102,7 +103,7 @@ class Job:
         if shared := val.shared_with(train):
             parts = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
             self.say(
-                f"note: --val: {parts} in --train too, such as {shared[0]}: accuracies are therefore not on "
+                f"note: --val: {parts} also in --train, such as {shared[0]}: accuracies are therefore not measured on "
                 "unseen samples"
             )
         self.classes, self.names = classes, class_names(labelled[0], classes)
@@ -138,8 +139,8 @@ class Job:
         )
 
     def encoder(self, passes: float) -> Callable[..., FeatureBank]:
-        """Return an `encode` that reports the progress over `passes` sample-passes of all datasets, and the time
-        left."""
+        """Return a function that calls `encode` for one of several datasets, and reports the progress and the remaining
+        time over all datasets. `passes`: total number of samples of the datasets, each multiplied by its cost."""
         time_left = TimeLeft(passes)
 
         def encode(corpus: Corpus, title: str, cost: float = 1.0) -> FeatureBank:
@@ -190,7 +191,7 @@ class Job:
             print(text, flush=True)
 
     def time_left(self, total: float, other_work: float = 0.0, *, shorter: Callable[[float], str]) -> TimeLeft:
-        """Return an estimate of the time left of the task. On a CPU, a note is printed as soon as the task is known to
+        """Return an estimator of the task's remaining time. On a CPU, a note is printed as soon as the task is known to
         take long.
 
         Args:
@@ -202,17 +203,17 @@ class Job:
         def report(left: float) -> None:
             if self.ranks.device.type == "cpu" and left > LONG_S:
                 self.say(
-                    f"note: this takes about {duration(left)} on this CPU; to reduce the time: "
+                    f"note: the task takes about {duration(left)} on this CPU; to reduce the time: "
                     f"{shorter(SHORT_S / left)}"
                 )
 
         left = TimeLeft(total, other_work, report)
         if other_work > LONG_S:
-            left.report_once(other_work)  # this alone takes long, so there is no need to wait for an estimate
+            left.report_once(other_work)  # the other work alone takes long, so there is no need to wait for an estimate
         return left
 
     def keep(self, columns: Columns) -> None:
-        """Write the predictions of each sample, as predictions.parquet."""
+        """Write the predictions of each sample to predictions.parquet."""
         self.ranks.on_main(lambda: write_parquet(self.out / PREDICTIONS_FILE, columns))
 
     def save_probe(self, task: Literal["linear", "logistic"], head: LinearProbeHead) -> None:
@@ -243,9 +244,9 @@ class Job:
         return about | result | {"model": model, "modality": self.modality, "config": config}
 
     def keep_if_stopped(self, found: Callable[[], PartialResult]) -> None:
-        """From now on, write and print the intermediate result if a rank is asked to stop, before the ranks exit.
-        `found`: function that returns the intermediate result; it is called on the main rank, in another thread. A
-        program that continues after the task reports the stop itself."""
+        """Arrange for the intermediate result to be written and printed, before the ranks exit, if a rank is asked to
+        stop after this call. `found`: function that returns the intermediate result; it is called on the main rank, in
+        another thread. A program that continues after the task reports the stop itself."""
         if self.is_last:
             self.stop.at_leaving = lambda: self._leave(found) if self.ranks.is_main else ""
 

@@ -28,7 +28,7 @@ def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, te
     """Return the votes of the k nearest training samples for each class, for this rank's queries: float32 [R, C], on
     the CPU. Every rank must call it."""
     similarity_RK, number_RK = nearest(bank, queries, k)
-    # Weights are relative to that of the nearest sample, which avoids overflow at low temperatures.
+    # Weights are relative to the weight of the nearest sample, which avoids overflow at low temperatures.
     weights_RK = ((similarity_RK.double() - similarity_RK[:, :1]) / temperature).exp()
     votes_RC = weights_RK.new_zeros(len(weights_RK), classes).scatter_add(1, bank.labels[number_RK], weights_RK)
     return votes_RC.float()

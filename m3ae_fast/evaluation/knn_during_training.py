@@ -33,7 +33,7 @@ class Probe(NamedTuple):
 
     def describe(self) -> str:
         """Return a description with the numbers of samples and classes."""
-        samples = f"{self.val.samples:,} samples by {self.train.samples:,} labelled samples"
+        samples = f"{self.val.samples:,} samples, with neighbours from {self.train.samples:,} labelled samples"
         return f"k-NN of {samples}, {len(self.classes):,} classes"
 
 
@@ -53,9 +53,9 @@ def open_probe(config: Config, *, progress: bool = False) -> Probe | None:
 
 
 def knn_probe(config: Config, ranks: Ranks) -> Callable[[Trainer], None] | None:
-    """Open the labelled samples of `train.probe`, and return a function that measures and logs the k-NN accuracy if
-    that is due; return None if `train.probe` is not set. Every rank must call the function, which ends early if a rank
-    is asked to stop. Raises UserError if shards or labels cannot be used."""
+    """Open the labelled samples of `train.probe`, and return a function that measures and logs the k-NN accuracy if a
+    measurement is due; return None if `train.probe` is not set. Every rank must call the function, which ends early if
+    a rank is asked to stop. Raises UserError if shards or labels cannot be used."""
     probe = ranks.main_first(lambda: open_probe(config, progress=ranks.is_main))
     return None if probe is None else partial(_log, config, *probe)
 

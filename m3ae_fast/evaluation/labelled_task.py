@@ -65,8 +65,8 @@ class LabelledTask(ABC):
         return [self.first_line(trainer), *(f"note: {note}" for note in self.notes)]
 
     def evaluate(self, trainer: Trainer) -> None:
-        """Log the expected duration of the run once a few steps have been timed, and evaluate if that is due. The
-        evaluation after the last step is done by `conclude`."""
+        """Log the expected duration of the run once a few steps have been timed, and evaluate if an evaluation is due.
+        The evaluation after the last step is done by `conclude`."""
         self._log_duration(trainer)
         if 0 < trainer.step < trainer.schedule.total_steps and self.is_due(trainer):
             self.conclude(trainer)
@@ -90,7 +90,7 @@ class LabelledTask(ABC):
 
     @abstractmethod
     def shorter(self, trainer: Trainer, steps: float) -> str:
-        """Return a suggestion of options for a shorter run: with about this number of steps, or by another method."""
+        """Return a suggestion of options that shorten the run to about this number of steps, or of another method."""
 
     @abstractmethod
     def save_classifier(self, trainer: Trainer) -> None:
@@ -170,17 +170,17 @@ class LabelledTask(ABC):
         trainer.log.say("\n".join(self.expectation(trainer, seconds / timed, left)))
 
     def expectation(self, trainer: Trainer, pace: float, left: int) -> list[str]:
-        """Return a line with the expected duration of the `left` remaining steps at `pace` seconds per step. If that is
-        long, on a CPU, and the length was derived from the number of samples, a line with a suggestion for a shorter
-        run is added."""
-        lines = [f"expected: {duration(pace * left)} for {left:,} more steps, and evaluations"]
+        """Return a line with the expected duration of the `left` remaining steps at `pace` seconds per step. On a CPU,
+        a line that suggests options for a shorter run is added if the duration is long and the length of the run was
+        derived from the number of samples."""
+        lines = [f"expected duration: {duration(pace * left)} for {left:,} more steps, plus evaluations"]
         if trainer.ranks.device.type == "cpu" and pace * left > LONG_S and self.length_is_open():
             lines.append(f"note: this is a long time for a CPU; to reduce it: {self.shorter(trainer, SHORT_S / pace)}")
         return lines
 
 
 class Start(NamedTuple):
-    """The opened checkpoint and data of a training on labelled samples, with resolved settings."""
+    """The opened checkpoint and data for training on labelled samples, with resolved settings."""
 
     found: Resume  # the checkpoint to resume from, if there is one
     train: Corpus
@@ -193,7 +193,7 @@ class Start(NamedTuple):
 
 def open_training(job: Job, config: C) -> Start:
     """Open the checkpoint to resume from, if any, and the labelled samples, and fill in the settings that are null.
-    Raises UserError if something is missing or cannot be used."""
+    Raises UserError if the checkpoint or the samples cannot be used."""
     found = Resume(job.config.run.dir, job.options.resume, job.ranks)
     train, val, classes = job.open_labelled()
     if train.has_captions:
@@ -263,7 +263,7 @@ def make_trainer(
 def training_warnings(
     section: str, length: str, steps: int, official: Official, lines: list[dict[str, Any]], batch: int
 ) -> list[str]:
-    """Return warnings about the reliability of the result of a training, one line each.
+    """Return warnings about the reliability of the result of a training run, one line each.
 
     Args:
         section: section of the settings.

@@ -19,7 +19,7 @@ FACTORS = (0.01, 0.03, 0.1, 0.3, 1, 3)  # the learning rates that are tried, as 
 class RateTrial(NamedTuple):
     """A learning rate with its results on the held-out samples."""
 
-    peak_lr: float  # or inverse strength of a penalty
+    peak_lr: float  # peak learning rate, or inverse strength of a penalty
     top1: float  # 0 if the training diverged
     loss: float | None  # None if the training diverged
 

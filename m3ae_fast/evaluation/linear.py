@@ -60,7 +60,7 @@ class ProbingTask(LabelledTask):
 
 def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
     """Open the data and the checkpoint, encode the held-out samples, and return the task and its trainer. Raises
-    UserError if something is missing or does not fit."""
+    UserError if the data or the checkpoint cannot be used."""
     ranks, run, encode = job.ranks, job.config.run, job.config.encode
     start = open_training(job, job.config.linear)
     held_out = job.encode(start.val, "encoding val")

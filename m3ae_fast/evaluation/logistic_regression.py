@@ -30,7 +30,7 @@ USUAL = 1.0  # scikit-learn's default inverse strength
 INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, USUAL)  # inverse strengths that `fit_chosen` tries
 _CONVERGED = 1e-7  # a strength has converged if the expected decrease of the mean loss in the next step is smaller
 _MOST_ITERATIONS = 1000
-_MEMORY = 10  # number of pairs of a step and the change of the gradient
+_MEMORY = 10  # number of stored pairs of a step and the resulting change of the gradient
 _SUFFICIENT = 1e-4  # minimum decrease of the loss as a fraction of the decrease that the gradient predicts (Armijo)
 _ROUNDING = 1e-7  # relative rounding error of a loss
 _SHORTEST = 1e-6  # minimum step length
@@ -62,8 +62,8 @@ def fit(bank: FeatureBank, targets: Tensor, classes: int, heartbeats: Heartbeats
     Args:
         bank: the features.
         targets: class ids, int64 [N], for a multinomial regression; or whether each sample belongs to each class, bool
-            [N, K], for one binary regression per class. The weights are 0 for a class to which all samples belong, or
-            none.
+            [N, K], for one binary regression per class. The weights are 0 for a class to which all samples or no
+            samples belong.
         classes: K, the number of classes.
         heartbeats: heartbeats of this rank, which are marked in each iteration.
     """

@@ -57,7 +57,7 @@ def nearest(bank: FeatureBank, queries: FeatureBank, k: int, title: str = "k-NN"
     for start in range(0, most, at_a_time):
         count = min(most - start, at_a_time)
         part_QD = queries.take(slice(start, start + count)).to(device)
-        padded_QD = F.pad(part_QD, (0, 0, 0, count - len(part_QD)))  # ranks may have fewer queries
+        padded_QD = F.pad(part_QD, (0, 0, 0, count - len(part_QD)))  # this rank may have fewer queries than others
         asked_WQD = all_gather(padded_QD, ranks)
         order_WQK = _own_neighbours(bank, asked_WQD.flatten(0, 1), k, title).view(*asked_WQD.shape[:2], k)
         lists_QC = all_to_all(order_WQK, ranks).transpose(0, 1).flatten(1)
@@ -66,8 +66,7 @@ def nearest(bank: FeatureBank, queries: FeatureBank, k: int, title: str = "k-NN"
 
 
 def _own_neighbours(bank: FeatureBank, queries_QD: Tensor, k: int, title: str) -> Tensor:
-    """Return the k nearest of this rank's samples for each query, as numbers of `_encoded`, best first: int64 [Q,
-    k]."""
+    """Return the k nearest of this rank's samples for each query, as codes of `_encoded`, best first: int64 [Q, k]."""
     unit_QD = F.normalize(queries_QD.float(), dim=1)
     similarity_QC, place_QC = _candidates(bank, unit_QD, k + _MARGIN, title)
     order_QK = torch.full((len(unit_QD), k), _MISSING, device=unit_QD.device)
@@ -84,7 +83,7 @@ def _own_neighbours(bank: FeatureBank, queries_QD: Tensor, k: int, title: str) -
         exact_qC = (rows_qCD @ query_qD[..., None])[..., 0] / length_qC
         order_qC = _encoded(exact_qC, own_R[place_qC]).masked_fill(place_QC[part] < 0, _MISSING)
         order_QK[part] = order_qC.topk(k, dim=1).values
-    # A complete list is uncertain if an excluded sample may be as similar as its last neighbour.
+    # A list of k neighbours is uncertain if an excluded sample may be as similar as the list's last neighbour.
     unsure_Q = (place_QC[:, -1] >= 0) & (similarity_QC[:, -1] >= similarity_QC[:, k - 1] - _ROUNDING)
     if unsure_Q.any():
         order_QK[unsure_Q] = _searched_exactly(bank, queries_QD[unsure_Q], k)
@@ -113,7 +112,8 @@ def _best_of_block(similarity_qB: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` highest similarities in a block (fewer if the block is smaller) and their indices, in any
     order.
 
-    They are in the groups with the highest maxima, which are found in one pass over the memory.
+    These similarities are in the groups with the highest maxima, and the maxima are computed in one pass over the
+    memory.
     """
     queries, rows = similarity_qB.shape
     groups = rows // _GROUP

@@ -71,12 +71,12 @@ class OnnxCheck(NamedTuple):
 
     def lines(self) -> list[str]:
         """Return the lines that describe the results to the user."""
-        counts = f"k-NN on {self.val:,} of {self.classes} classes, neighbours among {self.train:,}"
+        counts = f"k-NN on {self.val:,} images of {self.classes} classes, with neighbours from {self.train:,} images"
         lines = [f"{counts} (k {self.k}, batches of {self.batch}):"]
         for each in (self.torch, *self.files):
             text = f"{each.name}: k-NN {each.accuracy:.1%} ± {each.error:.1%}"
             if each is not self.torch:
-                text += f", {100 * (each.accuracy - self.torch.accuracy):+.1f} points from torch"
+                text += f", {100 * (each.accuracy - self.torch.accuracy):+.1f} points relative to torch"
             lines.append(f"{text}, {each.images_per_second:.3g} images/s on this machine")
         return lines
 

@@ -73,8 +73,8 @@ def precision_recall_areas(inside: np.ndarray, outside: np.ndarray) -> tuple[flo
 
 
 def bootstrap_areas(inside: np.ndarray, outside: np.ndarray, seed: int) -> np.ndarray:
-    """Return the areas under the ROC curves of BOOTSTRAPS bootstrap samples of the scores `inside` and `outside`. Which
-    samples are drawn depends only on the seed and on the numbers of samples."""
+    """Return the areas under the ROC curves of BOOTSTRAPS bootstrap samples of the scores `inside` and `outside`. The
+    selection of samples depends only on the seed and on the numbers of samples."""
     random = np.random.default_rng(seed)
     values_V, place = np.unique(np.concatenate((inside, outside)), return_inverse=True)
     parts = place[: len(inside)], place[len(inside) :]

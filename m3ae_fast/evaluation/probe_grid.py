@@ -132,7 +132,7 @@ def run(job: Job) -> dict[str, Any]:
     the memory is too small."""
     options, task = job.options, job.options.task
     if options.resume != "no":
-        raise UserError("--resume: a probe with --layers, --pools or --shots has no checkpoints; leave it out")
+        raise UserError("--resume: a probe with --layers, --pools or --shots has no checkpoints; leave out --resume")
     if options.pools and "pool" in job.config.encode.model_fields_set:
         raise UserError("--pools replaces encode.pool; leave out one of the two")
     layers = chosen_layers(options.layers, job.model.config.depth)
@@ -152,7 +152,7 @@ def run(job: Job) -> dict[str, Any]:
         f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
         + (f"{' and '.join(options.pools)} features, " if options.pools else "")
         + (f"{', '.join(map(str, options.shots))} of {train.samples:,}" if options.shots else f"all {train.samples:,}")
-        + f" training samples{' a class' if options.shots else ''}: {probes} probe{'s' * (probes != 1)}"
+        + f" training samples{' per class' if options.shots else ''}: {probes} probe{'s' * (probes != 1)}"
         + (f", trained in about {duration(whole.other_work)}" if whole.other_work > 1 else "")
     )
     encoded = encode_kinds(job, kinds, (train, val, classes), whole)
@@ -218,7 +218,7 @@ def _shorter(job: Job, layers: Sequence[int]) -> str:
     """Return a suggestion of options that shorten the task."""
     ways = ["fewer --train shards"]
     if job.options.task == "attentive" and job.config.attentive.peak_lr is None:
-        ways = ["--set attentive.peak_lr=1e-3, so that only one learning rate is trained"]
+        ways = ["--set attentive.peak_lr=1e-3, so that only one learning rate is tried"]
     if job.options.shots:
         ways.append("fewer --shots or --draws")
     if len(layers) > 1:
@@ -251,7 +251,7 @@ def encode_kinds(
         job: the job.
         kinds: the kinds of features, with all poolings of a layer next to each other.
         opened: result of `Job.open_labelled`.
-        whole: time left of the task.
+        whole: estimator of the task's remaining time.
     """
     train, val, classes = opened
     layers = [*dict.fromkeys(kind.layer for kind in kinds)]
@@ -268,8 +268,8 @@ def encode_kinds(
 
 def trains_online(job: Job, layers: Sequence[int], corpora: Sequence[Corpus], name: str = "") -> bool:
     """Return whether attentive probes at these layers are trained online, without storing patch tokens: as set by
-    `attentive.online` or, if it is null, if the tokens do not fit into memory. Print the required memory. Every rank
-    must call it, and gets the same result. `name`: prefix of the printed line."""
+    `attentive.online`. If this is null, they are trained online if the tokens do not fit into memory. Print the
+    required memory. Every rank must call it, and gets the same result. `name`: prefix of the printed line."""
     model, ranks, online = job.model.config, job.ranks, job.config.attentive.online
     samples = sum(corpus.samples for corpus in corpora)
     needed = 2 * samples * len(layers) * model.most_patches * model.emb_dim  # float16
@@ -280,14 +280,15 @@ def trains_online(job: Job, layers: Sequence[int], corpora: Sequence[Corpus], na
         job.say(f"{what} do not fit into memory ({lacking}): each step encodes a batch and discards its tokens")
         return True
     if not online:
-        place = f"; they go to a file, since memory is too small ({lacking})" if lacking else ""
-        job.say(f"{what} take {needed / 1e9:.3g} GB of memory{place}")
+        place = f" and are written to a file, because memory is too small ({lacking})" if lacking else ""
+        job.say(f"{what} need {needed / 1e9:.3g} GB of memory{place}")
     return bool(online)
 
 
 def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> FeatureBank:
-    """Return a bank with `shots` samples of each class, which are selected by a hash of the draw and their keys. The
-    samples for fewer shots are a subset of those for more. Raises UserError if a class has too few samples."""
+    """Return a bank with `shots` samples of each class, which are selected by a hash of the draw's number and of their
+    keys. The samples for fewer shots are a subset of those for more. Raises UserError if a class has too few
+    samples."""
     labels = bank.labels.tolist()
     order = sorted(range(len(labels)), key=lambda row: key_digest(bank.keys[row], f"{draw}/"))
     taken: dict[int, list[int]] = {number: [] for number in range(len(classes))}
@@ -296,7 +297,7 @@ def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> Feat
             taken[labels[row]].append(row)
     for number, rows in taken.items():
         if len(rows) < shots:
-            raise UserError(f"--shots {shots}: the class {classes[number]} has {len(rows)} training samples")
+            raise UserError(f"--shots {shots}: the class {classes[number]} has only {len(rows)} training samples")
     return bank.rows(sorted(row for rows in taken.values() for row in rows))
 
 

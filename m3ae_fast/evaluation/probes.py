@@ -161,7 +161,7 @@ def train_heads(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, T
     stacks, right = _fit(banks, recipe, scales, f"{recipe.probe} probe", setting)
     if not all(p.isfinite().all() for stack in stacks.values() for p in stack.heads.parameters()):
         raise UserError(
-            f"{recipe.probe} probe: its weights are not finite: it diverged; set a lower {recipe.probe}.peak_lr"
+            f"the {recipe.probe} probe diverged: its weights are not finite; set a lower {recipe.probe}.peak_lr"
         )
     return {name: Trained(stacks[name].heads, right[name][:, 0].tolist(), rates[name], tried[name]) for name in banks}
 

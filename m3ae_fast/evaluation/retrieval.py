@@ -1,7 +1,7 @@
 """Image-to-text and text-to-image retrieval by the pooled features of images and of captions, which are encoded
 separately.
 
-M3AE is not trained to align the two modalities; this measures how well they are aligned nevertheless.
+M3AE is not trained to align the two modalities; the task measures how well they are aligned nevertheless.
 
 Shapes: N pairs, R of them on this rank, Q queries, B candidates of a block, W ranks, D width.
 """
@@ -43,7 +43,7 @@ def own_ranks(queries: FeatureBank, candidates: FeatureBank) -> Tensor:
     [N], 1 is best, on every rank. Ties are resolved against the match, so that constant features do not score.
 
     Each rank compares the queries of all ranks with its own candidates, in float64 rounded to float32, so the result
-    does not depend on the number of ranks. On each rank, both banks must have the same numbers of samples.
+    does not depend on the number of ranks. On each rank, both banks must contain the samples with the same numbers.
     """
     ranks, device = queries.ranks, queries.stored_SD.device
     own_R = queries.own
@@ -54,7 +54,7 @@ def own_ranks(queries: FeatureBank, candidates: FeatureBank) -> Tensor:
         part = slice(start, start + at_a_time)
         unit_QD, wanted_QD = (F.normalize(bank.take(part).double(), dim=1) for bank in (queries, candidates))
         similar_Q, number_Q = (unit_QD * wanted_QD).sum(1).float(), own_R[part].to(device)
-        missing = min(most - start, at_a_time) - len(unit_QD)  # ranks may have fewer queries
+        missing = min(most - start, at_a_time) - len(unit_QD)  # this rank may have fewer queries than others
         asked = (F.pad(unit_QD, (0, 0, 0, missing)), F.pad(similar_Q, (0, missing)), F.pad(number_Q, (0, missing)))
         all_QD, all_Q, numbers_Q = (all_gather(each, ranks).flatten(0, 1) for each in asked)
         above_Q = torch.zeros_like(numbers_Q)
@@ -95,7 +95,7 @@ def run(job: Job) -> dict[str, Any]:
         _refuse_shared(features.keys)
     common = set(images.keys) & set(texts.keys)
     if len(common) < 2:
-        raise UserError(f"{len(common)} samples of --val have an image and a caption; retrieval needs two or more")
+        raise UserError(f"{len(common)} samples of --val have an image and a caption, but retrieval needs at least two")
     images, texts = (_pairs(features, common) for features in (images, texts))
     keys = images.keys
     shown = {name: _shown(*way) for name, way in _ways(images, texts).items()}

@@ -65,7 +65,7 @@ def run(job: Job) -> dict[str, Any]:
     if model.config.modality == "text":
         raise UserError(f"{job.options.model}: classifies texts; robustness needs a classifier of images")
     if config.corruptions and (model.config.model.channels != 3 or model.config.model.image_dtype != "uint8"):
-        raise UserError("robustness.corruptions are defined only for 8-bit RGB images; set it to [] for other images")
+        raise UserError("robustness.corruptions: is supported only for 8-bit RGB images; set it to [] for other images")
     if config.epsilons and model.config.model.image_dtype == "float32":
         raise UserError(
             "robustness.epsilons: attacks need pixels between black and white; set it to [] for image_dtype float32"
@@ -219,7 +219,7 @@ def _predictions(job: Job, each: Pass, title: str, whole: TimeLeft) -> Predictio
             own.append(Predictions.of(batch.keys, batch.labels, each.classify(batch)))
     skipped = [some for part in ranks.gather(skipped) for some in part]
     check_skipped(skipped, min(config.samples or corpus.samples, corpus.samples), job.config.data.max_bad_fraction)
-    # the batches alternate between the ranks, which all have equally many
+    # the batches are assigned to the ranks in turn, and all ranks have the same number of batches
     return Predictions.joined([some for turn in zip(*ranks.gather(own)) for some in turn if some is not None])
 
 
@@ -275,7 +275,7 @@ def pgd(
 
 
 def _start(batch: PackedBatch, seed: int) -> Tensor:
-    """Return uniform random values in [-1, 1] with the shape of the images, which depend only on the seed and the
+    """Return uniform random values in [-1, 1] with the shape of the images. The values depend only on the seed and the
     samples."""
     generator = torch.Generator()
     starts = []

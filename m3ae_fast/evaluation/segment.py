@@ -48,7 +48,7 @@ _WARM_UP = 0.1  # fraction of the steps that belong to the warm-up
 
 
 class Images(NamedTuple):
-    """Encoded images with their masks. Each rank has those that it has encoded."""
+    """Encoded images with their masks. Each rank has the images that it has encoded."""
 
     bank: FeatureBank  # the features of an image are its patch tokens, [R, L, D]
     masks_RSS: Tensor  # uint8 class ids, on the CPU
@@ -69,7 +69,7 @@ class Counts:
 
     def miou(self, weights_M: np.ndarray | None = None) -> float:
         """Return the mean IoU over the classes that occur or are predicted. `weights_M`: weights of the images; None:
-        1."""
+        all weights are 1."""
         return float(np.nanmean(self.iou(weights_M)))
 
     def iou(self, weights_M: np.ndarray | None = None) -> np.ndarray:
@@ -93,7 +93,7 @@ def run(job: Job) -> dict[str, Any]:
     is native."""
     config, model, data, ranks = job.config.segment, job.model.config, job.config.data, job.ranks
     if model.resize == "native":
-        raise UserError("segment needs images of one size: give --set data.resize=square")
+        raise UserError("segment needs images of one size; add --set data.resize=square")
     job.keep_if_stopped(lambda: PartialResult("the images are being encoded", {}, {}))
     opened = {name: _open(job, sources, name) for name, sources in (("train", data.train), ("val", data.val))}
     samples = sum(corpus.samples for corpus, _ in opened.values())
@@ -189,7 +189,7 @@ def fit(train: Images, classes: int, config: SegmentConfig, job: Job) -> Linear:
 
 
 def _steps(train: Images, classes: int, config: SegmentConfig, job: Job) -> Iterator[HeadBatch]:
-    """Yield steps of patches, whose targets are their pixels of each class."""
+    """Yield steps of patches. The targets of a patch are the numbers of its pixels that belong to each class."""
     bank, ranks, images = train.bank, job.ranks, len(train.bank.keys)
     rows_N = torch.full((images,), -1)
     rows_N[bank.own] = torch.arange(len(bank.own))

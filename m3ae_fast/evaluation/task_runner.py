@@ -60,7 +60,8 @@ def evaluate(
         modality: modalities of a sample that the encoder sees: "image", "text" or "paired"; None: that of the task or
             the classifier.
         resume: for linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
-        layers: for knn, logistic, linear and attentive: "all" or numbers of encoder blocks, from 1; None: the last.
+        layers: for knn, logistic, linear and attentive: "all" or numbers of encoder blocks, from 1; None: the last
+            block.
         pools: for knn, logistic and linear: "all" or poolings, "mean" and "cls"; empty: that of encode.pool.
         shots: for knn, logistic, linear and attentive: numbers of training samples per class; empty: all samples.
         draws: number of random draws for each number of shots; None: 5.
@@ -115,13 +116,14 @@ def _is_classifier(options: Options) -> bool:
 
 
 def _modality(options: Options) -> Modality:
-    """Return the modality of the encoder's input. Raises UserError if it is not the classifier's."""
+    """Return the modality of the encoder's input. Raises UserError if --modality differs from the modality of the
+    classifier."""
     given = options.modality
     if not _is_classifier(options):
         return given or TASKS[options.task].modality or "image"
     own = read_config(options.model).modality
     if given not in (None, own):
-        raise UserError(f"--modality {given}: the classifier {options.model} sees {own}; leave it out")
+        raise UserError(f"--modality {given}: the classifier {options.model} was trained with {own}; leave it out")
     return own
 
 
@@ -164,7 +166,7 @@ def _perform(
     options: Options, out: Path, overrides: Sequence[str], session: Session, *, is_last: bool
 ) -> dict[str, Any] | None:
     """Run the task, write its result and return it; return None if it was stopped. `is_last`: see `Job`. Raises
-    UserError if that is not possible; `out` then contains no result."""
+    UserError if the task cannot be run; `out` then contains no result."""
     ranks, task = session.ranks, options.task
     ranks.on_main(lambda: require_for(task, options.shards, options.shots))
     if options.is_pixels:

@@ -61,7 +61,7 @@ TASKS = {
         sections=("encode", "knn"),
     ),
     "logistic": Task(
-        "logistic regression on frozen features, with the best of five L2 penalties; OUT gets the classifier",
+        "logistic regression on frozen features, with the best of five L2 penalties; the classifier is saved in OUT",
         surveys=True,
         pools=True,
         takes_pixels=True,
@@ -204,7 +204,7 @@ class Options:
     def module(self) -> str:
         """Return the name of the module that runs the task."""
         surveys = self.task == "attentive" or bool(self.layers or self.pools or self.shots)
-        # pixels have no encoder for a classifier
+        # with pixels, there is no encoder for a saved classifier
         surveys = surveys or (self.task in ("logistic", "linear") and self.is_pixels)
         return "probe_grid" if surveys else self.task
 

@@ -128,7 +128,7 @@ LONG = "note: this is a long time for a CPU; to reduce it: "
 
 def test_a_long_run_on_a_cpu_is_told_with_a_shorter_one():
     first, note = _expectation(FineTuningTask, 1.0, 4001)
-    assert first == "expected: 1:06:41 for 4,001 more steps, and evaluations"
+    assert first == "expected duration: 1:06:41 for 4,001 more steps, plus evaluations"
     assert note == (
         f"{LONG}--set finetune.epochs=26 (598 steps, with a lower accuracy), or the task logistic, which encodes "
         "each image once"
@@ -162,7 +162,7 @@ def test_a_long_task_on_a_cpu_is_told_with_what_is_shorter_once(device, pace, to
     left = Job.time_left(job, 100, shorter=lambda part: f"--set robustness.samples={int(1000 * part)}")
     left.during(1, pace)
     left.during(2, pace)
-    note = "note: this takes about 0:59:24 on this CPU; to reduce the time: --set robustness.samples=168"
+    note = "note: the task takes about 0:59:24 on this CPU; to reduce the time: --set robustness.samples=168"
     assert said == ([note] if told else [])
 
 
@@ -170,9 +170,9 @@ def test_a_training_that_is_long_is_told_before_anything_is_encoded():
     said = []
     job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")), say=said.append)
     Job.time_left(job, 100, 3600, shorter=lambda _: "--seeds 1").during(50, 1.0)
-    assert said == ["note: this takes about 1:00:00 on this CPU; to reduce the time: --seeds 1"]
+    assert said == ["note: the task takes about 1:00:00 on this CPU; to reduce the time: --seeds 1"]
     quick = Job.time_left(job, 100, 600, shorter=lambda _: "--seeds 1")
     assert len(said) == 1
     quick._now = lambda now=quick._now: now() + 1000  # the first of two parts took that long
     quick.after(50)
-    assert said[1:] == ["note: this takes about 0:26:40 on this CPU; to reduce the time: --seeds 1"]
+    assert said[1:] == ["note: the task takes about 0:26:40 on this CPU; to reduce the time: --seeds 1"]

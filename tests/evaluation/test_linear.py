@@ -179,5 +179,5 @@ def test_the_run_is_said_before_the_first_step_and_its_duration_soon_after(trans
         "48 samples, batch 24, steps 0 to 10 (5 epochs, of which 2 warm up), learning rate 2.81 = linear.peak_lr 30 x "
     )
     said += "batch 24 / 256"
-    assert out.index(said) < out.index("step 1 ") < out.index("expected: ")
+    assert out.index(said) < out.index("step 1 ") < out.index("expected duration: ")
     assert re.search(r"for [1-4] more steps", out)

@@ -344,7 +344,7 @@ def test_a_classifier_of_other_classes_or_another_input_is_refused(transfer, cla
     folder, _ = classifier
     for options, message in (
         (["--labels", "json.name"], "have 3 classes, and the classifier has 3: only one of them has '0'"),
-        (["--modality", "text"], "--modality text: the classifier .* sees image; leave it out"),
+        (["--modality", "text"], "--modality text: the classifier .* was trained with image; leave it out"),
         (
             ["--set", "encode.pool=mean"],
             "--set encode.pool=mean: the classifier was trained with encode.pool=cls; leave it out",

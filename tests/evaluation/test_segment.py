@@ -220,7 +220,7 @@ def test_mistakes_are_one_line(transfer, masked, tmp_path):
         ([], one, "its masks have 1 classes besides segment.ignore_label 255; at least two are"),
         ([], turned, "the mask has 48 x 40 pixels, the image 40 x 48, in the mask at byte"),
         ([], rgb, "the mask has mode RGB; it must have one channel, of class ids, in the mask at byte"),
-        (["--set", "data.resize=native"], masked[0], "segment needs images of one size: give --set data.resize=sq"),
+        (["--set", "data.resize=native"], masked[0], "segment needs images of one size; add --set data.resize=sq"),
         (["--set", "linear.steps=3"], masked[0], "linear.steps: segment does not use it; did you mean segment.steps"),
     ):
         with pytest.raises(UserError, match=message):

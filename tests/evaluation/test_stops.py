@@ -45,7 +45,7 @@ def test_a_comparison_leaves_the_table_of_what_is_done(stopped, tmp_path, ranks)
     options = [*settings(f"linear.steps={ENDLESS}", "linear.peak_lr=1"), "--probes", "knn,linear", "--seeds", "1"]
     said, result = stopped("random weights, knn, seed 42: ", "compare", *options, ranks=ranks, to=ranks - 1)
     page = (tmp_path / "out/comparison.md").read_text()
-    assert page.startswith("Partial, stopped after 0 of 3 models.\n") and page in said
+    assert page.startswith("Partial result: the comparison was stopped after 0 of 3 models.\n") and page in said
     assert re.search(r"\| random weights \| \d+\.\d ± \d+\.\d \| not yet \|", page) is None, (
         "no column without a number"
     )

@@ -129,7 +129,7 @@ def _encoded(model, numbers):
 
 
 def test_too_many_shots_are_told_before_any_probe(transfer, capsys):
-    with pytest.raises(UserError, match="--shots 99: the class 0 has 16 training samples"):
+    with pytest.raises(UserError, match="--shots 99: the class 0 has only 16 training samples"):
         transfer("knn", "--shots", "1,99")
     assert "1 shots" not in capsys.readouterr().out
 
@@ -140,7 +140,7 @@ def test_more_shots_hold_those_of_fewer_and_draws_differ():
     assert {*one.keys} < {*five.keys} and five.labels_N.bincount().tolist() == [5, 5, 5]
     assert torch.equal(five.features_RD[:, 0].long() % 3, five.labels_N)
     assert {*five.keys} != {*few_shot(bank, 5, 1, range(3)).keys}
-    with pytest.raises(UserError, match="--shots 21: the class b has 20 training samples"):
+    with pytest.raises(UserError, match="--shots 21: the class b has only 20 training samples"):
         few_shot(bank, 21, 0, ["b", "a", "c"])
 
 

@@ -61,14 +61,14 @@ def test_its_accuracy_on_labelled_shards_is_told_beside_torch(tmp_path, capsys):
     shards = [labelled_tar(tmp_path / f"{name}.tar", numbers) for name, numbers in SPLITS.items()]
     command = [str(tmp_path / "model"), "--out", str(tmp_path / "a.onnx"), "--format", "onnx", "--train", shards[0]]
     assert export([*command, "--val", shards[1]]) == 0
-    told = capsys.readouterr().out.partition("k-NN on 12 of 3 classes, neighbours among 30")[2]
+    told = capsys.readouterr().out.partition("k-NN on 12 images of 3 classes, with neighbours from 30 images")[2]
     arguments = ["knn", str(tmp_path / "model"), "--train", shards[0], "--val", shards[1], "--modality", "image"]
     assert transfer([*arguments, "--out", str(tmp_path / "knn"), "--set", "encode.precision=fp32"]) == 0
     exact = json.loads((tmp_path / "knn/result.json").read_text())
     accuracy = f"k-NN {exact['top1']:.1%} ± {exact['top1_se']:.1%}"
     assert exact["top1"] > 0.5
-    assert f"torch: {accuracy}, " in told and f"a.onnx: {accuracy}, +0.0 points from torch, " in told
-    small = re.search(r"a.int8.onnx: k-NN ([\d.]+)% ± [\d.]+%, ([+-][\d.]+) points from torch, .* images/s", told)
+    assert f"torch: {accuracy}, " in told and f"a.onnx: {accuracy}, +0.0 points relative to torch, " in told
+    small = re.search(r"a.int8.onnx: k-NN ([\d.]+)% ± [\d.]+%, ([+-][\d.]+) points relative to torch, .* im", told)
     assert float(small[1]) == pytest.approx(100 * exact["top1"] + float(small[2]), abs=0.11)
     lost = [*command, "--val", "no.tar", "--out", str(tmp_path / "b.onnx")]
     assert exit_cleanly(lambda: export(lost)) == 2
@@ -103,7 +103,7 @@ def test_what_a_file_loses_and_how_fast_it_is_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_check, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     _, exact, lost = onnx_check.check_onnx([Path("a.onnx")], model.config, model.state_dict(), images).lines()
     right = [float(re.search(r"k-NN ([\d.]+)%", line)[1]) for line in (exact, lost)]
-    assert right[1] < right[0] and f", {right[1] - right[0]:.1f} points from torch" in lost
+    assert right[1] < right[0] and f", {right[1] - right[0]:.1f} points relative to torch" in lost
     assert all(line.endswith(", 12 images/s on this machine") for line in (exact, lost))
 
 
