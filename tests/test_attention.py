@@ -446,7 +446,8 @@ def test_ends_that_are_those_of_no_samples_are_refused(ends, longest, impl):
 
 
 def test_what_is_asked_for_is_what_runs(monkeypatch):
-    """This holds on both devices, and the run logs the choice. The Triton kernels are tested in tests/kernels."""
+    """Both devices use the requested implementation, and the run logs the choice. The Triton kernels are tested in
+    tests/kernels."""
     monkeypatch.setattr(cuda, "choose", lambda *_: pytest.fail("nothing is tried"))
     monkeypatch.setattr(cuda, "try_out", cuda.choose)
     import_kernels()
@@ -514,7 +515,7 @@ def test_one_rank_chooses_and_all_run_the_same(trials):
 
 
 def test_what_is_tried_is_as_long_as_a_whole_sample(trials):
-    """This holds for the encoder and the decoder, with different mask ratios of images and texts."""
+    """Encoder and decoder are tested, with different mask ratios of images and texts."""
     masking = MaskingConfig(image_ratio=0.25, text_ratio=0.5)
     sample = Sample("pair", torch.zeros(3, 32, 32, dtype=torch.uint8), draw_mask(16, 0.25), torch.arange(12))
     sample.text_mask = draw_mask(12, 0.5)

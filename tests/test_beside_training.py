@@ -173,7 +173,7 @@ GEOMETRY = Geometry(256, 16, 3, 64)
 
 @pytest.mark.parametrize("width", [256, 512])
 def test_a_packed_batch_is_no_larger_than_is_reckoned_with(width):
-    """This holds for square images and for the largest native images."""
+    """Images are square, or native and of the largest size."""
     import torch
 
     from m3ae_fast.batch import Sample, pack

@@ -39,7 +39,7 @@ def _ranks(what, folder, ranks):
 
 @pytest.mark.slow
 def test_what_four_ranks_save_any_number_loads_in_any_stage_bit_for_bit(tmp_path):
-    """This holds for plain torch and ZeRO 0 to 3. No rank copies more than 1.3 times its share."""
+    """Checkpoints of plain torch and of ZeRO 0 to 3 are loaded. No rank copies more than 1.3 times its share."""
     _ranks("save", tmp_path, 4)
     for zero in ("None", "3"):
         (path,) = checkpoint.saved_steps(tmp_path / zero)
@@ -440,7 +440,7 @@ def _saver(run_dir, fragments, say=lambda text: None):
 
 
 def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
-    """This holds even if the copying thread begins late."""
+    """The copying thread begins late."""
     listed, said = threading.Event(), []
     with _saver(tmp_path, lambda: listed.wait(60) and cut(STATE, 0, 1), said.append) as saver:
         saver.save(checkpoint.Info(3, 12, 0, {}, {}))

@@ -294,7 +294,8 @@ def test_model_without_words_refuses_captions_that_are_asked_for(run):
 
 
 def test_model_without_words_reads_the_images_of_captioned_shards():
-    """This is equivalent to a modality that is set, in training and validation."""
+    """Without a vocabulary, the config is the same as with `modality=image` on the sources of training and
+    validation."""
     alone = load_config(ROOT / "configs/quickstart.json", ["model.vocab_size=0"])
     given = ["data.train.0.modality=image", "data.val.0.modality=image"]
     assert alone == load_config(ROOT / "configs/quickstart.json", ["model.vocab_size=0", *given])
@@ -336,7 +337,7 @@ def test_dry_run(path, capsys):
 
 
 def test_a_gpu_has_the_peaks_of_its_own_data_sheet():
-    """This also holds if the name begins with the name of another GPU."""
+    """A name that begins with the name of another GPU is not confused with it."""
     for name, peaks in hardware._PEAKS.items():
         assert hardware.data_sheet(f"NVIDIA {name}GB") is peaks
     assert hardware.data_sheet("NVIDIA GeForce GTX 1080") is None

@@ -354,7 +354,7 @@ def test_the_models_mlp_equals_float64(autocast, gelu):
 
 
 def test_a_bias_alone_is_summed_in_float32():
-    """This holds if the weight is frozen, and in 16 bits for every implementation of the product."""
+    """The weight is frozen, so only the gradient of the bias is computed, from values in 16 bits."""
     torch.manual_seed(0)
     grad, x, weight = (1 + torch.rand(5000, 40)).to(BF16), torch.ones(5000, 8, dtype=BF16), torch.ones(40, 8)
     _, of_bias = linear.parameter_gradients(grad, x, weight, [False, True])

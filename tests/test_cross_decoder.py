@@ -66,8 +66,8 @@ def attend(q_MHd, k_NHd, v_NHd):
 
 
 def one_sample(model: M3AE, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums of squared errors and cross-entropies of one sample's predicted tokens, each a mean over them,
-    by plain modules: no packed rows, no kernels, a query at a time."""
+    """Return the losses of images and text of one sample, each the mean over its predicted tokens. They are computed by
+    plain modules, one query at a time, without packed rows or kernels."""
     model, config = model.eval(), model.config
     alone = pack([replace(sample, image_predicted=None, text_predicted=None)], model.geometry)
     encoded_TD = model.forward_encoder(alone)

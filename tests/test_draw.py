@@ -122,7 +122,7 @@ def test_where_no_sample_can_be_used_nothing_is_drawn(run, tmp_path):
 
 
 def test_pictures_in_training_are_those_that_the_program_draws(run, tmp_path):
-    """This holds even though one of the two samples is a caption without an image."""
+    """One of the two samples is a caption without an image."""
     _use(run, write_tar(tmp_path / "val.tar", [("0.txt", b"blue sky"), *labelled_members(range(1, 4))]))
     path = checkpoint.locate(run)
     settings = checkpoint.read_info(path).config

@@ -23,9 +23,9 @@ def _curves(folder: Path, which: str, ranks: int) -> dict[str, np.ndarray]:
 
 
 def test_curves_are_plain_torchs(tmp_path):
-    """They are equal in float32. In bf16, ZeRO keeps bf16 weights with float32 master weights, so its curves are close
-    to those of plain torch's autocast but not equal. This is a single test, because each of pytest's workers would
-    compute its own fixture."""
+    """Curves are equal in float32. In bf16, ZeRO keeps bf16 weights with float32 master weights, so its curves are
+    close to those of plain torch's autocast but not equal. This is a single test, because each of pytest's workers
+    would compute its own fixture."""
     found = {ranks: _curves(tmp_path, "matrix", ranks) for ranks in (1, 2)}
     plain = {precision: found[1][f"{precision} stage=None accumulation=1"] for precision in ("fp32", "bf16")}
     assert np.ptp(plain["fp32"][:, 0]) > 0.3  # the curve moves
@@ -67,7 +67,7 @@ def test_shipped_configs_train_as_plain_torch_does(tmp_path):
 
 
 def test_the_trainer_gives_the_same_curve_on_two_ranks(trainer):
-    """This holds with stochastic depth and with another micro-batch size."""
+    """The runs have stochastic depth, and one of them has another micro-batch size."""
     drops = ["--set", "model.drop_path=0.3"]
     trainer("one", *zero(None), *drops)
     for stage in (None, 3):

@@ -57,7 +57,7 @@ def test_a_norm_that_is_not_finite_is_returned_as_such(found, stage):
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
 def test_clipped_gradients_are_those_of_plain_torch(found, stage, clip):
-    """They agree within the rounding error of bf16, for norms above and below the limit."""
+    """The gradients agree within the rounding error of bf16, for norms above and below the limit."""
     assert found["clipped", stage, clip]["off"] < 0.1
 
 

@@ -44,7 +44,7 @@ def test_positions_of_a_smaller_image_are_those_of_the_whole():
 
 
 def test_positions_of_a_smaller_image_follow_the_model():
-    """They have the model's dtype, and follow a change of its size."""
+    """The positions have the model's dtype, and follow a change of the image size."""
     positions = Positions(MODEL, 16)
     first = positions(None, None, [(2, 2)])[0]
     positions.to(torch.bfloat16)

@@ -61,7 +61,7 @@ def test_every_package_has_a_layer_and_every_layer_is_a_package():
 
 
 def test_only_programs_import_modules_of_the_package_in_functions():
-    """Programs do, so that --help does not import torch. DeepSpeed is an optional library."""
+    """Programs import modules in functions, so that --help does not import torch. DeepSpeed is an optional library."""
     programs = {"m3ae_fast", "m3ae_fast.__main__", "m3ae_fast.train"}
     modules = [name for name in MODULES if name.startswith("m3ae_fast") and not name.startswith("m3ae_fast.cli.")]
     found = {f"{name} -> {other}" for name in {*modules} - programs for other in _imports(name, inside=True)}

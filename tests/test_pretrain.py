@@ -187,7 +187,7 @@ def test_a_copied_run_folder_goes_on_where_it_is(tmp_path, monkeypatch):
 
 
 def test_a_moved_run_folder_has_all_that_it_had(tmp_path, monkeypatch, capsys):
-    """This also holds if another run has begun at the old path, or if another relative path to the folder is given."""
+    """Another run has begun at the old path, and another relative path to the folder is given."""
     photos = make_pictures(tmp_path / "photos", each=2)
     overrides = ["data.workers=0", "train.steps=1", "train.probe=null", "train.pictures=0"]
     monkeypatch.chdir(tmp_path)

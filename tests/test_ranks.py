@@ -196,8 +196,8 @@ def test_ranks_of_a_node_hear_its_leader_sum_first_and_stop_together(tmp_path):
 
 @pytest.mark.parametrize("killed", [3, 0])
 def test_a_rank_that_is_killed_ends_the_others_in_a_sum(tmp_path, killed):
-    """It ends the ranks on its node and, through the leader, those on the other node. They report it, even if the store
-    has ended with rank 0, and exit with the code that requests a restart."""
+    """The other ranks end: those on the same node directly, and those on the other node through the leader. They report
+    the killed rank, even if the store has ended with rank 0, and exit with the code that requests a restart."""
     processes = fork_ranks(__name__, ["nodes", f"killed {killed}", str(tmp_path)], 4, tmp_path / "log")
     _, said = await_ranks(processes, tmp_path / "log")
     assert [p.exitcode for p in processes] == [-signal.SIGKILL if rank == killed else 75 for rank in range(4)]
@@ -461,7 +461,7 @@ def with_a_mistake(rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_mistake_that_one_rank_meets_is_the_only_line_and_all_exit_with_its_code(tmp_path, rank):
-    """This also holds if this rank hosts the store, and if other ranks work until it has ended."""
+    """The rank may host the store, and other ranks may work until it has ended."""
     processes = fork_ranks(__name__, ["mistake", str(rank)], 3, tmp_path / "log")
     said = await_ranks(processes, tmp_path / "log")[1]
     assert [line for line in said.splitlines() if "error" in line] == [f"error: rank {rank} finds no shard"]

@@ -223,7 +223,7 @@ def test_points_are_the_numbers_that_were_logged():
 
 
 def test_a_training_loss_of_one_step_is_seen():
-    """It is plotted as a point, because a single step does not form a line."""
+    """The loss is plotted as a point, because a single step does not form a line."""
     metrics = {"run": [{"step": 1, "loss": 1.0}]}
     ((_, png),) = draw_charts([Chart("Loss", "", [Line("loss", "training", "#ff0000")])], metrics)
     red, green, _ = np.asarray(Image.open(BytesIO(png)).convert("RGB"), dtype=int).transpose(2, 0, 1)

@@ -41,7 +41,7 @@ def _cut(trainer, run: str, step: int) -> None:
 
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
 def test_resume_is_bitwise(trainer, stage):
-    """This also holds in bf16, in which weights are rounded copies of float32 master weights."""
+    """The run is in bf16, in which weights are rounded copies of float32 master weights."""
     options = [*zero(stage), *SAVE, "--set", "train.precision=bf16"]
     trainer("run", *options)
     whole = trainer.losses("run")

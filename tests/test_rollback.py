@@ -75,7 +75,7 @@ def losses(folder):
 
 
 def test_a_run_that_returns_to_a_checkpoint_has_used_its_time(tmp_path, monkeypatch):
-    """This includes the time of the repeated steps, which is not stored in the checkpoint."""
+    """The time of the repeated steps counts, although the checkpoint does not store it."""
     limits = []
 
     def set_up(*given):

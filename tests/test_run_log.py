@@ -57,8 +57,8 @@ def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path, capfd
 
 
 def test_the_time_left_is_that_of_the_steps_that_there_are_now(tmp_path, capfd, monkeypatch):
-    """The preparation before the first step is excluded, and so is the first step, which is slower, once there are more
-    steps."""
+    """The preparation before the first step is excluded. Once there are more steps, the first step is excluded too,
+    because it is slower."""
     now = [0.0]
     monkeypatch.setattr(metrics_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with RunLog(tmp_path, 2, 12, loggers=()) as metrics:

@@ -224,8 +224,8 @@ def test_compiled_graphs_are_kept_by_the_micro_batchs_size():
 
 
 def test_a_change_of_any_module_is_another_compiled_graph(tmp_path, monkeypatch):
-    """This holds for modules of the model and of the ops. Otherwise, torch's cache would run an old backward pass after
-    an update."""
+    """Modules of the model and of the ops are changed. If the tag of the graph did not change too, torch's cache would
+    run an old backward pass after an update."""
     copies = []
     for name, module in (("model", transformer), ("kernels", m3ae_kernels)):
         folder = Path(module.__file__).parent

@@ -80,7 +80,7 @@ WSD = ["--set", "optim.schedule=wsd", "--set", "optim.decay_fraction=0.5", "--se
 
 @pytest.mark.slow
 def test_an_extended_run_is_that_of_its_new_length(trainer):
-    """It continues from the checkpoint before its decay, which is always kept, even if only few checkpoints are
+    """The run continues from the checkpoint before the decay, which is always kept, even if only few checkpoints are
     kept."""
     options = [*WSD, "--set", "train.save_every=1", "--set", "train.keep=1"]
     trainer("whole", *options, "--set", "train.steps=8")

@@ -166,7 +166,7 @@ def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
 
 
 def test_a_rank_that_moves_on_ends_nobody(monkeypatch):
-    """This holds even if another rank is silent for long: the rank that waits reports the stall."""
+    """Another rank may be silent for long: the rank that waits reports the stall."""
     judged = Judged(monkeypatch, 60.0, ranks=2)
     assert judged.ended(1000, lambda now: judged.heartbeats.mark("step")) is None
 
@@ -313,7 +313,7 @@ def test_the_first_reason_to_stop_is_the_one_that_is_told():
 
 def test_signals_are_handled_afterwards_as_before():
     def mine(*_) -> None:
-        """The program's own handler of SIGUSR1."""
+        """Handle SIGUSR1 as a user's program might."""
 
     before = signal.signal(signal.SIGUSR1, mine)
     try:

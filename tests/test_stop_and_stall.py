@@ -230,7 +230,7 @@ def test_a_rank_whose_peer_left_first_saves_what_there_is_and_says_it():
 
 @pytest.mark.parametrize(("when", "world"), [("before", "1"), ("after", "1"), ("after", "2")])
 def test_a_process_whose_launcher_died_leaves(when, world):
-    """This includes a process that waits for other ranks that may never start."""
+    """The process may also wait for other ranks that never start."""
     child = "import sys; sys.stdin.readline()\n" if when == "before" else ""
     child += "from m3ae_fast.process import stop_request; stop_request._ORPHAN_S = 0.5\n"
     child += in_main(STARTING.format("threading.Event().wait()"))
@@ -291,7 +291,7 @@ def run_heartbeats(world: int, code: str) -> tuple[int, str]:
 
 
 def test_whoever_exits_at_once_leaves_no_process_behind():
-    """This includes processes that a child has started."""
+    """Processes that a child has started are ended too."""
     code = """
         import subprocess, sys
         from m3ae_fast.process.stop_request import kill_children

@@ -61,7 +61,7 @@ def jitter(seed, mean, spread=0.5):
 @pytest.mark.parametrize("planned", [30, 900, 36_000])
 @pytest.mark.parametrize("mean", [0.4, 4.0, 40.0, 400.0])
 def test_a_run_on_a_quiet_machine_ends_in_its_time(monkeypatch, planned, mean):
-    """This holds for any error of the first estimate, between the first step and the last."""
+    """The first estimate of the number of steps may be wrong by a large factor."""
     machine = Machine(monkeypatch)
     plan, step = machine.train(
         schedule(planned), jitter(0, mean, 0.1), lambda now: min(10 * mean, 100.0), every=max(planned // 5, 1)

@@ -115,8 +115,8 @@ def test_contents_reach_the_disk_before_the_name_and_then_the_name(tmp_path, cal
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_rank_brings_its_part_to_the_disk_of_its_own_machine(tmp_path, calls, world):
-    """It does so before it reports the end of writing, because rank 0, which renames the checkpoint, may be on another
-    node."""
+    """The rank syncs its part before it reports the end of writing, because rank 0, which renames the checkpoint, may
+    be on another node."""
     part = state_files.write_part(tmp_path, cut({"model/a": torch.ones(6)}, world - 1, world), world - 1, world)
     file = tmp_path / state_files.part_files(world)[-1]
     assert ("sync", file) in calls and part == hashlib.sha256(file.read_bytes()).hexdigest()

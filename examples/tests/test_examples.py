@@ -60,7 +60,7 @@ def test_notebook_leads_from_pictures_to_a_probe(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with images of two classes and their captions, which is the current folder of the test."""
+    """Return a folder with images of two classes and their captions, which is the current folder of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)

@@ -80,7 +80,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 @contextmanager
 def faulty_server(folder: Path, seed: int, share: float = 0.7, latency: float = 0.0) -> Iterator[Server]:
-    """Context in which a server serves a folder.
+    """Serve a folder for the duration of a context, and yield the server.
 
     Args:
         folder: the folder.

@@ -88,7 +88,7 @@ def test_a_bad_stage_costs_itself_alone(tmp_path, impatient):
 
 
 def test_nothing_that_a_stage_started_outlives_it(tmp_path, impatient):
-    """This includes an orphaned process in its own session that ignores SIGTERM."""
+    """An orphaned process in its own session that ignores SIGTERM is ended too."""
     assert plan.run(tmp_path, 60, [Stage("leaves one", 60, python(ORPHAN))]) == 0
     pid, late = int((tmp_path / "leaves one/log.txt").read_text()), time.monotonic() + 30
     while runs(pid) and time.monotonic() < late:  # a killed process takes a moment to end
@@ -348,7 +348,7 @@ def test_what_the_trainer_needs_and_an_image_lacks_is_listed(capsys):
 
 
 def test_wheels_are_fetched_for_the_other_python(monkeypatch, tmp_path):
-    """Their dependencies are downloaded too, in the required versions, unless they are installed."""
+    """The dependencies of the wheels are downloaded too, in the required versions, unless they are installed."""
     needs = {
         "pydantic": ["pydantic-core==2.50.5", "typing-extensions>=4", "email-validator; extra == 'email'"],
         "pydantic-core": ["annotated-types", "tzdata; platform_system == 'Windows'"],

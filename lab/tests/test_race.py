@@ -28,7 +28,7 @@ TINY = {
 
 @pytest.fixture
 def call(tmp_path_factory, tmp_path, monkeypatch):
-    """A function of options that runs a race at toy size and returns its exit code."""
+    """Return a function of options that runs a race at toy size and returns its exit code."""
     monkeypatch.setattr(shards, "CLOTHES", {"probe": 15, "validation": 8, "images": 10})
     monkeypatch.setattr(report, "REPLICATES", 20)
     data = emoji_and_clothes(tmp_path_factory.mktemp("labelled"))

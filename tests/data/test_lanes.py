@@ -69,7 +69,7 @@ def test_a_lane_shows_each_of_its_samples_once_per_epoch(sizes, lanes):
 
 @pytest.mark.parametrize("scale", [1, 10])  # lanes of less than a block, and lanes that begin in one of several
 def test_every_sample_of_every_source_comes_once_in_as_many_positions(scale):
-    """This holds if the number of lanes divides the sizes of the sources."""
+    """The number of lanes divides the sizes of the sources."""
     sizes = [[scale * samples for samples in source] for source in ([40, 24], [8], [16, 16, 16])]
     order, total = Order(sizes, None, 2, 0, lanes=8), 120 * scale
     for epoch in range(3):

@@ -111,7 +111,8 @@ def test_captions_are_those_of_each_split(tmp_path):
 
 
 def test_a_table_of_labels_alone(tmp_path, capsys):
-    """Its columns become fields of the samples' json, captions are next to the images, and class ids are unchanged."""
+    """The columns of the table become fields of the samples' json; captions are next to the images, and class ids are
+    unchanged."""
     root = tree(tmp_path / "data", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     (root / "val/cat/0.txt").write_text("a cat")
     (root / "t.csv").write_text("path,site\nval/cat/0.png,north\ntrain/dog/0.png,south\n")

@@ -32,8 +32,8 @@ def write(folder, files):
 
 @pytest.mark.parametrize("place", ["masks", "images/masks"])
 def test_masks_of_a_folder_stand_beside_their_images(tmp_path, place, capsys):
-    """This also holds if the folder of masks is inside the folder of images, where masks are not images. An image
-    without a mask has no mask in the shards."""
+    """The folder of masks may be inside the folder of images; its files are then not read as images. An image without a
+    mask has no mask in the shards."""
     names = ("train/a.jpg", "train/b.png", "val/a.jpg")
     images = write(tmp_path / "images", {name: picture(i, (32, 24)) for i, name in enumerate(names)})
     masks = write(tmp_path / place, {"train/a.png": mask(1), "val/a.png": mask(2)})
@@ -70,7 +70,7 @@ def test_a_mask_that_does_not_fit_its_image_is_refused(tmp_path):
 
 
 def test_samples_have_the_masks_beside_them(tmp_path):
-    """This also holds if other samples have no masks, images have several files, or captions have no image."""
+    """Other samples have no masks, several image files, or a caption without an image."""
     image = picture(0, (32, 24))
     first = [("0.jpg", image), ("0.mask.png", mask(3)), ("1.jpg", image), ("2.txt", b"alone"), ("2.mask.png", mask(9))]
     first += [("3.jpg", image), ("3.png", image), ("3.mask.png", mask(4))]

@@ -69,8 +69,8 @@ def skip_without_avif(case: Case) -> None:
 
 @pytest.mark.parametrize("case", READ, ids=label)
 def test_a_picture_is_within_a_level_of_what_it_stands_for(case):
-    """This holds for its file and for the opened image. With one and with four channels, it shows the same colours. A
-    value range is required if the picture has one."""
+    """The pixels are the same whether the file or the opened image is given. Models with one and with four channels
+    read the same colours. A value range is required if the picture has one."""
     skip_without_avif(case)
     data = case.make()
     colour, grey, alpha = (decode_image(data, channels, case.range).float() for channels in (3, 1, 4))
@@ -154,7 +154,7 @@ def damaged(data: bytes, random: np.random.RandomState) -> bytes:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_odd_pictures_give_an_image_or_a_bad_sample(seed):
-    """This holds for any changed bytes in a file of any format."""
+    """Random bytes are changed in a file of any format."""
     random = np.random.RandomState(seed)
     sources = [(case.make(), case.range) for case in READ if case.fmt != "AVIF"]
     good = bad = 0

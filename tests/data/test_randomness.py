@@ -51,7 +51,7 @@ def test_a_box_may_be_as_wide_or_as_high_as_the_picture(turned):
     (41, 8, (15, 0, 11, 8)),
 ])  # fmt: skip
 def test_where_no_box_fits_it_is_the_largest_central_one(height, width, box):
-    """Its aspect ratio is between 3 : 4 and 4 : 3."""
+    """The aspect ratio of the central box is between 3 : 4 and 4 : 3."""
     assert crops.draw_box(height, width, (9.0, 9.0), [0.5] * 41) == box
 
 
@@ -173,8 +173,8 @@ def test_what_a_forward_pass_draws_depends_on_the_view_of_a_sample_alone(load, t
 
 
 def test_a_native_crop_keeps_area_and_ratio_within_their_ranges(monkeypatch):
-    """This holds for the box. The model's input has the aspect ratio of the box, and as many patches as the whole image
-    would have."""
+    """The box has an area and an aspect ratio within the ranges. The model's input has the aspect ratio of the box, and
+    as many patches as the whole image would have."""
     boxes, real = [], crops.draw_box
     monkeypatch.setattr(crops, "draw_box", lambda *args: boxes.append(real(*args)) or boxes[-1])
     native = Native(patch_size=4, least=1, most=100, longest=20, positions="absolute")

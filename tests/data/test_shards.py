@@ -460,7 +460,7 @@ def alike(url, folder, count=20):
 
 @pytest.mark.parametrize("limit", [None, 5])
 def test_a_fetch_looks_at_few_copies_however_many_there_are(server, tmp_path, monkeypatch, limit):
-    """This holds as long as there is space, and when the oldest copies have to be removed."""
+    """The cache either has enough space, or the oldest copies have to be removed."""
     url, folder, _ = server
     names, size = alike(url, folder)
     store = ShardStore(tmp_path / "cache", limit and (300 + limit) * size / 1e9)

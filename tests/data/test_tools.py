@@ -419,7 +419,7 @@ def test_a_split_of_which_nothing_can_be_used_is_refused(tmp_path, capsys):
 
 
 def test_columns_of_a_dataset_that_nothing_reads_are_named(tmp_path, dataset, capsys):
-    """This includes a column with a usual name and an unusual type."""
+    """A column with a usual name and an unusual type is named too."""
     odd = dataset.map(lambda row: {"text": {"en": "a"}, "targets": [0, 1]}, remove_columns="caption")
     odd.save_to_disk(tmp_path / "saved")
     capsys.readouterr()

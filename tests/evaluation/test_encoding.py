@@ -147,7 +147,7 @@ def test_floats_are_what_value_range_says(model):
 
 
 def test_value_range_is_that_of_images_of_more_than_8_bits(model, tmp_path):
-    """This holds for files, PIL images and arrays. Images of 8 bits are not scaled."""
+    """Images are given as files, PIL images and arrays. The value range does not scale images of 8 bits."""
     grey = images(1)[0, 0].numpy()
     expected = model.encode(Image.fromarray(grey), precision="fp32")
     deep = Image.fromarray(grey.astype(np.uint16) * 16)

@@ -31,8 +31,7 @@ def _bank(features):
 @pytest.mark.parametrize(("samples", "width", "k"), [(3000, 16, 20), (211, 6, 7), (9, 4, 20)])
 @pytest.mark.parametrize("equal", [False, True])
 def test_neighbours_are_those_of_a_stable_sort(monkeypatch, samples, width, k, equal):
-    """This also holds if samples are searched in blocks, and if more samples are equally similar than the list of
-    candidates can hold."""
+    """Samples are searched in blocks, and more samples may be equally similar than the list of candidates can hold."""
     monkeypatch.setitem(neighbours._BLOCKS, "cpu", neighbours._Blocks(16, 2048))
     monkeypatch.setattr(neighbours, "_GROUP", 4)
     monkeypatch.setattr(neighbours, "_AT_A_TIME", 50)

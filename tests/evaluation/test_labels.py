@@ -14,8 +14,8 @@ from tests.helpers.shards import write_tar
 
 @pytest.fixture
 def opened(tmp_path):
-    """Return a function that writes samples with these numbers and labels, and returns their dataset. Each pair of
-    arguments gives a shard."""
+    """Return a function that writes samples with the given numbers and labels, and returns their dataset. Each pair of
+    arguments becomes a shard."""
 
     def make(*shards):
         paths = [labelled_tar(tmp_path / f"{i}.tar", *shard) for i, shard in enumerate(shards)]

@@ -159,7 +159,7 @@ def test_epochs_of_cached_features_are_other_permutations_each():
 
 
 def test_a_rate_that_is_set_gives_what_it_gives_among_several(transfer, tmp_path):
-    """This holds if each image is encoded only once, which is when several rates are tried."""
+    """Each image is encoded only once, because several learning rates are tried only in this case."""
     short = ["--layers", "2", *settings("linear.steps=12", "linear.global_batch=24")]
     whole = transfer("linear", *short, out="whole")
     rate, usual = whole["results"][0]["peak_lr"], OFFICIAL["linear"].scaled(48).peak_lr

@@ -81,7 +81,8 @@ def test_scores_that_say_nothing_have_a_warning():
 
 
 def test_a_draw_without_a_class_does_not_count():
-    """This happens with few samples; a draw without any class has neither an average precision nor a chance level."""
+    """With few samples, a bootstrap sample may contain no class. It then has neither an average precision nor a chance
+    level."""
     truth = np.array([[True, False], [False, True], [False, False]])
     result = measured(truth, np.zeros((3, 2)), np.ones(2, bool), ["a", "b"], 0)
     assert result["map"] == result["chance_map"] == pytest.approx(1 / 3)

@@ -20,7 +20,8 @@ OF_THE_CALL = ("seconds", "config", "model")
 
 
 def _alike(found, expected, where):
-    """Assert that two values of JSON are equal, numbers within rounding and texts of them up to their numbers."""
+    """Assert that two JSON values are equal, apart from rounding errors of numbers. Texts are not compared, because
+    they contain such numbers."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for name, value in expected.items():
@@ -72,7 +73,7 @@ def test_every_task_has_the_result_of_one_rank(run, alone, tmp_path, ranks):
 
 
 def _fields(value):
-    """Yield the names of the fields of a result, also of those of rows, as the guide names them."""
+    """Yield the names of the fields of a result and of its rows, in the form that the guide uses."""
     for name, inner in value.items():
         name = re.sub(r"^(other_)?(max_softmax|energy|knn|mahalanobis)_(?!samples)", "SET_SCORE_", name)
         name = re.sub(r"^text_to_image_", "image_to_text_", name)

@@ -77,7 +77,7 @@ def test_each_rate_is_tried_as_a_run_of_its_own_would_be():
 
 
 def test_a_rate_comes_to_what_a_run_at_it_comes_to():
-    """This holds with momentum, weight decay and warm-up, and for the statistics of all steps."""
+    """The training has momentum, weight decay and warm-up, and the statistics of all steps are compared."""
     bank = _bank(200)
     train, held_out = (bank.rows(rows) for rows in split(bank))
     given = {"global_batch": 16, "steps": 20, "warmup_epochs": 0.5, "weight_decay": 0.3, "momentum": 0.5}

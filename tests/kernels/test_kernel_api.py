@@ -132,7 +132,7 @@ def test_token_loss_is_cross_entropy(reduction, smoothing):
 
 
 def test_a_head_without_bias_is_one_whose_bias_is_zero():
-    """This also holds for the log-partition, which a constant would shift."""
+    """The log-partition, which a constant would shift, is equal too."""
     torch.manual_seed(0)
     hidden, targets = torch.randn(19, 12, requires_grad=True), torch.randint(0, 48, (19,))
     weight = torch.randn(48, 12, requires_grad=True)
@@ -388,7 +388,7 @@ def test_a_norm_frozen_as_a_whole_changes_no_gradient_of_rows(dtype):
 
 
 def test_without_autograd_no_gradient_is_made():
-    """This holds even if parameters require gradients: an evaluation takes only the time of the forward pass."""
+    """The parameters require gradients. An evaluation nevertheless takes only the time of the forward pass."""
     hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(4096, 64, requires_grad=True)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         m3ae_kernels.masked_token_loss(hidden, weight, torch.arange(8), reduction="sum")
@@ -447,8 +447,8 @@ def test_other_transforms_are_refused_in_one_line(case):
 
 @pytest.mark.parametrize("case", [case for case in SMALL if case != "gather-some"])
 def test_a_graph_of_gradients_is_refused_in_one_line(case):
-    """This includes the graph of a sum, whose upstream gradient is a constant: torch would treat the gradients as
-    constants too."""
+    """The graph of a sum, whose upstream gradient is a constant, is rejected too: torch would treat the gradients as
+    constants."""
     inputs = make(case, torch.float32)
     learned = inputs.tensors[inputs.learned[0]]
     out = call(m3ae_kernels, case, inputs)
@@ -621,7 +621,7 @@ def test_heads_from_linear_share_its_parameters():
 
 
 def test_torchs_precision_settings_are_heeded():
-    """This applies to the newer settings too, with which torch.get_float32_matmul_precision() raises an error."""
+    """The newer settings, with which torch.get_float32_matmul_precision() raises an error, are used too."""
     from m3ae_kernels.triton_impl.common import precision
 
     matmul = torch.backends.cuda.matmul

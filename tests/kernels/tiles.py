@@ -76,7 +76,7 @@ def test_a_loss_scale_changes_no_gradient_of_attention():
 
 @pytest.mark.parametrize("case", ["embed-p14", "norm-some"])
 def test_a_program_of_a_backward_adds_its_blocks_up(case, monkeypatch):
-    """This happens if there are more blocks of rows than program instances."""
+    """There are more blocks of rows than program instances."""
     monkeypatch.setattr(patch_embed, "TARGET_PROGRAMS", 1)
     monkeypatch.setattr(norm, "MAX_PARTIALS", 2)
     inputs = make(case, torch.float32)

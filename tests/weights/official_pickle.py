@@ -15,7 +15,7 @@ import numpy as np
 
 @contextmanager
 def modules(**classes: type | Any):
-    """Context in which the given modules exist: `m3ae__model__M3AETrainState=cls` adds `cls` to m3ae.model."""
+    """Create modules for the duration of a context: `m3ae__model__M3AETrainState=cls` adds `cls` to m3ae.model."""
     made = []
     for path, value in classes.items():
         *parents, name = path.split("__")

@@ -85,7 +85,7 @@ def test_a_file_of_another_name_is_not_written(tmp_path, name):
 
 
 def test_samples_to_classify_have_the_class_numbers_of_the_others(tmp_path):
-    """This holds even though these samples lack some classes."""
+    """The samples to classify lack some classes."""
     train, val = labelled_tar(tmp_path / "a.tar", range(6)), labelled_tar(tmp_path / "b.tar", [1, 2, 4, 5])
     found = onnx_check.open_labelled([train], [val], "json.name")
     ids = [part.sources[0].labels.tolist() for part in (found.train, found.val)]

@@ -1,4 +1,4 @@
-"""This machine's CPU: vendor, name and instruction sets."""
+"""Vendor, name and instruction sets of this machine's CPU."""
 
 from __future__ import annotations
 
