@@ -1,6 +1,6 @@
 """An implementation in a separate process, which takes steps on request.
 
-Implementations can thus alternate although they share neither allocator settings nor memory nor threads.
+Separate processes let implementations alternate without sharing memory, threads or settings of the allocator.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def _age() -> float:
 
 
 def serve(spec: dict) -> None:
-    """Build the implementation, print its start-up time, and then answer each request with one line. Runs in the other
-    process."""
+    """Build the implementation, print its start-up time, and then answer each request with one line. This function runs
+    in the other process."""
     from m3ae_fast.process.ranks import join_ranks
 
     answers, sys.stdout = sys.stdout, sys.stderr

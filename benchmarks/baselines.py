@@ -1,5 +1,5 @@
-"""Baselines of the ops: plain torch, the same with torch.compile, only the matmuls (by cuBLAS), and the losses and
-attention of torch and of other installed libraries."""
+"""Baselines of the ops: plain torch, torch.compile, the matmuls alone (by cuBLAS), and the losses and attention of
+torch and of other installed libraries."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _patches_given(work: Workload) -> Callable[..., Tensor]:
 
 
 class _Matmuls(torch.autograd.Function):
-    """Only the three matmuls of a head with its loss, where the outputs also serve as their gradients."""
+    """The three matmuls of a head and its loss alone. The outputs also serve as their own gradients."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:

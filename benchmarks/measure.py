@@ -9,7 +9,7 @@ import torch
 
 @dataclass
 class Timing:
-    """Times in milliseconds at the 20th, 50th and 80th percentile, and the peak memory in MB, without the memory that
+    """The 20th, 50th and 80th percentile of times in milliseconds, and the peak memory in MB, without the memory that
     was in use before."""
 
     p20: float
@@ -86,7 +86,7 @@ class CudaDevice:
         return event
 
     def between(self, pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[float]:
-        """Return the times between pairs of events in milliseconds. Waits for the GPU."""
+        """Wait for the GPU, and return the times between pairs of events in milliseconds."""
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in pairs]
 

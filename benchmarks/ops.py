@@ -52,7 +52,7 @@ class Workload:
         return dict(zip(("out", *learned), (*(out.detach() for out in outs), *grads)))
 
     def run_in_chunks(self, module, upstream: tuple[Tensor, ...], chunks: int) -> dict[str, Tensor]:
-        """Return the same as `run`, computed in chunks of rows, which requires less memory. Sums over chunks are
+        """Return the results of `run`, computed in chunks of rows, which requires less memory. Sums over chunks are
         float32."""
         if not self.rows:
             return self.run(module, upstream)
@@ -138,7 +138,7 @@ def _patch_embed(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload
 
 
 def _loss_rows(s: Sizes) -> tuple[int, int]:
-    """Return the number of packed decoder rows, and the number of those that carry loss."""
+    """Return the number of packed decoder rows, and the number of these rows that enter the loss."""
     tokens = s.samples * (s.grid**2 + s.words)
     return tokens, tokens - s.samples * (s.visible + s.words // 4)
 
@@ -163,8 +163,8 @@ def _norm(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
 
 
 def _scatter(s: Sizes, n: int, fill: int, length: int, d: int, dtype, device) -> Workload:
-    """Return a workload that assembles samples of `length` rows, of which n in total are rows of x and the others come
-    from `fill`."""
+    """Return a workload that assembles samples of `length` rows, of which n in total are rows of x and the other rows
+    come from `fill`."""
     t = s.samples * length
     src = torch.full((t,), -1, dtype=torch.int32, device=device)
     places = torch.randperm(t, device=device)[:n].sort().values

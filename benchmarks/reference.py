@@ -1,4 +1,4 @@
-"""M3AE without this engine, as the baselines of the benchmarks of whole steps.
+"""M3AE without this engine: the baselines for the benchmarks of whole steps.
 
 `ReferenceM3AE` performs the same computations as the official JAX code: it embeds all patches and then drops the masked
 ones, pads captions to `text_length`, runs every block on every row, and computes logits and pixels for all positions.

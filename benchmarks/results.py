@@ -47,7 +47,7 @@ def device_name() -> str:
 
 
 def here() -> Path:
-    """Return the folder for results: that of this machine, or the one that is set for a stage of a plan."""
+    """Return the folder for results: the folder of this machine, or the folder that is set for a stage of a plan."""
     if ELSEWHERE in os.environ:
         return Path(os.environ[ELSEWHERE])
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
@@ -61,7 +61,8 @@ def write(name: str, title: str, rows: Sequence[Row], folder: Path | None = None
 
 
 def save(name: str, title: str, rows: Sequence[Row], folder: Path | None = None) -> Path:
-    """Write NAME.json to `folder` (None: that of this machine) atomically. All rows must have the same columns."""
+    """Write NAME.json to `folder` (None: the folder of this machine) atomically. All rows must have the same
+    columns."""
     folder = folder or here()
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / f"{name}.json", folder / f".{name}.json"

@@ -37,11 +37,11 @@ NAMES = {  # common names of CPUs that virtual machines identify by numbers
     "Intel Xeon Processor, family 6 model 207": "Intel without AMX",
 }
 EARLIER = "0.1.0"  # last version in which the expert did computations that cannot affect the loss
-NOTE = "\\* against an earlier, weaker expert, which embedded all patches and computed logits for all positions."
+NOTE = "\\* compared with an earlier, weaker expert, which embedded all patches and computed logits for all positions."
 
 
 def machines(folder: Path) -> list[Path]:
-    """Return the folders of results that contain one of ALL; that of the study does not."""
+    """Return the folders that contain the results of at least one benchmark in ALL."""
     return sorted({path.parent for name in ALL for path in folder.glob(f"*/{name}.json")})
 
 
@@ -100,7 +100,7 @@ def rewrite(text: str, made: str) -> str:
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
-        raise ValueError(f"needs the lines {START} and {END}, between which the tables go")
+        raise ValueError(f"must contain the lines {START} and {END}, between which the tables are written")
     return f"{before}{START}\n{made}{END}{after}"
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks of evaluation: k-NN search compared with only its matrix product, with scikit-learn and with faiss; the
+"""Benchmarks of evaluation: k-NN search compared with its matrix product alone, with scikit-learn and with faiss; the
 memory of an online attentive probe by number of images; a grid of linear heads compared with a single head, streamed
 with the encoder and on cached features; linear probes compared with scikit-learn's LogisticRegression.
 
@@ -56,8 +56,8 @@ MOST_GROWTH = 1.05  # maximum peak memory for the larger number relative to that
 RATES, LAYERS, CLASSES, STEPS, BATCH = 13, (9, 10, 11, 12), 1000, 4, 32
 # numbers of training samples, test samples and classes in the comparison with scikit-learn
 TRAIN, TEST, KINDS = 10_000, 5_000, 50
-MOST = 1.3  # maximum time of k-NN relative to that of the matrix product
-MOST_OF_ONE = 1.5  # maximum time of the streamed grid relative to that of a single head
+MOST = 1.3  # maximum time of k-NN relative to the time of the matrix product
+MOST_OF_ONE = 1.5  # maximum time of the streamed grid relative to the time of a single head
 HEARTBEATS = SimpleNamespace(mark=lambda doing: None)
 
 
@@ -254,7 +254,7 @@ def test_grid_of_heads(tmp_path):
 def test_linear_probes_and_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     means_CD = torch.randn(KINDS, WIDTH, generator=generator)
-    # features with a spectrum like that of a network's features
+    # features whose spectrum is similar to the spectrum of a network's features
     mixing_DD = torch.randn(WIDTH, WIDTH, generator=generator) / torch.arange(1, WIDTH + 1)[:, None]
 
     def part(count: int) -> FeatureBank:

@@ -22,9 +22,9 @@ ARMS = {  # model, masking, optimiser
     "and Muon": (CROSS, THIRD, {"name": "muon"}),
 }
 DEFAULT, CHEAP, FAST = ARMS
-BATCH, BATCHES = 32, (32, 256, 4096)  # batch sizes for which times are measured and for which they are predicted
+BATCH, BATCHES = 32, (32, 256, 4096)  # batch size whose time is measured; batch sizes whose FLOPs are predicted
 ROUNDS = 5
-MOST = 0.6  # maximum time relative to that of the default, with AdamW
+MOST = 0.6  # maximum time relative to the time of the default config, with AdamW
 
 
 def test_faster(benchmark):
@@ -77,8 +77,8 @@ def step_flops(name: str, samples: int) -> tuple[float, float]:
 
 
 def muon_rows(measured: float) -> list[results.Row]:
-    """Return a row for each batch size. `measured`: additional seconds per step of Muon compared with AdamW, for
-    BATCH."""
+    """Return a row for each batch size. `measured`: additional seconds per step with Muon compared with AdamW, at batch
+    size BATCH."""
     rows: list[results.Row] = []
     for samples in BATCHES:
         passes, iterations = step_flops(FAST, samples)

@@ -74,7 +74,7 @@ def test_features(tmp_path):
 
 
 class _Folder(Dataset):
-    """A dataset of the images in a folder, which are opened by PIL and transformed as timm evaluates its models."""
+    """A dataset of the images in a folder, which are opened by PIL and transformed by timm's evaluation transform."""
 
     def __init__(self, folder: Path, transform: Callable) -> None:
         self.files, self.transform = sorted(folder.iterdir()), transform

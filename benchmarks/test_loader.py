@@ -26,7 +26,7 @@ from m3ae_fast.data import Preparation, ShardStore, Share, open_corpus, train_lo
 
 ROOT = Path(__file__).parents[1]
 IMAGES, HEIGHT, WIDTH, BATCH = 512, 400, 500, 64
-# maximum time relative to only decoding and cropping, because the loader also reads shards, tokenises, masks and packs
+# maximum time relative to decoding and cropping alone, because the loader also reads shards, tokenises, masks and packs
 MOST = 1.25
 ROWS: list[results.Row] = []
 
@@ -55,8 +55,8 @@ def one_thread():
 
 @pytest.mark.parametrize("size", [224, 256])
 def test_loader(benchmark, shards, one_thread, size):
-    """Time the loader (reading, decoding, augmentation, tokens, masks and packing), compared with only torchvision's
-    decoding and crop."""
+    """Time the loader (reading, decoding, augmentation, tokens, masks and packing), compared with torchvision's
+    decoding and cropping alone."""
     data = DataConfig(train=[SourceConfig(shards=f"{shards}/{{0..1}}.tar")], workers=0)
     corpus = open_corpus(data.train, ShardStore(None))
     tokenizer = load_tokenizer(str(shards / "vocab.txt"), 64, 2048)

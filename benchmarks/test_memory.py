@@ -5,7 +5,7 @@ from benchmarks import results
 from benchmarks.alone import Alone
 from benchmarks.implementations import BASELINES
 
-MOST = 0.6  # maximum memory relative to that of the expert
+MOST = 0.6  # maximum memory relative to the memory of the expert
 
 
 def test_memory(benchmark):

@@ -6,7 +6,7 @@ import tempfile
 from benchmarks import results
 from benchmarks.alone import Alone
 
-MODEL, SAMPLES = {"size": "small", "image_size": 224}, 2  # a step takes little time
+MODEL, SAMPLES = {"size": "small", "image_size": 224}, 2  # so that a step takes little time
 
 
 def launch(name: str, cache: str) -> float:

@@ -48,7 +48,7 @@ def make_batch(
     config: Config, samples: int, *, seed: int = 0, words: tuple[int, int] = WORDS
 ) -> tuple[PackedBatch, PaddedBatch]:
     """Return a batch in both layouts, with random images, captions whose lengths are uniform within `words`, and masks
-    that are sampled as by the loader."""
+    that are sampled in the same way as in the loader."""
     m, masking = config.model, config.masking
     rng = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (samples, m.channels, m.image_size, m.image_size), dtype=torch.uint8, generator=rng)

@@ -35,12 +35,12 @@ class ImageClassifier(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("images")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--minutes", type=float, default=5, help="time limit of the training, regardless of --epochs")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("model", help="an export folder, or a name on the Hugging Face Hub")
+    parser.add_argument("images", help="folder with a sub-folder of images for each class")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the training images (default: 10)")
+    parser.add_argument("--minutes", type=float, default=5, help="time limit of the training (default: 5)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the head (default: 0.001)")
+    parser.add_argument("--batch", type=int, default=32, help="number of images per step (default: 32)")
     args = parser.parse_args()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"

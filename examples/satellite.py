@@ -44,9 +44,9 @@ def run(*command: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=240)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("folder", type=Path, help="output folder for images, shards, the run and results")
+    parser.add_argument("--images", type=int, default=240, help="number of images (default: 240)")
+    parser.add_argument("--steps", type=int, default=60, help="approximate number of steps (default: 60)")
     args = parser.parse_args()
     images, shards, out = args.folder / "images", args.folder / "shards", args.folder / "run"
     make_images(images, args.images)
@@ -66,7 +66,7 @@ def main() -> None:
     }  # fmt: skip
     file = args.folder / "config.json"
     file.write_text(json.dumps(config, indent=2))
-    # black is a reflectance of 0, and white a reflectance of 1; the statistics refer to values in between
+    # black is a reflectance of 0 and white a reflectance of 1; the statistics refer to values on this scale
     pixels = ["--channels", C, "--dtype", "uint16", "--range", "0,10000"]
     run(*SHARDS, "stats", train, *pixels, "--write", file)
     shown = ["--set", "data.show_channels=[3,2,1]"]  # red, green and blue, as in a photograph

@@ -65,7 +65,7 @@ def ratios(shard: Path) -> list[float]:
 
 
 def config(run: Path, shards: Path, mode: str, seed: int, steps: int) -> dict[str, object]:
-    """Return the config of a run. A native image has as many patches as a square one."""
+    """Return the config of a run. A native image has the same number of patches as a square image."""
     sizes = {"resize": mode, "max_patches": PATCHES, "min_patches": PATCHES} if mode == "native" else {}
     return {
         "run": {"dir": str(run), "seed": seed},

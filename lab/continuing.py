@@ -6,9 +6,9 @@ python -m lab.continuing data/labelled --minutes 20        # nothing starts afte
 
 An MAE is trained on many images of a domain, the source. Then MAEs are trained on few images of another domain, the
 target: from scratch, and continuing from the source's weights, with the settings that `m3ae-fast pretrain` chooses. All
-are tested on held-out images of the target. The protocol is in lab/README.md. table.md is written to --out after each
-run. Complete runs are not repeated; an incomplete run starts again, so that its CPU time is that of one undisturbed
-run.
+encoders are tested on held-out images of the target. The protocol is in lab/README.md. table.md is written to --out
+after each run. Complete runs are not repeated; an incomplete run starts again, so that its CPU time is that of one
+undisturbed run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from m3ae_fast.weights.open_model import RANDOM, open_model
 
 TARGET = ("t-shirt", "pullover", "dress", "coat", "shirt")  # classes of the target; the others are the related source
 IMAGES = 2000  # number of training images of the target
-RELATED, UNRELATED = "related", "unrelated"  # the sources: the other clothes; drawings in colour
+RELATED, UNRELATED = "related", "unrelated"  # the sources: the other classes of Fashion-MNIST, and drawings in colour
 # the model "tiny" of `pretrain`, made smaller
 SIZES = {"image_size": 28, "patch_size": 7, "emb_dim": 64, "num_heads": 2, "dec_depth": 1}
 BATCH = 64
@@ -62,18 +62,19 @@ SETTINGS = {FULL: {"optim.peak_lr": peak_rate(BATCH, SIZES["emb_dim"])}, LAYERED
 DESCRIBED = {
     PIXELS: "raw pixels",
     RANDOM_WEIGHTS: "random weights",
-    RELATED: "weights of the related source, as they are",
-    UNRELATED: "weights of the unrelated source, as they are",
+    RELATED: "unchanged weights of the related source",
+    UNRELATED: "unchanged weights of the unrelated source",
     SCRATCH: "from scratch",
     ON: "continued from the related source",
-    FULL: "the same, full learning rate",
-    LAYERED: "the same, layer decay 0.75",
+    FULL: "continued from the related source, full learning rate",
+    LAYERED: "continued from the related source, layer decay 0.75",
     FAR: "continued from the unrelated source",
 }
 
 
 class Trial(NamedTuple):
-    """An encoder: an arm, or a source or a reference, whose number of steps is that of its own training."""
+    """An encoder: an arm, a source or a reference. The number of steps of an arm does not include the steps of its
+    source."""
 
     arm: str
     steps: int
@@ -85,7 +86,7 @@ class Trial(NamedTuple):
 
     @property
     def source(self) -> Trial | None:
-        """Return the encoder whose weights this one starts from; None for random weights."""
+        """Return the encoder with whose weights the training starts; None for random weights."""
         return Trial(STARTS[self.arm], SOURCE_STEPS, self.seed) if self.arm in STARTS else None
 
 
@@ -104,8 +105,8 @@ def plan(seeds: int) -> list[Trial]:
 
 
 def prepare(data: Path, folder: Path, seeds: int) -> None:
-    """Write a shard for each source, for the target's test images and, for each seed, for its training images; and the
-    labels, unless they exist. Raises UserError if `data` has no shards."""
+    """Write the labels and the shards, unless they exist: one for each source, one for the target's test images and,
+    for each seed, one for the target's training images. Raises UserError if `data` has no shards."""
     if (folder / LABELS).exists() and (folder / f"{TRAIN}-{seeds - 1}.tar").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +131,8 @@ def prepare(data: Path, folder: Path, seeds: int) -> None:
 
 
 class Laboratory:
-    """Trains and tests encoders, and stores in a folder which test images are classified correctly."""
+    """A folder in which encoders are trained and tested. It stores which test images each encoder classifies
+    correctly."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -152,7 +154,7 @@ class Laboratory:
         """Train an encoder if it needs training, test it, and store the result. Return False if it was stopped."""
         seconds = 0.0
         if trial.arm not in (PIXELS, RANDOM_WEIGHTS):
-            shutil.rmtree(self.run(trial), ignore_errors=True)  # of an interrupted run, whose CPU time is not known
+            shutil.rmtree(self.run(trial), ignore_errors=True)  # an interrupted run, whose CPU time is not known
             started = time.process_time()
             settings_file = self.out / "runs" / f"{trial.name}.json"
             write_whole(settings_file, json.dumps(self.config(trial), indent=1))
@@ -217,8 +219,8 @@ class Laboratory:
 class Result(NamedTuple):
     """Results of an arm at a length."""
 
-    correct: dict[str, Seeds]  # by task
-    cpu_s: float  # of its training, mean over seeds
+    correct: dict[str, Seeds]  # correctly classified test images, by task
+    cpu_s: float  # CPU seconds of the training, mean over seeds
 
 
 def collected(laboratory: Laboratory, seeds: int) -> dict[tuple[str, int], Result]:
@@ -289,7 +291,7 @@ def _percent(estimate: Estimate, sign: str = "") -> str:
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Return a table whose first line is the head."""
+    """Return a Markdown table whose header is the first line."""
     ruled = [lines[0], ["---"] + ["--:"] * (len(lines[0]) - 1), *lines[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
 
@@ -309,11 +311,13 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m lab.continuing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "data", type=Path, metavar="DATA", help="has folders fashion, twitter and google, as lab.labelled writes them"
+        "data", type=Path, metavar="DATA", help="folder with fashion, twitter and google, written by lab.labelled"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/continuing"), help="folder (default: runs/continuing)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/continuing"), help="output folder (default: runs/continuing)"
+    )
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"number of seeds (default: {SEEDS})")
-    parser.add_argument("--minutes", type=float, metavar="N", help="begin nothing after so many minutes")
+    parser.add_argument("--minutes", type=float, metavar="N", help="start no run after N minutes")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     started = time.monotonic()

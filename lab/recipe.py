@@ -42,7 +42,7 @@ from m3ae_fast.weights.open_model import RANDOM, open_model
 
 CLIPART = Path("data/openclipart")
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
-VALIDATED = 8  # one in this number of samples outside of the test set is used to choose the rule
+VALIDATED = 8  # of this number of samples outside of the test set, one is used to choose the rule
 SIDE = 36  # maximum side of an image in pixels
 MODEL = {
     "size": None, "emb_dim": 128, "depth": 2, "num_heads": 4, "dec_emb_dim": 64, "dec_depth": 1, "dec_num_heads": 2,
@@ -59,7 +59,7 @@ PROBES = {  # number of seeds by dataset and number of samples
     "emoji": {1_000: 3, ALL: 3},
     "clothes": {1_000: 3, 5_000: 3, 20_000: 1, 50_000: 1},
 }
-TUNINGS = {  # fine-tuning takes long, so there is one seed for each
+TUNINGS = {  # variants by dataset and number of samples, with one seed, because fine-tuning takes long
     "clothes": {1_000: (*VARIANTS,)},
     "drawings": {ALL: (*VARIANTS,)},
     "emoji": {ALL: (*VARIANTS,)},
@@ -67,7 +67,7 @@ TUNINGS = {  # fine-tuning takes long, so there is one seed for each
 
 
 class Trial(NamedTuple):
-    """A training of a classifier."""
+    """The training of a classifier."""
 
     task: str
     data: str
@@ -159,7 +159,8 @@ def drawn(seed: Any, key: str) -> int:
 
 
 class Laboratory:
-    """Trains the classifiers of a plan, and stores in a folder which samples each of them classifies correctly."""
+    """A folder in which the classifiers of a plan are trained. It stores which samples each classifier classifies
+    correctly."""
 
     def __init__(self, out: Path, steps: int) -> None:
         """Set the folder, and the number of training steps of each MAE."""
@@ -174,7 +175,7 @@ class Laboratory:
         return self.out / "results" / f"{trial.name}.json"
 
     def perform(self, trial: Trial) -> bool:
-        """Train a classifier and store which held-out samples it classifies correctly. Return False if it was
+        """Train a classifier and store which held-out samples it classifies correctly. Return False if the training was
         stopped."""
         if not self._trained(trial.data):
             return False
@@ -190,7 +191,8 @@ class Laboratory:
         return True
 
     def _trained(self, data: str) -> bool:
-        """Train an MAE on the images of a dataset, unless that is complete. Return False if it was stopped."""
+        """Train an MAE on the images of a dataset, unless this has been done. Return False if the training was
+        stopped."""
         run = self.out / data
         if (run / "checkpoints" / f"step-{self.steps:08}").exists():
             return True
@@ -235,7 +237,7 @@ class Laboratory:
         return {"train_samples": len(bank.keys), "settings": settings, "correct": correct}
 
     def _features(self, trial: Trial, model: str, session: Session) -> tuple[FeatureBank, FeatureBank]:
-        """Return the labelled features of the training images and of all others. Features are cached."""
+        """Return the labelled features of the training images and of all other images. Features are cached."""
         saved = self.out / f"{trial.data}-{trial.encoder}.pt"
         if model not in self._encoded and saved.exists():
             self._encoded[model] = torch.load(saved, weights_only=False)  # the file was written by this program
@@ -261,7 +263,7 @@ class Laboratory:
         return sorted(keys, key=lambda key: drawn(trial.seed, key))[: trial.samples or len(keys)]
 
     def _finetune(self, trial: Trial, model: str) -> dict[str, Any] | None:
-        """Fine-tune, and return the result; None if it was stopped."""
+        """Fine-tune an encoder and return the result; None if the training was stopped."""
         with tarfile.open(self.shard(trial.data, TRAIN)) as tar:
             images = {m.name.removesuffix(".jpg"): m for m in tar if m.name.endswith(".jpg")}
             keys = self._chosen(trial, [*images])

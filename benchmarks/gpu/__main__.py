@@ -1,8 +1,9 @@
 """python -m benchmarks.gpu [--quick | --odd | --tune | --step | --all] [--budget SECONDS]: checks every kernel on the
-GPU and compares its time with baselines; or tunes block sizes; or times whole training steps; or all of it, in stages.
+GPU and compares its time with baselines; or tunes block sizes; or times whole training steps; or does all of this, in
+stages.
 
 Results are written after each op, kernel or step, so that they are not lost if the run ends early. Checks, timing and
-tuning run in a separate process, and continue in another one after a crash. The exit code is 1 if a check, step or
+tuning run in a separate process, and continue in another process after a crash. The exit code is 1 if a check, step or
 stage fails, 2 if there is no GPU, and 3 if --all has stages left for another call.
 """
 
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--samples", type=int, help="with --step: batch size per GPU (default: 512)")
     found.add_argument("--recompute", action="store_true", help="with --step: recompute GELU and norms, to save memory")
     found.add_argument("--results", type=Path, metavar="DIR", help="output folder (default: benchmarks/results/GPU)")
-    # internal: set for the process that the program starts, which processes the items from this one on
+    # internal: set for the process that the program starts, which processes the items from this item on
     found.add_argument("--from", type=int, dest="first", help=argparse.SUPPRESS)
     return found
 
@@ -108,7 +109,7 @@ def _alone(
                 if dtype != torch.float16 or args.dtype:  # by default, float16 uses the table of bfloat16
                     failed += tune.tune(device, options.get("sizes", LARGE), dtype, folder, only=args.tune)
     except suite.DeviceBroken as error:
-        print(f"the device is lost to this process: {error.__cause__}", flush=True)
+        print(f"this process can no longer use the GPU: {error.__cause__}", flush=True)
         return suite.BROKEN
     return 1 if failed or any(check.problems for check in checks) else 0
 

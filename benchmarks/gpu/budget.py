@@ -15,8 +15,8 @@ class OutOfTime(BaseException):
 
 @contextmanager
 def budget(seconds: float) -> Iterator[None]:
-    """Context manager that ends the block after `seconds`, with a message. C code is not interrupted. The block must
-    write its results as it proceeds."""
+    """End the `with` block after `seconds`, with a message. C code is not interrupted. The block must write its results
+    as it proceeds."""
 
     def end(*_: object) -> None:
         raise OutOfTime
@@ -27,7 +27,7 @@ def budget(seconds: float) -> Iterator[None]:
     try:
         yield
     except OutOfTime:
-        print(f"--budget: {time.monotonic() - started:.0f} s are over; what was done is written", flush=True)
+        print(f"--budget: {time.monotonic() - started:.0f} s are over; the results so far are written", flush=True)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

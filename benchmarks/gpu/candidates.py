@@ -1,5 +1,5 @@
-"""python -m benchmarks.gpu.candidates: compiles settings of the matmul kernels ahead of time, on a CPU, and stores for
-each kernel the dozen that are worth timing on a GPU, in precompiled/ARCH.json.
+"""python -m benchmarks.gpu.candidates: compiles settings of the matmul kernels ahead of time, on a CPU. For each
+kernel, it stores the dozen settings that are worth timing on a GPU, in precompiled/ARCH.json.
 
 Settings that spill registers, do not fit into shared memory or do not use tensor cores are excluded. For each tile
 shape, the settings with the largest number of bytes in flight to a multiprocessor are kept: registers and shared memory
@@ -112,9 +112,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def settings_to_try(kernel: str, now: Settings, arch: str, width: str) -> list[Settings]:
-    """Return the settings to try. For a matmul kernel: those compiled ahead of time. For attention, which takes seconds
-    to compile: other numbers of warps and stages for the present tile, then other tiles with two stages, which
-    prefetch, and with the present number. For small kernels: all settings close to the present one."""
+    """Return the settings to try. For a matmul kernel, these are the settings that were compiled ahead of time. For
+    attention, which takes seconds to compile, the present tile is tried with other numbers of warps and stages, and
+    then other tiles, with two stages (which prefetch) and with the present number of stages. For small kernels, these
+    are all settings close to the present settings."""
     if "BLOCK_K" in now:
         return read(arch).get(kernel, {}).get(width, [])
     if "TILE_M" in now:

@@ -57,7 +57,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks.gpu.ceilings: torch sees no CUDA device on this machine", file=sys.stderr)
         return 2
-    results.write("gpu-ceilings", "What this GPU reaches at best", measure_all(CudaDevice()))
+    results.write("gpu-ceilings", "Peak throughput of this GPU", measure_all(CudaDevice()))
     return 0
 
 

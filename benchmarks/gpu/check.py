@@ -1,7 +1,7 @@
 """Checks of the ops on the device against accurate results, for small odd sizes in three dtypes and for the inputs that
 are timed.
 
-It is also checked that ops do not synchronise with the host, and that repeated results are bitwise equal.
+Ops must also not synchronise with the host, and repeated results must be bitwise equal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.results import Row
 
 # The allowed error is twice that of plain torch in the same dtype, plus the error of rounding a result once.
 FLOOR = {torch.float32: 5e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
-CHUNKS = 4  # number of chunks in which the reference processes the timed sizes, because its logits have gigabytes
+CHUNKS = 4  # number of chunks in which the reference processes the timed sizes, because its logits take gigabytes
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -22,7 +22,7 @@ from benchmarks.gpu.processes import Processes
 
 CONFIG = ROOT / "configs/quickstart.json"
 LOSSES = ("val_image_loss", "val_text_loss")
-PATIENCE_S = 390  # time limit in seconds, which is below that of the stage in the plan
+PATIENCE_S = 390  # time limit in seconds, below the time limit of the stage in the plan
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def _finish(
     settings: Mapping[str, object],
     until: float,
 ) -> int | None:
-    """Wait for the end of a run and return its exit code. If the curve says so, kill the run and start it again in
-    between."""
+    """Wait for the end of a run and return its exit code. If the curve has a step for a kill, kill the run there and
+    start it again."""
     if curve.kill_at is not None:
         while trainer.poll() is None and time.monotonic() < until and last_step(run) < curve.kill_at:
             time.sleep(0.05)

@@ -4,10 +4,10 @@ each.
 Each stage consists of one or several processes with a time limit. The output of its commands is stored in the folder of
 the stage, or in sub-folders with the names of the commands, before it is evaluated, and record.json describes how the
 stage ended. A stage with a record is complete; the next call continues with the following stages, and repeats stages
-that failed because a module was missing that is now installed. A stage that fails, hangs or prints nothing does not
-affect other stages, and all its processes are ended. After every stage, records, logs and tables are packed into one
-file, which the next call uses, also on another machine. The caches of compilers stay in the folder between calls.
-PLAN.md describes what each stage shows.
+that failed because of a missing module, if the module is now installed. A stage that fails, hangs or prints nothing
+does not affect other stages, and all its processes are ended. After every stage, records, logs and tables are packed
+into one file, which the next call uses, also on another machine. The caches of compilers stay in the folder between
+calls. PLAN.md describes the result of each stage.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN, again: Col
     failed, `LATER` if stages are left, otherwise 0."""
     deadline, begun = time.monotonic() + seconds, False
     if taken := archive.unpack(folder):
-        print(f"{', '.join(taken)}: taken up from {folder / archive.ARCHIVE}", flush=True)
+        print(f"{', '.join(taken)}: restored from {folder / archive.ARCHIVE}", flush=True)
     for name in again:
         _set_aside(folder / name)
         archive.pack(folder)  # packed again, because the old archive would restore the folders that were set aside
@@ -140,7 +140,8 @@ def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN, again: Col
 
 
 def _is_done(place: Path) -> bool:
-    """Return whether a stage has a record, unless it failed only because a module was missing that is now installed."""
+    """Return whether a stage has a record. A stage that failed because of a missing module does not count if the module
+    is now installed."""
     try:
         record = json.loads((place / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -22,8 +22,8 @@ POLL = 0.02
 
 
 class Processes:
-    """A context manager that ends all processes that were started in it, directly or indirectly. In the meantime,
-    SIGTERM raises SystemExit in this process, so that it can do so.
+    """A context manager that ends all processes that were started in it, directly or indirectly. Inside the `with`
+    block, SIGTERM raises SystemExit in this process, so that it can end them.
 
     Args:
         patience: seconds between SIGTERM and SIGKILL; 0: SIGKILL is sent at once.
@@ -39,7 +39,7 @@ class Processes:
     def start(
         self, command: Sequence[str], log: Path | None = None, env: Mapping[str, str] | None = None, **options
     ) -> subprocess.Popen:
-        """Start a command. `log`: file to which its output is appended, None for the output of this process; `env`:
+        """Start a command. `log`: file to which the output is appended, None for the output of this process; `env`:
         additional environment variables; `options`: further arguments of Popen."""
         marks = "/".join(filter(None, (os.environ.get(VARIABLE), self._mark)))
         with ExitStack() as files:
@@ -82,7 +82,7 @@ class Processes:
         return found
 
     def _wait(self, seconds: float) -> None:
-        """Wait until all processes have ended, but at most this number of seconds."""
+        """Wait until all processes have ended, but for at most this number of seconds."""
         until = time.monotonic() + seconds
         while self.running() and time.monotonic() < until:
             time.sleep(POLL)

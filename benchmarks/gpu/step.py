@@ -62,8 +62,8 @@ IMPLEMENTATIONS = {"deepspeed": "engine, DeepSpeed", "torch": "engine, torch", "
 METRICS = "metrics.jsonl"
 # tables made from a trace: title, and function that returns the rows
 PROFILE: dict[str, tuple[str, Callable[[Path], list[results.Row]]]] = {
-    "gpu-kernels": ("The kernels that take most of a step", heaviest),
-    "gpu-profile": ("Where a step's time goes", breakdown),
+    "gpu-kernels": ("Kernels that take the most time of a step", heaviest),
+    "gpu-profile": ("Time of a step by kind of kernel", breakdown),
 }
 PATIENCE = 5.0  # seconds for a trainer to end, which is less than the patience of a stage in the plan
 
@@ -74,8 +74,9 @@ def run(
     implementations: Sequence[str] = tuple(IMPLEMENTATIONS.values()),
 ) -> int:
     """Time each case, and return the number of failed runs. After each run, the tables are printed and written to
-    `folder` (None: that of this machine) as gpu-step.json and the files in `PROFILE`. A run that fails, usually for
-    lack of memory, has no numbers. The log, metrics and trace of a run are stored in a folder next to the tables."""
+    `folder` (None: the folder of this machine) as gpu-step.json and the files in `PROFILE`. A run that fails, usually
+    for lack of memory, has no numbers. The log, metrics and trace of a run are stored in a folder next to the
+    tables."""
     gpus, failed = max(1, torch.cuda.device_count()), 0
     steps: list[results.Row] = []
     profile: dict[str, list[results.Row]] = {table: [] for table in PROFILE}
@@ -106,7 +107,9 @@ def run(
                     failed += 1
                     print(f"{case.name}, {name}: {error or repr(error)}", flush=True)
                 steps.append(row)
-                path = results.save("gpu-step", "Training as it ships, captions of 8 to 32 tokens", steps, folder)
+                path = results.save(
+                    "gpu-step", "Training with the shipped configs, captions of 8 to 32 tokens", steps, folder
+                )
                 for table, rows in profile.items():
                     if rows:
                         path = results.save(table, PROFILE[table][0], rows, folder)

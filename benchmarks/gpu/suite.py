@@ -1,5 +1,5 @@
-"""Checks and timing of all ops, item by item. An item that raises an error does not affect others, and neither does one
-that terminates its process, because another process continues with the next item."""
+"""Checks and timing of all ops, item by item. An item that raises an error does not affect other items. If an item
+terminates its process, another process continues with the next item."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def check_and_time(
     repeats: int = 10,
 ) -> None:
     """Process the items from number `first` on. The results of checks are appended to `checks`, and the rows to
-    gpu-checks.json and gpu-ops.json in `folder` (None: that of this machine) after each item.
+    gpu-checks.json and gpu-ops.json in `folder` (None: the folder of this machine) after each item.
 
     Raises:
         DeviceBroken: the device has become unusable.

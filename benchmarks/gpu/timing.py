@@ -1,4 +1,4 @@
-"""Timing of an op and its baselines: forward, backward and both, with the least possible time as a fraction of the
+"""Timing of an op and its baselines: forward, backward and both, with the minimum possible time as a fraction of the
 measured time."""
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def time_op(
 
 
 def least_ms(cost: Cost, device_name: str) -> float | None:
-    """Return the least possible time in milliseconds for (FLOPs, bytes) according to the peaks of a device; None if
-    these are unknown."""
+    """Return the minimum possible time in milliseconds for (FLOPs, bytes) according to the peaks of a device; None if
+    the peaks are unknown."""
     peaks = data_sheet(device_name)
     return None if peaks is None else 1e3 * max(cost[0] / peaks.flops, cost[1] / peaks.bandwidth)
 

@@ -1,7 +1,7 @@
 """Tuning of block sizes for the present device: the launches of each candidate are timed, and the fastest is kept.
 
-A kernel is timed within the op that uses it most, so that its inputs are realistic. Only its launches are timed, each
-between two time stamps on the device. The host runs far enough ahead that launch overhead is not included.
+A kernel is timed within the op in which it takes the most time, so that its inputs are realistic. Only its launches are
+timed, each between two time stamps on the device. The host runs far enough ahead that launch overhead is not included.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks.ops import OPS, Sizes, Workload, make
 from benchmarks.results import Row
 
 Device = CudaDevice | CpuDevice
-GAIN = 0.99  # new settings must take less than this fraction of the time of the best ones; a smaller gain may be noise
+GAIN = 0.99  # new settings must take less than this fraction of the best settings' time; a smaller gain may be noise
 REPEATS = 7
 TUNING = "gpu-tuning"
 
@@ -56,7 +56,7 @@ class Launches:
 
 @contextmanager
 def watched(device: Device) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
-    """Context manager that collects the time stamps of all launches, by the kernel's name in the tuning table."""
+    """Collect the time stamps of all launches in the `with` block, by the kernel's name in the tuning table."""
     stamps: dict[str, list[tuple[Any, Any]]] = {}
     names = {f"{case.kernel}_kernel": case.table or case.kernel for case in CASES}
     modules = [module for name, module in sys.modules.items() if name.startswith("m3ae_kernels.triton_impl.")]
@@ -114,9 +114,9 @@ def tune(
     """Replace the settings in the device's table by the fastest ones, kernel by kernel, and return the number of
     kernels for which no setting works. `only`: names of the kernels to tune; empty for all.
 
-    Each setting is recorded in gpu-tuning.json in `folder` (None: that of this machine) before it is tried. The file is
-    read at the start, so that a tuning that ended early, or whose process was terminated by a setting, continues with
-    the next one.
+    Each setting is recorded in gpu-tuning.json in `folder` (None: the folder of this machine) before it is tried. The
+    file is read at the start, so that a tuning that ended early, or whose process was terminated by a setting,
+    continues with the next setting.
 
     Raises:
         DeviceBroken: the device has become unusable.
@@ -141,8 +141,8 @@ def tune(
 
 class _Search:
     """A search for the best settings of one kernel, timed within one op. It starts with the present settings and
-    proceeds to those close to the best ones so far. At any time, the loaded table contains the best settings with
-    correct results, which are also marked in the rows."""
+    proceeds to settings close to the best settings so far. At any time, the loaded table contains the best settings
+    with correct results, which are also marked in the rows."""
 
     def __init__(
         self, device: Device, kernel: str, arch: str, width: str, work: Workload, rows: list[Row], folder: Path | None

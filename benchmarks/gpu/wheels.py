@@ -25,8 +25,8 @@ THERE = {
 
 
 def needed(also: Collection[str] = ()) -> list[str]:
-    """Return the requirements in pyproject.toml's dependencies and its extra `train`, without those in `THERE` except
-    for the ones in `also`."""
+    """Return the requirements in pyproject.toml's dependencies and its extra `train`, without the packages in `THERE`
+    that are not in `also`."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lists = re.findall(r"^(?:dependencies|train) = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
     found = re.findall(r'"([^"]+)"', "".join(lists))
@@ -86,20 +86,27 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the list or download the wheels, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.wheels", description=__doc__.split(":")[1].strip())
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
-    parser.add_argument("--python", default=own, metavar="VERSION", help=f"of the other machine (default {own})")
-    parser.add_argument("--download", type=Path, metavar="FOLDER", help="where to put the wheels")
     parser.add_argument(
-        "--also", nargs="+", default=(), choices=sorted(THERE), metavar="NAME", help="it lacks these too"
+        "--python", default=own, metavar="VERSION", help=f"Python of the other machine (default: {own})"
+    )
+    parser.add_argument("--download", type=Path, metavar="FOLDER", help="folder to which the wheels are downloaded")
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        default=(),
+        choices=sorted(THERE),
+        metavar="NAME",
+        help="further packages that the other machine lacks",
     )
     args = parser.parse_args(arguments)
     if not re.fullmatch(r"3\.\d+", args.python):
-        parser.error(f"--python {args.python}: such as 3.12")
+        parser.error(f"--python {args.python}: must be a version such as 3.12")
     if args.download is None:
         print("\n".join(needed(args.also)))
         return 0
     if code := download(args.download, args.python, args.also):
         return code
-    print(f"there: pip install --no-index --no-deps {args.download}/*.whl")
+    print(f"on the other machine: pip install --no-index --no-deps {args.download}/*.whl")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The example programs and the notebook run as they are."""
+"""The example programs and the notebook run unchanged."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def test_notebook_leads_from_pictures_to_a_probe(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     stored = nbformat.read(NOTEBOOK, as_version=4)
     fresh = nbformat.from_dict(stored)
-    for cell in fresh.cells:  # trains for half as many steps
+    for cell in fresh.cells:  # half the number of training steps
         cell.source = cell.source.replace('--config "$CONFIG"', '--config "$CONFIG" --set train.epochs=14')
     NotebookClient(fresh, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(map(texts, fresh.cells))

@@ -1,4 +1,4 @@
-"""The example programs of the kernel library run as printed."""
+"""The example programs of the kernel library run unchanged."""
 
 import re
 import subprocess

@@ -38,7 +38,8 @@ class Emoji(Records):
     """Records of a vendor's emoji, with their category as class and their names as caption."""
 
     def __init__(self, vendor: str, package: Path | None, downloads: Path):
-        """Open the package; None: download it to `downloads`. Raises UserError if it cannot be downloaded or read."""
+        """Open `package` or, if it is None, download it to `downloads` first. Raises UserError if the package cannot be
+        downloaded or read."""
         command = ["npm", "pack", f"emoji-datasource-{vendor}@{VERSION}"]
         package = package or fetch(command, downloads / vendor, ".tgz")
         try:

@@ -29,7 +29,8 @@ class Fashion(Records):
     classes = CLASSES
 
     def __init__(self, package: Path | None, downloads: Path):
-        """Open the package; None: download it to `downloads`. Raises UserError if it cannot be downloaded or read."""
+        """Open `package` or, if it is None, download it to `downloads` first. Raises UserError if the package cannot be
+        downloaded or read."""
         package = package or fetch(COMMAND, downloads, ".deb")
         files = read_members(package, FOLDER, ".gz")
         try:

@@ -21,12 +21,12 @@ def fetch(command: list[str], folder: Path, suffix: str) -> Path:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except OSError as error:
         raise UserError(
-            f"{command[0]}: {error.strerror}; get the package elsewhere and name it with --package"
+            f"{command[0]}: {error.strerror}; get the package elsewhere and pass it with --package"
         ) from None
     found = sorted(folder.glob(f"*{suffix}"))
     if done.returncode or not found:
         reason = (done.stderr.strip() or f"leaves no {suffix}").splitlines()[-1][:200]
-        raise UserError(f"{' '.join(command)}: {reason}; get the package elsewhere and name it with --package")
+        raise UserError(f"{' '.join(command)}: {reason}; get the package elsewhere and pass it with --package")
     return found[-1]
 
 
@@ -47,7 +47,7 @@ def read_members(package: Path, folder: str, suffix: str) -> dict[str, bytes]:
     except (OSError, EOFError, tarfile.TarError, ValueError) as error:
         raise UserError(f"{package}: cannot be read ({error}); download it again") from None
     if not found:
-        raise UserError(f"{package}: has no {folder}/*{suffix}; it is another package, or another version of it")
+        raise UserError(f"{package}: has no {folder}/*{suffix}; it is a different package or version")
     return found
 
 

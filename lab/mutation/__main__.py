@@ -4,7 +4,8 @@ A random sample of small bugs is inserted into the code, one at a time. For each
 changed line are run, fastest first, up to a time limit. Mutants that none of them notices are then tried with the slow
 tests of their part of the code. Each result is written to FOLDER/results.jsonl at once, and a repeated call resumes.
 
-FOLDER/coverage*.json are written by `python -m lab.mutation.coverage_map`. The whole takes about an hour on one core.
+FOLDER/coverage*.json are written by `python -m lab.mutation.coverage_map`. A complete run takes about an hour on one
+core.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         credited = sorted({result["noticed"] for result in results if "::" in (result["noticed"] or "")})
         unchanged = trial(Mutant("README.md", 0, 0, 0, "", ""), credited, tree, 600)
     if unchanged.noticed:
-        raise RuntimeError(f"a test that noticed a mutant fails without one too: {unchanged.noticed}")
+        raise RuntimeError(f"a test that noticed a mutant also fails on unchanged code: {unchanged.noticed}")
     print(report(results, args.seed))
     return 0
 

@@ -1,4 +1,5 @@
-"""Record which lines each test executes, and its duration: python -m lab.mutation.coverage_map FILE.json TEST..."""
+"""Record the lines that each test executes, and the duration of each test: python -m lab.mutation.coverage_map
+FILE.json TEST..."""
 
 from __future__ import annotations
 

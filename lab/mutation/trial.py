@@ -61,7 +61,7 @@ def trial(mutant: Mutant, tests: list[str], tree: Path, limit_s: float) -> Verdi
     if os.WEXITSTATUS(status) in (1, 2):
         failed = [line.split(" - ")[0] for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
         return Verdict(failed[0].partition(" ")[2] if failed else "an error while tests are imported", seconds)
-    raise RuntimeError(f"{mutant.name}: pytest could not work:\n{said[-2000:]}")
+    raise RuntimeError(f"{mutant.name}: pytest could not run:\n{said[-2000:]}")
 
 
 def _wait(pid: int, limit_s: float) -> int | None:

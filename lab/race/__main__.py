@@ -5,9 +5,9 @@ python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter
 python -m lab.race data/labelled --out runs/race
 python -m lab.race data/labelled --minutes 40 --final-seeds 0     # the shortest part; the next call continues
 
-Each run is trained by the public program and tested, where the time of tests is not counted. race.json, race.png and
-README.md are written after each run. Completed runs are not repeated: if the program is stopped, call it again, on
-another machine with the same --results.
+Each run is trained by the public program and tested. The time of the tests is not counted. race.json, race.png and
+README.md are written after each run. Completed runs are not repeated: if the program is stopped, run it again. On
+another machine, pass the same --results.
 """
 
 from __future__ import annotations
@@ -45,19 +45,31 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m lab.race", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("folder", type=Path, metavar="DATA", help="folder with fashion, twitter and google, written by lab.labelled")
+    add("--out", type=Path, default=Path("runs/race"), help="output folder for the runs (default: runs/race)")
+    add("--results", type=Path, metavar="DIR", help="output folder for the tables and the plot (default: --out)")
+    add("--minutes", type=float, metavar="N", help="start no run after N minutes")
+    add("--data", nargs="+", choices=TESTS, default=[*TESTS], help="datasets (default: all)")
     add(
-        "folder", type=Path, metavar="DATA", help="has folders fashion, twitter and google, as lab.labelled writes them"
+        "--sizes", nargs="+", choices=settings["sizes"], default=[*settings["sizes"]], help="model sizes (default: all)"
     )
-    add("--out", type=Path, default=Path("runs/race"), help="folder for runs (default: runs/race)")
-    add("--results", type=Path, metavar="DIR", help="folder for tables and plot (default: --out)")
-    add("--minutes", type=float, metavar="N", help="begin no run after so many minutes")
-    add("--data", nargs="+", choices=TESTS, default=[*TESTS], help="data sets (default: all)")
-    add("--sizes", nargs="+", choices=settings["sizes"], default=[*settings["sizes"]], help="models (default: all)")
     add("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="recipes (default: all)")
-    add("--lengths", nargs="+", type=int, metavar="STEPS", help="lengths of runs (default: all of settings.json)")
-    add("--tune", nargs="*", choices=settings["tried"], default=[*settings["tried"]], help="settings (default: all)")
-    add("--seeds", type=int, default=SEEDS, help=f"of all arms at the shortest length (default: {SEEDS})")
-    add("--final-seeds", type=int, default=FINAL_SEEDS, help=f"at all lengths (default: {FINAL_SEEDS})")
+    add(
+        "--lengths",
+        nargs="+",
+        type=int,
+        metavar="STEPS",
+        help="lengths of runs in steps (default: all in settings.json)",
+    )
+    add(
+        "--tune",
+        nargs="*",
+        choices=settings["tried"],
+        default=[*settings["tried"]],
+        help="settings to tune (default: all)",
+    )
+    add("--seeds", type=int, default=SEEDS, help=f"seeds per arm, at the shortest length (default: {SEEDS})")
+    add("--final-seeds", type=int, default=FINAL_SEEDS, help=f"seeds, at all lengths (default: {FINAL_SEEDS})")
     add("--finetune", type=int, default=SEEDS, metavar="N", help=f"seeds to fine-tune (default: {SEEDS})")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of settings.json")
     return parser.parse_args(argv)
@@ -121,9 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for size in args.sizes:
                 _race(runner, args, data, size)
     except TimeIsOver:
-        say(f"{args.minutes:g} minutes are over; the next call goes on")
+        say(f"{args.minutes:g} minutes are over; run the same command again to continue")
     except Stopped:
-        say("stopped; call it again to go on")
+        say("stopped; run the same command again to continue")
         return 1
     runner.write()
     say(f"see {folder / report.PAGE}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 BASELINE, FAST = "baseline", "cross, a third, Muon"
-USUAL = "baseline, usual settings"  # which are not tuned: at lengths other than that of tuning they may be better
+USUAL = "baseline, usual settings"  # untuned settings, which may be better at other lengths than the tuned ones
 Overrides = tuple[tuple[str, Any], ...]  # settings with their values, which must be representable in JSON
 
 _CROSS: Overrides = (("model.dec_attention", "cross"),)
@@ -35,7 +35,7 @@ ARMS: dict[str, Overrides] = {
     "all": (*_CROSS, *_THIRD, *_MUON, *_WSD),
 }
 PIXELS, RANDOM_WEIGHTS = "raw pixels", "random weights"  # references without training, which the baseline must exceed
-# numbers of seeds: of all arms at the shortest length, and of the baseline and the fast arm at all lengths
+# numbers of seeds: for all arms at the shortest length, and for the baseline and the fast arm at all lengths
 SEEDS, FINAL_SEEDS = 3, 5
 CHECKED = "optim.peak_lr"  # the setting that is tried again at a longer length, on validation samples
 
@@ -50,7 +50,7 @@ class Trial:
     steps: int  # for batches of 128 samples; with another batch size, the number of samples is the same
     seed: int
     tuned: Overrides = ()
-    validation: bool = False  # whether it is tested on the samples for choosing settings
+    validation: bool = False  # whether the run is tested on the samples for choosing settings
 
     @property
     def overrides(self) -> Overrides:
@@ -79,17 +79,17 @@ def tuned_as(arm: str) -> str:
 def race(
     data: str, size: str, lengths: Sequence[int], tried: Mapping[str, Sequence[Any]], seeds: int, final_seeds: int
 ) -> Iterator[Trial]:
-    """Yield the runs of one model size on one dataset, without the settings that are tuned: first, for each seed, both
-    baselines at the three shortest lengths, between which the cost is interpolated, and all arms at the shortest; then
-    the check of the learning rates at the third length; then, for each seed, the baseline with its usual settings and
-    the fast arm at all lengths, the longest first.
+    """Yield the runs of one model size on one dataset in order, without their tuned settings. First, for each seed,
+    come both baselines at the three shortest lengths, between which the cost is interpolated, and all arms at the
+    shortest length. The check of the learning rates at the third length follows. At the end, for each seed, come the
+    baseline with its usual settings and the fast arm at all lengths, the longest first.
 
     Args:
         data: name of the dataset.
         size: name of the model size.
         lengths: numbers of steps, ascending.
         tried: values of each setting, with the default first.
-        seeds, final_seeds: numbers of seeds of the two parts at the beginning and at the end.
+        seeds, final_seeds: numbers of seeds of the first and of the last part.
     """
     trial = Trial(data, size, BASELINE, lengths[0], 0)
     ladder = [replace(trial, arm=arm, steps=steps) for steps in lengths[:3] for arm in (BASELINE, USUAL)]
@@ -109,9 +109,9 @@ def race(
 
 
 def finetuned(data: str, size: str, lengths: Sequence[int], seeds: int) -> Iterator[Trial]:
-    """Yield the runs whose encoders are fine-tuned, without the settings that are tuned: for each seed, the baseline
-    with its usual settings at the greatest length, the fast recipe at the length before it, an encoder with random
-    weights, and both recipes at the shortest length.
+    """Yield the runs whose encoders are fine-tuned, without their tuned settings: for each seed, the baseline with its
+    usual settings at the greatest length, the fast recipe at the length before it, an encoder with random weights, and
+    both recipes at the shortest length.
 
     Args:
         data: name of the dataset.

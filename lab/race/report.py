@@ -24,14 +24,17 @@ from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.errors import UserError
 
 JSON, PLOT, PAGE, ANSWERS = "race.json", "race.png", "README.md", "answers.json.xz"
-DATA = {"clothes": "Fashion-MNIST", "emoji": "emoji"}  # as tables and plots name them
-BASELINES = (BASELINE, USUAL)  # at each cost the better of the two counts
+DATA = {"clothes": "Fashion-MNIST", "emoji": "emoji"}  # names in tables and plots
+BASELINES = (BASELINE, USUAL)  # at each cost, the better of the two baselines counts
 COSTS = {"flops": "FLOPs", "seconds": "seconds", "samples": "samples"}
 SELECTING = ("lengths", "tried")  # sections of settings.json that are part of the trials
 REPLICATES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
-LEGEND = {BASELINE: "baseline, tuned at 300 steps", FAST: f"fast recipe: {FAST}"}  # other arms have their names
-AXES = {"flops": (1e12, "executed TFLOP"), "seconds": (1, "CPU seconds of training")}  # costs with unit, in the plot
+LEGEND = {
+    BASELINE: "baseline, tuned at 300 steps",
+    FAST: "fast recipe: cross-attention, a third predicted, Muon",
+}  # other arms keep their names
+AXES = {"flops": (1e12, "executed TFLOP"), "seconds": (1, "CPU seconds of training")}  # divisor and label
 Row = dict[str, Any]
 
 
@@ -74,7 +77,7 @@ class Weights:
             return self._known[id(correct)][1]
         weights_RN = self._drawn[:, [self._place[self._labels[key]["emoji"]] for key in correct]]
         found_R = weights_RN @ np.array([*correct.values()], np.float32) / np.maximum(weights_RN.sum(1), 1)
-        self._known[id(correct)] = correct, found_R  # keeps the dictionary, and so its id
+        self._known[id(correct)] = correct, found_R  # a reference to the dictionary keeps its id valid
         return found_R
 
 
@@ -191,8 +194,8 @@ def tables(rows: Sequence[Row], finetuned: Sequence[Row], head: dict[str, Any], 
 
 
 def _shares(rows: Sequence[Row], title: str, tests: Sequence[str], weights: Weights) -> list[str]:
-    """Return a table of the baseline's cost that the fast recipe needs for the accuracy of each of the baseline's runs:
-    the measure of the protocol's target."""
+    """Return a table of the fraction of the baseline's cost with which the fast recipe reaches the accuracy of each run
+    of the baseline. The target of the protocol refers to this fraction."""
     ladder, cells = [row for row in rows if row["trial"]["arm"] == FAST], []
     baselines = [(row["trial"]["arm"], row["trial"]["steps"]) for row in rows if row["trial"]["arm"] in BASELINES]
     for arm, steps in sorted({*baselines}):
@@ -314,7 +317,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 axis.plot(*means, "-o", color=colour, ms=5, label=LEGEND.get(arm, arm))
                 axis.plot(x, y, "o", color=colour, ms=3, alpha=0.4)
             axis.set(xscale="log", xlabel=f"{label}, logarithmic", ylabel="accuracy of the linear probe, %")
-            axis.set_title(f"{DATA[data]}, {size}", fontsize=10)
+            axis.set_title(f"{DATA[data]}, model {size}", fontsize=10)
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.xaxis.set_minor_formatter(NullFormatter())

@@ -110,7 +110,7 @@ class Race:
                 images = measure.images_of(part)
                 write_labelled(shards[-1], ((k, image, classes.index(labels[k]["category"])) for k, image in images))
         model = str(run)
-        if not trial.trained:  # the model of a checkpoint with the same sizes, with random weights
+        if not trial.trained:  # random weights in the model of a checkpoint with the same sizes
             shortest = replace(
                 trial, arm=USUAL, steps=min(self.settings["lengths"]), tuned=usual(self.settings["tried"])
             )
@@ -132,7 +132,8 @@ class Race:
         return run
 
     def _train(self, trial: Trial, run: Path) -> dict[str, float]:
-        """Train, and return the cost. CPU seconds are those of this process, without its loader workers."""
+        """Train a run, and return its cost. CPU seconds are the CPU time of this process, without its loader
+        workers."""
         config, started = parse(Config, self.config(trial), trial.name), time.process_time()
         train.main(["--config", str(run.with_suffix(".json")), "--resume", "auto"])
         seconds, steps = time.process_time() - started, config.train.steps
@@ -143,7 +144,7 @@ class Race:
         return {"samples": samples, "flops": flops(config), "seconds": seconds * (1 - waited), "whole_seconds": seconds}
 
     def config(self, trial: Trial) -> dict[str, Any]:
-        """Return the config of a run, plain JSON data."""
+        """Return the config of a run as plain JSON data."""
         config = json.loads(json.dumps(self.settings["train"]))
         for name, section in self.settings["data"][trial.data].items():
             config.setdefault(name, {}).update(section)
@@ -152,7 +153,7 @@ class Race:
         split = split_of(self.shards, trial.seed, trial.validation)
         if trial.data == "clothes":
             shards, modality = clothes_to_train_on(self.shards), "image"
-        else:  # of one vendor only, so that the encoder has not seen the style of the other
+        else:  # only one vendor, so that the encoder has not seen the style of the other vendor
             shards, modality = next(iter(split.train.values())), "auto"
         config["data"]["train"] = [{"shards": [str(path) for path in shards], "modality": modality}]
         for setting, value in trial.overrides if trial.trained else ():

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         "--minutes",
         type=float,
         default=10,
-        help="time after which no more faults are injected and the last run is completed",
+        help="minutes after which no more faults are injected; the last run is then completed (default: 10)",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the faults (default: 0)")
     parser.add_argument("--out", type=Path, help="Markdown file to which the report is also written")

@@ -87,7 +87,7 @@ class Tally:
     """The results of all runs."""
 
     tried: Counter = field(default_factory=Counter)  # number of injected faults by kind
-    survived: Counter = field(default_factory=Counter)  # the same in runs that ended identically to an undisturbed run
+    survived: Counter = field(default_factory=Counter)  # number of these faults in runs that ended identically
     runs: int = 0
     whole: int = 0
     starts: int = 0
@@ -139,7 +139,7 @@ class Soak:
             fault = None
             if start < FAULTY_STARTS and time.monotonic() < self.until:
                 fault = self._choose(self.folder / name, ranks)
-            self.say(f"run {self.tally.runs} on {layout}, start {start + 1}: {fault or 'left alone'}")
+            self.say(f"run {self.tally.runs} on {layout}, start {start + 1}: {fault or 'no fault'}")
             happened, code, out = self._start(name, layout, fault)
             if fault:
                 (met if happened else self._deck).append(fault)
@@ -159,7 +159,7 @@ class Soak:
 
     def _run_untouched(self, layout: str) -> Outcome:
         name = f"untouched-{layout.replace(' ', '-')}"
-        self.say(f"the run on {layout} that nobody touches")
+        self.say(f"the undisturbed run on {layout}")
         _, code, out = self._start(name, layout, None)
         if code or not self._complete(name):
             raise RuntimeError(f"a run without faults failed:\n{out}")
@@ -167,8 +167,8 @@ class Soak:
         return self._untouched[layout]
 
     def _choose(self, run_dir: Path, ranks: int) -> str | None:
-        """Return the name of the next fault that is possible now, or None; damage to files is done at once. Each fault
-        is used before any is repeated."""
+        """Return the name of the next fault that is possible now, or None. If the fault is damage to files, it is done
+        at once. No fault is repeated before all others have been used."""
         if not self._deck:
             self._deck = [*FAULTS, *DAMAGES, FULL_DISK]
             self.chance.shuffle(self._deck)
@@ -191,10 +191,10 @@ class Soak:
             shutil.rmtree(checkpoint.saved_steps(self.folder / name)[-1])
 
     def _start(self, name: str, layout: str, fault: str | None) -> tuple[bool, int, str]:
-        """Start the trainer and inject the fault: in a third of the cases during its start, otherwise after a random
-        step.
+        """Start the trainer and inject the fault: in a third of the cases during the start of the trainer, otherwise
+        after a random step.
 
-        Returns whether the fault was injected, the exit code, and the output.
+        Return whether the fault was injected, the exit code, and the output.
         """
         self.tally.starts += 1
         run_dir, (ranks, deepspeed) = self.folder / name, _LAYOUTS[layout]
@@ -221,7 +221,7 @@ class Soak:
                     happened = FAULTS[fault](running)
                 time.sleep(0.05)
             if process.poll() is None:
-                self.tally.wrong.append(f"{name}: still there after {LIMIT_S:.0f} s")
+                self.tally.wrong.append(f"{name}: still running after {LIMIT_S:.0f} s")
                 process.kill()
             self._check_exit(name, running)
             code = process.wait()
@@ -268,8 +268,8 @@ def _step(run_dir: Path) -> int:
 
 
 def _with_broken_samples(path: Path) -> Path:
-    """Write a shard with images of all kinds, unusual captions and truncated images (one in sixteen), which ends in the
-    middle of the last sample."""
+    """Write a shard with images of all kinds, unusual captions and truncated images (one in sixteen). The shard ends in
+    the middle of its last sample."""
     odd = _odd_samples()
     with tarfile.open(CLIPART / "train-0001.tar") as source, tarfile.open(path, "w") as shard:
         for i, member in enumerate(source.getmembers()):

@@ -164,8 +164,8 @@ class Measuring:
     def labelled(
         self, features: FeatureBank, field: str, classes: list[str] | None = None
     ) -> tuple[FeatureBank, list[str]]:
-        """Return the samples with class ids, and the classes. `classes`: the classes, without which samples are left
-        out; None: the classes of the samples."""
+        """Return the samples with class ids, and the classes. `classes`: names of the classes to keep; None: all
+        classes of the samples."""
         names = [self.labels[key][field] for key in features.keys]
         classes = classes or sorted({*names})
         features = features.rows([row for row, name in enumerate(names) if name in {*classes}])
@@ -199,8 +199,8 @@ def encoder(model: M3AE, config: EvaluationConfig, session: Session) -> Encode:
 
 
 def pixels(side: int, mean: Sequence[float], std: Sequence[float]) -> Encode:
-    """Return a function that returns the pixels of images in place of features, scaled to `side` x `side` and
-    normalised as for the encoder: [N, 3 side²]."""
+    """Return a function that computes pixels in place of features: images are scaled to `side` x `side` and normalised
+    as for the encoder, [N, 3 side²]."""
 
     def encode(shards: Sequence[Path], patches: bool, text: bool) -> FeatureBank:
         keys, rows = [], []
@@ -216,8 +216,7 @@ def pixels(side: int, mean: Sequence[float], std: Sequence[float]) -> Encode:
 
 
 def captions_alone(split: Split, labels: Labels, captions: dict[str, str]) -> EncoderResults:
-    """Return the results of classifying the categories from captions alone, by a logistic regression on the words that
-    they contain."""
+    """Return the results of a logistic regression that predicts the categories only from the words in the captions."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

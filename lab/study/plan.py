@@ -63,7 +63,7 @@ def plan(width: int, steps: int, seeds: int = FOLDS, arms: Collection[str] = ARM
     Args:
         width, steps: width and number of steps of the common encoder.
         seeds: number of seeds of each encoder, at most FOLDS.
-        arms: the comparisons, from ARMS. Each includes the common encoders to which it is compared.
+        arms: the comparisons, from ARMS. Each includes the common encoders with which it is compared.
     """
     found: dict[Encoder, None] = {}
     first = [arm for arm in arms if arm == ARMS[0]] or [*arms]

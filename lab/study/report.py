@@ -162,7 +162,7 @@ class Point(NamedTuple):
     x: float
     objective: str
     wanted: dict[str, Any]  # properties that differ from the common encoder
-    mae: dict[str, Any]  # the same for the MAE with which it is compared
+    mae: dict[str, Any]  # properties of the MAE with which it is compared
 
 
 def _swept(rows: Rows, point: Point) -> list[str]:
@@ -244,17 +244,17 @@ def _losses(rows: Rows) -> Iterable[list[str]]:
 
 
 def _run(rows: Rows) -> list[str]:
-    """Return the names of those SWEEPS for which there are results to compare."""
+    """Return the names of the SWEEPS for which there are results to compare."""
     known = {title: {p.x for p in sweep(rows) if rows.of(p.objective, **p.wanted)} for title, sweep in SWEEPS.items()}
     known["captions kept"].discard(0)  # a fraction of 0 is the MAE
     return [title for title, values in known.items() if len(values) > 1]
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Plot the accuracies by encoder, and the accuracy of linear probes for those of the paper's figures 3, 4 and 5 for
-    which there are results.
+    """Plot the accuracies by encoder and, for each of the paper's figures 3, 4 and 5 for which there are results, the
+    accuracies of linear probes.
 
-    Error bars are standard errors. One legend above all panels names the encoders, so that it covers no bar.
+    Error bars are standard errors. The legend of the encoders is above all panels, so that it covers no bar.
     """
     bars = {
         "Emoji categories": EMOJI,

@@ -65,7 +65,7 @@ def test_faster_steps_have_the_flops_that_the_guide_says():
 
 
 def test_the_reference_takes_the_engines_steps():
-    """Both have the same optimiser with the same settings."""
+    """The reference and the engine use the same optimiser with the same settings."""
     config = make_config(TINY, samples=5, precision="fp32")
     torch.manual_seed(0)
     model = M3AE(config.model, config.loss)

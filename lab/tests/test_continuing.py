@@ -1,5 +1,5 @@
-"""`lab.continuing` at toy size: sources and target share no image, each run is done once and starts from the weights of
-its arm, and the tables compare equal times."""
+"""`lab.continuing` at toy size: sources and target share no image, each run is executed once and starts from the
+weights of its arm, and the tables compare equal times."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_runs_start_from_their_source_and_are_done_once(data, tmp_path, monkeypa
 
     scratch, on = config(SCRATCH), config(ON)
     assert on["optim"]["peak_lr"] == pytest.approx(scratch["optim"]["peak_lr"] / 4, rel=0.01)
-    assert config(FULL)["optim"]["peak_lr"] == 0.0048  # of batches of 64
+    assert config(FULL)["optim"]["peak_lr"] == 0.0048  # for batches of 64 samples
     assert [config(arm)["optim"]["layer_decay"] for arm in (ON, LAYERED)] == [1, 0.75]
     assert scratch["model"]["init_from"] is None and scratch["data"]["train"] == on["data"]["train"]
     assert (on["train"]["steps"], config(SCRATCH, 4)["train"]["steps"]) == (2, 4) and on["train"]["global_batch"] == 4

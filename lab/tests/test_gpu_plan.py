@@ -248,7 +248,7 @@ def test_records_come_back_as_one_small_file_that_another_machine_takes_up(tmp_p
     there.mkdir()
     shutil.copy(here / archive.ARCHIVE, there)
     assert plan.run(there, 60, stages) == 1
-    assert f"one: taken up from {there}" in capsys.readouterr().out
+    assert f"one: restored from {there}" in capsys.readouterr().out
     assert outcomes(there) == {"one": "done", "two": "failed"} and (there / "one/log.txt").read_text() == "done\n"
     shutil.rmtree(there / "two")  # continued, in addition to what exists
     (there / "one/log.txt").write_text("own")

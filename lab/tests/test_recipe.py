@@ -1,5 +1,5 @@
-"""`lab.recipe` at toy size: parts have no emoji in common, each trial is run once, and tables contain the difference of
-each variant."""
+"""`lab.recipe` at toy size: the parts have no emoji in common, each trial is run once, and the tables contain the
+difference of each variant."""
 
 import json
 from dataclasses import replace

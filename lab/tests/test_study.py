@@ -130,7 +130,7 @@ def test_a_study_is_done_once_and_goes_on_where_it_was_stopped(call, tmp_path, m
     assert found["captionsemoji"]["numbers"]["linear"] == 1  # each caption contains its category
     page = (out / report.PAGE).read_text()
     assert "test samples" in page and "| words of the caption | - | 100.0 " in page
-    assert call("--validation", "--minutes", "0") == 0  # its encoders are different ones
+    assert call("--validation", "--minutes", "0") == 0  # validation uses different encoders
     assert "5 encoders are left" in capsys.readouterr().out
     assert "validation samples" in (out / "validation" / report.PAGE).read_text()
     monkeypatch.setattr(Study, "perform", lambda self, encoder: pytest.fail(f"{encoder.name} is done again"))
@@ -183,7 +183,8 @@ def test_pixels_are_what_an_encoder_is_given(tmp_path):
 
 
 def test_a_plan_compares_like_with_like():
-    """Encoders differ from the common encoder in one property. The training objectives come first, with all seeds."""
+    """Each encoder differs from the common encoder in one property. The training objectives come first, with all
+    seeds."""
     encoders = plan(192, 400)
     assert len({each.name for each in encoders}) == len(encoders)
     first = [each for each in encoders if central(each, 192, 400)]
@@ -192,7 +193,7 @@ def test_a_plan_compares_like_with_like():
     for encoder in encoders:
         if encoder.objective == "m3ae":
             assert len({key for key, value in asdict(encoder).items() if value != common[key]} - {"seed"}) <= 1
-        if encoder.objective == "random":  # it has the sizes of an encoder that was trained before
+        if encoder.objective == "random":  # random weights have the sizes of an encoder that was trained before
             assert m3ae(192, 400, encoder.seed) in encoders[: encoders.index(encoder)]
 
 
@@ -221,7 +222,9 @@ def test_a_difference_counts_an_emoji_once_and_seeds_apart():
     error = np.hypot(np.std(by_emoji, ddof=1) / 2, np.std(by_seed, ddof=1) / np.sqrt(2))
     assert found == pytest.approx((0.625, error, 2, 4)) == accuracy(first, labels)
     assert difference(first, {5: {"a-0": 1.0}}, labels) is None
-    assert difference({0: first[0]}, second, labels).error == pytest.approx(0.25)  # of one seed only samples are known
+    assert difference({0: first[0]}, second, labels).error == pytest.approx(
+        0.25
+    )  # with one seed, only the error over samples is known
 
 
 def _results(encoders):
