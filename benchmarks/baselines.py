@@ -82,7 +82,7 @@ def _segments(qkv, cu_seqlens, max_seqlen, q, cu_queries, max_queries) -> tuple[
 
 
 def _sdpa(qkv, cu_seqlens, max_seqlen, q=None, cu_queries=None, max_queries=None) -> Tensor:
-    """Return the result of scaled_dot_product_attention with all samples padded to the longest one."""
+    """Return the result of scaled_dot_product_attention with all samples padded to the longest sample."""
     queries, keys = _segments(qkv, cu_seqlens, max_seqlen, q, cu_queries, max_queries)
     return padded_attention(*(qkv.unbind(1) if q is None else (q, *qkv.unbind(1))), queries, keys)
 

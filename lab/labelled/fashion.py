@@ -42,7 +42,7 @@ class Fashion(Records):
         self.identity = {"kind": "fashion-mnist", "package": package.name, "licence": LICENCE}
 
     def name(self, split: str, number: int) -> str:
-        return f"Fashion-MNIST's {split} picture {number}"
+        return f"Fashion-MNIST's {split} image {number}"
 
     def read(self, split: str, number: int) -> Record:
         out = io.BytesIO()

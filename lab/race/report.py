@@ -30,10 +30,10 @@ COSTS = {"flops": "FLOPs", "seconds": "seconds", "samples": "samples"}
 SELECTING = ("lengths", "tried")  # sections of settings.json that are part of the trials
 REPLICATES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
-LEGEND = {
+LEGEND = {  # other arms keep their names
     BASELINE: "baseline, tuned at 300 steps",
     FAST: "fast recipe: cross-attention, a third predicted, Muon",
-}  # other arms keep their names
+}
 AXES = {"flops": (1e12, "executed TFLOP"), "seconds": (1, "CPU seconds of training")}  # divisor and label
 Row = dict[str, Any]
 
