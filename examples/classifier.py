@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("model", help="an export folder, or a name on the Hugging Face Hub")
     parser.add_argument("images", help="folder with a sub-folder of images for each class")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the training images (default: 10)")
-    parser.add_argument("--minutes", type=float, default=5, help="time limit of the training (default: 5)")
+    parser.add_argument("--minutes", type=float, default=5, help="time limit of the training in minutes (default: 5)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the head (default: 0.001)")
     parser.add_argument("--batch", type=int, default=32, help="number of images per step (default: 32)")
     args = parser.parse_args()

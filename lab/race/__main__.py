@@ -68,9 +68,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[*settings["tried"]],
         help="settings to tune (default: all)",
     )
-    add("--seeds", type=int, default=SEEDS, help=f"seeds per arm, at the shortest length (default: {SEEDS})")
-    add("--final-seeds", type=int, default=FINAL_SEEDS, help=f"seeds, at all lengths (default: {FINAL_SEEDS})")
-    add("--finetune", type=int, default=SEEDS, metavar="N", help=f"seeds to fine-tune (default: {SEEDS})")
+    add("--seeds", type=int, default=SEEDS, help=f"number of seeds per arm at the shortest length (default: {SEEDS})")
+    add("--final-seeds", type=int, default=FINAL_SEEDS, help=f"number of seeds at all lengths (default: {FINAL_SEEDS})")
+    add(
+        "--finetune",
+        type=int,
+        default=SEEDS,
+        metavar="N",
+        help=f"number of seeds that are fine-tuned (default: {SEEDS})",
+    )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of settings.json")
     return parser.parse_args(argv)
 
