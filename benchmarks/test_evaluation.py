@@ -48,11 +48,11 @@ from m3ae_fast.shards.tar_member import add_member
 
 BANK, QUERIES, WIDTH, K = 100_000, 10_000, 384, 20
 ROUNDS = 3
-# ImageNet-1k's training images, the width of M3AE-Base, and some of the 50,000 validation images: with fewer queries,
-# the cost of normalising the bank is divided among fewer of them, so that the measured ratio is an upper bound
+# The numbers of ImageNet-1k's training images and of some of its 50,000 validation images, and the width of M3AE-Base.
+# With fewer queries, normalising the bank takes a larger fraction of the time, so the measured ratio is an upper bound.
 IMAGENET, IMAGENET_WIDTH, IMAGENET_QUERIES = 1_281_167, 768, 2048
 IMAGES = (2_000, 20_000)  # numbers of training images whose peak memory in an online attentive probe is compared
-MOST_GROWTH = 1.05  # maximum peak memory for the larger number relative to that for the smaller one
+MOST_GROWTH = 1.05  # maximum ratio of the peak memory for the larger number to that for the smaller number
 RATES, LAYERS, CLASSES, STEPS, BATCH = 13, (9, 10, 11, 12), 1000, 4, 32
 # numbers of training samples, test samples and classes in the comparison with scikit-learn
 TRAIN, TEST, KINDS = 10_000, 5_000, 50
@@ -156,7 +156,7 @@ def test_knn_of_imagenet():
 
 
 def test_memory_of_an_online_attentive_probe(tmp_path):
-    """Each probe runs in its own process. If patch tokens were stored, the larger one would need 1 GB more memory."""
+    """Each probe runs in its own process. If patch tokens were stored, the larger probe would need 1 GB more memory."""
     files = [encode_jpeg(torch.randint(256, (3, 64, 64), dtype=torch.uint8)).numpy().tobytes() for _ in range(20)]
     paths = {count: tmp_path / f"{count}.tar" for count in (*IMAGES, 200)}
     for count, path in paths.items():
