@@ -310,8 +310,9 @@ def measured(counts: Counts, seed: int) -> dict[str, Any]:
 
 
 def _columns(keys: list[str], counts: Counts) -> dict[str, Any]:
-    pixels_M = counts.truth_MC.sum(1)
-    return {"key": keys, "pixels": pixels_M, "right": counts.right_MC.sum(1)}
+    """Return the columns of predictions.parquet: numbers of pixels of each image, also by class."""
+    by_class = {"class_pixels": counts.truth_MC, "class_predicted": counts.predicted_MC, "class_right": counts.right_MC}
+    return {"key": keys, "pixels": counts.truth_MC.sum(1), "right": counts.right_MC.sum(1), **by_class}
 
 
 def palette() -> Tensor:

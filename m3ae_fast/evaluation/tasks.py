@@ -94,6 +94,7 @@ TASKS = {
         "semantic segmentation: classify frozen patch features with a linear head, or by the nearest training patches",
         has_masks=True,
         modality="image",
+        takes_pixels=True,
         sections=("encode", "segment", "knn"),
     ),
     "finetune": Task(

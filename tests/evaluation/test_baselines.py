@@ -80,6 +80,24 @@ def test_pixels_are_those_that_the_model_sees_scaled_down(settings):
         torch.testing.assert_close(feature, expected, rtol=0, atol=1e-5)
 
 
+def test_the_features_of_a_patch_are_its_pixels():
+    config = ModelConfig.model_validate({**TINY["model"], "vocab_size": 0}, strict=False)
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels, P = Pixels(config), config.patch_size
+    batch = pack([unmasked_sample(0, image, None, config, None)], pixels.geometry)
+    pooled, patches = pixels.pooled_and_patches(batch, [1])
+    assert torch.equal(pooled, pixels.pooled_of_layers(batch, [1]))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
+    seen, across = (image / 255 - mean) / std, 32 // P
+    assert patches.shape == (1, 1, across**2, 3 * P**2)
+    for row in range(across):
+        for column in range(across):
+            own = seen[:, row * P : (row + 1) * P, column * P : (column + 1) * P]
+            torch.testing.assert_close(patches[0, 0, row * across + column], own.flatten(), rtol=0, atol=1e-5)
+    none = pixels.pooled_and_patches(pack([], pixels.geometry), [1])[1]
+    assert none.shape == (0, 1, across**2, 3 * P**2)
+
+
 @pytest.mark.slow
 def test_colours_are_named_by_pixels(transfer, run, capsys):
     longer = [*SHORT, *settings("linear.steps=100", "linear.peak_lr=30")]
@@ -92,8 +110,8 @@ def test_colours_are_named_by_pixels(transfer, run, capsys):
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("attentive", (), "attentive does not accept pixels; knn, logistic and linear do"),
-        ("finetune", (), "finetune does not accept pixels; knn, logistic and linear do"),
+        ("attentive", (), "attentive does not accept pixels; knn, logistic, linear and segment do"),
+        ("finetune", (), "finetune does not accept pixels; knn, logistic, linear and segment do"),
         (
             "knn",
             ("--modality", "paired"),

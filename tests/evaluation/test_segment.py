@@ -89,10 +89,19 @@ def test_shapes_are_found_where_they_are(transfer, masked, tmp_path, head, capsy
     table = read_parquet(tmp_path / "out/predictions.parquet")
     assert sum(table["right"]) / sum(table["pixels"]) == pytest.approx(result["pixel_accuracy"])
     assert sum(table["pixels"]) == sum(row["pixels"] for row in result["per_class"]) < 16 * 32 * 32
+    by_class = (np.array(table[f"class_{name}"]) for name in ("right", "pixels", "predicted"))
+    assert Counts(*by_class).miou() == pytest.approx(result["miou"])
     (tmp_path / "out/metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}))
     write_report(tmp_path / "out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "iou of each class" in page and f'<td class="number">{result["chance_miou"]:.1%}</td>' in page
+
+
+@pytest.mark.slow
+def test_pixels_can_be_segmented_as_a_baseline(transfer, masked, run):
+    train, val = masked
+    result = transfer("segment", *SHORT, model=f"pixels:{run}", train=train, val=val)
+    assert result["miou"] > 0.5 > result["chance_miou"] and result["model"] == f"pixels:{run}"
 
 
 def test_metrics_are_those_of_scikit_learn():
