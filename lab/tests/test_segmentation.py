@@ -114,8 +114,9 @@ def test_every_trial_is_run_once(packages, tmp_path, monkeypatch, capsys):
     assert own["mean"] == pytest.approx(
         json.loads((study.folder(Trial("mae", TESTS[1], 0)) / "result.json").read_text())["miou"]
     )
-    with Image.open(folder / report.PICTURE) as drawn:
-        assert drawn.width > drawn.height
+    sheet = study.folder(Trial("mae", TESTS[1], 0)) / "segmentation.png"
+    with Image.open(folder / report.PICTURE) as drawn, Image.open(sheet) as one:
+        assert drawn.size == (2 * one.width, one.height)  # image, truth and four predictions
     config = {arm: json.loads((out / f"runs/{arm}-0.json").read_text()) for arm in ("mae", "m3ae")}
     assert config["mae"]["model"]["vocab_size"] == 0 and config["m3ae"]["data"]["train"][0]["modality"] == "auto"
     (folder / report.PAGE).write_text("By hand.\n" + text)
