@@ -169,9 +169,9 @@ def draw_statistics(path: Path, found: Statistics) -> None:
     lengths.hist(found.lengths, bins=40)
     names_of_axes = (
         ("Pixel values by channel", "level, 0 to 255", "fraction of the pixels"),
-        ("Image sizes", "pixels", "images"),
-        ("Aspect ratios", "log2(width / height)", "images"),
-        ("Lengths of captions", found.unit, "captions"),
+        ("Image sizes", "pixels", "number of images"),
+        ("Aspect ratios", "log2(width / height)", "number of images"),
+        ("Lengths of captions", found.unit, "number of captions"),
     )
     for axes, (title, x, y) in zip((levels, sizes, ratios, lengths), names_of_axes):
         axes.set(title=title, xlabel=x, ylabel=y)
