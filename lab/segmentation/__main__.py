@@ -6,7 +6,7 @@ python -m lab.segmentation --minutes 20                # nothing starts after 20
 
 An MAE and an M3AE are pre-trained and compared with random weights, with the pixels of each patch and with the largest
 class, by `evaluate segment`. The protocol is in lab/README.md. segmentation.json, segmentation.png and README.md are
-written after each encoder. Completed trainings and tests are not repeated.
+written after each encoder. Completed training runs and tests are not repeated.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--packages", type=Path, metavar="FOLDER", help="folder of the emoji packages (default: download them)")
     add("--out", type=Path, default=Path("runs/segmentation"), help="output folder (default: runs/segmentation)")
-    add("--results", type=Path, metavar="DIR", help="output folder for the tables and the picture (default: --out)")
+    add("--results", type=Path, metavar="DIR", help="output folder for the tables and the figure (default: --out)")
     add("--seeds", type=int, default=SEEDS, metavar="N", help=f"number of seeds (default: {SEEDS})")
     add("--minutes", type=float, metavar="N", help="start no training or test after N minutes")
     return parser.parse_args(argv)

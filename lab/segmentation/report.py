@@ -53,7 +53,7 @@ class Results:
         self.emoji = {sample.key: sample.about["emoji"] for sample in held_out}  # code points by key
 
     def seeds(self, arm: str, test: Test) -> list[int]:
-        """Return the seeds with results. The largest class has those of the pixels."""
+        """Return the seeds with results. The largest class has the seeds of the pixels."""
         arm = "pixels" if arm == LARGEST else arm
         return [trial.seed for trial in self.found if (trial.arm, trial.test) == (arm, test)]
 
@@ -139,7 +139,7 @@ def save(folder: Path, head: dict[str, Any], study: Study, seeds: int, classes: 
 
 
 def tables(results: Results, classes: Sequence[str]) -> list[list[list[str]]]:
-    """Return tables of the mIoU, of differences, and of the IoU by class, each with its head as the first line."""
+    """Return tables of the mIoU, of differences, and of the IoU by class, each with its header as the first line."""
     scores = [["features", *TITLES.values()]]
     scores += [[NAMES[arm], *(_percent(results.miou(arm, test)) for test in TESTS)] for arm in NAMES]
     apart = [["difference", *TITLES.values()]]
@@ -155,7 +155,7 @@ def tables(results: Results, classes: Sequence[str]) -> list[list[list[str]]]:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Return a table whose first line is the head."""
+    """Return a Markdown table whose header is the first line."""
     ruled = [lines[0], ["---"] + ["--:"] * (len(lines[0]) - 1), *lines[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
 
