@@ -428,7 +428,7 @@ def test_a_batch_is_split_evenly_into_few_parts():
     assert [parts(world, micro_batch=50) for world in (1, 3, 8, 360)] == [(45, 8), (40, 3), (45, 1), (1, 1)]
     assert [parts(world, micro_batch=50) for world in (7, 5)] == [(26, 2), (36, 2)]  # 51 or 52 samples per rank, and 72
     assert parts(4) == (90, 1)
-    with pytest.raises(UserError, match="360 has no sample for some of 361 ranks"):
+    with pytest.raises(UserError, match="is 360, which leaves some of the 361 ranks without a sample"):
         parts(361)
 
 
@@ -445,7 +445,7 @@ def test_dry_run_fails_on_what_a_start_would_fail_on(run):
         assert code == 2 and message in err
         assert run("--dry-run", "--no-data", "--set", mistake)[0] == 0
     code, err = run("--dry-run", "--world", "17")
-    assert code == 2 and "train.global_batch 16 has no sample for some of 17 ranks" in err
+    assert code == 2 and "train.global_batch is 16, which leaves some of the 17 ranks without a sample" in err
 
 
 @pytest.mark.slow

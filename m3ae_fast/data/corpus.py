@@ -39,7 +39,7 @@ class Source:
 
     @property
     def indexed(self) -> Sequence[IndexedShard]:
-        """Return the shards that have an index; empty for a manifest."""
+        """Return the shards that have an index; the result is empty for a manifest."""
         return () if isinstance(self.shards, CountedShards) else self.shards
 
     @property
@@ -68,7 +68,7 @@ class Corpus:
     sources: list[Source]
     store: ShardStore
     damaged: list[Skipped] = field(default_factory=list)  # incomplete or unreadable shards
-    # for each source: number of unreadable shards, and of all shards
+    # for each source: the number of unreadable shards and the number of all shards
     counted: list[tuple[int, int]] = field(default_factory=list)
 
     @property
@@ -77,8 +77,8 @@ class Corpus:
         return sum(int(source.sizes.sum()) for source in self.sources)
 
     def require(self, max_bad_fraction: float) -> None:
-        """Raise UserError if more than `max_bad_fraction` of a source's shards cannot be read, because their samples
-        count as bad samples."""
+        """Raise UserError if more than the fraction `max_bad_fraction` of a source's shards cannot be read. The samples
+        of these shards count as bad samples."""
         for lost, of in self.counted:
             if lost > max_bad_fraction * of:
                 named = next(item for item in self.damaged if item.reason.startswith("cannot be read"))
@@ -94,7 +94,8 @@ class Corpus:
         return describe_ignored([shard for source in self.sources for shard in source.indexed])
 
     def shared_with(self, other: Corpus) -> list[str]:
-        """Return the shards that also occur in `other`, regardless of how paths are written; empty for manifests."""
+        """Return the shards that also occur in `other`, even if their paths are written differently. Shards of
+        manifests are not compared."""
         own, theirs = (
             {os.path.realpath(shard.shard): shard.shard for source in corpus.sources for shard in source.indexed}
             for corpus in (self, other)
@@ -117,9 +118,10 @@ class Corpus:
 
 
 def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress: bool = False) -> Corpus:
-    """Find all shards and count their samples, from a manifest or from their indexes, which are created if missing.
-    `progress` shows a bar. Raises UserError if a pattern matches nothing, no shard of a source can be read, or a source
-    has no sample with its modality."""
+    """Return the dataset of these sources, with the number of samples in each shard. The numbers are read from a
+    manifest or from the indexes of the shards, which are created if they are missing. `progress`: whether to show a
+    progress bar. Raises UserError if a pattern matches nothing, no shard of a source can be read, or no sample of a
+    source has the modality that the config sets."""
     corpus = Corpus([], store)
     for config in sources:
         names = [] if is_manifest(config.shards) else expand(config.shards)
@@ -142,8 +144,8 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
         ignored = describe_ignored(shards)
         shards = [shard for shard in shards if shard.summary.samples]
         if not shards:
-            kinds = f"images {', '.join(IMAGE_SUFFIXES)}; captions txt, json"
-            others = f", but {ignored}" if ignored else ""
+            kinds = f"suffixes of images: {', '.join(IMAGE_SUFFIXES)}; of captions: txt, json"
+            others = f"; the files in them are {ignored}" if ignored else ""
             raise UserError(f"shards {config.shards!r}: contain no samples ({kinds}){others}{damage}")
         corpus.sources.append(_source(config, shards, [shard.summary.modality for shard in shards]))
     return corpus
@@ -170,10 +172,11 @@ def _by_manifest(config: SourceConfig, rows: np.ndarray, corpus: Corpus) -> Sour
 
 
 def _source(config: SourceConfig, shards: Sequence[IndexedShard], kinds: list[Modality]) -> Source:
-    """Return a source with shards of these kinds. Raises UserError if none has the modality that the config sets."""
+    """Return a source with these shards. `kinds`: the modality of each shard. Raises UserError if no sample has the
+    modality that the config sets."""
     modalities = kinds if config.modality == "auto" else [config.modality] * len(shards)
     if not any(_holds(shard, modality) for shard, modality in zip(shards, modalities)):
-        raise UserError(f"shards {config.shards!r}: no sample has the modality {config.modality!r}; change it")
+        raise UserError(f"shards {config.shards!r}: no sample has the modality {config.modality!r}; set another one")
     if config.caption_fraction < 1 and not any(_holds(shard, "paired") for shard in shards):
         raise UserError(f"shards {config.shards!r}: contain no pairs, so caption_fraction has no effect; remove it")
     return Source(shards, modalities, config.weight, config.loss_weight, caption_fraction=config.caption_fraction)

@@ -38,8 +38,8 @@ Transform = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Augment:
-    """Settings of the augmentation: the area fractions of RandomResizedCrop, and whether to flip half of the images
-    horizontally."""
+    """Settings of the augmentation: the range of the area fraction of RandomResizedCrop, and whether to flip half of
+    the images horizontally."""
 
     crop_scale: tuple[float, float]
     flip: bool
@@ -55,8 +55,8 @@ class Preparation:
     seed: int  # seed of the run
     image_tokenizer: VQGAN | None = None  # computes the images' token ids in the loader
     stored_codebook: int | None = None  # size of the codebook, if the shards contain the images' token ids
-    counted_for: ModelConfig | None = None  # model whose FLOPs workers count for each batch
-    smaller: tuple[tuple[int, int], ...] = ()  # (step, size): smaller image sizes, each used until this step
+    counted_for: ModelConfig | None = None  # the loader counts the FLOPs of this model for each batch
+    smaller: tuple[tuple[int, int], ...] = ()  # (step, size): sizes of smaller images; a size is used until its step
 
 
 class _Draft(NamedTuple):
@@ -82,8 +82,8 @@ class Samples(Dataset[Sample | Skipped]):
     order: Order | FileOrder
     preparation: Preparation
     augment: Augment | None  # None: no augmentation; the central square or the whole native image is used
-    positions_per_mask: int  # number of samples per step, which share masks with `masking.per` "batch"
-    repeats: int = 1  # consecutive views of each sample
+    positions_per_mask: int  # samples per step; they share their masks if `masking.per` is "batch"
+    repeats: int = 1  # number of consecutive views of each sample
     transform: Transform | None = None  # applied to each cropped image
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class Samples(Dataset[Sample | Skipped]):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Sample | Skipped]:
-        """Return a whole, possibly empty, micro-batch, as the DataLoader requests.
+        """Return the samples of a whole micro-batch, which may be empty. The DataLoader calls this method.
 
         All images are decoded last, because decoding evicts the contents of the CPU caches, and other work between two
         images would then take twice as long.
@@ -109,7 +109,7 @@ class Samples(Dataset[Sample | Skipped]):
         return found
 
     def _without_image(self, positions: Sequence[int]) -> _Draft | list[Skipped]:
-        """Return the views at `positions`, which belong to one sample, before image decoding."""
+        """Return the views at `positions`, which all belong to one sample, before its image is decoded."""
         index = positions[0] // self.repeats
         place = self.order.locate(index)
         reader = self._readers[place.source]
@@ -152,7 +152,8 @@ class Samples(Dataset[Sample | Skipped]):
             image = decode_image(draft.image, geometry.channels, geometry.image_range, geometry.image_dtype)
             if self.preparation.stored_codebook and image.shape[-2:] != (size := geometry.image_size, size):
                 raise BadSample(
-                    f"the image has {image.shape[-1]} x {image.shape[-2]} pixels, but its ids are for {size} x {size}"
+                    f"the image has {image.shape[-1]} x {image.shape[-2]} pixels, but its token ids were computed from "
+                    f"{size} x {size}"
                 )
         except BadSample as error:
             return [draft.skip(str(error))] * len(draft.samples)
@@ -180,7 +181,7 @@ class Samples(Dataset[Sample | Skipped]):
             return None
         ids = torch.from_numpy(reader.image_ids(shard, row))
         if len(ids) != length:
-            raise BadSample(f"the sample has {len(ids)} image ids for {length} patches")
+            raise BadSample(f"the sample has {len(ids)} image ids, but the model has {length} patches")
         if not 0 <= ids.min() <= ids.max() < codes:
             raise BadSample(f"the sample has image ids outside the codebook of {codes} codes")
         return ids
@@ -206,7 +207,7 @@ class Samples(Dataset[Sample | Skipped]):
     def _crop(self, image: Tensor, key: tuple[int, ...], geometry: Geometry) -> Tensor:
         frame = geometry.frame
         if self.preparation.stored_codebook:
-            return image  # the stored ids belong to this crop
+            return image  # the stored ids were computed from this crop
         if self.augment is None:
             return whole_view(image, frame)
         generator = self._streams.generator(Purpose.CROP, *key)

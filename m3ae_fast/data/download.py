@@ -24,7 +24,7 @@ from m3ae_fast.base import object_store
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.tar import is_whole_tar
 
-TIMEOUT_S = 60.0  # seconds without a byte
+TIMEOUT_S = 60.0  # longest time without received data, in seconds
 SLOWEST = 4096.0  # minimum number of bytes per second, averaged over SLOW_S; a slower transfer is an error
 SLOW_S = 120.0
 LONGEST_S = 4 * 3600.0  # limit for one attempt, in seconds
@@ -41,9 +41,9 @@ class NotFound(OSError):
 
 def download(shard: str, out: BinaryIO) -> None:
     """Write the tar from a URL, a `pipe:` command or a gzipped file to `out`, which must be empty. Raises NotFound if
-    the server reports that it does not exist, and OSError for all other failures: a transfer that is too slow or
-    incomplete, or data that are not a tar. The error has the attribute `retry_after` in seconds if the server sends
-    it."""
+    the server rejects the request for good, for example because the tar does not exist, and OSError for all other
+    failures: a transfer that is too slow or incomplete, or data that are not a tar. After an HTTP error, the attribute
+    `retry_after` of the OSError is the waiting time in seconds that the server requests (0: none)."""
     try:
         with _open(shard) as chunks:
             source = io.BufferedReader(_Stream(_paced(chunks)), _CHUNK)
@@ -62,11 +62,13 @@ def download(shard: str, out: BinaryIO) -> None:
     if not out.tell():
         raise OSError("the source sent no data")
     if not is_whole_tar(out.fileno(), out.tell()):
-        raise OSError(f"the data are not a complete tar file: the end mark is missing ({_begin(out)})")
+        raise OSError(
+            f"the data are not a complete tar file: the first header or the end mark is missing ({_begin(out)})"
+        )
 
 
 def read_small(name: str, limit: int) -> bytes:
-    """Return the content of a file or URL. Raises OSError if that fails or if there are more than `limit` bytes."""
+    """Return the content of a file or URL. Raises OSError if it cannot be read or has more than `limit` bytes."""
     data = b""
     try:
         with _open(name) as chunks:

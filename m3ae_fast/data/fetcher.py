@@ -60,7 +60,8 @@ class PrefetchSchedule:
     ahead: int  # number of steps whose batches are prepared in advance
 
     def span(self, steps: np.ndarray) -> Span:
-        """Return the positions of the ranks, given the number of steps that each has taken."""
+        """Return the range of positions that the ranks are processing, given the number of steps that each rank has
+        taken."""
         slowest, fastest = max(self.start, int(steps.min())), max(self.start, int(steps.max()))
         end = min(self.stop, fastest + 1 + self.ahead) * self.positions
         return Span(int(slowest * self.positions), math.ceil(end), slowest > self.start)
@@ -69,7 +70,7 @@ class PrefetchSchedule:
         """Return the shards to download now, as many as fit into the cache, in the order in which they are needed:
         those of the current shuffle windows and, after the first step, those of the following windows."""
         each = self.order.upcoming_windows(self.lanes, span.first, span.end)
-        # excludes windows after the end of the run
+        # number of positions of a lane until the end of the run; later windows are not downloaded
         rest = (self.stop * self.positions - span.end) / self.order.lanes - 1
 
         def soon(window: ShuffleWindow) -> bool:
@@ -79,11 +80,12 @@ class PrefetchSchedule:
         return self._fitting(sorted(chain.from_iterable(near)))
 
     def next(self, span: Span) -> list[Shard]:
-        """Return the shards that should stay cached: those needed soonest, as many as fit."""
+        """Return the shards that should stay cached: the shards that are needed soonest, as many as fit into the
+        cache."""
         return self._fitting(heapq.merge(*self.order.upcoming_windows(self.lanes, span.first, span.end)))
 
     def in_use(self) -> int:
-        """Return the maximum number of bytes of shards that are in use at the same time during an epoch."""
+        """Return an upper bound on the bytes of the shards that are in use at the same time during an epoch."""
         each = self.order.upcoming_windows(self.lanes, 0, 0)
         return sum(max(sum(shard.size for shard in self._named([window])) for window in windows) for windows in each)
 
@@ -93,8 +95,8 @@ class PrefetchSchedule:
         return sum(shard.size for shard in set(self._named(chain.from_iterable(each))))
 
     def require_space(self) -> None:
-        """Raise UserError if the shards that are in use at the same time do not fit into the cache. Shards on a network
-        file system are then read directly instead, so they do not count."""
+        """Check that the shards in use at the same time fit into the cache. If they do not, shards on a network file
+        system are no longer cached but read in place. Raises UserError if the remaining shards do not fit either."""
         store = self.corpus.store
         store.staging = store.staging and self.in_use() <= store.space().limit
         limit = store.limit
@@ -116,7 +118,7 @@ class PrefetchSchedule:
         return list(found.values())
 
     def _named(self, windows: Iterable[ShuffleWindow]) -> Iterator[Shard]:
-        """Yield the shards of the windows that are not read in place."""
+        """Yield the shards of `windows`, except shards that are read in place."""
         for window in windows:
             shards = self.corpus.sources[window.source].shards
             for entry in map(shards.__getitem__, window.shards):
@@ -161,7 +163,7 @@ def _shared_steps(path: Path, ranks: int) -> np.ndarray:
 
 
 def serve(parent: int, schedule: PrefetchSchedule, path: Path, ranks: int) -> None:
-    """Run the fetcher in its own process until its parent has ended."""
+    """Run the fetcher in this process until the parent process ends."""
     steps = _shared_steps(path, ranks)
     fetcher = Fetcher(schedule)
     try:
@@ -185,7 +187,7 @@ class Fetcher:
         self._near: list[Shard] = []
 
     def update(self, span: Span) -> None:
-        """Start downloading the shards that are needed at `span` and not cached."""
+        """Start downloading the shards that are needed at `span` and are not cached."""
         if span != self._span:
             before, self._span, self._near = self._near, span, self.schedule.near(span)
             if self._near != before:
@@ -205,7 +207,7 @@ class Fetcher:
                 self._failed[name] = time.monotonic()
 
     def _keep(self, span: Span) -> None:
-        """Set the order of eviction if cached shards must be evicted."""
+        """Set the order in which cached shards are evicted if further downloads may exceed the limit of the cache."""
         limit, used, largest = self.store.space()
         if used + CONNECTIONS * largest > limit:
             self.store.keep([shard.name for shard in self.schedule.next(span)])

@@ -55,7 +55,8 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
 
 
 def _written(corpus: Corpus) -> str:
-    """Return the times at which local shards were written, in whole seconds. Remote shards have no such times."""
+    """Return the time at which the newest local shard was written, with a hash of the times of all local shards in
+    whole seconds. For remote shards, these times are unknown."""
     local = [shard for source in corpus.sources for shard in source.indexed if not corpus.store.is_cached(shard.shard)]
     seconds = [shard.summary.mtime_ns // 10**9 for shard in local]
     newest = datetime.fromtimestamp(max(seconds, default=0), timezone.utc)

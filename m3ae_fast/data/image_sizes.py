@@ -27,8 +27,9 @@ _THREADS = 8
 
 
 def measured(corpus: Corpus, *, progress: bool = False) -> Corpus:
-    """Return the dataset with `Source.image_sizes` filled in. It is left unchanged if the shards are not read in place
-    but copied to the cache first, because the image sizes are then not known in advance.
+    """Return the dataset with `Source.image_sizes` filled in. The dataset is returned unchanged if some of its shards
+    are listed in a manifest or copied to the cache before they are read, because their image sizes are not known in
+    advance.
 
     The sizes of a shard are cached in a file next to its index. The file is created on first use and renewed when the
     shard changes.
@@ -48,8 +49,8 @@ def measured(corpus: Corpus, *, progress: bool = False) -> Corpus:
 
 
 def _sizes_of(shard: IndexedShard) -> np.ndarray:
-    """Return the height and width of each sample's image, int32 [samples, 2]; 0 if there is no image or its size is
-    unknown."""
+    """Return the height and width of each sample's image, int32 [samples, 2]; both are 0 if there is no image or its
+    size is unknown."""
     path = shard.sidecar.with_name(shard.sidecar.name.removesuffix(INDEX_SUFFIX) + ".sizes" + INDEX_SUFFIX)
     identity = [shard.summary.size, shard.summary.mtime_ns]
     sizes = _kept(path, identity, shard.summary.samples)
@@ -73,7 +74,7 @@ def _kept(path: Path, identity: Sequence[int], samples: int) -> np.ndarray | Non
 
 def _read(shard: IndexedShard) -> np.ndarray:
     sizes = np.zeros((shard.summary.samples, 2), dtype=np.int32)
-    with suppress(OSError), open(shard.shard, "rb") as file:  # its samples count as bad samples later
+    with suppress(OSError), open(shard.shard, "rb") as file:  # samples of unreadable shards count as bad later
         table = shard.table()
         for row in np.flatnonzero(table["image_offset"] != MISSING).tolist():
             offset, length = (int(table[name][row]) for name in ("image_offset", "image_size"))

@@ -1,8 +1,8 @@
 """Shard indexes: a small sidecar file per shard with the offsets of its samples, for random access.
 
-A sidecar is one line of JSON (`Summary`) and a NumPy array (`table`). It is written next to the shard, or to the cache
-folder if that is not possible. It is created on first use and renewed when the shard's size or modification time
-changes. The sidecar of a cached shard also contains checksums, so that later damage to the copy is detected.
+A sidecar consists of one line of JSON (`Summary`) and a NumPy array (`table`). It is written next to the shard or, if
+this is not possible, to the cache folder. It is created on first use and renewed when the shard's size or modification
+time changes. The sidecar of a cached shard also contains checksums, so that later damage to the copy is detected.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from m3ae_fast.data.tar import Member, scan_tar
 Modality = Literal["any", "paired", "image", "text"]
 
 VERSION = 6
-# the first of a sample's images is used
+# suffixes of images; if a sample has several images, the one whose suffix comes first in this list is used
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "npy")
 MASK_SUFFIX = "mask.png"
 _OTHER_SUFFIXES = ("txt", "json", "cls", "ids", MASK_SUFFIX)
 _MOST_IGNORED = 20  # maximum number of suffixes in a summary
 MISSING = -1
 MAX_IMAGE_BYTES = 1 << 28
-_MAX_KEY = 128  # maximum number of bytes of a key that messages show
+_MAX_KEY = 128  # maximum number of bytes of a stored key; only the end of a longer key is stored
 _MAX_JSON = 1 << 20  # bytes
 _MAX_SUMMARY = 1 << 16  # bytes
 _MAX_HEADER = 1 << 17  # bytes of NumPy's header
@@ -71,11 +71,11 @@ class Summary:
     captions: _Count
     paired: _Count  # samples with an image and a caption
     ignored: dict[str, _Count]  # numbers of ignored files by suffix; only the most frequent suffixes
-    damage: str | None  # description of damage to the tar, whose readable part is indexed
+    damage: str | None  # description of the damage to the tar, whose readable part is indexed; None: intact
 
     @property
     def modality(self) -> Modality:
-        """Return the modality that the shard trains; "any" if its samples are of several kinds."""
+        """Return the modality of the shard's samples; "any" if their modalities differ."""
         kinds: dict[Modality, int] = {
             "paired": self.paired,
             "image": self.images - self.paired,
@@ -89,7 +89,7 @@ _SUMMARY = TypeAdapter(Summary)
 
 @dataclass(frozen=True)
 class IndexedShard:
-    """A shard with its summary, and the sidecar with its table."""
+    """A shard with its summary and the path of its sidecar, which contains the table of samples."""
 
     shard: str
     summary: Summary
@@ -129,9 +129,9 @@ class IndexedShard:
 def index_shards(
     shards: Sequence[str], store: ShardStore, progress: bool = False, lost: list[Skipped] | None = None
 ) -> list[IndexedShard]:
-    """Return the entries of all shards in order, from their sidecars or from indexing. A shard is indexed by one
-    process per node, while the other processes wait. Shards that cannot be read or downloaded are appended to `lost`;
-    if `lost` is None, UserError is raised. Raises UserError if an index cannot be written."""
+    """Return the entries of all shards in order. If a shard has no valid sidecar, one process per node indexes it while
+    the other processes wait. Shards that cannot be read or downloaded are appended to `lost`; if `lost` is None, the
+    first of them raises UserError. Raises UserError if an index cannot be written."""
 
     def find(shard: str) -> IndexedShard | Skipped:
         try:
@@ -186,7 +186,7 @@ def _load(shard: str, store: ShardStore) -> IndexedShard | None:
 
 def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
     """Index a shard and return its entry. `path`: the file that contains the shard. A damaged cached copy is downloaded
-    again, once. Raises OSError if the shard cannot be read, UserError if no sidecar can be written."""
+    again, once. Raises OSError if the shard cannot be read, and UserError if no sidecar can be written."""
     status, members, damage = os.stat(path), *scan_tar(path)
     if damage and store.is_cached(shard):
         path = store.refetch(shard)
@@ -260,13 +260,13 @@ def _parse_table(data: memoryview, samples: int) -> np.ndarray:
     file = io.BytesIO(data[: _MAX_SUMMARY + _MAX_HEADER])
     file.readline()
     if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("it has another version")
+        raise ValueError("it has an unknown version")
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     width = dtype["key"].itemsize if dtype.names and "key" in dtype.names else 0
     rest = data[file.tell() :]
     fits = 0 < width <= _MAX_KEY and dtype == _row(width)
     if not fits or shape != (samples,) or len(rest) != samples * dtype.itemsize:
-        raise ValueError("its table does not fit its samples")
+        raise ValueError("its table does not match its number of samples")
     table = np.frombuffer(rest, dtype)
     if any(((table[name] < low) | (table[name] > _MAX_FILE)).any() for name, low in zip(_OFFSETS, (MISSING, 0) * 5)):
         raise ValueError("it has impossible offsets or sizes")
@@ -302,7 +302,8 @@ def _has_caption(fd: int, member: Member) -> bool:
 
 
 def caption_of(data: bytes) -> str | None:
-    """Return the "caption" text of a JSON member; None if it has none. Raises ValueError if it is not JSON."""
+    """Return the "caption" text of a JSON member; None if there is none. Raises ValueError if the member is not JSON or
+    the caption is not valid text."""
     try:
         content = json.loads(data)
     except RecursionError:

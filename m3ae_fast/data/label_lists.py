@@ -30,7 +30,7 @@ class LabelledLists:
     corpus: Corpus  # the samples; their labels are ids of lists
     classes_LC: Tensor  # bool: whether a list contains a class
     classes: Classes
-    unknown: int  # number of labels in the lists that are not among the classes and therefore ignored
+    unknown: int  # number of different labels in the lists that are ignored because they are not classes
 
 
 def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, progress: bool = False) -> LabelledLists:
@@ -48,7 +48,9 @@ def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, p
             has a label (or one of `classes`), or a shard cannot be read.
     """
     if not field.startswith("json."):
-        raise UserError(f"--labels {field}: lists of labels must be in a field of the json; name the field: json.FIELD")
+        raise UserError(
+            f"--labels {field}: lists of labels must be in a field of the samples' json; name it as json.FIELD"
+        )
     sources = [replace(source, shards=[shard.located() for shard in source.shards]) for source in corpus.sources]
     corpus = replace(corpus, sources=sources)
     where = f"shards {corpus.sources[0].shards[0].shard}" + (" ..." if len(corpus.sources[0].shards) > 1 else "")
@@ -64,7 +66,7 @@ def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, p
         classes = _define_classes(used, where, field)
     ids = {label: number for number, label in enumerate(classes)}
     if not used & ids.keys():
-        raise UserError(f"{where}: no sample has a label of a training sample in its list ({field})")
+        raise UserError(f"{where}: no list ({field}) contains a label that occurs in the training samples")
     numbers: dict[tuple[Label, ...], int] = {}
     found = [np.array([numbers.setdefault(each or (), len(numbers)) for each in own], dtype=np.int64) for own in lists]
     classes_LC = torch.zeros(len(numbers), len(classes), dtype=torch.bool)
@@ -76,9 +78,9 @@ def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, p
 
 def _define_classes(used: set[Label], where: str, field: str) -> Classes:
     if not used:
-        raise UserError(f"{where}: no sample has a label in its list ({field})")
+        raise UserError(f"{where}: the lists of all samples ({field}) are empty; at least one must contain a label")
     if len({isinstance(label, str) for label in used}) > 1:
-        raise UserError(f"{where}: some labels ({field}) are numbers and some are text")
+        raise UserError(f"{where}: some labels ({field}) are integers and some are text; use only one of the two")
     if len(used) > MOST_CLASSES:
         raise UserError(
             f"{where}: {len(used):,} different labels ({field}), but at most {MOST_CLASSES:,} are supported"
@@ -102,5 +104,5 @@ def _parse(data: bytes, field: str, where: str) -> tuple[Label, ...] | None:
         )
     found: Sequence[Label | None] = [parse_label(each, field, where) for each in value]
     if None in found:
-        raise UserError(f"{where}: {field} has null in its list")
+        raise UserError(f"{where}: the list {field} contains null, which is not a label")
     return tuple(sorted({label for label in found if label is not None}, key=lambda label: (str(type(label)), label)))

@@ -27,13 +27,13 @@ from m3ae_fast.data.shard_store import ShardStore
 T = TypeVar("T")
 MAX_CLASSES = 1 << 20
 LEFT_OUT = -1
-_MAX_BYTES = 1 << 20  # limit for a member with a label
+_MAX_BYTES = 1 << 20  # maximum number of bytes that are read from a member with a label
 _SHOWN = 10  # number of fields in a message
 
 _INT64 = np.iinfo(np.int64)
 
 Label = int | str
-Classes = Sequence[Label]  # by id
+Classes = Sequence[Label]  # the label of each class, by id
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +69,8 @@ def read_members(
 ) -> list[list[T | None]]:
     """Return the parsed members of the samples of each source in file order; None for a sample without the member.
     `field`: "cls" for .cls members, "json.NAME" for .json members. `parse`: function that is called with the bytes of a
-    member, `field`, and the sample's name for messages. Raises UserError if a shard cannot be read, and as `parse`
-    does."""
+    member, `field`, and the sample's name for messages. Raises UserError if a shard cannot be read or if `parse` raises
+    it."""
     shards = [(number, shard) for number, source in enumerate(corpus.sources) for shard in source.shards]
     found: list[list[T | None]] = [[] for _ in corpus.sources]
     for number, shard in track(shards, "reading labels", len(shards), show=progress):
@@ -81,8 +81,8 @@ def read_members(
 def label_corpus(
     corpus: Corpus, field: str, classes: Classes | None = None, *, gaps: bool = False, progress: bool = False
 ) -> tuple[Corpus, Classes]:
-    """Return the samples of a dataset without those that have label -1, and the classes by id. `Source.labels` of the
-    returned samples contains class ids.
+    """Return the samples of a dataset whose label is not -1, and the classes by id. `Source.labels` of the returned
+    samples contains class ids.
 
     `field`: as in `read_labels`. `classes`: classes of the training samples; None: the samples are training samples and
     define the classes. `gaps`: allow missing label numbers, as in a subset of the classes; the labels that occur are
@@ -136,7 +136,8 @@ def _listed_names(corpus: Corpus) -> dict[int, str]:
 
 
 def _written_names(corpus: Corpus, classes: Classes) -> dict[int, str]:
-    """Return the `class_name` of each label from the samples; empty if a label has several names."""
+    """Return the `class_name` that the samples of each label have; empty if the samples of a label have several
+    names."""
     try:
         written = read_labels(corpus, "json.class_name")
     except UserError:  # raised if a name is not text
@@ -191,7 +192,10 @@ def _fields(shard: IndexedShard, row: int, store: ShardStore) -> list[str]:
 def _define_classes(used: set[Label], where: str, field: str, gaps: bool) -> Classes:
     names = sorted(label for label in used if isinstance(label, str))
     if names and len(names) < len(used):
-        raise UserError(f"{where}: some labels ({field}) are integers and some are text, such as {names[0]!r}")
+        raise UserError(
+            f"{where}: some labels ({field}) are integers and some are text, such as {names[0]!r}; "
+            "use only one of the two"
+        )
     if len(used) == 1:
         raise UserError(
             f"{where}: all samples have the label {next(iter(used))!r} ({field}); at least two classes are required"
@@ -217,7 +221,7 @@ def _define_classes(used: set[Label], where: str, field: str, gaps: bool) -> Cla
 
 
 def select_labelled(source: Source, ids: np.ndarray) -> Source:
-    """Return the source with only the samples whose id is not LEFT_OUT, with their ids as labels.
+    """Return the source without the samples whose id is LEFT_OUT. The ids are the labels of the remaining samples.
 
     `ids`: int64, one for each sample in file order.
     """
@@ -235,7 +239,7 @@ def select_labelled(source: Source, ids: np.ndarray) -> Source:
 
 def keep_classes(corpus: Corpus, classes: Classes, names: Sequence[str]) -> tuple[Corpus, Classes]:
     """Return the samples of the classes with these `names` (or integer labels as text), and the classes; ids are in the
-    order of `names`. Raises UserError if a class has no sample, a name is repeated, or there is only one."""
+    order of `names`. Raises UserError if a class has no sample, a name is repeated, or there is only one name."""
     ids = {str(label): number for number, label in enumerate(classes)}
     if unknown := [name for name in names if name not in ids]:
         raise UserError(f"no sample has the class {unknown[0]!r}; the classes are {', '.join(list(ids)[:20])}")

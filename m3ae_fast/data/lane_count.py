@@ -1,5 +1,6 @@
-"""Choice of the number of lanes (parallel sub-streams of the sample order). It depends on the data and the batch size,
-but never on the number of ranks. `order.py` assigns shards to lanes, and `rank_share.py` lanes to ranks."""
+"""Choice of the number of lanes (parallel sub-streams of the sample order). This number depends on the data and the
+batch size, but never on the number of ranks. `order.py` assigns shards to lanes, and `rank_share.py` assigns lanes to
+ranks."""
 
 from __future__ import annotations
 
@@ -26,9 +27,9 @@ class Layout(NamedTuple):
 
 
 def lay_out(config: DataConfig, sizes: Sequence[Sequence[int] | np.ndarray], global_batch: int) -> Layout:
-    """Return the lanes of a stream: the largest number of lanes, up to `config.lanes`, such that each step takes the
-    same number of samples from every lane, few shards are split between lanes, and each lane contains samples of every
-    source. `sizes`: number of samples in each shard, by source."""
+    """Return the layout of the sample order. It has the largest number of lanes, up to `config.lanes`, for which each
+    step takes the same number of samples from every lane, few shards are split between lanes, and each lane contains
+    samples of every source. `sizes`: number of samples in each shard, by source."""
     divisible = global_batch // math.gcd(global_batch, config.repeats)
     most = min(config.lanes, divisible, sum(map(len, sizes)), *(int(np.sum(shards)) for shards in sizes))
     lanes = next(number for number in range(most, 0, -1) if divisible % number == 0)

@@ -1,4 +1,5 @@
-"""Data loaders for training and evaluation, whose batches do not depend on the number of ranks and workers."""
+"""Data loaders for training and evaluation. The samples of a training step do not depend on the number of ranks or of
+workers."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ def train_loader(
     Args:
         config: settings of crops, repeats, shuffling, workers and prefetching.
         steps: range of steps; a resumed run starts above 0.
-        layout: lanes of the sample order; None: from `lay_out`.
+        layout: lanes of the sample order; None: as computed by `lay_out`.
         node: the ranks of this node, which share a fetcher; None: only this rank.
         transform: applied to each cropped image.
         pin_memory: return batches in pinned memory.
@@ -77,7 +78,7 @@ def train_loader(
 
 def _patches(corpus: Corpus, order: Order, geometry: Geometry) -> Callable[[int], int] | None:
     """Return a function that maps a position to the number of patches of its image; None if all images have the same
-    number, or if it is unknown."""
+    number of patches or if the numbers are unknown."""
     sizes = [source.image_sizes for source in corpus.sources if source.image_sizes is not None]
     if geometry.native is None or len(sizes) < len(corpus.sources):
         return None
@@ -131,13 +132,13 @@ def eval_loader(
     transform: Transform | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
-    """Return a loader of every sample once, or of `samples` evenly spaced samples, in file order. Images are cropped to
-    the central square unless they are native, and the masks are the same in each evaluation. See `train_loader` for the
-    arguments and errors; accumulation is ignored."""
+    """Return a loader that yields every sample once, or `samples` evenly spaced samples, in file order. Images are
+    cropped to the central square unless they are native, and the masks are the same in each evaluation. See
+    `train_loader` for the arguments and errors; `share.accumulation` is ignored."""
     order = FileOrder(corpus.sizes, samples)
     share = replace(share, global_batch=share.micro_batch * share.world, accumulation=1)
     steps = range(-(-order.samples // share.global_batch))
-    # all samples have the same masks, regardless of the number of ranks
+    # if `masking.per` is "batch", all samples share their masks, regardless of the number of ranks
     dataset = Samples(corpus, order, preparation, None, order.samples, transform=transform)
     return _loader(config, dataset, MicroBatches(steps, share, end=order.samples), pin_memory)
 
@@ -188,8 +189,9 @@ def _loader(config: DataConfig, samples: Samples, micro_batches: MicroBatches, p
 def collate(
     samples: Sequence[Sample | Skipped], geometry: Geometry, model: ModelConfig | None = None, grows: bool = False
 ) -> PackedBatch:
-    """Pack the valid samples of a micro-batch; bad samples are listed in its `skipped`. With `model`, count the FLOPs.
-    If `grows` is set, the images of a batch, which have equal sizes, may be smaller than the model's image size."""
+    """Return the valid samples of a micro-batch as one packed batch, which lists the bad samples in `skipped`. `model`:
+    model whose FLOPs are counted for the batch; None: FLOPs are not counted. `grows`: whether the images of the batch,
+    which all have the same size, may be smaller than the model's image size."""
     usable = [sample for sample in samples if isinstance(sample, Sample)]
     if grows and (images := [sample.image for sample in usable if sample.image is not None]):
         geometry = replace(geometry, image_size=images[0].shape[-1])

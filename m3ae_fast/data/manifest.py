@@ -32,7 +32,7 @@ KINDS: tuple[Modality, ...] = get_args(Modality)
 UNREAD = len(KINDS)  # kind of a shard whose samples could not be counted
 SUFFIX = ".npy"
 _MAX_NAME = 1 << 12  # bytes
-_MAX_SAMPLES = 1 << 26  # per shard: the sample order cannot be computed for more, which take up at least 64 GB
+_MAX_SAMPLES = 1 << 26  # per shard; the sample order cannot be computed for larger shards, which have at least 64 GB
 _NO_SIDECAR = Path()  # placeholder until the shard is indexed
 _PART = re.compile(r"\.part-(\d+)-of-(\d+)\.npy$")
 
@@ -57,7 +57,7 @@ class CountedShards(Sequence[IndexedShard]):
     """The shards of a manifest as a sequence; entries are created on access."""
 
     def __init__(self, rows: np.ndarray, store: ShardStore):
-        self.rows, self.store = rows.view(np.ndarray), store  # accessing a row is faster than for a memmap
+        self.rows, self.store = rows.view(np.ndarray), store  # its rows are accessed faster than a memmap's
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -153,12 +153,12 @@ def read_all(patterns: str | list[str]) -> np.ndarray:
 
 
 def count(names: Sequence[str], store: ShardStore, progress: bool = False) -> tuple[np.ndarray, list[Skipped]]:
-    """Return a manifest of the shards, which are read completely, and the unreadable or incomplete shards. Raises
-    UserError as `index_shards` does."""
+    """Return the rows of a manifest of the shards, and the unreadable or incomplete shards. Shards without an index are
+    indexed; remote shards are downloaded for this purpose. Raises UserError as `index_shards` does."""
     lost: list[Skipped] = []
     found = {entry.shard: entry.summary for entry in index_shards(names, store, progress, lost)}
     lost += [
-        Skipped(name, "", f"the tar {s.damage}; {s.samples} of its samples count")
+        Skipped(name, "", f"the tar {s.damage}; {s.samples} of its samples are counted")
         for name, s in found.items()
         if s.damage
     ]
@@ -188,8 +188,9 @@ def prepare(
     waiting: Waiting = nullcontext,
     key: tuple[int, int] = (0, 0),
 ) -> None:
-    """Count the samples of shards that are not read in place, split over all ranks, and write the manifest on every
-    node. Does nothing if all nodes already have the same manifest, or if `patterns` names one. Every rank must call it.
+    """Write a manifest of the shards on every node if some of them are remote or compressed. Each rank counts the
+    samples of an equal part of the shards. Nothing is done if all nodes already have the same manifest, or if
+    `patterns` names manifests. Every rank must call this function.
 
     Args:
         patterns: the shards of a source.
@@ -201,7 +202,7 @@ def prepare(
             cache.
 
     Raises:
-        UserError: raised on every rank if one of them cannot write, or if no shard can be read.
+        UserError: a rank cannot write the manifest, or no shard can be read. The error is raised on every rank.
     """
     names = [] if is_manifest(patterns) else expand(patterns)
     path = cached(names, store)

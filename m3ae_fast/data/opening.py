@@ -1,4 +1,4 @@
-"""Opening of all data of a run, with checks before it starts."""
+"""Opening of all data of a run, with checks before the run starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Data:
 
     @property
     def shown(self) -> Corpus:
-        """Return the dataset whose samples are shown in figures: the held-out one if there is one."""
+        """Return the dataset whose samples are shown in figures: the validation data if there are any, otherwise the
+        training data."""
         return self.val or self.train
 
 
@@ -48,23 +49,24 @@ def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False)
 
 
 def open_tokenizer(config: DataConfig, model: ModelConfig) -> CaptionTokenizer | None:
-    """Return the text tokenizer; None if the model has no text or no tokenizer is set. Raises UserError if it does not
-    fit."""
+    """Return the text tokenizer; None if the model has no text or no tokenizer is set. Raises UserError if the
+    tokenizer does not fit the model."""
     if not model.vocab_size or not config.tokenizer:
         return None
     return load_tokenizer(config.tokenizer, model.text_length, model.vocab_size)
 
 
 def open_image_tokenizer(config: DataConfig, model: ModelConfig) -> VQGAN | None:
-    """Return the VQGAN; None if the image targets are pixels. Raises UserError if it is missing or does not fit."""
+    """Return the VQGAN; None if the image targets are pixels. Raises UserError if the VQGAN is missing or does not fit
+    the model."""
     if model.image_targets == "pixels" or config.image_tokenizer is None:
         return None
     return load_image_tokenizer(config.image_tokenizer, model, "data.image_tokenizer")
 
 
 def load_image_tokenizer(folder: str | Path, model: ModelConfig, label: str) -> VQGAN:
-    """Load the VQGAN whose codes a model predicts. `label`: beginning of error messages. Raises UserError if it is
-    missing or does not fit."""
+    """Load the VQGAN whose codes a model predicts. `label`: beginning of error messages. Raises UserError if the VQGAN
+    is missing or does not fit the model."""
     vqgan = VQGAN.from_pretrained(folder)
     vqgan.check_fits(model.patch_size, model.codebook_size, f"{label} {folder}")
     return vqgan

@@ -21,8 +21,8 @@ import numpy as np
 from m3ae_fast.base.randomness import hash64
 
 BLOCK = 1000  # number of positions after which the proportions of the sources are exact
-LANE_BLOCK = 32  # the same number for several lanes: smaller, because the rounding errors of lanes average out
-_STAGGER = -1  # key of the random number for the first window, in place of a window's number
+LANE_BLOCK = 32  # as BLOCK, for several lanes; it may be smaller because the rounding errors of lanes average out
+_STAGGER = -1  # key of the random size of an epoch's first window; other keys contain the number of a window
 
 
 class Place(NamedTuple):
@@ -51,8 +51,8 @@ class ShuffleWindow(NamedTuple):
 
 
 class _Latest:
-    """Caches the two most recently computed results of a function (first in, first out). Unlike functools.lru_cache, it
-    can be pickled."""
+    """A cache of the two most recently computed results of a function (first in, first out). Unlike
+    functools.lru_cache, it can be pickled."""
 
     def __init__(self, make: Callable[..., Any]):
         self.make = make
@@ -92,7 +92,8 @@ class SourceOrder:
         self._shuffled = _Latest(self._shuffle)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Return the epoch and the number of the sample that is the source's `index`-th since the start."""
+        """Return the epoch of the source's `index`-th sample since the start of the stream, and the sample's number in
+        file order."""
         epoch, rest = divmod(index, self.samples)
         _, _, bounds = self._epoch(epoch)
         number = int(np.searchsorted(bounds, rest, side="right")) - 1
@@ -121,7 +122,7 @@ class SourceOrder:
         return order, cuts, np.concatenate(([0], np.cumsum(self.pieces.sizes[order])))[cuts]
 
     def _shuffle(self, epoch: int, number: int) -> tuple[np.ndarray, list[int], list[int]]:
-        """Return the order of a window's samples, counted from its beginning, and the ends and first samples of its
+        """Return the order of a window's samples, as indices into the window, and the ends and first samples of its
         slices."""
         order, cuts, bounds = self._epoch(epoch)
         own = order[cuts[number] : cuts[number + 1]]
@@ -133,9 +134,9 @@ class SourceOrder:
 class Lane:
     """A sub-stream of the sample order, which consists of a part of each source.
 
-    In each block of positions, each source has its exact proportion (Webster's apportionment, in which the numbers of
-    samples never decrease), in random order. The apportionment starts again in each epoch. Without weights, an epoch
-    contains each sample exactly once.
+    In each block of positions, each source has its exact proportion, and the sources are in random order. The numbers
+    of samples are apportioned by Webster's method, in which no number decreases when positions are added. The
+    apportionment starts again in each epoch. Without weights, an epoch contains each sample exactly once.
     """
 
     sources: Sequence[SourceOrder]
@@ -143,7 +144,8 @@ class Lane:
     samples: int  # number of positions per epoch
     seed: int
     block: int = BLOCK  # number of positions per block
-    first_block: int = 0  # block of the epoch at which the lane begins, so that lanes do not round at the same time
+    # block of the epoch with which the lane begins; it differs between lanes, so that they round at different times
+    first_block: int = 0
 
     def __post_init__(self) -> None:
         self.proportions = np.asarray(self.weights, dtype=np.float64) / np.sum(self.weights, dtype=np.float64)
@@ -167,7 +169,8 @@ class Lane:
         return int(sources[offset]), int(indices[offset])
 
     def before(self, position: int) -> list[int]:
-        """Return the number of samples of each source before `position`, or before the block that contains it."""
+        """Return the number of samples of each source before `position` or, with several sources, before the block that
+        contains it."""
         if len(self.sources) == 1:
             return [position]
         epoch, rest = divmod(self._start + position, self.samples)
@@ -202,9 +205,9 @@ class Order:
     the number of ranks. With a single lane, the shards keep their order.
     """
 
-    # number of samples in each shard, by source; at least one sample per lane
+    # number of samples in each shard, by source; each source has at least one sample per lane
     sizes: Sequence[Sequence[int] | np.ndarray]
-    weights: Sequence[float] | None  # proportions of the samples of each source; None: by size
+    weights: Sequence[float] | None  # relative numbers of samples of the sources; None: their sizes
     window: int  # number of slices of shards that a lane shuffles together
     seed: int  # seed of the run
     lanes: int = 1  # number of lanes, C

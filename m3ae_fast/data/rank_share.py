@@ -1,4 +1,5 @@
-"""Assignment of samples to ranks: the part of each step's batch that a rank reads, and so its lanes and shards.
+"""Assignment of samples to ranks: the part of each step's batch that a rank reads, which determines the lanes and
+shards that it reads.
 
 `order.py` assigns shards to lanes. Within a rank, the workers of the DataLoader take micro-batches in turn.
 """
@@ -39,7 +40,7 @@ class MicroBatches(Sampler[list[int]]):
     Step s consists of the positions s * G to (s + 1) * G, where G is the global batch. They are sorted by lane and
     split into equal parts, one per rank, so that the consecutive ranks of a node share lanes. If the number of ranks
     does not divide G, the sizes of the parts differ by one. Each part is split into equal micro-batches. Positions from
-    `end` on do not exist: a micro-batch may be short or empty, but all ranks have the same number.
+    `end` on do not exist: a micro-batch may be short or empty, but all ranks have the same number of micro-batches.
     """
 
     steps: range  # range of steps to sample
@@ -109,8 +110,8 @@ def split_batch(config: LoopConfig, world: int, rank: int = 0) -> Share:
     Raises UserError if there are more ranks than samples in a step."""
     if config.global_batch < world:
         raise UserError(
-            f"config: {config.SECTION}.global_batch {config.global_batch} has no sample for some of {world} ranks; "
-            "raise it, or start fewer ranks"
+            f"config: {config.SECTION}.global_batch is {config.global_batch}, which leaves some of the {world} ranks "
+            "without a sample; raise it, or start fewer ranks"
         )
     most = -(-config.global_batch // world)
     accumulation = -(-most // (config.micro_batch or most))

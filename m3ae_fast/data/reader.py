@@ -54,7 +54,8 @@ class Reader:
         return shard, sample - int(self._starts[shard])
 
     def key(self, shard: int, row: int) -> str:
-        """Return the sample's key. Raises OSError if the shard cannot be read, BadSample if it has fewer samples."""
+        """Return the sample's key. Raises OSError if the shard cannot be read, and BadSample if the shard does not
+        contain this row."""
         table = self._get(shard).table
         if row >= len(table):
             raise BadSample(
@@ -170,7 +171,7 @@ class _Damaged(OSError):
 
 
 def _read(fd: int, entry: np.void, part: str, limit: int, what: str, most: int | None = None) -> bytes:
-    """Return the first `most` bytes of a member, or all bytes."""
+    """Return the first `most` bytes of a member; None: all bytes."""
     offset, size, checksum = (int(entry[f"{part}_{name}"]) for name in ("offset", "size", "crc"))
     if offset == MISSING:
         raise BadSample(f"the sample has no {what}, which the `modality` of its source requires")

@@ -56,7 +56,7 @@ class Masks:
         except OSError as error:
             raise UserError(f"shard {shard}: cannot be read ({error.strerror or error})") from None
         except BadSample as error:
-            raise UserError(f"shard {shard}: {error}, in the mask at byte {at}; repair it, or remove it") from None
+            raise UserError(f"shard {shard}: the mask at byte {at} is invalid ({error}); repair or remove it") from None
 
 
 def masked_corpus(corpus: Corpus, *, progress: bool = False) -> tuple[Corpus, Masks]:

@@ -35,7 +35,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.object_store import require
 from m3ae_fast.data.download import ATTEMPTS, NotFound, download, retry_after
 
-FREE_FRACTION = 0.1  # fraction of the cache folder's disk that stays free by evicting older copies
+FREE_FRACTION = 0.1  # fraction of the cache folder's disk that is kept free; older copies are evicted to achieve this
 _KEPT_NS = 1000  # nanoseconds between the modification times of copies that are needed one after the other
 _EVICTION = "room"  # name of the lock for eviction
 _LEDGER = struct.Struct("<QQ")  # see `ShardStore._evict`
@@ -45,15 +45,16 @@ _PARTIAL = "partial-"  # prefix of the names of incomplete copies
 MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # suffix of a shard's sidecar
 _FOLDERS = ("shards", "locks", "index")  # sub-folders of a cache folder
-# Types of network file systems, and types that look like one although their files are on local disks.
+# Prefixes of the types of network file systems, and types with such a prefix whose files are on local disks.
 _NETWORK = ("nfs", "lustre", "gpfs", "ceph", "cifs", "smb", "beegfs", "wekafs", "afs", "panfs", "fuse.")
 _LOCAL = ("fuse.fuse-overlayfs", "fuse.mergerfs")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 
 
 def expand(patterns: str | Sequence[str]) -> list[str]:
-    """Expand brace patterns (`{0000..0041}`), `::` lists and, for local paths, globs. Raises UserError if a pattern is
-    malformed or matches nothing, a shard does not exist, or a library to read it is not installed."""
+    """Return the names of the shards in `patterns`, after expanding brace patterns (`{0000..0041}`), `::` lists and,
+    for local paths, globs. Raises UserError if a pattern is malformed or matches nothing, a shard does not exist, or a
+    library to read it is not installed."""
     shards: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if math.prod(abs(int(b) - int(a)) + 1 for a, b in _RANGE.findall(pattern)) > MAX_SHARDS:
@@ -120,8 +121,8 @@ class CacheSpace(NamedTuple):
 
 class ShardStore:
     """Cache that provides local files for shards. `cache_dir` contains copies and locks; None:
-    `$XDG_CACHE_HOME/m3ae_fast` or `~/.cache/m3ae_fast`. Copies take at most `cache_gb` GB; None: the disk until
-    FREE_FRACTION of it is left free. Raises UserError if the folder cannot be created."""
+    `$XDG_CACHE_HOME/m3ae_fast` or `~/.cache/m3ae_fast`. Copies take at most `cache_gb` GB; None: they may fill the disk
+    until only FREE_FRACTION of it is free. Raises UserError if the folder cannot be created."""
 
     def __init__(self, cache_dir: str | os.PathLike[str] | None = None, cache_gb: float | None = None):
         self._far: dict[str, bool] = {}  # by folder: whether it is on a network file system
@@ -187,7 +188,7 @@ class ShardStore:
         copy = self.copy(shard)
         while True:
             try:
-                with contextlib.suppress(PermissionError):  # it belongs to another user
+                with contextlib.suppress(PermissionError):  # the copy belongs to another user
                     os.utime(copy)  # marks the copy as recently used, so that it is evicted last
                     return copy
                 if copy.is_file():
@@ -245,7 +246,7 @@ class ShardStore:
         path = self.cache_dir / "locks" / name
         try:  # not with filelock, which polls and cannot lock another user's file
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except PermissionError:  # it belongs to another user
+        except PermissionError:  # the file belongs to another user
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -291,8 +292,8 @@ class ShardStore:
                 partial.unlink(missing_ok=True)
 
     def _begin(self, partial: Path, size: int) -> tuple[BinaryIO, int]:
-        """Create an empty file for which `size` bytes are reserved in the ledger, or the size of the largest copy if
-        `size` is 0. Return the file and the number of reserved bytes. The file is locked until it is closed; an
+        """Create an empty file and reserve `size` bytes for it in the ledger; if `size` is 0, reserve the size of the
+        largest copy. Return the file and the number of reserved bytes. The file is locked until it is closed; an
         unlocked incomplete file belongs to a killed process. The umask determines who may read it."""
         with self.lock(_EVICTION) as ledger:
             size = self._evict(ledger, size)
@@ -338,7 +339,7 @@ class ShardStore:
     @staticmethod
     def _remove(copy: _Copy) -> int:
         """Remove a copy unless it has been used since the scan. Return the freed bytes."""
-        # the copy was removed by another process, or belongs to another user
+        # in case another process has removed the copy, or the copy belongs to another user
         with contextlib.suppress(FileNotFoundError, PermissionError):
             if copy.path.stat().st_mtime_ns == copy.used:
                 copy.path.unlink()
@@ -351,7 +352,7 @@ class ShardStore:
 
     @staticmethod
     def _note(ledger: int, used: int, largest: int) -> None:
-        # the file belongs to another user; other processes scan before they rely on it
+        # writing fails if the file belongs to another user; other processes scan before they rely on it
         with contextlib.suppress(OSError):
             os.pwrite(ledger, _LEDGER.pack(max(used, 0), largest), 0)
 
@@ -360,7 +361,7 @@ class ShardStore:
         largest copy."""
         copies = sorted(self._copies())
         for copy in [each for each in copies if each.path.name.startswith(_PARTIAL) and is_abandoned(each.path)]:
-            with contextlib.suppress(PermissionError):  # it belongs to another user
+            with contextlib.suppress(PermissionError):  # the copy belongs to another user
                 copy.path.unlink(missing_ok=True)
                 copies.remove(copy)
         self._looked = time.monotonic()

@@ -30,8 +30,8 @@ def most_workers(size: int) -> int:
 
 def fitting_prefetch(prefetch: int, workers: int, size: int) -> int:
     """Return the number of batches of `size` bytes that each of `workers` workers prepares in advance: `prefetch`, or
-    fewer if these batches would exceed MAX_BYTES or this rank's shared memory. Raises UserError if not even one fits,
-    as with Docker's default of 64 MB."""
+    fewer if these batches would exceed MAX_BYTES or this rank's shared memory. Raises UserError if not even one batch
+    per worker fits, as with Docker's default of 64 MB."""
     available = _available_bytes()
     if available < 2 * size * workers:
         raise UserError(

@@ -115,7 +115,7 @@ def _name(header: bytes) -> str:
 
 
 def _pax(record: bytes) -> dict[str, str]:
-    """Parse records "LENGTH KEY=VALUE\\n", up to the first invalid one."""
+    """Return the keys and values of records "LENGTH KEY=VALUE\\n", up to the first invalid record."""
     found, position = {}, 0
     while position < len(record):
         digits, _, _ = record[position : position + 16].partition(b" ")

@@ -15,8 +15,8 @@ _FETCHED = re.compile(r"(https?|s3|gs)://")
 
 
 def require_harmless(sources: Iterable[SourceConfig], cache_dir: Path | None, where: str) -> None:
-    """Raise UserError if a shard of `sources` would run a program, or if `cache_dir` is not a cache folder yet, because
-    files would be written to it and removed from it. `where`: the file that contains these settings."""
+    """Raise UserError if a shard of `sources` would run a program, or if `cache_dir` is not yet a cache folder: files
+    are written to this folder and removed from it. `where`: the file that contains these settings."""
     advice = "add --trust if you trust it, or name other shards with --shards"
     for shard in (shard for source in sources for shard in expand(source.shards)):
         if is_remote(shard) and not _FETCHED.match(shard):

@@ -420,7 +420,7 @@ def test_ids_are_those_of_a_codebook_one_for_each_patch():
             with pytest.raises(BadSample, match="outside the codebook of 16"):
                 stored(*[3] * place, outside, *[3] * (3 - place))
     for ids in ((1, 2, 3), (1, 2, 3, 4, 5)):
-        with pytest.raises(BadSample, match=f"{len(ids)} image ids for 4 patches"):
+        with pytest.raises(BadSample, match=f"{len(ids)} image ids, but the model has 4 patches"):
             stored(*ids)
 
 

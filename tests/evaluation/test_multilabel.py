@@ -107,19 +107,23 @@ def test_lists_become_ids(tmp_path):
     assert found.classes_LC.tolist() == [[True, True], [False, False], [True, False]]
     other = list_corpus(found.corpus, "json.tags", [1, 2])
     assert other.unknown == 1 and other.classes_LC.tolist() == [[True, False], [False, False], [True, False]]
-    with pytest.raises(UserError, match="no sample has a label of a training sample in its list"):
+    with pytest.raises(UserError, match=r"no list .* contains a label that occurs in the training samples"):
         list_corpus(found.corpus, "json.tags", [2])
 
 
 @pytest.mark.parametrize(
     ("tags", "field", "message"),
     [
-        ({0: ["a"]}, "cls", "--labels cls: lists of labels must be in a field of the json; name the field"),
+        (
+            {0: ["a"]},
+            "cls",
+            "--labels cls: lists of labels must be in a field of the samples' json; name it as json.FIELD",
+        ),
         ({0: ["a"], 1: None}, "json.tags", "1 of 2 samples have no list of labels"),
         ({0: "a"}, "json.tags", 'a.tar/000: json.tags is "a", not a list; for single labels use knn or linear'),
-        ({0: ["a", 1]}, "json.tags", "some labels .* are numbers and some are text"),
-        ({0: []}, "json.tags", "no sample has a label in its list"),
-        ({0: [None]}, "json.tags", "has null in its list"),
+        ({0: ["a", 1]}, "json.tags", "some labels .* are integers and some are text"),
+        ({0: []}, "json.tags", "the lists of all samples .* are empty"),
+        ({0: [None]}, "json.tags", "the list json.tags contains null"),
         ({0: [0.5]}, "json.tags", "must be an integer or text, but is 0.5"),
     ],
 )

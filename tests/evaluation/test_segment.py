@@ -227,8 +227,8 @@ def test_mistakes_are_one_line(transfer, masked, tmp_path):
     for options, train, message in (
         ([], plain, "no sample has a mask, KEY.mask.png next to its image; make shards"),
         ([], one, "its masks have 1 classes besides segment.ignore_label 255; at least two are"),
-        ([], turned, "the mask has 48 x 40 pixels, the image 40 x 48, in the mask at byte"),
-        ([], rgb, "the mask has mode RGB; it must have one channel, of class ids, in the mask at byte"),
+        ([], turned, r"is invalid \(the mask has 48 x 40 pixels, the image 40 x 48\); repair or remove it"),
+        ([], rgb, r"is invalid \(the mask has mode RGB; it must have one channel, of class ids\); repair or remove it"),
         (["--set", "data.resize=native"], masked[0], "segment needs images of one size; add --set data.resize=sq"),
         (["--set", "linear.steps=3"], masked[0], "linear.steps: segment does not use it; did you mean segment.steps"),
     ):
