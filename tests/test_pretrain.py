@@ -332,7 +332,7 @@ def test_pictures_of_more_than_8_bits_take_a_range(tmp_path, capsys):
         Image.fromarray(values).save(tmp_path / f"photos/{number}.png")
     message = (
         r"the images have unsigned 16-bit values, from \d+ to 409\d in 4 inspected images: set the values of black "
-        r"and white, such as --set data.range=\[0,4095\], or dtype for 0 and 65535"
+        r"and white, such as --set data.range=\[0,4095\]; data.range=dtype sets 0 and 65535"
     )
     with pytest.raises(UserError, match=message):
         pretrain(tmp_path / "photos", tmp_path / "run", dry_run=True)
@@ -399,7 +399,9 @@ def test_a_table_in_the_folder_gives_the_captions(tmp_path):
     (photos / "captions.csv").unlink()
     notes = find_shards(str(photos), tmp_path / "other", None, []).notes
     own = (photos / "sizes.csv").read_text().splitlines()[0].replace(",", ", ")
-    assert notes[0] == f"{photos}/sizes.csv is not used: it has no columns such as file_name and caption, but {own}"
+    assert (
+        notes[0] == f"{photos}/sizes.csv is not used: its columns ({own}) have no names such as file_name and caption"
+    )
     (photos / "sizes.csv").unlink()
     (photos / "Captions.CSV").write_text("file_name,caption\n" + rows)
     notes = find_shards(str(photos), tmp_path / "another", None, []).notes
@@ -638,7 +640,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
         (("fotos", out), {}, r"fotos: no such folder; did you mean photos\?"),
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
-        ((photos, next(photos.rglob("*.png"))), {}, "is not a folder; name a folder, which may be new"),
+        ((photos, next(photos.rglob("*.png"))), {}, "is not a folder; name a new or an existing folder"),
         ((photos, out), {"val": ["a.tar"]}, "--val: can be used only if SOURCE is shards"),
         (("a.tar", out), {"captions": "a.csv"}, "only if SOURCE is a folder of images; a.tar is not"),
         (("owner/set", out), {"captions": "a.csv"}, "only if SOURCE is a folder of images; owner/set is not"),

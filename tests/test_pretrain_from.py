@@ -93,13 +93,22 @@ def test_the_range_of_images_is_that_of_the_weights(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.depth=3"], r"--set model\.depth=3: does not fit the weights \S*base\S*, which have 2; leave it out"),
+        (
+            ["model.depth=3"],
+            r"--set model\.depth=3: does not fit the weights \S*base\S*, whose value is 2; leave",
+        ),
         (
             ["model.gelu=exact"],
-            r'--set model\.gelu=exact: does not fit the weights \S*, which have "tanh"; leave it out',
+            r'--set model\.gelu=exact: does not fit the weights \S*, whose value is "tanh"; leave it out',
         ),
-        (["model.text_length=9", "model.patch_size=4"], r"--set model\.patch_size=4: .*, which have 8; leave it out"),
-        (["model.channels=1"], r"--set model\.channels=1: does not fit the weights \S*, which have 3; leave it out"),
+        (
+            ["model.text_length=9", "model.patch_size=4"],
+            r"--set model\.patch_size=4: .*, whose value is 8; leave",
+        ),
+        (
+            ["model.channels=1"],
+            r"--set model\.channels=1: does not fit the weights \S*, whose value is 3; leave",
+        ),
         (["model.size=small"], r"--set model\.size=small: does not fit the weights [^,]*; leave it out"),
         (["model.text_length=9", "optim.peak_lr=-1"], "optim.peak_lr"),
     ],
@@ -137,7 +146,7 @@ def test_what_is_no_model_is_refused(base, tmp_path):
             f"random:{base}",
             "--from random:.*: names no trained weights; to start from random weights, leave out --from",
         ),
-        ("", "--from: names no model"),
+        ("", "--from: is empty; name a model"),
     ):
         with pytest.raises(UserError, match=message):
             given_weights(str(name), tmp_path / "run", [])

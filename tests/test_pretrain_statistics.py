@@ -125,7 +125,10 @@ def test_shards_that_are_cut_off_are_named(tmp_path):
             r"unsigned 16-bit values, from 0 to 4095 .*data.range=\[0,4095\], or dt",
         ),
         (lambda: _npy(_deep(24, 20, 2, most=900)), r"unsigned 16-bit values, from 0 to 900 .*data.range=\[0,1023\]"),
-        (lambda: _npy(np.full((24, 20), 7, np.float32)), r"float 32-bit values, from 7 to 7 .*, or dtype for 0 and 1"),
+        (
+            lambda: _npy(np.full((24, 20), 7, np.float32)),
+            r"float 32-bit values, from 7 to 7 .*=dtype sets 0 and 1",
+        ),
     ],
 )
 def test_what_is_black_and_white_is_asked_for_if_it_is_not_evident(tmp_path, make, message):
@@ -139,7 +142,7 @@ def test_what_is_black_and_white_is_asked_for_if_it_is_not_evident(tmp_path, mak
 @pytest.mark.parametrize(("high", "white"), [(256, 511), (1000, 1023), (4095, 4095), (4096, 8191), (40_000, 65_535)])
 def test_the_range_that_is_proposed_holds_all_values_and_is_one_of_a_bit_depth(high, white):
     deep = Kind(1, True, "uint16", 8, 8, Depth("unsigned", 16), 0, high)
-    with pytest.raises(UserError, match=rf"--set data\.range=\[0,{white}\], or dtype for 0 and 65535"):
+    with pytest.raises(UserError, match=rf"--set data\.range=\[0,{white}\]; data\.range=dtype sets 0 and 65535"):
         range_of([deep])
 
 
@@ -223,7 +226,7 @@ def test_every_setting_that_is_chosen_is_set_alone_above():
     ("override", "message"),
     [
         ("data.train.0.shards=x.tar", "--set data.train.0.shards: use SOURCE instead"),
-        ('data.val=[{"shards":"x.tar"}]', "--set data.val: give held-out samples in SOURCE or with --val"),
+        ('data.val=[{"shards":"x.tar"}]', r"--set data.val: only \[\] can be set, .* in SOURCE or with --val"),
         ("train.probe.labels=json.x", "--set train.probe.labels: use --labels instead"),
         ("model.image_targets=vqgan", "data.image_tokenizer: model.image_targets vqgan needs the folder of a VQGAN"),
         ("train.steps=null", "give the length of the run: epochs or steps"),

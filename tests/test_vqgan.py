@@ -283,7 +283,7 @@ def test_ids_made_ahead_of_time(tmp_path, vqgan, monkeypatch, capsys):
         assert not batch.keys and all(reason in str(item) for item in batch.skipped)
 
     out = tmp_path / "none"
-    for option, message in (("--image-size=30", "not a multiple of the 8"), ("--views=0", "1 or more")):
+    for option, message in (("--image-size=30", "not a multiple of 8"), ("--views=0", "1 or more")):
         assert exit_cleanly(partial(data, [*arguments, option, "--out", str(out)])) == 2
         assert message in capsys.readouterr().err
     assert not out.exists()

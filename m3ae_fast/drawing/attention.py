@@ -49,7 +49,7 @@ class Word(NamedTuple):
     """A word of a caption."""
 
     text: str
-    tokens: list[int]  # indices in the caption of the tokens that belong to this word only
+    tokens: list[int]  # indices (in the caption) of the tokens that overlap this word
 
 
 @torch.no_grad()
@@ -91,10 +91,10 @@ def draw_attention(
     choice: HeadChoice = MEAN_OF_LAST,
     channels: Sequence[int] | None = None,
 ) -> None:
-    """Write a PNG with a row for each of the first `count` samples with an image. It shows the attention of cls and of
-    the first words (or only of `word`) as an overlay from blue (none) to red (the highest). The attention of a word
-    with several tokens is their mean. `channels`: displayed channels, as in `figures.levels`. Raises UserError if no
-    sample has an image, or if no caption contains the word."""
+    """Write a PNG with a row for each of the first `count` samples with an image. Each row shows the attention of cls
+    and of the first words (or only of cls and `word`) as an overlay from blue (none) to red (the highest). The
+    attention of a word with several tokens is the mean over these tokens. `channels`: displayed channels, as in
+    `figures.levels`. Raises UserError if no sample has an image, or if no caption contains the word."""
     rows: list[list[Cell]] = []
     for sample in samples:
         if sample.image is None or len(rows) == count:
@@ -120,9 +120,9 @@ def draw_attention(
 
 
 def words_of(tokenizer: CaptionTokenizer, tokens: Sequence[int], word: str | None) -> list[Word]:
-    """Return the first words of a caption, or only `word`, which may consist of several words, ignoring case. Each word
-    is returned once, at its first occurrence. Words are located in the text of the tokens, so they may consist of
-    several tokens of any tokenizer."""
+    """Return the first words of a caption, or only `word`. `word` may consist of several words, and its case is
+    ignored. Each word is returned once, at its first occurrence. Words are located in the text of the tokens, so they
+    may consist of several tokens of any tokenizer."""
     pieces = tokenizer.pieces(tokens)
     text, ends = "".join(pieces), [*accumulate(map(len, pieces))]
     pattern = r"[^\W_]+"

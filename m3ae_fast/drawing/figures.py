@@ -92,7 +92,7 @@ def stretched(normal: Tensor) -> Tensor:
 
 
 def shown(image: Tensor, side: int = _SIDE) -> Image.Image:
-    """Return uint8 [C, H, W] with C = 1 or 3 as an RGB image of `side` x `side` pixels, placed according to
+    """Return an image, uint8 [C, H, W] with C = 1 or 3, as an RGB image of `side` x `side` pixels, placed according to
     `box_in`."""
     array = image.permute(1, 2, 0).numpy()
     whole = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
@@ -116,7 +116,7 @@ def _wrapped(cell: Cell) -> list[str]:
 
 def draw_confusion(path: Path, labels_N: Tensor, predicted_N: Tensor, classes: Sequence[int | str]) -> None:
     """Write a PNG of the confusion matrix: the fractions of each class's samples that were predicted as each class. If
-    there are more than _MOST_CONFUSED classes, those with the most samples are shown."""
+    there are more than _MOST_CONFUSED classes, only the classes with the most samples are shown."""
     samples_K = np.bincount(labels_N.numpy(), minlength=len(classes))
     shown = np.sort(np.argsort(-samples_K, kind="stable")[:_MOST_CONFUSED])
     count, place_K = len(shown), np.full(len(classes), -1)
@@ -174,9 +174,10 @@ def draw_accuracies(path: Path, lines: Mapping[str, Sequence[tuple[float, float,
 
 
 def draw_comparison(path: Path, rows: Sequence[Mapping[str, Any]], chance: float) -> None:
-    """Write a PNG of the accuracy of each model by probe, with standard errors, and of chance level.
+    """Write a PNG of the accuracy of each model by probe, with standard errors, and of `chance`, the accuracy of always
+    predicting the largest class.
 
-    `rows` have model, probe, top1 and top1_se.
+    Each of `rows` has the keys model, probe, top1 and top1_se.
     """
     models, probes = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "probe"))
     figure, (axes,) = _figure(1.6 + 0.5 * len(rows), 3.8)
@@ -235,7 +236,7 @@ def draw_detection(path: Path, inside: Mapping[str, np.ndarray], outside: Mappin
 
 
 class MapPanel(NamedTuple):
-    """A panel of a map: points of the same samples as in the other panels."""
+    """A panel of a map. All panels of a map show the same samples."""
 
     title: str
     places_N2: np.ndarray
@@ -243,8 +244,7 @@ class MapPanel(NamedTuple):
 
 
 def draw_map(path: Path, panels: Sequence[MapPanel], labels_N: np.ndarray, classes: Sequence[int | str]) -> None:
-    """Write a PNG with a panel of points in a plane for each of `panels`, coloured by class. The labels are class
-    ids."""
+    """Write a PNG with a scatter plot for each of `panels`, coloured by class. `labels_N`: class ids."""
     from matplotlib import colormaps
 
     figure, all_axes = _figure(2 + 6 * len(panels), 6, len(panels))

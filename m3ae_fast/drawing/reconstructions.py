@@ -51,9 +51,9 @@ def draw_run(
     count: int,
     ratios: Sequence[float] = (),
 ) -> int:
-    """Plot reconstructions of `count` evenly spaced samples of `corpus`, computed on the CPU from a run's weights, as
-    in `draw_reconstructions`. `ratios`: image mask ratios, each with its own reconstruction; empty: the ratio of the
-    run.
+    """Plot reconstructions of `count` evenly spaced samples of `corpus`, as in `draw_reconstructions`. They are
+    computed on the CPU from a run's weights. `ratios`: image mask ratios, for each of which every sample is
+    reconstructed; empty: the ratio of the run.
 
     Returns:
         The number of plotted rows. If no sample is valid, it is 0, and no PNG is written.
@@ -80,8 +80,9 @@ def draw_reconstructions(
     vqgan: VQGAN | None = None,
     channels: Sequence[int] | None = None,
 ) -> None:
-    """Write a PNG with a row for each sample. Visible patches and text tokens are shown unchanged, masked ones as
-    predicted. If the image targets are ids of `vqgan`, the whole image is decoded from the true and the predicted ids.
+    """Write a PNG with a row for each sample. Visible patches and text tokens are shown unchanged, and masked ones are
+    shown as predicted. If the image targets are ids of `vqgan`, the whole image is decoded from the true and the
+    predicted ids.
 
     Args:
         model: model on any device; its mode is restored.

@@ -1,5 +1,5 @@
-"""Automatic settings that fit the data, the hardware and the available time. They are rules of thumb if nothing better
-is known; each rule is a constant in this module. `size_and_length.py` applies them to measurements of the speed."""
+"""Automatic settings that fit the data, the hardware and the available time. Some of the rules are only rules of thumb;
+each rule is a constant in this module. `size_and_length.py` applies them to measurements of the speed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from m3ae_fast.config import LONGEST, Config, Range, parse, require_libraries_of
 from m3ae_fast.config.load import apply_override
 
 TOKENIZER = "tokenizer.json"  # name of the tokenizer's file in the run folder
-EPOCHS, SEEN = 20, 20_000  # minimum epochs and samples for which a larger model must be trained to be chosen
+EPOCHS, SEEN = 20, 20_000  # numbers of epochs and samples on which a larger model must be trained at least
 FEWEST_STEPS = 1000  # the batch is halved until there are at least this many steps
 LEARNING_STEPS = 300  # with fewer steps, or less than an epoch, features hardly differ from those of random weights
 EVALUATIONS = 20  # number of evaluations during training, if they do not take too long
 SMALLEST_BATCH, LARGEST_BATCH = 64, 1024
 _STEPS_PER_EPOCH = 24  # approximate number of steps per epoch, if the batch is within its limits
 _WARM_UP = 0.05  # fraction of the steps that belong to the warm-up
-# for a run that starts from given weights: factor of the usual learning rate, and warm-up
+# for a run that starts from given weights: factor of the usual learning rate, and warm-up as a fraction of the steps
 _CONTINUED_RATE, _CONTINUED_WARM_UP = 0.25, 0.02
 LENGTHS = ("train.steps", "train.epochs")  # settings that determine the length of the run
 EVALUATED = 1024  # maximum number of held-out samples on which losses are evaluated
@@ -95,7 +95,7 @@ MODEL_SIZES = (
 
 def model_sizes(statistics: DatasetStatistics, overrides: Sequence[str] = ()) -> list[ModelSize]:
     """Return the model sizes for which there are enough samples, smallest first. If the run starts from given weights,
-    this is only the size of these weights."""
+    only the size of these weights is returned."""
     if continues(overrides):
         return [ModelSize("as its weights", {}, MODEL_SIZES[-1].pixels, 0)]
     return [size for size in MODEL_SIZES if statistics.samples >= size.samples]
@@ -156,8 +156,8 @@ def given(overrides: Sequence[str], name: str) -> int | None:
 
 
 def channels_set(overrides: Sequence[str]) -> int | None:
-    """Return the number of channels that is set by the overrides or implied by other settings in them; None if there is
-    none."""
+    """Return the number of channels that the overrides set or imply by other settings; None if they do not determine
+    it."""
     if channels := given(overrides, "model.channels"):
         return channels
     for name in ("model.image_mean", "model.image_std"):
@@ -192,8 +192,8 @@ def steps_in(seconds: float, pace: float, batch: int, samples: int) -> int:
 
 
 def fitted_batch(seconds: float, pace: float, samples: int) -> int:
-    """Return the number of samples per step: that of `batch_of`, or less if there would be too few steps. `pace`:
-    seconds per sample."""
+    """Return the number of samples per step: the result of `batch_of`, or a smaller number if there would be too few
+    steps. `pace`: seconds per sample."""
     batch = batch_of(samples)
     while batch > SMALLEST_BATCH and seconds / (pace * batch) < FEWEST_STEPS:
         batch //= 2
@@ -208,14 +208,14 @@ def reaches(seconds: float, pace: float, samples: int) -> bool:
 def check_overrides(overrides: Sequence[str], start_from: str | None = None) -> Config:
     """Return the result of `assumed_config` for the user's overrides, for a run that starts from the weights
     `start_from` (None: from random weights). Raises UserError if an override sets a value for which `pretrain` has an
-    option, and as `assumed_config` does."""
+    option, or if `assumed_config` raises it."""
     for override in overrides:
         name = override.partition("=")[0]
         if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):
             raise UserError(f"--set {name}: use {meant} instead")
     if set_to(overrides, "data.val", None):
         raise UserError(
-            "--set data.val: give held-out samples in SOURCE or with --val; only [] can be set, to use none"
+            "--set data.val: only [] can be set, for no held-out samples; name held-out samples in SOURCE or with --val"
         )
     start = [] if start_from is None else [f"model.init_from={json.dumps(start_from)}"]
     return assumed_config([*start, *overrides])
@@ -365,7 +365,7 @@ def _drop_incompatible(config: dict[str, Any], override: str) -> None:
             config["model"].pop(key, None)
     if name.startswith("train.probe.") and config["train"]["probe"] is None:
         raise UserError(
-            f"--set {name}: there is no probe, because the samples have no usable labels; name them with --labels"
+            f"--set {name}: there is no probe, because the samples have no usable labels; choose a field with --labels"
         )
 
 

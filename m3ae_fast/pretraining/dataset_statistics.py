@@ -97,8 +97,8 @@ def inspect(
 
 
 def _on_given_weights(has_captions: bool, overrides: Sequence[str]) -> list[str]:
-    """Return a note if the run starts from given weights and only these, or only the samples, have text. Raises
-    UserError if both have, but the tokenizer of the weights is not known."""
+    """Return a list with a note if the run starts from given weights, and only these weights or only the samples have
+    text. Raises UserError if both have text, but the tokenizer of the weights is missing."""
     vocab_size = set_to(overrides, "model.vocab_size", None)
     if not continues(overrides) or vocab_size is None:
         return []

@@ -1,5 +1,5 @@
-"""Evaluation of a run's features at its end, in comparison with baselines: the same network with random weights, the
-pixels themselves, and the largest class."""
+"""Evaluation of the features at the end of a run, in comparison with baselines: the same network with random weights,
+the pixels themselves, and the largest class."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RUN = "this run"
 STARTED = "its initial weights"
 
 
-# for each evaluated model, the suffix after the task in the name of the folder of its results
+# for each evaluated model: suffix in the name of the folder with its results, after the name of the task
 _SUFFIXES = {RUN: "", UNTRAINED: "-random", SCALED: "-pixels", STARTED: "-start"}
 
 
@@ -50,8 +50,8 @@ def _models(config: Config) -> dict[str, str]:
 
 @contextmanager
 def stage(device: Device | None) -> Iterator[Session]:
-    """Context manager that yields a session, as `joined_program` does, for one of several stages of a program. After
-    the stage, `stop.asked` states whether a stop was requested, even if the stage has completed."""
+    """Yield a session, as `joined_program` does, in a context for one of several stages of a program. After the stage,
+    `stop.asked` states whether a stop was requested, even if the stage has completed."""
     with joined_program(device) as session:
         session.stop.at_leaving = lambda: RESUME_NOTE if session.ranks.is_main else ""
         yield session

@@ -43,7 +43,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
     """
     folder = out / FOLDER
     if not model:
-        raise UserError("--from: names no model")
+        raise UserError("--from: is empty; name a model")
     if model.startswith((RANDOM, PIXELS)):
         raise UserError(f"--from {model}: names no trained weights; to start from random weights, leave out --from")
     try:
@@ -68,8 +68,8 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
 
 def _fitting(model: str, found: Pretrained, given: Sequence[str], own: Sequence[str]) -> Pretrained:
     """Return the weights with which the run starts. `given`: overrides of settings that the weights determine; `own`:
-    the user's overrides. Raises UserError if the settings do not fit the weights, with the name of the first override
-    that does not."""
+    the user's overrides. Raises UserError if the settings do not fit the weights; its message names the first override
+    that does not fit."""
     try:
         return _fitting_all(model, found, [*given, *own])
     except UserError:
@@ -81,7 +81,7 @@ def _fitting(model: str, found: Pretrained, given: Sequence[str], own: Sequence[
                 _fitting_all(model, found, [*given, override])
             except UserError:
                 theirs = json.dumps(found.config.model_dump(mode="json").get(name.removeprefix("model.")))
-                have = "" if theirs == "null" else f", which have {theirs}"
+                have = "" if theirs == "null" else f", whose value is {theirs}"
                 raise UserError(f"--set {name}={value}: does not fit the weights {model}{have}; leave it out") from None
         raise
 

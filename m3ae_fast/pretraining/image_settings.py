@@ -14,7 +14,8 @@ _FILLED = 0.9  # minimum fraction of a data type's range that must occur to assu
 
 def channels_and_dtype(kinds: Sequence[Kind]) -> tuple[int, str]:
     """Return `model.channels` and `model.image_dtype` for images of these kinds. If there are grey and colour images,
-    the model has colour channels. Arrays of bands are not converted, so the most frequent kind of them is used."""
+    the model has colour channels. Arrays of bands are not converted, so the settings are those of their most frequent
+    kind."""
     arrays = Counter((kind.channels, kind.dtype) for kind in kinds if kind.is_array)
     if 2 * arrays.total() > len(kinds):
         channels, dtype = arrays.most_common(1)[0][0]
@@ -39,5 +40,5 @@ def range_of(kinds: Sequence[Kind]) -> Range | None:
     guess = f"[0,{2 ** max(int(high), 1).bit_length() - 1}]" if known else f"[{low:.6g},{max(high, low + 1):.6g}]"
     raise UserError(
         f"the images have {depth}, from {low:.7g} to {high:.7g} in {len(deep):,} inspected images: set the values of "
-        f"black and white, such as --set data.range={guess}, or dtype for {least:.10g} and {most:.10g}"
+        f"black and white, such as --set data.range={guess}; data.range=dtype sets {least:.10g} and {most:.10g}"
     )

@@ -89,8 +89,8 @@ def _with_rate(config: Config, rate: float, seconds: float) -> Config:
 
 
 def _try(config: Config, rate: float, steps: int, device: Device | None) -> float | None:
-    """Train a short run and return its final loss, on held-out samples if there are any. It is infinite if the loss of
-    a step was not finite. Return None if the run is stopped."""
+    """Train a short run and return its final loss, on held-out samples if there are any. The loss is infinite if the
+    loss of a step was not finite. Return None if the run is stopped."""
     folder = config.run.dir / FOLDER / f"peak_lr-{rate:g}"
     short = {
         "steps": steps, "epochs": None, "hours": None, "stop_at": None, "eval_every": None, "probe": None,

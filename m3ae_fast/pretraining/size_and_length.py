@@ -25,7 +25,7 @@ _TRIAL, _LONGEST_TRIAL = 0.03, 30.0
 _LEAST = 0.5  # minimum fraction of the time that is used for training
 _OVER = 1.05  # a plan is reported as too long if it exceeds the time by this factor
 _EVALUATING = 0.1  # maximum fraction of the training time for evaluations between the first and the last step
-# seconds to start the loaders of an evaluation, to start a task, and for report and export
+# seconds for starting the loaders of an evaluation, for starting a task, and for report and export
 _START, _TASK, _REPORT = 1.5, 2.0, 5.0
 _REGRESSION = 5e-6  # seconds of a logistic regression per training sample and class, at a width of up to 768
 # numbers of evaluated models (run, random weights, pixels) and tasks (k-NN, logistic regression)
@@ -53,8 +53,7 @@ class Budget:
         Args:
             statistics: statistics of the samples.
             probed: whether features are probed, during training and after it.
-            hours: the time for everything.
-            began: value of `time.monotonic` at the beginning of the call.
+            hours: hours for the whole call. began: value of `time.monotonic` at the beginning of the call.
             models: number of models that are evaluated after training.
         """
         self._models = models
@@ -120,8 +119,7 @@ def choose(
         statistics: statistics of the samples.
         shards: the shards.
         out: the run folder.
-        hours: the time for everything.
-        labels: source of the labels.
+        hours: hours for the whole call. labels: source of the labels.
         overrides: the user's overrides "section.key=value".
         session: session of the ranks.
         began: value of `time.monotonic` at the beginning of the call.
@@ -182,8 +180,8 @@ def _largest_fitting(
 
     Args:
         allowed: sizes to choose from, smallest first. The first is chosen if no other fits.
-        lacking: returns a text about the memory that a size lacks, or "".
-        measured: measures the pace of a size.
+        lacking: function that returns a description of the memory that a size lacks; "" if it lacks none.
+        measured: function that measures the pace of a size.
         budget: the time.
     """
     statistics = budget.statistics
@@ -253,7 +251,7 @@ def _length(config: Config, budget: Budget, pace: Pace) -> list[str]:
 
 
 def _between(config: Config, schedule: Schedule, budget: Budget, pace: Pace) -> float:
-    """Return the estimated seconds for the evaluations between the first step and the last, with the periods in the
+    """Return the estimated seconds for the evaluations between the first step and the last, given the intervals in the
     config."""
     count, seconds = budget.evaluations(pace)
     every = config.train.eval_every

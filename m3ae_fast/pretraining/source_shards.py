@@ -32,18 +32,18 @@ from m3ae_fast.shards.sources.registry import kind_of_source, open_source
 from m3ae_fast.shards.writer import convert, manifest_of
 
 SHARDS, CLEANED = "shards", "held-out"  # sub-folders of the run folder
-# fraction, and maximum number, of samples that are held out if the source has no split for it
+# fraction and maximum number of samples that are held out if the source has no held-out split
 _FRACTION, _MOST_HELD_OUT = 0.1, 5000
 
 
 def find_shards(
     source: str, out: Path, captions: Path | None, val: Sequence[str], image_range: Range | None = None
 ) -> Shards:
-    """Return the shards of a source. If the source is not shards itself, they are created in the run folder.
+    """Return the shards of a source. If the source does not consist of shards, they are created in the run folder.
 
     Args:
-        source: a folder of images or of shards, shards as a config names them, an HDF5 file in the layout of the
-            official code, or a Hugging Face dataset: a name, or a folder with its files.
+        source: a folder of images or of shards, shards named as in a config, an HDF5 file in the layout of the official
+            code, or a Hugging Face dataset: a name, or a folder with its files.
         out: the run folder.
         captions: for a folder of images, the file of the caption table; None: a table in the folder, or .txt files.
         val: if the source is shards, the held-out shards; empty: shards with names of a held-out split, or the last
@@ -93,7 +93,7 @@ def _open(source: str, captions: Path | None) -> tuple[Records, list[str]]:
     try:
         return records(captions=tables[0]), [f"captions and fields are read from {tables[0]}"]
     except NoColumns as error:
-        note = f"{tables[0]} is not used: it has no columns such as file_name and caption, but {error.columns}"
+        note = f"{tables[0]} is not used: its columns ({error.columns}) have no names such as file_name and caption"
     except ImagesMissing as error:
         if any(row.captions is not None for row in read_captions(tables[0])[:1]):
             raise
@@ -117,8 +117,8 @@ def _split(train: list[str], val: list[str], out: Path) -> Shards:
 
 
 def _split_by_names(names: list[str]) -> Shards | None:
-    """Split shards by the splits named in their file and folder names. Return None if that leaves none to train on or
-    none to hold out."""
+    """Split shards by the splits named in their file and folder names. Return None if this leaves no shards to train on
+    or no shards to hold out."""
     folders = zip(*(name.split("/")[:-1] for name in names))
     # Folders that contain all shards do not indicate a split.
     common = len([*takewhile(lambda level: len(set(level)) == 1, folders)])
@@ -171,7 +171,7 @@ def _out_of_reach(shards: Sequence[str]) -> bool:
 
 
 def overlap(train: Sequence[str], val: Sequence[str]) -> list[str]:
-    """Return a note in a list if there are held-out samples whose image also occurs in a training shard."""
+    """Return a list that contains a note if there are held-out samples whose image also occurs in a training shard."""
     if any(map(is_manifest, [*train, *val])):
         return []
     train, val = expand(list(train)), expand(list(val))
@@ -187,8 +187,8 @@ def _samples(shared: dict[str, set[int]]) -> str:
 
 
 def _made(source: Records, name: str, out: Path, notes: list[str], image_range: Range | None) -> Shards:
-    """Create the shards that are missing in the run folder, and return all of them. Shards of a source that has changed
-    since are replaced, unless training has begun."""
+    """Create the shards that are missing in the run folder, and return all shards. If the source has changed since
+    shards were created, these are replaced. Raises UserError if training has already begun with them."""
     folder, before = out / SHARDS, _manifest(out / SHARDS)
     parts = parts_of(source, _uses(source))
     image_range = image_range or range_of([kind for part in parts for kind in part.kinds])
@@ -213,7 +213,7 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
     whole = folder.resolve()
     lines = notes + made.tally.lines()
     if apart:
-        lines.append(f"{', '.join(apart)}: not used for training or evaluation; its shards are in {folder}")
+        lines.append(f"{', '.join(apart)}: not used for training or evaluation; the shards are in {folder}")
     if not held:
         lines.append("no samples are held out: all reported losses and accuracies will be on training data")
     kept, val = ([str(whole / f"{split}-*.tar")] if split else [] for split in (train, held))

@@ -1,4 +1,5 @@
-"""The stages of `pretrain`. Each is done once: a call after an interruption resumes with the first incomplete stage."""
+"""The stages of `pretrain`. Each stage is completed once: a call after an interruption resumes with the first
+incomplete stage."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def pretrain(
         source: a folder of images (with captions in .txt files or in a table, and sub-folders as classes), shards, an
             HDF5 file in the layout of the official code, or a Hugging Face dataset: a name, or a folder with its files.
         out: the run folder, which contains all output.
-        hours: the time for everything, on this machine. The length of the run is derived from it, and adjusted during
+        hours: hours for the whole call, on this machine. The length of the run is derived from it, and adjusted during
             training. If the time is too short to learn much and stdin is a terminal, the user is asked whether to
             start.
         captions: for a folder of images, the file of the caption table; None: a table in the folder, or .txt files next
@@ -85,8 +86,8 @@ def pretrain(
         The content of the run folder at the end.
 
     Raises:
-        UserError: the source cannot be used, an override is invalid, `out` cannot be written, or the user has answered
-            not to start.
+        UserError: the source cannot be used, an override is invalid, `out` cannot be written, or the user declines to
+            start.
     """
     began, out, given = time.monotonic(), Path(out), None if start_from is None else str(start_from)
     image_range = _check(hours, out, source, val, labels, given, overrides, device, tune)
@@ -138,7 +139,7 @@ def _check(
     object_store.require(str(source), *val)
     check_field(labels)
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is not a folder; name a folder, which may be new")
+        raise UserError(f"--out {out}: is not a folder; name a new or an existing folder")
     return image_range
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-PIECE = 4096  # bytes in the middle of a file that are compared first; if they differ, the rest is not read
+PIECE = 4096  # number of bytes in the middle of a file that are compared first; if they differ, the rest is not read
 
 
 def middle(size: int) -> tuple[int, int]:
@@ -25,7 +25,7 @@ def number_same(count: int, features: Sequence[Callable[[int], Any]]) -> np.ndar
         seen: dict[Any, int] = {}
         for item in np.flatnonzero(counts[inverse_N] > 1).tolist():
             found = (int(numbers_N[item]), feature(item))
-            # a new number: earlier numbers are below `count`
+            # new numbers start at `count`, because all earlier numbers are below it
             numbers_N[item] = seen.setdefault(found, count + len(seen))
         numbers_N = np.unique(numbers_N, return_inverse=True)[1].reshape(-1)
     return numbers_N

@@ -1,4 +1,4 @@
-"""Held-out samples: none of their images is also trained on, for example with another caption.
+"""Selection of held-out samples, whose images must not occur in training samples, not even with another caption.
 
 `split_images` chooses the samples that are held out when shards are made. `shared_images` and `write_without` remove
 images that occur in training shards from existing held-out shards.
@@ -38,8 +38,9 @@ class _Place(NamedTuple):
 
 
 def split_images(images_N: np.ndarray, wanted: int) -> np.ndarray:
-    """Return a mask of samples to hold out, bool [N]: about `wanted` of the last samples, with all samples of an image
-    or none. An image with more samples than are still wanted is skipped. At least one image is held out.
+    """Return a mask of the samples to hold out, bool [N]. About `wanted` samples are chosen, beginning with the last
+    ones; either all samples of an image are held out or none. An image with more samples than are still wanted is
+    skipped. At least one image is held out.
     """
     counts = Counter(images_N[::-1].tolist())  # in the order of the images' last samples, from the end
     held, left = set(), wanted

@@ -4,7 +4,7 @@ Each sample of OUT consists of a crop as JPEG, KEY.ids (its ids, int32, little-e
 of the original sample. Training uses these crops unchanged (`data.image_tokens` "shards"), because another crop would
 have different ids.
 
-Shapes: C channels, S x S pixels of a crop, L ids of it.
+Shapes: C channels, S x S pixels and L ids of a crop.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def image_tokens(
     chosen = chosen_device(device)
     loaded = VQGAN.from_pretrained(Path(vqgan))
     if image_size % (stride := loaded.config.stride):
-        raise UserError(f"--image-size {image_size}: is not a multiple of the {stride} pixels of a code")
+        raise UserError(f"--image-size {image_size}: is not a multiple of {stride}, the stride of the VQGAN in pixels")
     loaded.to(chosen)
     on_cpu = chosen.type == "cpu"
     crops = Crops(

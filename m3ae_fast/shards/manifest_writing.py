@@ -19,7 +19,7 @@ from m3ae_fast.data.manifest import KINDS, SUFFIX, UNREAD, count, part_of, rows_
 from m3ae_fast.data.shard_store import ShardStore, expand
 
 _THREADS = 32
-_MAX_BYTES = 1 << 26  # limit for a file of counts
+_MAX_BYTES = 1 << 26  # maximum number of bytes of a file with sample counts
 
 
 class WrittenManifest(NamedTuple):
@@ -46,8 +46,8 @@ def manifest(
     Args:
         shards: paths, brace patterns, globs, URLs or pipe: commands.
         out: the .npy file to write.
-        part: (i, n) to count only the i-th of n parts of the shards, from 1; the name of the file is then that of `out`
-            with .part-... added.
+        part: (i, n), with i from 1 to n, to count only the i-th of n parts of the shards. In this case, .part-... is
+            added to the file name of `out`, before the suffix.
         stats: whether to use the counts in img2dataset's NAME_stats.json files instead of reading the shards.
         sizes: a sizes.json file or URL with the counts, which are used instead of reading the shards.
         cache_dir: cache folder for copies of remote shards; None: ~/.cache/m3ae_fast.

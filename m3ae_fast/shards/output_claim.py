@@ -18,24 +18,26 @@ MANIFEST, CLASSES = "conversion.json", "classes.json"
 @contextmanager
 def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) -> Iterator[None]:
     """Create the folder `out`, or reuse it if it contains a conversion with the same `manifest`, and lock it for this
-    process. Raises UserError if it contains other files, is in use by another process, or cannot be written."""
+    process. Raises UserError if the folder contains other files, is in use by another process, or cannot be written."""
     path, text = out / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     try:
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: is a file; name a folder for the shards")
         if out.exists() and any(out.iterdir()) and not path.exists():
-            raise UserError(f"{out}: is not empty and does not hold a conversion; name a new folder")
+            raise UserError(f"{out}: is not empty, but contains no shards of an earlier conversion; name a new folder")
         out.mkdir(parents=True, exist_ok=True)
         with open(path, "a+", encoding="utf-8") as file:
             try:  # the manifest itself is locked: filelock would leave an additional file among the shards
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{out}: another process is converting into it") from None
+                raise UserError(f"{out}: another process is writing shards to it; name another folder") from None
             file.seek(0)
             before = file.read()
             if before and before != text:
                 reason = _difference(before, manifest)
-                raise UserError(f"{out}: holds another conversion ({reason}); name a new folder, or remove this one")
+                raise UserError(
+                    f"{out}: contains shards of another conversion ({reason}); name a new folder, or remove this one"
+                )
             if not before:
                 file.write(text)
                 file.flush()
@@ -46,7 +48,7 @@ def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) 
             yield
     except OSError as error:
         raise UserError(
-            f"{out}: cannot be written ({error.strerror or error}); complete shards are kept, "
+            f"{out}: cannot be written ({error.strerror or error}); complete shards are kept; "
             "run the same command again to continue"
         ) from None
 

@@ -40,8 +40,8 @@ class Part:
     bad: Counter[str] = field(default_factory=Counter)  # number of unusable samples by reason
 
     def inspect(self, read: Callable[[int], tuple[bytes | None, str | None]], samples: int = _INSPECTED) -> Part:
-        """Inspect `samples` evenly spaced samples. `read` returns the image and caption of a sample, and may raise
-        BadSample or OSError."""
+        """Inspect `samples` evenly spaced samples and return this split. `read`: function that returns the image and
+        caption of a sample, and may raise BadSample or OSError."""
         count = min(samples, self.samples)
         numbers = np.linspace(0, self.samples - 1, count).round().astype(np.int64).tolist()
         for number in track(numbers, f"inspecting {self.name}"):
@@ -58,7 +58,8 @@ class Part:
 
 
 def parts_of(records: Records, uses: dict[str, str]) -> list[Part]:
-    """Inspect each split of the records. `uses`: the purpose of each split, by name."""
+    """Return each split of the records with statistics of some of its samples. `uses`: the purpose of each split, by
+    name."""
 
     def part(split: str, samples: int) -> Part:
         def read(number: int) -> tuple[bytes | None, str | None]:
@@ -71,7 +72,7 @@ def parts_of(records: Records, uses: dict[str, str]) -> list[Part]:
 
 
 def part_of(corpus: Corpus, name: str, use: str, classes: Counter[str] | None, samples: int = _INSPECTED) -> Part:
-    """Inspect `samples` samples of shards."""
+    """Return a dataset of shards as a split, with statistics of `samples` of its samples."""
     readers = [Reader(source, corpus.store) for source in corpus.sources]
     starts = np.cumsum([0, *(int(source.sizes.sum()) for source in corpus.sources)])
 
@@ -111,7 +112,7 @@ def _captions(part: Part) -> str:
         return "none"
     example = part.captions[0]
     shown = example if len(example) <= _EXAMPLE else f"{example[: _EXAMPLE - 3]}..."
-    share = "" if len(part.captions) == part.seen else f"{len(part.captions):,} of {part.seen:,} samples seen, "
+    share = "" if len(part.captions) == part.seen else f"{len(part.captions):,} of {part.seen:,} inspected samples, "
     return f'{share}such as "{shown}"'
 
 

@@ -9,11 +9,11 @@ from m3ae_fast.data.reader import MAX_CAPTION_BYTES
 _SHOWN = 3  # number of examples shown per kind
 REFUSED, EMPTY, CUT, IGNORED, OUTSIDE, UNREAD = "refused", "empty", "cut", "ignored", "outside", "unread"
 _TEXT = {
-    REFUSED: "unusable sample{s} skipped",
+    REFUSED: "skipped sample{s} that cannot be used",
     EMPTY: "sample{s} with an empty caption",
-    CUT: f"sample{{s}} with a caption of more than {MAX_CAPTION_BYTES:,} bytes, of which training reads the beginning",
-    IGNORED: "file{s} ignored, as neither an image nor the caption of one",
-    OUTSIDE: "image{s} outside the splits left out",
+    CUT: f"sample{{s}} with a caption of more than {MAX_CAPTION_BYTES:,} bytes, of which only the beginning is read",
+    IGNORED: "ignored file{s} (neither an image nor the caption of an image)",
+    OUTSIDE: "skipped image{s} outside the folders of splits",
     UNREAD: "unused column{s}",
 }
 

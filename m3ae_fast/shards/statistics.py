@@ -87,7 +87,7 @@ def describe_statistics(found: Statistics) -> list[str]:
         mean, std = found.mean_and_std()
         widths, heights = np.array(found.sizes).T
         lines.append(f"images: {found.images:,} ({_counts(found.formats.most_common())})")
-        lines.append(f"mean {_compact(mean)}  std {_compact(std)} where black is 0 and white 1")
+        lines.append(f"mean {_compact(mean)}  std {_compact(std)} (black is 0 and white is 1)")
         for name, values in (("width", widths), ("height", heights), ("width / height", widths / heights)):
             lines.append(f"{name}: {_spread(values)}")
     if found.lengths:
@@ -95,7 +95,7 @@ def describe_statistics(found: Statistics) -> list[str]:
     labels = [(label, count) for label, count in found.labels.most_common() if label is not None]
     if labels:
         more = f", and {len(labels) - _SHOWN:,} more" if len(labels) > _SHOWN else ""
-        lines.append(f"labels: {len(labels):,} different ones; {_counts(labels[:_SHOWN])}{more}")
+        lines.append(f"different labels: {len(labels):,} ({_counts(labels[:_SHOWN])}{more})")
     return lines
 
 
@@ -131,7 +131,7 @@ def options_of(settings: Sequence[tuple[str, str, Any]]) -> list[str]:
 
 
 def read_whole_config(path: Path) -> dict[str, Any]:
-    """Read a config that `write_settings` will change. Raises UserError if it is invalid."""
+    """Return the config in the file `path`, for `write_settings`. Raises UserError if it is invalid."""
     given = read_config(path, "--write")
     parse(Config, given, f"--write {path}")
     return given
@@ -152,8 +152,8 @@ def write_sizes(path: Path, found: Statistics) -> None:
 
 
 def draw_statistics(path: Path, found: Statistics) -> None:
-    """Write histograms of pixel values, image sizes, aspect ratios and lengths. Raises UserError if `path` cannot be
-    written."""
+    """Write a PNG with histograms of pixel values, image sizes, aspect ratios and caption lengths. Raises UserError if
+    `path` cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), layout="constrained")
@@ -205,7 +205,7 @@ class Statistics:
         self.moments_2C = torch.zeros(2, self.channels, dtype=torch.float64)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Return `model.image_mean` and `image_std`, in units where black is 0 and white is 1."""
+        """Return `model.image_mean` and `image_std`, in units in which black is 0 and white is 1."""
         mean_C, square_C = self.moments_2C / max(1, self.images)
         std_C = (square_C - mean_C**2).clamp_min(0).sqrt()
         return [round(x, 4) for x in mean_C.tolist()], [round(max(x, 1e-4), 4) for x in std_C.tolist()]
@@ -222,8 +222,8 @@ class Statistics:
 
 
 def sample(corpus: Corpus, samples: int, seed: int) -> Corpus:
-    """Return a dataset of `samples` random samples, or all samples, in file order. The choice depends only on
-    `seed`."""
+    """Return a dataset of `samples` random samples (all samples if there are fewer), in file order. The choice depends
+    only on `seed`."""
     drawn = np.full(corpus.samples, LEFT_OUT, dtype=np.int64)
     drawn[permutation(corpus.samples, seed)[:samples]] = 0
     ends = np.cumsum([sum(source.sizes) for source in corpus.sources])
@@ -241,9 +241,9 @@ def collect(
     labels: str,
     dtype: str = "uint8",
 ) -> Statistics:
-    """Collect statistics of `samples` random samples of the dataset, chosen by `seed`. Lengths of captions are counted
-    in tokens of the tokenizer, or in words without one. `labels`: a field of `read_labels`. Raises UserError if a shard
-    or a label cannot be read."""
+    """Return statistics of `samples` random samples of the dataset, which are chosen by `seed`. Lengths of captions are
+    counted in tokens of the tokenizer or, without a tokenizer, in words. `labels`: as `field` of `read_labels`. Raises
+    UserError if a shard or a label cannot be read."""
     found = Statistics(corpus.samples, channels, dtype, image_range, "tokens" if tokenizer else "words")
     drawn = sample(corpus, samples, seed)
     for of_source in read_labels(drawn, labels):

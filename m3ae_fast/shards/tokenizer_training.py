@@ -33,7 +33,7 @@ class TrainedTokenizer(NamedTuple):
     path: Path
     size: int  # number of tokens, which is the value of model.vocab_size
     captions: int
-    tally: Tally  # samples that were left out
+    tally: Tally  # counts of samples whose captions are invalid, empty or too long
 
 
 def tokenizer(
@@ -43,7 +43,8 @@ def tokenizer(
     vocab_size: int,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> TrainedTokenizer:
-    """Train a lower-cased WordPiece tokenizer on the captions of shards, and write it as a tokenizer.json.
+    """Train a lower-cased WordPiece tokenizer on the captions of shards, write it as a tokenizer.json, and return a
+    summary.
 
     Args:
         shards: paths, brace patterns, globs, URLs or pipe: commands.
@@ -52,7 +53,8 @@ def tokenizer(
         cache_dir: cache folder for copies of remote shards; None: ~/.cache/m3ae_fast.
 
     Raises:
-        UserError: no caption can be used, `vocab_size` does not fit them, or `out` cannot be written.
+        UserError: no caption can be used, `vocab_size` is out of range or too small for the characters of the captions,
+            or `out` cannot be written.
     """
     if not len(SPECIAL) < vocab_size <= MAX_VOCAB:
         raise UserError(
@@ -63,11 +65,13 @@ def tokenizer(
     texts = list(caption_texts(names, ShardStore(cache_dir), tally))
     if not texts:
         raise UserError(f"shards {' '.join(names)}: none of their captions contains a word")
-    print(f"training a tokenizer of {len(texts):,} captions", file=sys.stderr, flush=True)
+    print(f"training a tokenizer on {len(texts):,} captions", file=sys.stderr, flush=True)
     trained = train_tokenizer(texts, vocab_size)
     size = trained.get_vocab_size()
     if size > vocab_size:
-        raise UserError(f"--vocab-size {vocab_size}: the captions' characters alone need {size}")
+        raise UserError(
+            f"--vocab-size {vocab_size}: the characters of the captions alone require {size} tokens; raise it"
+        )
     save_tokenizer(trained, Path(out))
     return TrainedTokenizer(Path(out), size, len(texts), tally)
 
@@ -75,7 +79,7 @@ def tokenizer(
 def describe_tokenizer(trained: TrainedTokenizer, vocab_size: int) -> list[str]:
     """Return the lines that describe a trained tokenizer to the user. `vocab_size`: the requested number of tokens."""
     size = trained.size
-    lines = [f"{trained.path}: {size:,} tokens of {trained.captions:,} captions; set model.vocab_size={size}"]
+    lines = [f"{trained.path}: {size:,} tokens, trained on {trained.captions:,} captions; set model.vocab_size={size}"]
     if size < FEW * vocab_size:
         lines.append(f"fewer than the {vocab_size:,} requested: the captions yield no more words and word pieces")
     return lines + trained.tally.lines()

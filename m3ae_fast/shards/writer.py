@@ -70,8 +70,8 @@ class Converted:
 
 
 def convert(records: Records, out: Path, settings: Settings, workers: int) -> Converted:
-    """Write the shards of `records` that are missing in `out`, with their indexes. Raises UserError if `out` contains
-    other files or cannot be written, or if no sample is valid."""
+    """Write the shards of `records` that are missing in `out`, with their indexes, and return counts of the result.
+    Raises UserError if `out` contains other files or cannot be written, or if no sample is valid."""
     if not 1 <= workers <= _MOST_WORKERS:
         raise UserError(f"--workers {workers}: must be from 1 to {_MOST_WORKERS}")
     plan = _plan(records, settings)
@@ -92,9 +92,9 @@ def convert(records: Records, out: Path, settings: Settings, workers: int) -> Co
                 (out / name).unlink(missing_ok=True)
             if created:
                 out.rmdir()
-            example = "".join(f", such as {sample}" for sample in tally.examples.get(REFUSED, ())[:1])
+            example = "".join(f"; the first error is: {sample}" for sample in tally.examples.get(REFUSED, ())[:1])
             of = f" of {empty[0]}" if len(empty) < len(samples) else ""
-            raise UserError(f"{out}: not written, since no sample{of} can be used{example}")
+            raise UserError(f"{out}: not written, because no sample{of} can be used{example}")
     images, captions = (sum(getattr(summary, name) for summary in found) for name in ("images", "captions"))
     left_out = sum(len(shard.numbers) for shard in plan) - samples.total()
     return Converted(shards, samples.total(), images, captions, left_out, tally)
@@ -141,7 +141,7 @@ def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard
             return total
         # forked, so that the records, which may list millions of files, need not be pickled
         context = multiprocessing.get_context("fork")
-        # numbers of written samples by shard, without a lock, which a killed worker would keep
+        # number of written samples of each shard; it has no lock, because a killed worker would keep the lock
         done = context.RawArray("q", len(todo))
         with ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (records, out, settings, done)) as pool:
             try:
@@ -207,7 +207,7 @@ def _end_with_parent() -> None:
 
 
 def _write_in_worker(number: int, shard: Shard) -> Tally:
-    """Write the shard with this number."""
+    """Write the shard with this number, and return the tally of its samples."""
     records, out, settings, done = _of_worker
 
     def advance(count: int) -> None:
@@ -217,7 +217,7 @@ def _write_in_worker(number: int, shard: Shard) -> Tally:
 
 
 def _write(records: Records, out: Path, settings: Settings, shard: Shard, advance: Callable[[int], None]) -> Tally:
-    """Write one shard atomically."""
+    """Write one shard atomically, and return the tally of its samples."""
     tally = Tally()
     partial = out / f".{shard.name}.partial"
     try:
@@ -271,7 +271,7 @@ def describe_conversion(out: Path, converted: Converted) -> str:
     lines = [f"{out}: {c.samples:,} samples in {shards} ({listed}), {c.captions:,} with a caption"]
     lines += c.tally.lines()
     if earlier := c.left_out - c.tally.counts[REFUSED]:
-        lines.append(f"{earlier:,} left out before the conversion was interrupted")
+        lines.append(f"{earlier:,} sample{'s' * (earlier != 1)} left out before the conversion was interrupted")
     for split in dict.fromkeys(path.name.rpartition("-")[0] for path in c.shards):
         lines.append(f'  "{split}": [{{"shards": "{out / split}-*.tar"}}]')
     return "\n".join(lines)

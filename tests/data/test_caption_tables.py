@@ -125,7 +125,7 @@ def test_any_bytes_are_rows_or_one_line(tmp_path, suffix, data, head):
 
 
 WRONG = {
-    "a,b\n": "has a, b; name one with --image-column",
+    "a,b\n": "has the columns a, b; name one of them with --image-column",
     "image,caption\n": "has no rows",
     "image,caption\n0.jpg,a dog, running\n": r"row 1 .*3 fields but the table has 2 columns: image, caption",
     "image,caption\n0.jpg,a dog\n1.jpg\n": r"row 2 .*1 field but",
@@ -166,8 +166,8 @@ JSON_WRONG = {
     '{"a": 1}': "row 1 .*captions? is a dict",
     "5": "row 1 .*caption is a int",
     "true": "row 1 .*caption is a bool",
-    '["a", {"raw": "b"}]': "caption is a list with a dict",
-    '[["a"]]': "caption is a list with a list",
+    '["a", {"raw": "b"}]': "caption is a list that contains a dict",
+    '[["a"]]': "caption is a list that contains a list",
     '"\\ud800"': "caption is not UTF-8",
 }
 
@@ -180,7 +180,7 @@ def test_what_is_no_caption_is_refused_by_name(tmp_path, value, message):
 def test_a_row_of_jsonl_that_lacks_its_caption_or_has_two_is_refused(tmp_path):
     first = '{"image": "0.jpg", "caption": "a", "id": 1}\n'
     assert "row 2" in (said := error(tmp_path / "a.jsonl", first + '{"image": "1.jpg", "captoin": "b"}')), said
-    assert "lacks caption" in said
+    assert "has no field caption" in said
     assert "duplicate key 'caption'" in error(tmp_path / "a.jsonl", '{"image": "a", "caption": "a", "caption": "b"}')
     assert "nested too deeply" in error(tmp_path / "a.jsonl", first + '{"image":' * 100_000)
     (tmp_path / "a.jsonl").write_text(first + '{"caption": NaN, "image": "1.jpg"}\n')

@@ -64,7 +64,7 @@ LAYOUTS = {
 }  # fmt: skip
 SAID = {
     "any case, and a class that only one split has": "note: only val has the class dog",
-    "an unlabelled test split": "note: the images of test have no class: they are in no class folder",
+    "an unlabelled test split": "note: the images of test have no class, because they are not in class folders",
     "a class called test": "note: test is interpreted as a class, like the folders next to it",
 }
 
@@ -134,14 +134,14 @@ def test_a_table_of_labels_alone(tmp_path, capsys):
 def test_images_in_no_split_are_left_out_and_named(tmp_path, capsys):
     root = tree(tmp_path / "data", "logo.png", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     assert make(root, tmp_path / "out") == 0
-    assert "1 image outside the splits left out, such as\n    logo.png" in capsys.readouterr().out
+    assert "1 skipped image outside the folders of splits, such as\n    logo.png" in capsys.readouterr().out
     assert len(_paths(tmp_path / "out")) == 3
 
 
 def test_splits_beside_other_folders_are_refused(tmp_path):
     root = tree(tmp_path / "data", "train/0.png", "val/0.png", "masks/0.png")
     with pytest.raises(
-        UserError, match="train, val are names of splits, but masks next to them is not; move other folders"
+        UserError, match=r"train, val are names of splits, but other folders are next to them \(masks\); move these"
     ):
         Folder(root)
 
@@ -150,7 +150,7 @@ def test_pretraining_keeps_the_splits(tmp_path):
     root = tree(tmp_path / "data", *(f"{split}/{name}/0.png" for split in ("train", "val", "test") for name in "ab"))
     shards = find_shards(str(root), tmp_path / "run", None, [])
     assert (shards.train, shards.val) == tuple([f"{tmp_path}/run/shards/{each}-*.tar"] for each in ("train", "val"))
-    assert any(re.fullmatch("test: not used for training or evaluation; its shards are in .*", n) for n in shards.notes)
+    assert any(re.fullmatch("test: not used for training or evaluation; the shards are in .*", n) for n in shards.notes)
     assert _paths(tmp_path / "run/shards") == {
         (split, "ab".index(name), f"{split}/{name}/0.png") for split in ("train", "val", "test") for name in "ab"
     }

@@ -105,7 +105,7 @@ def test_one_odd_picture_is_left_out_by_name_and_the_others_are_kept(folder, tmp
     assert paths(tmp_path / "out") == ["good.jpg"]
     (tmp_path / "out" / "train-00000.tar").unlink()
     assert make(folder, tmp_path / "out") == 0
-    assert re.search(rf"1 unusable sample skipped, such as\n    odd.png: .*{reason.strip()}", said(capsys))
+    assert re.search(rf"1 skipped sample that cannot be used, such as\n    odd.png: .*{reason.strip()}", said(capsys))
 
 
 CORRECTIONS = {
@@ -122,7 +122,7 @@ def test_what_was_corrected_since_is_not_passed_off_as_done(folder, tmp_path, ca
     CORRECTIONS[part](folder)
     said(capsys)
     assert make(folder, tmp_path / "out") == 2
-    assert re.search(rf"holds another conversion \({part}.*name a new folder, or remove this one", said(capsys))
+    assert re.search(rf"shards of another conversion \({part}.*name a new folder, or remove this one", said(capsys))
 
 
 def test_a_corrected_table_is_another_conversion(folder, tmp_path, capsys):
@@ -156,7 +156,7 @@ def test_a_class_whose_name_is_not_utf8_is_refused_by_name(pictures, tmp_path, c
     odd = os.fsencode(pictures) + b"/caf\xe9"
     os.rename(pictures / "dog", odd)
     assert make(pictures, tmp_path / "out") == 2
-    assert r"the class b'caf\xe9' is not UTF-8; rename it, or give --flat" in said(capsys)
+    assert r"the class b'caf\xe9' is not UTF-8; rename it, or use --flat" in said(capsys)
     assert not (tmp_path / "out").exists()
     assert make(pictures, tmp_path / "out", "--flat") == 0
     assert "caf\N{REPLACEMENT CHARACTER}/0.jpg" in paths(tmp_path / "out")
@@ -262,13 +262,13 @@ def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
     (pictures / "dog" / "0.txt").write_text("\N{SNOWMAN}" * 30_000)
     (pictures / "dog" / "1.jpg").write_bytes(b"no image")
     expected = f"""{tmp_path}/out: 9 samples in 5 shards (2 paired, 7 images alone), 2 with a caption
-1 unusable sample skipped, such as
+1 skipped sample that cannot be used, such as
     dog/1.jpg: not an image in a known format
 5 samples with an empty caption, such as
     cat/0.jpg
     cat/1.jpg
     cat/2.jpg
-1 sample with a caption of more than 65,536 bytes, of which training reads the beginning, such as
+1 sample with a caption of more than 65,536 bytes, of which only the beginning is read, such as
     dog/0.jpg: 90,000 bytes
 """
     options = ("--samples-per-shard", "2", "--keep-order")
@@ -277,7 +277,9 @@ def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
     (tmp_path / "out" / "train-00000.tar").unlink()
     assert make(pictures, tmp_path / "out", *options) == 0
     text = said(capsys)
-    assert "2 samples with an empty caption" in text and "1 left out before the conversion was interrupted" in text
+    assert (
+        "2 samples with an empty caption" in text and "1 sample left out before the conversion was interrupted" in text
+    )
 
 
 def test_files_that_are_no_input_are_named(folder, tmp_path, capsys):
@@ -286,11 +288,11 @@ def test_files_that_are_no_input_are_named(folder, tmp_path, capsys):
     (folder / "t.csv").write_text("image,caption\ngood.jpg,a\n")
     assert make(folder, tmp_path / "out") == 0
     assert (
-        "5 files ignored, as neither an image nor the caption of one, such as\n    a.heic\n    b.svg\n    c.txt\n"
+        "5 ignored files (neither an image nor the caption of an image), such as\n    a.heic\n    b.svg\n    c.txt\n"
         in said(capsys)
     )
     assert make(folder, tmp_path / "table", "--captions", folder / "t.csv") == 0
-    assert "5 files ignored" in said(capsys)  # good.txt, but not the table
+    assert "5 ignored files" in said(capsys)  # good.txt, but not the table
 
 
 def test_the_tally_shows_the_first_three_of_each_kind():
@@ -310,8 +312,8 @@ def test_the_tokenizer_tool_says_what_it_left_out(tmp_path, capsys):
     shard = write_tar(tmp_path / "a.tar", [("0.txt", b"a dog"), ("1.txt", b" "), ("2.txt", b"caf\xe9")])
     assert data(["tokenizer", shard, "--vocab-size", "20", "--out", str(tmp_path / "tokenizer.json")]) == 0
     told = said(capsys)
-    assert "of 1 captions" in told
-    assert f"1 unusable sample skipped, such as\n    {shard}/2: the caption is not UTF-8" in told
+    assert "on 1 captions" in told
+    assert f"1 skipped sample that cannot be used, such as\n    {shard}/2: the caption is not UTF-8" in told
     assert f"1 sample with an empty caption, such as\n    {shard}/1" in told
     blank = write_tar(tmp_path / "b.tar", [("0.txt", b" ")])
     assert exit_cleanly(lambda: data(["tokenizer", blank, "--vocab-size", "20", "--out", f"{blank}.json"])) == 2

@@ -130,7 +130,7 @@ def test_shards_are_made_with_a_range(tmp_path, capsys):
     values = np.linspace(LOW, HIGH, 32 * 32).reshape(32, 32).astype(np.uint16)
     (tmp_path / "in" / "a.tif").write_bytes(pillow(values, "TIFF"))
     command = ["make", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "1"]
-    with pytest.raises(UserError, match=r"no sample can be used, such as .*set data\.range"):
+    with pytest.raises(UserError, match=r"no sample can be used; the first error is: .*set data\.range"):
         data_tools(command)
     assert data_tools([*command, "--range", f"{LOW},{HIGH}"]) == 0
     data = next((tmp_path / "out").glob("*.tar")).read_bytes()

@@ -100,7 +100,7 @@ def test_the_command_prints_settings_and_writes_them(shards, tmp_path, capsys, c
     out = capsys.readouterr().out
     for text in (
         "14 of 14 samples", "cannot be read: 2 (14.29%", "2: not an image in a known format", "width: median", "GIF 4",
-        "labels: 3 different ones; 0 3, 1 3, 2 2", f"--set model.channels={channels}", '--set data.range="dtype"',
+        "different labels: 3 (0 3, 1 3, 2 2)", f"--set model.channels={channels}", '--set data.range="dtype"',
         "words: median",
     ):  # fmt: skip
         assert text in out

@@ -75,7 +75,7 @@ def test_a_folder_with_classes_and_captions(tmp_path, pictures, capsys):
     for text in (
         "9 samples in 3 shards",
         "6 paired, 3 images alone",
-        "1 unusable sample skipped",
+        "1 skipped sample that cannot be used",
         "dog/4.jpg: the image is damaged",
     ):
         assert text in said
@@ -165,7 +165,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, caps
         if not change:  # the file was truncated
             os.truncate(out / "conversion.json", 99)
         assert make(pictures, out, "--samples-per-shard", "3", *change) == 2
-        assert "holds another conversion" in capsys.readouterr().err
+        assert "contains shards of another conversion" in capsys.readouterr().err
 
 
 def test_ctrl_c_while_workers_start_is_not_lost(tmp_path, pictures, monkeypatch):
@@ -408,7 +408,9 @@ def test_a_split_of_which_nothing_can_be_used_is_refused(tmp_path, capsys):
     for number in range(9):
         (tmp_path / "in" / f"{number}.jpg").write_bytes(b"no image")
     assert make(tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2  # the only option that differs
-    assert re.search(r"no sample of train can be used, such as \d.jpg: not an image", capsys.readouterr().err)
+    assert re.search(
+        r"no sample of train can be used; the first error is: \d.jpg: not an image", capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
     (tmp_path / "in" / "good.jpg").unlink()
     assert make(tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2
@@ -439,7 +441,10 @@ def test_splits_that_differ_in_what_is_read_are_refused(tmp_path, dataset, capsy
     datasets.DatasetDict(train=dataset, test=other).save_to_disk(tmp_path / "saved")
     capsys.readouterr()
     assert make(tmp_path / "saved", tmp_path / "out") == 2
-    assert f"the column {column} differs between test and train; choose a --split" in capsys.readouterr().err
+    assert (
+        f"the type of the column {column} differs between test and train; choose one of them with --split"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -477,9 +482,9 @@ def _mistakes(folder):
     table = [folder / "in", "OUT", "--captions"]
     yield [folder / "empty", "OUT"], "contains no images"
     yield [folder / "nowhere", "OUT"], "is neither a folder, nor an HDF5 file"
-    yield [folder / "broken", "OUT"], "no sample can be used, such as"
+    yield [folder / "broken", "OUT"], "no sample can be used; the first error is:"
     yield [*table, folder / "in/captions.csv"], "1 of 2 rows name images that are not in .*'cat/77.jpg' .row 2."
-    yield [*table, folder / "in/columns.csv"], "has a, b; name one with --image-column"
+    yield [*table, folder / "in/columns.csv"], "has the columns a, b; name one of them with --image-column"
     yield [*table, folder / "in/captions.csv", "--caption-column", "title"], "--caption-column title"
     yield [*table, folder / "in/broken.jsonl"], "row 2 cannot be read"
     yield [*table, folder / "in/none.csv"], "No such file"
@@ -493,7 +498,7 @@ def _mistakes(folder):
     yield [folder / "uneven.hdf5", "OUT"], "different lengths .jpg 1, caption 2."
     yield [folder / "empty", "OUT", "--kind", "huggingface"], "cannot be loaded"
     datasets.Dataset.from_dict({"number": [1]}).save_to_disk(folder / "saved")
-    yield [folder / "saved", "OUT", "--split", "none"], "--split none: .* has train"
+    yield [folder / "saved", "OUT", "--split", "none"], "--split none: .* has only the splits train"
     yield [folder / "saved", "OUT"], "has the columns number; choose one with --image-column"
 
 
@@ -514,7 +519,7 @@ def test_two_conversions_do_not_meet(tmp_path, pictures, capsys):
 
     with claimed(tmp_path / "out", {"source": {}, "settings": {}}, None):
         assert make(pictures, tmp_path / "out") == 2
-    assert "another process is converting" in capsys.readouterr().err
+    assert "another process is writing shards" in capsys.readouterr().err
 
 
 def test_the_kind_of_a_source_is_recognised(tmp_path, pictures):

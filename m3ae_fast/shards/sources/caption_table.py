@@ -4,10 +4,10 @@ Each row is a sample, even if rows are equal; a row with a list of captions give
 strictly: a row with more or fewer fields than the table has columns is an error. Columns other than those of images and
 captions become fields of the sample's json; a table may have only such columns.
 
-A .csv is quoted according to RFC 4180. A .tsv has one row per line, and quotes in it are text, with two exceptions that
-only a program that quotes can have written. If all column names are quoted, the table is read as a .csv with tabs. A
-quoted field is read as quoted if it is empty, contains a doubled quote (and no single one), or contains a tab without
-which the row would have too many fields.
+A .csv is quoted according to RFC 4180. A .tsv has one row per line, and quotes in it are text, with two exceptions,
+which only a program that quotes fields can have written. If all column names are quoted, the table is read as a .csv
+with tabs as separators. The quotes around a field are removed if the field is empty, if it contains a doubled quote
+(and no single one), or if it contains a tab and the row would otherwise have too many fields.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _Rows = Generator[list[Any], None, None]
 
 
 class NoColumns(UserError):
-    """Raised if a table has no columns that are used. `columns`: the columns that it has, as text."""
+    """Raised if a table has no column with a usual name. `columns`: the names of its columns, as text."""
 
     def __init__(self, columns: Sequence[str], where: str, option: str) -> None:
-        self.columns = ", ".join(columns) or "no columns"
-        super().__init__(f"{where}: has {self.columns}; name one with {option}")
+        self.columns = ", ".join(columns) or "none"
+        super().__init__(f"{where}: has the columns {self.columns}; name one of them with {option}")
 
 
 class Row(NamedTuple):
@@ -55,12 +55,12 @@ class Row(NamedTuple):
 
 
 def read_captions(table: Path, image: str | None = None, caption: str | None = None) -> list[Row]:
-    """Return all rows of a .csv, .tsv, .jsonl (or .ndjson) or .parquet. `image` and `caption`: names of columns; None:
-    the first column with a usual name. If no caption column is found but there are other columns, the rows have no
-    captions. Raises UserError if the file cannot be read, a column is missing, or a row does not fit the columns."""
+    """Return all rows of a .csv, .tsv, .jsonl (or .ndjson) or .parquet file. `image` and `caption`: names of columns;
+    None: the first column with a usual name. If no caption column is found but there are other columns, the rows have
+    no captions. Raises UserError if the file cannot be read, a column is missing, or a row does not fit the columns."""
     reader = READERS.get(table.suffix.lower())
     if reader is None:
-        raise UserError(f"--captions {table}: must be a .csv, .tsv, .jsonl or .parquet")
+        raise UserError(f"--captions {table}: must be a .csv, .tsv, .jsonl or .parquet file")
     found: list[Row] = []
     try:
         with closing(reader(table)) as rows:
@@ -83,10 +83,10 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
 
 
 def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str], option: str, where: str) -> str:
-    """Return the column named by the user, otherwise the first with a usual name. Raises NoColumns if no column has a
-    usual name, and UserError if the named column does not exist or occurs several times."""
+    """Return the column named by the user or, if none is named, the first one with a usual name. Raises NoColumns if no
+    column has a usual name, and UserError if the named column does not exist or occurs several times."""
     if named is not None and named not in columns:
-        raise UserError(f"{option} {named}: {where} has {', '.join(columns) or 'no columns'}")
+        raise UserError(f"{option} {named}: {where} has only the columns {', '.join(columns) or 'none'}")
     names = [named] if named else [column for name in usual for column in columns if column.lower() == name][:1]
     if not names:
         raise NoColumns(columns, where, option)
@@ -98,16 +98,16 @@ def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str
 
 
 def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, caption: int | None) -> Row:
-    """Convert a list of values to a Row. Raises ValueError if it does not fit the columns."""
+    """Convert a list of values to a Row. Raises ValueError if the values do not fit the columns."""
     if len(row) != len(columns):
         raise ValueError(
             f"it has {len(row)} field{'s' * (len(row) != 1)} but the table has {len(columns)} columns: "
-            f"{', '.join(columns)}; a field with a separator or a line break in it needs quotes"
+            f"{', '.join(columns)}; a field that contains a separator or a line break must be quoted"
         )
     used = [image] if caption is None else [image, caption]
     for place in used:
         if row[place] is _ABSENT:
-            raise ValueError(f"it lacks {columns[place]}; write null if there is none")
+            raise ValueError(f"it has no field {columns[place]}; write null if the value is missing")
     name = row[image]
     if not isinstance(name, (str, bytes)) or not name:
         raise ValueError(f"{columns[image]} must be the name of a file, but is {str(name)[:80]!r}")
@@ -120,8 +120,9 @@ def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, ca
 
 
 def _fields_of(others: Iterable[tuple[str, Any]]) -> str:
-    """Return the values of columns in a row as a JSON object; "" if there are none. Left out are empty values, values
-    that JSON cannot represent, such as bytes, and a column named caption, which would be read as a caption."""
+    """Return the values of columns in a row as a JSON object; "" if there are none. Empty values, values that JSON
+    cannot represent (such as bytes), columns without a name and a column named caption, which would be read as a
+    caption, are left out."""
     texts = []
     for column, value in others:
         if value is not _ABSENT and value is not None and value != "" and column not in ("", "caption"):
@@ -147,7 +148,7 @@ def _lines(table: Path) -> Generator[str, None, None]:
             except UnicodeDecodeError:
                 raise UserError(f"--captions {table}: line {number} is not UTF-8; save it in UTF-8") from None
             if b"\0" in line:
-                raise ValueError("it has a null byte; is the file UTF-8?")
+                raise ValueError("it contains a null byte; save the file in UTF-8")
             yield from parts
 
 
@@ -184,7 +185,8 @@ def _tsv(table: Path) -> _Rows:
 
 
 def _fields(line: str, count: int) -> list[str]:
-    """Return the fields of a line of tsv; `count` of them if one way of reading gives this number."""
+    """Return the fields of a line of a .tsv. If the line has more than `count` fields, quotes around tabs are
+    interpreted, provided that this gives `count` fields."""
     fields = line.split("\t")
     if len(fields) > count and '"' in line:
         try:

@@ -161,7 +161,7 @@ class Folder(Records):
             raise BadSample(f"{caption_file}: cannot be read ({error})") from None
 
     def _fingerprints(self) -> dict[str, str]:
-        """Return fingerprints of images, captions and classes, which differ if the user has changed them."""
+        """Return fingerprints of the images, captions, classes and masks, which change when the user changes these."""
         images, captions = hashlib.sha256(), hashlib.sha256()
         for path, own in zip(self._paths, self._samples):
             file = os.path.join(self.folder, path)
@@ -178,8 +178,8 @@ class Folder(Records):
 
 
 def _find_images(folder: Path, masks: Path | None, flat: bool) -> tuple[list[str], list[str]]:
-    """Return the sorted paths of all files below a folder except the masks, and those of the images among them. Raises
-    UserError if there is none, or a library to read them is missing."""
+    """Return the sorted paths of all files below a folder except the masks, and the sorted paths of the images. Raises
+    UserError if there is no image, or if a library that is needed to read the images is not installed."""
     files = sorted(find_files(str(folder), flat))
     if masks is not None:
         own = os.path.relpath(os.path.realpath(masks), os.path.realpath(folder)) + os.sep
@@ -194,7 +194,7 @@ def _find_images(folder: Path, masks: Path | None, flat: bool) -> tuple[list[str
 def _require_utf8(folder: Path, classes: Sequence[str]) -> None:
     """Raise UserError if the name of a class is not UTF-8."""
     if odd := next((name for name in classes if printable(name) != name), None):
-        raise UserError(f"{folder}: the name of the class {os.fsencode(odd)!r} is not UTF-8; rename it, or give --flat")
+        raise UserError(f"{folder}: the name of the class {os.fsencode(odd)!r} is not UTF-8; rename it, or use --flat")
 
 
 def _why_unlabelled(layout: Layout, paths: Sequence[str]) -> str:
@@ -208,7 +208,7 @@ def _why_unlabelled(layout: Layout, paths: Sequence[str]) -> str:
 
 
 def _missing_masks(masks: Path, paths: Sequence[str]) -> list[str]:
-    """Return a note in a list if some images have no mask. Raises UserError if none has."""
+    """Return a list that contains a note if some images have no mask. Raises UserError if no image has a mask."""
     missing = [path for path in paths if not os.path.lexists(mask_of(masks, path))]
     if len(missing) == len(paths):
         raise UserError(
@@ -277,8 +277,8 @@ def _require_reader(folder: str, paths: Sequence[str]) -> None:
 
 def find_files(folder: str, flat: bool = False) -> Iterator[str]:
     """Yield the paths of files below `folder`, except hidden files. Links to folders are followed, but only once within
-    a class or split: two classes may be links to the same folder, and links may form a cycle. Raises UserError as
-    `_refuse` does."""
+    a class or split: two classes may be links to the same folder, and links may form a cycle. Raises UserError if a
+    folder cannot be listed."""
     seen = set()
     for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         real, below = os.path.realpath(parent), os.path.relpath(parent, folder)

@@ -2,7 +2,7 @@
 
 A level of folders contains splits if all its folders have names of splits: `root/train/CLASS` and `root/val/CLASS`, as
 for torchvision's ImageFolder, but also `root/CLASS/train` or `root/images/train2017`. The first remaining level
-contains the classes. If there are other folders next to a folder called "test", it is a class too.
+contains the classes. A folder called "test" is also a class if the folders next to it are classes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def understand(root: str, directories: Collection[str], known: Sequence[str] | N
     """Return the layout of a folder.
 
     Args:
-        root: the folder, for messages and for its name: images in a folder called val are the split val.
+        root: the folder, for messages and for its name: images in a folder called val form the split val.
         directories: the directories that contain images, relative to `root`; "" for `root` itself.
         known: the classes in the order of their labels; None: the sorted names of the folders.
         flat: whether to ignore the meaning of sub-folders as splits and classes.
@@ -93,14 +93,14 @@ def _level_of_splits(root: str, directories: Collection[str]) -> int | None:
         elif is_divided and not level:
             splits = [name for name in names if split_of_folder(name)]
             raise UserError(
-                f"{root}: {listed(splits)} are names of splits, but {listed(names - {*splits})} next to them is not; "
-                "move other folders elsewhere, or rename the splits if they are classes"
+                f"{root}: {listed(splits)} are names of splits, but other folders are next to them "
+                f"({listed(names - {*splits})}); move these elsewhere, or rename the splits if they are classes"
             )
     return None
 
 
 def _without_wrapper(inner: dict[str, str]) -> dict[str, str]:
-    """Remove the outer folders that contain all images."""
+    """Return the directories without the outer folders that contain all images."""
     common = os.path.commonpath(list(inner.values())) if all(inner.values()) else ""
     return {each: below[len(common) :].lstrip("/") for each, below in inner.items()}
 
@@ -120,14 +120,14 @@ def _with_classes(
     if known is not None:
         unknown = [name for name in used if name not in known]
         if unknown or mixed is not None or not used:
-            wrong = f"{unknown[0]!r}" if unknown else "images outside class folders"
-            raise UserError(f"--classes: {root} has {wrong}, which is not among the classes")
+            wrong = f"the folder {unknown[0]!r}, which is not a class" if unknown else "images outside class folders"
+            raise UserError(f"--classes: {root} contains {wrong}; move each image into the folder of a class")
     elif mixed is not None or len(used) < 2:
         return Layout(splits, dict.fromkeys(names), None, outside=mixed)
     split_like = [name for name in used if split_of_folder(name)] if len(order) == 1 else []
     notes = [f"{name} is interpreted as a class, like the folders next to it" for name in split_like]
     if bare := [split for split in order if found[split] == {None}]:
-        notes.append(f"the images of {listed(bare)} have no class: they are in no class folder")
+        notes.append(f"the images of {listed(bare)} have no class, because they are not in class folders")
     labelled = [split for split in order if split not in bare]
     for split in labelled if len(labelled) > 1 else ():
         others = {name for other in labelled if other != split for name in found[other]}

@@ -1,7 +1,7 @@
 """Records from the HDF5 files of the official M3AE code (github.com/young-geng/m3ae_public, m3ae/data.py).
 
-`jpg` contains each image file as variable-length uint8, and `caption` its text. The file of ImageNet has `train_jpg`,
-`train_labels`, `val_jpg` and `val_labels`; a file of unpaired text has `text`.
+The dataset `jpg` contains the image files as variable-length uint8, and `caption` contains their captions. The file of
+ImageNet has `train_jpg`, `train_labels`, `val_jpg` and `val_labels`; a file of unpaired text has `text`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ _SPLITS = {
 
 
 class Hdf5(Records):
-    """Records of an HDF5 file. A row with several captions, [N, K] or variable-length text, gives one sample per
-    caption. Raises UserError if h5py is not installed, or the file is not HDF5 or lacks the fields."""
+    """Records of an HDF5 file. A row with several captions (a row of a dataset [N, K], or a list of variable length)
+    gives one sample per caption. Raises UserError if h5py is not installed, the file is not HDF5, or it does not
+    contain these datasets."""
 
     def __init__(self, path: Path) -> None:
         h5py = library("h5py", str(path))

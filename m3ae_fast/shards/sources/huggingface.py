@@ -52,14 +52,15 @@ class HuggingFace(Records):
         data = _load(datasets, name, subset)
         if split is not None:
             if split not in data:
-                raise UserError(f"--split {split}: {name} has {', '.join(data)}")
+                raise UserError(f"--split {split}: {name} has only the splits {', '.join(data)}")
             data = {split: data[split]}
         first = next(iter(data.values()))
         self.image, self.caption, self.label = read = _columns(first.features, columns, name)
         for key, rows in data.items():
             if odd := next((c for c in read if c and rows.features.get(c) != first.features[c]), None):
                 raise UserError(
-                    f"{name}: the column {odd} differs between {key} and {next(iter(data))}; choose a --split"
+                    f"{name}: the type of the column {odd} differs between {key} and {next(iter(data))}; choose one of "
+                    "them with --split"
                 )
         self.classes = getattr(first.features[self.label], "names", None) if self.label else None
         images = first.features[self.image] if self.image else None
@@ -125,7 +126,7 @@ class HuggingFace(Records):
 
 
 def _load(datasets: Any, name: str, subset: str | None) -> dict[str, Any]:
-    """Return the splits of a dataset by name. Raises NotLoaded."""
+    """Return the splits of a dataset, by name. Raises NotLoaded if it cannot be loaded."""
     try:
         saved = any(os.path.exists(Path(name, file)) for file in ("dataset_dict.json", "state.json"))
         if not (Path(name).exists() or _downloaded(name) or hub_answers(name, "dataset")):

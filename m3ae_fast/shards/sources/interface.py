@@ -62,8 +62,8 @@ class Records(ABC):
         return row, number - int(starts[row])
 
     def images(self, split: str) -> np.ndarray:
-        """Return image numbers, int64 [samples]: samples of the same image have the same number. By default, these are
-        the samples of a row."""
+        """Return image numbers, int64 [samples]: samples of the same image have the same number. By default, the
+        samples of a row have the same image."""
         starts = self._starts[split]
         return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
 
@@ -94,7 +94,7 @@ def captions_of(value: Any) -> list[str]:
         raise ValueError(f"is {_kind(value)}, not text or a list of texts")
     for item in value:
         if not isinstance(item, (str, bytes)) and not _is_none(item):
-            raise ValueError(f"is a list with {_kind(item)} in it, not text or a list of texts")
+            raise ValueError(f"is a list that contains {_kind(item)}, not text or a list of texts")
     texts = [_text(item) for item in value if not _is_none(item)]
     return [text for text in texts if text.strip()]
 
@@ -124,8 +124,8 @@ def _kind(value: Any) -> str:
 
 
 def caption_of_row(value: Any, index: int) -> str:
-    """Return the caption of sample number `index` of a row; blank if it has none. Raises BadSample if `value` is not a
-    caption."""
+    """Return the caption of sample number `index` of a row; blank if the row has no caption. Raises BadSample if
+    `value` contains no text."""
     try:
         return (captions_of(value) or [""])[index]
     except ValueError as error:
