@@ -134,17 +134,17 @@ def test_words_have_each_number_in_its_place():
         val_rankme=(20.0, 9.0, 12.5),
     )
     assert verdict(metrics) == (
-        "the image loss on held-out samples is 0.50 times that of predicting the mean patch (before training 1.25); "
-        "the text loss on held-out samples is 0.75 times that of predicting how often each word piece occurs "
-        "(before training 1.75); k-NN accuracy 50.0%, before training 12.5%; effective rank of the features (RankMe) "
-        "12.5, before training 20.0"
+        "the image loss on held-out samples is 0.50 times that of predicting the mean patch (before training: 1.25); "
+        "the text loss on held-out samples is 0.75 times that of predicting the frequency of each word piece "
+        "(before training: 1.75); k-NN accuracy 50.0% (before training: 12.5%); effective rank of the features "
+        "(RankMe) 12.5 (before training: 20.0)"
     )
     for top1, words in (
-        (0.75, "75.0%, before training 12.5%, the"),
-        (0.66, "66.0%, before training 12.5%, not above the"),
+        (0.75, "75.0% (before training: 12.5%), above"),
+        (0.66, "66.0% (before training: 12.5%), not above"),
     ):
         metrics = lines(val_knn_top1=(0.125, top1), val_knn_largest_class=(0.66, 0.66))
-        assert verdict(metrics) == f"k-NN accuracy {words} largest class 66.0%"
+        assert verdict(metrics) == f"k-NN accuracy {words} the share of the largest class (66.0%)"
     (told,) = diagnose(lines(val_rankme=(20.0, 3.0)))
     assert told.what.startswith(
         "the effective rank of the features (RankMe) is 3.0, compared with 20.0 before training"
@@ -182,7 +182,7 @@ def test_too_few_steps_are_no_collapse(steps, rates, names):
             (1.0, 0.6),
             (1.4, 1.01),
             "only image is learnt",
-            "before training 1.40): the model has learnt only the token",
+            "before training: 1.40): the model has learnt only the token",
         ),
         (
             (1.0, 0.6),
@@ -191,7 +191,7 @@ def test_too_few_steps_are_no_collapse(steps, rates, names):
             "the model has learnt only the token frequencies",
         ),
         ((1.0, 0.6), (1.4, 0.97), None, ""),
-        ((1.0, 0.6), (1.0, 1.0), "only image is learnt", "before training 1.00"),
+        ((1.0, 0.6), (1.0, 1.0), "only image is learnt", "before training: 1.00"),
         ((1.5, 1.0), (1.4, 0.7), "only text is learnt", "the model has learnt only the mean patch"),
         ((1.5, 1.0), (1.4, 1.0), "no learning", "the image loss on held-out samples is 1.00"),
     ],
@@ -205,8 +205,8 @@ def test_what_a_constant_predicts_has_not_been_learnt(image, text, name, what):
 @pytest.mark.parametrize(
     ("optim", "advice"),
     [
-        ({}, "a longer warm-up, or less optim.weight_decay"),
-        ({"clip_grad": None}, "optim.clip_grad=1.0, a longer warm-up, or less optim.weight_decay"),
+        ({}, "a longer warm-up, or a lower optim.weight_decay"),
+        ({"clip_grad": None}, "optim.clip_grad=1.0, a longer warm-up, or a lower optim.weight_decay"),
         ({"clip_grad": 5.0, "weight_decay": 0.0}, "optim.clip_grad=1.0, or a longer warm-up"),
         ({"clip_grad": 1.0, "weight_decay": 0.0}, "a lower optim.clip_grad, or a longer warm-up"),
     ],

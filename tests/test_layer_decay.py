@@ -113,7 +113,7 @@ def test_resume_on_other_ranks_and_stage(trainer):
     given = {"model.init_from": trainer.folder / "start", "optim.layer_decay": DECAY, "train.save_every": 2}
     options = [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
     out = trainer("run", *zero(3), *options, ranks=2)
-    assert "; times 0.125 in the embeddings (optim.layer_decay)" in out and "Open: optim.layer_decay=0.5" in out
+    assert "; multiplied by 0.125 in the embeddings (optim.layer_decay)" in out and "Open: optim.layer_decay=0.5" in out
     whole = np.array(trainer.losses("run"))
     for path in checkpoint.saved_steps(trainer.folder / "run"):
         if checkpoint.step_of(path) > 4:

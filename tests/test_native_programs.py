@@ -207,7 +207,7 @@ def test_a_dry_run_takes_the_sizes_that_stats_wrote(trainer, shards, tmp_path, c
     for wrong, told in (
         (tmp_path / "none.json", "cannot be read"),
         (tmp_path / "nan.json", "a width or height is missing or below 1"),
-        (trainer.config, "stats --sizes writes such a file"),
+        (trainer.config, "create the file with stats --sizes"),
     ):
         with pytest.raises(UserError, match=told):
             train.main(trainer.arguments("x", "--dry-run", *NATIVE, "--sizes", str(wrong)))

@@ -886,7 +886,7 @@ def test_the_time_of_a_run_is_that_of_steps_and_evaluations(every, val, evaluati
     schedule = Schedule(config.train, config.optim, 50)
     assert Pace(0.5, 10, 4).seconds(config, schedule) == 0.5 * (1000 + evaluations * 6 * 2 / 3)
     assert "of 8 samples, scaled" in Pace(0.5, 8, 4).sentence(config, schedule)
-    assert "100 steps of 5 s, measured by 4" in (said := Pace(0.5, 10, 4).sentence(config, schedule))
+    assert "100 steps of 5 s, measured over 4 steps" in (said := Pace(0.5, 10, 4).sentence(config, schedule))
     assert "scaled" not in said
 
 

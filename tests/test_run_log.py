@@ -151,7 +151,7 @@ def test_a_folder_that_is_renamed_under_way_is_told_with_what_to_do(trainer):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
-    told = f"run.dir {run} was renamed to {renamed}: metrics are still written there, checkpoints to a new {run}; to"
+    told = f"run.dir {run} was renamed to {renamed}: metrics are still written there, but checkpoints are "
     assert process.exitcode == 0 and trainer.log("run").read_text().count(told) == 1
     for path in checkpoint.saved_steps(run):  # follows the message
         path.rename(renamed / "checkpoints" / path.name)

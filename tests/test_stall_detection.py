@@ -78,7 +78,7 @@ def test_idle_workers_end_the_run_after_the_timeout_and_not_before(monkeypatch, 
     judged.busy = {"self"}
     judged.heartbeats.mark("waiting for its loader", loading=True)
     end, why = judged.ended(10 * timeout)
-    assert timeout < end < 1.3 * timeout and "its data-loader workers are idle" in why
+    assert timeout < end < 1.3 * timeout and "its data-loader workers have been idle" in why
     assert judged.looks >= 10
 
 

@@ -343,7 +343,7 @@ HUNG = """
 
 def test_a_hung_loader_ends_the_run_and_a_slow_one_does_not():
     code, out = run_heartbeats(1, HUNG.format(child="import time; time.sleep(60)"))
-    assert code == 75 and "rank 0, waiting for its loader: for 1 s, its data-loader workers are idle" in out
+    assert code == 75 and "rank 0, waiting for its loader: for 1 s, its data-loader workers have been idle" in out
     assert run_heartbeats(1, HUNG.format(child="while True: pass")) == (0, "[1]\n")
     downloading = (
         "import time\nwith open('/dev/null', 'wb') as f:\n  while True: f.write(b'x' * 9999); time.sleep(0.05)"

@@ -14,7 +14,7 @@ from m3ae_fast.base.errors import ErrorElsewhere, RankLost, UserError, attempt, 
 
 T = TypeVar("T")
 
-_PAUSE = 0.25  # longest seconds between two polls of the store, which many ranks poll
+_PAUSE = 0.25  # maximum number of seconds between two polls of the store, which all ranks poll
 _PATIENCE = 10.0  # seconds to wait for other ranks if this rank is about to exit
 _SAID, _REFUSED, _FAILED = "said ", "refused ", "failed "
 
@@ -25,8 +25,8 @@ class Agreement:
 
     def __init__(self, rank: int, world: int, store: dist.Store, leaving: threading.Event) -> None:
         """Create the agreement, which must be the only one that uses `store`. `leaving` is set if this rank is about to
-        exit, perhaps because another rank has exited. Ranks that then do not report within seconds are considered
-        lost."""
+        exit, perhaps because another rank has exited. Ranks that do not report within a few seconds after that are
+        considered lost."""
         self.rank, self.world = rank, world
         self._store, self._leaving, self._round = store, leaving, 0
 
@@ -76,7 +76,7 @@ class Agreement:
 
     def _await(self, keys: Sequence[str]) -> list[str]:
         pause, end = 0.001, float("inf")
-        while not self._store.check(list(keys)):  # `wait` would print a warning each time that it polls
+        while not self._store.check(list(keys)):  # `wait` would print a warning at each poll
             if self._leaving.is_set():
                 end = min(end, time.monotonic() + _PATIENCE)
             if time.monotonic() > end:

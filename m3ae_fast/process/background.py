@@ -1,4 +1,4 @@
-"""Background work during training: one task at a time, and no error is lost."""
+"""Background tasks during training. They run one at a time, and their errors are not lost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Background:
         threading.Thread(target=self._serve, name="background", daemon=True).start()
 
     def start(self, work: Callable[[], None]) -> None:
-        """Start `work`. The previous task must have been waited for."""
+        """Start `work`. `wait` must have returned for the previous task."""
         assert not self.busy and self._error is None
         self._idle.clear()
         self._given.put(work)
@@ -42,7 +42,7 @@ class Background:
         return not self._idle.is_set()
 
     def wait_briefly(self) -> None:
-        """Wait for the work under way for a fraction of a second."""
+        """Wait for the current task, but at most for a fraction of a second."""
         self._idle.wait(_BRIEFLY_S)
 
     def wait(self) -> None:

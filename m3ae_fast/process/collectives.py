@@ -15,7 +15,8 @@ from m3ae_fast.process.ranks import Ranks
 
 
 def all_gather(tensor: Tensor, ranks: Ranks | None) -> Tensor:
-    """Return the tensors [P, ...] of all ranks on every rank, stacked to [W, P, ...]. All must have the same shape."""
+    """Return the tensors [P, ...] of all ranks on every rank, stacked to [W, P, ...]. All tensors must have the same
+    shape."""
     if ranks is None or ranks.world == 1:
         return tensor[None]
     gathered = tensor.new_empty(ranks.world * len(tensor), *tensor.shape[1:])
@@ -34,7 +35,7 @@ def all_to_all(tensor: Tensor, ranks: Ranks | None) -> Tensor:
 
 
 def all_reduce(tensor: Tensor, ranks: Ranks | None) -> Tensor:
-    """Sum a tensor over ranks in place and return it. Not differentiable."""
+    """Sum a tensor over ranks in place and return it. This operation is not differentiable."""
     if ranks is not None and ranks.world > 1:
         dist.all_reduce(tensor)
     return tensor

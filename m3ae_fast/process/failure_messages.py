@@ -12,7 +12,7 @@ _CONTINUE = "--resume auto continues from the last checkpoint"
 
 
 def rank_lost(who: str) -> RankLost:
-    """Return the error of a rank that has found out that `who` has ended."""
+    """Return the error for a rank that has detected that `who` has ended."""
     reason = "see its output for the reason, unless it was killed or its node was lost"
     return RankLost(f"{who} exited; {reason}. {_CONTINUE}")
 

@@ -1,10 +1,10 @@
-"""Scheduled garbage collection: otherwise, a collection may delay one rank at any time, and with it all others."""
+"""Scheduled garbage collection: otherwise, a collection may delay one rank at any time, and with it all other ranks."""
 
 from __future__ import annotations
 
 import gc
 
-EVERY = 1000  # steps
+EVERY = 1000  # number of steps between collections of all objects
 
 
 class GarbageCollection:

@@ -27,7 +27,7 @@ _BUSY = 0.05  # fraction of a core that counts as computing; idle threads use le
 _WRITING = 1 << 12  # bytes per interval that count as writing; a download or a save writes more
 _STOP, _STALL = "stop", "stall"  # messages between ranks
 _INTERVALS = 3  # intervals until a message has reached every rank: to the node's leader, to rank 0, and back
-_WRITE_S = 5.0  # longest time to write the stack traces
+_WRITE_S = 5.0  # maximum number of seconds for writing the stack traces
 
 
 @dataclass
@@ -43,7 +43,8 @@ class Heartbeats:
 
     A rank makes progress if its main thread calls `mark`, or if its processes compute or write. A long download, a
     compilation or a large save is therefore not a stall, whereas a frozen process, an unresponsive disk and a deadlock
-    are. Separate threads do this, because the main thread may wait in a collective forever. Use as a context manager.
+    are. Separate threads send and monitor the heartbeats, because the main thread may wait in a collective forever. Use
+    as a context manager.
     """
 
     def __init__(self, rank: int, groups: Sequence[HeartbeatGroup], store: dist.Store, stop: StopRequest) -> None:
@@ -59,7 +60,7 @@ class Heartbeats:
         self._unwritten = threading.Lock()
         self._doing, self._marks, self._loading, self._waiting = "starting", 0, False, False
         self._quiet = 0.0  # seconds without a mark of the main thread while this process was awake
-        self._idle = 0.0  # of these, seconds in which the loader workers were idle too
+        self._idle = 0.0  # seconds of `_quiet` in which the loader workers were idle too
         self._end = threading.Event()
 
     def __enter__(self) -> Heartbeats:
@@ -85,8 +86,8 @@ class Heartbeats:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Context in which the main thread waits for other ranks that still have work; the wait does not count as a
-        stall."""
+        """Enter a context in which the main thread waits for other ranks that still have work. This wait does not count
+        as a stall."""
         self._waiting = True
         try:
             yield
@@ -123,8 +124,8 @@ class Heartbeats:
         return min(1.0, self.timeout / 10)
 
     def _beat(self) -> None:
-        """Send and receive heartbeats. A store that does not respond blocks this thread, but not the one that detects
-        stalls."""
+        """Send and receive heartbeats. A store that does not respond blocks this thread, but not the thread that
+        detects stalls."""
         beats, marks, activity = 0, -1, _Activity()
         with contextlib.suppress(RuntimeError):  # the process that hosts the store has exited or been killed
             while not self._end.is_set():
@@ -184,8 +185,8 @@ class Heartbeats:
     def _check(self) -> None:
         if self._idle > self.timeout:
             self._end_process(
-                "its data-loader workers are idle and return no batches (is the file system with the shards "
-                "responding?)"
+                "its data-loader workers have been idle and have returned no batches (is the file system with the "
+                "shards responding?)"
             )
         silent = {rank: other for rank, other in self._others.items() if other.silent > self.timeout}
         if silent:
@@ -207,20 +208,21 @@ class Heartbeats:
         os._exit(TRY_AGAIN)
 
     def _write_stacks(self) -> None:
-        """Write the stack traces once, in the first thread that calls this method, because a disk may block the
-        thread."""
+        """Write the stack traces. Only the first thread that calls this method writes them, because an unresponsive
+        disk may block the thread."""
         if self.folder and self._unwritten.acquire(blocking=False):
             with contextlib.suppress(OSError):
                 write_stacks(self.folder, self._rank)
 
 
 def write_stacks(folder: Path, rank: int) -> None:
-    """Write the stack traces of all threads, and NCCL's last collectives for torchfrtrace, to files. Raises OSError."""
+    """Write the stack traces of all threads, and NCCL's last collectives for torchfrtrace, to files. Raises OSError if
+    that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"rank-{rank}.txt", "w", encoding="utf-8") as file:
         faulthandler.dump_traceback(file, all_threads=True)
     if dist.is_nccl_available() and dist.is_initialized() and dist.get_backend() == "nccl":
-        # CPU builds of torch lack it
+        # this function does not exist in CPU builds of torch
         record = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
         (folder / f"nccl_trace_rank_{rank}").write_bytes(record)  # the file name that torchfrtrace expects
 

@@ -17,8 +17,8 @@ _POLL_S = 0.1  # seconds between checks that the parent is still alive
 
 
 class HelperProcess:
-    """A process that waits for a function to run, and runs only one. As a context manager, it is killed at the end of
-    the block.
+    """A process that waits for a function and runs it. It runs only one function. As a context manager, it is killed at
+    the end of the block.
 
     A program creates it first, so that it does not inherit threads, connections or GPU memory.
     """
@@ -66,6 +66,6 @@ class Node:
 
     run: str  # a name that is unique among the runs on the node
     ranks: Sequence[int]
-    # this rank's helper process; the leader of a node uses its own to download shards. None: it is started with the
-    # loader
+    # helper process of this rank; the leader of a node downloads shards in its helper process. None: the leader starts
+    # one with the loader
     fetcher: HelperProcess | None = None

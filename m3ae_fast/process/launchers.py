@@ -14,8 +14,8 @@ _FIRST_PORT, _PORTS = 10_000, 20_000  # below the ports that systems assign to c
 
 
 class Launcher(NamedTuple):
-    """Names of the environment variables that a launcher sets. Of several alternatives, the first that is set is
-    used."""
+    """Names of the environment variables that a launcher sets. If there are several alternatives, the first variable
+    that is set is used."""
 
     name: str
     rank: str
@@ -108,7 +108,7 @@ def first_host(nodes: str) -> str:
 
 
 def _of_step(environment: Mapping[str, str]) -> str | None:
-    """Return the number of tasks on this node, from SLURM's list for all nodes, such as `8(x62),4`; None without a
+    """Return the number of tasks on this node, from SLURM's list for all nodes, such as `8(x62),4`; None if there is no
     list."""
     counts: list[str] = []
     for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):

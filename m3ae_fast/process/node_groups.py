@@ -42,7 +42,7 @@ def heartbeat_groups(
     """Return this rank's heartbeat groups: the group of its node and, if it is the node's leader, the group of all
     leaders.
 
-    `nodes` is the node of each rank, and `store` the store of all ranks; its process then needs one connection per node
+    `nodes`: the node of each rank. `store`: the store of all ranks, whose process needs only one connection per node
     instead of one per rank. `timeout`: maximum time for the leader of this node to respond. Every rank must call this
     function.
     """

@@ -31,9 +31,11 @@ T = TypeVar("T")
 Waiting = Callable[[], AbstractContextManager[None]]
 # set by deepspeed and torchrun, and by `adopt` for other launchers; not set by plain `python`
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-_OTHER_FILES = 200  # maximum number of other open files: of libraries, shards and logs
+_OTHER_FILES = 200  # maximum number of further open files, such as those of libraries, shards and logs
 _ENDED_KEY = "ended"  # key in the store; its value: the number of ranks that have ended with an error
-_OTHERS_S = 3.0  # longest wait for the other ranks to record their end; longer than a heartbeat takes to reach them
+_OTHERS_S = (
+    3.0  # maximum number of seconds until the other ranks record their end; a heartbeat reaches them in less time
+)
 TIMEOUT = timedelta(minutes=30)  # maximum time for the last rank to join
 CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Heartbeats` ends a run that stalls
 
@@ -46,11 +48,11 @@ class Ranks:
     world: int
     local_rank: int
     device: torch.device
-    control: dist.ProcessGroup  # group on gloo, for host numbers; GPUs never wait for it
+    control: dist.ProcessGroup  # gloo group for numbers in host memory; GPUs never wait for it
     hosts: list[str]  # the host name of each rank
     of_node: list[int]  # the ranks of this node
     store: dist.Store
-    lasting: dist.Store  # stays available to the ranks if the launcher dies
+    lasting: dist.Store  # store that stays available to the ranks if the launcher dies
     heartbeat_groups: list[HeartbeatGroup]
     sums: Sums
 
@@ -102,7 +104,8 @@ class Ranks:
         return cast(T, self.from_main(self.on_main(work)))
 
     def together(self, work: Callable[[], T], waiting: Waiting = nullcontext) -> T:
-        """Run `work` on every rank and wait for all ranks. An error on any rank is raised as in `on_main`.
+        """Run `work` on every rank, wait for all ranks, and return the result. An error on any rank is raised on every
+        rank; see `raise_shared`.
 
         `waiting`: context that is entered while this rank waits for other ranks."""
         result, error = _attempt(work)
@@ -113,14 +116,15 @@ class Ranks:
 
     def main_first(self, work: Callable[[], T], waiting: Waiting = nullcontext) -> T:
         """Run `work` on rank 0, then on the other ranks, which can use the files that rank 0 wrote. Wait for all ranks,
-        so that no rank is late for later operations with a shorter timeout. Errors and `waiting` as in `together`."""
+        so that no rank is late for later operations with a shorter timeout. Errors and `waiting` are as in
+        `together`."""
         first = self.together(lambda: work() if self.is_main else None, waiting)
         return self.together(lambda: cast(T, first) if self.is_main else work(), waiting)
 
     def first_error(self, exit_code: int, *, of_node: bool = False) -> tuple[bool, int]:
         """Record that this rank ends with an error. Return whether it is the first rank to do so (the first one prints
-        its error), and the exit code of the first. Raises RuntimeError if the process that holds the store, rank 0 or
-        the launcher, has ended. `of_node`: whether "first" means the first among the ranks of this node only."""
+        its error), and the exit code of the first rank. Raises RuntimeError if the process that holds the store, rank 0
+        or the launcher, has ended. `of_node`: whether "first" means the first among the ranks of this node only."""
         store = self.heartbeat_groups[0].store if of_node else self.store
         own = f"{self.rank} {exit_code}"
         first = store.compare_set(ERROR_KEY, "", own).decode()
@@ -159,8 +163,8 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
 
 @contextmanager
 def join_ranks(device: Device | None = None) -> Iterator[Ranks]:
-    """Join the process group (nccl with CUDA, otherwise gloo), yield the ranks, and leave the group at the end. Without
-    leaving it, a ZeRO-3 run on gloo ends in SIGABRT.
+    """Join the process group (nccl with CUDA, otherwise gloo), yield the ranks, and leave the group at the end. A
+    ZeRO-3 run on gloo that does not leave the group ends with SIGABRT.
 
     Args:
         device: the kind of device; None: a GPU if there is one, otherwise the CPU.

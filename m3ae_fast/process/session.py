@@ -18,7 +18,7 @@ from m3ae_fast.process.ranks import Ranks, await_ends, join_ranks
 from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
 from m3ae_fast.process.stoppable_loop import Stopped
 
-_LAST_S = 0.5  # seconds that the rank that reports an error has for printing it
+_LAST_S = 0.5  # seconds that other ranks wait while one rank prints an error
 
 
 class Session(NamedTuple):
@@ -36,9 +36,10 @@ class Session(NamedTuple):
 
 
 def raise_once(error: Exception, ranks: Ranks, heartbeats: Heartbeats | None = None) -> NoReturn:
-    """Report an error that other ranks may share only once. The first rank that calls this raises the UserError of
+    """Report an error once, even if several ranks have it. The first rank that calls this raises the UserError of
     `explain`; the other ranks raise ErrorElsewhere with its exit code. An error that `explain` does not recognise is
-    raised unchanged. `heartbeats`: the heartbeats, which may know of the error of a rank that has ended."""
+    raised unchanged. `heartbeats`: the heartbeats, which may have received the exit code of a rank that has ended with
+    an error."""
     shown = explain(error)
     if shown is None:
         raise error
@@ -49,7 +50,7 @@ def raise_once(error: Exception, ranks: Ranks, heartbeats: Heartbeats | None = N
         atexit.register(await_ends, ranks.store, ranks.world)  # runs after the message has been printed
     if is_first and not isinstance(shown, ErrorElsewhere):
         raise shown from None
-    if ranks.world > 1:  # a launcher ends all ranks when the first one exits, and would end the one that prints
+    if ranks.world > 1:  # a launcher ends all ranks when the first one exits, even the rank that is still printing
         time.sleep(_LAST_S)
     elsewhere = ErrorElsewhere(str(shown))
     elsewhere.exit_code = code
@@ -73,11 +74,12 @@ def _first(shown: UserError, ranks: Ranks, heartbeats: Heartbeats | None) -> tup
 
 @contextmanager
 def joined_program(device: Device | None = None) -> Iterator[Session]:
-    """Join the other ranks for as long as the program runs. `device`: see `join_ranks`.
+    """Join the other ranks, yield the session of the program, and leave the ranks at its end. `device`: see
+    `join_ranks`.
 
-    An error that `explain` recognises is printed once, by the first rank that has it, and all ranks exit with its code.
-    An error caused by a rank that stopped before there was anything to save is ignored: the program then ends normally,
-    as it does if all ranks raise Stopped.
+    An error that `explain` recognises is printed once, by the first rank that has it, and all ranks exit with its exit
+    code. An error caused by a rank that stopped before there was anything to save is ignored: the program then ends
+    normally, as it does if all ranks raise Stopped.
     """
     with (
         HelperProcess() as fetcher,  # forked before there are threads, connections to other ranks or GPU memory

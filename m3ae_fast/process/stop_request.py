@@ -24,7 +24,7 @@ _ORPHAN_S = 10.0  # the same time if the launcher has ended, perhaps together wi
 _LAUNCHER_GONE = "the launcher has ended"
 BY_ANOTHER = "requested by another rank"
 _GONE = (0,)
-_TWICE_S = 2.0  # seconds; a launcher repeats a terminal's Ctrl-C, so only a later one means "now"
+_TWICE_S = 2.0  # seconds after the first Ctrl-C in which another one is ignored: launchers repeat a Ctrl-C
 
 
 class StopRequest:
@@ -32,9 +32,9 @@ class StopRequest:
     ends the process at once.
 
     Before `listen` is called there is nothing to save, and a stop request ends a program with exit code 0, whatever it
-    is doing. Code of a user that calls functions of this package gets a KeyboardInterrupt. Use as a context manager in
-    the main thread. A separate thread reads the signals, because Python's handlers do not run while the main thread is
-    inside a library.
+    is doing. If functions of this package are called by a user's code, KeyboardInterrupt is raised instead. Use as a
+    context manager in the main thread. A separate thread reads the signals, because Python's handlers do not run while
+    the main thread is inside a library.
     """
 
     def __init__(self) -> None:
@@ -43,8 +43,8 @@ class StopRequest:
         self._listening = self._leaving = self._ended = self._reported = False
         self._first_interrupt = float("inf")
         self._notify: Callable[[str], bool] | None = None
-        # saves intermediate results before `listen`, and returns this rank's message about it; "" if another rank
-        # prints one
+        # function that saves intermediate results before `listen`, and returns this rank's message about it; "" if
+        # another rank prints a message
         self.at_leaving: Callable[[], str] | None = None
         self._lock = threading.Lock()
         self._in_program, self._left = in_program(), threading.Event()

@@ -28,7 +28,7 @@ from m3ae_fast.base.stop_signals import SIGNALS
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS = 16
-SHM = Path("/dev/shm")  # where workers place batches for the main process
+SHM = Path("/dev/shm")  # folder in which workers place batches for the main process
 IN_WORKER = "in DataLoader worker process"  # text with which torch marks an exception that a worker raised
 _LEAVING_S = 5.0  # seconds for workers to exit before they are killed
 # Before Python 3.12, a forked worker hangs if a non-Python thread enters the interpreter during the fork, such as
@@ -54,8 +54,7 @@ def allow_open_files() -> None:
 
 
 def keep_socket_paths_short() -> None:
-    """Set multiprocessing to create its sockets in /tmp if TMPDIR is too long: socket paths are limited to 107
-    bytes."""
+    """Make multiprocessing create its sockets in /tmp if TMPDIR is too long: socket paths are limited to 107 bytes."""
     if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
         before, tempfile.tempdir = tempfile.tempdir, "/tmp"
         util.get_temp_dir()  # type: ignore[attr-defined]  # cached, also in processes that are forked later
@@ -66,7 +65,8 @@ _started: list[BaseProcess] = []  # the workers that this process has started
 os.register_at_fork(after_in_child=_started.clear)
 
 
-# registered after multiprocessing's handler, hence called before it: that one would wait for a frozen worker forever
+# registered after multiprocessing's handler and therefore called before it, because multiprocessing's handler would
+# wait for a frozen worker forever
 @atexit.register
 def _end_started() -> None:
     """Terminate all remaining workers at program exit, regardless of their state."""

@@ -27,11 +27,11 @@ class RunAttention:
     dtype: torch.dtype
 
     def choose(self, samples: int, known: Names | None = None) -> tuple[Names, dict[str, dict[str, float]]]:
-        """Benchmark the installed kernels on a micro-batch of `samples`. Return the fastest kernel for encoder and
-        decoder, and the milliseconds of each kernel that works. `known` kernels are returned without a benchmark if
-        they work on this machine. The result is empty if no timing is needed: on a CPU, or if M3AE_KERNELS_IMPL is set.
-        Call it on one rank only, so that all ranks use the same kernels, and pass the result to `use_kernels` on every
-        rank."""
+        """Benchmark the installed kernels on a micro-batch of `samples`. Return the name of the fastest kernel for the
+        encoder and for the decoder, and the milliseconds of each kernel that works. `known` kernels are returned
+        without a benchmark if they work on this machine. The result is empty if no timing is needed: on a CPU, or if
+        M3AE_KERNELS_IMPL is set. Call this method on one rank only, so that all ranks use the same kernels, and pass
+        the result to `use_kernels` on every rank."""
         names: Names = {}
         times: dict[str, dict[str, float]] = {}
         if self.device.type != "cuda" or asked_impl("auto") != "auto" or self.config.att_drop:
@@ -45,8 +45,8 @@ class RunAttention:
         return names, times
 
     def use_kernels(self, names: Names) -> None:
-        """Set the attention kernels of the encoder and the decoder to those returned by `choose`, on this rank or
-        another."""
+        """Set the attention kernels of the encoder and the decoder to the kernels that `choose` returned on this rank
+        or on another one."""
         sizes = self._sizes()
         for part, name in names.items():
             cuda.use_kernel(self.device, self.dtype, *sizes[part], name)

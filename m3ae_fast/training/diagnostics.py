@@ -13,7 +13,7 @@ from m3ae_fast.config import LoopConfig, ScheduleConfig
 FEW_STEPS = 100
 # a modality counts as learnt if its loss is below this fraction of its first value and of a constant prediction's loss
 FALLEN = 0.98
-_FEW = 10  # log lines required to judge a training loss, which varies because each line is computed on other samples
+_FEW = 10  # minimum number of log lines to judge a training loss, which varies because its samples differ between lines
 # features whose effective rank is below this, and below COLLAPSED_TO of the initial rank, have collapsed
 COLLAPSED = 2.0
 COLLAPSED_TO = 0.5
@@ -46,7 +46,7 @@ def _few_steps(metrics: Metrics) -> Diagnostic | None:
     what = f"{steps:,.0f} {'step is' if steps == 1 else 'steps are'} too few to judge what the model learns"
     if warming:
         what += "; the learning rate is still rising in its warm-up"
-    shorter = ", or a shorter optim.warmup_epochs" if warming else ""
+    shorter = ", or a lower optim.warmup_epochs" if warming else ""
     return Diagnostic("too few steps", what, f"a higher train.epochs or train.steps{shorter}")
 
 
@@ -60,7 +60,7 @@ def _collapse(metrics: Metrics, config: Mapping[str, Any]) -> Diagnostic | None:
     optim = config.get("optim") or {}
     advice = ["a lower optim.peak_lr", *clipping("optim", optim.get("clip_grad", math.inf)), "a longer warm-up"]
     if optim.get("weight_decay") != 0:
-        advice.append("less optim.weight_decay")
+        advice.append("a lower optim.weight_decay")
     return Diagnostic(
         "collapse",
         f"the effective rank of the features (RankMe) is {last:.1f}, compared with {first:.1f} before training: the "
@@ -97,7 +97,7 @@ def _learning(metrics: Metrics) -> list[Diagnostic]:
     training loss."""
     learnt = {name: _learnt(metrics, name) for name in ("image", "text")}
     known = {name: good for name, good in learnt.items() if good is not None}
-    suggested_fix = "a higher or lower optim.peak_lr by a factor of three, and more steps"
+    suggested_fix = "an optim.peak_lr that is higher or lower by a factor of three, and more steps"
     if not known:
         losses = series(metrics, "loss")
         if len(losses) < _FEW or median(losses[-3:]) < FALLEN * losses[0]:
@@ -136,9 +136,9 @@ def _constant(metrics: Metrics, name: str) -> str:
 
 def _compared(metrics: Metrics, name: str) -> str:
     """Return a sentence about a modality's held-out loss."""
-    constant = {"image": "predicting the mean patch", "text": "predicting how often each word piece occurs"}[name]
+    constant = {"image": "predicting the mean patch", "text": "predicting the frequency of each word piece"}[name]
     first, *_, last = series(metrics, f"val_{name}_relative")
-    return f"the {name} loss on held-out samples is {last:.2f} times that of {constant} (before training {first:.2f})"
+    return f"the {name} loss on held-out samples is {last:.2f} times that of {constant} (before training: {first:.2f})"
 
 
 def _data(metrics: Metrics, config: Mapping[str, Any]) -> Diagnostic | None:
@@ -149,7 +149,7 @@ def _data(metrics: Metrics, config: Mapping[str, Any]) -> Diagnostic | None:
     return Diagnostic(
         "data bound",
         f"training waits for data {median(waits):.0%} of the time",
-        f"more data.workers, smaller images (m3ae-fast shards make --short-side), or data.repeats={repeats + 1}",
+        f"a higher data.workers, smaller images (m3ae-fast shards make --short-side), or data.repeats={repeats + 1}",
     )
 
 
@@ -157,14 +157,14 @@ def verdict(metrics: Metrics) -> str:
     """Return one sentence that summarises the results of the run: losses relative to constant predictions, accuracy,
     feature rank."""
     parts = [_compared(metrics, name) for name in ("image", "text") if len(series(metrics, f"val_{name}_relative")) > 1]
-    accuracy = "k-NN accuracy {:.1%}, before training {:.1%}"
-    rank = "effective rank of the features (RankMe) {:.1f}, before training {:.1f}"
+    accuracy = "k-NN accuracy {:.1%} (before training: {:.1%})"
+    rank = "effective rank of the features (RankMe) {:.1f} (before training: {:.1f})"
     for name, text in {"val_knn_top1": accuracy, "val_rankme": rank}.items():
         if len(values := series(metrics, name)) > 1:
             parts.append(text.format(values[-1], values[0]))
             if name == "val_knn_top1" and (shares := series(metrics, "val_knn_largest_class")):
-                above = "" if values[-1] > shares[-1] else "not above "
-                parts[-1] += f", {above}the largest class {shares[-1]:.1%}"
+                above = "above" if values[-1] > shares[-1] else "not above"
+                parts[-1] += f", {above} the share of the largest class ({shares[-1]:.1%})"
     return "; ".join(parts)
 
 

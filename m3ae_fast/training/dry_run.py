@@ -59,19 +59,20 @@ def report(
     """Print the resources that a run with `config` requires.
 
     Args:
-        config: config of the run; without `gpus`, its precision must be resolved.
-        world: number of GPUs, or of ranks without a GPU; None: the number for one step without accumulation.
-        gpus: also print throughput and times for GPUs according to an H100's data sheet; otherwise only
-            machine-independent lines.
+        config: config of the run; if `gpus` is False, its precision must be resolved.
+        world: number of GPUs, or number of ranks if there are no GPUs; None: the smallest number for which no
+            micro-batches are accumulated.
+        gpus: whether to also print throughput and times for GPUs according to an H100's data sheet; otherwise, only
+            machine-independent lines are printed.
         data: whether to open the shards and the tokenizer.
         sizes: a file of image sizes written by `m3ae-fast shards stats --sizes`, for native images; None: all images
-            have max_patches.
+            are assumed to have max_patches patches.
         more: additional lines to print at the end, each as a title and a text.
 
     Raises:
-        UserError: an error that would stop a run at its start: the batch cannot be split over the ranks, or shards or
-            tokenizer are missing or do not fit the model. Also if `sizes` is not a file of image sizes, or images are
-            square.
+        UserError: a run could not start, because the batch cannot be split over the ranks, or because shards or the
+            tokenizer are missing or do not fit the model. Also raised if `sizes` is not a file of image sizes, or if
+            images are square.
     """
     if sizes is not None and config.model.resize == "square":
         raise UserError(
@@ -160,7 +161,7 @@ def _gpu_lines(needs: _Needs) -> list[tuple[str, str]]:
 
 
 def _data_lines(needs: _Needs, gpus: bool) -> list[tuple[str, str]]:
-    """Open the data, and return lines about it."""
+    """Open the data, and return lines about the data and the number of steps."""
     config = needs.config
     with working("opening the data"):
         found = open_data(config.data, config.model, progress=True)
@@ -173,7 +174,7 @@ def _data_lines(needs: _Needs, gpus: bool) -> list[tuple[str, str]]:
 def _print_memory(console: Console, needs: _Needs) -> None:
     """Print the memory per GPU for each ZeRO stage."""
     console.print(memory_table(needs.config, needs.parameters, needs.world, needs.activations, needs.matrices))
-    console.print("activations are an estimate: what autograd saves for each block, in the run's precision")
+    console.print("activations: an estimate of the tensors that autograd saves for each block, in the run's precision")
     if recomputes(needs.config.train):
         mlp_ratio = needs.config.model.mlp_ratio
         fraction = (6 + mlp_ratio) / (8 + 2 * mlp_ratio)
@@ -184,8 +185,9 @@ def _print_memory(console: Console, needs: _Needs) -> None:
 
 
 def report_time(config: Config, session: Session) -> None:
-    """Print the duration of the run on the present ranks, estimated from measured steps, and without GPUs the load of
-    the data loader. Every rank must call it. Raises the same UserErrors as the start of a run."""
+    """Print the duration of the run on the present ranks, which is estimated from measured steps. On CPUs, also print
+    the load of the data loader. Every rank must call this function. Raises the same UserErrors as the start of a
+    run."""
     ranks = session.ranks
     if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world, FIRST_BATCH), ranks.device)):
         print(f"{'time':21} not measured on this machine: {lacking}")
@@ -210,7 +212,7 @@ def network_bytes(
     """Return the bytes that a GPU sends per optimiser step. `stage`: ZeRO stage, or None for DDP; `fp32_sums`: whether
     gradients are reduced in float32.
 
-    An all-reduce over n GPUs sends 2 (n - 1) / n of its data, and a reduce-scatter or an all-gather half of that.
+    An all-reduce over n GPUs sends 2 (n - 1) / n of its data, and a reduce-scatter or an all-gather sends half of that.
     Gradients are sent once per step, or once per micro-batch in stages 2 and 3, in which each GPU keeps only its
     partition of them. In stages 1 and 2, DeepSpeed reduces gradients by all-reduce. Weights are gathered once after the
     step, or for every forward and backward pass in stage 3.
@@ -240,7 +242,7 @@ def _mean_flops(config: Config, full: float) -> float:
 
 
 def _step(config: Config, model: M3AE, world: int, rate: float, peaks: Peaks) -> str:
-    """Return a text on the duration of a step without waits for network and data, including the share of Muon."""
+    """Return a description of the duration of a step without waits for network and data, including the time of Muon."""
     samples = config.train.global_batch / world
     seconds = samples / rate
     if config.optim.name == "adamw":
@@ -256,7 +258,8 @@ def _step(config: Config, model: M3AE, world: int, rate: float, peaks: Peaks) ->
 
 
 def _loader(rate: float) -> str:
-    """Return a text on the number of cores that load the samples of a GPU, with advice if that is more than usual."""
+    """Return a description of the number of cores that load the samples of a GPU, with advice if this number is higher
+    than usual."""
     cores = rate / DECODED_PER_CORE
     text = f"{cores:,.1f} cores per GPU, for {rate:,.0f} samples/s"
     if cores <= CORES_PER_GPU:
@@ -315,8 +318,8 @@ def memory_table(config: Config, parameters: int, world: int, activations: float
 
 
 def _grids(model: M3AE, path: Path) -> list[Grid]:
-    """Return the patch grids of evenly spaced image sizes in a file. Raises UserError if the file was not written by
-    `stats --sizes`."""
+    """Return the patch grids for evenly spaced entries of a file of image sizes. Raises UserError if the file was not
+    written by `stats --sizes`."""
     native = model.geometry.native
     assert native is not None
     try:
@@ -324,7 +327,7 @@ def _grids(model: M3AE, path: Path) -> list[Grid]:
         if not sizes or not all(1 <= side < math.inf for size in sizes for side in size):
             raise ValueError("a width or height is missing or below 1")
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--sizes {path}: cannot be read ({error}); stats --sizes writes such a file") from None
+        raise UserError(f"--sizes {path}: cannot be read ({error}); create the file with stats --sizes") from None
     every = -(-len(sizes) // SIZES)
     return [native.grid(height, width) for width, height in sizes[::every]]
 

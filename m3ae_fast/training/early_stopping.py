@@ -15,12 +15,12 @@ from m3ae_fast.training.metrics_log import read_metrics
 ACCURACY = "val_knn_top1"  # name of the accuracy in the log
 
 PLATEAU: Literal["plateau"] = "plateau"
-PATIENCE = 3  # consecutive evaluations without a new best accuracy that form a plateau
+PATIENCE = 3  # a plateau is this number of consecutive evaluations without a new best accuracy
 
 
 class EarlyStopping:
-    """Decides from the accuracies when the decay begins. A resumed run with the same accuracies makes the same
-    decision."""
+    """Rule that decides from the accuracies when the decay begins. A resumed run with the same accuracies makes the
+    same decision."""
 
     def __init__(self, stop_at: float | Literal["plateau"]) -> None:
         """Set the accuracy that ends the run, from 0 to 1, or PLATEAU."""

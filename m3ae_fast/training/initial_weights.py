@@ -14,7 +14,7 @@ from m3ae_fast.process.ranks import Ranks
 @torch.no_grad()
 def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
     """Load the weights in `model.init_from` into a model on the CPU, on every rank; rank 0 reads them. If the source
-    has no decoder, or one with the other kind of attention, the model's decoder is unchanged. Return a line for the
+    has no decoder, or a decoder with another kind of attention, the model's decoder is unchanged. Return a line for the
     log. Raises UserError if the export does not exist, or if one of its settings or weights does not fit the model."""
 
     def read() -> tuple[dict[str, Tensor], str]:
@@ -35,10 +35,10 @@ def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
 @torch.no_grad()
 def constants(model: nn.Module, read: Read | None) -> dict[str, Tensor]:
     """Return copies of the weights that training does not change and that are not part of the engines' state: position
-    embeddings from a checkpoint.
+    embeddings that were loaded from other weights.
 
-    Must be called before an engine casts the model. `read`: reader of a checkpoint, whose values are copied to the
-    model.
+    Call this function before an engine casts the model. `read`: reader of a checkpoint, whose values are first copied
+    to the model.
     """
     trained = {name for name, _ in model.named_parameters()}
     fixed = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}

@@ -1,4 +1,4 @@
-"""Loggers in addition to a run's own files: TensorBoard, Weights & Biases."""
+"""Loggers in addition to a run's own files: TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class TensorBoard:
 
 
 class WandB:
-    """Logger to a run of Weights & Biases. Its id is stored in the run folder, so that a resumed run continues it.
+    """Logger to a run of Weights & Biases. Its id is stored in the run folder, so that a resumed run continues the same
+    log.
 
     Project, entity and mode come from WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE ("offline" requires no account).
     """

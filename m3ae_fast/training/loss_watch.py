@@ -47,8 +47,8 @@ class Spikes:
 
 
 class LossWatch:
-    """Record of the losses, gradient norms and sample keys of recent steps until the values are known to be finite
-    and, if `spikes` is given, until the losses are compared with earlier ones."""
+    """Record of the losses, gradient norms and sample keys of recent steps. They are kept until the values are known to
+    be finite and, if `spikes` is given, until the losses have been compared with earlier ones."""
 
     def __init__(self, spikes: Spikes | None = None) -> None:
         self.spikes = spikes
@@ -91,8 +91,9 @@ class LossWatch:
         return next((loss for at, _, loss in self._finite if at == step), 0.0)
 
     def compare(self, step: int, loss: float) -> bool:
-        """Compare the loss of `step`, a mean over ranks, with those of earlier steps, unless that is done. Return
-        whether it is a spike. Every rank must call it with the same values, so that all find the same spike."""
+        """Compare the loss of `step`, a mean over ranks, with the losses of earlier steps, unless this step has been
+        compared already. Return whether it is a spike. Every rank must call this method with the same values, so that
+        all ranks find the same spike."""
         if not self._finite or self._finite[0][0] != step:
             return False
         _, keys, _ = self._finite.popleft()

@@ -30,8 +30,8 @@ class MetricsLine:
     def after(
         self, step: int, losses: list[Any], grad_norm: Tensor, lr: float, epoch: float, skipped: int
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return the values by key, and for values of one rank the name of its node if there are several. Every rank
-        must call it.
+        """Return the values by key and, if there are several nodes, the name of the node for each value that belongs to
+        a single rank. Every rank must call this method.
 
         Args:
             step: number of steps taken.

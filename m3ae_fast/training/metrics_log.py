@@ -1,6 +1,6 @@
 """The log of a run, written by the main rank: a progress bar, metrics.jsonl, and loggers such as TensorBoard.
 
-The values of a line are put together in `metrics_line.py`.
+`metrics_line.py` computes the values of a line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RunLog:
     """The log of a run. Use as a context manager around the training loop. Nothing is written before `begin`."""
 
     folder: Path
-    start: int  # steps taken by earlier attempts
+    start: int  # number of steps taken by earlier attempts
     total: int  # number of steps of the run
     loggers: Sequence[str] = ("tensorboard",)  # names of `LOGGERS`
     config: dict[str, Any] = field(default_factory=dict)  # config that the loggers show
@@ -118,7 +118,7 @@ class RunLog:
 
     def log(self, step: int, values: dict[str, Any], where: Mapping[str, str] | None = None) -> None:
         """Write one JSON line, one point per scalar to the loggers, and one line on the console. If the disk is full,
-        only the console line is written, but the run continues, because its checkpoints may still fit elsewhere."""
+        only the console line is written. The run continues, because its checkpoints may be on another disk."""
         if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
             self.say(f"{self.folder / METRICS_FILE} was deleted during the run; its contents are lost")
             self._close()
@@ -133,7 +133,7 @@ class RunLog:
             f"{name} {_short(value)}" + (f" (on {where[name]})" if where and name in where else "")
             for name, value in values.items()
         ]
-        if "loss" in values and not self.console.is_terminal:  # on a terminal, the bar shows it
+        if "loss" in values and not self.console.is_terminal:  # on a terminal, the progress bar shows the time left
             shown.append(f"eta {self._left(step)}")
         self.say("  ".join([f"step {step}", *shown]))
 
@@ -152,7 +152,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _while_writable(self) -> Iterator[None]:
-        """Context manager that reports a full disk once instead of raising an error."""
+        """Enter a context in which a write error is not raised, but is reported once."""
         try:
             yield
         except OSError as error:

@@ -25,12 +25,12 @@ from m3ae_fast.training.trainer import Trainer
 
 FIRST_BATCH = 8  # samples in the first trial, which determines the batch of the second one
 _WARM = 2  # steps that are excluded because memory is allocated and kernels are compiled
-_FEWEST = 4  # minimum number of measured steps, unless a single one exceeds the time
+_FEWEST = 4  # minimum number of measured steps, unless a single step takes longer than the given time
 # The rate is stable when the standard error of the mean step time, computed from the means of consecutive parts, is
 # below this fraction of the mean.
 _STABLE = 0.02
 _PARTS, _OF_PART = 4, 4  # number of parts, and minimum number of steps per part
-_CHECK_EVERY = 8  # steps between checks for stability; more after many steps
+_CHECK_EVERY = 8  # number of steps between checks for stability; it grows with the number of steps
 # fraction of the time that is always used, even if the rate is stable, because the load of the machine varies
 _LEAST = 1 / 4
 # time to evaluate a sample, as a fraction of a step's time per sample: two forward passes and no backward pass
@@ -39,7 +39,7 @@ _EVALUATED = 2 / 3
 
 @dataclass(frozen=True)
 class Pace:
-    """Estimates the duration of a run from the time per sample, measured over a few steps."""
+    """The time per sample, measured over a few steps, from which the duration of a run is estimated."""
 
     sample: float  # seconds per sample
     batch: int  # samples per measured step
@@ -66,16 +66,18 @@ class Pace:
     def sentence(self, config: Config, schedule: Schedule) -> str:
         """Return a sentence on the duration of the run and the measurement behind it."""
         step = self.sample * config.train.global_batch
-        scaled = "" if self.batch == config.train.global_batch else f" of {self.batch} samples, scaled"
+        same = self.batch == config.train.global_batch
+        scaled = "" if same else f" of {self.batch} samples and scaled"
         whole, steps = duration(self.seconds(config, schedule)), schedule.total_steps
         adjusted = "; train.hours adjusts the number of steps" if config.train.hours else ""
         adjusted += "; steps with smaller images take less time" if config.train.image_sizes else ""
-        return f"{whole} on this machine: {steps:,} steps of {step:.3g} s, measured by {self.steps}{scaled}{adjusted}"
+        measured = f"measured over {self.steps} steps{scaled}"
+        return f"{whole} on this machine: {steps:,} steps of {step:.3g} s, {measured}{adjusted}"
 
 
 def measure(config: Config, session: Session, seconds: float) -> Pace:
-    """Measure the pace of a run by taking steps without output, until their rate is stable or `seconds` have passed.
-    Every rank must call it.
+    """Return the pace of a run, measured by taking steps without output until their rate is stable or `seconds` have
+    passed. Every rank must call this function.
 
     A small batch is measured first, then a batch as large as the time allows, up to train.global_batch. The precision
     of `config` must be resolved. The time for opening the data is not included. Raises UserError as the run would at

@@ -121,7 +121,7 @@ class PretrainingTask:
         begin = schedule.decay_begin
         falls = "" if begin is None else f", and falling after {begin:,} steps"
         lowest = lr_scale(0, config.model.depth, config.optim.layer_decay)
-        layers = "" if lowest == 1 else f"; times {lowest:.3g} in the embeddings (optim.layer_decay)"
+        layers = "" if lowest == 1 else f"; multiplied by {lowest:.3g} in the embeddings (optim.layer_decay)"
         lines = [
             f"M3AE, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {precision}, {kind}, "
             f"attention: {attention}, optimiser: {engine.optimizer_name}",

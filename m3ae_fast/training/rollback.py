@@ -1,5 +1,5 @@
-"""Rollbacks: after a step that is not finite, or a loss spike, a run returns to its last good checkpoint and leaves out
-the batch of that step."""
+"""Rollbacks: after a step with a loss spike or with a value that is not finite, a run returns to its last good
+checkpoint and leaves out the batch of that step."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ def train_with_rollbacks(
     build: Callable[[str, tuple[int, ...] | None], Trainer],
     trace_dir: Path | None,
 ) -> None:
-    """Train, and return to the last good checkpoint at most `train.rollbacks` times. Every rank must call it.
+    """Train, and return to the last good checkpoint at most `train.rollbacks` times. Every rank must call this
+    function.
 
     Args:
         config: config of the run.
         ranks: the ranks of the run.
         resume: the checkpoint to start from, as for `pre_train`.
-        build: returns a trainer, given the checkpoint to start from and the batches that are left out, None for those
-            stored in the checkpoint.
+        build: function that returns a trainer, given the checkpoint to start from and the batches to leave out (None:
+            the batches stored in the checkpoint).
         trace_dir: folder for a profiler trace of some steps; None: no trace.
 
     Raises:
-        UserError: as `Trainer.train`, once there is no rollback left.
+        UserError: raised by `Trainer.train` when there is no rollback left.
     """
     trainer = build(resume, None)
     while True:

@@ -78,7 +78,8 @@ def pre_train(
         make_probe: function that creates an evaluation in addition to the losses, or returns None.
 
     Raises:
-        UserError: something is missing or does not fit, a loss is not finite, or a checkpoint cannot be written.
+        UserError: data, weights or a library are missing or do not fit the config, a loss is not finite, or a
+            checkpoint cannot be written.
     """
     ranks = session.ranks
     ranks.on_main(lambda: require_libraries_of(config))
@@ -105,7 +106,7 @@ def set_up(
 ) -> Trainer:
     """Open the data, build or restore the model and its engine, and return the trainer. See `pre_train` for the
     arguments. `left_out`: batches of the stream that are left out; None: those stored in the checkpoint. Raises
-    UserError if something is missing or does not fit."""
+    UserError if data or weights are missing or do not fit the config."""
     ranks, cfg = session.ranks, config.train
     _require_kernels(ranks.device)
     found = Resume(config.run.dir, resume, ranks, partial(is_extended, config))
@@ -245,7 +246,7 @@ def _loaders(
 
 def _targets_on_device(config: Config, data: Data, device: torch.device) -> Callable[[PackedBatch], PackedBatch]:
     """Return a function that adds image targets computed on the device to a batch, or returns the batch unchanged if
-    there are none."""
+    there are no such targets."""
     vqgan = data.image_tokenizer
     if vqgan is None or config.data.image_tokens != "device":
         return lambda batch: batch

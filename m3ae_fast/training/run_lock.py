@@ -32,10 +32,10 @@ class RunFolder:
     """A run folder that is locked for this process. Use as a context manager.
 
     Two locks are used: a POSIX lock on a file, which all file systems support, and flock on the folder itself, which
-    remains if the file is removed. Both are released when this process ends, even if it is killed: the POSIX lock is
-    not inherited by loader workers, and they release the flock. (The library filelock uses flock on a file. If the file
-    is removed, two processes could hold that lock; before version 4, loader workers inherit it; and on file systems
-    without flock, it leaves a file behind if the run is killed.)
+    remains effective if the file is removed. Both are released when this process ends, even if it is killed: the POSIX
+    lock is not inherited by loader workers, and they release the flock. (The library filelock uses flock on a file. If
+    the file is removed, two processes could hold that lock; before version 4, loader workers inherit it; and on file
+    systems without flock, it leaves a file behind if the run is killed.)
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,10 +66,10 @@ class RunFolder:
         if self.path.exists() and os.path.samestat(held, os.stat(self.path)):
             return f"run.dir {self.path}: its {LOCK_FILE} was deleted and has been re-created"
         if not held.st_nlink or not now.exists():
-            return f"run.dir {self.path} was deleted during the run with its contents, and re-created"
+            return f"run.dir {self.path} was deleted during the run with its contents, and has been re-created"
         return (
-            f"run.dir {self.path} was renamed to {now}: metrics are still written there, checkpoints to a new "
-            f"{self.path}; to reunite them, stop the run, move {self.path}/checkpoints/* to "
+            f"run.dir {self.path} was renamed to {now}: metrics are still written there, but checkpoints are written "
+            f"to a new {self.path}; to reunite them, stop the run, move {self.path}/checkpoints/* to "
             f"{now}/checkpoints, and resume with run.dir={now}"
         )
 
@@ -107,7 +107,7 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         """Release the locks, and remove the folder if it was created here and is otherwise empty."""
-        # The folder was removed in the meantime; the error that ends the run is the one to report.
+        # If the folder was removed in the meantime, only the error that ends the run is reported.
         with contextlib.suppress(OSError):
             if self._made and os.listdir(self.path) == [LOCK_FILE]:
                 shutil.rmtree(self.path, ignore_errors=True)

@@ -55,7 +55,7 @@ class Recorder:
         """Record how a started run ends: its step, and either the `reason` for which it was stopped or the text of the
         error. If the disk is full, the record is unchanged. Use as a context manager.
 
-        `explain`: returns an error as a UserError, None for a bug.
+        `explain`: function that returns an error as a UserError, or None for a bug.
         """
         state, why = FAILED, ""
         try:
@@ -96,7 +96,7 @@ def status(run: Path) -> tuple[str, str]:
 
 
 def _last_step(run: Path, recorded: int) -> int:
-    """Return the last known step: that of the record, or a step that was logged later."""
+    """Return the last known step: the recorded step, or a step that was logged later."""
     with contextlib.suppress(UserError):  # no step has been logged
         return max(recorded, read_metrics(run)[-1]["step"])
     return recorded

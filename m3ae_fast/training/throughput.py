@@ -21,7 +21,8 @@ class Rates(Protocol):
         """Add the counts of a step over all ranks, and the seconds that this rank waited for its data."""
 
     def rates(self) -> dict[str, float]:
-        """Return the rates since the last call. `data_wait` is that of this rank; the maximum over ranks is logged."""
+        """Return the rates since the last call. `data_wait` is the value of this rank; the maximum over ranks is
+        logged."""
 
 
 class SampleCounts(NamedTuple):
@@ -68,8 +69,8 @@ class StepCounts(NamedTuple):
     samples: float
     images: float
     captions: float
-    loss_image: float  # denominator of the image loss; the next field is that of the text loss
-    loss_text: float
+    loss_image: float  # denominator of the image loss
+    loss_text: float  # denominator of the text loss
     skipped: float  # samples that could not be used
     tokens: float  # cls tokens, visible tokens, and masked tokens in the decoder
     flops: float  # executed FLOPs, forward and backward

@@ -12,13 +12,13 @@ from m3ae_fast.engine.schedule import Schedule
 _WARM = 2  # steps that are excluded because memory is allocated, kernels are compiled and loader workers start
 _FEWEST = 8  # minimum number of measured steps before the first adjustment
 _SUFFICIENT_TIME = 0.1  # fewer steps suffice if together they took this fraction of the time limit
-# Recent steps count more: a step's weight decreases by a factor of e within _RECENT of the time left, or within
-# _RECENT_LEAST of the time limit if that is longer.
+# Recent steps count more: a step's weight decreases by a factor of e within the fraction _RECENT of the time left, or
+# within the fraction _RECENT_LEAST of the time limit if that is longer.
 _RECENT, _RECENT_LEAST = 0.1, 0.01
 _TOLERANCE = 0.02  # fraction of the time limit: no adjustment if the expected end is this close to it
 _PAUSE = 0.02  # minimum time between two adjustments, as a fraction of the time limit
-# If no time is left, the learning rate is still decayed, over a number of steps: _RUN_DOWN of those taken, but no more
-# than fit into _RUN_DOWN_TIME of the time limit.
+# If no time is left, the learning rate is still decayed. The number of steps for this is the fraction _RUN_DOWN of the
+# steps taken, but no more than fit into the fraction _RUN_DOWN_TIME of the time limit.
 _RUN_DOWN, _RUN_DOWN_TIME = 0.02, 0.03
 
 
@@ -57,8 +57,8 @@ class TimeLimit:
 
     @contextmanager
     def evaluation(self, name: str, every: int | None, due: bool) -> Iterator[None]:
-        """Context manager that measures an evaluation if it is `due`. `every`: its period in steps; None: only at the
-        end."""
+        """Enter a context that measures an evaluation if it is `due`. `every`: number of steps between evaluations;
+        None: the evaluation is only at the end."""
         began = time.monotonic()
         yield
         took = time.monotonic() - began
@@ -67,8 +67,8 @@ class TimeLimit:
             self._evaluations[name] = took, 1 / every if every else 0.0
 
     def fitting(self, step: int, schedule: Schedule) -> int:
-        """Return the number of steps for a run that is at `step`: that of the schedule, unless the run would then end
-        too late or too early."""
+        """Return the number of steps for a run that is at `step`: the number in the schedule, unless the run would then
+        end too late or too early."""
         total, left = schedule.total_steps, self.seconds - self.spent
         measured = self._taken >= _WARM + _FEWEST or self._counted >= _SUFFICIENT_TIME * self.seconds
         early = self.spent - self._adjusted < _PAUSE * self.seconds

@@ -46,7 +46,7 @@ class Task(Protocol):
         """Return the counts of a step's micro-batches, which are on the CPU. The counts are summed over ranks."""
 
     def evaluate(self, trainer: Trainer) -> None:
-        """Evaluate on held-out samples if that is due. Called before the first step and after each."""
+        """Evaluate on held-out samples if that is due. Called before the first step and after each step."""
 
     def describe(self, trainer: Trainer) -> list[str]:
         """Return the first log lines; those of the main rank are printed."""
@@ -120,7 +120,7 @@ class Trainer:
         )
 
     def train(self, trace_dir: Path | None = None) -> dict[str, Any] | None:
-        """Take the steps of the run, to the last or until a rank is asked to stop.
+        """Take the steps of the run, up to the last step or until a rank is asked to stop.
 
         Args:
             trace_dir: folder for a profiler trace of some steps; None: no trace.
@@ -259,7 +259,8 @@ class Trainer:
         return not self.ranks.broadcast(lambda: self.log.has(self.step, names))
 
     def evaluation(self, name: str, every: int | None) -> AbstractContextManager[None]:
-        """Return a context for an evaluation with the period `every`, whose duration the time limit measures."""
+        """Return a context in which the time limit measures the duration of an evaluation. `every`: number of steps
+        between evaluations; None: the evaluation is only at the end."""
         due = self.step == 0 or self.schedule.due(self.step, every)
         return self.limit.evaluation(name, every, due) if self.limit else nullcontext()
 
@@ -297,8 +298,8 @@ class Trainer:
         return self.record.ending(lambda: self.step, lambda: self.stop.reason or BY_ANOTHER, explain)
 
     def _begin(self) -> None:
-        """Before the first step, set aside the output that an earlier attempt wrote after this step, and start the
-        timer."""
+        """Set aside the output that an earlier attempt wrote after this step, and start the measurements. Called before
+        the first step."""
         self.line = MetricsLine(
             ranks=self.ranks,
             throughput=self.throughput,
@@ -316,8 +317,8 @@ class Trainer:
         self.ranks.on_main(begin)
 
     def _saves(self) -> bool:
-        """Return whether a checkpoint is due: at its period, and before the learning rate decays, so that the run can
-        be extended."""
+        """Return whether a checkpoint is due: every `save_every` steps, and before the learning rate decays, so that
+        the run can be extended."""
         return self.schedule.due(self.step, self.settings.save_every) or self.step == self.schedule.decay_begin
 
     def _save(self) -> None:
@@ -351,7 +352,8 @@ class Trainer:
 
 
 def batch_of(step: int, left_out: Iterable[int]) -> int:
-    """Return the batch of the stream that 0-based `step` takes, if some are left out."""
+    """Return the batch of the stream that the step with the 0-based number `step` takes, given the batches that are
+    left out."""
     for batch in sorted(left_out):
         step += batch <= step
     return step

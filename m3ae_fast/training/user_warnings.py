@@ -46,7 +46,7 @@ def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
     ):
         notes.append(
             f"data.cache_dir {store.cache_dir} is on a network file system ({kind}): shards are transferred twice; "
-            "name a folder on a disk of each node"
+            "name a folder on a local disk of each node"
         )
     for name, corpus in (("train", data.train), ("val", data.val)):
         if corpus and corpus.ignored:

@@ -104,7 +104,7 @@ class Golden:
         return torch.from_numpy(self.arrays[key])
 
     def get(self, key: str) -> Tensor | None:
-        """Return the array; None if the file lacks it, as for a single modality."""
+        """Return the array; None if the file does not contain it, for example because it has only one modality."""
         return self.tensor(key) if key in self.arrays else None
 
     def at(self, key: str) -> Tensor:
@@ -124,7 +124,7 @@ class Golden:
             yield Quantity(f"grad {path(name)}", grad, self.at(f"grads/{path(name)}"), tolerance)
 
     def samples(self) -> list[Sample]:
-        """Return the batch with its masks."""
+        """Return the samples of the batch, with their masks."""
         images, text = self.get("in/image_u8"), self.get("in/text")
         size = next(len(array) for array in (images, text) if array is not None)
         samples = []

@@ -21,7 +21,7 @@ from m3ae_fast.verify.golden import Golden, Quantity
 TOLERANCE = 1e-5
 TOLERANCE_GRADIENT = 3e-5
 TOLERANCE_CHANGE = 1e-4  # tolerance of parameter changes, which are mostly rounding errors at low learning rates
-STRONG_LR = 1.0  # changes are compared from this peak lr on; at the published one, they are 3e-4 of the parameters
+STRONG_LR = 1.0  # minimum peak lr at which changes are compared; at the published lr, they are 3e-4 of the parameters
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:

@@ -14,7 +14,7 @@ from m3ae_fast.base.hardware import chosen_device
 from m3ae_fast.verify import finetune, linear_probe, pretraining, vqgan
 from m3ae_fast.verify.golden import Golden, Quantity, relative_error
 
-# The kind of a file, by an array that occurs only in files of this kind.
+# The function for each kind of file, by the key of an array that occurs only in files of this kind.
 _KINDS = {
     "in/features": linear_probe.quantities,
     "in/soft_labels": finetune.quantities,
@@ -30,7 +30,7 @@ def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iter
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"{golden.path}: cannot be replayed ({type(error).__name__}: {reason}); is it complete?"
+            f"{golden.path}: cannot be replayed ({type(error).__name__}: {reason}); check that the file is complete"
         ) from None
 
 
