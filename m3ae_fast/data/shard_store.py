@@ -223,7 +223,8 @@ class ShardStore:
 
     def keep(self, shards: Sequence[str]) -> None:
         """Set the modification times of cached shards so that eviction removes first the shards that are not listed,
-        then the listed ones from the last to the first. `shards`: in the order in which they will be needed."""
+        then the listed ones from the last to the first. `shards`: names of shards, in the order in which they will be
+        needed."""
         now = time.time_ns()
         if self._oldest:
             self._oldest.clear()  # their modification times have changed
@@ -313,7 +314,7 @@ class ShardStore:
 
         Args:
             ledger: handle of the lock file, which contains the bytes of all copies and of the largest copy.
-            size: bytes of a new copy; 0: those of the largest copy; None: there is no new copy.
+            size: bytes of a new copy; 0: the bytes of the largest copy; None: there is no new copy.
             grown: bytes by which the copies have grown since the last entry in the ledger.
 
         Returns:

@@ -36,7 +36,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
         model: a run, a checkpoint, an export, weights of the official M3AE or MAE or of a timm model, or the name of
             any of these on the Hugging Face Hub.
         out: the run folder.
-        overrides: the user's overrides, which will be applied after the returned ones.
+        overrides: the user's overrides, which will be applied after the returned overrides.
 
     Raises:
         UserError: the model does not exist or is damaged, or one of the user's settings does not fit the weights.

@@ -198,7 +198,7 @@ def _largest_fitting(
 
 
 def _why_not_larger(statistics: DatasetStatistics) -> str:
-    """Return the reason why no model size larger than those allowed by the number of samples is considered."""
+    """Return the reason why no larger model size is considered for this number of samples."""
     above = [size for size in automatic_settings.MODEL_SIZES if size.samples > statistics.samples]
     if not above:
         return "there is no larger size"

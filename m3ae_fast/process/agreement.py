@@ -48,7 +48,7 @@ class Agreement:
         return answer.removeprefix(_SAID)
 
     def together(self, work: Callable[[], T]) -> T:
-        """Run `work` on every rank and return its result. An error on any rank is raised on all of them; see
+        """Run `work` on every rank and return its result. An error on any rank is raised on all ranks; see
         `raise_shared`. All ranks must make the same number of calls."""
         result, error = attempt(work)
         own = error_report(error, f"rank {self.rank}")

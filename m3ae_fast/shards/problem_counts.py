@@ -41,7 +41,7 @@ class Tally:
             self.add(CUT, f"{sample}: {size:,} bytes")
 
     def merge(self, other: Tally) -> None:
-        """Add the samples of another tally after those of this one."""
+        """Add the samples of another tally after the samples of this tally."""
         self.counts += other.counts
         for kind, samples in other.examples.items():
             self.examples[kind] = [*self.examples.get(kind, ()), *samples][:_SHOWN]

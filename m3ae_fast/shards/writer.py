@@ -58,8 +58,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Converted:
-    """Counts of a conversion's result. `tally` covers only shards written by this call, and not those of interrupted
-    earlier calls."""
+    """Counts of a conversion's result. `tally` covers only shards that this call has written, and not shards of
+    earlier, interrupted calls."""
 
     shards: list[Path]
     samples: int

@@ -103,7 +103,7 @@ class _Needs:
     """The FLOPs, the throughput of an H100 and the memory that follow from a config."""
 
     def __init__(self, config: Config, world: int | None, sizes: Path | None) -> None:
-        """Compute these numbers. The arguments and errors are those of `report`."""
+        """Compute these values. The arguments and errors are the same as in `report`."""
         with torch.device("meta"):
             self.model = M3AE(config.model, config.loss)
         self.config = config

@@ -28,7 +28,7 @@ WINDOW = 128  # number of losses with which a loss is compared, as in OLMo-core'
 
 
 class Spikes:
-    """Detection of losses that are far above recent ones, by the criterion of OLMo-core's skip-step optimisers."""
+    """Detection of losses that are far above recent losses, by the criterion of OLMo-core's skip-step optimisers."""
 
     def __init__(self, threshold: float, recent: Sequence[float] = ()) -> None:
         """Create the detector. `threshold`: number of standard deviations above the mean; `recent`: losses of the

@@ -130,8 +130,8 @@ def batches_ahead(trainer: Trainer) -> int:
 
 
 def _counted(times: Sequence[float]) -> Sequence[float]:
-    """Return the step times that count: the later half of those after the warm-up. By then, the batches loaded in
-    advance have been used up."""
+    """Return the step times that count: the later half of the step times after the warm-up. By then, the batches loaded
+    in advance have been used up."""
     return times[_WARM:][len(times[_WARM:]) // 2 :]
 
 

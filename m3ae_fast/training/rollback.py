@@ -58,7 +58,7 @@ def train_with_rollbacks(
 def _return_to(run_dir: Path, resume: str) -> str:
     """Return the value of `resume` with which to continue after a step with a non-finite loss or gradient norm, or with
     a loss spike: "auto", which selects the last good checkpoint or, if there is none, the value with which the run was
-    started. Main rank only."""
+    started. Called on the main rank only."""
     if any(not (path / checkpoint.FAILED).exists() for path in checkpoint.saved_steps(run_dir)):
         return "auto"
     checkpoint.set_aside_after(run_dir, 0)

@@ -17,8 +17,8 @@ _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length,
 
 
 def is_held(path: Path) -> bool:
-    """Return whether another process holds the lock of the run folder. Does not take the lock, which might prevent a
-    run from starting."""
+    """Return whether another process holds the lock of the run folder. The lock is not taken, because that might
+    prevent a run from starting."""
     try:
         with (path / LOCK_FILE).open("rb") as file:
             asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)

@@ -64,7 +64,7 @@ class SampleRate:
 
 
 class StepCounts(NamedTuple):
-    """Counts of micro-batches. Sums of them over ranks are StepCounts too."""
+    """Counts of micro-batches. Sums of counts over ranks are StepCounts too."""
 
     samples: float
     images: float
@@ -139,8 +139,8 @@ class Throughput:
 
 
 class ForwardTime:
-    """Measurement of the forward passes of training. They identify slow ranks, whereas a whole step takes the same time
-    on all ranks, because backward passes wait for other ranks."""
+    """Measurement of the duration of forward passes in training. This duration identifies slow ranks, whereas a whole
+    step takes the same time on all ranks, because backward passes wait for other ranks."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._passes: list[tuple[Any, Any]] = []

@@ -215,7 +215,7 @@ def test_a_class_folder_that_links_to_another_is_told(tmp_path, capsys):
     (root / "train/puma").symlink_to(root / "train/cat")
     assert make(root, tmp_path / "out") == 0
     assert (
-        "note: train/puma links to train/cat, so its images count twice; so do those of train/wolf\n"
+        "note: train/puma links to train/cat, so its images count twice; the same applies to train/wolf\n"
         in capsys.readouterr().out
     )
     assert len(_paths(tmp_path / "out")) == 6

@@ -104,7 +104,7 @@ class Folder(Records):
             self.identity["splits"] = self.splits
 
     def _read_table(self, table: Path, columns: tuple[str | None, str | None]) -> list[str]:
-        """Set the samples of each image to those of a caption table, and return notes about the table."""
+        """Set the samples of each image according to a caption table, and return notes about the table."""
         rows = read_captions(table, *columns)
         self._has_captions = rows[0].captions is not None
         self._samples = _join(Path(self.folder), self._paths, table, rows)
@@ -304,7 +304,7 @@ def _linked(folder: str, directories: Collection[str]) -> Iterator[str]:
             again[directory] = kept
     if again:
         link, kept = next(iter(again.items()))
-        more = f"; so do those of {listed([*again][1:])}" if len(again) > 1 else ""
+        more = f"; the same applies to {listed([*again][1:])}" if len(again) > 1 else ""
         yield f"{printable(link)} links to {printable(kept)}, so its images count twice{more}"
 
 
