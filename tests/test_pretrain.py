@@ -636,7 +636,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
         ((photos, photos), {}, "figures written to it would be read as input images"),
         ((f"{tmp_path}/nothing", out), {}, "is neither a folder"),
         ((f"{tmp_path}/fotos", out), {}, r"is neither a folder.*; did you mean .*/photos\?"),
-        ((table, out), {}, r"is neither a folder.*; to use a table, .* and --captions .*t\.jsonl$"),
+        ((table, out), {}, r"is neither a folder.*; to use a table, .* add --captions .*t\.jsonl$"),
         (("fotos", out), {}, r"fotos: no such folder; did you mean photos\?"),
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
@@ -885,7 +885,7 @@ def test_the_time_of_a_run_is_that_of_steps_and_evaluations(every, val, evaluati
     config = parse(Config, TINY | {"data": data, "train": train}, "test")
     schedule = Schedule(config.train, config.optim, 50)
     assert Pace(0.5, 10, 4).seconds(config, schedule) == 0.5 * (1000 + evaluations * 6 * 2 / 3)
-    assert "of 8 samples, scaled" in Pace(0.5, 8, 4).sentence(config, schedule)
+    assert "of 8 samples and scaled" in Pace(0.5, 8, 4).sentence(config, schedule)
     assert "100 steps of 5 s, measured over 4 steps" in (said := Pace(0.5, 10, 4).sentence(config, schedule))
     assert "scaled" not in said
 
