@@ -1,7 +1,7 @@
 """Prefetching of a node's shards, in the order in which they are needed, by one process for all ranks of the node.
 
-Correctness does not depend on it: if a shard is not cached, a worker downloads it or waits for the process that is
-downloading it (`ShardStore.path`).
+Correctness does not depend on prefetching: if a shard is not cached, a worker downloads it or waits for the process
+that is downloading it (`ShardStore.path`).
 """
 
 from __future__ import annotations

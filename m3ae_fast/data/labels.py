@@ -89,8 +89,8 @@ def label_corpus(
     then renumbered consecutively.
 
     Raises:
-        UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed,
-            a class has no training sample, or there is only one class; and as `read_labels` does.
+        UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed, a
+            class has no training sample, or there is only one class. Also raised by `read_labels`.
     """
     sources = [replace(source, shards=[shard.located() for shard in source.shards]) for source in corpus.sources]
     corpus = replace(corpus, sources=sources)  # labels are read from each shard

@@ -55,7 +55,7 @@ def train_loader(
         layout: lanes of the sample order; None: as computed by `lay_out`.
         node: the ranks of this node, which share a fetcher; None: only this rank.
         transform: applied to each cropped image.
-        pin_memory: return batches in pinned memory.
+        pin_memory: whether to return batches in pinned memory.
 
     Raises:
         UserError: the dataset has captions but there is no tokenizer, or `data.cache_gb` is too small.

@@ -196,7 +196,7 @@ def prepare(
         patterns: the shards of a source.
         store: the shard cache of this rank's node.
         ranks: the ranks of the run.
-        waiting: context that is entered while this rank waits for others.
+        waiting: context that is entered while this rank waits for other ranks.
         key: the seed and the number of the source. The shards are split over nodes in the same way as over lanes, so
             each node counts the shards that it will train on, and does not download them again if they fit into its
             cache.

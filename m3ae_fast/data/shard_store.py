@@ -54,7 +54,7 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 def expand(patterns: str | Sequence[str]) -> list[str]:
     """Return the names of the shards in `patterns`, after expanding brace patterns (`{0000..0041}`), `::` lists and,
     for local paths, globs. Raises UserError if a pattern is malformed or matches nothing, a shard does not exist, or a
-    library to read it is not installed."""
+    library that is needed to read it is not installed."""
     shards: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if math.prod(abs(int(b) - int(a)) + 1 for a, b in _RANGE.findall(pattern)) > MAX_SHARDS:

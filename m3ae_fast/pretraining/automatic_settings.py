@@ -17,7 +17,7 @@ from m3ae_fast.config import LONGEST, Config, Range, parse, require_libraries_of
 from m3ae_fast.config.load import apply_override
 
 TOKENIZER = "tokenizer.json"  # name of the tokenizer's file in the run folder
-EPOCHS, SEEN = 20, 20_000  # numbers of epochs and samples on which a larger model must be trained at least
+EPOCHS, SEEN = 20, 20_000  # minimum numbers of epochs and of samples on which a larger model must be trained
 FEWEST_STEPS = 1000  # the batch is halved until there are at least this many steps
 LEARNING_STEPS = 300  # with fewer steps, or less than an epoch, features hardly differ from those of random weights
 EVALUATIONS = 20  # number of evaluations during training, if they do not take too long

@@ -143,8 +143,8 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def verdicts(run: Path, tasks: Iterable[str]) -> list[str]:
-    """Return lines that state for each task whether the run differs significantly from the baselines and from
-    always predicting the largest class, with a warning if it is not better than the latter."""
+    """Return lines that state for each task whether the run differs significantly from the baselines and from always
+    predicting the largest class, with a warning if it is not better than the largest class."""
     lines = []
     for task in tasks:
         folders = {whose: run / RESULTS / f"{task}{suffix}" for whose, suffix in _SUFFIXES.items() if whose != RUN}

@@ -125,7 +125,7 @@ def choose(
         began: value of `time.monotonic` at the beginning of the call.
 
     Raises:
-        UserError: an override is invalid, or an error that would stop the run at its start.
+        UserError: an override is invalid, or the run could not start with the chosen config.
         Stopped: a stop is requested.
     """
 
@@ -176,7 +176,7 @@ def _largest_fitting(
     budget: Budget,
 ) -> tuple[ModelSize, Pace, str]:
     """Return the largest model size that fits into memory and can be trained long enough in the time, its pace, and the
-    reason why the next one is not chosen; "" if there is none.
+    reason why the next larger size is not chosen; "" if there is no larger size.
 
     Args:
         allowed: sizes to choose from, smallest first. The first is chosen if no other fits.

@@ -150,7 +150,7 @@ def _present(config: Config, results: dict[str, dict[str, Any]], outcome: Outcom
         draw_map(config, device)
     write_report(outcome.run, outcome.report)
     write_export(outcome.run, outcome.export)
-    print(f"{outcome.report}: curves and figures; {outcome.export}: M3AE.from_pretrained loads it")
+    print(f"{outcome.report}: curves and figures; {outcome.export}: model for M3AE.from_pretrained")
 
 
 def _configured(

@@ -83,7 +83,7 @@ class StopRequest:
 
     def joined(self, notify: Callable[[str], bool]) -> None:
         """Register `notify`, which forwards the reason to the other ranks if this rank is asked to stop before
-        `listen`. It returns whether this rank is the first."""
+        `listen`. `notify` returns whether this rank is the first one that is asked."""
         self._notify = notify
         self._joined.set()
 

@@ -78,7 +78,7 @@ def stats(
 
 def describe_statistics(found: Statistics) -> list[str]:
     """Return the lines that describe statistics to the user."""
-    lines = [f"{found.seen:,} of {found.of:,} samples"]
+    lines = [f"{found.seen:,} of {found.of:,} samples inspected"]
     if found.bad:
         fraction = found.bad.total() / found.seen
         lines.append(f"cannot be read: {found.bad.total():,} ({fraction:.2%}; see data.max_bad_fraction)")

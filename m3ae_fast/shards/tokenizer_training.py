@@ -81,7 +81,7 @@ def describe_tokenizer(trained: TrainedTokenizer, vocab_size: int) -> list[str]:
     size = trained.size
     lines = [f"{trained.path}: {size:,} tokens, trained on {trained.captions:,} captions; set model.vocab_size={size}"]
     if size < FEW * vocab_size:
-        lines.append(f"fewer than the {vocab_size:,} requested: the captions yield no more words and word pieces")
+        lines.append(f"fewer than the {vocab_size:,} requested tokens: the captions yield no more word pieces")
     return lines + trained.tally.lines()
 
 

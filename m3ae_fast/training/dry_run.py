@@ -89,7 +89,7 @@ def report(
     if not gpus:
         stage = config.zero.stage if config.zero else 0
         memory = sum(zero_bytes(needs.parameters, stage, needs.world, in_bf16(config), needs.matrices))
-        lines.append(("memory", f"{(memory + needs.activations) / 1e9:,.3g} GB per rank, an estimate"))
+        lines.append(("memory", f"{(memory + needs.activations) / 1e9:,.3g} GB per rank (estimated)"))
     if not (gpus or data):
         lines.append(("time", "not measured without data; --world N plans a run on N GPUs elsewhere"))
     console = Console(highlight=False, soft_wrap=True)
@@ -126,7 +126,7 @@ class _Needs:
 def _flops_lines(needs: _Needs) -> list[tuple[str, str]]:
     config = needs.config
     official = reference_flops(config.model, config.masking)
-    square = ", of a square image" if config.model.resize == "native" else ""
+    square = ", for a square image" if config.model.resize == "native" else ""
     lines = [
         ("parameters", f"{needs.parameters:,}"),
         ("FLOPs per sample", f"{official / 1e9:,.1f} G forward and backward in the official code{square}"),

@@ -89,8 +89,8 @@ class RunLog:
         self._file, self._opened = None, []
 
     def begin(self) -> None:
-        """Remove log lines that an earlier attempt wrote after the step from which this one starts. Raises UserError if
-        the folder cannot be written to or a logger cannot start."""
+        """Remove log lines that an earlier attempt wrote after the step from which this attempt starts. Raises
+        UserError if the folder cannot be written to or a logger cannot start."""
         self._begun = time.monotonic()
         self._open()
 

@@ -51,12 +51,12 @@ class SampleRate:
         self._samples, self._waited, self._since = 0.0, 0.0, time.perf_counter()
 
     def add(self, counts: SampleCounts, waited: float) -> None:
-        """Add a step over all ranks, and the seconds that this rank waited for its data."""
+        """Add the counts of a step over all ranks, and the seconds that this rank waited for its data."""
         self._samples += counts.samples
         self._waited += waited
 
     def rates(self) -> dict[str, float]:
-        """Return rates since the last call."""
+        """Return the rates since the last call."""
         seconds = time.perf_counter() - self._since
         rates = {"samples_per_s": self._samples / seconds, "data_wait": self._waited / seconds}
         self._start()
@@ -117,12 +117,12 @@ class Throughput:
         self._counts = StepCounts(*[0] * len(StepCounts._fields))
 
     def add(self, counts: StepCounts, waited: float) -> None:
-        """Add a step over all ranks, and the seconds that this rank waited for its data."""
+        """Add the counts of a step over all ranks, and the seconds that this rank waited for its data."""
         self._counts = StepCounts(*(a + b for a, b in zip(self._counts, counts)))
         self._waited += waited
 
     def rates(self) -> dict[str, float]:
-        """Return rates since the last call."""
+        """Return the rates since the last call."""
         seconds, n = time.perf_counter() - self._since, self._counts
         paired = n.images + n.captions - n.samples
         reference = paired * self._paired + (n.samples - n.captions) * self._image + (n.samples - n.images) * self._text

@@ -246,7 +246,7 @@ class Trainer:
         if grown := self.growth.check(self.step - self.start, values["peak_memory_gb"]):
             self.log.say(f"note: {grown}")
 
-    # What tasks call
+    # Methods that tasks call
 
     def to_evaluate(self, every: int | None, *names: str) -> bool:
         """Return whether an evaluation that is logged under one of `names` is due: every `every` steps, before the

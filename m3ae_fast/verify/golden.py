@@ -56,7 +56,7 @@ class Golden:
 
     @classmethod
     def load(cls, path: str | Path) -> Golden:
-        """Load a file. Raises UserError if it is missing or has another format."""
+        """Load a golden file. Raises UserError if it is missing or has another format."""
         path = Path(path)
         try:
             with open_regular(path) as raw, np.load(raw, allow_pickle=False) as file:
@@ -77,7 +77,7 @@ class Golden:
         )
 
     def build_model(self, dtype: torch.dtype = torch.float32) -> M3AE:
-        """Build our model with this file's config and parameters."""
+        """Return our model with this file's config and parameters."""
         c, m = self.meta["config"], self.meta
         same = (
             "emb_dim depth num_heads dec_emb_dim dec_depth dec_num_heads mlp_ratio output_head_depth use_type_embedding"

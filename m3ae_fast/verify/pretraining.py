@@ -45,7 +45,7 @@ def _encoder_outputs(golden: Golden, model: M3AE, batch) -> Iterator[Quantity]:
         found["encoder_cls"].append((encoded_TD[start : start + 1], golden.tensor("out/encoder_cls")[i]))
         row = start + 1
         if sample.image is not None:
-            # our rows are in reading order, the official rows in shuffled order
+            # our rows are in reading order, and the official rows are in shuffled order
             order = np.argsort(np.argsort(golden.kept("image")))
             found["encoder_image"].append((encoded_TD[row + order], golden.tensor("out/encoder_image")[i]))
             row += len(order)

@@ -125,7 +125,7 @@ def _kind(value: Any) -> str:
 
 def caption_of_row(value: Any, index: int) -> str:
     """Return the caption of sample number `index` of a row; blank if the row has no caption. Raises BadSample if
-    `value` contains no text."""
+    `value` is neither text nor a list of texts."""
     try:
         return (captions_of(value) or [""])[index]
     except ValueError as error:
