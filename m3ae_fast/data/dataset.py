@@ -82,7 +82,7 @@ class Samples(Dataset[Sample | Skipped]):
     order: Order | FileOrder
     preparation: Preparation
     augment: Augment | None  # None: no augmentation; the central square or the whole native image is used
-    positions_per_mask: int  # samples per step; they share their masks if `masking.per` is "batch"
+    positions_per_mask: int  # positions per step; they share their masks if `masking.per` is "batch"
     repeats: int = 1  # number of consecutive views of each sample
     transform: Transform | None = None  # applied to each cropped image
 

@@ -60,8 +60,8 @@ def report(
 
     Args:
         config: config of the run; if `gpus` is False, its precision must be resolved.
-        world: number of GPUs, or number of ranks if there are no GPUs; None: the smallest number for which no
-            micro-batches are accumulated.
+        world: number of GPUs, or number of ranks if there are no GPUs; None: `train.global_batch` divided by
+            `train.micro_batch` and rounded down, but at least 1.
         gpus: whether to also print throughput and times for GPUs according to an H100's data sheet; otherwise, only
             machine-independent lines are printed.
         data: whether to open the shards and the tokenizer.
