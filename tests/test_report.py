@@ -79,7 +79,7 @@ def test_results_have_errors_and_the_share_of_the_largest_class(run):
     (run / "probe/result.json").write_text(json.dumps(result))
     write_report(run, run / "report.html")
     page = (run / "report.html").read_text()
-    heads = "".join(f"<th>{name}</th>" for name in ("task", "model", "metric", "value", "largest class"))
+    heads = "".join(f"<th>{name}</th>" for name in ("task", "model", "metric", "value", "chance level"))
     assert f"<table><tr>{heads}</tr><tr><td>" in page
     row = "<tr><td>knn</td><td>random weights of &lt;run&gt;</td><td>{}</td>" + 2 * '<td class="number">{}</td>'
     assert row.format("top1", "50.0% ± 5.1%", "") in page  # the result of an earlier version, which did not record it
@@ -103,7 +103,7 @@ def test_a_result_that_is_not_above_the_largest_class_is_said_to_be_so(run):
         folder.mkdir(parents=True)
         columns = {"key": [*map(str, range(100))], "label": labels, "prediction": predictions}
         write_parquet(folder / "predictions.parquet", columns)
-        told = against_largest_class(folder)
+        told = against_largest_class(folder, {})
         assert told["chance"] == 0.7
         result = {"task": "knn", "model": model, "top1": 0.5, "val_samples": 100} | told
         (folder / "result.json").write_text(json.dumps(result))

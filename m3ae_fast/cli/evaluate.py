@@ -84,6 +84,15 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
         _add_comparison(command)
     if task.surveys:
         _add_survey(command, task.pools)
+    if task.has_baselines:
+        command.add_argument(
+            "--no-baselines",
+            dest="baselines",
+            action="store_false",
+            help="do not evaluate random weights and downscaled pixels too (default: they are evaluated in the same "
+            "pass over the images, unless MODEL is one of them or the encoder sees captions"
+            + ("; not with --layers, --pools or --shots)" if task.surveys else ")"),
+        )
     if task.resumes:
         add_resume(command, "DIR")
 

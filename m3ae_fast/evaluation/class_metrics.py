@@ -6,7 +6,7 @@ Shapes: N samples, K classes that occur among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from m3ae_fast.evaluation.predictions import FILE
 from m3ae_fast.evaluation.significance import ERROR, area_under_roc, standard_error
 
 
-def class_metrics(folder: Path, classes: Classes, names: Sequence[str]) -> dict[str, Any]:
+def class_metrics(folder: Path, classes: Classes, names: Sequence[str], result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of result.json that accompany the accuracies of a classification task; empty for other tasks.
 
     These are the entries of `against_largest_class` and, if there is one prediction per sample, the following:
@@ -32,8 +32,9 @@ def class_metrics(folder: Path, classes: Classes, names: Sequence[str]) -> dict[
     error.
 
     `classes`: labels of the training samples by class id. `names`: names of the classes for display.
+    `result`: the other entries.
     """
-    found = against_largest_class(folder)
+    found = against_largest_class(folder, result)
     if not found:
         return {}
     table = read_parquet(folder / FILE)

@@ -24,8 +24,8 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_comparison
 from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.attentive_online import passes, predict_online
+from m3ae_fast.evaluation.baselines import LARGEST, PREFIXES, SCALED, warning
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
-from m3ae_fast.evaluation.difference import LARGEST, not_above_largest
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job, PartialResult, summary
 from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
@@ -36,7 +36,6 @@ from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pixel_baseline import SIDE, Pixels
 from m3ae_fast.weights.open_model import PIXELS, RANDOM, open_encoder, set_images
 
-UNTRAINED, SCALED = "random weights", "downscaled pixels"
 _DECODING = 0.1  # approximate cost of reading an image, relative to encoding it
 TABLE_FILE = "comparison.md"
 
@@ -65,7 +64,7 @@ class ComparedPredictions:
             return {}
         rows = [{"model": model, "probe": probe, **self.accuracy(model, probe)} for model, probe in self.trials]
         tests = [
-            {"probe": probe, "first": first, "second": second, **test._asdict(), "significant": test.is_significant}
+            {"probe": probe, "first": first, "second": second, **test.entries()}
             for probe, first, second, test in self.tests()
         ]
         labels = self._labels().tolist()
@@ -94,10 +93,14 @@ class ComparedPredictions:
 
     def warnings(self) -> Iterator[tuple[str, str]]:
         """Yield (probe, warning) for each model that is not significantly better than always predicting the largest
-        class."""
-        for model, probe in self.trials:
-            if words := not_above_largest(self._right(model, probe), self._right(LARGEST, probe), model):
-                yield probe, words
+        class, or than random weights or downscaled pixels."""
+        worse: dict[tuple[str, str], dict[str, float]] = {}
+        for probe, first, second, test in self.tests():
+            is_baseline = second == LARGEST or (second in PREFIXES and first not in PREFIXES)
+            if is_baseline and not test.is_better:
+                worse.setdefault((first, probe), {})[second] = float(self._right(second, probe).mean())
+        for (model, probe), others in worse.items():
+            yield probe, warning("top-1 accuracy", self.accuracy(model, probe)["top1"], others, model)
 
     def _right(self, model: str, probe: str) -> np.ndarray:
         """Return the fraction of seeds that classify each sample correctly, [N]."""
@@ -265,7 +268,7 @@ def model_names(models: Sequence[str], pixels: bool = True) -> dict[str, str]:
     if given := [model for model in models if model.startswith(PIXELS)]:
         raise UserError(f"{given[0]}: compare always includes downscaled pixels; leave out this model")
     first, short = models[0].removeprefix(RANDOM), [Path(model).name for model in models]
-    baselines = {UNTRAINED: RANDOM + first} | ({SCALED: PIXELS + first} if pixels else {})
+    baselines = {name: prefix + first for name, prefix in PREFIXES.items() if pixels or name != SCALED}
     unique = len({*short, *baselines}) == len(models) + len(baselines)
     return baselines | dict(zip(short if unique else models, models))
 

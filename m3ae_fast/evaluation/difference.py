@@ -15,13 +15,13 @@ import numpy as np
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.parquet import read_parquet
+from m3ae_fast.evaluation.baselines import LARGEST, MODEL, not_better, warning
 from m3ae_fast.evaluation.job import PARTIAL_FILE
 from m3ae_fast.evaluation.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
 from m3ae_fast.evaluation.predictions import FILE, largest_share
 from m3ae_fast.evaluation.significance import difference, middle, verdict
 
 Table = dict[str, list[Any]]
-LARGEST = "the largest class"
 _COLUMNS = ("key", "label", "prediction")
 
 
@@ -60,15 +60,15 @@ def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
     return [_words(ours, theirs, (name, other)) for other, theirs in compared.items()]
 
 
-def against_largest_class(folder: Path) -> dict[str, Any]:
+def against_largest_class(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of result.json that compare the accuracy of a classification task with always predicting the
-    largest class; empty for other tasks.
+    largest class; empty for other tasks. `result`: the other entries.
 
     - "chance": the share of the largest class among the held-out samples;
     - "chance_top5", if there are more than five classes: the share of the five largest classes;
     - "verdict", if there is one prediction per sample: a sentence that states whether the accuracy is significantly
     better than "chance";
-    - "warning", if it is not.
+    - "warning", if the accuracy is not significantly better than "chance" and than all baselines in `result`.
     """
     if not (folder / FILE).exists():
         return {}
@@ -80,29 +80,20 @@ def against_largest_class(folder: Path) -> dict[str, Any]:
     if len({*labels.values()}) > 5:
         found["chance_top5"] = largest_share(labels.values(), 5)
     if one_prediction_each(table):
-        (found["verdict"],) = in_words(folder, "the model", {})
+        (found["verdict"],) = in_words(folder, MODEL, {})
         label_N, largest = np.array(table["label"]), _largest(table["label"])
-        if warning := not_above_largest(label_N == np.array(table["prediction"]), label_N == largest):
-            found["warning"] = warning
+        right_N = label_N == np.array(table["prediction"])
+        others = not_better(result, "top1")
+        if not difference(right_N, label_N == largest).is_better:
+            others = {LARGEST: found["chance"]} | others
+        if text := warning("top-1 accuracy", float(right_N.mean()), others):
+            found["warning"] = text
     return found
 
 
 def one_prediction_each(table: Table) -> bool:
     """Return whether a table has exactly one prediction for each sample."""
     return len({*table["key"]}) == len(table["key"])
-
-
-def not_above_largest(right_N: np.ndarray, largest_N: np.ndarray, name: str = "the model") -> str:
-    """Return a warning if an accuracy is not significantly above that of always predicting the largest class; otherwise
-    "". `right_N`: fraction of the seeds that classify each sample correctly; `largest_N`: whether each sample belongs
-    to the largest class; `name`: name of the model, for the message."""
-    found = difference(right_N, largest_N)
-    if found.is_significant and found.value > 0:
-        return ""
-    return (
-        f"{name} is not significantly better than the largest class: top-1 accuracy {right_N.mean():.1%}, largest "
-        f"class {largest_N.mean():.1%}"
-    )
 
 
 def _largest(labels: Iterable[Any]) -> Any:

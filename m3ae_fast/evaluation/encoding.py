@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -104,13 +105,9 @@ def encode_corpus(
         UserError: too many samples cannot be read, a feature is not finite, features fit neither into memory nor on the
             disk, or there are captions and the model has no tokenizer.
     """
-    share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
-    batches = Batches(
-        encoding_loader(model, corpus, data, share, ranks.device), share, corpus.samples, data.max_bad_fraction
-    )
     return encode_batches(
         model,
-        batches,
+        _batches(model, corpus, data, config, ranks),
         config,
         ranks,
         monitor,
@@ -122,6 +119,24 @@ def encode_corpus(
     )
 
 
+def encode_by_each(
+    models: Sequence[MultimodalEncoder],
+    corpus: Corpus,
+    data: DataConfig,
+    config: EncodeConfig,
+    ranks: Ranks,
+    monitor: PassMonitor = NO_MONITOR,
+    *,
+    patches: bool = False,
+    folder: Path | None = None,
+) -> list[FeatureBank]:
+    """Return the features of the last block of each of several models, which have the same input, from one pass over
+    the samples: each batch is decoded once. See `encode_corpus` for the other arguments and the errors."""
+    batches = _batches(models[0], corpus, data, config, ranks)
+    banks = _encode(models, batches, config, ranks, monitor, patches=patches, folder=folder)
+    return [bank.layer(0) for bank in banks]
+
+
 class Batches(NamedTuple):
     """This rank's batches of a dataset."""
 
@@ -131,6 +146,12 @@ class Batches(NamedTuple):
     share: Share
     samples: int  # number of samples of all ranks, including unreadable ones
     max_bad_fraction: float  # maximum fraction of unreadable samples
+
+
+def _batches(model: MultimodalEncoder, corpus: Corpus, data: DataConfig, config: EncodeConfig, ranks: Ranks) -> Batches:
+    share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
+    loader = encoding_loader(model, corpus, data, share, ranks.device)
+    return Batches(loader, share, corpus.samples, data.max_bad_fraction)
 
 
 def encode_batches(
@@ -148,16 +169,51 @@ def encode_batches(
 ) -> FeatureBank:
     """Return pooled features of the batches of all ranks. See `encode_corpus` for the other arguments and the
     errors."""
+    (bank,) = _encode(
+        [model],
+        batches,
+        config,
+        ranks,
+        monitor,
+        layers=layers,
+        pools=pools,
+        patches=patches,
+        reduce=reduce,
+        folder=folder,
+    )
+    return bank if layers else bank.layer(0)
+
+
+def _encode(
+    models: Sequence[MultimodalEncoder],
+    batches: Batches,
+    config: EncodeConfig,
+    ranks: Ranks,
+    monitor: PassMonitor,
+    *,
+    layers: Sequence[int] | None = None,
+    pools: Sequence[Pool] | None = None,
+    patches: bool = False,
+    reduce: Reduce | None = None,
+    folder: Path | None = None,
+) -> list[FeatureBank]:
+    """Return the features of each model, with a dimension for the layers and poolings."""
     most = len(batches.loader) * batches.share.micro_batch
-    pooled, tokens = Rows(most, ranks, folder), Rows(most, ranks, folder)
+    rows = [(Rows(most, ranks, folder, len(models)), Rows(most, ranks, folder, len(models))) for _ in models]
     known: list[_Known] = []
-    with encoding(model, config.precision, ranks.device):
-        encode = partial(_pool, model, layers or [model.config.depth], pools or [config.pool], patches, reduce)
+    with ExitStack() as inside:
+        encoders = []
+        for model in models:
+            inside.enter_context(encoding(model, config.precision, ranks.device))
+            encoders.append(
+                partial(_pool, model, layers or [model.config.depth], pools or [config.pool], patches, reduce)
+            )
         shown = monitor.over(batches.loader, ranks)
-        for batch, (pooled_SKD, patches_SKLD) in _one_behind(encode, shown, ranks.device):
-            pooled.append(pooled_SKD)
-            if patches_SKLD is not None:
-                tokens.append(patches_SKLD)
+        for batch, found in _one_behind(lambda batch: [encode(batch) for encode in encoders], shown, ranks.device):
+            for (pooled, tokens), (pooled_SKD, patches_SKLD) in zip(rows, found):
+                pooled.append(pooled_SKD)
+                if patches_SKLD is not None:
+                    tokens.append(patches_SKLD)
             labels = None if batch.labels is None else batch.labels.cpu()
             known.append(_Known(batch.keys, labels, list(batch.skipped), batch.grids))
     # batch b of rank r is number b * world + r of the dataset
@@ -165,19 +221,23 @@ def encode_batches(
     check_skipped([bad for one in each for bad in one.skipped], batches.samples, batches.max_bad_fraction)
     starts = list(accumulate((len(one.keys) for one in each), initial=0))
     own = [torch.arange(starts[batch], starts[batch + 1]) for batch in range(ranks.rank, len(each), ranks.world)]
-    bank = FeatureBank(
-        keys=[key for one in each for key in one.keys],
-        stored_SD=pooled.tensor(),
-        labels_N=None if any(one.labels is None for one in each) else torch.cat([one.labels for one in each]),
-        patches_SLD=tokens.tensor() if patches else None,
-        skipped=[bad for one in each for bad in one.skipped],
-        grids=[grid for one in each for grid in one.grids],
-        own_R=torch.cat(own) if ranks.world > 1 else None,
-        ranks=ranks,
-    )
+    banks = [
+        FeatureBank(
+            keys=[key for one in each for key in one.keys],
+            stored_SD=pooled.tensor(),
+            labels_N=None if any(one.labels is None for one in each) else torch.cat([one.labels for one in each]),
+            patches_SLD=tokens.tensor() if patches else None,
+            skipped=[bad for one in each for bad in one.skipped],
+            grids=[grid for one in each for grid in one.grids],
+            own_R=torch.cat(own) if ranks.world > 1 else None,
+            ranks=ranks,
+        )
+        for pooled, tokens in rows
+    ]
     if reduce is None:
-        bank.check_finite()
-    return bank if layers else bank.layer(0)
+        for bank in banks:
+            bank.check_finite()
+    return banks
 
 
 class _Known(NamedTuple):

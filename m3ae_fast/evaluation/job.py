@@ -27,13 +27,15 @@ from m3ae_fast.data import Corpus, Layout, Preparation, ShardStore, Share, open_
 from m3ae_fast.data.dataset import Transform
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.drawing.figures import BLACK, Cell, Colour, levels
+from m3ae_fast.evaluation.baselines import MODEL
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
-from m3ae_fast.evaluation.encoding import PassMonitor, Reduce, encode_corpus
+from m3ae_fast.evaluation.encoding import PassMonitor, Reduce, encode_by_each, encode_corpus
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS_FILE
 from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.evaluation.tasks import TASKS, Modality, Options
+from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.run_lock import RunFolder
 
@@ -66,6 +68,7 @@ class Job:
     session: Session
     folder: RunFolder | None  # the output folder, on the main rank only
     model: Any  # an M3AE, or a Classifier if the task evaluates one; on the ranks' device
+    baselines: Mapping[str, MultimodalEncoder] = field(default_factory=dict)  # by name, on the ranks' device
     is_last: bool = True  # whether the program ends with this task, so that a stopped task reports its partial result
     classes: Classes = ()  # labels by class id; see `open_labelled`
     names: list[str] = field(default_factory=list)  # names of the classes in figures
@@ -137,6 +140,31 @@ class Job:
             reduce=reduce,
             folder=self.out,
         )
+
+    def encode_with_baselines(
+        self, train: Corpus, val: Corpus, *, patches: bool = False
+    ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
+        """Return the features of the training and of the held-out samples, by MODEL and by the names of the baselines,
+        from one pass over the samples. `patches`: see `encode_corpus`."""
+        shorter = "fewer --train shards" + (" or --no-baselines" if self.baselines else "")
+        whole = self.time_left(train.samples + val.samples, shorter=lambda _: shorter)
+        models, config, parts = {MODEL: self.model, **self.baselines}, self.config, []
+        for corpus, title in ((train, "encoding train"), (val, "encoding val")):
+            monitor = PassMonitor(title, self.heartbeats, whole=whole, part=corpus.samples)
+            parts.append(
+                encode_by_each(
+                    [*models.values()],
+                    corpus,
+                    config.data,
+                    config.encode,
+                    self.ranks,
+                    monitor,
+                    patches=patches,
+                    folder=self.out,
+                )
+            )
+            whole.after(corpus.samples)
+        return dict(zip(models, zip(*parts)))
 
     def encoder(self, passes: float) -> Callable[..., FeatureBank]:
         """Return a function that calls `encode` for one of several datasets, and reports the progress and the remaining

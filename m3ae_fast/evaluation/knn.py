@@ -16,6 +16,7 @@ from torch import Tensor
 from m3ae_fast.config import KnnConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.drawing.figures import GREEN, RED, draw_sheet
+from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.neighbours import nearest
@@ -41,14 +42,14 @@ def knn_predictions(bank: FeatureBank, queries: FeatureBank, classes: int, confi
 
 def run(job: Job) -> dict[str, Any]:
     train, val, classes = job.open_labelled()
-    bank, queries = job.encode(train, "encoding train"), job.encode(val, "encoding val")
-    predictions = knn_predictions(bank, queries, len(classes), job.config.knn)
-    job.keep(predictions.columns(classes))
-    predicted_M = predictions.best_NK[:, 0]
+    encoded = job.encode_with_baselines(train, val)
+    found = {name: knn_predictions(*banks, len(classes), job.config.knn) for name, banks in encoded.items()}
+    job.keep(found[MODEL].columns(classes))
+    predicted_M, (bank, queries) = found[MODEL].best_NK[:, 0], encoded[MODEL]
     shown = _shown(bank, queries)
 
     job.pictures.append(lambda: _draw_neighbours(job, (train, val), (bank, queries), shown, predicted_M))
-    return predictions.accuracies() | {
+    return accuracy_entries(found) | {
         "k": min(job.config.knn.k, len(bank.keys)),
         "classes": len(classes),
         "train_samples": len(bank.keys),

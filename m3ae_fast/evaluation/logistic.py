@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
 from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.job import Job, PartialResult
 from m3ae_fast.evaluation.logistic_regression import fit_chosen
@@ -14,18 +15,16 @@ def run(job: Job) -> dict[str, Any]:
     `Job.encode` do."""
     job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train, val, classes = job.open_labelled()
-    whole = job.time_left(train.samples + val.samples, shorter=lambda _: "fewer --train shards")
-    bank, held_out = (
-        job.encode(corpus, title, whole, corpus.samples)
-        for corpus, title in ((train, "encoding train"), (val, "encoding val"))
-    )
+    encoded = job.encode_with_baselines(train, val)
+    bank, held_out = encoded[MODEL]
     job.keep_if_stopped(lambda: PartialResult("the samples are encoded", {}, {}))
     job.say(f"logistic regression of {job.config.encode.pool} features of {len(bank.keys):,} samples")
-    heads, strength = fit_chosen(bank, len(classes), job.heartbeats)
-    predictions = held_out.predictions(logits(heads, held_out))
+    fitted = {name: fit_chosen(own, len(classes), job.heartbeats) for name, (own, _) in encoded.items()}
+    found = {name: own.predictions(logits(fitted[name][0], own)) for name, (_, own) in encoded.items()}
+    heads, strength = fitted[MODEL]
     job.save_probe("logistic", heads.head(0))
-    job.keep(predictions.columns(classes))
-    return predictions.accuracies() | {
+    job.keep(found[MODEL].columns(classes))
+    return accuracy_entries(found) | {
         "inverse_strength": strength,
         "classes": len(classes),
         "train_samples": len(bank.keys),

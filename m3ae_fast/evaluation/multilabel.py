@@ -7,7 +7,7 @@ V different scores, B bootstrap samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,13 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data.label_lists import LabelledLists, list_corpus
 from m3ae_fast.data.labels import Classes
+from m3ae_fast.evaluation.baselines import MODEL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.job import Job, PartialResult
 from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.neighbours import nearest
-from m3ae_fast.evaluation.significance import ERROR, middle
+from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
 
 _RESAMPLES = 200  # number of bootstrap samples
 
@@ -35,17 +36,19 @@ def run(job: Job) -> dict[str, Any]:
     job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train = _open(job, job.config.data.train, None)
     val = _open(job, job.config.data.val, train.classes)
-    encode = job.encoder(train.corpus.samples + val.corpus.samples)
-    bank, queries = encode(train.corpus, "encoding train"), encode(val.corpus, "encoding val")
+    encoded = job.encode_with_baselines(train.corpus, val.corpus)
     job.keep_if_stopped(lambda: PartialResult("the samples are encoded", {}, {}))
+    bank, queries = encoded[MODEL]
     truth_NC, truth_MC = (part.classes_LC[each.labels] for part, each in ((train, bank), (val, queries)))
-    if config.head == "knn":
-        scores_RC = neighbour_scores(bank, queries, truth_NC, knn.k, knn.temperature)
-    else:
-        scores_RC = logits(fit(bank, truth_NC, len(train.classes), job.heartbeats), queries)
-    scores_MC = queries.complete(scores_RC).numpy()
-    job.keep(_columns(queries.keys, truth_MC, scores_MC, train.classes))
-    result = measured(truth_MC.numpy(), scores_MC, truth_NC.any(0).numpy(), train.classes, job.config.run.seed)
+    scores = {}
+    for name, (own, asked) in encoded.items():
+        if config.head == "knn":
+            scores_RC = neighbour_scores(own, asked, truth_NC, knn.k, knn.temperature)
+        else:
+            scores_RC = logits(fit(own, truth_NC, len(train.classes), job.heartbeats), asked)
+        scores[name] = asked.complete(scores_RC).numpy()
+    job.keep(_columns(queries.keys, truth_MC, scores[MODEL], train.classes))
+    result = measured(truth_MC.numpy(), scores, truth_NC.any(0).numpy(), train.classes, job.config.run.seed)
     return result | {"head": config.head, "train_samples": len(bank.keys), "val_samples": len(queries.keys)}
 
 
@@ -68,16 +71,16 @@ def neighbour_scores(bank: FeatureBank, queries: FeatureBank, truth_NC: Tensor, 
 
 
 def measured(
-    truth_MC: np.ndarray, scores_MC: np.ndarray, known_C: np.ndarray, classes: Classes, seed: int
+    truth_MC: np.ndarray, scores: Mapping[str, np.ndarray], known_C: np.ndarray, classes: Classes, seed: int
 ) -> dict[str, Any]:
     """Return the entries of result.json. The mAP is the mean over the classes that occur in both the training and the
-    held-out samples. Its standard error, and the interval of its difference from uninformative scores, are computed by
-    the bootstrap over samples. The average precision of uninformative scores is the fraction of the samples that belong
-    to the class.
+    held-out samples. Its standard error, and the intervals of its differences from uninformative scores and from the
+    baselines, are computed by the bootstrap over samples. The average precision of uninformative scores is the fraction
+    of the samples that belong to the class.
 
     Args:
         truth_MC: whether a held-out sample belongs to a class.
-        scores_MC: scores of the held-out samples.
+        scores: scores of the held-out samples, [M, C], by MODEL and by the names of the baselines.
         known_C: whether a class occurs in the training samples.
         classes: labels by class id.
         seed: random seed of the bootstrap.
@@ -89,33 +92,30 @@ def measured(
     if not counted:
         raise UserError("--val: no sample that can be read has a label of a training sample that can be read")
     samples = len(truth_MC)
-    weights_BM = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=_RESAMPLES)
-    weights_BM = np.concatenate((np.ones((1, samples), np.int64), weights_BM))  # the first row has the original samples
-    found_CB = np.array([average_precisions(truth_MC[:, c], scores_MC[:, c], weights_BM) for c in counted])
-    chance_CB = np.where(np.isnan(found_CB), np.nan, (truth_MC[:, counted].T @ weights_BM.T) / samples)
-    drawn_B = ~np.isnan(found_CB).all(0)  # a bootstrap sample may have no sample of any class
-    found_B, chance_B = np.nanmean(found_CB[:, drawn_B], 0), np.nanmean(chance_CB[:, drawn_B], 0)
-    low, high = middle(found_B[1:] - chance_B[1:])
-    mean, chance = float(found_B[0]), float(chance_B[0])
-    result: dict[str, Any] = {
-        "map": mean,
-        f"map{ERROR}": float(found_B[1:].std(ddof=1)),
-        "chance_map": chance,
+    weights_BM = bootstrap_weights(samples, _RESAMPLES, seed)
+    weights_BM = weights_BM[(weights_BM @ truth_MC[:, counted]).any(1)]  # others have no sample of any class
+    of_class = {
+        name: np.array([average_precisions(truth_MC[:, c], scores_MC[:, c], weights_BM) for c in counted])
+        for name, scores_MC in scores.items()
+    }
+    missing_CB = np.isnan(of_class[MODEL])
+    chance_CB = np.where(missing_CB, np.nan, (truth_MC[:, counted].T @ weights_BM.T) / samples)
+    found = {name: Resampled(np.nanmean(found_CB, 0)) for name, found_CB in of_class.items()}
+    chance = Resampled(np.nanmean(chance_CB, 0))
+    return {
+        **found[MODEL].entries("map"),
+        "chance_map": chance.value,
         "classes": len(counted),
         "per_class": [
             {
                 "class": classes[c],
                 "samples": int(truth_MC[:, c].sum()),
-                "average_precision": float(found_CB[row, 0]),
+                "average_precision": float(of_class[MODEL][row, 0]),
             }
             for row, c in enumerate(counted)
         ],
-        "verdict": f"mAP {mean:.1%}; difference from random scores {100 * (mean - chance):+.1f} points, 95 % interval "
-        f"{100 * low:+.1f} to {100 * high:+.1f}",
+        **compared("map", "mAP", found, chance, "chance", "random scores"),
     }
-    if low <= 0:
-        result["warning"] = f"the model is not significantly better than chance: mAP {mean:.1%}, chance {chance:.1%}"
-    return result
 
 
 def average_precisions(truth_M: np.ndarray, scores_M: np.ndarray, weights_BM: np.ndarray) -> np.ndarray:

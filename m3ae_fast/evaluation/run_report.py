@@ -14,15 +14,14 @@ from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, draw_charts
+from m3ae_fast.evaluation.baselines import BASELINES, PREFIXES, differences
 from m3ae_fast.evaluation.difference import in_words
 from m3ae_fast.evaluation.significance import ERROR, standard_error
 from m3ae_fast.training.diagnostics import Metrics, diagnose, verdict
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run_state import status
-from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
 REPORT_FILE = "report.html"
-_BASELINES = {RANDOM: "random weights", PIXELS: "downscaled pixels"}  # display names, by the prefix of the model's name
 _SIZES = ("k", "classes", "steps", "draws", "seconds", "skipped", "train_samples", "val_samples")
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -134,19 +133,21 @@ def _results_table(found: list[tuple[Path, dict[str, Any]]]) -> str:
     rows = []
     for path, result in found:
         model = _model(path, result)
-        for name, value in result.items():
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if is_number and name not in _SIZES and not (name.startswith("chance") or name.endswith(ERROR)):
-                texts = (str(result.get("task", "?")), model, name)
-                cells = (_with_error(name, value, result), _chance(name, result))
-                rows.append([*map(escape, texts), *map(_cell, cells)])
-    return _table(rows, ["task", "model", "metric", "value", "largest class"])
+        of_models = {model: result} | {f"{name} of {model}": each for name, each in result.get(BASELINES, {}).items()}
+        for whose, metrics in of_models.items():
+            for name, value in metrics.items():
+                is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if is_number and name not in _SIZES and not (name.startswith("chance") or name.endswith(ERROR)):
+                    texts = (str(result.get("task", "?")), whose, name)
+                    cells = (_with_error(name, value, metrics), _chance(name, result))
+                    rows.append([*map(escape, texts), *map(_cell, cells)])
+    return _table(rows, ["task", "model", "metric", "value", "chance level"])
 
 
 def _model(path: Path, result: dict[str, Any]) -> str:
     """Return the name of a result's model for display."""
     model = str(result.get("model", path.parent.name))
-    for prefix, words in _BASELINES.items():
+    for words, prefix in PREFIXES.items():
         if model.startswith(prefix):
             return f"{words} of {model.removeprefix(prefix)}"
     return model
@@ -157,19 +158,23 @@ def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
     baselines of the same task and from the largest class, and a warning if there is one."""
     for path, result in found:
         task, model = result.get("task"), str(result.get("model"))
-        if "verdict" not in result or model.startswith((*_BASELINES,)):
+        if not {"verdict", "warning"} & result.keys() or model.startswith((*PREFIXES.values(),)):
             continue
+        own = {name: each.words(model, name) for name, each in differences(result).items()}
         others = {
             words: other.parent
-            for prefix, words in _BASELINES.items()
+            for words, prefix in PREFIXES.items()
             for other, its in found
-            if "verdict" in its and (its.get("task"), its.get("model")) == (task, f"{prefix}{model}")
+            if words not in own
+            and "verdict" in its
+            and (its.get("task"), its.get("model")) == (task, f"{prefix}{model}")
         }
         try:
-            sentences = in_words(path.parent, model, others)
+            sentences = [*own.values(), *in_words(path.parent, model, others)]
         except UserError:  # predictions are missing, or on different samples
-            sentences = [str(result["verdict"])]
-        yield f"<p>{'<br>'.join(escape(f'{task}: {words}.') for words in sentences)}</p>"
+            sentences = [*own.values(), *(str(result[name]) for name in ("verdict",) if name in result)]
+        if sentences:
+            yield f"<p>{'<br>'.join(escape(f'{task}: {words}.') for words in sentences)}</p>"
         if "warning" in result:
             words = f"{task} of {model}: {result['warning']}."
             yield f"<p><b>warning</b>: {escape(words)}</p>"
@@ -206,8 +211,9 @@ def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
 
 def _chance(name: str, result: dict[str, Any]) -> str:
     """Return the chance level of a metric as text: its value if the largest class (or the five largest classes) is
-    always predicted; "" if it is unknown."""
-    value = result.get({"top1": "chance"}.get(name, f"chance_{name}"))
+    always predicted, or for random scores; "" if it is unknown."""
+    chance = f"chance_{name.rpartition('_')[2]}" if "recall" in name else f"chance_{name}"
+    value = result.get({"top1": "chance"}.get(name, chance))
     if name == "auroc":
         value = 0.5
     elif name == "balanced_accuracy" and result.get("per_class"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,18 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.progress import TimeLeft, track
-from m3ae_fast.config import KnnConfig, SourceConfig
+from m3ae_fast.base.progress import track
+from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.evaluation import SegmentConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.segmentation_masks import Masks, masked_corpus
 from m3ae_fast.drawing.figures import Cell, draw_sheet
 from m3ae_fast.engine.schedule import warmup_cosine
+from m3ae_fast.evaluation.baselines import LARGEST, MODEL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import BankSteps, HeadBatch, Stack, fit_heads
 from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
 from m3ae_fast.evaluation.job import Job, PartialResult
-from m3ae_fast.evaluation.significance import ERROR, middle
+from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
 from m3ae_fast.evaluation.stacked_optimizers import AdamW
 from m3ae_fast.process.collectives import all_reduce
 from m3ae_fast.process.ranks import Ranks
@@ -96,9 +98,8 @@ def run(job: Job) -> dict[str, Any]:
         raise UserError("segment needs images of one size; add --set data.resize=square")
     job.keep_if_stopped(lambda: PartialResult("the images are being encoded", {}, {}))
     opened = {name: _open(job, sources, name) for name, sources in (("train", data.train), ("val", data.val))}
-    samples = sum(corpus.samples for corpus, _ in opened.values())
-    whole = job.time_left(samples, shorter=lambda _: "fewer --train shards")
-    train, val = (_images(job, *found, f"encoding {name}", whole) for name, found in opened.items())
+    encoded = _images(job, opened)
+    train, val = encoded[MODEL]
     known, asked = (_ids(part, config.ignore_label, ranks) for part in (train, val))
     if len(known) < 2:
         raise UserError(
@@ -109,16 +110,15 @@ def run(job: Job) -> dict[str, Any]:
         raise UserError(f"--val: all pixels of its masks have segment.ignore_label {config.ignore_label}")
     classes = max(known | asked) + 1
     job.keep_if_stopped(lambda: PartialResult("the images are encoded", {}, {}))
-    head: Linear | Neighbours
-    if config.head == "linear":
-        head = fit(train, classes, config, job)
-    else:
-        head = Neighbours(train, classes, config, job.config.knn, ranks)
     shown = {row * len(val.bank.keys) // _SHOWN for row in range(_SHOWN)}
-    counts_R3C, cells = _predicted(job, head, val, classes, shown)
-    counts = Counts(*val.bank.complete(counts_R3C).numpy().transpose(1, 0, 2))
-    job.keep(_columns(val.bank.keys, counts))
-    pictures = {row: cell for part in ranks.gather(cells) for row, cell in part.items()}
+    counts = {}
+    for name, (own, held_out) in encoded.items():
+        head = fit(own, classes, config, job) if config.head == "linear" else Neighbours(own, classes, job)
+        counts_R3C, cells = _predicted(job, head, held_out, classes, shown if name == MODEL else set())
+        counts[name] = Counts(*val.bank.complete(counts_R3C).numpy().transpose(1, 0, 2))
+        if name == MODEL:
+            pictures = {row: cell for part in ranks.gather(cells) for row, cell in part.items()}
+    job.keep(_columns(val.bank.keys, counts[MODEL]))
     job.pictures.append(lambda: _draw(job, opened["val"][0], val.bank.keys, pictures))
     if untrained := asked - known:
         names = ", ".join(map(str, sorted(untrained)))
@@ -135,12 +135,18 @@ def _open(job: Job, sources: Sequence[SourceConfig], name: str) -> tuple[Corpus,
     return found, masks
 
 
-def _images(job: Job, corpus: Corpus, masks: Masks, title: str, whole: TimeLeft) -> Images:
-    bank = job.encode(corpus, title, whole, corpus.samples, patches=True)
-    whole.after(corpus.samples)
-    numbers, size = bank.labels[bank.own].tolist(), job.model.config.image_size
-    views = job.ranks.together(lambda: masks.views(numbers, size, progress=job.ranks.is_main))
-    return Images(bank.tokens(), views)
+def _images(job: Job, opened: Mapping[str, tuple[Corpus, Masks]]) -> dict[str, tuple[Images, Images]]:
+    """Return the training and the held-out images, encoded by the model and by each baseline, with the same masks."""
+    (train, train_masks), (val, val_masks) = opened["train"], opened["val"]
+    encoded, size = job.encode_with_baselines(train, val, patches=True), job.model.config.image_size
+    views = []
+    for bank, masks in zip(encoded[MODEL], (train_masks, val_masks)):
+        numbers = bank.labels[bank.own].tolist()  # the label of an image is the number of its mask
+        views.append(job.ranks.together(partial(masks.views, numbers, size, progress=job.ranks.is_main)))
+    return {
+        name: (Images(own.tokens(), views[0]), Images(held_out.tokens(), views[1]))
+        for name, (own, held_out) in encoded.items()
+    }
 
 
 def _ids(images: Images, ignored: int | None, ranks: Ranks) -> set[int]:
@@ -208,8 +214,9 @@ class Neighbours:
     patches are evenly spaced over the training images, and over the patches of an image that are not ignored
     completely. Every rank has all of them."""
 
-    def __init__(self, train: Images, classes: int, config: SegmentConfig, knn: KnnConfig, ranks: Ranks) -> None:
-        bank, N = train.bank, len(train.bank.keys)
+    def __init__(self, train: Images, classes: int, job: Job) -> None:
+        bank, N, ranks = train.bank, len(train.bank.keys), job.ranks
+        config, knn = job.config.segment, job.config.knn
         most = min(config.bank_patches, N * train.side**2)
         own = []
         for row, number in enumerate(bank.own.tolist()):
@@ -278,35 +285,34 @@ def count(predicted_BSS: Tensor, masks_BSS: Tensor, classes: int, ignored: int |
     return torch.stack(found)
 
 
-def measured(counts: Counts, seed: int) -> dict[str, Any]:
-    """Return the entries of result.json. The standard error, and the interval of the difference from always predicting
-    the largest class, are computed by the bootstrap over images. `seed`: random seed of the bootstrap."""
-    largest, images = counts.largest(), len(counts.truth_MC)
-    weights_RM = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=_RESAMPLES)
-    weights_RM = weights_RM[weights_RM @ counts.truth_MC.sum(1) > 0]  # an image may have no pixel that counts
-    scores_R, chances_R = (np.array([each.miou(weights) for weights in weights_RM]) for each in (counts, largest))
-    low, high = middle(scores_R - chances_R)
-    miou, chance, pixels = counts.miou(), largest.miou(), int(counts.truth_MC.sum())
-    iou_C, truth_C = counts.iou(), counts.truth_MC.sum(0)
-    result: dict[str, Any] = {
-        "miou": miou,
-        f"miou{ERROR}": float(scores_R.std(ddof=1)),
-        "pixel_accuracy": float(counts.right_MC.sum() / pixels),
-        "chance_miou": chance,
+def measured(counts: Mapping[str, Counts], seed: int) -> dict[str, Any]:
+    """Return the entries of result.json. The standard error, and the intervals of the differences from always
+    predicting the largest class and from the baselines, are computed by the bootstrap over images.
+
+    Args:
+        counts: the counts of the same images, by MODEL and by the names of the baselines.
+        seed: random seed of the bootstrap.
+    """
+    model, largest = counts[MODEL], counts[MODEL].largest()
+    weights_BM = bootstrap_weights(len(model.truth_MC), _RESAMPLES, seed)
+    weights_BM = weights_BM[weights_BM @ model.truth_MC.sum(1) > 0]  # an image may have no pixel that counts
+    found = {
+        name: Resampled(np.array([each.miou(weights_M) for weights_M in weights_BM])) for name, each in counts.items()
+    }
+    chance = Resampled(np.array([largest.miou(weights_M) for weights_M in weights_BM]))
+    iou_C, truth_C, pixels = model.iou(), model.truth_MC.sum(0), int(model.truth_MC.sum())
+    return {
+        **found[MODEL].entries("miou"),
+        "pixel_accuracy": float(model.right_MC.sum() / pixels),
+        "chance_miou": chance.value,
         "chance_pixel_accuracy": float(truth_C.max() / pixels),
         "per_class": [
             {"class": number, "pixels": int(truth_C[number]), "iou": float(iou_C[number])}
             for number in np.flatnonzero(~np.isnan(iou_C)).tolist()
         ],
         "classes": int((~np.isnan(iou_C)).sum()),
-        "verdict": f"mIoU {miou:.1%}; difference from always predicting the largest class "
-        f"{100 * (miou - chance):+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}",
+        **compared("miou", "mIoU", found, chance, LARGEST, "always predicting the largest class"),
     }
-    if low <= 0:
-        result["warning"] = (
-            f"the model is not significantly better than the largest class: mIoU {miou:.1%}, largest class {chance:.1%}"
-        )
-    return result
 
 
 def _columns(keys: list[str], counts: Counts) -> dict[str, Any]:

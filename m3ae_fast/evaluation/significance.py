@@ -6,8 +6,8 @@ Shapes: N samples, B bootstrap samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,22 +52,41 @@ def area_under_roc(positive_V: np.ndarray, negative_V: np.ndarray) -> float:
 
 
 class Difference(NamedTuple):
-    """The difference of two accuracies on the same samples: first minus second."""
+    """The difference of two metrics on the same samples, such as accuracies: first minus second."""
 
     value: float
     low: float  # lower end of the 95 % confidence interval, computed by the bootstrap
     high: float
-    p: float  # p-value of McNemar's exact test
+    p: float | None = None  # p-value of McNemar's exact test; None for metrics other than accuracies
 
     @property
     def is_significant(self) -> bool:
-        """Return whether the interval excludes 0 and the p-value is below LEVEL."""
-        return not self.low <= 0 <= self.high and self.p < LEVEL
+        """Return whether the interval excludes 0 and the p-value, if there is one, is below LEVEL."""
+        return not self.low <= 0 <= self.high and (self.p is None or self.p < LEVEL)
+
+    @property
+    def is_better(self) -> bool:
+        """Return whether the first is significantly better than the second."""
+        return self.is_significant and self.value > 0
+
+    def points(self) -> str:
+        """Return the value and its interval, in percentage points, as text."""
+        return f"{100 * self.value:+.1f} points, 95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
 
     def words(self, first: str, second: str) -> str:
         """Return a sentence about the difference. `first`, `second`: names of the models."""
-        numbers = f"{100 * self.value:+.1f} points, 95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
-        return f"{verdict(first, second, self.value, self.is_significant)}: {numbers}, McNemar p = {self.p:.2g}"
+        test = "" if self.p is None else f", McNemar p = {self.p:.2g}"
+        return f"{verdict(first, second, self.value, self.is_significant)}: {self.points()}{test}"
+
+    def entries(self) -> dict[str, Any]:
+        """Return the difference as entries of result.json. There is no "p" if there is no p-value."""
+        numbers = {name: value for name, value in self._asdict().items() if value is not None}
+        return numbers | {"significant": self.is_significant}
+
+    @classmethod
+    def read(cls, entries: Mapping[str, Any]) -> Difference:
+        """Return the difference with the given `entries`."""
+        return cls(*(entries.get(name) for name in cls._fields))  # type: ignore[arg-type]
 
 
 def verdict(first: str, second: str, value: float, is_significant: bool) -> str:

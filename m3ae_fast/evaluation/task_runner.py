@@ -14,14 +14,16 @@ from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.config.evaluation import EvaluationConfig, Pool, evaluation_config
+from m3ae_fast.evaluation.baselines import BASELINES, MODEL, SCALED, UNTRAINED, differences
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.classifier import CONFIG_FILE, Classifier, read_config
 from m3ae_fast.evaluation.job import Job, refuse_existing, show_result, summary, write_result
 from m3ae_fast.evaluation.tasks import POOLS, PROBE_NAMES, TASKS, Modality, Options, require_for
 from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.pixel_baseline import Pixels
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.run_lock import RunFolder
-from m3ae_fast.weights.open_model import open_encoder, set_images
+from m3ae_fast.weights.open_model import open_encoder, set_images, untrained
 
 
 def evaluate(
@@ -40,6 +42,7 @@ def evaluate(
     draws: int | None = None,
     probes: Sequence[str] = PROBE_NAMES,
     seeds: int = 3,
+    baselines: bool = True,
     ood: Mapping[str, Sequence[str]] | None = None,
     corrupted: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
@@ -67,6 +70,9 @@ def evaluate(
         draws: number of random draws for each number of shots; None: 5.
         probes: for compare: the probes to use.
         seeds: for compare: number of random seeds of each probe and of random weights.
+        baselines: for knn, logistic, multilabel and segment: whether random weights and downscaled pixels are evaluated
+            too, in the same pass over the images. They are left out in any case if `model` is one of them, if the
+            encoder sees captions, and with `layers`, `pools` or `shots`.
         ood: for ood: shards of out-of-distribution samples by the name of their set.
         corrupted: for robustness: folder of published corruptions as shards, CORRUPTION/SEVERITY/*.tar, which replace
             those of robustness.corruptions.
@@ -95,6 +101,7 @@ def evaluate(
         draws=draws,
         probes=tuple(dict.fromkeys(probes)),
         seeds=seeds,
+        baselines=baselines,
         ood=ood or {},
         corrupted=None if corrupted is None else os.fspath(corrupted),
     )
@@ -162,6 +169,17 @@ def _open(options: Options, modality: Modality, config: EvaluationConfig) -> Mul
     return model.eval()
 
 
+def _open_baselines(
+    options: Options, modality: Modality, config: EvaluationConfig, model: Any
+) -> dict[str, MultimodalEncoder]:
+    """Return the baselines that the task evaluates beside a model, in evaluation mode, on the CPU: random weights are
+    those of `random:MODEL`."""
+    if not options.evaluates_baselines(modality):
+        return {}
+    found = {UNTRAINED: untrained(model.config, model.loss_config, config.run.seed), SCALED: Pixels(model.config)}
+    return {name: each.eval() for name, each in found.items()}
+
+
 def _perform(
     options: Options, out: Path, overrides: Sequence[str], session: Session, *, is_last: bool
 ) -> dict[str, Any] | None:
@@ -179,13 +197,16 @@ def _perform(
         keep_freed_memory()
     model = _open(options, modality, config)
     model = model and model.to(ranks.device)
+    baselines = {
+        name: each.to(ranks.device) for name, each in _open_baselines(options, modality, config, model).items()
+    }
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-        job = Job(options, modality, config, session, folder, model, is_last)
+        job = Job(options, modality, config, session, folder, model, baselines, is_last)
         result: dict[str, Any] | None = import_module(f"m3ae_fast.evaluation.{options.module}").run(job)
         if result is None:
             return None
         result = job.described(result | {"seconds": round(time.perf_counter() - started, 1)}, partial=False)
-        metrics = ranks.broadcast(lambda: class_metrics(job.out, job.classes, job.names))
+        metrics = ranks.broadcast(lambda: class_metrics(job.out, job.classes, job.names, result))
         result |= metrics
         if "per_class" in metrics:  # only tasks with one prediction per sample
             job.pictures.insert(0, lambda: draw_class_metrics(job.out, job.classes, job.names))
@@ -196,6 +217,8 @@ def _perform(
         job.say(f"{task}: {summary(result)}")
         if "verdict" in result:
             job.say(f"{task}: {result['verdict']}")
+        for name, each in differences(result).items():
+            job.say(f"{task}: {name}: {summary(result[BASELINES][name])}; {each.words(MODEL, name)}")
         if "warning" in result:
             job.say(f"warning: {result['warning']}")
         return result

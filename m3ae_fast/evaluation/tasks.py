@@ -16,7 +16,7 @@ from m3ae_fast.base import object_store
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.config.evaluation import Pool
-from m3ae_fast.weights.model_name import PIXELS
+from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
 DRAWS = 5  # default number of draws for each number of shots
 MAP_NEEDS = dict.fromkeys(("sklearn", "scipy"), "a map")  # libraries that a map requires
@@ -44,6 +44,7 @@ class Task(NamedTuple):
     pools: bool = False  # has --pools, which requires `surveys`
     compares: bool = False  # accepts several MODELs, and opens them itself
     takes_pixels: bool = False  # MODEL may be pixels:MODEL
+    has_baselines: bool = False  # random weights and downscaled pixels are evaluated too; has --no-baselines
     sections: tuple[str, ...] = ("encode",)  # sections of settings that it reads
     libraries: tuple[str, ...] = ()  # optional libraries that it requires
 
@@ -58,6 +59,7 @@ TASKS = {
         surveys=True,
         pools=True,
         takes_pixels=True,
+        has_baselines=True,
         sections=("encode", "knn"),
     ),
     "logistic": Task(
@@ -65,6 +67,7 @@ TASKS = {
         surveys=True,
         pools=True,
         takes_pixels=True,
+        has_baselines=True,
     ),
     "linear": Task(
         "train a linear classifier on frozen features; the classifier is saved in OUT",
@@ -88,6 +91,8 @@ TASKS = {
     ),
     "multilabel": Task(
         "mean average precision of frozen features on samples with lists of labels",
+        takes_pixels=True,
+        has_baselines=True,
         sections=("encode", "multilabel", "knn"),
     ),
     "segment": Task(
@@ -95,6 +100,7 @@ TASKS = {
         has_masks=True,
         modality="image",
         takes_pixels=True,
+        has_baselines=True,
         sections=("encode", "segment", "knn"),
     ),
     "finetune": Task(
@@ -138,6 +144,7 @@ class Options:
     draws: int | None = None
     probes: Sequence[str] = PROBE_NAMES
     seeds: int = 3
+    baselines: bool = True
     ood: Mapping[str, Sequence[str]] = field(default_factory=dict)
     corrupted: str | None = None  # a folder
 
@@ -156,12 +163,14 @@ class Options:
             "draws": task.surveys,
             "probes": task.compares,
             "seeds": task.compares,
+            "baselines": task.has_baselines,
             "ood": self.task == "ood",
             "corrupted": self.task == "robustness",
         }
         for name, is_used in used.items():
             if not is_used and getattr(self, name) != _default(name):
-                raise UserError(f"--{name.replace('_', '-')}: {self.task} does not use it; leave it out")
+                option = "no-baselines" if name == "baselines" else name
+                raise UserError(f"--{option}: {self.task} does not use it; leave it out")
         for name, is_needed in (("val", True), ("train", task.trains), ("ood", used["ood"])):
             if is_needed and not getattr(self, name):
                 raise UserError(f"--{name}: {self.task} needs shards; name some")
@@ -200,6 +209,13 @@ class Options:
     @property
     def is_pixels(self) -> bool:
         return not TASKS[self.task].compares and self.model.startswith(PIXELS)
+
+    def evaluates_baselines(self, modality: Modality) -> bool:
+        """Return whether the task also evaluates random weights and downscaled pixels. `modality`: modalities of a
+        sample that the encoder sees."""
+        is_baseline = self.model.startswith((RANDOM, PIXELS))
+        given = self.baselines and TASKS[self.task].has_baselines and self.module == self.task
+        return given and modality == "image" and not is_baseline
 
     @property
     def module(self) -> str:

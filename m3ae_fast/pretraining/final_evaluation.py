@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.checkpoint.state_files import sha256
 from m3ae_fast.config import Config, SourceConfig
-from m3ae_fast.evaluation.compare import SCALED, UNTRAINED, with_error
-from m3ae_fast.evaluation.difference import LARGEST, against_largest_class, in_words
+from m3ae_fast.evaluation.baselines import BASELINES, LARGEST, differences
+from m3ae_fast.evaluation.compare import with_error
+from m3ae_fast.evaluation.difference import in_words
 from m3ae_fast.evaluation.job import RESULT_FILE
 from m3ae_fast.evaluation.run_figures import feature_map
 from m3ae_fast.evaluation.task_runner import evaluate
@@ -27,7 +28,6 @@ from m3ae_fast.evaluation.tasks import MAP_NEEDS
 from m3ae_fast.pretraining import RESUME_NOTE
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.loggers import show
-from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
 _TASKS = {"knn": "k-NN", "logistic": "logistic regression"}
 _ON_A_MAP = 2000  # number of samples on the map, for which t-SNE takes half a minute
@@ -38,14 +38,14 @@ STARTED = "its initial weights"
 
 
 # for each evaluated model: suffix in the name of the folder with its results, after the name of the task
-_SUFFIXES = {RUN: "", UNTRAINED: "-random", SCALED: "-pixels", STARTED: "-start"}
+_SUFFIXES = {RUN: "", STARTED: "-start"}
 
 
 def _models(config: Config) -> dict[str, str]:
-    """Return the names of the models that are evaluated, by their relation to the run."""
-    run, start = str(config.run.dir), config.model.init_from
-    models = {RUN: run, UNTRAINED: f"{RANDOM}{run}", SCALED: f"{PIXELS}{run}"}
-    return models | ({STARTED: start} if start and Path(start).is_dir() else {})
+    """Return the names of the models that are evaluated, by their relation to the run. The baselines of the run are
+    evaluated together with it."""
+    start = config.model.init_from
+    return {RUN: str(config.run.dir)} | ({STARTED: start} if start and Path(start).is_dir() else {})
 
 
 @contextmanager
@@ -58,8 +58,9 @@ def stage(device: Device | None) -> Iterator[Session]:
 
 
 def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict[str, Any]] | None:
-    """Evaluate the run and the baselines, and return the results by task and by model. Results of an earlier call for
-    the same weights are reused. Return None if a task was stopped. Raises UserError if a task fails."""
+    """Evaluate the run with its baselines and, if it started from given weights, these weights. Return the results by
+    task and by model. Results of an earlier call for the same weights are reused. Return None if a task was stopped.
+    Raises UserError if a task fails."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     _forget_other_weights(run)
@@ -77,6 +78,7 @@ def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict
                         val=_shards(probe.val),
                         labels=probe.labels,
                         out=out,
+                        baselines=whose == RUN,
                         session=session,
                     )
                 if session.stop.asked or not (out / RESULT_FILE).exists():
@@ -133,23 +135,27 @@ def _shards(sources: list[SourceConfig]) -> list[str]:
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
     """Return the lines of a table with the accuracy on held-out samples, by model and task, with standard errors, and
     with the share of the largest class."""
-    first = next(iter(found.values()))
+    accuracies = {
+        task: {RUN: results[RUN], **results[RUN].get(BASELINES, {}), **results} for task, results in found.items()
+    }
+    first = next(iter(accuracies.values()))
     width = max(map(len, _TASKS.values())) + 4
     lines = [f"{'accuracy, held out, %':22}" + "".join(f"{_TASKS[task]:>{width}}" for task in found)]
     for whose in first:
-        lines.append(f"{whose:22}" + "".join(f"{with_error(found[task][whose]):>{width}}" for task in found))
+        lines.append(f"{whose:22}" + "".join(f"{with_error(own[whose]):>{width}}" for own in accuracies.values()))
     shares = "".join(f"{100 * results[RUN].get('chance', math.nan):>{width}.1f}" for results in found.values())
     return [*lines, f"{LARGEST:22}{shares}   ({first[RUN]['val_samples']:,} samples)"]
 
 
-def verdicts(run: Path, tasks: Iterable[str]) -> list[str]:
-    """Return lines that state for each task whether the run differs significantly from the baselines and from always
-    predicting the largest class, with a warning if it is not better than the largest class."""
+def verdicts(run: Path, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return lines that state for each task whether the run differs significantly from the baselines, from its initial
+    weights and from always predicting the largest class, with the warning of the result if there is one. `found`:
+    results by task and by model."""
     lines = []
-    for task in tasks:
-        folders = {whose: run / RESULTS / f"{task}{suffix}" for whose, suffix in _SUFFIXES.items() if whose != RUN}
-        others = {whose: folder for whose, folder in folders.items() if folder.is_dir()}
+    for task, results in found.items():
+        others = {whose: run / RESULTS / f"{task}{_SUFFIXES[whose]}" for whose in results if whose != RUN}
+        lines += [f"{_TASKS[task]}: {each.words(RUN, name)}" for name, each in differences(results[RUN]).items()]
         lines += [f"{_TASKS[task]}: {words}" for words in in_words(run / RESULTS / task, RUN, others)]
-        if warning := against_largest_class(run / RESULTS / task).get("warning"):
-            lines.append(f"warning: {_TASKS[task]}: {warning}")
+        if text := results[RUN].get("warning"):
+            lines.append(f"warning: {_TASKS[task]}: {text}")
     return lines

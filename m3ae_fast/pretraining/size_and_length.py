@@ -28,8 +28,9 @@ _EVALUATING = 0.1  # maximum fraction of the training time for evaluations betwe
 # seconds for starting the loaders of an evaluation, for starting a task, and for report and export
 _START, _TASK, _REPORT = 1.5, 2.0, 5.0
 _REGRESSION = 5e-6  # seconds of a logistic regression per training sample and class, at a width of up to 768
-# numbers of evaluated models (run, random weights, pixels) and tasks (k-NN, logistic regression)
-_MODELS, _TASKS = 3, 2
+# numbers of evaluated models (run, random weights, pixels) and tasks (k-NN, logistic regression); both baselines are
+# evaluated in the same call as the run
+_MODELS, _BASELINES, _TASKS = 3, 2, 2
 _CONTINUED_MODELS = 4  # number of evaluated models if the run starts from given weights, which are evaluated too
 
 
@@ -67,10 +68,10 @@ class Budget:
         """Return the estimated seconds for everything after training."""
         if not self._probed:
             return _REPORT
-        tasks = (
-            _TASKS * (_TASK + self._features(pace)) + _REGRESSION * self.statistics.samples * self.statistics.classes
-        )
-        return self._models * tasks + _REPORT
+        calls = _TASKS * (self._models - _BASELINES) * (_TASK + _START)
+        encoding = _TASKS * (self._features(pace) - _START)
+        regression = _REGRESSION * self.statistics.samples * self.statistics.classes
+        return calls + self._models * (encoding + regression) + _REPORT
 
     def training(self, pace: Pace) -> float:
         """Return the seconds from now on that are available for training and its evaluations."""

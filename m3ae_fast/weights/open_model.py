@@ -146,11 +146,11 @@ def _opened(name: str, seed: int) -> tuple[M3AE, str | None]:
             state = checkpoint.read_weights(run.path)
             model = build(lambda: M3AE(run.config, run.loss), state, f"checkpoint {run.path}")
         else:
-            model = _untrained(run.config, run.loss, seed)
+            model = untrained(run.config, run.loss, seed)
     else:
         own, model = None, M3AE.from_pretrained(source)
         if source != name:
-            model, trained = _untrained(model.config, model.loss_config, seed), model
+            model, trained = untrained(model.config, model.loss_config, seed), model
             model.tokenizer = trained.tokenizer
     return model, own
 
@@ -166,7 +166,8 @@ def open_encoder(name: str, *, text: bool, tokenizer: str | None = None, seed: i
     return Pixels(saved_run(Path(source)).config if is_run(Path(source)) else open_model(source, text=False).config)
 
 
-def _untrained(config: ModelConfig, loss: LossConfig, seed: int) -> M3AE:
+def untrained(config: ModelConfig, loss: LossConfig, seed: int) -> M3AE:
+    """Return a model with random weights, as `random:MODEL` denotes. `seed`: random seed of the weights."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         return M3AE(config, loss)

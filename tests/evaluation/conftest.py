@@ -5,6 +5,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from m3ae_fast.cli.evaluate import main
+from m3ae_fast.evaluation.tasks import TASKS
 from tests.helpers.labelled import labelled_tar, tiny_run
 
 
@@ -38,12 +39,14 @@ def shards(tmp_path_factory):
 
 @pytest.fixture
 def transfer(run, shards, tmp_path):
-    """Return a function transfer(task, *options, ...), which runs a task and returns the content of result.json."""
+    """Return a function transfer(task, *options, ...), which runs a task, by default without baselines, and returns the
+    content of result.json."""
 
-    def perform(task, *options, model=run, train=shards[0], val=shards[1], out="out"):
+    def perform(task, *options, model=run, train=shards[0], val=shards[1], out="out", baselines=False):
+        alone = [] if baselines or not TASKS[task].has_baselines else ["--no-baselines"]
         data = ["--val", val] + (["--train", train] if train else [])
         fixed = ["--out", str(tmp_path / out), "--set", "data.workers=0"]
-        assert main([task, str(model), *data, *fixed, *options]) == 0
+        assert main([task, str(model), *data, *fixed, *alone, *options]) == 0
         return json.loads((tmp_path / out / "result.json").read_text())
 
     return perform

@@ -1,4 +1,8 @@
-"""The baselines that a representation has to exceed: the share of the largest class, and the pixels themselves."""
+"""The baselines that a representation has to exceed: the share of the largest class, random weights, and the pixels
+themselves."""
+
+import json
+from html import escape
 
 import numpy as np
 import pytest
@@ -10,9 +14,15 @@ from m3ae_fast.base.parquet import read_parquet, write_parquet
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import ModelConfig
+from m3ae_fast.evaluation import encoding
+from m3ae_fast.evaluation.baselines import PREFIXES, SCALED, UNTRAINED
 from m3ae_fast.evaluation.difference import against_largest_class
+from m3ae_fast.evaluation.run_report import write_report
+from m3ae_fast.evaluation.significance import Difference, difference
+from m3ae_fast.evaluation.tasks import Options
 from m3ae_fast.model.pixel_baseline import SIDE, Pixels
 from tests.evaluation.conftest import settings
+from tests.helpers import task_cases
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.trainer import TINY
 
@@ -48,7 +58,7 @@ def test_the_largest_class_is_that_of_the_samples(tmp_path):
 
     def told(predictions, keys=keys):
         write_parquet(tmp_path / "predictions.parquet", {"key": keys, "label": labels, "prediction": predictions})
-        return against_largest_class(tmp_path)
+        return against_largest_class(tmp_path, {})
 
     found = told(labels)
     assert (found["chance"], found["chance_top5"]) == (0.4, pytest.approx(0.93))
@@ -57,7 +67,7 @@ def test_the_largest_class_is_that_of_the_samples(tmp_path):
     assert told([0] * 100)["verdict"].startswith("the model does not differ significantly from the largest class")
     assert "verdict" not in told(labels, ["0", *keys[:-1]])  # a sample with several predictions
     write_parquet(tmp_path / "predictions.parquet", {"key": keys, "score": labels})
-    assert against_largest_class(tmp_path) == {} == against_largest_class(tmp_path / "nothing")
+    assert against_largest_class(tmp_path, {}) == {} == against_largest_class(tmp_path / "nothing", {})
 
 
 @pytest.mark.parametrize(
@@ -107,11 +117,89 @@ def test_colours_are_named_by_pixels(transfer, run, capsys):
     assert " layers" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "metric", "options"),
+    [
+        ("knn", "top1", ()),
+        ("logistic", "top1", ()),
+        ("multilabel", "map", ("--labels", "json.tags")),
+        ("segment", "miou", settings("segment.head=knn", "segment.bank_patches=300")),
+        ("segment", "miou", settings("segment.steps=5", "segment.batch=8")),
+    ],
+)
+def test_baselines_have_the_results_that_they_have_alone(
+    transfer, run, tmp_path, task, metric, options, capsys, monkeypatch
+):
+    """They are encoded in the same pass, and have the bits of their own evaluations."""
+    task_cases.write_data(tmp_path)
+    opened, loader = [], encoding.encoding_loader
+    monkeypatch.setattr(encoding, "encoding_loader", lambda *given: opened.append(given[1]) or loader(*given))
+    shards = {"train": str(tmp_path / "train.tar"), "val": str(tmp_path / "val.tar")}
+    result = transfer(task, *options, baselines=True, **shards)
+    assert len(opened) == 2 and [*result["baselines"]] == [UNTRAINED, SCALED]
+    said, verdicts = capsys.readouterr().out, []
+    for name, prefix in PREFIXES.items():
+        alone = transfer(task, *options, model=f"{prefix}{run}", out=prefix[:3], baselines=True, **shards)
+        found = result["baselines"][name]
+        assert "baselines" not in alone and len(found) > 2
+        assert {key: value for key, value in found.items() if key != "difference"} == {
+            key: value for key, value in alone.items() if key in found
+        }
+        apart = Difference.read(found["difference"])
+        assert apart.value == pytest.approx(result[metric] - alone[metric])
+        assert f"{task}: {name}: {metric} {alone[metric]:.4f} ± " in said
+        assert f"; {apart.words('the model', name)}\n" in said
+        if metric == "top1":
+            tables = [read_parquet(tmp_path / out / "predictions.parquet") for out in ("out", prefix[:3])]
+            assert apart == difference(*(np.equal(each["label"], each["prediction"]) for each in tables))
+        assert (name in result.get("warning", "")) != apart.is_better
+        verdicts.append(escape(f"{task}: {apart.words(str(run), name)}."))
+    (tmp_path / "out/metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}))
+    write_report(tmp_path / "out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<br>".join(verdicts) in page
+    for name in PREFIXES:
+        assert f"<td>{name} of {run}</td><td>{metric}</td>" in page
+
+
+@pytest.mark.slow
+def test_baselines_are_left_out_on_request_and_where_they_have_no_meaning(transfer, run, tmp_path, capsys):
+    cases = {
+        "request": ((), {"baselines": False}),
+        "text": (("--modality", "paired"), {"baselines": True}),
+        "layers": (("--layers", "all"), {"baselines": True}),
+    }
+    for out, (options, more) in cases.items():
+        assert "baselines" not in transfer("knn", *options, out=out, **more), out
+        assert UNTRAINED not in capsys.readouterr().out
+    with pytest.raises(UserError, match="--no-baselines: ood does not use it; leave it out"):
+        Options("ood", [str(run)], ["a.tar"], ["a.tar"], baselines=False)
+
+
+def test_a_warning_names_each_baseline_that_is_not_exceeded(tmp_path):
+    keys, labels = [*map(str, range(100))], [0] * 60 + [1] * 40
+    apart = Difference(-0.3, -0.4, -0.2, 0.01), Difference(0.2, 0.1, 0.3, 0.01)
+    good, poor = ({"top1": 0.8, "difference": each.entries()} for each in apart)
+
+    def warned(predictions, **baselines):
+        write_parquet(tmp_path / "predictions.parquet", {"key": keys, "label": labels, "prediction": predictions})
+        return against_largest_class(tmp_path, {"baselines": baselines}).get("warning")
+
+    assert warned(labels, a=poor) is None
+    said = "the model is not significantly better than b: top-1 accuracy 100.0%, b 80.0%"
+    assert warned(labels, a=poor, b=good) == said
+    assert warned([0] * 100, a=good, b=good) == (
+        "the model is not significantly better than the largest class, a and b: top-1 accuracy 60.0%, largest class "
+        "60.0%, a 80.0%, b 80.0%"
+    )
+
+
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("attentive", (), "attentive does not accept pixels; knn, logistic, linear and segment do"),
-        ("finetune", (), "finetune does not accept pixels; knn, logistic, linear and segment do"),
+        ("attentive", (), "attentive does not accept pixels; knn, logistic, linear, multilabel and segment do"),
+        ("finetune", (), "finetune does not accept pixels; knn, logistic, linear, multilabel and segment do"),
         (
             "knn",
             ("--modality", "paired"),

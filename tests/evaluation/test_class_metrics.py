@@ -33,7 +33,7 @@ def test_metrics_are_those_of_scikit_learn(tmp_path):
         shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         predictions = np.array(classes)[shares.argmax(1)]
         _table(tmp_path, labels.tolist(), predictions.tolist(), shares.max(1))
-        found = class_metrics(tmp_path, classes, [*map(str, classes)])
+        found = class_metrics(tmp_path, classes, [*map(str, classes)], {})
         assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predictions))
         assert sum(row["samples"] for row in found["per_class"]) == 200
         for row in found["per_class"]:
@@ -73,7 +73,7 @@ def test_the_error_of_an_area_tells_few_positives_from_few_negatives(tmp_path):
                 second = np.concatenate([*own.values()]) / 100 + 0.2  # a share
                 predictions = np.where(second > 0.5, "good", "bad")
                 _table(tmp_path, labels.tolist(), predictions.tolist(), np.maximum(second, 1 - second))
-                found = class_metrics(tmp_path, ["bad", "good"], ["bad", "good"])
+                found = class_metrics(tmp_path, ["bad", "good"], ["bad", "good"], {})
                 assert found["auroc"] == pytest.approx(areas[-1])
                 errors.append(found["auroc_se"])
         assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(areas), rel=0.25)
@@ -81,7 +81,7 @@ def test_the_error_of_an_area_tells_few_positives_from_few_negatives(tmp_path):
 
 def test_names_stand_beside_numbers(tmp_path):
     _table(tmp_path, [0, 0, 1], [0, 1, 1])
-    rows = class_metrics(tmp_path, range(2), ["cat", "dog"])["per_class"]
+    rows = class_metrics(tmp_path, range(2), ["cat", "dog"], {})["per_class"]
     assert rows == [
         {"class": 0, "samples": 2, "accuracy": 0.5, "name": "cat"},
         {"class": 1, "samples": 1, "accuracy": 1.0, "name": "dog"},
@@ -93,7 +93,7 @@ def test_a_result_that_is_not_above_the_largest_class_has_a_warning(tmp_path):
 
     def warning(predictions, **more):
         _table(tmp_path, labels, predictions, **more)
-        return class_metrics(tmp_path, range(2), ["0", "1"]).get("warning")
+        return class_metrics(tmp_path, range(2), ["0", "1"], {}).get("warning")
 
     says = "the model is not significantly better than the largest class: top-1 accuracy {}, largest class 70.0%"
     assert warning([0] * 100) == says.format("70.0%")  # balanced accuracy 0.5
@@ -101,11 +101,11 @@ def test_a_result_that_is_not_above_the_largest_class_has_a_warning(tmp_path):
     # one percentage point is not significant
     assert warning([0] * 68 + [1] * 2 + [1] * 3 + [0] * 27) == says.format("71.0%")
     assert warning(labels) is None
-    twice = class_metrics(tmp_path, range(2), ["0", "1"])
+    twice = class_metrics(tmp_path, range(2), ["0", "1"], {})
     _table(tmp_path, labels, labels, keys=[*map(str, range(50))] * 2)  # such as predictions of two layers
-    assert "balanced_accuracy" in twice and class_metrics(tmp_path, range(2), ["0", "1"]).keys() == {"chance"}
+    assert "balanced_accuracy" in twice and class_metrics(tmp_path, range(2), ["0", "1"], {}).keys() == {"chance"}
     write_parquet(tmp_path / "predictions.parquet", {"key": ["a"], "score": [1.0]})
-    assert class_metrics(tmp_path, (), []) == {}
+    assert class_metrics(tmp_path, (), [], {}) == {}
 
 
 def test_the_confusion_matrix_is_that_of_the_predictions(tmp_path, monkeypatch):

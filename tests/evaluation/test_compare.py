@@ -16,8 +16,9 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import write_parquet
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.evaluation import ood
-from m3ae_fast.evaluation.compare import SCALED, UNTRAINED, ComparedPredictions, model_names
-from m3ae_fast.evaluation.difference import LARGEST, compare_results
+from m3ae_fast.evaluation.baselines import LARGEST, SCALED, UNTRAINED
+from m3ae_fast.evaluation.compare import ComparedPredictions, model_names
+from m3ae_fast.evaluation.difference import compare_results
 from m3ae_fast.evaluation.ood import SCORES
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import difference

@@ -12,6 +12,7 @@ from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.label_lists import list_corpus
+from m3ae_fast.evaluation.baselines import MODEL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.logistic_regression import fit
@@ -72,21 +73,30 @@ def test_average_precisions_are_those_of_scikit_learn():
 def test_scores_that_say_nothing_have_a_warning():
     random = np.random.default_rng(0)
     truth = random.random((300, 4)) < (0.5, 0.2, 0.1, 0.0)
-    result = measured(truth, random.normal(size=(300, 4)), np.ones(4, bool), [*"abcd"], 0)
+    result = measured(truth, {MODEL: random.normal(size=(300, 4))}, np.ones(4, bool), [*"abcd"], 0)
     assert result["chance_map"] == pytest.approx(truth[:, :3].mean()) and result["classes"] == 3
     assert result["warning"].startswith("the model is not significantly better than chance: mAP")
-    assert "warning" not in measured(truth, truth + 0.0, np.ones(4, bool), [*"abcd"], 0)
+    assert "warning" not in measured(truth, {MODEL: truth + 0.0}, np.ones(4, bool), [*"abcd"], 0)
     with pytest.raises(UserError, match="no sample that can be read has a label of a training sample"):
-        measured(truth, truth + 0.0, np.array([False] * 3 + [True]), [*"abcd"], 0)
+        measured(truth, {MODEL: truth + 0.0}, np.array([False] * 3 + [True]), [*"abcd"], 0)
 
 
 def test_a_draw_without_a_class_does_not_count():
     """With few samples, a bootstrap sample may contain no class. It then has neither an average precision nor a chance
     level."""
     truth = np.array([[True, False], [False, True], [False, False]])
-    result = measured(truth, np.zeros((3, 2)), np.ones(2, bool), ["a", "b"], 0)
+    result = measured(truth, {MODEL: np.zeros((3, 2))}, np.ones(2, bool), ["a", "b"], 0)
     assert result["map"] == result["chance_map"] == pytest.approx(1 / 3)
     assert 0 < result["map_se"] < 1 and "interval +0.0 to +0.0" in result["verdict"] and "warning" in result
+
+
+def test_the_error_of_one_sample_is_not_known():
+    truth = np.array([[True, False]])
+    result = measured(truth, {MODEL: np.array([[1.0, 0.0]])}, np.ones(2, bool), ["a", "b"], 0)
+    assert result["map"] == 1.0 and not {"map_se", "verdict"} & result.keys()
+    assert result["warning"] == (
+        "the standard error of mAP cannot be estimated from these held-out samples; use more of them"
+    )
 
 
 def test_votes_and_regressions_are_of_each_class():

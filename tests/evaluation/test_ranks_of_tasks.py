@@ -78,7 +78,10 @@ def _fields(value):
         name = re.sub(r"^(other_)?(max_softmax|energy|knn|mahalanobis)_(?!samples)", "SET_SCORE_", name)
         name = re.sub(r"^text_to_image_", "image_to_text_", name)
         yield re.sub(r"^other_samples$", "SET_samples", name).removesuffix("_se")
-        if name == "recipe" or (isinstance(inner, list) and inner and isinstance(inner[0], dict)):
+        if name == "baselines":
+            for baseline in inner.values():
+                yield from _fields(baseline)
+        if name in ("recipe", "difference") or (isinstance(inner, list) and inner and isinstance(inner[0], dict)):
             for row in inner if isinstance(inner, list) else [inner]:
                 yield from _fields(row)
 

@@ -17,6 +17,7 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.config.evaluation import EvaluationConfig, SegmentConfig
+from m3ae_fast.evaluation.baselines import MODEL, UNTRAINED
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.run_report import write_report
@@ -113,7 +114,7 @@ def test_metrics_are_those_of_scikit_learn():
     ious = jaccard_score(truth[seen], predicted[seen], average=None, labels=range(4), zero_division=0)
     np.testing.assert_allclose(counts.iou(), ious)
     assert counts.miou() == pytest.approx(ious.mean())
-    result = measured(counts, 0)
+    result = measured({MODEL: counts}, 0)
     assert result["pixel_accuracy"] == pytest.approx((truth == predicted)[seen].double().mean().item())
     largest = int(truth[seen].bincount().argmax())
     alone = jaccard_score(truth[seen], np.full(int(seen.sum()), largest), average="macro", zero_division=0)
@@ -125,18 +126,22 @@ def test_metrics_are_those_of_scikit_learn():
     assert everything.miou() == 1.0 and np.isnan(everything.iou()[4])
 
 
-def test_images_of_which_all_pixels_are_ignored_change_no_error_to_nan():
+def test_the_error_of_one_image_is_not_known():
+    """Other images, all of whose pixels are ignored, do not count."""
     right = np.array([[9, 8], [0, 0], [0, 0]])
     pixels = np.array([[10, 10], [0, 0], [0, 0]])
-    result = measured(Counts(right, pixels, pixels), 0)
-    assert result["miou"] == pytest.approx((9 / 11 + 8 / 12) / 2) and result["miou_se"] == pytest.approx(0)
+    none = np.zeros_like(pixels)
+    result = measured({MODEL: Counts(right, pixels, pixels), UNTRAINED: Counts(none, pixels, pixels)}, 0)
+    assert result["miou"] == pytest.approx((9 / 11 + 8 / 12) / 2)
+    assert result["warning"].startswith("the standard error of mIoU cannot be estimated from these held-out samples")
+    assert result["baselines"] == {UNTRAINED: {"miou": 0.0}} and not {"miou_se", "verdict"} & result.keys()
 
 
 def test_an_error_is_that_of_other_draws_of_images():
     random = np.random.default_rng(0)
     right = random.integers(0, 50, (300, 30, 1))
     draws = [Counts(np.hstack((each, 50 - each)), np.full((30, 2), 50), np.full((30, 2), 50)) for each in right]
-    assert measured(draws[0], 0)["miou_se"] == pytest.approx(np.std([each.miou() for each in draws]), rel=0.35)
+    assert measured({MODEL: draws[0]}, 0)["miou_se"] == pytest.approx(np.std([each.miou() for each in draws]), rel=0.35)
 
 
 def test_a_head_is_trained_as_torch_would_on_all_pixels():

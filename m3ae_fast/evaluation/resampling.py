@@ -1,0 +1,83 @@
+"""Metrics of a whole dataset, such as mAP or mIoU, with errors and tests that are computed by the bootstrap over
+samples.
+
+Shapes: B weightings of the held-out samples. All weights of the first one are 1; the others are bootstrap samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from m3ae_fast.evaluation.baselines import MODEL, Baseline, baseline_entries, not_better, warning
+from m3ae_fast.evaluation.significance import ERROR, Difference, middle
+
+_SAME = 1e-12  # largest difference between values that differ only by rounding
+
+
+def bootstrap_weights(samples: int, resamples: int, seed: int) -> np.ndarray:
+    """Return the weights of the samples for the original samples and for bootstrap samples: int64 [1 + resamples,
+    samples]."""
+    drawn = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=resamples)
+    return np.concatenate((np.ones((1, samples), np.int64), drawn))
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """A metric for each weighting of the same samples."""
+
+    values_B: np.ndarray
+
+    @property
+    def value(self) -> float:
+        """Return the metric of the original samples."""
+        return float(self.values_B[0])
+
+    @property
+    def varies(self) -> bool:
+        """Return whether the metric differs between bootstrap samples. It does not if there is only one sample, and its
+        standard error cannot be estimated then."""
+        return len(self.values_B) > 2 and bool(np.ptp(self.values_B[1:]) > _SAME)
+
+    def entries(self, name: str) -> dict[str, float]:
+        """Return the metric and, if it can be estimated, its standard error as entries of result.json. `name`: name of
+        the metric."""
+        error = {f"{name}{ERROR}": float(self.values_B[1:].std(ddof=1))} if self.varies else {}
+        return {name: self.value} | error
+
+    def minus(self, other: Resampled) -> Difference | None:
+        """Return the difference from another metric of the same samples; None if its interval cannot be estimated."""
+        if not (self.varies or other.varies):
+            return None
+        return Difference(self.value - other.value, *middle(self.values_B[1:] - other.values_B[1:]))
+
+
+def compared(
+    name: str, title: str, found: Mapping[str, Resampled], chance: Resampled, chance_name: str, rule: str
+) -> dict[str, Any]:
+    """Return the entries of result.json that compare a model with baselines: "verdict", "baselines" and, if the model
+    is not significantly better than each of them or the errors cannot be estimated, "warning".
+
+    Args:
+        name: name of the metric in the result.
+        title: name of the metric for display.
+        found: the metric, by MODEL and by the names of the baselines.
+        chance: the metric of predictions that need no model.
+        chance_name: name of these predictions in the warning.
+        rule: description of these predictions in the verdict.
+    """
+    model = found[MODEL]
+    result = baseline_entries(
+        {other: Baseline(each.entries(name), model.minus(each)) for other, each in found.items() if other != MODEL}
+    )
+    apart = model.minus(chance)
+    if apart is None:
+        text = f"the standard error of {title} cannot be estimated from these held-out samples; use more of them"
+        return result | {"warning": text}
+    result["verdict"] = f"{title} {model.value:.1%}; difference from {rule} {apart.points()}"
+    others = ({} if apart.is_better else {chance_name: chance.value}) | not_better(result, name)
+    text = warning(title, model.value, others)
+    return result | ({"warning": text} if text else {})
