@@ -87,6 +87,7 @@ def accuracy(model: str, shards: Path, mode: str, task: str, out: Path) -> float
             val=str(shards / "val-*.tar"),
             out=out,
             layers=[MODEL["depth"]] if task == "linear" else None,  # features are computed once, without augmentation
+            baselines=task != "knn",  # random weights are one of the encoders
             overrides=[f"data.resize={mode}"],
         )
     return 100 * json.loads((out / "result.json").read_text(encoding="utf-8"))["top1"]

@@ -54,8 +54,13 @@ def differences(result: Mapping[str, Any]) -> dict[str, Difference]:
 
 
 def not_better(result: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """Return the metric of each baseline in a result than which the model is not significantly better."""
-    return {name: result[BASELINES][name][metric] for name, each in differences(result).items() if not each.is_better}
+    """Return the metric of each baseline in a result that the model is not known to exceed significantly."""
+    apart = differences(result)
+    return {
+        name: each[metric]
+        for name, each in result.get(BASELINES, {}).items()
+        if name not in apart or not apart[name].is_better
+    }
 
 
 def warning(metric: str, value: float, others: Mapping[str, float], name: str = MODEL) -> str:

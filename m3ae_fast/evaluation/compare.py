@@ -283,7 +283,13 @@ def _measure(
     corpora: tuple[Corpus, Corpus],
 ) -> None:
     """Encode the samples with a model, and add the predictions of each probe and seed to `found`. If the weights depend
-    on the seed, the samples are encoded once per seed."""
+    on the seed, the samples are encoded once per seed.
+
+    The probes of different seeds are not trained in one pass, because a seed determines the order of the samples as
+    well as the initial weights. With the same order for all seeds, the standard error over seeds would be too small:
+    linear probes of 600 samples, trained at the default learning rate, have the same predictions whatever their
+    initial weights, but differ in 0.6 % of them if the order differs.
+    """
     work, whole = planned
     own, parts = job, list[tuple[FeatureBank, FeatureBank] | None]()
     for number, seed in enumerate(seeds):

@@ -217,8 +217,10 @@ def _perform(
         job.say(f"{task}: {summary(result)}")
         if "verdict" in result:
             job.say(f"{task}: {result['verdict']}")
-        for name, each in differences(result).items():
-            job.say(f"{task}: {name}: {summary(result[BASELINES][name])}; {each.words(MODEL, name)}")
+        apart = differences(result)
+        for name, each in result.get(BASELINES, {}).items():
+            words = f"; {apart[name].words(MODEL, name)}" if name in apart else ""
+            job.say(f"{task}: {name}: {summary(each)}{words}")
         if "warning" in result:
             job.say(f"warning: {result['warning']}")
         return result

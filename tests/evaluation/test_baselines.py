@@ -142,10 +142,13 @@ def test_baselines_have_the_results_that_they_have_alone(
     for name, prefix in PREFIXES.items():
         alone = transfer(task, *options, model=f"{prefix}{run}", out=prefix[:3], baselines=True, **shards)
         found = result["baselines"][name]
-        assert "baselines" not in alone and len(found) > 2
+        assert "baselines" not in alone
         assert {key: value for key, value in found.items() if key != "difference"} == {
             key: value for key, value in alone.items() if key in found
         }
+        if task == "multilabel":  # all scores are perfect, so that no error can be estimated
+            assert found == {"map": 1.0} and f"\n{task}: {name}: map 1\n" in said and name in result["warning"]
+            continue
         apart = Difference.read(found["difference"])
         assert apart.value == pytest.approx(result[metric] - alone[metric])
         assert f"{task}: {name}: {metric} {alone[metric]:.4f} ± " in said

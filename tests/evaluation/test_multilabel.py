@@ -17,6 +17,7 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.multilabel import average_precisions, measured, neighbour_scores
+from m3ae_fast.evaluation.significance import Difference
 from tests.evaluation.conftest import settings
 from tests.helpers.labelled import NAMES, coloured
 from tests.helpers.shards import write_tar
@@ -88,6 +89,20 @@ def test_a_draw_without_a_class_does_not_count():
     result = measured(truth, {MODEL: np.zeros((3, 2))}, np.ones(2, bool), ["a", "b"], 0)
     assert result["map"] == result["chance_map"] == pytest.approx(1 / 3)
     assert 0 < result["map_se"] < 1 and "interval +0.0 to +0.0" in result["verdict"] and "warning" in result
+
+
+def test_a_baseline_is_compared_on_the_same_draws():
+    random = np.random.default_rng(0)
+    truth = random.random((200, 2)) < 0.4
+    good, poor = (truth + scale * random.normal(size=(200, 2)) for scale in (0.5, 1.5))
+    known, names = np.ones(2, bool), ["a", "b"]
+    result = measured(truth, {MODEL: good, "poor": poor, "same": good}, known, names, 0)
+    found, alone = result["baselines"], measured(truth, {MODEL: poor}, known, names, 0)
+    assert found["poor"].items() >= {name: alone[name] for name in ("map", "map_se")}.items()
+    apart = Difference.read(found["poor"]["difference"])
+    assert apart.value == pytest.approx(result["map"] - alone["map"]) and apart.is_better and apart.low < apart.value
+    assert found["same"]["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0, "significant": False}
+    assert result["warning"].startswith("the model is not significantly better than same: mAP ")
 
 
 def test_the_error_of_one_sample_is_not_known():
