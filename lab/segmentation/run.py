@@ -84,6 +84,7 @@ class Study:
             train=train,
             val=val,
             out=self.folder(trial),
+            baselines=False,  # they are trials of the study
             overrides=[f"{name}={value}" for name, value in chosen.items()],
         )
         if result is None:

@@ -148,7 +148,8 @@ def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name:
     samples, [N] and [M], in the same order. `name`, `other`: names of the models."""
     apart = auroc_and_fpr(*first)[0] - auroc_and_fpr(*second)[0]
     low, high = middle(bootstrap_areas(first[0], first[1], 0) - bootstrap_areas(second[0], second[1], 0))
-    words = verdict(name, other, apart, not low <= 0 <= high)
+    known = min(map(len, first)) > 1  # bootstrap samples of a single sample do not vary
+    words = verdict(name, other, apart, known and not low <= 0 <= high)
     return f"{words}: AUROC {apart:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
 
 

@@ -211,7 +211,7 @@ def run(job: Job) -> dict[str, Any]:
         metrics = {f"{prefix}{key}": value for key, value in measured.items()}
         result |= metrics
         job.say(f"{name or 'ood'}: {summary(metrics)}")
-        if warning := inverted(measured):
+        for warning in filter(None, (unknown_intervals(measured), inverted(measured))):
             warnings.append(f"{name or 'ood'}: {warning}")
             job.say(f"note: {warnings[-1]}")
         more: dict[str, Any] = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
@@ -226,10 +226,19 @@ def run(job: Job) -> dict[str, Any]:
     return result | {"classes": len(classes), WARNINGS: warnings} | samples
 
 
+def unknown_intervals(found: dict[str, float]) -> str:
+    """Return a warning if there are no confidence intervals; otherwise "". `found`: metrics of a set."""
+    if any(f"{name}_auroc_high" in found for name in SCORES):
+        return ""
+    return "the intervals of the AUROC cannot be estimated from a single sample; use more --val and --ood samples"
+
+
 def inverted(found: dict[str, float]) -> str:
     """Return a warning about inverted scores, for which the whole confidence interval of the AUROC is below 0.5; "" if
     there are none. `found`: metrics of a set."""
-    low = [f"{name} (AUROC {found[f'{name}_auroc']:.2f})" for name in SCORES if found[f"{name}_auroc_high"] < 0.5]
+    low = [
+        f"{name} (AUROC {found[f'{name}_auroc']:.2f})" for name in SCORES if found.get(f"{name}_auroc_high", 1) < 0.5
+    ]
     if not low:
         return ""
     return (
@@ -269,14 +278,16 @@ def _of_encoder(job: Job, classifier: Classifier) -> Job:
 
 
 def _compare(known: dict[str, np.ndarray], other: dict[str, np.ndarray], seed: int) -> dict[str, float]:
-    """Return the metrics of each score: the area under the ROC curve with its confidence interval, the areas under the
-    precision-recall curves, and FPR95. `known`, `other`: scores of the in-distribution and of the out-of-distribution
-    samples by name."""
+    """Return the metrics of each score: the area under the ROC curve with its confidence interval, which is left out if
+    a set has only one sample, the areas under the precision-recall curves, and FPR95. `known`, `other`: scores of the
+    in-distribution and of the out-of-distribution samples by name."""
     found: dict[str, float] = {}
     for name in known:
         area, passed = auroc_and_fpr(known[name], other[name])
-        low, high = auroc_interval(known[name], other[name], seed)
-        found |= {f"{name}_auroc": area, f"{name}_auroc_low": low, f"{name}_auroc_high": high, f"{name}_fpr95": passed}
+        found |= {f"{name}_auroc": area, f"{name}_fpr95": passed}
+        if min(len(known[name]), len(other[name])) > 1:  # bootstrap samples of a single sample do not vary
+            low, high = auroc_interval(known[name], other[name], seed)
+            found |= {f"{name}_auroc_low": low, f"{name}_auroc_high": high}
         aupr_in, aupr_out = precision_recall_areas(known[name], other[name])
         found |= {f"{name}_aupr_in": aupr_in, f"{name}_aupr_out": aupr_out}
     return found

@@ -125,6 +125,15 @@ def test_scores_below_a_half_are_said_to_be_inverted(transfer, tmp_path, monkeyp
     assert "max_softmax (AUROC 0.50), energy (AUROC 0.25). " in both
 
 
+def test_the_interval_of_one_sample_is_not_known():
+    known, other = ({name: np.array(values) for name in SCORES} for values in ([0.0], [1.0, 2.0]))
+    found = ood._compare(known, other, 0)
+    assert found["knn_auroc"] == 0 and "knn_auroc_high" not in found
+    assert not ood.inverted(found) and "cannot be estimated from a single sample" in ood.unknown_intervals(found)
+    assert not ood.unknown_intervals(ood._compare(other, other, 0))
+    assert "does not differ" in areas_apart([known["knn"], known["knn"]], [known["knn"], 1 + known["knn"]], "a", "b")
+
+
 def test_how_far_it_is_is_said_and_a_stop_leaves_the_sets_so_far(transfer, tmp_path, monkeypatch, capsys):
     left, encode = [], Job.encode
 
