@@ -158,17 +158,17 @@ def _ordered(values: Any, order: Tensor) -> Any:
 class Rows:
     """A growing tensor of rows. Its maximum number of rows is known, so that it is allocated once and never copied."""
 
-    def __init__(self, most: int, ranks: Ranks, folder: Path | None, alike: int = 1) -> None:
+    def __init__(self, most: int, ranks: Ranks, folder: Path | None, to_come: int = 1) -> None:
         """Create a tensor without rows.
 
         Args:
             most: maximum number of rows.
             ranks: the ranks, each of which has such a tensor.
             folder: folder for a file if the memory is too small; None: the folder for temporary files.
-            alike: number of tensors of about this size, including this one, that are filled at the same time and have
-                to fit into memory together.
+            to_come: number of tensors of about this size, including this one, that are allocated now and have to fit
+                into memory together.
         """
-        self._most, self._ranks, self._folder, self._alike = most, ranks, folder, alike
+        self._most, self._ranks, self._folder, self._to_come = most, ranks, folder, to_come
         self._rows: Tensor | None = None
         self._filled = 0
 
@@ -187,7 +187,8 @@ class Rows:
 
     def _allocated(self, like: Tensor) -> Tensor:
         shape, ranks = (self._most, *like.shape[1:]), self._ranks
-        needed = math.prod(shape) * like.element_size() * self._alike  # memory is taken only as rows are written
+        # host memory is taken only when rows are written, so later tensors would also find it free
+        needed = math.prod(shape) * like.element_size() * self._to_come
         place = storage(needed, ranks.device, len(ranks.of_node), self._folder)
         if place != "file":
             return torch.empty(shape, dtype=like.dtype, device=ranks.device if place == "device" else "cpu")

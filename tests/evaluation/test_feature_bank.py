@@ -104,6 +104,16 @@ def test_a_feature_that_is_not_finite_is_named_whichever_rank_has_it():
         bank.check_finite()
 
 
+def test_rows_of_several_models_have_to_fit_together(monkeypatch, tmp_path):
+    """Memory that is allocated but not written yet counts as free."""
+    asked = []
+    monkeypatch.setattr(feature_bank, "storage", lambda needed, *_: asked.append(needed) or "host")
+    with join_ranks() as ranks:
+        for to_come in (3, 2, 1):
+            Rows(9, ranks, tmp_path, to_come).append(torch.zeros(2, 5))
+    assert asked == [3 * 9 * 5 * 4, 2 * 9 * 5 * 4, 9 * 5 * 4]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_in_a_file_are_the_same_and_leave_nothing(monkeypatch, tmp_path, dtype):
     monkeypatch.setattr(feature_bank, "storage", lambda *given: "file")
