@@ -56,7 +56,7 @@ def test_one_pass_serves_all_layers_and_a_picture_shows_them(transfer, tmp_path,
     said = capsys.readouterr().out
     assert f"{task} probe at 2 of 2 layers, all 48 training samples: 2 probes" in said and "layer 1: " in said
     attends = task == "attentive"
-    assert ("the patch tokens of 66 samples at 2 layers take" in said) == attends
+    assert ("the patch tokens of 66 samples at 2 layers need" in said) == attends
     few = "layer 2: only 20 steps: without attentive.steps, the run would take at least 1,000"
     assert (few in result["cautions"]) == (f"note: {few}" in said) == attends
 
