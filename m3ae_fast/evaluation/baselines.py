@@ -10,7 +10,7 @@ from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import Difference, difference
 from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
-MODEL = "the model"  # name of the evaluated model beside its baselines
+MODEL = "the model"  # name of the evaluated model in comparisons with its baselines
 UNTRAINED, SCALED, LARGEST = "random weights", "downscaled pixels", "the largest class"
 PREFIXES = {UNTRAINED: RANDOM, SCALED: PIXELS}  # prefixes of the names of models, by the baseline that they denote
 BASELINES = "baselines"  # key of the results of the baselines in a result

@@ -172,7 +172,7 @@ def _open(options: Options, modality: Modality, config: EvaluationConfig) -> Mul
 def _open_baselines(
     options: Options, modality: Modality, config: EvaluationConfig, model: Any
 ) -> dict[str, MultimodalEncoder]:
-    """Return the baselines that the task evaluates beside a model, in evaluation mode, on the CPU: random weights are
+    """Return the baselines that the task evaluates in addition to a model, in evaluation mode, on the CPU: random weights are
     those of `random:MODEL`."""
     if not options.evaluates_baselines(modality):
         return {}
