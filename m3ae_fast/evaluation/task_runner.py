@@ -172,8 +172,8 @@ def _open(options: Options, modality: Modality, config: EvaluationConfig) -> Mul
 def _open_baselines(
     options: Options, modality: Modality, config: EvaluationConfig, model: Any
 ) -> dict[str, MultimodalEncoder]:
-    """Return the baselines that the task evaluates in addition to a model, in evaluation mode, on the CPU: random weights are
-    those of `random:MODEL`."""
+    """Return the baselines that the task evaluates in addition to a model, in evaluation mode, on the CPU. The random
+    weights are those of `random:MODEL`."""
     if not options.evaluates_baselines(modality):
         return {}
     found = {UNTRAINED: untrained(model.config, model.loss_config, config.run.seed), SCALED: Pixels(model.config)}
