@@ -35,7 +35,7 @@ def usage() -> str:
     def lines(commands: dict[str, str]) -> list[str]:
         return [f"  {name:{width}}  {what}" for name, what in commands.items()]
 
-    first = "usage: m3ae-fast COMMAND [OPTIONS]   (or python -m m3ae_fast COMMAND; --help on each; --version)"
+    first = "usage: m3ae-fast COMMAND [OPTIONS]   (or python -m m3ae_fast COMMAND; COMMAND --help; --version)"
     return "\n".join([first, "", *lines(COMMANDS), "", "developer tools:", *lines(DEVELOPER_TOOLS)])
 
 
@@ -58,7 +58,7 @@ def _run() -> int:
     if former or name not in MODULES:
         from m3ae_fast.cli.command_line import refuse
 
-        refuse(former or f"no command {name!r}; m3ae-fast --help lists the commands")
+        refuse(former or f"there is no command {name!r}; m3ae-fast --help lists the commands")
     configure_libraries()
     is_module = any(pair == ("-m", "m3ae_fast") for pair in zip(sys.orig_argv, sys.orig_argv[1:]))
     sys.argv = [f"{'python -m m3ae_fast' if is_module else 'm3ae-fast'} {name}", *sys.argv[2:]]

@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--world",
         type=int,
         metavar="N",
-        help="plan for N GPUs elsewhere, with the data-sheet values of an H100 (default: this machine)",
+        help="plan for N GPUs of another machine, with the data-sheet values of an H100 (default: this machine)",
     )
     dry.add_argument(
         "--sizes",
@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     dry.add_argument(
         "--no-data",
         action="store_true",
-        help="do not open the shards and the tokenizer, for example because they are on another machine",
+        help="do not open the shards or the tokenizer, for example because they are on another machine",
     )
     args = parser.parse_args(argv)
     if (args.world is not None or args.no_data or args.sizes) and not args.dry_run:

@@ -74,7 +74,7 @@ def test_a_command_that_asks_for_too_much_ends_with_one_line(main, capsys, monke
     assert exit_cleanly(main) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: not enough memory (") and err.count("\n") == 1
-    assert err.endswith("; end other programs, or process less at a time\n")
+    assert err.endswith("; end other programs, or process less data at a time\n")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (2_500_000_000, resource.RLIM_INFINITY))
     assert exit_cleanly(main) == 2
     assert capsys.readouterr().err.endswith(

@@ -24,8 +24,8 @@ _CANNOT_SYNC = {
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path` and rename it to `path` when the block ends. Missing parent folders are
-    created. If several processes write the same file at once, the last to finish wins. Raises UserError if `path` is a
-    folder or cannot be written. After any exception, `path` is unchanged."""
+    created. If several processes write the same file at once, the last one to finish wins. Raises UserError if `path`
+    is a folder or cannot be written. After any exception, `path` is unchanged."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -117,7 +117,7 @@ def is_abandoned(partial: Path) -> bool:
 def remove_abandoned(folder: Path, pattern: str) -> None:
     """Remove the unfinished files and folders in `folder` that match `pattern` and were left by killed processes."""
     for partial in filter(is_abandoned, folder.glob(pattern)):
-        with contextlib.suppress(OSError):  # it belongs to another user, or is gone
+        with contextlib.suppress(OSError):  # the file belongs to another user, or no longer exists
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 

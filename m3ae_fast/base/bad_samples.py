@@ -1,4 +1,4 @@
-"""Counts of invalid or unreadable samples; too many of them stop the run."""
+"""A counter of invalid or unreadable samples, which stops the run if there are too many of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from m3ae_fast.base.errors import UserError
 
 MIN_SEEN = 100  # number of samples that are read before the fraction of bad samples is checked
-NAMED = 20  # bad samples that are logged one by one
+NAMED = 20  # number of bad samples that are logged one by one
 
 _log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ class BadSamples:
     """Counter of bad samples that logs them and raises an error if there are too many."""
 
     def __init__(self, max_fraction: float, samples: int):
-        """Stop when more than `max_fraction` of the samples are bad. The check starts after MIN_SEEN samples, or after
-        one epoch (`samples`) if that is fewer."""
+        """Create a counter that stops the run when more than `max_fraction` of the samples are bad. The check starts
+        after MIN_SEEN samples, or after the `samples` of one epoch if these are fewer."""
         self.max_fraction = max_fraction
         self.least = max(1, min(MIN_SEEN, samples))
         self.seen = self.bad = self._named = 0

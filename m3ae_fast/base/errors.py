@@ -26,13 +26,13 @@ class UserError(Exception):
 
 
 class ErrorElsewhere(UserError):
-    """An error that another process reports: a mistake, or a bug, whose traceback it prints. Programs of this package
-    exit with `exit_code` and print nothing."""
+    """An error that another process reports: a mistake of the user, or a bug, whose traceback that process prints.
+    Programs of this package exit with `exit_code` and print nothing."""
 
 
 class RankLost(UserError):
-    """Another rank has ended, for example because its node failed. This is not a mistake of the user, so a restart loop
-    should restart the run."""
+    """The loss of another rank, for example because its node has failed. This is not a mistake of the user, so a
+    restart loop should restart the run."""
 
     exit_code = TRY_AGAIN
 
@@ -41,7 +41,7 @@ class ErrorReport(NamedTuple):
     """Summary of a process's error that is sent to the other processes."""
 
     line: str
-    complete: bool  # whether the line explains the error; if not, it is a bug, and its process prints the traceback
+    complete: bool  # whether the line explains the error; otherwise it is a bug, whose traceback its process prints
 
 
 # system errors that are not a program's fault
@@ -102,7 +102,7 @@ def raise_shared(own: BaseException | None, reports: Iterable[Sequence[Any] | No
     Raises:
         Exception: `own`, the error of this process, if it is a bug.
         UserError: the first error, in the order of the processes, that can be explained in one line.
-        ErrorElsewhere: all reported errors are bugs of other processes.
+        ErrorElsewhere: all reported errors are bugs in other processes.
     """
     if own is not None and one_line(own) is None:
         raise own

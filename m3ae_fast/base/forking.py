@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import os
 
-# whether objects were frozen before the current fork; those that the training loop has frozen must stay frozen
+# whether objects were frozen before the current fork; objects that the training loop has frozen must stay frozen
 _were_frozen = False
 
 

@@ -23,7 +23,7 @@ RENAMED = {
     "data train-tokenizer": "shards tokenizer",
     "data tokenize-images": "shards image-tokens",
 }
-# other modules that could be started as `python -m m3ae_fast.NAME`
+# further modules that could formerly be started as `python -m m3ae_fast.NAME`
 _MODULES = ("convert", "export", "report", "status", "verify", "config", "pretrain")
 
 

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.output_folder import FILES
 
-PATIENCE = 12.0  # seconds to wait for a response: the library would retry for over a minute
+PATIENCE = 12.0  # seconds to wait for a response; the library itself would retry for over a minute
 
 
 def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
@@ -46,8 +46,8 @@ def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
 
 
 def find_folder(source: str | Path) -> Path:
-    """Return `source` if it is an existing path, otherwise the folder of the Hub's model of that name, downloaded.
-    Raises UserError if it is neither a path nor a model on the Hub, or if the Hub does not respond."""
+    """Return `source` if it is an existing path; otherwise download the model of that name from the Hub and return its
+    folder. Raises UserError if it is neither a path nor a model on the Hub, or if the Hub does not respond."""
     path = Path(source).expanduser()
     if path.exists():
         return path

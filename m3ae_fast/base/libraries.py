@@ -9,7 +9,8 @@ from typing import Any
 
 from m3ae_fast.base.errors import UserError
 
-# Import names of the optional dependencies in pyproject.toml, by extra. The key "" lists those of every installation.
+# Import names of the optional dependencies in pyproject.toml, by extra. The key "" lists the dependencies of every
+# installation.
 EXTRAS = {
     "": ("tensorboard",),
     "train": ("deepspeed",),
@@ -30,8 +31,9 @@ NAMES = {
 
 
 def require_libraries(needs: Mapping[str, str], otherwise: str = "") -> None:
-    """Raise UserError if a library is not installed; nothing is imported. `needs` maps the name of a library to the
-    command, option or setting that requires it. `otherwise` is an alternative solution, for the end of the message."""
+    """Raise UserError if a library is not installed, without importing any library. `needs` maps the name of a library
+    to the command, option or setting that requires it. `otherwise` is an alternative solution, for the end of the
+    message."""
     missing: dict[str, list[str]] = {}
     for name, what in needs.items():
         if not _is_installed(name):

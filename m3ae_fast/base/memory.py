@@ -1,4 +1,5 @@
-"""Recognises out-of-memory errors of all libraries. Imports nothing, because torch may not fit into memory."""
+"""Recognises out-of-memory errors of all libraries. Imports only standard modules, because torch may not fit into
+memory."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def shown_in_one_line(kind: type[BaseException], error: BaseException, where: Tr
 def no_memory(error: BaseException) -> str:
     """Return the one-line message for an out-of-memory error."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return f"not enough memory ({reason}){limit_note() or '; end other programs, or process less at a time'}"
+    return f"not enough memory ({reason}){limit_note() or '; end other programs, or process less data at a time'}"
 
 
 def _limit() -> int | None:

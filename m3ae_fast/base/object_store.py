@@ -1,6 +1,6 @@
 """Writes an object of s3:// or gs:// to standard output: python -m m3ae_fast.base.object_store URL
 
-Each object is read by a process of its own: the threads of obstore do not survive a fork, and loader workers are
+Each object is read by a separate process, because the threads of obstore do not survive a fork, and loader workers are
 forked.
 """
 
@@ -17,7 +17,7 @@ _LONGEST = "1d"  # timeout of a request; the process that reads the output has i
 
 
 def require(*shards: str) -> None:
-    """Raise UserError if a shard, or a pattern of shards, is such a URL and the library that reads it is not
+    """Raise UserError if a shard, or a pattern of shards, is an s3:// or gs:// URL and the library that reads it is not
     installed."""
     urls = (url for pattern in shards for url in pattern.split("::") if url.startswith(SCHEMES))
     if (url := next(urls, None)) is not None:

@@ -15,7 +15,8 @@ from typing import TypeVar
 T = TypeVar("T")
 Clock = Callable[[], float]  # seconds
 _FIRST_S = 3.0  # seconds until the first line; shorter work prints none
-_SELDOM_S = 60.0  # longest seconds between lines; until then, a line is printed whenever the elapsed time has doubled
+# maximum seconds between lines; before that, a line is due whenever the elapsed time has doubled
+_SELDOM_S = 60.0
 
 
 def duration(seconds: float) -> str:
@@ -134,7 +135,7 @@ class Lines:
 
 @contextmanager
 def working(title: str, *, show: bool = True, every: float = 5.0) -> Iterator[None]:
-    """Print on stderr that work of unknown duration has begun, and every `every` seconds that it is still running."""
+    """Print on stderr that work of unknown duration has begun and, every `every` seconds, that it is still running."""
     ended, began = threading.Event(), time.monotonic()
 
     def report() -> None:

@@ -1,4 +1,4 @@
-"""Random numbers that depend only on integers such as (seed, epoch, sample), and not on what was drawn before."""
+"""Random numbers that depend only on integers such as (seed, epoch, sample), and not on earlier draws."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Purpose(IntEnum):
 
 
 class RandomStreams:
-    """Independent streams of random numbers of one seed, one for each purpose and key."""
+    """Independent streams of random numbers derived from one seed, one for each purpose and key."""
 
     def __init__(self, seed: int) -> None:
         self._seed, self._generator = seed, torch.Generator()
