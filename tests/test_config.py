@@ -610,8 +610,8 @@ def test_the_official_hyper_parameters_are_the_defaults():
         ({"data": {"crop_scale": [0, 1]}}, "crop_scale"),
         ({"data": {"crop_scale": [0.5, 0.4]}}, "crop_scale"),
         ({"data": {"crop_scale": [0.5, 1.1]}}, "crop_scale"),
-        ({"data": {"train": [{"shards": "a", "weight": 1}, {"shards": "b"}]}}, "give every source a weight, or none"),
-        ({"data": {"val": [{"shards": "a"}, {"shards": "b", "weight": 1}]}}, "give every source a weight, or none"),
+        ({"data": {"train": [{"shards": "a", "weight": 1}, {"shards": "b"}]}}, "to every source or to none"),
+        ({"data": {"val": [{"shards": "a"}, {"shards": "b", "weight": 1}]}}, "to every source or to none"),
         ({"train": {"epochs": 2, "steps": 2}}, "give epochs or steps, not both"),
         ({"train": {"epochs": None}}, "give the length of the run: epochs or steps"),
         (

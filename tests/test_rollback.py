@@ -166,7 +166,7 @@ def test_a_run_returns_from_spikes_of_the_loss_and_ignores_more_than_it_may(trai
 
 def test_spikes_need_a_run_that_may_return_and_images_of_one_size():
     for changes, message in (
-        ({}, "train.spike_threshold returns to a checkpoint: set train.rollbacks"),
+        ({}, "train.spike_threshold needs rollbacks to a checkpoint: set train.rollbacks"),
         ({"rollbacks": 1, "image_sizes": [[0.5, 16]]}, "train.spike_threshold needs images of one size"),
     ):
         with pytest.raises(UserError, match=message):

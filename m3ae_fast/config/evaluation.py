@@ -1,4 +1,4 @@
-"""Settings of `m3ae-fast evaluate`: a section per task, besides those shared with training."""
+"""Settings of `m3ae-fast evaluate`: one section per task, in addition to the sections shared with training."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ class LinearProbeConfig(LoopConfig, ScheduleConfig):
     momentum: Beta = 0.9
     """Momentum of LARS."""
     global_batch: Batch | None = None  # type: ignore[assignment]
-    """Number of samples per optimiser step, over all ranks; null: derived from the number of training samples, 256 to
-    2,048."""
+    """Number of samples per optimiser step, over all ranks; null: a value from 256 to 2,048, derived from the number of
+    training samples."""
     micro_batch: Batch | None = 64
     """Maximum number of samples per rank and forward pass. Larger per-rank batches are split evenly into micro-batches
     with gradient accumulation; null: no gradient accumulation."""
@@ -89,13 +89,13 @@ class LinearProbeConfig(LoopConfig, ScheduleConfig):
     warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
     """Length of the warm-up, in epochs; at most the whole run. null: a ninth of the run."""
     epochs: float | None = Field(None, gt=0, le=1e6)
-    """Length of the run, in epochs; alternative to `steps`. null: derived from the number of training samples, 90 or
-    more."""
+    """Length of the run, in epochs; alternative to `steps`. null: 90 or more, derived from the number of training
+    samples."""
 
 
 class AttentiveProbeConfig(Section):
-    """Attentive probe: one learnable query attends to the frozen patch tokens, followed by a linear classifier. Both
-    are trained with AdamW. At initialisation, the attention is equivalent to mean pooling."""
+    """Attentive probe: one learnable query attends to the frozen patch tokens, and a linear classifier follows. Both
+    parts are trained with AdamW. At initialisation, the attention is equivalent to mean pooling."""
 
     heads: Count | None = None
     """Number of attention heads; null: the number of heads of the encoder."""
@@ -111,8 +111,8 @@ class AttentiveProbeConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of all weights."""
     online: bool | None = None
-    """Source of the patch tokens. `true`: each step encodes newly sampled crops and discards their tokens; `false`: the
-    tokens of all images are stored. null: the tokens are stored if they fit into memory. With `--shots`, the tokens are
+    """Whether each step encodes newly sampled crops and discards their patch tokens; `false`: the patch tokens of all
+    images are computed once and stored. null: the tokens are stored if they fit into memory. With `--shots`, they are
     always stored."""
 
 
@@ -151,14 +151,14 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     """Settings of DeepSpeed, as in training; null: plain torch with data parallelism (DDP)."""
 
     global_batch: Batch | None = None  # type: ignore[assignment]
-    """Number of samples per optimiser step, over all ranks; null: derived from the number of training samples, 64 to
-    1,024."""
+    """Number of samples per optimiser step, over all ranks; null: a value from 64 to 1,024, derived from the number of
+    training samples."""
     eval_every: Count | None = None
-    """Steps between evaluations; null: about ten evaluations, or fewer if they would take more than a twentieth of the
-    run."""
+    """Steps between evaluations; null: about ten evaluations per run, or fewer if ten would take more than a twentieth
+    of the run."""
     epochs: float | None = Field(None, gt=0, le=1e6)
-    """Length of the run, in epochs; alternative to `steps`. null: derived from the number of training samples, 100 or
-    more."""
+    """Length of the run, in epochs; alternative to `steps`. null: 100 or more, derived from the number of training
+    samples."""
     warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
     """Length of the warm-up, in epochs; at most the whole run. null: a twentieth of the run."""
     peak_lr: float = Field(1e-3, gt=0)
@@ -198,7 +198,9 @@ class RobustnessConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> RobustnessConfig:
         if not self.severities:
-            raise ValueError("severities must contain at least one; to evaluate no corruptions, set corruptions to []")
+            raise ValueError(
+                "severities must contain at least one value; to evaluate no corruptions, set corruptions to []"
+            )
         for name in ("epsilons", "corruptions", "severities"):
             shown = [each if isinstance(each, str) else f"{each:g}" for each in getattr(self, name)]
             if twice := [each for each in shown if shown.count(each) > 1]:
@@ -224,7 +226,7 @@ class SegmentConfig(Section):
     weight_decay: float = Field(1e-4, ge=0)
     """Weight decay of the linear head."""
     bank_patches: Count = 50_000
-    """Maximum number of training patches that vote with `knn`, sampled evenly over the images."""
+    """With `head: knn`: maximum number of training patches that vote, sampled evenly over the images."""
 
 
 class MultilabelConfig(Section):
@@ -236,7 +238,7 @@ class MultilabelConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """A task of `m3ae-fast evaluate`, or `m3ae-fast embed`, on a trained model."""
+    """Settings of a task of `m3ae-fast evaluate`, or of `m3ae-fast embed`."""
 
     run: RunConfig = RunConfig()
     data: DataConfig

@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 UNIONS = (Union, UnionType)
-_ALIKE = 0.75  # minimum similarity (difflib's ratio) to suggest a key of the same section for an unknown key
+_ALIKE = 0.75  # minimum similarity (difflib's ratio) of an unknown key to a key of its section that is suggested
 
 
 def describe_error(section: type[BaseModel], error: ValidationError) -> str:

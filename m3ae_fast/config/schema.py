@@ -1,7 +1,7 @@
 """Every setting of a run: typed, strict sections whose fields have documented meanings.
 
-The official M3AE hyper-parameters are the defaults (arXiv 2205.14204 and its public code). A string below a field is
-its description: docs/config.md is made from it by `m3ae-fast config`.
+The defaults are the official M3AE hyper-parameters (arXiv 2205.14204 and its public code). The string below a field is
+its description; `m3ae-fast config` generates docs/config.md from these strings.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_POSITIONS = 1 << 27  # maximum number of elements in a table of position emb
 # (emb_dim, depth, num_heads) of the encoder; all sizes have the same decoder: width 512, depth 8, 16 heads
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
 
-# The upper bounds are far beyond any use. They turn a typo into an error instead of an overflow or an endless start.
+# The upper bounds are far beyond any use. With them, a typo causes an error and not an overflow or an endless start-up.
 Size = Annotated[int, Field(gt=0, le=1 << 16)]  # widths, pixels, tokens
 Layers = Annotated[int, Field(gt=0, le=1024)]
 Batch = Annotated[int, Field(gt=0, le=1 << 24)]  # samples
@@ -43,7 +43,7 @@ NamedPath = Annotated[Path, BeforeValidator(_named)]  # pathlib would treat "" a
 
 
 class Section(BaseModel):
-    """A part of the config. Unknown keys and values of another type are errors."""
+    """A section of the config. Unknown keys and values of the wrong type are errors."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -107,15 +107,15 @@ class ModelConfig(Section):
     patch_size: Size = 16
     """Height and width of a patch, in pixels."""
     resize: Literal["square", "native"] = "square"
-    """`data.resize` of the training images."""
+    """Value of `data.resize` for the training images."""
     max_patches: Size | None = None
-    """`data.max_patches` of the training images."""
+    """Value of `data.max_patches` for the training images."""
     min_patches: Size = 1
-    """`data.min_patches` of the training images."""
+    """Value of `data.min_patches` for the training images."""
     native_positions: Literal["absolute", "centred"] = "absolute"
-    """With `resize: native` and computed position embeddings: origin of the coordinates. `absolute`: the upper left
-    corner; `centred`: the image is centred in the grid of a square image. Stored embeddings are interpolated to each
-    image's rows and columns, as timm does."""
+    """With `resize: native` and computed position embeddings: coordinates of the patches. `absolute`: rows and columns
+    are counted from the upper left corner of the image; `centred`: the image is centred in the grid of a square image.
+    Stored embeddings are instead interpolated to each image's rows and columns, as in timm."""
     channels: int = Field(3, ge=1, le=MAX_CHANNELS)
     """Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA. TIFF and .npy files may have any number of channels,
     such as the spectral bands of a satellite image, or depth as a fourth channel."""
@@ -129,7 +129,7 @@ class ModelConfig(Section):
     """Standard deviation of the pixels, one positive value per channel, in the same units as the mean. The default is
     the standard deviation of CC12M."""
     image_range: Range | None = None
-    """`data.range` of the training images."""
+    """Value of `data.range` for the training images."""
     text_length: Size = 64
     """Maximum number of text tokens; longer captions are truncated."""
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
@@ -145,11 +145,11 @@ class ModelConfig(Section):
     """Position embeddings of patches. `sincos`: computed. `stored`: read from the weights, as in MAE. Neither kind is
     trained."""
     mean_pool: Literal["after_norm", "before_norm"] = "after_norm"
-    """Whether features are averaged over tokens after the final LayerNorm or before it, as in fine-tuned MAEs (timm's
-    `fc_norm`)."""
+    """Order of mean pooling and the final LayerNorm. `after_norm`: features are averaged over tokens after the
+    LayerNorm; `before_norm`: they are averaged before it, as in fine-tuned MAEs (timm's `fc_norm`)."""
     init_from: str | None = None
     """Export folder or Hugging Face model id whose weights initialise a new run. If it contains no decoder, or a
-    decoder with another `dec_attention`, the decoder is randomly initialised."""
+    decoder with a different `dec_attention`, the decoder is randomly initialised."""
 
     @model_validator(mode="before")
     @classmethod
@@ -176,7 +176,7 @@ class ModelConfig(Section):
             if self.min_patches > self.most_patches:
                 raise ValueError(f"min_patches {self.min_patches} is more than max_patches {self.most_patches}")
             if self.image_targets == "vqgan":
-                raise ValueError("image_targets vqgan needs resize square: all images of a VQGAN have the same size")
+                raise ValueError("image_targets vqgan needs resize square, because a VQGAN needs images of one size")
         places = max(self.position_side**2, self.text_length)
         width = max(self.emb_dim, self.dec_emb_dim)
         if places * width > MAX_POSITIONS:
@@ -251,7 +251,8 @@ class MaskingConfig(Section):
     text_predicted: float = Field(1.0, gt=0, le=1)
     """Fraction of the masked text tokens that enter the decoder and the loss in training, like `image_predicted`."""
     per: Literal["sample", "batch"] = "sample"
-    """How masks are sampled: one for each sample, or one for the whole batch, as in the official code."""
+    """Sampling of the masks. `sample`: one mask for each sample; `batch`: one mask for the whole batch, as in the
+    official code."""
 
 
 class LossConfig(Section):
@@ -283,17 +284,19 @@ class SourceConfig(Section):
     """Factor by which the losses of these samples are multiplied; the denominator of the mean does not change."""
     modality: Literal["auto", "any", "paired", "image", "text"] = "auto"
     """Modalities that are used from each sample. `any`: all modalities of the sample; `auto`: the modalities that all
-    samples of the shard have, or `any` if the samples differ. An image-only model (`model.vocab_size` 0) uses only the
-    images with `auto`."""
+    samples of the shard have, or `any` if the samples differ. With `auto`, an image-only model (`model.vocab_size` 0)
+    uses only the images."""
     caption_fraction: float = Field(1.0, ge=0, le=1)
-    """Fraction of the pairs that keep their caption; the others are used as images without text. The pairs are selected
-    by a hash of their keys, so they are the same in every run, and a larger fraction includes the pairs of a smaller
-    fraction."""
+    """Fraction of the pairs that keep their caption; the remaining pairs are used as images without text. The pairs are
+    selected by a hash of their keys, so they are the same in every run, and a larger fraction includes the pairs of a
+    smaller fraction."""
 
     @model_validator(mode="after")
     def _possible(self) -> SourceConfig:
         if self.caption_fraction < 1 and self.modality in ("image", "text"):
-            raise ValueError(f"caption_fraction {self.caption_fraction:g} needs pairs, not modality {self.modality!r}")
+            raise ValueError(
+                f"caption_fraction {self.caption_fraction:g} needs pairs, but modality is {self.modality!r}"
+            )
         return self
 
 
@@ -312,9 +315,9 @@ class DataConfig(Section):
     uses the full range of the file's data type (0 to 1 for floats). null: the range saved with the model; without a
     saved range, such images are rejected."""
     resize: Literal["square", "native"] | None = None
-    """How images are resized. `square`: cropped and scaled to `model.image_size`. `native`: the aspect ratio is kept,
-    and images with `min_patches` to `max_patches` patches are not resized, except that both sides are rounded to
-    multiples of the patch size. This setting is saved with the model. null: the saved value, or `square`."""
+    """Resizing of the images. `square`: images are cropped and scaled to `model.image_size`. `native`: the aspect ratio
+    is kept, and images with `min_patches` to `max_patches` patches are not resized, except that both sides are rounded
+    to multiples of the patch size. This setting is saved with the model. null: the saved value, or `square`."""
     max_patches: Size | None = None
     """With `resize: native`: maximum number of patches per image; larger images are downscaled. The longer side is
     limited to 2 √`max_patches` patches, so images with an aspect ratio above 4:1 have fewer patches. This setting is
@@ -350,8 +353,8 @@ class DataConfig(Section):
     image_tokenizer: NamedPath | None = None
     """Folder of the converted VQGAN whose token ids are the image targets (`model.image_targets: vqgan`)."""
     image_tokens: Literal["device", "workers", "shards"] = "device"
-    """Where the image token ids are computed: on the training device, in the data-loader workers, or in advance, by
-    `m3ae-fast shards image-tokens`."""
+    """Place in which the image token ids are computed. `device`: the training device; `workers`: the data-loader
+    workers; `shards`: the ids are computed in advance by `m3ae-fast shards image-tokens`."""
     max_bad_fraction: float = Field(0.1, ge=0, le=1)
     """Maximum fraction of samples that cannot be used. If the fraction is larger, the run stops with an error."""
 
@@ -364,7 +367,7 @@ class DataConfig(Section):
         for name in ("train", "val"):
             weights = [source.weight for source in getattr(self, name)]
             if any(w is None for w in weights) and any(w is not None for w in weights):
-                raise ValueError(f"{name}: give every source a weight, or none")
+                raise ValueError(f"{name}: give a weight to every source or to none")
         return self
 
     def image_settings(self) -> dict[str, Any]:
@@ -390,8 +393,8 @@ class ScheduleConfig(Section):
 
     @property
     def decay(self) -> float | None:
-        """Return the fraction of the steps at the end of the run in which the learning rate decays, after having been
-        constant; None for a cosine schedule."""
+        """Return the length of the decay at the end of the run, as a fraction of the run's steps; None for a cosine
+        schedule, which has no constant learning rate before the decay."""
         return None
 
     def lr_factor(self, global_batch: int) -> float:
@@ -427,7 +430,7 @@ class PretrainingOptimConfig(OptimConfig):
     rates."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """For a run that starts from trained weights (`model.init_from`): learning rate of a layer of the encoder, as a
-    fraction of the learning rate of the next layer. The embeddings are the lowest layer. The last norm of the encoder
+    fraction of the learning rate of the next layer. The embeddings are the lowest layer. The encoder's final LayerNorm
     and the decoder have the full learning rate, which is logged as `lr`. 1: all layers have the full learning rate.
     Values below 1 cannot be combined with Muon."""
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -444,7 +447,7 @@ class PretrainingOptimConfig(OptimConfig):
 
 
 class LoopConfig(Section):
-    """Length of a training, its batch, and the periods of logging, evaluation and checkpoints."""
+    """Length of a training run, its batch size, and the periods of logging, evaluation and checkpoints."""
 
     SECTION: ClassVar[str] = "train"  # for messages
     # whether the length is derived from the number of samples if neither epochs nor steps are given
@@ -479,7 +482,7 @@ class LoopConfig(Section):
 
 
 class TransformerLoopConfig(LoopConfig):
-    """Settings of a training of a transformer."""
+    """Settings for training a transformer."""
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Dtype of the computations: `bf16`, `fp32`, or `auto` (bf16 if it is faster than fp32 on this hardware)."""
@@ -510,7 +513,7 @@ class KnnProbeConfig(KnnConfig):
     val: list[SourceConfig] = Field(min_length=1)
     """Data sources of the samples to classify."""
     labels: str = "cls"
-    """Where labels are read from: `cls` (integers in KEY.cls), or `json.FIELD` (a field of KEY.json)."""
+    """Source of the labels: `cls` (integers in KEY.cls), or `json.FIELD` (a field of KEY.json)."""
     pool: Literal["mean", "cls"] = "mean"
     """Pooling of the features: the mean over all tokens except cls, or the cls token."""
     every: Count | None = None
@@ -518,7 +521,7 @@ class KnnProbeConfig(KnnConfig):
 
 
 class TrainConfig(TransformerLoopConfig):
-    """Length, batch, precision and periods of the training loop."""
+    """Length, batch size, precision and periods of the training loop."""
 
     hours: float | None = Field(None, gt=0, le=1e5)
     """Duration of the run in hours, including evaluations. The number of steps, whose initial value is given by `steps`
@@ -534,7 +537,7 @@ class TrainConfig(TransformerLoopConfig):
     all evaluations, use `model.image_size`."""
     rollbacks: int = Field(0, ge=0, le=100)
     """Maximum number of rollbacks: if the loss or the gradient norm of a step is not finite, the run returns to its
-    last good checkpoint and leaves out the batch of that step. 0: the run ends instead."""
+    last good checkpoint and skips the batch of that step. 0: the run ends instead."""
     spike_threshold: float | None = Field(None, gt=0, le=1e6)
     """Threshold for loss spikes, in standard deviations, such as 6. If the loss of a step exceeds the mean of the
     previous 128 steps by more than this, the run returns to its last good checkpoint, as for a loss that is not finite.
@@ -584,11 +587,13 @@ class ZeroConfig(Section):
     stage3_prefetch_bucket_size: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 50_000_000
     """Stage 3: number of parameters that are gathered in advance."""
     stage3_param_persistence_threshold: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 100_000
-    """Stage 3: tensors with fewer parameters than this are not partitioned but kept on every rank."""
+    """Stage 3: minimum number of elements of a weight tensor that is partitioned; smaller tensors are kept on every
+    rank."""
     stage3_max_live_parameters: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 1_000_000_000
     """Stage 3: maximum number of parameters resident on the GPU at once."""
     stage3_max_reuse_distance: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 1_000_000_000
-    """Stage 3: weights that are needed again within this many parameters stay gathered."""
+    """Stage 3: maximum reuse distance, in parameters; weights that are needed again within this distance stay
+    gathered."""
 
     @model_validator(mode="after")
     def _possible(self) -> ZeroConfig:
@@ -670,7 +675,7 @@ class DeepSpeedConfig(Section):
 
 
 class Config(Section):
-    """A run."""
+    """Settings of a pre-training run."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({"size": "large"}))
@@ -680,7 +685,7 @@ class Config(Section):
     optim: PretrainingOptimConfig = PretrainingOptimConfig()
     train: TrainConfig
     deepspeed: DeepSpeedConfig | None = DeepSpeedConfig()
-    """null: plain torch with data parallelism (DDP)."""
+    """`null` in place of the section selects plain torch with data parallelism (DDP)."""
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
@@ -697,13 +702,13 @@ class Config(Section):
         if self.train.stop_at is not None and self.optim.decay in (None, 1):
             raise ValueError(
                 "train.stop_at ends a run with a decay of the learning rate: set optim.schedule to wsd, and "
-                "optim.decay_fraction below 1"
+                "optim.decay_fraction to a value below 1"
             )
         if self.train.stop_at is not None and (self.train.probe is None or self.train.probe.every is None):
             raise ValueError("train.stop_at needs the accuracy of train.probe during training: set train.probe.every")
         self._check_image_sizes()
         if self.train.spike_threshold is not None and not self.train.rollbacks:
-            raise ValueError("train.spike_threshold returns to a checkpoint: set train.rollbacks to 1 or more")
+            raise ValueError("train.spike_threshold needs rollbacks to a checkpoint: set train.rollbacks to 1 or more")
         self._check_layer_decay()
         if self.optim.name == "muon" and self.zero and (self.zero.stage == 3 or self.zero.offloads_optimizer):
             what = "stage 3" if self.zero.stage == 3 else "offload_optimizer"
@@ -747,8 +752,8 @@ class Config(Section):
                 raise ValueError(f"train.image_sizes needs square images with pixel targets, not model.{name} {value}")
         if self.train.hours is not None or self.train.stop_at is not None:
             raise ValueError(
-                "train.image_sizes are for fractions of a known number of steps: set train.hours and train.stop_at to "
-                "null, and train.steps or train.epochs"
+                "train.image_sizes needs a known number of steps: set train.hours and train.stop_at to "
+                "null, and set train.steps or train.epochs"
             )
         if self.train.spike_threshold is not None:
             raise ValueError("train.spike_threshold needs images of one size: set train.image_sizes to []")
@@ -763,13 +768,13 @@ class Config(Section):
                 )
 
     def _with_images(self) -> Config:
-        """Copy the image settings from `data` to `model`: code that later decodes images for the model has no `data`
-        section."""
+        """Return the config with the image settings copied from `data` to `model`, because code that later decodes
+        images for the model has no `data` section."""
         given = self.data.image_settings()
         for own, value in given.items():
             if (before := getattr(self.model, own)) not in (value, ModelConfig.model_fields[own].default):
                 name = IMAGE_SETTINGS[own]
-                raise ValueError(f"data.{name} is {value}, but model.{own} {before}; set only data.{name}")
+                raise ValueError(f"data.{name} is {value}, but model.{own} is {before}; set only data.{name}")
         if not given:
             return self
         try:
@@ -779,7 +784,8 @@ class Config(Section):
         return self.model_copy(update={"model": model})
 
     def _without_captions(self) -> Config:
-        """For an image-only model, set `modality` to `image` in all sources where it is `auto`."""
+        """Return the config with `modality` set to `image` in all sources in which it is `auto`, if the model is
+        image-only; otherwise return it unchanged."""
         if self.model.vocab_size:
             return self
 

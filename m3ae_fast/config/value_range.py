@@ -1,4 +1,4 @@
-"""Value ranges: the values of black and white in images whose values are not levels from 0 to 255."""
+"""Value ranges: the values of black and white in images with more than 8 bits per channel."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_only_what_keeps_a_caption_needs_a_tokenizer(tmp_path, store, pairs):
 
 def test_a_fraction_of_no_pairs_is_refused(tmp_path, store):
     for modality in ("image", "text"):
-        with pytest.raises(ValueError, match=f"caption_fraction 0.5 needs pairs, not modality '{modality}'"):
+        with pytest.raises(ValueError, match=f"caption_fraction 0.5 needs pairs, but modality is '{modality}'"):
             source("a.tar", 0.5, modality=modality)
     images = write_tar(tmp_path / "a.tar", members(range(3), "image"))
     for shards in (images, make(tmp_path, images)):
