@@ -1,4 +1,4 @@
-"""Checkpoints, which are written atomically, and read and written by any number of ranks."""
+"""Checkpoints, which are written atomically, and can be written and read by any number of ranks."""
 
 from m3ae_fast.checkpoint.folder import (
     FAILED,

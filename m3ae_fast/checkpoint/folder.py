@@ -48,8 +48,8 @@ ALONE = Agreement(0, 1, dist.HashStore(), threading.Event())
 
 
 def _later(change: tuple[int, int]) -> tuple[int, int]:
-    """Validate a change of the number of steps. Raises ValueError unless it is larger than the number of steps taken
-    before."""
+    """Return `change`, a change of the number of steps. Raises ValueError unless the new number is larger than the
+    number of steps taken before the change."""
     step, total = change
     if not 0 <= step < total:
         raise ValueError(f"the run is set to {total} steps after {step} steps")
@@ -65,12 +65,12 @@ class Info:
     seed: int
     config: dict[str, dict[str, Any] | None]
     versions: dict[str, str]
-    stream: dict[str, str] = field(default_factory=dict)  # fingerprint of the training data, see `data.fingerprint`
+    stream: dict[str, str] = field(default_factory=dict)  # fingerprint of the training data; see `data.fingerprint`
     sha256: dict[str, str] = field(default_factory=dict)  # by file name
     attention: dict[str, str] = field(default_factory=dict)  # on GPUs: the chosen kernel, by part of the model
     # changes of its `Schedule`
     changes: list[Annotated[tuple[int, int], AfterValidator(_later)]] = field(default_factory=list)
-    decays: bool = False  # whether the learning rate has begun to fall, with a schedule that can be extended
+    decays: bool = False  # whether the decay of a schedule that can be extended has begun
     spent: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # seconds of training, if the run has a time limit
     # batches of the stream that are left out; the first batch of the stream is 0
     left_out: list[Annotated[int, Field(ge=0, lt=1 << 53)]] = field(default_factory=list)

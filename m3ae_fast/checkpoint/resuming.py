@@ -224,7 +224,7 @@ def _defaults() -> dict[str, Any]:
 
 def require_same(ranks: Ranks, stream: dict[str, str], held_out: Corpus | None) -> None:
     """Raise UserError on every rank if the data of a rank differ from those of rank 0, whose fingerprint is `stream`.
-    Otherwise nodes would train on samples in different orders, and some would end before the others."""
+    Otherwise nodes would train on samples in different orders, and some nodes would end before others."""
     seen = {name: value for name, value in stream.items() if name != WRITTEN}
     seen["data.val"] = f"{held_out.samples:,} samples" if held_out else "none"
     first = ranks.from_main(seen)

@@ -89,7 +89,8 @@ class Saver:
         return self._thread.failed()
 
     def awaits(self, step: int) -> bool:
-        """Return whether the last checkpoint is not marked yet and would be good if this step were finite."""
+        """Return whether the last checkpoint is not marked yet and would be good if the losses of this step were
+        finite."""
         return self.unjudged is not None and step > self.unjudged
 
     def step_was_finite(self, step: int) -> None:

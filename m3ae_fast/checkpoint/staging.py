@@ -15,7 +15,8 @@ class Staging:
     """A host buffer for background copies of a rank's part of the training state. The optimiser must call `wait` before
     it changes the state.
 
-    The forward and backward passes only read the state, so a step waits only if the copy takes longer than they do.
+    The forward and backward passes only read the state, so a step waits only if the copy takes longer than these
+    passes.
     """
 
     def __init__(self) -> None:
@@ -34,8 +35,9 @@ class Staging:
         self._copied.clear()
 
     def copy(self, fragments: Callable[[], Fragments]) -> Fragments:
-        """Return a copy of the result of `fragments` on the host, which is valid until the next copy. May be called in
-        any thread, because listing the pieces of a state takes longer than a step should wait."""
+        """Return a copy of the result of `fragments` on the host, which is valid until the next copy. Can be called in
+        any thread. Training calls it in a background thread, because listing the pieces of a state takes longer than a
+        step should wait."""
         try:
             if self._stream is None:
                 return self._into_buffer(fragments())

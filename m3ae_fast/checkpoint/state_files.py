@@ -8,10 +8,10 @@ A piece is stored in the shape of the tensor if it is the complete tensor, and f
 safetensors can therefore load the checkpoint of a single rank. Earlier versions wrote all pieces of several ranks flat,
 and no table for a single rank; their checkpoints can be read too.
 
-The files have torch.distributed.checkpoint's safetensors format and can be read by its HuggingFaceStorageReader. They
-are not written by it, because its writer keeps a second copy of each part in memory and does not verify that the parts
+The files have torch.distributed.checkpoint's safetensors format and can be read by its HuggingFaceStorageReader.
+torch's own writer is not used, because it keeps a second copy of each part in memory and does not verify that the parts
 are complete. Here, the table is built from the files on disk, and only if each element of a tensor occurs in exactly
-one file. The table of its other format is a pickle, which can execute code.
+one file. The table of torch's other format is a pickle, which can execute code.
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ def read_table(path: Path) -> Table:
 
 
 def table_of_complete_tensors(path: Path) -> Table:
-    """Return the table of a checkpoint without one, whose single file has complete tensors. Raises UserError if the
-    file is damaged."""
+    """Return the table for a checkpoint that was written without a table and whose single file has complete tensors.
+    Raises UserError if the file is damaged."""
     file = _open(path, STATE_FILE)
     names = file.keys()
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}

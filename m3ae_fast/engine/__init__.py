@@ -1,1 +1,1 @@
-"""Optimiser steps: torch or DeepSpeed with ZeRO, learning rate, evaluation."""
+"""Optimiser steps with plain torch or with DeepSpeed and ZeRO, learning rates, and losses on held-out samples."""

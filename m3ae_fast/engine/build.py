@@ -1,4 +1,4 @@
-"""Construction of the engine that is set in the config."""
+"""Construction of the engine that the config selects."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_engine(
 
     Args:
         model: the module to train, which returns StepLosses.
-        groups: the optimiser's groups of all parameters, see `build_optimizer`.
+        groups: the optimiser's groups of all parameters; see `build_optimizer`.
         transformers: parts of the model that are compiled, and whose activations are checkpointed, according to `loop`.
         loop: settings of the training loop, with resolved precision.
         optim: settings of the optimiser.

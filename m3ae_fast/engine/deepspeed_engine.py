@@ -77,7 +77,7 @@ class DeepSpeedEngine:
 
         Args:
             model: the module to train.
-            groups: the optimiser's groups of all parameters, see `build_optimizer`.
+            groups: the optimiser's groups of all parameters; see `build_optimizer`.
             config: the `deepspeed` section.
             optim: settings of the optimiser.
             dtype: dtype of matmuls.
@@ -266,9 +266,9 @@ def deepspeed_section(
 
 
 def _starts(model: nn.Module, flats: Sequence[Tensor]) -> dict[nn.Parameter, tuple[int, int]]:
-    """Return the number of the buffer that contains each weight at stages 1 and 2, and the weight's first element in
-    the buffer. Both are derived from memory addresses, because weights are views of the buffers `flats`. DeepSpeed's
-    record, `_hp_mapping`, differs in order from the buffers if `round_robin_gradients` is set."""
+    """Return the index of the buffer that contains each weight at stages 1 and 2, and the index of the weight's first
+    element in the buffer. Both are derived from memory addresses, because weights are views of the buffers `flats`.
+    DeepSpeed's record, `_hp_mapping`, differs in order from the buffers if `round_robin_gradients` is set."""
     numbers = {flat.untyped_storage().data_ptr(): i for i, flat in enumerate(flats)}
     found = {}
     for p in model.parameters():

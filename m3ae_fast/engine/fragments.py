@@ -17,8 +17,8 @@ class Fragment(NamedTuple):
 
 
 # Fragments by name: "model/NAME" for weights, and "KIND/NAME" for the engine's `kinds` of optimiser state: "exp_avg"
-# and "exp_avg_sq" with AdamW, "momentum_buffer" with Muon and, with train.ema, "ema". Those of rank 0 contain the names
-# of all tensors, even if rank 0 has no element of a tensor.
+# and "exp_avg_sq" with AdamW, "momentum_buffer" with Muon and, with train.ema, "ema". The fragments of rank 0 contain
+# the names of all tensors, even if rank 0 has no element of a tensor.
 Fragments = dict[str, Fragment]
 
 

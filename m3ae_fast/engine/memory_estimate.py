@@ -103,9 +103,8 @@ def typical_batch(config: Config, model: M3AE, grids: Sequence[Grid] | None = No
 
 def activation_bytes(config: Config, batch: PackedBatch) -> float:
     """Return the bytes of the activations of a batch. For each row of width D, a block keeps 2 norms, q, k, v, the
-    attention output, 2 residual sums, and the hidden activations of the MLP twice. A block of a decoder with
-    cross-attention has its keys and values for the encoder's rows instead, and keeps them even if it is
-    checkpointed."""
+    attention output, 2 residual sums, and the hidden activations of the MLP twice. In a decoder with cross-attention,
+    the k and v of a block belong to the encoder's rows, and are kept even if the block is checkpointed."""
     m = config.model
     cross = m.dec_attention == "cross"
     size = 2 if in_bf16(config) else 4

@@ -40,7 +40,7 @@ def build_optimizer(
 
     Args:
         dtype: dtype of the model's matrix products, in which Muon computes its own products.
-        ema: decay of a moving average of the weights, see `track_ema`; None: no average.
+        ema: decay of a moving average of the weights (see `track_ema`); None: no average.
         config, on_cpu, partitioned: as for `build_adamw`.
     """
     adamw = build_adamw([group for group in groups if "momentum" not in group], config, on_cpu, partitioned)

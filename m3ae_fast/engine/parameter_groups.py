@@ -1,9 +1,9 @@
-"""The parameter groups of the optimisers: which parameters Muon updates, weight decay, and layer-wise learning rates
-(arXiv 2106.08254): the lower a layer of the encoder, the lower its learning rate.
+"""The parameter groups of the optimisers. They define the parameters that Muon updates, the weight decay, and
+layer-wise learning rates (arXiv 2106.08254): the lower a layer of the encoder, the lower its learning rate.
 
-In pre-training, the embeddings are layer 0, and block i of the encoder is layer i + 1. The encoder's last norm and the
-decoder are layer depth + 1, which has the full learning rate. Fine-tuning has the layers of the official code, see
-`evaluation.finetune_groups`.
+In pre-training, the embeddings are layer 0, and block i of the encoder is layer i + 1. The encoder's final LayerNorm
+and the decoder are layer depth + 1, which has the full learning rate. Fine-tuning uses the layers of the official code;
+see `evaluation.finetune_groups`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from m3ae_fast.model.m3ae import M3AE
 
 
 def optimizer_groups(model: M3AE, config: PretrainingOptimConfig) -> list[dict]:
-    """Return the parameter groups of the optimiser for pre-training: those of AdamW and, with Muon, in front of them
-    the group of hidden matrices."""
+    """Return the parameter groups of the optimiser for pre-training: the groups of AdamW, preceded by the group of
+    hidden matrices if Muon is used."""
     depth, decay = model.config.depth, config.layer_decay
     groups = parameter_groups(model, config.weight_decay, lambda name: lr_scale(layer_of(name, depth), depth, decay))
     if config.name == "adamw":
@@ -40,7 +40,7 @@ def optimizer_groups(model: M3AE, config: PretrainingOptimConfig) -> list[dict]:
 def parameter_groups(
     model: nn.Module, weight_decay: float, scale_of: Callable[[str], float] = lambda name: 1.0
 ) -> list[dict]:
-    """Return the parameter groups of AdamW, see `scaled_groups`. Weight decay applies to matmul weights and, as in the
+    """Return the parameter groups of AdamW (see `scaled_groups`). Weight decay applies to matmul weights and, as in the
     official code, to LayerNorm scales, but not to biases and embeddings."""
     return scaled_groups(model, weight_decay, lambda name, p: name.endswith(".weight"), scale_of)
 
@@ -65,7 +65,7 @@ def scaled_groups(
     scale_of: Callable[[str], float],
 ) -> list[dict]:
     """Return the parameter groups of AdamW: for each learning rate, highest first, one group with weight decay and one
-    without. Each group contains the factor of its learning rate as `lr_scale`, see `engine.optimizer.set_lr`.
+    without. Each group contains the factor of its learning rate as `lr_scale`; see `engine.optimizer.set_lr`.
 
     Args:
         model: the module to train.

@@ -95,8 +95,8 @@ class Schedule:
     def _decays(self) -> Iterator[tuple[int, int, int, float]]:
         """Yield the plan of the decay at the start and after each change: the step from which the plan applies, the
         first and the last step of the decay, and its progress before the first step. If the decay has not begun when
-        the number of steps changes, it is moved to the new end; if it has begun, its rest is spread over the remaining
-        steps."""
+        the number of steps changes, it is moved to the new end; if it has begun, the rest of the decay is spread over
+        the remaining steps."""
         first, last, before = self._first_of_decay(self.configured_steps), self.configured_steps, 0.0
         yield 0, first, last, before
         for step, total in self.changes:
@@ -130,7 +130,7 @@ class Schedule:
         return before + (1 - before) * min(max(step - first, 0) / (last - first), 1)
 
     def describe_rate(self) -> str:
-        """Return a description for the log of the learning rate after the warm-up and its derivation from
+        """Return a description, for the log, of the learning rate after the warm-up and of its derivation from
         `peak_lr`."""
         optim, batch = self.optim, self.train.global_batch
         factor = optim.lr_factor(batch)

@@ -103,8 +103,8 @@ class Baselines:
         """Return `val_image_relative` and `val_text_relative`, the `losses` divided by those of the best constant
         prediction, and `val_rankme`. Every rank must call it.
 
-        The best constant prediction is the mean patch for pixels, whose loss is the variance of the patches, and the
-        distribution of frequencies for ids, whose loss is the entropy of the ids.
+        For pixels, the best constant prediction is the mean patch, and its loss is the variance of the patches. For
+        ids, it is the distribution of their frequencies, and its loss is the entropy of the ids.
         """
         counts = torch.tensor([self._patches, self._samples])
         parts = self._moments_2K, self._image_ids, self._text_ids, self._gram_DD, counts
