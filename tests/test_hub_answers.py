@@ -70,7 +70,7 @@ def test_silence_is_not_waited_for_again(at, monkeypatch, tmp_path):
         monkeypatch.setattr(hub, "PATIENCE", 0.1)
         with pytest.raises(UserError, match="owner/name: no such file or folder, and the Hub does not respond, and"):
             find_folder("owner/name")
-        with pytest.raises(UserError, match="owner/name: neither a file nor available from the Hugging Face Hub"):
+        with pytest.raises(UserError, match="owner/name: is neither a file nor available from the Hugging Face Hub"):
             load_tokenizer("owner/name", 8)
         with pytest.raises(UserError, match=r"owner/name: cannot be loaded \(it is not a folder, and the"):
             HuggingFace("owner/name", None, None, (None, None, None))

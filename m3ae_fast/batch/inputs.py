@@ -31,7 +31,7 @@ OneImage: TypeAlias = "Image | Tensor | np.ndarray | str | os.PathLike[str]"  # 
 # and standard deviation; None: the default of the called function.
 ValueRange: TypeAlias = 'tuple[float, float] | Literal["normalised"] | None'
 _MOST_DEVIATIONS = 20.0  # limit for a normalised image whose values are all above the mean
-# maximum fraction of values that exceed black or white by more than the range, to allow for a few bright pixels
+# maximum fraction of values that are out of range by more than the width of the range, to allow for a few bright pixels
 _OTHER_UNITS = 0.1
 _LEVELS = 100  # a wider range denotes integer levels, for which fractional values from 0 to 1 are implausible
 
@@ -255,7 +255,7 @@ def _floating(image: Tensor, config: ModelConfig, value_range: tuple[float, floa
 
 
 def in_unit(images: Tensor, value_range: tuple[float, float]) -> Tensor:
-    """Return floating-point images in units where black is 0 and white is 1, at least float32. Differentiable."""
+    """Return floating-point images in units in which black is 0 and white is 1, at least float32. Differentiable."""
     low, high = value_range
     return (images.to(torch.promote_types(images.dtype, torch.float32)) - low) / (high - low)
 

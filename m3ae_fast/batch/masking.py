@@ -19,8 +19,8 @@ def kept(length: int, ratio: float) -> int:
 
 
 def draw_mask(length: int, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """Return a random mask, bool [length], True if masked: the `kept` smallest of the noise stay visible."""
-    # NumPy takes a fifth of torch's time. Values in float64 have no ties, whose order would depend on the CPU.
+    """Return a random mask, bool [length], True if masked. The `kept` tokens with the smallest noise stay visible."""
+    # NumPy needs a fifth of torch's time. Values in float64 have no ties, whose order would depend on the CPU.
     noise = torch.rand(length, dtype=torch.float64, generator=generator).numpy()
     mask = np.ones(length, dtype=bool)
     mask[noise.argsort()[: kept(length, ratio)]] = False
@@ -56,7 +56,7 @@ class MaskSampler:
         return image_mask, draw_mask(text_length, self.config.text_ratio, generator)
 
     def image(self, patches: int, key: tuple[int, ...], step: int) -> Tensor:
-        """Sample only the mask of the patches, which equals that of `image_and_text`."""
+        """Sample only the mask of the patches, which equals the one that `image_and_text` samples."""
         return draw_mask(patches, self.config.image_ratio, self._image_stream(key, step))
 
     def predicted_patches(self, mask: Tensor | None, key: tuple[int, ...]) -> Tensor | None:

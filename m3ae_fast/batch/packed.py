@@ -42,7 +42,7 @@ class PackedBatch:
     encoder_src: Tensor  # [T] row of the patch embeddings
     token_ids: Tensor  # [T] row of the text embedding
     encoder_table_ids: Tensor  # [T] row of [cls, patch positions, text positions]
-    token_order: Tensor  # [T] order in which the backward pass sums the rows of an id; so is the next field
+    token_order: Tensor  # [T] order in which the backward pass sums the rows of an id, as for the next field
     encoder_table_order: Tensor  # [T]
     # decoder input
     decoder: Segments  # U rows

@@ -101,7 +101,7 @@ def load_tokenizer(
         with _panics_as_errors():
             tokenizer = _from_vocab(path) if path.suffix == ".txt" else _from_json(path)
     except Exception as error:  # the library raises plain Exceptions
-        raise UserError(f"{label} {name}: not a tokenizer.json or BERT vocab.txt ({_line(error)})") from None
+        raise UserError(f"{label} {name}: is neither a tokenizer.json nor a BERT vocab.txt ({_line(error)})") from None
     captions = CaptionTokenizer(tokenizer, max_length)
     try:
         captions.encode("\N{SNOWMAN}xqzj \N{CJK UNIFIED IDEOGRAPH-9F98}")
@@ -131,8 +131,8 @@ def check_tokenizer(tokenizer: CaptionTokenizer | None, has_captions: bool) -> N
 def train_tokenizer(captions: Sequence[str], vocab_size: int) -> Tokenizer:
     """Train a lower-cased WordPiece tokenizer like BERT's. The result is deterministic.
 
-    It has `vocab_size` tokens. There are fewer if the captions do not contain as many, and more if the captions have
-    more distinct characters.
+    The tokenizer has `vocab_size` tokens. It has fewer if the captions contain too few distinct words, and more if they
+    contain more distinct characters.
     """
     tokenizer = _bert(models.WordPiece(unk_token=UNKNOWN))
     # The trainer numbers symbols in hash order unless they are given, and breaks ties by number, so all symbols are
@@ -165,7 +165,7 @@ def _find(name: str, label: str) -> Path:
         return Path(hf_hub_download(name, "tokenizer.json", local_files_only=not hub_answers(name)))
     except Exception:
         raise UserError(
-            f"{label} {name}: neither a file nor available from the Hugging Face Hub; "
+            f"{label} {name}: is neither a file nor available from the Hugging Face Hub; "
             "download its tokenizer.json and name that file"
         ) from None
 
@@ -202,8 +202,8 @@ def _from_json(path: Path) -> Tokenizer:
 
 
 def growth(rule: Any) -> int:
-    """Return the maximum number of characters that a normalizer or decoder produces from one, by replacing and
-    prepending."""
+    """Return the maximum number of characters that a normalizer or decoder produces from one character, by replacing
+    and prepending."""
     if not isinstance(rule, dict):
         return 1
     parts = [part for name in ("normalizers", "decoders") for part in rule.get(name) or ()]

@@ -23,7 +23,8 @@ _TIFF = re.compile(rb"II[*+]\0|MM\0[*+]")
 _PLAIN = (1, 2)  # values of TIFF's PhotometricInterpretation: grey with black as 0, and RGB
 _SAMPLES, _ORIENTATION, _EXTRA = 277, 274, 338  # tags of TIFF
 
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # tifffile logs odd files, which are used or reported anyway
+# tifffile logs messages on unusual files, which are read or reported anyway
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
 class ReaderMissing(BadSample):
@@ -92,7 +93,7 @@ def read_tiff(data: bytes) -> np.ndarray:
     except Exception as error:  # hostile files raise many kinds of errors
         raise BadSample(f"the TIFF is damaged ({' '.join(str(error).split())[:200]})") from None
     if axes not in ("YX", "YXS"):
-        raise BadSample(f"the TIFF has the axes {axes}, and not rows, columns and bands")
+        raise BadSample(f"the TIFF has the axes {axes}, but must have rows, columns and bands")
     return checked(values)
 
 
@@ -103,7 +104,7 @@ def checked(values: np.ndarray) -> np.ndarray:
     if values.dtype not in DTYPES:
         raise BadSample(f"the array has dtype {values.dtype}, but must be uint8, uint16 or float32")
     if len(shape) not in (2, 3) or not values.size:
-        raise BadSample(f"the array has shape {shape}, and not [height, width, channels]")
+        raise BadSample(f"the array has shape {shape}, but must have [height, width, channels]")
     if values.size > MAX_VALUES:
         raise BadSample(f"the array has shape {shape}, which is more than {MAX_VALUES} values")
     if values.dtype == np.float32 and not np.isfinite(values).all():

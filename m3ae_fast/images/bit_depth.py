@@ -72,12 +72,12 @@ def check_colours(image: Image.Image, depth: Depth, image_range: Range | None, d
     level."""
     if dtype != "uint8":
         raise BadSample(
-            f"the image has {depth} colour channels, of which Pillow reads 8 bits; store it as TIFF or .npy"
+            f"the image has colour channels of {depth}, of which Pillow reads 8 bits; store it as TIFF or .npy"
         )
     if image_range != "dtype" or depth.kind != "unsigned":
-        raise BadSample(f'the image has {depth} colour channels, which can be read only with data.range "dtype"')
+        raise BadSample(f'the image has colour channels of {depth}, which can be read only with data.range "dtype"')
     if image.info.get("transparency") is not None:
-        raise BadSample(f"the image has {depth} colour channels and a transparent colour, an unsupported combination")
+        raise BadSample(f"the image has colour channels of {depth} and a transparent colour, which is not supported")
 
 
 def require_range(depth: Depth, image_range: Range | None) -> None:

@@ -29,7 +29,7 @@ def random_crop(
         image: [C, H, W], uint8, uint16 or float32.
         frame: S, or the bounds for the sizes of native images.
         scale: smallest and largest fraction of the area that is kept.
-        flip: whether to flip at all.
+        flip: whether crops may be flipped.
         generator: source of all randomness; the number of draws is always the same.
     """
     draws = torch.rand(4 * _TRIES + 1, generator=generator).tolist()
@@ -86,11 +86,11 @@ def centre_crop(image: Tensor, size: int) -> Tensor:
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Return the image resized to [C, height, width] in its dtype (bicubic, antialiased); uint16 is rounded from
-    float32."""
+    """Return the image resized to [C, height, width] in its dtype (bicubic, antialiased); uint16 images are resized in
+    float32 and rounded."""
     if image.dtype == torch.uint16:
         return resize(image.float(), height, width).round_().clamp_(0, 65535).to(torch.uint16)
-    if image.is_floating_point() and width == 1 < height:  # torch 2.13 is wrong for one column, but right for one row
+    if image.is_floating_point() and width == 1 < height:  # torch 2.13 is wrong for one column, but not for one row
         return resize(image.mT, width, height).mT
     return F.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
 

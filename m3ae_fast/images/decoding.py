@@ -44,7 +44,7 @@ _TURNING = ("exif", "xmp")  # keys of `Image.info` that may contain the orientat
 _ON_A_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _SCALES = {"L;2": 85, "L;4": 17}  # 8-bit levels per level of the file, by the raw mode of a PNG
 
-# Pillow warns about odd images, which are used or reported anyway.
+# Pillow warns about unusual images, which are read or reported anyway.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
@@ -180,7 +180,7 @@ def header_of(data: bytes) -> Image.Image:
     except Exception:  # Pillow raises many kinds of errors on hostile input
         found = next((name for sign, name in _OTHERS.items() if re.match(sign, data[:100], re.DOTALL)), None)
         known = f": it looks like {found}" if found else ""
-        raise BadSample(f"not an image in a known format{known}") from None
+        raise BadSample(f"the file is not an image in a known format{known}") from None
     if header.width * header.height > MAX_PIXELS:
         raise BadSample(f"the image has {header.width} x {header.height} pixels, and at most {MAX_PIXELS} are allowed")
     return header

@@ -32,7 +32,7 @@ def read_mask(data: bytes, image: bytes) -> Tensor:
     """
     mask = _header(data)
     if (mask.height, mask.width) != (size := upright_size_of(image)):
-        raise BadSample(f"the mask has {mask.width} x {mask.height} pixels, the image {size[1]} x {size[0]}")
+        raise BadSample(f"the mask has {mask.width} x {mask.height} pixels, but the image has {size[1]} x {size[0]}")
     try:
         ids_HW = np.array(mask)
     except (OSError, ValueError, SyntaxError) as error:
@@ -59,7 +59,7 @@ def _header(data: bytes) -> Image.Image:
     except (OSError, ValueError, SyntaxError) as error:
         raise BadSample(f"the mask is not a PNG ({error})") from None
     if image.mode not in _MODES:
-        raise BadSample(f"the mask has mode {image.mode}; it must have one channel, of class ids")
+        raise BadSample(f"the mask has mode {image.mode}; it must have one channel, with class ids")
     if image.height * image.width > MAX_PIXELS:
-        raise BadSample(f"the mask has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        raise BadSample(f"the mask has {image.width} x {image.height} pixels, which is more than {MAX_PIXELS:,}")
     return image

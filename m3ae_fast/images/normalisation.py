@@ -26,7 +26,7 @@ def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 
 def to_unit(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return pixels [..., C, H, W], integer or normalised, in units where black is 0 and white is 1."""
+    """Return pixels [..., C, H, W], integer or normalised, in units in which black is 0 and white is 1."""
     if not images.is_floating_point():
         return images / LARGEST[images.dtype]
     mean_C11, std_C11 = _by_channel(images, mean, std)
@@ -34,7 +34,7 @@ def to_unit(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
 
 
 def from_unit(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return pixels in the units of `to_unit`, normalised."""
+    """Return normalised pixels for pixels in the units of `to_unit`."""
     mean_C11, std_C11 = _by_channel(images, mean, std)
     return (images - mean_C11) / std_C11
 

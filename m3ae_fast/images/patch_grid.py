@@ -100,8 +100,8 @@ def grid_of(image: Tensor, patch_size: int) -> Grid:
 
 
 def patch_rows(images: Sequence[Tensor], patch_size: int) -> Tensor:
-    """Split at least one image [C, H, W] into patches and concatenate those of all images to [R, C, P, P], row by
-    row."""
+    """Split one or more images [C, H, W] into patches, row by row, and return the patches of all images
+    [R, C, P, P]."""
     grids, channels = [grid_of(image, patch_size) for image in images], len(images[0])
     cut = images[0].new_empty(sum(rows * columns for rows, columns in grids), channels, patch_size, patch_size)
     for image, (rows, columns), own in zip(images, grids, cut.split([rows * columns for rows, columns in grids])):

@@ -102,7 +102,7 @@ def test_pictures_are_kept_as_finely():
     levels = decode_image(png(RGB, 8, 2), 3)
     assert torch.equal(decode_image(png(RGB, 8, 2), 3, None, "uint16"), (levels.int() * 257).to(torch.uint16))
     for data, channels, message in (
-        (png(colours, 16, 2), 3, "colour channels, of which Pillow reads 8 bits"),
+        (png(colours, 16, 2), 3, "colour channels of unsigned 16-bit values, of which Pillow reads 8 bits"),
         (png(values, 16, 0), 4, "has one channel of unsigned 16-bit values, but the model expects 4"),
     ):
         with pytest.raises(BadSample, match=message):

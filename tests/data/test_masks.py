@@ -57,7 +57,7 @@ def test_a_mask_that_does_not_fit_its_image_is_refused(tmp_path):
     images = write(tmp_path / "images", {"a.jpg": picture(1, (32, 24)), "b.jpg": turned.getvalue()})
     masks = write(tmp_path / "masks", {"a.png": mask(1, (24, 32)), "b.png": mask(1, (24, 32))})
     folder = Folder(images, masks=masks)
-    with pytest.raises(BadSample, match="the mask has 24 x 32 pixels, the image 32 x 24"):
+    with pytest.raises(BadSample, match="the mask has 24 x 32 pixels, but the image has 32 x 24"):
         folder.read("train", 0)
     assert folder.read("train", 1).members == {"mask.png": mask(1, (24, 32))}
     (masks / "a.png").write_bytes(picture(0, (32, 24)))

@@ -263,7 +263,7 @@ def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
     (pictures / "dog" / "1.jpg").write_bytes(b"no image")
     expected = f"""{tmp_path}/out: 9 samples in 5 shards (2 paired, 7 images alone), 2 with a caption
 1 skipped sample that cannot be used, such as
-    dog/1.jpg: not an image in a known format
+    dog/1.jpg: the file is not an image in a known format
 5 samples with an empty caption, such as
     cat/0.jpg
     cat/1.jpg

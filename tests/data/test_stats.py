@@ -99,7 +99,8 @@ def test_the_command_prints_settings_and_writes_them(shards, tmp_path, capsys, c
     assert main(command) == 0
     out = capsys.readouterr().out
     for text in (
-        "14 of 14 samples", "cannot be read: 2 (14.29%", "2: not an image in a known format", "width: median", "GIF 4",
+        "14 of 14 samples", "cannot be read: 2 (14.29%", "2: the file is not an image in a known format",
+        "width: median", "GIF 4",
         "different labels: 3 (0 3, 1 3, 2 2)", f"--set model.channels={channels}", '--set data.range="dtype"',
         "words: median",
     ):  # fmt: skip

@@ -82,7 +82,7 @@ def test_errors(tmp_path, tokenizer_file, monkeypatch):
 
     monkeypatch.setattr("m3ae_fast.batch.tokenizer.hub_answers", lambda name: True)
     monkeypatch.setattr("m3ae_fast.batch.tokenizer.hf_hub_download", offline)
-    with pytest.raises(UserError, match="bert-base-uncased: neither a file nor available from the Hugging Face Hub"):
+    with pytest.raises(UserError, match="bert-base-uncased: is neither a file nor available from the Hugging Face Hub"):
         load_tokenizer("bert-base-uncased", 8)
 
 

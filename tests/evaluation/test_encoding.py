@@ -330,7 +330,7 @@ def test_half_precision_is_encoded(run, precision):
 
 def test_a_file_that_is_no_image_is_named(model, tmp_path):
     (tmp_path / "a.png").write_bytes(b"text")
-    with pytest.raises(ValueError, match=r"a.png: not an image in a known format"):
+    with pytest.raises(ValueError, match=r"a.png: the file is not an image in a known format"):
         model.encode(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"nowhere.png: cannot be read \(No such file or directory\)"):
         model.encode(["nowhere.png"])

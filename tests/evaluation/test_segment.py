@@ -216,7 +216,7 @@ def test_masks_of_palettes_and_of_16_bits_hold_ids():
         (png(np.full((2, 3), 300, np.uint16)), "the mask has the class id 300; ids must be from 0 to 255"),
         (png(ids)[:45], "cannot be decoded"),
         (b"GIF89a", "the mask is not a PNG"),
-        (png(ids.T.copy()), "the mask has 2 x 3 pixels, the image 3 x 2"),
+        (png(ids.T.copy()), "the mask has 2 x 3 pixels, but the image has 3 x 2"),
     ):
         with pytest.raises(BadSample, match=message):
             read_mask(data, image)
@@ -232,8 +232,8 @@ def test_mistakes_are_one_line(transfer, masked, tmp_path):
     for options, train, message in (
         ([], plain, "no sample has a mask, KEY.mask.png next to its image; make shards"),
         ([], one, "its masks have 1 classes besides segment.ignore_label 255; at least two are"),
-        ([], turned, r"is invalid \(the mask has 48 x 40 pixels, the image 40 x 48\); repair or remove it"),
-        ([], rgb, r"is invalid \(the mask has mode RGB; it must have one channel, of class ids\); repair or remove it"),
+        ([], turned, r"is invalid \(the mask has 48 x 40 pixels, but the image has 40 x 48\); repair or remove it"),
+        ([], rgb, r"is invalid \(the mask has mode RGB; it must have one channel, with class ids\); repair"),
         (["--set", "data.resize=native"], masked[0], "segment needs images of one size; add --set data.resize=sq"),
         (["--set", "linear.steps=3"], masked[0], "linear.steps: segment does not use it; did you mean segment.steps"),
     ):
