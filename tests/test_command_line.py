@@ -15,9 +15,9 @@ WRONG = [
     (output(), "out\udcff", "is not UTF-8"),
     (output(".png"), "photo.jpg", "photo.jpg: must end in .png"),
     (output(".npz", ".parquet"), "npz", "npz: must end in .npz or .parquet"),
-    (seed, "-1", "-1: must be a whole number from 0"),
-    (seed, "9" * 40, "9: must be a whole number from 0"),
-    (seed, "", "must be a whole number from 0"),
+    (seed, "-1", "-1: must be an integer from 0"),
+    (seed, "9" * 40, "9: must be an integer from 0"),
+    (seed, "", "must be an integer from 0"),
 ]
 SRUN = {
     "SLURM_STEP_NUM_TASKS": "2",

@@ -15,11 +15,12 @@ from m3ae_fast.base.environment import DEVICES, Device
 from m3ae_fast.base.errors import ErrorElsewhere, UserError
 from m3ae_fast.process.launchers import is_first_rank
 
-_FIRST_S = 10.0  # seconds for rank 0 to report a mistake: it may start later than others
+_FIRST_S = 10.0  # seconds that other ranks wait for rank 0 to report a mistake, because it may start later
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises UserError for a mistake; argparse would print the usage and exit. A command reports its own mistakes."""
+    """A parser that raises UserError for a mistake, whereas argparse would print the usage and exit. Mistakes in the
+    arguments of a command are reported by the command's own parser."""
 
     def error(self, message: str) -> NoReturn:
         refuse(f"{message}; `{self.prog} --help` lists the options")
@@ -35,9 +36,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def refuse(message: str) -> NoReturn:
-    """Raise UserError for a mistake in the arguments of the program. All ranks have the same arguments: only rank 0
-    raises it, and the other ranks raise ErrorElsewhere a little later, because the launcher ends all ranks when the
-    first one exits."""
+    """Raise UserError for a mistake in the arguments of the program. Since all ranks have the same arguments, only rank
+    0 raises it. The other ranks raise ErrorElsewhere a little later, because the launcher ends all ranks when the first
+    one exits."""
     if is_first_rank():
         raise UserError(message) from None
     time.sleep(_FIRST_S)
@@ -125,7 +126,7 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
         "--labels",
         default="cls",
         metavar="cls|json.FIELD",
-        help="where to read labels: cls, or json.FIELD (default: cls)",
+        help="source of the labels: cls, or json.FIELD (default: cls)",
     )
 
 
@@ -135,7 +136,7 @@ def add_resume(parser: argparse.ArgumentParser, folder: str) -> None:
         "--resume",
         default="no",
         metavar="auto|no|PATH",
-        help=f"auto: continue from the last checkpoint in {folder}, or start; no (default): start a new run; "
+        help=f"auto: continue from the last checkpoint in {folder}, if any; no (default): start a new run; "
         "PATH: continue from that checkpoint or run folder",
     )
 
@@ -148,7 +149,7 @@ def output(*endings: str) -> Callable[[str], Path]:
         if not text:
             raise UserError("the output path is empty; give a path")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UserError(f"{text!r}: the name is not UTF-8; choose another")
+            raise UserError(f"{text!r}: the name is not UTF-8; choose another name")
         if endings and not text.endswith(endings):
             raise UserError(f"{text}: must end in {' or '.join(endings)}")
         return Path(text)
@@ -159,7 +160,7 @@ def output(*endings: str) -> Callable[[str], Path]:
 def seed(text: str) -> int:
     """Parse a seed. Raises UserError if torch does not accept the seed."""
     if not (text.isdecimal() and int(text) < 1 << 63):
-        raise UserError(f"--seed {text}: must be a whole number from 0, below 2^63")
+        raise UserError(f"--seed {text}: must be an integer from 0 to 2^63 - 1")
     return int(text)
 
 
@@ -170,7 +171,9 @@ def names_of(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         names = [*dict.fromkeys(text.split(","))]
         if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{text}: no {what} {unknown[0]!r}; choose from {', '.join(known)}")
+            raise argparse.ArgumentTypeError(
+                f"{text}: there is no {what} {unknown[0]!r}; choose from {', '.join(known)}"
+            )
         return names
 
     return parse

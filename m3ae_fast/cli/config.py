@@ -73,7 +73,7 @@ _Sections = dict[type[BaseModel], tuple[str, str]]
 
 def _sections(root: type[BaseModel], above: str = "") -> _Sections:
     """Return the sections in `root`, including nested ones. A section class that occurs several times is listed once,
-    with the full name of its first occurrence and its description in `root`, which is empty if it is nested."""
+    with the full name and the description of its first occurrence. The description of a nested section is empty."""
     found: _Sections = {}
     for key, field in root.model_fields.items():
         if kind := section_of(field.annotation):

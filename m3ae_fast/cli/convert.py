@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         "of the published sizes",
     )
     parser.add_argument(
-        "--dec-num-heads", type=int, help="number of attention heads of the decoder, needed in the same cases"
+        "--dec-num-heads", type=int, help="number of attention heads of the decoder, needed for the same files"
     )
     args = parser.parse_args(argv)
     from m3ae_fast.vqgan.model import VQGAN

@@ -1,4 +1,4 @@
-"""Draw what a model has learnt: reconstructions, attention, a map of features, filled-in words and patches.
+"""Draw figures of a model: reconstructions, attention, a map of the features, filled-in words and patches.
 
 m3ae-fast draw reconstructions runs/large                       # original, masked, reconstructed; captions
 m3ae-fast draw reconstructions runs/large --ratios 0.5 0.75     # the same images at several mask ratios
@@ -24,9 +24,9 @@ from m3ae_fast.evaluation.tasks import MAP_NEEDS
 from m3ae_fast.weights.model_name import MASK, MODEL_HELP
 
 RUN_HELP = "a run folder (its last checkpoint is used) or a checkpoint folder"
-OF_A_RUN = "Samples are selected evenly from data.val of the run (without it, from data.train), or from --val."
-MAP = f"""t-SNE of the features of all samples that have a class. With several runs, one map for each is drawn, side by
-side, for the samples of the first run. {OF_A_RUN}
+OF_A_RUN = "Samples are selected evenly from --val (default: the run's data.val or, if it is empty, its data.train)."
+MAP = f"""t-SNE of the features of all samples that have a class. With several runs, the maps of all runs are drawn side
+by side, for the samples of the first run. {OF_A_RUN}
 """
 FILL = """Predict the masked words of a caption, and complete the missing patches of an image.
 

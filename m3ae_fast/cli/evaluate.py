@@ -132,7 +132,7 @@ def _add_survey(command: argparse.ArgumentParser, pools: bool) -> None:
             default=[],
             metavar="all|NAME,NAME",
             help=f"evaluate the features of each of these poolings ({', '.join(POOLS)}) in one pass over the images; "
-            "OUT contains no classifier (default: that of encode.pool)",
+            "OUT contains no classifier (default: only the pooling of encode.pool)",
         )
     command.add_argument(
         "--shots",
@@ -146,7 +146,7 @@ def _add_survey(command: argparse.ArgumentParser, pools: bool) -> None:
         "--draws",
         type=_draws,
         metavar="N",
-        help=f"number of random draws per entry of --shots, from 2 (default: {DRAWS})",
+        help=f"number of random draws per entry of --shots, at least 2 (default: {DRAWS})",
     )
 
 

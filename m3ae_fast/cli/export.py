@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         help="for runs with train.ema: export the moving average or the last weights (default: average)",
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload OUT to the Hugging Face Hub under this name")
-    parser.add_argument("--private", action="store_true", help="with --push: create the repository as private")
+    parser.add_argument("--private", action="store_true", help="with --push: create a private repository")
     for option, what in (("--train", "training"), ("--val", "held-out")):
         text = f"with --format onnx: labelled {what} images for the k-NN accuracy"
         parser.add_argument(option, nargs="+", default=[], metavar="SHARDS", help=text)

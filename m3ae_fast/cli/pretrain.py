@@ -1,6 +1,6 @@
 """Pre-train a model with one command: shards, tokenizer, settings, training, evaluation, report and export.
 
-m3ae-fast pretrain photos/ --out run                      # captions next to the images or in a table; classes: folders
+m3ae-fast pretrain photos/ --out run                      # captions: next to the images or in a table; classes: folders
 m3ae-fast pretrain imagenette2/ --out run                 # train/CLASS and val/CLASS: the images in val are held out
 m3ae-fast pretrain 'shards/*.tar' --out run --hours 8
 m3ae-fast pretrain uoft-cs/cifar10 --out run              # a dataset of the Hugging Face Hub
@@ -8,7 +8,7 @@ m3ae-fast pretrain photos/ --out run --from runs/base     # continue from existi
 m3ae-fast pretrain photos/ --out run --dry-run            # print the chosen settings and the expected duration
 
 The chosen settings are printed and written to OUT/config.json, which can be passed to `m3ae-fast train --config`.
-If it is interrupted, run the same command again to resume. In Python: m3ae_fast.pretrain("photos/", out="run").
+If the command is interrupted, run it again to resume. In Python: m3ae_fast.pretrain("photos/", out="run").
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 def _pretrain(args: argparse.Namespace) -> bool:
     """Return whether the run is finished."""
     use_device(args.device)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the imports of libraries do not handle it well
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the imports of libraries do not handle SIGINT well
     from m3ae_fast.pretraining.stages import pretrain
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

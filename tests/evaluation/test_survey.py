@@ -169,7 +169,7 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, tmp_path, monkeypatch
         transfer("knn", "--layers", "3")
     with pytest.raises(UserError, match=r"--pools replaces encode\.pool; leave out one of the two"):
         transfer("knn", "--pools", "all", *settings("encode.pool=cls"))
-    with pytest.raises(UserError, match="argument --pools: max: no pooling 'max'; choose from mean, cls"):
+    with pytest.raises(UserError, match="argument --pools: max: there is no pooling 'max'; choose from mean, cls"):
         transfer("knn", "--pools", "max")
     with pytest.raises(UserError, match="unrecognized arguments: --pools all"):
         transfer("attentive", "--pools", "all")
