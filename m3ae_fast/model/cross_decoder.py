@@ -82,8 +82,8 @@ class CrossDecoder(Blocks):
         Args:
             x_ME: mask embeddings with positions.
             memory_TE: the encoder's output at the decoder's width.
-            keys, queries: segments of the encoder's rows and of `x_ME`, equally many.
-            draws_S: seeds of stochastic depth, see `drop_path_factors`.
+            keys, queries: segments of the encoder's rows, and the same number of segments of `x_ME`.
+            draws_S: seeds of stochastic depth; see `drop_path_factors`.
         """
         kv_BTX = self.kv(memory_TE).unflatten(-1, (len(self.blocks), -1)).unbind(1)
         for block, kv_TX, factors_2S in zip(self.blocks, kv_BTX, self.factors(draws_S)):

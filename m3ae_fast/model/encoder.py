@@ -81,8 +81,8 @@ class EncoderInput(nn.Module):
 
 
 class MultimodalEncoder(nn.Module):
-    """Patch and text embeddings and the transformer over them. Its weights are empty until `reset_parameters`, or until
-    they are loaded."""
+    """Patch and text embeddings and the transformer over them. Its weights are uninitialised until `reset_parameters`
+    is called or weights are loaded."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -96,8 +96,8 @@ class MultimodalEncoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as in the official code: Xavier-uniform for matmuls, N(0, 1) for text embeddings, N(0, 0.02) for
-        other embeddings."""
+        """Initialise the weights as in the official code: matmuls with Xavier-uniform values, text embeddings with N(0,
+        1), and other embeddings with N(0, 0.02)."""
         for name, p in self.named_parameters():
             if name.endswith("text_embedding"):
                 nn.init.normal_(p)
@@ -145,9 +145,9 @@ class MultimodalEncoder(nn.Module):
             pools: the poolings.
 
         Returns:
-            Features [S, K, D], where K numbers the pairs of a layer and a pooling: all poolings of the first layer come
-                first. The features of the last block equal those of `pooled` bitwise, except that those of the cls
-                token may differ by rounding if there are several poolings.
+            Features [S, K, D] for K pairs of a layer and a pooling; all poolings of the first layer come first. The
+                features of the last block equal those of `pooled` bitwise, except that those of the cls token may
+                differ by rounding if there are several poolings.
         """
         cls_rows = batch.encoder.cu_seqlens[:-1]
         only = {*pools} == {"cls"}  # the last block then computes the cls rows only
@@ -218,7 +218,7 @@ class MultimodalEncoder(nn.Module):
     def _input(self, batch: PackedBatch) -> Tensor:
         images = batch.images
         if images.is_floating_point():
-            # 16 bits if ZeRO keeps weights so, as for all activations
+            # 16 bits if ZeRO keeps the weights in 16 bits, as for all activations
             images = images.to(self.patch_embed.weight.dtype)
         return self.encoder_input(self.patch_embed(images, batch.patch_ids), batch)
 
@@ -244,7 +244,7 @@ class MultimodalEncoder(nn.Module):
             value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays of more
                 than 8 bits, in place of the model's image_range. None or "normalised": tensors are already normalised,
                 (x - mean) / std, with image_mean and image_std of `config` and x from 0 to 1. Their shape is [C,
-                image_size, image_size], or sides are multiples of the patch size for native aspect ratio. (black,
+                image_size, image_size]; for native aspect ratio, their sides are multiples of the patch size. (black,
                 white): images of any size, such as (0, 1) for the output of torchvision's ToTensor or (0, 255) for
                 floats of 8-bit levels. With None, tensors that are evidently not normalised raise ValueError, and
                 float32 arrays are read with the model's image_range.
@@ -257,9 +257,9 @@ class MultimodalEncoder(nn.Module):
             Features [S, D] on the model's device: float32, or float64 if the weights are float64.
 
         Raises:
-            ValueError: both are None, their numbers differ, one of them is None, an image does not fit the model,
-                floating images are evidently not what value_range says, or there is no such layer, pool, batch,
-                precision or value_range.
+            ValueError: images and texts are both None or differ in number, one of the items is None, an image does not
+                fit the model, floating-point images evidently contradict value_range, or there is no such layer, pool,
+                batch, precision or value_range.
             UserError: a file cannot be read, texts are given but the model has no tokenizer, or a feature is not
                 finite.
         """
@@ -369,7 +369,7 @@ class MultimodalEncoder(nn.Module):
     def require_tokenizer(self) -> None:
         """Raise UserError if the model does not accept text."""
         if not self.config.vocab_size:
-            raise UserError("the model is image-only (vocab_size 0): it does not accept captions; pass only images")
+            raise UserError("the model is image-only (vocab_size 0) and does not accept captions; pass only images")
         if self.tokenizer is None:
             raise UserError(
                 "the model has no tokenizer: set the tokenizer with which it was trained (data.tokenizer, "
@@ -394,7 +394,7 @@ class MultimodalEncoder(nn.Module):
 
         Returns:
             [S, 1 + L + n, D]: the cls token, the patches (if there are images) and the text tokens (if there is text).
-                Padding is 0.
+                The rows of padding are 0.
 
         Raises:
             ValueError: images and text are both None or empty, batch sizes differ, padding precedes tokens, a size does

@@ -1,6 +1,7 @@
 """FLOPs of matmuls (2 per multiply-add), forward and backward, per sample or per packed batch.
 
-Shapes: N rows of a sequence, D width. A block costs 24 D^2 N + 4 N^2 D forward (mlp_ratio 4), twice that backward.
+Shapes: N rows of a sequence, D width. With mlp_ratio 4, a block costs 24 D^2 N + 4 N^2 D FLOPs in the forward pass, and
+twice that in the backward pass.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def _heads(config: ModelConfig, image_rows: float, text_rows: float) -> float:
 def reference_flops(config: ModelConfig, masking: MaskingConfig, image: bool = True, text: bool = True) -> float:
     """Return the FLOPs that the official code spends on one training sample, forward and backward.
 
-    It embeds all patches, pads captions to `text_length`, and runs both heads on every position (arXiv 2205.14204).
+    The official code embeds all patches, pads captions to `text_length`, and runs both heads on every position (arXiv
+    2205.14204).
     """
     text = text and config.vocab_size > 0
     patches = config.patches_per_image if image else 0

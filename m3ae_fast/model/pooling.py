@@ -12,8 +12,8 @@ from m3ae_fast.batch.packed import Segments
 
 
 def mean_of_tokens(x_TD: Tensor, segments: Segments) -> Tensor:
-    """Return the mean over each sample's rows except the first (cls): [S, D], at least float32. It is 0 if there are no
-    other rows."""
+    """Return the mean over each sample's rows except the first one (cls): [S, D], at least float32. The mean is 0 if
+    the sample has only the cls row."""
     lengths_S = segments.cu_seqlens.diff()
     samples = len(lengths_S)
     sample_T = torch.repeat_interleave(lengths_S, output_size=segments.rows)

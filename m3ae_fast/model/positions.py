@@ -29,7 +29,7 @@ def sincos_2d(dim: int, side: int, first: int = 0) -> Tensor:
 
 def sincos_of_smaller(dim: int, side: int, whole: int) -> Tensor:
     """Return float32 [side * side, dim], row-major: the embeddings at the centres of the patches of an image that has
-    been reduced from `whole` x `whole` patches to `side` x `side`, by the coordinates of the larger one."""
+    been reduced from `whole` x `whole` patches to `side` x `side`, in the coordinates of the original image."""
     places = (torch.arange(side, device="cpu") + 0.5) * (whole / side) - 0.5
     rows, columns = torch.meshgrid(places, places, indexing="ij")
     return torch.cat((sincos_1d(dim // 2, columns.flatten()), sincos_1d(dim // 2, rows.flatten())), dim=1)
@@ -47,10 +47,11 @@ def resampled(image_LD: Tensor, grid: Grid) -> Tensor:
 
 
 class Positions(nn.Module):
-    """Fixed position embeddings of patches and text tokens at one width. Those loaded from a checkpoint are in the
+    """Fixed position embeddings of patches and text tokens at one width. Embeddings loaded from a checkpoint are in the
     state dict.
 
-    They are created on the CPU even if weights are meta tensors (`torch.device("meta")`) that are loaded later.
+    The embeddings are created on the CPU even if weights are meta tensors (`torch.device("meta")`) that are loaded
+    later.
     """
 
     image: Tensor
@@ -83,7 +84,7 @@ class Positions(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the position tables [positions, dim] and [text_length, dim], with the modality's embedding [1, dim]
         added if there is one. The first table is for the patches of a square image, whose size is the model's or the
-        smaller size of the batch's images; or, with native aspect ratio, for the batch's `grids` in the layout of
+        smaller size of the batch's images. With native aspect ratio, it is for the batch's `grids` in the layout of
         `Native.position_indices`."""
         image = self.image
         if self.side is not None and (grid := next(iter(grids), None)) not in (None, (self.side, self.side)):

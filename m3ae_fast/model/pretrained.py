@@ -83,7 +83,7 @@ def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = N
 
 def _preprocessing(config: ModelConfig) -> dict[str, Any]:
     """Return the preprocessing of images as a config of transformers' image processors. Perceiver's processor is used
-    because it crops the central square before resizing; the others crop afterwards."""
+    because it crops the central square before resizing; the other processors crop afterwards."""
     size = {"height": config.image_size, "width": config.image_size}
     return {
         "image_processor_type": "PerceiverImageProcessor",
@@ -109,9 +109,9 @@ def read_pretrained(source: str | Path) -> Pretrained:
         data = read_json(folder / CONFIG_FILE)
         state = read_tensors(folder / MODEL_FILE)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{source}: not an exported M3AE ({error}); create one with m3ae-fast export") from None
+        raise UserError(f"{source}: is not an exported M3AE ({error}); create one with m3ae-fast export") from None
     if isinstance(data, dict) and "architecture" in data:
-        raise UserError(f"{source}: not an exported M3AE but a timm model; convert it with m3ae-fast convert")
+        raise UserError(f"{source}: is not an exported M3AE but a timm model; convert it with m3ae-fast convert")
     config = parse(ModelConfig, data, f"{folder / CONFIG_FILE}")
     tokenizer, path = None, folder / TOKENIZER_FILE
     if config.vocab_size and path.is_file():
@@ -184,7 +184,7 @@ def check_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> Non
             )
         if own[name].shape != state[name].shape:
             raise UserError(
-                f"{where}: {name} has shape {list(state[name].shape)}, the model config expects {list(own[name].shape)}"
+                f"{where}: {name} has shape {list(state[name].shape)}, but the model expects {list(own[name].shape)}"
             )
         if not state[name].isfinite().all():
             raise UserError(f"{where}: {name} is not finite")

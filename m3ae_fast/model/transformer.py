@@ -177,8 +177,8 @@ def _source_tag() -> str:
 
 
 class Blocks(nn.Module):
-    """A stack of blocks, with shared compilation and activation checkpointing, and the final norm, which the caller
-    applies to selected rows."""
+    """A stack of blocks, which can be compiled and checkpointed, and a final norm, which the caller applies to selected
+    rows."""
 
     block: Callable[[int, int, float, Gelu, float, float], nn.Module]  # class of the blocks
 
@@ -246,7 +246,7 @@ class Transformer(Blocks):
         queries: Segments | None = None,
     ) -> Tensor:
         """Map [T, D] to [T, D] before the final norm. With `rows_M`, the last block computes only these rows: [M, D].
-        `draws_S`: seeds of stochastic depth, see `drop_path_factors`."""
+        `draws_S`: seeds of stochastic depth; see `drop_path_factors`."""
         return deque(self.layers(x_TD, segments, draws_S, rows_M, queries), maxlen=1)[0]
 
     def layers(

@@ -54,7 +54,8 @@ def _config(arrays: Mapping[str, np.ndarray]) -> VQGANConfig:
     def count(pattern: str) -> int:
         return len({match[0] for path in arrays if (match := re.match(f"params/{pattern}_[0-9]+/", path))})
 
-    levels = count("decoder/Conv") - 1  # one convolution before the levels, one after, and one between two levels
+    # one convolution before the levels, one after them, and one between adjacent levels
+    levels = count("decoder/Conv") - 1
     blocks, rest = divmod(count("encoder/ResBlock"), levels + 1)
     if rest or not blocks:
         raise ValueError(f"{count('encoder/ResBlock')} blocks on {levels} levels")
@@ -108,7 +109,7 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # msgpack raises many kinds of errors on hostile input
-        raise UserError(f"{path}: not a flax msgpack file, or a damaged one ({error})") from None
+        raise UserError(f"{path}: is not a flax msgpack file, or is damaged ({error})") from None
 
 
 def _flatten(tree: Any, path: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -50,8 +50,8 @@ class VQGANConfig:
 
 
 class ResBlock(nn.Module):
-    """A residual block: twice norm, swish and convolution. If the width changes, the shortcut is a convolution of the
-    block's own OUTPUT, and the input is not added at all."""
+    """A residual block: two sequences of norm, swish and convolution. If the width changes, the shortcut is a
+    convolution of the block's own OUTPUT, and the input is not added at all."""
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """Return the images [B, 3, H, W], nearly within [0, 1], for codes int [B, h, w]."""
+        """Return the images [B, 3, H, W], nearly within [0, 1], for the code ids, int [B, h, w]."""
         return self.decoder(self.codebook[ids.long()].permute(0, 3, 1, 2).contiguous())
 
     def check_fits(self, patch_size: int, codebook_size: int, where: str) -> None:
@@ -202,15 +202,17 @@ class VQGAN(nn.Module):
             OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError
         ) as error:  # fmt: skip
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder}: not a converted VQGAN ({reason}); name the folder of a converted one") from None
+            raise UserError(
+                f"{folder}: is not a converted VQGAN ({reason}); name the folder of a converted one"
+            ) from None
 
 
 def with_image_targets(batch: PackedBatch, vqgan: VQGAN, config: ModelConfig) -> PackedBatch:
     """Return `batch` with the token ids of its patches that carry loss as targets, 0 for rows of weight 0. `batch` and
     `vqgan` must be on the same device.
 
-    The VQGAN takes pixels in [0, 1], so normalised floating-point images are converted back. (The official code passes
-    normalised images to it.)
+    The VQGAN expects pixels in [0, 1], so normalised floating-point images are converted back. (The official code
+    passes normalised images to it.)
     """
     images = batch.images
     if images.is_floating_point():

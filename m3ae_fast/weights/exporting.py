@@ -81,9 +81,10 @@ def _run_section(run: SavedRun, average: bool) -> str:
     `average`: whether the averaged weights are exported."""
     info, config = run.info, run.info.config
     data = [f"- `{_public(shards)}`" for shards in _shards(config.get("data") or {})]
-    lines = ["## Training", "", f"{info.step:,} steps, {info.samples:,} samples seen, of", "", *data, ""]
+    seen = f"{info.step:,} steps, {info.samples:,} samples seen, from these shards:"
+    lines = ["## Training", "", seen, "", *data, ""]
     if average and run.ema:
-        what = f"a moving average with decay {run.ema:g}; the metrics are of the last weights"
+        what = f"a moving average with decay {run.ema:g}; the metrics were computed with the last weights"
         lines += [f"These weights are {what}.", ""]
     metrics = _last_metrics(run)
     if metrics:
@@ -103,8 +104,8 @@ def _shards(data: dict[str, Any]) -> list[str]:
 
 
 def _public(shards: str) -> str:
-    """Return the publishable part of a shard pattern: the names of local files, a URL without user and query, and
-    nothing of a command."""
+    """Return the publishable part of a shard pattern: the file name of a local path, a URL without user and query, or
+    "pipe:..." for a command."""
     if shards.startswith("pipe:"):
         return "pipe:..."
     if "::" in shards:

@@ -1,4 +1,4 @@
-"""Import of ViTs with the parameter names of facebookresearch/mae, which are timm's for the encoder.
+"""Import of ViTs with the parameter names of facebookresearch/mae, which are timm's names for the encoder.
 
 Shapes: D encoder width, E decoder width, L patches, C channels, P patch size.
 """
@@ -20,7 +20,7 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import ENCODER
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std
-# our name -> theirs; positions, cls token and patch embedding are handled separately
+# name in this package -> name in MAE; positions, cls token and patch embedding are handled separately
 _NAMES = {
     r"patch_embed\.bias": r"patch_embed.proj.bias",
     r"encoder\.(blocks\..+|norm\..+)": r"\1",
@@ -61,7 +61,7 @@ def from_vit(
         notes.append("its last norm (fc_norm) is applied to the mean of the patches, so model.mean_pool is before_norm")
     for name, axes in {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}.items():
         if name not in theirs or theirs[name].ndim != axes:
-            raise UserError(f"{where}: not an MAE or a timm VisionTransformer: lacks the weight {name} of {axes} axes")
+            raise UserError(f"{where}: is neither an MAE nor a timm ViT: it lacks the weight {name} with {axes} axes")
     config = config_of(theirs, options, "before_norm" if norms_the_mean else "after_norm", where)
     with torch.device("meta"):
         own = M3AE(config).state_dict()

@@ -21,7 +21,7 @@ from m3ae_fast.model.pretrained import ENCODER, Pretrained
 from m3ae_fast.weights.from_mae_or_timm import IMAGENET
 from m3ae_fast.weights.inert_pickle import Inert, load_inert
 
-# our name -> flax path
+# name in this package -> flax path
 _NAMES = {
     r"patch_embed\.(weight|bias)": r"image_embedding/\1",
     r"encoder_input\.cls_token": r"cls_token",
@@ -77,7 +77,7 @@ def read_jax_checkpoint(path: Path) -> Pretrained:
         paths = {name: own for name, own in paths.items() if name.startswith(ENCODER)}
         params = {own: array for own, array in params.items() if own in paths.values()}
     for missing in (own for own in paths.values() if own not in params):
-        raise UserError(f"{path}: not an official M3AE checkpoint: lacks the parameter {missing}")
+        raise UserError(f"{path}: is not an official M3AE checkpoint: it lacks the parameter {missing}")
     for unknown in params.keys() - set(paths.values()):
         raise UserError(f"{path}: has a parameter {unknown}, which an M3AE cannot represent")
     state = {name: from_flax(own, params[own]) for name, own in paths.items()}
@@ -91,16 +91,16 @@ def read_jax_checkpoint(path: Path) -> Pretrained:
 def _parts(saved: Any, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the flags and the parameters by flax path."""
     if not isinstance(saved, dict) or not {"state", "variant"} <= saved.keys():
-        raise UserError(f"{path}: not an official M3AE checkpoint: a pickle without 'state' and 'variant'")
+        raise UserError(f"{path}: is not an official M3AE checkpoint: it is a pickle without 'state' and 'variant'")
     state, variant = saved["state"], _plain(saved["variant"])
     fields = _plain(getattr(state, "state", state))
     if not isinstance(fields, dict) or not isinstance(variant, dict):
         called = f"a call of {state.path}, which was not run" if isinstance(state, Inert) else type(state).__name__
-        raise UserError(f"{path}: not an official M3AE checkpoint: its state is {called}")
+        raise UserError(f"{path}: is not an official M3AE checkpoint: its state is {called}")
     params = _plain(fields.get("params"))
     params = _plain(params.get("params")) if isinstance(params, dict) else None
     if not isinstance(params, dict):
-        raise UserError(f"{path}: not an official M3AE checkpoint: its state has no params")
+        raise UserError(f"{path}: is not an official M3AE checkpoint: its state has no params")
     flat = dict(_flatten(_plain(params.get("base_model", params)), ""))
     for name, array in flat.items():
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim == 0:
@@ -152,7 +152,7 @@ def _config(variant: dict[str, Any], params: dict[str, np.ndarray], path: Path) 
     hidden = params.get("encoder/Block_0/TransformerMLP_0/fc1/bias")
     model_type = flags.get("model_type")
     if model_type is not None and model_type not in _HEADS:
-        raise UserError(f"{path}: model_type {model_type!r} is not one of the official code")
+        raise UserError(f"{path}: the official code has no model_type {model_type!r}")
     data = {
         "size": None,
         "emb_dim": emb_dim,

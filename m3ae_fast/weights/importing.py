@@ -66,7 +66,7 @@ def _recognise(source: str, heads: ViTOptions) -> Pretrained:
         saved = _read_torch(path)
         weights = saved.get("model", saved.get("state_dict", saved)) if isinstance(saved, dict) else None
         if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-            raise UserError(f"{source}: not an MAE checkpoint: it contains no dictionary of weights")
+            raise UserError(f"{source}: is not an MAE checkpoint: it contains no dictionary of weights")
         args = saved.get("args")
         return _read_vit(weights, vars(args) if isinstance(args, argparse.Namespace) else {}, heads, source)
     return read_jax_checkpoint(path)
@@ -88,7 +88,7 @@ def _read_folder(path: Path, source: str, heads: ViTOptions) -> Pretrained:
 
 def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOptions, source: str) -> Pretrained:
     config, state, notes = from_vit(weights, heads, source)
-    notes.append("assuming images normalised with ImageNet's mean and std, and exact GELU, as in MAE")
+    notes.append("as in MAE, images are assumed to be normalised with ImageNet's mean and std, and GELU to be exact")
     kind = "encoder of an MAE or a timm ViT"
     if "decoder_embed.weight" in weights:
         norm_pix = f"loss.norm_pix={str(bool(args['norm_pix_loss'])).lower()}" if "norm_pix_loss" in args else ""
@@ -102,7 +102,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return read_tensors(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a safetensors file, or it is damaged ({error})") from None
+        raise UserError(f"{path}: is not a safetensors file, or is damaged ({error})") from None
 
 
 def _read_torch(path: Path) -> Any:

@@ -64,7 +64,7 @@ class ImageEncoder(nn.Module):
 
 
 def input_dtype(config: ModelConfig) -> np.dtype:
-    """Return the dtype of a file's input; torch cannot export uint16."""
+    """Return the dtype of a file's input: int32 instead of uint16, which torch cannot export."""
     return np.dtype("int32" if config.image_dtype == "uint16" else config.image_dtype)
 
 

@@ -175,8 +175,8 @@ def untrained(config: ModelConfig, loss: LossConfig, seed: int) -> M3AE:
 
 def set_images(model: MultimodalEncoder, settings: Mapping[str, Any]) -> None:
     """Change settings of the images that the model will receive, such as their value range. `settings`: see
-    `DataConfig.image_settings`; a setting of None is unchanged. Raises UserError if the model does not support the
-    settings."""
+    `DataConfig.image_settings`; settings that are None are left unchanged. Raises UserError if the model does not
+    support the settings."""
     given = {name: value for name, value in settings.items() if value is not None}
     model.config = parse(ModelConfig, model.config.model_dump(mode="json") | given, "data, with the model's config")
     for module in model.modules():

@@ -194,14 +194,14 @@ MISTAKES = {
     both_norms: "has a weight fc_norm.weight, which an M3AE cannot represent",
     flat_patches: "its patches are not square, or 9 of them do not fill a square image",
     one_patch_more: "its patches are not square, or 10 of them do not fill a square image",
-    two_axes: "lacks the weight cls_token of 3 axes",
+    two_axes: "lacks the weight cls_token with 3 axes",
     header: "has a weight header.weight, which an M3AE cannot represent",
     extra: "has a weight blocks.0.ls1.gamma, which an M3AE cannot represent",
     cut: "lacks the weight blocks.1.mlp.fc1.bias",
-    other: "not an MAE or a timm VisionTransformer: lacks the weight cls_token",
+    other: "is neither an MAE nor a timm ViT: it lacks the weight cls_token",
     moved: "decoder_pos_embed moves the cls token",
     moved_a_little: "decoder_pos_embed moves the cls token",
-    wide: "encoder.norm.weight has shape [25], the model config expects [24]",
+    wide: "encoder.norm.weight has shape [25], but the model expects [24]",
 }
 
 

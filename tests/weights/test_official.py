@@ -260,7 +260,7 @@ MISTAKES = {
     folder: "neither checkpoints nor an exported model",
     another_pickle: "a pickle without 'state' and 'variant'",
     linear_probe: "contains no M3AE encoder, but the parameters Dense_0/kernel",
-    wrong_shape: "encoder.blocks.1.attn.proj.weight has shape [25, 24], the model config expects [24, 24]",
+    wrong_shape: "encoder.blocks.1.attn.proj.weight has shape [25, 24], but the model expects [24, 24]",
     missing: "lacks the parameter decoder/LayerNorm_0/scale",
     unknown: "has a parameter register_tokens, which an M3AE cannot represent",
     not_finite: "encoder_input.cls_token is not finite",
@@ -269,7 +269,7 @@ MISTAKES = {
     integers: "the parameter encoder/LayerNorm_0/scale is not an array of floats but int32",
     no_axis: "the parameter encoder/LayerNorm_0/scale is not an array of floats but float32",
     no_heads: "lack the number of heads",
-    unknown_size: "model_type 'giant' is not one of the official code",
+    unknown_size: "the official code has no model_type 'giant'",
     unknown_normalisation: "cannot read its image normalisation 'custom'",
     vqgan_targets: "ids of an image tokenizer",
 }
