@@ -98,7 +98,7 @@ def test_options_that_are_short_for_a_setting_apply_in_the_order_of_the_line():
         'data.val=[{"shards": ["c.tar"]}]',
     ]
     assert train.parse_args(["--config", "base"]).set == []
-    with pytest.raises(UserError, match="--seed x: must be a whole number"):
+    with pytest.raises(UserError, match="--seed x: must be an integer"):
         train.parse_args(["--config", "base", "--seed", "x"])
 
 

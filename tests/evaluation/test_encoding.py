@@ -337,7 +337,7 @@ def test_a_file_that_is_no_image_is_named(model, tmp_path):
     for wrong in (np.zeros((4, 4, 3)), np.zeros((2, 2, 4, 4, 3), np.uint8)):
         with pytest.raises(
             ValueError,
-            match=r"the image cannot be used: (arrays of float64 require|the array has shape \[2, 4, 4, 3\], and not)",
+            match=r"the image cannot be used: (arrays of float64 require|the array has shape \[2, 4, 4, 3\], but must)",
         ):
             model.encode(wrong)
 

@@ -198,7 +198,7 @@ CASES = [
         "colour, 16 bits, one transparent colour",
         lambda: png(_deep_rgb, 16, 2, (b"tRNS", struct.pack(">3H", *_deep_rgb[0, 0]))),
         range="dtype",
-        refused="a transparent colour, an unsupported combination",
+        refused="a transparent colour, which is not supported",
     ),
     Case("PNG", "palette", lambda: png(_indices, 4, 3, _plte), RGB),
     Case(
