@@ -16,7 +16,7 @@ TRY_AGAIN = 75  # exit code: EX_TEMPFAIL of sysexits.h
 
 
 class UserError(Exception):
-    """A mistake in the config, data, checkpoint or command line. The message is one line that names the thing and says
+    """A mistake in the config, data, checkpoint or command line. The message is one line that states what is wrong and
     what to do.
 
     Programs of this package print the message without a traceback and exit with `exit_code`.
@@ -44,7 +44,7 @@ class ErrorReport(NamedTuple):
     complete: bool  # whether the line explains the error; otherwise it is a bug, whose traceback its process prints
 
 
-# system errors that are not a program's fault
+# system errors that are not bugs of the program
 _RIGHTS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _LIMITS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG}
 _DEVICES = {errno.EIO, errno.ESTALE, errno.EPIPE}

@@ -1,4 +1,4 @@
-"""Capabilities of this machine: faster precision, peak FLOP/s, memory, compiler."""
+"""Capabilities of this machine: its faster precision, peak FLOP/s, memory and compiler."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def missing_for_triton() -> list[str]:
 
 
 def pins_memory(device: torch.device) -> bool:
-    """Return whether copies to the device are faster from pinned memory, and overlap with the computation."""
+    """Return whether copies from pinned memory to the device are faster and overlap with the computation."""
     return device.type == "cuda"
 
 

@@ -38,7 +38,7 @@ _LEVELS = 100  # a wider range denotes integer levels, for which fractional valu
 
 def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[OneImage]:
     """Return the images as a sequence; a single image becomes a list of one. A tensor or an array with four dimensions
-    is several images, and so is an array with three dimensions whose shape cannot be [H, W, channels]. Raises
+    is taken as several images, and so is an array with three dimensions whose shape cannot be [H, W, channels]. Raises
     ValueError for an array with three dimensions that could also be one image with its channels first."""
     if isinstance(images, (str, os.PathLike, Image)):
         return [images]
@@ -159,10 +159,10 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
     The dtype is the model's image_dtype, or a normalised floating-point dtype.
 
     Args:
-        image: one of the following. The path of a file, which is read as in shards. A PIL image. An array [H, W, C] or
-            [H, W], which is read like a .npy file. A tensor [C, H, W] of dtype uint8, or uint16 if that is the model's
-            image_dtype; it is cropped to the central square unless the model has native aspect ratio. A floating-point
-            tensor.
+        image: one of the following: the path of a file, which is read as in shards; a PIL image; an array [H, W, C] or
+            [H, W], which is read like a .npy file; a tensor [C, H, W] of dtype uint8, or uint16 if that is the model's
+            image_dtype, which is cropped to the central square unless the model has native aspect ratio; or a
+            floating-point tensor.
         value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays of more than
             8 bits, in place of the model's image_range. With (black, white), such as (0, 1), the image may have any
             size and is read like a file; if it must be resized, its values are rounded to the model's integers. With

@@ -29,7 +29,7 @@ class LossCounts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """A batch created by `pack`, which is never modified. Index tensors are int32; -1 means none."""
+    """A batch created by `pack`. It is never modified. Index tensors are int32; -1 means none."""
 
     keys: list[str]
     # [B, C, H, W], uint8, uint16, or floating-point and already normalised. Native images are stored as patches, [R, C,

@@ -136,8 +136,8 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> Tokenizer:
     """
     tokenizer = _bert(models.WordPiece(unk_token=UNKNOWN))
     # The trainer numbers symbols in hash order unless they are given, and breaks ties by number, so all symbols are
-    # given for reproducibility. It would treat these as special tokens, so a new tokenizer is built from the
-    # vocabulary.
+    # given for reproducibility. The trainer would treat the given symbols as special tokens, so a new tokenizer is
+    # built from the vocabulary.
     symbols = sorted({symbol for caption in captions for symbol in _symbols(tokenizer, caption)})
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*SPECIAL, *symbols], show_progress=False)
     tokenizer.train_from_iterator(captions, trainer)
@@ -172,8 +172,8 @@ def _find(name: str, label: str) -> Path:
 
 @contextmanager
 def _panics_as_errors() -> Iterator[None]:
-    """Convert a panic in the Rust tokenizers library into a ValueError; the exception that it raises does not derive
-    from Exception.
+    """Convert a panic in the Rust tokenizers library into a ValueError, because the exception that a panic raises does
+    not derive from Exception.
 
     By then, Rust has printed its own message on stderr. It could be suppressed only by redirecting file descriptor 2,
     which would also hide the output of other threads, and the last message if the library aborts the process for lack

@@ -25,8 +25,8 @@ class Saver:
     """Asynchronous writer of checkpoints. It copies the state during the next step's forward and backward passes, and
     writes it in a thread, one checkpoint at a time. As a context manager, it waits for the last checkpoint at the end.
 
-    A checkpoint is good once a loss computed from its weights is finite: that of the next step, or that of an
-    evaluation after the same step.
+    A checkpoint is good once a loss computed from its weights is finite: the loss of the next step, or of an evaluation
+    after the same step.
     """
 
     run_dir: Path
@@ -50,7 +50,7 @@ class Saver:
 
     def save(self, info: checkpoint.Info) -> None:
         """Start copying and writing this rank's part of a checkpoint. Every rank must call it. Raises UserError if the
-        previous save failed; a bug in it is raised on the rank where it occurred."""
+        previous save failed; a bug in that save is raised on the rank on which it occurred."""
         self.wait()  # the copy of the previous save is overwritten next
         step, good, main = info.step, self._finite_evaluation == info.step, self.ranks.is_main
         constants = {name: whole(tensor) for name, tensor in self.constants.items()} if main else {}

@@ -66,7 +66,8 @@ class LinearProbeConfig(LoopConfig, ScheduleConfig):
 
     Settings that are null are derived from the number of training samples by this
     [rule](guide/comparing.md#default-hyper-parameters-by-dataset-size). For ImageNet, the rule gives the official
-    hyper-parameters, except for `encode.pool`, which is `cls` in the official code. A resumed run keeps its values.
+    hyper-parameters, except for `encode.pool`, which is `cls` in the official code. A resumed run keeps the values that
+    were derived at its start.
     """
 
     SECTION: ClassVar[str] = "linear"

@@ -68,8 +68,8 @@ class Muon(torch.optim.Optimizer):
     """An optimiser that uses Muon for one group of parameters, and another optimiser for all other groups.
 
     Muon's group has `momentum`, `weight_decay` (decoupled), and `matrices`: the number of equally large matrices that
-    are stacked in each parameter. The other optimiser's group dictionaries and state are shared with it, so that both
-    optimisers see the flat buffers with which ZeRO replaces parameters; see `shard`.
+    are stacked in each parameter. This optimiser shares the group dictionaries and the state of the other optimiser, so
+    that both see the flat buffers with which ZeRO replaces parameters; see `shard`.
     """
 
     def __init__(self, group: dict[str, Any], others: torch.optim.Optimizer, dtype: torch.dtype) -> None:

@@ -130,7 +130,7 @@ class MultimodalEncoder(nn.Module):
         Differentiable.
 
         Args:
-            batch: on the model's device.
+            batch: the batch, on the model's device.
             pool: "mean": the mean of all rows except cls (0 if there are none), with the LayerNorm before or after the
                 mean according to the config's `mean_pool`. "cls": the row of the cls token.
         """
@@ -140,7 +140,7 @@ class MultimodalEncoder(nn.Module):
         """Return features after each of several blocks, pooled and normalised as in `pooled`, from one pass.
 
         Args:
-            batch: on the model's device.
+            batch: the batch, on the model's device.
             layers: numbers of the blocks, from 1.
             pools: the poolings.
 

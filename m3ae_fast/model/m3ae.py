@@ -169,7 +169,7 @@ class M3AE(MultimodalEncoder):
         """Return the losses of a packed batch. If the batch lacks a modality, its loss is 0 and its gradients are zero.
 
         Args:
-            batch: on the model's device.
+            batch: the batch, on the model's device.
             counts: denominators of the losses. If the batch is a part of a step, these are the counts of the whole step
                 divided by the number of ranks. None: the counts of the batch.
         """
