@@ -75,7 +75,7 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
     if not (spans[:, 0] < spans[:, 1]).any():
         return
     low, high = spans[:, 0].min().item(), spans[:, 1].max().item()
-    # normalised pixels are the same as pixels from 0 to 1
+    # with a mean of 0 and a standard deviation of 1, normalised pixels are equal to pixels from 0 to 1
     is_same = not any(config.image_mean) and {*config.image_std} == {1.0}
     is_unit = high <= 1 and not is_same
     if low < 0 or not (is_unit or high > _MOST_DEVIATIONS):

@@ -72,7 +72,7 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
         command.add_argument(
             "--modality",
             choices=(task.modality,) if task.modality else MODALITIES,
-            help=f"input of the encoder (default: {task.modality or 'image'}, or that of the classifier)",
+            help=f"input of the encoder (default: {task.modality or 'image'}, or the input of the classifier)",
         )
     command.add_argument("--out", type=output(), required=True, metavar="DIR", help="output folder")
     add_settings(command, "knn.k=10")

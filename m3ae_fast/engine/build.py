@@ -57,8 +57,8 @@ def make_engine(
         deepspeed: settings of DeepSpeed; None: plain torch.
         ranks: the ranks of the run.
         ema: decay of the weights' moving average in the optimiser's state; None: no average.
-        keep_activations: whether compiled blocks keep all activations; otherwise they recompute some of them, see
-            `Blocks.compile_blocks`.
+        keep_activations: whether compiled blocks keep all activations; otherwise they recompute some of them (see
+            `Blocks.compile_blocks`).
 
     Raises:
         UserError: a setting requires something that this machine does not have.

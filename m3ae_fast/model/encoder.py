@@ -195,7 +195,7 @@ class MultimodalEncoder(nn.Module):
         queries: Segments | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield the number and the output rows of each of `layers`, before the final LayerNorm. Blocks after the last
-        of them are not computed. `rows_M`, `queries`: rows that the encoder's last block computes, see
+        of them are not computed. `rows_M`, `queries`: rows that the encoder's last block computes; see
         `Transformer.forward`."""
         rows = self.encoder.layers(self._input(batch), batch.encoder, batch.draws, rows_M, queries)
         for layer, x_TD in enumerate(islice(rows, max(layers)), 1):
@@ -237,8 +237,8 @@ class MultimodalEncoder(nn.Module):
 
         Args:
             images: a path, a PIL image, a uint8 tensor [C, H, W] or array [H, W, C] of any size, or a floating-point
-                tensor (see `value_range`); a list of them, or a tensor or array of several; or None. Images are cropped
-                to the central square unless the model has native aspect ratio.
+                tensor (see `value_range`); a list of these, or one tensor or array of several images; or None. Images
+                are cropped to the central square unless the model has native aspect ratio.
             texts: a text or a list of texts, which require the model's `tokenizer`; or None. An empty text alone has no
                 tokens, so that with pool="mean" its features are 0.
             value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays of more

@@ -1,4 +1,4 @@
-"""Export of the image encoder as an ONNX file for runtimes without torch. It maps pixels to the features of
+"""Export of the image encoder as an ONNX file for runtimes without torch. The file maps pixels to the features of
 `M3AE.encode`. Pixels have the model's image_dtype (int32 instead of uint16) and are not normalised; for floats, black
 is 0 and white is 1.
 
