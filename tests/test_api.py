@@ -73,7 +73,7 @@ def test_images_outside_shards_are_embedded(run, images, tmp_path, kind):
 def test_an_image_that_cannot_be_read_is_named_or_left_out(run, images, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     paths, settings = [images / "a.png", tmp_path / "bad.png"], ["data.workers=0"]
-    with pytest.raises(UserError, match=r"1 of 2 samples cannot be used, such as .*bad.png: not an image") as told:
+    with pytest.raises(UserError, match=r"1 of 2 samples cannot be used, such as .*bad.png: the file is not") as told:
         m3ae_fast.embed(run, paths, overrides=settings)
     assert str(told.value).count("bad.png") == 1
     found = m3ae_fast.embed(run, paths, overrides=[*settings, "data.max_bad_fraction=0.5"])

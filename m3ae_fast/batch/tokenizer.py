@@ -101,7 +101,7 @@ def load_tokenizer(
         with _panics_as_errors():
             tokenizer = _from_vocab(path) if path.suffix == ".txt" else _from_json(path)
     except Exception as error:  # the library raises plain Exceptions
-        raise UserError(f"{label} {name}: is neither a tokenizer.json nor a BERT vocab.txt ({_line(error)})") from None
+        raise UserError(f"{label} {name}: is not a tokenizer.json or a BERT vocab.txt ({_line(error)})") from None
     captions = CaptionTokenizer(tokenizer, max_length)
     try:
         captions.encode("\N{SNOWMAN}xqzj \N{CJK UNIFIED IDEOGRAPH-9F98}")

@@ -184,7 +184,8 @@ def check_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> Non
             )
         if own[name].shape != state[name].shape:
             raise UserError(
-                f"{where}: {name} has shape {list(state[name].shape)}, but the model expects {list(own[name].shape)}"
+                f"{where}: {name} has shape {list(state[name].shape)}, "
+                f"but the model config expects {list(own[name].shape)}"
             )
         if not state[name].isfinite().all():
             raise UserError(f"{where}: {name} is not finite")

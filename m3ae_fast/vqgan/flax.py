@@ -109,7 +109,7 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # msgpack raises many kinds of errors on hostile input
-        raise UserError(f"{path}: is not a flax msgpack file, or is damaged ({error})") from None
+        raise UserError(f"{path}: is not a flax msgpack file, or it is damaged ({error})") from None
 
 
 def _flatten(tree: Any, path: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -102,7 +102,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return read_tensors(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: is not a safetensors file, or is damaged ({error})") from None
+        raise UserError(f"{path}: is not a safetensors file, or it is damaged ({error})") from None
 
 
 def _read_torch(path: Path) -> Any:

@@ -148,4 +148,4 @@ def load_inert(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # damaged pickles raise many kinds of errors
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: is not a pickle, or is damaged ({type(error).__name__}: {reason})") from None
+        raise UserError(f"{path}: is not a pickle, or it is damaged ({type(error).__name__}: {reason})") from None

@@ -131,7 +131,7 @@ def test_mistakes_are_one_line(shards, tmp_path):
         ([texts], "none of 3 samples has an image that can be read$"),
         ([shards, "--write", str(tmp_path / "none.json")], r"--write .*none\.json: cannot be read"),
         ([shards, "--write", str(config)], r"--write .*config\.json: model.size"),
-        ([shards, "--tokenizer", str(config)], r"--tokenizer .*config\.json: not a tokenizer"),
+        ([shards, "--tokenizer", str(config)], r"--tokenizer .*config\.json: is not a tokenizer"),
         ([shards, "--labels", "json"], "must be cls, or json.FIELD"),
     ):
         with pytest.raises(UserError, match=message):

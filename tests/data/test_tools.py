@@ -409,7 +409,7 @@ def test_a_split_of_which_nothing_can_be_used_is_refused(tmp_path, capsys):
         (tmp_path / "in" / f"{number}.jpg").write_bytes(b"no image")
     assert make(tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2  # the only option that differs
     assert re.search(
-        r"no sample of train can be used; the first error is: \d.jpg: not an image", capsys.readouterr().err
+        r"no sample of train can be used; the first error is: \d.jpg: the file is not an image", capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists()
     (tmp_path / "in" / "good.jpg").unlink()

@@ -379,7 +379,7 @@ def test_a_corpus_is_encoded_in_file_order_with_labels_and_without_broken_sample
     data = DataConfig(train=[SourceConfig(shards="x")], workers=0, max_bad_fraction=0.2)
     with join_ranks() as ranks:
         found = encode_corpus(model, labelled, data, EncodeConfig(batch=2, precision="fp32"), ranks)
-        with pytest.raises(UserError, match=r"1 of 6 samples cannot be used, such as .*00002: not an image"):
+        with pytest.raises(UserError, match=r"1 of 6 samples cannot be used, such as .*00002: the file is not"):
             encode_corpus(model, labelled, data.model_copy(update={"max_bad_fraction": 0}), EncodeConfig(), ranks)
     assert [key.rsplit("/")[-1] for key in found.keys] == ["00000", "00001", "00003", "00004", "00006"]
     assert found.labels_N.tolist() == [0, 1, 0, 1, 0]

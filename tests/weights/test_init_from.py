@@ -88,7 +88,7 @@ def no_folder(folder):
 
 
 MISTAKES = {
-    shorter: "encoder.blocks.0.attn.qkv.weight has shape [95, 32], but the model expects [96, 32]",
+    shorter: "encoder.blocks.0.attn.qkv.weight has shape [95, 32], but the model config expects [96, 32]",
     other_heads: "was trained with model.num_heads = 8, but the config has 4",
     no_weights: "not an exported M3AE",
     no_folder: "no such file or folder",

@@ -201,7 +201,7 @@ MISTAKES = {
     other: "is neither an MAE nor a timm ViT: it lacks the weight cls_token",
     moved: "decoder_pos_embed moves the cls token",
     moved_a_little: "decoder_pos_embed moves the cls token",
-    wide: "encoder.norm.weight has shape [25], but the model expects [24]",
+    wide: "encoder.norm.weight has shape [25], but the model config expects [24]",
 }
 
 

@@ -260,7 +260,7 @@ MISTAKES = {
     folder: "neither checkpoints nor an exported model",
     another_pickle: "a pickle without 'state' and 'variant'",
     linear_probe: "contains no M3AE encoder, but the parameters Dense_0/kernel",
-    wrong_shape: "encoder.blocks.1.attn.proj.weight has shape [25, 24], but the model expects [24, 24]",
+    wrong_shape: "encoder.blocks.1.attn.proj.weight has shape [25, 24], but the model config expects [24, 24]",
     missing: "lacks the parameter decoder/LayerNorm_0/scale",
     unknown: "has a parameter register_tokens, which an M3AE cannot represent",
     not_finite: "encoder_input.cls_token is not finite",

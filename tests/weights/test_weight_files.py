@@ -119,7 +119,7 @@ def test_no_memory_is_taken_for_sizes_that_are_not_those_of_the_weights(tmp_path
     config = json.loads(path.read_text())
     huge = {"emb_dim": 1 << 16, "mlp_ratio": 64.0, "num_heads": 2}
     path.write_text(json.dumps(config | (huge if name == "model.safetensors" else {"model": config["model"] | huge})))
-    with pytest.raises(UserError, match=r"has shape \[.*\], but the model expects \["):
+    with pytest.raises(UserError, match=r"has shape \[.*\], but the model config expects \["):
         load()
 
 
@@ -157,7 +157,7 @@ def test_an_export_changes_its_format_only_where_its_weights_fit(tmp_path):
         ({"encoder.norm.weight": torch.full((16,), torch.nan)}, "encoder.norm.weight is not finite"),
         (
             {"encoder.norm.weight": torch.ones(8)},
-            r"encoder.norm.weight has shape \[8\], but the model expects \[16\]",
+            r"encoder.norm.weight has shape \[8\], but the model config expects \[16\]",
         ),
     ):
         save_file(state | change, path)
