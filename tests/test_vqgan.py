@@ -256,7 +256,7 @@ def test_ids_made_ahead_of_time(tmp_path, vqgan, monkeypatch, capsys):
     arguments = ["image-tokens", shards, "--vqgan", str(tmp_path / "vqgan"), "--image-size", "32"]
     for name, options in (("train", ["--views", "3", "--samples-per-shard", "7"]), ("val", ["--centre"])):
         assert data([*arguments, *options, "--out", str(tmp_path / name), "--workers", "2"]) == 0
-    assert "18 samples in 3 shards (15 paired, 3 images alone)" in capsys.readouterr().out
+    assert "18 samples in 3 shards (15 paired, 3 image-only)" in capsys.readouterr().out
 
     found = {}
     for path in sorted((tmp_path / "train").glob("*.tar")):

@@ -31,7 +31,7 @@ def index(shards: str | Sequence[str], *, cache_dir: str | os.PathLike[str] | No
 def print_index(shards: Sequence[IndexedShard]) -> None:
     """Print a table of the contents of each shard."""
     table = Table("shard", "modality")
-    for name in ("samples", "paired", "image alone", "caption alone", "bytes"):
+    for name in ("samples", "paired", "image-only", "text-only", "bytes"):
         table.add_column(name, justify="right")
     table.add_column("not read")
     table.add_column("damage")

@@ -265,7 +265,7 @@ def describe_conversion(out: Path, converted: Converted) -> str:
     """Return a description of the result for the user, with the lines for a config."""
     c = converted
     paired = c.images + c.captions - c.samples
-    kinds = {"paired": paired, "images alone": c.images - paired, "captions alone": c.captions - paired}
+    kinds = {"paired": paired, "image-only": c.images - paired, "text-only": c.captions - paired}
     listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
     shards = f"{len(c.shards):,} shard{'s' * (len(c.shards) != 1)}"
     lines = [f"{out}: {c.samples:,} samples in {shards} ({listed}), {c.captions:,} with a caption"]

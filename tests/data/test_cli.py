@@ -30,7 +30,7 @@ def test_index_says_how_many_of_each(tmp_path, monkeypatch, capsys):
     assert main(["index", "a.tar", "--cache-dir", "cache"]) == 0
     out = capsys.readouterr().out.splitlines()
     header, row = ([word.strip() for word in re.split("[│┃]", line)[1:-1]] for line in (out[1], out[3]))
-    assert header[:-3] == ["shard", "modality", "samples", "paired", "image alone", "caption alone"]
+    assert header[:-3] == ["shard", "modality", "samples", "paired", "image-only", "text-only"]
     assert row[:-3] == ["a.tar", "any", "11", "4", "5", "2"] and header[-3:] == ["bytes", "not read", "damage"]
 
 

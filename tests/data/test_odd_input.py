@@ -194,7 +194,7 @@ def test_a_row_without_a_caption_is_empty_and_an_image_without_a_row_is_not(fold
     (folder / "other.jpg").write_bytes(picture(2))
     (tmp_path / "t.csv").write_text("image,caption\nother.jpg,\n")
     assert make(folder, tmp_path / "out", "--captions", tmp_path / "t.csv") == 0
-    assert "2 images alone" in (text := said(capsys))
+    assert "2 image-only" in (text := said(capsys))
     assert "1 sample with an empty caption, such as\n    other.jpg\n" in text
 
 
@@ -261,7 +261,7 @@ def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
         (pictures / "cat" / f"{number}.txt").write_text(" \n")
     (pictures / "dog" / "0.txt").write_text("\N{SNOWMAN}" * 30_000)
     (pictures / "dog" / "1.jpg").write_bytes(b"no image")
-    expected = f"""{tmp_path}/out: 9 samples in 5 shards (2 paired, 7 images alone), 2 with a caption
+    expected = f"""{tmp_path}/out: 9 samples in 5 shards (2 paired, 7 image-only), 2 with a caption
 1 skipped sample that cannot be used, such as
     dog/1.jpg: the file is not an image in a known format
 5 samples with an empty caption, such as

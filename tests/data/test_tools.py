@@ -74,7 +74,7 @@ def test_a_folder_with_classes_and_captions(tmp_path, pictures, capsys):
     said = capsys.readouterr().out
     for text in (
         "9 samples in 3 shards",
-        "6 paired, 3 images alone",
+        "6 paired, 3 image-only",
         "1 skipped sample that cannot be used",
         "dog/4.jpg: the image is damaged",
     ):
