@@ -133,6 +133,17 @@ def test_a_test_is_paired_on_the_mean_over_seeds():
     assert ComparedPredictions([0, 1]).result() == {}
 
 
+def test_a_warning_names_the_baselines_that_a_model_does_not_exceed():
+    """Baselines are not compared with each other, except with the largest class, which all samples here belong to."""
+    right = {UNTRAINED: [np.arange(100) < 60], SCALED: [np.arange(100) < 20], "m": [np.arange(100) < 62]}
+    largest = "is not significantly better than the largest class"
+    assert [*_found(**right).warnings()] == [
+        ("knn", f"{UNTRAINED} {largest}: top-1 accuracy 60.0%, largest class 100.0%"),
+        ("knn", f"{SCALED} {largest}: top-1 accuracy 20.0%, largest class 100.0%"),
+        ("knn", f"m {largest} and random weights: top-1 accuracy 62.0%, largest class 100.0%, random weights 60.0%"),
+    ]
+
+
 def test_models_are_called_by_their_folders_where_these_differ():
     own = {"a": "runs/a", "b": "runs/b"}
     assert model_names(["runs/a", "runs/b"]) == {UNTRAINED: "random:runs/a", SCALED: "pixels:runs/a"} | own
