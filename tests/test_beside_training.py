@@ -234,7 +234,7 @@ def test_what_triton_needs_is_looked_for(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("held_out", [True, False])
 def test_damaged_shards_are_named_of_training_and_of_held_out_samples(monkeypatch, held_out):
-    told = []
+    reported = []
     attention = SimpleNamespace(choose=print, use_kernels=lambda kernels: None, describe=lambda: "")
     monkeypatch.setattr(pretraining_task, "RunAttention", lambda *_: attention)
     config = SimpleNamespace(model=None, masking=None, train=SimpleNamespace(precision="fp32"))
@@ -243,9 +243,9 @@ def test_damaged_shards_are_named_of_training_and_of_held_out_samples(monkeypatc
     task = PretrainingTask(config=config, engine=None, data=data, eval_loader=None, notes=[], probe=None)
     trainer = SimpleNamespace(
         ranks=SimpleNamespace(device=None, is_main=False, broadcast=lambda _: ({}, {}), from_main=lambda value: value),
-        bad=SimpleNamespace(report=lambda items, say: told.extend(items)),
+        bad=SimpleNamespace(report=lambda items, say: reported.extend(items)),
         share=SimpleNamespace(micro_batch=1),
         attention={},
     )
     assert task.describe(trainer) == []  # this is not the main rank
-    assert told == (["train", "val"] if held_out else ["train"])
+    assert reported == (["train", "val"] if held_out else ["train"])

@@ -47,9 +47,9 @@ def test_what_can_be_is_parsed():
     ],
 )
 def test_an_option_that_argparse_refuses_is_one_line_too(capsys, arguments, message):
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         pretrain.main(arguments)
-    assert str(told.value) == f"{message}; `m3ae-fast pretrain --help` lists the options"
+    assert str(error.value) == f"{message}; `m3ae-fast pretrain --help` lists the options"
     assert capsys.readouterr() == ("", "")
 
 

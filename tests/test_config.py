@@ -472,7 +472,7 @@ def test_a_dry_run_is_not_silent(run):
 
 def test_a_dry_run_looks_at_the_shards_of_the_probe(run, tmp_path):
     good = labelled_tar(tmp_path / "good.tar", range(6))
-    for name, wrong, told in (
+    for name, wrong, message in (
         ("train", "/nowhere/x.tar", "/nowhere/x.tar"),
         ("val", "/nowhere/x.tar", "/nowhere/x.tar"),
         ("train", str(CLIPART / "val-0000.tar"), "no label (cls)"),
@@ -482,7 +482,7 @@ def test_a_dry_run_looks_at_the_shards_of_the_probe(run, tmp_path):
         probe[name][0]["shards"] = wrong
         option = ("--set", f"train.probe={json.dumps(probe)}")
         code, err = run("--dry-run", *option)
-        assert code == 2 and told in err, (name, err)
+        assert code == 2 and message in err, (name, err)
         assert run("--dry-run", "--no-data", *option)[0] == 0
     assert not (tmp_path / "run").exists()
 
@@ -501,12 +501,12 @@ def test_dry_run_says_what_travels(run):
 
 def test_dry_run_says_where_the_network_sets_the_pace(capsys):
     arguments = ["--config", str(ROOT / "configs/large.json"), "--dry-run", "--no-data", "--world"]
-    told = {}
+    outputs = {}
     for world in (1, 8, 512):
         assert train.main([*arguments, str(world)]) == 0
-        told[world] = capsys.readouterr().out
-    assert " ms at 50 GB/s, compared with " in told[8] and " ms at " not in told[1]
-    assert "the network is the bottleneck" in told[512] and "the network is the bottleneck" not in told[8]
+        outputs[world] = capsys.readouterr().out
+    assert " ms at 50 GB/s, compared with " in outputs[8] and " ms at " not in outputs[1]
+    assert "the network is the bottleneck" in outputs[512] and "the network is the bottleneck" not in outputs[8]
 
 
 def test_dry_run_says_what_a_node_fetches(tmp_path):

@@ -29,9 +29,9 @@ def _run(tmp_path, **variables):
 
 @pytest.mark.parametrize("variables", [{}, {"HOME": "/not/there"}])
 def test_a_user_without_a_home_has_a_temporary_one_and_is_told(tmp_path, variables):
-    home, cache, told = _run(tmp_path, **variables)
+    home, cache, output = _run(tmp_path, **variables)
     assert home.startswith(f"{tmp_path}/") and cache == f"{home}/.cache"
-    assert told.count("\n") == 1 and f"there is no home folder, so caches are kept in {home}" in told
+    assert output.count("\n") == 1 and f"there is no home folder, so caches are kept in {home}" in output
     assert _run(tmp_path, LOCAL_RANK="1", **variables) == (home, cache, "")  # only rank 0 prints the note
 
 

@@ -40,7 +40,7 @@ def faulty(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    ("place", "error", "told"),
+    ("place", "error", "message"),
     [
         ("copy", "MemoryError", "rank {rank} has no memory left for the copy of its part (no room for the copy)"),
         ("write", "full", "cannot be written (rank {rank}: [Errno 28] No space left on device)"),
@@ -48,13 +48,13 @@ def faulty(tmp_path):
     ],
     ids=["copy-memory", "write-full", "write-memory"],
 )
-def test_what_the_system_refuses_one_rank_is_one_line(faulty, tmp_path, place, rank, error, told):
+def test_what_the_system_refuses_one_rank_is_one_line(faulty, tmp_path, place, rank, error, message):
     codes, out = faulty(place, rank, error)
     assert codes == [2, 2], out
-    assert out.count("error: ") == 1 and told.format(rank=rank) in out and "Traceback" not in out
+    assert out.count("error: ") == 1 and message.format(rank=rank) in out and "Traceback" not in out
     assert "the earlier checkpoints are intact" in out and checkpoint.saved_steps(tmp_path / "run") == []
     record = json.loads((tmp_path / "run" / RECORD_FILE).read_text())
-    assert record["state"] == "failed" and told.format(rank=rank) in record["reason"]
+    assert record["state"] == "failed" and message.format(rank=rank) in record["reason"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -67,7 +67,7 @@ def test_a_bug_on_one_rank_shows_its_traceback(faulty, place, rank, error):
 
 
 @pytest.mark.parametrize(
-    ("place", "error", "told"),
+    ("place", "error", "message"),
     [
         ("rename", "full", "cannot be written ([Errno 28] No space left on device)"),
         ("table", "full", "cannot be written ([Errno 28] No space left on device)"),
@@ -75,10 +75,10 @@ def test_a_bug_on_one_rank_shows_its_traceback(faulty, place, rank, error):
     ],
     ids=["rename", "table", "log"],
 )
-def test_what_the_system_refuses_rank_0_alone_is_one_line(faulty, place, error, told):
+def test_what_the_system_refuses_rank_0_alone_is_one_line(faulty, place, error, message):
     codes, out = faulty(place, 0, error)
     assert codes == [2, 2], out
-    assert out.count("error: ") == 1 and told in out and "Traceback" not in out
+    assert out.count("error: ") == 1 and message in out and "Traceback" not in out
 
 
 @pytest.mark.parametrize("place", ["rename", "pictures"])

@@ -63,10 +63,10 @@ def test_runs_are_drawn_beside_each_other(runs, tmp_path, monkeypatch, capsys):
     assert str(path) == f"{runs[0]}/map.png" and classes == ["red", "blue"]
     assert labels.tolist() == [1, 0] * 10  # samples are blue, green, red, blue, ...
     assert [panel.title for panel in panels] == runs
-    told = [f"{separation(panel.places_N2, labels)}, 20 samples" for panel in panels]
-    assert [panel.caption for panel in panels] == told and "10-NN" in told[0]
+    captions = [f"{separation(panel.places_N2, labels)}, 20 samples" for panel in panels]
+    assert [panel.caption for panel in panels] == captions and "10-NN" in captions[0]
     assert not np.array_equal(panels[0].places_N2, panels[1].places_N2)
-    assert f"{runs[1]}: {told[1]}" in capsys.readouterr().out
+    assert f"{runs[1]}: {captions[1]}" in capsys.readouterr().out
     main([*base[:2], *base[3:], "--classes", "red,blue"])
     ((_, alone, _, _),) = given[1:]
     np.testing.assert_array_equal(alone[0].places_N2, panels[0].places_N2)  # a map is independent of other runs

@@ -38,7 +38,7 @@ def adopted(environment):
     return environment
 
 
-@pytest.mark.parametrize(("environment", "told"), [
+@pytest.mark.parametrize(("environment", "expected"), [
     (SLURM, ("502", "508", "6", "6", "gpu003")),
     (SLURM | PMI, ("502", "508", "6", "6", "head")),  # srun --mpi=pmi2; variables that the user has set are kept
     (SLURM | {"SLURM_NODEID": "64"}, ("502", "508", "6", "1", "gpu003")),  # of 64 nodes, counted from 0
@@ -50,8 +50,8 @@ def adopted(environment):
     (OMPI | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "0"}, ("3", "4", "3", "4", "127.0.0.1")),
     (PMI, ("1", "2", "0", "1", "head")),
 ])  # fmt: skip
-def test_a_launchers_words_are_understood(environment, told):
-    assert tuple(adopted(environment)[word] for word in WORDS) == told
+def test_a_launchers_words_are_understood(environment, expected):
+    assert tuple(adopted(environment)[word] for word in WORDS) == expected
 
 
 def test_torchs_own_words_count_more():

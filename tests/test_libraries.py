@@ -76,12 +76,12 @@ def test_a_missing_library_is_told_before_anything_is_made(tmp_path, monkeypatch
     before = sorted(tmp_path.rglob("*"))
     hide(name)
     command, *words = line.split()
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         import_module(MODULES[command]).main(words)
-    said = str(told.value)
+    message = str(error.value)
     known = next(extra for extra, names in EXTRAS.items() if name in names)
-    assert f"{what} needs " in said and f"pip install 'm3ae-fast{f'[{known}]' if known else ''}'" in said
-    assert "\n" not in said and sorted(tmp_path.rglob("*")) == before
+    assert f"{what} needs " in message and f"pip install 'm3ae-fast{f'[{known}]' if known else ''}'" in message
+    assert "\n" not in message and sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_plan_for_machines_elsewhere_needs_no_library_here(tmp_path, hide, capsys):

@@ -81,12 +81,12 @@ def test_what_fits_keeps_its_size_and_a_crop_gets_the_patches_of_its_image():
 @pytest.mark.parametrize("where", ["absolute", "centred"])
 @pytest.mark.parametrize(("was", "now"), [("square", "native"), ("native", "square")])
 def test_a_model_told_of_other_shapes_is_as_one_made_for_them(was, now, where):
-    told, made = (make_model(SQUARE.model_copy(update={"resize": r, "native_positions": where})) for r in (was, now))
-    made.load_state_dict(told.state_dict())
+    changed, made = (make_model(SQUARE.model_copy(update={"resize": r, "native_positions": where})) for r in (was, now))
+    made.load_state_dict(changed.state_dict())
     image = torch.randint(0, 256, (3, 8, 32), dtype=torch.uint8)
-    before = told.encode(image, precision="fp32")
-    set_images(told, {"resize": now})
-    after = told.encode(image, precision="fp32")
+    before = changed.encode(image, precision="fp32")
+    set_images(changed, {"resize": now})
+    after = changed.encode(image, precision="fp32")
     assert torch.equal(after, made.encode(image, precision="fp32")) and not torch.allclose(after, before, atol=1e-3)
 
 
@@ -204,14 +204,14 @@ def test_patch_rows_are_patches():
 def test_sizes_that_do_not_fit_are_named():
     model = make_model(config())
     sample = Sample("odd", torch.zeros(3, 10, 16, dtype=torch.uint8), torch.zeros(10, dtype=torch.bool))
-    for shape, told in (
+    for shape, message in (
         ((3, 10, 16), "odd: the image has 16 x 10 pixels, which are not multiples of the patch size 4"),
         ((3, 16, 20), "must have 3 channels, at most 16 patches"),
         ((3, 4, 64), "at most 8 patches along a side"),
         ((1, 16, 16), "must have 3 channels"),
         ((4, 16, 16), "must have 3 channels"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             pack([replace(sample, image=torch.zeros(shape, dtype=torch.uint8))], model.geometry)
 
 

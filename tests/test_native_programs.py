@@ -204,12 +204,12 @@ def test_a_dry_run_takes_the_sizes_that_stats_wrote(trainer, shards, tmp_path, c
     assert 0.5 * whole < mean < whole and 0.5 * all_kept < some_kept < all_kept
     assert "from 1 to 20" in out and "differs by" in out
     (tmp_path / "nan.json").write_text("[[NaN, 1]]")
-    for wrong, told in (
+    for wrong, message in (
         (tmp_path / "none.json", "cannot be read"),
         (tmp_path / "nan.json", "a width or height is missing or below 1"),
         (trainer.config, "create the file with stats --sizes"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             train.main(trainer.arguments("x", "--dry-run", *NATIVE, "--sizes", str(wrong)))
     with pytest.raises(UserError, match="can be used only with model"):
         train.main(trainer.arguments("x", "--dry-run", "--sizes", str(sizes)))

@@ -595,8 +595,8 @@ def test_several_ranks_are_referred_to_the_training_program(tmp_path, monkeypatc
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert exit_cleanly(lambda: main([str(tmp_path), "--out", str(tmp_path / "run")])) == 2
-        told = capsys.readouterr().err
-        assert told.startswith("error: pretrain runs as a single process; on several GPUs") == (rank == "0")
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: pretrain runs as a single process; on several GPUs") == (rank == "0")
     with pytest.raises(UserError, match="pretrain runs as a single process"):
         pretrain(tmp_path, tmp_path / "run")
     assert not any(tmp_path.iterdir())

@@ -171,8 +171,8 @@ def test_text_in_the_weights_or_in_the_samples_alone_is_noted(base, tmp_path):
         (alone, image, ""),
     ):
         statistics, notes = inspect(shards, tmp_path, "cls", None, overrides)
-        told = [note for note in notes if "the captions are" in note or "no captions" in note]
-        assert [words in note for note in told] == ([True] if words else [])
+        matching = [note for note in notes if "the captions are" in note or "no captions" in note]
+        assert [words in note for note in matching] == ([True] if words else [])
         assert bool(statistics.vocab_size) == (shards is pairs and overrides is text)
     with pytest.raises(
         UserError, match=r"--from: the tokenizer of these weights is missing, .* --set data\.tokenizer=FILE"

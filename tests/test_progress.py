@@ -66,11 +66,11 @@ def test_without_a_total_there_is_no_time_left(clock):
 
 
 def test_the_time_left_of_the_whole_task_is_known_in_its_first_part(clock):
-    told = []
-    whole = TimeLeft(1000, other_work=60, report=told.append, now=clock)
+    reported = []
+    whole = TimeLeft(1000, other_work=60, report=reported.append, now=clock)
     found = _said(Lines("clean", 10, whole, 100, now=clock), clock, 10, 1.0)
     assert found[3.0] == ("clean: 3 of 10, about 0:00:07 left", "0:02:37")  # 97 items and a minute
-    assert told == [pytest.approx(157)]
+    assert reported == [pytest.approx(157)]
     assert whole.after(100) == ", about 0:02:30 left"
     with whole.aside(60):
         clock.seconds += 45

@@ -229,7 +229,7 @@ LOST = "exited; see its output for the reason, unless it was killed or its node 
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"), LOST),
         (RuntimeError("[gloo/transport/tcp/pair.cc:529] Read error [10.0.0.1]:1: Connection reset by peer"), LOST),
@@ -244,10 +244,10 @@ LOST = "exited; see its output for the reason, unless it was killed or its node 
         (UserError("as it is"), "as it is"),
     ],
 )
-def test_what_a_user_can_mend_is_told_and_the_rest_is_a_bug(error, told):
+def test_what_a_user_can_mend_is_told_and_the_rest_is_a_bug(error, message):
     found = explain(error)
-    assert found is None if told is None else told in str(found)
-    assert told != LOST or (str(found).startswith("another rank") and found.exit_code == 75)
+    assert found is None if message is None else message in str(found)
+    assert message != LOST or (str(found).startswith("another rank") and found.exit_code == 75)
 
 
 @pytest.mark.parametrize(("cores", "here", "threads"), [(8, 2, 4), (8, 1, 8), (2, 3, 1), (7, 2, 3)])
@@ -275,8 +275,8 @@ def test_the_ranks_of_a_node_share_its_cores(monkeypatch, cores, here, threads):
 def test_as_many_files_as_the_connections_take_are_enough(monkeypatch, rank, each):
     for limit, enough in ((100 * each + 200, True), (100 * each + 199, False), (resource.RLIM_INFINITY, True)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
-        told = pytest.raises(UserError, match=f"rank {rank} of 100 opens up to {100 * each + 200} files, but")
-        with nullcontext() if enough else told:
+        refused = pytest.raises(UserError, match=f"rank {rank} of 100 opens up to {100 * each + 200} files, but")
+        with nullcontext() if enough else refused:
             ranks._require_files(rank, 100)
 
 
@@ -337,14 +337,14 @@ def test_an_error_after_a_rank_has_left_is_none(join):
 @pytest.mark.parametrize("way", ["on_main", "broadcast", "together", "main_first"])
 def test_what_ranks_do_has_its_result_or_ends_all_of_them(way, failing):
     """Each rank is a thread here."""
-    world, box, turn = 3, [None] * 3, threading.Barrier(3, timeout=20)
+    world, box, barrier = 3, [None] * 3, threading.Barrier(3, timeout=20)
 
     class Thread(ranks.Ranks):
         def gather(self, value):
             box[self.rank] = value
-            turn.wait()
+            barrier.wait()
             found = list(box)
-            turn.wait()
+            barrier.wait()
             return found
 
         def from_main(self, value):

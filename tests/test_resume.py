@@ -347,14 +347,14 @@ def test_nodes_that_see_other_shards_do_not_begin(trainer):
     assert "1 shards with 40 samples" in line and line.endswith("make the files identical on all nodes")
 
 
-@pytest.mark.parametrize(("seen", "told"), [
+@pytest.mark.parametrize(("seen", "message"), [
     ({}, None),
     ({WRITTEN: "today"}, None),  # a copy has another modification time
     ({"data.train": "2 shards"}, r"data\.train is 1 shards on rank 0 \(a\), 2 shards on rank 1 \(b\)"),
     ({"data.val": 7}, r"data\.val is 9 samples on rank 0 \(a\), 7 samples on rank 1"),
     ({"data.val": None}, r"data\.val is 9 samples on rank 0 \(a\), none on rank 1"),
 ])  # fmt: skip
-def test_each_rank_compares_its_data_with_rank_0s(seen, told):
+def test_each_rank_compares_its_data_with_rank_0s(seen, message):
     sent = []
     first = SimpleNamespace(from_main=lambda found: sent.append(found) or found, together=lambda work: work())
     stream, held_out = {"data.train": "1 shards", WRITTEN: "yesterday"}, SimpleNamespace(samples=9)
@@ -363,10 +363,10 @@ def test_each_rank_compares_its_data_with_rank_0s(seen, told):
     stream |= {name: value for name, value in seen.items() if name != "data.val"}
     if "data.val" in seen:
         held_out = seen["data.val"] and SimpleNamespace(samples=seen["data.val"])
-    if told is None:
+    if message is None:
         resuming.require_same(other, stream, held_out)
     else:
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             resuming.require_same(other, stream, held_out)
 
 

@@ -448,16 +448,16 @@ def test_modules_are_told_to_train_only_after_an_evaluation(monkeypatch):
     )
     with join_ranks() as ranks:
         engine = build_engine(M3AE(config.model), config, ranks)
-        batch, told = pack(MIXED, engine.model.geometry), []
+        batch, modes = pack(MIXED, engine.model.geometry), []
         train = type(engine.model).train
-        monkeypatch.setattr(type(engine.model), "train", lambda self, *mode: told.append(mode) or train(self, *mode))
+        monkeypatch.setattr(type(engine.model), "train", lambda self, *mode: modes.append(mode) or train(self, *mode))
         for _ in range(2):
             engine.step([batch], batch.counts, 1e-3)
-        assert told == []
+        assert modes == []
         engine.evaluate(batch)
-        assert told == [(False,)] and not engine.model.training
+        assert modes == [(False,)] and not engine.model.training
         engine.step([batch], batch.counts, 1e-3)
-        assert told == [(False,), ()] and engine.model.encoder.training
+        assert modes == [(False,), ()] and engine.model.encoder.training
 
 
 def test_the_first_step_that_is_not_finite_is_told_with_what_was_not():
@@ -785,11 +785,11 @@ def test_a_run_that_trains_nothing_is_told(tmp_path, mixed, loss, masking, train
 
 def test_images_that_are_enlarged_are_told(tmp_path, mixed):
     """The images of `mixed` have 40 x 30 pixels."""
-    for size, told in ((40, False), (48, True)):
+    for size, is_noted in ((40, False), (48, True)):
         config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3, "image_size": size})
         data = replace(open_data(config.data, config.model), val=None)
         notes = run_warnings(config, data, Schedule(config.train, config.optim, data.train.samples))
-        assert [note.startswith("images are enlarged: half of ") for note in notes] == [True] * told
+        assert [note.startswith("images are enlarged: half of ") for note in notes] == [True] * is_noted
         assert all("short side of 30 pixels or less, but model.image_size is 48" in note for note in notes)
     native = config.model_copy(update={"model": config.model.model_copy(update={"resize": "native"})})
     # native images keep their size

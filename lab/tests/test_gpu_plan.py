@@ -201,9 +201,9 @@ def test_the_plan_names_programs_that_are_there():
 def test_the_page_says_what_is_known_by_when():
     page = (ROOT / "benchmarks/gpu/PLAN.md").read_text(encoding="utf-8")
     minutes = itertools.accumulate(stage.seconds / 60 for stage in PLAN)
-    told = [(by, name) for by, name in re.findall(r"^\| ([\d.]+) \| `([\w-]+)` \|", page, re.MULTILINE)]
-    assert told == [(f"{minute:.3g}", stage.name) for minute, stage in zip(minutes, PLAN)]
-    assert ("45", "curve") in told
+    listed = [(by, name) for by, name in re.findall(r"^\| ([\d.]+) \| `([\w-]+)` \|", page, re.MULTILINE)]
+    assert listed == [(f"{minute:.3g}", stage.name) for minute, stage in zip(minutes, PLAN)]
+    assert ("45", "curve") in listed
 
 
 def test_the_sanitizers_verdict_counts():

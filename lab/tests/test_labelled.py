@@ -68,8 +68,8 @@ def test_clothes_keep_picture_class_and_split(clothes, tmp_path, capsys):
     package, data = clothes
     out = tmp_path / "out"
     assert main(["fashion", str(out), "--package", str(package)]) == 0
-    told = capsys.readouterr().out
-    assert "30 samples (20 train, 10 val) of 10 classes" in told and "licence: MIT" in told
+    output = capsys.readouterr().out
+    assert "30 samples (20 train, 10 val) of 10 classes" in output and "licence: MIT" in output
     for split, name in (("train", "train"), ("t10k", "val")):
         found = _samples(sorted(out.glob(f"{name}-*.tar")))
         images, labels = data[split]

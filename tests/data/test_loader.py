@@ -139,7 +139,7 @@ def test_the_global_generator_is_left_alone(load, paired):
 
 
 @pytest.mark.parametrize(
-    "failure, told",
+    "failure, explanation",
     [
         (
             RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
@@ -150,7 +150,7 @@ def test_the_global_generator_is_left_alone(load, paired):
     ],
     ids=repr,
 )
-def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, failure, told):
+def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, failure, explanation):
     """The thread of the queue would drop the batch, and the loader would wait forever. In this test, sharing memory
     fails as on a full disk."""
 
@@ -161,7 +161,7 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, failur
         patch.setitem(ForkingPickler._extra_reducers, torch.UntypedStorage, refuse)
         with pytest.raises(type(failure), match="DataLoader worker") as error:
             next(iter(load(paired, steps=20, config={"workers": 1})))
-    assert told in str(explain(error.value)) if told else explain(error.value) is None
+    assert explanation in str(explain(error.value)) if explanation else explain(error.value) is None
     assert "in refuse" in str(error.value) and str(failure) in str(error.value)  # the message contains the traceback
 
 
@@ -200,11 +200,14 @@ def test_a_user_s_mistake_in_a_worker_is_one_line(load, paired, monkeypatch):
 
 
 def test_only_a_worker_that_a_signal_killed_is_called_killed(load, paired, monkeypatch):
-    for end, told in ((lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed"), (lambda: os._exit(3), "ended un")):
+    for end, message in (
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed"),
+        (lambda: os._exit(3), "ended un"),
+    ):
         monkeypatch.setattr(Samples, "__getitems__", lambda self, positions, end=end: end())
         with pytest.raises(RuntimeError, match="DataLoader worker") as error:
             next(iter(load(paired, steps=20, config={"workers": 1})))
-        assert f"a loader worker {told}" in str(explain(error.value))
+        assert f"a loader worker {message}" in str(explain(error.value))
 
 
 def test_no_two_uses_of_a_sample_share_random_numbers(load, paired, monkeypatch):

@@ -310,8 +310,8 @@ def test_why_no_shard_can_be_counted_is_told_to_all_and_nothing_is_kept(tmp_path
     (tmp_path / "far").rename(tmp_path / "away")
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
     work = lambda ranks, node: manifest.prepare(pattern, stores[node], ranks)  # noqa: E731
-    for told in together(4, 2, work):
-        assert "cannot be read (" in told and told.endswith("; the same applies to 5 others")
+    for message in together(4, 2, work):
+        assert "cannot be read (" in message and message.endswith("; the same applies to 5 others")
     assert not any((store.cache_dir / "manifests").exists() for store in stores)
     (tmp_path / "away").rename(tmp_path / "far")
     assert together(4, 2, work) == [None] * 4

@@ -126,8 +126,8 @@ def test_shards_are_made_with_a_range():
 
 
 def test_pictures_made_of_arrays_have_the_depth_of_their_mode():
-    for array, told in ((np.zeros((2, 2), np.uint16), "unsigned 16"), (np.zeros((2, 2), np.float32), "float 32")):
-        assert str(depth_of(Image.fromarray(array))).startswith(told)
+    for array, depth in ((np.zeros((2, 2), np.uint16), "unsigned 16"), (np.zeros((2, 2), np.float32), "float 32")):
+        assert str(depth_of(Image.fromarray(array))).startswith(depth)
     assert not depth_of(Image.fromarray(GREY)).is_deep
 
 

@@ -56,16 +56,16 @@ def test_the_largest_class_is_that_of_the_samples(tmp_path):
     labels = [0] * 40 + [1] * 20 + [2] * 15 + [3] * 10 + [4] * 8 + [5] * 7
     keys = [*map(str, range(100))]
 
-    def told(predictions, keys=keys):
+    def entries(predictions, keys=keys):
         write_parquet(tmp_path / "predictions.parquet", {"key": keys, "label": labels, "prediction": predictions})
         return against_largest_class(tmp_path, {})
 
-    found = told(labels)
+    found = entries(labels)
     assert (found["chance"], found["chance_top5"]) == (0.4, pytest.approx(0.93))
     assert found["verdict"].startswith("the model is better than the largest class: +60.0 points, 95 % interval")
-    assert told([1] * 100)["verdict"].startswith("the model is worse than the largest class: -20.0 points")
-    assert told([0] * 100)["verdict"].startswith("the model does not differ significantly from the largest class")
-    assert "verdict" not in told(labels, ["0", *keys[:-1]])  # a sample with several predictions
+    assert entries([1] * 100)["verdict"].startswith("the model is worse than the largest class: -20.0 points")
+    assert entries([0] * 100)["verdict"].startswith("the model does not differ significantly from the largest class")
+    assert "verdict" not in entries(labels, ["0", *keys[:-1]])  # a sample with several predictions
     write_parquet(tmp_path / "predictions.parquet", {"key": keys, "score": labels})
     assert against_largest_class(tmp_path, {}) == {} == against_largest_class(tmp_path / "nothing", {})
 

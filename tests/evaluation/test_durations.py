@@ -77,15 +77,15 @@ def test_a_first_step_that_takes_long_is_enough(clock, monkeypatch):
 
 def test_the_pace_of_a_training_is_that_of_the_steps_after_the_first(monkeypatch):
     """The first step also waits for the loader to start. A resumed training counts only its own steps."""
-    seconds, told = [100.0], []
+    seconds, reported = [100.0], []
     monkeypatch.setattr(labelled_task.time, "perf_counter", lambda: seconds[0])
     schedule, log = SimpleNamespace(total_steps=50), SimpleNamespace(say=lambda text: None)
-    task = SimpleNamespace(expected=False, first=0.0, expectation=lambda _, *pace: told.append(pace) or [])
+    task = SimpleNamespace(expected=False, first=0.0, expectation=lambda _, *pace: reported.append(pace) or [])
     for step in range(20, 30):
         trainer = SimpleNamespace(step=step, start=20, schedule=schedule, log=log)
         LabelledTask._log_duration(task, trainer)
         seconds[0] += 60 if step == 20 else 0.25
-    assert told == [(0.25, 24)]
+    assert reported == [(0.25, 24)]
 
 
 def test_an_attentive_probe_in_training_may_be_asked():
@@ -155,15 +155,17 @@ def test_the_defaults_are_still_the_measured_ones():
     assert OFFICIAL["finetune"].scaled(1482).epochs == 174 and OFFICIAL["finetune"].scaled(1_281_167).epochs == 100
 
 
-@pytest.mark.parametrize(("device", "pace", "told"), [("cpu", 36.0, True), ("cpu", 1.0, False), ("cuda", 36.0, False)])
-def test_a_long_task_on_a_cpu_is_told_with_what_is_shorter_once(device, pace, told):
+@pytest.mark.parametrize(
+    ("device", "pace", "is_noted"), [("cpu", 36.0, True), ("cpu", 1.0, False), ("cuda", 36.0, False)]
+)
+def test_a_long_task_on_a_cpu_is_told_with_what_is_shorter_once(device, pace, is_noted):
     said = []
     job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device(device)), say=said.append)
     left = Job.time_left(job, 100, shorter=lambda part: f"--set robustness.samples={int(1000 * part)}")
     left.during(1, pace)
     left.during(2, pace)
     note = "note: the task takes about 0:59:24 on this CPU; to reduce the time: --set robustness.samples=168"
-    assert said == ([note] if told else [])
+    assert said == ([note] if is_noted else [])
 
 
 def test_a_training_that_is_long_is_told_before_anything_is_encoded():

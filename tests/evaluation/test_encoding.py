@@ -165,11 +165,11 @@ def test_floats_that_are_evidently_not_normalised_are_refused(model):
         (pixels.float() * 257, (0, 65535)),
         (pixels.half() / 255, (0, 1)),
     ):
-        told = f"values from 0 to .*: pass value_range={guess} if these".replace("(", r"\(").replace(")", r"\)")
+        message = f"values from 0 to .*: pass value_range={guess} if these".replace("(", r"\(").replace(")", r"\)")
         for call in (model.encode, model.representation):
-            with pytest.raises(ValueError, match=told):
+            with pytest.raises(ValueError, match=message):
                 call(floats)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             model.encode([images(1)[0], *floats])
         assert model.encode(floats, value_range="normalised").isfinite().all()
     for wrong in ((1, 0), (0,), "unit", 255):
@@ -183,14 +183,16 @@ def test_floats_that_are_evidently_not_normalised_are_refused(model):
 def test_values_evidently_in_other_units_than_value_range_are_refused(model, scale, value_range):
     """Such images would be all white or all black."""
     unit = images(2) / 255
-    told = f"value_range={value_range} gives the values of .* values from 0 to ".replace("(", r"\(").replace(")", r"\)")
+    message = f"value_range={value_range} gives the values of .* values from 0 to ".replace("(", r"\(").replace(
+        ")", r"\)"
+    )
     floats = unit * scale
     for given in (floats, floats[0].permute(1, 2, 0).numpy(), list(floats.half() if scale == 1 else floats)):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             model.encode(given, value_range=value_range)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         model.preprocess(floats[0], value_range)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         model.representation(floats, value_range=value_range)
     with pytest.raises(ValueError, match="pass value_range"):
         model.preprocess(floats[0])
@@ -241,9 +243,9 @@ def test_an_array_of_16_bits_is_told_of_value_range(model, tmp_path):
     deep = images(1)[0].permute(1, 2, 0).numpy().astype(np.uint16)
     Image.fromarray(deep[..., 0]).save(tmp_path / "deep.png")
     for given in (deep, Image.fromarray(deep[..., 0]), tmp_path / "deep.png"):
-        with pytest.raises(ValueError, match=r"has unsigned 16-bit values: pass value_range=\(black, white\)") as told:
+        with pytest.raises(ValueError, match=r"has unsigned 16-bit values: pass value_range=\(black, white\)") as error:
             model.encode(given)
-        assert "data.range" not in str(told.value)
+        assert "data.range" not in str(error.value)
 
 
 def test_floats_that_may_be_normalised_are_taken(model):

@@ -42,7 +42,7 @@ def points(axes):
 def test_a_map_shows_each_sample_as_of_its_class(drawn, tmp_path):
     random = np.random.RandomState(0)
     places, labels = random.randn(40, 2), random.randint(3, size=40)
-    panels = [figures.MapPanel("one", places, "told"), figures.MapPanel("two", -places)]
+    panels = [figures.MapPanel("one", places, "separation"), figures.MapPanel("two", -places)]
     figures.draw_map(tmp_path / "map.png", panels, labels, ["cat", "dog", "emu"])
     left, right = drawn[0].axes
     for axes, sign in ((left, 1), (right, -1)):
@@ -52,7 +52,7 @@ def test_a_map_shows_each_sample_as_of_its_class(drawn, tmp_path):
     colours = [[tuple(artist.get_facecolor()[0]) for artist in axes.collections] for axes in (left, right)]
     assert colours[0] == colours[1] and len(set(colours[0])) == 3
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["cat", "dog", "emu"]
-    assert [(axes.get_title(), axes.get_xlabel()) for axes in (left, right)] == [("one", "told"), ("two", "")]
+    assert [(axes.get_title(), axes.get_xlabel()) for axes in (left, right)] == [("one", "separation"), ("two", "")]
 
 
 @pytest.mark.parametrize(("classes", "named"), [(20, True), (21, True), (40, True), (41, False)])

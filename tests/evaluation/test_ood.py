@@ -175,8 +175,8 @@ def test_two_areas_are_told_apart_by_the_same_draws_of_both(transfer, run, tmp_p
         lambda i, j: np.subtract(*(auroc_and_fpr(f[i], s[j])[0] for f, s in (same, bad))),
         vectorized=False, n_resamples=400, method="percentile", rng=np.random.default_rng(0),
     )  # fmt: skip
-    told = [float(number) for number in re.findall(r"[+-]\d\.\d{3}", areas_apart(same, bad, "A", "B"))[1:]]
-    assert told == pytest.approx(list(draws.confidence_interval), abs=3e-3)
+    printed = [float(number) for number in re.findall(r"[+-]\d\.\d{3}", areas_apart(same, bad, "A", "B"))[1:]]
+    assert printed == pytest.approx(list(draws.confidence_interval), abs=3e-3)
 
     other = write_tar(tmp_path / "o.tar", members(range(9), "image"))
     for name, model in (("one", run), ("two", f"random:{run}")):

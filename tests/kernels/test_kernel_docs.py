@@ -24,9 +24,9 @@ def test_readme_examples():
 
 
 def test_the_readme_names_the_versions_that_pip_asks_for():
-    asked, told = ((KERNELS / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "README.md"))
-    oldest = dict(re.findall(r"(torch|triton)>=([\d.]+\d)", asked))
-    assert dict(re.findall(r"(torch|triton) >= ([\d.]+\d)", told)) == oldest and len(oldest) == 2
+    required, readme = ((KERNELS / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "README.md"))
+    oldest = dict(re.findall(r"(torch|triton)>=([\d.]+\d)", required))
+    assert dict(re.findall(r"(torch|triton) >= ([\d.]+\d)", readme)) == oldest and len(oldest) == 2
 
 
 def test_the_tests_that_the_readme_names_exist():

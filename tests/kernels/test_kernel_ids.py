@@ -51,8 +51,8 @@ def wrong(case: str, name: str, at: int, value: int) -> Inputs:
 @pytest.mark.parametrize("case, name, value, valid", OUT_OF_RANGE)
 def test_an_id_out_of_range_is_named_with_op_argument_row_and_range(check, case, name, value, valid):
     op = CASES[case][0].__name__
-    told = f"{op}: {name} is out of range at row 2: it is {value} and must be {valid}"
-    with pytest.raises(IndexError, match=f"^{re.escape(told)}$"):
+    message = f"{op}: {name} is out of range at row 2: it is {value} and must be {valid}"
+    with pytest.raises(IndexError, match=f"^{re.escape(message)}$"):
         call(m3ae_kernels, case, wrong(case, name, 2, value))
 
 
@@ -70,19 +70,21 @@ def test_rows_that_must_be_distinct_and_are_not_are_named(check, case, name):
     named = inputs.tensors[name]
     first, again = (named >= 0).nonzero()[[1, 4], 0].tolist()
     named[again] = named[first]
-    told = f"^{CASES[case][0].__name__}: {name} is {named[first]} at row {first} and again at row {again}: "
-    with pytest.raises(IndexError, match=told):
+    message = f"^{CASES[case][0].__name__}: {name} is {named[first]} at row {first} and again at row {again}: "
+    with pytest.raises(IndexError, match=message):
         call(m3ae_kernels, case, inputs)
 
 
-@pytest.mark.parametrize("name, at, told", [("fill_order", 3, "out of range at row 3"), ("table_order", 3, "again at")])
-def test_orders_of_no_permutation_are_named(check, name, at, told):
+@pytest.mark.parametrize(
+    "name, at, message", [("fill_order", 3, "out of range at row 3"), ("table_order", 3, "again at")]
+)
+def test_orders_of_no_permutation_are_named(check, name, at, message):
     inputs = make("scatter-mask", torch.float32)
     named = [inputs.tensors[each] for each in ("src", "fill_ids", "table_ids")]
     orders = dict(zip(("fill_order", "table_order"), m3ae_kernels.scatter_orders(*named)))
     call(m3ae_kernels, "scatter-mask", Inputs(inputs.tensors, inputs.options | orders))
     orders[name][at] = 641 if name == "fill_order" else orders[name][at - 1]
-    with pytest.raises(IndexError, match=f"^scatter_tokens: {name} is .*{told}"):
+    with pytest.raises(IndexError, match=f"^scatter_tokens: {name} is .*{message}"):
         call(m3ae_kernels, "scatter-mask", Inputs(inputs.tensors, inputs.options | orders))
 
 

@@ -53,8 +53,8 @@ def test_transformers_prepares_pictures_as_encode_does(tmp_path, channels):
     for height, width in ((24, 24), (57, 40), (33, 44), (20, 57)):  # unchanged, cropped by odd numbers, enlarged
         image = Image.fromarray(pixels[:height, :width, : max(channels, 3)])
         image = image.convert("L") if channels == 1 else image
-        told = {"input_data_format": "channels_first"} if channels == 4 else {}  # transformers 5.20 cannot infer it
-        theirs = processor(image, return_tensors="pt", **told)["pixel_values"]
+        options = {"input_data_format": "channels_first"} if channels == 4 else {}  # transformers 5.20 cannot infer it
+        theirs = processor(image, return_tensors="pt", **options)["pixel_values"]
         torch.testing.assert_close(
             theirs[0], (prepare_image(image, model.config) / 255 - mean) / std, rtol=0, atol=1e-6
         )

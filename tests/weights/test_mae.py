@@ -131,17 +131,17 @@ def test_fine_tuned_encoder_norms_the_mean(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "settings"),
     [
         ({"norm_pix_loss": True}, "=true\n"),
         ({"norm_pix_loss": False}, "=false\n"),
         ({"epochs": 800}, "=true if MAE was trained with --norm_pix_loss\n"),
     ],
 )
-def test_arguments_of_the_run_are_told(tmp_path, capsys, args, told):
+def test_arguments_of_the_run_are_told(tmp_path, capsys, args, settings):
     mae, _, _ = make()
     convert(tmp_path, {"model": mae.state_dict(), "args": argparse.Namespace(**args)})
-    assert f"set loss.per=batch and loss.norm_pix{told}" in capsys.readouterr().out
+    assert f"set loss.per=batch and loss.norm_pix{settings}" in capsys.readouterr().out
 
 
 def extra(weights):

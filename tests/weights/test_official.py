@@ -102,8 +102,8 @@ def test_settings_are_those_of_the_flags_or_their_defaults(tmp_path, said, expec
     wide = said.get("m3ae.dec_num_heads", 2) is None or "m3ae.model_type" in said
     arrays = golden(tmp_path, **({"emb_dim": 48, "dec_emb_dim": 32} if wide else {}))
     changed = {"data.image_normalization": None} | said
-    told = {name: value for name, value in (flags() | changed).items() if value is not None}
-    c = read_source(str(write_checkpoint(tmp_path / "a.pkl", params_of(arrays), told)), ViTOptions()).config
+    given = {name: value for name, value in (flags() | changed).items() if value is not None}
+    c = read_source(str(write_checkpoint(tmp_path / "a.pkl", params_of(arrays), given)), ViTOptions()).config
     found = (c.image_size, c.text_length, c.num_heads, c.dec_num_heads, *c.image_mean, *c.image_std)
     assert found == expected and c.patch_size == 8
 

@@ -61,14 +61,14 @@ def test_its_accuracy_on_labelled_shards_is_told_beside_torch(tmp_path, capsys):
     shards = [labelled_tar(tmp_path / f"{name}.tar", numbers) for name, numbers in SPLITS.items()]
     command = [str(tmp_path / "model"), "--out", str(tmp_path / "a.onnx"), "--format", "onnx", "--train", shards[0]]
     assert export([*command, "--val", shards[1]]) == 0
-    told = capsys.readouterr().out.partition("k-NN on 12 images of 3 classes, with neighbours from 30 images")[2]
+    output = capsys.readouterr().out.partition("k-NN on 12 images of 3 classes, with neighbours from 30 images")[2]
     arguments = ["knn", str(tmp_path / "model"), "--train", shards[0], "--val", shards[1], "--modality", "image"]
     assert transfer([*arguments, "--out", str(tmp_path / "knn"), "--set", "encode.precision=fp32"]) == 0
     exact = json.loads((tmp_path / "knn/result.json").read_text())
     accuracy = f"k-NN {exact['top1']:.1%} ± {exact['top1_se']:.1%}"
     assert exact["top1"] > 0.5
-    assert f"torch: {accuracy}, " in told and f"a.onnx: {accuracy}, +0.0 points relative to torch, " in told
-    small = re.search(r"a.int8.onnx: k-NN ([\d.]+)% ± [\d.]+%, ([+-][\d.]+) points relative to torch, .* im", told)
+    assert f"torch: {accuracy}, " in output and f"a.onnx: {accuracy}, +0.0 points relative to torch, " in output
+    small = re.search(r"a.int8.onnx: k-NN ([\d.]+)% ± [\d.]+%, ([+-][\d.]+) points relative to torch, .* im", output)
     assert float(small[1]) == pytest.approx(100 * exact["top1"] + float(small[2]), abs=0.11)
     lost = [*command, "--val", "no.tar", "--out", str(tmp_path / "b.onnx")]
     assert exit_cleanly(lambda: export(lost)) == 2
@@ -120,8 +120,8 @@ def test_the_example_needs_no_torch(tmp_path):
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert len(Path(example).read_text().splitlines()) <= 30
     first, second = model.encode([tmp_path / f"{number}.png" for number in range(2)], precision="fp32")
-    told = float(out.split()[-1])
-    assert told == pytest.approx(torch.cosine_similarity(first, second, dim=0).item(), abs=2e-3)
+    similarity = float(out.split()[-1])
+    assert similarity == pytest.approx(torch.cosine_similarity(first, second, dim=0).item(), abs=2e-3)
 
 
 def test_a_file_that_is_right_for_batches_alone_is_not_written(tmp_path, monkeypatch):
