@@ -204,8 +204,8 @@ def test_the_satellite_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(example, "run", run)
     monkeypatch.setattr("sys.argv", ["satellite.py", str(tmp_path), "--images", "48", "--steps", "2"])
     example.main()
-    said = capsys.readouterr().out
-    assert "images: 36 (NPY 36)" in said and "--set model.channels=13" in said and "drew" in said
+    output = capsys.readouterr().out
+    assert "images: 36 (NPY 36)" in output and "--set model.channels=13" in output and "drew" in output
     config = load_config(tmp_path / "config.json").model
     values = np.stack([np.load(path) for path in (tmp_path / "images").rglob("*.npy")]) / 10_000
     assert np.abs(np.array(config.image_mean) - values.mean((0, 1, 2))).max() < 0.02

@@ -441,8 +441,8 @@ def _saver(run_dir, fragments, say=lambda text: None):
 
 def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
     """The copying thread begins late."""
-    listed, said = threading.Event(), []
-    with _saver(tmp_path, lambda: listed.wait(60) and cut(STATE, 0, 1), said.append) as saver:
+    listed, messages = threading.Event(), []
+    with _saver(tmp_path, lambda: listed.wait(60) and cut(STATE, 0, 1), messages.append) as saver:
         saver.save(checkpoint.Info(3, 12, 0, {}, {}))
         waiting = threading.Thread(target=saver.engine.before_update)
         waiting.start()
@@ -451,7 +451,7 @@ def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
         listed.set()
         waiting.join(60)
         assert not waiting.is_alive()
-    assert said == [f"saved {path}" for path in checkpoint.saved_steps(tmp_path)]
+    assert messages == [f"saved {path}" for path in checkpoint.saved_steps(tmp_path)]
 
 
 def test_an_evaluation_makes_the_checkpoint_of_its_own_step_good(tmp_path):

@@ -44,8 +44,8 @@ def run(tmp_path, capsys, monkeypatch):
             code = exit_cleanly(lambda: train.main(["--config", str(file), *options]))
         except SystemExit as error:
             code = error.code
-        said = capsys.readouterr()
-        return code, said.out if out else said.err
+        printed = capsys.readouterr()
+        return code, printed.out if out else printed.err
 
     call.folder = tmp_path
     return call
@@ -465,9 +465,9 @@ def test_a_dry_run_without_a_gpu_has_no_number_of_one(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_dry_run_is_not_silent(run):
-    code, said = run("--dry-run")
+    code, output = run("--dry-run")
     stages = ["importing torch", "opening the data", "measuring steps of 8 samples"]
-    assert code == 0 and [*dict.fromkeys(line for line in said.splitlines() if "so far" not in line)] == stages
+    assert code == 0 and [*dict.fromkeys(line for line in output.splitlines() if "so far" not in line)] == stages
 
 
 def test_a_dry_run_looks_at_the_shards_of_the_probe(run, tmp_path):

@@ -55,8 +55,8 @@ def test_the_others_go_on_when_a_node_is_lost(trainer):
         for left in (first, other):
             if left.poll() is None:
                 kill(left)
-    said = log.read_text()
-    assert first.returncode == 0, said
-    assert "batch 16 = 1 ranks x 16 samples" in said and "Traceback" not in said
-    assert 0 < int(said.rpartition(", steps ")[2].split()[0]) < 50
+    output = log.read_text()
+    assert first.returncode == 0, output
+    assert "batch 16 = 1 ranks x 16 samples" in output and "Traceback" not in output
+    assert 0 < int(output.rpartition(", steps ")[2].split()[0]) < 50
     np.testing.assert_allclose(np.array(trainer.losses("run")), np.array(trainer.losses("one")), rtol=2e-5)

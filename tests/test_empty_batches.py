@@ -14,8 +14,8 @@ def test_evaluations_and_steps_are_those_of_one_rank_at_every_stage(tmp_path):
     found = {}
     for ranks in (1, 3):
         out = tmp_path / f"{ranks}.json"
-        code, said = run_ranks("tests.helpers.evaluation_cases", [str(out)], ranks, tmp_path / f"{ranks}.log")
-        assert code == 0, said[-3000:]
+        code, output = run_ranks("tests.helpers.evaluation_cases", [str(out)], ranks, tmp_path / f"{ranks}.log")
+        assert code == 0, output[-3000:]
         found[ranks] = json.loads(out.read_text())
     expected = found[1]["None"]
     assert len(expected) == 11 and {"val_image_loss", "val_text_loss", "val_rankme"} <= expected[0].keys()

@@ -75,8 +75,8 @@ def test_the_package_alone_imports_nothing_that_is_large():
 
 def test_help_of_every_program_and_its_commands_does_not_import_torch():
     modules = MODULES.values()
-    _, said = imported("-c", HELP_OF_ALL, *modules)
-    shown = {line.strip() for line in said.splitlines()}
+    _, output = imported("-c", HELP_OF_ALL, *modules)
+    shown = {line.strip() for line in output.splitlines()}
     assert {*modules} <= shown
     tools = ("make", "index", "stats", "manifest", "tokenizer", "image-tokens")
     assert {f"m3ae-fast shards {tool}" for tool in tools} <= shown
@@ -89,28 +89,29 @@ def test_every_command_starts_in_every_way_that_help_names():
     """These are the ways in the list of commands and in the first line of each command's help."""
     ways = re.findall(r"(?:m3ae-fast|python -m m3ae_fast)[ .]COMMAND", usage())
     lines = [way.replace("COMMAND", command) for way in ways for command in MODULES]
-    _, said = imported("-W", "ignore", "-c", START_ALL, *lines)  # runpy warns about a module that is already imported
-    programs = dict(line.split(": ") for line in said.splitlines())
+    _, output = imported("-W", "ignore", "-c", START_ALL, *lines)  # runpy warns about a module that is already imported
+    programs = dict(line.split(": ") for line in output.splitlines())
     assert len(ways) == 2 and programs.keys() == {*lines, *programs.values()}
     assert all(re.split("[ .]", line)[-1] == re.split("[ .]", program)[-1] for line, program in programs.items())
 
 
 def test_the_list_of_commands_imports_none_of_them():
-    names, said = imported("-m", "m3ae_fast", "--help")
-    assert not names & {"torch", "pydantic", "argparse"} and all(f"  {command} " in said for command in MODULES)
+    names, output = imported("-m", "m3ae_fast", "--help")
+    assert not names & {"torch", "pydantic", "argparse"} and all(f"  {command} " in output for command in MODULES)
 
 
 @pytest.mark.parametrize("arguments", [["--config", "nothing.json"], ["--config", "configs/base.json", "--set", "a=1"]])
 def test_a_mistake_in_a_config_is_told_before_torch_is_imported(arguments):
-    names, said = imported("-m", "m3ae_fast", "train", *arguments, code=2)
-    assert "torch" not in names and "error: config " in said
+    names, output = imported("-m", "m3ae_fast", "train", *arguments, code=2)
+    assert "torch" not in names and "error: config " in output
 
 
 def test_a_mistake_in_a_setting_of_pretrain_is_told_before_torch_is_imported(tmp_path):
     arguments = (str(tmp_path), "--out", str(tmp_path / "run"), "--set", "train.global_bach=64")
-    names, said = imported("-m", "m3ae_fast", "pretrain", *arguments, code=2)
+    names, output = imported("-m", "m3ae_fast", "pretrain", *arguments, code=2)
     assert (
-        "torch" not in names and said == "error: --set: unknown key train.global_bach; did you mean train.global_batch?"
+        "torch" not in names
+        and output == "error: --set: unknown key train.global_bach; did you mean train.global_batch?"
     )
 
 
@@ -142,8 +143,8 @@ def test_one_rank_of_several_leaves_the_config_to_the_first(monkeypatch):
     ],
 )
 def test_a_former_name_says_the_present_one(arguments, line):
-    names, said = imported("-m", *arguments, code=2)
-    assert said == f"error: {line}" and "torch" not in names
+    names, output = imported("-m", *arguments, code=2)
+    assert output == f"error: {line}" and "torch" not in names
 
 
 def test_help_shows_the_name_that_was_typed_and_version_the_version():
@@ -153,7 +154,7 @@ def test_help_shows_the_name_that_was_typed_and_version_the_version():
         ([f"{ROOT}/m3ae_fast/train.py", "--help"], f"{ROOT}/m3ae_fast/train.py"),
         (["-c", script], "m3ae-fast embed"),
     ):
-        _, said = imported(*arguments)
-        assert said.startswith(f"usage: {typed} ")
-    _, said = imported("-m", "m3ae_fast", "--version")
-    assert said.strip() == f"m3ae-fast {m3ae_fast.__version__}"
+        _, output = imported(*arguments)
+        assert output.startswith(f"usage: {typed} ")
+    _, output = imported("-m", "m3ae_fast", "--version")
+    assert output.strip() == f"m3ae-fast {m3ae_fast.__version__}"

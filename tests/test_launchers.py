@@ -116,12 +116,12 @@ def test_processes_of_srun_are_one_run(tmp_path):
         "SLURM_STEP_NODELIST": "localhost",
     }
     found = [slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
-    code, said = helper.await_ranks(helper.fork_each(__name__, [str(out)], found, log), log)
-    assert code == 0, said
+    code, output = helper.await_ranks(helper.fork_each(__name__, [str(out)], found, log), log)
+    assert code == 0, output
     assert json.loads(out.read_text()) == [[0, 0, "2"], [1, 1, "2"]]
 
 
-@pytest.mark.parametrize(("said", "one"), [(None, True), ("", True), ("1", True), ("2", False)])
-def test_an_empty_number_of_ranks_is_one(monkeypatch, said, one):
-    monkeypatch.setattr(os, "environ", {} if said is None else {"WORLD_SIZE": said})
+@pytest.mark.parametrize(("world_size", "one"), [(None, True), ("", True), ("1", True), ("2", False)])
+def test_an_empty_number_of_ranks_is_one(monkeypatch, world_size, one):
+    monkeypatch.setattr(os, "environ", {} if world_size is None else {"WORLD_SIZE": world_size})
     assert alone() is one

@@ -103,7 +103,7 @@ def test_the_extras_are_those_of_the_package():
 
 def test_one_line_names_all_that_is_missing(hide):
     hide("onnx", "timm", "wandb", "sklearn")
-    for needs, said in (
+    for needs, message in (
         ({"onnx": "a", "timm": "a"}, "a needs onnx and timm: pip install 'm3ae-fast[onnx]'"),
         ({"timm": "a", "scipy": "a"}, "a needs timm: pip install 'm3ae-fast[evaluate]'"),
         (
@@ -111,7 +111,7 @@ def test_one_line_names_all_that_is_missing(hide):
             "a needs scikit-learn; b needs wandb: pip install 'm3ae-fast[evaluate,wandb]'",
         ),
     ):
-        with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
             require_libraries(needs)
     require_libraries({"scipy": "a"})
 

@@ -202,8 +202,8 @@ def test_a_run_begins_with_the_weights(base, tmp_path, capsys):
         path.with_suffix(".txt").write_text(f"a picture {number}")
     few = ["train.steps=1", "optim.peak_lr=1e-30", "data.workers=0", "train.pictures=0", "train.precision=fp32"]
     found = pretrain(tmp_path / "photos", tmp_path / "run", start_from=base, overrides=few)
-    said = capsys.readouterr().out
-    assert found.finished and "weights to continue from" in said and 'model: "as its weights", width 32' in said
+    output = capsys.readouterr().out
+    assert found.finished and "weights to continue from" in output and 'model: "as its weights", width 32' in output
     before, after = checkpoint.read_weights(checkpoint.locate(base)), M3AE.from_pretrained(found.export).state_dict()
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-20)

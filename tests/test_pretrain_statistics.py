@@ -328,16 +328,16 @@ def test_an_imbalanced_grey_folder_with_splits_and_labels_is_trained_on(tmp_path
     line = [str(root), "--out", str(tmp_path / "run"), "--hours", "0.001", "--labels", "json.site"]
     line += [part for each in ("data.workers=0", "train.steps=2", "train.pictures=0") for part in ("--set", each)]
     assert main([*line, "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert said.index("trained on") < said.index("length: 2 steps")
+    output = capsys.readouterr().out
+    assert output.index("trained on") < output.index("length: 2 steps")
     for text in (
         "3: broken 18, cracked 6, dark 3",
         '"a broken cell"',
         "grey, 20 x 24 px",
         "27 samples and 11 held out",
     ):
-        assert text in said
-    assert "classes by json.site: 2: south 14, north 13" in said and "2 classes" in said
+        assert text in output
+    assert "classes by json.site: 2: south 14, north 13" in output and "2 classes" in output
     assert main([*line, "--set", "train.probe=null"]) == 0
     config = load_config(tmp_path / "run/config.json")
     assert config.model.channels == 1 and config.model.vocab_size > 0

@@ -23,26 +23,26 @@ def clock():
     return _Clock()
 
 
-def _said(lines, clock, items, seconds):
+def _printed(lines, clock, items, seconds):
     """Return the lines that are printed for `items` that take `seconds` each, by the time at which they are printed."""
     found, began = {}, clock.seconds
     for _ in range(items):
         clock.seconds += seconds
-        if said := lines.advance(1):
-            found[round(clock.seconds - began, 3)] = said
+        if line := lines.advance(1):
+            found[round(clock.seconds - began, 3)] = line
     return found
 
 
 def test_a_line_comes_within_seconds_and_then_ever_more_seldom(clock):
-    found = _said(Lines("encoding", 1000, now=clock), clock, 1000, 0.5)
+    found = _printed(Lines("encoding", 1000, now=clock), clock, 1000, 0.5)
     assert found[3.0] == ("encoding: 6 of 1,000, about 0:08:17 left", "")
     assert [*found] == [3, 6, 12, 24, 48, 96, 156, 216, 276, 336, 396, 456]
     assert found[456.0][0] == "encoding: 912 of 1,000, about 0:00:44 left"
 
 
 def test_short_work_says_nothing(clock):
-    assert _said(Lines("encoding", 5, now=clock), clock, 5, 0.5) == {}
-    assert _said(Lines("encoding", 1, now=clock), clock, 1, 30.0) == {}, "it is over"
+    assert _printed(Lines("encoding", 5, now=clock), clock, 5, 0.5) == {}
+    assert _printed(Lines("encoding", 1, now=clock), clock, 1, 30.0) == {}, "it is over"
 
 
 def test_the_start_of_the_loader_is_not_taken_for_the_pace(clock):
@@ -68,7 +68,7 @@ def test_without_a_total_there_is_no_time_left(clock):
 def test_the_time_left_of_the_whole_task_is_known_in_its_first_part(clock):
     reported = []
     whole = TimeLeft(1000, other_work=60, report=reported.append, now=clock)
-    found = _said(Lines("clean", 10, whole, 100, now=clock), clock, 10, 1.0)
+    found = _printed(Lines("clean", 10, whole, 100, now=clock), clock, 10, 1.0)
     assert found[3.0] == ("clean: 3 of 10, about 0:00:07 left", "0:02:37")  # 97 items and a minute
     assert reported == [pytest.approx(157)]
     assert whole.after(100) == ", about 0:02:30 left"
@@ -81,7 +81,7 @@ def test_a_part_is_weighed_with_those_before_it(clock):
     whole = TimeLeft(30, now=clock)
     clock.seconds += 10
     whole.after(10)  # one second per item
-    found = _said(Lines("attacked", 10, whole, 10, now=clock), clock, 5, 3.0)
+    found = _printed(Lines("attacked", 10, whole, 10, now=clock), clock, 5, 3.0)
     assert found[3.0] == ("attacked: 1 of 10, about 0:00:27 left", "0:00:22")  # 13 s for 11 of 30
 
 

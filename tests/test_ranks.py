@@ -132,9 +132,9 @@ def test_a_store_of_300_clients_starts_under_a_low_limit_of_open_files(tmp_path)
 
 def test_too_low_a_hard_limit_of_open_files_is_one_line(tmp_path):
     each = [{"RANK": "0", "WORLD_SIZE": "300", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}]
-    said = await_ranks(fork_each(__name__, ["few files"], each, tmp_path / "log"), tmp_path / "log")
+    ended = await_ranks(fork_each(__name__, ["few files"], each, tmp_path / "log"), tmp_path / "log")
     line = "error: rank 0 of 300 opens up to 1,400 files, but the limit is 256: raise it with `ulimit -n 1400` "
-    assert said[0] == 2 and said[1].startswith(line) and said[1].count("\n") == 1
+    assert ended[0] == 2 and ended[1].startswith(line) and ended[1].count("\n") == 1
 
 
 def on_nodes(what, folder):
@@ -184,8 +184,8 @@ def stand_still(heartbeats):
 
 def test_ranks_of_a_node_hear_its_leader_sum_first_and_stop_together(tmp_path):
     """The last of the three nodes has only one rank."""
-    code, said = run_ranks(__name__, ["nodes", "stop", str(tmp_path)], 5, tmp_path / "log")
-    assert code == 0 and sorted(said.splitlines()) == [
+    code, output = run_ranks(__name__, ["nodes", "stop", str(tmp_path)], 5, tmp_path / "log")
+    assert code == 0 and sorted(output.splitlines()) == [
         "0: [0, 1] [[1], [2, 4]]",
         "1: [0, 1] [[0]]",
         "2: [2, 3] [[3], [0]]",
@@ -199,9 +199,9 @@ def test_a_rank_that_is_killed_ends_the_others_in_a_sum(tmp_path, killed):
     """The other ranks end: those on the same node directly, and those on the other node through the leader. They report
     the killed rank, even if the store has ended with rank 0, and exit with the code that requests a restart."""
     processes = fork_ranks(__name__, ["nodes", f"killed {killed}", str(tmp_path)], 4, tmp_path / "log")
-    _, said = await_ranks(processes, tmp_path / "log")
+    _, output = await_ranks(processes, tmp_path / "log")
     assert [p.exitcode for p in processes] == [-signal.SIGKILL if rank == killed else 75 for rank in range(4)]
-    errors = [line for line in said.splitlines() if line.startswith("error")]
+    errors = [line for line in output.splitlines() if line.startswith("error")]
     assert len(errors) == 1 if killed else 1 <= len(errors) <= 3
     who = "another rank" if killed else "rank 0"
     assert set(errors) == {f"error: {who} {LOST}. --resume auto continues from the last checkpoint"}
@@ -463,8 +463,8 @@ def with_a_mistake(rank):
 def test_the_mistake_that_one_rank_meets_is_the_only_line_and_all_exit_with_its_code(tmp_path, rank):
     """The rank may host the store, and other ranks may work until it has ended."""
     processes = fork_ranks(__name__, ["mistake", str(rank)], 3, tmp_path / "log")
-    said = await_ranks(processes, tmp_path / "log")[1]
-    assert [line for line in said.splitlines() if "error" in line] == [f"error: rank {rank} finds no shard"]
+    output = await_ranks(processes, tmp_path / "log")[1]
+    assert [line for line in output.splitlines() if "error" in line] == [f"error: rank {rank} finds no shard"]
     assert [process.exitcode for process in processes] == [2, 2, 2]
 
 

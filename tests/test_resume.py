@@ -340,9 +340,9 @@ def test_nodes_that_see_other_shards_do_not_begin(trainer):
             write_tar(trainer.folder / f"node{node}/{number}.tar", members(range(number * 40, number * 40 + 40)))
     sources = json.dumps([{"shards": "~/*.tar"}])
     arguments = trainer.arguments("run", "--set", f"data.train={sources}")
-    code, said = run_ranks(__name__, [str(trainer.folder), *arguments], 2, trainer.log("run"))
+    code, output = run_ranks(__name__, [str(trainer.folder), *arguments], 2, trainer.log("run"))
     assert code == 2 and not (trainer.folder / "run/checkpoints").exists()
-    (line,) = said.splitlines()
+    (line,) = output.splitlines()
     assert line.startswith("error: data.train is 2 shards with 80 samples, ") and "on rank 0 (" in line
     assert "1 shards with 40 samples" in line and line.endswith("make the files identical on all nodes")
 

@@ -46,15 +46,15 @@ def test_the_reason_of_a_failure_is_the_line_that_the_run_printed(tmp_path):
     lost = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
     with pytest.raises(RuntimeError):
         recorded(tmp_path, 7, lost)
-    said = rank_lost("another rank")
-    assert status(tmp_path)[1] == f"failed at step 7 of 10 ({said})"
+    expected = rank_lost("another rank")
+    assert status(tmp_path)[1] == f"failed at step 7 of 10 ({expected})"
 
 
 def test_a_killed_run_has_failed_after_the_last_step_that_it_logged(tmp_path):
     Recorder(tmp_path, 10).begin(2)
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
-    state, said = status(tmp_path)
-    assert state == "failed" and said.startswith("failed: killed after step 5 of 10 was logged")
+    state, reason = status(tmp_path)
+    assert state == "failed" and reason.startswith("failed: killed after step 5 of 10 was logged")
 
 
 def test_a_run_has_the_steps_to_which_it_was_changed(tmp_path):

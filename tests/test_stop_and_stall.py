@@ -87,18 +87,18 @@ def test_code_of_a_user_gets_a_keyboard_interrupt_and_can_go_on(number):
 
 
 @pytest.mark.parametrize(
-    ("saves", "said"),
+    ("saves", "expected"),
     [
         ("lambda: 'half is in a.json'", "stopped (SIGTERM); half is in a.json\n"),
         ("lambda: {}['a']", "stopped (SIGTERM); saving the intermediate results failed: 'a'\n"),
     ],
 )
-def test_a_process_that_leaves_saves_what_there_is_or_leaves_all_the_same(saves, said):
+def test_a_process_that_leaves_saves_what_there_is_or_leaves_all_the_same(saves, expected):
     process = program(STARTING.format(f"stop.at_leaving = {saves}; print('set', flush=True); threading.Event().wait()"))
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "set\n"]
     process.send_signal(signal.SIGTERM)
     out = process.stdout.read()
-    assert (process.wait(20), out) == (0, said)
+    assert (process.wait(20), out) == (0, expected)
 
 
 def test_a_signal_is_heeded_where_a_thousand_files_are_open():
@@ -223,8 +223,8 @@ def test_a_rank_whose_peer_left_first_saves_what_there_is_and_says_it():
     ranks = [program(code, RANK=rank, LOCAL_RANK=rank, **where) for rank in ("0", "1")]
     assert [process.stdout.readline() for process in ranks] == ["ready\n"] * 2
     ranks[1].send_signal(signal.SIGTERM)
-    said = [process.communicate(timeout=60)[0] for process in ranks]
-    assert said == ["stopped (requested by another rank); half is in a.json\n", ""]
+    outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    assert outputs == ["stopped (requested by another rank); half is in a.json\n", ""]
     assert [process.returncode for process in ranks] == [0, 0]
 
 

@@ -27,7 +27,9 @@ def test_the_encoding_is_given_wherever_text_is_read_or_written():
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and opens_text(node):
-                said = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "encoding"]
-                found[f"{path.relative_to(ROOT)}:{node.lineno}"] = said
+                encodings = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "encoding"]
+                found[f"{path.relative_to(ROOT)}:{node.lineno}"] = encodings
     assert len(found) > 20
-    assert {place: said for place, said in found.items() if said not in (["'utf-8'"], ["'utf-8-sig'"])} == {}
+    assert {
+        place: encodings for place, encodings in found.items() if encodings not in (["'utf-8'"], ["'utf-8-sig'"])
+    } == {}

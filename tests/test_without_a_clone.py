@@ -69,8 +69,8 @@ def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
     command = [sys.executable, *line, "--set", "data.workers=0", "--set", "train.steps=12"]
     done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    for said in ("54 samples and 6 held out", "3 classes", 'model: "tiny"', "images of 40 px", "length: 12 steps"):
-        assert said in done.stdout
+    for expected in ("54 samples and 6 held out", "3 classes", 'model: "tiny"', "images of 40 px", "length: 12 steps"):
+        assert expected in done.stdout
     run = tmp_path / "run"
     assert status(run)[0] == "finished"
     for task in ("knn", "logistic"):
@@ -142,11 +142,11 @@ def test_the_readmes_commands_make_a_model_of_images_and_others_use_it(site, tmp
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 
-    said = run("-c", RUN, input=json.dumps(lines))
+    output = run("-c", RUN, input=json.dumps(lines))
     for part in ("20 samples", "fewer than the 2,048 requested", "drew runs/mine/reconstructions.png", "[MASK] 1:"):
-        assert part in said
+        assert part in output
     for part in ("images.npz: keys [20]", "finished at step 3 of 3", "parameters"):
-        assert part in said
+        assert part in output
     assert M3AE.from_pretrained(tmp_path / "again").encode([Image.new("RGB", (40, 40))]).isfinite().all()
     made = {"again", "cache", "images", "images.npz", "out", "results", "runs", "shards", "tokenizer.json"}
     assert {path.name for path in tmp_path.iterdir()} == made

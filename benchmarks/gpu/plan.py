@@ -179,15 +179,15 @@ def _run_stage(stage: Stage, place: Path, folder: Path, seconds: float) -> dict[
         codes += [_wait(process, began + seconds) for process in started]
     if processes.left:  # they may hold memory, and disturb later stages
         record["left running"] = processes.left
-    said = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
+    texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
     if None in codes:
         outcome = "out of time"
     elif any(codes):
         outcome = "failed"
-        missing = re.findall(r"^ModuleNotFoundError: No module named '(\w+)", "\n".join(said), re.MULTILINE)
+        missing = re.findall(r"^ModuleNotFoundError: No module named '(\w+)", "\n".join(texts), re.MULTILINE)
         record["lacks"] = missing[-1] if missing else ""
     else:
-        outcome = "done" if all(said) else "silent"
+        outcome = "done" if all(texts) else "silent"
     return record | {"outcome": outcome, "seconds": time.monotonic() - began, "exit codes": codes}
 
 

@@ -99,9 +99,9 @@ def _classify(*options):
 
 def test_encoder_in_a_plain_torch_classifier(folder):
     M3AE(ModelConfig(**TINY["model"])).save_pretrained("model")
-    said = _classify("--epochs", "4")
+    output = _classify("--epochs", "4")
     losses, accuracies = (
-        [float(value) for value in re.findall(pattern, said)] for pattern in (r"loss ([\d.]+)", r"accuracy ([\d.]+)%")
+        [float(value) for value in re.findall(pattern, output)] for pattern in (r"loss ([\d.]+)", r"accuracy ([\d.]+)%")
     )
     assert len(losses) == 4 and losses[-1] < losses[0] and accuracies[-1] == 100
     (short,) = re.findall(

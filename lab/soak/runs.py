@@ -185,8 +185,8 @@ class Soak:
         saves = fault in STOPS or (ranks == 1 and fault and fault.startswith("all processes get"))
         struck_at_exit = code < 0 and self._complete(name)  # the run is complete, and its signal handlers are removed
         if code and not struck_at_exit and (saves or fault is None or fault == "all processes are suspended"):
-            said = "\n".join(re.findall(r"^error: .*", out, re.MULTILINE)) or out.strip()[-300:]
-            self.tally.wrong.append(f"{name}: exit code {code}: {said!r}")
+            reason = "\n".join(re.findall(r"^error: .*", out, re.MULTILINE)) or out.strip()[-300:]
+            self.tally.wrong.append(f"{name}: exit code {code}: {reason!r}")
         if "remove the folder to use an older one" in out:  # follows the advice in the message
             shutil.rmtree(checkpoint.saved_steps(self.folder / name)[-1])
 

@@ -144,9 +144,9 @@ def test_the_readmes_first_claim_is_its_tables():
     ratios = [[float(number) for number in re.findall(r"([\d.]+) x", row)] for row in rows]
     over_reference = [ratio for row in ratios for ratio in row[::2]]
     over_expert = [ratio for row in ratios for ratio in row[1::2]]
-    said = [float(number) for number in claim.groups()]
-    assert said[:2] == [round(min(over_reference)), round(max(over_reference))]
-    assert said[2:] == [round(min(over_expert), 1), round(max(over_expert), 1)]
+    claimed = [float(number) for number in claim.groups()]
+    assert claimed[:2] == [round(min(over_reference)), round(max(over_reference))]
+    assert claimed[2:] == [round(min(over_expert), 1), round(max(over_expert), 1)]
 
 
 def test_table_needs_its_markers(tmp_path, capsys):

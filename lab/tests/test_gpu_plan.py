@@ -156,8 +156,8 @@ def test_what_lacked_a_module_runs_again_once_it_is_there(tmp_path, capsys, monk
     code = "import os; open(os.environ['BENCHMARK_RESULTS'] + '/../count', 'a').write('x'); import brought_later"
     stages = [Stage("trainer", 50, python(code))]
     assert plan.run(tmp_path / "out", 60, stages) == 1
-    assert "failed" in (said := capsys.readouterr().out)
-    assert said.endswith(", without brought_later: python -m benchmarks.gpu.wheels\n")
+    assert "failed" in (output := capsys.readouterr().out)
+    assert output.endswith(", without brought_later: python -m benchmarks.gpu.wheels\n")
     assert plan.run(tmp_path / "out", 60, stages) == 1 and (tmp_path / "out/count").read_text() == "x"
     (tmp_path / "brought_later.py").write_text("print('here')")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -228,9 +228,9 @@ def test_a_stage_is_run_again_and_keeps_what_it_had(tmp_path):
     assert plan.run(tmp_path, 90, stages) == 0
     for _ in range(2):
         assert plan.run(tmp_path, 90, stages, again=["one"]) == 0
-    said = {place.parent.name: place.read_text() for place in tmp_path.glob("*/log.txt")}
-    assert said.keys() == {"one", "one.1", "one.2", "two"}
-    assert outcomes(tmp_path).keys() == said.keys()
+    logs = {place.parent.name: place.read_text() for place in tmp_path.glob("*/log.txt")}
+    assert logs.keys() == {"one", "one.1", "one.2", "two"}
+    assert outcomes(tmp_path).keys() == logs.keys()
     with pytest.raises(SystemExit):
         program.main(["--all", "--again", "no-stage"])
     with pytest.raises(SystemExit):

@@ -337,11 +337,11 @@ def test_statistics_are_of_each_band(tmp_path, capsys):
     shard = write_tar(tmp_path / "a.tar", [(f"{i}.npy", data) for i, data in enumerate(arrays)])
     command = ["stats", shard, "--cache-dir", str(tmp_path), "--channels", str(BANDS), "--dtype", "float32"]
     assert data_tools([*command, "--range=-100,100", "--picture", str(tmp_path / "a.png")]) == 0
-    said = capsys.readouterr().out
-    mean, std = (json.loads(re.search(rf"model.image_{name}=(\S+)", said)[1]) for name in ("mean", "std"))
+    output = capsys.readouterr().out
+    mean, std = (json.loads(re.search(rf"model.image_{name}=(\S+)", output)[1]) for name in ("mean", "std"))
     both = (np.stack([FLOATS, FLOATS + 50]).astype(np.float64) + 100) / 200
     assert np.abs(both.mean((0, 1, 2)) - mean).max() < 1e-4 and np.abs(both.std((0, 1, 2)) - std).max() < 1e-4
-    assert 'model.image_dtype="float32"' in said and "has 3 channels, but the model expects 13" in said
+    assert 'model.image_dtype="float32"' in output and "has 3 channels, but the model expects 13" in output
     assert Image.open(tmp_path / "a.png").width > 600
     with pytest.raises(UserError, match="--channels 0: must be from 1 to 256"):
         data_tools([*command, "--channels", "0"])

@@ -76,9 +76,9 @@ def test_splits_and_classes_are_those_of_the_folders(tmp_path, capsys, layout):
     root = tree(tmp_path / "data", *sorted(path for _, _, path in expected))
     assert make(root, tmp_path / "out") == 0
     assert _paths(tmp_path / "out") == expected
-    said = capsys.readouterr().out
-    assert SAID.get(layout, "") in said and (layout in SAID or "note:" not in said)
-    assert all(f'"{split}": [{{"shards": "{tmp_path}/out/{split}-*.tar"}}]' in said for split, _, _ in expected)
+    output = capsys.readouterr().out
+    assert SAID.get(layout, "") in output and (layout in SAID or "note:" not in output)
+    assert all(f'"{split}": [{{"shards": "{tmp_path}/out/{split}-*.tar"}}]' in output for split, _, _ in expected)
 
 
 @pytest.mark.parametrize(("name", "split"), [("val", "val"), ("validation", "val"), ("Test", "test"), ("dev", "train")])

@@ -50,11 +50,11 @@ def test_masks_of_a_folder_stand_beside_their_images(tmp_path, place, capsys):
 
 
 def test_a_mask_that_does_not_fit_its_image_is_refused(tmp_path):
-    turned = io.BytesIO()
+    rotated = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated: with the orientation applied, the image has 24 x 32 pixels
-    Image.open(io.BytesIO(picture(0, (32, 24)))).save(turned, "JPEG", exif=exif)
-    images = write(tmp_path / "images", {"a.jpg": picture(1, (32, 24)), "b.jpg": turned.getvalue()})
+    Image.open(io.BytesIO(picture(0, (32, 24)))).save(rotated, "JPEG", exif=exif)
+    images = write(tmp_path / "images", {"a.jpg": picture(1, (32, 24)), "b.jpg": rotated.getvalue()})
     masks = write(tmp_path / "masks", {"a.png": mask(1, (24, 32)), "b.png": mask(1, (24, 32))})
     folder = Folder(images, masks=masks)
     with pytest.raises(BadSample, match="the mask has 24 x 32 pixels, but the image has 32 x 24"):

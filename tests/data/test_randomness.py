@@ -36,13 +36,13 @@ def test_a_flip_tells_nothing_of_the_box(monkeypatch):
         assert correlation(list(zip(flipped, number))) < 0.09
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_box_may_be_as_wide_or_as_high_as_the_picture(turned):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_box_may_be_as_wide_or_as_high_as_the_picture(transposed):
     """Such a box is placed at random like any other box. The central box is used only if no box fits."""
-    size = (8, 30) if turned else (30, 8)
+    size = (8, 30) if transposed else (30, 8)
     boxes = [crops.draw_box(*size, (0.2, 0.5), torch.rand(41, generator=torch.Generator().manual_seed(seed)).tolist())
              for seed in range(300)]  # fmt: skip
-    whole = [(left, top) if turned else (top, left) for top, left, *part in boxes if part[turned ^ 1] == 8]
+    whole = [(left, top) if transposed else (top, left) for top, left, *part in boxes if part[transposed ^ 1] == 8]
     assert len({along for along, _ in whole}) > 10 and {across for _, across in whole} == {0}
 
 
@@ -140,9 +140,9 @@ def test_the_crop_settings_of_the_config_are_heeded(load, tmp_path, monkeypatch)
         return dict(zip(batch.keys, batch.images))
 
     plain, flips = (images(crop_scale=(0.5, 0.6), flip=flip) for flip in (False, True))
-    turned = [torch.equal(plain[key].flip(-1), flips[key]) for key in plain]
-    assert 6 <= sum(turned) <= 18
-    assert all(turn or torch.equal(plain[key], flips[key]) for key, turn in zip(plain, turned))
+    flipped = [torch.equal(plain[key].flip(-1), flips[key]) for key in plain]
+    assert 6 <= sum(flipped) <= 18
+    assert all(is_flipped or torch.equal(plain[key], flips[key]) for key, is_flipped in zip(plain, flipped))
     small = images(crop_scale=(0.1, 0.2), flip=False)
     assert not any(torch.equal(plain[key], small[key]) for key in plain)
 

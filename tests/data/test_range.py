@@ -100,13 +100,13 @@ def test_exports_and_encode_use_it(tmp_path, levels):
 @pytest.mark.parametrize("remembered", [True, False])
 def test_features_and_transfer_use_it(tmp_path, shards, remembered):
     run = str(tiny_run(tmp_path / "run", image_range=[LOW, HIGH] if remembered else None))
-    said = ["--set", "data.workers=0"] + ([] if remembered else ["--set", f"data.range=[{LOW},{HIGH}]"])
+    overrides = ["--set", "data.workers=0"] + ([] if remembered else ["--set", f"data.range=[{LOW},{HIGH}]"])
     found = []
     for number, shard in enumerate(shards):
         out = tmp_path / f"{number}.npz"
-        assert features.main([run, shard, "--out", str(out), *said]) == 0
+        assert features.main([run, shard, "--out", str(out), *overrides]) == 0
         found.append(np.load(out)["features"])
-        task = ["knn", run, "--train", shard, "--val", shard, "--out", str(tmp_path / f"knn{number}"), *said]
+        task = ["knn", run, "--train", shard, "--val", shard, "--out", str(tmp_path / f"knn{number}"), *overrides]
         assert transfer([*task, "--set", "knn.k=2"]) == 0
     assert len(found[0]) == 8 and np.array_equal(*found)
     if not remembered:

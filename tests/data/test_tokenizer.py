@@ -118,8 +118,8 @@ RULES = st.one_of(
     )
 )
 def test_no_rules_make_more_of_a_character_than_is_reckoned_with(rules):
-    said = json.loads(rules.__getstate__())
-    assert len(rules.normalize_str("a")) <= growth(said)
+    state = json.loads(rules.__getstate__())
+    assert len(rules.normalize_str("a")) <= growth(state)
 
 
 @settings(max_examples=50, derandomize=True, deadline=None)

@@ -71,14 +71,14 @@ def test_a_folder_with_classes_and_captions(tmp_path, pictures, capsys):
     (pictures / "dog" / "4.jpg").write_bytes(picture(1)[:-200])
     out = tmp_path / "a new/folder"
     assert make(pictures, out, "--short-side", "30", "--samples-per-shard", "4") == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for text in (
         "9 samples in 3 shards",
         "6 paired, 3 image-only",
         "1 skipped sample that cannot be used",
         "dog/4.jpg: the image is damaged",
     ):
-        assert text in said
+        assert text in output
     assert json.loads((out / "classes.json").read_text()) == ["cat", "dog"]
     samples = {json.loads(sample["json"])["path"]: sample for sample in contents(out)}
     assert sorted(samples) == [
@@ -508,8 +508,8 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, pictures, capsys):
     for number, (arguments, message) in enumerate(mistakes):
         out = tmp_path / f"out-{number}"
         assert make(*[out if argument == "OUT" else argument for argument in arguments]) == 2, message
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and re.search(message, said), said
+        output = capsys.readouterr().err
+        assert output.count("\n") == 1 and re.search(message, output), output
         assert not out.exists()
     assert os.listdir(tmp_path / "full") == ["mine.txt"]
 

@@ -76,8 +76,8 @@ def _marked(samples, seed):
     for row in range(samples):
         place = int(torch.randint(9, (1,), generator=generator))
         for other in range(9):
-            said = int(labels[row]) if other == place else int(torch.randint(5, (1,), generator=generator))
-            tokens[row, other, said] += 3
+            encoded = int(labels[row]) if other == place else int(torch.randint(5, (1,), generator=generator))
+            tokens[row, other, encoded] += 3
         tokens[row, place, 20] += 4
     return FeatureBank([f"a.tar/{i}" for i in range(samples)], tokens, labels, None, [])
 

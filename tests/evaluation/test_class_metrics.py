@@ -126,9 +126,9 @@ def test_a_task_says_all_of_it(transfer, run, tmp_path, capsys):
     table = read_parquet(tmp_path / "out/predictions.parquet")
     assert result["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(table["label"], table["prediction"]))
     assert 0 <= result["auroc"] <= 1 and [row["samples"] for row in result["per_class"]] == [32, 4]
-    said = capsys.readouterr().out
-    assert "balanced_accuracy 0." in said and "auroc 0." in said
-    assert f"warning: {result['warning']}\n" in said and (tmp_path / "out/confusion.png").exists()
+    output = capsys.readouterr().out
+    assert "balanced_accuracy 0." in output and "auroc 0." in output
+    assert f"warning: {result['warning']}\n" in output and (tmp_path / "out/confusion.png").exists()
     (tmp_path / "out/metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}))
     write_report(tmp_path / "out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()

@@ -73,10 +73,10 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
     ]
     assert pictures(tmp_path / "out") == ["comparison"] and result["chance"] == pytest.approx(1 / 3)
     page = (tmp_path / "out/comparison.md").read_text()
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     cell = rows["mae", "linear"]
-    assert page in said and f"{100 * cell['top1']:.1f} ± {100 * cell['top1_se']:.1f}" in page
-    assert "- knn: mae " in page and "4 of 4 models done" in said
+    assert page in output and f"{100 * cell['top1']:.1f} ± {100 * cell['top1_se']:.1f}" in page
+    assert "- knn: mae " in page and "4 of 4 models done" in output
     assert re.search(rf"\n\| {SCALED} \| ([\d.]+ ± [\d.]+ \| ){{3}}- \|\n", page)
 
     first = result["config"]["run"]["seed"]
@@ -173,8 +173,8 @@ def test_two_results_are_told_apart_or_not(transfer, run, shards, tmp_path, caps
     capsys.readouterr()
     folders = [str(tmp_path / "one"), str(tmp_path / "other")]
     assert main(["difference", *folders]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith(f"{folders[0]} ") and folders[1] in said and "McNemar p = " in said
+    output = capsys.readouterr().out
+    assert output.startswith(f"{folders[0]} ") and folders[1] in output and "McNemar p = " in output
     transfer("knn", val=shards[0], out="elsewhere")
     with pytest.raises(UserError, match="66 samples are in only one of them"):
         main(["difference", folders[0], str(tmp_path / "elsewhere")])
@@ -217,9 +217,9 @@ def test_a_result_in_another_order_is_the_same_result(tmp_path, monkeypatch):
         for name, order in (("one", np.arange(40)), ("other", random.permutation(40))):
             table = {"key": [keys[i] for i in order]} | {name: own[order].tolist() for name, own in columns.items()}
             write_parquet(tmp_path / name / "predictions.parquet", table)
-        said = compare_results([tmp_path / "one", tmp_path / "other"]).splitlines()
-        assert len(said) == lines
-        for line in said:
+        sentences = compare_results([tmp_path / "one", tmp_path / "other"]).splitlines()
+        assert len(sentences) == lines
+        for line in sentences:
             assert re.search(
                 r"does not differ significantly .*\+0\.0+( points)?, 95 % interval \+0\.0+ to \+0\.0+\b", line
             ), line

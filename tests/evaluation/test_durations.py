@@ -159,22 +159,22 @@ def test_the_defaults_are_still_the_measured_ones():
     ("device", "pace", "is_noted"), [("cpu", 36.0, True), ("cpu", 1.0, False), ("cuda", 36.0, False)]
 )
 def test_a_long_task_on_a_cpu_is_told_with_what_is_shorter_once(device, pace, is_noted):
-    said = []
-    job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device(device)), say=said.append)
+    notes = []
+    job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device(device)), say=notes.append)
     left = Job.time_left(job, 100, shorter=lambda part: f"--set robustness.samples={int(1000 * part)}")
     left.during(1, pace)
     left.during(2, pace)
     note = "note: the task takes about 0:59:24 on this CPU; to reduce the time: --set robustness.samples=168"
-    assert said == ([note] if is_noted else [])
+    assert notes == ([note] if is_noted else [])
 
 
 def test_a_training_that_is_long_is_told_before_anything_is_encoded():
-    said = []
-    job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")), say=said.append)
+    notes = []
+    job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")), say=notes.append)
     Job.time_left(job, 100, 3600, shorter=lambda _: "--seeds 1").during(50, 1.0)
-    assert said == ["note: the task takes about 1:00:00 on this CPU; to reduce the time: --seeds 1"]
+    assert notes == ["note: the task takes about 1:00:00 on this CPU; to reduce the time: --seeds 1"]
     quick = Job.time_left(job, 100, 600, shorter=lambda _: "--seeds 1")
-    assert len(said) == 1
+    assert len(notes) == 1
     quick._now = lambda now=quick._now: now() + 1000  # the first of two parts took that long
     quick.after(50)
-    assert said[1:] == ["note: the task takes about 0:26:40 on this CPU; to reduce the time: --seeds 1"]
+    assert notes[1:] == ["note: the task takes about 0:26:40 on this CPU; to reduce the time: --seeds 1"]

@@ -57,8 +57,8 @@ def test_two_and_three_ranks_find_what_one_finds(tmp_path):
         heads = bank_cases.heads(ranks)
     assert torch.equal(alone["number"], _by_a_sort(*(bank_cases.features(*of)[0] for of in ((211, 0), (61, 1))), 20)[1])
     for count in (2, 3):
-        code, said = run_ranks("tests.helpers.bank_cases", [str(tmp_path / "found.pt")], count, tmp_path / "log")
-        assert code == 0, said
+        code, output = run_ranks("tests.helpers.bank_cases", [str(tmp_path / "found.pt")], count, tmp_path / "log")
+        assert code == 0, output
         each = torch.load(tmp_path / "found.pt", weights_only=False)
         assert len(each) == count
         for found in each:

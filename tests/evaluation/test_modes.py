@@ -124,8 +124,8 @@ def test_help_shows_every_setting_of_a_task(task, capsys):
     for section in TASKS[task].sections:
         for key in section_of(EvaluationConfig.model_fields[section].annotation).model_fields:
             assert f"  {section}.{key}\n" in shown
-    said = " ".join(shown.split())
+    text = " ".join(shown.split())
     if task in ("knn", "ood", "compare"):
-        assert "Number of neighbours that vote. Default: 20; allowed: integer > 0." in said
+        assert "Number of neighbours that vote. Default: 20; allowed: integer > 0." in text
     if task == "robustness":
-        assert "evaluate, from 1 to 5. Default: [1, 2, 3, 4, 5]; allowed: list: integer ≥ 1, ≤ 5." in said
+        assert "evaluate, from 1 to 5. Default: [1, 2, 3, 4, 5]; allowed: list: integer ≥ 1, ≤ 5." in text

@@ -51,9 +51,11 @@ def test_labels_that_the_colour_decides_are_found(transfer, tmp_path, head, caps
     result = transfer("multilabel", *options, train=train, val=val)
     assert result["map"] > 0.9 > 0.6 > result["chance_map"] and "warning" not in result
     assert [row["class"] for row in result["per_class"]] == ["blue", "cold", "green"]
-    said = capsys.readouterr().out
-    assert "note: 1 labels of --val have no training sample and are left out" in said
-    assert f"multilabel: {result['verdict']}\n" in said and f"map {result['map']:.4f} ± {result['map_se']:.4f}" in said
+    output = capsys.readouterr().out
+    assert "note: 1 labels of --val have no training sample and are left out" in output
+    assert (
+        f"multilabel: {result['verdict']}\n" in output and f"map {result['map']:.4f} ± {result['map_se']:.4f}" in output
+    )
     table = read_parquet(tmp_path / "out/predictions.parquet")
     assert table["labels"][0] == ["blue", "cold"] and table["labels"][2] == []
     truth, scores = np.array([["green" in own for own in table["labels"]]])[0], np.array(table["scores"])[:, 2]

@@ -109,11 +109,11 @@ def test_scores_below_a_half_are_said_to_be_inverted(transfer, tmp_path, monkeyp
     is not inverted."""
     scores = ood.Scores.__call__
 
-    def turned(self, features):
+    def inverted_scores(self, features):
         found = scores(self, features)
         return found | {"knn": -found["knn"], "energy": np.linspace(-1, 1, len(features.keys))}
 
-    monkeypatch.setattr(ood.Scores, "__call__", turned)
+    monkeypatch.setattr(ood.Scores, "__call__", inverted_scores)
     other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
     result = transfer("ood", "--ood", f"noise={other}", "--set", "knn.k=5")
     (warning,) = result["cautions"]
@@ -147,9 +147,9 @@ def test_how_far_it_is_is_said_and_a_stop_leaves_the_sets_so_far(transfer, tmp_p
     columns = []
     monkeypatch.setattr("m3ae_fast.evaluation.job.write_parquet", lambda path, each: columns.append(each["set"]))
     transfer("ood", *given, "--set", "knn.k=3")
-    said = capsys.readouterr().out
-    assert re.search(r"encoding val: 18 samples done \(79% of the encoding, about \d:\d\d:\d\d left\)", said)
-    assert "encoding b: 9 samples done (100% of the encoding)\n" in said
+    output = capsys.readouterr().out
+    assert re.search(r"encoding val: 18 samples done \(79% of the encoding, about \d:\d\d:\d\d left\)", output)
+    assert "encoding b: 9 samples done (100% of the encoding)\n" in output
     assert left[:3] == ["no result yet (0 of 2 sets); running the same command again starts over"] * 3
     assert left[3].startswith(f"partial result, 1 of 2 sets, in {tmp_path}/out/result-so-far.json: a_max_softmax_")
     assert columns == [["val"] * 18 + ["a"] * 9, ["val"] * 18 + ["a"] * 9 + ["b"] * 9]

@@ -96,8 +96,11 @@ def test_two_results_are_told_apart_in_words_or_not():
     assert "MAE is better than M3AE: +20.0 points, 95 % interval" in difference(right, half).words("MAE", "M3AE")
     assert "MAE is worse than M3AE: -20.0" in difference(half, right).words("MAE", "M3AE")
     little = np.arange(100) < 98
-    said = difference(right, little).words("MAE", "M3AE")
-    assert "MAE does not differ significantly from M3AE on these samples: +2.0 points" in said and "p = 0.5" in said
+    sentence = difference(right, little).words("MAE", "M3AE")
+    assert (
+        "MAE does not differ significantly from M3AE on these samples: +2.0 points" in sentence
+        and "p = 0.5" in sentence
+    )
     five, six = (difference(right, np.arange(100) >= count) for count in (5, 6))  # all of 5 and 6 coins are heads
     assert (five.p, six.p) == pytest.approx((2 / 2**5, 2 / 2**6)) and min(five.low, six.low) > 0
     assert six.is_significant and not five.is_significant

@@ -42,8 +42,8 @@ def alone(run, tmp_path_factory):
     """Return the folder of the data, and the folder with the results of one rank."""
     data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("alone")
     task_cases.write_data(data)
-    code, said = run_ranks("tests.helpers.task_cases", [str(run), str(data), str(out)], 1, data / "log")
-    assert code == 0, said
+    code, output = run_ranks("tests.helpers.task_cases", [str(run), str(data), str(out)], 1, data / "log")
+    assert code == 0, output
     return data, out
 
 
@@ -54,8 +54,8 @@ def test_the_cases_are_all_tasks():
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_task_has_the_result_of_one_rank(run, alone, tmp_path, ranks):
     data, one = alone
-    code, said = run_ranks("tests.helpers.task_cases", [str(run), str(data), str(tmp_path)], ranks, tmp_path / "log")
-    assert code == 0, said
+    code, output = run_ranks("tests.helpers.task_cases", [str(run), str(data), str(tmp_path)], ranks, tmp_path / "log")
+    assert code == 0, output
     for name in task_cases.CASES:
         results = [json.loads((folder / name / "result.json").read_text()) for folder in (tmp_path, one)]
         _alike(*results, name)

@@ -40,8 +40,8 @@ def test_a_tenth_is_held_out_by_key_whatever_the_order():
     assert sorted(train + held_out) == list(range(203))
     assert held_out == sorted(held_out) != list(range(held_out[0], held_out[0] + 20))
     keys = [bank.keys[row] for row in held_out]
-    turned = replace(bank, keys=bank.keys[::-1])
-    assert {turned.keys[row] for row in split(turned).held_out} == {*keys}
+    reversed_bank = replace(bank, keys=bank.keys[::-1])
+    assert {reversed_bank.keys[row] for row in split(reversed_bank).held_out} == {*keys}
     moved = replace(bank, keys=[f"/data/elsewhere/{key}" for key in bank.keys])  # the same data in another folder
     assert split(moved).held_out == held_out
 

@@ -38,15 +38,15 @@ def test_a_result_takes_the_place_of_what_was_found_before_a_stop(tmp_path):
 @pytest.fixture
 def texts(monkeypatch):
     """Return the list of the texts in all saved figures."""
-    said = []
+    found = []
     save = Figure.savefig
 
     def savefig(figure, *args, **options):
         save(figure, *args, **options)
-        said.extend(text.get_text() for text in figure.findobj(Text) if text.get_visible())
+        found.extend(text.get_text() for text in figure.findobj(Text) if text.get_visible())
 
     monkeypatch.setattr(Figure, "savefig", savefig)
-    return said
+    return found
 
 
 def test_names_are_drawn_as_they_are(tmp_path, texts):
@@ -65,9 +65,9 @@ def test_held_out_shards_that_are_trained_on_are_told(transfer, shards, monkeypa
     assert "--val: " not in capsys.readouterr().out
     monkeypatch.chdir(train.parent)
     transfer("knn", "--labels", "json.name", train=str(train), val=f"./{train.name}", out="again")
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     note = f"note: --val: 1 of its shards is also in --train, such as ./{train.name}: accuracies are therefore not"
-    assert note in said
+    assert note in output
 
 
 def test_a_task_on_classes_of_any_name_ends_with_result_and_pictures(transfer, tmp_path):

@@ -54,9 +54,9 @@ def test_how_far_it_is_is_said_and_a_stop_leaves_what_was_found(transfer, tmp_pa
 
     monkeypatch.setattr(retrieval, "own_ranks", stopped)
     transfer("retrieval", train=None)
-    said = capsys.readouterr().out
-    assert re.search(r"encoding images: 18 samples done \(50% of the encoding, about \d:\d\d:\d\d left\)", said)
-    assert "encoding texts: 18 samples done (100% of the encoding)\n" in said
+    output = capsys.readouterr().out
+    assert re.search(r"encoding images: 18 samples done \(50% of the encoding, about \d:\d\d:\d\d left\)", output)
+    assert "encoding texts: 18 samples done (100% of the encoding)\n" in output
     assert left[0] == "no result yet (0 of 2 directions); running the same command again starts over"
     found = next(line for line in left if line.startswith("partial result, 1 of 2 directions"))
     assert f"{tmp_path}/out/result-so-far.json: image_to_text_recall1 " in found and "text_to_image" not in found
@@ -93,11 +93,11 @@ def test_a_result_that_chance_gives_is_said_to_be_one(transfer, monkeypatch, cap
     monkeypatch.setattr(retrieval, "_draw", lambda *_: None)
     result = transfer("retrieval", train=None)
     assert retrieval.at_chance(result)
-    said = capsys.readouterr().out
-    assert "not to align the embeddings of captions and images" in said
+    output = capsys.readouterr().out
+    assert "not to align the embeddings of captions and images" in output
     assert (
-        "the images and the captions of 18 samples are encoded" in said
-        and "text_to_image: text_to_image_recall1 " in said
+        "the images and the captions of 18 samples are encoded" in output
+        and "text_to_image: text_to_image_recall1 " in output
     )
     given["text"] = torch.eye(18)
     assert not retrieval.at_chance(transfer("retrieval", train=None, out="found"))

@@ -285,10 +285,10 @@ def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, tm
     every = np.mean(list(result["corruptions"].values()))
     assert result["mean_corruption_error"] == pytest.approx(1 - every)
     assert result["val_samples"] == 18 and result["top1_se"] < 0.1
-    said = capsys.readouterr().out
-    assert "18 images in 13 passes: clean images, 2 attacks of 10 steps, 2 corruptions at 5 severities" in said
-    assert f"equivalent to classifying {18 * (1 + 2 * 31 + 10):,} images" in said
-    assert "clean (1 of 13, about 0:" in said and "contrast 5 (13 of 13): top1" in said
+    output = capsys.readouterr().out
+    assert "18 images in 13 passes: clean images, 2 attacks of 10 steps, 2 corruptions at 5 severities" in output
+    assert f"equivalent to classifying {18 * (1 + 2 * 31 + 10):,} images" in output
+    assert "clean (1 of 13, about 0:" in output and "contrast 5 (13 of 13): top1" in output
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     for name, top1 in (("clean", result["top1"]), ("jpeg 2", result["corruptions"]["jpeg"][1])):
         rows = table[table.condition == name]
@@ -336,8 +336,8 @@ def test_what_was_found_before_a_stop_is_written_and_said(classifier, shards, tm
     rest = process.stdout.read()
     assert process.wait(20) == 0 and not (tmp_path / "out/result.json").exists()
     result = json.loads((tmp_path / "out/result-so-far.json").read_text())
-    said = f"stopped ({number.name}); partial result, 4 of 5 passes, in {tmp_path}/out/result-so-far.json: top1 "
-    assert said in rest and rest.endswith("; running the same command again starts over\n")
+    message = f"stopped ({number.name}); partial result, 4 of 5 passes, in {tmp_path}/out/result-so-far.json: top1 "
+    assert message in rest and rest.endswith("; running the same command again starts over\n")
     assert (result["task"], result["partial"], result["done"]) == ("robustness", True, "4 of 5 passes")
     assert [len(found) for found in result["corruptions"].values()] == [2, 1]
     assert "mean_corruption_error" not in result

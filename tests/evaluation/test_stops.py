@@ -33,9 +33,9 @@ def stopped(run, shards, tmp_path):
             assert time.monotonic() < deadline and all(process.is_alive() for process in processes), log.read_text()
             time.sleep(0.05)
         os.kill(processes[to].pid, signal.SIGTERM)
-        code, said = await_ranks(processes, log)
-        assert code == 0 and not (out / "result.json").exists(), said
-        return said, json.loads((out / "result-so-far.json").read_text())
+        code, text = await_ranks(processes, log)
+        assert code == 0 and not (out / "result.json").exists(), text
+        return text, json.loads((out / "result-so-far.json").read_text())
 
     return perform
 
@@ -43,9 +43,9 @@ def stopped(run, shards, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_comparison_leaves_the_table_of_what_is_done(stopped, tmp_path, ranks):
     options = [*settings(f"linear.steps={ENDLESS}", "linear.peak_lr=1"), "--probes", "knn,linear", "--seeds", "1"]
-    said, result = stopped("random weights, knn, seed 42: ", "compare", *options, ranks=ranks, to=ranks - 1)
+    output, result = stopped("random weights, knn, seed 42: ", "compare", *options, ranks=ranks, to=ranks - 1)
     page = (tmp_path / "out/comparison.md").read_text()
-    assert page.startswith("Partial result: the comparison was stopped after 0 of 3 models.\n") and page in said
+    assert page.startswith("Partial result: the comparison was stopped after 0 of 3 models.\n") and page in output
     assert re.search(r"\| random weights \| \d+\.\d ± \d+\.\d \| not yet \|", page) is None, (
         "no column without a number"
     )
@@ -54,32 +54,32 @@ def test_a_comparison_leaves_the_table_of_what_is_done(stopped, tmp_path, ranks)
     assert (row["model"], row["probe"]) == ("random weights", "knn")
     assert parquet.read_table(tmp_path / "out/predictions.parquet").num_rows == 18
     reason = "SIGTERM" if ranks == 1 else "requested by another rank"
-    assert said.count("stopped (") == 1 and f"stopped ({reason}); partial result, 0 of 3 models, in " in said
-    assert re.search(r"the probes train for about [^;]*\d:\d\d:\d\d in total", said), "before an image is encoded"
+    assert output.count("stopped (") == 1 and f"stopped ({reason}); partial result, 0 of 3 models, in " in output
+    assert re.search(r"the probes train for about [^;]*\d:\d\d:\d\d in total", output), "before an image is encoded"
 
 
 def test_an_attentive_probe_says_how_long_it_takes_and_leaves_its_accuracy_so_far(stopped, tmp_path):
     options = settings(f"attentive.steps={ENDLESS}", "attentive.batch=8", "attentive.peak_lr=0.001")
-    said, result = stopped(r"attentive probe: [\d,]+ of 10,000,000, about .* left", "attentive", *options)
-    assert re.search(r"48 training samples: 1 probe, trained in about .*\d:\d\d:\d\d\n", said)
+    output, result = stopped(r"attentive probe: [\d,]+ of 10,000,000, about .* left", "attentive", *options)
+    assert re.search(r"48 training samples: 1 probe, trained in about .*\d:\d\d:\d\d\n", output)
     assert result["partial"] and 0 <= result["top1"] <= 1
     (row,) = result["results"]
     assert re.fullmatch(r"attentive probe at step [\d,]+ of 10,000,000", row["unfinished"])
     assert result["done"] == f"0 of 1 probes and the {row['unfinished']}"
-    assert f"stopped (SIGTERM); partial result, {result['done']}, in " in said
+    assert f"stopped (SIGTERM); partial result, {result['done']}, in " in output
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pydict()
     assert sum(a == b for a, b in zip(table["label"], table["prediction"])) / 18 == pytest.approx(result["top1"])
 
 
 def test_fine_tuning_leaves_its_last_evaluation_and_a_checkpoint(stopped, tmp_path):
     options = settings(f"finetune.steps={ENDLESS}", "finetune.global_batch=16", "finetune.eval_every=2")
-    said, result = stopped("val_top1", "finetune", *options)
+    output, result = stopped("val_top1", "finetune", *options)
     assert result["partial"] and result["steps"] % 2 == 0 and result["total_steps"] == ENDLESS
     assert result["done"] == f"the evaluation after step {result['steps']:,} of {ENDLESS:,}"
     last = [line for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines() if "val_top1" in line][-1]
     assert json.loads(last)["step"] == result["steps"] and json.loads(last)["val_top1"] == result["top1"]
     assert any((tmp_path / "out/checkpoints").iterdir())
-    assert f"partial result, {result['done']}, in {tmp_path}/out/result-so-far.json: top1 " in said
-    assert said.rstrip().endswith("; --resume auto continues")
+    assert f"partial result, {result['done']}, in {tmp_path}/out/result-so-far.json: top1 " in output
+    assert output.rstrip().endswith("; --resume auto continues")
     note = f"note: {tmp_path}/out contains a partial result: the task was stopped before its end\n"
     assert compare_results([tmp_path / "out"] * 2).startswith(note)

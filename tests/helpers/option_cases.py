@@ -82,8 +82,8 @@ def stages_of(name: str) -> set[int]:
     _, _, rest = name.partition("zero_optimization.")
     if not rest:
         return {0, 1, 2, 3}
-    said, colon, _ = (ZeroConfig.model_fields[rest.partition(".")[0]].description or "").partition(":")
-    return set(map(int, re.findall(r"\d", said))) if colon and said.startswith("Stage") else {1, 2, 3}
+    prefix, colon, _ = (ZeroConfig.model_fields[rest.partition(".")[0]].description or "").partition(":")
+    return set(map(int, re.findall(r"\d", prefix))) if colon and prefix.startswith("Stage") else {1, 2, 3}
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:

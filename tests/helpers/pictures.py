@@ -124,7 +124,7 @@ _MARKER = _PLAIN_CMYK.index(b"\xff\xee")
 _LENGTH = int.from_bytes(_PLAIN_CMYK[_MARKER + 2 : _MARKER + 4], "big")
 _WITHOUT = _PLAIN_CMYK[:_MARKER] + _PLAIN_CMYK[_MARKER + 2 + _LENGTH :]
 
-_turned = np.rot90(RGB, -1)
+_rotated = np.rot90(RGB, -1)
 _palette = RGB[::16, ::16].reshape(-1, 3)
 _indices = np.arange(len(_palette)).reshape(RGB.shape[0] // 16, -1).repeat(16, 0).repeat(16, 1)
 _plte = (b"PLTE", _palette.tobytes())
@@ -177,7 +177,7 @@ CASES = [
     ),
     Case("PNG", "colour, 8 bits", lambda: png(RGB, 8, 2), RGB),
     Case("PNG", "colour, interlaced", lambda: tiny_interlaced(), RGB[:1, :1]),
-    Case("PNG", "colour, rotated by EXIF", lambda: pillow(RGB, "PNG", exif=exif()), _turned),
+    Case("PNG", "colour, rotated by EXIF", lambda: pillow(RGB, "PNG", exif=exif()), _rotated),
     Case(
         "PNG",
         "colour, one transparent colour",
@@ -229,7 +229,7 @@ CASES = [
     Case("TIFF", "colour, PackBits", lambda: pillow(RGB, "TIFF", compression="packbits"), RGB),
     Case("TIFF", "colour with alpha", lambda: pillow(RGBA, "TIFF"), ON_WHITE, note="white where transparent"),
     Case("TIFF", "CMYK", lambda: pillow(CMYK, "TIFF"), RGB),
-    Case("TIFF", "colour, rotated", lambda: pillow(RGB, "TIFF", exif=exif()), _turned),
+    Case("TIFF", "colour, rotated", lambda: pillow(RGB, "TIFF", exif=exif()), _rotated),
     Case("TIFF", "several pages", lambda: tiff(np.stack((GREY, 255 - GREY))), GREY, note="the first page"),
     Case("TIFF", "grey, uint16", lambda: tiff(_deep), scaled(_deep, 0, 65535), "dtype"),
     Case("TIFF", "grey, uint16, big-endian", lambda: tiff(_deep, byteorder=">"), scaled(_deep, 0, 65535), "dtype"),
@@ -280,7 +280,7 @@ CASES = [
     Case("TIFF", "5 bands", lambda: tiff(_five, planarconfig="contig"), refused="has 5 channels"),
     Case("TIFF", "CIELAB", lambda: tiff(RGB, photometric="cielab"), refused="CIELAB colours, which are not supported"),
     Case("WebP", "colour", lambda: pillow(RGB, "WEBP", lossless=True), RGB),
-    Case("WebP", "colour, rotated by EXIF", lambda: pillow(RGB, "WEBP", lossless=True, exif=exif()), _turned),
+    Case("WebP", "colour, rotated by EXIF", lambda: pillow(RGB, "WEBP", lossless=True, exif=exif()), _rotated),
     Case(
         "WebP",
         "colour with alpha",

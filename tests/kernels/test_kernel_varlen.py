@@ -103,9 +103,9 @@ def test_slices_of_one_tensor_and_transposed_ones(case):
     tensors, lengths, options = make(case, torch.float32)
     expected = run(m3ae_kernels, tensors, lengths, options)
     padded = [torch.nn.functional.pad(t.detach(), (0, 0, 1, 2))[:, 1:-2] for t in tensors]
-    turned = [t.detach().transpose(0, 1).contiguous().transpose(0, 1) for t in tensors]
+    transposed = [t.detach().transpose(0, 1).contiguous().transpose(0, 1) for t in tensors]
     mixed = [padded[0], tensors[1].detach(), padded[2]]
-    for strided in (padded, turned, mixed):
+    for strided in (padded, transposed, mixed):
         results = run(m3ae_kernels, [t.requires_grad_() for t in strided], lengths, options)
         for name, got in results.items():
             assert error(got, expected[name].double()) < 1e-6, name

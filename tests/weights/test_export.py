@@ -68,8 +68,8 @@ def test_transformers_prepares_pictures_as_encode_does(tmp_path, channels):
 @pytest.mark.parametrize(("dtype", "white"), [("uint8", 255), ("uint16", 65535), ("float32", 1)])
 def test_white_is_one_to_image_processors(tmp_path, dtype, white):
     M3AE(ModelConfig(**TINY, image_dtype=dtype)).save_pretrained(tmp_path / "out")
-    said = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
-    assert said["do_rescale"] and said["rescale_factor"] * white == 1
+    saved = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    assert saved["do_rescale"] and saved["rescale_factor"] * white == 1
 
 
 @pytest.mark.slow

@@ -53,8 +53,8 @@ def test_features_are_maes(tmp_path, capsys):
     mae, images, normal = make()
     model = convert(tmp_path, {"model": mae.state_dict(), "epoch": 3})
     torch.testing.assert_close(model.representation(images), mae.tokens(normal), rtol=0, atol=2e-5)
-    said = capsys.readouterr().out
-    assert "set loss.per=batch" in said and "tokenizer" not in said  # the model does not accept captions
+    output = capsys.readouterr().out
+    assert "set loss.per=batch" in output and "tokenizer" not in output  # the model does not accept captions
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])

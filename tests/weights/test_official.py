@@ -80,7 +80,7 @@ CC12M, IMAGENET = (0.5762, 0.5503, 0.5213, 0.3207, 0.3169, 0.3307), (0.485, 0.45
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("stated", "expected"),
     [
         ({}, (24, 7, 3, 2, *CC12M)),  # the flags of a script without this flag
         ({"data.image_normalization": "cc12m"}, (24, 7, 3, 2, *CC12M)),
@@ -97,11 +97,11 @@ CC12M, IMAGENET = (0.5762, 0.5503, 0.5213, 0.3207, 0.3169, 0.3307), (0.485, 0.45
         ),
     ],
 )
-def test_settings_are_those_of_the_flags_or_their_defaults(tmp_path, said, expected):
+def test_settings_are_those_of_the_flags_or_their_defaults(tmp_path, stated, expected):
     """None denotes a flag that the script does not have."""
-    wide = said.get("m3ae.dec_num_heads", 2) is None or "m3ae.model_type" in said
+    wide = stated.get("m3ae.dec_num_heads", 2) is None or "m3ae.model_type" in stated
     arrays = golden(tmp_path, **({"emb_dim": 48, "dec_emb_dim": 32} if wide else {}))
-    changed = {"data.image_normalization": None} | said
+    changed = {"data.image_normalization": None} | stated
     given = {name: value for name, value in (flags() | changed).items() if value is not None}
     c = read_source(str(write_checkpoint(tmp_path / "a.pkl", params_of(arrays), given)), ViTOptions()).config
     found = (c.image_size, c.text_length, c.num_heads, c.dec_num_heads, *c.image_mean, *c.image_std)
@@ -120,8 +120,8 @@ def test_an_encoder_alone_has_the_decoder_of_its_flags(tmp_path):
     encoder = {
         name: array for name, array in arrays.items() if not name.startswith(("decoder", "image_mask", "text_mask"))
     }
-    for said, width in (({}, 512), ({"m3ae.dec_emb_dim": 48}, 48)):
-        c = read_source(str(write_checkpoint(tmp_path / "a.pkl", encoder, flags(**said))), ViTOptions()).config
+    for options, width in (({}, 512), ({"m3ae.dec_emb_dim": 48}, 48)):
+        c = read_source(str(write_checkpoint(tmp_path / "a.pkl", encoder, flags(**options))), ViTOptions()).config
         assert (c.dec_emb_dim, c.dec_depth, c.dec_num_heads, c.output_head_depth) == (width, 8, 2, 0)
 
 
@@ -237,8 +237,8 @@ def no_axis(tmp_path):
 
 
 def no_heads(tmp_path):
-    said = {name: value for name, value in flags().items() if not name.endswith("num_heads")}
-    write_checkpoint(tmp_path / "a.pkl", params_of(golden(tmp_path)), said)
+    kept = {name: value for name, value in flags().items() if not name.endswith("num_heads")}
+    write_checkpoint(tmp_path / "a.pkl", params_of(golden(tmp_path)), kept)
 
 
 def unknown_size(tmp_path):

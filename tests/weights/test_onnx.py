@@ -38,7 +38,7 @@ def test_its_features_are_those_of_encode(tmp_path, settings, capsys, caplog):
     model, _, _ = make(**settings)
     model.save_pretrained(tmp_path / "model")
     assert export([str(tmp_path / "model"), "--out", str(tmp_path / "encoder.onnx"), "--format", "onnx"]) == 0
-    said, warned = capsys.readouterr()
+    output, warned = capsys.readouterr()
     assert "WARNING" not in warned and not caplog.records
     pixels = np.random.default_rng(1).integers(0, 256, (5, model.config.channels, 24, 24), dtype=np.uint8)
     for count in (1, 5):
@@ -49,8 +49,8 @@ def test_its_features_are_those_of_encode(tmp_path, settings, capsys, caplog):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         small = _features(tmp_path / "encoder.int8.onnx", pixels[:count])
         assert 0.98 < torch.cosine_similarity(small, expected).min().item() < 0.9999999
-    assert f"{tmp_path}/encoder.onnx: cosine with torch 1.0000" in said and "encoder.int8.onnx: cosine" in said
-    assert "images/s on this machine" in said
+    assert f"{tmp_path}/encoder.onnx: cosine with torch 1.0000" in output and "encoder.int8.onnx: cosine" in output
+    assert "images/s on this machine" in output
     assert {path.name for path in tmp_path.iterdir()} == {"model", "encoder.onnx", "encoder.int8.onnx"}
 
 

@@ -143,15 +143,15 @@ def test_what_an_m3ae_cannot_be_is_refused(tmp_path, settings, message):
 
 
 @pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("said", [{"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}, {}, {"mean": [0.1, 0.2, 0.3]}])
-def test_what_a_folder_says_of_images_and_gelu_or_what_timm_takes(tmp_path, nested, said):
+@pytest.mark.parametrize("stated", [{"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}, {}, {"mean": [0.1, 0.2, 0.3]}])
+def test_what_a_folder_says_of_images_and_gelu_or_what_timm_takes(tmp_path, nested, stated):
     """Mean and std are at the top level or in a separate section, depending on timm's version."""
     model, _, _ = make()
     write_timm(tmp_path / "timm", model.config, model.state_dict())
-    about = {"architecture": "vit_tiny_patch16_224"} | ({"pretrained_cfg": said} if nested else said)
+    about = {"architecture": "vit_tiny_patch16_224"} | ({"pretrained_cfg": stated} if nested else stated)
     (tmp_path / "timm/config.json").write_text(json.dumps(about))
     config = read_timm_folder(tmp_path / "timm", ViTOptions(num_heads=4)).config
-    known = (tuple(said["mean"]), tuple(said["std"])) if len(said) == 2 else IMAGENET
+    known = (tuple(stated["mean"]), tuple(stated["std"])) if len(stated) == 2 else IMAGENET
     assert (config.image_mean, config.image_std) == known and (config.gelu, config.num_heads) == ("exact", 4)
 
 
