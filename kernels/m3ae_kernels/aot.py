@@ -1,4 +1,4 @@
-"""Compiles every kernel for every architecture with its tuning table's settings, without a GPU, and checks the result.
+"""Compiles all kernels for all architectures with the settings of the tuning tables, without a GPU, and checks them.
 
     python -m m3ae_kernels.aot [--full] [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
 

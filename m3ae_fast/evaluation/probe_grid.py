@@ -237,7 +237,7 @@ def chosen_layers(wanted: str | None, depth: int) -> list[int]:
         return list(range(1, depth + 1))
     parts = wanted.split(",")
     if not all(part.isdecimal() and 1 <= int(part) <= depth for part in parts):
-        raise UserError(f"--layers {wanted}: must be all, or numbers from 1 to {depth} with commas, such as 1,{depth}")
+        raise UserError(f"--layers {wanted}: must be all, or numbers from 1 to {depth}, such as 1,{depth}")
     return sorted({int(part) for part in parts})
 
 

@@ -134,7 +134,7 @@ def product(
 @functools.cache
 def _product_library() -> ctypes.CDLL | None:
     assert FLAGS is not None
-    library = load("linear.c", FLAGS, "linear layers run on torch, slower by a tenth to a quarter")
+    library = load("linear.c", FLAGS, "linear layers run on torch, which is slower by a tenth to a quarter")
     if library is not None:
         library.linear.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_long] * 4, *[ctypes.c_int] * 3]
     return library
@@ -188,7 +188,7 @@ def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     assert FLAGS is not None
-    library = load("weight_gradient.c", FLAGS, "gradients of weights run on torch, slower")
+    library = load("weight_gradient.c", FLAGS, "gradients of weights run on torch, which is slower")
     if library is not None:
         tensor, size = ctypes.c_void_p, ctypes.c_long
         library.weight_gradient.argtypes = [*[tensor] * 2, *[size] * 5, ctypes.c_int, *[tensor] * 4, size, ctypes.c_int]

@@ -1,4 +1,4 @@
-/* Gradients of a LayerNorm from bf16, those of weight and bias summed in float. */
+/* Gradients of a LayerNorm for bf16 inputs. The gradients of weight and bias are summed in float. */
 
 #include "vectors.h"
 
