@@ -109,7 +109,7 @@ def test_zero_stages_end_as_plain_torch_does(faulty, place):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_during_the_last_save_ends_the_other_at_once(faulty, rank):
-    """The other rank reports it, and exits with the code that requests a restart."""
+    """The other rank reports the killed rank, and exits with the code that requests a restart."""
     codes, out = faulty("write", rank, "SIGKILL", "--set", "train.save_every=6")
     assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 75), out
     who = "rank 0" if rank == 0 else "another rank"

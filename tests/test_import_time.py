@@ -86,7 +86,7 @@ def test_help_of_every_program_and_its_commands_does_not_import_torch():
 
 
 def test_every_command_starts_in_every_way_that_help_names():
-    """These are the ways in the list of commands and in the first line of each command's help."""
+    """The list of commands and the first line of each command's help contain the ways to start a command."""
     ways = re.findall(r"(?:m3ae-fast|python -m m3ae_fast)[ .]COMMAND", usage())
     lines = [way.replace("COMMAND", command) for way in ways for command in MODULES]
     _, output = imported("-W", "ignore", "-c", START_ALL, *lines)  # runpy warns about a module that is already imported

@@ -98,7 +98,7 @@ def test_a_run_says_that_it_is_open():
 
 
 def test_a_change_is_noted_at_a_resume(tmp_path):
-    """A checkpoint of a version without this setting has none."""
+    """A checkpoint of a version without this setting does not contain it."""
     saved = config(1.0).model_dump(mode="json")
     del saved["optim"]["layer_decay"]
     info = checkpoint.Info(1, 0, 42, saved, {})

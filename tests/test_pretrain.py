@@ -589,7 +589,7 @@ def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
 
 
 def test_several_ranks_are_referred_to_the_training_program(tmp_path, monkeypatch, capsys):
-    """Otherwise, each rank would create the shards and the report."""
+    """If several ranks ran `pretrain`, each of them would create the shards and the report."""
     monkeypatch.setattr("m3ae_fast.cli.command_line._FIRST_S", 0.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):

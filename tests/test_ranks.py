@@ -322,7 +322,8 @@ def test_an_error_is_told_by_the_first_rank_and_all_end_with_its_code(join, erro
 
 
 def test_an_error_after_a_rank_has_left_is_none(join):
-    """Such an error is not reported. An unexpected error before that gives a traceback on every rank."""
+    """An error after the rank has left is not reported. An unexpected error before that gives a traceback on every
+    rank."""
     for first in (True, False):
         join(first)
         with program.joined_program() as session:

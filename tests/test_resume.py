@@ -332,8 +332,8 @@ def main(argv):
 
 
 def test_nodes_that_see_other_shards_do_not_begin(trainer):
-    """Otherwise, they would train on samples in two different orders, and one node would wait for the other at the
-    end."""
+    """If the nodes began, they would train on samples in two different orders, and one node would wait for the other at
+    the end."""
     for node, shards in ((0, 2), (1, 1)):
         (trainer.folder / f"node{node}").mkdir()
         for number in range(shards):

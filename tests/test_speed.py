@@ -90,7 +90,7 @@ def test_large_scores_do_not_overflow():
 
 @pytest.mark.parametrize("rows", [0, 1, 7])
 def test_linear(rows):
-    """oneDNN's matmul on the CPU, compared with float64, forward and backward."""
+    """oneDNN's matmul on the CPU is compared with float64, forward and backward."""
     torch.manual_seed(0)
     inputs = [torch.randn(shape).requires_grad_() for shape in ((rows, 5), (9, 5), (9,))]
     grad = torch.randn(rows, 9)

@@ -64,7 +64,7 @@ def test_a_signal_before_the_first_step_ends_the_process_with_0(number, busy):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_code_of_a_user_gets_a_keyboard_interrupt_and_can_go_on(number):
-    """An example is a notebook, whose process must not end."""
+    """The code may run in a notebook, whose process must not end."""
     code = """
         import signal, time
         from m3ae_fast.process import stop_request

@@ -102,7 +102,7 @@ def test_own_runs_need_no_trust(tmp_path, shards):
 
 
 def test_a_folder_becomes_no_cache_because_a_run_says_so(tmp_path, shards):
-    """Otherwise, files in its sub-folder `shards` could be removed to free space."""
+    """If the folder became a cache, files in its sub-folder `shards` could be removed to free space."""
     (tmp_path / "precious/shards").mkdir(parents=True)
     run = _run(tmp_path / "run", train=_named(shards), val=[], cache_dir=str(tmp_path / "precious"))
     with pytest.raises(UserError, match=r"sets data.cache_dir to .*precious, which is not yet a cache folder"):

@@ -108,7 +108,7 @@ def test_a_process_that_hangs_and_its_children_are_ended(tmp_path):
 
 
 def test_a_process_that_cannot_be_ended_is_recorded(tmp_path, monkeypatch):
-    """An example is a process in a driver call that hangs."""
+    """A process in a driver call that hangs, for example, cannot be ended."""
 
     class Stuck(Processes):
         def end(self):

@@ -114,7 +114,8 @@ def test_a_weighted_source_goes_through_its_samples_again_and_again():
 
 
 def test_seats_only_grow():
-    """Otherwise, a sample of a source would be read twice, or the count of a block would be negative."""
+    """If the count of a source decreased, one of its samples would be read twice, or the count of a block would be
+    negative."""
     lane = Lane([], [0.5, 0.3, 0.1, 0.0999, 0.0001], 50_000, seed=0)
     seats = [lane._seats(n) for n in range(3000)]
     assert all(int(s.sum()) == n for n, s in enumerate(seats))

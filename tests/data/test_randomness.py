@@ -38,7 +38,8 @@ def test_a_flip_tells_nothing_of_the_box(monkeypatch):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_box_may_be_as_wide_or_as_high_as_the_picture(transposed):
-    """Such a box is placed at random like any other box. The central box is used only if no box fits."""
+    """A box of the full width or height is placed at random like any other box. The central box is used only if no box
+    fits."""
     size = (8, 30) if transposed else (30, 8)
     boxes = [crops.draw_box(*size, (0.2, 0.5), torch.rand(41, generator=torch.Generator().manual_seed(seed)).tolist())
              for seed in range(300)]  # fmt: skip

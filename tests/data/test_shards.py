@@ -182,7 +182,7 @@ def test_a_try_has_an_end_however_fast_it_is(tmp_path, store, no_waiting, monkey
 
 
 def test_a_download_keeps_nobody_from_other_shards(server, tmp_path, store):
-    """Another run proceeds while the server of a run never responds."""
+    """One run proceeds although the server of another run never responds."""
     write_tar(server[1] / "a.tar", members(range(3)))
     index = threading.Thread(target=lambda: index_shards([server[0] + "/a.tar?silent"], store, lost=[]), daemon=True)
     index.start()

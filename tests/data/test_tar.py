@@ -87,8 +87,8 @@ def test_a_changed_tar_is_read_like_tarfile_or_called_damaged(tmp_path, members,
 @relaxed
 @given(files.filter(bool), st.sampled_from(FORMATS), st.data())
 def test_sizes_and_kinds_count_as_tarfile_counts_them(tmp_path, members, fmt, data):
-    """Examples are a link whose header has a size, and a size that differs from that in a record. If both readers
-    continue, they read the same members."""
+    """The members include a link whose header has a size, and a member whose size differs from the size in its record.
+    If both readers continue, they read the same members."""
     path = tmp_path / "a.tar"
     write(path, members, fmt, sized=fmt == tarfile.PAX_FORMAT and data.draw(st.booleans()))
     content = bytearray(path.read_bytes())

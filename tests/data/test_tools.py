@@ -433,7 +433,7 @@ def test_columns_of_a_dataset_that_nothing_reads_are_named(tmp_path, dataset, ca
 
 @pytest.mark.parametrize("change", [{"remove_columns": "caption"}, {"labels": ["dog", "cat"]}])
 def test_splits_that_differ_in_what_is_read_are_refused(tmp_path, dataset, capsys, change):
-    """Otherwise, their labels would be mistaken for classes with other names."""
+    """If the splits were accepted, their labels would be mistaken for classes with other names."""
     other = dataset.remove_columns(change["remove_columns"]) if "remove_columns" in change else dataset
     if "labels" in change:
         other = dataset.cast_column("label", datasets.ClassLabel(names=change["labels"]))

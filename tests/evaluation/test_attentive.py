@@ -62,7 +62,7 @@ def test_with_equal_keys_it_is_a_linear_probe_of_the_mean(head, alike):
 
 
 def test_an_image_of_fewer_patches_is_pooled_as_by_itself(head):
-    """Such an image is padded with zero rows."""
+    """An image with fewer patches is padded with zero rows."""
     nn.init.normal_(head.query)
     tokens = _tokens(6)
     torch.testing.assert_close(head.pool(F.pad(tokens, (0, 0, 0, 4))), head.pool(tokens))

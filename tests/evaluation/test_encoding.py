@@ -181,7 +181,7 @@ def test_floats_that_are_evidently_not_normalised_are_refused(model):
     ("scale", "value_range"), [(255, (0, 1)), (65535, (0, 1)), (65535, (0, 255)), (1, (0, 255)), (1, (0, 65535))]
 )
 def test_values_evidently_in_other_units_than_value_range_are_refused(model, scale, value_range):
-    """Such images would be all white or all black."""
+    """With the wrong value range, images would be all white or all black."""
     unit = images(2) / 255
     message = f"value_range={value_range} gives the values of .* values from 0 to ".replace("(", r"\(").replace(
         ")", r"\)"
@@ -199,7 +199,8 @@ def test_values_evidently_in_other_units_than_value_range_are_refused(model, sca
 
 
 def test_some_values_beyond_value_range_are_clipped(model):
-    """Examples are a few bright pixels, the overshoot of resizing, and a dark image of integer levels."""
+    """The values are clipped for a few bright pixels, for the overshoot of resizing, and for a dark image of integer
+    levels."""
     unit = images(1) / 255
     bright = unit.clone()
     bright[..., 0] = 1000.0
@@ -231,7 +232,7 @@ def test_a_shape_with_its_channels_elsewhere_is_named(model):
 
 
 def test_a_sample_without_its_text_or_image_is_refused(model):
-    """Otherwise, only the other modality of the sample would be encoded."""
+    """If the sample were accepted, only its other modality would be encoded."""
     pixels = images(2)
     with pytest.raises(ValueError, match="text 1 is NoneType: each sample needs its own text; pass texts=None"):
         model.encode(pixels, ["a house", None])
@@ -259,7 +260,8 @@ def test_floats_that_may_be_normalised_are_taken(model):
 
 
 def test_images_come_as_paths_arrays_or_one_alone(model, tmp_path):
-    """All of them have the same features as the tensor. Transparent pixels are treated as in shards."""
+    """Paths, arrays and a single image have the same features as the tensor. Transparent pixels are treated as in
+    shards."""
     pixels = images(3, 40)
     arrays = [image.permute(1, 2, 0).numpy() for image in pixels]
     paths = [tmp_path / f"{number}.png" for number in range(3)]

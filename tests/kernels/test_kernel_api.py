@@ -314,7 +314,7 @@ def test_float64_stays_float64_under_autocast(op):
 
 
 def test_an_ignored_word_of_the_vocabulary_is_never_correct():
-    """An example is the id of padding, which a model may learn to predict."""
+    """The ignored word may be the id of padding, which a model may learn to predict."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(40, 12), torch.randn(7, 12)
     targets = (hidden @ weight.t()).argmax(1)
@@ -518,7 +518,7 @@ def test_a_head_of_parts_of_patches_is_refused():
 
 
 def test_pixel_targets_that_need_a_gradient_or_a_variance_they_lack_are_refused():
-    """Otherwise, the gradient would ignore the targets, and the loss would be NaN."""
+    """If the images were accepted, the gradient would ignore the targets, or the loss would be NaN."""
     images, weight = torch.rand(1, 3, 16, 16, requires_grad=True), torch.randn(192, 12)
     hidden, ids = torch.randn(4, 12), torch.arange(4)
     options = {"patch_size": 8, "reduction": "sum"}
