@@ -28,17 +28,17 @@ def gather_tokens(
     """Return y = x[rows], with LayerNorm applied if `norm_weight` is given.
 
     Args:
-        x: [..., D] floating; T rows in total.
+        x: [..., D] floating-point; T rows in total.
         rows: [...] int32 or int64, below T. Each row must occur at most once, so that the backward pass is a scatter
             without atomics.
-        norm_weight: [D] floating, or None for no LayerNorm.
-        norm_bias: [D] floating, or None for none.
+        norm_weight: [D] floating-point, or None for no LayerNorm.
+        norm_bias: [D] floating-point, or None for none.
         eps: added to the (biased) variance.
         impl: "auto", "triton" or "torch".
 
     Returns:
         [..., D], with as many rows as `rows`, in x's dtype, regardless of autocast. Statistics are computed in float32
-        (float64 for float64). Gradients for x and the parameters of the norm.
+        (float64 for float64). Gradients are computed for x and the parameters of the norm.
 
     Raises:
         TypeError, ValueError: the dtype, shape or device of the named argument is wrong.
@@ -230,8 +230,8 @@ class GatherNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Map x [..., dim] and rows [...] (int, distinct row numbers of x) to [..., dim], with as many rows as
-        `rows`."""
+        """Return the selected rows of x [..., dim], normalised: [..., dim], with as many rows as `rows` [...] (int,
+        distinct row numbers of x)."""
         return gather_tokens(x, rows, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, impl=self.impl)
 
     def extra_repr(self) -> str:

@@ -36,7 +36,7 @@ def head_inputs(
     """Return the input rows of both heads, with the final LayerNorm applied to only these rows in one pass.
 
     Args:
-        x: [..., D] floating, the last block's output.
+        x: [..., D] floating-point, the last block's output.
         norm: a `GatherNorm`, or any callable with the arguments (x, rows).
         image_rows: [...] int, distinct rows of x.
         text_rows: [...] int, distinct, and not among the image's rows; None for an image-only model.
@@ -76,12 +76,12 @@ def m3ae_loss(
     Args:
         image_hidden: [I, D]; text_hidden: [W, D], or None without a text head.
         image_head, text_head: heads with reduction "sum"; text_head is None for an image-only model.
-        images: [B, C, H, W]; patch_ids: [I] int; image_row_weight: [I] floating, or None for ones: as in
+        images: [B, C, H, W]; patch_ids: [I] int; image_row_weight: [I] floating-point, or None for ones: as in
             `masked_pixel_loss`.
         image_targets: [I] int, the patches' token ids, in place of images and patch_ids if image_head is a
             `MaskedTokenLoss`.
-        targets: [W] int; text_row_weight: [W] floating, or None for ones: as in `masked_token_loss`.
-        correct_weight: [W] floating, weights of the correct predictions; None for text_row_weight.
+        targets: [W] int; text_row_weight: [W] floating-point, or None for ones: as in `masked_token_loss`.
+        correct_weight: [W] floating-point, weights of the correct predictions; None for text_row_weight.
 
     Raises:
         TypeError, ValueError: the dtype, shape or device of the named argument is wrong.

@@ -41,21 +41,21 @@ def patch_embed(
 
     Args:
         images: [B, C, H, W], contiguous or channels_last (otherwise a copy is made). uint8 images are normalised as (x
-            / 255 - mean) / std, uint16 images as (x / 65535 - mean) / std, and floating images as (x - mean) / std, or
-            not at all if mean and std are None.
+            / 255 - mean) / std, uint16 images as (x / 65535 - mean) / std, and floating-point images as (x - mean) /
+            std, or not at all if mean and std are None.
         patch_ids: [...] int32 or int64, image * patches_per_image + patch, patches in row-major order.
         weight: [D, P * P * C] in the order (row, column, channel).
         bias: [D], or None for none.
         patch_size: P; H and W are multiples of it.
         mean, std: one number per channel. For integer images, they are in units of the largest value, 255 or 65535; for
-            floating images, they are in the units of the images, or None.
+            floating-point images, they are in the units of the images, or None.
         impl: "auto", "triton" or "torch".
 
     Returns:
         [..., D] in the dtype of the matmul: that of autocast if it is enabled (as in torch's Linear), otherwise that of
-            floating images, otherwise that of the weight. Gradients for weight, bias, and floating images. For the
-            gradient of the weight, the Triton implementation extracts the patches again in the backward pass; the torch
-            implementation keeps them, [N, K].
+            floating-point images, otherwise that of the weight. Gradients are computed for weight, bias, and
+            floating-point images. For the gradient of the weight, the Triton implementation extracts the patches again
+            in the backward pass; the torch implementation keeps them, [N, K].
 
     Raises:
         TypeError, ValueError: the dtype, shape or device of the named argument is wrong.
@@ -259,7 +259,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor, patch_ids: Tensor) -> Tensor:
         """Return the embeddings [..., dim] of the patches patch_ids [...] int of images [B, C, H, W]. Images are uint8,
-        uint16, or floating and already normalised."""
+        uint16, or floating-point and already normalised."""
         return patch_embed(
             images,
             patch_ids,

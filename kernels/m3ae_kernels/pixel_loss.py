@@ -55,19 +55,19 @@ def masked_pixel_loss(
     """Return the sum over rows r of row_weight[r] * mean_k (hidden[r] @ weight.T + bias - target[r])[k] ** 2.
 
     Args:
-        hidden: [..., D] floating.
+        hidden: [..., D] floating-point.
         weight: [P * P * C, D], its rows in the order (row, column, channel).
         images: [B, C, H, W], contiguous or channels_last (otherwise a copy is made). uint8 images are normalised as (x
-            / 255 - mean) / std, uint16 images as (x / 65535 - mean) / std, and floating images as (x - mean) / std, or
-            not at all if mean and std are None. Images that require a gradient are rejected, because none is computed
-            for them.
+            / 255 - mean) / std, uint16 images as (x / 65535 - mean) / std, and floating-point images as (x - mean) /
+            std, or not at all if mean and std are None. Images that require a gradient are rejected, because none is
+            computed for them.
         patch_ids: [...] int32 or int64, the target of each row: image * patches_per_image + patch, patches in row-major
             order.
         bias: [P * P * C], or None for none.
-        row_weight: [...] floating, or None for ones.
+        row_weight: [...] floating-point, or None for ones.
         patch_size: P.
         mean, std: one number per channel. For integer images, they are in units of the largest value, 255 or 65535; for
-            floating images, they are in the units of the images, or None.
+            floating-point images, they are in the units of the images, or None.
         norm_pix: whether to standardise each target patch, with unbiased variance and eps 1e-6 (He et al., arXiv
             2111.06377, section 4.1).
         reduction: "sum"; "mean", the sum divided by the sum of the weights; or "none", the summands, [...]. None means
@@ -76,9 +76,9 @@ def masked_pixel_loss(
 
     Returns:
         The loss, a scalar or [...], float32 (float64 for float64 hidden). The matmuls run in autocast's dtype if it is
-            enabled, otherwise in that of hidden. Gradients for hidden, weight, bias and row_weight, but not for images.
-            If required, the first three are computed in the forward pass; with "none", they are computed in the
-            backward pass, which repeats the matmuls.
+            enabled, otherwise in that of hidden. Gradients are computed for hidden, weight, bias and row_weight, but
+            not for images. The first three are computed in the forward pass if they are required; with "none", they are
+            computed in the backward pass, which repeats the matmuls.
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
@@ -293,7 +293,7 @@ class MaskedPixelLoss(nn.Module):
 
     def forward(self, hidden: Tensor, images: Tensor, patch_ids: Tensor, row_weight: Tensor | None = None) -> Tensor:
         """Return the loss, scalar or [...], of hidden [..., dim] against the patches patch_ids [...] int of images [B,
-        C, H, W], with row_weight [...]. Images are uint8, uint16, or floating and already normalised."""
+        C, H, W], with row_weight [...]. Images are uint8, uint16, or floating-point and already normalised."""
         return masked_pixel_loss(
             hidden,
             self.weight,

@@ -26,8 +26,8 @@ def check_pixels(
     images: Tensor, patch_ids: Tensor, patch_size: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
     """Check the image arguments, and return (scale, shift) per channel with pixel * scale + shift = (pixel / largest -
-    mean) / std, where `largest` is 1 for floating images. Both lists are empty for floating images that are used
-    unchanged.
+    mean) / std, where `largest` is 1 for floating-point images. Both lists are empty for floating-point images that are
+    used unchanged.
 
     Raises:
         TypeError, ValueError: the named argument is wrong.

@@ -30,12 +30,12 @@ def scatter_tokens(
     + (table[table_ids[t]] if table_ids[t] >= 0 else 0).
 
     Args:
-        x: [..., D] floating; N rows in total.
+        x: [..., D] floating-point; N rows in total.
         src: [...] int32 or int64, T elements. Each row of x must occur at most once, so that the backward pass is a
             gather.
-        fill: [..., D] floating, F rows: mask embeddings, or the table of a text embedding; None for zeros.
+        fill: [..., D] floating-point, F rows: mask embeddings, or the table of a text embedding; None for zeros.
         fill_ids: int32 or int64, with src's shape; required with fill.
-        table: [..., D] floating, K rows: embeddings of positions and types; None for zeros.
+        table: [..., D] floating-point, K rows: embeddings of positions and types; None for zeros.
         table_ids: int32 or int64, with src's shape; required with table.
         fill_order, table_order: results of `scatter_orders(src, fill_ids, table_ids)`, for example from a data loader,
             so that the backward pass does not sort.
@@ -43,8 +43,8 @@ def scatter_tokens(
 
     Returns:
         [..., D], of src's shape, in x's dtype; autocast has no effect, as for torch's Embedding. The sum is computed in
-            float32 (float64 for float64). Gradients for x, fill and table, each in its own dtype; those of fill and
-            table are summed in a fixed order, without atomics.
+            float32 (float64 for float64). Gradients are computed for x, fill and table, each in its own dtype; those of
+            fill and table are summed in a fixed order, without atomics.
 
     Raises:
         TypeError, ValueError: the dtype, shape or device of the named argument is wrong, or the argument that belongs

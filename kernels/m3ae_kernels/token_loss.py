@@ -62,11 +62,11 @@ def masked_token_loss(
     ** 2) with logits = hidden @ weight.T + bias.
 
     Args:
-        hidden: [..., D] floating.
+        hidden: [..., D] floating-point.
         weight: [V, D].
         targets: [...] int32 or int64 in [0, V), or `ignore_index`.
         bias: [V], or None for none.
-        row_weight: [...] floating, or None for ones.
+        row_weight: [...] floating-point, or None for ones.
         reduction: "sum"; "mean", the sum divided by the sum of the weights of the rows that are not ignored, 0 if there
             are none; or "none", the summands, [...]. None means "sum" and issues a FutureWarning, because the default
             will be "mean" from the next release on.
@@ -81,8 +81,8 @@ def masked_token_loss(
         The loss, a scalar or [...], float32 (float64 for float64 hidden), and with return_correct also correct, bool
         [...]: whether the target is the index of the largest logit (the first one if several are equal). The matmuls
         run in autocast's dtype if it is enabled, otherwise in that of hidden; the softmax runs in float32. Gradients
-        for hidden, weight, bias and row_weight. If required, the first three are computed in the forward pass; with
-        "none", they are computed in the backward pass, which repeats the matmuls. A target out of range raises
+        for hidden, weight, bias and row_weight. The first three are computed in the forward pass if they are required;
+        with "none", they are computed in the backward pass, which repeats the matmuls. A target out of range raises
         IndexError on a CPU, and gives a loss of NaN on a GPU.
 
     Raises:

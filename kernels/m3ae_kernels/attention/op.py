@@ -39,11 +39,12 @@ def packed_attention(
     """Return softmax(q k^T / sqrt(D)) v within each sample.
 
     Args:
-        qkv: [..., 3, H, D] floating, T rows of queries, keys and values; or, with q, [..., 2, H, D], keys and values.
+        qkv: [..., 3, H, D] floating-point, T rows of queries, keys and values; or, with q, [..., 2, H, D], keys and
+            values.
         cu_seqlens: [S + 1] int32 or int64: sample s consists of the rows cu_seqlens[s] to cu_seqlens[s + 1]. The values
             go from 0 to T, so that every row belongs to a sample.
         max_seqlen: number of rows of the longest sample, or more.
-        q: [..., H, D] floating, Q rows: separate queries, for example of only some of the rows.
+        q: [..., H, D] floating-point, Q rows: separate queries, for example of only some of the rows.
         cu_queries, max_queries: cu_seqlens and max_seqlen of q. A sample may have no queries. It may also have no keys;
             the result of its queries is then 0.
         dropout_p: fraction of the attention weights that are dropped. If it is above 0, all samples are padded to the
@@ -52,8 +53,8 @@ def packed_attention(
 
     Returns:
         [..., H, D], with the rows of the queries, in autocast's dtype if it is enabled, otherwise in that of qkv. Sums
-        are computed in float32 (float64 for float64). Gradients for qkv, as one contiguous tensor with its layout, and
-        for q, without atomics.
+        are computed in float32 (float64 for float64). Gradients are computed for qkv, as one contiguous tensor with its
+        layout, and for q, without atomics.
 
     Raises:
         TypeError, ValueError: the dtype, shape or device of the named argument is wrong, or the argument that belongs

@@ -38,9 +38,9 @@ def flash_attn_varlen_func(
     """Return softmax(softmax_scale * q k^T) v within each sample, as flash-attn 2.8's function of this name does.
 
     Args:
-        q: [Q, H, D] floating.
-        k, v: [K, G, D] floating; H is a multiple of G, and head h reads keys and values of head h // (H / G). If k and
-            v have fewer heads than q, they are repeated.
+        q: [Q, H, D] floating-point.
+        k, v: [K, G, D] floating-point; H is a multiple of G, and head h reads keys and values of head h // (H / G). If
+            k and v have fewer heads than q, they are repeated.
         cu_seqlens_q, cu_seqlens_k: [S + 1] int32 or int64: sample s consists of the rows cu_seqlens[s] to cu_seqlens[s
             + 1]. The values go from 0 to Q and from 0 to K, respectively. A sample may have no queries or no keys.
         max_seqlen_q, max_seqlen_k: number of rows of the longest sample, or more.
@@ -62,7 +62,7 @@ def flash_attn_varlen_func(
 
     Returns:
         [Q, H, D] in autocast's dtype if it is enabled, otherwise in that of q; 0 for a query that attends to no key.
-        Sums are computed in float32 (float64 for float64). Gradients for q, k and v.
+        Sums are computed in float32 (float64 for float64). Gradients are computed for q, k and v.
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
