@@ -305,11 +305,21 @@ def main(arguments: list[str] | None = None) -> int:
         choices=SHARED_BYTES,
         default=[arch for arch in SHARED_BYTES if arch not in AS_OTHERS],
         metavar="ARCH",
+        help=f"architectures to compile for, of {', '.join(SHARED_BYTES)} (default: all except {', '.join(AS_OTHERS)})",
     )
-    parser.add_argument("--kernel", nargs="+", choices=dict.fromkeys(c.kernel for c in CASES), metavar="KERNEL")
+    parser.add_argument(
+        "--kernel",
+        nargs="+",
+        choices=dict.fromkeys(c.kernel for c in CASES),
+        metavar="KERNEL",
+        help="names of the kernels to compile (default: all)",
+    )
     parser.add_argument("--full", action="store_true", help="compile every kernel at every size in every dtype")
     parser.add_argument(
-        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="number of parallel compilations"
+        "--jobs",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="number of parallel compilations (default: number of cores)",
     )
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -336,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
                 ).rstrip(),
                 flush=True,
             )  # fmt: skip
-    print(f"{len(work) - bad} of {len(work)} compilations are sound")
+    print(f"{len(work) - bad} of {len(work)} compilations pass all checks")
     return 1 if bad else 0
 
 
