@@ -136,8 +136,8 @@ def packed_attention(
         for x, cu, n in ((q, cu_queries, longest), (k, cu_seqlens, max_seqlen), (v, cu_seqlens, max_seqlen))
     )
     scores = q_SHND @ k_SHMD.mT * q.shape[-1] ** -0.5
-    nobody = (_padded_rows(cu_seqlens, max_seqlen, len(k)) == len(k))[:, None, None]
-    weights = scores.masked_fill(nobody, torch.finfo(scores.dtype).min).softmax(-1)
+    padding = (_padded_rows(cu_seqlens, max_seqlen, len(k)) == len(k))[:, None, None]
+    weights = scores.masked_fill(padding, torch.finfo(scores.dtype).min).softmax(-1)
     rows = torch.arange(len(q), device=q.device)
     sample = torch.bucketize(rows, cu_queries[1:], right=True)
     return (weights @ v_SHMD).transpose(1, 2)[sample, rows - cu_queries[sample]]
