@@ -145,12 +145,12 @@ def test_words_have_each_number_in_its_place():
     ):
         metrics = lines(val_knn_top1=(0.125, top1), val_knn_largest_class=(0.66, 0.66))
         assert verdict(metrics) == f"k-NN accuracy {words} the share of the largest class (66.0%)"
-    (told,) = diagnose(lines(val_rankme=(20.0, 3.0)))
-    assert told.what.startswith(
+    (diagnostic,) = diagnose(lines(val_rankme=(20.0, 3.0)))
+    assert diagnostic.what.startswith(
         "the effective rank of the features (RankMe) is 3.0, compared with 20.0 before training"
     )
-    (told,) = diagnose(lines(val_image_relative=(1.0, 0.9), val_text_relative=(1.5, 1.6)))
-    assert told.what.startswith("the text loss") and told.suggestion.startswith(
+    (diagnostic,) = diagnose(lines(val_image_relative=(1.0, 0.9), val_text_relative=(1.5, 1.6)))
+    assert diagnostic.what.startswith("the text loss") and diagnostic.suggestion.startswith(
         "more steps, a higher loss.text_weight, o"
     )
 

@@ -295,24 +295,24 @@ def test_stopped_in_any_stage_the_same_line_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     *stopped, whole = re.findall(r"--- (.+)\n([\s\S]*?)\n=== code (\d+)\n", done.stdout)
     assert len(stopped) == 10
-    for stage, said, code in stopped:
-        assert said.splitlines()[-1].endswith("; run the same command again to resume") and "Traceback" not in said, (
-            said
-        )
+    for stage, output, code in stopped:
+        assert (
+            output.splitlines()[-1].endswith("; run the same command again to resume") and "Traceback" not in output
+        ), output
         interrupted = stage in ("shards", "report", "export")
-        assert code == ("130" if interrupted else "0"), (stage, said)
+        assert code == ("130" if interrupted else "0"), (stage, output)
     assert "stopped at step 1 (SIGINT)" in stopped[4][1]
     assert (
         whole[2] == "0" and "this run" in whole[1] and "step 3" not in whole[1] and (tmp_path / "run/export").is_dir()
     )
-    outputs = [said for _, said, _ in [*stopped, whole]]
+    outputs = [output for _, output, _ in [*stopped, whole]]
     for once in (
         "tokens (vocabulary",
         "saved run/checkpoints/step-00000003",
         "knn: random weights: top1",
         "logistic: top1",
     ):
-        assert sum(once in said for said in outputs) == 1, once
+        assert sum(once in output for output in outputs) == 1, once
 
 
 def test_a_run_keeps_its_pictures(tmp_path):
@@ -886,8 +886,8 @@ def test_the_time_of_a_run_is_that_of_steps_and_evaluations(every, val, evaluati
     schedule = Schedule(config.train, config.optim, 50)
     assert Pace(0.5, 10, 4).seconds(config, schedule) == 0.5 * (1000 + evaluations * 6 * 2 / 3)
     assert "of 8 samples and scaled" in Pace(0.5, 8, 4).sentence(config, schedule)
-    assert "100 steps of 5 s, measured over 4 steps" in (said := Pace(0.5, 10, 4).sentence(config, schedule))
-    assert "scaled" not in said
+    assert "100 steps of 5 s, measured over 4 steps" in (text := Pace(0.5, 10, 4).sentence(config, schedule))
+    assert "scaled" not in text
 
 
 def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch):
@@ -942,11 +942,11 @@ def test_sizes_are_tried_from_the_smallest_to_the_first_that_will_not_do(tmp_pat
     assert rate in found.lines[3]  # the pace of this size, and not that of a size that was tried later
 
 
-@pytest.mark.parametrize(("end", "dry_run", "code", "said"), [
+@pytest.mark.parametrize(("end", "dry_run", "code", "printed"), [
     (True, False, 0, ""), (False, False, 0, "stopped; run the same command again to resume"), (False, True, 0, ""),
     (None, False, 130, ""),
 ])  # fmt: skip
-def test_the_command_passes_on_what_it_is_given(monkeypatch, capsys, end, dry_run, code, said):
+def test_the_command_passes_on_what_it_is_given(monkeypatch, capsys, end, dry_run, code, printed):
     calls = []
 
     def pretrain(*args, **options):
@@ -965,7 +965,10 @@ def test_the_command_passes_on_what_it_is_given(monkeypatch, capsys, end, dry_ru
     given["device"] = None
     assert calls == [(("photos", Path("run")), given)]
     out, err = capsys.readouterr()
-    assert (out.strip(), err.strip()) == (said, "stopped; run the same command again to resume" if end is None else "")
+    assert (out.strip(), err.strip()) == (
+        printed,
+        "stopped; run the same command again to resume" if end is None else "",
+    )
 
 
 @pytest.mark.parametrize(("hours", "seconds"), [(1.0, 30.0), (0.05, 5.4)])

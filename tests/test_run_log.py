@@ -151,8 +151,8 @@ def test_a_folder_that_is_renamed_under_way_is_told_with_what_to_do(trainer):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
-    told = f"run.dir {run} was renamed to {renamed}: metrics are still written there, but checkpoints are "
-    assert process.exitcode == 0 and trainer.log("run").read_text().count(told) == 1
+    note = f"run.dir {run} was renamed to {renamed}: metrics are still written there, but checkpoints are "
+    assert process.exitcode == 0 and trainer.log("run").read_text().count(note) == 1
     for path in checkpoint.saved_steps(run):  # follows the message
         path.rename(renamed / "checkpoints" / path.name)
     last = checkpoint.step_of(checkpoint.saved_steps(renamed)[-1])
@@ -334,7 +334,7 @@ def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest
 
 def test_a_line_has_the_rate_of_its_step_and_growing_memory_is_noted():
     """The growth of the memory is measured from the first step of this attempt."""
-    told, looked = [], []
+    logged, looked = [], []
     trainer = SimpleNamespace(
         step=61,
         start=11,
@@ -343,10 +343,10 @@ def test_a_line_has_the_rate_of_its_step_and_growing_memory_is_noted():
         bad=SimpleNamespace(bad=0),
         line=SimpleNamespace(after=lambda *values: ({"peak_memory_gb": 3.0, "values": values}, {})),
         growth=SimpleNamespace(check=lambda steps, memory: looked.append((steps, memory)) or "it grows"),
-        log=SimpleNamespace(log=lambda *line: told.append(line), say=told.append),
+        log=SimpleNamespace(log=lambda *line: logged.append(line), say=logged.append),
     )
     Trainer.log_step(trainer, ["losses"], "norm")
-    (step, values, _), note = told
+    (step, values, _), note = logged
     assert step == 61 and values["values"] == (61, ["losses"], "norm", 6.0, 6.1, 0)
     assert looked == [(50, 3.0)] and note == "note: it grows"
 

@@ -55,13 +55,13 @@ def trial(mutant: Mutant, tests: list[str], tree: Path, limit_s: float) -> Verdi
         return Verdict(HUNG, seconds)
     if os.WIFSIGNALED(status):
         return Verdict(f"dies of {signal.Signals(os.WTERMSIG(status)).name}", seconds)
-    said = log.read_text(errors="replace")
+    output = log.read_text(errors="replace")
     if os.WEXITSTATUS(status) == 0:
         return Verdict(None, seconds)
     if os.WEXITSTATUS(status) in (1, 2):
-        failed = [line.split(" - ")[0] for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+        failed = [line.split(" - ")[0] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
         return Verdict(failed[0].partition(" ")[2] if failed else "an error while tests are imported", seconds)
-    raise RuntimeError(f"{mutant.name}: pytest could not run:\n{said[-2000:]}")
+    raise RuntimeError(f"{mutant.name}: pytest could not run:\n{output[-2000:]}")
 
 
 def _wait(pid: int, limit_s: float) -> int | None:

@@ -39,9 +39,9 @@ def error(table, text=None, **columns):
         table.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as caught:
         read_captions(table, **columns)
-    said = str(caught.value)
-    assert "\n" not in said and str(table) in said and len(said) < 1000
-    return said
+    message = str(caught.value)
+    assert "\n" not in message and str(table) in message and len(message) < 1000
+    return message
 
 
 def numbered(captions):
@@ -118,8 +118,8 @@ def test_any_bytes_are_rows_or_one_line(tmp_path, suffix, data, head):
     table.write_bytes(head + data)
     try:
         rows = read_captions(table)
-    except UserError as said:
-        assert "\n" not in str(said) and str(table) in str(said)
+    except UserError as caught:
+        assert "\n" not in str(caught) and str(table) in str(caught)
     else:
         assert all(row.image and all(isinstance(text, str) for text in row.captions) for row in rows)
 
@@ -179,8 +179,8 @@ def test_what_is_no_caption_is_refused_by_name(tmp_path, value, message):
 
 def test_a_row_of_jsonl_that_lacks_its_caption_or_has_two_is_refused(tmp_path):
     first = '{"image": "0.jpg", "caption": "a", "id": 1}\n'
-    assert "row 2" in (said := error(tmp_path / "a.jsonl", first + '{"image": "1.jpg", "captoin": "b"}')), said
-    assert "has no field caption" in said
+    assert "row 2" in (message := error(tmp_path / "a.jsonl", first + '{"image": "1.jpg", "captoin": "b"}')), message
+    assert "has no field caption" in message
     assert "duplicate key 'caption'" in error(tmp_path / "a.jsonl", '{"image": "a", "caption": "a", "caption": "b"}')
     assert "nested too deeply" in error(tmp_path / "a.jsonl", first + '{"image":' * 100_000)
     (tmp_path / "a.jsonl").write_text(first + '{"caption": NaN, "image": "1.jpg"}\n')
