@@ -73,9 +73,9 @@ def test_images_outside_shards_are_embedded(run, images, tmp_path, kind):
 def test_an_image_that_cannot_be_read_is_named_or_left_out(run, images, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     paths, settings = [images / "a.png", tmp_path / "bad.png"], ["data.workers=0"]
-    with pytest.raises(UserError, match=r"1 of 2 samples cannot be used, such as .*bad.png: the file is not") as told:
+    with pytest.raises(UserError, match=r"1 of 2 samples cannot be used, such as .*bad.png: the file is not") as error:
         m3ae_fast.embed(run, paths, overrides=settings)
-    assert str(told.value).count("bad.png") == 1
+    assert str(error.value).count("bad.png") == 1
     found = m3ae_fast.embed(run, paths, overrides=[*settings, "data.max_bad_fraction=0.5"])
     assert found["keys"].tolist() == [str(images / "a.png")]
 
@@ -136,9 +136,9 @@ def test_an_error_that_another_rank_reports_is_a_user_error(run, images, tmp_pat
     """A command prints nothing and exits; a function must not end the user's program."""
     monkeypatch.setattr("m3ae_fast.process.ranks.Ranks.first_error", lambda *_, **__: (False, 75))
     where = tmp_path if call is m3ae_fast.embed else {"train": "no.tar", "val": "no.tar", "out": tmp_path / "out"}
-    with pytest.raises(UserError, match=r"has neither images|no\.tar") as told:
+    with pytest.raises(UserError, match=r"has neither images|no\.tar") as error:
         call(run, where)
-    assert told.value.exit_code == 75
+    assert error.value.exit_code == 75
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,9 @@ def test_a_result_that_is_not_above_the_largest_class_is_said_to_be_so(run):
         folder.mkdir(parents=True)
         columns = {"key": [*map(str, range(100))], "label": labels, "prediction": predictions}
         write_parquet(folder / "predictions.parquet", columns)
-        told = against_largest_class(folder, {})
-        assert told["chance"] == 0.7
-        result = {"task": "knn", "model": model, "top1": 0.5, "val_samples": 100} | told
+        entries = against_largest_class(folder, {})
+        assert entries["chance"] == 0.7
+        result = {"task": "knn", "model": model, "top1": 0.5, "val_samples": 100} | entries
         (folder / "result.json").write_text(json.dumps(result))
     write_report(run, run / "report.html")
     page = (run / "report.html").read_text()

@@ -138,7 +138,7 @@ def test_baselines_have_the_results_that_they_have_alone(
     shards = {"train": str(tmp_path / "train.tar"), "val": str(tmp_path / "val.tar")}
     result = transfer(task, *options, baselines=True, **shards)
     assert len(opened) == 2 and [*result["baselines"]] == [UNTRAINED, SCALED]
-    said, verdicts = capsys.readouterr().out, []
+    output, verdicts = capsys.readouterr().out, []
     for name, prefix in PREFIXES.items():
         alone = transfer(task, *options, model=f"{prefix}{run}", out=prefix[:3], baselines=True, **shards)
         found = result["baselines"][name]
@@ -147,12 +147,12 @@ def test_baselines_have_the_results_that_they_have_alone(
             key: value for key, value in alone.items() if key in found
         }
         if task == "multilabel":  # all scores are perfect, so that no error can be estimated
-            assert found == {"map": 1.0} and f"\n{task}: {name}: map 1\n" in said and name in result["warning"]
+            assert found == {"map": 1.0} and f"\n{task}: {name}: map 1\n" in output and name in result["warning"]
             continue
         apart = Difference.read(found["difference"])
         assert apart.value == pytest.approx(result[metric] - alone[metric])
-        assert f"{task}: {name}: {metric} {alone[metric]:.4f} ± " in said
-        assert f"; {apart.words('the model', name)}\n" in said
+        assert f"{task}: {name}: {metric} {alone[metric]:.4f} ± " in output
+        assert f"; {apart.words('the model', name)}\n" in output
         if metric == "top1":
             tables = [read_parquet(tmp_path / out / "predictions.parquet") for out in ("out", prefix[:3])]
             assert apart == difference(*(np.equal(each["label"], each["prediction"]) for each in tables))
@@ -190,8 +190,8 @@ def test_a_warning_names_each_baseline_that_is_not_exceeded(tmp_path):
         return against_largest_class(tmp_path, {"baselines": baselines}).get("warning")
 
     assert warned(labels, a=poor) is None
-    said = "the model is not significantly better than b: top-1 accuracy 100.0%, b 80.0%"
-    assert warned(labels, a=poor, b=good) == said
+    output = "the model is not significantly better than b: top-1 accuracy 100.0%, b 80.0%"
+    assert warned(labels, a=poor, b=good) == output
     assert warned([0] * 100, a=good, b=good) == (
         "the model is not significantly better than the largest class, a and b: top-1 accuracy 60.0%, largest class "
         "60.0%, a 80.0%, b 80.0%"

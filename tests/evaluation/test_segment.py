@@ -83,9 +83,9 @@ def test_shapes_are_found_where_they_are(transfer, masked, tmp_path, head, capsy
     result = transfer("segment", *SHORT, *settings(f"segment.head={head}"), train=train, val=val)
     assert result["miou"] > 0.5 > 0.35 > result["chance_miou"] and "warning" not in result
     assert (result["train_samples"], result["val_samples"], result["classes"]) == (39, 16, 3)
-    said = capsys.readouterr().out
-    assert "--train: 39 of 40 samples have a mask" in said and "files in the shards that are ignored" not in said
-    assert f"segment: {result['verdict']}\n" in said and f"± {result['miou_se']:.4f}" in said
+    output = capsys.readouterr().out
+    assert "--train: 39 of 40 samples have a mask" in output and "files in the shards that are ignored" not in output
+    assert f"segment: {result['verdict']}\n" in output and f"± {result['miou_se']:.4f}" in output
     assert pictures(tmp_path / "out") == ["segmentation"]
     table = read_parquet(tmp_path / "out/predictions.parquet")
     assert sum(table["right"]) / sum(table["pixels"]) == pytest.approx(result["pixel_accuracy"])
@@ -227,12 +227,14 @@ def test_mistakes_are_one_line(transfer, masked, tmp_path):
     image, _ = shapes(0)
     one = write_tar(tmp_path / "one.tar", [("0.png", image), ("0.mask.png", png(np.zeros((48, 40), np.uint8)))])
     rgb = write_tar(tmp_path / "rgb.tar", [("0.png", image), ("0.mask.png", image)])
-    turned = write_tar(tmp_path / "turned.tar", [("0.png", image), ("0.mask.png", png(np.eye(40, 48, dtype=np.uint8)))])
+    rotated = write_tar(
+        tmp_path / "rotated.tar", [("0.png", image), ("0.mask.png", png(np.eye(40, 48, dtype=np.uint8)))]
+    )
     plain = labelled_tar(tmp_path / "plain.tar", range(4))
     for options, train, message in (
         ([], plain, "no sample has a mask, KEY.mask.png next to its image; make shards"),
         ([], one, "its masks have 1 classes besides segment.ignore_label 255; at least two are"),
-        ([], turned, r"is invalid \(the mask has 48 x 40 pixels, but the image has 40 x 48\); repair or remove it"),
+        ([], rotated, r"is invalid \(the mask has 48 x 40 pixels, but the image has 40 x 48\); repair or remove it"),
         ([], rgb, r"is invalid \(the mask has mode RGB; it must have one channel, with class ids\); repair"),
         (["--set", "data.resize=native"], masked[0], "segment needs images of one size; add --set data.resize=sq"),
         (["--set", "linear.steps=3"], masked[0], "linear.steps: segment does not use it; did you mean segment.steps"),

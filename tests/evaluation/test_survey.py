@@ -53,12 +53,12 @@ def test_one_pass_serves_all_layers_and_a_picture_shows_them(transfer, tmp_path,
     for row in result["results"]:
         own = table[table.layer == row["layer"]]
         assert len(own) == 18 and (own.label == own.prediction).mean() == pytest.approx(row["top1"])
-    said = capsys.readouterr().out
-    assert f"{task} probe at 2 of 2 layers, all 48 training samples: 2 probes" in said and "layer 1: " in said
+    output = capsys.readouterr().out
+    assert f"{task} probe at 2 of 2 layers, all 48 training samples: 2 probes" in output and "layer 1: " in output
     attends = task == "attentive"
-    assert ("the patch tokens of 66 samples at 2 layers need" in said) == attends
-    few = "layer 2: only 20 steps: without attentive.steps, the run would take at least 1,000"
-    assert (few in result["cautions"]) == (f"note: {few}" in said) == attends
+    assert ("the patch tokens of 66 samples at 2 layers need" in output) == attends
+    few = "layer 2: only 20 steps: without attentive.steps, the run would have at least 1,000"
+    assert (few in result["cautions"]) == (f"note: {few}" in output) == attends
 
 
 @pytest.mark.parametrize("task", ["knn", "logistic"])
@@ -82,9 +82,9 @@ def test_one_pass_serves_all_poolings(transfer, tmp_path, passes, task, capsys):
     rows, pools = result["results"], ["cls", "mean"]
     assert [(row["layer"], row["pool"]) for row in rows] == [(layer, pool) for layer in (1, 2) for pool in pools]
     assert result["top1"] == rows[2]["top1"]  # of the last layer with the pooling that is named first
-    said = capsys.readouterr().out
-    assert f"{task} probe at 2 of 2 layers, cls and mean features, all 48 training samples: 4 probes" in said
-    assert "layer 1, cls: top1 " in said and pictures(tmp_path / "out") == ["depth"]
+    output = capsys.readouterr().out
+    assert f"{task} probe at 2 of 2 layers, cls and mean features, all 48 training samples: 4 probes" in output
+    assert "layer 1, cls: top1 " in output and pictures(tmp_path / "out") == ["depth"]
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     for pool in pools:
         own = transfer(task, "--layers", "all", *given, *settings(f"encode.pool={pool}"), out=pool)
