@@ -26,7 +26,7 @@ def paths(out):
     return sorted(json.loads(sample["json"])["path"] for sample in contents(out))
 
 
-def said(capsys):
+def new_output(capsys):
     """Return the output printed since the last call, with one message per line."""
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err and captured.err.count("\n") <= 1
@@ -101,11 +101,13 @@ def test_one_odd_picture_is_left_out_by_name_and_the_others_are_kept(folder, tmp
     ODD[reason](folder / "odd.png")
     for _ in range(2):  # also by the call that finds everything complete
         assert make(folder, tmp_path / "out") == 0
-        assert "1 samples in 1 shard" in said(capsys)
+        assert "1 samples in 1 shard" in new_output(capsys)
     assert paths(tmp_path / "out") == ["good.jpg"]
     (tmp_path / "out" / "train-00000.tar").unlink()
     assert make(folder, tmp_path / "out") == 0
-    assert re.search(rf"1 skipped sample that cannot be used, such as\n    odd.png: .*{reason.strip()}", said(capsys))
+    assert re.search(
+        rf"1 skipped sample that cannot be used, such as\n    odd.png: .*{reason.strip()}", new_output(capsys)
+    )
 
 
 CORRECTIONS = {
@@ -120,9 +122,11 @@ def test_what_was_corrected_since_is_not_passed_off_as_done(folder, tmp_path, ca
     assert make(folder, tmp_path / "out") == 0
     assert make(folder, tmp_path / "out") == 0
     CORRECTIONS[part](folder)
-    said(capsys)
+    new_output(capsys)
     assert make(folder, tmp_path / "out") == 2
-    assert re.search(rf"shards of another conversion \({part}.*name a new folder, or remove this one", said(capsys))
+    assert re.search(
+        rf"shards of another conversion \({part}.*name a new folder, or remove this one", new_output(capsys)
+    )
 
 
 def test_a_corrected_table_is_another_conversion(folder, tmp_path, capsys):
@@ -130,7 +134,7 @@ def test_a_corrected_table_is_another_conversion(folder, tmp_path, capsys):
     for text, code in (("a dog", 0), ("a dog", 0), ("a fog", 2)):
         table.write_text(f"image,caption\ngood.jpg,{text}\n")
         assert make(folder, tmp_path / "out", "--captions", table) == code
-    assert "(captions was" in said(capsys)
+    assert "(captions was" in new_output(capsys)
 
 
 def test_a_corrected_hdf5_file_is_another_conversion(tmp_path, capsys):
@@ -138,7 +142,7 @@ def test_a_corrected_hdf5_file_is_another_conversion(tmp_path, capsys):
         with h5py.File(tmp_path / "t.hdf5", "w") as file:
             file["text"] = [text]
         assert make(tmp_path / "t.hdf5", tmp_path / "out") == code
-    assert "(changed_ns was" in said(capsys)
+    assert "(changed_ns was" in new_output(capsys)
 
 
 def test_a_class_that_is_a_link_to_another_keeps_both(pictures, tmp_path):  # noqa: F811
@@ -156,7 +160,7 @@ def test_a_class_whose_name_is_not_utf8_is_refused_by_name(pictures, tmp_path, c
     odd = os.fsencode(pictures) + b"/caf\xe9"
     os.rename(pictures / "dog", odd)
     assert make(pictures, tmp_path / "out") == 2
-    assert r"the class b'caf\xe9' is not UTF-8; rename it, or use --flat" in said(capsys)
+    assert r"the class b'caf\xe9' is not UTF-8; rename it, or use --flat" in new_output(capsys)
     assert not (tmp_path / "out").exists()
     assert make(pictures, tmp_path / "out", "--flat") == 0
     assert "caf\N{REPLACEMENT CHARACTER}/0.jpg" in paths(tmp_path / "out")
@@ -172,7 +176,7 @@ def test_a_folder_that_cannot_be_listed_is_named(pictures, tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert make(pictures, tmp_path / "out") == 2
-    assert "dog: cannot be listed (Permission denied)" in said(capsys)
+    assert "dog: cannot be listed (Permission denied)" in new_output(capsys)
 
 
 def test_suffixes_in_capitals(folder, tmp_path):
@@ -187,14 +191,14 @@ def test_several_captions_of_a_row_are_several_samples(folder, tmp_path, capsys)
     table.write_text('{"image": "good.jpg", "caption": ["a", "", "b"]}\n{"image": "good.jpg", "caption": "a"}\n')
     assert make(folder, tmp_path / "out", "--captions", table, "--keep-order") == 0
     assert [sample["txt"] for sample in contents(tmp_path / "out")] == [b"a", b"b", b"a"]
-    assert "empty" not in said(capsys)
+    assert "empty" not in new_output(capsys)
 
 
 def test_a_row_without_a_caption_is_empty_and_an_image_without_a_row_is_not(folder, tmp_path, capsys):
     (folder / "other.jpg").write_bytes(picture(2))
     (tmp_path / "t.csv").write_text("image,caption\nother.jpg,\n")
     assert make(folder, tmp_path / "out", "--captions", tmp_path / "t.csv") == 0
-    assert "2 image-only" in (text := said(capsys))
+    assert "2 image-only" in (text := new_output(capsys))
     assert "1 sample with an empty caption, such as\n    other.jpg\n" in text
 
 
@@ -235,25 +239,25 @@ def test_links_of_an_hdf5_file_that_lead_nowhere(tmp_path, capsys, reason):
     assert make(tmp_path / "t.hdf5", tmp_path / "alone") == 0
     with h5py.File(tmp_path / "t.hdf5", "a") as file:
         LINKS[reason](file)
-    said(capsys)
+    new_output(capsys)
     assert make(tmp_path / "t.hdf5", tmp_path / "out") == 2
-    assert f"t.hdf5: {reason.strip()}" in said(capsys)
+    assert f"t.hdf5: {reason.strip()}" in new_output(capsys)
 
 
 def test_what_is_no_caption_in_hdf5_and_datasets_is_left_out_by_name(tmp_path, capsys):
     with h5py.File(tmp_path / "t.hdf5", "w") as file:
         file["text"] = np.array([b"good", b"caf\xe9", b" "])
     assert make(tmp_path / "t.hdf5", tmp_path / "out") == 0
-    assert "text 1: the caption is not UTF-8" in said(capsys)
+    assert "text 1: the caption is not UTF-8" in new_output(capsys)
     texts = datasets.Dataset(pyarrow.table({"caption": [["a", None, " "], None, ["b", "c"]]}))
     texts.save_to_disk(tmp_path / "saved")
     assert make(tmp_path / "saved", tmp_path / "hf", "--keep-order") == 0
     assert [sample["txt"] for sample in contents(tmp_path / "hf")] == [b"a", b"b", b"c"]
-    assert "train row 1: the sample has neither image nor caption" in said(capsys)
+    assert "train row 1: the sample has neither image nor caption" in new_output(capsys)
     datasets.Dataset.from_dict({"caption": [{"raw": "a"}]}).save_to_disk(tmp_path / "dict")
     capsys.readouterr()  # drops the output of the library's progress bar
     assert make(tmp_path / "dict", tmp_path / "out2", "--caption-column", "caption") == 2
-    assert "--caption-column caption: has the type" in said(capsys)
+    assert "--caption-column caption: has the type" in new_output(capsys)
 
 
 def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
@@ -273,10 +277,10 @@ def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
 """
     options = ("--samples-per-shard", "2", "--keep-order")
     assert make(pictures, tmp_path / "out", *options, workers=3) == 0
-    assert expected in said(capsys)
+    assert expected in new_output(capsys)
     (tmp_path / "out" / "train-00000.tar").unlink()
     assert make(pictures, tmp_path / "out", *options) == 0
-    text = said(capsys)
+    text = new_output(capsys)
     assert (
         "2 samples with an empty caption" in text and "1 sample left out before the conversion was interrupted" in text
     )
@@ -289,10 +293,10 @@ def test_files_that_are_no_input_are_named(folder, tmp_path, capsys):
     assert make(folder, tmp_path / "out") == 0
     assert (
         "5 ignored files (neither an image nor the caption of an image), such as\n    a.heic\n    b.svg\n    c.txt\n"
-        in said(capsys)
+        in new_output(capsys)
     )
     assert make(folder, tmp_path / "table", "--captions", folder / "t.csv") == 0
-    assert "5 ignored files" in said(capsys)  # good.txt, but not the table
+    assert "5 ignored files" in new_output(capsys)  # good.txt, but not the table
 
 
 def test_the_tally_shows_the_first_three_of_each_kind():
@@ -311,10 +315,10 @@ def test_the_tally_shows_the_first_three_of_each_kind():
 def test_the_tokenizer_tool_says_what_it_left_out(tmp_path, capsys):
     shard = write_tar(tmp_path / "a.tar", [("0.txt", b"a dog"), ("1.txt", b" "), ("2.txt", b"caf\xe9")])
     assert data(["tokenizer", shard, "--vocab-size", "20", "--out", str(tmp_path / "tokenizer.json")]) == 0
-    told = said(capsys)
-    assert "on 1 captions" in told
-    assert f"1 skipped sample that cannot be used, such as\n    {shard}/2: the caption is not UTF-8" in told
-    assert f"1 sample with an empty caption, such as\n    {shard}/1" in told
+    output = new_output(capsys)
+    assert "on 1 captions" in output
+    assert f"1 skipped sample that cannot be used, such as\n    {shard}/2: the caption is not UTF-8" in output
+    assert f"1 sample with an empty caption, such as\n    {shard}/1" in output
     blank = write_tar(tmp_path / "b.tar", [("0.txt", b" ")])
     assert exit_cleanly(lambda: data(["tokenizer", blank, "--vocab-size", "20", "--out", f"{blank}.json"])) == 2
-    assert "none of their captions contains a word" in said(capsys) and not os.path.exists(f"{blank}.json")
+    assert "none of their captions contains a word" in new_output(capsys) and not os.path.exists(f"{blank}.json")
