@@ -213,8 +213,8 @@ class SegmentConfig(Section):
     """Semantic segmentation using frozen patch features."""
 
     head: Literal["linear", "knn"] = "linear"
-    """Classifier of the patches: `linear`, a linear head, trained with AdamW; `knn`, the nearest training patches,
-    which needs no training (`knn.k`, `knn.temperature`)."""
+    """Classifier of the patches: `linear`, a linear head, trained with AdamW; `knn`, a weighted vote of the nearest
+    training patches, which needs no training (`knn.k`, `knn.temperature`)."""
     ignore_label: int | None = Field(255, ge=0, le=255)
     """Class id of the mask pixels that are excluded from training and from the metrics; null: no pixels are
     excluded."""
@@ -234,8 +234,8 @@ class MultilabelConfig(Section):
     """Multi-label classification of frozen features."""
 
     head: Literal["linear", "knn"] = "linear"
-    """Classifier of the samples: `linear`, a logistic regression for each class; `knn`, the nearest training
-    samples (`knn.k`, `knn.temperature`)."""
+    """Classifier of the samples: `linear`, a logistic regression for each class; `knn`, a weighted vote of the nearest
+    training samples (`knn.k`, `knn.temperature`)."""
 
 
 class EvaluationConfig(Section):

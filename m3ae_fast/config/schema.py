@@ -249,7 +249,7 @@ class MaskingConfig(Section):
     always predict all masked patches. Values below 1 are intended for `model.dec_attention: cross`; with `self`, they
     make the features worse."""
     text_predicted: float = Field(1.0, gt=0, le=1)
-    """Fraction of the masked text tokens that enter the decoder and the loss in training, like `image_predicted`."""
+    """Fraction of the masked text tokens that enter the decoder and the loss in training; see `image_predicted`."""
     per: Literal["sample", "batch"] = "sample"
     """Sampling of the masks. `sample`: one mask for each sample; `batch`: one mask for the whole batch, as in the
     official code."""
@@ -344,7 +344,8 @@ class DataConfig(Section):
     workers: int | None = Field(None, ge=0, le=1024)
     """Number of data-loader processes per rank; null: derived from the number of CPU cores."""
     prefetch: int = Field(4, gt=0, le=1024)
-    """Number of batches that each worker prepares in advance; reduced if they would not fit into shared memory."""
+    """Number of batches that each worker prepares in advance; the number is reduced if the batches would not fit into
+    shared memory."""
     cache_dir: NamedPath | None = None
     """Cache folder for shards that are remote or on a network file system, and for the indexes of shards in read-only
     folders; null: `~/.cache/m3ae_fast`."""
@@ -410,7 +411,7 @@ class OptimConfig(ScheduleConfig):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Adam's decay rates of the first and the second moment, per step."""
     eps: float = Field(1e-8, gt=0)
-    """Adam's epsilon."""
+    """Adam's epsilon, which is added to the denominator of an update."""
     clip_grad: float | None = Field(None, gt=0)
     """Maximum global gradient norm; larger gradients are scaled down to it. null: no clipping."""
 
@@ -537,7 +538,7 @@ class TrainConfig(TransformerLoopConfig):
     all evaluations, use `model.image_size`."""
     rollbacks: int = Field(0, ge=0, le=100)
     """Maximum number of rollbacks: if the loss or the gradient norm of a step is not finite, the run returns to its
-    last good checkpoint and skips the batch of that step. 0: the run ends instead."""
+    last good checkpoint and skips the batch of that step. 0: the run ends with an error instead."""
     spike_threshold: float | None = Field(None, gt=0, le=1e6)
     """Threshold for loss spikes, in standard deviations, such as 6. If the loss of a step exceeds the mean of the
     previous 128 steps by more than this, the run returns to its last good checkpoint, as for a loss that is not finite.
