@@ -37,7 +37,7 @@ def gather_tokens(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        [..., D], with as many rows as `rows`, in x's dtype, regardless of autocast. Statistics are computed in float32
+        [..., D], of the shape of `rows`, in x's dtype, regardless of autocast. Statistics are computed in float32
         (float64 for float64). Gradients are computed for x and the parameters of the norm.
 
     Raises:
@@ -230,8 +230,8 @@ class GatherNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Return the selected rows of x [..., dim], normalised: [..., dim], with as many rows as `rows` [...] (int,
-        distinct row numbers of x)."""
+        """Return the rows of x [..., dim] with the numbers `rows` [...] (int, distinct), normalised: [..., dim], of the
+        shape of `rows`."""
         return gather_tokens(x, rows, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, impl=self.impl)
 
     def extra_repr(self) -> str:

@@ -39,7 +39,7 @@ from .token_arguments import Inputs, Options, Results
 
 # Workspace for logits in bytes; large enough for full matmul speed.
 WORKSPACE = {"triton": 256 << 20, "torch": 64 << 20}
-# The torch implementation computes the softmax in float32, for as many rows at a time as fit into the caches.
+# The torch implementation computes the softmax in float32, for a number of rows at a time that fits into the caches.
 SOFTMAX_BYTES = 8 << 20
 
 

@@ -95,7 +95,7 @@ def auroc_interval(inside: np.ndarray, outside: np.ndarray, seed: int) -> tuple[
 
 class Scores:
     """The four scores, which are fitted to training features. Every rank must create and call it; no rank gathers the
-    features of others.
+    features of other ranks.
 
     Args:
         bank: features of the training samples, with labels.

@@ -50,7 +50,7 @@ def _no_warning(of: Input, text: str) -> None:
 
 
 def _no_choice(of: Input, chosen: dict[str, float]) -> None:
-    """Drop the selected hyper-parameters."""
+    """Ignore the selected hyper-parameters."""
 
 
 class Setting(NamedTuple):
@@ -167,9 +167,9 @@ def train_heads(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, T
 
 
 def try_rates(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, list[RateTrial]]:
-    """Train a head with each of the recipe's learning rates on nine tenths of the samples, for as many steps as in the
-    final training, and return their results on the remaining tenth; the results are empty if there are fewer than ten
-    samples. The heads have the same initial weights and batches. Every rank must call it."""
+    """Train a head with each of the recipe's learning rates on nine tenths of the samples, with the number of steps of
+    the final training, and return their results on the remaining tenth; the results are empty if there are fewer than
+    ten samples. The heads have the same initial weights and batches. Every rank must call it."""
     parts = split(next(iter(banks.values())))
     if not parts.held_out:
         return {name: [] for name in banks}

@@ -40,7 +40,7 @@ _SHOWN, _BEST = 5, 5  # number of queries in the figure, and of results per quer
 
 def own_ranks(queries: FeatureBank, candidates: FeatureBank) -> Tensor:
     """Return the rank of each query's matching candidate (the one with the same number) by cosine similarity: int64
-    [N], 1 is best, on every rank. Ties are resolved against the match, so that constant features do not score.
+    [N], 1 is best, on every rank. In a tie, the match is ranked last, so that constant features have the lowest recall.
 
     Each rank compares the queries of all ranks with its own candidates, in float64 rounded to float32, so the result
     does not depend on the number of ranks. On each rank, both banks must contain the samples with the same numbers.

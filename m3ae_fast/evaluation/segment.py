@@ -176,7 +176,7 @@ class Linear:
 
 
 def fit(train: Images, classes: int, config: SegmentConfig, job: Job) -> Linear:
-    """Return a linear head trained by AdamW. The loss is the mean over pixels of the cross entropy between the scores
+    """Return a linear head trained with AdamW. The loss is the mean over pixels of the cross entropy between the scores
     of a pixel's patch and the pixel's class."""
     ranks, warm_up = job.ranks, max(1, round(_WARM_UP * config.steps))
     heads = LinearHeads(train.bank.stored_SD.shape[-1], classes, [job.config.run.seed], ranks).to(ranks.device)
