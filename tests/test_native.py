@@ -227,7 +227,7 @@ def test_the_model_remembers_what_data_says_of_sizes():
     assert model({}, **sizes) == model(sizes) == model(sizes, **sizes)
     assert model(sizes | {"min_patches": 12}).min_patches == 12
     with pytest.raises(
-        UserError, match=r"data\.max_patches is 12, but model\.max_patches 9; set only data\.max_patches"
+        UserError, match=r"data\.max_patches is 12, but model\.max_patches is 9; set only data\.max_patches"
     ):
         model(sizes, max_patches=9)
     with pytest.raises(UserError, match="model: min_patches 13 is more than max_patches 12"):
