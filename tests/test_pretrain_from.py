@@ -144,7 +144,7 @@ def test_what_is_no_model_is_refused(base, tmp_path):
         (tmp_path / "export/model.safetensors", "--from .*: is one file of .* an export; name its folder, .*export$"),
         (
             f"random:{base}",
-            "--from random:.*: names no trained weights; to start from random weights, leave out --from",
+            "--from random:.*: is not a trained model; to start from random weights, leave out --from",
         ),
         ("", "--from: is empty; name a model"),
     ):

@@ -226,7 +226,7 @@ def test_every_setting_that_is_chosen_is_set_alone_above():
     ("override", "message"),
     [
         ("data.train.0.shards=x.tar", "--set data.train.0.shards: use SOURCE instead"),
-        ('data.val=[{"shards":"x.tar"}]', r"--set data.val: only \[\] can be set, .* in SOURCE or with --val"),
+        ('data.val=[{"shards":"x.tar"}]', r"--set data.val: can be set only to \[\] .* with SOURCE or --val"),
         ("train.probe.labels=json.x", "--set train.probe.labels: use --labels instead"),
         ("model.image_targets=vqgan", "data.image_tokenizer: model.image_targets vqgan needs the folder of a VQGAN"),
         ("train.steps=null", "give the length of the run: epochs or steps"),

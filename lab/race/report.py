@@ -205,7 +205,7 @@ def _shares(rows: Sequence[Row], title: str, tests: Sequence[str], weights: Weig
             cells.append([f"{arm}, {steps:,}", f"{max(seeds)}", *(_shown(each) for each in found.values())])
     columns = [f"{COSTS[cost]}, {TESTS[rows[0]['trial']['data']][test]}" for cost in COSTS for test in tests]
     head = [
-        f"{title}: fraction of the baseline's cost with which `{FAST}` reaches the accuracy after its steps",
+        f"{title}: fraction of the cost of a run of the baseline with which `{FAST}` reaches the same accuracy",
         "seeds",
     ]
     return ["", *_table([*head, *columns], cells)] if cells else []

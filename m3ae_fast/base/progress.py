@@ -15,7 +15,7 @@ from typing import TypeVar
 T = TypeVar("T")
 Clock = Callable[[], float]  # seconds
 _FIRST_S = 3.0  # seconds until the first line; shorter work prints none
-# maximum seconds between lines; before that, a line is due whenever the elapsed time has doubled
+# maximum seconds between lines; until this interval is reached, a line is due each time the elapsed time has doubled
 _SELDOM_S = 60.0
 
 

@@ -68,7 +68,7 @@ class Info:
     stream: dict[str, str] = field(default_factory=dict)  # fingerprint of the training data; see `data.fingerprint`
     sha256: dict[str, str] = field(default_factory=dict)  # by file name
     attention: dict[str, str] = field(default_factory=dict)  # on GPUs: the chosen kernel, by part of the model
-    # changes of its `Schedule`
+    # changes of the number of steps, as in `Schedule.changes`
     changes: list[Annotated[tuple[int, int], AfterValidator(_later)]] = field(default_factory=list)
     decays: bool = False  # whether the decay of a schedule that can be extended has begun
     spent: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # seconds of training, if the run has a time limit

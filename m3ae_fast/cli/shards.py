@@ -37,9 +37,9 @@ A folder of images: sub-folders called train, val (valid, validation, dev) or te
 for each of them. Other sub-folders, or the sub-folders of the splits, are classes if there are at least two of them and
 every image is in one; class ids are the same in all splits. Captions come from a table with one row per sample, or from
 NAME.txt next to NAME.jpg. An image that occurs in several rows, or in a row with a list of captions, gives one sample
-per caption, even if rows are identical. A row with a field too many or too few is an error. A .tsv file has one row per
-line and no quoting, unless it was written by a program that quotes fields. Images without a caption are used for the
-image loss only.
+per caption, even if rows are identical. A row with too many or too few fields is an error. In a .tsv file, each line is
+a row, and quotes are part of the text unless a program that quotes fields wrote the file. Images without a caption are
+used for the image loss only.
 
 An HDF5 file has the layout of the official M3AE code: jpg (variable-length uint8) with caption, or ImageNet's
 train_jpg, train_labels, val_jpg, val_labels, or only text. A row with several captions gives one sample per caption.
@@ -52,9 +52,9 @@ with one channel of class ids.
 
 Run an interrupted command again to continue it. The same input gives identical shards.
 """
-STATS = """Inspect some samples, and print the mean and standard deviation of the pixels, image sizes, aspect
-ratios, caption lengths, formats, labels, and unreadable samples. The settings that a config needs are printed; --write
-writes them into a config.
+STATS = """Inspect some samples, and print statistics: image sizes, aspect ratios, formats, caption lengths, labels, the
+mean and standard deviation of the pixels, and the number of unreadable samples. The settings that a config needs are
+printed; --write writes them into a config.
 
   m3ae-fast shards stats 'shards/train-*.tar' --tokenizer tokenizer.json
   m3ae-fast shards stats 'shards/train-*.tar' --picture stats.png --write mine.json
@@ -248,7 +248,7 @@ def _manifest(args: argparse.Namespace) -> None:
         args.shards, args.out, part=args.part, stats=args.stats, sizes=args.sizes, cache_dir=args.cache_dir
     )
     print("".join(f"note: {note}\n" for note in found.notes), end="")
-    print(f"{found.path}: {found.shards:,} shards with {found.samples:,} samples, {found.unread:,} not read")
+    print(f"{found.path}: {found.shards:,} shards with {found.samples:,} samples; {found.unread:,} shards unreadable")
 
 
 def _add_tokenizer(commands: Any, common: argparse.ArgumentParser) -> None:

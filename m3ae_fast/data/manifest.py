@@ -147,7 +147,7 @@ def read_all(patterns: str | list[str]) -> np.ndarray:
     parts = [match for path in paths if (match := _PART.search(path))]
     if parts and [int(part[1]) for part in parts] != list(range(1, int(parts[0][2]) + 1)):
         raise UserError(
-            f"shards {patterns!r}: {len(parts)} of {int(parts[0][2])} parts of a manifest are given; name all, in order"
+            f"shards {patterns!r}: {len(parts)} of {int(parts[0][2])} parts of a manifest are given; list all, in order"
         )
     return join([read(Path(path)) for path in paths])
 

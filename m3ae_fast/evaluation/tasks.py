@@ -173,7 +173,7 @@ class Options:
                 raise UserError(f"--{option}: {self.task} does not use it; leave it out")
         for name, is_needed in (("val", True), ("train", task.trains), ("ood", used["ood"])):
             if is_needed and not getattr(self, name):
-                raise UserError(f"--{name}: {self.task} needs shards; name some")
+                raise UserError(f"--{name}: {self.task} needs shards; add --{name} SHARDS")
         if not self.models or (len(self.models) > 1 and not task.compares):
             raise UserError(f"{self.task} evaluates one model, not {len(self.models)}; compare accepts several")
         allowed = (task.modality,) if task.modality else MODALITIES

@@ -186,7 +186,7 @@ def peak_rate(batch: int, width: int, factor: float = 1.0) -> float:
 
 
 def steps_in(seconds: float, pace: float, batch: int, samples: int) -> int:
-    """Return the number of steps that fit into the time, but at most LONGEST epochs. `pace`: seconds per sample."""
+    """Return the number of steps that fit into `seconds`, but at most LONGEST epochs. `pace`: seconds per sample."""
     longest = LONGEST * max(samples // batch, 1)
     return max(min(int(seconds / (pace * batch)), longest), 2)
 
@@ -201,7 +201,7 @@ def fitted_batch(seconds: float, pace: float, samples: int) -> int:
 
 
 def reaches(seconds: float, pace: float, samples: int) -> bool:
-    """Return whether a model can be trained on enough samples in the time. `pace`: seconds per sample."""
+    """Return whether a model can be trained on enough samples in `seconds`. `pace`: seconds per sample."""
     return seconds / pace >= max(EPOCHS * samples, SEEN)
 
 
@@ -215,7 +215,7 @@ def check_overrides(overrides: Sequence[str], start_from: str | None = None) -> 
             raise UserError(f"--set {name}: use {meant} instead")
     if set_to(overrides, "data.val", None):
         raise UserError(
-            "--set data.val: only [] can be set, for no held-out samples; name held-out samples in SOURCE or with --val"
+            "--set data.val: can be set only to [] (no held-out samples); specify held-out samples with SOURCE or --val"
         )
     start = [] if start_from is None else [f"model.init_from={json.dumps(start_from)}"]
     return assumed_config([*start, *overrides])

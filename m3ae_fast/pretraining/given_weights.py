@@ -45,7 +45,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
     if not model:
         raise UserError("--from: is empty; name a model")
     if model.startswith((RANDOM, PIXELS)):
-        raise UserError(f"--from {model}: names no trained weights; to start from random weights, leave out --from")
+        raise UserError(f"--from {model}: is not a trained model; to start from random weights, leave out --from")
     try:
         found = convert(model, folder)
     except UserError as error:

@@ -23,7 +23,7 @@ from m3ae_fast.training.pace import Pace, measure
 # maximum time for measuring a model size, as a fraction of the whole time and in seconds
 _TRIAL, _LONGEST_TRIAL = 0.03, 30.0
 _LEAST = 0.5  # minimum fraction of the time that is used for training
-_OVER = 1.05  # a plan is reported as too long if it exceeds the time by this factor
+_OVER = 1.05  # a plan is reported as too long if it exceeds the available time by this factor
 _EVALUATING = 0.1  # maximum fraction of the training time for evaluations between the first and the last step
 # seconds for starting the loaders of an evaluation, for starting a task, and for report and export
 _START, _TASK, _REPORT = 1.5, 2.0, 5.0
@@ -114,7 +114,7 @@ def choose(
     session: Session,
     began: float,
 ) -> Plan:
-    """Return the plan of a run that fits into the time.
+    """Return the plan of a run that fits into the available time.
 
     Args:
         statistics: statistics of the samples.
@@ -176,14 +176,14 @@ def _largest_fitting(
     measured: Callable[[ModelSize], Pace],
     budget: Budget,
 ) -> tuple[ModelSize, Pace, str]:
-    """Return the largest model size that fits into memory and can be trained long enough in the time, its pace, and the
-    reason why the next larger size is not chosen; "" if there is no larger size.
+    """Return the largest model size that fits into memory and can be trained long enough in the available time, its
+    pace, and the reason why the next larger size is not chosen; "" if there is no larger size.
 
     Args:
         allowed: sizes to choose from, smallest first. The first is chosen if no other fits.
         lacking: function that returns a description of the memory that a size lacks; "" if it lacks none.
         measured: function that measures the pace of a size.
-        budget: the time.
+        budget: the division of the available time.
     """
     statistics = budget.statistics
     size, pace = allowed[0], measured(allowed[0])
@@ -207,7 +207,7 @@ def _why_not_larger(statistics: DatasetStatistics) -> str:
 
 
 def _too_slow(size: ModelSize, seconds: float, pace: Pace, statistics: DatasetStatistics) -> str:
-    """Return the explanation for the user that a model size is too slow for the time."""
+    """Return the reason, as text for the user, why a model size is too slow for the available time."""
     seen = seconds / pace.sample
     epochs = seen / statistics.samples
     return (

@@ -144,7 +144,7 @@ class Ranks:
 def await_ends(store: dist.Store, world: int) -> None:
     """Wait until all ranks have recorded their end with `first_error`, but at most a few seconds. Rank 0 calls this
     before it exits, because the store ends with its process."""
-    # Closes connections of process groups that reference cycles keep alive; other ranks may wait for that.
+    # closes the connections of process groups in reference cycles; other ranks may be waiting for this
     gc.collect()
     until = time.monotonic() + _OTHERS_S
     with contextlib.suppress(RuntimeError):  # the launcher held the store, and has ended

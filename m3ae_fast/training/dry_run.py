@@ -44,7 +44,7 @@ MEASURED_S = 5.0  # maximum number of seconds spent measuring steps to estimate 
 SIZES = 256  # maximum number of image sizes that represent the dataset
 DECODED_PER_CORE = 600  # images decoded per second and core at 256 px, from benchmarks/results
 CORES_PER_GPU = 12  # usual number of cores per GPU
-FP32 = 67e12  # FLOP/s of an H100 in float32, by its data sheet
+FP32 = 67e12  # FLOP/s of an H100 in float32, according to its data sheet
 
 
 def report(

@@ -59,7 +59,7 @@ class Sums(NamedTuple):
     """Values that are summed over ranks before each step."""
 
     stopped: float  # number of ranks that are asked to stop
-    failed: float  # number of ranks on which a step was not finite or a spike, or a save has failed
+    failed: float  # number of ranks with a non-finite step, a loss spike or a failed save
     confirmed: float  # number of ranks on which the step after the last save was finite and the save is complete
     total_steps: float  # number of steps of the run, decided by the main rank
     loss: float  # loss of the step that was taken LAG steps ago, if spikes are detected

@@ -152,7 +152,7 @@ def test_shards_that_are_not_whole_are_named(tmp_path, capsys):
     path = make(tmp_path, whole, str(tmp_path / "1.tar"))
     out = capsys.readouterr().out
     assert f"note: {tmp_path}/1.tar: the tar has no end mark" in out and "; 2 of its samples are counted" in out
-    assert out.endswith("2 shards with 6 samples, 0 not read\n")
+    assert out.endswith("2 shards with 6 samples; 0 shards unreadable\n")
     make(tmp_path, path, out="again.npy")
     assert f"note: {path}: the tar has no tar header" in capsys.readouterr().out
 
