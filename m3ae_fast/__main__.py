@@ -1,4 +1,4 @@
-"""The command `m3ae-fast`, also `python -m m3ae_fast`: lists the commands and runs them."""
+"""The program `m3ae-fast` (or `python -m m3ae_fast`), which lists the commands and runs one of them."""
 
 from __future__ import annotations
 

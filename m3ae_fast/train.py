@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with joined_program(args.device) as session:
         perform(args, session)
-    return 0  # also if a rank was asked to stop
+    return 0  # also after a request to stop
 
 
 def _load(args: argparse.Namespace) -> Config:

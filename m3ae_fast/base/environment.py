@@ -21,8 +21,8 @@ def configure_libraries() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # torch's C++ warnings about a lost connection have a C++ stack trace; the error itself explains it in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # The number of tokens changes with each step, and expandable memory segments then fragment less. torch reads this
-    # variable when CUDA starts.
+    # Expandable memory segments reduce fragmentation, because the number of tokens changes with each step. torch reads
+    # this variable when CUDA starts.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the variable
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 

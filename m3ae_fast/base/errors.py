@@ -26,8 +26,8 @@ class UserError(Exception):
 
 
 class ErrorElsewhere(UserError):
-    """An error that another process reports: a mistake of the user, or a bug, whose traceback that process prints.
-    Programs of this package exit with `exit_code` and print nothing."""
+    """An error that another process reports: a mistake of the user, or a bug. The other process prints the message or
+    the traceback. Programs of this package exit with `exit_code` and print nothing."""
 
 
 class RankLost(UserError):
@@ -41,7 +41,7 @@ class ErrorReport(NamedTuple):
     """Summary of a process's error that is sent to the other processes."""
 
     line: str
-    complete: bool  # whether the line explains the error; otherwise it is a bug, whose traceback its process prints
+    complete: bool  # whether the line explains the error; if not, it is a bug, and its process prints the traceback
 
 
 # system errors that are not bugs of the program

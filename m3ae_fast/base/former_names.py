@@ -38,7 +38,7 @@ def present_name(words: Sequence[str], typed: str = "m3ae-fast ") -> str | None:
 
 
 def present_module(arguments: Sequence[str]) -> str | None:
-    """Return the message with the present command if these arguments of Python would start a former module; None
+    """Return the message with the present command if `python` with these arguments would start a former module; None
     otherwise."""
     if "-m" not in arguments[:-1]:
         return None

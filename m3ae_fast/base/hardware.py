@@ -1,4 +1,4 @@
-"""Capabilities of this machine: its faster precision, peak FLOP/s, memory and compiler."""
+"""Capabilities of this machine: the precision in which matmuls are fast, peak FLOP/s, memory and compiler."""
 
 from __future__ import annotations
 
@@ -129,7 +129,8 @@ def pins_memory(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: allocated by torch on the GPU, or resident in RAM for this process."""
+    """Return the peak memory in bytes: on a GPU, the memory allocated by torch; on the CPU, the resident memory of this
+    process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

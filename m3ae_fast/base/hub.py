@@ -24,7 +24,7 @@ PATIENCE = 12.0  # seconds to wait for a response; the library itself would retr
 
 
 def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
-    """Return whether the Hub responds to a request for a name, even if only to report that it does not exist."""
+    """Return whether the Hub responds to a request for a name, even if it reports that the name does not exist."""
     answers: SimpleQueue[bool] = SimpleQueue()
 
     def ask() -> None:

@@ -17,7 +17,7 @@ _SIGNS_OF_LIMIT = (
     "error return without",
 )
 
-_ADDRESSES = 1_500_000_000  # bytes that torch and its threads require; with less, they abort or hang, without an error
+_ADDRESSES = 1_500_000_000  # bytes that torch and its threads require; with fewer, they abort or hang without an error
 
 
 def refuse_too_few_addresses() -> None:

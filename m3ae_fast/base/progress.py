@@ -1,4 +1,4 @@
-"""Progress of long work and the estimated time left: a bar on a terminal, occasional lines otherwise."""
+"""Progress and estimated remaining time of long work: a bar on a terminal, occasional lines otherwise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def duration(seconds: float) -> str:
 
 
 class TimeLeft:
-    """Estimate of the time left of a task that consists of parts, from the time that its completed parts took."""
+    """Estimate of the remaining time of a task with several parts, based on the time that completed parts took."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class TimeLeft:
 
     @contextmanager
     def aside(self, seconds: float) -> Iterator[None]:
-        """Context for work that does not belong to any part and was expected to take `seconds` of `other_work`."""
+        """Context manager for work that belongs to no part and was expected to take `seconds` of `other_work`."""
         began = self._now()
         yield
         self._started += self._now() - began
@@ -103,7 +103,7 @@ class Lines:
         self._first: tuple[float, int] | None = None  # time at which the first items were done, and their number
 
     def advance(self, count: int) -> tuple[str, str] | None:
-        """Count items as done. If a line is due, return the progress of this work, and the time left of the whole task
+        """Count items as done. If a line is due, return the progress of this work, and the time left for the whole task
         ("" if this work is the whole task). Otherwise return None."""
         now, self._done = self._now(), self._done + count
         if self._first is None and self._done:

@@ -57,7 +57,7 @@ def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[
 
 def check_values(images: Iterable[OneImage], value_range: ValueRange, config: ModelConfig) -> None:
     """Raise ValueError if `value_range` is invalid or evidently wrong for the images. If it is None, floating-point
-    tensors must be normalised: values that evidently are not, such as values from 0 to 1 or from 0 to 255, raise the
+    tensors must be normalised: evidently unnormalised values, such as values from 0 to 1 or from 0 to 255, raise the
     error, unless all images are constant. If it gives the values of black and white, it is checked by
     `_check_units`."""
     if value_range is not None:
@@ -159,10 +159,10 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
     The dtype is the model's image_dtype, or a normalised floating-point dtype.
 
     Args:
-        image: one of the following: the path of a file, which is read as in shards; a PIL image; an array [H, W, C] or
-            [H, W], which is read like a .npy file; a tensor [C, H, W] of dtype uint8, or uint16 if that is the model's
-            image_dtype, which is cropped to the central square unless the model has native aspect ratio; or a
-            floating-point tensor.
+        image: one of the following: the path of a file, which is read like an image in a shard; a PIL image; an array
+            [H, W, C] or [H, W], which is read like a .npy file; a tensor [C, H, W] of dtype uint8, or uint16 if that is
+            the model's image_dtype, which is cropped to the central square unless the model has native aspect ratio; or
+            a floating-point tensor.
         value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays of more than
             8 bits, in place of the model's image_range. With (black, white), such as (0, 1), the image may have any
             size and is read like a file; if it must be resized, its values are rounded to the model's integers. With

@@ -20,7 +20,8 @@ def kept(length: int, ratio: float) -> int:
 
 def draw_mask(length: int, ratio: float, generator: torch.Generator | None = None) -> Tensor:
     """Return a random mask, bool [length], True if masked. The `kept` tokens with the smallest noise stay visible."""
-    # NumPy needs a fifth of torch's time. Values in float64 have no ties, whose order would depend on the CPU.
+    # NumPy needs a fifth of the time that torch needs. The noise is float64 to avoid ties, whose order would depend on
+    # the CPU.
     noise = torch.rand(length, dtype=torch.float64, generator=generator).numpy()
     mask = np.ones(length, dtype=bool)
     mask[noise.argsort()[: kept(length, ratio)]] = False

@@ -320,8 +320,8 @@ def _queries(layout: _Layout, terms: _LossTerms, segments: int, size: Callable[[
 def _targets(
     layout: _Layout, terms: _LossTerms, image_I: np.ndarray, text_W: np.ndarray
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return the targets and weights of rows of the layout; -1 means padding. If the weight is 0, the target is
-    arbitrary."""
+    """Return the targets and weights of the given rows of the layout; a row of -1 is padding. If the weight is 0, the
+    target is arbitrary."""
     targets = {
         "image_patch_ids": np.maximum(_taken(layout.patch_id_U, image_I, 0), 0),
         "text_targets": np.maximum(_taken(layout.token_U, text_W, 0), 0),

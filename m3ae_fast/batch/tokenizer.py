@@ -135,8 +135,8 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> Tokenizer:
     contain more distinct characters.
     """
     tokenizer = _bert(models.WordPiece(unk_token=UNKNOWN))
-    # The trainer numbers symbols in hash order unless they are given, and breaks ties by number, so all symbols are
-    # given for reproducibility. The trainer would treat the given symbols as special tokens, so a new tokenizer is
+    # All symbols are given to the trainer for reproducibility: it numbers other symbols in the order of their hashes,
+    # and breaks ties by number. The trainer would treat the given symbols as special tokens, so a new tokenizer is
     # built from the vocabulary.
     symbols = sorted({symbol for caption in captions for symbol in _symbols(tokenizer, caption)})
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*SPECIAL, *symbols], show_progress=False)
@@ -175,9 +175,9 @@ def _panics_as_errors() -> Iterator[None]:
     """Convert a panic in the Rust tokenizers library into a ValueError, because the exception that a panic raises does
     not derive from Exception.
 
-    By then, Rust has printed its own message on stderr. It could be suppressed only by redirecting file descriptor 2,
-    which would also hide the output of other threads, and the last message if the library aborts the process for lack
-    of memory.
+    Rust itself also prints a message on stderr. This message could be suppressed only by redirecting file descriptor 2.
+    That would also hide the output of other threads, and the last message of the process if the library aborts it for
+    lack of memory.
     """
     try:
         yield
@@ -202,8 +202,8 @@ def _from_json(path: Path) -> Tokenizer:
 
 
 def growth(rule: Any) -> int:
-    """Return the maximum number of characters that a normalizer or decoder produces from one character, by replacing
-    and prepending."""
+    """Return the maximum number of characters that a normalizer or decoder produces from one character by replacing it
+    and prepending others."""
     if not isinstance(rule, dict):
         return 1
     parts = [part for name in ("normalizers", "decoders") for part in rule.get(name) or ()]

@@ -114,7 +114,7 @@ def save(
         part: this rank's part of the state, on the CPU; the complete state if there is one rank.
         info: further content of the checkpoint; the value on rank 0 is stored.
         keep: number of checkpoints to keep.
-        suggested_fix: suggested fix for the message if a tensor is not finite.
+        suggested_fix: the fix that the error message suggests if a tensor is not finite.
         ranks: agreement between all ranks.
 
     Raises:
@@ -261,8 +261,8 @@ def mark(run_dir: Path, step: int, as_what: str, why: str) -> Path | None:
 
 
 def set_aside_after(run_dir: Path, step: int) -> list[Path]:
-    """Rename checkpoints after `step`, from which a run resumes, so that they are not mistaken for checkpoints of the
-    resumed run.
+    """Rename the checkpoints after `step`, the step from which a run resumes, so that they are not mistaken for
+    checkpoints of the resumed run.
 
     Return their new names.
     """
@@ -277,7 +277,7 @@ def set_aside_after(run_dir: Path, step: int) -> list[Path]:
 
 def read_info(path: Path) -> Info:
     """Return a checkpoint's info. Paths below the run folder in its config are adjusted to the current location of the
-    folder. Raises UserError if it is damaged."""
+    folder. Raises UserError if the checkpoint is damaged."""
     try:
         with open_regular(path / INFO_FILE) as file:
             info = TypeAdapter(Info).validate_json(file.read(), strict=True)

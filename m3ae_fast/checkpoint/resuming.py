@@ -30,8 +30,8 @@ SAMPLING = ("data.crop_scale", "data.flip", "data.repeats", "data.image_tokens")
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """Rules on changes between a resumed run and its checkpoint. Each rule lists names of settings and of entries of
-    the data's fingerprint, or `section.*` for all settings of a section that no other rule names. Settings that no rule
-    names may change silently."""
+    the data's fingerprint; `section.*` stands for all settings of the section that are not listed in another rule.
+    Settings that are in no rule may change silently."""
 
     same: tuple[str, ...]  # changes are refused, because they change the model or the optimiser
     samples: tuple[str, ...] = DATA  # changes are refused unless allowed, because they change the samples

@@ -1,4 +1,4 @@
-"""Saves checkpoints during training, and marks each as good or failed once that is known."""
+"""Saves checkpoints during training, and marks each as good or failed once its weights have been tested."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Saver:
         self.unjudged = None
 
     def evaluation_was_finite(self, step: int) -> None:
-        """Record that a checkpoint of `step` is good as soon as it is written. Every rank must call it."""
+        """Record that a checkpoint of `step` is to be marked as good once it is written. Every rank must call it."""
         self._finite_evaluation = step
 
     def step_was_not_finite(self, step: int) -> str:

@@ -35,8 +35,8 @@ class Staging:
         self._copied.clear()
 
     def copy(self, fragments: Callable[[], Fragments]) -> Fragments:
-        """Return a copy of the result of `fragments` on the host, which is valid until the next copy. Can be called in
-        any thread. Training calls it in a background thread, because listing the pieces of a state takes longer than a
+        """Return a copy of the result of `fragments` on the host. It is valid until the next copy. Can be called in any
+        thread. Training calls it in a background thread, because listing the pieces of a state takes longer than a
         step should wait."""
         try:
             if self._stream is None:

@@ -5,8 +5,8 @@
     table.json                           the files and slices that make up each tensor
 
 A piece is stored in the shape of the tensor if it is the complete tensor, and flat otherwise. Any program that reads
-safetensors can therefore load the checkpoint of a single rank. Earlier versions wrote all pieces of several ranks flat,
-and no table for a single rank; their checkpoints can be read too.
+safetensors can therefore load the checkpoint of a single rank. Earlier versions stored all pieces flat if there were
+several ranks, and wrote no table if there was only one; their checkpoints can be read too.
 
 The files have torch.distributed.checkpoint's safetensors format and can be read by its HuggingFaceStorageReader.
 torch's own writer is not used, because it keeps a second copy of each part in memory and does not verify that the parts
@@ -87,7 +87,7 @@ def tabulate(folder: Path, shapes: dict[str, Shape], parts: int) -> Table:
         try:
             with safe_open(folder / file, framework="pt") as opened:
                 for name, offsets in json.loads(opened.metadata()[_OFFSETS]).items():
-                    start = sum(offsets["saved_offsets"])  # one offset of a flat piece, or zeros of a complete tensor
+                    start = sum(offsets["saved_offsets"])  # a flat piece has one offset; a complete tensor has zeros
                     found[name].append((start, number, math.prod(opened.get_slice(name).get_shape())))
         except (OSError, SafetensorError) as error:
             raise _unseen(folder / file, number, error) from None
@@ -219,7 +219,7 @@ class State:
         """Return the elements [start, start + count) of a flattened tensor.
 
         Raises:
-            UserError: the tensor does not exist, an element is not finite, or a file is damaged or not of float32.
+            UserError: the tensor does not exist, an element is not finite, or a piece is damaged or not float32.
         """
         self._shape(name)
         found, stop = [], start + count  # counted from the first element of each piece

@@ -10,7 +10,7 @@ FILE contains these arrays or columns:
   features  float32 [N, D]
   labels    [N], if any are found; -1 or "" for a sample without a label
   patches   float16 [N, L, D], with --patches (in parquet [N, L * D]). With native aspect ratio, the features of images
-            with fewer than L patches end with zeros, and `grids` [N, 2] contains their rows and columns
+            with fewer than L patches end with zeros, and `grids` [N, 2] contains the numbers of patch rows and columns
   path, class, caption   with --columns: the fields path and class of a sample's json, which `shards make` writes, and
             the sample's caption; "" if a sample has no such field or no caption
 """

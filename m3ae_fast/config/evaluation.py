@@ -227,7 +227,8 @@ class SegmentConfig(Section):
     weight_decay: float = Field(1e-4, ge=0)
     """Weight decay of the linear head."""
     bank_patches: Count = 50_000
-    """With `head: knn`: maximum number of training patches that vote, sampled evenly over the images."""
+    """With `head: knn`: maximum number of training patches among which neighbours are found; the patches are sampled
+    evenly over the images."""
 
 
 class MultilabelConfig(Section):

@@ -30,7 +30,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 def shipped_configs() -> dict[str, Path]:
     """Return the paths of the shipped configs by name."""
     package = Path(__file__).resolve().parents[1]
-    folders = (package / "configs", package.parent / "configs")  # in an installation; in a clone
+    # the first folder exists in an installation, the second in a clone
+    folders = (package / "configs", package.parent / "configs")
     folder = next((each for each in folders if (each / "base.json").is_file()), None)
     return {path.stem: path for path in sorted(folder.glob("*.json"))} if folder else {}
 
@@ -72,8 +73,8 @@ def remembered(config: Config) -> dict[str, Any]:
 
 def follow(data: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """Return the config that was stored in `run_dir`, as plain JSON data, with paths adjusted if the run folder has
-    been moved or copied. This is the case if the stored path of the folder is absolute and differs from `run_dir`;
-    paths of files below the former folder that exist in `run_dir` are then replaced."""
+    been moved or copied. This is the case if the stored path of the folder is absolute and differs from `run_dir`. The
+    paths of files below the former folder are then replaced, if the files exist in `run_dir`."""
     run = data["run"] if isinstance(data.get("run"), dict) else {}
     was = run.get("dir")
     if not isinstance(was, str) or not was.startswith("/") or Path(was) == run_dir.resolve():

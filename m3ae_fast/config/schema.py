@@ -23,7 +23,8 @@ MAX_POSITIONS = 1 << 27  # maximum number of elements in a table of position emb
 # (emb_dim, depth, num_heads) of the encoder; all sizes have the same decoder: width 512, depth 8, 16 heads
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
 
-# The upper bounds are far beyond any use. With them, a typo causes an error and not an overflow or an endless start-up.
+# The upper bounds are far above all useful values. They turn a typo into an error instead of an overflow or an endless
+# start-up.
 Size = Annotated[int, Field(gt=0, le=1 << 16)]  # widths, pixels, tokens
 Layers = Annotated[int, Field(gt=0, le=1024)]
 Batch = Annotated[int, Field(gt=0, le=1 << 24)]  # samples

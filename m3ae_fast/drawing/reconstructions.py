@@ -52,8 +52,8 @@ def draw_run(
     ratios: Sequence[float] = (),
 ) -> int:
     """Plot reconstructions of `count` evenly spaced samples of `corpus`, as in `draw_reconstructions`. They are
-    computed on the CPU from a run's weights. `ratios`: image mask ratios, for each of which every sample is
-    reconstructed; empty: the ratio of the run.
+    computed on the CPU from a run's weights. `ratios`: mask ratios of the image; every sample is reconstructed with
+    each of them. If `ratios` is empty, the ratio of the run is used.
 
     Returns:
         The number of plotted rows. If no sample is valid, it is 0, and no PNG is written.

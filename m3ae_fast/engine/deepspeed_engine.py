@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 if not torch.cuda.is_available():
-    # otherwise DeepSpeed looks for other devices and warns if there are none
+    # without this variable, DeepSpeed looks for other devices and warns if there are none
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
@@ -41,8 +41,8 @@ from m3ae_fast.engine.optimizer import build_optimizer, collect, name_of, prime,
 from m3ae_fast.model.transformer import MLP
 from m3ae_fast.process.ranks import Ranks
 
-# Names of the attributes with the flat buffers of weights and of master weights, in ZeRO's optimiser for stages 1 and 2
-# and in the BF16_Optimizer, which stage 1 may use instead.
+# Names of the attributes that hold the flat buffers of weights and of master weights: in ZeRO's optimiser for stages 1
+# and 2, and in the BF16_Optimizer, which DeepSpeed may use instead at stage 1.
 _BUFFERS = ("bit16_groups_flat", "single_partition_of_fp32_groups")
 _BF16_BUFFERS = ("bf16_groups_flat", "fp32_groups_flat_partition")
 
@@ -134,8 +134,8 @@ class DeepSpeedEngine:
         results, norm = [], None
         for i, batch in enumerate(batches):
             losses = self.ds(batch, counts)
-            # The product is a new tensor. The hooks that DeepSpeed registers on the model's output, which notify its
-            # optimiser when to reduce, would also divide the gradient of the output by the number of micro-batches.
+            # DeepSpeed registers hooks on the model's output, which notify its optimiser when to reduce. If `backward`
+            # received the output itself, these hooks would also divide its gradient by the number of micro-batches.
             self.ds.backward(losses.loss * 1.0, scale_wrt_gas=False)
             if i == len(batches) - 1:
                 self.before_update()
@@ -163,8 +163,8 @@ class DeepSpeedEngine:
         return collect(self.model, kind, self.kinds, self._full if self.zero.stage == 0 else self._joined)
 
     def _full(self, p: nn.Parameter, kind: str) -> Tensor:
-        """Return the complete weight `p` (kind "model") or its complete moment `kind`. Every rank has both at stage 0,
-        and the weight also at stages 1 and 2."""
+        """Return the complete weight `p` (kind "model") or its complete moment `kind`. At stage 0, every rank has both;
+        at stages 1 and 2, every rank has the weight."""
         return p if kind == "model" else self._inner.state[p][kind]
 
     def _joined(self, p: nn.Parameter, kind: str) -> Tensor:
@@ -328,9 +328,9 @@ def _valid_norm(norm: Tensor) -> Tensor:
 
 
 def _wait_for_one_stream(optimizer: Any) -> None:
-    """Replace the synchronisation of the host with the device after each backward pass by a wait of the current stream
-    for the stream that reduces gradients. Must not be used with an offloaded optimiser, because the host then reads the
-    values that this stream copies."""
+    """After each backward pass, let the current stream wait for the stream that reduces gradients, instead of
+    synchronising the host with the device. Must not be used with an offloaded optimiser, because the host then reads
+    the values that the reducing stream copies."""
     epilogue = _private(optimizer, "independent_gradient_partition_epilogue")
     _private(optimizer, "reduction_stream")
 

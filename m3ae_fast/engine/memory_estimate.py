@@ -53,9 +53,9 @@ def matrix_elements(config: Config, model: M3AE) -> int:
 
 
 def muon_bytes(matrices: int, stage: int, world: int) -> float:
-    """Return the bytes per GPU that an update by Muon requires in addition to the state, at a time when activations are
-    already freed: the gathered update of all matrices in float32, and at most three copies of the matrices that this
-    rank orthogonalises. `matrices`: number of weights that Muon updates."""
+    """Return the bytes per GPU that an update by Muon requires in addition to the state: the gathered update of all
+    matrices in float32, and at most three copies of the matrices that this rank orthogonalises. Activations are already
+    freed at that time. `matrices`: number of weights that Muon updates."""
     return 4 * matrices * (1 + 3 / (world if stage >= 1 else 1))
 
 

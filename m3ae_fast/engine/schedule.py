@@ -32,9 +32,9 @@ def warmup_cosine(
 def warmup_stable_decay(
     step: float, warmup_steps: int, decayed: float, init: float = 0.0, peak: float = 1.0, end: float = 0.0
 ) -> float:
-    """Return the value at `step` of a schedule that rises linearly from `init` to `peak` during the warm-up and stays
-    there until it decays to `end` by the factor 1 - sqrt(`decayed`) (arXiv 2405.18392). `decayed`: progress of the
-    decay at this step, from 0 to 1."""
+    """Return the value at `step` of a schedule that rises linearly from `init` to `peak` during the warm-up, stays at
+    `peak`, and finally decays to `end` with the factor 1 - sqrt(`decayed`) (arXiv 2405.18392). `decayed`: progress of
+    the decay at this step, from 0 to 1."""
     rate = init + (peak - init) * step / warmup_steps if step < warmup_steps else peak
     return end + (rate - end) * (1 - math.sqrt(decayed))
 

@@ -71,8 +71,8 @@ def read_npy(data: bytes) -> np.ndarray:
 
 
 def read_tiff(data: bytes) -> np.ndarray:
-    """Return the first page of a TIFF with any bands, [H, W, C]. Raises BadSample as `checked` does, and if tifffile is
-    missing or cannot read the file, the image is rotated, or its values are not bands."""
+    """Return the first page of a TIFF with any number of bands, [H, W, C]. Raises BadSample as `checked` does, and if
+    tifffile is missing, the file cannot be read, the image is rotated, or its values are not bands."""
     try:
         tifffile = library("tifffile", "a TIFF with bands or a bit depth that Pillow cannot read")
     except UserError as error:

@@ -79,7 +79,8 @@ def whole_view(image: Tensor, frame: int | Native) -> Tensor:
 
 
 def centre_crop(image: Tensor, size: int) -> Tensor:
-    """Return the central square of [C, H, W], uint8, uint16 or float32, scaled to [C, S, S] (bicubic, antialiased)."""
+    """Return the central square of an image [C, H, W], scaled to [C, S, S] (bicubic, antialiased). The image is uint8,
+    uint16 or float32."""
     side = min(image.shape[-2:])
     top, left = (image.shape[-2] - side) // 2, (image.shape[-1] - side) // 2
     return resize(image[:, top : top + side, left : left + side], size, size).contiguous()
@@ -90,7 +91,7 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     float32 and rounded."""
     if image.dtype == torch.uint16:
         return resize(image.float(), height, width).round_().clamp_(0, 65535).to(torch.uint16)
-    if image.is_floating_point() and width == 1 < height:  # torch 2.13 is wrong for one column, but not for one row
+    if image.is_floating_point() and width == 1 < height:  # torch 2.13 is wrong if the result has one column
         return resize(image.mT, width, height).mT
     return F.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
 

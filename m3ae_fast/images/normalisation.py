@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 def model_input(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return the model input for a decoded and cropped image: integers unchanged, because the kernels normalise them,
-    and floats normalised."""
+    """Return the model input for a decoded and cropped image: floats are normalised, and integers are unchanged,
+    because the kernels normalise them."""
     return from_unit(image, mean, std) if image.is_floating_point() else image
 
 

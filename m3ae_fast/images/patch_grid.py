@@ -62,8 +62,8 @@ class Native:
 
     def position_indices(self, grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray, int]:
         """Return first_B, step_B and the number of rows of the position table. The patch at row r and column c of a
-        grid has the table index first + r * step + c. The table has `longest` x `longest` positions, with each grid at
-        the first corner or in the centre. For positions from a checkpoint, the table is the concatenation of the
+        grid has the table index first + r * step + c. The table has `longest` x `longest` positions, with each grid in
+        the upper left corner or in the centre. For positions from a checkpoint, the table is the concatenation of the
         `distinct` grids."""
         rows_B, columns_B = np.array(grids, np.int64).reshape(-1, 2).T
         if self.positions == "stored":

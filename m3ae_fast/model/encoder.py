@@ -137,7 +137,7 @@ class MultimodalEncoder(nn.Module):
         return self.pooled_of_layers(batch, [self.config.depth], [pool])[:, 0]
 
     def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pools: Sequence[Pool] = ("mean",)) -> Tensor:
-        """Return features after each of several blocks, pooled and normalised as in `pooled`, from one pass.
+        """Return features after each of several blocks, pooled and normalised as in `pooled`, in one forward pass.
 
         Args:
             batch: the batch, on the model's device.
@@ -166,8 +166,8 @@ class MultimodalEncoder(nn.Module):
         self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean"
     ) -> tuple[Tensor, Tensor]:
         """Return features [S, K, D] and patch tokens [S, K, L, D] after each of K blocks, with the final LayerNorm,
-        from one pass. All samples must have an image. L is the number of patches of the largest image; smaller images
-        are padded with zeros. `layers`: as in `pooled_of_layers`."""
+        in one forward pass. All samples must have an image. L is the number of patches of the largest image; smaller
+        images are padded with zeros. `layers`: as in `pooled_of_layers`."""
         cls_S = batch.encoder.cu_seqlens[: len(batch.keys)].long()  # segments of padding come after the samples
         patches_L = torch.arange(1, 1 + self.config.most_patches, device=cls_S.device)
         rows_SL = cls_S[:, None] + patches_L
@@ -218,7 +218,7 @@ class MultimodalEncoder(nn.Module):
     def _input(self, batch: PackedBatch) -> Tensor:
         images = batch.images
         if images.is_floating_point():
-            # 16 bits if ZeRO keeps the weights in 16 bits, as for all activations
+            # like all activations, images are 16-bit if ZeRO keeps the weights in 16 bits
             images = images.to(self.patch_embed.weight.dtype)
         return self.encoder_input(self.patch_embed(images, batch.patch_ids), batch)
 
@@ -245,9 +245,9 @@ class MultimodalEncoder(nn.Module):
                 than 8 bits, in place of the model's image_range. None or "normalised": tensors are already normalised,
                 (x - mean) / std, with image_mean and image_std of `config` and x from 0 to 1. Their shape is [C,
                 image_size, image_size]; for native aspect ratio, their sides are multiples of the patch size. (black,
-                white): images of any size, such as (0, 1) for the output of torchvision's ToTensor or (0, 255) for
-                floats of 8-bit levels. With None, tensors that are evidently not normalised raise ValueError, and
-                float32 arrays are read with the model's image_range.
+                white): the values of black and white in images of any size, such as (0, 1) for the output of
+                torchvision's ToTensor or (0, 255) for floats of 8-bit levels. With None, tensors that are evidently not
+                normalised raise ValueError, and float32 arrays are read with the model's image_range.
             pool: "mean" over all tokens except cls, or the "cls" token; see `pooled`.
             layer: number of the block after which features are taken, from 1; None: the last block.
             batch: samples per forward pass.

@@ -142,7 +142,7 @@ def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:
     """Raise UserError with the name of the first setting that would change the function computed by the weights of
     `start`."""
     unseen = (*_UNSEEN, "dec_num_heads", "image_targets") if start.has_decoder else _UNSEEN
-    if start.config.resize == config.resize == "native":  # square images have the same positions in both cases
+    if start.config.resize == config.resize == "native":  # native_positions does not affect square images
         unseen = (*unseen, "native_positions")
     for name in unseen:
         was, now = getattr(start.config, name), getattr(config, name)

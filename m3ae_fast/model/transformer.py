@@ -211,8 +211,8 @@ class Blocks(nn.Module):
 
     def compile_blocks(self, samples: int = 0, keep_activations: bool = False) -> None:
         """Compile the blocks with torch.compile, for any number of rows; equal blocks share one graph. `samples`:
-        samples per micro-batch. They become part of the key of torch's cache of compiled graphs, because sums over rows
-        are tuned for the number of rows of the first batch, which torch's own key does not contain.
+        number of samples per micro-batch. It becomes part of the key of torch's cache of compiled graphs, because sums
+        over rows are tuned for the number of rows of the first batch, and torch's own key does not contain that number.
 
         Without `keep_activations`, the backward pass recomputes GELU and LayerNorm outputs. This halves the activation
         memory. On a CPU it takes no measurable time, because these ops are fused with the ops that read them; a GPU
@@ -245,8 +245,8 @@ class Transformer(Blocks):
         rows_M: Tensor | None = None,
         queries: Segments | None = None,
     ) -> Tensor:
-        """Map [T, D] to [T, D] before the final norm. With `rows_M`, the last block computes only these rows: [M, D].
-        `draws_S`: seeds of stochastic depth; see `drop_path_factors`."""
+        """Map [T, D] to [T, D] before the final norm. With `rows_M`, the last block computes only these rows, and the
+        result is [M, D]. `draws_S`: seeds of stochastic depth; see `drop_path_factors`."""
         return deque(self.layers(x_TD, segments, draws_S, rows_M, queries), maxlen=1)[0]
 
     def layers(
@@ -257,7 +257,7 @@ class Transformer(Blocks):
         rows_M: Tensor | None = None,
         queries: Segments | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the output of each block, [T, D]; the last one as in `forward`."""
+        """Yield the output of each block, [T, D]; the output of the last block is the result of `forward`."""
         *body, last = self.blocks
         factors = self.factors(draws_S)
         for block, factors_2S in zip(body, factors):

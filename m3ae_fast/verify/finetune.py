@@ -30,7 +30,7 @@ TOLERANCE = 3e-6
 TOLERANCE_GRADIENT = 5e-6
 TOLERANCE_AFTER_STEPS = 1e-4
 TOLERANCE_CHANGE = 1e-2  # tolerance of the parameter changes
-OFFICIAL_BATCH = 256  # the batch size for which our schedule does not scale the peak lr; the official code never does
+OFFICIAL_BATCH = 256  # batch size for which our schedule does not scale the peak lr; the official code never scales it
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:

@@ -1,4 +1,4 @@
-"""Golden files of the official linear probe: BatchNorm and a linear layer on given features, trained by LARS.
+"""Golden files of the official linear probe: BatchNorm and a linear layer on given features, trained with LARS.
 
 Shapes: N samples, T tokens of each (cls first), D width, K classes.
 """

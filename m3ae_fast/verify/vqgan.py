@@ -10,7 +10,7 @@ from m3ae_fast.verify.golden import Golden, Quantity
 from m3ae_fast.vqgan.flax import from_flax
 
 FEATURES, DECODED = 1e-4, 2e-5  # relative errors in float32
-LEAST_MARGIN = 1e-3  # minimum difference between the distances to the two nearest codes; closer ids are not compared
+LEAST_MARGIN = 1e-3  # minimum difference between the distances to the two nearest codes; below it, ids are not compared
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:

@@ -25,7 +25,7 @@ from m3ae_fast.config import ModelConfig
 from m3ae_fast.model.pretrained import build, is_encoder
 
 GROUPS, EPS = 32, 1e-6  # for all GroupNorms
-CHUNK = 8  # number of images encoded at a time; the first level takes 32 MB per image of 256 pixels
+CHUNK = 8  # number of images encoded at a time; the first level takes 32 MB per image of 256 x 256 pixels
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x)
             level, within = divmod(i + 1, per_level)
-            if not within and 2 <= level <= len(ups) + 1:  # after the extra group of blocks and the blocks of a level
+            if not within and 2 <= level <= len(ups) + 1:  # after the blocks of a level; the first group is extra
                 x = ups[level - 2](F.interpolate(x, scale_factor=2, mode="nearest"))
         return last(F.silu(self.norm(x)))
 

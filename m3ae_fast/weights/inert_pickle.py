@@ -107,7 +107,7 @@ def _scalar(dtype: Any, data: Any) -> Any:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Return encoded text: protocols below 3 write bytes in this way."""
+    """Return encoded text; pickle protocols below 3 store bytes as a call of this function."""
     return str(text).encode("latin-1")
 
 
@@ -116,7 +116,7 @@ _BUILDERS: dict[str, Callable] = {
     "numpy.core.multiarray._reconstruct": _reconstruct,
     "numpy.core.multiarray.scalar": _scalar,
     "_codecs.encode": _encode,
-    "builtins.bytes": lambda: b"",  # protocols below 3 write empty bytes in this way
+    "builtins.bytes": lambda: b"",  # pickle protocols below 3 store empty bytes as a call of `bytes`
     "collections.OrderedDict": dict,
 }
 

@@ -157,7 +157,7 @@ def _opened(name: str, seed: int) -> tuple[M3AE, str | None]:
 
 def open_encoder(name: str, *, text: bool, tokenizer: str | None = None, seed: int = 0) -> MultimodalEncoder:
     """Return the model of `open_model` or, for `pixels:MODEL`, the baseline `Pixels` with that model's image settings.
-    Raises UserError as `open_model` does, and for pixels if `text` is set."""
+    Raises UserError as `open_model` does, and for `pixels:MODEL` if `text` is set."""
     if not name.startswith(PIXELS):
         return open_model(name, text=text, tokenizer=tokenizer, seed=seed)
     if text:
@@ -167,7 +167,7 @@ def open_encoder(name: str, *, text: bool, tokenizer: str | None = None, seed: i
 
 
 def untrained(config: ModelConfig, loss: LossConfig, seed: int) -> M3AE:
-    """Return a model with random weights, as `random:MODEL` denotes. `seed`: random seed of the weights."""
+    """Return a model with random weights, such as that of `random:MODEL`. `seed`: random seed of the weights."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         return M3AE(config, loss)
