@@ -20,7 +20,7 @@ from m3ae_fast.data.shard_store import ShardStore, expand
 
 @dataclass(frozen=True)
 class Source:
-    """A data source: shards, and the modality for which each of them is used."""
+    """A data source: its shards, and the modality that is used from each shard."""
 
     shards: Sequence[IndexedShard]
     modalities: list[Modality]
@@ -52,7 +52,7 @@ class Source:
 
     @property
     def shard_with_captions(self) -> str | None:
-        """Return the first shard whose captions are trained on; None if there is none."""
+        """Return the first shard whose captions are used for training; None if there is none."""
         shards = zip(self.shards, self.modalities)
         return next((s.shard for s, modality in shards if modality != "image" and self._captions(s)), None)
 

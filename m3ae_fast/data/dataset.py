@@ -56,7 +56,7 @@ class Preparation:
     image_tokenizer: VQGAN | None = None  # computes the images' token ids in the loader
     stored_codebook: int | None = None  # size of the codebook, if the shards contain the images' token ids
     counted_for: ModelConfig | None = None  # the loader counts the FLOPs of this model for each batch
-    smaller: tuple[tuple[int, int], ...] = ()  # (step, size): sizes of smaller images; a size is used until its step
+    smaller: tuple[tuple[int, int], ...] = ()  # (step, size): images have this smaller size before this step
 
 
 class _Draft(NamedTuple):

@@ -24,9 +24,9 @@ WRITTEN = "data.train.written"  # time at which the shards were last written
 
 
 def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
-    """Return the properties of the data that must be unchanged when a run resumes, by name: the shards with their sizes
-    and order, the weights of the sources, the fractions of captions, the labels and the tokenizers. The entry WRITTEN
-    is included too, although copying the shards changes it.
+    """Return the properties of the data that must be unchanged when a run resumes, as text by name: the shards with
+    their sizes and order, the weights of the sources, the fractions of captions, the labels and the tokenizers. The
+    entry WRITTEN is also included, although it changes when the shards are copied.
 
     Folders are not included, because shards may be moved. Settings are not included either; see
     `checkpoint.resuming.SAMPLING`.
@@ -55,8 +55,8 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
 
 
 def _written(corpus: Corpus) -> str:
-    """Return the time at which the newest local shard was written, with a hash of the times of all local shards in
-    whole seconds. For remote shards, these times are unknown."""
+    """Return the time at which the newest local shard was written, and a hash of the modification times of all local
+    shards in whole seconds. The modification times of remote shards are unknown."""
     local = [shard for source in corpus.sources for shard in source.indexed if not corpus.store.is_cached(shard.shard)]
     seconds = [shard.summary.mtime_ns // 10**9 for shard in local]
     newest = datetime.fromtimestamp(max(seconds, default=0), timezone.utc)

@@ -311,7 +311,7 @@ def caption_of(data: bytes) -> str | None:
     caption = content.get("caption") if isinstance(content, dict) else None
     if not isinstance(caption, str):
         return None
-    caption.encode()  # raises ValueError for half a surrogate pair, which JSON can contain although it is not text
+    caption.encode()  # raises ValueError for a lone surrogate, which is valid in JSON but not in text
     return caption
 
 

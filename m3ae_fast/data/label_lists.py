@@ -30,7 +30,7 @@ class LabelledLists:
     corpus: Corpus  # the samples; their labels are ids of lists
     classes_LC: Tensor  # bool: whether a list contains a class
     classes: Classes
-    unknown: int  # number of different labels in the lists that are ignored because they are not classes
+    unknown: int  # number of different labels that are ignored because they are not classes
 
 
 def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, progress: bool = False) -> LabelledLists:

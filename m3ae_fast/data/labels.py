@@ -81,12 +81,12 @@ def read_members(
 def label_corpus(
     corpus: Corpus, field: str, classes: Classes | None = None, *, gaps: bool = False, progress: bool = False
 ) -> tuple[Corpus, Classes]:
-    """Return the samples of a dataset whose label is not -1, and the classes by id. `Source.labels` of the returned
-    samples contains class ids.
+    """Return the part of a dataset that consists of all samples whose label is not -1, and the classes by id.
+    `Source.labels` of the returned dataset contains class ids.
 
     `field`: as in `read_labels`. `classes`: classes of the training samples; None: the samples are training samples and
-    define the classes. `gaps`: allow missing label numbers, as in a subset of the classes; the labels that occur are
-    then renumbered consecutively.
+    define the classes. `gaps`: whether to allow missing label numbers, as in a subset of the classes; the labels that
+    occur are then renumbered consecutively.
 
     Raises:
         UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed, a
@@ -117,9 +117,9 @@ def label_corpus(
 
 
 def class_names(corpus: Corpus, classes: Classes) -> list[str]:
-    """Return the name of each class of a labelled dataset for figures, by id. A text label is its own name. The names
-    of integer labels are taken from the file classes.json next to the shards, or from `class_name` in the samples' json
-    if each class has one; otherwise, the integer is the name."""
+    """Return the names of the classes of a labelled dataset, by id, for use in figures. A text label is its own name.
+    The names of integer labels are taken from the file classes.json next to the shards, or from `class_name` in the
+    samples' json if no class has several names. A label without a name is shown as its integer."""
     if any(isinstance(label, str) for label in classes):
         return [str(label) for label in classes]
     names = _listed_names(corpus) or _written_names(corpus, classes)
@@ -136,7 +136,7 @@ def _listed_names(corpus: Corpus) -> dict[int, str]:
 
 
 def _written_names(corpus: Corpus, classes: Classes) -> dict[int, str]:
-    """Return the `class_name` that the samples of each label have; empty if the samples of a label have several
+    """Return the `class_name` in the samples' json, by label; empty if the samples of one label have different
     names."""
     try:
         written = read_labels(corpus, "json.class_name")
@@ -221,7 +221,7 @@ def _define_classes(used: set[Label], where: str, field: str, gaps: bool) -> Cla
 
 
 def select_labelled(source: Source, ids: np.ndarray) -> Source:
-    """Return the source without the samples whose id is LEFT_OUT. The ids are the labels of the remaining samples.
+    """Return the source without the samples whose id is LEFT_OUT. The ids become the labels of the remaining samples.
 
     `ids`: int64, one for each sample in file order.
     """

@@ -57,7 +57,7 @@ class CountedShards(Sequence[IndexedShard]):
     """The shards of a manifest as a sequence; entries are created on access."""
 
     def __init__(self, rows: np.ndarray, store: ShardStore):
-        self.rows, self.store = rows.view(np.ndarray), store  # its rows are accessed faster than a memmap's
+        self.rows, self.store = rows.view(np.ndarray), store  # row access is faster than in a memmap
 
     def __len__(self) -> int:
         return len(self.rows)

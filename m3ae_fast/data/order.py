@@ -144,7 +144,7 @@ class Lane:
     samples: int  # number of positions per epoch
     seed: int
     block: int = BLOCK  # number of positions per block
-    # block of the epoch with which the lane begins; it differs between lanes, so that they round at different times
+    # the block in the epoch at which the lane begins; it differs between lanes, so that they round at different times
     first_block: int = 0
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, IndexedShard, caption
 from m3ae_fast.data.shard_store import ShardStore
 
 T = TypeVar("T")
-MAX_CAPTION_BYTES = 1 << 16  # longer text is truncated; a JSON member must not be larger
+MAX_CAPTION_BYTES = 1 << 16  # longer text is truncated; a larger JSON member is an error
 IDS_DTYPE = np.dtype("<i4")  # dtype of the member KEY.ids
 _OPEN_SHARDS = 256  # twice the default of data.shuffle_shards; each shard has two open files
 _RETRY_S = 60  # seconds until a failed shard is retried

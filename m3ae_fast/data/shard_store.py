@@ -45,7 +45,7 @@ _PARTIAL = "partial-"  # prefix of the names of incomplete copies
 MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # suffix of a shard's sidecar
 _FOLDERS = ("shards", "locks", "index")  # sub-folders of a cache folder
-# Prefixes of the types of network file systems, and types with such a prefix whose files are on local disks.
+# Prefixes of the names of network file systems, and names with such a prefix whose files are on local disks.
 _NETWORK = ("nfs", "lustre", "gpfs", "ceph", "cifs", "smb", "beegfs", "wekafs", "afs", "panfs", "fuse.")
 _LOCAL = ("fuse.fuse-overlayfs", "fuse.mergerfs")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
@@ -76,9 +76,9 @@ def is_remote(shard: str) -> bool:
 
 
 def _advice_on(folder: str) -> str:
-    """Return advice for a user who named a folder in place of shards."""
+    """Return advice for a user who specified a folder instead of shards."""
     if glob.glob(os.path.join(glob.escape(folder), "*.tar")):
-        return f"name its tars, as in {os.path.join(folder, '*.tar')!r}"
+        return f"specify its tars, as in {os.path.join(folder, '*.tar')!r}"
     return f"make shards of its images: m3ae-fast shards make {folder} --out SHARDS"
 
 
@@ -95,7 +95,7 @@ def _local(name: str) -> list[str]:
         if not os.path.exists(path):
             raise UserError(f"shards {path!r}: no such file")
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"shards {path!r}: is a pipe or a device; name a file, or 'pipe:cat {path}'")
+            raise UserError(f"shards {path!r}: is a pipe or a device; specify a file, or 'pipe:cat {path}'")
         try:
             path.encode()
         except UnicodeEncodeError:
@@ -136,7 +136,7 @@ class ShardStore:
                 (self.cache_dir / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"data.cache_dir {self.cache_dir}: cannot be created ({error.strerror}); name a writable folder"
+                f"data.cache_dir {self.cache_dir}: cannot be created ({error.strerror}); choose a writable folder"
             ) from None
         self.staging = not network_file_system(self.cache_dir)  # whether to cache shards on network file systems
 
@@ -222,8 +222,8 @@ class ShardStore:
         return True
 
     def keep(self, shards: Sequence[str]) -> None:
-        """Set the modification times of cached shards so that eviction removes first the shards that are not listed,
-        then the listed ones from the last to the first. `shards`: names of shards, in the order in which they will be
+        """Set the modification times of cached shards so that eviction first removes the shards that are not listed,
+        then the listed shards from the last to the first. `shards`: names of shards, in the order in which they will be
         needed."""
         now = time.time_ns()
         if self._oldest:
@@ -285,7 +285,7 @@ class ShardStore:
             finally:
                 if gone:
                     with self.lock(_EVICTION) as ledger:
-                        # once it is closed, the file counts as abandoned, and a scan by another process may have
+                        # the file is closed and therefore counts as abandoned, so a scan by another process may have
                         # removed it
                         grown = -gone if partial.exists() else 0
                         partial.unlink(missing_ok=True)
@@ -309,8 +309,8 @@ class ShardStore:
 
         Scanning all copies takes time in proportion to their number, while all other processes wait. The scan is
         skipped if the ledger shows that there is enough space, or if this process has scanned recently. In the latter
-        case, the oldest copies of that scan are evicted unless they have been used since. If that does not free enough
-        space, because other processes or threads have used these copies since, all copies are scanned again.
+        case, the oldest copies found by that scan are evicted unless they have been used since. If this does not free
+        enough space because other processes or threads have used these copies, all copies are scanned again.
 
         Args:
             ledger: handle of the lock file, which contains the bytes of all copies and of the largest copy.

@@ -10,7 +10,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.process.workers import SHM
 
-MAX_BYTES = 8 << 30  # maximum number of bytes of a rank's waiting batches
+MAX_BYTES = 8 << 30  # maximum size in bytes of the batches that wait for a rank
 FRACTION = 0.8  # fraction of the free shared memory that all ranks of a node may use
 INDEX_BYTES = 64  # bytes of indices and weights per token of a sample
 

@@ -15,8 +15,8 @@ from m3ae_fast.base.untrusted_file import open_regular
 BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices and folders, whose size field has no meaning
-_MAX_EXTENSION = 1 << 20  # maximum bytes of a long-name or pax record; a larger one is garbage
-_MAX_SIZE = 1 << 60  # maximum bytes of a member; a larger one is garbage
+_MAX_EXTENSION = 1 << 20  # maximum bytes of a long-name or pax record; a larger one is invalid
+_MAX_SIZE = 1 << 60  # maximum bytes of a member; a larger one is invalid
 
 
 class Member(NamedTuple):

@@ -16,11 +16,11 @@ from m3ae_fast.base.untrusted_file import parse_json
 from m3ae_fast.config import LONGEST, Config, Range, parse, require_libraries_of
 from m3ae_fast.config.load import apply_override
 
-TOKENIZER = "tokenizer.json"  # name of the tokenizer's file in the run folder
-EPOCHS, SEEN = 20, 20_000  # minimum numbers of epochs and of samples on which a larger model must be trained
+TOKENIZER = "tokenizer.json"  # file name of the tokenizer in the run folder
+EPOCHS, SEEN = 20, 20_000  # a larger model must be trained for at least this many epochs and samples
 FEWEST_STEPS = 1000  # the batch is halved until there are at least this many steps
-LEARNING_STEPS = 300  # with fewer steps, or less than an epoch, features hardly differ from those of random weights
-EVALUATIONS = 20  # number of evaluations during training, if they do not take too long
+LEARNING_STEPS = 300  # with fewer steps or less than one epoch, features hardly differ from those of random weights
+EVALUATIONS = 20  # number of evaluations during training; fewer if they would take too long
 SMALLEST_BATCH, LARGEST_BATCH = 64, 1024
 _STEPS_PER_EPOCH = 24  # approximate number of steps per epoch, if the batch is within its limits
 _WARM_UP = 0.05  # fraction of the steps that belong to the warm-up
@@ -103,8 +103,8 @@ def model_sizes(statistics: DatasetStatistics, overrides: Sequence[str] = ()) ->
 
 def possible(sizes: Sequence[ModelSize], config_of: Callable[[ModelSize], Config]) -> list[ModelSize]:
     """Return the model sizes that are compatible with the user's settings, such as a number of heads, which must divide
-    the width. `config_of`: function that returns the config for a size or raises UserError. Raises UserError if there
-    are none."""
+    the width. `config_of`: function that returns the config for a size or raises UserError. Raises UserError if no size
+    is compatible."""
     found, first = [], None
     for size in sizes:
         try:
@@ -118,7 +118,7 @@ def possible(sizes: Sequence[ModelSize], config_of: Callable[[ModelSize], Config
 
 
 def image_and_patch(short_side: int, pixels: int) -> tuple[int, int]:
-    """Return an image size of at most `pixels`, for which most images do not have to be enlarged, and the largest patch
+    """Return an image size of at most `pixels` that most images reach without being enlarged, and the largest patch
     size with at least eight patches per side."""
     size = max(min(short_side, pixels), 16)
     patch = next((p for p in (16, 8) if size // p >= 8), 4)
@@ -156,8 +156,8 @@ def given(overrides: Sequence[str], name: str) -> int | None:
 
 
 def channels_set(overrides: Sequence[str]) -> int | None:
-    """Return the number of channels that the overrides set or imply by other settings; None if they do not determine
-    it."""
+    """Return the number of channels that the overrides set directly or through other settings; None if they do not
+    determine it."""
     if channels := given(overrides, "model.channels"):
         return channels
     for name in ("model.image_mean", "model.image_std"):
@@ -223,7 +223,7 @@ def check_overrides(overrides: Sequence[str], start_from: str | None = None) -> 
 
 def assumed_config(overrides: Sequence[str]) -> Config:
     """Return the config with these overrides for hypothetical samples, to validate the overrides before the samples are
-    opened. Raises UserError if the overrides are invalid for any samples, or require a library that is not
+    opened. Raises UserError if the overrides are invalid whatever the samples are, or require a library that is not
     installed."""
     statistics = assumed(overrides)
     shards = Shards(["train.tar"], ["val.tar"], [])
@@ -353,7 +353,7 @@ def _train_section(
 
 
 def _drop_incompatible(config: dict[str, Any], override: str) -> None:
-    """Remove the automatic settings from the config that are incompatible with an override. Raises UserError if the
+    """Remove from the config all automatic settings that are incompatible with an override. Raises UserError if the
     override sets a value of the probe but there is no probe."""
     name, _, value = override.partition("=")
     if name == "train.epochs" and value != "null":

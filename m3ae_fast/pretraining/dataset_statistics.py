@@ -34,7 +34,7 @@ _KINDS = 256  # number of samples whose images determine the channels and the dt
 _CAPTIONS = 200_000  # maximum number of captions from which a vocabulary is learnt
 _LONGEST = 1 << 16  # maximum length of a caption in tokens
 _VOCABULARY = (512, 16384)  # smallest and largest vocabulary that is learnt
-_NAMED = 3  # maximum number of damaged shards that are named
+_NAMED = 3  # maximum number of damaged shards that are listed in notes
 _QUANTILE = 0.95  # fraction of the captions that are not truncated
 
 
@@ -52,8 +52,8 @@ def inspect(
         overrides: the user's overrides "section.key=value".
 
     Raises:
-        UserError: the shards cannot be used, no sample has an image, or the value range of images of more than 8 bits
-            cannot be detected; or the tokenizer of the weights that the run starts from is missing.
+        UserError: the shards cannot be used, no sample has an image, the value range of images of more than 8 bits
+            cannot be detected, or the tokenizer of the weights from which the run starts is missing.
     """
     store = ShardStore()
     train = open_corpus([SourceConfig(shards=shards.train)], store, progress=True)
@@ -97,8 +97,8 @@ def inspect(
 
 
 def _on_given_weights(has_captions: bool, overrides: Sequence[str]) -> list[str]:
-    """Return a list with a note if the run starts from given weights, and only these weights or only the samples have
-    text. Raises UserError if both have text, but the tokenizer of the weights is missing."""
+    """Return a list that contains a note if the run starts from given weights and either only these weights or only the
+    samples have text. Raises UserError if both have text, but the tokenizer of the weights is missing."""
     vocab_size = set_to(overrides, "model.vocab_size", None)
     if not continues(overrides) or vocab_size is None:
         return []
@@ -109,7 +109,7 @@ def _on_given_weights(has_captions: bool, overrides: Sequence[str]) -> list[str]
         return ["the captions are ignored, because the weights to continue from are those of an image-only model"]
     if set_to(overrides, "data.tokenizer", "") is None:
         raise UserError(
-            "--from: the tokenizer of these weights is missing, and there are captions; name it with --set "
+            "--from: the tokenizer of these weights is missing, and there are captions; specify it with --set "
             "data.tokenizer=FILE"
         )
     return []
@@ -142,7 +142,7 @@ class _Classes(NamedTuple):
     """The classes of the samples."""
 
     number: int  # 0: the labels cannot be used
-    train: Counter[str] | None = None  # number of training samples by name of the class
+    train: Counter[str] | None = None  # number of training samples by class name
     val: Counter[str] | None = None  # the same for the held-out samples
 
 
@@ -169,7 +169,7 @@ def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[_Classes, 
 
 
 def _counts(corpus: Corpus, names: list[str]) -> Counter[str]:
-    """Return the number of samples of each class of a labelled dataset, by name of the class."""
+    """Return the number of samples of each class in a labelled dataset, by class name."""
     found: Counter[str] = Counter()
     for source in corpus.sources:
         assert source.labels is not None

@@ -30,9 +30,9 @@ from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.loggers import show
 
 _TASKS = {"knn": "k-NN", "logistic": "logistic regression"}
-_ON_A_MAP = 2000  # number of samples on the map, for which t-SNE takes half a minute
-RESULTS, MAP = "results", "map.png"  # names of a folder and a file in the run folder
-_MEASURED = "measured"  # file next to the results that names their checkpoint
+_ON_A_MAP = 2000  # number of samples on the map; t-SNE takes half a minute for this number
+RESULTS, MAP = "results", "map.png"  # a folder and a file in the run folder
+_MEASURED = "measured"  # file next to the results that identifies their checkpoint
 RUN = "this run"
 STARTED = "its initial weights"
 
@@ -50,8 +50,8 @@ def _models(config: Config) -> dict[str, str]:
 
 @contextmanager
 def stage(device: Device | None) -> Iterator[Session]:
-    """Yield a session, as `joined_program` does, in a context for one of several stages of a program. After the stage,
-    `stop.asked` states whether a stop was requested, even if the stage has completed."""
+    """Yield a session as `joined_program` does, for one of several stages of a program. After the stage, `stop.asked`
+    states whether a stop was requested, even if the stage has completed."""
     with joined_program(device) as session:
         session.stop.at_leaving = lambda: RESUME_NOTE if session.ranks.is_main else ""
         yield session
@@ -133,8 +133,8 @@ def _shards(sources: list[SourceConfig]) -> list[str]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the lines of a table with the accuracy on held-out samples, by model and task, with standard errors, and
-    with the share of the largest class."""
+    """Return the lines of a table of the accuracies on held-out samples by model and task, with their standard errors.
+    The last line is the share of the largest class."""
     accuracies = {
         task: {RUN: results[RUN], **results[RUN].get(BASELINES, {}), **results} for task, results in found.items()
     }
@@ -149,7 +149,7 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
 
 def verdicts(run: Path, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return lines that state for each task whether the run differs significantly from the baselines, from its initial
-    weights and from always predicting the largest class, with the warning of the result if there is one. `found`:
+    weights and from always predicting the largest class. The warning of a result is included if there is one. `found`:
     results by task and by model."""
     lines = []
     for task, results in found.items():

@@ -36,7 +36,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
         model: a run, a checkpoint, an export, weights of the official M3AE or MAE or of a timm model, or the name of
             any of these on the Hugging Face Hub.
         out: the run folder.
-        overrides: the user's overrides, which will be applied after the returned overrides.
+        overrides: the user's overrides, which take precedence over the returned overrides.
 
     Raises:
         UserError: the model does not exist or is damaged, or one of the user's settings does not fit the weights.
@@ -51,7 +51,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
     except UserError as error:
         raise UserError(f"--from {error}" if str(error).startswith(model) else str(error)) from None
     if not isinstance(found, Pretrained):
-        raise UserError(f"--from {model}: is an image tokenizer; name the weights of a model")
+        raise UserError(f"--from {model}: is an image tokenizer; specify the weights of a model")
     implied = {f"model.{name}": value for name, value in found.config.model_dump(mode="json").items()}
     implied = {name: value for name, value in implied.items() if name.removeprefix("model.") not in _FREE}
     implied |= {"model.size": None, "model.init_from": str(folder.resolve())}

@@ -28,8 +28,8 @@ FEWEST = 20  # minimum number of steps of a trial
 
 def tune(config: Config, path: Path, device: Device | None = None) -> Config | None:
     """Choose `optim.peak_lr` by the loss of short runs, each with a complete schedule, and write the config with the
-    chosen value to `path`. The time of the search is subtracted from `train.hours`. A search that was stopped resumes
-    with the trial that was stopped; a completed search is not repeated.
+    chosen value to `path`. The time that the search takes is subtracted from `train.hours`. An interrupted search
+    resumes with the interrupted trial; a completed search is not repeated.
 
     Returns:
         The config of the run; None if the search is stopped.
@@ -79,7 +79,8 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
 
 
 def _with_rate(config: Config, rate: float, seconds: float) -> Config:
-    """Return the config with this learning rate and, if the time is limited, with `seconds` subtracted from it."""
+    """Return the config with this learning rate and, if there is a time limit, with `seconds` subtracted from the
+    limit."""
     train = config.train
     if train.hours:
         left = max(train.hours - seconds / 3600, train.hours / 2)
@@ -89,7 +90,7 @@ def _with_rate(config: Config, rate: float, seconds: float) -> Config:
 
 
 def _try(config: Config, rate: float, steps: int, device: Device | None) -> float | None:
-    """Train a short run and return its final loss, on held-out samples if there are any. The loss is infinite if the
+    """Train a short run and return its final loss, on held-out samples if there are any. The result is infinite if the
     loss of a step was not finite. Return None if the run is stopped."""
     folder = config.run.dir / FOLDER / f"peak_lr-{rate:g}"
     short = {

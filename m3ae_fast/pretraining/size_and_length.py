@@ -1,5 +1,5 @@
-"""Choice of the largest model that the data and the time allow, and of its number of steps, by measurements on this
-machine."""
+"""Choice of the largest model that the data and the available time allow, and of its number of steps, by measurements
+on this machine."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, ModelSiz
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.pace import Pace, measure
 
-# maximum time for measuring a model size, as a fraction of the whole time and in seconds
+# maximum time for measuring a model size: as a fraction of the available time, and in seconds
 _TRIAL, _LONGEST_TRIAL = 0.03, 30.0
-_LEAST = 0.5  # minimum fraction of the time that is used for training
+_LEAST = 0.5  # minimum fraction of the available time that is used for training
 _OVER = 1.05  # a plan is reported as too long if it exceeds the available time by this factor
 _EVALUATING = 0.1  # maximum fraction of the training time for evaluations between the first and the last step
-# seconds for starting the loaders of an evaluation, for starting a task, and for report and export
+# seconds to start the loaders of an evaluation, to start a task, and to write the report and the export
 _START, _TASK, _REPORT = 1.5, 2.0, 5.0
 _REGRESSION = 5e-6  # seconds of a logistic regression per training sample and class, at a width of up to 768
 # numbers of evaluated models (run, random weights, pixels) and tasks (k-NN, logistic regression); both baselines are
@@ -44,7 +44,7 @@ class Plan:
 
 
 class Budget:
-    """The division of the time between the parts of a call of `pretrain`."""
+    """The division of the available time between the parts of a call of `pretrain`."""
 
     def __init__(
         self, statistics: DatasetStatistics, probed: bool, hours: float, began: float, models: int = _MODELS
@@ -53,8 +53,9 @@ class Budget:
 
         Args:
             statistics: statistics of the samples.
-            probed: whether features are probed, during training and after it.
-            hours: hours for the whole call. began: value of `time.monotonic` at the beginning of the call.
+            probed: whether the features are probed during and after training.
+            hours: hours for the whole call.
+            began: value of `time.monotonic` at the beginning of the call.
             models: number of models that are evaluated after training.
         """
         self._models = models
@@ -120,7 +121,8 @@ def choose(
         statistics: statistics of the samples.
         shards: the shards.
         out: the run folder.
-        hours: hours for the whole call. labels: source of the labels.
+        hours: hours for the whole call.
+        labels: source of the labels.
         overrides: the user's overrides "section.key=value".
         session: session of the ranks.
         began: value of `time.monotonic` at the beginning of the call.
@@ -260,8 +262,8 @@ def _between(config: Config, schedule: Schedule, budget: Budget, pace: Pace) -> 
 
 
 def _warning(config: Config, budget: Budget, pace: Pace) -> str:
-    """Return a warning with a sufficient number of hours if the run is too short to learn much; "" otherwise, or if the
-    user has set the length."""
+    """Return a warning with a sufficient number of hours if the run is too short to learn much. Return "" otherwise, or
+    if the user has set the length."""
     schedule, batch = Schedule(config.train, config.optim, budget.statistics.samples), config.train.global_batch
     steps, enough = schedule.total_steps, max(automatic_settings.LEARNING_STEPS, schedule.steps_per_epoch)
     if config.train.hours is None or steps >= enough:

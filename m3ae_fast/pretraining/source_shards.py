@@ -42,12 +42,12 @@ def find_shards(
     """Return the shards of a source. If the source does not consist of shards, they are created in the run folder.
 
     Args:
-        source: a folder of images or of shards, shards named as in a config, an HDF5 file in the layout of the official
-            code, or a Hugging Face dataset: a name, or a folder with its files.
+        source: a folder of images or of shards, the names of shards as in a config, an HDF5 file in the layout of the
+            official code, or a Hugging Face dataset: a name, or a folder with its files.
         out: the run folder.
         captions: for a folder of images, the file of the caption table; None: a table in the folder, or .txt files.
-        val: if the source is shards, the held-out shards; empty: shards with names of a held-out split, or the last
-            shards.
+        val: if the source consists of shards, the held-out shards; empty: shards with names of a held-out split, or the
+            last shards.
         image_range: values of black and white in images of more than 8 bits; None: detected.
 
     Raises:
@@ -76,8 +76,8 @@ def _names_shards(source: str) -> bool:
 
 
 def _open(source: str, captions: Path | None) -> tuple[Records, list[str]]:
-    """Return the records of a source that is not shards, and notes about them. If no table of captions is given, the
-    captions and fields of a folder of images are read from a table in it, if there is one."""
+    """Return the records of a source that does not consist of shards, and notes about them. If no caption table is
+    given and a folder of images contains one, the captions and fields are read from this table."""
     kind = kind_of_source(source)
     if captions and kind != "folder":
         raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
@@ -102,9 +102,9 @@ def _open(source: str, captions: Path | None) -> tuple[Records, list[str]]:
 
 
 def _split(train: list[str], val: list[str], out: Path) -> Shards:
-    """Split shards into training and held-out shards. The held-out shards are those in `val`, otherwise those with the
-    name of a held-out split, otherwise the last tenth, from which samples whose image also occurs in a training shard
-    are removed."""
+    """Split shards into training and held-out shards. The held-out shards are those in `val`. If it is empty, they
+    are the shards with the name of a held-out split. If there are none, they are the last tenth of the shards, from
+    which samples whose image also occurs in a training shard are removed."""
     if val:
         return Shards(train, val, overlap(train, val))
     names = train if any(map(is_manifest, train)) else expand(train)
@@ -117,8 +117,8 @@ def _split(train: list[str], val: list[str], out: Path) -> Shards:
 
 
 def _split_by_names(names: list[str]) -> Shards | None:
-    """Split shards by the splits named in their file and folder names. Return None if this leaves no shards to train on
-    or no shards to hold out."""
+    """Split shards by the splits named in their file and folder names. Return None if there would be no training shards
+    or no held-out shards."""
     folders = zip(*(name.split("/")[:-1] for name in names))
     # Folders that contain all shards do not indicate a split.
     common = len([*takewhile(lambda level: len(set(level)) == 1, folders)])
@@ -137,7 +137,7 @@ def _split_by_names(names: list[str]) -> Shards | None:
 
 def _hold_out_last(names: list[str], out: Path) -> Shards:
     """Hold out the last tenth of the shards. Held-out shards with images that also occur in a training shard are
-    replaced by copies in `out` without these samples, unless that requires a download."""
+    replaced by copies in `out` without the samples of these images, unless this requires a download."""
     count = max(1, round(_FRACTION * len(names)))
     kept, held = names[:-count], names[-count:]
     note = f"held out: the last {count:,} of {len(names):,} shards"
@@ -159,7 +159,7 @@ def _hold_out_last(names: list[str], out: Path) -> Shards:
 
 
 def _split_named(path: list[str]) -> str | None:
-    """Return the split according to the name of a shard or of a folder above it; None if there is none."""
+    """Return the split that the name of a shard or of a folder above it indicates; None if there is none."""
     *folders, name = path
     return split_of_file(name) or next(filter(None, map(split_of_folder, folders)), None)
 

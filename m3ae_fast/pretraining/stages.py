@@ -1,4 +1,4 @@
-"""The stages of `pretrain`. Each stage is completed once: a call after an interruption resumes with the first
+"""The stages of `pretrain`. A completed stage is not repeated: a call after an interruption resumes with the first
 incomplete stage."""
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
     """The content of the run folder at the end."""
 
     run: Path
-    finished: bool  # False: the run was stopped; the same call resumes it
+    finished: bool  # False: the run was stopped; repeating the call resumes it
     export: Path  # folder for `M3AE.from_pretrained`
     report: Path
     results: dict[str, dict[str, Any]]  # results by task and by model; empty without classes
@@ -60,8 +60,8 @@ def pretrain(
     tune: bool = False,
     dry_run: bool = False,
 ) -> Outcome:
-    """Train a model on images, and on their captions if there are any, evaluate it and export it. A call for an
-    interrupted run resumes it.
+    """Train a model on images and, if there are any, on their captions; evaluate the model and export it. A call for an
+    interrupted run resumes the run.
 
     Args:
         source: a folder of images (with captions in .txt files or in a table, and sub-folders as classes), shards, an
@@ -72,14 +72,14 @@ def pretrain(
             start.
         captions: for a folder of images, the file of the caption table; None: a table in the folder, or .txt files next
             to the images.
-        val: if `source` is shards, the held-out shards.
+        val: if `source` consists of shards, the held-out shards.
         labels: source of the classes: "cls", or "json." and the name of a field.
         start_from: model from whose weights the run starts, with its size, a lower learning rate and a shorter warm-up:
             a run, an export, weights of the official M3AE or MAE or of a timm model, or a name on the Hugging Face Hub.
             None: random weights.
         overrides: overrides "section.key=value" of the chosen settings.
         device: "cpu" or "cuda"; None: a GPU if there is one, otherwise the CPU.
-        tune: whether to first choose the learning rate by short runs, which take 15 % of the training time.
+        tune: whether to choose the learning rate by short runs before training; they take 15 % of the training time.
         dry_run: whether to only print the plan and the expected duration.
 
     Returns:
@@ -126,8 +126,8 @@ def _check(
     device: Device | None,
     tune: bool,
 ) -> Range | None:
-    """Raise UserError for a mistake in the arguments of `pretrain` before any work. Return the value range of the
-    images, if an override sets it."""
+    """Check the arguments of `pretrain` before any work, and return the value range of the images; None if no override
+    sets it. Raises UserError if an argument is invalid."""
     if not 0 < hours < 10_000:
         raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
     if not alone():
@@ -167,11 +167,11 @@ def _configured(
     device: Device | None,
     dry_run: bool,
 ) -> Config | None:
-    """Return the config of the run, which is chosen now or was chosen by an earlier call; None if a stop is requested
-    meanwhile."""
+    """Return the config of the run: the config that an earlier call has written, or a config that is chosen now. Return
+    None if a stop is requested in the meantime."""
     path = out / CONFIG
     if path.exists() and not dry_run:
-        load_config(path, list(overrides))  # raises an error for a mistake before any work
+        load_config(path, list(overrides))  # raises an error for invalid settings before any work
         _follow(path)
     weights = GivenWeights([], [])
     if start_from is not None and (dry_run or not path.exists()):

@@ -21,7 +21,7 @@ _SAID, _REFUSED, _FAILED = "said ", "refused ", "failed "
 
 class Agreement:
     """Decisions that rank 0 makes from the reports of all ranks. Reports and decisions are exchanged through the shared
-    store, which no thread can block for the others."""
+    store, where no thread can block the others."""
 
     def __init__(self, rank: int, world: int, store: dist.Store, leaving: threading.Event) -> None:
         """Create the agreement, which must be the only one that uses `store`. `leaving` is set if this rank is about to
@@ -31,9 +31,9 @@ class Agreement:
         self._store, self._leaving, self._round = store, leaving, 0
 
     def decide(self, report: str, judge: Callable[[list[str]], str]) -> str:
-        """Apply `judge` to the reports of all ranks on rank 0 and return its result on every rank. All ranks must make
-        the same number of calls. Raises UserError on every rank if `judge` raises one, or if another rank has exited.
-        Any other error of `judge` is raised as ErrorElsewhere on the other ranks."""
+        """Apply `judge` to the reports of all ranks, on rank 0, and return its result on every rank. All ranks must
+        make the same number of calls. Raises UserError on every rank if `judge` raises one, or if another rank has
+        exited. Any other error of `judge` is raised as ErrorElsewhere on the other ranks."""
         if self.world == 1:
             return judge([report])
         self._round += 1

@@ -1,4 +1,5 @@
-"""Scheduled garbage collection: otherwise, a collection may delay one rank at any time, and with it all other ranks."""
+"""Scheduled garbage collection. Without a schedule, a collection may delay one rank at any time, and with it all other
+ranks."""
 
 from __future__ import annotations
 

@@ -39,12 +39,12 @@ class _Other:
 
 
 class Heartbeats:
-    """Sender and monitor of heartbeats, which ends the process if there has been no progress for `timeout` seconds.
+    """Sender and monitor of heartbeats. It ends the process if a rank has made no progress for `timeout` seconds.
 
     A rank makes progress if its main thread calls `mark`, or if its processes compute or write. A long download, a
-    compilation or a large save is therefore not a stall, whereas a frozen process, an unresponsive disk and a deadlock
-    are. Separate threads send and monitor the heartbeats, because the main thread may wait in a collective forever. Use
-    as a context manager.
+    compilation or a large save is therefore not a stall; a frozen process, an unresponsive disk and a deadlock are
+    stalls. Separate threads send and monitor the heartbeats, because the main thread may wait in a collective forever.
+    Use as a context manager.
     """
 
     def __init__(self, rank: int, groups: Sequence[HeartbeatGroup], store: dist.Store, stop: StopRequest) -> None:

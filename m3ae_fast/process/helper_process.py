@@ -17,8 +17,8 @@ _POLL_S = 0.1  # seconds between checks that the parent is still alive
 
 
 class HelperProcess:
-    """A process that waits for a function and runs it. It runs only one function. As a context manager, it is killed at
-    the end of the block.
+    """A process that waits for a function and runs it. It runs only one function. If it is used as a context manager,
+    it is killed at the end of the block.
 
     A program creates it first, so that it does not inherit threads, connections or GPU memory.
     """
@@ -32,7 +32,7 @@ class HelperProcess:
 
     def start(self, work: Callable[..., None], *arguments: Any) -> None:
         """Run `work(parent, *arguments)` in the process, where `parent` is the id of this process. The function and its
-        arguments must be picklable. Does nothing if the process has been given work before, or has ended."""
+        arguments must be picklable. Does nothing if the process has been given a function before, or has ended."""
         if not self._work.closed:
             with self._work, contextlib.suppress(BrokenPipeError):
                 self._work.send((work, arguments))
@@ -55,7 +55,7 @@ def _run_when_given(given: Connection, parent: int) -> None:
     while not given.poll(_POLL_S):
         if os.getppid() != parent:
             return
-    with contextlib.suppress(EOFError):  # the program ended without giving it work
+    with contextlib.suppress(EOFError):  # the program has ended without giving this process a function
         work, arguments = given.recv()
         work(parent, *arguments)
 

@@ -14,8 +14,8 @@ _FIRST_PORT, _PORTS = 10_000, 20_000  # below the ports that systems assign to c
 
 
 class Launcher(NamedTuple):
-    """Names of the environment variables that a launcher sets. If there are several alternatives, the first variable
-    that is set is used."""
+    """Names of the environment variables that a launcher sets. If there are several alternative names, the first
+    variable that is set is used."""
 
     name: str
     rank: str

@@ -64,8 +64,8 @@ def _among_all(store: dist.Store, monitored: Sequence[int]) -> HeartbeatGroup:
 
 
 class Sums:
-    """Hierarchical all-reduce of numbers in host memory. It takes few sequential communication steps; gloo's all-reduce
-    takes two per rank."""
+    """Hierarchical all-reduce of numbers in host memory. It takes few sequential communication steps, whereas gloo's
+    all-reduce takes two steps per rank."""
 
     def __init__(self, rank: int, nodes: Sequence[str], control: dist.ProcessGroup, timeout: timedelta) -> None:
         """Create the groups; every rank must do so. `nodes`: the node of each rank. If there is a single node, or one

@@ -36,7 +36,7 @@ class Session(NamedTuple):
 
 
 def raise_once(error: Exception, ranks: Ranks, heartbeats: Heartbeats | None = None) -> NoReturn:
-    """Report an error once, even if several ranks have it. The first rank that calls this raises the UserError of
+    """Report an error once, even if it occurs on several ranks. The first rank that calls this raises the UserError of
     `explain`; the other ranks raise ErrorElsewhere with the exit code of the first rank. An error that `explain` does
     not recognise is raised unchanged. `heartbeats`: the heartbeats, which may have received the exit code of a rank
     that has ended with an error."""

@@ -1,5 +1,5 @@
-"""Stop requests: Ctrl-C, SIGTERM, SIGUSR1, a closed terminal and the end of the launcher ask the run to save and
-exit."""
+"""Stop requests: Ctrl-C, SIGTERM, SIGUSR1, a closed terminal and the end of the launcher each ask the run to save
+and exit."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from m3ae_fast.base.stop_signals import SIGNALS
 
 _TICK_S = 0.25  # seconds between checks of the launcher
 _GRACE_S = 3.0  # seconds for the main thread to clean up if there is nothing to save
-_JOIN_S = 60.0  # seconds for a rank that is asked to stop before it has joined the other ranks: it must notify them
-_ORPHAN_S = 10.0  # the same time if the launcher has ended, perhaps together with the rendezvous store
+_JOIN_S = 60.0  # seconds for a rank that is asked to stop before it joins the other ranks, because it must notify them
+_ORPHAN_S = 10.0  # used instead of _JOIN_S if the launcher has ended, perhaps together with the rendezvous store
 _LAUNCHER_GONE = "the launcher has ended"
 BY_ANOTHER = "requested by another rank"
 _GONE = (0,)
@@ -31,8 +31,8 @@ class StopRequest:
     """Receiver of stop requests. `asked` becomes true at the first signal or when the launcher ends; a later Ctrl-C
     ends the process at once.
 
-    Before `listen` is called there is nothing to save, and a stop request ends a program with exit code 0, whatever it
-    is doing. If functions of this package are called by a user's code, KeyboardInterrupt is raised instead. Use as a
+    Before `listen` is called, there is nothing to save, and a stop request ends a program of this package with exit
+    code 0 at any point. If a user's code calls functions of this package, KeyboardInterrupt is raised instead. Use as a
     context manager in the main thread. A separate thread reads the signals, because Python's handlers do not run while
     the main thread is inside a library.
     """
@@ -43,8 +43,8 @@ class StopRequest:
         self._listening = self._leaving = self._ended = self._reported = False
         self._first_interrupt = float("inf")
         self._notify: Callable[[str], bool] | None = None
-        # function that saves intermediate results before `listen`, and returns this rank's message about it; "" if
-        # another rank prints a message
+        # function that saves intermediate results before `listen`, and returns this rank's message about its end; it
+        # returns "" if another rank prints a message
         self.at_leaving: Callable[[], str] | None = None
         self._lock = threading.Lock()
         self._in_program, self._left = in_program(), threading.Event()
@@ -88,7 +88,7 @@ class StopRequest:
         self._joined.set()
 
     def listen(self) -> None:
-        """From now on, leave it to the run to check `asked` and save."""
+        """Let the run respond to stop requests from now on: it must check `asked`, save and exit."""
         self._listening = True
 
     def leave(self, reason: str) -> None:
@@ -101,7 +101,7 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self._leaving:
-            if self._ended:  # two signals may be handled late, and the second while the interpreter shuts down
+            if self._ended:  # a second signal may be handled while the interpreter shuts down
                 return
             self._ended = True
             raise SystemExit(0) if self._in_program else KeyboardInterrupt
@@ -129,7 +129,7 @@ class StopRequest:
                 self._leave()
 
     def _leave(self) -> None:
-        """End a process that has nothing to save: by an exception in the main thread, or by force if that fails."""
+        """End a process that has nothing to save, by an exception in the main thread or, if that fails, by force."""
         self._joined.wait(_ORPHAN_S if self.reason == _LAUNCHER_GONE else _JOIN_S)
         first = True
         if self._notify:
@@ -177,7 +177,7 @@ def _ignored(number: int) -> bool:
 
 
 def kill_children() -> None:
-    """Kill all child processes, before this process exits without cleaning up."""
+    """Kill all child processes. Call this function before this process exits without cleaning up."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()

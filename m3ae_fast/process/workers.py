@@ -29,7 +29,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS = 16
 SHM = Path("/dev/shm")  # folder in which workers place batches for the main process
-IN_WORKER = "in DataLoader worker process"  # text with which torch marks an exception that a worker raised
+IN_WORKER = "in DataLoader worker process"  # text that torch adds to an exception raised in a worker
 _LEAVING_S = 5.0  # seconds for workers to exit before they are killed
 # Before Python 3.12, a forked worker hangs if a non-Python thread enters the interpreter during the fork, such as
 # gloo's thread that frees the tensor of a collective. This pause gives such threads time to leave.
@@ -88,7 +88,7 @@ class Companion(Protocol):
 
 
 class Loader(DataLoader[T_co]):
-    """A DataLoader whose workers, from the moment they start, leave signals to the main process.
+    """A DataLoader whose workers leave all signals to the main process from their start on.
 
     `companion` may be set before the first batch.
     """
@@ -127,7 +127,7 @@ class _Batches(Iterator[T]):
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block signals in the context: processes forked in it inherit the mask, and so do their threads."""
+    """Block signals within the context. Processes forked in it inherit the signal mask, and so do their threads."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -143,7 +143,7 @@ def start_worker(worker: int) -> None:
     signal.set_wakeup_fd(-1)  # inherited from the main process
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # needed if workers are spawned
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # needed only if workers are spawned
     threading.Thread(target=_await_end, daemon=True).start()
     Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
 

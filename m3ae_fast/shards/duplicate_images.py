@@ -18,7 +18,7 @@ def middle(size: int) -> tuple[int, int]:
 def number_same(count: int, features: Sequence[Callable[[int], Any]]) -> np.ndarray:
     """Return group numbers, int64 [count]: two items have the same number if and only if all their features are equal.
     Each feature is a function from an item to a hashable value. Cheap features come first, because a feature is
-    computed only for items that are equal in the features before it."""
+    computed only for items with equal values of all earlier features."""
     numbers_N = np.zeros(count, dtype=np.int64)
     for feature in features:
         _, inverse_N, counts = np.unique(numbers_N, return_inverse=True, return_counts=True)

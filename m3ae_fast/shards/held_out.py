@@ -55,7 +55,7 @@ def split_images(images_N: np.ndarray, wanted: int) -> np.ndarray:
 
 
 def shared_images(train: Sequence[str], val: Sequence[str]) -> dict[str, set[int]]:
-    """Return the offsets of the images in each held-out shard that also occur, byte for byte, in a training shard.
+    """Return, for each held-out shard, the offsets of its images that also occur, byte for byte, in a training shard.
     Raises UserError if a shard cannot be read."""
     store = ShardStore()
     first, second = (index_shards(shards, store, progress=True) for shards in (train, val))

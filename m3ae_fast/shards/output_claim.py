@@ -17,7 +17,7 @@ MANIFEST, CLASSES = "conversion.json", "classes.json"
 
 @contextmanager
 def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) -> Iterator[None]:
-    """Create the folder `out`, or reuse it if it contains a conversion with the same `manifest`, and lock it for this
+    """Create the folder `out`, or reuse it if it contains shards with the same `manifest`, and lock it for this
     process. Raises UserError if the folder contains other files, is in use by another process, or cannot be written."""
     path, text = out / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     try:

@@ -19,9 +19,9 @@ _MAX_SIDE = 65_500  # largest side that libjpeg can write
 
 
 def as_member(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> tuple[str, bytes]:
-    """Return the suffix and the bytes of the member for an image file: the JPEG that `shrink` returns or, for an array
-    of bands (see `own_bands`), a .npy of the same dtype, whose short side is also at most `short_side` pixels. Raises
-    BadSample as `shrink` does."""
+    """Return the suffix and the bytes of the member for an image file. The member is the JPEG that `shrink` returns or,
+    for an array of bands (see `own_bands`), a .npy of the same dtype, whose short side is also at most `short_side`
+    pixels. Raises BadSample as `shrink` does."""
     values = own_bands(data)
     if values is None:
         return "jpg", shrink(data, short_side, quality, image_range)

@@ -1,4 +1,4 @@
-"""Diagnostics of a run from its log: descriptions of unusual behaviour with suggested fixes."""
+"""Diagnostics of a run, derived from its log: descriptions of unusual behaviour with suggested fixes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m3ae_fast.config import LoopConfig, ScheduleConfig
 FEW_STEPS = 100
 # a modality counts as learnt if its loss is below this fraction of its first value and of a constant prediction's loss
 FALLEN = 0.98
-_FEW = 10  # minimum number of log lines to judge a training loss, which varies because its samples differ between lines
+_FEW = 10  # minimum number of log lines to judge a training loss, which varies because each line has other samples
 # features whose effective rank is below this, and below COLLAPSED_TO of the initial rank, have collapsed
 COLLAPSED = 2.0
 COLLAPSED_TO = 0.5
@@ -70,15 +70,15 @@ def _collapse(metrics: Metrics, config: Mapping[str, Any]) -> Diagnostic | None:
 
 
 def clipping(section: str, clip_grad: float | None) -> list[str]:
-    """Return the suggestion to clip gradients, or to clip them more strongly than `clip_grad`; empty if `clip_grad` is
-    unknown (inf)."""
+    """Return a list with the suggestion to clip gradients, or to clip them more strongly than `clip_grad`. The list is
+    empty if `clip_grad` is unknown (inf)."""
     if clip_grad == math.inf:
         return []
     return [f"{section}.clip_grad=1.0" if clip_grad is None or clip_grad > 1 else f"a lower {section}.clip_grad"]
 
 
 def fix_of_losses(settings: LoopConfig, optim: ScheduleConfig) -> str:
-    """Return the suggested changes of settings for a loss or weight that is not finite."""
+    """Return the changes of settings that are suggested if a loss or a weight is not finite."""
     precision = getattr(settings, "precision", "fp32")
     advice = [f"a lower {optim.SECTION}.peak_lr", *clipping(optim.SECTION, getattr(optim, "clip_grad", None))]
     if precision != "fp32":
@@ -93,8 +93,8 @@ def either(advice: Sequence[str]) -> str:
 
 
 def _learning(metrics: Metrics) -> list[Diagnostic]:
-    """Return diagnostics of the learning of images and texts, from their held-out losses or, without these, the
-    training loss."""
+    """Return a diagnostic if images or texts are not learnt, judged by the held-out losses or, if there are none, by
+    the training loss."""
     learnt = {name: _learnt(metrics, name) for name in ("image", "text")}
     known = {name: good for name, good in learnt.items() if good is not None}
     suggested_fix = "an optim.peak_lr that is higher or lower by a factor of three, and more steps"
@@ -118,14 +118,14 @@ def _learning(metrics: Metrics) -> list[Diagnostic]:
 
 
 def _learnt(metrics: Metrics, name: str) -> bool | None:
-    """Return whether a modality's held-out loss has fallen, and is below that of a constant prediction; None if there
-    are fewer than two evaluations."""
+    """Return whether a modality's held-out loss has fallen and is below the loss of a constant prediction; None if
+    there are fewer than two evaluations."""
     relative = series(metrics, f"val_{name}_relative")
     return relative[-1] < FALLEN * min(relative[0], 1.0) if len(relative) > 1 else None
 
 
 def _constant(metrics: Metrics, name: str) -> str:
-    """Return an explanation for a loss that has fallen only to that of a constant prediction; "" for other losses."""
+    """Return an explanation if the loss has fallen only to the loss of a constant prediction; otherwise ""."""
     first, *_, last = series(metrics, f"val_{name}_relative")
     known = {
         "image": "the model has learnt only the mean patch",

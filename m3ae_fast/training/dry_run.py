@@ -36,7 +36,7 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.pace import FIRST_BATCH, measure
 
-UTILISATION = 0.45  # assumed fraction of an H100's bf16 peak, which good trainers of this size reach
+UTILISATION = 0.45  # assumed fraction of an H100's bf16 peak; good trainers reach it for models of this size
 NETWORK = 50e9  # assumed network bandwidth in bytes per second and GPU: 400 Gbit/s
 FETCHED = 1e9  # assumed download rate in bytes per second and node
 GPUS_OF_NODE = 8
@@ -71,8 +71,8 @@ def report(
 
     Raises:
         UserError: a run could not start, because the batch cannot be split over the ranks, or because shards or the
-            tokenizer are missing or do not fit the model. Also raised if `sizes` is not a file of image sizes, or if
-            images are square.
+            tokenizer are missing or do not fit the model. Also raised if `sizes` is given but is not a file of image
+            sizes, or if it is given although all images are square.
     """
     if sizes is not None and config.model.resize == "square":
         raise UserError(
@@ -215,7 +215,7 @@ def network_bytes(
     An all-reduce over n GPUs sends 2 (n - 1) / n of its data, and a reduce-scatter or an all-gather sends half of that.
     Gradients are sent once per step, or once per micro-batch in stages 2 and 3, in which each GPU keeps only its
     partition of them. In stages 1 and 2, DeepSpeed reduces gradients by all-reduce. Weights are gathered once after the
-    step, or for every forward and backward pass in stage 3.
+    step or, in stage 3, for every forward and backward pass.
     """
     half = parameters * (world - 1) / world
     weights = (2 if bf16 and stage else 4) * half
@@ -242,7 +242,7 @@ def _mean_flops(config: Config, full: float) -> float:
 
 
 def _step(config: Config, model: M3AE, world: int, rate: float, peaks: Peaks) -> str:
-    """Return a description of the duration of a step without waits for network and data, including the time of Muon."""
+    """Return a description of the duration of a step, including Muon but excluding waits for network and data."""
     samples = config.train.global_batch / world
     seconds = samples / rate
     if config.optim.name == "adamw":
@@ -258,8 +258,8 @@ def _step(config: Config, model: M3AE, world: int, rate: float, peaks: Peaks) ->
 
 
 def _loader(rate: float) -> str:
-    """Return a description of the number of cores that load the samples of a GPU, with advice if this number is higher
-    than usual."""
+    """Return a description of the number of cores that are needed to load the samples for a GPU, with advice if this
+    number is higher than usual."""
     cores = rate / DECODED_PER_CORE
     text = f"{cores:,.1f} cores per GPU, for {rate:,.0f} samples/s"
     if cores <= CORES_PER_GPU:
@@ -288,8 +288,8 @@ def _network(config: Config, parameters: int, world: int, accumulation: int, rat
 
 
 def fetching_lines(config: Config, corpus: Corpus, world: int, rate: float) -> list[tuple[str, str]]:
-    """Return lines on the downloads and cached shards of a node, if shards are not read in place and their sizes are
-    known."""
+    """Return lines on the downloads and cached shards of a node. The result is empty if shards are read in place or
+    their sizes are unknown."""
     ranks = range(min(world, GPUS_OF_NODE))
     schedule = prefetch_schedule(config.data, corpus, config.train.global_batch, world, ranks, config.run.seed)
     first, owned = schedule.in_use(), schedule.owned()

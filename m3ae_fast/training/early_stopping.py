@@ -19,11 +19,11 @@ PATIENCE = 3  # a plateau is this number of consecutive evaluations without a ne
 
 
 class EarlyStopping:
-    """Rule that decides from the accuracies when the decay begins. A resumed run with the same accuracies makes the
-    same decision."""
+    """Rule that decides from the accuracies when the decay of the learning rate begins. A resumed run with the same
+    accuracies makes the same decision."""
 
     def __init__(self, stop_at: float | Literal["plateau"]) -> None:
-        """Set the accuracy that ends the run, from 0 to 1, or PLATEAU."""
+        """Create the rule. `stop_at`: accuracy that ends the run, from 0 to 1, or PLATEAU."""
         self._stop_at = stop_at
         self._best, self._since = -math.inf, 0  # the highest accuracy, and the number of evaluations after it
         self.step: int | None = None  # step after which the decay begins; None until that is decided
@@ -36,8 +36,8 @@ class EarlyStopping:
                     self.add(line["step"], line[ACCURACY])
 
     def add(self, step: int, accuracy: float) -> str:
-        """Add the accuracy after a step. The accuracy of the initial weights is ignored. Return the reason for ending
-        early if this accuracy decides it; otherwise ""."""
+        """Add the accuracy after a step. The accuracy of the initial weights is ignored. If the accuracy causes the run
+        to end early, return the reason; otherwise return ""."""
         if self.step is not None or step == 0:
             return ""
         grows = accuracy > self._best

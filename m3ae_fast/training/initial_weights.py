@@ -34,8 +34,8 @@ def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
 
 @torch.no_grad()
 def constants(model: nn.Module, read: Read | None) -> dict[str, Tensor]:
-    """Return copies of the weights that training does not change and that are not part of the engines' state: position
-    embeddings that were loaded from other weights.
+    """Return copies of the weights that training does not change and that are not part of the engine's state. These are
+    position embeddings that were loaded from other weights.
 
     Call this function before an engine casts the model. `read`: reader of a checkpoint, whose values are first copied
     to the model.

@@ -37,7 +37,7 @@ class Spikes:
         self.recent = deque(recent, maxlen=WINDOW)
 
     def add(self, loss: float) -> str:
-        """Return a description of a loss that is a spike. Otherwise add it to the recent losses, and return ""."""
+        """Return a description of the loss if it is a spike. Otherwise, add it to the recent losses and return ""."""
         if len(self.recent) == WINDOW:
             mean, deviation = np.mean(self.recent), np.std(self.recent)
             if loss > mean + self.threshold * deviation:
@@ -47,16 +47,16 @@ class Spikes:
 
 
 class LossWatch:
-    """Record of the losses, gradient norms and sample keys of recent steps. They are kept until the values are known to
-    be finite and, if `spikes` is given, until the losses have been compared with earlier ones."""
+    """Record of the losses, gradient norms and sample keys of recent steps. An entry is kept until its values are known
+    to be finite and, if `spikes` is given, until its loss has been compared with earlier losses."""
 
     def __init__(self, spikes: Spikes | None = None) -> None:
         self.spikes = spikes
         self._pending: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = deque()
         self._finite: deque[tuple[int, list[str], float]] = deque()  # steps to compare, with this rank's losses
         self._bad = ""
-        self.bad_step: int | None = None  # first step that was not finite or a spike
-        self.finite_through = 0  # last step that is known to have been finite
+        self.bad_step: int | None = None  # first step with a non-finite value or a loss spike
+        self.finite_through = 0  # last step whose values are known to be finite
 
     def add(self, step: int, keys: list[str], losses: Sequence[StepLosses], grad_norm: Tensor) -> None:
         """Record the losses and gradient norm of a step. `keys`: keys of its samples."""
@@ -70,18 +70,18 @@ class LossWatch:
         self._pending.append((step, keys, stacked, event))
 
     def failed(self) -> bool:
-        """Return whether any step whose loss is known by now was not finite or a spike."""
+        """Return whether any step whose values are known by now had a non-finite value or a loss spike."""
         self._look(wait=False)
         return bool(self._bad)
 
     def first_bad(self) -> str:
-        """Return a description of the first step that was not finite or a spike; "" if there is none. Waits for the
-        GPU."""
+        """Return a description of the first non-finite value or loss spike; "" if there is none. Waits for the GPU."""
         self._look(wait=True)
         return self._bad
 
     def losses(self) -> list[float]:
-        """Return this rank's losses of the steps that are finite and not compared yet. Waits for the GPU."""
+        """Return this rank's finite losses that have not been compared yet, in the order of the steps. Waits for the
+        GPU."""
         self._look(wait=True)
         return [loss for *_, loss in self._finite]
 
@@ -91,8 +91,8 @@ class LossWatch:
         return next((loss for at, _, loss in self._finite if at == step), 0.0)
 
     def compare(self, step: int, loss: float) -> bool:
-        """Compare the loss of `step`, a mean over ranks, with the losses of earlier steps, unless this step has been
-        compared already. Return whether it is a spike. Every rank must call this method with the same values, so that
+        """Compare the loss of `step`, a mean over ranks, with the losses of earlier steps, unless this has been done
+        already. Return whether it is a spike. Every rank must call this method with the same values, so that
         all ranks find the same spike."""
         if not self._finite or self._finite[0][0] != step:
             return False
@@ -103,7 +103,7 @@ class LossWatch:
         return bool(spike)
 
     def compare_all(self, losses: Sequence[float]) -> None:
-        """Compare the next steps, whose mean losses over ranks are `losses`."""
+        """Compare the losses of the next steps with earlier losses. `losses`: the means over ranks."""
         for loss in losses:
             self.compare(self._finite[0][0], loss)
 

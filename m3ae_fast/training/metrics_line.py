@@ -1,7 +1,7 @@
 """The content of a line of metrics.jsonl about training steps; docs/guide/metrics.md explains the keys.
 
 The same file has lines about evaluations (from `engine/validation_losses.py`, `evaluation/knn_during_training.py` and
-`evaluation/labelled_task.py`), about batches that are left out and about changes of the number of steps (both from
+`evaluation/labelled_task.py`), about batches that are left out, and about changes of the number of steps (both from
 `trainer.py`). `metrics_log.py` writes all of them.
 """
 
@@ -25,7 +25,7 @@ class MetricsLine:
     throughput: Rates
     forward: ForwardTime
     not_computed: tuple[str, ...]  # prefixes of the losses that the run does not compute
-    logged: int  # step of the last line, or the step from which the run starts
+    logged: int  # step of the last line; before the first line, the step from which the run starts
 
     def after(
         self, step: int, losses: list[Any], grad_norm: Tensor, lr: float, epoch: float, skipped: int

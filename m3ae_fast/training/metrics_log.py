@@ -42,7 +42,7 @@ class RunLog:
     folder: Path
     start: int  # number of steps taken by earlier attempts
     total: int  # number of steps of the run
-    loggers: Sequence[str] = ("tensorboard",)  # names of `LOGGERS`
+    loggers: Sequence[str] = ("tensorboard",)  # names in `LOGGERS`
     config: dict[str, Any] = field(default_factory=dict)  # config that the loggers show
 
     def __post_init__(self) -> None:
@@ -152,7 +152,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _while_writable(self) -> Iterator[None]:
-        """Enter a context in which a write error is not raised, but is reported once."""
+        """Enter a context in which write errors are not raised; the first one is reported."""
         try:
             yield
         except OSError as error:
@@ -162,7 +162,7 @@ class RunLog:
 
     def _left(self, step: int) -> timedelta:
         """Return the estimated time left, from the time per step since the first step. After only one step, the
-        duration of this step is used, which excludes the preparation of the run."""
+        duration of this step is used; it does not include the preparation of the run."""
         first, begun = self._first or (self.start, self._begun)
         if step == first:
             first, begun = step - 1, self._begun
@@ -219,8 +219,8 @@ def _short(value: Any) -> str:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Remove lines after the step from which a resumed run starts, and an incomplete last line; remove all lines for a
-    new run."""
+    """Remove the lines after `step`, from which a resumed run starts, and an incomplete last line. For a new run,
+    remove all lines."""
     if step == 0:
         path.unlink(missing_ok=True)
     if not path.exists():

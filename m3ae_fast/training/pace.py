@@ -23,15 +23,15 @@ from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.training.run import set_up
 from m3ae_fast.training.trainer import Trainer
 
-FIRST_BATCH = 8  # samples in the first trial, which determines the batch of the second one
-_WARM = 2  # steps that are excluded because memory is allocated and kernels are compiled
+FIRST_BATCH = 8  # samples per step of the first trial, which determines the batch of the second trial
+_WARM = 2  # first steps, which are excluded because memory is allocated and kernels are compiled in them
 _FEWEST = 4  # minimum number of measured steps, unless a single step takes longer than the given time
 # The rate is stable when the standard error of the mean step time, computed from the means of consecutive parts, is
 # below this fraction of the mean.
 _STABLE = 0.02
 _PARTS, _OF_PART = 4, 4  # number of parts, and minimum number of steps per part
 _CHECK_EVERY = 8  # number of steps between checks for stability; it grows with the number of steps
-# fraction of the time that is always used, even if the rate is stable, because the load of the machine varies
+# fraction of the given time that is always used, even if the rate is stable, because the load of the machine varies
 _LEAST = 1 / 4
 # time to evaluate a sample, as a fraction of a step's time per sample: two forward passes and no backward pass
 _EVALUATED = 2 / 3
@@ -64,7 +64,7 @@ class Pace:
         return samples * _EVALUATED * self.sample
 
     def sentence(self, config: Config, schedule: Schedule) -> str:
-        """Return a sentence on the duration of the run and the measurement behind it."""
+        """Return a sentence on the estimated duration of the run and on the measurement."""
         step = self.sample * config.train.global_batch
         same = self.batch == config.train.global_batch
         scaled = "" if same else f" of {self.batch} samples and scaled"
@@ -76,12 +76,12 @@ class Pace:
 
 
 def measure(config: Config, session: Session, seconds: float) -> Pace:
-    """Return the pace of a run, measured by taking steps without output until their rate is stable or `seconds` have
-    passed. Every rank must call this function.
+    """Return the pace of a run. It is measured by taking steps without output until their rate is stable or `seconds`
+    have passed. Every rank must call this function.
 
     A small batch is measured first, then a batch as large as the time allows, up to train.global_batch. The precision
-    of `config` must be resolved. The time for opening the data is not included. Raises UserError as the run would at
-    its start, and Stopped if a rank is asked to stop.
+    of `config` must be resolved. The time for opening the data is not included. Raises the same UserErrors as
+    the start of the run, and Stopped if a rank is asked to stop.
     """
     whole = config.train.global_batch
     pace = measure_batch(config, session, max(min(FIRST_BATCH, whole), session.ranks.world), seconds / 4)
@@ -147,7 +147,7 @@ def _stable(times: Sequence[float], ahead: int) -> bool:
 
 def _error(times: Sequence[float]) -> float:
     """Return the relative standard error of the mean of step times; infinite if there are fewer steps than parts.
-    Consecutive steps are not independent, but the means of long parts nearly are."""
+    Consecutive steps are not independent, but the means of long parts are nearly independent."""
     each = len(times) // _PARTS
     if not each:
         return math.inf

@@ -35,7 +35,7 @@ def train_with_rollbacks(
         trace_dir: folder for a profiler trace of some steps; None: no trace.
 
     Raises:
-        UserError: raised by `Trainer.train` when there is no rollback left.
+        UserError: as raised by `Trainer.train`. Diverged is raised only if no rollback is left.
     """
     trainer = build(resume, None)
     while True:
@@ -57,8 +57,8 @@ def train_with_rollbacks(
 
 def _return_to(run_dir: Path, resume: str) -> str:
     """Return the value of `resume` with which to continue after a step with a non-finite loss or gradient norm, or with
-    a loss spike: "auto", which selects the last good checkpoint or, if there is none, the value with which the run was
-    started. Called on the main rank only."""
+    a loss spike. If there is a good checkpoint, the value is "auto", which selects the last one. Otherwise, it is the
+    value with which the run was started. Called on the main rank only."""
     if any(not (path / checkpoint.FAILED).exists() for path in checkpoint.saved_steps(run_dir)):
         return "auto"
     checkpoint.set_aside_after(run_dir, 0)

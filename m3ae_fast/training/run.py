@@ -67,7 +67,7 @@ def pre_train(
     profile: bool = False,
     make_probe: Callable[[Config, Ranks], Probe | None] = lambda config, ranks: None,
 ) -> None:
-    """Open the data, build or restore the model, and train it. Every rank must call it.
+    """Open the data, build or restore the model, and train it. Every rank must call this function.
 
     Args:
         config: config of the run.
@@ -161,7 +161,7 @@ def set_up(
 
 def _spikes(config: Config, found: Resume, left_out: tuple[int, ...]) -> Spikes | None:
     """Return a detector of loss spikes that starts from the losses recorded before the checkpoint. Return None if no
-    rollback is left, because a spike must not end a run."""
+    threshold is set, or if no rollback is left, because a spike must not end a run."""
     threshold = config.train.spike_threshold
     if threshold is None or len(left_out) >= config.train.rollbacks:
         return None
@@ -169,8 +169,8 @@ def _spikes(config: Config, found: Resume, left_out: tuple[int, ...]) -> Spikes 
 
 
 def is_extended(config: Config, info: checkpoint.Info) -> bool:
-    """Return whether a run whose learning rate is constant before its decay is now set to run longer (by steps, epochs,
-    hours or train.stop_at) than when it wrote the checkpoint."""
+    """Return whether a run whose learning rate is constant before its decay is now configured to be longer (in steps,
+    epochs or hours, or because of train.stop_at) than when the checkpoint was written."""
     was, now = info.config.get("train") or {}, config.train
     lengths = ((getattr(now, key), was.get(key)) for key in ("steps", "epochs", "hours"))
     longer = any(new and old and new > old for new, old in lengths)
@@ -178,7 +178,7 @@ def is_extended(config: Config, info: checkpoint.Info) -> bool:
 
 
 def _stops_later(config: Config, info: checkpoint.Info) -> bool:
-    """Return whether train.stop_at now ends a run later than when it wrote a checkpoint, or not at all."""
+    """Return whether train.stop_at ends the run later than its value in the checkpoint would, or not at all."""
     was, now = (info.config.get("train") or {}).get("stop_at"), config.train.stop_at
     lowered = isinstance(was, float) and isinstance(now, float) and now < was
     return was is not None and now != was and not lowered
@@ -208,8 +208,8 @@ class _Stream:
 
 
 def _open_stream(config: Config, session: Session, found: Resume) -> _Stream:
-    """Open the data and determine the sample order. Every rank must call it. Raises UserError if data are missing, do
-    not fit the model, or differ between ranks."""
+    """Open the data and determine the sample order. Every rank must call this function. Raises UserError if data are
+    missing, do not fit the model, or differ between ranks."""
     ranks, cfg, info = session.ranks, config.train, found.info
     limit = TimeLimit(3600 * cfg.hours, info.spent if info else 0.0) if cfg.hours else None
     share = split_batch(cfg, ranks.world, ranks.rank)

@@ -21,12 +21,13 @@ RUNNING, FINISHED, STOPPED, FAILED = STATES = "running", "finished", "stopped", 
 
 @dataclass(frozen=True)
 class Record:
-    """The content of the file as last written by the run. The file of a killed run still contains "running"."""
+    """The content of the file that the run has last written. The state in the file of a killed run is still
+    "running"."""
 
     state: str
     step: int  # optimiser steps taken
     total_steps: int
-    reason: str = ""  # reason of a stop or a failure
+    reason: str = ""  # reason for a stop or a failure
 
 
 class Recorder:
@@ -42,7 +43,8 @@ class Recorder:
         self._write(RUNNING, step)
 
     def change(self, step: int, total_steps: int) -> None:
-        """Record a changed number of steps after `step` steps. If the disk is full, the record is unchanged."""
+        """Record that the total number of steps has changed after `step` steps. If the disk is full, the record is
+        unchanged."""
         self._total = total_steps
         if self._begun:
             with contextlib.suppress(UserError):

@@ -26,7 +26,7 @@ class Rates(Protocol):
 
 
 class SampleCounts(NamedTuple):
-    """Counts of micro-batches if losses are means over samples."""
+    """Counts of micro-batches for losses that are means over samples."""
 
     samples: float
     skipped: float  # samples that could not be used
@@ -64,7 +64,7 @@ class SampleRate:
 
 
 class StepCounts(NamedTuple):
-    """Counts of micro-batches. Sums of counts over ranks are StepCounts too."""
+    """Counts of micro-batches. The sums of counts over ranks are also stored as StepCounts."""
 
     samples: float
     images: float

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 from m3ae_fast.engine.schedule import Schedule
 
-_WARM = 2  # steps that are excluded because memory is allocated, kernels are compiled and loader workers start
+_WARM = 2  # first steps, which are excluded because memory is allocated, kernels are compiled and loader workers start
 _FEWEST = 8  # minimum number of measured steps before the first adjustment
-_SUFFICIENT_TIME = 0.1  # fewer steps suffice if together they took this fraction of the time limit
-# Recent steps count more: a step's weight decreases by a factor of e within the fraction _RECENT of the time left, or
-# within the fraction _RECENT_LEAST of the time limit if that is longer.
+_SUFFICIENT_TIME = 0.1  # fewer steps are sufficient if they took this fraction of the time limit
+# Recent steps have a higher weight: the weight of a step decreases by a factor of e within the fraction _RECENT of the
+# time left, or within the fraction _RECENT_LEAST of the time limit if that is longer.
 _RECENT, _RECENT_LEAST = 0.1, 0.01
-_TOLERANCE = 0.02  # fraction of the time limit: no adjustment if the expected end is this close to it
+_TOLERANCE = 0.02  # no adjustment if the expected end differs from the time limit by at most this fraction of it
 _PAUSE = 0.02  # minimum time between two adjustments, as a fraction of the time limit
 # If no time is left, the learning rate is still decayed. The number of steps for this is the fraction _RUN_DOWN of the
 # steps taken, but no more than fit into the fraction _RUN_DOWN_TIME of the time limit.
@@ -23,7 +23,7 @@ _RUN_DOWN, _RUN_DOWN_TIME = 0.02, 0.03
 
 
 class TimeLimit:
-    """Measurement of the steps and evaluations of a run, from which the number of steps that fit into its time is
+    """Measurement of the steps and evaluations of a run, from which the number of steps that fit into the time limit is
     computed."""
 
     def __init__(self, seconds: float, spent: float = 0.0) -> None:
@@ -58,7 +58,7 @@ class TimeLimit:
     @contextmanager
     def evaluation(self, name: str, every: int | None, due: bool) -> Iterator[None]:
         """Enter a context that measures an evaluation if it is `due`. `every`: number of steps between evaluations;
-        None: the evaluation is only at the end."""
+        None: evaluation only at the end of the run."""
         began = time.monotonic()
         yield
         took = time.monotonic() - began
@@ -67,8 +67,8 @@ class TimeLimit:
             self._evaluations[name] = took, 1 / every if every else 0.0
 
     def fitting(self, step: int, schedule: Schedule) -> int:
-        """Return the number of steps for a run that is at `step`: the number in the schedule, unless the run would then
-        end too late or too early."""
+        """Return the total number of steps for a run that is at `step`: the number in the schedule, or another number
+        if the run would otherwise end too late or too early."""
         total, left = schedule.total_steps, self.seconds - self.spent
         measured = self._taken >= _WARM + _FEWEST or self._counted >= _SUFFICIENT_TIME * self.seconds
         early = self.spent - self._adjusted < _PAUSE * self.seconds

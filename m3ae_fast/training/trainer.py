@@ -60,7 +60,7 @@ class Sums(NamedTuple):
 
     stopped: float  # number of ranks that are asked to stop
     failed: float  # number of ranks with a non-finite step, a loss spike or a failed save
-    confirmed: float  # number of ranks on which the step after the last save was finite and the save is complete
+    confirmed: float  # number of ranks on which the last save is complete and the step after it was finite
     total_steps: float  # number of steps of the run, decided by the main rank
     loss: float  # loss of the step that was taken LAG steps ago, if spikes are detected
     counts: Counts
@@ -260,7 +260,7 @@ class Trainer:
 
     def evaluation(self, name: str, every: int | None) -> AbstractContextManager[None]:
         """Return a context in which the time limit measures the duration of an evaluation. `every`: number of steps
-        between evaluations; None: the evaluation is only at the end."""
+        between evaluations; None: evaluation only at the end of the run."""
         due = self.step == 0 or self.schedule.due(self.step, every)
         return self.limit.evaluation(name, every, due) if self.limit else nullcontext()
 
@@ -270,7 +270,7 @@ class Trainer:
             self.log.say(f"{why}: the learning rate is decayed from step {self.step} on, and the run ends")
 
     def cut_short(self) -> None:
-        """Log that a stop interrupted an evaluation; the next start repeats it."""
+        """Log that a stop request has interrupted an evaluation, which is repeated when the run resumes."""
         self.log.say(f"the evaluation after step {self.step} was interrupted; --resume auto repeats it")
 
     def stop_if_diverged(self) -> None:

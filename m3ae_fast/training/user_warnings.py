@@ -46,7 +46,7 @@ def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
     ):
         notes.append(
             f"data.cache_dir {store.cache_dir} is on a network file system ({kind}): shards are transferred twice; "
-            "name a folder on a local disk of each node"
+            "choose a folder on a local disk of each node"
         )
     for name, corpus in (("train", data.train), ("val", data.val)):
         if corpus and corpus.ignored:
@@ -98,8 +98,8 @@ def _trains(config: Config) -> bool:
 
 
 def enlarged_images(config: Config, corpus: Corpus) -> str:
-    """Return a note if most images are much smaller than the model's image size, judged by some locally available
-    images; otherwise ""."""
+    """Return a note if most images are much smaller than the model's image size, judging by some images that are
+    available locally; otherwise ""."""
     sides = []
     for source in corpus.sources:
         if source.indexed and source.has_images and not corpus.store.is_cached(source.indexed[0].shard):
@@ -124,7 +124,7 @@ class MemoryGrowth:
         self._stable: float | None = None
 
     def check(self, steps: int, gigabytes: float) -> str | None:
-        """Return the note after this many steps of this attempt; None if there is none."""
+        """Return a note if peak memory has grown after this many steps of this attempt; otherwise None."""
         if steps < _FIRST_STEPS:
             return None
         before, self._stable = self._stable, self._stable or gigabytes

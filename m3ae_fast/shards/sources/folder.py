@@ -161,7 +161,7 @@ class Folder(Records):
             raise BadSample(f"{caption_file}: cannot be read ({error})") from None
 
     def _fingerprints(self) -> dict[str, str]:
-        """Return fingerprints of the images, captions, classes and masks, which change when the user changes these."""
+        """Return fingerprints of the images, captions, classes and masks, to detect changes by the user."""
         images, captions = hashlib.sha256(), hashlib.sha256()
         for path, own in zip(self._paths, self._samples):
             file = os.path.join(self.folder, path)

@@ -64,7 +64,7 @@ class HuggingFace(Records):
                 )
         self.classes = getattr(first.features[self.label], "names", None) if self.label else None
         images = first.features[self.image] if self.image else None
-        # dtype of values, if images are arrays [H, W] or [H, W, C]
+        # dtype of the values if images are arrays [H, W] or [H, W, C]
         self._dtype: str = getattr(images, "dtype", "") if _is_array(images) else ""
         self._data: dict[str, Any] = {}
         for key, rows in data.items():

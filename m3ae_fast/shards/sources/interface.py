@@ -82,8 +82,8 @@ def to_int(value: Any) -> int | None:
 
 
 def captions_of(value: Any) -> list[str]:
-    """Return the captions in a value: the text itself, the texts of a list that are not blank, or none for None and
-    NaN. Raises ValueError for other values, and for bytes that are not UTF-8."""
+    """Return the captions in a value: a text itself, or the texts of a list that are not blank. The result is empty for
+    None and NaN. Raises ValueError for other values, and for bytes that are not UTF-8."""
     if _is_none(value):
         return []
     if isinstance(value, (str, bytes)):
