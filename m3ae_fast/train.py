@@ -116,7 +116,7 @@ def _load(args: argparse.Namespace) -> Config:
 
 
 def perform(args: argparse.Namespace, session: Session) -> None:
-    """Run the command: a dry run or a training run. Raises UserError if that is not possible."""
+    """Run the command: a dry run or a training run. Raises UserError if the run is not possible."""
     from m3ae_fast.evaluation.knn_during_training import knn_probe
     from m3ae_fast.training.run import pre_train
 

@@ -27,7 +27,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     created. If several processes write the same file at once, the last one to finish wins. Raises UserError if `path`
     is a folder or cannot be written. After any exception, `path` is unchanged."""
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a file")
+        raise UserError(f"{path}: is a folder; specify a file")
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

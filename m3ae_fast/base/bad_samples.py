@@ -19,7 +19,7 @@ class BadSample(Exception):
 
 
 class NeedsRange(BadSample):
-    """Raised for an image of more than 8 bits if the values of black and white are unknown."""
+    """Raised for an image with more than 8 bits per channel if the values of black and white are unknown."""
 
     def __init__(self, found: str) -> None:
         super().__init__(

@@ -44,7 +44,7 @@ def output_folder(out: str | Path) -> Iterator[Path]:
 
 def _check_free(out: str | Path, target: Path) -> None:
     if target.exists() and not target.is_dir():
-        raise UserError(f"{out}: is a file; name a folder")
+        raise UserError(f"{out}: is a file; specify a folder")
     found = {path.name for path in target.iterdir()} if target.is_dir() else set()
     if not found:
         return

@@ -103,7 +103,7 @@ class Lines:
         self._first: tuple[float, int] | None = None  # time at which the first items were done, and their number
 
     def advance(self, count: int) -> tuple[str, str] | None:
-        """Count items as done. If a line is due, return the progress of this work, and the time left for the whole task
+        """Count items as done. If a line is due, return the progress of this work, and the remaining time of the task
         ("" if this work is the whole task). Otherwise return None."""
         now, self._done = self._now(), self._done + count
         if self._first is None and self._done:
@@ -167,7 +167,8 @@ def progress(
     """Yield a function to call with the number of items done since its last call. If `show` is set, the main rank shows
     a bar if stderr is a terminal; otherwise it prints a line after a few seconds and then at growing intervals.
 
-    `whole`: the whole task, of which this work is a part with the size `part`. The task's time left is shown too."""
+    `whole`: the whole task, of which this work is a part with the size `part`. The remaining time of the task is shown
+    too."""
     from rich import progress as bars
     from rich.console import Console
 

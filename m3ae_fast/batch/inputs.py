@@ -89,9 +89,9 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
 
 
 def _check_units(images: Iterable[OneImage], value_range: tuple[float, float]) -> None:
-    """Raise ValueError if floating-point tensors, or arrays of more than 8 bits, evidently have other units than
-    `value_range`: if many values lie far outside the range and would be clipped, or if all values lie in [0, 1]
-    although the range is one of integer levels."""
+    """Raise ValueError if floating-point tensors, or arrays with more than 8 bits per value, evidently have other
+    units than `value_range`: if many values lie far outside the range and would be clipped, or if all values lie in
+    [0, 1] although the range is one of integer levels."""
     low, high = value_range
     size = beyond = 0
     spans, is_whole = [], True

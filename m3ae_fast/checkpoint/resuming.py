@@ -76,9 +76,9 @@ _HAVE_DEFAULTS: dict[str, type[BaseModel]] = {
 
 def find(run_dir: Path, resume: str, extended: Callable[[checkpoint.Info], bool] = lambda info: False) -> Path | None:
     """Return the checkpoint that `--resume` selects: "auto", "no", or a path for `checkpoint.locate`. "auto" selects
-    the last checkpoint that has not FAILED, if any; if the run is now `extended`, it selects the last checkpoint before
-    the learning rate decayed. Raises UserError if the path contains no checkpoint, `run_dir` contains checkpoints of
-    another run, or all checkpoints have failed."""
+    the last checkpoint that is not marked as FAILED, if any; if the run is now `extended`, it selects the last
+    checkpoint before the learning rate decayed. Raises UserError if the path contains no checkpoint, `run_dir` contains
+    checkpoints of another run, or all checkpoints have failed."""
     own = checkpoint.saved_steps(run_dir)
     if resume == "auto":
         usable = [path for path in own if not (path / checkpoint.FAILED).exists()]
@@ -243,9 +243,9 @@ def require_same(ranks: Ranks, stream: dict[str, str], held_out: Corpus | None) 
 def open_checkpoint(path: Path, info: checkpoint.Info, model: nn.Module, ranks: Ranks, kinds: Kinds) -> Read:
     """Return a reader of a checkpoint's tensors for `model`.
 
-    `kinds`: kinds of the optimiser's state in the engine. An average of the weights may be missing in the checkpoint
-    and then begins here. Every rank must call it. Raises UserError if the checkpoint is damaged or one of its tensors
-    does not fit the model.
+    `kinds`: kinds of the optimiser's state in the engine. If the checkpoint contains no moving average of the weights,
+    the average begins with the checkpoint's weights. Every rank must call it. Raises UserError if the checkpoint is
+    damaged or one of its tensors does not fit the model.
     """
     had_ema = any((section or {}).get("ema") is not None for section in info.config.values())
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}

@@ -94,8 +94,8 @@ class Saver:
         return self.unjudged is not None and step > self.unjudged
 
     def step_was_finite(self, step: int) -> None:
-        """Mark the last written checkpoint as good if `step` followed it, because the losses of the step were finite on
-        all ranks. Every rank must call it."""
+        """Mark the last written checkpoint as good if `step` is the next step after it. The losses of `step` were
+        finite on all ranks. Every rank must call it."""
         if not self.awaits(step):
             return
         if self.ranks.is_main and self.unjudged is not None:

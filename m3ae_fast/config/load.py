@@ -56,7 +56,7 @@ def read_config(path: Path, label: str) -> dict[str, Any]:
         data = read_json(path)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{label} {path}: cannot be read ({reason}); name an existing file") from None
+        raise UserError(f"{label} {path}: cannot be read ({reason}); specify an existing file") from None
     except ValueError as error:
         raise UserError(f"{label} {path}: is not valid JSON ({error})") from None
     if not isinstance(data, dict):

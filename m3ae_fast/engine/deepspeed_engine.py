@@ -323,7 +323,7 @@ def _clip(input_tensors: Sequence[Tensor], max_norm: float, global_norm: Tensor,
 
 
 def _valid_norm(norm: Tensor) -> Tensor:
-    """Return the norm, with NaN in place of DeepSpeed's mark -1 for norms that are not finite."""
+    """Return the norm, with NaN in place of -1, which DeepSpeed uses for norms that are not finite."""
     return norm.masked_fill(norm < 0, torch.nan)
 
 

@@ -55,7 +55,7 @@ def depth_of(image: Image.Image) -> Depth:
 
 
 def deep_grey(image: Image.Image, depth: Depth, image_range: Range | None, channels: int, dtype: str) -> np.ndarray:
-    """Return a high-bit-depth image of one channel as pixels of `dtype`: [1, H, W] with transparent pixels in white, or
+    """Return a one-channel high-bit-depth image as pixels of `dtype`: [1, H, W] with transparent pixels in white, or
     [4, H, W] with alpha if `channels` is 4. Raises BadSample if a value is not finite, or if `channels` is 4 and the
     image has no alpha."""
     if channels == 4 and dtype != "uint8":
@@ -103,7 +103,7 @@ def as_pixels(lit: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def bands_to_pixels(values: np.ndarray, image_range: Range | None, dtype: str) -> np.ndarray:
-    """Return an array's values as pixels of `dtype`. Values of uint8 are levels from 0 to 255, regardless of the range.
+    """Return an array's values as pixels of `dtype`. uint8 values are levels from 0 to 255, regardless of the range.
     Raises BadSample if no range is set for other dtypes."""
     kind, bits = ("float", 32) if values.dtype == np.float32 else ("unsigned", 8 * values.itemsize)
     depth = Depth(kind, bits)
@@ -116,7 +116,7 @@ def bands_to_pixels(values: np.ndarray, image_range: Range | None, dtype: str) -
 
 
 def grey_values(image: Image.Image, depth: Depth) -> np.ndarray:
-    """Return the values of a high-bit-depth image of one channel, float64 [H, W]. Raises BadSample if a value is not
+    """Return the values of a high-bit-depth image with one channel, float64 [H, W]. Raises BadSample if a value is not
     finite.
 
     Pillow has no mode for uint32 and int8, but keeps their bits.

@@ -161,7 +161,7 @@ def own_bands(data: bytes) -> np.ndarray | None:
 
 def pixels_of_bands(values: np.ndarray, channels: int, image_range: Range | None, dtype: str) -> Tensor:
     """Return values [H, W, bands] as pixels [C, H, W]. Raises BadSample if the number of bands is not C, or if values
-    of more than 8 bits have no range."""
+    with more than 8 bits have no range."""
     if values.shape[2] != channels:
         raise BadSample(
             f"the array {list(values.shape)} has {values.shape[2]} channels, but the model expects {channels}"
@@ -225,7 +225,7 @@ def widened(levels_CHW: Tensor, dtype: str) -> Tensor:
 
 
 def _transparent_level(image: Image.Image) -> int | None:
-    """Return the transparent level of a PNG of 2 or 4 bits, scaled to 8 bits; None for other images. Pillow scales only
+    """Return the transparent level of a 2-bit or 4-bit PNG, scaled to 8 bits; None for other images. Pillow scales only
     the pixels."""
     found = next((_SCALES[str(tile[3])] for tile in getattr(image, "tile", ()) if str(tile[3]) in _SCALES), None)
     clear = image.info.get("transparency")

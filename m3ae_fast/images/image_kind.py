@@ -17,8 +17,8 @@ _LIKE_GREY = 1  # maximum difference in levels between red, green and blue of a 
 class Kind(NamedTuple):
     """Channels and values of an image file."""
 
-    # Number of channels with which a model uses the whole image; 1 for a grey image, including one whose red, green and
-    # blue are equal.
+    # Number of channels that a model needs to use everything in the image; 1 for a grey image, even if it is stored as
+    # equal red, green and blue.
     channels: int
     is_array: bool  # whether the file is an array of bands, which are not converted to other channels
     dtype: str  # dtype of an array; "uint8" for ordinary images
@@ -48,7 +48,7 @@ def kind_of(data: bytes) -> Kind:
 
 
 def _deep(header: Image.Image, depth: Depth) -> np.ndarray | None:
-    """Return the values of a high-bit-depth image of one channel; None for colours, of which Pillow keeps 8 bits.
+    """Return the values of a high-bit-depth image with one channel; None for colours, of which Pillow keeps 8 bits.
     Raises BadSample if the image is damaged."""
     if len(header.getbands()) > 1:
         return None

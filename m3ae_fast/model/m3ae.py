@@ -166,7 +166,7 @@ class M3AE(MultimodalEncoder):
         )
 
     def forward(self, batch: PackedBatch, counts: LossCounts | None = None) -> Losses:
-        """Return the losses of a packed batch. If the batch lacks a modality, its loss is 0 and its gradients are zero.
+        """Return the losses of a packed batch. If the batch lacks a modality, its loss and gradients are 0.
 
         Args:
             batch: the batch, on the model's device.

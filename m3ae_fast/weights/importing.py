@@ -1,6 +1,6 @@
 """Import of weights from other programs: detection of the format of a file or folder, and reading it.
 
-A format of another library needs a module next to this one and a branch of `_recognise` or `_read_folder`.
+To support the format of another library, add a module next to this one and a branch in `_recognise` or `_read_folder`.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def saved_run(run: Path) -> SavedRun:
     info = checkpoint.read_info(path)
     if "classifier" in info.config or "task" in info.config:
         raise UserError(
-            f"{run}: contains a classifier, the result of an evaluation; name the model from which it was trained"
+            f"{run}: contains a classifier, the result of an evaluation; specify the model from which it was trained"
         )
 
     def setting(section: str, key: str) -> Any:
