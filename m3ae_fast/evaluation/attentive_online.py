@@ -133,8 +133,8 @@ def passes(recipe: Recipe, train: Corpus, held_out: Corpus) -> float:
 
 
 def _judged(heads: Mapping[Input, Heads], labels_S: Tensor, tokens_SKLD: Tensor) -> Tensor:
-    """Return the results of `losses` for each sample and layer, which are to be summed for `verdicts`: float32 [S, K,
-    3, H]."""
+    """Return the results of `losses` for each sample and layer, to be summed over samples and passed to `verdicts`:
+    float32 [S, K, 3, H]."""
     parts = [losses(each(tokens_SKLD[:, at].float()), labels_S) for at, each in enumerate(heads.values())]
     return torch.stack([torch.stack(part, 1) for part in parts], 1)
 

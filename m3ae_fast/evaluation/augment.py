@@ -23,7 +23,7 @@ from m3ae_fast.config.evaluation import FineTuneConfig
 from m3ae_fast.data import Share
 from m3ae_fast.images.normalisation import normalised
 
-_MIXING = 64  # number that identifies this purpose of random numbers; data.dataset defines the others
+_MIXING = 64  # identifies this purpose of random numbers; for other purposes, see base.randomness.Purpose
 
 
 @dataclass(frozen=True)

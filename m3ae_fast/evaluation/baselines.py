@@ -1,5 +1,5 @@
-"""Baselines on the same samples as a model: the same network with random weights, downscaled pixels, and always
-predicting the largest class."""
+"""Baselines on the same samples as a model: the same network with random weights, downscaled pixels, and a classifier
+that always predicts the largest class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
 MODEL = "the model"  # name of the evaluated model in comparisons with its baselines
 UNTRAINED, SCALED, LARGEST = "random weights", "downscaled pixels", "the largest class"
-PREFIXES = {UNTRAINED: RANDOM, SCALED: PIXELS}  # prefixes of the names of models, by the baseline that they denote
+PREFIXES = {UNTRAINED: RANDOM, SCALED: PIXELS}  # prefix of a model's name that denotes each baseline
 BASELINES = "baselines"  # key of the results of the baselines in a result
 
 
@@ -54,7 +54,7 @@ def differences(result: Mapping[str, Any]) -> dict[str, Difference]:
 
 
 def not_better(result: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """Return the metric of each baseline in a result that the model is not known to exceed significantly."""
+    """Return the metric of each baseline in a result, except for the baselines that the model exceeds significantly."""
     apart = differences(result)
     return {
         name: each[metric]

@@ -42,14 +42,14 @@ def export(
     """Write the float32 weights of a model, and return the result.
 
     Args:
-        model: a run folder (its last checkpoint), a checkpoint, or an export, to convert it to another format or to
-            upload it.
+        model: a run folder (its last checkpoint), a checkpoint, or an export that is to be converted to another format
+            or uploaded.
         out: a new folder, or an earlier export, which is replaced; for "onnx", the file to write.
         format: "m3ae" for a folder that `load_model` reads, "timm" for the image encoder as timm's VisionTransformer,
             or "onnx" for the image encoder as two files, in float32 and in int8.
         weights: for a run with `train.ema`, the weights to export: the moving "average" or the "last" ones.
         push: name, OWNER/NAME, under which the folder is also uploaded to the Hugging Face Hub.
-        private: whether the model on the Hub is created as a private one.
+        private: whether the repository on the Hub is private if it is created.
         train, val: for "onnx", labelled shards. The k-NN accuracy of both files and of torch is measured on `val`, with
             neighbours from `train`.
         labels: source of the labels: "cls", or "json." and the name of a field.

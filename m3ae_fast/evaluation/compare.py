@@ -287,8 +287,8 @@ def _measure(
 
     The probes of different seeds are not trained in one pass, because a seed determines the order of the samples as
     well as the initial weights. With the same order for all seeds, the standard error over seeds would be too small:
-    linear probes of 600 samples, trained at the default learning rate, have the same predictions whatever their
-    initial weights, but differ in 0.6 % of them if the order differs.
+    for linear probes of 600 samples that are trained at the default learning rate, the predictions do not depend on the
+    initial weights, but 0.6 % of the predictions change with the order.
     """
     work, whole = planned
     own, parts = job, list[tuple[FeatureBank, FeatureBank] | None]()
@@ -320,7 +320,7 @@ def _encoded(
     job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[ComputeCost, TimeLeft]
 ) -> tuple[Job, list[tuple[FeatureBank, FeatureBank] | None]]:
     """Return the job on a model, and the features of training and held-out samples for each probe, from one pass over
-    the images. They are None for a probe that will be trained online."""
+    the images. The features are None for a probe that will be trained online."""
     work, left = planned
     set_images(model, job.config.data.image_settings())
     own = replace(job, model=model.to(job.ranks.device).eval())

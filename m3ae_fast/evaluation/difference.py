@@ -68,7 +68,7 @@ def against_largest_class(folder: Path, result: Mapping[str, Any]) -> dict[str, 
     - "chance_top5", if there are more than five classes: the share of the five largest classes;
     - "verdict", if there is one prediction per sample: a sentence that states whether the accuracy is significantly
     better than "chance";
-    - "warning", if the accuracy is not significantly better than "chance" and than all baselines in `result`.
+    - "warning", unless the accuracy is significantly better than "chance" and than each of the baselines in `result`.
     """
     if not (folder / FILE).exists():
         return {}

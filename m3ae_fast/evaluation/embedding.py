@@ -74,7 +74,7 @@ def embed(
         patches: whether to also return the features of all patches.
         columns: additional columns about the samples of shards: "path", "class", "caption".
         overrides: overrides "section.key=value" of settings in the sections encode, data and run.
-        device: "cpu" or "cuda", which is one GPU per rank; None: a GPU if there is one, otherwise the CPU.
+        device: "cpu" or "cuda" (one GPU per rank); None: a GPU if there is one, otherwise the CPU.
 
     Returns:
         Arrays by name. Samples that cannot be read are left out.
@@ -82,8 +82,9 @@ def embed(
             `shards` [N]: the shard of each sample, if `source` is shards.
             `features`: float32 [N, D].
             `labels` [N]: if there are any; -1 or "" for a sample without a label.
-            `patches`: float16 [N, L, D], with the argument `patches`.
-            `grids` [N, 2]: rows and columns of patches, with the argument `patches` and a native model.
+            `patches`: float16 [N, L, D], if the argument `patches` is set.
+            `grids` [N, 2]: numbers of rows and columns of patches, if the argument `patches` is set and the model is
+                native.
             The `columns`: text, "" for a sample without a value.
 
     Raises:

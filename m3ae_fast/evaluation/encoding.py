@@ -199,7 +199,7 @@ def _encode(
 ) -> list[FeatureBank]:
     """Return the features of each model, with a dimension for the layers and poolings."""
     most = len(batches.loader) * batches.share.micro_batch
-    # of each model: pooled features and patch tokens
+    # for each model: pooled features and patch tokens
     rows = [[Rows(most, ranks, folder, count) for _ in range(2)] for count in range(len(models), 0, -1)]
     known: list[_Known] = []
     with ExitStack() as inside:

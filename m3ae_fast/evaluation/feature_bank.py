@@ -83,7 +83,7 @@ class FeatureBank:
         return replace(self, keys=keys, labels_N=labels_N, grids=grids, own_R=own_R[kept], at_R=at_R[kept])
 
     def layer(self, number: int) -> FeatureBank:
-        """Return a bank of the features of one of several layers, or pairs of a layer and a pooling, counted from 0."""
+        """Return a bank of the features of one layer, or of one pair of a layer and a pooling, given its index."""
         patches_SLD = None if self.patches_SLD is None else self.patches_SLD[:, number]
         return replace(self, stored_SD=self.stored_SD[:, number], patches_SLD=patches_SLD)
 
@@ -103,8 +103,8 @@ class FeatureBank:
         return replace(alone, stored_SD=self.complete(self.features_RD), patches_SLD=patches_NLD)
 
     def complete(self, values_R: Tensor) -> Tensor:
-        """Gather values for the samples of each rank, [R, ...], and return those of all samples on the CPU of every
-        rank, [N, ...]. Every rank must call it."""
+        """Gather values for the samples of each rank, [R, ...], and return the values of all samples on the CPU of
+        every rank, [N, ...]. Every rank must call it."""
         own = self.own, values_R.cpu()
         return _in_order(self.ranks.gather(own) if self.ranks else [own])
 
@@ -187,7 +187,7 @@ class Rows:
 
     def _allocated(self, like: Tensor) -> Tensor:
         shape, ranks = (self._most, *like.shape[1:]), self._ranks
-        # host memory is taken only when rows are written, so later tensors would also find it free
+        # host memory is taken only when rows are written: until then, it would seem to be free for later tensors too
         needed = math.prod(shape) * like.element_size() * self._to_come
         place = storage(needed, ranks.device, len(ranks.of_node), self._folder)
         if place != "file":

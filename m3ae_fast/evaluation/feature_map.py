@@ -61,8 +61,8 @@ def draw_feature_map(
         device: as in `join_ranks`.
 
     Raises:
-        UserError: there are fewer than 4 samples, or the models cannot read the same samples; and as `open_model` and
-            `encode_corpus` do.
+        UserError: there are fewer than 4 samples, the models cannot read the same samples, or `open_model` or
+            `encode_corpus` raises it.
     """
     with join_ranks(device) as ranks:
         opened = (open_model(name, text=False).to(ranks.device) for name in models)

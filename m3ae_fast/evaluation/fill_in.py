@@ -46,7 +46,7 @@ def fill(
     """Return the most probable tokens for each [MASK] in a caption, and plot the completed image if `out` is given.
 
     Args:
-        model: name of a model, see `model_name.MODEL_HELP`.
+        model: name of a model; see `model_name.MODEL_HELP`.
         image: image file, of which the central square is used, or the whole image if the model is native.
         text: caption; each [MASK] stands for one token.
         out: .png file for a figure with the image, its visible patches and the completion; None: no figure.

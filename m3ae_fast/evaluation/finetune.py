@@ -99,7 +99,7 @@ class FineTuningTask(LabelledTask):
         return trainer.to_evaluate(self.settings.eval_every or self._default_period(trainer), "val_top1")
 
     def _default_period(self, trainer: Trainer) -> int:
-        """Return the default number of steps between evaluations, with which a stopped run has an intermediate result
+        """Return the default number of steps between evaluations. With it, a stopped run has an intermediate result,
         and evaluations take only a small part of the time. Per sample, an evaluation takes a third of the time of a
         training step."""
         schedule = trainer.schedule
@@ -140,8 +140,8 @@ class FineTuningTask(LabelledTask):
 
     @contextmanager
     def _inference(self, device: torch.device) -> Iterator[Callable[[PackedBatch], Tensor]]:
-        """Yield a function from a batch to its logits, as a context manager. It uses the averaged weights if there are
-        any."""
+        """Yield a function that maps a batch to its logits, as a context manager. It uses the averaged weights if there
+        are any."""
         if self.averaged is None:
             yield self.engine.evaluate
             return

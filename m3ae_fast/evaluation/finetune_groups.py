@@ -29,7 +29,7 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Return the parameter groups of AdamW for a Classifier, see `scaled_groups`. Only weight matrices have weight
+    """Return the parameter groups of AdamW for a Classifier; see `scaled_groups`. Only weight matrices have weight
     decay. `layer_decay`: factor between the learning rates of a layer and of the layer above."""
 
     def is_matrix(name: str, p: nn.Parameter) -> bool:

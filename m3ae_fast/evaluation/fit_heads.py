@@ -40,7 +40,7 @@ class HeadBatch(NamedTuple):
     """This rank's part of a step."""
 
     inputs: Mapping[Input, Tensor]  # features [S, D], or patch tokens [S, L, D]
-    targets: Tensor  # class ids [S], or how often each class counts [S, K]
+    targets: Tensor  # class ids [S], or the count of each class [S, K]
     samples: int  # number of samples of the step, over all ranks
 
 
@@ -85,7 +85,7 @@ class Stack:
 
         Args:
             x: features [S, D], or patch tokens [S, L, D].
-            targets: class ids [S], or how often each class counts [S, K]; see `losses`.
+            targets: class ids [S], or the count of each class [S, K]; see `losses`.
             samples: number of samples of the step, over all ranks.
             lr: learning rate of the schedule.
         """
@@ -148,7 +148,7 @@ def fit_heads(
     Args:
         batches: this rank's part of each step.
         stacks: heads by the features that they read; they are in evaluation mode afterwards.
-        lr: function from a step to its learning rate, which is multiplied by the scale of each head.
+        lr: function that maps a step to its learning rate, which is multiplied by the scale of each head.
         steps: number of steps.
         title: description of the training for the progress display and for `live`.
         ranks: ranks between which each step is split.
@@ -206,20 +206,21 @@ def verdicts(totals_3H: Tensor, samples: int, ranks: Ranks | None) -> list[tuple
 
 
 def _logits(heads: Heads, bank: FeatureBank) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of this rank's samples with their logits [S, H, K], at least once, even if there are no samples."""
+    """Yield slices of this rank's samples with their logits [S, H, K]; if there are no samples, yield one empty
+    slice."""
     for start in range(0, max(len(bank.own), 1), _AT_A_TIME):
         part = slice(start, start + _AT_A_TIME)
         yield part, heads(bank.take(part).to(heads.linear.bias.device).float())
 
 
 def losses(logits_SHK: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each sample and head the cross entropy, whether the prediction is correct (1 or 0), and whether a
+    """Return, for each sample and head, the cross entropy, whether the prediction is correct (1 or 0), and whether a
     logit is not finite (1 or 0): float32 [S, H] each.
 
     Args:
         logits_SHK: the logits.
-        targets: class ids, int64 [S]; or how often each class counts in a sample, float32 [S, K], such as the pixels of
-            a patch. The second result is then how often the predicted class counts.
+        targets: class ids, int64 [S]; or the count of each class in a sample, float32 [S, K], such as the number of
+            pixels of a patch that belong to the class. The second result is then the count of the predicted class.
     """
     samples, heads, _ = logits_SHK.shape
     targets = targets[:, None].expand(samples, heads, *targets.shape[1:])

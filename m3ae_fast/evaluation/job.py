@@ -72,7 +72,7 @@ class Job:
     is_last: bool = True  # whether the program ends with this task, so that a stopped task reports its partial result
     classes: Classes = ()  # labels by class id; see `open_labelled`
     names: list[str] = field(default_factory=list)  # names of the classes in figures
-    pictures: list[Callable[[], None]] = field(default_factory=list)  # functions that plot figures after the end
+    pictures: list[Callable[[], None]] = field(default_factory=list)  # functions that plot figures after the task
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.heartbeats, _ = self.session

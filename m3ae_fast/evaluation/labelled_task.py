@@ -45,7 +45,7 @@ class ClassLosses(NamedTuple):
 
 @dataclass(kw_only=True)
 class LabelledTask(ABC):
-    """A trainer's task of classification, which stores the predictions of the last evaluation."""
+    """A classification task of the trainer, which stores the predictions of the last evaluation."""
 
     job: Job
     settings: LinearProbeConfig | FineTuneConfig

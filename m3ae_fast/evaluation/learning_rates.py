@@ -13,7 +13,7 @@ from typing import NamedTuple
 from m3ae_fast.evaluation.encoding import key_digest
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 
-FACTORS = (0.01, 0.03, 0.1, 0.3, 1, 3)  # the learning rates that are tried, as multiples of the recipe's
+FACTORS = (0.01, 0.03, 0.1, 0.3, 1, 3)  # candidate learning rates, as multiples of the recipe's learning rate
 
 
 class RateTrial(NamedTuple):

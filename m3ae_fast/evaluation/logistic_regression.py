@@ -5,7 +5,7 @@ for zero weights from the covariance of the features, so that few iterations are
 losses and gradients of its own samples, and all ranks take the same steps.
 
 Shapes: N samples, R of them on this rank, B of them at a time, D width, P = D + 1 weights of a class, the last of which
-is its bias, K classes, H strengths, A of them that are still optimised, M pairs in the memory.
+is its bias, K classes, H strengths, A of which are still optimised, M pairs in the memory.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class _Objective:
     fixed_K: Tensor  # bool: whether the weights of a class are not optimised
 
     def __call__(self, weight_AKP: Tensor, which_A: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the values, float64 [A], and the gradients, float64 [A, K, P], of the strengths `which_A`."""
+        """Return the values, float64 [A], and the gradients, float64 [A, K, P], for the strengths `which_A`."""
         strengths, classes, _ = weight_AKP.shape
         weight_KD, bias_K = weight_AKP[..., :-1].flatten(0, 1).float(), weight_AKP[..., -1].flatten().float()
         found = weight_AKP.new_zeros(strengths * (1 + weight_AKP[0].numel()))

@@ -30,8 +30,7 @@ _RESAMPLES = 200  # number of bootstrap samples
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task and return its result. Raises UserError if a sample has no list of labels, and as `Job.open`
-    does."""
+    """Run the task and return its result. Raises UserError if a sample has no list of labels, or if `Job.open` does."""
     config, knn = job.config.multilabel, job.config.knn
     job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train = _open(job, job.config.data.train, None)
@@ -93,7 +92,7 @@ def measured(
         raise UserError("--val: no sample that can be read has a label of a training sample that can be read")
     samples = len(truth_MC)
     weights_BM = bootstrap_weights(samples, _RESAMPLES, seed)
-    weights_BM = weights_BM[(weights_BM @ truth_MC[:, counted]).any(1)]  # others have no sample of any class
+    weights_BM = weights_BM[(weights_BM @ truth_MC[:, counted]).any(1)]  # the rest have no sample of any class
     of_class = {
         name: np.array([average_precisions(truth_MC[:, c], scores_MC[:, c], weights_BM) for c in counted])
         for name, scores_MC in scores.items()

@@ -110,7 +110,7 @@ def _runs(path: Path) -> Encode:
 def _encode(
     corpus: Corpus, transfer: EvaluationConfig, config: ModelConfig, encoders: dict[str, Encode]
 ) -> tuple[dict[str, FeatureBank], dict[str, float]]:
-    """Return the features of the central squares, and the encoding time in seconds, both by encoder."""
+    """Return, for each encoder, the features of the central squares and the encoding time in seconds."""
     preparation = Preparation(Geometry.of(config), UNMASKED, None, seed=0)
     loader = eval_loader(transfer.data, corpus, preparation, Share(transfer.encode.batch))
     features: dict[str, list[Tensor]] = {name: [] for name in encoders}

@@ -1,5 +1,5 @@
-"""Out-of-distribution detection: the separation of --ood from --val samples by scores, computed from the features of a
-frozen encoder or of a fine-tuned classifier.
+"""Out-of-distribution detection: how well scores separate the samples of --ood from those of --val. The scores are
+computed from the features of a frozen encoder or of a fine-tuned classifier.
 
 There are four scores, which are higher for samples that look in-distribution:
 
@@ -63,7 +63,7 @@ def auroc_and_fpr(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float
 
 def precision_recall_areas(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
     """Return the areas under two precision-recall curves (average precisions): with in-distribution samples as
-    positives, and with out-of-distribution samples as positives, which have low scores. Unlike the area under the ROC
+    positives, and with out-of-distribution samples, which have low scores, as positives. Unlike the area under the ROC
     curve, both areas depend on the numbers of samples: for an uninformative score, the area is the fraction of
     positives."""
     from sklearn.metrics import average_precision_score
@@ -94,8 +94,8 @@ def auroc_interval(inside: np.ndarray, outside: np.ndarray, seed: int) -> tuple[
 
 
 class Scores:
-    """The four scores, which are fitted to training features. Every rank must create and call it; no rank gathers the
-    features of other ranks.
+    """The four scores, which are fitted to training features. Every rank must create and call this object; no rank
+    gathers the features of other ranks.
 
     Args:
         bank: features of the training samples, with labels.
@@ -125,7 +125,7 @@ class Scores:
 
 
 def _read(head: Callable[[Tensor], Tensor]) -> Callable[[FeatureBank], Tensor]:
-    """Return a function from features of samples to their logits."""
+    """Return a function that maps features of samples to their logits."""
     return torch.no_grad()(lambda queries: head(queries.features_RD))
 
 
@@ -172,7 +172,7 @@ def _normal_distributions(bank: FeatureBank, ids_R: Tensor, classes: int) -> tup
 
 def run(job: Job) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if the classifier has different classes or reads different
-    features, and as `Job.open_labelled` does."""
+    features, or if `Job.open_labelled` does."""
     if isinstance(job.model, Classifier):
         _check_pool(job.model, job.config.encode)
     labelled, held_out, classes = job.open_labelled()
@@ -259,7 +259,7 @@ def _check_classes(classifier: Classifier, classes: Classes) -> None:
 
 
 def _check_pool(classifier: Classifier, encode: EncodeConfig) -> None:
-    """Raise UserError if a pooling is set that differs from that of the features that the classifier's head reads."""
+    """Raise UserError if `encode.pool` is set to a pooling with which the classifier's head was not trained."""
     own = classifier.config.pool
     if "pool" in encode.model_fields_set and encode.pool != own:
         raise UserError(

@@ -89,8 +89,8 @@ class Predictions:
 
 
 def stacked(parts: Iterable[tuple[Predictions, Mapping[str, Any]]], classes: Classes) -> dict[str, list[Any]]:
-    """Return one table with several predictions. The columns of each mapping identify the predictions that belong to
-    it."""
+    """Return one table with several predictions. Each mapping contains the additional columns that identify its
+    predictions."""
     columns: dict[str, list[Any]] = {}
     for predictions, which in parts:
         same = {name: [value] * len(predictions.keys) for name, value in which.items()}

@@ -267,9 +267,10 @@ def encode_kinds(
 
 
 def trains_online(job: Job, layers: Sequence[int], corpora: Sequence[Corpus], name: str = "") -> bool:
-    """Return whether attentive probes at these layers are trained online, without storing patch tokens: as set by
-    `attentive.online`. If this is null, they are trained online if the tokens do not fit into memory. Print the
-    required memory. Every rank must call it, and gets the same result. `name`: prefix of the printed line."""
+    """Return whether attentive probes at these layers are trained online, without storing patch tokens. The setting
+    `attentive.online` determines this; if it is null, the probes are trained online if the tokens do not fit into
+    memory. Print the required memory. Every rank must call it, and gets the same result. `name`: prefix of the printed
+    line."""
     model, ranks, online = job.model.config, job.ranks, job.config.attentive.online
     samples = sum(corpus.samples for corpus in corpora)
     needed = 2 * samples * len(layers) * model.most_patches * model.emb_dim  # float16
@@ -287,8 +288,8 @@ def trains_online(job: Job, layers: Sequence[int], corpora: Sequence[Corpus], na
 
 def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> FeatureBank:
     """Return a bank with `shots` samples of each class, which are selected by a hash of the draw's number and of their
-    keys. The samples for fewer shots are a subset of those for more. Raises UserError if a class has too few
-    samples."""
+    keys. The samples for a smaller number of shots are a subset of the samples for a larger number. Raises UserError if
+    a class has too few samples."""
     labels = bank.labels.tolist()
     order = sorted(range(len(labels)), key=lambda row: key_digest(bank.keys[row], f"{draw}/"))
     taken: dict[int, list[int]] = {number: [] for number in range(len(classes))}

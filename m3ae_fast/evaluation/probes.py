@@ -150,7 +150,7 @@ class Trained(NamedTuple):
 
 def train_heads(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, Trained]:
     """Train a head on each bank, all in one pass. If the recipe has several learning rates, one of them is chosen for
-    each head, see `try_rates`. Every rank must call it."""
+    each head; see `try_rates`. Every rank must call it."""
     rates = dict.fromkeys(banks, next(iter(recipe.scales)))
     tried: dict[Input, list[RateTrial]] = {name: [] for name in banks}
     if len(recipe.scales) > 1:

@@ -19,8 +19,8 @@ _SAME = 1e-12  # largest difference between values that differ only by rounding
 
 
 def bootstrap_weights(samples: int, resamples: int, seed: int) -> np.ndarray:
-    """Return the weights of the samples for the original samples and for bootstrap samples: int64 [1 + resamples,
-    samples]."""
+    """Return the weights of the samples, int64 [1 + resamples, samples]: 1 in the first row, for the original samples,
+    and the weights of a bootstrap sample in each further row."""
     drawn = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=resamples)
     return np.concatenate((np.ones((1, samples), np.int64), drawn))
 
@@ -38,8 +38,8 @@ class Resampled:
 
     @property
     def varies(self) -> bool:
-        """Return whether the metric differs between bootstrap samples. It does not if there is only one sample, and its
-        standard error cannot be estimated then."""
+        """Return whether the metric differs between bootstrap samples. With only one sample, it does not differ, and
+        its standard error cannot be estimated."""
         return len(self.values_B) > 2 and bool(np.ptp(self.values_B[1:]) > _SAME)
 
     def entries(self, name: str) -> dict[str, float]:

@@ -256,7 +256,7 @@ def pgd(
     1706.06083) within the L-infinity ball of radius `epsilon`.
 
     Args:
-        logits_of: differentiable function from images to logits [S, K].
+        logits_of: differentiable function that maps images to logits [S, K].
         images_SCHW: images in [0, 1]; the result is also in [0, 1].
         labels_S: class ids.
         start_SCHW: values in [-1, 1]; the attack starts at images + epsilon * start.

@@ -171,7 +171,7 @@ def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
         }
         try:
             sentences = [*own.values(), *in_words(path.parent, model, others)]
-        except UserError:  # predictions are missing, or on different samples
+        except UserError:  # predictions are missing or belong to different samples
             sentences = [*own.values(), *(str(result[name]) for name in ("verdict",) if name in result)]
         if sentences:
             yield f"<p>{'<br>'.join(escape(f'{task}: {words}.') for words in sentences)}</p>"
@@ -181,7 +181,7 @@ def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
 
 
 def _per_class(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
-    """Yield a collapsed table of the metric of each class, lowest first, for each result that has one."""
+    """Yield a collapsed table of the metrics of the classes, lowest first, for each result that contains them."""
     for path, result in found:
         if not isinstance(rows := result.get("per_class"), list):
             continue

@@ -45,7 +45,7 @@ _RESAMPLES = 1000  # number of bootstrap samples
 _QUERIES, _PREDICTED = (
     1024,
     16,
-)  # at a time: patches whose neighbours are searched, and images that are predicted
+)  # numbers of patches whose neighbours are searched, and of images that are predicted, at a time
 _WARM_UP = 0.1  # fraction of the steps that belong to the warm-up
 
 
@@ -57,7 +57,7 @@ class Images(NamedTuple):
 
     @property
     def side(self) -> int:
-        """Return the number of rows, and of columns, of patches."""
+        """Return the number of rows of patches, which is also the number of columns."""
         return math.isqrt(self.bank.stored_SD.shape[1])
 
 
@@ -275,7 +275,7 @@ def upsampled(scores_BLC: Tensor, side: int, size: int) -> Tensor:
 
 
 def count(predicted_BSS: Tensor, masks_BSS: Tensor, classes: int, ignored: int | None) -> Tensor:
-    """Return the three numbers of pixels in `Counts` for each image and class, int64 [B, 3, C]."""
+    """Return the three pixel counts of `Counts` for each image and class, int64 [B, 3, C]."""
     found = []
     for predicted_SS, mask_SS in zip(predicted_BSS, masks_BSS):
         seen = torch.ones_like(mask_SS, dtype=torch.bool) if ignored is None else mask_SS != ignored

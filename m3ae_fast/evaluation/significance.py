@@ -107,9 +107,9 @@ def difference(first_N: np.ndarray, second_N: np.ndarray, seed: int = 0) -> Diff
     """Return the difference between two classifiers on the same samples.
 
     Args:
-        first_N, second_N: whether each sample is classified correctly, bool; or the fraction of seeds with which it is.
-            For McNemar's test, fractions above one half count as correct, and samples with fractions of exactly one
-            half are excluded.
+        first_N, second_N: whether each sample is classified correctly, bool; or the fraction of seeds with which it is
+            classified correctly. For McNemar's test, fractions above one half count as correct, and samples with
+            fractions of exactly one half are excluded.
         seed: random seed of the bootstrap.
     """
     apart_N = first_N.astype(np.float64) - second_N.astype(np.float64)

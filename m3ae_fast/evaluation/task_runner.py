@@ -54,7 +54,7 @@ def evaluate(
     Args:
         task: "knn", "logistic", "linear", "attentive", "compare", "multilabel", "segment", "finetune", "robustness",
             "ood" or "retrieval"; see `TASKS`.
-        model: name of a model, see `model_name.MODEL_HELP`. For robustness, the folder of a classifier; ood also
+        model: name of a model; see `model_name.MODEL_HELP`. For robustness, the folder of a classifier; ood also
             accepts one. For compare, one or several models.
         val: held-out shards: paths, brace patterns, globs, URLs or pipe: commands.
         out: folder for the result, which must not contain a result.
@@ -74,12 +74,12 @@ def evaluate(
             too, in the same pass over the images. They are left out in any case if `model` is one of them, if the
             encoder sees captions, and with `layers`, `pools` or `shots`.
         ood: for ood: shards of out-of-distribution samples by the name of their set.
-        corrupted: for robustness: folder of published corruptions as shards, CORRUPTION/SEVERITY/*.tar, which replace
-            those of robustness.corruptions.
+        corrupted: for robustness: folder of published corrupted images as shards, CORRUPTION/SEVERITY/*.tar, which
+            replace the corruptions of robustness.corruptions.
         overrides: overrides "section.key=value" of settings, which are listed in docs/evaluation-config.md.
-        device: "cpu" or "cuda", which is one GPU per rank; None: a GPU if there is one, otherwise the CPU.
-        session: session of a program that continues afterwards, whose device is used; None: the ranks that were started
-            with this process are joined.
+        device: "cpu" or "cuda" (one GPU per rank); None: a GPU if there is one, otherwise the CPU.
+        session: for a program that continues after the evaluation: its session, whose device is used; None: the ranks
+            that were started with this process are joined.
 
     Returns:
         The content of result.json; None if the task was stopped before its end.

@@ -1,4 +1,4 @@
-"""The evaluation tasks and their options. Does not import torch, so that `--help` is fast.
+"""The evaluation tasks and their options. This module does not import torch, so that `--help` is fast.
 
 A new task needs an entry in `TASKS`, a module in this package with a function `run(job)`, and a section of
 EvaluationConfig if it has settings. A new frozen probe also needs an entry in `PROBES` of `probes.py`, and its name in
@@ -78,7 +78,7 @@ TASKS = {
         sections=("encode", "linear"),
     ),
     "attentive": Task(
-        "train a query that pools the frozen patch tokens, and a linear classifier",
+        "train a linear classifier and a query that pools the frozen patch tokens",
         modality="image",
         surveys=True,
         sections=("encode", "attentive"),

@@ -74,8 +74,8 @@ KINDS: dict[str, tuple[Corrupt, tuple]] = {
     "fog": (weather.fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))),
     "brightness": (weather.brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
     "contrast": (digital.contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
-    # Severities 1 and 2 shift and bend the whole image, 3 to 5 add fine ripples. The paper's code gives these lengths
-    # as multiples of 244.
+    # Severities 1 and 2 shift and bend the whole image; severities 3 to 5 add fine ripples. The paper's code gives
+    # these lengths as multiples of 244.
     "elastic": (
         digital.elastic,
         ((488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)),
@@ -95,6 +95,6 @@ KINDS: dict[str, tuple[Corrupt, tuple]] = {
             (0.67, 0.4, 1, 0.65, 1.5, True),
         ),
     ),
-    # severities 1 and 2 reduce the saturation, 3 to 5 increase it
+    # severities 1 and 2 reduce the saturation; severities 3 to 5 increase it
     "saturate": (digital.saturate, ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))),
 }

@@ -69,8 +69,8 @@ def motion_blur(x: np.ndarray, parameters: tuple[int, float], rng: np.random.Gen
 
 
 def trail(x: np.ndarray, radius: int, sigma: float, degrees: float, scale: float = 1.0) -> np.ndarray:
-    """Return the image blurred like ImageMagick's motion blur: with one half of a Gaussian over 2 * radius + 1 steps of
-    `scale` pixels in the direction `degrees`; edges are repeated."""
+    """Return the image blurred as by ImageMagick's motion blur: with one half of a Gaussian over 2 * radius + 1 steps
+    of `scale` pixels in the direction `degrees`; edges are repeated."""
     steps, angle = np.arange(2 * radius + 1), math.radians(degrees)
     weights = np.exp(-(steps**2) / (2 * sigma**2))
     downs, rights = (np.ceil(steps * scale * way - 0.5).astype(int) for way in (math.sin(angle), math.cos(angle)))

@@ -47,8 +47,8 @@ def elastic(x: np.ndarray, parameters: tuple[float, float, float], rng: np.rando
 
 
 def _smooth(x: np.ndarray, sigma: float) -> np.ndarray:
-    """Return planes [..., n, n], mirrored at their edges, smoothed by a Gaussian. The cost does not depend on
-    `sigma`."""
+    """Return planes [..., n, n] smoothed by a Gaussian. Beyond their edges, the planes are mirrored. The cost does not
+    depend on `sigma`."""
     n = x.shape[-1]
     decay = np.exp(-0.5 * (sigma * np.pi * np.arange(n) / n) ** 2)
     return fft.idctn(fft.dctn(x, axes=(-2, -1)) * np.outer(decay, decay), axes=(-2, -1))

@@ -28,7 +28,7 @@ def brightness(x: np.ndarray, added: float, _: Any) -> np.ndarray:
 
 def fog(x: np.ndarray, parameters: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
     """Return the image with clouds added, rescaled such that the maximum value is unchanged. `parameters`: amount of
-    clouds, and `decay` of `plasma`."""
+    clouds, and the argument `decay` of `plasma`."""
     amount, decay = parameters
     clouds = resized(plasma(decay, rng), x.shape[0])[..., None]
     return (x + amount * clouds) * x.max() / (x.max() + amount) if x.any() else x
@@ -94,7 +94,7 @@ def _grow(
 
 
 def snow(x: np.ndarray, parameters: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """Return the image whitened, with two layers of snowflakes with motion trails."""
+    """Return the whitened image, to which two layers of snowflakes with motion trails are added."""
     mean, deviation, zoom, threshold, radius, sigma, kept = parameters
     flakes = zoomed(rng.normal(mean, deviation, (STANDARD, STANDARD, 1)), zoom)
     flakes = np.where(flakes < threshold, 0, flakes).clip(0, 1)
