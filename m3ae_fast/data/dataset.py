@@ -38,8 +38,8 @@ Transform = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Augment:
-    """Settings of the augmentation: the range of the area fraction of RandomResizedCrop, and whether to flip half of
-    the images horizontally."""
+    """Settings of the augmentation: the smallest and largest fraction of the image area for RandomResizedCrop, and
+    whether to flip half of the images horizontally."""
 
     crop_scale: tuple[float, float]
     flip: bool

@@ -130,8 +130,8 @@ def index_shards(
     shards: Sequence[str], store: ShardStore, progress: bool = False, lost: list[Skipped] | None = None
 ) -> list[IndexedShard]:
     """Return the entries of all shards in order. If a shard has no valid sidecar, one process per node indexes it while
-    the other processes wait. Shards that cannot be read or downloaded are appended to `lost`; if `lost` is None, the
-    first of them raises UserError. Raises UserError if an index cannot be written."""
+    the other processes wait. Shards that cannot be read or downloaded are appended to `lost`; if `lost` is None,
+    UserError is raised for the first such shard. UserError is also raised if an index cannot be written."""
 
     def find(shard: str) -> IndexedShard | Skipped:
         try:

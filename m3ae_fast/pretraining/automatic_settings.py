@@ -179,7 +179,7 @@ def continues(overrides: Sequence[str]) -> bool:
 
 
 def peak_rate(batch: int, width: int, factor: float = 1.0) -> float:
-    """Return the default of `optim.peak_lr`, which refers to a batch of 256, times `factor`. `batch`: samples per step;
+    """Return `factor` times the default of `optim.peak_lr`, which refers to a batch of 256. `batch`: samples per step;
     `width`: width of the encoder."""
     rate = factor * _RATE * math.sqrt(batch / _OF_BATCH) * (_RATE_OF_NARROW if width < 384 else 1)
     return float(f"{rate * 256 / batch:.3g}")

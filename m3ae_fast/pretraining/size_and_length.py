@@ -40,7 +40,7 @@ class Plan:
 
     config: Config
     lines: list[str]
-    warning: str = ""  # warning that the time is too short to learn much
+    warning: str = ""  # warning that the available time is too short to learn much
 
 
 class Budget:

@@ -188,7 +188,7 @@ def _samples(shared: dict[str, set[int]]) -> str:
 
 def _made(source: Records, name: str, out: Path, notes: list[str], image_range: Range | None) -> Shards:
     """Create the shards that are missing in the run folder, and return all shards. If the source has changed since
-    shards were created, these are replaced. Raises UserError if training has already begun with them."""
+    shards were created, all shards are replaced. Raises UserError if training has already begun with the old shards."""
     folder, before = out / SHARDS, _manifest(out / SHARDS)
     parts = parts_of(source, _uses(source))
     image_range = image_range or range_of([kind for part in parts for kind in part.kinds])

@@ -256,8 +256,8 @@ def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessG
 
 
 def _lasting(store: dist.Store, rank: int, gather: Callable[[int], list[int]]) -> dist.Store:
-    """Return a store hosted by a rank: torchrun's store ends with its agent, after which the ranks still have to
-    save."""
+    """Return a store that does not depend on the launcher. It is hosted by a rank if torchrun's agent hosts `store`,
+    because the ranks still have to save after the agent has ended."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
     own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None

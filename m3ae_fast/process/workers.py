@@ -138,7 +138,7 @@ def signals_blocked() -> Iterator[None]:
 def start_worker(worker: int) -> None:
     """Ignore signals sent to the whole process group. They are meant for the main process, which may save first.
 
-    A worker killed by such a signal would make the main process fail. `Loader` has blocked all of them already.
+    If such a signal killed a worker, the main process would fail. `Loader` has already blocked these signals.
     """
     signal.set_wakeup_fd(-1)  # inherited from the main process
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
@@ -152,11 +152,11 @@ def _send_error(queue: Queue[Any], error: Exception, unsent: object) -> None:
     """Replace a batch that cannot be sent by the error, which the DataLoader raises in the main process. Otherwise, the
     queue would drop the batch, and the main process would wait for it forever."""
     try:
-        number, _ = cast("tuple[int, Any]", unsent)  # already pickled bytes if the pipe is lost
+        number, _ = cast("tuple[int, Any]", unsent)  # fails if the pipe is lost: `unsent` is then already pickled
         info = torch.utils.data.get_worker_info()
         where = f"{IN_WORKER} {info.id if info else '?'}"
         queue.put((number, ExceptionWrapper((type(error), error, error.__traceback__), where)))
-    except BaseException:  # there is no memory to send the error either
+    except BaseException:  # the error cannot be sent either, for example for lack of memory
         os._exit(1)
 
 

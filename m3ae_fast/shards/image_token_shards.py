@@ -46,7 +46,7 @@ QUALITY = 95  # quality of the crops' JPEGs; ids are computed from the decoded J
 
 @dataclass(eq=False)
 class Crops(Records):
-    """Records of crops of the images in shards, with their token ids."""
+    """Records that contain crops of the images in shards, and the token ids of the crops."""
 
     shards: list[str]
     store: ShardStore  # cache for remote shards

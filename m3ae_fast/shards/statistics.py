@@ -35,7 +35,7 @@ from m3ae_fast.images.image_kind import kind_of
 
 _QUANTILES = (0, 0.05, 0.5, 0.95, 1)  # quantiles of a distribution that are shown
 _LONGEST = 1 << 16  # maximum length of a caption in tokens
-_SHOWN = 5  # number of labels, and of reasons for unreadable samples, that are shown
+_SHOWN = 5  # maximum numbers of labels and of reasons for unreadable samples that are shown
 
 
 def stats(
@@ -241,7 +241,7 @@ def collect(
     labels: str,
     dtype: str = "uint8",
 ) -> Statistics:
-    """Return statistics of `samples` random samples of the dataset, which are chosen by `seed`. Lengths of captions are
+    """Return statistics of `samples` random samples of the dataset; `seed` determines the choice. Caption lengths are
     counted in tokens of the tokenizer or, without a tokenizer, in words. `labels`: as `field` of `read_labels`. Raises
     UserError if a shard or a label cannot be read."""
     found = Statistics(corpus.samples, channels, dtype, image_range, "tokens" if tokenizer else "words")

@@ -29,9 +29,9 @@ class RunAttention:
     def choose(self, samples: int, known: Names | None = None) -> tuple[Names, dict[str, dict[str, float]]]:
         """Benchmark the installed kernels on a micro-batch of `samples`. Return the name of the fastest kernel for the
         encoder and for the decoder, and the milliseconds of each kernel that works. `known` kernels are returned
-        without a benchmark if they work on this machine. The result is empty if no timing is needed: on a CPU, or if
-        M3AE_KERNELS_IMPL is set. Call this method on one rank only, so that all ranks use the same kernels, and pass
-        the result to `use_kernels` on every rank."""
+        without a benchmark if they work on this machine. The result is empty if no timing is needed: on a CPU, with
+        dropout in attention, or if M3AE_KERNELS_IMPL is set. Call this method on one rank only, so that all ranks use
+        the same kernels, and pass the result to `use_kernels` on every rank."""
         names: Names = {}
         times: dict[str, dict[str, float]] = {}
         if self.device.type != "cuda" or asked_impl("auto") != "auto" or self.config.att_drop:
@@ -52,8 +52,8 @@ class RunAttention:
             cuda.use_kernel(self.device, self.dtype, *sizes[part], name)
 
     def describe(self) -> str:
-        """Return the names of the kernels of encoder and decoder. On CUDA, a kernel that is not set is determined by
-        trying it."""
+        """Return the names of the kernels of encoder and decoder. On CUDA, a kernel that is not set is chosen by a
+        benchmark."""
         if self.config.att_drop:
             return "padded SDPA"
         impl = asked_impl("auto")

@@ -31,8 +31,8 @@ class Diagnostic(NamedTuple):
 
 
 def diagnose(metrics: Metrics, config: Mapping[str, Any] | None = None) -> list[Diagnostic]:
-    """Return the diagnostics, the most severe first; empty if there are none. `config`: the run's sections, if known,
-    so that settings that are already in use are not suggested."""
+    """Return the diagnostics, the most severe first; empty if there are none. `config`: the sections of the run's
+    config, if known; settings that are already in use are not suggested."""
     config = config or {}
     learning = [few] if (few := _few_steps(metrics)) else [_collapse(metrics, config), *_learning(metrics)]
     return [diagnostic for diagnostic in (*learning, _data(metrics, config)) if diagnostic]

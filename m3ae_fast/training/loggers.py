@@ -47,10 +47,11 @@ class TensorBoard:
 
 
 class WandB:
-    """Logger to a run of Weights & Biases. Its id is stored in the run folder, so that a resumed run continues the same
-    log.
+    """Logger that writes to Weights & Biases. The id of the log is stored in the run folder, so that a resumed run
+    continues the same log.
 
-    Project, entity and mode come from WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE ("offline" requires no account).
+    The environment variables WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE set the project, the entity and the mode
+    ("offline" requires no account).
     """
 
     def __init__(self, folder: Path, start_step: int, config: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ class MetricsLine:
             losses: the losses of this rank's micro-batches in the last step.
             grad_norm: global gradient norm of the last step, before clipping.
             lr: learning rate of the last step.
-            epoch: number of epochs taken.
+            epoch: number of epochs so far.
             skipped: number of samples so far that could not be used.
         """
         world, rates = self.ranks.world, self.throughput.rates()

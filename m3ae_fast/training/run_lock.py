@@ -106,7 +106,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the locks, and remove the folder if it was created here and is otherwise empty."""
+        """Release the locks, and remove the folder if this object created it and it is otherwise empty."""
         # If the folder was removed in the meantime, only the error that ends the run is reported.
         with contextlib.suppress(OSError):
             if self._made and os.listdir(self.path) == [LOCK_FILE]:

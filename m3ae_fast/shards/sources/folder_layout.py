@@ -25,8 +25,8 @@ _SHOWN = 5  # number of names in a message
 
 
 def split_of_folder(name: str) -> str | None:
-    """Return the split of a folder whose letters form the name of a split, such as Val or train2017; None for other
-    names."""
+    """Return the split of a folder if the letters in its name form the name of a split, as in Val or train2017;
+    otherwise None."""
     return _FOLDERS.get("".join(filter(str.isalpha, name)).lower())
 
 
@@ -45,7 +45,7 @@ class Layout:
     names: dict[str, str | None]  # class of the images in each directory
     classes: list[str] | None  # None: the folders are not classes
     notes: list[str] = field(default_factory=list)
-    outside: str | None = None  # a directory with images outside all classes although there are classes
+    outside: str | None = None  # a directory with images outside class folders, although there are class folders
 
 
 def understand(root: str, directories: Collection[str], known: Sequence[str] | None, flat: bool) -> Layout:
