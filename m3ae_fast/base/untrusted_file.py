@@ -29,7 +29,7 @@ def read_json(path: str | Path) -> Any:
 
 def parse_json(text: str) -> Any:
     """Return the content of a JSON text. Raises ValueError if the text is not JSON, is nested too deeply or contains a
-    key twice, because Python's json would silently keep only the last of two equal keys."""
+    key twice. (Python's json would silently keep only the last of two equal keys.)"""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:

@@ -212,8 +212,8 @@ def describe(sections: Sections, stream: Mapping[str, str]) -> dict[str, Any]:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    """Return the defaults of settings by name, because a checkpoint of an earlier version lacks settings that were
-    added later."""
+    """Return the defaults of settings by name. They are used if a checkpoint of an earlier version lacks settings that
+    were added later."""
     sections = {name: section.model_construct() for name, section in _HAVE_DEFAULTS.items()}
     return {
         f"{name}.{key}": value

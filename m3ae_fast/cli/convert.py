@@ -8,8 +8,8 @@ SOURCE is one of
   FOLDER             a run folder, a checkpoint or an export of this program, or a model that timm saved
   OWNER/NAME         any such folder on the Hugging Face Hub
 
-A model in DIR can be loaded and fine-tuned. To continue its pre-training, set model.init_from to DIR, and the model
-sizes to those in its config.json.
+A model in DIR can be loaded and fine-tuned. To continue its pre-training, set model.init_from to DIR, and set the
+model sizes to the values in DIR/config.json.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class ModelConfig(Section):
     """Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA. TIFF and .npy files may have any number of channels,
     such as the spectral bands of a satellite image, or depth as a fourth channel."""
     image_dtype: Literal["uint8", "uint16", "float32"] = "uint8"
-    """Data type of the pixels. Black is 0; white is 255 for uint8, 65,535 for uint16 and 1 for float32. float32
+    """Data type of the pixels. Black is 0; white is 255 for uint8, 65,535 for uint16 and 1 for float32. With float32,
     values may lie outside the range from black to white. `data.range` sets which values of a file are black and
     white."""
     image_mean: Channels = (0.5762, 0.5503, 0.5213)

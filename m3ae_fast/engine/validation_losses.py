@@ -104,7 +104,8 @@ class Baselines:
         prediction, and `val_rankme`. Every rank must call it.
 
         For pixels, the best constant prediction is the mean patch, and its loss is the variance of the patches. For
-        ids, it is the distribution of their frequencies, and its loss is the entropy of the ids.
+        ids, the best constant prediction is the distribution of their frequencies, and its loss is the entropy of the
+        ids.
         """
         counts = torch.tensor([self._patches, self._samples])
         parts = self._moments_2K, self._image_ids, self._text_ids, self._gram_DD, counts

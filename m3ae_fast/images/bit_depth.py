@@ -103,7 +103,7 @@ def as_pixels(lit: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def bands_to_pixels(values: np.ndarray, image_range: Range | None, dtype: str) -> np.ndarray:
-    """Return an array's values as pixels of `dtype`. uint8 values are levels from 0 to 255, regardless of the range.
+    """Return an array's values as pixels of `dtype`. Values of dtype uint8 are levels from 0 to 255 for any range.
     Raises BadSample if no range is set for other dtypes."""
     kind, bits = ("float", 32) if values.dtype == np.float32 else ("unsigned", 8 * values.itemsize)
     depth = Depth(kind, bits)

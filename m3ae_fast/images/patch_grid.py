@@ -39,9 +39,9 @@ class Native:
 
     def grid(self, height: float, width: float, area: float | None = None) -> Grid:
         """Return the patch grid of an image of height x width pixels. The candidates have sides that are rounded up or
-        down from the exact sizes. Of those within the bounds, the grid nearest in aspect ratio and number of patches is
-        chosen. `area`: number of pixels of the whole image, which sets the number of patches of its crops; None: height
-        x width."""
+        down from the exact sizes. Among the candidates within the bounds, the grid nearest in aspect ratio and number
+        of patches is chosen. `area`: number of pixels of the whole image, which sets the number of patches of its
+        crops; None: height x width."""
         patches = min(max((area or height * width) / self.patch_size**2, self.least), self.most)
         patches = min(patches, self.longest**2 * min(height / width, width / height))
         high, wide = (_around(math.sqrt(patches * ratio)) for ratio in (height / width, width / height))

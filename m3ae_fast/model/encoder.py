@@ -146,8 +146,8 @@ class MultimodalEncoder(nn.Module):
 
         Returns:
             Features [S, K, D] for K pairs of a layer and a pooling; all poolings of the first layer come first. The
-                features of the last block equal those of `pooled` bitwise, except that those of the cls token may
-                differ by rounding if there are several poolings.
+                features of the last block are bitwise equal to those of `pooled`, except that the features of the cls
+                token may differ by rounding if there are several poolings.
         """
         cls_rows = batch.encoder.cu_seqlens[:-1]
         only = {*pools} == {"cls"}  # the last block then computes the cls rows only
