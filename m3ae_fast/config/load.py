@@ -73,8 +73,8 @@ def remembered(config: Config) -> dict[str, Any]:
 
 def follow(data: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """Return the config that was stored in `run_dir`, as plain JSON data, with paths adjusted if the run folder has
-    been moved or copied. This is the case if the stored path of the folder is absolute and differs from `run_dir`. The
-    paths of files below the former folder are then replaced, if the files exist in `run_dir`."""
+    been moved or copied. This is the case if the stored path of the folder is absolute and differs from `run_dir`.
+    Paths below the former folder are then replaced by paths in `run_dir` if their first component exists there."""
     run = data["run"] if isinstance(data.get("run"), dict) else {}
     was = run.get("dir")
     if not isinstance(was, str) or not was.startswith("/") or Path(was) == run_dir.resolve():
