@@ -4,10 +4,10 @@
 
 On sm_90, each kernel is compiled at M3AE-Large's size in all dtypes, at all other sizes (head dimensions, bands, masks)
 in bf16, and at the largest head dimension in float32 too. On other architectures, each kernel is compiled in bf16 at
-M3AE-Large's sizes and the largest head dimension, and in float32 if it uses the most registers and shared memory: the
-largest head dimension and the matmuls of images. `--full` compiles every kernel at every size in every dtype, in three
-times the time. The additional cases have the same settings and nearly the same code as the cases that are always
-compiled.
+M3AE-Large's sizes and at the largest head dimension. The cases that use the most registers and shared memory, which are
+the largest head dimension and the matmuls of images, are also compiled in float32. `--full` compiles every kernel at
+every size in every dtype, which takes three times as long. The additional cases have the same settings and nearly the
+same code as the cases that are always compiled.
 
 The program prints one line per kernel, architecture and dtype: registers, spills and local memory, shared memory, and
 the matrix instruction. Nothing is compiled for architectures on which the ops run on torch. The exit code is 1 if a
@@ -39,9 +39,9 @@ REGISTERS = 65536
 # instructions
 MOST_SPILLS = 16
 DTYPES = {"bf16": "16", "fp16": "16", "fp32": "32"}
-# For this architecture, kernels are compiled in every dtype, and at every size in bf16. On the other architectures,
-# fp16 needs the same registers and shared memory as bf16, head dimensions of 80 and 96 the same as 128, to which they
-# are padded, and 13 bands the same as 3, so these cases are not compiled.
+# For this architecture, kernels are compiled in every dtype, and at every size in bf16. On the other architectures, the
+# following cases are not compiled, because they need the same registers and shared memory as other cases: fp16 (as
+# bf16), head dimensions of 80 and 96 (as 128, to which they are padded), and 13 bands (as 3).
 EVERYTHING = ("sm_90",)
 DECODER, WIDEST = 32, 128  # head dimension of M3AE-Large's decoder, and the largest head dimension
 # Architectures that are compiled only on request: they use the settings of sm_89, and the result is the same as for
@@ -268,8 +268,8 @@ def _on_torch(arch: str) -> bool:
 
 
 def _read_nvidia(report: Report, cubin: bytes, matmul: bool) -> str:
-    """Return the assembly, or an empty string if it does not need to be checked, because disassembling takes half of
-    the time for a small kernel."""
+    """Return the assembly. If it does not need to be checked, return an empty string, because disassembling takes half
+    of the time for a small kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -305,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
         choices=SHARED_BYTES,
         default=[arch for arch in SHARED_BYTES if arch not in AS_OTHERS],
         metavar="ARCH",
-        help=f"architectures to compile for, of {', '.join(SHARED_BYTES)} (default: all except {', '.join(AS_OTHERS)})",
+        help=f"architectures to compile for: {', '.join(SHARED_BYTES)} (default: all except {', '.join(AS_OTHERS)})",
     )
     parser.add_argument(
         "--kernel",

@@ -76,8 +76,8 @@ def _best_on_gpu(device: torch.device) -> str:
 
 def compute_dtype(activations: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype of the matmul of `activations` with `weight`: autocast's dtype if autocast is enabled (except
-    for float64, as in torch), otherwise the dtype of the activations, or of the weight if the activations are integers
-    (pixels)."""
+    for float64, as in torch), otherwise the dtype of the activations, or the dtype of the weight if the activations are
+    integers (pixels)."""
     own = activations.dtype if activations.is_floating_point() else weight.dtype
     device = activations.device.type
     if own != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
@@ -86,7 +86,7 @@ def compute_dtype(activations: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:
-    """Return a context that disables autocast, because the ops choose their dtypes themselves."""
+    """Return a context manager that disables autocast, because the ops choose their dtypes themselves."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 

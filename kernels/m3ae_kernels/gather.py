@@ -32,13 +32,13 @@ def gather_tokens(
         rows: [...] int32 or int64, below T. Each row must occur at most once, so that the backward pass is a scatter
             without atomics.
         norm_weight: [D] floating-point, or None for no LayerNorm.
-        norm_bias: [D] floating-point, or None for none.
+        norm_bias: [D] floating-point, or None for no bias.
         eps: added to the (biased) variance.
         impl: "auto", "triton" or "torch".
 
     Returns:
-        [..., D], of the shape of `rows`, in x's dtype, regardless of autocast. Statistics are computed in float32
-        (float64 for float64). Gradients are computed for x and the parameters of the norm.
+        [..., D], where ... is the shape of `rows`, in x's dtype, regardless of autocast. Statistics are computed in
+        float32 (float64 for float64). Gradients are computed for x and the parameters of the norm.
 
     Raises:
         TypeError, ValueError: the dtype, shape or device of the named argument is wrong.
@@ -220,8 +220,8 @@ gather_norm_backward = Op("gather_norm_backward", _norm_gradients, _empty_gradie
 
 
 class GatherNorm(nn.Module):
-    """`gather_tokens` with the LayerNorm that it owns: weight [dim], initialised to one, and bias [dim], initialised to
-    zero."""
+    """A module that applies `gather_tokens` with its own LayerNorm: weight [dim], initialised to one, and bias [dim],
+    initialised to zero."""
 
     def __init__(self, dim: int, *, eps: float = 1e-6, bias: bool = True, impl: str = "auto"):
         super().__init__()
@@ -230,8 +230,7 @@ class GatherNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Return the rows of x [..., dim] with the numbers `rows` [...] (int, distinct), normalised: [..., dim], of the
-        shape of `rows`."""
+        """Return the rows of x [..., dim] with the numbers `rows` [...] (int, distinct), normalised: [..., dim]."""
         return gather_tokens(x, rows, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, impl=self.impl)
 
     def extra_repr(self) -> str:

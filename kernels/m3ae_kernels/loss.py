@@ -65,8 +65,8 @@ def row_weights(
 def unit_weights(weight_M: Tensor) -> tuple[Tensor, Tensor]:
     """Return (row weights divided by the largest magnitude, that magnitude, 0-d).
 
-    The stored gradients are those of the scaled weights, because with weights such as 1e-6 they would underflow in
-    float16.
+    The stored gradients are computed with these scaled weights, because with the original weights, such as 1e-6, the
+    gradients would underflow in float16.
     """
     if not len(weight_M):
         return weight_M.clone(), weight_M.new_ones(())

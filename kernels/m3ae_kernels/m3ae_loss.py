@@ -40,10 +40,10 @@ def head_inputs(
         norm: a `GatherNorm`, or any callable with the arguments (x, rows).
         image_rows: [...] int, distinct rows of x.
         text_rows: [...] int, distinct, and not among the image's rows; None for an image-only model.
-        image_mlp, text_mlp: hidden layers between the norm and a head; None for none.
+        image_mlp, text_mlp: hidden layers between the norm and a head; None for no hidden layers.
 
     Returns:
-        The rows of the image head [..., D], and those of the text head or None.
+        The rows of the image head [..., D], and the rows of the text head, or None without text_rows.
     """
     own_rows = as_rows(image_rows, 0)
     rows = own_rows if text_rows is None else torch.cat((own_rows, as_rows(text_rows, 0)))

@@ -45,17 +45,17 @@ def patch_embed(
             std, or not at all if mean and std are None.
         patch_ids: [...] int32 or int64, image * patches_per_image + patch, patches in row-major order.
         weight: [D, P * P * C] in the order (row, column, channel).
-        bias: [D], or None for none.
+        bias: [D], or None for no bias.
         patch_size: P; H and W are multiples of it.
         mean, std: one number per channel. For integer images, they are in units of the largest value, 255 or 65535; for
             floating-point images, they are in the units of the images, or None.
         impl: "auto", "triton" or "torch".
 
     Returns:
-        [..., D] in the dtype of the matmul: that of autocast if it is enabled (as in torch's Linear), otherwise that of
-            floating-point images, otherwise that of the weight. Gradients are computed for weight, bias, and
-            floating-point images. For the gradient of the weight, the Triton implementation extracts the patches again
-            in the backward pass; the torch implementation keeps them, [N, K].
+        [..., D] in the dtype of the matmul: autocast's dtype if autocast is enabled (as in torch's Linear), otherwise
+            the dtype of the images if they are floating-point, otherwise the dtype of the weight. Gradients are
+            computed for weight, bias, and floating-point images. For the gradient of the weight, the Triton
+            implementation extracts the patches again in the backward pass; the torch implementation keeps them, [N, K].
 
     Raises:
         TypeError, ValueError: the dtype, shape or device of the named argument is wrong.
@@ -183,7 +183,8 @@ patch_embed_backward_op = Op("patch_embed_backward", _gradients, _empty_gradient
 
 
 class PatchEmbed(nn.Module):
-    """`patch_embed` with its weight [dim, P * P * channels] (Xavier uniform) and bias [dim] (zero), as in M3AE."""
+    """A module that applies `patch_embed` with its own weight [dim, P * P * channels] (Xavier uniform) and bias [dim]
+    (zero), as in M3AE."""
 
     def __init__(
         self,

@@ -63,7 +63,7 @@ def masked_pixel_loss(
             computed for them.
         patch_ids: [...] int32 or int64, the target of each row: image * patches_per_image + patch, patches in row-major
             order.
-        bias: [P * P * C], or None for none.
+        bias: [P * P * C], or None for no bias.
         row_weight: [...] floating-point, or None for ones.
         patch_size: P.
         mean, std: one number per channel. For integer images, they are in units of the largest value, 255 or 65535; for
@@ -243,7 +243,8 @@ def _pixel_loss(
 
 
 class MaskedPixelLoss(nn.Module):
-    """`masked_pixel_loss` with the head that it owns: weight [P * P * channels, dim] (Xavier uniform), bias (zero)."""
+    """A module that computes `masked_pixel_loss` with its own head: weight [P * P * channels, dim] (Xavier uniform),
+    bias (zero)."""
 
     def __init__(
         self,

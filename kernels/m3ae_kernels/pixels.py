@@ -25,9 +25,9 @@ LARGEST = {torch.uint8: 255, torch.uint16: 65535}
 def check_pixels(
     images: Tensor, patch_ids: Tensor, patch_size: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
-    """Check the image arguments, and return (scale, shift) per channel with pixel * scale + shift = (pixel / largest -
-    mean) / std, where `largest` is 1 for floating-point images. Both lists are empty for floating-point images that are
-    used unchanged.
+    """Check the image arguments, and return (scale, shift) per channel such that pixel * scale + shift = (pixel /
+    largest - mean) / std, where `largest` is 1 for floating-point images. Both lists are empty for floating-point
+    images that are used unchanged.
 
     Raises:
         TypeError, ValueError: the named argument is wrong.
@@ -63,7 +63,7 @@ def check_pixels(
 
 
 def _per_channel(values: Any, channels: int) -> list[float] | None:
-    """Return one number per channel from a sequence, array or tensor; None if it does not have one number per
+    """Return one number per channel from a sequence, array or tensor; None if `values` does not contain one number per
     channel."""
     if hasattr(values, "flatten"):
         values = values.flatten().tolist()

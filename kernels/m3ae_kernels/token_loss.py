@@ -65,7 +65,7 @@ def masked_token_loss(
         hidden: [..., D] floating-point.
         weight: [V, D].
         targets: [...] int32 or int64 in [0, V), or `ignore_index`.
-        bias: [V], or None for none.
+        bias: [V], or None for no bias.
         row_weight: [...] floating-point, or None for ones.
         reduction: "sum"; "mean", the sum divided by the sum of the weights of the rows that are not ignored, 0 if there
             are none; or "none", the summands, [...]. None means "sum" and issues a FutureWarning, because the default
@@ -74,16 +74,17 @@ def masked_token_loss(
         label_smoothing: as in torch.nn.functional.cross_entropy.
         z_loss: weight of the squared log-partition (Chowdhery et al., arXiv 2204.02311, section 5).
         return_correct: whether to return (loss, correct) instead of only the loss.
-        workspace: bytes of logits kept at once, at least one row; None: 256 MiB on a GPU, 64 MiB on a CPU.
+        workspace: maximum number of bytes of logits that are kept at once (at least one row is kept); None: 256 MiB on
+            a GPU, 64 MiB on a CPU.
         impl: "auto", "triton" or "torch".
 
     Returns:
         The loss, a scalar or [...], float32 (float64 for float64 hidden), and with return_correct also correct, bool
         [...]: whether the target is the index of the largest logit (the first one if several are equal). The matmuls
         run in autocast's dtype if it is enabled, otherwise in that of hidden; the softmax runs in float32. Gradients
-        for hidden, weight, bias and row_weight. The first three are computed in the forward pass if they are required;
-        with "none", they are computed in the backward pass, which repeats the matmuls. A target out of range raises
-        IndexError on a CPU, and gives a loss of NaN on a GPU.
+        are computed for hidden, weight, bias and row_weight. The first three are computed in the forward pass if they
+        are required; with "none", they are computed in the backward pass, which repeats the matmuls. A target out of
+        range raises IndexError on a CPU, and gives a loss of NaN on a GPU.
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
@@ -295,7 +296,8 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
 
 
 class MaskedTokenLoss(nn.Module):
-    """`masked_token_loss` with the head that it owns: weight [vocab, dim] (Xavier uniform), bias [vocab] (zero)."""
+    """A module that computes `masked_token_loss` with its own head: weight [vocab, dim] (Xavier uniform), bias [vocab]
+    (zero)."""
 
     def __init__(
         self,

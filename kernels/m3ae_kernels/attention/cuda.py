@@ -83,8 +83,8 @@ def use_kernel(device: torch.device, dtype: torch.dtype, heads: int, head_dim: i
 
 
 def fastest(makers: dict[str, Maker], device: torch.device, checked: Inputs, timed: Inputs) -> dict[str, float]:
-    """Time forward and backward on `timed` for every kernel whose results on `checked` match those of `PADDED`, with
-    all queries and with a subset of them. Returns {kernel name: milliseconds}, fastest first."""
+    """Time the forward and backward pass on `timed` for every kernel whose results on `checked`, both with all queries
+    and with half of them, match the results of `PADDED`. Returns {kernel name: milliseconds}, fastest first."""
     found: dict[str, float] = {}
     expected = _both(PADDED, checked)
     for name, make in makers.items():

@@ -42,7 +42,8 @@ def check_sizes(name: str, heads: int, dim: int, dropout_p: float) -> None:
 
 
 def as_length(name: str, length: int | Tensor) -> int:
-    """Return the number of rows of the longest sample as an integer. If it is a tensor on a GPU, the host waits for it.
+    """Return the number of rows of the longest sample as an integer. If the length is a tensor on a GPU, the host waits
+    for it.
 
     Raises:
         TypeError: the length is not an integer.
@@ -60,7 +61,7 @@ class Scores:
 
     The last query of a sample has the position of its last key: with M queries and N keys, query m has the position of
     key m + N - M. A query attends to `left` keys before and `right` keys after its position; a negative number means
-    all.
+    all keys.
     """
 
     scale: float
@@ -96,4 +97,5 @@ class Kernel:
     """(grad, q, k, v, out, lse, dq, dk, dv, queries, keys): writes every row of dq, dk and dv, which may be slices
     too."""
     unit: float = 1.0  # unit of `lse` in nats
-    """Both also accept `Scores` as a last argument if the kernel is one of `own_kernel` in choice.py."""
+    """`forward` and `backward` also accept `Scores` as the last argument if `own_kernel` (choice.py) returns the
+    kernel."""

@@ -88,8 +88,8 @@ def _backward(library: ctypes.CDLL, grad, q, k, v, out, lse, dq, dk, dv, queries
 
 
 def _rows(x_THD: Tensor) -> Tensor:
-    """Return `x_THD`, copied if its rows are not contiguous: the kernels support no stride other than that between
-    rows."""
+    """Return `x_THD`, copied if its rows are not contiguous: the only stride that the kernels support is the stride
+    between rows."""
     return x_THD if x_THD.stride()[1:] == (x_THD.shape[2], 1) else x_THD.contiguous()
 
 

@@ -73,7 +73,7 @@ def _scores(q_SHND: Tensor, k_SHMD: Tensor, scale: float, mask: Tensor) -> Tenso
 
 
 def _scale_and_mask(q: Tensor, queries: Segments, keys: Segments, scores: Scores | None) -> tuple[float, Tensor]:
-    """Return the scale and the mask of scores."""
+    """Return the scale and the mask of the scores."""
     if scores is None:
         return q.shape[-1] ** -0.5, _valid(keys)
     return scores.scale, _banded(queries, keys, scores)

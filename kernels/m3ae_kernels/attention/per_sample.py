@@ -68,7 +68,7 @@ def _take(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
 
 
 def _put(x_BnD: Tensor, out_THD: Tensor, starts: list[int], length: int) -> None:
-    """Write rows in the layout that `_take` returns to `out_THD`."""
+    """Write rows, in the layout in which `_take` returns them, to `out_THD`."""
     rows = x_BnD.unflatten(0, (len(starts), -1)).transpose(1, 2).flatten(0, 1)
     if len(starts) == 1:
         out_THD[starts[0] : starts[0] + length] = rows

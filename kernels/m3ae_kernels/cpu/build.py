@@ -59,7 +59,7 @@ def load(source: str, flags: tuple[str, ...], otherwise: str) -> ctypes.CDLL | N
 
 
 def compiled(source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """Return the library from the user's cache, or compile it to the cache.
+    """Return the compiled library. If it is not in the user's cache, compile it and store it there.
 
     Raises:
         OSError, ValueError, CalledProcessError, TimeoutExpired: the compiler is missing, fails or hangs, or the

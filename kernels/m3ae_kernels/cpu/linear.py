@@ -37,7 +37,7 @@ class Linear(nn.Linear):
 
 
 def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    """Return torch.nn.functional.linear, including the behaviour of autocast.
+    """Return the result of torch.nn.functional.linear, including the behaviour of autocast.
 
     In float32 on AMD CPUs, oneDNN is used, because MKL, which torch uses, reaches only half of its speed; on Intel
     CPUs, MKL is faster by a tenth. In bf16 on CPUs with AMX, and on AMD CPUs with AVX-512's bf16 dot products, linear.c
@@ -112,7 +112,7 @@ def product(
     hidden_RN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return x @ weight + bias, computed by linear.c. weight is [K, N], or [N, K] with `transposed`. Tensors are bf16;
-    weight and bias may be float32. The second result is GELU of the first with `before_gelu`. With `hidden`, the first
+    weight and bias may be float32. With `before_gelu`, the second result is GELU of the first. With `hidden`, the first
     result is multiplied by the gradient of GELU at hidden, and the second is GELU of hidden."""
     library = _product_library()
     assert library is not None

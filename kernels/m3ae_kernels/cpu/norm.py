@@ -25,8 +25,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 def layer_norm(x_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """Return torch.nn.functional.layer_norm, with gradients accumulated in float32. torch.compile's own code already
-    sums in float32."""
+    """Return the result of torch.nn.functional.layer_norm, whose gradients are accumulated in float32. torch.compile's
+    own code already sums in float32."""
     low = x_RD.device.type == "cpu" and x_RD.dtype in (torch.bfloat16, torch.float16)
     if torch.compiler.is_compiling() or not low:
         return F.layer_norm(x_RD, weight_D.shape, weight_D, bias_D, eps)

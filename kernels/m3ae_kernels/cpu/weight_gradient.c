@@ -7,8 +7,8 @@
    DEPTH rows at a time, so results do not depend on the number of threads.
 
    Pairs are created by unpacklo and unpackhi, which select alternating groups of 4 columns: each tile contains 16 of 32
-   columns, the first tile the groups with even numbers, the second those with odd numbers. Sums over rows are stored with the
-   even columns first, followed by the odd ones. */
+   columns. The first tile contains the groups with even numbers, and the second tile contains the groups with odd numbers.
+   Sums over rows are stored with the even columns first, followed by the odd ones. */
 
 #include "vectors.h"
 
@@ -19,7 +19,7 @@
 #else
 #define STRIP 14
 #endif
-#define STRIP_VALUES (DEPTH * STRIP + 32) /* a block of a strip, and the end of a store */
+#define STRIP_VALUES (DEPTH * STRIP + 32) /* a block of a strip, plus space for the excess of the last store */
 
 static inline __m512i row_of_32(const bf16 *x, long row, long at, long rows) {
     return at < rows ? _mm512_loadu_si512(x + at * row) : _mm512_setzero_si512();
@@ -55,7 +55,7 @@ static void add_sums(const float *sums, long columns, float *dst) {
     for (long c = 0; c < columns; c++) dst[c] += sums[c / 32 * 32 + c % 32 / 2 + c % 2 * 16];
 }
 
-/* Store 32 numbers, given as those of even and of odd groups of columns, in the order of the columns. */
+/* Store 32 numbers in the order of the columns, given the numbers of the even and of the odd groups of columns. */
 static inline void put_in_order(__m512i even, __m512i odd, float *dst) {
     const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
     _mm512_storeu_si512(dst, _mm512_permutex2var_epi64(even, first, odd));

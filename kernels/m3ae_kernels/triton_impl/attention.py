@@ -25,7 +25,8 @@ ANYWHERE = ["cu_queries", "cu_keys", "lse"]
 
 @triton.jit
 def places(rows, count, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return 32-bit offsets [rows, BLOCK_D] inside a sample, and a mask of those below `count` and D."""
+    """Return 32-bit offsets [rows, BLOCK_D] inside a sample, and a mask of the offsets whose row is below `count` and
+    whose column is below D."""
     d = tl.arange(0, BLOCK_D)
     mask = (rows < count)[:, None]
     if D < BLOCK_D:
@@ -60,9 +61,10 @@ def attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_M queries of one sample and head per program instance, over all keys of the sample; scale is
-    log2(e) / sqrt(D). lse [H, Q] is the base-2 logarithm of the sums of exponentials. FlashAttention-2's algorithm 1
-    (https://arxiv.org/abs/2307.08691): m_i is the largest score so far, l_i the sum of exponentials, acc the sum of the
-    weighted values. BANDED: a query attends only to the keys in a band around its position, which may contain no key.
+    log2(e) / sqrt(D). lse [H, Q] is the base-2 logarithm of the sums of exponentials. This is FlashAttention-2's
+    algorithm 1 (https://arxiv.org/abs/2307.08691): m_i is the largest score so far, l_i is the sum of exponentials, and
+    acc is the sum of the weighted values. BANDED: a query attends only to the keys in a band around its position, which
+    may contain no key.
 
     Cost: 4HD sum(n^2) FLOPs, 8THD bytes in bfloat16, H sum(n^2) exponentials. M3AE-Large at 512 samples: encoder (n 73,
     H 16, D 64) 11 GFLOP and 306 MB, 91 us at 3.35 TB/s; decoder (n 290, D 32) 88 GFLOP and 608 MB, 181 us, and 0.7e9
@@ -173,15 +175,16 @@ def attention_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute one sample and head per program instance, so that no other instance adds to its gradients; scale is 1 /
-    sqrt(D), scale2 log2(e) times that. For LONG samples, with more than BLOCK_N keys, `partial` [Q, H, D] contains the
-    sums of dq between tiles of keys, in the cache. FlashAttention-2's algorithm 2 (https://arxiv.org/abs/2307.08691): p
-    are the weights, dp and ds the gradients of weights and scores, delta the rows' sums of out * grad. BANDED as in the
-    forward pass; all tiles are computed, including those outside the band.
+    sqrt(D), and scale2 is scale * log2(e). For LONG samples, with more than BLOCK_N keys, `partial` [Q, H, D] contains
+    the sums of dq between tiles of keys, in the cache. This is FlashAttention-2's algorithm 2
+    (https://arxiv.org/abs/2307.08691): p contains the weights, dp and ds contain the gradients of the weights and of
+    the scores, and delta contains the sum of out * grad for each row. BANDED has the same meaning as in the forward
+    pass, but all tiles are computed, including those outside the band.
 
     Cost: 10HD sum(n^2) FLOPs, 16THD bytes in bfloat16, H sum(n^2) exponentials. M3AE-Large at 512 samples: encoder 28
     GFLOP and 612 MB, 183 us at 3.35 TB/s; decoder 220 GFLOP and 1.2 GB, 363 us. Time to issue the instructions, as
-    above: encoder 85 us, which is below the time for memory although a tile has 128 keys and a sample only 73; decoder
-    610 us.
+    above: encoder 85 us, which is below the time for memory although a tile has 128 keys and a sample has only 73;
+    decoder 610 us.
     """
     pid = tl.program_id(0)
     head = (pid % H).to(tl.int64)

@@ -37,8 +37,8 @@ def norm_rows(value, mask, weight, bias, d, D, eps, BIAS: tl.constexpr, ACC: tl.
 @triton.jit
 def norm_gradient(gw, normed, r, D):
     """Return the gradient of a LayerNorm's input, r * (gw - mean(gw) - normed * mean(gw * normed)). gw is the gradient
-    of the output times the weight, normed the normalised input before the weight is applied; both are 0 beyond D. r is
-    the reciprocal standard deviation."""
+    of the output times the weight, normed is the normalised input before the weight is applied, and r is the reciprocal
+    standard deviation; gw and normed are 0 beyond D."""
     along = tl.sum(gw * normed, 1) / D
     level = tl.sum(gw, 1) / D
     return (gw - normed * along[:, None] - level[:, None]) * r[:, None]

@@ -66,7 +66,8 @@ def patch_embed_kernel(
 def patch_embed(
     images: Tensor, ids: Tensor, weight: Tensor, bias: Tensor, patch_size: int, scale, shift, out: Tensor
 ) -> None:
-    """Compute the embeddings into `out` [N, D]. The matmul runs in the dtype of `out`, which `bias` must have too."""
+    """Compute the embeddings and write them to `out` [N, D]. The matmul runs in the dtype of `out`, which `bias` must
+    have too."""
     if not out.numel():
         return
     (rows, dim), dtype, stride = out.shape, out.dtype, up(weight.shape[1])
@@ -88,7 +89,7 @@ def patch_embed_dweight_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute partial [S, D, K] = grad [N, D].T @ pixels [N, K] over the rows of each split s, one tile per program
-    instance. BLOCK_M is the tile size along D, BLOCK_N that along the elements of a patch, and BLOCK_K that along the
+    instance. BLOCK_M, BLOCK_N and BLOCK_K are the tile sizes along D, along the elements of a patch, and along the
     rows.
 
     FLOPs 2NKD; bytes at least N(K + 2D) + 4KD, and 8SKD for the splits. M3AE-Large at 512 samples (N 32768, K 768,
@@ -117,7 +118,7 @@ def patch_embed_dweight_kernel(
 
 @launcher
 def patch_embed_dweight(grad: Tensor, images: Tensor, ids: Tensor, patch_size: int, scale, shift, out: Tensor) -> None:
-    """Compute the gradient of the weight [D, K] into `out`."""
+    """Compute the gradient of the weight [D, K] and write it to `out`."""
     rows, dim = grad.shape
     if not rows or not out.numel():
         out.zero_()
