@@ -71,7 +71,7 @@ class Summary:
     captions: _Count
     paired: _Count  # samples with an image and a caption
     ignored: dict[str, _Count]  # numbers of ignored files by suffix; only the most frequent suffixes
-    damage: str | None  # description of the damage to the tar, whose readable part is indexed; None: intact
+    damage: str | None  # description of the damage to the tar; its readable part is indexed. None: no damage
 
     @property
     def modality(self) -> Modality:

@@ -67,7 +67,7 @@ class DatasetStatistics:
     vocab_size: int  # 0: there are no captions
     text_length: int  # maximum number of tokens per caption
     image_dtype: str = "uint8"
-    image_range: Range | None = None  # values of black and white in images of more than 8 bits
+    image_range: Range | None = None  # values of black and white in images with more than 8 bits per channel
 
 
 class ModelSize(NamedTuple):

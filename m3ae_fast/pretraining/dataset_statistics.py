@@ -48,12 +48,12 @@ def inspect(
         shards: the shards.
         out: the run folder.
         labels: source of the labels.
-        image_range: values of black and white in images of more than 8 bits; None: detected.
+        image_range: values of black and white in images with more than 8 bits per channel; None: detected.
         overrides: the user's overrides "section.key=value".
 
     Raises:
-        UserError: the shards cannot be used, no sample has an image, the value range of images of more than 8 bits
-            cannot be detected, or the tokenizer of the weights from which the run starts is missing.
+        UserError: the shards cannot be used, no sample has an image, the value range of images with more than 8 bits
+            per channel cannot be detected, or the tokenizer of the weights from which the run starts is missing.
     """
     store = ShardStore()
     train = open_corpus([SourceConfig(shards=shards.train)], store, progress=True)

@@ -26,7 +26,7 @@ def channels_and_dtype(kinds: Sequence[Kind]) -> tuple[int, str]:
 
 def range_of(kinds: Sequence[Kind]) -> Range | None:
     """Return `data.range` for images of these kinds: None for levels from 0 to 255, "dtype" if values cover most of the
-    range of their data type. Raises UserError for other values of more than 8 bits, because only the user knows the
+    range of their data type. Raises UserError for other values with more than 8 bits, because only the user knows the
     values of black and white."""
     deep = [(kind, kind.depth) for kind in kinds if kind.depth is not None]
     if not deep:

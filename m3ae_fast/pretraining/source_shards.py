@@ -48,7 +48,7 @@ def find_shards(
         captions: for a folder of images, the file of the caption table; None: a table in the folder, or .txt files.
         val: if the source consists of shards, the held-out shards; empty: shards with names of a held-out split, or the
             last shards.
-        image_range: values of black and white in images of more than 8 bits; None: detected.
+        image_range: values of black and white in images with more than 8 bits per channel; None: detected.
 
     Raises:
         UserError: the source does not exist, cannot be used, or has changed since a run in `out` began.

@@ -1,4 +1,4 @@
-"""Collectives of the default process group on tensors on the device; with a single rank, no communication occurs.
+"""Collectives of the default process group, for tensors on the device. With a single rank, no communication occurs.
 
 Shapes: W ranks, P elements along the first dimension of a rank's tensor.
 """
@@ -42,8 +42,8 @@ def all_reduce(tensor: Tensor, ranks: Ranks | None) -> Tensor:
 
 
 def differentiable_sum(tensor: Tensor, ranks: Ranks | None) -> Tensor:
-    """Return the sum of a tensor over ranks. The backward pass sums the gradients with respect to the result over
-    ranks, because each rank differentiates only its own part of the common loss."""
+    """Return the sum of a tensor over ranks. The backward pass also sums over ranks: it sums the gradients with respect
+    to the result, because each rank differentiates only its own part of the common loss."""
     return tensor if ranks is None or ranks.world == 1 else _Sum.apply(tensor, ranks)
 
 

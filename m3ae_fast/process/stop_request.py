@@ -149,8 +149,8 @@ class StopRequest:
         os._exit(0)
 
     def _report(self, first: bool) -> None:
-        """Save intermediate results and print a message, once. If there is nothing to save, only the rank that asked
-        `first` prints."""
+        """Save intermediate results and print a message, once. `first`: whether this rank is the first one that is
+        asked to stop; if there is nothing to save, only this rank prints."""
         if self._reported:
             return
         self._reported = True

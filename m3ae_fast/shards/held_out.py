@@ -75,8 +75,8 @@ def shared_images(train: Sequence[str], val: Sequence[str]) -> dict[str, set[int
 def _sketches(
     entries: Iterable[IndexedShard], sizes: np.ndarray | None = None
 ) -> Iterator[tuple[_Place, tuple[int, int]]]:
-    """Yield the images (if `sizes` is given, only those with one of these sizes), each with its size and the checksum
-    of its middle."""
+    """Yield the images (if `sizes` is given, only images of one of these sizes), each with its size and the checksum of
+    its middle."""
     for entry in entries:
         table = entry.table()
         table = table[table["image_offset"] != MISSING]

@@ -57,7 +57,7 @@ class Crops(Records):
     flip: bool
     seed: int
     threads: int  # threads that prepare crops for the VQGAN
-    image_range: Range | None = None  # values of black and white in images of more than 8 bits
+    image_range: Range | None = None  # values of black and white in images with more than 8 bits per channel
 
     def __post_init__(self) -> None:
         self._found = index_shards(self.shards, self.store, progress=True)
@@ -181,7 +181,8 @@ def image_tokens(
         crop_scale: smallest and largest fraction of the image's area that a random crop covers.
         flip: whether to flip half of the random crops horizontally.
         seed: random seed of the crops.
-        image_range: values of black and white in images of more than 8 bits; "dtype": the limits of their data type.
+        image_range: values of black and white in images with more than 8 bits per channel; "dtype": the limits of the
+            data type.
         samples_per_shard: maximum number of samples in a shard.
         device: device that runs the VQGAN, "cpu" or "cuda"; None: a GPU if there is one, otherwise the CPU.
         workers: number of worker processes, or of threads if the VQGAN runs on a GPU; None: one per core.

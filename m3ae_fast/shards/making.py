@@ -46,7 +46,8 @@ def make(
         keep_order: whether to keep the order of the samples instead of shuffling them.
         short_side: number of pixels to which the shorter side of larger images is reduced.
         quality: JPEG quality, from 1 to 100.
-        image_range: values of black and white in images of more than 8 bits; "dtype": the limits of their data type.
+        image_range: values of black and white in images with more than 8 bits per channel; "dtype": the limits of the
+            data type.
         samples_per_shard: maximum number of samples in a shard.
         workers: number of worker processes; None: one per core.
 

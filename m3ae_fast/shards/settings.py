@@ -19,7 +19,7 @@ class Settings:
     quality: int = 95  # JPEG quality
     # fraction of the samples that are held out as a separate split, together with all other samples of their images
     held_out: float = 0.0
-    image_range: Range | None = None  # values of black and white in images of more than 8 bits
+    image_range: Range | None = None  # values of black and white in images with more than 8 bits per channel
     keep_order: bool = False  # whether to keep the order; otherwise samples are shuffled deterministically
 
     def __post_init__(self) -> None:

@@ -58,7 +58,8 @@ def stats(
         seed: random seed for choosing the samples.
         channels: number of image channels of the model.
         dtype: dtype of the model's images: "uint8", "uint16" or "float32".
-        image_range: values of black and white in images of more than 8 bits; "dtype": the limits of their data type.
+        image_range: values of black and white in images with more than 8 bits per channel; "dtype": the limits of the
+            data type.
         tokenizer: a tokenizer.json, to count caption lengths in tokens; None: in words.
         labels: source of the labels: "cls", or "json." and the name of a field.
         cache_dir: cache folder for copies of remote shards; None: ~/.cache/m3ae_fast.

@@ -90,7 +90,7 @@ def open_options(config: Config) -> str:
 
 
 def _trains(config: Config) -> bool:
-    """Return whether at least one loss has a non-zero weight and at least one token to be computed on."""
+    """Return whether at least one loss has a non-zero weight and is computed from at least one token."""
     loss, masking = config.loss, config.masking
     image = loss.image_weight and (masking.image_ratio or loss.image_all_tokens)
     text = config.model.vocab_size and loss.text_weight and (masking.text_ratio or loss.text_all_tokens)
