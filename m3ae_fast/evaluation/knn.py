@@ -18,7 +18,7 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.drawing.figures import GREEN, RED, draw_sheet
 from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation.job import Job, PartialResult
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.predictions import Predictions
 
@@ -41,8 +41,10 @@ def knn_predictions(bank: FeatureBank, queries: FeatureBank, classes: int, confi
 
 
 def run(job: Job) -> dict[str, Any]:
+    job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train, val, classes = job.open_labelled()
     encoded = job.encode_with_baselines(train, val)
+    job.keep_if_stopped(lambda: PartialResult("the samples are encoded", {}, {}))
     found = {name: knn_predictions(*banks, len(classes), job.config.knn) for name, banks in encoded.items()}
     job.keep(found[MODEL].columns(classes))
     predicted_M, (bank, queries) = found[MODEL].best_NK[:, 0], encoded[MODEL]

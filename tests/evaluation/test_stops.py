@@ -11,6 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from m3ae_fast.evaluation.difference import compare_results
+from m3ae_fast.evaluation.job import Job
 from tests.evaluation.conftest import settings
 from tests.helpers.ranks import LIMIT_S, await_ranks, fork_ranks
 
@@ -83,3 +84,16 @@ def test_fine_tuning_leaves_its_last_evaluation_and_a_checkpoint(stopped, tmp_pa
     assert output.rstrip().endswith("; --resume auto continues")
     note = f"note: {tmp_path}/out contains a partial result: the task was stopped before its end\n"
     assert compare_results([tmp_path / "out"] * 2).startswith(note)
+
+
+@pytest.mark.parametrize("task", ["knn", "logistic"])
+def test_a_task_says_that_there_is_no_result_while_samples_are_encoded(transfer, monkeypatch, task):
+    said, real = [], Job.encode
+
+    def encode(self, *arguments, **options):
+        said.append(self.stop.at_leaving())
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Job, "encode", encode)
+    transfer(task)
+    assert {*said} == {"no result yet (the samples are being encoded); running the same command again starts over"}
