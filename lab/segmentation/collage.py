@@ -110,17 +110,18 @@ def _write(folder: Path, name: str, drawing: Drawing, backgrounds: Sequence[byte
 
 def laid(png: bytes, backgrounds: Sequence[bytes], random: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
     """Return an image of an emoji at a random place on a crop of a random background, and which pixels belong to the
-    emoji, uint8 [S, S] of 0 and 1."""
+    emoji, uint8 [S, S] of 0 and 1. The centre of the emoji is anywhere in the image, and the image cuts it off, so that
+    at no place most pixels belong to an emoji: otherwise, the position of a patch would predict its class."""
     image = background(backgrounds, random)
     side = int(random.integers(EMOJI_SIDES[0], EMOJI_SIDES[1] + 1))
-    left, top = (int(random.integers(SIDE - side + 1)) for _ in range(2))
+    left, top = (int(random.integers(SIDE)) - side // 2 for _ in range(2))
     # premultiplied, so that the colours of transparent pixels have no effect
     emoji = Image.open(io.BytesIO(png)).convert("RGBA").convert("RGBa")
     emoji = emoji.resize((side, side), Image.Resampling.BICUBIC).convert("RGBA")
     image.paste(emoji, (left, top), emoji)
-    opaque_SS = np.zeros((SIDE, SIDE), np.uint8)
-    opaque_SS[top : top + side, left : left + side] = np.asarray(emoji.getchannel("A")) >= OPAQUE
-    return image, opaque_SS
+    alpha = Image.new("L", (SIDE, SIDE))
+    alpha.paste(emoji.getchannel("A"), (left, top))
+    return image, (np.asarray(alpha) >= OPAQUE).astype(np.uint8)
 
 
 def background(images: Sequence[bytes], random: np.random.Generator) -> Image.Image:

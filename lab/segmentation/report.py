@@ -29,7 +29,7 @@ RESAMPLES = 1000
 LARGEST = "largest"
 NAMES = {LARGEST: "the largest class", "pixels": "pixels of the patch", "random": "random weights", "mae": "MAE",
          "m3ae": "M3AE"}  # fmt: skip
-TITLES = {TESTS[0]: "foreground, linear", TESTS[1]: "categories, linear", TESTS[2]: "categories, k-NN"}
+TITLES = {TESTS[0]: "foreground, linear", TESTS[1]: "foreground, k-NN", TESTS[2]: "categories, linear"}
 PAIRS: tuple[tuple[Arm, Arm], ...] = (("mae", "random"), ("mae", "pixels"), ("m3ae", "mae"), ("random", "pixels"))
 DRAWN: tuple[Arm, ...] = ("pixels", "random", "mae", "m3ae")  # columns of the picture
 TITLE_HEIGHT = 18  # of the headings in a picture of `evaluate segment`, in pixels

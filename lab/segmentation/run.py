@@ -29,7 +29,7 @@ class Test(NamedTuple):
     head: str  # value of segment.head
 
 
-TESTS = (Test(FOREGROUND, "linear"), Test(CATEGORIES, "linear"), Test(CATEGORIES, "knn"))
+TESTS = (Test(FOREGROUND, "linear"), Test(FOREGROUND, "knn"), Test(CATEGORIES, "linear"))
 
 
 class Trial(NamedTuple):

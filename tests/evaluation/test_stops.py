@@ -88,12 +88,12 @@ def test_fine_tuning_leaves_its_last_evaluation_and_a_checkpoint(stopped, tmp_pa
 
 @pytest.mark.parametrize("task", ["knn", "logistic"])
 def test_a_task_says_that_there_is_no_result_while_samples_are_encoded(transfer, monkeypatch, task):
-    said, real = [], Job.encode
+    said, real = [], Job.encode_with_baselines
 
-    def encode(self, *arguments, **options):
+    def encode(self, *arguments):
         said.append(self.stop.at_leaving())
-        return real(self, *arguments, **options)
+        return real(self, *arguments)
 
-    monkeypatch.setattr(Job, "encode", encode)
+    monkeypatch.setattr(Job, "encode_with_baselines", encode)
     transfer(task)
     assert {*said} == {"no result yet (the samples are being encoded); running the same command again starts over"}
