@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.table import END, START, rewrite
 from lab.segmentation.collage import CATEGORIES
-from lab.segmentation.run import TESTS, Arm, Study, Test, Trial, plan
+from lab.segmentation.run import LONGER, TESTS, Arm, Study, Test, Trial, plan
 from lab.study import shards
 from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.parquet import read_parquet
@@ -28,9 +28,10 @@ PAGE, JSON, PICTURE = "README.md", "segmentation.json", "segmentation.png"
 RESAMPLES = 1000
 LARGEST = "largest"
 NAMES = {LARGEST: "the largest class", "pixels": "pixels of the patch", "random": "random weights", "mae": "MAE",
-         "m3ae": "M3AE"}  # fmt: skip
+         "m3ae": "M3AE", "longer": f"MAE, {LONGER} times as long"}  # fmt: skip
 TITLES = {TESTS[0]: "foreground, linear", TESTS[1]: "foreground, k-NN", TESTS[2]: "categories, linear"}
-PAIRS: tuple[tuple[Arm, Arm], ...] = (("mae", "random"), ("mae", "pixels"), ("m3ae", "mae"), ("random", "pixels"))
+PAIRS: tuple[tuple[Arm, Arm], ...] = (("mae", "random"), ("mae", "pixels"), ("m3ae", "mae"), ("random", "pixels"),
+                                     ("longer", "mae"), ("longer", "random"))  # fmt: skip
 DRAWN: tuple[Arm, ...] = ("pixels", "random", "mae", "m3ae")  # columns of the picture
 TITLE_HEIGHT = 18  # of the headings in a picture of `evaluate segment`, in pixels
 

@@ -18,8 +18,10 @@ from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
 SETTINGS = Path(__file__).with_name("settings.json")
 SEEDS = 3
-Arm = Literal["pixels", "random", "mae", "m3ae"]
+LONGER = 4  # steps of the longer training, as a multiple of the others
+Arm = Literal["pixels", "random", "mae", "m3ae", "longer"]
 ARMS: tuple[Arm, ...] = ("mae", "m3ae", "random", "pixels")  # the last two use the settings of the first
+TRAINED: tuple[Arm, ...] = ("mae", "m3ae", "longer")
 
 
 class Test(NamedTuple):
@@ -46,11 +48,13 @@ class Stopped(Exception):
 
 
 def plan(seeds: int) -> Iterator[Trial]:
-    """Yield the trials in the order of execution: an unfinished study has all encoders of the first seeds."""
-    for seed in range(seeds):
-        for arm in ARMS:
-            for test in TESTS:
-                yield Trial(arm, test, seed)
+    """Yield the trials in the order of execution: an unfinished study has all encoders of the first seeds. The longer
+    training comes last."""
+    for arms in (ARMS, ("longer",)):
+        for seed in range(seeds):
+            for arm in arms:
+                for test in TESTS:
+                    yield Trial(arm, test, seed)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Study:
 
     def perform(self, trial: Trial) -> None:
         """Train the encoder, unless that is complete, and test it. Raises Stopped if a program was stopped."""
-        trained: Arm = trial.arm if trial.arm in ("mae", "m3ae") else "mae"
+        trained: Arm = trial.arm if trial.arm in TRAINED else "mae"
         prefix = {"random": RANDOM, "pixels": PIXELS}.get(trial.arm, "")
         self._train(trained, trial.seed)
         train, val = (f"{self.shards / trial.test.masks}/{split}-*.tar" for split in ("train", "val"))
@@ -91,11 +95,12 @@ class Study:
             raise Stopped
 
     def _train(self, arm: Arm, seed: int) -> None:
-        run, steps = self.run(arm, seed), self.settings["train"]["train"]["steps"]
+        run, config = self.run(arm, seed), self.config(arm, seed)
+        steps = config["train"]["steps"]
         if steps in map(checkpoint.step_of, checkpoint.saved_steps(run)):
             return
         file = run.with_suffix(".json")
-        write_whole(file, json.dumps(self.config(arm, seed), indent=1))
+        write_whole(file, json.dumps(config, indent=1))
         train.main(["--config", str(file), "--resume", "auto"])
         if steps not in map(checkpoint.step_of, checkpoint.saved_steps(run)):
             raise Stopped
@@ -106,6 +111,7 @@ class Study:
         config["run"] = {"dir": str(self.run(arm, seed)), "seed": seed}
         modality = "auto" if arm == "m3ae" else "image"
         config["data"]["train"] = [{"shards": f"{self.shards / CATEGORIES}/train-*.tar", "modality": modality}]
-        if arm == "mae":
+        config["train"]["steps"] *= LONGER if arm == "longer" else 1
+        if arm != "m3ae":
             config["model"]["vocab_size"], config["data"]["tokenizer"] = 0, None
         return config
