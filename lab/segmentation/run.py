@@ -50,7 +50,8 @@ class Stopped(Exception):
 def plan(seeds: int) -> Iterator[Trial]:
     """Yield the trials in the order of execution: an unfinished study has all encoders of the first seeds. The longer
     training comes last."""
-    for arms in (ARMS, ("longer",)):
+    stages: tuple[tuple[Arm, ...], ...] = (ARMS, ("longer",))
+    for arms in stages:
         for seed in range(seeds):
             for arm in arms:
                 for test in TESTS:
