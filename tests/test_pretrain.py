@@ -399,9 +399,7 @@ def test_a_table_in_the_folder_gives_the_captions(tmp_path):
     (photos / "captions.csv").unlink()
     notes = find_shards(str(photos), tmp_path / "other", None, []).notes
     own = (photos / "sizes.csv").read_text().splitlines()[0].replace(",", ", ")
-    assert (
-        notes[0] == f"{photos}/sizes.csv is not used: its columns ({own}) have no names such as file_name and caption"
-    )
+    assert notes[0] == f"{photos}/sizes.csv is not used: none of its columns ({own}) has a usual name such as file_name"
     (photos / "sizes.csv").unlink()
     (photos / "Captions.CSV").write_text("file_name,caption\n" + rows)
     notes = find_shards(str(photos), tmp_path / "another", None, []).notes
@@ -640,8 +638,8 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
         (("fotos", out), {}, r"fotos: no such folder; did you mean photos\?"),
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
-        ((photos, next(photos.rglob("*.png"))), {}, "is not a folder; name a new or an existing folder"),
-        ((photos, out), {"val": ["a.tar"]}, "--val: can be used only if SOURCE is shards"),
+        ((photos, next(photos.rglob("*.png"))), {}, "is not a folder; specify a new or an existing folder"),
+        ((photos, out), {"val": ["a.tar"]}, "--val: can be used only if SOURCE consists of shards"),
         (("a.tar", out), {"captions": "a.csv"}, "only if SOURCE is a folder of images; a.tar is not"),
         (("owner/set", out), {"captions": "a.csv"}, "only if SOURCE is a folder of images; owner/set is not"),
     ):

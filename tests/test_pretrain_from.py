@@ -136,17 +136,20 @@ def test_what_is_no_model_is_refused(base, tmp_path):
         (tmp_path / "nowhere", "--from .*nowhere: no such file or folder"),
         (new, "--from .*new: this run has no checkpoint yet; continue the run, or name another model"),
         (tmp_path, "--from .*: the folder contains neither checkpoints nor an exported model"),
-        (base / "checkpoints", f"--from .*: name the run folder, {base}, or one of the checkpoints in"),
+        (base / "checkpoints", f"--from .*: specify the run folder, {base}, or one of the checkpoints in"),
         (
             checkpoint_folder / "state.json",
-            f"--from .*: is one file of a checkpoint .*; name its folder, {checkpoint_folder}",
+            f"--from .*: is one file of a checkpoint .*; specify its folder, {checkpoint_folder}",
         ),
-        (tmp_path / "export/model.safetensors", "--from .*: is one file of .* an export; name its folder, .*export$"),
+        (
+            tmp_path / "export/model.safetensors",
+            "--from .*: is one file of .* an export; specify its folder, .*export$",
+        ),
         (
             f"random:{base}",
             "--from random:.*: is not a trained model; to start from random weights, leave out --from",
         ),
-        ("", "--from: is empty; name a model"),
+        ("", "--from: is empty; specify a model"),
     ):
         with pytest.raises(UserError, match=message):
             given_weights(str(name), tmp_path / "run", [])

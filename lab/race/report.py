@@ -194,8 +194,8 @@ def tables(rows: Sequence[Row], finetuned: Sequence[Row], head: dict[str, Any], 
 
 
 def _shares(rows: Sequence[Row], title: str, tests: Sequence[str], weights: Weights) -> list[str]:
-    """Return a table of the fraction of the baseline's cost with which the fast recipe reaches the accuracy of each run
-    of the baseline. The target of the protocol refers to this fraction."""
+    """Return a table of the cost at which the fast recipe reaches the accuracy of each run of the baseline, as a
+    fraction of the cost of that run. The target of the protocol refers to this fraction."""
     ladder, cells = [row for row in rows if row["trial"]["arm"] == FAST], []
     baselines = [(row["trial"]["arm"], row["trial"]["steps"]) for row in rows if row["trial"]["arm"] in BASELINES]
     for arm, steps in sorted({*baselines}):

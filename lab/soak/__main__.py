@@ -42,7 +42,7 @@ gradient norms, learning rates, and the weights and moments of the last checkpoi
 
 {wrong}
 
-| fault | injected | of these, in runs that ended identically |
+| fault | injected | injected into runs that ended identically |
 |---|--:|--:|
 {faults}
 

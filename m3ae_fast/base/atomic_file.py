@@ -46,7 +46,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yield an empty temporary folder next to `target`, and let it replace `target` when the block ends. Raises OSError
-    if writing fails, and UserError if the former `target` can then not be restored. After any other exception, `target`
+    if writing fails, and UserError if `target` cannot be restored afterwards. After any other exception, `target`
     is unchanged."""
     mine = uuid.uuid4().hex[:8]
     partial, old = (target.with_name(f".{word}-{target.name}-{mine}") for word in ("writing", "removing"))

@@ -51,7 +51,7 @@ def _check_free(out: str | Path, target: Path) -> None:
     others = sorted(found - set(FILES))
     if others or not _is_ours(target / MODEL_FILE):
         what = others[0] if others else "a model of another program"
-        raise UserError(f"{out}: already contains {what}; name a new folder")
+        raise UserError(f"{out}: already contains {what}; specify a new folder")
 
 
 def _is_ours(path: Path) -> bool:

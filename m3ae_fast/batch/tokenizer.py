@@ -160,13 +160,13 @@ def _find(name: str, label: str) -> Path:
     if path.is_file():
         return path
     if path.suffix in (".json", ".txt") or path.is_absolute() or path.exists():
-        raise UserError(f"{label} {name}: no such file; name a tokenizer.json, a vocab.txt or a model on the Hub")
+        raise UserError(f"{label} {name}: no such file; specify a tokenizer.json, a vocab.txt or a model on the Hub")
     try:
         return Path(hf_hub_download(name, "tokenizer.json", local_files_only=not hub_answers(name)))
     except Exception:
         raise UserError(
             f"{label} {name}: is neither a file nor available from the Hugging Face Hub; "
-            "download its tokenizer.json and name that file"
+            "download its tokenizer.json and specify the path of that file"
         ) from None
 
 

@@ -6,7 +6,7 @@ m3ae-fast embed out/ 'shards/*.tar' --out captions.npz --modality text --pool cl
 
 FILE contains these arrays or columns:
   keys      [N], keys of the samples, or paths of the images
-  shards    [N], if SOURCE is shards
+  shards    [N], if SOURCE consists of shards
   features  float32 [N, D]
   labels    [N], if any are found; -1 or "" for a sample without a label
   patches   float16 [N, L, D], with --patches (in parquet [N, L * D]). With native aspect ratio, the features of images

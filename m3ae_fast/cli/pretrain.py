@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hours", type=float, default=0.5, help=text)
     text = "table of captions, .csv, .tsv, .jsonl or .parquet (default: the table in the folder)"
     parser.add_argument("--captions", type=Path, metavar="TABLE", help=text)
-    text = "held-out samples, if SOURCE is shards"
+    text = "held-out shards, if SOURCE consists of shards"
     parser.add_argument("--val", nargs="+", default=[], metavar="SHARDS", help=text)
     add_labels(parser)
     parser.add_argument(

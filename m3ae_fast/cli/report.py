@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="RUN",
         nargs="+",
         type=Path,
-        help="a run folder; its tables and curves also show any further runs",
+        help="a run folder; any further runs are added to the tables and curves of its report",
     )
     parser.add_argument("--out", type=output(".html"), help="output file (default: RUN/report.html)")
     parser.add_argument(

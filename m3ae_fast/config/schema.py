@@ -36,7 +36,7 @@ Channels = Annotated[tuple[float, ...], Strict(False)]  # per channel; in strict
 
 def _named(path: Any) -> Any:
     if path == "":
-        raise ValueError("is empty; name a path")
+        raise ValueError("is empty; specify a path")
     return path
 
 

@@ -30,7 +30,7 @@ def compare_results(folders: Sequence[Path]) -> str:
     each set and score. A note is added if a result is partial. Raises UserError if a folder has no predictions of
     classes, or if the results are not on the same samples."""
     if missing := next((folder for folder in folders if not (folder / FILE).is_file()), None):
-        raise UserError(f"{missing}: has no {FILE}; name the folders that two evaluations wrote, such as runs/knn")
+        raise UserError(f"{missing}: has no {FILE}; specify the folders that two evaluations wrote, such as runs/knn")
     partial = [folder for folder in folders if (folder / PARTIAL_FILE).exists()]
     notes = [f"note: {folder} contains a partial result: the task was stopped before its end" for folder in partial]
     return "\n".join([*notes, _compared(folders)])
@@ -159,7 +159,7 @@ def _correct(folder: Path, table: Table) -> dict[str, bool]:
     complete = table.keys() >= {*_COLUMNS} and not any(None in table[name] for name in _COLUMNS)
     if not complete or not one_prediction_each(table):
         raise UserError(
-            f"{folder}: does not contain exactly one class prediction per sample; name the folders of knn, linear, "
+            f"{folder}: does not contain exactly one class prediction per sample; specify the folders of knn, linear, "
             "finetune or attentive results at one layer, or of two ood results"
         )
     return {

@@ -79,7 +79,7 @@ def embed(
     Returns:
         Arrays by name. Samples that cannot be read are left out.
             `keys` [N]: keys of the samples; for image files, their paths, relative to the folder if `source` is one.
-            `shards` [N]: the shard of each sample, if `source` is shards.
+            `shards` [N]: the shard of each sample, if `source` consists of shards.
             `features`: float32 [N, D].
             `labels` [N]: if there are any; -1 or "" for a sample without a label.
             `patches`: float16 [N, L, D], if the argument `patches` is set.

@@ -20,8 +20,8 @@ def model_input(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return integer pixels [..., C, H, W] as float32, normalised per channel; floating pixels are normalised already
-    and returned unchanged."""
+    """Return integer pixels [..., C, H, W] as float32, normalised per channel; floating-point pixels are already
+    normalised and returned unchanged."""
     return images if images.is_floating_point() else from_unit(to_unit(images, mean, std), mean, std)
 
 

@@ -86,14 +86,14 @@ class MLP(nn.Module):
 
 
 def gelu(x: Tensor, kind: Gelu) -> Tensor:
-    """Return x times the normal distribution function of x, or its tanh approximation (arXiv 1606.08415, section 2)."""
+    """Return x times the standard normal CDF of x, or its tanh approximation (arXiv 1606.08415, section 2)."""
     if kind == "exact":
         return F.gelu(x)
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    # 0.5 (1 + tanh(u)) = sigmoid(2 u) needs one cheap exponential, whereas tanh on a CPU takes several times longer. 2
-    # sqrt(2 / pi) is a literal, because with dynamic shapes a named constant would become an input of the graph that
-    # every backward pass reads.
+    # 0.5 (1 + tanh(u)) = sigmoid(2 u) needs one cheap exponential, whereas tanh on a CPU takes several times longer.
+    # The factor 2 sqrt(2 / pi) is a literal, because with dynamic shapes a named constant would become an input of the
+    # graph that every backward pass reads.
     return x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
@@ -118,7 +118,7 @@ _MASK, _GOLDEN = 0xFFFFFFFF, 0x9E3779B9
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Return a hash of 32 bits, as int64, with the finaliser of MurmurHash3."""
+    """Return a 32-bit hash of `x` as int64, computed by the finaliser of MurmurHash3."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
     return x ^ (x >> 16)

@@ -43,7 +43,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
     """
     folder = out / FOLDER
     if not model:
-        raise UserError("--from: is empty; name a model")
+        raise UserError("--from: is empty; specify a model")
     if model.startswith((RANDOM, PIXELS)):
         raise UserError(f"--from {model}: is not a trained model; to start from random weights, leave out --from")
     try:

@@ -60,7 +60,7 @@ def find_shards(
             raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
         return _split(tars or [source], list(val), out)
     if val:
-        raise UserError(f"--val: can be used only if SOURCE is shards; {source} is not")
+        raise UserError(f"--val: can be used only if SOURCE consists of shards; {source} is not")
     if folder.is_dir() and folder.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(
             f"--out {out}: is inside {source}, so figures written to it would be read as input images; "
@@ -93,7 +93,7 @@ def _open(source: str, captions: Path | None) -> tuple[Records, list[str]]:
     try:
         return records(captions=tables[0]), [f"captions and fields are read from {tables[0]}"]
     except NoColumns as error:
-        note = f"{tables[0]} is not used: its columns ({error.columns}) have no names such as file_name and caption"
+        note = f"{tables[0]} is not used: none of its columns ({error.columns}) has a usual name such as file_name"
     except ImagesMissing as error:
         if any(row.captions is not None for row in read_captions(tables[0])[:1]):
             raise
@@ -128,7 +128,7 @@ def _split_by_names(names: list[str]) -> Shards | None:
     held = [name for name, split in splits.items() if split == evaluated]
     if not (held and kept):
         return None
-    notes = [f"held out by their names: {len(held):,} of {len(names):,} shards, such as {held[0]}"]
+    notes = [f"held out because of their names: {len(held):,} of {len(names):,} shards, such as {held[0]}"]
     if apart := [name for name in names if name not in (*kept, *held)]:
         tests = f"{len(apart):,} test shard{'s' * (len(apart) != 1)}, such as {apart[0]}"
         notes.append(f"not used, because there is also a validation split: {tests}")

@@ -139,7 +139,7 @@ def _check(
     object_store.require(str(source), *val)
     check_field(labels)
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is not a folder; name a new or an existing folder")
+        raise UserError(f"--out {out}: is not a folder; specify a new or an existing folder")
     return image_range
 
 

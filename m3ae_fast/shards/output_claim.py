@@ -22,21 +22,23 @@ def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) 
     path, text = out / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     try:
         if out.exists() and not out.is_dir():
-            raise UserError(f"{out}: is a file; name a folder for the shards")
+            raise UserError(f"{out}: is a file; specify a folder for the shards")
         if out.exists() and any(out.iterdir()) and not path.exists():
-            raise UserError(f"{out}: is not empty, but contains no shards of an earlier conversion; name a new folder")
+            raise UserError(
+                f"{out}: is not empty, and contains no shards of an earlier conversion; specify a new folder"
+            )
         out.mkdir(parents=True, exist_ok=True)
         with open(path, "a+", encoding="utf-8") as file:
             try:  # the manifest itself is locked: filelock would leave an additional file among the shards
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{out}: another process is writing shards to it; name another folder") from None
+                raise UserError(f"{out}: another process is writing shards to it; specify another folder") from None
             file.seek(0)
             before = file.read()
             if before and before != text:
                 reason = _difference(before, manifest)
                 raise UserError(
-                    f"{out}: contains shards of another conversion ({reason}); name a new folder, or remove this one"
+                    f"{out}: contains shards of another conversion ({reason}); specify a new folder, or remove this one"
                 )
             if not before:
                 file.write(text)

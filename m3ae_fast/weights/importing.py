@@ -52,7 +52,7 @@ def _recognise(source: str, heads: ViTOptions) -> Pretrained:
         return _read_folder(path, source, heads)
     ours = (path.parent / INFO_FILE).is_file() or "emb_dim" in read_folder_config(path.parent)
     if ours and path.suffix in (".json", ".safetensors"):
-        raise UserError(f"{source}: is one file of a checkpoint or an export; name its folder, {path.parent}")
+        raise UserError(f"{source}: is one file of a checkpoint or an export; specify its folder, {path.parent}")
     try:
         with open_regular(path) as file:
             head = file.read(len(_OLD_TORCH))
@@ -80,7 +80,7 @@ def _read_folder(path: Path, source: str, heads: ViTOptions) -> Pretrained:
     if (path / MODEL_FILE).is_file():
         return read_pretrained(source)
     if is_run(path.parent):
-        raise UserError(f"{source}: name the run folder, {path.parent}, or one of the checkpoints in {path}")
+        raise UserError(f"{source}: specify the run folder, {path.parent}, or one of the checkpoints in {path}")
     if (path / METRICS_FILE).is_file() or "run" in read_folder_config(path):
         raise UserError(f"{source}: this run has no checkpoint yet; continue the run, or name another model")
     raise UserError(f"{source}: the folder contains neither checkpoints nor an exported model")

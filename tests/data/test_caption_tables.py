@@ -125,14 +125,15 @@ def test_any_bytes_are_rows_or_one_line(tmp_path, suffix, data, head):
 
 
 WRONG = {
-    "a,b\n": "has the columns a, b; name one of them with --image-column",
+    "": "has no columns",
+    "a,b\n": "has the columns a, b; specify one of them with --image-column",
     "image,caption\n": "has no rows",
     "image,caption\n0.jpg,a dog, running\n": r"row 1 .*3 fields but the table has 2 columns: image, caption",
     "image,caption\n0.jpg,a dog\n1.jpg\n": r"row 2 .*1 field but",
     'image,caption\n0.jpg,one\n1.jpg,"a dog\n2.jpg,two\n': r"row 2 .*lines 3 to 4: a quote is not closed",
     'image,caption\n0.jpg,"a dog"s\n': "row 1 .*line 2",
     "image,caption,caption\n0.jpg,a,b\n": "has 2 columns caption and caption; rename or remove",
-    "image,caption,Caption\n0.jpg,a,b\n": "caption and Caption; name one with --caption-column",
+    "image,caption,Caption\n0.jpg,a,b\n": "caption and Caption; specify one with --caption-column",
     "image,caption\n0.jpg,a\0b\n": "row 1 .*null byte",
     "image,caption\n,a\n": "row 1 .*image must be the name of a file",
     b"image,caption\n0.jpg,a\n1.jpg,caf\xe9\n": "line 3 is not UTF-8",

@@ -194,7 +194,7 @@ def test_shards_are_held_out_by_their_names(tmp_path):
     shards = find_shards(str(tmp_path), tmp_path / "run", None, [])
     assert shards.train == [str(tmp_path / name) for name in names[1:3]] and shards.val == [str(tmp_path / names[3])]
     assert shards.notes == [
-        f"held out by their names: 1 of 4 shards, such as {tmp_path}/food-val-0.tar",
+        f"held out because of their names: 1 of 4 shards, such as {tmp_path}/food-val-0.tar",
         f"not used, because there is also a validation split: 1 test shard, such as {tmp_path}/food-test-0.tar",
     ]
     (tmp_path / names[3]).unlink()

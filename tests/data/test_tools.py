@@ -484,7 +484,7 @@ def _mistakes(folder):
     yield [folder / "nowhere", "OUT"], "is neither a folder, nor an HDF5 file"
     yield [folder / "broken", "OUT"], "no sample can be used; the first error is:"
     yield [*table, folder / "in/captions.csv"], "1 of 2 rows name images that are not in .*'cat/77.jpg' .row 2."
-    yield [*table, folder / "in/columns.csv"], "has the columns a, b; name one of them with --image-column"
+    yield [*table, folder / "in/columns.csv"], "has the columns a, b; specify one of them with --image-column"
     yield [*table, folder / "in/captions.csv", "--caption-column", "title"], "--caption-column title"
     yield [*table, folder / "in/broken.jsonl"], "row 2 cannot be read"
     yield [*table, folder / "in/none.csv"], "No such file"

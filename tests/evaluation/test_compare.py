@@ -181,7 +181,7 @@ def test_two_results_are_told_apart_or_not(transfer, run, shards, tmp_path, caps
     transfer("knn", "--layers", "all", out="layers")
     with pytest.raises(UserError, match="does not contain exactly one class prediction per sample"):
         main(["difference", folders[0], str(tmp_path / "layers")])
-    with pytest.raises(UserError, match=r"nowhere: has no predictions.parquet; name the folders that two"):
+    with pytest.raises(UserError, match=r"nowhere: has no predictions.parquet; specify the folders that two"):
         main(["difference", folders[0], str(tmp_path / "nowhere")])
 
 

@@ -144,7 +144,7 @@ def test_lists_become_ids(tmp_path):
         (
             {0: ["a"]},
             "cls",
-            "--labels cls: lists of labels must be in a field of the samples' json; name it as json.FIELD",
+            "--labels cls: lists of labels must be in a field of the samples' json; specify it as json.FIELD",
         ),
         ({0: ["a"], 1: None}, "json.tags", "1 of 2 samples have no list of labels"),
         ({0: "a"}, "json.tags", 'a.tar/000: json.tags is "a", not a list; for single labels use knn or linear'),

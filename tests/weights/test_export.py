@@ -172,7 +172,7 @@ def test_run_goes_to_the_hub_and_comes_back(run, tmp_path, hub, capsys):
             "me/other",
             r"me/other: no such file or folder, and the Hub cannot be reached \(no network in tests second line\)",
         ),
-        ("nowhere", "nowhere: no such file or folder; name an export, or a model on the Hub as owner/name"),
+        ("nowhere", "nowhere: no such file or folder; specify an export, or a model on the Hub as owner/name"),
         ("a/b/c", "no such file or folder"),
     ],
 )

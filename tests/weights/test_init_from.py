@@ -129,7 +129,7 @@ def test_a_decoder_with_the_other_attention_is_not_loaded(tmp_path):
 
 def test_run_that_cannot_start_says_so_in_a_line_and_leaves_nothing(trainer):
     out = trainer("run", "--set", "model.init_from=nowhere", code=2)
-    assert "error: nowhere: no such file or folder; name an export" in out and "Traceback" not in out
+    assert "error: nowhere: no such file or folder; specify an export" in out and "Traceback" not in out
     assert not (trainer.folder / "run").exists()
 
 

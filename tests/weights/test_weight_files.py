@@ -77,7 +77,7 @@ def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path, make):
     os.mkfifo(path)
     with pytest.raises(UserError, match="is not a regular file"):
         load()
-    with pytest.raises(UserError, match=r"already contains .*; name a new folder"):
+    with pytest.raises(UserError, match=r"already contains .*; specify a new folder"):
         exported(tmp_path / "model")
 
 

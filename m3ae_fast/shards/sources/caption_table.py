@@ -4,10 +4,10 @@ Each row is a sample, even if rows are equal; a row with a list of captions give
 strictly: a row with more or fewer fields than the table has columns is an error. Columns other than those of images and
 captions become fields of the sample's json; a table may have only such columns.
 
-A .csv is quoted according to RFC 4180. A .tsv has one row per line, and quotes in it are text, with two exceptions,
-which only a program that quotes fields can have written. If all column names are quoted, the table is read as a .csv
-with tabs as separators. The quotes around a field are removed if the field is empty, if it contains a doubled quote
-(and no single one), or if it contains a tab and the row would otherwise have too many fields.
+A .csv is quoted according to RFC 4180. A .tsv has one row per line. Quotes in a .tsv are text, except in two cases
+that indicate a program that quotes fields. If all column names are quoted, the table is read as a .csv with tabs as
+separators. The quotes around a field are removed if the field is empty, if it contains a doubled quote (and no single
+one), or if it contains a tab and the row would otherwise have too many fields.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class NoColumns(UserError):
 
     def __init__(self, columns: Sequence[str], where: str, option: str) -> None:
         self.columns = ", ".join(columns) or "none"
-        super().__init__(f"{where}: has the columns {self.columns}; name one of them with {option}")
+        found = f"has the columns {self.columns}; specify one of them with {option}" if columns else "has no columns"
+        super().__init__(f"{where}: {found}")
 
 
 class Row(NamedTuple):
@@ -86,13 +87,14 @@ def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str
     """Return the column named by the user or, if none is named, the first one with a usual name. Raises NoColumns if no
     column has a usual name, and UserError if the named column does not exist or occurs several times."""
     if named is not None and named not in columns:
-        raise UserError(f"{option} {named}: {where} has only the columns {', '.join(columns) or 'none'}")
+        advice = f"; specify one of {', '.join(columns)}" if columns else ""
+        raise UserError(f"{option} {named}: {where} has no such column{advice}")
     names = [named] if named else [column for name in usual for column in columns if column.lower() == name][:1]
     if not names:
         raise NoColumns(columns, where, option)
     same = [column for column in columns if column == named or (not named and column.lower() == names[0].lower())]
     if len(same) > 1:
-        advice = f"name one with {option}" if len(set(same)) == len(same) else "rename or remove all but one"
+        advice = f"specify one with {option}" if len(set(same)) == len(same) else "rename or remove all but one"
         raise UserError(f"{where}: has {len(same)} columns {' and '.join(same)}; {advice}")
     return names[0]
 
