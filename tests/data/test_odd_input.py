@@ -125,7 +125,7 @@ def test_what_was_corrected_since_is_not_passed_off_as_done(folder, tmp_path, ca
     new_output(capsys)
     assert make(folder, tmp_path / "out") == 2
     assert re.search(
-        rf"shards of another conversion \({part}.*name a new folder, or remove this one", new_output(capsys)
+        rf"shards of another conversion \({part}.*specify a new folder, or remove this one", new_output(capsys)
     )
 
 
