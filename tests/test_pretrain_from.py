@@ -134,7 +134,7 @@ def test_what_is_no_model_is_refused(base, tmp_path):
     (new / "config.json").write_text('{"run": {}}')
     for name, message in (
         (tmp_path / "nowhere", "--from .*nowhere: no such file or folder"),
-        (new, "--from .*new: this run has no checkpoint yet; continue the run, or name another model"),
+        (new, "--from .*new: this run has no checkpoint yet; continue the run, or specify another model"),
         (tmp_path, "--from .*: the folder contains neither checkpoints nor an exported model"),
         (base / "checkpoints", f"--from .*: specify the run folder, {base}, or one of the checkpoints in"),
         (

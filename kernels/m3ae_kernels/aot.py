@@ -89,7 +89,7 @@ def _pointers(**by_type: str) -> dict[str, str]:
 
 
 def _with_bands(*cases: Case) -> list[Case]:
-    """Return the cases, which read 8-bit RGB images, and the same cases with 13 bands of 16 bits, as in Sentinel-2."""
+    """Return the cases, which read 8-bit RGB images, and the same cases with 13 16-bit bands, as in Sentinel-2."""
     several = []
     for case in cases:
         constants = {name: value for name, value in (case.constants or {}).items() if name != "table"} | {"C": 13}

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from m3ae_fast.base.errors import UserError
 
+# errors with which some network file systems refuse fsync of a folder
 _CANNOT_SYNC = {
     errno.EINVAL,
     errno.ENOTSUP,
     errno.EACCES,
-}  # errors with which some network file systems refuse fsync of a folder
+}
 
 
 @contextlib.contextmanager

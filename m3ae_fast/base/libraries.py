@@ -23,11 +23,12 @@ EXTRAS = {
     "tiff": ("tifffile",),
     "vqgan": ("msgpack",),
 }
+# display names that differ from the import name
 NAMES = {
     "sklearn": "scikit-learn",
     "scipy": "SciPy",
     "deepspeed": "DeepSpeed",
-}  # display names that differ from the import name
+}
 
 
 def require_libraries(needs: Mapping[str, str], otherwise: str = "") -> None:

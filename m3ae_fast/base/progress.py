@@ -119,9 +119,8 @@ class Lines:
         if self._whole is None:
             return text, ""
         item = self._part / self._total  # task units per item
-        sure = (
-            self._first is not None and self._done > self._first[1]
-        )  # the time of the first item includes the start-up
+        # the time of the first item includes the start-up
+        sure = self._first is not None and self._done > self._first[1]
         return text, duration(self._whole.during(item * self._done, self._pace(now) / item, sure))
 
     def _pace(self, now: float) -> float:

@@ -143,17 +143,15 @@ def _normal_distributions(bank: FeatureBank, ids_R: Tensor, classes: int) -> tup
     width, samples = bank.stored_SD.shape[-1], len(bank.keys)
     ids_R = ids_R.to(device)
     parts = [slice(start, start + _AT_A_TIME) for start in range(0, len(ids_R), _AT_A_TIME)]
-    sums_KP = torch.zeros(
-        classes, width + 1, dtype=torch.float64, device=device
-    )  # the last column is the number of samples
+    # the last column is the number of samples
+    sums_KP = torch.zeros(classes, width + 1, dtype=torch.float64, device=device)
     for part in parts:
         features_BD = bank.take(part).to(device).double()
         sums_KP.index_add_(0, ids_R[part], F.pad(features_BD, (0, 1), value=1.0))
     sums_KP = all_reduce(sums_KP, bank.ranks)
     means_KD = sums_KP[:, :-1] / sums_KP[:, -1:]
-    squares_PD = torch.zeros(
-        width + 1, width, dtype=torch.float64, device=device
-    )  # the last row is the sum of the fourth powers of norms
+    # the last row is the sum of the fourth powers of norms
+    squares_PD = torch.zeros(width + 1, width, dtype=torch.float64, device=device)
     for part in parts:
         centred_BD = bank.take(part).to(device).double() - means_KD[ids_R[part]]
         squares_PD[:-1] += centred_BD.T @ centred_BD
@@ -215,9 +213,8 @@ def run(job: Job) -> dict[str, Any]:
             warnings.append(f"{name or 'ood'}: {warning}")
             job.say(f"note: {warnings[-1]}")
         more: dict[str, Any] = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
-        columns.update(
-            {column: [*columns[column], *values] for column, values in more.items()}
-        )  # assigned at once, because another thread may read them
+        # assigned at once, because another thread may read them
+        columns.update({column: [*columns[column], *values] for column, values in more.items()})
         evaluated.append(name)
         samples[f"{name or 'ood'}_samples"] = len(found.keys)
         path = job.out / (f"scores-{name}.png" if name else "scores.png")

@@ -42,10 +42,8 @@ from m3ae_fast.process.ranks import Ranks
 
 _SHOWN = 8  # number of held-out images in the figure
 _RESAMPLES = 1000  # number of bootstrap samples
-_QUERIES, _PREDICTED = (
-    1024,
-    16,
-)  # numbers of patches whose neighbours are searched, and of images that are predicted, at a time
+_QUERIES = 1024  # number of patches whose neighbours are searched at a time
+_PREDICTED = 16  # number of images that are predicted at a time
 _WARM_UP = 0.1  # fraction of the steps that belong to the warm-up
 
 

@@ -12,10 +12,11 @@ from m3ae_fast.config import Range
 
 _BITS, _PHOTOMETRIC, _FORMAT = 258, 262, 339  # tags of TIFF
 _KINDS = {1: "unsigned", 2: "signed", 3: "float"}  # by TIFF's SampleFormat
+# by Pillow's mode, for files without further information
 _MODES = {
     "I": ("signed", 32),
     "F": ("float", 32),
-}  # by Pillow's mode, for files without further information
+}
 
 
 class Depth(NamedTuple):

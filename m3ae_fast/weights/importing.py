@@ -82,7 +82,7 @@ def _read_folder(path: Path, source: str, heads: ViTOptions) -> Pretrained:
     if is_run(path.parent):
         raise UserError(f"{source}: specify the run folder, {path.parent}, or one of the checkpoints in {path}")
     if (path / METRICS_FILE).is_file() or "run" in read_folder_config(path):
-        raise UserError(f"{source}: this run has no checkpoint yet; continue the run, or name another model")
+        raise UserError(f"{source}: this run has no checkpoint yet; continue the run, or specify another model")
     raise UserError(f"{source}: the folder contains neither checkpoints nor an exported model")
 
 
