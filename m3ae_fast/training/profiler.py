@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 def profiler(run_dir: Path | None) -> AbstractContextManager[torch.profiler.profile | None]:
     """Return a context manager for a profiler that writes run_dir/trace.json.gz; its `step()` must be called
-    after every step. Without `run_dir`, the context yields None."""
+    after every step. Without `run_dir`, the context manager yields None."""
     if run_dir is None:
         return nullcontext()
     return torch.profiler.profile(

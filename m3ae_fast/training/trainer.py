@@ -259,8 +259,8 @@ class Trainer:
         return not self.ranks.broadcast(lambda: self.log.has(self.step, names))
 
     def evaluation(self, name: str, every: int | None) -> AbstractContextManager[None]:
-        """Return a context in which the time limit measures the duration of an evaluation. `every`: number of steps
-        between evaluations; None: evaluation only at the end of the run."""
+        """Return a context manager with which the time limit measures the duration of an evaluation. `every`: number of
+        steps between evaluations; None: evaluation only at the end of the run."""
         due = self.step == 0 or self.schedule.due(self.step, every)
         return self.limit.evaluation(name, every, due) if self.limit else nullcontext()
 
@@ -294,7 +294,7 @@ class Trainer:
     # The beginning and the end
 
     def _ending(self) -> AbstractContextManager[None]:
-        """Return a context that records how the run ends."""
+        """Return a context manager that records how the run ends."""
         return self.record.ending(lambda: self.step, lambda: self.stop.reason or BY_ANOTHER, explain)
 
     def _begin(self) -> None:
