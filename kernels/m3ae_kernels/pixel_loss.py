@@ -75,10 +75,10 @@ def masked_pixel_loss(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        The loss, a scalar or [...], float32 (float64 for float64 hidden). The matmuls run in autocast's dtype if it is
-            enabled, otherwise in that of hidden. Gradients are computed for hidden, weight, bias and row_weight, but
-            not for images. The first three are computed in the forward pass if they are required; with "none", they are
-            computed in the backward pass, which repeats the matmuls.
+        The loss, a scalar or [...], float32 (float64 for float64 hidden). The matmuls run in autocast's dtype if
+            autocast is enabled, otherwise in the dtype of hidden. Gradients are computed for hidden, weight, bias and
+            row_weight, but not for images. The first three are computed in the forward pass if they are required; with
+            "none", they are computed in the backward pass, which repeats the matmuls.
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.

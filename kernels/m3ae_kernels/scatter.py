@@ -44,7 +44,7 @@ def scatter_tokens(
     Returns:
         [..., D], where ... is the shape of src, in x's dtype; autocast has no effect, as for torch's Embedding. The sum
             is computed in float32 (float64 for float64). Gradients are computed for x, fill and table, each in its own
-            dtype; those of fill and table are summed in a fixed order, without atomics.
+            dtype; the gradients of fill and table are summed in a fixed order, without atomics.
 
     Raises:
         TypeError, ValueError: the dtype, shape or device of the named argument is wrong, or the argument that belongs

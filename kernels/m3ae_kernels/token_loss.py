@@ -81,10 +81,10 @@ def masked_token_loss(
     Returns:
         The loss, a scalar or [...], float32 (float64 for float64 hidden), and with return_correct also correct, bool
         [...]: whether the target is the index of the largest logit (the first one if several are equal). The matmuls
-        run in autocast's dtype if it is enabled, otherwise in that of hidden; the softmax runs in float32. Gradients
-        are computed for hidden, weight, bias and row_weight. The first three are computed in the forward pass if they
-        are required; with "none", they are computed in the backward pass, which repeats the matmuls. A target out of
-        range raises IndexError on a CPU, and gives a loss of NaN on a GPU.
+        run in autocast's dtype if autocast is enabled, otherwise in the dtype of hidden; the softmax runs in float32.
+        Gradients are computed for hidden, weight, bias and row_weight. The first three are computed in the forward pass
+        if they are required; with "none", they are computed in the backward pass, which repeats the matmuls. A target
+        out of range raises IndexError on a CPU, and gives a loss of NaN on a GPU.
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.

@@ -20,7 +20,7 @@ class Baseline(NamedTuple):
     """The result of a baseline."""
 
     metrics: Mapping[str, float]  # metrics with their standard errors
-    difference: Difference | None  # result of the model minus that of the baseline; None: it cannot be estimated
+    difference: Difference | None  # model's result minus the baseline's result; None: it cannot be estimated
 
 
 def baseline_entries(baselines: Mapping[str, Baseline]) -> dict[str, Any]:

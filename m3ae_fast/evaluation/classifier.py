@@ -50,7 +50,7 @@ def read_config(folder: str | Path) -> ClassifierConfig:
     try:
         data = read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a classifier ({error}); name {CLASSIFIER_HELP}") from None
+        raise UserError(f"{folder}: not a classifier ({error}); specify {CLASSIFIER_HELP}") from None
     return parse(ClassifierConfig, data, str(path))
 
 

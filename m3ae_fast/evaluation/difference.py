@@ -112,8 +112,8 @@ def _words(ours: dict[str, bool], theirs: dict[str, bool], names: Sequence[Any])
 def _require_same(folders: Sequence[Any], first: Any, second: Any) -> None:
     if first != second:
         raise UserError(
-            f"{folders[0]} and {folders[1]}: {len(first ^ second):,} samples are in only one of them; name two "
-            "results with the same --val, given in the same form"
+            f"{folders[0]} and {folders[1]}: {len(first ^ second):,} samples are in only one of them; choose "
+            "two results with the same --val, written in the same form"
         )
 
 

@@ -114,7 +114,7 @@ def _image_files(source: Source) -> tuple[str, list[str]] | None:
     shards. Raises UserError if the source is empty, or if a folder contains neither images nor shards."""
     names = _listed(source)
     if not names:
-        raise UserError("there is nothing to embed: name shards, a folder of images, or images")
+        raise UserError("there is nothing to embed: specify shards, a folder of images, or images")
     if len(names) == 1 and os.path.isdir(names[0]):
         folder = names[0]
         if _tars(folder):

@@ -53,9 +53,10 @@ def fill(
         top: number of predicted tokens for each [MASK].
         visible: fraction of the patches that the model sees.
         seed: random seed for choosing the visible patches.
-        image_range: values of black and white in images of more than 8 bits; None: those of the model's training data.
-        tokenizer: file or name of the captions' tokenizer; None: that of the model.
-        image_tokenizer: folder of the VQGAN, for a model that predicts image tokens; None: that of the run.
+        image_range: values of black and white in images with more than 8 bits per channel; None: the values of the
+            model's training data.
+        tokenizer: file or name of the captions' tokenizer; None: the model's tokenizer.
+        image_tokenizer: folder of the VQGAN, for a model that predicts image tokens; None: the VQGAN of the run.
 
     Raises:
         UserError: an argument is invalid, or the model or the image cannot be used.

@@ -49,8 +49,8 @@ def reconstructions(
         run: a run folder (its last checkpoint), or a checkpoint.
         out: .png file to write; None: reconstructions.png in `run`.
         pictures: number of samples.
-        ratios: mask ratios of the image; empty: that of the run.
-        shards: shards of the samples; empty: those of the run's data.val or, without it, data.train.
+        ratios: mask ratios of the image; empty: the mask ratio of the run.
+        shards: shards of the samples; empty: the shards in the run's data.val or, without it, data.train.
         trust: whether to open all shards named in the run's config, including `pipe:` shards, which execute commands.
 
     Raises:
@@ -60,7 +60,7 @@ def reconstructions(
     if not all(0 <= ratio <= 1 for ratio in ratios):
         raise UserError(f"--ratios {' '.join(map('{:g}'.format, ratios))}: must be from 0 to 1")
     source = _open(run, shards, trust)
-    # the last weights and not their moving average, because the logged losses are those of the last weights
+    # the last weights and not their moving average, because the logged losses are computed with the last weights
     weights = checkpoint.read_weights(source.checkpoint, average=False)
     tokenizer = open_tokenizer(source.config.data, source.config.model)
     path = _path(run, out, "reconstructions")
@@ -151,7 +151,7 @@ def feature_map(
 
 
 def _open(run: str | Path, shards: Sequence[str], trust: bool, images: bool = False) -> _Source:
-    """Open a run's checkpoint and its samples, or those of `shards`. `images`: whether to use only the images of
+    """Open a run's checkpoint and its samples, or the samples in `shards`. `images`: whether to use only the images of
     samples. Raises UserError if opening the samples requires `trust`."""
     path = checkpoint.locate(Path(run))
     config = parse(Config, checkpoint.read_info(path).config, f"checkpoint {path}")

@@ -60,12 +60,12 @@ def evaluate(
         out: folder for the result, which must not contain a result.
         train: shards of training samples; not used by robustness and retrieval.
         labels: source of the labels: "cls", or "json." and the name of a field.
-        modality: modalities of a sample that the encoder sees: "image", "text" or "paired"; None: that of the task or
-            the classifier.
+        modality: modalities of a sample that the encoder sees: "image", "text" or "paired"; None: the modality of the
+            task or of the classifier.
         resume: for linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
         layers: for knn, logistic, linear and attentive: "all" or numbers of encoder blocks, from 1; None: the last
             block.
-        pools: for knn, logistic and linear: "all" or poolings, "mean" and "cls"; empty: that of encode.pool.
+        pools: for knn, logistic and linear: "all" or poolings, "mean" and "cls"; empty: the pooling in encode.pool.
         shots: for knn, logistic, linear and attentive: numbers of training samples per class; empty: all samples.
         draws: number of random draws for each number of shots; None: 5.
         probes: for compare: the probes to use.

@@ -139,7 +139,7 @@ class Options:
     modality: Modality | None = None
     resume: str = "no"
     layers: str | None = None  # "all", or numbers separated by commas
-    pools: Sequence[Pool] = ()  # empty: that of encode.pool
+    pools: Sequence[Pool] = ()  # empty: the pooling in encode.pool
     shots: Sequence[int] = ()
     draws: int | None = None
     probes: Sequence[str] = PROBE_NAMES

@@ -52,9 +52,9 @@ def packed_attention(
         impl: "auto" for the fastest installed kernel, "triton" (D up to 128) or "torch".
 
     Returns:
-        [..., H, D], with the rows of the queries, in autocast's dtype if it is enabled, otherwise in that of qkv. Sums
-        are computed in float32 (float64 for float64). Gradients are computed without atomics for qkv and q; the
-        gradient of qkv is one contiguous tensor with the layout of qkv.
+        [..., H, D], with the rows of the queries, in autocast's dtype if autocast is enabled, otherwise in the dtype of
+        qkv. Sums are computed in float32 (float64 for float64). Gradients are computed without atomics for qkv and q;
+        the gradient of qkv is one contiguous tensor with the layout of qkv.
 
     Raises:
         TypeError, ValueError: the dtype, shape or device of the named argument is wrong, or the argument that belongs

@@ -61,8 +61,8 @@ def flash_attn_varlen_func(
             on a CPU.
 
     Returns:
-        [Q, H, D] in autocast's dtype if it is enabled, otherwise in that of q; 0 for a query that attends to no key.
-        Sums are computed in float32 (float64 for float64). Gradients are computed for q, k and v.
+        [Q, H, D] in autocast's dtype if autocast is enabled, otherwise in the dtype of q; 0 for a query that attends to
+        no key. Sums are computed in float32 (float64 for float64). Gradients are computed for q, k and v.
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
