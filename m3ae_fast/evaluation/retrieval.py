@@ -39,8 +39,9 @@ _SHOWN, _BEST = 5, 5  # number of queries in the figure, and of results per quer
 
 
 def own_ranks(queries: FeatureBank, candidates: FeatureBank) -> Tensor:
-    """Return the rank of each query's matching candidate (the one with the same number) by cosine similarity: int64
-    [N], 1 is best, on every rank. In a tie, the match is ranked last, so that constant features have the lowest recall.
+    """Return the position of each query's match (the candidate with the same number) in the list of candidates sorted
+    by cosine similarity: int64 [N], from 1 (most similar), on every rank. In a tie, the match comes last, so that
+    constant features have the lowest recall.
 
     Each rank compares the queries of all ranks with its own candidates, in float64 rounded to float32, so the result
     does not depend on the number of ranks. On each rank, both banks must contain the samples with the same numbers.
@@ -69,8 +70,8 @@ def own_ranks(queries: FeatureBank, candidates: FeatureBank) -> Tensor:
 
 
 def recalls(ranks_N: Tensor) -> dict[int, float]:
-    """Return the recall at k, from 0 to 1, for each k in RANKS: the fraction of queries whose match has at most rank
-    k."""
+    """Return the recall at k, from 0 to 1, for each k in RANKS: the fraction of queries whose match is among the k most
+    similar candidates."""
     return {k: (ranks_N <= k).double().mean().item() for k in RANKS}
 
 
