@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from m3ae_fast.config import KnnConfig
-from m3ae_fast.config.evaluation import EvaluationConfig, SegmentConfig
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.evaluation import logistic_regression
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits
@@ -87,11 +86,11 @@ def segmented(ranks: Ranks) -> dict[str, Tensor]:
         bank = split(patches_NLD, torch.arange(count), ranks, batch=2)
         parts.append(Images(bank, masks_NSS[bank.own]))
     train, held_out = parts
-    job = SimpleNamespace(ranks=ranks, config=config(), heartbeats=SimpleNamespace(mark=lambda what: None))
-    settings = SegmentConfig(steps=20, batch=7, bank_patches=50)
+    whole = config(segment={"steps": 20, "batch": 7, "bank_patches": 50})
+    job = SimpleNamespace(ranks=ranks, config=whole, heartbeats=SimpleNamespace(mark=lambda what: None))
     heads = {
-        "linear patches": fit(train, CLASSES, settings, job),
-        "patches by neighbours": Neighbours(train, CLASSES, settings, KnnConfig(), ranks),
+        "linear patches": fit(train, CLASSES, whole.segment, job),
+        "patches by neighbours": Neighbours(train, CLASSES, job),
     }
     return {name: held_out.bank.complete(head(held_out.bank.stored_SD.float())) for name, head in heads.items()}
 
