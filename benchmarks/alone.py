@@ -94,17 +94,24 @@ def peak_above(function: Callable[[], object], device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    before = _status("VmRSS")
+    before = _status("self")["VmRSS"]
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     function()
-    return _status("VmHWM") - before
+    return _status("self")["VmHWM"] - before
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
+def peak_of(process: int) -> int:
+    """Return the peak memory of a process so far in bytes; 0 if it has ended. `process`: its process ID."""
+    try:
+        return _status(str(process)).get("VmHWM", 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def _status(process: str) -> dict[str, int]:
+    """Return the kinds of memory that a process uses in bytes, by their names in /proc/PID/status."""
+    lines = (line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return {words[0].removesuffix(":"): int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
 
 
 def _age() -> float:
