@@ -25,7 +25,7 @@ ALL: tuple[str, ...] = (
     "startup",
     "saving",
 )
-ALL += ("faster", "muon", "knn", "heads", "probe")
+ALL += ("faster", "muon", "knn", "knn-imagenet", "attentive", "heads", "probe")
 ALL += ("native", "native-padding", "gpu-checks", "gpu-ops", "gpu-tuning", "gpu-step", "gpu-profile")
 PLOT = "scaling.png"
 SPEEDUP = "speed-up of the engine"
