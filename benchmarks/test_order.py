@@ -1,5 +1,5 @@
 """Benchmark of manifests and of the sample order for datasets of up to two billion samples: time and memory to open
-them and to find a sample, also in a loader worker."""
+them and to find a sample, in the main process and in a loader worker."""
 
 import json
 import multiprocessing

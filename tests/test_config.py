@@ -459,7 +459,7 @@ def test_a_dry_run_without_a_gpu_has_no_number_of_one(run, tmp_path):
         assert re.search(line, out), line
     assert "\nprobe                 k-NN of 9 samples, with neighbours from 9 labelled samples, 3 classes\n" in out
     code, out = run("--dry-run", "--no-data", out=True)
-    assert code == 0 and "GPUs elsewhere" in out and not re.search("H100|ZeRO|sent per|cores", out)
+    assert code == 0 and "GPUs of another machine" in out and not re.search("H100|ZeRO|sent per|cores", out)
     assert "TFLOP/s according to its data sheet" in run("--dry-run", "--no-data", "--world", "8", out=True)[1]
 
 

@@ -68,13 +68,15 @@ def test_images_alone_continue_from_an_mae_without_a_decoder(tmp_path):
     convert(tmp_path / "mae.pth", tmp_path / "converted", num_heads=3)
     given = given_weights(str(tmp_path / "converted"), tmp_path / "run", [])
     assert "model.vocab_size=0" in given.overrides and not any("data." in override for override in given.overrides)
-    assert any("contain no decoder, so the decoder is randomly initialised" in note for note in given.notes)
+    assert any("the weights contain no decoder, so the decoder is randomly initialised" in note for note in given.notes)
 
 
 def test_a_decoder_with_cross_attention_starts_from_an_encoder(tmp_path):
     M3AE(SMALL).save_pretrained(tmp_path / "self")
     given = given_weights(str(tmp_path / "self"), tmp_path / "run", ["model.dec_attention=cross"])
-    note = "their decoder was trained with model.dec_attention=self, so the decoder is randomly initialised"
+    note = (
+        "the decoder of the weights was trained with model.dec_attention=self, so the decoder is randomly initialised"
+    )
     assert note in given.notes
     assert note not in given_weights(str(tmp_path / "self"), tmp_path / "other", []).notes
 
@@ -95,19 +97,19 @@ def test_the_range_of_images_is_that_of_the_weights(tmp_path):
     [
         (
             ["model.depth=3"],
-            r"--set model\.depth=3: does not fit the weights \S*base\S*, whose value is 2; leave",
+            r"--set model\.depth=3: does not fit the weights \S*base\S*, which have model\.depth=2; leave",
         ),
         (
             ["model.gelu=exact"],
-            r'--set model\.gelu=exact: does not fit the weights \S*, whose value is "tanh"; leave it out',
+            r'--set model\.gelu=exact: does not fit the weights \S*, which have model\.gelu="tanh"; leave it out',
         ),
         (
             ["model.text_length=9", "model.patch_size=4"],
-            r"--set model\.patch_size=4: .*, whose value is 8; leave",
+            r"--set model\.patch_size=4: .*, which have model\.patch_size=8; leave",
         ),
         (
             ["model.channels=1"],
-            r"--set model\.channels=1: does not fit the weights \S*, whose value is 3; leave",
+            r"--set model\.channels=1: does not fit the weights \S*, which have model\.channels=3; leave",
         ),
         (["model.size=small"], r"--set model\.size=small: does not fit the weights [^,]*; leave it out"),
         (["model.text_length=9", "optim.peak_lr=-1"], "optim.peak_lr"),
@@ -206,7 +208,9 @@ def test_a_run_begins_with_the_weights(base, tmp_path, capsys):
     few = ["train.steps=1", "optim.peak_lr=1e-30", "data.workers=0", "train.pictures=0", "train.precision=fp32"]
     found = pretrain(tmp_path / "photos", tmp_path / "run", start_from=base, overrides=few)
     output = capsys.readouterr().out
-    assert found.finished and "weights to continue from" in output and 'model: "as its weights", width 32' in output
+    assert (
+        found.finished and "continuing from the weights in " in output and 'model: "as its weights", width 32' in output
+    )
     before, after = checkpoint.read_weights(checkpoint.locate(base)), M3AE.from_pretrained(found.export).state_dict()
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-20)

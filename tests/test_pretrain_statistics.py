@@ -271,7 +271,7 @@ def test_the_vocabulary_is_the_users(tmp_path):
     assert [*sizes.values()][:3] == [60, 0, 0] and 0 < mine <= 50 < sizes["model.text_length=9"]
     assert not (tmp_path / "other").exists()
     with pytest.raises(
-        UserError, match=r"model.vocab_size=9999: the captions yield \d+ tokens; set this number, or leave out"
+        UserError, match=r"model.vocab_size=9999: the captions yield a vocabulary of \d+ tokens; set this size"
     ):
         inspect(shards, tmp_path, "cls", None, ["model.vocab_size=9999"])
 

@@ -6,7 +6,7 @@ the stage, or in sub-folders with the names of the commands, before it is evalua
 stage ended. A stage with a record is complete; the next call continues with the following stages, and repeats stages
 that failed because of a missing module, if the module is now installed. A stage that fails, hangs or prints nothing
 does not affect other stages, and all its processes are ended. After every stage, records, logs and tables are packed
-into one file, which the next call uses, also on another machine. The caches of compilers stay in the folder between
+into one file, which the next call uses, even on another machine. The caches of compilers stay in the folder between
 calls. PLAN.md describes the result of each stage.
 """
 

@@ -1,7 +1,7 @@
-"""In-place patching of models of Hugging Face's transformers 5. Patched models use the ops, and have the same
-parameters, state_dict and losses.
+"""In-place patching of Hugging Face models (transformers 5). Patched models use the ops of this library, and their
+parameters, state_dict and losses are unchanged.
 
-As before, the parameters of a module are used in its own forward and nowhere else, as ZeRO-3 and FSDP require.
+As in the unpatched models, a module's parameters are used only in its own forward, as ZeRO-3 and FSDP require.
 
 Shapes: B images, L patches per image, N visible patches per image, D width.
 """
@@ -27,12 +27,12 @@ from .scatter import scatter_tokens
 def patch(
     model: nn.Module, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, impl: str = "auto"
 ) -> nn.Module:
-    """Patch a model of transformers to use the ops of this library, and return it.
+    """Patch a transformers model to use the ops of this library, and return it.
 
     `ViTMAEForPreTraining`: only visible patches are embedded, the un-shuffle is one op, and in training, the decoder's
     norm, head and loss run only for masked patches. `logits` is then None; in eval mode, outputs are unchanged.
-    `ViTMAEModel`: only the embedding is patched. Masks are sampled as before; losses and gradients are equal except for
-    rounding. Parameters are unchanged, so optimisers, checkpoints and `save_pretrained` are not affected. Patch a model
+    `ViTMAEModel`: only the embedding is patched. Masks are sampled as in the unpatched model; losses and gradients are
+    equal except for rounding. Parameters are unchanged, so optimisers, checkpoints and `save_pretrained` are not affected. Patch a model
     before torch.compile and before it is wrapped (as by DDP), and again after unpickling, which restores the model's
     own code. Calls with `interpolate_pos_encoding=True` use the model's own code too.
 

@@ -36,9 +36,9 @@ def report(tally: Tally, server: Counter, seed: int, minutes: float) -> str:
 Command: `python -m lab.soak --seed {seed}`, {minutes:.1f} minutes, torch {torch.__version__}, Python \
 {platform.python_version()}.
 
-In {tally.runs} runs with {tally.starts} starts, {tally.tried.total()} faults were injected, and the server failed \
-{server.total()} times. {tally.whole} of {tally.runs} runs ended bitwise identical to an undisturbed run: losses, \
-gradient norms, learning rates, and the weights and moments of the last checkpoint.
+In {tally.runs} runs with {tally.starts} starts, {tally.tried.total()} faults were injected, and the HTTP server \
+of the shards failed {server.total()} times. {tally.whole} of {tally.runs} runs ended bitwise identical to an \
+undisturbed run: losses, gradient norms, learning rates, and the weights and moments of the last checkpoint.
 
 {wrong}
 

@@ -130,7 +130,7 @@ def tables(rows: Rows, head: dict[str, Any]) -> str:
     words, clothes = ("words of the caption", "captions", COMMON), (f"MAE of {FASHION}", "mae", rows.of_clothes)
     for title, columns, more, against in (
         ("emoji, category", EMOJI, [words], []),
-        ("emoji, category, probe trained on one vendor's", SHIFT, [], []),
+        ("emoji, category; probe trained on one vendor's images", SHIFT, [], []),
         ("emoji, category, few shots by k-NN", SHOTS, [], []),
         (FASHION, CLOTHES, [clothes], [(clothes, other) for other in ("pixels", "random", "mae")]),
     ):

@@ -52,7 +52,7 @@ def _later(change: tuple[int, int]) -> tuple[int, int]:
     number of steps taken before the change."""
     step, total = change
     if not 0 <= step < total:
-        raise ValueError(f"the run is set to {total} steps after {step} steps")
+        raise ValueError(f"total number of steps changed to {total} at step {step}: the total must be larger")
     return change
 
 

@@ -50,7 +50,7 @@ class EncodedSteps:
     config: EncodeConfig
     layers: Sequence[int]
     ranks: Ranks
-    trying: bool  # whether several learning rates are tried, so that the samples of `is_held_out` are left out
+    trying: bool  # whether several learning rates are tried; samples for which `is_held_out` is true are then left out
 
     def __iter__(self) -> Iterator[HeadBatch]:
         loader = iter(self.loader)
@@ -91,7 +91,7 @@ def predict_online(
         layers: numbers of the encoder blocks, from 1.
         recipe: hyper-parameters of the training.
         setting: context of the probes.
-        whole: estimator of the task's remaining time. The size of the task is the result of `passes`.
+        whole: estimator of the task's remaining time. The task's total work is the number returned by `passes`.
     """
     train, held_out = corpora
     ranks, world, trying = job.ranks, job.ranks.world, len(recipe.scales) > 1

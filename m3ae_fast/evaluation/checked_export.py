@@ -49,7 +49,7 @@ def export(
             or "onnx" for the image encoder as two files, in float32 and in int8.
         weights: for a run with `train.ema`, the weights to export: the moving "average" or the "last" ones.
         push: name, OWNER/NAME, under which the folder is also uploaded to the Hugging Face Hub.
-        private: whether the repository on the Hub is private if it is created.
+        private: whether to make the repository on the Hub private if it does not exist yet.
         train, val: for "onnx", labelled shards. The k-NN accuracy of both files and of torch is measured on `val`, with
             neighbours from `train`.
         labels: source of the labels: "cls", or "json." and the name of a field.

@@ -29,7 +29,7 @@ from m3ae_fast.evaluation.tasks import DRAWS
 
 
 class Features(NamedTuple):
-    """A kind of features of the encoder."""
+    """A type of encoder features: the layer and the pooling."""
 
     layer: int  # number of the block, from 1
     pool: Pool | None  # None: patch tokens, which are pooled by an attentive probe
@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features of the training and of the held-out samples, by number of the kind of features."""
+    """Features of the training and held-out samples. Keys are indices of feature types."""
 
     bank: dict[int, FeatureBank]
     held_out: dict[int, FeatureBank]
@@ -206,7 +206,7 @@ def _concluded(job: Job, found: GridPredictions) -> dict[str, Any]:
 
 
 def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes, kinds: int) -> float:
-    """Return the estimated training time of the probes of all kinds of features, in seconds."""
+    """Return the estimated training time of the probes of all feature types, in seconds."""
     task, model = job.options.task, job.model.config
     samples = train.samples if shots is None else min(shots * len(classes), train.samples)
     shape = (model.most_patches, model.emb_dim) if PROBES[task].tokens else (model.emb_dim,)
@@ -249,7 +249,7 @@ def encode_kinds(
 
     Args:
         job: the job.
-        kinds: the kinds of features, with all poolings of a layer next to each other.
+        kinds: the feature types, with all poolings of a layer next to each other.
         opened: result of `Job.open_labelled`.
         whole: estimator of the task's remaining time.
     """
@@ -305,7 +305,7 @@ def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> Feat
 def _predictions(
     job: Job, found: GridPredictions, encoded: Encoded, shots: int | None, draw: int
 ) -> dict[int, Predictions]:
-    """Return the predictions of the probes for the held-out samples, by number of the kind of features."""
+    """Return the predictions of the probes for the held-out samples, by index of the feature type."""
     bank = encoded.bank
     if shots is not None:
         bank = {number: few_shot(each, shots, draw, encoded.classes) for number, each in bank.items()}

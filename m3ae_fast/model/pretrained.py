@@ -82,8 +82,8 @@ def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = N
 
 
 def _preprocessing(config: ModelConfig) -> dict[str, Any]:
-    """Return the preprocessing of images as a config of transformers' image processors. Perceiver's processor is used
-    because it crops the central square before resizing; the other processors crop afterwards."""
+    """Return the preprocessing of images as the config of a transformers image processor. Perceiver's processor is
+    used because it crops the central square before resizing; the other processors crop afterwards."""
     size = {"height": config.image_size, "width": config.image_size}
     return {
         "image_processor_type": "PerceiverImageProcessor",
@@ -134,8 +134,8 @@ def missing_decoder(found: Pretrained, start: Pretrained) -> str:
     if start.has_decoder:
         return ""
     if found.has_decoder:
-        return f"their decoder was trained with model.dec_attention={found.config.dec_attention}"
-    return "they contain no decoder"
+        return f"the decoder of the weights was trained with model.dec_attention={found.config.dec_attention}"
+    return "the weights contain no decoder"
 
 
 def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:

@@ -131,8 +131,8 @@ def _tokenizer(
     found = CaptionTokenizer(learnt, _LONGEST)
     if size and found.vocab_size != size:
         raise UserError(
-            f"--set model.vocab_size={size}: the captions yield {found.vocab_size} tokens; set this number, or "
-            "leave out this option"
+            f"--set model.vocab_size={size}: the captions yield a vocabulary of {found.vocab_size} tokens; set "
+            "this size, or leave out the option"
         )
     save_tokenizer(learnt, out / TOKENIZER)
     return found

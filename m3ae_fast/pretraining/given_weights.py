@@ -63,7 +63,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
     given = [f"{name}={json.dumps(value)}" for name, value in implied.items()]
     missing = missing_decoder(found, _fitting(model, found, given, overrides))
     decoder = [f"{missing}, so the decoder is randomly initialised"] if missing else []
-    return GivenWeights(given, [f"{found.kind}: weights to continue from, in {folder}", *decoder, *found.notes])
+    return GivenWeights(given, [f"continuing from the weights in {folder} ({found.kind})", *decoder, *found.notes])
 
 
 def _fitting(model: str, found: Pretrained, given: Sequence[str], own: Sequence[str]) -> Pretrained:
@@ -81,7 +81,7 @@ def _fitting(model: str, found: Pretrained, given: Sequence[str], own: Sequence[
                 _fitting_all(model, found, [*given, override])
             except UserError:
                 theirs = json.dumps(found.config.model_dump(mode="json").get(name.removeprefix("model.")))
-                have = "" if theirs == "null" else f", whose value is {theirs}"
+                have = "" if theirs == "null" else f", which have {name}={theirs}"
                 raise UserError(f"--set {name}={value}: does not fit the weights {model}{have}; leave it out") from None
         raise
 

@@ -262,8 +262,8 @@ def _between(config: Config, schedule: Schedule, budget: Budget, pace: Pace) -> 
 
 
 def _warning(config: Config, budget: Budget, pace: Pace) -> str:
-    """Return a warning with a sufficient number of hours if the run is too short to learn much. Return "" otherwise, or
-    if the user has set the length."""
+    """Return a warning if the run is too short to learn much, including the number of hours that would be enough.
+    Return "" otherwise, or if the user has set the length."""
     schedule, batch = Schedule(config.train, config.optim, budget.statistics.samples), config.train.global_batch
     steps, enough = schedule.total_steps, max(automatic_settings.LEARNING_STEPS, schedule.steps_per_epoch)
     if config.train.hours is None or steps >= enough:

@@ -61,7 +61,7 @@ def _first(shown: UserError, ranks: Ranks, heartbeats: Heartbeats | None) -> tup
     """Return whether this rank is the first to end with an error, and the exit code of the first one."""
     try:
         return ranks.first_error(shown.exit_code)
-    except RuntimeError:  # the store has ended with rank 0
+    except RuntimeError:  # the store, which rank 0 hosts, is gone
         if not isinstance(shown, RankLost):  # rank 0 has printed it
             return False, shown.exit_code
     if heartbeats and heartbeats.first_error is not None:

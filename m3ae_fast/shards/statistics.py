@@ -271,7 +271,7 @@ def collect(
 def require_images(found: Statistics) -> None:
     """Raise UserError if no image could be read."""
     if not found.images:
-        reason = f", such as: {next(iter(found.bad))}" if found.bad else ""
+        reason = f"; first error: {next(iter(found.bad))}" if found.bad else ""
         raise UserError(f"none of {found.seen:,} samples has an image that can be read{reason}{_advice(found)}")
 
 

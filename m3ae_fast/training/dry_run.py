@@ -91,7 +91,8 @@ def report(
         memory = sum(zero_bytes(needs.parameters, stage, needs.world, in_bf16(config), needs.matrices))
         lines.append(("memory", f"{(memory + needs.activations) / 1e9:,.3g} GB per rank (estimated)"))
     if not (gpus or data):
-        lines.append(("time", "not measured without data; --world N plans a run on N GPUs elsewhere"))
+        hint = "to plan a run on N GPUs of another machine, use --world N"
+        lines.append(("time", f"not measured, because no data is read; {hint}"))
     console = Console(highlight=False, soft_wrap=True)
     for name, text in [*lines, *more]:
         console.print(f"{name:21} {text}")

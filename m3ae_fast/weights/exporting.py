@@ -94,7 +94,8 @@ def _run_section(run: SavedRun, average: bool) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in info.versions.items())
     settings = {name: config[name] for name in _SHOWN if name in config}
     if train := settings.get("train"):
-        settings["train"] = {key: value for key, value in train.items() if key != "probe"}  # the section names shards
+        # The section `probe` is left out because it contains paths of shards.
+        settings["train"] = {key: value for key, value in train.items() if key != "probe"}
     return "\n".join([*lines, f"With {versions}.", "", "```json", json.dumps(settings, indent=2), "```", ""])
 
 

@@ -233,7 +233,13 @@ CASES = [
     Case("TIFF", "several pages", lambda: tiff(np.stack((GREY, 255 - GREY))), GREY, note="the first page"),
     Case("TIFF", "grey, uint16", lambda: tiff(_deep), scaled(_deep, 0, 65535), "dtype"),
     Case("TIFF", "grey, uint16, big-endian", lambda: tiff(_deep, byteorder=">"), scaled(_deep, 0, 65535), "dtype"),
-    Case("TIFF", "grey, uint16, from 70 on", lambda: tiff(_deep // 64 + 70), scaled(_deep // 64, 0, 400), (70, 470)),
+    Case(
+        "TIFF",
+        "grey, uint16, smallest value 70",
+        lambda: tiff(_deep // 64 + 70),
+        scaled(_deep // 64, 0, 400),
+        (70, 470),
+    ),
     Case(
         "TIFF",
         "grey, uint16, 0 is white",

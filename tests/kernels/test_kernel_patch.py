@@ -1,4 +1,4 @@
-"""`m3ae_kernels.patch`, applied to a small ViT-MAE of transformers with random weights."""
+"""`m3ae_kernels.patch`, applied to a small transformers ViT-MAE with random weights."""
 
 import copy
 

@@ -58,7 +58,7 @@ def test_converted_mae_trains_on_with_its_positions(trainer):
     trainer.config.write_text(json.dumps(tiny))
     options = ["--set", "train.precision=bf16", *zero(1)]
     out = trainer("run", *options, "--set", "train.steps=2")
-    assert "; they contain no decoder, so the decoder is randomly initialised\n" in out
+    assert "; the weights contain no decoder, so the decoder is randomly initialised\n" in out
     out = trainer("run", *options, "--set", "train.steps=4", "--resume", "auto")
     assert "weights from" not in out
     assert [line["step"] for line in lines(trainer, "run") if "loss" in line] == [1, 2, 3, 4]
@@ -117,7 +117,8 @@ def test_a_decoder_with_the_other_attention_is_not_loaded(tmp_path):
     before = {name: tensor.clone() for name, tensor in crossed.state_dict().items()}
     line = start_from(crossed, str(tmp_path / "start"), alone)
     assert line.endswith(
-        "start; their decoder was trained with model.dec_attention=self, so the decoder is randomly initialised"
+        "start; the decoder of the weights was trained with model.dec_attention=self, so the decoder is randomly "
+        "initialised"
     )
     for name, tensor in crossed.state_dict().items():
         expected = whole.state_dict()[name] if name.startswith(ENCODER) else before[name]

@@ -66,10 +66,12 @@ def attention_kernel(
     acc is the sum of the weighted values. BANDED: a query attends only to the keys in a band around its position, which
     may contain no key.
 
-    Cost: 4HD sum(n^2) FLOPs, 8THD bytes in bfloat16, H sum(n^2) exponentials. M3AE-Large at 512 samples: encoder (n 73,
-    H 16, D 64) 11 GFLOP and 306 MB, 91 us at 3.35 TB/s; decoder (n 290, D 32) 88 GFLOP and 608 MB, 181 us, and 0.7e9
-    exponentials, 190 us at 16 per cycle on each of 132 multiprocessors. Time to issue the instructions, counted in the
-    code compiled for an H100 at 1.7 GHz: 87 and 337 us.
+    Cost: 4HD sum(n^2) FLOPs, 8THD bytes in bfloat16, H sum(n^2) exponentials. Estimates for M3AE-Large at 512 samples
+    on an H100 (3.35 TB/s; 16 exponentials per cycle on each of 132 multiprocessors at 1.7 GHz):
+    - Encoder (n 73, H 16, D 64): 11 GFLOP. The memory traffic of 306 MB takes 91 us. Issuing the instructions (counted in
+      the compiled code) takes 87 us.
+    - Decoder (n 290, H 16, D 32): 88 GFLOP. The memory traffic of 608 MB takes 181 us, and the 0.7e9 exponentials take
+      190 us. Issuing the instructions takes 337 us.
     """
     pid = tl.program_id(0)
     head = (pid % H).to(tl.int64)
@@ -155,8 +157,8 @@ def _tile(name: str, q: Tensor, queries: Segments, keys: Segments) -> dict:
 
 
 def as_rows(tile: dict, dim: int, longest_queries: int = MOST_ROWS, longest_keys: int = MOST_ROWS) -> dict:
-    """Return the settings with TILE_M and TILE_N elements converted to rows of `dim` values: powers of two, at least
-    the 16 that a matrix instruction requires."""
+    """Return the settings with the tile sizes TILE_M and TILE_N converted from elements to rows of `dim` values. The
+    numbers of rows are powers of two and at least 16, the minimum of a matrix instruction."""
     block_d = _power(dim)
     rows = {"BLOCK_M": (tile.pop("TILE_M"), longest_queries), "BLOCK_N": (tile.pop("TILE_N"), longest_keys)}
     fit = {name: min(max(16, elements // block_d), MOST_ROWS, _power(n)) for name, (elements, n) in rows.items()}
@@ -175,16 +177,17 @@ def attention_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute one sample and head per program instance, so that no other instance adds to its gradients; scale is 1 /
-    sqrt(D), and scale2 is scale * log2(e). For LONG samples, with more than BLOCK_N keys, `partial` [Q, H, D] contains
-    the sums of dq between tiles of keys, in the cache. This is FlashAttention-2's algorithm 2
+    sqrt(D), and scale2 is scale * log2(e). For LONG samples (more than BLOCK_N keys), `partial` [Q, H, D] carries the
+    running sums of dq from one tile of keys to the next; it stays in the cache. This is FlashAttention-2's algorithm 2
     (https://arxiv.org/abs/2307.08691): p contains the weights, dp and ds contain the gradients of the weights and of
     the scores, and delta contains the sum of out * grad for each row. BANDED has the same meaning as in the forward
     pass, but all tiles are computed, including those outside the band.
 
-    Cost: 10HD sum(n^2) FLOPs, 16THD bytes in bfloat16, H sum(n^2) exponentials. M3AE-Large at 512 samples: encoder 28
-    GFLOP and 612 MB, 183 us at 3.35 TB/s; decoder 220 GFLOP and 1.2 GB, 363 us. Time to issue the instructions, as
-    above: encoder 85 us, which is below the time for memory although a tile has 128 keys and a sample has only 73;
-    decoder 610 us.
+    Cost: 10HD sum(n^2) FLOPs, 16THD bytes in bfloat16, H sum(n^2) exponentials. Estimates for the sizes and the GPU of
+    `attention_kernel`:
+    - Encoder: 28 GFLOP. The memory traffic of 612 MB takes 183 us. Issuing the instructions takes only 85 us, even
+      with tiles of 128 keys for samples of 73.
+    - Decoder: 220 GFLOP. The memory traffic of 1.2 GB takes 363 us. Issuing the instructions takes 610 us.
     """
     pid = tl.program_id(0)
     head = (pid % H).to(tl.int64)

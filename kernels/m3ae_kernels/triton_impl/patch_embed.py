@@ -38,8 +38,9 @@ def patch_embed_kernel(
     """Compute out [N, D] = pixels [N, K] @ weight [D, K].T + bias, one tile per program instance. K = C * P * P, and
     `stride` is the stride between rows of the weight.
 
-    Cost: 2NKD FLOPs and at least N(K + 2D) + 2KD bytes for uint8 and bfloat16. M3AE-Large at 512 samples (N 32768, K
-    768, D 1024): 51.5 GFLOP, 52 us at 989 TFLOP/s; 94 MB, 28 us at 3.35 TB/s. The tensor cores are the bottleneck.
+    Cost: 2NKD FLOPs and at least N(K + 2D) + 2KD bytes for uint8 and bfloat16. For M3AE-Large at 512 samples (N
+    32768, K 768, D 1024), 51.5 GFLOP take 52 us at 989 TFLOP/s, and 94 MB take 28 us at 3.35 TB/s. The tensor cores are
+    the bottleneck.
     """
     K: tl.constexpr = C * P * P
     tiles_n = tl.cdiv(D, BLOCK_N)
@@ -92,8 +93,8 @@ def patch_embed_dweight_kernel(
     instance. BLOCK_M, BLOCK_N and BLOCK_K are the tile sizes along D, along the elements of a patch, and along the
     rows.
 
-    Cost: 2NKD FLOPs, and at least N(K + 2D) + 4KD bytes plus 8SKD bytes for the splits. M3AE-Large at 512 samples (N
-    32768, K 768, D 1024, S 6): 51.5 GFLOP, 52 us at 989 TFLOP/s; 133 MB, 40 us at 3.35 TB/s.
+    Cost: 2NKD FLOPs, and at least N(K + 2D) + 4KD bytes plus 8SKD bytes for the splits. For M3AE-Large at 512 samples
+    (N 32768, K 768, D 1024, S 6), 51.5 GFLOP take 52 us at 989 TFLOP/s, and 133 MB take 40 us at 3.35 TB/s.
     """
     PATCH: tl.constexpr = C * P * P
     tiles_n: tl.constexpr = (PATCH + BLOCK_N - 1) // BLOCK_N

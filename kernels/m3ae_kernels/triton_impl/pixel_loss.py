@@ -41,7 +41,7 @@ def patch_stats_kernel(
     EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute each patch's mean and 1 / sqrt(unbiased variance + eps), in two exact passes. Cost: NK bytes for uint8,
-    which is 23 us at 3.35 TB/s for 98304 patches of 768 elements. Patches of more than BLOCK_D elements are read
+    which take 23 us at 3.35 TB/s for 98304 patches of 768 elements. Patches of more than BLOCK_D elements are read
     twice."""
     K: tl.constexpr = C * P * P
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -96,9 +96,10 @@ def pixel_error_kernel(
     unit_weight[r] * 2 / K * error (grad [N, stride], zero beyond K) and their sums by column (tile_bias [tiles of N,
     K]).
 
-    Cost: 2NDK FLOPs and at least N(2D + K + 2K) + 2KD bytes. M3AE-Large at 512 samples (N 98304, D 512, K 768): 77
-    GFLOP, 78 us at 989 TFLOP/s; 328 MB, 98 us at 3.35 TB/s, of which the gradients, 151 MB, stay in the second-level
-    cache chunk by chunk. Together with the two products that follow: 6NDK FLOPs, 234 us.
+    Cost: 2NDK FLOPs and at least N(2D + K + 2K) + 2KD bytes. For M3AE-Large at 512 samples (N 98304, D 512, K 768),
+    77 GFLOP take 78 us at 989 TFLOP/s, and 328 MB take 98 us at 3.35 TB/s. Of these 328 MB, 151 MB are gradients, which
+    stay in the second-level cache because they are computed in chunks. Together with the two matrix products that
+    follow, the cost is 6NDK FLOPs, which take 234 us.
     """
     K: tl.constexpr = C * P * P
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
