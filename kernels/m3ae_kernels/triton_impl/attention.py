@@ -68,8 +68,8 @@ def attention_kernel(
 
     Cost: 4HD sum(n^2) FLOPs, 8THD bytes in bfloat16, H sum(n^2) exponentials. Estimates for M3AE-Large at 512 samples
     on an H100 (3.35 TB/s; 16 exponentials per cycle on each of 132 multiprocessors at 1.7 GHz):
-    - Encoder (n 73, H 16, D 64): 11 GFLOP. The memory traffic of 306 MB takes 91 us. Issuing the instructions (counted in
-      the compiled code) takes 87 us.
+    - Encoder (n 73, H 16, D 64): 11 GFLOP. The memory traffic of 306 MB takes 91 us. Issuing the instructions (counted
+      in the compiled code) takes 87 us.
     - Decoder (n 290, H 16, D 32): 88 GFLOP. The memory traffic of 608 MB takes 181 us, and the 0.7e9 exponentials take
       190 us. Issuing the instructions takes 337 us.
     """
