@@ -67,7 +67,7 @@ def scatter_tokens_kernel(
     FILL: tl.constexpr, TABLE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of `scatter_tokens`. Cost: at least 2D(N + T) bytes in bfloat16 if fill and table stay in the
-    cache. For M3AE-Large's decoder input at 512 samples (T 164k, N 41k, D 512), these are 210 MB, which take 63 us at
+    cache. For M3AE-Large's decoder input at 512 samples (T 164k, N 41k, D 512), this is 210 MB, which takes 63 us at
     3.35 TB/s."""
     t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -26,7 +26,7 @@ def segment_sum_kernel(
     """Compute out [S, count, D]: the sum of split s of each id's run, rows[order[starts[id]:starts[id + 1]]].
 
     Cost: at least 2TD + 4 S count D bytes. For M3AE-Large's decoder table at 512 samples (T 164k, D 512, count
-    321, S 4), these are 171 MB, which take 51 us at 3.35 TB/s. The preceding sort is not included.
+    321, S 4), this is 171 MB, which takes 51 us at 3.35 TB/s. The preceding sort is not included.
     """
     pid = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
