@@ -47,7 +47,7 @@ def fill(
 
     Args:
         model: name of a model; see `model_name.MODEL_HELP`.
-        image: image file, of which the central square is used, or the whole image if the model is native.
+        image: image file. A native model uses the whole image; any other model uses the central square.
         text: caption; each [MASK] stands for one token.
         out: .png file for a figure with the image, its visible patches and the completion; None: no figure.
         top: number of predicted tokens for each [MASK].
