@@ -39,11 +39,13 @@ def accuracy_entries(found: Mapping[str, Predictions]) -> dict[str, Any]:
     """Return the accuracies of a model and of its baselines as entries of result.json. `found`: predictions for the
     same samples, by MODEL and by the names of the baselines."""
     model = found[MODEL]
-    baselines = {
-        name: Baseline(each.accuracies(), difference(model.correct_N.numpy(), each.correct_N.numpy()))
-        for name, each in found.items()
-        if name != MODEL
-    }
+
+    def minus(other: Predictions) -> Difference | None:
+        if len(model.keys) < 2:  # the interval cannot be estimated
+            return None
+        return difference(model.correct_N.numpy(), other.correct_N.numpy())
+
+    baselines = {name: Baseline(each.accuracies(), minus(each)) for name, each in found.items() if name != MODEL}
     return model.accuracies() | baseline_entries(baselines)
 
 

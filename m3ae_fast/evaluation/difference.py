@@ -159,8 +159,8 @@ def _correct(folder: Path, table: Table) -> dict[str, bool]:
     complete = table.keys() >= {*_COLUMNS} and not any(None in table[name] for name in _COLUMNS)
     if not complete or not one_prediction_each(table):
         raise UserError(
-            f"{folder}: does not contain exactly one class prediction per sample; specify the folders of knn, linear, "
-            "finetune or attentive results at one layer, or of two ood results"
+            f"{folder}: does not contain exactly one class prediction per sample; specify the folders of knn, "
+            "logistic, linear, finetune or attentive results at one layer, or of two ood results"
         )
     return {
         key: label == prediction for key, label, prediction in zip(table["key"], table["label"], table["prediction"])

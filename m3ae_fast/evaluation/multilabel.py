@@ -48,7 +48,12 @@ def run(job: Job) -> dict[str, Any]:
         scores[name] = asked.complete(scores_RC).numpy()
     job.keep(_columns(queries.keys, truth_MC, scores[MODEL], train.classes))
     result = measured(truth_MC.numpy(), scores, truth_NC.any(0).numpy(), train.classes, job.config.run.seed)
-    return result | {"head": config.head, "train_samples": len(bank.keys), "val_samples": len(queries.keys)}
+    return result | {
+        "head": config.head,
+        "train_samples": len(bank.keys),
+        "val_samples": len(queries.keys),
+        "skipped": len(bank.skipped) + len(queries.skipped),
+    }
 
 
 def _open(job: Job, sources: Sequence[SourceConfig], classes: Classes | None) -> LabelledLists:

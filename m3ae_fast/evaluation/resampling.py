@@ -49,10 +49,13 @@ class Resampled:
         return {name: self.value} | error
 
     def minus(self, other: Resampled) -> Difference | None:
-        """Return the difference from another metric of the same samples; None if its interval cannot be estimated."""
+        """Return the difference from another metric of the same samples; None if its interval cannot be estimated. The
+        interval is that of the bootstrap samples, minus their bias: repeated samples raise an average precision, for
+        example, so that the values of bootstrap samples may all be higher than the value of the original samples."""
         if not (self.varies or other.varies):
             return None
-        return Difference(self.value - other.value, *middle(self.values_B[1:] - other.values_B[1:]))
+        value, apart_B = self.value - other.value, self.values_B[1:] - other.values_B[1:]
+        return Difference(value, *middle(apart_B - apart_B.mean() + value))
 
 
 def compared(

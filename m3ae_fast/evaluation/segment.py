@@ -122,7 +122,12 @@ def run(job: Job) -> dict[str, Any]:
         names = ", ".join(map(str, sorted(untrained)))
         job.say(f"note: no training image has pixels of the classes {names}, which count with an IoU of 0")
     result = measured(counts, job.config.run.seed)
-    return result | {"head": config.head, "train_samples": len(train.bank.keys), "val_samples": len(val.bank.keys)}
+    return result | {
+        "head": config.head,
+        "train_samples": len(train.bank.keys),
+        "val_samples": len(val.bank.keys),
+        "skipped": len(train.bank.skipped) + len(val.bank.skipped),
+    }
 
 
 def _open(job: Job, sources: Sequence[SourceConfig], name: str) -> tuple[Corpus, Masks]:

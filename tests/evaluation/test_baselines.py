@@ -15,8 +15,9 @@ from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.evaluation import encoding
-from m3ae_fast.evaluation.baselines import PREFIXES, SCALED, UNTRAINED
+from m3ae_fast.evaluation.baselines import MODEL, PREFIXES, SCALED, UNTRAINED, accuracy_entries
 from m3ae_fast.evaluation.difference import against_largest_class
+from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.evaluation.significance import Difference, difference
 from m3ae_fast.evaluation.tasks import Options
@@ -221,3 +222,12 @@ def test_what_cannot_be_done_with_pixels_is_refused(transfer, run, tmp_path, tas
     with pytest.raises(UserError, match=message):
         transfer(task, *options, model=f"pixels:{run}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_one_sample_has_no_difference_from_a_baseline(samples):
+    """The bootstrap samples of one sample are all equal."""
+    keys, labels_N = [f"{number}" for number in range(samples)], torch.zeros(samples, dtype=torch.int64)
+    right, wrong = (Predictions.of(keys, labels_N, torch.tensor([row] * samples)) for row in ([2.0, 1.0], [1.0, 2.0]))
+    entries = accuracy_entries({MODEL: wrong, UNTRAINED: right})["baselines"][UNTRAINED]
+    assert entries["top1"] == 1 and ("difference" in entries) == (samples > 1)

@@ -1,6 +1,7 @@
 """Samples with lists of labels, and the mean average precision of their scores."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -51,6 +52,7 @@ def test_labels_that_the_colour_decides_are_found(transfer, tmp_path, head, caps
     result = transfer("multilabel", *options, train=train, val=val)
     assert result["map"] > 0.9 > 0.6 > result["chance_map"] and "warning" not in result
     assert [row["class"] for row in result["per_class"]] == ["blue", "cold", "green"]
+    assert (result["train_samples"], result["val_samples"], result["skipped"]) == (45, 19, 0)
     output = capsys.readouterr().out
     assert "note: 1 labels of --val have no training sample and are left out" in output
     assert (
@@ -82,6 +84,16 @@ def test_scores_that_say_nothing_have_a_warning():
     assert "warning" not in measured(truth, {MODEL: truth + 0.0}, np.ones(4, bool), [*"abcd"], 0)
     with pytest.raises(UserError, match="no sample that can be read has a label of a training sample"):
         measured(truth, {MODEL: truth + 0.0}, np.array([False] * 3 + [True]), [*"abcd"], 0)
+
+
+def test_an_interval_contains_its_value_for_rare_labels():
+    """A positive sample that is drawn twice raises the average precision, but not the chance level."""
+    random = np.random.default_rng(0)
+    truth = random.random((80, 200)) < 0.015
+    scores = {MODEL: truth + random.normal(size=(80, 200))}
+    result = measured(truth, scores, np.ones(200, bool), [*map(str, range(200))], 0)
+    low, high = (float(end) for end in re.search(r"interval (\S+) to (\S+)", result["verdict"]).groups())
+    assert low < 100 * (result["map"] - result["chance_map"]) < high
 
 
 def test_a_draw_without_a_class_does_not_count():

@@ -82,7 +82,7 @@ def test_shapes_are_found_where_they_are(transfer, masked, tmp_path, head, capsy
     train, val = masked
     result = transfer("segment", *SHORT, *settings(f"segment.head={head}"), train=train, val=val)
     assert result["miou"] > 0.5 > 0.35 > result["chance_miou"] and "warning" not in result
-    assert (result["train_samples"], result["val_samples"], result["classes"]) == (39, 16, 3)
+    assert (result["train_samples"], result["val_samples"], result["classes"], result["skipped"]) == (39, 16, 3, 0)
     output = capsys.readouterr().out
     assert "--train: 39 of 40 samples have a mask" in output and "files in the shards that are ignored" not in output
     assert f"segment: {result['verdict']}\n" in output and f"± {result['miou_se']:.4f}" in output
