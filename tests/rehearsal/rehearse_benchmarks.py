@@ -121,7 +121,7 @@ def test_an_op_that_takes_the_gpu_with_it_ends_its_process(tmp_path, device, mon
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     assert program.main(["--odd", "--from", "3", "--results", str(tmp_path)]) == program.suite.BROKEN
     assert not device.works()
-    assert "lost to this process: CUDA error" in capsys.readouterr().out
+    assert "this process can no longer use the GPU: CUDA error" in capsys.readouterr().out
     (row,) = results.read(tmp_path / "gpu-checks.json")
     assert (row["op"], row["error / allowed"]) == (list(OPS)[3], None) and "illegal memory access" in row["verdict"]
 
