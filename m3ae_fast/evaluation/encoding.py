@@ -105,8 +105,8 @@ def encode_corpus(
         UserError: too many samples cannot be read, a feature is not finite, features fit neither into memory nor on the
             disk, or there are captions and the model has no tokenizer.
     """
-    return encode_batches(
-        model,
+    (bank,) = _encode(
+        [model],
         _batches(model, corpus, data, config, ranks),
         config,
         ranks,
@@ -117,6 +117,7 @@ def encode_corpus(
         reduce=reduce,
         folder=folder,
     )
+    return bank if layers else bank.layer(0)
 
 
 def encode_by_each(
@@ -155,33 +156,12 @@ def _batches(model: MultimodalEncoder, corpus: Corpus, data: DataConfig, config:
 
 
 def encode_batches(
-    model: MultimodalEncoder,
-    batches: Batches,
-    config: EncodeConfig,
-    ranks: Ranks,
-    monitor: PassMonitor = NO_MONITOR,
-    *,
-    layers: Sequence[int] | None = None,
-    pools: Sequence[Pool] | None = None,
-    patches: bool = False,
-    reduce: Reduce | None = None,
-    folder: Path | None = None,
+    model: MultimodalEncoder, batches: Batches, config: EncodeConfig, ranks: Ranks, *, patches: bool = False
 ) -> FeatureBank:
-    """Return pooled features of the batches of all ranks. See `encode_corpus` for the other arguments and the
-    errors."""
-    (bank,) = _encode(
-        [model],
-        batches,
-        config,
-        ranks,
-        monitor,
-        layers=layers,
-        pools=pools,
-        patches=patches,
-        reduce=reduce,
-        folder=folder,
-    )
-    return bank if layers else bank.layer(0)
+    """Return the features of the last block for the batches of all ranks. See `encode_corpus` for the other arguments
+    and the errors."""
+    (bank,) = _encode([model], batches, config, ranks, NO_MONITOR, patches=patches)
+    return bank.layer(0)
 
 
 def _encode(

@@ -86,7 +86,7 @@ class Difference(NamedTuple):
     @classmethod
     def read(cls, entries: Mapping[str, Any]) -> Difference:
         """Return the difference with the given `entries`."""
-        return cls(*(entries.get(name) for name in cls._fields))  # type: ignore[arg-type]
+        return cls(entries["value"], entries["low"], entries["high"], entries.get("p"))
 
 
 def verdict(first: str, second: str, value: float, is_significant: bool) -> str:
