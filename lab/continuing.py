@@ -17,7 +17,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -28,11 +28,12 @@ import torch
 
 from benchmarks import results
 from lab import recipe
+from lab.markdown import table
 from lab.recipe import SIDE, TEST, TRAIN, drawn
 from lab.study import measure
 from lab.study.measure import Encode
 from lab.study.shards import LABELS, scaled, write_labelled
-from lab.study.statistics import Estimate, Seeds, accuracy, difference
+from lab.study.statistics import Seeds, accuracy, difference
 from m3ae_fast import checkpoint, train
 from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.base.errors import exit_cleanly
@@ -263,7 +264,7 @@ def tables(found: Mapping[tuple[str, int], Result], labels: measure.Labels) -> s
             ["difference", "", "", *_apart(on, scratch, labels)],
         ]
         parts.append([["equal total time, steps", "CPU s", "seeds", *TASKS.values()], *rows])
-    return "\n\n".join(map(_markdown, parts))
+    return "\n\n".join(table(header, rows) for header, *rows in parts)
 
 
 def _position(key: tuple[str, int]) -> tuple[int, int]:
@@ -275,7 +276,7 @@ def _position(key: tuple[str, int]) -> tuple[int, int]:
 def _accuracies(own: Result, labels: measure.Labels) -> list[str]:
     """Return the number of seeds, and the accuracy by task."""
     means = [accuracy(own.correct[task], labels) for task in TASKS]
-    return [str(means[0].seeds), *map(_percent, means)]
+    return [str(means[0].seeds), *(mean.percent() for mean in means)]
 
 
 def _apart(one: Result, other: Result | None, labels: measure.Labels) -> list[str]:
@@ -283,17 +284,7 @@ def _apart(one: Result, other: Result | None, labels: measure.Labels) -> list[st
     if other is None:
         return ["-"] * len(TASKS)
     apart = (difference(one.correct[task], other.correct[task], labels) for task in TASKS)
-    return ["-" if each is None else _percent(each, "+") for each in apart]
-
-
-def _percent(estimate: Estimate, sign: str = "") -> str:
-    return f"{100 * estimate.mean:{sign}.1f} ± {100 * estimate.error:.1f}"
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table whose header is the first line."""
-    ruled = [lines[0], ["---"] + ["--:"] * (len(lines[0]) - 1), *lines[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
+    return ["-" if each is None else each.percent("+") for each in apart]
 
 
 def write(laboratory: Laboratory, seeds: int) -> str:

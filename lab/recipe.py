@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import results
+from lab.markdown import table
 from lab.study import measure, shards
-from lab.study.statistics import Estimate, Seeds, accuracy, difference
+from lab.study.statistics import Seeds, accuracy, difference
 from m3ae_fast import train
 from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.errors import exit_cleanly
@@ -292,13 +293,13 @@ class Laboratory:
                     found.setdefault(row, {}).setdefault(trial.variant, {})[trial.seed] = correct
             variants = [name for name in (*VARIANTS, TRIED) if any(name in each for each in found.values())]
             head = [task, "encoder", "samples", "batch, epochs, rate", *variants]
-            lines = [head, ["---"] * 2 + ["--:"] * (len(head) - 2)]
+            lines = []
             for row, each in found.items():
                 recipe = OFFICIAL[task].scaled(samples[row])
                 settings = f"{recipe.global_batch}, {recipe.epochs}, {recipe.peak_lr:g}"
                 cells = [self._cell(name, each) for name in variants]
                 lines.append([row[0], row[1], f"{samples[row]:,}", settings, *cells])
-            text.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            text.append(table(head, lines, left=2))
         return "\n\n".join(text)
 
     def _cell(self, variant: str, found: dict[str, Seeds]) -> str:
@@ -306,16 +307,12 @@ class Laboratory:
             return "-"
         if variant == "rule":
             whole = accuracy(found["rule"], self.labels)
-            return f"{_percent(whole)} ({whole.seeds})"
+            return f"{whole.percent()} ({whole.seeds})"
         apart = difference(found[variant], found["rule"], self.labels)
         if apart is None:
             return "-"
         fewer = "" if apart.seeds == len(found["rule"]) else f" ({apart.seeds})"
-        return _percent(apart, "+") + fewer
-
-
-def _percent(estimate: Estimate, sign: str = "") -> str:
-    return f"{100 * estimate.mean:{sign}.1f} ± {100 * estimate.error:.1f}"
+        return apart.percent("+") + fewer
 
 
 def keys(shard: Path) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks.table import END, START, rewrite
+from lab.markdown import table
 from lab.race.plan import ARMS, BASELINE, FAST, PIXELS, RANDOM_WEIGHTS, USUAL
 from lab.race.run import TESTS
 from lab.study.measure import Labels
@@ -177,7 +178,7 @@ def tables(rows: Sequence[Row], finetuned: Sequence[Row], head: dict[str, Any], 
             ]
             cell = [arm, f"{steps:,}", f"{len(runs)}", f"{costs[0] / 1e12:.3g}", f"{costs[1]:.0f}"]
             cells.append([*cell, *(f"{mean:.1f}" for mean in means), *factors])
-        text += ["", *_table([f"{DATA[data]}, {size}", *columns], cells)]
+        text += ["", table([f"{DATA[data]}, {size}", *columns], cells)]
         text += _differences(own, f"{DATA[data]}, {size}", list(tests), weights)
         text += _shares(own, f"{DATA[data]}, {size}", list(tests), weights)
         of_size = [row for row in finetuned if (row["trial"]["data"], row["trial"]["size"]) == (data, size)]
@@ -188,7 +189,7 @@ def tables(rows: Sequence[Row], finetuned: Sequence[Row], head: dict[str, Any], 
         cells = [_tried(row) for row in sorted(chosen, key=lambda row: row["trial"]["steps"])]
         text += [
             "",
-            *_table([f"{DATA[data]}, tried on validation samples", "steps", *names, *TESTS[data].values()], cells),
+            table([f"{DATA[data]}, tried on validation samples", "steps", *names, *TESTS[data].values()], cells),
         ]
     return "\n".join(text) + f"\n\n![Accuracy against compute]({PLOT})\n"
 
@@ -208,7 +209,7 @@ def _shares(rows: Sequence[Row], title: str, tests: Sequence[str], weights: Weig
         f"{title}: fraction of the cost of a run of the baseline with which `{FAST}` reaches the same accuracy",
         "seeds",
     ]
-    return ["", *_table([*head, *columns], cells)] if cells else []
+    return ["", table([*head, *columns], cells)] if cells else []
 
 
 def _differences(rows: Sequence[Row], title: str, tests: Sequence[str], weights: Weights) -> list[str]:
@@ -232,7 +233,7 @@ def _differences(rows: Sequence[Row], title: str, tests: Sequence[str], weights:
         cells.append(cell)
     head = f"{title}: `{FAST}` compared with `{USUAL}` after {longest:,} steps"
     columns = [*COSTS.values(), *(f"{TESTS[rows[0]['trial']['data']][test]}, points" for test in tests)]
-    return ["", *_table([head, "seeds", *columns], cells)] if cells else []
+    return ["", table([head, "seeds", *columns], cells)] if cells else []
 
 
 def _finetuned(rows: Sequence[Row], title: str, weights: Weights) -> list[str]:
@@ -256,7 +257,7 @@ def _finetuned(rows: Sequence[Row], title: str, weights: Weights) -> list[str]:
         else:
             cells.append([*cell, "-"])
     head = [f"{title}, fine-tuned", "steps", "seeds", "accuracy", f"minus `{USUAL}` after {longest:,} steps, points"]
-    return ["", *_table(head, cells)] if cells else []
+    return ["", table(head, cells)] if cells else []
 
 
 def _tried(row: Row) -> list[str]:
@@ -285,11 +286,6 @@ def _shown(found: Factor | None) -> str:
     if found.beyond:  # the factor is a bound, so there is no interval
         return f"{found.beyond} {found.mean:.2f}"
     return f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
-
-
-def _table(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
-    head = ["---", *["--:"] * (len(columns) - 1)]
-    return ["| " + " | ".join(row) + " |" for row in (columns, head, *cells)]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -22,7 +22,8 @@ import torch
 
 from benchmarks import results
 from lab.segmentation import collage, report
-from lab.segmentation.run import SEEDS, SETTINGS, Stopped, Study, plan
+from lab.segmentation.run import SEEDS, SETTINGS, Study, plan
+from lab.study.run import Stopped
 from m3ae_fast.base.errors import exit_cleanly
 
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     left = [trial for trial in plan(args.seeds) if not study.done(trial)]
     for trial in left:
         if args.minutes is not None and time.monotonic() - started > 60 * args.minutes:
-            print(f"{args.minutes:g} minutes are over; the next call continues")
+            print(f"{args.minutes:g} minutes are over; run the same command again to continue")
             break
         print(f"{time.strftime('%H:%M:%S')}  {study.folder(trial).name}", flush=True)
         try:

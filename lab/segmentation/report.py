@@ -10,18 +10,21 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from benchmarks.table import END, START, rewrite
+from lab.markdown import table
 from lab.segmentation.collage import CATEGORIES
 from lab.segmentation.run import LONGER, TESTS, Arm, Study, Test, Trial, plan
 from lab.study import shards
+from lab.study.statistics import Estimate, standard_error
 from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS
+from m3ae_fast.evaluation.resampling import bootstrap_weights
 from m3ae_fast.evaluation.segment import Counts
 
 PAGE, JSON, PICTURE = "README.md", "segmentation.json", "segmentation.png"
@@ -34,14 +37,6 @@ PAIRS: tuple[tuple[Arm, Arm], ...] = (("mae", "random"), ("mae", "pixels"), ("m3
                                      ("longer", "mae"), ("longer", "random"))  # fmt: skip
 DRAWN: tuple[Arm, ...] = ("pixels", "random", "mae", "m3ae")  # columns of the picture
 TITLE_HEIGHT = 18  # of the headings in a picture of `evaluate segment`, in pixels
-
-
-class Estimate(NamedTuple):
-    """A mean over seeds, and its standard error over emoji and seeds."""
-
-    mean: float
-    error: float
-    seeds: int
 
 
 class Results:
@@ -83,16 +78,15 @@ class Results:
             by_seed.append(sum(sign * whole for sign, whole, _ in found))
             draws_SR.append(sum(sign * draws_R for sign, _, draws_R in found))
         of_emoji = float(np.mean(draws_SR, axis=0).std(ddof=1))
-        of_seeds = float(np.std(by_seed, ddof=1)) / math.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
-        return Estimate(float(np.mean(by_seed)), math.hypot(of_emoji, of_seeds), len(seeds))
+        error = math.hypot(of_emoji, standard_error(by_seed))
+        return Estimate(float(np.mean(by_seed)), error, len(seeds), len({*self.emoji.values()}))
 
     @cache  # noqa: B019, an instance lives for one report
     def _draws(self, arm: str, test: Test, seed: int) -> tuple[float, np.ndarray]:
         """Return the mIoU, and those of bootstrap samples of the emoji, [R], which are the same for all arms."""
         counts = self._counts(arm, test, seed)
-        emoji = len(counts.truth_MC)
-        weights_RE = np.random.default_rng(0).multinomial(emoji, np.full(emoji, 1 / emoji), size=RESAMPLES)
-        return counts.miou(), np.array([counts.miou(weights_E) for weights_E in weights_RE])
+        whole, *draws = (counts.miou(each) for each in bootstrap_weights(len(counts.truth_MC), RESAMPLES, 0))
+        return whole, np.array(draws)
 
     @cache  # noqa: B019, as above
     def _counts(self, arm: str, test: Test, seed: int) -> Counts:
@@ -134,7 +128,7 @@ def save(folder: Path, head: dict[str, Any], study: Study, seeds: int, classes: 
     about = head["about"]
     made = f"{about['device']}, one thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}. "
     made += "mIoU in %, mean ± standard error over emoji and seeds (number of seeds); differences in points.\n\n"
-    made += "\n\n".join(map(markdown, tables(results, ["background", *classes])))
+    made += "\n\n".join(table(header, rows) for header, *rows in tables(results, ["background", *classes]))
     write_whole(page, rewrite(text, f"\n{made}\n\n"))
     draw(results, folder / PICTURE)
 
@@ -155,16 +149,10 @@ def tables(results: Results, classes: Sequence[str]) -> list[list[list[str]]]:
     return [scores, apart, by_class]
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table whose header is the first line."""
-    ruled = [lines[0], ["---"] + ["--:"] * (len(lines[0]) - 1), *lines[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
-
-
 def _percent(estimate: Estimate | None, sign: str = "") -> str:
     if estimate is None:
         return "-"
-    return f"{100 * estimate.mean:{sign}.1f} ± {100 * estimate.error:.1f} ({estimate.seeds})"
+    return f"{estimate.percent(sign)} ({estimate.seeds})"
 
 
 def draw(results: Results, path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lab.segmentation.collage import CATEGORIES, FOREGROUND
+from lab.study.run import Stopped
 from m3ae_fast import checkpoint, train
 from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.evaluation.job import RESULT_FILE
@@ -41,10 +42,6 @@ class Trial(NamedTuple):
     arm: Arm
     test: Test
     seed: int
-
-
-class Stopped(Exception):
-    """Raised if a program was stopped before its end."""
 
 
 def plan(seeds: int) -> Iterator[Trial]:

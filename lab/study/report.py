@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.table import END, START, rewrite
+from lab.markdown import table
 from lab.study.measure import LOSSES, RETRIEVED, SCORES, Labels
 from lab.study.plan import CAPTION_FRACTIONS, CLOTHES_LENGTH, TEXT_RATIOS, USUAL_RATIO, Encoder
 from lab.study.statistics import Estimate, accuracy, difference
@@ -144,13 +145,13 @@ def tables(rows: Rows, head: dict[str, Any]) -> str:
             [f"{name} minus {NAMES[other]}", *(_cell(rows.difference(test, what, other, own), "+") for test in columns)]
             for (name, what, own), other in pairs
         ]
-        lines += ["", *_table([title, *columns.values()], cells)]
-    lines += ["", *_table([f"retrieval, recall at {RETRIEVED} in %", *RETRIEVAL.values(), "chance"], _retrieval(rows))]
-    lines += ["", *_table(["AUROC in %, in-distribution: emoji", *OOD.values()], _ood(rows))]
+        lines += ["", table([title, *columns.values()], cells)]
+    lines += ["", table([f"retrieval, recall at {RETRIEVED} in %", *RETRIEVAL.values(), "chance"], _retrieval(rows))]
+    lines += ["", table(["AUROC in %, in-distribution: emoji", *OOD.values()], _ood(rows))]
     for title in _run(rows):
         swept = [_swept(rows, point) for point in SWEEPS[title](rows)]
-        lines += ["", *_table([title, *SWEPT.values(), "linear, minus raw pixels", "linear, minus MAE"], swept)]
-    lines += ["", *_table(["held-out", *LOSSES.values()], _losses(rows))]
+        lines += ["", table([title, *SWEPT.values(), "linear, minus raw pixels", "linear, minus MAE"], swept)]
+    lines += ["", table(["held-out", *LOSSES.values()], _losses(rows))]
     alt = "Accuracy by encoder, and by text mask ratio, fraction of captions, training time and encoder width"
     return "\n".join(lines) + f"\n\n![{alt}]({PLOT})\n"
 
@@ -210,12 +211,7 @@ AXES = {  # title and label of the x axis of each plot
 def _cell(estimate: Estimate | None, sign: str = "") -> str:
     if estimate is None:
         return "-"
-    return f"{100 * estimate.mean:{sign}.1f} ± {100 * estimate.error:.1f} ({estimate.seeds})"
-
-
-def _table(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
-    head = ["---", *["--:"] * (len(columns) - 1)]
-    return ["| " + " | ".join(row) + " |" for row in (columns, head, *cells)]
+    return f"{estimate.percent(sign)} ({estimate.seeds})"
 
 
 def _retrieval(rows: Rows) -> Iterable[list[str]]:

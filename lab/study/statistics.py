@@ -26,6 +26,11 @@ class Estimate(NamedTuple):
     seeds: int
     samples: int  # number of independent samples
 
+    def percent(self, sign: str = "") -> str:
+        """Return the mean and its standard error in percent, as text. `sign`: "+" to show the sign of positive means,
+        too."""
+        return f"{100 * self.mean:{sign}.1f} ± {100 * self.error:.1f}"
+
 
 def accuracy(seeds: Seeds, labels: Labels) -> Estimate:
     """Return the accuracy of an encoder."""
@@ -48,13 +53,13 @@ def _estimate(seeds: Seeds, labels: Labels) -> Estimate:
     for own in seeds.values():
         for key, value in own.items():
             by_sample[labels[key]["emoji"]].append(value)
-    of_samples = _error([np.mean(values) for values in by_sample.values()])
-    of_seeds = _error([np.mean([*own.values()]) for own in seeds.values()])
+    of_samples = standard_error([np.mean(values) for values in by_sample.values()])
+    of_seeds = standard_error([np.mean([*own.values()]) for own in seeds.values()])
     mean = float(np.mean([value for own in seeds.values() for value in own.values()]))
     return Estimate(mean, math.hypot(of_samples, of_seeds), len(seeds), len(by_sample))
 
 
-def _error(values: Iterable[np.floating]) -> float:
+def standard_error(values: Iterable[np.floating]) -> float:
     """Return the standard error of the mean of several values; 0 for a single value, because nothing is known about its
     variation."""
     values = [*values]
