@@ -112,9 +112,9 @@ class AttentiveProbeConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of all weights."""
     online: bool | None = None
-    """Whether each step encodes newly sampled crops and discards their patch tokens; `false`: the patch tokens of all
-    images are computed once and stored. null: the tokens are stored if they fit into memory. With `--shots`, they are
-    always stored."""
+    """true: in each step, newly sampled crops are encoded, and their patch tokens are discarded after the step. false:
+    the patch tokens of all images are computed once and stored. null: the tokens are stored if they fit into memory.
+    With `--shots`, they are always stored."""
 
 
 class FineTuneConfig(TransformerLoopConfig, OptimConfig):
