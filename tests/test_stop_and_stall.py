@@ -14,6 +14,7 @@ import pytest
 
 from tests.helpers.ranks import environment, free_port
 from tests.helpers.trainer import ROOT
+from tests.helpers.waiting import has_ended, until
 
 pytestmark = pytest.mark.slow
 
@@ -302,7 +303,7 @@ def test_whoever_exits_at_once_leaves_no_process_behind():
     """
     code, number = program(code).communicate(timeout=20)[0].split()
     assert int(code) == -signal.SIGKILL
-    assert not psutil.pid_exists(int(number)) or psutil.Process(int(number)).status() == psutil.STATUS_ZOMBIE
+    until(lambda: has_ended(int(number)))
 
 
 def test_a_silent_rank_ends_the_run_and_is_named():

@@ -19,6 +19,7 @@ from m3ae_fast.data.manifest import KINDS, prepare, rows_of, write
 from m3ae_fast.process.helper_process import HelperProcess, Node
 from tests.data.test_manifest import together
 from tests.helpers.shards import members, write_tar
+from tests.helpers.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -65,14 +66,6 @@ def disk(loader):
         with contextlib.suppress(FileNotFoundError):
             found += entry.stat().st_size
     return found
-
-
-def until(true):
-    """Wait until `true()` returns true because of a fetcher's work."""
-    late = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < late
-        time.sleep(0.01)
 
 
 def come(loader):
