@@ -14,7 +14,7 @@ from pathlib import Path
 
 from m3ae_fast.base.errors import UserError
 
-# errors with which some network file systems refuse fsync of a folder
+# errors that some network file systems raise if fsync is called on a folder
 _CANNOT_SYNC = {
     errno.EINVAL,
     errno.ENOTSUP,
@@ -72,7 +72,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _replace(target: Path, partial: Path, old: Path) -> None:
-    """Replace `target` by `partial`: rename `target` to `old`, move `partial` into place, then delete `old`."""
+    """Replace `target` with `partial`: rename `target` to `old`, move `partial` into place, then delete `old`."""
     if not target.exists():
         return put_in_place(partial, target)
     os.rename(target, old)
@@ -129,8 +129,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Rename a finished file, or a folder of files, to `path`. The contents are flushed to disk before the file is
-    renamed. Raises OSError if writing fails."""
+    """Flush a finished file, or a folder of files, to disk, and then rename it to `path`. Raises OSError if writing
+    fails."""
     for written in (*(sorted(partial.iterdir()) if partial.is_dir() else ()), partial):
         to_disk(written)
     os.replace(partial, path)

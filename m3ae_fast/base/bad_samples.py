@@ -58,7 +58,7 @@ class BadSamples:
         return self._named < NAMED
 
     def report(self, skipped: Sequence[Skipped], say: bool = True) -> None:
-        """Log bad samples by name. With `say` False, only count them as logged, because another process logs them."""
+        """Log bad samples by name. If `say` is False, only count them as logged, because another process logs them."""
         for item in skipped:
             self._latest = item
             self._named += 1

@@ -19,10 +19,11 @@ def configure_libraries() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Huge pages (2 MB) reduce TLB misses on the CPU; torch reads this variable at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # torch's C++ warnings about a lost connection have a C++ stack trace; the error itself explains it in one line.
+    # If a connection is lost, torch's C++ code logs warnings with a stack trace. They are hidden, because the Python
+    # error explains the cause in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Expandable memory segments reduce fragmentation, because the number of tokens changes with each step. torch reads
-    # this variable when CUDA starts.
+    # The number of tokens changes with each step, which fragments the GPU memory; expandable segments reduce this.
+    # torch reads this variable when CUDA starts.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the variable
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 

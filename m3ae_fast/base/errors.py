@@ -82,7 +82,7 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return work(), None
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic in a Rust library is not an Exception
+    except BaseException as error:  # the error of a panic in a Rust library is not an Exception
         return None, error
 
 
@@ -97,7 +97,7 @@ def error_report(error: BaseException | None, who: str) -> ErrorReport | None:
 
 
 def raise_shared(own: BaseException | None, reports: Iterable[Sequence[Any] | None]) -> None:
-    """Raise the same error in all processes if any of them reports one; return if none does.
+    """Raise an error in every process if any process reports one; otherwise return.
 
     Raises:
         Exception: `own`, the error of this process, if it is a bug.
@@ -106,29 +106,28 @@ def raise_shared(own: BaseException | None, reports: Iterable[Sequence[Any] | No
     """
     if own is not None and one_line(own) is None:
         raise own
-    # errors that are explained come first; because the sort is stable, they stay in the order of the processes
+    # Errors with an explanation come first. Because the sort is stable, they stay in the order of the processes.
     found = sorted((ErrorReport(*each) for each in reports if each), key=lambda each: not each.complete)
     if found:
         raise (UserError if found[0].complete else ErrorElsewhere)(found[0].line)
 
 
 def _on_one_line(text: str) -> str:
-    """Return the message on one line, without line breaks and terminal control characters that file names may
-    contain."""
+    """Return the message without line breaks and terminal control characters, which file names may contain."""
     text = re.sub(r"\s*\n\s*", " ", text.strip())
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def in_program() -> bool:
-    """Return whether this process runs a program of this package, which may exit, rather than a user's code that calls
-    the package's functions."""
+    """Return whether this process runs a program of this package, rather than a user's code that calls the package's
+    functions. Only a program may exit."""
     return _in_program
 
 
 def exit_cleanly(main: Callable[[], int]) -> int:
-    """Run a program's main and return its exit code. For an error that `one_line` explains, the line is printed on
-    stderr, unless another process reports the error, and the exit code is 2 or the `exit_code` of the UserError. After
-    Ctrl-C, the exit code is 130. Any other error is raised."""
+    """Run a program's main and return its exit code. If `one_line` explains an error, its message is printed on stderr,
+    unless another process prints it; the exit code is then 2, or the `exit_code` of the UserError. After Ctrl-C, the
+    exit code is 130. Any other error is raised."""
     global _in_program
     before, _in_program = _in_program, True
     try:

@@ -1,9 +1,9 @@
 """Prevents the garbage collector of forked processes from collecting objects of their parent. Importing this module is
 enough.
 
-A reference cycle that the parent has not collected yet may hold a process group or a store of torch. If a forked loader
-worker collected it, the destructor would wait for threads that exist only in the parent, and the worker would crash.
-Python's documentation of `gc.freeze` recommends calling it before a fork.
+A reference cycle that the parent has not collected yet may hold a process group or a store of torch.distributed. If a
+forked loader worker collected it, the destructor would wait for threads that exist only in the parent, and the worker
+would crash. Python's documentation of `gc.freeze` recommends calling it before a fork.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Former names of commands and their present names. Imports nothing that takes time."""
+"""Former names of commands and their present names. This module imports nothing that takes long to load."""
 
 from __future__ import annotations
 

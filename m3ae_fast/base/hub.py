@@ -1,5 +1,5 @@
-"""The Hugging Face Hub: a quick check that it responds, and download and upload of weight folders by the name
-owner/name."""
+"""Access to the Hugging Face Hub: a quick check that it responds, and the download and upload of weight folders, which
+are called owner/name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATIENCE = 12.0  # seconds to wait for a response; the library itself would retr
 
 
 def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
-    """Return whether the Hub responds to a request for a name, even if it reports that the name does not exist."""
+    """Return whether the Hub responds to a request for `name`. A response that `name` does not exist counts too."""
     answers: SimpleQueue[bool] = SimpleQueue()
 
     def ask() -> None:
@@ -37,7 +37,7 @@ def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
         else:
             answers.put(True)
 
-    # The request's timeout applies to each IP address of the Hub, and does not cover the name look-up.
+    # The request's timeout applies to each IP address of the Hub, and does not cover the DNS look-up.
     Thread(target=ask, daemon=True).start()
     try:
         return answers.get(timeout=PATIENCE)

@@ -17,7 +17,8 @@ _SIGNS_OF_LIMIT = (
     "error return without",
 )
 
-_ADDRESSES = 1_500_000_000  # bytes that torch and its threads require; with fewer, they abort or hang without an error
+# bytes of address space that torch and its threads require; with less, they abort or hang without an error
+_ADDRESSES = 1_500_000_000
 
 
 def refuse_too_few_addresses() -> None:
@@ -31,8 +32,8 @@ def refuse_too_few_addresses() -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception reports that the memory of the GPU or the machine, or the limit of `ulimit -v`, is
-    exhausted."""
+    """Return whether an exception reports that the memory of the GPU or of the machine is exhausted, or that the limit
+    of `ulimit -v` has been reached."""
     signs = _SIGNS + (_SIGNS_OF_LIMIT if _limit() is not None else ())
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 

@@ -1,4 +1,4 @@
-"""Writes an object of s3:// or gs:// to standard output: python -m m3ae_fast.base.object_store URL
+"""Writes the object at an s3:// or gs:// URL to standard output: python -m m3ae_fast.base.object_store URL
 
 Each object is read by a separate process, because the threads of obstore do not survive a fork, and loader workers are
 forked.
@@ -50,7 +50,7 @@ def main(url: str) -> int:
 
 
 def _open(scheme: str, bucket: str) -> Any:
-    """Return the store, with credentials if boto3 or Google's default credentials provide them."""
+    """Return the object store, with credentials if boto3 or Google's default credentials provide them."""
     from obstore.store import GCSStore, S3Store
 
     options: Any = {"allow_http": True, "timeout": _LONGEST, "connect_timeout": "60s"}

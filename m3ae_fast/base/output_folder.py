@@ -19,7 +19,7 @@ from m3ae_fast.base.untrusted_file import open_regular, read_json
 MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 TOKENIZER_FILE, PREPROCESSOR_FILE = "tokenizer.json", "preprocessor_config.json"
 FILES = (MODEL_FILE, CONFIG_FILE, CARD_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE)
-# Integers and booleans are excluded because their meaning is unknown, and float8 because its scales are stored
+# Integers and booleans are excluded because their meaning is unknown. float8 is excluded because its scales are stored
 # elsewhere.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MARK = {"format": "pt", "written_by": "m3ae_fast"}
@@ -79,7 +79,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         OSError, SafetensorError: the file cannot be read, is a pipe or a device, or is damaged.
         UserError: a tensor has a dtype that weights cannot have; see `check_dtypes`.
     """
-    open_regular(path).close()  # safetensors would wait for a pipe
+    open_regular(path).close()  # raises an error for a pipe, which safetensors would wait for
     state = load_file(path)
     check_dtypes(state, str(path))
     return state
@@ -95,5 +95,5 @@ def check_dtypes(state: Mapping[str, Tensor], where: str) -> None:
 
 
 def write_tensors(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a safetensors file with the mark by which `output_folder` recognises this package's files."""
+    """Write a safetensors file with the mark that tells `output_folder` that this package has written it."""
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata=_MARK)

@@ -74,7 +74,7 @@ class TimeLeft:
 
     @contextmanager
     def aside(self, seconds: float) -> Iterator[None]:
-        """Context manager for work that belongs to no part and was expected to take `seconds` of `other_work`."""
+        """Return a context manager for work that belongs to no part, and for which `other_work` includes `seconds`."""
         began = self._now()
         yield
         self._started += self._now() - began
@@ -95,7 +95,7 @@ class Lines:
         part: float = 0.0,
         now: Clock = time.monotonic,
     ) -> None:
-        """Begin the work. `whole`: the whole task, of which this work is a part with the size `part`."""
+        """Begin the work. `whole`: the whole task, of which this work is a part of size `part`."""
         self._title, self._total, self._whole, self._part = title, total, whole, part
         self._now, self._done = now, 0
         self._started = self._due = now()
@@ -163,10 +163,11 @@ def _say(text: str) -> None:
 def progress(
     title: str, total: int | None = None, *, show: bool = True, whole: TimeLeft | None = None, part: float = 0.0
 ) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the number of items done since its last call. If `show` is set, the main rank shows
-    a bar if stderr is a terminal; otherwise it prints a line after a few seconds and then at growing intervals.
+    """Yield a function to call with the number of items done since its last call. If `show` is set, the main rank
+    reports progress on stderr: as a bar if stderr is a terminal, otherwise as a line after a few seconds and further
+    lines at growing intervals.
 
-    `whole`: the whole task, of which this work is a part with the size `part`. The remaining time of the task is shown
+    `whole`: the whole task, of which this work is a part of size `part`. The remaining time of the task is shown
     too."""
     from rich import progress as bars
     from rich.console import Console

@@ -26,7 +26,7 @@ def seed32(*parts: int) -> int:
 
 
 class Purpose(IntEnum):
-    """Purposes of the random numbers of a sample, so that no two of them share a stream."""
+    """Purposes of the random numbers of a sample. Each purpose has its own stream."""
 
     CROP = 0
     MASK = 1
@@ -48,5 +48,6 @@ class RandomStreams:
         return hash64(self._seed, purpose, *key)
 
     def generator(self, purpose: Purpose, *key: int) -> torch.Generator:
-        """Return a generator at the beginning of a stream. The next call moves it to another stream."""
+        """Return a generator at the beginning of a stream. All calls return the same generator, so the next call moves
+        it to another stream."""
         return self._generator.manual_seed(self.seed(purpose, *key) & 0xFFFFFFFF)

@@ -31,15 +31,16 @@ OneImage: TypeAlias = "Image | Tensor | np.ndarray | str | os.PathLike[str]"  # 
 # and standard deviation; None: the default of the called function.
 ValueRange: TypeAlias = 'tuple[float, float] | Literal["normalised"] | None'
 _MOST_DEVIATIONS = 20.0  # limit for a normalised image whose values are all above the mean
-# maximum fraction of values that are out of range by more than the width of the range, to allow for a few bright pixels
+# maximum fraction of values that may be out of range by more than the width of the range; allows for a few bright
+# pixels
 _OTHER_UNITS = 0.1
-_LEVELS = 100  # a wider range denotes integer levels, for which fractional values from 0 to 1 are implausible
+_LEVELS = 100  # in a wider range, values are integer levels, so fractional values from 0 to 1 are implausible
 
 
 def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[OneImage]:
     """Return the images as a sequence; a single image becomes a list of one. A tensor or an array with four dimensions
-    is taken as several images, and so is an array with three dimensions whose shape cannot be [H, W, channels]. Raises
-    ValueError for an array with three dimensions that could also be one image with its channels first."""
+    is treated as several images, and so is an array with three dimensions whose shape cannot be [H, W, channels].
+    Raises ValueError for an array with three dimensions that could also be one image with its channels first."""
     if isinstance(images, (str, os.PathLike, Image)):
         return [images]
     if isinstance(images, np.ndarray):
@@ -89,9 +90,9 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
 
 
 def _check_units(images: Iterable[OneImage], value_range: tuple[float, float]) -> None:
-    """Raise ValueError if floating-point tensors, or arrays with more than 8 bits per value, evidently have other
-    units than `value_range`: if many values lie far outside the range and would be clipped, or if all values lie in
-    [0, 1] although the range is one of integer levels."""
+    """Raise ValueError if floating-point tensors, or arrays with more than 8 bits per value, evidently have units that
+    differ from those of `value_range`: many values lie far outside the range and would be clipped, or all values lie in
+    [0, 1] although the range is that of integer levels."""
     low, high = value_range
     size = beyond = 0
     spans, is_whole = [], True
@@ -232,7 +233,7 @@ class Preprocess:
 
 
 def _of_call(error: BadSample) -> str:
-    """Return the message in a form for callers in Python, who have no config."""
+    """Return the message, reworded for callers in Python, who have no config."""
     if isinstance(error, NeedsRange):
         how = "pass value_range=(black, white), such as (0, 4095), or --range 0,4095 to a command"
         return f"the image has {error.found}: {how}"
@@ -250,12 +251,13 @@ def _floating(image: Tensor, config: ModelConfig, value_range: tuple[float, floa
         return image.to(torch.promote_types(image.dtype, torch.float32))
     unit = in_unit(image, value_range)
     seen = _prepared(torch.from_numpy(as_pixels(unit.numpy(), config.image_dtype)), config)
-    # the image has the model's size already, so nothing is resized or rounded
+    # if the image already has the model's size, it is not resized, and its values are not rounded
     return from_unit(unit, config.image_mean, config.image_std) if seen.shape == image.shape else seen
 
 
 def in_unit(images: Tensor, value_range: tuple[float, float]) -> Tensor:
-    """Return floating-point images in units in which black is 0 and white is 1, at least float32. Differentiable."""
+    """Return floating-point images rescaled so that black is 0 and white is 1. The dtype is at least float32, and the
+    operation is differentiable."""
     low, high = value_range
     return (images.to(torch.promote_types(images.dtype, torch.float32)) - low) / (high - low)
 

@@ -20,8 +20,8 @@ def kept(length: int, ratio: float) -> int:
 
 def draw_mask(length: int, ratio: float, generator: torch.Generator | None = None) -> Tensor:
     """Return a random mask, bool [length], True if masked. The `kept` tokens with the smallest noise stay visible."""
-    # NumPy needs a fifth of the time that torch needs. The noise is float64 to avoid ties, whose order would depend on
-    # the CPU.
+    # NumPy is five times as fast as torch here. The noise is float64 to avoid ties, whose order would depend on the
+    # CPU.
     noise = torch.rand(length, dtype=torch.float64, generator=generator).numpy()
     mask = np.ones(length, dtype=bool)
     mask[noise.argsort()[: kept(length, ratio)]] = False
@@ -43,21 +43,21 @@ class MaskSampler:
     """A sampler of the masks of samples and of the masked tokens that are predicted.
 
     Its results depend only on the seed and on the key of a sample. If `masking.per` is "batch", the mask of patches
-    depends on the number of the step in place of the key.
+    depends on the step number instead of the key.
     """
 
     def __init__(self, config: MaskingConfig, seed: int) -> None:
         self.config, self._streams = config, RandomStreams(seed)
 
     def image_and_text(self, patches: int, text_length: int, key: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
-        """Sample the masks of the patches and of the text tokens of a sample. As in the official code, the mask of the
-        text covers the maximum length, and is drawn after that of the patches from the same random numbers."""
+        """Sample the masks of the patches and of the text tokens of a sample. As in the official code, the text mask
+        covers the maximum length, and is drawn from the same random generator after the mask of the patches."""
         generator = self._image_stream(key, step)
         image_mask = draw_mask(patches, self.config.image_ratio, generator)
         return image_mask, draw_mask(text_length, self.config.text_ratio, generator)
 
     def image(self, patches: int, key: tuple[int, ...], step: int) -> Tensor:
-        """Sample only the mask of the patches, which equals the one that `image_and_text` samples."""
+        """Sample only the mask of the patches. It equals the mask of the patches that `image_and_text` samples."""
         return draw_mask(patches, self.config.image_ratio, self._image_stream(key, step))
 
     def predicted_patches(self, mask: Tensor | None, key: tuple[int, ...]) -> Tensor | None:

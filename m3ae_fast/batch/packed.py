@@ -1,7 +1,8 @@
 """The packed batch, the input of a forward pass: a flat batch of tokens, its index maps and its loss rows.
 
-Shapes: S samples, B images, L patches of an image, R of all images, C channels, H = W pixels, P patch size, N visible
-patches, T encoder rows, U decoder rows, M decoder rows that carry loss, I of them patches, W of them text tokens.
+Shapes: S samples, B images, L patches of an image, R patches of all images, C channels, H = W pixels, P patch size, N
+visible patches, T encoder rows, U decoder rows, M decoder rows that carry loss, I of them patches, W of them text
+tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class PackedBatch:
 
     keys: list[str]
     # [B, C, H, W], uint8, uint16, or floating-point and already normalised. Native images are stored as patches, [R, C,
-    # P, P]: the ops treat each as an image of one patch.
+    # P, P]: the ops treat each patch as an image that consists of one patch.
     images: Tensor
     grids: list[Grid]  # rows and columns of patches of the B images
     # encoder input: see m3ae_kernels.scatter_tokens
@@ -42,7 +43,7 @@ class PackedBatch:
     encoder_src: Tensor  # [T] row of the patch embeddings
     token_ids: Tensor  # [T] row of the text embedding
     encoder_table_ids: Tensor  # [T] row of [cls, patch positions, text positions]
-    token_order: Tensor  # [T] order in which the backward pass sums the rows of an id of `token_ids`
+    token_order: Tensor  # [T] order in which the backward pass sums rows with the same id in `token_ids`
     encoder_table_order: Tensor  # [T] the same for `encoder_table_ids`
     # decoder input
     decoder: Segments  # U rows
@@ -54,11 +55,11 @@ class PackedBatch:
     # rows that carry loss
     loss: Segments  # M rows
     loss_rows: Tensor  # [M] decoder row
-    image_rows: Tensor  # [I] row among the M
+    image_rows: Tensor  # [I] index among the M loss rows
     image_patch_ids: Tensor  # [I] see `patch_ids`
-    image_targets: Tensor  # [I] token id; [0] if the targets are pixels, or if the ids are computed later
+    image_targets: Tensor  # [I] token ids; empty if the targets are pixels, or if the ids are computed later
     image_row_weight: Tensor  # float32 [I] loss weight / (rows of this image), or the loss weight alone
-    text_rows: Tensor  # [W] row among the M
+    text_rows: Tensor  # [W] index among the M loss rows
     text_targets: Tensor  # [W] token id
     text_row_weight: Tensor  # float32 [W] loss weight / (rows of this caption), or the loss weight alone
     text_row_mean_weight: Tensor  # float32 [W] the same without the loss weight, for the accuracy
@@ -83,7 +84,7 @@ class PackedBatch:
         return self._map(lambda t: t.pin_memory())
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Record for the allocator that `stream` uses tensors that were allocated on another stream."""
+        """Tell the CUDA allocator that `stream` uses these tensors, which were allocated on another stream."""
 
         def record(t: Tensor) -> Tensor:
             t.record_stream(stream)

@@ -52,12 +52,12 @@ class Geometry:
 
     @property
     def patches_per_image(self) -> int:
-        """Return L, the number of patches, of a square image."""
+        """Return L, the number of patches of a square image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def most_patches(self) -> int:
-        """Return L, the number of patches, of the largest image."""
+        """Return the number of patches of the largest image."""
         return self.patches_per_image if self.native is None else self.native.most
 
     @property
@@ -100,7 +100,9 @@ class Sample:
     text_predicted: Tensor | None = None  # bool [n]: the masked text tokens that are predicted; None: all of them
 
 
-FEWEST_ROWS, FINENESS = 64, 128  # rows are rounded up to a multiple of 64; in large batches, padding is below 1/128
+# Numbers of rows are rounded up to a multiple of 64 or, in large batches, of a larger power of two, such that padding
+# is below 1/128.
+FEWEST_ROWS, FINENESS = 64, 128
 
 
 def rounded(rows: int) -> int:
@@ -116,7 +118,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     The image loss is the mean over images of the mean over each image's loss rows. The text loss is the mean over
     captions of the mean over each caption's loss rows; an empty caption counts as 0 (official M3AE). With
     `loss_per_batch`, each loss is the mean over all its loss rows (official MAE). A sample's `loss_weight` multiplies
-    only the weights of its rows.
+    the weights of its rows, and does not change the denominators.
 
     Args:
         repeat_shapes: whether numbers of rows are rounded up by padding. Padding consists of rows that belong to no
@@ -219,7 +221,7 @@ def _layout(checked: Sequence[_Checked], geometry: Geometry, size: Callable[[int
 
 
 def _encoder_rows(layout: _Layout, samples: int, size: Callable[[int], int]) -> tuple[Segments, dict[str, np.ndarray]]:
-    """Return the encoder's segments and index maps. Its rows are the visible rows, in the decoder's order."""
+    """Return the encoder's segments and index maps. The encoder's rows are the visible rows, in the decoder's order."""
     visible_U, visible_patch_U = layout.visible_U, layout.patch_U & layout.visible_U
     visible_S = np.bincount(layout.sample_U[visible_U], minlength=samples)
     visible_P = _padded(visible_S, size(int(visible_S.sum())))
@@ -293,9 +295,9 @@ def _all_rows(layout: _Layout, terms: _LossTerms, size: Callable[[int], int]) ->
 
 
 def _queries(layout: _Layout, terms: _LossTerms, segments: int, size: Callable[[int], int]) -> _DecoderPart:
-    """Return the same as `_all_rows` for a decoder with cross-attention, whose rows are only the loss rows and attend
-    to the encoder's rows. `segments`: number of the encoder's segments. Padding rows, with weight 0, are distributed
-    evenly over the segments."""
+    """Return the same as `_all_rows`, but for a decoder with cross-attention. Its rows are only the loss rows, which
+    attend to the encoder's rows. Padding rows have weight 0 and are distributed evenly over the segments. `segments`:
+    number of the encoder's segments."""
     loss_U = np.flatnonzero(terms.image_U | terms.text_U)
     images, texts = (int(np.count_nonzero(part_U)) for part_U in (terms.image_U, terms.text_U))
     more_images, padding = size(images) - images, size(images) - images + size(texts) - texts
@@ -339,8 +341,8 @@ def _taken(values_U: np.ndarray, rows: np.ndarray, fill: float) -> np.ndarray:
 
 
 def _image_targets(samples: Sequence[Sample], patch_ids_I: np.ndarray, weight_I: np.ndarray) -> np.ndarray:
-    """Return the token ids of the patches in the image loss, 0 if the weight is 0. The result is empty if images have
-    no ids. Raises ValueError if only some of the images have ids."""
+    """Return the token ids of the patches in the image loss, with 0 for patches of weight 0. The result is empty if
+    images have no ids. Raises ValueError if only some of the images have ids."""
     ids = [sample.image_ids for sample in samples if sample.image is not None]
     known = [each.numpy() for each in ids if each is not None]
     if not known:

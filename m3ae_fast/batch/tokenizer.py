@@ -135,9 +135,9 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> Tokenizer:
     contain more distinct characters.
     """
     tokenizer = _bert(models.WordPiece(unk_token=UNKNOWN))
-    # All symbols are given to the trainer for reproducibility: it numbers other symbols in the order of their hashes,
-    # and breaks ties by number. The trainer would treat the given symbols as special tokens, so a new tokenizer is
-    # built from the vocabulary.
+    # For reproducibility, the trainer is given all symbols: it would number other symbols in the order of their hashes,
+    # and it breaks ties by number. Because it treats the given symbols as special tokens, a new tokenizer is built from
+    # the vocabulary.
     symbols = sorted({symbol for caption in captions for symbol in _symbols(tokenizer, caption)})
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*SPECIAL, *symbols], show_progress=False)
     tokenizer.train_from_iterator(captions, trainer)

@@ -48,8 +48,8 @@ ALONE = Agreement(0, 1, dist.HashStore(), threading.Event())
 
 
 def _later(change: tuple[int, int]) -> tuple[int, int]:
-    """Return `change`, a change of the number of steps. Raises ValueError unless the new number is larger than the
-    number of steps taken before the change."""
+    """Validate and return `change`, a change of the number of steps. Raises ValueError unless the new number is larger
+    than the number of steps taken before the change."""
     step, total = change
     if not 0 <= step < total:
         raise ValueError(f"total number of steps changed to {total} at step {step}: the total must be larger")
@@ -72,7 +72,7 @@ class Info:
     changes: list[Annotated[tuple[int, int], AfterValidator(_later)]] = field(default_factory=list)
     decays: bool = False  # whether the decay of a schedule that can be extended has begun
     spent: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # seconds of training, if the run has a time limit
-    # batches of the stream that are left out; the first batch of the stream is 0
+    # indices, from 0, of the batches of the stream that are left out
     left_out: list[Annotated[int, Field(ge=0, lt=1 << 53)]] = field(default_factory=list)
     # losses of the last steps, if the run detects loss spikes
     recent_losses: list[Annotated[float, Field(allow_inf_nan=False)]] = field(default_factory=list)
@@ -169,8 +169,8 @@ class _Save(NamedTuple):
     world: int
 
     def write(self, rank: int) -> tuple[str, BaseException | None]:
-        """Write this rank's part. Return its checksum, or the reason why there is none, as JSON; and the error if it is
-        a bug."""
+        """Write this rank's part. Return a pair: a JSON object with the checksum, or with the reason why there is none;
+        and the error if it is a bug, otherwise None."""
         checksum, error = attempt(lambda: self._write(rank))
         if error is None:
             return json.dumps({"sha256": checksum}), None

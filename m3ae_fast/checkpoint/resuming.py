@@ -36,7 +36,7 @@ class Rules:
     same: tuple[str, ...]  # changes are refused, because they change the model or the optimiser
     samples: tuple[str, ...] = DATA  # changes are refused unless allowed, because they change the samples
     noted: tuple[str, ...] = (WRITTEN,)  # changes are reported
-    free: tuple[str, ...] = ()  # exceptions from a `section.*`
+    free: tuple[str, ...] = ()  # exceptions to a `section.*`: these settings may change silently
     advice: str = "start in another folder, or restore the former value"  # advice in the message about changed samples
 
     def severity(self, name: str) -> Severity:
@@ -202,7 +202,7 @@ def changes(
 
 def describe(sections: Sections, stream: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings and data of a run in one flat dict: {"model.depth": 12, "data.train": "4 shards with ...",
-    ...}. The fingerprint replaces the settings that name files."""
+    ...}. Settings that name files are replaced with the entries of the fingerprint."""
     settings = {f"{name}.{key}": value for name, values in sections.items() for key, value in (values or {}).items()}
     nested = [name for name, value in settings.items() if isinstance(value, dict)]
     for name in nested:

@@ -45,7 +45,7 @@ class Saver:
         self._agreement = Agreement(self.ranks.rank, self.ranks.world, self.ranks.lasting, self._thread.leaving)
         self._staging = Staging()
         self.engine.before_update = self._staging.wait
-        self.unjudged: int | None = None  # step of the last checkpoint that is not marked yet
+        self.unjudged: int | None = None  # step of the last checkpoint if it is not marked yet
         self._finite_evaluation: int | None = None  # last step after which an evaluation was finite
 
     def save(self, info: checkpoint.Info) -> None:
@@ -94,8 +94,8 @@ class Saver:
         return self.unjudged is not None and step > self.unjudged
 
     def step_was_finite(self, step: int) -> None:
-        """Mark the last written checkpoint as good if `step` is the next step after it. The losses of `step` were
-        finite on all ranks. Every rank must call it."""
+        """Mark the last written checkpoint as good if it is older than `step`. To be called if the losses of `step`
+        were finite on all ranks; every rank must call it."""
         if not self.awaits(step):
             return
         if self.ranks.is_main and self.unjudged is not None:
@@ -103,7 +103,7 @@ class Saver:
         self.unjudged = None
 
     def evaluation_was_finite(self, step: int) -> None:
-        """Record that a checkpoint of `step` is to be marked as good once it is written. Every rank must call it."""
+        """Record that a checkpoint of `step` must be marked as good once it is written. Every rank must call it."""
         self._finite_evaluation = step
 
     def step_was_not_finite(self, step: int) -> str:

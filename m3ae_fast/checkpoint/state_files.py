@@ -47,9 +47,9 @@ _Size = Annotated[int, Field(ge=0)]
 class Table:
     """Files and slices of all tensors in a checkpoint."""
 
-    parts: Annotated[int, Field(ge=1, lt=100_000)]  # number of files, which is limited to five digits in their names
+    parts: Annotated[int, Field(ge=1, lt=100_000)]  # number of files; their names have five digits for it
     shapes: dict[str, tuple[_Size, ...]]
-    # pieces of each tensor in order: number of the file, number of elements
+    # the pieces of each tensor in order, each as (index of its file, number of elements)
     pieces: dict[str, list[tuple[_Size, _Size]]]
 
 
@@ -197,7 +197,7 @@ def table_of_complete_tensors(path: Path) -> Table:
 def _open(path: Path, file: str) -> Any:
     """Return an opened file of a checkpoint. Raises UserError if it is damaged."""
     try:
-        open_regular(path / file).close()  # safetensors would wait for a pipe
+        open_regular(path / file).close()  # raises an error for a pipe, which safetensors would wait for
         return safe_open(path / file, framework="pt")
     except (OSError, SafetensorError) as error:
         raise damaged(path, file, error) from None
@@ -222,7 +222,7 @@ class State:
             UserError: the tensor does not exist, an element is not finite, or a piece is damaged or not float32.
         """
         self._shape(name)
-        found, stop = [], start + count  # counted from the first element of each piece
+        found, stop = [], start + count  # relative to the first element of the current piece
         for number, length in self._pieces[name]:
             if max(0, start) < min(length, stop):
                 found.append(self._piece(number, name, length)[max(0, start) : stop])
@@ -233,7 +233,7 @@ class State:
         return tensor
 
     def check(self, shapes: dict[str, Shape]) -> None:
-        """Raise UserError if a tensor of `shapes` is missing in the state, or has a different shape."""
+        """Raise UserError if a tensor of `shapes` is missing from the state or has a different shape."""
         for name, shape in shapes.items():
             if (found := self._shape(name)) != shape:
                 raise UserError(
