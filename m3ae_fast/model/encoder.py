@@ -41,7 +41,7 @@ _check_values = torch.compiler.disable(check_values)  # depends on the values of
 
 
 def pixel_options(config: ModelConfig) -> dict[str, Any]:
-    """Return the ops' options for reading images."""
+    """Return the options with which the ops read images."""
     return {
         "patch_size": config.patch_size,
         "channels": config.channels,
@@ -117,8 +117,9 @@ class MultimodalEncoder(nn.Module):
 
     @property
     def preprocess(self) -> Preprocess:
-        """Return the transform of a PIL image, or a path, to the tensor that `encode` and `representation` accept: the
-        central square, resized, as uint8; see `Preprocess`. Data loaders can use it in their workers."""
+        """Return the transform that converts a PIL image or an image file to the tensor that `encode` and
+        `representation` accept: the central square, resized, as uint8; see `Preprocess`. Data loaders can apply it in
+        their workers."""
         return Preprocess(self.config)
 
     def forward_encoder(self, batch: PackedBatch) -> Tensor:
@@ -137,7 +138,8 @@ class MultimodalEncoder(nn.Module):
         return self.pooled_of_layers(batch, [self.config.depth], [pool])[:, 0]
 
     def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pools: Sequence[Pool] = ("mean",)) -> Tensor:
-        """Return features after each of several blocks, pooled and normalised as in `pooled`, in one forward pass.
+        """Return features after each of several blocks, computed in one forward pass. They are pooled and normalised as
+        in `pooled`.
 
         Args:
             batch: the batch, on the model's device.
@@ -145,7 +147,7 @@ class MultimodalEncoder(nn.Module):
             pools: the poolings.
 
         Returns:
-            Features [S, K, D] for K pairs of a layer and a pooling; all poolings of the first layer come first. The
+            Features [S, K, D] for K pairs of a layer and a pooling, beginning with all poolings of the first layer. The
                 features of the last block are bitwise equal to those of `pooled`, except that the features of the cls
                 token may differ by rounding if there are several poolings.
         """
@@ -195,7 +197,7 @@ class MultimodalEncoder(nn.Module):
         queries: Segments | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield the number and the output rows of each of `layers`, before the final LayerNorm. Blocks after the last
-        of them are not computed. `rows_M`, `queries`: rows that the encoder's last block computes; see
+        of these layers are not computed. `rows_M`, `queries`: rows that the encoder's last block computes; see
         `Transformer.forward`."""
         rows = self.encoder.layers(self._input(batch), batch.encoder, batch.draws, rows_M, queries)
         for layer, x_TD in enumerate(islice(rows, max(layers)), 1):
@@ -203,7 +205,7 @@ class MultimodalEncoder(nn.Module):
                 yield layer, x_TD
 
     def _cls(self, x_PD: Tensor, batch: PackedBatch) -> Tensor:
-        """Return features [S, D] from the cls rows, given before the final LayerNorm."""
+        """Return features [S, D]: the cls rows `x_PD` after the final LayerNorm."""
         return _wide(self.encoder.norm(x_PD)[: len(batch.keys)])
 
     def _mean(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
@@ -241,13 +243,13 @@ class MultimodalEncoder(nn.Module):
                 are cropped to the central square unless the model has native aspect ratio.
             texts: a text or a list of texts, which require the model's `tokenizer`; or None. An empty text alone has no
                 tokens, so that with pool="mean" its features are 0.
-            value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays of more
-                than 8 bits, in place of the model's image_range. None or "normalised": tensors are already normalised,
-                (x - mean) / std, with image_mean and image_std of `config` and x from 0 to 1. Their shape is [C,
-                image_size, image_size]; for native aspect ratio, their sides are multiples of the patch size. (black,
-                white): the values of black and white in images of any size, such as (0, 1) for the output of
-                torchvision's ToTensor or (0, 255) for floats of 8-bit levels. With None, tensors that are evidently not
-                normalised raise ValueError, and float32 arrays are read with the model's image_range.
+            value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays with more
+                than 8 bits per channel; it replaces the model's image_range. None or "normalised": tensors are already
+                normalised, (x - mean) / std, with image_mean and image_std of `config` and x from 0 to 1. Their shape
+                is [C, image_size, image_size]; for native aspect ratio, their sides are multiples of the patch size.
+                (black, white): the values of black and white in images of any size, such as (0, 1) for the output of
+                torchvision's ToTensor or (0, 255) for 8-bit levels stored as floats. With None, tensors that are
+                evidently not normalised raise ValueError, and float32 arrays are read with the model's image_range.
             pool: "mean" over all tokens except cls, or the "cls" token; see `pooled`.
             layer: number of the block after which features are taken, from 1; None: the last block.
             batch: samples per forward pass.
@@ -258,8 +260,8 @@ class MultimodalEncoder(nn.Module):
 
         Raises:
             ValueError: images and texts are both None or differ in number, one of the items is None, an image does not
-                fit the model, floating-point images evidently contradict value_range, or there is no such layer, pool,
-                batch, precision or value_range.
+                fit the model, floating-point images evidently contradict value_range, or the layer, pool, batch,
+                precision or value_range is invalid.
             UserError: a file cannot be read, texts are given but the model has no tokenizer, or a feature is not
                 finite.
         """
@@ -347,7 +349,7 @@ class MultimodalEncoder(nn.Module):
         precision: str,
     ) -> Iterator[PackedBatch]:
         """Return an iterator over unmasked batches on the model's device. Raises ValueError if the batch size or the
-        precision is invalid, and as `unmasked_sample` does."""
+        precision is invalid, and the errors of `unmasked_sample`."""
         if batch < 1:
             raise ValueError(f"batch {batch}: must be 1 or more")
         if precision not in ("auto", "bf16", "fp32"):
@@ -390,7 +392,7 @@ class MultimodalEncoder(nn.Module):
             images: [S, C, H, W] of the model's size, uint8, uint16 or floating-point; or None.
             text: int [S, n] token ids, n <= text_length; or None.
             padding_mask: [S, n], nonzero for padding in `text`; None: no padding.
-            value_range: value range of floating-point images, as in `encode`: normalised already, or (black, white).
+            value_range: value range of floating-point images, as in `encode`: already normalised, or (black, white).
 
         Returns:
             [S, 1 + L + n, D]: the cls token, the patches (if there are images) and the text tokens (if there is text).

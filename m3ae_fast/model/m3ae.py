@@ -122,8 +122,8 @@ class M3AE(MultimodalEncoder):
         self.reset_parameters()
 
     def hidden_matrices(self) -> dict[Tensor, int]:
-        """Return the weights between hidden layers, in the blocks and in the decoder's input, with the number of
-        matrices that are stacked in each. A weight may contain the matrices of queries, keys and values, or, in a
+        """Return the weights between hidden layers (in the blocks and in the decoder's input), each with the number of
+        matrices that are stacked in it. A weight may contain the matrices of queries, keys and values, or, in a
         cross-attention decoder, those of the keys and values of all blocks."""
         found: dict[Tensor, int] = {self.decoder_input.proj.weight: 1}
         for module in (m for part in (self.encoder, self.decoder) for m in part.blocks.modules()):

@@ -83,9 +83,9 @@ class Positions(nn.Module):
         self, image_type: Tensor | None, text_type: Tensor | None, grids: Iterable[Grid]
     ) -> tuple[Tensor, Tensor]:
         """Return the position tables [positions, dim] and [text_length, dim], with the modality's embedding [1, dim]
-        added if there is one. The first table is for the patches of a square image, whose size is the model's or the
-        smaller size of the batch's images. With native aspect ratio, it is for the batch's `grids` in the layout of
-        `Native.position_indices`."""
+        added if there is one. The first table is for patches. If images are square, it has the positions of one image
+        of the batch's size, which may be smaller than the model's. With native aspect ratio, it has the positions of
+        the batch's `grids` in the layout of `Native.position_indices`."""
         image = self.image
         if self.side is not None and (grid := next(iter(grids), None)) not in (None, (self.side, self.side)):
             image = self._of_smaller(grid)

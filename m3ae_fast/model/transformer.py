@@ -38,8 +38,8 @@ class QKV(Linear):
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, rows_R: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Return the queries [R, D] of `rows_R` and the keys and values [T, 2 D]; without `rows_R`, return None and [T,
-        3 D]."""
+        """Return the queries [R, D] of `rows_R` and the keys and values [T, 2 D]. Without `rows_R`, return None and the
+        queries, keys and values [T, 3 D]."""
         if rows_R is None:
             return None, super().forward(x_TD)
         dim = self.in_features
@@ -203,8 +203,8 @@ class Blocks(nn.Module):
         self.drop_path, self.drop_key = drop_path, drop_key
 
     def factors(self, draws_S: Tensor) -> list[Tensor | None]:
-        """Return the factors of stochastic depth for the two branches of each block, [2, S]; None for a block without
-        stochastic depth."""
+        """Return the factors of stochastic depth for the two branches of each block, [2, S], or None without stochastic
+        depth."""
         if not (self.drop_path and self.training):
             return [None] * len(self.blocks)
         return list(drop_path_factors(draws_S, 2 * len(self.blocks), self.drop_path, self.drop_key).split(2))
@@ -215,8 +215,8 @@ class Blocks(nn.Module):
         over rows are tuned for the number of rows of the first batch, and torch's own key does not contain that number.
 
         Without `keep_activations`, the backward pass recomputes GELU and LayerNorm outputs. This halves the activation
-        memory. On a CPU it takes no measurable time, because these ops are fused with the ops that read them; a GPU
-        writes them to memory again.
+        memory. On a CPU, the recomputation takes no measurable time, because it is fused with the ops that read its
+        results; on a GPU, the results are written to memory again.
         """
         budget = 1.0 if keep_activations else MEMORY_BUDGET
         if budget != torch._functorch.config.activation_memory_budget:

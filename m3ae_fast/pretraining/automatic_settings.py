@@ -29,24 +29,24 @@ _CONTINUED_RATE, _CONTINUED_WARM_UP = 0.25, 0.02
 LENGTHS = ("train.steps", "train.epochs")  # settings that determine the length of the run
 EVALUATED = 1024  # maximum number of held-out samples on which losses are evaluated
 PROBED = 5000  # with more training samples, the k-NN accuracy is measured only before and after training
-# MAE's learning rate and batch (arXiv 2111.06377). For Adam, the learning rate is scaled with the square root of the
-# batch (arXiv 2205.10287).
+# MAE's learning rate and batch size (arXiv 2111.06377). For Adam, the learning rate is scaled with the square root of
+# the batch size (arXiv 2205.10287).
 _RATE, _OF_BATCH = 2.4e-3, 4096
-# The options of `pretrain`, by patterns of the settings that they replace.
+# The options of `pretrain`, keyed by patterns of the settings that they replace.
 _ARGUMENTS = {
     r"run(\.dir)?": "--out",
     r"data\.train(\.\d+(\.shards)?)?": "SOURCE",
     r"data\.val\.\d+(\.shards)?": "--val",
 }
 _ARGUMENTS |= {r"train\.probe\.labels": "--labels"}
-_RATE_OF_NARROW = 4  # factor of the learning rate for models narrower than "small", as in the quickstart
+_RATE_OF_NARROW = 4  # learning-rate factor for models that are narrower than "small"; the quickstart uses it too
 
 
 @dataclass(frozen=True)
 class Shards:
     """The shards of a run."""
 
-    train: list[str]  # patterns of names, as in the config
+    train: list[str]  # patterns of the shards' names, as in the config
     val: list[str]  # empty: no samples are held out
     notes: list[str]  # notes for the user
     unlabelled: str = ""  # reason why samples have no label "cls", if it is known
@@ -102,7 +102,7 @@ def model_sizes(statistics: DatasetStatistics, overrides: Sequence[str] = ()) ->
 
 
 def possible(sizes: Sequence[ModelSize], config_of: Callable[[ModelSize], Config]) -> list[ModelSize]:
-    """Return the model sizes that are compatible with the user's settings, such as a number of heads, which must divide
+    """Return the model sizes that are compatible with the user's settings; for example, the number of heads must divide
     the width. `config_of`: function that returns the config for a size or raises UserError. Raises UserError if no size
     is compatible."""
     found, first = [], None
@@ -118,8 +118,8 @@ def possible(sizes: Sequence[ModelSize], config_of: Callable[[ModelSize], Config
 
 
 def image_and_patch(short_side: int, pixels: int) -> tuple[int, int]:
-    """Return an image size of at most `pixels` that most images reach without being enlarged, and the largest patch
-    size with at least eight patches per side."""
+    """Return an image size of at most `pixels` for which most images need not be enlarged, and the largest patch size
+    with at least eight patches per side."""
     size = max(min(short_side, pixels), 16)
     patch = next((p for p in (16, 8) if size // p >= 8), 4)
     return size // patch * patch, patch
@@ -179,8 +179,8 @@ def continues(overrides: Sequence[str]) -> bool:
 
 
 def peak_rate(batch: int, width: int, factor: float = 1.0) -> float:
-    """Return `factor` times the default of `optim.peak_lr`, which refers to a batch of 256. `batch`: samples per step;
-    `width`: width of the encoder."""
+    """Return the automatic value of `optim.peak_lr`, which refers to a batch of 256, multiplied by `factor`. `batch`:
+    samples per step; `width`: width of the encoder."""
     rate = factor * _RATE * math.sqrt(batch / _OF_BATCH) * (_RATE_OF_NARROW if width < 384 else 1)
     return float(f"{rate * 256 / batch:.3g}")
 
@@ -208,7 +208,7 @@ def reaches(seconds: float, pace: float, samples: int) -> bool:
 def check_overrides(overrides: Sequence[str], start_from: str | None = None) -> Config:
     """Return the result of `assumed_config` for the user's overrides, for a run that starts from the weights
     `start_from` (None: from random weights). Raises UserError if an override sets a value for which `pretrain` has an
-    option, or if `assumed_config` raises it."""
+    option, or if `assumed_config` does."""
     for override in overrides:
         name = override.partition("=")[0]
         if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):
@@ -223,7 +223,7 @@ def check_overrides(overrides: Sequence[str], start_from: str | None = None) -> 
 
 def assumed_config(overrides: Sequence[str]) -> Config:
     """Return the config with these overrides for hypothetical samples, to validate the overrides before the samples are
-    opened. Raises UserError if the overrides are invalid whatever the samples are, or require a library that is not
+    opened. Raises UserError if the overrides are invalid regardless of the samples, or require a library that is not
     installed."""
     statistics = assumed(overrides)
     shards = Shards(["train.tar"], ["val.tar"], [])

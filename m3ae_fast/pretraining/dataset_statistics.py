@@ -41,8 +41,9 @@ _QUANTILE = 0.95  # fraction of the captions that are not truncated
 def inspect(
     shards: Shards, out: Path, labels: str, image_range: Range | None = None, overrides: Sequence[str] = ()
 ) -> tuple[DatasetStatistics, list[str]]:
-    """Return statistics of the samples, with values from the overrides if these set them, and notes for the user. If
-    there are captions, a tokenizer is trained and written to the run folder. An overview of the samples is printed.
+    """Return statistics of the samples, and notes for the user. Values that the overrides set replace those of the
+    samples. If there are captions, a tokenizer is trained and written to the run folder. An overview of the samples is
+    printed.
 
     Args:
         shards: the shards.
@@ -97,8 +98,9 @@ def inspect(
 
 
 def _on_given_weights(has_captions: bool, overrides: Sequence[str]) -> list[str]:
-    """Return a list that contains a note if the run starts from given weights and either only these weights or only the
-    samples have text. Raises UserError if both have text, but the tokenizer of the weights is missing."""
+    """Return a list that contains a note if the run starts from given weights and only one of the two, the weights or
+    the samples, includes text; otherwise an empty list. Raises UserError if both include text, but the tokenizer of the
+    weights is missing."""
     vocab_size = set_to(overrides, "model.vocab_size", None)
     if not continues(overrides) or vocab_size is None:
         return []
@@ -161,7 +163,7 @@ def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[_Classes, 
         train, classes = label_corpus(train, labels)
         val, _ = label_corpus(val, labels, classes)
     except UserError as error:
-        if labels != "cls":  # the user has set them, so a run without evaluation would be unexpected
+        if labels != "cls":  # the user has set `labels`, so a run without evaluation would be unexpected
             raise UserError(f"--labels {labels}: {error}") from None
         return _Classes(0), f"{none}: {error}"
     names = class_names(train, classes)

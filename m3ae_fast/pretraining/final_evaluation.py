@@ -32,18 +32,18 @@ from m3ae_fast.training.loggers import show
 _TASKS = {"knn": "k-NN", "logistic": "logistic regression"}
 _ON_A_MAP = 2000  # number of samples on the map; t-SNE takes half a minute for this number
 RESULTS, MAP = "results", "map.png"  # a folder and a file in the run folder
-_MEASURED = "measured"  # file next to the results that identifies their checkpoint
+_MEASURED = "measured"  # file in the folder of the results that identifies the evaluated checkpoint
 RUN = "this run"
 STARTED = "its initial weights"
 
 
-# for each evaluated model: suffix in the name of the folder with its results, after the name of the task
+# The results of a task and a model are in a folder named by the task and this suffix.
 _SUFFIXES = {RUN: "", STARTED: "-start"}
 
 
 def _models(config: Config) -> dict[str, str]:
-    """Return the names of the models that are evaluated, by their relation to the run. The baselines of the run are
-    evaluated together with it."""
+    """Return the names of the models to evaluate, keyed by their relation to the run. Its baselines are not listed,
+    because they are evaluated together with the run."""
     start = config.model.init_from
     return {RUN: str(config.run.dir)} | ({STARTED: start} if start and Path(start).is_dir() else {})
 

@@ -183,7 +183,7 @@ def _largest_fitting(
 
     Args:
         allowed: sizes to choose from, smallest first. The first is chosen if no other fits.
-        lacking: function that returns a description of the memory that a size lacks; "" if it lacks none.
+        lacking: function that returns a description of the memory that is missing for a size; "" if it fits.
         measured: function that measures the pace of a size.
         budget: the division of the available time.
     """

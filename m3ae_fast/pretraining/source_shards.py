@@ -1,4 +1,5 @@
-"""The shards that a run reads, given SOURCE: shards, a folder of images, an HDF5 file or a Hugging Face dataset."""
+"""The shards that a run reads. They are found in SOURCE, or created from a folder of images, an HDF5 file or a Hugging
+Face dataset."""
 
 from __future__ import annotations
 

@@ -31,8 +31,9 @@ class HelperProcess:
         theirs.close()
 
     def start(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Run `work(parent, *arguments)` in the process, where `parent` is the id of this process. The function and its
-        arguments must be picklable. Does nothing if the process has been given a function before, or has ended."""
+        """Run `work(parent, *arguments)` in the helper process, where `parent` is the id of the current process. The
+        function and its arguments must be picklable. Does nothing if the helper process has already been given a
+        function, or has ended."""
         if not self._work.closed:
             with self._work, contextlib.suppress(BrokenPipeError):
                 self._work.send((work, arguments))

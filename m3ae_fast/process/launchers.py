@@ -1,4 +1,4 @@
-"""Translates the environment variables of SLURM's srun and of MPI launchers into those of torchrun."""
+"""Translation of the environment variables of SLURM's srun and of MPI launchers into those of torchrun."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _HOSTS = ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
 
 def adopt(environment: MutableMapping[str, str]) -> None:
     """Set torch's environment variables for distributed runs if srun or an MPI launcher has started several processes.
-    Variables that are set already are kept. Raises UserError if WORLD_SIZE contradicts the launcher, or if the address
+    Variables that are already set are kept. Raises UserError if WORLD_SIZE contradicts the launcher, or if the address
     of rank 0 is unknown."""
     found = next((one for one in LAUNCHERS if environment.keys() >= {one.rank, one.world}), None)
     if found is None or environment[found.world] == "1":
@@ -103,7 +103,7 @@ def _read(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
 def first_host(nodes: str) -> str:
     """Return the first host of a list in SLURM's notation: gpu003 for `gpu[003-008,011],login1`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
-    assert first is not None  # it also matches the empty string
+    assert first is not None  # the pattern also matches the empty string
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 

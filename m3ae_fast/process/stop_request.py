@@ -32,9 +32,9 @@ class StopRequest:
     ends the process at once.
 
     Before `listen` is called, there is nothing to save, and a stop request ends a program of this package with exit
-    code 0 at any point. If a user's code calls functions of this package, KeyboardInterrupt is raised instead. Use as a
-    context manager in the main thread. A separate thread reads the signals, because Python's handlers do not run while
-    the main thread is inside a library.
+    code 0 at any point. If a user's own code calls functions of this package, KeyboardInterrupt is raised instead. Use
+    as a context manager in the main thread. A separate thread reads the signals, because Python's handlers do not run
+    while the main thread is inside a library.
     """
 
     def __init__(self) -> None:
