@@ -43,7 +43,7 @@ def drawing(data: bytes) -> Image.Image:
 
 
 def cut(shard: Path, out: Path) -> None:
-    """Write a shard with the labelled drawings of a shard, without their margins."""
+    """Write the labelled drawings of `shard` to the shard `out`, without their white margins."""
     with tarfile.open(shard) as tar:
         files = {info.name: tar.extractfile(info).read() for info in tar}
     with whole_file(out) as partial, tarfile.open(partial, "w") as tar:

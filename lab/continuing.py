@@ -1,14 +1,14 @@
-"""Experiment: when does continuing from existing weights give better features than training from scratch in equal time?
+"""Experiment: when does continuing from existing weights give better features than training from scratch for as long?
 
 python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
 python -m lab.continuing data/labelled --out runs/continuing
-python -m lab.continuing data/labelled --minutes 20        # nothing starts after 20 minutes; the next call continues
+python -m lab.continuing data/labelled --minutes 20        # no run starts after 20 minutes; the next call continues
 
 An MAE is trained on many images of a domain, the source. Then MAEs are trained on few images of another domain, the
 target: from scratch, and continuing from the source's weights, with the settings that `m3ae-fast pretrain` chooses. All
 encoders are tested on held-out images of the target. The protocol is in lab/README.md. table.md is written to --out
-after each run. Complete runs are not repeated; an incomplete run starts again, so that its CPU time is that of one
-undisturbed run.
+after each run. Complete runs are not repeated. An incomplete run starts again, so that its CPU time is that of an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RELATED, UNRELATED = "related", "unrelated"  # the sources: the other classes of
 SIZES = {"image_size": 28, "patch_size": 7, "emb_dim": 64, "num_heads": 2, "dec_depth": 1}
 BATCH = 64
 SOURCE_STEPS, LENGTHS, LONG, SEEDS = 750, (50, 150, 450), 1200, 3
-# settings of all runs that `pretrain` would choose by time, or that only produce output
+# settings of all runs that `pretrain` would derive from the available time, or that only affect output
 FIXED = {"train.save_every": 1_000_000, "train.pictures": 0, "data.workers": 0, "train.compile": False}
 TASKS = {"knn": "k-NN", "logistic": "logistic"}
 
@@ -106,8 +106,8 @@ def plan(seeds: int) -> list[Trial]:
 
 
 def prepare(data: Path, folder: Path, seeds: int) -> None:
-    """Write the labels and the shards, unless they exist: one for each source, one for the target's test images and,
-    for each seed, one for the target's training images. Raises UserError if `data` has no shards."""
+    """Write the labels and the shards, unless they exist: one shard for each source, one for the target's test images
+    and, for each seed, one for the target's training images. Raises UserError if `data` has no shards."""
     if (folder / LABELS).exists() and (folder / f"{TRAIN}-{seeds - 1}.tar").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ class Laboratory:
         return True
 
     def config(self, trial: Trial) -> dict[str, Any]:
-        """Return the config that `pretrain` chooses for a number of steps, with and without --from. Weights to start
+        """Return the config that `pretrain` chooses for this number of steps, with or without --from. Weights to start
         from are written to the run folder."""
         overrides = [f"{name}={json.dumps(value)}" for name, value in {**FIXED, "run.seed": trial.seed}.items()]
         overrides += [f"{name}={json.dumps(value)}" for name, value in SETTINGS.get(trial.arm, {}).items()]
@@ -218,7 +218,7 @@ class Laboratory:
 
 
 class Result(NamedTuple):
-    """Results of an arm at a length."""
+    """Results of an arm for one number of steps."""
 
     correct: dict[str, Seeds]  # correctly classified test images, by task
     cpu_s: float  # CPU seconds of the training, mean over seeds

@@ -3,7 +3,7 @@ samples?
 
 python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
 python -m lab.recipe data/labelled --out runs/recipe
-python -m lab.recipe data/labelled --minutes 20 --tasks finetune  # nothing starts after 20 minutes; the next call
+python -m lab.recipe data/labelled --minutes 20 --tasks finetune  # no run starts after 20 minutes; the next call
 continues
 
 Linear probes and fine-tuning are run with the defaults (m3ae_fast/evaluation/default_hyperparameters.py), with a third
@@ -43,7 +43,7 @@ from m3ae_fast.weights.open_model import RANDOM, open_model
 
 CLIPART = Path("data/openclipart")
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
-VALIDATED = 8  # of this number of samples outside of the test set, one is used to choose the rule
+VALIDATED = 8  # outside the test set, one sample out of this number is used to choose the rule
 SIDE = 36  # maximum side of an image in pixels
 MODEL = {
     "size": None, "emb_dim": 128, "depth": 2, "num_heads": 4, "dec_emb_dim": 64, "dec_depth": 1, "dec_num_heads": 2,

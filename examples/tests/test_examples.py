@@ -53,7 +53,8 @@ def test_notebook_leads_from_pictures_to_a_probe(tmp_path, monkeypatch):
     rows = re.findall(r"^(k-NN|logistic) +([\d.]+)% +([\d.]+)%$", printed, re.MULTILINE)
     assert [name for name, *_ in rows] == ["k-NN", "logistic"]
     untrained, trained = (sum(float(row[column]) for row in rows) / 2 for column in (1, 2))
-    assert trained > max(untrained, 25)  # of 8 classes; one of them alone is two or three samples from chance
+    # Chance is 12.5 %. The two probes are averaged, because one alone is only two or three samples better than chance.
+    assert trained > max(untrained, 25)
     assert pictures(fresh) == pictures(stored) == 5  # the stored output is up to date
     assert NOTEBOOK.stat().st_size < 500_000
 

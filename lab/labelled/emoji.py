@@ -1,6 +1,6 @@
 """Emoji of one vendor, from npm's packages emoji-datasource-VENDOR: images of 64 pixels with names and categories.
 
-The same emoji, with all their skin tones, are held out for every vendor, so that none of them occurs in the training
+The same emoji, with all their skin tones, are held out for every vendor. So no held-out emoji occurs in the training
 samples of any vendor.
 """
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 
 class Contexts:
-    """A plugin of pytest that informs `measured` of the running test, including its fixtures."""
+    """A pytest plugin that tells `measured` which test is running; fixtures count as part of the test that uses
+    them."""
 
     def __init__(self, measured) -> None:
         self.measured, self.seconds = measured, {}

@@ -28,7 +28,7 @@ JSON, PLOT, PAGE, ANSWERS = "race.json", "race.png", "README.md", "answers.json.
 DATA = {"clothes": "Fashion-MNIST", "emoji": "emoji"}  # names in tables and plots
 BASELINES = (BASELINE, USUAL)  # at each cost, the better of the two baselines counts
 COSTS = {"flops": "FLOPs", "seconds": "seconds", "samples": "samples"}
-SELECTING = ("lengths", "tried")  # sections of settings.json that are part of the trials
+SELECTING = ("lengths", "tried")  # sections of settings.json that only determine which trials are run
 REPLICATES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
 LEGEND = {  # other arms keep their names
@@ -106,8 +106,8 @@ def factor(arm: Sequence[Row], ladder: Sequence[Row], test: str, cost: str, weig
 
 
 def _mean_and_interval(values_SR: np.ndarray) -> tuple[float, float, float]:
-    """Return the mean over seeds of the first column, and the 95 % interval of the mean over the other columns, which
-    are replicates; each has the same number of seeds, drawn with replacement. S: seeds."""
+    """Return the mean over seeds of the first column, and the 95 % interval of this mean over the bootstrap replicates
+    in the other columns. For each replicate, as many seeds are drawn, with replacement, as there are. S: seeds."""
     drawn = np.random.default_rng(1).integers(len(values_SR), size=(REPLICATES, len(values_SR)))
     means = [values_SR[seeds, replicate + 1].mean() for replicate, seeds in enumerate(drawn)]
     low, high = np.percentile(means, INTERVAL)

@@ -2,10 +2,10 @@
 
 python -m lab.segmentation --out runs/segmentation     # downloads the emoji with npm
 python -m lab.segmentation --packages FOLDER           # has emoji-datasource-VENDOR-16.0.0.tgz
-python -m lab.segmentation --minutes 20                # nothing starts after 20 minutes; the next call continues
+python -m lab.segmentation --minutes 20                # no run starts after 20 minutes; the next call continues
 
-An MAE and an M3AE are pre-trained and compared with random weights, with the pixels of each patch and with the largest
-class, by `evaluate segment`. The protocol is in lab/README.md. segmentation.json, segmentation.png and README.md are
+An MAE and an M3AE are pre-trained. `evaluate segment` compares them with random weights, with the pixels of each patch
+and with the largest class. The protocol is in lab/README.md. segmentation.json, segmentation.png and README.md are
 written after each encoder. Completed training runs and tests are not repeated.
 """
 

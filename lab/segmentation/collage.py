@@ -109,9 +109,10 @@ def _write(folder: Path, name: str, drawing: Drawing, backgrounds: Sequence[byte
 
 
 def laid(png: bytes, backgrounds: Sequence[bytes], random: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
-    """Return an image of an emoji at a random place on a crop of a random background, and which pixels belong to the
-    emoji, uint8 [S, S] of 0 and 1. The centre of the emoji is anywhere in the image, and the image cuts it off, so that
-    at no place most pixels belong to an emoji: otherwise, the position of a patch would predict its class."""
+    """Return an image of an emoji at a random place on a crop of a random background, and a mask of the emoji, uint8
+    [S, S] with values 0 and 1. The centre of the emoji may be anywhere in the image, whose edges may cut off parts of
+    the emoji. Therefore, no position is covered by an emoji in most images; otherwise, the position of a patch would
+    predict its class."""
     image = background(backgrounds, random)
     side = int(random.integers(EMOJI_SIDES[0], EMOJI_SIDES[1] + 1))
     left, top = (int(random.integers(SIDE)) - side // 2 for _ in range(2))

@@ -36,7 +36,7 @@ TITLES = {TESTS[0]: "foreground, linear", TESTS[1]: "foreground, k-NN", TESTS[2]
 PAIRS: tuple[tuple[Arm, Arm], ...] = (("mae", "random"), ("mae", "pixels"), ("m3ae", "mae"), ("random", "pixels"),
                                      ("longer", "mae"), ("longer", "random"))  # fmt: skip
 DRAWN: tuple[Arm, ...] = ("pixels", "random", "mae", "m3ae")  # columns of the picture
-TITLE_HEIGHT = 18  # of the headings in a picture of `evaluate segment`, in pixels
+TITLE_HEIGHT = 18  # height in pixels of the headings in a picture of `evaluate segment`
 
 
 class Results:
@@ -69,7 +69,7 @@ class Results:
         return np.mean([self._counts(arm, test, seed).iou() for seed in seeds], axis=0)
 
     def _estimate(self, test: Test, seeds: list[int], parts: Sequence[tuple[str, int]]) -> Estimate | None:
-        """Return the sum of the mIoU of several arms with signs."""
+        """Return the sum of the mIoU of several arms, each with its sign in `parts`; None if there are no seeds."""
         if not seeds:
             return None
         by_seed, draws_SR = [], []
@@ -83,7 +83,8 @@ class Results:
 
     @cache  # noqa: B019, an instance lives for one report
     def _draws(self, arm: str, test: Test, seed: int) -> tuple[float, np.ndarray]:
-        """Return the mIoU, and those of bootstrap samples of the emoji, [R], which are the same for all arms."""
+        """Return the mIoU, and its values for bootstrap samples of the emoji, [R]. The bootstrap samples are the same
+        for all arms."""
         counts = self._counts(arm, test, seed)
         whole, *draws = (counts.miou(each) for each in bootstrap_weights(len(counts.truth_MC), RESAMPLES, 0))
         return whole, np.array(draws)

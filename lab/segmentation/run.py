@@ -21,7 +21,7 @@ SETTINGS = Path(__file__).with_name("settings.json")
 SEEDS = 3
 LONGER = 4  # steps of the longer training, as a multiple of the others
 Arm = Literal["pixels", "random", "mae", "m3ae", "longer"]
-ARMS: tuple[Arm, ...] = ("mae", "m3ae", "random", "pixels")  # the last two use the settings of the first
+ARMS: tuple[Arm, ...] = ("mae", "m3ae", "random", "pixels")  # "random" and "pixels" use the settings of "mae"
 TRAINED: tuple[Arm, ...] = ("mae", "m3ae", "longer")
 
 
@@ -45,8 +45,8 @@ class Trial(NamedTuple):
 
 
 def plan(seeds: int) -> Iterator[Trial]:
-    """Yield the trials in the order of execution: an unfinished study has all encoders of the first seeds. The longer
-    training comes last."""
+    """Yield the trials in the order of execution: seed by seed, so that an unfinished study has all encoders for the
+    first seeds. The longer training comes last."""
     stages: tuple[tuple[Arm, ...], ...] = (ARMS, ("longer",))
     for arms in stages:
         for seed in range(seeds):
@@ -74,7 +74,7 @@ class Study:
         return (self.folder(trial) / RESULT_FILE).exists()
 
     def perform(self, trial: Trial) -> None:
-        """Train the encoder, unless that is complete, and test it. Raises Stopped if a program was stopped."""
+        """Train the encoder, unless it has been trained, and test it. Raises Stopped if a program was stopped."""
         trained: Arm = trial.arm if trial.arm in TRAINED else "mae"
         prefix = {"random": RANDOM, "pixels": PIXELS}.get(trial.arm, "")
         self._train(trained, trial.seed)

@@ -1,8 +1,8 @@
 """Training under random faults: python -m lab.soak --minutes 10
 
 Runs of a tiny model are killed, signalled, frozen and suspended, lose workers, locks, disk space and the server, and
-are started again with `--resume auto` until they are complete. The losses, gradient norms and weights of each must be
-bitwise identical to those of an undisturbed run. The exit code is 1 if they are not, if anything hangs, or if a
+are started again with `--resume auto` until they are complete. The losses, gradient norms and weights of each run must
+be bitwise identical to those of an undisturbed run. The exit code is 1 if they are not, if anything hangs, or if a
 traceback is printed.
 """
 

@@ -54,7 +54,7 @@ class Running:
 
 
 def _send(running: Running, processes: list[psutil.Process], number: int) -> bool:
-    """Send a signal to a random one of the processes. Return False if there are none yet."""
+    """Send a signal to one of the processes, chosen at random. Return False if there are none yet."""
     with contextlib.suppress(psutil.Error):
         if processes:
             running.chance.choice(processes).send_signal(number)

@@ -167,8 +167,8 @@ class Soak:
         return self._untouched[layout]
 
     def _choose(self, run_dir: Path, ranks: int) -> str | None:
-        """Return the name of the next fault that is possible now, or None. If the fault is damage to files, it is done
-        at once. No fault is repeated before all others have been used."""
+        """Return the name of the next fault that is possible now, or None. If the fault damages files, the damage is
+        done at once. No fault is repeated before all others have been used."""
         if not self._deck:
             self._deck = [*FAULTS, *DAMAGES, FULL_DISK]
             self.chance.shuffle(self._deck)

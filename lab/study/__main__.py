@@ -3,7 +3,7 @@ small scale.
 
 python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
 python -m lab.study data/labelled --out runs/study
-python -m lab.study data/labelled --minutes 75             # nothing starts after 75 minutes; the next call continues
+python -m lab.study data/labelled --minutes 75             # no run starts after 75 minutes; the next call continues
 python -m lab.study data/labelled --arms fractions ratios  # the comparisons of figures 3 and 5 in the paper
 python -m lab.study data/labelled --validation --out runs/tried --set train.optim.peak_lr=1e-3    # to choose settings
 

@@ -57,7 +57,7 @@ class Split(NamedTuple):
 
 @dataclass
 class EncoderResults:
-    """Results of an encoder: to which degree, from 0 to 1, each sample was classified correctly, by test and key; and
+    """Results of an encoder: by test and key, the fraction of the test's probes that classify the sample correctly; and
     other metrics."""
 
     correct: dict[str, dict[str, float]]
@@ -119,7 +119,7 @@ class Measuring:
 
     def out_of_distribution(self, bank: FeatureBank, held_out: FeatureBank, known: dict[str, FeatureBank]) -> None:
         """Measure the detection of out-of-distribution images, with test emoji as in-distribution images. `known`:
-        features that have been computed already, by name."""
+        features that have already been computed, by name."""
         labelled, _ = self.labelled(bank, "category")
         seed = self.config.run.seed
         scores = Scores(labelled, self.config.knn.k)

@@ -12,7 +12,7 @@ TEXT_RATIOS = (0.15, 0.5, 0.75, 0.9)
 USUAL_RATIO = 0.75
 CAPTION_FRACTIONS = (0.1, 0.3, 1.0)  # 0 is MAE
 LENGTHS, NARROWER = (0.5, 3), 2  # factors of the training length, and divisor of the width
-CLOTHES_LENGTH = 3  # factor of the training length on clothes, of which there are 20 times as many images
+CLOTHES_LENGTH = 3  # factor of the training length on clothes, which have 20 times as many images
 
 # the comparisons: training objectives; the paper's figures 5, 3 and 4; and training datasets
 ARMS = ("objectives", "clothes", "ratios", "fractions", "lengths", "widths")

@@ -17,7 +17,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.shards.tar_member import add_member
 
 VENDORS = ("twitter", "google")
-FOLDS, VALIDATION = 3, 3  # number of folds, one of which is tested with each seed; part for choosing settings
+FOLDS, VALIDATION = 3, 3  # number of folds, of which each seed tests one; index of the part for choosing settings
 PARTS = FOLDS + 1
 # parts of the training images; probes are not trained on `images`
 CLOTHES = {"probe": 5_000, "validation": 5_000, "images": 50_000}

@@ -15,7 +15,7 @@ import numpy as np
 
 from lab.study.measure import Labels
 
-Seeds = Mapping[int, Mapping[str, float]]  # by seed and key: to which degree, from 0 to 1, a sample was correct
+Seeds = Mapping[int, Mapping[str, float]]  # by seed and key: how often the sample was classified correctly, from 0 to 1
 
 
 class Estimate(NamedTuple):

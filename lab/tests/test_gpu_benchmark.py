@@ -121,7 +121,8 @@ def test_an_op_that_breaks_the_device_ends_its_process_and_the_next_goes_on(tmp_
 
 @pytest.mark.parametrize("end", ["finished", "failed"])
 def test_what_a_process_takes_with_it_costs_one_item(tmp_path, end):
-    """One process dies at the second item. The next one dies at the fourth item, and has recorded this itself."""
+    """One process dies at the second item. The next process exits at the fourth item, after it has recorded the failure
+    itself."""
     ends = {0: (1, "import os; os.abort()"), 2: (3, f"raise SystemExit({suite.BROKEN})"), 4: (5, "")}
     if end == "failed":
         ends[0] = (4, "raise SystemExit(1)")

@@ -45,7 +45,7 @@ def outcomes(folder) -> dict[str, str]:
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
 )
-# starts a child in a session of its own that ignores SIGTERM, as trainers do, and prints its process id
+# starts a child that, like a trainer, has its own session and ignores SIGTERM, and prints the child's process id
 ORPHAN = f"""
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", {STUBBORN!r}], stdout=subprocess.PIPE, start_new_session=True)
@@ -64,8 +64,8 @@ def runs(pid: int) -> bool:
 
 
 def test_a_bad_stage_costs_itself_alone(tmp_path, impatient):
-    """A stage crashes, one hangs, one prints nothing, the program of one does not exist, and the file of another is not
-    a program. All other stages are run, and their output is kept."""
+    """Five stages are bad: one crashes, one hangs, one prints nothing, one requires a program that does not exist, and
+    one requires a file that is not a program. All other stages are run, and their output is kept."""
     (tmp_path / "no-program").touch(mode=0o755)
     stages = [
         Stage("first", 60, python("print('one')", "print('two')")),
@@ -88,7 +88,7 @@ def test_a_bad_stage_costs_itself_alone(tmp_path, impatient):
 
 
 def test_nothing_that_a_stage_started_outlives_it(tmp_path, impatient):
-    """An orphaned process in its own session that ignores SIGTERM is ended too."""
+    """An orphaned process that ignores SIGTERM and has its own session is ended too."""
     assert plan.run(tmp_path, 60, [Stage("leaves one", 60, python(ORPHAN))]) == 0
     pid, late = int((tmp_path / "leaves one/log.txt").read_text()), time.monotonic() + 30
     while runs(pid) and time.monotonic() < late:  # a killed process takes a moment to end
@@ -108,7 +108,7 @@ def test_a_process_that_hangs_and_its_children_are_ended(tmp_path):
 
 
 def test_a_process_that_cannot_be_ended_is_recorded(tmp_path, monkeypatch):
-    """A process in a driver call that hangs, for example, cannot be ended."""
+    """For example, a process in a hanging driver call cannot be ended."""
 
     class Stuck(Processes):
         def end(self):
@@ -121,7 +121,7 @@ def test_a_process_that_cannot_be_ended_is_recorded(tmp_path, monkeypatch):
 
 
 def test_a_process_has_time_to_end_by_itself(tmp_path):
-    """The time begins at SIGTERM, which also ends the parent of the process properly."""
+    """The process can clean up after SIGTERM, and its parent also ends properly."""
     log, before = tmp_path / "log", signal.getsignal(signal.SIGTERM)
     cleans = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('cleaned'), sys.exit()))"
     with pytest.raises(SystemExit) as end, Processes() as processes:
@@ -250,7 +250,7 @@ def test_records_come_back_as_one_small_file_that_another_machine_takes_up(tmp_p
     assert plan.run(there, 60, stages) == 1
     assert f"one: restored from {there}" in capsys.readouterr().out
     assert outcomes(there) == {"one": "done", "two": "failed"} and (there / "one/log.txt").read_text() == "done\n"
-    shutil.rmtree(there / "two")  # continued, in addition to what exists
+    shutil.rmtree(there / "two")  # the next call resumes, and does not replace existing files with those of the archive
     (there / "one/log.txt").write_text("own")
     assert plan.run(there, 60, stages) == 1 and outcomes(there) == {"one": "done", "two": "failed"}
     assert (there / "one/log.txt").read_text() == "own"

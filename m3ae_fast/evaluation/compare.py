@@ -287,7 +287,7 @@ def _measure(
 
     The probes of different seeds are not trained in one pass, because a seed determines the order of the samples as
     well as the initial weights. With the same order for all seeds, the standard error over seeds would be too small:
-    for linear probes of 600 samples that are trained at the default learning rate, the predictions do not depend on the
+    for linear probes that are trained on 600 samples at the default learning rate, the predictions do not depend on the
     initial weights, but 0.6 % of the predictions change with the order.
     """
     work, whole = planned

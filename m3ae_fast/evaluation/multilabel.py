@@ -30,7 +30,8 @@ _RESAMPLES = 200  # number of bootstrap samples
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task and return its result. Raises UserError if a sample has no list of labels, or if `Job.open` does."""
+    """Run the task and return its result. Raises UserError if a sample has no list of labels, and the errors of
+    `Job.open`."""
     config, knn = job.config.multilabel, job.config.knn
     job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train = _open(job, job.config.data.train, None)

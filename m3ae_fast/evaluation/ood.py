@@ -89,7 +89,7 @@ def bootstrap_areas(inside: np.ndarray, outside: np.ndarray, seed: int) -> np.nd
 
 
 def auroc_interval(inside: np.ndarray, outside: np.ndarray, seed: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the area under the ROC curve, by the bootstrap."""
+    """Return the 95 % confidence interval of the area under the ROC curve, computed by the bootstrap."""
     return middle(bootstrap_areas(inside, outside, seed))
 
 
@@ -170,7 +170,7 @@ def _normal_distributions(bank: FeatureBank, ids_R: Tensor, classes: int) -> tup
 
 def run(job: Job) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if the classifier has different classes or reads different
-    features, or if `Job.open_labelled` does."""
+    features, and the errors of `Job.open_labelled`."""
     if isinstance(job.model, Classifier):
         _check_pool(job.model, job.config.encode)
     labelled, held_out, classes = job.open_labelled()

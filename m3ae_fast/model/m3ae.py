@@ -30,7 +30,7 @@ from m3ae_fast.model.transformer import EPS, QKV, Gelu, Transformer, gelu
 
 
 class Losses(NamedTuple):
-    """Losses of a batch: 0-d float32 tensors. `loss` is to be differentiated; the other tensors are detached.
+    """Losses of a batch: 0-d float32 tensors. Only `loss` is differentiable; the other tensors are detached.
 
     This class is a tuple because DeepSpeed finds differentiable outputs only in tuples, lists and dicts.
     """

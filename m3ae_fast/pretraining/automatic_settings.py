@@ -208,7 +208,7 @@ def reaches(seconds: float, pace: float, samples: int) -> bool:
 def check_overrides(overrides: Sequence[str], start_from: str | None = None) -> Config:
     """Return the result of `assumed_config` for the user's overrides, for a run that starts from the weights
     `start_from` (None: from random weights). Raises UserError if an override sets a value for which `pretrain` has an
-    option, or if `assumed_config` does."""
+    option, and the errors of `assumed_config`."""
     for override in overrides:
         name = override.partition("=")[0]
         if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):

@@ -60,8 +60,8 @@ def pretrain(
     tune: bool = False,
     dry_run: bool = False,
 ) -> Outcome:
-    """Train a model on images and, if there are any, on their captions; evaluate the model and export it. A call for an
-    interrupted run resumes the run.
+    """Train a model on images and, if there are any, on their captions; evaluate the model and export it. If `out`
+    contains an interrupted run, this run is resumed.
 
     Args:
         source: a folder of images (with captions in .txt files or in a table, and sub-folders as classes), shards, an

@@ -59,8 +59,8 @@ class Heartbeats:
         self._error = ""  # error that was received and is to be forwarded
         self._unwritten = threading.Lock()
         self._doing, self._marks, self._loading, self._waiting = "starting", 0, False, False
-        self._quiet = 0.0  # seconds without a mark of the main thread while this process was awake
-        self._idle = 0.0  # seconds of `_quiet` in which the loader workers were idle too
+        self._quiet = 0.0  # seconds since the last call of `mark`, counted only while this process was awake
+        self._idle = 0.0  # the part of these seconds in which the loader workers were idle too
         self._end = threading.Event()
 
     def __enter__(self) -> Heartbeats:

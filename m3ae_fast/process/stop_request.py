@@ -31,10 +31,10 @@ class StopRequest:
     """Receiver of stop requests. `asked` becomes true at the first signal or when the launcher ends; a later Ctrl-C
     ends the process at once.
 
-    Before `listen` is called, there is nothing to save, and a stop request ends a program of this package with exit
-    code 0 at any point. If a user's own code calls functions of this package, KeyboardInterrupt is raised instead. Use
-    as a context manager in the main thread. A separate thread reads the signals, because Python's handlers do not run
-    while the main thread is inside a library.
+    Before `listen` is called, there is no checkpoint to save, and a stop request ends a program of this package with
+    exit code 0 at any point; `at_leaving`, if set, saves intermediate results first. If a user's own code calls
+    functions of this package, KeyboardInterrupt is raised instead. Use as a context manager in the main thread. A
+    separate thread reads the signals, because Python's handlers do not run while the main thread is inside a library.
     """
 
     def __init__(self) -> None:
@@ -43,8 +43,8 @@ class StopRequest:
         self._listening = self._leaving = self._ended = self._reported = False
         self._first_interrupt = float("inf")
         self._notify: Callable[[str], bool] | None = None
-        # function that saves intermediate results before `listen`, and returns this rank's message about its end; it
-        # returns "" if another rank prints a message
+        # called if a stop is requested before `listen`: saves intermediate results, and returns the message that this
+        # rank prints ("" if another rank prints one)
         self.at_leaving: Callable[[], str] | None = None
         self._lock = threading.Lock()
         self._in_program, self._left = in_program(), threading.Event()
@@ -92,8 +92,8 @@ class StopRequest:
         self._listening = True
 
     def leave(self, reason: str) -> None:
-        """Save intermediate results before `listen`, in the main thread, because another rank has stopped and this rank
-        cannot continue."""
+        """Save intermediate results if `listen` has not been called yet. The main thread calls this method if another
+        rank has stopped, so that this rank cannot continue."""
         self.ask(reason)
         with self._lock:
             if not self._listening:
@@ -163,7 +163,7 @@ class StopRequest:
                 os.write(2, f"stopped {message}\n".encode())
 
     def _saved(self, save: Callable[[], str]) -> str:
-        """Save intermediate results, and return the message about this process's end."""
+        """Save intermediate results with `save`, and return the message to print."""
         try:
             message = save()
             return f"({self.reason}); {message}" if message else ""

@@ -1,7 +1,7 @@
 """Creation, indexing and statistics of shards, and training of tokenizers. Each command of `m3ae-fast shards` is a
 function of this package, such as `m3ae_fast.shards.make(...)`.
 
-Sources are read as `sources.interface.Records`; `writer.convert` writes shards of any of them.
+Sources of all kinds are read as `sources.interface.Records`, which `writer.convert` writes as shards.
 """
 
 from importlib import import_module

@@ -42,7 +42,7 @@ def split_images(images_N: np.ndarray, wanted: int) -> np.ndarray:
     ones; either all samples of an image are held out or none. An image with more samples than are still wanted is
     skipped. At least one image is held out.
     """
-    counts = Counter(images_N[::-1].tolist())  # in the order of the images' last samples, from the end
+    counts = Counter(images_N[::-1].tolist())  # ordered by the last sample of each image, from the end
     held, left = set(), wanted
     for image, samples in counts.items():
         if samples <= left:
@@ -102,8 +102,8 @@ def _digest(place: _Place) -> bytes:
 
 
 def write_without(shard: str, offsets: set[int], path: Path) -> bool:
-    """Write a shard without the samples whose image begins at one of the offsets, unless an up-to-date `path` exists
-    already. Return whether any sample is left. Raises UserError if `path` cannot be written."""
+    """Write a shard without the samples whose image begins at one of the offsets, unless `path` already exists and is
+    up to date. Return whether any sample is left. Raises UserError if `path` cannot be written."""
     samples = group(scan_tar(Path(shard))[0])
     others = (files.values() for _, files in samples if not any(file.offset in offsets for file in files.values()))
     kept = [member for files in others for member in files]

@@ -94,7 +94,7 @@ class Crops(Records):
         return found
 
     def _prepare(self, numbers: range) -> dict[int, Record | BadSample]:
-        """Return the records of several numbers, with ids computed in one batch."""
+        """Return the records with these numbers. Their token ids are computed in one batch."""
         places = [self._find(number) for number in numbers]
         with ThreadPoolExecutor(self.threads) as pool:
             crops = list(pool.map(self._crop, places))
@@ -112,7 +112,8 @@ class Crops(Records):
         return ready
 
     def _find(self, number: int) -> tuple[int, int, int, np.void]:
-        """Return the shard, the row of the image in it, the view, and the offsets of the sample's members."""
+        """Return, for a record, the numbers of its shard, of its image in the shard and of the view, and the offsets of
+        the sample's members."""
         shard, index = self.place(_SPLIT, number)
         row, view = divmod(index, self.views or 1)
         if self._table[0] != shard:

@@ -24,7 +24,7 @@ from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.shards.problem_counts import REFUSED, Tally
 
 _SHARDS = 16  # minimum number of shards from which a subset of the captions is read
-FEW = 0.9  # fraction of the requested tokens below which a note is printed
+FEW = 0.9  # a note is printed if a tokenizer has fewer than this fraction of the requested tokens
 
 
 class TrainedTokenizer(NamedTuple):

@@ -45,8 +45,8 @@ class RunAttention:
         return names, times
 
     def use_kernels(self, names: Names) -> None:
-        """Set the attention kernels of the encoder and the decoder to the kernels that `choose` returned on this rank
-        or on another one."""
+        """Set the attention kernels of the encoder and the decoder to the kernels that `choose` returned on this or
+        another rank."""
         sizes = self._sizes()
         for part, name in names.items():
             cuda.use_kernel(self.device, self.dtype, *sizes[part], name)

@@ -86,14 +86,14 @@ class LossWatch:
         return [loss for *_, loss in self._finite]
 
     def loss(self, step: int) -> float:
-        """Return this rank's loss of a step that is to be compared; 0 if there is none. `failed` must have been called,
-        and `step` must be at least LAG steps old."""
+        """Return this rank's loss of a step; 0 if the step is not to be compared. `failed` must have been called, and
+        `step` must be at least LAG steps old."""
         return next((loss for at, _, loss in self._finite if at == step), 0.0)
 
     def compare(self, step: int, loss: float) -> bool:
-        """Compare the loss of `step`, a mean over ranks, with the losses of earlier steps, unless this has been done
-        already. Return whether it is a spike. Every rank must call this method with the same values, so that
-        all ranks find the same spike."""
+        """Compare the loss of `step`, a mean over ranks, with the losses of earlier steps, unless they have already
+        been compared. Return whether it is a spike. Every rank must call this method with the same values, so that all
+        ranks find the same spike."""
         if not self._finite or self._finite[0][0] != step:
             return False
         _, keys, _ = self._finite.popleft()

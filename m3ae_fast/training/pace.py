@@ -23,8 +23,8 @@ from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.training.run import set_up
 from m3ae_fast.training.trainer import Trainer
 
-FIRST_BATCH = 8  # samples per step of the first trial, which determines the batch of the second trial
-_WARM = 2  # first steps, which are excluded because memory is allocated and kernels are compiled in them
+FIRST_BATCH = 8  # samples per step of the first trial; its pace determines the batch size of the second trial
+_WARM = 2  # number of first steps that are excluded, because they include allocations and compilation
 _FEWEST = 4  # minimum number of measured steps, unless a single step takes longer than the given time
 # The rate is stable when the standard error of the mean step time, computed from the means of consecutive parts, is
 # below this fraction of the mean.

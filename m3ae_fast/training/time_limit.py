@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from m3ae_fast.engine.schedule import Schedule
 
-_WARM = 2  # first steps, which are excluded because memory is allocated, kernels are compiled and loader workers start
+_WARM = 2  # number of first steps that are excluded, because they include allocations, compilation and worker start-up
 _FEWEST = 8  # minimum number of measured steps before the first adjustment
 _SUFFICIENT_TIME = 0.1  # fewer steps are sufficient if they took this fraction of the time limit
 # Recent steps have a higher weight: the weight of a step decreases by a factor of e within the fraction _RECENT of the
@@ -35,7 +35,7 @@ class TimeLimit:
         self._steps = self._duration = 0.0  # weighted number and duration of recent steps
         self._counted = 0.0  # seconds of measured steps
         self._adjusted = -math.inf  # time of the last adjustment
-        self._evaluations: dict[str, tuple[float, float]] = {}  # by name: seconds, and number per step
+        self._evaluations: dict[str, tuple[float, float]] = {}  # by name: seconds for one, and number per step
 
     @property
     def spent(self) -> float:

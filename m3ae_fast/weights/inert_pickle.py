@@ -48,7 +48,8 @@ class Inert:
 
 
 class _Builder:
-    """An allowed global that builds an object; in all other respects like `Inert`."""
+    """An allowed global that builds an object. It ignores everything else that a pickle does with it, as `Inert`
+    does."""
 
     def __init__(self, build: Callable) -> None:
         self._build = build

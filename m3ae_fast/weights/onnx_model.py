@@ -131,7 +131,8 @@ def _quantise(path: Path, out: Path) -> None:
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:
-    """Return False for onnxruntime's advice to infer shapes beforehand, because shapes are fixed here."""
+    """Return whether a log record is relevant. onnxruntime's advice to infer shapes beforehand is not, because shapes
+    are fixed here."""
     return "pre-processing before quantization" not in record.getMessage()
 
 

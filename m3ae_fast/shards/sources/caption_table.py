@@ -2,12 +2,12 @@
 
 Each row is a sample, even if rows are equal; a row with a list of captions gives one sample per caption. Rows are read
 strictly: a row with more or fewer fields than the table has columns is an error. Columns other than those of images and
-captions become fields of the sample's json; a table may have only such columns.
+captions become fields of the sample's json. A table without captions must have at least one of these columns.
 
 A .csv is quoted according to RFC 4180. A .tsv has one row per line. Quotes in a .tsv are text, except in two cases
 that indicate a program that quotes fields. If all column names are quoted, the table is read as a .csv with tabs as
-separators. The quotes around a field are removed if the field is empty, if it contains a doubled quote (and no single
-one), or if it contains a tab and the row would otherwise have too many fields.
+separators. The quotes around a field are removed if the field is empty, if it contains doubled quotes (and no others),
+or if it contains a tab and the row would otherwise have too many fields.
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, ca
 
 
 def _fields_of(others: Iterable[tuple[str, Any]]) -> str:
-    """Return the values of columns in a row as a JSON object; "" if there are none. Empty values, values that JSON
-    cannot represent (such as bytes), columns without a name and a column named caption, which would be read as a
-    caption, are left out."""
+    """Return the values of columns in a row as a JSON object; "" if there are none. The object does not contain empty
+    values, values that JSON cannot represent (such as bytes), columns without a name, or a column named caption, which
+    would be read as a caption."""
     texts = []
     for column, value in others:
         if value is not _ABSENT and value is not None and value != "" and column not in ("", "caption"):

@@ -35,7 +35,7 @@ class ImagesMissing(UserError):
 
 
 class _Sample(NamedTuple):
-    """A sample's caption and fields in a table."""
+    """A sample's caption and fields from a table."""
 
     caption: str | None = None
     fields: str = ""  # JSON object

@@ -41,7 +41,7 @@ def split_of_file(name: str) -> str | None:
 class Layout:
     """The split and class of each directory. `notes`: notes for the user."""
 
-    splits: dict[str, str]  # split of the images in each directory, without directories that are in no split
+    splits: dict[str, str]  # split of the images in each directory; directories outside all splits are missing
     names: dict[str, str | None]  # class of the images in each directory
     classes: list[str] | None  # None: the folders are not classes
     notes: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ def understand(root: str, directories: Collection[str], known: Sequence[str] | N
     """Return the layout of a folder.
 
     Args:
-        root: the folder, for messages and for its name: images in a folder called val form the split val.
+        root: path of the folder, which is shown in messages. Images in a folder named val form the split val.
         directories: the directories that contain images, relative to `root`; "" for `root` itself.
         known: the classes in the order of their labels; None: the sorted names of the folders.
         flat: whether to ignore the meaning of sub-folders as splits and classes.
@@ -100,7 +100,7 @@ def _level_of_splits(root: str, directories: Collection[str]) -> int | None:
 
 
 def _without_wrapper(inner: dict[str, str]) -> dict[str, str]:
-    """Return the directories without the outer folders that contain all images."""
+    """Return the directories' paths without the outer folders that contain all images."""
     common = os.path.commonpath(list(inner.values())) if all(inner.values()) else ""
     return {each: below[len(common) :].lstrip("/") for each, below in inner.items()}
 

@@ -52,7 +52,8 @@ class Records(ABC):
         """Return a sample. Raises BadSample if it cannot be used."""
 
     def class_counts(self, split: str) -> Counter[str] | None:
-        """Return the number of samples of each class by name; None if it is unknown before all samples are read."""
+        """Return the number of samples of each class by name; None if it is unknown until all samples have been
+        read."""
         return None
 
     def place(self, split: str, number: int) -> tuple[int, int]:
@@ -82,8 +83,8 @@ def to_int(value: Any) -> int | None:
 
 
 def captions_of(value: Any) -> list[str]:
-    """Return the captions in a value: a text itself, or the texts of a list that are not blank. The result is empty for
-    None and NaN. Raises ValueError for other values, and for bytes that are not UTF-8."""
+    """Return the captions in a value: a text itself, or the non-blank texts of a list. The result is empty for None and
+    NaN. Raises ValueError for other values, and for bytes that are not UTF-8."""
     if _is_none(value):
         return []
     if isinstance(value, (str, bytes)):
