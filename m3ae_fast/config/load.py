@@ -37,7 +37,8 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def _found(path: str | Path) -> Path:
-    """Return the path of a config. Raises UserError if the name is neither a path nor that of a shipped config."""
+    """Return the path of a config. Raises UserError if `path` is neither an existing file nor the name of a shipped
+    config."""
     name = str(path)
     if Path(path).is_file() or name.endswith(".json") or "/" in name:
         return Path(path)
@@ -72,9 +73,9 @@ def remembered(config: Config) -> dict[str, Any]:
 
 
 def follow(data: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Return the config that was stored in `run_dir`, as plain JSON data, with paths adjusted if the run folder has
-    been moved or copied. This is the case if the stored path of the folder is absolute and differs from `run_dir`.
-    Paths below the former folder are then replaced by paths in `run_dir` if their first component exists there."""
+    """Return the config that was stored in `run_dir`, as plain JSON data. If the stored path of the run folder is
+    absolute and differs from `run_dir`, the folder has been moved or copied. Paths below its former location are then
+    replaced with paths in `run_dir` if their first component exists there."""
     run = data["run"] if isinstance(data.get("run"), dict) else {}
     was = run.get("dir")
     if not isinstance(was, str) or not was.startswith("/") or Path(was) == run_dir.resolve():

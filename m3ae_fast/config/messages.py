@@ -10,11 +10,11 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 UNIONS = (Union, UnionType)
-_ALIKE = 0.75  # minimum similarity (difflib's ratio) of an unknown key to a key of its section that is suggested
+_ALIKE = 0.75  # minimum similarity (difflib's ratio) between an unknown key and a key that is suggested instead
 
 
 def describe_error(section: type[BaseModel], error: ValidationError) -> str:
-    """Return a line that describes the first error, and the number of further errors."""
+    """Return a line that describes the first error and states the number of further errors."""
     first, *others = error.errors()
     loc = first["loc"] if first["type"] == "extra_forbidden" else _without_kinds(section, first["loc"])
     where = ".".join(str(part) for part in loc)
@@ -25,7 +25,7 @@ def describe_error(section: type[BaseModel], error: ValidationError) -> str:
     else:
         message = first["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
-        if len(loc) < len(first["loc"]):  # a value that matches no allowed type has an error for each type
+        if len(loc) < len(first["loc"]):  # pydantic reports one error for each allowed type of the setting
             alike = [each for each in others if _without_kinds(section, each["loc"])[: len(loc)] == loc]
             others = [each for each in others if each not in alike]
             kinds = dict.fromkeys(each["msg"].removeprefix("Input should be ") for each in alike)

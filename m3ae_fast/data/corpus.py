@@ -57,7 +57,7 @@ class Source:
         return next((s.shard for s, modality in shards if modality != "image" and self._captions(s)), None)
 
     def _captions(self, shard: IndexedShard) -> int:
-        """Return an upper bound on the number of captions of a shard that are used."""
+        """Return an upper bound on the number of captions that are used from a shard."""
         return shard.summary.captions - (0 if self.caption_fraction else shard.summary.paired)
 
 

@@ -90,7 +90,7 @@ class PrefetchSchedule:
         return sum(max(sum(shard.size for shard in self._named([window])) for window in windows) for windows in each)
 
     def owned(self) -> int:
-        """Return the number of bytes of all shards that are downloaded in an epoch."""
+        """Return the total size in bytes of all shards that are downloaded in an epoch."""
         each = self.order.upcoming_windows(self.lanes, 0, 0)
         return sum(shard.size for shard in set(self._named(chain.from_iterable(each))))
 
@@ -187,7 +187,7 @@ class Fetcher:
         self._near: list[Shard] = []
 
     def update(self, span: Span) -> None:
-        """Start downloading the shards that are needed at `span` and are not cached."""
+        """Start downloading the shards that are needed for `span` and are not cached."""
         if span != self._span:
             before, self._span, self._near = self._near, span, self.schedule.near(span)
             if self._near != before:
@@ -207,7 +207,8 @@ class Fetcher:
                 self._failed[name] = time.monotonic()
 
     def _keep(self, span: Span) -> None:
-        """Set the order in which cached shards are evicted if further downloads may exceed the limit of the cache."""
+        """If further downloads might exceed the limit of the cache, set the order in which cached shards are
+        evicted."""
         limit, used, largest = self.store.space()
         if used + CONNECTIONS * largest > limit:
             self.store.keep([shard.name for shard in self.schedule.next(span)])

@@ -40,7 +40,7 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
     what = _hash([shards, ends, data.train.weights])
     stream = {"data.train": f"{len(shards):,} shards with {data.train.samples:,} samples, {what}"}
     fractions = [source.caption_fraction for source in data.train.sources]
-    if min(fractions) < 1:  # otherwise the entry is the same as in earlier versions
+    if min(fractions) < 1:  # if all are 1, the entry must be the same as in earlier versions
         stream["data.train"] += f", caption_fraction {', '.join(map(str, fractions))}"
     stream["data.train.loss_weight"] = ", ".join(f"{source.loss_weight:g}" for source in data.train.sources)
     stream[WRITTEN] = _written(data.train)

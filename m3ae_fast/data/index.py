@@ -96,11 +96,11 @@ class IndexedShard:
     sidecar: Path
 
     def table(self) -> np.ndarray:
-        """Return a structured array [samples]: `image_offset`, `image_size`, `text_offset`, `text_size` (bytes; the
-        offset is MISSING if there is no such member), `json` (the caption is the member's "caption" field),
-        `cls_offset`, `cls_size`, `json_offset`, `json_size` (members that may hold a label), `ids_offset`, `ids_size`
-        (the image's token ids), `image_crc`, `text_crc`, `ids_crc` (CRC-32 of these members; 0: unknown) and `key`
-        (UTF-8).
+        """Return the table of the samples: a structured array [samples]. For each of the members image, text (the
+        caption), cls and json (which may contain a label) and ids (the token ids of the image), `NAME_offset` and
+        `NAME_size` are the offset and the size in bytes; the offset is MISSING if there is no such member. `json` is
+        true if the text is a JSON member, whose "caption" field is the caption. `image_crc`, `text_crc` and `ids_crc`
+        are the CRC-32 of these members (0: unknown), and `key` is the key of the sample in UTF-8.
 
         Raises OSError if the sidecar cannot be read."""
         with open_regular(self.sidecar) as file:

@@ -45,7 +45,7 @@ def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, p
 
     Raises:
         UserError: a sample has no list, a label is neither an integer nor text, numbers and texts are mixed, no sample
-            has a label (or one of `classes`), or a shard cannot be read.
+            has a label, no label is one of `classes`, or a shard cannot be read.
     """
     if not field.startswith("json."):
         raise UserError(

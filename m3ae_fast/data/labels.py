@@ -93,7 +93,8 @@ def label_corpus(
             class has no training sample, or there is only one class. Also raised by `read_labels`.
     """
     sources = [replace(source, shards=[shard.located() for shard in source.shards]) for source in corpus.sources]
-    corpus = replace(corpus, sources=sources)  # labels are read from each shard
+    # the shards of a manifest are indexed first, because labels are read from each of them
+    corpus = replace(corpus, sources=sources)
     where = f"shards {corpus.sources[0].shards[0].shard}" + (" ..." if len(corpus.sources[0].shards) > 1 else "")
     labels = read_labels(corpus, field, progress=progress)
     _refuse_missing(corpus, labels, where, field)

@@ -20,9 +20,11 @@ import numpy as np
 
 from m3ae_fast.base.randomness import hash64
 
-BLOCK = 1000  # number of positions after which the proportions of the sources are exact
-LANE_BLOCK = 32  # as BLOCK, for several lanes; it may be smaller because the rounding errors of lanes average out
-_STAGGER = -1  # key of the random size of an epoch's first window; other keys contain the number of a window
+BLOCK = 1000  # number of positions after which the proportions of the sources are exact, up to rounding
+# replaces BLOCK if there are several lanes; it is smaller, because the rounding errors of the lanes average out
+LANE_BLOCK = 32
+# last integer of the key for the random size of an epoch's first window; in other keys, it is the number of a window
+_STAGGER = -1
 
 
 class Place(NamedTuple):
@@ -103,7 +105,8 @@ class SourceOrder:
         return epoch, starts[piece] + place - (ends[piece - 1] if piece else 0)
 
     def windows(self, index: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Yield the start index and the shards of each window, from the window that contains `index` on, infinitely."""
+        """Yield the start index and the shards of each window, beginning with the window that contains `index`. The
+        iterator is infinite."""
         epoch, rest = divmod(index, self.samples)
         while True:
             order, cuts, bounds = self._make_epoch(epoch)
@@ -122,8 +125,8 @@ class SourceOrder:
         return order, cuts, np.concatenate(([0], np.cumsum(self.pieces.sizes[order])))[cuts]
 
     def _shuffle(self, epoch: int, number: int) -> tuple[np.ndarray, list[int], list[int]]:
-        """Return the order of a window's samples, as indices into the window, and the ends and first samples of its
-        slices."""
+        """Return the order of a window's samples, as indices into the window; the index at which each slice of the
+        window ends; and the first sample of each slice, by its number in file order."""
         order, cuts, bounds = self._epoch(epoch)
         own = order[cuts[number] : cuts[number + 1]]
         shuffled = permutation(int(bounds[number + 1] - bounds[number]), *self.key, epoch, number).astype(np.int32)
@@ -134,13 +137,13 @@ class SourceOrder:
 class Lane:
     """A sub-stream of the sample order, which consists of a part of each source.
 
-    In each block of positions, each source has its exact proportion, and the sources are in random order. The numbers
-    of samples are apportioned by Webster's method, in which no number decreases when positions are added. The
-    apportionment starts again in each epoch. Without weights, an epoch contains each sample exactly once.
+    In each block of positions, each source has its proportion, up to rounding, and the sources are in random order. The
+    numbers of samples per source are rounded by Webster's method, in which none of them decreases when positions are
+    added. The method starts again in each epoch. Without weights, an epoch contains each sample exactly once.
     """
 
     sources: Sequence[SourceOrder]
-    weights: Sequence[float]  # weights of the sources; they are normalised to sum 1
+    weights: Sequence[float]  # weights of the sources, which need not sum to 1
     samples: int  # number of positions per epoch
     seed: int
     block: int = BLOCK  # number of positions per block
@@ -178,8 +181,9 @@ class Lane:
         return np.maximum(0, epoch * self._epoch_seats + seats - self._before).tolist()
 
     def _seats(self, positions: int) -> np.ndarray:
-        """Return the number of samples of each source among an epoch's first `positions`. Webster's method assigns the
-        positions to the lowest values of (k + 1/2) / proportion."""
+        """Return the number of samples of each source among an epoch's first `positions`. Webster's method assigns each
+        further position to the source with the lowest value of (k + 1/2) / proportion, where k is the number of
+        positions that the source already has."""
         seats = np.maximum(0, np.floor((positions - len(self.proportions) / 2) * self.proportions)).astype(np.int64)
         for _ in range(positions - int(seats.sum())):
             seats[np.argmin((seats + 0.5) / self.proportions)] += 1
@@ -198,7 +202,7 @@ class Lane:
 
 @dataclass
 class Order:
-    """The training stream of several sources, in C lanes: position p is number p // C of lane p % C.
+    """The training stream of several sources, in C lanes: position p of the stream is position p // C of lane p % C.
 
     Each lane owns a fixed, equal part of each source: the shards are put in random order and split evenly, within
     shards if necessary. A reader of a few lanes therefore reads only a few shards. The split depends on C, but not on
@@ -223,8 +227,8 @@ class Order:
         return self._lane(lane).locate(index)
 
     def upcoming_windows(self, lanes: Iterable[int], first: int, end: int) -> list[Iterator[ShuffleWindow]]:
-        """Return the shuffle windows of an epoch in order of use, as an iterator for each lane and source. The lanes
-        are at position `first`, and windows up to position `end` are in use already."""
+        """Return the shuffle windows of an epoch in order of use, as one iterator for each lane and source. The lanes
+        are at position `first` of the stream, and the windows up to position `end` are already in use."""
         found = []
         for number in lanes:
             lane, last = self._lane(number), -(-end // self.lanes)
@@ -263,7 +267,7 @@ class Order:
 
 def _windows(lane: Lane, source: int, here: int, there: int) -> Iterator[ShuffleWindow]:
     """Yield the shuffle windows of one source in a lane, starting with those that contain the samples from `here` to
-    `there`, which are in use already."""
+    `there`, which are already in use."""
     order, ahead = lane.sources[source], 0
     for start, shards in order.windows(here):
         if start >= here + order.samples:

@@ -22,7 +22,8 @@ from m3ae_fast.data.shard_store import ShardStore
 T = TypeVar("T")
 MAX_CAPTION_BYTES = 1 << 16  # longer text is truncated; a larger JSON member is an error
 IDS_DTYPE = np.dtype("<i4")  # dtype of the member KEY.ids
-_OPEN_SHARDS = 256  # twice the default of data.shuffle_shards; each shard has two open files
+# number of shards that are kept open: twice the default of data.shuffle_shards; each has two open files
+_OPEN_SHARDS = 256
 _RETRY_S = 60  # seconds until a failed shard is retried
 
 
@@ -171,7 +172,7 @@ class _Damaged(OSError):
 
 
 def _read(fd: int, entry: np.void, part: str, limit: int, what: str, most: int | None = None) -> bytes:
-    """Return the first `most` bytes of a member; None: all bytes."""
+    """Return the first `most` bytes of a member, or all bytes if `most` is None."""
     offset, size, checksum = (int(entry[f"{part}_{name}"]) for name in ("offset", "size", "crc"))
     if offset == MISSING:
         raise BadSample(f"the sample has no {what}, which the `modality` of its source requires")

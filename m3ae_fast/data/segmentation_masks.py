@@ -34,7 +34,8 @@ class Masks:
 
     store: ShardStore
     shards: list[str]
-    places_N5: np.ndarray  # int64: number of the shard; offset and size in bytes of the mask, and of the image
+    # int64: index of the shard, offset and size of the mask, offset and size of the image (bytes)
+    places_N5: np.ndarray
 
     def views(self, numbers: Sequence[int], size: int, *, progress: bool = False) -> Tensor:
         """Return the class ids of the samples with these numbers, cropped and scaled to the model's input (see

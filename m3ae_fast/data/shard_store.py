@@ -36,16 +36,16 @@ from m3ae_fast.base.object_store import require
 from m3ae_fast.data.download import ATTEMPTS, NotFound, download, retry_after
 
 FREE_FRACTION = 0.1  # fraction of the cache folder's disk that is kept free; older copies are evicted to achieve this
-_KEPT_NS = 1000  # nanoseconds between the modification times of copies that are needed one after the other
+_KEPT_NS = 1000  # difference between the modification times that `keep` sets for consecutive shards, in ns
 _EVICTION = "room"  # name of the lock for eviction
 _LEDGER = struct.Struct("<QQ")  # see `ShardStore._evict`
 _SCAN_S = 60.0  # seconds between scans of all copies while the cache is full
-_SCANS = 4  # maximum number of scans of all copies for one new copy
+_SCANS = 4  # maximum number of scans of all copies to make space for one new copy
 _PARTIAL = "partial-"  # prefix of the names of incomplete copies
 MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # suffix of a shard's sidecar
 _FOLDERS = ("shards", "locks", "index")  # sub-folders of a cache folder
-# Prefixes of the names of network file systems, and names with such a prefix whose files are on local disks.
+# Prefixes of the names of network file systems, and the exceptions: names with such a prefix for files on local disks.
 _NETWORK = ("nfs", "lustre", "gpfs", "ceph", "cifs", "smb", "beegfs", "wekafs", "afs", "panfs", "fuse.")
 _LOCAL = ("fuse.fuse-overlayfs", "fuse.mergerfs")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
@@ -260,7 +260,7 @@ class ShardStore:
         it."""
         for attempt in range(ATTEMPTS):
             partial = self.cache_dir / "shards" / f"{_PARTIAL}{uuid.uuid4().hex}"
-            gone = 0  # number of bytes in the ledger that are not on disk
+            gone = 0  # number of bytes that the ledger contains for the unfinished file
             try:
                 out, gone = self._begin(partial, size)
                 with out:
@@ -295,7 +295,7 @@ class ShardStore:
     def _begin(self, partial: Path, size: int) -> tuple[BinaryIO, int]:
         """Create an empty file and reserve `size` bytes for it in the ledger; if `size` is 0, reserve the size of the
         largest copy. Return the file and the number of reserved bytes. The file is locked until it is closed; an
-        unlocked incomplete file belongs to a killed process. The umask determines who may read it."""
+        unlocked incomplete file belongs to a killed process. The umask determines who may read the new file."""
         with self.lock(_EVICTION) as ledger:
             size = self._evict(ledger, size)
             out = open(partial, "x+b")  # noqa: SIM115
@@ -353,7 +353,8 @@ class ShardStore:
 
     @staticmethod
     def _note(ledger: int, used: int, largest: int) -> None:
-        # writing fails if the file belongs to another user; other processes scan before they rely on it
+        # Writing fails if the file belongs to another user. Each process scans all copies before it first relies on the
+        # ledger.
         with contextlib.suppress(OSError):
             os.pwrite(ledger, _LEDGER.pack(max(used, 0), largest), 0)
 

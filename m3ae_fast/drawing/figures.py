@@ -174,8 +174,8 @@ def draw_accuracies(path: Path, lines: Mapping[str, Sequence[tuple[float, float,
 
 
 def draw_comparison(path: Path, rows: Sequence[Mapping[str, Any]], chance: float) -> None:
-    """Write a PNG of the accuracy of each model by probe, with standard errors, and of `chance`, the accuracy of always
-    predicting the largest class.
+    """Write a PNG that shows the accuracy of each model and probe, with standard errors, and `chance`, the accuracy of
+    always predicting the largest class.
 
     Each of `rows` has the keys model, probe, top1 and top1_se.
     """
@@ -207,8 +207,8 @@ def draw_attack(path: Path, epsilons: Sequence[float], top1: Sequence[float], cl
 
 
 def draw_detection(path: Path, inside: Mapping[str, np.ndarray], outside: Mapping[str, np.ndarray]) -> None:
-    """Write a PNG of ROC curves and histograms of the scores of in- and out-of-distribution samples, by name of the
-    score."""
+    """Write a PNG with ROC curves and histograms of the scores of in-distribution samples (`inside`) and
+    out-of-distribution samples (`outside`), by name of the score."""
     from sklearn.metrics import RocCurveDisplay
 
     figure, panels = _figure(3 * (1 + len(inside)), 3.2, 1 + len(inside))

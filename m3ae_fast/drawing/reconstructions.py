@@ -184,8 +184,8 @@ def caption_views(
     tokens: Tensor, mask: Tensor, guesses: dict[int, int], tokenizer: CaptionTokenizer | None
 ) -> dict[str, list[tuple[str, Colour]]]:
     """Return three views of a caption: the original, the masked caption, and the caption with the `guesses` at its
-    masked positions. Each is a list of pieces of text, which include the space before a word, with their colours.
-    Without a tokenizer, tokens are shown as ids."""
+    masked positions. Each view is a list of pieces of text with their colours; a piece includes the space before a
+    word. Without a tokenizer, tokens are shown as ids."""
 
     def pieces(ids: Sequence[int]) -> list[str]:
         return tokenizer.pieces(ids) if tokenizer else [f" {each}" for each in ids]

@@ -134,8 +134,9 @@ class DeepSpeedEngine:
         results, norm = [], None
         for i, batch in enumerate(batches):
             losses = self.ds(batch, counts)
-            # DeepSpeed registers hooks on the model's output, which notify its optimiser when to reduce. If `backward`
-            # received the output itself, these hooks would also divide its gradient by the number of micro-batches.
+            # DeepSpeed registers hooks on the model's output, which tell its optimiser when to reduce gradients. If
+            # `backward` received the output itself, these hooks would also divide its gradient by the number of
+            # micro-batches.
             self.ds.backward(losses.loss * 1.0, scale_wrt_gas=False)
             if i == len(batches) - 1:
                 self.before_update()
@@ -189,7 +190,7 @@ class DeepSpeedEngine:
             flat = master if kind == "model" else self._inner.state[master][kind]
             return Fragment(flat.detach()[offset : offset + elements], start, tuple(p.shape))
         kept = safe_get_local_fp32_param(p) if kind == "model" else safe_get_local_optimizer_state(p, kind)
-        start = self.ranks.rank * p.ds_tensor.numel()  # the last parts are padded
+        start = self.ranks.rank * p.ds_tensor.numel()  # the partitions of the last ranks are padded
         return Fragment(kept.detach().flatten()[: max(0, p.ds_numel - start)], start, tuple(p.ds_shape))
 
     def load_state(self, step: int, read: Read) -> None:
@@ -241,8 +242,8 @@ class DeepSpeedEngine:
 def deepspeed_section(
     config: DeepSpeedConfig, optim: OptimConfig, dtype: torch.dtype, micro_batch: int, accumulation: int
 ) -> dict[str, Any]:
-    """Return the `deepspeed` section, completed from the rest of the config. Defaults that would synchronise with the
-    GPU or reduce the precision are overridden."""
+    """Return the `deepspeed` section, completed with values from the rest of the config. Defaults that would
+    synchronise with the GPU or reduce the precision are overridden."""
     section = config.model_dump(exclude_none=True)
     section |= {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -328,7 +329,7 @@ def _valid_norm(norm: Tensor) -> Tensor:
 
 
 def _wait_for_one_stream(optimizer: Any) -> None:
-    """After each backward pass, let the current stream wait for the stream that reduces gradients, instead of
+    """Make the current stream wait for the stream that reduces gradients after each backward pass, instead of
     synchronising the host with the device. Must not be used with an offloaded optimiser, because the host then reads
     the values that the reducing stream copies."""
     epilogue = _private(optimizer, "independent_gradient_partition_epilogue")

@@ -33,7 +33,8 @@ class Engine(Protocol):
     """An engine that takes training steps, and saves and loads their state."""
 
     model: nn.Module
-    before_update: Callable[[], None]  # called before each change of the state, which may be read until then
+    # called before each change of the state; other threads may read the state until then
+    before_update: Callable[[], None]
     kinds: Kinds  # kinds of optimiser state, which are prefixes in the keys of `Fragments`
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:

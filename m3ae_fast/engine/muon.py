@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 MOMENTUM = "momentum_buffer"  # key in the state, as in torch.optim.Muon
-UPDATE_RMS = 0.2  # root mean square of an update's elements at a learning rate of 1, a typical value for Adam
+UPDATE_RMS = 0.2  # root mean square of an update's elements at a learning rate of 1; 0.2 is typical of Adam
 ITERATIONS = 5
-_A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan's coefficients: the singular values converge to between 0.68 and 1.14
+# Jordan's coefficients: the singular values converge to values between 0.68 and 1.14
+_A, _B, _C = 3.4445, -4.7750, 2.0315
 _EPS = 1e-7
 
 

@@ -70,7 +70,7 @@ def build_adamw(
     if first.is_cuda and first.dtype != torch.float64 and not on_cpu and not partitioned:
         try:
             return importlib.import_module("apex.optimizers").FusedAdam(groups, adam_w_mode=True, **options)
-        except Exception:  # apex or its extension is missing, or it is the unrelated package of that name
+        except Exception:  # apex or its extension is missing, or `apex` is an unrelated package of the same name
             _log.debug("apex is not available", exc_info=True)
     return torch.optim.AdamW(groups, fused=True, **options)
 

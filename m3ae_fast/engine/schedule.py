@@ -130,7 +130,7 @@ class Schedule:
         return before + (1 - before) * min(max(step - first, 0) / (last - first), 1)
 
     def describe_rate(self) -> str:
-        """Return a description, for the log, of the learning rate after the warm-up and of its derivation from
+        """Return a description for the log: the learning rate after the warm-up, and how it is derived from
         `peak_lr`."""
         optim, batch = self.optim, self.train.global_batch
         factor = optim.lr_factor(batch)

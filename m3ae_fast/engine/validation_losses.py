@@ -100,8 +100,8 @@ class Baselines:
         return standardise(targets_IK) if self._model.loss_config.norm_pix else targets_IK
 
     def values(self, losses: dict[str, float]) -> dict[str, float]:
-        """Return `val_image_relative` and `val_text_relative`, the `losses` divided by those of the best constant
-        prediction, and `val_rankme`. Every rank must call it.
+        """Return `val_image_relative` and `val_text_relative`, which are the `losses` divided by the losses of the best
+        constant predictions, and `val_rankme`. Every rank must call it.
 
         For pixels, the best constant prediction is the mean patch, and its loss is the variance of the patches. For
         ids, the best constant prediction is the distribution of their frequencies, and its loss is the entropy of the

@@ -44,8 +44,8 @@ class Depth(NamedTuple):
 
 
 def depth_of(image: Image.Image) -> Depth:
-    """Return the bit depth of an image that is not yet loaded. After loading, Pillow hides that it reduced 16-bit
-    colours to 8 bits."""
+    """Return the bit depth of an image that is not yet loaded. Once it is loaded, Pillow no longer reveals that it has
+    reduced 16-bit colours to 8 bits."""
     tags = getattr(image, "tag_v2", None)
     if tags is not None:
         kind = _KINDS.get(tags.get(_FORMAT, (1,))[0], "unknown")
@@ -120,7 +120,7 @@ def grey_values(image: Image.Image, depth: Depth) -> np.ndarray:
     """Return the values of a high-bit-depth image with one channel, float64 [H, W]. Raises BadSample if a value is not
     finite.
 
-    Pillow has no mode for uint32 and int8, but keeps their bits.
+    Pillow has no mode for uint32 and int8, but keeps the bits of their values.
     """
     values = np.asarray(image)
     if (depth.kind, depth.bits) == ("unsigned", 32):

@@ -187,7 +187,7 @@ def header_of(data: bytes) -> Image.Image:
 
 
 def check_precision(data: bytes) -> None:
-    """Raise BadSample if a component of a JPEG 2000 is not unsigned 8-bit: Pillow would shift its values."""
+    """Raise BadSample if a component of a JPEG 2000 is not unsigned 8-bit, because Pillow would shift its values."""
     start = data.index(b"\xff\x4f\xff\x51") + 40  # Csiz in the SIZ marker, after the sizes of image and tiles
     precisions = data[start + 2 : start + 2 + 3 * int.from_bytes(data[start : start + 2], "big") : 3]
     if any(precision > 7 for precision in precisions):  # bits - 1, plus 128 if signed

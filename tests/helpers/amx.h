@@ -1,4 +1,4 @@
-/* AMX's instructions by AVX-512's, so that the kernels written for AMX run on CPUs without it. Tiles have 16 rows of 64 bytes. */
+/* AMX instructions, emulated by AVX-512 instructions, so that kernels written for AMX run on CPUs without it. Tiles have 16 rows of 64 bytes. */
 
 #include <immintrin.h>
 #include <string.h>

@@ -29,13 +29,13 @@ def features(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return random features, some of which are equal, and labels."""
     generator = torch.Generator().manual_seed(seed)
     features_ND = torch.randn(count, WIDTH, generator=generator)
-    features_ND[::3] = features_ND[0]  # more equal features than a list of candidates has
+    features_ND[::3] = features_ND[0]  # more equal features than a list of candidates can hold
     features_ND[1::17] *= 3  # the norm must not matter
     return features_ND, torch.randint(0, CLASSES, (count,), generator=generator)
 
 
 def split(features_ND: Tensor, labels_N: Tensor | None, ranks: Ranks | None, batch: int = 5) -> FeatureBank:
-    """Return a bank in which each rank stores every W-th batch."""
+    """Return a bank whose batches are distributed over the ranks in turn."""
     keys = [f"a.tar/{number:05d}" for number in range(len(features_ND))]
     if ranks is None:
         return FeatureBank(keys, features_ND, labels_N)
@@ -45,7 +45,7 @@ def split(features_ND: Tensor, labels_N: Tensor | None, ranks: Ranks | None, bat
 
 
 def found(ranks: Ranks | None) -> dict[str, object]:
-    """Return the results that every rank has in the end."""
+    """Return the results, which must be the same on every rank."""
     bank, queries = split(*features(SAMPLES, 0), ranks), split(*features(QUERIES, 1), ranks, batch=7)
     others = split(features(QUERIES, 2)[0], None, ranks, batch=7)
     few = bank.rows([*range(0, SAMPLES, 2)])
@@ -65,7 +65,7 @@ def found(ranks: Ranks | None) -> dict[str, object]:
 
 
 def regressions(bank: FeatureBank, queries: FeatureBank) -> dict[str, Tensor]:
-    """Return the scores of logistic regressions, of classes and of lists of labels."""
+    """Return the scores of logistic regressions on single labels and on lists of labels."""
     lists_NC = torch.stack((bank.labels == 0, bank.labels < 2, bank.labels < 0), 1)
     heads = {
         "chosen": fit_chosen(bank, CLASSES)[0],

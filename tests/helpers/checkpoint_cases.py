@@ -58,7 +58,7 @@ class Net(nn.Module):
 
 
 def build(zero: int | None, ranks: Ranks, seed: int) -> ModelEngine:
-    """Return an engine in bf16, for which the saved weights differ from those used by matmuls from stage 1 on."""
+    """Return an engine in bf16. From stage 1 on, its saved weights differ from the weights that matmuls use."""
     torch.manual_seed(seed)
     net, optim = Net(), OptimConfig()
     groups = parameter_groups(net, 0.05)

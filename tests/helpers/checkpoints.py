@@ -55,7 +55,7 @@ def save_parts(
 def save_cut(
     run_dir: Path, tensors: dict[str, Tensor], world: int, step: int = 1, info: checkpoint.Info | None = None
 ) -> Path:
-    """Save tensors as `world` ranks that have equal parts of them, and return the checkpoint."""
+    """Save tensors as `world` ranks do if each has an equal part of them, and return the checkpoint."""
     found = save_parts(run_dir, [cut(tensors, rank, world) for rank in range(world)], step, info)
     (path,) = set(found)
     assert isinstance(path, Path), path

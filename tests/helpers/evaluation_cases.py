@@ -24,7 +24,8 @@ from m3ae_fast.process.ranks import Ranks, join_ranks
 from tests.helpers.zero_cases import LR, config_of, engine_of, samples
 
 PER_STEP = 6  # number of samples over all ranks
-COUNTS = (1, 7, 12)  # numbers of samples of an evaluation: on one rank, on one rank in the last step, on all ranks
+# numbers of samples of an evaluation: only one rank has any; only one has any in the last step; all have some
+COUNTS = (1, 7, 12)
 TRAINED = (PER_STEP, 2)  # numbers of samples of the training steps
 
 
@@ -38,7 +39,7 @@ def batches(ranks: Ranks, engine: ModelEngine, count: int) -> list[Any]:
 
 
 def run(ranks: Ranks, stage: int | None) -> list[Any]:
-    zero = {"stage3_param_persistence_threshold": 0}  # otherwise no weight of such a small model is split
+    zero = {"stage3_param_persistence_threshold": 0}  # otherwise no weight of such a small model would be split
     engine = engine_of(ranks, config_of(1, stage, 1, "fp32", zero))
     found: list[Any] = []
     for trained in (*TRAINED, 0):

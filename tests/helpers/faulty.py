@@ -25,7 +25,7 @@ def kill() -> BaseException:
     raise AssertionError
 
 
-# for each place of a fault, the object and the name of its attribute that is replaced by a function that raises
+# the function to replace with one that raises an error, as (object, name of the attribute), by place of the fault
 PLACES: dict[str, tuple[Any, str]] = {
     "copy": (Staging, "_into_buffer"),
     "write": (state_files, "save_file"),

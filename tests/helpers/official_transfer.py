@@ -1,5 +1,5 @@
-"""Creation of golden files of linear probes and of fine-tuning, of any size, by a second implementation of the official
-code in float64, with the updates of LARS and Adam written out.
+"""Creation of golden files of any size for linear probes and fine-tuning, by a second implementation of the official
+code in float64. The updates of LARS and Adam are written out.
 
 Like tests/helpers/official.py, it shares no code with the engine.
 

@@ -4,8 +4,8 @@
     python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.option_cases resume FOLDER
     python -m tests.helpers.option_cases resume-plain FOLDER
 
-save trains a model in each case, saves it halfway, and continues. The others continue from the saved state: with the
-same settings, or with plain torch. Each writes the losses and gradient norms of its steps, by case.
+save trains a model in each case, saves it halfway, and continues. resume continues from the saved state with the same
+settings, and resume-plain with plain torch. Each writes the losses and gradient norms of its steps, by case.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from m3ae_fast.process.ranks import Ranks, join_ranks
 from tests.helpers.zero_cases import config_of, engine_of, take
 
 HALF, STEPS = 1, 3
-SMALL = 3000  # bucket size, with which 70,000 weights fill several buckets and tensors are smaller or larger than one
+# bucket size: the 70,000 weights fill several buckets, and a tensor may be smaller or larger than a bucket
+SMALL = 3000
 STAGE, THRESHOLD = "zero_optimization.stage", "zero_optimization.stage3_param_persistence_threshold"
 
 
 def settings(section: type[BaseModel] = DeepSpeedConfig, above: str = "") -> dict[str, list[Any]]:
     """Return the values to try for each setting, by its full name, as derived from the schema. The first one is the
-    base value; for sizes, it is small, so that they affect a small model."""
+    base value. The base values of sizes are small, so that they affect a small model."""
     found: dict[str, list[Any]] = {}
     for key, field in section.model_fields.items():
         name, kind = above + key, field.annotation
@@ -68,7 +69,7 @@ def cases(world: int) -> Iterator[tuple[str, dict[str, Any], Config]]:
         sizes = {name: value for name, value in other if type(value) is int}
         changes = [{name: value} for name, value in other if name not in sizes]
         for change in [{}, *changes, *([sizes] if sizes else [])]:
-            for name in [name for name in change if name.endswith("pin_memory")]:  # it is a setting of offloading
+            for name in [name for name in change if name.endswith("pin_memory")]:  # pin_memory requires offloading
                 change = change | {name.replace("pin_memory", "device"): "cpu"}
             try:
                 yield f"stage={stage} {change}", change, config_of(world, stage, 2, "fp32", **nested(usual | change))
@@ -77,8 +78,8 @@ def cases(world: int) -> Iterator[tuple[str, dict[str, Any], Config]]:
 
 
 def stages_of(name: str) -> set[int]:
-    """Return the stages at which a setting has an effect, which are stated at the beginning of its description unless
-    it has an effect at all stages."""
+    """Return the stages at which a setting has an effect. The description of the setting begins with these stages
+    unless it has an effect at all stages."""
     _, _, rest = name.partition("zero_optimization.")
     if not rest:
         return {0, 1, 2, 3}

@@ -118,8 +118,8 @@ def _jpeg(array: np.ndarray | Image.Image, **options) -> tuple[Callable[[], byte
 
 
 CMYK = Image.fromarray(RGB).convert("CMYK")
-_PLAIN_CMYK = pillow(CMYK, "JPEG", quality=100)  # Pillow writes Adobe's marker and inverts
-# without the marker, the numbers are not inverted
+_PLAIN_CMYK = pillow(CMYK, "JPEG", quality=100)  # Pillow writes Adobe's marker and inverts the values
+# the same file without the marker, so that decoders do not invert the values
 _MARKER = _PLAIN_CMYK.index(b"\xff\xee")
 _LENGTH = int.from_bytes(_PLAIN_CMYK[_MARKER + 2 : _MARKER + 4], "big")
 _WITHOUT = _PLAIN_CMYK[:_MARKER] + _PLAIN_CMYK[_MARKER + 2 + _LENGTH :]

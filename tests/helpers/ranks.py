@@ -1,4 +1,4 @@
-"""Processes that run a program's `main` as `python` or torchrun would, but with all modules imported already.
+"""Processes that run a program's `main` as `python` or torchrun would, but with all modules already imported.
 
 They are forked from a server that has imported torch and the trainer, because these imports take longer than a tiny
 run. Launchers, and events during the imports of a program, are tested with ordinary processes.
@@ -63,7 +63,7 @@ def free_port() -> int:
     """Return a free port below those that the system assigns. One of the latter might be assigned to another test
     before rank 0 listens on it, and a rank would then wait for the wrong store."""
     while True:
-        # Not the seeded generator: tests that run in parallel would draw the same ports.
+        # The seeded generator is not used, because tests that run in parallel would draw the same ports.
         port = random.SystemRandom().randrange(15_000, 32_000)
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("", port))
@@ -114,7 +114,7 @@ def _run(module: str, arguments: list[str], variables: dict[str, str], log: Path
     from m3ae_fast.base.errors import exit_cleanly
 
     multiprocessing.set_start_method(None, force=True)  # restores the default start method for loader workers
-    gc.freeze()  # excludes imported objects from DeepSpeed's garbage collection for every engine
+    gc.freeze()  # DeepSpeed collects garbage for every engine, which takes less time without the imported objects
     os.setsid()
     os.environ.update(variables)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -124,7 +124,7 @@ def _run(module: str, arguments: list[str], variables: dict[str, str], log: Path
     try:
         sys.exit(exit_cleanly(lambda: import_module(module).main(arguments)))
     finally:
-        atexit._run_exitfuncs()  # as a program does; multiprocessing leaves them out
+        atexit._run_exitfuncs()  # a program would run these functions when it exits, but multiprocessing does not
 
 
 @contextmanager

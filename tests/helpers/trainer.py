@@ -100,7 +100,7 @@ class Trainer:
         return self.folder / f"{run}.log"
 
     def lines(self, run: str, *names: str) -> list[tuple]:
-        """Return the step and the named values of all logged lines that have them."""
+        """Return the step and the named values of each logged line that contains all of these values."""
         lines = map(json.loads, (self.folder / run / "metrics.jsonl").read_text().splitlines())
         return [tuple(line[name] for name in ("step", *names)) for line in lines if line.keys() >= set(names)]
 

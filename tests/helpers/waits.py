@@ -1,5 +1,5 @@
-"""Counts of operations in the steps of many engines that would synchronise the host with a GPU, measured on a CPU: run
-by test_engine_waits.py.
+"""Counts, on a CPU, the operations in the steps of many engines that would synchronise the host with a GPU. Run by
+test_engine_waits.py.
 
 Writes one line of JSON per case to the file that is given as argument.
 """
@@ -57,8 +57,8 @@ class Stream:
 
 
 class Races(TorchDispatchMode):
-    """Detects races: pairs of ops in different streams that use the same bytes without synchronisation, of which at
-    least one writes. On a GPU, the result would be undefined. Storages are kept alive, as by `record_stream` on a
+    """Detects races: pairs of ops in different streams that use the same bytes without synchronisation, where at least
+    one of the two writes. On a GPU, the result would be undefined. Storages are kept alive, as by `record_stream` on a
     GPU."""
 
     def __init__(self, cpu: StreamedCpu) -> None:
