@@ -1,4 +1,4 @@
-"""A ViT-MAE of Hugging Face's transformers that is patched to use this library's ops. The losses are equal.
+"""Patch a Hugging Face ViT-MAE to use this library's ops, and compare the losses, which are equal.
 
     pip install transformers
     python kernels/examples/hugging_face_vit_mae.py
@@ -14,11 +14,11 @@ import torch
 from m3ae_kernels import patch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in the model's image processor
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in the model's image processor
 
 
 def main() -> tuple[float, float]:
-    """Print and return the losses of the original and of the patched model."""
+    """Print and return the losses of the original model and of the patched model."""
     torch.manual_seed(0)
     config = ViTMAEConfig(
         image_size=64, patch_size=8, hidden_size=96, num_hidden_layers=2, num_attention_heads=3, intermediate_size=384,

@@ -3,8 +3,8 @@
     python kernels/examples/image_mae.py [--steps 300]
 
 Everything between the two ops is ordinary torch code on batches. The images stay uint8, and no tensors of patches,
-targets or predictions are stored. The example trains on synthetic images in seconds on a CPU, or on a GPU if there is
-one.
+targets or predictions are stored. The example trains on synthetic images, which takes seconds on a CPU. If there is a
+GPU, it is used instead.
 
 Shapes: B images, L patches per image, V visible patches per image, D width.
 """
@@ -33,7 +33,7 @@ class ImageMAE(nn.Module):
         self.loss = MaskedPixelLoss(dim, patch_size=PATCH, mean=MEAN, std=STD, reduction="mean")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the loss, a scalar, of images [B, 3, 64, 64] uint8."""
+        """Return the scalar loss of images [B, 3, 64, 64] uint8."""
         batch, count = len(images), GRID**2
         visible = round(count * (1 - MASK_RATIO))
         order_BL = torch.rand(batch, count, device=images.device).argsort(1)
@@ -51,8 +51,8 @@ def _transformer(dim: int, depth: int, heads: int) -> nn.Module:
 
 
 def ramps(count: int, device: torch.device) -> Tensor:
-    """Return images of smooth colour ramps, [count, 3, 64, 64] uint8, which can be predicted from a quarter of their
-    patches."""
+    """Return images [count, 3, 64, 64] uint8 of smooth colour ramps. A quarter of the patches is enough to predict the
+    others."""
     line = torch.linspace(-1, 1, SIDE, device=device)
     frequency = torch.randn(count, 3, 2, 1, 1, device=device)
     waves = torch.sin(frequency[:, :, 0] * line[:, None] + frequency[:, :, 1] * line)

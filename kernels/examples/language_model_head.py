@@ -1,4 +1,4 @@
-"""The head of a language model of Hugging Face's transformers, fused with its loss so that logits are not stored.
+"""Fuse the head of a Hugging Face language model with its loss, so that logits are not stored.
 
     pip install transformers
     python kernels/examples/language_model_head.py
@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def fused_loss(model: nn.Module, head: MaskedTokenLoss, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean loss of the next tokens and the fraction of them that is predicted correctly. `tokens`, `labels`:
-    int [B, L]."""
+    """Return the mean loss over the next tokens, and the fraction of them that are predicted correctly. `tokens`,
+    `labels`: int [B, L]."""
     hidden_BLD = model.model(input_ids=tokens).last_hidden_state
     next_BL = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     loss, correct = head(hidden_BLD, next_BL, return_correct=True)
@@ -25,7 +25,7 @@ def fused_loss(model: nn.Module, head: MaskedTokenLoss, tokens: Tensor, labels: 
 
 
 def main() -> tuple[float, float]:
-    """Print and return the losses of the original and of the fused model."""
+    """Print and return the losses of the original model and of the fused model."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -39,7 +39,7 @@ def main() -> tuple[float, float]:
     fused, right = fused_loss(model, head, tokens, labels)
     theirs, ours = (torch.autograd.grad(loss, list(model.parameters())) for loss in (plain, fused))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    print(f"LlamaForCausalLM loss {plain.item():.6f}  fused {fused.item():.6f}  right {right:.1%}, equal gradients")
+    print(f"LlamaForCausalLM loss {plain.item():.6f}  fused {fused.item():.6f}  accuracy {right:.1%}, equal gradients")
     return plain.item(), fused.item()
 
 

@@ -2,8 +2,8 @@
 
     python kernels/examples/masked_language_model.py [--steps 300]
 
-As usual, targets are -100 for tokens that are not masked. The logits of all tokens never exist at the same time. The
-model learns to complete synthetic sentences in seconds on a CPU, or on a GPU if there is one.
+As usual, targets are -100 for tokens that are not masked. Logits are kept in memory for only a few tokens at a time.
+The model learns to complete synthetic sentences, which takes seconds on a CPU. If there is a GPU, it is used instead.
 
 Shapes: B sentences, L words each, D width, V vocabulary.
 """
@@ -32,7 +32,7 @@ class MaskedLanguageModel(nn.Module):
         self.head.weight = self.embedding.weight
 
     def forward(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean loss over the masked words, and the fraction of them that is predicted correctly. `words`:
+        """Return the mean loss over the masked words, and the fraction of them that are predicted correctly. `words`:
         int [B, L]."""
         masked_BL = torch.rand(words.shape, device=words.device) < MASK_RATIO
         x_BLD = self.encoder(self.embedding(words.masked_fill(masked_BL, MASK)) + self.positions)
@@ -42,7 +42,8 @@ class MaskedLanguageModel(nn.Module):
 
 
 def sentences(count: int, device: torch.device) -> Tensor:
-    """Return sentences [count, L] of three words that repeat, so that a masked word can be inferred from the others."""
+    """Return sentences [count, L] in which three words are repeated, so that a masked word can be inferred from the
+    others."""
     return torch.randint(1, VOCAB, (count, 3), device=device).repeat(1, LENGTH // 3)
 
 
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         optimizer.step()
         losses.append(loss.item())
         if step % 20 == 0 or step == args.steps - 1:
-            print(f"step {step:4}  loss {losses[-1]:.4f}  right {accuracy:.1%}", flush=True)
+            print(f"step {step:4}  loss {losses[-1]:.4f}  accuracy {accuracy:.1%}", flush=True)
     return losses
 
 

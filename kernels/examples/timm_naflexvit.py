@@ -1,14 +1,14 @@
-"""timm's NaFlexVit for images of any size, without padding: the patches of all images are packed.
+"""Run timm's NaFlexVit on images of different sizes without padding: the patches of all images are packed.
 
     pip install timm
     python kernels/examples/timm_naflexvit.py
 
-NaFlexVit pads each image of a batch to the largest number of patches, and masks the padding in attention. Here, its
-blocks process only the valid rows: `gather_tokens` selects them, `packed_attention` replaces the attention of the
+NaFlexVit pads all images of a batch to the largest number of patches, and masks the padding in attention. Here, its
+blocks process only the valid rows: `gather_tokens` selects these rows, `packed_attention` replaces the attention of the
 blocks, and `scatter_tokens` restores the padded layout for the model's head. This example uses random weights; a model
-of `timm.create_model("naflexvit_...")` works in the same way if its blocks have timm's plain `Attention`.
+created by `timm.create_model("naflexvit_...")` works in the same way if its blocks use timm's plain `Attention`.
 
-Shapes: B images, N patches of the largest, T valid rows, D width.
+Shapes: B images, N patches of the largest image, T valid rows, D width.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ PATCH, CLASSES = 8, 10
 
 @contextmanager
 def packed(model: NaFlexVit, cu_seqlens: Tensor, longest: int) -> Iterator[None]:
-    """Context in which the model's blocks accept the rows of packed samples, [1, T, D]."""
+    """Return a context manager; inside it, the model's blocks take the rows of packed samples, [1, T, D]."""
 
     def forward(attention: Attention, x_1TD: Tensor) -> Tensor:
         qkv = attention.qkv(x_1TD[0]).unflatten(1, (3, attention.num_heads, -1))
@@ -43,7 +43,7 @@ def packed(model: NaFlexVit, cu_seqlens: Tensor, longest: int) -> Iterator[None]
 
 
 def logits(model: NaFlexVit, patches: Tensor, patch_coord: Tensor, patch_valid: Tensor) -> Tensor:
-    """Return the logits that the model returns for the same arguments, [B, classes]."""
+    """Return the logits [B, classes] of the model, computed without padding in the blocks."""
     x_BND, _ = model.embeds(patches, patch_coord=patch_coord, patch_valid=patch_valid)
     x_BND = model.norm_pre(x_BND)
     valid_BN = torch.nn.functional.pad(patch_valid, (model.num_prefix_tokens, 0), value=True)
@@ -61,7 +61,7 @@ def logits(model: NaFlexVit, patches: Tensor, patch_coord: Tensor, patch_valid: 
 
 
 def batch(grids: list[tuple[int, int]]) -> dict[str, Tensor]:
-    """Return random patches of images with these patch grids (rows, columns), padded to the largest image as by timm's
+    """Return random patches of images with these patch grids (rows, columns), padded to the largest image as in timm's
     collator."""
     most = max(rows * columns for rows, columns in grids)
     coords, valid = torch.zeros(len(grids), most, 2, dtype=torch.int64), torch.zeros(len(grids), most, dtype=torch.bool)
@@ -72,7 +72,7 @@ def batch(grids: list[tuple[int, int]]) -> dict[str, Tensor]:
 
 
 def main() -> tuple[float, float]:
-    """Print and return the losses of the original and of the packed model."""
+    """Print and return the losses of the original model and of the packed model."""
     torch.manual_seed(0)
     config = NaFlexVitCfg(patch_size=PATCH, embed_dim=48, depth=2, num_heads=3, pos_embed_grid_size=(8, 8))
     model = NaFlexVit(config, num_classes=CLASSES).train()
@@ -84,7 +84,7 @@ def main() -> tuple[float, float]:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     rows, padded = int(images["patch_valid"].sum()), images["patch_valid"].numel()
     plain, fused = (loss.item() for loss in losses)
-    print(f"NaFlexVit loss {plain:.6f}  fused {fused:.6f}, equal gradients, {rows} rows for {padded}")
+    print(f"NaFlexVit loss {plain:.6f}  fused {fused:.6f}, equal gradients, {rows} rows instead of {padded}")
     return plain, fused
 
 

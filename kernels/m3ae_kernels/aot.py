@@ -7,7 +7,7 @@ in bf16, and at the largest head dimension in float32 too. On other architecture
 M3AE-Large's sizes and at the largest head dimension. The cases that use the most registers and shared memory, which are
 the largest head dimension and the matmuls of images, are also compiled in float32. `--full` compiles every kernel at
 every size in every dtype, which takes three times as long. The additional cases have the same settings and nearly the
-same code as the cases that are always compiled.
+same code as the other cases.
 
 The program prints one line per kernel, architecture and dtype: registers, spills and local memory, shared memory, and
 the matrix instruction. Nothing is compiled for architectures on which the ops run on torch. The exit code is 1 if a
@@ -27,9 +27,9 @@ from dataclasses import dataclass, replace
 
 from . import tuning
 
-# Shared memory available to one program instance (CUDA C programming guide, technical specifications by compute
-# capability; CDNA 3 architecture guide, local data share). A multiprocessor has 1 kB more, and reserves 1 kB per
-# program instance; registers are allocated in units of 8 per thread.
+# Bytes of shared memory available to one program instance (CUDA C programming guide, technical specifications by
+# compute capability; CDNA 3 architecture guide, local data share). A multiprocessor has 1 kB more, and reserves 1 kB
+# per program instance. Registers are allocated in units of 8 per thread.
 SHARED_BYTES = {
     "sm_75": 65536, "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
     "sm_120": 101376, "gfx942": 65536,
@@ -39,9 +39,10 @@ REGISTERS = 65536
 # instructions
 MOST_SPILLS = 16
 DTYPES = {"bf16": "16", "fp16": "16", "fp32": "32"}
-# For this architecture, kernels are compiled in every dtype, and at every size in bf16. On the other architectures, the
-# following cases are not compiled, because they need the same registers and shared memory as other cases: fp16 (as
-# bf16), head dimensions of 80 and 96 (as 128, to which they are padded), and 13 bands (as 3).
+# For this architecture, kernels are compiled in every dtype, and at every size in bf16. For the other architectures,
+# three kinds of cases are not compiled, because they need the same registers and shared memory as other cases: fp16
+# (the same as bf16), head dimensions of 80 and 96 (the same as 128, to which they are padded), and 13 bands (the same
+# as 3 bands).
 EVERYTHING = ("sm_90",)
 DECODER, WIDEST = 32, 128  # head dimension of M3AE-Large's decoder, and the largest head dimension
 # Architectures that are compiled only on request: they use the settings of sm_89, and the result is the same as for
@@ -56,10 +57,10 @@ PIXEL_FLOATS = ("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3")
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a kernel, described by its pointer arguments with their element types ("x": the dtype of the inputs),
-    sizes that are multiples of 16, other sizes, floats, and constants. `whole_rows` is the power of two to which a TILE
-    of elements is limited. `sample` has the head dimension and the rows for which TILE_M and TILE_N are chosen.
-    `programs` is the number of program instances that must fit on a multiprocessor."""
+    """A call of a kernel, described by its arguments: pointers with their element types ("x": the dtype of the inputs),
+    sizes that are multiples of 16, other sizes, floats, and constants. If `whole_rows` is not 0, it is the width of a
+    row, a power of two, by which TILE is divided. `sample` contains the head dimension and the number of rows for which
+    TILE_M and TILE_N are chosen. `programs` is the number of program instances that must fit on a multiprocessor."""
 
     module: str
     kernel: str
@@ -89,7 +90,8 @@ def _pointers(**by_type: str) -> dict[str, str]:
 
 
 def _with_bands(*cases: Case) -> list[Case]:
-    """Return the cases, which read 8-bit RGB images, and the same cases with 13 16-bit bands, as in Sentinel-2."""
+    """Return the cases, which read 8-bit RGB images, and the same cases with images of 13 bands of 16 bits, as in
+    Sentinel-2."""
     several = []
     for case in cases:
         constants = {name: value for name, value in (case.constants or {}).items() if name != "table"} | {"C": 13}
@@ -268,8 +270,8 @@ def _on_torch(arch: str) -> bool:
 
 
 def _read_nvidia(report: Report, cubin: bytes, matmul: bool) -> str:
-    """Return the assembly. If it does not need to be checked, return an empty string, because disassembling takes half
-    of the time for a small kernel."""
+    """Return the assembly, or an empty string if it does not need to be checked, because disassembling a small kernel
+    takes half of the total time."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -326,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     cases = [case for case in CASES if not args.kernel or case.kernel in args.kernel]
     for arch in filter(_on_torch, args.arch):
-        print(f"{arch}: the ops run on torch there, and nothing is compiled")
+        print(f"{arch}: nothing is compiled, because the ops run on torch on this architecture")
     compiled = [arch for arch in args.arch if not _on_torch(arch)]
     grid = [(case, arch, dtype) for case in cases for arch in compiled for dtype in DTYPES]
     work = [(case, arch, dtype) for case, arch, dtype in grid if args.full or case.compiled(arch, dtype)]

@@ -17,7 +17,7 @@ Shape = tuple[int | EllipsisType | None, ...]  # None stands for any size, a lea
 
 
 def asked_impl(impl: str) -> str:
-    """Return the requested implementation: the argument or, if that is "auto", the value of M3AE_KERNELS_IMPL, if set.
+    """Return the requested implementation: `impl`, or the value of M3AE_KERNELS_IMPL if it is set and `impl` is "auto".
 
     Call this function before an op and never inside it, because compiled graphs are cached by the op's arguments.
 
@@ -62,7 +62,8 @@ _on_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _best_on_gpu(device: torch.device) -> str:
-    """Return "triton", or "torch" if the Triton kernels do not support the device, with one warning per device."""
+    """Return "triton", or "torch" if the Triton kernels do not support the device, which causes one warning per
+    device."""
     if tuning.fits(device):
         return "triton"
     oldest = ".".join(map(str, tuning.OLDEST))

@@ -13,7 +13,7 @@ from .ids import asked, check_distinct, check_range
 from .registry import Op, traced
 from .wide import put_rows
 
-CHUNK_ROWS = 768  # rows that torch's backward pass normalises at a time, so that their float32 copies are small
+CHUNK_ROWS = 768  # rows that the backward pass in torch processes at a time, so that float32 copies are small
 
 
 def gather_tokens(
@@ -51,7 +51,7 @@ def gather_tokens(
         if norm_bias is not None:
             raise ValueError("norm_bias requires norm_weight")
         if impl == "torch" and not traced(x, rows):
-            # This path is as fast as the op at any size, and has half of its overhead per call.
+            # This path is as fast as the op at any size, and its overhead per call is half that of the op.
             _check(x, rows)
             return with_lead(torch.embedding(x, rows), lead)
         return with_lead(gather_rows(x, rows, impl), lead)
@@ -230,7 +230,7 @@ class GatherNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Return the rows of x [..., dim] with the numbers `rows` [...] (int, distinct), normalised: [..., dim]."""
+        """Return the rows of x [..., dim] at the indices `rows` [...] (int, distinct), normalised, as [..., dim]."""
         return gather_tokens(x, rows, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, impl=self.impl)
 
     def extra_repr(self) -> str:

@@ -1,9 +1,9 @@
-"""Writes the library in the layout that Hugging Face's `kernels` package loads from the Hub or from a folder.
+"""Write the library in the layout that Hugging Face's `kernels` package loads from the Hub or from a folder.
 
     python -m m3ae_kernels.hub FOLDER
 
-writes FOLDER/build/torch-universal, which contains only Python and Triton code, for every backend of torch. Upload
-FOLDER as it is, or try it with `kernels.get_local_kernel(Path(FOLDER))`.
+writes FOLDER/build/torch-universal, which contains no compiled code and supports every backend of torch. Upload FOLDER
+as it is, or try it with `kernels.get_local_kernel(Path(FOLDER))`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ VARIANT = Path("build", "torch-universal")
 
 
 def write(folder: Path) -> Path:
-    """Write the variant below `folder` and return its folder.
+    """Write the build variant below `folder` and return its path.
 
     Raises:
-        FileExistsError: the folder exists already.
+        FileExistsError: the path already exists.
     """
     package = Path(__file__).parent
     variant = folder / VARIANT
@@ -54,7 +54,7 @@ def _digest(folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the folder of the variant and return the exit code."""
+    """Write the build variant, print its path, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m m3ae_kernels.hub", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder in which build/ is written")
     args = parser.parse_args(arguments)

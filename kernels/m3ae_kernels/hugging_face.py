@@ -33,8 +33,9 @@ def patch(
     norm, head and loss run only for masked patches. `logits` is then None; in eval mode, outputs are unchanged.
     `ViTMAEModel`: only the embedding is patched. Masks are sampled as in the unpatched model; losses and gradients are
     equal except for rounding. Parameters are unchanged, so optimisers, checkpoints and `save_pretrained` are not
-    affected. Patch a model before torch.compile and before it is wrapped (as by DDP), and again after unpickling, which
-    restores the model's own code. Calls with `interpolate_pos_encoding=True` use the model's own code too.
+    affected. Patch a model before calling torch.compile and before wrapping it, for example in DDP. Patch it again
+    after unpickling, which restores the model's own code. Calls with `interpolate_pos_encoding=True` also use the
+    model's own code.
 
     Args:
         model: the model, which is changed in place.

@@ -16,7 +16,8 @@ REDUCTIONS = ("sum", "mean", "none")
 
 
 def chosen_reduction(op: str, reduction: str | None) -> str:
-    """Return the reduction. If none is given, it is "sum", with one warning per op. `op` is the public name of the op.
+    """Return the reduction. If none is given, return "sum" and issue one warning per op. `op` is the public name of the
+    op.
 
     Raises:
         ValueError: the reduction is unknown.
@@ -30,8 +31,8 @@ def chosen_reduction(op: str, reduction: str | None) -> str:
 
 
 def check_linear(head: object) -> None:
-    """Raise TypeError unless `head` is a plain linear layer, because other layers, such as those of adapters, compute
-    more than a product with a weight plus a bias."""
+    """Raise TypeError unless `head` is a plain linear layer. Other layers, such as adapters, compute more than x @
+    weight.T + bias."""
     if not isinstance(head, nn.Linear):
         raise TypeError(f"the head must be a torch.nn.Linear, not {type(head).__name__}")
 
@@ -63,7 +64,8 @@ def row_weights(
 
 
 def unit_weights(weight_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (row weights divided by the largest magnitude, that magnitude, 0-d).
+    """Return the row weights divided by a unit, and the unit, a 0-d tensor. The unit is the largest magnitude of a
+    weight.
 
     The stored gradients are computed with these scaled weights, because with the original weights, such as 1e-6, the
     gradients would underflow in float16.
@@ -88,8 +90,8 @@ def empty_gradients(
 
 
 def save_gradients(ctx, inputs, output) -> None:
-    """Save the gradients of a loss. Serves as a `setup_context`. Inputs start with (hidden, weight, bias), and outputs
-    are (loss, row losses, unit, the gradients of hidden, weight and bias, others)."""
+    """Save the gradients of a loss; this is the `setup_context` of an op. Inputs start with (hidden, weight, bias), and
+    outputs are (loss, row losses, unit, the gradients of hidden, weight and bias, others)."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:6])
@@ -109,8 +111,8 @@ def scale_gradients(ctx, upstream: Tensor | None, inputs: int) -> tuple[Tensor |
 
 
 def save_inputs(ctx, inputs, output) -> None:
-    """Save the inputs of a loss with reduction "none", whose gradients are computed in the backward pass. Serves as a
-    `setup_context`. Inputs start with (hidden, weight, bias), and outputs start with the row losses."""
+    """Save the inputs of a loss with reduction "none", whose gradients are computed in the backward pass. This is the
+    `setup_context` of an op. Inputs start with (hidden, weight, bias), and outputs start with the row losses."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
@@ -120,9 +122,9 @@ def save_inputs(ctx, inputs, output) -> None:
 
 
 def row_gradients(ctx, upstream: Tensor | None, loss) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the inputs saved by `save_inputs`, given the gradients of the row losses. They are the
-    gradients of the summed loss with the gradients of the row losses as row weights, computed by `loss(inputs,
-    row_weight, needs)`."""
+    """Return the gradients of the inputs saved by `save_inputs`, given the gradients of the row losses. They equal the
+    gradients of a summed loss whose row weights are the gradients of the row losses. `loss(inputs, row_weight, needs)`
+    computes this summed loss."""
     if upstream is None:
         return (None,) * len(ctx.others)
     inputs = [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others)]

@@ -70,8 +70,8 @@ def m3ae_loss(
     text_row_weight: Tensor | None = None,
     correct_weight: Tensor | None = None,
 ) -> M3AELoss:
-    """Return the losses of the rows that `head_inputs` returns. Each weight is read only in its owner's forward, as
-    ZeRO-3 requires.
+    """Return the losses of the rows that `head_inputs` returns. As ZeRO-3 requires, each weight is read only in the
+    forward of the module that owns it.
 
     Args:
         image_hidden: [I, D]; text_hidden: [W, D], or None without a text head.

@@ -23,7 +23,7 @@ from .pixels import check_pixels, count_patches, put_patches, take_patches, to_c
 from .registry import Op
 from .segment_sum import segment_sum
 
-CHUNK_ROWS = 4096  # limits the float32 patches that the torch implementation keeps at once
+CHUNK_ROWS = 4096  # rows per chunk, which limits the float32 patches that the torch implementation keeps at once
 
 
 def patch_embed(
@@ -43,12 +43,13 @@ def patch_embed(
         images: [B, C, H, W], contiguous or channels_last (otherwise a copy is made). uint8 images are normalised as (x
             / 255 - mean) / std, uint16 images as (x / 65535 - mean) / std, and floating-point images as (x - mean) /
             std, or not at all if mean and std are None.
-        patch_ids: [...] int32 or int64, image * patches_per_image + patch, patches in row-major order.
+        patch_ids: [...] int32 or int64, image * patches_per_image + patch. The patches of an image are numbered in
+        row-major order.
         weight: [D, P * P * C] in the order (row, column, channel).
         bias: [D], or None for no bias.
         patch_size: P; H and W are multiples of it.
-        mean, std: one number per channel. For integer images, they are in units of the largest value, 255 or 65535; for
-            floating-point images, they are in the units of the images, or None.
+        mean, std: one number per channel. For integer images, they are fractions of the largest value, 255 or 65535.
+            For floating-point images, they are in the units of the images, and may be None.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -212,9 +213,9 @@ class PatchEmbed(nn.Module):
         std: Sequence[float] | None = None,
         impl: str = "auto",
     ) -> "PatchEmbed":
-        """Return the embedding that is equivalent to a convolution of patches, such as timm's `patch_embed.proj`, or
+        """Return the module that is equivalent to a convolution of patches, such as timm's `patch_embed.proj`, or
         `embeddings.patch_embeddings.projection` in Hugging Face's ViT and ViT-MAE. The weights are copied; mean and std
-        are for integer images.
+        are used for integer images.
 
         Raises:
             TypeError, ValueError: the module is not a `torch.nn.Conv2d`, or not an embedding of square patches.

@@ -61,24 +61,25 @@ def masked_pixel_loss(
             / 255 - mean) / std, uint16 images as (x / 65535 - mean) / std, and floating-point images as (x - mean) /
             std, or not at all if mean and std are None. Images that require a gradient are rejected, because none is
             computed for them.
-        patch_ids: [...] int32 or int64, the target of each row: image * patches_per_image + patch, patches in row-major
-            order.
+        patch_ids: [...] int32 or int64, the target of each row: image * patches_per_image + patch. The patches of an
+            image are numbered in row-major order.
         bias: [P * P * C], or None for no bias.
         row_weight: [...] floating-point, or None for ones.
         patch_size: P.
-        mean, std: one number per channel. For integer images, they are in units of the largest value, 255 or 65535; for
-            floating-point images, they are in the units of the images, or None.
+        mean, std: one number per channel. For integer images, they are fractions of the largest value, 255 or 65535.
+            For floating-point images, they are in the units of the images, and may be None.
         norm_pix: whether to standardise each target patch, with unbiased variance and eps 1e-6 (He et al., arXiv
             2111.06377, section 4.1).
-        reduction: "sum"; "mean", the sum divided by the sum of the weights; or "none", the summands, [...]. None means
-            "sum" and issues a FutureWarning, because the default will be "mean" from the next release on.
+        reduction: "sum", "mean" (the sum divided by the sum of the row weights) or "none" (the terms of the sum,
+            [...]). None means "sum" and issues a FutureWarning, because the default will be "mean" from the next
+            release on.
         impl: "auto", "triton" or "torch".
 
     Returns:
-        The loss, a scalar or [...], float32 (float64 for float64 hidden). The matmuls run in autocast's dtype if
-            autocast is enabled, otherwise in the dtype of hidden. Gradients are computed for hidden, weight, bias and
-            row_weight, but not for images. The first three are computed in the forward pass if they are required; with
-            "none", they are computed in the backward pass, which repeats the matmuls.
+        The loss in float32 (float64 for float64 hidden), a scalar, or [...] with reduction "none". The matmuls run in
+            autocast's dtype if autocast is enabled, otherwise in the dtype of hidden. Gradients are computed for
+            hidden, weight, bias and row_weight, but not for images. The first three are computed in the forward pass if
+            they are required; with "none", they are computed in the backward pass, which repeats the matmuls.
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
@@ -124,7 +125,8 @@ def _forward(
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, the row losses, the unit, and the gradients of hidden, weight and bias divided by the unit."""
+    """Return the loss, the row losses, the unit (see `unit_weights`), and the gradients of hidden, weight and bias
+    divided by the unit."""
     if checked(patch_ids, impl):
         check_range("masked_pixel_loss", "patch_ids", patch_ids, count_patches(images, patch_size))
     unit_weight_M, unit = unit_weights(row_weight)
@@ -268,8 +270,8 @@ class MaskedPixelLoss(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, patch_size: int, **options) -> "MaskedPixelLoss":
-        """Return the loss of a head such as ViT-MAE's `decoder_pred`, with shared parameters. `options` are those of
-        the constructor.
+        """Return a loss module that shares the parameters of a head such as ViT-MAE's `decoder_pred`. `options` are
+        further arguments of the constructor.
 
         Raises:
             TypeError, ValueError: the module is not a `torch.nn.Linear`, or does not predict whole patches.
@@ -293,8 +295,9 @@ class MaskedPixelLoss(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor, images: Tensor, patch_ids: Tensor, row_weight: Tensor | None = None) -> Tensor:
-        """Return the loss, scalar or [...], of hidden [..., dim] against the patches patch_ids [...] int of images [B,
-        C, H, W], with row_weight [...]. Images are uint8, uint16, or floating-point and already normalised."""
+        """Return the loss, a scalar or [...], of the predictions from hidden [..., dim]. The targets are the patches
+        patch_ids [...] int of images [B, C, H, W]; row_weight is [...]. Images are uint8, uint16, or floating-point and
+        already normalised."""
         return masked_pixel_loss(
             hidden,
             self.weight,

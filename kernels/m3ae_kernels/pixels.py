@@ -1,8 +1,8 @@
 """Extraction of patches from images in plain torch, shared by `patch_embed` and `masked_pixel_loss`.
 
 Inside the ops, the order within patches follows the memory of the images: (channel, row, column) for contiguous images,
-(row, column, channel) for images in channels_last memory. Callers see only the second order; if the orders differ, the
-weight is permuted, which is a small copy.
+(row, column, channel) for images in channels_last memory. Callers always use the second order. If the orders differ,
+the weight is permuted, which needs only a small copy.
 
 Shapes: B images, C channels, H x W pixels, P patch size, N rows, K = P * P * C.
 """

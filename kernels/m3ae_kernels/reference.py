@@ -1,7 +1,7 @@
 """Reference implementations of all ops in a few lines of plain, differentiable torch, for tests and benchmarks.
 
 They have the same arguments and results as the ops and are written for readability: nothing is chunked or recomputed.
-Sums use the dtype of the inputs, so float64 inputs give reliable results.
+Sums are computed in the dtype of the inputs, so use float64 inputs to obtain reliable results.
 """
 
 from collections.abc import Sequence
@@ -156,7 +156,8 @@ def flash_attn_varlen_func(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
 ) -> tuple[Tensor, Tensor]:
-    """See `m3ae_kernels.flash_attn_varlen_func`, with return_attn_probs; samples are processed one after another."""
+    """See `m3ae_kernels.flash_attn_varlen_func` with return_attn_probs=True. Samples are processed one after
+    another."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     left, right = (side if side >= 0 else max(len(q), len(k)) for side in window_size)
     right = 0 if causal else right

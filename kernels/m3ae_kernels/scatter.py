@@ -47,8 +47,8 @@ def scatter_tokens(
             dtype; the gradients of fill and table are summed in a fixed order, without atomics.
 
     Raises:
-        TypeError, ValueError: the dtype, shape or device of the named argument is wrong, or the argument that belongs
-            to it is missing.
+        TypeError, ValueError: the dtype, shape or device of the named argument is wrong, or another argument that it
+            requires is missing.
     """
     check_float("x", x, (..., None), x)
     check_index("src", src, (...,), x)
@@ -71,8 +71,9 @@ def scatter_tokens(
 def scatter_orders(
     src: Tensor, fill_ids: Tensor | None = None, table_ids: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return (fill_order, table_order) for `scatter_tokens`, [T] int32 each, None for ids that are None. These are the
-    orders in which the backward pass sums the rows of fill and table. Meant for data loaders."""
+    """Return (fill_order, table_order) for `scatter_tokens`: each is [T] int32, or None if its ids are None. These are
+    the orders in which the backward pass sums the rows of fill and table. Data loaders can call this function in
+    advance."""
     return (
         None if fill_ids is None else segment_order(as_rows(_filled(src, fill_ids), 0)),
         None if table_ids is None else segment_order(as_rows(table_ids, 0)),
@@ -118,7 +119,7 @@ def _forward(
         return scatter_tokens(x, src, fill, fill_ids, table, table_ids)
     parts, ids_T = [x], src
     if fill is not None and fill_ids is not None:
-        if len(fill) > len(src):  # for a whole vocabulary, only the required rows are used
+        if len(fill) > len(src):  # if fill is a whole vocabulary, only the required rows are used
             fill = fill.index_select(0, fill_ids.clamp(min=0))
             fill_ids = torch.where(fill_ids < 0, -1, torch.arange(len(src), device=src.device))
         parts.append(fill)

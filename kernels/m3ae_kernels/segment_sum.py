@@ -8,17 +8,18 @@ from torch import Tensor
 
 
 def segment_order(ids: Tensor) -> Tensor:
-    """Return the order in which `segment_sum` adds rows with these ids [T], for callers that know the ids in advance:
-    [T] int32, a stable sort with negative ids first."""
+    """Return the order [T] int32 in which `segment_sum` adds rows with these ids [T]: a stable sort with negative ids
+    first. This is for callers that know the ids in advance."""
     return torch.argsort(ids, stable=True).int()
 
 
 def segment_sum(
     rows_TD: Tensor, ids_T: Tensor, count: int, dtype: torch.dtype, impl: str, order_T: Tensor | None = None
 ) -> Tensor:
-    """Return out [count, D] of `dtype`, out[k] = sum of rows[t] over the t with ids[t] == k in order of t; negative ids
-    are left out. Sums are computed in float32 (float64 for float64 rows), without atomics. `impl` is "triton" or
-    "torch"; `order_T` is `segment_order(ids_T)`, computed if it is not given."""
+    """Return out [count, D] of `dtype`, where out[k] is the sum of rows[t] over all t with ids[t] == k, in order of t.
+    Rows with negative ids are left out. Sums are computed in float32 (float64 for float64 rows), without atomics.
+    `impl` is "triton" or "torch". `order_T` is the result of `segment_order(ids_T)`; if it is not given, it is
+    computed."""
     if impl == "triton":
         from .triton_impl.segment_sum import segment_sum
 
@@ -27,8 +28,8 @@ def segment_sum(
     ids = ids_T.clamp(min=-1).long()
     if count <= len(ids):
         return _sums(wide, ids, count).to(dtype)
-    # Most rows of a large table do not occur: sums are computed for the occurring ids and then placed. The last
-    # position is for negative ids.
+    # Most rows of a large table are not looked up. Sums are computed only for the ids that occur, and then written to
+    # their positions. The last position is for negative ids.
     order = torch.argsort(ids, stable=True) if order_T is None else order_T
     ordered = ids.index_select(0, order)
     run = torch.cumsum(ordered.diff(prepend=ordered[:1]) != 0, 0)

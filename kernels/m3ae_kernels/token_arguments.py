@@ -28,7 +28,7 @@ class Options(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Output tensors of the implementations. Those that are not required are empty."""
+    """Output tensors of the implementations. Outputs that are not required are empty tensors."""
 
     row_loss: Tensor  # [M]
     correct: Tensor  # bool [M]

@@ -39,7 +39,8 @@ from .token_arguments import Inputs, Options, Results
 
 # Workspace for logits in bytes; large enough for full matmul speed.
 WORKSPACE = {"triton": 256 << 20, "torch": 64 << 20}
-# The torch implementation computes the softmax in float32, for a number of rows at a time that fits into the caches.
+# Bytes of float32 values in the softmax of the torch implementation; so few rows are processed at a time that they fit
+# into the caches.
 SOFTMAX_BYTES = 8 << 20
 
 
@@ -67,9 +68,9 @@ def masked_token_loss(
         targets: [...] int32 or int64 in [0, V), or `ignore_index`.
         bias: [V], or None for no bias.
         row_weight: [...] floating-point, or None for ones.
-        reduction: "sum"; "mean", the sum divided by the sum of the weights of the rows that are not ignored, 0 if there
-            are none; or "none", the summands, [...]. None means "sum" and issues a FutureWarning, because the default
-            will be "mean" from the next release on.
+        reduction: "sum", "mean" (the sum divided by the total weight of the rows that are not ignored; 0 if there are
+            none) or "none" (the terms of the sum, [...]). None means "sum" and issues a FutureWarning, because the
+            default will be "mean" from the next release on.
         ignore_index: rows with this target have a loss of 0 and no gradient, and never count as correct.
         label_smoothing: as in torch.nn.functional.cross_entropy.
         z_loss: weight of the squared log-partition (Chowdhery et al., arXiv 2204.02311, section 5).
@@ -79,12 +80,12 @@ def masked_token_loss(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        The loss, a scalar or [...], float32 (float64 for float64 hidden), and with return_correct also correct, bool
-        [...]: whether the target is the index of the largest logit (the first one if several are equal). The matmuls
-        run in autocast's dtype if autocast is enabled, otherwise in the dtype of hidden; the softmax runs in float32.
-        Gradients are computed for hidden, weight, bias and row_weight. The first three are computed in the forward pass
-        if they are required; with "none", they are computed in the backward pass, which repeats the matmuls. A target
-        out of range raises IndexError on a CPU, and gives a loss of NaN on a GPU.
+        The loss in float32 (float64 for float64 hidden), a scalar, or [...] with reduction "none". With return_correct,
+        also `correct`, bool [...]: whether the target is the index of the largest logit (the first one if several are
+        equal). The matmuls run in autocast's dtype if autocast is enabled, otherwise in the dtype of hidden; the
+        softmax runs in float32. Gradients are computed for hidden, weight, bias and row_weight. The first three are
+        computed in the forward pass if they are required; with "none", they are computed in the backward pass, which
+        repeats the matmuls. If a target is out of range, IndexError is raised on a CPU, and the loss is NaN on a GPU.
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
@@ -142,8 +143,8 @@ def _forward(
     workspace: int | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, the row losses, the unit, the gradients of hidden, weight and bias divided by the unit, and
-    correct."""
+    """Return the loss, the row losses, the unit (see `unit_weights`), the gradients of hidden, weight and bias divided
+    by the unit, and `correct`."""
     options = Options(ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace, impl)
     return _loss(Inputs(hidden, weight, bias, row_weight, targets), options, needs)
 
@@ -280,7 +281,7 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
         for first in range(0, len(hidden_CD), softmax_rows):
             part_CV = grad_CV[first : first + softmax_rows]
             softmax(slice(start + first, start + first + len(part_CV)), part_CV)
-        # The row weights are applied to the narrow matrices and not to the wide one, which takes less time.
+        # To save time, the row weights are applied to the narrow matrices and not to the wide one.
         if needs[0]:
             torch.mul(grad_CV @ weight, unit_weight_C1, out=grad_hidden[start : start + chunk])
         if needs[1]:
@@ -327,7 +328,8 @@ class MaskedTokenLoss(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options) -> "MaskedTokenLoss":
-        """Return the loss of a language model's head, with shared parameters. `options` are those of the constructor.
+        """Return a loss module that shares the parameters of a language model's head. `options` are further arguments
+        of the constructor.
 
         Raises:
             TypeError: the module is not a `torch.nn.Linear`.
@@ -347,7 +349,7 @@ class MaskedTokenLoss(nn.Module):
     def forward(
         self, hidden: Tensor, targets: Tensor, row_weight: Tensor | None = None, *, return_correct: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the loss, scalar or [...], of hidden [..., dim], targets [...] int and row_weight [...]; with
+        """Return the loss, a scalar or [...], for hidden [..., dim], targets [...] int and row_weight [...]. With
         return_correct, return (loss, correct [...] bool)."""
         return masked_token_loss(
             hidden,

@@ -1,5 +1,4 @@
-"""Copying memory on a CPU as a few wide elements, which is many times faster than copying it as 8- or 16-bit
-elements."""
+"""Copies of CPU memory as a few wide elements, which are many times faster than copies of 8- or 16-bit elements."""
 
 import math
 

@@ -13,8 +13,8 @@ from .per_sample import PER_SAMPLE
 
 
 def own_kernel(impl: str, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """Return this package's kernel, which supports `Scores` of any kind and is bitwise deterministic on CUDA. `impl` is
-    the same as in `kernel_for`."""
+    """Return this package's kernel, which supports `Scores` of any kind and is bitwise deterministic on CUDA. `impl`
+    has the same meaning as in `kernel_for`."""
     if choose_impl(impl, device, dtype) == "torch":
         return PADDED
     from ..triton_impl.attention import TRITON
@@ -25,8 +25,9 @@ def own_kernel(impl: str, device: torch.device, dtype: torch.dtype) -> Kernel:
 def kernel_for(impl: str, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
     """Return the kernel for attention of samples with about `length` keys. `impl` is "auto", "triton" or "torch".
 
-    On CUDA, the first call for each head configuration takes a second to benchmark the installed kernels; float64,
-    and devices other than CUDA and the CPU, run on torch."""
+    For 16-bit inputs on CUDA, the first "auto" call for each head configuration benchmarks the installed kernels, which
+    takes about a second. For wider inputs on CUDA, "auto" uses torch, as does every call on a device other than CUDA
+    and the CPU unless `impl` is "triton"."""
     if impl != "auto":
         impl = choose_impl(impl, device, dtype)
     if impl == "triton":

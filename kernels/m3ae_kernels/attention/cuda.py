@@ -1,7 +1,7 @@
 """Attention kernels on CUDA GPUs: the fastest of those in flash-attn (2, 3 and 4), cuDNN, torch and this package.
 
 No kernel is fastest in all cases: flash-attn 3 pads a head dimension of 32 to 64 and works in tiles of 192 keys, which
-a sample of 70 visible tokens fills only in part; flash-attn 2 has neither disadvantage, but lacks Hopper's
+a sample of 70 visible tokens fills only partly; flash-attn 2 has neither disadvantage, but does not use Hopper's
 instructions. Therefore each kernel is benchmarked once on random samples of a given length, forward and backward. A
 kernel that is not installed, fails or computes wrong results on this GPU is excluded, and the log states the reason.
 The same applies to this package's own Triton kernel.
@@ -26,10 +26,10 @@ from .padded import PADDED
 
 SAMPLES = 64  # number of samples in a check
 HALVES = (torch.bfloat16, torch.float16)
-HEAD_START = 20_000_000  # cycles that the GPU waits for the host's launches, about 10 ms
+HEAD_START = 20_000_000  # GPU cycles to wait while the host launches kernels, about 10 ms
 ROUNDS = 3  # rounds of a benchmark, each with the same number of calls
 CUDNN_ROWS = 129  # minimum value to pass as the length of the longest sample, so that cuDNN is used
-ERROR = 0.03  # largest relative difference (of norms) between two kernels in bf16
+ERROR = 0.03  # maximum relative difference (of norms) that is allowed between two kernels in bf16
 
 Inputs = tuple[Tensor, Tensor, Segments]  # qkv, the gradient of the result, and the samples
 Maker = Callable[[torch.device], Kernel]
@@ -66,8 +66,8 @@ def try_out(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int,
 def trial(
     device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, samples: int = 0
 ) -> dict[str, float]:
-    """Return the time of each working kernel in milliseconds, by name, fastest first, for `samples` samples (0:
-    `SAMPLES`) of about `length` rows."""
+    """Return the time of each working kernel as {kernel name: milliseconds}, fastest first. The kernels are timed on
+    `samples` samples (0: `SAMPLES`) of about `length` rows."""
     if dtype not in HALVES:
         return {}
     inputs = example(device, dtype, heads, head_dim, length)
@@ -153,8 +153,8 @@ def distance(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def _seconds(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segments) -> float:
-    """Return the duration of one forward and backward pass. On a GPU, it is measured between events, with the host so
-    far ahead that the time of its launches does not matter."""
+    """Return the seconds of one forward and backward pass. On a GPU, this is the time between two events. The GPU is
+    first kept waiting while the host launches the kernels, so that the time of the launches does not matter."""
     inputs = qkv_T3HD, grad_THD, segments
     if qkv_T3HD.device.type != "cuda":
         started = time.perf_counter()
@@ -171,8 +171,8 @@ def _seconds(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segme
     return 1e-3 * start.elapsed_time(end) / ROUNDS
 
 
-# The available kernels. Argument names are those of flash-attn 2.8 and, in 2026, of the folders hopper/ and
-# flash_attn/cute/ of its repository. Versions with other argument names raise TypeError and are excluded.
+# The available kernels. The argument names are those of flash-attn 2.8 and, as of 2026, those in the folders hopper/
+# and flash_attn/cute/ of its repository. Versions with other argument names raise TypeError and are excluded.
 
 
 def _flash_attn_2(device: torch.device) -> Kernel:
@@ -250,9 +250,9 @@ def _torch_varlen(device: torch.device) -> Kernel:
 
 def _cudnn(device: torch.device) -> Kernel:
     """Return cuDNN's kernel. From version 2.14 on, torch's own attention over packed samples uses this kernel for
-    samples of more than 128 rows. Earlier versions never use it, and their backward pass of the op confuses the head
-    dimension with the number of rows of the longest sample and writes past its memory (pytorch/pytorch#186142). Raises
-    NotAvailable if torch would not use it."""
+    samples of more than 128 rows. Earlier versions never use it. In these versions, the backward pass of the op
+    confuses the head dimension with the number of rows of the longest sample, and writes past its memory
+    (pytorch/pytorch#186142). Raises NotAvailable if torch would not use it."""
     from torch.nn.attention import varlen
 
     if not varlen._should_use_cudnn(device.index or 0):

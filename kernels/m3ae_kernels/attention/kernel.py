@@ -26,14 +26,14 @@ class Segments:
 
 def check_segments(op: str, **segments: Segments) -> None:
     """Raise IndexError unless the boundaries increase from 0 to the number of rows. On a CPU, they are always checked;
-    elsewhere only with M3AE_KERNELS_CHECK=1. The keywords are the names of the arguments, for the message."""
+    elsewhere only with M3AE_KERNELS_CHECK=1. The keywords are the argument names that the message contains."""
     for name, each in segments.items():
         if ids.asked() or each.cu_seqlens.device.type == "cpu":
             ids.check_ends(op, name, each.cu_seqlens, each.rows, each.max_seqlen)
 
 
 def check_sizes(name: str, heads: int, dim: int, dropout_p: float) -> None:
-    """Raise ValueError if the number of heads or the head dimension is 0, or if `dropout_p` is not a fraction below
+    """Raise ValueError if the number of heads or the head dimension is 0, or if `dropout_p` is negative or at least
     1."""
     if not heads or not dim:
         raise ValueError(f"{name} has {heads} heads of dimension {dim}, but both must be at least 1")
@@ -70,13 +70,13 @@ class Scores:
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Return (left, right) as numbers of at most ALL_KEYS, which also replaces negative numbers and is larger than
-        any sample."""
+        """Return (left, right), both limited to ALL_KEYS, which is larger than any sample. Negative numbers are
+        replaced by ALL_KEYS."""
         left, right = (min(side, ALL_KEYS) if side >= 0 else ALL_KEYS for side in (self.left, self.right))
         return left, right
 
 
-ALL_KEYS = 1 << 29  # positions of queries and keys, and sums of both, stay within 32 bits
+ALL_KEYS = 1 << 29  # so small that positions of queries and keys, and sums of both, fit into 32 bits
 NATS = math.log(2)  # nats per power of 2
 
 

@@ -88,14 +88,13 @@ def _backward(library: ctypes.CDLL, grad, q, k, v, out, lse, dq, dk, dv, queries
 
 
 def _rows(x_THD: Tensor) -> Tensor:
-    """Return `x_THD`, copied if its rows are not contiguous: the only stride that the kernels support is the stride
-    between rows."""
+    """Return `x_THD`, copied if its rows are not contiguous, because the kernels support only a stride between rows."""
     return x_THD if x_THD.stride()[1:] == (x_THD.shape[2], 1) else x_THD.contiguous()
 
 
 def _run(function, queries: Segments, keys: Segments, *, q: Tensor, lse: Tensor, **tensors: Tensor) -> None:
-    """Compute all heads of all samples on the number of Python threads that torch uses. They synchronise once, whereas
-    torch's threads would synchronise after every op."""
+    """Compute all heads of all samples in Python threads, as many as torch uses. These threads synchronise once,
+    whereas torch's threads would synchronise after every op."""
     cu_queries, cu_keys = queries.cu_seqlens, keys.cu_seqlens
     samples, (rows, heads, dim) = len(cu_queries) - 1, q.shape
     tensors["q"] = q

@@ -39,11 +39,11 @@ def packed_attention(
     """Return softmax(q k^T / sqrt(D)) v within each sample.
 
     Args:
-        qkv: [..., 3, H, D] floating-point, T rows of queries, keys and values; or, with q, [..., 2, H, D], keys and
-            values.
+        qkv: [..., 3, H, D] floating-point, T rows of queries, keys and values. If q is given: [..., 2, H, D], T rows of
+            keys and values.
         cu_seqlens: [S + 1] int32 or int64: sample s consists of the rows cu_seqlens[s] to cu_seqlens[s + 1]. The values
             go from 0 to T, so that every row belongs to a sample.
-        max_seqlen: number of rows of the longest sample, or more.
+        max_seqlen: number of rows of the longest sample, or an upper bound.
         q: [..., H, D] floating-point, Q rows: separate queries, for example of only some of the rows.
         cu_queries, max_queries: cu_seqlens and max_seqlen of q. A sample may have no queries. It may also have no keys;
             the result of its queries is then 0.
@@ -52,13 +52,13 @@ def packed_attention(
         impl: "auto" for the fastest installed kernel, "triton" (D up to 128) or "torch".
 
     Returns:
-        [..., H, D], with the rows of the queries, in autocast's dtype if autocast is enabled, otherwise in the dtype of
-        qkv. Sums are computed in float32 (float64 for float64). Gradients are computed without atomics for qkv and q;
-        the gradient of qkv is one contiguous tensor with the layout of qkv.
+        [..., H, D], one row per query, in autocast's dtype if autocast is enabled, otherwise in the dtype of qkv. Sums
+        are computed in float32 (float64 for float64). Gradients are computed without atomics for qkv and q; the
+        gradient of qkv is one contiguous tensor with the layout of qkv.
 
     Raises:
-        TypeError, ValueError: the dtype, shape or device of the named argument is wrong, or the argument that belongs
-            to it is missing.
+        TypeError, ValueError: the dtype, shape or device of the named argument is wrong, or another argument that it
+            requires is missing.
     """
     check_float("qkv", qkv, (..., 3 if q is None else 2, None, None), qkv)
     check_sizes("qkv", qkv.shape[-2], qkv.shape[-1], dropout_p)

@@ -53,7 +53,7 @@ def _places(segments: Segments) -> Tensor:
 
 
 def _valid(keys: Segments) -> Tensor:
-    """Return a mask of existing keys, bool [S, 1, 1, M]."""
+    """Return a mask of the keys that are not padding, bool [S, 1, 1, M]."""
     lengths_S = keys.cu_seqlens.diff()
     return (torch.arange(keys.max_seqlen, device=lengths_S.device) < lengths_S[:, None])[:, None, None]
 

@@ -47,7 +47,7 @@ def _groups(queries: Segments, keys: Segments, heads: int) -> Iterator[_Group]:
 
 
 def _keys_lack(queries: Segments, keys: Segments) -> bool:
-    """Return whether a sample has queries and no keys."""
+    """Return whether any sample has queries but no keys."""
     return any(q_end > q and k_end == k for (q, q_end), (k, k_end) in zip(_ends(queries), _ends(keys)))
 
 

@@ -43,7 +43,7 @@ def flash_attn_varlen_func(
             k and v have fewer heads than q, they are repeated.
         cu_seqlens_q, cu_seqlens_k: [S + 1] int32 or int64: sample s consists of the rows cu_seqlens[s] to cu_seqlens[s
             + 1]. The values go from 0 to Q and from 0 to K, respectively. A sample may have no queries or no keys.
-        max_seqlen_q, max_seqlen_k: number of rows of the longest sample, or more.
+        max_seqlen_q, max_seqlen_k: number of rows of the longest sample, or an upper bound.
         dropout_p: fraction of the attention weights that are dropped. If it is above 0, all samples are padded to the
             longest.
         softmax_scale: positive; None for 1 / sqrt(D).
@@ -56,9 +56,9 @@ def flash_attn_varlen_func(
         return_attn_probs: whether to return (out, softmax_lse [H, Q], an empty tensor) instead of out. softmax_lse is
             the logarithm of the sum of exponentials of a query's scores, and infinite if the query attends to no key;
             it has no gradient.
-        impl: "auto", "triton" (D up to 128) or "torch". For plain scores, "auto" is the same as in `packed_attention`.
-            With softmax_scale, a causal mask or a window, "auto" selects the Triton kernel on a GPU and padded matmuls
-            on a CPU.
+        impl: "auto", "triton" (D up to 128) or "torch". "auto" has the same meaning as in `packed_attention`. However,
+            with softmax_scale, a causal mask or a window, it selects the Triton kernel on a GPU and padded matmuls on a
+            CPU.
 
     Returns:
         [Q, H, D] in autocast's dtype if autocast is enabled, otherwise in the dtype of q; 0 for a query that attends to

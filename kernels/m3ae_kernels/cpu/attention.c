@@ -4,10 +4,11 @@
    point and take tasks from a shared counter. Each task writes its own rows, so the results do not depend on the number
    of threads.
 
-   BF16: queries, keys, values and gradients are bf16; otherwise, they are float. PAIRS: products are computed from pairs
-   of bf16 values that are adjacent along the summed axis; one instruction multiplies 16 x 2 bf16 values and adds the
-   products to 16 floats. TILES: AMX does the same for 16 x 16 x 16 pairs at a time. Without PAIRS, products are computed
-   from floats. The operand of an instruction in one lane is called a unit. Sums are always computed in float.
+   BF16: queries, keys, values and gradients are bf16; otherwise, they are float. PAIRS: products are computed from pairs of
+   bf16 values that are adjacent along the summed axis; one instruction multiplies 16 x 2 bf16 values and adds the products to
+   16 floats. TILES: AMX does the same for 16 x 16 x 16 pairs at a time. Without PAIRS, products are computed from floats. What
+   an instruction multiplies in one lane, a pair of bf16 values or one float, is called a unit. Sums are always computed in
+   float.
 
    Shapes: m queries, n keys, d values per head; M and N are m and n rounded up to a multiple of ALIGN. */
 
@@ -18,8 +19,8 @@
 #include "vectors.h"
 
 #ifdef TILES
-#define BLOCK 32 /* rows of a block, whose scores are computed together: two tiles */
-#define ALIGN 32 /* M and N are multiples of it */
+#define BLOCK 32 /* number of rows whose scores are computed together: two tiles */
+#define ALIGN 32 /* M and N are multiples of ALIGN */
 #else
 #define BLOCK 8 /* 8 rows of 3 vectors fill the registers */
 #define ALIGN 16
@@ -60,15 +61,15 @@ static inline __m512 multiply_add(unit left, const unit *right, __m512 sum) {
 
 /* ---- layouts ---- */
 
-/* Copy rows unchanged, with zeros from row m on, for products whose summed axis is d. dst is [M, d / PER]. */
+/* Copy rows unchanged, with zeros from row m on, for products that sum over d. dst is [M, d / PER]. */
 static void copy_rows(const value *x, long row, long m, long M, long d, unit *dst) {
     for (long i = 0; i < M; i++)
         for (long c = 0; c < d; c += LANES)
             put(dst + (i * d + c) / PER, i < m ? load(x + i * row + c) : _mm512_setzero_ps());
 }
 
-/* Join PER rows to units: dst[r][c] contains column c of the rows from PER * r on, for products whose summed axis is that
-   of the rows. dst is [N / PER, d]. */
+/* Join PER rows to units, for products that sum over rows: dst[r][c] contains column c of PER rows from row PER * r on. dst is
+   [N / PER, d]. */
 static void join_rows(const value *x, long row, long n, long N, long d, unit *dst) {
     for (long r = 0; r < N; r += PER)
         for (long c = 0; c < d; c += LANES) {
@@ -94,7 +95,7 @@ static void flip(const void *src, long rows, long columns, void *dst) {
         }
 }
 
-/* Store scale * c[i][:] to the rows of a result. */
+/* Store the rows scale[i] * c[i][:] in a result. */
 static void store_rows(const float *c, long rows, long d, const float *scale, long scale_step, value *dst, long row) {
     for (long i = 0; i < rows; i++) {
         const __m512 factor = _mm512_set1_ps(scale[i * scale_step]);
@@ -213,7 +214,7 @@ static int forward_head(Head h, value *out, long out_row, float *lse, Scratch *s
         float shift[BLOCK], total[BLOCK], inverse[BLOCK];
         const long rows = m - i < BLOCK ? m - i : BLOCK;
         product(q + i * d / PER, k_flipped, s, BLOCK, N, d / PER);
-        for (long r = 0; r < rows; r++) { /* the maxima of all rows first, so that the sum of a row does not have to wait */
+        for (long r = 0; r < rows; r++) { /* all maxima are computed first, so that no row's sum has to wait for them */
             const float *row = s + r * N;
             __m512 top = _mm512_set1_ps(-INFINITY);
             for (long j = 0; j < n; j += LANES) top = _mm512_mask_max_ps(top, lanes(n - j), top, _mm512_loadu_ps(row + j));
@@ -267,7 +268,7 @@ static int backward_head(Head h, const value *out, long out_row, const value *g,
     join_rows(g, g_row, m, M, d, grad_joined);
     join_rows(h.k, h.k_row, n, N, d, k_joined);
     flip(k_joined, N / PER, d, k_across);
-    for (long i = 0; i < M; i++) { /* the mean of dp weighted by p is out times grad; padding has p = 0 */
+    for (long i = 0; i < M; i++) { /* the mean of dp weighted by p is the dot product of out and grad; padding has p = 0 */
         __m512 sum = _mm512_setzero_ps();
         for (long j = 0; i < m && j < d; j += LANES)
             sum = _mm512_fmadd_ps(load(out + i * out_row + j), load(g + i * g_row + j), sum);
@@ -306,8 +307,8 @@ static int backward_head(Head h, const value *out, long out_row, const value *g,
 
 /* ---- all heads of all samples ---- */
 
-/* The arguments of a call; native.py has the same fields. A row of q, k, v, out, grad or a gradient contains all heads, one
-   after another; rows are `_row` values apart. */
+/* The arguments of a call; the class `_Work` in native.py has the same fields. A row of q, k, v, out, grad or a gradient
+   contains all heads, one after another; the fields `..._row` are the strides between rows, in values. */
 typedef struct {
     const value *q, *k, *v;
     long q_row, k_row, v_row;

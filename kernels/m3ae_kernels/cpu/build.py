@@ -43,7 +43,7 @@ def may_use_tiles() -> bool:
 
 @functools.cache
 def load(source: str, flags: tuple[str, ...], otherwise: str) -> ctypes.CDLL | None:
-    """Return the kernels of `source`, a file of this folder, compiled with `flags`.
+    """Return the kernels of `source`, a file in this folder, compiled with `flags`.
 
     Return None if the kernels cannot be built. The first failure logs a warning that begins with `otherwise`, which
     describes the fallback.
@@ -92,8 +92,8 @@ def _is_whole(library: Path) -> bool:
 
 
 def _built(command: list[str], name: str, folder: Path) -> Path:
-    """Compile to `name`-CHECKSUM.so. Several processes may do so at the same time, because each renames a complete file
-    of its own."""
+    """Compile to `name`-CHECKSUM.so. Several processes may do this at the same time, because each process writes its
+    own file and renames it when it is complete."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / "library.so"
         _run([*command, "-o", str(built), "-lm"])
@@ -117,7 +117,8 @@ def _run(command: list[str]) -> None:
 
 
 def _users_cache() -> Path | None:
-    """Return the folder of compiled kernels, which may not exist yet; None if the user has no home folder."""
+    """Return the user's cache folder for compiled kernels, which may not exist yet; None if the user has no home
+    folder."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3ae_kernels"
     except RuntimeError:
@@ -125,8 +126,8 @@ def _users_cache() -> Path | None:
 
 
 def _folder_for_builds() -> Path:
-    """Return the user's cache. If it cannot be used, log a warning and return a temporary folder, which this process
-    removes at its end."""
+    """Return the user's cache folder. If it cannot be used, log a warning and return a temporary folder, which is
+    removed when this process ends."""
     reason: object = "there is no home folder"
     cache = _users_cache()
     if cache is not None:

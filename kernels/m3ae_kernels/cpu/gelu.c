@@ -7,7 +7,7 @@ void forward(const value *x, value *y, long count, int threads) {
     for (long i = 0; i < count; i += LANES) store_some(y + i, count - i, gelu(load_some(x + i, count - i)));
 }
 
-/* dx = grad times the derivative at x; y is the same as in `forward`. */
+/* Set dx to grad times the derivative of GELU at x, and y to GELU of x. */
 void backward(const value *grad, const value *x, value *dx, value *y, long count, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < count; i += LANES) {

@@ -2,8 +2,8 @@
    the gradient of their input, grad w, optionally through a GELU.
 
    Products are [R, K] by [K, N]. The weight is packed first: pairs along K are adjacent, and N is split into panels of 32
-   columns, whose blocks of 32 by 32 are two tiles each. Each part of the weight is multiplied with all rows before the next
-   part; a strip of rows stays in a core's first-level cache. Results are written with non-temporal stores, because they do
+   columns, whose blocks of 32 by 32 are two tiles each. Each part of the weight is multiplied by all rows before the next part
+   is used; a strip of rows stays in a core's first-level cache. Results are written with non-temporal stores, because they do
    not fit into the caches. Every result is a single sum over K in float, regardless of the number of threads. */
 
 #include <omp.h>
@@ -12,10 +12,10 @@
 
 #ifdef TILES
 #define STRIP 32       /* rows that are multiplied at a time */
-#define PART (1 << 19) /* values of the weight in a part, which stays in the second-level cache */
+#define PART (1 << 19) /* values of the weight per part; a part stays in the second-level cache */
 #else
 #define STRIP 14
-#define PART (1 << 20) /* the part stays in the third-level cache */
+#define PART (1 << 20) /* a part stays in the third-level cache */
 #endif
 #define ROWS (8 * STRIP) /* rows that a thread takes at a time */
 
@@ -50,7 +50,7 @@ static void pack(const void *w, long N, long k, long n, int wide, bf16 *tiles) {
     }
 }
 
-/* STRIP x 32 sums that are to be written to memory. */
+/* STRIP x 32 sums, and where to write their results. */
 typedef struct {
     float *sums;
     const float *bias;
@@ -100,7 +100,8 @@ typedef struct {
 } Strip;
 
 #ifdef TILES
-/* Return rows r to r + STRIP: in place or, if some do not exist, copied to `buffer` with zeros for the missing rows. */
+/* Return the STRIP rows from row r on. If some of them do not exist, they are copied to `buffer`, with zeros for the missing
+   rows. */
 static inline Strip take_strip(const bf16 *x, bf16 *buffer, long r, long R, long K, long row, long panels) {
     if (r + STRIP <= R) return (Strip){x + r * row, row, x + (r + STRIP) * row, (STRIP - 1 + panels) / panels};
     memset(buffer, 0, STRIP * K * sizeof(bf16));
@@ -108,8 +109,8 @@ static inline Strip take_strip(const bf16 *x, bf16 *buffer, long r, long R, long
     return (Strip){buffer, K, buffer, 0};
 }
 
-/* Compute the product of a strip and a panel as the sums of `now`. Meanwhile, the previous result is written to memory, and
-   rows of the next strip and the h of this result are prefetched, so that loads and stores overlap with the AMX
+/* Compute the product of a strip and a panel, and store it as the sums of `now`. Meanwhile, write the previous result to
+   memory, and prefetch rows of the next strip and the values `h` of this result, so that loads and stores overlap with the AMX
    instructions. The tiles of the weight bypass the first-level cache (tileloaddt1). */
 static inline void multiply(Strip *strip, const bf16 *panel, long steps, const Result *now, Result *before, long N,
                             int kind) {
@@ -143,8 +144,8 @@ static inline void multiply(Strip *strip, const bf16 *panel, long steps, const R
     *before = *now;
 }
 #else
-/* Copy rows r to r + STRIP to `buffer`, with zeros for missing rows, in blocks of 32 values per row. Rows at a distance of a
-   power of two would evict each other from the cache. */
+/* Copy the STRIP rows from row r on to `buffer`, with zeros for missing rows, in blocks of 32 values per row. Without this
+   copy, rows at a distance of a power of two would evict each other from the cache. */
 static inline Strip take_strip(const bf16 *x, bf16 *buffer, long r, long R, long K, long row, long panels) {
     for (long i = 0; i < STRIP; i++)
         for (long k = 0; k < K; k += 32) {
@@ -154,8 +155,8 @@ static inline Strip take_strip(const bf16 *x, bf16 *buffer, long r, long R, long
     return (Strip){.x = buffer};
 }
 
-/* Compute the product of a strip and a panel, and write it to memory: each bf16 pair of a row is broadcast and multiplied
-   with 32 columns. */
+/* Compute the product of a strip and a panel, and write it to memory: each bf16 pair of a row is broadcast and multiplied by 32
+   columns. */
 static inline void multiply(Strip *strip, const bf16 *panel, long steps, const Result *now, Result *before, long N,
                             int kind) {
     const bf16 *x = strip->x;
@@ -186,8 +187,8 @@ static inline void multiply(Strip *strip, const bf16 *panel, long steps, const R
 }
 #endif
 
-/* The computation of `linear`: out [R, N] = x [R, K], whose rows are `row` values apart, times a packed weight, plus bias [N],
-   which may be NULL. */
+/* The computation of `linear`: out [R, N] is the product of x [R, K] and a packed weight, plus bias [N], which may be NULL.
+   `row` is the stride between rows of x, in values. */
 typedef struct {
     const bf16 *x;
     const float *bias;
@@ -219,10 +220,10 @@ static inline void work(const Product *all, bf16 *buffer, int kind) {
     for (long r = 0; r < before.rows; r++) put_row(&before, r, N, kind);
 }
 
-/* x is [R, K], with rows that are `row` values apart. The weight is float if `wide` is set, otherwise bf16; it is [N, K] if
-   `transposed` is set, otherwise [K, N]. bias [N] may be NULL. If h [R, N] is given, the kind is THROUGH_GELU; if only y is
-   given, it is BEFORE_GELU. `packed` has space for the weight. K and N are multiples of 32; out, y and packed are aligned to
-   64 bytes. Returns 0 if an allocation fails. */
+/* x is [R, K]; `row` is its stride between rows, in values. The weight is float if `wide` is set, otherwise bf16; it is [N, K]
+   if `transposed` is set, otherwise [K, N]. bias [N] may be NULL. If h [R, N] is given, the kind is THROUGH_GELU; if only y is
+   given, it is BEFORE_GELU. `packed` has space for the weight. K and N are multiples of 32; out, y and packed are aligned to 64
+   bytes. Returns 0 if an allocation fails. */
 int linear(const bf16 *x, const void *weight, const float *bias, const bf16 *h, bf16 *packed, bf16 *out, bf16 *y, long R,
            long K, long N, long row, int transposed, int wide, int threads) {
     const long steps = K / 32, panels = N / 32;

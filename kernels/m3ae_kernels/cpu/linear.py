@@ -1,4 +1,5 @@
-"""The linear layer of the transformer blocks: torch's own, except on CPUs for which another implementation is faster.
+"""The linear layer of the transformer blocks: torch's own function, except on CPUs on which another implementation is
+faster.
 
 Shapes: R rows, I inputs, O outputs.
 """
@@ -39,9 +40,9 @@ class Linear(nn.Linear):
 def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     """Return the result of torch.nn.functional.linear, including the behaviour of autocast.
 
-    In float32 on AMD CPUs, oneDNN is used, because MKL, which torch uses, reaches only half of its speed; on Intel
-    CPUs, MKL is faster by a tenth. In bf16 on CPUs with AMX, and on AMD CPUs with AVX-512's bf16 dot products, linear.c
-    and weight_gradient.c are used, which do not round the bias and the gradients of parameters to bf16.
+    For float32 on AMD CPUs, oneDNN is used, which is twice as fast as torch's choice, MKL; on Intel CPUs, MKL is faster
+    by a tenth. For bf16 on CPUs with AMX, and on AMD CPUs with AVX-512's bf16 dot products, linear.c and
+    weight_gradient.c are used, which do not round the bias and the gradients of parameters to bf16.
     """
     dtype = matmul_dtype(x_RI, weight_OI)
     if dtype is None or not (_by_onednn(dtype, weight_OI) or by_kernels(dtype, weight_OI)):
@@ -51,9 +52,9 @@ def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
 
 def matmul_dtype(x_RI: Tensor, weight_OI: Tensor) -> torch.dtype | None:
     """Return the dtype in which `linear` multiplies; None if torch's own function is used, for example on a GPU or for
-    two different dtypes. The result does not depend on the number of rows: otherwise, compiled graphs could differ
-    between ranks, which would then compute gradients in different orders, and ZeRO reduces gradients in the order in
-    which they are computed."""
+    two different dtypes. The result does not depend on the number of rows. If it did, compiled graphs could differ
+    between ranks, and the ranks would compute gradients in different orders. With ZeRO, the order must be the same on
+    all ranks, because gradients are reduced in the order in which they are computed."""
     if x_RI.device.type != "cpu":
         return None
     if torch.is_autocast_enabled("cpu"):
@@ -111,9 +112,10 @@ def product(
     before_gelu: bool = False,
     hidden_RN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return x @ weight + bias, computed by linear.c. weight is [K, N], or [N, K] with `transposed`. Tensors are bf16;
-    weight and bias may be float32. With `before_gelu`, the second result is GELU of the first. With `hidden`, the first
-    result is multiplied by the gradient of GELU at hidden, and the second is GELU of hidden."""
+    """Return (x @ weight + bias, None), computed by linear.c. weight is [K, N], or [N, K] with `transposed`. Tensors
+    are bf16; weight and bias may be float32. With `before_gelu`, the second result is GELU of the first result. With
+    `hidden`, the first result is multiplied by the derivative of GELU at hidden, and the second result is GELU of
+    hidden."""
     library = _product_library()
     assert library is not None
     x_RK, weight = _rows(x_RK), weight.contiguous()
@@ -201,8 +203,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def wanted(grads: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor) -> list[Tensor]:
-    """Return the gradients in the form that a custom op may return: an empty tensor in place of each gradient that is
-    not needed."""
+    """Return the gradients in the form that a custom op may return: gradients that are not needed are replaced by empty
+    tensors."""
     return [grad if need and grad is not None else like.new_empty(0) for grad, need in zip(grads, needs)]
 
 

@@ -1,8 +1,8 @@
 """fc2(GELU(fc1(x))) as one op, forward and backward, on CPUs with AVX-512.
 
-GELU is fused with the matmul before it (linear.c) or computed separately (gelu.c); compiled torch takes two to three
-times as long, mainly for e ** x. The backward pass keeps only the input of GELU and recomputes GELU together with its
-gradient.
+GELU is fused with the matmul before it (linear.c) or computed separately (gelu.c); code compiled by torch takes two to
+three times as long, mainly because of e ** x. For the backward pass, only the input of GELU is kept; GELU is recomputed
+together with its gradient.
 
 Shapes: R rows, I inputs, H hidden values, O outputs.
 """
@@ -32,8 +32,8 @@ from .linear import (
 
 
 def mlp(x_RI: Tensor, weight_HI: Tensor, bias_H: Tensor, weight_OH: Tensor, bias_O: Tensor) -> Tensor | None:
-    """Return fc2(gelu(fc1(x))), [R, O], with GELU's tanh approximation and the dtypes of autocast; None if there is no
-    kernel for this CPU."""
+    """Return fc2(gelu(fc1(x))), [R, O], with the tanh approximation of GELU. Dtypes follow autocast. Return None if
+    there is no kernel for this CPU."""
     dtype = matmul_dtype(x_RI, weight_HI)
     if dtype not in DTYPES:
         return None
@@ -73,7 +73,7 @@ def _fake_hidden_gradients(grad_RO, weight_OH, hidden_RH, needs):
 
 def _setup_context(ctx, inputs, output):
     x_RI, weight_HI, _, weight_OH, _ = inputs
-    # zeros for the gradient of GELU's input would be the largest tensor of the backward pass
+    # without this, a tensor of zeros for the gradient of GELU's input would be the largest tensor of the backward pass
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_RI, weight_HI, weight_OH, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -84,7 +84,7 @@ def _backward(ctx, grad_RO, _):
         return (None,) * 5
     x_RI, weight_HI, weight_OH, hidden_RH = ctx.saved_tensors
     needs = list(ctx.needs_input_grad)
-    # two ops, so that a compiled graph frees GELU's input between them and computes x only afterwards
+    # two ops, so that a compiled graph frees GELU's input after the first one, and computes x only for the second one
     grad_RH, *of_fc2 = mlp_backward_op(grad_RO, weight_OH, hidden_RH, needs[3:])
     grads = *linear_backward_op(grad_RH, x_RI, weight_HI, needs[:3]), *of_fc2
     return tuple(grad if need else None for grad, need in zip(grads, needs))

@@ -1,5 +1,5 @@
-"""LayerNorm: torch's own, except for gradients in 16 bits on a CPU. There, torch sums the gradients of weight and bias
-in 16 bits too, with errors of 7 %, or of 58 % if a sum is small compared with its terms.
+"""LayerNorm: torch's own function, except for 16-bit inputs on a CPU. There, torch also sums the gradients of weight
+and bias in 16 bits, with errors of 7 %, or of 58 % if a sum is small compared with its terms.
 
 Shapes: R rows, D width.
 """
@@ -25,8 +25,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 def layer_norm(x_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """Return the result of torch.nn.functional.layer_norm, whose gradients are accumulated in float32. torch.compile's
-    own code already sums in float32."""
+    """Return the result of torch.nn.functional.layer_norm, with gradients that are accumulated in float32. Under
+    torch.compile, torch's own function is used, because its compiled code accumulates in float32."""
     low = x_RD.device.type == "cpu" and x_RD.dtype in (torch.bfloat16, torch.float16)
     if torch.compiler.is_compiling() or not low:
         return F.layer_norm(x_RD, weight_D.shape, weight_D, bias_D, eps)
@@ -64,8 +64,8 @@ _backward = once("layer_norm", _gradients)
 def layer_norm_gradients(
     grad_RD: Tensor, x_RD: Tensor, weight_D: Tensor, mean_R1: Tensor, rstd_R1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, in its dtype, and of weight and bias, in float32 like weight, mean and reciprocal
-    standard deviation."""
+    """Return the gradients of x, in its dtype, and of weight and bias, in float32. weight, mean and rstd are float32 as
+    well."""
     library = _library() if x_RD.dtype == torch.bfloat16 and x_RD.dtype in DTYPES else None
     if library is None:
         wide = grad_RD.float(), x_RD.float(), weight_D.shape, mean_R1, rstd_R1, weight_D, weight_D

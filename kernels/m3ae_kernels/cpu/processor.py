@@ -38,7 +38,7 @@ def this_cpu() -> Cpu:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         text = ""
-    # all cores are equal, so the entry of the last one is used
+    # all cores are equal, so the entry of the last core is used
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
     name = re.sub(r"\((R|TM)\)", "", fields.get("model name", ""))
     if name and not re.search(r"\d", name):  # in virtual machines, "AMD EPYC" may be any model

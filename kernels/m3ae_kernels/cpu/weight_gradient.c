@@ -1,10 +1,10 @@
-/* Gradients of a linear layer's weight and bias, from bf16, on CPUs with AMX or with AVX-512's products of pairs: left^T right,
-   and the sums of both over rows.
+/* Gradients of a linear layer's weight and bias, computed from bf16 values on CPUs with AMX or with AVX512_BF16's dot products:
+   left^T right, and the sums of left and of right over their rows.
 
-   The wider of the two operands is `wide`, the other one `narrow`; the result is [W, N], or [N, W] if `transposed` is set. The
-   summed axis is that of the rows: both operands are packed as pairs of adjacent rows, and AMX requires the transpose of this
-   layout for `wide`. A thread takes a panel of columns of `wide`, and sums its products with all of `narrow` in its cache,
-   DEPTH rows at a time, so results do not depend on the number of threads.
+   The wider of the two operands is `wide`, the other one is `narrow`; the result is [W, N], or [N, W] if `transposed` is set.
+   Products sum over rows, so both operands are packed as pairs of adjacent rows; AMX requires the transpose of this layout for
+   `wide`. A thread takes a panel of columns of `wide`, and sums its products with all of `narrow` in its cache, DEPTH rows at a
+   time. The results therefore do not depend on the number of threads.
 
    Pairs are created by unpacklo and unpackhi, which select alternating groups of 4 columns: each tile contains 16 of 32
    columns. The first tile contains the groups with even numbers, and the second tile contains the groups with odd numbers.
@@ -30,7 +30,7 @@ static inline void add(__m512i x, __m512 *even, __m512 *odd) {
     *odd = _mm512_add_ps(*odd, _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xFFFF0000))));
 }
 
-/* Pack 32 rows and 32 columns into two tiles of pairs of rows, or of their transpose. */
+/* Pack 32 rows and 32 columns into two tiles of pairs of rows, or into the transpose of these tiles. */
 static inline void pack(const bf16 *x, long row, long at, long rows, int transpose, bf16 *tiles, float *sums) {
     __m512i low[16], high[16];
     __m512 even = _mm512_loadu_ps(sums), odd = _mm512_loadu_ps(sums + 16);
@@ -55,7 +55,7 @@ static void add_sums(const float *sums, long columns, float *dst) {
     for (long c = 0; c < columns; c++) dst[c] += sums[c / 32 * 32 + c % 32 / 2 + c % 2 * 16];
 }
 
-/* Store 32 numbers in the order of the columns, given the numbers of the even and of the odd groups of columns. */
+/* Store 32 values in column order, given the values of the even column groups and those of the odd column groups. */
 static inline void put_in_order(__m512i even, __m512i odd, float *dst) {
     const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
     _mm512_storeu_si512(dst, _mm512_permutex2var_epi64(even, first, odd));
@@ -71,8 +71,8 @@ static inline void pack_wide(const bf16 *x, long row, long at, long rows, long w
 
 static void add_wide_sums(const float *sums, long width, float *dst) { add_sums(sums, width, dst); }
 
-/* Add the products of `steps` pairs of tiles of a and b to c, four tiles of 32 x 32 floats; set c to them if `first` is set.
-   */
+/* Add the products of `steps` pairs of tiles of a and b to c, which contains 32 x 32 floats in four tiles. If `first` is set, c
+   is overwritten. */
 static inline void multiply(const bf16 *a, const bf16 *b, long b_step, long steps, int first, float *c) {
     if (first) {
         _tile_zero(0);
@@ -140,8 +140,8 @@ static void add_wide_sums(const float *sums, long width, float *dst) {
     for (long i = 0; i < width; i++) dst[i] += sums[i / STRIP * LANES + i % STRIP];
 }
 
-/* Add the products of a strip and 32 columns over `steps` times 32 rows to c, STRIP x 32 floats; set c to them if `first` is
-   set. */
+/* Add the products of a strip and 32 columns over `steps` times 32 rows to c, which contains STRIP x 32 floats. If `first` is
+   set, c is overwritten. */
 static inline void multiply(const bf16 *a, const bf16 *b, long b_step, long steps, int first, float *c) {
     __m512 even[STRIP], odd[STRIP];
 #pragma GCC unroll 16
@@ -183,9 +183,9 @@ static inline void put(const float *c, long width, int transposed, float *dst, l
 }
 #endif
 
-/* `wide` is [rows, W] and `narrow` [rows, N], with rows that are `_row` values apart; W and N are multiples of 32. `packed` has
-   space for N values per row, for `rows` rounded up to a multiple of 32. The sums must be zero. A thread takes about `panel`
-   columns. Returns 0 if an allocation fails. */
+/* `wide` is [rows, W] and `narrow` is [rows, N]; `wide_row` and `narrow_row` are their strides between rows, in values. W and N
+   are multiples of 32. `packed` has space for N values per row, for `rows` rounded up to a multiple of 32. `wide_sums` and
+   `narrow_sums` must be zero. A thread takes about `panel` columns. Returns 0 if an allocation fails. */
 int weight_gradient(const bf16 *wide, const bf16 *narrow, long rows, long W, long N, long wide_row, long narrow_row,
                     int transposed, bf16 *packed, float *out, float *wide_sums, float *narrow_sums, long panel, int threads) {
     const long deep = round_up(rows, 32) / 32, blocks = round_up(deep, STEPS) / STEPS, b_step = N / 16 * TILE;

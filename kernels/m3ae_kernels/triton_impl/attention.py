@@ -1,8 +1,8 @@
 """Kernels of `packed_attention` for samples of tens or a few hundred rows, with tiles chosen by the lengths of the
 samples.
 
-Shapes: Q query rows, T key rows, H heads, D head dimension; in a program instance M queries, N keys. q, k, v and their
-gradients may be slices of one tensor. Offsets within a sample have 32 bits.
+Shapes: Q query rows, T key rows, H heads, D head dimension; within a program instance, M queries and N keys. q, k, v
+and their gradients may be slices of one tensor. Offsets within a sample have 32 bits.
 """
 
 import math
@@ -207,7 +207,7 @@ def attention_backward_kernel(
     out += query * width + head * D
     partial += query * width + head * D
     lse += head * Q + query
-    for n0 in range(0, tl.maximum(keys, 1), BLOCK_N):  # without keys, there is one iteration, for dq
+    for n0 in range(0, tl.maximum(keys, 1), BLOCK_N):  # without keys, one iteration writes dq
         n = n0 + tl.arange(0, BLOCK_N)
         k_ND = load_rows(k, n, keys, stride_kv, D, BLOCK_D)
         v_ND = load_rows(v, n, keys, stride_kv, D, BLOCK_D)
@@ -239,7 +239,7 @@ def attention_backward_kernel(
         store_rows(dk, n, keys, stride_dkv, dk_ND * scale, D, BLOCK_D)
         store_rows(dv, n, keys, stride_dkv, dv_ND, D, BLOCK_D)
         if LONG:
-            tl.debug_barrier()  # another thread may load values that one thread has stored in `partial`
+            tl.debug_barrier()  # a thread may load values of `partial` that another thread has stored
 
 
 @launcher

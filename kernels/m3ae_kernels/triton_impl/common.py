@@ -1,6 +1,6 @@
 """Shared code of the kernels: access to the pixels of patches, launch settings, dtypes.
 
-The order of pixels within patches is that of ../pixels.py.
+../pixels.py describes the order of pixels within patches.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from ..dispatch import accumulator
 from ..pixels import planar
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
-FEW_CHANNELS = 4  # number of scales and shifts that kernels take as scalars
+FEW_CHANNELS = 4  # maximum number of channels whose scales and shifts kernels take as scalars
 
 
 def launcher(launch: Callable) -> Callable:
-    """Return a launcher that makes the device of its first argument current, because Triton launches there. The
-    argument is a tensor, or a tuple that begins with one."""
+    """Return a launcher that makes the device of its first argument current, because Triton launches kernels on the
+    current device. The first argument is a tensor, or a tuple that begins with a tensor."""
 
     @wraps(launch)
     def on_device(first, *arguments):
@@ -36,9 +36,9 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return the precision of `tl.dot` in float32, as set for torch's own matmuls. NVIDIA's tensor cores are used for
-    both "tf32" and "tf32x3" (three TF32 products have about float32's precision). AMD's matrix cores support
-    float32."""
+    """Return the precision of `tl.dot` in float32, as set for torch's own matmuls. On NVIDIA GPUs, both "tf32" and
+    "tf32x3" use the tensor cores; the three TF32 products of "tf32x3" are about as precise as float32. AMD's matrix
+    cores support float32."""
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
     matmul = torch.backends.cuda.matmul
@@ -53,8 +53,8 @@ def cdiv(a: int, b: int) -> int:
 
 
 def padded(matrix: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return the matrix in `dtype`, contiguous, zero-padded below and to the right to this shape, because rows of odd
-    width would be loaded one element at a time."""
+    """Return the matrix in `dtype`, contiguous, and zero-padded below and to the right to [rows, columns]. Without
+    padding, rows of odd width would be loaded one element at a time."""
     if matrix.shape == (rows, columns):
         return matrix.to(dtype).contiguous()
     return F.pad(matrix.to(dtype), (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))

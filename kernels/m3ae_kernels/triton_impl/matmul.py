@@ -1,5 +1,4 @@
-"""Code shared by the two losses: chunks of rows, and plain matrix products, which use torch with its vendor
-libraries."""
+"""Code shared by the two losses: chunks of rows, and plain matrix products, for which torch calls vendor libraries."""
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ def even_chunks(count: int, most: int, multiple: int) -> int:
 
 def workspace_rows(count: int, most: int) -> int:
     """Return the number of rows to allocate when `count` rows are processed in chunks of at most `most`. Only a few
-    sizes occur, so that the allocator can reuse memory."""
+    different sizes are returned, so that the allocator can reuse memory."""
     return max(1, min(most, 1 << max(0, count - 1).bit_length()))
 
 

@@ -1,7 +1,8 @@
 """Kernels of `gather_tokens` with a LayerNorm (https://arxiv.org/abs/1607.06450).
 
-Whole rows are kept in registers, so mean and variance are computed in two exact passes and not by a running formula. In
-the backward pass, each program instance computes partial sums over rows, which are added afterwards in a fixed order.
+Whole rows are kept in registers, so mean and variance are computed exactly, in two passes, and not by a running
+formula. In the backward pass, each program instance computes partial sums over rows, which are added afterwards in a
+fixed order.
 """
 
 from collections.abc import Sequence
@@ -82,7 +83,8 @@ def gather_norm(
 
 
 def whole_rows(name: str, x: Tensor) -> dict:
-    """Return the settings with TILE elements converted to BLOCK_M rows of the next power of two."""
+    """Return the settings with TILE converted from elements to BLOCK_M rows. The width of a row, BLOCK_D, is rounded up
+    to a power of two."""
     tile = config(name, x.device, x.dtype)
     block_d = triton.next_power_of_2(x.shape[1])
     return {"BLOCK_M": max(1, tile.pop("TILE") // block_d), "BLOCK_D": block_d} | tile
@@ -106,8 +108,8 @@ def gather_norm_backward_kernel(
     grad, x, source, weight, mean, rstd, grad_x, partial_weight, partial_bias, T, D, stride, program_rows,
     GRAD_X: tl.constexpr, PARAMETERS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute grad_x of `program_rows` rows per program instance, zero for rows with a negative `source`, and the sums
-    over these rows for the gradients of weight and bias [programs, D].
+    """Compute grad_x for `program_rows` rows per program instance (zero for rows with a negative `source`), and the
+    sums over these rows for the gradients of weight and bias [programs, D].
 
     Cost: at least 4MD + 2TD bytes in bfloat16. For M3AE-Large at 512 samples (M 123k, T 164k, D 512), this is 420
     MB, which takes 125 us at 3.35 TB/s.
@@ -115,7 +117,7 @@ def gather_norm_backward_kernel(
     pid = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     w = tl.load(weight + d, mask=d < D, other=0).to(ACC)
-    # Each lane keeps its own sums, which are added across the threads of the program instance once, at the end.
+    # Each lane keeps its own sums. They are added across the threads of the program instance only once, at the end.
     sum_w = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     sum_b = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     end = tl.minimum((pid + 1) * program_rows, T)

@@ -23,8 +23,8 @@ from .common import (
     up,
 )
 
-# Row splits of the weight's gradient: enough program instances to fill the largest chips twice, independent of the
-# device, so that the order of summation depends only on the sizes.
+# Number of program instances that the row splits of the weight gradient should provide, enough to fill the largest
+# chips twice. It does not depend on the device, so the order of summation depends only on the sizes.
 TARGET_PROGRAMS = 264
 
 
@@ -67,8 +67,8 @@ def patch_embed_kernel(
 def patch_embed(
     images: Tensor, ids: Tensor, weight: Tensor, bias: Tensor, patch_size: int, scale, shift, out: Tensor
 ) -> None:
-    """Compute the embeddings and write them to `out` [N, D]. The matmul runs in the dtype of `out`, which `bias` must
-    have too."""
+    """Compute the embeddings and write them to `out` [N, D]. The matmul runs in the dtype of `out`; `bias` must have
+    the same dtype."""
     if not out.numel():
         return
     (rows, dim), dtype, stride = out.shape, out.dtype, up(weight.shape[1])

@@ -1,9 +1,9 @@
 """Kernels of `masked_pixel_loss`, MAE's loss (https://arxiv.org/abs/2111.06377, section 3).
 
-1. Mean and standard deviation of all patches (`patch_stats`), only for norm_pix.
+1. For norm_pix only: mean and standard deviation of all patches (`patch_stats`).
 2. Chunk by chunk: predictions, targets and errors in one kernel (`pixel_error`), which writes the gradients with
-   respect to the predictions; two plain products compute the gradients of hidden and weight from them while
-   they are in the cache.
+   respect to the predictions. While these gradients are in the cache, two plain products compute the gradients of
+   hidden and weight from them.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from .common import (
 from .matmul import add_product, even_chunks, workspace_rows
 
 NORM_PIX_EPS = tl.constexpr(1e-6)
-WORKSPACE_BYTES = 24 << 20  # size of the gradients of one chunk: half of an H100's second-level cache
+WORKSPACE_BYTES = 24 << 20  # bytes of gradients per chunk: half of an H100's second-level cache
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["ids", "mean", "rstd"])

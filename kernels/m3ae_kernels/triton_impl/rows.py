@@ -73,7 +73,7 @@ def scatter_tokens_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (d < D)[None, :]
     s = tl.load(src + t, mask=t < T, other=-1).to(tl.int64)[:, None]
-    # 1. An existing row, or 2. a learned row, 3. plus a row of the table.
+    # The token is 1. a row of x or 2. a row of fill, plus 3. a row of the table.
     token = tl.load(x + s * D + d[None, :], mask=(s >= 0) & inside, other=0).to(ACC)
     if FILL:
         f = tl.load(fill_ids + t, mask=t < T, other=-1).to(tl.int64)[:, None]

@@ -1,7 +1,7 @@
 """Kernel of `segment_sum`, a segmented reduction over a stable sort: no atomics, one order of summation.
 
 1. Sort the rows' ids, and find the start of each id's run.
-2. Sum each run by a number of program instances that depends on the size of an average run.
+2. Sum each run with several program instances. Their number depends on the average length of a run.
 3. Add the splits of each run, in their order.
 """
 

@@ -1,6 +1,6 @@
 """Kernel of `masked_token_loss`, which processes rows in chunks, as Liger's fused linear cross-entropy does
-(https://arxiv.org/abs/2410.10989): 1. a plain product computes the logits, 2. one kernel computes the losses and
-replaces the logits by their gradients, 3. two plain products compute the other gradients.
+(https://arxiv.org/abs/2410.10989): 1. a plain matrix product computes the logits; 2. one kernel computes the losses and
+replaces the logits by their gradients; 3. two plain matrix products compute the other gradients.
 
 Inner sizes are zero-padded to multiples of 16, because vendor BLAS needs 16-byte-aligned rows.
 """
@@ -32,11 +32,11 @@ def token_rows_kernel(
     largest logits, and, if gradients are needed, replace the logits by unit_weight times the gradient of the loss with
     respect to each logit.
 
-    The second reading finds the row in the caches (61 kB for a vocabulary of 30522 in 16 bits), so memory is read once
-    and written once. Cost: 4MV bytes and one exponential per element in each reading. For M3AE-Large at 512 samples (M
-    24576, V 30522), 3 GB take 0.9 ms at 3.35 TB/s, and 1.5e9 exponentials take 0.42 ms at 16 per cycle on each of 132
-    multiprocessors. The whole loss requires 6MVD FLOPs, which take 2.3 ms on the tensor cores, and five passes over the
-    logits, which take 2.2 ms.
+    The row is read twice. The second pass finds it in the caches (61 kB for a vocabulary of 30522 in 16 bits), so
+    memory is read once and written once. Cost: 4MV bytes, and one exponential per element in each pass. For M3AE-Large
+    at 512 samples (M 24576, V 30522), 3 GB take 0.9 ms at 3.35 TB/s, and 1.5e9 exponentials take 0.42 ms at 16 per
+    cycle on each of 132 multiprocessors. The whole loss requires 6MVD FLOPs, which take 2.3 ms on the tensor cores, and
+    five passes over the logits, which take 2.2 ms.
     """
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
@@ -49,8 +49,8 @@ def token_rows_kernel(
     logit = tl.load(logits + target, mask=inside, other=float("nan")).to(ACC)
     column = tl.where(inside, target, -1).to(tl.int32)
     # 1. Online softmax (algorithm 3 of https://arxiv.org/abs/1805.02867) in each lane: the maximum m, its first
-    # position, the sum d of exponentials, and the sum of logits. They are reduced across lanes once. m starts finite,
-    # so that a logit of -inf is only a probability of 0.
+    # position, the sum d of exponentials, and the sum of logits. They are reduced across lanes once. m starts with a
+    # finite value, so that a logit of -inf has a probability of 0 and does not cause NaN.
     m = tl.full((BLOCK_V,), -3.0e38, dtype=ACC)
     d = tl.zeros((BLOCK_V,), dtype=ACC)
     argmax = tl.zeros((BLOCK_V,), dtype=tl.int32)
@@ -91,8 +91,8 @@ def token_rows_kernel(
 
 @launcher
 def token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results: Results) -> None:
-    """Fill the results, with only the gradients selected by `needs`. hidden, weight and bias must have the same dtype,
-    and the weight of an ignored row must be 0."""
+    """Fill the results, but only the gradients selected by `needs`. hidden, weight and bias must have the same dtype,
+    and the row weight of an ignored row must be 0."""
     hidden, weight, bias, unit_weight, targets = inputs
     row_loss, correct, grad_hidden, grad_weight, grad_bias = results
     assert options.workspace is not None
