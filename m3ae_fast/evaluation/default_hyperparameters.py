@@ -10,7 +10,8 @@ For a dataset of ImageNet's size, the defaults are the official recipe. For fewe
 - Learning rate of the linear probe: it is proportional to the batch size (arXiv 1706.02677), and higher for fewer
   steps. A step of LARS changes a weight by a fraction of its norm, so the learning rate summed over all steps
   determines how far the weights can move. This sum is slightly larger for fewer samples, but at most 5 per sample,
-  because a probe overfits sooner on few samples. Both numbers were determined in lab/results/recipe.md.
+  because a probe overfits sooner on few samples. The increase (_MORE) and this maximum were determined in
+  lab/results/recipe.md.
 - Learning rate of fine-tuning: it is unchanged, as in the official code. For Adam, it should be higher for fewer steps,
   but lower for a smaller batch (arXiv 2205.10287).
 """
@@ -61,8 +62,7 @@ class Official:
         return Recipe(batch, epochs, warmup, self._rate(samples, batch, epochs * steps_per_epoch))
 
     def _rate(self, samples: int, batch: int, steps: int) -> float:
-        """Return the peak learning rate of a run with these numbers of training samples, of samples per batch and of
-        steps."""
+        """Return the peak learning rate for these numbers of training samples, samples per batch, and steps."""
         whole = self.recipe
         if self.rate_per_sample is None:
             return whole.peak_lr

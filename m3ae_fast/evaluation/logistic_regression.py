@@ -148,7 +148,7 @@ class _Objective:
     features: Standardised
     targets: Tensor  # targets of this rank's samples
     penalty_H: Tensor
-    fixed_K: Tensor  # bool: whether the weights of a class are not optimised
+    fixed_K: Tensor  # bool: whether the weights of a class are kept fixed
 
     def __call__(self, weight_AKP: Tensor, which_A: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values, float64 [A], and the gradients, float64 [A, K, P], for the strengths `which_A`."""

@@ -1,4 +1,4 @@
-"""Accuracy of a probed or fine-tuned classifier on adversarial and on corrupted images, computed in float32.
+"""Accuracy of a fine-tuned classifier or a probe on adversarial and on corrupted images, computed in float32.
 
 Shapes: S samples, K classes, C channels, H x W pixels.
 """

@@ -96,8 +96,8 @@ class MultimodalEncoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise the weights as in the official code: matmuls with Xavier-uniform values, text embeddings with N(0,
-        1), and other embeddings with N(0, 0.02)."""
+        """Initialise the weights as in the official code: weight matrices with Xavier-uniform values, text embeddings
+        from N(0, 1), and other embeddings from N(0, 0.02²)."""
         for name, p in self.named_parameters():
             if name.endswith("text_embedding"):
                 nn.init.normal_(p)
@@ -127,7 +127,7 @@ class MultimodalEncoder(nn.Module):
         return self.encoder.norm(self.encoder(self._input(batch), batch.encoder, batch.draws))
 
     def pooled(self, batch: PackedBatch, pool: Pool = "mean") -> Tensor:
-        """Return features [S, D] of each sample's visible rows, with the final LayerNorm; at least float32.
+        """Return features [S, D] pooled over each sample's visible rows, with the final LayerNorm, in at least float32.
         Differentiable.
 
         Args:

@@ -166,7 +166,8 @@ class M3AE(MultimodalEncoder):
         )
 
     def forward(self, batch: PackedBatch, counts: LossCounts | None = None) -> Losses:
-        """Return the losses of a packed batch. If the batch lacks a modality, its loss and gradients are 0.
+        """Return the losses of a packed batch. If the batch lacks a modality, the loss and gradients of this modality
+        are 0.
 
         Args:
             batch: the batch, on the model's device.

@@ -13,7 +13,8 @@ from m3ae_fast.images.patch_grid import Grid, distinct
 
 
 def sincos_1d(dim: int, positions: Tensor) -> Tensor:
-    """Return float32 [n, dim] for positions [n]: first half sines, second half cosines, frequencies 10000^(-2i/dim)."""
+    """Return float32 [n, dim] for positions [n]: in the first half sines, in the second half cosines, with frequencies
+    10000^(-2i/dim)."""
     omega = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float32, device="cpu") / (dim / 2.0))
     angles = torch.outer(positions.float(), omega)
     return torch.cat((angles.sin(), angles.cos()), dim=1)

@@ -151,8 +151,8 @@ def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:
 
 
 def build(make: Callable[[], M], state: dict[str, Tensor], where: str) -> M:
-    """Return the module that `make` creates, with the weights `state`. Its sizes come from an untrusted file, so no
-    memory is allocated until they are known to match the weights. Raises the same errors as `check_weights`."""
+    """Return the module that `make` creates, with the weights `state`. The module's sizes come from an untrusted file,
+    so no memory is allocated until they are known to match the weights. Raises the same errors as `check_weights`."""
     with torch.device("meta"):
         check_weights(make(), state, where)
     model = make()

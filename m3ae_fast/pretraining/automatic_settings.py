@@ -186,7 +186,8 @@ def peak_rate(batch: int, width: int, factor: float = 1.0) -> float:
 
 
 def steps_in(seconds: float, pace: float, batch: int, samples: int) -> int:
-    """Return the number of steps that fit into `seconds`, but at most LONGEST epochs. `pace`: seconds per sample."""
+    """Return the number of steps that fit into `seconds`, but at most the steps of LONGEST epochs. `pace`: seconds per
+    sample."""
     longest = LONGEST * max(samples // batch, 1)
     return max(min(int(seconds / (pace * batch)), longest), 2)
 

@@ -14,7 +14,7 @@ FEW_STEPS = 100
 # a modality counts as learnt if its loss is below this fraction of its first value and of a constant prediction's loss
 FALLEN = 0.98
 _FEW = 10  # minimum number of log lines to judge a training loss, which varies because each line has other samples
-# features whose effective rank is below this, and below COLLAPSED_TO of the initial rank, have collapsed
+# features have collapsed if their effective rank is below this, or below COLLAPSED_TO times the initial rank
 COLLAPSED = 2.0
 COLLAPSED_TO = 0.5
 WAITING = 0.3  # fraction of the time spent waiting for data (median of the log lines)

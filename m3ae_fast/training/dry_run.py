@@ -186,9 +186,8 @@ def _print_memory(console: Console, needs: _Needs) -> None:
 
 
 def report_time(config: Config, session: Session) -> None:
-    """Print the duration of the run on the present ranks, which is estimated from measured steps. On CPUs, also print
-    the load of the data loader. Every rank must call this function. Raises the same UserErrors as the start of a
-    run."""
+    """Print the duration of the run on the present ranks, estimated from measured steps. On CPUs, also print the load
+    of the data loader. Every rank must call this function. Raises the same UserErrors as the start of a run."""
     ranks = session.ranks
     if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world, FIRST_BATCH), ranks.device)):
         print(f"{'time':21} not measured on this machine: {lacking}")
@@ -215,8 +214,8 @@ def network_bytes(
 
     An all-reduce over n GPUs sends 2 (n - 1) / n of its data, and a reduce-scatter or an all-gather sends half of that.
     Gradients are sent once per step, or once per micro-batch in stages 2 and 3, in which each GPU keeps only its
-    partition of them. In stages 1 and 2, DeepSpeed reduces gradients by all-reduce. Weights are gathered once after the
-    step or, in stage 3, for every forward and backward pass.
+    partition of them. In stages 1 and 2, DeepSpeed reduces gradients by all-reduce, and weights are gathered once after
+    the step. In stage 3, weights are gathered for every forward and backward pass.
     """
     half = parameters * (world - 1) / world
     weights = (2 if bf16 and stage else 4) * half

@@ -108,7 +108,7 @@ class RunLog:
             raise UserError(f"run.dir {self.folder}: cannot be written to ({error.strerror or error})") from None
 
     def change(self, total: int) -> None:
-        """Set a changed number of steps."""
+        """Set the new total number of steps."""
         self.total = total
         self._progress.update(self._task, total=total)
 

@@ -178,7 +178,8 @@ def is_extended(config: Config, info: checkpoint.Info) -> bool:
 
 
 def _stops_later(config: Config, info: checkpoint.Info) -> bool:
-    """Return whether train.stop_at ends the run later than its value in the checkpoint would, or not at all."""
+    """Return whether train.stop_at may end the run later than its value in the checkpoint would, or is no longer
+    set."""
     was, now = (info.config.get("train") or {}).get("stop_at"), config.train.stop_at
     lowered = isinstance(was, float) and isinstance(now, float) and now < was
     return was is not None and now != was and not lowered

@@ -48,8 +48,7 @@ class Inert:
 
 
 class _Builder:
-    """An allowed global that builds an object. It ignores everything else that a pickle does with it, as `Inert`
-    does."""
+    """An allowed global, which builds an object when it is called. A state that a pickle sets for it is ignored."""
 
     def __init__(self, build: Callable) -> None:
         self._build = build
