@@ -46,9 +46,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder next to `target`, and let it replace `target` when the block ends. Raises OSError
-    if writing fails, and UserError if `target` cannot be restored afterwards. After any other exception, `target`
-    is unchanged."""
+    """Yield an empty temporary folder next to `target`, and replace `target` with it when the block ends. Raises
+    OSError if writing fails, and UserError if `target` cannot be restored afterwards. After any other exception,
+    `target` is unchanged."""
     mine = uuid.uuid4().hex[:8]
     partial, old = (target.with_name(f".{word}-{target.name}-{mine}") for word in ("writing", "removing"))
     try:
@@ -138,7 +138,7 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Flush a file's contents, or the names in a folder, to disk. Raises OSError if that fails."""
+    """Flush a file's contents, or a folder's list of entries, to disk. Raises OSError if that fails."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -68,7 +68,7 @@ class BadSamples:
                 _log.warning("further bad samples are counted but no longer listed")
 
     def count(self, seen: int, bad: int) -> None:
-        """Add the numbers of samples and of bad samples of a step, summed over ranks; `seen` includes the bad ones.
+        """Add the numbers of samples and of bad samples of a step, summed over all ranks; `seen` includes the bad ones.
         Raises UserError if more than `max_fraction` of all samples so far are bad."""
         self.seen += seen
         self.bad += bad

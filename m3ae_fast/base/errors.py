@@ -41,7 +41,8 @@ class ErrorReport(NamedTuple):
     """Summary of a process's error that is sent to the other processes."""
 
     line: str
-    complete: bool  # whether the line explains the error; if not, it is a bug, and its process prints the traceback
+    # whether the line explains the error; if not, the error is a bug, and its process prints the traceback
+    complete: bool
 
 
 # system errors that are not bugs of the program

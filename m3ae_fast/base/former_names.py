@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-# present names of renamed commands; former names include an argument if the present name depends on it
+# present name of each renamed command; the former name includes an argument if the present name depends on it
 RENAMED = {
     "transfer": "evaluate",
     "features": "embed",

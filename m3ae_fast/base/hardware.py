@@ -115,7 +115,7 @@ def has_compiler() -> bool:
 
 
 def missing_for_triton() -> list[str]:
-    """Return the tools that Triton requires to build its launchers on a GPU and that are not installed."""
+    """Return the tools that Triton requires to build its launchers on a GPU, but that are not installed."""
     compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")
     missing = [] if any(shutil.which(name) for name in compilers if name) else ["a C compiler (apt install gcc)"]
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():

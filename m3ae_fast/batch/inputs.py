@@ -30,7 +30,7 @@ OneImage: TypeAlias = "Image | Tensor | np.ndarray | str | os.PathLike[str]"  # 
 # Values of black and white in floating-point images, or "normalised" for images that are normalised by the model's mean
 # and standard deviation; None: the default of the called function.
 ValueRange: TypeAlias = 'tuple[float, float] | Literal["normalised"] | None'
-_MOST_DEVIATIONS = 20.0  # limit for a normalised image whose values are all above the mean
+_MOST_DEVIATIONS = 20.0  # plausible maximum of a normalised image that has no values below 0
 # maximum fraction of values that may be out of range by more than the width of the range; allows for a few bright
 # pixels
 _OTHER_UNITS = 0.1
@@ -58,8 +58,8 @@ def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[
 
 def check_values(images: Iterable[OneImage], value_range: ValueRange, config: ModelConfig) -> None:
     """Raise ValueError if `value_range` is invalid or evidently wrong for the images. If it is None, floating-point
-    tensors must be normalised: evidently unnormalised values, such as values from 0 to 1 or from 0 to 255, raise the
-    error, unless all images are constant. If it gives the values of black and white, it is checked by
+    tensors must be normalised: the error is raised for values that evidently are not, such as values from 0 to 1 or
+    from 0 to 255, unless all images are constant. If it gives the values of black and white, it is checked by
     `_check_units`."""
     if value_range is not None:
         is_pair = isinstance(value_range, (tuple, list)) and len(value_range) == 2
@@ -157,19 +157,19 @@ def unmasked_sample(
 
 def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange = None) -> Tensor:
     """Return an image as [C, image_size, image_size], or [C, H, W] for a model with native aspect ratio, on the CPU.
-    The dtype is the model's image_dtype, or a normalised floating-point dtype.
+    The pixels have the model's image_dtype, or are normalised and have a floating-point dtype.
 
     Args:
         image: one of the following: the path of a file, which is read like an image in a shard; a PIL image; an array
-            [H, W, C] or [H, W], which is read like a .npy file; a tensor [C, H, W] of dtype uint8, or uint16 if that is
-            the model's image_dtype, which is cropped to the central square unless the model has native aspect ratio; or
-            a floating-point tensor.
-        value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays of more than
-            8 bits, in place of the model's image_range. With (black, white), such as (0, 1), the image may have any
-            size and is read like a file; if it must be resized, its values are rounded to the model's integers. With
-            "normalised", the image is already normalised by the model's image_mean and image_std, and has the shape [C,
-            image_size, image_size] or, for native aspect ratio, sides that are multiples of the patch size. None:
-            "normalised" for tensors, and image_range for arrays.
+            [H, W, C] or [H, W], which is read like a .npy file; a tensor [C, H, W] of dtype uint8 (or uint16 if that is
+            the model's image_dtype), which is cropped to the central square unless the model has native aspect ratio; a
+            floating-point tensor.
+        value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays with more
+            than 8 bits per value. It replaces the model's image_range. With (black, white), such as (0, 1), the image
+            may have any size and is read like a file; if it must be resized, its values are rounded to the model's
+            integers. With "normalised", the image must already be normalised by the model's image_mean and image_std,
+            and must have the shape [C, image_size, image_size] or, for native aspect ratio, sides that are multiples of
+            the patch size. None: "normalised" for tensors, and image_range for all other images.
 
     Raises:
         ValueError: the image cannot be used, or does not fit the model.

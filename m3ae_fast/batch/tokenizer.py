@@ -176,8 +176,8 @@ def _panics_as_errors() -> Iterator[None]:
     not derive from Exception.
 
     Rust itself also prints a message on stderr. This message could be suppressed only by redirecting file descriptor 2.
-    That would also hide the output of other threads, and the last message of the process if the library aborts it for
-    lack of memory.
+    That would also hide the output of other threads, and the last message of the process if the library aborts the
+    process for lack of memory.
     """
     try:
         yield

@@ -107,7 +107,7 @@ def save(
     suggested_fix: str = "a lower optim.peak_lr",
     ranks: Agreement = ALONE,
 ) -> Path:
-    """Write a checkpoint to a temporary folder, rename the folder, and `prune`. Every rank must call it.
+    """Write a checkpoint to a temporary folder, rename the folder, and call `prune`. Every rank must call it.
 
     Args:
         run_dir: the run folder, on a file system shared by all ranks.
@@ -141,7 +141,7 @@ def save(
 
 
 def _begin(target: Path) -> str:
-    """Create the temporary folder and return it; return "" if the checkpoint exists already. Rank 0 only."""
+    """Create the temporary folder and return it; return "" if the checkpoint already exists. Rank 0 only."""
     if target in saved_steps(target.parents[1]):
         return ""
     unfinished = target.parent / f".writing-{step_of(target):08d}-{os.getpid()}"
@@ -276,8 +276,8 @@ def set_aside_after(run_dir: Path, step: int) -> list[Path]:
 
 
 def read_info(path: Path) -> Info:
-    """Return a checkpoint's info. Paths below the run folder in its config are adjusted to the current location of the
-    folder. Raises UserError if the checkpoint is damaged."""
+    """Return a checkpoint's info. Paths in its config that lie below the run folder are adjusted to the current
+    location of this folder. Raises UserError if the checkpoint is damaged."""
     try:
         with open_regular(path / INFO_FILE) as file:
             info = TypeAdapter(Info).validate_json(file.read(), strict=True)

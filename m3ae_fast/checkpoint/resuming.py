@@ -139,8 +139,8 @@ class Resume:
         return notes + (self.ranks.broadcast(lambda: passed_over(config.run.dir)) if resume == "auto" else [])
 
     def open(self, model: nn.Module, kinds: Kinds) -> None:
-        """Set `read` to a reader of the checkpoint's tensors for a model and its optimiser's `kinds`; see
-        `open_checkpoint`."""
+        """Open the checkpoint's tensors for a model and the `kinds` of its optimiser's state, and store the reader in
+        `read`; see `open_checkpoint`."""
         if self.path and self.info:
             self.read = open_checkpoint(self.path, self.info, model, self.ranks, kinds)
 

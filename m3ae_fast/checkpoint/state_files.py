@@ -112,7 +112,7 @@ class _Written:
     parts: int = field(compare=False)
 
 
-# cached, because each save is split like the last one, and the table for many ranks takes seconds
+# cached, because each save is split like the previous one, and the table for many ranks takes seconds
 @lru_cache(maxsize=1)
 def _table(written: _Written) -> str:
     return json.dumps(asdict(tabulate(written.folder, written.shapes, written.parts)))

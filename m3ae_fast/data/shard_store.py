@@ -138,11 +138,12 @@ class ShardStore:
             raise UserError(
                 f"data.cache_dir {self.cache_dir}: cannot be created ({error.strerror}); choose a writable folder"
             ) from None
-        self.staging = not network_file_system(self.cache_dir)  # whether to cache shards on network file systems
+        # whether to cache shards that are on a network file system
+        self.staging = not network_file_system(self.cache_dir)
 
     @staticmethod
     def is_cache(folder: Path) -> bool:
-        """Return whether the folder is a cache folder already."""
+        """Return whether the folder is already a cache folder."""
         return all((folder.expanduser() / name).is_dir() for name in _FOLDERS)
 
     @staticmethod
