@@ -1,10 +1,11 @@
-"""Experiment: does native aspect ratio give a better representation than square images, at equal numbers of tokens?
+"""Experiment: does training on native images give better features than training on square images, with equal numbers of
+tokens?
 
     python -m lab.aspect --out runs/aspect
 
-An MAE is trained on the drawings of data/openclipart, without their white margins, once as square images and once as
-native images with the same number of patches. Both encoders are tested on square and on native images by k-NN and by a
-linear probe. Completed runs are not repeated.
+The training images are the drawings of data/openclipart, without their white margins. One MAE is trained on them as
+square images, and another as native images with the same number of patches. Both encoders are tested on square and on
+native images by k-NN and by a linear probe. Completed runs are not repeated.
 """
 
 from __future__ import annotations

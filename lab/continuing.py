@@ -2,13 +2,13 @@
 
 python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
 python -m lab.continuing data/labelled --out runs/continuing
-python -m lab.continuing data/labelled --minutes 20        # no run starts after 20 minutes; the next call continues
+python -m lab.continuing data/labelled --minutes 20        # starts no run after 20 minutes; to resume, run it again
 
-An MAE is trained on many images of a domain, the source. Then MAEs are trained on few images of another domain, the
-target: from scratch, and continuing from the source's weights, with the settings that `m3ae-fast pretrain` chooses. All
-encoders are tested on held-out images of the target. The protocol is in lab/README.md. table.md is written to --out
-after each run. Complete runs are not repeated. An incomplete run starts again, so that its CPU time is that of an
-uninterrupted run.
+An MAE is trained on many images of one domain, the source. Then, MAEs are trained on few images of another domain, the
+target, with the settings that `m3ae-fast pretrain` chooses. Some start from scratch, and the others continue from the
+source's weights. All encoders are tested on held-out images of the target. The protocol is in lab/README.md. table.md
+is written to --out after each run. Complete runs are not repeated. An incomplete run starts from the beginning, so that
+the recorded CPU time covers one uninterrupted run.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Trial(NamedTuple):
 
     @property
     def source(self) -> Trial | None:
-        """Return the encoder with whose weights the training starts; None for random weights."""
+        """Return the encoder whose weights initialise this one; None for random weights."""
         return Trial(STARTS[self.arm], SOURCE_STEPS, self.seed) if self.arm in STARTS else None
 
 
@@ -240,10 +240,11 @@ def collected(laboratory: Laboratory, seeds: int) -> dict[tuple[str, int], Resul
 
 
 def tables(found: Mapping[tuple[str, int], Result], labels: measure.Labels) -> str:
-    """Return Markdown tables: accuracies and their differences for equal training time on the target, and a comparison
-    for equal total training time."""
+    """Return two Markdown tables: one compares accuracies for equal training time on the target, and the other compares
+    them for equal total training time."""
     head = ["encoder", "steps", "CPU s", "seeds", *TASKS.values()]
-    head += [f"{title}, minus {other}" for other in ("from scratch", "its initial weights") for title in TASKS.values()]
+    others = ("training from scratch", "the initial weights")
+    head += [f"{title}, difference from {other}" for other in others for title in TASKS.values()]
     lines = [head]
     for arm, steps in sorted(found, key=_position):
         own, others = found[arm, steps], [(SCRATCH, steps), (STARTS.get(arm, arm), SOURCE_STEPS)]
@@ -263,7 +264,7 @@ def tables(found: Mapping[tuple[str, int], Result], labels: measure.Labels) -> s
             [f"from scratch {LONG:,}", f"{scratch.cpu_s:.0f}", *_accuracies(scratch, labels)],
             ["difference", "", "", *_apart(on, scratch, labels)],
         ]
-        parts.append([["equal total time, steps", "CPU s", "seeds", *TASKS.values()], *rows])
+        parts.append([["steps, for equal total time", "CPU s", "seeds", *TASKS.values()], *rows])
     return "\n\n".join(table(header, rows) for header, *rows in parts)
 
 

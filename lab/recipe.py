@@ -3,13 +3,14 @@ samples?
 
 python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
 python -m lab.recipe data/labelled --out runs/recipe
-python -m lab.recipe data/labelled --minutes 20 --tasks finetune  # no run starts after 20 minutes; the next call
-continues
+python -m lab.recipe data/labelled --minutes 20 --tasks finetune  # starts no trial after 20 minutes; to resume, run it
+                                                                  # again
 
 Linear probes and fine-tuning are run with the defaults (m3ae_fast/evaluation/default_hyperparameters.py), with a third
-and three times the learning rate, and for half and twice as many steps; linear probes also with the learning rate that
-they select themselves. The datasets are clip art, emoji and Fashion-MNIST, with an MAE trained on the same images;
-probes are also run on random weights. table.md is written to --out. Completed trials are not repeated.
+of and three times the default learning rate, and with half and twice the default number of steps. Linear probes are
+also run with the learning rate that they select themselves. The datasets are clip art, emoji and Fashion-MNIST. The
+encoder is an MAE that was trained on the same images; probes are also run on random weights. table.md is written to
+--out. Completed trials are not repeated.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ def plan(tasks: Sequence[str]) -> list[Trial]:
 
 
 def _passes(trial: Trial) -> float:
-    """Return the approximate cost of a trial: the number of samples that are encoded in fine-tuning, or a hundredth of
-    the number of samples in the steps of a probe."""
+    """Return the approximate cost of a trial. For fine-tuning, it is the number of samples that are processed; for a
+    probe, it is a hundredth of this number."""
     samples = trial.samples or 2_000
     recipe = OFFICIAL[trial.task].scaled(samples)
     length = recipe.epochs * VARIANTS.get(trial.variant, (1, 3))[1]
@@ -277,8 +278,8 @@ class Laboratory:
         return None if correct is None else {"train_samples": len(keys), "settings": settings, "correct": correct}
 
     def tables(self, tasks: Sequence[str], part: str) -> str:
-        """Return a Markdown table for each task, with the accuracy of the defaults and the difference of each variant
-        in points."""
+        """Return a Markdown table for each task. It contains the accuracy with the defaults, and for each variant the
+        difference from this accuracy in points."""
         tested = {key for data in PROBES for key in keys(self.shard(data, part))}
         text = []
         for task in tasks:
@@ -292,7 +293,7 @@ class Laboratory:
                     samples[row] = result["train_samples"]
                     found.setdefault(row, {}).setdefault(trial.variant, {})[trial.seed] = correct
             variants = [name for name in (*VARIANTS, TRIED) if any(name in each for each in found.values())]
-            head = [task, "encoder", "samples", "batch, epochs, rate", *variants]
+            head = [task, "encoder", "samples", "batch size, epochs, learning rate", *variants]
             lines = []
             for row, each in found.items():
                 recipe = OFFICIAL[task].scaled(samples[row])

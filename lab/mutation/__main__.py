@@ -1,8 +1,8 @@
 """Mutation testing: do the tests notice a bug? python -m lab.mutation --out FOLDER [--count 150] [--seed 0]
 
-A random sample of small bugs is inserted into the code, one at a time. For each of them, the tests that execute the
-changed line are run, fastest first, up to a time limit. Mutants that none of them notices are then tried with the slow
-tests of their part of the code. Each result is written to FOLDER/results.jsonl at once, and a repeated call resumes.
+A random sample of small bugs (mutants) is inserted into the code, one at a time. For each mutant, the tests that
+execute the changed line are run, fastest first, up to a time limit. If none of them fails, the slow tests of that part
+of the code are also run. Each result is written to FOLDER/results.jsonl at once. To resume, run the same command again.
 
 FOLDER/coverage*.json are written by `python -m lab.mutation.coverage_map`. A complete run takes about an hour on one
 core.
@@ -65,8 +65,8 @@ class Choice:
                     self.tests.setdefault(name, {}).setdefault(line, []).extend(tests)
 
     def fast(self, mutant: Mutant) -> list[str]:
-        """Return the tests that execute the mutated line or, if it is executed only during imports, any line of its
-        file."""
+        """Return the fast tests for a mutant: tests that execute the mutated line or, if the line is executed only
+        during imports, tests that execute any line of its file."""
         lines = self.tests.get(mutant.file, {})
         seen = lines.get(str(mutant.line)) or [test for tests in lines.values() for test in tests]
         chosen, total = [], 0.0
@@ -89,8 +89,8 @@ def report(results: list[dict], seed: int) -> str:
     survivors = "\n".join(f"- `{mutant}`" for mutant, by in by_mutant.items() if by is None)
     left_out = "\n".join(f"- {file}: {why}" for file, why in LEFT_OUT.items())
     return (
-        f"{noticed} of {len(by_mutant)} mutants noticed ({noticed / len(by_mutant):.0%}), seed {seed}.\n\n"
-        f"Survivors:\n\n{survivors}\n\nLeft out:\n\n{left_out}\n"
+        f"{noticed} of {len(by_mutant)} mutants were noticed ({noticed / len(by_mutant):.0%}), seed {seed}.\n\n"
+        f"Mutants that were not noticed:\n\n{survivors}\n\nFiles without mutants:\n\n{left_out}\n"
     )
 
 

@@ -40,21 +40,21 @@ Row = dict[str, Any]
 
 
 class Factor(NamedTuple):
-    """Ratio of the baseline's cost to an arm's cost at equal accuracy, with its 95 % interval."""
+    """The ratio of the baseline's cost to an arm's cost at equal accuracy, and its 95 % interval."""
 
     mean: float  # geometric mean over seeds
     low: float
     high: float
     seeds: int
-    # ">" or "<" if, for a seed, the accuracy is above or below all accuracies of the baseline; otherwise ""
+    # ">" or "<" if the accuracy for any seed is above or below all accuracies of the baseline; otherwise ""
     beyond: str
 
 
 def interpolated(accuracy: float, costs: Sequence[float], accuracies: Sequence[float]) -> tuple[float, str]:
-    """Return the logarithm of the cost at which runs of different lengths reach an accuracy, by linear interpolation
-    between runs. If the accuracy is above or below those of all runs, the cost of the nearest run and ">" or "<" are
-    returned, otherwise the second result is "". `costs` must be ascending. If a run is less accurate than a cheaper
-    one, the accuracy of the cheaper one is used."""
+    """Return the logarithm of the cost at which an accuracy is reached, and "", by linear interpolation between runs of
+    different lengths. If all runs are less accurate, the cost of the longest run and ">" are returned; if all are more
+    accurate, the cost of the shortest run and "<". `costs` must be ascending. If a run is less accurate than a cheaper
+    run, the accuracy of the cheaper run is used."""
     reached = np.maximum.accumulate(accuracies)
     beyond = ">" if accuracy > reached[-1] else "<" if accuracy < reached[0] else ""
     return float(np.interp(accuracy, reached, np.log(costs))), beyond
@@ -83,10 +83,17 @@ class Weights:
 
 
 def factor(arm: Sequence[Row], ladder: Sequence[Row], test: str, cost: str, weights: Weights) -> Factor | None:
-    """Return the factor of an arm, or None if there is no seed with at least two runs of the baseline, or if accuracies
-    lie above all runs of the baseline for one seed and below them for another. The bootstrap is paired: a replicate has
-    the same samples and seeds for all runs. `arm`: runs of the arm, one for each seed; `ladder`: runs of the baseline
-    with several lengths."""
+    """Return the factor of an arm. The bootstrap is paired: a replicate has the same samples and seeds for all runs.
+    Return None if no seed has at least two runs of the baseline, or if the accuracy is above all runs of the baseline
+    for one seed and below all of them for another.
+
+    Args:
+        arm: runs of the arm, one for each seed.
+        ladder: runs of the baseline with several lengths.
+        test: name of the test.
+        cost: name of the cost, see COSTS.
+        weights: bootstrap weights.
+    """
     logs, beyond = [], set()
     for row in arm:
         own = [each for each in ladder if each["trial"]["seed"] == row["trial"]["seed"]]
@@ -139,8 +146,9 @@ def save(folder: Path, head: dict[str, Any], rows: Sequence[Row], finetuned: Seq
 
 
 def read_answers(folder: Path, settings: dict[str, Any]) -> tuple[list[Row], list[Row]]:
-    """Return the results of runs, and of fine-tuning their encoders, that an earlier call, possibly on another machine,
-    has written to `folder`. Raises UserError if they have different settings, other than those that select the runs."""
+    """Return the results that an earlier call, possibly on another machine, has written to `folder`: the results of
+    runs, and the results of fine-tuning their encoders. Raises UserError if they were obtained with other settings,
+    except for the settings that select the runs."""
     if not (folder / ANSWERS).exists():
         return [], []
     known = json.loads(lzma.decompress((folder / ANSWERS).read_bytes()))
@@ -150,14 +158,16 @@ def read_answers(folder: Path, settings: dict[str, Any]) -> tuple[list[Row], lis
 
 
 def tables(rows: Sequence[Row], finetuned: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
-    """Return the tables of all tests, of fine-tuning and of tuned settings, and the plot, as Markdown."""
+    """Return Markdown with the tables of all tests, the tables of fine-tuning, the tables of the settings that were
+    tried, and the plot."""
     about, weights = head["about"], Weights(labels)
     minutes = sum(row["cost"]["whole_seconds"] for row in rows) / 60
     text = [
         f"{about['device']}, 1 thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}; "
-        f"{len(rows)} runs, {minutes:.0f} CPU minutes of training. Accuracy in %, mean over seeds. A factor is the "
-        "cost at which the baseline reaches the same accuracy, divided by the cost of the run, with its 95 % interval "
-        "over seeds and samples. > and < mark bounds: the accuracy is above or below that of all runs of the baseline."
+        f"{len(rows)} runs, {minutes:.0f} CPU minutes of training. Accuracies are means over seeds, in %. A factor is "
+        "the cost at which the baseline reaches the accuracy of a run, divided by the cost of that run. Factors have "
+        "95 % intervals, which cover seeds and samples. > and < mark bounds, for accuracies above or below the "
+        "accuracies of all runs of the baseline."
     ]
     tested = [row for row in rows if not row["trial"]["validation"]]
     for data, size in _unique((row["trial"]["data"], row["trial"]["size"]) for row in tested):
@@ -165,7 +175,7 @@ def tables(rows: Sequence[Row], finetuned: Sequence[Row], head: dict[str, Any], 
         ladder = [row for row in own if row["trial"]["arm"] in BASELINES]
         tests = TESTS[data]
         columns = ["steps", "seeds", "TFLOP", "CPU s", *tests.values()]
-        columns += [f"{COSTS[cost]}, {name}" for cost in COSTS for name in tests.values()]
+        columns += [f"{COSTS[cost]} factor, {name}" for cost in COSTS for name in tests.values()]
         cells = []
         for arm, steps in _unique((row["trial"]["arm"], row["trial"]["steps"]) for row in _sorted(own)):
             runs = [row for row in own if (row["trial"]["arm"], row["trial"]["steps"]) == (arm, steps)]
@@ -187,10 +197,8 @@ def tables(rows: Sequence[Row], finetuned: Sequence[Row], head: dict[str, Any], 
         chosen = [row for row in rows if row["trial"]["validation"] and row["trial"]["data"] == data]
         names = [setting for setting, _ in chosen[0]["trial"]["tuned"]]
         cells = [_tried(row) for row in sorted(chosen, key=lambda row: row["trial"]["steps"])]
-        text += [
-            "",
-            table([f"{DATA[data]}, tried on validation samples", "steps", *names, *TESTS[data].values()], cells),
-        ]
+        title = f"{DATA[data]}, settings tried on validation samples"
+        text += ["", table([title, "steps", *names, *TESTS[data].values()], cells)]
     return "\n".join(text) + f"\n\n![Accuracy against compute]({PLOT})\n"
 
 
@@ -206,14 +214,14 @@ def _shares(rows: Sequence[Row], title: str, tests: Sequence[str], weights: Weig
             cells.append([f"{arm}, {steps:,}", f"{max(seeds)}", *(_shown(each) for each in found.values())])
     columns = [f"{COSTS[cost]}, {TESTS[rows[0]['trial']['data']][test]}" for cost in COSTS for test in tests]
     head = [
-        f"{title}: fraction of the cost of a run of the baseline with which `{FAST}` reaches the same accuracy",
+        f"{title}: cost at which `{FAST}` reaches the accuracy of a baseline run, divided by the cost of that run",
         "seeds",
     ]
     return ["", table([*head, *columns], cells)] if cells else []
 
 
 def _differences(rows: Sequence[Row], title: str, tests: Sequence[str], weights: Weights) -> list[str]:
-    """Return a table of the fast recipe's runs of each length compared with the longest runs of the baseline with its
+    """Return a table that compares the fast recipe's runs of each length with the longest runs of the baseline with its
     usual settings: the cost as a fraction, and the difference in accuracy."""
     usual = [row for row in rows if row["trial"]["arm"] == USUAL]
     longest = max((row["trial"]["steps"] for row in usual), default=0)
@@ -231,8 +239,9 @@ def _differences(rows: Sequence[Row], title: str, tests: Sequence[str], weights:
             mean, low, high = _mean_and_interval(100 * (own_SR - other_SR))
             cell.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
         cells.append(cell)
-    head = f"{title}: `{FAST}` compared with `{USUAL}` after {longest:,} steps"
-    columns = [*COSTS.values(), *(f"{TESTS[rows[0]['trial']['data']][test]}, points" for test in tests)]
+    head = f"{title}: steps of `{FAST}`, compared with {longest:,} steps of `{USUAL}`"
+    columns = [f"relative {cost}" for cost in COSTS.values()]
+    columns += [f"{TESTS[rows[0]['trial']['data']][test]}, difference in points" for test in tests]
     return ["", table([head, "seeds", *columns], cells)] if cells else []
 
 
@@ -256,7 +265,8 @@ def _finetuned(rows: Sequence[Row], title: str, weights: Weights) -> list[str]:
             cells.append([*cell, f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"])
         else:
             cells.append([*cell, "-"])
-    head = [f"{title}, fine-tuned", "steps", "seeds", "accuracy", f"minus `{USUAL}` after {longest:,} steps, points"]
+    apart = f"difference from `{USUAL}` after {longest:,} steps, in points"
+    head = [f"{title}, fine-tuned", "steps", "seeds", "accuracy, %", apart]
     return ["", table(head, cells)] if cells else []
 
 
@@ -289,8 +299,9 @@ def _shown(found: Factor | None) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Plot the accuracy of the linear probe over FLOPs and over seconds, with a line through the means of each arm, a
-    point for each run, and a dashed line for each reference without training, by dataset and model size."""
+    """Plot the accuracy of the linear probe against FLOPs and against seconds, with one row of plots for each dataset
+    and model size. Each arm has a line through its means, each run a point, and each reference without training a
+    dashed line."""
     kinds = _unique((row["trial"]["data"], row["trial"]["size"]) for row in rows) or [("clothes", "-")]
     figure, axes = plt.subplots(len(kinds), 2, figsize=(10, 4.2 * len(kinds)), layout="constrained", squeeze=False)
     for (data, size), pair in zip(kinds, axes):

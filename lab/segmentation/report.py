@@ -1,4 +1,4 @@
-"""Results of the study: mIoU with standard errors, paired differences, tables and a picture.
+"""Results of the segmentation study: mIoU with standard errors, paired differences, tables and a picture.
 
 Shapes: M held-out images, E emoji, C classes, R bootstrap samples.
 """
@@ -91,7 +91,7 @@ class Results:
 
     @cache  # noqa: B019, as above
     def _counts(self, arm: str, test: Test, seed: int) -> Counts:
-        """Return the numbers of pixels of each emoji, which are summed over its images, by class."""
+        """Return the numbers of pixels by emoji and class, summed over the images of each emoji."""
         if arm == LARGEST:
             return self._counts("pixels", test, seed).largest()
         table = read_parquet(self.study.folder(Trial(arm, test, seed)) / PREDICTIONS)
@@ -144,7 +144,7 @@ def tables(results: Results, classes: Sequence[str]) -> list[list[list[str]]]:
         apart.append([f"{NAMES[one]} minus {NAMES[other]}", *cells])
     test = Test(CATEGORIES, "linear")
     arms = [arm for arm in NAMES if arm != LARGEST and results.seeds(arm, test)]
-    by_class = [["IoU in %, linear", *(NAMES[arm] for arm in arms)]]
+    by_class = [["IoU in %, linear head", *(NAMES[arm] for arm in arms)]]
     iou = {arm: results.iou(arm, test) for arm in arms}
     by_class += [[name, *(f"{100 * iou[arm][row]:.1f}" for arm in arms)] for row, name in enumerate(classes)]
     return [scores, apart, by_class]
@@ -157,8 +157,9 @@ def _percent(estimate: Estimate | None, sign: str = "") -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Write a picture of held-out images, their masks, and the predictions for the categories by the linear head of the
-    first seed, one column for each encoder that is complete. The columns are cut from the pictures of the results."""
+    """Write a picture of held-out images, their masks, and the categories that the linear heads of the first seed
+    predict, with one column of predictions for each complete encoder. The columns are cut from the pictures that
+    `evaluate segment` has written."""
     test = Test(CATEGORIES, "linear")
     sheets = [(arm, results.study.folder(Trial(arm, test, 0)) / "segmentation.png") for arm in DRAWN]
     sheets = [(arm, sheet) for arm, sheet in sheets if 0 in results.seeds(arm, test)]

@@ -1,9 +1,9 @@
 """Training under random faults: python -m lab.soak --minutes 10
 
-Runs of a tiny model are killed, signalled, frozen and suspended, lose workers, locks, disk space and the server, and
-are started again with `--resume auto` until they are complete. The losses, gradient norms and weights of each run must
-be bitwise identical to those of an undisturbed run. The exit code is 1 if they are not, if anything hangs, or if a
-traceback is printed.
+While a tiny model is trained, its processes are killed, frozen, suspended or sent signals, its disk is full, its files
+are damaged or deleted, and the server of its shards fails. Each run is restarted with `--resume auto` until it is
+complete. Its losses, gradient norms and weights must then be bitwise identical to those of an undisturbed run. The exit
+code is 1 if they are not, if anything hangs, or if a traceback is printed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ Command: `python -m lab.soak --seed {seed}`, {minutes:.1f} minutes, torch {torch
 
 In {tally.runs} runs with {tally.starts} starts, {tally.tried.total()} faults were injected, and the HTTP server \
 of the shards failed {server.total()} times. {tally.whole} of {tally.runs} runs ended bitwise identical to an \
-undisturbed run: losses, gradient norms, learning rates, and the weights and moments of the last checkpoint.
+undisturbed run. This means that they had the same losses, gradient norms and learning rates, and the same weights and \
+optimiser moments in the last checkpoint.
 
 {wrong}
 

@@ -45,8 +45,7 @@ COLOURS = {"pixels": "0.55", "random": "0.8", "mae": "tab:blue", "m3ae": "tab:or
 
 
 class Rows:
-    """Results by encoder and test. `width`, `steps`: properties of the common encoder, which are the defaults of
-    queries."""
+    """Results by encoder and test. `width`, `steps`: properties of the common encoder; queries use them as defaults."""
 
     def __init__(self, found: Sequence[dict[str, Any]], labels: Labels, width: int, steps: int) -> None:
         self.found, self.labels, self.width, self.steps = found, labels, width, steps
@@ -68,8 +67,8 @@ class Rows:
     def difference(
         self, test: str, first: str, second: str, wanted: dict[str, Any] = COMMON, other: dict[str, Any] = COMMON
     ) -> Estimate | None:
-        """Return the difference between the accuracies of two encoders, first minus second, in a test. `wanted`,
-        `other`: properties of the first and of the second that differ from the common encoder."""
+        """Return the difference between the accuracies of two encoders in a test, first minus second. `wanted`:
+        properties of the first encoder that differ from the common encoder; `other`: those of the second encoder."""
         one, another = (self._seeds(test, self.of(name, **own)) for name, own in ((first, wanted), (second, other)))
         return difference(one, another, self.labels)
 
@@ -85,7 +84,7 @@ def save(folder: Path, head: dict[str, Any], found: Sequence[dict[str, Any]], la
 
     Args:
         folder: output folder, which is created if necessary.
-        head: `about` (the machine), `settings`, and `validation` (whether the samples are those for choosing settings).
+        head: `about` (the machine), `settings`, and `validation` (whether the validation samples were used).
         found: results of encoders.
         labels: labels of all samples.
     """
@@ -124,15 +123,15 @@ def tables(rows: Rows, head: dict[str, Any]) -> str:
     seconds = sum(row["train_cpu_s"] + row["measure_cpu_s"] for row in rows.found)
     lines = [
         f"{about['device']}, 1 thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}; "
-        f"{seconds / 60:.0f} minutes of one core; {'validation' if head['validation'] else 'test'} samples. Accuracy "
-        "in %: mean ± standard error (number of seeds). The standard error covers samples and seeds; it is a "
-        "conservative estimate."
+        f"{seconds / 60:.0f} minutes on one core; measured on {'validation' if head['validation'] else 'test'} "
+        "samples. Accuracy in %: mean ± standard error (number of seeds). The standard error covers samples and seeds; "
+        "it is a conservative estimate."
     ]
     words, clothes = ("words of the caption", "captions", COMMON), (f"MAE of {FASHION}", "mae", rows.of_clothes)
     for title, columns, more, against in (
-        ("emoji, category", EMOJI, [words], []),
-        ("emoji, category; probe trained on one vendor's images", SHIFT, [], []),
-        ("emoji, category, few shots by k-NN", SHOTS, [], []),
+        ("emoji category", EMOJI, [words], []),
+        ("emoji category; probe trained on one vendor's images", SHIFT, [], []),
+        ("emoji category, few-shot k-NN", SHOTS, [], []),
         (FASHION, CLOTHES, [clothes], [(clothes, other) for other in ("pixels", "random", "mae")]),
     ):
         usual: list[Line] = [(name, objective, COMMON) for objective, name in NAMES.items()]
@@ -147,11 +146,12 @@ def tables(rows: Rows, head: dict[str, Any]) -> str:
         ]
         lines += ["", table([title, *columns.values()], cells)]
     lines += ["", table([f"retrieval, recall at {RETRIEVED} in %", *RETRIEVAL.values(), "chance"], _retrieval(rows))]
-    lines += ["", table(["AUROC in %, in-distribution: emoji", *OOD.values()], _ood(rows))]
+    lines += ["", table(["AUROC in %, with emoji as in-distribution data", *OOD.values()], _ood(rows))]
     for title in _run(rows):
         swept = [_swept(rows, point) for point in SWEEPS[title](rows)]
-        lines += ["", table([title, *SWEPT.values(), "linear, minus raw pixels", "linear, minus MAE"], swept)]
-    lines += ["", table(["held-out", *LOSSES.values()], _losses(rows))]
+        apart = [f"linear, difference from {other}" for other in ("raw pixels", "MAE")]
+        lines += ["", table([title, *SWEPT.values(), *apart], swept)]
+    lines += ["", table(["losses on held-out samples", *LOSSES.values()], _losses(rows))]
     alt = "Accuracy by encoder, and by text mask ratio, fraction of captions, training time and encoder width"
     return "\n".join(lines) + f"\n\n![{alt}]({PLOT})\n"
 
@@ -240,15 +240,15 @@ def _losses(rows: Rows) -> Iterable[list[str]]:
 
 
 def _run(rows: Rows) -> list[str]:
-    """Return the names of the SWEEPS for which there are results to compare."""
+    """Return the names of the SWEEPS that have results for at least two values."""
     known = {title: {p.x for p in sweep(rows) if rows.of(p.objective, **p.wanted)} for title, sweep in SWEEPS.items()}
     known["captions kept"].discard(0)  # a fraction of 0 is the MAE
     return [title for title, values in known.items() if len(values) > 1]
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Plot the accuracies by encoder and, for each of the paper's figures 3, 4 and 5 for which there are results, the
-    accuracies of linear probes.
+    """Plot the accuracies by encoder. For each of the paper's figures 3, 4 and 5 for which there are results, also plot
+    the accuracies of linear probes.
 
     Error bars are standard errors. The legend of the encoders is above all panels, so that it covers no bar.
     """
