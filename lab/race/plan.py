@@ -110,8 +110,8 @@ def race(
 
 def finetuned(data: str, size: str, lengths: Sequence[int], seeds: int) -> Iterator[Trial]:
     """Yield the runs whose encoders are fine-tuned, without their tuned settings: for each seed, the baseline with its
-    usual settings at the greatest length, the fast recipe at the length before it, an encoder with random weights, and
-    both recipes at the shortest length.
+    usual settings at the greatest length, the fast recipe at the second greatest length, an encoder with random
+    weights, and both recipes at the shortest length.
 
     Args:
         data: name of the dataset.

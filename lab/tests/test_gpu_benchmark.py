@@ -141,7 +141,7 @@ def test_what_a_process_takes_with_it_costs_one_item(tmp_path, end):
 
 
 def test_a_tuning_ends_where_processes_end_without_a_trial(tmp_path):
-    """Tuning continues as long as each process has tried a setting before it ended."""
+    """Tuning stops if a process ends before it has tried a setting."""
     results.save(tuner.TUNING, "t", [], tmp_path)
     row = f"""import json; path = {str(tmp_path / "gpu-tuning.json")!r}; data = json.load(open(path))
 n = len(data["rows"]); data["rows"] += [{{}}] * (n < 2); json.dump(data, open(path, "w")); raise SystemExit(4)"""

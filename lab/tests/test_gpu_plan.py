@@ -33,8 +33,8 @@ from tests.helpers.trainer import ROOT
 
 
 def python(*codes: str) -> dict[str, tuple[str, str]]:
-    """Return the commands of a stage. The folder of a single command is that of the stage; several commands have the
-    folders "0", "1", ..."""
+    """Return the commands of a stage. A single command uses the folder of the stage; several commands use its
+    sub-folders "0", "1", ..."""
     return {str(i) if len(codes) > 1 else "": ("-c", code) for i, code in enumerate(codes)}
 
 
@@ -257,7 +257,7 @@ def test_records_come_back_as_one_small_file_that_another_machine_takes_up(tmp_p
 
 
 def test_stages_have_the_block_sizes_that_earlier_ones_kept(tmp_path, monkeypatch):
-    """The block sizes are also those of a tuning that ran out of time, and they are used on another machine."""
+    """Later stages also use the block sizes of a tuning that ran out of time, even if it ran on another machine."""
     name = tuning.INTERPRETER
     table = json.loads(json.dumps(tuning.table(name)))
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)

@@ -163,7 +163,7 @@ class Rows:
 
         Args:
             most: maximum number of rows.
-            ranks: the ranks, each of which has such a tensor.
+            ranks: the ranks, each of which has its own tensor.
             folder: folder for a file if the memory is too small; None: the folder for temporary files.
             to_come: number of tensors of about this size, including this one, that are allocated now and have to fit
                 into memory together.

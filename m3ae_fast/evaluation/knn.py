@@ -61,7 +61,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _shown(bank: FeatureBank, queries: FeatureBank) -> dict[int, list[int]]:
-    """Return the numbers of the nearest training samples of some evenly spaced queries, by the number of the query.
+    """Return the numbers of the training samples nearest to some evenly spaced queries, keyed by the query's number.
     Every rank must call it."""
     count = min(_SHOWN, len(queries.keys))
     rows = [number * len(queries.keys) // count for number in range(count)]
@@ -77,7 +77,7 @@ def _draw_neighbours(
     predicted_M: Tensor,
 ) -> None:
     """Plot some queries with the training samples that are most similar to each. The text of a training sample is green
-    if it has the query's class. `shown`: numbers of the training samples by the number of the query."""
+    if it has the query's class. `shown`: numbers of the training samples, keyed by the query's number."""
     bank, queries = features
     keys = [bank.keys[row] for rows in shown.values() for row in rows], [queries.keys[row] for row in shown]
     neighbours, asked = (job.samples(corpus, names) for corpus, names in zip(corpora, keys))

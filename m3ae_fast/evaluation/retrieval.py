@@ -157,7 +157,7 @@ def _ways(images: FeatureBank, texts: FeatureBank) -> dict[str, tuple[FeatureBan
 
 
 def _shown(queries: FeatureBank, candidates: FeatureBank) -> dict[int, list[int]]:
-    """Return the numbers of the best candidates for some evenly spaced queries, by the number of the query. Every rank
+    """Return the numbers of the best candidates for some evenly spaced queries, keyed by the query's number. Every rank
     must call it."""
     count = min(_SHOWN, len(queries.keys))
     rows = [number * len(queries.keys) // count for number in range(count)]
@@ -167,7 +167,7 @@ def _shown(queries: FeatureBank, candidates: FeatureBank) -> dict[int, list[int]
 
 def _draw(job: Job, pairs: Corpus, keys: list[str], shown: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
     """Plot the results for some captions and for some images; the text of a match is green. `shown`: for each
-    direction, the numbers of the candidates by the number of the query."""
+    direction, the numbers of the candidates, keyed by the query's number."""
     for name, best in shown.items():
         asked, found = name.split("_to_")
         samples = job.samples(pairs, [keys[row] for row in {*best, *(row for some in best.values() for row in some)}])

@@ -333,8 +333,8 @@ def palette() -> Tensor:
 
 
 def _draw(job: Job, corpus: Corpus, keys: Sequence[str], cells: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-    """Plot some held-out images, each with its mask and its prediction. `cells`: mask and prediction by the number of
-    the image."""
+    """Plot some held-out images, each with its mask and its prediction. `cells`: mask and prediction, keyed by the
+    image's number."""
     samples, colours = job.samples(corpus, [keys[row] for row in sorted(cells)]), palette()
     sheet = []
     for row in sorted(cells):

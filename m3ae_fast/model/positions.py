@@ -29,8 +29,9 @@ def sincos_2d(dim: int, side: int, first: int = 0) -> Tensor:
 
 
 def sincos_of_smaller(dim: int, side: int, whole: int) -> Tensor:
-    """Return float32 [side * side, dim], row-major: the embeddings at the centres of the patches of an image that has
-    been reduced from `whole` x `whole` patches to `side` x `side`, in the coordinates of the original image."""
+    """Return float32 [side * side, dim], row-major: the embeddings of an image that has been reduced from `whole` x
+    `whole` patches to `side` x `side`. They are computed for the centres of the patches, in the coordinates of the
+    original image."""
     places = (torch.arange(side, device="cpu") + 0.5) * (whole / side) - 0.5
     rows, columns = torch.meshgrid(places, places, indexing="ij")
     return torch.cat((sincos_1d(dim // 2, columns.flatten()), sincos_1d(dim // 2, rows.flatten())), dim=1)

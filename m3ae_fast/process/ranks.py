@@ -33,7 +33,7 @@ Waiting = Callable[[], AbstractContextManager[None]]
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 _OTHER_FILES = 200  # maximum number of further open files, such as those of libraries, shards and logs
 _ENDED_KEY = "ended"  # key in the store; its value: the number of ranks that have ended with an error
-_OTHERS_S = 3.0  # maximum seconds to wait until the other ranks record their end; heartbeats reach them sooner
+_OTHERS_S = 3.0  # maximum seconds to wait until the other ranks record their end; heartbeats inform them in less time
 TIMEOUT = timedelta(minutes=30)  # maximum time until the last rank joins
 CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Heartbeats` ends a run that stalls
 
@@ -121,8 +121,8 @@ class Ranks:
 
     def first_error(self, exit_code: int, *, of_node: bool = False) -> tuple[bool, int]:
         """Record that this rank ends with an error. Return whether it is the first rank to do so (the first one prints
-        its error), and the exit code of the first rank. Raises RuntimeError if the process that holds the store, rank 0
-        or the launcher, has ended. `of_node`: whether "first" means the first among the ranks of this node only."""
+        its error), and the exit code of the first rank. Raises RuntimeError if the process that holds the store (rank 0
+        or the launcher) has ended. `of_node`: whether "first" means the first among the ranks of this node only."""
         store = self.heartbeat_groups[0].store if of_node else self.store
         own = f"{self.rank} {exit_code}"
         first = store.compare_set(ERROR_KEY, "", own).decode()
@@ -256,8 +256,8 @@ def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessG
 
 
 def _lasting(store: dist.Store, rank: int, gather: Callable[[int], list[int]]) -> dist.Store:
-    """Return a store that does not depend on the launcher. It is hosted by a rank if torchrun's agent hosts `store`,
-    because the ranks still have to save after the agent has ended."""
+    """Return a store that does not depend on the launcher. If torchrun's agent hosts `store`, rank 0 hosts another
+    store, because the ranks still have to save after the agent has ended."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
     own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None

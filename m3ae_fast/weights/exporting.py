@@ -36,7 +36,7 @@ def write_export(
     """Write float32 weights of a run (its last checkpoint) or of one checkpoint to the folder `out`.
 
     Args:
-        run: a run folder, a checkpoint, or an export whose format is to be changed or that is to be uploaded.
+        run: a run folder, a checkpoint, or an export that is to be converted to another format or uploaded.
         out: a new folder, or an earlier export, which is then replaced.
         format: "m3ae", "timm" for the image encoder as timm's VisionTransformer, or "onnx" for the image encoder as the
             file `out`.

@@ -102,8 +102,8 @@ def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
 
 
 def model_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Return the arguments of timm's VisionTransformer with which its features equal those of `M3AE.encode` with mean
-    pooling, before or after the last norm. The norm is `fc_norm` if it is applied to the mean."""
+    """Return the arguments with which timm's VisionTransformer has the features of `M3AE.encode` with mean pooling,
+    before or after the last norm. The norm is `fc_norm` if it is applied to the mean."""
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,

@@ -2,7 +2,7 @@
 
 A level of folders contains splits if all its folders have names of splits: `root/train/CLASS` and `root/val/CLASS`, as
 for torchvision's ImageFolder, but also `root/CLASS/train` or `root/images/train2017`. The first remaining level
-contains the classes. A folder called "test" is also a class if the folders next to it are classes.
+contains the classes. A folder called "test" is a class, and not a split, if the folders next to it are classes.
 """
 
 from __future__ import annotations
