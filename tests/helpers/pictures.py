@@ -166,7 +166,7 @@ CASES = [
         note="white where transparent",
     ),
     Case("PNG", "grey, 16 bits", lambda: png(_deep, 16, 0), scaled(_deep, 0, 65535), "dtype"),
-    Case("PNG", "grey, 12 of 16 bits", lambda: png(_deep >> 4, 16, 0), scaled(_deep >> 4, 0, 4095), (0, 4095)),
+    Case("PNG", "grey, 16 bits, 12 used", lambda: png(_deep >> 4, 16, 0), scaled(_deep >> 4, 0, 4095), (0, 4095)),
     Case(
         "PNG",
         "grey, 16 bits, one value transparent",
