@@ -46,7 +46,7 @@ class BadSamples:
 
     def __init__(self, max_fraction: float, samples: int):
         """Create a counter that stops the run when more than `max_fraction` of the samples are bad. The check starts
-        after MIN_SEEN samples, or after the `samples` of one epoch if these are fewer."""
+        after MIN_SEEN samples, or after `samples`, the number of samples per epoch, if this is smaller."""
         self.max_fraction = max_fraction
         self.least = max(1, min(MIN_SEEN, samples))
         self.seen = self.bad = self._named = 0

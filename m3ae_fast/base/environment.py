@@ -29,8 +29,8 @@ def configure_libraries() -> None:
 
 
 def configure_home() -> None:
-    """Set HOME to a temporary folder, the same for all processes, if the user's home folder is missing, as in some
-    containers and batch systems. Prints a note once per node."""
+    """If the user's home folder is missing, as in some containers and batch systems, set HOME to a temporary folder
+    that all processes share. Prints a note once per node."""
     home = os.path.expanduser("~")
     if home != "~" and os.path.isdir(home):
         return

@@ -1,5 +1,5 @@
-"""Access to the Hugging Face Hub: a quick check that it responds, and the download and upload of weight folders, which
-are called owner/name."""
+"""Access to the Hugging Face Hub: a quick check that it responds, and the download and upload of folders with weights,
+whose names have the form owner/name."""
 
 from __future__ import annotations
 

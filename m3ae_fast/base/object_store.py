@@ -32,7 +32,7 @@ def command(url: str) -> list[str]:
 
 
 def main(url: str) -> int:
-    import obstore  # after `require`
+    import obstore  # `require` has checked that it is installed
     from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
     bucket, _, path = url.partition("://")[2].partition("/")

@@ -121,8 +121,8 @@ def _check_units(images: Iterable[OneImage], value_range: tuple[float, float]) -
 
 
 def check_present(images: Sequence[OneImage | None] | None, texts: Sequence[str | None] | None) -> None:
-    """Raise ValueError if an image is None or a text is not a string, because the sample would be encoded without
-    it."""
+    """Raise ValueError if an image is None or a text is not a string, because the sample would otherwise be encoded
+    without the image or the text."""
     for what, values, kind in (("image", images, object), ("text", texts, str)):
         for number, value in enumerate(values if values is not None else ()):
             if value is None or not isinstance(value, kind):

@@ -40,7 +40,7 @@ def draw_predicted(mask: Tensor, fraction: float, generator: torch.Generator | N
 
 
 class MaskSampler:
-    """A sampler of the masks of samples and of the masked tokens that are predicted.
+    """A sampler of masks, and of the masked tokens that are predicted.
 
     Its results depend only on the seed and on the key of a sample. If `masking.per` is "batch", the mask of patches
     depends on the step number instead of the key.

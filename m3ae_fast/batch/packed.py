@@ -44,14 +44,14 @@ class PackedBatch:
     token_ids: Tensor  # [T] row of the text embedding
     encoder_table_ids: Tensor  # [T] row of [cls, patch positions, text positions]
     token_order: Tensor  # [T] order in which the backward pass sums rows with the same id in `token_ids`
-    encoder_table_order: Tensor  # [T] the same for `encoder_table_ids`
+    encoder_table_order: Tensor  # [T] as `token_order`, for `encoder_table_ids`
     # decoder input
     decoder: Segments  # U rows
     decoder_src: Tensor  # [U] encoder row
     mask_ids: Tensor  # [U] 0 patch mask embedding, 1 text mask embedding
     decoder_table_ids: Tensor  # [U] row of [patch positions, text positions]
-    mask_order: Tensor  # [U] the same for `mask_ids`
-    decoder_table_order: Tensor  # [U] the same for `decoder_table_ids`
+    mask_order: Tensor  # [U] as `token_order`, for `mask_ids`
+    decoder_table_order: Tensor  # [U] as `token_order`, for `decoder_table_ids`
     # rows that carry loss
     loss: Segments  # M rows
     loss_rows: Tensor  # [M] decoder row

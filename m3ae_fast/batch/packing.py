@@ -35,7 +35,7 @@ class Geometry:
     image_all_tokens: bool = False  # whether visible patches carry loss too
     text_all_tokens: bool = False
     loss_per_batch: bool = False  # whether losses are means over tokens instead of samples
-    image_range: Range | None = None  # values of black and white if there are more than 8 bits
+    image_range: Range | None = None  # values of black and white in images with more than 8 bits per value
     image_dtype: str = "uint8"  # dtype of stored pixels
     image_mean: tuple[float, ...] = ()  # per channel
     image_std: tuple[float, ...] = ()

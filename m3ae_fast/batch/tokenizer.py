@@ -65,8 +65,8 @@ class CaptionTokenizer:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Return the part of a caption's text that each of its tokens adds, including the space before a word, for any
-        tokenizer. A character that consists of several tokens belongs to the last of them."""
+        """Return the part of a caption's text that each of its tokens adds, including the space before a word. This
+        works for any tokenizer. A character that consists of several tokens belongs to the last of them."""
         decode: Callable[[Sequence[int]], str] = self.decode
         model = self._tokenizer.model
         if isinstance(model, models.WordPiece):  # its usual decoder would change text, for example "do not" to "don't"

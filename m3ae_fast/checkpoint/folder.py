@@ -238,8 +238,8 @@ def is_good(path: Path) -> bool:
 
 
 def before_decay(saved: Sequence[Path]) -> Path | None:
-    """Return the last of these checkpoints whose learning rate had not begun to decay; None if there is none. A damaged
-    checkpoint counts as not decayed."""
+    """Return the last of these checkpoints at which the learning rate had not begun to decay; None if there is none. A
+    damaged checkpoint counts as not decayed."""
 
     def decays(path: Path) -> bool:
         try:

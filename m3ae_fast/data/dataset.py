@@ -60,7 +60,7 @@ class Preparation:
 
 
 class _Draft(NamedTuple):
-    """Views of a sample before image decoding, with the bytes of the image."""
+    """The views of a sample before its image is decoded, and the bytes of the image."""
 
     samples: list[Sample]
     views: Sequence[int]
@@ -109,7 +109,8 @@ class Samples(Dataset[Sample | Skipped]):
         return found
 
     def _without_image(self, positions: Sequence[int]) -> _Draft | list[Skipped]:
-        """Return the views at `positions`, which all belong to one sample, before its image is decoded."""
+        """Return the views at `positions`, which all belong to one sample, before its image is decoded; or the reason
+        why each of them is skipped."""
         index = positions[0] // self.repeats
         place = self.order.locate(index)
         reader = self._readers[place.source]

@@ -30,13 +30,13 @@ SLOW_S = 120.0
 LONGEST_S = 4 * 3600.0  # limit for one attempt, in seconds
 ATTEMPTS = 5
 MAX_WAIT_S = 300.0  # longest wait between two attempts, even if the server requests more
-RETRIED = {408, 425, 429}  # HTTP errors 4xx that are retried: timeout, too early, too many requests
+RETRIED = {408, 425, 429}  # 4xx HTTP errors that are retried: timeout, too early, too many requests
 _CHUNK = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
 class NotFound(OSError):
-    """A permanent failure, for which a retry is pointless."""
+    """Raised for a permanent failure, after which a retry would be pointless."""
 
 
 def download(shard: str, out: BinaryIO) -> None:

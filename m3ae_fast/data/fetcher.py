@@ -56,7 +56,7 @@ class PrefetchSchedule:
     lanes: Sequence[int]  # lanes of the sample order that the node's ranks read
     start: int  # first step of the run
     stop: int  # step before which the run ends
-    positions: float  # positions in the order per step; fractional if `data.repeats` does not divide the batch
+    positions: float  # positions of the sample order per step; fractional if `data.repeats` does not divide the batch
     ahead: int  # number of steps whose batches are prepared in advance
 
     def span(self, steps: np.ndarray) -> Span:
@@ -70,7 +70,7 @@ class PrefetchSchedule:
         """Return the shards to download now, as many as fit into the cache, in the order in which they are needed:
         those of the current shuffle windows and, after the first step, those of the following windows."""
         each = self.order.upcoming_windows(self.lanes, span.first, span.end)
-        # number of positions of a lane until the end of the run; later windows are not downloaded
+        # number of positions that a lane has left before the end of the run; later windows are not downloaded
         rest = (self.stop * self.positions - span.end) / self.order.lanes - 1
 
         def soon(window: ShuffleWindow) -> bool:

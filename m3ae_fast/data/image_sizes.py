@@ -74,7 +74,8 @@ def _kept(path: Path, identity: Sequence[int], samples: int) -> np.ndarray | Non
 
 def _read(shard: IndexedShard) -> np.ndarray:
     sizes = np.zeros((shard.summary.samples, 2), dtype=np.int32)
-    with suppress(OSError), open(shard.shard, "rb") as file:  # samples of unreadable shards count as bad later
+    # the samples of unreadable shards are counted as bad samples later
+    with suppress(OSError), open(shard.shard, "rb") as file:
         table = shard.table()
         for row in np.flatnonzero(table["image_offset"] != MISSING).tolist():
             offset, length = (int(table[name][row]) for name in ("image_offset", "image_size"))

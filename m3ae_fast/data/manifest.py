@@ -1,10 +1,10 @@
 """Manifests: sample counts of many shards in one memory-mapped array, so that a run can open the shards without reading
 them.
 
-A manifest is a .npy file with a row for each shard: `name`, `samples` (with an image or a caption), `size` (bytes of
-the tar; 0: unknown) and `kind`, an index into KINDS. The counts determine the sample order. The offsets of samples are
-read from each shard when it is downloaded; if a shard has fewer samples than its manifest states, the missing ones
-count as skipped.
+A manifest is a .npy file with a row for each shard: `name`, `samples` (number of samples with an image or a caption),
+`size` (bytes of the tar; 0: unknown) and `kind`, an index into KINDS. The counts determine the sample order. The
+offsets of samples are read from each shard when it is downloaded; if a shard has fewer samples than its manifest
+states, the missing ones count as skipped.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def read(path: Path) -> np.ndarray:
 
 
 def is_manifest(patterns: str | Sequence[str]) -> bool:
-    """Return whether `patterns` are manifests. Raises UserError if they mix manifests and shards."""
+    """Return whether `patterns` are names of manifests. Raises UserError if they mix manifests and shards."""
     each = [patterns] if isinstance(patterns, str) else patterns
     manifests = [pattern for pattern in each if pattern.endswith(SUFFIX)]
     if manifests and len(manifests) < len(each):
@@ -154,8 +154,8 @@ def read_all(patterns: str | list[str]) -> np.ndarray:
 
 
 def count(names: Sequence[str], store: ShardStore, progress: bool = False) -> tuple[np.ndarray, list[Skipped]]:
-    """Return the rows of a manifest of the shards, and the unreadable or incomplete shards. Shards without an index are
-    indexed; remote shards are downloaded for this purpose. Raises UserError as `index_shards` does."""
+    """Return the manifest rows of the shards, and a list of the unreadable or incomplete shards. Shards without an
+    index are indexed; remote shards are downloaded for this purpose. Raises UserError as `index_shards` does."""
     lost: list[Skipped] = []
     found = {entry.shard: entry.summary for entry in index_shards(names, store, progress, lost)}
     lost += [
@@ -175,8 +175,8 @@ def part_of(names: Sequence[T], number: int, parts: int) -> Sequence[T]:
 
 
 def cached(names: Sequence[str], store: ShardStore) -> Path:
-    """Return the path of the cached manifest that a run creates for these shards. It depends on their names and, for
-    local files, on their contents."""
+    """Return the path of the cached manifest that a run creates for these shards. The path depends on the names of the
+    shards and, for local files, on their sizes and modification times."""
     identities = (name if is_remote(name) else store.name(name) for name in names)
     digest = hashlib.sha256("\n".join(identities).encode()).hexdigest()[:16]
     return store.cache_dir / "manifests" / (digest + SUFFIX)

@@ -47,7 +47,7 @@ class ShuffleWindow(NamedTuple):
     """A shuffle window: shards whose samples are shuffled together."""
 
     wait: float  # approximate number of positions in its lane until the window is needed; 0: it is in use
-    ahead: int  # number of the window, counted from the windows in use
+    ahead: int  # 0 for the windows in use, 1 for the next window, and so on
     source: int
     shards: tuple[int, ...]
 

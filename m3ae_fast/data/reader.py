@@ -97,7 +97,7 @@ class Reader:
         return np.frombuffer(data, IDS_DTYPE).astype(np.int64)
 
     def _whole(self, shard: int, read: Callable[[], T]) -> T:
-        """Return the result of `read`; if the cached shard is damaged, read from a new copy."""
+        """Return the result of `read`. If the cached shard is damaged, download it again and repeat the call."""
         try:
             return read()
         except _Damaged:

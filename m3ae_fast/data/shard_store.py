@@ -162,14 +162,15 @@ class ShardStore:
         return self.staging and self._far[folder]
 
     def in_place(self) -> ShardStore:
-        """Return a store that reads shards on a network file system in place, for reading only a few samples."""
+        """Return a store that reads shards on a network file system in place, for callers that read only a few
+        samples."""
         other = shallow_copy(self)
         other.staging = False
         return other
 
     def name(self, shard: str) -> str:
-        """Return a unique file name for data about the shard. For a local file, it also depends on size and
-        modification time."""
+        """Return a unique file name for data about the shard. For a local shard, the name also depends on the shard's
+        size and modification time."""
         identity = shard
         if not is_remote(shard):
             status = os.stat(shard)

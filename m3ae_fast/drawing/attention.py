@@ -218,7 +218,8 @@ def _outlined(image: Tensor, patch: tuple[int, int], size: int) -> Image.Image:
 
 
 def shade(part: float, highest: float) -> Colour:
-    """Return the background colour of a word, between white and SHADE in proportion to the highest attention."""
+    """Return the background colour of a word with the attention `part`: from white for no attention to SHADE for the
+    `highest` attention."""
     fraction = part / highest if highest > 0 else 0.0
     red, green, blue = (round(255 + fraction * (end - 255)) for end in SHADE)
     return red, green, blue

@@ -1,4 +1,4 @@
-"""Figures plotted during training with each checkpoint: reconstructions and attention maps."""
+"""Figures that are plotted at each checkpoint during training: reconstructions and attention maps."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from m3ae_fast.drawing.reconstructions import draw_run, open_weights
 def draw_training(
     config: Config, weights: dict[str, Tensor], corpus: Corpus, tokenizer: CaptionTokenizer | None
 ) -> dict[str, Path]:
-    """Plot samples of `corpus` to the run folder, and return the paths of the figures by name: "reconstructions" and,
-    if there are images, "attention". See `draw_run` for the arguments and errors."""
+    """Plot samples of `corpus`, write the figures to the run folder, and return their paths by name: "reconstructions"
+    and, if there are images, "attention". See `draw_run` for the arguments and errors."""
     folder, count = config.run.dir, config.train.pictures
     drawn = {}
     if draw_run(config, weights, corpus, tokenizer, folder / "reconstructions.png", count):

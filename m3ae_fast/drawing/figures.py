@@ -42,7 +42,7 @@ class Cell(NamedTuple):
 
 
 def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str] = ()) -> None:
-    """Write a PNG of rows of cells; `titles` are the column headings."""
+    """Write a PNG with rows of cells; `titles` are the column headings."""
     columns = max(map(len, rows))
     lines = max([1, *(len(_wrapped(cell)) for row in rows for cell in row if cell.image is not None)])
     width, height, top = _SIDE + _GAP, _SIDE + lines * _LINE + _GAP, 20 if titles else _GAP
@@ -115,8 +115,9 @@ def _wrapped(cell: Cell) -> list[str]:
 
 
 def draw_confusion(path: Path, labels_N: Tensor, predicted_N: Tensor, classes: Sequence[int | str]) -> None:
-    """Write a PNG of the confusion matrix: the fractions of each class's samples that were predicted as each class. If
-    there are more than _MOST_CONFUSED classes, only the classes with the most samples are shown."""
+    """Write a PNG of the confusion matrix. It shows, for each class, the fractions of its samples that were
+    predicted as each of the classes. If there are more than _MOST_CONFUSED classes, only the classes with the most
+    samples are shown."""
     samples_K = np.bincount(labels_N.numpy(), minlength=len(classes))
     shown = np.sort(np.argsort(-samples_K, kind="stable")[:_MOST_CONFUSED])
     count, place_K = len(shown), np.full(len(classes), -1)

@@ -140,7 +140,7 @@ class DeepSpeedEngine:
             self.ds.backward(losses.loss * 1.0, scale_wrt_gas=False)
             if i == len(batches) - 1:
                 self.before_update()
-                if self.zero.stage == 0:  # for this stage, DeepSpeed does not report the norm
+                if self.zero.stage == 0:  # at this stage, DeepSpeed does not report the norm
                     grads = [p.grad for p in self.model.parameters() if p.grad is not None]
                     norm = torch.nn.utils.get_total_norm(grads)
             self.ds.step()
@@ -250,7 +250,7 @@ def deepspeed_section(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.clip_grad or 0.0,
         "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,  # apex's FusedAdam
+        "zero_allow_untested_optimizer": True,  # required for apex's FusedAdam
         "zero_force_ds_cpu_optimizer": False,
         "timers": {"throughput": {"enabled": False}},  # synchronises with the GPU twice per step
     }
@@ -260,7 +260,8 @@ def deepspeed_section(
             # are used. With an empty list of modules, gradients are reduced in float32.
             section["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         else:
-            # The check synchronises with the GPU and skips steps silently; `LossWatch` stops the run instead.
+            # DeepSpeed's check for overflows synchronises with the GPU and skips steps silently; `LossWatch` stops the
+            # run instead.
             section["bf16"] = {"enabled": True, "check_grad_overflow": False}
             section["data_types"] = {"grad_accum_dtype": "fp32"}
     return section

@@ -21,8 +21,8 @@ CAPTION_FRACTION = 1 / 3  # length of a typical caption relative to text_length;
 
 
 def memory_needed(config: Config, world: int, samples: int) -> float:
-    """Return the bytes of memory that a rank requires for steps with `samples` samples on the rank, if all activations
-    are kept. `world`: number of ranks."""
+    """Return the bytes of memory that a rank requires for steps with `samples` samples per rank, if all activations are
+    kept. `world`: number of ranks."""
     with torch.device("meta"):
         model = M3AE(config.model, config.loss)
     parameters = sum(p.numel() for p in model.parameters())

@@ -89,8 +89,8 @@ class Muon(torch.optim.Optimizer):
         return [Matrix(start + i * rows * columns, rows, columns) for i in range(number)]
 
     def shard(self, flat: Tensor, start: int, starts: Mapping[Tensor, int], gather: Callable[[Tensor], Tensor]) -> None:
-        """Register `flat` as this rank's part of a buffer, which begins at the buffer's element `start`. `starts`: the
-        first element of each parameter in the buffer; `gather`: see `Part`."""
+        """Register `flat` as this rank's part of a buffer. The part begins at element `start` of the buffer. `starts`:
+        the first element of each parameter in the buffer; `gather`: see `Part`."""
         matrices = [matrix for p in self._stacked for matrix in self._matrices(p, starts[p])]
         own = [m for m in matrices if m.start < start + len(flat) and start < m.stop]
         self._parts = {flat: Part(start, own, gather)}

@@ -28,7 +28,7 @@ class Depth(NamedTuple):
 
     @property
     def is_deep(self) -> bool:
-        """Return whether the bit depth is high: values are not integers from 0 to 255."""
+        """Return whether the bit depth is high, which means that the values are not integers from 0 to 255."""
         return self.kind != "unsigned" or self.bits > 8
 
     @property

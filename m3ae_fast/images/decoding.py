@@ -1,6 +1,6 @@
 """Decoding of image files into pixels [C, H, W].
 
-Shapes: C channels (1 grey, 3 RGB, 4 RGBA, else bands), H x W pixels.
+Shapes: C channels (1: grey, 3: RGB, 4: RGBA, otherwise bands), H x W pixels.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _TURNING = ("exif", "xmp")  # keys of `Image.info` that may contain the orientation
 _ON_A_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_SCALES = {"L;2": 85, "L;4": 17}  # 8-bit levels per level of the file, by the raw mode of a PNG
+_SCALES = {"L;2": 85, "L;4": 17}  # factors from the levels of a 2-bit or 4-bit PNG to 8-bit levels, by its raw mode
 
 # Pillow warns about unusual images, which are read or reported anyway.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -225,8 +225,8 @@ def widened(levels_CHW: Tensor, dtype: str) -> Tensor:
 
 
 def _transparent_level(image: Image.Image) -> int | None:
-    """Return the transparent level of a 2-bit or 4-bit PNG, scaled to 8 bits; None for other images. Pillow scales only
-    the pixels."""
+    """Return the transparent level of a 2-bit or 4-bit PNG, scaled to 8 bits; None for other images. Pillow scales the
+    pixels, but not this level."""
     found = next((_SCALES[str(tile[3])] for tile in getattr(image, "tile", ()) if str(tile[3]) in _SCALES), None)
     clear = image.info.get("transparency")
     return clear * found if found and isinstance(clear, int) else None

@@ -1,4 +1,4 @@
-"""The attention op with an interface for tests, which takes segments."""
+"""An interface to the attention op for tests. It takes segments."""
 
 from m3ae_kernels import packed_attention
 from m3ae_kernels.attention import Segments

@@ -1,5 +1,5 @@
-"""A program that searches and trains on feature banks that are split over ranks. `main([FILE])` saves the results on
-rank 0."""
+"""A program that searches feature banks, which are split over ranks, and trains on them. `main([FILE])` saves the
+results on rank 0."""
 
 from __future__ import annotations
 

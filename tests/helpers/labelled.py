@@ -27,8 +27,8 @@ def coloured(number, colour):
 
 
 def labelled_members(numbers, labels=None):
-    """Yield members as (name, bytes): for each sample an image of one of three colours, a caption with its name, and
-    its class as number and as name.
+    """Yield members as (name, bytes): for each sample an image of one of three colours, a caption with the name of the
+    colour, and the class as a number and as a name.
 
     `labels`: values by sample number that replace the correct class id; None: no .cls and no .json.
     """
@@ -48,7 +48,7 @@ def labelled_tar(path, numbers, labels=None):
 
 
 def tiny_run(folder, ranks=1, data=None, **model):
-    """Return a run folder with one checkpoint of an untrained tiny model, as written by this number of ranks."""
+    """Return a run folder with one checkpoint of an untrained tiny model, split as `ranks` ranks would write it."""
     sections = {"model": {**TINY["model"], **model}, "data": {**TINY["data"], **(data or {})}}
     config = Config.model_validate(TINY | sections, strict=False)
     weights = {f"model/{name}": p for name, p in M3AE(config.model).state_dict().items()}

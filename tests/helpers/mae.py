@@ -53,7 +53,8 @@ class MAE(nn.Module):
         if norm_pix:
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         errors = []
-        for image, mask, wanted in zip(images_BCHW, mask_BL, target):  # one by one, because their lengths differ
+        # one by one, because the numbers of masked patches differ
+        for image, mask, wanted in zip(images_BCHW, mask_BL, target):
             x = (self.patch_embed(image[None]) + self.pos_embed[:, 1:])[:, ~mask]
             x = torch.cat((self.cls_token + self.pos_embed[:, :1], x), 1)
             x = self.decoder_embed(self.norm(nn.Sequential(*self.blocks)(x)))

@@ -140,7 +140,7 @@ class Official:
         return losses, dict(zip(p, grads))
 
     def trained(self) -> tuple[Tensor, Params]:
-        """Return the loss before each AdamW step, and the parameters after the last."""
+        """Return the loss before each AdamW step, and the parameters after the last step."""
         m, (b1, b2) = self.meta, self.meta["betas"]
         p, trajectory = dict(self.params), []
         moments = {key: (torch.zeros_like(v), torch.zeros_like(v)) for key, v in p.items()}
@@ -157,7 +157,7 @@ class Official:
         return torch.stack(trajectory), p
 
     def arrays(self) -> dict[str, Tensor]:
-        """Return the arrays of a golden file in addition to the parameters and the batch."""
+        """Return the arrays that a golden file contains in addition to the parameters and the batch."""
         p = self.params
         encoded = self.encode(p, {kind: self.kept(kind) for kind in self.kinds})
         out = {f"encoder_{kind}": part for kind, part in encoded.items()}
@@ -219,7 +219,7 @@ def make_golden(
 
 
 def _parameters(m: dict) -> list[tuple[str, tuple[int, ...], float, float]]:
-    """Return (flax path, shape, spread, mean) of every parameter, with values for which all parameters affect the
+    """Return (flax path, shape, spread, mean) of every parameter, chosen such that all parameters affect the
     results."""
     c, found = m["config"], []
     d, e = c["emb_dim"], c["dec_emb_dim"]

@@ -3,7 +3,7 @@ code in float64. The updates of LARS and Adam are written out.
 
 Like tests/helpers/official.py, it shares no code with the engine.
 
-Shapes: N samples, T tokens of each (cls first), D width, K classes, B samples of a step.
+Shapes: N samples, T tokens of a sample (cls first), D width, K classes, B samples of a step.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class OfficialFineTuning:
         return self.meta["layer_decay"] ** (self.meta["depth"] + 1 - layer)
 
     def arrays(self) -> dict[str, Tensor]:
-        """Return the arrays of a golden file in addition to the parameters and the batch."""
+        """Return the arrays that a golden file contains in addition to the parameters and the batch."""
         out, grads = self.gradients(self.params)
         plain, decayed = self.trained(decay=False), self.trained(decay=True)
         out |= {"loss_trajectory": plain["loss"], "accuracy_trajectory": plain["accuracy"]}
@@ -207,7 +207,7 @@ class OfficialFineTuning:
         return {f"{group}/{key}": value for group, values in groups.items() for key, value in values.items()}
 
     def described(self) -> dict:
-        """Return the entries of `meta` in addition to sizes and settings."""
+        """Return the entries that `meta` contains in addition to sizes and settings."""
         m, layers = self.meta, range(self.meta["depth"] + 2)
         return {
             "layer_id": {path: self.layer(path) for path in self.params},

@@ -16,7 +16,7 @@ from PIL import Image
 
 SIDE = 32
 _random = np.random.RandomState(0)
-# flat squares of 16 pixels, which survive a JPEG
+# squares of 16 x 16 equal pixels, which JPEG compression preserves
 RGB = _random.randint(0, 256, (SIDE // 16, SIDE // 16, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
 RGB = np.concatenate((RGB, RGB[:16, ::-1]))  # [48, 32, 3]: not square, so that rotations are detected
 GREY = RGB[..., 0]
@@ -24,7 +24,7 @@ RAMP = np.linspace(0, 1, GREY.size).reshape(GREY.shape)  # from 0 to 1
 ALPHA = np.where(RAMP < 0.5, 0, 255).astype(np.uint8)
 RGBA = np.dstack((RGB, ALPHA))
 ON_WHITE = np.where(ALPHA[..., None] == 0, 255, RGB).astype(np.uint8)
-TURN = 6  # EXIF orientation: to be rotated clockwise
+TURN = 6  # EXIF orientation: the image must be rotated clockwise
 NEEDS_RANGE = "has .*: set data.range"
 
 
@@ -111,8 +111,8 @@ def _bits(bits: int) -> np.ndarray:
 
 
 def _jpeg(array: np.ndarray | Image.Image, **options) -> tuple[Callable[[], bytes], np.ndarray]:
-    """Return a function that encodes a JPEG, and its pixels as decoded by Pillow, which is not the decoder that the
-    project uses for most JPEGs."""
+    """Return a function that encodes a JPEG, and the pixels of this JPEG as decoded by Pillow. For most JPEGs, the
+    project uses another decoder."""
     data = pillow(array, "JPEG", quality=95, **options)
     return (lambda: data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 

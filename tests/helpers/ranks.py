@@ -42,7 +42,7 @@ _forks.set_forkserver_preload(["pytest", *_IMPORTED, *_LATE, __name__])
 
 
 def environment() -> dict[str, str]:
-    """Return environment variables for programs: those of this process with one core, no GPU and no launcher."""
+    """Return environment variables for programs: those of this process, but with one core, no GPU and no launcher."""
     launched = (
         "RANK",
         "WORLD_SIZE",
@@ -60,8 +60,8 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a free port below those that the system assigns. One of the latter might be assigned to another test
-    before rank 0 listens on it, and a rank would then wait for the wrong store."""
+    """Return a free port below the range from which the system assigns ports. A port from this range might be assigned
+    to another test before rank 0 listens on it, and a rank would then wait for the wrong store."""
     while True:
         # The seeded generator is not used, because tests that run in parallel would draw the same ports.
         port = random.SystemRandom().randrange(15_000, 32_000)

@@ -80,7 +80,7 @@ def matrix(world: int) -> Iterator[Case]:
 
 
 def unclipped(world: int) -> Iterator[Case]:
-    """Yield cases without clipping, and one with clipping for comparison; and cases with layer-wise learning rates."""
+    """Yield cases without clipping, one case with clipping for comparison, and cases with layer-wise learning rates."""
     yield "plain", config_of(world, None, 1, "fp32", {})
     for name, stage in (("plain", None), ("stage=0", 0), ("stage=2", 2)):
         yield f"{name} unclipped", config_of(world, stage, 1, "fp32", {}, clip_grad=None)
