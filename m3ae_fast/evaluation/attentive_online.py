@@ -41,7 +41,7 @@ def is_held_out(key: str) -> bool:
 
 @dataclass(frozen=True)
 class EncodedSteps:
-    """The steps of training on the patch tokens of batches, which are encoded when they are needed and then
+    """The steps of training on patch tokens. Each batch is encoded when it is needed, and its tokens are then
     discarded."""
 
     loader: Iterable[PackedBatch]

@@ -1,5 +1,5 @@
 """Export of a model, with options to measure the accuracy of its ONNX files and to upload it to the Hugging Face
-hub."""
+Hub."""
 
 from __future__ import annotations
 

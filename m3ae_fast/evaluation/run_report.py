@@ -154,8 +154,8 @@ def _model(path: Path, result: dict[str, Any]) -> str:
 
 
 def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
-    """Yield, for each result with predictions, an HTML paragraph that states whether it differs significantly from the
-    baselines of the same task and from the largest class, and a warning if there is one."""
+    """Yield HTML paragraphs for each result with a verdict or a warning: whether it differs significantly from the
+    baselines of the same task and from always predicting the largest class, and the warning if there is one."""
     for path, result in found:
         task, model = result.get("task"), str(result.get("model"))
         if not {"verdict", "warning"} & result.keys() or model.startswith((*PREFIXES.values(),)):

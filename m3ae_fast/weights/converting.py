@@ -29,7 +29,7 @@ def convert(
         source: file, folder or Hugging Face Hub name of the weights; `m3ae-fast convert --help` lists the supported
             kinds. No code in the files is executed.
         out: the folder to write.
-        tokenizer: the tokenizer.json, BERT vocab.txt or hub name of the captions' tokenizer.
+        tokenizer: the tokenizer.json, BERT vocab.txt or Hub name of the captions' tokenizer.
         num_heads, dec_num_heads: numbers of attention heads of encoder and decoder, for a .pth or .safetensors file
             whose width is not one of the published sizes.
 

@@ -31,7 +31,7 @@ _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 
 
 def read_source(source: str, heads: ViTOptions) -> Pretrained:
-    """Detect the format of a file, folder or hub model, and convert it. Raises UserError if the format is unknown, the
+    """Detect the format of a file, folder or Hub model, and convert it. Raises UserError if the format is unknown, the
     file is damaged, or the model cannot be represented as an M3AE."""
     try:
         found = _recognise(source, heads)
