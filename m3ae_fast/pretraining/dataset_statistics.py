@@ -121,7 +121,7 @@ def _tokenizer(
     shards: Shards, train: Corpus, store: ShardStore, out: Path, overrides: Sequence[str]
 ) -> CaptionTokenizer | None:
     """Return the tokenizer that is set in the overrides, otherwise one that is trained on the captions; None if there
-    are no captions."""
+    are no captions, or if the overrides exclude text."""
     size, own = set_to(overrides, "model.vocab_size", None), set_to(overrides, "data.tokenizer", "")
     if not train.has_captions or size == 0 or own is None:
         return None

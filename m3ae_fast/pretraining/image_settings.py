@@ -14,8 +14,8 @@ _FILLED = 0.9  # minimum fraction of a data type's range that must occur to assu
 
 def channels_and_dtype(kinds: Sequence[Kind]) -> tuple[int, str]:
     """Return `model.channels` and `model.image_dtype` for images of these kinds. If there are grey and colour images,
-    the model has colour channels. Arrays of bands are not converted, so the settings fit only the most frequent kind of
-    array."""
+    the model has colour channels. If most images are arrays of bands, the settings are those of the most frequent kind
+    of array, because arrays are not converted."""
     arrays = Counter((kind.channels, kind.dtype) for kind in kinds if kind.is_array)
     if 2 * arrays.total() > len(kinds):
         channels, dtype = arrays.most_common(1)[0][0]

@@ -79,8 +79,8 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
 
 
 def _with_rate(config: Config, rate: float, seconds: float) -> Config:
-    """Return the config with this learning rate and, if there is a time limit, with `seconds` subtracted from the
-    limit."""
+    """Return the config with this learning rate. If there is a time limit, `seconds` are subtracted from it, but at
+    least half of it is kept, and the number of steps is reduced in proportion."""
     train = config.train
     if train.hours:
         left = max(train.hours - seconds / 3600, train.hours / 2)

@@ -105,7 +105,7 @@ def _open(source: str, captions: Path | None) -> tuple[Records, list[str]]:
 def _split(train: list[str], val: list[str], out: Path) -> Shards:
     """Split shards into training and held-out shards. The held-out shards are those in `val`. If it is empty, they
     are the shards with the name of a held-out split. If there are none, they are the last tenth of the shards, from
-    which samples whose image also occurs in a training shard are removed."""
+    which samples whose image also occurs in a training shard are removed. A single shard is used for training only."""
     if val:
         return Shards(train, val, overlap(train, val))
     names = train if any(map(is_manifest, train)) else expand(train)
