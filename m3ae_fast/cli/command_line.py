@@ -15,7 +15,7 @@ from m3ae_fast.base.environment import DEVICES, Device
 from m3ae_fast.base.errors import ErrorElsewhere, UserError
 from m3ae_fast.process.launchers import is_first_rank
 
-_FIRST_S = 10.0  # seconds that other ranks wait for rank 0 to report a mistake, because it may start later
+_FIRST_S = 10.0  # seconds that other ranks wait for rank 0 to report a mistake, because rank 0 may start later
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         try:
             found, unknown = super().parse_known_args(args, namespace)
-        except UserError as error:  # from the parser of a value
+        except UserError as error:  # raised by the function that parses a value
             refuse(str(error))
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -94,7 +94,7 @@ def add_samples(parser: argparse.ArgumentParser, option: str, key: str, text: st
 
 
 def _into_set(key: str) -> dict[str, Any]:
-    return {"dest": "set", "const": key, "default": argparse.SUPPRESS}  # the default is that of --set
+    return {"dest": "set", "const": key, "default": argparse.SUPPRESS}  # the default of --set applies
 
 
 class _Setting(argparse.Action):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import output, program
 
-if TYPE_CHECKING:  # torch is imported only where it is used, so that --help appears at once
+if TYPE_CHECKING:  # torch is imported only where it is used, so that --help appears immediately
     from m3ae_fast.model.pretrained import Pretrained
 
 
