@@ -176,7 +176,7 @@ def corruption_errors(corruptions: dict[str, list[float]], clean: float) -> dict
 def _draw(
     job: Job, config: RobustnessConfig, passes: Mapping[str, Pass], kinds: Severities, result: dict[str, Any]
 ) -> None:
-    """Plot the accuracy over epsilon, and a figure of one sample with every corruption at every severity."""
+    """Plot the accuracy over epsilon, and one sample with every corruption at every severity."""
     if config.epsilons:
         draw_attack(job.out / "attack.png", config.epsilons, list(result["pgd"].values()), result["top1"])
     clean = _first_image(job, passes[CLEAN])

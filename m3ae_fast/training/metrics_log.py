@@ -138,7 +138,8 @@ class RunLog:
         self.say("  ".join([f"step {step}", *shown]))
 
     def has(self, step: int, names: Collection[str]) -> bool:
-        """Return whether this attempt or an earlier one has logged a value of any of these names after this step."""
+        """Return whether the log has a line for this step, from this attempt or an earlier one, with any of these
+        names."""
         with contextlib.suppress(OSError):
             lines = _lines(self.folder / METRICS_FILE)
             return any(line["step"] == step and not line.keys().isdisjoint(names) for line in lines)
