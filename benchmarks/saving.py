@@ -112,14 +112,14 @@ def measure(zero: int | None, ranks: Ranks, agreed: Agreement, folder: Path) -> 
         "engine": "plain torch" if zero is None else f"ZeRO {zero}",
         "gathered: delay of a step, s": statistics.median(before),
         "parts: delay of a step, s": statistics.median(now),
-        "ratio": statistics.median(a / b for a, b in zip(before, now)),
+        "ratio of the delays": statistics.median(a / b for a, b in zip(before, now)),
         "gathered: time to write, s": statistics.median(written),
         "parts: time to write, s": statistics.median(shared),
-        "a step, s": statistics.median(plain),
-        "a step during the copying, s": statistics.median(during),
+        "time of a step, s": statistics.median(plain),
+        "time of a step during the copy, s": statistics.median(during),
         "gathered: memory of rank 0, MB": total * 4 / 1e6,
         "parts: maximum memory of a rank, MB": max(ranks.gather(held)) * 4 / 1e6,
-        "relative to its partition": max(ranks.gather(held)) * ranks.world / total,
+        "memory relative to the rank's partition": max(ranks.gather(held)) * ranks.world / total,
     }
 
 

@@ -21,5 +21,7 @@ def test_memory(benchmark):
         row = {"size": "small", "batch": samples, "implementation": name}
         rows.append(row | {"MB": size / 1e6, "relative to the expert": size / peaks["expert"]})
     benchmark.extra_info |= {f"{name} MB": size / 1e6 for name, size in peaks.items()}
-    results.write("memory", "Peak memory of a training step above parameters, gradients and optimiser state", rows)
+    results.write(
+        "memory", "Peak memory of a training step in addition to parameters, gradients and optimiser state", rows
+    )
     assert peaks["engine"] <= MOST * peaks["expert"], peaks

@@ -24,6 +24,7 @@ SMALL = Sizes(samples=32, patch=16, grid=14, visible=49, words=20, encoder=384, 
 DTYPE = torch.bfloat16 if PRECISION == "bf16" else torch.float32
 SIZES = LARGE if torch.cuda.is_available() else SMALL
 ROWS: list[results.Row] = []
+BOTH = "both passes"
 # names in baselines.py; on a CPU, Liger has no driver, and cut_cross_entropy 25.1 does not support a bias
 RIVALS = ("torch.compile", "torch linear_cross_entropy", "Liger", "ml-cross-entropy")
 
@@ -32,7 +33,9 @@ RIVALS = ("torch.compile", "torch linear_cross_entropy", "Liger", "ml-cross-entr
 def write():
     yield
     if ROWS:
-        kinds = "loss ops compute their gradients in the forward pass; -: does not run on this machine"
+        kinds = (
+            "loss ops compute their gradients in the forward pass; -: does not run on this machine or was not measured"
+        )
         title = f"Ops in {PRECISION} at {SIZES.samples} samples ({kinds})"
         results.write("ops", title, ROWS)
 
@@ -92,15 +95,15 @@ def test_op(benchmark, name):
     def backward(name: str) -> None:
         torch.autograd.grad(outs[name], learned, upstream[name], retain_graph=True)
 
-    phases = {"forward": lambda name: work.call(modules[name]), "backward": backward, "both": both}
+    phases = {"forward": lambda name: work.call(modules[name]), "backward": backward, BOTH: both}
     row: results.Row = {"op": work.name}
     for phase, run in phases.items():
-        measured = list(modules) if phase == "both" else ["engine", "eager"]
+        measured = list(modules) if phase == BOTH else ["engine", "eager"]
         times = measure(DEVICE, {name: partial(run, name) for name in measured}, rounds=3, repeats=3)
-        row |= {f"{phase} ms": times["engine"].p50, f"{phase} eager": times["eager"].p50}
-    row |= {f"both {name}": times[name].p50 if name in times else None for name in RIVALS}
+        row |= {f"{phase}, ms": times["engine"].p50, f"{phase}, eager torch, ms": times["eager"].p50}
+    row |= {f"{BOTH}, {name}, ms": times[name].p50 if name in times else None for name in RIVALS}
     outs.clear()
-    for name, column in (("engine", "peak MB"), ("eager", "peak eager")):
+    for name, column in (("engine", "peak memory, MB"), ("eager", "peak memory, eager torch, MB")):
         row[column] = peak_above(partial(both, name), DEVICE.device) / 1e6
     ROWS.append(row)
     benchmark.pedantic(both, ("engine",), rounds=3)
