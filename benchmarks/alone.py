@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # As in train.py, waiting threads yield their cores, and the engine's memory is allocated in large pages. The baselines
-# free and allocate memory all the time, so that large pages would make them slower by a tenth.
+# do not use large pages, because they free and allocate memory all the time and would become slower by a tenth.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 ENGINE = {"THP_MEM_ALLOC_ENABLE": "1"}
 
@@ -59,7 +59,8 @@ class Alone:
         return self._ask("peak")
 
     def held_bytes(self) -> int:
-        """Return the peak of the process's total memory in bytes, which the trainer logs as its peak memory."""
+        """Return the peak of the process's total memory in bytes. The trainer logs the same quantity as its peak
+        memory."""
         return self._ask("held")
 
     def _ask(self, what: str):
@@ -109,7 +110,7 @@ def peak_of(process: int) -> int:
 
 
 def _status(process: str) -> dict[str, int]:
-    """Return the kinds of memory that a process uses in bytes, by their names in /proc/PID/status."""
+    """Return the memory of a process in bytes, by the names of the kinds of memory in /proc/PID/status."""
     lines = (line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return {words[0].removesuffix(":"): int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
 

@@ -23,8 +23,8 @@ LIGER_CHUNKS = 16  # Liger's `chunk_mem_const` for few chunks; with its default,
 
 
 def baselines(work: Workload, compiled: bool = True) -> dict[str, object]:
-    """Return the baselines of an op by name, as modules with a function that has the op's name. `compiled`: whether to
-    include torch.compile."""
+    """Return the baselines of an op by name. Each baseline is a module that contains a function with the name of the
+    op. `compiled`: whether to include torch.compile."""
     found: dict[str, Callable] = {"eager": getattr(reference, work.op)}
     if compiled:
         found["torch.compile"] = torch.compile(getattr(reference, work.op))
@@ -42,14 +42,14 @@ def baselines(work: Workload, compiled: bool = True) -> dict[str, object]:
 
 
 def _patches_given(work: Workload) -> Callable[..., Tensor]:
-    """Return a patch embedding for which the patches have been extracted and normalised in advance."""
+    """Return a patch embedding whose patches have been extracted and normalised in advance."""
     weight, ids = work.tensors["weight"], work.tensors["patch_ids"].long()
     rows = reference.patches(work.tensors["images"], dtype=weight.dtype, **work.options)[ids]
     return lambda images, patch_ids, weight, bias, **_: F.linear(rows, weight, bias)
 
 
 class _Matmuls(torch.autograd.Function):
-    """The three matmuls of a head and its loss alone. The outputs also serve as their own gradients."""
+    """Only the three matmuls of a head and its loss. The outputs are also used as their own gradients."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Measurement of the time and the peak memory of functions on a device: CUDA, or a CPU for tests of the programs."""
+"""Measurement of the time and the peak memory of functions on a CUDA device, or on a CPU to test the benchmark
+programs."""
 
 import time
 from collections.abc import Callable
@@ -9,8 +10,8 @@ import torch
 
 @dataclass
 class Timing:
-    """The 20th, 50th and 80th percentile of times in milliseconds, and the peak memory in MB, without the memory that
-    was in use before."""
+    """The 20th, 50th and 80th percentiles of the times in milliseconds, and the peak memory in MB, without the memory
+    that was in use before."""
 
     p20: float
     p50: float
@@ -19,7 +20,7 @@ class Timing:
 
 
 class CpuDevice:
-    """Measurement by the wall clock, without peak memory."""
+    """Measurement of wall-clock time, without peak memory."""
 
     device = torch.device("cpu")
     name = "cpu"
@@ -54,7 +55,7 @@ class CpuDevice:
 
 
 class CudaDevice:
-    """Measurement by events around each call, after the second-level cache has been overwritten.
+    """Measurement of the time between two events around each call, after the second-level cache has been overwritten.
 
     Overwriting the cache also gives the host a head start, so that calls for which the GPU takes less time than the
     host (about 100 us) are measured without gaps.

@@ -88,7 +88,7 @@ class Sizes:
     vocab: int
 
 
-# 512 samples: 256 px, 75 % of the patches and of 64 words masked.
+# 512 samples of 256 px and 64 words; 75 % of the patches and of the words are masked.
 LARGE = Sizes(samples=512, patch=16, grid=16, visible=64, words=64, encoder=1024, decoder=512, vocab=30522)
 ODD = Sizes(samples=5, patch=14, grid=3, visible=4, words=19, encoder=200, decoder=123, vocab=997)
 
@@ -163,8 +163,8 @@ def _norm(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
 
 
 def _scatter(s: Sizes, n: int, fill: int, length: int, d: int, dtype, device) -> Workload:
-    """Return a workload that assembles samples of `length` rows, of which n in total are rows of x and the other rows
-    come from `fill`."""
+    """Return a workload that assembles samples of `length` rows. In total, n of these rows come from x, and the others
+    from `fill`."""
     t = s.samples * length
     src = torch.full((t,), -1, dtype=torch.int32, device=device)
     places = torch.randperm(t, device=device)[:n].sort().values

@@ -32,11 +32,11 @@ EPS = 1e-6
 
 @dataclass
 class PaddedBatch:
-    """A batch of images with captions that are padded to the same length. Every sample has both."""
+    """A batch of images with captions that are padded to the same length. Every sample has an image and a caption."""
 
     images_BCHW: Tensor  # float32, normalised; normalisation is not part of the step
     image_mask_BL: Tensor  # bool, True = masked
-    tokens_BX: Tensor  # int64, 0 if padded
+    tokens_BX: Tensor  # int64, 0 for padding
     text_mask_BX: Tensor  # bool, sampled over all X positions
     padding_BX: Tensor  # bool, True = padding
     # added for the expert, so that its step neither searches for positions nor synchronises with the device
@@ -219,7 +219,8 @@ def pad_left(padding: Tensor, rows: int) -> Tensor:
 
 
 def masked_mean(error_BN: Tensor, mask_BN: Tensor) -> Tensor:
-    """Return the mean over samples of the mean over a sample's masked positions; a sample without any counts as 0."""
+    """Return the mean over samples of the mean over a sample's masked positions. A sample without masked positions
+    counts as 0."""
     return ((error_BN * mask_BN).sum(1) / mask_BN.sum(1).clamp(min=1)).mean()
 
 

@@ -1,5 +1,5 @@
-"""Storage of results: each machine has a folder with a JSON file per benchmark, which contains a table with named
-columns, and information on the machine, versions and date."""
+"""Storage of results: each machine has a folder with one JSON file per benchmark, which contains a table with named
+columns, and describes the machine, the versions and the date."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Row = dict[str, str | int | float | None]
 
 
 def about() -> dict[str, str | float]:
-    """Return the machine, versions and date. If the load average `load` exceeds `cores`, other programs were running
-    too."""
+    """Return the machine, the versions and the date. If the load average `load` exceeds `cores`, other programs were
+    running as well."""
     return {
         "device": device_name(),
         "cores": len(os.sched_getaffinity(0)),

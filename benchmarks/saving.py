@@ -1,8 +1,8 @@
 """Measurement of the time that a step waits for a checkpoint, on every rank of a process group. test_saving.py starts
 this program.
 
-Two methods alternate: each rank copies its part while the next step computes its gradients, as in the training loop; or
-rank 0 gathers complete tensors one by one between two steps, as in earlier versions.
+Two methods alternate. With parts, each rank copies its part while the next step computes its gradients, as in the
+training loop. With gathering, rank 0 gathers complete tensors one by one between two steps, as in earlier versions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Benchmarks of evaluation: k-NN search compared with its matrix product alone, with scikit-learn and with faiss; the
-memory of an online attentive probe by number of images; a grid of linear heads compared with a single head, streamed
-with the encoder and on cached features; linear probes compared with scikit-learn's LogisticRegression.
+memory of an online attentive probe by number of images; a grid of linear heads compared with a single head, both with
+the encoder in each step and on cached features; linear probes compared with scikit-learn's LogisticRegression.
 
 Shapes: N samples, M queries, D width, C classes, H heads.
 """
@@ -46,11 +46,13 @@ from m3ae_fast.shards.tar_member import add_member
 
 BANK, QUERIES, WIDTH, K = 100_000, 10_000, 384, 20
 ROUNDS = 3
-# The numbers of ImageNet-1k's training images and of some of its 50,000 validation images, and the width of M3AE-Base.
-# With fewer queries, normalising the bank takes a larger fraction of the time, so the measured ratio is an upper bound.
+# The number of ImageNet-1k's training images, the width of M3AE-Base, and fewer queries than ImageNet-1k's 50,000
+# validation images. With fewer queries, normalising the bank takes a larger fraction of the time, so the measured ratio
+# is an upper bound.
 IMAGENET, IMAGENET_WIDTH, IMAGENET_QUERIES = 1_281_167, 768, 2048
-IMAGES = (2_000, 20_000)  # numbers of training images whose peak memory in an online attentive probe is compared
-MOST_GROWTH = 1.05  # maximum ratio of the peak memory for the larger number to that for the smaller number
+# The peak memory of an online attentive probe is compared for two numbers of training images. MOST_GROWTH is the
+# maximum ratio of the two peaks, the larger number of images to the smaller one.
+IMAGES, MOST_GROWTH = (2_000, 20_000), 1.05
 RATES, LAYERS, CLASSES, STEPS, BATCH = 13, (9, 10, 11, 12), 1000, 4, 32
 # numbers of training samples, test samples and classes in the comparison with scikit-learn
 TRAIN, TEST, KINDS = 10_000, 5_000, 50
@@ -121,7 +123,7 @@ def test_knn():
 
 
 def test_knn_of_imagenet():
-    """The bank is stored in this process, so that the additional memory excludes it."""
+    """The bank is stored in this process, so that the measured additional memory does not include it."""
     torch.manual_seed(0)
     keep_freed_memory()
     bank_ND = F.normalize(torch.randn(IMAGENET, IMAGENET_WIDTH), dim=1)
@@ -167,7 +169,8 @@ def test_memory_of_an_online_attentive_probe(tmp_path):
         for key, value in options.items():
             probe += ["--set", f"{key}={value}"]
         with subprocess.Popen(probe) as process:
-            # not resource.getrusage, which counts the memory of this process at the start of the other one
+            # resource.getrusage is not used, because it includes the memory that this process had when it started the
+            # other one
             peak = 0
             while process.poll() is None:
                 peak = peak_of(process.pid) or peak

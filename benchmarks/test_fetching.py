@@ -59,7 +59,7 @@ def train(folder: Path, source: str, shards: Path, *options: str) -> tuple[float
 
 
 def test_remote_shards_cause_little_waiting(benchmark, shards, tmp_path):
-    """The comparison is with the same shards on a local disk."""
+    """The remote shards are compared with the same shards on a local disk."""
     sizes = [(PER, (shards / f"{number}.tar").stat().st_size, KINDS.index("paired")) for number in range(SHARDS)]
     cache_gb = FITTING * max(size for _, size, _ in sizes) / 1e9
     with faulty_server(shards, 0, FAULTS, LATENCY_S) as server:

@@ -56,8 +56,8 @@ def made(model: ModelConfig, sizes: list[tuple[int, int]], seed: int = 0) -> lis
 
 
 def test_a_step_at_equal_tokens(sizes):
-    """The square batch has the number of images for which its number of tokens is nearest to that of the native
-    batch."""
+    """The number of square images is chosen so that their number of tokens is as close as possible to that of the
+    native batch."""
     keep_freed_memory()
     square = ModelConfig(size="small", image_size=224, vocab_size=0)
     native = square.model_copy(update={"resize": "native", "min_patches": 196})
@@ -102,7 +102,7 @@ def test_a_step_at_equal_tokens(sizes):
 
 
 def test_padding(sizes):
-    """Measure the fraction of padding rows in batches of 64, for packing and for padding of images."""
+    """Measure the fraction of padding rows in batches of 64 if images are packed and if they are padded."""
     from timm.data.naflex_transforms import get_image_size_for_seq
 
     model = ModelConfig(size="small", image_size=128, patch_size=8, vocab_size=0, resize="native", max_patches=256)

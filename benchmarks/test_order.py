@@ -1,5 +1,5 @@
-"""Benchmark of manifests and of the sample order for datasets of up to two billion samples: time and memory to open
-them and to find a sample, in the main process and in a loader worker."""
+"""Benchmark of manifests and of the sample order for datasets of up to two billion samples: the time and the memory
+needed to open a manifest and to find samples in it, in the main process and in a loader worker."""
 
 import json
 import multiprocessing

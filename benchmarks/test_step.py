@@ -1,4 +1,4 @@
-"""Benchmark of whole training steps of the reference, the expert and the engine, which alternate so that other load on
+"""Benchmark of whole training steps of the reference, the expert and the engine. They alternate, so that other load on
 the machine affects all of them."""
 
 import functools

@@ -1,5 +1,5 @@
 """python -m benchmarks.gpu [--quick | --odd | --tune | --step | --all] [--budget SECONDS]: checks every kernel on the
-GPU and compares its time with baselines; or tunes block sizes; or times whole training steps; or does all of this, in
+GPU and compares its time with baselines; or tunes block sizes; or times whole training steps; or does all of these, in
 stages.
 
 Results are written after each op, kernel or step, so that they are not lost if the run ends early. Checks, timing and
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--step", action="store_true", help="time whole training steps; requires m3ae_fast")
     what.add_argument(
-        "--all", action="store_true", help="run all stages of plan.py; call again for the remaining stages"
+        "--all", action="store_true", help="run all stages of plan.py; call again to run the remaining stages"
     )
     found.add_argument(
         "--budget", type=float, metavar="SECONDS", help=f"time limit (default: {BUDGET}; with --all: {ALL_BUDGET})"
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None, **options: Any) -> int:
         return 1 if failed else 0
     dtypes = [dtype for dtype in DTYPES if args.dtype in (None, _name(dtype))]
     work = suite.items(quick=args.quick or args.odd, odd=args.odd, dtypes=dtypes)
-    if args.first is None:  # no memory of the GPU is in use yet
+    if args.first is None:  # this process starts the others, and uses no GPU memory itself
         command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
         if args.tune is not None:
             return tune.in_processes([*command, "--from", "0"], folder, seconds)

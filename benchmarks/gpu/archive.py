@@ -1,5 +1,5 @@
 """Packing of the records, logs and tables of all stages into one small archive, which can be copied to another machine
-and back. Caches of compilers, shards and traces are left out."""
+and back. Compiler caches, shards and traces are left out."""
 
 from __future__ import annotations
 

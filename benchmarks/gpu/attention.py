@@ -13,7 +13,7 @@ from benchmarks import results
 from benchmarks.measure import CpuDevice, CudaDevice
 
 SAMPLES = 512
-# M3AE-Large: number of heads, head dimension, and rows of a sample with a caption of 20 words and with the longest one
+# M3AE-Large: heads, head dimension, rows of a sample with a caption of 20 words ("long": with the longest caption)
 SHAPES = {"encoder": (16, 64, 55), "encoder, long": (16, 64, 81), "decoder": (16, 32, 218)}
 REPEATS = 10
 

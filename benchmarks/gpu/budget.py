@@ -1,4 +1,4 @@
-"""A time limit for a whole command, which keeps its results when it ends."""
+"""A time limit for a whole command, which keeps the results obtained so far."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 
 class OutOfTime(BaseException):
-    """Raised when the time is over. It does not derive from Exception, so that code that catches errors of other
-    libraries does not catch it."""
+    """Raised when the time is over. It does not derive from Exception, so it is not caught by code that catches errors
+    of other libraries."""
 
 
 @contextmanager

@@ -25,8 +25,8 @@ PER_TILE = 2
 # registers and warps of a multiprocessor from compute capability 8.0 on (CUDA C programming guide)
 REGISTERS, WARPS = 65536, 64
 MOST_ACCUMULATORS = 128  # maximum number of a thread's 255 registers for accumulators
-# Tile shapes by width of the inputs. float32 is multiplied by three TF32 products, which require three times the
-# registers.
+# Tile shapes by width of the inputs. A float32 product is computed as three TF32 products, which need three times as
+# many registers.
 TILES = {
     "16": ((64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128)),
     "32": ((32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128)),

@@ -1,12 +1,12 @@
 """`python -m benchmarks.gpu --all`: the validation of the kernels on a new GPU in stages, in calls of a few minutes
 each.
 
-Each stage consists of one or several processes with a time limit. The output of its commands is stored in the folder of
-the stage, or in sub-folders with the names of the commands, before it is evaluated, and record.json describes how the
-stage ended. A stage with a record is complete; the next call continues with the following stages, and repeats stages
-that failed because of a missing module, if the module is now installed. A stage that fails, hangs or prints nothing
-does not affect other stages, and all its processes are ended. After every stage, records, logs and tables are packed
-into one file, which the next call uses, even on another machine. The caches of compilers stay in the folder between
+Each stage consists of one or more processes with a time limit. The output of its commands is stored in the folder of
+the stage, or in sub-folders with the names of the commands, before it is evaluated. The file record.json describes how
+the stage ended. A stage with a record is complete. The next call continues with the following stages; it repeats a
+stage that failed because of a missing module if the module is now installed. A stage that fails, hangs or prints
+nothing does not affect other stages, and all its processes are ended. After every stage, records, logs and tables are
+packed into one file, which the next call uses, even on another machine. Compiler caches stay in the folder between
 calls. PLAN.md describes the result of each stage.
 """
 
@@ -72,7 +72,7 @@ def _sanitized(tool: str) -> Stage:
 SUITE = "benchmarks.gpu"
 OWN = {"M3AE_KERNELS_IMPL": "triton"}  # uses the project's own kernels, including attention
 GOLDEN = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests/golden").glob("*.npz")))
-# The stages in order of importance. The time limits of those before "base" add up to 45 minutes.
+# The stages in order of importance. The time limits of the stages before "base" add up to 45 minutes.
 PLAN = (
     _stage("ceilings", 90, "benchmarks.gpu.ceilings"),
     _stage("verify", 90, "m3ae_fast", "verify", *GOLDEN, "--device", "cuda"),
@@ -121,7 +121,7 @@ def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN, again: Col
         if not _is_done(place):
             left = deadline - time.monotonic()
             if begun and left < stage.seconds:  # the first stage of a call always starts
-                print(f"{stage.name} takes up to {stage.seconds:.0f} s, {max(0, left):.0f} s are left: call again")
+                print(f"{stage.name} needs up to {stage.seconds:.0f} s, but {max(0, left):.0f} s are left: call again")
                 return LATER
             begun = True
             shutil.rmtree(place, ignore_errors=True)
@@ -134,7 +134,7 @@ def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN, again: Col
             archive.pack(folder)
         record = json.loads((place / RECORD).read_text(encoding="utf-8"))
         outcomes.append(record["outcome"])
-        lacks = f", without {record['lacks']}: python -m benchmarks.gpu.wheels" if record["lacks"] else ""
+        lacks = f"; missing module: {record['lacks']}; run python -m benchmarks.gpu.wheels" if record["lacks"] else ""
         print(f"{stage.name:16} {record['outcome']:12} {record['seconds']:6.0f} s  {place}{lacks}", flush=True)
     return 0 if {"done", "absent"} >= set(outcomes) else 1
 

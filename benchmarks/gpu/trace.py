@@ -48,7 +48,7 @@ def breakdown(path: Path) -> list[Row]:
         spent[IDLE] += max(0.0, start - busy_until)
         busy_until = max(busy_until, end)
     whole = busy_until - begin
-    each = 1e3 * steps  # from microseconds of all steps
+    each = 1e3 * steps  # converts microseconds of all steps to milliseconds per step
     rows: list[Row] = [{"part": p, "ms per step": us / each, "fraction": us / whole} for p, us in spent.items()]
     return [*rows, {"part": "whole", "ms per step": whole / each, "fraction": 1.0}]
 

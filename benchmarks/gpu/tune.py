@@ -1,4 +1,5 @@
-"""Tuning of block sizes for the present device: the launches of each candidate are timed, and the fastest is kept.
+"""Tuning of block sizes for the present device: the launches of all candidates are timed, and the fastest candidate is
+kept.
 
 A kernel is timed within the op in which it takes the most time, so that its inputs are realistic. Only its launches are
 timed, each between two time stamps on the device. The host runs far enough ahead that launch overhead is not included.
@@ -211,7 +212,7 @@ def _raise_if_broken(device: Device, error: Exception) -> None:
 
 
 def in_processes(command: Sequence[str], folder: Path, seconds: float) -> int:
-    """Tune in a separate process, and in another one each time that a process ends early. Return the exit code."""
+    """Tune in a separate process; if it ends early, continue in another process. Return the exit code."""
     failed, known, until = 0, -1, time.monotonic() + seconds
     with Processes() as processes:
         while (left := until - time.monotonic()) > 0:

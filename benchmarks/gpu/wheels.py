@@ -34,8 +34,8 @@ def needed(also: Collection[str] = ()) -> list[str]:
 
 
 def download(folder: Path, python: str, also: Collection[str] = ()) -> int:
-    """Download wheels for a version of Python to `folder`, and return the exit code of the first call of pip that
-    fails, or 0."""
+    """Download wheels for a version of Python to `folder`. Return 0, or the exit code of the first call of pip that
+    fails."""
     folder.mkdir(parents=True, exist_ok=True)
     todo, done = needed(also), THERE - set(also)
     while todo:

@@ -157,7 +157,7 @@ def test_what_lacked_a_module_runs_again_once_it_is_there(tmp_path, capsys, monk
     stages = [Stage("trainer", 50, python(code))]
     assert plan.run(tmp_path / "out", 60, stages) == 1
     assert "failed" in (output := capsys.readouterr().out)
-    assert output.endswith(", without brought_later: python -m benchmarks.gpu.wheels\n")
+    assert output.endswith("; missing module: brought_later; run python -m benchmarks.gpu.wheels\n")
     assert plan.run(tmp_path / "out", 60, stages) == 1 and (tmp_path / "out/count").read_text() == "x"
     (tmp_path / "brought_later.py").write_text("print('here')")
     monkeypatch.syspath_prepend(str(tmp_path))
