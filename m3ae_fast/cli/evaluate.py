@@ -89,9 +89,8 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
             "--no-baselines",
             dest="baselines",
             action="store_false",
-            help="do not also evaluate random weights and downscaled pixels (default: they are evaluated in the same "
-            "pass over the images, unless MODEL is one of them or the encoder sees captions"
-            + ("; not with --layers, --pools or --shots)" if task.surveys else ")"),
+            help="do not also evaluate random weights and downscaled pixels (default: they are evaluated, unless MODEL "
+            "is one of them or the encoder sees captions)",
         )
     if task.resumes:
         add_resume(command, "DIR")

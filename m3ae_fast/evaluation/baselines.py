@@ -3,8 +3,10 @@ that always predicts the largest class."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import Difference, difference
@@ -14,6 +16,8 @@ MODEL = "the model"  # name of the evaluated model in comparisons with its basel
 UNTRAINED, SCALED, LARGEST = "random weights", "downscaled pixels", "the largest class"
 PREFIXES = {UNTRAINED: RANDOM, SCALED: PIXELS}  # prefix of a model's name that denotes each baseline
 BASELINES = "baselines"  # key of the results of the baselines in a result
+PROBE = "probe"  # key of the description of a baseline's classifier, if it differs from the classifier of the model
+LOGISTIC = "logistic regression"
 
 
 class Baseline(NamedTuple):
@@ -21,6 +25,7 @@ class Baseline(NamedTuple):
 
     metrics: Mapping[str, float]  # metrics with their standard errors
     difference: Difference | None  # model's result minus the baseline's result; None: it cannot be estimated
+    probe: str = ""  # description of the baseline's classifier; "": the same as that of the model
 
 
 def baseline_entries(baselines: Mapping[str, Baseline]) -> dict[str, Any]:
@@ -29,24 +34,38 @@ def baseline_entries(baselines: Mapping[str, Baseline]) -> dict[str, Any]:
         return {}
     return {
         BASELINES: {
-            name: {**each.metrics} | ({"difference": each.difference.entries()} if each.difference else {})
+            name: ({PROBE: each.probe} if each.probe else {})
+            | {**each.metrics}
+            | ({"difference": each.difference.entries()} if each.difference else {})
             for name, each in baselines.items()
         }
     }
 
 
-def accuracy_entries(found: Mapping[str, Predictions]) -> dict[str, Any]:
-    """Return the accuracies of a model and of its baselines as entries of result.json. `found`: predictions for the
-    same samples, by MODEL and by the names of the baselines."""
+def accuracy_entries(found: Mapping[str, Predictions], probe: str = "") -> dict[str, Any]:
+    """Return the accuracies of a model and of its baselines as entries of result.json.
+
+    Args:
+        found: predictions for the same samples, by MODEL and by the names of the baselines.
+        probe: description of the classifier of the baselines; "": the same as that of the model.
+    """
     model = found[MODEL]
-
-    def minus(other: Predictions) -> Difference | None:
-        if len(model.keys) < 2:  # the interval cannot be estimated
-            return None
-        return difference(model.correct_N.numpy(), other.correct_N.numpy())
-
-    baselines = {name: Baseline(each.accuracies(), minus(each)) for name, each in found.items() if name != MODEL}
+    baselines = {
+        name: Baseline(each.accuracies(), accuracy_difference([model], [each]), probe)
+        for name, each in found.items()
+        if name != MODEL
+    }
     return model.accuracies() | baseline_entries(baselines)
+
+
+def accuracy_difference(first: Sequence[Predictions], second: Sequence[Predictions]) -> Difference | None:
+    """Return the difference of the mean accuracies of two classifiers, first minus second, for predictions of one or
+    several trials; None if it cannot be estimated, because there is only one sample or the samples differ."""
+    keys = first[0].keys
+    if len(keys) < 2 or second[0].keys != keys:
+        return None
+    first_N, second_N = (np.mean([each.correct_N.numpy() for each in trials], 0) for trials in (first, second))
+    return difference(first_N, second_N)
 
 
 def differences(result: Mapping[str, Any]) -> dict[str, Difference]:

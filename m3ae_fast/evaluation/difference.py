@@ -68,7 +68,8 @@ def against_largest_class(folder: Path, result: Mapping[str, Any]) -> dict[str, 
     - "chance_top5", if there are more than five classes: the share of the five largest classes;
     - "verdict", if there is one prediction per sample: a sentence that states whether the accuracy is significantly
     better than "chance";
-    - "warning", unless the accuracy is significantly better than "chance" and than each of the baselines in `result`.
+    - "warning", unless the accuracy is significantly better than each of the baselines in `result` and, if there is
+    one prediction per sample, than "chance".
     """
     if not (folder / FILE).exists():
         return {}
@@ -79,15 +80,16 @@ def against_largest_class(folder: Path, result: Mapping[str, Any]) -> dict[str, 
     found: dict[str, Any] = {"chance": largest_share(labels.values())}
     if len({*labels.values()}) > 5:
         found["chance_top5"] = largest_share(labels.values(), 5)
+    others, top1 = not_better(result, "top1"), result.get("top1", 0.0)
     if one_prediction_each(table):
         (found["verdict"],) = in_words(folder, MODEL, {})
         label_N, largest = np.array(table["label"]), _largest(table["label"])
         right_N = label_N == np.array(table["prediction"])
-        others = not_better(result, "top1")
+        top1 = float(right_N.mean())
         if not difference(right_N, label_N == largest).is_better:
             others = {LARGEST: found["chance"]} | others
-        if text := warning("top-1 accuracy", float(right_N.mean()), others):
-            found["warning"] = text
+    if text := warning("top-1 accuracy", top1, others):
+        found["warning"] = text
     return found
 
 

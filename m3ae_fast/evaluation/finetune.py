@@ -189,6 +189,7 @@ def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
     task = FineTuningTask(
         job=job,
         settings=config,
+        corpora=(start.train, start.val),
         classes=start.classes,
         model=model,
         engine=engine,

@@ -37,6 +37,7 @@ from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.evaluation.tasks import TASKS, Modality, Options
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.session import Session
+from m3ae_fast.process.stop_request import StopRequest
 from m3ae_fast.training.run_lock import RunFolder
 
 RESULT_FILE, PARTIAL_FILE = "result.json", "result-so-far.json"
@@ -68,7 +69,8 @@ class Job:
     session: Session
     folder: RunFolder | None  # the output folder, on the main rank only
     model: Any  # an M3AE, or a Classifier if the task evaluates one; on the ranks' device
-    baselines: Mapping[str, MultimodalEncoder] = field(default_factory=dict)  # by name, on the ranks' device
+    # returns the baselines that the task evaluates, by name, on the ranks' device
+    open_baselines: Callable[[], Mapping[str, MultimodalEncoder]] = dict
     is_last: bool = True  # whether the program ends with this task, so that a stopped task reports its partial result
     classes: Classes = ()  # labels by class id; see `open_labelled`
     names: list[str] = field(default_factory=list)  # names of the classes in figures
@@ -146,17 +148,42 @@ class Job:
     ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
         """Return the features of the training and of the held-out samples, by MODEL and by the names of the baselines,
         from one pass over the samples. `patches`: see `encode_corpus`."""
-        shorter = "fewer --train shards" + (" or --no-baselines" if self.baselines else "")
+        return self._encode_by_each({MODEL: self.model, **self.open_baselines()}, train, val, patches=patches)
+
+    def encode_baselines(
+        self, train: Corpus, val: Corpus, stop: StopRequest | None = None, pool: Pool | None = None
+    ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
+        """Return the features of the training and of the held-out samples by the names of the baselines, from one pass
+        over the samples; empty if the task evaluates no baselines. `stop`: see `PassMonitor`; `pool`: the pooling;
+        None: the pooling of the settings."""
+        models = self.open_baselines()
+        return self._encode_by_each(models, train, val, "baselines: ", stop=stop, pool=pool) if models else {}
+
+    def _encode_by_each(
+        self,
+        models: Mapping[str, MultimodalEncoder],
+        train: Corpus,
+        val: Corpus,
+        prefix: str = "",
+        *,
+        patches: bool = False,
+        stop: StopRequest | None = None,
+        pool: Pool | None = None,
+    ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
+        """Return the features of the training and of the held-out samples by model. `prefix`: prefix of the titles of
+        the progress display."""
+        shorter = "fewer --train shards" + (" or --no-baselines" if {*models} != {MODEL} else "")
         whole = self.time_left(train.samples + val.samples, shorter=lambda _: shorter)
-        models, config, parts = {MODEL: self.model, **self.baselines}, self.config, []
-        for corpus, title in ((train, "encoding train"), (val, "encoding val")):
-            monitor = PassMonitor(title, self.heartbeats, whole=whole, part=corpus.samples)
+        config, parts = self.config, []
+        encode = config.encode.model_copy(update={"pool": pool or config.encode.pool})
+        for corpus, title in ((train, f"{prefix}encoding train"), (val, f"{prefix}encoding val")):
+            monitor = PassMonitor(title, self.heartbeats, stop, whole, corpus.samples)
             parts.append(
                 encode_by_each(
                     [*models.values()],
                     corpus,
                     config.data,
-                    config.encode,
+                    encode,
                     self.ranks,
                     monitor,
                     patches=patches,

@@ -23,8 +23,10 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_training
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
+from m3ae_fast.evaluation.baselines import LOGISTIC, MODEL, accuracy_entries
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, C, Official, chosen, with_defaults
 from m3ae_fast.evaluation.job import LONG_S, SHORT_S, WARNINGS, Columns, Job, PartialResult
+from m3ae_fast.evaluation.logistic_baselines import logistic_baselines
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.training.metrics_log import read_metrics
@@ -49,6 +51,7 @@ class LabelledTask(ABC):
 
     job: Job
     settings: LinearProbeConfig | FineTuneConfig
+    corpora: tuple[Corpus, Corpus]  # the training and the held-out samples
     classes: Classes
     notes: list[str] = field(default_factory=list)  # differences from the run that is resumed
 
@@ -113,8 +116,8 @@ class LabelledTask(ABC):
         return values
 
     def complete(self, trainer: Trainer, val_samples: int) -> dict[str, Any] | None:
-        """Train the classifier, write it and its predictions, and return the result; return None if the run was
-        stopped."""
+        """Train the classifier, write it and its predictions, evaluate the baselines, and return the result; return
+        None if the run was stopped."""
         job, result = self.job, trainer.train()
         if result is None:
             rerun = "--resume auto continues"
@@ -127,15 +130,20 @@ class LabelledTask(ABC):
         found = job.ranks.broadcast(lambda: self.warnings(trainer))
         for warning in found:
             job.say(f"note: {warning}")
-        return result | {
-            "classes": len(self.classes),
-            "steps": trainer.step,
-            "train_samples": trainer.schedule.samples,
-            "val_samples": val_samples,
-            "skipped": trainer.bad.bad,
-            "recipe": chosen(self.settings),
-            WARNINGS: found,
-        }
+        predictions = {MODEL: self.predictions} | logistic_baselines(job, self.corpora, len(self.classes))
+        return (
+            result
+            | accuracy_entries(predictions, LOGISTIC)
+            | {
+                "classes": len(self.classes),
+                "steps": trainer.step,
+                "train_samples": trainer.schedule.samples,
+                "val_samples": val_samples,
+                "skipped": trainer.bad.bad,
+                "recipe": chosen(self.settings),
+                WARNINGS: found,
+            }
+        )
 
     def partial_result(self, trainer: Trainer) -> PartialResult:
         """Return the result of the last evaluation, in this attempt or an earlier one. Main rank only."""

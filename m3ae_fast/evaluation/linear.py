@@ -72,7 +72,14 @@ def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
         "task": {"model": job.options.model, "weights": weights, "classes": list(start.classes)},
     }
     layout = lay_out(job.config.data, start.train.sizes, start.share.global_batch)
-    task = ProbingTask(job=job, settings=start.settings, classes=start.classes, heads=heads, val=held_out)
+    task = ProbingTask(
+        job=job,
+        settings=start.settings,
+        corpora=(start.train, start.val),
+        classes=start.classes,
+        heads=heads,
+        val=held_out,
+    )
     return task, make_trainer(job, start, task, engine, layout, sections, RULES, "a lower linear.peak_lr")
 
 

@@ -18,6 +18,7 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
 from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.attentive_online import passes, predict_online
+from m3ae_fast.evaluation.baselines import LOGISTIC, Baseline, accuracy_difference, baseline_entries
 from m3ae_fast.evaluation.encoding import key_digest
 from m3ae_fast.evaluation.feature_bank import FeatureBank, missing_in_host_memory
 from m3ae_fast.evaluation.fit_heads import HeadsInTraining
@@ -108,6 +109,11 @@ class GridPredictions:
         result |= {"classes": len(self.classes), "train_samples": train_samples, "draws": self.draws}
         return result | {WARNINGS: [*self.warnings], "val_samples": val_samples, "results": rows}
 
+    def main_predictions(self) -> tuple[Case, list[Predictions]]:
+        """Return the case to which the main accuracies of the result belong, and its predictions for each draw."""
+        case = [each for each in self.cases if each.pool == self.cases[0].pool][-1]
+        return case, [predictions for other, _, predictions in self.made if other == case]
+
     def columns(self, made: Sequence[tuple[Case, int, Predictions]]) -> dict[str, list[Any]]:
         """Return the columns of the table of these predictions."""
         parts = ((predictions, case._asdict() | {"draw": draw}) for case, draw, predictions in made)
@@ -170,7 +176,7 @@ def run(job: Job) -> dict[str, Any]:
         for row in found.rows([each for each in found.made if each[0].shots == shots]):
             case = Case(*(row.pop(name) for name in Case._fields))
             job.say(f"{case.name(found.pools)}: {summary(row)}{whole.left()}")
-    return _concluded(job, found)
+    return _concluded(job, found, (train, val))
 
 
 def _run_online(job: Job, layers: Sequence[int], opened: tuple[Corpus, Corpus, Classes]) -> dict[str, Any]:
@@ -192,17 +198,37 @@ def _run_online(job: Job, layers: Sequence[int], opened: tuple[Corpus, Corpus, C
     job.keep_if_stopped(lambda: PartialResult(found.live.copy()[1], {}, {}))
     made = predict_online(job, (train, val), layers, recipe, setting, whole)
     found.made = [(Case(*kinds[number], None), 0, own) for number, own in made.items()]
-    return _concluded(job, found)
+    return _concluded(job, found, (train, val))
 
 
-def _concluded(job: Job, found: GridPredictions) -> dict[str, Any]:
-    """Write the predictions and return the result."""
+def _concluded(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus]) -> dict[str, Any]:
+    """Write the predictions, evaluate the baselines, and return the result. `corpora`: the training and the held-out
+    samples."""
     job.keep(found.columns(found.made))
     for warning in found.warnings:
         job.say(f"note: {warning}")
     rows = found.rows(found.made)
     job.pictures.append(lambda: _draw(job, rows))
-    return found.result(rows)
+    return found.result(rows) | baseline_entries(_baselines(job, found, corpora))
+
+
+def _baselines(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus]) -> dict[str, Baseline]:
+    """Return the results of the baselines with the training samples of the main accuracies, by name; empty if the task
+    evaluates no baselines. The baselines use k-NN if the task does, and otherwise logistic regression."""
+    case, own = found.main_predictions()
+    probe = "knn" if job.options.task == "knn" else "logistic"
+    other = "" if probe == job.options.task else LOGISTIC
+    setting = Setting(
+        job.config, len(found.classes), job.model.config.num_heads, job.config.run.seed, job.ranks, job.heartbeats
+    )
+    baselines = {}
+    for name, (bank, held_out) in job.encode_baselines(*corpora, pool=case.pool).items():
+        trials = []
+        for draw in range(found.draws):
+            samples = bank if case.shots is None else few_shot(bank, case.shots, draw, found.classes)
+            trials.append(PROBES[probe].predict({0: samples}, {0: held_out}, setting)[0])
+        baselines[name] = Baseline(_measured(trials), accuracy_difference(own, trials), other)
+    return baselines
 
 
 def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes, kinds: int) -> float:

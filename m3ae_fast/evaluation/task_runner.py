@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.config.evaluation import EvaluationConfig, Pool, evaluation_config
-from m3ae_fast.evaluation.baselines import BASELINES, MODEL, SCALED, UNTRAINED, differences
+from m3ae_fast.evaluation.baselines import BASELINES, MODEL, PROBE, SCALED, UNTRAINED, differences
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.classifier import CONFIG_FILE, Classifier, read_config
 from m3ae_fast.evaluation.job import Job, refuse_existing, show_result, summary, write_result
@@ -70,9 +73,8 @@ def evaluate(
         draws: number of random draws for each number of shots; None: 5.
         probes: for compare: the probes to use.
         seeds: for compare: number of random seeds of each probe and of random weights.
-        baselines: for knn, logistic, multilabel and segment: whether random weights and downscaled pixels are evaluated
-            too, in the same pass over the images. They are left out in any case if `model` is one of them, if the
-            encoder sees captions, and with `layers`, `pools` or `shots`.
+        baselines: for the tasks with labelled images, except compare: whether random weights and downscaled pixels are
+            evaluated too. They are left out in any case if `model` is one of them, or if the encoder sees captions.
         ood: for ood: shards of out-of-distribution samples by the name of their set.
         corrupted: for robustness: folder of published corrupted images as shards, CORRUPTION/SEVERITY/*.tar, which
             replace the corruptions of robustness.corruptions.
@@ -169,15 +171,11 @@ def _open(options: Options, modality: Modality, config: EvaluationConfig) -> Mul
     return model.eval()
 
 
-def _open_baselines(
-    options: Options, modality: Modality, config: EvaluationConfig, model: Any
-) -> dict[str, MultimodalEncoder]:
-    """Return the baselines that the task evaluates in addition to a model, in evaluation mode, on the CPU. The random
-    weights are those of `random:MODEL`."""
-    if not options.evaluates_baselines(modality):
-        return {}
-    found = {UNTRAINED: untrained(model.config, model.loss_config, config.run.seed), SCALED: Pixels(model.config)}
-    return {name: each.eval() for name, each in found.items()}
+def _open_baselines(model: Any, seed: int, device: torch.device) -> dict[str, MultimodalEncoder]:
+    """Return the baselines of a model, in evaluation mode, on the device. The random weights are those of
+    `random:MODEL` with the same `run.seed`."""
+    found = {UNTRAINED: untrained(model.config, model.loss_config, seed), SCALED: Pixels(model.config)}
+    return {name: each.to(device).eval() for name, each in found.items()}
 
 
 def _perform(
@@ -197,11 +195,11 @@ def _perform(
         keep_freed_memory()
     model = _open(options, modality, config)
     model = model and model.to(ranks.device)
-    baselines = {
-        name: each.to(ranks.device) for name, each in _open_baselines(options, modality, config, model).items()
-    }
+    open_baselines: Callable[[], Mapping[str, MultimodalEncoder]] = dict
+    if options.evaluates_baselines(modality):
+        open_baselines = partial(_open_baselines, model, config.run.seed, ranks.device)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-        job = Job(options, modality, config, session, folder, model, baselines, is_last)
+        job = Job(options, modality, config, session, folder, model, open_baselines, is_last)
         result: dict[str, Any] | None = import_module(f"m3ae_fast.evaluation.{options.module}").run(job)
         if result is None:
             return None
@@ -220,7 +218,8 @@ def _perform(
         apart = differences(result)
         for name, each in result.get(BASELINES, {}).items():
             words = f"; {apart[name].words(MODEL, name)}" if name in apart else ""
-            job.say(f"{task}: {name}: {summary(each)}{words}")
+            probe = f" ({each[PROBE]})" if PROBE in each else ""
+            job.say(f"{task}: {name}{probe}: {summary(each)}{words}")
         if "warning" in result:
             job.say(f"warning: {result['warning']}")
         return result

@@ -75,12 +75,14 @@ TASKS = {
         surveys=True,
         pools=True,
         takes_pixels=True,
+        has_baselines=True,
         sections=("encode", "linear"),
     ),
     "attentive": Task(
         "train a linear classifier and a query that pools the frozen patch tokens",
         modality="image",
         surveys=True,
+        has_baselines=True,
         sections=("encode", "attentive"),
     ),
     "compare": Task(
@@ -106,6 +108,7 @@ TASKS = {
     "finetune": Task(
         "train the encoder with a classification head; the classifier is saved in OUT",
         resumes=True,
+        has_baselines=True,
         sections=("finetune",),
         libraries=("timm",),
     ),
@@ -214,8 +217,7 @@ class Options:
         """Return whether the task also evaluates random weights and downscaled pixels. `modality`: modalities of a
         sample that the encoder sees."""
         is_baseline = self.model.startswith((RANDOM, PIXELS))
-        given = self.baselines and TASKS[self.task].has_baselines and self.module == self.task
-        return given and modality == "image" and not is_baseline
+        return self.baselines and TASKS[self.task].has_baselines and modality == "image" and not is_baseline
 
     @property
     def module(self) -> str:

@@ -17,6 +17,7 @@ from m3ae_fast.config import ModelConfig
 from m3ae_fast.evaluation import encoding
 from m3ae_fast.evaluation.baselines import MODEL, PREFIXES, SCALED, UNTRAINED, accuracy_entries
 from m3ae_fast.evaluation.difference import against_largest_class
+from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.evaluation.significance import Difference, difference
@@ -27,6 +28,7 @@ from tests.helpers import task_cases
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.trainer import TINY
 
+FINETUNE = settings("finetune.steps=2", "finetune.global_batch=16", "finetune.rand_augment=null")
 SHORT = settings("linear.steps=4", "linear.peak_lr=1", "linear.global_batch=16", "linear.warmup_epochs=0")
 SKEWED = {number: int(number % 9 == 0) for number in range(18)}  # two classes with 16 and 2 samples
 
@@ -39,7 +41,7 @@ SKEWED = {number: int(number % 9 == 0) for number in range(18)}  # two classes w
         ("logistic", ()),
         ("linear", SHORT),
         ("linear", ("--layers", "1", *SHORT)),
-        ("finetune", settings("finetune.steps=2", "finetune.global_batch=16", "finetune.rand_augment=null")),
+        ("finetune", FINETUNE),
     ],
 )
 def test_every_result_says_the_share_of_the_largest_class(transfer, tmp_path, task, options, capsys):
@@ -168,11 +170,54 @@ def test_baselines_have_the_results_that_they_have_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "options", "alone"),
+    [
+        ("linear", SHORT, ("logistic",)),
+        ("finetune", FINETUNE, ("logistic",)),
+        ("attentive", settings("attentive.steps=3"), ("logistic",)),
+        ("attentive", settings("attentive.steps=3", "attentive.online=true"), ("logistic",)),
+        ("knn", ("--layers", "all"), ("knn",)),
+        ("logistic", ("--pools", "cls,mean"), ("logistic", *settings("encode.pool=cls"))),
+        ("linear", ("--shots", "2,5", "--draws", "2", *SHORT), ("logistic", "--shots", "2,5", "--draws", "2")),
+        ("knn", ("--shots", "2,5", "--draws", "2"), ("knn", "--shots", "2,5", "--draws", "2")),
+    ],
+)
+def test_baselines_of_trained_heads_and_of_grids(transfer, run, tmp_path, task, options, alone, capsys):
+    """They have the results of logistic regression (of k-NN for k-NN) on the same training samples."""
+    result = transfer(task, *options, baselines=True)
+    output = capsys.readouterr().out
+    assert [*result["baselines"]] == [UNTRAINED, SCALED]
+    for name, prefix in PREFIXES.items():
+        other, found = transfer(*alone, model=f"{prefix}{run}", out=prefix[:3]), result["baselines"][name]
+        assert found.get("probe", "") == ("" if alone[0] == task else "logistic regression")
+        probe = "" if alone[0] == task else " (logistic regression)"
+        assert f"{task}: {name}{probe}: top1 {found['top1']:.4f} ± " in output
+        assert (found["top1"], found["top1_se"]) == (other["top1"], other["top1_se"])
+        apart = Difference.read(found["difference"])
+        assert apart.value == pytest.approx(result["top1"] - found["top1"])
+        assert (name in result.get("warning", "")) != apart.is_better
+
+
+@pytest.mark.slow
+def test_a_stop_during_the_baselines_keeps_the_result(transfer, run, monkeypatch, capsys):
+    encode = Job.encode_baselines
+
+    def stopped(job, *given):
+        job.stop.ask("SIGTERM")
+        return encode(job, *given)
+
+    monkeypatch.setattr(Job, "encode_baselines", stopped)
+    result = transfer("linear", *SHORT, baselines=True)
+    assert result["steps"] == 4 and "top1" in result and "baselines" not in result
+    assert "stopped (SIGTERM): the result is written without baselines" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_baselines_are_left_out_on_request_and_where_they_have_no_meaning(transfer, run, tmp_path, capsys):
     cases = {
         "request": ((), {"baselines": False}),
         "text": (("--modality", "paired"), {"baselines": True}),
-        "layers": (("--layers", "all"), {"baselines": True}),
     }
     for out, (options, more) in cases.items():
         assert "baselines" not in transfer("knn", *options, out=out, **more), out
