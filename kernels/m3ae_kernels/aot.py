@@ -2,18 +2,18 @@
 
     python -m m3ae_kernels.aot [--full] [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
 
-On sm_90, each kernel is compiled at M3AE-Large's size in all dtypes, at all other sizes (head dimensions, bands, masks)
-in bf16, and at the largest head dimension in float32 too. On other architectures, each kernel is compiled in bf16 at
-M3AE-Large's sizes and at the largest head dimension. The cases that use the most registers and shared memory, which are
-the largest head dimension and the matmuls of images, are also compiled in float32. `--full` compiles every kernel at
-every size in every dtype, which takes three times as long. The additional cases have the same settings and nearly the
-same code as the other cases.
+For sm_90, each kernel is compiled at M3AE-Large's size in all dtypes, at all other sizes (head dimensions, bands,
+masks) in bf16, and at the largest head dimension also in float32. For other architectures, each kernel is compiled in
+bf16 at M3AE-Large's sizes and at the largest head dimension. The cases that use the most registers and shared memory,
+which are the largest head dimension and the matmuls of images, are also compiled in float32. `--full` compiles every
+kernel at every size in every dtype, which takes three times as long. The additional cases have the same settings and
+nearly the same code as the other cases.
 
-The program prints one line per kernel, architecture and dtype: registers, spills and local memory, shared memory, and
-the matrix instruction. Nothing is compiled for architectures on which the ops run on torch. The exit code is 1 if a
-kernel does not compile, has more than MOST_SPILLS instructions that spill registers, uses local memory, requires more
-shared memory than the chip has, multiplies matrices without tensor cores, or allows fewer program instances on an
-NVIDIA multiprocessor than required. It is 2 for an invalid argument.
+The program prints one line per kernel, architecture and dtype: the numbers of registers and spills, the bytes of local
+and shared memory, and the matrix instruction. Nothing is compiled for architectures on which the ops run on torch. The
+exit code is 1 if a kernel does not compile, has more than MOST_SPILLS instructions that spill registers, uses local
+memory, requires more shared memory than the chip has, multiplies matrices without tensor cores, or allows fewer program
+instances on an NVIDIA multiprocessor than required. It is 2 for an invalid argument.
 """
 
 import argparse
@@ -45,8 +45,8 @@ DTYPES = {"bf16": "16", "fp16": "16", "fp32": "32"}
 # as 3 bands).
 EVERYTHING = ("sm_90",)
 DECODER, WIDEST = 32, 128  # head dimension of M3AE-Large's decoder, and the largest head dimension
-# Architectures that are compiled only on request: they use the settings of sm_89, and the result is the same as for
-# sm_89.
+# Architectures for which kernels are compiled only on request: they use the settings of sm_89, and the results are the
+# same as for sm_89.
 AS_OTHERS = ("sm_86",)
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|DMMA|v_mfma)")
 
@@ -244,9 +244,9 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
     report.instruction = found.group(1).upper().removeprefix("V_") if found else "-"
     problems = []
     if report.spills > MOST_SPILLS or (report.local_bytes and not report.spills):
-        problems.append(f"{report.spills} spills, {report.local_bytes} bytes of local memory")
+        problems.append(f"{report.spills} spills, {report.local_bytes} bytes of local memory per thread")
     if report.shared_bytes > SHARED_BYTES[arch]:
-        problems.append(f"shared memory {report.shared_bytes} > {SHARED_BYTES[arch]}")
+        problems.append(f"needs {report.shared_bytes} bytes of shared memory; {SHARED_BYTES[arch]} are available")
     threads = 32 * options.get("num_warps", 4)
     of_registers = REGISTERS // (threads * 8 * -(-report.registers // 8))
     fit = min(of_registers, (SHARED_BYTES[arch] + 1024) // (report.shared_bytes + 1024))

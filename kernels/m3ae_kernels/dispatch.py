@@ -125,7 +125,7 @@ def check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, not one of layout {tensor.layout}")
+        raise TypeError(f"{name} must be a dense tensor, but its layout is {tensor.layout}")
 
 
 def check_float(name: str, tensor: Tensor, shape: Shape, like: Tensor) -> None:
@@ -133,8 +133,8 @@ def check_float(name: str, tensor: Tensor, shape: Shape, like: Tensor) -> None:
     check_tensor(name, tensor)
     if hasattr(tensor, "full_tensor"):
         raise TypeError(
-            f"{name} is a DTensor: pass {name}.full_tensor(), or use a module of m3ae_kernels that owns it, with "
-            "fully_shard"
+            f"{name} is a DTensor: pass {name}.full_tensor(), or use a module of m3ae_kernels that owns {name}, and "
+            "wrap this module with fully_shard"
         )
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be floating-point with 16, 32 or 64 bits, not {tensor.dtype}")

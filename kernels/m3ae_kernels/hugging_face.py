@@ -29,8 +29,8 @@ def patch(
 ) -> nn.Module:
     """Patch a transformers model to use the ops of this library, and return it.
 
-    `ViTMAEForPreTraining`: only visible patches are embedded, the un-shuffle is one op, and in training, the decoder's
-    norm, head and loss run only for masked patches. `logits` is then None; in eval mode, outputs are unchanged.
+    `ViTMAEForPreTraining`: only visible patches are embedded, and the un-shuffle is one op. In training, the decoder's
+    norm, head and loss run only for masked patches, and `logits` is None. In eval mode, outputs are unchanged.
     `ViTMAEModel`: only the embedding is patched. Masks are sampled as in the unpatched model; losses and gradients are
     equal except for rounding. Parameters are unchanged, so optimisers, checkpoints and `save_pretrained` are not
     affected. Patch a model before calling torch.compile and before wrapping it, for example in DDP. Patch it again
@@ -113,8 +113,8 @@ def _embeddings_forward(options: _Options) -> Callable:
         if interpolate_pos_encoding or pixel_values.shape[1:] != (self.config.num_channels, *self.image_size):
             return type(self).forward(self, options.floating(pixel_values), noise, interpolate_pos_encoding)
         count, patches = len(pixel_values), self.patch_embeddings.num_patches
-        # The visible patches are found by masking embeddings that contain only the patch numbers. This consumes the
-        # same random numbers as transformers' own code.
+        # To find the visible patches, embeddings that contain only the patch numbers are masked. This consumes the same
+        # random numbers as transformers' own code.
         numbers_BL1 = torch.arange(patches, device=pixel_values.device).expand(count, -1)[..., None]
         kept_BN1, mask, ids_restore = self.random_masking(numbers_BL1, noise)
         kept_BN = kept_BN1[..., 0]
@@ -144,7 +144,7 @@ def _decoder_forward(options: _Options) -> Callable:
         interpolate_pos_encoding: bool | None = False,
         images: Tensor | None = None,
     ) -> Any:
-        """Decode as in transformers; with images, return the mean loss of the masked patches."""
+        """Return the same output as transformers or, with images, the mean loss of the masked patches."""
         if images is None:
             return type(self).forward(self, hidden_states, ids_restore, interpolate_pos_encoding)
         x = self.decoder_embed(hidden_states)
@@ -203,7 +203,7 @@ def _pre_training_forward(options: _Options) -> Callable:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the same output as transformers; in training, without logits."""
+        """Return the same output as transformers, but without logits in training."""
         if not self.training or interpolate_pos_encoding:
             images = options.floating(pixel_values)
             return type(self).forward(self, images, noise, interpolate_pos_encoding, attention_mask, **kwargs)

@@ -16,8 +16,8 @@ from .token_loss import MaskedTokenLoss
 
 
 class M3AELoss(NamedTuple):
-    """Weighted sums over rows of the two losses, and of the correct text predictions (detached). All of them are
-    scalars. The values for text are 0 without a text head."""
+    """The two losses and the number of correct text predictions (detached), summed over rows with weights. All values
+    are scalars. Without a text head, the values for text are 0."""
 
     image: Tensor
     text: Tensor

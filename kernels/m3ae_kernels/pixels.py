@@ -1,7 +1,7 @@
 """Extraction of patches from images in plain torch, shared by `patch_embed` and `masked_pixel_loss`.
 
-Inside the ops, the order within patches follows the memory of the images: (channel, row, column) for contiguous images,
-(row, column, channel) for images in channels_last memory. Callers always use the second order. If the orders differ,
+Inside the ops, the order within patches follows the memory layout of the images: (channel, row, column) for contiguous
+images, and (row, column, channel) for channels_last images. Callers always use the second order. If the orders differ,
 the weight is permuted, which needs only a small copy.
 
 Shapes: B images, C channels, H x W pixels, P patch size, N rows, K = P * P * C.
@@ -115,8 +115,8 @@ def take_patches(
     *,
     channels_last: bool = False,
 ) -> Tensor:
-    """Return normalised patches [N, K] of `dtype` from images [B, C, H, W]. With `channels_last`, their order is (row,
-    column, channel) regardless of the images' memory."""
+    """Return normalised patches [N, K] of `dtype` from images [B, C, H, W]. With `channels_last`, the order within
+    patches is (row, column, channel), regardless of the memory layout of the images."""
     channels = images.shape[1]
     if not len(patch_ids):
         return images.new_empty(0, channels * patch_size**2, dtype=dtype)

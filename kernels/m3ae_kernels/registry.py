@@ -71,7 +71,7 @@ def _function(name: str, forward: Callable, setup_context: Callable, backward: C
         "forward": forward,
         "setup_context": setup_context,
         "backward": backward,
-        "vmap": _refusal(name, "torch.vmap; lay the samples out as rows of one call"),
+        "vmap": _refusal(name, "torch.vmap; pass all samples as rows of one call"),
         "jvp": _refusal(name, "forward-mode differentiation"),
     }
     return type(name, (Function,), {key: staticmethod(method) for key, method in methods.items()})

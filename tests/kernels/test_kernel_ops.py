@@ -629,7 +629,7 @@ def test_m3ae_heads_are_their_parts(vocab):
         ("token-some", {"targets": [1, 2]}, TypeError, "^targets must be a tensor, not list$"),
         ("token-some", {"weight": None}, TypeError, "^weight must be a tensor, not NoneType$"),
         ("embed-p16", {"images": [[0]]}, TypeError, "^images must be a tensor, not list$"),
-        ("gather-some", {"x": torch.zeros(2, 3).to_sparse()}, TypeError, "x must be a dense tensor, not one of layout"),
+        ("gather-some", {"x": torch.zeros(2, 3).to_sparse()}, TypeError, "x must be a dense tensor, but its layout"),
         ("gather-some", {"x": torch.zeros(2, 3).to(torch.float8_e5m2)}, TypeError, "x must be floating-point with 16"),
         (
             "embed-p16",

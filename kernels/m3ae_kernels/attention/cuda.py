@@ -2,7 +2,7 @@
 
 No kernel is fastest in all cases: flash-attn 3 pads a head dimension of 32 to 64 and works in tiles of 192 keys, which
 a sample of 70 visible tokens fills only partly; flash-attn 2 has neither disadvantage, but does not use Hopper's
-instructions. Therefore each kernel is benchmarked once on random samples of a given length, forward and backward. A
+instructions. Therefore, each kernel is benchmarked once on random samples of a given length, forward and backward. A
 kernel that is not installed, fails or computes wrong results on this GPU is excluded, and the log states the reason.
 The same applies to this package's own Triton kernel.
 
@@ -76,15 +76,15 @@ def trial(
 
 
 def use_kernel(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, name: str) -> None:
-    """Use the named kernel, possibly chosen by another process, for samples of about `length` rows. Raises KeyError if
-    the name is unknown, and the factory's own exception if the kernel is not installed."""
+    """Use the named kernel for samples of about `length` rows; another process may have chosen it. Raises KeyError if
+    the name is unknown. If the kernel is not installed, the exception of its factory is raised."""
     kernel = PADDED if name == PADDED.name else MAKERS[name](device)
     _chosen.setdefault((device, dtype, heads, head_dim), {})[length] = kernel
 
 
 def fastest(makers: dict[str, Maker], device: torch.device, checked: Inputs, timed: Inputs) -> dict[str, float]:
-    """Time the forward and backward pass on `timed` for every kernel whose results on `checked`, both with all queries
-    and with half of them, match the results of `PADDED`. Returns {kernel name: milliseconds}, fastest first."""
+    """Return {kernel name: milliseconds} of the forward and backward pass on `timed`, fastest first. Kernels are left
+    out if their results on `checked`, with all queries or with half of them, differ from the results of `PADDED`."""
     found: dict[str, float] = {}
     expected = _both(PADDED, checked)
     for name, make in makers.items():
@@ -105,8 +105,8 @@ def fastest(makers: dict[str, Maker], device: torch.device, checked: Inputs, tim
 
 
 def _both(kernel: Kernel, checked: Inputs) -> tuple[Tensor, ...]:
-    """Return the results with all queries, and with half of the queries, as in a model's last block. In the second
-    case, one sample has no queries."""
+    """Return the results with all queries, and then with half of the queries, as in a model's last block. With half of
+    the queries, one sample has no queries."""
     qkv_T3HD, grad_THD, keys = checked
     lengths = (keys.cu_seqlens.diff() + 1) // 2
     lengths[-1] = 0

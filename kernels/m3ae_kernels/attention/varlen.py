@@ -49,13 +49,13 @@ def flash_attn_varlen_func(
         softmax_scale: positive; None for 1 / sqrt(D).
         causal: whether a query attends only to keys up to its own position. The last query of a sample has the position
             of its last key: with M queries and N keys, query m attends to keys 0 to m + N - M.
-        window_size: (left, right), the numbers of keys before and after its position to which a query attends; -1 for
-            all.
+        window_size: (left, right): a query attends to `left` keys before its position and to `right` keys after it; -1
+            for all.
         softcap, alibi_slopes, block_table: not supported.
-        deterministic: whether two runs must be bitwise equal, even if flash-attn's kernels would be faster.
+        deterministic: whether two runs must be bitwise identical, even if this excludes faster kernels.
         return_attn_probs: whether to return (out, softmax_lse [H, Q], an empty tensor) instead of out. softmax_lse is
-            the logarithm of the sum of exponentials of a query's scores, and infinite if the query attends to no key;
-            it has no gradient.
+            the logarithm of the sum of exponentials of a query's scores; it is infinite if the query attends to no key,
+            and has no gradient.
         impl: "auto", "triton" (D up to 128) or "torch". "auto" has the same meaning as in `packed_attention`. However,
             with softmax_scale, a causal mask or a window, it selects the Triton kernel on a GPU and padded matmuls on a
             CPU.
