@@ -18,7 +18,7 @@ COMMANDS = {
     "draw": "draw reconstructions, attention maps and feature maps; fill in masked words and patches",
     "convert": "convert weights: official M3AE and MAE checkpoints, timm models, runs",
     "export": "export the weights of a run: safetensors with config.json, timm or ONNX",
-    "report": "write the curves, figures and results of a run as one page, report.html",
+    "report": "write the curves, figures and results of a run to a single page, report.html",
     "status": "print whether a run is finished, stopped, running or failed, and at which step",
 }
 DEVELOPER_TOOLS = {

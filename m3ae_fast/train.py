@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--world",
         type=int,
         metavar="N",
-        help="plan for N GPUs of another machine, with the data-sheet values of an H100 (default: this machine)",
+        help="plan for N GPUs of another machine, assuming the data-sheet values of an H100 (default: this machine)",
     )
     dry.add_argument(
         "--sizes",

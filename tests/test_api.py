@@ -73,7 +73,9 @@ def test_images_outside_shards_are_embedded(run, images, tmp_path, kind):
 def test_an_image_that_cannot_be_read_is_named_or_left_out(run, images, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     paths, settings = [images / "a.png", tmp_path / "bad.png"], ["data.workers=0"]
-    with pytest.raises(UserError, match=r"1 of 2 samples cannot be used, such as .*bad.png: the file is not") as error:
+    with pytest.raises(
+        UserError, match=r"1 of 2 samples cannot be used, for example .*bad.png: the file is not"
+    ) as error:
         m3ae_fast.embed(run, paths, overrides=settings)
     assert str(error.value).count("bad.png") == 1
     found = m3ae_fast.embed(run, paths, overrides=[*settings, "data.max_bad_fraction=0.5"])
@@ -184,7 +186,7 @@ def test_shards_are_made_counted_and_described_in_python(images, tmp_path, monke
         (lambda shards: shards.make("in", "out", quality=0), "--quality 0: must be from 1 to 100"),
         (
             lambda shards: shards.make("in.h5", "out", captions="a.csv"),
-            "--captions is for a folder of images; in.h5 is an",
+            "--captions can be used only with a folder of images; in.h5 is an",
         ),
         (
             lambda shards: shards.make("in/", "out", split="train"),

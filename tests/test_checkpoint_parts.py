@@ -209,7 +209,7 @@ def test_what_is_not_finite_on_one_rank_is_told_on_all_and_written_by_none(tmp_p
         (text,) = set(save_parts(tmp_path, found))
     finally:
         STATE["exp_avg/a"].fill_(1)
-    assert "not written, since exp_avg/a is not finite; the earlier checkpoints are intact" in text
+    assert "not written, because exp_avg/a is not finite; the earlier checkpoints are intact" in text
     assert checkpoint.saved_steps(tmp_path) == []
 
 

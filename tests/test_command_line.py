@@ -11,7 +11,7 @@ from m3ae_fast.cli import command_line, evaluate, pretrain, shards
 from m3ae_fast.cli.command_line import output, seed, use_device
 
 WRONG = [
-    (output(), "", "is empty; give a path"),  # such as the value of a shell variable that is not set
+    (output(), "", "is empty; specify a path"),  # such as the value of a shell variable that is not set
     (output(), "out\udcff", "is not UTF-8"),
     (output(".png"), "photo.jpg", "photo.jpg: must end in .png"),
     (output(".npz", ".parquet"), "npz", "npz: must end in .npz or .parquet"),

@@ -64,7 +64,7 @@ MISTAKES = [
     (["data.train.0.shards=5"], "data.train.0.shards: input should be a valid string or a valid array (got 5)"),
     (["train.steps=many"], "train.steps: input should be a valid integer"),
     (["train.steps=1.5"], "train.steps: input should be a valid integer"),
-    (["train.steps=null"], "give the length of the run"),
+    (["train.steps=null"], "set the length of the run"),
     (["optim.betas=[0.9]"], "optim.betas"),
     (["model.size=giant"], "model.size"),
     (["model.emb_dim=33"], "emb_dim 33 is not divisible by num_heads 4"),
@@ -225,10 +225,10 @@ def test_weights_that_are_not_finite_are_not_saved(run):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"wall_clock_breakdown": True}, "deepspeed.wall_clock_breakdown is not supported: use --profile"),
-        ({"flops_profiler": {"enabled": True}}, "deepspeed.flops_profiler is not supported: use --profile"),
+        ({"wall_clock_breakdown": True}, "deepspeed.wall_clock_breakdown is not supported (use --profile"),
+        ({"flops_profiler": {"enabled": True}}, "deepspeed.flops_profiler is not supported (use --profile"),
         ({"pipeline": 5}, "deepspeed.pipeline is not supported"),
-        ({"comms_logger": {"enabled": True}}, "deepspeed.comms_logger is not supported: use --profile"),
+        ({"comms_logger": {"enabled": True}}, "deepspeed.comms_logger is not supported (use --profile"),
         ({"steps_per_print": 10}, "deepspeed.steps_per_print is set from train.log_every"),
     ],
 )
@@ -393,7 +393,7 @@ def test_micro_batches_of_native_images_differ_by_less_the_larger_they_are():
     for micro, percent in ((1, "60.0"), (4, "30.0"), (9, "20.0")):
         (_, patches), (_, balance) = image_lines(batch, micro)
         assert patches == "9.0 on average, from 3 to 15"
-        assert f"micro-batches of {micro} samples differs by {percent}%" in balance
+        assert f"micro-batches of {micro} samples varies by {percent}%" in balance
 
 
 def test_learning_rate_is_optax_warmup_cosine():
@@ -491,7 +491,7 @@ def test_dry_run_says_what_travels(run):
     code, out = run("--dry-run", "--world", "4", "--set", "train.micro_batch=3", out=True)
     assert code == 0 and "16 = 4 GPUs x 2 samples x 2 accumulated (" in out
     assert "16 = 3 GPUs x 3 samples x 2 accumulated at most" in run("--dry-run", "--world", "3", out=True)[1]
-    for needed in ("sent per GPU and step", "cores per GPU", "GB per GPU", "512 samples, 512 held out"):
+    for needed in ("sent per GPU in each step", "cores per GPU", "GB per GPU", "512 samples, 512 held out"):
         assert needed in out
     one, many = (network_bytes(1000, 0, world, 1, False, True) for world in (1, 1000))
     assert one == 0 and many == pytest.approx(8000, rel=2e-3)  # an all-reduce sends everything twice
@@ -610,10 +610,10 @@ def test_the_official_hyper_parameters_are_the_defaults():
         ({"data": {"crop_scale": [0, 1]}}, "crop_scale"),
         ({"data": {"crop_scale": [0.5, 0.4]}}, "crop_scale"),
         ({"data": {"crop_scale": [0.5, 1.1]}}, "crop_scale"),
-        ({"data": {"train": [{"shards": "a", "weight": 1}, {"shards": "b"}]}}, "to every source or to none"),
-        ({"data": {"val": [{"shards": "a"}, {"shards": "b", "weight": 1}]}}, "to every source or to none"),
-        ({"train": {"epochs": 2, "steps": 2}}, "give epochs or steps, not both"),
-        ({"train": {"epochs": None}}, "give the length of the run: epochs or steps"),
+        ({"data": {"train": [{"shards": "a", "weight": 1}, {"shards": "b"}]}}, "for all sources or for none"),
+        ({"data": {"val": [{"shards": "a"}, {"shards": "b", "weight": 1}]}}, "for all sources or for none"),
+        ({"train": {"epochs": 2, "steps": 2}}, "set epochs or steps, not both"),
+        ({"train": {"epochs": None}}, "set the length of the run: epochs or steps"),
         (
             {"model": {"text_length": 1 << 16, "size": None, "emb_dim": 4096, "depth": 1, "num_heads": 1}},
             "of 65,536 pat",

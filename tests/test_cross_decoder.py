@@ -198,7 +198,7 @@ def test_a_fraction_of_the_masked_tokens_is_chosen(length, fraction):
 def test_a_choice_must_be_of_masked_tokens():
     (sample,) = samples_of("p")
     sample.image_predicted = ~sample.image_mask
-    with pytest.raises(ValueError, match=r"0: image_predicted .* selects a token that is not masked"):
+    with pytest.raises(ValueError, match=r"0: image_predicted, of .*, must have the shape .* and select only masked"):
         pack([sample], make_model().geometry)
 
 

@@ -51,7 +51,7 @@ def test_what_deepspeed_itself_refuses_is_one_line(monkeypatch):
         raise AssertionError("no such\noption")
 
     monkeypatch.setattr(deepspeed, "initialize", refuse)
-    with join_ranks() as ranks, pytest.raises(UserError, match="refuses the deepspeed section: no such option"):
+    with join_ranks() as ranks, pytest.raises(UserError, match="rejects the deepspeed section: no such option"):
         engine_of(ranks, config_of(1, 1, 1, "fp32", {}))
 
 

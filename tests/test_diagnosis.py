@@ -58,8 +58,8 @@ def longer(metrics):
     [
         ("collapse", {"optim": {"peak_lr": 0.32, "weight_decay": 90.0}}),
         ("no learning", {"optim": {"peak_lr": 1e-9}}),
-        ("only text is learnt", {"loss": {"image_weight": 0.0}}),
-        ("only image is learnt", {"loss": {"text_weight": 0.0}}),
+        ("only texts are learnt", {"loss": {"image_weight": 0.0}}),
+        ("only images are learnt", {"loss": {"text_weight": 0.0}}),
     ],
 )
 def test_a_broken_run_is_named(tmp_path, name, sections):
@@ -116,8 +116,8 @@ def lines(**series):
         ({"data_wait": (0.0, 0.9, 0.1, 0.1)}, None),
         ({"loss": (*[2.0] * 11, 1.0)}, "no learning"),  # a single lucky step
         ({"loss": (*[2.0] * 9, 1.9, 1.9, 9.0)}, None),
-        ({"val_image_relative": (1.0, 0.97), "val_text_relative": (1.0, 0.99)}, "only image is learnt"),
-        ({"val_image_relative": (1.0, 0.99), "val_text_relative": (1.0, 0.97)}, "only text is learnt"),
+        ({"val_image_relative": (1.0, 0.97), "val_text_relative": (1.0, 0.99)}, "only images are learnt"),
+        ({"val_image_relative": (1.0, 0.99), "val_text_relative": (1.0, 0.97)}, "only texts are learnt"),
         ({"val_image_relative": (1.0, 0.5, 0.99), "val_text_relative": (1.0, 0.5, 1.5)}, "no learning"),
         ({"val_text_relative": (1.0, 0.99), "loss": (2.0, 1.0)}, "no learning"),
     ],
@@ -181,18 +181,18 @@ def test_too_few_steps_are_no_collapse(steps, rates, names):
         (
             (1.0, 0.6),
             (1.4, 1.01),
-            "only image is learnt",
+            "only images are learnt",
             "before training: 1.40): the model has learnt only the token",
         ),
         (
             (1.0, 0.6),
             (1.4, 0.99),
-            "only image is learnt",
+            "only images are learnt",
             "the model has learnt only the token frequencies",
         ),
         ((1.0, 0.6), (1.4, 0.97), None, ""),
-        ((1.0, 0.6), (1.0, 1.0), "only image is learnt", "before training: 1.00"),
-        ((1.5, 1.0), (1.4, 0.7), "only text is learnt", "the model has learnt only the mean patch"),
+        ((1.0, 0.6), (1.0, 1.0), "only images are learnt", "before training: 1.00"),
+        ((1.5, 1.0), (1.4, 0.7), "only texts are learnt", "the model has learnt only the mean patch"),
         ((1.5, 1.0), (1.4, 1.0), "no learning", "the image loss on held-out samples is 1.00"),
     ],
 )

@@ -110,7 +110,7 @@ def test_blocks_and_heads_are_counted_from_1():
 
     assert [choice(), choice(1), choice(2, 1), choice(head=4)] == [(1, None), (0, None), (1, 0), (1, 3)]
     for wrong in ((0, 1), (3, 1), (1, 0), (1, 5)):
-        with pytest.raises(UserError, match=r"the encoder has [24], counted from 1"):
+        with pytest.raises(UserError, match=r"must be from 1 to [24]"):
             choice(*wrong)
 
 

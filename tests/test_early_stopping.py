@@ -68,7 +68,7 @@ def test_it_needs_an_accuracy_and_a_decay():
 
     assert config({"schedule": "wsd"}, stop_at="plateau", probe=probe).train.stop_at == "plateau"
     for optim in ({}, {"schedule": "wsd", "decay_fraction": 1.0}):
-        with pytest.raises(UserError, match=r"train\.stop_at ends a run with a decay .*: set optim\.schedule to wsd"):
+        with pytest.raises(UserError, match=r"train\.stop_at needs a decay .*: set optim\.schedule to wsd"):
             config(optim, stop_at=0.5, probe=probe)
     for given in ({}, {"probe": probe | {"every": None}}):
         with pytest.raises(UserError, match=r"set train\.probe\.every"):
@@ -105,7 +105,7 @@ def test_a_run_stops_with_a_decay_on_all_ranks_and_goes_on_bit_for_bit(trainer, 
     options = [word for option in options for word in ("--set", option)]
     stops = ["--set", "train.stop_at=0.01"]
     out = trainer("one", *options, *stops)
-    assert "reaches train.stop_at=0.01: the learning rate is decayed from step 4 on, and the run ends" in out
+    assert "reaches train.stop_at=0.01: the learning rate decays from step 4 on, and the run then ends" in out
     folder = trainer.folder / "one"
     assert status(folder) == ("finished", "finished at step 8 of 8")
     assert trainer.lines("one", "total_steps") == [(4, 8)]

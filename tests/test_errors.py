@@ -103,7 +103,7 @@ def test_a_bug_is_raised_where_it_is_and_named_elsewhere():
     for other in (first, third):
         assert (
             type(other) is ErrorElsewhere
-            and str(other) == "rank 1 has failed (KeyError: 'a'); see its output for the reason"
+            and str(other) == "rank 1 has failed (KeyError: 'a'); see its output for details"
         )
 
 

@@ -42,7 +42,7 @@ def faulty(tmp_path):
 @pytest.mark.parametrize(
     ("place", "error", "message"),
     [
-        ("copy", "MemoryError", "rank {rank} has no memory left for the copy of its part (no room for the copy)"),
+        ("copy", "MemoryError", "rank {rank} does not have enough memory to copy its part (no room for the copy)"),
         ("write", "full", "cannot be written (rank {rank}: [Errno 28] No space left on device)"),
         ("write", "MemoryError", "cannot be written (rank {rank}: MemoryError: no room for the copy)"),
     ],

@@ -109,8 +109,8 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys):
     base = ["map", *runs, "--val", val, "--out", str(tmp_path / "out.png")]
     for options, message in (
         (["--classes", "0,5"], "no sample has the class '5'; the classes are 0, 1, 2"),
-        (["--classes", "1"], "classes 1: name at least two classes, each of them once"),
-        (["--classes", "1,1"], "classes 1, 1: name at least two classes"),
+        (["--classes", "1"], "classes 1: specify at least two classes, and each class only once"),
+        (["--classes", "1,1"], "classes 1, 1: specify at least two classes"),
     ):
         with pytest.raises(UserError, match=message):
             main([*base, *options])
@@ -118,7 +118,7 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys):
         main(["map"])
     grey = tiny_run(tmp_path / "grey", image_range=(0, 9))
     deep = write_tar(tmp_path / "deep.tar", [*labelled_members(range(9)), *_deep()])
-    with pytest.raises(UserError, match="grey: reads a different set of samples than"):
+    with pytest.raises(UserError, match="grey: cannot read the same samples as"):
         main(["map", runs[0], str(grey), "--val", deep, "--out", str(tmp_path / "out.png")])
     assert not (tmp_path / "out.png").exists()
 

@@ -74,7 +74,7 @@ def test_without_layer_decay_there_are_the_two_groups_of_the_official_code():
 
 def test_what_it_cannot_be_combined_with_is_refused_in_one_line():
     with pytest.raises(
-        UserError, match=r"layer_decay 0\.5 is for a run that starts from trained weights: set model\.in"
+        UserError, match=r"layer_decay 0\.5 needs a run that starts from trained weights: set model\.in"
     ):
         config(model={"init_from": None})
     with pytest.raises(
@@ -88,7 +88,7 @@ def test_what_it_cannot_be_combined_with_is_refused_in_one_line():
 
 def test_pretrain_accepts_it_with_weights_to_start_from():
     assert check_overrides(["optim.layer_decay=0.5"], "runs/base").optim.layer_decay == 0.5
-    with pytest.raises(UserError, match=r"optim\.layer_decay 0\.5 is for a run .* \(with pretrain: --from MODEL\)"):
+    with pytest.raises(UserError, match=r"optim\.layer_decay 0\.5 needs a run .* \(with pretrain: --from MODEL\)"):
         check_overrides(["optim.layer_decay=0.5"])
 
 

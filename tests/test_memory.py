@@ -44,7 +44,7 @@ def test_too_little_memory_to_import_torch_is_one_line(command):
     done = under_limit(*command)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: not enough memory (")
-    assert "ulimit -v allows this process 0.31 GB of address space" in done.stderr
+    assert "ulimit -v limits the address space of this process to 0.31 GB" in done.stderr
 
 
 @pytest.mark.parametrize("limit", [600 << 20, 1200 << 20])  # torch's libraries abort or hang
@@ -52,7 +52,7 @@ def test_too_little_memory_for_its_threads_is_one_line_too(limit):
     done = under_limit("-m", "m3ae_fast", "train", "--help", limit=limit)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(
-        "error: not enough memory (importing torch alone needs 1.5 GB of address space); ulimit -v allows"
+        "error: not enough memory (importing torch alone needs 1.5 GB of address space); ulimit -v limits"
     )
 
 
@@ -74,11 +74,11 @@ def test_a_command_that_asks_for_too_much_ends_with_one_line(main, capsys, monke
     assert exit_cleanly(main) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: not enough memory (") and err.count("\n") == 1
-    assert err.endswith("; end other programs, or process less data at a time\n")
+    assert err.endswith("; close other programs, or process less data at a time\n")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (2_500_000_000, resource.RLIM_INFINITY))
     assert exit_cleanly(main) == 2
     assert capsys.readouterr().err.endswith(
-        "; ulimit -v allows this process 2.5 GB of address space: raise this limit first\n"
+        "; ulimit -v limits the address space of this process to 2.5 GB: raise this limit first\n"
     )
 
 

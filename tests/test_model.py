@@ -568,7 +568,7 @@ def test_pack_refuses_what_does_not_fit():
         {"text_mask": torch.zeros(6) > 0},
         {"tokens": torch.zeros(5, 1).long()},
     ):
-        with pytest.raises(ValueError, match=r"0: the shapes of tokens, .* do not fit"):
+        with pytest.raises(ValueError, match=r"0: tokens has shape .*, but both must have the same shape"):
             pack([replace(sample, **wrong)], model.geometry)
     longest = make_sample(1, words=9)
     assert pack([longest], model.geometry).captions == 1

@@ -172,7 +172,7 @@ def test_exports_are_of_square_images_and_say_so(run, tmp_path, capsys):
     timm = pytest.importorskip("timm")
     model = open_model(str(run), text=False)
     assert export.main([str(run), "--out", str(tmp_path / "timm"), "--format", "timm"]) == 0
-    assert "it accepts only square images of 32 x 32 pixels" in capsys.readouterr().out
+    assert "this format accepts only square images of 32 x 32 pixels" in capsys.readouterr().out
     vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.image_mean, model.config.image_std))
@@ -202,7 +202,7 @@ def test_a_dry_run_takes_the_sizes_that_stats_wrote(trainer, shards, tmp_path, c
     whole, all_kept, _ = flops(*NATIVE)
     mean, some_kept, out = flops(*NATIVE, "--sizes", str(sizes))
     assert 0.5 * whole < mean < whole and 0.5 * all_kept < some_kept < all_kept
-    assert "from 1 to 20" in out and "differs by" in out
+    assert "from 1 to 20" in out and "varies by" in out
     (tmp_path / "nan.json").write_text("[[NaN, 1]]")
     for wrong, message in (
         (tmp_path / "none.json", "cannot be read"),

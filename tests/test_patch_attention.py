@@ -169,8 +169,8 @@ def test_the_program_draws_what_its_options_say(tmp_path, monkeypatch):
     for options, message in (
         (["--patch", "4,0"], "--patch 4,0: must be row and column from 0,0 to 3,3"),
         (["--patch", "1"], "--patch 1: must be row and column"),
-        (["--layer", "3"], "--layer 3: the encoder has 2, counted from 1"),
-        (["--head", "0"], "--head 0: the encoder has 4, counted from 1"),
+        (["--layer", "3"], "--layer 3: must be from 1 to 2"),
+        (["--head", "0"], "--head 0: must be from 1 to 4"),
     ):
         with pytest.raises(UserError, match=message):
             main([*base, *options])

@@ -331,8 +331,8 @@ def test_pictures_of_more_than_8_bits_take_a_range(tmp_path, capsys):
     for number, values in enumerate(deep):
         Image.fromarray(values).save(tmp_path / f"photos/{number}.png")
     message = (
-        r"the images have unsigned 16-bit values, from \d+ to 409\d in 4 inspected images: set the values of black "
-        r"and white, such as --set data.range=\[0,4095\]; data.range=dtype sets 0 and 65535"
+        r"the images have unsigned 16-bit values, which range from \d+ to 409\d in 4 inspected images: set the values "
+        r"of black and white, for example --set data.range=\[0,4095\]; data.range=dtype sets 0 and 65535"
     )
     with pytest.raises(UserError, match=message):
         pretrain(tmp_path / "photos", tmp_path / "run", dry_run=True)
@@ -420,7 +420,7 @@ def test_shards_are_taken_as_they_are(tmp_path):
     write_tar(tmp_path / "z-interval-4.tar", members(range(16, 20)))  # and this one is not a validation split
     assert [os.path.basename(name) for name in find_shards(str(tmp_path), tmp_path, None, []).val] == ["val-3.tar"]
     statistics, notes = inspect(given, tmp_path, "cls")
-    assert statistics.classes == 0 and "no k-NN accuracy and no logistic regression: " in notes[0]
+    assert statistics.classes == 0 and "k-NN accuracy and logistic regression are not computed: " in notes[0]
 
 
 def test_an_image_is_on_one_side_in_folders_and_tables(tmp_path):
@@ -481,12 +481,12 @@ def test_an_image_is_on_one_side_of_shards(tmp_path):
     with tarfile.open(find_shards(source, out, None, []).val[0]) as tar:
         assert tar.getnames() == ["8-2.jpg"]  # the shard has changed
     given = find_shards(f"{tmp_path}/0.tar", out, None, [f"{tmp_path}/1.tar"])
-    assert given.notes == ["held out, although their image also occurs in training shards: 1 sample"]
+    assert given.notes == ["1 sample held out with an image that also occurs in training shards"]
     shutil.copy(tmp_path / "1.tar", tmp_path / "2.tar")
     nothing = find_shards(source, tmp_path / "other", None, [])
     assert (
         nothing.val == []
-        and "no validation set: all images of the last shards also occur in others" in nothing.notes[0]
+        and "no validation set: all images of the last shards also occur in other shards" in nothing.notes[0]
     )
 
 
@@ -654,7 +654,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
     [
         ("train.global_bach=2", r"--set: unknown key train.global_bach; did you mean train.global_batch\?"),
         ("train.global_batch=many", r"--set: train.global_batch: input should be a valid integer \(got \"many\"\)"),
-        ("train.global_batch", r"--set train.global_batch: write it as section.key=value"),
+        ("train.global_batch", r"--set train.global_batch: must have the form section.key=value"),
         ("model.num_heads=5", r"--set: model: emb_dim \d+ is not divisible by num_heads 5"),
         ("model.image_size=50", r"--set: model: image_size 50 is not divisible by patch_size 4"),
         ("run.dir=x", "--set run.dir: use --out instead"),
@@ -800,7 +800,7 @@ def test_classes_are_those_that_training_samples_have(tmp_path):
     for classes, count in (((0, 1), 2), ((1,), 2), ((0, 1, 2), 0)):
         statistics, notes = inspect(Shards([train], [labelled("b.tar", classes)], []), tmp_path / "run", "cls")
         assert statistics.classes == count and bool(notes) == (count == 0)
-    assert "there is no k-NN accuracy and no logistic regression: " in notes[0]
+    assert "k-NN accuracy and logistic regression are not computed: " in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -1016,8 +1016,8 @@ def test_what_is_chosen_gives_way_to_what_the_user_sets_and_fits_it():
         (
             {"tiny": 1e-3, "mini": 1.0},
             "tiny",
-            '"mini" is too slow: in the given time it would see 3,118 images (3.1 epochs), but a larger model needs at '
-            "least 20,000 images and 20 epochs",
+            '"mini" is too slow: in the available time, it would see 3,118 images (3.1 epochs), but a larger model '
+            "needs at least 20,000 images and 20 epochs",
         ),
     ],
 )
@@ -1064,7 +1064,9 @@ def test_what_comes_before_and_after_training_is_part_of_the_hours(monkeypatch):
     taken = t.steps * t.global_batch * 0.01 + evaluations * (1100 + 100 * 2 / 3) * 0.01
     assert 0.85 * training < taken < training
     assert "at 100 ± 5 samples/s, measured over 24 steps" in found.lines[3]
-    assert "the number of steps is adjusted to the time" in found.lines[2] and "done at about" in found.lines[3]
+    assert (
+        "the number of steps is adjusted to the available time" in found.lines[2] and "done at about" in found.lines[3]
+    )
     assert not found.warning and found.lines[3].endswith("; --hours 0.5")
     assert planned(monkeypatch, small(classes=3), 0.01, 0.01).lines[3].endswith(", later than --hours 0.01")
 
@@ -1088,9 +1090,8 @@ def test_a_length_that_the_user_sets_stays(monkeypatch):
 def test_a_run_that_is_too_short_says_so_and_how_long_is_enough(monkeypatch):
     short = planned(monkeypatch, small(samples=9000), 0.01, 0.01)
     steps = short.config.train.steps
-    expected = (
-        f"{steps} steps, {steps / (9000 // short.config.train.global_batch):.2g} epochs: features will hardly differ"
-    )
+    epochs = f"{steps / (9000 // short.config.train.global_batch):.2g} epochs"
+    expected = f"{steps} steps, {epochs}: the features will hardly differ"
     assert short.warning.startswith(expected) and steps < 100
     hours = float(short.warning.rpartition("--hours ")[2])
     assert not planned(monkeypatch, small(samples=9000), hours, 0.01).warning
@@ -1116,7 +1117,7 @@ def test_it_is_asked_whether_to_start_a_run_that_is_too_short(monkeypatch, tmp_p
     if starts:
         assert not pretrain(photos, tmp_path / "run").finished
     else:
-        with pytest.raises(UserError, match="not started; give more --hours"):
+        with pytest.raises(UserError, match="the run was not started; increase --hours"):
             pretrain(photos, tmp_path / "run")
     assert (tmp_path / "run/config.json").exists() == starts
     assert "warning: 9 steps: give more" in capsys.readouterr().out

@@ -170,7 +170,7 @@ def test_text_in_the_weights_or_in_the_samples_alone_is_noted(base, tmp_path):
         (
             pairs,
             image,
-            "the captions are ignored, because the weights to continue from are those of an image-only model",
+            "the captions are ignored, because the initial weights are those of an image-only model",
         ),
         (pairs, text, ""),
         (alone, image, ""),
@@ -180,7 +180,7 @@ def test_text_in_the_weights_or_in_the_samples_alone_is_noted(base, tmp_path):
         assert [words in note for note in matching] == ([True] if words else [])
         assert bool(statistics.vocab_size) == (shards is pairs and overrides is text)
     with pytest.raises(
-        UserError, match=r"--from: the tokenizer of these weights is missing, .* --set data\.tokenizer=FILE"
+        UserError, match=r"--from: .* the tokenizer of the weights is missing; .* --set data\.tokenizer=FILE"
     ):
         inspect(pairs, tmp_path, "cls", None, [*text, "data.tokenizer=null"])
 

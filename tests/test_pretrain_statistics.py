@@ -229,7 +229,7 @@ def test_every_setting_that_is_chosen_is_set_alone_above():
         ('data.val=[{"shards":"x.tar"}]', r"--set data.val: can be set only to \[\] .* with SOURCE or --val"),
         ("train.probe.labels=json.x", "--set train.probe.labels: use --labels instead"),
         ("model.image_targets=vqgan", "data.image_tokenizer: model.image_targets vqgan needs the folder of a VQGAN"),
-        ("train.steps=null", "give the length of the run: epochs or steps"),
+        ("train.steps=null", "set the length of the run: epochs or steps"),
         ("model.num_heads=7", r"emb_dim \d+ is not divisible by num_heads 7"),
     ],
 )

@@ -218,7 +218,7 @@ def test_a_stall_leaves_what_each_rank_was_at(tmp_path):
     line = (
         "error: rank 2, starting: for 3 s, no heartbeat from rank 3 (last activity: starting); --resume auto continues"
     )
-    assert f"{line}; {folder} has the stack traces of all ranks that respond\n" in log.read_text()
+    assert f"{line}; {folder} contains the stack traces of all ranks that respond\n" in log.read_text()
     stacks = {path.name: path.read_text() for path in folder.iterdir()}
     assert sorted(stacks) == [f"rank-{rank}.txt" for rank in range(4)]
     assert all(("stand_still" in text) == (name == "rank-3.txt") for name, text in stacks.items())
@@ -428,7 +428,7 @@ def _raise(error):
 def test_a_rank_that_ends_because_of_another_one_s_bug_prints_nothing(join, capsys):
     join(first=True)
     with pytest.raises(ErrorElsewhere, match="rank 0 has failed"), program.joined_program():
-        raise ErrorElsewhere("rank 0 has failed (KeyError: 1); see its output for the reason")
+        raise ErrorElsewhere("rank 0 has failed (KeyError: 1); see its output for details")
     assert exit_cleanly(lambda: _raise(ErrorElsewhere("rank 0 has failed"))) == 2
     assert capsys.readouterr() == ("", "")
 

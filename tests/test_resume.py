@@ -169,7 +169,7 @@ def test_a_run_on_other_data_is_refused_and_other_changes_are_told(trainer):
     shards = json.dumps([{"shards": str(CLIPART / "train-0001.tar")}])
     options = ["--resume", "auto", "--set", "train.steps=3", "--set", f"data.train={shards}"]
     out = trainer("run", *options, code=2)
-    assert "was made with data.train = 1 shards with" in out and "--resume-with-changes continues anyway" in out
+    assert "was made with data.train = 1 shards with" in out and "to continue anyway, add --resume-with-changes" in out
     out = trainer("run", *options, "--resume-with-changes")
     assert "note: data.train was 1 shards with" in out and "note: train.steps was 2 and is 3 from here on" in out
     assert [step for step, *_ in trainer.losses("run")] == [1, 2, 3]
@@ -399,7 +399,7 @@ def test_resume_never_loops_on_weights_that_give_no_finite_loss(trainer):
     assert "step-00000004 is now marked as failed" in out and "the last good checkpoint is" in out
     assert trainer.checkpoints("run") == ["step-00000003", "step-00000004"]
     out = trainer("run", *options, "--resume", "auto", "--set", "train.steps=5")
-    assert "step-00000004 is skipped: step 5, the first step with its weights, was not finite" in out
+    assert "step-00000004 is skipped: the loss or gradient norm of step 5, the first step with these weights" in out
     assert [step for step, *_ in trainer.losses("run")] == [1, 2, 3, 4, 5]
 
 
@@ -535,7 +535,7 @@ def test_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path, value):
     info, poison = checkpoint.Info(2, 32, 42, {}, {}), {"model/w": torch.tensor([1.0, value])}
-    with pytest.raises(UserError, match=r"not written, since model/w is not finite"):
+    with pytest.raises(UserError, match=r"not written, because model/w is not finite"):
         save(tmp_path, poison, info, keep=1)
     assert checkpoint.saved_steps(tmp_path) == []
     path = save(tmp_path, {"model/w": torch.ones(2)}, info, keep=1)

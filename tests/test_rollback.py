@@ -115,7 +115,7 @@ def test_a_run_leaves_out_batches_and_goes_on_bit_for_bit(train, tmp_path, capsy
         train("one", bad, rollbacks=1)  # too few rollbacks for the seventh batch
     taken = train("run", bad, rollbacks=2)
     out = capsys.readouterr().out
-    assert "the loss of step 5 is not finite" in out and "batch 4 is left out" in out and "batch 6 is left out" in out
+    assert "the loss of step 5 is not finite" in out and "batch 4 is skipped" in out and "batch 6 is skipped" in out
     first, second = taken.index(whole[4]), taken.index(whole[6])
     assert taken[:first] == whole[:4]
     assert taken[-3:-1] != whole[6:8] and whole[4] not in taken[second + 1 :] and whole[6] not in taken[second + 1 :]
@@ -152,8 +152,8 @@ def test_a_run_returns_from_spikes_of_the_loss_and_ignores_more_than_it_may(trai
     bad = whole[4][3], whole[6][0]
     taken = train("run", bad, loss=1e6, **settings)
     out = capsys.readouterr().out
-    assert "the loss of step 5, 1e+06, is a spike: the previous 3 losses are" in out and "batch 4 is left out" in out
-    assert whole[6] in taken[taken.index(whole[4]) + 1 :] and "batch 6 is left out" not in out
+    assert "the loss of step 5, 1e+06, is a spike: the previous 3 losses were" in out and "batch 4 is skipped" in out
+    assert whole[6] in taken[taken.index(whole[4]) + 1 :] and "batch 6 is skipped" not in out
     found = losses(tmp_path / "run")
     assert [step for step, loss, _ in found if loss > 1e5] == [6] and len(found) == STEPS
     early, *late = checkpoint.saved_steps(tmp_path / "run")[1:]

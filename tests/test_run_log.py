@@ -216,7 +216,7 @@ def test_full_disk_is_told_once_and_the_run_goes_on(tmp_path, capsys):
             metrics.log(step, {"loss": 1.0})
         metrics._file = written
     out = capsys.readouterr().out
-    assert out.count("metrics cannot be written any more (No space left on device)") == 1
+    assert out.count("metrics can no longer be written (No space left on device)") == 1
     assert "step 2  loss 1" in out
 
 
@@ -378,7 +378,7 @@ def test_bad_samples_of_all_ranks_are_named_once_and_by_rank_0(caplog):
         loop = SimpleNamespace(ranks=ranks, bad=BadSamples(0.5, 1000))
         Trainer._name_bad(loop, found[rank])
         assert not loop.bad.names_more and len(caplog.messages) == named
-        with pytest.raises(UserError, match=r"such as a\.tar/19: no caption"):
+        with pytest.raises(UserError, match=r"for example a\.tar/19: no caption"):
             loop.bad.count(100, 51)
 
 

@@ -85,7 +85,7 @@ def test_an_extended_run_is_that_of_its_new_length(trainer):
     options = [*WSD, "--set", "train.save_every=1", "--set", "train.keep=1"]
     trainer("whole", *options, "--set", "train.steps=8")
     out = trainer("run", *options, "--set", "train.steps=6")
-    assert "and falling after 3 steps" in out and "Open: optim.schedule=wsd" in out
+    assert "with a decay after 3 steps" in out and "Open: optim.schedule=wsd" in out
     assert trainer.checkpoints("run")[:1] == ["step-00000003"]
     trainer("run", *options, "--set", "train.steps=6", "--resume", "auto")  # the same length: complete
     trainer("run", *options, "--set", "train.steps=8", "--resume", "auto")

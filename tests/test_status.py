@@ -91,7 +91,7 @@ def test_nothing_is_recorded_before_a_step(tmp_path):
     with Recorder(tmp_path / "run", 10).ending(lambda: 0, str, explain):
         pass
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="no run has taken a step there"):
+    with pytest.raises(UserError, match="no run has taken a step in this folder"):
         status(tmp_path)
     for damaged in ('{"state": "finished"}', '{"state": "on fire", "step": 1, "total_steps": 2}'):
         (tmp_path / "status.json").write_text(damaged)

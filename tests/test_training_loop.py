@@ -498,7 +498,7 @@ def test_ranks_find_the_same_spike_in_their_mean_loss(at_once):
     for watch in watches:
         assert (watch.bad_step, len(watch.spikes.recent)) == (high, WINDOW)
         assert watch.first_bad() == (
-            f"the loss of step {high}, 9, is a spike: the previous 128 losses are 2.5 ± 0.5; samples: {high}"
+            f"the loss of step {high}, 9, is a spike: the previous 128 losses were 2.5 ± 0.5; samples: {high}"
         )
 
 
@@ -760,7 +760,7 @@ def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):
     large = calm.model_copy(update={"train": calm.train.model_copy(update={"global_batch": 100})})
     (batch,) = notes(large)
     assert batch.startswith(
-        "a batch of 100 contains each of the 52 samples 1.9 times on average; an epoch is then counted"
+        "a batch of 100 contains each of the 52 samples 1.9 times on average; an epoch therefore counts"
     )
 
 
@@ -813,7 +813,7 @@ def test_members_that_nothing_reads_are_told_at_the_start(tmp_path, mixed):
     whole, other = found
     schedule = Schedule(config.train, config.optim, 100)
     for data, name in ((Data(other, whole, None), "train"), (Data(whole, other, None), "val")):
-        assert run_warnings(config, data, schedule) == [f"data.{name}: some files in its shards are ignored: 1 .mp4"]
+        assert run_warnings(config, data, schedule) == [f"data.{name}: some files in the shards are ignored: 1 .mp4"]
 
 
 def test_held_out_shards_that_are_trained_on_are_told(tmp_path, mixed):
@@ -821,7 +821,7 @@ def test_held_out_shards_that_are_trained_on_are_told(tmp_path, mixed):
     calm = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
     train, val = (open_corpus([SourceConfig(shards=names)], ShardStore(tmp_path)) for names in (one, [one, two]))
     (note,) = run_warnings(calm, Data(train, val, None), Schedule(calm.train, calm.optim, 100))
-    assert note.startswith(f"data.val: 1 of its shards is also used for training, such as {one}: ")
+    assert note.startswith(f"data.val: 1 of its shards is also used for training (for example, {one}), so")
 
 
 def test_a_cache_on_a_network_file_system_is_told(tmp_path, mixed, monkeypatch):

@@ -27,7 +27,7 @@ def asked_impl(impl: str) -> str:
     if impl == "auto":
         impl = os.environ.get(ENV, "auto")
     if impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r}, set by the argument or by {ENV}: it must be one of {', '.join(IMPLS)}")
+        raise ValueError(f"impl is {impl!r} (from the argument or {ENV}), but must be one of {', '.join(IMPLS)}")
     return impl
 
 
@@ -40,7 +40,7 @@ def choose_impl(impl: str, device: torch.device, dtype: torch.dtype | None = Non
         return "torch"
     if impl == "triton" and device.type == "cpu" and not _interpreted():
         raise ValueError(
-            f"impl is 'triton', set by the argument or by {ENV}, but the tensors are on a CPU: use a GPU, or set "
+            f"impl is 'triton' (from the argument or {ENV}), but the tensors are on a CPU: use a GPU, or set "
             "TRITON_INTERPRET=1"
         )
     if impl != "auto":
@@ -69,7 +69,7 @@ def _best_on_gpu(device: torch.device) -> str:
     oldest = ".".join(map(str, tuning.OLDEST))
     warnings.warn(
         f"m3ae_kernels: on {torch.cuda.get_device_name(device)}, the ops run on torch: the Triton kernels need a GPU "
-        f"of compute capability {oldest} or newer",
+        f"of compute capability {oldest} or higher",
         stacklevel=5,
     )
     return "torch"

@@ -32,9 +32,9 @@ def check_range(op: str, name: str, ids: Tensor, rows: int, *, none: bool = Fals
     if not wrong.any():
         return
     at = int(wrong.nonzero()[0])
-    others = ", or negative for none" if none else "" if ignored is None else f", or {ignored} to be ignored"
+    others = ", or negative for no row" if none else "" if ignored is None else f", or {ignored} to be ignored"
     valid = f"from 0 to {rows - 1}" if rows else "absent, because there are no rows"
-    raise IndexError(f"{op}: {name} is out of range at row {at}: it is {int(ids[at])} and must be {valid}{others}")
+    raise IndexError(f"{op}: {name} is out of range at row {at}: it is {int(ids[at])}, but must be {valid}{others}")
 
 
 def check_distinct(op: str, name: str, ids: Tensor) -> None:

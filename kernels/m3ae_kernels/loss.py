@@ -44,8 +44,8 @@ chosen_reduction._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _warn_of_sum(op: str) -> None:
     warnings.warn(
-        f"m3ae_kernels: {op} sums its loss if no reduction is given; from the next release on it will take the "
-        'mean, as torch does: pass reduction="sum" to keep the sum, or reduction="mean"',
+        f"m3ae_kernels: without a reduction, {op} returns the sum of the losses; from the next release on, it will "
+        'return the mean, as torch does: pass reduction="sum" to keep the sum, or reduction="mean"',
         FutureWarning,
         stacklevel=4,
     )

@@ -224,7 +224,10 @@ class PatchEmbed(nn.Module):
             raise TypeError(f"the embedding must be a torch.nn.Conv2d, not {type(conv).__name__}")
         size = conv.kernel_size[0]
         if (conv.kernel_size, conv.stride, conv.dilation) != ((size, size), (size, size), (1, 1)) or conv.groups != 1:
-            raise ValueError(f"{conv} does not embed patches: kernel and stride must be equal squares, without groups")
+            raise ValueError(
+                f"{conv} does not embed patches: kernel and stride must be square and equal, and dilation "
+                "and groups must be 1"
+            )
         if conv.padding not in ((0, 0), "valid"):
             raise ValueError(f"{conv} has padding, but patches must not be padded")
         embed = cls(

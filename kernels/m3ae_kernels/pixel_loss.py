@@ -88,7 +88,7 @@ def masked_pixel_loss(
     if wants_grad(images):
         raise ValueError("images require a gradient, which masked_pixel_loss does not compute: pass images.detach()")
     if norm_pix and patch_size**2 * images.shape[1] == 1:
-        raise ValueError("norm_pix needs patches of several values: one value has no variance")
+        raise ValueError("norm_pix needs patches with at least two values, because a single value has no variance")
     lead = patch_ids.shape
     check_float("hidden", hidden, (*lead, None), hidden)
     check_float("weight", weight, (patch_size**2 * images.shape[1], hidden.shape[-1]), hidden)

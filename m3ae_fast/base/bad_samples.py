@@ -73,7 +73,7 @@ class BadSamples:
         self.seen += seen
         self.bad += bad
         if self.seen >= self.least and self.bad > self.max_fraction * self.seen:
-            example = f", such as {self._latest}" if self._latest else ""
+            example = f", for example {self._latest}" if self._latest else ""
             raise UserError(
                 f"{self.bad} of {self.seen} samples cannot be used{example}; "
                 f"repair the shards or raise data.max_bad_fraction ({self.max_fraction:g})"

@@ -94,7 +94,7 @@ def error_report(error: BaseException | None, who: str) -> ErrorReport | None:
     if (line := one_line(error)) is not None:
         return ErrorReport(line, True)
     reason = (str(error).strip().splitlines() or [""])[0][:200]
-    return ErrorReport(f"{who} has failed ({type(error).__name__}: {reason}); see its output for the reason", False)
+    return ErrorReport(f"{who} has failed ({type(error).__name__}: {reason}); see its output for details", False)
 
 
 def raise_shared(own: BaseException | None, reports: Iterable[Sequence[Any] | None]) -> None:

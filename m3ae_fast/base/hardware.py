@@ -34,7 +34,10 @@ def uses_gpu(device: Device | None) -> bool:
     """Return whether `--device` selects a GPU. Without `--device`, a GPU is selected if there is one. Raises UserError
     if the selected GPU does not exist, or if the name is unknown."""
     if device not in (None, *DEVICES):
-        raise UserError(f"--device {device}: must be {' or '.join(DEVICES)}; CUDA_VISIBLE_DEVICES chooses among GPUs")
+        raise UserError(
+            f"--device {device}: must be {' or '.join(DEVICES)}; to select one of several GPUs, set "
+            "CUDA_VISIBLE_DEVICES"
+        )
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError("--device cuda: torch finds no GPU on this machine; leave out --device to use the CPU")

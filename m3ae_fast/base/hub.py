@@ -64,7 +64,7 @@ def push_folder(folder: str | Path, name: str, private: bool = False) -> str:
     """Upload a folder as the model `name`, which is created if it does not exist, and return its address. Raises
     UserError if the user is not logged in, the name is taken or invalid, or the Hub does not respond."""
     if huggingface_hub.get_token() is None:
-        raise UserError(f"{name}: uploading requires a token of the Hub; run `hf auth login`, or set HF_TOKEN")
+        raise UserError(f"{name}: uploading requires a Hub token; run `hf auth login`, or set HF_TOKEN")
     try:
         api = huggingface_hub.HfApi()
         url = api.create_repo(name, private=private, exist_ok=True)

@@ -44,7 +44,7 @@ def limit_note() -> str:
     return (
         ""
         if limit is None
-        else f"; ulimit -v allows this process {limit / 1e9:.2g} GB of address space: raise this limit first"
+        else f"; ulimit -v limits the address space of this process to {limit / 1e9:.2g} GB: raise this limit first"
     )
 
 
@@ -60,7 +60,7 @@ def shown_in_one_line(kind: type[BaseException], error: BaseException, where: Tr
 def no_memory(error: BaseException) -> str:
     """Return the one-line message for an out-of-memory error."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return f"not enough memory ({reason}){limit_note() or '; end other programs, or process less data at a time'}"
+    return f"not enough memory ({reason}){limit_note() or '; close other programs, or process less data at a time'}"
 
 
 def _limit() -> int | None:

@@ -50,7 +50,7 @@ def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[
             several = "" if channels > 1 else f", or list(x) for {len(images)} images"
             raise ValueError(
                 f"an array of shape {list(images.shape)} is not an image [{layout}]: "
-                f"with channels first pass x.transpose(1, 2, 0){several}"
+                f"if the channels come first, pass x.transpose(1, 2, 0){several}"
             )
         return [images] if is_one else list(images)
     return [images] if isinstance(images, Tensor) and images.ndim <= 3 else images  # type: ignore[return-value]
@@ -65,7 +65,7 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
         is_pair = isinstance(value_range, (tuple, list)) and len(value_range) == 2
         if value_range != "normalised" and not (is_pair and value_range[0] < value_range[1]):
             raise ValueError(
-                f"value_range {value_range!r}: must be the values of black and, above it, of white, such as (0, 1), "
+                f"value_range {value_range!r}: must be (black, white) with black below white, such as (0, 1), "
                 'or "normalised"'
             )
         if not isinstance(value_range, str):
@@ -83,7 +83,7 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
         return
     guess = (0, 1) if is_unit else (0, 255 if high <= 255 else 65535)
     raise ValueError(
-        f"floating images are expected to be normalised, (x - mean) / std, but these have values from {low:.3g} "
+        f"floating-point images are expected to be normalised, (x - mean) / std, but these have values from {low:.3g} "
         f'to {high:.3g}: pass value_range={guess} if these are black and white, value_range="normalised" if the images '
         "are normalised, or uint8 images"
     )
@@ -114,7 +114,7 @@ def _check_units(images: Iterable[OneImage], value_range: tuple[float, float]) -
     fractions = low <= 0 and high >= _LEVELS and min(spans) >= 0 and max(spans) <= 1 and not is_whole
     if fractions or beyond > _OTHER_UNITS * size:
         raise ValueError(
-            f"value_range={tuple(value_range)} gives the values of black and white, but these images have values from "
+            f"value_range={tuple(value_range)} sets the values of black and white, but these images have values from "
             f"{min(spans):.3g} to {max(spans):.3g}: pass the values of black and white in these images, or "
             'value_range="normalised" if the images are normalised, (x - mean) / std'
         )
@@ -127,7 +127,7 @@ def check_present(images: Sequence[OneImage | None] | None, texts: Sequence[str 
         for number, value in enumerate(values if values is not None else ()):
             if value is None or not isinstance(value, kind):
                 found = f"{what} {number} is {type(value).__name__}"
-                raise ValueError(f"{found}: each sample needs its own {what}; pass {what}s=None if there are none")
+                raise ValueError(f"{found}: pass one {what} for each sample, or {what}s=None if there are no {what}s")
 
 
 def unmasked_sample(
@@ -242,7 +242,7 @@ def _of_call(error: BadSample) -> str:
 
 def _floating(image: Tensor, config: ModelConfig, value_range: tuple[float, float] | Literal["normalised"]) -> Tensor:
     if not image.isfinite().all():
-        raise ValueError("the floating image has values that are not finite")
+        raise ValueError("the floating-point image has values that are not finite")
     if isinstance(value_range, str):
         try:
             Geometry.of(config).grid(image)

@@ -348,7 +348,7 @@ def _image_targets(samples: Sequence[Sample], patch_ids_I: np.ndarray, weight_I:
     if not known:
         return _flat([], np.int64)
     if len(known) < len(ids):
-        raise ValueError(f"{len(known)} of {len(ids)} images have image_ids: give ids for all images or for none")
+        raise ValueError(f"{len(known)} of {len(ids)} images have image_ids: pass ids for all images or for none")
     return np.where(weight_I != 0, _flat(known, np.int64)[patch_ids_I], 0)
 
 
@@ -388,7 +388,8 @@ def _check(sample: Sample, geometry: Geometry) -> _Checked:
         text_mask, tokens = sample.text_mask.numpy(), sample.tokens.numpy()  # type: ignore[union-attr]
         if tokens.ndim != 1 or tokens.shape != text_mask.shape or len(tokens) > geometry.text_length:
             raise ValueError(
-                f"{sample.key}: the shapes of tokens, {tokens.shape}, and text_mask, {text_mask.shape}, do not fit"
+                f"{sample.key}: tokens has shape {tokens.shape} and text_mask has shape {text_mask.shape}, but both "
+                f"must have the same shape [tokens], with at most {geometry.text_length} tokens"
             )
     image_left_out = _left_out(sample.key, "image_predicted", image_mask, sample.image_predicted)
     text_left_out = _left_out(sample.key, "text_predicted", text_mask, sample.text_predicted)
@@ -402,7 +403,9 @@ def _left_out(key: str, name: str, mask: np.ndarray, predicted: Tensor | None) -
         return np.zeros(len(mask), dtype=bool)
     wanted = predicted.numpy()
     if wanted.shape != mask.shape or (wanted & ~mask).any():
-        raise ValueError(f"{key}: {name} has shape {wanted.shape}, or selects a token that is not masked")
+        raise ValueError(
+            f"{key}: {name}, of shape {wanted.shape}, must have the shape {mask.shape} and select only masked tokens"
+        )
     return mask & ~wanted
 
 

@@ -190,8 +190,8 @@ class _Save(NamedTuple):
         for name, piece in self.part.items():
             if not piece.data.isfinite().all():
                 raise UserError(
-                    f"checkpoint {self.target}: not written, since {name} is not finite; the earlier checkpoints are "
-                    f"intact: resume with {self.suggested_fix}"
+                    f"checkpoint {self.target}: not written, because {name} is not finite; the earlier checkpoints "
+                    f"are intact: resume with {self.suggested_fix}"
                 )
 
     def end(self, reports: list[str], last: bool) -> str:

@@ -61,7 +61,7 @@ PRETRAINING = Rules(
         *(f"train.{key}" for key in ("epochs", "steps", "hours", "stop_at", "precision")),
     ),
     free=("model.init_from",),
-    advice="--resume-with-changes continues anyway",
+    advice="to continue anyway, add --resume-with-changes",
 )
 _HAVE_DEFAULTS: dict[str, type[BaseModel]] = {
     "model": ModelConfig,

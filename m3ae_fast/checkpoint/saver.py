@@ -119,8 +119,8 @@ class Saver:
             if not out_of_memory(error):
                 raise
             raise UserError(
-                f"the checkpoint of step {step} is not written, since rank {self.ranks.rank} has no memory left for "
-                f"the copy of its part ({error or type(error).__name__}); the earlier checkpoints are intact"
+                f"the checkpoint of step {step} was not written, because rank {self.ranks.rank} does not have enough "
+                f"memory to copy its part ({error or type(error).__name__}); the earlier checkpoints are intact"
             ) from None
 
     def _mark_good(self, step: int, why: str) -> None:
@@ -144,7 +144,7 @@ def judge(run_dir: Path, bad_step: int) -> str:
     before = checkpoint.step_folder(run_dir, bad_step - 1)
     marked = ""
     if before.is_dir() and not checkpoint.is_good(before):
-        why = f"step {bad_step}, the first step with its weights, was not finite"
+        why = f"the loss or gradient norm of step {bad_step}, the first step with these weights, is not finite"
         checkpoint.mark(run_dir, bad_step - 1, checkpoint.FAILED, why)
         marked = f"{before} is now marked as failed, and --resume auto will skip it; "
     good = [path for path in checkpoint.saved_steps(run_dir) if checkpoint.is_good(path)]

@@ -147,7 +147,7 @@ def output(*endings: str) -> Callable[[str], Path]:
 
     def parse(text: str) -> Path:
         if not text:
-            raise UserError("the output path is empty; give a path")
+            raise UserError("the output path is empty; specify a path")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise UserError(f"{text!r}: the name is not UTF-8; choose another name")
         if endings and not text.endswith(endings):

@@ -27,9 +27,9 @@ settings of probes and fine-tuning are on another page: [Evaluation settings](ev
 """
 EVALUATION_HEAD = """# Evaluation settings
 
-Settings of `m3ae-fast evaluate` and `m3ae-fast embed`. These commands have no config file; give their settings with
-`--set section.key=value`. The sections `run` and `data` are those of [a training run](config.md); options such as
-`--out` and `--train` set some of them.
+Settings of `m3ae-fast evaluate` and `m3ae-fast embed`. These commands have no config file; their settings are
+passed with `--set section.key=value`. The sections `run` and `data` are those of [a training run](config.md); options
+such as `--out` and `--train` set some of them.
 
 `m3ae-fast config evaluation > docs/evaluation-config.md` generates this page from m3ae_fast/config/evaluation.py.
 """
@@ -52,7 +52,7 @@ PAGES = {"train": train_page, "evaluation": evaluation_page}
 
 def settings_help(root: type[BaseModel], names: Iterable[str]) -> str:
     """Return the settings of some sections of `root` as lines for --help: default, allowed values and meaning."""
-    lines = ["settings, given with --set KEY=VALUE; docs/config.md lists the settings of data and run:"]
+    lines = ["settings, which are passed with --set KEY=VALUE (for the settings of data and run, see docs/config.md):"]
     for name in names:
         section = section_of(root.model_fields[name].annotation)
         assert section is not None

@@ -37,12 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--num-heads",
         type=int,
-        help="number of attention heads of the encoder, needed for .pth and .safetensors files whose width is not one "
-        "of the published sizes",
+        help="number of attention heads of the encoder; required for .pth and .safetensors files if no published model "
+        "has the same width",
     )
-    parser.add_argument(
-        "--dec-num-heads", type=int, help="number of attention heads of the decoder, needed for the same files"
-    )
+    parser.add_argument("--dec-num-heads", type=int, help="the same for the decoder")
     args = parser.parse_args(argv)
     from m3ae_fast.vqgan.model import VQGAN
     from m3ae_fast.weights.converting import convert
@@ -50,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     heads = {"num_heads": args.num_heads, "dec_num_heads": args.dec_num_heads}
     found = convert(args.source, args.out, tokenizer=args.tokenizer, **heads)
     if isinstance(found, VQGAN):
-        print(f"MaskGIT VQGAN of {found.config.codebook_size:,} codes, written to {args.out}")
+        print(f"MaskGIT VQGAN with {found.config.codebook_size:,} codes, written to {args.out}")
     else:
         print(_summary(found, args.out))
     return 0

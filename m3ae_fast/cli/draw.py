@@ -26,7 +26,7 @@ from m3ae_fast.weights.model_name import MASK, MODEL_HELP
 RUN_HELP = "a run folder (its last checkpoint is used) or a checkpoint folder"
 OF_A_RUN = "Samples are selected evenly from --val (default: the run's data.val or, if it is empty, its data.train)."
 MAP = f"""t-SNE of the features of all samples that have a class. With several runs, the maps of all runs are drawn side
-by side, for the samples of the first run. {OF_A_RUN}
+by side, with the samples of the first run. {OF_A_RUN}
 """
 FILL = """Predict the masked words of a caption, and complete the missing patches of an image.
 
@@ -114,7 +114,8 @@ def _add_fill(commands: Any) -> None:
         "image",
         metavar="IMAGE",
         type=Path,
-        help="image file; square models use its centre crop, native-aspect-ratio models the whole image",
+        help="image file; models for square images use its centre crop, and models with native aspect ratio use the "
+        "whole image",
     )
     parser.add_argument("text", metavar="TEXT", help=f"caption; each {MASK} stands for one token")
     parser.add_argument(
@@ -132,7 +133,7 @@ def _add_fill(commands: Any) -> None:
     )
     add_range_option(parser)
     parser.add_argument(
-        "--tokenizer", metavar="FILE", help="tokenizer to use if the model has none, or instead of the model's own"
+        "--tokenizer", metavar="FILE", help="tokenizer of the captions (default: the model's tokenizer)"
     )
     parser.add_argument(
         "--image-tokenizer",

@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="shards (paths, brace patterns, globs, URLs), a folder of images, or images",
+        help="shards (paths, brace patterns, globs, URLs), a folder of images, or image files",
     )
     parser.add_argument(
         "--out", type=output(".parquet", ".npz"), required=True, metavar="FILE", help="output file, .parquet or .npz"

@@ -61,13 +61,13 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
     about += f"; or {CLASSIFIER_HELP}" if task.may_classify else ""
     about += f"; or {PIXELS}MODEL for downscaled pixels in place of features" if task.takes_pixels else ""
     command.add_argument("model", metavar="MODEL", nargs="+" if task.compares else None, help=about)
-    shards = "tar files: paths, brace patterns, globs, URLs or pipe: commands"
+    shards = "tar files (paths, brace patterns, globs, URLs or pipe: commands)"
     if task.trains:
-        text = f"training samples, as {shards}"
+        text = f"training samples in {shards}"
         command.add_argument("--train", nargs="+", required=True, metavar="SHARDS", help=text)
     if task.has_labels:
         add_labels(command)
-    command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help=f"held-out samples, as {shards}")
+    command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help=f"held-out samples in {shards}")
     if not task.classifies:
         command.add_argument(
             "--modality",
@@ -89,8 +89,8 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
             "--no-baselines",
             dest="baselines",
             action="store_false",
-            help="do not also evaluate random weights and downscaled pixels (default: they are evaluated, unless MODEL "
-            "is one of them or the encoder sees captions)",
+            help="do not evaluate the baselines, which are random weights and downscaled pixels (default: they are "
+            "evaluated, unless MODEL is a baseline or the encoder sees captions)",
         )
     if task.resumes:
         add_resume(command, "DIR")
@@ -103,7 +103,7 @@ def _add_outside_sets(command: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="[NAME=]SHARDS",
-        help="out-of-distribution samples; for several sets, repeat the option and give each set a name",
+        help="out-of-distribution samples; for several sets, repeat the option with a different NAME for each set",
     )
 
 

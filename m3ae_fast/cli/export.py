@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload OUT to the Hugging Face Hub under this name")
     parser.add_argument("--private", action="store_true", help="with --push: create a private repository")
     for option, what in (("--train", "training"), ("--val", "held-out")):
-        text = f"with --format onnx: labelled {what} images for the k-NN accuracy"
+        text = f"with --format onnx: labelled {what} images with which the k-NN accuracy is measured"
         parser.add_argument(option, nargs="+", default=[], metavar="SHARDS", help=text)
     add_labels(parser)
     args = parser.parse_args(argv)

@@ -36,33 +36,33 @@ MAKE = """Make shards from a folder of images, an HDF5 file or a Hugging Face da
 A folder of images: sub-folders called train, val (valid, validation, dev) or test are splits, and shards are written
 for each of them. Other sub-folders, or the sub-folders of the splits, are classes if there are at least two of them and
 every image is in one; class ids are the same in all splits. Captions come from a table with one row per sample, or from
-NAME.txt next to NAME.jpg. An image that occurs in several rows, or in a row with a list of captions, gives one sample
+NAME.txt next to NAME.jpg. An image that occurs in several rows, or in a row with a list of captions, becomes one sample
 per caption, even if rows are identical. A row with too many or too few fields is an error. In a .tsv file, each line is
 a row, and quotes are part of the text unless a program that quotes fields wrote the file. Images without a caption are
 used for the image loss only.
 
 An HDF5 file has the layout of the official M3AE code: jpg (variable-length uint8) with caption, or ImageNet's
-train_jpg, train_labels, val_jpg, val_labels, or only text. A row with several captions gives one sample per caption.
+train_jpg, train_labels, val_jpg, val_labels, or only text. A row with several captions becomes one sample per caption.
 
 A Hugging Face dataset is a folder written by save_to_disk, a folder of data files, or a name on the Hub. All splits
-are converted unless --split is given. A row with a list of captions gives one sample per caption.
+are converted unless --split is given. A row with a list of captions becomes one sample per caption.
 
---masks names a folder of label masks with the same sub-folders as SOURCE: the mask of SOURCE/a/b.jpg is MASKS/a/b.png,
-with one channel of class ids.
+--masks MASKS is a folder of label masks with the same sub-folders as SOURCE: the mask of SOURCE/a/b.jpg is
+MASKS/a/b.png, with one channel of class ids.
 
-Run an interrupted command again to continue it. The same input gives identical shards.
+To continue an interrupted command, run it again. The same input always produces identical shards.
 """
 STATS = """Inspect some samples, and print statistics: image sizes, aspect ratios, formats, caption lengths, labels, the
-mean and standard deviation of the pixels, and the number of unreadable samples. The settings that a config needs are
-printed; --write writes them into a config.
+mean and standard deviation of the pixels, and the number of unreadable samples. The settings derived from them are
+printed as well; --write writes them into a config.
 
   m3ae-fast shards stats 'shards/train-*.tar' --tokenizer tokenizer.json
   m3ae-fast shards stats 'shards/train-*.tar' --picture stats.png --write mine.json
   m3ae-fast shards stats 'shards/train-*.tar' --sizes sizes.json   # for m3ae-fast train --dry-run --sizes
 """
 IMAGE_TOKENS = """Make shards whose images are crops with their VQGAN token ids, for model.image_targets=vqgan with
-data.image_tokens=shards. Each image gives --views random crops or, with --centre, its central square (for held-out
-data). Captions, classes and json are copied; samples without an image are left out.
+data.image_tokens=shards. From each image, --views random crops are taken or, with --centre, its central square (for
+held-out data). Captions, classes and json are copied; samples without an image are left out.
 
   m3ae-fast shards image-tokens 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
   m3ae-fast shards image-tokens 'shards/val-*.tar' --vqgan vqgan/ --out ids/val --centre
@@ -108,7 +108,7 @@ def _add_make(commands: Any) -> None:
     columns = parser.add_argument_group("columns of a table or a dataset")
     columns.add_argument("--image-column", metavar="NAME", help="column of paths or images (default: detected)")
     columns.add_argument("--caption-column", metavar="NAME", help="column of captions (default: detected)")
-    text = "column of labels, in a dataset (default: detected)"
+    text = "column of labels in a dataset (default: detected)"
     columns.add_argument("--label-column", metavar="NAME", help=text)
     _add_shard_settings(parser)
 
@@ -116,7 +116,10 @@ def _add_make(commands: Any) -> None:
 def _add_shard_settings(parser: argparse.ArgumentParser) -> None:
     shards, usual = parser.add_argument_group("shards"), Settings()
     numbers = {
-        "--short-side": (usual.short_side, "scale the short side of images down to N pixels; smaller JPEGs are copied"),
+        "--short-side": (
+            usual.short_side,
+            "scale the short side of images down to N pixels; smaller JPEGs are copied unchanged",
+        ),
         "--quality": (usual.quality, "JPEG quality, 1 to 100"),
         "--samples-per-shard": (usual.samples_per_shard, "maximum number of samples per shard"),
         "--workers": (len(os.sched_getaffinity(0)), "number of worker processes"),
@@ -230,8 +233,10 @@ def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
     text = "count only the I-th of N parts of the shards; each part needs its own output file"
     parser.add_argument("--part", type=_part, metavar="I/N", help=text)
     known = parser.add_mutually_exclusive_group()
-    known.add_argument("--stats", action="store_true", help="read the counts from the NAME_stats.json of img2dataset")
-    known.add_argument("--sizes", metavar="FILE", help="read the counts from a sizes.json: a file or a URL")
+    known.add_argument(
+        "--stats", action="store_true", help="read the counts from the files NAME_stats.json of img2dataset"
+    )
+    known.add_argument("--sizes", metavar="FILE", help="read the counts from a sizes.json, which is a file or a URL")
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -56,7 +56,7 @@ class EncodeConfig(Section):
     """Pooling of the features after the final LayerNorm: `mean`, the mean over all tokens except cls; `cls`, the cls
     token."""
     batch: Batch = 64
-    """Samples per forward pass."""
+    """Number of samples per forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Dtype of the computations: `bf16`, `fp32`, or `auto` (bf16 if it is faster than fp32 on this hardware)."""
 
@@ -81,8 +81,8 @@ class LinearProbeConfig(LoopConfig, ScheduleConfig):
     """Number of samples per optimiser step, over all ranks; null: a value from 256 to 2,048, derived from the number of
     training samples."""
     micro_batch: Batch | None = 64
-    """Maximum number of samples per rank and forward pass. Larger per-rank batches are split evenly into micro-batches
-    with gradient accumulation; null: no gradient accumulation."""
+    """Maximum number of samples per rank in each forward pass. Larger per-rank batches are split evenly into
+    micro-batches with gradient accumulation; null: no gradient accumulation."""
     peak_lr: float | None = Field(None, gt=0)  # type: ignore[assignment]
     """Learning rate after the warm-up, for a batch of 256. It is multiplied by `global_batch` / 256. null: derived from
     the number of training samples or, if each image is encoded only once (`--layers`, `--pools`, `--shots`, `compare`),
@@ -142,7 +142,7 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     cutmix: float = Field(1.0, ge=0, le=100)
     """Alpha of CutMix; 0: no CutMix."""
     switch_prob: float = Field(0.5, ge=0, le=1)
-    """Probability of CutMix instead of mixup, if both are used."""
+    """Probability that CutMix is used instead of mixup, if both are enabled."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment of the training images, as a string in timm's format; null: no RandAugment."""
     ema: float | None = Field(None, gt=0, lt=1)
@@ -155,8 +155,8 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     """Number of samples per optimiser step, over all ranks; null: a value from 64 to 1,024, derived from the number of
     training samples."""
     eval_every: Count | None = None
-    """Steps between evaluations; null: about ten evaluations per run, or fewer if ten would take more than a twentieth
-    of the run."""
+    """Number of optimiser steps between evaluations; null: about ten evaluations per run, or fewer if ten would take
+    more than a twentieth of the run."""
     epochs: float | None = Field(None, gt=0, le=1e6)
     """Length of the run, in epochs; alternative to `steps`. null: 100 or more, derived from the number of training
     samples."""
@@ -194,7 +194,7 @@ class RobustnessConfig(Section):
     samples: Count | None = None
     """Number of held-out samples to use, spread evenly over the dataset; null: all samples."""
     batch: Batch = 64
-    """Samples per forward pass."""
+    """Number of samples per forward pass."""
 
     @model_validator(mode="after")
     def _possible(self) -> RobustnessConfig:
@@ -205,7 +205,7 @@ class RobustnessConfig(Section):
         for name in ("epsilons", "corruptions", "severities"):
             shown = [each if isinstance(each, str) else f"{each:g}" for each in getattr(self, name)]
             if twice := [each for each in shown if shown.count(each) > 1]:
-                raise ValueError(f"{name} contains {twice[0]} twice; give each once")
+                raise ValueError(f"{name} contains {twice[0]} twice; remove one of the two")
         return self
 
 
@@ -219,7 +219,7 @@ class SegmentConfig(Section):
     """Class id of the mask pixels that are excluded from training and from the metrics; null: no pixels are
     excluded."""
     steps: Count = 1000
-    """Length of the training of the linear head, in optimiser steps."""
+    """Number of optimiser steps in which the linear head is trained."""
     batch: Batch = 32
     """Number of images per optimiser step."""
     peak_lr: float = Field(1e-3, gt=0)
@@ -227,7 +227,7 @@ class SegmentConfig(Section):
     weight_decay: float = Field(1e-4, ge=0)
     """Weight decay of the linear head."""
     bank_patches: Count = 50_000
-    """With `head: knn`: maximum number of training patches among which neighbours are found; the patches are sampled
+    """With `head: knn`: maximum number of training patches that are searched for neighbours; the patches are sampled
     evenly over the images."""
 
 
@@ -284,6 +284,8 @@ def _require_read(override: str, reader: str, sections: Sequence[str]) -> None:
     ]
     if meant or name.partition(".")[0] in EvaluationConfig.model_fields:
         other = (
-            f"did you mean {' or '.join(meant)}?" if meant else f"its sections are {', '.join((*sections, *_COMMON))}"
+            f"did you mean {' or '.join(meant)}?"
+            if meant
+            else f"it uses only the sections {', '.join((*sections, *_COMMON))}"
         )
-        raise UserError(f"--set {name}: {reader} does not use it; {other}")
+        raise UserError(f"--set {name}: {reader} does not use this setting; {other}")

@@ -112,7 +112,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     override = " ".join(override.split())[:200]  # for messages
     if not equals or not name:
-        raise UserError(f"--set {override}: write it as section.key=value")
+        raise UserError(f"--set {override}: must have the form section.key=value")
     try:
         value = parse_json(text)
     except ValueError:
@@ -122,7 +122,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     for parent in parents:
         node = node.setdefault(parent, {}) if isinstance(node, dict) else _item(node, parent, override)
         if node is None:
-            raise UserError(f"--set {override}: {parent} is null in the file; set it as a whole")
+            raise UserError(f"--set {override}: {parent} is null in the file; set the whole of {parent} as JSON")
     if isinstance(node, list):
         _item(node, last, override)
         node[int(last)] = value

@@ -33,7 +33,7 @@ def describe_error(section: type[BaseModel], error: ValidationError) -> str:
         got = "" if isinstance(first["input"], dict) else f" (got {json.dumps(first['input'], default=str)[:80]})"
         text = message if not where or message.startswith(f"{where}.") else f"{where}: {message}{got}"
     text = " ".join(text.split())[:1000]  # an unknown key may have any length, and contain line breaks
-    return text + (f" (and {len(others)} more)" if others else "")
+    return text + (f" (and {len(others)} more error{'s' * (len(others) > 1)})" if others else "")
 
 
 def _without_kinds(section: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[int | str, ...]:

@@ -108,11 +108,11 @@ class ModelConfig(Section):
     patch_size: Size = 16
     """Height and width of a patch, in pixels."""
     resize: Literal["square", "native"] = "square"
-    """Value of `data.resize` for the training images."""
+    """Value of `data.resize` in training, stored with the model."""
     max_patches: Size | None = None
-    """Value of `data.max_patches` for the training images."""
+    """Value of `data.max_patches` in training, stored with the model."""
     min_patches: Size = 1
-    """Value of `data.min_patches` for the training images."""
+    """Value of `data.min_patches` in training, stored with the model."""
     native_positions: Literal["absolute", "centred"] = "absolute"
     """With `resize: native` and computed position embeddings: coordinates of the patches. `absolute`: rows and columns
     are counted from the upper left corner of the image; `centred`: the image is centred in the grid of a square image.
@@ -130,7 +130,7 @@ class ModelConfig(Section):
     """Standard deviation of the pixels, one positive value per channel, in the same units as the mean. The default is
     the standard deviation of CC12M."""
     image_range: Range | None = None
-    """Value of `data.range` for the training images."""
+    """Value of `data.range` in training, stored with the model."""
     text_length: Size = 64
     """Maximum number of text tokens; longer captions are truncated."""
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
@@ -337,11 +337,11 @@ class DataConfig(Section):
     """Number of views (crops and masks) of each sample per epoch. Each sample is decoded once per epoch, and the number
     of steps per epoch is multiplied by this value."""
     shuffle_shards: int = Field(128, gt=0, le=1 << 24)
-    """Number of shards whose samples are shuffled together, over all lanes."""
+    """Number of shards whose samples are shuffled together, summed over all lanes."""
     lanes: int = Field(64, gt=0, le=1 << 16)
     """Maximum number of lanes, the parallel sub-streams into which the training stream is divided; each node reads only
-    some of them. The number used is the largest divisor of the global batch size that exceeds neither this value nor
-    the number of shards."""
+    some of them. The actual number of lanes is the largest divisor of the global batch size that exceeds neither this
+    value nor the number of shards."""
     workers: int | None = Field(None, ge=0, le=1024)
     """Number of data-loader processes per rank; null: derived from the number of CPU cores."""
     prefetch: int = Field(4, gt=0, le=1024)
@@ -355,10 +355,10 @@ class DataConfig(Section):
     image_tokenizer: NamedPath | None = None
     """Folder of the converted VQGAN whose token ids are the image targets (`model.image_targets: vqgan`)."""
     image_tokens: Literal["device", "workers", "shards"] = "device"
-    """Place in which the image token ids are computed. `device`: the training device; `workers`: the data-loader
-    workers; `shards`: the ids are computed in advance by `m3ae-fast shards image-tokens`."""
+    """Where the image token ids are computed. `device`: on the training device; `workers`: in the data-loader workers;
+    `shards`: in advance, by `m3ae-fast shards image-tokens`."""
     max_bad_fraction: float = Field(0.1, ge=0, le=1)
-    """Maximum fraction of samples that cannot be used. If the fraction is larger, the run stops with an error."""
+    """Maximum fraction of unusable samples. If it is exceeded, the run stops with an error."""
 
     @model_validator(mode="after")
     def _possible(self) -> DataConfig:
@@ -369,7 +369,7 @@ class DataConfig(Section):
         for name in ("train", "val"):
             weights = [source.weight for source in getattr(self, name)]
             if any(w is None for w in weights) and any(w is not None for w in weights):
-                raise ValueError(f"{name}: give a weight to every source or to none")
+                raise ValueError(f"{name}: set a weight for all sources or for none")
         return self
 
     def image_settings(self) -> dict[str, Any]:
@@ -412,7 +412,7 @@ class OptimConfig(ScheduleConfig):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Adam's decay rates of the first and the second moment, per step."""
     eps: float = Field(1e-8, gt=0)
-    """Adam's epsilon, which is added to the denominator of an update."""
+    """Adam's epsilon, which is added to the denominator of the update."""
     clip_grad: float | None = Field(None, gt=0)
     """Maximum global gradient norm; larger gradients are scaled down to it. null: no clipping."""
 
@@ -440,8 +440,8 @@ class PretrainingOptimConfig(OptimConfig):
     constant learning rate until a decay at the end, so that a run can be extended from the checkpoint before the
     decay."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
-    """With `schedule: wsd`: fraction of the steps in which the learning rate decays. The learning rate is multiplied by
-    1 minus the square root of the decay's progress (arXiv 2405.18392)."""
+    """With `schedule: wsd`: fraction of the steps during which the learning rate decays. The learning rate is
+    multiplied by 1 minus the square root of the decay's progress (arXiv 2405.18392)."""
 
     @property
     def decay(self) -> float | None:
@@ -458,18 +458,18 @@ class LoopConfig(Section):
     global_batch: Batch = 4096
     """Number of samples per optimiser step, over all ranks."""
     micro_batch: Batch | None = None
-    """Maximum number of samples per rank and forward pass. Larger per-rank batches are split evenly into micro-batches
-    with gradient accumulation; null: no gradient accumulation."""
+    """Maximum number of samples per rank in each forward pass. Larger per-rank batches are split evenly into
+    micro-batches with gradient accumulation; null: no gradient accumulation."""
     epochs: float | None = Field(None, gt=0, le=1e6)
     """Length of the run, in epochs; alternative to `steps`."""
     steps: Count | None = None
     """Length of the run, in optimiser steps; alternative to `epochs`."""
     log_every: Count = 10
-    """Steps between log lines."""
+    """Number of optimiser steps between log lines."""
     eval_every: Count | None = None
-    """Steps between evaluations; null: only at the start and the end."""
+    """Number of optimiser steps between evaluations; null: only at the start and the end."""
     save_every: Count = 1000
-    """Steps between checkpoints."""
+    """Number of optimiser steps between checkpoints."""
     keep: Count = 2
     """Number of most recent checkpoints to keep."""
 
@@ -477,9 +477,9 @@ class LoopConfig(Section):
     def _one_length(self) -> LoopConfig:
         given = (self.epochs is not None) + (self.steps is not None)
         if given == 2:
-            raise ValueError("give epochs or steps, not both")
+            raise ValueError("set epochs or steps, not both")
         if given == 0 and not self.LENGTH_FOLLOWS:
-            raise ValueError("give the length of the run: epochs or steps")
+            raise ValueError("set the length of the run: epochs or steps")
         return self
 
 
@@ -519,7 +519,7 @@ class KnnProbeConfig(KnnConfig):
     pool: Literal["mean", "cls"] = "mean"
     """Pooling of the features: the mean over all tokens except cls, or the cls token."""
     every: Count | None = None
-    """Steps between probes; null: only at the start and the end."""
+    """Number of optimiser steps between probes; null: only at the start and the end."""
 
 
 class TrainConfig(TransformerLoopConfig):
@@ -535,8 +535,8 @@ class TrainConfig(TransformerLoopConfig):
     run, which requires `optim.schedule: wsd`. null: the run is not ended early."""
     image_sizes: list[Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Size], Strict(False)]] = []
     """Image sizes for the first part of the run, as pairs of a fraction of the steps and a size in pixels, such as
-    [[0.5, 96], [0.75, 160]]. A size is used until that fraction of the steps has been taken. The remaining steps, and
-    all evaluations, use `model.image_size`."""
+    [[0.5, 96], [0.75, 160]]. Each size is used until its fraction of the steps has been completed. The remaining steps,
+    and all evaluations, use `model.image_size`."""
     rollbacks: int = Field(0, ge=0, le=100)
     """Maximum number of rollbacks: if the loss or the gradient norm of a step is not finite, the run returns to its
     last good checkpoint and skips the batch of that step. 0: the run ends with an error instead."""
@@ -638,7 +638,7 @@ _NOT_SUPPORTED = {
     "wall_clock_breakdown": "use --profile",
     "comms_logger": "use --profile",
     "flops_profiler": "use --profile; --dry-run counts FLOPs",
-    "autotuning": "use --dry-run for the memory that a config needs",
+    "autotuning": "use --dry-run to estimate the memory that a config needs",
     "data_efficiency": "the trainer has its own data loader",
     "managed_gradient_accumulation": "the trainer decides when gradients are reduced",
     "gradient_allreduce_op": "gradients are averaged over ranks",
@@ -665,7 +665,7 @@ class DeepSpeedConfig(Section):
             if value is None or value is False or (isinstance(value, dict) and value.get("enabled") is False):
                 continue  # the feature is off
             owner = _SET_ELSEWHERE.get(key)
-            reason = f"set from {owner}" if owner else f"not supported: {_NOT_SUPPORTED[key]}"
+            reason = f"set from {owner}" if owner else f"not supported ({_NOT_SUPPORTED[key]})"
             raise ValueError(f"deepspeed.{key} is {reason}; remove it from the deepspeed section")
         return {key: value for key, value in data.items() if key not in _SET_ELSEWHERE | _NOT_SUPPORTED}
 
@@ -703,8 +703,8 @@ class Config(Section):
             )
         if self.train.stop_at is not None and self.optim.decay in (None, 1):
             raise ValueError(
-                "train.stop_at ends a run with a decay of the learning rate: set optim.schedule to wsd, and "
-                "optim.decay_fraction to a value below 1"
+                "train.stop_at needs a decay of the learning rate at the end of the run: set optim.schedule to wsd, "
+                "and optim.decay_fraction to a value below 1"
             )
         if self.train.stop_at is not None and (self.train.probe is None or self.train.probe.every is None):
             raise ValueError("train.stop_at needs the accuracy of train.probe during training: set train.probe.every")
@@ -735,7 +735,7 @@ class Config(Section):
             return
         if self.model.init_from is None:
             raise ValueError(
-                f"optim.layer_decay {decay:g} is for a run that starts from trained weights: set model.init_from (with "
+                f"optim.layer_decay {decay:g} needs a run that starts from trained weights: set model.init_from (with "
                 "pretrain: --from MODEL), or optim.layer_decay to 1"
             )
         if self.optim.name == "muon":

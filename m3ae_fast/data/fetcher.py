@@ -102,7 +102,7 @@ class PrefetchSchedule:
         limit = store.limit
         if limit < math.inf and (most := self.in_use()) > limit:
             raise UserError(
-                f"data.cache_gb {limit / 1e9:g}: the shards in use at once on a node take {most / 1e9:.3g} GB; "
+                f"data.cache_gb {limit / 1e9:g}: the shards that a node uses at once take {most / 1e9:.3g} GB; "
                 "raise data.cache_gb, or lower data.shuffle_shards"
             )
 

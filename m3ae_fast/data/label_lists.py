@@ -49,7 +49,8 @@ def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, p
     """
     if not field.startswith("json."):
         raise UserError(
-            f"--labels {field}: lists of labels must be in a field of the samples' json; specify it as json.FIELD"
+            f"--labels {field}: lists of labels must be in a field of the samples' json; specify this field as "
+            "json.FIELD"
         )
     sources = [replace(source, shards=[shard.located() for shard in source.shards]) for source in corpus.sources]
     corpus = replace(corpus, sources=sources)

@@ -167,7 +167,7 @@ def _refuse_missing(corpus: Corpus, labels: list[list[Label | None]], where: str
         else "the samples have neither .cls nor .json"
     )
     raise UserError(
-        f"{where}: {missing:,} of {total:,} samples have no label ({field}), such as {source.shards[shard].shard}/"
+        f"{where}: {missing:,} of {total:,} samples have no label ({field}), for example {source.shards[shard].shard}/"
         f"{reader.key(shard, row)}; {advice}, or label these samples (-1 excludes a sample)"
     )
 
@@ -245,7 +245,7 @@ def keep_classes(corpus: Corpus, classes: Classes, names: Sequence[str]) -> tupl
     if unknown := [name for name in names if name not in ids]:
         raise UserError(f"no sample has the class {unknown[0]!r}; the classes are {', '.join(list(ids)[:20])}")
     if len(set(names)) < max(len(names), 2):
-        raise UserError(f"classes {', '.join(names)}: name at least two classes, each of them once")
+        raise UserError(f"classes {', '.join(names)}: specify at least two classes, and each class only once")
     new = np.full(len(classes), LEFT_OUT)
     new[[ids[name] for name in names]] = np.arange(len(names))
     sources = [select_labelled(source, new[source.labels]) for source in corpus.sources]

@@ -129,7 +129,7 @@ def read(path: Path) -> np.ndarray:
     if len(rows) and (rows["kind"].max() > UNREAD or rows["samples"][rows["kind"] == UNREAD].any()):
         raise UserError(f"manifest {path}: is damaged (a shard has an unknown kind, or is unread but has samples)")
     if len(rows) and (most := rows["samples"].max()) > _MAX_SAMPLES:
-        raise UserError(f"manifest {path}: gives {most:,} samples for one shard; the maximum is {_MAX_SAMPLES:,}")
+        raise UserError(f"manifest {path}: states {most:,} samples for one shard; the maximum is {_MAX_SAMPLES:,}")
     return rows
 
 
@@ -138,7 +138,7 @@ def is_manifest(patterns: str | Sequence[str]) -> bool:
     each = [patterns] if isinstance(patterns, str) else patterns
     manifests = [pattern for pattern in each if pattern.endswith(SUFFIX)]
     if manifests and len(manifests) < len(each):
-        raise UserError(f"shards {each!r}: mixes manifests and tar files; use a separate source for each")
+        raise UserError(f"shards {each!r}: mixes manifests and tar files; use separate sources for them")
     return bool(manifests)
 
 
@@ -148,7 +148,8 @@ def read_all(patterns: str | list[str]) -> np.ndarray:
     parts = [match for path in paths if (match := _PART.search(path))]
     if parts and [int(part[1]) for part in parts] != list(range(1, int(parts[0][2]) + 1)):
         raise UserError(
-            f"shards {patterns!r}: {len(parts)} of {int(parts[0][2])} parts of a manifest are given; list all, in order"
+            f"shards {patterns!r}: {len(parts)} of {int(parts[0][2])} parts of a manifest are given; list all parts "
+            "in order"
         )
     return join([read(Path(path)) for path in paths])
 

@@ -178,7 +178,7 @@ def _read(fd: int, entry: np.void, part: str, limit: int, what: str, most: int |
         raise BadSample(f"the sample has no {what}, which the `modality` of its source requires")
     wanted = size if most is None else min(size, most)
     if wanted > limit:
-        raise BadSample(f"the {what} has {wanted} bytes, and at most {limit} are allowed")
+        raise BadSample(f"the {what} has {wanted} bytes, but at most {limit} are allowed")
     data = os.pread(fd, wanted, offset)
     if checksum and wanted == size and zlib.crc32(data) != checksum:
         raise _Damaged(f"the {what} does not match its checksum in the index; the shard has changed or is damaged")

@@ -98,7 +98,7 @@ def draw_reconstructions(
     width = 3 * (SIDE + GAP) + TEXT_WIDTH
     sheet = Image.new("RGB", (width, 24 + sum(row.height + GAP for row in rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    titles = ("original", "masked", "reconstruction", "caption; masked tokens in green are predicted correctly")
+    titles = ("original", "masked", "reconstruction", "caption; green: masked tokens, predicted correctly")
     for i, title in enumerate(titles):
         draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=ImageFont.load_default(12))
     y = 24

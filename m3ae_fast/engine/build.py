@@ -28,7 +28,7 @@ def build_engine(model: M3AE, config: Config, ranks: Ranks) -> ModelEngine:
     keep, memory = False, ""
     if ranks.device.type == "cuda" and recomputes(train):
         lacking = lacking_for_activations(config, ranks, split_batch(train, ranks.world).micro_batch)
-        again = "outputs of GELU and LayerNorm are recomputed in the backward pass; to keep all,"
+        again = "the outputs of GELU and LayerNorm are recomputed in the backward pass; to keep all activations,"
         keep, memory = not lacking, f"activations: {f'{again} {lacking}' if lacking else 'all are kept'}"
     engine = make_engine(model, groups, transformers, train, optim, config.deepspeed, ranks, train.ema, keep)
     engine.memory = memory

@@ -114,7 +114,7 @@ class DeepSpeedEngine:
             if out_of_memory(error):
                 raise
             reason = " ".join(str(error).split())
-            raise UserError(f"config: DeepSpeed refuses the deepspeed section: {reason}") from None
+            raise UserError(f"config: DeepSpeed rejects the deepspeed section: {reason}") from None
         self._places: dict[nn.Parameter, Place] = {}
         if self.zero.stage in (1, 2):
             names = _BF16_BUFFERS if hasattr(self.ds.optimizer, _BF16_BUFFERS[0]) else _BUFFERS

@@ -264,7 +264,7 @@ def model_names(models: Sequence[str], pixels: bool = True) -> dict[str, str]:
     random weights and, if `pixels` is set, its downscaled pixels. Raises UserError if a model is named twice, or if
     pixels are named."""
     if len({*models}) < len(models):
-        raise UserError("MODEL: the same model is given twice; give each model once")
+        raise UserError("MODEL: the same model is given twice; specify each model only once")
     if given := [model for model in models if model.startswith(PIXELS)]:
         raise UserError(f"{given[0]}: compare always includes downscaled pixels; leave out this model")
     first, short = models[0].removeprefix(RANDOM), [Path(model).name for model in models]

@@ -115,7 +115,7 @@ def _require_same(folders: Sequence[Any], first: Any, second: Any) -> None:
     if first != second:
         raise UserError(
             f"{folders[0]} and {folders[1]}: {len(first ^ second):,} samples are in only one of them; choose "
-            "two results with the same --val, written in the same form"
+            "two results with the same --val, and spell its paths in the same way"
         )
 
 
@@ -125,7 +125,7 @@ def _require_same_classes(folders: Sequence[Path], first: Table, second: Table) 
     pairs = {(label, others[key]) for key, label in labels.items()}
     if len(pairs) > min(len({*labels.values()}), len({*others.values()})):
         raise UserError(
-            f"{folders[0]} and {folders[1]}: the samples have different classes; name results with the same --labels"
+            f"{folders[0]} and {folders[1]}: the samples have different classes; choose results with the same --labels"
         )
 
 

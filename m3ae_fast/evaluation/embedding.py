@@ -114,7 +114,7 @@ def _image_files(source: Source) -> tuple[str, list[str]] | None:
     shards. Raises UserError if the source is empty, or if a folder contains neither images nor shards."""
     names = _listed(source)
     if not names:
-        raise UserError("there is nothing to embed: specify shards, a folder of images, or images")
+        raise UserError("there is nothing to embed: specify shards, a folder of images, or image files")
     if len(names) == 1 and os.path.isdir(names[0]):
         folder = names[0]
         if _tars(folder):
@@ -164,7 +164,7 @@ def _check_out(out: Path | None) -> None:
     if out.suffix not in (PARQUET, NPZ):
         raise UserError(f"--out {out}: must end in {PARQUET} or {NPZ}")
     if out.exists():
-        raise UserError(f"--out {out}: exists already; remove it or choose another name")
+        raise UserError(f"--out {out}: already exists; remove it or choose another name")
 
 
 @contextmanager

@@ -279,6 +279,6 @@ def check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float)
     """Raise UserError if no sample, or too few samples, could be used."""
     if len(skipped) == samples or len(skipped) > max_fraction * samples:
         raise UserError(
-            f"{len(skipped):,} of {samples:,} samples cannot be used, such as {skipped[0]}; "
+            f"{len(skipped):,} of {samples:,} samples cannot be used, for example {skipped[0]}; "
             f"repair them or raise data.max_bad_fraction ({max_fraction:g})"
         )

@@ -70,7 +70,7 @@ def draw_feature_map(
     for name, features in zip(models, found):
         if features.keys != found[0].keys:
             raise UserError(
-                f"{name}: reads a different set of samples than {models[0]}; choose shards that both models can read"
+                f"{name}: cannot read the same samples as {models[0]}; choose shards that both models can read"
             )
     if len(found[0].keys) < 4:
         raise UserError(f"{len(found[0].keys)} samples have a class, but a map requires at least 4")

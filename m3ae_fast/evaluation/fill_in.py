@@ -94,7 +94,7 @@ def _open_image_tokenizer(name: str, model: ModelConfig, given: str | None, draw
     folder = given or (saved_run(source).image_tokenizer if is_run(source) else None)
     if folder is None:
         raise UserError(
-            f"--out: {name} predicts tokens of a VQGAN, which is needed to decode them; give its folder with "
+            f"--out: {name} predicts tokens of a VQGAN, which is needed to decode them; specify its folder with "
             "--image-tokenizer"
         )
     return load_image_tokenizer(folder, model, "--image-tokenizer" if given else "data.image_tokenizer")

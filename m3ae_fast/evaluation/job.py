@@ -90,7 +90,7 @@ class Job:
         for damaged in corpus.damaged:
             self.say(str(damaged))
         if corpus.ignored:
-            self.say(f"files in the shards that are ignored: {corpus.ignored}")
+            self.say(f"ignored files in the shards: {corpus.ignored}")
         return corpus
 
     def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
@@ -108,7 +108,7 @@ class Job:
         if shared := val.shared_with(train):
             parts = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
             self.say(
-                f"note: --val: {parts} also in --train, such as {shared[0]}: accuracies are therefore not measured on "
+                f"note: --val: {parts} also in --train (for example, {shared[0]}), so accuracies are not measured on "
                 "unseen samples"
             )
         self.classes, self.names = classes, class_names(labelled[0], classes)

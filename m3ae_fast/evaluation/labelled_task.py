@@ -285,7 +285,7 @@ def training_warnings(
         given = f"{section}.epochs and .steps" if length.endswith("epochs") else length
         found.append(f"only {steps:,} steps: without {given}, the run would have at least {official.fewest_steps:,}")
     if rise := rising(lines, batch):
-        found.append(f"training accuracy was still rising, by {rise:.1%}; raise {length}")
+        found.append(f"the training accuracy was still rising (by {rise:.1%}); raise {length}")
     return found
 
 

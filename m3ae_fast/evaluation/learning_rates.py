@@ -65,5 +65,5 @@ def edge(tried: Sequence[RateTrial], peak_lr: float | None) -> list[str]:
     rates = [each.peak_lr for each in tried]
     if not rates or peak_lr not in (rates[0], rates[-1]):
         return []
-    side = "lowest" if peak_lr == rates[0] else "highest"
-    return [f"the selected learning rate, {peak_lr:g}, is the {side} candidate; also try a linear.peak_lr beyond it"]
+    side, beyond = ("lowest", "lower") if peak_lr == rates[0] else ("highest", "higher")
+    return [f"the selected learning rate, {peak_lr:g}, is the {side} candidate; also try a {beyond} linear.peak_lr"]

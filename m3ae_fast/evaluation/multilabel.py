@@ -59,9 +59,9 @@ def run(job: Job) -> dict[str, Any]:
 
 def _open(job: Job, sources: Sequence[SourceConfig], classes: Classes | None) -> LabelledLists:
     found = list_corpus(job.open(sources), job.options.labels, classes, progress=job.ranks.is_main)
-    job.say(f"{found.corpus.samples:,} samples with lists of {len(found.classes):,} classes")
+    job.say(f"{found.corpus.samples:,} samples with lists of labels, {len(found.classes):,} classes")
     if found.unknown:
-        job.say(f"note: {found.unknown:,} labels of --val have no training sample and are left out")
+        job.say(f"note: {found.unknown:,} labels that occur in --val have no training samples, and are left out")
     return found
 
 
@@ -95,7 +95,7 @@ def measured(
     """
     counted = np.flatnonzero(truth_MC.any(0) & known_C).tolist()
     if not counted:
-        raise UserError("--val: no sample that can be read has a label of a training sample that can be read")
+        raise UserError("--val: no readable sample has a label that also occurs in a readable training sample")
     samples = len(truth_MC)
     weights_BM = bootstrap_weights(samples, _RESAMPLES, seed)
     weights_BM = weights_BM[(weights_BM @ truth_MC[:, counted]).any(1)]  # the rest have no sample of any class

@@ -248,7 +248,7 @@ def _check_classes(classifier: Classifier, classes: Classes) -> None:
     """Raise UserError if the classes of the training samples differ from those of the classifier."""
     if (own := classifier.config.classes) != (found := list(classes)):
         differing = sorted(map(str, {*own} ^ {*found}))
-        what = f"only one of them has {differing[0]!r}" if differing else "their order differs"
+        what = f"only one of the two has the class {differing[0]!r}" if differing else "their order differs"
         raise UserError(
             f"--train: the samples have {len(found)} classes, and the classifier has {len(own)}: {what}; pass the "
             "samples on which the classifier was trained"
@@ -260,7 +260,8 @@ def _check_pool(classifier: Classifier, encode: EncodeConfig) -> None:
     own = classifier.config.pool
     if "pool" in encode.model_fields_set and encode.pool != own:
         raise UserError(
-            f"--set encode.pool={encode.pool}: the classifier was trained with encode.pool={own}; leave it out"
+            f"--set encode.pool={encode.pool}: the classifier was trained with encode.pool={own}; leave out this "
+            "setting"
         )
 
 

@@ -157,8 +157,8 @@ def run(job: Job) -> dict[str, Any]:
     job.say(
         f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
         + (f"{' and '.join(options.pools)} features, " if options.pools else "")
-        + (f"{', '.join(map(str, options.shots))} of {train.samples:,}" if options.shots else f"all {train.samples:,}")
-        + f" training samples{' per class' if options.shots else ''}: {probes} probe{'s' * (probes != 1)}"
+        + (f"{', '.join(map(str, options.shots))} per class of the" if options.shots else "all")
+        + f" {train.samples:,} training samples: {probes} probe{'s' * (probes != 1)}"
         + (f", trained in about {duration(whole.other_work)}" if whole.other_work > 1 else "")
     )
     encoded = encode_kinds(job, kinds, (train, val, classes), whole)

@@ -143,7 +143,7 @@ def _refuse_shared(keys: Sequence[str]) -> None:
     twice = next((key for key, count in Counter(keys).items() if count > 1), None)
     if twice is not None:
         raise UserError(
-            f"--val: two samples have the key {twice}; specify each shard once, and give each sample its own key"
+            f"--val: two samples have the key {twice}; specify each shard only once, and give each sample a unique key"
         )
 
 

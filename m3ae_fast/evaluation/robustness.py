@@ -63,7 +63,7 @@ def run(job: Job) -> dict[str, Any]:
     applied = {kind: config.severities for kind in config.corruptions}
     kinds: Severities = applied | {kind: list(sets) for kind, sets in published.items()}
     if model.config.modality == "text":
-        raise UserError(f"{job.options.model}: classifies texts; robustness needs a classifier of images")
+        raise UserError(f"{job.options.model}: classifies texts; robustness needs an image classifier")
     if config.corruptions and (model.config.model.channels != 3 or model.config.model.image_dtype != "uint8"):
         raise UserError("robustness.corruptions: is supported only for 8-bit RGB images; set it to [] for other images")
     if config.epsilons and model.config.model.image_dtype == "float32":
@@ -134,7 +134,7 @@ def _plan(config: RobustnessConfig, images: int, passes: Mapping[str, Pass], kin
     return (
         f"robustness: {images:,} images in {len(passes)} passes: clean images, {attacks} attacks of {config.steps} "
         f"steps, {len(kinds)} corruptions at {severities} severities; this is equivalent to classifying "
-        f"{forward * images:,} images (set robustness.samples for fewer)"
+        f"{forward * images:,} images (to use fewer images, set robustness.samples)"
     )
 
 

@@ -95,7 +95,7 @@ def attention(
     """
     _check_pictures(pictures)
     if word is not None and patch is not None:
-        raise UserError("--word and --patch draw different figures; give only one of them")
+        raise UserError("--word and --patch draw different figures; use only one of them")
     source = _open(run, shards, trust)
     config, path = source.config, _path(run, out, "attention")
     choice, place = head_choice(config.model, layer, head), _patch(patch, config.model)
@@ -184,7 +184,7 @@ def head_choice(model: ModelConfig, layer: int | None, head: int | None) -> Head
     head."""
     for name, number, most in (("layer", layer, model.depth), ("head", head, model.num_heads)):
         if number is not None and not 1 <= number <= most:
-            raise UserError(f"--{name} {number}: the encoder has {most}, counted from 1")
+            raise UserError(f"--{name} {number}: must be from 1 to {most}")
     return HeadChoice((layer or model.depth) - 1, head and head - 1)
 
 

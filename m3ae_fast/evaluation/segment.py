@@ -120,7 +120,7 @@ def run(job: Job) -> dict[str, Any]:
     job.pictures.append(lambda: _draw(job, opened["val"][0], val.bank.keys, pictures))
     if untrained := asked - known:
         names = ", ".join(map(str, sorted(untrained)))
-        job.say(f"note: no training image has pixels of the classes {names}, which count with an IoU of 0")
+        job.say(f"note: no training image has pixels of the classes {names}, whose IoU therefore counts as 0")
     result = measured(counts, job.config.run.seed)
     return result | {
         "head": config.head,

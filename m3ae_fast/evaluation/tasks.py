@@ -98,7 +98,8 @@ TASKS = {
         sections=("encode", "multilabel", "knn"),
     ),
     "segment": Task(
-        "semantic segmentation: classify frozen patch features with a linear head, or by the nearest training patches",
+        "semantic segmentation: classify frozen patch features with a linear head, or by a vote of the nearest "
+        "training patches",
         has_masks=True,
         modality="image",
         takes_pixels=True,
@@ -178,7 +179,7 @@ class Options:
             if is_needed and not getattr(self, name):
                 raise UserError(f"--{name}: {self.task} needs shards; add --{name} SHARDS")
         if not self.models or (len(self.models) > 1 and not task.compares):
-            raise UserError(f"{self.task} evaluates one model, not {len(self.models)}; compare accepts several")
+            raise UserError(f"{self.task} evaluates one model, not {len(self.models)}; to compare several, use compare")
         allowed = (task.modality,) if task.modality else MODALITIES
         if self.modality not in (None, *allowed):
             raise UserError(f"--modality {self.modality}: must be {' or '.join(allowed)} for {self.task}")
@@ -187,7 +188,7 @@ class Options:
         if unknown := [pool for pool in self.pools if pool not in POOLS]:
             raise UserError(f"--pools {unknown[0]}: no such pooling; choose from {', '.join(POOLS)}")
         if not self.probes or not 1 <= self.seeds <= MOST_SEEDS:
-            raise UserError(f"compare needs one probe or more, and from 1 to {MOST_SEEDS} seeds")
+            raise UserError(f"compare needs at least one probe and from 1 to {MOST_SEEDS} seeds")
         if self.draws is not None and not self.shots:
             raise UserError(
                 f"--draws {self.draws}: can be used only with --shots; add --shots, such as 1,5,10, or remove --draws"

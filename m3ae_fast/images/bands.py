@@ -81,10 +81,12 @@ def read_tiff(data: bytes) -> np.ndarray:
         with tifffile.TiffFile(BytesIO(data)) as file:
             page = file.pages.first
             if page.size > MAX_VALUES:
-                raise BadSample(f"the image has {page.size} values, and at most {MAX_VALUES} are allowed")
+                raise BadSample(f"the image has {page.size} values, but at most {MAX_VALUES} are allowed")
             tag = page.tags.get(_ORIENTATION)
             if page.photometric not in _PLAIN or (tag is not None and tag.value != 1):
-                raise BadSample("the image is a TIFF with bands and is rotated, or its values are neither grey nor RGB")
+                raise BadSample(
+                    "the image is a TIFF with bands that is rotated, or whose values are neither grey nor RGB"
+                )
             values, axes = page.asarray(), page.axes
             if axes == "SYX":  # separate planes
                 values, axes = np.moveaxis(values, 0, 2), "YXS"

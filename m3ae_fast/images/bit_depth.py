@@ -73,7 +73,7 @@ def check_colours(image: Image.Image, depth: Depth, image_range: Range | None, d
     level."""
     if dtype != "uint8":
         raise BadSample(
-            f"the image has colour channels of {depth}, of which Pillow reads 8 bits; store it as TIFF or .npy"
+            f"the image has colour channels of {depth}, of which Pillow reads only 8 bits; store it as TIFF or .npy"
         )
     if image_range != "dtype" or depth.kind != "unsigned":
         raise BadSample(f'the image has colour channels of {depth}, which can be read only with data.range "dtype"')

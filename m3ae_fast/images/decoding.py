@@ -104,7 +104,7 @@ def size_of(data: bytes) -> tuple[int, int]:
     if bands.is_npy(data):
         height, width, *_ = (*bands.npy_header(data)[0], 0, 0)
         if min(height, width) < 1 or height * width > MAX_PIXELS:
-            raise BadSample(f"the array has {height} x {width} pixels, which is not an image's size")
+            raise BadSample(f"the array has {height} x {width} pixels, which is not a valid image size")
         return height, width
     try:
         header = header_of(data)
@@ -182,7 +182,7 @@ def header_of(data: bytes) -> Image.Image:
         known = f": it looks like {found}" if found else ""
         raise BadSample(f"the file is not an image in a known format{known}") from None
     if header.width * header.height > MAX_PIXELS:
-        raise BadSample(f"the image has {header.width} x {header.height} pixels, and at most {MAX_PIXELS} are allowed")
+        raise BadSample(f"the image has {header.width} x {header.height} pixels, but at most {MAX_PIXELS} are allowed")
     return header
 
 
@@ -191,7 +191,7 @@ def check_precision(data: bytes) -> None:
     start = data.index(b"\xff\x4f\xff\x51") + 40  # Csiz in the SIZ marker, after the sizes of image and tiles
     precisions = data[start + 2 : start + 2 + 3 * int.from_bytes(data[start : start + 2], "big") : 3]
     if any(precision > 7 for precision in precisions):  # bits - 1, plus 128 if signed
-        raise BadSample("the image is a JPEG 2000 of more than 8 bits, which is not supported")
+        raise BadSample("the image is a JPEG 2000 with more than 8 bits, which is not supported")
 
 
 def pixels_of(image: Image.Image, channels: int, image_range: Range | None = None, dtype: str = "uint8") -> Tensor:

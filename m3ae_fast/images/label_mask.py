@@ -59,7 +59,7 @@ def _header(data: bytes) -> Image.Image:
     except (OSError, ValueError, SyntaxError) as error:
         raise BadSample(f"the mask is not a PNG ({error})") from None
     if image.mode not in _MODES:
-        raise BadSample(f"the mask has mode {image.mode}; it must have one channel, with class ids")
+        raise BadSample(f"the mask has mode {image.mode}; it must have one channel of class ids")
     if image.height * image.width > MAX_PIXELS:
         raise BadSample(f"the mask has {image.width} x {image.height} pixels, which is more than {MAX_PIXELS:,}")
     return image

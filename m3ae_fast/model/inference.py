@@ -48,6 +48,6 @@ def refuse_not_finite(rows: Sequence[int], keys: Sequence[str]) -> None:
     ascending indices into `keys`, the names of all samples."""
     if rows:
         raise UserError(
-            f"{len(rows):,} of {len(keys):,} samples have features that are not finite, such as {keys[rows[0]]}; "
+            f"{len(rows):,} of {len(keys):,} samples (for example, {keys[rows[0]]}) have features that are not finite; "
             "the model's weights are too large or damaged: use an earlier checkpoint, or set encode.precision=fp32"
         )

@@ -108,11 +108,11 @@ def _on_given_weights(has_captions: bool, overrides: Sequence[str]) -> list[str]
         text = "there are no captions: the weights for text are kept, but they are not trained"
         return [text] if vocab_size else []
     if not vocab_size:
-        return ["the captions are ignored, because the weights to continue from are those of an image-only model"]
+        return ["the captions are ignored, because the initial weights are those of an image-only model"]
     if set_to(overrides, "data.tokenizer", "") is None:
         raise UserError(
-            "--from: the tokenizer of these weights is missing, and there are captions; specify it with --set "
-            "data.tokenizer=FILE"
+            "--from: the samples have captions, but the tokenizer of the weights is missing; specify it with "
+            "--set data.tokenizer=FILE"
         )
     return []
 
@@ -153,7 +153,7 @@ def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[_Classes, 
     has set `labels` and they cannot be used."""
     if not shards.val:
         return _Classes(0), ""
-    none = "there is no k-NN accuracy and no logistic regression"
+    none = "k-NN accuracy and logistic regression are not computed"
     if shards.unlabelled and labels == "cls":
         return _Classes(0), f"{none}: {shards.unlabelled}"
     try:

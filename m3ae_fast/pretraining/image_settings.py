@@ -39,6 +39,7 @@ def range_of(kinds: Sequence[Kind]) -> Range | None:
     known = depth.kind == "unsigned"
     guess = f"[0,{2 ** max(int(high), 1).bit_length() - 1}]" if known else f"[{low:.6g},{max(high, low + 1):.6g}]"
     raise UserError(
-        f"the images have {depth}, from {low:.7g} to {high:.7g} in {len(deep):,} inspected images: set the values of "
-        f"black and white, such as --set data.range={guess}; data.range=dtype sets {least:.10g} and {most:.10g}"
+        f"the images have {depth}, which range from {low:.7g} to {high:.7g} in {len(deep):,} inspected images: set the "
+        f"values of black and white, for example --set data.range={guess}; data.range=dtype sets {least:.10g} and "
+        f"{most:.10g}"
     )

@@ -47,10 +47,10 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
     steps = round(PART * planned)
     if steps < FEWEST:
         raise UserError(
-            f"--tune: trials of {PART:.0%} of the {planned:,} steps are too short to compare; give more --hours, or "
+            f"--tune: trials of {PART:.0%} of the {planned:,} steps are too short to compare; increase --hours, or "
             "leave out --tune"
         )
-    print(f"tuning optim.peak_lr by {len(FACTORS)} runs of {steps:,} steps", flush=True)
+    print(f"tuning optim.peak_lr with {len(FACTORS)} runs of {steps:,} steps", flush=True)
     for factor in FACTORS:
         rate = float(f"{factor * config.optim.peak_lr:.3g}")
         if f"{rate:g}" in done["tried"]:
@@ -66,7 +66,7 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
     found = {rate: loss for rate, loss in done["tried"].items() if loss is not None}
     if not found:
         rates = ", ".join(done["tried"])
-        raise UserError(f"--tune: no run had a finite loss, with optim.peak_lr {rates}; set a lower optim.peak_lr")
+        raise UserError(f"--tune: the loss was not finite with any optim.peak_lr of {rates}; set a lower optim.peak_lr")
     best = min(found, key=lambda rate: found[rate])
     tried = [*done["tried"]]
     tuned = _with_rate(config, float(best), done["seconds"])

@@ -213,7 +213,7 @@ def _too_slow(size: ModelSize, seconds: float, pace: Pace, statistics: DatasetSt
     seen = seconds / pace.sample
     epochs = seen / statistics.samples
     return (
-        f'"{size.name}" is too slow: in the given time it would see {seen:,.0f} images '
+        f'"{size.name}" is too slow: in the available time, it would see {seen:,.0f} images '
         f"({epochs:,.{0 if epochs >= 10 else 1}f} epochs), but a larger model needs at least "
         f"{automatic_settings.SEEN:,} images and {automatic_settings.EPOCHS} epochs"
     )
@@ -247,7 +247,7 @@ def _length(config: Config, budget: Budget, pace: Pace) -> list[str]:
     return [
         f"length: {steps:,} steps of {batch} samples, {epochs:,.{0 if epochs >= 10 else 1}f} epochs"
         + (f"; the maximum is {LONGEST} epochs" if capped else "")
-        + ("; the number of steps is adjusted to the time during training" if adjusted else ""),
+        + ("; the number of steps is adjusted to the available time during training" if adjusted else ""),
         f"time: {duration(training)} for training at {pace.rate()}, {duration(after)} for later stages; done at about "
         f"{end:%a %H:%M}{', later than' if over else ';'} --hours {budget.seconds / 3600:g}",
     ]
@@ -269,10 +269,10 @@ def _warning(config: Config, budget: Budget, pace: Pace) -> str:
     if config.train.hours is None or steps >= enough:
         return ""
     needed = budget.spent() + enough * batch * pace.sample / (1 - _EVALUATING) + budget.ends(pace) + budget.after(pace)
-    start = "the weights that it continues from" if config.model.init_from else "random weights"
+    start = "the initial weights" if config.model.init_from else "random weights"
     return (
-        f"{steps:,} steps, {steps / schedule.steps_per_epoch:.2g} epochs: features will hardly differ from those of "
-        f"{start}; give at least --hours {_rounded_up(needed / 3600):g}"
+        f"{steps:,} steps, {steps / schedule.steps_per_epoch:.2g} epochs: the features will hardly differ from those "
+        f"of {start}; set --hours to at least {_rounded_up(needed / 3600):g}"
     )
 
 

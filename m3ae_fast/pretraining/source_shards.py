@@ -112,7 +112,7 @@ def _split(train: list[str], val: list[str], out: Path) -> Shards:
     if named := _split_by_names(names):
         return named
     if len(names) == 1:
-        note = "no samples are held out, because there is only one shard; pass other shards with --val to evaluate"
+        note = "no samples are held out, because there is only one shard; to evaluate, pass other shards with --val"
         return Shards(names, [], [note])
     return _hold_out_last(names, out)
 
@@ -155,7 +155,7 @@ def _hold_out_last(names: list[str], out: Path) -> Shards:
     if shared:
         note += f", except {_samples(shared)} whose image also occurs in other shards"
     if not left:
-        note = "no validation set: all images of the last shards also occur in others; pass separate shards with --val"
+        note = "no validation set: all images of the last shards also occur in other shards; pass others with --val"
     return Shards(kept, left, [note])
 
 
@@ -179,7 +179,7 @@ def overlap(train: Sequence[str], val: Sequence[str]) -> list[str]:
     if _out_of_reach([*train, *val]):
         return []
     shared = shared_images(train, val)
-    return [f"held out, although their image also occurs in training shards: {_samples(shared)}"] if shared else []
+    return [f"{_samples(shared)} held out with an image that also occurs in training shards"] if shared else []
 
 
 def _samples(shared: dict[str, set[int]]) -> str:
@@ -214,7 +214,7 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
     whole = folder.resolve()
     lines = notes + made.tally.lines()
     if apart:
-        lines.append(f"{', '.join(apart)}: not used for training or evaluation; the shards are in {folder}")
+        lines.append(f"{', '.join(apart)}: used neither for training nor for evaluation; the shards are in {folder}")
     if not held:
         lines.append("no samples are held out: all reported losses and accuracies will be on training data")
     kept, val = ([str(whole / f"{split}-*.tar")] if split else [] for split in (train, held))

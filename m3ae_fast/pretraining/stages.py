@@ -135,7 +135,7 @@ def _check(
     uses_gpu(device)
     image_range = check_overrides(overrides, start_from).model.image_range
     if tune and set_to(overrides, "optim.peak_lr", None) is not None:
-        raise UserError("--tune chooses optim.peak_lr: use only one of --tune and --set optim.peak_lr")
+        raise UserError("--tune chooses optim.peak_lr: use either --tune or --set optim.peak_lr")
     object_store.require(str(source), *val)
     check_field(labels)
     if out.exists() and not out.is_dir():
@@ -181,8 +181,7 @@ def _configured(
     shards = find_shards(source, out, captions, val, image_range)
     if path.exists() and not dry_run:
         print(
-            f"{path} already exists and is used unchanged; delete it, or choose another --out, to have the "
-            "settings chosen again"
+            f"{path} already exists and is used unchanged; for newly chosen settings, delete it or choose another --out"
         )
         return load_config(path, list(overrides))
     plan: Plan | None = None
@@ -215,7 +214,7 @@ def _ask_whether_to_start() -> None:
     except EOFError:
         answer = ""
     if answer.strip().lower() not in ("y", "yes"):
-        raise UserError("not started; give more --hours")
+        raise UserError("the run was not started; increase --hours")
 
 
 def _follow(path: Path) -> None:

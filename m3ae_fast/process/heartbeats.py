@@ -196,7 +196,7 @@ class Heartbeats:
 
     def _end_process(self, what: str) -> None:
         text = f"error: rank {self._rank}, {self._doing}: for {self.timeout:g} s, {what}; --resume auto continues"
-        text += f"; {self.folder} has the stack traces of all ranks that respond\n" if self.folder else "\n"
+        text += f"; {self.folder} contains the stack traces of all ranks that respond\n" if self.folder else "\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
         self._messages.add(_STALL)

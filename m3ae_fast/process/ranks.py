@@ -237,8 +237,8 @@ def _require_files(rank: int, world: int) -> None:
     needed = (4 if rank == 0 else 3) * world + _OTHER_FILES  # connections of groups and of the store's clients
     if (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < needed and limit != resource.RLIM_INFINITY:
         raise UserError(
-            f"rank {rank} of {world} opens up to {needed:,} files, but the limit is {limit:,}: raise it with "
-            f"`ulimit -n {needed}` before the start, or the hard limit (`ulimit -Hn`) in /etc/security/limits.conf"
+            f"rank {rank} of {world} opens up to {needed:,} files, but the limit is {limit:,}: raise it with `ulimit "
+            f"-n {needed}` before the start, or raise the hard limit (`ulimit -Hn`) in /etc/security/limits.conf"
         )
 
 

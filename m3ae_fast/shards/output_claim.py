@@ -50,8 +50,8 @@ def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) 
             yield
     except OSError as error:
         raise UserError(
-            f"{out}: cannot be written ({error.strerror or error}); complete shards are kept; "
-            "run the same command again to continue"
+            f"{out}: cannot be written ({error.strerror or error}); complete shards are kept: "
+            "to continue, run the same command again"
         ) from None
 
 
@@ -61,7 +61,7 @@ def _difference(before: str, manifest: dict[str, Any]) -> str:
         for part, values in manifest.items():
             for key, value in values.items():
                 if was[part].get(key) != value:
-                    return f"{key} was {was[part].get(key)!r}, now {value!r}"
+                    return f"{key} was {was[part].get(key)!r} and is now {value!r}"
     except (ValueError, LookupError, AttributeError, TypeError):
         pass
     return f"its {MANIFEST} differs"

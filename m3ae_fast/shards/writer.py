@@ -114,7 +114,7 @@ def _plan(records: Records, settings: Settings) -> list[Shard]:
     if settings.held_out:
         if len(parts) > 1:
             raise UserError(
-                f"--held-out: the input has splits of its own ({', '.join(records.splits)}); convert only one of these "
+                f"--held-out: the input is already split ({', '.join(records.splits)}); convert only one of these "
                 "splits"
             )
         ((name, split, order),) = parts
@@ -122,7 +122,7 @@ def _plan(records: Records, settings: Settings) -> list[Shard]:
         held = split_images(images, max(1, round(len(order) * settings.held_out)))
         if held.all():
             if (images == images[0]).all():
-                raise UserError(f"all {len(order)} samples have the same image, so that none of them can be held out")
+                raise UserError(f"all {len(order)} samples have the same image, so none of them can be held out")
             raise UserError(f"--held-out {settings.held_out:g}: holds out all {len(order)} samples; lower it")
         parts = [(TRAIN if name in HELD_OUT else name, split, order[~held]), (VAL, split, order[held])]
     shards = []

@@ -107,7 +107,7 @@ def _learning(metrics: Metrics) -> list[Diagnostic]:
         return [Diagnostic("no learning", " and ".join(_compared(metrics, name) for name in known), suggested_fix)]
     return [
         Diagnostic(
-            f"only {other} is learnt",
+            f"only {other}s are learnt",
             f"{_compared(metrics, name)}{_constant(metrics, name)}",
             f"more steps, a higher loss.{name}_weight, or a lower loss.{other}_weight; look at the {name}s in "
             "reconstructions.png",

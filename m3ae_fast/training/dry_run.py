@@ -265,7 +265,7 @@ def _loader(rate: float) -> str:
     if cores <= CORES_PER_GPU:
         return text
     return (
-        f"{text}; on nodes with fewer cores per GPU ({CORES_PER_GPU} is usual), the loader is the bottleneck: "
+        f"{text}; on nodes with fewer cores per GPU (usually {CORES_PER_GPU}), the loader is the bottleneck: "
         "downscale the images when the shards are written (--short-side), or raise data.repeats"
     )
 
@@ -274,7 +274,7 @@ def _network(config: Config, parameters: int, world: int, accumulation: int, rat
     stage = None if config.zero is None else config.zero.stage
     fp32_sums = config.deepspeed is None or config.deepspeed.communication_data_type == "fp32"
     sent = network_bytes(parameters, stage, world, accumulation, in_bf16(config), fp32_sums)
-    text = f"{sent / 1e9:,.2f} GB sent per GPU and step"
+    text = f"{sent / 1e9:,.2f} GB sent per GPU in each step"
     if not sent:
         return text
     batch = config.train.global_batch
@@ -283,7 +283,9 @@ def _network(config: Config, parameters: int, world: int, accumulation: int, rat
     if seconds > work:
         other = ", or zero.stage 1" if (stage or 0) > 1 and accumulation > 1 else ""
         most = max(1, int(batch / rate / seconds))
-        text += f"; above {most:,} GPUs the network is the bottleneck: a larger train.global_batch helps{other}"
+        text += (
+            f"; with more than {most:,} GPUs, the network is the bottleneck: a larger train.global_batch helps{other}"
+        )
     return text
 
 
@@ -342,7 +344,7 @@ def image_lines(batch: PackedBatch, micro: int) -> list[tuple[str, str]]:
         ("patches per image", f"{sum(patches) / len(patches):,.1f} on average, from {min(patches)} to {max(patches)}"),
         (
             "balance",
-            f"the number of tokens in micro-batches of {micro} samples differs by {spread:.1%} (standard deviation), "
+            f"the number of tokens in micro-batches of {micro} samples varies by {spread:.1%} (standard deviation), "
             "before images of local shards are balanced over the ranks of a node",
         ),
     ]

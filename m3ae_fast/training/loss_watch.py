@@ -41,7 +41,7 @@ class Spikes:
         if len(self.recent) == WINDOW:
             mean, deviation = np.mean(self.recent), np.std(self.recent)
             if loss > mean + self.threshold * deviation:
-                return f"{loss:.4g}, is a spike: the previous {WINDOW} losses are {mean:.4g} ± {deviation:.2g}"
+                return f"{loss:.4g}, is a spike: the previous {WINDOW} losses were {mean:.4g} ± {deviation:.2g}"
         self.recent.append(loss)
         return ""
 

@@ -158,7 +158,7 @@ class RunLog:
             yield
         except OSError as error:
             if self._written:
-                self.say(f"metrics cannot be written any more ({error.strerror or error})")
+                self.say(f"metrics can no longer be written ({error.strerror or error})")
             self._written = False
 
     def _left(self, step: int) -> timedelta:

@@ -119,7 +119,7 @@ class PretrainingTask:
         accumulated = f" in {trainer.share.accumulation} micro-batches" if trainer.share.accumulation > 1 else ""
         adjusted = f", adjusted to train.hours={config.train.hours:g}" if config.train.hours else ""
         begin = schedule.decay_begin
-        falls = "" if begin is None else f", and falling after {begin:,} steps"
+        falls = "" if begin is None else f", with a decay after {begin:,} steps"
         lowest = lr_scale(0, config.model.depth, config.optim.layer_decay)
         layers = "" if lowest == 1 else f"; multiplied by {lowest:.3g} in the embeddings (optim.layer_decay)"
         lines = [

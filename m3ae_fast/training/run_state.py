@@ -86,7 +86,7 @@ def status(run: Path) -> tuple[str, str]:
             raise ValueError(f"unknown state {record.state!r}")
         of = f"step {_last_step(run, record.step):,} of {record.total_steps:,}"
     except OSError:
-        raise UserError(f"{run}: no run has taken a step there ({RECORD_FILE} is missing)") from None
+        raise UserError(f"{run}: no run has taken a step in this folder ({RECORD_FILE} is missing)") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{run / RECORD_FILE}: is damaged ({error})") from None
     if held or is_held(run):  # the run may have ended or begun while its record was read

@@ -267,7 +267,7 @@ class Trainer:
     def add_accuracy(self, accuracy: float) -> None:
         """Add the k-NN accuracy after this step to early stopping, which may end the run."""
         if self.early_stopping and (why := self.early_stopping.add(self.step, accuracy)):
-            self.log.say(f"{why}: the learning rate is decayed from step {self.step} on, and the run ends")
+            self.log.say(f"{why}: the learning rate decays from step {self.step} on, and the run then ends")
 
     def cut_short(self) -> None:
         """Log that a stop request has interrupted an evaluation, which is repeated when the run resumes."""

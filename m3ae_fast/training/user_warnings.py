@@ -32,7 +32,7 @@ def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
     if batch > samples:
         notes.append(
             f"a batch of {batch:,} contains each of the {samples:,} samples {batch / samples:.1f} times on average; an "
-            "epoch is then counted as one batch, in the log, in train.epochs and in optim.warmup_epochs"
+            "epoch therefore counts as one batch in the log, in train.epochs and in optim.warmup_epochs"
         )
     wanted = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
     if wanted > schedule.warmup_steps:
@@ -50,11 +50,11 @@ def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
         )
     for name, corpus in (("train", data.train), ("val", data.val)):
         if corpus and corpus.ignored:
-            notes.append(f"data.{name}: some files in its shards are ignored: {corpus.ignored}")
+            notes.append(f"data.{name}: some files in the shards are ignored: {corpus.ignored}")
     if shared := data.val.shared_with(data.train) if data.val else []:
         which = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
         notes.append(
-            f"data.val: {which} also used for training, such as {shared[0]}: validation losses therefore do not "
+            f"data.val: {which} also used for training (for example, {shared[0]}), so validation losses do not "
             "measure performance on unseen samples"
         )
     fields = ModelConfig.model_fields

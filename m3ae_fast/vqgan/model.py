@@ -203,7 +203,7 @@ class VQGAN(nn.Module):
         ) as error:  # fmt: skip
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{folder}: is not a converted VQGAN ({reason}); specify the folder of a converted one"
+                f"{folder}: is not a converted VQGAN ({reason}); specify the folder of a converted VQGAN"
             ) from None
 
 

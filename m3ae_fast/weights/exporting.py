@@ -56,7 +56,7 @@ def write_export(
         found, about = run_weights(saved, average=average), _run_section(saved, average)
     if format != "m3ae" and found.config.resize == "native":
         size = found.config.image_size
-        square = f"it accepts only square images of {size} x {size} pixels; images of other shapes need format m3ae"
+        square = f"this format accepts only square images of {size} x {size} pixels; other images need format m3ae"
         found = replace(found, notes=(*found.notes, square))
     if format == "onnx":
         files = write_onnx(out, found.config, found.state)

@@ -58,7 +58,7 @@ def from_vit(
     norms_the_mean = "norm.weight" not in theirs and "fc_norm.weight" in theirs
     if norms_the_mean:
         theirs = {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in theirs.items()}
-        notes.append("its last norm (fc_norm) is applied to the mean of the patches, so model.mean_pool is before_norm")
+        notes.append("the last norm (fc_norm) is applied to the mean of the patches, so model.mean_pool is before_norm")
     for name, axes in {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}.items():
         if name not in theirs or theirs[name].ndim != axes:
             raise UserError(f"{where}: is neither an MAE nor a timm ViT: it lacks the weight {name} with {axes} axes")
@@ -93,7 +93,7 @@ def _ours(name: str, take: Callable[[str], Tensor], where: str) -> Tensor:
     if name == "decoder_input.unshuffle.positions.image":
         positions_LE = take("decoder_pos_embed")[0]
         if positions_LE[0].any():
-            raise UserError(f"{where}: decoder_pos_embed moves the cls token, which an M3AE cannot represent")
+            raise UserError(f"{where}: decoder_pos_embed is not 0 for the cls token, which an M3AE cannot represent")
         return positions_LE[1:]
     for pattern, template in _NAMES.items():
         if match := re.fullmatch(pattern, name):
@@ -137,5 +137,5 @@ def _depth(theirs: dict[str, Tensor], part: str) -> int:
 
 def _heads(given: int | None, known: dict[int, int], width: int, flag: str, where: str) -> int:
     if given is None and width not in known:
-        raise UserError(f"{where}: the number of attention heads for width {width} is unknown; give {flag}")
+        raise UserError(f"{where}: the number of attention heads for width {width} is unknown; specify {flag}")
     return known[width] if given is None else given

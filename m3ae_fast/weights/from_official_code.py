@@ -83,7 +83,7 @@ def read_jax_checkpoint(path: Path) -> Pretrained:
     state = {name: from_flax(own, params[own]) for name, own in paths.items()}
     kind = "MAE" if config.vocab_size == 0 else "M3AE"
     steps = f", {saved['step'] + 1:,} steps" if isinstance(saved.get("step"), int) else ""
-    note = f"its captions were tokenised by {_flag(variant, 'tokenizer', 'bert-base-uncased')}"
+    note = f"the captions were tokenised by {_flag(variant, 'tokenizer', 'bert-base-uncased')}"
     notes = (note,) if config.vocab_size else ()
     return Pretrained(config, state, kind=f"official {kind} checkpoint{steps}", notes=notes)
 

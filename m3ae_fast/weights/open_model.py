@@ -98,7 +98,7 @@ def open_model(name: str, *, text: bool, tokenizer: str | None = None, seed: int
         model.tokenizer = load_tokenizer(wanted, model.config.text_length, model.config.vocab_size)
     if model.tokenizer is None:
         raise UserError(
-            f"{name}: has no tokenizer; give a tokenizer with --set data.tokenizer=FILE (for fill, --tokenizer FILE)"
+            f"{name}: has no tokenizer; specify one with --set data.tokenizer=FILE (for fill, --tokenizer FILE)"
         )
     return model
 
@@ -113,8 +113,9 @@ def load_model(
     """Return a model in evaluation mode in float32, with its tokenizer if it has one.
 
     Args:
-        name: a run folder (its last checkpoint; with train.ema the average), a checkpoint, an export folder, a name on
-            the Hugging Face Hub, or `random:` before any of them for the same network with random weights.
+        name: a run folder (its last checkpoint is used, with the averaged weights if train.ema is set), a checkpoint,
+            an export folder, a name on the Hugging Face Hub, or `random:` before any of them for the same network with
+            random weights.
         tokenizer: file or name of a caption tokenizer to use instead of the model's own.
         seed: random seed of random weights.
         device: device for the model.

@@ -204,7 +204,9 @@ def test_a_shard_that_cannot_be_fetched_is_not_asked_for_all_the_time(start, far
 
 
 def test_a_cache_that_is_too_small_is_refused(start, far):
-    with pytest.raises(UserError, match=r"data\.cache_gb 6\.144e-05: the shards in use at once .* take 8\.19e-05 GB"):
+    with pytest.raises(
+        UserError, match=r"data\.cache_gb 6\.144e-05: the shards that a node uses at once take 8\.19e-05 GB"
+    ):
         start(0, 4, 3 * far[2] / 1e9)
 
 

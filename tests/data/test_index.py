@@ -139,7 +139,9 @@ def test_one_bad_shard_among_many_is_skipped_and_counted(tmp_path, store, monkey
     assert corpus.samples == 30
     assert [(skipped.shard, skipped.reason[:14]) for skipped in corpus.damaged] == [(gone, "cannot be read")]
     corpus.require(0.1)
-    with pytest.raises(UserError, match=r"1 of 11 shards cannot be read, such as .*none.tar.*data.max_bad_fraction"):
+    with pytest.raises(
+        UserError, match=r"1 of 11 shards cannot be read, for example .*none.tar.*data.max_bad_fraction"
+    ):
         corpus.require(0.05)
 
 

@@ -124,7 +124,8 @@ def test_a_table_of_labels_alone(tmp_path, capsys):
     assert [own for own, sample in found.items() if "txt" in sample] == ["val/cat/0.png"]
     (root / "t.csv").write_text("path,site\nelsewhere.png,north\n")
     assert (
-        "is not used: 1 of 1 rows name images that are" in find_shards(str(root), tmp_path / "run", None, []).notes[0]
+        "is not used: 1 of 1 rows refer to images that are"
+        in find_shards(str(root), tmp_path / "run", None, []).notes[0]
     )
     before = Folder(root, root / "t.csv").identity if (root / "t.csv").write_text("path,site\nval/cat/0.png,a\n") else 0
     (root / "t.csv").write_text("path,site\nval/cat/0.png,b\n")
@@ -141,7 +142,8 @@ def test_images_in_no_split_are_left_out_and_named(tmp_path, capsys):
 def test_splits_beside_other_folders_are_refused(tmp_path):
     root = tree(tmp_path / "data", "train/0.png", "val/0.png", "masks/0.png")
     with pytest.raises(
-        UserError, match=r"train, val are names of splits, but other folders are next to them \(masks\); move these"
+        UserError,
+        match=r"train, val are names of splits, but other folders are next to them \(masks\); move the others",
     ):
         Folder(root)
 
@@ -150,7 +152,10 @@ def test_pretraining_keeps_the_splits(tmp_path):
     root = tree(tmp_path / "data", *(f"{split}/{name}/0.png" for split in ("train", "val", "test") for name in "ab"))
     shards = find_shards(str(root), tmp_path / "run", None, [])
     assert (shards.train, shards.val) == tuple([f"{tmp_path}/run/shards/{each}-*.tar"] for each in ("train", "val"))
-    assert any(re.fullmatch("test: not used for training or evaluation; the shards are in .*", n) for n in shards.notes)
+    assert any(
+        re.fullmatch("test: used neither for training nor for evaluation; the shards are in .*", n)
+        for n in shards.notes
+    )
     assert _paths(tmp_path / "run/shards") == {
         (split, "ab".index(name), f"{split}/{name}/0.png") for split in ("train", "val", "test") for name in "ab"
     }

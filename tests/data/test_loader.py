@@ -628,7 +628,9 @@ def test_too_many_bad_samples():
     counter.count(50, 50)  # too few samples for a decision
     counter.count(950, 50)
     assert (counter.seen, counter.bad) == (1000, 100)
-    with pytest.raises(UserError, match=r"101 of 1001 samples cannot be used, such as a.tar/7: the image is broken"):
+    with pytest.raises(
+        UserError, match=r"101 of 1001 samples cannot be used, for example a.tar/7: the image is broken"
+    ):
         counter.count(1, 1)
     with pytest.raises(UserError):
         BadSamples(0.1, samples=20).count(20, 3)

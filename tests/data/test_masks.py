@@ -64,7 +64,7 @@ def test_a_mask_that_does_not_fit_its_image_is_refused(tmp_path):
     with pytest.raises(BadSample, match="the mask is not a PNG"):
         folder.read("train", 0)
     with pytest.raises(
-        UserError, match=r"--masks .*nothing: has no mask for any image; expected, for example, .*nothing/a.png"
+        UserError, match=r"--masks .*nothing: contains no mask for any of the images; .* .*nothing/a.png"
     ):
         Folder(images, masks=tmp_path / "nothing")
 

@@ -399,7 +399,7 @@ def test_splits_and_columns_of_a_dataset(tmp_path, dataset, capsys):
     assert make(tmp_path / "saved", tmp_path / "one", "--split", "test", *names) == 0
     assert [path.name for path in (tmp_path / "one").glob("*.tar")] == ["test-00000.tar"]
     assert make(tmp_path / "saved", tmp_path / "two", "--held-out", "0.5") == 2
-    assert "has splits of its own (train, test)" in capsys.readouterr().err
+    assert "is already split (train, test)" in capsys.readouterr().err
 
 
 def test_a_split_of_which_nothing_can_be_used_is_refused(tmp_path, capsys):
@@ -414,7 +414,7 @@ def test_a_split_of_which_nothing_can_be_used_is_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     (tmp_path / "in" / "good.jpg").unlink()
     assert make(tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2
-    assert "all 9 samples have the same image, so that none of them can be held out" in capsys.readouterr().err
+    assert "all 9 samples have the same image, so none of them can be held out" in capsys.readouterr().err
     (tmp_path / "in" / "1.jpg").write_bytes(b"another image")
     assert make(tmp_path / "in", tmp_path / "out", "--held-out", "0.99") == 2
     assert "--held-out 0.99: holds out all 9 samples; lower it" in capsys.readouterr().err
@@ -483,7 +483,7 @@ def _mistakes(folder):
     yield [folder / "empty", "OUT"], "contains no images"
     yield [folder / "nowhere", "OUT"], "is neither a folder, nor an HDF5 file"
     yield [folder / "broken", "OUT"], "no sample can be used; the first error is:"
-    yield [*table, folder / "in/captions.csv"], "1 of 2 rows name images that are not in .*'cat/77.jpg' .row 2."
+    yield [*table, folder / "in/captions.csv"], "1 of 2 rows refer to images that are not in .*'cat/77.jpg' .row 2."
     yield [*table, folder / "in/columns.csv"], "has the columns a, b; specify one of them with --image-column"
     yield [*table, folder / "in/captions.csv", "--caption-column", "title"], "--caption-column title"
     yield [*table, folder / "in/broken.jsonl"], "row 2 cannot be read"

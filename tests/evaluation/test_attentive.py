@@ -173,5 +173,5 @@ def test_short_and_unfinished_trainings_are_told():
         short, long = (attentive_recipe(1000, _setting(ranks, batch=100, steps=steps)) for steps in (40, 1000))
     few, still = head_warnings(Trained(None, [0.02 * step for step in range(40)], 1e-3, []), short)
     assert few == "only 40 steps: without attentive.steps, the run would have at least 1,000"
-    assert still.startswith("training accuracy was still rising, by 20.0%; raise attentive.steps")
+    assert still.startswith("the training accuracy was still rising (by 20.0%); raise attentive.steps")
     assert head_warnings(Trained(None, [0.9] * 1000, 1e-3, []), long) == []

@@ -159,7 +159,9 @@ def test_models_are_called_by_their_folders_where_these_differ():
 def test_mistakes_are_told_before_anything_is_encoded(compared, run, tmp_path):
     with pytest.raises(UserError, match="nothing: no such file or folder"):
         compared(models=(run, tmp_path / "nothing"))
-    with pytest.raises(UserError, match=r"linear.epochs: compare does not use it; its sections are encode, knn, run"):
+    with pytest.raises(
+        UserError, match=r"linear.epochs: compare does not use this setting; it uses only the sections encode, knn, run"
+    ):
         compared("--probes", "knn", "--set", "linear.epochs=3", short=())
     for options, message in ((["--probes", "knn,svm"], "no probe 'svm'"), (["--seeds", "0"], "invalid choice")):
         with pytest.raises(UserError, match=message):
@@ -193,7 +195,9 @@ def test_results_of_different_labels_are_not_compared(tmp_path):
         write_parquet(tmp_path / name / "predictions.parquet", {"key": keys, "label": labels, "prediction": labels})
     assert "does not differ significantly" in compare_results([tmp_path / "colour", tmp_path / "named"])
     for pair in (("colour", "site"), ("colour", "joined"), ("joined", "colour")):
-        with pytest.raises(UserError, match="the samples have different classes; name results with the same --labels"):
+        with pytest.raises(
+            UserError, match="the samples have different classes; choose results with the same --labels"
+        ):
             compare_results([tmp_path / name for name in pair])
 
 

@@ -173,7 +173,7 @@ def test_floats_that_are_evidently_not_normalised_are_refused(model):
             model.encode([images(1)[0], *floats])
         assert model.encode(floats, value_range="normalised").isfinite().all()
     for wrong in ((1, 0), (0,), "unit", 255):
-        with pytest.raises(ValueError, match=r"value_range .*: must be the values of black and"):
+        with pytest.raises(ValueError, match=r"value_range .*: must be \(black, white\) with black below white"):
             model.encode(pixels, value_range=wrong)
 
 
@@ -183,7 +183,7 @@ def test_floats_that_are_evidently_not_normalised_are_refused(model):
 def test_values_evidently_in_other_units_than_value_range_are_refused(model, scale, value_range):
     """With the wrong value range, images would be all white or all black."""
     unit = images(2) / 255
-    message = f"value_range={value_range} gives the values of .* values from 0 to ".replace("(", r"\(").replace(
+    message = f"value_range={value_range} sets the values of .* values from 0 to ".replace("(", r"\(").replace(
         ")", r"\)"
     )
     floats = unit * scale
@@ -234,9 +234,9 @@ def test_a_shape_with_its_channels_elsewhere_is_named(model):
 def test_a_sample_without_its_text_or_image_is_refused(model):
     """If the sample were accepted, only its other modality would be encoded."""
     pixels = images(2)
-    with pytest.raises(ValueError, match="text 1 is NoneType: each sample needs its own text; pass texts=None"):
+    with pytest.raises(ValueError, match="text 1 is NoneType: pass one text for each sample, or texts=None"):
         model.encode(pixels, ["a house", None])
-    with pytest.raises(ValueError, match="image 0 is NoneType: each sample needs its own image"):
+    with pytest.raises(ValueError, match="image 0 is NoneType: pass one image for each sample"):
         model.encode([None, pixels[0]], ["a house", "a tree"])
 
 
@@ -383,7 +383,7 @@ def test_a_corpus_is_encoded_in_file_order_with_labels_and_without_broken_sample
     data = DataConfig(train=[SourceConfig(shards="x")], workers=0, max_bad_fraction=0.2)
     with join_ranks() as ranks:
         found = encode_corpus(model, labelled, data, EncodeConfig(batch=2, precision="fp32"), ranks)
-        with pytest.raises(UserError, match=r"1 of 6 samples cannot be used, such as .*00002: the file is not"):
+        with pytest.raises(UserError, match=r"1 of 6 samples cannot be used, for example .*00002: the file is not"):
             encode_corpus(model, labelled, data.model_copy(update={"max_bad_fraction": 0}), EncodeConfig(), ranks)
     assert [key.rsplit("/")[-1] for key in found.keys] == ["00000", "00001", "00003", "00004", "00006"]
     assert found.labels_N.tolist() == [0, 1, 0, 1, 0]
@@ -419,9 +419,14 @@ def test_features_that_are_not_finite_are_refused_and_their_sample_is_named(run,
     shard = write_tar(tmp_path / "a.tar", labelled_members(range(3)))
     corpus = open_corpus([SourceConfig(shards=shard, modality="image")], ShardStore(tmp_path))
     data = DataConfig(train=[SourceConfig(shards="x")], workers=0)
-    with join_ranks() as ranks, pytest.raises(UserError, match=r"1 of 3 samples have features .* as .*/00001; the"):
+    with (
+        join_ranks() as ranks,
+        pytest.raises(UserError, match=r"1 of 3 samples \(for example, .*/00001\) have features"),
+    ):
         encode_corpus(model, corpus, data, EncodeConfig(), ranks, patches=part == "patches")
-    with pytest.raises(UserError, match="1 of 2 samples have features that are not finite, such as number 1; the"):
+    with pytest.raises(
+        UserError, match=r"1 of 2 samples \(for example, number 1\) have features that are not finite; the"
+    ):
         model.encode(images=list(images(2)))
 
 
@@ -433,7 +438,7 @@ def test_one_value_that_is_not_finite_is_found_in_any_row(shape):
         values = torch.zeros(shape)
         values[place] = torch.nan
         values[3, ..., 0] = torch.inf
-        with pytest.raises(UserError, match=f"{1 + (place[0] < 3)} of 4 samples .* such as {'abcd'[place[0]]};"):
+        with pytest.raises(UserError, match=f"{1 + (place[0] < 3)} of 4 samples .*example, {'abcd'[place[0]]}"):
             check_finite(values, "abcd")
 
 

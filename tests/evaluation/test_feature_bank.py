@@ -100,7 +100,7 @@ def test_a_feature_that_is_not_finite_is_named_whichever_rank_has_it():
     ranks = SimpleNamespace(gather=lambda own: [[], own])
     features = torch.tensor([[1.0], [torch.nan]])
     bank = FeatureBank([*"abcd"], features, None, own_R=torch.tensor([1, 3]), ranks=ranks)
-    with pytest.raises(UserError, match="1 of 4 samples have features that are not finite, such as d;"):
+    with pytest.raises(UserError, match=r"1 of 4 samples \(for example, d\) have features that are not finite;"):
         bank.check_finite()
 
 

@@ -89,13 +89,13 @@ def test_mistakes_are_one_line_and_write_nothing(features, shards, tmp_path, mon
     kept = features(shards[1], "kept.npz")
     before = kept.read_bytes()
     for name, options, message in (
-        ("kept.npz", [], "exists already"),
+        ("kept.npz", [], "already exists"),
         ("new.npz", ["--patches", "--modality", "text"], "texts have no patches"),
         ("new.npz", ["--set", "encode.bath=3"], "unknown key encode.bath; did you mean encode.batch?"),
         (
             "new.npz",
             ["--set", "linear.batch=3"],
-            "--set linear.batch: embed does not use it; did you mean encode.batch?",
+            "--set linear.batch: embed does not use this setting; did you mean encode.batch?",
         ),
     ):
         with pytest.raises(UserError, match=message):

@@ -143,11 +143,20 @@ def test_ranks_and_zero_change_nothing(transfer, run, shards, tmp_path):
     ("options", "message"),
     [
         (["--set", "finetune.mixupp=1"], "did you mean finetune.mixup?"),
-        (["--set", "train.epochs=3"], "--set train.epochs: finetune does not use it; did you mean finetune.epochs?"),
-        (["--set", "linear.epochs=3"], "--set linear.epochs: finetune does not use it; did you mean finetune.epochs?"),
-        (["--set", "encode.batch=3"], "encode.batch: finetune does not use it; its sections are finetune, run, data"),
+        (
+            ["--set", "train.epochs=3"],
+            "--set train.epochs: finetune does not use this setting; did you mean finetune.epochs?",
+        ),
+        (
+            ["--set", "linear.epochs=3"],
+            "--set linear.epochs: finetune does not use this setting; did you mean finetune.epochs?",
+        ),
+        (
+            ["--set", "encode.batch=3"],
+            "encode.batch: finetune does not use this setting; it uses only the sections finetune, run, data",
+        ),
         (["--set", "finetune.rand_augment=strong"], "set it to a string such as rand-m9"),
-        (["--set", "finetune.steps=3", "--set", "finetune.epochs=2"], "give epochs or steps"),
+        (["--set", "finetune.steps=3", "--set", "finetune.epochs=2"], "set epochs or steps"),
         (["--set", "finetune.global_batch=7", "--set", "finetune.micro_batch=0"], "micro_batch"),
         (["--resume", "nowhere"], "neither a checkpoint nor a run folder"),
     ],

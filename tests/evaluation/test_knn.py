@@ -104,7 +104,7 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, run, shards, tmp_path
     foreign = labelled_tar(tmp_path / "foreign.tar", range(6), dict.fromkeys(range(6), 9))
     for options, more, message in (
         (["--set", "knn.kay=3"], {}, "unknown key knn.kay; did you mean knn.k?"),
-        (["--set", "linear.k=3"], {}, "--set linear.k: knn does not use it; did you mean knn.k?"),
+        (["--set", "linear.k=3"], {}, "--set linear.k: knn does not use this setting; did you mean knn.k?"),
         (["--draws", "3"], {}, "--draws 3: can be used only with --shots"),
         ([], {"model": tmp_path / "nothing"}, "nothing: no such file or folder"),
         ([], {"val": foreign}, "no training sample has the label 9"),

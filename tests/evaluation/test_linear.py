@@ -175,9 +175,7 @@ def test_a_rate_that_is_set_gives_what_it_gives_among_several(transfer, tmp_path
 def test_the_run_is_said_before_the_first_step_and_its_duration_soon_after(transfer, capsys):
     transfer("linear", *FAST, *settings("linear.epochs=5"))
     out = capsys.readouterr().out
-    line = (
-        "48 samples, batch 24, steps 0 to 10 (5 epochs, of which 2 warm up), learning rate 2.81 = linear.peak_lr 30 x "
-    )
-    line += "batch 24 / 256"
+    line = "48 samples, batch 24, steps 0 to 10 (5 epochs, of which 2 are warm-up), learning rate 2.81 = "
+    line += "linear.peak_lr 30 x batch 24 / 256"
     assert out.index(line) < out.index("step 1 ") < out.index("expected duration: ")
     assert re.search(r"for [1-4] more steps", out)

@@ -54,7 +54,7 @@ def test_labels_that_the_colour_decides_are_found(transfer, tmp_path, head, caps
     assert [row["class"] for row in result["per_class"]] == ["blue", "cold", "green"]
     assert (result["train_samples"], result["val_samples"], result["skipped"]) == (45, 19, 0)
     output = capsys.readouterr().out
-    assert "note: 1 labels of --val have no training sample and are left out" in output
+    assert "note: 1 labels that occur in --val have no training samples, and are left out" in output
     assert (
         f"multilabel: {result['verdict']}\n" in output and f"map {result['map']:.4f} ± {result['map_se']:.4f}" in output
     )
@@ -82,7 +82,7 @@ def test_scores_that_say_nothing_have_a_warning():
     assert result["chance_map"] == pytest.approx(truth[:, :3].mean()) and result["classes"] == 3
     assert result["warning"].startswith("the model is not significantly better than chance: mAP")
     assert "warning" not in measured(truth, {MODEL: truth + 0.0}, np.ones(4, bool), [*"abcd"], 0)
-    with pytest.raises(UserError, match="no sample that can be read has a label of a training sample"):
+    with pytest.raises(UserError, match="no readable sample has a label that also occurs"):
         measured(truth, {MODEL: truth + 0.0}, np.array([False] * 3 + [True]), [*"abcd"], 0)
 
 
@@ -156,7 +156,7 @@ def test_lists_become_ids(tmp_path):
         (
             {0: ["a"]},
             "cls",
-            "--labels cls: lists of labels must be in a field of the samples' json; specify it as json.FIELD",
+            "--labels cls: lists of labels must be in a field of the samples' json; specify this field as json.FIELD",
         ),
         ({0: ["a"], 1: None}, "json.tags", "1 of 2 samples have no list of labels"),
         ({0: "a"}, "json.tags", 'a.tar/000: json.tags is "a", not a list; for single labels use knn or linear'),

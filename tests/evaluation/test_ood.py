@@ -352,18 +352,20 @@ def test_a_classifiers_scores_are_of_its_own_features_and_head(transfer, classif
 def test_a_classifier_of_other_classes_or_another_input_is_refused(transfer, classifier, shards, tmp_path):
     folder, _ = classifier
     for options, message in (
-        (["--labels", "json.name"], "have 3 classes, and the classifier has 3: only one of them has '0'"),
+        (["--labels", "json.name"], "have 3 classes, and the classifier has 3: only one of the two has the class '0'"),
         (["--modality", "text"], "--modality text: the classifier .* was trained with image; leave it out"),
         (
             ["--set", "encode.pool=mean"],
-            "--set encode.pool=mean: the classifier was trained with encode.pool=cls; leave it out",
+            "--set encode.pool=mean: the classifier was trained with encode.pool=cls; leave out",
         ),
     ):
         with pytest.raises(UserError, match=message):
             transfer("ood", "--ood", shards[1], *options, model=folder)
         assert not (tmp_path / "out/result.json").exists()
     fewer = labelled_tar(tmp_path / "fewer.tar", range(12), {i: i % 2 for i in range(12)})
-    with pytest.raises(UserError, match="have 2 classes, and the classifier has 3: only one of them has '2'"):
+    with pytest.raises(
+        UserError, match="have 2 classes, and the classifier has 3: only one of the two has the class '2'"
+    ):
         transfer("ood", "--ood", shards[1], model=folder, train=fewer, val=fewer)
     config = json.loads((folder / "classifier.json").read_text())
     (folder / "classifier.json").write_text(json.dumps(config | {"classes": [2, 1, 0]}))

@@ -74,7 +74,7 @@ def test_the_guide_s_table_is_what_the_rule_gives():
 def test_epochs_and_steps_are_not_given_both():
     data = {"train": [{"shards": "a.tar"}], "val": [{"shards": "a.tar"}]}
     for section in ("linear", "finetune"):
-        with pytest.raises(UserError, match="give epochs or steps, not both"):
+        with pytest.raises(UserError, match="set epochs or steps, not both"):
             evaluation_config({"data": data}, [f"{section}.epochs=2", f"{section}.steps=2"])
         assert getattr(evaluation_config({"data": data}, []), section).epochs is None
 

@@ -66,7 +66,7 @@ def test_held_out_shards_that_are_trained_on_are_told(transfer, shards, monkeypa
     monkeypatch.chdir(train.parent)
     transfer("knn", "--labels", "json.name", train=str(train), val=f"./{train.name}", out="again")
     output = capsys.readouterr().out
-    note = f"note: --val: 1 of its shards is also in --train, such as ./{train.name}: accuracies are therefore not"
+    note = f"note: --val: 1 of its shards is also in --train (for example, ./{train.name}), so accuracies are not"
     assert note in output
 
 

@@ -78,7 +78,7 @@ def test_a_sample_that_lacks_one_of_the_two_is_left_out(transfer, tmp_path):
 
 def test_samples_of_one_key_are_refused(transfer, tmp_path):
     twice = write_tar(tmp_path / "a.tar", [*members(range(3)), *members(range(1, 2))])
-    with pytest.raises(UserError, match=r"two samples have the key .*a\.tar/00001; specify each shard once"):
+    with pytest.raises(UserError, match=r"two samples have the key .*a\.tar/00001; specify each shard only once"):
         transfer("retrieval", train=None, val=twice)
 
 

@@ -84,7 +84,7 @@ def test_shapes_are_found_where_they_are(transfer, masked, tmp_path, head, capsy
     assert result["miou"] > 0.5 > 0.35 > result["chance_miou"] and "warning" not in result
     assert (result["train_samples"], result["val_samples"], result["classes"], result["skipped"]) == (39, 16, 3, 0)
     output = capsys.readouterr().out
-    assert "--train: 39 of 40 samples have a mask" in output and "files in the shards that are ignored" not in output
+    assert "--train: 39 of 40 samples have a mask" in output and "ignored files in the shards" not in output
     assert f"segment: {result['verdict']}\n" in output and f"± {result['miou_se']:.4f}" in output
     assert pictures(tmp_path / "out") == ["segmentation"]
     table = read_parquet(tmp_path / "out/predictions.parquet")
@@ -235,9 +235,13 @@ def test_mistakes_are_one_line(transfer, masked, tmp_path):
         ([], plain, "no sample has a mask, KEY.mask.png next to its image; make shards"),
         ([], one, "its masks have 1 classes besides segment.ignore_label 255; at least two are"),
         ([], rotated, r"is invalid \(the mask has 48 x 40 pixels, but the image has 40 x 48\); repair or remove it"),
-        ([], rgb, r"is invalid \(the mask has mode RGB; it must have one channel, with class ids\); repair"),
+        ([], rgb, r"is invalid \(the mask has mode RGB; it must have one channel of class ids\); repair"),
         (["--set", "data.resize=native"], masked[0], "segment needs images of one size; add --set data.resize=sq"),
-        (["--set", "linear.steps=3"], masked[0], "linear.steps: segment does not use it; did you mean segment.steps"),
+        (
+            ["--set", "linear.steps=3"],
+            masked[0],
+            "linear.steps: segment does not use this setting; did you mean segment.steps",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             transfer("segment", *options, train=train, val=masked[1])

@@ -21,10 +21,10 @@ OUT_OF_RANGE = [
     ("gather-some", "rows", 101, "from 0 to 100"),
     ("gather-long", "rows", -1, "from 0 to 30"),
     ("norm-some", "rows", 101, "from 0 to 100"),
-    ("scatter-mask", "src", 97, "from 0 to 96, or negative for none"),
-    ("scatter-no-rows", "src", 0, "absent, because there are no rows, or negative for none"),
-    ("scatter-mask", "fill_ids", 2, "from 0 to 1, or negative for none"),
-    ("scatter-mask", "table_ids", 35, "from 0 to 34, or negative for none"),
+    ("scatter-mask", "src", 97, "from 0 to 96, or negative for no row"),
+    ("scatter-no-rows", "src", 0, "absent, because there are no rows, or negative for no row"),
+    ("scatter-mask", "fill_ids", 2, "from 0 to 1, or negative for no row"),
+    ("scatter-mask", "table_ids", 35, "from 0 to 34, or negative for no row"),
     ("token-some", "targets", 97, "from 0 to 96, or -100 to be ignored"),
     ("token-some", "targets", -1, "from 0 to 96, or -100 to be ignored"),
     ("token-rows", "targets", 2**31 - 1, "from 0 to 63, or -100 to be ignored"),
@@ -51,7 +51,7 @@ def wrong(case: str, name: str, at: int, value: int) -> Inputs:
 @pytest.mark.parametrize("case, name, value, valid", OUT_OF_RANGE)
 def test_an_id_out_of_range_is_named_with_op_argument_row_and_range(check, case, name, value, valid):
     op = CASES[case][0].__name__
-    message = f"{op}: {name} is out of range at row 2: it is {value} and must be {valid}"
+    message = f"{op}: {name} is out of range at row 2: it is {value}, but must be {valid}"
     with pytest.raises(IndexError, match=f"^{re.escape(message)}$"):
         call(m3ae_kernels, case, wrong(case, name, 2, value))
 

@@ -199,8 +199,8 @@ MISTAKES = {
     extra: "has a weight blocks.0.ls1.gamma, which an M3AE cannot represent",
     cut: "lacks the weight blocks.1.mlp.fc1.bias",
     other: "is neither an MAE nor a timm ViT: it lacks the weight cls_token",
-    moved: "decoder_pos_embed moves the cls token",
-    moved_a_little: "decoder_pos_embed moves the cls token",
+    moved: "decoder_pos_embed is not 0 for the cls token",
+    moved_a_little: "decoder_pos_embed is not 0 for the cls token",
     wide: "encoder.norm.weight has shape [25], but the model config expects [24]",
 }
 
@@ -256,7 +256,7 @@ def test_weights_lie_where_programs_put_them(tmp_path, kind):
 
 def test_heads_that_the_file_does_not_tell_are_asked_for(tmp_path):
     torch.save({"model": make()[0].state_dict()}, tmp_path / "mae.pth")
-    with pytest.raises(UserError, match="the number of attention heads for width 24 is unknown; give --num-heads"):
+    with pytest.raises(UserError, match="the number of attention heads for width 24 is unknown; specify --num-heads"):
         main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match="emb_dim 24 is not divisible by num_heads 5"):
         main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out"), "--num-heads", "5", "--dec-num-heads", "2"])

@@ -257,7 +257,8 @@ def _cudnn(device: torch.device) -> Kernel:
 
     if not varlen._should_use_cudnn(device.index or 0):
         raise NotAvailable(
-            "torch uses cuDNN for packed samples only from torch 2.14 and cuDNN 9.18 on, on sm_90 and sm_100"
+            "torch uses cuDNN for packed samples only with torch 2.14 or newer, cuDNN 9.18 or newer, and a GPU of "
+            "architecture sm_90 or sm_100"
         )
 
     def lengths(queries, keys):
@@ -285,7 +286,7 @@ def _triton(device: torch.device) -> Kernel:
     from ..triton_impl.attention import TRITON
 
     if not tuning.fits(device):
-        raise NotAvailable("its tiles do not fit this GPU")
+        raise NotAvailable("the Triton kernels do not support this GPU")
     return TRITON
 
 

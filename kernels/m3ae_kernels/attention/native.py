@@ -115,4 +115,4 @@ def _run(function, queries: Segments, keys: Segments, *, q: Tensor, lse: Tensor,
     for thread in threads:
         thread.join()
     if sum(done) <= len(threads):
-        raise MemoryError("no memory for the scores of a sample")
+        raise MemoryError("not enough memory for the scores of a sample")

@@ -129,14 +129,14 @@ def product(
     wide, threads = weight.dtype == torch.float32, torch.get_num_threads()
     done = library.linear(*pointers, rows, depth, width, x_RK.stride(0), transposed, wide, threads)
     if not done:
-        raise MemoryError("no memory for a linear layer")
+        raise MemoryError("not enough memory for a linear layer")
     return out_RN, y_RN
 
 
 @functools.cache
 def _product_library() -> ctypes.CDLL | None:
     assert FLAGS is not None
-    library = load("linear.c", FLAGS, "linear layers run on torch, which is slower by a tenth to a quarter")
+    library = load("linear.c", FLAGS, "linear layers run on torch, which is 10 to 25 % slower")
     if library is not None:
         library.linear.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_long] * 4, *[ctypes.c_int] * 3]
     return library
@@ -183,14 +183,14 @@ def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> tuple[Tensor, Tensor]:
         packed.data_ptr(), out.data_ptr(), wide_sums.data_ptr(), narrow_sums.data_ptr(), panel, threads,
     )  # fmt: skip
     if not done:
-        raise MemoryError("no memory for a weight's gradient")
+        raise MemoryError("not enough memory for a weight's gradient")
     return out, narrow_sums if transposed else wide_sums
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     assert FLAGS is not None
-    library = load("weight_gradient.c", FLAGS, "gradients of weights run on torch, which is slower")
+    library = load("weight_gradient.c", FLAGS, "torch computes the gradients of weights, which is slower")
     if library is not None:
         tensor, size = ctypes.c_void_p, ctypes.c_long
         library.weight_gradient.argtypes = [*[tensor] * 2, *[size] * 5, ctypes.c_int, *[tensor] * 4, size, ctypes.c_int]

@@ -88,7 +88,7 @@ def _(grad_RD, x_RD, weight_D, mean_R1, rstd_R1):
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """Return the C library; None without a C compiler."""
-    library = load("norm.c", BF16, "the gradients of LayerNorms run on torch, which is slower")
+    library = load("norm.c", BF16, "torch computes the gradients of LayerNorms, which is slower")
     if library is not None:
         library.backward.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_long] * 3, ctypes.c_int]
     return library

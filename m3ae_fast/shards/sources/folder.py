@@ -212,7 +212,7 @@ def _missing_masks(masks: Path, paths: Sequence[str]) -> list[str]:
     missing = [path for path in paths if not os.path.lexists(mask_of(masks, path))]
     if len(missing) == len(paths):
         raise UserError(
-            f"--masks {masks}: has no mask for any image; expected, for example, "
+            f"--masks {masks}: contains no mask for any of the images; an expected path is, for example, "
             f"{printable(str(mask_of(masks, paths[0])))}"
         )
     if not missing:
@@ -357,7 +357,7 @@ def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> l
             missing.append(row)
     if missing:
         raise ImagesMissing(
-            f"--captions {table}: {len(missing):,} of {len(rows):,} rows name images that are not in {folder}, "
+            f"--captions {table}: {len(missing):,} of {len(rows):,} rows refer to images that are not in {folder}, "
             f"such as {missing[0].image!r} (row {missing[0].number}); paths are relative to that folder"
         )
     return [samples[path] or [_Sample()] for path in paths]

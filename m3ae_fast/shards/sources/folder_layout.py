@@ -94,7 +94,7 @@ def _level_of_splits(root: str, directories: Collection[str]) -> int | None:
             splits = [name for name in names if split_of_folder(name)]
             raise UserError(
                 f"{root}: {listed(splits)} are names of splits, but other folders are next to them "
-                f"({listed(names - {*splits})}); move these elsewhere, or rename the splits if they are classes"
+                f"({listed(names - {*splits})}); move the others elsewhere, or rename the splits if they are classes"
             )
     return None
 

@@ -172,7 +172,7 @@ def _columns(features: Any, named: tuple[str | None, str | None, str | None], wh
     for (what, names), name in zip(usual.items(), named):
         fitting = [column for column, feature in features.items() if kind(feature) == what]
         if name is not None and name in features and name not in fitting:
-            raise UserError(f"--{what}-column {name}: has the type {features[name]}, which does not hold {what}s")
+            raise UserError(f"--{what}-column {name}: has the type {features[name]}, which does not contain {what}s")
         if name is None and not any(column.lower() in names for column in fitting):
             only = fitting[0] if len(fitting) == 1 and what == "image" else None
             found.append(only)

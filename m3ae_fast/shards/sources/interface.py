@@ -139,7 +139,7 @@ def read_file(path: str) -> bytes:
     try:
         with open_regular(path) as file:
             if (size := os.fstat(file.fileno()).st_size) > MAX_IMAGE_BYTES:
-                raise BadSample(f"{path}: has {size:,} bytes, and at most {MAX_IMAGE_BYTES:,} are allowed")
+                raise BadSample(f"{path}: has {size:,} bytes, but at most {MAX_IMAGE_BYTES:,} are allowed")
             return file.read()
     except OSError as error:
         raise BadSample(f"{path}: {error.strerror}" if error.strerror else str(error)) from None

@@ -54,7 +54,7 @@ def _hint(path: Path) -> str:
     """Return a hint for a path that is not a source: a folder with a similar name, or the correct use of a caption
     table; "" if there is none."""
     if path.is_file() and path.suffix.lower() in READERS:
-        return f"; to use a table, specify the folder of its images, and add --captions {path}"
+        return f"; to use a table, specify the folder of its images and add --captions {path}"
     parent = path.parent
     siblings = [each.name for each in parent.iterdir() if each.is_dir()] if parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, n=1)
@@ -128,7 +128,8 @@ def open_source(
             wanted = " or ".join(SOURCE_KINDS[each] for each in kinds)
             option = option.replace("_", "-")
             raise UserError(
-                f"--{option} is for {wanted}; {name} is {SOURCE_KINDS[kind]} (if this is wrong, set --kind)"
+                f"--{option} can be used only with {wanted}; {name} is {SOURCE_KINDS[kind]} (if this is wrong, set "
+                "--kind)"
             )
     return _OPEN[kind](name, **given)
 
