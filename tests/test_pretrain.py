@@ -1093,7 +1093,7 @@ def test_a_run_that_is_too_short_says_so_and_how_long_is_enough(monkeypatch):
     epochs = f"{steps / (9000 // short.config.train.global_batch):.2g} epochs"
     expected = f"{steps} steps, {epochs}: the features will hardly differ"
     assert short.warning.startswith(expected) and steps < 100
-    hours = float(short.warning.rpartition("--hours ")[2])
+    hours = float(short.warning.rpartition("at least ")[2])
     assert not planned(monkeypatch, small(samples=9000), hours, 0.01).warning
     assert planned(monkeypatch, small(samples=9000), 0.7 * hours, 0.01).warning
     assert (
