@@ -83,7 +83,7 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
     if task.compares:
         _add_comparison(command)
     if task.surveys:
-        _add_survey(command, task.pools)
+        _add_survey(command, name)
     if task.has_baselines:
         command.add_argument(
             "--no-baselines",
@@ -117,21 +117,26 @@ def _add_corrupted(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_survey(command: argparse.ArgumentParser, pools: bool) -> None:
+def _add_survey(command: argparse.ArgumentParser, task: str) -> None:
     command.add_argument(
         "--layers",
         metavar="all|N,N",
         help="evaluate the features after each of these blocks, numbered from 1, in one pass over the images; OUT "
         "contains accuracies by depth, but no classifier (default: the last block)",
     )
-    if pools:
+    if TASKS[task].pools:
+        features = f"the features of each of these poolings ({', '.join(POOLS)})"
+        if task == "attentive":
+            about = f"also train linear classifiers on {features}, in the same steps and with the same hyper-parameters"
+            default = "only attentive probes"
+        else:
+            about, default = f"evaluate {features} in one pass over the images", "only the pooling of encode.pool"
         command.add_argument(
             "--pools",
             type=lambda text: [*POOLS] if text == "all" else names_of("pooling", POOLS)(text),
             default=[],
             metavar="all|NAME,NAME",
-            help=f"evaluate the features of each of these poolings ({', '.join(POOLS)}) in one pass over the images; "
-            "OUT contains no classifier (default: only the pooling of encode.pool)",
+            help=f"{about}; OUT contains no classifier (default: {default})",
         )
     command.add_argument(
         "--shots",

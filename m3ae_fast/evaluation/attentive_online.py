@@ -1,7 +1,8 @@
 """Online training of attentive probes, without storing patch tokens: each step encodes a batch and discards its tokens,
 so that the memory does not grow with the dataset.
 
-Shapes: S samples of a batch on this rank, L patches, D width, K layers, H heads of a layer, C classes.
+Shapes: S samples of a batch on this rank, L patches, D width, K layers, or pairs of a layer and a
+pooling, F types of features, H heads of a type, C classes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,15 @@ from m3ae_fast.evaluation.fit_heads import HeadBatch, Heads, Input, fit_heads, l
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.learning_rates import RateTrial
 from m3ae_fast.evaluation.predictions import Predictions
-from m3ae_fast.evaluation.probes import Recipe, Setting, Trained, head_warnings, new_stack
+from m3ae_fast.evaluation.probes import (
+    Features,
+    FeatureTypes,
+    Recipe,
+    Setting,
+    Trained,
+    head_warnings,
+    new_stack,
+)
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding
 from m3ae_fast.process.ranks import Ranks
@@ -48,7 +58,7 @@ class EncodedSteps:
     accumulation: int  # number of batches per step
     model: MultimodalEncoder
     config: EncodeConfig
-    layers: Sequence[int]
+    types: FeatureTypes
     ranks: Ranks
     trying: bool  # whether several learning rates are tried; samples for which `is_held_out` is true are then left out
 
@@ -56,61 +66,64 @@ class EncodedSteps:
         loader = iter(self.loader)
         while batches := [*islice(loader, self.accumulation)]:
             parts = [self._encoded(batch.to(self.ranks.device, non_blocking=True)) for batch in batches]
-            tokens, labels = zip(*parts)
-            tokens_SKLD, labels_S = torch.cat(tokens), torch.cat(labels)
+            pooled_SKD, tokens_SKLD, labels_S = (torch.cat(each) for each in zip(*parts))
             samples = int(self.ranks.sum([len(labels_S)])[0])
-            yield HeadBatch({at: tokens_SKLD[:, at] for at in range(len(self.layers))}, labels_S, samples)
+            yield HeadBatch(self.types.inputs(pooled_SKD, tokens_SKLD), labels_S, samples)
 
-    def _encoded(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def _encoded(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the pooled features, the patch tokens and the labels of a batch."""
         assert batch.labels is not None
+        layers, pools = self.types.layers, self.types.pools or [self.config.pool]
         with encoding(self.model, self.config.precision, self.ranks.device):
-            _, tokens_SKLD = self.model.pooled_and_patches(batch, self.layers, self.config.pool)
+            pooled_SKD, tokens_SKLD = self.model.pooled_and_patches(batch, layers, pools)
         tokens_SKLD = tokens_SKLD.half()  # the precision in which a bank stores tokens
         if not self.trying:
-            return tokens_SKLD, batch.labels
+            return pooled_SKD, tokens_SKLD, batch.labels
         kept = [row for row, key in enumerate(batch.keys) if not is_held_out(key)]
-        return tokens_SKLD[kept], batch.labels[kept]
+        return pooled_SKD[kept], tokens_SKLD[kept], batch.labels[kept]
 
 
 def predict_online(
     job: Job,
     corpora: tuple[Corpus, Corpus],
-    layers: Sequence[int],
+    kinds: Sequence[Features],
     recipe: Recipe,
     setting: Setting,
     whole: TimeLeft,
 ) -> dict[Input, Predictions]:
-    """Return the predictions of attentive probes for the held-out samples on every rank, by index of the layer in
-    `layers`. The probes of all layers are trained in one pass. If several learning rates are tried, the predictions of
-    a layer are those of the head whose learning rate is best on a tenth of the training samples. No head is trained on
-    this tenth.
+    """Return the predictions of attentive probes (of linear probes for pooled features) for the held-out samples on
+    every rank, by index of the feature type. All probes are trained in one pass. If several learning rates are tried,
+    the predictions of a probe are those of the head whose learning rate is best on a tenth of the training samples. No
+    head is trained on this tenth.
 
     Args:
         job: the job.
         corpora: the training and the held-out samples.
-        layers: numbers of the encoder blocks, from 1.
+        kinds: types of features on which heads are trained.
         recipe: hyper-parameters of the training.
         setting: context of the probes.
         whole: estimator of the task's remaining time. The task's total work is the number returned by `passes`.
     """
     train, held_out = corpora
     ranks, world, trying = job.ranks, job.ranks.world, len(recipe.scales) > 1
-    scales = [*recipe.scales.values()]
-    places = range(len(layers))
-    stacks = {at: new_stack(job.model.config.emb_dim, recipe, scales, setting) for at in places}
+    scales, model, types = [*recipe.scales.values()], job.model.config, FeatureTypes(kinds)
+    places = range(len(kinds))
+    shapes = [(model.most_patches, model.emb_dim) if kind.is_tokens else (model.emb_dim,) for kind in kinds]
+    stacks = {at: new_stack(shape, recipe, scales, setting) for at, shape in enumerate(shapes)}
     accumulation = max(-(-recipe.batch // (job.config.encode.batch * world)), 1)
     share = Share(recipe.batch, accumulation, ranks.rank, world)
     loader = job.batches(train, share, range(recipe.steps), lay_out(job.config.data, train.sizes, recipe.batch))
-    steps = EncodedSteps(loader, accumulation, job.model, job.config.encode, layers, ranks, trying)
+    steps = EncodedSteps(loader, accumulation, job.model, job.config.encode, types, ranks, trying)
     title = f"{recipe.probe} probe, online" + (f", {len(scales)} rates" if trying else "")
     part = float(recipe.steps * recipe.batch)
     right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, job.heartbeats, setting.live, whole, part)
     whole.after(part)
     heads = {at: stack.heads for at, stack in stacks.items()}
+    features: dict[str, Any] = {"layers": types.layers, "pools": types.pools or None}
     tried: dict[Input, list[RateTrial]] = {at: [] for at in places}
     if trying:
-        reduce = partial(_judged, heads)
-        found = job.encode(train, "evaluating learning rates", whole, train.samples, layers=layers, reduce=reduce)
+        reduce = partial(_judged, types, heads)
+        found = job.encode(train, "evaluating learning rates", whole, train.samples, reduce=reduce, **features)
         whole.after(train.samples)
         found = found.rows([row for row, key in enumerate(found.keys) if is_held_out(key)])
         tried = {at: _tried(found.layer(at), recipe) for at in places}
@@ -121,8 +134,9 @@ def predict_online(
         trained[at] = Trained(heads[at], right[at][:, number].tolist(), rate, tried[at], number)
         for text in head_warnings(trained[at], recipe):
             setting.warn(at, text)
-    reduce = partial(_logits, trained)
-    logits = job.encode(held_out, "encoding val", whole, held_out.samples, layers=layers, reduce=reduce)
+        setting.chose(at, {"peak_lr": rate})
+    reduce = partial(_logits, types, trained)
+    logits = job.encode(held_out, "encoding val", whole, held_out.samples, reduce=reduce, **features)
     whole.after(held_out.samples)
     return {at: logits.predictions(logits.layer(at).features_RD) for at in places}
 
@@ -132,10 +146,13 @@ def passes(recipe: Recipe, train: Corpus, held_out: Corpus) -> float:
     return recipe.steps * recipe.batch + train.samples * (len(recipe.scales) > 1) + held_out.samples
 
 
-def _judged(heads: Mapping[Input, Heads], labels_S: Tensor, tokens_SKLD: Tensor) -> Tensor:
-    """Return the results of `losses` for each sample and layer, to be summed over samples and passed to `verdicts`:
-    float32 [S, K, 3, H]."""
-    parts = [losses(each(tokens_SKLD[:, at].float()), labels_S) for at, each in enumerate(heads.values())]
+def _judged(
+    types: FeatureTypes, heads: Mapping[Input, Heads], labels_S: Tensor, pooled_SKD: Tensor, tokens_SKLD: Tensor
+) -> Tensor:
+    """Return the results of `losses` for each sample and feature type, to be summed over samples and passed to
+    `verdicts`: float32 [S, F, 3, H]."""
+    inputs = types.inputs(pooled_SKD, tokens_SKLD)
+    parts = [losses(each(inputs[at].float()), labels_S) for at, each in heads.items()]
     return torch.stack([torch.stack(part, 1) for part in parts], 1)
 
 
@@ -146,7 +163,9 @@ def _tried(found: FeatureBank, recipe: Recipe) -> list[RateTrial]:
     ]
 
 
-def _logits(trained: Mapping[Input, Trained], labels_S: Tensor, tokens_SKLD: Tensor) -> Tensor:
-    """Return the logits of each layer's head for each sample: float32 [S, K, C]."""
-    each = [one.heads(tokens_SKLD[:, at].float())[:, one.number] for at, one in enumerate(trained.values())]
-    return torch.stack(each, 1)
+def _logits(
+    types: FeatureTypes, trained: Mapping[Input, Trained], labels_S: Tensor, pooled_SKD: Tensor, tokens_SKLD: Tensor
+) -> Tensor:
+    """Return the logits of the head of each feature type for each sample: float32 [S, F, C]."""
+    inputs = types.inputs(pooled_SKD, tokens_SKLD)
+    return torch.stack([one.heads(inputs[at].float())[:, one.number] for at, one in trained.items()], 1)

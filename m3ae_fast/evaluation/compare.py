@@ -30,7 +30,7 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job, PartialResult, summary
 from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
 from m3ae_fast.evaluation.probe_grid import trains_online
-from m3ae_fast.evaluation.probes import PROBES, Setting, attentive_recipe
+from m3ae_fast.evaluation.probes import PROBES, Features, Setting, attentive_recipe
 from m3ae_fast.evaluation.significance import ERROR, LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pixel_baseline import SIDE, Pixels
@@ -243,7 +243,7 @@ def _training(job: Job, samples: int, classes: int, shape: Shape) -> dict[str, f
     """Return the estimated training time of each probe on the features of a model, in seconds."""
     setting = Setting(job.config, classes, shape.heads, job.config.run.seed, job.ranks, job.heartbeats)
     sizes = {probe: ((shape.patches,) if PROBES[probe].tokens else ()) + (shape.width,) for probe in shape.probes}
-    return {probe: expected_duration.seconds(probe, samples, size, setting) for probe, size in sizes.items()}
+    return {probe: expected_duration.seconds(probe, samples, [size], setting) for probe, size in sizes.items()}
 
 
 def _shorter(job: Job, work: Iterable[ComputeCost]) -> str:
@@ -309,7 +309,7 @@ def _measure(
                 if pair is None:
                     recipe = attentive_recipe(corpora[0].samples, setting)
                     left, depth = TimeLeft(passes(recipe, *corpora)), opened.config.depth
-                    predictions = predict_online(own, corpora, [depth], recipe, setting, left)[0]
+                    predictions = predict_online(own, corpora, [Features(depth, None)], recipe, setting, left)[0]
                 else:
                     predictions = PROBES[probe].predict({0: pair[0]}, {0: pair[1]}, setting)[0]
             found.add(name, probe, seed, predictions)

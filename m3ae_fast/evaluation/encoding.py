@@ -38,7 +38,8 @@ from m3ae_fast.process.stop_request import StopRequest
 from m3ae_fast.process.stoppable_loop import until_stopped
 
 T = TypeVar("T")
-Reduce = Callable[[Tensor, Tensor], Tensor]  # labels [S] and patches [S, K, L, D] -> [S, K, ...]
+# labels [S], pooled features [S, K, D] and patch tokens [S, K, L, D] -> [S, F, ...], with one row for each of F results
+Reduce = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def key_digest(key: str, draw: str = "") -> bytes:
@@ -95,9 +96,10 @@ def encode_corpus(
         monitor: progress display and stop requests.
         layers: numbers of the blocks after which features are taken, from 1; features are then [R, K, D], in the order
             of `MultimodalEncoder.pooled_of_layers`. None: only the last block, with features [R, D].
-        pools: the poolings (exactly one with `patches` or `reduce`); None: the pooling of `config`.
+        pools: the poolings; None: the pooling of `config`.
         patches: whether to also store the features of all patches.
-        reduce: function of a batch's labels and patch tokens whose results are stored in place of the features.
+        reduce: function of a batch's labels, pooled features and patch tokens whose results are stored in place of the
+            features.
         folder: folder for a file with features that do not fit into memory; None: the folder for temporary files.
 
     Raises:
@@ -266,13 +268,12 @@ def _pool(
 ) -> tuple[Tensor, Tensor | None]:
     if not patches and reduce is None:
         return model.pooled_of_layers(batch, layers, pools), None
-    (pool,) = pools
-    pooled_SKD, patches_SKLD = model.pooled_and_patches(batch, layers, pool)
+    pooled_SKD, patches_SKLD = model.pooled_and_patches(batch, layers, pools)
     if reduce is None:
         return pooled_SKD, patches_SKLD.half()
     assert batch.labels is not None
     with torch.autocast(batch.labels.device.type, enabled=False):
-        return reduce(batch.labels, patches_SKLD.half()), None
+        return reduce(batch.labels, pooled_SKD, patches_SKLD.half()), None
 
 
 def check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float) -> None:

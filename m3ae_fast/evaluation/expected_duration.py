@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
 
@@ -14,26 +15,27 @@ from m3ae_fast.process.ranks import Ranks
 _LONG_ENOUGH_S = 0.2  # minimum duration of the measured steps, in seconds
 
 
-def seconds(probe: str, samples: int, shape: tuple[int, ...], setting: Setting, layers: int = 1) -> float:
+def seconds(probe: str, samples: int, shapes: Sequence[tuple[int, ...]], setting: Setting) -> float:
     """Return the estimated training time of a probe in seconds, including the search for the learning rate; 0 if the
     probe is not trained. Every rank must call it.
 
     Args:
         probe: name of the probe in PROBES.
         samples: number of training samples.
-        shape: shape of the features of a sample.
+        shapes: shape of a sample's features of each type on which probes are trained.
         setting: context of the probe.
-        layers: number of layers at which probes are trained.
     """
     if (start := PROBES[probe].recipe) is None:
         return 0.0
     recipe, ranks = start(samples, setting), setting.ranks
-    bank = _random(min(recipe.batch * 10 // 9 + 10, samples), shape, setting.classes, ranks)
+    count = min(recipe.batch * 10 // 9 + 10, samples)
+    random = {shape: _random(count, shape, setting.classes, ranks) for shape in dict.fromkeys(shapes)}
+    banks = {number: random[shape] for number, shape in enumerate(shapes)}
     taken, spent = 0, 0.0
     while spent < _LONG_ENOUGH_S and taken < recipe.steps:  # a few quick steps would measure mostly start-up time
         taken = min(max(4 * taken, 1), recipe.steps)
         began = perf_counter()
-        train_heads(dict.fromkeys(range(layers), bank), replace(recipe, steps=taken), setting._replace(live=None))
+        train_heads(banks, replace(recipe, steps=taken), setting._replace(live=None))
         spent = ranks.from_main(perf_counter() - began)
     return spent / taken * recipe.steps
 

@@ -24,16 +24,19 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank, missing_in_host_memor
 from m3ae_fast.evaluation.fit_heads import HeadsInTraining
 from m3ae_fast.evaluation.job import WARNINGS, Job, PartialResult, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
-from m3ae_fast.evaluation.probes import PROBES, Recipe, Setting, attentive_recipe, partial_predictions
+from m3ae_fast.evaluation.probes import (
+    PROBES,
+    Features,
+    FeatureTypes,
+    Recipe,
+    Setting,
+    attentive_recipe,
+    partial_predictions,
+)
 from m3ae_fast.evaluation.significance import ERROR, interval, mean_accuracy
 from m3ae_fast.evaluation.tasks import DRAWS
 
-
-class Features(NamedTuple):
-    """A type of encoder features: the layer and the pooling."""
-
-    layer: int  # number of the block, from 1
-    pool: Pool | None  # None: patch tokens, which are pooled by an attentive probe
+ATTENTION = "attention"  # name for display of the pooling of patch tokens by an attentive probe
 
 
 class Case(NamedTuple):
@@ -47,7 +50,7 @@ class Case(NamedTuple):
         """Return the name for display. `pools`: whether there are several poolings."""
         return (
             f"layer {self.layer}"
-            + (f", {self.pool}" if pools else "")
+            + (f", {self.pool or ATTENTION}" if pools else "")
             + ("" if self.shots is None else f", {self.shots} shots")
         )
 
@@ -143,20 +146,21 @@ def run(job: Job) -> dict[str, Any]:
         raise UserError("--pools replaces encode.pool; leave out one of the two")
     layers = chosen_layers(options.layers, job.model.config.depth)
     pools: list[Pool | None] = [*options.pools] or [job.config.encode.pool]
-    pools = [None] if PROBES[task].tokens else pools
+    pools = [None, *options.pools] if PROBES[task].tokens else pools
     kinds = [Features(layer, pool) for layer in layers for pool in pools]
     draws = (options.draws or DRAWS) if options.shots else 1
     numbers: list[int | None] = [*options.shots] or [None]
     job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train, val, classes = job.open_labelled()
     if task == "attentive" and not options.shots and trains_online(job, layers, [train, val]):
-        return _run_online(job, layers, (train, val, classes))
-    expected = {shots: draws * _seconds(job, shots, train, classes, len(kinds)) for shots in numbers}
+        return _run_online(job, kinds, (train, val, classes))
+    expected = {shots: draws * _seconds(job, shots, train, classes, kinds) for shots in numbers}
     whole = job.time_left(train.samples + val.samples, sum(expected.values()), shorter=lambda _: _shorter(job, layers))
     probes = len(kinds) * len(numbers) * draws
+    linear = "linear probes of " if PROBES[task].tokens else ""
     job.say(
         f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
-        + (f"{' and '.join(options.pools)} features, " if options.pools else "")
+        + (f"{linear}{' and '.join(options.pools)} features, " if options.pools else "")
         + (f"{', '.join(map(str, options.shots))} per class of the" if options.shots else "all")
         + f" {train.samples:,} training samples: {probes} probe{'s' * (probes != 1)}"
         + (f", trained in about {duration(whole.other_work)}" if whole.other_work > 1 else "")
@@ -179,10 +183,9 @@ def run(job: Job) -> dict[str, Any]:
     return _concluded(job, found, (train, val))
 
 
-def _run_online(job: Job, layers: Sequence[int], opened: tuple[Corpus, Corpus, Classes]) -> dict[str, Any]:
-    """Train attentive probes at all layers without storing patch tokens, and return the result."""
+def _run_online(job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpus, Classes]) -> dict[str, Any]:
+    """Train heads on all types of features without storing patch tokens, and return the result."""
     train, val, classes = opened
-    kinds = [Features(layer, None) for layer in layers]
     found = GridPredictions(kinds, [None], 1, classes, (train.samples, val.samples))
     setting = _setting(job, found, None, 0)
     recipe = attentive_recipe(train.samples, setting)
@@ -192,11 +195,12 @@ def _run_online(job: Job, layers: Sequence[int], opened: tuple[Corpus, Corpus, C
 
     whole = job.time_left(passes(recipe, train, val), shorter=shorter)
     job.say(
-        f"attentive probe at {len(layers)} of {job.model.config.depth} layers, online, {train.samples:,} training "
-        f"samples, batch {recipe.batch}, {recipe.steps:,} steps, learning rates: {', '.join(map(str, recipe.scales))}"
+        f"attentive probe at {len(FeatureTypes(kinds).layers)} of {job.model.config.depth} layers, online, "
+        f"{train.samples:,} training samples, batch {recipe.batch}, {recipe.steps:,} steps, learning rates: "
+        f"{', '.join(map(str, recipe.scales))}"
     )
     job.keep_if_stopped(lambda: PartialResult(found.live.copy()[1], {}, {}))
-    made = predict_online(job, (train, val), layers, recipe, setting, whole)
+    made = predict_online(job, (train, val), kinds, recipe, setting, whole)
     found.made = [(Case(*kinds[number], None), 0, own) for number, own in made.items()]
     return _concluded(job, found, (train, val))
 
@@ -231,13 +235,13 @@ def _baselines(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus])
     return baselines
 
 
-def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes, kinds: int) -> float:
+def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes, kinds: Sequence[Features]) -> float:
     """Return the estimated training time of the probes of all feature types, in seconds."""
     task, model = job.options.task, job.model.config
     samples = train.samples if shots is None else min(shots * len(classes), train.samples)
-    shape = (model.most_patches, model.emb_dim) if PROBES[task].tokens else (model.emb_dim,)
+    shapes = [(model.most_patches, model.emb_dim) if kind.is_tokens else (model.emb_dim,) for kind in kinds]
     setting = Setting(job.config, len(classes), model.num_heads, job.config.run.seed, job.ranks, job.heartbeats)
-    return expected_duration.seconds(task, samples, shape, setting, kinds)
+    return expected_duration.seconds(task, samples, shapes, setting)
 
 
 def _shorter(job: Job, layers: Sequence[int]) -> str:
@@ -270,25 +274,23 @@ def chosen_layers(wanted: str | None, depth: int) -> list[int]:
 def encode_kinds(
     job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpus, Classes], whole: TimeLeft
 ) -> Encoded:
-    """Return the features of all pairs of a layer and a pooling, or the patch tokens of all layers, from one pass over
-    the images.
+    """Return the features of all types from one pass over the images.
 
     Args:
         job: the job.
-        kinds: the feature types, with all poolings of a layer next to each other.
+        kinds: the feature types.
         opened: result of `Job.open_labelled`.
         whole: estimator of the task's remaining time.
     """
     train, val, classes = opened
-    layers = [*dict.fromkeys(kind.layer for kind in kinds)]
-    pools = [*dict.fromkeys(kind.pool for kind in kinds if kind.pool)] or None
-    tokens = pools is None
-    parts = []
+    types, parts = FeatureTypes(kinds), []
     for corpus, title in ((train, "encoding train"), (val, "encoding val")):
-        found = job.encode(corpus, title, whole, corpus.samples, layers=layers, pools=pools, patches=tokens)
+        more: dict[str, Any] = {"layers": types.layers, "pools": types.pools or None, "patches": types.has_tokens}
+        found = job.encode(corpus, title, whole, corpus.samples, **more)
         whole.after(corpus.samples)
-        found = found.tokens() if tokens else found
-        parts.append({number: found.layer(number) for number in range(len(kinds))})
+        tokens, pooled = (found.tokens() if types.has_tokens else found), found.pooled()
+        banks = (tokens if kind.is_tokens else pooled for kind in kinds)
+        parts.append({n: bank.layer(types.place(kind)) for n, (kind, bank) in enumerate(zip(kinds, banks))})
     return Encoded(parts[0], parts[1], classes)
 
 
@@ -372,7 +374,7 @@ def _draw(job: Job, rows: Sequence[dict[str, Any]]) -> None:
     points: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
         name = "all samples" if row[line] is None else f"{line} {row[line]}"
-        name = f"{row['pool']}, {name}" if len(pools) > 1 else name
+        name = f"{row['pool'] or ATTENTION}, {name}" if len(pools) > 1 else name
         points.setdefault(name, []).append((row[x], row["top1"], row[f"top1{ERROR}"]))
     titles = {"layer": ("depth.png", "layer"), "shots": ("shots.png", "training samples of each class")}
     draw_accuracies(job.out / titles[x][0], points, titles[x][1])

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.config.evaluation import AttentiveProbeConfig, EvaluationConfig
+from m3ae_fast.config.evaluation import AttentiveProbeConfig, EvaluationConfig, Pool
 from m3ae_fast.engine.schedule import Schedule, warmup_cosine
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, with_defaults
 from m3ae_fast.evaluation.feature_bank import FeatureBank
@@ -53,6 +54,49 @@ def _no_choice(of: Input, chosen: dict[str, float]) -> None:
     """Ignore the selected hyper-parameters."""
 
 
+class Features(NamedTuple):
+    """A type of encoder features: the layer and the pooling."""
+
+    layer: int  # number of the block, from 1
+    pool: Pool | None  # None: the patch tokens, which are pooled by an attentive probe
+
+    @property
+    def is_tokens(self) -> bool:
+        return self.pool is None
+
+
+class FeatureTypes(NamedTuple):
+    """The types of features that the probes of a grid read, as the encoder computes them: pooled features for all pairs
+    of a layer and a pooling, in the order of `MultimodalEncoder.pooled_of_layers`, and patch tokens of all layers."""
+
+    kinds: Sequence[Features]
+
+    @property
+    def layers(self) -> list[int]:
+        return [*dict.fromkeys(kind.layer for kind in self.kinds)]
+
+    @property
+    def pools(self) -> list[Pool]:
+        return [*dict.fromkeys(kind.pool for kind in self.kinds if kind.pool is not None)]
+
+    @property
+    def has_tokens(self) -> bool:
+        return any(kind.is_tokens for kind in self.kinds)
+
+    def place(self, kind: Features) -> int:
+        """Return the index of features of this type among the pooled features or among the patch tokens."""
+        layer = self.layers.index(kind.layer)
+        return layer if kind.pool is None else layer * len(self.pools) + self.pools.index(kind.pool)
+
+    def inputs(self, pooled_SKD: Tensor, tokens_SKLD: Tensor) -> dict[Input, Tensor]:
+        """Return the features of a batch by index of the feature type: pooled features [S, D] or patch tokens
+        [S, L, D]."""
+        return {
+            number: (tokens_SKLD if kind.is_tokens else pooled_SKD)[:, self.place(kind)]
+            for number, kind in enumerate(self.kinds)
+        }
+
+
 class Setting(NamedTuple):
     """The context of a probe: everything that it requires apart from the samples."""
 
@@ -78,7 +122,8 @@ class Recipe:
     lr: Callable[[int], float]  # learning rate of a step, for a scale of 1
     scales: dict[float, float]  # factor of `lr` for each peak learning rate that is tried
     usual: float  # peak learning rate if there are too few samples to try several
-    start: Callable[[int, int], Heads]  # creates heads, given the width of the features and the number of heads
+    # creates heads, given the shape of a sample's features, (D,) or (L, D), and the number of heads
+    start: Callable[[tuple[int, ...], int], Heads]
     optimizer: Callable[[Heads], LARS | AdamW]
     # chooses a learning rate, given the results of those that were tried and the number of held-out samples
     choose: Callable[[Sequence[RateTrial], int], RateTrial]
@@ -103,19 +148,26 @@ def linear_recipe(samples: int, setting: Setting) -> Recipe:
         lr=schedule.lr,
         scales={rate: rate / peak_lr for rate in rates},
         usual=peak_lr,
-        start=lambda width, count: LinearHeads(width, setting.classes, [setting.seed] * count, setting.ranks),
+        start=lambda shape, count: _linear_heads(shape, count, setting),
         optimizer=optimizer,
         choose=lambda tried, held_out: choose(tried, peak_lr, held_out),
     )
 
 
 def attentive_recipe(samples: int, setting: Setting) -> Recipe:
-    """Return the hyper-parameters of attentive probes for this number of training samples."""
+    """Return the hyper-parameters of attentive probes for this number of training samples. With them, linear heads are
+    trained on features that are already pooled."""
     given = setting.config.attentive
     config = attentive_with_defaults(given, samples, setting.encoder_heads)
     assert config.steps and config.batch and config.heads
     heads, steps = config.heads, config.steps
     rates = ATTENTIVE_RATES if given.peak_lr is None else (given.peak_lr,)
+
+    def start(shape: tuple[int, ...], count: int) -> Heads:
+        if len(shape) == 1:
+            return _linear_heads(shape, count, setting)
+        return AttentiveHeads(shape[-1], setting.classes, heads, [setting.seed] * count, setting.ranks)
+
     return Recipe(
         probe="attentive",
         length="attentive.steps",
@@ -124,10 +176,15 @@ def attentive_recipe(samples: int, setting: Setting) -> Recipe:
         lr=lambda step: warmup_cosine(step, round(steps * _WARMUP), steps),
         scales={rate: rate for rate in rates},
         usual=_USUAL,
-        start=lambda width, count: AttentiveHeads(width, setting.classes, heads, [setting.seed] * count, setting.ranks),
+        start=start,
         optimizer=lambda each: AdamW(each.parameters(), weight_decay=config.weight_decay),
         choose=lambda tried, held_out: best(tried),
     )
+
+
+def _linear_heads(shape: tuple[int, ...], count: int, setting: Setting) -> LinearHeads:
+    (width,) = shape
+    return LinearHeads(width, setting.classes, [setting.seed] * count, setting.ranks)
 
 
 def attentive_with_defaults(config: AttentiveProbeConfig, samples: int, encoder_heads: int) -> AttentiveProbeConfig:
@@ -185,16 +242,17 @@ def try_rates(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, lis
 def _fit(
     banks: Banks, recipe: Recipe, scales: Mapping[Input, Sequence[float]], title: str, setting: Setting
 ) -> tuple[dict[Input, Stack], dict[Input, torch.Tensor]]:
-    stacks = {name: new_stack(bank.stored_SD.shape[-1], recipe, scales[name], setting) for name, bank in banks.items()}
+    stacks = {name: new_stack(bank.stored_SD.shape[1:], recipe, scales[name], setting) for name, bank in banks.items()}
     batches = BankSteps(banks, range(recipe.steps), recipe.batch, setting.seed)
     ranks, heartbeats = setting.ranks, setting.heartbeats
     return stacks, fit_heads(batches, stacks, recipe.lr, recipe.steps, title, ranks, heartbeats, setting.live)
 
 
-def new_stack(width: int, recipe: Recipe, scales: Sequence[float], setting: Setting) -> Stack:
-    """Return a stack of new heads, one for each scale of the learning rate. `width`: width of the features."""
+def new_stack(shape: tuple[int, ...], recipe: Recipe, scales: Sequence[float], setting: Setting) -> Stack:
+    """Return a stack of new heads, one for each scale of the learning rate. `shape`: shape of the features of a sample,
+    (D,) or (L, D)."""
     device = setting.ranks.device
-    heads = recipe.start(width, len(scales)).to(device)
+    heads = recipe.start(shape, len(scales)).to(device)
     return Stack(heads, recipe.optimizer(heads), torch.tensor(scales, device=device), setting.ranks)
 
 

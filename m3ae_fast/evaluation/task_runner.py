@@ -68,7 +68,8 @@ def evaluate(
         resume: for linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
         layers: for knn, logistic, linear and attentive: "all" or numbers of encoder blocks, from 1; None: the last
             block.
-        pools: for knn, logistic and linear: "all" or poolings, "mean" and "cls"; empty: the pooling in encode.pool.
+        pools: for knn, logistic and linear: "all" or poolings, "mean" and "cls"; empty: the pooling in encode.pool. For
+            attentive: poolings on whose features linear classifiers are trained in the same steps; empty: none.
         shots: for knn, logistic, linear and attentive: numbers of training samples per class; empty: all samples.
         draws: number of random draws for each number of shots; None: 5.
         probes: for compare: the probes to use.

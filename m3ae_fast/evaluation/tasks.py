@@ -82,6 +82,7 @@ TASKS = {
         "train a linear classifier and a query that pools the frozen patch tokens",
         modality="image",
         surveys=True,
+        pools=True,
         has_baselines=True,
         sections=("encode", "attentive"),
     ),

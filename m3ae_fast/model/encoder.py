@@ -165,11 +165,11 @@ class MultimodalEncoder(nn.Module):
         return torch.stack([found[layer, pool] for layer in layers for pool in pools], 1)
 
     def pooled_and_patches(
-        self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean"
+        self, batch: PackedBatch, layers: Sequence[int], pools: Sequence[Pool] = ("mean",)
     ) -> tuple[Tensor, Tensor]:
-        """Return features [S, K, D] and patch tokens [S, K, L, D] after each of K blocks, with the final LayerNorm,
-        in one forward pass. All samples must have an image. L is the number of patches of the largest image; smaller
-        images are padded with zeros. `layers`: as in `pooled_of_layers`."""
+        """Return the features of `pooled_of_layers` and the patch tokens [S, K, L, D] after each of K blocks, with the
+        final LayerNorm, in one forward pass. All samples must have an image. L is the number of patches of the largest
+        image; smaller images are padded with zeros. `layers`, `pools`: as in `pooled_of_layers`."""
         cls_S = batch.encoder.cu_seqlens[: len(batch.keys)].long()  # segments of padding come after the samples
         patches_L = torch.arange(1, 1 + self.config.most_patches, device=cls_S.device)
         rows_SL = cls_S[:, None] + patches_L
@@ -181,13 +181,13 @@ class MultimodalEncoder(nn.Module):
         found = {}
         for layer, x_TD in self._after(layers, batch):
             rows_TD = self.encoder.norm(x_TD)
-            pooled_SD = self._mean(x_TD, batch) if pool == "mean" else _wide(rows_TD[cls_S])
+            pooled = [self._mean(x_TD, batch) if pool == "mean" else _wide(rows_TD[cls_S]) for pool in pools]
             patches_SLD = rows_TD[rows_SL]
             if missing_SL is not None:
                 patches_SLD = patches_SLD.masked_fill(missing_SL[..., None], 0)
-            found[layer] = pooled_SD, patches_SLD
-        pooled, patches = zip(*(found[layer] for layer in layers))
-        return torch.stack(pooled, 1), torch.stack(patches, 1)
+            found[layer] = pooled, patches_SLD
+        features = [each for layer in layers for each in found[layer][0]]
+        return torch.stack(features, 1), torch.stack([found[layer][1] for layer in layers], 1)
 
     def _after(
         self,

@@ -41,7 +41,7 @@ class Pixels(MultimodalEncoder):
         return torch.cat([none, *small]).flatten(1)[:, None].expand(-1, len(layers) * len(pools), -1)
 
     def pooled_and_patches(
-        self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean"
+        self, batch: PackedBatch, layers: Sequence[int], pools: Sequence[Pool] = ("mean",)
     ) -> tuple[Tensor, Tensor]:
         """Return the features of `pooled_of_layers`, and the pixels of each patch, [S, K, L, C * P * P]. Images must
         not be native."""
@@ -49,7 +49,7 @@ class Pixels(MultimodalEncoder):
         none = batch.images.new_zeros(0, L, self.config.channels * P**2, dtype=torch.float32)
         patches = [F.unfold(image[None], P, stride=P).transpose(1, 2) for image in self._images(batch)]
         patches_SKLD = torch.cat([none, *patches])[:, None].expand(-1, len(layers), -1, -1)
-        return self.pooled_of_layers(batch, layers, [pool]), patches_SKLD
+        return self.pooled_of_layers(batch, layers, pools), patches_SKLD
 
     def _images(self, batch: PackedBatch) -> Iterator[Tensor]:
         """Yield each sample's normalised image, float32 [C, H, W]."""

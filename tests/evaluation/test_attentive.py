@@ -1,6 +1,7 @@
 """The attentive probe is cross-attention with one query, and begins as a linear probe of the mean."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,6 +120,21 @@ def test_heads_of_several_rates_and_layers_are_those_of_one_each():
         torch.testing.assert_close(both[0].heads.state_dict()[name][1:], tensor, rtol=1e-4, atol=1e-5)
     assert right[0][:, 1].tolist() == alone.accuracies != right[1][:, 0].tolist()
     assert not torch.allclose(both[0].heads.linear.weight[0], alone.heads.linear.weight[0])
+
+
+def test_linear_and_attentive_heads_in_one_pass_are_those_that_are_trained_alone():
+    tokens = _marked(60, 0)
+    banks = {0: tokens, 1: replace(tokens, stored_SD=tokens.features_RD.mean(1))}
+    with join_ranks("cpu") as ranks:
+        setting = _setting(ranks, steps=20, batch=16)
+        recipe = attentive_recipe(60, setting)
+        both = train_heads(banks, recipe, setting)
+        assert [type(each.heads) for each in both.values()] == [AttentiveHeads, LinearHeads]
+        for number, bank in banks.items():
+            alone = train_heads({number: bank}, recipe, setting)[number]
+            assert alone.peak_lr == both[number].peak_lr and len(alone.tried) == 5
+            for name, tensor in alone.heads.state_dict().items():
+                assert torch.equal(tensor, both[number].heads.state_dict()[name])
 
 
 def test_steps_are_adamws_on_the_cross_entropy_with_warm_up_and_cosine():

@@ -56,15 +56,15 @@ def test_a_probes_duration_is_that_of_its_steps(clock, samples):
         setting = _setting(ranks)
         linear = with_defaults(setting.config.linear, samples, {})
         steps = Schedule(linear, linear, samples).total_steps
-        found = expected_duration.seconds("linear", samples, (4,), setting)
+        found = expected_duration.seconds("linear", samples, [(4,)], setting)
         assert found == pytest.approx(2 * 0.02 * steps), "rates are tried, and then one is taken"
         given = _setting(ranks, linear={"peak_lr": 1.0, "steps": 70}, attentive={"peak_lr": 1e-3, "steps": 50})
-        assert expected_duration.seconds("linear", samples, (4,), given) == pytest.approx(0.02 * 70)
-        assert expected_duration.seconds("attentive", samples, (3, 4), given) == pytest.approx(0.01 * 50)
+        assert expected_duration.seconds("linear", samples, [(4,)], given) == pytest.approx(0.02 * 70)
+        assert expected_duration.seconds("attentive", samples, [(3, 4)], given) == pytest.approx(0.01 * 50)
         steps = attentive_with_defaults(setting.config.attentive, samples, 2).steps
-        found = expected_duration.seconds("attentive", samples, (3, 4), setting)
+        found = expected_duration.seconds("attentive", samples, [(3, 4)], setting)
         assert found == pytest.approx(2 * 0.01 * steps, rel=0.25), "five rates at once, which are judged, and then one"
-        assert expected_duration.seconds("knn", samples, (4,), setting) == 0.0
+        assert expected_duration.seconds("knn", samples, [(4,)], setting) == 0.0
 
 
 def test_a_first_step_that_takes_long_is_enough(clock, monkeypatch):
@@ -72,7 +72,7 @@ def test_a_first_step_that_takes_long_is_enough(clock, monkeypatch):
     monkeypatch.setattr(AttentiveHeads, "forward", lambda *given: clock.__setitem__(0, clock[0] + 2) or real(*given))
     with join_ranks() as ranks:
         given = _setting(ranks, attentive={"peak_lr": 1e-3, "steps": 50})
-        assert expected_duration.seconds("attentive", 100, (3, 4), given) == pytest.approx(2.01 * 50) and clock[0] < 3
+        assert expected_duration.seconds("attentive", 100, [(3, 4)], given) == pytest.approx(2.01 * 50) and clock[0] < 3
 
 
 def test_the_pace_of_a_training_is_that_of_the_steps_after_the_first(monkeypatch):

@@ -82,7 +82,7 @@ def test_features_of_a_layer_are_those_of_a_model_that_ends_there(tmp_path, pool
     batch = pack(samples, deep.geometry)
     with torch.no_grad():
         whole, each = deep.pooled(batch, pool), deep.pooled_of_layers(batch, [3, 1, 2], [pool])
-        patches = deep.pooled_and_patches(batch, [2, 3], pool)[1]
+        patches = deep.pooled_and_patches(batch, [2, 3], [pool])[1]
     assert torch.equal(each[:, 0], whole) and torch.equal(deep.encode(**given, batch=5), whole)
     for place, layer in enumerate((3, 1, 2)):
         assert torch.equal(each[:, place], deep.encode(**given, batch=5, layer=layer))
@@ -313,7 +313,7 @@ def test_features_are_as_exact_as_the_weights_and_never_less_than_float32(run, p
         own.to(dtype)
         with torch.no_grad():
             alone = own.pooled(batch, pool)
-            pooled, patches = own.pooled_and_patches(batch, [2], pool)
+            pooled, patches = own.pooled_and_patches(batch, [2], [pool])
         for found in (own.encode(pictures, pool=pool, precision="fp32"), alone, pooled[:, 0]):
             assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
             torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)

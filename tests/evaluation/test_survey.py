@@ -14,6 +14,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.evaluation import attentive_online, feature_bank, probe_grid
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.probe_grid import chosen_layers, few_shot
+from m3ae_fast.evaluation.probes import ATTENTIVE_RATES
 from m3ae_fast.evaluation.significance import interval, mean_accuracy
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.images.decoding import decode_image
@@ -96,6 +97,30 @@ def test_one_pass_serves_all_poolings(transfer, tmp_path, passes, task, capsys):
         np.testing.assert_allclose(found.score, alone.score, rtol=1e-4)
 
 
+@pytest.mark.parametrize("online", [False, True])
+def test_linear_and_attentive_heads_are_trained_in_one_pass(transfer, tmp_path, passes, online, capsys):
+    """The attentive heads are those of a run without linear heads, and the linear heads also learn."""
+    steps = ("attentive.steps=30", "attentive.batch=16", "encode.batch=16", f"attentive.online={str(online).lower()}")
+    given = settings(*steps, "encode.precision=fp32")
+    result = transfer("attentive", "--layers", "all", "--pools", "mean,cls", *given)
+    assert len(passes) == (30 * 16 + 48 + 18 if online else 48 + 18)
+    rows = result["results"]
+    order = [(layer, pool) for layer in (1, 2) for pool in (None, "mean", "cls")]
+    assert [(row["layer"], row["pool"]) for row in rows] == order and result["top1"] == rows[3]["top1"]
+    assert min(row["top1"] for row in rows) > 0.6 and all(row["peak_lr"] in ATTENTIVE_RATES for row in rows)
+    output = capsys.readouterr().out
+    assert ("online" in output) == online and pictures(tmp_path / "out") == ["depth"]
+    table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
+    own = transfer("attentive", "--layers", "all", *given, out="attentive")
+    assert [row for row in rows if row["pool"] is None] == own["results"]
+    alone = parquet.read_table(tmp_path / "attentive/predictions.parquet").to_pandas()
+    found = table[table.pool.isna()].reset_index(drop=True)
+    assert found.prediction.equals(alone.prediction)
+    np.testing.assert_allclose(found.score, alone.score, rtol=1e-4)
+    scores = [table[(table.layer == 2) & (table.pool == pool)].score.to_numpy() for pool in ("mean", "cls")]
+    assert not np.allclose(*scores)
+
+
 def test_few_shots_are_those_of_a_k_nn_by_hand(transfer, run, shards, tmp_path):
     result = transfer("knn", "--shots", "1,5", "--draws", "3", *settings("knn.k=5", "encode.precision=fp32"))
     rows = result["results"]
@@ -172,7 +197,7 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, tmp_path, monkeypatch
     with pytest.raises(UserError, match="argument --pools: max: there is no pooling 'max'; choose from mean, cls"):
         transfer("knn", "--pools", "max")
     with pytest.raises(UserError, match="unrecognized arguments: --pools all"):
-        transfer("attentive", "--pools", "all")
+        transfer("finetune", "--pools", "all")
     with pytest.raises(UserError, match="--pools max: no such pooling; choose from mean, cls"):
         evaluate("knn", "run", train="a.tar", val="b.tar", out=tmp_path / "out", pools=["max"])
     with pytest.raises(UserError, match="--pools: attentive does not use it; leave it out"):
@@ -200,10 +225,10 @@ def peak(monkeypatch):
         return pooled, tokens
 
     def of_a_step(self, batch):
-        tokens, labels = encoded(self, batch)
+        pooled, tokens, labels = encoded(self, batch)
         assert len(labels) == sum(not attentive_online.is_held_out(key) for key in batch.keys)
         count(tokens)
-        return tokens, labels
+        return pooled, tokens, labels
 
     def stored(self, rows):
         append(self, rows)

@@ -126,7 +126,7 @@ def test_fine_tuned_encoder_norms_the_mean(tmp_path, capsys):
     pooled, patches = model.pooled_and_patches(batch, [2])
     torch.testing.assert_close(pooled[:, 0], expected, **close)
     torch.testing.assert_close(patches[:, 0], model.forward_encoder(batch).unflatten(0, (4, -1))[:, 1:])
-    torch.testing.assert_close(model.pooled(batch, "cls"), model.pooled_and_patches(batch, [2], "cls")[0][:, 0])
+    torch.testing.assert_close(model.pooled(batch, "cls"), model.pooled_and_patches(batch, [2], ["cls"])[0][:, 0])
     assert (patches[:, 0].mean(1) - expected).abs().max() > 1e-2  # the other order gives a different result
 
 
