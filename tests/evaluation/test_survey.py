@@ -200,8 +200,8 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, tmp_path, monkeypatch
         transfer("finetune", "--pools", "all")
     with pytest.raises(UserError, match="--pools max: no such pooling; choose from mean, cls"):
         evaluate("knn", "run", train="a.tar", val="b.tar", out=tmp_path / "out", pools=["max"])
-    with pytest.raises(UserError, match="--pools: attentive does not use it; leave it out"):
-        evaluate("attentive", "run", train="a.tar", val="b.tar", out=tmp_path / "out", pools="all")
+    with pytest.raises(UserError, match="--pools: finetune does not use it; leave it out"):
+        evaluate("finetune", "run", train="a.tar", val="b.tar", out=tmp_path / "out", pools="all")
     assert not (tmp_path / "out").exists()
 
 

@@ -30,7 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"layers": "all", "pools": "all", "overrides": ["linear.steps=9", "linear.global_batch=16"]},
     ),
     "shots": ("knn", {"shots": [2, 5], "draws": 2}),
-    "attentive": ("attentive", {"overrides": _SHORT}),
+    "attentive": ("attentive", {"pools": "all", "overrides": _SHORT}),
     "multilabel": ("multilabel", {"labels": "json.tags"}),
     "multilabel-knn": ("multilabel", {"labels": "json.tags", "overrides": ["multilabel.head=knn"]}),
     "segment": ("segment", {"overrides": ["segment.steps=9", "segment.batch=5", "segment.peak_lr=0.01"]}),
