@@ -248,7 +248,16 @@ def finetune(
     if not (out / PREDICTIONS).exists():
         overrides = [f"{name}={json.dumps(value)}" for name, value in given.items()]
         shards = [str(path) for path in held_out]
-        evaluate("finetune", model, train=str(train), val=shards, out=out, resume="auto", overrides=overrides)
+        evaluate(
+            "finetune",
+            model,
+            train=str(train),
+            val=shards,
+            out=out,
+            resume="auto",
+            baselines=False,  # they are models of the study
+            overrides=overrides,
+        )
     if not (out / PREDICTIONS).exists():
         return None
     table = pyarrow.parquet.read_table(out / PREDICTIONS).to_pydict()
