@@ -340,7 +340,7 @@ def test_the_fastest_is_taken_and_the_others_reasons_are_told(monkeypatch, caplo
     with caplog.at_level(logging.INFO):
         assert cuda.choose(CPU, BF16, 2, 16, 9).name == "flash-attn 2"
     assert "flash-attn 4 is not available (No module named 'flash_attn.cute'" in caplog.text
-    assert "cuDNN is not available (torch uses cuDNN for packed samples only with torch 2.14" in caplog.text
+    assert "cuDNN is not available (packed samples require torch 2.14" in caplog.text
     assert "triton is not available (the Triton kernels do not support this GPU)" in caplog.text
     assert not [line for line in caplog.records if line.levelno > logging.INFO and "not available" in line.message]
     assert "flash-attn 3 is excluded: its results are off by" in caplog.text

@@ -481,7 +481,7 @@ def test_an_image_is_on_one_side_of_shards(tmp_path):
     with tarfile.open(find_shards(source, out, None, []).val[0]) as tar:
         assert tar.getnames() == ["8-2.jpg"]  # the shard has changed
     given = find_shards(f"{tmp_path}/0.tar", out, None, [f"{tmp_path}/1.tar"])
-    assert given.notes == ["1 sample held out with an image that also occurs in training shards"]
+    assert given.notes == ["held-out samples whose image also occurs in training shards: 1"]
     shutil.copy(tmp_path / "1.tar", tmp_path / "2.tar")
     nothing = find_shards(source, tmp_path / "other", None, [])
     assert (

@@ -233,7 +233,7 @@ def require_same(ranks: Ranks, stream: dict[str, str], held_out: Corpus | None) 
         for name, value in first.items():
             if seen.get(name) != value:
                 raise UserError(
-                    f"{name} is {value} on rank 0 ({ranks.hosts[0]}), {seen.get(name)} on rank {ranks.rank} "
+                    f"{name} is {value} on rank 0 ({ranks.hosts[0]}), but {seen.get(name)} on rank {ranks.rank} "
                     f"({ranks.hosts[ranks.rank]}): the streams of samples differ; make the files identical on all nodes"
                 )
 

@@ -145,7 +145,7 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
         shards = [shard for shard in shards if shard.summary.samples]
         if not shards:
             kinds = f"image suffixes: {', '.join(IMAGE_SUFFIXES)}; caption suffixes: txt, json"
-            others = f"; they contain only {ignored}" if ignored else ""
+            others = f"; files in the shards: {ignored}" if ignored else ""
             raise UserError(f"shards {config.shards!r}: contain no samples ({kinds}){others}{damage}")
         corpus.sources.append(_source(config, shards, [shard.summary.modality for shard in shards]))
     return corpus
@@ -176,7 +176,9 @@ def _source(config: SourceConfig, shards: Sequence[IndexedShard], kinds: list[Mo
     modality that the config sets."""
     modalities = kinds if config.modality == "auto" else [config.modality] * len(shards)
     if not any(_holds(shard, modality) for shard, modality in zip(shards, modalities)):
-        raise UserError(f"shards {config.shards!r}: no sample has the modality {config.modality!r}; set another")
+        raise UserError(
+            f"shards {config.shards!r}: no sample has the modality {config.modality!r}; set another modality"
+        )
     if config.caption_fraction < 1 and not any(_holds(shard, "paired") for shard in shards):
         raise UserError(f"shards {config.shards!r}: contain no pairs, so caption_fraction has no effect; remove it")
     return Source(shards, modalities, config.weight, config.loss_weight, caption_fraction=config.caption_fraction)

@@ -155,7 +155,10 @@ def _hold_out_last(names: list[str], out: Path) -> Shards:
     if shared:
         note += f", except {_samples(shared)} whose image also occurs in other shards"
     if not left:
-        note = "no validation set: all images of the last shards also occur in other shards; pass others with --val"
+        note = (
+            "no validation set: all images of the last shards also occur in other shards; pass different shards with "
+            "--val"
+        )
     return Shards(kept, left, [note])
 
 
@@ -179,7 +182,8 @@ def overlap(train: Sequence[str], val: Sequence[str]) -> list[str]:
     if _out_of_reach([*train, *val]):
         return []
     shared = shared_images(train, val)
-    return [f"{_samples(shared)} held out with an image that also occurs in training shards"] if shared else []
+    count = sum(map(len, shared.values()))
+    return [f"held-out samples whose image also occurs in training shards: {count:,}"] if shared else []
 
 
 def _samples(shared: dict[str, set[int]]) -> str:

@@ -51,6 +51,7 @@ class Tally:
         lines = []
         for kind, text in _TEXT.items():
             if self.counts[kind]:
-                lines.append(f"{self.counts[kind]:,} {text.format(s='s' * (self.counts[kind] != 1))}, such as")
+                end = ", such as" if self.counts[kind] > _SHOWN else ":"
+                lines.append(f"{self.counts[kind]:,} {text.format(s='s' * (self.counts[kind] != 1))}{end}")
                 lines += [f"    {sample}" for sample in self.examples[kind]]
         return lines

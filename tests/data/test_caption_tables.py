@@ -132,7 +132,7 @@ WRONG = {
     "image,caption\n0.jpg,a dog\n1.jpg\n": r"row 2 .*1 field but",
     'image,caption\n0.jpg,one\n1.jpg,"a dog\n2.jpg,two\n': r"row 2 .*lines 3 to 4: a quote is not closed",
     'image,caption\n0.jpg,"a dog"s\n': "row 1 .*line 2",
-    "image,caption,caption\n0.jpg,a,b\n": "has 2 columns caption and caption; rename or remove",
+    "image,caption,caption\n0.jpg,a,b\n": "has 2 matching columns, caption and caption; rename or remove",
     "image,caption,Caption\n0.jpg,a,b\n": "caption and Caption; specify one with --caption-column",
     "image,caption\n0.jpg,a\0b\n": "row 1 .*null byte",
     "image,caption\n,a\n": "row 1 .*image must be the name of a file",
@@ -191,7 +191,7 @@ def test_a_row_of_jsonl_that_lacks_its_caption_or_has_two_is_refused(tmp_path):
 def test_a_parquet_of_other_columns_or_types_is_refused(tmp_path):
     table = tmp_path / "captions.parquet"
     pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"], ["c"]], ["image", "caption", "caption"]), table)
-    assert "has 2 columns caption and caption" in error(table)
+    assert "has 2 matching columns, caption and caption" in error(table)
     pyarrow.parquet.write_table(pyarrow.table({"image": ["0.jpg", "1.jpg"], "caption": [float("nan"), 2.5]}), table)
     assert "row 2" in error(table)
     pyarrow.parquet.write_table(pyarrow.table({"image": [{"bytes": b"", "path": "a"}], "caption": ["a"]}), table)

@@ -135,7 +135,7 @@ def test_a_table_of_labels_alone(tmp_path, capsys):
 def test_images_in_no_split_are_left_out_and_named(tmp_path, capsys):
     root = tree(tmp_path / "data", "logo.png", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     assert make(root, tmp_path / "out") == 0
-    assert "1 skipped image outside the folders of splits, such as\n    logo.png" in capsys.readouterr().out
+    assert "1 skipped image outside the folders of splits:\n    logo.png" in capsys.readouterr().out
     assert len(_paths(tmp_path / "out")) == 3
 
 

@@ -105,9 +105,7 @@ def test_one_odd_picture_is_left_out_by_name_and_the_others_are_kept(folder, tmp
     assert paths(tmp_path / "out") == ["good.jpg"]
     (tmp_path / "out" / "train-00000.tar").unlink()
     assert make(folder, tmp_path / "out") == 0
-    assert re.search(
-        rf"1 skipped sample that cannot be used, such as\n    odd.png: .*{reason.strip()}", new_output(capsys)
-    )
+    assert re.search(rf"1 skipped sample that cannot be used:\n    odd.png: .*{reason.strip()}", new_output(capsys))
 
 
 CORRECTIONS = {
@@ -199,7 +197,7 @@ def test_a_row_without_a_caption_is_empty_and_an_image_without_a_row_is_not(fold
     (tmp_path / "t.csv").write_text("image,caption\nother.jpg,\n")
     assert make(folder, tmp_path / "out", "--captions", tmp_path / "t.csv") == 0
     assert "2 image-only" in (text := new_output(capsys))
-    assert "1 sample with an empty caption, such as\n    other.jpg\n" in text
+    assert "1 sample with an empty caption:\n    other.jpg\n" in text
 
 
 LISTS = {
@@ -317,8 +315,8 @@ def test_the_tokenizer_tool_says_what_it_left_out(tmp_path, capsys):
     assert data(["tokenizer", shard, "--vocab-size", "20", "--out", str(tmp_path / "tokenizer.json")]) == 0
     output = new_output(capsys)
     assert "on 1 captions" in output
-    assert f"1 skipped sample that cannot be used, such as\n    {shard}/2: the caption is not UTF-8" in output
-    assert f"1 sample with an empty caption, such as\n    {shard}/1" in output
+    assert f"1 skipped sample that cannot be used:\n    {shard}/2: the caption is not UTF-8" in output
+    assert f"1 sample with an empty caption:\n    {shard}/1" in output
     blank = write_tar(tmp_path / "b.tar", [("0.txt", b" ")])
     assert exit_cleanly(lambda: data(["tokenizer", blank, "--vocab-size", "20", "--out", f"{blank}.json"])) == 2
     assert "none of their captions contains a word" in new_output(capsys) and not os.path.exists(f"{blank}.json")

@@ -427,7 +427,7 @@ def test_columns_of_a_dataset_that_nothing_reads_are_named(tmp_path, dataset, ca
     capsys.readouterr()
     assert make(tmp_path / "saved", tmp_path / "out") == 0
     out = capsys.readouterr().out
-    assert "3 unused columns, such as\n    id: Value('int64')\n    targets: List(Value('int64'))\n" in out
+    assert "3 unused columns:\n    id: Value('int64')\n    targets: List(Value('int64'))\n" in out
     assert out.endswith("    text: {'en': Value('string')}\n")
 
 

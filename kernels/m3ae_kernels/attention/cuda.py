@@ -257,8 +257,7 @@ def _cudnn(device: torch.device) -> Kernel:
 
     if not varlen._should_use_cudnn(device.index or 0):
         raise NotAvailable(
-            "torch uses cuDNN for packed samples only with torch 2.14 or newer, cuDNN 9.18 or newer, and a GPU of "
-            "architecture sm_90 or sm_100"
+            "packed samples require torch 2.14 or newer, cuDNN 9.18 or newer, and a GPU of architecture sm_90 or sm_100"
         )
 
     def lengths(queries, keys):

@@ -95,7 +95,7 @@ def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str
     same = [column for column in columns if column == named or (not named and column.lower() == names[0].lower())]
     if len(same) > 1:
         advice = f"specify one with {option}" if len(set(same)) == len(same) else "rename or remove all but one"
-        raise UserError(f"{where}: has {len(same)} columns {' and '.join(same)}; {advice}")
+        raise UserError(f"{where}: has {len(same)} matching columns, {' and '.join(same)}; {advice}")
     return names[0]
 
 
