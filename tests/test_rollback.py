@@ -152,7 +152,7 @@ def test_a_run_returns_from_spikes_of_the_loss_and_ignores_more_than_it_may(trai
     bad = whole[4][3], whole[6][0]
     taken = train("run", bad, loss=1e6, **settings)
     out = capsys.readouterr().out
-    assert "the loss of step 5, 1e+06, is a spike: the previous 3 losses were" in out and "batch 4 is skipped" in out
+    assert "the loss of step 5 is a spike: 1e+06, but the previous 3 losses were" in out and "batch 4 is skipped" in out
     assert whole[6] in taken[taken.index(whole[4]) + 1 :] and "batch 6 is skipped" not in out
     found = losses(tmp_path / "run")
     assert [step for step, loss, _ in found if loss > 1e5] == [6] and len(found) == STEPS

@@ -498,7 +498,7 @@ def test_ranks_find_the_same_spike_in_their_mean_loss(at_once):
     for watch in watches:
         assert (watch.bad_step, len(watch.spikes.recent)) == (high, WINDOW)
         assert watch.first_bad() == (
-            f"the loss of step {high}, 9, is a spike: the previous 128 losses were 2.5 ± 0.5; samples: {high}"
+            f"the loss of step {high} is a spike: 9, but the previous 128 losses were 2.5 ± 0.5; samples: {high}"
         )
 
 

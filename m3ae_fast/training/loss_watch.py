@@ -41,7 +41,7 @@ class Spikes:
         if len(self.recent) == WINDOW:
             mean, deviation = np.mean(self.recent), np.std(self.recent)
             if loss > mean + self.threshold * deviation:
-                return f"{loss:.4g}, is a spike: the previous {WINDOW} losses were {mean:.4g} ± {deviation:.2g}"
+                return f"{loss:.4g}, but the previous {WINDOW} losses were {mean:.4g} ± {deviation:.2g}"
         self.recent.append(loss)
         return ""
 
@@ -99,7 +99,7 @@ class LossWatch:
         _, keys, _ = self._finite.popleft()
         spike = self.spikes.add(loss) if self.spikes else ""
         if spike:
-            self._set_bad(step, f"the loss of step {step}, {spike}", keys)
+            self._set_bad(step, f"the loss of step {step} is a spike: {spike}", keys)
         return bool(spike)
 
     def compare_all(self, losses: Sequence[float]) -> None:

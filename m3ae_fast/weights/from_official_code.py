@@ -83,7 +83,7 @@ def read_jax_checkpoint(path: Path) -> Pretrained:
     state = {name: from_flax(own, params[own]) for name, own in paths.items()}
     kind = "MAE" if config.vocab_size == 0 else "M3AE"
     steps = f", {saved['step'] + 1:,} steps" if isinstance(saved.get("step"), int) else ""
-    note = f"the captions were tokenised by {_flag(variant, 'tokenizer', 'bert-base-uncased')}"
+    note = f"the captions were tokenised with {_flag(variant, 'tokenizer', 'bert-base-uncased')}"
     notes = (note,) if config.vocab_size else ()
     return Pretrained(config, state, kind=f"official {kind} checkpoint{steps}", notes=notes)
 
@@ -186,4 +186,4 @@ def _normalisation(variant: dict[str, Any], path: Path) -> tuple[Any, Any]:
         mean, std = ([float(number) for number in text.split("-")] for text in texts)
         return mean, std
     except (AttributeError, ValueError):
-        raise UserError(f"{path}: cannot read its image normalisation {kind!r}") from None
+        raise UserError(f"{path}: its image normalisation {kind!r} cannot be read") from None

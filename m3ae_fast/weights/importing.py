@@ -113,7 +113,7 @@ def _read_torch(path: Path) -> Any:
     except Exception as error:  # damaged or hostile files raise many kinds of errors
         named = re.search(r"Unsupported (?:global: GLOBAL|class|operand) (\S+)", str(error))
         reason = (
-            f"it refers to {named[1]}, which is not loaded for security"
+            f"it refers to {named[1]}, which is not loaded for security reasons"
             if named
             else (str(error).splitlines() or ["?"])[0][:200]
         )

@@ -39,7 +39,8 @@ class Checked(NamedTuple):
     images_per_s: float
 
     def __str__(self) -> str:
-        return f"{self.path}: cosine with torch {self.cosine:.6f}, {self.images_per_s:.3g} images/s on this machine"
+        speed = f"{self.images_per_s:.3g} images/s on this machine"
+        return f"{self.path}: cosine similarity with torch {self.cosine:.6f}, {speed}"
 
 
 class ImageEncoder(nn.Module):

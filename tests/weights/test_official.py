@@ -270,7 +270,7 @@ MISTAKES = {
     no_axis: "the parameter encoder/LayerNorm_0/scale is not an array of floats but float32",
     no_heads: "lack the number of heads",
     unknown_size: "the official code has no model_type 'giant'",
-    unknown_normalisation: "cannot read its image normalisation 'custom'",
+    unknown_normalisation: "its image normalisation 'custom' cannot be read",
     vqgan_targets: "ids of an image tokenizer",
 }
 

@@ -49,7 +49,10 @@ def test_its_features_are_those_of_encode(tmp_path, settings, capsys, caplog):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         small = _features(tmp_path / "encoder.int8.onnx", pixels[:count])
         assert 0.98 < torch.cosine_similarity(small, expected).min().item() < 0.9999999
-    assert f"{tmp_path}/encoder.onnx: cosine with torch 1.0000" in output and "encoder.int8.onnx: cosine" in output
+    assert (
+        f"{tmp_path}/encoder.onnx: cosine similarity with torch 1.0000" in output
+        and "encoder.int8.onnx: cosine" in output
+    )
     assert "images/s on this machine" in output
     assert {path.name for path in tmp_path.iterdir()} == {"model", "encoder.onnx", "encoder.int8.onnx"}
 
