@@ -264,13 +264,13 @@ def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
     (pictures / "dog" / "0.txt").write_text("\N{SNOWMAN}" * 30_000)
     (pictures / "dog" / "1.jpg").write_bytes(b"no image")
     expected = f"""{tmp_path}/out: 9 samples in 5 shards (2 paired, 7 image-only), 2 with a caption
-1 skipped sample that cannot be used, such as
+1 skipped sample that cannot be used:
     dog/1.jpg: the file is not an image in a known format
 5 samples with an empty caption, such as
     cat/0.jpg
     cat/1.jpg
     cat/2.jpg
-1 sample with a caption of more than 65,536 bytes, of which only the beginning is read, such as
+1 sample with a caption of more than 65,536 bytes, of which only the beginning is read:
     dog/0.jpg: 90,000 bytes
 """
     options = ("--samples-per-shard", "2", "--keep-order")
