@@ -51,10 +51,10 @@ class Factor(NamedTuple):
 
 
 def interpolated(accuracy: float, costs: Sequence[float], accuracies: Sequence[float]) -> tuple[float, str]:
-    """Return the logarithm of the cost at which an accuracy is reached, and "", by linear interpolation between runs of
-    different lengths. If all runs are less accurate, the cost of the longest run and ">" are returned; if all are more
-    accurate, the cost of the shortest run and "<". `costs` must be ascending. If a run is less accurate than a cheaper
-    run, the accuracy of the cheaper run is used."""
+    """Return the logarithm of the cost at which an accuracy is reached, interpolated linearly between runs of different
+    lengths, and an empty string. If all runs are less accurate, return the logarithm of the cost of the longest run,
+    and ">". If all runs are more accurate, return the logarithm of the cost of the shortest run, and "<". `costs` must
+    be ascending. If a run is less accurate than a cheaper run, the accuracy of the cheaper run is used."""
     reached = np.maximum.accumulate(accuracies)
     beyond = ">" if accuracy > reached[-1] else "<" if accuracy < reached[0] else ""
     return float(np.interp(accuracy, reached, np.log(costs))), beyond
@@ -122,7 +122,7 @@ def _mean_and_interval(values_SR: np.ndarray) -> tuple[float, float, float]:
 
 
 def save(folder: Path, head: dict[str, Any], rows: Sequence[Row], finetuned: Sequence[Row], labels: Labels) -> None:
-    """Write the answers, the numbers, the page and its plot. Text in README.md outside of the markers is unchanged.
+    """Write the predictions, the numbers, the page and its plot. In README.md, only text between the markers changes.
 
     Args:
         folder: output folder, which is created if necessary.
@@ -158,16 +158,16 @@ def read_answers(folder: Path, settings: dict[str, Any]) -> tuple[list[Row], lis
 
 
 def tables(rows: Sequence[Row], finetuned: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
-    """Return Markdown with the tables of all tests, the tables of fine-tuning, the tables of the settings that were
-    tried, and the plot."""
+    """Return Markdown with the tables of all tests, of fine-tuning and of the settings that were tried, and with the
+    plot."""
     about, weights = head["about"], Weights(labels)
     minutes = sum(row["cost"]["whole_seconds"] for row in rows) / 60
     text = [
         f"{about['device']}, 1 thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}; "
         f"{len(rows)} runs, {minutes:.0f} CPU minutes of training. Accuracies are means over seeds, in %. A factor is "
         "the cost at which the baseline reaches the accuracy of a run, divided by the cost of that run. Factors have "
-        "95 % intervals, which cover seeds and samples. > and < mark bounds, for accuracies above or below the "
-        "accuracies of all runs of the baseline."
+        "95 % intervals, which cover seeds and samples. A value with > or < is only a bound, because the accuracy is "
+        "above or below the accuracies of all runs with which it is compared."
     ]
     tested = [row for row in rows if not row["trial"]["validation"]]
     for data, size in _unique((row["trial"]["data"], row["trial"]["size"]) for row in tested):
