@@ -1,4 +1,5 @@
-"""Experiment: when does continuing from existing weights give better features than training from scratch for as long?
+"""Experiment: when does continuing from existing weights give better features than training from scratch for the same
+time?
 
 python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
 python -m lab.continuing data/labelled --out runs/continuing

@@ -61,7 +61,7 @@ PROBES = {  # number of seeds by dataset and number of samples
     "emoji": {1_000: 3, ALL: 3},
     "clothes": {1_000: 3, 5_000: 3, 20_000: 1, 50_000: 1},
 }
-TUNINGS = {  # variants by dataset and number of samples, with one seed, because fine-tuning takes long
+TUNINGS = {  # variants by dataset and number of samples, with one seed, because fine-tuning takes a long time
     "clothes": {1_000: (*VARIANTS,)},
     "drawings": {ALL: (*VARIANTS,)},
     "emoji": {ALL: (*VARIANTS,)},

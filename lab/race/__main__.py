@@ -36,7 +36,7 @@ SIDE = 36  # side of an emoji in pixels, 1.5 times that of the model's images
 
 
 class TimeIsOver(Exception):
-    """Raised if the time is over and no further run may begin."""
+    """Raised if the time limit has passed, so that no further run may begin."""
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

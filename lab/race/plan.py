@@ -79,10 +79,10 @@ def tuned_as(arm: str) -> str:
 def race(
     data: str, size: str, lengths: Sequence[int], tried: Mapping[str, Sequence[Any]], seeds: int, final_seeds: int
 ) -> Iterator[Trial]:
-    """Yield the runs of one model size on one dataset in order, without their tuned settings. First, for each seed,
-    come both baselines at the three shortest lengths, between which the cost is interpolated, and all arms at the
-    shortest length. The check of the learning rates at the third length follows. At the end, for each seed, come the
-    baseline with its usual settings and the fast arm at all lengths, the longest first.
+    """Yield the runs of one model size on one dataset in order, without their tuned settings. The first part contains,
+    for each seed, both baselines at the three shortest lengths, between which the cost is interpolated, and all arms at
+    the shortest length. The second part checks the learning rates at the third length. The last part contains, for each
+    seed, the baseline with its usual settings and the fast arm at all lengths, the longest first.
 
     Args:
         data: name of the dataset.

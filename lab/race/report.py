@@ -70,7 +70,7 @@ class Weights:
         rng = np.random.default_rng(0)
         self._drawn = rng.poisson(1.0, (REPLICATES + 1, len(units))).astype(np.float32)
         self._drawn[0] = 1
-        self._known: dict[int, tuple[dict[str, float], np.ndarray]] = {}  # a sum over samples is used many times
+        self._known: dict[int, tuple[dict[str, float], np.ndarray]] = {}  # results of `accuracies`, for reuse
 
     def accuracies(self, correct: dict[str, float]) -> np.ndarray:
         """Return the accuracy of each replicate, [R + 1]. Images that belong together count as one sample."""

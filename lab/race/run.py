@@ -96,7 +96,7 @@ class Race:
     def finetune(self, trial: Trial) -> None:
         """Fine-tune the encoder of a run on the images of the probes, with the default settings of the program, and
         test the classifier. A run that is not on this machine is trained again. Raises UserError if that is not
-        possible, and Stopped if a training was stopped."""
+        possible, and Stopped if the training was stopped."""
         run = self._prepared(trial)
         if trial.trained:
             self._train(trial, run)

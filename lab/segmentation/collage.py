@@ -90,7 +90,7 @@ def prepare(packages: Path, folder: Path, *, download: bool) -> list[str]:
 
 
 def _plain(source: Emoji, vendor: str, split: str) -> Iterator[Drawing]:
-    """Yield the drawings of a split, without variants of skin tone and parts of emoji."""
+    """Yield the drawings of a split, without variants of skin tone and without parts of emoji."""
     for number in range(source.splits[split]):
         found = source.read(split, number)
         about = found.about

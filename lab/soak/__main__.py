@@ -1,7 +1,7 @@
 """Training under random faults: python -m lab.soak --minutes 10
 
-While a tiny model is trained, its processes are killed, frozen, suspended or sent signals, its disk is full, its files
-are damaged or deleted, and the server of its shards fails. Each run is restarted with `--resume auto` until it is
+While a tiny model is trained, its processes are killed, frozen, suspended or sent signals, its disk is filled, its
+files are damaged or deleted, and the server of its shards fails. Each run is restarted with `--resume auto` until it is
 complete. Its losses, gradient norms and weights must then be bitwise identical to those of an undisturbed run. The exit
 code is 1 if they are not, if anything hangs, or if a traceback is printed.
 """

@@ -1,4 +1,4 @@
-"""A counter of invalid or unreadable samples, which stops the run if there are too many of them."""
+"""Counts invalid and unreadable samples, and stops the run if there are too many of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Skipped:
 
 
 class BadSamples:
-    """Counter of bad samples that logs them and raises an error if there are too many."""
+    """A counter that logs bad samples, and raises an error if there are too many of them."""
 
     def __init__(self, max_fraction: float, samples: int):
         """Create a counter that stops the run when more than `max_fraction` of the samples are bad. The check starts

@@ -13,8 +13,9 @@ DEVICES: tuple[Device, ...] = get_args(Device)
 
 
 def configure_libraries() -> None:
-    """Set default environment variables for torch, without overriding those set by the user. Must be called before
-    torch is imported."""
+    """Set environment variables that torch reads, except those that the user has set. Must be called before torch is
+    imported.
+    """
     # Waiting OpenMP threads must not occupy a core that the loader, another rank or another program could use.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Huge pages (2 MB) reduce TLB misses on the CPU; torch reads this variable at its first allocation.

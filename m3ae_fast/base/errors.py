@@ -52,13 +52,14 @@ _DEVICES = {errno.EIO, errno.ESTALE, errno.EPIPE}
 _NETWORK = {errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH}
 _REFUSALS = _RIGHTS | _LIMITS | _DEVICES | _NETWORK
 
-_in_program = False  # whether `exit_cleanly` runs a program's main
+_in_program = False  # whether `exit_cleanly` is running a program's main
 
 
 def one_line(error: BaseException) -> str | None:
-    """Return a one-line message for an error that the user can act on: a UserError, a lack of memory, an operation that
-    the system refuses, or a missing file that is named on the command line. Return None for any other error, which is a
-    bug and needs its traceback."""
+    """Return a one-line message for an error that the user can act on: a UserError, insufficient memory, an operation
+    that the system refuses, or a missing file that is named on the command line. Return None for any other error, which
+    is a bug and needs its traceback.
+    """
     if isinstance(error, UserError):
         return str(error)
     if out_of_memory(error):
@@ -83,7 +84,7 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return work(), None
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the error of a panic in a Rust library is not an Exception
+    except BaseException as error:  # the error raised by a panic in a Rust library is not an Exception
         return None, error
 
 

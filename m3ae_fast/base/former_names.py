@@ -28,8 +28,9 @@ _MODULES = ("convert", "export", "report", "status", "verify", "config", "pretra
 
 
 def present_name(words: Sequence[str], typed: str = "m3ae-fast ") -> str | None:
-    """Return the message with the present name of the command in `words`; None if it was not renamed. `typed`: the part
-    of the command line before `words`, for the message."""
+    """Return a message with the present name of the command in `words`; None if it was not renamed. `typed`: the part
+    of the command line before `words`, for the message.
+    """
     if not words or words[0] not in RENAMED:
         return None
     names = [f"{words[0]} {word}" for word in words[1:]]
@@ -38,8 +39,9 @@ def present_name(words: Sequence[str], typed: str = "m3ae-fast ") -> str | None:
 
 
 def present_module(arguments: Sequence[str]) -> str | None:
-    """Return the message with the present command if `python` with these arguments would start a former module; None
-    otherwise."""
+    """Return a message with the present command if `python` with these arguments would start a former module; None
+    otherwise.
+    """
     if "-m" not in arguments[:-1]:
         return None
     _, module, *words = arguments[arguments.index("-m") :]

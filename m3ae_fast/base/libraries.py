@@ -33,8 +33,8 @@ NAMES = {
 
 def require_libraries(needs: Mapping[str, str], otherwise: str = "") -> None:
     """Raise UserError if a library is not installed, without importing any library. `needs` maps the name of a library
-    to the command, option or setting that requires it. `otherwise` is an alternative solution, for the end of the
-    message."""
+    to the command, option or setting that requires it. `otherwise` is appended to the message, and names an alternative
+    to the installation."""
     missing: dict[str, list[str]] = {}
     for name, what in needs.items():
         if not _is_installed(name):

@@ -46,7 +46,7 @@ class TimeLeft:
         self._report, self._now, self._started, self._spent = report, now, now(), 0.0
 
     def after(self, part: float) -> str:
-        """Count a part as done and return the text of `left`."""
+        """Count a part as done and return the result of `left`."""
         self.done, self._spent = self.done + part, self._now() - self._started
         if self.done < self.total:
             self.report_once(self._estimate(self.done, self._spent))

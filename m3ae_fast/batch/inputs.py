@@ -34,7 +34,7 @@ _MOST_DEVIATIONS = 20.0  # plausible maximum of a normalised image that has no v
 # maximum fraction of values that may be out of range by more than the width of the range; allows for a few bright
 # pixels
 _OTHER_UNITS = 0.1
-_LEVELS = 100  # in a wider range, values are integer levels, so fractional values from 0 to 1 are implausible
+_LEVELS = 100  # if white is at least this value, values are integer levels, and fractions from 0 to 1 are implausible
 
 
 def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[OneImage]:
@@ -59,8 +59,8 @@ def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[
 def check_values(images: Iterable[OneImage], value_range: ValueRange, config: ModelConfig) -> None:
     """Raise ValueError if `value_range` is invalid or evidently wrong for the images. If it is None, floating-point
     tensors must be normalised: the error is raised for values that evidently are not, such as values from 0 to 1 or
-    from 0 to 255, unless all images are constant. If it gives the values of black and white, it is checked by
-    `_check_units`."""
+    from 0 to 255, unless all images are constant. If `value_range` gives the values of black and white, it is checked
+    by `_check_units`."""
     if value_range is not None:
         is_pair = isinstance(value_range, (tuple, list)) and len(value_range) == 2
         if value_range != "normalised" and not (is_pair and value_range[0] < value_range[1]):

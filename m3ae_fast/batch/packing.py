@@ -450,9 +450,10 @@ def _padded(lengths_S: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _loss_rows(image_U: np.ndarray, text_U: np.ndarray, size: Callable[[int], int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of the image loss and of the text loss. The number of rows of each loss is rounded up by `size`;
-    the last rows that carry no loss serve as padding. No row is in both, as the backward pass of `head_inputs`
-    requires."""
+    """Return the rows of the image loss and of the text loss. The number of rows of each loss is rounded up by the
+    function `size`; the last rows that carry no loss serve as padding. No row is in both, as the backward pass of
+    `head_inputs` requires.
+    """
     image_I, text_W, without = map(np.flatnonzero, (image_U, text_U, ~(image_U | text_U)))
     more_images, more_texts = (size(len(rows)) - len(rows) for rows in (image_I, text_W))
     spare = without[len(without) - more_images - more_texts :]

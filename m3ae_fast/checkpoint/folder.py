@@ -195,8 +195,9 @@ class _Save(NamedTuple):
                 )
 
     def end(self, reports: list[str], last: bool) -> str:
-        """Rename the checkpoint to its final name if all ranks have written. Rank 0 only. Return "" if the folder has
-        been renamed or removed in the meantime and this is not the `last` attempt."""
+        """Rename the checkpoint to its final name if all ranks have written, and return "saved". Return "" if the
+        folder has been renamed or removed in the meantime and this is not the `last` attempt. Rank 0 only.
+        """
         try:
             self._end([json.loads(report) for report in reports])
         except (UserError, OSError) as error:

@@ -47,7 +47,7 @@ _Size = Annotated[int, Field(ge=0)]
 class Table:
     """Files and slices of all tensors in a checkpoint."""
 
-    parts: Annotated[int, Field(ge=1, lt=100_000)]  # number of files; their names have five digits for it
+    parts: Annotated[int, Field(ge=1, lt=100_000)]  # number of files, written with five digits in their names
     shapes: dict[str, tuple[_Size, ...]]
     # the pieces of each tensor in order, each as (index of its file, number of elements)
     pieces: dict[str, list[tuple[_Size, _Size]]]
@@ -112,7 +112,7 @@ class _Written:
     parts: int = field(compare=False)
 
 
-# cached, because each save is split like the previous one, and the table for many ranks takes seconds
+# cached, because all saves of a run are split in the same way, and building the table for many ranks takes seconds
 @lru_cache(maxsize=1)
 def _table(written: _Written) -> str:
     return json.dumps(asdict(tabulate(written.folder, written.shapes, written.parts)))

@@ -261,7 +261,7 @@ def evaluation_config(
 
     Args:
         given: sections as plain JSON data, which are modified.
-        overrides: overrides `section.key=value`.
+        overrides: changes of settings, of the form `section.key=value`.
         reader: name of a program or task, and the sections that it reads in addition to `_COMMON`; None: all sections
             are read.
 

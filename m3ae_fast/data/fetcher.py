@@ -139,8 +139,9 @@ class Fetching:
             self._fetcher.end()
 
     def begin(self) -> None:
-        """Start downloading if this rank owns the node's fetcher. Like loader workers, the fetcher starts before the
-        first step."""
+        """Start downloading if this rank is the leader of its node. Like loader workers, the fetcher starts before the
+        first step.
+        """
         self._steps = _shared_steps(self._path, self._ranks)
         self._steps[self._slot] = self.schedule.start
         if self._slot == 0:

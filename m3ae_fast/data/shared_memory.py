@@ -23,8 +23,9 @@ def batch_bytes(geometry: Geometry, micro_batch: int) -> int:
 
 
 def most_workers(size: int) -> int:
-    """Return the maximum number of workers, at least 1, for which two batches of `size` bytes per worker fit: one batch
-    waits while the next one is packed."""
+    """Return the maximum number of workers, at least 1, for which two batches of `size` bytes per worker fit into the
+    shared memory: one batch waits while the next one is packed.
+    """
     return max(1, int(min(_available_bytes(), 1e15) / (2 * size)))
 
 

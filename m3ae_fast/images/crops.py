@@ -52,7 +52,7 @@ def draw_box(
     height: int, width: int, scale: tuple[float, float], draws: list[float], own: float = 1.0
 ) -> tuple[int, int, int, int]:
     """Return the top, left, height and width of a crop, sampled as in
-    torchvision.transforms.RandomResizedCrop.get_params, with aspect ratios relative to `own`."""
+    torchvision.transforms.RandomResizedCrop.get_params, with aspect ratios relative to the aspect ratio `own`."""
     least, most = own * _RATIO[0], own * _RATIO[1]
     for i in range(0, 4 * _TRIES, 4):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[i])
@@ -92,7 +92,7 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     float32 and rounded."""
     if image.dtype == torch.uint16:
         return resize(image.float(), height, width).round_().clamp_(0, 65535).to(torch.uint16)
-    if image.is_floating_point() and width == 1 < height:  # torch 2.13 is wrong if the result has one column
+    if image.is_floating_point() and width == 1 < height:  # torch 2.13 resizes incorrectly to one column
         return resize(image.mT, width, height).mT
     return F.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
 

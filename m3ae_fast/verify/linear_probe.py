@@ -42,7 +42,7 @@ def _replay(
         return tokens_NTD[:, 1:].mean(1) if settings["global_pool"] else tokens_NTD[:, 0]
 
     features_ND, labels_N = pooled("features"), golden.tensor("in/labels").long().to(device)
-    head = LinearHeads(features_ND.shape[1], meta["C"], [0]).to(device, dtype)  # a stack with a single head
+    head = LinearHeads(features_ND.shape[1], meta["C"], [0]).to(device, dtype)  # a single head
     weights = {"kernel": head.linear.weight, "bias": head.linear.bias}
     tensors = {**weights, "mean": head.norm.mean, "var": head.norm.var}  # by name in the file
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""An interface to the attention op for tests. It takes segments."""
+"""An interface to the attention op for tests, which takes segments."""
 
 from m3ae_kernels import packed_attention
 from m3ae_kernels.attention import Segments
