@@ -4,10 +4,10 @@
 
 For sm_90, each kernel is compiled at M3AE-Large's size in all dtypes, at all other sizes (head dimensions, bands,
 masks) in bf16, and at the largest head dimension also in float32. For other architectures, each kernel is compiled in
-bf16 at M3AE-Large's sizes and at the largest head dimension. The cases that use the most registers and shared memory,
-which are the largest head dimension and the matmuls of images, are also compiled in float32. `--full` compiles every
-kernel at every size in every dtype, which takes three times as long. The additional cases have the same settings and
-nearly the same code as the other cases.
+bf16 at M3AE-Large's sizes and at the largest head dimension. Two kinds of cases use the most registers and shared
+memory and are therefore also compiled in float32: the largest head dimension, and the matmuls of images. `--full`
+compiles every kernel at every size in every dtype, which takes three times as long. The additional cases have the same
+settings and nearly the same code as the other cases.
 
 The program prints one line per kernel, architecture and dtype: the numbers of registers and spills, the bytes of local
 and shared memory, and the matrix instruction. Nothing is compiled for architectures on which the ops run on torch. The
@@ -90,7 +90,7 @@ def _pointers(**by_type: str) -> dict[str, str]:
 
 
 def _with_bands(*cases: Case) -> list[Case]:
-    """Return the cases, which read 8-bit RGB images, and the same cases with images of 13 bands of 16 bits, as in
+    """Return the given cases, which read 8-bit RGB images, and the same cases for 16-bit images with 13 bands, as in
     Sentinel-2."""
     several = []
     for case in cases:
@@ -270,8 +270,8 @@ def _on_torch(arch: str) -> bool:
 
 
 def _read_nvidia(report: Report, cubin: bytes, matmul: bool) -> str:
-    """Return the assembly, or an empty string if it does not need to be checked, because disassembling a small kernel
-    takes half of the total time."""
+    """Return the assembly, or an empty string if it does not need to be checked. Disassembling a small kernel that
+    needs no check would take as long as everything else."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -62,7 +62,7 @@ _on_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _best_on_gpu(device: torch.device) -> str:
-    """Return "triton", or "torch" if the Triton kernels do not support the device, which causes one warning per
+    """Return "triton" if the Triton kernels support the device. Otherwise, return "torch" and issue a warning, once per
     device."""
     if tuning.fits(device):
         return "triton"

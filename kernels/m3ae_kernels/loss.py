@@ -64,8 +64,8 @@ def row_weights(
 
 
 def unit_weights(weight_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the row weights divided by a unit, and the unit, a 0-d tensor. The unit is the largest magnitude of a
-    weight.
+    """Return the row weights divided by a unit, and the unit, a 0-d tensor. The unit is the largest absolute value
+    of a weight.
 
     The stored gradients are computed with these scaled weights, because with the original weights, such as 1e-6, the
     gradients would underflow in float16.

@@ -44,7 +44,7 @@ def patch_embed(
             / 255 - mean) / std, uint16 images as (x / 65535 - mean) / std, and floating-point images as (x - mean) /
             std, or not at all if mean and std are None.
         patch_ids: [...] int32 or int64, image * patches_per_image + patch. The patches of an image are numbered in
-        row-major order.
+            row-major order.
         weight: [D, P * P * C] in the order (row, column, channel).
         bias: [D], or None for no bias.
         patch_size: P; H and W are multiples of it.

@@ -56,7 +56,7 @@ def masked_pixel_loss(
 
     Args:
         hidden: [..., D] floating-point.
-        weight: [P * P * C, D], its rows in the order (row, column, channel).
+        weight: [P * P * C, D], with rows in the order (row, column, channel).
         images: [B, C, H, W], contiguous or channels_last (otherwise a copy is made). uint8 images are normalised as (x
             / 255 - mean) / std, uint16 images as (x / 65535 - mean) / std, and floating-point images as (x - mean) /
             std, or not at all if mean and std are None. Images that require a gradient are rejected, because none is

@@ -39,8 +39,8 @@ from .token_arguments import Inputs, Options, Results
 
 # Workspace for logits in bytes; large enough for full matmul speed.
 WORKSPACE = {"triton": 256 << 20, "torch": 64 << 20}
-# Bytes of float32 values in the softmax of the torch implementation; so few rows are processed at a time that they fit
-# into the caches.
+# Maximum number of bytes of float32 values that the softmax of the torch implementation processes at a time, so that
+# they fit into the caches.
 SOFTMAX_BYTES = 8 << 20
 
 

@@ -1,4 +1,4 @@
-"""Attention over packed samples: one op (`op`), and the kernels that compute it, which `choice` selects."""
+"""Attention over packed samples: one op (op.py), its kernels, and the choice of a kernel (choice.py)."""
 
 from .kernel import Kernel, Segments
 from .op import packed_attention

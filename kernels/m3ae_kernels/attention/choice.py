@@ -1,4 +1,4 @@
-"""Choice of the attention kernel: on CUDA the fastest installed kernel, on a CPU a C kernel or torch."""
+"""Choice of the attention kernel: the fastest installed kernel on CUDA, and a C kernel or torch on a CPU."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ def kernel_for(impl: str, device: torch.device, dtype: torch.dtype, heads: int, 
     """Return the kernel for attention of samples with about `length` keys. `impl` is "auto", "triton" or "torch".
 
     For 16-bit inputs on CUDA, the first "auto" call for each head configuration benchmarks the installed kernels, which
-    takes about a second. For wider inputs on CUDA, "auto" uses torch, as does every call on a device other than CUDA
-    and the CPU unless `impl` is "triton"."""
+    takes about a second. For wider inputs on CUDA, and on devices other than CUDA and the CPU, "auto" uses torch."""
     if impl != "auto":
         impl = choose_impl(impl, device, dtype)
     if impl == "triton":

@@ -1,4 +1,4 @@
-"""Attention kernels on CUDA GPUs: the fastest of those in flash-attn (2, 3 and 4), cuDNN, torch and this package.
+"""Attention on CUDA GPUs, with the fastest kernel of flash-attn (2, 3 and 4), cuDNN, torch and this package.
 
 No kernel is fastest in all cases: flash-attn 3 pads a head dimension of 32 to 64 and works in tiles of 192 keys, which
 a sample of 70 visible tokens fills only partly; flash-attn 2 has neither disadvantage, but does not use Hopper's
@@ -153,8 +153,8 @@ def distance(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def _seconds(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segments) -> float:
-    """Return the seconds of one forward and backward pass. On a GPU, this is the time between two events. The GPU is
-    first kept waiting while the host launches the kernels, so that the time of the launches does not matter."""
+    """Return the duration of one forward and backward pass in seconds. On a GPU, this is the time between two events.
+    The GPU is first kept waiting while the host launches the kernels, so that launch times have no effect."""
     inputs = qkv_T3HD, grad_THD, segments
     if qkv_T3HD.device.type != "cuda":
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The interface of attention kernels of all libraries and devices.
+"""The interface that the attention kernels of all libraries and devices share.
 
 Shapes: S samples, Q query rows, K key rows, H heads, D values per head.
 """
@@ -26,7 +26,7 @@ class Segments:
 
 def check_segments(op: str, **segments: Segments) -> None:
     """Raise IndexError unless the boundaries increase from 0 to the number of rows. On a CPU, they are always checked;
-    elsewhere only with M3AE_KERNELS_CHECK=1. The keywords are the argument names that the message contains."""
+    on other devices, only with M3AE_KERNELS_CHECK=1. The keywords are the argument names that the message contains."""
     for name, each in segments.items():
         if ids.asked() or each.cu_seqlens.device.type == "cpu":
             ids.check_ends(op, name, each.cu_seqlens, each.rows, each.max_seqlen)
@@ -97,5 +97,3 @@ class Kernel:
     """(grad, q, k, v, out, lse, dq, dk, dv, queries, keys): writes every row of dq, dk and dv, which may be slices
     too."""
     unit: float = 1.0  # unit of `lse` in nats
-    """`forward` and `backward` also accept `Scores` as the last argument if `own_kernel` (choice.py) returns the
-    kernel."""

@@ -1,4 +1,4 @@
-"""Attention on CPUs with AVX-512 or AMX, in ../cpu/attention.c.
+"""Attention on CPUs with AVX-512 or AMX, which is implemented in ../cpu/attention.c.
 
 Shapes: Q query rows, K key rows, H heads, D values per head.
 """
@@ -88,7 +88,7 @@ def _backward(library: ctypes.CDLL, grad, q, k, v, out, lse, dq, dk, dv, queries
 
 
 def _rows(x_THD: Tensor) -> Tensor:
-    """Return `x_THD`, copied if its rows are not contiguous, because the kernels support only a stride between rows."""
+    """Return `x_THD`, or a copy if its rows are not contiguous, as the kernels require."""
     return x_THD if x_THD.stride()[1:] == (x_THD.shape[2], 1) else x_THD.contiguous()
 
 

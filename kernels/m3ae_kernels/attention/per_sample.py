@@ -3,8 +3,8 @@
 Shapes: Q query rows, T key rows, H heads, D values per head; in a group, B = samples * H, with q queries and k keys per
 sample.
 
-Samples of equal lengths are processed together by batched matmuls, in groups whose scores fit into the cache, so there
-is no padding and no mask. Probabilities are computed as powers of 2, which are several times faster in torch on a CPU
+Samples of equal length are processed together by batched matmuls, so no padding and no mask are needed. The scores of a
+group fit into the cache. Probabilities are computed as powers of 2, which are several times faster in torch on a CPU
 than powers of e.
 """
 
@@ -25,7 +25,7 @@ CHUNK_SCORES = 1 << 20  # maximum number of scores per batched matmul: a few MB,
 
 @dataclass(frozen=True)
 class _Group:
-    """A group of samples with equal numbers of queries and of keys."""
+    """A group of samples that all have the same number of queries and the same number of keys."""
 
     q_starts: list[int]
     k_starts: list[int]

@@ -40,8 +40,8 @@ class Linear(nn.Linear):
 def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     """Return the result of torch.nn.functional.linear, including the behaviour of autocast.
 
-    For float32 on AMD CPUs, oneDNN is used, which is twice as fast as torch's choice, MKL; on Intel CPUs, MKL is faster
-    by a tenth. For bf16 on CPUs with AMX, and on AMD CPUs with AVX-512's bf16 dot products, linear.c and
+    For float32 on AMD CPUs, oneDNN is used, which is twice as fast as torch's choice, MKL; on Intel CPUs, MKL is
+    10 % faster. For bf16 on CPUs with AMX, and on AMD CPUs with AVX-512's bf16 dot products, linear.c and
     weight_gradient.c are used, which do not round the bias and the gradients of parameters to bf16.
     """
     dtype = matmul_dtype(x_RI, weight_OI)
@@ -198,7 +198,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return x, copied if its rows are not contiguous, as the C code requires. torch aligns the copy to 64 bytes."""
+    """Return x, or a copy if its rows are not contiguous, as the C code requires. torch aligns copies to 64 bytes."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -1,5 +1,5 @@
-"""LayerNorm: torch's own function, except for 16-bit inputs on a CPU. There, torch also sums the gradients of weight
-and bias in 16 bits, with errors of 7 %, or of 58 % if a sum is small compared with its terms.
+"""LayerNorm: torch's own function, except for 16-bit inputs on a CPU. For these inputs, torch would sum the gradients
+of weight and bias in 16 bits, with errors of 7 %, or of 58 % if a sum is small compared with its terms.
 
 Shapes: R rows, D width.
 """

@@ -71,8 +71,8 @@ def in_place(images: Tensor) -> Tensor:
 
 
 def pixel_arguments(images: Tensor, patch_size: int, scale: list[float], shift: list[float]) -> dict:
-    """Return the keyword arguments of every kernel that calls `load_pixels`: scale and shift as scalars, which stay in
-    registers, for up to four channels, and as a table for more."""
+    """Return the keyword arguments of every kernel that calls `load_pixels`. For up to four channels, scale and shift
+    are scalars, which stay in registers; for more channels, they are a table."""
     channels, height, width = images.shape[1:]
     few = channels <= FEW_CHANNELS
     pad = [0.0] * (FEW_CHANNELS - len(scale))

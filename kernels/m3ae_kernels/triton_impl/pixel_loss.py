@@ -92,7 +92,7 @@ def pixel_error_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compare predictions hidden [N, D] @ weight [K, D].T + bias with the pixels, one tile per program instance.
-    Computes the tile's squared errors by row (tile_loss [tiles of K, N]) and, if gradients are needed, the gradients
+    Compute the tile's squared errors by row (tile_loss [tiles of K, N]) and, if gradients are needed, the gradients
     unit_weight[r] * 2 / K * error (grad [N, stride], zero beyond K) and their sums by column (tile_bias [tiles of N,
     K]).
 

@@ -15,7 +15,7 @@ from .common import acc_type, cdiv, launcher
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["rows"])
 def take_rows_kernel(x, rows, out, M, D, stride, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Compute out [M, D] = x[rows], zero if rows is negative. Cost: 4MD bytes in bfloat16, which take 60 us at 3.35
+    """Compute out [M, D] = x[rows], with zeros for negative rows. Cost: 4MD bytes in bfloat16, which take 60 us at 3.35
     TB/s for 98304 rows of 512 elements."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -1,4 +1,4 @@
-"""Kernel of `segment_sum`, a segmented reduction over a stable sort: no atomics, one order of summation.
+"""Kernel of `segment_sum`, a segmented reduction over sorted ids, without atomics and in a fixed order.
 
 1. Sort the rows' ids, and find the start of each id's run.
 2. Sum each run with several program instances. Their number depends on the average length of a run.

@@ -28,8 +28,8 @@ def token_rows_kernel(
     logits, targets, unit_weight, row_loss, correct, V, stride, ignore_index, smoothing, z_loss,
     GRAD: tl.constexpr, CORRECT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Process one row of logits [V] per program instance: compute its loss, whether its target is the first of the
-    largest logits, and, if gradients are needed, replace the logits by unit_weight times the gradient of the loss with
+    """Process one row of logits [V] per program instance: compute its loss, and whether its target is the first of the
+    largest logits. If gradients are needed, replace the logits by unit_weight times the gradient of the loss with
     respect to each logit.
 
     The row is read twice. The second pass finds it in the caches (61 kB for a vocabulary of 30522 in 16 bits), so
@@ -44,8 +44,8 @@ def token_rows_kernel(
     target = tl.load(targets + row)
     counted = target != ignore_index
     inside = counted & (target >= 0) & (target < V)
-    # The target's logit is read before any thread writes. For a target out of range, nothing is read, and the loss is
-    # NaN.
+    # The target's logit is read before any thread writes. If the target is out of range, nothing is read, and the
+    # loss is NaN.
     logit = tl.load(logits + target, mask=inside, other=float("nan")).to(ACC)
     column = tl.where(inside, target, -1).to(tl.int32)
     # 1. Online softmax (algorithm 3 of https://arxiv.org/abs/1805.02867) in each lane: the maximum m, its first
@@ -57,7 +57,7 @@ def token_rows_kernel(
     sums = tl.zeros((BLOCK_V,), dtype=ACC)
     for v0 in range(0, V, BLOCK_V):
         v = v0 + lane
-        # The load mask is a multiple of 16, so loads vectorise; columns from V to stride are padding.
+        # The mask ends at a multiple of 16, so loads vectorise; columns from V to stride are padding.
         x = tl.where(v < V, tl.load(logits + v, mask=v < stride, other=0).to(ACC), float("-inf"))
         above = x > m
         e = tl.exp(-tl.abs(x - m))

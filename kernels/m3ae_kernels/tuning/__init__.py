@@ -30,7 +30,8 @@ def table(arch: str) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def fits(device: torch.device) -> bool:
-    """Return whether the Triton kernels support this GPU: any AMD GPU, or an NVIDIA GPU not older than `OLDEST`."""
+    """Return whether the Triton kernels support this GPU: any AMD GPU, or an NVIDIA GPU of compute capability
+    `OLDEST` or higher."""
     return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= OLDEST
 
 
