@@ -1,5 +1,5 @@
 """Online training of attentive probes, without storing patch tokens: each step encodes a batch and discards its tokens,
-so that the memory does not grow with the dataset.
+so that memory use does not grow with the dataset.
 
 Shapes: S samples of a batch on this rank, L patches, D width, K layers, or pairs of a layer and a
 pooling, F types of features, H heads of a type, C classes.
@@ -91,10 +91,10 @@ def predict_online(
     setting: Setting,
     whole: TimeLeft,
 ) -> dict[Input, Predictions]:
-    """Return the predictions of attentive probes (of linear probes for pooled features) for the held-out samples on
-    every rank, by index of the feature type. All probes are trained in one pass. If several learning rates are tried,
-    the predictions of a probe are those of the head whose learning rate is best on a tenth of the training samples. No
-    head is trained on this tenth.
+    """Train one probe per feature type, and return the predictions for the held-out samples on every rank, by index of
+    the feature type. The probes of patch tokens are attentive, and the probes of pooled features are linear. All probes
+    are trained in one pass. If several learning rates are tried, a tenth of the training samples is held out, and the
+    predictions of a probe are those of the head with the best results on this tenth.
 
     Args:
         job: the job.

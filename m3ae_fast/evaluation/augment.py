@@ -23,7 +23,7 @@ from m3ae_fast.config.evaluation import FineTuneConfig
 from m3ae_fast.data import Share
 from m3ae_fast.images.normalisation import normalised
 
-_MIXING = 64  # identifies this purpose of random numbers; for other purposes, see base.randomness.Purpose
+_MIXING = 64  # identifies the random numbers of mixing; for other purposes, see base.randomness.Purpose
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def mixes(config: FineTuneConfig, images_only: bool) -> bool:
 
 
 class Mixing:
-    """Converts training batches to batches with soft labels, with label smoothing and, if the encoder sees only images,
-    mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899).
+    """Converts training batches to batches with soft labels. Applies label smoothing and, if the encoder sees only
+    images, mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899).
 
     The samples 2 k and 2 k + 1 of a lane of the training stream are mixed with each other. The random numbers of a pair
     depend only on the seed, the lane and k. (The official code samples them once per micro-batch, so its results depend
@@ -158,7 +158,7 @@ class Mixing:
         return replace(batch, images=images.to(dtype)), labels_SK
 
     def _draw(self, positions: list[int | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sample the mixing of a batch. Return, for each sample, the row of its partner (its own row if there is none),
+        """Sample how a batch is mixed. Return, for each sample, the row of its partner (its own row if there is none),
         int64 [S]; the weight of the sample itself, float32 [S]; and the box that cutmix pastes from the partner, int64
         [S, 4] (top, bottom, left, right; 0 for mixup)."""
         rows = {position: row for row, position in enumerate(positions)}

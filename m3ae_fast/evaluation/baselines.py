@@ -1,5 +1,5 @@
-"""Baselines on the same samples as a model: the same network with random weights, downscaled pixels, and a classifier
-that always predicts the largest class."""
+"""Baselines that are evaluated on the same samples as a model: the same network with random weights, downscaled pixels,
+and a classifier that always predicts the largest class."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
 MODEL = "the model"  # name of the evaluated model in comparisons with its baselines
 UNTRAINED, SCALED, LARGEST = "random weights", "downscaled pixels", "the largest class"
-PREFIXES = {UNTRAINED: RANDOM, SCALED: PIXELS}  # prefix of a model's name that denotes each baseline
-BASELINES = "baselines"  # key of the results of the baselines in a result
+PREFIXES = {UNTRAINED: RANDOM, SCALED: PIXELS}  # prefix that denotes each baseline in the name of a model
+BASELINES = "baselines"  # key of the baselines' results in result.json
 PROBE = "probe"  # key of the description of a baseline's classifier, if it differs from the classifier of the model
 LOGISTIC = "logistic regression"
 
@@ -46,7 +46,7 @@ def accuracy_entries(found: Mapping[str, Predictions], probe: str = "") -> dict[
     """Return the accuracies of a model and of its baselines as entries of result.json.
 
     Args:
-        found: predictions for the same samples, by MODEL and by the names of the baselines.
+        found: predictions for the same samples; the keys are MODEL and the names of the baselines.
         probe: description of the classifier of the baselines; "": the same as that of the model.
     """
     model = found[MODEL]
@@ -59,8 +59,8 @@ def accuracy_entries(found: Mapping[str, Predictions], probe: str = "") -> dict[
 
 
 def accuracy_difference(first: Sequence[Predictions], second: Sequence[Predictions]) -> Difference | None:
-    """Return the difference of the mean accuracies of two classifiers, first minus second, for predictions of one or
-    several trials; None if it cannot be estimated, because there is only one sample or the samples differ."""
+    """Return the difference between two classifiers' mean accuracies over one or several trials, first minus second;
+    None if it cannot be estimated, because there is only one sample or the samples differ."""
     keys = first[0].keys
     if len(keys) < 2 or second[0].keys != keys:
         return None
@@ -69,13 +69,13 @@ def accuracy_difference(first: Sequence[Predictions], second: Sequence[Predictio
 
 
 def differences(result: Mapping[str, Any]) -> dict[str, Difference]:
-    """Return the differences of a result from its baselines, by the name of the baseline."""
+    """Return the differences between a result and its baselines, by name of the baseline."""
     found = {name: each.get("difference") for name, each in result.get(BASELINES, {}).items()}
     return {name: Difference.read(each) for name, each in found.items() if each}
 
 
 def not_better(result: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """Return the metric of each baseline in a result, except for the baselines that the model exceeds significantly."""
+    """Return the metrics of those baselines in a result that the model does not exceed significantly, by name."""
     apart = differences(result)
     return {
         name: each[metric]

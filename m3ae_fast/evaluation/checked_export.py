@@ -42,8 +42,7 @@ def export(
     """Write the float32 weights of a model, and return the result.
 
     Args:
-        model: a run folder (its last checkpoint), a checkpoint, or an export that is to be converted to another format
-            or uploaded.
+        model: a run folder (its last checkpoint), a checkpoint, or an export to convert to another format or to upload.
         out: a new folder, or an earlier export, which is replaced; for "onnx", the file to write.
         format: "m3ae" for a folder that `load_model` reads, "timm" for the image encoder as timm's VisionTransformer,
             or "onnx" for the image encoder as two files, in float32 and in int8.

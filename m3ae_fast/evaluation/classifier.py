@@ -72,7 +72,7 @@ class Classifier(nn.Module):
         return self.head(self.features(batch).to(next(self.head.parameters()).dtype))
 
     def load_backbone(self, model: MultimodalEncoder) -> None:
-        """Copy the encoder's weights from a model of the same sizes, and use its tokenizer."""
+        """Copy the encoder's weights from a model with the same dimensions, and use its tokenizer."""
         names = self.backbone.state_dict().keys()
         self.backbone.load_state_dict({name: t for name, t in model.state_dict().items() if name in names})
         self.backbone.tokenizer = model.tokenizer

@@ -1,5 +1,5 @@
-"""Comparison of models, of random weights and of downscaled pixels, by several probes of frozen features on the same
-samples, with significance tests.
+"""Comparison of models, random weights and downscaled pixels by several probes of frozen features on the same samples,
+with significance tests.
 
 Shapes: N held-out samples, D trials with different seeds.
 """
@@ -84,8 +84,8 @@ class ComparedPredictions:
 
     def tests(self) -> Iterator[tuple[str, str, str, Difference]]:
         """Yield (probe, first, second, test) for each probe and each pair of models, and for each model and the
-        baseline that always predicts the largest class. The models are listed with the baseline first, and `first`
-        comes after `second` in this list."""
+        baseline that always predicts the largest class. In the list of models, which begins with the baseline, `first`
+        comes after `second`."""
         for probe in dict.fromkeys(probe for _, probe in self.trials):
             models = [LARGEST, *(model for model, own in self.trials if own == probe)]
             for second, first in combinations(models, 2):
@@ -319,8 +319,8 @@ def _measure(
 def _encoded(
     job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[ComputeCost, TimeLeft]
 ) -> tuple[Job, list[tuple[FeatureBank, FeatureBank] | None]]:
-    """Return the job on a model, and the features of training and held-out samples for each probe, from one pass over
-    the images. The features are None for a probe that will be trained online."""
+    """Encode the samples with a model, in one pass over the images. Return the job on this model, and the features of
+    the training and held-out samples for each probe; None for a probe that will be trained online."""
     work, left = planned
     set_images(model, job.config.data.image_settings())
     own = replace(job, model=model.to(job.ranks.device).eval())

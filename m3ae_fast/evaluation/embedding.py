@@ -261,7 +261,7 @@ def _encode_files(
 
 
 def _field(name: str, corpus: Corpus, numbers: np.ndarray) -> list[str]:
-    """Return a field of the samples' json for the samples with these numbers; "" for a sample without the field."""
+    """Return the value of a json field for the samples with these numbers; "" for a sample without the field."""
     found = [value for own in read_labels(corpus, f"json.{name}", progress=True) for value in own]
     return ["" if found[number] is None else str(found[number]) for number in numbers]
 

@@ -84,21 +84,21 @@ def encode_corpus(
     reduce: Reduce | None = None,
     folder: Path | None = None,
 ) -> FeatureBank:
-    """Return pooled features of all samples, unmasked, with the images cropped to the central square unless they are
-    native. Each rank stores the features that it has computed.
+    """Return pooled features of all samples. The samples are not masked, and images are cropped to the central square
+    unless they are native. Each rank stores the features that it has computed.
 
     Args:
         model: the encoder, on the device of `ranks`.
-        corpus: the dataset; the modalities of its sources select whether images, texts or pairs are encoded.
+        corpus: the dataset; the modalities of its sources determine whether images, texts or pairs are encoded.
         data: settings of the data loader.
         config: settings of the encoding.
-        ranks: the ranks, between which the samples are split.
+        ranks: the ranks across which the samples are split.
         monitor: progress display and stop requests.
         layers: numbers of the blocks after which features are taken, from 1; features are then [R, K, D], in the order
             of `MultimodalEncoder.pooled_of_layers`. None: only the last block, with features [R, D].
         pools: the poolings; None: the pooling of `config`.
         patches: whether to also store the features of all patches.
-        reduce: function of a batch's labels, pooled features and patch tokens whose results are stored in place of the
+        reduce: function of a batch's labels, pooled features and patch tokens; its results are stored in place of the
             features.
         folder: folder for a file with features that do not fit into memory; None: the folder for temporary files.
 
@@ -133,8 +133,8 @@ def encode_by_each(
     patches: bool = False,
     folder: Path | None = None,
 ) -> list[FeatureBank]:
-    """Return the features of the last block of each of several models, which have the same input, from one pass over
-    the samples: each batch is decoded once. See `encode_corpus` for the other arguments and the errors."""
+    """Return the features of the last block for each of several models, which must have the same input. Each batch is
+    decoded only once for all models. See `encode_corpus` for the other arguments and the errors."""
     batches = _batches(models[0], corpus, data, config, ranks)
     banks = _encode(models, batches, config, ranks, monitor, patches=patches, folder=folder)
     return [bank.layer(0) for bank in banks]

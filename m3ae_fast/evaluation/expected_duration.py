@@ -22,7 +22,7 @@ def seconds(probe: str, samples: int, shapes: Sequence[tuple[int, ...]], setting
     Args:
         probe: name of the probe in PROBES.
         samples: number of training samples.
-        shapes: shape of a sample's features of each type on which probes are trained.
+        shapes: for each feature type on which a probe is trained, the shape of a sample's features.
         setting: context of the probe.
     """
     if (start := PROBES[probe].recipe) is None:

@@ -187,7 +187,7 @@ class Rows:
 
     def _allocated(self, like: Tensor) -> Tensor:
         shape, ranks = (self._most, *like.shape[1:]), self._ranks
-        # host memory is taken only when rows are written: until then, it would seem to be free for later tensors too
+        # host memory counts as free until rows are written to it, so the tensors that follow are included in advance
         needed = math.prod(shape) * like.element_size() * self._to_come
         place = storage(needed, ranks.device, len(ranks.of_node), self._folder)
         if place != "file":

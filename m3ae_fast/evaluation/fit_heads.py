@@ -1,8 +1,8 @@
 """Training of many heads (for several layers, poolings, learning rates and seeds) in one pass over the batches.
 
 The heads that read the same features form a stack, and are updated together. Each rank processes its part of each step.
-Statistics and gradients are summed over ranks, so that the steps do not depend on the number of ranks, except for
-rounding.
+Statistics and gradients are summed over ranks, so apart from rounding, the result does not depend on the number of
+ranks.
 
 Shapes: N samples, S samples of a step on this rank, R samples of a bank on this rank, H heads of a stack, K classes, D
 width.
@@ -46,7 +46,7 @@ class HeadBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class BankSteps:
-    """The steps of a shuffled stream over banks of the same samples. An epoch is a permutation of all samples, and a
+    """Training steps over banks of the same samples, in shuffled order. An epoch is a permutation of all samples, and a
     step may span two epochs. Each rank processes those samples of a step that it stores."""
 
     banks: Mapping[Input, FeatureBank]
@@ -77,7 +77,7 @@ class Stack:
     heads: Heads
     optimizer: StackedOptimizer
     scales_H: Tensor  # learning rates as multiples of the learning rate of the schedule
-    ranks: Ranks | None = None  # ranks between which each step is split
+    ranks: Ranks | None = None  # ranks across which each step is split
 
     def step(self, x: Tensor, targets: Tensor, samples: int, lr: float) -> tuple[Tensor, Tensor]:
         """Take a training step, given this rank's part of its samples. Return the loss and the accuracy of each head
@@ -105,7 +105,7 @@ class Stack:
 
 
 class HeadsInTraining:
-    """Access for another thread to heads in training, which can be copied between two steps."""
+    """Gives another thread access to heads in training, which it can copy between two steps."""
 
     def __init__(self) -> None:
         self.updating = threading.Lock()  # lock that is held while weights change
@@ -151,9 +151,9 @@ def fit_heads(
         lr: function that maps a step to its learning rate, which is multiplied by the scale of each head.
         steps: number of steps.
         title: description of the training for the progress display and for `live`.
-        ranks: ranks between which each step is split.
+        ranks: ranks across which each step is split.
         heartbeats: heartbeats of this rank, which are marked at each step.
-        live: access for another thread to the heads in training.
+        live: gives another thread access to the heads in training.
         whole, part: the whole task, of which this training is a part, and the size of the part; see `progress`.
 
     Returns:
@@ -231,5 +231,5 @@ def losses(logits_SHK: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def subset(banks: Mapping[Input, FeatureBank], rows: Sequence[int]) -> dict[Input, FeatureBank]:
-    """Return banks of the samples with the numbers `rows`, which must be ascending."""
+    """Return banks with only the samples whose numbers are in `rows`, which must be ascending."""
     return {name: bank.rows(rows) for name, bank in banks.items()}

@@ -1,4 +1,4 @@
-"""The job with which every task is run, and the writing of its result."""
+"""The job that is passed to every task, and functions that write its result."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ from m3ae_fast.training.run_lock import RunFolder
 
 RESULT_FILE, PARTIAL_FILE = "result.json", "result-so-far.json"
 
-# On a CPU, if a task takes longer than LONG_S, a note suggests options with which it takes about SHORT_S (in seconds).
+# On a CPU, if a task takes more than LONG_S seconds, a note suggests options that reduce this to about SHORT_S seconds.
 LONG_S, SHORT_S = 15 * 60, 10 * 60
 STARTS_OVER = "running the same command again starts over"
-WARNINGS = "cautions"  # key of the list of warnings in a result; existing result files have this name
+WARNINGS = "cautions"  # key of the list of warnings in a result; this name is kept because existing files use it
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -55,7 +55,7 @@ class PartialResult(NamedTuple):
 
     done: str  # description of the completed part of the task
     result: dict[str, Any]  # entries for result.json; empty if there is no result yet
-    columns: Columns  # columns for predictions.parquet; empty if it is not written
+    columns: Columns  # columns for predictions.parquet; empty if this file is not written
     page: str = ""  # text to print
 
 
@@ -67,11 +67,11 @@ class Job:
     modality: Modality  # modalities of a sample that the encoder sees
     config: EvaluationConfig
     session: Session
-    folder: RunFolder | None  # the output folder, on the main rank only
+    folder: RunFolder | None  # the output folder; None on all ranks but the main rank
     model: Any  # an M3AE, or a Classifier if the task evaluates one; on the ranks' device
     # returns the baselines that the task evaluates, by name, on the ranks' device
     open_baselines: Callable[[], Mapping[str, MultimodalEncoder]] = dict
-    is_last: bool = True  # whether the program ends with this task, so that a stopped task reports its partial result
+    is_last: bool = True  # whether the program ends after this task; see `keep_if_stopped`
     classes: Classes = ()  # labels by class id; see `open_labelled`
     names: list[str] = field(default_factory=list)  # names of the classes in figures
     pictures: list[Callable[[], None]] = field(default_factory=list)  # functions that plot figures after the task
@@ -94,7 +94,7 @@ class Job:
         return corpus
 
     def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
-        """Return the training and the validation samples that have a class, and the classes by id. Sets `classes` and
+        """Return the training and validation samples that have a class, and the classes by id. Sets `classes` and
         `names`. Raises UserError as `open_corpus` and `label_corpus` do."""
         field, progress = self.options.labels, self.ranks.is_main
         train, val = self.open(self.config.data.train), self.open(self.config.data.val)
@@ -146,16 +146,17 @@ class Job:
     def encode_with_baselines(
         self, train: Corpus, val: Corpus, *, patches: bool = False
     ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-        """Return the features of the training and of the held-out samples, by MODEL and by the names of the baselines,
-        from one pass over the samples. `patches`: see `encode_corpus`."""
+        """Encode the samples with the model and with each baseline, in one pass over the samples. Return the features
+        of the training and held-out samples; the keys are MODEL and the names of the baselines. `patches`: see
+        `encode_corpus`."""
         return self._encode_by_each({MODEL: self.model, **self.open_baselines()}, train, val, patches=patches)
 
     def encode_baselines(
         self, train: Corpus, val: Corpus, stop: StopRequest | None = None, pool: Pool | None = None
     ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-        """Return the features of the training and of the held-out samples by the names of the baselines, from one pass
-        over the samples; empty if the task evaluates no baselines. `stop`: see `PassMonitor`; `pool`: the pooling;
-        None: the pooling of the settings."""
+        """Encode the samples with each baseline, in one pass over the samples. Return the features of the training and
+        held-out samples by name of the baseline; empty if the task evaluates no baselines. `stop`: see `PassMonitor`.
+        `pool`: the pooling, by default the one in the settings."""
         models = self.open_baselines()
         return self._encode_by_each(models, train, val, "baselines: ", stop=stop, pool=pool) if models else {}
 
@@ -170,8 +171,8 @@ class Job:
         stop: StopRequest | None = None,
         pool: Pool | None = None,
     ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-        """Return the features of the training and of the held-out samples by model. `prefix`: prefix of the titles of
-        the progress display."""
+        """Return the features of the training and held-out samples by model. `prefix`: prefix of the titles in the
+        progress display."""
         shorter = "fewer --train shards" + (" or --no-baselines" if {*models} != {MODEL} else "")
         whole = self.time_left(train.samples + val.samples, shorter=lambda _: shorter)
         config, parts = self.config, []
@@ -195,7 +196,7 @@ class Job:
 
     def encoder(self, passes: float) -> Callable[..., FeatureBank]:
         """Return a function that calls `encode` for one of several datasets, and reports the progress and the remaining
-        time over all datasets. `passes`: total number of samples of the datasets, each multiplied by its cost."""
+        time over all datasets. `passes`: sum over the datasets of the number of samples times the cost per sample."""
         time_left = TimeLeft(passes)
 
         def encode(corpus: Corpus, title: str, cost: float = 1.0) -> FeatureBank:
@@ -246,13 +247,13 @@ class Job:
             print(text, flush=True)
 
     def time_left(self, total: float, other_work: float = 0.0, *, shorter: Callable[[float], str]) -> TimeLeft:
-        """Return an estimator of the task's remaining time. On a CPU, a note is printed as soon as the task is known to
-        take long.
+        """Return an estimator of the task's remaining time. On a CPU, a note is printed as soon as it is clear that the
+        task takes long.
 
         Args:
             total, other_work: as in `TimeLeft`.
-            shorter: function that is called with a fraction of the time, and returns a suggestion of options with which
-                the task takes about this fraction.
+            shorter: function that is called with a fraction, and returns a suggestion of options that reduce the time
+                of the task to about this fraction.
         """
 
         def report(left: float) -> None:
@@ -299,9 +300,10 @@ class Job:
         return about | result | {"model": model, "modality": self.modality, "config": config}
 
     def keep_if_stopped(self, found: Callable[[], PartialResult]) -> None:
-        """Arrange for the intermediate result to be written and printed, before the ranks exit, if a rank is asked to
+        """Arrange for the intermediate result to be written and printed before the ranks exit, if a rank is asked to
         stop after this call. `found`: function that returns the intermediate result; it is called on the main rank, in
-        another thread. A program that continues after the task reports the stop itself."""
+        another thread. If the program continues after the task, this method has no effect, because the program reports
+        the stop itself."""
         if self.is_last:
             self.stop.at_leaving = lambda: self._leave(found) if self.ranks.is_main else ""
 
@@ -311,8 +313,8 @@ class Job:
         return self.write_partial(found(), STARTS_OVER)
 
     def write_partial(self, found: PartialResult, rerun: str) -> str:
-        """Write the intermediate result, and return a message about it. Main rank only. `rerun`: text that states how
-        the task can be continued."""
+        """Write the intermediate result, and return a message about it. Main rank only. `rerun`: text that tells the
+        user how to continue or repeat the task."""
         if not found.result:
             return f"no result yet ({found.done}); {rerun}"
         if found.columns:
@@ -331,7 +333,7 @@ def refuse_existing(out: Path) -> None:
 
 
 def write_result(out: Path, result: dict[str, Any], name: str = RESULT_FILE) -> None:
-    """Write a result atomically, by default as result.json, which replaces an intermediate result."""
+    """Write a result atomically. By default, it is written as result.json, and an intermediate result is removed."""
     write_whole(out / name, json.dumps(result, indent=2) + "\n")
     if name == RESULT_FILE:
         (out / PARTIAL_FILE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Shared code of the linear probe and of fine-tuning, which are tasks of the trainer."""
+"""Code shared by the linear probe and fine-tuning, which are both trained by the `Trainer`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from m3ae_fast.training.trainer import Trainer
 
 # The duration of the run is estimated after this number of steps, or after this number of seconds if steps are slow.
 _TIMED, _SOON_S = 5, 2.0
-_RISE = 0.02  # minimum rise of the training accuracy that is reported
+_RISE = 0.02  # smallest rise in training accuracy that is reported
 
 
 class ClassLosses(NamedTuple):
@@ -47,7 +47,7 @@ class ClassLosses(NamedTuple):
 
 @dataclass(kw_only=True)
 class LabelledTask(ABC):
-    """A classification task of the trainer, which stores the predictions of the last evaluation."""
+    """A classification task that the trainer runs. It stores the predictions of its last evaluation."""
 
     job: Job
     settings: LinearProbeConfig | FineTuneConfig
@@ -89,11 +89,12 @@ class LabelledTask(ABC):
 
     @abstractmethod
     def length_is_open(self) -> bool:
-        """Return whether the length of the run is derived from the number of samples because it is not set."""
+        """Return whether the length of the run is not set, so that it is derived from the number of samples."""
 
     @abstractmethod
     def shorter(self, trainer: Trainer, steps: float) -> str:
-        """Return a suggestion of options that shorten the run to about this number of steps, or of another method."""
+        """Return a suggestion for the user: options that shorten the run to about this number of steps, or a faster
+        task."""
 
     @abstractmethod
     def save_classifier(self, trainer: Trainer) -> None:
@@ -102,7 +103,7 @@ class LabelledTask(ABC):
     def warnings(self, trainer: Trainer) -> list[str]:
         """Return the warnings about the reliability of the result, one line each. Main rank only."""
         lines = []
-        with suppress(UserError):  # the metrics have been removed
+        with suppress(UserError):  # raised if the metrics have been removed
             lines = read_metrics(trainer.run.dir)
         section, steps, batch = self.settings.SECTION, trainer.schedule.total_steps, trainer.share.global_batch
         return training_warnings(section, f"{section}.epochs", steps, OFFICIAL[section], lines, batch)
@@ -230,8 +231,8 @@ def make_trainer(
         task: the task, to which notes on differences from the resumed run are added.
         engine: the engine of the task.
         layout: layout of the sample order.
-        sections: sections of the config for checkpoints, in addition to those of every task.
-        rules: rules on changes of settings between a resumed run and its checkpoint.
+        sections: config sections to store in checkpoints, in addition to the sections that every task stores.
+        rules: rules for settings that differ between a resumed run and its checkpoint.
         suggested_fix: suggested changes of settings if a loss is not finite.
         transform: transform that is applied to each training image.
 

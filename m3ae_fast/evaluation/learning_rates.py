@@ -60,8 +60,8 @@ def choose(tried: Sequence[RateTrial], usual: float, held_out: int) -> RateTrial
 
 
 def edge(tried: Sequence[RateTrial], peak_lr: float | None) -> list[str]:
-    """Return a warning in a list if the chosen learning rate `peak_lr` is the lowest or the highest of those that were
-    tried; otherwise an empty list."""
+    """Return a list that contains a warning if the chosen learning rate `peak_lr` is the lowest or the highest of those
+    that were tried; otherwise an empty list."""
     rates = [each.peak_lr for each in tried]
     if not rates or peak_lr not in (rates[0], rates[-1]):
         return []

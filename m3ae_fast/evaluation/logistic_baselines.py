@@ -13,9 +13,9 @@ from m3ae_fast.process.stoppable_loop import Stopped
 
 
 def logistic_baselines(job: Job, corpora: tuple[Corpus, Corpus], classes: int) -> dict[str, Predictions]:
-    """Return the predictions for the held-out samples by the names of the baselines; empty if the task evaluates no
-    baselines, or if a rank is asked to stop. Each image is decoded once for all baselines. Every rank must call it,
-    after training, when stop requests are checked by the program.
+    """Return the predictions of each baseline for the held-out samples, by name of the baseline; empty if the task
+    evaluates no baselines, or if a rank is asked to stop. Each image is decoded once for all baselines. Every rank must
+    call it after training, when a stop request no longer ends the program by itself.
 
     Args:
         job: the job.

@@ -5,7 +5,7 @@ for zero weights from the covariance of the features, so that few iterations are
 losses and gradients of its own samples, and all ranks take the same steps.
 
 Shapes: N samples, R of them on this rank, B of them at a time, D width, P = D + 1 weights of a class, the last of which
-is its bias, K classes, H strengths, A of which are still optimised, M pairs in the memory.
+is its bias, K classes, H strengths, A of which are still being optimised, M pairs in the memory.
 """
 
 from __future__ import annotations

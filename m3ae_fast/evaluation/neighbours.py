@@ -6,8 +6,8 @@ product. Their similarities are then computed in float64 and rounded to float32;
 lower number comes first. If rounding may have excluded a neighbour, because too many samples are about as similar as
 the last one, the search for the query is repeated in float64.
 
-Shapes: N samples of the bank, R of them on this rank, Q queries, q of them at a time, B rows of a block in G groups of
-g, K neighbours, C candidates, W ranks, D width.
+Shapes: N samples of the bank, R of them on this rank, Q queries, q of them at a time, B rows of a block, which form
+G groups of g rows, K neighbours, C candidates, W ranks, D width.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def _best_of_block(similarity_qB: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` highest similarities in a block (fewer if the block is smaller) and their indices, in any
     order.
 
-    These similarities are in the groups with the highest maxima, and the maxima are computed in one pass over the
-    memory.
+    Only the groups with the highest maxima are searched, because they contain these similarities. The maxima are
+    computed in one pass over the memory.
     """
     queries, rows = similarity_qB.shape
     groups = rows // _GROUP

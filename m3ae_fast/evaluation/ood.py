@@ -270,15 +270,15 @@ def _head_of(classifier: Classifier) -> Callable[[Tensor], Tensor]:
 
 
 def _of_encoder(job: Job, classifier: Classifier) -> Job:
-    """Return the job on the encoder of a classifier, with the pooling of its head."""
+    """Return a job on the encoder of a classifier, with the pooling of the classifier's head."""
     encode = job.config.encode.model_copy(update={"pool": classifier.config.pool})
     return replace(job, model=classifier.backbone, config=job.config.model_copy(update={"encode": encode}))
 
 
 def _compare(known: dict[str, np.ndarray], other: dict[str, np.ndarray], seed: int) -> dict[str, float]:
-    """Return the metrics of each score: the area under the ROC curve with its confidence interval, which is left out if
-    a set has only one sample, the areas under the precision-recall curves, and FPR95. `known`, `other`: scores of the
-    in-distribution and of the out-of-distribution samples by name."""
+    """Return the metrics of each score: the area under the ROC curve, the areas under the precision-recall curves, and
+    FPR95. The area under the ROC curve has a confidence interval unless a set has only one sample. `known`, `other`:
+    scores of the in-distribution and of the out-of-distribution samples by name."""
     found: dict[str, float] = {}
     for name in known:
         area, passed = auroc_and_fpr(known[name], other[name])

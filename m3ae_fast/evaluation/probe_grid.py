@@ -1,5 +1,5 @@
-"""Probes of the features of several layers and poolings, or with few training samples per class, from one pass over the
-images.
+"""Grids of probes: several encoder layers and poolings, or few training samples per class. The images are encoded only
+once, unless heads are trained online.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from m3ae_fast.evaluation.probes import (
 from m3ae_fast.evaluation.significance import ERROR, interval, mean_accuracy
 from m3ae_fast.evaluation.tasks import DRAWS
 
-ATTENTION = "attention"  # name for display of the pooling of patch tokens by an attentive probe
+ATTENTION = "attention"  # display name of the pooling of patch tokens by an attentive probe
 
 
 class Case(NamedTuple):
@@ -47,7 +47,7 @@ class Case(NamedTuple):
     shots: int | None  # number of training samples per class; None: all samples
 
     def name(self, pools: bool) -> str:
-        """Return the name for display. `pools`: whether there are several poolings."""
+        """Return the display name. `pools`: whether the grid has several poolings."""
         return (
             f"layer {self.layer}"
             + (f", {self.pool or ATTENTION}" if pools else "")
@@ -65,7 +65,7 @@ class Encoded:
 
     @property
     def samples(self) -> tuple[int, int]:
-        """Return the numbers of training and of held-out samples."""
+        """Return the numbers of training samples and held-out samples."""
         return len(next(iter(self.bank.values())).keys), len(next(iter(self.held_out.values())).keys)
 
 
@@ -89,12 +89,12 @@ class GridPredictions:
         )
         self.cases = [Case(*kind, number) for number in shots for kind in kinds]
         self.pools = len({kind.pool for kind in kinds}) > 1  # whether there are several poolings
-        self.made: list[tuple[Case, int, Predictions]] = []  # case, number of the draw, and predictions
+        self.made: list[tuple[Case, int, Predictions]] = []  # case, draw number, and predictions
         self.warnings: list[str] = []
         self.chosen: dict[Case, dict[str, float]] = {}  # hyper-parameters that were selected; empty for several draws
 
     def rows(self, made: Sequence[tuple[Case, int, Predictions]]) -> list[dict[str, Any]]:
-        """Return the accuracies of each case as a row."""
+        """Return one row per case, with its accuracies."""
         cases = dict.fromkeys(case for case, _, _ in made)
         return [
             case._asdict() | _measured([each for other, _, each in made if other == case]) | self.chosen.get(case, {})
@@ -118,7 +118,7 @@ class GridPredictions:
         return case, [predictions for other, _, predictions in self.made if other == case]
 
     def columns(self, made: Sequence[tuple[Case, int, Predictions]]) -> dict[str, list[Any]]:
-        """Return the columns of the table of these predictions."""
+        """Return these predictions as the columns of a table."""
         parts = ((predictions, case._asdict() | {"draw": draw}) for case, draw, predictions in made)
         return stacked(parts, self.classes)
 
@@ -217,8 +217,9 @@ def _concluded(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus])
 
 
 def _baselines(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus]) -> dict[str, Baseline]:
-    """Return the results of the baselines with the training samples of the main accuracies, by name; empty if the task
-    evaluates no baselines. The baselines use k-NN if the task does, and otherwise logistic regression."""
+    """Return the results of the baselines by name; empty if the task evaluates no baselines. The baselines have the
+    same training samples as the probe of the main accuracies. They use k-NN if the task does, and otherwise logistic
+    regression."""
     case, own = found.main_predictions()
     probe = "knn" if job.options.task == "knn" else "logistic"
     other = "" if probe == job.options.task else LOGISTIC
@@ -259,8 +260,8 @@ def _shorter(job: Job, layers: Sequence[int]) -> str:
 
 
 def chosen_layers(wanted: str | None, depth: int) -> list[int]:
-    """Return the numbers of the selected encoder blocks, ascending. `wanted`: "all", or numbers separated by commas;
-    None: only the last block. Raises UserError if a block does not exist."""
+    """Return the numbers of the selected encoder blocks, in ascending order. `wanted`: "all", or numbers separated by
+    commas; None: only the last block. Raises UserError if a block does not exist."""
     if wanted is None:
         return [depth]
     if wanted == "all":
@@ -315,7 +316,7 @@ def trains_online(job: Job, layers: Sequence[int], corpora: Sequence[Corpus], na
 
 
 def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> FeatureBank:
-    """Return a bank with `shots` samples of each class, which are selected by a hash of the draw's number and of their
+    """Return a bank with `shots` samples of each class. The samples are selected by a hash of the draw number and their
     keys. The samples for a smaller number of shots are a subset of the samples for a larger number. Raises UserError if
     a class has too few samples."""
     labels = bank.labels.tolist()
@@ -355,8 +356,8 @@ def _setting(job: Job, found: GridPredictions, shots: int | None, draw: int) -> 
 
 
 def _measured(found: Sequence[Predictions]) -> dict[str, Any]:
-    """Return the accuracies with their standard errors; for several draws, the mean top-1 accuracy with its standard
-    error and its 95 % confidence interval."""
+    """Return the accuracies with their standard errors. For several draws, return the mean top-1 accuracy with its
+    standard error and 95 % confidence interval."""
     if len(found) == 1:
         return found[0].accuracies()
     top1, error = mean_accuracy(np.stack([predictions.correct_N.numpy() for predictions in found]))

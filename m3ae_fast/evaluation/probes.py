@@ -1,5 +1,5 @@
-"""The probes of frozen features, which are trained on the features of training samples and predict the classes of
-held-out samples, for several layers at once.
+"""Probes of frozen features. They are trained on the features of training samples and predict the classes of held-out
+samples, for several layers at once.
 
 Shapes: N training samples, M samples to classify, L patches, D encoder width, C classes.
 """
@@ -40,9 +40,9 @@ from m3ae_fast.evaluation.stacked_optimizers import LARS, AdamW
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 
-ATTENTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # peak learning rates of AdamW that are tried
+ATTENTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # peak learning rates to try with AdamW
 _USUAL = 1e-3  # peak learning rate if there are too few samples to try several
-_WARMUP = 1 / 9  # fraction of the steps, as for the linear probe
+_WARMUP = 1 / 9  # warm-up as a fraction of the steps; the same as for the linear probe
 Banks = Mapping[Input, FeatureBank]
 
 
@@ -66,8 +66,8 @@ class Features(NamedTuple):
 
 
 class FeatureTypes(NamedTuple):
-    """The types of features that the probes of a grid read, as the encoder computes them: pooled features for all pairs
-    of a layer and a pooling, in the order of `MultimodalEncoder.pooled_of_layers`, and patch tokens of all layers."""
+    """The feature types that the probes of a grid read. The encoder computes pooled features for all pairs of a layer
+    and a pooling, in the order of `MultimodalEncoder.pooled_of_layers`, and patch tokens of all layers."""
 
     kinds: Sequence[Features]
 
@@ -84,7 +84,7 @@ class FeatureTypes(NamedTuple):
         return any(kind.is_tokens for kind in self.kinds)
 
     def place(self, kind: Features) -> int:
-        """Return the index of features of this type among the pooled features or among the patch tokens."""
+        """Return the index of this feature type among the pooled features or the patch tokens."""
         layer = self.layers.index(kind.layer)
         return layer if kind.pool is None else layer * len(self.pools) + self.pools.index(kind.pool)
 
@@ -108,7 +108,7 @@ class Setting(NamedTuple):
     heartbeats: Heartbeats
     warn: Callable[[Input, str], None] = _no_warning  # called with warnings about the reliability of a result
     chose: Callable[[Input, dict[str, float]], None] = _no_choice  # called with the hyper-parameters that were selected
-    live: HeadsInTraining | None = None  # access for another thread to the heads in training
+    live: HeadsInTraining | None = None  # gives another thread access to the heads in training
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Recipe:
     # creates heads, given the shape of a sample's features, (D,) or (L, D), and the number of heads
     start: Callable[[tuple[int, ...], int], Heads]
     optimizer: Callable[[Heads], LARS | AdamW]
-    # chooses a learning rate, given the results of those that were tried and the number of held-out samples
+    # chooses a learning rate, given the results of those that were tried, and the number of held-out samples
     choose: Callable[[Sequence[RateTrial], int], RateTrial]
 
 
@@ -155,8 +155,8 @@ def linear_recipe(samples: int, setting: Setting) -> Recipe:
 
 
 def attentive_recipe(samples: int, setting: Setting) -> Recipe:
-    """Return the hyper-parameters of attentive probes for this number of training samples. With them, linear heads are
-    trained on features that are already pooled."""
+    """Return the hyper-parameters of attentive probes for this number of training samples. They are also used for
+    linear heads on pooled features."""
     given = setting.config.attentive
     config = attentive_with_defaults(given, samples, setting.encoder_heads)
     assert config.steps and config.batch and config.heads
@@ -206,8 +206,8 @@ class Trained(NamedTuple):
 
 
 def train_heads(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, Trained]:
-    """Train a head on each bank, all in one pass. If the recipe has several learning rates, one of them is chosen for
-    each head; see `try_rates`. Every rank must call it."""
+    """Train one head on each bank, all in one pass, and return the heads. If the recipe has several learning rates, one
+    of them is chosen for each head; see `try_rates`. Every rank must call it."""
     rates = dict.fromkeys(banks, next(iter(recipe.scales)))
     tried: dict[Input, list[RateTrial]] = {name: [] for name in banks}
     if len(recipe.scales) > 1:
@@ -224,9 +224,9 @@ def train_heads(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, T
 
 
 def try_rates(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, list[RateTrial]]:
-    """Train a head with each of the recipe's learning rates on nine tenths of the samples, with the number of steps of
-    the final training, and return their results on the remaining tenth; the results are empty if there are fewer than
-    ten samples. The heads have the same initial weights and batches. Every rank must call it."""
+    """For each of the recipe's learning rates, train a head on nine tenths of the samples, for as many steps as in the
+    final training. Return the results on the remaining tenth; they are empty if there are fewer than ten samples. The
+    heads have the same initial weights and the same batches. Every rank must call it."""
     parts = split(next(iter(banks.values())))
     if not parts.held_out:
         return {name: [] for name in banks}
@@ -260,8 +260,8 @@ def partial_predictions(
     live: HeadsInTraining, banks: Banks, held_out: Banks, recipe: Recipe
 ) -> tuple[dict[Input, Predictions], str]:
     """Return the predictions of the heads in training for this rank's held-out samples, and a description of the
-    training's progress. If several learning rates are tried, the head that is best on this rank's part of the tenth
-    that `try_rates` holds out is used. There are no predictions before the first step."""
+    training's progress. If several learning rates are tried, the best head is used, as measured on this rank's part of
+    the tenth that `try_rates` holds out. There are no predictions before the first step."""
     trained, where = live.copy()
     found = {}
     for name, heads in trained.items():
@@ -282,7 +282,7 @@ def head_warnings(trained: Trained, recipe: Recipe) -> list[str]:
 
 
 class Probe(NamedTuple):
-    """A kind of probe, which either trains heads by a recipe or predicts without one."""
+    """A kind of probe. It either trains heads with a recipe, or computes predictions without a recipe."""
 
     recipe: Callable[[int, Setting], Recipe] | None = None  # returns the hyper-parameters of heads; None: no heads
     # without a recipe: returns the predictions and the hyper-parameters that were selected
@@ -295,7 +295,7 @@ class Probe(NamedTuple):
         return self.recipe is not None
 
     def predict(self, banks: Banks, held_out: Banks, setting: Setting) -> dict[Input, Predictions]:
-        """Return the predictions for the held-out samples, by the features that were used. Every rank must call it, and
+        """Return the predictions for the held-out samples, with the same keys as `banks`. Every rank must call it, and
         gets all predictions.
 
         Args:

@@ -210,8 +210,8 @@ def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
 
 
 def _chance(name: str, result: dict[str, Any]) -> str:
-    """Return the chance level of a metric as text: its value if the largest class (or the five largest classes) is
-    always predicted, or for random scores; "" if it is unknown."""
+    """Return the chance level of a metric as text: its value for random scores, or for always predicting the largest
+    class (or the five largest classes); "" if it is unknown."""
     chance = f"chance_{name.rpartition('_')[2]}" if "recall" in name else f"chance_{name}"
     value = result.get({"top1": "chance"}.get(name, chance))
     if name == "auroc":

@@ -319,7 +319,7 @@ def measured(counts: Mapping[str, Counts], seed: int) -> dict[str, Any]:
 
 
 def _columns(keys: list[str], counts: Counts) -> dict[str, Any]:
-    """Return the columns of predictions.parquet: numbers of pixels of each image, also by class."""
+    """Return the columns of predictions.parquet: the pixel counts of each image, in total and by class."""
     by_class = {"class_pixels": counts.truth_MC, "class_predicted": counts.predicted_MC, "class_right": counts.right_MC}
     return {"key": keys, "pixels": counts.truth_MC.sum(1), "right": counts.right_MC.sum(1), **by_class}
 

@@ -81,8 +81,8 @@ def evaluate(
             replace the corruptions of robustness.corruptions.
         overrides: overrides "section.key=value" of settings, which are listed in docs/evaluation-config.md.
         device: "cpu" or "cuda" (one GPU per rank); None: a GPU if there is one, otherwise the CPU.
-        session: for a program that continues after the evaluation: its session, whose device is used; None: the ranks
-            that were started with this process are joined.
+        session: session of a program that continues after the evaluation; its device is used. None: this process joins
+            the ranks that were started with it.
 
     Returns:
         The content of result.json; None if the task was stopped before its end.
@@ -207,7 +207,7 @@ def _perform(
         result = job.described(result | {"seconds": round(time.perf_counter() - started, 1)}, partial=False)
         metrics = ranks.broadcast(lambda: class_metrics(job.out, job.classes, job.names, result))
         result |= metrics
-        if "per_class" in metrics:  # only tasks with one prediction per sample
+        if "per_class" in metrics:  # present only for tasks with one prediction per sample
             job.pictures.insert(0, lambda: draw_class_metrics(job.out, job.classes, job.names))
         ranks.on_main(lambda: write_result(job.out, result))
         for draw in job.pictures:

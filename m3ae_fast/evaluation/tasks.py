@@ -225,7 +225,7 @@ class Options:
     def module(self) -> str:
         """Return the name of the module that runs the task."""
         surveys = self.task == "attentive" or bool(self.layers or self.pools or self.shots)
-        # with pixels, there is no encoder for a saved classifier
+        # a saved classifier needs an encoder, which pixels do not have
         surveys = surveys or (self.task in ("logistic", "linear") and self.is_pixels)
         return "probe_grid" if surveys else self.task
 

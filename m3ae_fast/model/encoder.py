@@ -81,8 +81,8 @@ class EncoderInput(nn.Module):
 
 
 class MultimodalEncoder(nn.Module):
-    """Patch and text embeddings and the transformer over them. Its weights are uninitialised until `reset_parameters`
-    is called or weights are loaded."""
+    """The patch and text embeddings, followed by the transformer. The weights are uninitialised until
+    `reset_parameters` is called or weights are loaded."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class MultimodalEncoder(nn.Module):
 
     @property
     def geometry(self) -> Geometry:
-        """Return the geometry of the model's input for decoding and `pack`."""
+        """Return the geometry of the model's input, which image decoding and `pack` require."""
         return Geometry.of(self.config)
 
     @property

@@ -13,16 +13,16 @@ from m3ae_fast.images.patch_grid import Grid, distinct
 
 
 def sincos_1d(dim: int, positions: Tensor) -> Tensor:
-    """Return float32 [n, dim] for positions [n]: in the first half sines, in the second half cosines, with frequencies
-    10000^(-2i/dim)."""
+    """Return float32 [n, dim] for positions [n]: sines in the first half and cosines in the second half, with
+    frequencies 10000^(-2i/dim)."""
     omega = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float32, device="cpu") / (dim / 2.0))
     angles = torch.outer(positions.float(), omega)
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
 def sincos_2d(dim: int, side: int, first: int = 0) -> Tensor:
-    """Return float32 [side * side, dim], row-major. The first half encodes the column, the second half the row; both
-    are counted from `first`."""
+    """Return float32 [side * side, dim], row-major. The first half encodes the column and the second half encodes the
+    row; both are counted from `first`."""
     places = torch.arange(first, first + side, device="cpu")
     rows, columns = torch.meshgrid(places, places, indexing="ij")
     return torch.cat((sincos_1d(dim // 2, columns.flatten()), sincos_1d(dim // 2, rows.flatten())), dim=1)

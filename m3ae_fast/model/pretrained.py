@@ -120,8 +120,8 @@ def read_pretrained(source: str | Path) -> Pretrained:
 
 
 def start_for(config: ModelConfig, found: Pretrained) -> Pretrained:
-    """Return the weights with which a model of this config starts: only those of the encoder if the decoder was trained
-    with the other kind of attention."""
+    """Return the weights with which a model of this config starts. If the decoder was trained with the other kind of
+    attention, only the weights of the encoder are returned."""
     if found.has_decoder and found.config.dec_attention != config.dec_attention:
         encoder = {name: tensor for name, tensor in found.state.items() if name.startswith(ENCODER)}
         return replace(found, state=encoder)

@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Two linear layers with a GELU between them. This module reads the layers' parameters itself, so the engine must
-    set ZeRO-3 to gather them for this module and not for the layers."""
+    configure ZeRO-3 to gather them for this module instead of for the layers."""
 
     def __init__(self, dim: int, hidden_dim: int, gelu: Gelu, drop: float) -> None:
         super().__init__()

@@ -179,8 +179,8 @@ def continues(overrides: Sequence[str]) -> bool:
 
 
 def peak_rate(batch: int, width: int, factor: float = 1.0) -> float:
-    """Return the automatic value of `optim.peak_lr`, which refers to a batch of 256, multiplied by `factor`. `batch`:
-    samples per step; `width`: width of the encoder."""
+    """Return the automatic value of `optim.peak_lr`, multiplied by `factor`. The setting is the learning rate for a
+    batch of 256. `batch`: samples per step; `width`: width of the encoder."""
     rate = factor * _RATE * math.sqrt(batch / _OF_BATCH) * (_RATE_OF_NARROW if width < 384 else 1)
     return float(f"{rate * 256 / batch:.3g}")
 
@@ -281,8 +281,8 @@ def settings(
         steps: number of steps.
         labels: source of the labels.
         overrides: the user's overrides "section.key=value", which take precedence.
-        hours: time limit, to which the number of steps is adjusted during training unless the user sets a length; None:
-            the number of steps is not adjusted.
+        hours: time limit in hours. The number of steps is adjusted to it during training unless the user sets a length.
+            None: the number of steps is not adjusted.
         evaluations: approximate number of evaluations between the first step and the last.
 
     Raises:

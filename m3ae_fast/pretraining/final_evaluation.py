@@ -1,5 +1,5 @@
-"""Evaluation of the features at the end of a run, in comparison with baselines: the same network with random weights,
-the pixels themselves, and the largest class."""
+"""Evaluation of the features at the end of a run, compared with baselines: the same network with random weights, the
+pixels themselves, and always predicting the largest class."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _shards(sources: list[SourceConfig]) -> list[str]:
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
     """Return the lines of a table of the accuracies on held-out samples by model and task, with their standard errors.
-    The last line is the share of the largest class."""
+    The last line shows the share of the largest class."""
     accuracies = {
         task: {RUN: results[RUN], **results[RUN].get(BASELINES, {}), **results} for task, results in found.items()
     }

@@ -75,8 +75,8 @@ def pretrain(
         val: if `source` consists of shards, the held-out shards.
         labels: source of the classes: "cls", or "json." and the name of a field.
         start_from: model from whose weights the run starts: a run, an export, weights of the official M3AE or MAE or of
-        a timm model, or a name on the Hugging Face Hub. The run then has the size of this model, a lower learning rate
-        and a shorter warm-up. None: random weights.
+            a timm model, or a name on the Hugging Face Hub. The run then has the size of this model, a lower learning
+            rate and a shorter warm-up. None: random weights.
         overrides: overrides "section.key=value" of the chosen settings.
         device: "cpu" or "cuda"; None: a GPU if there is one, otherwise the CPU.
         tune: whether to choose the learning rate by short runs before training; they take 15 % of the training time.

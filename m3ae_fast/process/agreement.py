@@ -25,8 +25,8 @@ class Agreement:
 
     def __init__(self, rank: int, world: int, store: dist.Store, leaving: threading.Event) -> None:
         """Create the agreement, which must be the only one that uses `store`. `leaving` is set if this rank is about to
-        exit, perhaps because another rank has exited. Ranks that do not report within a few seconds after that are
-        considered lost."""
+        exit, perhaps because another rank has exited. Ranks that do not report within a few seconds after it
+        is set are considered lost."""
         self.rank, self.world = rank, world
         self._store, self._leaving, self._round = store, leaving, 0
 

@@ -36,10 +36,10 @@ class Session(NamedTuple):
 
 
 def raise_once(error: Exception, ranks: Ranks, heartbeats: Heartbeats | None = None) -> NoReturn:
-    """Report an error once, even if it occurs on several ranks. The first rank that calls this raises the UserError of
-    `explain`; the other ranks raise ErrorElsewhere with the exit code of the first rank. An error that `explain` does
-    not recognise is raised unchanged. `heartbeats`: the heartbeats, which may have received the exit code of a rank
-    that has ended with an error."""
+    """Report an error once, even if it occurs on several ranks. The first rank that calls this function raises the
+    UserError of `explain`; the other ranks raise ErrorElsewhere with the exit code of the first rank. An error that
+    `explain` does not recognise is raised unchanged. `heartbeats`: the heartbeats, which may have received the exit
+    code of a rank that has ended with an error."""
     shown = explain(error)
     if shown is None:
         raise error

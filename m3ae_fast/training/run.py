@@ -75,7 +75,7 @@ def pre_train(
         resume: "auto" to resume from the last checkpoint, if any; "no" to start a new run; or the path of a checkpoint.
         with_changes: whether to resume even if data or masks differ from those of the checkpoint.
         profile: whether to write a profiler trace of some steps to the run folder.
-        make_probe: function that creates an evaluation in addition to the losses, or returns None.
+        make_probe: function that returns an evaluation to run in addition to the held-out losses, or None.
 
     Raises:
         UserError: data, weights or a library are missing or do not fit the config, a loss is not finite, or a

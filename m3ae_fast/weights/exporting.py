@@ -33,10 +33,10 @@ def write_export(
     name: str | None = None,
     weights: str = "average",
 ) -> Pretrained:
-    """Write float32 weights of a run (its last checkpoint) or of one checkpoint to the folder `out`.
+    """Write the float32 weights of a run (its last checkpoint), a checkpoint or an export to `out`.
 
     Args:
-        run: a run folder, a checkpoint, or an export that is to be converted to another format or uploaded.
+        run: a run folder, a checkpoint, or an export to convert to another format or to upload.
         out: a new folder, or an earlier export, which is then replaced.
         format: "m3ae", "timm" for the image encoder as timm's VisionTransformer, or "onnx" for the image encoder as the
             file `out`.

@@ -1,4 +1,4 @@
-"""Import of weights from other programs: detection of the format of a file or folder, and reading it.
+"""Import of weights from other programs. The format of a file or folder is detected automatically.
 
 To support the format of another library, add a module next to this one and a branch in `_recognise` or `_read_folder`.
 """

@@ -46,8 +46,8 @@ class Folder(Records):
 
     Args:
         folder: the folder, which is searched recursively.
-        captions: a table with a row for each sample, which contains an image, its caption and other fields for its
-            json. With None, or for a table without captions, captions come from .txt files next to the images.
+        captions: a table in which each row contains an image, its caption and other fields for the sample's json. With
+            None, or for a table without captions, captions come from .txt files next to the images.
         columns: names of the table's columns of images and captions; None: columns with usual names.
         classes: names of the classes in the order of their labels; None: the sorted names of the sub-folders.
         flat: whether to ignore the meaning of sub-folders as splits and classes.

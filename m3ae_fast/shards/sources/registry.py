@@ -62,7 +62,7 @@ def _hint(path: Path) -> str:
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Return whether a folder was written by `save_to_disk` of the library `datasets`."""
+    """Return whether a folder was written by `save_to_disk` of the `datasets` library."""
     return any((folder / name).exists() for name in _SAVED)
 
 
