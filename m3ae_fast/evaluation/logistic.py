@@ -7,6 +7,7 @@ from typing import Any
 from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
 from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.job import Job, PartialResult
+from m3ae_fast.evaluation.logistic_baselines import logistic_predictions
 from m3ae_fast.evaluation.logistic_regression import fit_chosen
 
 
@@ -19,15 +20,19 @@ def run(job: Job) -> dict[str, Any]:
     bank, held_out = encoded[MODEL]
     job.keep_if_stopped(lambda: PartialResult("the samples are encoded", {}, {}))
     job.say(f"logistic regression of {job.config.encode.pool} features of {len(bank.keys):,} samples")
-    fitted = {name: fit_chosen(own, len(classes), job.heartbeats) for name, (own, _) in encoded.items()}
-    found = {name: own.predictions(logits(fitted[name][0], own)) for name, (_, own) in encoded.items()}
-    heads, strength = fitted[MODEL]
-    job.save_probe("logistic", heads.head(0))
-    job.keep(found[MODEL].columns(classes))
-    return accuracy_entries(found) | {
+    heads, strength = fit_chosen(bank, len(classes), job.heartbeats)
+    found = {MODEL: held_out.predictions(logits(heads, held_out))}
+    numbers = {
         "inverse_strength": strength,
         "classes": len(classes),
         "train_samples": len(bank.keys),
         "val_samples": len(held_out.keys),
         "skipped": len(bank.skipped) + len(held_out.skipped),
     }
+    columns = found[MODEL].columns(classes)
+    job.keep_if_stopped(lambda: PartialResult("without baselines", accuracy_entries(found) | numbers, columns))
+    if not job.options.is_pixels:  # there is no encoder for a classifier
+        job.save_probe("logistic", heads.head(0))
+    job.keep(columns)
+    others = {name: banks for name, banks in encoded.items() if name != MODEL}
+    return accuracy_entries(found | logistic_predictions(others, len(classes), job.heartbeats)) | numbers

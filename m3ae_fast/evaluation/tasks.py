@@ -226,7 +226,7 @@ class Options:
         """Return the name of the module that runs the task."""
         surveys = self.task == "attentive" or bool(self.layers or self.pools or self.shots)
         # a saved classifier needs an encoder, which pixels do not have
-        surveys = surveys or (self.task in ("logistic", "linear") and self.is_pixels)
+        surveys = surveys or (self.task == "linear" and self.is_pixels)
         return "probe_grid" if surveys else self.task
 
 

@@ -46,5 +46,6 @@ def test_robustness_and_ood_get_the_classifier_that_was_measured(transfer, run, 
 @pytest.mark.parametrize("options", [["--layers", "1"], ["--shots", "5"], ["pixels"]])
 def test_a_survey_and_pixels_have_no_classifier(transfer, run, tmp_path, options):
     model = f"pixels:{run}" if options == ["pixels"] else run
-    transfer("logistic", *([] if options == ["pixels"] else options), model=model)
+    result = transfer("logistic", *([] if options == ["pixels"] else options), model=model)
     assert not (tmp_path / "out/classifier.json").exists()
+    assert ("results" in result) == (options != ["pixels"]) == ("inverse_strength" not in result)

@@ -10,6 +10,7 @@ import time
 import pytest
 from pyarrow import parquet
 
+from m3ae_fast.evaluation import logistic
 from m3ae_fast.evaluation.difference import compare_results
 from m3ae_fast.evaluation.job import Job
 from tests.evaluation.conftest import settings
@@ -97,3 +98,22 @@ def test_a_task_says_that_there_is_no_result_while_samples_are_encoded(transfer,
     monkeypatch.setattr(Job, "encode_with_baselines", encode)
     transfer(task)
     assert {*said} == {"no result yet (the samples are being encoded); running the same command again starts over"}
+
+
+def test_logistic_regression_that_is_stopped_at_its_baselines_leaves_its_accuracy(transfer, tmp_path, monkeypatch):
+    jobs, said = [], []
+    encode, fit = Job.encode_with_baselines, logistic.logistic_predictions
+    monkeypatch.setattr(Job, "encode_with_baselines", lambda self, *given: jobs.append(self) or encode(self, *given))
+
+    def predictions(*given):
+        said.append(jobs[0].stop.at_leaving())
+        return fit(*given)
+
+    monkeypatch.setattr(logistic, "logistic_predictions", predictions)
+    written = []
+    monkeypatch.setattr("m3ae_fast.evaluation.job.write_result", lambda out, result, *name: written.append(result))
+    result = transfer("logistic", baselines=True)
+    (partial,) = written
+    assert partial["partial"] and partial["done"] == "without baselines" and "baselines" not in partial
+    assert partial["top1"] == result["top1"] and partial["inverse_strength"] == result["inverse_strength"]
+    assert said[0].startswith("partial result, without baselines, in ")
