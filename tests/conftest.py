@@ -15,7 +15,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 from tests.helpers.trainer import Trainer
 
-# These files take long and therefore start first; otherwise a worker might run one of them alone at the end.
+# These files take a long time and therefore start first; otherwise a worker might run one of them alone at the end.
 LONGEST = (
     "test_deepspeed_options.py",
     "kernels/test_kernel_interpreter.py",

@@ -33,7 +33,7 @@ def on_every_rank(world, work, store=None):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_all_ranks_get_what_rank_0_makes_of_all_reports_in_their_order(world):
+def test_all_ranks_get_rank_0s_decision_on_the_reports_in_rank_order(world):
     store, judged = dist.HashStore(), []
 
     def judge(reports):
@@ -51,7 +51,7 @@ def test_all_ranks_get_what_rank_0_makes_of_all_reports_in_their_order(world):
 
 
 @pytest.mark.parametrize("words", ["the disk is full", "said yes", "refused no"])
-def test_what_is_refused_is_refused_on_every_rank_and_the_next_round_is_another(words):
+def test_a_rejection_is_raised_on_every_rank_and_does_not_affect_the_next_round(words):
     def judge(reports):
         if "bad" in reports:
             raise UserError(words)
@@ -75,7 +75,7 @@ def test_a_bug_on_rank_0_is_raised_there_and_ends_the_others():
     assert all("rank 0" in str(error) and "ZeroDivisionError: a bug" in str(error) for error in others)
 
 
-def test_a_rank_that_leaves_waits_for_the_others_a_while_and_no_longer(monkeypatch):
+def test_a_leaving_rank_waits_for_the_others_for_a_limited_time(monkeypatch):
     """The clock is simulated. A rank that does not leave keeps waiting, because another rank may have much to save."""
     now, leaving = [0.0], threading.Event()
     own = Agreement(1, 2, dist.HashStore(), leaving)

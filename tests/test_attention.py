@@ -88,7 +88,7 @@ def test_attention_against_softmax(run, dtype, tolerance, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
-def test_op_is_a_good_citizen(whole):
+def test_attention_op_passes_opcheck_and_gradcheck(whole):
     for dtype in (torch.float64, torch.float32):
         q, kv, queries, keys = inputs(dtype, whole, dim=16)
         arguments = (q, kv, queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
@@ -145,7 +145,7 @@ def test_no_queries_and_no_rows():
         assert out.shape == (0, 2, 8) and q.grad.shape == q.shape and not kv.grad.any()
 
 
-def test_scores_that_are_made_at_once_stay_in_the_cache(monkeypatch):
+def test_scores_that_are_computed_together_fit_into_the_cache(monkeypatch):
     """Samples of equal lengths are computed together, as many as fit into the cache. A sample that does not fit is
     computed alone."""
     monkeypatch.setattr(per_sample, "CHUNK_SCORES", 600)
@@ -355,7 +355,7 @@ def test_the_fastest_is_taken_and_the_others_reasons_are_told(monkeypatch, caplo
     assert [cuda.choose(CPU, BF16, 2, 16, n).name for n in asked] == ["flash-attn 2"] * 2 + ["torch varlen"] * 3
 
 
-def test_what_does_not_work_is_left_out(monkeypatch, caplog):
+def test_kernels_that_fail_are_excluded(monkeypatch, caplog):
     """A build that cannot be loaded and a build for another GPU are excluded. Padded attention remains, as for
     float32."""
 
@@ -377,7 +377,7 @@ def test_what_does_not_work_is_left_out(monkeypatch, caplog):
     assert [cuda.choose(CPU, dtype, 2, 24, 9) for dtype in (BF16, torch.float16)] == [tried] * 2
 
 
-def test_what_computes_something_else_is_left_out(monkeypatch, caplog):
+def test_kernels_with_wrong_results_are_excluded(monkeypatch, caplog):
     """The wrong kernels return NaN, errors of a few percent or wrong gradients, or assume that all samples have the
     same length."""
 
@@ -407,7 +407,7 @@ def test_what_computes_something_else_is_left_out(monkeypatch, caplog):
     assert list(cuda.fastest(makers | {"right": lambda _: right}, CPU, inputs, inputs)) == ["right"]
 
 
-def test_what_is_right_for_all_queries_alone_is_left_out(monkeypatch, caplog):
+def test_kernels_that_are_wrong_for_fewer_queries_are_excluded(monkeypatch, caplog):
     """The last block has fewer queries than keys. Kernels whose log-sum-exps have another shape, with which compiled
     code would fail, are also excluded."""
 
@@ -431,7 +431,7 @@ def test_what_is_right_for_all_queries_alone_is_left_out(monkeypatch, caplog):
     ("ends", "longest"), [([0, 5, 3, 9], 5), ([0, 4, 9], 4), ([1, 5, 9], 5), ([0, 4, 8], 5), ([0, 4, 10], 6), ([], 9)]
 )
 @pytest.mark.parametrize("impl", ["auto", "torch"])
-def test_ends_that_are_those_of_no_samples_are_refused(ends, longest, impl):
+def test_invalid_sample_boundaries_are_refused(ends, longest, impl):
     """The boundaries of queries and of keys are rejected if they decrease, are further apart than the longest length,
     or leave out rows."""
     kv, right = torch.randn(9, 3, 2, 16), torch.tensor([0, 4, 9], dtype=torch.int32)
@@ -445,7 +445,7 @@ def test_ends_that_are_those_of_no_samples_are_refused(ends, longest, impl):
             op.packed_attention(kv[:, 1:], right, 5, impl=impl, **queries)
 
 
-def test_what_is_asked_for_is_what_runs(monkeypatch):
+def test_the_requested_implementation_is_used(monkeypatch):
     """Both devices use the requested implementation, and the run logs the choice. The Triton kernels are tested in
     tests/kernels."""
     monkeypatch.setattr(cuda, "choose", lambda *_: pytest.fail("nothing is tried"))
@@ -514,7 +514,7 @@ def test_one_rank_chooses_and_all_run_the_same(trials):
     assert len(trials) == 2
 
 
-def test_what_is_tried_is_as_long_as_a_whole_sample(trials):
+def test_kernels_are_tried_with_the_length_of_a_whole_sample(trials):
     """Encoder and decoder are tested, with different mask ratios of images and texts."""
     masking = MaskingConfig(image_ratio=0.25, text_ratio=0.5)
     sample = Sample("pair", torch.zeros(3, 32, 32, dtype=torch.uint8), draw_mask(16, 0.25), torch.arange(12))
@@ -542,7 +542,7 @@ def test_a_resumed_run_keeps_its_kernels_where_they_are(trials):
     assert names == {"encoder": "old", "decoder": "new"} and list(times) == ["decoder"] and len(trials) == 1
 
 
-def test_nothing_is_tried_where_nothing_is_to_be_chosen(trials, monkeypatch):
+def test_no_kernel_is_tried_if_there_is_no_choice(trials, monkeypatch):
     gpu = torch.device("cuda", 0)
     assert RunAttention(CONFIG, MaskingConfig(), CPU, BF16).choose(512) == ({}, {})
     monkeypatch.setenv("M3AE_KERNELS_IMPL", "torch")

@@ -1,4 +1,4 @@
-"""Models of 13 bands: losses, features, figures and exports."""
+"""Models with 13 bands: losses, features, figures and exports."""
 
 import importlib.util
 import json
@@ -108,7 +108,7 @@ def test_weights_of_16_bits_take_normalised_floats():
     assert found.isfinite() and abs(found.item() - expected) < 0.05 * expected
 
 
-def test_room_is_for_their_bytes():
+def test_batch_bytes_follow_from_the_dtype():
     small, middle, large = (batch_bytes(make(dtype).geometry, 1) for dtype in ("uint8", "uint16", "float32"))
     assert (middle - small, large - small) == (BANDS * SIZE**2, 3 * BANDS * SIZE**2)
     assert pack([], make("uint16").geometry).images.dtype == torch.uint16

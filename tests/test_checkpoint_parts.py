@@ -188,7 +188,7 @@ def test_an_element_in_no_part_or_in_two_is_noticed_on_every_rank(tmp_path):
         assert os.listdir(tmp_path / "checkpoints") == []
 
 
-def test_a_table_is_made_once_of_what_is_cut_alike(tmp_path, monkeypatch):
+def test_the_table_is_computed_once_for_equal_splits(tmp_path, monkeypatch):
     made, tabulate = [], state_files.tabulate
     monkeypatch.setattr(state_files, "tabulate", lambda *args: made.append(args[0].name) or tabulate(*args))
     state_files._table.cache_clear()

@@ -28,12 +28,12 @@ SRUN = {
 
 
 @pytest.mark.parametrize("parse, text, message", WRONG)
-def test_what_cannot_be_is_refused(parse, text, message):
+def test_invalid_arguments_are_refused(parse, text, message):
     with pytest.raises(UserError, match=message):
         parse(text)
 
 
-def test_what_can_be_is_parsed():
+def test_valid_arguments_are_parsed():
     assert str(output()("a/b")) == "a/b" and output(".png")("b.png").name == "b.png"
     assert seed(str((1 << 63) - 1)) == (1 << 63) - 1
 

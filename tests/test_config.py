@@ -272,7 +272,7 @@ def test_out_of_memory_says_what_to_do(run, monkeypatch):
     assert code == 2 and err.startswith("error: out of memory: lower train.micro_batch") and err.count("\n") == 1
 
 
-def test_what_is_off_may_stay_in_the_deepspeed_section():
+def test_disabled_features_may_stay_in_the_deepspeed_section():
     off = ["deepspeed={}", "deepspeed.wall_clock_breakdown=false", 'deepspeed.flops_profiler={"enabled":false}']
     assert load_config(ROOT / "configs/quickstart.json", off).zero.stage == 0
     nowhere = {"stage": 1, "offload_optimizer": {"device": "none"}}
@@ -449,7 +449,7 @@ def test_dry_run_fails_on_what_a_start_would_fail_on(run):
 
 
 @pytest.mark.slow
-def test_a_dry_run_without_a_gpu_has_no_number_of_one(run, tmp_path):
+def test_a_dry_run_without_a_gpu_prints_no_gpu_numbers(run, tmp_path):
     labelled = [{"shards": labelled_tar(tmp_path / "labelled.tar", range(9)), "modality": "image"}]
     probe = json.dumps({"train": labelled, "val": labelled})
     code, out = run("--dry-run", "--set", f"train.probe={probe}", out=True)

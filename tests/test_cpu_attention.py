@@ -131,7 +131,7 @@ def test_results_do_not_depend_on_threads_or_strides(build):
 
 
 @pytest.mark.parametrize("short", [0, 1, 2])
-def test_a_thread_without_memory_is_an_error_whatever_the_others_did(monkeypatch, short):
+def test_a_thread_without_memory_raises_an_error_even_if_other_threads_succeed(monkeypatch, short):
     _, q, k, v, *ends = inputs("encoder")
     answers = [1, 1, 1]
     answers[short] = 0
@@ -159,7 +159,7 @@ def test_each_cpu_has_the_build_for_its_instructions(cpu, monkeypatch, dtype, di
     assert build.name == name and {flag for flag in build.flags if flag.startswith("-D")} == defined
 
 
-def test_large_scores_and_what_is_not_finite(build):
+def test_large_and_non_finite_scores(build):
     *tensors, cu_queries, cu_keys = inputs("pruned", build[0], scale=60)
     for part, got in run(*tensors, cu_queries, cu_keys).items():
         assert got.isfinite().all(), part
@@ -169,7 +169,7 @@ def test_large_scores_and_what_is_not_finite(build):
     assert out[:5, 1:].isfinite().all() and out[5:].isfinite().all()
 
 
-def test_lanes_past_the_last_key_are_no_keys(build):
+def test_unused_lanes_after_the_last_key_have_no_effect(build):
     """All scores are far below 0, and the number of keys is not a multiple of 16, so an unused lane with the value 0
     would be the largest score."""
     grad, q, k, v, *cu = inputs("pruned", build[0], scale=8)
@@ -238,7 +238,7 @@ def test_a_damaged_library_is_built_again(cache):
     assert cached(cache) == whole
 
 
-def test_what_no_loader_takes_is_not_kept(cache, monkeypatch, tmp_path, caplog):
+def test_a_library_that_cannot_be_loaded_is_removed_from_the_cache(cache, monkeypatch, tmp_path, caplog):
     """The file that cannot be loaded is removed. Otherwise, the next run would accept it because its checksum is
     correct."""
     script(monkeypatch, tmp_path, 'while [ "$1" != -o ]; do shift; done; echo no library > "$2"')
@@ -272,7 +272,7 @@ def test_a_compiler_that_hangs_is_ended_with_its_children(cache, monkeypatch, tm
     ("text", "reason"),
     [("echo Datei nicht gefunden: \xfc >&2; exit 1", "nicht gefunden: \ufffd"), ("exit 0", "library.so")],
 )
-def test_a_broken_compiler_costs_one_line(cache, monkeypatch, tmp_path, caplog, text, reason):
+def test_a_broken_compiler_gives_one_log_line(cache, monkeypatch, tmp_path, caplog, text, reason):
     script(monkeypatch, tmp_path, text)
     assert load_anew() is None
     assert len(caplog.records) == 1 and reason in caplog.text

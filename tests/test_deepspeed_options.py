@@ -64,7 +64,7 @@ def test_what_deepspeed_itself_refuses_is_one_line(monkeypatch):
         ("deepspeed.runtime.bf16_optimizer", "clip_tensors_by_global_norm"),
     ],
 )
-def test_a_private_name_that_deepspeed_no_longer_has_is_missed(monkeypatch, module, name):
+def test_a_private_name_that_deepspeed_no_longer_has_is_an_error(monkeypatch, module, name):
     """The engine replaces the attribute of this name. If DeepSpeed no longer used it, the replacement would silently
     have no effect."""
     monkeypatch.delattr(import_module(module), name)
@@ -73,7 +73,7 @@ def test_a_private_name_that_deepspeed_no_longer_has_is_missed(monkeypatch, modu
 
 
 @pytest.mark.parametrize("missing", ["independent_gradient_partition_epilogue", "reduction_stream"])
-def test_so_is_one_of_its_optimiser(missing):
+def test_a_private_name_that_deepspeeds_optimiser_no_longer_has_is_an_error(missing):
     names = {"independent_gradient_partition_epilogue", "reduction_stream"} - {missing}
     optimizer = SimpleNamespace(**dict.fromkeys(names))
     with pytest.raises(UserError, match=rf"has no SimpleNamespace\.{missing}, which"):

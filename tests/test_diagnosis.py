@@ -43,8 +43,9 @@ def trained(folder, **sections):
 
 
 def longer(metrics):
-    """Return the log lines with ten times as many steps, and relative to constant predictions that are half as good,
-    because in a few steps such a small model does not reach the loss of constant predictions."""
+    """Return the log lines with step numbers multiplied by ten and relative losses divided by two, because in a few
+    steps such a small model does not reach the loss of constant predictions.
+    """
     relative = "val_image_relative", "val_text_relative"
     return [
         line | {"step": 10 * line["step"]} | {name: line[name] / 2 for name in relative if name in line}
@@ -122,7 +123,7 @@ def lines(**series):
         ({"val_text_relative": (1.0, 0.99), "loss": (2.0, 1.0)}, "no learning"),
     ],
 )
-def test_a_finding_is_of_first_and_last_values(metrics, name):
+def test_diagnostics_compare_first_and_last_values(metrics, name):
     assert [diagnostic.name for diagnostic in diagnose(lines(**metrics))] == ([name] if name else [])
 
 
@@ -211,7 +212,7 @@ def test_what_a_constant_predicts_has_not_been_learnt(image, text, name, what):
         ({"clip_grad": 1.0, "weight_decay": 0.0}, "a lower optim.clip_grad, or a longer warm-up"),
     ],
 )
-def test_nothing_is_advised_that_is_set_already(optim, advice):
+def test_advice_depends_on_the_current_settings(optim, advice):
     (found,) = diagnose(lines(step=(0, 400), val_rankme=(20.0, 3.0)), {"optim": optim})
     assert found.suggestion == f"a lower optim.peak_lr, {advice}"
     (found,) = diagnose(lines(step=(200, 400), data_wait=(0.5, 0.5)), {"data": {"repeats": 2}})
@@ -225,7 +226,7 @@ def test_nothing_is_advised_that_is_set_already(optim, advice):
         (1.0, "fp32", "a lower optim.peak_lr, or a lower optim.clip_grad"),
     ],
 )
-def test_nor_where_a_loss_is_not_finite(clip_grad, precision, remedy):
+def test_advice_for_a_non_finite_loss_depends_on_the_current_settings(clip_grad, precision, remedy):
     assert fix_of_losses(TrainConfig(steps=1, precision=precision), OptimConfig(clip_grad=clip_grad)) == remedy
 
 

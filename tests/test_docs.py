@@ -116,7 +116,7 @@ def test_the_workflow_tests_the_oldest_supported_python():
 
 
 @pytest.mark.parametrize("name", LONGEST)
-def test_what_begins_first_exists(name):
+def test_the_files_that_run_first_exist(name):
     assert (ROOT / "tests" / name).is_file()
 
 

@@ -51,7 +51,7 @@ def test_attention_maps_are_the_ops_weights():
         torch.testing.assert_close(found_L, expected_L / expected_L.sum(), rtol=1e-4, atol=1e-6)
 
 
-def test_the_patch_looked_at_most_is_red_and_others_bluer():
+def test_the_patch_with_the_highest_attention_is_red_and_others_bluer():
     weights = torch.tensor([0.1, 0.4, 0.3, 0.2])
     shown = shade_patches(torch.full((3, 16, 16), 100, dtype=torch.uint8), weights, 8).int()
     patches = [shown[:, y : y + 8, x : x + 8].flatten(1) for y in (0, 8) for x in (0, 8)]
@@ -114,7 +114,7 @@ def test_blocks_and_heads_are_counted_from_1():
             choice(*wrong)
 
 
-def test_where_no_sample_can_be_used_nothing_is_drawn(run, tmp_path):
+def test_nothing_is_drawn_if_no_sample_can_be_used(run, tmp_path):
     bad = write_tar(tmp_path / "bad.tar", [("0.jpg", b"no image"), ("1.jpg", b"nor this")])
     with pytest.raises(UserError, match="none of the samples can be used"):
         main(["reconstructions", str(run), "--val", bad])
@@ -155,8 +155,9 @@ def test_images_are_masked_as_in_the_run_or_by_each_ratio_in_turn(run, tmp_path,
 
 @pytest.mark.parametrize("word", [None, "blue", "Blue"])
 def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, word):
-    """If a word is given, its first occurrence is shown; otherwise cls and the first words, each once. The last row is
-    the colour scale."""
+    """If a word is given, its first occurrence is shown. Otherwise, cls and the first words are shown, each once. The
+    last row is the colour scale.
+    """
 
     def word_pieces(model, tokens):
         """Return the positions of each word's tokens in a caption, at its first occurrence."""

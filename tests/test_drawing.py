@@ -94,7 +94,7 @@ def test_a_sheet_shows_each_sample(tmp_path, monkeypatch):
         assert np.abs(np.asarray(column).astype(int) - np.asarray(shown(image, SIDE)).astype(int)).max() <= 1, number
 
 
-def test_a_sheet_is_the_same_wherever_the_losses_are(tmp_path):
+def test_a_figure_does_not_depend_on_which_tokens_carry_loss(tmp_path):
     """Visible patches and words are shown unchanged, and masked ones as predicted with the same weights."""
     sheets = set()
     for losses in ({}, {"image_all_tokens": True}, {"text_all_tokens": True}):

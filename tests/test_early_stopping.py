@@ -40,7 +40,7 @@ def test_an_accuracy_that_no_longer_grows_ends_the_run():
 
 
 @pytest.mark.parametrize("decay", [0.01, 0.2, 0.5, 0.9])
-def test_the_decay_begins_where_the_run_is(decay):
+def test_the_decay_begins_at_the_step_that_reached_the_accuracy(decay):
     plan = schedule(1000, decay)
     stopping = EarlyStopping(0.5)
     assert stopping.total_steps(10, plan, 1000) == 1000
@@ -54,13 +54,13 @@ def test_the_decay_begins_where_the_run_is(decay):
         assert stopping.total_steps(step, shorter, step + 1) == step + 1  # it changes if a time limit has no time left
 
 
-def test_a_run_that_has_begun_to_decay_goes_on_as_it_is():
+def test_a_run_that_has_begun_to_decay_keeps_its_length():
     plan, stopping = schedule(100), EarlyStopping(0.5)
     stopping.add(90, 0.9)
     assert stopping.total_steps(90, plan, 100) == 100
 
 
-def test_it_needs_an_accuracy_and_a_decay():
+def test_stop_at_requires_a_probe_and_a_decay():
     probe = {"train": [{"shards": "a.tar"}], "val": [{"shards": "b.tar"}], "every": 5}
 
     def config(optim, **train):
@@ -83,7 +83,7 @@ def test_it_needs_an_accuracy_and_a_decay():
     [(0.5, 0.6, True), (0.5, None, True), (0.5, "plateau", True), ("plateau", None, True), (0.5, 0.4, False),
      (0.5, 0.5, False), (None, 0.5, False), ("plateau", "plateau", False)],
 )  # fmt: skip
-def test_a_run_that_is_to_stop_later_goes_back_to_its_decay(was, now, longer):
+def test_a_run_with_a_higher_target_resumes_from_before_its_decay(was, now, longer):
     config = SimpleNamespace(optim=SimpleNamespace(decay=0.2), train=SimpleNamespace(stop_at=now, **LENGTHS))
     info = SimpleNamespace(config={"train": {"stop_at": was, **LENGTHS}})
     assert is_extended(config, info) == longer

@@ -39,7 +39,7 @@ def _average(trainer, run: str, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_zero_shards_it_and_a_checkpoint_has_it_whole(trainer):
+def test_zero_shards_the_average_and_a_checkpoint_has_it_whole(trainer):
     trainer("plain", *zero(None), *OPTIONS)
     plain = _average(trainer, "plain", 6)
     for stage in (1, 3):
@@ -78,7 +78,7 @@ def test_what_leaves_the_run_is_the_average(trainer, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_may_begin_later_and_goes_on_after_a_resume(trainer):
+def test_the_average_may_begin_when_a_run_is_resumed(trainer):
     trainer("run", *zero(2), *OPTIONS[2:], "--set", "train.steps=4")
     config = json.loads((trainer.folder / "run/checkpoints/step-00000004/state.json").read_text())["config"]
     assert config["train"]["ema"] is None

@@ -93,7 +93,7 @@ def test_mistake_on_two_ranks_is_told_once(trainer, mistake):
     assert out.count("error: ") == 1 and "Traceback" not in out
 
 
-def test_launcher_passes_on_that_there_was_a_mistake(trainer):
+def test_the_launcher_exits_with_the_code_of_a_user_error(trainer):
     out = trainer.launch("run", "--set", "train.stepps=1", launcher="deepspeed", code=2)
     assert out.count("error: ") == 1 and "Traceback" not in out
 

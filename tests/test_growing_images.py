@@ -93,7 +93,7 @@ def test_an_evaluation_predicts_all_masked_patches(batches):
     assert predicted[0][4:] == [4 * 6] * 4 and sum(predicted[1]) == 8 * 12
 
 
-def test_a_smaller_image_is_what_a_model_of_its_size_sees(batches):
+def test_smaller_images_have_the_loss_of_a_model_of_their_size(batches):
     """Only the positions differ: they are those of the full size."""
     training, _ = batches
     torch.manual_seed(0)
@@ -109,7 +109,7 @@ def test_a_smaller_image_is_what_a_model_of_its_size_sees(batches):
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["self", "cross"])
 def test_compiled_blocks_take_images_of_all_sizes_without_another_graph(attention, monkeypatch):
-    """Blocks are only traced, because compiling them takes long."""
+    """Blocks are only traced, because compiling them takes a long time."""
     torch._dynamo.reset()
     counter, compiled = CompileCounter(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compiled, backend=counter))
@@ -139,7 +139,7 @@ def test_compiled_blocks_take_images_of_all_sizes_without_another_graph(attentio
         ({}, {"image_sizes": [[1.0, 16]]}, r"train\.image_sizes"),
     ],
 )
-def test_what_cannot_grow_is_refused_in_a_line(model, train, message):
+def test_settings_that_exclude_growing_images_are_refused_in_one_line(model, train, message):
     data = {"image_tokenizer": "vqgan"} if "image_targets" in model else {}
     changed = {"model": TINY["model"] | model, "data": TINY["data"] | data}
     with pytest.raises(UserError, match=message) as error:

@@ -50,11 +50,11 @@ def adopted(environment):
     (OMPI | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "0"}, ("3", "4", "3", "4", "127.0.0.1")),
     (PMI, ("1", "2", "0", "1", "head")),
 ])  # fmt: skip
-def test_a_launchers_words_are_understood(environment, expected):
+def test_a_launchers_variables_are_understood(environment, expected):
     assert tuple(adopted(environment)[word] for word in WORDS) == expected
 
 
-def test_torchs_own_words_count_more():
+def test_torchs_own_variables_take_precedence():
     torchrun = SLURM | {"RANK": "1", "WORLD_SIZE": "2"}
     assert adopted(torchrun) == torchrun
     for name in ("RANK", "WORLD_SIZE"):
@@ -88,7 +88,7 @@ def test_runs_of_one_rank_that_were_meant_to_be_one_run_are_refused(environment)
         adopt(environment | {"RANK": "0", "WORLD_SIZE": "1"})
 
 
-def test_what_a_launcher_does_not_tell_is_asked_for():
+def test_the_error_names_variables_that_a_launcher_does_not_set():
     with pytest.raises(UserError, match=r"mpiexec .*: set LOCAL_RANK"):
         adopt({"PMI_RANK": "1", "PMI_SIZE": "2"})
     with pytest.raises(UserError, match="the address of rank 0: set MASTER_ADDR"):

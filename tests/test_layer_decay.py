@@ -1,6 +1,8 @@
-"""Layer-wise learning rates in pre-training: the rate of each parameter, what is refused, and resuming on other ranks.
+"""Layer-wise learning rates in pre-training: the rate of each parameter, settings that are rejected, and resuming on
+another number of ranks.
 
-test_engine_parity.py compares their curves at all ZeRO stages. Those of fine-tuning are in evaluation/test_heads.py."""
+test_engine_parity.py compares their curves at all ZeRO stages. evaluation/test_heads.py tests the layer-wise learning
+rates of fine-tuning."""
 
 import json
 import shutil
@@ -44,7 +46,7 @@ def scale(name: str, depth: int) -> float:
 
 @pytest.mark.parametrize("attention", ["self", "cross"])
 def test_a_step_moves_each_layer_by_its_own_rate(attention):
-    """AdamW's change of a weight, its decay included, is proportional to the learning rate."""
+    """AdamW's change of a weight, including the weight decay, is proportional to the learning rate."""
     changes = []
     with join_ranks() as ranks:
         for decay in (1.0, DECAY):
@@ -72,7 +74,7 @@ def test_without_layer_decay_there_are_the_two_groups_of_the_official_code():
     assert len(layered) == 2 * (SMALL.depth + 2) and sum(len(group["params"]) for group in layered) == len(names)
 
 
-def test_what_it_cannot_be_combined_with_is_refused_in_one_line():
+def test_layer_decay_without_initial_weights_or_with_muon_is_an_error():
     with pytest.raises(
         UserError, match=r"layer_decay 0\.5 needs a run that starts from trained weights: set model\.in"
     ):
@@ -86,7 +88,7 @@ def test_what_it_cannot_be_combined_with_is_refused_in_one_line():
     config(1.0, model={"init_from": None}, optim={"name": "muon"})
 
 
-def test_pretrain_accepts_it_with_weights_to_start_from():
+def test_pretrain_accepts_layer_decay_only_with_initial_weights():
     assert check_overrides(["optim.layer_decay=0.5"], "runs/base").optim.layer_decay == 0.5
     with pytest.raises(UserError, match=r"optim\.layer_decay 0\.5 needs a run .* \(with pretrain: --from MODEL\)"):
         check_overrides(["optim.layer_decay=0.5"])

@@ -48,7 +48,7 @@ def test_too_little_memory_to_import_torch_is_one_line(command):
 
 
 @pytest.mark.parametrize("limit", [600 << 20, 1200 << 20])  # torch's libraries abort or hang
-def test_too_little_memory_for_its_threads_is_one_line_too(limit):
+def test_too_little_memory_for_torchs_threads_is_one_line(limit):
     done = under_limit("-m", "m3ae_fast", "train", "--help", limit=limit)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(
@@ -56,7 +56,7 @@ def test_too_little_memory_for_its_threads_is_one_line_too(limit):
     )
 
 
-def test_who_imports_the_library_keeps_tracebacks():
+def test_importing_the_library_keeps_tracebacks_of_memory_errors():
     done = under_limit("-c", "import m3ae_fast; raise MemoryError")
     assert done.returncode == 1 and "Traceback" in done.stderr
 
@@ -82,7 +82,7 @@ def test_a_command_that_asks_for_too_much_ends_with_one_line(main, capsys, monke
     )
 
 
-def test_other_errors_are_not_taken_for_it(monkeypatch):
+def test_other_errors_are_not_reported_as_out_of_memory(monkeypatch):
     def wrong():
         raise RuntimeError("Resource temporarily unavailable")  # for a thread, if processes are limited
 
@@ -93,7 +93,7 @@ def test_other_errors_are_not_taken_for_it(monkeypatch):
     assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
 
 
-def test_a_thread_that_cannot_start_is_that_error(monkeypatch):
+def test_background_reports_that_a_thread_cannot_start(monkeypatch):
     def no_room(_):
         raise RuntimeError("can't start new thread")
 

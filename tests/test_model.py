@@ -147,7 +147,7 @@ def test_order_of_samples_changes_nothing():
 
 
 @pytest.mark.parametrize("samples", [MIXED, MIXED[:1], []])
-def test_batch_survives_the_way_between_processes(samples):
+def test_batch_is_unchanged_by_pickling(samples):
     batch = pack(samples, make_model().geometry)
     batch = dataclasses.replace(batch, skipped=("one",))
     for field in dataclasses.fields(batch):

@@ -210,7 +210,7 @@ def test_the_other_optimiser_is_refused_at_a_resume(trainer):
     [{"stage": 3}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}],
     ids=["stage 3", "offload_optimizer"],
 )
-def test_what_keeps_no_whole_matrices_is_refused(section, request):
+def test_muon_is_refused_with_settings_that_split_matrices(section, request):
     data = json.loads(json.dumps(TINY))
     data["optim"] |= {"name": "muon"}
     data["deepspeed"] = {"zero_optimization": section}

@@ -130,7 +130,7 @@ def test_features_are_those_of_encode_whatever_else_is_in_the_batch(run, shards,
 
 def test_models_are_compared_by_images_of_the_shape_that_is_asked_for(run, shards, tmp_path, monkeypatch):
     def encode(job, *_, **__):
-        raise UserError(f"images are {job.model.config.resize}")  # everything else would take long
+        raise UserError(f"images are {job.model.config.resize}")  # everything else would take a long time
 
     monkeypatch.setattr(Job, "encode", encode)
     arguments = ["--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "out"), "--set", "data.workers=0"]

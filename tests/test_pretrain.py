@@ -81,7 +81,7 @@ def make_pictures(folder, each=20, captions=True):
     return folder
 
 
-def test_the_map_is_beside_the_other_pictures(tmp_path, monkeypatch, capsys):
+def test_the_map_is_written_to_the_run_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", lambda self, features: features[:, :2])
     monkeypatch.setattr(final_evaluation, "_ON_A_MAP", 10)
     run, val = tiny_run(tmp_path / "run"), labelled_tar(tmp_path / "val.tar", range(12))
@@ -208,7 +208,7 @@ def test_a_moved_run_folder_has_all_that_it_had(tmp_path, monkeypatch, capsys):
     assert checkpoint.locate(tmp_path / "moved").name == "step-00000003"
 
 
-def test_a_call_beside_another_leaves_its_config(tmp_path, monkeypatch):
+def test_a_concurrent_call_does_not_overwrite_the_config(tmp_path, monkeypatch):
     """A config with which another call has begun to train in the meantime is not overwritten."""
     photos, run = make_pictures(tmp_path / "photos", each=2, captions=False), tmp_path / "run"
     child = []

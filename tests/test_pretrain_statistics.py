@@ -233,13 +233,13 @@ def test_every_setting_that_is_chosen_is_set_alone_above():
         ("model.num_heads=7", r"emb_dim \d+ is not divisible by num_heads 7"),
     ],
 )
-def test_a_contradiction_is_told_in_one_line_before_any_work(tmp_path, override, message):
+def test_contradicting_settings_are_refused_in_one_line_before_any_work(tmp_path, override, message):
     with pytest.raises(UserError, match=message) as caught:
         pretrain(tmp_path / "nothing", tmp_path / "run", overrides=[override])
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
-def test_image_tokens_go_with_the_choices(tmp_path):
+def test_image_tokens_are_compatible_with_the_chosen_settings(tmp_path):
     (tmp_path / "vqgan").mkdir()
     overrides = ["model.image_targets=vqgan", f"data.image_tokenizer={tmp_path}/vqgan"]
     check_overrides(overrides)

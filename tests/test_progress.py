@@ -33,19 +33,19 @@ def _printed(lines, clock, items, seconds):
     return found
 
 
-def test_a_line_comes_within_seconds_and_then_ever_more_seldom(clock):
+def test_progress_lines_begin_after_seconds_and_become_less_frequent(clock):
     found = _printed(Lines("encoding", 1000, now=clock), clock, 1000, 0.5)
     assert found[3.0] == ("encoding: 6 of 1,000, about 0:08:17 left", "")
     assert [*found] == [3, 6, 12, 24, 48, 96, 156, 216, 276, 336, 396, 456]
     assert found[456.0][0] == "encoding: 912 of 1,000, about 0:00:44 left"
 
 
-def test_short_work_says_nothing(clock):
+def test_short_work_prints_no_progress(clock):
     assert _printed(Lines("encoding", 5, now=clock), clock, 5, 0.5) == {}
     assert _printed(Lines("encoding", 1, now=clock), clock, 1, 30.0) == {}, "it is over"
 
 
-def test_the_start_of_the_loader_is_not_taken_for_the_pace(clock):
+def test_the_pace_excludes_the_start_of_the_loader(clock):
     lines = Lines("encoding", 100, now=clock)
     clock.seconds += 2.8  # seconds until the first item
     assert lines.advance(1) is None
@@ -53,7 +53,7 @@ def test_the_start_of_the_loader_is_not_taken_for_the_pace(clock):
     assert lines.advance(3) == ("encoding: 4 of 100, about 0:00:10 left", "")
 
 
-def test_one_long_item_is_all_that_is_known(clock):
+def test_one_long_item_gives_a_first_estimate(clock):
     lines = Lines("encoding", 3, now=clock)
     clock.seconds += 20
     assert lines.advance(1) == ("encoding: 1 of 3, about 0:00:40 left", "")
@@ -65,7 +65,7 @@ def test_without_a_total_there_is_no_time_left(clock):
     assert lines.advance(1234) == ("reading: 1,234", "")
 
 
-def test_the_time_left_of_the_whole_task_is_known_in_its_first_part(clock):
+def test_the_first_part_gives_an_estimate_for_the_whole_task(clock):
     reported = []
     whole = TimeLeft(1000, other_work=60, report=reported.append, now=clock)
     found = _printed(Lines("clean", 10, whole, 100, now=clock), clock, 10, 1.0)
@@ -77,7 +77,7 @@ def test_the_time_left_of_the_whole_task_is_known_in_its_first_part(clock):
     assert whole.after(900 - 1) == ", about 0:00:01 left" and whole.after(1) == ""
 
 
-def test_a_part_is_weighed_with_those_before_it(clock):
+def test_the_estimate_combines_a_part_with_earlier_parts(clock):
     whole = TimeLeft(30, now=clock)
     clock.seconds += 10
     whole.after(10)  # one second per item
@@ -85,7 +85,7 @@ def test_a_part_is_weighed_with_those_before_it(clock):
     assert found[3.0] == ("attacked: 1 of 10, about 0:00:27 left", "0:00:22")  # 13 s for 11 of 30
 
 
-def test_what_is_not_a_terminal_gets_lines(clock, monkeypatch, capsys):
+def test_output_that_is_not_a_terminal_gets_lines(clock, monkeypatch, capsys):
     monkeypatch.setattr(module, "Lines", lambda *given: Lines(*given, now=clock))
 
     def items():
@@ -103,7 +103,7 @@ def test_what_is_not_a_terminal_gets_lines(clock, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_of_several_ranks_the_main_one_speaks(clock, monkeypatch, capsys):
+def test_only_the_main_rank_prints_progress(clock, monkeypatch, capsys):
     monkeypatch.setattr(module, "Lines", lambda *given: Lines(*given, now=clock))
     for rank in ("1", "0", ""):
         monkeypatch.setenv("RANK", rank)

@@ -207,7 +207,7 @@ def test_a_rank_that_is_killed_ends_the_others_in_a_sum(tmp_path, killed):
     assert set(errors) == {f"error: {who} {LOST}. --resume auto continues from the last checkpoint"}
 
 
-def test_a_stall_leaves_what_each_rank_was_at(tmp_path):
+def test_a_stall_writes_the_stack_traces_of_all_ranks(tmp_path):
     """The leader of the node notices the silent rank, and all ranks write their stack traces."""
     folder, log = tmp_path / "stall", tmp_path / "log"
     processes = fork_ranks(__name__, ["nodes", "stall", str(folder)], 4, log)
@@ -244,7 +244,7 @@ LOST = "exited; see its output for the reason, unless it was killed or its node 
         (UserError("as it is"), "as it is"),
     ],
 )
-def test_what_a_user_can_mend_is_told_and_the_rest_is_a_bug(error, message):
+def test_errors_that_a_user_can_fix_are_explained_and_others_are_bugs(error, message):
     found = explain(error)
     assert found is None if message is None else message in str(found)
     assert message != LOST or (str(found).startswith("another rank") and found.exit_code == 75)
@@ -336,7 +336,7 @@ def test_an_error_after_a_rank_has_left_is_none(join):
 
 @pytest.mark.parametrize("failing", [set(), {0}, {1}, {2}, {1, 2}])
 @pytest.mark.parametrize("way", ["on_main", "broadcast", "together", "main_first"])
-def test_what_ranks_do_has_its_result_or_ends_all_of_them(way, failing):
+def test_work_of_a_rank_gives_its_result_or_ends_all_ranks(way, failing):
     """Each rank is a thread here."""
     world, box, barrier = 3, [None] * 3, threading.Barrier(3, timeout=20)
 
@@ -437,7 +437,7 @@ def test_a_rank_that_is_late_in_indexing_still_starts(tmp_path):
     assert run_ranks(__name__, ["late"], 2, tmp_path / "log") == (0, "2 ranks\n" * 2)
 
 
-def test_the_others_find_what_rank_0_made(tmp_path):
+def test_other_ranks_find_the_files_of_rank_0(tmp_path):
     assert run_ranks(__name__, ["made", str(tmp_path / "made")], 2, tmp_path / "log") == (0, "2 ranks\n" * 2)
 
 

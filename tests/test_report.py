@@ -165,7 +165,7 @@ def test_each_curve_is_of_the_metric_that_title_and_label_name(monkeypatch):
         ("Peak memory", "peak"): "peak_memory_gb",
     }
     names, plotted = list(expected.values()), []
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # it would take long
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # it would take a long time
     plot = Axes.plot
     monkeypatch.setattr(
         Axes, "plot", lambda *a, **options: plotted.append((options["label"], a[1:])) or plot(*a, **options)

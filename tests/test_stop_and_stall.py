@@ -94,7 +94,7 @@ def test_code_of_a_user_gets_a_keyboard_interrupt_and_can_go_on(number):
         ("lambda: {}['a']", "stopped (SIGTERM); saving the intermediate results failed: 'a'\n"),
     ],
 )
-def test_a_process_that_leaves_saves_what_there_is_or_leaves_all_the_same(saves, expected):
+def test_a_stopped_process_exits_even_if_saving_fails(saves, expected):
     process = program(STARTING.format(f"stop.at_leaving = {saves}; print('set', flush=True); threading.Event().wait()"))
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "set\n"]
     process.send_signal(signal.SIGTERM)
@@ -118,7 +118,7 @@ def test_a_signal_is_heeded_where_a_thousand_files_are_open():
     assert "stopped before the first step (SIGTERM)" in process.communicate(timeout=20)[0] and process.returncode == 0
 
 
-def test_a_closed_terminal_is_nothing_under_nohup():
+def test_a_closed_terminal_is_ignored_under_nohup():
     code = """
         import os, signal, time
         from m3ae_fast.process.stop_request import StopRequest
@@ -133,7 +133,7 @@ def test_a_closed_terminal_is_nothing_under_nohup():
     assert program(code).communicate(timeout=20)[0] == "False\nTrue\n"
 
 
-def test_a_library_that_swallows_the_end_is_ended_all_the_same():
+def test_a_stopped_process_exits_even_if_code_swallows_the_exception():
     process = program(STARTING.format("import ctypes; ctypes.PyDLL(None).sleep(60)"))  # blocks even the interpreter
     assert process.stdout.readline() == "ready\n"
     time.sleep(1)  # wait until it sleeps, because an earlier signal would not interrupt the sleep
@@ -154,7 +154,7 @@ def test_a_library_that_swallows_the_end_is_ended_all_the_same():
     assert process.returncode == 0
 
 
-def test_what_came_while_the_program_was_imported_is_handled():
+def test_a_signal_during_the_imports_is_handled():
     code = """
         import os, signal, time
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))

@@ -160,7 +160,7 @@ def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed
     assert all(0 <= wait <= 1 for wait in waits) and len(set(waits)) > 1
 
 
-def test_a_run_reads_what_its_config_says(monkeypatch, tmp_path, mixed):
+def test_a_run_reads_the_samples_that_its_config_selects(monkeypatch, tmp_path, mixed):
     monkeypatch.setattr(run_module, "build_engine", lambda *_: SimpleNamespace())
     found = []
     for seed in (1, 1, 2):
@@ -745,7 +745,7 @@ def test_the_learning_rate_stays_at_its_end():
     assert [schedule.lr(schedule.total_steps + more) for more in (1, 2, 5, 9)] == [last] * 4
 
 
-def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):
+def test_only_unusual_settings_are_noted(tmp_path, mixed):
     wild = settings(tmp_path, mixed, optim={"warmup_epochs": 1000.0})
     calm = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
 

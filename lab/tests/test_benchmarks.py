@@ -30,7 +30,7 @@ TINY = ModelConfig(
 
 
 @pytest.mark.parametrize("expert", [False, True])
-def test_references_do_the_engines_work(expert):
+def test_references_have_the_engines_loss_and_gradients(expert):
     """The reference and the engine have the same loss and gradients for the same parameters, samples and masks."""
     config = make_config(TINY, samples=5)
     torch.manual_seed(0)

@@ -60,7 +60,7 @@ def test_a_reference_in_chunks_is_the_reference(name):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
-def test_what_is_timed_is_checked():
+def test_the_results_of_timed_code_are_checked():
     """The check also covers code for which the odd sizes are too small."""
 
     def wrong(images, patch_ids, **options):
@@ -120,7 +120,7 @@ def test_an_op_that_breaks_the_device_ends_its_process_and_the_next_goes_on(tmp_
 
 
 @pytest.mark.parametrize("end", ["finished", "failed"])
-def test_what_a_process_takes_with_it_costs_one_item(tmp_path, end):
+def test_a_process_that_dies_costs_one_item(tmp_path, end):
     """One process dies at the second item. The next process exits at the fourth item, after it has recorded the failure
     itself."""
     ends = {0: (1, "import os; os.abort()"), 2: (3, f"raise SystemExit({suite.BROKEN})"), 4: (5, "")}

@@ -63,7 +63,7 @@ def runs(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_a_bad_stage_costs_itself_alone(tmp_path, impatient):
+def test_a_failing_stage_does_not_affect_other_stages(tmp_path, impatient):
     """Five stages are bad: one crashes, one hangs, one prints nothing, one requires a program that does not exist, and
     one requires a file that is not a program. All other stages are run, and their output is kept."""
     (tmp_path / "no-program").touch(mode=0o755)

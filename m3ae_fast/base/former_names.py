@@ -1,4 +1,4 @@
-"""Former names of commands and their present names. This module imports nothing that takes long to load."""
+"""Former names of commands and their present names. This module imports nothing that takes a long time to load."""
 
 from __future__ import annotations
 

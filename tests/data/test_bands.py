@@ -206,7 +206,7 @@ def test_without_tifffile_it_is_named(monkeypatch):
         decode_image(tiff(LEVELS, planarconfig="contig"), BANDS)
 
 
-def test_pillow_says_nothing_beside(caplog):
+def test_pillow_logs_nothing_for_a_bad_sample(caplog):
     data = bytearray(tiff(RGB, photometric="rgb"))
     place = data.index(struct.pack("<HHI", 277, 3, 1)) + 8  # position of SamplesPerPixel
     data[place : place + 2] = struct.pack("<H", 2048)

@@ -143,14 +143,14 @@ def test_a_layout_has_a_name():
 
 
 @pytest.mark.parametrize(("weights", "known"), [(None, "19498cea149f"), ((0.7, 0.3), "08c207e3ed42")])
-def test_the_order_in_lanes_is_what_it_was(weights, known):
+def test_the_order_in_lanes_is_unchanged(weights, known):
     """If the order changed, resumed runs would differ from runs of an earlier version."""
     order = Order([[50, 60, 90, 40] * 8, [70, 80] * 6], weights, 2, 7, lanes=6)
     places = [order.locate(position) for start in (0, 10_000, 10**7) for position in range(start, start + 600)]
     assert hashlib.sha256(np.array(places, "<i8").tobytes()).hexdigest()[:12] == known
 
 
-def test_waits_are_positions_of_the_lane_whatever_a_source_weighs():
+def test_waits_are_positions_of_the_lane_for_any_source_weights():
     """The positions are approximate, because the proportion of a source is exact only over whole blocks."""
     order, shards = Order([[300] * 20, [250] * 8], [0.9, 0.1], 2, 1, lanes=4), (300, 250)
     for lane in range(4):

@@ -665,7 +665,7 @@ def test_a_run_stops_in_the_first_step_with_too_many_bad_samples_of_enough(steps
             counter.count(good + spoilt, spoilt)
 
 
-def test_words_are_known(load, paired):
+def test_the_vocabulary_contains_all_words_of_the_captions(load, paired):
     """The captions of the fixtures contain no unknown words; otherwise, the tests above would compare less than they
     appear to."""
     tokenizer = load(paired).dataset.preparation.tokenizer

@@ -279,7 +279,7 @@ def test_nodes_whose_manifests_differ_count_again(tmp_path, remote, case):
     assert fetched() == before  # both nodes have cached all shards
 
 
-def test_what_one_cannot_do_all_are_told(tmp_path, remote):
+def test_an_error_on_one_rank_is_raised_on_all(tmp_path, remote):
     pattern, _ = remote
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
     (stores[1].cache_dir / "manifests").write_text("in the way")

@@ -79,7 +79,7 @@ def test_groups_bound_the_shards_that_are_open_at_once():
 
 @pytest.mark.parametrize("sizes", [[[30] * 20, [25] * 8], [[30] * 20]])
 @pytest.mark.parametrize("batch", [40, 37])  # the lanes have equal parts of the first batch size, but not of the second
-def test_needs_are_sorted_and_cover_what_is_read(sizes, batch):
+def test_upcoming_windows_are_sorted_and_cover_the_shards_that_are_read(sizes, batch):
     """The shards that a step reads in the lanes of a node, from weighted sources, are in use at this step or were in
     use before."""
     order = Order(sizes, [0.7, 0.3][: len(sizes)], 2, seed=1, lanes=4)
@@ -113,7 +113,7 @@ def test_a_weighted_source_goes_through_its_samples_again_and_again():
         assert sorted(sample for e, sample in seen[epoch * 20 : epoch * 20 + 20] if e == epoch) == list(range(20))
 
 
-def test_seats_only_grow():
+def test_counts_of_sources_never_decrease():
     """If the count of a source decreased, one of its samples would be read twice, or the count of a block would be
     negative."""
     lane = Lane([], [0.5, 0.3, 0.1, 0.0999, 0.0001], 50_000, seed=0)

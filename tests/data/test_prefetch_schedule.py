@@ -81,7 +81,7 @@ def test_what_follows_is_fetched_once_there_was_a_step_but_not_what_comes_after_
     assert near(needs(stop=3), Span(0, 10, True)) == windows[0] + windows[1]
 
 
-def test_what_fits_is_counted_with_the_largest_copy_where_a_size_is_unknown(needs):
+def test_a_shard_of_unknown_size_counts_as_the_largest_copy(needs):
     span = Span(15, 25, True)  # contains six shards
     for size, largest, limit, fit in ((5, 0, 20, 4), (5, 90, 19, 3), (0, 10, 39, 3), (0, 0, 39, 6), (0, 10, 9, 0)):
         assert len(needs(size, largest=largest, limit=limit).near(span)) == fit

@@ -290,7 +290,7 @@ def test_one_cache_serves_several_users(server, store, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_what_could_be_waited_on_for_ever_is_no_shard(tmp_path, store, kind):
+def test_a_pipe_or_a_device_is_not_accepted_as_a_shard(tmp_path, store, kind):
     path = "/dev/zero"
     if kind == "pipe":
         os.mkfifo(path := str(tmp_path / "a.tar"))

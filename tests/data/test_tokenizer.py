@@ -117,14 +117,14 @@ RULES = st.one_of(
         RULES, lambda own: st.builds(normalizers.Sequence, st.lists(own, min_size=1, max_size=3)), max_leaves=4
     )
 )
-def test_no_rules_make_more_of_a_character_than_is_reckoned_with(rules):
+def test_no_rules_expand_a_character_beyond_the_computed_growth(rules):
     state = json.loads(rules.__getstate__())
     assert len(rules.normalize_str("a")) <= growth(state)
 
 
 @settings(max_examples=50, derandomize=True, deadline=None)
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5))
-def test_what_rules_make_of_a_character_is_reckoned_exactly(lengths):
+def test_the_computed_growth_of_a_character_is_exact(lengths):
     """The rules replace a character by several copies of itself."""
     rules = normalizers.Sequence([normalizers.Replace("a", "a" * length) for length in lengths])
     assert len(rules.normalize_str("a")) == growth(json.loads(rules.__getstate__())) == math.prod(lengths)

@@ -35,7 +35,7 @@ def head():
     return AttentiveHeads(24, 5, 4, [0]).eval()
 
 
-def test_it_pools_as_torchs_multi_head_attention_with_one_query(head):
+def test_the_attentive_probe_pools_as_torchs_multi_head_attention_with_one_query(head):
     theirs = nn.MultiheadAttention(24, 4, bias=False, batch_first=True)
     nn.init.normal_(head.query)
     nn.init.normal_(head.values)
@@ -48,7 +48,7 @@ def test_it_pools_as_torchs_multi_head_attention_with_one_query(head):
 
 
 @pytest.mark.parametrize("alike", ["no keys", "equal tokens", "as it begins"])
-def test_with_equal_keys_it_is_a_linear_probe_of_the_mean(head, alike):
+def test_with_equal_keys_the_attentive_probe_is_a_linear_probe_of_the_mean(head, alike):
     if alike != "as it begins":
         nn.init.normal_(head.query)
     if alike == "no keys":
@@ -95,7 +95,7 @@ def _trained(bank, ranks, **attentive):
 
 
 @pytest.mark.slow
-def test_it_finds_the_token_that_tells_where_the_mean_does_not():
+def test_the_attentive_probe_finds_an_informative_token_that_the_mean_hides():
     given = {"data": {"train": [{"shards": "x"}]}, "attentive": {"batch": 64, "steps": 150}}
     config = EvaluationConfig.model_validate(given)
     bank, held_out = _marked(400, 0), _marked(200, 1)
@@ -177,14 +177,14 @@ def test_rates_are_tried_on_nine_tenths_and_judged_on_the_rest(monkeypatch):
             assert torch.equal(fitted.heads.linear.weight, alone.heads.linear.weight)
 
 
-def test_what_is_open_follows_from_the_number_of_samples():
+def test_unset_hyper_parameters_follow_from_the_number_of_samples():
     found = attentive_with_defaults(AttentiveProbeConfig(), 1000, 6)
     assert (found.batch, found.heads) == (256, 6)
     assert found.steps == math.ceil(334 * 1000 / 256)
     assert attentive_with_defaults(AttentiveProbeConfig(batch=512, steps=7, heads=2), 100, 6).batch == 100
 
 
-def test_short_and_unfinished_trainings_are_told():
+def test_short_and_unfinished_trainings_are_reported():
     with join_ranks() as ranks:
         short, long = (attentive_recipe(1000, _setting(ranks, batch=100, steps=steps)) for steps in (40, 1000))
     few, still = head_warnings(Trained(None, [0.02 * step for step in range(40)], 1e-3, []), short)

@@ -79,7 +79,7 @@ def test_the_error_of_an_area_tells_few_positives_from_few_negatives(tmp_path):
         assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(areas), rel=0.25)
 
 
-def test_names_stand_beside_numbers(tmp_path):
+def test_per_class_results_contain_class_names(tmp_path):
     _table(tmp_path, [0, 0, 1], [0, 1, 1])
     rows = class_metrics(tmp_path, range(2), ["cat", "dog"], {})["per_class"]
     assert rows == [
@@ -118,7 +118,7 @@ def test_the_confusion_matrix_is_that_of_the_predictions(tmp_path, monkeypatch):
     assert (labels.tolist(), predictions.tolist()) == ([1, 0, 2], [1, 2, 2])
 
 
-def test_a_task_says_all_of_it(transfer, run, tmp_path, capsys):
+def test_a_task_reports_all_class_metrics(transfer, run, tmp_path, capsys):
     """The metrics are in result.json, in the last printed lines and in the report."""
     skewed = {number: int(number % 9 == 0) for number in range(36)}
     shard = labelled_tar(tmp_path / "a.tar", range(36), skewed)
@@ -142,7 +142,7 @@ def test_a_task_says_all_of_it(transfer, run, tmp_path, capsys):
         assert "<b>warning</b>" not in (tmp_path / "report.html").read_text()
 
 
-def test_models_beside_each_other_have_both():
+def test_a_comparison_has_balanced_accuracies_and_warnings():
     labels = torch.tensor([0] * 90 + [1] * 10)
     found = ComparedPredictions([0, 1])
     for model, best in (("blind", torch.zeros(100, dtype=torch.long)), ("good", labels)):

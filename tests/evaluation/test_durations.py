@@ -67,7 +67,7 @@ def test_a_probes_duration_is_that_of_its_steps(clock, samples):
         assert expected_duration.seconds("knn", samples, [(4,)], setting) == 0.0
 
 
-def test_a_first_step_that_takes_long_is_enough(clock, monkeypatch):
+def test_one_slow_step_is_enough_to_estimate_the_duration(clock, monkeypatch):
     real = AttentiveHeads.forward
     monkeypatch.setattr(AttentiveHeads, "forward", lambda *given: clock.__setitem__(0, clock[0] + 2) or real(*given))
     with join_ranks() as ranks:
@@ -88,7 +88,7 @@ def test_the_pace_of_a_training_is_that_of_the_steps_after_the_first(monkeypatch
     assert reported == [(0.25, 24)]
 
 
-def test_an_attentive_probe_in_training_may_be_asked():
+def test_an_attentive_probe_can_predict_while_it_is_trained():
     """Predictions during training come from the head with the best learning rate on the held-out tenth, and do not
     affect the training."""
     generator = torch.Generator().manual_seed(0)
@@ -126,7 +126,7 @@ SECTIONS = {FineTuningTask: "finetune", ProbingTask: "linear"}
 LONG = "note: this is a long time for a CPU; to reduce it: "
 
 
-def test_a_long_run_on_a_cpu_is_told_with_a_shorter_one():
+def test_the_duration_of_a_long_run_on_a_cpu_is_printed_with_a_shorter_alternative():
     first, note = _expectation(FineTuningTask, 1.0, 4001)
     assert first == "expected duration: 1:06:41 for 4,001 more steps, plus evaluations"
     assert note == (
@@ -147,18 +147,18 @@ def test_a_long_run_on_a_cpu_is_told_with_a_shorter_one():
         (ProbingTask, {"linear": {"epochs": 90}}),
     ],
 )
-def test_who_gave_the_length_or_has_a_gpu_is_told_the_duration_alone(kind, options):
+def test_with_a_given_length_or_a_gpu_only_the_duration_is_printed(kind, options):
     assert len(_expectation(kind, 1.0, 4001, **options)) == 1
 
 
-def test_the_defaults_are_still_the_measured_ones():
+def test_the_defaults_are_those_that_were_measured():
     assert OFFICIAL["finetune"].scaled(1482).epochs == 174 and OFFICIAL["finetune"].scaled(1_281_167).epochs == 100
 
 
 @pytest.mark.parametrize(
     ("device", "pace", "is_noted"), [("cpu", 36.0, True), ("cpu", 1.0, False), ("cuda", 36.0, False)]
 )
-def test_a_long_task_on_a_cpu_is_told_with_what_is_shorter_once(device, pace, is_noted):
+def test_a_shorter_alternative_to_a_long_task_on_a_cpu_is_printed_once(device, pace, is_noted):
     notes = []
     job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device(device)), say=notes.append)
     left = Job.time_left(job, 100, shorter=lambda part: f"--set robustness.samples={int(1000 * part)}")
@@ -168,7 +168,7 @@ def test_a_long_task_on_a_cpu_is_told_with_what_is_shorter_once(device, pace, is
     assert notes == ([note] if is_noted else [])
 
 
-def test_a_training_that_is_long_is_told_before_anything_is_encoded():
+def test_the_duration_of_a_long_training_is_printed_before_encoding():
     notes = []
     job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")), say=notes.append)
     Job.time_left(job, 100, 3600, shorter=lambda _: "--seeds 1").during(50, 1.0)

@@ -115,7 +115,7 @@ def test_images_come_as_pil_or_tensors_of_any_size(model):
     assert not empty.any()  # for an empty caption, only the cls token is left
 
 
-def test_floats_are_what_value_range_says(model):
+def test_floats_are_read_according_to_value_range(model):
     """In each of the three ranges, floating-point images have the same features as uint8 images, at the model's size
     and at other sizes, and as arrays too."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (model.config.image_mean, model.config.image_std))
@@ -146,8 +146,8 @@ def test_floats_are_what_value_range_says(model):
     torch.testing.assert_close(found, model.encode((unrounded - mean) / std, precision="fp32"), **close)
 
 
-def test_value_range_is_that_of_images_of_more_than_8_bits(model, tmp_path):
-    """Images are given as files, PIL images and arrays. The value range does not scale images of 8 bits."""
+def test_value_range_applies_only_to_images_with_more_than_8_bits(model, tmp_path):
+    """Images are given as files, PIL images and arrays. The value range does not scale 8-bit images."""
     grey = images(1)[0, 0].numpy()
     expected = model.encode(Image.fromarray(grey), precision="fp32")
     deep = Image.fromarray(grey.astype(np.uint16) * 16)
@@ -212,7 +212,7 @@ def test_some_values_beyond_value_range_are_clipped(model):
     assert model.encode((unit > 0.5).float(), value_range=(0, 255)).isfinite().all()
 
 
-def test_a_shape_with_its_channels_elsewhere_is_named(model):
+def test_an_array_with_misplaced_channels_is_refused_with_its_shape(model):
     grey = M3AE(model.config.model_copy(update={"channels": 1, "image_mean": (0.5,), "image_std": (0.2,)}))
     grey.reset_parameters()
     chw, hwc = images(2)[0], images(2)[0].permute(1, 2, 0)
@@ -240,7 +240,7 @@ def test_a_sample_without_its_text_or_image_is_refused(model):
         model.encode([None, pixels[0]], ["a house", "a tree"])
 
 
-def test_an_array_of_16_bits_is_told_of_value_range(model, tmp_path):
+def test_the_error_for_a_16_bit_array_names_value_range(model, tmp_path):
     deep = images(1)[0].permute(1, 2, 0).numpy().astype(np.uint16)
     Image.fromarray(deep[..., 0]).save(tmp_path / "deep.png")
     for given in (deep, Image.fromarray(deep[..., 0]), tmp_path / "deep.png"):
@@ -283,7 +283,7 @@ def test_images_come_as_paths_arrays_or_one_alone(model, tmp_path):
     assert torch.equal(grey.encode(flat, precision="fp32"), grey.encode(pixels[0][:1], precision="fp32"))
 
 
-def test_images_and_texts_come_in_any_order_of_things(model):
+def test_images_and_texts_may_be_any_iterables(model):
     pixels, texts = images(2), ["a red house", "a cat"]
     expected = model.encode(pixels, texts)
     for more in (np.array(texts), tuple(texts), (text for text in texts)):
@@ -293,7 +293,7 @@ def test_images_and_texts_come_in_any_order_of_things(model):
 @pytest.mark.parametrize(("precision", "faster", "casts"), [
     ("auto", "bf16", True), ("auto", "fp32", False), ("bf16", "fp32", True), ("fp32", "bf16", False),
 ])  # fmt: skip
-def test_matmuls_are_of_the_precision_that_is_said_or_faster(model, monkeypatch, precision, faster, casts):
+def test_matmuls_have_the_requested_or_the_fastest_precision(model, monkeypatch, precision, faster, casts):
     monkeypatch.setattr(inference, "fast_precision", lambda device: faster)
     with encoding(model, precision, torch.device("cpu")):
         assert torch.is_autocast_enabled("cpu") is casts and not torch.is_grad_enabled()
@@ -363,7 +363,7 @@ def test_a_file_that_is_no_image_is_named(model, tmp_path):
         ({"images": [torch.zeros(3, 32, 32)], "batch": -1}, "batch -1: must be 1 or more"),
     ],
 )
-def test_what_cannot_be_encoded_is_a_value_error(model, given, message):
+def test_inputs_that_cannot_be_encoded_raise_a_value_error(model, given, message):
     with pytest.raises(ValueError, match=message):
         model.encode(**given)
 
@@ -442,7 +442,7 @@ def test_one_value_that_is_not_finite_is_found_in_any_row(shape):
             check_finite(values, "abcd")
 
 
-def test_as_many_samples_may_be_bad_as_is_said_but_not_all():
+def test_bad_samples_are_tolerated_up_to_the_limit_but_never_all():
     bad = Skipped("a.tar", "0", "broken")
     check_skipped([bad] * 2, 10, 0.2)
     for count, samples, most in ((3, 10, 0.2), (1, 10, 0.0), (10, 10, 1.0)):

@@ -1,4 +1,4 @@
-"""A feature bank has the same results however its rows are distributed over ranks and devices."""
+"""A feature bank gives the same results for any distribution of its rows over ranks and devices."""
 
 from types import SimpleNamespace
 

@@ -228,7 +228,7 @@ def test_neighbours_are_the_most_alike_and_green_where_they_are_of_the_samples_c
         assert found == expected
 
 
-def test_what_is_found_is_the_most_alike_and_green_where_it_is_the_own_one(monkeypatch):
+def test_retrieval_figures_show_the_most_similar_samples_with_correct_ones_in_green(monkeypatch):
     sheets = {}
     monkeypatch.setattr(retrieval, "draw_sheet", lambda path, rows, titles: sheets.__setitem__(path.stem, rows))
     random = np.random.RandomState(0)
@@ -252,7 +252,7 @@ def test_what_is_found_is_the_most_alike_and_green_where_it_is_the_own_one(monke
             assert all((cell[0].image is None) == (name == "image_to_text") for cell in found)
 
 
-def test_a_cell_has_the_image_or_else_the_caption_with_what_is_said_of_it():
+def test_a_cell_has_the_image_or_else_the_caption_and_a_text():
     tokenizer = argparse.Namespace(decode=lambda ids: f"caption {ids}")
     model = argparse.Namespace(tokenizer=tokenizer, config=ModelConfig())
     shown = argparse.Namespace(data=argparse.Namespace(show_channels=None))

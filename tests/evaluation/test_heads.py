@@ -65,7 +65,7 @@ def test_fine_tunings_of_any_size_are_the_official_ones(tmp_path, name):
 
 
 @pytest.mark.parametrize(("make", "key"), [(make_probe, "mean/after_9/var"), (make_finetuning, "out/logits")])
-def test_verify_finds_what_is_bent(tmp_path, capsys, make, key):
+def test_verify_finds_a_changed_value(tmp_path, capsys, make, key):
     file = make(tmp_path / "good.npz", *([VARIANTS] if make is make_probe else []))
     assert main([str(file)]) == 0
     arrays = dict(np.load(file))
@@ -133,7 +133,7 @@ def test_pooled_rows_are_those_of_each_sample_alone():
     assert torch.autograd.gradcheck(lambda x: mean_of_tokens(x, segments), rows)
 
 
-def test_lars_does_not_scale_what_has_no_length():
+def test_lars_does_not_scale_updates_of_zero_norm():
     p = nn.Parameter(torch.zeros(1, 3))
     optimizer = LARS([p], lr=0.5, momentum=0.0)
     p.grad = torch.tensor([[1.0, -2.0, 0.0]])

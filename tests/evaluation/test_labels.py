@@ -31,7 +31,7 @@ def test_labels_are_read_from_cls_and_json(opened):
     assert read_labels(corpus, "json.other") == [[None] * 7]
 
 
-def test_pictures_call_classes_by_their_names(tmp_path, opened):
+def test_figures_show_the_names_of_classes(tmp_path, opened):
     """classes.json next to the shards takes precedence over class_name in the samples. Text labels are names
     already."""
 
@@ -106,7 +106,7 @@ def test_labels_that_cannot_be_used_are_named_in_one_line(opened, labels, messag
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_field_is_answered_with_those_that_there_are(opened):
+def test_the_error_for_a_missing_label_field_lists_the_existing_fields(opened):
     with pytest.raises(UserError, match=r"0\.tar/00000; the samples have cls, json.name, json.label: choose one"):
         label_corpus(opened((range(3),)), "json.colour")
 
@@ -131,7 +131,7 @@ def test_json_that_holds_no_label_is_named(tmp_path, text, message):
         label_corpus(corpus, "json.label")
 
 
-def test_an_unknown_place_of_labels_is_named(opened):
+def test_an_invalid_label_field_is_refused(opened):
     with pytest.raises(UserError, match=r"must be cls, or json.FIELD"):
         read_labels(opened((range(3),)), "json.")
 

@@ -158,8 +158,8 @@ def test_epochs_of_cached_features_are_other_permutations_each():
     assert not torch.equal(other.inputs[1][:, 0].long(), epochs[0])
 
 
-def test_a_rate_that_is_set_gives_what_it_gives_among_several(transfer, tmp_path):
-    """Each image is encoded only once, because several learning rates are tried only in this case."""
+def test_a_given_learning_rate_has_its_result_among_several(transfer, tmp_path):
+    """Each image is encoded only once, which is the condition for trying several learning rates."""
     short = ["--layers", "2", *settings("linear.steps=12", "linear.global_batch=24")]
     whole = transfer("linear", *short, out="whole")
     rate, usual = whole["results"][0]["peak_lr"], OFFICIAL["linear"].scaled(48).peak_lr
@@ -172,7 +172,7 @@ def test_a_rate_that_is_set_gives_what_it_gives_among_several(transfer, tmp_path
     assert not (tmp_path / "whole/checkpoints").exists()
 
 
-def test_the_run_is_said_before_the_first_step_and_its_duration_soon_after(transfer, capsys):
+def test_the_settings_are_printed_before_the_first_step_and_the_duration_soon_after(transfer, capsys):
     transfer("linear", *FAST, *settings("linear.epochs=5"))
     out = capsys.readouterr().out
     line = "48 samples, batch 24, steps 0 to 10 (5 epochs, of which 2 are warm-up), learning rate 2.81 = "

@@ -34,8 +34,9 @@ def tagged_tar(path, tags):
 
 
 def tags_of(numbers):
-    """Return the lists of labels of the samples by colour: blue or green, or neither for red; and cold for blue and
-    green."""
+    """Return the lists of labels of the samples: "blue" and "cold" for blue images, "green" and "cold" for green ones,
+    and an empty list for red ones.
+    """
     lists = {0: ["cold", "blue"], 1: ["green", "cold"], 2: []}
     return {number: lists[number % 3] for number in numbers}
 

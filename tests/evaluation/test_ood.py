@@ -134,7 +134,7 @@ def test_the_interval_of_one_sample_is_not_known():
     assert "does not differ" in areas_apart([known["knn"], known["knn"]], [known["knn"], 1 + known["knn"]], "a", "b")
 
 
-def test_how_far_it_is_is_said_and_a_stop_leaves_the_sets_so_far(transfer, tmp_path, monkeypatch, capsys):
+def test_progress_is_printed_and_a_stop_keeps_the_finished_datasets(transfer, tmp_path, monkeypatch, capsys):
     left, encode = [], Job.encode
 
     def stopped(job, *corpus, **more):

@@ -76,7 +76,7 @@ def test_each_rate_is_tried_as_a_run_of_its_own_would_be():
     assert best(tried).top1 >= 0.8 and len({each.loss for each in tried}) == len(FACTORS)
 
 
-def test_a_rate_comes_to_what_a_run_at_it_comes_to():
+def test_a_trial_has_the_result_of_a_run_with_its_learning_rate():
     """The training has momentum, weight decay and warm-up, and the statistics of all steps are compared."""
     bank = _bank(200)
     train, held_out = (bank.rows(rows) for rows in split(bank))
@@ -108,7 +108,7 @@ def test_one_logit_that_is_not_finite_shows_that_a_head_diverged():
     assert losses(logits_SHK, torch.tensor([1, 1]))[2].tolist() == [[0, 0, 0], [0, 0, 1]]
 
 
-def test_a_rate_is_chosen_for_what_is_no_chance():
+def test_a_learning_rate_is_chosen_only_for_a_significant_gain():
     """An accuracy of 70 % on 100 samples has a standard error of 4.6 points."""
     tried = [RateTrial(0.1, 0.7, 0.9), RateTrial(0.3, 0.66, 0.8), RateTrial(1, 0.64, 0.6), RateTrial(3, 0.0, None)]
     assert [choose(tried, usual, 100).peak_lr for usual in (0.1, 0.25, 0.8, 5)] == [0.1, 0.3, 0.3, 0.3]

@@ -21,7 +21,7 @@ def test_at_imagenet_s_size_it_is_the_official_recipe(samples):
     assert chosen(tuning) == expected | {"global_batch": 1024, "epochs": 100.0, "warmup_epochs": 5.0, "peak_lr": 1e-3}
 
 
-def test_what_is_given_stays():
+def test_given_hyper_parameters_are_kept():
     given = {"global_batch": 24, "epochs": 15.0, "steps": None, "warmup_epochs": 2.0, "peak_lr": 30.0}
     assert chosen(with_defaults(LinearProbeConfig(**given), 500, {})) == given
     steps = with_defaults(LinearProbeConfig(steps=90, global_batch=100), 1000, {})
@@ -35,7 +35,7 @@ def test_what_is_given_stays():
     }
 
 
-def test_a_run_that_continues_keeps_what_it_began_with():
+def test_a_resumed_run_keeps_its_derived_hyper_parameters():
     saved = {"global_batch": 2048, "epochs": None, "steps": 77, "warmup_epochs": 10.0, "peak_lr": 0.1}
     assert chosen(with_defaults(LinearProbeConfig(), 500, saved)) == saved
     longer = with_defaults(LinearProbeConfig(steps=99), 500, saved)

@@ -30,7 +30,7 @@ def test_recalls_are_those_of_a_sort():
     assert 0.05 < found[1] < found[5] < found[10] < 1
 
 
-def test_features_that_are_alike_find_nothing():
+def test_equal_features_have_a_recall_of_0():
     assert set(recalls(own_ranks(_bank(torch.ones(20, 3)), _bank(torch.ones(20, 3)))).values()) == {0.0}
     assert set(recalls(own_ranks(_bank(torch.eye(3)), _bank(torch.eye(3)))).values()) == {1.0}
 
@@ -44,7 +44,7 @@ def test_pairs_are_found_both_ways(transfer, shards, tmp_path):
         assert shares == sorted(shares) and 0 <= shares[0] <= shares[-1] <= 1
 
 
-def test_how_far_it_is_is_said_and_a_stop_leaves_what_was_found(transfer, tmp_path, monkeypatch, capsys):
+def test_progress_is_printed_and_a_stop_keeps_the_finished_direction(transfer, tmp_path, monkeypatch, capsys):
     left, jobs, ranks, real = [], [], retrieval.own_ranks, retrieval._encode
     monkeypatch.setattr(retrieval, "_encode", lambda job, pairs: jobs.append(job) or real(job, pairs))
 
@@ -82,7 +82,7 @@ def test_samples_of_one_key_are_refused(transfer, tmp_path):
         transfer("retrieval", train=None, val=twice)
 
 
-def test_a_result_that_chance_gives_is_said_to_be_one(transfer, monkeypatch, capsys):
+def test_a_result_at_chance_level_is_reported_as_such(transfer, monkeypatch, capsys):
     given = {"image": torch.eye(18), "text": torch.eye(18).roll(1, 0)}  # each is most like another's
     real = retrieval._encode
 
@@ -104,7 +104,7 @@ def test_a_result_that_chance_gives_is_said_to_be_one(transfer, monkeypatch, cap
     assert "no alignment" not in capsys.readouterr().out
 
 
-def test_above_chance_is_what_two_standard_errors_of_chance_do_not_explain():
+def test_above_chance_means_more_than_two_standard_errors_of_chance():
     chance = {k: k / 100 for k in retrieval.RANKS}
     result = {"pairs": 100} | {f"chance_recall{k}": share for k, share in chance.items()}
     result |= {f"{way}_recall{k}": chance[k] for way in ("image_to_text", "text_to_image") for k in chance}

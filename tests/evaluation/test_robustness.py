@@ -233,7 +233,7 @@ def test_brightness_and_saturation_are_those_of_hsv():
     assert saturate(grey, (5, 0.1), None)[0, 0].tolist() == pytest.approx(colorsys.hsv_to_rgb(0, 0.1, 0.5))
 
 
-def test_noises_have_the_size_that_is_said():
+def test_noises_have_the_documented_size():
     grey = torch.full((3, 200, 200), 128, dtype=torch.uint8)
     noise = (Corruption("gaussian_noise", 1)(grey, 0).double() - 127.5) / 255
     assert noise.std().item() == pytest.approx(0.08, rel=0.02)
@@ -323,7 +323,7 @@ STOPPED = """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_what_was_found_before_a_stop_is_written_and_said(classifier, shards, tmp_path, number):
+def test_a_stop_writes_and_prints_the_partial_result(classifier, shards, tmp_path, number):
     options = settings("robustness.epsilons=[]", 'robustness.corruptions=["jpeg","elastic"]', "data.workers=0")
     options += settings("robustness.severities=[1,2]")
     process = program(

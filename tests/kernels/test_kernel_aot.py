@@ -203,7 +203,7 @@ def test_an_architecture_on_torch_is_not_compiled(capsys):
     assert "sm_75: nothing is compiled" in capsys.readouterr().out
 
 
-def test_what_may_lie_anywhere_compiles_once():
+def test_pointers_of_any_alignment_compile_once():
     """Ids and values per row come from callers or from the middle of a tensor. Whether they are aligned to 16 bytes
     changes from step to step, and must not cause another compilation."""
     anywhere = {

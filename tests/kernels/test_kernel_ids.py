@@ -57,7 +57,7 @@ def test_an_id_out_of_range_is_named_with_op_argument_row_and_range(check, case,
 
 
 @pytest.mark.parametrize("case, name, at, value, found", ENDS)
-def test_ends_of_no_samples_are_named(check, case, name, at, value, found):
+def test_invalid_sample_boundaries_are_named(check, case, name, at, value, found):
     with pytest.raises(
         IndexError, match=rf"^packed_attention: {name} must increase from 0 to .* length: {re.escape(found)}$"
     ):
@@ -97,7 +97,7 @@ def test_right_ids_pass_and_change_nothing(case, monkeypatch):
 
 
 @pytest.mark.parametrize("case, name, value, valid", OUT_OF_RANGE)
-def test_torch_on_a_cpu_always_looks(case, name, value, valid):
+def test_torch_on_a_cpu_always_checks_ids(case, name, value, valid):
     inputs = wrong(case, name, 2, value)
     inputs.options["impl"] = "torch"
     with pytest.raises(IndexError):
@@ -105,12 +105,12 @@ def test_torch_on_a_cpu_always_looks(case, name, value, valid):
 
 
 @pytest.mark.parametrize("case, name, at, value, found", ENDS)
-def test_ends_are_always_looked_at_on_a_cpu(case, name, at, value, found):
+def test_sample_boundaries_are_always_checked_on_a_cpu(case, name, at, value, found):
     with pytest.raises(IndexError, match=re.escape(found)):
         call(m3ae_kernels, case, wrong(case, name, at, value))
 
 
-def test_kernels_do_not_look_unless_asked(monkeypatch):
+def test_kernels_do_not_check_ids_by_default(monkeypatch):
     """The check would synchronise with the device."""
     monkeypatch.setattr(ids, "check_range", lambda *_, **__: pytest.fail("the ids were read"))
     for value in ("0", ""):
@@ -119,7 +119,7 @@ def test_kernels_do_not_look_unless_asked(monkeypatch):
         assert not ids.checked(torch.zeros(3, device="meta"), "torch")
 
 
-def test_compiled_code_looks_too(check):
+def test_compiled_code_checks_ids_too(check):
     torch._dynamo.reset()
     compiled = torch.compile(m3ae_kernels.gather_tokens, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, 8)

@@ -59,7 +59,7 @@ def test_raw_images_give_the_loss_of_normalised_ones():
     raw, floating = images()
     fused = patch(vit_mae(), mean=MEAN, std=STD)
     of_floating = step(fused, floating)[0].loss
-    finer = (raw.to(torch.int32) * 257).to(torch.uint16)  # the same values of 16 bits
+    finer = (raw.to(torch.int32) * 257).to(torch.uint16)  # the same values with 16 bits
     for pixels in (raw, finer):
         torch.testing.assert_close(step(fused.train(), pixels)[0].loss, of_floating, rtol=1e-6, atol=0)
         fused.eval()

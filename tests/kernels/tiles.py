@@ -172,7 +172,7 @@ def test_the_last_rows_of_many_are_read_and_written(monkeypatch):
     assert error(out[-1:, -16:], image.double().view(1, 4) @ embedding[-16:].double().t()) < 1e-3
 
 
-def test_the_tiles_are_others_than_the_interpreters():
+def test_the_tiles_differ_from_those_of_the_interpreter():
     for kernel, widths in tuning.table(ARCH).items():
         own = tuning.table(tuning.INTERPRETER)[kernel]
         assert widths != own, kernel

@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def _make_small(module: str) -> None:
-    """Reduce the sizes that a module measures, and replace functions that take long without a GPU."""
+    """Reduce the sizes that a module measures, and replace functions that take a long time without a GPU."""
     from m3ae_kernels import tuning
 
     from m3ae_fast.base import hardware

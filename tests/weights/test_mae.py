@@ -138,7 +138,7 @@ def test_fine_tuned_encoder_norms_the_mean(tmp_path, capsys):
         ({"epochs": 800}, "=true if MAE was trained with --norm_pix_loss\n"),
     ],
 )
-def test_arguments_of_the_run_are_told(tmp_path, capsys, args, settings):
+def test_the_conversion_prints_the_loss_settings_of_the_run(tmp_path, capsys, args, settings):
     mae, _, _ = make()
     convert(tmp_path, {"model": mae.state_dict(), "args": argparse.Namespace(**args)})
     assert f"set loss.per=batch and loss.norm_pix{settings}" in capsys.readouterr().out
@@ -216,7 +216,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change):
 
 
 @pytest.mark.parametrize("width", HEADS_BY_WIDTH)
-def test_what_a_file_does_not_show_is_asked_for_or_that_of_the_published_size(width):
+def test_settings_that_a_file_lacks_are_options_or_those_of_the_published_size(width):
     patch = torch.zeros(width, 3, 2, 2)
     weights = {
         "cls_token": torch.zeros(1, 1, width),

@@ -95,7 +95,7 @@ def test_samples_to_classify_have_the_class_numbers_of_the_others(tmp_path):
     assert (found.classes, ids) == (3, [[0, 1, 2, 0, 1, 2], [1, 2, 1, 2]])
 
 
-def test_what_a_file_loses_and_how_fast_it_is_are_told(tmp_path, monkeypatch):
+def test_the_accuracy_loss_and_speed_of_a_file_are_reported(tmp_path, monkeypatch):
     """The features are uninformative, and the simulated clock advances by a second at each reading."""
     model, _, _ = make()
     images = onnx_check.open_labelled(*([labelled_tar(tmp_path / f"{n}.tar", r)] for n, r in SPLITS.items()), "cls")

@@ -133,7 +133,7 @@ def test_widths_have_the_heads_that_timm_gives_them():
         ({"qk_norm": True}, "has a weight blocks.0.attn.k_norm"),
     ],
 )
-def test_what_an_m3ae_cannot_be_is_refused(tmp_path, settings, message):
+def test_unsupported_vision_transformers_are_refused(tmp_path, settings, message):
     options = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 0}
     vit = timm.create_model("vit_tiny_patch16_224", **options, **settings)
     timm.models.save_for_hf(vit, str(tmp_path / "timm"), safe_serialization=True)
@@ -144,7 +144,7 @@ def test_what_an_m3ae_cannot_be_is_refused(tmp_path, settings, message):
 
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("stated", [{"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}, {}, {"mean": [0.1, 0.2, 0.3]}])
-def test_what_a_folder_says_of_images_and_gelu_or_what_timm_takes(tmp_path, nested, stated):
+def test_image_statistics_and_gelu_are_those_of_the_folder_or_timms_defaults(tmp_path, nested, stated):
     """Mean and std are at the top level or in a separate section, depending on timm's version."""
     model, _, _ = make()
     write_timm(tmp_path / "timm", model.config, model.state_dict())
