@@ -110,7 +110,7 @@ class ComparedPredictions:
         return (labels_N == labels_N.bincount().argmax()).numpy()
 
     def columns(self) -> dict[str, list[Any]]:
-        """Return the table of all predictions."""
+        """Return all predictions as the columns of a table."""
         parts = (
             (predictions, {"model": model, "probe": probe, "seed": seed})
             for (model, probe), trials in self.trials.items()
@@ -319,7 +319,7 @@ def _measure(
 def _encoded(
     job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[ComputeCost, TimeLeft]
 ) -> tuple[Job, list[tuple[FeatureBank, FeatureBank] | None]]:
-    """Encode the samples with a model, in one pass over the images. Return the job on this model, and the features of
+    """Encode the samples with a model, in one pass over the images. Return a job for this model, and the features of
     the training and held-out samples for each probe; None for a probe that will be trained online."""
     work, left = planned
     set_images(model, job.config.data.image_settings())

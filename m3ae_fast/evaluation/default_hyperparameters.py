@@ -89,8 +89,8 @@ def with_defaults(config: C, samples: int, saved: Mapping[str, Any]) -> C:
     Args:
         config: the config of the task.
         samples: number of samples per epoch.
-        saved: the values of this section in the checkpoint from which the run resumes, which are used as defaults;
-            empty for a new run.
+        saved: the values of this section in the checkpoint from which the run resumes; they are used as defaults. Empty
+            for a new run.
     """
     recipe = OFFICIAL[config.SECTION].scaled(samples)
     values: dict[str, Any] = {"global_batch": recipe.global_batch, "peak_lr": recipe.peak_lr, **saved}

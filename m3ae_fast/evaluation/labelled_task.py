@@ -39,7 +39,7 @@ _RISE = 0.02  # smallest rise in training accuracy that is reported
 
 
 class ClassLosses(NamedTuple):
-    """Loss and accuracy of a batch: 0-d float32 tensors, of which `loss` is differentiated."""
+    """Loss and accuracy of a batch, as 0-d float32 tensors. Only `loss` is differentiated."""
 
     loss: Tensor
     accuracy: Tensor  # for mixed labels, the accuracy with respect to the class with the highest weight
@@ -228,7 +228,7 @@ def make_trainer(
     Args:
         job: the job.
         start: the opened checkpoint and data.
-        task: the task, to which notes on differences from the resumed run are added.
+        task: the task; notes on differences from the resumed run are added to it.
         engine: the engine of the task.
         layout: layout of the sample order.
         sections: config sections to store in checkpoints, in addition to the sections that every task stores.

@@ -213,7 +213,7 @@ def run(job: Job) -> dict[str, Any]:
             warnings.append(f"{name or 'ood'}: {warning}")
             job.say(f"note: {warnings[-1]}")
         more: dict[str, Any] = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
-        # assigned at once, because another thread may read them
+        # updated in a single call, because another thread may read the columns
         columns.update({column: [*columns[column], *values] for column, values in more.items()})
         evaluated.append(name)
         samples[f"{name or 'ood'}_samples"] = len(found.keys)
@@ -270,7 +270,7 @@ def _head_of(classifier: Classifier) -> Callable[[Tensor], Tensor]:
 
 
 def _of_encoder(job: Job, classifier: Classifier) -> Job:
-    """Return a job on the encoder of a classifier, with the pooling of the classifier's head."""
+    """Return a job for the encoder of a classifier, with the pooling of the classifier's head."""
     encode = job.config.encode.model_copy(update={"pool": classifier.config.pool})
     return replace(job, model=classifier.backbone, config=job.config.model_copy(update={"encode": encode}))
 

@@ -23,7 +23,7 @@ FILE = "predictions.parquet"
 
 def best_classes(scores_NC: Tensor) -> Tensor:
     """Return the class with the highest score or, if there are more than 5 classes, the classes with the 5 highest
-    scores, best first: int64 [N, K]. Raises UserError if a score is not finite, because NaN would be the highest."""
+    scores, best first: int64 [N, K]. Raises UserError if a score is not finite, because NaN would rank highest."""
     bad = int((~scores_NC.isfinite()).any(1).sum())
     if bad:
         raise UserError(

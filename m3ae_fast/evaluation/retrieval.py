@@ -118,7 +118,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def at_chance(result: dict[str, Any]) -> bool:
-    """Return whether no recall exceeds chance level by more than two standard errors of chance level."""
+    """Return whether all recalls are at chance level: none exceeds it by more than two of its standard errors."""
 
     def above(name: str) -> bool:
         chance = result[f"chance_{name.rpartition('_')[2]}"]

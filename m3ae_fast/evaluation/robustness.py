@@ -156,7 +156,7 @@ def _result(config: RobustnessConfig, kinds: Severities, found: Mapping[str, Pre
 
 
 def _columns(found: Mapping[str, Predictions], classes: Classes) -> dict[str, list[Any]]:
-    """Return the columns of the table of all predictions, with the name of the pass in the column `condition`."""
+    """Return all predictions as the columns of a table. The column `condition` contains the name of the pass."""
     return stacked(((predictions, {"condition": name}) for name, predictions in found.items()), classes)
 
 

@@ -181,7 +181,7 @@ def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
 
 
 def _per_class(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
-    """Yield a collapsed table of the metrics of the classes, lowest first, for each result that contains them."""
+    """Yield a collapsed table for each result with metrics of each class. The class with the lowest metric is first."""
     for path, result in found:
         if not isinstance(rows := result.get("per_class"), list):
             continue

@@ -71,7 +71,7 @@ class CrossDecoder(Blocks):
         self.kv = Linear(dim, 2 * depth * dim)
 
     def reset_keys_and_values(self) -> None:
-        """Initialise the key and value weights of each block as a separate matrix."""
+        """Initialise the stacked weights of keys and values as if each block had its own matrix."""
         with torch.no_grad():
             for weight_XE in self.kv.weight.chunk(len(self.blocks)):
                 nn.init.xavier_uniform_(weight_XE)

@@ -24,7 +24,7 @@ _ORPHAN_S = 10.0  # used instead of _JOIN_S if the launcher has ended, perhaps t
 _LAUNCHER_GONE = "the launcher has ended"
 BY_ANOTHER = "requested by another rank"
 _GONE = (0,)
-_TWICE_S = 2.0  # seconds after the first Ctrl-C in which another one is ignored: launchers repeat a Ctrl-C
+_TWICE_S = 2.0  # seconds after the first Ctrl-C during which another one is ignored, because launchers repeat it
 
 
 class StopRequest:

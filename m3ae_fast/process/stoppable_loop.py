@@ -16,7 +16,7 @@ class Stopped(Exception):
 
 
 def until_stopped(batches: Iterable[T], ranks: Ranks, stop: StopRequest) -> Iterator[T]:
-    """Yield the batches, of which all ranks must have the same number. Raises Stopped before the next batch if a rank
+    """Yield the batches. All ranks must have the same number of batches. Raises Stopped before the next batch if a rank
     is asked to stop."""
     for batch in batches:
         if any(ranks.sum([stop.asked])):

@@ -23,8 +23,7 @@ _RUN_DOWN, _RUN_DOWN_TIME = 0.02, 0.03
 
 
 class TimeLimit:
-    """Measurement of the steps and evaluations of a run, from which the number of steps that fit into the time limit is
-    computed."""
+    """Measures the steps and evaluations of a run, and computes from them how many steps fit into the time limit."""
 
     def __init__(self, seconds: float, spent: float = 0.0) -> None:
         """Start the clock. `spent`: part of `seconds` that earlier attempts have used."""

@@ -194,7 +194,7 @@ class Trainer:
         return losses, grad_norm
 
     def _start_sums(self, batches: list[PackedBatch]) -> Callable[[], Sums]:
-        """Start the all-reduce of stop requests and counts that precedes a step."""
+        """Start the all-reduce of `Sums` that precedes a step, and return a function that waits for the result."""
         failed = self.watch.failed() or self.saver.failed()
         confirmed = self.saver.awaits(self.watch.finite_through) and not self.saver.busy
         total = self._decide() if self.ranks.is_main else 0

@@ -117,8 +117,8 @@ def _public(shards: str) -> str:
 
 
 def _last_metrics(run: SavedRun) -> dict[str, tuple[float, int]]:
-    """Return the last value of each metric up to the checkpoint's step, with the step at which it was logged, by
-    name."""
+    """Return, by name of the metric, the last value up to the checkpoint's step, and the step at which this value was
+    logged."""
     wanted = re.compile(r"(val_)?(loss|image_loss|text_loss|text_accuracy)")
     found: dict[str, tuple[float, int]] = {}
     with contextlib.suppress(UserError):  # the checkpoint has been moved away from its run

@@ -94,7 +94,7 @@ def _grow(
 
 
 def snow(x: np.ndarray, parameters: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """Return the whitened image, to which two layers of snowflakes with motion trails are added."""
+    """Return the image after it has been whitened and two layers of snowflakes with motion trails have been added."""
     mean, deviation, zoom, threshold, radius, sigma, kept = parameters
     flakes = zoomed(rng.normal(mean, deviation, (STANDARD, STANDARD, 1)), zoom)
     flakes = np.where(flakes < threshold, 0, flakes).clip(0, 1)
@@ -105,7 +105,7 @@ def snow(x: np.ndarray, parameters: tuple[float, ...], rng: np.random.Generator)
 
 
 def spatter(x: np.ndarray, parameters: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """Return the image with drops of water or of mud."""
+    """Return the image spattered with drops of water or mud."""
     mean, deviation, sigma, threshold, strength, mud = parameters
     liquid = ndimage.gaussian_filter(rng.normal(mean, deviation, (STANDARD, STANDARD)), sigma, mode="nearest")
     wet = liquid >= threshold
