@@ -199,17 +199,17 @@ class Rows:
 
 
 def missing_in_host_memory(needed: float, on_node: int) -> str:
-    """Return a message with the required and the free memory if `needed` bytes for each of the `on_node` ranks on this
-    node do not fit into host memory; otherwise ""."""
+    """Return a message that states the required and the free memory if host memory has no room for `needed` bytes for
+    each of the `on_node` ranks on this node; otherwise ""."""
     return missing_memory(needed * on_node, torch.device("cpu"))
 
 
 def storage(
     needed: int, device: torch.device, on_node: int, folder: Path | None = None
 ) -> Literal["device", "host", "file"]:
-    """Return the first storage into which `needed` bytes for each of the `on_node` ranks on this node fit: the ranks'
-    devices, host memory, or files in `folder` (None: the folder for temporary files). Raises UserError if they fit
-    nowhere."""
+    """Return the first storage that has room for `needed` bytes for each of the `on_node` ranks on this node: the
+    ranks' devices, host memory, or files in `folder` (None: the folder for temporary files). Raises UserError if there
+    is not enough room anywhere."""
     if device.type != "cpu" and not missing_memory(needed / _DEVICE_SHARE, device):
         return "device"
     lacking = missing_in_host_memory(needed, on_node)

@@ -147,7 +147,7 @@ def fit_heads(
 
     Args:
         batches: this rank's part of each step.
-        stacks: heads by the features that they read; they are in evaluation mode afterwards.
+        stacks: heads, keyed by the features that they read; they are in evaluation mode afterwards.
         lr: function that maps a step to its learning rate, which is multiplied by the scale of each head.
         steps: number of steps.
         title: description of the training for the progress display and for `live`.

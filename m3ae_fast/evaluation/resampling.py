@@ -50,8 +50,8 @@ class Resampled:
 
     def minus(self, other: Resampled) -> Difference | None:
         """Return the difference from another metric of the same samples; None if its interval cannot be estimated. The
-        interval is that of the bootstrap samples, minus their bias: repeated samples raise an average precision, for
-        example, so that the values of bootstrap samples may all be higher than the value of the original samples."""
+        interval is that of the bootstrap samples, minus their bias. For example, repeated samples raise an average
+        precision, so all values of bootstrap samples may be higher than the value of the original samples."""
         if not (self.varies or other.varies):
             return None
         value, apart_B = self.value - other.value, self.values_B[1:] - other.values_B[1:]

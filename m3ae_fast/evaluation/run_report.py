@@ -154,8 +154,9 @@ def _model(path: Path, result: dict[str, Any]) -> str:
 
 
 def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
-    """Yield HTML paragraphs for each result with a verdict or a warning: whether it differs significantly from the
-    baselines of the same task and from always predicting the largest class, and the warning if there is one."""
+    """Yield HTML paragraphs for each result with a verdict or a warning. They state whether the result differs
+    significantly from the baselines of the same task and from always predicting the largest class, and contain the
+    warning if there is one."""
     for path, result in found:
         task, model = result.get("task"), str(result.get("model"))
         if not {"verdict", "warning"} & result.keys() or model.startswith((*PREFIXES.values(),)):

@@ -17,7 +17,7 @@ from m3ae_fast.config import LONGEST, Config, Range, parse, require_libraries_of
 from m3ae_fast.config.load import apply_override
 
 TOKENIZER = "tokenizer.json"  # file name of the tokenizer in the run folder
-EPOCHS, SEEN = 20, 20_000  # a larger model must be trained for at least this many epochs and samples
+EPOCHS, SEEN = 20, 20_000  # a larger model is chosen only if it can be trained for this many epochs and samples
 FEWEST_STEPS = 1000  # the batch is halved until there are at least this many steps
 LEARNING_STEPS = 300  # with fewer steps or less than one epoch, features hardly differ from those of random weights
 EVALUATIONS = 20  # number of evaluations during training; fewer if they would take too long

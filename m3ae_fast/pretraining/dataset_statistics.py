@@ -98,8 +98,8 @@ def inspect(
 
 
 def _on_given_weights(has_captions: bool, overrides: Sequence[str]) -> list[str]:
-    """Return a list that contains a note if the run starts from given weights and only one of the two, the weights or
-    the samples, includes text; otherwise an empty list. Raises UserError if both include text, but the tokenizer of the
+    """Return a list that contains a note if the run starts from given weights, and either the weights or the samples
+    include text, but not both; otherwise an empty list. Raises UserError if both include text, but the tokenizer of the
     weights is missing."""
     vocab_size = set_to(overrides, "model.vocab_size", None)
     if not continues(overrides) or vocab_size is None:

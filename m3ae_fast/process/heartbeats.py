@@ -81,7 +81,7 @@ class Heartbeats:
         self.timeout, self.folder = run.stall_timeout, run.dir / STALL_FOLDER
 
     def mark(self, doing: str, *, loading: bool = False) -> None:
-        """Record that the main thread has made progress. `doing` describes its current work in messages."""
+        """Record that the main thread has made progress. `doing`: description of its current work, for messages."""
         self._doing, self._loading, self._marks = doing, loading, self._marks + 1
 
     @contextlib.contextmanager

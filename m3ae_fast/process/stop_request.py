@@ -184,9 +184,10 @@ def kill_children() -> None:
 
 
 def launcher_chain() -> tuple[int, ...] | None:
-    """Return the ids of the launcher processes whose end should end this process: torchrun's agent, or deepspeed's
-    inner and outer launcher, because the outer launcher does not forward SIGTERM when it dies. Return None under plain
-    `python`, which may outlive its shell, and _GONE if a launcher started this process and has ended."""
+    """Return the ids of the launcher processes whose end should end this process. These are torchrun's agent, or both
+    the inner and the outer launcher of deepspeed, because the outer launcher does not forward SIGTERM when it dies.
+    Return None under plain `python`, which may outlive its shell, and _GONE if a launcher started this process and has
+    ended."""
     elastic, deepspeed = ("TORCHELASTIC_RUN_ID" in os.environ, "CROSS_SIZE" in os.environ)
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(os.getppid())

@@ -65,8 +65,8 @@ _started: list[BaseProcess] = []  # the workers that this process has started
 os.register_at_fork(after_in_child=_started.clear)
 
 
-# registered after multiprocessing's handler and therefore called before it, because multiprocessing's handler would
-# wait for a frozen worker forever
+# This handler is registered after multiprocessing's handler and therefore runs before it. Multiprocessing's handler
+# would wait for a frozen worker forever.
 @atexit.register
 def _end_started() -> None:
     """Terminate all remaining workers at program exit, regardless of their state."""

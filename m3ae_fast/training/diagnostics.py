@@ -11,7 +11,8 @@ from m3ae_fast.config import LoopConfig, ScheduleConfig
 
 # With fewer steps, a model is hardly trained: RankMe falls at first, and losses are near those of constant predictions.
 FEW_STEPS = 100
-# a modality counts as learnt if its loss is below this fraction of its first value and of a constant prediction's loss
+# A modality counts as learnt if its loss is below this fraction of both its first value and the loss of a constant
+# prediction.
 FALLEN = 0.98
 _FEW = 10  # minimum number of log lines to judge a training loss, which varies because each line has other samples
 # features have collapsed if their effective rank is below this, or below COLLAPSED_TO times the initial rank

@@ -24,7 +24,7 @@ class Diverged(UserError):
 
 
 LAG = 2  # number of steps that may be in flight on the GPU before the host waits for their loss
-WINDOW = 128  # number of losses with which a loss is compared, as in OLMo-core's skip-step optimisers
+WINDOW = 128  # number of earlier losses with which a loss is compared, as in OLMo-core's skip-step optimisers
 
 
 class Spikes:

@@ -157,9 +157,10 @@ class Trainer:
     # A step
 
     def inputs(self) -> Iterator[tuple[StepInput[Sums], Counts]]:
-        """Yield this rank's micro-batches of each step, on the device, with the counts over all ranks, until the last
-        step or until a rank is asked to stop or has failed. The next micro-batches are loaded, and their counts are
-        summed, while the GPU computes. Raises UserError if too many samples are invalid."""
+        """Yield this rank's micro-batches of each step, on the device, with the counts over all ranks. The iterator
+        ends after the last step, or earlier if a rank is asked to stop or has failed. The next micro-batches are
+        loaded, and their counts are summed, while the GPU computes. Raises UserError if too many samples are
+        invalid."""
         batches = self.heartbeats.watch(self.train_loader, "training")
         for inputs in feed(batches, self.share.accumulation, self.ranks.device, self._start_sums):
             sums = inputs.sums()

@@ -102,8 +102,8 @@ def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
 
 
 def model_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Return the arguments with which timm's VisionTransformer has the features of `M3AE.encode` with mean pooling,
-    before or after the last norm. The norm is `fc_norm` if it is applied to the mean."""
+    """Return the arguments with which timm's VisionTransformer computes the same features as `M3AE.encode` with mean
+    pooling. If the last norm is applied to the mean, it is `fc_norm`."""
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,

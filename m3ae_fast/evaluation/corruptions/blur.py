@@ -30,8 +30,8 @@ def defocus_blur(x: np.ndarray, parameters: tuple[int, float], _: Any) -> np.nda
 
 
 def _shrunk(kernel: np.ndarray, scale: float) -> np.ndarray:
-    """Return a kernel with an odd side for images that are scaled by `scale`: its pixels are averages over areas of the
-    given kernel, and their sum is 1."""
+    """Return the kernel resized for images that are scaled by `scale`. The new kernel has an odd side. Its values are
+    averages over areas of the given kernel, and their sum is 1."""
     side = 2 * math.ceil((len(kernel) * scale - 1) / 2) + 1
     source = side / scale  # side of the area that the new kernel covers, in pixels of the old kernel
     margin = math.ceil(max(0.0, source - len(kernel)) / 2)
@@ -69,8 +69,8 @@ def motion_blur(x: np.ndarray, parameters: tuple[int, float], rng: np.random.Gen
 
 
 def trail(x: np.ndarray, radius: int, sigma: float, degrees: float, scale: float = 1.0) -> np.ndarray:
-    """Return the image blurred as by ImageMagick's motion blur: with one half of a Gaussian over 2 * radius + 1 steps
-    of `scale` pixels in the direction `degrees`; edges are repeated."""
+    """Return the image blurred as in ImageMagick's motion blur. The kernel is one half of a Gaussian over 2 * radius +
+    1 steps of `scale` pixels in the direction `degrees`. Edges are repeated."""
     steps, angle = np.arange(2 * radius + 1), math.radians(degrees)
     weights = np.exp(-(steps**2) / (2 * sigma**2))
     downs, rights = (np.ceil(steps * scale * way - 0.5).astype(int) for way in (math.sin(angle), math.cos(angle)))

@@ -31,9 +31,9 @@ def saturate(x: np.ndarray, parameters: tuple[float, float], _: Any) -> np.ndarr
 
 
 def elastic(x: np.ndarray, parameters: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
-    """Return the image distorted by a random affine map, which moves three corners of a central square by up to
-    `jitter` pixels, and by a random displacement of each pixel: uniform noise, smoothed by a Gaussian with standard
-    deviation `sigma`, times `amplitude`. `parameters`: amplitude, sigma, jitter."""
+    """Return the image after two random distortions. An affine map moves three corners of a central square by up to
+    `jitter` pixels. In addition, each pixel is displaced by uniform noise that is smoothed by a Gaussian with standard
+    deviation `sigma` and multiplied by `amplitude`. `parameters`: amplitude, sigma, jitter."""
     amplitude, sigma, jitter = parameters
     centre, half, size = STANDARD // 2, STANDARD // 3, x.shape[0]
     corners = np.array([(centre + half, centre + half), (centre + half, centre - half), (centre - half, centre - half)])
