@@ -208,12 +208,14 @@ def _run_online(job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpu
 def _concluded(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus]) -> dict[str, Any]:
     """Write the predictions, evaluate the baselines, and return the result. `corpora`: the training and the held-out
     samples."""
-    job.keep(found.columns(found.made))
+    rows, columns = found.rows(found.made), found.columns(found.made)
+    result = found.result(rows)
+    job.keep_if_stopped(lambda: PartialResult("without baselines", result, columns))
+    job.keep(columns)
     for warning in found.warnings:
         job.say(f"note: {warning}")
-    rows = found.rows(found.made)
     job.pictures.append(lambda: _draw(job, rows))
-    return found.result(rows) | baseline_entries(_baselines(job, found, corpora))
+    return result | baseline_entries(_baselines(job, found, corpora))
 
 
 def _baselines(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus]) -> dict[str, Baseline]:

@@ -10,7 +10,7 @@ import time
 import pytest
 from pyarrow import parquet
 
-from m3ae_fast.evaluation import logistic
+from m3ae_fast.evaluation import logistic, probe_grid
 from m3ae_fast.evaluation.difference import compare_results
 from m3ae_fast.evaluation.job import Job
 from tests.evaluation.conftest import settings
@@ -100,20 +100,32 @@ def test_a_task_says_that_there_is_no_result_while_samples_are_encoded(transfer,
     assert {*said} == {"no result yet (the samples are being encoded); running the same command again starts over"}
 
 
-def test_logistic_regression_that_is_stopped_at_its_baselines_leaves_its_accuracy(transfer, tmp_path, monkeypatch):
-    jobs, said = [], []
-    encode, fit = Job.encode_with_baselines, logistic.logistic_predictions
-    monkeypatch.setattr(Job, "encode_with_baselines", lambda self, *given: jobs.append(self) or encode(self, *given))
+@pytest.mark.parametrize(
+    ("task", "options", "done"),
+    [
+        ("logistic", (), "inverse_strength"),
+        ("knn", ("--layers", "all"), "results"),
+        ("attentive", settings("attentive.steps=3", "attentive.online=true"), "results"),
+    ],
+)
+def test_a_task_that_is_stopped_at_its_baselines_leaves_its_accuracy(transfer, monkeypatch, task, options, done):
+    said, initialise = [], Job.__post_init__
 
-    def predictions(*given):
-        said.append(jobs[0].stop.at_leaving())
-        return fit(*given)
+    def stops_at_baselines(job):
+        """Write the partial result when baselines are about to be fitted."""
+        initialise(job)
+        module, name = (logistic, "logistic_predictions") if task == "logistic" else (probe_grid, "_baselines")
+        fit = getattr(module, name)
 
-    monkeypatch.setattr(logistic, "logistic_predictions", predictions)
-    written = []
-    monkeypatch.setattr("m3ae_fast.evaluation.job.write_result", lambda out, result, *name: written.append(result))
-    result = transfer("logistic", baselines=True)
-    (partial,) = written
+        def stopped(*given):
+            said.append((job.stop.at_leaving(), json.loads((job.out / "result-so-far.json").read_text())))
+            return fit(*given)
+
+        monkeypatch.setattr(module, name, stopped)
+
+    monkeypatch.setattr(Job, "__post_init__", stops_at_baselines)
+    result = transfer(task, *options, baselines=True)
+    ((message, partial),) = said
     assert partial["partial"] and partial["done"] == "without baselines" and "baselines" not in partial
-    assert partial["top1"] == result["top1"] and partial["inverse_strength"] == result["inverse_strength"]
-    assert said[0].startswith("partial result, without baselines, in ")
+    assert partial["top1"] == result["top1"] and partial[done] == result[done] and "baselines" in result
+    assert message.startswith("partial result, without baselines, in ")
