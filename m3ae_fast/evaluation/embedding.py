@@ -62,7 +62,7 @@ def embed(
     overrides: Sequence[str] = (),
     device: Device | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the features of all samples of a source, computed by the frozen encoder on unmasked input, on every rank.
+    """Return the features of all samples of a source, on every rank. The frozen encoder computes them without masking.
 
     Args:
         model: a model, or the name of a model (see `model_name.MODEL_HELP`).
@@ -110,8 +110,8 @@ def _listed(source: Source) -> list[str]:
 
 
 def _image_files(source: Source) -> tuple[str, list[str]] | None:
-    """Return the folder of the images ("" if the source is a list of files) and their paths; None if the source is
-    shards. Raises UserError if the source is empty, or if a folder contains neither images nor shards."""
+    """Return the folder of the images ("" if the source is a list of files) and their paths; None if the source
+    consists of shards. Raises UserError if the source is empty, or if a folder contains neither images nor shards."""
     names = _listed(source)
     if not names:
         raise UserError("there is nothing to embed: specify shards, a folder of images, or image files")

@@ -28,7 +28,7 @@ _PERPLEXITY = 30.0
 
 
 class Separation(NamedTuple):
-    """Measures of the separation of classes of points."""
+    """Measures of how well classes of points are separated."""
 
     silhouette: float  # mean over points, from -1 to 1 (Rousseeuw 1987); NaN if it is not defined
     knn: float  # k-NN accuracy: fraction of points whose class is the most frequent one among their neighbours
@@ -96,8 +96,8 @@ def _tsne(features_ND: np.ndarray, seed: int) -> np.ndarray:
 
 
 def separation(points_N2: np.ndarray, labels_N: np.ndarray, neighbours: int = NEIGHBOURS) -> Separation:
-    """Return measures of the separation of the classes of points in the plane. `neighbours`: number of neighbours, at
-    most N - 1, that vote for the class of a point; in a tie, the lowest class id wins."""
+    """Return measures of how well the classes of points in the plane are separated. `neighbours`: number of neighbours,
+    at most N - 1, that vote for the class of a point; in a tie, the lowest class id wins."""
     from scipy.stats import mode
     from sklearn.metrics import silhouette_score
     from sklearn.neighbors import NearestNeighbors

@@ -224,7 +224,7 @@ class Job:
         )
 
     def samples(self, corpus: Corpus, keys: Sequence[str]) -> dict[str, Sample]:
-        """Return the samples with these keys as the encoder has seen them, by key."""
+        """Return the samples with these keys, by key, as the encoder has seen them."""
         return samples_of(corpus, self.preparation, keys)
 
     def cell(self, sample: Sample | None, text: str | None = None, colour: Colour = BLACK) -> Cell:
@@ -293,7 +293,7 @@ class Job:
         self.ranks.on_main(save)
 
     def described(self, result: dict[str, Any], *, partial: bool) -> dict[str, Any]:
-        """Return a complete or partial result with a description of its model and data."""
+        """Return a complete or partial result to which the task, the model, the modality and the config are added."""
         options, config = self.options, self.config.model_dump(mode="json")
         about = {"task": options.task, "partial": partial}
         model = list(options.models) if TASKS[options.task].compares else options.model

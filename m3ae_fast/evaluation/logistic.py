@@ -31,7 +31,7 @@ def run(job: Job) -> dict[str, Any]:
     }
     columns = found[MODEL].columns(classes)
     job.keep_if_stopped(lambda: PartialResult("without baselines", accuracy_entries(found) | numbers, columns))
-    if not job.options.is_pixels:  # there is no encoder for a classifier
+    if not job.options.is_pixels:  # a saved classifier needs an encoder, which pixels do not have
         job.save_probe("logistic", heads.head(0))
     job.keep(columns)
     others = {name: banks for name, banks in encoded.items() if name != MODEL}

@@ -37,11 +37,11 @@ def logistic_baselines(job: Job, corpora: tuple[Corpus, Corpus], classes: int) -
 def logistic_predictions(
     encoded: Mapping[str, tuple[FeatureBank, FeatureBank]], classes: int, heartbeats: Heartbeats
 ) -> dict[str, Predictions]:
-    """Fit a logistic regression to the training samples of each model, and return its predictions for the held-out
-    samples. Every rank must call it.
+    """Fit a logistic regression to the features of each model, and return the predictions for the held-out samples, by
+    name of the model. Every rank must call it.
 
     Args:
-        encoded: features of the training and of the held-out samples, by model.
+        encoded: features of the training and held-out samples, by name of the model.
         classes: number of classes.
         heartbeats: heartbeats of this rank.
     """

@@ -85,7 +85,7 @@ def measured(
 
     Args:
         truth_MC: whether a held-out sample belongs to a class.
-        scores: scores of the held-out samples, [M, C], by MODEL and by the names of the baselines.
+        scores: scores of the held-out samples, [M, C]; the keys are MODEL and the names of the baselines.
         known_C: whether a class occurs in the training samples.
         classes: labels by class id.
         seed: random seed of the bootstrap.

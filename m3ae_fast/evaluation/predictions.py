@@ -90,8 +90,8 @@ class Predictions:
 
 
 def stacked(parts: Iterable[tuple[Predictions, Mapping[str, Any]]], classes: Classes) -> dict[str, list[Any]]:
-    """Return one table with several predictions. Each mapping contains the additional columns that identify its
-    predictions."""
+    """Return one table with several sets of predictions. Each mapping contains the additional columns that identify
+    the set."""
     columns: dict[str, list[Any]] = {}
     for predictions, which in parts:
         same = {name: [value] * len(predictions.keys) for name, value in which.items()}

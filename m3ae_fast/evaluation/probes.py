@@ -55,7 +55,7 @@ def _no_choice(of: Input, chosen: dict[str, float]) -> None:
 
 
 class Features(NamedTuple):
-    """A type of encoder features: the layer and the pooling."""
+    """A type of encoder feature: a layer and a pooling."""
 
     layer: int  # number of the block, from 1
     pool: Pool | None  # None: the patch tokens, which are pooled by an attentive probe

@@ -67,7 +67,7 @@ def compared(
     Args:
         name: name of the metric in the result.
         title: name of the metric for display.
-        found: the metric, by MODEL and by the names of the baselines.
+        found: the metric; the keys are MODEL and the names of the baselines.
         chance: the metric of predictions that need no model.
         chance_name: name of these predictions in the warning.
         rule: description of these predictions in the verdict.

@@ -2,7 +2,7 @@
 score for each class to each patch. The scores are upsampled to the pixels.
 
 The metric is the mean intersection over union (mIoU) over classes, computed from all pixels of all held-out images
-except those with the ignored label. Masks are cropped and scaled like the images: to the central square at the model's
+except pixels with the ignored label. Masks are cropped and scaled like the images: to the central square at the model's
 resolution.
 
 Shapes: N training images, M held-out images, R images on this rank, B images of a batch, L patches of an image, P
@@ -293,7 +293,7 @@ def measured(counts: Mapping[str, Counts], seed: int) -> dict[str, Any]:
     predicting the largest class and from the baselines, are computed by the bootstrap over images.
 
     Args:
-        counts: the counts of the same images, by MODEL and by the names of the baselines.
+        counts: the counts of the same images; the keys are MODEL and the names of the baselines.
         seed: random seed of the bootstrap.
     """
     model, largest = counts[MODEL], counts[MODEL].largest()

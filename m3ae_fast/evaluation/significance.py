@@ -25,7 +25,7 @@ def standard_error(accuracy: float, samples: int) -> float:
 
 def mean_accuracy(correct_DN: np.ndarray) -> tuple[float, float]:
     """Return the mean accuracy of D trials on the same samples, and its standard error over samples and trials.
-    `correct_DN`: bool."""
+    `correct_DN`: whether each sample was classified correctly in each trial, bool."""
     trials, samples = correct_DN.shape
     accuracies_D, shares_N = correct_DN.mean(1), correct_DN.mean(0)
     of_trials = accuracies_D.var(ddof=1) / trials if trials > 1 else 0.0
@@ -52,7 +52,7 @@ def area_under_roc(positive_V: np.ndarray, negative_V: np.ndarray) -> float:
 
 
 class Difference(NamedTuple):
-    """The difference of two metrics on the same samples, such as accuracies: first minus second."""
+    """The difference between two metrics on the same samples, such as two accuracies: first minus second."""
 
     value: float
     low: float  # lower end of the 95 % confidence interval, computed by the bootstrap
@@ -66,7 +66,7 @@ class Difference(NamedTuple):
 
     @property
     def is_better(self) -> bool:
-        """Return whether the first is significantly better than the second."""
+        """Return whether the first metric is significantly better than the second."""
         return self.is_significant and self.value > 0
 
     def points(self) -> str:
@@ -90,8 +90,8 @@ class Difference(NamedTuple):
 
 
 def verdict(first: str, second: str, value: float, is_significant: bool) -> str:
-    """Return a sentence that states whether the first is better or worse than the second, or not significantly
-    different. `value`: difference, positive if the first is better."""
+    """Return a sentence that states whether the model `first` is better or worse than the model `second`, or not
+    significantly different. `value`: difference, positive if the first model is better."""
     if not is_significant:
         return f"{first} does not differ significantly from {second} on these samples"
     return f"{first} is {'better' if value > 0 else 'worse'} than {second}"

@@ -1,4 +1,4 @@
-"""Evaluation of a model by one of the tasks."""
+"""Evaluation of a model with one of the tasks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def evaluate(
     device: Device | None = None,
     session: Session | None = None,
 ) -> dict[str, Any] | None:
-    """Evaluate a model by a task, and write the result, predictions and figures to a folder.
+    """Evaluate a model with a task, and write the result, predictions and figures to a folder.
 
     Args:
         task: "knn", "logistic", "linear", "attentive", "compare", "multilabel", "segment", "finetune", "robustness",

@@ -1,4 +1,4 @@
-"""M3AE (arXiv 2205.14204): one ViT encoder over visible patches and text tokens, a light decoder, two losses.
+"""M3AE (arXiv 2205.14204): one ViT encoder over visible patches and text tokens, a light decoder, and two losses.
 
 Shapes: T encoder rows, U decoder rows, M rows that carry loss (I patches, W text tokens), D encoder width, E decoder
 width.

@@ -37,13 +37,13 @@ RUN = "this run"
 STARTED = "its initial weights"
 
 
-# The results of a task and a model are in a folder named by the task and this suffix.
+# The results of a task for a model are in a folder whose name consists of the task and this suffix.
 _SUFFIXES = {RUN: "", STARTED: "-start"}
 
 
 def _models(config: Config) -> dict[str, str]:
-    """Return the names of the models to evaluate, keyed by their relation to the run. Its baselines are not listed,
-    because they are evaluated together with the run."""
+    """Return the names of the models to evaluate, keyed by their relation to the run. The run's baselines are not
+    listed, because they are evaluated together with the run."""
     start = config.model.init_from
     return {RUN: str(config.run.dir)} | ({STARTED: start} if start and Path(start).is_dir() else {})
 
@@ -112,8 +112,8 @@ def why_no_map() -> str:
 
 
 def draw_map(config: Config, device: Device | None = None) -> None:
-    """Plot a map of the held-out samples' features to the run folder and add it to the run's loggers, unless there is a
-    map already. If that is not possible, print the reason."""
+    """Plot a map of the held-out samples' features to the run folder and add it to the run's loggers, unless the map
+    already exists. If that is not possible, print the reason."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     path = run / MAP

@@ -1,5 +1,5 @@
-"""Choice of the largest model that the data and the available time allow, and of its number of steps, by measurements
-on this machine."""
+"""Choice of the largest model that the data and the available time allow, and of its number of steps, based on
+measurements on this machine."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Budget:
         return calls + self._models * (encoding + regression) + _REPORT
 
     def training(self, pace: Pace) -> float:
-        """Return the seconds from now on that are available for training and its evaluations."""
+        """Return the seconds that are left for training and its evaluations."""
         return max(self.seconds - self.spent() - self.after(pace), _LEAST * self.seconds)
 
     def ends(self, pace: Pace) -> float:

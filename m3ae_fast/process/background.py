@@ -42,7 +42,7 @@ class Background:
         return not self._idle.is_set()
 
     def wait_briefly(self) -> None:
-        """Wait for the current task, but at most for a fraction of a second."""
+        """Wait for the current task, but for at most a fraction of a second."""
         self._idle.wait(_BRIEFLY_S)
 
     def wait(self) -> None:

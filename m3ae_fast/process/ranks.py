@@ -142,8 +142,8 @@ class Ranks:
 
 
 def await_ends(store: dist.Store, world: int) -> None:
-    """Wait until all ranks have recorded their end with `first_error`, but at most a few seconds. Rank 0 calls this
-    before it exits, because the store ends with its process."""
+    """Wait until all ranks have recorded their end with `first_error`, but for at most a few seconds. Rank 0 calls this
+    function before it exits, because the store ends with its process."""
     # closes the connections of process groups in reference cycles; other ranks may be waiting for this
     gc.collect()
     until = time.monotonic() + _OTHERS_S

@@ -74,7 +74,7 @@ def _first(shown: UserError, ranks: Ranks, heartbeats: Heartbeats | None) -> tup
 
 @contextmanager
 def joined_program(device: Device | None = None) -> Iterator[Session]:
-    """Join the other ranks, yield the session of the program, and leave the ranks at its end. `device`: see
+    """Join the other ranks, yield the session of the program, and leave the ranks when the program ends. `device`: see
     `join_ranks`.
 
     An error that `explain` recognises is printed once, by the first rank that has it, and all ranks exit with its exit

@@ -88,7 +88,7 @@ class Companion(Protocol):
 
 
 class Loader(DataLoader[T_co]):
-    """A DataLoader whose workers leave all signals to the main process from their start on.
+    """A DataLoader whose workers, from their start on, leave all signals to the main process.
 
     `companion` may be set before the first batch.
     """
@@ -149,8 +149,8 @@ def start_worker(worker: int) -> None:
 
 
 def _send_error(queue: Queue[Any], error: Exception, unsent: object) -> None:
-    """Replace a batch that cannot be sent by the error, which the DataLoader raises in the main process. Otherwise, the
-    queue would drop the batch, and the main process would wait for it forever."""
+    """Send an error in place of a batch that could not be sent. The DataLoader raises the error in the main process.
+    Otherwise, the queue would drop the batch, and the main process would wait for it forever."""
     try:
         number, _ = cast("tuple[int, Any]", unsent)  # fails if the pipe is lost: `unsent` is then already pickled
         info = torch.utils.data.get_worker_info()

@@ -39,7 +39,7 @@ class _Place(NamedTuple):
 
 def split_images(images_N: np.ndarray, wanted: int) -> np.ndarray:
     """Return a mask of the samples to hold out, bool [N]. About `wanted` samples are chosen, beginning with the last
-    ones; either all samples of an image are held out or none. An image with more samples than are still wanted is
+    ones; either all samples of an image are held out, or none. An image with more samples than are still wanted is
     skipped. At least one image is held out.
     """
     counts = Counter(images_N[::-1].tolist())  # ordered by the last sample of each image, from the end

@@ -73,7 +73,8 @@ def manifest(
 
 
 def _known(names: Sequence[str], samples_of: Callable[[str], int], store: ShardStore) -> np.ndarray:
-    """Return the manifest rows of shards with known counts. All shards get the kind of the first one."""
+    """Return the manifest rows of shards with known counts. The modality is read from the first shard that is not empty
+    and used for all shards."""
     with ThreadPoolExecutor(_THREADS) as pool:
         samples = list(track(pool.map(samples_of, names), "reading counts", len(names)))
     some = [name for name, found in zip(names, samples) if found][:1]

@@ -14,7 +14,7 @@ FEW_STEPS = 100
 # A modality counts as learnt if its loss is below this fraction of both its first value and the loss of a constant
 # prediction.
 FALLEN = 0.98
-_FEW = 10  # minimum number of log lines to judge a training loss, which varies because each line has other samples
+_FEW = 10  # minimum number of log lines to judge a training loss, which varies because the samples of each line differ
 # features have collapsed if their effective rank is below this, or below COLLAPSED_TO times the initial rank
 COLLAPSED = 2.0
 COLLAPSED_TO = 0.5

@@ -54,13 +54,13 @@ class Pace:
         return f"{rate:,.{digits}f}{error} samples/s, measured over {self.steps} steps"
 
     def seconds(self, config: Config, schedule: Schedule) -> float:
-        """Return the seconds that the whole run takes: its steps and its evaluations on held-out samples."""
+        """Return the duration of the whole run in seconds: its steps and its evaluations on held-out samples."""
         evaluations = 1 + schedule.total_steps // (config.train.eval_every or schedule.total_steps)
         steps = schedule.total_steps * config.train.global_batch * self.sample
         return steps + (evaluations * self.evaluation(config.train.eval_samples) if config.data.val else 0)
 
     def evaluation(self, samples: int) -> float:
-        """Return the seconds of an evaluation on `samples` held-out samples."""
+        """Return the duration of an evaluation on `samples` held-out samples, in seconds."""
         return samples * _EVALUATED * self.sample
 
     def sentence(self, config: Config, schedule: Schedule) -> str:

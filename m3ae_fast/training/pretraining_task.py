@@ -40,7 +40,7 @@ class PretrainingTask:
     data: Data
     eval_loader: DataLoader[PackedBatch] | None
     notes: list[str]  # notes for the user, printed at the start
-    probe: Callable[[Trainer], None] | None  # a further evaluation
+    probe: Callable[[Trainer], None] | None  # an additional evaluation
 
     def count(self, batches: list[PackedBatch]) -> StepCounts:
         return StepCounts.of(batches, self.config.model)

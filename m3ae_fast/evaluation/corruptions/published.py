@@ -1,4 +1,4 @@
-"""Published sets of corrupted images, such as ImageNet-C: a folder of shards by corruption and severity."""
+"""Published sets of corrupted images, such as ImageNet-C, with a folder of shards for each corruption and severity."""
 
 from __future__ import annotations
 
