@@ -111,7 +111,7 @@ class Picture(NamedTuple):
     """A labelled image."""
 
     key: str
-    unit: str  # images of the same unit are in the same part
+    unit: str  # images with the same unit, such as an emoji, are in the same part
     category: str
     image: bytes
 

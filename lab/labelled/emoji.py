@@ -1,7 +1,7 @@
 """Emoji of one vendor, from npm's packages emoji-datasource-VENDOR: images of 64 pixels with names and categories.
 
-The same emoji, with all their skin tones, are held out for every vendor. So no held-out emoji occurs in the training
-samples of any vendor.
+The same emoji, with all their skin tones, are held out for every vendor. Therefore, no held-out emoji occurs in the
+training samples of any vendor.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 BASELINE, FAST = "baseline", "cross, a third, Muon"
-USUAL = "baseline, usual settings"  # untuned settings, which may be better at other lengths than the tuned ones
+USUAL = "baseline, usual settings"  # default settings, which may be better than the tuned ones at other lengths
 Overrides = tuple[tuple[str, Any], ...]  # settings with their values, which must be representable in JSON
 
 _CROSS: Overrides = (("model.dec_attention", "cross"),)

@@ -114,7 +114,7 @@ def factor(arm: Sequence[Row], ladder: Sequence[Row], test: str, cost: str, weig
 
 def _mean_and_interval(values_SR: np.ndarray) -> tuple[float, float, float]:
     """Return the mean over seeds of the first column, and the 95 % interval of this mean over the bootstrap replicates
-    in the other columns. For each replicate, as many seeds are drawn, with replacement, as there are. S: seeds."""
+    in the other columns. Each replicate draws S seeds from the S seeds, with replacement."""
     drawn = np.random.default_rng(1).integers(len(values_SR), size=(REPLICATES, len(values_SR)))
     means = [values_SR[seeds, replicate + 1].mean() for replicate, seeds in enumerate(drawn)]
     low, high = np.percentile(means, INTERVAL)
@@ -300,8 +300,8 @@ def _shown(found: Factor | None) -> str:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Plot the accuracy of the linear probe against FLOPs and against seconds, with one row of plots for each dataset
-    and model size. Each arm has a line through its means, each run a point, and each reference without training a
-    dashed line."""
+    and model size. A line connects the means of each arm. Runs are points, and references without training are dashed
+    lines."""
     kinds = _unique((row["trial"]["data"], row["trial"]["size"]) for row in rows) or [("clothes", "-")]
     figure, axes = plt.subplots(len(kinds), 2, figsize=(10, 4.2 * len(kinds)), layout="constrained", squeeze=False)
     for (data, size), pair in zip(kinds, axes):

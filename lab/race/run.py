@@ -110,7 +110,7 @@ class Race:
                 images = measure.images_of(part)
                 write_labelled(shards[-1], ((k, image, classes.index(labels[k]["category"])) for k, image in images))
         model = str(run)
-        if not trial.trained:  # random weights in the model of a checkpoint with the same sizes
+        if not trial.trained:  # `evaluate` takes the sizes of a model with random weights from a checkpoint
             shortest = replace(
                 trial, arm=USUAL, steps=min(self.settings["lengths"]), tuned=usual(self.settings["tried"])
             )

@@ -111,7 +111,7 @@ def _write(folder: Path, name: str, drawing: Drawing, backgrounds: Sequence[byte
 def laid(png: bytes, backgrounds: Sequence[bytes], random: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
     """Return an image of an emoji at a random place on a crop of a random background, and a mask of the emoji, uint8
     [S, S] with values 0 and 1. The centre of the emoji may be anywhere in the image, whose edges may cut off parts of
-    the emoji. Therefore, no position is covered by an emoji in most images; otherwise, the position of a patch would
+    the emoji. As a result, no position is covered by an emoji in most images; otherwise, the position of a patch would
     predict its class."""
     image = background(backgrounds, random)
     side = int(random.integers(EMOJI_SIDES[0], EMOJI_SIDES[1] + 1))

@@ -19,7 +19,7 @@ from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
 SETTINGS = Path(__file__).with_name("settings.json")
 SEEDS = 3
-LONGER = 4  # steps of the longer training, as a multiple of the others
+LONGER = 4  # steps of the longer training, as a multiple of the steps of the others
 Arm = Literal["pixels", "random", "mae", "m3ae", "longer"]
 ARMS: tuple[Arm, ...] = ("mae", "m3ae", "random", "pixels")  # "random" and "pixels" use the settings of "mae"
 TRAINED: tuple[Arm, ...] = ("mae", "m3ae", "longer")

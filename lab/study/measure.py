@@ -39,7 +39,7 @@ LOSSES = {"val_image_loss": "image loss", "val_text_loss": "text loss", "val_tex
           "val_text_relative": "text loss / unigram entropy"}  # fmt: skip
 SCORES = ("mahalanobis", "max_softmax")  # the scores in the paper
 
-# function from shards, whether to keep patch tokens, and whether to encode captions instead of images, to features
+# function that returns features, given shards, whether to keep patch tokens, and whether to encode captions, not images
 Encode = Callable[[Sequence[Path], bool, bool], FeatureBank]
 Labels = dict[str, dict[str, str]]  # see lab.study.shards
 

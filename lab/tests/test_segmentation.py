@@ -140,8 +140,9 @@ def test_a_missing_package_is_named(tmp_path):
 
 
 def test_a_difference_is_paired_by_emoji_and_seed(tmp_path):
-    """For each seed, the errors of the two encoders differ by the same number of pixels on every emoji. So only the
-    variation between seeds contributes to the error of the difference."""
+    """For each seed, the errors of the two encoders differ by the same number of pixels on every emoji. Therefore, only
+    the variation between seeds contributes to the error of the difference.
+    """
     study, test = Study(tmp_path, tmp_path, {}), TESTS[0]
     samples = {f"{i}": (picture(i), None, {"emoji": f"1F60{i // 2}"}) for i in range(8)}
     described_tar(tmp_path / f"{collage.CATEGORIES}/val-0.tar", samples)

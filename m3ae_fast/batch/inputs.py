@@ -1,4 +1,4 @@
-"""Conversion of images and texts in various forms to unmasked samples.
+"""Converts images and texts, which may have various forms, to unmasked samples.
 
 Shapes: C channels.
 """

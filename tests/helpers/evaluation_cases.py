@@ -24,7 +24,7 @@ from m3ae_fast.process.ranks import Ranks, join_ranks
 from tests.helpers.zero_cases import LR, config_of, engine_of, samples
 
 PER_STEP = 6  # number of samples over all ranks
-# numbers of samples of an evaluation: only one rank has any; only one has any in the last step; all have some
+# numbers of samples of an evaluation: on only one rank; on only one rank in the last step; on all ranks
 COUNTS = (1, 7, 12)
 TRAINED = (PER_STEP, 2)  # numbers of samples of the training steps
 

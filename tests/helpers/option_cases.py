@@ -5,7 +5,8 @@
     python -m tests.helpers.option_cases resume-plain FOLDER
 
 save trains a model in each case, saves it halfway, and continues. resume continues from the saved state with the same
-settings, and resume-plain with plain torch. Each writes the losses and gradient norms of its steps, by case.
+settings, and resume-plain continues with plain torch. Each command writes the losses and gradient norms of its steps,
+by case.
 """
 
 from __future__ import annotations
