@@ -258,14 +258,14 @@ def tables(found: Mapping[tuple[str, int], Result], labels: measure.Labels) -> s
         both = found[RELATED, SOURCE_STEPS].cpu_s + on.cpu_s
         rows = [
             [
-                f"related source {SOURCE_STEPS:,} steps, then continued {last:,}",
+                f"{SOURCE_STEPS:,} on the related source, then {last:,} on the target",
                 f"{both:.0f}",
                 *_accuracies(on, labels),
             ],
-            [f"from scratch {LONG:,}", f"{scratch.cpu_s:.0f}", *_accuracies(scratch, labels)],
+            [f"{LONG:,} on the target, from scratch", f"{scratch.cpu_s:.0f}", *_accuracies(scratch, labels)],
             ["difference", "", "", *_apart(on, scratch, labels)],
         ]
-        parts.append([["steps, for equal total time", "CPU s", "seeds", *TASKS.values()], *rows])
+        parts.append([["training steps, for equal total time", "CPU s", "seeds", *TASKS.values()], *rows])
     return "\n\n".join(table(header, rows) for header, *rows in parts)
 
 

@@ -31,7 +31,7 @@ PAGE, JSON, PICTURE = "README.md", "segmentation.json", "segmentation.png"
 RESAMPLES = 1000
 LARGEST = "largest"
 NAMES = {LARGEST: "the largest class", "pixels": "pixels of the patch", "random": "random weights", "mae": "MAE",
-         "m3ae": "M3AE", "longer": f"MAE, {LONGER} times as long"}  # fmt: skip
+         "m3ae": "M3AE", "longer": f"MAE ({LONGER} x steps)"}  # fmt: skip
 TITLES = {TESTS[0]: "foreground, linear", TESTS[1]: "foreground, k-NN", TESTS[2]: "categories, linear"}
 PAIRS: tuple[tuple[Arm, Arm], ...] = (("mae", "random"), ("mae", "pixels"), ("m3ae", "mae"), ("random", "pixels"),
                                      ("longer", "mae"), ("longer", "random"))  # fmt: skip

@@ -37,9 +37,9 @@ Command: `python -m lab.soak --seed {seed}`, {minutes:.1f} minutes, torch {torch
 {platform.python_version()}.
 
 In {tally.runs} runs with {tally.starts} starts, {tally.tried.total()} faults were injected, and the HTTP server \
-of the shards failed {server.total()} times. {tally.whole} of {tally.runs} runs ended bitwise identical to an \
-undisturbed run. This means that they had the same losses, gradient norms and learning rates, and the same weights and \
-optimiser moments in the last checkpoint.
+that provides the shards failed {server.total()} times. {tally.whole} of {tally.runs} runs ended bitwise identical to \
+an undisturbed run: they had the same losses, gradient norms and learning rates, and the same weights and optimiser \
+moments in the last checkpoint.
 
 {wrong}
 

@@ -146,7 +146,7 @@ def tables(rows: Rows, head: dict[str, Any]) -> str:
         ]
         lines += ["", table([title, *columns.values()], cells)]
     lines += ["", table([f"retrieval, recall at {RETRIEVED} in %", *RETRIEVAL.values(), "chance"], _retrieval(rows))]
-    lines += ["", table(["AUROC in %, with emoji as in-distribution data", *OOD.values()], _ood(rows))]
+    lines += ["", table(["AUROC in %, mean (range over seeds); in-distribution: emoji", *OOD.values()], _ood(rows))]
     for title in _run(rows):
         swept = [_swept(rows, point) for point in SWEEPS[title](rows)]
         apart = [f"linear, difference from {other}" for other in ("raw pixels", "MAE")]

@@ -56,7 +56,7 @@ def test_runs_start_from_their_source_and_are_done_once(data, tmp_path, monkeypa
         trained = checkpoint.read_weights(checkpoint.locate(out / f"runs/{Trial(source, 2, 0).name}"))
         assert all(torch.equal(started[name], tensor) for name, tensor in trained.items())
     text = (out / "table.md").read_text()
-    assert text.count("\n| ") == 2 + 10 + 2 + 3 and "| related source 2 steps, then continued 2 |" in text
+    assert text.count("\n| ") == 2 + 10 + 2 + 3 and "| 2 on the related source, then 2 on the target |" in text
     found = json.loads((out / "results/continued-2-0.json").read_text())
     assert {*found["correct"]} == {"knn", "logistic"} and {*found["correct"]["knn"]} == parts[TEST]
     assert found["cpu_s"] > 0
