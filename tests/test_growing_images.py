@@ -94,7 +94,7 @@ def test_an_evaluation_predicts_all_masked_patches(batches):
 
 
 def test_smaller_images_have_the_loss_of_a_model_of_their_size(batches):
-    """Only the positions differ: they are those of the full size."""
+    """Only the positions differ: they are derived from the positions of the full size."""
     training, _ = batches
     torch.manual_seed(0)
     model = M3AE(MODEL)

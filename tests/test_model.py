@@ -66,8 +66,9 @@ MIXED = [
 
 
 def test_mixed_batch_is_the_mean_of_its_samples():
-    """Packing does not affect the losses: those of a batch of images, captions and pairs are the means of the losses of
-    single samples."""
+    """Packing does not affect the losses: the losses of a batch of images, captions and pairs are the means of the
+    losses of single samples.
+    """
     model = make_model()
     together = model(pack(MIXED, model.geometry))
     alone = [model(pack([sample], model.geometry)) for sample in MIXED]

@@ -41,8 +41,9 @@ def base(tmp_path_factory):
 
 
 def test_settings_follow_from_the_weights(base, tmp_path):
-    """The settings of the model and its tokenizer are those of the weights. The learning rate is a quarter of the usual
-    one, and the warm-up is shorter."""
+    """The model settings and the tokenizer are taken from the weights. The learning rate is a quarter of the usual one,
+    and the warm-up is shorter.
+    """
     given = given_weights(str(base), tmp_path, [])
     saved = M3AE.from_pretrained(tmp_path / FOLDER)
     statistics = DatasetStatistics(20_000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8)

@@ -203,7 +203,9 @@ SETTINGS = {
 
 @pytest.mark.parametrize("override", SETTINGS)
 def test_each_setting_alone_gives_a_config_that_fits_it(tmp_path, override):
-    """Hypothetical statistics that fit the setting replace those of samples, as before the samples are opened."""
+    """Hypothetical statistics that fit the setting replace the statistics of samples, as in the check before the
+    samples are opened.
+    """
     check_overrides([override])
     c = _chosen(override, statistics=assumed([override], samples=640))
     assert eval(SETTINGS[override], {"c": c, "m": c.model, "t": c.train, "o": c.optim, "len": len})

@@ -196,8 +196,9 @@ def test_ranks_of_a_node_hear_its_leader_sum_first_and_stop_together(tmp_path):
 
 @pytest.mark.parametrize("killed", [3, 0])
 def test_a_rank_that_is_killed_ends_the_others_in_a_sum(tmp_path, killed):
-    """The other ranks end: those on the same node directly, and those on the other node through the leader. They report
-    the killed rank, even if the store has ended with rank 0, and exit with the code that requests a restart."""
+    """The other ranks end: ranks on the same node directly, and ranks on the other node through the leader. They report
+    the killed rank, even if the store has ended with rank 0, and exit with the code that requests a restart.
+    """
     processes = fork_ranks(__name__, ["nodes", f"killed {killed}", str(tmp_path)], 4, tmp_path / "log")
     _, output = await_ranks(processes, tmp_path / "log")
     assert [p.exitcode for p in processes] == [-signal.SIGKILL if rank == killed else 75 for rank in range(4)]

@@ -95,7 +95,7 @@ def test_results_have_errors_and_the_share_of_the_largest_class(run):
 
 
 def test_a_result_that_is_not_above_the_largest_class_is_said_to_be_so(run):
-    """The report also compares it with random weights and with pixels, if those were measured."""
+    """The report also compares the result with random weights and with pixels, if their accuracies were measured."""
     labels = ["a"] * 70 + ["b"] * 30
     predicted = {"m": ["a"] * 100, "random:m": ["b"] * 100, "pixels:m": labels}
     for number, (model, predictions) in enumerate(predicted.items()):
@@ -209,7 +209,7 @@ def test_mistakes(run, tmp_path):
 
 
 def test_points_are_the_numbers_that_were_logged():
-    """For several runs, the points are those of a chart's last metric."""
+    """For several runs, only the last metric of a chart is plotted."""
     odd = [float("nan"), float("inf"), float("-inf"), None, "1.0"]
     metrics = [{"step": step, "a": value, "b": step} for step, value in enumerate([1, *odd, 2.5])] + [{"step": 9}]
     chart = Chart("", "", [Line("a", "first", "#111111"), Line("b", "second", "#222222"), Line("c", "none", "#333333")])

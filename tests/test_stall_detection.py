@@ -73,7 +73,7 @@ class Judged:
 
 @pytest.mark.parametrize("timeout", [0.5, 5.0, 600.0])
 def test_idle_workers_end_the_run_after_the_timeout_and_not_before(monkeypatch, timeout):
-    """The main thread, which waits for the workers, has no influence on this."""
+    """The main thread, which waits for the workers, does not affect the timeout."""
     judged = Judged(monkeypatch, timeout)
     judged.busy = {"self"}
     judged.heartbeats.mark("waiting for its loader", loading=True)

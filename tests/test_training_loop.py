@@ -147,7 +147,7 @@ def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed
     captions = [sum(batch.captions for batch in batches) for batches in engine.batches]
     assert [len(batches) for batches in engine.batches] == [2] * 8
     assert engine.counts == [LossCounts(*pair) for pair in zip(images, captions)]
-    # the counts of a part of a batch are not half of those of the batch
+    # the two micro-batches of a step have different counts
     assert any(len(a.images) != len(b.images) for a, b in engine.batches)
     assert sum(images[:2]) == 24 + 12 + 3 and sum(captions[:2]) == 24 + 12 + 3
     assert len(set(engine.seeds)) == 8

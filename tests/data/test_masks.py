@@ -32,8 +32,9 @@ def write(folder, files):
 
 @pytest.mark.parametrize("place", ["masks", "images/masks"])
 def test_masks_of_a_folder_stand_beside_their_images(tmp_path, place, capsys):
-    """The folder of masks may be inside the folder of images; its files are then not read as images. An image without a
-    mask has no mask in the shards."""
+    """The folder of masks may be inside the folder of images; the masks are then not read as images. An image without a
+    mask has no mask in the shards.
+    """
     names = ("train/a.jpg", "train/b.png", "val/a.jpg")
     images = write(tmp_path / "images", {name: picture(i, (32, 24)) for i, name in enumerate(names)})
     masks = write(tmp_path / place, {"train/a.png": mask(1), "val/a.png": mask(2)})

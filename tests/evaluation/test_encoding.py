@@ -66,8 +66,9 @@ def test_rows_that_only_fill_a_batch_up_have_no_features(model, pool):
 @pytest.mark.parametrize("order", ["after_norm", "before_norm"])
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_features_of_a_layer_are_those_of_a_model_that_ends_there(tmp_path, pool, order):
-    """The features of the last layer are bitwise those of `encode` without a layer, alone or in one pass with other
-    layers."""
+    """The features of the last layer are bitwise equal to those of `encode` without a layer, whether they are computed
+    alone or in one pass with other layers.
+    """
     deep = M3AE(ModelConfig.model_validate({**TINY["model"], "depth": 3, "mean_pool": order}, strict=False))
     pictures, texts = list(images(5)), ["a red house"] * 5
     deep.tokenizer = load_tokenizer(TINY["data"]["tokenizer"], deep.config.text_length)

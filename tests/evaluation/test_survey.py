@@ -99,7 +99,7 @@ def test_one_pass_serves_all_poolings(transfer, tmp_path, passes, task, capsys):
 
 @pytest.mark.parametrize("online", [False, True])
 def test_linear_and_attentive_heads_are_trained_in_one_pass(transfer, tmp_path, passes, online, capsys):
-    """The attentive heads are those of a run without linear heads, and the linear heads also learn."""
+    """The attentive heads are equal to those of a run without linear heads, and the linear heads also learn."""
     steps = ("attentive.steps=30", "attentive.batch=16", "encode.batch=16", f"attentive.online={str(online).lower()}")
     given = settings(*steps, "encode.precision=fp32")
     result = transfer("attentive", "--layers", "all", "--pools", "mean,cls", *given)

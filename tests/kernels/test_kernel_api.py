@@ -274,7 +274,7 @@ def test_images_and_rows_may_begin_at_any_element(offset):
 
 
 def test_correct_predictions_are_counted_with_weights_of_their_own():
-    """Without such weights, those of the loss are used. The weights of the count never have a gradient."""
+    """Without such weights, the weights of the loss are used. The weights of the count never have a gradient."""
     torch.manual_seed(0)
     head = m3ae_kernels.MaskedTokenLoss(12, 5, reduction="sum")
     image_head = m3ae_kernels.MaskedTokenLoss(12, 5, reduction="sum")

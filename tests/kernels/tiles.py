@@ -50,7 +50,9 @@ def test_shipped_tiles(case, dtype, monkeypatch, poisoned):  # noqa: F811
 @pytest.mark.parametrize("other", [False, True], ids=["whole", "queries of some rows"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_attention_at_the_edges_of_its_tiles(dtype, other, poisoned):  # noqa: F811
-    """Samples have one row less than a tile, as many rows, one more, or two tiles, for keys and for queries."""
+    """Samples have one row less than a tile, as many rows as a tile, one row more, or the rows of two tiles. This holds
+    for keys and for queries.
+    """
     rows = {side: attention.as_rows(tuning.config("attention_backward", CPU, dtype), 16)[side] for side in SIDES}
     edges = sorted({n for b in rows.values() for n in (b - 1, b, b + 1, 2 * b)})
     inputs = packed_attention(dtype, edges, 1, 16, queries=[*edges[1:], edges[0]] if other else None)

@@ -105,7 +105,7 @@ def test_encoder_alone_warns_and_computes_the_same_features(tmp_path):
 
 @torch.no_grad()
 def test_fine_tuned_encoder_norms_the_mean(tmp_path, capsys):
-    """The network equals that of MAE's fine-tuning, which is timm's with the last norm after mean pooling."""
+    """The network equals the network of MAE's fine-tuning: timm's model with the last norm after mean pooling."""
     mae, images, normal = make()
     weights = {name: tensor for name, tensor in mae.state_dict().items() if not name.startswith(("decoder", "mask"))}
     weights = {
