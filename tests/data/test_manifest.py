@@ -179,7 +179,7 @@ def test_what_is_no_manifest_is_refused(tmp_path, store):
     with pytest.raises(UserError, match=r"is damaged .*unread but has samples"):
         open_corpus([SourceConfig(shards=str(bad))], store)
     write(bad, rows_of(["x.tar"], [((1 << 32) - 1, 0, 0)]))
-    with pytest.raises(UserError, match="gives 4,294,967,295 samples for one shard; the maximum is 67,108,864"):
+    with pytest.raises(UserError, match="states 4,294,967,295 samples for one shard; the maximum is 67,108,864"):
         open_corpus([SourceConfig(shards=str(bad))], store)
     write(bad, rows_of(["x.tar"], [(0, 0, 0)]))
     with pytest.raises(UserError, match="contain no samples"):
