@@ -161,9 +161,9 @@ def _columns(found: Mapping[str, Predictions], classes: Classes) -> dict[str, li
 
 
 def corruption_errors(corruptions: dict[str, list[float]], clean: float) -> dict[str, Any]:
-    """Return the error of each kind of corruption (mean over severities), the mean over kinds, and its difference from
-    the error on clean images. Unlike in arXiv 1903.12261, errors are not divided by those of AlexNet. `corruptions`:
-    accuracies by kind, one for each severity."""
+    """Return the error of each kind of corruption (mean over severities), the mean over kinds, and the difference
+    between this mean and the error on clean images. Unlike in arXiv 1903.12261, errors are not divided by those of
+    AlexNet. `corruptions`: accuracies by kind, one for each severity."""
     errors = {kind: 1 - sum(found) / len(found) for kind, found in corruptions.items()}
     mean = sum(errors.values()) / len(errors)
     return {

@@ -64,7 +64,7 @@ def evaluate(
         train: shards of training samples; not used by robustness and retrieval.
         labels: source of the labels: "cls", or "json." and the name of a field.
         modality: modalities of a sample that the encoder sees: "image", "text" or "paired"; None: the modality of the
-            task or of the classifier.
+            classifier or of the task, otherwise "image".
         resume: for linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
         layers: for knn, logistic, linear and attentive: "all" or numbers of encoder blocks, from 1; None: the last
             block.
@@ -74,8 +74,9 @@ def evaluate(
         draws: number of random draws for each number of shots; None: 5.
         probes: for compare: the probes to use.
         seeds: for compare: number of random seeds of each probe and of random weights.
-        baselines: for the tasks with labelled images, except compare: whether random weights and downscaled pixels are
-            evaluated too. They are left out in any case if `model` is one of them, or if the encoder sees captions.
+        baselines: for knn, logistic, linear, attentive, multilabel, segment and finetune: whether random weights and
+            downscaled pixels are evaluated too. They are left out in any case if `model` is one of them, or if the
+            encoder sees captions.
         ood: for ood: shards of out-of-distribution samples by the name of their set.
         corrupted: for robustness: folder of published corrupted images as shards, CORRUPTION/SEVERITY/*.tar, which
             replace the corruptions of robustness.corruptions.
