@@ -103,7 +103,7 @@ class ComparedPredictions:
             yield probe, warning("top-1 accuracy", self.accuracy(model, probe)["top1"], others, model)
 
     def _right(self, model: str, probe: str) -> np.ndarray:
-        """Return the fraction of seeds that classify each sample correctly, [N]."""
+        """Return, for each sample, the fraction of seeds with which it is classified correctly, [N]."""
         if model != LARGEST:
             return self.correct(model, probe).mean(0)
         labels_N = self._labels()

@@ -82,7 +82,7 @@ def fill(
 
 def _open_image_tokenizer(name: str, model: ModelConfig, given: str | None, draws: bool) -> VQGAN | None:
     """Return the VQGAN that decodes the predicted token ids; None if the model predicts pixels, or if no figure is
-    plotted (`draws` is False). `name`: name of the model; `given`: the VQGAN's folder, if the user named it. Raises
+    plotted (`draws` is False). `name`: name of the model; `given`: the VQGAN's folder, if the user specified it. Raises
     UserError if the VQGAN is unknown or does not fit the model."""
     if given and not (draws and model.image_targets == "vqgan"):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Import of ViTs with the parameter names of facebookresearch/mae, which are timm's names for the encoder.
+"""Import of ViTs with the parameter names of facebookresearch/mae. For the encoder, these are also timm's names.
 
 Shapes: D encoder width, E decoder width, L patches, C channels, P patch size.
 """
@@ -40,7 +40,7 @@ _DECODER_HEADS = {512: 16}
 class ViTOptions:
     """Properties of a ViT that cannot be inferred from its weights."""
 
-    num_heads: int | None = None  # None: as in the published size of that width
+    num_heads: int | None = None  # None: the number of heads of the published size with the same width
     dec_num_heads: int | None = None
     mean: tuple[float, ...] = IMAGENET[0]
     std: tuple[float, ...] = IMAGENET[1]

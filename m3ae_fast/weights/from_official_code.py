@@ -1,5 +1,5 @@
-"""Import of checkpoints of the official JAX code, M3AE and MAE (young-geng/m3ae_public): pickles of step, flags and
-state."""
+"""Import of M3AE and MAE checkpoints from the official JAX code (young-geng/m3ae_public). They are pickles that contain
+the step, the flags and the state."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _NAMES = {
     r"(image|text)_mlp\.layers\.(\d+)\.(weight|bias)": r"decoder_\1_output/Dense_\2/\3",
     r"(image|text)_head\.(weight|bias)": r"decoder_\1_output/Dense_last/\2",
 }
-# model sizes of the official --m3ae.model_type; the decoders of the published sizes have 16 heads
+# numbers of heads by value of the official --m3ae.model_type; the decoders of the published sizes have 16 heads
 _HEADS = {size: heads for size, (_, _, heads) in SIZES.items()} | {"debug": 16}
 _NORMALISATION = {
     "cc12m": ((0.5762, 0.5503, 0.5213), (0.3207, 0.3169, 0.3307)),
@@ -66,8 +66,8 @@ def from_flax(path: str, array: np.ndarray) -> Tensor:
 
 
 def read_jax_checkpoint(path: Path) -> Pretrained:
-    """Convert a checkpoint of pre-training, or of fine-tuning without its head. Raises UserError if the file is not
-    such a checkpoint, is damaged, or cannot be represented as an M3AE."""
+    """Convert a checkpoint of pre-training or fine-tuning; the head of fine-tuning is left out. Raises UserError if the
+    file is not such a checkpoint, is damaged, or cannot be represented as an M3AE."""
     saved = load_inert(path)
     variant, params = _parts(saved, path)
     config = _config(variant, params, path)
@@ -137,7 +137,7 @@ def _flag(variant: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _config(variant: dict[str, Any], params: dict[str, np.ndarray], path: Path) -> ModelConfig:
-    """Infer the model config: sizes from the arrays' shapes; heads, images and normalisation from the flags."""
+    """Infer the model config: the sizes from the shapes of the arrays, and the other settings from the flags."""
     for prefix in ("m3ae", "mae"):
         flags = {key.removeprefix(f"{prefix}."): v for key, v in variant.items() if key.startswith(f"{prefix}.")}
         if "num_heads" in flags:

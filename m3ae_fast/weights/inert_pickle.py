@@ -61,7 +61,7 @@ class _Builder:
 
 
 class _DType(Inert):
-    """numpy.dtype(code, ...), whose state is (version, byte order, ...)."""
+    """A placeholder for numpy.dtype(code, ...). Its state is (version, byte order, ...)."""
 
     path = "numpy.dtype"
 
@@ -129,7 +129,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
         if path not in self._stand_ins:
-            # names in different versions
+            # the names differ between versions of NumPy and Python
             known = path.replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
             if known in _BUILDERS:
                 self._stand_ins[path] = _Builder(_BUILDERS[known])

@@ -1,4 +1,4 @@
-"""Names of models on the command line. Imports nothing, so that `--help` is fast."""
+"""Names of models on the command line. This module imports nothing, so that `--help` is fast."""
 
 # prefixes of a model name: for the same network with random weights, and for downscaled pixels as features
 RANDOM, PIXELS = "random:", "pixels:"

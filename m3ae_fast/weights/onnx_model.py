@@ -132,8 +132,8 @@ def _quantise(path: Path, out: Path) -> None:
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:
-    """Return whether a log record is relevant. onnxruntime's advice to infer shapes beforehand is not, because shapes
-    are fixed here."""
+    """Return whether a log record is relevant. The advice of onnxruntime to infer shapes beforehand is not relevant,
+    because shapes are fixed here."""
     return "pre-processing before quantization" not in record.getMessage()
 
 

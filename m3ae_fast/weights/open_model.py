@@ -63,8 +63,8 @@ def saved_run(run: Path) -> SavedRun:
 
 
 def run_weights(run: SavedRun, *, average: bool = True) -> Pretrained:
-    """Return the weights of a run of any ZeRO stage, with the tokenizer in its config. `average`: return the moving
-    average of the weights for a run with train.ema. Raises UserError if the checkpoint is damaged."""
+    """Return the weights of a run of any ZeRO stage, with the tokenizer in its config. `average`: whether to
+    return the moving average of the weights if the run has train.ema. Raises UserError if the checkpoint is damaged."""
     state = checkpoint.read_weights(run.path, average=average)
     kind, notes, tokenizer = f"checkpoint {run.path}", [], None
     if average and run.ema:

@@ -37,7 +37,7 @@ _SPLITS = {
 class Hdf5(Records):
     """Records of an HDF5 file. A row with several captions (a row of a dataset [N, K], or a list of variable length)
     gives one sample per caption. Raises UserError if h5py is not installed, the file is not HDF5, or it does not
-    contain these datasets."""
+    contain the HDF5 datasets of the official code."""
 
     def __init__(self, path: Path) -> None:
         h5py = library("h5py", str(path))
