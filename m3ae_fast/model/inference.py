@@ -16,7 +16,7 @@ _ROWS = 16_384  # number of rows that are checked at a time
 
 @contextmanager
 def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
-    """Switch the model to inference mode in the context. Its weights are cast once for all batches."""
+    """Enter a context in which the model is in inference mode. Its weights are cast once for all batches."""
     was_training = model.training
     model.eval()
     dtype = dtype_of(fast_precision(device) if precision == "auto" else precision)
@@ -31,7 +31,7 @@ def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator
 
 def check_finite(values: Tensor, keys: Sequence[str]) -> None:
     """Raise UserError with the key of the first sample whose row of `values` is not finite, because comparisons with
-    such a row would be meaningless. `keys` names the samples."""
+    such a row would be meaningless. `keys`: names of the samples."""
     refuse_not_finite(rows_not_finite(values), keys)
 
 

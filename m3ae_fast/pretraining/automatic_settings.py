@@ -60,7 +60,7 @@ class DatasetStatistics:
 
     samples: int
     held_out: int
-    short_side: int  # median of the shorter sides in pixels
+    short_side: int  # median length of the images' shorter sides, in pixels
     image_mean: list[float]
     image_std: list[float]
     classes: int  # 0: there are no usable labels

@@ -33,7 +33,7 @@ _INSPECTED = 2000  # number of samples that are inspected
 _KINDS = 256  # number of samples whose images determine the channels and the dtype of the model
 _CAPTIONS = 200_000  # maximum number of captions from which a vocabulary is learnt
 _LONGEST = 1 << 16  # maximum length of a caption in tokens
-_VOCABULARY = (512, 16384)  # smallest and largest vocabulary that is learnt
+_VOCABULARY = (512, 16384)  # minimum and maximum size of a vocabulary that is learnt
 _NAMED = 3  # maximum number of damaged shards that are listed in notes
 _QUANTILE = 0.95  # fraction of the captions that are not truncated
 

@@ -17,7 +17,7 @@ class Settings:
     samples_per_shard: int = 2000
     short_side: int = 320  # maximum number of pixels of the shorter side; larger images are scaled down
     quality: int = 95  # JPEG quality
-    # fraction of the samples that are held out as a separate split, together with all other samples of their images
+    # fraction of the samples that are held out as a separate split; all samples of an image are in the same split
     held_out: float = 0.0
     image_range: Range | None = None  # values of black and white in images with more than 8 bits per channel
     keep_order: bool = False  # whether to keep the order; otherwise samples are shuffled deterministically

@@ -18,7 +18,7 @@ _FEW = 10  # minimum number of log lines to judge a training loss, which varies 
 # features have collapsed if their effective rank is below this, or below COLLAPSED_TO times the initial rank
 COLLAPSED = 2.0
 COLLAPSED_TO = 0.5
-WAITING = 0.3  # fraction of the time spent waiting for data (median of the log lines)
+WAITING = 0.3  # a larger fraction of the time spent waiting for data (median of the log lines) is reported
 
 Metrics = Sequence[dict[str, Any]]  # lines of metrics.jsonl
 
@@ -94,8 +94,8 @@ def either(advice: Sequence[str]) -> str:
 
 
 def _learning(metrics: Metrics) -> list[Diagnostic]:
-    """Return a diagnostic if images or texts are not learnt, judged by the held-out losses or, if there are none, by
-    the training loss."""
+    """Return diagnostics for images or texts that are not learnt. They are judged by the held-out losses or, if there
+    are none, by the training loss."""
     learnt = {name: _learnt(metrics, name) for name in ("image", "text")}
     known = {name: good for name, good in learnt.items() if good is not None}
     suggested_fix = "an optim.peak_lr that is higher or lower by a factor of three, and more steps"
@@ -155,8 +155,8 @@ def _data(metrics: Metrics, config: Mapping[str, Any]) -> Diagnostic | None:
 
 
 def verdict(metrics: Metrics) -> str:
-    """Return one sentence that summarises the results of the run: losses relative to constant predictions, accuracy,
-    feature rank."""
+    """Return one sentence that summarises the results of the run: losses relative to constant predictions, accuracy
+    and feature rank."""
     parts = [_compared(metrics, name) for name in ("image", "text") if len(series(metrics, f"val_{name}_relative")) > 1]
     accuracy = "k-NN accuracy {:.1%} (before training: {:.1%})"
     rank = "effective rank of the features (RankMe) {:.1f} (before training: {:.1f})"

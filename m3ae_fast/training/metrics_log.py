@@ -162,7 +162,7 @@ class RunLog:
             self._written = False
 
     def _left(self, step: int) -> timedelta:
-        """Return the estimated time left, from the time per step since the first step. After only one step, the
+        """Return the time left, estimated from the time per step since the first step. After only one step, the
         duration of this step is used; it does not include the preparation of the run."""
         first, begun = self._first or (self.start, self._begun)
         if step == first:

@@ -26,7 +26,7 @@ class Rates(Protocol):
 
 
 class SampleCounts(NamedTuple):
-    """Counts of micro-batches for losses that are means over samples."""
+    """Counts of micro-batches, for tasks whose loss is a mean over samples."""
 
     samples: float
     skipped: float  # samples that could not be used

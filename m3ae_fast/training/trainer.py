@@ -68,7 +68,7 @@ class Sums(NamedTuple):
 
 @dataclass(kw_only=True)
 class Trainer:
-    """The trainer of a task, which exists on every rank."""
+    """The trainer of a task. Every rank has a trainer."""
 
     task: Task
     session: Session
