@@ -56,10 +56,10 @@ def test_faster(benchmark):
         }
         for name in ARMS
     ]
-    results.write("faster", "Training step of small at 224 px with the options for faster pre-training", rows)
+    results.write("faster", "Training step of the small model at 224 px with the options for faster pre-training", rows)
     measured = statistics.median(muon - adamw for muon, adamw in zip(seconds[FAST], seconds[CHEAP]))
     with_options = "with cross-attention and a third of the masked positions predicted"
-    results.write("muon", f"Cost of Muon in a step of small at 224 px {with_options}", muon_rows(measured))
+    results.write("muon", f"Cost of Muon in a step of the small model at 224 px {with_options}", muon_rows(measured))
     benchmark.extra_info |= {f"time of {name}, relative to the default": ratio for name, ratio in ratios.items()}
     assert ratios[CHEAP] <= MOST, ratios
 

@@ -127,7 +127,7 @@ def test_padding(sizes):
     naflex = [get_image_size_for_seq((height, width), 8, 256)[1] for batch in batches for width, height in batch]
     used = sum(height * width // 64 for height, width in naflex)
     rows.append(_row(name, "timm's NaFlex, padded to 256", used, 256 * len(naflex)))
-    results.write("native-padding", f"Padding in batches of {BATCH} of openclipart's {len(sizes):,} drawings", rows)
+    results.write("native-padding", f"Padding of openclipart's {len(sizes):,} drawings in batches of {BATCH}", rows)
     fractions = [float(str(row["fraction of padding rows"])) for row in rows]
     assert fractions[0] < 0.01 < fractions[1]
 

@@ -16,6 +16,6 @@ def test_saving(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     subprocess.run([*launch, "-m", "benchmarks.saving", str(out)], check=True)
     rows = json.loads(out.read_text())
-    results.write("saving", f"Saving a checkpoint of small on {RANKS} ranks with gloo ({METHODS})", rows)
+    results.write("saving", f"Saving a checkpoint of the small model on {RANKS} ranks with gloo ({METHODS})", rows)
     assert all(row["memory relative to the rank's partition"] <= 1.3 for row in rows)
     assert all(row["ratio of the delays"] >= 10 for row in rows)

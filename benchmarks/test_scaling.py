@@ -30,7 +30,7 @@ def write():
         return
     results.write(
         "scaling",
-        f"Speed and memory of the engine as one quantity varies (small, 224 px, batch {BATCH} unless varied)",
+        f"Speed and memory of the engine as one quantity varies (small model, 224 px, batch {BATCH} unless varied)",
         ROWS,
     )
     draw(ROWS)

@@ -22,6 +22,6 @@ def test_startup(benchmark):
             engine = name == "engine"
             warm = benchmark.pedantic(launch, (name, cache), rounds=1) if engine else launch(name, cache)
             rows.append({"implementation": name, "first launch, s": cold, "next launch, s": warm})
-    results.write("startup", "Time from launch to first step, including compilation (small, batch 2)", rows)
+    results.write("startup", "Time from launch to first step, including compilation (small model, batch 2)", rows)
     expert, engine = rows
     assert engine["first launch, s"] < expert["first launch, s"]

@@ -23,7 +23,7 @@ def write():
     yield
     if ROWS:
         peaks = f"matmuls reach {peak('fp32') / 1e12:.2f} TFLOP/s in fp32 and {peak('bf16') / 1e12:.2f} TFLOP/s in bf16"
-        results.write("step", f"Training step, 224 px, captions of 8 to 32 of 64 tokens; {peaks}", ROWS)
+        results.write("step", f"Training step, 224 px, captions of 8 to 32 tokens (text length 64); {peaks}", ROWS)
 
 
 @functools.cache
