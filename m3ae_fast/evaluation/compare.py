@@ -261,8 +261,8 @@ def _shorter(job: Job, work: Iterable[ComputeCost]) -> str:
 
 def model_names(models: Sequence[str], pixels: bool = True) -> dict[str, str]:
     """Return the compared models by display name. The first ones are the baselines: the first model's network with
-    random weights and, if `pixels` is set, its downscaled pixels. Raises UserError if a model is named twice, or if
-    pixels are named."""
+    random weights and, if `pixels` is set, its downscaled pixels. Raises UserError if a model is listed twice, or if
+    pixels are listed."""
     if len({*models}) < len(models):
         raise UserError("MODEL: the same model is given twice; specify each model only once")
     if given := [model for model in models if model.startswith(PIXELS)]:

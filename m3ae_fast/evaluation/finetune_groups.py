@@ -2,8 +2,8 @@
 
 The following properties of the official script (young-geng/m3ae_public, m3ae/finetune_main.py) are reproduced:
 
-- the assignment to layers: the cls token and the encoder's last norm are in layer 0, block i is in layer i + 1, and all
-other parameters, including the patch and text embeddings, are in layer depth + 1 with the head and have the full
+- the assignment to layers: the cls token and the encoder's last norm are in layer 0, and block i is in layer i + 1. All
+other parameters, including the head and the patch and text embeddings, are in layer depth + 1, which has the full
 learning rate;
 - a peak learning rate that is not multiplied by batch / 256.
 

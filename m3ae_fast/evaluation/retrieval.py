@@ -1,7 +1,7 @@
 """Image-to-text and text-to-image retrieval by the pooled features of images and of captions, which are encoded
 separately.
 
-M3AE is not trained to align the two modalities; the task measures how well they are aligned nevertheless.
+M3AE is not trained to align the two modalities; the task measures how well they are nevertheless aligned.
 
 Shapes: N pairs, R of them on this rank, Q queries, B candidates of a block, W ranks, D width.
 """
@@ -118,7 +118,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def at_chance(result: dict[str, Any]) -> bool:
-    """Return whether all recalls are at chance level: none exceeds it by more than two of its standard errors."""
+    """Return whether all recalls are at chance level, or exceed it by at most two standard errors (of chance level)."""
 
     def above(name: str) -> bool:
         chance = result[f"chance_{name.rpartition('_')[2]}"]

@@ -51,7 +51,7 @@ def pixel_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return `x` in at least float32."""
+    """Return `x` with at least float32 precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -28,8 +28,8 @@ class GarbageCollection:
             gc.enable()
 
     def after_step(self, step: int) -> None:
-        """Collect young objects every EVERY // 10 steps, and all objects every EVERY steps, to free old cycles of
-        tensors."""
+        """Collect young objects every EVERY // 10 steps. Collect all objects every EVERY steps, to free old reference
+        cycles that contain tensors."""
         if step % EVERY == 0:
             gc.collect()
         elif step % (EVERY // 10) == 0:

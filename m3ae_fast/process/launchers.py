@@ -10,7 +10,7 @@ from zlib import crc32
 
 from m3ae_fast.base.errors import UserError
 
-_FIRST_PORT, _PORTS = 10_000, 20_000  # below the ports that systems assign to clients
+_FIRST_PORT, _PORTS = 10_000, 20_000  # below the ports that operating systems assign to clients
 
 
 class Launcher(NamedTuple):

@@ -63,7 +63,7 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Return the element-wise sum of host numbers over all ranks."""
+        """Return the element-wise sum of numbers in host memory over all ranks."""
         return self.start_sum(values)()
 
     def sum_tensor(self, values: Tensor) -> Tensor:

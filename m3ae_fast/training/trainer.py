@@ -91,7 +91,7 @@ class Trainer:
     seeds_steps: bool = True  # whether steps use random numbers
     add_targets: Callable[[PackedBatch], PackedBatch] = lambda batch: batch  # called on the device
     after_save: Callable[[RunLog, int, Path], None] | None = None  # called with a saved step and its checkpoint
-    attention: dict[str, str] = field(default_factory=dict)  # names of kernels for checkpoints, by part of the network
+    attention: dict[str, str] = field(default_factory=dict)  # names of kernels by part of the network, for checkpoints
     limit: TimeLimit | None = None  # used on the main rank
     early_stopping: EarlyStopping | None = None  # used on the main rank
     left_out: tuple[int, ...] = ()  # batches of the stream that no step takes
@@ -219,7 +219,7 @@ class Trainer:
         return max(total, self.step + 1)
 
     def _change(self, total: int) -> None:
-        """Apply the number of steps that the main rank has decided. If the decay begins now, save a checkpoint from
+        """Apply the number of steps that the main rank has decided on. If the decay begins now, save a checkpoint from
         which the run can be extended. Every rank must call it."""
         if total == self.schedule.total_steps:
             return
