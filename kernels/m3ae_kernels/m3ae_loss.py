@@ -16,8 +16,8 @@ from .token_loss import MaskedTokenLoss
 
 
 class M3AELoss(NamedTuple):
-    """The two losses and the number of correct text predictions (detached), summed over rows with weights. All values
-    are scalars. Without a text head, the values for text are 0."""
+    """The two losses and the number of correct text predictions (detached). Each value is a scalar, a weighted sum over
+    rows. Without a text head, the values for text are 0."""
 
     image: Tensor
     text: Tensor
@@ -39,7 +39,7 @@ def head_inputs(
         x: [..., D] floating-point, the last block's output.
         norm: a `GatherNorm`, or any callable with the arguments (x, rows).
         image_rows: [...] int, distinct rows of x.
-        text_rows: [...] int, distinct, and not among the image's rows; None for an image-only model.
+        text_rows: [...] int, distinct rows of x that are not in image_rows; None for an image-only model.
         image_mlp, text_mlp: hidden layers between the norm and a head; None for no hidden layers.
 
     Returns:

@@ -1,8 +1,9 @@
 """Kernel of `segment_sum`, a segmented reduction over sorted ids, without atomics and in a fixed order.
 
 1. Sort the rows' ids, and find the start of each id's run.
-2. Sum each run with several program instances. Their number depends on the average length of a run.
-3. Add the splits of each run, in their order.
+2. Divide each run into splits, and sum each split in one program instance. The number of splits depends on the average
+   length of a run.
+3. Add the sums of the splits of each run, in their order.
 """
 
 import torch
