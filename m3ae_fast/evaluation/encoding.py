@@ -42,6 +42,10 @@ T = TypeVar("T")
 Reduce = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+class UnusableSamples(UserError):
+    """Too many samples of a dataset could not be used. It is raised on every rank."""
+
+
 def key_digest(key: str, draw: str = "") -> bytes:
     """Return a hash of a sample's key, which serves as a source of random numbers for the sample; `draw` selects one of
     several independent hashes. The hash does not depend on the folder of the shard, so that results do not change if
@@ -130,13 +134,15 @@ def encode_by_each(
     ranks: Ranks,
     monitor: PassMonitor = NO_MONITOR,
     *,
+    layer: int | None = None,
     patches: bool = False,
     folder: Path | None = None,
 ) -> list[FeatureBank]:
-    """Return the features of the last block for each of several models, which must have the same input. Each batch is
-    decoded only once for all models. See `encode_corpus` for the other arguments and the errors."""
-    batches = _batches(models[0], corpus, data, config, ranks)
-    banks = _encode(models, batches, config, ranks, monitor, patches=patches, folder=folder)
+    """Return the features of one block for each of several models, which must have the same input. Each batch is
+    decoded only once for all models. `layer`: number of the block, from 1; None: the last block. See `encode_corpus`
+    for the other arguments and the errors."""
+    batches, layers = _batches(models[0], corpus, data, config, ranks), [layer] if layer else None
+    banks = _encode(models, batches, config, ranks, monitor, layers=layers, patches=patches, folder=folder)
     return [bank.layer(0) for bank in banks]
 
 
@@ -277,9 +283,9 @@ def _pool(
 
 
 def check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float) -> None:
-    """Raise UserError if no sample, or too few samples, could be used."""
+    """Raise UnusableSamples if no sample, or too few samples, could be used."""
     if len(skipped) == samples or len(skipped) > max_fraction * samples:
-        raise UserError(
+        raise UnusableSamples(
             f"{len(skipped):,} of {samples:,} samples cannot be used, for example {skipped[0]}; "
             f"repair them or raise data.max_bad_fraction ({max_fraction:g})"
         )

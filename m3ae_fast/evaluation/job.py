@@ -29,7 +29,7 @@ from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.drawing.figures import BLACK, Cell, Colour, levels
 from m3ae_fast.evaluation.baselines import MODEL
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
-from m3ae_fast.evaluation.encoding import PassMonitor, Reduce, encode_by_each, encode_corpus
+from m3ae_fast.evaluation.encoding import PassMonitor, Reduce, UnusableSamples, encode_by_each, encode_corpus
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS_FILE
@@ -152,13 +152,32 @@ class Job:
         return self._encode_by_each({MODEL: self.model, **self.open_baselines()}, train, val, patches=patches)
 
     def encode_baselines(
-        self, train: Corpus, val: Corpus, stop: StopRequest | None = None, pool: Pool | None = None
+        self,
+        train: Corpus,
+        val: Corpus,
+        stop: StopRequest | None = None,
+        *,
+        layer: int | None = None,
+        pool: Pool | None = None,
     ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
         """Encode the samples with each baseline, in one pass over the samples. Return the features of the training and
-        held-out samples by name of the baseline; empty if the task evaluates no baselines. `stop`: see `PassMonitor`.
-        `pool`: the pooling, by default the one in the settings."""
+        held-out samples by name of the baseline; empty if the task evaluates no baselines. If too many samples cannot
+        be read, a note is printed, and the result is empty too, so that the result of the training is not lost.
+
+        Args:
+            train, val: the training and the held-out samples.
+            stop: see `PassMonitor`.
+            layer: number of the block, from 1; None: the last block.
+            pool: the pooling; None: the one in the settings.
+        """
         models = self.open_baselines()
-        return self._encode_by_each(models, train, val, "baselines: ", stop=stop, pool=pool) if models else {}
+        if not models:
+            return {}
+        try:
+            return self._encode_by_each(models, train, val, "baselines: ", stop=stop, layer=layer, pool=pool)
+        except UnusableSamples as error:
+            self.say(f"note: the result is written without baselines: {error}")
+            return {}
 
     def _encode_by_each(
         self,
@@ -169,10 +188,11 @@ class Job:
         *,
         patches: bool = False,
         stop: StopRequest | None = None,
+        layer: int | None = None,
         pool: Pool | None = None,
     ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
         """Return the features of the training and held-out samples by model. `prefix`: prefix of the titles in the
-        progress display."""
+        progress display. `layer`: see `encode_by_each`."""
         shorter = "fewer --train shards" + (" or --no-baselines" if {*models} != {MODEL} else "")
         whole = self.time_left(train.samples + val.samples, shorter=lambda _: shorter)
         config, parts = self.config, []
@@ -187,6 +207,7 @@ class Job:
                     encode,
                     self.ranks,
                     monitor,
+                    layer=layer,
                     patches=patches,
                     folder=self.out,
                 )

@@ -220,8 +220,8 @@ def _concluded(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus])
 
 def _baselines(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus]) -> dict[str, Baseline]:
     """Return the results of the baselines by name; empty if the task evaluates no baselines. The baselines have the
-    same training samples as the probe of the main accuracies. They use k-NN if the task does, and otherwise logistic
-    regression."""
+    same layer, pooling and training samples as the probe of the main accuracies. They use k-NN if the task does, and
+    otherwise logistic regression."""
     case, own = found.main_predictions()
     probe = "knn" if job.options.task == "knn" else "logistic"
     other = "" if probe == job.options.task else LOGISTIC
@@ -229,12 +229,13 @@ def _baselines(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus])
         job.config, len(found.classes), job.model.config.num_heads, job.config.run.seed, job.ranks, job.heartbeats
     )
     baselines = {}
-    for name, (bank, held_out) in job.encode_baselines(*corpora, pool=case.pool).items():
+    for name, (bank, held_out) in job.encode_baselines(*corpora, layer=case.layer, pool=case.pool).items():
         trials = []
         for draw in range(found.draws):
             samples = bank if case.shots is None else few_shot(bank, case.shots, draw, found.classes)
             trials.append(PROBES[probe].predict({0: samples}, {0: held_out}, setting)[0])
-        baselines[name] = Baseline(_measured(trials), accuracy_difference(own, trials), other)
+        metrics = {metric: value for metric, value in _measured(trials).items() if metric.startswith("top")}
+        baselines[name] = Baseline(metrics, accuracy_difference(own, trials), other)
     return baselines
 
 

@@ -22,10 +22,12 @@ from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.evaluation.significance import Difference, difference
 from m3ae_fast.evaluation.tasks import Options
+from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pixel_baseline import SIDE, Pixels
 from tests.evaluation.conftest import settings
 from tests.helpers import task_cases
-from tests.helpers.labelled import labelled_tar
+from tests.helpers.labelled import labelled_members, labelled_tar
+from tests.helpers.shards import write_tar
 from tests.helpers.trainer import TINY
 
 FINETUNE = settings("finetune.steps=2", "finetune.global_batch=16", "finetune.rand_augment=null")
@@ -194,6 +196,7 @@ def test_baselines_of_trained_heads_and_of_grids(transfer, run, tmp_path, task, 
         probe = "" if alone[0] == task else " (logistic regression)"
         assert f"{task}: {name}{probe}: top1 {found['top1']:.4f} ± " in output
         assert (found["top1"], found["top1_se"]) == (other["top1"], other["top1_se"])
+        assert {*found} <= {"probe", "top1", "top1_se", "difference"}
         apart = Difference.read(found["difference"])
         assert apart.value == pytest.approx(result["top1"] - found["top1"])
         assert (name in result.get("warning", "")) != apart.is_better
@@ -211,6 +214,50 @@ def test_a_stop_during_the_baselines_keeps_the_result(transfer, run, monkeypatch
     result = transfer("linear", *SHORT, baselines=True)
     assert result["steps"] == 4 and "top1" in result and "baselines" not in result
     assert "stopped (SIGTERM): the result is written without baselines" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_unreadable_samples_that_only_the_baselines_meet_do_not_cost_the_result(transfer, tmp_path, capsys):
+    members = [(name, data[:200] if name == "00047.png" else data) for name, data in labelled_members(range(48))]
+    options = settings("linear.steps=1", "linear.peak_lr=1", "linear.global_batch=16", "data.max_bad_fraction=0")
+    result = transfer("linear", *options, train=write_tar(tmp_path / "train.tar", members), baselines=True)
+    assert result["steps"] == 1 and "top1" in result and "baselines" not in result
+    assert "note: the result is written without baselines: 1 of 48 samples cannot be used" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_baselines_of_a_grid_have_the_layer_of_its_main_accuracy(transfer, monkeypatch):
+    pooled, layers = M3AE.pooled_of_layers, []
+
+    def spied(model, batch, numbers, *more):
+        layers.append(list(numbers))
+        return pooled(model, batch, numbers, *more)
+
+    monkeypatch.setattr(M3AE, "pooled_of_layers", spied)
+    transfer("knn", "--layers", "1", baselines=True)
+    assert layers == [[1]] * 4  # training and held-out samples of the model and of random weights
+
+
+def test_a_report_names_the_classifier_of_baselines(tmp_path):
+    """A separate evaluation of random weights with the task's own classifier is compared as well."""
+    keys, better = [*map(str, range(50))], Difference(0.4, 0.3, 0.5, 0.01).entries()
+    results = {
+        "tuned": ("finetune", "m", {"verdict": "", "baselines": {UNTRAINED: {"probe": "probe", "difference": better}}}),
+        "scratch": ("finetune", f"{PREFIXES[UNTRAINED]}m", {"verdict": ""}),
+        "grid": ("knn", "m", {"baselines": {SCALED: {"top1": 0.5, "difference": better}}}),
+    }
+    for name, (task, model, more) in results.items():
+        own = keys * 2 if name == "grid" else keys  # a grid has several predictions for each sample
+        columns = {"key": own, "label": [0] * len(own), "prediction": [int(name == "scratch")] * len(own)}
+        (tmp_path / name).mkdir()
+        write_parquet(tmp_path / name / "predictions.parquet", columns)
+        (tmp_path / name / "result.json").write_text(json.dumps({"task": task, "model": model} | more))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}))
+    write_report(tmp_path, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert f"finetune: m is better than {UNTRAINED} (probe): +40.0 points" in page
+    assert f"finetune: m is better than {UNTRAINED}: +100.0 points" in page
+    assert f"knn: m is better than {SCALED}: +40.0 points" in page
 
 
 @pytest.mark.slow
