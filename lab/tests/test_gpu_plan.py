@@ -142,7 +142,7 @@ def test_a_call_goes_on_where_the_last_one_ended(tmp_path, capsys):
         Stage("three", 50, python(count)),
     ]
     assert plan.run(tmp_path, 30, [replace(stages[0], seconds=40), replace(stages[1], seconds=30)]) == LATER
-    assert "two takes up to 30 s" in capsys.readouterr().out
+    assert "two needs up to 30 s" in capsys.readouterr().out
     assert outcomes(tmp_path) == {"one": "done"}
     (tmp_path / "two").mkdir()  # from a call that was interrupted
     (tmp_path / "two/log.txt").write_text("old")
