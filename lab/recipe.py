@@ -6,8 +6,8 @@ python -m lab.recipe data/labelled --out runs/recipe
 python -m lab.recipe data/labelled --minutes 20 --tasks finetune  # starts no trial after 20 minutes; to resume, run it
                                                                   # again
 
-Linear probes and fine-tuning are run with the defaults (m3ae_fast/evaluation/default_hyperparameters.py), with a third
-of and three times the default learning rate, and with half and twice the default number of steps. Linear probes are
+Linear probes and fine-tuning are run with the defaults (m3ae_fast/evaluation/default_hyperparameters.py), with one
+third and three times the default learning rate, and with half and twice the default number of steps. Linear probes are
 also run with the learning rate that they select themselves. The datasets are clip art, emoji and Fashion-MNIST. The
 encoder is an MAE that was trained on the same images; probes are also run on random weights. table.md is written to
 --out. Completed trials are not repeated.

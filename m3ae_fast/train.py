@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--config",
         required=True,
         metavar="FILE|NAME",
-        help=f"a JSON config, or the name of one that comes with m3ae-fast: {', '.join(shipped_configs())}",
+        help=f"a JSON config file, or the name of a config that comes with m3ae-fast: {', '.join(shipped_configs())}",
     )
     add_samples(parser, "--train", "data.train", "training samples, in place of the config's data.train")
     add_samples(parser, "--val", "data.val", "held-out samples, in place of the config's data.val")
@@ -59,14 +59,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "the result then differs from that of an uninterrupted run",
     )
     parser.add_argument(
-        "--profile", action="store_true", help="write trace.json.gz into run.dir: a torch profiler trace of some steps"
+        "--profile", action="store_true", help="write a torch profiler trace of some steps to trace.json.gz in run.dir"
     )
     dry = parser.add_argument_group("checking a config without training")
     dry.add_argument(
         "--dry-run",
         action="store_true",
-        help="check config, shards, tokenizer and probe; print model size, memory estimate and, from a few measured "
-        "steps, the expected duration of the run on this machine; then exit",
+        help="check config, shards, tokenizer and probe; print the model size and a memory estimate; measure a few "
+        "steps, and print the expected duration of the run on this machine; then exit",
     )
     dry.add_argument(
         "--world",
@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--sizes",
         type=Path,
         metavar="FILE",
-        help="image sizes for a model with native aspect ratio, as written by m3ae-fast shards stats --sizes",
+        help="file of image sizes for a model with native aspect ratio, as written by m3ae-fast shards stats --sizes",
     )
     dry.add_argument(
         "--no-data",
@@ -135,7 +135,8 @@ def perform(args: argparse.Namespace, session: Session) -> None:
 
 
 def _dry_run(config: Config, args: argparse.Namespace, session: Session) -> None:
-    """Print the report of --dry-run. Every rank must call it. Raises the same UserErrors as the start of a run."""
+    """Print the report of --dry-run. All ranks must call this function. Raises the same UserErrors as the start of a
+    run."""
     from m3ae_fast.base.hardware import resolve_precision
     from m3ae_fast.evaluation.knn_during_training import open_probe
     from m3ae_fast.training.dry_run import report, report_time

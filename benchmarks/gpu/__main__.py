@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--dtype", choices=[_name(d) for d in DTYPES], help="check or tune only in this dtype")
     found.add_argument("--no-compile", action="store_true", help="leave out the torch.compile baselines")
-    found.add_argument("--size", choices=plan.SIZES, help="with --step: only this size of the model")
+    found.add_argument("--size", choices=plan.SIZES, help="with --step: only this model size")
     found.add_argument("--on", choices=("deepspeed", "torch", "expert"), help="with --step: only this engine")
     found.add_argument("--samples", type=int, help="with --step: batch size per GPU (default: 512)")
     found.add_argument("--recompute", action="store_true", help="with --step: recompute GELU and norms, to save memory")

@@ -90,11 +90,20 @@ def main(arguments: list[str] | None = None) -> int:
     # the first case of each kernel, which has RGB images if the kernel reads images
     cases: dict[str, Case] = {case.kernel: case for case in reversed(matmuls)}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.candidates", description=__doc__.split(": ")[1])
-    parser.add_argument("--arch", choices=SHARED_BYTES, default="sm_90", metavar="ARCH", help="default sm_90")
-    parser.add_argument("--kernel", nargs="+", choices=cases, default=list(cases), metavar="KERNEL")
-    parser.add_argument("--width", nargs="+", choices=DTYPES, default=list(DTYPES), help="bits of the inputs")
     parser.add_argument(
-        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="number of parallel compilations"
+        "--arch", choices=SHARED_BYTES, default="sm_90", metavar="ARCH", help="architecture (default: sm_90)"
+    )
+    parser.add_argument(
+        "--kernel", nargs="+", choices=cases, default=list(cases), metavar="KERNEL", help="default: all"
+    )
+    parser.add_argument(
+        "--width", nargs="+", choices=DTYPES, default=list(DTYPES), help="number of bits per input element"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="number of parallel compilations (default: number of cores)",
     )
     args = parser.parse_args(arguments)
     found = {kernel: dict(tables) for kernel, tables in read(args.arch).items() if kernel in cases}

@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.wheels", description=__doc__.split(":")[1].strip())
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
     parser.add_argument(
-        "--python", default=own, metavar="VERSION", help=f"Python of the other machine (default: {own})"
+        "--python", default=own, metavar="VERSION", help=f"Python version of the other machine (default: {own})"
     )
     parser.add_argument("--download", type=Path, metavar="FOLDER", help="folder to which the wheels are downloaded")
     parser.add_argument(

@@ -62,8 +62,8 @@ def ramps(count: int, device: torch.device) -> Tensor:
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train the model, and print and return the losses."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=300, help="number of training steps (default: 300)")
+    parser.add_argument("--batch", type=int, default=32, help="number of images per step (default: 32)")
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

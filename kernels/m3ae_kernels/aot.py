@@ -10,7 +10,7 @@ compiles every kernel at every size in every dtype, which takes three times as l
 settings and nearly the same code as the other cases.
 
 The program prints one line per kernel, architecture and dtype: the numbers of registers and spills, the bytes of local
-and shared memory, and the matrix instruction. Nothing is compiled for architectures on which the ops run on torch. The
+and shared memory, and the matrix instruction. Nothing is compiled for architectures on which the ops run in torch. The
 exit code is 1 if a kernel does not compile, has more than MOST_SPILLS instructions that spill registers, uses local
 memory, requires more shared memory than the chip has, multiplies matrices without tensor cores, or allows fewer program
 instances on an NVIDIA multiprocessor than required. It is 2 for an invalid argument.

@@ -56,7 +56,7 @@ def _digest(folder: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Write the build variant, print its path, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m m3ae_kernels.hub", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder in which build/ is written")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to which build/ is written")
     args = parser.parse_args(arguments)
     try:
         print(write(args.folder))

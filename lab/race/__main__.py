@@ -3,11 +3,11 @@ lab/race/README.md.
 
 python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
 python -m lab.race data/labelled --out runs/race
-python -m lab.race data/labelled --minutes 40 --final-seeds 0     # the shortest part; the next call continues
+python -m lab.race data/labelled --minutes 40 --final-seeds 0     # only the shortest runs; the next call continues
 
-Each run is trained by the public program and tested. The time of the tests is not counted. race.json, race.png and
-README.md are written after each run. Completed runs are not repeated: if the program is stopped, run it again. On
-another machine, pass the same --results.
+Each run is trained with m3ae_fast.train and tested. The time of the tests is not counted. race.json, race.png and
+README.md are written after each run. Completed runs are not repeated: if the program is stopped, run it again. To
+continue on another machine, copy the folder of --results to it and pass it as --results.
 """
 
 from __future__ import annotations
@@ -68,14 +68,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[*settings["tried"]],
         help="settings to tune (default: all)",
     )
-    add("--seeds", type=int, default=SEEDS, help=f"number of seeds per arm at the shortest length (default: {SEEDS})")
+    add(
+        "--seeds", type=int, default=SEEDS, help=f"number of seeds per recipe at the shortest length (default: {SEEDS})"
+    )
     add("--final-seeds", type=int, default=FINAL_SEEDS, help=f"number of seeds at all lengths (default: {FINAL_SEEDS})")
     add(
         "--finetune",
         type=int,
         default=SEEDS,
         metavar="N",
-        help=f"number of seeds that are fine-tuned (default: {SEEDS})",
+        help=f"number of seeds whose encoders are fine-tuned (default: {SEEDS})",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of settings.json")
     return parser.parse_args(argv)

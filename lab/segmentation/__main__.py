@@ -1,7 +1,7 @@
 """Study segmentation with frozen patch features, on images with exact masks: emoji on crops of clip art.
 
 python -m lab.segmentation --out runs/segmentation     # downloads the emoji with npm
-python -m lab.segmentation --packages FOLDER           # has emoji-datasource-VENDOR-16.0.0.tgz
+python -m lab.segmentation --packages FOLDER           # FOLDER contains emoji-datasource-VENDOR-16.0.0.tgz
 python -m lab.segmentation --minutes 20                # no run starts after 20 minutes; the next call continues
 
 An MAE and an M3AE are pre-trained. `evaluate segment` compares them with random weights, with the pixels of each patch

@@ -7,10 +7,10 @@ python -m lab.study data/labelled --minutes 75             # no run starts after
 python -m lab.study data/labelled --arms fractions ratios  # the comparisons of figures 3 and 5 in the paper
 python -m lab.study data/labelled --validation --out runs/tried --set train.optim.peak_lr=1e-3    # to choose settings
 
-Encoders are pre-trained (m3ae_fast.train) on emoji, with the emoji names as captions, one after the other, and tested
-on held-out emoji and Fashion-MNIST with the probes of m3ae_fast.evaluation. study.json, study.png and README.md are
-written after each encoder. Completed encoders are not repeated: if the program is stopped, run it again. On another
-machine, pass the same --results.
+One after the other, encoders are pre-trained on emoji (m3ae_fast.train), with the names of the emoji as captions, and
+tested on held-out emoji and Fashion-MNIST with the probes of m3ae_fast.evaluation. study.json, study.png and README.md
+are written after each encoder. Completed encoders are not repeated: if the program is stopped, run it again. To
+continue on another machine, copy the folder of --results to it and pass it as --results.
 """
 
 from __future__ import annotations

@@ -67,7 +67,11 @@ def command(
 def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
     """Add `--set KEY=VALUE`, `--seed` and `--device`, and the options that the deepspeed launcher adds."""
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override a setting: --set {example}"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"override a setting, for example --set {example}",
     )
     add_setting(parser, "--seed", "run.seed", seed, "random seed")
     add_device(parser)
@@ -76,7 +80,9 @@ def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device`."""
-    text = "device; cpu: do not use the GPUs of this machine (default: cuda if there is a GPU, else cpu)"
+    text = (
+        "device to use; with cpu, the GPUs of this machine are ignored (default: cuda if there is a GPU, otherwise cpu)"
+    )
     parser.add_argument("--device", choices=DEVICES, help=text)
 
 
@@ -126,7 +132,7 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
         "--labels",
         default="cls",
         metavar="cls|json.FIELD",
-        help="source of the labels: cls, or json.FIELD (default: cls)",
+        help="source of the labels: cls (integers in KEY.cls; default) or json.FIELD (a field of KEY.json)",
     )
 
 

@@ -1,4 +1,4 @@
-"""m3ae-fast config [PAGE]: settings as a Markdown page, docs/config.md or docs/evaluation-config.md."""
+"""m3ae-fast config [PAGE]: print all settings as a Markdown page, docs/config.md or docs/evaluation-config.md."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from m3ae_fast.config.schema import IMAGE_SETTINGS, Config, ModelConfig
 
 TRAIN_HEAD = """# Settings
 
-All settings of a training run, in the sections of its JSON file. `--set section.key=value` overrides any of them. The
-settings of probes and fine-tuning are on another page: [Evaluation settings](evaluation-config.md).
+This page lists all settings of a training run. They are grouped by the sections of the JSON config file, and
+`--set section.key=value` overrides any of them. The settings of probes and fine-tuning are on another page:
+[Evaluation settings](evaluation-config.md).
 
 `m3ae-fast config > docs/config.md` generates this page from m3ae_fast/config/schema.py.
 """
 EVALUATION_HEAD = """# Evaluation settings
 
 Settings of `m3ae-fast evaluate` and `m3ae-fast embed`. These commands have no config file; their settings are
-passed with `--set section.key=value`. The sections `run` and `data` are those of [a training run](config.md); options
-such as `--out` and `--train` set some of them.
+passed with `--set section.key=value`. The sections `run` and `data` are described on the page
+[Settings](config.md). Some of the settings in these two sections have their own options, such as `--out` and `--train`.
 
 `m3ae-fast config evaluation > docs/evaluation-config.md` generates this page from m3ae_fast/config/evaluation.py.
 """
@@ -152,7 +153,11 @@ def _default(section: type[BaseModel], key: str, field: FieldInfo) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = program("config", (__doc__ or "").partition(": ")[2])
     parser.add_argument(
-        "page", nargs="?", choices=PAGES, default="train", help="program whose settings are printed (default: train)"
+        "page",
+        nargs="?",
+        choices=PAGES,
+        default="train",
+        help="settings to print: those of training, or those of evaluation (default: train)",
     )
     print(PAGES[parser.parse_args(argv).page](), end="")
     return 0

@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         help="number of attention heads of the encoder; required for .pth and .safetensors files if no published model "
         "has the same width",
     )
-    parser.add_argument("--dec-num-heads", type=int, help="the same for the decoder")
+    parser.add_argument(
+        "--dec-num-heads", type=int, help="number of attention heads of the decoder; required in the same cases"
+    )
     args = parser.parse_args(argv)
     from m3ae_fast.vqgan.model import VQGAN
     from m3ae_fast.weights.converting import convert

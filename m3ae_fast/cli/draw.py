@@ -85,12 +85,19 @@ def _add_attention(commands: Any, of_run: argparse.ArgumentParser) -> None:
         "--word", help="word whose attention over the patches is drawn (default: the first words of each caption)"
     )
     whose.add_argument(
-        "--patch", metavar="R,C", help="patch whose attention over the words is drawn: row, column, from 0"
+        "--patch",
+        metavar="R,C",
+        help="patch whose attention over the words is drawn: its row and column, counted from 0",
     )
     parser.add_argument(
-        "--layer", type=int, metavar="N", help="encoder block whose attention is drawn, from 1 (default: the last)"
+        "--layer",
+        type=int,
+        metavar="N",
+        help="encoder block whose attention is drawn, counted from 1 (default: the last)",
     )
-    parser.add_argument("--head", type=int, metavar="N", help="attention head, from 1 (default: mean over all heads)")
+    parser.add_argument(
+        "--head", type=int, metavar="N", help="attention head, counted from 1 (default: mean over all heads)"
+    )
 
 
 def _add_map(commands: Any, of_run: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Write a table of features: the frozen encoder encodes every sample of shards, or every image of a folder, unmasked.
+"""Encode every sample of shards, or every image of a folder, without masking, and write a table of the features.
 
 m3ae-fast embed runs/large 'imagenet/val-*.tar' --out val.parquet
 m3ae-fast embed runs/large photos/ --out photos.parquet

@@ -3,8 +3,8 @@
 m3ae-fast evaluate knn runs/large --train 'imagenet/train-*.tar' --val 'imagenet/val-*.tar' --out runs/knn
 m3ae-fast evaluate knn random:runs/large --train ... --val ... --labels json.label --out runs/knn-random
 
-Labels are integers in KEY.cls, or integers or names in a field of KEY.json. The results in OUT are result.json,
-figures and TensorBoard events. On several GPUs: torchrun --nproc-per-node 8 -m m3ae_fast evaluate ...
+Labels are integers in KEY.cls, or integers or names in a field of KEY.json. The output folder, OUT, contains
+result.json, figures and TensorBoard events. On several GPUs: torchrun --nproc-per-node 8 -m m3ae_fast evaluate ...
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
             choices=(task.modality,) if task.modality else MODALITIES,
             help=f"input of the encoder (default: {task.modality or 'image'}, or the input of the classifier)",
         )
-    command.add_argument("--out", type=output(), required=True, metavar="DIR", help="output folder")
+    command.add_argument("--out", type=output(), required=True, metavar="OUT", help="output folder")
     add_settings(command, "knn.k=10")
     if name == "ood":
         _add_outside_sets(command)
@@ -93,7 +93,7 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
             "evaluated, unless MODEL is a baseline or the encoder sees captions)",
         )
     if task.resumes:
-        add_resume(command, "DIR")
+        add_resume(command, "OUT")
 
 
 def _add_outside_sets(command: argparse.ArgumentParser) -> None:
@@ -143,14 +143,14 @@ def _add_survey(command: argparse.ArgumentParser, task: str) -> None:
         type=_counts,
         default=[],
         metavar="N,N",
-        help="few-shot evaluation: numbers of training samples per class, such as 1,5,10, each drawn several "
-        "times (default: use all samples)",
+        help="few-shot evaluation: numbers of training samples per class, such as 1,5,10; for each number, samples "
+        "are drawn several times (default: use all samples)",
     )
     command.add_argument(
         "--draws",
         type=_draws,
         metavar="N",
-        help=f"number of random draws per entry of --shots, at least 2 (default: {DRAWS})",
+        help=f"number of random draws for each number in --shots, at least 2 (default: {DRAWS})",
     )
 
 

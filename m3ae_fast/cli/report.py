@@ -1,8 +1,8 @@
 """m3ae-fast report RUN ...: write a self-contained page about a run, report.html, which can be read without a server.
 
-The page begins with a summary of the results and diagnostics. It also contains the results of tasks (every result.json
-below the run folder and below `--results`), curves, figures, the config and versions. Further runs are added to the
-tables and curves.
+The page begins with a summary of the results and diagnostics. It also contains the results of evaluations (every
+result.json below the run folder and below `--results`), curves, figures, the config and versions. Further runs are
+added to the tables and curves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         default=[],
         metavar="DIR",
-        help="folders outside RUN that contain a result.json",
+        help="folders outside RUN whose results (every result.json below them) are included",
     )
     args = parser.parse_args(argv)
     from m3ae_fast.evaluation.run_report import REPORT_FILE, write_report

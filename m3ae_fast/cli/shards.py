@@ -35,14 +35,15 @@ MAKE = """Make shards from a folder of images, an HDF5 file or a Hugging Face da
 
 A folder of images: sub-folders called train, val (valid, validation, dev) or test are splits, and shards are written
 for each of them. Other sub-folders, or the sub-folders of the splits, are classes if there are at least two of them and
-every image is in one; class ids are the same in all splits. Captions come from a table with one row per sample, or from
-NAME.txt next to NAME.jpg. An image that occurs in several rows, or in a row with a list of captions, becomes one sample
-per caption, even if rows are identical. A row with too many or too few fields is an error. In a .tsv file, each line is
-a row, and quotes are part of the text unless a program that quotes fields wrote the file. Images without a caption are
-used for the image loss only.
+every image is in one of them; class ids are the same in all splits. Captions come from a table with one row per sample,
+or from NAME.txt next to NAME.jpg. An image that occurs in several rows, or in a row with a list of captions, becomes
+one sample per caption, even if rows are identical. A row with too many or too few fields is an error. In a .tsv file,
+each line is a row, and quotes are part of the text unless the file was written by a program that quotes fields. Images
+without a caption are used only for the image loss.
 
-An HDF5 file has the layout of the official M3AE code: jpg (variable-length uint8) with caption, or ImageNet's
-train_jpg, train_labels, val_jpg, val_labels, or only text. A row with several captions becomes one sample per caption.
+An HDF5 file has the layout of the official M3AE code: jpg (variable-length uint8) and caption for image-text pairs;
+train_jpg, train_labels, val_jpg and val_labels for ImageNet; or text for captions without images. A row with several
+captions becomes one sample per caption.
 
 A Hugging Face dataset is a folder written by save_to_disk, a folder of data files, or a name on the Hub. All splits
 are converted unless --split is given. A row with a list of captions becomes one sample per caption.
@@ -53,16 +54,16 @@ MASKS/a/b.png, with one channel of class ids.
 To continue an interrupted command, run it again. The same input always produces identical shards.
 """
 STATS = """Inspect some samples, and print statistics: image sizes, aspect ratios, formats, caption lengths, labels, the
-mean and standard deviation of the pixels, and the number of unreadable samples. The settings derived from them are
-printed as well; --write writes them into a config.
+mean and standard deviation of the pixels, and the number of unreadable samples. The settings derived from these
+statistics are printed as well; --write also writes them into a config.
 
   m3ae-fast shards stats 'shards/train-*.tar' --tokenizer tokenizer.json
   m3ae-fast shards stats 'shards/train-*.tar' --picture stats.png --write mine.json
   m3ae-fast shards stats 'shards/train-*.tar' --sizes sizes.json   # for m3ae-fast train --dry-run --sizes
 """
-IMAGE_TOKENS = """Make shards whose images are crops with their VQGAN token ids, for model.image_targets=vqgan with
-data.image_tokens=shards. From each image, --views random crops are taken or, with --centre, its central square (for
-held-out data). Captions, classes and json are copied; samples without an image are left out.
+IMAGE_TOKENS = """Make shards of image crops and their VQGAN token ids, for model.image_targets=vqgan with
+data.image_tokens=shards. Each image is cropped at random --views times or, with --centre, once to its central square
+(for held-out data). Captions, classes and json are copied; samples without an image are left out.
 
   m3ae-fast shards image-tokens 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
   m3ae-fast shards image-tokens 'shards/val-*.tar' --vqgan vqgan/ --out ids/val --centre
@@ -127,9 +128,9 @@ def _add_shard_settings(parser: argparse.ArgumentParser) -> None:
     for option, (default, text) in numbers.items():
         shards.add_argument(option, type=int, metavar="N", default=default, help=f"{text} (default: {default})")
     add_range_option(shards)
-    text = "fraction of the samples that are written to val-*.tar"
+    text = "fraction of the samples that are written to val-*.tar (default: 0)"
     shards.add_argument("--held-out", type=float, default=0.0, metavar="FRACTION", help=text)
-    text = "do not shuffle (default: shuffle, deterministically)"
+    text = "keep the order of SOURCE (default: shuffle the samples, always in the same way)"
     shards.add_argument("--keep-order", action="store_true", help=text)
 
 
@@ -227,16 +228,17 @@ def _stats(args: argparse.Namespace) -> None:
 
 def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
     summary = "count the samples of shards in advance, on any number of nodes"
-    text = "Use the file (or all of its parts) as `shards` of a source in the config."
+    text = """Count the samples of shards, and write a manifest. In the config, set `shards` of a source to the manifest,
+or to all parts of a manifest that was written in parts."""
     parser = command(commands, "manifest", summary, text, _manifest, common)
     parser.add_argument("--out", type=output(".npy"), required=True, metavar="FILE.npy", help="output file")
     text = "count only the I-th of N parts of the shards; each part needs its own output file"
     parser.add_argument("--part", type=_part, metavar="I/N", help=text)
     known = parser.add_mutually_exclusive_group()
     known.add_argument(
-        "--stats", action="store_true", help="read the counts from the files NAME_stats.json of img2dataset"
+        "--stats", action="store_true", help="read the counts from the NAME_stats.json files that img2dataset wrote"
     )
-    known.add_argument("--sizes", metavar="FILE", help="read the counts from a sizes.json, which is a file or a URL")
+    known.add_argument("--sizes", metavar="FILE", help="read the counts from a sizes.json (a path or a URL)")
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -257,7 +259,7 @@ def _manifest(args: argparse.Namespace) -> None:
 
 
 def _add_tokenizer(commands: Any, common: argparse.ArgumentParser) -> None:
-    summary = "train a lower-cased WordPiece tokenizer on the captions"
+    summary = "train an uncased WordPiece tokenizer on the captions"
     parser = command(commands, "tokenizer", summary, "", _tokenizer, common)
     text = "maximum number of tokens, including special tokens"
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help=text)
@@ -272,7 +274,7 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
 
 def _add_image_tokens(commands: Any, common: argparse.ArgumentParser) -> None:
-    summary = "make shards of crops with their VQGAN token ids"
+    summary = "make shards of image crops and their VQGAN token ids"
     parser = command(commands, "image-tokens", summary, IMAGE_TOKENS, _image_tokens, common)
     parser.add_argument("--vqgan", type=Path, required=True, metavar="FOLDER", help="folder of a converted VQGAN")
     parser.add_argument("--out", type=output(), required=True, metavar="DIR", help=OUT_HELP)
@@ -283,7 +285,9 @@ def _add_image_tokens(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--centre", action="store_true", help="use the central square instead of random crops")
     text = "smallest and largest area of a crop, as fractions of the image's area (default: 0.2 1.0)"
     parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"), help=text)
-    parser.add_argument("--no-flip", action="store_true", help="do not flip half of the crops horizontally")
+    parser.add_argument(
+        "--no-flip", action="store_true", help="do not flip crops horizontally (default: flip half of them, at random)"
+    )
     parser.add_argument("--seed", type=seed, default=0, help="random seed of the crops (default: 0)")
     add_range_option(parser)
     text = "maximum number of samples per shard (default: 2000)"
@@ -295,7 +299,7 @@ def _add_image_tokens(commands: Any, common: argparse.ArgumentParser) -> None:
         type=int,
         default=cores,
         metavar="N",
-        help="number of worker processes, or of threads when the GPU is used",
+        help=f"number of worker processes, or of threads if the GPU is used (default: {cores})",
     )
 
 

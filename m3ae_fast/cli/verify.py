@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tolerance-scale", type=float, default=1.0, help="factor by which every tolerance is multiplied"
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float64"], default="float32", help="dtype of the computations"
+    )
     add_device(parser)
     args = parser.parse_args(argv)
     from m3ae_fast.verify.replay import compare

@@ -46,11 +46,11 @@ CommonCorruption = Literal[
 ExtraCorruption = Literal["speckle_noise", "gaussian_blur", "spatter", "saturate"]
 Pool = Literal["mean", "cls"]
 
-_COMMON = ("run", "data")  # sections and settings that every task reads
+_COMMON = ("run", "data")  # sections that every task reads
 
 
 class EncodeConfig(Section):
-    """Features of the frozen encoder on unmasked input."""
+    """Features that the frozen encoder computes from unmasked input."""
 
     pool: Pool = "mean"
     """Pooling of the features after the final LayerNorm: `mean`, the mean over all tokens except cls; `cls`, the cls
@@ -219,7 +219,7 @@ class SegmentConfig(Section):
     """Class id of the mask pixels that are excluded from training and from the metrics; null: no pixels are
     excluded."""
     steps: Count = 1000
-    """Number of optimiser steps in which the linear head is trained."""
+    """Number of optimiser steps for training the linear head."""
     batch: Batch = 32
     """Number of images per optimiser step."""
     peak_lr: float = Field(1e-3, gt=0)
@@ -261,7 +261,7 @@ def evaluation_config(
 
     Args:
         given: sections as plain JSON data, which are modified.
-        overrides: changes of settings, of the form `section.key=value`.
+        overrides: settings to change, in the form `section.key=value`.
         reader: name of a program or task, and the sections that it reads in addition to `_COMMON`; None: all sections
             are read.
 

@@ -18,7 +18,7 @@ from m3ae_fast.config.value_range import Range, check_range
 
 MAX_VOCAB = 1 << 24
 MAX_CHANNELS = 256  # more than any imaging spectrometer in use has
-LONGEST = 800  # maximum number of epochs if the number of steps is adjusted to a time limit; MAE's number of epochs
+LONGEST = 800  # maximum number of epochs of a run with a time limit; MAE trains for this number of epochs
 MAX_POSITIONS = 1 << 27  # maximum number of elements in a table of position embeddings: 512 MB
 # (emb_dim, depth, num_heads) of the encoder; all sizes have the same decoder: width 512, depth 8, 16 heads
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
@@ -119,7 +119,7 @@ class ModelConfig(Section):
     Stored embeddings are instead interpolated to each image's rows and columns, as in timm."""
     channels: int = Field(3, ge=1, le=MAX_CHANNELS)
     """Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA. TIFF and .npy files may have any number of channels,
-    such as the spectral bands of a satellite image, or depth as a fourth channel."""
+    for example the spectral bands of a satellite image, or red, green, blue and depth."""
     image_dtype: Literal["uint8", "uint16", "float32"] = "uint8"
     """Data type of the pixels. Black is 0; white is 255 for uint8, 65,535 for uint16 and 1 for float32. With float32,
     values may lie outside the range from black to white. `data.range` sets which values of a file are black and
@@ -449,7 +449,7 @@ class PretrainingOptimConfig(OptimConfig):
 
 
 class LoopConfig(Section):
-    """Length of a training run, its batch size, and the periods of logging, evaluation and checkpoints."""
+    """Length and batch size of a training run, and the intervals between log lines, evaluations and checkpoints."""
 
     SECTION: ClassVar[str] = "train"  # for messages
     # whether the length is derived from the number of samples if neither epochs nor steps are given
@@ -492,8 +492,8 @@ class TransformerLoopConfig(LoopConfig):
     """Decay per step of an exponential moving average of the weights, such as 0.9999. Export and evaluation use the
     average. null: no average."""
     activation_checkpointing: bool = False
-    """Whether activations are recomputed in the backward pass, which reduces memory and increases the time of a step by
-    about a third."""
+    """Whether activations are recomputed in the backward pass, which reduces memory usage and increases the time per
+    step by about a third."""
     compile: bool = False
     """Whether torch.compile compiles the transformer blocks."""
 
@@ -523,7 +523,7 @@ class KnnProbeConfig(KnnConfig):
 
 
 class TrainConfig(TransformerLoopConfig):
-    """Length, batch size, precision and periods of the training loop."""
+    """Length, batch size and precision of the run, and the intervals between log lines, evaluations and checkpoints."""
 
     hours: float | None = Field(None, gt=0, le=1e5)
     """Duration of the run in hours, including evaluations. The number of steps, whose initial value is given by `steps`
@@ -531,8 +531,8 @@ class TrainConfig(TransformerLoopConfig):
     null: no time limit."""
     stop_at: Annotated[float, Field(gt=0, le=1)] | Literal["plateau"] | None = None
     """Condition for ending the run early: an accuracy of `train.probe`, such as 0.6, or `plateau`, which means three
-    evaluations in a row without a new best accuracy. The learning rate then decays in the same way as at the end of a
-    run, which requires `optim.schedule: wsd`. null: the run is not ended early."""
+    evaluations in a row without a new best accuracy. When the condition is met, the final decay of the learning rate
+    begins; this requires `optim.schedule: wsd`. null: the run is not ended early."""
     image_sizes: list[Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Size], Strict(False)]] = []
     """Image sizes for the first part of the run, as pairs of a fraction of the steps and a size in pixels, such as
     [[0.5, 96], [0.75, 160]]. Each size is used until its fraction of the steps has been completed. The remaining steps,
@@ -542,8 +542,8 @@ class TrainConfig(TransformerLoopConfig):
     last good checkpoint and skips the batch of that step. 0: the run ends with an error instead."""
     spike_threshold: float | None = Field(None, gt=0, le=1e6)
     """Threshold for loss spikes, in standard deviations, such as 6. If the loss of a step exceeds the mean of the
-    previous 128 steps by more than this, the run returns to its last good checkpoint, as for a loss that is not finite.
-    After `rollbacks` rollbacks, further spikes are ignored. null: spikes are not detected."""
+    previous 128 steps by more than the threshold, the run returns to its last good checkpoint, as for a loss that is
+    not finite. After `rollbacks` rollbacks, further spikes are ignored. null: spikes are not detected."""
     eval_samples: Count = 1024
     """Number of held-out samples in each evaluation."""
     pictures: int = Field(6, ge=0, le=1000)
@@ -592,7 +592,7 @@ class ZeroConfig(Section):
     """Stage 3: minimum number of elements of a weight tensor that is partitioned; smaller tensors are kept on every
     rank."""
     stage3_max_live_parameters: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 1_000_000_000
-    """Stage 3: maximum number of parameters resident on the GPU at once."""
+    """Stage 3: maximum number of parameters that are on the GPU at the same time."""
     stage3_max_reuse_distance: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 1_000_000_000
     """Stage 3: maximum reuse distance, in parameters; weights that are needed again within this distance stay
     gathered."""

@@ -14,7 +14,7 @@ Range = Annotated[tuple[float, float], Strict(False)] | Literal["dtype"]
 
 
 def check_range(name: str, image_range: Range | None) -> None:
-    """Raise ValueError if the value of black is not below that of white. `name`: name of the setting, for the
+    """Raise ValueError if the value of black is not below the value of white. `name`: name of the setting, for the
     message."""
     if isinstance(image_range, tuple) and not image_range[0] < image_range[1]:
         raise ValueError(f"{name} {list(image_range)} must be the values of black and of white, with black below white")
@@ -22,7 +22,7 @@ def check_range(name: str, image_range: Range | None) -> None:
 
 def add_range_option(parser: argparse._ActionsContainer) -> None:
     """Add `--range`, for programs without a config."""
-    text = "values of black and white in images with more than 8 bits"
+    text = "pixel values that map to black and white in images with more than 8 bits per channel"
     parser.add_argument("--range", type=_parse, metavar="LOW,HIGH|dtype", help=text)
 
 

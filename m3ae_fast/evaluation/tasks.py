@@ -122,12 +122,16 @@ TASKS = {
         libraries=("scipy",),
     ),
     "ood": Task(
-        "detect out-of-distribution samples from frozen features or a classifier",
+        "detect out-of-distribution samples with a frozen encoder or with a classifier",
         may_classify=True,
         sections=("encode", "knn"),
         libraries=("sklearn",),
     ),
-    "retrieval": Task("find the caption of an image and the image of a caption", trains=False, modality="paired"),
+    "retrieval": Task(
+        "find the matching caption of each image, and the matching image of each caption",
+        trains=False,
+        modality="paired",
+    ),
 }
 
 
