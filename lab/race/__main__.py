@@ -3,7 +3,7 @@ lab/race/README.md.
 
 python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
 python -m lab.race data/labelled --out runs/race
-python -m lab.race data/labelled --minutes 40 --final-seeds 0     # only the shortest runs; the next call continues
+python -m lab.race data/labelled --minutes 40 --final-seeds 0     # only runs of the shortest length
 
 Each run is trained with m3ae_fast.train and tested. The time of the tests is not counted. race.json, race.png and
 README.md are written after each run. Completed runs are not repeated: if the program is stopped, run it again. To

@@ -228,8 +228,8 @@ def _stats(args: argparse.Namespace) -> None:
 
 def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
     summary = "count the samples of shards in advance, on any number of nodes"
-    text = """Count the samples of shards, and write a manifest. In the config, set `shards` of a source to the manifest,
-or to all parts of a manifest that was written in parts."""
+    text = """Count the samples of shards, and write a manifest. In the config, set `shards` of a source to the
+manifest, or to all of its parts."""
     parser = command(commands, "manifest", summary, text, _manifest, common)
     parser.add_argument("--out", type=output(".npy"), required=True, metavar="FILE.npy", help="output file")
     text = "count only the I-th of N parts of the shards; each part needs its own output file"
