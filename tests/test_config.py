@@ -375,7 +375,7 @@ def test_a_dry_run_predicts_newton_schulz_in_the_precision_of_the_run(capsys):
 @pytest.mark.parametrize(("micro", "split"), [(None, "1 GPUs x 16 samples"), (4, "4 GPUs x 4 samples")])
 def test_a_dry_run_is_of_as_many_gpus_as_a_step_without_accumulation_takes(capsys, micro, split):
     report(parse(Config, TINY | {"train": TINY["train"] | {"micro_batch": micro}}, "test"), data=False)
-    assert f"16 = {split} x 1 accumulated\n" in capsys.readouterr().out
+    assert f"16 = {split} x 1 micro-batch\n" in capsys.readouterr().out
 
 
 def test_the_table_of_memory_is_of_all_ranks_and_every_stage():
@@ -454,7 +454,7 @@ def test_a_dry_run_without_a_gpu_prints_no_gpu_numbers(run, tmp_path):
     probe = json.dumps({"train": labelled, "val": labelled})
     code, out = run("--dry-run", "--set", f"train.probe={probe}", out=True)
     assert code == 0 and not re.search("GPU|H100|ZeRO|sent per", out)
-    assert "batch                 16 = 1 rank x 4 samples x 4 accumulated\n" in out
+    assert "batch                 16 = 1 rank x 4 samples x 4 micro-batches\n" in out
     for line in (r"memory +[\d.e-]+ GB per rank", r"loader +[\d.e-]+ cores, for .* samples/s, measured over"):
         assert re.search(line, out), line
     assert "\nprobe                 k-NN of 9 samples, with neighbours from 9 labelled samples, 3 classes\n" in out
@@ -489,8 +489,8 @@ def test_a_dry_run_looks_at_the_shards_of_the_probe(run, tmp_path):
 
 def test_dry_run_says_what_travels(run):
     code, out = run("--dry-run", "--world", "4", "--set", "train.micro_batch=3", out=True)
-    assert code == 0 and "16 = 4 GPUs x 2 samples x 2 accumulated (" in out
-    assert "16 = 3 GPUs x 3 samples x 2 accumulated at most" in run("--dry-run", "--world", "3", out=True)[1]
+    assert code == 0 and "16 = 4 GPUs x 2 samples x 2 micro-batches (" in out
+    assert "16 = 3 GPUs x at most 3 samples x 2 micro-batches" in run("--dry-run", "--world", "3", out=True)[1]
     for needed in ("sent per GPU in each step", "cores per GPU", "GB per GPU", "512 samples, 512 held out"):
         assert needed in out
     one, many = (network_bytes(1000, 0, world, 1, False, True) for world in (1, 1000))
@@ -517,7 +517,7 @@ def test_dry_run_says_what_a_node_fetches(tmp_path):
     corpus = open_corpus(config.data.train, ShardStore(tmp_path / "cache"))
     lines = dict(fetching_lines(config, corpus, 128, rate=100.0))
     assert lines["fetching"] == "at most 8 GB per node before the first step, in 8 s at 1 GB/s; then 800 MB/s"
-    assert lines["disk of a node"] == "at least 16 GB for cached shards; 40 GB to cache all"
+    assert lines["disk of a node"] == "at least 16 GB for cached shards; 40 GB to cache all shards"
 
 
 @pytest.mark.slow

@@ -883,7 +883,7 @@ def test_the_time_of_a_run_is_that_of_steps_and_evaluations(every, val, evaluati
     config = parse(Config, TINY | {"data": data, "train": train}, "test")
     schedule = Schedule(config.train, config.optim, 50)
     assert Pace(0.5, 10, 4).seconds(config, schedule) == 0.5 * (1000 + evaluations * 6 * 2 / 3)
-    assert "of 8 samples and scaled" in Pace(0.5, 8, 4).sentence(config, schedule)
+    assert "of 8 samples, scaled to the full batch" in Pace(0.5, 8, 4).sentence(config, schedule)
     assert "100 steps of 5 s, measured over 4 steps" in (text := Pace(0.5, 10, 4).sentence(config, schedule))
     assert "scaled" not in text
 
@@ -1068,7 +1068,7 @@ def test_what_comes_before_and_after_training_is_part_of_the_hours(monkeypatch):
         "the number of steps is adjusted to the available time" in found.lines[2] and "done at about" in found.lines[3]
     )
     assert not found.warning and found.lines[3].endswith("; --hours 0.5")
-    assert planned(monkeypatch, small(classes=3), 0.01, 0.01).lines[3].endswith(", later than --hours 0.01")
+    assert planned(monkeypatch, small(classes=3), 0.01, 0.01).lines[3].endswith(", later than --hours 0.01 allows")
 
 
 @pytest.mark.parametrize("pace", [1e-4, 1e-3, 1e-2])

@@ -56,7 +56,7 @@ def test_a_learning_rate_is_chosen_by_the_loss_of_short_runs(tmp_path, monkeypat
 
 def test_a_search_that_cannot_say_anything_is_refused(tmp_path, monkeypatch, capsys):
     path = tmp_path / "config.json"
-    with pytest.raises(UserError, match=r"--tune: trials of 5% of the 300 steps are too short to compare"):
+    with pytest.raises(UserError, match=r"--tune: trial runs of 15 steps \(5% of 300\) are too short to compare"):
         learning_rate_search.tune(tuned_config(tmp_path, steps=300), path)
     trials(monkeypatch, dict.fromkeys((5e-4, 1e-3, 2e-3)))
     with pytest.raises(

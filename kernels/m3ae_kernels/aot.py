@@ -253,7 +253,7 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
     if fit < case.programs and not amd:
         problems.append(f"{fit} program instances fit on a multiprocessor, but {case.programs} must fit")
     if case.matmul and not found:
-        problems.append("no matrix instruction")
+        problems.append("contains no matrix instruction")
     report.problems = tuple(problems)
     return report
 

@@ -197,7 +197,9 @@ def _from_json(path: Path) -> Tokenizer:
     data = read_json(path)
     for part in ("normalizer", "decoder"):
         if isinstance(data, dict) and growth(data.get(part)) > MAX_GROWTH:
-            raise ValueError(f"the rules of its {part} may expand one character into more than {MAX_GROWTH:,}")
+            raise ValueError(
+                f"the rules of its {part} may expand one character into more than {MAX_GROWTH:,} characters"
+            )
     return Tokenizer.from_file(str(path))
 
 

@@ -84,8 +84,8 @@ def find(run_dir: Path, resume: str, extended: Callable[[checkpoint.Info], bool]
         usable = [path for path in own if not (path / checkpoint.FAILED).exists()]
         if own and not usable:
             raise UserError(
-                f"{run_dir}: all of its checkpoints are marked as failed (non-finite loss); change the "
-                "config, and delete them to start again"
+                f"{run_dir}: all of its checkpoints are marked as failed (non-finite loss); to start again, change "
+                "the config and delete these checkpoints"
             )
         if not own:
             return None

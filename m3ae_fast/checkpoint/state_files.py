@@ -95,7 +95,7 @@ def tabulate(folder: Path, shapes: dict[str, Shape], parts: int) -> Table:
         at = 0
         for start, _, count in [*sorted(pieces), (math.prod(shapes[name]), 0, 0)]:
             if start != at:
-                missing = f"elements {at} to {start - 1} of {name} are in no rank's part"
+                missing = f"no rank's part contains elements {at} to {start - 1} of {name}"
                 twice = f"some elements of {name} occur in the parts of more than one rank"
                 raise UserError(f"checkpoint {folder}: {missing if start > at else twice}")
             at += count

@@ -127,7 +127,8 @@ def _add_survey(command: argparse.ArgumentParser, task: str) -> None:
     if TASKS[task].pools:
         features = f"the features of each of these poolings ({', '.join(POOLS)})"
         if task == "attentive":
-            about = f"also train linear classifiers on {features}, in the same steps and with the same hyper-parameters"
+            same = "in the same training steps and with the same hyper-parameters"
+            about = f"also train linear classifiers on {features}, {same}"
             default = "only attentive probes"
         else:
             about, default = f"evaluate {features} in one pass over the images", "only the pooling of encode.pool"

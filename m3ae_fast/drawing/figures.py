@@ -129,7 +129,7 @@ def draw_confusion(path: Path, labels_N: Tensor, predicted_N: Tensor, classes: S
     side = min(3 + 0.3 * count, 12)
     figure, (axes,) = _figure(side + 0.8, side)
     image = axes.imshow(fractions, vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(image, ax=axes, fraction=0.046, label="fraction of the true class's samples")
+    figure.colorbar(image, ax=axes, fraction=0.046, label="fraction of the samples of the true class")
     axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix")
     if count < len(classes):
         axes.set_title(f"Confusion matrix of the {count:,} largest of {len(classes):,} classes")

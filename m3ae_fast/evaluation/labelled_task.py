@@ -159,7 +159,7 @@ class LabelledTask(ABC):
             at, columns = lines[-1]["step"], {}
             values = {name.removeprefix("val_"): value for name, value in lines[-1].items() if name.startswith("val_")}
         else:
-            return PartialResult(f"step {trainer.step:,} of {total:,}, not evaluated yet", {}, {})
+            return PartialResult(f"step {trainer.step:,} of {total:,}, before the first evaluation", {}, {})
         done = f"the evaluation after step {at:,} of {total:,}"
         return PartialResult(done, values | {"steps": at, "total_steps": total}, columns)
 
@@ -283,7 +283,7 @@ def training_warnings(
     """
     found = []
     if steps < official.fewest_steps:
-        given = f"{section}.epochs and .steps" if length.endswith("epochs") else length
+        given = f"{section}.epochs and {section}.steps" if length.endswith("epochs") else length
         found.append(f"only {steps:,} steps: without {given}, the run would have at least {official.fewest_steps:,}")
     if rise := rising(lines, batch):
         found.append(f"the training accuracy was still rising (by {rise:.1%}); raise {length}")

@@ -161,8 +161,8 @@ def run(job: Job) -> dict[str, Any]:
     job.say(
         f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
         + (f"{linear}{' and '.join(options.pools)} features, " if options.pools else "")
-        + (f"{', '.join(map(str, options.shots))} per class of the" if options.shots else "all")
-        + f" {train.samples:,} training samples: {probes} probe{'s' * (probes != 1)}"
+        + (f"{', '.join(map(str, options.shots))} training samples per class, out of " if options.shots else "all ")
+        + f"{train.samples:,} training samples: {probes} probe{'s' * (probes != 1)}"
         + (f", trained in about {duration(whole.other_work)}" if whole.other_work > 1 else "")
     )
     encoded = encode_kinds(job, kinds, (train, val, classes), whole)

@@ -140,7 +140,7 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
     }
     first = next(iter(accuracies.values()))
     width = max(map(len, _TASKS.values())) + 4
-    lines = [f"{'accuracy, held out, %':22}" + "".join(f"{_TASKS[task]:>{width}}" for task in found)]
+    lines = [f"{'held-out accuracy, %':22}" + "".join(f"{_TASKS[task]:>{width}}" for task in found)]
     for whose in first:
         lines.append(f"{whose:22}" + "".join(f"{with_error(own[whose]):>{width}}" for own in accuracies.values()))
     shares = "".join(f"{100 * results[RUN].get('chance', math.nan):>{width}.1f}" for results in found.values())

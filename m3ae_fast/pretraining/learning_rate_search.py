@@ -47,8 +47,8 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
     steps = round(PART * planned)
     if steps < FEWEST:
         raise UserError(
-            f"--tune: trials of {PART:.0%} of the {planned:,} steps are too short to compare; increase --hours, or "
-            "leave out --tune"
+            f"--tune: trial runs of {steps:,} steps ({PART:.0%} of {planned:,}) are too short to compare; increase "
+            "--hours, or leave out --tune"
         )
     print(f"tuning optim.peak_lr with {len(FACTORS)} runs of {steps:,} steps", flush=True)
     for factor in FACTORS:

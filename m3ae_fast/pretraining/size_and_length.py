@@ -243,13 +243,14 @@ def _length(config: Config, budget: Budget, pace: Pace) -> list[str]:
     after = budget.after(pace)
     end = datetime.now() + timedelta(seconds=training + after)
     adjusted = config.train.hours is not None and not capped
+    limit = f"--hours {budget.seconds / 3600:g}"
     over = budget.spent() + training + after > _OVER * budget.seconds
     return [
         f"length: {steps:,} steps of {batch} samples, {epochs:,.{0 if epochs >= 10 else 1}f} epochs"
         + (f"; the maximum is {LONGEST} epochs" if capped else "")
         + ("; the number of steps is adjusted to the available time during training" if adjusted else ""),
         f"time: {duration(training)} for training at {pace.rate()}, {duration(after)} for later stages; done at about "
-        f"{end:%a %H:%M}{', later than' if over else ';'} --hours {budget.seconds / 3600:g}",
+        f"{end:%a %H:%M}" + (f", later than {limit} allows" if over else f" ({limit})"),
     ]
 
 

@@ -228,7 +228,7 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
 def _uses(source: Records) -> dict[str, str]:
     """Return a description of the purpose of each split, by name."""
     if len(source.splits) == 1:
-        return dict.fromkeys(source.splits, "used for training, partly held out")
+        return dict.fromkeys(source.splits, "used for training, with a part held out")
     train, held, apart = _roles(source.splits)
     return {train: "trained on", held or "": "held out"} | dict.fromkeys(apart, "not used")
 

@@ -112,7 +112,7 @@ def _captions(part: Part) -> str:
         return "none"
     example = part.captions[0]
     shown = example if len(example) <= _EXAMPLE else f"{example[: _EXAMPLE - 3]}..."
-    share = "" if len(part.captions) == part.seen else f"{len(part.captions):,} of {part.seen:,} inspected samples, "
+    share = "" if len(part.captions) == part.seen else f"in {len(part.captions):,} of {part.seen:,} inspected samples, "
     return f'{share}such as "{shown}"'
 
 

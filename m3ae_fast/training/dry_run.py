@@ -142,9 +142,9 @@ def _batch_line(needs: _Needs, gpus: bool) -> tuple[str, str]:
     train, world = needs.config.train, needs.world
     micro, accumulation = needs.share.micro_batch, needs.share.accumulation
     unit = "GPUs" if gpus else "rank" if world == 1 else "ranks"
-    text = f"{train.global_batch} = {world} {unit} x {micro} samples x {accumulation} accumulated"
-    if micro * world * accumulation != train.global_batch:
-        text += " at most"
+    most = "" if micro * world * accumulation == train.global_batch else "at most "
+    batches = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
+    text = f"{train.global_batch} = {world} {unit} x {most}{micro} samples x {batches}"
     if micro != (train.micro_batch or micro):
         text += " (train.micro_batch is a maximum)"
     return "batch", text
@@ -281,11 +281,9 @@ def _network(config: Config, parameters: int, world: int, accumulation: int, rat
     seconds, work = sent / NETWORK, batch / world / rate
     text += f": {1e3 * seconds:.3g} ms at {NETWORK / 1e9:g} GB/s, compared with {1e3 * work:.3g} ms of computation"
     if seconds > work:
-        other = ", or zero.stage 1" if (stage or 0) > 1 and accumulation > 1 else ""
+        other = ", or set deepspeed.zero_optimization.stage to 1" if (stage or 0) > 1 and accumulation > 1 else ""
         most = max(1, int(batch / rate / seconds))
-        text += (
-            f"; with more than {most:,} GPUs, the network is the bottleneck: a larger train.global_batch helps{other}"
-        )
+        text += f"; with more than {most:,} GPUs, the network is the bottleneck: raise train.global_batch{other}"
     return text
 
 
@@ -304,7 +302,10 @@ def fetching_lines(config: Config, corpus: Corpus, world: int, rate: float) -> l
             f"at most {first / 1e9:,.3g} GB per node before the first step, in {first / FETCHED:,.0f} s at "
             f"{FETCHED / 1e9:g} GB/s; then {owned / epoch / 1e6:,.3g} MB/s",
         ),
-        ("disk of a node", f"at least {2 * first / 1e9:,.3g} GB for cached shards; {owned / 1e9:,.3g} GB to cache all"),
+        (
+            "disk of a node",
+            f"at least {2 * first / 1e9:,.3g} GB for cached shards; {owned / 1e9:,.3g} GB to cache all shards",
+        ),
     ]
 
 

@@ -67,7 +67,7 @@ class Pace:
         """Return a sentence on the estimated duration of the run and on the measurement."""
         step = self.sample * config.train.global_batch
         same = self.batch == config.train.global_batch
-        scaled = "" if same else f" of {self.batch} samples and scaled"
+        scaled = "" if same else f" of {self.batch} samples, scaled to the full batch"
         whole, steps = duration(self.seconds(config, schedule)), schedule.total_steps
         adjusted = "; train.hours adjusts the number of steps" if config.train.hours else ""
         adjusted += "; steps with smaller images take less time" if config.train.image_sizes else ""
