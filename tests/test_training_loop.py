@@ -541,7 +541,7 @@ def test_of_two_ranks_that_failed_the_earlier_step_is_judged():
             suggested_fix="less",
             left_out=(),
         )
-        with pytest.raises(UserError, match=r"step 7\. told: look at these samples, or continue with less"):
+        with pytest.raises(UserError, match=r"step 7\. told; look at these samples, or continue with less"):
             Trainer.stop_if_diverged(trainer)
     assert judged == [7] * 4
 

@@ -115,7 +115,7 @@ def _require_same(folders: Sequence[Any], first: Any, second: Any) -> None:
     if first != second:
         raise UserError(
             f"{folders[0]} and {folders[1]}: {len(first ^ second):,} samples are in only one of them; choose "
-            "two results with the same --val, and spell its paths in the same way"
+            "two results with the same --val, whose paths must be spelled in the same way"
         )
 
 

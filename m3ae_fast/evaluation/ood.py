@@ -239,8 +239,8 @@ def inverted(found: dict[str, float]) -> str:
     if not low:
         return ""
     return (
-        f"inverted on this data: {', '.join(low)}. Out-of-distribution samples score as more in-distribution than "
-        "the samples of --val; choose another score"
+        f"inverted scores: {', '.join(low)}. They rate out-of-distribution samples as more in-distribution than the "
+        "samples of --val; choose another score"
     )
 
 

@@ -289,7 +289,7 @@ class Trainer:
         if bad := [(step, text) for text, step, _ in found if step is not None]:
             step, text = min(bad)
             advice = self.saver.step_was_not_finite(step)
-            advice += f": look at these samples, or continue with {self.suggested_fix}"
+            advice += f"; look at these samples, or continue with {self.suggested_fix}"
             raise Diverged(text, advice, batch_of(step - 1, self.left_out))
 
     # The beginning and the end

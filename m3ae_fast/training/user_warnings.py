@@ -24,9 +24,8 @@ def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
     notes = []
     if not _trains(config):
         notes.append(
-            "the total loss is always 0: for each modality, either the loss weight is 0 or no tokens are "
-            "masked (section "
-            "masking, and loss.image_all_tokens and loss.text_all_tokens)"
+            "the total loss is always 0: for each modality, either the loss weight is 0 or no token counts towards the "
+            "loss; check the sections loss and masking"
         )
     batch, samples = config.train.global_batch, schedule.samples
     if batch > samples:

@@ -118,7 +118,7 @@ def test_scores_below_a_half_are_said_to_be_inverted(transfer, tmp_path, monkeyp
     result = transfer("ood", "--ood", f"noise={other}", "--set", "knn.k=5")
     (warning,) = result["cautions"]
     assert f"note: {warning}\n" in capsys.readouterr().out
-    assert warning.startswith(f"noise: inverted on this data: knn (AUROC {result['noise_knn_auroc']:.2f}). Out-of-dist")
+    assert warning.startswith(f"noise: inverted scores: knn (AUROC {result['noise_knn_auroc']:.2f}). They rate out-of")
     fine = {f"{name}_auroc{end}": 0.5 for name in ood.SCORES for end in ("", "_high")}
     assert not ood.inverted(fine)
     both = ood.inverted(fine | {"max_softmax_auroc_high": 0.49, "energy_auroc": 0.25, "energy_auroc_high": 0.4})
