@@ -1067,7 +1067,7 @@ def test_what_comes_before_and_after_training_is_part_of_the_hours(monkeypatch):
     assert (
         "the number of steps is adjusted to the available time" in found.lines[2] and "done at about" in found.lines[3]
     )
-    assert not found.warning and found.lines[3].endswith("; --hours 0.5")
+    assert not found.warning and found.lines[3].endswith(" (--hours 0.5)")
     assert planned(monkeypatch, small(classes=3), 0.01, 0.01).lines[3].endswith(", later than --hours 0.01 allows")
 
 
