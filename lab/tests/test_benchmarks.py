@@ -137,9 +137,7 @@ def test_the_readmes_table_names_machines_as_readers_do_and_marks_the_earlier_ex
 
 def test_the_readmes_first_claim_is_its_tables():
     text = table.README.read_text()
-    claim = re.search(
-        r"(\d+) to (\d+) times as fast as a plain .*? and ([\d.]+) to ([\d.]+) times", text, re.DOTALL
-    )
+    claim = re.search(r"(\d+) to (\d+) times as fast as a plain .*? and ([\d.]+) to ([\d.]+) times", text, re.DOTALL)
     rows = [line for line in text.splitlines() if line.count(" x") == 4]
     ratios = [[float(number) for number in re.findall(r"([\d.]+) x", row)] for row in rows]
     over_reference = [ratio for row in ratios for ratio in row[::2]]
