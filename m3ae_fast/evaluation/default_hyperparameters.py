@@ -120,5 +120,5 @@ def sentence(config: LinearProbeConfig | FineTuneConfig, schedule: Schedule, sta
     """Return a sentence that describes the run from step `start` on."""
     return (
         f"{schedule.samples:,} samples, batch {config.global_batch}, steps {start:,} to {schedule.total_steps:,} "
-        f"({epochs_of(schedule):.4g} epochs, of which {config.warmup_epochs:g} are warm-up), {schedule.describe_rate()}"
+        f"({epochs_of(schedule):.4g} epochs, including {config.warmup_epochs:g} of warm-up), {schedule.describe_rate()}"
     )

@@ -88,7 +88,9 @@ def _read_folder(path: Path, source: str, heads: ViTOptions) -> Pretrained:
 
 def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOptions, source: str) -> Pretrained:
     config, state, notes = from_vit(weights, heads, source)
-    notes.append("as in MAE, images are assumed to be normalised with ImageNet's mean and std, and GELU to be exact")
+    notes.append(
+        "the model is assumed to work as in MAE: with images normalised by ImageNet's mean and std, and with exact GELU"
+    )
     kind = "encoder of an MAE or a timm ViT"
     if "decoder_embed.weight" in weights:
         norm_pix = f"loss.norm_pix={str(bool(args['norm_pix_loss'])).lower()}" if "norm_pix_loss" in args else ""

@@ -175,7 +175,7 @@ def test_a_given_learning_rate_has_its_result_among_several(transfer, tmp_path):
 def test_the_settings_are_printed_before_the_first_step_and_the_duration_soon_after(transfer, capsys):
     transfer("linear", *FAST, *settings("linear.epochs=5"))
     out = capsys.readouterr().out
-    line = "48 samples, batch 24, steps 0 to 10 (5 epochs, of which 2 are warm-up), learning rate 2.81 = "
+    line = "48 samples, batch 24, steps 0 to 10 (5 epochs, including 2 of warm-up), learning rate 2.81 = "
     line += "linear.peak_lr 30 x batch 24 / 256"
     assert out.index(line) < out.index("step 1 ") < out.index("expected duration: ")
     assert re.search(r"for [1-4] more steps", out)
