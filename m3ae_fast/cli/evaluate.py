@@ -69,10 +69,11 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
         add_labels(command)
     command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help=f"held-out samples in {shards}")
     if not task.classifies:
+        classifier = ", or the input of the classifier" if task.may_classify else ""
         command.add_argument(
             "--modality",
             choices=(task.modality,) if task.modality else MODALITIES,
-            help=f"input of the encoder (default: {task.modality or 'image'}, or the input of the classifier)",
+            help=f"input of the encoder (default: {task.modality or 'image'}{classifier})",
         )
     command.add_argument("--out", type=output(), required=True, metavar="OUT", help="output folder")
     add_settings(command, "knn.k=10")

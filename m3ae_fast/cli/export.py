@@ -5,8 +5,8 @@ The folder contains model.safetensors, config.json, the tokenizer, the image pre
   --weights last     for a run with train.ema: the last weights instead of their moving average
   --format timm      only the image encoder, for timm.create_model("local-dir:OUT", pretrained=True)
   --format onnx      only the image encoder, as two files: OUT, which must end in .onnx, and a file that ends in
-                     .int8.onnx. With --train and --val (labelled shards), images/s and the k-NN accuracy of both files
-                     and of torch are printed
+                     .int8.onnx. With --train and --val (labelled shards), the speed (images/s) and the k-NN accuracy
+                     of both files and of the torch model are printed
   --push OWNER/NAME  also uploads OUT to the Hugging Face Hub (log in with `hf auth login` first)
 """
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload OUT to the Hugging Face Hub under this name")
     parser.add_argument("--private", action="store_true", help="with --push: create a private repository")
     for option, what in (("--train", "training"), ("--val", "held-out")):
-        text = f"with --format onnx: labelled {what} images with which the k-NN accuracy is measured"
+        text = f"with --format onnx: labelled {what} images for measuring the k-NN accuracy"
         parser.add_argument(option, nargs="+", default=[], metavar="SHARDS", help=text)
     add_labels(parser)
     args = parser.parse_args(argv)

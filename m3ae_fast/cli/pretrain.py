@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("pretrain", __doc__)
     text = "a folder of images, shards, an HDF5 file, or the name of a dataset on the Hub"
     parser.add_argument("source", metavar="SOURCE", help=text)
-    parser.add_argument("--out", type=output(), required=True, metavar="DIR", help="the run folder")
+    parser.add_argument("--out", type=output(), required=True, metavar="OUT", help="the run folder")
     text = "time limit in hours for all stages on this machine; the training length is adapted to it (default: 0.5)"
     parser.add_argument("--hours", type=float, default=0.5, help=text)
     text = "table of captions, .csv, .tsv, .jsonl or .parquet (default: the table in the folder)"

@@ -181,7 +181,7 @@ class RobustnessConfig(Section):
     """Accuracy on adversarial examples (PGD) and on corrupted images."""
 
     epsilons: list[Annotated[float, Field(gt=0, le=255)]] = [0.5, 1, 2, 4]
-    """L-infinity bounds of PGD, in units of 1/255."""
+    """L-infinity bounds of the perturbations of PGD, in units of 1/255."""
     steps: Count = 10
     """Number of PGD steps."""
     step_size: float = Field(0.25, gt=0)

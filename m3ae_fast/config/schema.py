@@ -337,7 +337,8 @@ class DataConfig(Section):
     """Number of views (crops and masks) of each sample per epoch. Each sample is decoded once per epoch, and the number
     of steps per epoch is multiplied by this value."""
     shuffle_shards: int = Field(128, gt=0, le=1 << 24)
-    """Number of shards whose samples are shuffled together, summed over all lanes."""
+    """Total number of shards in the shuffle windows of all lanes: each lane shuffles the samples of its part of these
+    shards together."""
     lanes: int = Field(64, gt=0, le=1 << 16)
     """Maximum number of lanes, the parallel sub-streams into which the training stream is divided; each node reads only
     some of them. The actual number of lanes is the largest divisor of the global batch size that exceeds neither this
@@ -554,7 +555,7 @@ class TrainConfig(TransformerLoopConfig):
 
 
 class OffloadConfig(Section):
-    """Memory in which ZeRO keeps the tensors that are offloaded from the GPU."""
+    """Offloading of tensors from the memory of the GPU to the memory of another device."""
 
     device: Literal["none", "cpu"] = "none"
     """Device whose memory holds the offloaded tensors: `cpu`, or `none` for no offloading."""
@@ -563,7 +564,7 @@ class OffloadConfig(Section):
 
 
 class ZeroConfig(Section):
-    """Partitioning and communication of ZeRO. The names of the settings are those of DeepSpeed."""
+    """Partitioning and communication of ZeRO. The settings have the same names as in DeepSpeed."""
 
     stage: int = Field(0, ge=0, le=3)
     """ZeRO stage, which determines what is partitioned over ranks. 0: nothing; 1: the optimiser state; 2: also the

@@ -87,7 +87,8 @@ TASKS = {
         sections=("encode", "attentive"),
     ),
     "compare": Task(
-        "compare models, random weights and downscaled pixels with several probes, and test which differ significantly",
+        "compare models, random weights and downscaled pixels with several probes, and test which of them differ "
+        "significantly",
         modality="image",
         compares=True,
         sections=("encode", "knn", "linear", "attentive"),
