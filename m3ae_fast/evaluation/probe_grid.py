@@ -34,7 +34,7 @@ from m3ae_fast.evaluation.probes import (
     partial_predictions,
 )
 from m3ae_fast.evaluation.significance import ERROR, interval, mean_accuracy
-from m3ae_fast.evaluation.tasks import DRAWS
+from m3ae_fast.evaluation.tasks import DRAWS, Options
 
 ATTENTION = "attention"  # display name of the pooling of patch tokens by an attentive probe
 
@@ -157,10 +157,9 @@ def run(job: Job) -> dict[str, Any]:
     expected = {shots: draws * _seconds(job, shots, train, classes, kinds) for shots in numbers}
     whole = job.time_left(train.samples + val.samples, sum(expected.values()), shorter=lambda _: _shorter(job, layers))
     probes = len(kinds) * len(numbers) * draws
-    linear = "linear probes of " if PROBES[task].tokens else ""
     job.say(
         f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
-        + (f"{linear}{' and '.join(options.pools)} features, " if options.pools else "")
+        + _pooled(options)
         + (f"{', '.join(map(str, options.shots))} training samples per class, out of " if options.shots else "all ")
         + f"{train.samples:,} training samples: {probes} probe{'s' * (probes != 1)}"
         + (f", trained in about {duration(whole.other_work)}" if whole.other_work > 1 else "")
@@ -196,13 +195,19 @@ def _run_online(job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpu
     whole = job.time_left(passes(recipe, train, val), shorter=shorter)
     job.say(
         f"attentive probe at {len(FeatureTypes(kinds).layers)} of {job.model.config.depth} layers, online, "
-        f"{train.samples:,} training samples, batch {recipe.batch}, {recipe.steps:,} steps, learning rates: "
-        f"{', '.join(map(str, recipe.scales))}"
+        f"{_pooled(job.options)}{train.samples:,} training samples, batch {recipe.batch}, {recipe.steps:,} steps, "
+        f"learning rates: {', '.join(map(str, recipe.scales))}"
     )
     job.keep_if_stopped(lambda: PartialResult(found.live.copy()[1], {}, {}))
     made = predict_online(job, (train, val), kinds, recipe, setting, whole)
     found.made = [(Case(*kinds[number], None), 0, own) for number, own in made.items()]
     return _concluded(job, found, (train, val))
+
+
+def _pooled(options: Options) -> str:
+    """Return a description of the pooled features that the probes of --pools read; "" without --pools."""
+    linear = "linear probes of " if PROBES[options.task].tokens else ""
+    return f"{linear}{' and '.join(options.pools)} features, " if options.pools else ""
 
 
 def _concluded(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus]) -> dict[str, Any]:

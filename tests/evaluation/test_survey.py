@@ -109,6 +109,7 @@ def test_linear_and_attentive_heads_are_trained_in_one_pass(transfer, tmp_path, 
     assert [(row["layer"], row["pool"]) for row in rows] == order and result["top1"] == rows[3]["top1"]
     assert min(row["top1"] for row in rows) > 0.6 and all(row["peak_lr"] in ATTENTIVE_RATES for row in rows)
     output = capsys.readouterr().out
+    assert "linear probes of mean and cls features, " in output
     assert ("online" in output) == online and pictures(tmp_path / "out") == ["depth"]
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     own = transfer("attentive", "--layers", "all", *given, out="attentive")
