@@ -49,7 +49,7 @@ class Results:
         self.emoji = {sample.key: sample.about["emoji"] for sample in held_out}  # code points by key
 
     def seeds(self, arm: str, test: Test) -> list[int]:
-        """Return the seeds with results. The prediction of the largest class has the same seeds as the pixels."""
+        """Return the seeds with results. The arm that always predicts the largest class has the seeds of the pixels."""
         arm = "pixels" if arm == LARGEST else arm
         return [trial.seed for trial in self.found if (trial.arm, trial.test) == (arm, test)]
 

@@ -50,7 +50,7 @@ def make_engine(
 
     Args:
         model: the module to train, which returns StepLosses.
-        groups: the optimiser's groups of all parameters; see `build_optimizer`.
+        groups: the optimiser's parameter groups, which contain all parameters; see `build_optimizer`.
         transformers: parts of the model that are compiled, and whose activations are checkpointed, according to `loop`.
         loop: settings of the training loop, with resolved precision.
         optim: settings of the optimiser.

@@ -77,7 +77,7 @@ class DeepSpeedEngine:
 
         Args:
             model: the module to train.
-            groups: the optimiser's groups of all parameters; see `build_optimizer`.
+            groups: the optimiser's parameter groups, which contain all parameters; see `build_optimizer`.
             config: the `deepspeed` section.
             optim: settings of the optimiser.
             dtype: dtype of matmuls.

@@ -41,8 +41,9 @@ class TorchEngine:
         ranks: Ranks,
         ema: float | None = None,
     ) -> None:
-        """Move the model to the ranks' device and create its optimiser. `groups`: the optimiser's groups of all
-        parameters; `dtype`: dtype of matmuls; `ema`: decay of the weights' moving average, None for no average."""
+        """Move the model to the ranks' device and create its optimiser. `groups`: the optimiser's parameter groups,
+        which contain all parameters; `dtype`: dtype of matmuls; `ema`: decay of the weights' moving average, None for
+        no average."""
         self.model = model.to(ranks.device)
         self.before_update: Callable[[], None] = lambda: None
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks

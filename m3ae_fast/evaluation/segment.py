@@ -289,11 +289,12 @@ def count(predicted_BSS: Tensor, masks_BSS: Tensor, classes: int, ignored: int |
 
 
 def measured(counts: Mapping[str, Counts], seed: int) -> dict[str, Any]:
-    """Return the entries of result.json. The standard error, and the intervals of the differences from always
-    predicting the largest class and from the baselines, are computed by the bootstrap over images.
+    """Return the entries of result.json. The model is compared with the baselines and with always predicting the
+    largest class. Standard errors and the intervals of the differences are computed by a bootstrap over images.
 
     Args:
-        counts: the counts of the same images; the keys are MODEL and the names of the baselines.
+        counts: the counts of the model and of each baseline on the same images; the keys are MODEL and the names of
+            the baselines.
         seed: random seed of the bootstrap.
     """
     model, largest = counts[MODEL], counts[MODEL].largest()

@@ -208,8 +208,8 @@ class VQGAN(nn.Module):
 
 
 def with_image_targets(batch: PackedBatch, vqgan: VQGAN, config: ModelConfig) -> PackedBatch:
-    """Return `batch` with the token ids of its patches that carry loss as targets, 0 for rows of weight 0. `batch` and
-    `vqgan` must be on the same device.
+    """Return `batch` with image targets: the token id of each patch that carries loss, or 0 if the weight of its row
+    is 0. `batch` and `vqgan` must be on the same device.
 
     The VQGAN expects pixels in [0, 1], so normalised floating-point images are converted back. (The official code
     passes normalised images to it.)
