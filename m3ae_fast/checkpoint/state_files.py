@@ -5,8 +5,8 @@
     table.json                           the files and slices that make up each tensor
 
 A piece is stored in the shape of the tensor if it is the complete tensor, and flat otherwise. Any program that reads
-safetensors can therefore load the checkpoint of a single rank. Earlier versions stored all pieces flat if there were
-several ranks, and wrote no table if there was only one; their checkpoints can be read too.
+safetensors can therefore load a checkpoint that a single rank has written. Earlier versions stored all pieces flat if
+there were several ranks, and wrote no table if there was only one; their checkpoints can be read too.
 
 The files have torch.distributed.checkpoint's safetensors format and can be read by its HuggingFaceStorageReader.
 torch's own writer is not used, because it keeps a second copy of each part in memory and does not verify that the parts

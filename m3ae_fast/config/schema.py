@@ -337,8 +337,8 @@ class DataConfig(Section):
     """Number of views (crops and masks) of each sample per epoch. Each sample is decoded once per epoch, and the number
     of steps per epoch is multiplied by this value."""
     shuffle_shards: int = Field(128, gt=0, le=1 << 24)
-    """Total number of shards in the shuffle windows of all lanes: each lane shuffles the samples of its part of these
-    shards together."""
+    """Total number of shards in the shuffle windows of all lanes (see `lanes`). A shuffle window is a group of shards
+    whose samples a lane shuffles together."""
     lanes: int = Field(64, gt=0, le=1 << 16)
     """Maximum number of lanes, the parallel sub-streams into which the training stream is divided; each node reads only
     some of them. The actual number of lanes is the largest divisor of the global batch size that exceeds neither this
@@ -542,9 +542,9 @@ class TrainConfig(TransformerLoopConfig):
     """Maximum number of rollbacks: if the loss or the gradient norm of a step is not finite, the run returns to its
     last good checkpoint and skips the batch of that step. 0: the run ends with an error instead."""
     spike_threshold: float | None = Field(None, gt=0, le=1e6)
-    """Threshold for loss spikes, in standard deviations, such as 6. If the loss of a step exceeds the mean of the
-    previous 128 steps by more than the threshold, the run returns to its last good checkpoint, as for a loss that is
-    not finite. After `rollbacks` rollbacks, further spikes are ignored. null: spikes are not detected."""
+    """Threshold for loss spikes, in standard deviations, such as 6. If the loss of a step exceeds the mean
+    loss of the previous 128 steps by more than the threshold, the run returns to its last good checkpoint, as for a
+    loss that is not finite. After `rollbacks` rollbacks, further spikes are ignored. null: spikes are not detected."""
     eval_samples: Count = 1024
     """Number of held-out samples in each evaluation."""
     pictures: int = Field(6, ge=0, le=1000)

@@ -20,7 +20,7 @@ from m3ae_fast.data.shard_store import ShardStore, expand
 
 @dataclass(frozen=True)
 class Source:
-    """A data source: its shards, and the modality that is used from each shard."""
+    """A data source: its shards, and for each shard, the modality of its samples that is used."""
 
     shards: Sequence[IndexedShard]
     modalities: list[Modality]

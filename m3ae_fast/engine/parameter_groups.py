@@ -46,8 +46,8 @@ def parameter_groups(
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Return the layer of the parameter `name` in pre-training, from 0 to depth + 1: 4 for
-    `encoder.blocks.3.norm1.weight`."""
+    """Return the number of the layer, from 0 to depth + 1, to which the parameter `name` belongs in pre-training. For
+    example, it is 4 for `encoder.blocks.3.norm1.weight`."""
     if block := re.match(r"encoder\.blocks\.(\d+)\.", name):
         return int(block[1]) + 1
     return 0 if name.startswith(("patch_embed.", "encoder_input.")) else depth + 1

@@ -11,7 +11,7 @@ from m3ae_fast.config import LONGEST, LoopConfig, ScheduleConfig
 
 
 def learning_rate(step: float, config: ScheduleConfig, batch: int, warmup_steps: int, total_steps: int) -> float:
-    """Return the learning rate of 0-based `step`: linear warm-up, then cosine decay
+    """Return the learning rate of `step`, counted from 0: linear warm-up, then cosine decay
     (optax.warmup_cosine_decay_schedule)."""
     scale = config.lr_factor(batch)
     init, peak, end = (scale * lr for lr in (config.init_lr, config.peak_lr, config.end_lr))
@@ -125,7 +125,7 @@ class Schedule:
         return [first for _, first, _, before in self._decays() if before == 0][-1]
 
     def decayed(self, step: int) -> float:
-        """Return the progress of the decay before 0-based `step`, from 0 to 1."""
+        """Return the progress of the decay, from 0 to 1, before `step`, which is counted from 0."""
         _, first, last, before = [each for each in self._decays() if each[0] <= step][-1]
         return before + (1 - before) * min(max(step - first, 0) / (last - first), 1)
 
@@ -138,7 +138,7 @@ class Schedule:
         return f"learning rate {factor * optim.peak_lr:.3g}{scaled}"
 
     def lr(self, step: int) -> float:
-        """Return the learning rate of 0-based `step`, with all changes so far."""
+        """Return the learning rate of `step`, counted from 0, with all changes so far."""
         batch = self.train.global_batch
         if self.optim.decay is not None:
             scale = self.optim.lr_factor(batch)

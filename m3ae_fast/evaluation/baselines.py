@@ -75,7 +75,8 @@ def differences(result: Mapping[str, Any]) -> dict[str, Difference]:
 
 
 def not_better(result: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """Return the metrics of those baselines in a result that the model does not exceed significantly, by name."""
+    """Return the metrics of the baselines that the model does not exceed significantly, by name of the baseline.
+    `result`: the model's result, which contains those of the baselines."""
     apart = differences(result)
     return {
         name: each[metric]
@@ -90,7 +91,7 @@ def warning(metric: str, value: float, others: Mapping[str, float], name: str = 
     Args:
         metric: name of the metric for display.
         value: metric of the model.
-        others: metrics of these baselines by name.
+        others: metrics of the baselines, by name of the baseline.
         name: name of the model.
     """
     if not others:

@@ -3,10 +3,11 @@ at null.
 
 For a dataset of ImageNet's size, the defaults are the official recipe. For fewer samples, they are changed as follows:
 
-- Batch size: it is reduced in proportion to the number of samples, down to a minimum, so that the number of steps per
-  epoch is about the same.
+- Batch size: it is reduced in proportion to the number of samples, down to a minimum, so that an epoch has about as
+  many steps as an epoch of ImageNet.
 - Epochs: their number is increased if there would otherwise be too few steps. Fine-tuning processes at least 256,000
-  samples, as in BiT-HyperRule (arXiv 1912.11370). The warm-up is the same fraction of the epochs.
+  samples, as in BiT-HyperRule (arXiv 1912.11370). The warm-up is always the same
+  fraction of the run.
 - Learning rate of the linear probe: it is proportional to the batch size (arXiv 1706.02677), and higher for fewer
   steps. A step of LARS changes a weight by a fraction of its norm, so the learning rate summed over all steps
   determines how far the weights can move. This sum is slightly larger for fewer samples, but at most 5 per sample,

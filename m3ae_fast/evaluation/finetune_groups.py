@@ -22,7 +22,8 @@ from m3ae_fast.engine.parameter_groups import lr_scale, scaled_groups
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Return the layer of the parameter `name`, from 0 to depth + 1: 4 for `backbone.encoder.blocks.3.norm1.weight`."""
+    """Return the number of the layer, from 0 to depth + 1, to which the parameter `name` belongs. For example, it is 4
+    for `backbone.encoder.blocks.3.norm1.weight`."""
     if block := re.search(r"\bencoder\.blocks\.(\d+)\.", name):
         return int(block[1]) + 1
     return 0 if re.search(r"\bencoder_input\.cls_token$|\bencoder\.norm\.", name) else depth + 1
@@ -30,7 +31,7 @@ def layer_of(name: str, depth: int) -> int:
 
 def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict]:
     """Return the parameter groups of AdamW for a Classifier; see `scaled_groups`. Only weight matrices have weight
-    decay. `layer_decay`: factor between the learning rates of a layer and of the layer above."""
+    decay. `layer_decay`: learning rate of a layer divided by that of the next higher layer."""
 
     def is_matrix(name: str, p: nn.Parameter) -> bool:
         return name.endswith(".weight") and p.ndim > 1

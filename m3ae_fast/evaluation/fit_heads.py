@@ -193,7 +193,7 @@ def judge(heads: Heads, bank: FeatureBank) -> list[tuple[float, float | None]]:
 
 
 def verdicts(totals_3H: Tensor, samples: int, ranks: Ranks | None) -> list[tuple[float, float | None]]:
-    """Return the accuracies and losses of `judge`. Every rank must call it.
+    """Return the accuracies and losses of heads, as `judge` does. Every rank must call it.
 
     Args:
         totals_3H: sums of the results of `losses` over this rank's samples, float64 on the CPU.

@@ -79,9 +79,9 @@ def measured(
     truth_MC: np.ndarray, scores: Mapping[str, np.ndarray], known_C: np.ndarray, classes: Classes, seed: int
 ) -> dict[str, Any]:
     """Return the entries of result.json. The mAP is the mean over the classes that occur in both the training and the
-    held-out samples. Its standard error, and the intervals of its differences from uninformative scores and from the
-    baselines, are computed by the bootstrap over samples. The average precision of uninformative scores is the fraction
-    of the samples that belong to the class.
+    held-out samples. The model is compared with the baselines and with uninformative scores. Standard errors and the
+    intervals of the differences are computed by a bootstrap over samples. The average precision of uninformative
+    scores is the fraction of the samples that belong to the class.
 
     Args:
         truth_MC: whether a held-out sample belongs to a class.
@@ -98,7 +98,7 @@ def measured(
         raise UserError("--val: no readable sample has a label that also occurs in a readable training sample")
     samples = len(truth_MC)
     weights_BM = bootstrap_weights(samples, _RESAMPLES, seed)
-    weights_BM = weights_BM[(weights_BM @ truth_MC[:, counted]).any(1)]  # the rest have no sample of any class
+    weights_BM = weights_BM[(weights_BM @ truth_MC[:, counted]).any(1)]  # a bootstrap sample may have no positives
     of_class = {
         name: np.array([average_precisions(truth_MC[:, c], scores_MC[:, c], weights_BM) for c in counted])
         for name, scores_MC in scores.items()

@@ -40,8 +40,8 @@ def topk_accuracy(best_NK: Tensor, labels_N: Tensor) -> dict[str, float]:
 
 
 def largest_share(labels: Iterable[Any], classes: int = 1) -> float:
-    """Return the fraction of the samples that belong to the `classes` largest classes, which is the accuracy of always
-    predicting these."""
+    """Return the fraction of the samples that belong to the `classes` largest classes. It equals the accuracy of a
+    classifier that always predicts these classes."""
     counts = Counter(labels)
     return sum(count for _, count in counts.most_common(classes)) / counts.total()
 

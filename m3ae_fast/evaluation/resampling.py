@@ -50,8 +50,8 @@ class Resampled:
 
     def minus(self, other: Resampled) -> Difference | None:
         """Return the difference from another metric of the same samples; None if its interval cannot be estimated. The
-        interval is that of the bootstrap samples, minus their bias. For example, repeated samples raise an average
-        precision, so all values of bootstrap samples may be higher than the value of the original samples."""
+        interval is computed from bootstrap samples, whose bias is subtracted. For example, repeated samples raise an
+        average precision, so all values of bootstrap samples may be higher than the value of the original samples."""
         if not (self.varies or other.varies):
             return None
         value, apart_B = self.value - other.value, self.values_B[1:] - other.values_B[1:]
@@ -67,7 +67,7 @@ def compared(
     Args:
         name: name of the metric in the result.
         title: name of the metric for display.
-        found: the metric; the keys are MODEL and the names of the baselines.
+        found: the metric of the model and of each baseline; the keys are MODEL and the names of the baselines.
         chance: the metric of predictions that need no model.
         chance_name: name of these predictions in the warning.
         rule: description of these predictions in the verdict.

@@ -118,7 +118,8 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def at_chance(result: dict[str, Any]) -> bool:
-    """Return whether all recalls are at chance level, or exceed it by at most two standard errors (of chance level)."""
+    """Return whether no recall exceeds its chance level by more than two standard errors. The standard error is that of
+    a recall equal to the chance level."""
 
     def above(name: str) -> bool:
         chance = result[f"chance_{name.rpartition('_')[2]}"]

@@ -33,7 +33,7 @@ from m3ae_fast.evaluation.job import Job, PartialResult, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
 from m3ae_fast.images.normalisation import from_unit, to_unit
 
-_TRIED = 8  # maximum number of samples that are searched for an image for the figure
+_TRIED = 8  # maximum number of samples that are searched to find an image for the figure
 Classify = Callable[[PackedBatch], Tensor]  # a batch on the device -> logits [S, K]
 CLEAN = "clean"
 _BACKWARD = 2  # cost of a backward pass relative to a forward pass

@@ -299,7 +299,7 @@ def measured(counts: Mapping[str, Counts], seed: int) -> dict[str, Any]:
     """
     model, largest = counts[MODEL], counts[MODEL].largest()
     weights_BM = bootstrap_weights(len(model.truth_MC), _RESAMPLES, seed)
-    weights_BM = weights_BM[weights_BM @ model.truth_MC.sum(1) > 0]  # an image may have no pixel that counts
+    weights_BM = weights_BM[weights_BM @ model.truth_MC.sum(1) > 0]  # a bootstrap sample may have only ignored pixels
     found = {
         name: Resampled(np.array([each.miou(weights_M) for weights_M in weights_BM])) for name, each in counts.items()
     }

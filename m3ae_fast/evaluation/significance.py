@@ -35,7 +35,7 @@ def mean_accuracy(correct_DN: np.ndarray) -> tuple[float, float]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the mean of several values, by Student's t distribution."""
+    """Return the 95 % confidence interval of the mean of several values, computed with Student's t distribution."""
     from scipy.stats import t
 
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))

@@ -101,7 +101,7 @@ def _read(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """Return the first host of a list in SLURM's notation: gpu003 for `gpu[003-008,011],login1`."""
+    """Return the first host of a list in SLURM's notation, such as gpu003 for `gpu[003-008,011],login1`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     assert first is not None  # the pattern also matches the empty string
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])

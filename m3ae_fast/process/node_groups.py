@@ -81,7 +81,7 @@ class Sums:
         """Start a sum in place, and return a function that waits for the result. All ranks must start and wait in the
         same order.
 
-        The operations after the node's reduction run in the waiting function and not in a callback, so that every rank
+        The operations after the node's reduction run in the returned function and not in a callback, so that every rank
         runs the operations of each group in the same order. Meanwhile, a GPU computes the previous step."""
         work: dist.Work | None
         if not self._apart:

@@ -199,7 +199,8 @@ def _begin(*arguments: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """Exit together with the main process: if it is killed, a worker would otherwise wait for work forever."""
+    """Make this worker exit when the main process ends. Otherwise, it would wait for work forever if the main process
+    were killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -50,7 +50,7 @@ _NORMALISATION = {
 
 
 def flax_name(name: str, head_depth: int) -> str:
-    """Return the flax path of the parameter `name`: `encoder/LayerNorm_0/scale` for `encoder.norm.weight`."""
+    """Return the flax path of the parameter `name`, such as `encoder/LayerNorm_0/scale` for `encoder.norm.weight`."""
     for pattern, template in _NAMES.items():
         if match := re.fullmatch(pattern, name):
             path = match.expand(template).replace("Dense_last", f"Dense_{head_depth}")

@@ -250,7 +250,7 @@ def _torch_varlen(device: torch.device) -> Kernel:
 
 def _cudnn(device: torch.device) -> Kernel:
     """Return cuDNN's kernel. From version 2.14 on, torch's own attention over packed samples uses this kernel for
-    samples of more than 128 rows. Earlier versions never use it. In these versions, the backward pass of the op
+    samples of more than 128 rows. Earlier versions never use it. In these versions, the backward pass of torch's op
     confuses the head dimension with the number of rows of the longest sample, and writes past its memory
     (pytorch/pytorch#186142). Raises NotAvailable if torch would not use it."""
     from torch.nn.attention import varlen

@@ -25,8 +25,9 @@ class Segments:
 
 
 def check_segments(op: str, **segments: Segments) -> None:
-    """Raise IndexError unless the boundaries increase from 0 to the number of rows. On a CPU, they are always checked;
-    on other devices, only with M3AE_KERNELS_CHECK=1. The keywords are the argument names that the message contains."""
+    """Raise IndexError unless the boundaries increase from 0 to the number of rows. They are always checked on a
+    CPU; on other devices, they are checked only if M3AE_KERNELS_CHECK=1 is set. The keywords are the argument names
+    that the message contains."""
     for name, each in segments.items():
         if ids.asked() or each.cu_seqlens.device.type == "cpu":
             ids.check_ends(op, name, each.cu_seqlens, each.rows, each.max_seqlen)

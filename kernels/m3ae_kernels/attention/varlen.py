@@ -50,7 +50,7 @@ def flash_attn_varlen_func(
         causal: whether a query attends only to keys up to its own position. The last query of a sample has the position
             of its last key: with M queries and N keys, query m attends to keys 0 to m + N - M.
         window_size: (left, right): a query attends to `left` keys before its position and to `right` keys after it; -1
-            for all.
+            for all keys.
         softcap, alibi_slopes, block_table: not supported.
         deterministic: whether two runs must be bitwise identical, even if this excludes faster kernels.
         return_attn_probs: whether to return (out, softmax_lse [H, Q], an empty tensor) instead of out. softmax_lse is

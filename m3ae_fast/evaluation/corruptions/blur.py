@@ -44,8 +44,8 @@ def _shrunk(kernel: np.ndarray, scale: float) -> np.ndarray:
 
 def glass_blur(x: np.ndarray, parameters: tuple[float, int, int], rng: np.random.Generator) -> np.ndarray:
     """Return the image after several swaps of each pixel with a nearby one, between two Gaussian blurs. If the maximum
-    distance of a swap is rounded down, the number of swaps is increased such that the mean square displacement is the
-    same. `parameters`: standard deviation of the blurs, maximum distance, and number of swaps."""
+    distance of a swap is rounded down, the number of swaps is increased so that the mean square displacement does not
+    change. `parameters`: standard deviation of the blurs, maximum distance, and number of swaps."""
     sigma, unscaled, rounds = parameters
     reach = max(1, int(unscaled * scale(x)))
     swaps = rounds * scale(x) ** 2 * (2 * unscaled**2 + 1) / (2 * reach**2 + 1)  # per pixel
@@ -85,8 +85,8 @@ def trail(x: np.ndarray, radius: int, sigma: float, degrees: float, scale: float
 
 
 def zoom_blur(x: np.ndarray, parameters: tuple[float, float], _: Any) -> np.ndarray:
-    """Return the mean of the image and of its enlarged centre at several zoom factors. `parameters`: end and step of
-    the zoom factors."""
+    """Return the mean of the image and of its enlarged centre at several zoom factors. The factors
+    begin at 1. `parameters`: end (exclusive) and step of their range."""
     end, step = parameters
     zooms = np.arange(1, end, step)
     return (x + sum(zoomed(x, zoom) for zoom in zooms)) / (len(zooms) + 1)
