@@ -135,8 +135,8 @@ def perform(args: argparse.Namespace, session: Session) -> None:
 
 
 def _dry_run(config: Config, args: argparse.Namespace, session: Session) -> None:
-    """Print the report of --dry-run. All ranks must call this function. Raises the same UserErrors as the start of a
-    run."""
+    """Print the report of --dry-run. All ranks must call this function. Raises UserError in the same cases as the
+    start of a run."""
     from m3ae_fast.base.hardware import resolve_precision
     from m3ae_fast.evaluation.knn_during_training import open_probe
     from m3ae_fast.training.dry_run import report, report_time

@@ -179,7 +179,7 @@ def test_a_folder_that_is_renamed_in_the_midst_of_a_save_costs_nothing(tmp_path,
 def test_the_loss_of_a_folder_is_reported_once(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         shutil.rmtree(folder.path)
-        assert "was deleted during the run" in folder.keep() and not folder.keep()
+        assert "its contents were deleted during the run" in folder.keep() and not folder.keep()
         (folder.path / LOCK_FILE).unlink()
         assert "its .lock was deleted" in folder.keep() and not folder.keep()
 

@@ -60,7 +60,7 @@ def test_a_search_that_cannot_say_anything_is_refused(tmp_path, monkeypatch, cap
         learning_rate_search.tune(tuned_config(tmp_path, steps=300), path)
     trials(monkeypatch, dict.fromkeys((5e-4, 1e-3, 2e-3)))
     with pytest.raises(
-        UserError, match=r"--tune: the loss was not finite with any optim.peak_lr of 0\.0005, 0\.001, 0\.002"
+        UserError, match=r"--tune: the loss was not finite with any of the learning rates 0\.0005, 0\.001, 0\.002;"
     ):
         learning_rate_search.tune(tuned_config(tmp_path), path)
     (tmp_path / "tuning.json").unlink()

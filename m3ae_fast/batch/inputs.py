@@ -47,7 +47,7 @@ def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[
         is_one = images.ndim == 2 or (images.ndim == 3 and images.shape[-1] in (1, 2, 3, 4, channels))
         if not is_one and images.ndim == 3 and (channels != 1 or len(images) in (3, 4)):
             layout = f"height, width, {channels}" if channels > 1 else "height, width"
-            several = "" if channels > 1 else f", or list(x) for {len(images)} images"
+            several = "" if channels > 1 else f"; if it contains {len(images)} images, pass list(x)"
             raise ValueError(
                 f"an array of shape {list(images.shape)} is not an image [{layout}]: "
                 f"if the channels come first, pass x.transpose(1, 2, 0){several}"
@@ -84,8 +84,8 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
     guess = (0, 1) if is_unit else (0, 255 if high <= 255 else 65535)
     raise ValueError(
         f"floating-point images are expected to be normalised, (x - mean) / std, but these have values from {low:.3g} "
-        f'to {high:.3g}: pass value_range={guess} if these are black and white, value_range="normalised" if the images '
-        "are normalised, or uint8 images"
+        f"to {high:.3g}: if these are the values of black and white, pass value_range={guess}; if the images are "
+        'normalised, pass value_range="normalised"; otherwise, pass uint8 images'
     )
 
 
@@ -235,7 +235,7 @@ class Preprocess:
 def _of_call(error: BadSample) -> str:
     """Return the message, reworded for callers in Python, who have no config."""
     if isinstance(error, NeedsRange):
-        how = "pass value_range=(black, white), such as (0, 4095), or --range 0,4095 to a command"
+        how = "pass value_range=(black, white), such as (0, 4095) (for a command: --range 0,4095)"
         return f"the image has {error.found}: {how}"
     return str(error)
 

@@ -68,7 +68,7 @@ def embed(
         model: a model, or the name of a model (see `model_name.MODEL_HELP`).
         source: shards (paths, brace patterns, globs, URLs), a folder of images or of shards, or a list of image files.
         out: a .parquet or .npz file to which the features are also written.
-        modality: modalities of a sample that the encoder sees: "image", "text" or "paired"; for image files, "image".
+        modality: input of the encoder: "image", "text" or "paired"; for image files, "image".
         pool: "mean" over all tokens except cls, or "cls"; None: the value of `encode.pool`.
         labels: source of the labels in shards: "cls", or "json." and the name of a field.
         patches: whether to also return the features of all patches.

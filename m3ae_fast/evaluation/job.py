@@ -64,7 +64,7 @@ class Job:
     """A run of a task on a model."""
 
     options: Options
-    modality: Modality  # modalities of a sample that the encoder sees
+    modality: Modality  # input of the encoder
     config: EvaluationConfig
     session: Session
     folder: RunFolder | None  # the output folder; None on all ranks but the main rank

@@ -68,7 +68,7 @@ def run(job: Job) -> dict[str, Any]:
         raise UserError("robustness.corruptions: is supported only for 8-bit RGB images; set it to [] for other images")
     if config.epsilons and model.config.model.image_dtype == "float32":
         raise UserError(
-            "robustness.epsilons: attacks need pixels between black and white; set it to [] for image_dtype float32"
+            "robustness.epsilons: attacks require pixels in a limited range; set it to [] for image_dtype float32"
         )
     val = _open(job, job.config.data.val)
     corrupted = {

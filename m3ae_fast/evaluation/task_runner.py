@@ -63,7 +63,7 @@ def evaluate(
         out: folder for the result, which must not contain a result.
         train: shards of training samples; not used by robustness and retrieval.
         labels: source of the labels: "cls", or "json." and the name of a field.
-        modality: modalities of a sample that the encoder sees: "image", "text" or "paired"; None: the modality of the
+        modality: input of the encoder: "image", "text" or "paired"; None: the modality of the
             classifier or of the task, otherwise "image".
         resume: for linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
         layers: for knn, logistic, linear and attentive: "all" or numbers of encoder blocks, from 1; None: the last

@@ -221,8 +221,8 @@ class Options:
         return not TASKS[self.task].compares and self.model.startswith(PIXELS)
 
     def evaluates_baselines(self, modality: Modality) -> bool:
-        """Return whether the task also evaluates random weights and downscaled pixels. `modality`: modalities of a
-        sample that the encoder sees."""
+        """Return whether the task also evaluates random weights and downscaled pixels. `modality`: the input of
+        the encoder."""
         is_baseline = self.model.startswith((RANDOM, PIXELS))
         return self.baselines and TASKS[self.task].has_baselines and modality == "image" and not is_baseline
 

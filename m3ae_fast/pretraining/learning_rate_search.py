@@ -66,7 +66,9 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
     found = {rate: loss for rate, loss in done["tried"].items() if loss is not None}
     if not found:
         rates = ", ".join(done["tried"])
-        raise UserError(f"--tune: the loss was not finite with any optim.peak_lr of {rates}; set a lower optim.peak_lr")
+        raise UserError(
+            f"--tune: the loss was not finite with any of the learning rates {rates}; set a lower optim.peak_lr"
+        )
     best = min(found, key=lambda rate: found[rate])
     tried = [*done["tried"]]
     tuned = _with_rate(config, float(best), done["seconds"])

@@ -1,4 +1,4 @@
-"""Loops over batches that all ranks leave at the same batch when one of them is asked to stop."""
+"""Loops over batches. If one rank is asked to stop, all ranks leave the loop before the same batch."""
 
 from __future__ import annotations
 

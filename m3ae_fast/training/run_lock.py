@@ -66,7 +66,7 @@ class RunFolder:
         if self.path.exists() and os.path.samestat(held, os.stat(self.path)):
             return f"run.dir {self.path}: its {LOCK_FILE} was deleted and has been re-created"
         if not held.st_nlink or not now.exists():
-            return f"run.dir {self.path} was deleted during the run with its contents, and has been re-created"
+            return f"run.dir {self.path} and its contents were deleted during the run; the folder has been re-created"
         return (
             f"run.dir {self.path} was renamed to {now}: metrics are still written there, but checkpoints are written "
             f"to a new {self.path}; to reunite them, stop the run, move {self.path}/checkpoints/* to "

@@ -123,7 +123,8 @@ class MemoryGrowth:
         self._stable: float | None = None
 
     def check(self, steps: int, gigabytes: float) -> str | None:
-        """Return a note if peak memory has grown after this many steps of this attempt; otherwise None."""
+        """Return a note if peak memory has grown; otherwise None. `steps`: number of steps since the run was started
+        or resumed."""
         if steps < _FIRST_STEPS:
             return None
         before, self._stable = self._stable, self._stable or gigabytes
