@@ -295,7 +295,7 @@ def _all_rows(layout: _Layout, terms: _LossTerms, size: Callable[[int], int]) ->
 
 
 def _queries(layout: _Layout, terms: _LossTerms, segments: int, size: Callable[[int], int]) -> _DecoderPart:
-    """Return the same as `_all_rows`, but for a decoder with cross-attention. Its rows are only the loss rows, which
+    """Return what `_all_rows` returns, but for a decoder with cross-attention. Its rows are only the loss rows, which
     attend to the encoder's rows. Padding rows have weight 0 and are distributed evenly over the segments. `segments`:
     number of the encoder's segments."""
     loss_U = np.flatnonzero(terms.image_U | terms.text_U)

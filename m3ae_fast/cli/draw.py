@@ -121,8 +121,8 @@ def _add_fill(commands: Any) -> None:
         "image",
         metavar="IMAGE",
         type=Path,
-        help="image file; models for square images use its centre crop, and models with native aspect ratio use the "
-        "whole image",
+        help="image file; models for square images use its central square, and models with native aspect ratio use "
+        "the whole image",
     )
     parser.add_argument("text", metavar="TEXT", help=f"caption; each {MASK} stands for one token")
     parser.add_argument(

@@ -15,7 +15,7 @@ from m3ae_fast.vqgan.model import VQGAN
 
 @dataclass(frozen=True)
 class Data:
-    """Training and validation data, and their tokenizers."""
+    """The training and held-out samples, and their tokenizers."""
 
     train: Corpus
     val: Corpus | None
@@ -24,8 +24,8 @@ class Data:
 
     @property
     def shown(self) -> Corpus:
-        """Return the dataset whose samples are shown in figures: the validation data if there are any, otherwise the
-        training data."""
+        """Return the dataset whose samples are shown in figures: the held-out samples if there are any,
+        otherwise the training samples."""
         return self.val or self.train
 
 

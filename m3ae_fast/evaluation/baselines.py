@@ -25,7 +25,7 @@ class Baseline(NamedTuple):
 
     metrics: Mapping[str, float]  # metrics with their standard errors
     difference: Difference | None  # model's result minus the baseline's result; None: it cannot be estimated
-    probe: str = ""  # description of the baseline's classifier; "": the same as that of the model
+    probe: str = ""  # description of the baseline's classifier; "": the same classifier as for the model
 
 
 def baseline_entries(baselines: Mapping[str, Baseline]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def accuracy_entries(found: Mapping[str, Predictions], probe: str = "") -> dict[
 
     Args:
         found: predictions for the same samples; the keys are MODEL and the names of the baselines.
-        probe: description of the classifier of the baselines; "": the same as that of the model.
+        probe: description of the classifier of the baselines; "": the same classifier as for the model.
     """
     model = found[MODEL]
     baselines = {

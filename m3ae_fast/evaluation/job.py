@@ -94,7 +94,7 @@ class Job:
         return corpus
 
     def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
-        """Return the training and validation samples that have a class, and the classes by id. Sets `classes` and
+        """Return the training and held-out samples that have a class, and the classes by id. Sets `classes` and
         `names`. Raises UserError as `open_corpus` and `label_corpus` do."""
         field, progress = self.options.labels, self.ranks.is_main
         train, val = self.open(self.config.data.train), self.open(self.config.data.val)

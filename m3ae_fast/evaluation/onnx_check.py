@@ -30,7 +30,7 @@ Encode = Callable[[np.ndarray], Tensor]  # pixels [B, C, S, S] with the dtype of
 
 
 class Labelled(NamedTuple):
-    """Labelled images: training samples, which are the neighbours, and validation samples, which are classified."""
+    """Labelled images: training samples, which are the neighbours, and held-out samples, which are classified."""
 
     config: EvaluationConfig
     train: Corpus

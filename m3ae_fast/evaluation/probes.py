@@ -42,7 +42,7 @@ from m3ae_fast.process.ranks import Ranks
 
 ATTENTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # peak learning rates to try with AdamW
 _USUAL = 1e-3  # peak learning rate if there are too few samples to try several
-_WARMUP = 1 / 9  # warm-up as a fraction of the steps; the same as for the linear probe
+_WARMUP = 1 / 9  # fraction of the steps that belong to the warm-up, as for the linear probe
 Banks = Mapping[Input, FeatureBank]
 
 

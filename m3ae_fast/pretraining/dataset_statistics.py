@@ -145,7 +145,7 @@ class _Classes(NamedTuple):
 
     number: int  # 0: the labels cannot be used
     train: Counter[str] | None = None  # number of training samples by class name
-    val: Counter[str] | None = None  # the same for the held-out samples
+    val: Counter[str] | None = None  # number of held-out samples by class name
 
 
 def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[_Classes, str]:

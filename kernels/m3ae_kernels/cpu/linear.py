@@ -29,7 +29,7 @@ def _flags() -> tuple[str, ...] | None:
 # The flags are evaluated at import, because a query inside a compiled function would break the graph.
 ONEDNN = torch.backends.mkldnn.is_available() and this_cpu().vendor == "AuthenticAMD"
 FLAGS = _flags()
-PANEL_BYTES = 1 << 20  # bytes of sums per thread of weight_gradient.c
+PANEL_BYTES = 1 << 20  # maximum bytes of the sums that a thread of weight_gradient.c computes at a time
 
 
 class Linear(nn.Linear):

@@ -31,7 +31,7 @@ from .common import (
 from .matmul import add_product, even_chunks, workspace_rows
 
 NORM_PIX_EPS = tl.constexpr(1e-6)
-WORKSPACE_BYTES = 24 << 20  # bytes of gradients per chunk: half of an H100's second-level cache
+WORKSPACE_BYTES = 24 << 20  # bytes of gradients per chunk: half of an H100's L2 cache
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["ids", "mean", "rstd"])
@@ -98,7 +98,7 @@ def pixel_error_kernel(
 
     Cost: 2NDK FLOPs and at least N(2D + K + 2K) + 2KD bytes. For M3AE-Large at 512 samples (N 98304, D 512, K 768),
     77 GFLOP take 78 us at 989 TFLOP/s, and 328 MB take 98 us at 3.35 TB/s. Of these 328 MB, 151 MB are gradients, which
-    stay in the second-level cache because they are computed in chunks. Together with the two matrix products that
+    stay in the L2 cache because they are computed in chunks. Together with the two matrix products that
     follow, the cost is 6NDK FLOPs, which take 234 us.
     """
     K: tl.constexpr = C * P * P
