@@ -179,7 +179,7 @@ def test_an_element_in_no_part_or_in_two_is_noticed_on_every_rank(tmp_path):
     more[2]["model/b"] = whole(STATE["model/b"])
     other[0]["model/b"] = Fragment(torch.zeros(3), 1, (3,))
     for found, words in (
-        (less, "elements 33 to 34 of model/a are in no"),
+        (less, "no rank's part contains elements 33 to 34 of model/a"),
         (more, "more than one rank"),
         (other, "model/b"),
     ):

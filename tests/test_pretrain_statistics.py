@@ -122,12 +122,15 @@ def test_shards_that_are_cut_off_are_named(tmp_path):
     [
         (
             lambda: _png(_deep(24, 20, most=4095)),
-            r"unsigned 16-bit values, from 0 to 4095 .*data.range=\[0,4095\]; ",
+            r"unsigned 16-bit values, which range from 0 to 4095 .*data.range=\[0,4095\]; ",
         ),
-        (lambda: _npy(_deep(24, 20, 2, most=900)), r"unsigned 16-bit values, from 0 to 900 .*data.range=\[0,1023\]"),
+        (
+            lambda: _npy(_deep(24, 20, 2, most=900)),
+            r"unsigned 16-bit values, which range from 0 to 900 .*data.range=\[0,1023\]",
+        ),
         (
             lambda: _npy(np.full((24, 20), 7, np.float32)),
-            r"float 32-bit values, from 7 to 7 .*=dtype sets 0 and 1",
+            r"float 32-bit values, which range from 7 to 7 .*=dtype sets 0 and 1",
         ),
     ],
 )

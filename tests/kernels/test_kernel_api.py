@@ -183,7 +183,9 @@ def test_a_loss_that_is_told_no_reduction_sums_and_warns_once(name, unwarned):
     """The default will be the mean from the next release on, as in torch. Without the warning, the losses of callers
     would be rescaled silently."""
     compute = token_and_pixel_loss()[name]
-    with pytest.warns(FutureWarning, match=f'^m3ae_kernels: {name} sums .* pass reduction="sum"') as warned:
+    with pytest.warns(
+        FutureWarning, match=f'^m3ae_kernels: without a reduction, {name} returns the sum .* pass reduction="sum"'
+    ) as warned:
         losses = [compute() for _ in range(2)]
     assert len(warned) == 1 and warned[0].filename == __file__
     with warnings.catch_warnings():
@@ -199,10 +201,10 @@ def test_a_loss_that_is_told_no_reduction_sums_and_warns_once(name, unwarned):
 def test_compiled_code_warns_of_the_sum_too(unwarned):
     torch._dynamo.reset()
     compute = token_and_pixel_loss()["masked_token_loss"]
-    with pytest.warns(FutureWarning, match="masked_token_loss sums") as warned:
+    with pytest.warns(FutureWarning, match="masked_token_loss returns the sum") as warned:
         compiled = [torch.compile(compute, fullgraph=True, backend="aot_eager")() for _ in range(2)]
     # torch may warn too, of its own functions, when it compiles for the first time in a process
-    assert sum("masked_token_loss sums" in str(each.message) for each in warned) == 1
+    assert sum("masked_token_loss returns the sum" in str(each.message) for each in warned) == 1
     assert all(torch.equal(each, compute(reduction="sum")) for each in compiled)
 
 
