@@ -150,6 +150,6 @@ def test_what_is_no_image_has_no_size():
         return file.getvalue()
 
     for shape in ((1 << 40, 3), (MAX_PIXELS // 2 + 1, 2), (-5, 8), (0, 8), (7,)):  # headers may contain any numbers
-        with pytest.raises(BadSample, match="the array has .*, which is not a valid image size"):
+        with pytest.raises(BadSample, match=r"the array has .*, which is not a valid image size"):
             size_of(header(*shape))
     assert size_of(header(MAX_PIXELS // 2, 2, 13)) == (MAX_PIXELS // 2, 2)
