@@ -95,7 +95,8 @@ class Sample:
     loss_weight: float = 1.0  # factor by which the sample's losses are multiplied
     draw: int = -1  # 31-bit seed of the random numbers in its forward pass; -1: torch's generator is used
     position: int | None = None  # index in the training stream
-    image_ids: Tensor | None = None  # int [L], if the image targets are token ids that are known
+    # int [L]: token ids of the patches, as image targets; None: the targets are pixels, or the ids are computed later
+    image_ids: Tensor | None = None
     image_predicted: Tensor | None = None  # bool [L]: the masked patches that are predicted; None: all of them
     text_predicted: Tensor | None = None  # bool [n]: the masked text tokens that are predicted; None: all of them
 

@@ -41,8 +41,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--from",
         dest="start_from",
         metavar="MODEL",
-        help="continue from these weights, with a lower learning rate: a run, an export, weights of the official M3AE "
-        "or MAE or of a timm model, or a name on the Hub (default: random weights)",
+        help="initial weights: a run, an export, official M3AE or MAE weights, timm weights, or a name on the Hub; "
+        "training then uses a lower learning rate (default: random weights)",
     )
     add_settings(parser, "train.global_batch=64")
     parser.add_argument(

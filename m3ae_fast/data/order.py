@@ -1,9 +1,9 @@
 """The sample order: a pure function from a position in the training stream to a sample, given the seed and the sizes of
 the sources.
 
-The stream of positions 0, 1, 2, ... is infinite. Step s of a run with G samples per step takes the positions s * G to
-(s + 1) * G. World size, number of workers and interruptions therefore do not change the order, and resuming requires a
-single number.
+The stream of positions 0, 1, 2, ... is infinite. Step s of a run with G samples per step takes the positions from s * G
+to (s + 1) * G - 1. World size, number of workers and interruptions therefore do not change the order, and resuming
+requires a single number.
 
 Only integer hashes and stable sorts are used, because random number generators of libraries may change between
 versions.
@@ -23,7 +23,8 @@ from m3ae_fast.base.randomness import hash64
 BLOCK = 1000  # number of positions after which the proportions of the sources are exact, up to rounding
 # replaces BLOCK if there are several lanes; it is smaller, because the rounding errors of the lanes average out
 LANE_BLOCK = 32
-# last integer of the key for the random size of an epoch's first window; in other keys, it is the number of a window
+# In each epoch, the size of the first window and the order of each window's samples are drawn with hash keys. The last
+# integer of a key is this constant if the size is drawn, and the number of the window if the order is drawn.
 _STAGGER = -1
 
 
@@ -147,7 +148,8 @@ class Lane:
     samples: int  # number of positions per epoch
     seed: int
     block: int = BLOCK  # number of positions per block
-    # the block in the epoch at which the lane begins; it differs between lanes, so that they round at different times
+    # number, within an epoch, of the block at which the lane begins; it differs between lanes, so that proportions are
+    # rounded at different times
     first_block: int = 0
 
     def __post_init__(self) -> None:
@@ -211,7 +213,7 @@ class Order:
 
     # number of samples in each shard, by source; each source has at least one sample per lane
     sizes: Sequence[Sequence[int] | np.ndarray]
-    weights: Sequence[float] | None  # relative numbers of samples of the sources; None: their sizes
+    weights: Sequence[float] | None  # weights of the sources, which need not sum to 1; None: their sizes
     window: int  # number of slices of shards that a lane shuffles together
     seed: int  # seed of the run
     lanes: int = 1  # number of lanes, C

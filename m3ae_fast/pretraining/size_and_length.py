@@ -28,8 +28,8 @@ _EVALUATING = 0.1  # maximum fraction of the training time for evaluations betwe
 # seconds to start the loaders of an evaluation, to start a task, and to write the report and the export
 _START, _TASK, _REPORT = 1.5, 2.0, 5.0
 _REGRESSION = 5e-6  # seconds of a logistic regression per training sample and class, at a width of up to 768
-# numbers of evaluated models (run, random weights, pixels) and tasks (k-NN, logistic regression); both baselines are
-# evaluated in the same call as the run
+# number of evaluated models (the run and two baselines: random weights and pixels); number of these baselines, which
+# are evaluated in the same call as the run; number of tasks (k-NN, logistic regression)
 _MODELS, _BASELINES, _TASKS = 3, 2, 2
 _CONTINUED_MODELS = 4  # number of evaluated models if the run starts from given weights, which are evaluated too
 

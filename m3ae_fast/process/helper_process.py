@@ -20,7 +20,7 @@ class HelperProcess:
     """A process that waits for a function and runs it. It runs only one function. If it is used as a context manager,
     it is killed at the end of the block.
 
-    A program creates it first, so that it does not inherit threads, connections or GPU memory.
+    A program should create it before anything else, so that it does not inherit threads, connections or GPU memory.
     """
 
     def __init__(self) -> None:
@@ -68,5 +68,5 @@ class Node:
     run: str  # a name that is unique among the runs on the node
     ranks: Sequence[int]
     # helper process of this rank; the leader of a node downloads shards in its helper process. None: the leader starts
-    # one with the loader
+    # a helper process when it starts the loader
     fetcher: HelperProcess | None = None
