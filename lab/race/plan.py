@@ -10,6 +10,7 @@ from typing import Any
 
 BASELINE, FAST = "baseline", "cross, a third, Muon"
 USUAL = "baseline, usual settings"  # default settings, which may be better than the tuned ones at other lengths
+SMALL = "1 block, usual settings"  # the rival that needs no new option
 Overrides = tuple[tuple[str, Any], ...]  # settings with their values, which must be representable in JSON
 
 _CROSS: Overrides = (("model.dec_attention", "cross"),)
@@ -20,6 +21,7 @@ _ONE: Overrides = (("model.dec_depth", 1),)
 ARMS: dict[str, Overrides] = {
     BASELINE: (),
     USUAL: (),
+    SMALL: _ONE,
     FAST: (*_CROSS, *_THIRD, *_MUON),
     "Muon": _MUON,
     "cross, a third": (*_CROSS, *_THIRD),
@@ -71,7 +73,7 @@ class Trial:
 
 def tuned_as(arm: str) -> str:
     """Return the arm whose tuned settings an arm uses; each optimiser is tuned once."""
-    if arm == USUAL:
+    if arm in (USUAL, SMALL):
         return USUAL
     return FAST if ("optim.name", "muon") in ARMS[arm] else BASELINE
 
@@ -82,7 +84,8 @@ def race(
     """Yield the runs of one model size on one dataset in order, without their tuned settings. The first part contains,
     for each seed, both baselines at the three shortest lengths, between which the cost is interpolated, and all arms at
     the shortest length. The second part checks the learning rates at the third length. The last part contains, for each
-    seed, the baseline with its usual settings and the fast arm at all lengths, the longest first.
+    seed, the baseline with its usual settings and the fast arm at all lengths, the longest first, and the baseline with
+    a decoder of one block at the greatest length.
 
     Args:
         data: name of the dataset.
@@ -95,6 +98,7 @@ def race(
     ladder = [replace(trial, arm=arm, steps=steps) for steps in lengths[:3] for arm in (BASELINE, USUAL)]
     factorial = [replace(trial, arm=arm) for arm in ARMS if arm != BASELINE]
     final = [replace(trial, arm=arm, steps=steps) for steps in reversed(lengths) for arm in (USUAL, FAST)]
+    final.append(replace(trial, arm=SMALL, steps=lengths[-1]))
     found: dict[Trial, None] = {}
     for seed in range(seeds):
         found |= dict.fromkeys(replace(each, seed=seed) for each in [*ladder, *factorial])
