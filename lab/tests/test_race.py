@@ -10,7 +10,7 @@ import pytest
 from benchmarks import table
 from lab.race import __main__ as program
 from lab.race import report
-from lab.race.plan import ARMS, BASELINE, FAST, PIXELS, RANDOM_WEIGHTS, USUAL, Trial, race, tune, tuned_as
+from lab.race.plan import ARMS, BASELINE, FAST, PIXELS, RANDOM_WEIGHTS, SMALL, USUAL, Trial, race, tune, tuned_as
 from lab.race.run import SETTINGS, Race, flops, trial_of
 from lab.study import shards
 from m3ae_fast import train
@@ -127,14 +127,20 @@ def test_each_side_is_tuned_with_as_many_runs():
     best = tune(Trial("clothes", "S64", FAST, 300, 0), tried, ["a", "b"], accuracy)
     assert best == (("a", 2), ("b", 1), ("c", 5)) and all(each.validation for each in asked)
     assert len({*asked}) == 4  # the best so far is not run again
-    assert [tuned_as(arm) for arm in ("2 blocks", "1 block, Muon", "all", USUAL)] == [BASELINE, FAST, FAST, USUAL]
+    assert [tuned_as(arm) for arm in ("2 blocks", "1 block, Muon", "all", USUAL, SMALL)] == [
+        BASELINE,
+        FAST,
+        FAST,
+        USUAL,
+        USUAL,
+    ]
 
 
 def test_the_shortest_part_comes_first_and_then_the_longest_runs():
     tried = {"optim.peak_lr": [0.006, 0.003], "optim.betas": [[0.9, 0.95], [0.9, 0.999]]}
     trials = [*race("clothes", "S64", (10, 20, 40, 80), tried, 2, 3)]
     first, checks = 2 * (len(ARMS) + 4 + 2), 2 * 2
-    assert len({*trials}) == len(trials) == first + checks + 3 * 8 - 2 * 4
+    assert len({*trials}) == len(trials) == first + checks + 3 * (8 + 1) - 2 * 4
     assert [each.seed for each in trials[:first]] == sorted([0, 1] * (first // 2))
     checked = trials[first : first + checks]
     assert all(each.validation and each.steps == 40 for each in checked)
