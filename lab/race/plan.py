@@ -10,7 +10,7 @@ from typing import Any
 
 BASELINE, FAST = "baseline", "cross, a third, Muon"
 USUAL = "baseline, usual settings"  # default settings, which may be better than the tuned ones at other lengths
-SMALL = "1 block, usual settings"  # the rival that needs no new option
+ONE_BLOCK = "1 block, usual settings"  # the rival that needs no new option
 Overrides = tuple[tuple[str, Any], ...]  # settings with their values, which must be representable in JSON
 
 _CROSS: Overrides = (("model.dec_attention", "cross"),)
@@ -21,7 +21,7 @@ _ONE: Overrides = (("model.dec_depth", 1),)
 ARMS: dict[str, Overrides] = {
     BASELINE: (),
     USUAL: (),
-    SMALL: _ONE,
+    ONE_BLOCK: _ONE,
     FAST: (*_CROSS, *_THIRD, *_MUON),
     "Muon": _MUON,
     "cross, a third": (*_CROSS, *_THIRD),
@@ -73,7 +73,7 @@ class Trial:
 
 def tuned_as(arm: str) -> str:
     """Return the arm whose tuned settings an arm uses; each optimiser is tuned once."""
-    if arm in (USUAL, SMALL):
+    if arm in (USUAL, ONE_BLOCK):
         return USUAL
     return FAST if ("optim.name", "muon") in ARMS[arm] else BASELINE
 
@@ -98,7 +98,7 @@ def race(
     ladder = [replace(trial, arm=arm, steps=steps) for steps in lengths[:3] for arm in (BASELINE, USUAL)]
     factorial = [replace(trial, arm=arm) for arm in ARMS if arm != BASELINE]
     final = [replace(trial, arm=arm, steps=steps) for steps in reversed(lengths) for arm in (USUAL, FAST)]
-    final.append(replace(trial, arm=SMALL, steps=lengths[-1]))
+    final.append(replace(trial, arm=ONE_BLOCK, steps=lengths[-1]))
     found: dict[Trial, None] = {}
     for seed in range(seeds):
         found |= dict.fromkeys(replace(each, seed=seed) for each in [*ladder, *factorial])
