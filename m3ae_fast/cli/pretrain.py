@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 def _pretrain(args: argparse.Namespace) -> bool:
     """Return whether the run is finished."""
     use_device(args.device)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the imports of libraries do not handle SIGINT well
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # libraries handle SIGINT poorly while they are imported
     from m3ae_fast.pretraining.stages import pretrain
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

@@ -19,7 +19,8 @@ from m3ae_fast.base.stop_signals import SIGNALS
 
 _TICK_S = 0.25  # seconds between checks of the launcher
 _GRACE_S = 3.0  # seconds for the main thread to clean up if there is nothing to save
-_JOIN_S = 60.0  # seconds for a rank that is asked to stop to join the others first, so that it can notify them
+# maximum seconds that a rank waits, after a stop request, until it has joined the other ranks and can notify them
+_JOIN_S = 60.0
 _ORPHAN_S = 10.0  # used instead of _JOIN_S if the launcher has ended, perhaps together with the rendezvous store
 _LAUNCHER_GONE = "the launcher has ended"
 BY_ANOTHER = "requested by another rank"

@@ -1,7 +1,7 @@
 """Safe reading of pickles, without executing any code that they refer to.
 
-The official checkpoints pickle their optimiser with references to its code, so their globals are numerous and differ
-between library versions. Therefore there is no list of allowed globals: NumPy arrays, dtypes, scalars and plain
+The official checkpoints contain a pickled optimiser. Its pickle refers to many globals (classes and functions), which
+differ between library versions. Therefore there is no list of allowed globals: NumPy arrays, dtypes, scalars and plain
 containers are built here, and every other global becomes a class that only stores its arguments.
 """
 
