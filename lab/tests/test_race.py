@@ -10,7 +10,7 @@ import pytest
 from benchmarks import table
 from lab.race import __main__ as program
 from lab.race import report
-from lab.race.plan import ARMS, BASELINE, FAST, PIXELS, RANDOM_WEIGHTS, USUAL, Trial, race, tune, tuned_as
+from lab.race.plan import ARMS, BASELINE, FAST, ONE_BLOCK, PIXELS, RANDOM_WEIGHTS, USUAL, Trial, race, tune, tuned_as
 from lab.race.run import SETTINGS, Race, flops, trial_of
 from lab.study import shards
 from m3ae_fast import train
