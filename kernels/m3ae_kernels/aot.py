@@ -168,7 +168,8 @@ CASES = [
     ),
 ]  # fmt: skip
 
-LARGE = {case.kernel: case for case in reversed(CASES)}  # each kernel's call in M3AE-Large, which is its first case
+# the first case of each kernel, which is its call in M3AE-Large
+LARGE = {case.kernel: case for case in reversed(CASES)}
 
 
 @dataclass

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # by bytes per element
+# dtypes by bytes per element
+WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def widest(tensor: Tensor, count: int) -> torch.dtype:

@@ -74,7 +74,8 @@ class TimeLeft:
 
     @contextmanager
     def aside(self, seconds: float) -> Iterator[None]:
-        """Return a context manager for work that belongs to no part, and for which `other_work` includes `seconds`."""
+        """Return a context manager for work that belongs to no part. `seconds`: the duration of this work that is
+        included in `other_work`."""
         began = self._now()
         yield
         self._started += self._now() - began
@@ -124,7 +125,7 @@ class Lines:
         return text, duration(self._whole.during(item * self._done, self._pace(now) / item, sure))
 
     def _pace(self, now: float) -> float:
-        """Return the seconds per item. The start-up time is excluded once items after the first ones are done."""
+        """Return the seconds per item. As soon as more than the first items are done, the start-up time is excluded."""
         assert self._first is not None
         when, done = self._first
         if self._done > done:
@@ -173,7 +174,7 @@ def progress(
     from rich.console import Console
 
     console = Console(stderr=True)
-    show = show and os.environ.get("RANK", "0") in ("", "0")  # set by launchers
+    show = show and os.environ.get("RANK", "0") in ("", "0")  # launchers set RANK
     columns = (
         bars.TextColumn("{task.description}"),
         bars.MofNCompleteColumn(),

@@ -34,7 +34,8 @@ _MOST_DEVIATIONS = 20.0  # plausible maximum of a normalised image that has no v
 # maximum fraction of values that may be out of range by more than the width of the range; allows for a few bright
 # pixels
 _OTHER_UNITS = 0.1
-_LEVELS = 100  # if white is at least this value, values are integer levels, and fractions from 0 to 1 are implausible
+# if white is at least this value, pixels should be integer levels, so fractions from 0 to 1 are implausible
+_LEVELS = 100
 
 
 def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[OneImage]:

@@ -57,7 +57,7 @@ class MaskSampler:
         return image_mask, draw_mask(text_length, self.config.text_ratio, generator)
 
     def image(self, patches: int, key: tuple[int, ...], step: int) -> Tensor:
-        """Sample only the mask of the patches. It equals the mask of the patches that `image_and_text` samples."""
+        """Sample only the mask of the patches. `image_and_text` samples the same mask for them."""
         return draw_mask(patches, self.config.image_ratio, self._image_stream(key, step))
 
     def predicted_patches(self, mask: Tensor | None, key: tuple[int, ...]) -> Tensor | None:

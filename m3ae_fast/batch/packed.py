@@ -1,8 +1,7 @@
 """The packed batch, the input of a forward pass: a flat batch of tokens, its index maps and its loss rows.
 
 Shapes: S samples, B images, L patches of an image, R patches of all images, C channels, H = W pixels, P patch size, N
-visible patches, T encoder rows, U decoder rows, M decoder rows that carry loss, I of them patches, W of them text
-tokens.
+visible patches, T encoder rows, U decoder rows, M decoder rows that carry loss (I patches, W text tokens).
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class PackedBatch:
     # decoder input
     decoder: Segments  # U rows
     decoder_src: Tensor  # [U] encoder row
-    mask_ids: Tensor  # [U] 0 patch mask embedding, 1 text mask embedding
+    mask_ids: Tensor  # [U] 0: patch mask embedding; 1: text mask embedding
     decoder_table_ids: Tensor  # [U] row of [patch positions, text positions]
     mask_order: Tensor  # [U] as `token_order`, for `mask_ids`
     decoder_table_order: Tensor  # [U] as `token_order`, for `decoder_table_ids`
@@ -56,13 +55,13 @@ class PackedBatch:
     loss: Segments  # M rows
     loss_rows: Tensor  # [M] decoder row
     image_rows: Tensor  # [I] index among the M loss rows
-    image_patch_ids: Tensor  # [I] see `patch_ids`
+    image_patch_ids: Tensor  # [I] as `patch_ids`, for `image_rows`
     image_targets: Tensor  # [I] token ids; empty if the targets are pixels, or if the ids are computed later
     image_row_weight: Tensor  # float32 [I] loss weight / (rows of this image), or the loss weight alone
     text_rows: Tensor  # [W] index among the M loss rows
     text_targets: Tensor  # [W] token id
     text_row_weight: Tensor  # float32 [W] loss weight / (rows of this caption), or the loss weight alone
-    text_row_mean_weight: Tensor  # float32 [W] the same without the loss weight, for the accuracy
+    text_row_mean_weight: Tensor  # float32 [W] as `text_row_weight`, but without the loss weight; for the accuracy
     draws: Tensor  # [S] seeds of stochastic depth
     captions: int  # number of captions, including empty ones
     counts: LossCounts

@@ -1,7 +1,7 @@
 """Packing of samples of any modality into one batch, on the CPU in the loader.
 
 Shapes: S samples, P samples and segments of padding, B images, L patches of an image, T encoder rows, U decoder rows,
-M decoder rows that carry loss, I of them patches, W of them text tokens.
+M decoder rows that carry loss (I patches, W text tokens).
 
 A sample's encoder rows are [cls, visible patches, visible text]; its decoder rows are [cls, all patches, all text] or,
 for a decoder with cross-attention, only the rows that carry loss.
@@ -164,8 +164,9 @@ class _Layout(NamedTuple):
     """The decoder's rows: for each sample cls, all patches and all text tokens; then padding rows."""
 
     rows_P: np.ndarray  # number of rows of each sample, then of each segment of padding
-    sample_U: np.ndarray  # the sample, or segment of padding, that a row belongs to
-    patch_U: np.ndarray  # bool, as are the next three
+    sample_U: np.ndarray  # index in `rows_P` of the sample, or segment of padding, that a row belongs to
+    # the next four are bool
+    patch_U: np.ndarray
     text_U: np.ndarray
     masked_U: np.ndarray
     visible_U: np.ndarray
@@ -242,7 +243,8 @@ class _LossTerms(NamedTuple):
 
     image_U: np.ndarray  # bool
     text_U: np.ndarray  # bool
-    image_weight_U: np.ndarray  # float64, 0 for rows without this loss; the same holds for the next two
+    # the next three are float64, and 0 for rows that do not carry this loss
+    image_weight_U: np.ndarray
     text_weight_U: np.ndarray
     text_mean_weight_U: np.ndarray
 

@@ -46,12 +46,12 @@ class Saver:
         self._staging = Staging()
         self.engine.before_update = self._staging.wait
         self.unjudged: int | None = None  # step of the last checkpoint if it is not marked yet
-        self._finite_evaluation: int | None = None  # last step after which an evaluation was finite
+        self._finite_evaluation: int | None = None  # last step after which the loss of an evaluation was finite
 
     def save(self, info: checkpoint.Info) -> None:
         """Start copying and writing this rank's part of a checkpoint. Every rank must call it. Raises UserError if the
         previous save failed; a bug in that save is raised on the rank on which it occurred."""
-        self.wait()  # the copy of the previous save is overwritten next
+        self.wait()  # this save will overwrite the copy of the state that the previous save writes
         step, good, main = info.step, self._finite_evaluation == info.step, self.ranks.is_main
         constants = {name: whole(tensor) for name, tensor in self.constants.items()} if main else {}
         self._staging.begin(self.ranks.device)

@@ -49,7 +49,7 @@ class Staging:
             self._copied.set()
 
     def wait(self) -> None:
-        """Wait until the announced copy is complete."""
+        """Wait until the copy that `begin` announced is complete."""
         self._copied.wait()
 
     def _into_buffer(self, part: Fragments) -> Fragments:

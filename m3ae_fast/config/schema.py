@@ -31,7 +31,8 @@ Batch = Annotated[int, Field(gt=0, le=1 << 24)]  # samples
 Count = Annotated[int, Field(gt=0, le=1 << 40)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Channels = Annotated[tuple[float, ...], Strict(False)]  # per channel; in strict mode a JSON array is not a tuple
+# one number per channel; in strict mode, pydantic would not accept a JSON array for a tuple
+Channels = Annotated[tuple[float, ...], Strict(False)]
 
 
 def _named(path: Any) -> Any:
@@ -374,7 +375,7 @@ class DataConfig(Section):
         return self
 
     def image_settings(self) -> dict[str, Any]:
-        """Return the image settings that are stored with the model and are set here, by their names in `model`."""
+        """Return those image settings of this section that are stored with the model, by their names in `model`."""
         given = {own: getattr(self, name) for own, name in IMAGE_SETTINGS.items()}
         return {own: value for own, value in given.items() if value is not None}
 

@@ -55,8 +55,10 @@ class Preparation:
     seed: int  # seed of the run
     image_tokenizer: VQGAN | None = None  # computes the images' token ids in the loader
     stored_codebook: int | None = None  # size of the codebook, if the shards contain the images' token ids
-    counted_for: ModelConfig | None = None  # the loader counts the FLOPs of this model for each batch
-    smaller: tuple[tuple[int, int], ...] = ()  # (step, size): images have this smaller size before this step
+    # the loader counts the FLOPs of this model for each batch; None: they are not counted
+    counted_for: ModelConfig | None = None
+    # pairs (step, size): before this step, images have this size, which is smaller than the size in `geometry`
+    smaller: tuple[tuple[int, int], ...] = ()
 
 
 class _Draft(NamedTuple):

@@ -139,8 +139,8 @@ class Lane:
     """A sub-stream of the sample order, which consists of a part of each source.
 
     In each block of positions, each source has its proportion, up to rounding, and the sources are in random order. The
-    numbers of samples per source are rounded by Webster's method, in which none of them decreases when positions are
-    added. The method starts again in each epoch. Without weights, an epoch contains each sample exactly once.
+    numbers of samples per source are rounded by Webster's method, so no number decreases when positions are added. The
+    method starts again in each epoch. Without weights, an epoch contains each sample exactly once.
     """
 
     sources: Sequence[SourceOrder]
@@ -213,7 +213,7 @@ class Order:
 
     # number of samples in each shard, by source; each source has at least one sample per lane
     sizes: Sequence[Sequence[int] | np.ndarray]
-    weights: Sequence[float] | None  # weights of the sources, which need not sum to 1; None: their sizes
+    weights: Sequence[float] | None  # weights of the sources, which need not sum to 1; None: the sizes of the sources
     window: int  # number of slices of shards that a lane shuffles together
     seed: int  # seed of the run
     lanes: int = 1  # number of lanes, C

@@ -28,7 +28,7 @@ _RETRY_S = 60  # seconds until a failed shard is retried
 
 
 class Raw(NamedTuple):
-    """The bytes of a sample's image and caption; None for a modality that is not trained."""
+    """The bytes of a sample's image and caption; None for a modality that the run does not use."""
 
     image: bytes | None
     caption: str | None

@@ -262,7 +262,7 @@ class ShardStore:
         it."""
         for attempt in range(ATTEMPTS):
             partial = self.cache_dir / "shards" / f"{_PARTIAL}{uuid.uuid4().hex}"
-            gone = 0  # number of bytes that the ledger contains for the unfinished file
+            gone = 0  # number of bytes that the ledger counts for the unfinished file
             try:
                 out, gone = self._begin(partial, size)
                 with out:

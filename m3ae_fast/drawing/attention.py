@@ -38,8 +38,8 @@ _SIDE, _WIDE, _GAP, _LINE = 192, 420, 8, 20
 class HeadChoice(NamedTuple):
     """The encoder block and the attention head whose attention is shown."""
 
-    block: int = -1  # block of the encoder, from 0; -1: the last one
-    head: int | None = None  # head, from 0; None: the mean over all heads
+    block: int = -1  # block of the encoder, counted from 0; -1: the last block
+    head: int | None = None  # head, counted from 0; None: the mean over all heads
 
 
 MEAN_OF_LAST = HeadChoice()

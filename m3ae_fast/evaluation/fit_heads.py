@@ -57,7 +57,7 @@ class BankSteps:
     def __iter__(self) -> Iterator[HeadBatch]:
         bank = next(iter(self.banks.values()))
         samples = len(bank.keys)
-        row_N = torch.full((samples,), -1)  # row of each sample in this rank's features; -1: on another rank
+        row_N = torch.full((samples,), -1)  # row of each sample in this rank's features; -1: another rank has it
         row_N[bank.own] = torch.arange(len(bank.own))
         order = lru_cache(maxsize=2)(partial(permutation, samples, self.seed))  # permutation by epoch
         for step in self.steps:
@@ -105,7 +105,7 @@ class Stack:
 
 
 class HeadsInTraining:
-    """Gives another thread access to heads in training, which it can copy between two steps."""
+    """Gives another thread access to heads in training. The thread can copy the heads between two steps."""
 
     def __init__(self) -> None:
         self.updating = threading.Lock()  # lock that is held while weights change

@@ -28,9 +28,9 @@ from m3ae_fast.process.ranks import Ranks
 
 USUAL = 1.0  # scikit-learn's default inverse strength
 INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, USUAL)  # inverse strengths that `fit_chosen` tries
-_CONVERGED = 1e-7  # a strength has converged if its next step is expected to decrease the mean loss by less
+_CONVERGED = 1e-7  # a strength has converged if its next step is expected to decrease the mean loss by less than this
 _MOST_ITERATIONS = 1000
-_MEMORY = 10  # number of stored pairs of a step and the resulting change of the gradient
+_MEMORY = 10  # number of stored pairs; a pair is a step and the resulting change of the gradient
 _SUFFICIENT = 1e-4  # minimum decrease of the loss as a fraction of the decrease that the gradient predicts (Armijo)
 _ROUNDING = 1e-7  # relative rounding error of a loss
 _SHORTEST = 1e-6  # minimum step length

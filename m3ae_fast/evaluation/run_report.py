@@ -98,7 +98,7 @@ def _head(run: Path, metrics: Metrics, named: bool) -> str:
     run."""
     try:
         state = status(run)[1]
-    except UserError:  # the run has no record, as in earlier versions
+    except UserError:  # earlier versions did not record the state of a run
         state = f"step {metrics[-1]['step']:,}"
     words = f"{run}: {state}" if named else state
     lines = [f"<p>{escape(_sentence(words, verdict(metrics)))}</p>"]

@@ -26,7 +26,7 @@ POOLS: tuple[Pool, ...] = get_args(Pool)
 COLUMN_NAMES = ("path", "class", "caption")  # additional columns of `embed`
 Modality = Literal["image", "text", "paired"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
-_NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # name of a set, and its first shards
+_NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # NAME=SHARDS, the first value of an --ood
 
 
 class Task(NamedTuple):

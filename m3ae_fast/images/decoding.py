@@ -42,7 +42,8 @@ _READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _TURNING = ("exif", "xmp")  # keys of `Image.info` that may contain the orientation
 _ON_A_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_SCALES = {"L;2": 85, "L;4": 17}  # factors from the levels of a 2-bit or 4-bit PNG to 8-bit levels, by its raw mode
+# by Pillow's raw mode: factors that convert the levels of a 2-bit or 4-bit PNG to 8-bit levels
+_SCALES = {"L;2": 85, "L;4": 17}
 
 # Pillow warns about unusual images, which are read or reported anyway.
 warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -195,7 +195,7 @@ class Blocks(nn.Module):
         drop_path: float = 0.0,
         drop_key: int = 0,
     ) -> None:
-        """Build the blocks. `drop_key`: `key` of `drop_path_factors`."""
+        """Build the blocks. `drop_key`: the argument `key` of `drop_path_factors`."""
         super().__init__()
         self.blocks = nn.ModuleList(self.block(dim, num_heads, mlp_ratio, gelu, drop, att_drop) for _ in range(depth))
         self.norm = RowNorm(dim, eps=EPS)
@@ -220,7 +220,8 @@ class Blocks(nn.Module):
         """
         budget = 1.0 if keep_activations else MEMORY_BUDGET
         if budget != torch._functorch.config.activation_memory_budget:
-            torch._dynamo.reset()  # discards the graphs of an earlier engine, which equal blocks would otherwise share
+            # otherwise, equal blocks would share the graphs that were compiled for an earlier engine
+            torch._dynamo.reset()
         torch._functorch.config.activation_memory_budget = budget
         torch.compiler.config.cache_key_tag = f"{_source_tag()}-{samples}"
         for block in self.blocks:

@@ -23,7 +23,7 @@ from m3ae_fast.training.pace import Pace, measure
 # maximum time for measuring a model size: as a fraction of the available time, and in seconds
 _TRIAL, _LONGEST_TRIAL = 0.03, 30.0
 _LEAST = 0.5  # minimum fraction of the available time that is used for training
-_OVER = 1.05  # a plan is reported as too long if it exceeds the available time by this factor
+_OVER = 1.05  # a plan is reported as too long if it takes more than the available time times this factor
 _EVALUATING = 0.1  # maximum fraction of the training time for evaluations between the first and the last step
 # seconds to start the loaders of an evaluation, to start a task, and to write the report and the export
 _START, _TASK, _REPORT = 1.5, 2.0, 5.0

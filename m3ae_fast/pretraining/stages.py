@@ -171,7 +171,7 @@ def _configured(
     None if a stop is requested in the meantime."""
     path = out / CONFIG
     if path.exists() and not dry_run:
-        load_config(path, list(overrides))  # raises an error for invalid settings before any work
+        load_config(path, list(overrides))  # raises an error for invalid settings before any work begins
         _follow(path)
     weights = GivenWeights([], [])
     if start_from is not None and (dry_run or not path.exists()):

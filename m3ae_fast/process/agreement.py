@@ -1,4 +1,4 @@
-"""Agreement between background threads of all ranks, without interfering with the collectives of the training loop."""
+"""Agreement between background threads of all ranks. It does not interfere with the training loop's collectives."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ class Ranks:
         return first == own, int(first.split()[1])
 
     def main_has_ended(self) -> bool:
-        """Return whether rank 0 has ended, and with it the store that it holds."""
+        """Return whether rank 0, and therefore also the store that it hosts, has ended."""
         try:
             self.lasting.check([""])
         except RuntimeError:
@@ -148,7 +148,7 @@ def await_ends(store: dist.Store, world: int) -> None:
     # closes the connections of process groups in reference cycles; other ranks may be waiting for this
     gc.collect()
     until = time.monotonic() + _OTHERS_S
-    with contextlib.suppress(RuntimeError):  # the launcher held the store, and has ended
+    with contextlib.suppress(RuntimeError):  # the launcher, which hosted the store, has ended
         while store.add(_ENDED_KEY, 0) < world and time.monotonic() < until:
             time.sleep(0.05)
 

@@ -14,11 +14,14 @@ FEW_STEPS = 100
 # A modality counts as learnt if its loss is below this fraction of both its first value and the loss of a constant
 # prediction.
 FALLEN = 0.98
-_FEW = 10  # minimum number of log lines to judge a training loss, which varies because the samples of each line differ
+# minimum number of log lines from which a training loss is judged; it varies from line to line, because the samples
+# differ
+_FEW = 10
 # features have collapsed if their effective rank is below this, or below COLLAPSED_TO times the initial rank
 COLLAPSED = 2.0
 COLLAPSED_TO = 0.5
-WAITING = 0.3  # a larger fraction of the time spent waiting for data (median of the log lines) is reported
+# waiting for data is reported if it takes more than this fraction of the time (median of the log lines)
+WAITING = 0.3
 
 Metrics = Sequence[dict[str, Any]]  # lines of metrics.jsonl
 

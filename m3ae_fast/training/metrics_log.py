@@ -40,7 +40,7 @@ class RunLog:
     """The log of a run. Use as a context manager around the training loop. Nothing is written before `begin`."""
 
     folder: Path
-    start: int  # number of steps taken by earlier attempts
+    start: int  # number of steps taken before the run was resumed; 0 for a new run
     total: int  # number of steps of the run
     loggers: Sequence[str] = ("tensorboard",)  # names in `LOGGERS`
     config: dict[str, Any] = field(default_factory=dict)  # config that the loggers show

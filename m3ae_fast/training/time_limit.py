@@ -26,7 +26,7 @@ class TimeLimit:
     """Measures the steps and evaluations of a run, and computes from them how many steps fit into the time limit."""
 
     def __init__(self, seconds: float, spent: float = 0.0) -> None:
-        """Start the clock. `spent`: part of `seconds` that earlier attempts have used."""
+        """Start the clock. `spent`: the part of `seconds` that was used before the run was resumed."""
         self.seconds = seconds
         self._last = time.monotonic()
         self._began = self._last - spent
@@ -34,7 +34,8 @@ class TimeLimit:
         self._steps = self._duration = 0.0  # weighted number and duration of recent steps
         self._counted = 0.0  # seconds of measured steps
         self._adjusted = -math.inf  # time of the last adjustment
-        self._evaluations: dict[str, tuple[float, float]] = {}  # by name: seconds for one, and number per step
+        # by name: seconds per evaluation, and evaluations per step
+        self._evaluations: dict[str, tuple[float, float]] = {}
 
     @property
     def spent(self) -> float:

@@ -94,7 +94,7 @@ class Trainer:
     attention: dict[str, str] = field(default_factory=dict)  # names of kernels by part of the network, for checkpoints
     limit: TimeLimit | None = None  # used on the main rank
     early_stopping: EarlyStopping | None = None  # used on the main rank
-    left_out: tuple[int, ...] = ()  # batches of the stream that no step takes
+    left_out: tuple[int, ...] = ()  # indices, in the training stream, of batches that the run leaves out
     spikes: Spikes | None = None
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """Golden files of the official linear probe: BatchNorm and a linear layer on given features, trained with LARS.
 
-Shapes: N samples, T tokens of each (cls first), D width, K classes.
+Shapes: N samples, T tokens of a sample (the first is cls), D width, K classes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from m3ae_fast.verify.golden import Golden, Quantity
 
 TOLERANCE = 1e-5
 TOLERANCE_GRADIENT = 3e-5
-TOLERANCE_CHANGE = 1e-4  # tolerance of parameter changes, which are mostly rounding errors at low learning rates
-STRONG_LR = 1.0  # minimum peak lr at which changes are compared; at the published lr, they are 3e-4 of the parameters
+TOLERANCE_CHANGE = 1e-4  # tolerance of parameter changes; at low learning rates, most of a change is rounding error
+# minimum peak lr at which parameter changes are compared; at the published lr, the changes are only 3e-4 of the
+# parameters
+STRONG_LR = 1.0
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:

@@ -19,8 +19,9 @@ from m3ae_fast.engine.parameter_groups import parameter_groups
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.verify.golden import Golden, Quantity, without_keys
 
-TOLERANCE = 2e-5  # outputs, losses, gradients in float32
-TOLERANCE_AFTER_STEPS = 2e-4  # parameters after AdamW, whose division amplifies rounding errors to the size of a step
+TOLERANCE = 2e-5  # tolerance of outputs, losses and gradients in float32
+# tolerance of parameters after AdamW steps; the division in AdamW amplifies rounding errors to the size of a step
+TOLERANCE_AFTER_STEPS = 2e-4
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:

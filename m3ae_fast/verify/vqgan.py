@@ -9,7 +9,7 @@ import torch
 from m3ae_fast.verify.golden import Golden, Quantity
 from m3ae_fast.vqgan.flax import from_flax
 
-FEATURES, DECODED = 1e-4, 2e-5  # relative errors in float32
+FEATURES, DECODED = 1e-4, 2e-5  # maximum relative errors of encoder outputs and of decoded images in float32
 LEAST_MARGIN = 1e-3  # minimum difference between the distances to the two nearest codes; below it, ids are not compared
 
 

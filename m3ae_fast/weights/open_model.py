@@ -32,7 +32,7 @@ class SavedRun:
     info: checkpoint.Info
     config: ModelConfig
     loss: LossConfig
-    tokenizer: str | None  # file or name in its config
+    tokenizer: str | None  # file or name of the tokenizer, as in the run's config
     image_tokenizer: str | None  # folder of the VQGAN whose codes the model predicts
     ema: float | None  # decay of the moving average of the weights, if the checkpoint contains one
 

@@ -1,4 +1,4 @@
-"""Attention on CUDA GPUs, with the fastest kernel of flash-attn (2, 3 and 4), cuDNN, torch and this package.
+"""Attention on CUDA GPUs, with the fastest of the kernels of flash-attn (2, 3 and 4), cuDNN, torch and this package.
 
 No kernel is fastest in all cases: flash-attn 3 pads a head dimension of 32 to 64 and works in tiles of 192 keys, which
 a sample of 70 visible tokens fills only partly; flash-attn 2 has neither disadvantage, but does not use Hopper's
@@ -26,9 +26,9 @@ from .padded import PADDED
 
 SAMPLES = 64  # number of samples in a check
 HALVES = (torch.bfloat16, torch.float16)
-HEAD_START = 20_000_000  # GPU cycles to wait while the host launches kernels, about 10 ms
+HEAD_START = 20_000_000  # GPU cycles (about 10 ms) that the GPU waits while the host launches kernels
 ROUNDS = 3  # rounds of a benchmark, each with the same number of calls
-CUDNN_ROWS = 129  # minimum value to pass as the length of the longest sample, so that cuDNN is used
+CUDNN_ROWS = 129  # minimum length of the longest sample that must be passed to torch so that it uses cuDNN
 ERROR = 0.03  # maximum relative difference (of norms) that is allowed between two kernels in bf16
 
 Inputs = tuple[Tensor, Tensor, Segments]  # qkv, the gradient of the result, and the samples

@@ -77,8 +77,8 @@ class Scores:
         return left, right
 
 
-ALL_KEYS = 1 << 29  # so small that positions of queries and keys, and sums of both, fit into 32 bits
-NATS = math.log(2)  # nats per power of 2
+ALL_KEYS = 1 << 29  # small enough that its sums with positions of queries or keys fit into 32 bits
+NATS = math.log(2)  # nats per bit, which is the unit of base-2 logarithms
 
 
 @dataclass(frozen=True)

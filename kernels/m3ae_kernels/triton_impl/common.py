@@ -16,7 +16,7 @@ from ..dispatch import accumulator
 from ..pixels import planar
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
-FEW_CHANNELS = 4  # maximum number of channels whose scales and shifts kernels take as scalars
+FEW_CHANNELS = 4  # maximum number of channels for which kernels receive scales and shifts as scalars
 
 
 def launcher(launch: Callable) -> Callable:

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .common import cdiv
 
-WIDE_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()  # whether 16-bit products can be summed in float32 in place
+# whether addmm can add the product of 16-bit matrices to a float32 tensor in place
+WIDE_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def even_chunks(count: int, most: int, multiple: int) -> int:

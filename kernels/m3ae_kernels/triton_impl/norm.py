@@ -17,7 +17,8 @@ from ..tuning import config
 from .common import acc_type, cdiv, launcher
 from .rows import invert
 
-MAX_PARTIALS = 512  # program instances of the backward pass, each with its own sums for weight and bias
+# maximum number of program instances of the backward pass; each computes partial sums for weight and bias
+MAX_PARTIALS = 512
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from ..dispatch import accumulator
 from ..tuning import config
 from .common import acc_type, cdiv, launcher
 
-SPLIT_ROWS = 128  # rows per program instance in a run of average length
+SPLIT_ROWS = 128  # number of rows that a program instance sums in a run of average length
 MAX_SPLITS = 256
 
 

@@ -1,8 +1,9 @@
 """Caption tables (csv, tsv, jsonl, parquet), whose rows contain an image, its caption and other fields.
 
-Each row is a sample, even if rows are equal; a row with a list of captions gives one sample per caption. Rows are read
-strictly: a row with more or fewer fields than the table has columns is an error. Columns other than those of images and
-captions become fields of the sample's json. A table without captions must have at least one of these columns.
+Each row gives a sample, even if rows are equal, or one sample per caption if it contains a list of captions. Rows are
+read strictly: a row with more or fewer fields than the table has columns is an error. All columns except those of
+images and captions become fields of the sample's json. A table without captions must have at least one column besides
+that of the images.
 
 A .csv is quoted according to RFC 4180. A .tsv has one row per line. Quotes in a .tsv are text, except in two cases
 that indicate a program that quotes fields. If all column names are quoted, the table is read as a .csv with tabs as
