@@ -56,7 +56,8 @@ def _on_gpu(device: torch.device) -> str:
     return _best_on_gpu(device)
 
 
-# like torch.compiler.assume_constant_result, which would import torch._dynamo and take longer than importing torch
+# has the effect of torch.compiler.assume_constant_result, which would import torch._dynamo; that takes longer than
+# importing torch
 _on_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

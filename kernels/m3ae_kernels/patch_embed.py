@@ -85,7 +85,7 @@ def _forward(
     keep: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the embeddings, and the patches [N, K] if they are kept, which only the torch implementation supports."""
+    """Return the embeddings and, with `keep`, the patches [N, K]. Only the torch implementation supports `keep`."""
     if checked(patch_ids, impl):
         check_range("patch_embed", "patch_ids", patch_ids, count_patches(images, patch_size))
     out_ND, kept_NK = _fake(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep, impl)

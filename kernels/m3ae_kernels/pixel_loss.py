@@ -170,7 +170,7 @@ def _rows_forward(
     dtype: torch.dtype,
     impl: str,
 ) -> Tensor:
-    """Return only the row losses."""
+    """Return the row losses [M] without computing gradients."""
     ones_M = hidden.new_ones(len(hidden), dtype=accumulator(dtype))
     target = (images, patch_ids, patch_size, scale, shift, norm_pix, dtype)
     return _forward(hidden, weight, bias, ones_M, *target, [False] * 3, impl)[1]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 PLAIN = (Tensor, nn.Parameter)
-# A copy loaded under another name (hub.py) registers its ops in addition to the installed ones.
+# A copy of this package that is loaded under another name (hub.py) registers its ops in a namespace with that name.
 NAMESPACE = "m3ae" if __package__ == "m3ae_kernels" else __package__
 
 

@@ -41,7 +41,7 @@ class ErrorReport(NamedTuple):
     """Summary of a process's error that is sent to the other processes."""
 
     line: str
-    # whether the line explains the error; if not, the error is a bug, and its process prints the traceback
+    # whether `line` explains the error; if not, the error is a bug, and the process that raised it prints the traceback
     complete: bool
 
 

@@ -56,7 +56,7 @@ class Peaks(NamedTuple):
     bandwidth: float  # memory bandwidth, bytes/s
 
 
-# The keys are parts of GPU names; the first match counts.
+# The keys are parts of GPU names; the first key that occurs in a GPU's name is used.
 _PEAKS = {
     "H200": Peaks(989e12, 4.8e12),
     "H100 PCIe": Peaks(756e12, 2.0e12),

@@ -36,7 +36,7 @@ class Saver:
     constants: dict[str, Tensor]  # tensors saved in addition to the engine's state, by name
     suggested_fix: str  # settings to change if a tensor is not finite
     say: Callable[[str], None]
-    # ensures that run_dir still belongs to this run, and returns a description of changes
+    # ensures that run_dir still belongs to this run; returns a note if the folder or its lock has changed, otherwise ""
     keep_folder: Callable[[], str]
     after_save: Callable[[int, Path], None] | None  # called on the main rank with each saved step and its checkpoint
 

@@ -45,7 +45,8 @@ _PARTIAL = "partial-"  # prefix of the names of incomplete copies
 MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # suffix of a shard's sidecar
 _FOLDERS = ("shards", "locks", "index")  # sub-folders of a cache folder
-# Prefixes of the names of network file systems, and the exceptions: names with such a prefix for files on local disks.
+# _NETWORK: prefixes of the types of network file systems. _LOCAL: types that have such a prefix, but store their files
+# on local disks.
 _NETWORK = ("nfs", "lustre", "gpfs", "ceph", "cifs", "smb", "beegfs", "wekafs", "afs", "panfs", "fuse.")
 _LOCAL = ("fuse.fuse-overlayfs", "fuse.mergerfs")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")

@@ -29,7 +29,7 @@ class Pixels(MultimodalEncoder):
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)  # skips the creation of an encoder's weights
         self.config, self.tokenizer = config, None
-        # inference code reads the dtype of the weights
+        # needed because inference code reads the dtype of a model's weights
         self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pools: Sequence[Pool] = ("mean",)) -> Tensor:

@@ -31,8 +31,8 @@ MAX_WORKERS = 16
 SHM = Path("/dev/shm")  # folder in which workers place batches for the main process
 IN_WORKER = "in DataLoader worker process"  # text that torch adds to an exception raised in a worker
 _LEAVING_S = 5.0  # seconds for workers to exit before they are killed
-# Before Python 3.12, a forked worker hangs if a non-Python thread enters the interpreter during the fork, such as
-# gloo's thread that frees the tensor of a collective. This pause gives such threads time to leave.
+# Before Python 3.12, a forked worker hangs if a non-Python thread, such as gloo's thread that frees the tensor of a
+# collective, enters the interpreter during the fork. This pause gives these threads time to leave the interpreter.
 _BEFORE_FORK_S = 0.02
 _LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 

@@ -14,8 +14,8 @@ FEW_STEPS = 100
 # A modality counts as learnt if its loss is below this fraction of both its first value and the loss of a constant
 # prediction.
 FALLEN = 0.98
-# minimum number of log lines from which a training loss is judged; it varies from line to line, because the samples
-# differ
+# minimum number of log lines from which a training loss is judged; the loss varies from line to line, because the
+# samples differ
 _FEW = 10
 # features have collapsed if their effective rank is below this, or below COLLAPSED_TO times the initial rank
 COLLAPSED = 2.0

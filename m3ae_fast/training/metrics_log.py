@@ -89,8 +89,8 @@ class RunLog:
         self._file, self._opened = None, []
 
     def begin(self) -> None:
-        """Remove log lines that an earlier attempt wrote after the step from which this attempt starts. Raises
-        UserError if the folder cannot be written to or a logger cannot start."""
+        """Start the log. If the run is resumed, remove its earlier log lines for steps after that of the checkpoint.
+        Raises UserError if the folder cannot be written to or a logger cannot start."""
         self._begun = time.monotonic()
         self._open()
 
@@ -138,8 +138,8 @@ class RunLog:
         self.say("  ".join([f"step {step}", *shown]))
 
     def has(self, step: int, names: Collection[str]) -> bool:
-        """Return whether the log has a line for this step, from this attempt or an earlier one, with any of these
-        names."""
+        """Return whether the log has a line for this step with any of these names. Lines from before the run was
+        resumed count too."""
         with contextlib.suppress(OSError):
             lines = _lines(self.folder / METRICS_FILE)
             return any(line["step"] == step and not line.keys().isdisjoint(names) for line in lines)

@@ -94,7 +94,7 @@ class Trainer:
     attention: dict[str, str] = field(default_factory=dict)  # names of kernels by part of the network, for checkpoints
     limit: TimeLimit | None = None  # used on the main rank
     early_stopping: EarlyStopping | None = None  # used on the main rank
-    left_out: tuple[int, ...] = ()  # indices, in the training stream, of batches that the run leaves out
+    left_out: tuple[int, ...] = ()  # indices, in the training stream, of the batches that the run leaves out
     spikes: Spikes | None = None
 
     def __post_init__(self) -> None:
@@ -299,8 +299,8 @@ class Trainer:
         return self.record.ending(lambda: self.step, lambda: self.stop.reason or BY_ANOTHER, explain)
 
     def _begin(self) -> None:
-        """Set aside the output that an earlier attempt wrote after this step, and start the measurements. Called before
-        the first step."""
+        """If the run is resumed, set aside its earlier output for steps after that of the checkpoint. Start the
+        measurements. Called before the first step."""
         self.line = MetricsLine(
             ranks=self.ranks,
             throughput=self.throughput,

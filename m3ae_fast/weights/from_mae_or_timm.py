@@ -31,7 +31,7 @@ _NAMES = {
 }
 # weights that are not part of the encoder: classifiers, and weights that fine-tuning adds
 _LEFT_OUT = re.compile(r"(head|head_drop|fc)(\.|$).*")
-# numbers of heads of the published sizes, by width; they are not stored in files
+# numbers of attention heads of the published sizes, by width; files do not contain the number of heads
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 _DECODER_HEADS = {512: 16}
 
