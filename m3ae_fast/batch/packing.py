@@ -40,7 +40,7 @@ class Geometry:
     image_mean: tuple[float, ...] = ()  # per channel
     image_std: tuple[float, ...] = ()
     native: Native | None = None  # size bounds for native aspect ratio; None: images are square
-    cross: bool = False  # whether the decoder has cross-attention: its rows are only those that carry loss
+    cross: bool = False  # whether the decoder has cross-attention, so that its rows are only those that carry loss
 
     @classmethod
     def of(cls, config: ModelConfig) -> Geometry:

@@ -17,7 +17,8 @@ from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
 
-CAPTION_FRACTION = 1 / 3  # length of a typical caption relative to text_length; CC12M: about 20 words, text_length 64
+# length of a typical caption relative to text_length: a caption of CC12M has about 20 words, and text_length is 64
+CAPTION_FRACTION = 1 / 3
 
 
 def memory_needed(config: Config, world: int, samples: int) -> float:

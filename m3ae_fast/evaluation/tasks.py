@@ -26,7 +26,7 @@ POOLS: tuple[Pool, ...] = get_args(Pool)
 COLUMN_NAMES = ("path", "class", "caption")  # additional columns of `embed`
 Modality = Literal["image", "text", "paired"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
-_NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # NAME=SHARDS, the first value of an --ood
+_NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # NAME=SHARDS, the first value of an option --ood
 
 
 class Task(NamedTuple):
@@ -34,17 +34,17 @@ class Task(NamedTuple):
     the task was stopped before its end."""
 
     about: str  # description for --help
-    trains: bool = True  # has --train and --labels
-    resumes: bool = False  # has --resume
+    trains: bool = True  # has the options --train and --labels
+    resumes: bool = False  # has the option --resume
     has_masks: bool = False  # the labels are masks, so there is no --labels
-    classifies: bool = False  # MODEL is a classifier; has --labels
+    classifies: bool = False  # MODEL is a classifier; has the option --labels
     may_classify: bool = False  # MODEL may be a classifier
     modality: Modality | None = None  # the only modality that it supports; None: any
-    surveys: bool = False  # has --layers and --shots
-    pools: bool = False  # has --pools, which requires `surveys`
+    surveys: bool = False  # has the options --layers and --shots
+    pools: bool = False  # has the option --pools, which requires `surveys`
     compares: bool = False  # accepts several MODELs, and opens them itself
     takes_pixels: bool = False  # MODEL may be pixels:MODEL
-    has_baselines: bool = False  # random weights and downscaled pixels are evaluated too; has --no-baselines
+    has_baselines: bool = False  # random weights and downscaled pixels are evaluated too; has the option --no-baselines
     sections: tuple[str, ...] = ("encode",)  # sections of settings that it reads
     libraries: tuple[str, ...] = ()  # optional libraries that it requires
 

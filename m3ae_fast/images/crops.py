@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from m3ae_fast.images.patch_grid import Native
 
-_TRIES = 10  # as in torchvision
+_TRIES = 10  # maximum number of random crops that are drawn until one fits into the image, as in torchvision
 _RATIO = (3 / 4, 4 / 3)  # width / height; for a native aspect ratio, relative to that of the image
 
 

@@ -42,7 +42,7 @@ def split_images(images_N: np.ndarray, wanted: int) -> np.ndarray:
     ones; either all samples of an image are held out, or none. An image with more samples than are still wanted is
     skipped. At least one image is held out.
     """
-    counts = Counter(images_N[::-1].tolist())  # ordered by the last sample of each image, from the end
+    counts = Counter(images_N[::-1].tolist())  # images in the order of their last samples, starting from the end
     held, left = set(), wanted
     for image, samples in counts.items():
         if samples <= left:

@@ -48,7 +48,7 @@ def glass_blur(x: np.ndarray, parameters: tuple[float, int, int], rng: np.random
     change. `parameters`: standard deviation of the blurs, maximum distance, and number of swaps."""
     sigma, unscaled, rounds = parameters
     reach = max(1, int(unscaled * scale(x)))
-    swaps = rounds * scale(x) ** 2 * (2 * unscaled**2 + 1) / (2 * reach**2 + 1)  # per pixel
+    swaps = rounds * scale(x) ** 2 * (2 * unscaled**2 + 1) / (2 * reach**2 + 1)  # swaps per pixel
     x = gaussian_blur(x, sigma, rng)
     height, width = x.shape[:2]
     order = list(range(height * width))

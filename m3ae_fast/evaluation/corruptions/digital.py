@@ -40,7 +40,8 @@ def elastic(x: np.ndarray, parameters: tuple[float, float, float], rng: np.rando
     moved = corners + rng.uniform(-jitter, jitter, corners.shape)
     back = np.linalg.solve(np.column_stack((moved, np.ones(3))), corners)  # [3, 2]: maps a point to its source
     shift = resized(amplitude * _smooth(rng.uniform(-1, 1, (2, STANDARD, STANDARD)), sigma), size)
-    places = (np.mgrid[0:size, 0:size][::-1] + 0.5) / scale(x) - 0.5 + shift  # [2, H, W]: x, y, at 224 pixels
+    # [2, H, W]: the displaced (x, y) of each pixel, in the coordinates of an image of 224 pixels
+    places = (np.mgrid[0:size, 0:size][::-1] + 0.5) / scale(x) - 0.5 + shift
     right, down = np.tensordot(back.T, np.stack((*places, np.ones((size, size)))), 1)
     at = (np.stack((down, right)) + 0.5) * scale(x) - 0.5
     return np.stack([ndimage.map_coordinates(c, at, order=1, mode="mirror") for c in x.transpose(2, 0, 1)], axis=2)
