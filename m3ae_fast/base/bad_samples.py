@@ -54,7 +54,7 @@ class BadSamples:
 
     @property
     def names_more(self) -> bool:
-        """Return whether `report` will log the next bad sample, because fewer than NAMED have been logged."""
+        """Return whether fewer than NAMED bad samples have been logged, so that `report` will log the next one."""
         return self._named < NAMED
 
     def report(self, skipped: Sequence[Skipped], say: bool = True) -> None:

@@ -125,7 +125,7 @@ class Lines:
         return text, duration(self._whole.during(item * self._done, self._pace(now) / item, sure))
 
     def _pace(self, now: float) -> float:
-        """Return the seconds per item. As soon as more than the first items are done, the start-up time is excluded."""
+        """Return the seconds per item, without the start-up time if further items are done after the first ones."""
         assert self._first is not None
         when, done = self._first
         if self._done > done:

@@ -76,7 +76,7 @@ class CaptionTokenizer:
         return [text[len(before) :] for before, text in pairwise(texts)]
 
     def is_special(self, token_id: int) -> bool:
-        """Return whether a token is special, such as the token for unknown words, and represents no particular text."""
+        """Return whether a token represents no text of its own, like the token for unknown words."""
         added = self._tokenizer.get_added_tokens_decoder().get(token_id)
         return self.token(token_id) in SPECIAL or (added is not None and added.special)
 

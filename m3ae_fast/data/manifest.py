@@ -32,7 +32,7 @@ KINDS: tuple[Modality, ...] = get_args(Modality)
 UNREAD = len(KINDS)  # kind of a shard whose samples could not be counted
 SUFFIX = ".npy"
 _MAX_NAME = 1 << 12  # bytes
-# maximum number of samples per shard; a larger shard would have at least 64 GB, and its sample order could not be
+# maximum number of samples per shard; a larger shard would have at least 64 GB, and the sample order could not be
 # computed
 _MAX_SAMPLES = 1 << 26
 _NO_SIDECAR = Path()  # placeholder until the shard is indexed

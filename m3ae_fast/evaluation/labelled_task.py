@@ -147,7 +147,7 @@ class LabelledTask(ABC):
         )
 
     def partial_result(self, trainer: Trainer) -> PartialResult:
-        """Return the result of the last evaluation, possibly one before the run was resumed. Main rank only."""
+        """Return the result of the last evaluation, even if that was before the run was resumed. Main rank only."""
         total = trainer.schedule.total_steps
         lines: list[dict[str, Any]] = []
         with suppress(UserError):

@@ -16,7 +16,7 @@ from m3ae_fast.images.decoding import size_of
 _FIRST_STEPS = 50  # number of steps after which memory use should be stable
 _GROWTH = 1.5
 _INSPECTED = 32  # number of images that are inspected per source
-_ENLARGED = 0.75  # images with a short side below this fraction of the model's image size are reported
+_ENLARGED = 0.75  # reported if the median short side of the images is below this fraction of the model's image size
 
 
 def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:

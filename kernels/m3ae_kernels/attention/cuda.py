@@ -28,7 +28,8 @@ SAMPLES = 64  # number of samples in a check
 HALVES = (torch.bfloat16, torch.float16)
 HEAD_START = 20_000_000  # GPU cycles (about 10 ms) that the GPU waits while the host launches kernels
 ROUNDS = 3  # rounds of a benchmark, each with the same number of calls
-CUDNN_ROWS = 129  # minimum length of the longest sample that must be passed to torch so that it uses cuDNN
+# minimum value that is passed as the length of the longest sample; with a smaller value, cuDNN would not be used
+CUDNN_ROWS = 129
 ERROR = 0.03  # maximum relative difference (of norms) that is allowed between two kernels in bf16
 
 Inputs = tuple[Tensor, Tensor, Segments]  # qkv, the gradient of the result, and the samples
