@@ -195,7 +195,9 @@ def test_what_a_resumed_run_may_change(tmp_path):
         ("masking", {"image_ratio": 0.5}),
         ("run", {"stream": stream | {"data.tokenizer": "8 tokens"}}),
     ):
-        with pytest.raises(UserError, match="which changes the stream of samples; --resume-with-changes"):
+        with pytest.raises(
+            UserError, match="which changes the stream of samples; to continue anyway, add --resume-with-changes"
+        ):
             fits(section, **values)
         assert len(fits(section, with_changes=True, **values)) == 1
     assert fits("optim", peak_lr=0.5) == ["optim.peak_lr was 0.02 and is 0.5 from here on"]
@@ -350,9 +352,9 @@ def test_nodes_that_see_other_shards_do_not_begin(trainer):
 @pytest.mark.parametrize(("seen", "message"), [
     ({}, None),
     ({WRITTEN: "today"}, None),  # a copy has another modification time
-    ({"data.train": "2 shards"}, r"data\.train is 1 shards on rank 0 \(a\), 2 shards on rank 1 \(b\)"),
-    ({"data.val": 7}, r"data\.val is 9 samples on rank 0 \(a\), 7 samples on rank 1"),
-    ({"data.val": None}, r"data\.val is 9 samples on rank 0 \(a\), none on rank 1"),
+    ({"data.train": "2 shards"}, r"data\.train is 1 shards on rank 0 \(a\), but 2 shards on rank 1 \(b\)"),
+    ({"data.val": 7}, r"data\.val is 9 samples on rank 0 \(a\), but 7 samples on rank 1"),
+    ({"data.val": None}, r"data\.val is 9 samples on rank 0 \(a\), but none on rank 1"),
 ])  # fmt: skip
 def test_each_rank_compares_its_data_with_rank_0s(seen, message):
     sent = []
