@@ -145,8 +145,8 @@ def take_patches(
 
 
 def put_patches(rows: Tensor, images: Tensor, patch_size: int, scale: Sequence[float]) -> Tensor:
-    """Return contiguous images [B, C, H, W], assembled from all of their patches, rows [B * patches, K] in the patch
-    order of `images`. Each channel is multiplied by its scale."""
+    """Return contiguous images [B, C, H, W], assembled from all of their patches. `rows` [B * patches, K] contains the
+    patches, in the patch order of `images`. Each channel is multiplied by its scale."""
     batch, channels, height, width = images.shape
     grid, patch = (batch, height // patch_size, width // patch_size), (patch_size, patch_size)
     if planar(images):

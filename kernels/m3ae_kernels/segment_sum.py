@@ -1,4 +1,4 @@
-"""Sums of rows with equal ids in a fixed order, which is the backward pass of table look-ups.
+"""Sums of rows with equal ids, added in a fixed order: the backward pass of table look-ups.
 
 Shapes: T rows, D width, K ids.
 """

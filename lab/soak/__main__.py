@@ -36,10 +36,10 @@ def report(tally: Tally, server: Counter, seed: int, minutes: float) -> str:
 Command: `python -m lab.soak --seed {seed}`, {minutes:.1f} minutes, torch {torch.__version__}, Python \
 {platform.python_version()}.
 
-In {tally.runs} runs with {tally.starts} starts, {tally.tried.total()} faults were injected, and the HTTP server \
-that provides the shards failed {server.total()} times. {tally.whole} of {tally.runs} runs ended bitwise identical to \
-an undisturbed run: they had the same losses, gradient norms and learning rates, and the same weights and optimiser \
-moments in the last checkpoint.
+{tally.tried.total()} faults were injected into {tally.runs} runs, which were started {tally.starts} times in total. \
+The HTTP server that provides the shards failed {server.total()} times. {tally.whole} of {tally.runs} runs were \
+bitwise identical to an undisturbed run at the end: they had the same losses, gradient norms and learning rates, and \
+the same weights and optimiser moments in the last checkpoint.
 
 {wrong}
 

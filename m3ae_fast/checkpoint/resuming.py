@@ -244,8 +244,8 @@ def open_checkpoint(path: Path, info: checkpoint.Info, model: nn.Module, ranks: 
     """Return a reader of a checkpoint's tensors for `model`.
 
     `kinds`: kinds of the optimiser's state in the engine. If the checkpoint contains no moving average of the weights,
-    the average begins with the checkpoint's weights. Every rank must call it. Raises UserError if the checkpoint is
-    damaged or one of its tensors does not fit the model.
+    the average begins with the checkpoint's weights. Every rank must call this function. Raises UserError if the
+    checkpoint is damaged or one of its tensors does not fit the model.
     """
     had_ema = any((section or {}).get("ema") is not None for section in info.config.values())
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}

@@ -128,7 +128,7 @@ def _add_survey(command: argparse.ArgumentParser, task: str) -> None:
     if TASKS[task].pools:
         features = f"the features of each of these poolings ({', '.join(POOLS)})"
         if task == "attentive":
-            same = "in the same training steps and with the same hyper-parameters"
+            same = "in the same training steps as the attentive probes and with the same hyper-parameters"
             about = f"also train linear classifiers on {features}, {same}"
             default = "only attentive probes"
         else:

@@ -3,7 +3,7 @@
 m3ae-fast pretrain photos/ --out run                      # captions: next to the images or in a table; classes: folders
 m3ae-fast pretrain imagenette2/ --out run                 # train/CLASS and val/CLASS: the images in val are held out
 m3ae-fast pretrain 'shards/*.tar' --out run --hours 8
-m3ae-fast pretrain uoft-cs/cifar10 --out run              # a dataset of the Hugging Face Hub
+m3ae-fast pretrain uoft-cs/cifar10 --out run              # a dataset on the Hugging Face Hub
 m3ae-fast pretrain photos/ --out run --from runs/base     # continue from existing weights: a run, an export, MAE, ...
 m3ae-fast pretrain photos/ --out run --dry-run            # print the chosen settings and the expected duration
 

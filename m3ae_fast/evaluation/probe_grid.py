@@ -306,8 +306,8 @@ def encode_kinds(
 def trains_online(job: Job, layers: Sequence[int], corpora: Sequence[Corpus], name: str = "") -> bool:
     """Return whether attentive probes at these layers are trained online, without storing patch tokens. The setting
     `attentive.online` determines this; if it is null, the probes are trained online if the tokens do not fit into
-    memory. Print the required memory. Every rank must call it, and gets the same result. `name`: prefix of the printed
-    line."""
+    memory. Print the required memory. Every rank must call this function; the result is the same on all ranks.
+    `name`: prefix of the printed line."""
     model, ranks, online = job.model.config, job.ranks, job.config.attentive.online
     samples = sum(corpus.samples for corpus in corpora)
     needed = 2 * samples * len(layers) * model.most_patches * model.emb_dim  # float16

@@ -194,8 +194,8 @@ def _draw(
 
 
 def _first_image(job: Job, each: Pass) -> Tensor | None:
-    """Return the first image of a pass as the classifier sees it, before the pass's corruption is applied; None if
-    there is none."""
+    """Return the first image of a pass, preprocessed for the classifier but without the pass's corruption; None if no
+    image is found."""
     samples = eval_samples(each.corpus, job.preparation, _TRIED)
     return next((sample.image for sample in samples if sample.image is not None), None)
 

@@ -81,7 +81,7 @@ class Ranks:
 
     def from_main(self, value: T) -> T:
         """Return rank 0's picklable `value` on every rank."""
-        if self.world == 1:  # otherwise, gloo's threads could be in the interpreter while a loader worker is forked
+        if self.world == 1:  # a broadcast could leave gloo's threads in the interpreter while a worker is forked
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)

@@ -34,8 +34,8 @@ class RunFolder:
     Two locks are used: a POSIX lock on a file, which all file systems support, and flock on the folder itself, which
     remains effective if the file is removed. Both are released when this process ends, even if it is killed: the POSIX
     lock is not inherited by loader workers, and they release the flock. The filelock library is not used, because it
-    applies flock to a file. If this file is removed, two processes can hold the lock. Before version 4 of the
-    library, loader workers inherit the lock. On file systems without flock, a killed run leaves a lock file behind.
+    applies flock to a file. If this file is removed, two processes can hold the lock. In versions of the library
+    before 4, loader workers inherit the lock. On file systems without flock, a killed run leaves a lock file behind.
     """
 
     def __init__(self, path: Path) -> None:

@@ -56,7 +56,7 @@ features = model(prepare(square)[None])  # [1, {emb_dim}], equal to M3AE.encode(
 The central square is cropped first, as in pre-training: timm's own transform resizes an image before it crops it, which
 gives different pixels, and therefore different features, if the image is not square.
 
-`model.forward_features` returns all tokens, [B, 1 + {patches}, {emb_dim}], the cls token first. The input is the
+`model.forward_features` returns all tokens, [B, 1 + {patches}, {emb_dim}], with the cls token first. The input is the
 central square of an image, scaled so that black is 0 and white is 1 (8-bit levels / 255), minus {mean}, divided by
 {std}. Without config.json, use `timm.models.VisionTransformer({arguments})`, with LayerNorms whose eps is 1e-6.
 """

@@ -91,8 +91,8 @@ def token_rows_kernel(
 
 @launcher
 def token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results: Results) -> None:
-    """Fill the results, but only the gradients selected by `needs`. hidden, weight and bias must have the same dtype,
-    and the row weight of an ignored row must be 0."""
+    """Write the results in place. Of the gradients, only those selected by `needs` are written. hidden, weight and bias
+    must have the same dtype, and the row weight of an ignored row must be 0."""
     hidden, weight, bias, unit_weight, targets = inputs
     row_loss, correct, grad_hidden, grad_weight, grad_bias = results
     assert options.workspace is not None

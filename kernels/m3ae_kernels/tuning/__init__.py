@@ -1,7 +1,7 @@
 """Block sizes by kernel, element size and architecture, as JSON files in this folder.
 
 Files such as `sm_90.json` contain the launch settings of every kernel for 16-bit inputs ("16") and wider inputs ("32");
-`python -m benchmarks.gpu --tune` rewrites them. Nothing is tuned at run time: every rank runs the same code.
+`python -m benchmarks.gpu --tune` rewrites them. Nothing is tuned at run time, so every rank runs the same code.
 """
 
 import json

@@ -14,7 +14,7 @@ def published_sets(folder: Path) -> dict[str, dict[int, list[str]]]:
     archives of ImageNet-C: noise/gaussian_noise/1. Raises UserError if there are no corruptions, or if a severity has
     no shards."""
     if not folder.is_dir():
-        raise UserError(f"--corrupted {folder}: no such folder; a folder with {_LAYOUT} is expected")
+        raise UserError(f"--corrupted {folder}: no such folder; expected a folder with shards in {_LAYOUT}")
     found: dict[str, dict[int, list[str]]] = {}
     for path in sorted([*folder.glob("*/[1-5]"), *folder.glob("*/*/[1-5]")]):
         shards = sorted(map(str, path.glob("*.tar")))
