@@ -149,8 +149,8 @@ def keep_freed_memory() -> None:
 
 
 def missing_memory(needed: float, device: torch.device) -> str:
-    """Return a message with the required and the free memory if a device has less than `needed` bytes free; otherwise
-    ""."""
+    """Return a message with the required and the free memory if `needed` bytes are 90 % or more of the free memory of a
+    device; otherwise ""."""
     import psutil  # imported here because benchmarks.gpu reads data sheets with only torch, Triton and NumPy installed
 
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]

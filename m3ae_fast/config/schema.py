@@ -285,9 +285,9 @@ class SourceConfig(Section):
     loss_weight: float = Field(1.0, ge=0, le=1e6)
     """Factor by which the losses of these samples are multiplied; the denominator of the mean does not change."""
     modality: Literal["auto", "any", "paired", "image", "text"] = "auto"
-    """Modalities that are used from each sample. `any`: all modalities of the sample. `auto`: `paired`, `image` or
-    `text` for a shard whose samples are all of this kind, and `any` for other shards. With `auto`, an image-only model
-    (`model.vocab_size` 0) uses only the images."""
+    """Modalities that are used from each sample. `any`: all modalities of the sample. `auto`: the modality of a
+    shard's samples (`paired`, `image` or `text`) if it is the same for all of them; otherwise `any`. With `auto`, an
+    image-only model (`model.vocab_size` 0) uses only the images."""
     caption_fraction: float = Field(1.0, ge=0, le=1)
     """Fraction of the pairs that keep their caption; the remaining pairs are used as images without text. The pairs are
     selected by a hash of their keys, so they are the same in every run, and a larger fraction includes the pairs of a

@@ -37,9 +37,9 @@ class Share:
 class MicroBatches(Sampler[list[int]]):
     """Sampler of the positions in one rank's micro-batches.
 
-    Step s consists of the positions s * G to (s + 1) * G, where G is the global batch. These positions are sorted by
-    lane and split into equal parts, one per rank, so that the consecutive ranks of a node share lanes. If the number of
-    ranks does not divide G, the sizes of the parts differ by one. Each part is split into equal micro-batches. There
+    Step s consists of the positions s * G to (s + 1) * G - 1, where G is the global batch. These positions are sorted
+    by lane and split into equal parts, one per rank, so that the consecutive ranks of a node share lanes. If the number
+    of ranks does not divide G, the sizes of the parts differ by one. Each part is split into equal micro-batches. There
     are no positions from `end` on, so a micro-batch may be short or empty, but all ranks have the same number of
     micro-batches.
     """

@@ -31,8 +31,8 @@ def feed(
     device: torch.device,
     start_sums: Callable[[list[PackedBatch]], Callable[[], Sums]],
 ) -> Iterator[StepInput[Sums]]:
-    """Yield the inputs of each step, with `accumulation` micro-batches. `start_sums` starts an all-reduce of values of
-    a step's micro-batches, and returns a function that waits for the result.
+    """Yield the inputs of each step, with `accumulation` micro-batches. `start_sums` starts an all-reduce for
+    the micro-batches of a step, and returns a function that waits for the result.
 
     The input of a step is prepared after the previous step has been launched. Loading, the all-reduce and the copy to
     the device, which uses a separate stream, therefore overlap with the GPU's computation of the previous step.

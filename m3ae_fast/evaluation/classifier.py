@@ -39,7 +39,7 @@ class ClassifierConfig(Section):
     pool: Pool
     """Pooling of the features that the head reads."""
     modality: Literal["image", "text", "paired"]
-    """Modalities of a sample that the encoder sees."""
+    """Modalities of each sample that are passed to the encoder."""
     classes: list[int | str]
     """Labels by class id."""
 

@@ -124,8 +124,9 @@ def measured(
 
 
 def average_precisions(truth_M: np.ndarray, scores_M: np.ndarray, weights_BM: np.ndarray) -> np.ndarray:
-    """Return the average precision of a class for each weighting of the samples, [B]: the sum over the distinct scores
-    of the precision at that score times the increase in recall. It is NaN if no sample of the class has a positive
+    """Return the average precision of a class for each weighting of the samples, [B]. Each distinct score is used as a
+    threshold, and the precision at this threshold is multiplied by the increase in recall from the next higher
+    threshold; the average precision is the sum of these products. It is NaN if no sample of the class has a positive
     weight. `weights_BM`: integer weights of the samples."""
     order_M = np.argsort(-scores_M, kind="stable")
     ends_V = np.flatnonzero(np.append(np.diff(scores_M[order_M]) != 0, True))

@@ -35,8 +35,8 @@ def make(
     samples_per_shard: int = Settings.samples_per_shard,
     workers: int | None = None,
 ) -> Converted:
-    """Create shards from a source, and return counts of the result. Equal input gives equal bytes. A repeated call
-    resumes an interrupted one.
+    """Create shards from a source, and return counts of the result. The same source and arguments produce
+    byte-identical shards. To resume an interrupted call, repeat it.
 
     Args:
         source, kind, captions, image_column, caption_column, label_column, classes, flat, masks, subset, split: as in

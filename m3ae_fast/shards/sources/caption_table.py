@@ -1,7 +1,7 @@
 """Caption tables (csv, tsv, jsonl, parquet), whose rows contain an image, its caption and other fields.
 
-Each row gives a sample, even if rows are equal, or one sample per caption if it contains a list of captions. Rows are
-read strictly: a row with more or fewer fields than the table has columns is an error. All columns except those of
+Each row gives one sample, or one sample per caption if it contains a list of captions; equal rows are not merged. Rows
+are read strictly: a row with more or fewer fields than the table has columns is an error. All columns except those of
 images and captions become fields of the sample's json. A table without captions must have at least one column besides
 that of the images.
 
