@@ -342,8 +342,8 @@ class DataConfig(Section):
     whose samples a lane shuffles together."""
     lanes: int = Field(64, gt=0, le=1 << 16)
     """Maximum number of lanes, the parallel sub-streams into which the training stream is divided; each node reads only
-    some of them. The actual number of lanes is the largest divisor of the global batch size (divided by `repeats`)
-    that exceeds neither this value nor the number of shards."""
+    some of them. The actual number of lanes is the largest divisor of `train.global_batch` / `repeats` that
+    exceeds neither this value nor the number of shards."""
     workers: int | None = Field(None, ge=0, le=1024)
     """Number of data-loader processes per rank; null: derived from the number of CPU cores."""
     prefetch: int = Field(4, gt=0, le=1024)
