@@ -76,7 +76,6 @@ def _fields(value):
     """Yield the names of the fields of a result and of its rows, in the form that the guide uses."""
     for name, inner in value.items():
         name = re.sub(r"^(other_)?(max_softmax|energy|knn|mahalanobis)_(?!samples)", "SET_SCORE_", name)
-        name = re.sub(r"^text_to_image_", "image_to_text_", name)
         yield re.sub(r"^other_samples$", "SET_samples", name).removesuffix("_se")
         if name == "baselines":
             for baseline in inner.values():
@@ -95,5 +94,5 @@ def test_the_guide_names_every_field_of_a_result_and_no_other(alone):
     found = {name for result in results for name in _fields(result)}
     assert found - named == set()
     rare = {"top5", "chance_top5", "auroc", "warning", "name"}  # not in the results of three classes
-    words = {"SCORE", "SET_", "attentive", "text_to_image", "max_softmax", "energy", "knn", "mahalanobis"}
+    words = {"SCORE", "SET_", "attentive", "ood_samples", "max_softmax", "energy", "knn", "mahalanobis"}
     assert named - found - rare - words == set()
