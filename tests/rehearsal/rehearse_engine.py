@@ -72,7 +72,7 @@ def test_all_activations_are_kept_where_dry_runs_memory_allows_it(cuda, monkeypa
     elif kept:
         assert engine.memory == "activations: all are kept"
     else:
-        assert engine.memory.startswith("activations: outputs of GELU and LayerNorm are recomputed")
+        assert engine.memory.startswith("activations: the outputs of GELU and LayerNorm are recomputed")
         assert engine.memory.endswith(
             f"to keep all activations, {needed / 1e9:.3g} GB are needed, and {needed / 0.92e9:.3g} GB are free"
         )
