@@ -298,9 +298,9 @@ def _all_rows(layout: _Layout, terms: _LossTerms, size: Callable[[int], int]) ->
 
 
 def _queries(layout: _Layout, terms: _LossTerms, segments: int, size: Callable[[int], int]) -> _DecoderPart:
-    """Return what `_all_rows` returns, but for a decoder with cross-attention. Its rows are only the loss rows, which
-    attend to the encoder's rows. Padding rows have weight 0 and are distributed evenly over the segments. `segments`:
-    number of the encoder's segments."""
+    """Return the decoder's segments, the segments of its loss rows, and the index maps and weights of both, for a
+    decoder with cross-attention. Its rows are only the loss rows, which attend to the encoder's rows. Padding rows have
+    weight 0 and are distributed evenly over the segments. `segments`: number of the encoder's segments."""
     loss_U = np.flatnonzero(terms.image_U | terms.text_U)
     images, texts = (int(np.count_nonzero(part_U)) for part_U in (terms.image_U, terms.text_U))
     more_images, padding = size(images) - images, size(images) - images + size(texts) - texts

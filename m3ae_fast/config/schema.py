@@ -357,8 +357,8 @@ class DataConfig(Section):
     image_tokenizer: NamedPath | None = None
     """Folder of the converted VQGAN whose token ids are the image targets (`model.image_targets: vqgan`)."""
     image_tokens: Literal["device", "workers", "shards"] = "device"
-    """Where the image token ids are computed. `device`: on the training device; `workers`: in the data-loader workers;
-    `shards`: in advance, by `m3ae-fast shards image-tokens`."""
+    """Place of the computation of the image token ids. `device`: on the training device; `workers`: in the data-loader
+    workers; `shards`: in advance, by `m3ae-fast shards image-tokens`."""
     max_bad_fraction: float = Field(0.1, ge=0, le=1)
     """Maximum fraction of unusable samples. If it is exceeded, the run stops with an error."""
 
