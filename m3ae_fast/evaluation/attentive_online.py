@@ -1,8 +1,8 @@
 """Online training of attentive probes, without storing patch tokens: each step encodes a batch and discards its tokens,
 so that memory use does not grow with the dataset.
 
-Shapes: S samples of a batch on this rank, L patches, D width, K layers, or pairs of a layer and a
-pooling, F types of features, H heads of a type, C classes.
+Shapes: S samples of a batch on this rank, L patches, D width, K layers, or pairs of a layer and a pooling, F types of
+features, H heads of a type, C classes.
 """
 
 from __future__ import annotations
@@ -106,10 +106,9 @@ def predict_online(
     """
     train, held_out = corpora
     ranks, world, trying = job.ranks, job.ranks.world, len(recipe.scales) > 1
-    scales, model, types = [*recipe.scales.values()], job.model.config, FeatureTypes(kinds)
+    scales, types = [*recipe.scales.values()], FeatureTypes(kinds)
     places = range(len(kinds))
-    shapes = [(model.most_patches, model.emb_dim) if kind.is_tokens else (model.emb_dim,) for kind in kinds]
-    stacks = {at: new_stack(shape, recipe, scales, setting) for at, shape in enumerate(shapes)}
+    stacks = {at: new_stack(shape, recipe, scales, setting) for at, shape in enumerate(types.shapes(job.model.config))}
     accumulation = max(-(-recipe.batch // (job.config.encode.batch * world)), 1)
     share = Share(recipe.batch, accumulation, ranks.rank, world)
     loader = job.batches(train, share, range(recipe.steps), lay_out(job.config.data, train.sizes, recipe.batch))

@@ -68,6 +68,12 @@ def accuracy_difference(first: Sequence[Predictions], second: Sequence[Predictio
     return difference(first_N, second_N)
 
 
+def baseline_name(name: str, entries: Mapping[str, Any]) -> str:
+    """Return the name of a baseline for display, with its classifier if this differs from that of the model.
+    `entries`: the entries of the baseline in result.json."""
+    return f"{name} ({entries[PROBE]})" if PROBE in entries else name
+
+
 def differences(result: Mapping[str, Any]) -> dict[str, Difference]:
     """Return the differences between a result and its baselines, by name of the baseline."""
     found = {name: each.get("difference") for name, each in result.get(BASELINES, {}).items()}

@@ -37,7 +37,8 @@ from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.evaluation.tasks import TASKS, Modality, Options
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.session import Session
-from m3ae_fast.process.stop_request import StopRequest
+from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
+from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.training.run_lock import RunFolder
 
 RESULT_FILE, PARTIAL_FILE = "result.json", "result-so-far.json"
@@ -162,11 +163,12 @@ class Job:
     ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
         """Encode the samples with each baseline, in one pass over the samples. Return the features of the training and
         held-out samples by name of the baseline; empty if the task evaluates no baselines. If too many samples cannot
-        be read, a note is printed, and the result is empty too, so that the result of the training is not lost.
+        be read, or if a rank is asked to stop, a note is printed, and the result is empty too, so that the result of
+        the training is not lost.
 
         Args:
             train, val: the training and the held-out samples.
-            stop: see `PassMonitor`.
+            stop: stop requests that have to be checked, because they do not end the program; see `PassMonitor`.
             layer: number of the block, from 1; None: the last block.
             pool: the pooling; None: the one in the settings.
         """
@@ -175,8 +177,9 @@ class Job:
             return {}
         try:
             return self._encode_by_each(models, train, val, "baselines: ", stop=stop, layer=layer, pool=pool)
-        except UnusableSamples as error:
-            self.say(f"note: the result is written without baselines: {error}")
+        except (UnusableSamples, Stopped) as error:
+            reason = f"stopped ({self.stop.reason or BY_ANOTHER})" if isinstance(error, Stopped) else error
+            self.say(f"note: the result is written without baselines: {reason}")
             return {}
 
     def _encode_by_each(

@@ -23,10 +23,10 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_training
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
+from m3ae_fast.evaluation import logistic_regression
 from m3ae_fast.evaluation.baselines import LOGISTIC, MODEL, accuracy_entries
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, C, Official, chosen, with_defaults
 from m3ae_fast.evaluation.job import LONG_S, SHORT_S, WARNINGS, Columns, Job, PartialResult
-from m3ae_fast.evaluation.logistic_baselines import logistic_baselines
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.training.metrics_log import read_metrics
@@ -131,7 +131,9 @@ class LabelledTask(ABC):
         found = job.ranks.broadcast(lambda: self.warnings(trainer))
         for warning in found:
             job.say(f"note: {warning}")
-        predictions = {MODEL: self.predictions} | logistic_baselines(job, self.corpora, len(self.classes))
+        predictions = {MODEL: self.predictions}
+        for name, banks in job.encode_baselines(*self.corpora, job.stop).items():
+            predictions[name], _ = logistic_regression.predict(*banks, len(self.classes), job.heartbeats)
         return (
             result
             | accuracy_entries(predictions, LOGISTIC)

@@ -7,8 +7,7 @@ from typing import Any
 from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
 from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.job import Job, PartialResult
-from m3ae_fast.evaluation.logistic_baselines import logistic_predictions
-from m3ae_fast.evaluation.logistic_regression import fit_chosen
+from m3ae_fast.evaluation.logistic_regression import fit_chosen, predict
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -30,9 +29,11 @@ def run(job: Job) -> dict[str, Any]:
         "skipped": len(bank.skipped) + len(held_out.skipped),
     }
     columns = found[MODEL].columns(classes)
-    job.keep_if_stopped(lambda: PartialResult("without baselines", accuracy_entries(found) | numbers, columns))
+    job.keep_if_stopped(lambda: PartialResult("without baselines", found[MODEL].accuracies() | numbers, columns))
     if not job.options.is_pixels:  # a saved classifier needs an encoder, which pixels do not have
         job.save_probe("logistic", heads.head(0))
     job.keep(columns)
-    others = {name: banks for name, banks in encoded.items() if name != MODEL}
-    return accuracy_entries(found | logistic_predictions(others, len(classes), job.heartbeats)) | numbers
+    for name, banks in encoded.items():
+        if name != MODEL:
+            found[name], _ = predict(*banks, len(classes), job.heartbeats)
+    return accuracy_entries(found) | numbers

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import judge
+from m3ae_fast.evaluation.fit_heads import judge, logits
 from m3ae_fast.evaluation.heads import BATCH_NORM_EPS, LinearHeads
 from m3ae_fast.evaluation.learning_rates import RateTrial, choose, split
+from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.process.collectives import all_reduce
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
@@ -54,6 +55,15 @@ def fit_chosen(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = 
         strength = bank.ranks.from_main(strength) if bank.ranks else strength  # all ranks use the same value
         start_HKP = tried_HKP[[INVERSE_STRENGTHS.index(strength)]]
     return _fit(bank, bank.labels, classes, [strength], heartbeats, start_HKP)[1], strength
+
+
+def predict(
+    bank: FeatureBank, held_out: FeatureBank, classes: int, heartbeats: Heartbeats | None = None
+) -> tuple[Predictions, float]:
+    """Fit a classifier as `fit_chosen` does, and return its predictions for the held-out samples and its inverse
+    strength. Every rank must call it."""
+    heads, strength = fit_chosen(bank, classes, heartbeats)
+    return held_out.predictions(logits(heads, held_out)), strength
 
 
 def fit(bank: FeatureBank, targets: Tensor, classes: int, heartbeats: Heartbeats | None = None) -> LinearHeads:

@@ -248,9 +248,8 @@ def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes, kinds
     """Return the estimated training time of the probes of all feature types, in seconds."""
     task, model = job.options.task, job.model.config
     samples = train.samples if shots is None else min(shots * len(classes), train.samples)
-    shapes = [(model.most_patches, model.emb_dim) if kind.is_tokens else (model.emb_dim,) for kind in kinds]
     setting = Setting(job.config, len(classes), model.num_heads, job.config.run.seed, job.ranks, job.heartbeats)
-    return expected_duration.seconds(task, samples, shapes, setting)
+    return expected_duration.seconds(task, samples, FeatureTypes(kinds).shapes(model), setting)
 
 
 def _shorter(job: Job, layers: Sequence[int]) -> str:

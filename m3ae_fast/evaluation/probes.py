@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.evaluation import AttentiveProbeConfig, EvaluationConfig, Pool
 from m3ae_fast.engine.schedule import Schedule, warmup_cosine
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, with_defaults
@@ -34,7 +35,7 @@ from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads
 from m3ae_fast.evaluation.knn import knn_predictions
 from m3ae_fast.evaluation.labelled_task import training_warnings
 from m3ae_fast.evaluation.learning_rates import FACTORS, RateTrial, best, choose, edge, split
-from m3ae_fast.evaluation.logistic_regression import fit_chosen
+from m3ae_fast.evaluation.logistic_regression import predict
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.stacked_optimizers import LARS, AdamW
 from m3ae_fast.process.heartbeats import Heartbeats
@@ -82,6 +83,10 @@ class FeatureTypes(NamedTuple):
     @property
     def has_tokens(self) -> bool:
         return any(kind.is_tokens for kind in self.kinds)
+
+    def shapes(self, model: ModelConfig) -> list[tuple[int, ...]]:
+        """Return the shape of a sample's features of each type: (D,) or (L, D)."""
+        return [(model.most_patches, model.emb_dim) if kind.is_tokens else (model.emb_dim,) for kind in self.kinds]
 
     def place(self, kind: Features) -> int:
         """Return the index of this feature type among the pooled features or the patch tokens."""
@@ -324,8 +329,8 @@ def _by_neighbours(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -
 
 
 def _by_regression(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -> tuple[Predictions, dict[str, float]]:
-    heads, strength = fit_chosen(bank, setting.classes, setting.heartbeats)
-    return held_out.predictions(logits(heads, held_out)), {"inverse_strength": strength}
+    predictions, strength = predict(bank, held_out, setting.classes, setting.heartbeats)
+    return predictions, {"inverse_strength": strength}
 
 
 # The docstring of `tasks.py` lists what else a new probe needs.

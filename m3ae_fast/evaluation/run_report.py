@@ -14,7 +14,7 @@ from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, draw_charts
-from m3ae_fast.evaluation.baselines import BASELINES, PREFIXES, PROBE, differences
+from m3ae_fast.evaluation.baselines import BASELINES, PREFIXES, baseline_name, differences
 from m3ae_fast.evaluation.difference import in_words
 from m3ae_fast.evaluation.significance import ERROR, standard_error
 from m3ae_fast.training.diagnostics import Metrics, diagnose, verdict
@@ -134,7 +134,9 @@ def _results_table(found: list[tuple[Path, dict[str, Any]]]) -> str:
     for path, result in found:
         model = _model(path, result)
         baselines = result.get(BASELINES, {})
-        of_models = {model: result} | {f"{_baseline(name, each)} of {model}": each for name, each in baselines.items()}
+        of_models = {model: result} | {
+            f"{baseline_name(name, each)} of {model}": each for name, each in baselines.items()
+        }
         for whose, metrics in of_models.items():
             for name, value in metrics.items():
                 is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -154,11 +156,6 @@ def _model(path: Path, result: dict[str, Any]) -> str:
     return model
 
 
-def _baseline(name: str, result: Mapping[str, Any]) -> str:
-    """Return the name of a baseline for display, with its classifier if this differs from that of the model."""
-    return f"{name} ({result[PROBE]})" if PROBE in result else name
-
-
 def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
     """Yield HTML paragraphs for each result with a verdict or a warning. They state whether the result differs
     significantly from the baselines of the same task and from always predicting the largest class, and contain the
@@ -168,7 +165,7 @@ def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
         if not {"verdict", "warning", BASELINES} & result.keys() or model.startswith((*PREFIXES.values(),)):
             continue
         baselines = result.get(BASELINES, {})
-        apart = {_baseline(name, baselines[name]): each for name, each in differences(result).items()}
+        apart = {baseline_name(name, baselines[name]): each for name, each in differences(result).items()}
         own = {name: each.words(model, name) for name, each in apart.items()}
         others = {
             words: other.parent

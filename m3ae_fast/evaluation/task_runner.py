@@ -17,7 +17,7 @@ from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.config.evaluation import EvaluationConfig, Pool, evaluation_config
-from m3ae_fast.evaluation.baselines import BASELINES, MODEL, PROBE, SCALED, UNTRAINED, differences
+from m3ae_fast.evaluation.baselines import BASELINES, MODEL, SCALED, UNTRAINED, baseline_name, differences
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.classifier import CONFIG_FILE, Classifier, read_config
 from m3ae_fast.evaluation.job import Job, refuse_existing, show_result, summary, write_result
@@ -63,8 +63,8 @@ def evaluate(
         out: folder for the result, which must not contain a result.
         train: shards of training samples; not used by robustness and retrieval.
         labels: source of the labels: "cls", or "json." and the name of a field.
-        modality: input of the encoder: "image", "text" or "paired"; None: the modality of the
-            classifier or of the task, otherwise "image".
+        modality: input of the encoder: "image", "text" or "paired"; None: the modality of the classifier or of the
+            task, otherwise "image".
         resume: for linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
         layers: for knn, logistic, linear and attentive: "all" or numbers of encoder blocks, from 1; None: the last
             block.
@@ -220,8 +220,7 @@ def _perform(
         apart = differences(result)
         for name, each in result.get(BASELINES, {}).items():
             words = f"; {apart[name].words(MODEL, name)}" if name in apart else ""
-            probe = f" ({each[PROBE]})" if PROBE in each else ""
-            job.say(f"{task}: {name}{probe}: {summary(each)}{words}")
+            job.say(f"{task}: {baseline_name(name, each)}: {summary(each)}{words}")
         if "warning" in result:
             job.say(f"warning: {result['warning']}")
         return result

@@ -213,7 +213,7 @@ def test_a_stop_during_the_baselines_keeps_the_result(transfer, run, monkeypatch
     monkeypatch.setattr(Job, "encode_baselines", stopped)
     result = transfer("linear", *SHORT, baselines=True)
     assert result["steps"] == 4 and "top1" in result and "baselines" not in result
-    assert "stopped (SIGTERM): the result is written without baselines" in capsys.readouterr().out
+    assert "note: the result is written without baselines: stopped (SIGTERM)" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_a_task_that_is_stopped_at_its_baselines_leaves_its_accuracy(transfer, m
     def stops_at_baselines(job):
         """Write the partial result when baselines are about to be fitted."""
         initialise(job)
-        module, name = (logistic, "logistic_predictions") if task == "logistic" else (probe_grid, "_baselines")
+        module, name = (logistic, "predict") if task == "logistic" else (probe_grid, "_baselines")
         fit = getattr(module, name)
 
         def stopped(*given):
@@ -125,7 +125,7 @@ def test_a_task_that_is_stopped_at_its_baselines_leaves_its_accuracy(transfer, m
 
     monkeypatch.setattr(Job, "__post_init__", stops_at_baselines)
     result = transfer(task, *options, baselines=True)
-    ((message, partial),) = said
+    message, partial = said[0]
     assert partial["partial"] and partial["done"] == "without baselines" and "baselines" not in partial
     assert partial["top1"] == result["top1"] and partial[done] == result[done] and "baselines" in result
     assert message.startswith("partial result, without baselines, in ")
