@@ -164,12 +164,12 @@ def _race(runner: Runner, args: argparse.Namespace, data: str, size: str) -> Non
         untuned = trial.trained and not trial.tuned
         return replace(trial, tuned=tuned(tuned_as(trial.arm))) if untuned else trial
 
-    lengths = {*(args.lengths or settings["lengths"])}
-    for trial in race(data, size, settings["lengths"], settings["tried"], args.seeds, args.final_seeds):
-        if trial.trained and not (trial.arm in args.arms and trial.steps in lengths):
+    selected, lengths, target = {*(args.lengths or settings["lengths"])}, settings["lengths"], settings["target"]
+    for trial in race(data, size, lengths, target, settings["tried"], args.seeds, args.final_seeds):
+        if trial.trained and not (trial.arm in args.arms and trial.steps in selected):
             continue
         runner.perform(with_settings(trial))
-    for trial in finetuned(data, size, settings["lengths"], args.finetune) if data == FINETUNED else ():
+    for trial in finetuned(data, size, lengths[0], target, args.finetune) if data == FINETUNED else ():
         runner.finetune(with_settings(trial))
 
 

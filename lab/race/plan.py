@@ -79,26 +79,37 @@ def tuned_as(arm: str) -> str:
 
 
 def race(
-    data: str, size: str, lengths: Sequence[int], tried: Mapping[str, Sequence[Any]], seeds: int, final_seeds: int
+    data: str,
+    size: str,
+    lengths: Sequence[int],
+    target: Mapping[str, int],
+    tried: Mapping[str, Sequence[Any]],
+    seeds: int,
+    final_seeds: int,
 ) -> Iterator[Trial]:
     """Yield the runs of one model size on one dataset in order, without their tuned settings. The first part contains,
     for each seed, both baselines at the three shortest lengths, between which the cost is interpolated, and all arms at
-    the shortest length. The second part checks the learning rates at the third length. The last part contains, for each
-    seed, the baseline with its usual settings and the fast arm at all lengths, the longest first, and the baseline with
-    a decoder of one block at the greatest length.
+    the shortest length. The second part checks the learning rates at the third length. The third part contains, for
+    each seed, the baseline with its usual settings and the fast arm at all lengths up to that of the target, the
+    longest first, and the baseline with a decoder of one block at the baseline's length in the target. The last part
+    contains, for each seed, the baseline with its usual settings and the fast arm at the greater lengths.
 
     Args:
         data: name of the dataset.
         size: name of the model size.
         lengths: numbers of steps, ascending.
+        target: number of steps of the `baseline` and of the `fast` arm in the target of the protocol.
         tried: values of each setting, with the default first.
-        seeds, final_seeds: numbers of seeds of the first and of the last part.
+        seeds: number of seeds of the first part.
+        final_seeds: number of seeds of the third and of the last part.
     """
     trial = Trial(data, size, BASELINE, lengths[0], 0)
     ladder = [replace(trial, arm=arm, steps=steps) for steps in lengths[:3] for arm in (BASELINE, USUAL)]
     factorial = [replace(trial, arm=arm) for arm in ARMS if arm != BASELINE]
-    final = [replace(trial, arm=arm, steps=steps) for steps in reversed(lengths) for arm in (USUAL, FAST)]
-    final.append(replace(trial, arm=ONE_BLOCK, steps=lengths[-1]))
+    both = [replace(trial, arm=arm, steps=steps) for steps in reversed(lengths) for arm in (USUAL, FAST)]
+    final = [each for each in both if each.steps <= target["baseline"]]
+    final.append(replace(trial, arm=ONE_BLOCK, steps=target["baseline"]))
+    longer = [each for each in both if each.steps > target["baseline"]]
     found: dict[Trial, None] = {}
     for seed in range(seeds):
         found |= dict.fromkeys(replace(each, seed=seed) for each in [*ladder, *factorial])
@@ -107,24 +118,26 @@ def race(
         checked = dict(usual(tried)) | {CHECKED: frozen(value)}
         at_length = replace(trial, steps=lengths[:3][-1], tuned=tuple(checked.items()), validation=True)
         found |= {replace(at_length, arm=arm): None for arm in (BASELINE, FAST)}
-    for seed in range(final_seeds):
-        found |= dict.fromkeys(replace(each, seed=seed) for each in final)
+    for part in (final, longer):
+        for seed in range(final_seeds):
+            found |= dict.fromkeys(replace(each, seed=seed) for each in part)
     yield from found
 
 
-def finetuned(data: str, size: str, lengths: Sequence[int], seeds: int) -> Iterator[Trial]:
+def finetuned(data: str, size: str, shortest: int, target: Mapping[str, int], seeds: int) -> Iterator[Trial]:
     """Yield the runs whose encoders are fine-tuned, without their tuned settings: for each seed, the baseline with its
-    usual settings at the greatest length, the fast recipe at the second greatest length, an encoder with random
-    weights, and both recipes at the shortest length.
+    usual settings and the fast recipe with their lengths in the target, an encoder with random weights, and both
+    recipes with the shortest length.
 
     Args:
         data: name of the dataset.
         size: name of the model size.
-        lengths: numbers of steps, ascending.
+        shortest: shortest length in steps.
+        target: number of steps of the `baseline` and of the `fast` arm in the target of the protocol.
         seeds: number of seeds.
     """
-    *_, thrifty, longest = lengths
-    runs = ((USUAL, longest), (FAST, thrifty), (RANDOM_WEIGHTS, 0), (USUAL, lengths[0]), (FAST, lengths[0]))
+    of_target = ((USUAL, target["baseline"]), (FAST, target["fast"]))
+    runs = (*of_target, (RANDOM_WEIGHTS, 0), (USUAL, shortest), (FAST, shortest))
     yield from (Trial(data, size, arm, steps, seed) for seed in range(seeds) for arm, steps in runs)
 
 

@@ -28,7 +28,7 @@ JSON, PLOT, PAGE, ANSWERS = "race.json", "race.png", "README.md", "answers.json.
 DATA = {"clothes": "Fashion-MNIST", "emoji": "emoji"}  # names in tables and plots
 BASELINES = (BASELINE, USUAL)  # at each cost, the better of the two baselines counts
 COSTS = {"flops": "FLOPs", "seconds": "seconds", "samples": "samples"}
-SELECTING = ("lengths", "tried")  # sections of settings.json that only determine which trials are run
+SELECTING = ("lengths", "target", "tried")  # sections of settings.json that only determine which trials are run
 REPLICATES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
 LEGEND = {  # other arms keep their names
@@ -189,7 +189,9 @@ def tables(rows: Sequence[Row], finetuned: Sequence[Row], head: dict[str, Any], 
             cell = [arm, f"{steps:,}", f"{len(runs)}", f"{costs[0] / 1e12:.3g}", f"{costs[1]:.0f}"]
             cells.append([*cell, *(f"{mean:.1f}" for mean in means), *factors])
         text += ["", table([f"{DATA[data]}, {size}", *columns], cells)]
-        text += _differences(own, f"{DATA[data]}, {size}", list(tests), weights)
+        for length in sorted({row["trial"]["steps"] for row in own if row["trial"]["arm"] == USUAL}):
+            if length >= head["settings"]["target"]["baseline"]:
+                text += _differences(own, length, f"{DATA[data]}, {size}", list(tests), weights)
         text += _shares(own, f"{DATA[data]}, {size}", list(tests), weights)
         of_size = [row for row in finetuned if (row["trial"]["data"], row["trial"]["size"]) == (data, size)]
         text += _finetuned(of_size, f"{DATA[data]}, {size}", weights)
@@ -220,12 +222,11 @@ def _shares(rows: Sequence[Row], title: str, tests: Sequence[str], weights: Weig
     return ["", table([*head, *columns], cells)] if cells else []
 
 
-def _differences(rows: Sequence[Row], title: str, tests: Sequence[str], weights: Weights) -> list[str]:
-    """Return a table that compares the fast recipe's runs of each length with the longest runs of the baseline with its
-    usual settings: the cost as a fraction, and the difference in accuracy."""
-    usual = [row for row in rows if row["trial"]["arm"] == USUAL]
-    longest = max((row["trial"]["steps"] for row in usual), default=0)
-    by_seed = {row["trial"]["seed"]: row for row in usual if row["trial"]["steps"] == longest}
+def _differences(rows: Sequence[Row], length: int, title: str, tests: Sequence[str], weights: Weights) -> list[str]:
+    """Return a table that compares the fast recipe's runs of each length with the runs of the baseline with its usual
+    settings that have `length` steps: the cost as a fraction, and the difference in accuracy."""
+    baselines = [row for row in rows if row["trial"]["arm"] == USUAL and row["trial"]["steps"] == length]
+    by_seed = {row["trial"]["seed"]: row for row in baselines}
     fast = [row for row in rows if row["trial"]["arm"] == FAST and row["trial"]["seed"] in by_seed]
     cells = []
     for steps in sorted({row["trial"]["steps"] for row in fast}):
@@ -239,7 +240,7 @@ def _differences(rows: Sequence[Row], title: str, tests: Sequence[str], weights:
             mean, low, high = _mean_and_interval(100 * (own_SR - other_SR))
             cell.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
         cells.append(cell)
-    head = f"{title}: steps of `{FAST}`, compared with {longest:,} steps of `{USUAL}`"
+    head = f"{title}: steps of `{FAST}`, compared with {length:,} steps of `{USUAL}`"
     columns = [f"relative {cost}" for cost in COSTS.values()]
     columns += [f"{TESTS[rows[0]['trial']['data']][test]}, difference in points" for test in tests]
     return ["", table([head, "seeds", *columns], cells)] if cells else []

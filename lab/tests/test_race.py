@@ -20,7 +20,8 @@ from tests.helpers.labelled import emoji_and_clothes
 
 SMALL = {"emb_dim": 16, "depth": 1, "num_heads": 2, "dec_emb_dim": 16, "dec_depth": 2, "dec_num_heads": 2}
 TINY = {
-    "lengths": [1, 2], "sizes.S64": SMALL, "data.clothes.model.image_size": 8, "data.emoji.model.image_size": 8,
+    "lengths": [1, 2], "target": {"baseline": 2, "fast": 1},
+    "sizes.S64": SMALL, "data.clothes.model.image_size": 8, "data.emoji.model.image_size": 8,
     "train.train.global_batch": 16, "tried": {"optim.peak_lr": [0.006], "train.global_batch": [16]},
     "transfer.linear": {"epochs": 1, "peak_lr": 0.1}, "finetune.epochs": 1,
 }  # fmt: skip
@@ -133,9 +134,9 @@ def test_each_side_is_tuned_with_as_many_runs():
 
 def test_the_shortest_part_comes_first_and_then_the_longest_runs():
     tried = {"optim.peak_lr": [0.006, 0.003], "optim.betas": [[0.9, 0.95], [0.9, 0.999]]}
-    trials = [*race("clothes", "S64", (10, 20, 40, 80), tried, 2, 3)]
+    trials = [*race("clothes", "S64", (10, 20, 40, 80, 160), {"baseline": 80, "fast": 40}, tried, 2, 3)]
     first, checks = 2 * (len(ARMS) + 4 + 2), 2 * 2
-    assert len({*trials}) == len(trials) == first + checks + 3 * (8 + 1) - 2 * 4
+    assert len({*trials}) == len(trials) == first + checks + 3 * (10 + 1) - 2 * 4
     assert [each.seed for each in trials[:first]] == sorted([0, 1] * (first // 2))
     checked = trials[first : first + checks]
     assert all(each.validation and each.steps == 40 for each in checked)
@@ -144,9 +145,16 @@ def test_the_shortest_part_comes_first_and_then_the_longest_runs():
         for rate in (0.006, 0.003)
         for arm in (BASELINE, FAST)
     ]
-    longest = trials[first + checks :]
-    assert [(each.arm, each.steps) for each in longest[:2]] == [(USUAL, 80), (FAST, 80)]
-    assert all(not each.validation and not each.tuned for each in longest)
+    final, longer = trials[first + checks : -6], trials[-6:]
+    assert [(each.arm, each.steps) for each in final[:2]] == [(USUAL, 80), (FAST, 80)]
+    assert [(each.arm, each.steps, each.seed) for each in final if each.arm == ONE_BLOCK] == [
+        (ONE_BLOCK, 80, seed) for seed in range(3)
+    ]
+    assert all(each.steps < 160 for each in final)
+    assert [(each.arm, each.steps, each.seed) for each in longer] == [
+        (arm, 160, seed) for seed in range(3) for arm in (USUAL, FAST)
+    ]
+    assert all(not each.validation and not each.tuned for each in [*final, *longer])
 
 
 def test_a_factor_is_read_off_the_baselines_ladder():
@@ -185,7 +193,7 @@ def test_the_fraction_of_the_baselines_cost_is_read_off_the_fast_recipes_ladder(
     assert report._shares(rows[:3], "clothes, S64", ["clothes_linear"], weights) == []
 
 
-def test_runs_of_equal_seeds_are_compared_with_the_longest_of_the_baseline():
+def test_runs_of_equal_seeds_are_compared_with_the_runs_of_the_baseline_that_have_the_given_length():
     def row(arm, steps, seed, cost, right):
         correct = {"clothes_linear": {f"{i}": float(i < right) for i in range(10)}}
         trial = {"arm": arm, "seed": seed, "steps": steps, "data": "clothes", "size": "S64"}
@@ -194,10 +202,15 @@ def test_runs_of_equal_seeds_are_compared_with_the_longest_of_the_baseline():
     rows = [row(USUAL, 1, 0, 1.0, 9), row(USUAL, 4, 0, 8.0, 6), row(USUAL, 4, 1, 8.0, 8), row(BASELINE, 9, 2, 9.0, 1)]
     fast = [row(FAST, 4, 0, 4.0, 7), row(FAST, 4, 1, 2.0, 8), row(FAST, 4, 2, 1.0, 9)]  # the last has no counterpart
     weights = report.Weights({f"{i}": {"emoji": f"{i}"} for i in range(10)})
-    *_, last = "\n".join(report._differences([*rows, *fast], "clothes, S64", ["clothes_linear"], weights)).splitlines()
+
+    def differences(rows, length):
+        return report._differences(rows, length, "clothes, S64", ["clothes_linear"], weights)
+
+    *_, last = "\n".join(differences([*rows, *fast], 4)).splitlines()
     assert last.startswith("| 4 | 2 | 0.38 | 0.38 | 0.38 | +5.0 (+0.0 to ")
-    assert report._differences(rows, "clothes, S64", ["clothes_linear"], weights) == []
-    assert report._differences(fast, "clothes, S64", ["clothes_linear"], weights) == []
+    *_, last = "\n".join(differences([*rows, *fast], 1)).splitlines()
+    assert last.startswith("| 4 | 1 | 4.00 | 4.00 | 4.00 | -20.0 (")
+    assert differences(rows, 4) == differences(fast, 4) == []
 
 
 def test_a_page_keeps_what_was_written_by_hand(tmp_path):
