@@ -301,9 +301,13 @@ def _shown(found: Factor | None) -> str:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Plot the accuracy of the linear probe against FLOPs and against seconds, with one row of plots for each dataset
-    and model size. A line connects the means of each arm. Runs are points, and references without training are dashed
-    lines."""
-    kinds = _unique((row["trial"]["data"], row["trial"]["size"]) for row in rows) or [("clothes", "-")]
+    and model size with runs of several lengths. A line connects the means of each arm. Runs are points, and references
+    without training are dashed lines."""
+    lengths: dict[tuple[str, str], set[int]] = {}
+    for row in rows:
+        if row["trial"]["arm"] in ARMS:
+            lengths.setdefault((row["trial"]["data"], row["trial"]["size"]), set()).add(row["trial"]["steps"])
+    kinds = [kind for kind, steps in lengths.items() if len(steps) > 1] or [("clothes", "-")]
     figure, axes = plt.subplots(len(kinds), 2, figsize=(10, 4.2 * len(kinds)), layout="constrained", squeeze=False)
     for (data, size), pair in zip(kinds, axes):
         own = _sorted([row for row in rows if (row["trial"]["data"], row["trial"]["size"]) == (data, size)])
