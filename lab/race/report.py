@@ -70,13 +70,17 @@ class Weights:
         rng = np.random.default_rng(0)
         self._drawn = rng.poisson(1.0, (REPLICATES + 1, len(units))).astype(np.float32)
         self._drawn[0] = 1
+        # weights of the samples of each test by the samples' keys, for reuse: most runs have the same test samples
+        self._of_test: dict[tuple[str, ...], np.ndarray] = {}
         self._known: dict[int, tuple[dict[str, float], np.ndarray]] = {}  # results of `accuracies`, for reuse
 
     def accuracies(self, correct: dict[str, float]) -> np.ndarray:
         """Return the accuracy of each replicate, [R + 1]. Images that belong together count as one sample."""
         if id(correct) in self._known:
             return self._known[id(correct)][1]
-        weights_RN = self._drawn[:, [self._place[self._labels[key]["emoji"]] for key in correct]]
+        if (keys := tuple(correct)) not in self._of_test:
+            self._of_test[keys] = self._drawn[:, [self._place[self._labels[key]["emoji"]] for key in keys]]
+        weights_RN = self._of_test[keys]
         found_R = weights_RN @ np.array([*correct.values()], np.float32) / np.maximum(weights_RN.sum(1), 1)
         self._known[id(correct)] = correct, found_R  # a reference to the dictionary keeps its id valid
         return found_R
