@@ -34,7 +34,11 @@ def asked_impl(impl: str) -> str:
 def choose_impl(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """Return "triton" or "torch": the requested implementation or, for "auto", the best one for the device. On a GPU,
     float64 always runs on torch, because Triton cannot compile some kernels for it, and other kernels spill
-    registers."""
+    registers.
+
+    Raises:
+        ValueError: the name is unknown, or it is "triton" for a CPU without Triton's interpreter.
+    """
     impl = asked_impl(impl)
     if device.type == "cuda" and dtype == torch.float64:
         return "torch"

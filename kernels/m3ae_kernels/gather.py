@@ -29,8 +29,8 @@ def gather_tokens(
 
     Args:
         x: [..., D] floating-point; T rows in total.
-        rows: [...] int32 or int64, below T. Each row must occur at most once, so that the backward pass is a scatter
-            without atomics.
+        rows: [...] int32 or int64, from 0 to T - 1. Each row must occur at most once, so that the backward pass is a
+            scatter without atomics.
         norm_weight: [D] floating-point, or None for no LayerNorm.
         norm_bias: [D] floating-point, or None for no bias.
         eps: added to the (biased) variance.
@@ -41,7 +41,10 @@ def gather_tokens(
         float32 (float64 for float64). Gradients are computed for x and the parameters of the norm.
 
     Raises:
-        TypeError, ValueError: the dtype, shape or device of the named argument is wrong.
+        TypeError, ValueError: the dtype, shape or device of the named argument is wrong, `impl` is unknown, or
+            norm_bias is given without norm_weight.
+        IndexError: a row is out of range (checked by torch's implementation on a CPU, and everywhere with
+            M3AE_KERNELS_CHECK=1), or occurs twice (checked only with M3AE_KERNELS_CHECK=1).
     """
     check_float("x", x, (..., None), x)
     check_index("rows", rows, (...,), x)
@@ -186,7 +189,7 @@ def norm_backward(
     totals: Sequence[Tensor],
 ) -> Tensor:
     """Run a LayerNorm's backward pass with torch. Return the gradient of x in its dtype, and add the gradients of
-    weight and bias to `totals`. They are summed in float32 because torch's sums in 16 bits have errors of 3 to 7 %.
+    weight and bias to `totals` [D]. They are summed in float32 because torch's sums in 16 bits have errors of 3 to 7 %.
     `wide_2CD` is a buffer for copies."""
     scale_D = weight_D.to(mean_C.dtype)
     norm = [x_CD.shape[1]], mean_C[:, None], rstd_C[:, None], scale_D, scale_D  # the value of the bias has no effect
@@ -209,8 +212,8 @@ def _empty_gradients(grad, x, rows, weight, mean, rstd, needs, impl):
 
 
 def empty_norm_gradients(x: Tensor, weight: Tensor, mean: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Return uninitialised gradients of a LayerNorm's input in its dtype, and of its weight and bias in the accumulator
-    dtype. Those not selected by `needs` are empty tensors."""
+    """Return uninitialised gradients of a LayerNorm's input x [M, D] in its dtype, and of its weight and bias [D] in
+    the accumulator dtype. Those not selected by `needs` are empty tensors."""
     parameters = (weight.new_empty(weight.shape if need else 0, dtype=mean.dtype) for need in needs[1:])
     return x.new_empty(x.shape if needs[0] else 0), *parameters
 
@@ -220,8 +223,8 @@ gather_norm_backward = Op("gather_norm_backward", _norm_gradients, _empty_gradie
 
 
 class GatherNorm(nn.Module):
-    """A module that applies `gather_tokens` with its own LayerNorm: weight [dim], initialised to one, and bias [dim],
-    initialised to zero."""
+    """A module that applies `gather_tokens` with its own LayerNorm: weight [dim], initialised to one, and, unless
+    `bias` is False, bias [dim], initialised to zero."""
 
     def __init__(self, dim: int, *, eps: float = 1e-6, bias: bool = True, impl: str = "auto"):
         super().__init__()

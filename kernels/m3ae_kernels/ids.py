@@ -19,7 +19,7 @@ def asked() -> bool:
 
 
 def checked(ids: Tensor, impl: str) -> bool:
-    """Return whether an op that runs on `impl` checks its ids."""
+    """Return whether an op that runs on `impl`, "triton" or "torch", checks ids on this device."""
     return asked() or (impl != "triton" and ids.device.type == "cpu")
 
 

@@ -16,8 +16,8 @@ from .token_loss import MaskedTokenLoss
 
 
 class M3AELoss(NamedTuple):
-    """The two losses and the number of correct text predictions (detached). Each value is a scalar, a weighted sum over
-    rows. Without a text head, the values for text are 0."""
+    """The two losses and the weighted number of correct text predictions (detached). Each value is a floating-point
+    scalar, a weighted sum over rows. Without a text head, the values for text are 0."""
 
     image: Tensor
     text: Tensor
@@ -70,21 +70,21 @@ def m3ae_loss(
     text_row_weight: Tensor | None = None,
     correct_weight: Tensor | None = None,
 ) -> M3AELoss:
-    """Return the losses of the rows that `head_inputs` returns. As ZeRO-3 requires, each weight is read only in the
+    """Return the `M3AELoss` of the rows that `head_inputs` returns. As ZeRO-3 requires, each weight is read only in the
     forward of the module that owns it.
 
     Args:
-        image_hidden: [I, D]; text_hidden: [W, D], or None without a text head.
+        image_hidden: [I, D] floating-point; text_hidden: [W, D] floating-point, or None without a text head.
         image_head, text_head: heads with reduction "sum"; text_head is None for an image-only model.
-        images: [B, C, H, W]; patch_ids: [I] int; image_row_weight: [I] floating-point, or None for ones: as in
-            `masked_pixel_loss`.
+        images: [B, C, H, W] as in `MaskedPixelLoss`; patch_ids: [I] int; image_row_weight: [I] floating-point, or None
+            for ones: as in `masked_pixel_loss`.
         image_targets: [I] int, the patches' token ids, in place of images and patch_ids if image_head is a
             `MaskedTokenLoss`.
         targets: [W] int; text_row_weight: [W] floating-point, or None for ones: as in `masked_token_loss`.
         correct_weight: [W] floating-point, weights of the correct predictions; None for text_row_weight.
 
     Raises:
-        TypeError, ValueError: the dtype, shape or device of the named argument is wrong.
+        TypeError, ValueError, IndexError: as in `masked_pixel_loss` and `masked_token_loss`.
     """
     if isinstance(image_head, MaskedTokenLoss):
         image = image_head(image_hidden, image_targets, image_row_weight)
@@ -133,14 +133,16 @@ class M3AEHeads(nn.Module):
             )
 
     def forward(self, x: Tensor, *, image_rows: Tensor, text_rows: Tensor | None = None, **targets) -> M3AELoss:
-        """Return the losses. See `head_inputs` for `x` and the rows, and `m3ae_loss` for the other arguments."""
+        """Return the losses. See `head_inputs` for `x` and the rows, and `m3ae_loss` for the other arguments. Without a
+        vocabulary, `text_rows` are ignored."""
         hidden = self._inputs(x, image_rows, text_rows)
         return m3ae_loss(*hidden, image_head=self.image_head, text_head=self.text_head, **targets)
 
     def predict(
         self, x: Tensor, *, image_rows: Tensor, text_rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return normalised pixels [I, K], and logits [W, V] if there is a text head."""
+        """Return normalised pixels [I, K], and logits [W, V] if there is a text head (otherwise None). The arguments
+        are those of `head_inputs`."""
         image, text = self._inputs(x, image_rows, text_rows)
         logits = None if self.text_head is None or text is None else self.text_head.predict(text)
         return self.image_head.predict(image), logits

@@ -37,7 +37,7 @@ def patch_embed(
     std: Sequence[float] | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Return embeddings of selected patches of a batch of images: rows of (patch * scale + shift) @ weight.T + bias.
+    """Return embeddings of selected patches of a batch of images: one row normalised_patch @ weight.T + bias per id.
 
     Args:
         images: [B, C, H, W], contiguous or channels_last (otherwise a copy is made). uint8 images are normalised as (x
@@ -45,8 +45,8 @@ def patch_embed(
             std, or not at all if mean and std are None.
         patch_ids: [...] int32 or int64, image * patches_per_image + patch. The patches of an image are numbered in
             row-major order.
-        weight: [D, P * P * C] in the order (row, column, channel).
-        bias: [D], or None for no bias.
+        weight: [D, P * P * C] floating-point, in the order (row, column, channel).
+        bias: [D] floating-point, or None for no bias.
         patch_size: P; H and W are multiples of it.
         mean, std: one number per channel. For integer images, they are fractions of the largest value, 255 or 65535.
             For floating-point images, they are in the units of the images, and may be None.
@@ -59,7 +59,9 @@ def patch_embed(
             implementation extracts the patches again in the backward pass; the torch implementation keeps them, [N, K].
 
     Raises:
-        TypeError, ValueError: the dtype, shape or device of the named argument is wrong.
+        TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
+        IndexError: an id is out of range. Ids are checked by torch's implementation on a CPU, and everywhere with
+            M3AE_KERNELS_CHECK=1.
     """
     scale, shift = check_pixels(images, patch_ids, patch_size, mean, std)
     check_float("weight", weight, (None, patch_size**2 * images.shape[1]), images)
@@ -184,8 +186,9 @@ patch_embed_backward_op = Op("patch_embed_backward", _gradients, _empty_gradient
 
 
 class PatchEmbed(nn.Module):
-    """A module that applies `patch_embed` with its own weight [dim, P * P * channels] (Xavier uniform) and bias [dim]
-    (zero), as in M3AE."""
+    """A module that applies `patch_embed` with its own weight [dim, P * P * channels] (Xavier uniform) and, unless
+    `bias` is False, bias [dim] (zero), as in M3AE. `mean` and `std` normalise integer images, and are required for
+    them; floating-point images are used unchanged."""
 
     def __init__(
         self,
@@ -258,6 +261,7 @@ class PatchEmbed(nn.Module):
         return conv
 
     def reset_parameters(self) -> None:
+        """Initialise the weight (Xavier uniform) and the bias (zero) again."""
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

@@ -56,23 +56,23 @@ def masked_pixel_loss(
 
     Args:
         hidden: [..., D] floating-point.
-        weight: [P * P * C, D], with rows in the order (row, column, channel).
+        weight: [P * P * C, D] floating-point, with rows in the order (row, column, channel).
         images: [B, C, H, W], contiguous or channels_last (otherwise a copy is made). uint8 images are normalised as (x
             / 255 - mean) / std, uint16 images as (x / 65535 - mean) / std, and floating-point images as (x - mean) /
             std, or not at all if mean and std are None. Images that require a gradient are rejected, because none is
             computed for them.
         patch_ids: [...] int32 or int64, the target of each row: image * patches_per_image + patch. The patches of an
             image are numbered in row-major order.
-        bias: [P * P * C], or None for no bias.
+        bias: [P * P * C] floating-point, or None for no bias.
         row_weight: [...] floating-point, or None for ones.
         patch_size: P.
         mean, std: one number per channel. For integer images, they are fractions of the largest value, 255 or 65535.
             For floating-point images, they are in the units of the images, and may be None.
         norm_pix: whether to standardise each target patch, with unbiased variance and eps 1e-6 (He et al., arXiv
-            2111.06377, section 4.1).
-        reduction: "sum", "mean" (the sum divided by the sum of the row weights) or "none" (the terms of the sum,
-            [...]). None means "sum" and issues a FutureWarning, because the default will be "mean" from the next
-            release on.
+            2111.06377, section 3; variance and eps as in their code).
+        reduction: "sum", "mean" (the sum divided by the sum of the row weights; 0 without rows) or "none" (the terms of
+            the sum, [...]). None means "sum" and issues a FutureWarning, because the default will be "mean" from the
+            next release on.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -83,6 +83,8 @@ def masked_pixel_loss(
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
+        IndexError: an id is out of range. Ids are checked by torch's implementation on a CPU, and everywhere with
+            M3AE_KERNELS_CHECK=1.
     """
     scale, shift = check_pixels(images, patch_ids, patch_size, mean, std)
     if wants_grad(images):
@@ -245,8 +247,10 @@ def _pixel_loss(
 
 
 class MaskedPixelLoss(nn.Module):
-    """A module that computes `masked_pixel_loss` with its own head: weight [P * P * channels, dim] (Xavier uniform),
-    bias (zero)."""
+    """A module that computes `masked_pixel_loss` with its own head: weight [P * P * channels, dim] (Xavier uniform)
+    and, unless `bias` is False, bias [P * P * channels] (zero). `mean` and `std` normalise integer images, and are
+    required for them; floating-point images are used unchanged. The constructor raises ValueError if the reduction is
+    unknown."""
 
     def __init__(
         self,
@@ -290,14 +294,15 @@ class MaskedPixelLoss(nn.Module):
         return head
 
     def reset_parameters(self) -> None:
+        """Initialise the weight (Xavier uniform) and the bias (zero) again."""
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor, images: Tensor, patch_ids: Tensor, row_weight: Tensor | None = None) -> Tensor:
-        """Return the loss, a scalar or [...], of the predictions from hidden [..., dim]. The targets are the patches
-        patch_ids [...] int of images [B, C, H, W]; row_weight is [...]. Images are uint8, uint16, or floating-point and
-        already normalised."""
+        """Return the loss, a scalar or (with reduction "none") [...], of the predictions from hidden [..., dim]. The
+        targets are the patches patch_ids [...] int of images [B, C, H, W]; row_weight is [...] floating-point, or None
+        for ones. Images are uint8, uint16, or floating-point and already normalised."""
         return masked_pixel_loss(
             hidden,
             self.weight,
@@ -314,7 +319,8 @@ class MaskedPixelLoss(nn.Module):
         )
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """Return the predicted patches [..., P * P * channels] for hidden [..., dim], normalised like the targets."""
+        """Return the predicted patches [..., P * P * channels] for hidden [..., dim], normalised like the targets,
+        in autocast's dtype if autocast is enabled, otherwise in the dtype of hidden."""
         return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:

@@ -73,7 +73,7 @@ def _per_channel(values: Any, channels: int) -> list[float] | None:
 
 
 def count_patches(images: Tensor, patch_size: int) -> int:
-    """Return the total number of patches in the images."""
+    """Return the total number of patches in images [B, C, H, W]."""
     return images[:, 0].numel() // patch_size**2
 
 
@@ -115,8 +115,9 @@ def take_patches(
     *,
     channels_last: bool = False,
 ) -> Tensor:
-    """Return normalised patches [N, K] of `dtype` from images [B, C, H, W]. With `channels_last`, the order within
-    patches is (row, column, channel), regardless of the memory layout of the images."""
+    """Return the patches `patch_ids` [N] int of images [B, C, H, W], [N, K] of `dtype`, as pixel * scale + shift, or
+    unchanged if `scale` is empty. With `channels_last`, the order within patches is (row, column, channel), regardless
+    of the memory layout of the images."""
     channels = images.shape[1]
     if not len(patch_ids):
         return images.new_empty(0, channels * patch_size**2, dtype=dtype)
@@ -160,6 +161,7 @@ def put_patches(rows: Tensor, images: Tensor, patch_size: int, scale: Sequence[f
 
 
 def standardise(target: Tensor) -> Tensor:
-    """Return rows normalised to mean 0 and variance 1 as in MAE's norm_pix_loss: unbiased variance, eps 1e-6."""
+    """Return rows [N, K] normalised to mean 0 and variance 1 (He et al., arXiv 2111.06377, section 3), with unbiased
+    variance and eps 1e-6 as in the code of MAE."""
     var, mean = torch.var_mean(target, dim=1, keepdim=True)
     return (target - mean) * (var + NORM_PIX_EPS).rsqrt()

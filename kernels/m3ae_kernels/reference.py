@@ -17,8 +17,8 @@ from .pixels import LARGEST
 def patches(
     images: Tensor, patch_size: int, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return all patches [B * patches_per_image, P * P * C] of images [B, C, H, W], normalised if `mean` and `std` are
-    given."""
+    """Return all patches [B * patches_per_image, P * P * C] of images [B, C, H, W] in `dtype`, normalised if `mean` and
+    `std` are given; P is `patch_size`."""
     x_BCHW = images.to(dtype)
     if mean is not None and std is not None:
         mean_C, std_C = (torch.tensor(v, dtype=dtype, device=images.device)[:, None, None] for v in (mean, std))

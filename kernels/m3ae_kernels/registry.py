@@ -49,9 +49,10 @@ class Op:
 
 
 def once(name: str, backward: Callable) -> Callable:
-    """Return `backward`, wrapped so that it raises an error if it would itself be differentiated. torch's
-    `once_differentiable` raises no error if the upstream gradient is a constant, as it is for a loss. The gradients
-    would then be treated as constants, and a gradient penalty or a Hessian would be 0."""
+    """Return `backward`, wrapped so that it raises NotImplementedError if it would itself be differentiated or batched
+    (`is_grads_batched=True`). torch's `once_differentiable` raises no error if the upstream gradient is a constant, as
+    it is for a loss. The gradients would then be treated as constants, and a gradient penalty or a Hessian would be
+    0."""
     refuse, refuse_batch = _refusal(name, "second derivatives"), _refusal(name, "batched gradients")
 
     def formula(ctx, *grads):

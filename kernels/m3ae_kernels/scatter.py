@@ -31,8 +31,8 @@ def scatter_tokens(
 
     Args:
         x: [..., D] floating-point; N rows in total.
-        src: [...] int32 or int64, T elements. Each row of x must occur at most once, so that the backward pass is a
-            gather.
+        src: [...] int32 or int64, T elements below N; negative for no row of x. Each row of x must occur at most once,
+            so that the backward pass is a gather.
         fill: [..., D] floating-point, F rows: mask embeddings, or the table of a text embedding; None for zeros.
         fill_ids: int32 or int64, with src's shape; required with fill.
         table: [..., D] floating-point, K rows: embeddings of positions and types; None for zeros.
@@ -47,8 +47,10 @@ def scatter_tokens(
             dtype; the gradients of fill and table are summed in a fixed order, without atomics.
 
     Raises:
-        TypeError, ValueError: the dtype, shape or device of the named argument is wrong, or another argument that it
-            requires is missing.
+        TypeError, ValueError: the dtype, shape or device of the named argument is wrong, another argument that it
+            requires is missing, or `impl` is unknown.
+        IndexError: an id is out of range (checked by torch's implementation on a CPU, and everywhere with
+            M3AE_KERNELS_CHECK=1), or a row of x occurs twice (checked only with M3AE_KERNELS_CHECK=1).
     """
     check_float("x", x, (..., None), x)
     check_index("src", src, (...,), x)
@@ -73,7 +75,7 @@ def scatter_orders(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return (fill_order, table_order) for `scatter_tokens`: each is [T] int32, or None if its ids are None. These are
     the orders in which the backward pass sums the rows of fill and table. Data loaders can call this function in
-    advance."""
+    advance, with the same ids, [...] int32 or int64."""
     return (
         None if fill_ids is None else segment_order(as_rows(_filled(src, fill_ids), 0)),
         None if table_ids is None else segment_order(as_rows(table_ids, 0)),

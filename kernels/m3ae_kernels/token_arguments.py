@@ -10,14 +10,18 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
+    """The tensors from which the loss is computed; all but `targets` are floating-point."""
+
     hidden: Tensor  # [M, D]
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     row_weight: Tensor  # [M]
-    targets: Tensor  # [M]
+    targets: Tensor  # int32 or int64 [M]
 
 
 class Options(NamedTuple):
+    """The options of the loss, as in `masked_token_loss`."""
+
     ignore_index: int
     label_smoothing: float
     z_loss: float
@@ -30,8 +34,8 @@ class Options(NamedTuple):
 class Results(NamedTuple):
     """Output tensors of the implementations. Outputs that are not required are empty tensors."""
 
-    row_loss: Tensor  # [M]
+    row_loss: Tensor  # [M], float32 (float64 for float64)
     correct: Tensor  # bool [M]
-    grad_hidden: Tensor
-    grad_weight: Tensor
-    grad_bias: Tensor
+    grad_hidden: Tensor  # [M, D]
+    grad_weight: Tensor  # [V, D]
+    grad_bias: Tensor  # [V]

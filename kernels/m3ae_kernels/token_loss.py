@@ -64,9 +64,9 @@ def masked_token_loss(
 
     Args:
         hidden: [..., D] floating-point.
-        weight: [V, D].
+        weight: [V, D] floating-point.
         targets: [...] int32 or int64 in [0, V), or `ignore_index`.
-        bias: [V], or None for no bias.
+        bias: [V] floating-point, or None for no bias.
         row_weight: [...] floating-point, or None for ones.
         reduction: "sum", "mean" (the sum divided by the total weight of the rows that are not ignored; 0 if there are
             none) or "none" (the terms of the sum, [...]). None means "sum" and issues a FutureWarning, because the
@@ -83,12 +83,14 @@ def masked_token_loss(
         The loss in float32 (float64 for float64 hidden), a scalar, or [...] with reduction "none". With return_correct,
         also `correct`, bool [...]: whether the target is the index of the largest logit (the first one if several are
         equal). The matmuls run in autocast's dtype if autocast is enabled, otherwise in the dtype of hidden; the
-        softmax runs in float32. Gradients are computed for hidden, weight, bias and row_weight. The first three are
-        computed in the forward pass if they are required; with "none", they are computed in the backward pass, which
-        repeats the matmuls. If a target is out of range, IndexError is raised on a CPU, and the loss is NaN on a GPU.
+        softmax runs in float32 (float64 for float64). Gradients are computed for hidden, weight, bias and row_weight.
+        The first three are computed in the forward pass if they are required; with "none", they are computed in the
+        backward pass, which repeats the matmuls. With the Triton kernel, the loss is NaN if a target is out of range.
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
+        IndexError: a target is out of range. Targets are checked by torch's implementation on a CPU, and everywhere
+            with M3AE_KERNELS_CHECK=1.
     """
     check_float("hidden", hidden, (..., None), hidden)
     lead = hidden.shape[:-1]
@@ -297,8 +299,9 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
 
 
 class MaskedTokenLoss(nn.Module):
-    """A module that computes `masked_token_loss` with its own head: weight [vocab, dim] (Xavier uniform), bias [vocab]
-    (zero)."""
+    """A module that computes `masked_token_loss` with its own head: weight [vocab, dim] (Xavier uniform) and, unless
+    `bias` is False, bias [vocab] (zero). The other options are those of `masked_token_loss`. The constructor raises
+    ValueError if the reduction is unknown."""
 
     def __init__(
         self,
@@ -342,6 +345,7 @@ class MaskedTokenLoss(nn.Module):
         return head
 
     def reset_parameters(self) -> None:
+        """Initialise the weight (Xavier uniform) and the bias (zero) again."""
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -349,8 +353,8 @@ class MaskedTokenLoss(nn.Module):
     def forward(
         self, hidden: Tensor, targets: Tensor, row_weight: Tensor | None = None, *, return_correct: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the loss, a scalar or [...], for hidden [..., dim], targets [...] int and row_weight [...]. With
-        return_correct, return (loss, correct [...] bool)."""
+        """Return the loss, a scalar or (with reduction "none") [...], for hidden [..., dim], targets [...] int and
+        row_weight [...] (None for ones). With return_correct, return (loss, correct [...] bool)."""
         return masked_token_loss(
             hidden,
             self.weight,
@@ -362,7 +366,8 @@ class MaskedTokenLoss(nn.Module):
         )
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., vocab] for hidden [..., dim]."""
+        """Return the logits [..., vocab] for hidden [..., dim], in autocast's dtype if autocast is enabled, otherwise
+        in the dtype of hidden."""
         return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:

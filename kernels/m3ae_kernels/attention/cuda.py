@@ -6,7 +6,7 @@ instructions. Therefore, each kernel is benchmarked once on random samples of a 
 kernel that is not installed, fails or computes wrong results on this GPU is excluded, and the log states the reason.
 The same applies to this package's own Triton kernel.
 
-Shapes: Q query rows, K key rows, H heads, D values per head.
+Shapes: T packed rows, Q query rows, K key rows, H heads, D values per head.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROUNDS = 3  # rounds of a benchmark, each with the same number of calls
 CUDNN_ROWS = 129
 ERROR = 0.03  # maximum relative difference (of norms) that is allowed between two kernels in bf16
 
-Inputs = tuple[Tensor, Tensor, Segments]  # qkv, the gradient of the result, and the samples
+Inputs = tuple[Tensor, Tensor, Segments]  # qkv [T, 3, H, D], the gradient of the result [T, H, D], and the samples
 Maker = Callable[[torch.device], Kernel]
 
 
@@ -54,7 +54,8 @@ def choose(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, 
 
 
 def try_out(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
-    """Return the fastest kernel for samples of about `length` rows. The first call for a length runs the benchmark."""
+    """Return the fastest kernel for samples of about `length` rows. The first call for a length runs the benchmark. If
+    no kernel works, or for dtypes other than bfloat16 and float16, the kernel is `PADDED`."""
     if dtype not in HALVES:
         return PADDED
     choices = _chosen.setdefault((device, dtype, heads, head_dim), {})
@@ -68,7 +69,8 @@ def trial(
     device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, samples: int = 0
 ) -> dict[str, float]:
     """Return the time of each working kernel as {kernel name: milliseconds}, fastest first. The kernels are timed on
-    `samples` samples (0: `SAMPLES`) of about `length` rows."""
+    `samples` samples (0: `SAMPLES`) of about `length` rows. For dtypes other than bfloat16 and float16, nothing is
+    timed, and the dict is empty."""
     if dtype not in HALVES:
         return {}
     inputs = example(device, dtype, heads, head_dim, length)
@@ -118,7 +120,7 @@ def _both(kernel: Kernel, checked: Inputs) -> tuple[Tensor, ...]:
 def example(
     device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, samples: int = 0
 ) -> Inputs:
-    """Return random inputs for `samples` samples (0: `SAMPLES`), some of them shorter than `length`."""
+    """Return random inputs for `samples` samples (0: `SAMPLES`), of `length` to `length` - 7 rows, but at least one."""
     lengths = [max(1, length - i % 8) for i in range(samples or SAMPLES)]
     rng = torch.Generator().manual_seed(0)
     qkv, grad = (
@@ -132,8 +134,12 @@ def example(
 def results(
     kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, keys: Segments, queries: Segments | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the result of attention and the gradient of qkv. With `queries`, only the first `queries.rows` rows are
-    queries."""
+    """Return the result of attention [Q, H, D] and the gradient of qkv [T, 3, H, D], in the dtype of qkv. With
+    `queries`, only the first `queries.rows` rows are queries.
+
+    Raises:
+        ArithmeticError: the kernel's log-sum-exps do not have the shape [H, Q].
+    """
     queries = queries or keys
     q, k, v = qkv_T3HD.unbind(1)
     q, grad = q[: queries.rows], grad_THD[: queries.rows]

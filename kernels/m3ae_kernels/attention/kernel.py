@@ -20,14 +20,14 @@ class Segments:
     """The boundaries of samples in packed rows: sample s is rows[cu_seqlens[s] : cu_seqlens[s + 1]]."""
 
     cu_seqlens: Tensor  # int32 [S + 1]
-    max_seqlen: int
-    rows: int
+    max_seqlen: int  # number of rows of the longest sample, or an upper bound
+    rows: int  # number of rows of all samples
 
 
 def check_segments(op: str, **segments: Segments) -> None:
-    """Raise IndexError unless the boundaries increase from 0 to the number of rows. They are always checked on a
-    CPU; on other devices, they are checked only if M3AE_KERNELS_CHECK=1 is set. The keywords are the argument names
-    that the message contains."""
+    """Raise IndexError unless the boundaries increase from 0 to the number of rows in steps of at most `max_seqlen`.
+    They are always checked on a CPU; on other devices, they are checked only if M3AE_KERNELS_CHECK=1 is set. The
+    keywords are the argument names that the message contains."""
     for name, each in segments.items():
         if ids.asked() or each.cu_seqlens.device.type == "cpu":
             ids.check_ends(op, name, each.cu_seqlens, each.rows, each.max_seqlen)

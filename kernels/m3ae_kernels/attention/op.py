@@ -53,12 +53,15 @@ def packed_attention(
 
     Returns:
         [..., H, D], one row per query, in autocast's dtype if autocast is enabled, otherwise in the dtype of qkv. Sums
-        are computed in float32 (float64 for float64). Gradients are computed without atomics for qkv and q; the
-        gradient of qkv is one contiguous tensor with the layout of qkv.
+        are computed in float32 (float64 for float64). Gradients are computed for qkv and q; the gradient of qkv is one
+        contiguous tensor with the layout of qkv. This package's kernels use no atomics; the kernel of another library,
+        which "auto" may choose on a GPU, may use them, so that two runs differ by rounding.
 
     Raises:
-        TypeError, ValueError: the dtype, shape or device of the named argument is wrong, or another argument that it
-            requires is missing.
+        TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong, or another argument
+            that it requires is missing.
+        IndexError: cu_seqlens or cu_queries does not increase from 0 to the number of rows in steps of at most the
+            given maximum. They are checked on a CPU, and everywhere with M3AE_KERNELS_CHECK=1.
     """
     check_float("qkv", qkv, (..., 3 if q is None else 2, None, None), qkv)
     check_sizes("qkv", qkv.shape[-2], qkv.shape[-1], dropout_p)

@@ -24,8 +24,9 @@ def padded_attention(
     dropout_p: float = 0.0,
     scores: Scores | None = None,
 ) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v within each sample, computed by scaled_dot_product_attention. `scores` replaces
-    the default definition of the scores."""
+    """Return softmax(q k^T / sqrt(D)) v within each sample, [Q, H, D] in the dtype of q, computed by torch's
+    scaled_dot_product_attention. `dropout_p` is the fraction of the weights that are dropped. `scores` replaces the
+    default definition of the scores."""
     q_SHND = _pad(q_QHD, queries)
     k_SHMD, v_SHMD = (_pad(x, keys) for x in (k_KHD, v_KHD))
     mask, scale = (_valid(keys), None) if scores is None else (_banded(queries, keys, scores), scores.scale)

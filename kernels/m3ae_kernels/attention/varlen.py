@@ -58,7 +58,7 @@ def flash_attn_varlen_func(
             and has no gradient.
         impl: "auto", "triton" (D up to 128) or "torch". "auto" has the same meaning as in `packed_attention`. However,
             with softmax_scale, a causal mask or a window, it selects the Triton kernel on a GPU and padded matmuls on a
-            CPU.
+            CPU, and with `deterministic` on a GPU, it selects the Triton kernel.
 
     Returns:
         [Q, H, D] in autocast's dtype if autocast is enabled, otherwise in the dtype of q; 0 for a query that attends to
@@ -66,6 +66,8 @@ def flash_attn_varlen_func(
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
+        IndexError: cu_seqlens_q or cu_seqlens_k does not increase from 0 to the number of rows in steps of at most the
+            given maximum. They are checked on a CPU, and everywhere with M3AE_KERNELS_CHECK=1.
         NotImplementedError: the named argument is supported only by flash-attn itself.
     """
     asked = {"softcap": softcap != 0, "alibi_slopes": alibi_slopes is not None, "block_table": block_table is not None}

@@ -33,12 +33,15 @@ PANEL_BYTES = 1 << 20  # maximum bytes of the sums that a thread of weight_gradi
 
 
 class Linear(nn.Linear):
+    """A torch.nn.Linear that is computed by `linear`."""
+
     def forward(self, x_RI: Tensor) -> Tensor:
+        """Return the output [R, O]; dtypes follow autocast."""
         return linear(x_RI, self.weight, self.bias)
 
 
 def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    """Return the result of torch.nn.functional.linear, including the behaviour of autocast.
+    """Return the result of torch.nn.functional.linear, [R, O], including the behaviour of autocast.
 
     For float32 on AMD CPUs, oneDNN is used, which is twice as fast as torch's choice, MKL; on Intel CPUs, MKL is
     10 % faster. For bf16 on CPUs with AMX, and on AMD CPUs with AVX-512's bf16 dot products, linear.c and
@@ -99,7 +102,7 @@ def input_gradient(grad_RO: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `product` supports these tensors on this machine."""
+    """Return whether `product` supports rows x and a weight of these dtypes and sizes on this machine."""
     return len(x) > 0 and by_kernels(x.dtype, weight) and _product_library() is not None
 
 
@@ -115,7 +118,11 @@ def product(
     """Return (x @ weight + bias, None), computed by linear.c. weight is [K, N], or [N, K] with `transposed`. Tensors
     are bf16; weight and bias may be float32. With `before_gelu`, the second result is GELU of the first result. With
     `hidden`, the first result is multiplied by the derivative of GELU at hidden, and the second result is GELU of
-    hidden."""
+    hidden. GELU is its tanh approximation. Call `multiplies` first.
+
+    Raises:
+        MemoryError: there is not enough memory for the workspace.
+    """
     library = _product_library()
     assert library is not None
     x_RK, weight = _rows(x_RK), weight.contiguous()
@@ -145,7 +152,8 @@ def _product_library() -> ctypes.CDLL | None:
 def parameter_gradients(
     grad_RO: Tensor, x_RI: Tensor, weight_OI: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of weight and bias in the dtype of the weight, if selected by `needs`."""
+    """Return the gradients of weight [O, I] and bias [O] in the dtype of the weight. A gradient that is not selected by
+    `needs` may be None."""
     need_weight, need_bias = needs
     dtype = weight_OI.dtype
     if not len(x_RI):
@@ -164,7 +172,11 @@ def parameter_gradients(
 
 def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> tuple[Tensor, Tensor]:
     """Return grad^T x, [O, I], and grad's sum over rows, [O], both in float32. Inputs are bf16; O and I are multiples
-    of 32."""
+    of 32.
+
+    Raises:
+        MemoryError: there is not enough memory for the workspace.
+    """
     library = _library()
     if library is None:
         with torch.autocast("cpu", enabled=False):

@@ -33,7 +33,7 @@ from .linear import (
 
 def mlp(x_RI: Tensor, weight_HI: Tensor, bias_H: Tensor, weight_OH: Tensor, bias_O: Tensor) -> Tensor | None:
     """Return fc2(gelu(fc1(x))), [R, O], with the tanh approximation of GELU. Dtypes follow autocast. Return None if
-    there is no kernel for this CPU."""
+    there is no kernel for this device, CPU or dtype."""
     dtype = matmul_dtype(x_RI, weight_HI)
     if dtype not in DTYPES:
         return None
@@ -95,7 +95,7 @@ mlp_backward_op = Op("mlp_backward", _hidden_gradients, _fake_hidden_gradients)
 
 
 def hidden_gradient(grad_RO: Tensor, weight_OH: Tensor, hidden_RH: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient of GELU's input, and the recomputed GELU."""
+    """Return the gradient of GELU's input, [R, H], and the recomputed GELU, [R, H], in the dtype of `hidden_RH`."""
     if multiplies(grad_RO, weight_OH):
         grad_RH, y_RH = product(grad_RO, weight_OH, None, transposed=False, hidden_RN=hidden_RH)
         assert y_RH is not None
@@ -104,7 +104,8 @@ def hidden_gradient(grad_RO: Tensor, weight_OH: Tensor, hidden_RH: Tensor) -> tu
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Return the tanh approximation of GELU for x, whose dtype is one of `DTYPES`."""
+    """Return the tanh approximation of GELU (Hendrycks and Gimpel, arXiv 1606.08415, section 2) for x of any shape,
+    whose dtype is one of `DTYPES`."""
     library = _library(x.dtype)
     if library is None:
         return F.gelu(x, approximate="tanh")
@@ -115,7 +116,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient of x, and the recomputed `gelu(x)`."""
+    """Return the gradient of x, and the recomputed `gelu(x)`, both with the shape and dtype of x."""
     library = _library(x.dtype)
     if library is None:
         return torch.ops.aten.gelu_backward(grad, x, approximate="tanh"), F.gelu(x, approximate="tanh")

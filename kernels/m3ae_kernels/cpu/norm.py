@@ -20,13 +20,17 @@ BLOCK_ROWS = 64  # rows that norm.c sums at once
 
 
 class LayerNorm(nn.LayerNorm):
+    """A torch.nn.LayerNorm that is computed by `layer_norm`."""
+
     def forward(self, x_RD: Tensor) -> Tensor:
+        """Return the normalised rows [R, D]."""
         return layer_norm(x_RD, self.weight, self.bias, self.eps)
 
 
 def layer_norm(x_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """Return the result of torch.nn.functional.layer_norm, with gradients that are accumulated in float32. Under
-    torch.compile, torch's own function is used, because its compiled code accumulates in float32."""
+    """Return the result of torch.nn.functional.layer_norm, [R, D] in the dtype of x, with gradients that are
+    accumulated in float32. Under torch.compile, torch's own function is used, because its compiled code accumulates in
+    float32."""
     low = x_RD.device.type == "cpu" and x_RD.dtype in (torch.bfloat16, torch.float16)
     if torch.compiler.is_compiling() or not low:
         return F.layer_norm(x_RD, weight_D.shape, weight_D, bias_D, eps)

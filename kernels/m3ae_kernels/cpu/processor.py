@@ -10,6 +10,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Cpu:
+    """A CPU model, and what it is fast at."""
+
     vendor: str  # "GenuineIntel", "AuthenticAMD"; "" if unknown
     name: str  # for display
     flags: frozenset[str]  # instruction sets
@@ -33,7 +35,7 @@ class Cpu:
 
 @functools.cache
 def this_cpu() -> Cpu:
-    """Return the CPU described in Linux's /proc/cpuinfo."""
+    """Return the CPU described in Linux's /proc/cpuinfo; without this file, the fields of the result are empty."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -43,6 +43,7 @@ def load_rows(x, rows, count, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def store_rows(x, rows, count, stride, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store value [rows, BLOCK_D], except past `count` and past D, in the dtype of x."""
     offsets, mask = places(rows, count, stride, D, BLOCK_D)
     tl.store(x + offsets, value.to(x.dtype.element_ty), mask=mask)
 

@@ -32,6 +32,7 @@ def launcher(launch: Callable) -> Callable:
 
 
 def acc_type(dtype: torch.dtype) -> tl.dtype:
+    """Return Triton's dtype of sums over values of `dtype`: float32, or float64 for float64."""
     return ACC[accumulator(dtype)]
 
 
@@ -49,6 +50,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
@@ -106,7 +108,9 @@ def load_pixels(
     P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, NORMALISE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Load elements k of the patches that start at `starts` [rows, 1] or [1, rows], with which k broadcasts."""
+    """Return elements k of the patches that start at `starts` [rows, 1] or [1, rows], with which k broadcasts. They
+    have the dtype ACC and, with NORMALISE, are multiplied by their channel's scale and shifted. Elements outside `mask`
+    are not read, and have arbitrary finite values."""
     if PLANAR:
         channel = k // (P * P)
         offset = channel * (H * W) + k % (P * P) // P * W + k % P

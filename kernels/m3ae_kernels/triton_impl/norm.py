@@ -3,6 +3,8 @@
 Whole rows are kept in registers, so mean and variance are computed exactly, in two passes, and not by a running
 formula. In the backward pass, each program instance computes partial sums over rows, which are added afterwards in a
 fixed order.
+
+Shapes: T packed rows, M chosen rows, D width.
 """
 
 from collections.abc import Sequence
@@ -68,6 +70,8 @@ def gather_norm_kernel(
 def gather_norm(
     x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return LayerNorm(x[rows]), [M, D] in the dtype of x [T, D], and the means and reciprocal standard deviations [M]
+    in the accumulator dtype."""
     x = x if x.stride(1) == 1 else x.contiguous()
     count, dim = len(rows), x.shape[1]
     y = x.new_empty(count, dim)
@@ -150,6 +154,8 @@ def gather_norm_backward_kernel(
 def gather_norm_backward(
     grad: Tensor, x: Tensor, rows: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x [T, D] in its dtype, and of weight and bias [D] in the accumulator dtype, given `grad`
+    [M, D]. Those not selected by `needs` are empty tensors."""
     x = x if x.stride(1) == 1 else x.contiguous()
     count, dim = x.shape
     grad_x = x.new_empty(x.shape if needs[0] else 0)

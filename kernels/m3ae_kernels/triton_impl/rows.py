@@ -2,6 +2,8 @@
 
 A scatter is computed in two steps: 1. its positions are inverted; 2. rows are gathered at the inverted positions. Every
 row is thus written once, and the output does not have to be set to zero first.
+
+Shapes: M chosen rows, D width; x has T rows, except in `scatter_tokens`, in which it has N, and the result T.
 """
 
 import torch
@@ -26,6 +28,7 @@ def take_rows_kernel(x, rows, out, M, D, stride, BLOCK_M: tl.constexpr, BLOCK_D:
 
 @launcher
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Return x[rows], [M, D] in the dtype of x [T, D], with zeros for negative rows; rows [M] are integers."""
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(len(rows), x.shape[1])
     if out.numel():
@@ -93,6 +96,8 @@ def scatter_tokens(
     table: Tensor | None,
     table_ids: Tensor | None,
 ) -> Tensor:
+    """Return the result of `m3ae_kernels.scatter_tokens`, [T, D] in the dtype of x [N, D]; `src` and the ids are
+    [T]."""
     out = x.new_empty(len(src), x.shape[1])
     if out.numel():
         tile = config("rows", x.device, x.dtype)

@@ -4,6 +4,8 @@
 2. Divide each run into splits, and sum each split in one program instance. The number of splits depends on the average
    length of a run.
 3. Add the sums of the splits of each run, in their order.
+
+Shapes: T rows, D width, S splits.
 """
 
 import torch
@@ -49,6 +51,7 @@ def segment_sum_kernel(
 
 @launcher
 def segment_sum(rows: Tensor, ids: Tensor, count: int, dtype: torch.dtype, order: Tensor | None) -> Tensor:
+    """Return the sums [count, D] in `dtype` of rows [T, D] with equal ids [T]; see `m3ae_kernels.segment_sum`."""
     dim = rows.shape[1]
     if not (count and dim and len(rows)):
         return rows.new_zeros(count, dim, dtype=dtype)
