@@ -58,7 +58,7 @@ def train(folder: Path, source: str, shards: Path, *options: str) -> tuple[float
     return tuple(statistics.median(line[name] for line in warm) for name in ("samples_per_s", "data_wait"))
 
 
-def test_remote_shards_cause_little_waiting(benchmark, shards, tmp_path):
+def test_remote_shards_cause_little_data_wait(benchmark, shards, tmp_path):
     """The remote shards are compared with the same shards on a local disk."""
     sizes = [(PER, (shards / f"{number}.tar").stat().st_size, KINDS.index("paired")) for number in range(SHARDS)]
     cache_gb = FITTING * max(size for _, size, _ in sizes) / 1e9

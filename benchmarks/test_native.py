@@ -55,7 +55,7 @@ def made(model: ModelConfig, sizes: list[tuple[int, int]], seed: int = 0) -> lis
     return samples
 
 
-def test_a_step_at_equal_tokens(sizes):
+def test_steps_of_native_and_square_images_are_timed_at_equal_tokens(sizes):
     """The number of square images is chosen so that their number of tokens is as close as possible to that of the
     native batch."""
     keep_freed_memory()
@@ -101,7 +101,7 @@ def test_a_step_at_equal_tokens(sizes):
     assert ratio > LEAST
 
 
-def test_padding(sizes):
+def test_padding_of_native_images_is_measured(sizes):
     """Measure the fraction of padding rows in batches of 64 if images are packed and if they are padded."""
     from timm.data.naflex_transforms import get_image_size_for_seq
 

@@ -43,7 +43,7 @@ def test_a_model_is_loaded_from_a_run_an_export_and_with_random_weights(run, tmp
     assert all(torch.equal(a, b) for a, b in zip(other, again))
 
 
-def test_what_preprocess_returns_has_the_features_of_the_image(run, images):
+def test_the_output_of_preprocess_has_the_features_of_the_image(run, images):
     model = m3ae_fast.load_model(run)
     opened = [Image.open(path) for path in sorted(images.rglob("*.*"))]
     tensors = torch.stack([model.preprocess(image) for image in opened])
@@ -70,7 +70,7 @@ def test_images_outside_shards_are_embedded(run, images, tmp_path, kind):
     assert all(np.array_equal(written[name], found[name]) for name in found)
 
 
-def test_an_image_that_cannot_be_read_is_named_or_left_out(run, images, tmp_path):
+def test_an_unreadable_image_is_named_or_skipped(run, images, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     paths, settings = [images / "a.png", tmp_path / "bad.png"], ["data.workers=0"]
     with pytest.raises(
@@ -82,7 +82,7 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out(run, images, tmp_path
     assert found["keys"].tolist() == [str(images / "a.png")]
 
 
-def test_a_folder_of_shards_is_embedded_as_its_shards_are(run, tmp_path):
+def test_embedding_a_folder_of_shards_equals_embedding_its_shards(run, tmp_path):
     shard = labelled_tar(tmp_path / "a.tar", range(6))
     one, other = (m3ae_fast.embed(run, source, overrides=["data.workers=0"]) for source in (tmp_path, shard))
     assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
@@ -98,7 +98,7 @@ def test_a_folder_of_shards_is_embedded_as_its_shards_are(run, tmp_path):
         ({"out": "features.csv"}, r"--out features.csv: must end in .parquet or .npz"),
     ],
 )
-def test_what_images_outside_shards_do_not_have_is_refused(run, images, options, message):
+def test_options_that_require_shards_are_refused_for_other_images(run, images, options, message):
     with pytest.raises(UserError, match=message):
         m3ae_fast.embed(run, images, **options)
 
@@ -117,7 +117,7 @@ def test_a_model_is_evaluated_with_typed_arguments(run, tmp_path):
 
 
 @pytest.mark.parametrize(("device", "message"), [("cuda", "torch finds no GPU"), ("cuda:1", "must be cpu or cuda")])
-def test_a_device_is_chosen_as_by_the_command(run, images, tmp_path, monkeypatch, device, message):
+def test_the_python_api_chooses_the_device_as_the_command(run, images, tmp_path, monkeypatch, device, message):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     where = {"train": "a.tar", "val": "b.tar", "out": tmp_path / "out"}
     for call in (
@@ -163,7 +163,7 @@ def test_an_option_that_a_task_cannot_use_is_refused(tmp_path, task, options, me
         m3ae_fast.evaluate(task, given.pop("model"), **given)
 
 
-def test_shards_are_made_counted_and_described_in_python(images, tmp_path, monkeypatch):
+def test_shards_are_made_counted_and_described_through_the_python_api(images, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("a", "b", "more/c"):
         (images / f"{name}.txt").write_text(f"the picture {name}")
@@ -198,7 +198,7 @@ def test_shards_are_made_counted_and_described_in_python(images, tmp_path, monke
         (lambda shards: shards.image_tokens("a.tar", "out", vqgan="vqgan", views=0), "--views 0: must be 1 or more"),
     ],
 )
-def test_arguments_that_shards_cannot_have_are_refused(tmp_path, monkeypatch, call, message):
+def test_invalid_arguments_for_making_shards_are_refused(tmp_path, monkeypatch, call, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         call(m3ae_fast.shards)

@@ -119,7 +119,7 @@ def test_a_block_is_one_graph(pruned):
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-4)
 
 
-def test_gradient_is_one_tensor():
+def test_the_gradient_of_keys_and_values_is_one_contiguous_tensor():
     """The gradient goes to the preceding matmul without concatenation or copy."""
     _, kv, *ends = inputs(torch.float32, True)
     seen = []
@@ -136,7 +136,7 @@ def test_gradient_is_one_tensor():
     assert not [n for n in names if any(word in n for word in ("Cat", "Stack", "Clone", "Select", "Slice"))], names
 
 
-def test_no_queries_and_no_rows():
+def test_attention_accepts_no_queries_and_no_rows():
     for q_lengths, k_lengths in (([0, 0], [2, 3]), ([0], [0])):
         kv = torch.randn(sum(k_lengths), 2, 2, 8).requires_grad_()
         q = torch.empty(0, 2, 8).requires_grad_()
@@ -154,7 +154,7 @@ def test_scores_that_are_computed_together_fit_into_the_cache(monkeypatch):
         assert [len(group.q_starts) for group in groups] == sizes
 
 
-def test_dropout_drops():
+def test_attention_dropout_is_applied():
     _, kv, *ends = inputs(torch.float32, True)
     torch.manual_seed(0)
     assert not torch.equal(attend(None, kv, *ends, dropout_p=0.5), attend(None, kv, *ends, dropout_p=0.5))
@@ -309,7 +309,7 @@ def fresh(monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in cuda.MAKERS if name != "triton"])
 @pytest.mark.parametrize("whole", [True, False])
-def test_kernels_of_others_are_called_right(monkeypatch, name, whole):
+def test_third_party_attention_kernels_are_called_with_correct_arguments(monkeypatch, name, whole):
     stand_ins = StandIns()
     stand_ins.install(monkeypatch, "flash_attn_2", "flash_attn_3")
     if name == "flash-attn 4":
@@ -330,7 +330,7 @@ def test_kernels_of_others_are_called_right(monkeypatch, name, whole):
 
 
 @pytest.mark.slow
-def test_the_fastest_is_taken_and_the_others_reasons_are_told(monkeypatch, caplog):
+def test_the_fastest_attention_kernel_is_chosen_and_the_reasons_against_the_others_are_logged(monkeypatch, caplog):
     """The times are those of the stand-ins."""
     stand_ins = StandIns(wrong="3")
     stand_ins.install(monkeypatch, "flash_attn_2", "flash_attn_3")
@@ -460,7 +460,7 @@ def test_the_requested_implementation_is_used(monkeypatch):
 
 
 @pytest.mark.slow
-def test_times_are_measured(monkeypatch):
+def test_attention_kernels_are_ranked_by_measured_time(monkeypatch):
     slow = Kernel("slow", lambda *x: [PADDED.forward(*x) for _ in range(40)][-1], PADDED.backward)
     fast = Kernel("fast", PADDED.forward, PADDED.backward)
     for order in ((slow, fast), (fast, slow)):
@@ -502,7 +502,7 @@ def trials(monkeypatch):
     return tried
 
 
-def test_one_rank_chooses_and_all_run_the_same(trials):
+def test_one_rank_chooses_the_attention_kernel_for_all_ranks(trials):
     gpu = torch.device("cuda", 0)
     where = (CONFIG, MaskingConfig(), gpu, BF16)
     names, times = RunAttention(*where).choose(512)
@@ -524,7 +524,7 @@ def test_kernels_are_tried_with_the_length_of_a_whole_sample(trials):
     assert [length for _, _, length, _ in trials] == [batch.encoder.max_seqlen, batch.decoder.max_seqlen]
 
 
-def test_each_kind_of_head_has_a_choice_of_its_own(trials, monkeypatch):
+def test_the_attention_kernel_is_chosen_separately_for_each_device_dtype_and_head_shape(trials, monkeypatch):
     real = trials.append
     monkeypatch.setattr(cuda, "trial", lambda *asked, **_: real(asked) or {"new": 1.0})
     gpu, second = (torch.device("cuda", number) for number in (0, 1))
@@ -535,21 +535,21 @@ def test_each_kind_of_head_has_a_choice_of_its_own(trials, monkeypatch):
     assert [asked[:4] for asked in trials] == others
 
 
-def test_a_resumed_run_keeps_its_kernels_where_they_are(trials):
+def test_a_resumed_run_keeps_its_attention_kernels_if_they_are_available(trials):
     where = (CONFIG, MaskingConfig(), torch.device("cuda", 0), BF16)
     known = {"encoder": "old", "decoder": "of another machine"}
     names, times = RunAttention(*where).choose(512, known)
     assert names == {"encoder": "old", "decoder": "new"} and list(times) == ["decoder"] and len(trials) == 1
 
 
-def test_no_kernel_is_tried_if_there_is_no_choice(trials, monkeypatch):
+def test_attention_kernels_are_not_benchmarked_if_there_is_no_choice(trials, monkeypatch):
     gpu = torch.device("cuda", 0)
     assert RunAttention(CONFIG, MaskingConfig(), CPU, BF16).choose(512) == ({}, {})
     monkeypatch.setenv("M3AE_KERNELS_IMPL", "torch")
     assert RunAttention(CONFIG, MaskingConfig(), gpu, BF16).choose(512) == ({}, {}) and not trials
 
 
-def test_a_run_names_its_kernels(monkeypatch):
+def test_a_run_reports_its_attention_kernels(monkeypatch):
     """The kernels of encoder and decoder are chosen for their own lengths before the first step."""
     asked = []
 
@@ -565,7 +565,7 @@ def test_a_run_names_its_kernels(monkeypatch):
     assert RunAttention(dropout, MaskingConfig(), CPU, BF16).describe() == "padded SDPA"
 
 
-def test_devices_have_their_own_kernels(monkeypatch):
+def test_each_type_of_device_has_its_own_attention_kernels(monkeypatch):
     monkeypatch.setattr(cuda, "choose", lambda *question: question)
     gpu = torch.device("cuda", 0)
     assert kernel_for("auto", gpu, BF16, 2, 16, 9) == (gpu, BF16, 2, 16, 9)

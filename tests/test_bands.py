@@ -55,7 +55,7 @@ def chw(dtype: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize("norm_pix", [False, True])
-def test_losses_and_gradients_are_those_of_normalised_floats(dtype, norm_pix):
+def test_losses_and_gradients_equal_those_of_normalised_float_images(dtype, norm_pix):
     model, image = make(dtype, norm_pix=norm_pix), chw(dtype)
     found = []
     for each in (image, normalised(image, MEAN, STD)):
@@ -68,7 +68,7 @@ def test_losses_and_gradients_are_those_of_normalised_floats(dtype, norm_pix):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_encode_takes_arrays_files_and_tensors(dtype, tmp_path):
+def test_encode_accepts_arrays_files_and_tensors(dtype, tmp_path):
     model, values = make(dtype), pixels(dtype)
     (tmp_path / "a.npy").write_bytes(write_npy(values))
     alone = model.encode(values)
@@ -88,7 +88,7 @@ def test_encode_takes_arrays_files_and_tensors(dtype, tmp_path):
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 23)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_levels_are_the_same_image_whatever_they_come_as(dtype, size, tmp_path):
+def test_8_bit_images_are_bitwise_equal_in_every_accepted_form(dtype, size, tmp_path):
     """The images are bitwise equal, and can be combined with other images in a batch."""
     config = make(dtype).config.model_copy(update={"channels": 3, "image_mean": MEAN[:3], "image_std": STD[:3]})
     levels = np.random.RandomState(0).randint(0, 256, (*size, 3), dtype=np.uint8)
@@ -99,7 +99,7 @@ def test_levels_are_the_same_image_whatever_they_come_as(dtype, size, tmp_path):
     assert all(torch.equal(image, found[0]) for image in found)
 
 
-def test_weights_of_16_bits_take_normalised_floats():
+def test_16_bit_weights_accept_normalised_float_images():
     """With ZeRO, weights have 16 bits, and autocast is not used."""
     model = make("float32")
     sample = Sample("a", normalised(chw("float32"), MEAN, STD), MASK)
@@ -108,14 +108,14 @@ def test_weights_of_16_bits_take_normalised_floats():
     assert found.isfinite() and abs(found.item() - expected) < 0.05 * expected
 
 
-def test_batch_bytes_follow_from_the_dtype():
+def test_the_size_of_a_batch_depends_on_the_image_dtype():
     small, middle, large = (batch_bytes(make(dtype).geometry, 1) for dtype in ("uint8", "uint16", "float32"))
     assert (middle - small, large - small) == (BANDS * SIZE**2, 3 * BANDS * SIZE**2)
     assert pack([], make("uint16").geometry).images.dtype == torch.uint16
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_pictures_show_the_channels_that_are_asked_for(dtype, tmp_path):
+def test_figures_show_the_requested_channels(dtype, tmp_path):
     model, image = make(dtype, norm_pix=True), chw(dtype)
     config = model.config
     if dtype == "float32":
@@ -151,7 +151,7 @@ def test_pictures_show_the_channels_that_are_asked_for(dtype, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
-def test_exports_give_the_features_of_encode(dtype, tmp_path):
+def test_exports_compute_the_same_features_as_encode(dtype, tmp_path):
     import timm
 
     model, values = make(dtype), pixels(dtype)
@@ -185,7 +185,7 @@ def test_exports_give_the_features_of_encode(dtype, tmp_path):
         ({"image_targets": "vqgan", "image_dtype": "uint16"}, {}, "vqgan needs image_dtype uint8"),
     ],
 )
-def test_mistakes_are_one_line(model, data, message):
+def test_user_errors_are_reported_in_one_line(model, data, message):
     with pytest.raises(UserError, match=message):
         parse(Config, TINY | {"model": TINY["model"] | model, "data": TINY["data"] | data}, "test")
 

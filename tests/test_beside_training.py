@@ -24,7 +24,7 @@ from m3ae_fast.training.pretraining_task import PretrainingTask
 from tests.helpers.ranks import fork_ranks
 
 
-def test_an_error_in_the_background_is_known_at_once_and_raised_once():
+def test_a_background_error_is_visible_at_once_and_raised_once():
     background, begun = Background(), threading.Event()
 
     def work() -> None:
@@ -42,7 +42,7 @@ def test_an_error_in_the_background_is_known_at_once_and_raised_once():
     background.wait()
 
 
-def test_work_waits_for_no_thread_to_start(monkeypatch):
+def test_background_work_does_not_start_a_new_thread(monkeypatch):
     background, done = Background(), []
     monkeypatch.setattr(threading.Thread, "start", None)
     for number in range(2):
@@ -51,7 +51,7 @@ def test_work_waits_for_no_thread_to_start(monkeypatch):
     assert done == [0, 1]
 
 
-def test_no_work_begins_before_the_error_of_the_one_before_is_raised():
+def test_background_work_starts_only_after_the_previous_error_was_raised():
     background, done, go = Background(), [], threading.Event()
 
     def fail() -> None:
@@ -75,7 +75,7 @@ class Panic(BaseException):
     """An exception like the panic of a library in Rust."""
 
 
-def test_what_is_no_exception_is_raised_too():
+def test_background_errors_that_are_not_exceptions_are_raised():
     background = Background()
 
     def work() -> None:
@@ -88,7 +88,7 @@ def test_what_is_no_exception_is_raised_too():
 
 
 @pytest.mark.parametrize("error", [None, UserError, RuntimeError, KeyboardInterrupt])
-def test_the_last_work_is_awaited_at_the_end(error):
+def test_the_last_background_work_is_awaited_at_the_end(error):
     """The last work is not awaited if the user interrupts the run."""
     done, go = [], threading.Event()
     timer = threading.Timer(0.3, go.set)
@@ -119,7 +119,7 @@ def test_the_last_work_is_awaited_at_the_end(error):
 
 
 @pytest.mark.parametrize("error", [None, ValueError])
-def test_an_error_of_the_last_work_is_raised_at_the_end_unless_another_ends_the_run(error):
+def test_an_error_of_the_last_background_work_is_raised_at_the_end_unless_another_error_ends_the_run(error):
     def fail() -> None:
         raise UserError("the disk is full")
 
@@ -149,7 +149,7 @@ def test_a_save_that_fails_in_the_background_stops_the_run(trainer, ranks):
     assert max(steps) < 200
 
 
-def test_garbage_is_collected_in_the_same_steps_everywhere(monkeypatch):
+def test_garbage_is_collected_in_the_same_steps_on_all_ranks(monkeypatch):
     monkeypatch.setattr(garbage_collection, "EVERY", 20)
     collected = []
     with GarbageCollection() as collection:
@@ -172,7 +172,7 @@ GEOMETRY = Geometry(256, 16, 3, 64)
 
 
 @pytest.mark.parametrize("width", [256, 512])
-def test_a_packed_batch_is_no_larger_than_is_reckoned_with(width):
+def test_a_packed_batch_does_not_exceed_its_estimated_size(width):
     """Images are square, or native and of the largest size."""
     import torch
 
@@ -208,7 +208,7 @@ def test_prefetched_batches_fit_into_shared_memory(monkeypatch, free, ranks, wor
     assert got == 1 or (got + 1) * workers * size <= free / ranks
 
 
-def test_too_little_shared_memory_is_told_before_a_worker_dies_of_it(monkeypatch):
+def test_too_little_shared_memory_is_reported_before_a_worker_is_killed(monkeypatch):
     _free(monkeypatch, 64e6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     with pytest.raises(UserError, match=r"has 51 MB available per rank, but the batches of 4 workers.* 640 MB.*--shm"):
@@ -221,7 +221,7 @@ def test_shared_memory_of_unknown_size_is_not_limited(monkeypatch, tmp_path):
     assert shared_memory.fitting_prefetch(4, 16, 80_000_000) == 4
 
 
-def test_what_triton_needs_is_looked_for(monkeypatch, tmp_path):
+def test_missing_build_requirements_of_triton_are_found(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(hardware.sysconfig, "get_path", lambda name: str(tmp_path))
@@ -233,7 +233,7 @@ def test_what_triton_needs_is_looked_for(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_damaged_shards_are_named_of_training_and_of_held_out_samples(monkeypatch, held_out):
+def test_damaged_shards_of_training_and_held_out_samples_are_named(monkeypatch, held_out):
     reported = []
     attention = SimpleNamespace(choose=print, use_kernels=lambda kernels: None, describe=lambda: "")
     monkeypatch.setattr(pretraining_task, "RunAttention", lambda *_: attention)

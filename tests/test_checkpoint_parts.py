@@ -38,7 +38,7 @@ def _ranks(what, folder, ranks):
 
 
 @pytest.mark.slow
-def test_what_four_ranks_save_any_number_loads_in_any_stage_bit_for_bit(tmp_path):
+def test_a_checkpoint_of_four_ranks_is_loaded_bitwise_by_any_number_of_ranks_in_any_stage(tmp_path):
     """Checkpoints of plain torch and of ZeRO 0 to 3 are loaded. No rank copies more than 1.3 times its share."""
     _ranks("save", tmp_path, 4)
     for zero in ("None", "3"):
@@ -49,7 +49,7 @@ def test_what_four_ranks_save_any_number_loads_in_any_stage_bit_for_bit(tmp_path
 
 
 @pytest.mark.slow
-def test_what_one_rank_saved_several_load(tmp_path):
+def test_a_checkpoint_of_one_rank_is_loaded_by_several(tmp_path):
     _ranks("save", tmp_path, 1)
     saved = tmp_path / "3/checkpoints/step-00000002"
     assert sorted(path.name for path in saved.iterdir()) == ["state.json", state_files.STATE_FILE, TABLE_FILE]
@@ -58,7 +58,7 @@ def test_what_one_rank_saved_several_load(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank, where", [(2, "save_file"), (1, "to_disk"), (0, "write_table"), (0, "put_in_place")])
-def test_a_rank_that_is_killed_in_the_midst_of_a_save_leaves_the_one_before(tmp_path, rank, where):
+def test_a_rank_killed_during_a_save_leaves_the_previous_checkpoint(tmp_path, rank, where):
     processes = fork_ranks(MODULE, ["die", str(tmp_path), str(rank), where], 4, tmp_path / "log")
     processes[rank].join(60)
     for process in processes:
@@ -74,7 +74,7 @@ def test_a_rank_that_is_killed_in_the_midst_of_a_save_leaves_the_one_before(tmp_
 
 
 @pytest.mark.parametrize("world", [1, 2, 5, 90])
-def test_a_row_of_tensors_is_cut_into_equal_parts(world):
+def test_concatenated_tensors_are_split_into_equal_parts(world):
     pieces = [cut(STATE, rank, world) for rank in range(world)]
     sizes = [sum(len(piece.data) for piece in part.values()) for part in pieces]
     assert sum(sizes) == 73 and max(sizes) == -(-73 // world)
@@ -84,7 +84,7 @@ def test_a_row_of_tensors_is_cut_into_equal_parts(world):
 
 
 @pytest.mark.parametrize("world", [1, 2, 5, 80])  # some of the 80 ranks have nothing to write
-def test_any_elements_of_a_tensor_are_read_from_whoever_wrote_them(tmp_path, world):
+def test_any_elements_of_a_tensor_are_read_from_the_files_that_contain_them(tmp_path, world):
     state = checkpoint.open_state(save_cut(tmp_path, STATE, world))
     assert state.shapes == {name: tuple(tensor.shape) for name, tensor in STATE.items()}
     for name, tensor in STATE.items():
@@ -94,7 +94,7 @@ def test_any_elements_of_a_tensor_are_read_from_whoever_wrote_them(tmp_path, wor
                 assert torch.equal(state.read(name, start, stop - start), tensor.flatten()[start:stop])
 
 
-def test_ranks_may_have_their_pieces_in_any_order(tmp_path):
+def test_the_slices_of_a_tensor_may_be_assigned_to_ranks_in_any_order(tmp_path):
     path, *_ = save_parts(tmp_path, [cut(STATE, rank, 3) for rank in (2, 0, 1)])
     state = checkpoint.open_state(path)
     for name, tensor in STATE.items():
@@ -103,7 +103,7 @@ def test_ranks_may_have_their_pieces_in_any_order(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("world", [1, 2, 5, 80])
-def test_torch_distributed_checkpoint_reads_what_ranks_wrote(tmp_path, world):
+def test_torch_distributed_checkpoint_reads_checkpoints_of_several_ranks(tmp_path, world):
     path = save_cut(tmp_path, STATE, world)
     pieces = checkpoint.state_files.read_table(path).pieces
     found = {
@@ -114,7 +114,7 @@ def test_torch_distributed_checkpoint_reads_what_ranks_wrote(tmp_path, world):
         assert torch.equal(found[name].view(tensor.shape), tensor)
 
 
-def test_one_rank_s_checkpoint_is_one_file_that_safetensors_reads(tmp_path):
+def test_a_checkpoint_of_one_rank_is_one_safetensors_file(tmp_path):
     path = save(tmp_path, STATE, checkpoint.Info(1, 0, 42, {}, {}))
     assert sorted(file.name for file in path.iterdir()) == ["state.json", "state.safetensors", TABLE_FILE]
     for folder in (path, save_cut(tmp_path, STATE, 2, step=2)):  # all its files have the same permissions
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path, world):
     assert torch.equal(state.read("model/a", 3, 29), STATE["model/a"].flatten()[3:32])
 
 
-def test_a_run_on_several_ranks_exports_what_one_on_one_rank_does(tmp_path):
+def test_the_export_of_a_run_does_not_depend_on_its_number_of_ranks(tmp_path):
     for ranks in (1, 3):
         torch.manual_seed(0)
         run = tiny_run(tmp_path / str(ranks), ranks=ranks)
@@ -157,7 +157,7 @@ def test_a_run_on_several_ranks_exports_what_one_on_one_rank_does(tmp_path):
     assert one.keys() == three.keys() and all(torch.equal(three[name], tensor) for name, tensor in one.items())
 
 
-def test_the_average_of_the_weights_is_read_from_parts_and_the_buffers_with_it(tmp_path):
+def test_averaged_weights_and_buffers_are_read_from_a_checkpoint_of_several_ranks(tmp_path):
     state = {"model/a": torch.zeros(9), "model/fixed": torch.ones(2), "ema/a": torch.arange(9.0)}
     path = save_cut(tmp_path, state, 4)
     for average, expected in ((True, state["ema/a"]), (False, state["model/a"])):
@@ -172,7 +172,7 @@ def _parts(world=3):
     return [cut(STATE, rank, world) for rank in range(world)]
 
 
-def test_an_element_in_no_part_or_in_two_is_noticed_on_every_rank(tmp_path):
+def test_missing_and_duplicate_elements_are_detected_on_every_rank(tmp_path):
     """A rank that contributes too few or too many elements does not notice this by itself."""
     less, more, other = _parts(), _parts(), _parts()
     less[1]["model/a"] = less[1]["model/a"]._replace(data=less[1]["model/a"].data[:-2])
@@ -202,7 +202,7 @@ def test_the_table_is_computed_once_for_equal_splits(tmp_path, monkeypatch):
         assert checkpoint.open_state(path).shapes == {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def test_what_is_not_finite_on_one_rank_is_told_on_all_and_written_by_none(tmp_path):
+def test_non_finite_values_on_one_rank_are_reported_on_all_ranks_and_not_written(tmp_path):
     found = _parts()
     found[2]["exp_avg/a"].data[-1] = torch.nan
     try:
@@ -214,7 +214,7 @@ def test_what_is_not_finite_on_one_rank_is_told_on_all_and_written_by_none(tmp_p
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("no room")])
-def test_a_disk_that_refuses_one_rank_is_told_on_all(tmp_path, monkeypatch, error):
+def test_a_disk_error_on_one_rank_is_reported_on_all_ranks(tmp_path, monkeypatch, error):
     first, write = save_cut(tmp_path, STATE, 3), state_files.save_file
 
     def refuse(tensors, file, *rest):
@@ -228,7 +228,7 @@ def test_a_disk_that_refuses_one_rank_is_told_on_all(tmp_path, monkeypatch, erro
     assert os.listdir(tmp_path / "checkpoints") == [first.name]
 
 
-def test_a_folder_that_nodes_do_not_share_is_told(tmp_path, monkeypatch):
+def test_a_folder_that_nodes_do_not_share_is_reported(tmp_path, monkeypatch):
     """Each rank's file is on the disk of its own node."""
     write = state_files.save_file
 
@@ -246,7 +246,7 @@ def test_a_folder_that_nodes_do_not_share_is_told(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "module, step", [(state_files, "save_file"), (state_files, "write_table"), (folder_module, "put_in_place")]
 )
-def test_a_folder_that_is_renamed_while_ranks_write_costs_nothing(tmp_path, monkeypatch, module, step):
+def test_renaming_the_run_folder_while_ranks_write_loses_no_data(tmp_path, monkeypatch, module, step):
     run, done, lock = tmp_path / "run", getattr(module, step), threading.Lock()
 
     def rename_first(*args):
@@ -261,7 +261,7 @@ def test_a_folder_that_is_renamed_while_ranks_write_costs_nothing(tmp_path, monk
     assert torch.equal(checkpoint.open_state(path).whole("model/a"), STATE["model/a"])
 
 
-def test_a_step_that_was_saved_is_not_saved_again(tmp_path):
+def test_a_saved_step_is_not_saved_again(tmp_path):
     path = save_cut(tmp_path, STATE, 2)
     before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
     assert save_cut(tmp_path, {"model/a": torch.zeros(3)}, 2) == path
@@ -278,7 +278,7 @@ FILES = [*part_files(3), TABLE_FILE]
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "folder", "pipe"])
-def test_a_damaged_file_is_one_line_whichever_it_is(saved, file, damage):
+def test_damage_to_any_file_of_a_checkpoint_is_reported_in_one_line(saved, file, damage):
     whole_file = (saved / file).read_bytes()
     (saved / file).unlink()
     if damage == "truncated":
@@ -296,7 +296,7 @@ def test_a_damaged_file_is_one_line_whichever_it_is(saved, file, damage):
         assert "\n" not in str(caught.value)
 
 
-def test_ranks_share_the_work_of_looking_for_damage(saved):
+def test_the_integrity_check_is_distributed_over_ranks(saved):
     (saved / FILES[1]).write_bytes(b"")
     for rank in (0, 2):
         checkpoint.open_state(saved, rank, 3)
@@ -304,7 +304,7 @@ def test_ranks_share_the_work_of_looking_for_damage(saved):
         checkpoint.open_state(saved, 1, 3)
 
 
-def test_a_field_of_the_state_that_is_damaged_is_named_in_few_words(saved):
+def test_a_damaged_field_of_the_state_is_named_briefly(saved):
     about = json.loads((saved / "state.json").read_text())
     (saved / "state.json").write_text(json.dumps(about | {"step": "x", "seed": None}))
     with pytest.raises(UserError) as caught:
@@ -313,7 +313,7 @@ def test_a_field_of_the_state_that_is_damaged_is_named_in_few_words(saved):
 
 
 @pytest.mark.parametrize("file", part_files(3))
-def test_a_part_without_its_checksum_is_refused(saved, file):
+def test_a_state_file_without_its_checksum_is_refused(saved, file):
     """The part may belong to another step, which no other check would detect."""
     other = save_cut(saved.parents[1], {name: tensor + 1 for name, tensor in STATE.items()}, 3, step=2)
     (saved / file).write_bytes((other / file).read_bytes())
@@ -324,7 +324,7 @@ def test_a_part_without_its_checksum_is_refused(saved, file):
         checkpoint.read_weights(saved)
 
 
-def test_a_checkpoint_in_one_file_needs_its_checksum_where_any_is_there(tmp_path):
+def test_a_single_file_checkpoint_requires_its_checksum_if_any_checksum_exists(tmp_path):
     path = save(tmp_path, STATE, checkpoint.Info(1, 0, 42, {}, {}))
     info = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(info | {"sha256": {"other.safetensors": "0"}}))
@@ -332,7 +332,7 @@ def test_a_checkpoint_in_one_file_needs_its_checksum_where_any_is_there(tmp_path
         checkpoint.read_weights(path)
 
 
-def test_files_of_another_world_are_no_part(saved):
+def test_state_files_of_another_number_of_ranks_are_refused(saved):
     for number, file in enumerate(part_files(3)):
         (saved / file).rename(saved / part_files(4)[number])
     with pytest.raises(UserError, match=r"state-00001-of-00003\.safetensors is damaged"):
@@ -358,7 +358,7 @@ def test_files_of_another_world_are_no_part(saved):
     ],
     ids=str,
 )
-def test_a_table_of_somebody_else_leads_to_one_line_and_to_no_other_file(saved, change):
+def test_a_malicious_table_is_refused_in_one_line_and_reads_no_other_file(saved, change):
     table, info = (json.loads((saved / name).read_text()) for name in (TABLE_FILE, "state.json"))
     for key, value in change.items():
         table[key] = table[key] | value if isinstance(value, dict) else value
@@ -371,7 +371,7 @@ def test_a_table_of_somebody_else_leads_to_one_line_and_to_no_other_file(saved, 
     assert "\n" not in str(caught.value)
 
 
-def test_a_piece_of_another_type_or_size_is_refused(saved):
+def test_a_slice_with_another_dtype_or_size_is_refused(saved):
     info = json.loads((saved / "state.json").read_text())
     file = saved / part_files(3)[0]
     pieces = load_file(file)
@@ -383,7 +383,7 @@ def test_a_piece_of_another_type_or_size_is_refused(saved):
             checkpoint.open_state(saved).whole("model/a")
 
 
-def test_a_state_in_parts_is_checked_against_the_model(saved):
+def test_a_state_in_several_files_is_checked_against_the_model(saved):
     state = checkpoint.open_state(saved)
     state.check({"model/a": (5, 7)})
     for shapes, words in (({"model/a": (7, 5)}, "has the shape"), ({"model/c": (1,)}, "has no tensor model/c")):
@@ -393,12 +393,12 @@ def test_a_state_in_parts_is_checked_against_the_model(saved):
         state.read("model/c", 0, 1)
 
 
-def test_a_checkpoint_that_a_node_does_not_see_is_told(tmp_path):
+def test_a_checkpoint_that_is_not_visible_on_a_node_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"rank 5 cannot find it; run.dir must be on a file system shared by all nodes"):
         checkpoint.open_state(tmp_path / "step-00000001", 5, 8)
 
 
-def test_a_copy_takes_the_place_of_the_one_before(tmp_path):
+def test_staging_reuses_the_memory_of_the_previous_copy(tmp_path):
     staging = Staging()
     first = staging.copy(lambda: cut(STATE, 0, 1))
     assert all(torch.equal(first[n].data.view(t.shape), t) for n, t in STATE.items())
@@ -409,7 +409,7 @@ def test_a_copy_takes_the_place_of_the_one_before(tmp_path):
     assert longer["model/c"].data.tolist() == [1, 1]
 
 
-def test_an_update_waits_for_the_copy_that_was_begun():
+def test_an_update_waits_for_the_copy_in_progress():
     """The update also proceeds if the copy fails."""
     staging = Staging()
     staging.wait()
@@ -439,7 +439,7 @@ def _saver(run_dir, fragments, say=lambda text: None):
     return Saver(run_dir=run_dir, engine=SimpleNamespace(fragments=fragments), ranks=ranks, say=say, **options)
 
 
-def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
+def test_a_save_starts_the_copy_for_which_the_next_update_waits(tmp_path):
     """The copying thread begins late."""
     listed, messages = threading.Event(), []
     with _saver(tmp_path, lambda: listed.wait(60) and cut(STATE, 0, 1), messages.append) as saver:
@@ -454,7 +454,7 @@ def test_a_save_begins_the_copy_that_the_next_update_waits_for(tmp_path):
     assert messages == [f"saved {path}" for path in checkpoint.saved_steps(tmp_path)]
 
 
-def test_an_evaluation_makes_the_checkpoint_of_its_own_step_good(tmp_path):
+def test_an_evaluation_marks_the_checkpoint_of_its_step_as_good(tmp_path):
     with _saver(tmp_path, lambda: cut(STATE, 0, 1)) as saver:
         for step in (2, 3):
             if step == 2:
@@ -464,7 +464,7 @@ def test_an_evaluation_makes_the_checkpoint_of_its_own_step_good(tmp_path):
     assert [checkpoint.is_good(path) for path in checkpoint.saved_steps(tmp_path)] == [True, False]
 
 
-def test_a_checkpoint_that_is_being_written_is_good_once_the_next_step_is_finite(tmp_path):
+def test_a_checkpoint_being_written_is_marked_good_once_the_next_step_is_finite(tmp_path):
     """Before an evaluation, the run waits for the checkpoint and then marks it."""
     listed = threading.Event()
     watch = SimpleNamespace(spikes=None, first_bad=lambda: "", bad_step=None, finite_through=4)
@@ -492,12 +492,12 @@ def _decide(judge, world=3, rounds=1):
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_rank_0_decides_on_what_all_report(world):
+def test_rank_0_decides_on_the_reports_of_all_ranks(world):
     found = _decide(lambda reports: " ".join(reports), world, rounds=3)
     assert found == [[" ".join(f"{rank}.{number}" for rank in range(world)) for number in range(3)]] * world
 
 
-def test_an_error_of_the_decision_is_one_of_every_rank():
+def test_an_error_of_the_decision_is_raised_on_every_rank():
     def refuse(reports):
         raise UserError(f"no room for {len(reports)}")
 
@@ -506,7 +506,7 @@ def test_an_error_of_the_decision_is_one_of_every_rank():
     assert isinstance(first, KeyError) and all(isinstance(error, UserError) for error in others)
 
 
-def test_a_rank_that_waits_long_still_looks_often(monkeypatch):
+def test_a_waiting_rank_polls_at_an_increasing_but_limited_interval(monkeypatch):
     pauses = []
     monkeypatch.setattr(agreement.time, "sleep", pauses.append)
     looks = iter([False] * 20 + [True])
@@ -516,7 +516,7 @@ def test_a_rank_that_waits_long_still_looks_often(monkeypatch):
     assert sorted(pauses) == pauses and pauses[-1] == max(pauses) == agreement._PAUSE < 1
 
 
-def test_an_agreement_leaves_nothing_behind_but_its_last_answer():
+def test_an_agreement_leaves_only_its_last_answer_in_the_store():
     ranks = agreements(2)
     with ThreadPoolExecutor(2) as threads:
         for _ in range(5):
@@ -524,7 +524,7 @@ def test_an_agreement_leaves_nothing_behind_but_its_last_answer():
     assert ranks[0]._store.num_keys() == 1
 
 
-def test_a_rank_that_left_is_not_awaited_by_one_that_is_about_to(monkeypatch):
+def test_a_leaving_rank_waits_for_other_ranks_only_for_a_limited_time(monkeypatch):
     monkeypatch.setattr(agreement, "_PATIENCE", 0.1)
     alone, _ = agreements(2)
     with ThreadPoolExecutor(1) as thread:

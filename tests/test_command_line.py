@@ -46,7 +46,7 @@ def test_valid_arguments_are_parsed():
         (["images", "--out", "x", "--huors", "1"], "unrecognized arguments: --huors 1"),
     ],
 )
-def test_an_option_that_argparse_refuses_is_one_line_too(capsys, arguments, message):
+def test_an_option_that_argparse_refuses_is_reported_in_one_line(capsys, arguments, message):
     with pytest.raises(UserError) as error:
         pretrain.main(arguments)
     assert str(error.value) == f"{message}; `m3ae-fast pretrain --help` lists the options"
@@ -69,14 +69,14 @@ def test_an_option_that_argparse_refuses_is_one_line_too(capsys, arguments, mess
         (evaluate.main, "knn m --val v --train t --out o --k 3", "arguments: --k 3; `m3ae-fast evaluate knn --help"),
     ],
 )
-def test_a_mistake_in_a_command_of_a_program_points_to_the_help_of_that_command(parse, line, message):
+def test_the_error_for_a_wrong_argument_points_to_the_help_of_its_subcommand(parse, line, message):
     with pytest.raises(UserError, match=re.escape(message)):
         parse(line.split())
 
 
 @pytest.mark.parametrize("line", ["--huors 1", "--seed x", "--out "])
 @pytest.mark.parametrize("variables", [{"RANK": "{}", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "{}", **SRUN}])
-def test_a_mistake_on_the_command_line_of_several_ranks_is_told_once(monkeypatch, capsys, line, variables):
+def test_a_wrong_argument_given_to_several_ranks_is_reported_once(monkeypatch, capsys, line, variables):
     monkeypatch.setattr(command_line, "_FIRST_S", 0.0)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # other tests may have set them in this process
         monkeypatch.delenv(name, raising=False)
@@ -88,7 +88,7 @@ def test_a_mistake_on_the_command_line_of_several_ranks_is_told_once(monkeypatch
         assert capsys.readouterr().err.count("error: ") == (rank == "0")
 
 
-def test_options_that_are_short_for_a_setting_apply_in_the_order_of_the_line():
+def test_options_that_abbreviate_a_setting_apply_in_command_line_order():
     line = "--config base --train a.tar b.tar --seed 3 --set run.seed=4 --out runs/mine --val c.tar"
     assert train.parse_args(line.split()).set == [
         'data.train=[{"shards": ["a.tar", "b.tar"]}]',
@@ -102,7 +102,7 @@ def test_options_that_are_short_for_a_setting_apply_in_the_order_of_the_line():
         train.parse_args(["--config", "base", "--seed", "x"])
 
 
-def test_the_device_is_that_of_the_command_line(monkeypatch):
+def test_the_device_option_hides_gpus_only_for_cpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     use_device(None)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"

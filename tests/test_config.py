@@ -102,7 +102,7 @@ MISTAKES = [
 ]
 
 
-def test_a_shipped_config_is_named_without_its_path(tmp_path, monkeypatch):
+def test_a_shipped_config_can_be_named_without_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config("large") == load_config(ROOT / "configs/large.json")
     with pytest.raises(
@@ -114,7 +114,7 @@ def test_a_shipped_config_is_named_without_its_path(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[m[0][0] for m in MISTAKES])
-def test_mistakes(run, overrides, message):
+def test_user_errors_are_reported(run, overrides, message):
     if overrides == ["data.tokenizer=null"]:
         message = "data.tokenizer: no tokenizer is set"
     if overrides[0].startswith("deepspeed."):
@@ -127,7 +127,7 @@ def test_mistakes(run, overrides, message):
     assert not (run.folder / "run").exists()
 
 
-def test_config_file_mistakes(run):
+def test_invalid_config_files_are_refused(run):
     for name, text, message in [
         ("missing.json", None, "cannot be read"),
         ("broken.json", "{", "is not valid JSON"),
@@ -144,7 +144,7 @@ def test_config_file_mistakes(run):
 
 
 @pytest.mark.slow
-def test_old_run_is_not_overwritten(run):
+def test_an_existing_run_is_not_overwritten(run):
     assert run()[0] == 0
     code, err = run()
     assert code == 2 and "already contains checkpoints" in err
@@ -155,7 +155,7 @@ def test_old_run_is_not_overwritten(run):
 
 
 @pytest.mark.slow
-def test_damaged_checkpoint(run):
+def test_a_damaged_checkpoint_is_refused(run):
     """test_hostile_files.py tests every kind of damage."""
     assert run()[0] == 0
     for name in ("state.safetensors", "state.json"):
@@ -167,7 +167,7 @@ def test_damaged_checkpoint(run):
 @pytest.mark.parametrize(
     ("name", "value"), [("M3AE_KERNELS_IMPL", "cuda"), ("WORLD_SIZE", "two"), ("WORLD_SIZE", "2"), ("RANK", "1")]
 )
-def test_environment_that_makes_no_sense(run, monkeypatch, name, value):
+def test_invalid_environment_variables_are_refused(run, monkeypatch, name, value):
     for unset in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(unset, raising=False)
     monkeypatch.setenv(name, value)
@@ -177,7 +177,7 @@ def test_environment_that_makes_no_sense(run, monkeypatch, name, value):
 
 
 @pytest.mark.slow
-def test_ranks_that_do_not_come_are_missed(run, monkeypatch):
+def test_missing_ranks_are_reported(run, monkeypatch):
     monkeypatch.setattr(ranks, "TIMEOUT", timedelta(seconds=1))
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2, "RANK": 0}.items():
         monkeypatch.setenv(name, str(value))
@@ -185,7 +185,7 @@ def test_ranks_that_do_not_come_are_missed(run, monkeypatch):
     assert code == 2 and "error: rank 0 of 2 cannot join the other ranks (" in err and "Traceback" not in err
 
 
-def test_a_rank_that_ends_while_all_join_is_no_traceback(run, monkeypatch):
+def test_a_rank_that_exits_while_ranks_join_causes_no_traceback(run, monkeypatch):
     gone = RuntimeError("[pair.cc:1] Connection closed by peer [::1]")
     monkeypatch.setattr(torch.distributed, "init_process_group", Mock(side_effect=gone))
     code, err = run()
@@ -199,14 +199,14 @@ def test_a_rank_that_ends_while_all_join_is_no_traceback(run, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 1])
-def test_resuming_a_finished_run_says_so(run, steps):
+def test_resuming_a_finished_run_reports_that_it_is_finished(run, steps):
     assert run("--set", "train.steps=2")[0] == 0
     code, out = run("--resume", "auto", "--set", f"train.steps={steps}", out=True)
     assert code == 0 and "training is complete" in out and "stopped" not in out
 
 
 @pytest.mark.slow
-def test_loss_that_is_not_finite(run):
+def test_a_non_finite_loss_ends_the_run(run):
     options = ["optim.peak_lr=1e9", "optim.clip_grad=null", "train.steps=30", "train.save_every=1"]
     code, err = run(*(word for o in options for word in ("--set", o)))
     assert code == 2
@@ -215,7 +215,7 @@ def test_loss_that_is_not_finite(run):
 
 
 @pytest.mark.slow
-def test_weights_that_are_not_finite_are_not_saved(run):
+def test_non_finite_weights_are_not_saved(run):
     options = ["optim.peak_lr=1e300", "optim.clip_grad=null", "train.save_every=1"]
     code, err = run(*(word for o in options for word in ("--set", o)))
     assert code == 2 and "is not finite" in err and "optim.peak_lr" in err
@@ -232,7 +232,7 @@ def test_weights_that_are_not_finite_are_not_saved(run):
         ({"steps_per_print": 10}, "deepspeed.steps_per_print is set from train.log_every"),
     ],
 )
-def test_deepspeed_sections_that_fail(run, section, message):
+def test_invalid_deepspeed_sections_are_refused(run, section, message):
     section = {"zero_optimization": {"stage": 1}} | section
     code, err = run("--set", f"deepspeed={json.dumps(section)}")
     assert code == 2 and message in err
@@ -240,7 +240,7 @@ def test_deepspeed_sections_that_fail(run, section, message):
 
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("clip_grad", [None, 0.7])
-def test_deepspeed_waits_for_nothing_and_sums_gradients_in_float32(stage, clip_grad):
+def test_deepspeed_sections_avoid_synchronisation_and_sum_gradients_in_float32(stage, clip_grad):
     from m3ae_fast.engine.deepspeed_engine import deepspeed_section
 
     config = DeepSpeedConfig(zero_optimization={"stage": stage})
@@ -263,7 +263,7 @@ def test_deepspeed_waits_for_nothing_and_sums_gradients_in_float32(stage, clip_g
         assert low["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
-def test_out_of_memory_says_what_to_do(run, monkeypatch):
+def test_the_out_of_memory_error_suggests_a_fix(run, monkeypatch):
     def too_large(*_):
         raise MemoryError
 
@@ -280,20 +280,20 @@ def test_disabled_features_may_stay_in_the_deepspeed_section():
     assert not load_config(ROOT / "configs/quickstart.json", muon).zero.offloads_optimizer
 
 
-def test_compile_without_a_compiler(run, monkeypatch):
+def test_compile_without_a_compiler_is_refused(run, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda _: None)
     code, err = run("--set", "train.compile=true")
     assert code == 2 and "set train.compile=false" in err
 
 
-def test_model_without_words_refuses_captions_that_are_asked_for(run):
+def test_an_image_only_model_refuses_sources_with_required_captions(run):
     code, err = run("--set", "model.vocab_size=0", "--set", "data.train.0.modality=paired")
     assert code == 2 and "has captions; set data.train.0.modality=image" in err
     code, err = run("--set", "model.vocab_size=0", "--set", "data.val.0.modality=any")
     assert code == 2 and "has captions; set data.val.0.modality=image" in err
 
 
-def test_model_without_words_reads_the_images_of_captioned_shards():
+def test_an_image_only_model_reads_the_images_of_captioned_shards():
     """Without a vocabulary, the config is the same as with `modality=image` on the sources of training and
     validation."""
     alone = load_config(ROOT / "configs/quickstart.json", ["model.vocab_size=0"])
@@ -304,7 +304,7 @@ def test_model_without_words_reads_the_images_of_captioned_shards():
     assert load_config(ROOT / "configs/quickstart.json", []).data.train[0].modality == "auto"
 
 
-def test_overrides_and_defaults():
+def test_overrides_replace_defaults():
     config = load_config(
         ROOT / "configs/quickstart.json", ["optim.peak_lr=0.1", "run.dir=x y", "data.train.0.weight=2", "model.depth=7"]
     )
@@ -320,7 +320,7 @@ def test_overrides_and_defaults():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.stem)
-def test_dry_run(path, capsys):
+def test_a_dry_run_prints_the_plan(path, capsys):
     """Every config is valid, and the dry run prints the known numbers."""
     assert train.main(["--config", str(path), "--dry-run", "--no-data", "--world", "8"]) == 0
     out = capsys.readouterr().out
@@ -336,7 +336,7 @@ def test_dry_run(path, capsys):
     assert (recomputed in out) == (path.stem not in ("huge", "quickstart"))
 
 
-def test_a_gpu_has_the_peaks_of_its_own_data_sheet():
+def test_the_peak_throughput_of_a_gpu_is_that_of_its_data_sheet():
     """A name that begins with the name of another GPU is not confused with it."""
     for name, peaks in hardware._PEAKS.items():
         assert hardware.data_sheet(f"NVIDIA {name}GB") is peaks
@@ -373,12 +373,12 @@ def test_a_dry_run_predicts_newton_schulz_in_the_precision_of_the_run(capsys):
 
 
 @pytest.mark.parametrize(("micro", "split"), [(None, "1 GPUs x 16 samples"), (4, "4 GPUs x 4 samples")])
-def test_a_dry_run_is_of_as_many_gpus_as_a_step_without_accumulation_takes(capsys, micro, split):
+def test_a_dry_run_assumes_the_number_of_gpus_that_avoids_gradient_accumulation(capsys, micro, split):
     report(parse(Config, TINY | {"train": TINY["train"] | {"micro_batch": micro}}, "test"), data=False)
     assert f"16 = {split} x 1 micro-batch\n" in capsys.readouterr().out
 
 
-def test_the_table_of_memory_is_of_all_ranks_and_every_stage():
+def test_the_memory_table_shows_every_number_of_ranks_and_zero_stage():
     config = load_config(ROOT / "configs/large.json")
     columns = [list(column.cells) for column in memory_table(config, 10**9, 8, 3e9).columns]
     for stage, name, *cells in zip(range(4), *columns, strict=True):
@@ -387,7 +387,7 @@ def test_the_table_of_memory_is_of_all_ranks_and_every_stage():
         assert ("this config" in name) == (stage == config.zero.stage) and name.startswith(str(stage))
 
 
-def test_micro_batches_of_native_images_differ_by_less_the_larger_they_are():
+def test_the_cost_of_native_micro_batches_varies_less_if_they_are_larger():
     """Two samples of 4 and 16 tokens deviate from their mean by 60 %."""
     batch = SimpleNamespace(grids=[(1, 3), (3, 5)], sequences=[SimpleNamespace(cu_seqlens=torch.tensor([0, 4, 20]))])
     for micro, percent in ((1, "60.0"), (4, "30.0"), (9, "20.0")):
@@ -396,7 +396,7 @@ def test_micro_batches_of_native_images_differ_by_less_the_larger_they_are():
         assert f"micro-batches of {micro} samples varies by {percent}%" in balance
 
 
-def test_learning_rate_is_optax_warmup_cosine():
+def test_the_learning_rate_equals_optax_warmup_cosine():
     from m3ae_fast.config import OptimConfig
     from m3ae_fast.engine.schedule import learning_rate
 
@@ -407,7 +407,7 @@ def test_learning_rate_is_optax_warmup_cosine():
     assert learning_rate(0, config, 256, 0, 10) == 1.0
 
 
-def test_shards_of_the_repository_are_there():
+def test_the_shards_of_the_repository_exist():
     assert (CLIPART / "README.md").is_file()
 
 
@@ -420,7 +420,7 @@ def test_shipped_configs_start_on_any_number_of_gpus(path, world):
     assert share.accumulation == 1 or world * config.micro_batch * (share.accumulation - 1) < config.global_batch
 
 
-def test_a_batch_is_split_evenly_into_few_parts():
+def test_a_batch_is_split_evenly_into_few_micro_batches():
     def parts(world, **config):
         share = split_batch(TrainConfig(global_batch=360, steps=1, **config), world)
         return share.micro_batch, share.accumulation
@@ -433,7 +433,7 @@ def test_a_batch_is_split_evenly_into_few_parts():
 
 
 @pytest.mark.slow
-def test_dry_run_fails_on_what_a_start_would_fail_on(run):
+def test_a_dry_run_fails_if_the_run_would_fail_at_its_start(run):
     assert run("--dry-run")[0] == 0
     for mistake, message in (
         ("data.train.0.shards=/nowhere/x.tar", "/nowhere/x.tar"),
@@ -464,13 +464,13 @@ def test_a_dry_run_without_a_gpu_prints_no_gpu_numbers(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dry_run_is_not_silent(run):
+def test_a_dry_run_prints_its_progress(run):
     code, output = run("--dry-run")
     stages = ["importing torch", "opening the data", "measuring steps of 8 samples"]
     assert code == 0 and [*dict.fromkeys(line for line in output.splitlines() if "so far" not in line)] == stages
 
 
-def test_a_dry_run_looks_at_the_shards_of_the_probe(run, tmp_path):
+def test_a_dry_run_checks_the_shards_of_the_probe(run, tmp_path):
     good = labelled_tar(tmp_path / "good.tar", range(6))
     for name, wrong, message in (
         ("train", "/nowhere/x.tar", "/nowhere/x.tar"),
@@ -487,7 +487,7 @@ def test_a_dry_run_looks_at_the_shards_of_the_probe(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_dry_run_says_what_travels(run):
+def test_a_dry_run_prints_network_traffic(run):
     code, out = run("--dry-run", "--world", "4", "--set", "train.micro_batch=3", out=True)
     assert code == 0 and "16 = 4 GPUs x 2 samples x 2 micro-batches (" in out
     assert "16 = 3 GPUs x at most 3 samples x 2 micro-batches" in run("--dry-run", "--world", "3", out=True)[1]
@@ -499,7 +499,7 @@ def test_dry_run_says_what_travels(run):
     assert network_bytes(1000, 3, 2, 4, True, False) == 4 * (1000 + 2 * 1000)
 
 
-def test_dry_run_says_where_the_network_sets_the_pace(capsys):
+def test_a_dry_run_reports_if_the_network_is_the_bottleneck(capsys):
     arguments = ["--config", str(ROOT / "configs/large.json"), "--dry-run", "--no-data", "--world"]
     outputs = {}
     for world in (1, 8, 512):
@@ -509,7 +509,7 @@ def test_dry_run_says_where_the_network_sets_the_pace(capsys):
     assert "the network is the bottleneck" in outputs[512] and "the network is the bottleneck" not in outputs[8]
 
 
-def test_dry_run_says_what_a_node_fetches(tmp_path):
+def test_a_dry_run_prints_how_much_a_node_downloads(tmp_path):
     """With 640 shards of 1 GB in 64 lanes on 16 nodes, each node owns 40 shards and shuffles 8 at a time."""
     names = [f"s3://bucket/{i:03}.tar" for i in range(640)]
     write(tmp_path / "far.npy", rows_of(names, [(1000, 10**9, KINDS.index("paired"))] * 640))
@@ -521,7 +521,7 @@ def test_dry_run_says_what_a_node_fetches(tmp_path):
 
 
 @pytest.mark.slow
-def test_repeats_lengthen_an_epoch(run):
+def test_repeated_views_increase_the_length_of_an_epoch(run):
     for repeats, steps in ((1, 32), (3, 96)):
         options = ("train.steps=null", "train.epochs=1", f"data.repeats={repeats}")
         _, out = run("--dry-run", *(word for option in options for word in ("--set", option)), out=True)
@@ -529,7 +529,7 @@ def test_repeats_lengthen_an_epoch(run):
 
 
 @pytest.mark.parametrize(("page", "file"), [("train", "config.md"), ("evaluation", "evaluation-config.md")])
-def test_the_pages_of_settings_are_current(page, file, capsys):
+def test_the_generated_pages_of_settings_are_current(page, file, capsys):
     write_page([page])
     again = f"regenerate it: m3ae-fast config {page} > docs/{file}"
     assert capsys.readouterr().out == (ROOT / "docs" / file).read_text(), again
@@ -561,18 +561,18 @@ def test_every_setting_is_explained():
         ("val", "list: [data.train](#datatrain)"),
     ],
 )
-def test_the_page_of_settings_says_what_is_allowed(key, allowed):
+def test_the_page_of_settings_lists_the_allowed_values(key, allowed):
     row = next(line for line in train_page().splitlines() if line.startswith(f"| `{key}` |"))
     assert row.split(" | ")[2] == allowed
 
 
-def test_a_kind_of_section_is_explained_once():
+def test_each_type_of_config_section_is_explained_once():
     headings = [line for line in (train_page() + evaluation_page()).splitlines() if line.startswith("## ")]
     assert len(headings) == len(set(headings)) and "## data.train" in headings and "## data.val" not in headings
     assert "[deepspeed](config.md#deepspeed) or `null`" in evaluation_page()
 
 
-def test_every_program_is_listed():
+def test_every_program_is_listed_in_the_help():
     """`python -m m3ae_fast` lists everything that can be run."""
     programs = {
         path.stem if path.name != "__main__.py" else path.parent.name
@@ -620,14 +620,14 @@ def test_the_official_hyper_parameters_are_the_defaults():
         ),
     ],
 )
-def test_settings_that_contradict_each_other(change, message):
+def test_contradicting_settings_are_refused(change, message):
     data = {"data": {"train": [{"shards": "a.tar"}]}, "train": {"epochs": 1}}
     parse(Config, data, "test")
     with pytest.raises(UserError, match=message):
         parse(Config, {**change, **{name: values | change.get(name, {}) for name, values in data.items()}}, "test")
 
 
-def test_a_config_follows_its_run_folder_as_far_as_that_has_its_files(tmp_path):
+def test_paths_in_a_config_follow_a_moved_run_folder_if_it_contains_the_files(tmp_path):
     (tmp_path / "shards").mkdir()
     config = {
         "run": {"dir": "/a"},

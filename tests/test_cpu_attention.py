@@ -198,7 +198,7 @@ def cache(monkeypatch, tmp_path) -> Path:
     return path
 
 
-def test_built_once_for_each_text_and_flags(cache, monkeypatch, tmp_path):
+def test_a_kernel_is_compiled_once_per_source_text_and_flags(cache, monkeypatch, tmp_path):
     """A change of an included header also causes a build."""
     monkeypatch.setattr(builds, "FOLDER", tmp_path)
     header, source = tmp_path / "one.h", tmp_path / "one.c"
@@ -217,7 +217,7 @@ def test_built_once_for_each_text_and_flags(cache, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_library_is_built_again(cache):
+def test_a_damaged_library_is_rebuilt(cache):
     """The test runs in a separate process, because a truncated library would end the process with SIGBUS."""
     builds.compiled("gelu.c", ())
     whole = cached(cache)
@@ -299,7 +299,7 @@ def test_kernels_are_built_without_a_home(monkeypatch, tmp_path, caplog, home):
     ("compiler", "reason"),
     [("/no/such/compiler", "No such file"), ("false", "exit status 1"), ('cc "', "No closing quotation")],
 )
-def test_torch_takes_over_without_a_compiler(monkeypatch, tmp_path, caplog, cpu, compiler, reason):
+def test_torch_is_used_if_there_is_no_compiler(monkeypatch, tmp_path, caplog, cpu, compiler, reason):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", compiler)
     cpu("GenuineIntel", builds.AVX512)
@@ -309,7 +309,7 @@ def test_torch_takes_over_without_a_compiler(monkeypatch, tmp_path, caplog, cpu,
     assert run(*tensors)["out"].isfinite().all()
 
 
-def test_torch_takes_over_on_other_cpus_and_kinds(cpu):
+def test_torch_is_used_on_unsupported_cpus_dtypes_and_head_dimensions(cpu):
     _, q, *_ = inputs("pruned")
     assert name(q.double()) == name(q.half()) == PER_SAMPLE
     assert name(q[..., :24]) == PER_SAMPLE

@@ -82,7 +82,7 @@ def test_gelu_of_nan_is_nan():
         assert all(t.isnan().tolist() == [False, True, False] for t in mlp.gelu_gradient(torch.ones_like(x), x))
 
 
-def test_gelu_takes_any_strides():
+def test_gelu_accepts_any_strides():
     for dtype in build.DTYPES:
         x = values(dtype)
         across = x.t().contiguous().t()
@@ -106,7 +106,7 @@ def test_weight_gradient_equals_float64(products, rows, outputs, inputs, threads
     assert all(torch.equal(a, b) for a, b in zip(*results)), "the same on any number of threads"
 
 
-def test_weight_gradient_of_transposed_rows(products):
+def test_the_weight_gradient_of_transposed_rows_equals_float64(products):
     torch.manual_seed(0)
     grad, x = torch.randn(70, 64).to(BF16), torch.randn(70, 32).to(BF16)
     expected = linear.weight_gradient(grad, x)
@@ -144,7 +144,7 @@ def test_products_equal_float64(products, rows, depth, width, transposed, dtype,
         assert relative(got, wanted) < 3e-3
 
 
-def test_products_take_any_strides(products):
+def test_products_accept_any_strides(products):
     """One input at a time has gaps between its rows, or contiguous columns."""
     torch.manual_seed(0)
     x, weight, hidden = (torch.randn(shape).to(BF16) for shape in ((40, 64), (64, 96), (40, 96)))
@@ -157,7 +157,7 @@ def test_products_take_any_strides(products):
             assert all(torch.equal(one, right) for one, right in zip(got, expected))
 
 
-def test_products_keep_nan_where_it_is(products):
+def test_products_propagate_nan_only_to_its_row_or_column(products):
     x, weight = torch.ones(40, 32, dtype=BF16), torch.ones(32, 32)
     x[3, 5] = torch.nan
     hidden = torch.ones(40, 32, dtype=BF16)
@@ -233,13 +233,13 @@ def test_mlp_equals_torch(kind, size, compiled):
         assert relative(a, e) <= 1.5 * relative(b, e) + 1e-6
 
 
-def test_mlp_op_is_a_good_citizen():
+def test_the_mlp_op_passes_opcheck():
     for dtype in build.DTYPES:
         x, _, parameters = mlp_inputs(64, dtype)
         torch.library.opcheck(mlp.mlp_op.registered, (x.to(dtype).requires_grad_(), *parameters))
 
 
-def test_mlp_leaves_to_torch_what_it_does_not_know():
+def test_the_mlp_uses_torch_for_unsupported_inputs():
     for x in (torch.randn(3, 64, dtype=torch.float64), torch.randn(3, 64).half()):
         parameters = [p.to(x.dtype) for p in mlp_inputs(64)[2]]
         assert mlp.mlp(x, *parameters) is None
@@ -247,7 +247,7 @@ def test_mlp_leaves_to_torch_what_it_does_not_know():
 
 @pytest.mark.parametrize("kind", ["float32", "bf16", "autocast"])
 @pytest.mark.parametrize("size", [64, 40], ids=["a multiple of 32", "no multiple"])
-def test_no_rows_have_the_graph_of_some(kind, size):
+def test_empty_inputs_have_the_same_autograd_graph_as_others(kind, size):
     """Ranks reduce gradients in the order in which they are computed, so a rank without rows must have the same order
     as the other ranks."""
     x, _, parameters = mlp_inputs(size, BF16 if kind == "bf16" else torch.float32)
@@ -267,7 +267,7 @@ def test_no_rows_have_the_graph_of_some(kind, size):
         assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves[1:])
 
 
-def test_only_what_is_before_gelu_is_kept_for_the_backward():
+def test_only_the_input_of_gelu_is_saved_for_the_backward_pass():
     for dtype in build.DTYPES:
         x, _, parameters = mlp_inputs(64, dtype)
         y = mlp.mlp(x.to(dtype), *parameters)
@@ -279,7 +279,7 @@ def _within(event, other) -> bool:
     return other.start_ns() <= event.start_ns() < other.start_ns() + other.duration_ns()
 
 
-def test_the_backward_makes_no_zeros_for_what_is_before_gelu():
+def test_the_backward_pass_allocates_no_zeros_for_the_input_of_gelu():
     """The only tensors of this size are the gradients before and after GELU, which are a single tensor if the product
     computes both, and the recomputed GELU. Copies by torch's own product, as in torch 2.11, do not count."""
     rows, hidden = 4096, 256
@@ -300,7 +300,7 @@ def test_the_backward_makes_no_zeros_for_what_is_before_gelu():
         assert sum(size >= rows * hidden * dtype.itemsize for size in sizes) == expected
 
 
-def test_an_mlp_whose_output_gets_no_gradient_gives_none():
+def test_an_mlp_without_an_output_gradient_returns_no_gradients():
     class Dropped(torch.autograd.Function):
         @staticmethod
         def forward(ctx, y):
@@ -316,7 +316,7 @@ def test_an_mlp_whose_output_gets_no_gradient_gives_none():
 
 
 @pytest.mark.parametrize("frozen", range(5))
-def test_what_is_frozen_in_an_mlp_costs_nothing_and_changes_nothing(products, frozen):
+def test_frozen_inputs_of_an_mlp_require_no_computation_and_do_not_change_other_gradients(products, frozen):
     x, grad, parameters = mlp_inputs(64)
     x = x.to(BF16)
     whole = mlp_step(mlp.mlp, x, grad, parameters, autocast=True)
@@ -353,7 +353,7 @@ def test_the_models_mlp_equals_float64(autocast, gelu):
         assert relative(got, wanted) < (1e-2 if autocast else 1e-5)
 
 
-def test_a_bias_alone_is_summed_in_float32():
+def test_the_gradient_of_a_bias_without_weight_gradient_is_summed_in_float32():
     """The weight is frozen, so only the gradient of the bias is computed, from values in 16 bits."""
     torch.manual_seed(0)
     grad, x, weight = (1 + torch.rand(5000, 40)).to(BF16), torch.ones(5000, 8, dtype=BF16), torch.ones(40, 8)
@@ -374,7 +374,7 @@ def test_frozen_parameters_get_no_gradient(products):
             assert b.grad.tolist() == [40.0] * 32
 
 
-def test_torch_takes_over_without_a_compiler(no_compiler, caplog):
+def test_torch_is_used_if_there_is_no_compiler(no_compiler, caplog):
     x, grad = torch.randn(40, 64).to(BF16), torch.randn(40, 64).to(BF16)
     for dtype in build.DTYPES:
         before, upstream = (t.to(dtype) for t in torch.randn(2, 40, 64))

@@ -48,7 +48,7 @@ def test_gradients_equal_float64(rows, width, dtype, parameters, by, monkeypatch
         assert relative(one, wanted) < rounding[expected]
 
 
-def test_a_graph_of_gradients_is_refused():
+def test_second_derivatives_are_refused():
     _, x, *parameters = inputs(4, 8, torch.bfloat16, torch.float32)
     y = norm.layer_norm(x.requires_grad_(), *parameters, EPS)
     with pytest.raises(NotImplementedError, match="layer_norm does not support second derivatives"):

@@ -110,7 +110,7 @@ def one_sample(model: M3AE, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]
 
 @pytest.mark.parametrize("fraction", [1.0, 0.4])
 @pytest.mark.parametrize("kinds", ["ppite", "i", "tt"])
-def test_losses_and_gradients_are_those_of_each_query_alone(kinds, fraction):
+def test_losses_and_gradients_equal_those_of_each_query_separately(kinds, fraction):
     model = make_model()
     samples = samples_of(kinds, 1, fraction)
     batch = pack(samples, model.geometry)
@@ -129,7 +129,7 @@ def test_losses_and_gradients_are_those_of_each_query_alone(kinds, fraction):
 @pytest.mark.parametrize("attention", ["self", "cross"])
 @pytest.mark.parametrize("fraction", [1.0, 0.3])
 @pytest.mark.parametrize("kinds", KINDS)
-def test_repeating_shapes_change_no_result(kinds, fraction, attention):
+def test_padding_to_repeated_shapes_does_not_change_results(kinds, fraction, attention):
     model = make_model(TINY.model_copy(update={"dec_attention": attention, "drop_path": 0.3}))
     results = []
     for repeat in (False, True):
@@ -144,7 +144,7 @@ def test_repeating_shapes_change_no_result(kinds, fraction, attention):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_attention_is_dropped_in_training_alone():
+def test_attention_dropout_is_applied_only_in_training():
     model = make_model(TINY.model_copy(update={"att_drop": 0.5}))
     batch = pack(samples_of("ppit"), model.geometry)
     losses = {mode: {model.train(mode)(batch).loss.item() for _ in range(3)} for mode in (True, False)}
@@ -159,7 +159,7 @@ def test_padding_is_spread_evenly_over_samples():
     assert sum(added) > 5 and max(added) - min(added) <= 1
 
 
-def test_a_cross_decoder_takes_the_predicted_rows_alone():
+def test_a_cross_decoder_computes_only_the_predicted_rows():
     geometry = make_model().geometry
     samples = samples_of("ppit", 3, 0.5)
     batch = pack(samples, geometry)
@@ -169,7 +169,7 @@ def test_a_cross_decoder_takes_the_predicted_rows_alone():
 
 
 @pytest.mark.parametrize("attention", ["self", "cross"])
-def test_predicting_all_is_predicting_without_a_choice(attention):
+def test_predicting_all_masked_tokens_equals_the_default(attention):
     model = make_model(TINY.model_copy(update={"dec_attention": attention}))
     plain, chosen = samples_of("ppit"), samples_of("ppit")
     for sample in chosen:
@@ -180,7 +180,7 @@ def test_predicting_all_is_predicting_without_a_choice(attention):
 
 @pytest.mark.parametrize("length", [0, 1, 7, 64])
 @pytest.mark.parametrize("fraction", [0.01, 1 / 3, 0.5, 0.99, 1.0])
-def test_a_fraction_of_the_masked_tokens_is_chosen(length, fraction):
+def test_a_fraction_of_the_masked_tokens_is_predicted(length, fraction):
     rng = torch.Generator().manual_seed(0)
     total = torch.zeros(length)
     for _ in range(300):
@@ -195,14 +195,14 @@ def test_a_fraction_of_the_masked_tokens_is_chosen(length, fraction):
         assert (total / 300 - p).abs().max() < 5 * (p * (1 - p) / 300) ** 0.5 + 1e-9
 
 
-def test_a_choice_must_be_of_masked_tokens():
+def test_predicted_tokens_must_be_masked():
     (sample,) = samples_of("p")
     sample.image_predicted = ~sample.image_mask
     with pytest.raises(ValueError, match=r"0: image_predicted, of .*, must have the shape .* and select only masked"):
         pack([sample], make_model().geometry)
 
 
-def test_flops_are_counted():
+def test_flops_of_the_cross_decoder_are_counted():
     """The count equals torch's count for the same matrix products. The pixels of the embedding require no gradient."""
     model, samples = make_model(), samples_of("ppit", 4, 0.5)
     batch = pack(samples, model.geometry)
@@ -218,7 +218,7 @@ def test_flops_are_counted():
     assert same == 3 * decoder
 
 
-def test_checkpointing_and_compiled_blocks_change_no_result():
+def test_activation_checkpointing_and_compiled_blocks_do_not_change_results():
     config = TINY.model_copy(update={"drop_path": 0.4})
     results = []
     for ways in ((), ("checkpointing",), ("compiled",) if has_compiler() else ()):
@@ -236,7 +236,7 @@ def test_checkpointing_and_compiled_blocks_change_no_result():
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_keys_and_values_of_each_block_begin_as_a_matrix_of_their_own():
+def test_keys_and_values_of_each_block_are_initialised_as_separate_matrices():
     model = M3AE(TINY.model_copy(update={"dec_emb_dim": 64}))
     bound = (6 / (64 + 128)) ** 0.5  # Xavier-uniform of [128, 64]
     for weight in model.decoder.kv.weight.chunk(TINY.dec_depth):
@@ -252,7 +252,7 @@ def test_losses_on_all_tokens_are_refused():
         parse(Config, data, "config")
 
 
-def test_an_encoder_starts_either_decoder_and_a_decoder_only_its_own():
+def test_encoder_weights_fit_either_decoder_and_decoder_weights_only_their_own():
     torch.manual_seed(0)
     whole = M3AE(SELF)
     with pytest.raises(UserError, match="check that the model config fits"):
@@ -263,7 +263,7 @@ def test_an_encoder_starts_either_decoder_and_a_decoder_only_its_own():
     assert torch.equal(crossed.encoder.blocks[0].mlp.fc1.weight, whole.encoder.blocks[0].mlp.fc1.weight)
 
 
-def test_predictions_and_exports_work(tmp_path):
+def test_predictions_and_exports_of_a_cross_decoder_work(tmp_path):
     model = M3AE(TINY)
     samples = samples_of("pp", 6)
     batch = pack(samples, model.geometry)
@@ -282,7 +282,7 @@ CROSS += ["--set", "masking.image_predicted=0.34", "--set", "masking.text_predic
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
-def test_the_curve_is_the_same_on_two_ranks_and_after_a_resume(trainer, stage):
+def test_the_loss_curve_is_the_same_on_two_ranks_and_after_resuming(trainer, stage):
     """The predicted tokens depend only on the sample. Figures and evaluations predict all masked tokens."""
     options = [*CROSS, "--set", "train.pictures=2", "--set", "train.save_every=3"]
     trainer("one", *zero(None), *options)

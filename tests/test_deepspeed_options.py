@@ -18,12 +18,12 @@ from tests.helpers.zero_cases import config_of, engine_of
 pytestmark = pytest.mark.slow
 
 
-def test_the_cases_have_every_setting_that_the_schema_has():
+def test_every_deepspeed_setting_has_a_test_case():
     tried = {name for _, change, _ in cases(3) for name in change}
     assert tried | {STAGE} == settings().keys()
 
 
-def test_a_run_with_any_setting_goes_on_from_its_checkpoint_on_other_ranks_and_in_plain_torch(tmp_path):
+def test_a_run_with_any_deepspeed_setting_resumes_on_other_ranks_and_in_plain_torch(tmp_path):
     """Three ranks save a checkpoint, from which two ranks and one rank continue. The losses and gradient norms are
     those of the uninterrupted run, and of a run without other settings: in float32 except for rounding errors, and with
     larger rounding errors if gradients are reduced in bf16."""
@@ -44,7 +44,7 @@ def test_a_run_with_any_setting_goes_on_from_its_checkpoint_on_other_ranks_and_i
             )
 
 
-def test_what_deepspeed_itself_refuses_is_one_line(monkeypatch):
+def test_settings_that_deepspeed_refuses_are_reported_in_one_line(monkeypatch):
     import deepspeed
 
     def refuse(**_):

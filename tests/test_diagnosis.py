@@ -63,12 +63,12 @@ def longer(metrics):
         ("only images are learnt", {"loss": {"text_weight": 0.0}}),
     ],
 )
-def test_a_broken_run_is_named(tmp_path, name, sections):
+def test_the_diagnostics_of_a_broken_run_name_the_problem(tmp_path, name, sections):
     assert [diagnostic.name for diagnostic in diagnose(longer(trained(tmp_path, **sections)))][:1] == [name]
 
 
 @pytest.mark.slow
-def test_a_run_that_waits_for_its_data_is_named_and_a_sound_one_is_not(tmp_path, monkeypatch):
+def test_a_run_that_waits_for_its_data_is_diagnosed_and_a_healthy_run_is_not(tmp_path, monkeypatch):
     def slowly(*args):
         time.sleep(0.4)  # a step takes less, also on a busy machine
         return decode_image(*args)
@@ -82,14 +82,14 @@ def test_a_run_that_waits_for_its_data_is_named_and_a_sound_one_is_not(tmp_path,
     assert "the image loss on held-out samples is " in verdict(sound) and "(RankMe)" in verdict(sound)
 
 
-def test_without_held_out_samples_the_training_loss_is_judged():
+def test_without_held_out_samples_the_training_loss_is_diagnosed():
     still = [{"step": 20 * step, "loss": 2.0} for step in range(10)]
     assert [diagnostic.name for diagnostic in diagnose(still)] == ["no learning"]
     assert diagnose([line | {"loss": 2.0 - i / 9} for i, line in enumerate(still)]) == diagnose(still[:9]) == []
     assert verdict(still) == ""
 
 
-def test_one_held_out_sample_has_not_collapsed():
+def test_a_single_held_out_sample_is_not_diagnosed_as_collapsed():
     assert diagnose([{"step": 500 * step, "val_rankme": 1.0} for step in range(2)]) == []
     (found,) = diagnose([{"step": 500 * step, "val_rankme": 9.0 - 8 * step} for step in range(2)])
     assert found.name == "collapse"
@@ -127,7 +127,7 @@ def test_diagnostics_compare_first_and_last_values(metrics, name):
     assert [diagnostic.name for diagnostic in diagnose(lines(**metrics))] == ([name] if name else [])
 
 
-def test_words_have_each_number_in_its_place():
+def test_the_verdict_contains_each_metric_and_its_value_before_training():
     metrics = lines(
         val_image_relative=(1.25, 9.0, 0.5),
         val_text_relative=(1.75, 9.0, 0.75),
@@ -167,7 +167,7 @@ def test_words_have_each_number_in_its_place():
         ((0, 400), (2e-4, 2e-4), ["collapse", "no learning"]),
     ],
 )
-def test_too_few_steps_are_no_collapse(steps, rates, names):
+def test_a_run_with_too_few_steps_is_not_diagnosed_as_collapsed(steps, rates, names):
     metrics = lines(step=steps, lr=rates, val_rankme=(20.0, 3.0), val_image_relative=(1.0, 1.0))
     found = diagnose(metrics)
     assert [diagnostic.name for diagnostic in found] == names
@@ -197,7 +197,7 @@ def test_too_few_steps_are_no_collapse(steps, rates, names):
         ((1.5, 1.0), (1.4, 1.0), "no learning", "the image loss on held-out samples is 1.00"),
     ],
 )
-def test_what_a_constant_predicts_has_not_been_learnt(image, text, name, what):
+def test_a_loss_no_better_than_a_constant_prediction_is_diagnosed(image, text, name, what):
     found = diagnose(lines(step=(0, 400), val_image_relative=image, val_text_relative=text))
     assert [diagnostic.name for diagnostic in found] == ([name] if name else [])
     assert all(what in diagnostic.what for diagnostic in found)
@@ -230,7 +230,7 @@ def test_advice_for_a_non_finite_loss_depends_on_the_current_settings(clip_grad,
     assert fix_of_losses(TrainConfig(steps=1, precision=precision), OptimConfig(clip_grad=clip_grad)) == remedy
 
 
-def test_the_report_knows_what_is_set(tmp_path):
+def test_the_advice_of_the_report_depends_on_the_settings_of_the_run(tmp_path):
     """The settings are read from the last checkpoint."""
     found = [{"step": step, "val_rankme": 20.0 / (1 + step)} for step in (0, 400)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, found)))
@@ -272,7 +272,7 @@ def test_losses_are_relative_to_the_best_constant_prediction(norm_pix):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_features_of_all_ranks_fill_dimensions(monkeypatch, world):
+def test_the_effective_rank_is_computed_from_the_features_of_all_ranks(monkeypatch, world):
     """The result equals that of a single rank, for any number of samples. Only one rank computes it."""
     features = torch.randn(5000, SMALL.emb_dim, generator=torch.Generator().manual_seed(0))
     features[4000:] *= torch.linspace(0, 3, SMALL.emb_dim)  # the last samples span other dimensions than the first
@@ -302,7 +302,7 @@ def rankme_by_svd(features: torch.Tensor) -> float:
     return math.exp(-(p * p.log()).sum())
 
 
-def test_rankme_counts_dimensions():
+def test_rankme_counts_the_dimensions_of_the_features():
     random = torch.Generator().manual_seed(0)
     q, _ = torch.linalg.qr(torch.randn(64, 8, generator=random))
     for features, dimensions in ((q, 8), (q[:, :3], 3), (torch.ones(64, 8), 1), (torch.zeros(64, 8), 1)):

@@ -67,7 +67,7 @@ def test_a_printed_command_is_accepted(command, monkeypatch, capsys):
     assert stopped.type is Accepted or stopped.value.code == 0, capsys.readouterr().err  # 0: --help
 
 
-def test_every_setting_that_is_named_exists():
+def test_every_setting_named_in_the_docs_exists():
     sections = "|".join(Config.model_fields)
     named = {name for text in TEXT.values() for name in re.findall(rf"`((?:{sections})\.[a-z_.]+)`", text)}
     assert len(named) > 10
@@ -99,13 +99,13 @@ def test_every_page_of_the_guide_is_listed(place):
     assert missing <= ({"image-formats.md"} if place == "README.md" else set())
 
 
-def test_the_readme_clones_the_address_of_the_project():
+def test_the_readme_clones_the_url_of_the_project():
     urls = re.search(r"^\[project\.urls\]\n((?:\w+ = .*\n)+)", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     address = re.search(r"^Repository = \"(.*)\"$", urls[1], re.MULTILINE)[1]
     assert f"git clone {address} && cd m3ae-fast\n" in TEXT["README.md"]
 
 
-def test_commits_and_ci_use_one_ruff():
+def test_pre_commit_and_ci_use_the_same_version_of_ruff():
     pinned = re.search(r"\"ruff==([\d.]+)\"", (ROOT / "pyproject.toml").read_text())[1]
     assert f"rev: v{pinned} " in (ROOT / ".pre-commit-config.yaml").read_text()
 
@@ -116,12 +116,12 @@ def test_the_workflow_tests_the_oldest_supported_python():
 
 
 @pytest.mark.parametrize("name", LONGEST)
-def test_the_files_that_run_first_exist(name):
+def test_the_test_files_that_are_run_first_exist(name):
     assert (ROOT / "tests" / name).is_file()
 
 
 @pytest.mark.parametrize("name", ["study", "race"])
-def test_the_guide_shows_the_present_figure_of_an_experiment(name):
+def test_the_guide_shows_the_current_figure_of_each_experiment(name):
     """The guide has a copy of the figure, because pages can show only files below docs/."""
     copy, own = ROOT / f"docs/guide/figures/{name}.png", ROOT / f"lab/results/{name}/{name}.png"
     assert copy.read_bytes() == own.read_bytes()

@@ -32,7 +32,7 @@ SIZES = ModelConfig(
 
 
 @pytest.mark.slow
-def test_attention_maps_are_the_ops_weights():
+def test_attention_maps_equal_the_weights_of_the_attention_op():
     """The gradient of the op's output with respect to the values of a patch is the attention weight of this patch."""
     torch.manual_seed(0)
     model = M3AE(SIZES).eval()
@@ -51,7 +51,7 @@ def test_attention_maps_are_the_ops_weights():
         torch.testing.assert_close(found_L, expected_L / expected_L.sum(), rtol=1e-4, atol=1e-6)
 
 
-def test_the_patch_with_the_highest_attention_is_red_and_others_bluer():
+def test_the_patch_with_the_highest_attention_is_red_and_other_patches_are_bluer():
     weights = torch.tensor([0.1, 0.4, 0.3, 0.2])
     shown = shade_patches(torch.full((3, 16, 16), 100, dtype=torch.uint8), weights, 8).int()
     patches = [shown[:, y : y + 8, x : x + 8].flatten(1) for y in (0, 8) for x in (0, 8)]
@@ -76,7 +76,7 @@ def _use(run, shard):
     path.write_text(text.replace(val, shard))
 
 
-def test_each_kind_is_drawn(run, tmp_path):
+def test_each_kind_of_figure_is_drawn(run, tmp_path):
     _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
     assert main(["reconstructions", str(run), "--pictures", "2"]) == 0
     assert Image.open(run / "reconstructions.png").height == 24 + 2 * (reconstructions.SIDE + reconstructions.GAP)
@@ -121,7 +121,7 @@ def test_nothing_is_drawn_if_no_sample_can_be_used(run, tmp_path):
     assert not (run / "reconstructions.png").exists()
 
 
-def test_pictures_in_training_are_those_that_the_program_draws(run, tmp_path):
+def test_figures_drawn_during_training_equal_those_of_the_draw_command(run, tmp_path):
     """One of the two samples is a caption without an image."""
     _use(run, write_tar(tmp_path / "val.tar", [("0.txt", b"blue sky"), *labelled_members(range(1, 4))]))
     path = checkpoint.locate(run)
@@ -137,7 +137,7 @@ def test_pictures_in_training_are_those_that_the_program_draws(run, tmp_path):
         assert picture.read_bytes() == (run / f"{kind}.png").read_bytes()
 
 
-def test_images_are_masked_as_in_the_run_or_by_each_ratio_in_turn(run, tmp_path, monkeypatch):
+def test_images_are_masked_with_the_ratio_of_the_run_or_with_each_given_ratio(run, tmp_path, monkeypatch):
     _use(run, labelled_tar(tmp_path / "val.tar", range(4)))
     path, drawn = checkpoint.locate(run), []
     settings = checkpoint.read_info(path).config
@@ -154,7 +154,7 @@ def test_images_are_masked_as_in_the_run_or_by_each_ratio_in_turn(run, tmp_path,
 
 
 @pytest.mark.parametrize("word", [None, "blue", "Blue"])
-def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, word):
+def test_each_attention_map_belongs_to_the_word_below_it(run, tmp_path, monkeypatch, word):
     """If a word is given, its first occurrence is shown. Otherwise, cls and the first words are shown, each once. The
     last row is the colour scale.
     """
@@ -196,7 +196,7 @@ def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, wor
             assert torch.equal(cell.image, shade_patches(row[0].image, weights_L, model.config.patch_size))
 
 
-def test_a_map_is_of_the_features_with_their_own_classes(run, tmp_path, monkeypatch):
+def test_a_feature_map_shows_each_sample_with_its_class(run, tmp_path, monkeypatch):
     """Two of the features replace the coordinates of t-SNE."""
     _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
     drawn = []
@@ -218,7 +218,7 @@ def test_a_map_is_of_the_features_with_their_own_classes(run, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("options, device", [([], None), (["--device", "cpu"], "cpu")])
-def test_a_map_is_computed_on_the_device_of_the_command(run, tmp_path, monkeypatch, options, device):
+def test_a_feature_map_is_computed_on_the_device_of_the_command(run, tmp_path, monkeypatch, options, device):
     _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
     devices = []
     monkeypatch.setattr("m3ae_fast.evaluation.run_figures.draw_feature_map", lambda *what: devices.append(what[-1]))
@@ -226,7 +226,7 @@ def test_a_map_is_computed_on_the_device_of_the_command(run, tmp_path, monkeypat
     assert devices == [device]
 
 
-def test_mistakes_are_one_line_and_draw_nothing(run, tmp_path):
+def test_user_errors_are_reported_in_one_line_and_nothing_is_drawn(run, tmp_path):
     _use(run, labelled_tar(tmp_path / "val.tar", range(3)))
     for (what, *options), message in (
         (["reconstructions", "--ratios", "1.5"], "must be from 0 to 1"),

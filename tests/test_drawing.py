@@ -34,13 +34,13 @@ SMALL = ModelConfig(
 )  # fmt: skip
 
 
-def test_joined_patches_are_the_image():
+def test_joining_all_patches_gives_the_image():
     image = torch.arange(3 * 12 * 12).reshape(3, 12, 12)
     assert torch.equal(_join(_cut(image, 4), (3, 3), 4), image)
     assert torch.equal(_cut(image, 4)[1].reshape(4, 4, 3), image[:, :4, 4:8].permute(1, 2, 0))
 
 
-def test_true_pixels_as_predictions_give_the_image_again():
+def test_true_pixels_as_predictions_reproduce_the_image():
     image = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([True, False, True, True, False, False, True, False, True])
     mean, std = (torch.tensor(values).repeat(16) for values in (SMALL.image_mean, SMALL.image_std))
@@ -55,7 +55,7 @@ def test_true_pixels_as_predictions_give_the_image_again():
         assert torch.equal(_cut(masked, 4)[~mask], _cut(image, 4)[~mask])
 
 
-def test_an_even_patch_is_rebuilt_as_what_it_is():
+def test_a_uniform_patch_is_reconstructed_exactly():
     """The prediction is relative to the mean and the variance of the patch, which are those of a uniform patch."""
     sizes = SMALL.model_copy(update={"image_mean": (0.5,) * 3, "image_std": (0.25,) * 3})
     image, mask = torch.full((3, 12, 12), 200, dtype=torch.uint8), torch.arange(9) % 2 == 0
@@ -63,7 +63,7 @@ def test_an_even_patch_is_rebuilt_as_what_it_is():
     assert torch.equal(rebuilt, image)
 
 
-def test_right_words_are_green_and_wrong_ones_red():
+def test_correct_words_are_green_and_incorrect_words_are_red():
     shown = caption_views(torch.tensor([4, 5, 6]), torch.tensor([False, True, True]), {1: 5, 2: 7}, None)
     assert shown["caption"] == [(" 4", BLACK), (" 5", BLACK), (" 6", BLACK)]
     assert [word for word, _ in shown["masked"]] == [" 4", f" {HIDDEN}", f" {HIDDEN}"]
@@ -94,7 +94,7 @@ def test_a_sheet_shows_each_sample(tmp_path, monkeypatch):
         assert np.abs(np.asarray(column).astype(int) - np.asarray(shown(image, SIDE)).astype(int)).max() <= 1, number
 
 
-def test_a_figure_does_not_depend_on_which_tokens_carry_loss(tmp_path):
+def test_a_figure_does_not_depend_on_the_tokens_on_which_the_loss_is_computed(tmp_path):
     """Visible patches and words are shown unchanged, and masked ones as predicted with the same weights."""
     sheets = set()
     for losses in ({}, {"image_all_tokens": True}, {"text_all_tokens": True}):
@@ -111,7 +111,7 @@ def inks(sheet: Image.Image, top: int, height: int) -> set[str]:
     return {name for name, pixels in found.items() if pixels.any()}
 
 
-def test_words_have_their_colours_in_the_line_that_shows_predictions(tmp_path):
+def test_predicted_words_are_coloured_by_correctness(tmp_path):
     model = make_model()
     with torch.no_grad():
         model.text_head.bias[5] = 1e3  # the model predicts 5 for every word
@@ -133,14 +133,14 @@ def width(words: list[str]) -> tuple[int, int]:
     return right - left, bottom - top
 
 
-def test_pieces_of_a_word_are_joined_and_lines_are_broken_where_they_end():
+def test_word_pieces_are_joined_and_lines_are_broken_only_between_words():
     assert width(["play", "ing"]) == width(["playing"]) == width([" play", "ing"])
     assert width(["play", " ing"])[0] > width(["playing"])[0]
     one_line, many = width([" word"] * 4), width([" word"] * 40)
     assert many[0] <= TEXT_WIDTH and many[1] > 3 * one_line[1]
 
 
-def test_a_long_caption_makes_its_row_as_high_as_it_needs(tmp_path):
+def test_the_height_of_a_row_fits_a_long_caption(tmp_path):
     model = make_model(TINY.model_copy(update={"text_length": 200}))
     sheets = []
     for words in (4, 200):
@@ -154,7 +154,7 @@ def test_a_long_caption_makes_its_row_as_high_as_it_needs(tmp_path):
     assert sheets[1].crop((600, end - 60, 900, end - GAP)).getextrema()[0] < 128  # the last words are visible
 
 
-def test_a_sheet_is_drawn_without_dropout_whatever_the_models_mode(tmp_path):
+def test_a_sheet_is_drawn_without_dropout_in_any_mode_of_the_model(tmp_path):
     model = make_model(TINY.model_copy(update={"drop": 0.5}))
     sheets = []
     for training in (True, True, False):
@@ -171,7 +171,7 @@ def test_a_sheet_is_drawn_without_dropout_whatever_the_models_mode(tmp_path):
 )
 @example(height=1, width=600, side=128, channels=3)
 @example(height=600, width=1, side=128, channels=1)
-def test_an_image_is_shown_whole_in_the_middle_of_a_square(height, width, side, channels):
+def test_an_image_is_shown_uncropped_in_the_centre_of_a_square(height, width, side, channels):
     image = torch.full((channels, height, width), 40, dtype=torch.uint8)
     sheet = np.asarray(shown(image, side))
     assert sheet.shape == (side, side, 3)

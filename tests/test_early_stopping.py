@@ -26,14 +26,14 @@ def fed(stop_at, accuracies):
     return stopping.step, [text for text in why if text]
 
 
-def test_an_accuracy_that_is_reached_ends_the_run():
+def test_a_run_ends_once_the_target_accuracy_is_reached():
     """The accuracy of random weights is ignored. The first accuracy that reaches the target decides."""
     step, why = fed(0.5, [0.9, 0.4, 0.5, 0.7])
     assert step == 20 and why == ["the k-NN accuracy of 0.5 reaches train.stop_at=0.5"]
     assert fed(0.5, [0.1, 0.2, 0.3]) == (None, [])
 
 
-def test_an_accuracy_that_no_longer_grows_ends_the_run():
+def test_a_run_ends_once_the_accuracy_stops_improving():
     step, why = fed("plateau", [0.9, 0.3, 0.5, 0.5, 0.4, 0.5, 0.6])
     assert step == 50 and why == ["the k-NN accuracy has not exceeded 0.5 in 3 evaluations"]
     assert fed("plateau", [0.3, 0.5, 0.4, 0.4, 0.6, 0.5, 0.5])[0] is None
@@ -93,7 +93,7 @@ LENGTHS = {"steps": 10, "epochs": None, "hours": None}
 
 
 @pytest.mark.slow
-def test_a_run_stops_with_a_decay_on_all_ranks_and_goes_on_bit_for_bit(trainer, tmp_path):
+def test_a_run_on_several_ranks_that_stops_early_resumes_bitwise_identically(trainer, tmp_path):
     """The accuracy is reached at the first evaluation, after 4 of 30 steps."""
     shards = str(labelled_tar(tmp_path / "labelled.tar", range(12)))
     source = [{"shards": shards, "modality": "image"}]

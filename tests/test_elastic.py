@@ -24,7 +24,7 @@ def kill(agent):
     agent.wait()
 
 
-def test_the_others_go_on_when_a_node_is_lost(trainer):
+def test_training_continues_on_the_remaining_nodes_if_a_node_is_lost(trainer):
     options = [word for option in OPTIONS for word in ("--set", option)]
     trainer("one", *options)
     port = free_port()

@@ -18,7 +18,7 @@ from tests.helpers.trainer import zero
 OPTIONS = ["--set", "train.ema=0.7", "--set", "train.save_every=2", "--set", "train.keep=9"]
 
 
-def test_the_average_is_the_formulas():
+def test_the_average_of_the_weights_follows_the_formula():
     p = torch.nn.Parameter(torch.randn(5))
     optimizer = torch.optim.AdamW([p], lr=0.1, fused=True)
     track_ema(optimizer, 0.9)
@@ -39,7 +39,7 @@ def _average(trainer, run: str, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_zero_shards_the_average_and_a_checkpoint_has_it_whole(trainer):
+def test_zero_partitions_the_averaged_weights_and_a_checkpoint_contains_all_of_them(trainer):
     trainer("plain", *zero(None), *OPTIONS)
     plain = _average(trainer, "plain", 6)
     for stage in (1, 3):
@@ -51,7 +51,7 @@ def test_zero_shards_the_average_and_a_checkpoint_has_it_whole(trainer):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_has_the_same_average(trainer):
+def test_a_resumed_run_has_the_same_averaged_weights(trainer):
     trainer("run", *zero(1), *OPTIONS)
     whole = _average(trainer, "run", 6)
     shutil.rmtree(trainer.folder / "run/checkpoints/step-00000006")
@@ -60,7 +60,7 @@ def test_a_resumed_run_has_the_same_average(trainer):
 
 
 @pytest.mark.slow
-def test_what_leaves_the_run_is_the_average(trainer, capsys, monkeypatch):
+def test_exports_and_evaluations_use_the_averaged_weights(trainer, capsys, monkeypatch):
     """The figures of the run are an exception: they show the weights whose losses are logged."""
     trainer("run", *zero(None), *OPTIONS)
     run, average = trainer.folder / "run", _average(trainer, "run", 6)
@@ -78,7 +78,7 @@ def test_what_leaves_the_run_is_the_average(trainer, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_average_may_begin_when_a_run_is_resumed(trainer):
+def test_averaging_of_weights_can_be_enabled_when_a_run_is_resumed(trainer):
     trainer("run", *zero(2), *OPTIONS[2:], "--set", "train.steps=4")
     config = json.loads((trainer.folder / "run/checkpoints/step-00000004/state.json").read_text())["config"]
     assert config["train"]["ema"] is None

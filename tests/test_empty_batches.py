@@ -10,7 +10,7 @@ from tests.helpers.ranks import run_ranks
 pytestmark = pytest.mark.slow
 
 
-def test_evaluations_and_steps_are_those_of_one_rank_at_every_stage(tmp_path):
+def test_ranks_with_empty_batches_do_not_change_steps_or_evaluations_at_any_zero_stage(tmp_path):
     found = {}
     for ranks in (1, 3):
         out = tmp_path / f"{ranks}.json"

@@ -19,7 +19,7 @@ from tests.helpers.labelled import tiny_run
 pytestmark = pytest.mark.slow
 
 
-def test_train_export_load(trainer):
+def test_a_run_is_trained_exported_and_loaded(trainer):
     """Two ranks train with ZeRO-2, the run folder is complete, and the export contains the trained model."""
     options = ["train.steps=40", "train.log_every=5", "train.eval_every=20", "train.pictures=3", "train.save_every=15"]
     options += ['deepspeed={"zero_optimization":{"stage":2}}', "optim.peak_lr=8e-2"]
@@ -50,7 +50,7 @@ def test_train_export_load(trainer):
     assert features.shape == (2, 1 + 16 + 3, 32) and features.isfinite().all()
 
 
-def test_export_of_every_stage_is_the_same_model(trainer):
+def test_runs_of_every_zero_stage_export_the_same_model(trainer):
     for stage in (0, 3):
         section = json.dumps({"zero_optimization": {"stage": stage}})
         trainer(f"stage-{stage}", "--set", f"deepspeed={section}")
@@ -62,7 +62,7 @@ def test_export_of_every_stage_is_the_same_model(trainer):
 
 
 @pytest.mark.parametrize("out", [".", "/dev/full/a.png"])
-def test_pictures_that_cannot_be_written(tmp_path, monkeypatch, capsys, out):
+def test_figures_that_cannot_be_written_are_reported(tmp_path, monkeypatch, capsys, out):
     run = str(tiny_run(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert exit_cleanly(lambda: draw.main(["reconstructions", run, "--out", out])) == 2
@@ -70,7 +70,7 @@ def test_pictures_that_cannot_be_written(tmp_path, monkeypatch, capsys, out):
     assert len(lines) == 1 and lines[0].startswith("error: ")
 
 
-def test_export_mistakes(tmp_path):
+def test_export_refuses_invalid_arguments(tmp_path):
     with pytest.raises(UserError, match="neither a checkpoint nor a run"):
         write_export(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -79,7 +79,7 @@ def test_export_mistakes(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["verify", "export", "convert", "draw", "train", "shards"])
-def test_help_teaches(module, capsys):
+def test_help_is_printed_for_every_program(module, capsys):
     program = import_module(MODULES[module])
     with pytest.raises(SystemExit, match="0"):
         program.main(["--help"])
@@ -88,7 +88,7 @@ def test_help_teaches(module, capsys):
 
 
 @pytest.mark.parametrize("mistake", ["train.stepps=1", "data.train.0.shards=/nowhere/x.tar"])
-def test_mistake_on_two_ranks_is_told_once(trainer, mistake):
+def test_a_user_error_on_two_ranks_is_printed_once(trainer, mistake):
     out = trainer("run", "--set", mistake, ranks=2, code=2)
     assert out.count("error: ") == 1 and "Traceback" not in out
 

@@ -22,7 +22,7 @@ def _curves(folder: Path, which: str, ranks: int) -> dict[str, np.ndarray]:
     return {name: np.array(curve) for name, curve in map(json.loads, found.read_text().splitlines())}
 
 
-def test_curves_are_plain_torchs(tmp_path):
+def test_loss_curves_equal_those_of_plain_torch(tmp_path):
     """Curves are equal in float32. In bf16, ZeRO keeps bf16 weights with float32 master weights, so its curves are
     close to those of plain torch's autocast but not equal. This is a single test, because each of pytest's workers
     would compute its own fixture."""
@@ -46,7 +46,7 @@ def test_ranks_need_not_divide_the_batch(tmp_path):
         np.testing.assert_allclose(curve, one["stage=None accumulation=1"], rtol=1e-5, err_msg=name)
 
 
-def test_clipping_and_layer_decay_are_plain_torchs(tmp_path):
+def test_clipping_and_layer_decay_equal_plain_torch(tmp_path):
     curves = _curves(tmp_path, "unclipped", 2)
     plain = curves.pop("plain")
     for kind, number in (("unclipped", 3), ("layer decay", 5)):
@@ -57,7 +57,7 @@ def test_clipping_and_layer_decay_are_plain_torchs(tmp_path):
             np.testing.assert_allclose(curve, first, rtol=1e-5, err_msg=name)
 
 
-def test_shipped_configs_train_as_plain_torch_does(tmp_path):
+def test_shipped_configs_train_as_in_plain_torch(tmp_path):
     """The configs are trained at small sizes on two ranks in bf16, with their deepspeed section, compiled blocks and
     gradient accumulation."""
     curves = _curves(tmp_path, "configs", 2)
@@ -66,7 +66,7 @@ def test_shipped_configs_train_as_plain_torch_does(tmp_path):
         np.testing.assert_allclose(curves[path.name], curves[f"{path.name} plain"], rtol=1e-2, err_msg=path.name)
 
 
-def test_the_trainer_gives_the_same_curve_on_two_ranks(trainer):
+def test_the_trainer_has_the_same_loss_curve_on_two_ranks(trainer):
     """The runs have stochastic depth, and one of them has another micro-batch size."""
     drops = ["--set", "model.drop_path=0.3"]
     trainer("one", *zero(None), *drops)

@@ -27,7 +27,7 @@ def found(tmp_path_factory) -> dict[tuple, dict]:
 @pytest.mark.parametrize("stage", [None, 0, 1, 2])
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_step_reads_nothing_and_waits_for_no_device(found, stage, clip, precision):
+def test_a_step_does_not_read_from_or_synchronise_with_the_device(found, stage, clip, precision):
     case = found[stage, clip, precision]
     assert case["reads"] == {} and case["synchronised"] == 0
     assert case["norm"] > 0
@@ -40,7 +40,7 @@ def test_stage_2_waits_for_its_reductions_on_the_device(found):
         assert found[2, clip, precision]["stream waits"] >= 1
 
 
-def test_what_runs_beside_each_other_in_stage_2_shares_no_bytes(found):
+def test_concurrent_streams_of_stage_2_have_no_data_races(found):
     """Copies into buckets, reductions on their stream, and the code that uses the gradients each begin after the work
     on which they depend. The test fails if one of the waits is removed."""
     right, wrong = found["races", True], found["races", False]
@@ -49,19 +49,19 @@ def test_what_runs_beside_each_other_in_stage_2_shares_no_bytes(found):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_norm_that_is_not_finite_is_returned_as_such(found, stage):
+def test_a_non_finite_gradient_norm_is_returned(found, stage):
     """DeepSpeed returns -1, which could be mistaken for a norm."""
     assert not math.isfinite(found["nan", stage]["norm"])
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
-def test_clipped_gradients_are_those_of_plain_torch(found, stage, clip):
+def test_clipped_gradients_equal_those_of_plain_torch(found, stage, clip):
     """The gradients agree within the rounding error of bf16, for norms above and below the limit."""
     assert found["clipped", stage, clip]["off"] < 0.1
 
 
-def test_a_read_would_be_counted():
+def test_the_test_helper_counts_reads_from_the_device():
     with Reads() as reads:
         float(torch.ones(()))
     assert reads.found == {"aten::_local_scalar_dense": 1}

@@ -28,14 +28,14 @@ def _run(tmp_path, **variables):
 
 
 @pytest.mark.parametrize("variables", [{}, {"HOME": "/not/there"}])
-def test_a_user_without_a_home_has_a_temporary_one_and_is_told(tmp_path, variables):
+def test_a_user_without_a_home_folder_gets_a_temporary_one_and_a_note(tmp_path, variables):
     home, cache, output = _run(tmp_path, **variables)
     assert home.startswith(f"{tmp_path}/") and cache == f"{home}/.cache"
     assert output.count("\n") == 1 and f"there is no home folder, so caches are kept in {home}" in output
     assert _run(tmp_path, LOCAL_RANK="1", **variables) == (home, cache, "")  # only rank 0 prints the note
 
 
-def test_a_home_that_is_there_is_used(tmp_path):
+def test_an_existing_home_folder_is_used(tmp_path):
     assert _run(tmp_path, HOME=str(tmp_path)) == (str(tmp_path), f"{tmp_path}/.cache", "")
 
 
@@ -79,7 +79,7 @@ def test_a_program_configures_how_torch_waits_and_allocates_before_importing_it(
     assert _set(STARTS[start]) == SETTINGS
 
 
-def test_what_the_user_sets_stays_and_a_library_sets_nothing():
+def test_environment_variables_of_the_user_are_kept_and_the_library_sets_none():
     theirs = dict.fromkeys(SETTINGS, "theirs")
     assert _set(STARTS["module"], **theirs) == theirs
     older = {"PYTORCH_CUDA_ALLOC_CONF": "theirs"}

@@ -9,7 +9,7 @@ import pytest
 from m3ae_fast.base.errors import ErrorElsewhere, UserError, attempt, error_report, exit_cleanly, raise_shared
 
 
-def test_an_error_is_one_line_whatever_a_name_in_it_holds(capsys):
+def test_an_error_is_one_line_for_any_name_in_it(capsys):
     def main():
         raise UserError("a\n  b.jpg: is damaged \x1b[2J\udcff\n")
 
@@ -20,7 +20,7 @@ def test_an_error_is_one_line_whatever_a_name_in_it_holds(capsys):
 
 
 @pytest.mark.parametrize("command", [["m3ae_fast"], ["m3ae_fast", "config"], ["m3ae_fast.cli.config"]])
-def test_a_page_that_cannot_be_written_is_a_line(command):
+def test_output_that_cannot_be_written_is_reported_in_one_line(command):
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-u", "-m", *command], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr == "error: [Errno 28] No space left on device\n"
@@ -47,13 +47,13 @@ def ended(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EACCES", "EROFS", "EIO", "EMFILE", "EPIPE", "ECONNREFUSED"])
-def test_what_the_system_refuses_is_a_line(ended, name):
+def test_an_os_error_is_reported_in_one_line(ended, name):
     error = OSError(getattr(errno, name), "refused", "/some/file")
     assert ended(error) == f"error: {error}\n"
 
 
 @pytest.mark.parametrize("name", ["ENOENT", "EISDIR", "EEXIST", "ENOTDIR"])
-def test_an_error_of_a_file_that_the_command_line_names_is_a_line(ended, name, tmp_path, monkeypatch):
+def test_an_error_of_a_file_named_on_the_command_line_is_reported_in_one_line(ended, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     error = OSError(getattr(errno, name), "not so", str(tmp_path / "a.json"))
     for words in ([str(tmp_path / "a.json")], ["--config", "a.json"], ["--set", "run.dir=./a.json"], ["--out=a.json"]):
@@ -88,7 +88,7 @@ def _shared(*errors):
     return found
 
 
-def test_an_error_of_one_process_ends_all():
+def test_an_error_of_one_process_ends_all_processes():
     assert _shared(None, None) == [None, None]
     for error in (UserError("a.tar: damaged"), OSError(errno.ENOSPC, "No space left"), MemoryError("no room")):
         first, second = _shared(None, error)
@@ -96,7 +96,7 @@ def test_an_error_of_one_process_ends_all():
         assert str(error) in str(first)
 
 
-def test_a_bug_is_raised_where_it_is_and_named_elsewhere():
+def test_a_bug_is_raised_on_its_process_and_named_on_the_others():
     bug = KeyError("a")
     first, second, third = _shared(None, bug, None)
     assert second is bug
@@ -107,13 +107,13 @@ def test_a_bug_is_raised_where_it_is_and_named_elsewhere():
         )
 
 
-def test_a_mistake_is_told_also_if_another_process_has_met_a_bug():
+def test_a_user_error_is_reported_even_if_another_process_has_a_bug():
     bug = KeyError("a")
     first, second, third = _shared(bug, UserError("mine"), None)
     assert first is bug and type(second) is type(third) is UserError and {str(second), str(third)} == {"mine"}
 
 
-def test_a_panic_is_an_error_and_a_stop_is_none():
+def test_a_panic_is_handled_as_an_error_and_a_stop_is_not():
     class Panic(BaseException):
         pass
 

@@ -48,7 +48,7 @@ def faulty(tmp_path):
     ],
     ids=["copy-memory", "write-full", "write-memory"],
 )
-def test_what_the_system_refuses_one_rank_is_one_line(faulty, tmp_path, place, rank, error, message):
+def test_an_os_error_on_one_rank_is_reported_in_one_line(faulty, tmp_path, place, rank, error, message):
     codes, out = faulty(place, rank, error)
     assert codes == [2, 2], out
     assert out.count("error: ") == 1 and message.format(rank=rank) in out and "Traceback" not in out
@@ -75,14 +75,14 @@ def test_a_bug_on_one_rank_shows_its_traceback(faulty, place, rank, error):
     ],
     ids=["rename", "table", "log"],
 )
-def test_what_the_system_refuses_rank_0_alone_is_one_line(faulty, place, error, message):
+def test_an_os_error_on_rank_0_is_reported_in_one_line(faulty, place, error, message):
     codes, out = faulty(place, 0, error)
     assert codes == [2, 2], out
     assert out.count("error: ") == 1 and message in out and "Traceback" not in out
 
 
 @pytest.mark.parametrize("place", ["rename", "pictures"])
-def test_a_bug_on_rank_0_alone_shows_its_traceback(faulty, place):
+def test_a_bug_on_rank_0_shows_its_traceback(faulty, place):
     codes, out = faulty(place, 0, "KeyError", "--set", "train.pictures=2")
     assert codes == [1, 2], out
     assert "in injected_fault" in out and "KeyError: 'a bug'" in out
@@ -90,7 +90,7 @@ def test_a_bug_on_rank_0_alone_shows_its_traceback(faulty, place):
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("error", ["KeyError", "UserError"])
-def test_an_error_in_a_loader_worker_of_one_rank_is_the_one_that_is_shown(faulty, rank, error):
+def test_an_error_in_a_loader_worker_of_one_rank_is_the_reported_error(faulty, rank, error):
     codes, out = faulty("loader", rank, error)
     if error == "KeyError":
         assert codes[rank] == 1 and codes[1 - rank] == 75, out  # this rank only knows that the other one has ended
@@ -101,7 +101,7 @@ def test_an_error_in_a_loader_worker_of_one_rank_is_the_one_that_is_shown(faulty
 
 
 @pytest.mark.parametrize("place", ["copy", "write", "rename"])
-def test_zero_stages_end_as_plain_torch_does(faulty, place):
+def test_errors_with_zero_stages_are_reported_as_with_plain_torch(faulty, place):
     codes, out = faulty(place, 1 if place != "rename" else 0, "full", *zero(2))
     assert codes == [2, 2], out
     assert out.count("error: ") == 1 and "[Errno 28] No space left on device" in out

@@ -21,7 +21,7 @@ from tests.helpers.labelled import labelled_members, labelled_tar, tiny_run
 from tests.helpers.shards import write_tar
 
 
-def test_separation_is_that_of_scikit_learn():
+def test_the_separation_of_classes_equals_that_of_scikit_learn():
     random = np.random.RandomState(0)
     labels = random.choice([0, 2, 3], 60)
     points = random.randn(60, 2) + labels[:, None]
@@ -33,7 +33,7 @@ def test_separation_is_that_of_scikit_learn():
     assert 0.3 < expected < 0.9
 
 
-def test_separation_by_hand():
+def test_the_separation_of_classes_equals_a_value_computed_by_hand():
     """There are two pairs of points, one per class. The distance within a pair is 1, and the distances to the points of
     the other class are 10 and 11, or 9 and 10."""
     found = separation(np.array([[0.0, 0], [1, 0], [10, 0], [11, 0]]), np.array([0, 0, 1, 1]), 1)
@@ -53,7 +53,7 @@ def runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_are_drawn_beside_each_other(runs, tmp_path, monkeypatch, capsys):
+def test_feature_maps_of_several_runs_are_drawn_side_by_side(runs, tmp_path, monkeypatch, capsys):
     given = []
     monkeypatch.setattr(feature_map, "draw_map", lambda *args: given.append(args))
     val = labelled_tar(tmp_path / "val.tar", range(30))
@@ -72,7 +72,7 @@ def test_runs_are_drawn_beside_each_other(runs, tmp_path, monkeypatch, capsys):
     np.testing.assert_array_equal(alone[0].places_N2, panels[0].places_N2)  # a map is independent of other runs
 
 
-def test_samples_may_lack_a_class_that_others_have(runs, tmp_path, monkeypatch):
+def test_a_feature_map_is_drawn_if_some_classes_have_no_samples(runs, tmp_path, monkeypatch):
     """A few held-out samples, whose class numbers have gaps, are plotted."""
     given = []
     monkeypatch.setattr(feature_map, "draw_map", lambda *args: given.append(args))
@@ -84,7 +84,7 @@ def test_samples_may_lack_a_class_that_others_have(runs, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_picture_is_as_wide_as_its_panels(runs, tmp_path):
+def test_the_width_of_a_feature_map_grows_with_its_panels(runs, tmp_path):
     val = labelled_tar(tmp_path / "val.tar", range(12))
     widths = []
     for models in (runs[:1], [*runs, f"random:{runs[0]}"]):
@@ -93,7 +93,7 @@ def test_a_picture_is_as_wide_as_its_panels(runs, tmp_path):
     assert widths[1] > 2 * widths[0]
 
 
-def test_classes_that_are_kept_are_numbered_in_their_order(tmp_path):
+def test_selected_classes_are_numbered_in_the_given_order(tmp_path):
     sources = [SourceConfig(shards=labelled_tar(tmp_path / f"{i}.tar", range(i, i + 7, 1 + i // 2))) for i in (0, 2)]
     labelled, classes = label_corpus(open_corpus(sources, ShardStore(tmp_path)), "cls")
     kept, names = keep_classes(labelled, classes, ["2", "0"])
@@ -104,7 +104,7 @@ def test_classes_that_are_kept_are_numbered_in_their_order(tmp_path):
     ]  # fmt: skip
 
 
-def test_mistakes_are_one_line(runs, tmp_path, capsys):
+def test_user_errors_are_reported_in_one_line(runs, tmp_path, capsys):
     val = labelled_tar(tmp_path / "val.tar", range(9))
     base = ["map", *runs, "--val", val, "--out", str(tmp_path / "out.png")]
     for options, message in (

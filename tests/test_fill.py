@@ -27,7 +27,7 @@ def photo(tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["self", "cross"])
-def test_each_mask_gets_its_likeliest_tokens(tmp_path, photo, attention):
+def test_each_mask_token_is_filled_with_the_most_probable_tokens(tmp_path, photo, attention):
     model = open_model(str(tiny_run(tmp_path / "run", dec_attention=attention)), text=True).eval()
     text = "a [MASK] house by the [MASK]"
     guesses = fill_text(model, make_sample(model, photo, text, 1.0, 0), top=model.config.vocab_size)
@@ -38,7 +38,7 @@ def test_each_mask_gets_its_likeliest_tokens(tmp_path, photo, attention):
         assert sum(shares) == pytest.approx(1, abs=1e-3)
 
 
-def test_a_model_that_knows_a_word_says_it(run, photo):
+def test_a_word_with_a_dominant_logit_is_predicted_at_the_mask(run, photo):
     model = open_model(str(run), text=True).eval()
     (wanted,) = model.tokenizer.encode("house").tolist()
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_a_model_that_knows_a_word_says_it(run, photo):
     assert (place[0].token, round(place[0].probability, 6)) == ("house", 1.0)
 
 
-def test_the_command_prints_guesses_and_draws_a_completion(run, photo, tmp_path, capsys):
+def test_the_fill_command_prints_predicted_words_and_draws_the_completed_image(run, photo, tmp_path, capsys):
     out = tmp_path / "out.png"
     assert (
         main(["fill", str(run), str(photo), "a [MASK] cat", "--visible", "0.25", "--top", "3", "--out", str(out)]) == 0
@@ -62,7 +62,7 @@ def test_the_command_prints_guesses_and_draws_a_completion(run, photo, tmp_path,
     assert make_sample(model, photo, "", 0.25, 0).image_mask.float().mean() == 0.75
 
 
-def test_mistakes_are_one_line(run, photo, tmp_path):
+def test_user_errors_are_reported_in_one_line(run, photo, tmp_path):
     for options, message in (
         ([str(photo), "a cat"], r"there is nothing to fill in: write .MASK. in the text"),
         ([str(photo), "a [MASK]", "--visible", "2"], "must be from 0 to 1"),
@@ -77,7 +77,7 @@ def test_mistakes_are_one_line(run, photo, tmp_path):
     assert photo.read_bytes() == coloured(0, "red")
 
 
-def test_a_text_on_which_the_tokenizer_fails_is_one_line(run, photo, monkeypatch):
+def test_a_text_on_which_the_tokenizer_fails_is_reported_in_one_line(run, photo, monkeypatch):
     def fails(self, caption):
         raise BadSample("the tokenizer fails: so it is")
 

@@ -17,7 +17,7 @@ class Ends:
         self.queue.put(os.getpid())
 
 
-def test_a_forked_process_collects_nothing_of_its_parents():
+def test_a_forked_process_does_not_collect_objects_of_its_parent():
     assert forking.__doc__
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
@@ -36,7 +36,7 @@ def test_a_forked_process_collects_nothing_of_its_parents():
         gc.enable()
 
 
-def test_what_was_frozen_before_a_fork_stays_frozen():
+def test_objects_frozen_before_a_fork_stay_frozen():
     context = multiprocessing.get_context("fork")
     gc.freeze()
     try:

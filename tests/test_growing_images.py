@@ -31,7 +31,7 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-def test_positions_of_a_smaller_image_are_those_of_the_whole():
+def test_position_embeddings_of_a_smaller_image_are_resampled_from_those_of_the_full_size():
     assert torch.equal(sincos_of_smaller(16, 4, 4), sincos_2d(16, 4))
     middle = torch.tensor([0.5, 2.5])  # each patch covers 2 x 2 patches of the full size
     assert torch.allclose(sincos_of_smaller(16, 2, 4)[[0, 3], :4], torch.sin(middle[:, None] * 0.1 ** torch.arange(4)))
@@ -53,7 +53,7 @@ def test_positions_of_a_smaller_image_follow_the_model():
     assert torch.equal(positions(None, None, [(2, 2)])[0], sincos_of_smaller(16, 2, 8))
 
 
-def test_a_size_lasts_for_its_fraction_of_the_steps():
+def test_each_image_size_is_used_for_its_fraction_of_the_steps():
     """The number of steps is rounded to the nearest integer, even if fraction times steps is slightly less than an
     integer."""
     train = TINY["train"] | {"image_sizes": [[0.29, 8], [0.57, 16]], "steps": 100}
@@ -78,7 +78,7 @@ def batches(tmp_path):
     return training, [*eval_loader(data, corpus, preparation, share)]
 
 
-def test_images_have_the_size_of_their_step_and_evaluations_the_models(batches):
+def test_training_images_have_the_size_of_their_step_and_evaluation_images_that_of_the_model(batches):
     training, evaluation = batches
     assert [batch.images.shape[-1] for batch in training] == [8, 8, 16, 16, 32, 32, 32, 32]
     assert [{*batch.grids} for batch in training[::2]] == [{(1, 1)}, {(2, 2)}, {(4, 4)}, {(4, 4)}]
@@ -93,7 +93,7 @@ def test_an_evaluation_predicts_all_masked_patches(batches):
     assert predicted[0][4:] == [4 * 6] * 4 and sum(predicted[1]) == 8 * 12
 
 
-def test_smaller_images_have_the_loss_of_a_model_of_their_size(batches):
+def test_the_loss_of_smaller_images_equals_that_of_a_model_built_for_their_size(batches):
     """Only the positions differ: they are derived from the positions of the full size."""
     training, _ = batches
     torch.manual_seed(0)
@@ -108,7 +108,7 @@ def test_smaller_images_have_the_loss_of_a_model_of_their_size(batches):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["self", "cross"])
-def test_compiled_blocks_take_images_of_all_sizes_without_another_graph(attention, monkeypatch):
+def test_compiled_blocks_process_images_of_all_sizes_without_recompilation(attention, monkeypatch):
     """Blocks are only traced, because compiling them takes a long time."""
     torch._dynamo.reset()
     counter, compiled = CompileCounter(), torch.nn.Module.compile
@@ -139,7 +139,7 @@ def test_compiled_blocks_take_images_of_all_sizes_without_another_graph(attentio
         ({}, {"image_sizes": [[1.0, 16]]}, r"train\.image_sizes"),
     ],
 )
-def test_settings_that_exclude_growing_images_are_refused_in_one_line(model, train, message):
+def test_settings_incompatible_with_growing_images_are_refused_in_one_line(model, train, message):
     data = {"image_tokenizer": "vqgan"} if "image_targets" in model else {}
     changed = {"model": TINY["model"] | model, "data": TINY["data"] | data}
     with pytest.raises(UserError, match=message) as error:
@@ -156,7 +156,7 @@ def test_a_dry_run_counts_the_flops_of_all_sizes(capsys):
 
 
 @pytest.mark.slow
-def test_a_run_grows_on_all_ranks_and_goes_on_across_the_switch(trainer):
+def test_all_ranks_switch_image_size_together_and_a_run_can_be_resumed_across_the_switch(trainer):
     options = ["train.image_sizes=[[0.5,8]]", "train.save_every=1", "train.keep=9", "data.workers=0", "optim.name=muon"]
     options = [word for option in options for word in ("--set", option)]
     out = trainer("one", *options)

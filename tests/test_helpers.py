@@ -22,7 +22,7 @@ def wait_here():
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_shown_with_where_it_waits(tmp_path, monkeypatch):
+def test_the_stack_trace_of_a_hanging_rank_is_shown(tmp_path, monkeypatch):
     log = tmp_path / "log"
     processes = ranks.fork_ranks(__name__, [], 2, log)
     processes[0].join(100)

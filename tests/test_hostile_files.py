@@ -93,7 +93,7 @@ WHOLE = parse(Config, TINY, "").model_dump(mode="json")
 
 @fuzz(300)
 @given(where=st.sampled_from(sorted(keys(WHOLE))), value=JSON, drop=st.booleans())
-def test_any_value_in_any_field_of_a_config(tmp_path, where, value, drop):
+def test_any_value_in_any_field_of_a_config_is_accepted_or_refused_in_one_line(tmp_path, where, value, drop):
     data = json.loads(json.dumps(WHOLE))
     node = data
     for key in where[:-1]:
@@ -113,7 +113,9 @@ NESTED = st.just(0) | st.integers(0, 3000)
 @given(content=JSON, section=st.sampled_from([None, *WHOLE]), nested=NESTED, brackets=st.booleans())
 @example(content={"\n": 1}, section="run", nested=0, brackets=True)
 @example(content={"x" * 9999: 1}, section=None, nested=0, brackets=True)
-def test_any_json_as_a_config_or_a_section_of_one(tmp_path, content, section, nested, brackets):
+def test_any_json_as_a_config_or_section_is_accepted_or_refused_in_one_line(
+    tmp_path, content, section, nested, brackets
+):
     """The result is a Config or a one-line error, even for the deepest nesting that Python or pydantic allow."""
     path = tmp_path / "config.json"
     text = json.dumps(content if section is None else WHOLE | {section: content})
@@ -129,7 +131,9 @@ def test_any_json_as_a_config_or_a_section_of_one(tmp_path, content, section, ne
 @given(text=st.binary(max_size=60), cut=DAMAGE[0], edits=DAMAGE[1], override=st.text(max_size=30))
 @example(text=b"", cut=0, edits=[], override="run\nning")
 @example(text=b"", cut=0, edits=[], override="train.steps.\n" + "x" * 9999 + "=1")
-def test_any_bytes_as_a_config_and_any_override(tmp_path, text, cut, edits, override):
+def test_any_bytes_as_a_config_and_any_override_are_accepted_or_refused_in_one_line(
+    tmp_path, text, cut, edits, override
+):
     path = tmp_path / "config.json"
     for content in (text, damaged(json.dumps(TINY).encode(), cut, edits), b"[" * 100_000):
         path.write_bytes(content)
@@ -163,7 +167,7 @@ PAX_SIZES = st.sampled_from(["9" * 5000, str(1 << 63), "-1", "1e3", "", "٣", "3
     length=st.sampled_from(["9" * 5000, "0", "-3", "12", "\xff"]) | st.just(None),
     other=st.dictionaries(st.integers(0, 147), st.binary(max_size=12), max_size=3),
 )
-def test_any_field_of_a_tar_header(tmp_path, size, kind, pax, length, other):
+def test_any_field_of_a_tar_header_causes_no_unexpected_error(tmp_path, size, kind, pax, length, other):
     """A valid member precedes a pax record and a member with an arbitrary header and a correct checksum."""
     record = f" size={pax}\n"
     record = f"{len(record) + 2 if length is None else length}{record}".encode("utf-8", "surrogateescape")
@@ -200,7 +204,7 @@ def read_all(path: Path, store: ShardStore) -> int:
 
 @fuzz(150)
 @given(cut=DAMAGE[0], edits=DAMAGE[1])
-def test_any_damage_to_a_tar(tmp_path, cut, edits):
+def test_any_damage_to_a_tar_causes_no_unexpected_error(tmp_path, cut, edits):
     whole = tmp_path / "whole.tar"
     if not whole.exists():
         write_tar(whole, members(range(4)))
@@ -219,7 +223,7 @@ def test_any_damage_to_a_tar(tmp_path, cut, edits):
     field=st.sampled_from(["version", "size", "samples", "images", "damage"]),
     value=JSON,
 )
-def test_any_damage_to_a_sidecar(tmp_path, cut, edits, field, value):
+def test_any_damage_to_a_sidecar_causes_no_unexpected_error(tmp_path, cut, edits, field, value):
     """A sidecar that is recognisably wrong is written again, and all samples are read."""
     path, store = tmp_path / "a.tar", ShardStore(tmp_path / "cache")
     if not path.exists():
@@ -241,7 +245,7 @@ def test_any_damage_to_a_sidecar(tmp_path, cut, edits, field, value):
 @pytest.mark.parametrize(
     "descr", ["[('key', 'O')]", "{'a': 1}", "'<i8'", "[" * 200, "__import__('os')", "[('key', '|S0')]"]
 )
-def test_a_sidecar_whose_table_is_of_another_kind(tmp_path, store_with_shard, descr):
+def test_a_sidecar_with_a_table_of_another_dtype_is_rebuilt(tmp_path, store_with_shard, descr):
     path, store, sidecar = store_with_shard
     summary = sidecar.read_bytes().partition(b"\n")[0]
     head = f"{{'descr': {descr}, 'fortran_order': False, 'shape': ({1 << 50},)}}\n".encode()
@@ -286,7 +290,7 @@ def look_at(path: Path) -> None:
     ),
     value=JSON,
 )
-def test_any_value_in_any_field_of_a_state_json(tmp_path, saved, where, value):
+def test_any_value_in_any_field_of_a_state_json_causes_no_unexpected_error(tmp_path, saved, where, value):
     data = json.loads((saved / checkpoint.INFO_FILE).read_text())
     node = data
     for key in where[:-1]:
@@ -307,7 +311,7 @@ def test_any_value_in_any_field_of_a_state_json(tmp_path, saved, where, value):
     sums=st.sampled_from(["as saved", "of the damaged file", "none"]),
     head=st.integers(0, (1 << 64) - 1),
 )
-def test_any_damage_to_the_files_of_a_checkpoint(tmp_path, saved, cut, edits, sums, head):
+def test_any_damage_to_the_files_of_a_checkpoint_causes_no_unexpected_error(tmp_path, saved, cut, edits, sums, head):
     path = tmp_path / saved.name
     path.mkdir(exist_ok=True)
     info = json.loads((saved / checkpoint.INFO_FILE).read_text())
@@ -326,7 +330,7 @@ def test_any_damage_to_the_files_of_a_checkpoint(tmp_path, saved, cut, edits, su
     look_at(path)
 
 
-def test_a_pipe_in_the_place_of_a_checkpoints_state_is_not_waited_for(tmp_path, saved):
+def test_a_pipe_in_place_of_a_checkpoints_state_is_refused_without_waiting(tmp_path, saved):
     path = tmp_path / saved.name
     path.mkdir()
     (path / checkpoint.INFO_FILE).write_bytes((saved / checkpoint.INFO_FILE).read_bytes())
@@ -339,7 +343,7 @@ def test_a_pipe_in_the_place_of_a_checkpoints_state_is_not_waited_for(tmp_path, 
 
 @fuzz(60)
 @given(lines=st.lists(st.binary(max_size=30) | JSON.map(lambda v: json.dumps({"step": v}).encode()), max_size=6))
-def test_any_metrics_of_an_earlier_attempt(tmp_path, lines):
+def test_arbitrary_metrics_of_an_earlier_attempt_do_not_break_the_log(tmp_path, lines):
     path = tmp_path / METRICS_FILE
     path.write_bytes(b"\n".join([*lines, b"[" * 100_000, b'{"step": 1, "loss": 2.0}', b'{"step": 7}', b'{"st']))
     with RunLog(tmp_path, 3, 9) as log:
@@ -355,7 +359,7 @@ def test_any_metrics_of_an_earlier_attempt(tmp_path, lines):
     cut=DAMAGE[0],
     edits=DAMAGE[1],
 )
-def test_any_tokenizer(tmp_path, where, value, cut, edits):
+def test_any_tokenizer_file_is_loaded_or_refused_in_one_line(tmp_path, where, value, cut, edits):
     whole = (CLIPART / "tokenizer.json").read_bytes()
     path = tmp_path / "tokenizer.json"
     for content in (json.dumps(json.loads(whole) | {where: value}).encode(), damaged(whole, cut, edits)):
@@ -399,7 +403,7 @@ def test_a_tokenizer_with_the_rules_of_a_published_one_is_accepted(tmp_path):
     assert len(load_tokenizer(str(tmp_path / "tokenizer.json"), 16).encode("a red cat"))
 
 
-def test_a_panic_of_the_tokenizers_library_is_one_line(tmp_path):
+def test_a_panic_of_the_tokenizers_library_is_reported_in_one_line(tmp_path):
     data = json.loads((CLIPART / "tokenizer.json").read_text())
     data["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
@@ -408,7 +412,7 @@ def test_a_panic_of_the_tokenizers_library_is_one_line(tmp_path):
     one_line(caught.value)
 
 
-def test_two_words_with_one_id_are_no_tokenizer(tmp_path):
+def test_a_tokenizer_with_a_duplicate_id_is_refused(tmp_path):
     data = json.loads((CLIPART / "tokenizer.json").read_text())
     words = data["model"]["vocab"]
     words[max(words, key=words.get)] = 7
@@ -444,7 +448,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, reader):
+def test_a_pipe_in_place_of_a_file_is_refused_without_waiting(tmp_path, reader):
     path = tmp_path / reader.partition(" ")[0]
     os.mkfifo(path)
     with pytest.raises(UserError) as caught:
@@ -455,7 +459,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, reader):
 
 @pytest.mark.parametrize("reader", [name for name in READERS if Path(name.partition(" ")[0]).suffix == ".json"])
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"model":' * 100_000, b'{"a": 1, "a": 2}', None])
-def test_json_that_is_a_folder_or_too_deep_is_one_line(tmp_path, reader, content):
+def test_json_that_is_a_folder_or_too_deep_is_reported_in_one_line(tmp_path, reader, content):
     path = tmp_path / reader.partition(" ")[0]
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(UserError) as caught:

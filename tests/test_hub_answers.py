@@ -42,7 +42,7 @@ def at(monkeypatch):
     return move
 
 
-def test_any_response_of_the_hub_is_an_answer(at):
+def test_any_response_shows_that_the_hub_is_reachable(at):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Knows) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         at(server.server_port)
@@ -51,7 +51,7 @@ def test_any_response_of_the_hub_is_an_answer(at):
         server.shutdown()
 
 
-def test_a_silent_hub_does_not_answer(at, monkeypatch):
+def test_a_hub_that_does_not_respond_times_out(at, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         at(silent.getsockname()[1])
         monkeypatch.setattr(hub, "PATIENCE", 0.1)
@@ -61,7 +61,7 @@ def test_a_silent_hub_does_not_answer(at, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_silent_hub_is_not_waited_for_again(at, monkeypatch, tmp_path):
+def test_a_hub_that_timed_out_is_not_contacted_again(at, monkeypatch, tmp_path):
     """A name without a local copy gives an error, and the library does not retry."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", lambda *_, **__: pytest.fail("asks"))

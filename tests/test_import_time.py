@@ -68,7 +68,7 @@ def imported(*arguments, code=0):
     return names, done.stdout + "\n".join(line for line in lines if not line.startswith("import time:"))
 
 
-def test_the_package_alone_imports_nothing_that_is_large():
+def test_importing_the_package_imports_no_large_library():
     names, _ = imported("-c", "import m3ae_fast; assert 'pretrain' in m3ae_fast.__all__")
     assert not names & {"torch", "numpy", "pydantic", "rich", "m3ae_kernels"}
 
@@ -85,7 +85,7 @@ def test_help_of_every_program_and_its_commands_does_not_import_torch():
     assert tuple(probes.PROBES) == PROBE_NAMES  # the names are known without importing torch
 
 
-def test_every_command_starts_in_every_way_that_help_names():
+def test_every_command_can_be_started_in_every_way_named_in_the_help():
     """The list of commands and the first line of each command's help contain the ways to start a command."""
     ways = re.findall(r"(?:m3ae-fast|python -m m3ae_fast)[ .]COMMAND", usage())
     lines = [way.replace("COMMAND", command) for way in ways for command in MODULES]
@@ -101,12 +101,12 @@ def test_the_list_of_commands_imports_none_of_them():
 
 
 @pytest.mark.parametrize("arguments", [["--config", "nothing.json"], ["--config", "configs/base.json", "--set", "a=1"]])
-def test_a_mistake_in_a_config_is_told_before_torch_is_imported(arguments):
+def test_an_invalid_config_is_reported_before_torch_is_imported(arguments):
     names, output = imported("-m", "m3ae_fast", "train", *arguments, code=2)
     assert "torch" not in names and "error: config " in output
 
 
-def test_a_mistake_in_a_setting_of_pretrain_is_told_before_torch_is_imported(tmp_path):
+def test_an_invalid_setting_of_pretrain_is_reported_before_torch_is_imported(tmp_path):
     arguments = (str(tmp_path), "--out", str(tmp_path / "run"), "--set", "train.global_bach=64")
     names, output = imported("-m", "m3ae_fast", "pretrain", *arguments, code=2)
     assert (
@@ -115,7 +115,7 @@ def test_a_mistake_in_a_setting_of_pretrain_is_told_before_torch_is_imported(tmp
     )
 
 
-def test_one_rank_of_several_leaves_the_config_to_the_first(monkeypatch):
+def test_only_the_first_of_several_ranks_checks_the_config(monkeypatch):
     from m3ae_fast.process.launchers import alone
 
     for name in ("WORLD_SIZE", "RANK", "SLURM_PROCID", "SLURM_NTASKS"):
@@ -142,12 +142,12 @@ def test_one_rank_of_several_leaves_the_config_to_the_first(monkeypatch):
         (["m3ae_fast", "data"], "m3ae-fast data has been renamed to m3ae-fast shards"),
     ],
 )
-def test_a_former_name_says_the_present_one(arguments, line):
+def test_a_former_command_name_gives_an_error_with_the_present_name(arguments, line):
     names, output = imported("-m", *arguments, code=2)
     assert output == f"error: {line}" and "torch" not in names
 
 
-def test_help_shows_the_name_that_was_typed_and_version_the_version():
+def test_help_shows_the_typed_command_name_and_version_prints_the_version():
     script = "import sys; sys.argv = ['bin/m3ae-fast', 'embed', '-h']; from m3ae_fast.__main__ import run; run()"
     for arguments, typed in (
         (["-m", "m3ae_fast", "status", "--help"], "python -m m3ae_fast status"),

@@ -50,7 +50,7 @@ def adopted(environment):
     (OMPI | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "0"}, ("3", "4", "3", "4", "127.0.0.1")),
     (PMI, ("1", "2", "0", "1", "head")),
 ])  # fmt: skip
-def test_a_launchers_variables_are_understood(environment, expected):
+def test_environment_variables_of_launchers_are_recognised(environment, expected):
     assert tuple(adopted(environment)[word] for word in WORDS) == expected
 
 
@@ -67,7 +67,7 @@ def test_torchs_own_variables_take_precedence():
     assert adopted({}) == {}
 
 
-def test_jobs_on_a_node_have_ports_of_their_own():
+def test_jobs_on_the_same_node_use_different_ports():
     jobs = [SLURM, SLURM | {"SLURM_STEP_ID": "1"}, SLURM | {"SLURM_JOB_ID": "4712"}]
     ports = [int(adopted(job)["MASTER_PORT"]) for job in jobs]
     assert ports[0] == 10_000 + crc32(b"4711.0") % 20_000  # the same in every process
@@ -78,12 +78,12 @@ def test_jobs_on_a_node_have_ports_of_their_own():
 @pytest.mark.parametrize(("nodes", "first"), [
     ("node7", "node7"), ("a,b", "a"), ("n[1-4]", "n1"), ("n[007,9-12]-ib,m", "n007-ib"), ("r[1-2]n[05-8],x", "r1n05"),
 ])  # fmt: skip
-def test_the_first_host_of_a_list(nodes, first):
+def test_the_first_host_of_a_node_list_is_found(nodes, first):
     assert first_host(nodes) == first
 
 
 @pytest.mark.parametrize("environment", [SLURM, OMPI, PMI])
-def test_runs_of_one_rank_that_were_meant_to_be_one_run_are_refused(environment):
+def test_separate_runs_of_one_rank_that_a_launcher_started_as_one_run_are_refused(environment):
     with pytest.raises(UserError, match="WORLD_SIZE=1 makes each a separate run: start `"):
         adopt(environment | {"RANK": "0", "WORLD_SIZE": "1"})
 
@@ -106,7 +106,7 @@ def main(argv):
     return 0
 
 
-def test_processes_of_srun_are_one_run(tmp_path):
+def test_processes_started_by_srun_form_one_run(tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     slurm = SLURM | {
         "SLURM_JOB_ID": str(os.getpid()),  # the port depends on it
@@ -122,6 +122,6 @@ def test_processes_of_srun_are_one_run(tmp_path):
 
 
 @pytest.mark.parametrize(("world_size", "one"), [(None, True), ("", True), ("1", True), ("2", False)])
-def test_an_empty_number_of_ranks_is_one(monkeypatch, world_size, one):
+def test_an_empty_number_of_ranks_means_one_rank(monkeypatch, world_size, one):
     monkeypatch.setattr(os, "environ", {} if world_size is None else {"WORLD_SIZE": world_size})
     assert alone() is one

@@ -45,7 +45,7 @@ def scale(name: str, depth: int) -> float:
 
 
 @pytest.mark.parametrize("attention", ["self", "cross"])
-def test_a_step_moves_each_layer_by_its_own_rate(attention):
+def test_each_layer_is_updated_with_its_own_learning_rate(attention):
     """AdamW's change of a weight, including the weight decay, is proportional to the learning rate."""
     changes = []
     with join_ranks() as ranks:
@@ -63,7 +63,7 @@ def test_a_step_moves_each_layer_by_its_own_rate(attention):
         torch.testing.assert_close(changes[1][name], scale(name, SMALL.depth) * whole, rtol=1e-3, atol=1e-7, msg=name)
 
 
-def test_without_layer_decay_there_are_the_two_groups_of_the_official_code():
+def test_without_layer_decay_the_parameter_groups_are_the_two_of_the_official_code():
     model = M3AE(SMALL)
     decayed, others = optimizer_groups(model, config(1.0).optim)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
@@ -94,12 +94,12 @@ def test_pretrain_accepts_layer_decay_only_with_initial_weights():
         check_overrides(["optim.layer_decay=0.5"])
 
 
-def test_a_run_says_that_it_is_open():
+def test_settings_without_a_counterpart_in_the_official_code_are_reported_as_open():
     assert open_options(config(1.0)) == ""
     assert open_options(config()).startswith("Open: optim.layer_decay=0.5; ")
 
 
-def test_a_change_is_noted_at_a_resume(tmp_path):
+def test_a_changed_layer_decay_is_reported_when_a_run_is_resumed(tmp_path):
     """A checkpoint of a version without this setting does not contain it."""
     saved = config(1.0).model_dump(mode="json")
     del saved["optim"]["layer_decay"]

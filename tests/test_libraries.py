@@ -66,7 +66,7 @@ def hide(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "line", "what"), CASES, ids=[f"{name}: {line[:40]}" for name, line, _ in CASES])
-def test_a_missing_library_is_told_before_anything_is_made(tmp_path, monkeypatch, hide, name, line, what):
+def test_a_missing_library_is_reported_before_any_output_is_written(tmp_path, monkeypatch, hide, name, line, what):
     """The run and the shards of these command lines do not exist: the library is checked first."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -84,14 +84,14 @@ def test_a_missing_library_is_told_before_anything_is_made(tmp_path, monkeypatch
     assert "\n" not in message and sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_plan_for_machines_elsewhere_needs_no_library_here(tmp_path, hide, capsys):
+def test_a_dry_run_for_other_machines_requires_no_optional_library(tmp_path, hide, capsys):
     hide("deepspeed", "tensorboard")
     line = ["--config", str(ROOT / "configs/base.json"), "--dry-run", "--no-data"]
     for more in (["--world", "8"], []):
         assert import_module(MODULES["train"]).main([*line, *more]) == 0
 
 
-def test_the_extras_are_those_of_the_package():
+def test_suggested_extras_are_extras_of_the_package():
     tomllib = pytest.importorskip("tomllib")  # part of Python from 3.11 on
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = {"": project["dependencies"], **project["optional-dependencies"]}
@@ -101,7 +101,7 @@ def test_the_extras_are_those_of_the_package():
     assert {*listed} - {*EXTRAS} == {"docs", "dev"}  # these extras are not required by any command
 
 
-def test_one_line_names_all_that_is_missing(hide):
+def test_one_line_names_all_missing_libraries(hide):
     hide("onnx", "timm", "wandb", "sklearn")
     for needs, message in (
         ({"onnx": "a", "timm": "a"}, "a needs onnx and timm: pip install 'm3ae-fast[onnx]'"),
@@ -116,7 +116,7 @@ def test_one_line_names_all_that_is_missing(hide):
     require_libraries({"scipy": "a"})
 
 
-def test_a_library_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
+def test_the_reason_why_a_library_cannot_be_imported_is_reported(tmp_path, monkeypatch):
     (tmp_path / "msgpack.py").write_text("import nothing_of_this_name")
     monkeypatch.delitem(sys.modules, "msgpack", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
@@ -124,7 +124,7 @@ def test_a_library_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
         library("msgpack", "x")
 
 
-def test_a_folder_of_tiffs_that_pillow_does_not_read_is_told(tmp_path, hide):
+def test_a_folder_of_tiffs_that_require_tifffile_is_reported(tmp_path, hide):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 8, 6), np.uint8), planarconfig="contig", photometric="minisblack")
     assert Folder(tmp_path)
     hide("tifffile")
@@ -134,7 +134,7 @@ def test_a_folder_of_tiffs_that_pillow_does_not_read_is_told(tmp_path, hide):
         Folder(tmp_path)
 
 
-def test_work_of_unknown_length_says_that_it_goes_on(capsys):
+def test_work_of_unknown_length_prints_progress(capsys):
     with working("waiting", every=0.001):
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and capsys.readouterr().err.count("so far") < 1:
@@ -145,5 +145,5 @@ def test_work_of_unknown_length_says_that_it_goes_on(capsys):
     assert "quiet" not in capsys.readouterr().err
 
 
-def test_all_of_these_libraries_are_there_in_development():
+def test_all_optional_libraries_are_installed_for_development():
     assert all(find_spec(name) for names in EXTRAS.values() for name in names)

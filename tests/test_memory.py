@@ -40,7 +40,7 @@ def under_limit(*arguments, limit=TOO_LITTLE):
     ],
     ids=str,
 )
-def test_too_little_memory_to_import_torch_is_one_line(command):
+def test_too_little_memory_to_import_torch_is_reported_in_one_line(command):
     done = under_limit(*command)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: not enough memory (")
@@ -48,7 +48,7 @@ def test_too_little_memory_to_import_torch_is_one_line(command):
 
 
 @pytest.mark.parametrize("limit", [600 << 20, 1200 << 20])  # torch's libraries abort or hang
-def test_too_little_memory_for_torchs_threads_is_one_line(limit):
+def test_too_little_memory_for_torchs_threads_is_reported_in_one_line(limit):
     done = under_limit("-m", "m3ae_fast", "train", "--help", limit=limit)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(
@@ -70,7 +70,7 @@ def too_much_for_python():
 
 
 @pytest.mark.parametrize("main", [too_much, too_much_for_python])
-def test_a_command_that_asks_for_too_much_ends_with_one_line(main, capsys, monkeypatch):
+def test_an_allocation_that_is_too_large_ends_the_command_with_one_line(main, capsys, monkeypatch):
     assert exit_cleanly(main) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: not enough memory (") and err.count("\n") == 1

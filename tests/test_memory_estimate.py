@@ -42,13 +42,13 @@ def config(stage=None, **train) -> Config:
         (3, False, ((4, True), (4, True), (8, True))),
     ],
 )
-def test_a_stage_shares_what_zero_says(stage, bf16, each):
+def test_each_zero_stage_partitions_the_documented_state(stage, bf16, each):
     assert zero_bytes(1000, stage, 4, bf16) == tuple(1000 * size / (4 if shared else 1) for size, shared in each)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_those_of_the_rows_of_encoder_and_decoder(precision, checkpointing):
+def test_activation_memory_follows_from_the_rows_of_encoder_and_decoder(precision, checkpointing):
     found = config(precision=precision, activation_checkpointing=checkpointing)
     batch = typical_batch(found, M3AE(found.model))
     assert (batch.encoder.rows, batch.decoder.rows) == (6, 22)
@@ -57,7 +57,7 @@ def test_activations_are_those_of_the_rows_of_encoder_and_decoder(precision, che
 
 
 @pytest.mark.parametrize(("checkpointing", "row", "query"), [(False, KEPT, KEPT - 2), (True, 1, 1)])
-def test_a_decoder_with_cross_attention_keeps_keys_and_values_of_the_encoders_rows(checkpointing, row, query):
+def test_a_decoder_with_cross_attention_stores_keys_and_values_of_the_encoder_rows(checkpointing, row, query):
     """The decoder has only the predicted rows: 6 of the 12 masked patches, and 2 of the 4 masked tokens."""
     found = config(activation_checkpointing=checkpointing)
     model = found.model.model_copy(update={"dec_attention": "cross"})
@@ -70,14 +70,14 @@ def test_a_decoder_with_cross_attention_keeps_keys_and_values_of_the_encoders_ro
 
 @pytest.mark.parametrize("stage", [None, 3])
 @pytest.mark.parametrize(("micro", "samples", "at_once"), [(4, 9, 4), (4, 3, 3), (None, 9, 9)])
-def test_a_rank_needs_its_part_of_the_state_and_a_micro_batchs_activations(stage, micro, samples, at_once):
+def test_the_memory_estimate_of_a_rank_includes_its_state_partition_and_activations(stage, micro, samples, at_once):
     found = config(stage, micro_batch=micro)
     parameters = sum(p.numel() for p in M3AE(found.model).parameters())
     state = parameters * (4 + 4 + 8) / (1 if stage is None else 5)
     assert memory_needed(found, 5, samples) == state + at_once * 4 * KEPT * BLOCKS
 
 
-def test_native_images_and_models_without_words_are_of_their_own_rows():
+def test_the_memory_estimate_covers_native_images_and_image_only_models():
     native = config()
     native = native.model_copy(
         update={"model": native.model.model_copy(update={"resize": "native", "max_patches": 30})}
@@ -89,7 +89,7 @@ def test_native_images_and_models_without_words_are_of_their_own_rows():
     assert typical_batch(alone, M3AE(alone.model)).decoder.rows == 1 + 16
 
 
-def test_what_one_rank_lacks_all_are_told(monkeypatch):
+def test_a_memory_shortfall_of_one_rank_is_reported_on_all(monkeypatch):
     """Each of three ranks names the first rank that lacks memory."""
     free = ["", "8 GB are needed, and 7 GB are free", "8 GB are needed, and 6 GB are free"]
     asked = []
@@ -106,6 +106,8 @@ def test_what_one_rank_lacks_all_are_told(monkeypatch):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_decides_where_blocks_are_compiled_and_not_checkpointed(compiled, checkpointing):
+def test_the_memory_estimate_decides_on_recomputation_only_for_compiled_blocks_without_checkpointing(
+    compiled, checkpointing
+):
     train = config(compile=compiled, activation_checkpointing=checkpointing).train
     assert memory_estimate.recomputes(train) == (compiled and not checkpointing)

@@ -65,7 +65,7 @@ MIXED = [
 ]
 
 
-def test_mixed_batch_is_the_mean_of_its_samples():
+def test_the_loss_of_a_mixed_batch_is_the_mean_over_its_samples():
     """Packing does not affect the losses: the losses of a batch of images, captions and pairs are the means of the
     losses of single samples.
     """
@@ -79,7 +79,7 @@ def test_mixed_batch_is_the_mean_of_its_samples():
     torch.testing.assert_close(together.loss.detach(), image + 0.5 * text)
 
 
-def test_loss_weights_multiply_losses_and_leave_accuracy_and_counts():
+def test_loss_weights_scale_losses_but_not_accuracies_and_counts():
     model = make_model()
     plain = model(pack(MIXED, model.geometry))
     weights = [0.5, 2.0, 0.1, 1.0, 0.0, 3.0]
@@ -99,7 +99,7 @@ def test_loss_weights_multiply_losses_and_leave_accuracy_and_counts():
 
 @pytest.mark.parametrize("per", ["sample", "batch"])
 @pytest.mark.parametrize("all_tokens", [False, True])
-def test_the_accuracy_is_that_of_the_predicted_words(per, all_tokens):
+def test_the_text_accuracy_is_computed_on_the_predicted_tokens(per, all_tokens):
     """The accuracy is a mean over captions, in which an empty caption counts as 0, or over words, for any number of
     images."""
     model, samples = make_model(text_all_tokens=all_tokens, per=per), []
@@ -120,7 +120,7 @@ def test_the_accuracy_is_that_of_the_predicted_words(per, all_tokens):
     assert model(batch, batch.counts._replace(image=1e6)).text_accuracy.item() == pytest.approx(expected)
 
 
-def test_losses_are_sums_over_the_counts_that_are_given():
+def test_losses_are_sums_divided_by_the_given_counts():
     """The counts are those of a rank in a whole step and may be less than one. If the step has no samples, the loss is
     0."""
     model = make_model(image_weight=0.3, text_weight=0.7)
@@ -135,13 +135,13 @@ def test_losses_are_sums_over_the_counts_that_are_given():
         assert [loss.requires_grad for loss in found] == [True, False, False, False]
 
 
-def test_encoder_and_decoder_drop_apart_and_predictions_need_no_gradient():
+def test_encoder_and_decoder_use_different_drop_keys_and_predictions_have_no_gradient():
     model = make_model(TINY.model_copy(update={"drop_path": 0.5}))
     assert model.encoder.drop_key != model.decoder.drop_key
     assert not any(found.requires_grad for found in model.predict(pack(MIXED, model.geometry)))
 
 
-def test_order_of_samples_changes_nothing():
+def test_results_do_not_depend_on_the_order_of_samples():
     model = make_model()
     one, other = (model(pack(samples, model.geometry)).loss for samples in (MIXED, MIXED[::-1]))
     torch.testing.assert_close(one, other)
@@ -171,7 +171,7 @@ def test_empty_batch_has_zero_loss_and_gradients():
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
-def test_mask_ratios(ratio):
+def test_masks_have_the_configured_ratios(ratio):
     """Without masked tokens, there is no loss. If all tokens are masked, only the cls token is encoded."""
     model = make_model()
     batch = pack([make_sample(i, ratio=ratio) for i in range(3)], model.geometry)
@@ -184,7 +184,7 @@ def test_mask_ratios(ratio):
         assert batch.encoder.rows == 3
 
 
-def test_pruned_last_block_equals_the_whole_one():
+def test_a_last_block_computed_only_for_loss_rows_equals_the_full_block():
     model = make_model()
     for name, p in model.named_parameters():
         if name.endswith("bias"):  # biases are initialised with 0
@@ -195,7 +195,7 @@ def test_pruned_last_block_equals_the_whole_one():
     torch.testing.assert_close(chosen, model.decoder(x, batch.decoder, batch.draws)[batch.loss_rows])
 
 
-def test_predictions_are_the_same_whichever_others_are_made():
+def test_predictions_do_not_depend_on_which_other_tokens_are_predicted():
     """The predictions for masked tokens do not depend on whether predictions for the other tokens are computed too."""
     model = make_model()
     everywhere = dataclasses.replace(model.geometry, image_all_tokens=True, text_all_tokens=True)
@@ -216,7 +216,7 @@ def test_image_only_model_has_no_text_weights():
     assert losses.text_loss == 0 and losses.image_loss > 0
 
 
-def test_norm_pix_loss_of_a_flat_picture_is_the_prediction_squared():
+def test_norm_pix_loss_of_a_uniform_image_is_the_squared_prediction():
     grey = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.3, 0.3, 0.3)}
     model = make_model(TINY.model_copy(update=grey), norm_pix=True)
     sample = make_sample(0, words=None)
@@ -228,7 +228,7 @@ def test_norm_pix_loss_of_a_flat_picture_is_the_prediction_squared():
 
 @pytest.mark.parametrize("kind", ["drop", "att_drop", "drop_path"])
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
-def test_dropout_and_drop_path_act_in_training_alone(half, kind):
+def test_dropout_and_drop_path_are_applied_only_in_training(half, kind):
     model = make_model(TINY.model_copy(update={kind: 0.3})).eval()
     batch = pack(MIXED, model.geometry)
     assert model(batch).loss == model(batch).loss
@@ -243,7 +243,7 @@ def test_dropout_and_drop_path_act_in_training_alone(half, kind):
 
 
 @pytest.mark.parametrize("gelu", ["tanh", "exact"])
-def test_a_block_drops_what_timms_drops(gelu):
+def test_a_block_applies_dropout_as_in_timm(gelu):
     """Dropout follows the projection and both layers of the MLP. Stochastic depth drops branches of whole samples."""
     torch.manual_seed(0)
     block = Block(16, 2, 4, gelu, drop=0.5, att_drop=0.0)
@@ -268,7 +268,7 @@ def test_a_block_drops_what_timms_drops(gelu):
     torch.testing.assert_close(got, x + dropped(out, factors[1]))
 
 
-def test_drop_path_drops_whole_samples_and_no_padding():
+def test_drop_path_drops_whole_samples_except_padding():
     segments = Segments(torch.tensor([0, 3, 4, 9, 11], dtype=torch.int32), 5, 11)
     x = torch.randn(11, 2)
     out = drop_path(x, segments, torch.tensor([2.0, 0.0, 3.0]))
@@ -276,7 +276,7 @@ def test_drop_path_drops_whole_samples_and_no_padding():
     assert torch.equal(out, expected) and drop_path(x, segments, None) is x
 
 
-def test_what_a_sample_drops_depends_on_its_draw_alone():
+def test_drop_path_of_a_sample_depends_only_on_its_random_draw():
     draws = torch.arange(4000, dtype=torch.int32)
     factors = drop_path_factors(draws, 6, 0.25, 0)
     assert factors.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
@@ -292,7 +292,7 @@ def test_what_a_sample_drops_depends_on_its_draw_alone():
     assert ((dropped[:, 1:] & dropped[:, :-1]).double().mean(1) - 0.25**2).abs().max() < 0.02
 
 
-def test_what_is_drawn_is_murmurs_mix_of_sample_branch_and_transformer():
+def test_drop_path_is_drawn_with_the_murmur_hash_of_sample_branch_and_transformer():
     """The random draws are compared with a second implementation, so that a run that is resumed after an update of this
     package has the same draws."""
 
@@ -309,7 +309,7 @@ def test_what_is_drawn_is_murmurs_mix_of_sample_branch_and_transformer():
             assert factor == pytest.approx(0.0 if number / 2**32 < 0.4 else 1 / 0.6)
 
 
-def test_samples_of_their_cls_alone_have_a_row_each():
+def test_segments_with_only_cls_tokens_have_one_row_per_sample():
     for lengths in ([5, 1, 3], [1], []):
         starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         found = only_cls(Segments(starts, max(lengths, default=0), sum(lengths)))
@@ -318,7 +318,7 @@ def test_samples_of_their_cls_alone_have_a_row_each():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_features_are_means_of_all_rows_but_cls(dtype):
+def test_features_are_means_of_all_rows_except_cls(dtype):
     """Means are computed in at least float32. The features of samples without another row are 0."""
     lengths = [1, 2, 7, 1, 3, 2, 40]
     parts = [torch.randn(length, 5, dtype=torch.float64).to(dtype) for length in lengths]
@@ -331,7 +331,7 @@ def test_features_are_means_of_all_rows_but_cls(dtype):
 
 @pytest.mark.parametrize("training", [True, False])
 @torch.no_grad()
-def test_each_block_drops_branches_of_its_own(training):
+def test_drop_path_is_drawn_independently_for_each_block(training):
     """Attention and MLP are dropped in the order of the factors. In evaluation, nothing is dropped."""
     torch.manual_seed(0)
     transformer = Transformer(12, 3, 2, drop_path=0.5, drop_key=5).train(training)
@@ -348,7 +348,7 @@ def test_each_block_drops_branches_of_its_own(training):
         torch.testing.assert_close(found[number], x_TD)
 
 
-def test_samples_without_a_draw_drop_what_torchs_generator_says():
+def test_samples_without_a_random_draw_use_torchs_generator_for_drop_path():
     unknown = torch.full((500,), -1, dtype=torch.int32)
     torch.manual_seed(1)
     first, second = (drop_path_factors(unknown, 2, 0.5, 0) for _ in range(2))
@@ -358,7 +358,7 @@ def test_samples_without_a_draw_drop_what_torchs_generator_says():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_stochastic_depth_is_the_same_in_whole_and_in_parts(checkpointing):
+def test_gradients_with_stochastic_depth_do_not_depend_on_the_split_into_batches(checkpointing):
     """The gradients do not depend on the other samples in the batch either, with and without padding."""
     model = make_model(TINY.model_copy(update={"drop_path": 0.4})).train()
     model.encoder.checkpointing = model.decoder.checkpointing = checkpointing
@@ -379,7 +379,7 @@ def test_stochastic_depth_is_the_same_in_whole_and_in_parts(checkpointing):
 
 @pytest.mark.parametrize("changed", [{}, {"drop": 0.1}, {"gelu": "exact"}], ids=["plain", "dropout", "exact GELU"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-def test_gradients_come_in_one_order_whatever_a_batch_holds(bf16, changed):
+def test_gradients_are_computed_in_the_same_order_for_every_batch(bf16, changed):
     """ZeRO stages 1 and 2 reduce gradients in the order in which each rank computes them. In another order, they would
     be added to the gradients of other weights."""
     model, order = make_model(TINY.model_copy(update=changed)), []
@@ -403,7 +403,7 @@ def test_gradients_come_in_one_order_whatever_a_batch_holds(bf16, changed):
     assert {kind for kind, names in found.items() if names != found["mixed"]} == set()
 
 
-def test_weights_begin_as_the_official_ones():
+def test_weights_are_initialised_as_in_the_official_code():
     """Weights of matmuls are Xavier-uniform, word embeddings N(0, 1), and other embeddings N(0, 0.02)."""
     model = make_model(TINY.model_copy(update={"emb_dim": 96, "dec_emb_dim": 64, "vocab_size": 300}))
     embeddings = []
@@ -422,7 +422,7 @@ def test_weights_begin_as_the_official_ones():
 
 
 @pytest.mark.parametrize(("head_depth", "mlp_ratio"), [(0, 4), (2, 4), (0, 2.5)])
-def test_flops_are_those_that_torch_counts(monkeypatch, head_depth, mlp_ratio):
+def test_flops_equal_those_counted_by_torch(monkeypatch, head_depth, mlp_ratio):
     """The FLOPs of matmuls are counted, forward and backward, for captions, images and pairs. The FLOPs of attention
     are computed from the lengths."""
 
@@ -451,7 +451,7 @@ def test_flops_are_those_that_torch_counts(monkeypatch, head_depth, mlp_ratio):
 
 
 @pytest.mark.parametrize("dropped", [{}, {"drop": 0.3}, {"att_drop": 0.3}, {"drop_path": 0.5}])
-def test_activation_checkpointing_changes_no_gradient(dropped):
+def test_activation_checkpointing_does_not_change_gradients(dropped):
     """The recomputation drops the same values as the forward pass."""
     model = make_model(TINY.model_copy(update=dropped)).train()
     batch = pack(MIXED, model.geometry)
@@ -468,7 +468,7 @@ def test_activation_checkpointing_changes_no_gradient(dropped):
     assert torch.equal(other, expected) != bool(dropped)  # some values were dropped
 
 
-def test_representation_of_float_and_byte_pictures_agrees():
+def test_representations_of_float_and_8_bit_images_agree():
     model = make_model()
     images = torch.stack([make_sample(i).image for i in range(3)])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (TINY.image_mean, TINY.image_std))
@@ -485,7 +485,7 @@ def test_representation_of_float_and_byte_pictures_agrees():
         assert torch.equal(model.representation(images, text, nonzero), padded)
 
 
-def test_representation_refuses_nonsense():
+def test_representation_refuses_invalid_inputs():
     model = make_model()
     with pytest.raises(ValueError, match="images, text or both"):
         model.representation()
@@ -506,7 +506,7 @@ def test_representation_refuses_nonsense():
     assert not model.representation(None, *ignored)[:, -1].any()
 
 
-def test_patches_that_an_image_lacks_are_zeros():
+def test_patch_features_beyond_an_image_are_zero():
     model = make_model(TINY.model_copy(update={"resize": "native"})).eval()
     images = [torch.randint(256, (3, 16, width), dtype=torch.uint8) for width in (8, 16)]
     samples = [unmasked_sample(number, image, None, model.config, None) for number, image in enumerate(images)]
@@ -520,7 +520,7 @@ def test_patches_that_an_image_lacks_are_zeros():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resize", ["square", "native"])
-def test_patch_features_are_a_map_of_the_rows_of_patches(resize):
+def test_patch_features_have_the_shape_of_the_patch_grid(resize):
     model = make_model(TINY.model_copy(update={"resize": resize})).eval()
     height, width = (16, 8) if resize == "native" else (16, 16)
     images = torch.randint(256, (3, 3, height, width), dtype=torch.uint8)
@@ -539,7 +539,7 @@ def test_patch_features_are_a_map_of_the_rows_of_patches(resize):
             model.patch_features([images[0], images[1].mT])
 
 
-def test_a_function_of_the_representation_compiles():
+def test_a_function_that_uses_the_representation_compiles():
     model, images = make_model(), torch.stack([make_sample(i).image for i in range(2)])
 
     def mean(images):
@@ -549,7 +549,7 @@ def test_a_function_of_the_representation_compiles():
     torch.testing.assert_close(compiled(images), mean(images))
 
 
-def test_pack_refuses_what_does_not_fit():
+def test_pack_refuses_invalid_samples():
     model = make_model()
     with pytest.raises(ValueError, match="neither"):
         pack([Sample("x")], model.geometry)
@@ -575,7 +575,7 @@ def test_pack_refuses_what_does_not_fit():
     assert pack([longest], model.geometry).captions == 1
 
 
-def test_draw_mask_counts():
+def test_draw_mask_draws_the_exact_number_of_masked_tokens():
     generator = torch.Generator().manual_seed(0)
     for length, ratio, visible in (
         (256, 0.75, 64),
@@ -591,7 +591,7 @@ def test_draw_mask_counts():
 
 
 @pytest.mark.parametrize("size", ["small", "base", "large", "huge"])
-def test_sizes_build(size):
+def test_models_of_all_preset_sizes_can_be_built(size):
     with torch.device("meta"):
         model = M3AE(ModelConfig(size=size))
     count = sum(p.numel() for p in model.parameters())

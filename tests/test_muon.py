@@ -74,7 +74,7 @@ def stacked(name: str, model: M3AE) -> int:
 
 
 @pytest.mark.parametrize("attention", ["self", "cross"])
-def test_steps_are_those_of_a_loop_over_matrices(attention):
+def test_muon_steps_equal_those_of_a_loop_over_matrices(attention):
     """Gradients are clipped before the orthogonalisation. The momentum is Nesterov's, the weight decay is decoupled,
     and AdamW updates the other parameters."""
     settings = config(clip_grad=0.1, muon_momentum=0.7, muon_lr_ratio=3.0)
@@ -145,7 +145,7 @@ def test_newton_schulz_runs_in_the_precision_of_the_run(precision, dtype):
 
 
 @pytest.mark.slow
-def test_curves_are_plain_torchs_on_one_rank(tmp_path):
+def test_muon_loss_curves_on_any_number_of_ranks_equal_those_of_plain_torch(tmp_path):
     """In float32, the curves are equal on one, two and three ranks, whose partitions may split matrices anywhere, at
     every stage."""
     found = {}
@@ -198,7 +198,7 @@ def test_resume_on_other_ranks_and_stage(trainer, stage, ranks, then_stage, then
 
 
 @pytest.mark.slow
-def test_the_other_optimiser_is_refused_at_a_resume(trainer):
+def test_changing_the_optimiser_is_refused_when_a_run_is_resumed(trainer):
     trainer("run", *MUON, "--set", "train.steps=2")
     out = trainer("run", "--resume", "auto", "--set", "train.steps=4", code=2)
     (line,) = out.strip().splitlines()[-1:]
@@ -210,7 +210,7 @@ def test_the_other_optimiser_is_refused_at_a_resume(trainer):
     [{"stage": 3}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}],
     ids=["stage 3", "offload_optimizer"],
 )
-def test_muon_is_refused_with_settings_that_split_matrices(section, request):
+def test_settings_that_split_matrices_are_refused_with_muon(section, request):
     data = json.loads(json.dumps(TINY))
     data["optim"] |= {"name": "muon"}
     data["deepspeed"] = {"zero_optimization": section}
@@ -222,7 +222,7 @@ def test_muon_is_refused_with_settings_that_split_matrices(section, request):
     parse(Config, data, "test")
 
 
-def test_a_checkpoint_of_a_version_without_muon_is_adamws(tmp_path):
+def test_a_checkpoint_from_before_muon_was_added_is_loaded_as_adamw(tmp_path):
     settings = config()
     saved = settings.model_dump(mode="json")
     del saved["optim"]["name"]
@@ -244,7 +244,7 @@ def test_the_memory_estimate_has_one_moment_of_a_matrix(stage):
     assert muon_bytes(matrices, stage, 4) == 4 * matrices * (1.75 if stage else 4)
 
 
-def test_an_update_by_muon_takes_no_memory_beside_activations():
+def test_a_muon_update_allocates_less_memory_than_the_activations():
     """Activations are freed before the update. With large batches, the only difference from AdamW is the missing second
     moment of matrices."""
 
@@ -258,11 +258,11 @@ def test_an_update_by_muon_takes_no_memory_beside_activations():
     assert needed("muon", 1) > needed("adamw", 1)
 
 
-def test_a_run_says_that_it_is_open():
+def test_settings_without_a_counterpart_in_the_official_code_are_reported_as_open():
     assert open_options(config(name="adamw")) == ""
     assert open_options(config()).startswith("Open: optim.name=muon; ")
 
 
-def test_fine_tuning_has_adamw_alone():
+def test_fine_tuning_supports_only_adamw():
     with pytest.raises(UserError, match=r"unknown key .*name"):
         parse(FineTuneConfig, {"name": "muon", "epochs": 1}, "test")

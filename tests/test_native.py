@@ -55,7 +55,7 @@ def gradients(model: M3AE, samples: list[Sample]) -> tuple[torch.Tensor, dict[st
 
 
 @pytest.mark.parametrize(("least", "most"), [(1, 256), (64, 196), (1, 1), (7, 7), (100, 1000)])
-def test_grids_keep_ratio_and_bounds(least, most):
+def test_patch_grids_preserve_the_aspect_ratio_within_their_bounds(least, most):
     """Any size becomes a grid within the bounds, with nearly the image's aspect ratio unless a side has one or two
     patches."""
     native = Native.of(config(patch_size=16, image_size=16, max_patches=most, min_patches=least))
@@ -70,7 +70,7 @@ def test_grids_keep_ratio_and_bounds(least, most):
             assert abs(math.log(rows * columns / patches)) < 1 / min(rows, columns)
 
 
-def test_what_fits_keeps_its_size_and_a_crop_gets_the_patches_of_its_image():
+def test_images_within_the_bounds_keep_their_size_and_a_crop_has_the_number_of_patches_of_its_area():
     native = Native.of(config(patch_size=16, image_size=256))
     assert native.grid(160, 320) == (10, 20)
     assert native.grid(256, 256) == native.grid(4000, 4000) == (16, 16)
@@ -80,7 +80,7 @@ def test_what_fits_keeps_its_size_and_a_crop_gets_the_patches_of_its_image():
 
 @pytest.mark.parametrize("where", ["absolute", "centred"])
 @pytest.mark.parametrize(("was", "now"), [("square", "native"), ("native", "square")])
-def test_a_model_told_of_other_shapes_is_as_one_made_for_them(was, now, where):
+def test_a_model_whose_resize_setting_is_changed_equals_one_built_with_it(was, now, where):
     changed, made = (make_model(SQUARE.model_copy(update={"resize": r, "native_positions": where})) for r in (was, now))
     made.load_state_dict(changed.state_dict())
     image = torch.randint(0, 256, (3, 8, 32), dtype=torch.uint8)
@@ -91,7 +91,7 @@ def test_a_model_told_of_other_shapes_is_as_one_made_for_them(was, now, where):
 
 
 @pytest.mark.parametrize("where", ["absolute", "centred"])
-def test_positions_are_those_of_rows_and_columns(where):
+def test_position_embeddings_depend_on_row_and_column(where):
     """Each row of the table that `pack` selects is the sin-cos embedding of the patch's column and row."""
     model = make_model(config(native_positions=where))
     batch = pack(make_samples(), model.geometry)
@@ -112,7 +112,7 @@ def test_positions_are_those_of_rows_and_columns(where):
 
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("where", ["absolute", "centred"])
-def test_squares_in_a_native_model_are_the_square_path_bitwise(where, stored):
+def test_square_images_in_a_native_model_are_bitwise_those_of_a_square_model(where, stored):
     kind = "stored" if stored else "sincos"
     square = make_model(SQUARE.model_copy(update={"positions": kind}))
     native = make_model(config(native_positions=where, positions=kind))
@@ -130,7 +130,7 @@ def test_squares_in_a_native_model_are_the_square_path_bitwise(where, stored):
 
 @pytest.mark.parametrize("settings", [{}, {"native_positions": "centred"}, {"positions": "stored"}])
 @pytest.mark.parametrize("per", ["sample", "batch"])
-def test_a_batch_of_mixed_sizes_is_its_samples_one_by_one(settings, per):
+def test_a_batch_of_mixed_sizes_equals_its_samples_processed_separately(settings, per):
     """The losses, gradients and features of a packed batch are those of its native samples, computed one by one."""
     model, samples = make_model(config(**settings), per=per, norm_pix=True), make_samples()
     loss, grads = gradients(model, samples)
@@ -156,7 +156,7 @@ def test_a_batch_of_mixed_sizes_is_its_samples_one_by_one(settings, per):
 
 
 @torch.no_grad()
-def test_patches_of_each_sample_are_its_own_and_zeros_after_them():
+def test_patch_features_of_each_sample_are_padded_with_zeros():
     model = make_model(config(depth=3)).eval()
     batch = pack(make_samples(), model.geometry, repeat_shapes=True)
     found, layers = model.pooled_and_patches(batch, [3, 1, 2])[1], dict(zip((3, 1, 2), range(3)))
@@ -170,7 +170,7 @@ def test_patches_of_each_sample_are_its_own_and_zeros_after_them():
 
 
 @pytest.mark.parametrize("rows", range(1, 10))
-def test_stored_positions_are_resampled_as_timm_and_pillow_do(rows):
+def test_stored_position_embeddings_are_resampled_as_by_timm_and_pillow(rows):
     from timm.layers import resample_abs_pos_embed
 
     positions_LD = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
@@ -185,7 +185,7 @@ def test_stored_positions_are_resampled_as_timm_and_pillow_do(rows):
         assert (found is positions_LD) == (grid == (4, 4))
 
 
-def test_every_implementation_takes_patch_rows(monkeypatch):
+def test_every_kernel_implementation_accepts_patch_rows(monkeypatch):
     """Every implementation of the ops treats native pixels as images of one patch each."""
     model, samples = make_model(config()), make_samples()
     expected, _ = gradients(model, samples)
@@ -194,14 +194,14 @@ def test_every_implementation_takes_patch_rows(monkeypatch):
     torch.testing.assert_close(found, expected)
 
 
-def test_patch_rows_are_patches():
+def test_patch_rows_contain_the_patches_of_each_image():
     image = torch.arange(3 * 8 * 12).view(3, 8, 12)
     rows = patch_rows([image, image[:, :4]], 4)
     assert rows.shape == (9, 3, 4, 4)
     assert torch.equal(rows[4], image[:, 4:8, 4:8]) and torch.equal(rows[8], image[:, :4, 8:])
 
 
-def test_sizes_that_do_not_fit_are_named():
+def test_image_sizes_that_do_not_fit_are_named():
     model = make_model(config())
     sample = Sample("odd", torch.zeros(3, 10, 16, dtype=torch.uint8), torch.zeros(10, dtype=torch.bool))
     for shape, message in (
@@ -215,7 +215,7 @@ def test_sizes_that_do_not_fit_are_named():
             pack([replace(sample, image=torch.zeros(shape, dtype=torch.uint8))], model.geometry)
 
 
-def test_the_model_remembers_what_data_says_of_sizes():
+def test_image_size_settings_of_the_data_are_stored_in_the_model():
     given = {"run": {"dir": "x"}, "data": {"train": [{"shards": "a.tar"}]}, "train": {"global_batch": 1, "steps": 1}}
     sizes = {"resize": "native", "max_patches": 12, "min_patches": 3}
 
@@ -235,14 +235,14 @@ def test_the_model_remembers_what_data_says_of_sizes():
 
 
 @pytest.mark.parametrize("resize", ["square", "native"])
-def test_levels_and_normalised_images_are_not_mixed(resize):
+def test_8_bit_and_normalised_images_cannot_be_mixed_in_one_call(resize):
     model = make_model(config(resize=resize))
     images = [torch.zeros(3, 16, 16, dtype=torch.uint8), torch.zeros(3, 16, 16)]
     with pytest.raises(ValueError, match=r"different dtypes, torch\.float32, torch\.uint8"):
         model.encode(images)
 
 
-def test_bands_of_floats_keep_their_shape_too():
+def test_native_images_may_have_float_channels():
     bands = {"channels": 5, "image_mean": (0.5,) * 5, "image_std": (0.25,) * 5, "image_dtype": "float32"}
     model = make_model(config(**bands))
     samples = [replace(sample, image=torch.rand(5, *sample.image.shape[1:])) for sample in make_samples()]

@@ -55,7 +55,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_is_the_same_resumed_and_on_two_ranks(trainer, shards):
+def test_a_native_run_is_the_same_if_resumed_and_on_two_ranks(trainer, shards):
     """The loss decreases, and reconstructions are plotted. The run reads the sizes of its images in advance, to
     distribute the images over ranks."""
     sizes = Path(f"{shards[0]}.sizes.index")
@@ -76,7 +76,7 @@ def test_a_run_is_the_same_resumed_and_on_two_ranks(trainer, shards):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["knn", "attentive", "finetune", "robustness"])
-def test_tasks_take_them(run, shards, tmp_path, task, capsys):
+def test_evaluation_tasks_support_native_images(run, shards, tmp_path, task, capsys):
     def perform(task, model, *settings, out="out"):
         data = ["--val", shards[1], *(["--train", shards[0]] if task != "robustness" else [])]
         fixed = ["data.workers=0"] + ["encode.precision=fp32"] * (task in ("knn", "attentive"))
@@ -103,7 +103,7 @@ def test_tasks_take_them(run, shards, tmp_path, task, capsys):
         perform(task, tmp_path / "tuned", *light, "robustness.severities=[3]")
 
 
-def test_features_are_those_of_encode_whatever_else_is_in_the_batch(run, shards, tmp_path):
+def test_features_equal_those_of_encode_for_any_other_images_in_the_batch(run, shards, tmp_path):
     out = tmp_path / "out.npz"
     arguments = [str(run), shards[1], "--out", str(out), "--patches", "--set", "data.workers=0"]
     assert features.main([*arguments, "--set", "encode.precision=fp32"]) == 0
@@ -128,7 +128,7 @@ def test_features_are_those_of_encode_whatever_else_is_in_the_batch(run, shards,
     assert model.encode(torch.zeros(3, 8, 48)).shape == (1, 32)
 
 
-def test_models_are_compared_by_images_of_the_shape_that_is_asked_for(run, shards, tmp_path, monkeypatch):
+def test_models_are_compared_on_images_of_the_requested_shape(run, shards, tmp_path, monkeypatch):
     def encode(job, *_, **__):
         raise UserError(f"images are {job.model.config.resize}")  # everything else would take a long time
 
@@ -149,7 +149,7 @@ def _samples(start, stop):
 
 
 @pytest.mark.slow
-def test_pictures_keep_the_aspect_ratio(run, shards, tmp_path):
+def test_figures_keep_the_aspect_ratio(run, shards, tmp_path):
     for number, (kind, *options) in enumerate((["reconstructions"], ["attention"], ["attention", "--patch", "1,3"])):
         out = tmp_path / f"{number}.png"
         arguments = [kind, str(run), *options, "--val", shards[1], "--pictures", "3", "--out", str(out)]
@@ -168,7 +168,7 @@ def test_pictures_keep_the_aspect_ratio(run, shards, tmp_path):
         draw.main(["attention", str(run), "--val", shards[1], "--patch", "10,0"])
 
 
-def test_exports_are_of_square_images_and_say_so(run, tmp_path, capsys):
+def test_exports_of_native_models_process_square_images_and_state_this(run, tmp_path, capsys):
     timm = pytest.importorskip("timm")
     model = open_model(str(run), text=False)
     assert export.main([str(run), "--out", str(tmp_path / "timm"), "--format", "timm"]) == 0
@@ -185,7 +185,7 @@ def test_exports_are_of_square_images_and_say_so(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_dry_run_takes_the_sizes_that_stats_wrote(trainer, shards, tmp_path, capsys):
+def test_a_dry_run_uses_the_image_sizes_written_by_stats(trainer, shards, tmp_path, capsys):
     sizes = tmp_path / "sizes.json"
     data_tools(["stats", shards[0], "--sizes", str(sizes), "--cache-dir", str(tmp_path)])
     assert sorted(set(map(tuple, json.loads(sizes.read_text())))) == sorted(set(SIZES))
@@ -216,13 +216,13 @@ def test_a_dry_run_takes_the_sizes_that_stats_wrote(trainer, shards, tmp_path, c
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_corruptions_of_an_elongated_image(kind):
+def test_elongated_images_are_corrupted(kind):
     image = torch.randint(0, 256, (3, 16, 40), dtype=torch.uint8)
     corrupted = Corruption(kind, 3)(image, 0)
     assert corrupted.shape == image.shape and not torch.equal(corrupted, image)
 
 
-def test_the_attentive_probe_ignores_what_fills_up_an_image():
+def test_the_attentive_probe_ignores_padding_tokens():
     head = AttentiveHeads(8, 3, 2, [0]).eval()
     torch.nn.init.normal_(head.query)
     tokens = torch.randn(2, 5, 8)

@@ -52,7 +52,7 @@ def by_hand(model: M3AE, batches, counts, clip_grad: float | None) -> dict[str, 
 
 
 @pytest.mark.parametrize("clip_grad", [None, 0.1])
-def test_steps_are_those_of_the_formula(clip_grad):
+def test_optimiser_steps_follow_the_formula(clip_grad):
     """Steps have two micro-batches and changing learning rates. A learning rate of 0 leaves the weights unchanged."""
     settings = config(clip_grad)
     with join_ranks() as ranks:
@@ -69,7 +69,7 @@ def test_steps_are_those_of_the_formula(clip_grad):
         torch.testing.assert_close(weights[name].double(), weight, rtol=2e-4, atol=2e-5)
 
 
-def test_a_state_that_is_loaded_goes_on_as_the_one_that_was_saved():
+def test_a_loaded_optimiser_state_continues_as_the_saved_one():
     """The whole state, including moments and the number of steps, is bitwise equal."""
     settings = config(0.1)
     with join_ranks() as ranks:
@@ -87,7 +87,7 @@ def test_a_state_that_is_loaded_goes_on_as_the_one_that_was_saved():
         assert any(not torch.equal(after[name].data, saved[name].data) for name in after)
 
 
-def test_priming_makes_a_state_and_changes_nothing_else():
+def test_priming_creates_the_optimiser_state_without_changing_parameters():
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(5))
     p.grad = torch.randn(5)
@@ -101,7 +101,7 @@ def test_priming_makes_a_state_and_changes_nothing_else():
     assert state["step"] == 7 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
 
 
-def test_what_is_collected_is_a_copy_in_float32():
+def test_the_collected_state_is_a_copy_in_float32():
     model = torch.nn.Linear(3, 2).bfloat16()
     asked = []
 

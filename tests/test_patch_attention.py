@@ -64,7 +64,7 @@ def by_hand(model, sample, number):
 
 @pytest.mark.parametrize("block", [0, 1, -1])
 @pytest.mark.parametrize("head", [None, 0, 3])
-def test_a_patchs_attention_is_the_softmax_by_hand(model, sample, block, head):
+def test_the_attention_of_a_patch_equals_a_softmax_computed_by_hand(model, sample, block, head):
     weights = by_hand(model, sample, block)
     weights = weights.mean(0) if head is None else weights[head]
     choice = HeadChoice(block, head)
@@ -77,7 +77,7 @@ def test_a_patchs_attention_is_the_softmax_by_hand(model, sample, block, head):
 
 
 @pytest.mark.parametrize("size", [(16, 32), (32, 16), (8, 40)])
-def test_a_patch_of_a_native_image_is_the_one_at_its_row_and_column(size):
+def test_a_patch_of_a_native_image_is_selected_by_row_and_column(size):
     torch.manual_seed(0)
     model = M3AE(SIZES.model_copy(update={"resize": "native"})).eval()
     rows, columns = (side // 8 for side in size)
@@ -90,12 +90,12 @@ def test_a_patch_of_a_native_image_is_the_one_at_its_row_and_column(size):
         np.testing.assert_allclose(found, weights[next(patches), 1 + rows * columns :], rtol=1e-4)
 
 
-def test_heads_and_blocks_differ(model, sample):
+def test_attention_differs_between_heads_and_blocks(model, sample):
     choices = [HeadChoice(), HeadChoice(0), HeadChoice(-1, 0), HeadChoice(-1, 1)]
     assert len({tuple(attention_to_words(model, sample, (1, 1), choice).tolist()) for choice in choices}) == 4
 
 
-def test_shades_are_in_proportion():
+def test_shades_are_proportional_to_attention():
     assert (shade(0, 0.2), shade(0.2, 0.2), shade(0, 0)) == ((255, 255, 255), SHADE, (255, 255, 255))
     assert shade(0.1, 0.2) == tuple(round((255 + end) / 2) for end in SHADE)
 
@@ -131,7 +131,7 @@ def test_the_patch_is_outlined_and_each_word_shaded(model, sample, tmp_path, mon
 @pytest.mark.parametrize(
     ("patch", "frame"), [((1, 3), (96, 143, 144, 191)), ((3, 1), (144, 191, 96, 143)), ((1, 2), (96, 143, 96, 143))]
 )
-def test_a_patch_is_outlined_in_pictures_of_any_ratio_that_have_it(tmp_path, monkeypatch, patch, frame):
+def test_a_patch_is_outlined_in_images_of_any_aspect_ratio_that_contain_it(tmp_path, monkeypatch, patch, frame):
     """One image is wide and one is high, with 2 x 4 patches each. All four sides of the frame are checked."""
     model = M3AE(SIZES.model_copy(update={"resize": "native"})).eval()
     model.tokenizer, words = Words(), torch.arange(5)
@@ -147,7 +147,7 @@ def test_a_patch_is_outlined_in_pictures_of_any_ratio_that_have_it(tmp_path, mon
         draw_patch_attention(model, samples, tmp_path / "b.png", 2, (2, 2))
 
 
-def test_the_program_draws_what_its_options_say(tmp_path, monkeypatch):
+def test_the_draw_command_passes_its_options(tmp_path, monkeypatch):
     torch.manual_seed(0)
     run = tiny_run(tmp_path / "run")
     _use(run, labelled_tar(tmp_path / "val.tar", range(6)))

@@ -81,7 +81,7 @@ def make_pictures(folder, each=20, captions=True):
     return folder
 
 
-def test_the_map_is_written_to_the_run_folder(tmp_path, monkeypatch, capsys):
+def test_the_feature_map_is_written_to_the_run_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", lambda self, features: features[:, :2])
     monkeypatch.setattr(final_evaluation, "_ON_A_MAP", 10)
     run, val = tiny_run(tmp_path / "run"), labelled_tar(tmp_path / "val.tar", range(12))
@@ -156,7 +156,7 @@ for stage in [*STAGES, None]:
 """
 
 
-def test_a_finished_run_is_measured_with_the_settings_that_are_given_now(tmp_path, monkeypatch, capsys):
+def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeypatch, capsys):
     shards, run, seen = write_tar(tmp_path / "a.tar", members(range(3), "image")), tmp_path / "run", []
     statistics = DatasetStatistics(3, 3, 32, [0.5] * 3, [0.2] * 3, classes=2, vocab_size=0, text_length=8)
     run.mkdir()
@@ -171,7 +171,7 @@ def test_a_finished_run_is_measured_with_the_settings_that_are_given_now(tmp_pat
     assert "config.json already exists and is used unchanged" in capsys.readouterr().out
 
 
-def test_a_copied_run_folder_goes_on_where_it_is(tmp_path, monkeypatch):
+def test_a_copied_run_folder_resumes_in_its_new_location(tmp_path, monkeypatch):
     """The config contains the former path, which may be relative to another folder."""
     photos = make_pictures(tmp_path / "photos", each=2, captions=False)
     overrides = ["data.workers=0", "train.steps=1", "train.probe=null", "train.pictures=0"]
@@ -187,7 +187,7 @@ def test_a_copied_run_folder_goes_on_where_it_is(tmp_path, monkeypatch):
     assert checkpoint.locate(tmp_path / "run") == last
 
 
-def test_a_moved_run_folder_has_all_that_it_had(tmp_path, monkeypatch, capsys):
+def test_a_moved_run_folder_remains_complete(tmp_path, monkeypatch, capsys):
     """Another run has begun at the old path, and another relative path to the folder is given."""
     photos = make_pictures(tmp_path / "photos", each=2)
     overrides = ["data.workers=0", "train.steps=1", "train.probe=null", "train.pictures=0"]
@@ -231,7 +231,7 @@ def test_a_concurrent_call_does_not_overwrite_the_config(tmp_path, monkeypatch):
     assert not (run / "config.json").exists()
 
 
-def test_results_are_of_the_last_checkpoint(tmp_path, monkeypatch):
+def test_results_are_computed_from_the_last_checkpoint(tmp_path, monkeypatch):
     run, measured = tiny_run(tmp_path / "run"), []
 
     def evaluate(task, model, *, out, **options):
@@ -258,7 +258,7 @@ def test_results_are_of_the_last_checkpoint(tmp_path, monkeypatch):
         final_evaluation.evaluate_run(config)
 
 
-def test_each_accuracy_stands_below_its_task_beside_what_it_is_of():
+def test_the_table_of_accuracies_is_aligned_by_task_and_model():
     def results(*tops, chance):
         run, untrained, pixels, start = ({"top1": top1, "top1_se": 0.015} for top1 in tops)
         run |= {"baselines": {UNTRAINED: untrained, SCALED: pixels}, "chance": chance, "val_samples": 1200}
@@ -278,7 +278,7 @@ def test_each_accuracy_stands_below_its_task_beside_what_it_is_of():
 
 
 @pytest.mark.slow
-def test_stopped_in_any_stage_the_same_line_goes_on(tmp_path):
+def test_the_same_command_resumes_a_run_stopped_in_any_stage(tmp_path):
     """Ctrl-C reaches all processes of a terminal's job. One line reports it, and no stage is repeated."""
     make_pictures(tmp_path / "photos", each=6)
     settings = (
@@ -315,7 +315,7 @@ def test_stopped_in_any_stage_the_same_line_goes_on(tmp_path):
         assert sum(once in output for output in outputs) == 1, once
 
 
-def test_a_run_keeps_its_pictures(tmp_path):
+def test_a_run_refuses_a_source_whose_images_have_changed(tmp_path):
     photos = make_pictures(tmp_path / "photos", each=4)
     overrides = ["data.workers=0", "train.steps=2", "train.probe=null", "train.pictures=0"]
     outcome = pretrain(photos, tmp_path / "run", hours=0.001, overrides=overrides)
@@ -325,7 +325,7 @@ def test_a_run_keeps_its_pictures(tmp_path):
         pretrain(photos, tmp_path / "run")
 
 
-def test_pictures_of_more_than_8_bits_take_a_range(tmp_path, capsys):
+def test_images_with_more_than_8_bits_require_a_value_range(tmp_path, capsys):
     deep = np.random.RandomState(0).randint(0, 4096, (4, 40, 40)).astype(np.uint16)
     (tmp_path / "photos").mkdir()
     for number, values in enumerate(deep):
@@ -341,7 +341,7 @@ def test_pictures_of_more_than_8_bits_take_a_range(tmp_path, capsys):
     assert "data: 3 samples and 1 held out" in capsys.readouterr().out
 
 
-def test_shards_of_changed_pictures_are_made_anew_before_a_run_begins(tmp_path):
+def test_shards_of_changed_images_are_rewritten_before_a_run_starts(tmp_path):
     photos = make_pictures(tmp_path / "photos", each=4)
     out = tmp_path / "run"
     find_shards(str(photos), out, None, [])
@@ -357,7 +357,7 @@ def test_shards_of_changed_pictures_are_made_anew_before_a_run_begins(tmp_path):
         find_shards(str(photos), out, None, [])  # without a config, the origin of the shards is unknown
 
 
-def test_a_folder_without_captions_gives_an_image_model(tmp_path):
+def test_a_folder_without_captions_leads_to_an_image_only_model(tmp_path):
     photos = make_pictures(tmp_path / "photos", each=10, captions=False)
     out = tmp_path / "run"
     shards = find_shards(str(photos), out, None, [])
@@ -378,7 +378,7 @@ def test_a_folder_without_captions_gives_an_image_model(tmp_path):
     assert not alone.val and any(note.startswith("no samples are held out") for note in alone.notes)
 
 
-def test_a_table_in_the_folder_gives_the_captions(tmp_path):
+def test_captions_are_read_from_a_table_in_the_folder(tmp_path):
     photos = make_pictures(tmp_path / "photos", each=4, captions=False)
     rows = "".join(f"red/{i}.png,a red thing\n" for i in range(4))
     (photos / "captions.csv").write_text("file_name,caption\n" + rows)
@@ -406,7 +406,7 @@ def test_a_table_in_the_folder_gives_the_captions(tmp_path):
     assert f"captions and fields are read from {photos / 'Captions.CSV'}" in notes
 
 
-def test_shards_are_taken_as_they_are(tmp_path):
+def test_existing_shards_are_used_unchanged(tmp_path):
     for i in range(4):
         write_tar(tmp_path / f"{i}.tar", members(range(4 * i, 4 * i + 4)))
     shards = find_shards(str(tmp_path), tmp_path / "run", None, [])
@@ -423,7 +423,7 @@ def test_shards_are_taken_as_they_are(tmp_path):
     assert statistics.classes == 0 and "k-NN accuracy and logistic regression are not computed: " in notes[0]
 
 
-def test_an_image_is_on_one_side_in_folders_and_tables(tmp_path):
+def test_duplicate_images_in_folders_and_tables_are_in_the_same_split(tmp_path):
     """Each image has five captions in a table. Copies of a file, and an image in two formats, count as one image."""
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -457,7 +457,7 @@ def _paths(folder, split):
     return found
 
 
-def test_an_image_is_on_one_side_of_shards(tmp_path):
+def test_duplicate_images_in_shards_are_in_the_same_split(tmp_path):
     """Samples are removed from held-out shards if their image is also in other shards. For held-out shards that the
     user names, a note states their number."""
     images = {0: (1, 2, 3), 1: (3, 4, 5), 2: (5, 6, 7)}
@@ -490,7 +490,7 @@ def test_an_image_is_on_one_side_of_shards(tmp_path):
     )
 
 
-def test_images_that_differ_at_their_ends_alone_are_two(tmp_path):
+def test_images_that_differ_only_in_their_last_bytes_are_not_duplicates(tmp_path):
     """The sizes and the middle bytes of the images, which are compared first, are equal."""
     same = picture(0, fmt="BMP") + bytes(2 * PIECE)
     for number, end in enumerate((b"one", b"two", b"one")):
@@ -500,7 +500,7 @@ def test_images_that_differ_at_their_ends_alone_are_two(tmp_path):
     assert shard == f"{tmp_path}/2.tar" and len(places) == 1
 
 
-def test_images_are_not_compared_where_a_side_is_a_manifest(tmp_path):
+def test_duplicate_images_are_not_searched_if_a_split_is_given_by_a_manifest(tmp_path):
     shard = write_tar(tmp_path / "a.tar", members(range(3)))
     write_manifest(tmp_path / "a.npy", rows_of([shard], [(3, 2, 0)]))
     sides = {"tar": [shard], "npy": [str(tmp_path / "a.npy")]}
@@ -509,7 +509,7 @@ def test_images_are_not_compared_where_a_side_is_a_manifest(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_shared_images_are_those_whose_bytes_are_in_both(tmp_path, seed):
+def test_shared_images_have_equal_bytes_in_both_splits(tmp_path, seed):
     """Some samples have no image, and some images occur twice in a shard. Many have the same size and the same middle
     bytes."""
     draw, middle = random.Random(seed), bytes(2 * PIECE)
@@ -537,7 +537,7 @@ def test_shared_images_are_those_whose_bytes_are_in_both(tmp_path, seed):
         assert write_without(name, offsets, tmp_path / "left.tar") and [*places(tmp_path / "left.tar").values()] == left
 
 
-def test_an_image_is_on_one_side_of_a_data_set(tmp_path, monkeypatch):
+def test_duplicate_images_of_a_hugging_face_dataset_are_in_the_same_split(tmp_path, monkeypatch):
     """The dataset is from Hugging Face and has one split. Its images are compared by their bytes or by their paths."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
@@ -562,7 +562,7 @@ def _texts(shard):
         return [tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".txt")]
 
 
-def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
+def test_the_splits_of_a_hugging_face_dataset_are_used(tmp_path, monkeypatch):
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
     from datasets import Image as ImageFeature
 
@@ -600,7 +600,7 @@ def test_several_ranks_are_referred_to_the_training_program(tmp_path, monkeypatc
     assert not any(tmp_path.iterdir())
 
 
-def test_an_hdf5_file_is_taken_with_its_splits_and_classes(tmp_path):
+def test_splits_and_classes_of_an_hdf5_file_are_used(tmp_path):
     images = [np.frombuffer(picture(number), dtype=np.uint8) for number in range(6)]
     with h5py.File(tmp_path / "images.h5", "w") as file:
         for split, chosen in (("train", images[:4]), ("val", images[4:])):
@@ -614,7 +614,7 @@ def test_an_hdf5_file_is_taken_with_its_splits_and_classes(tmp_path):
     assert (statistics.samples, statistics.held_out, statistics.classes) == (4, 2, 2)
 
 
-def test_a_folder_of_parquet_files_is_taken_as_shards_make_takes_it(tmp_path):
+def test_a_folder_of_parquet_files_is_read_as_by_shards_make(tmp_path):
     from datasets import Dataset
 
     rows = {"image": [{"bytes": picture(number), "path": None} for number in range(10)], "text": ["a caption"] * 10}
@@ -624,7 +624,7 @@ def test_a_folder_of_parquet_files_is_taken_as_shards_make_takes_it(tmp_path):
     assert (statistics.samples, statistics.held_out) == (9, 1)
 
 
-def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
+def test_user_errors_are_reported_before_any_output_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photos = make_pictures(tmp_path / "photos", each=2)
     out, table = tmp_path / "run", tmp_path / "t.jsonl"
@@ -660,13 +660,13 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
         ("run.dir=x", "--set run.dir: use --out instead"),
     ],
 )
-def test_an_impossible_override_is_told_before_anything_is_made(tmp_path, override, message):
+def test_an_invalid_override_is_reported_before_any_output_is_written(tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         pretrain(tmp_path / "nothing", tmp_path / "run", overrides=[override])
     assert not (tmp_path / "run").exists()
 
 
-def test_images_are_not_enlarged_and_have_eight_patches_a_side_where_they_can():
+def test_images_are_not_enlarged_and_have_at_least_eight_patches_per_side_if_possible():
     assert image_and_patch(500, 224) == (224, 16)
     assert image_and_patch(500, 96) == (96, 8)
     assert image_and_patch(37, 96) == (36, 4)
@@ -677,7 +677,7 @@ def test_images_are_not_enlarged_and_have_eight_patches_a_side_where_they_can():
         assert image_and_patch(side, most) == (max(range(0, room + 1, patch)), patch)
 
 
-def test_steps_and_batch_fit_the_data_and_the_time():
+def test_steps_and_batch_size_fit_the_data_and_the_time():
     assert [batch_of(samples) for samples in (12, 54, 450, 1536, 50_000, 10**6)] == [2, 8, 64, 64, 1024, 1024]
     assert steps_in(100, pace=0.01, batch=10, samples=10**6) == 1000
     assert steps_in(10**9, pace=0.01, batch=10, samples=100) == automatic_settings.LONGEST * 10
@@ -694,7 +694,7 @@ def test_steps_and_batch_fit_the_data_and_the_time():
 @example(samples=24 * 128, pace=0.01, seconds=1280.0)
 @example(samples=24 * 2048, pace=0.001, seconds=1024.0)
 @example(samples=3, pace=0.001, seconds=1e6)
-def test_batch_and_steps_are_the_most_within_their_bounds(samples, pace, seconds):
+def test_batch_size_and_steps_are_the_largest_within_their_bounds(samples, pace, seconds):
     def fits(batch):
         """Return whether a batch fits: one with 24 steps per epoch, or a small one with 4."""
         return batch == 1 or (batch <= 1024 and batch * (24 if batch > 64 else 4) <= samples)
@@ -711,14 +711,14 @@ def test_batch_and_steps_are_the_most_within_their_bounds(samples, pace, seconds
     assert steps == most or (steps + 1) * fitted * pace > seconds * (1 - 1e-9)
 
 
-def test_what_the_user_sets_last_counts_and_null_or_0_is_nothing():
+def test_the_last_value_of_an_override_is_used_and_null_or_0_disables_it():
     assert automatic_settings.given(["a.b=3", "a.b=5", "a.bc=7"], "a.b") == 5
     for text in ("null", "0", "-4", "4.0", "x", ""):
         assert automatic_settings.given(["a.b=3", f"a.b={text}"], "a.b") is None
     assert automatic_settings.given([], "a.b") is None
 
 
-def test_a_size_is_for_as_many_samples_as_it_takes_at_least():
+def test_each_model_size_has_a_minimum_number_of_samples():
     for size in MODEL_SIZES:
         own = DatasetStatistics(int(size.samples), 0, 1, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
         assert automatic_settings.model_sizes(own)[-1].samples == size.samples
@@ -728,7 +728,7 @@ def test_a_size_is_for_as_many_samples_as_it_takes_at_least():
         )
 
 
-def test_the_settings_are_those_of_the_rules_by_hand():
+def test_automatic_settings_equal_those_of_the_rules_computed_by_hand():
     def chosen(samples, steps, batch=64, held_out=2000, words=512, size=1):
         statistics = DatasetStatistics(
             samples, held_out, 100, [0.5] * 3, [0.2] * 3, classes=3, vocab_size=words, text_length=24
@@ -755,7 +755,7 @@ def test_the_settings_are_those_of_the_rules_by_hand():
     assert chosen(samples=6400, steps=9, size=2).optim.peak_lr == 1.2e-3 == automatic_settings.peak_rate(64, 383) / 4
 
 
-def test_statistics_are_those_of_the_training_samples(tmp_path):
+def test_statistics_are_computed_from_the_training_samples(tmp_path):
     """The statistics include the median short side, the length that 95 % of captions do not exceed, and a vocabulary
     that the captions can fill."""
     files = []
@@ -774,14 +774,14 @@ def test_statistics_are_those_of_the_training_samples(tmp_path):
 
 
 @pytest.mark.parametrize(("words", "length"), [(0, 8), (8, 8), (9, 16), (40, 40), (57, 64), (64, 64), (300, 64)])
-def test_most_captions_are_not_cut_but_none_is_longer_than_64(tmp_path, words, length):
+def test_most_captions_are_not_truncated_and_none_exceeds_64_tokens(tmp_path, words, length):
     files = [file for i in range(3) for file in ((f"{i}.jpg", picture(i)), (f"{i}.txt", b"one " * words))]
     statistics, _ = inspect(Shards([write_tar(tmp_path / "a.tar", files)], [], []), tmp_path / "run", "cls")
     assert statistics.text_length == length and (statistics.held_out, statistics.classes) == (0, 0)
 
 
 @pytest.mark.parametrize(("captions", "wanted"), [(1, 512), (724, 512), (725, 1024), (2896, 2048), (10**5, 16384)])
-def test_a_vocabulary_is_for_about_as_many_captions_as_it_has_tokens(tmp_path, monkeypatch, captions, wanted):
+def test_the_vocabulary_size_grows_with_the_number_of_captions(tmp_path, monkeypatch, captions, wanted):
     asked, train = [], look_module.train_tokenizer
     monkeypatch.setattr(look_module, "caption_texts", lambda *_: iter(["one two"] * captions))
     monkeypatch.setattr(look_module, "train_tokenizer", lambda texts, size: asked.append(size) or train(texts[:9], 20))
@@ -789,7 +789,7 @@ def test_a_vocabulary_is_for_about_as_many_captions_as_it_has_tokens(tmp_path, m
     assert asked == [wanted]
 
 
-def test_classes_are_those_that_training_samples_have(tmp_path):
+def test_classes_are_those_of_the_training_samples(tmp_path):
     def labelled(name, classes):
         pairs = (
             ((f"{i}.png", picture(i, fmt="PNG")), (f"{i}.cls", b"%d" % classes[i % len(classes)])) for i in range(6)
@@ -806,7 +806,7 @@ def test_classes_are_those_that_training_samples_have(tmp_path):
 @pytest.mark.parametrize(
     ("sample", "trials"), [(0.01, [(8, 2.5), (166, 10)]), (0.1, [(8, 2.5), (16, 10)]), (0.2, [(8, 2.5)])]
 )
-def test_a_pace_is_measured_with_as_large_a_batch_as_six_steps_of_it_fit_the_time(monkeypatch, sample, trials):
+def test_throughput_is_measured_with_the_largest_batch_of_which_six_steps_fit_the_time(monkeypatch, sample, trials):
     tried = []
     monkeypatch.setattr(pace, "measure_batch", lambda *given: tried.append(given[2:]) or Pace(sample, given[2], 4))
     config = parse(Config, TINY | {"train": TINY["train"] | {"global_batch": 1024, "steps": 9}}, "test")
@@ -814,7 +814,7 @@ def test_a_pace_is_measured_with_as_large_a_batch_as_six_steps_of_it_fit_the_tim
     assert tried == trials
 
 
-def test_the_time_of_a_step_goes_from_the_end_of_the_one_before(monkeypatch):
+def test_the_time_of_a_step_begins_at_the_end_of_the_previous_step(monkeypatch):
     clock = iter((100.0, 101.5, 104.0))
     monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     taken = []
@@ -845,13 +845,13 @@ def paced(monkeypatch, times, ahead=0, seconds=60.0):
     return pace.measure_batch(config, session, 4, seconds)
 
 
-def test_a_pace_is_that_of_the_later_half_of_steps(monkeypatch):
+def test_throughput_is_computed_from_the_second_half_of_the_steps(monkeypatch):
     """The first steps are faster, because their batches were loaded in advance."""
     found = paced(monkeypatch, [9.0, 9.0, *[0.001] * 27, *[0.002] * 27], ahead=27)
     assert found == Pace(pytest.approx(0.002 / 4), 4, 27, pytest.approx(0.0))
 
 
-def test_a_pace_is_measured_until_it_is_stable(monkeypatch):
+def test_throughput_is_measured_until_it_is_stable(monkeypatch):
     """Measuring ends when the later half of the steps has a constant pace, or when the time is used up."""
     calm = [9.0, 9.0, *[0.001] * 1000]
     assert paced(monkeypatch, calm).steps == 19  # of 40 steps; the first two are not counted
@@ -869,14 +869,14 @@ def test_a_pace_is_measured_until_it_is_stable(monkeypatch):
     assert paced(monkeypatch, [5.0] * 10, seconds=1.0) == Pace(5 / 4, 4, 1)  # too few steps for a standard error
 
 
-def test_a_rate_is_shown_with_its_error():
+def test_throughput_is_printed_with_its_standard_error():
     assert Pace(1 / 97, 8, 24, 0.06).rate() == "97 ± 6 samples/s, measured over 24 steps"
     assert Pace(1 / 5.23, 8, 24, 0.02).rate() == "5.23 ± 0.10 samples/s, measured over 24 steps"
     assert Pace(1 / 5.23, 8, 1).rate() == "5.23 samples/s, measured over 1 steps"
 
 
 @pytest.mark.parametrize(("every", "val", "evaluations"), [(25, True, 5), (None, True, 2), (25, False, 0)])
-def test_the_time_of_a_run_is_that_of_steps_and_evaluations(every, val, evaluations):
+def test_the_estimated_time_of_a_run_includes_steps_and_evaluations(every, val, evaluations):
     """An evaluated sample takes two thirds of the time of a training sample."""
     data = TINY["data"] | ({} if val else {"val": []})
     train = TINY["train"] | {"steps": 100, "global_batch": 10, "eval_every": every, "eval_samples": 6}
@@ -888,7 +888,7 @@ def test_the_time_of_a_run_is_that_of_steps_and_evaluations(every, val, evaluati
     assert "scaled" not in text
 
 
-def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch):
+def test_a_model_size_that_exceeds_the_memory_is_not_tried(tmp_path, monkeypatch):
     statistics = DatasetStatistics(20_000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
     tried, needed = [], []
     monkeypatch.setattr(
@@ -914,7 +914,7 @@ def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("ends", ["slow", "memory", None])
 @pytest.mark.parametrize("place", [1, 2, 3, 4])
-def test_sizes_are_tried_from_the_smallest_to_the_first_that_will_not_do(tmp_path, monkeypatch, ends, place):
+def test_model_sizes_are_tried_from_the_smallest_to_the_first_unsuitable_one(tmp_path, monkeypatch, ends, place):
     """No larger size is tried, even if it would fit."""
     statistics = DatasetStatistics(2_000_000, 100, 300, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
     widths, tried, reckoned = [128, 192, 384, 768, 1024], [], []
@@ -944,7 +944,7 @@ def test_sizes_are_tried_from_the_smallest_to_the_first_that_will_not_do(tmp_pat
     (True, False, 0, ""), (False, False, 0, "stopped; run the same command again to resume"), (False, True, 0, ""),
     (None, False, 130, ""),
 ])  # fmt: skip
-def test_the_command_passes_on_what_it_is_given(monkeypatch, capsys, end, dry_run, code, printed):
+def test_the_pretrain_command_passes_on_its_arguments(monkeypatch, capsys, end, dry_run, code, printed):
     calls = []
 
     def pretrain(*args, **options):
@@ -970,7 +970,7 @@ def test_the_command_passes_on_what_it_is_given(monkeypatch, capsys, end, dry_ru
 
 
 @pytest.mark.parametrize(("hours", "seconds"), [(1.0, 30.0), (0.05, 5.4)])
-def test_a_trial_takes_a_small_part_of_the_time_and_never_long(tmp_path, monkeypatch, hours, seconds):
+def test_a_throughput_trial_takes_a_small_and_limited_part_of_the_time(tmp_path, monkeypatch, hours, seconds):
     """A trial runs in the precision of the run."""
     statistics, trials = (
         DatasetStatistics(9000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8),
@@ -989,7 +989,7 @@ def test_a_trial_takes_a_small_part_of_the_time_and_never_long(tmp_path, monkeyp
     assert trials == [(fast_precision(device), seconds)] * 2
 
 
-def test_what_is_chosen_gives_way_to_what_the_user_sets_and_fits_it():
+def test_automatic_settings_yield_to_and_fit_the_settings_of_the_user():
     statistics = DatasetStatistics(1000, 100, 40, [0.5] * 3, [0.2] * 3, classes=2, vocab_size=512, text_length=8)
 
     def chosen(*overrides):
@@ -1021,7 +1021,7 @@ def test_what_is_chosen_gives_way_to_what_the_user_sets_and_fits_it():
         ),
     ],
 )
-def test_the_largest_size_that_the_time_allows_is_chosen(tmp_path, monkeypatch, paces, size, why):
+def test_the_largest_model_size_that_fits_the_time_is_chosen(tmp_path, monkeypatch, paces, size, why):
     """The given paces, in seconds per sample, replace measured ones."""
     statistics = DatasetStatistics(1000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
     widths = {128: "tiny", 192: "mini"}
@@ -1054,7 +1054,7 @@ def planned(monkeypatch, statistics, hours, pace, overrides=(), spent=0.0, error
     )
 
 
-def test_what_comes_before_and_after_training_is_part_of_the_hours(monkeypatch):
+def test_the_hours_include_preparation_and_evaluation(monkeypatch):
     """The creation of shards and the measurements have taken a minute, and the probes process all samples six times."""
     found = planned(monkeypatch, small(classes=3), 0.5, 0.01, spent=60.0, error=0.05)
     training, after = 3600 * found.config.train.hours, 6 * 1100 * 0.01 + 3 * 3 * 1000 * size_and_length._REGRESSION
@@ -1072,14 +1072,14 @@ def test_what_comes_before_and_after_training_is_part_of_the_hours(monkeypatch):
 
 
 @pytest.mark.parametrize("pace", [1e-4, 1e-3, 1e-2])
-def test_evaluations_take_a_small_part_of_the_time(monkeypatch, pace):
+def test_evaluations_use_a_small_part_of_the_time(monkeypatch, pace):
     t = planned(monkeypatch, small(classes=3), 0.1, pace).config.train
     each, between = size_and_length._START + 1100 * pace, (t.steps - 1) // t.eval_every if t.eval_every else 0
     assert between * each <= 0.12 * 360 and t.eval_every == t.probe.every
     assert between >= min(19, int(0.1 * 0.5 * 360 / (each + size_and_length._START + pace * 100)) - 1)
 
 
-def test_a_length_that_the_user_sets_stays(monkeypatch):
+def test_a_training_length_set_by_the_user_is_kept(monkeypatch):
     for override in ("train.steps=12", "train.epochs=0.1", "train.hours=null"):
         found = planned(monkeypatch, small(), 0.01, 0.1, [override])
         assert found.config.train.hours is None and not found.warning
@@ -1087,7 +1087,7 @@ def test_a_length_that_the_user_sets_stays(monkeypatch):
     assert planned(monkeypatch, small(), 0.01, 0.1, ["train.hours=2"]).config.train.hours == 2
 
 
-def test_a_run_that_is_too_short_says_so_and_how_long_is_enough(monkeypatch):
+def test_a_run_that_is_too_short_is_reported_with_a_sufficient_length(monkeypatch):
     short = planned(monkeypatch, small(samples=9000), 0.01, 0.01)
     steps = short.config.train.steps
     epochs = f"{steps / (9000 // short.config.train.global_batch):.2g} epochs"
@@ -1104,7 +1104,7 @@ def test_a_run_that_is_too_short_says_so_and_how_long_is_enough(monkeypatch):
 
 
 @pytest.mark.parametrize(("terminal", "answer", "starts"), [(True, "y", True), (True, "", False), (False, "", True)])
-def test_it_is_asked_whether_to_start_a_run_that_is_too_short(monkeypatch, tmp_path, capsys, terminal, answer, starts):
+def test_a_run_that_is_too_short_requires_confirmation(monkeypatch, tmp_path, capsys, terminal, answer, starts):
     """A user at a terminal is asked; otherwise, a note is printed."""
     photos = make_pictures(tmp_path / "photos", each=2, captions=False)
     config = settings(small(), Shards(["a.tar"], [], []), tmp_path / "run", MODEL_SIZES[0], 1, 9, "cls", [])
@@ -1124,7 +1124,7 @@ def test_it_is_asked_whether_to_start_a_run_that_is_too_short(monkeypatch, tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_takes_about_the_hours_that_it_is_given(tmp_path):
+def test_a_run_takes_about_the_given_hours(tmp_path):
     """The run ends in time regardless of the load of the machine, and prints its number of steps."""
     photos = make_pictures(tmp_path / "photos", each=40, captions=False)
     run, began = tmp_path / "run", time.monotonic()

@@ -40,7 +40,7 @@ def base(tmp_path_factory):
     return tiny_run(tmp_path_factory.mktemp("base"))
 
 
-def test_settings_follow_from_the_weights(base, tmp_path):
+def test_settings_are_derived_from_the_given_weights(base, tmp_path):
     """The model settings and the tokenizer are taken from the weights. The learning rate is a quarter of the usual one,
     and the warm-up is shorter.
     """
@@ -61,7 +61,7 @@ def test_settings_follow_from_the_weights(base, tmp_path):
     assert own.optim.peak_lr == 0.5
 
 
-def test_images_alone_continue_from_an_mae_without_a_decoder(tmp_path):
+def test_pre_training_on_images_continues_from_an_mae_without_a_decoder(tmp_path):
     mae = {name: t for name, t in MAE().state_dict().items() if not name.startswith(("decoder", "mask"))}
     torch.save({"model": mae}, tmp_path / "mae.pth")
     with pytest.raises(UserError, match="num-heads"):  # the width is not that of a published size
@@ -82,7 +82,7 @@ def test_a_decoder_with_cross_attention_starts_from_an_encoder(tmp_path):
     assert note not in given_weights(str(tmp_path / "self"), tmp_path / "other", []).notes
 
 
-def test_the_range_of_images_is_that_of_the_weights(tmp_path):
+def test_the_value_range_is_that_of_the_given_weights(tmp_path):
     deep = SMALL.model_copy(update={"vocab_size": 0, "image_range": (0, 4095)})
     M3AE(deep).save_pretrained(tmp_path / "deep")
     overrides = given_weights(str(tmp_path / "deep"), tmp_path / "run", []).overrides
@@ -116,12 +116,12 @@ def test_the_range_of_images_is_that_of_the_weights(tmp_path):
         (["model.text_length=9", "optim.peak_lr=-1"], "optim.peak_lr"),
     ],
 )
-def test_a_setting_of_another_model_is_refused_at_once(base, tmp_path, overrides, message):
+def test_a_setting_that_contradicts_the_given_weights_is_refused_at_once(base, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         given_weights(str(base), tmp_path, overrides)
 
 
-def test_another_image_size_is_possible_where_positions_are_computed(base, tmp_path):
+def test_another_image_size_is_possible_if_position_embeddings_are_computed(base, tmp_path):
     given = given_weights(str(base), tmp_path, ["model.image_size=64"])
     overrides = [*given.overrides, "model.image_size=64"]
     (size,) = model_sizes(assumed(overrides), overrides)
@@ -129,7 +129,7 @@ def test_another_image_size_is_possible_where_positions_are_computed(base, tmp_p
     assert (config.model.image_size, config.model.patch_size) == (64, 8)
 
 
-def test_what_is_no_model_is_refused(base, tmp_path):
+def test_files_that_are_not_a_model_are_refused(base, tmp_path):
     (checkpoint_folder,) = checkpoint.saved_steps(base)
     convert(base, tmp_path / "export")
     new = tmp_path / "new"  # a run that was stopped before its first checkpoint
@@ -160,7 +160,7 @@ def test_what_is_no_model_is_refused(base, tmp_path):
     assert args.start_from == "base"
 
 
-def test_text_in_the_weights_or_in_the_samples_alone_is_noted(base, tmp_path):
+def test_text_that_only_the_weights_or_only_the_samples_have_is_reported(base, tmp_path):
     pairs = Shards([str(labelled_tar(tmp_path / "pairs.tar", range(6)))], [], [])
     images = [(name, data) for name, data in labelled_members(range(6)) if not name.endswith(".txt")]
     alone = Shards([str(write_tar(tmp_path / "alone.tar", images))], [], [])
@@ -186,7 +186,7 @@ def test_text_in_the_weights_or_in_the_samples_alone_is_noted(base, tmp_path):
         inspect(pairs, tmp_path, "cls", None, [*text, "data.tokenizer=null"])
 
 
-def test_its_initial_weights_are_measured_too(tmp_path):
+def test_the_initial_weights_are_evaluated(tmp_path):
     """The time for this evaluation is part of the plan."""
     statistics, pace = DatasetStatistics(1000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8), Pace(1e-3, 64, 9)
     config = settings(statistics, SHARDS, tmp_path, MODEL_SIZES[0], 64, 1000, "cls", [])
@@ -198,7 +198,7 @@ def test_its_initial_weights_are_measured_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_begins_with_the_weights(base, tmp_path, capsys):
+def test_a_run_starts_from_the_given_weights(base, tmp_path, capsys):
     """With a tiny learning rate, the weights hardly change. A finished run is not trained again."""
     for number in range(24):
         path = tmp_path / "photos" / f"{number}.png"

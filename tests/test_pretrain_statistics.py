@@ -92,7 +92,7 @@ def _folder(root, suffix, make, count=8):
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_the_model_sees_what_images_have(tmp_path, kind):
+def test_channels_dtype_and_range_of_the_model_are_those_of_the_images(tmp_path, kind):
     """The images come from a folder, and from shards that contain its files unchanged."""
     suffix, make, channels, dtype, image_range = IMAGES[kind]
     photos = _folder(tmp_path / "photos", suffix, make)
@@ -107,7 +107,7 @@ def test_the_model_sees_what_images_have(tmp_path, kind):
         assert np.allclose(m.image_mean, 0.5, atol=0.25) and min(m.image_std) > 0.05
 
 
-def test_shards_that_are_cut_off_are_named(tmp_path):
+def test_truncated_shards_are_named(tmp_path):
     files = [(f"{number}.png", _png(_levels(24, 20, 3))) for number in range(8)]
     shards = [write_tar(tmp_path / f"{number}.tar", files) for number in range(5)]
     for path in map(Path, shards[:4]):
@@ -134,7 +134,7 @@ def test_shards_that_are_cut_off_are_named(tmp_path):
         ),
     ],
 )
-def test_what_is_black_and_white_is_asked_for_if_it_is_not_evident(tmp_path, make, message):
+def test_the_values_of_black_and_white_must_be_given_if_they_are_not_evident(tmp_path, make, message):
     suffix = "npy" if make().startswith(b"\x93NUMPY") else "png"
     photos = _folder(tmp_path / "photos", suffix, make)
     with pytest.raises(UserError, match=message):
@@ -143,13 +143,13 @@ def test_what_is_black_and_white_is_asked_for_if_it_is_not_evident(tmp_path, mak
 
 
 @pytest.mark.parametrize(("high", "white"), [(256, 511), (1000, 1023), (4095, 4095), (4096, 8191), (40_000, 65_535)])
-def test_the_range_that_is_proposed_holds_all_values_and_is_one_of_a_bit_depth(high, white):
+def test_the_proposed_value_range_contains_all_values_and_corresponds_to_a_bit_depth(high, white):
     deep = Kind(1, True, "uint16", 8, 8, Depth("unsigned", 16), 0, high)
     with pytest.raises(UserError, match=rf"--set data\.range=\[0,{white}\]; data\.range=dtype sets 0 and 65535"):
         range_of([deep])
 
 
-def test_channels_that_the_user_sets_are_taken(tmp_path):
+def test_channels_set_by_the_user_are_used(tmp_path):
     photos = _folder(tmp_path / "photos", "png", lambda: _png(_levels(24, 20)))
     shards = find_shards(str(photos), tmp_path / "run", None, [])
     for override, channels in (("model.channels=3", 3), ("model.image_mean=[0.5,0.5,0.5]", 3), ("model.size=small", 1)):
@@ -205,7 +205,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("override", SETTINGS)
-def test_each_setting_alone_gives_a_config_that_fits_it(tmp_path, override):
+def test_each_single_override_leads_to_a_consistent_config(tmp_path, override):
     """Hypothetical statistics that fit the setting replace the statistics of samples, as in the check before the
     samples are opened.
     """
@@ -220,7 +220,7 @@ def _written(folder, config):
     return folder / "config.json"
 
 
-def test_every_setting_that_is_chosen_is_set_alone_above():
+def test_every_automatic_setting_has_a_test_of_its_override():
     """Settings that are arguments are an exception."""
     config = _chosen().model_dump(exclude_unset=True)
     chosen = {f"{section}.{key}" for section in config if config[section] for key in config[section]}
@@ -252,7 +252,7 @@ def test_image_tokens_are_compatible_with_the_chosen_settings(tmp_path):
     assert config.model.channels == 3 and not config.loss.norm_pix
 
 
-def test_a_setting_of_a_probe_that_is_missing_is_told():
+def test_a_missing_setting_of_a_probe_is_reported():
     with pytest.raises(UserError, match=r"--set train.probe.k: there is no probe, because .* with --labels"):
         _chosen("train.probe.k=7", statistics=replace(assumed([]), classes=0))
 
@@ -266,7 +266,7 @@ def _captioned(path, count):
     return write_tar(path, files)
 
 
-def test_the_vocabulary_is_the_users(tmp_path):
+def test_the_vocabulary_size_set_by_the_user_is_used(tmp_path):
     shards = Shards([_captioned(tmp_path / "a.tar", 30)], [], [])
     sizes = {}
     for override in ("model.vocab_size=60", "model.vocab_size=0", "data.tokenizer=null", "model.text_length=9"):
@@ -281,7 +281,7 @@ def test_the_vocabulary_is_the_users(tmp_path):
         inspect(shards, tmp_path, "cls", None, ["model.vocab_size=9999"])
 
 
-def test_of_many_captions_a_part_is_read(tmp_path, monkeypatch):
+def test_a_subset_of_many_captions_is_read(tmp_path, monkeypatch):
     """The part consists of evenly spaced samples from evenly spaced shards."""
     monkeypatch.setattr("m3ae_fast.shards.tokenizer_training._SHARDS", 2)
     for shard in range(6):
@@ -294,14 +294,14 @@ def test_of_many_captions_a_part_is_read(tmp_path, monkeypatch):
     assert found[2] == found[3] == [f"{shard} {i}" for shard in range(6) for i in range(10)]
 
 
-def test_samples_that_cannot_be_used_are_told(tmp_path):
+def test_unusable_samples_are_reported(tmp_path):
     files = [*members(range(4)), ("9.jpg", picture(1)[:-300])]
     _, notes = inspect(Shards([write_tar(tmp_path / "a.tar", files)], [], []), tmp_path, "cls")
     assert any(re.match("1 of 5 inspected samples cannot be used: the image is damaged", note) for note in notes)
 
 
 @pytest.mark.slow
-def test_labels_that_are_asked_for_and_not_there_end_it_before_training(tmp_path):
+def test_missing_labels_that_were_requested_end_the_command_before_training(tmp_path):
     """For labels that the user did not request, only a note is printed; see above."""
 
     def labelled(name):
@@ -317,7 +317,7 @@ def test_labels_that_are_asked_for_and_not_there_end_it_before_training(tmp_path
         inspect(shards, tmp_path / "run", "json.nope")
 
 
-def test_an_imbalanced_grey_folder_with_splits_and_labels_is_trained_on(tmp_path, capsys):
+def test_a_run_is_trained_on_an_imbalanced_folder_of_grey_images_with_splits_and_labels(tmp_path, capsys):
     """The folder has the layout of ImageFolder and a table of labels. The data are inspected first, and the model is
     one for grey images."""
     root = tmp_path / "cells"

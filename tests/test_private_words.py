@@ -106,7 +106,7 @@ def test_an_absence_is_not_a_private_word():
     assert private_words("there is no image, and there are no texts") == []
 
 
-def test_texts_have_the_terms_of_the_field():
+def test_texts_do_not_contain_private_words():
     found, seen = {}, set()
     for path in read_by_users():
         name = str(path.relative_to(ROOT))
@@ -118,7 +118,7 @@ def test_texts_have_the_terms_of_the_field():
     assert found == {}
 
 
-def test_definitions_have_the_terms_of_the_field():
+def test_definitions_do_not_have_private_names():
     assert (
         DEFINED.search("class Pulse:") and DEFINED.search("LADDER: tuple = ()") and not DEFINED.search("    Found(1)")
     )

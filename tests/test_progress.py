@@ -45,7 +45,7 @@ def test_short_work_prints_no_progress(clock):
     assert _printed(Lines("encoding", 1, now=clock), clock, 1, 30.0) == {}, "it is over"
 
 
-def test_the_pace_excludes_the_start_of_the_loader(clock):
+def test_the_estimated_speed_excludes_the_start_of_the_loader(clock):
     lines = Lines("encoding", 100, now=clock)
     clock.seconds += 2.8  # seconds until the first item
     assert lines.advance(1) is None
@@ -53,19 +53,19 @@ def test_the_pace_excludes_the_start_of_the_loader(clock):
     assert lines.advance(3) == ("encoding: 4 of 100, about 0:00:10 left", "")
 
 
-def test_one_long_item_gives_a_first_estimate(clock):
+def test_the_remaining_time_is_estimated_after_one_long_item(clock):
     lines = Lines("encoding", 3, now=clock)
     clock.seconds += 20
     assert lines.advance(1) == ("encoding: 1 of 3, about 0:00:40 left", "")
 
 
-def test_without_a_total_there_is_no_time_left(clock):
+def test_without_a_total_no_remaining_time_is_printed(clock):
     lines = Lines("reading", None, now=clock)
     clock.seconds += 5
     assert lines.advance(1234) == ("reading: 1,234", "")
 
 
-def test_the_first_part_gives_an_estimate_for_the_whole_task(clock):
+def test_the_remaining_time_of_a_task_is_estimated_from_its_first_part(clock):
     reported = []
     whole = TimeLeft(1000, other_work=60, report=reported.append, now=clock)
     found = _printed(Lines("clean", 10, whole, 100, now=clock), clock, 10, 1.0)
@@ -77,7 +77,7 @@ def test_the_first_part_gives_an_estimate_for_the_whole_task(clock):
     assert whole.after(900 - 1) == ", about 0:00:01 left" and whole.after(1) == ""
 
 
-def test_the_estimate_combines_a_part_with_earlier_parts(clock):
+def test_the_remaining_time_combines_the_current_part_with_earlier_parts(clock):
     whole = TimeLeft(30, now=clock)
     clock.seconds += 10
     whole.after(10)  # one second per item
@@ -85,7 +85,7 @@ def test_the_estimate_combines_a_part_with_earlier_parts(clock):
     assert found[3.0] == ("attacked: 1 of 10, about 0:00:27 left", "0:00:22")  # 13 s for 11 of 30
 
 
-def test_output_that_is_not_a_terminal_gets_lines(clock, monkeypatch, capsys):
+def test_progress_is_printed_in_lines_if_the_output_is_not_a_terminal(clock, monkeypatch, capsys):
     monkeypatch.setattr(module, "Lines", lambda *given: Lines(*given, now=clock))
 
     def items():

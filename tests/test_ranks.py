@@ -92,11 +92,11 @@ def standing_by():
     return 0
 
 
-def test_what_is_to_fetch_begins_before_connections_and_cuda(tmp_path):
+def test_the_fetcher_process_is_started_before_connections_and_cuda(tmp_path):
     assert run_ranks(__name__, ["standing by"], 2, tmp_path / "log") == (0, "fetcher True True False True\n" * 2)
 
 
-def test_a_rank_alone_starts_no_threads_of_gloo(monkeypatch):
+def test_a_single_rank_starts_no_gloo_threads(monkeypatch):
     """A gloo thread that runs Python code while a loader worker is forked can crash that worker."""
     with program.joined_program() as (alone, *_):
         for name in ("broadcast_object_list", "all_gather_object", "all_reduce"):
@@ -130,7 +130,7 @@ def test_a_store_of_300_clients_starts_under_a_low_limit_of_open_files(tmp_path)
     assert run_ranks(__name__, ["many clients"], 1, tmp_path / "log") == (0, "heard 300\n")
 
 
-def test_too_low_a_hard_limit_of_open_files_is_one_line(tmp_path):
+def test_a_hard_limit_of_open_files_that_is_too_low_is_reported_in_one_line(tmp_path):
     each = [{"RANK": "0", "WORLD_SIZE": "300", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}]
     ended = await_ranks(fork_each(__name__, ["few files"], each, tmp_path / "log"), tmp_path / "log")
     line = "error: rank 0 of 300 opens up to 1,400 files, but the limit is 256: raise it with `ulimit -n 1400` "
@@ -182,7 +182,7 @@ def stand_still(heartbeats):
     time.sleep(20)
 
 
-def test_ranks_of_a_node_hear_its_leader_sum_first_and_stop_together(tmp_path):
+def test_ranks_of_a_node_monitor_its_leader_and_receive_stop_requests(tmp_path):
     """The last of the three nodes has only one rank."""
     code, output = run_ranks(__name__, ["nodes", "stop", str(tmp_path)], 5, tmp_path / "log")
     assert code == 0 and sorted(output.splitlines()) == [
@@ -195,7 +195,7 @@ def test_ranks_of_a_node_hear_its_leader_sum_first_and_stop_together(tmp_path):
 
 
 @pytest.mark.parametrize("killed", [3, 0])
-def test_a_rank_that_is_killed_ends_the_others_in_a_sum(tmp_path, killed):
+def test_a_killed_rank_ends_the_others_during_an_all_reduce(tmp_path, killed):
     """The other ranks end: ranks on the same node directly, and ranks on the other node through the leader. They report
     the killed rank, even if the store has ended with rank 0, and exit with the code that requests a restart.
     """
@@ -245,7 +245,7 @@ LOST = "exited; see its output for the reason, unless it was killed or its node 
         (UserError("as it is"), "as it is"),
     ],
 )
-def test_errors_that_a_user_can_fix_are_explained_and_others_are_bugs(error, message):
+def test_errors_that_a_user_can_fix_are_explained_and_other_errors_are_bugs(error, message):
     found = explain(error)
     assert found is None if message is None else message in str(found)
     assert message != LOST or (str(found).startswith("another rank") and found.exit_code == 75)
@@ -273,7 +273,7 @@ def test_the_ranks_of_a_node_share_its_cores(monkeypatch, cores, here, threads):
 
 
 @pytest.mark.parametrize(("rank", "each"), [(0, 4), (1, 3)])
-def test_as_many_files_as_the_connections_take_are_enough(monkeypatch, rank, each):
+def test_the_required_number_of_open_files_is_that_of_the_connections(monkeypatch, rank, each):
     for limit, enough in ((100 * each + 200, True), (100 * each + 199, False), (resource.RLIM_INFINITY, True)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
         refused = pytest.raises(UserError, match=f"rank {rank} of 100 opens up to {100 * each + 200} files, but")
@@ -281,7 +281,7 @@ def test_as_many_files_as_the_connections_take_are_enough(monkeypatch, rank, eac
             ranks._require_files(rank, 100)
 
 
-def test_counts_are_summed_exactly_and_the_first_error_stays_the_first():
+def test_counts_are_summed_exactly_and_the_first_reported_error_is_kept():
     with ranks.join_ranks() as alone:
         assert alone.sum([2**40 + 1, 0.1]) == [2**40 + 1, 0.1]
         other = replace(alone, rank=1)
@@ -311,7 +311,7 @@ def join(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [UserError("no shard"), RuntimeError("Connection closed by peer")])
-def test_an_error_is_told_by_the_first_rank_and_all_end_with_its_code(join, error):
+def test_only_the_first_rank_with_an_error_prints_it_and_all_ranks_exit_with_its_code(join, error):
     join(first=True)
     with pytest.raises(UserError) as shown, program.joined_program():
         raise error
@@ -322,7 +322,7 @@ def test_an_error_is_told_by_the_first_rank_and_all_end_with_its_code(join, erro
     assert end.value.exit_code == shown.value.exit_code == (2 if isinstance(error, UserError) else 75)
 
 
-def test_an_error_after_a_rank_has_left_is_none(join):
+def test_connection_errors_after_a_rank_has_left_are_not_reported(join):
     """An error after the rank has left is not reported. An unexpected error before that gives a traceback on every
     rank."""
     for first in (True, False):
@@ -337,7 +337,7 @@ def test_an_error_after_a_rank_has_left_is_none(join):
 
 @pytest.mark.parametrize("failing", [set(), {0}, {1}, {2}, {1, 2}])
 @pytest.mark.parametrize("way", ["on_main", "broadcast", "together", "main_first"])
-def test_work_of_a_rank_gives_its_result_or_ends_all_ranks(way, failing):
+def test_work_on_a_rank_returns_its_result_or_ends_all_ranks(way, failing):
     """Each rank is a thread here."""
     world, box, barrier = 3, [None] * 3, threading.Barrier(3, timeout=20)
 
@@ -380,7 +380,7 @@ def test_work_of_a_rank_gives_its_result_or_ends_all_ranks(way, failing):
 
 
 @pytest.mark.parametrize(("rank", "failing", "runs"), [(1, 0, False), (1, 1, True), (0, 1, True), (0, 0, True)])
-def test_a_rank_begins_only_after_the_main_one_has_succeeded(rank, failing, runs):
+def test_other_ranks_begin_only_after_the_main_rank_has_succeeded(rank, failing, runs):
     """A failure of one rank is raised on both ranks."""
     done, turns = [], []
 
@@ -411,7 +411,7 @@ def test_a_rank_begins_only_after_the_main_one_has_succeeded(rank, failing, runs
         (KeyError("a bug"), KeyError),
     ],
 )
-def test_what_the_disk_refuses_the_main_rank_is_a_line_for_all_and_a_bug_is_raised(error, kind):
+def test_a_disk_error_on_the_main_rank_is_a_user_error_on_all_ranks_and_a_bug_is_raised_unchanged(error, kind):
     def work():
         raise error
 
@@ -426,7 +426,7 @@ def _raise(error):
     raise error
 
 
-def test_a_rank_that_ends_because_of_another_one_s_bug_prints_nothing(join, capsys):
+def test_a_rank_that_ends_because_of_a_bug_on_another_rank_prints_nothing(join, capsys):
     join(first=True)
     with pytest.raises(ErrorElsewhere, match="rank 0 has failed"), program.joined_program():
         raise ErrorElsewhere("rank 0 has failed (KeyError: 1); see its output for details")
@@ -434,7 +434,7 @@ def test_a_rank_that_ends_because_of_another_one_s_bug_prints_nothing(join, caps
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_rank_that_is_late_in_indexing_still_starts(tmp_path):
+def test_a_rank_that_finishes_indexing_late_still_starts(tmp_path):
     assert run_ranks(__name__, ["late"], 2, tmp_path / "log") == (0, "2 ranks\n" * 2)
 
 
@@ -442,7 +442,7 @@ def test_other_ranks_find_the_files_of_rank_0(tmp_path):
     assert run_ranks(__name__, ["made", str(tmp_path / "made")], 2, tmp_path / "log") == (0, "2 ranks\n" * 2)
 
 
-def test_what_one_rank_cannot_do_ends_all_with_one_line(tmp_path):
+def test_a_failure_on_one_rank_ends_all_ranks_with_one_line(tmp_path):
     assert run_ranks(__name__, ["fail"], 2, tmp_path / "log") == (2, "error: rank 1 finds no shard\n")
 
 
@@ -462,7 +462,7 @@ def with_a_mistake(rank):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_mistake_that_one_rank_meets_is_the_only_line_and_all_exit_with_its_code(tmp_path, rank):
+def test_a_user_error_on_one_rank_is_printed_once_and_all_ranks_exit_with_its_code(tmp_path, rank):
     """The rank may host the store, and other ranks may work until it has ended."""
     processes = fork_ranks(__name__, ["mistake", str(rank)], 3, tmp_path / "log")
     output = await_ranks(processes, tmp_path / "log")[1]

@@ -41,7 +41,7 @@ def run(tmp_path):
     return folder
 
 
-def test_one_file_with_everything(run):
+def test_a_report_is_one_file_with_charts_results_and_settings(run):
     assert main([str(run)]) == 0
     page = (run / "report.html").read_text()
     charts = re.findall(r'alt="([^"]+)" src="data:image/png', page)
@@ -57,7 +57,7 @@ def test_one_file_with_everything(run):
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
 
 
-def test_the_head_says_in_words_what_the_run_has_come_to(run):
+def test_the_head_of_a_report_summarises_the_run_in_words(run):
     lines = [{"step": 0, "val_image_relative": 1.5, "val_rankme": 20.0}]
     lines += [{"step": 900, "val_image_relative": 0.5, "val_rankme": 1.25}]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -71,7 +71,7 @@ def test_the_head_says_in_words_what_the_run_has_come_to(run):
     )
 
 
-def test_results_have_errors_and_the_share_of_the_largest_class(run):
+def test_results_show_standard_errors_and_the_fraction_of_the_largest_class(run):
     """The report does not use the accuracy of random guesses, which a model for imbalanced data exceeds by always
     predicting one class."""
     result = {"task": "knn", "top1": 0.5, "top5": 1.0, "classes": 10, "val_samples": 98, "model": "random:<run>"}
@@ -94,7 +94,7 @@ def test_results_have_errors_and_the_share_of_the_largest_class(run):
     assert "_se" not in page and "<td>chance" not in page
 
 
-def test_a_result_that_is_not_above_the_largest_class_is_said_to_be_so(run):
+def test_a_result_not_above_the_largest_class_is_marked_in_the_report(run):
     """The report also compares the result with random weights and with pixels, if their accuracies were measured."""
     labels = ["a"] * 70 + ["b"] * 30
     predicted = {"m": ["a"] * 100, "random:m": ["b"] * 100, "pixels:m": labels}
@@ -119,7 +119,7 @@ def test_a_result_that_is_not_above_the_largest_class_is_said_to_be_so(run):
     assert "<p>knn: the model does not differ significantly from the largest" in (run / "report.html").read_text()
 
 
-def test_what_is_long_is_folded(run):
+def test_long_sections_of_a_report_are_collapsed(run):
     write_report(run, run / "report.html")
     folded = re.findall(r"<details( open)?><summary>([^<]+)</summary>", (run / "report.html").read_text())
     shown = ["Curves", "Reconstructions"]
@@ -127,7 +127,7 @@ def test_what_is_long_is_folded(run):
     assert {"Config", "Versions", "Speed and optimiser"} <= {name for is_open, name in folded if not is_open}
 
 
-def test_several_runs_share_each_chart(run, tmp_path, monkeypatch):
+def test_charts_show_several_runs_together(run, tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()
     (other / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, "val_image_loss": 1.0}))
@@ -141,7 +141,7 @@ def test_several_runs_share_each_chart(run, tmp_path, monkeypatch):
     assert "0.75" in page and f"{other}: step 1" in page.replace("Other", "other")
 
 
-def test_each_curve_is_of_the_metric_that_title_and_label_name(monkeypatch):
+def test_each_curve_shows_the_metric_named_in_title_and_label(monkeypatch):
     """For several runs, the held-out metric is plotted if there is one."""
     expected = {
         ("Training loss", "training"): "loss",
@@ -185,14 +185,14 @@ def test_each_curve_is_of_the_metric_that_title_and_label_name(monkeypatch):
         assert label in ("one", "two") and (name in held_out or not held_out)
 
 
-def test_results_may_lie_elsewhere(run, tmp_path):
+def test_results_may_be_stored_in_another_folder(run, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/result.json").write_text('{"task": "knn", "top1": 0.5}')
     write_report(run, tmp_path / "page.html", [tmp_path / "other"])
     assert "knn" in (tmp_path / "page.html").read_text()
 
 
-def test_mistakes(run, tmp_path):
+def test_user_errors_are_reported(run, tmp_path):
     with pytest.raises(UserError, match="not a run folder"):
         write_report(tmp_path, tmp_path / "page.html")
     with pytest.raises(UserError, match="no such folder"):
@@ -208,7 +208,7 @@ def test_mistakes(run, tmp_path):
     assert not list(tmp_path.glob("*.html"))
 
 
-def test_points_are_the_numbers_that_were_logged():
+def test_plotted_points_are_the_logged_values():
     """For several runs, only the last metric of a chart is plotted."""
     odd = [float("nan"), float("inf"), float("-inf"), None, "1.0"]
     metrics = [{"step": step, "a": value, "b": step} for step, value in enumerate([1, *odd, 2.5])] + [{"step": 9}]
@@ -222,7 +222,7 @@ def test_points_are_the_numbers_that_were_logged():
     assert [*points_of(two, {"one": metrics, "two": []})] == [("one", None, points)]
 
 
-def test_a_training_loss_of_one_step_is_seen():
+def test_a_training_loss_of_a_single_step_is_visible():
     """The loss is plotted as a point, because a single step does not form a line."""
     metrics = {"run": [{"step": 1, "loss": 1.0}]}
     ((_, png),) = draw_charts([Chart("Loss", "", [Line("loss", "training", "#ff0000")])], metrics)

@@ -59,7 +59,7 @@ def test_resume_on_other_ranks_and_stage(trainer, stage, ranks, then_stage, then
     np.testing.assert_allclose(np.array(trainer.losses("run")), whole, rtol=2e-5)
 
 
-def test_sigkill_anywhere(trainer):
+def test_a_run_killed_at_any_point_resumes_bitwise_identically(trainer):
     """A run that is killed at three arbitrary moments and then finished is bitwise equal to the uninterrupted run."""
 
     def read(path):
@@ -93,7 +93,7 @@ def test_sigkill_anywhere(trainer):
         (signal.SIGHUP, ["data.workers=1"]),
     ],
 )
-def test_signals_to_the_process_group_save_and_leave(trainer, number, options):
+def test_signals_to_the_process_group_save_a_checkpoint_and_exit(trainer, number, options):
     options = ["train.steps=100000", "train.save_every=100000", "train.keep=1", *options]
     process = trainer.fork("run", *(word for o in options for word in ("--set", o)))
     _wait_for_steps(trainer, "run", process.is_alive, 3)
@@ -106,7 +106,7 @@ def test_signals_to_the_process_group_save_and_leave(trainer, number, options):
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_dead_launcher_saves(trainer, launcher):
+def test_a_run_whose_launcher_died_saves_a_checkpoint(trainer, launcher):
     """A killed launcher does not forward signals, and DeepSpeed's outer launcher never does. The ranks detect its
     end."""
     options = ["--set", "train.steps=100000", "--set", "train.save_every=100000"]
@@ -121,7 +121,7 @@ def test_dead_launcher_saves(trainer, launcher):
 
 
 @pytest.mark.parametrize("step", [3, 6])  # also the last step, after which only the evaluation is missing
-def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(trainer, monkeypatch, capsys, step):
+def test_an_evaluation_interrupted_by_a_stop_is_repeated_when_the_run_is_resumed(trainer, monkeypatch, capsys, step):
     options = ["--set", "train.eval_every=3", "--set", "data.workers=0"]
     trainer("whole", *options)
     evaluate, calls = pretraining_task.evaluate, []
@@ -151,7 +151,7 @@ def _wait_for_steps(trainer, run: str, alive, count: int) -> None:
     assert alive()
 
 
-def test_going_back_to_an_older_checkpoint(trainer):
+def test_a_run_can_be_resumed_from_an_older_checkpoint(trainer):
     """Later checkpoints are set aside, and the run repeats the same steps."""
     trainer("run", *SAVE)
     whole = trainer.losses("run")
@@ -164,7 +164,7 @@ def test_going_back_to_an_older_checkpoint(trainer):
     assert [checkpoint.read_info(path).samples for path in saved] == [16 * step for step in (2, 4, 6)]
 
 
-def test_a_run_on_other_data_is_refused_and_other_changes_are_told(trainer):
+def test_resuming_on_other_data_is_refused_and_other_changes_are_reported(trainer):
     trainer("run", *SAVE, "--set", "train.steps=2")
     shards = json.dumps([{"shards": str(CLIPART / "train-0001.tar")}])
     options = ["--resume", "auto", "--set", "train.steps=3", "--set", f"data.train={shards}"]
@@ -175,7 +175,7 @@ def test_a_run_on_other_data_is_refused_and_other_changes_are_told(trainer):
     assert [step for step, *_ in trainer.losses("run")] == [1, 2, 3]
 
 
-def test_what_a_resumed_run_may_change(tmp_path):
+def test_permitted_changes_of_a_resumed_run_are_applied(tmp_path):
     config = parse(Config, TINY, "tiny")
     stream = {"data.train": "1 shards", "data.tokenizer": "9 tokens", "data.order": "4 lanes, windows of 2 shards"}
     info = checkpoint.Info(1, 0, config.run.seed, config.model_dump(mode="json"), {}, stream)
@@ -254,7 +254,7 @@ def test_every_setting_is_classified():
 
 
 @pytest.mark.parametrize(("section", "name"), [(s, n) for s, names in SETTINGS.items() for n in names])
-def test_another_value_of_a_setting_has_the_consequence_that_it_is_classified_by(tmp_path, section, name):
+def test_changing_a_setting_has_the_consequence_of_its_class(tmp_path, section, name):
     config = parse(Config, TINY, "tiny")
     saved = config.model_dump(mode="json")
     saved[section] |= {name: "another"}
@@ -298,7 +298,7 @@ def _fingerprint(folder, sources, labels=None):
     return fingerprint(Data(corpus, None, None), Layout(1, 1))
 
 
-def test_the_fingerprint_sees_all_that_a_source_is(tmp_path):
+def test_the_fingerprint_depends_on_every_property_of_a_source(tmp_path):
     one, two = (write_tar(tmp_path / f"{name}.tar", members(range(6))) for name in ("a", "b"))
     base = [{"shards": one, "weight": 1.0}, {"shards": two, "weight": 2.0}]
     found = _fingerprint(tmp_path, base)
@@ -333,7 +333,7 @@ def main(argv):
     return train.main(arguments)
 
 
-def test_nodes_that_see_other_shards_do_not_begin(trainer):
+def test_a_run_whose_nodes_see_different_shards_does_not_start(trainer):
     """If the nodes began, they would train on samples in two different orders, and one node would wait for the other at
     the end."""
     for node, shards in ((0, 2), (1, 1)):
@@ -372,7 +372,7 @@ def test_each_rank_compares_its_data_with_rank_0s(seen, message):
             resuming.require_same(other, stream, held_out)
 
 
-def test_shards_written_anew_at_equal_size_are_noted_and_moved_ones_are_not(tmp_path):
+def test_rewritten_shards_of_equal_size_are_reported_and_moved_shards_are_not(tmp_path):
     path = write_tar(tmp_path / "a.tar", members(range(6)))
     before = _fingerprint(tmp_path, [{"shards": path}])
     (tmp_path / "moved").mkdir()
@@ -388,7 +388,7 @@ def test_shards_written_anew_at_equal_size_are_noted_and_moved_ones_are_not(tmp_
         changes_of(tmp_path, info, config, before | {"data.train.loss_weight": "2"})
 
 
-def test_resume_never_loops_on_weights_that_give_no_finite_loss(trainer):
+def test_resuming_does_not_loop_on_weights_with_a_non_finite_loss(trainer):
     """The first update gives weights that are finite but give no finite loss. They are saved before this can be
     detected."""
     options = ["--set", "train.save_every=1", "--set", "train.keep=1", "--set", "optim.clip_grad=null"]
@@ -405,7 +405,7 @@ def test_resume_never_loops_on_weights_that_give_no_finite_loss(trainer):
     assert [step for step, *_ in trainer.losses("run")] == [1, 2, 3, 4, 5]
 
 
-def test_keep_never_removes_the_last_good_one(tmp_path):
+def test_keep_never_removes_the_last_good_checkpoint(tmp_path):
     for step in range(1, 6):
         _save(tmp_path, step, keep=2)
         if step in (1, 2):
@@ -416,7 +416,7 @@ def test_keep_never_removes_the_last_good_one(tmp_path):
     assert [checkpoint.step_of(path) for path in checkpoint.saved_steps(tmp_path)] == [4, 5]
 
 
-def test_what_a_killed_process_was_writing_or_removing_goes_with_the_next_save(tmp_path):
+def test_the_next_save_removes_leftovers_of_a_killed_process(tmp_path):
     for name in (".writing-00000007-1", ".removing-step-00000001", "step-00000002"):
         (checkpoint.checkpoints_dir(tmp_path) / name).mkdir(parents=True)
         (checkpoint.checkpoints_dir(tmp_path) / name / STATE_FILE).touch()
@@ -425,7 +425,7 @@ def test_what_a_killed_process_was_writing_or_removing_goes_with_the_next_save(t
     assert checkpoint.saved_steps(tmp_path)
 
 
-def test_what_is_set_aside_again_takes_the_place_of_the_last_time(tmp_path):
+def test_a_checkpoint_set_aside_again_replaces_the_earlier_one(tmp_path):
     for number in range(2):
         for step in (1, 2 + number, 5):
             _save(tmp_path, step)
@@ -435,7 +435,7 @@ def test_what_is_set_aside_again_takes_the_place_of_the_last_time(tmp_path):
     assert names == [*(f"aside-step-{step:08}" for step in (2, 3, 5)), "step-00000001"]
 
 
-def test_auto_passes_over_what_has_failed(tmp_path):
+def test_resume_auto_skips_failed_checkpoints(tmp_path):
     _, two, three = (_save(tmp_path, step) for step in (1, 2, 3))
     assert "no checkpoint is known to be good" in judge(tmp_path, 4)
     assert resuming.find(tmp_path, "auto") == two
@@ -453,7 +453,7 @@ def test_auto_passes_over_what_has_failed(tmp_path):
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(1, 3), torch.ones(6), None])
-def test_tensors_of_another_shape_are_refused_before_anything_is_copied(tmp_path, tensor):
+def test_tensors_with_another_shape_are_refused_before_copying(tmp_path, tensor):
     state = {} if tensor is None else {"model/w": tensor}
     path = save(tmp_path, state | {"model/b": torch.ones(2)}, checkpoint.Info(1, 0, 42, {}, {}), keep=9)
     saved = checkpoint.open_state(path)
@@ -477,7 +477,7 @@ def test_the_trainer_checks_the_whole_state(trainer):
     assert f"{name} has the shape [1, " in out and out.count("\n") == 1
 
 
-def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
+def test_a_renamed_checkpoint_is_not_mistaken_for_another_step(tmp_path):
     path = _save(tmp_path, 1).rename(tmp_path / "checkpoints/step-00000007")
     with pytest.raises(UserError, match="it belongs to step 1"):
         checkpoint.read_info(path)
@@ -492,7 +492,7 @@ def _save(run_dir, step, **options):
     )
 
 
-def test_checkpoints_lie_in_order_of_steps(tmp_path):
+def test_checkpoints_are_listed_in_order_of_steps(tmp_path):
     paths = [_save(tmp_path, step) for step in (8, 99_999_999, 100_000_000)]
     (tmp_path / "checkpoints/step-by-step").mkdir()
     assert checkpoint.saved_steps(tmp_path) == paths
@@ -501,7 +501,7 @@ def test_checkpoints_lie_in_order_of_steps(tmp_path):
 
 
 @pytest.mark.parametrize("lost", [STATE_FILE, checkpoint.INFO_FILE])
-def test_half_deleted_checkpoint_is_no_checkpoint_and_no_obstacle(tmp_path, lost):
+def test_a_partly_deleted_checkpoint_is_ignored(tmp_path, lost):
     one, two = _save(tmp_path, 1), _save(tmp_path, 2)
     (two / lost).unlink()
     assert resuming.find(tmp_path, "auto") == one
@@ -514,7 +514,7 @@ def test_half_deleted_checkpoint_is_no_checkpoint_and_no_obstacle(tmp_path, lost
     assert checkpoint.open_state(two).whole("model/w").tolist() == [2, 2, 2]
 
 
-def test_a_run_does_not_go_on_among_checkpoints_of_another(tmp_path):
+def test_a_run_cannot_resume_from_another_run_in_a_folder_with_checkpoints(tmp_path):
     mine, other = _save(tmp_path / "mine", 1), _save(tmp_path / "other", 2)
     (tmp_path / "link").symlink_to(mine)
     assert resuming.find(tmp_path / "mine", str(tmp_path / "link")) == tmp_path / "link"
@@ -523,7 +523,7 @@ def test_a_run_does_not_go_on_among_checkpoints_of_another(tmp_path):
         resuming.find(tmp_path / "mine", str(other))
 
 
-def test_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     info = checkpoint.Info(1, 16, 42, {}, {})
     good = save(tmp_path, {"model/w": torch.ones(3)}, info, keep=1)
     monkeypatch.setattr(state_files, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
@@ -535,7 +535,7 @@ def test_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path, value):
+def test_non_finite_values_are_neither_saved_nor_loaded(tmp_path, value):
     info, poison = checkpoint.Info(2, 32, 42, {}, {}), {"model/w": torch.tensor([1.0, value])}
     with pytest.raises(UserError, match=r"not written, because model/w is not finite"):
         save(tmp_path, poison, info, keep=1)

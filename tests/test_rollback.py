@@ -25,7 +25,7 @@ from tests.helpers.trainer import TINY
 STEPS, BATCH = 8, 8
 
 
-def test_steps_take_the_batches_that_are_not_left_out():
+def test_steps_use_the_batches_that_are_not_skipped():
     assert [batch_of(step, ()) for step in range(4)] == [0, 1, 2, 3]
     assert [batch_of(step, (5, 2, 3)) for step in range(5)] == [0, 1, 4, 6, 7]
     assert [batch_of(step, (0, 1)) for step in range(2)] == [2, 3]
@@ -74,7 +74,7 @@ def losses(folder):
     return [(line["step"], line["loss"], line["lr"]) for line in lines if "loss" in line]
 
 
-def test_a_run_that_returns_to_a_checkpoint_has_used_its_time(tmp_path, monkeypatch):
+def test_time_before_a_rollback_counts_towards_the_time_limit(tmp_path, monkeypatch):
     """The time of the repeated steps counts, although the checkpoint does not store it."""
     limits = []
 
@@ -108,7 +108,7 @@ def whole_keys(train):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_out_batches_and_goes_on_bit_for_bit(train, tmp_path, capsys):
+def test_a_run_that_skipped_batches_resumes_bitwise_identically(train, tmp_path, capsys):
     WHOLE[:] = whole = train("whole")
     bad = whole[4][3], whole[6][0]
     with pytest.raises(UserError, match=r"the loss of step 6 is not finite; .* the last good checkpoint"):
@@ -136,7 +136,7 @@ def test_a_run_leaves_out_batches_and_goes_on_bit_for_bit(train, tmp_path, capsy
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [0, 2])
-def test_a_run_without_a_good_checkpoint_returns_to_its_start(train, tmp_path, batch):
+def test_a_run_without_a_good_checkpoint_rolls_back_to_its_start(train, tmp_path, batch):
     """The failed step is before the first checkpoint or right after it."""
     taken = train("run", whole_keys(train)[batch][:1], rollbacks=1)
     whole = whole_keys(train)
@@ -146,7 +146,7 @@ def test_a_run_without_a_good_checkpoint_returns_to_its_start(train, tmp_path, b
 
 
 @pytest.mark.slow
-def test_a_run_returns_from_spikes_of_the_loss_and_ignores_more_than_it_may(train, tmp_path, monkeypatch, capsys):
+def test_a_run_rolls_back_after_loss_spikes_up_to_the_maximum_number_of_rollbacks(train, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loss_watch, "WINDOW", 3)
     whole, settings = whole_keys(train), {"rollbacks": 1, "spike_threshold": 100.0}
     bad = whole[4][3], whole[6][0]
@@ -164,7 +164,7 @@ def test_a_run_returns_from_spikes_of_the_loss_and_ignores_more_than_it_may(trai
     assert losses(tmp_path / "run") == found and checkpoint.read_info(late[-1]).left_out == [4]
 
 
-def test_spikes_need_a_run_that_may_return_and_images_of_one_size():
+def test_spike_detection_requires_rollbacks_and_a_constant_image_size():
     for changes, message in (
         ({}, "train.spike_threshold needs rollbacks to a checkpoint: set train.rollbacks"),
         ({"rollbacks": 1, "image_sizes": [[0.5, 16]]}, "train.spike_threshold needs images of one size"),

@@ -40,7 +40,7 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
 
 
-def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path, capfd):
+def test_a_resumed_run_truncates_its_log_and_a_new_run_clears_it(tmp_path, capfd):
     with RunLog(tmp_path, 0, 9) as metrics:
         for step in range(4):
             metrics.log(step, {"loss": 1.0})
@@ -56,7 +56,7 @@ def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path, capfd
     assert "val_loss 3 (on gpu07)" in capfd.readouterr().out
 
 
-def test_the_time_left_is_that_of_the_steps_that_there_are_now(tmp_path, capfd, monkeypatch):
+def test_the_remaining_time_is_estimated_from_the_steps_of_this_attempt(tmp_path, capfd, monkeypatch):
     """The preparation before the first step is excluded. Once there are more steps, the first step is excluded too,
     because it is slower."""
     now = [0.0]
@@ -76,7 +76,7 @@ def test_the_time_left_is_that_of_the_steps_that_there_are_now(tmp_path, capfd, 
     assert [line.partition("eta ")[2] for line in lines] == ["0:09:00", "0:01:20", "0:04:15"]
 
 
-def test_one_folder_is_for_one_run(tmp_path):
+def test_a_run_folder_cannot_be_used_by_two_runs(tmp_path):
     program = "import pathlib, sys; from m3ae_fast.training.run_lock import RunFolder\n"
     program += "folder = RunFolder(pathlib.Path(sys.argv[1])); print('has it', flush=True); input()"
     command = [sys.executable, "-c", program, str(tmp_path)]
@@ -92,7 +92,7 @@ def test_one_folder_is_for_one_run(tmp_path):
             assert "another run is using it" in other.stderr.read()
 
 
-def test_a_file_system_without_locks_of_folders_has_those_of_files(tmp_path, monkeypatch):
+def test_a_file_is_locked_if_the_file_system_cannot_lock_folders(tmp_path, monkeypatch):
     def missing(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -104,7 +104,7 @@ def test_a_file_system_without_locks_of_folders_has_those_of_files(tmp_path, mon
         assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 1
 
 
-def test_the_lock_outlives_its_file(tmp_path):
+def test_the_lock_persists_after_its_file_is_removed(tmp_path):
     program = (
         "import pathlib, sys; from m3ae_fast.training.run_lock import RunFolder; RunFolder(pathlib.Path(sys.argv[1]))"
     )
@@ -127,7 +127,7 @@ def test_a_folder_that_vanishes_does_not_replace_the_error_that_ends_the_run(tmp
         _ = 1 / 0
 
 
-def test_a_folder_that_is_removed_under_way_is_told_and_made_again(tmp_path, capsys):
+def test_a_run_folder_removed_during_training_is_reported_and_recreated(tmp_path, capsys):
     with RunFolder(tmp_path / "run") as folder, RunLog(folder.path, 0, 9) as metrics:
         metrics.log(1, {"loss": 1.0})
         while folder.path.exists():  # TensorBoard's thread may write meanwhile
@@ -141,7 +141,7 @@ def test_a_folder_that_is_removed_under_way_is_told_and_made_again(tmp_path, cap
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_renamed_under_way_is_told_with_what_to_do(trainer):
+def test_a_run_folder_renamed_during_training_is_reported_with_a_suggested_fix(trainer):
     run, renamed = trainer.folder / "run", trainer.folder / "renamed"
     process = trainer.fork("run", "--set", "train.steps=100000", "--set", "train.save_every=20")
     while process.is_alive() and not checkpoint.saved_steps(run):
@@ -163,7 +163,7 @@ def test_a_folder_that_is_renamed_under_way_is_told_with_what_to_do(trainer):
 @pytest.mark.parametrize(
     "module, step", [(state_files, "save_file"), (state_files, "sha256"), (folder_module, "put_in_place")]
 )
-def test_a_folder_that_is_renamed_in_the_midst_of_a_save_costs_nothing(tmp_path, monkeypatch, module, step):
+def test_renaming_the_run_folder_during_a_save_loses_no_data(tmp_path, monkeypatch, module, step):
     run, done = tmp_path / "run", getattr(module, step)
 
     def rename_first(*args):
@@ -184,7 +184,7 @@ def test_the_loss_of_a_folder_is_reported_once(tmp_path):
         assert "its .lock was deleted" in folder.keep() and not folder.keep()
 
 
-def test_a_folder_in_which_nothing_came_to_be_goes_again(tmp_path):
+def test_a_run_folder_that_stays_empty_is_removed(tmp_path):
     with RunFolder(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
@@ -199,7 +199,7 @@ def test_a_folder_in_which_nothing_came_to_be_goes_again(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", ["head -1", "true", "cat > /dev/full"])
-def test_a_run_outlives_the_reader_of_its_output(tmp_path, reader):
+def test_a_run_continues_if_the_reader_of_its_output_exits(tmp_path, reader):
     program = "import pathlib, sys; from m3ae_fast.training.metrics_log import RunLog\n"
     program += "with RunLog(pathlib.Path(sys.argv[1]), 0, 1) as metrics:\n"
     program += "    for step in range(3000): metrics.log(step, {'loss': 1.0})\n"
@@ -208,7 +208,7 @@ def test_a_run_outlives_the_reader_of_its_output(tmp_path, reader):
     assert (tmp_path / "done").exists() and len(lines(tmp_path)) == 3000
 
 
-def test_full_disk_is_told_once_and_the_run_goes_on(tmp_path, capsys):
+def test_a_full_disk_is_reported_once_and_the_run_continues(tmp_path, capsys):
     with RunLog(tmp_path, 0, 9) as metrics, open("/dev/full", "wb", buffering=0) as full:
         metrics.begin()
         written, metrics._file = metrics._file, full
@@ -221,13 +221,13 @@ def test_full_disk_is_told_once_and_the_run_goes_on(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["[/red]", ":smile:", "[bold]"])
-def test_text_is_not_markup(tmp_path, capsys, name):
+def test_messages_are_printed_without_interpreting_markup(tmp_path, capsys, name):
     with RunLog(tmp_path / name, 0, 9) as metrics:
         metrics.say(f"saved {tmp_path / name}")
     assert f"/{name}\n" in capsys.readouterr().out
 
 
-def test_tensorboard_has_scalars_and_pictures(tmp_path):
+def test_tensorboard_contains_scalars_and_figures(tmp_path):
     Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
     with RunLog(tmp_path, 0, 9) as log:
         log.log(3, {"loss": 1.5})
@@ -242,7 +242,7 @@ def test_tensorboard_has_scalars_and_pictures(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["pairs", "four channels", "texts"])
-def test_loggers_get_the_pictures_of_the_report(tmp_path, monkeypatch, case):
+def test_loggers_receive_the_figures_of_the_report(tmp_path, monkeypatch, case):
     """The loggers receive them with every checkpoint. A stand-in for wandb records its arguments."""
     shown = []
     errors = SimpleNamespace(Error=RuntimeError)
@@ -273,7 +273,7 @@ def test_loggers_get_the_pictures_of_the_report(tmp_path, monkeypatch, case):
     assert all(f"<summary>{name.capitalize()}</summary>" in page for name in names)
 
 
-def test_tensorboard_keeps_what_was_before_a_resume_and_purges_what_came_after(tmp_path):
+def test_tensorboard_keeps_events_before_the_resumed_step_and_purges_later_ones(tmp_path):
     for start, last, value in ((0, 4, 1.0), (2, 3, 2.0)):
         with RunLog(tmp_path, start, 9) as log:
             for step in range(start + 1, last + 1):
@@ -286,7 +286,7 @@ def test_tensorboard_keeps_what_was_before_a_resume_and_purges_what_came_after(t
 
 
 @pytest.mark.slow
-def test_wandb_offline_and_again_after_a_resume(tmp_path, monkeypatch):
+def test_wandb_logs_offline_and_continues_after_resuming(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
     ids = []
@@ -300,7 +300,7 @@ def test_wandb_offline_and_again_after_a_resume(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_wandb_without_an_account_is_one_line(tmp_path):
+def test_wandb_without_an_account_is_reported_in_one_line(tmp_path):
     program = "import pathlib, sys; from m3ae_fast.training.metrics_log import RunLog\n"
     program += "from m3ae_fast.base.errors import exit_cleanly\n"
     program += "log = RunLog(pathlib.Path(sys.argv[1]), 0, 1, ['wandb']); sys.exit(exit_cleanly(log.begin))"
@@ -311,7 +311,7 @@ def test_wandb_without_an_account_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: run.loggers: wandb:"), done.stderr
 
 
-def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest():
+def test_the_log_line_names_the_nodes_with_the_longest_data_wait_and_computation():
     """For each rank, the sums contain its waiting time and the time of its forward passes."""
     for hosts, own, wait, where in (
         (["a", "c", "b"], 0.2, 0.4, {"data_wait": "b", "forward_s": "c"}),
@@ -332,7 +332,7 @@ def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest
         assert (values["lr"], values["epoch"], values["skipped"], line.logged) == (0.1, 6.1, 4, 61)
 
 
-def test_a_line_has_the_rate_of_its_step_and_growing_memory_is_noted():
+def test_a_log_line_contains_the_learning_rate_of_its_step_and_growing_memory_is_reported():
     """The growth of the memory is measured from the first step of this attempt."""
     logged, looked = [], []
     trainer = SimpleNamespace(
@@ -370,7 +370,7 @@ def test_forward_passes_of_training_are_timed(monkeypatch):
     assert timer.per_step(1) == 4.0
 
 
-def test_bad_samples_of_all_ranks_are_named_once_and_by_rank_0(caplog):
+def test_bad_samples_of_all_ranks_are_named_once_by_rank_0(caplog):
     found = [[Skipped("a.tar", str(number), "no caption") for number in range(count)] for count in (3, 0, 30)]
     for rank, named in ((0, 21), (1, 0)):
         caplog.clear()

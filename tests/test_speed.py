@@ -108,7 +108,7 @@ KINDS = ["p" * 20 + "iitt", "i", "ttt", "p", ""]
 @pytest.mark.slow
 @pytest.mark.parametrize("all_tokens", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("kinds", KINDS)
-def test_repeating_shapes_change_no_result(kinds, all_tokens):
+def test_padding_to_repeated_shapes_does_not_change_results(kinds, all_tokens):
     torch.manual_seed(0)
     model = M3AE(TINY)
     geometry = replace(GEOMETRY, image_all_tokens=all_tokens[0], text_all_tokens=all_tokens[1])
@@ -126,7 +126,7 @@ def test_repeating_shapes_change_no_result(kinds, all_tokens):
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-def test_padding_is_apart(kinds):
+def test_padding_forms_separate_segments_that_do_not_change_the_samples(kinds):
     exact, padded = (_batch(kinds, 2, repeat_shapes=repeat) for repeat in (False, True))
     S = len(kinds)
     losses = rounded(len(exact.image_rows)) + rounded(len(exact.text_rows))
@@ -160,7 +160,7 @@ def test_nothing_attends_to_padding():
 
 
 @pytest.mark.parametrize("repeat", [False, True])
-def test_a_step_sorts_nothing(repeat):
+def test_a_step_does_not_sort(repeat):
     """The loader provides the orders in which rows of a table are summed."""
     model = M3AE(TINY.model_copy(update={"vocab_size": 5000}))
     batch = _batch("ppit", 0, repeat_shapes=repeat)
@@ -171,7 +171,7 @@ def test_a_step_sorts_nothing(repeat):
     assert not {"aten::sort", "aten::argsort"} & ops
 
 
-def test_shapes_repeat():
+def test_padded_batches_have_few_different_shapes():
     shapes = {
         tuple(len(getattr(batch, name)) for name in INDEX_ROWS)
         for batch in (_batch("p" * 48 + "iitt", seed, repeat_shapes=True) for seed in range(20))
@@ -186,7 +186,7 @@ def test_shapes_repeat():
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
 @torch._functorch.config.patch(activation_memory_budget=1.0)  # restored afterwards
-def test_compiled_blocks_are_right_and_compile_once():
+def test_compiled_blocks_are_correct_and_compile_once():
     """Batches of other sizes and kinds reuse the graphs of the first ones, and have the results of eager mode."""
     torch._dynamo.reset()
     counters.clear()
@@ -213,7 +213,7 @@ def test_compiled_blocks_are_right_and_compile_once():
 
 @torch._functorch.config.patch(activation_memory_budget=1.0)
 @torch.compiler.config.patch(cache_key_tag="")
-def test_compiled_graphs_are_kept_by_the_micro_batchs_size():
+def test_compiled_graphs_are_cached_by_the_size_of_the_micro_batch():
     """The number of rows in the first batch determines how sums over rows are split, which is not part of the key of
     torch's cache."""
     tags = []
@@ -223,7 +223,7 @@ def test_compiled_graphs_are_kept_by_the_micro_batchs_size():
     assert tags[0] != tags[1] == tags[2]
 
 
-def test_a_change_of_any_module_is_another_compiled_graph(tmp_path, monkeypatch):
+def test_a_change_of_any_module_invalidates_the_compiled_graph(tmp_path, monkeypatch):
     """Modules of the model and of the ops are changed. If the tag of the graph did not change too, torch's cache would
     run an old backward pass after an update."""
     copies = []
@@ -246,7 +246,7 @@ def test_a_change_of_any_module_is_another_compiled_graph(tmp_path, monkeypatch)
     assert tags[0] == tags[1] and len(set(tags)) == 1 + len(copies)
 
 
-def test_compiled_gelu_has_no_input_but_its_own():
+def test_compiled_gelu_has_a_single_graph_input():
     """A named constant such as math.pi would become a tensor that the backward pass of each block reads on the host."""
     seen = []
 

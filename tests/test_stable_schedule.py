@@ -24,7 +24,7 @@ def schedule(steps: int, decay: float = 0.2, warmup: float = 0.0, **optim) -> Sc
     return Schedule(config.train, config.optim, samples=256)
 
 
-def test_the_rate_rises_stays_and_falls_as_a_root():
+def test_the_stable_schedule_warms_up_stays_constant_and_decays_by_a_square_root():
     plan = schedule(100, warmup=10.0, init_lr=0.1, end_lr=0.01)
     assert plan.decay_begin == 80
     assert [plan.lr(step) for step in (0, 5, 10, 50, 80)] == pytest.approx([0.1, 0.55, 1, 1, 1])
@@ -33,7 +33,7 @@ def test_the_rate_rises_stays_and_falls_as_a_root():
     assert plan.lr(100) == plan.lr(500) == pytest.approx(0.01)
 
 
-def test_a_decay_follows_the_end_until_it_has_begun():
+def test_the_start_of_the_decay_moves_with_the_end_until_the_decay_has_begun():
     plan = schedule(100)
     longer = plan.changed(50, 200)
     assert longer.decay_begin == 160 and longer.lr(159) == 1 and longer.lr(60) == 1
@@ -42,7 +42,7 @@ def test_a_decay_follows_the_end_until_it_has_begun():
     assert shorter.decay_begin == 60 and shorter.lr(60) == 1 and shorter.lr(65) == pytest.approx(0)
 
 
-def test_a_decay_that_has_begun_takes_the_steps_that_are_left():
+def test_a_decay_that_has_begun_uses_the_remaining_steps():
     """The learning rate therefore does not jump, and reaches its final value."""
     plan = schedule(100).changed(90, 95).changed(92, 110)
     rates = [plan.lr(step) for step in range(80, 111)]
@@ -52,17 +52,17 @@ def test_a_decay_that_has_begun_takes_the_steps_that_are_left():
 
 
 @pytest.mark.parametrize("decay", [1e-6, 1.0])
-def test_any_fraction_leaves_a_step_to_fall_in(decay):
+def test_the_decay_has_at_least_one_step(decay):
     plan = schedule(3, decay)
     assert plan.decay_begin == (2 if decay < 1 else 0) and plan.lr(3) == 0 and plan.lr(plan.decay_begin) == 1
 
 
-def test_a_cosine_has_no_decay_to_go_back_to():
+def test_a_cosine_schedule_has_no_separate_decay():
     plan = schedule(100, schedule="cosine")
     assert plan.decay_begin is None and plan.lr(50) == pytest.approx(0.5)
 
 
-def test_an_extended_run_goes_back_to_a_checkpoint_that_has_not_failed(tmp_path):
+def test_an_extended_run_returns_to_a_checkpoint_that_is_not_marked_as_failed(tmp_path):
     for step, decays in ((2, False), (4, False), (6, True)):
         info = checkpoint.Info(step, 0, 42, {}, {}, decays=decays)
         save(tmp_path, {"model/w": torch.ones(3)}, info, keep=9)
@@ -79,7 +79,7 @@ WSD = ["--set", "optim.schedule=wsd", "--set", "optim.decay_fraction=0.5", "--se
 
 
 @pytest.mark.slow
-def test_an_extended_run_is_that_of_its_new_length(trainer):
+def test_an_extended_run_equals_a_run_of_the_new_length(trainer):
     """The run continues from the checkpoint before the decay, which is always kept, even if only few checkpoints are
     kept."""
     options = [*WSD, "--set", "train.save_every=1", "--set", "train.keep=1"]

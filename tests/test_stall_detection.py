@@ -82,7 +82,7 @@ def test_idle_workers_end_the_run_after_the_timeout_and_not_before(monkeypatch, 
     assert judged.looks >= 10
 
 
-def test_workers_that_do_something_are_waited_for(monkeypatch):
+def test_active_workers_do_not_count_as_stalled(monkeypatch):
     judged = Judged(monkeypatch, 60.0)
     judged.busy = {"workers"}
     judged.heartbeats.mark("waiting for its loader", loading=True)
@@ -95,7 +95,7 @@ def test_workers_that_do_something_are_waited_for(monkeypatch):
     assert 1060 <= end < 1070  # one timeout after the workers became idle
 
 
-def test_every_batch_begins_the_wait_anew(monkeypatch):
+def test_every_batch_resets_the_stall_timer(monkeypatch):
     judged = Judged(monkeypatch, 60.0)
 
     def at(now: float) -> None:
@@ -115,7 +115,7 @@ def test_workers_may_be_idle_while_a_batch_is_used(monkeypatch):
         assert judged.ended(judged.now + 5000) is None
 
 
-def test_what_the_main_thread_is_at_is_known_at_each_moment_of_a_batch(monkeypatch):
+def test_the_heartbeat_knows_the_activity_of_the_main_thread_throughout_a_batch(monkeypatch):
     judged, seen = Judged(monkeypatch, 60.0), []
 
     def note() -> None:
@@ -140,7 +140,7 @@ def test_what_the_main_thread_is_at_is_known_at_each_moment_of_a_batch(monkeypat
     assert marks[1:] == sorted(set(marks))  # each mark shows progress
 
 
-def test_a_process_that_was_suspended_accuses_nobody(monkeypatch):
+def test_a_process_that_was_suspended_does_not_report_a_stall(monkeypatch):
     judged = Judged(monkeypatch, 60.0, ranks=2)
     judged.heartbeats.mark("waiting for its loader", loading=True)
     end, _ = judged.ended(2e5, lambda now: 1e5 if 30 <= now < 31 else None)
@@ -165,13 +165,13 @@ def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
     assert f"from rank {others[-1]} (last activity: saving step 4)" in why
 
 
-def test_a_rank_that_moves_on_ends_nobody(monkeypatch):
+def test_a_rank_that_makes_progress_ends_no_other_rank(monkeypatch):
     """Another rank may be silent for long: the rank that waits reports the stall."""
     judged = Judged(monkeypatch, 60.0, ranks=2)
     assert judged.ended(1000, lambda now: judged.heartbeats.mark("step")) is None
 
 
-def test_a_rank_beats_while_something_of_it_moves_and_no_longer(monkeypatch):
+def test_a_rank_sends_heartbeats_only_while_it_is_active(monkeypatch):
     judged = Judged(monkeypatch, 600.0, ranks=2)
     assert judged.beats(50) <= 1
     assert judged.beats(50, lambda now: judged.heartbeats.mark("step")) > 45
@@ -190,7 +190,7 @@ def test_a_rank_beats_while_something_of_it_moves_and_no_longer(monkeypatch):
     assert judged.beats(50) > 45
 
 
-def test_a_rank_is_heard_when_it_tells_something_new(monkeypatch):
+def test_only_a_new_heartbeat_message_resets_the_silence_of_a_rank(monkeypatch):
     judged = Judged(monkeypatch, 600.0, ranks=3)
     one, two = (judged.heartbeats._others[other] for other in (1, 2))
     judged.store.set("beat 1", "1 step 1")
@@ -209,7 +209,7 @@ def test_a_rank_is_heard_when_it_tells_something_new(monkeypatch):
     assert judged.heartbeats.stop_requested()
 
 
-def test_where_the_store_has_left_a_rank_knows_what_it_was_told_itself(monkeypatch):
+def test_a_rank_keeps_its_own_stop_request_if_the_store_is_gone(monkeypatch):
     judged = Judged(monkeypatch, 600.0, ranks=2)
 
     def gone(keys):
@@ -221,7 +221,7 @@ def test_where_the_store_has_left_a_rank_knows_what_it_was_told_itself(monkeypat
     assert judged.heartbeats.stop_requested()
 
 
-def test_the_first_that_asks_the_others_to_stop_is_told_so(monkeypatch):
+def test_only_the_first_stop_request_returns_true(monkeypatch):
     judged = Judged(monkeypatch, 600.0, ranks=2)
     assert not judged.heartbeats.stop_requested()
     assert [judged.heartbeats.request_stop("SIGTERM") for _ in range(3)] == [True, False, False]
@@ -266,7 +266,9 @@ def test_every_rank_is_monitored_by_rank_0_or_by_a_leader_that_rank_0_monitors(n
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("kind", ["computes", "writes"])
 @pytest.mark.parametrize("who", ["itself", "child", "grandchild", "nobody"])
-def test_activity_is_of_the_process_and_all_below_it_or_of_those_alone(monkeypatch, who, kind, alone):
+def test_activity_is_measured_over_the_process_and_its_descendants_or_only_the_descendants(
+    monkeypatch, who, kind, alone
+):
     now, used = [0.0], dict.fromkeys(("itself", "child", "grandchild"), 0)
 
     class Process:
@@ -294,7 +296,7 @@ def test_activity_is_of_the_process_and_all_below_it_or_of_those_alone(monkeypat
         assert activity.grown(alone) == (who != "nobody" and not (alone and who == "itself"))
 
 
-def test_the_launcher_is_looked_at_a_few_times_a_second(monkeypatch):
+def test_the_launcher_is_checked_a_few_times_per_second(monkeypatch):
     looks = []
     monkeypatch.setattr(stop_request, "launcher_chain", lambda: looks.append(1))
     with StopRequest() as stop:
@@ -303,7 +305,7 @@ def test_the_launcher_is_looked_at_a_few_times_a_second(monkeypatch):
     assert 2 <= len(looks) <= 10
 
 
-def test_the_first_reason_to_stop_is_the_one_that_is_told():
+def test_the_first_reason_to_stop_is_reported():
     stop = StopRequest()
     assert not stop.asked
     stop.ask("SIGTERM")
@@ -311,7 +313,7 @@ def test_the_first_reason_to_stop_is_the_one_that_is_told():
     assert stop.asked and stop.reason == "SIGTERM"
 
 
-def test_signals_are_handled_afterwards_as_before():
+def test_signal_handlers_are_restored_afterwards():
     def mine(*_) -> None:
         """Handle SIGUSR1 as a user's program might."""
 

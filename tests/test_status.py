@@ -25,7 +25,7 @@ def recorded(folder, steps, error=None, reason=""):
             raise error
 
 
-def test_a_run_that_ended_says_how(tmp_path, capsys):
+def test_the_status_of_an_ended_run_states_how_it_ended(tmp_path, capsys):
     recorded(tmp_path, 10)
     assert main([str(tmp_path)]) == 0
     recorded(tmp_path, 4, reason="SIGTERM")
@@ -41,7 +41,7 @@ def test_a_run_that_ended_says_how(tmp_path, capsys):
     assert len(set(CODES.values())) == len(CODES) and not {1, 2} & set(CODES.values())
 
 
-def test_the_reason_of_a_failure_is_the_line_that_the_run_printed(tmp_path):
+def test_the_status_of_a_failed_run_contains_its_error_line(tmp_path):
     """The reason is not gloo's message after a rank was killed."""
     lost = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
     with pytest.raises(RuntimeError):
@@ -57,7 +57,7 @@ def test_a_killed_run_has_failed_after_the_last_step_that_it_logged(tmp_path):
     assert state == "failed" and reason.startswith("failed: killed after step 5 of 10 was logged")
 
 
-def test_a_run_has_the_steps_to_which_it_was_changed(tmp_path):
+def test_the_status_shows_the_changed_number_of_steps(tmp_path):
     recorder = Recorder(tmp_path, 10)
     recorder.change(0, 20)
     assert not (tmp_path / "status.json").exists()  # nothing is recorded before the first step
@@ -69,7 +69,7 @@ def test_a_run_has_the_steps_to_which_it_was_changed(tmp_path):
     assert status(tmp_path)[1] == "finished at step 20 of 20"
 
 
-def test_a_run_whose_folder_is_held_is_running_and_goes_on(tmp_path):
+def test_a_run_whose_folder_is_locked_is_reported_as_running_and_not_disturbed(tmp_path):
     Recorder(tmp_path, 10).begin(2)
     with RunFolder(tmp_path) as folder:
         command = [sys.executable, "-m", "m3ae_fast", "status", str(tmp_path)]
@@ -100,7 +100,7 @@ def test_nothing_is_recorded_before_a_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_training_run_keeps_its_record(trainer):
+def test_a_training_run_updates_its_status_record(trainer):
     trainer("run", "--set", "train.steps=2", "--set", "train.eval_samples=4")
     assert status(trainer.folder / "run") == ("finished", "finished at step 2 of 2")
     out = trainer("run", "--resume", "auto", "--set", "train.steps=4", "--set", "model.emb_dim=64", code=2)

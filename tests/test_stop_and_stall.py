@@ -55,7 +55,7 @@ STARTING = """
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("busy", ["threading.Event().wait()", "input()", "while True: pass"])
-def test_a_signal_before_the_first_step_ends_the_process_with_0(number, busy):
+def test_a_signal_before_the_first_step_ends_the_process_with_exit_code_0(number, busy):
     process = program(STARTING.format(busy))
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
@@ -64,7 +64,7 @@ def test_a_signal_before_the_first_step_ends_the_process_with_0(number, busy):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_code_of_a_user_gets_a_keyboard_interrupt_and_can_go_on(number):
+def test_user_code_receives_a_keyboard_interrupt_and_can_continue(number):
     """The code may run in a notebook, whose process must not end."""
     code = """
         import signal, time
@@ -102,7 +102,7 @@ def test_a_stopped_process_exits_even_if_saving_fails(saves, expected):
     assert (process.wait(20), out) == (0, expected)
 
 
-def test_a_signal_is_heeded_where_a_thousand_files_are_open():
+def test_a_signal_is_handled_while_a_thousand_files_are_open():
     code = """
         import os, resource, time
         from m3ae_fast.process.stop_request import StopRequest
@@ -167,7 +167,7 @@ def test_a_signal_during_the_imports_is_handled():
     assert "(SIGUSR1)" in process.communicate(timeout=20)[0] and process.returncode == 0
 
 
-def test_a_signal_during_training_asks_and_a_later_ctrl_c_insists():
+def test_the_first_signal_requests_a_stop_and_a_later_ctrl_c_exits_at_once():
     code = """
         import time
         from m3ae_fast.process import stop_request
@@ -190,7 +190,7 @@ def test_a_signal_during_training_asks_and_a_later_ctrl_c_insists():
     assert process.returncode == 130
 
 
-def test_one_of_several_ranks_leaves_when_it_has_told_the_others():
+def test_a_stopped_rank_leaves_after_it_has_notified_the_other_ranks():
     code = """
         import threading, time
         from m3ae_fast.process.stop_request import StopRequest
@@ -209,7 +209,7 @@ def test_one_of_several_ranks_leaves_when_it_has_told_the_others():
     assert (process.returncode, out) == (0, "told SIGTERM\n")
 
 
-def test_a_rank_whose_peer_left_first_saves_what_there_is_and_says_it():
+def test_a_rank_whose_peer_left_first_reports_its_partial_result():
     """The end of the other rank has closed the connections on which this rank waits."""
     code = """
         import threading
@@ -230,7 +230,7 @@ def test_a_rank_whose_peer_left_first_saves_what_there_is_and_says_it():
 
 
 @pytest.mark.parametrize(("when", "world"), [("before", "1"), ("after", "1"), ("after", "2")])
-def test_a_process_whose_launcher_died_leaves(when, world):
+def test_a_process_exits_if_its_launcher_has_died(when, world):
     """The process may also wait for other ranks that never start."""
     child = "import sys; sys.stdin.readline()\n" if when == "before" else ""
     child += "from m3ae_fast.process import stop_request; stop_request._ORPHAN_S = 0.5\n"
@@ -291,7 +291,7 @@ def run_heartbeats(world: int, code: str) -> tuple[int, str]:
     return process.returncode, out
 
 
-def test_whoever_exits_at_once_leaves_no_process_behind():
+def test_an_immediate_exit_kills_all_child_processes():
     """Processes that a child has started are ended too."""
     code = """
         import subprocess, sys
@@ -306,7 +306,7 @@ def test_whoever_exits_at_once_leaves_no_process_behind():
     until(lambda: has_ended(int(number)))
 
 
-def test_a_silent_rank_ends_the_run_and_is_named():
+def test_a_rank_without_a_heartbeat_ends_the_run_and_is_named():
     code = """
         with heartbeats_of[0] as heartbeats:
             heartbeats.mark("step 7")
@@ -321,7 +321,7 @@ def test_a_silent_rank_ends_the_run_and_is_named():
     )
 
 
-def test_a_rank_that_computes_is_waited_for():
+def test_a_rank_that_is_computing_does_not_count_as_stalled():
     code = """
         with heartbeats_of[0] as heartbeats, heartbeats_of[1]:
             until = time.monotonic() + 3
@@ -353,7 +353,7 @@ def test_a_hung_loader_ends_the_run_and_a_slow_one_does_not():
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("torchrun", 2), ("deepspeed", 1)])
-def test_a_start_is_left_by_all_and_leaves_nothing(trainer, launcher, ranks):
+def test_a_signal_during_start_up_ends_all_ranks_and_leaves_no_files(trainer, launcher, ranks):
     """The signal reaches one rank while another one downloads its data, or the launcher is killed."""
     source = json.dumps([{"shards": STUCK}])
     process = trainer.start("run", "--set", f"data.train={source}", ranks=ranks, launcher=launcher)

@@ -22,7 +22,7 @@ def opens_text(call: ast.Call) -> bool:
     return False
 
 
-def test_the_encoding_is_given_wherever_text_is_read_or_written():
+def test_text_files_are_always_opened_with_an_explicit_encoding():
     found, paths = {}, [*(ROOT / "m3ae_fast").rglob("*.py"), *(ROOT / "kernels/m3ae_kernels").rglob("*.py")]
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

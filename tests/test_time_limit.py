@@ -60,7 +60,7 @@ def jitter(seed, mean, spread=0.5):
 
 @pytest.mark.parametrize("planned", [30, 900, 36_000])
 @pytest.mark.parametrize("mean", [0.4, 4.0, 40.0, 400.0])
-def test_a_run_on_a_quiet_machine_ends_in_its_time(monkeypatch, planned, mean):
+def test_a_run_on_an_idle_machine_ends_within_its_time_limit(monkeypatch, planned, mean):
     """The first estimate of the number of steps may be wrong by a large factor."""
     machine = Machine(monkeypatch)
     plan, step = machine.train(
@@ -70,7 +70,7 @@ def test_a_run_on_a_quiet_machine_ends_in_its_time(monkeypatch, planned, mean):
     assert abs(machine.took - HOUR) < 0.15 * HOUR
 
 
-def test_a_right_estimate_stays(monkeypatch):
+def test_a_correct_estimate_of_the_steps_is_not_changed(monkeypatch):
     machine = Machine(monkeypatch)
     plan, step = machine.train(schedule(3600), lambda now: 1.0)
     assert plan.changes == () and step == 3600
@@ -92,7 +92,7 @@ BUSY = {
 
 @pytest.mark.parametrize("step_time", BUSY.values(), ids=BUSY)
 @pytest.mark.parametrize("evaluated", [0.0, 1.0])
-def test_a_run_on_a_busy_machine_is_never_much_late(monkeypatch, step_time, evaluated):
+def test_a_run_on_a_busy_machine_exceeds_its_time_limit_only_slightly(monkeypatch, step_time, evaluated):
     """Evaluations slow down together with steps."""
     machine = Machine(monkeypatch)
     monkeypatch.setattr(f"{__name__}.WILD", jitter(1, 1.0, 1.5))  # the same numbers in any order of the tests
@@ -102,7 +102,7 @@ def test_a_run_on_a_busy_machine_is_never_much_late(monkeypatch, step_time, eval
     assert len(plan.changes) < 200
 
 
-def test_a_run_out_of_time_ends_with_a_learning_rate_that_falls(monkeypatch):
+def test_the_learning_rate_decays_before_a_run_reaches_its_time_limit(monkeypatch):
     machine = Machine(monkeypatch)
     plan, step = machine.train(schedule(3600), lambda now: 10.0 if now > 3500 else 1.0)
     rates = [plan.lr(each) for each in range(step)]
@@ -113,7 +113,7 @@ def test_a_run_out_of_time_ends_with_a_learning_rate_that_falls(monkeypatch):
 
 
 @pytest.mark.parametrize("step_time", BUSY.values(), ids=BUSY)
-def test_a_stable_learning_rate_falls_at_the_end_of_the_time(monkeypatch, step_time):
+def test_a_stable_learning_rate_decays_at_the_end_of_the_time_limit(monkeypatch, step_time):
     """The decay is as long as planned unless step times change much, and the learning rate reaches its final value."""
     machine = Machine(monkeypatch)
     plan, step = machine.train(schedule(900, schedule="wsd"), step_time)
@@ -122,7 +122,7 @@ def test_a_stable_learning_rate_falls_at_the_end_of_the_time(monkeypatch, step_t
     assert 0.08 * step < step - plan.decay_begin < 0.6 * step
 
 
-def test_the_time_of_earlier_attempts_counts(monkeypatch):
+def test_the_time_limit_includes_earlier_attempts(monkeypatch):
     machine = Machine(monkeypatch)
     first = TimeLimit(HOUR)
     plan, step = machine.train(schedule(900), lambda now: 1.0, limit=first, until=1000)
@@ -131,20 +131,20 @@ def test_the_time_of_earlier_attempts_counts(monkeypatch):
     assert step == pytest.approx(3600, rel=0.03) and machine.took == pytest.approx(2600, rel=0.03)
 
 
-def test_the_last_evaluation_is_part_of_the_time(monkeypatch):
+def test_the_time_limit_includes_the_last_evaluation(monkeypatch):
     """The evaluation takes a tenth of the time, like the first one."""
     machine = Machine(monkeypatch)
     machine.train(schedule(3600), lambda now: 1.0, lambda now: 360.0)
     assert machine.took == pytest.approx(HOUR, rel=0.03)
 
 
-def test_there_are_no_more_epochs_than_help(monkeypatch):
+def test_the_number_of_epochs_within_a_time_limit_has_a_maximum(monkeypatch):
     machine = Machine(monkeypatch)
     plan, step = machine.train(schedule(20, samples=160), lambda now: 0.1)
     assert step == plan.most_steps == LONGEST * 10
 
 
-def test_a_change_keeps_the_learning_rate_continuous_and_leads_to_its_end():
+def test_the_learning_rate_stays_continuous_and_reaches_its_end_if_the_number_of_steps_changes():
     whole = schedule(1000, warmup_epochs=1e-4, end_lr=1e-5)
     changed = whole.changed(300, 2400).changed(900, 1200)
     assert changed.changes == (Change(300, 2400), Change(900, 1200)) and changed.total_steps == 1200
@@ -158,13 +158,13 @@ def test_a_change_keeps_the_learning_rate_continuous_and_leads_to_its_end():
     assert changed.warmup_steps == whole.warmup_steps and changed.due(1200, None) and not changed.due(1000, None)
 
 
-def test_a_warm_up_is_stretched_too():
+def test_the_warm_up_is_stretched_with_the_number_of_steps():
     whole = schedule(1000, warmup_epochs=1e-4)
     assert whole.warmup_steps == 100
     longer = whole.changed(50, 9550)  # 10 steps for each of the 950 remaining steps
     assert max(range(9550), key=longer.lr) == 550 and longer.lr(550) == pytest.approx(whole.lr(100))
 
 
-def test_without_a_change_rates_are_bitwise_those_of_the_steps():
+def test_learning_rates_are_bitwise_unchanged_if_the_number_of_steps_does_not_change():
     whole = schedule(977, warmup_epochs=1e-4)
     assert [whole.position(step) for step in range(1000)] == list(range(1000))

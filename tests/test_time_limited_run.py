@@ -26,7 +26,7 @@ def train(trainer, run, *options, ranks=1):
     return out
 
 
-def test_a_run_ends_in_its_time_and_a_killed_one_goes_on_bit_for_bit(trainer):
+def test_a_time_limited_run_ends_in_time_and_resumes_bitwise_identically_after_a_kill(trainer):
     out = train(trainer, "run")
     assert f"steps 0 to 60, adjusted to train.hours={STEPS * STEP_S / 3600:g}" in out
     whole = trainer.lines("run", "loss", "grad_norm", "lr")
@@ -52,7 +52,7 @@ def test_a_run_ends_in_its_time_and_a_killed_one_goes_on_bit_for_bit(trainer):
             assert found == whole
 
 
-def test_the_main_rank_decides_for_all(trainer):
+def test_the_main_rank_determines_the_number_of_steps_for_all_ranks(trainer):
     for run, ranks in (("one", 1), ("two", 2)):
         train(trainer, run, ranks=ranks)
     assert trainer.lines("one", "total_steps") == trainer.lines("two", "total_steps") != []
@@ -61,7 +61,7 @@ def test_the_main_rank_decides_for_all(trainer):
     np.testing.assert_allclose(two, one, rtol=2e-5)
 
 
-def test_a_run_that_goes_on_with_less_time_than_it_has_used_ends_soon(trainer):
+def test_a_run_resumed_with_less_time_than_it_has_used_ends_soon(trainer):
     train(trainer, "run")
     for path in checkpoint.saved_steps(trainer.folder / "run"):
         if checkpoint.step_of(path) > 12:

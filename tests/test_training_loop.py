@@ -124,7 +124,7 @@ def lines(config: Config) -> list[dict]:
     return [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed, caplog):
+def test_the_training_loop_passes_learning_rates_counts_and_seeds_to_the_engine(monkeypatch, tmp_path, mixed, caplog):
     """With 52 samples in batches of 26, an epoch has two steps. The warm-up takes two epochs and begins at a tenth of
     the peak learning rate."""
     config = settings(
@@ -181,7 +181,7 @@ def test_a_run_reads_the_samples_that_its_config_selects(monkeypatch, tmp_path, 
     assert found[0] == found[1] != found[2]  # masks depend on the seed
 
 
-def test_a_run_stops_where_too_many_of_all_samples_are_bad(monkeypatch, tmp_path):
+def test_a_run_stops_if_the_fraction_of_bad_samples_is_too_high(monkeypatch, tmp_path):
     """One of five samples is bad. Bad samples are included in the number of all samples."""
     files = [*members(range(8)), *((f"9{i}.jpg", b"") for i in range(2))]
     path = write_tar(tmp_path / "a.tar", files)
@@ -198,7 +198,7 @@ def test_a_run_stops_where_too_many_of_all_samples_are_bad(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("loss", [math.inf, -math.inf, math.nan])
-def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch, tmp_path, mixed, loss):
+def test_a_non_finite_loss_ends_training(monkeypatch, tmp_path, mixed, loss):
     config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 26, "steps": 8})
     with pytest.raises(UserError, match="the loss of step 2 is not finite; samples: "):
         run(monkeypatch, config, bad={2: loss})
@@ -280,7 +280,7 @@ def paired(config: Config, seed: int):
     return sample
 
 
-def test_a_state_that_is_being_written_does_not_change_as_training_goes_on():
+def test_a_state_being_written_does_not_change_while_training_continues():
     data = json.loads(json.dumps(TINY))
     data["train"] |= {"global_batch": 2, "micro_batch": 2, "ema": 0.5}
     config = parse(Config, data, "test")
@@ -299,7 +299,7 @@ def test_a_state_that_is_being_written_does_not_change_as_training_goes_on():
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_checkpointing_is_of_encoder_and_decoder(on):
+def test_activation_checkpointing_applies_to_encoder_and_decoder(on):
     data = json.loads(json.dumps(TINY))
     data["train"] |= {"activation_checkpointing": on}
     config = parse(Config, data, "test")
@@ -309,7 +309,7 @@ def test_checkpointing_is_of_encoder_and_decoder(on):
 
 
 @pytest.mark.parametrize("most", [None, 0.01, 1.0, 1e9])
-def test_gradients_are_clipped_as_torch_does(most):
+def test_gradients_are_clipped_as_in_torch(most):
     torch.manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.zeros(3, n)) for n in (1, 5)] for _ in range(2))
     for one, other in zip(ours, theirs):
@@ -321,7 +321,7 @@ def test_gradients_are_clipped_as_torch_does(most):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=0)
 
 
-def test_the_wait_for_data_is_that_for_the_loader_alone(monkeypatch):
+def test_data_wait_measures_only_the_wait_for_the_loader(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(feed_module.time, "perf_counter", lambda: clock[0])
 
@@ -360,7 +360,7 @@ def as_it_is(batch):
     return batch
 
 
-def test_held_out_losses_are_means_over_the_pictures_and_captions_of_all_ranks():
+def test_held_out_losses_are_means_over_the_images_and_captions_of_all_ranks():
     torch.manual_seed(0)
     model = M3AE(SMALL)
     engine = argparse.Namespace(evaluate=lambda batch: model.eval()(batch))
@@ -389,7 +389,7 @@ def test_held_out_losses_are_means_over_the_pictures_and_captions_of_all_ranks()
     assert values["val_text_accuracy"] == pytest.approx(sum(right for _, right in texts) / len(texts), rel=1e-5)
 
 
-def test_work_ends_before_the_first_batch_where_a_rank_asks_to_stop():
+def test_work_ends_before_the_next_batch_if_any_rank_requests_a_stop():
     ranks, stop, done = OneOfTwo(), argparse.Namespace(asked=False), []
     with pytest.raises(Stopped):
         for batch in until_stopped(range(5), ranks, stop):
@@ -402,7 +402,7 @@ def test_work_ends_before_the_first_batch_where_a_rank_asks_to_stop():
 
 
 @pytest.mark.parametrize("repeat_shapes", [False, True])
-def test_a_step_counts_its_samples_and_no_padding(repeat_shapes):
+def test_a_step_counts_its_samples_without_padding(repeat_shapes):
     batches = [
         pack(samples, M3AE(SMALL).geometry, repeat_shapes=repeat_shapes) for samples in (MIXED[:2], MIXED[2:], [])
     ]
@@ -413,7 +413,7 @@ def test_a_step_counts_its_samples_and_no_padding(repeat_shapes):
     assert counts[:-1] == (len(MIXED), images, texts, images, texts, 0, tokens)
 
 
-def test_what_a_worker_has_counted_is_not_counted_again(monkeypatch):
+def test_flops_counted_by_a_worker_are_not_counted_again(monkeypatch):
     """Counting the FLOPs of a step takes milliseconds, in which a GPU would wait."""
     model = M3AE(SMALL)
     batch = collate(MIXED, model.geometry, SMALL)
@@ -424,7 +424,7 @@ def test_what_a_worker_has_counted_is_not_counted_again(monkeypatch):
     assert StepCounts.of([there], SMALL) == expected
 
 
-def test_a_run_lets_its_workers_count():
+def test_the_loader_workers_of_a_run_count_flops():
     data = argparse.Namespace(tokenizer=None, image_tokenizer=None)
     config = parse(
         Config,
@@ -435,7 +435,7 @@ def test_a_run_lets_its_workers_count():
     assert preparation_of(config, M3AE(SMALL), data, schedule).counted_for == config.model
 
 
-def test_modules_are_told_to_train_only_after_an_evaluation(monkeypatch):
+def test_modules_are_set_to_training_mode_only_after_an_evaluation(monkeypatch):
     config = parse(
         Config,
         {
@@ -460,7 +460,7 @@ def test_modules_are_told_to_train_only_after_an_evaluation(monkeypatch):
         assert modes == [(False,), ()] and engine.model.encoder.training
 
 
-def test_the_first_step_that_is_not_finite_is_told_with_what_was_not():
+def test_the_first_non_finite_step_is_reported_with_the_non_finite_quantity():
     """A step has two micro-batches, whose losses are known before the norm."""
     fine, wrong = torch.tensor(1.0), torch.tensor(math.nan)
     for place, what in ((0, "loss"), (1, "loss"), (2, "gradient norm")):
@@ -526,7 +526,7 @@ def saver(ranks, folder, say=print) -> Saver:
     )
 
 
-def test_of_two_ranks_that_failed_the_earlier_step_is_judged():
+def test_the_earliest_failed_step_of_all_ranks_is_reported():
     """A step fails on the rank that has the sample. The next steps of the other ranks fail because of its gradients."""
     judged = []
     for mine, other in ((7, 8), (8, 7), (7, None), (None, 7)):
@@ -546,7 +546,7 @@ def test_of_two_ranks_that_failed_the_earlier_step_is_judged():
     assert judged == [7] * 4
 
 
-def test_rates_are_those_since_the_last_time(monkeypatch):
+def test_throughput_is_measured_since_the_previous_log_line(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     config, masking = SMALL, MaskingConfig()
@@ -568,7 +568,7 @@ def test_rates_are_those_since_the_last_time(monkeypatch):
     assert meter.rates()["samples_per_s"] == 10
 
 
-def test_utilisation_is_of_the_peak_of_all_ranks(monkeypatch, tmp_path, mixed):
+def test_utilisation_is_relative_to_the_peak_throughput_of_all_ranks(monkeypatch, tmp_path, mixed):
     """The rank is one of two. The other rank is not required."""
     monkeypatch.setattr(run_module, "peak_flops", lambda *_: 1e9)
     monkeypatch.setattr(run_module, "build_engine", lambda *_: SimpleNamespace())
@@ -669,14 +669,14 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
     return found
 
 
-def test_a_checkpoint_is_good_once_the_step_after_it_is_finite_on_all_ranks(tmp_path):
+def test_a_checkpoint_is_marked_good_once_the_next_step_is_finite_on_all_ranks(tmp_path):
     """Step 5 is the first step whose loss is computed from the weights after step 4."""
     for pair in itertools.product((3, 4, 5, 6), repeat=2):
         assert _verdict(tmp_path, pair) == [min(pair) >= 5] * 2, pair
     assert _verdict(tmp_path, (5, 5), busy=(False, True)) == [False, True]  # the checkpoint may not be written yet
 
 
-def test_what_a_step_draws_depends_on_seed_step_and_rank_alone():
+def test_random_numbers_of_a_step_depend_only_on_seed_step_and_rank():
     def drawn(seed: int, step: int, rank: int) -> float:
         trainer = argparse.Namespace(
             run=argparse.Namespace(seed=seed),
@@ -705,13 +705,13 @@ def test_the_peak_of_a_matmul_counts_a_multiplication_and_an_addition(monkeypatc
     assert peak == 2 * math.prod(sizes[-1])
 
 
-def test_an_epoch_of_less_than_a_batch_is_a_step():
+def test_an_epoch_with_less_than_a_batch_has_one_step():
     config = parse(Config, TINY, "test")
     schedule = Schedule(config.train, config.optim.model_copy(update={"warmup_epochs": 1000.0}), samples=5)
     assert (schedule.steps_per_epoch, schedule.total_steps, schedule.warmup_steps) == (1, 6, 6)
 
 
-def test_an_epoch_is_of_whole_batches():
+def test_an_epoch_consists_of_whole_batches():
     config = parse(Config, TINY, "test")
     batch = config.train.global_batch
     found = [Schedule(config.train, config.optim, samples).steps_per_epoch for samples in (batch, 3 * batch - 1)]
@@ -730,13 +730,13 @@ def test_an_epoch_is_of_whole_batches():
         (FineTuneConfig(peak_lr=1e-3, warmup_epochs=5), 1024, "learning rate 0.001"),
     ],
 )
-def test_a_rate_is_said_as_logs_have_it_and_as_the_config_has_it(optim, batch, words):
+def test_the_learning_rate_is_printed_as_logged_and_as_configured(optim, batch, words):
     schedule = Schedule(LoopConfig(steps=10, global_batch=batch), optim, 100)
     assert schedule.describe_rate() == words
     assert f"{schedule.lr(schedule.warmup_steps):.3g}" == words.split()[2]
 
 
-def test_the_learning_rate_stays_at_its_end():
+def test_the_learning_rate_stays_constant_after_the_end_of_the_schedule():
     config = parse(Config, TINY, "test")
     optim = config.optim.model_copy(update={"warmup_epochs": 1.0, "end_lr": 0.01, "peak_lr": 1.0})
     schedule = Schedule(config.train, optim, samples=5)
@@ -745,7 +745,7 @@ def test_the_learning_rate_stays_at_its_end():
     assert [schedule.lr(schedule.total_steps + more) for more in (1, 2, 5, 9)] == [last] * 4
 
 
-def test_only_unusual_settings_are_noted(tmp_path, mixed):
+def test_only_unusual_settings_are_reported(tmp_path, mixed):
     wild = settings(tmp_path, mixed, optim={"warmup_epochs": 1000.0})
     calm = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
 
@@ -774,7 +774,7 @@ def test_only_unusual_settings_are_noted(tmp_path, mixed):
         ({}, {"image_ratio": 0}, True),
     ],
 )
-def test_a_run_that_trains_nothing_is_told(tmp_path, mixed, loss, masking, trained):
+def test_a_run_without_a_trainable_loss_is_reported(tmp_path, mixed, loss, masking, trained):
     config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
     changes = {"loss": config.loss.model_copy(update=loss), "masking": config.masking.model_copy(update=masking)}
     config = config.model_copy(update=changes)
@@ -783,7 +783,7 @@ def test_a_run_that_trains_nothing_is_told(tmp_path, mixed, loss, masking, train
     assert [note.startswith("the total loss is always 0: ") for note in found] == [True] * (not trained)
 
 
-def test_images_that_are_enlarged_are_told(tmp_path, mixed):
+def test_enlarged_images_are_reported(tmp_path, mixed):
     """The images of `mixed` have 40 x 30 pixels."""
     for size, is_noted in ((40, False), (48, True)):
         config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3, "image_size": size})
@@ -796,7 +796,7 @@ def test_images_that_are_enlarged_are_told(tmp_path, mixed):
     assert run_warnings(native, data, Schedule(config.train, config.optim, data.train.samples)) == []
 
 
-def test_an_image_only_run_logs_no_text(monkeypatch, tmp_path):
+def test_an_image_only_run_logs_no_text_metrics(monkeypatch, tmp_path):
     path = write_tar(tmp_path / "a.tar", members(range(8), "image"))
     train = {"global_batch": 8, "micro_batch": 8, "steps": 2, "log_every": 1}
     config = settings(tmp_path, [{"shards": path}], model={"vocab_size": 0}, train=train)
@@ -806,7 +806,7 @@ def test_an_image_only_run_logs_no_text(monkeypatch, tmp_path):
     assert not any("text" in name for name in names)
 
 
-def test_members_that_nothing_reads_are_told_at_the_start(tmp_path, mixed):
+def test_ignored_files_in_shards_are_reported_at_the_start(tmp_path, mixed):
     config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
     films = write_tar(tmp_path / "films.tar", [("0.jpg", picture(0)), ("0.mp4", b"film")])
     found = [open_corpus([SourceConfig(shards=s)], ShardStore(tmp_path)) for s in (mixed[0]["shards"], films)]
@@ -816,7 +816,7 @@ def test_members_that_nothing_reads_are_told_at_the_start(tmp_path, mixed):
         assert run_warnings(config, data, schedule) == [f"data.{name}: some files in the shards are ignored: 1 .mp4"]
 
 
-def test_held_out_shards_that_are_trained_on_are_told(tmp_path, mixed):
+def test_held_out_shards_that_are_also_used_for_training_are_reported(tmp_path, mixed):
     one, two = (write_tar(tmp_path / f"{i}.tar", [(f"{i}.jpg", picture(i))]) for i in range(2))
     calm = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
     train, val = (open_corpus([SourceConfig(shards=names)], ShardStore(tmp_path)) for names in (one, [one, two]))
@@ -824,7 +824,7 @@ def test_held_out_shards_that_are_trained_on_are_told(tmp_path, mixed):
     assert note.startswith(f"data.val: 1 of its shards is also used for training (for example, {one}), so")
 
 
-def test_a_cache_on_a_network_file_system_is_told(tmp_path, mixed, monkeypatch):
+def test_a_cache_on_a_network_file_system_is_reported(tmp_path, mixed, monkeypatch):
     """The note is given only if shards are copied into the cache."""
     calm = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
     path = write_tar(tmp_path / "one.tar", [("0.jpg", picture(0))])
@@ -838,7 +838,7 @@ def test_a_cache_on_a_network_file_system_is_told(tmp_path, mixed, monkeypatch):
     assert run_warnings(calm, near, schedule) == []
 
 
-def test_memory_that_goes_on_growing_is_told():
+def test_continuously_growing_memory_is_reported():
     growth = MemoryGrowth()
     assert [growth.check(step, gigabytes) for step, gigabytes in ((1, 1.0), (50, 2.0), (60, 2.9))] == [None] * 3
     assert growth.check(70, 3.1) == "peak memory has grown from 2.00 to 3.10 GB since the first steps"

@@ -72,7 +72,7 @@ def _named(*shards):
         "ais://bucket/a.tar",
     ],
 )
-def test_a_run_whose_shards_run_a_program_is_refused_in_a_line(tmp_path, shards, programs, split, pattern):
+def test_a_run_whose_shards_execute_a_command_is_refused_in_one_line(tmp_path, shards, programs, split, pattern):
     marker = tmp_path / "marker"
     named = _named(pattern.format(shards=shards, marker=marker))
     run = _run(tmp_path / "run", **{"train": _named(shards), "val": [], split: named})
@@ -82,7 +82,7 @@ def test_a_run_whose_shards_run_a_program_is_refused_in_a_line(tmp_path, shards,
     assert not (run / "reconstructions.png").exists()
 
 
-def test_trust_and_the_users_own_shards_open_it(tmp_path, shards):
+def test_the_trust_option_or_shards_given_by_the_user_allow_an_untrusted_run(tmp_path, shards):
     run = _run(tmp_path / "run", train=_named(shards), val=_named(f"pipe:touch {tmp_path}/theirs; cat {shards}"))
     assert (
         draw.main(
@@ -95,13 +95,13 @@ def test_trust_and_the_users_own_shards_open_it(tmp_path, shards):
     assert (tmp_path / "theirs").exists()
 
 
-def test_own_runs_need_no_trust(tmp_path, shards):
+def test_the_users_own_runs_do_not_require_the_trust_option(tmp_path, shards):
     ShardStore(tmp_path / "cache")
     run = _run(tmp_path / "run", train=_named(shards), val=[], cache_dir=str(tmp_path / "cache"))
     assert draw.main(["reconstructions", str(run), "--pictures", "1"]) == 0
 
 
-def test_a_folder_becomes_no_cache_because_a_run_says_so(tmp_path, shards):
+def test_an_untrusted_run_cannot_turn_a_folder_into_a_cache(tmp_path, shards):
     """If the folder became a cache, files in its sub-folder `shards` could be removed to free space."""
     (tmp_path / "precious/shards").mkdir(parents=True)
     run = _run(tmp_path / "run", train=_named(shards), val=[], cache_dir=str(tmp_path / "precious"))
@@ -127,7 +127,9 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_command_runs_what_a_run_names_or_writes_where_it_says(tmp_path, shards, programs, capsys, command):
+def test_no_command_executes_programs_or_writes_to_paths_named_by_an_untrusted_run(
+    tmp_path, shards, programs, capsys, command
+):
     out = tmp_path / "out"
     out.mkdir()
     (out / "a.jpg").write_bytes(picture(1))
@@ -149,7 +151,7 @@ def test_no_command_runs_what_a_run_names_or_writes_where_it_says(tmp_path, shar
     assert found == {"out", "run"}
 
 
-def test_a_private_file_is_no_picture_of_a_report(tmp_path):
+def test_a_report_does_not_include_files_outside_the_run_folder(tmp_path):
     run = _run(tmp_path / "run")
     (tmp_path / "secret").write_text("mine")
     (run / "task").mkdir()

@@ -54,7 +54,7 @@ def test_a_learning_rate_is_chosen_by_the_loss_of_short_runs(tmp_path, monkeypat
     assert learning_rate_search.tune(found, path) == found  # the search is complete
 
 
-def test_a_search_that_cannot_say_anything_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_learning_rate_search_without_a_usable_result_is_refused(tmp_path, monkeypatch, capsys):
     path = tmp_path / "config.json"
     with pytest.raises(UserError, match=r"--tune: trial runs of 15 steps \(5% of 300\) are too short to compare"):
         learning_rate_search.tune(tuned_config(tmp_path, steps=300), path)
@@ -76,7 +76,7 @@ def test_a_search_that_cannot_say_anything_is_refused(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.slow
-def test_a_trial_is_a_run_with_a_loss_of_its_own(tmp_path, monkeypatch):
+def test_a_trial_of_the_learning_rate_search_is_a_separate_run(tmp_path, monkeypatch):
     monkeypatch.setattr(learning_rate_search, "FACTORS", (1.0, 2.0))
     monkeypatch.setattr(learning_rate_search, "FEWEST", 2)
     config = tuned_config(tmp_path, steps=40)

@@ -24,7 +24,7 @@ FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_golden(file):
+def test_golden_files_are_reproduced(file):
     golden = Golden.load(file)
     names = set()
     for name, ours, official, tolerance in quantities(golden, torch.device("cpu"), torch.float32):
@@ -39,7 +39,7 @@ def test_golden(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_our_official_is_the_official(file):
+def test_the_reference_implementation_reproduces_the_golden_files_of_the_official_code(file):
     """The reference that writes the other golden files agrees with a file written by the official code."""
     golden = Golden.load(file)
     ours = Official(golden.meta, golden.arrays).arrays()
@@ -71,7 +71,7 @@ OTHER_SIZES = {
 
 
 @pytest.mark.parametrize("name", OTHER_SIZES)
-def test_other_sizes(tmp_path, name):
+def test_golden_files_of_other_sizes_are_reproduced(tmp_path, name):
     golden = Golden.load(make_golden(tmp_path / "golden.npz", **OTHER_SIZES[name]))
     for quantity, ours, official, tolerance in quantities(golden, torch.device("cpu"), torch.float32):
         assert relative_error(ours, official) <= tolerance, quantity
@@ -90,14 +90,14 @@ def test_exit_codes(tmp_path, capsys):
     assert main([str(tmp_path / "bent.npz"), "--tolerance-scale", "100"]) == 0
 
 
-def test_nan_is_no_agreement(tmp_path):
+def test_verify_fails_on_nan(tmp_path):
     arrays = dict(np.load(FILES[0]))
     arrays["out/loss"] = np.float32("nan")
     np.savez(tmp_path / "nan.npz", **arrays)
     assert main([str(tmp_path / "nan.npz")]) == 1
 
 
-def test_clipping_is_optax(tmp_path):
+def test_gradient_clipping_equals_that_of_optax(tmp_path):
     """A small clip_gradient scales the gradients of the first step. A wrong rule would change the parameters after
     it."""
     golden = Golden.load(next(f for f in FILES if f.stem == "paired"))
@@ -119,7 +119,7 @@ def test_clipping_is_optax(tmp_path):
         assert relative_error(ours, expected) < 2e-4, name
 
 
-def test_bad_files(tmp_path):
+def test_verify_reports_invalid_files(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         Golden.load(tmp_path / "missing.npz")
     (tmp_path / "text.npz").write_text("no")
@@ -163,7 +163,7 @@ def test_files_that_cannot_be_replayed(tmp_path, capsys, key, value, message):
     assert "cannot be replayed" in error and message in error and error.count("\n") == 1
 
 
-def test_another_shape_is_no_agreement(tmp_path):
+def test_verify_fails_if_an_array_has_another_shape(tmp_path):
     arrays = dict(np.load(FILES[0]))
     arrays["out/loss_trajectory"] = arrays["out/loss_trajectory"][:-1]
     np.savez(tmp_path / "short.npz", **arrays)
@@ -178,7 +178,7 @@ def test_every_parameter_has_its_flax_name():
         assert ours == {key.removeprefix("params/") for key in golden.arrays if key.startswith("params/")}
 
 
-def test_decay_groups_are_the_official_ones():
+def test_weight_decay_groups_equal_the_official_ones():
     from m3ae_fast.engine.parameter_groups import parameter_groups
 
     golden = Golden.load(FILES[-1])
@@ -191,7 +191,7 @@ def test_decay_groups_are_the_official_ones():
 
 
 @pytest.mark.parametrize("everywhere", ["image", "text"])
-def test_a_loss_on_all_tokens_of_one_modality_leaves_the_other_as_it_was(tmp_path, everywhere):
+def test_computing_the_loss_of_one_modality_on_all_tokens_does_not_change_that_of_the_other(tmp_path, everywhere):
     """The test sets one flag at a time. The official code has one flag for both."""
     official = {
         flag: Golden.load(make_golden(tmp_path / f"{flag}.npz", all_token_loss=flag, seed=4)) for flag in (False, True)

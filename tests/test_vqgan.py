@@ -62,11 +62,11 @@ def samples(count, ids=None):
     return found
 
 
-def test_the_defaults_are_the_sizes_of_the_published_tokenizer():
+def test_the_default_sizes_are_those_of_the_published_vqgan():
     assert VQGANConfig() == VQGANConfig(128, 2, (1, 1, 2, 2, 4), 256, 1024)
 
 
-def test_it_is_the_official_tokenizer():
+def test_the_vqgan_equals_the_official_one():
     compared = list(quantities(Golden.load(GOLDEN), torch.device("cpu"), torch.float32))
     assert len(compared) == 8
     for name, ours, official, tolerance in compared:
@@ -87,7 +87,7 @@ def _flax_bytes(arrays):
     return msgpack.packb(tree)
 
 
-def test_conversion_of_the_official_file_format(tmp_path):
+def test_the_official_vqgan_file_is_converted(tmp_path):
     arrays = {key: array for key, array in Golden.load(GOLDEN).arrays.items() if key.startswith("params/")}
     (tmp_path / "tokenizer.msgpack").write_bytes(_flax_bytes(arrays))
     assert convert([str(tmp_path / "tokenizer.msgpack"), "--out", str(tmp_path / "out")]) == 0
@@ -144,7 +144,7 @@ def test_conversion_of_the_official_file_format(tmp_path):
         VQGAN.from_pretrained(tmp_path)
 
 
-def test_it_is_frozen_and_a_folder_of_something_else_is_none(vqgan, model, tmp_path):
+def test_the_vqgan_is_frozen_and_other_folders_are_refused(vqgan, model, tmp_path):
     assert not any(p.requires_grad for p in vqgan.parameters()) and not vqgan.training
     vqgan.save_pretrained(tmp_path / "vqgan")
     written = json.loads((tmp_path / "vqgan/config.json").read_text(encoding="utf-8"))
@@ -171,7 +171,7 @@ def test_it_is_frozen_and_a_folder_of_something_else_is_none(vqgan, model, tmp_p
         VQGAN.from_pretrained(tmp_path / "m3ae")
 
 
-def test_bytes_and_floats_have_the_same_ids(vqgan):
+def test_8_bit_and_float_images_have_the_same_ids(vqgan):
     images = torch.stack([sample.image for sample in samples(11)])  # more images than are encoded at a time
     ids_BL = vqgan.encode(images)
     assert ids_BL.shape == (11, 16) and ids_BL.dtype == torch.int32 and len(ids_BL.unique()) > 3
@@ -187,7 +187,7 @@ def test_bytes_and_floats_have_the_same_ids(vqgan):
     assert vqgan.decode(ids_BL.view(-1, 4, 4)).shape == images.shape
 
 
-def test_the_loss_is_the_cross_entropy_of_masked_patches(vqgan, model):
+def test_the_image_token_loss_is_the_cross_entropy_on_masked_patches(vqgan, model):
     images = torch.stack([sample.image for sample in samples(3)])
     ids_BL = vqgan.encode(images)
     batch = pack(samples(3, ids_BL), model.geometry)
@@ -214,7 +214,7 @@ def test_the_loss_is_the_cross_entropy_of_masked_patches(vqgan, model):
 
 
 @pytest.mark.parametrize("per", ["sample", "batch"])
-def test_rows_of_no_sample_change_no_loss(vqgan, per):
+def test_padding_rows_do_not_change_the_image_token_loss(vqgan, per):
     model = M3AE(MODEL, LossConfig(per=per))
     ids_BL = vqgan.encode(torch.stack([sample.image for sample in samples(3)]))
     exact, longer = (pack(samples(3, ids_BL), model.geometry, repeat_shapes=again) for again in (False, True))
@@ -237,7 +237,7 @@ def _loader(tmp_path, shards, train, **preparation):
     return train_loader(config, corpus, ready, share, range(3)) if train else eval_loader(config, corpus, ready, share)
 
 
-def test_ids_made_in_workers_and_on_the_device_agree(tmp_path, vqgan):
+def test_ids_computed_in_workers_and_on_the_device_agree(tmp_path, vqgan):
     shards = write_tar(tmp_path / "a.tar", members(range(8), "image"))
     here = list(_loader(tmp_path, shards, True, image_tokenizer=vqgan))
     later = list(_loader(tmp_path, shards, True))
@@ -246,7 +246,7 @@ def test_ids_made_in_workers_and_on_the_device_agree(tmp_path, vqgan):
         assert torch.equal(with_image_targets(other, vqgan, MODEL).image_targets, one.image_targets)
 
 
-def test_ids_made_ahead_of_time(tmp_path, vqgan, monkeypatch, capsys):
+def test_ids_can_be_computed_in_advance(tmp_path, vqgan, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     vqgan.save_pretrained(tmp_path / "vqgan")
     files = [*members(range(5)), *members(range(5, 6), "text"), ("6.jpg", picture(6)[:-300]), ("6.cls", b"3")]
@@ -289,13 +289,13 @@ def test_ids_made_ahead_of_time(tmp_path, vqgan, monkeypatch, capsys):
     assert not out.exists()
 
 
-def test_each_view_of_each_image_in_each_shard_is_another_crop(tmp_path, vqgan):
+def test_each_view_of_each_image_has_a_different_crop(tmp_path, vqgan):
     shards = [write_tar(tmp_path / f"{name}.tar", [("0.jpg", picture(0)), ("1.jpg", picture(0))]) for name in "ab"]
     records = Crops(shards, ShardStore(tmp_path), vqgan, 32, 2, (0.2, 1.0), flip=False, seed=0, threads=1)
     assert len({records.read("tokenized", number).image for number in range(8)}) == 8
 
 
-def test_ids_of_other_crops_are_another_conversion(tmp_path, vqgan):
+def test_ids_of_changed_crops_are_not_taken_for_the_same_conversion(tmp_path, vqgan):
     shards = write_tar(tmp_path / "a.tar", members(range(2), "image"))
     usual = {"size": 32, "views": 2, "scale": (0.2, 1.0), "flip": True, "seed": 0, "threads": 1, "image_range": None}
     others = {"size": 64, "views": None, "scale": (0.3, 1.0), "flip": False, "seed": 1, "image_range": "dtype"}
@@ -320,7 +320,7 @@ def test_ids_of_other_crops_are_another_conversion(tmp_path, vqgan):
 
 
 @pytest.mark.parametrize("options", [[], ["--no-flip"]])
-def test_half_of_the_crops_are_mirrored_unless_they_are_not_to_be(tmp_path, vqgan, options):
+def test_half_of_the_crops_are_flipped_unless_flipping_is_disabled(tmp_path, vqgan, options):
     """The image is dark on its left."""
     vqgan.save_pretrained(tmp_path / "vqgan")
     file = BytesIO()
@@ -336,7 +336,7 @@ def test_half_of_the_crops_are_mirrored_unless_they_are_not_to_be(tmp_path, vqga
     assert mirrored == 0 if options else 0 < mirrored < 12
 
 
-def test_held_out_ids_are_of_the_central_square(tmp_path, vqgan):
+def test_held_out_ids_are_computed_from_the_centre_crop(tmp_path, vqgan):
     vqgan.save_pretrained(tmp_path / "vqgan")
     shards = write_tar(tmp_path / "a.tar", members(range(2), "image"))
     arguments = ["--vqgan", str(tmp_path / "vqgan"), "--image-size", "32", "--cache-dir", str(tmp_path / "cache")]
@@ -351,7 +351,7 @@ def test_held_out_ids_are_of_the_central_square(tmp_path, vqgan):
         assert torch.equal(decode_image(crop, 3), decode_image(expected.getvalue(), 3))
 
 
-def test_reconstructions_are_drawn_through_the_decoder(tmp_path, vqgan, model):
+def test_reconstructions_are_drawn_with_the_vqgan_decoder(tmp_path, vqgan, model):
     sheets = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -362,7 +362,7 @@ def test_reconstructions_are_drawn_through_the_decoder(tmp_path, vqgan, model):
     assert changed[2 * 168 : 3 * 168].any() and not changed[: 2 * 168].any()  # only the third image
 
 
-def test_the_true_ids_as_predictions_give_the_decoders_picture(vqgan, model):
+def test_the_true_ids_as_predictions_give_the_image_of_the_decoder(vqgan, model):
     (sample,) = samples(1)
     ids_L = vqgan.encode(sample.image[None])[0]
     vqgan.decoder.convs[-1].bias.data.fill_(0.5)
@@ -373,7 +373,7 @@ def test_the_true_ids_as_predictions_give_the_decoders_picture(vqgan, model):
     torch.testing.assert_close(shown.float(), exact, rtol=0, atol=0.501)
 
 
-def test_mistakes(vqgan, tmp_path):
+def test_user_errors_are_reported(vqgan, tmp_path):
     config = {"model": {**TINY["model"], "image_targets": "vqgan"}, "data": TINY["data"], "train": TINY["train"]}
     with pytest.raises(UserError, match=r"data\.image_tokenizer: model\.image_targets vqgan needs"):
         parse(Config, config, "config")
@@ -395,7 +395,7 @@ def test_mistakes(vqgan, tmp_path):
             vqgan.check_fits(8, codes, "vqgan")
 
 
-def test_training_with_ids_made_on_the_device(trainer, vqgan):
+def test_a_run_can_be_trained_with_ids_computed_on_the_device(trainer, vqgan):
     vqgan.save_pretrained(trainer.folder / "vqgan")
     options = [
         "model.image_targets=vqgan",

@@ -103,7 +103,7 @@ def calls(monkeypatch):
         (_shards, "out/*.tar"),
     ],
 )
-def test_contents_reach_the_disk_before_the_name_and_then_the_name(tmp_path, calls, write, name):
+def test_contents_are_synced_to_disk_before_the_rename_and_the_folder_after_it(tmp_path, calls, write, name):
     write(tmp_path)
     (found,) = tmp_path.glob(name)
     last = max(i for i, call in enumerate(calls) if call[0] != "sync" and call[-1] == found)
@@ -114,7 +114,7 @@ def test_contents_reach_the_disk_before_the_name_and_then_the_name(tmp_path, cal
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_a_rank_brings_its_part_to_the_disk_of_its_own_machine(tmp_path, calls, world):
+def test_a_rank_syncs_its_part_on_its_own_node(tmp_path, calls, world):
     """The rank syncs its part before it reports the end of writing, because rank 0, which renames the checkpoint, may
     be on another node."""
     part = state_files.write_part(tmp_path, cut({"model/a": torch.ones(6)}, world - 1, world), world - 1, world)
@@ -145,7 +145,7 @@ def _refusing(monkeypatch, *refused):
 
 
 @pytest.mark.parametrize("refused", [1, 2])
-def test_an_output_that_cannot_take_its_place_leaves_the_old_one_there(tmp_path, monkeypatch, exported, refused):
+def test_an_output_that_cannot_be_renamed_leaves_the_old_one_unchanged(tmp_path, monkeypatch, exported, refused):
     before = {path.name: path.read_bytes() for path in exported.iterdir()}
     _refusing(monkeypatch, refused)
     with pytest.raises(UserError, match=r"out: cannot be written \(Input/output error\)"):
@@ -154,7 +154,7 @@ def test_an_output_that_cannot_take_its_place_leaves_the_old_one_there(tmp_path,
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_an_output_that_cannot_be_put_back_is_kept_and_named(tmp_path, monkeypatch, exported):
+def test_an_old_output_that_cannot_be_restored_is_kept_and_named(tmp_path, monkeypatch, exported):
     _refusing(monkeypatch, 2, 3)
     with pytest.raises(UserError, match="can neither be replaced nor restored") as caught:
         _model(tmp_path)
@@ -162,7 +162,7 @@ def test_an_output_that_cannot_be_put_back_is_kept_and_named(tmp_path, monkeypat
     assert str(kept) in str(caught.value) and (kept / CARD_FILE).read_text() == "old"
 
 
-def test_another_output_that_came_between_costs_no_copy(tmp_path, monkeypatch, exported):
+def test_an_output_written_concurrently_by_another_process_is_not_lost(tmp_path, monkeypatch, exported):
     """Another process has written its output after this process renamed the old output."""
     rename = os.rename
 
@@ -179,7 +179,7 @@ def test_another_output_that_came_between_costs_no_copy(tmp_path, monkeypatch, e
     assert [(path / CARD_FILE).read_text() for path in kept] == ["old"] and (exported / "theirs").exists()
 
 
-def test_two_writers_of_a_file_do_not_meet(tmp_path):
+def test_two_concurrent_writers_of_a_file_do_not_interfere(tmp_path):
     """The complete file of the writer that ends last remains, even if the other one began later."""
     with whole_file(tmp_path / "a.txt") as first:
         first.write_text("first")
@@ -189,7 +189,7 @@ def test_two_writers_of_a_file_do_not_meet(tmp_path):
     assert (tmp_path / "a.txt").read_text() == "first" and os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_two_writers_of_a_folder_do_not_meet(tmp_path):
+def test_two_concurrent_writers_of_a_folder_do_not_interfere(tmp_path):
     with output_folder(tmp_path / "out") as partial:
         _model(tmp_path)
         write_tensors(partial / MODEL_FILE, {"a": torch.zeros(2)})
@@ -198,7 +198,7 @@ def test_two_writers_of_a_folder_do_not_meet(tmp_path):
 
 
 @pytest.mark.parametrize("write, name", [(_file, "a.txt"), (_model, "out")])
-def test_what_a_killed_process_left_is_removed(tmp_path, write, name):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path, write, name):
     child = os.fork()
     if not child:
         with whole_file(tmp_path / "a.txt"), output_folder(tmp_path / "out") as partial:
@@ -210,7 +210,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path, write, name):
     assert name in os.listdir(tmp_path) and len(os.listdir(tmp_path)) == 2
 
 
-def test_names_that_are_patterns_are_names(tmp_path):
+def test_names_with_glob_characters_are_taken_literally(tmp_path):
     """A writer of "out[1]" does not remove the leftovers of "out1", and vice versa."""
     left = [tmp_path / f".writing-{name}-0123abcd" for name in ("out[1]", "out1")]
     for folder in left:
@@ -220,7 +220,7 @@ def test_names_that_are_patterns_are_names(tmp_path):
     assert not left[0].exists() and left[1].exists() and (tmp_path / "out[1]" / MODEL_FILE).exists()
 
 
-def test_an_output_named_by_a_link_takes_the_place_of_what_it_leads_to(tmp_path, monkeypatch, exported):
+def test_an_output_given_as_a_link_replaces_the_target_of_the_link(tmp_path, monkeypatch, exported):
     (tmp_path / "link").symlink_to("out")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -232,7 +232,7 @@ def test_an_output_named_by_a_link_takes_the_place_of_what_it_leads_to(tmp_path,
     assert os.listdir(tmp_path / "elsewhere") == []
 
 
-def test_a_link_like_an_unfinished_file_is_not_followed(tmp_path):
+def test_a_link_named_like_an_unfinished_file_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".a.txt.0.partial").symlink_to(tmp_path / "precious")
     _file(tmp_path)

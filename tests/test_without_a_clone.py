@@ -62,7 +62,7 @@ def site(tmp_path_factory):
     return work / "site"
 
 
-def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
+def test_one_command_of_an_installed_wheel_trains_a_model_and_writes_a_report(site, tmp_path):
     make_pictures(tmp_path / "photos")
     line = [site / "bin/m3ae-fast", "pretrain", "photos", "--out", "run", "--hours", "0.001"]
     where = environment() | {"PYTHONPATH": str(site)}
@@ -96,7 +96,7 @@ def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
     assert config.train.steps == 12 and config.model.vocab_size > 0 and config.train.probe
 
 
-def test_the_readmes_commands_make_a_model_of_images_and_others_use_it(site, tmp_path):
+def test_the_readmes_commands_train_an_image_model_and_use_it(site, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(10):

@@ -58,7 +58,7 @@ def llama():
 
 
 @pytest.mark.parametrize("make", [word_piece, word_piece_without_decoder, byte_level, sentence_piece, llama])
-def test_words_are_found_whatever_the_tokenizer(make):
+def test_words_are_found_with_any_tokenizer(make):
     tokenizer = CaptionTokenizer(make(), 64)
 
     def found(caption, word=None):
@@ -84,7 +84,7 @@ def test_words_are_found_whatever_the_tokenizer(make):
 
 
 @pytest.mark.parametrize("make", [word_piece, word_piece_without_decoder, byte_level, sentence_piece, llama])
-def test_captions_are_drawn_as_text_without_a_tokenizers_marks(make):
+def test_captions_are_drawn_without_the_markers_of_the_tokenizer(make):
     tokenizer, caption = CaptionTokenizer(make(), 64), "a red house by the sea"
     tokens = torch.from_numpy(tokenizer.encode(caption))
     mask = torch.zeros(len(tokens), dtype=torch.bool)
@@ -95,7 +95,7 @@ def test_captions_are_drawn_as_text_without_a_tokenizers_marks(make):
     assert views["masked"][1][0] == " ___" and [colour for _, colour in views["predicted"]].count(GREEN) == 1
 
 
-def test_characters_of_several_tokens_are_the_last_ones():
+def test_a_character_of_several_tokens_belongs_to_its_last_token():
     tokenizer = CaptionTokenizer(byte_level(), 64)
     ids = tokenizer.encode("a 🙃 dog").tolist()
     pieces = tokenizer.pieces(ids)
@@ -104,6 +104,6 @@ def test_characters_of_several_tokens_are_the_last_ones():
     assert "".join(pieces[i] for i in word.tokens) == " dog"
 
 
-def test_an_unknown_word_is_none():
+def test_unknown_tokens_are_not_words():
     tokenizer = CaptionTokenizer(word_piece(), 64)
     assert [word.text for word in words_of(tokenizer, tokenizer.encode("a Ж dog").tolist(), None)] == ["a", "dog"]

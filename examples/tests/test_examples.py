@@ -37,7 +37,7 @@ def pictures(notebook) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_notebook_leads_from_pictures_to_a_probe(tmp_path, monkeypatch):
+def test_the_notebook_runs_from_images_to_a_probe(tmp_path, monkeypatch):
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -74,7 +74,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_own_data_config_fits_shards_of_a_folder(folder, capsys):
+def test_the_own_data_config_fits_shards_made_from_a_folder(folder, capsys):
     assert data(["make", "pictures", "--out", "shards", "--held-out", "0.2"]) == 0
     assert data(["tokenizer", "shards/train-*.tar", "--vocab-size", "1024", "--out", "tokenizer.json"]) == 0
     size = re.search(r"model\.vocab_size=(\d+)", capsys.readouterr().out)[1]  # few captions give a small vocabulary
@@ -98,7 +98,7 @@ def _classify(*options):
     return done.stdout
 
 
-def test_encoder_in_a_plain_torch_classifier(folder):
+def test_the_classifier_example_uses_the_encoder_in_plain_torch(folder):
     M3AE(ModelConfig(**TINY["model"])).save_pretrained("model")
     output = _classify("--epochs", "4")
     losses, accuracies = (
@@ -111,7 +111,7 @@ def test_encoder_in_a_plain_torch_classifier(folder):
     assert "min: loss is " in short
 
 
-def test_the_classifier_s_images_are_those_of_shards(folder):
+def test_the_classifier_example_preprocesses_images_as_shards_do(folder):
     """Transparent pixels are white, regardless of their stored colour."""
     M3AE(ModelConfig(**TINY["model"])).save_pretrained("model")
     for path in Path("pictures").rglob("*.png"):
@@ -122,7 +122,7 @@ def test_the_classifier_s_images_are_those_of_shards(folder):
     assert float(last) < 90  # the classes cannot be distinguished
 
 
-def test_scripts_for_many_nodes_name_what_there_is():
+def test_scripts_for_many_nodes_name_existing_programs_and_options():
     """The scripts require a cluster. Their syntax, their options and their config are tested without one."""
     folder = EXAMPLES / "many_nodes"
     job = yaml.safe_load((folder / "pytorchjob.yaml").read_text())

@@ -20,13 +20,13 @@ def losses(example: str, *arguments: str) -> list[float]:
 
 
 @pytest.mark.parametrize("example, steps", [("image_mae.py", "160"), ("masked_language_model.py", "60")])
-def test_example_learns(example, steps):
+def test_each_kernel_example_learns(example, steps):
     first, *_, last = losses(example, "--steps", steps)
     assert last < 0.4 * first
 
 
 @pytest.mark.parametrize("example", ["hugging_face_vit_mae.py", "language_model_head.py", "timm_naflexvit.py"])
-def test_models_of_others_have_equal_losses(example):
+def test_patched_third_party_models_have_equal_losses(example):
     """The original model and the model with the ops have equal losses. The examples themselves compare gradients."""
     plain, fused = losses(example)
     assert fused == pytest.approx(plain, abs=2e-6)

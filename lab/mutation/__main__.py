@@ -26,8 +26,8 @@ RESUMED = "tests/test_resume.py"
 FAST, SLOWLY = "fast", "slow"
 SLOW = {  # slow tests by the part of the code that a mutant is in
     "m3ae_fast/engine/deepspeed": [f"{RESUMED}::test_resume_is_bitwise[{stage}]" for stage in (2, 3)],
-    "m3ae_fast/engine": [RESUMED, "-k", "not bitwise and not signal and not sigkill and not launcher and not stage"],
-    "m3ae_fast/training": [RESUMED, "-k", "not bitwise and not signal and not sigkill and not launcher and not stage"],
+    "m3ae_fast/engine": [RESUMED, "-k", "not bitwise and not signal and not launcher and not stage"],
+    "m3ae_fast/training": [RESUMED, "-k", "not bitwise and not signal and not launcher and not stage"],
     "m3ae_fast/checkpoint": [RESUMED, "tests/test_checkpoint_parts.py"],
     "m3ae_fast/images": ["tests/data"],
     "m3ae_fast/process": ["tests/test_stall_detection.py", "tests/test_ranks.py", "tests/test_stop_and_stall.py"],

@@ -20,7 +20,7 @@ def drawn(width: int, height: int, level: int) -> bytes:
     return stream.getvalue()
 
 
-def test_native_and_square_are_trained_and_tested_alike(tmp_path, monkeypatch, capsys):
+def test_native_and_square_models_are_trained_and_evaluated_in_the_same_way(tmp_path, monkeypatch, capsys):
     (tmp_path / "in").mkdir()
     boxes = [(40, 10), (10, 40), (30, 30), (48, 24)]
     for name, sizes in (("train-0000", boxes * 2), ("val-0000", boxes[:2])):

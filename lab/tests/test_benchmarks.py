@@ -30,7 +30,7 @@ TINY = ModelConfig(
 
 
 @pytest.mark.parametrize("expert", [False, True])
-def test_references_have_the_engines_loss_and_gradients(expert):
+def test_reference_implementations_have_the_loss_and_gradients_of_the_engine(expert):
     """The reference and the engine have the same loss and gradients for the same parameters, samples and masks."""
     config = make_config(TINY, samples=5)
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def test_references_have_the_engines_loss_and_gradients(expert):
         torch.testing.assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_a_batch_of_the_faster_recipe_is_one_that_its_model_takes():
+def test_a_batch_of_the_faster_recipe_fits_its_model():
     model = TINY.model_copy(update={"dec_attention": "cross"})
     config = make_config(model, samples=3, masking=MaskingConfig(image_predicted=0.5, text_predicted=0.5))
     packed, _ = make_batch(config, 3, words=(4, 12))
@@ -56,7 +56,7 @@ def test_a_batch_of_the_faster_recipe_is_one_that_its_model_takes():
     assert M3AE(model)(packed).loss.isfinite() and 0 < rows[0] < 0.7 * rows[1]
 
 
-def test_faster_steps_have_the_flops_that_the_guide_says():
+def test_faster_steps_have_the_flops_stated_in_the_guide():
     usual, cheap, fast = (test_faster.step_flops(name, 8) for name in test_faster.ARMS)
     assert cheap[0] == fast[0] < 0.38 * usual[0] and usual[1] == cheap[1] == 0 < fast[1]
     rows = test_faster.muon_rows(0.5)
@@ -64,7 +64,7 @@ def test_faster_steps_have_the_flops_that_the_guide_says():
     assert [round(row["fraction of the step's FLOPs"], 3) for row in rows] == [0.502, 0.112, 0.008]
 
 
-def test_the_reference_takes_the_engines_steps():
+def test_the_reference_takes_the_same_steps_as_the_engine():
     """The reference and the engine use the same optimiser with the same settings."""
     config = make_config(TINY, samples=5, precision="fp32")
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def test_the_reference_takes_the_engines_steps():
         assert (weights[name] - model.get_parameter(name)).norm() < 2e-3 * moved.norm(), name
 
 
-def test_memory_is_told_without_the_gradients(monkeypatch):
+def test_memory_is_reported_without_the_gradients(monkeypatch):
     monkeypatch.setattr("benchmarks.implementations.build", lambda *_, **__: lambda: torch.tensor(1.0))
     monkeypatch.setattr("benchmarks.alone.peak_above", lambda step, device: 10**9)
     monkeypatch.setattr("sys.stdin", io.StringIO("peak\n"))
@@ -94,7 +94,7 @@ def test_memory_is_told_without_the_gradients(monkeypatch):
     assert json.loads(answers.getvalue().splitlines()[-1]) == 10**9 - 4 * weights
 
 
-def test_results_become_the_readmes_tables(tmp_path):
+def test_results_are_written_to_the_tables_of_the_readme(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
     rates = {"reference": 2.0, "expert": 4.0, "engine": 10.0}
@@ -116,7 +116,7 @@ def test_results_become_the_readmes_tables(tmp_path):
     assert "**Ops**" in page and "| a | 1,234 |" in page and "| b | - |" in page
 
 
-def test_the_readmes_table_names_machines_as_readers_do_and_marks_the_earlier_expert(tmp_path):
+def test_the_readmes_table_uses_readable_machine_names_and_marks_the_earlier_expert(tmp_path):
     def measured(folder, device, version):
         rows = [
             {"size": "tiny", "batch": 3, "implementation": name, "samples/s": 1.0, table.SPEEDUP: 2.0}
@@ -135,7 +135,7 @@ def test_the_readmes_table_names_machines_as_readers_do_and_marks_the_earlier_ex
     assert made.endswith(f"\n\n{table.NOTE}\n") and made.count(table.NOTE) == 1
 
 
-def test_the_readmes_first_claim_is_its_tables():
+def test_the_first_claim_of_the_readme_agrees_with_its_tables():
     text = table.README.read_text()
     claim = re.search(r"(\d+) to (\d+) times as fast as a plain .*? and ([\d.]+) to ([\d.]+) times", text, re.DOTALL)
     rows = [line for line in text.splitlines() if line.count(" x") == 4]
@@ -147,14 +147,14 @@ def test_the_readmes_first_claim_is_its_tables():
     assert claimed[2:] == [round(min(over_expert), 1), round(max(over_expert), 1)]
 
 
-def test_table_needs_its_markers(tmp_path, capsys):
+def test_a_table_requires_its_markers(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("nothing")
     assert table.main(["--readme", str(readme), "--results", str(tmp_path)]) == 2
     assert table.START in capsys.readouterr().err
 
 
-def test_an_implementation_works_alone():
+def test_an_implementation_is_measured_in_its_own_process():
     with Alone("reference", TINY.model_dump(mode="json"), 2, batches=1, words=(1, 12)) as process:
         first, second = process.losses
         assert first > second  # the loss decreases
@@ -164,7 +164,7 @@ def test_an_implementation_works_alone():
         assert process.held_bytes() > peak  # as in the trainer's log, including weights and all other memory
 
 
-def test_training_as_it_ships_is_timed(tmp_path, monkeypatch):
+def test_the_shipped_trainer_is_timed(tmp_path, monkeypatch):
     """The trainer is timed with DeepSpeed and with plain torch, with its loader, and compared with an expert that runs
     out of memory."""
 
@@ -190,7 +190,7 @@ def test_training_as_it_ships_is_timed(tmp_path, monkeypatch):
     assert kept >= {"log.txt", "metrics.jsonl", "trace.json.gz"}
 
 
-def test_the_expert_is_timed_on_changing_batches(monkeypatch):
+def test_the_hand_optimised_baseline_is_timed_on_changing_batches(monkeypatch):
     class Fake:
         def __init__(self, name, model, samples, **options):
             assert (name, samples, options) == ("expert", 8, {"words": (8, 32), "batches": 4})
@@ -212,13 +212,13 @@ def test_the_expert_is_timed_on_changing_batches(monkeypatch):
     assert (row["samples/s"], row["peak GB"]) == (16, 2) and row["reference MFU"] > 0
 
 
-def test_shipped_configs_are_what_is_timed():
+def test_timed_configs_are_the_shipped_ones():
     assert [(case.name, case.batch, case.model.size) for case in gpu_step.shipped()] == [
         (name, 512, name) for name in ("large", "base", "small")
     ]
 
 
-def test_a_trace_tells_where_the_time_goes(tmp_path):
+def test_a_trace_is_summarised_by_the_time_of_each_part(tmp_path):
     def event(start, length, name, cat="kernel"):
         return {"ph": "X", "ts": start, "dur": length, "name": name, "cat": cat}
 

@@ -29,7 +29,7 @@ def data(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_runs_start_from_their_source_and_are_done_once(data, tmp_path, monkeypatch, capsys):
+def test_runs_start_from_their_source_model_and_are_run_once(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = [str(data), "--out", str(out), "--seeds", "1"]
     few = [trial for trial in plan(1) if trial.steps != 1 and trial != Trial(ON, 4, 0)]
@@ -75,7 +75,7 @@ def test_the_main_comparison_of_all_seeds_comes_first():
     assert continuing.SOURCE_STEPS + continuing.LENGTHS[-1] == continuing.LONG
 
 
-def test_differences_are_those_of_equal_steps_and_of_the_initial_weights():
+def test_differences_compare_runs_of_equal_steps_and_the_initial_weights():
     def row(right: int, cpu_s: float) -> Result:
         marks = {f"{i}": int(i < right) for i in range(10)}
         return Result({task: {0: marks} for task in continuing.TASKS}, cpu_s)

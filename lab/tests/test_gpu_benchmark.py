@@ -30,13 +30,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_is_one_line_and_exit_code_2():
+def test_a_missing_gpu_is_reported_in_one_line_with_exit_code_2():
     result = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert "no CUDA device" in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
-def test_checks_pass_and_see_errors():
+def test_checks_pass_for_correct_ops_and_fail_for_incorrect_ones():
     checks = check_all_small(CPU)
     assert len(checks) == 3 * len(OPS)
     assert all(not c.problems and 0 <= c.worst <= 1 for c in checks), checks
@@ -50,7 +50,7 @@ def test_checks_pass_and_see_errors():
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_a_reference_in_chunks_is_the_reference(name):
+def test_a_reference_computed_in_chunks_equals_the_reference(name):
     work = make(name, replace(ODD, samples=3), torch.float64, CPU)
     upstream = work.upstream(work.call(reference))
     whole, chunked = work.run(reference, upstream), work.run_in_chunks(reference, upstream, 4)
@@ -72,7 +72,7 @@ def test_the_results_of_timed_code_are_checked():
     assert check_timed(work, SimpleNamespace(patch_embed=wrong)).problems
 
 
-def test_checks_and_times_are_written(tmp_path, capsys):
+def test_results_of_checks_and_timings_are_written(tmp_path, capsys):
     checks = []
     suite.check_and_time(CpuDevice(), suite.items(), checks, tmp_path, sizes=ODD, compiled=False, rounds=1, repeats=1)
     assert len(checks) == 4 * len(OPS) and not any(c.problems for c in checks)
@@ -102,14 +102,14 @@ def verdicts(folder) -> dict:
     return {row["op"]: row["verdict"] for row in results.read(folder / "gpu-checks.json")}
 
 
-def test_an_op_that_raises_costs_that_op(tmp_path, failing, capsys):
+def test_an_op_that_raises_an_error_loses_only_its_own_results(tmp_path, failing, capsys):
     checks = []
     suite.check_and_time(CpuDevice(), failing, checks, tmp_path)
     assert verdicts(tmp_path) == {"a": "ok", "b": "raises ValueError: no such", "c": "ok"}
     assert len(checks) == 3 and "Traceback" in capsys.readouterr().err
 
 
-def test_an_op_that_breaks_the_device_ends_its_process_and_the_next_goes_on(tmp_path, failing, monkeypatch):
+def test_an_op_that_breaks_the_device_ends_its_process_and_the_next_process_continues(tmp_path, failing, monkeypatch):
     device = CpuDevice()
     monkeypatch.setattr(device, "works", lambda: False)
     with pytest.raises(suite.DeviceBroken):
@@ -120,7 +120,7 @@ def test_an_op_that_breaks_the_device_ends_its_process_and_the_next_goes_on(tmp_
 
 
 @pytest.mark.parametrize("end", ["finished", "failed"])
-def test_a_process_that_dies_costs_one_item(tmp_path, end):
+def test_a_process_that_dies_loses_only_one_item(tmp_path, end):
     """One process dies at the second item. The next process exits at the fourth item, after it has recorded the failure
     itself."""
     ends = {0: (1, "import os; os.abort()"), 2: (3, f"raise SystemExit({suite.BROKEN})"), 4: (5, "")}
@@ -140,7 +140,7 @@ def test_a_process_that_dies_costs_one_item(tmp_path, end):
         assert verdicts(tmp_path) == {"b": "the process ended with SIGABRT"}
 
 
-def test_a_tuning_ends_where_processes_end_without_a_trial(tmp_path):
+def test_tuning_ends_if_a_process_exits_without_a_trial(tmp_path):
     """Tuning stops if a process ends before it has tried a setting."""
     results.save(tuner.TUNING, "t", [], tmp_path)
     row = f"""import json; path = {str(tmp_path / "gpu-tuning.json")!r}; data = json.load(open(path))
@@ -149,13 +149,13 @@ n = len(data["rows"]); data["rows"] += [{{}}] * (n < 2); json.dump(data, open(pa
     assert len(results.read(tmp_path / "gpu-tuning.json")) == 2
 
 
-def test_roofline():
+def test_roofline_fractions_are_computed():
     assert least_ms((989e12, 1), "NVIDIA H100 80GB HBM3") == pytest.approx(1e3)
     assert least_ms((1, 4.8e12), "NVIDIA H200") == pytest.approx(1e3)
     assert least_ms((1, 1), "a card nobody knows") is None
 
 
-def test_measure_takes_turns():
+def test_measurements_alternate_between_functions():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "ab"}
     timings = measure(CpuDevice(), functions, rounds=2, repeats=2)
@@ -168,7 +168,7 @@ def test_written_tables_are_the_package_tables(tmp_path):
         assert write_table(path.stem, json.loads(path.read_text()), tmp_path).read_text() == path.read_text()
 
 
-def test_candidates_are_those_of_the_kernels():
+def test_tuning_candidates_are_those_of_the_kernels():
     """The committed files contain about a dozen candidates for each matmul kernel."""
     for kernel, widths in candidates.read("sm_90").items():
         for width, settings in widths.items():
@@ -193,7 +193,7 @@ def test_candidates_are_compiled_and_written(tmp_path, monkeypatch, capsys):
     assert "2 are compiled" in (out := capsys.readouterr().out) and "2 of 2 are worth timing" in out
 
 
-def test_candidates_that_are_unsound_or_slow_are_left_out():
+def test_unsound_and_slow_candidates_are_excluded():
     tried = candidates.possible("sm_90", "16")
     assert all(s["BLOCK_M"] * s["BLOCK_N"] <= 128 * 32 * s["num_warps"] for s in tried)
     reports = [Report("k", "sm_90", "bf16", "", registers=128, shared_bytes=50_000) for _ in tried]
@@ -245,7 +245,7 @@ def tried(folder, kernel="rows") -> list[tuple]:
     return [(r["ms"], r["kept"], r["verdict"]) for r in rows if r["kernel"] == kernel]
 
 
-def test_tuning_keeps_the_fastest_and_goes_on_where_it_ended(tuned):
+def test_tuning_keeps_the_fastest_setting_and_can_be_resumed(tuned):
     assert tuned.run() == 0
     written = json.loads((tuned.folder / "interpreter.json").read_text())
     assert written["rows"]["32"] == BEST and written["rows"]["16"] == tuning.table("interpreter")["rows"]["16"]
@@ -259,7 +259,7 @@ def test_tuning_keeps_the_fastest_and_goes_on_where_it_ended(tuned):
     assert tuned.table["rows"]["32"] == BEST and tried(tuned.folder) == expected
 
 
-def test_tuning_of_one_kernel_leaves_the_others(tuned):
+def test_tuning_one_kernel_does_not_change_the_others(tuned):
     assert tuned.run(only=["segment_sum"]) == 0
     assert tried(tuned.folder) == [] and tried(tuned.folder, "segment_sum") == [(3.0, "yes", "ok")]
 
@@ -285,7 +285,7 @@ def test_the_fastest_setting_is_not_kept_if_it_is_wrong(tuned, monkeypatch):
     assert tried(tuned.folder) == [(10.0, "yes", "ok"), (None, "", "out of resources"), (5.0, "", "out: error")]
 
 
-def test_what_was_kept_is_put_into_the_tables(tuned):
+def test_chosen_settings_are_written_to_the_tables(tuned):
     assert tuned.run() == 0
     (tuned.folder / "out/stage").mkdir(parents=True)
     (tuned.folder / "gpu-tuning.json").rename(tuned.folder / "out/stage/gpu-tuning.json")
@@ -297,7 +297,7 @@ def test_what_was_kept_is_put_into_the_tables(tuned):
 
 
 @pytest.mark.parametrize("kernel", ["attention", "attention_backward"])
-def test_attention_is_tried_with_its_own_warps_and_stages(kernel):
+def test_attention_is_tuned_with_its_own_numbers_of_warps_and_stages(kernel):
     now = tuning.table("sm_90")[kernel]["16"]
     near = candidates.settings_to_try(kernel, now, "sm_90", "16")
     assert now in near and {s["num_warps"] for s in near} == {2, 4, 8} and {s["num_stages"] for s in near} == {1, 2, 3}
@@ -305,7 +305,7 @@ def test_attention_is_tried_with_its_own_warps_and_stages(kernel):
     assert len({json.dumps(s) for s in near}) == len(near) <= 9 + 2 * 12
 
 
-def test_launches_are_timed_by_themselves():
+def test_kernel_launches_are_timed_separately():
     """The kernels run on Triton's interpreter."""
     script = """if True:
         import torch

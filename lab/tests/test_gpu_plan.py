@@ -87,7 +87,7 @@ def test_a_failing_stage_does_not_affect_other_stages(tmp_path, impatient):
     assert (tmp_path / "last/kept").exists()
 
 
-def test_nothing_that_a_stage_started_outlives_it(tmp_path, impatient):
+def test_processes_started_by_a_stage_end_with_it(tmp_path, impatient):
     """An orphaned process that ignores SIGTERM and has its own session is ended too."""
     assert plan.run(tmp_path, 60, [Stage("leaves one", 60, python(ORPHAN))]) == 0
     pid, late = int((tmp_path / "leaves one/log.txt").read_text()), time.monotonic() + 30
@@ -134,7 +134,7 @@ def test_a_process_has_time_to_end_by_itself(tmp_path):
     assert log.read_text().split() == ["up", "cleaned"] and signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_call_goes_on_where_the_last_one_ended(tmp_path, capsys):
+def test_a_plan_resumes_where_the_last_call_ended(tmp_path, capsys):
     count = "import os; open(os.environ['BENCHMARK_RESULTS'] + '/../count', 'a').write('x'); print(1)"
     stages = [
         Stage("one", 1, python(count)),
@@ -152,7 +152,7 @@ def test_a_call_goes_on_where_the_last_one_ended(tmp_path, capsys):
     assert plan.run(tmp_path, 0.01, stages) == 0 and (tmp_path / "count").read_text() == "xxx"
 
 
-def test_what_lacked_a_module_runs_again_once_it_is_there(tmp_path, capsys, monkeypatch):
+def test_a_stage_that_lacked_a_module_runs_again_once_it_is_installed(tmp_path, capsys, monkeypatch):
     code = "import os; open(os.environ['BENCHMARK_RESULTS'] + '/../count', 'a').write('x'); import brought_later"
     stages = [Stage("trainer", 50, python(code))]
     assert plan.run(tmp_path / "out", 60, stages) == 1
@@ -166,14 +166,14 @@ def test_what_lacked_a_module_runs_again_once_it_is_there(tmp_path, capsys, monk
         assert plan.run(tmp_path / "out", 60, stages) == 0 and (tmp_path / "out/count").read_text() == "xx"
 
 
-def test_caches_are_the_same_from_call_to_call(tmp_path):
+def test_caches_are_reused_between_calls(tmp_path):
     show = "import os; print(os.environ['TORCHINDUCTOR_CACHE_DIR'], os.environ['TRITON_CACHE_DIR'])"
     plan.run(tmp_path, 60, [Stage("a", 30, python(show)), Stage("b", 30, python(show), {"TRITON_CACHE_DIR": "x"})])
     a, b = ((tmp_path / name / "log.txt").read_text().split() for name in "ab")
     assert a == [str(tmp_path / "caches" / name) for name in ("inductor", "triton")] and b == [a[0], "x"]
 
 
-def test_the_better_engine_goes_on(tmp_path):
+def test_later_stages_use_the_faster_engine(tmp_path):
     show = Stage("which", 30, {"": ("-c", "import sys; print(sys.argv[1])", plan.BETTER)})
     for speeds, expected in (({}, "torch"), ({"large-deepspeed": 9.0, "large-torch": 8.0}, "deepspeed")):
         for name, speed in speeds.items():
@@ -183,7 +183,7 @@ def test_the_better_engine_goes_on(tmp_path):
     assert (tmp_path / "which/log.txt").read_text() == "deepspeed\n"
 
 
-def test_the_plan_names_programs_that_are_there():
+def test_programs_named_in_the_plan_exist():
     """Each stage fits into a call of ten minutes, and the programs accept the options of the commands."""
     for stage in PLAN:
         assert stage.seconds <= 500
@@ -198,7 +198,7 @@ def test_the_plan_names_programs_that_are_there():
     assert len(plan.GOLDEN) == 4
 
 
-def test_the_page_says_what_is_known_by_when():
+def test_the_page_lists_the_time_at_which_each_stage_ends():
     page = (ROOT / "benchmarks/gpu/PLAN.md").read_text(encoding="utf-8")
     minutes = itertools.accumulate(stage.seconds / 60 for stage in PLAN)
     listed = [(by, name) for by, name in re.findall(r"^\| ([\d.]+) \| `([\w-]+)` \|", page, re.MULTILINE)]
@@ -206,7 +206,7 @@ def test_the_page_says_what_is_known_by_when():
     assert ("45", "curve") in listed
 
 
-def test_the_sanitizers_verdict_counts():
+def test_an_error_of_the_sanitizer_fails_its_stage():
     """The sanitizer runs without the caching allocator, which would hide an out-of-bounds access."""
     for name in ("memcheck", "racecheck"):
         (stage,) = (stage for stage in PLAN if stage.name == name)
@@ -215,14 +215,14 @@ def test_the_sanitizers_verdict_counts():
         assert stage.env["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
 
 
-def test_commands_of_a_stage_write_into_folders_of_their_own(tmp_path):
+def test_commands_of_a_stage_write_to_separate_folders(tmp_path):
     writes = "import os; open(os.environ['BENCHMARK_RESULTS'] + '/gpu-checks.json', 'x').write('{0}'); print({0})"
     stage = Stage("checks", 60, python(*map(writes.format, range(3))))
     assert plan.run(tmp_path, 60, [stage]) == 0
     assert [(tmp_path / f"checks/{i}/gpu-checks.json").read_text() for i in range(3)] == ["0", "1", "2"]
 
 
-def test_a_stage_is_run_again_and_keeps_what_it_had(tmp_path):
+def test_a_repeated_stage_keeps_its_earlier_results(tmp_path):
     count = "import os; n = len(os.listdir(os.environ['BENCHMARK_RESULTS'] + '/..')); print(n)"
     stages = [Stage("one", 30, python(count)), Stage("two", 30, python(count))]
     assert plan.run(tmp_path, 90, stages) == 0
@@ -237,7 +237,7 @@ def test_a_stage_is_run_again_and_keeps_what_it_had(tmp_path):
         program.main(["--again", "ops"])
 
 
-def test_records_come_back_as_one_small_file_that_another_machine_takes_up(tmp_path, capsys):
+def test_records_are_packed_into_one_archive_from_which_another_machine_resumes(tmp_path, capsys):
     write = "import os; d = os.environ['BENCHMARK_RESULTS']; c = os.environ['TRITON_CACHE_DIR']; os.makedirs(c)"
     write += "; [open(f, 'wb').write(bytes(99)) for f in (d + '/gpu-x.json', d + '/trace.json.gz', c + '/k.json')]"
     stages = [Stage("one", 30, python(f"{write}; print('done')")), Stage("two", 30, python("1 / 0"))]
@@ -256,7 +256,7 @@ def test_records_come_back_as_one_small_file_that_another_machine_takes_up(tmp_p
     assert (there / "one/log.txt").read_text() == "own"
 
 
-def test_stages_have_the_block_sizes_that_earlier_ones_kept(tmp_path, monkeypatch):
+def test_stages_use_the_block_sizes_chosen_by_earlier_stages(tmp_path, monkeypatch):
     """Later stages also use the block sizes of a tuning that ran out of time, even if it ran on another machine."""
     name = tuning.INTERPRETER
     table = json.loads(json.dumps(tuning.table(name)))
@@ -269,14 +269,14 @@ def test_stages_have_the_block_sizes_that_earlier_ones_kept(tmp_path, monkeypatc
     assert json.loads((tmp_path / f"{name}.json").read_text())["rows"]["32"] == json.loads(settings)
 
 
-def test_an_archive_writes_into_its_folder_alone(tmp_path):
+def test_unpacking_an_archive_writes_only_to_its_folder(tmp_path):
     with tarfile.open(tmp_path / archive.ARCHIVE, "w:gz") as packed:
         packed.addfile(tarfile.TarInfo("../outside/log.txt"))
     with pytest.raises(ValueError, match=r"outside/log\.txt, which no stage writes"):
         archive.unpack(tmp_path)
 
 
-def test_of_a_long_log_the_end_comes_back(tmp_path, monkeypatch):
+def test_only_the_end_of_a_long_log_is_packed(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "LARGEST", 9)
     (tmp_path / "a").mkdir()
     for name, text in ((archive.RECORD, "{}"), ("log.txt", "long before the end")):
@@ -333,21 +333,21 @@ print("bare")
 """
 
 
-def test_it_runs_with_torch_triton_and_numpy_alone(tmp_path):
+def test_the_plan_requires_only_torch_triton_and_numpy(tmp_path):
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, "-c", BARE, str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, env=environment() | paths, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.endswith("bare\n"), result.stdout[-2000:] + result.stderr[-3000:]
 
 
-def test_what_the_trainer_needs_and_an_image_lacks_is_listed(capsys):
+def test_libraries_that_the_trainer_requires_but_a_container_image_lacks_are_listed(capsys):
     assert wheels.main([]) == 0
     listed = [re.split(r"\W", line)[0] for line in capsys.readouterr().out.split()]
     assert listed == ["pydantic", "webdataset", "deepspeed"]
     assert wheels.main(["--also", "rich"]) == 0 and "rich" in capsys.readouterr().out.split()
 
 
-def test_wheels_are_fetched_for_the_other_python(monkeypatch, tmp_path):
+def test_wheels_are_downloaded_for_the_other_python_version(monkeypatch, tmp_path):
     """The dependencies of the wheels are downloaded too, in the required versions, unless they are installed."""
     needs = {
         "pydantic": ["pydantic-core==2.50.5", "typing-extensions>=4", "email-validator; extra == 'email'"],
@@ -382,7 +382,7 @@ def test_wheels_are_fetched_for_the_other_python(monkeypatch, tmp_path):
         wheels.main(["--python", "312"])
 
 
-def test_a_trace_that_is_missing_or_broken_costs_the_profile_alone(tmp_path, monkeypatch, capsys):
+def test_a_missing_or_broken_trace_loses_only_the_profile(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step, "make_shards", lambda *_, **__: None)
     case = step.Case("tiny", {"model": {"size": "small"}}, batch=4, samples=2)
     for content in (None, b"no gzip"):
@@ -400,7 +400,7 @@ def test_a_trace_that_is_missing_or_broken_costs_the_profile_alone(tmp_path, mon
         assert capsys.readouterr().out.count("no profile") == 2
 
 
-def test_a_run_that_fails_in_any_way_costs_its_numbers_alone(tmp_path, monkeypatch):
+def test_a_failed_run_loses_only_its_own_results(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "make_shards", lambda *_, **__: None)
 
     def trainer(case, shards, kept, gpus, *, plain):
@@ -419,14 +419,14 @@ def test_a_run_that_ends_during_start_up_is_reported(tmp_path):
         step.stable_medians(tmp_path / "metrics.jsonl")
 
 
-def test_ceilings_of_a_cpu(monkeypatch):
+def test_the_peak_throughput_of_a_cpu_is_measured(monkeypatch):
     rows = ceilings.measure_all(CpuDevice(), divide=512, rounds=1)
     assert len(rows) == 1 + 2 * 4 * 3 + 1 and all(row["p50 ms"] > 0 for row in rows)
     assert rows[-1]["what"] == "copy" and rows[-1]["GB/s"] > 0 and rows[0]["TFLOP/s"] > 0
     assert {row["shape"] for row in rows[1:4]} == {"55 x 2 x 6", "55 x 6 x 2", "6 x 55 x 2"}
 
 
-def test_attention_kernels_are_timed_and_the_wrong_ones_named(monkeypatch):
+def test_attention_kernels_are_timed_and_incorrect_ones_are_named(monkeypatch):
     def wrong(*args):
         out, lse = PADDED.forward(*args)
         return 2 * out, lse
@@ -442,7 +442,7 @@ def test_attention_kernels_are_timed_and_the_wrong_ones_named(monkeypatch):
     assert [row["ms"] is None for row in rows] == [False, False, True]
 
 
-def test_curves_meet_though_one_was_killed(tmp_path):
+def test_a_killed_and_resumed_run_has_the_same_loss_curve(tmp_path):
     """A run that is killed and resumed has the losses of an uninterrupted run, for a few steps on the CPU."""
     curves = [curve.Curve("whole", "fp32", curve.CPU), curve.Curve("killed, once", "fp32", curve.CPU, kill_at=4)]
     settings = {

@@ -64,7 +64,7 @@ def _samples(shards):
     return list(found.values())
 
 
-def test_clothes_keep_picture_class_and_split(clothes, tmp_path, capsys):
+def test_fashion_mnist_keeps_image_class_and_split(clothes, tmp_path, capsys):
     package, data = clothes
     out = tmp_path / "out"
     assert main(["fashion", str(out), "--package", str(package)]) == 0
@@ -92,7 +92,7 @@ def table():
     return [emoji(i, ["1F3FB", "1F3FF-1F3FB"] if i % 4 == 0 else ()) for i in range(60)] + [emoji(60, (), ["google"])]
 
 
-def test_emoji_of_two_vendors_hold_out_the_same_ones_with_all_skin_tones(table, tmp_path):
+def test_the_same_emoji_of_two_vendors_are_held_out_with_all_skin_tones(table, tmp_path):
     splits = {}
     for vendor in ("twitter", "google"):
         package, out = npm_package(tmp_path / f"{vendor}.tgz", vendor, table), tmp_path / vendor
@@ -130,7 +130,7 @@ def _client(folder, name, script):
     (folder / name).chmod(0o755)
 
 
-def test_packages_come_from_the_registries_clients(clothes, table, tmp_path, monkeypatch):
+def test_packages_are_downloaded_with_apt_and_npm(clothes, table, tmp_path, monkeypatch):
     npm = npm_package(tmp_path / "kept.tgz", "google", table)
     bin_ = tmp_path / "bin"
     _client(bin_, "apt-get", f'echo "$@" > {tmp_path}/apt; cp {clothes[0]} dataset-fashion-mnist_1_all.deb')
@@ -142,7 +142,7 @@ def test_packages_come_from_the_registries_clients(clothes, table, tmp_path, mon
     assert json.loads((tmp_path / "f/conversion.json").read_text())["source"]["licence"].startswith("MIT")
 
 
-def test_mistakes_are_one_line_and_write_nothing(clothes, table, tmp_path, monkeypatch):
+def test_user_errors_are_reported_in_one_line_and_nothing_is_written(clothes, table, tmp_path, monkeypatch):
     out = str(tmp_path / "out")
     cut = tmp_path / "cut.deb"
     cut.write_bytes(clothes[0].read_bytes()[:900])

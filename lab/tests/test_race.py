@@ -43,7 +43,7 @@ def call(tmp_path_factory, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_race_is_run_once_and_goes_on_where_it_was_stopped(call, tmp_path, monkeypatch, capsys):
+def test_a_race_is_run_once_and_can_be_resumed(call, tmp_path, monkeypatch, capsys):
     few = ["--data", "clothes", "--arms", BASELINE, FAST, "--tune", "optim.peak_lr"]
     with monkeypatch.context() as patch:
         patch.setattr(train, "main", lambda arguments: 0)  # asked to stop before its first checkpoint
@@ -116,7 +116,7 @@ def test_all_arms_are_configs_of_one_data_stream(tmp_path, monkeypatch):
     assert running.config(other)["train"] == running.config(trial)["train"] | {"global_batch": 64, "steps": 600}
 
 
-def test_each_side_is_tuned_with_as_many_runs():
+def test_both_sides_are_tuned_with_the_same_number_of_runs():
     tried = {"a": [1, 2, 3], "b": [1, 2], "c": [5, 6]}
     asked = []
 
@@ -132,7 +132,7 @@ def test_each_side_is_tuned_with_as_many_runs():
     assert tuned_as(USUAL) == tuned_as(ONE_BLOCK) == USUAL
 
 
-def test_the_shortest_part_comes_first_and_then_the_longest_runs():
+def test_runs_are_ordered_with_the_shortest_part_first_and_then_the_longest_runs():
     tried = {"optim.peak_lr": [0.006, 0.003], "optim.betas": [[0.9, 0.95], [0.9, 0.999]]}
     trials = [*race("clothes", "S64", (10, 20, 40, 80, 160), {"baseline": 80, "fast": 40}, tried, 2, 3)]
     first, checks = 2 * (len(ARMS) + 4 + 2), 2 * 2
@@ -157,7 +157,7 @@ def test_the_shortest_part_comes_first_and_then_the_longest_runs():
     assert all(not each.validation and not each.tuned for each in [*final, *longer])
 
 
-def test_a_factor_is_read_off_the_baselines_ladder():
+def test_the_speed_up_factor_is_interpolated_between_runs_of_the_baseline():
     costs, ends = [1.0, 10.0, 100.0], [0.5, 0.7, 0.6]
     assert report.interpolated(0.6, costs, ends) == (pytest.approx(math.log(10) / 2), "")
     assert report.interpolated(0.8, costs, ends)[1] == ">" and report.interpolated(0.4, costs, ends) == (0.0, "<")
@@ -180,7 +180,7 @@ def test_a_factor_is_read_off_the_baselines_ladder():
     assert same[0] == pytest.approx(2 / 3) and {*np.round(same, 6)} <= {0, 1, *np.round(same, 6)}
 
 
-def test_the_fraction_of_the_baselines_cost_is_read_off_the_fast_recipes_ladder():
+def test_the_fraction_of_the_baselines_cost_is_interpolated_between_runs_of_the_fast_recipe():
     def row(arm, steps, cost, right):
         correct = {"clothes_linear": {f"{i}": float(i < right) for i in range(10)}}
         trial = {"arm": arm, "seed": 0, "steps": steps, "data": "clothes", "size": "S64"}
@@ -193,7 +193,7 @@ def test_the_fraction_of_the_baselines_cost_is_read_off_the_fast_recipes_ladder(
     assert report._shares(rows[:3], "clothes, S64", ["clothes_linear"], weights) == []
 
 
-def test_runs_of_equal_seeds_are_compared_with_the_runs_of_the_baseline_that_have_the_given_length():
+def test_runs_are_compared_by_seed_with_baseline_runs_of_the_given_length():
     def row(arm, steps, seed, cost, right):
         correct = {"clothes_linear": {f"{i}": float(i < right) for i in range(10)}}
         trial = {"arm": arm, "seed": seed, "steps": steps, "data": "clothes", "size": "S64"}
@@ -213,7 +213,7 @@ def test_runs_of_equal_seeds_are_compared_with_the_runs_of_the_baseline_that_hav
     assert differences(rows, 4) == differences(fast, 4) == []
 
 
-def test_a_page_keeps_what_was_written_by_hand(tmp_path):
+def test_a_page_keeps_its_hand_written_text(tmp_path):
     (tmp_path / report.PAGE).write_text(f"By hand.\n{table.START}\n{table.END}\n")
     about = {"device": "CPU", "torch": "2", "m3ae_fast": "0", "date": "2026-01-01"}
     report.save(tmp_path, {"about": about, "settings": {}}, [], [], {})

@@ -58,7 +58,7 @@ def test_variants_are_trained_once_and_compared(data, tmp_path, capsys, monkeypa
     assert recipe.main(arguments) == 0
 
 
-def test_what_there_is_no_time_for_is_a_dash(data, tmp_path):
+def test_trials_without_enough_time_are_shown_as_a_dash(data, tmp_path):
     recipe.prepare(data, tmp_path / "shards")
     laboratory = Laboratory(tmp_path, 2)
     right = recipe.keys(laboratory.shard("emoji", TEST))

@@ -21,7 +21,7 @@ def test_every_line_of_the_cuda_path_runs_or_is_explained():
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_in_the_first_hour_costs_one_check(tmp_path):
+def test_a_killed_process_in_the_first_hour_loses_only_one_check(tmp_path):
     """The other stages are tested nightly by `python -m tests.rehearsal.first_hour`."""
     environment = os.environ | first_hour.stand_in(tmp_path) | {"FAULTS": "process"}
     environment.pop("CUDA_VISIBLE_DEVICES", None)

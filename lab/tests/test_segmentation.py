@@ -73,7 +73,7 @@ def test_masks_are_the_alpha_channels(packages, tmp_path):
     assert collage.prepare(packages, tmp_path / "shards", download=False) == found
 
 
-def test_no_position_predicts_an_emoji():
+def test_the_position_in_a_collage_does_not_predict_the_mask():
     png = io.BytesIO()
     Image.new("RGBA", (64, 64), (9, 9, 9, 255)).save(png, "PNG")  # opaque everywhere
     grey = picture(0, (60, 60))
@@ -97,7 +97,7 @@ def test_backgrounds_are_not_mainly_white(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_trial_is_run_once(packages, tmp_path, monkeypatch, capsys):
+def test_every_segmentation_trial_is_run_once(packages, tmp_path, monkeypatch, capsys):
     settings = json.loads(SETTINGS.read_text())
     settings["train"]["model"] |= {"emb_dim": 16, "depth": 1, "num_heads": 2, "dec_emb_dim": 16}
     settings["train"]["train"] |= {"steps": 2, "global_batch": 8}

@@ -63,7 +63,7 @@ def _members(path):
         return {member.name: tar.extractfile(member).read() for member in tar}
 
 
-def test_parts_share_no_emoji_and_leave_out_skin_tones(data, tmp_path):
+def test_splits_share_no_emoji_and_exclude_skin_tones(data, tmp_path):
     shards.prepare(data, tmp_path / "out", 24)
     labels = json.loads((tmp_path / "out" / shards.LABELS).read_text())
     seen = {}
@@ -87,7 +87,7 @@ def test_parts_share_no_emoji_and_leave_out_skin_tones(data, tmp_path):
     }
 
 
-def test_a_study_needs_the_folders_of_labelled_data(data, tmp_path):
+def test_a_study_requires_the_folders_of_labelled_data(data, tmp_path):
     with pytest.raises(UserError, match=r"twitter: has no train-\*\.tar; make them with python -m lab\.labelled"):
         program.main([str(tmp_path), "--out", str(tmp_path / "out")])
     described_tar(tmp_path / "old/twitter/train-0.tar", {"0": (b"", "a", {"emoji": "1F600"})})
@@ -95,7 +95,7 @@ def test_a_study_needs_the_folders_of_labelled_data(data, tmp_path):
         program.main([str(tmp_path / "old"), "--out", str(tmp_path / "out")])
 
 
-def test_a_study_is_done_once_and_goes_on_where_it_was_stopped(call, tmp_path, monkeypatch, capsys):
+def test_a_study_is_run_once_and_can_be_resumed(call, tmp_path, monkeypatch, capsys):
     """There is one encoder of each kind, and each is tested on the samples that are listed in its result."""
     few = [each for each in plan(16, 4) if each.seed == 0 and central(each, 16, 4)]
     few = [each for each in few if each.objective != "mae"] + [Encoder("mae", 16, 4, 0, images="clothes")]
@@ -149,7 +149,7 @@ def test_a_study_is_done_once_and_goes_on_where_it_was_stopped(call, tmp_path, m
 EVERYTHING = ["knn", "linear", "subcategory", *report.SHIFT, "shots1", "shots2"]
 
 
-def test_an_encoder_is_trained_on_what_it_says(tmp_path):
+def test_an_encoder_is_trained_on_the_data_of_its_description(tmp_path):
     study = Study(tmp_path, tmp_path, json.loads(SETTINGS.read_text()))
     few = study._config(replace(study.common, caption_fraction=0.3, text_ratio=0.5, seed=2))
     (source,) = few["data"]["train"]
@@ -164,7 +164,7 @@ def test_an_encoder_is_trained_on_what_it_says(tmp_path):
     ]  # fmt: skip
 
 
-def test_settings_are_chosen_on_samples_of_no_test(tmp_path):
+def test_settings_are_chosen_on_samples_that_are_not_test_samples(tmp_path):
     tested = [run.split_of(tmp_path, seed, False) for seed in range(shards.FOLDS)]
     chosen = run.split_of(tmp_path, 0, True)
     assert all({*split.test["google"]}.isdisjoint(split.train["google"]) for split in [*tested, chosen])
@@ -173,7 +173,7 @@ def test_settings_are_chosen_on_samples_of_no_test(tmp_path):
     )
 
 
-def test_pixels_are_what_an_encoder_is_given(tmp_path):
+def test_the_pixel_baseline_uses_the_input_of_the_encoder(tmp_path):
     grey = Image.new("RGB", (16, 16), (51, 102, 255))
     grey.save(out := io.BytesIO(), "PNG")
     write_tar(tmp_path / "a.tar", [("x.jpg", out.getvalue()), ("x.txt", b"a")])
@@ -182,7 +182,7 @@ def test_pixels_are_what_an_encoder_is_given(tmp_path):
     assert found.features_RD.reshape(64, 3).numpy() == pytest.approx(np.tile([0, 0.4, 2], (64, 1)), abs=1e-6)
 
 
-def test_a_plan_compares_like_with_like():
+def test_encoders_of_a_plan_differ_from_the_common_one_in_one_property():
     """Each encoder differs from the common encoder in one property. The training objectives come first, with all
     seeds."""
     encoders = plan(192, 400)
@@ -206,14 +206,14 @@ def test_a_plan_compares_like_with_like():
         ("widths", "width", {96, 192}),
     ],
 )
-def test_an_arm_is_of_a_figure_of_the_paper(arm, key, values):
+def test_each_arm_corresponds_to_a_figure_of_the_paper(arm, key, values):
     encoders = plan(192, 400, 2, [arm])
     assert {asdict(each)[key] for each in encoders if each.objective == "m3ae"} == values
     assert {each.seed for each in encoders} == {0, 1} and {m3ae(192, 400), Encoder("mae", 192, 400, 0)} < {*encoders}
     assert {*encoders} < {*plan(192, 400)} and arm in ARMS
 
 
-def test_a_difference_counts_an_emoji_once_and_seeds_apart():
+def test_the_standard_error_of_a_difference_treats_emoji_and_seeds_as_separate_sources():
     labels = {f"{vendor}-{i}": {"emoji": str(i)} for vendor in "ab" for i in range(4)}
     first = {0: {"a-0": 1.0, "b-0": 1.0, "a-1": 1.0, "b-1": 0.0}, 1: {"a-2": 1.0, "b-2": 1.0, "a-3": 0.0, "b-3": 0.0}}
     second = {0: {key: 0.0 for key in first[0]}, 1: {key: 0.0 for key in first[1]}, 2: {}}
@@ -247,7 +247,7 @@ ALL = [*report.EMOJI, *report.SHIFT, *report.SHOTS, *report.CLOTHES, *report.RET
 HEAD = {"about": {"device": "CPU", "torch": "2", "m3ae_fast": "0", "date": "2026-01-01"}, "validation": False}
 
 
-def test_results_become_tables_and_a_plot(tmp_path, monkeypatch):
+def test_results_are_written_as_tables_and_a_plot(tmp_path, monkeypatch):
     settings = json.loads(SETTINGS.read_text())
     width, steps = settings["train"]["model"]["emb_dim"], settings["train"]["train"]["steps"]
     labels = {f"{seed}-{i}": {"emoji": f"{seed}-{i}"} for seed in range(3) for i in range(4)}
@@ -279,7 +279,7 @@ def test_results_become_tables_and_a_plot(tmp_path, monkeypatch):
     assert "correct" not in (tmp_path / report.JSON).read_text()
 
 
-def test_a_study_cut_short_has_tables_too(tmp_path):
+def test_an_incomplete_study_has_tables(tmp_path):
     settings = json.loads(SETTINGS.read_text())
     report.save(tmp_path, HEAD | {"settings": settings}, [], {})
     text = (tmp_path / report.PAGE).read_text()

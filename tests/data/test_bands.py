@@ -63,7 +63,7 @@ def test_values_are_kept_in_their_own_dtype(name):
     assert torch.equal(one, chw(values)[:1])
 
 
-def test_a_range_says_what_is_black_and_white():
+def test_a_range_defines_the_values_of_black_and_white():
     scaled = (DEEP.astype(np.float64) - 1000) / 9000
     data = write_npy(DEEP)
     assert torch.equal(
@@ -85,7 +85,7 @@ def test_a_range_says_what_is_black_and_white():
             decode_image(write_npy(values), BANDS)
 
 
-def test_pictures_are_kept_as_finely():
+def test_images_read_by_pillow_keep_their_bit_depth():
     """Images that Pillow reads keep their precision in a model with more than 8 bits."""
     values = np.arange(0, 65536, 128, dtype=np.uint16).reshape(16, 32)
     for data in (png(values, 16, 0), tiff(values)):
@@ -109,7 +109,7 @@ def test_pictures_are_kept_as_finely():
             decode_image(data, channels, "dtype", "uint16")
 
 
-def test_depths_are_those_that_tags_say():
+def test_bit_depths_are_read_from_tiff_tags():
     for tags, expected in (
         ({}, Depth("unsigned", 1)),
         ({258: (8, 16, 8)}, Depth("unsigned", 16)),
@@ -124,7 +124,7 @@ def test_depths_are_those_that_tags_say():
     )
 
 
-def test_colours_of_which_8_bits_are_read_are_levels_of_the_whole_range():
+def test_colour_images_reduced_to_8_bits_require_the_full_unsigned_range():
     plain = SimpleNamespace(info={})
     check_colours(plain, Depth("unsigned", 16), "dtype", "uint8")
     for depth, image_range, info in (
@@ -137,7 +137,7 @@ def test_colours_of_which_8_bits_are_read_are_levels_of_the_whole_range():
             check_colours(SimpleNamespace(info=info), depth, image_range, "uint8")
 
 
-def test_four_bands_are_no_transparency():
+def test_the_fourth_channel_of_a_multi_channel_image_is_not_transparency():
     four = LEVELS[..., :4]
     with_fourth = tiff(four, photometric="rgb", extrasamples=["unspecified"])
     for data in (write_npy(four), with_fourth):
@@ -164,12 +164,12 @@ def test_four_bands_are_no_transparency():
         (tiff(LEVELS, planarconfig="contig")[:200], BANDS, "the TIFF is damaged"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_a_bad_sample(data, channels, message):
+def test_images_that_do_not_match_the_model_are_bad_samples(data, channels, message):
     with pytest.raises(BadSample, match=message):
         decode_image(data, channels, "dtype")
 
 
-def test_a_pickle_in_an_array_is_not_opened():
+def test_a_pickle_in_an_array_file_is_not_loaded():
     objects = np.array([[{"a": 1}]], dtype=object)
     out = bands.BytesIO()
     np.save(out, objects, allow_pickle=True)
@@ -177,7 +177,7 @@ def test_a_pickle_in_an_array_is_not_opened():
         read_npy(out.getvalue())
 
 
-def test_sizes_have_a_limit(monkeypatch):
+def test_image_sizes_have_a_limit(monkeypatch):
     """An image may be exactly as large as the limit."""
     for data in (write_npy(LEVELS), tiff(LEVELS, planarconfig="contig")):
         monkeypatch.setattr(bands, "MAX_VALUES", LEVELS.size)
@@ -194,13 +194,13 @@ def test_sizes_have_a_limit(monkeypatch):
 
 
 @pytest.mark.parametrize("pages", [2, 3])
-def test_of_several_pages_the_first_is_taken(pages):
+def test_the_first_of_several_pages_is_read(pages):
     out = bands.BytesIO()
     tifffile.imwrite(out, np.stack([LEVELS, *([LEVELS[::-1]] * (pages - 1))]), planarconfig="contig", metadata=None)
     assert torch.equal(decode_image(out.getvalue(), BANDS), chw(LEVELS))
 
 
-def test_without_tifffile_it_is_named(monkeypatch):
+def test_the_error_names_tifffile_if_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(BadSample, match=re.escape("pip install 'm3ae-fast[tiff]'")):
         decode_image(tiff(LEVELS, planarconfig="contig"), BANDS)
@@ -215,7 +215,7 @@ def test_pillow_logs_nothing_for_a_bad_sample(caplog):
     assert not caplog.records
 
 
-def test_odd_files_give_an_image_or_a_bad_sample():
+def test_malformed_files_give_an_image_or_a_bad_sample():
     random = np.random.RandomState(0)
     sources = [
         make(values) for values in ARRAYS.values() for make in (write_npy, lambda v: tiff(v, planarconfig="contig"))
@@ -237,7 +237,7 @@ def test_odd_files_give_an_image_or_a_bad_sample():
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_each_band_is_resampled_as_a_picture_is(name):
+def test_each_channel_is_resampled_like_an_image(name):
     image = chw(ARRAYS[name])
     for height, width in ((7, 9), (31, 40)):
         found = resize(image, height, width)
@@ -254,7 +254,7 @@ def test_each_band_is_resampled_as_a_picture_is(name):
     assert error <= {"uint8": 1.5, "uint16": 1.0, "float32": 1e-2}[name]
 
 
-def test_crops_and_flips_are_those_of_pictures():
+def test_multi_channel_images_are_cropped_and_flipped_like_images():
     """The same seed gives the same box and the same flip in every dtype."""
 
     def crop(image, seed):
@@ -268,7 +268,7 @@ def test_crops_and_flips_are_those_of_pictures():
 
 @pytest.mark.parametrize("name", ARRAYS)
 @pytest.mark.parametrize("count", [1, BANDS])
-def test_pixels_may_be_changed_and_are_nobody_elses(name, count):
+def test_decoded_pixels_are_writable_and_not_shared(name, count):
     values = ARRAYS[name][..., :count].copy()
     before, data = values.copy(), write_npy(values)
     for read in (partial(pixels_of_bands, values), partial(decode_image, data)):
@@ -281,7 +281,7 @@ def test_pixels_may_be_changed_and_are_nobody_elses(name, count):
         assert found.is_contiguous()
 
 
-def test_pixels_are_normalised_in_units_of_black_and_white():
+def test_pixels_are_normalised_relative_to_the_value_range():
     mean, std = [0.1 * i for i in range(BANDS)], [0.2 + 0.1 * i for i in range(BANDS)]
     for name, white in (("uint8", 255), ("uint16", 65535)):
         image = chw(ARRAYS[name])
@@ -294,7 +294,7 @@ def test_pixels_are_normalised_in_units_of_black_and_white():
     assert torch.equal(floats, from_unit(chw(FLOATS), mean, std)) and normalised(floats, mean, std) is floats
 
 
-def test_shards_keep_bands_and_values(tmp_path):
+def test_shards_preserve_channels_and_values(tmp_path):
     """A small array is stored unchanged. A large one is reduced in its own dtype, whatever its file format."""
     for values in ARRAYS.values():
         for data in (write_npy(values), tiff(values, planarconfig="contig")):
@@ -306,7 +306,7 @@ def test_shards_keep_bands_and_values(tmp_path):
     assert as_member(png(RGB, 8, 2), 320, 95)[0] == "jpg"
 
 
-def test_a_native_image_may_have_any_bands():
+def test_a_native_image_may_have_any_number_of_channels():
     config = ModelConfig(
         size="small", channels=BANDS, image_dtype="uint16", resize="native", image_size=32, patch_size=8, vocab_size=0,
         image_mean=(0.5,) * BANDS, image_std=(0.25,) * BANDS, image_range="dtype",
@@ -332,7 +332,7 @@ def test_hugging_face_arrays_become_shards(tmp_path):
     assert np.array_equal(arrays[0], DEEP) and np.array_equal(arrays[1], DEEP[::-1])
 
 
-def test_statistics_are_of_each_band(tmp_path, capsys):
+def test_statistics_are_computed_per_channel(tmp_path, capsys):
     arrays = [write_npy(FLOATS), write_npy(FLOATS + 50), write_npy(LEVELS[..., :3])]
     shard = write_tar(tmp_path / "a.tar", [(f"{i}.npy", data) for i, data in enumerate(arrays)])
     command = ["stats", shard, "--cache-dir", str(tmp_path), "--channels", str(BANDS), "--dtype", "float32"]

@@ -36,14 +36,14 @@ def captions(batches):
 
 
 @pytest.mark.parametrize("modality", ["auto", "paired", "any"])
-def test_all_captions_are_today_and_none_is_images_alone_bit_for_bit(load, pairs, modality):
+def test_caption_fractions_1_and_0_are_bitwise_equal_to_paired_and_image_only_training(load, pairs, modality):
     whole = stream(load([SourceConfig(shards=pairs, modality=modality)], steps=20))
     assert stream(load(source(pairs, 1.0, modality=modality), steps=20)) == whole
     bare = stream(load(source(pairs, 0.0, modality=modality), steps=20, tokenizer=False))
     assert bare == stream(load([SourceConfig(shards=pairs, modality="image")], steps=20, tokenizer=False)) != whole
 
 
-def test_a_larger_fraction_holds_the_captions_of_a_smaller_one(load, pairs):
+def test_a_larger_caption_fraction_contains_the_captions_of_a_smaller_one(load, pairs):
     """The kept captions are those with the lowest hashes, regardless of the seed and the epoch."""
     hashes = {f"{i:05d}": hashlib.blake2b(f"{i:05d}".encode(), digest_size=8).hexdigest() for i in range(60)}
     kept = {
@@ -60,7 +60,7 @@ def test_a_larger_fraction_holds_the_captions_of_a_smaller_one(load, pairs):
     assert 0 < len(kept[0.1]) < len(kept[0.3]) < len(kept[0.7]) < len(kept[1]) == 60
 
 
-def test_ranks_workers_and_a_resume_change_no_caption(load, pairs):
+def test_selected_captions_do_not_depend_on_ranks_workers_or_resuming(load, pairs):
     given = source(pairs, 0.5)
     whole = by_step(load, given, 6, micro_batch=12)
     assert by_step(load, given, 6, micro_batch=6, world=2) == whole
@@ -68,7 +68,7 @@ def test_ranks_workers_and_a_resume_change_no_caption(load, pairs):
     assert by_step(load, given, 6, micro_batch=12, start=4) == whole[4:]
 
 
-def test_unpaired_text_stays_whole_beside_pairs(load, tmp_path, pairs):
+def test_the_caption_fraction_does_not_apply_to_unpaired_text(load, tmp_path, pairs):
     """The unpaired text is in a separate source or in the same shard."""
     text = write_tar(tmp_path / "text.tar", members(range(100, 130), "text"))
     mixed = write_tar(tmp_path / "mixed.tar", [*members(range(200, 220)), *members(range(300, 310), "text")])
@@ -83,14 +83,14 @@ def test_unpaired_text_stays_whole_beside_pairs(load, tmp_path, pairs):
     }
 
 
-def test_only_what_keeps_a_caption_needs_a_tokenizer(tmp_path, store, pairs):
+def test_a_tokenizer_is_required_only_if_captions_remain(tmp_path, store, pairs):
     assert open_corpus(source(pairs, 0.01), store).has_captions
     assert not open_corpus(source(pairs, 0.0), store).has_captions
     mixed = write_tar(tmp_path / "mixed.tar", [*members(range(2)), *members([3], "text")])
     assert open_corpus(source(mixed, 0.0), store).has_captions
 
 
-def test_a_fraction_of_no_pairs_is_refused(tmp_path, store):
+def test_a_caption_fraction_without_pairs_is_refused(tmp_path, store):
     for modality in ("image", "text"):
         with pytest.raises(ValueError, match=f"caption_fraction 0.5 needs pairs, but modality is '{modality}'"):
             source("a.tar", 0.5, modality=modality)

@@ -52,7 +52,7 @@ def numbered(captions):
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @fuzz
 @given(captions=st.lists(TEXT, min_size=1, max_size=5))
-def test_any_csv_that_python_writes_is_read_as_it_was(tmp_path, quoting, end, captions):
+def test_any_csv_written_by_python_is_read_unchanged(tmp_path, quoting, end, captions):
     table = tmp_path / "captions.csv"
     with open(table, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, quoting=getattr(csv, quoting), lineterminator=end)
@@ -62,7 +62,7 @@ def test_any_csv_that_python_writes_is_read_as_it_was(tmp_path, quoting, end, ca
 
 @fuzz
 @given(captions=st.lists(TEXT, min_size=1, max_size=5))
-def test_any_tsv_with_all_fields_quoted_is_read_as_it_was(tmp_path, captions):
+def test_any_tsv_with_all_fields_quoted_is_read_unchanged(tmp_path, captions):
     table = tmp_path / "captions.tsv"
     with open(table, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, "excel-tab", quoting=csv.QUOTE_ALL).writerows([("image", "caption"), *numbered(captions)])
@@ -71,7 +71,7 @@ def test_any_tsv_with_all_fields_quoted_is_read_as_it_was(tmp_path, captions):
 
 @fuzz
 @given(captions=st.lists(ONE_LINE | ONE_LINE.map('"'.__add__), min_size=1, max_size=5))
-def test_any_tsv_without_line_breaks_quoted_where_needed_is_read_as_it_was(tmp_path, captions):
+def test_any_tsv_without_line_breaks_and_with_minimal_quoting_is_read_unchanged(tmp_path, captions):
     table = tmp_path / "captions.tsv"
     with open(table, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, "excel-tab").writerows([("image", "caption"), *numbered(captions)])
@@ -113,7 +113,7 @@ def test_any_jsonl_and_parquet_with_texts_and_lists_agree(tmp_path, captions):
 @given(
     data=st.binary(max_size=60), head=st.sampled_from([b"", b"image,caption\n", b"image\tcaption\na\t", b'{"image":'])
 )
-def test_any_bytes_are_rows_or_one_line(tmp_path, suffix, data, head):
+def test_any_bytes_are_read_as_rows_or_refused_in_one_line(tmp_path, suffix, data, head):
     table = tmp_path / f"captions.{suffix}"
     table.write_bytes(head + data)
     try:
@@ -142,17 +142,17 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG.items())
-def test_a_csv_that_is_wrong_is_refused_by_row(tmp_path, text, message):
+def test_the_error_for_an_invalid_csv_names_the_row(tmp_path, text, message):
     assert re.search(message, error(tmp_path / "captions.csv", text))
 
 
-def test_one_of_two_captions_that_differ_in_case_can_be_named(tmp_path):
+def test_columns_that_differ_only_in_case_can_be_selected(tmp_path):
     table = tmp_path / "captions.csv"
     table.write_text("image,caption,Caption\n0.jpg,a,b\n")
     assert pairs(table, caption="Caption") == [("0.jpg", "b")]
 
 
-def test_a_tsv_that_quotes_half_a_row_is_refused_by_row(tmp_path):
+def test_the_error_for_a_partly_quoted_tsv_names_the_row(tmp_path):
     table = tmp_path / "captions.tsv"
     assert "row 2" in error(table, 'image\tcaption\n0.jpg\t"a dog\nrunning"\n')
     for fields in ("a dog\trunning", '"a dog"s\trunning', 'a "dog\trunning'):
@@ -174,7 +174,7 @@ JSON_WRONG = {
 
 
 @pytest.mark.parametrize(("value", "message"), JSON_WRONG.items())
-def test_what_is_no_caption_is_refused_by_name(tmp_path, value, message):
+def test_the_error_for_an_invalid_caption_names_it(tmp_path, value, message):
     assert re.search(message, error(tmp_path / "captions.jsonl", f'{{"image": "0.jpg", "caption": {value}}}\n'))
 
 
@@ -212,7 +212,7 @@ def test_the_case_of_the_suffix_does_not_matter(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
-def test_a_pipe_or_a_folder_in_the_place_of_a_table_is_refused(tmp_path, suffix):
+def test_a_pipe_or_folder_in_place_of_a_table_is_refused(tmp_path, suffix):
     os.mkfifo(tmp_path / f"pipe.{suffix}")
     (tmp_path / f"folder.{suffix}").mkdir()
     for kind in ("pipe", "folder"):
@@ -220,7 +220,7 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_table_is_refused(tmp_path, suffix)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
-def test_a_mark_that_windows_puts_before_utf8_is_no_part_of_the_first_name(tmp_path, suffix):
+def test_a_byte_order_mark_is_not_part_of_the_first_column_name(tmp_path, suffix):
     row = {"image": "0.jpg", "caption": "a café"}
     lines = [json.dumps(row)] if suffix == "jsonl" else map({"csv": ",", "tsv": "\t"}[suffix].join, (row, row.values()))
     (tmp_path / f"a.{suffix}").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
@@ -236,7 +236,7 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("kind", [*FIELDS, "parquet"])
-def test_other_columns_are_fields(tmp_path, kind):
+def test_other_columns_become_metadata_fields(tmp_path, kind):
     table = tmp_path / f"t.{kind}"
     if kind == "parquet":
         rows = {"path": ["0.jpg", "1.jpg"], "caption": ["one, two", None], "category": ["bird", "3"]}
@@ -249,7 +249,7 @@ def test_other_columns_are_fields(tmp_path, kind):
     assert json.loads(second.fields) == {"category": "3", "site": 'a "b"'}
 
 
-def test_fields_keep_their_types(tmp_path):
+def test_metadata_fields_keep_their_types(tmp_path):
     kinds = {"day": datetime.date(2020, 2, 3), "share": Decimal("1.50"), "count": 3, "sure": True, "parts": [1, None]}
     rows = {"path": ["0.jpg"], "nan": [float("nan")]} | {name: [value] for name, value in kinds.items()}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
@@ -258,7 +258,7 @@ def test_fields_keep_their_types(tmp_path):
     assert json.loads(row.fields) == kinds | {"day": "2020-02-03", "share": "1.50"}
 
 
-def test_another_caption_is_no_field(tmp_path):
+def test_unused_caption_columns_are_not_metadata_fields(tmp_path):
     """In the sample's json file, such a field would be read as the caption."""
     (tmp_path / "t.csv").write_text("path,title,caption,site\n0.jpg,,long,here\n")
     (row,) = read_captions(tmp_path / "t.csv", caption="title")

@@ -12,7 +12,7 @@ from m3ae_fast.cli.shards import main
 from tests.helpers.shards import caption, members, write_tar
 
 
-def test_index(tmp_path, capsys):
+def test_shards_are_indexed(tmp_path, capsys):
     write_tar(tmp_path / "a-0.tar", members(range(3)))
     write_tar(tmp_path / "a-1.tar", members(range(1200), "text"))
     (tmp_path / "a-2.tar").write_bytes(b"garbage" * 200)
@@ -23,7 +23,7 @@ def test_index(tmp_path, capsys):
         assert text in out
 
 
-def test_index_says_how_many_of_each(tmp_path, monkeypatch, capsys):
+def test_the_index_command_prints_the_number_of_images_and_captions(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # a long path would wrap
     mixed = [*members(range(4)), *members(range(4, 9), "image"), *members(range(9, 11), "text")]
     write_tar(tmp_path / "a.tar", mixed)
@@ -34,7 +34,7 @@ def test_index_says_how_many_of_each(tmp_path, monkeypatch, capsys):
     assert row[:-3] == ["a.tar", "any", "11", "4", "5", "2"] and header[-3:] == ["bytes", "not read", "damage"]
 
 
-def test_train_tokenizer(tmp_path, capsys):
+def test_a_tokenizer_is_trained(tmp_path, capsys):
     shards = write_tar(tmp_path / "a.tar", members(range(40)))
     out = tmp_path / "tokenizer.json"
     arguments = ["tokenizer", shards, "--cache-dir", str(tmp_path / "cache"), "--out", str(out), "--vocab-size"]
@@ -49,7 +49,7 @@ def test_train_tokenizer(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["index", "none.tar"], ["tokenizer", "{}", "--vocab-size", "99", "--out", "."]])
-def test_mistakes_give_one_line(tmp_path, arguments):
+def test_user_errors_are_printed_in_one_line(tmp_path, arguments):
     shards = write_tar(tmp_path / "a.tar", members(range(3)))
     arguments = [argument.format(shards) for argument in arguments] + ["--cache-dir", str(tmp_path / "cache")]
     done = subprocess.run([sys.executable, "-m", "m3ae_fast", "shards", *arguments], capture_output=True, text=True)

@@ -54,17 +54,17 @@ def close(image, reference, tolerance):
         ("RGB", "TIFF", 1),
     ],
 )
-def test_formats_and_modes(source, fmt, tolerance, channels, mode):
+def test_images_of_all_formats_and_modes_are_decoded(source, fmt, tolerance, channels, mode):
     data = encode(gradient(source), fmt, **({"quality": 100} if fmt in ("JPEG", "WEBP") else {}))
     close(decode_image(data, channels), Image.open(BytesIO(data)).convert("RGB").convert(mode), tolerance)
 
 
-def test_cmyk_looks_as_before():
+def test_cmyk_images_are_converted_to_the_original_colours():
     close(decode_image(encode(gradient("CMYK"), "JPEG", quality=100), 3), gradient(), 16)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparent_parts_become_white(mode):
+def test_transparent_pixels_become_white(mode):
     image = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
     image.paste((0, 0, 200, 255), (0, 0, 8, 16))
     image = image.quantize() if mode == "P" else image.convert(mode)
@@ -76,14 +76,14 @@ def test_transparent_parts_become_white(mode):
 
 
 @pytest.mark.parametrize("fmt, mode", [("JPEG", "RGB"), ("JPEG", "CMYK")])
-def test_pictures_stand_upright(fmt, mode):
+def test_exif_orientation_is_applied(fmt, mode):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be rotated clockwise
     data = encode(gradient(mode), fmt, exif=exif, quality=100)
     close(decode_image(data, 3), gradient().rotate(-90, expand=True), 20)
 
 
-def test_animations_give_their_first_frame():
+def test_the_first_frame_of_an_animation_is_decoded():
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for fmt in ("GIF", "WEBP", "PNG"):
         data = encode(
@@ -111,12 +111,12 @@ PNG = picture(0, (64, 64), fmt="PNG")
         PNG[:100] + bytes(100) + PNG[200:],
     ],
 )
-def test_broken_pictures(data):
+def test_broken_images_are_bad_samples(data):
     with pytest.raises(BadSample):
         decode_image(data, 3)
 
 
-def test_postscript_is_not_run():
+def test_postscript_is_not_executed():
     """Pillow would otherwise start Ghostscript."""
     with pytest.raises(BadSample, match="not an image in a known format"):
         decode_image(encode(gradient(), "EPS"), 3)
@@ -124,7 +124,7 @@ def test_postscript_is_not_run():
 
 @pytest.mark.filterwarnings("ignore:Image size")
 @pytest.mark.parametrize("size", [(12_000, 12_000), (20_000, 20_000), (60_000, 60_000)])
-def test_decompression_bombs(size):
+def test_decompression_bombs_are_refused(size):
     header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
     ihdr = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
     idat = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
@@ -132,7 +132,7 @@ def test_decompression_bombs(size):
         decode_image(b"\x89PNG\r\n\x1a\n" + ihdr + idat, 3)
 
 
-def test_crops_are_torchvisions():
+def test_random_crops_equal_those_of_torchvision():
     """Crops have the same boxes and are resized in the same way as torchvision's, and the boxes have the same
     distribution."""
     image = decode_image(encode(gradient(size=(500, 400)), "JPEG"), 3)
@@ -154,7 +154,7 @@ def test_crops_are_torchvisions():
 
 @settings(max_examples=100, derandomize=True, deadline=None)
 @given(height=st.integers(1, 60), width=st.integers(1, 60), seed=st.integers(0, 99))
-def test_where_no_box_fits_the_crop_is_torchvisions_too(height, width, seed):
+def test_the_fallback_crop_equals_that_of_torchvision(height, width, seed):
     """A box with five times the area of the image never fits."""
     theirs = RandomResizedCrop(64, scale=(5, 5)).make_params([torch.zeros(1, height, width)])
     draws = torch.rand(41, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -162,7 +162,7 @@ def test_where_no_box_fits_the_crop_is_torchvisions_too(height, width, seed):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3), (7, 5)])
-def test_tiny_and_thin_pictures(size):
+def test_tiny_and_thin_images_are_cropped(size):
     image = torch.full((3, *size), 77, dtype=torch.uint8)
     for seed in range(5):
         for crop in (
@@ -173,7 +173,7 @@ def test_tiny_and_thin_pictures(size):
             assert (crop == 77).all()
 
 
-def test_flip():
+def test_half_of_the_random_crops_are_flipped():
     image = torch.arange(64, dtype=torch.uint8).expand(3, 64, 64)
     flipped = 0
     for seed in range(200):
@@ -184,7 +184,7 @@ def test_flip():
     assert 70 < flipped < 130
 
 
-def test_centre_crop():
+def test_the_centre_crop_is_the_central_square():
     image = torch.zeros(3, 20, 40, dtype=torch.uint8)
     image[:, :, 10:30] = 200
     assert (centre_crop(image, 10) == 200).all()

@@ -92,7 +92,7 @@ def end(*loaders):
 
 
 @pytest.mark.parametrize("far", [0.0, 0.5], indirect=True)
-def test_nodes_fetch_each_shard_once_and_keep_to_their_disk(start, far):
+def test_nodes_download_each_shard_once_within_their_disk_limit(start, far):
     _, requests, size = far
     loaders = [start(number, 4, 11 * size / 1e9) for number in range(4)]
     seen = list(chain.from_iterable(epoch(loaders)))
@@ -101,7 +101,7 @@ def test_nodes_fetch_each_shard_once_and_keep_to_their_disk(start, far):
     assert max(map(disk, loaders)) > 6 * size
 
 
-def test_before_the_first_step_the_first_windows_are_fetched(start, far):
+def test_the_first_shuffle_windows_are_downloaded_before_the_first_step(start, far):
     loader = start(0, 2)
     iter(loader)
     until(lambda: come(loader) and sum(far[1].values()) == LANES // 2)
@@ -110,7 +110,7 @@ def test_before_the_first_step_the_first_windows_are_fetched(start, far):
     end(loader)
 
 
-def test_a_second_epoch_fetches_nothing_where_there_is_room(start, far):
+def test_a_second_epoch_downloads_nothing_if_all_shards_fit_into_the_cache(start, far):
     _, requests, _ = far
     loader = start(1, 4, steps=3 * STEPS)
     steps = epoch([loader])
@@ -121,7 +121,7 @@ def test_a_second_epoch_fetches_nothing_where_there_is_room(start, far):
     assert sum(requests.values()) == 24
 
 
-def test_a_run_that_loses_a_node_reads_the_same_samples(start, far):
+def test_the_samples_are_the_same_after_the_loss_of_a_node(start, far):
     """The cached shards of the other nodes are lost too, which is the worst case."""
     _, requests, size = far
     known = list(epoch([start(0, 1, folder="whole")]))
@@ -134,7 +134,7 @@ def test_a_run_that_loses_a_node_reads_the_same_samples(start, far):
     assert sum(requests.values()) <= 1.3 * SHARDS
 
 
-def test_no_sample_is_lost_with_the_fetcher(start, far):
+def test_no_sample_is_lost_if_the_fetcher_is_killed(start, far):
     _, requests, size = far
     loader = start(0, 2, 24 * size / 1e9, config={"lanes": LANES, "shuffle_shards": LANES, "workers": 1})
     batches = iter(loader)
@@ -149,7 +149,7 @@ def test_no_sample_is_lost_with_the_fetcher(start, far):
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_the_fetcher_leaves_with_the_run(start, tmp_path, begun):
+def test_the_fetcher_exits_with_the_run(start, tmp_path, begun):
     pids, other = os.pipe()
     child = os.fork()
     if not child:
@@ -181,7 +181,7 @@ def test_ranks_of_a_node_share_one_fetcher(start):
     end(loaders[0])
 
 
-def test_tables_come_with_the_copies(start):
+def test_the_fetcher_also_indexes_downloaded_shards(start):
     needs = start(0, 4).companion.schedule
     store, span = needs.corpus.store, needs.span(np.zeros(1, np.int64))
     fetcher = Fetcher(needs)
@@ -191,7 +191,7 @@ def test_tables_come_with_the_copies(start):
     assert len(list((store.cache_dir / "index").iterdir())) == 4
 
 
-def test_a_shard_that_cannot_be_fetched_is_not_asked_for_all_the_time(start, far, tmp_path):
+def test_a_failed_download_is_not_retried_continuously(start, far, tmp_path):
     rows = np.load(tmp_path / "far.npy")
     rows["name"] = np.char.replace(rows["name"], b".tar", b".gone")
     write(tmp_path / "far.npy", rows)
@@ -210,7 +210,7 @@ def test_a_cache_that_is_too_small_is_refused(start, far):
         start(0, 4, 3 * far[2] / 1e9)
 
 
-def test_what_a_node_fetches_to_count_it_trains_on(start, far, tmp_path):
+def test_shards_downloaded_to_count_samples_are_reused_for_training(start, far, tmp_path):
     """Counting the samples and training for an epoch together request each shard once."""
     manifest, requests, _ = far
     names = [name.decode() for name in np.load(manifest[0].shards)["name"].tolist()]

@@ -43,7 +43,7 @@ def captions(store, folder):
     ("fuse.sshfs", True), ("fuse.gcsfuse", True), ("fuse.fuse-overlayfs", False), ("fuseblk", False), ("ext4", False),
     ("overlay", False), ("tmpfs", False), ("", False),
 ])  # fmt: skip
-def test_file_systems_of_a_network(tmp_path, monkeypatch, kind, far):
+def test_network_file_systems_are_recognised(tmp_path, monkeypatch, kind, far):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "a/b")
     mounts = [SimpleNamespace(mountpoint=str(tmp_path / "a"), fstype=kind)]
@@ -52,7 +52,7 @@ def test_file_systems_of_a_network(tmp_path, monkeypatch, kind, far):
     assert network_file_system(tmp_path) == ""
 
 
-def test_shards_on_a_network_are_read_from_whole_copies(far, store, tmp_path):
+def test_shards_on_a_network_file_system_are_read_from_complete_cached_copies(far, store, tmp_path):
     """The headers of shards are read in place, so that counting samples copies no images."""
     corpus = open_corpus([SourceConfig(shards=str(far / "*.tar"))], store)
     assert corpus.samples == SHARDS * PER and not copies(store)
@@ -66,7 +66,7 @@ def test_shards_on_a_network_are_read_from_whole_copies(far, store, tmp_path):
         Reader(corpus.sources[0], store).read(0, 0)
 
 
-def test_a_second_epoch_reads_nothing_over_the_network(far, store, load):
+def test_a_second_epoch_does_not_read_over_the_network(far, store, load):
     sources = [SourceConfig(shards=str(far / "*.tar"))]
     loader = load(sources, micro_batch=8, steps=2 * SHARDS, config={"lanes": 2})
     steps = epoch([loader])
@@ -80,7 +80,7 @@ def test_a_second_epoch_reads_nothing_over_the_network(far, store, load):
     assert copies(store) == before and len(before) == SHARDS
 
 
-def test_without_room_they_are_read_in_place(far, store, load, tmp_path):
+def test_shards_on_a_network_file_system_are_read_directly_if_the_cache_is_full(far, store, load, tmp_path):
     size = (far / "0.tar").stat().st_size
     small = ShardStore(tmp_path / "small", 1.5 * size / 1e9)
     loader = load([SourceConfig(shards=str(far / "*.tar"))], micro_batch=8, steps=SHARDS, config={"lanes": 2}, at=small)
@@ -88,7 +88,7 @@ def test_without_room_they_are_read_in_place(far, store, load, tmp_path):
     assert len(set(keys)) == SHARDS * PER and not copies(small)
 
 
-def test_a_look_at_a_few_images_copies_no_shard(far, store, tmp_path):
+def test_inspecting_a_few_images_does_not_copy_shards(far, store, tmp_path):
     write_tar(far / "images.tar", members(range(4)))
     corpus = open_corpus([SourceConfig(shards=str(far / "images.tar"))], store)
     model = ModelConfig(size=None, emb_dim=32, depth=1, num_heads=4, image_size=4096, patch_size=16, vocab_size=0)

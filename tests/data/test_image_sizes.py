@@ -38,13 +38,13 @@ def opened(shards):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.fmt} {case.stored}")
-def test_headers_say_how_large_an_image_is(case):
+def test_the_size_of_an_image_is_read_from_its_header(case):
     if case.refused is None:
         height, width = size_of(case.make())
         assert sorted((height, width)) == sorted(RGB.shape[:2] if case.pixels is None else case.pixels.shape[:2])
 
 
-def test_sizes_are_kept_until_the_shard_changes(shard, monkeypatch):
+def test_stored_image_sizes_are_used_until_the_shard_changes(shard, monkeypatch):
     (source,) = measured(opened(shard)).sources
     assert source.image_sizes.tolist() == [*map(list, SIDES), [0, 0], [0, 0]]
     kept = shard.with_name("train.tar.sizes.index")
@@ -69,7 +69,7 @@ def test_sizes_are_kept_until_the_shard_changes(shard, monkeypatch):
     ]
 
 
-def test_each_source_has_the_sizes_of_its_own_shards(tmp_path):
+def test_each_source_has_the_image_sizes_of_its_shards(tmp_path):
     sizes = {"a": [(8, 16)], "b": [(24, 8), (16, 32)], "c": [(40, 8)]}  # width and height
     for name, own in sizes.items():
         write_tar(tmp_path / f"{name}.tar", [(f"{i}.png", picture(i, size, fmt="PNG")) for i, size in enumerate(own)])
@@ -80,7 +80,7 @@ def test_each_source_has_the_sizes_of_its_own_shards(tmp_path):
     assert first.image_sizes.tolist() == [[16, 8], [8, 24], [32, 16]] and second.image_sizes.tolist() == [[8, 40]]
 
 
-def test_a_header_may_end_far_behind_the_beginning_of_a_file(tmp_path):
+def test_a_header_may_end_far_after_the_beginning_of_a_file(tmp_path):
     """In a JPEG file, a comment of 60 kB precedes the size."""
     file = io.BytesIO()
     Image.new("RGB", (24, 16)).save(file, "JPEG", comment=bytes(60_000))
@@ -88,13 +88,13 @@ def test_a_header_may_end_far_behind_the_beginning_of_a_file(tmp_path):
     assert measured(opened(shard)).sources[0].image_sizes.tolist() == [[16, 24], [8, 16]]
 
 
-def test_nobody_knows_the_sizes_in_shards_that_are_fetched(shard, monkeypatch):
+def test_image_sizes_are_not_read_from_downloaded_shards(shard, monkeypatch):
     corpus = opened(shard)
     monkeypatch.setattr(corpus.store, "is_staged", lambda _: True)
     assert measured(corpus) is corpus
 
 
-def test_parts_become_equal_and_keep_their_sizes():
+def test_balancing_equalises_the_cost_of_parts_and_keeps_their_lengths():
     work = np.random.RandomState(0).lognormal(4, 0.5, 8 * 3 * 7 + 1).astype(int).tolist()
     parts = [list(range(start, start + 7)) for start in range(0, 8 * 3 * 7, 7)]
     parts += [[], [8 * 3 * 7]]
@@ -106,7 +106,7 @@ def test_parts_become_equal_and_keep_their_sizes():
 
 
 @pytest.mark.parametrize(("accumulation", "repeats", "most"), [(1, 1, 64), (2, 1, 64), (1, 2, 64), (1, 1, 16)])
-def test_ranks_of_a_node_share_out_each_step_by_size(shard, accumulation, repeats, most):
+def test_images_of_a_step_are_balanced_over_the_ranks_of_a_node_by_size(shard, accumulation, repeats, most):
     """Each step has the same samples. Samples of another node stay on that node, and views of a sample stay together.
     The cost is the number of patches of an image, which is limited for large images."""
     model = ModelConfig(
@@ -140,7 +140,7 @@ def test_ranks_of_a_node_share_out_each_step_by_size(shard, accumulation, repeat
     assert differences[1] < 0.25 * differences[0]
 
 
-def test_what_is_no_image_has_no_size():
+def test_a_file_that_is_not_an_image_has_no_size():
     with pytest.raises(BadSample, match="not an image"):
         size_of(b"nothing")
 

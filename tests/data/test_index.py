@@ -25,7 +25,7 @@ LONG = "folder/" * 30 + "0001.jpg"
 
 
 @pytest.mark.parametrize("fmt", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_scan_finds_what_tarfile_finds(tmp_path, fmt):
+def test_the_scan_finds_the_same_members_as_tarfile(tmp_path, fmt):
     names = ["a.jpg", "ünïcode.txt", "x/y.z.json", "empty.txt", "d/" * 40 + "0.jpg", "n" * 96 + ".jpg"]
     names += [LONG, "k" * 180 + ".txt"] if fmt != tarfile.USTAR_FORMAT else []
     path = tmp_path / "a.tar"
@@ -57,7 +57,7 @@ def test_scan_reads_binary_sizes(tmp_path):
     assert "ends inside" in damage
 
 
-def test_a_tar_that_is_cut_behind_a_member_lacks_its_end_mark_alone(tmp_path):
+def test_a_tar_truncated_after_a_member_lacks_only_its_end_mark(tmp_path):
     info = tarfile.TarInfo("a.jpg")
     info.size = 1024  # whole blocks
     path = tmp_path / "a.tar"
@@ -66,7 +66,7 @@ def test_a_tar_that_is_cut_behind_a_member_lacks_its_end_mark_alone(tmp_path):
     assert len(found) == 1 and "no end mark" in damage
 
 
-def test_scan_of_a_header_that_is_wrong_but_checks_out(tmp_path):
+def test_a_wrong_header_with_a_valid_checksum_is_handled(tmp_path):
     for size in (b"99999999999\0", b"-0000000001\0", b"0x000000010\0", b"\xff" * 12):
         header = bytearray(tarfile.TarInfo("a.jpg").tobuf())
         header[124:136] = size
@@ -77,7 +77,7 @@ def test_scan_of_a_header_that_is_wrong_but_checks_out(tmp_path):
         assert scan_tar(path)[1] is not None
 
 
-def test_a_cut_tar_gives_its_readable_part(tmp_path, store):
+def test_the_readable_part_of_a_truncated_tar_is_used(tmp_path, store):
     files = list(members(range(4)))
     whole = Path(write_tar(tmp_path / "whole.tar", files)).read_bytes()
     offsets = [m.offset for m in scan_tar(tmp_path / "whole.tar")[0]]
@@ -97,7 +97,7 @@ def test_a_cut_tar_gives_its_readable_part(tmp_path, store):
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"not a tar at all " * 1000, os.urandom(4096)])
-def test_garbage_is_no_shard(tmp_path, store, content):
+def test_random_bytes_are_refused_as_a_shard(tmp_path, store, content):
     bad = tmp_path / "bad.tar"
     bad.write_bytes(content)
     with pytest.raises(UserError, match=r"bad\.tar.*no sample"):
@@ -108,7 +108,7 @@ def test_garbage_is_no_shard(tmp_path, store, content):
     assert str(bad) in str(corpus.damaged[0])
 
 
-def test_tars_joined_by_cat_are_noticed(tmp_path, store):
+def test_concatenated_tars_are_detected(tmp_path, store):
     paths = [Path(write_tar(tmp_path / f"{i}.tar", members(range(3)))) for i in range(2)]
     joined = tmp_path / "joined.tar"
     joined.write_bytes(b"".join(path.read_bytes() for path in paths))
@@ -119,7 +119,7 @@ def test_tars_joined_by_cat_are_noticed(tmp_path, store):
 
 
 @pytest.mark.parametrize("cut", [1, 100, 2000])
-def test_a_cut_sidecar_is_made_again(tmp_path, store, cut):
+def test_a_truncated_sidecar_is_rebuilt(tmp_path, store, cut):
     path = write_tar(tmp_path / "a.tar", members(range(300)))
     (shard,) = index_shards([path], store)
     whole = shard.sidecar.read_bytes()
@@ -145,7 +145,7 @@ def test_one_bad_shard_among_many_is_skipped_and_counted(tmp_path, store, monkey
         corpus.require(0.05)
 
 
-def test_garbage_after_good_members(tmp_path, store):
+def test_invalid_data_after_valid_members_is_reported(tmp_path, store):
     path = tmp_path / "a.tar"
     write_tar(path, members(range(3)))
     offset = scan_tar(path)[0][4].offset - 512
@@ -157,7 +157,7 @@ def test_garbage_after_good_members(tmp_path, store):
     assert f"has no tar header at byte {offset}" in shard.summary.damage
 
 
-def test_grouping_is_webdatasets(tmp_path, store):
+def test_members_are_grouped_into_samples_as_in_webdataset(tmp_path, store):
     names = ["a.jpg", "a.seg.png", "a.txt", "b.x/c.jpg", "b.x/c.TXT", ".hidden.jpg", "d/._e.jpg", "e.JPeG", "f.cls"]
     names += ["__meta__/g.jpg", "dir/h.webp", "dir/h.json", "a.jpg", "noext"]
     path = write_tar(tmp_path / "a.tar", [(name, b"{}") for name in names])
@@ -172,7 +172,7 @@ def test_grouping_is_webdatasets(tmp_path, store):
     assert found == expected
 
 
-def test_json_captions(tmp_path, store):
+def test_captions_are_read_from_json(tmp_path, store):
     contents = [b'{"caption": "a red cat"}', b'{"caption": null}', b"{broken", b'["caption"]', b"[" * 100_000]
     contents.append(b'{"caption": "half a \\ud800 pair"}')
     files = [(f"{i}.{s}", c) for i, content in enumerate(contents) for s, c in (("jpg", picture(i)), ("json", content))]
@@ -197,7 +197,7 @@ def test_json_without_captions_is_image_only(tmp_path, store):
     assert not corpus.has_captions
 
 
-def test_sidecar_is_used_and_renewed(tmp_path, store, monkeypatch):
+def test_a_sidecar_is_used_until_its_shard_changes(tmp_path, store, monkeypatch):
     path = write_tar(tmp_path / "a.tar", members(range(3)))
     assert index_shards([path], store)[0].summary.samples == 3
     assert os.path.exists(path + INDEX_SUFFIX)
@@ -220,7 +220,7 @@ def test_sidecar_is_used_and_renewed(tmp_path, store, monkeypatch):
         assert index_shards([path], store)[0].summary.samples == 5
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, store):
+def test_the_index_of_a_read_only_folder_is_written_to_the_cache(tmp_path, store):
     path = write_tar(tmp_path / "a.tar", members(range(3)))
     os.mkdir(path + INDEX_SUFFIX)  # blocks the path of the sidecar, even for root
     (shard,) = index_shards([path], store)
@@ -230,7 +230,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, store):
     assert not list(tmp_path.glob("a.tar.index.*"))
 
 
-def test_hostile_keys(tmp_path, store):
+def test_malicious_keys_are_sanitised(tmp_path, store):
     keys = ["../../etc/passwd", "/abs/path", "new\nline\x1b[31m", "k" * 5000, "[bold]x", "ü" * 100]
     path = write_tar(tmp_path / "a.tar", [(key + ".jpg", picture(1)) for key in keys])
     corpus = open_corpus([SourceConfig(shards=path)], store)
@@ -254,7 +254,7 @@ def test_modality_can_be_set(tmp_path, store):
             open_corpus([SourceConfig(shards=images, modality=modality)], store)
 
 
-def test_the_modality_of_a_shard_is_what_all_its_samples_are(tmp_path, store):
+def test_the_modality_of_a_shard_is_the_common_modality_of_its_samples(tmp_path, store):
     kinds = {"paired": [*members(range(3))], "image": [*members(range(3, 5), "image")], "text": [*members([5], "text")]}
     for name, files in kinds.items():
         corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / f"{name}.tar", files))], store)
@@ -270,7 +270,7 @@ def test_the_modality_of_a_shard_is_what_all_its_samples_are(tmp_path, store):
         open_corpus([SourceConfig(shards=unpaired, modality="paired")], store)
 
 
-def test_few_files_are_open_at_once(tmp_path, store, monkeypatch):
+def test_the_number_of_open_shard_files_is_limited(tmp_path, store, monkeypatch):
     monkeypatch.setattr("m3ae_fast.data.reader._OPEN_SHARDS", 2)
     paths = [write_tar(tmp_path / f"{i}.tar", members([i])) for i in range(6)]
     reader = Reader(open_corpus([SourceConfig(shards=paths)], store).sources[0], store)
@@ -280,7 +280,7 @@ def test_few_files_are_open_at_once(tmp_path, store, monkeypatch):
         assert len(os.listdir("/proc/self/fd")) <= before + 2 * 2  # a shard has two open files: the tar and its table
 
 
-def test_the_shard_used_longest_ago_is_closed_first(tmp_path, store, monkeypatch):
+def test_the_least_recently_used_shard_is_closed_first(tmp_path, store, monkeypatch):
     monkeypatch.setattr("m3ae_fast.data.reader._OPEN_SHARDS", 2)
     paths = [write_tar(tmp_path / f"{i}.tar", members([i])) for i in range(3)]
     reader = Reader(open_corpus([SourceConfig(shards=paths)], store).sources[0], store)
@@ -291,7 +291,7 @@ def test_the_shard_used_longest_ago_is_closed_first(tmp_path, store, monkeypatch
     assert opened == [paths[shard] for shard in (0, 1, 2, 1)]
 
 
-def test_a_shard_is_indexed_by_one_while_others_wait(tmp_path, store, monkeypatch):
+def test_a_shard_is_indexed_by_one_process_while_the_others_wait(tmp_path, store, monkeypatch):
     made, real = [], index.scan_tar
 
     def scan(path):
@@ -305,7 +305,7 @@ def test_a_shard_is_indexed_by_one_while_others_wait(tmp_path, store, monkeypatc
     assert made == [1]
 
 
-def test_a_shard_that_changes_under_way_is_noticed(tmp_path, store):
+def test_a_shard_that_changes_while_it_is_used_is_detected(tmp_path, store):
     path = write_tar(tmp_path / "a.tar", members(range(3)))
     reader = Reader(open_corpus([SourceConfig(shards=path)], store).sources[0], store)
     with open(path, "ab") as file:
@@ -314,7 +314,7 @@ def test_a_shard_that_changes_under_way_is_noticed(tmp_path, store):
         reader.read(0, 0)
 
 
-def test_long_captions_are_cut_within_utf8(tmp_path, store):
+def test_long_captions_are_truncated_at_a_utf8_character(tmp_path, store):
     files = [("a.txt", "ü".encode() * 50_000), ("b.txt", b"x" + "ü".encode() * 50_000), ("c.txt", b"\xff\xfe")]
     files += [
         ("d.txt", b"x" * 65_532 + b"\xff" + b"y" * 9)
@@ -328,7 +328,7 @@ def test_long_captions_are_cut_within_utf8(tmp_path, store):
             reader.read(0, row)
 
 
-def test_a_size_in_a_pax_record_counts(tmp_path, store):
+def test_sizes_in_pax_records_are_used(tmp_path, store):
     """tarfile and GNU tar write such a record for sizes from 8 GiB on. Here, a small member has one, and its header
     states the size 0."""
     image = picture(1)
@@ -350,7 +350,7 @@ def test_a_size_in_a_pax_record_counts(tmp_path, store):
     assert damage is None
 
 
-def test_a_repeated_suffix_begins_another_sample(tmp_path, store):
+def test_a_repeated_suffix_starts_a_new_sample(tmp_path, store):
     """Two images with the same key and suffix are two samples, as in WebDataset, and the caption belongs to the second
     one."""
     files = [("a.jpg", picture(1)), ("a.jpg", picture(2)), ("a.txt", b"a cat"), ("b.jpg", picture(3))]
@@ -364,7 +364,7 @@ def test_a_repeated_suffix_begins_another_sample(tmp_path, store):
 @pytest.mark.parametrize(
     "suffix, fmt", [("gif", "GIF"), ("bmp", "BMP"), ("tif", "TIFF"), ("TIFF", "TIFF"), ("jp2", "JPEG2000")]
 )
-def test_pictures_of_every_suffix_are_read(tmp_path, store, suffix, fmt):
+def test_images_of_every_suffix_are_read(tmp_path, store, suffix, fmt):
     files = [
         file for i in range(3) for file in ((f"{i}.{suffix}", picture(i, fmt=fmt)), (f"{i}.txt", caption(i).encode()))
     ]
@@ -374,7 +374,7 @@ def test_pictures_of_every_suffix_are_read(tmp_path, store, suffix, fmt):
     assert [reader.read(0, row).image for row in range(3)] == [picture(i, fmt=fmt) for i in range(3)]
 
 
-def test_members_that_nothing_reads_are_named_and_counted(tmp_path, store, capsys):
+def test_ignored_files_are_named_and_counted(tmp_path, store, capsys):
     files = [("0.jpg", picture(0)), ("0.png", picture(0, fmt="PNG")), ("0.mp4", b"film"), ("1.mp4", b"film")]
     files += [("1.seg.png", b"mask"), ("2.jpg", picture(2)), ("2.json", b"{}"), ("2.cls", b"1"), ("2.MP4", b"film")]
     paths = [write_tar(tmp_path / f"{name}.tar", files) for name in "ab"]
@@ -391,7 +391,7 @@ def test_members_that_nothing_reads_are_named_and_counted(tmp_path, store, capsy
         open_corpus([SourceConfig(shards=films)], store)
 
 
-def test_a_summary_names_a_few_suffixes_of_many(tmp_path, store):
+def test_a_summary_names_at_most_a_few_suffixes(tmp_path, store):
     files = [("a.jpg", picture(0)), *((f"a.{i}{'x' * 500}", b"") for i in range(2000))]
     shard = write_tar(tmp_path / "a.tar", files)
     assert len(index_shards([shard], store)[0].summary.ignored) == 20

@@ -40,12 +40,12 @@ def fetched(sizes, lanes, nodes):
 @pytest.mark.parametrize(("lanes", "nodes", "most"), [
     (64, 1, 1), (64, 8, 1.06), (64, 64, 1.06), (64, 48, 2.05), (64, 63, 2.05), (512, 48, 1.2), (512, 63, 1.2),
 ])  # fmt: skip
-def test_nodes_share_few_shards(lanes, nodes, most):
+def test_few_shards_are_read_by_more_than_one_node(lanes, nodes, most):
     assert 1 <= fetched(corpus("400 M"), lanes, nodes) <= most
 
 
 @pytest.mark.parametrize("nodes", [8, 64])
-def test_nodes_share_few_shards_of_the_smallest_and_the_largest_corpus(nodes):
+def test_few_shards_of_small_and_large_datasets_are_read_by_more_than_one_node(nodes):
     assert 1 <= fetched(corpus("12 M"), 64, nodes) <= 1.06
     assert 1 <= fetched(corpus("2 B"), 64, nodes) <= 1.06
 
@@ -68,7 +68,7 @@ def test_a_lane_shows_each_of_its_samples_once_per_epoch(sizes, lanes):
 
 
 @pytest.mark.parametrize("scale", [1, 10])  # lanes of less than a block, and lanes that begin in one of several
-def test_every_sample_of_every_source_comes_once_in_as_many_positions(scale):
+def test_an_epoch_contains_every_sample_of_every_source_once(scale):
     """The number of lanes divides the sizes of the sources."""
     sizes = [[scale * samples for samples in source] for source in ([40, 24], [8], [16, 16, 16])]
     order, total = Order(sizes, None, 2, 0, lanes=8), 120 * scale
@@ -78,7 +78,7 @@ def test_every_sample_of_every_source_comes_once_in_as_many_positions(scale):
         assert Counter((place.source, place.sample, place.epoch) for place in found) == everything
 
 
-def test_weights_are_exact_in_every_lane():
+def test_source_weights_are_exact_in_every_lane():
     order = Order([[5000, 3000], [640]], [0.9, 0.1], 2, 0, lanes=16)
     for lane in range(16):
         places = [order.locate(index * 16 + lane) for index in range(3000)]
@@ -113,7 +113,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_ranks(batch, lanes, repeats)
 
 
 @pytest.mark.parametrize(("batch", "world", "parts"), [(12, 1, 1), (12, 5, 1), (13, 2, 3), (7, 7, 1), (64, 9, 2)])
-def test_the_largest_micro_batch_is_as_large_as_is_reckoned_with(batch, world, parts):
+def test_the_largest_micro_batch_has_the_expected_size(batch, world, parts):
     shares = [Share(batch, parts, rank, world) for rank in range(world)]
     largest = max(len(positions) for share in shares for positions in MicroBatches(range(2), share))
     assert {share.micro_batch for share in shares} == {largest}
@@ -126,7 +126,7 @@ def test_views_of_a_sample_stay_together():
         assert all(first % 3 == 0 for first in positions[::3])
 
 
-def test_the_lanes_follow_from_batch_and_shards():
+def test_the_number_of_lanes_follows_from_batch_and_shards():
     shards = [[10] * 1000]
     assert layout(shards, 4096) == Layout(64, 2)
     assert layout(shards, 4096, lanes=512, shuffle_shards=600) == Layout(512, 2)
@@ -138,19 +138,19 @@ def test_the_lanes_follow_from_batch_and_shards():
     assert layout(shards, 4096, repeats=3) == Layout(64, 2)
 
 
-def test_a_layout_has_a_name():
+def test_a_layout_is_described_in_words():
     assert str(Layout(1, 16)) == "groups of 16 shards" and str(Layout(64, 2)) == "64 lanes, windows of 2 shards"
 
 
 @pytest.mark.parametrize(("weights", "known"), [(None, "19498cea149f"), ((0.7, 0.3), "08c207e3ed42")])
-def test_the_order_in_lanes_is_unchanged(weights, known):
+def test_the_sample_order_in_lanes_equals_that_of_earlier_versions(weights, known):
     """If the order changed, resumed runs would differ from runs of an earlier version."""
     order = Order([[50, 60, 90, 40] * 8, [70, 80] * 6], weights, 2, 7, lanes=6)
     places = [order.locate(position) for start in (0, 10_000, 10**7) for position in range(start, start + 600)]
     assert hashlib.sha256(np.array(places, "<i8").tobytes()).hexdigest()[:12] == known
 
 
-def test_waits_are_positions_of_the_lane_for_any_source_weights():
+def test_the_prefetch_schedule_predicts_positions_for_any_source_weights():
     """The positions are approximate, because the proportion of a source is exact only over whole blocks."""
     order, shards = Order([[300] * 20, [250] * 8], [0.9, 0.1], 2, 1, lanes=4), (300, 250)
     for lane in range(4):
@@ -186,7 +186,7 @@ def test_a_step_mixes_more_shards_than_without_lanes():
     assert same(Order([sizes], None, 2, 0, lanes=64)) < 0.014
 
 
-def test_a_small_set_is_shuffled_as_a_whole():
+def test_a_small_dataset_is_shuffled_as_a_whole():
     """If the shards are sorted by class, the number of samples of each class in a step is as close to its expected
     value as in random samples, or closer."""
     order = Order([[1000] * 12], None, 16, 0, lanes=8)

@@ -70,7 +70,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_splits_and_classes_are_those_of_the_folders(tmp_path, capsys, layout):
+def test_splits_and_classes_are_taken_from_folder_names(tmp_path, capsys, layout):
     """`shards make` writes the shards of each split, with the same class ids in all of them."""
     expected = LAYOUTS[layout]
     root = tree(tmp_path / "data", *sorted(path for _, _, path in expected))
@@ -82,7 +82,7 @@ def test_splits_and_classes_are_those_of_the_folders(tmp_path, capsys, layout):
 
 
 @pytest.mark.parametrize(("name", "split"), [("val", "val"), ("validation", "val"), ("Test", "test"), ("dev", "train")])
-def test_a_folder_called_val_gives_val_shards(tmp_path, name, split):
+def test_a_folder_named_val_becomes_held_out_shards(tmp_path, name, split):
     """A folder called dev is not a split, because many users keep their projects in ~/dev."""
     tree(tmp_path / name, "cat/0.png", "dog/0.png")
     assert make(tmp_path / name, tmp_path / "out") == 0
@@ -91,13 +91,13 @@ def test_a_folder_called_val_gives_val_shards(tmp_path, name, split):
     assert sorted(split for split, _, _ in _paths(tmp_path / "both")) == ["train", "val"]
 
 
-def test_sub_folders_may_mean_nothing(tmp_path):
+def test_the_flat_option_ignores_folder_names(tmp_path):
     root = tree(tmp_path / "data", "train/0.png", "val/0.png")
     assert make(root, tmp_path / "out", "--flat") == 0
     assert _paths(tmp_path / "out") == {("train", None, "train/0.png"), ("train", None, "val/0.png")}
 
 
-def test_captions_are_those_of_each_split(tmp_path):
+def test_captions_are_read_for_each_split(tmp_path):
     root = tree(tmp_path / "data", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     (root / "val/cat/0.txt").write_text("a cat")
     assert make(root, tmp_path / "beside") == 0
@@ -110,7 +110,7 @@ def test_captions_are_those_of_each_split(tmp_path):
     assert sorted(found["val"]) == [b"one", b"two"] and sorted(found["train"], key=str) == [None, b"three"]
 
 
-def test_a_table_of_labels_alone(tmp_path, capsys):
+def test_a_table_may_contain_only_labels(tmp_path, capsys):
     """The columns of the table become fields of the samples' json; captions are next to the images, and class ids are
     unchanged."""
     root = tree(tmp_path / "data", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
@@ -132,14 +132,14 @@ def test_a_table_of_labels_alone(tmp_path, capsys):
     assert Folder(root, root / "t.csv").identity != before
 
 
-def test_images_in_no_split_are_left_out_and_named(tmp_path, capsys):
+def test_images_outside_the_splits_are_skipped_and_named(tmp_path, capsys):
     root = tree(tmp_path / "data", "logo.png", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     assert make(root, tmp_path / "out") == 0
     assert "1 skipped image outside the folders of splits:\n    logo.png" in capsys.readouterr().out
     assert len(_paths(tmp_path / "out")) == 3
 
 
-def test_splits_beside_other_folders_are_refused(tmp_path):
+def test_split_folders_mixed_with_other_folders_are_refused(tmp_path):
     root = tree(tmp_path / "data", "train/0.png", "val/0.png", "masks/0.png")
     with pytest.raises(
         UserError,
@@ -183,7 +183,7 @@ def test_pretraining_keeps_the_splits(tmp_path):
         ),
     ],
 )
-def test_words_of_a_shards_name_say_that_it_is_held_out(name, split):
+def test_words_in_the_name_of_a_shard_mark_it_as_held_out(name, split):
     assert split_of_file(name) == split
 
 
@@ -213,7 +213,7 @@ def test_shards_are_held_out_by_the_folders_above_them(tmp_path):
     assert (shards.train, len(shards.val)) == ([f"{tmp_path}/test/train/0.tar"], 2)
 
 
-def test_a_class_folder_that_links_to_another_is_told(tmp_path, capsys):
+def test_a_class_folder_that_links_to_another_is_reported(tmp_path, capsys):
     """The images count in both classes."""
     root = tree(tmp_path / "data", "train/cat/0.png", "train/cat/1.png", "train/dog/0.png")
     (root / "train/wolf").symlink_to(root / "train/dog")
@@ -226,7 +226,7 @@ def test_a_class_folder_that_links_to_another_is_told(tmp_path, capsys):
     assert len(_paths(tmp_path / "out")) == 6
 
 
-def test_an_empty_class_folder_is_told(tmp_path):
+def test_an_empty_class_folder_is_reported(tmp_path):
     root = tree(tmp_path / "data", "train/cat/a/0.png", "train/dog/0.png", "val/cat/0.png", "val/dog/0.png")
     for name in ("train/emu", "val/emu", "train/.hidden", "train/cat/a/none"):
         (root / name).mkdir()
@@ -237,7 +237,7 @@ def test_an_empty_class_folder_is_told(tmp_path):
     assert Folder(root, flat=True).notes == []
 
 
-def test_of_many_kinds_of_images_the_most_frequent_are_shown():
+def test_the_most_frequent_of_many_kinds_of_images_are_printed():
     counts = {1: 5, 3: 4, 5: 3, 7: 1}
     kinds = [Kind(channels, False, "uint8", 8, 8) for channels, count in counts.items() for _ in range(count)]
     shown = overview._images(overview.Part("train", 13, "", kinds=kinds, seen=13))

@@ -51,7 +51,7 @@ def paired(tmp_path):
     return str(tmp_path / "paired-*.tar")  # 18 samples
 
 
-def test_a_fetcher_with_nothing_to_fetch_is_ended(load, paired, tmp_path):
+def test_a_fetcher_with_nothing_to_download_exits(load, paired, tmp_path):
     ended = []
     node = Node("run", [0], SimpleNamespace(end=lambda: ended.append(True)))
     load(f"pipe:cat {tmp_path}/paired-0.tar", node=node)
@@ -87,7 +87,7 @@ def by_step(load, shards, steps, *, world=1, accumulation=1, micro_batch, config
     return [sorted(chain(*turns[i : i + accumulation])) for i in range(0, len(turns), accumulation)]
 
 
-def test_world_size_accumulation_and_workers_change_nothing(load, paired):
+def test_the_sample_stream_does_not_depend_on_world_size_accumulation_or_workers(load, paired):
     reference = by_step(load, paired, 4, micro_batch=12)
     assert [len(step) for step in reference] == [12] * 4
     for world, accumulation in ((2, 1), (1, 3), (2, 3), (4, 1), (12, 1)):
@@ -100,12 +100,12 @@ def test_world_size_accumulation_and_workers_change_nothing(load, paired):
         assert by_step(load, paired, 4, micro_batch=12, config={"workers": workers}) == reference
 
 
-def test_a_loader_knows_how_many_micro_batches_it_gives(load, paired):
+def test_the_length_of_a_loader_is_its_number_of_micro_batches(load, paired):
     loader = load(paired, steps=2, accumulation=3, micro_batch=2)
     assert len(list(loader)) == len(loader) == 6
 
 
-def test_resume_goes_on_where_it_stopped(load, paired):
+def test_a_resumed_loader_continues_at_the_same_position(load, paired):
     whole = by_step(load, paired, 9, micro_batch=5)
     for start in (1, 4, 8):
         assert by_step(load, paired, 9, micro_batch=5, start=start) == whole[start:]
@@ -130,7 +130,7 @@ def test_seeds_change_order_crops_and_masks(load, paired):
     assert dict(stream(load(paired, micro_batch=6, steps=3, seed=1))) == one
 
 
-def test_the_global_generator_is_left_alone(load, paired):
+def test_the_global_random_generator_is_not_used(load, paired):
     for config in ({"workers": 0}, {"workers": 1}):
         torch.manual_seed(0)
         before = torch.get_rng_state()
@@ -150,7 +150,7 @@ def test_the_global_generator_is_left_alone(load, paired):
     ],
     ids=repr,
 )
-def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, failure, explanation):
+def test_a_batch_that_a_worker_cannot_send_ends_the_loader(load, paired, failure, explanation):
     """The thread of the queue would drop the batch, and the loader would wait forever. In this test, sharing memory
     fails as on a full disk."""
 
@@ -165,7 +165,7 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, failur
     assert "in refuse" in str(error.value) and str(failure) in str(error.value)  # the message contains the traceback
 
 
-def test_a_worker_without_memory_for_its_error_ends(load, paired, monkeypatch):
+def test_a_worker_without_memory_to_report_its_error_exits(load, paired, monkeypatch):
     def refuse(*_):
         raise MemoryError
 
@@ -188,7 +188,7 @@ def test_an_exception_in_a_worker_keeps_its_type_message_and_traceback(load, pai
     assert "KeyError: 'position " in str(error.value) and "in broken" in str(error.value)
 
 
-def test_a_user_s_mistake_in_a_worker_is_one_line(load, paired, monkeypatch):
+def test_a_user_error_in_a_worker_is_reported_in_one_line(load, paired, monkeypatch):
     def refuse(self, positions):
         raise ImagesMissing("captions.csv: has no column x:\n name another one")
 
@@ -199,7 +199,7 @@ def test_a_user_s_mistake_in_a_worker_is_one_line(load, paired, monkeypatch):
         assert str(error.value) == "captions.csv: has no column x:\n name another one"
 
 
-def test_only_a_worker_that_a_signal_killed_is_called_killed(load, paired, monkeypatch):
+def test_only_a_worker_ended_by_a_signal_is_reported_as_killed(load, paired, monkeypatch):
     for end, message in (
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed"),
         (lambda: os._exit(3), "ended un"),
@@ -222,7 +222,7 @@ def test_no_two_uses_of_a_sample_share_random_numbers(load, paired, monkeypatch)
     assert len(seeds) == len(set(seeds)) == 6 * 72
 
 
-def test_samples_are_found_by_key_behind_shards_with_captions_alone(load, tmp_path):
+def test_samples_are_found_by_key_in_shards_after_text_only_shards(load, tmp_path):
     texts = write_tar(tmp_path / "a.tar", [*members(range(3), "text"), *members(range(3, 5))])
     wanted = write_tar(tmp_path / "b.tar", members(range(5, 9)))
     samples = load([texts, wanted]).dataset
@@ -234,7 +234,7 @@ def test_samples_are_found_by_key_behind_shards_with_captions_alone(load, tmp_pa
         assert torch.equal(found[key].image, centre_crop(decode_image(picture(int(key[-5:])), 3), 32))
 
 
-def test_evaluation_takes_every_sample_once(load, paired):
+def test_an_evaluation_reads_every_sample_once(load, paired):
     def evaluate(world, **options):
         ranks = [load(paired, train=False, rank=r, world=world, micro_batch=4, **options) for r in range(world)]
         return [item for batches in zip(*ranks, strict=True) for batch in batches for item in content(batch)]
@@ -251,7 +251,7 @@ def test_evaluation_takes_every_sample_once(load, paired):
         assert image == centre_crop(decode_image(picture(number), 3), 32).numpy().tobytes()
 
 
-def test_captions_reach_the_batch(load, paired):
+def test_captions_are_tokenised_into_the_batch(load, paired):
     loader = load(paired, train=False, micro_batch=18, masking=MaskingConfig(image_ratio=0.5, text_ratio=0.0))
     tokenizer = loader.dataset.preparation.tokenizer
     numbers = [i * 7 + n for i in range(3) for n in range(5 + i)]
@@ -259,7 +259,7 @@ def test_captions_reach_the_batch(load, paired):
         assert [t for t in tokens if t >= 0] == tokenizer.encode(caption(number)).tolist()
 
 
-def test_many_batches_ahead_need_more_files_than_usual(load, paired):
+def test_the_limit_of_open_files_is_raised_for_many_prefetched_batches(load, paired):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 64, hard))
     try:
@@ -269,7 +269,7 @@ def test_many_batches_ahead_need_more_files_than_usual(load, paired):
     assert len(batches) == 20
 
 
-def test_a_long_tmpdir_does_not_matter(load, paired, tmp_path, monkeypatch):
+def test_workers_start_if_the_path_of_the_temporary_folder_is_long(load, paired, tmp_path, monkeypatch):
     folder = tmp_path / ("long" * 25)  # the paths of sockets in this folder would be too long
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -278,7 +278,7 @@ def test_a_long_tmpdir_does_not_matter(load, paired, tmp_path, monkeypatch):
     assert tempfile.gettempdir() == str(folder)
 
 
-def test_a_loader_that_is_gone_keeps_no_shard_open(load, paired):
+def test_a_deleted_loader_keeps_no_shard_open(load, paired):
     """A run creates a loader for each figure that it draws."""
 
     def shards_open() -> int:
@@ -294,7 +294,7 @@ def test_a_loader_that_is_gone_keeps_no_shard_open(load, paired):
 
 
 @pytest.mark.parametrize("per", ["sample", "batch"])
-def test_masks(load, paired, per):
+def test_masks_follow_the_settings_of_the_config(load, paired, per):
     masking = MaskingConfig(image_ratio=0.75, text_ratio=0.5, per=per)
     batches = list(load(paired, micro_batch=9, steps=4, masking=masking))
     visible = [[tuple(r for r in rows if 0 < r <= 16) for _, (_, _, rows, _) in content(batch)] for batch in batches]
@@ -315,7 +315,7 @@ NATIVE = Native(patch_size=8, least=1, most=16, longest=8, positions="absolute")
 
 
 @pytest.mark.parametrize("per", ["sample", "batch"])
-def test_masks_of_native_images(load, tmp_path, per):
+def test_masks_of_native_images_follow_the_settings_of_the_config(load, tmp_path, per):
     """Each image is masked with the mask ratio. A square image and every caption have the same masks as in a square
     model. With one mask per batch, all images of the same size have the same mask."""
     sizes = [(32, 32), (64, 16), (40, 24), (16, 16)]
@@ -345,7 +345,7 @@ def test_native_images_do_not_depend_on_ranks_workers_or_interruptions(load, pai
     assert len({len(rows) for step in whole for _, (_, _, rows, _) in step}) > 3
 
 
-def test_sources_of_all_kinds_meet_in_one_batch(load, tmp_path):
+def test_a_batch_may_contain_samples_of_sources_of_all_modalities(load, tmp_path):
     write_tar(tmp_path / "p.tar", members(range(10)))
     write_tar(tmp_path / "i.tar", members(range(10, 16), "image"))
     write_tar(tmp_path / "t.tar", members(range(16, 20), "text"))
@@ -360,7 +360,7 @@ def test_sources_of_all_kinds_meet_in_one_batch(load, tmp_path):
     assert [sum(f"/{name}.tar/" in key for key in keys) for name in "pit"] == [20, 40, 20]  # four epochs of both lanes
 
 
-def test_sources_with_the_same_samples_draw_on_their_own(load, tmp_path):
+def test_sources_with_the_same_samples_use_different_random_numbers(load, tmp_path):
     sources = [SourceConfig(shards=write_tar(tmp_path / f"{name}.tar", members(range(6)))) for name in "ab"]
     seen = dict(stream(load(sources, micro_batch=12, steps=1)))
     for number in range(6):
@@ -368,7 +368,7 @@ def test_sources_with_the_same_samples_draw_on_their_own(load, tmp_path):
         assert first[0] != second[0]
 
 
-def test_a_source_has_a_loss_weight_beside_its_share(load, tmp_path):
+def test_a_source_has_a_loss_weight_in_addition_to_its_sampling_weight(load, tmp_path):
     sources = [SourceConfig(shards=write_tar(tmp_path / f"{n}.tar", members(range(4)))) for n in "ab"]
     (plain,) = load(sources, micro_batch=8, train=False)
     sources[1] = sources[1].model_copy(update={"loss_weight": 0.25})
@@ -382,7 +382,7 @@ def test_a_source_has_a_loss_weight_beside_its_share(load, tmp_path):
     assert plain.counts == weighted.counts == (8, 8)
 
 
-def test_repeats_are_views_of_one_decoding(load, paired, monkeypatch):
+def test_repeated_views_are_cropped_from_one_decoded_image(load, paired, monkeypatch):
     decoded = []
 
     def count(*arguments):
@@ -400,7 +400,7 @@ def test_repeats_are_views_of_one_decoding(load, paired, monkeypatch):
     assert sum(first[2:] != second[2:] for (_, first), (_, second) in zip(views[::2], views[1::2])) > 24  # masks
 
 
-def test_repeats_do_not_depend_on_ranks_workers_or_interruptions(load, paired):
+def test_repeated_views_do_not_depend_on_ranks_workers_or_interruptions(load, paired):
     config = {"repeats": 3}
     reference = by_step(load, paired, 4, micro_batch=12, config=config)
     for world, accumulation in ((2, 1), (1, 3), (12, 1)):
@@ -410,7 +410,7 @@ def test_repeats_do_not_depend_on_ranks_workers_or_interruptions(load, paired):
     assert by_step(load, paired, 4, micro_batch=12, config=config, start=2) == reference[2:]
 
 
-def test_ids_are_those_of_a_codebook_one_for_each_patch():
+def test_image_token_ids_are_codebook_indices_with_one_per_patch():
     def stored(*ids):
         geometry = Namespace(patches_per_image=4)
         samples = Namespace(preparation=Namespace(stored_codebook=16, geometry=geometry))
@@ -427,7 +427,7 @@ def test_ids_are_those_of_a_codebook_one_for_each_patch():
             stored(*ids)
 
 
-def test_image_only_and_text_only(load, tmp_path):
+def test_image_only_and_text_only_shards_are_read(load, tmp_path):
     images = write_tar(tmp_path / "i.tar", members(range(6), "image"))
     texts = write_tar(tmp_path / "t.tar", members(range(6), "text"))
     (batch,) = load(images, micro_batch=6, steps=1, tokenizer=False)
@@ -442,7 +442,7 @@ def test_image_only_and_text_only(load, tmp_path):
     assert batch.counts == (6, 0)
 
 
-def test_a_shard_may_mix_what_its_samples_have(load, tmp_path):
+def test_a_shard_may_contain_samples_of_different_modalities(load, tmp_path):
     mixed = [*members(range(5)), *members(range(5, 8), "image"), *members(range(8, 10), "text")]
     path = write_tar(tmp_path / "a.tar", mixed)
     for sources in (path, [SourceConfig(shards=path, modality="any")]):
@@ -471,7 +471,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_samples_are_left_out_and_named(load, tmp_path, name, workers):
+def test_bad_samples_are_skipped_and_named(load, tmp_path, name, workers):
     files, reason = BAD[name]
     path = write_tar(tmp_path / "a.tar", [*members(range(3)), *files, *members(range(4, 8))])
     # On its own, the shard would be trained on the modalities that each sample has; in a paired source, the other
@@ -525,7 +525,7 @@ def test_a_shard_that_vanishes_is_counted(load, tmp_path, repeats):
     assert "cannot be read" in batch.skipped[0].reason
 
 
-def test_a_shard_that_cannot_be_fetched_again_is_not_tried_for_every_sample(load, tmp_path, store, monkeypatch):
+def test_a_failed_download_is_not_retried_for_every_sample(load, tmp_path, store, monkeypatch):
     monkeypatch.setattr("m3ae_fast.data.shard_store.time.sleep", lambda seconds: None)
     path = write_tar(tmp_path / "a.tar", members(range(6)))
     loader = load(f"pipe:echo >> {tmp_path}/tries; cat {path}", micro_batch=6, train=False)
@@ -536,7 +536,7 @@ def test_a_shard_that_cannot_be_fetched_again_is_not_tried_for_every_sample(load
     assert len((tmp_path / "tries").read_text()) == ATTEMPTS
 
 
-def test_a_shard_that_was_away_for_a_while_is_read_again(load, tmp_path, monkeypatch):
+def test_a_shard_that_was_temporarily_missing_is_read_again(load, tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr("m3ae_fast.data.reader.time.monotonic", lambda: clock[0])
     path = write_tar(tmp_path / "a.tar", members(range(3)))
@@ -580,7 +580,7 @@ def test_workers_begin_with_signals_blocked(tmp_path):
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
-def test_empty_captions_are_no_mistake(load, tmp_path):
+def test_empty_captions_are_accepted(load, tmp_path):
     path = write_tar(tmp_path / "a.tar", [("0.jpg", picture(0)), ("0.txt", b""), *members([1])])
     (batch,) = load(path, micro_batch=2, steps=1)
     assert not batch.skipped
@@ -588,7 +588,7 @@ def test_empty_captions_are_no_mistake(load, tmp_path):
     assert len(batch.keys) == 2
 
 
-def test_fewer_shards_than_readers(load, tmp_path):
+def test_there_may_be_fewer_shards_than_workers(load, tmp_path):
     path = write_tar(tmp_path / "a.tar", members(range(16)))
     loaders = [load(path, rank=r, world=4, micro_batch=4, steps=1, config={"workers": 2}) for r in range(4)]
     keys = [key for loader in loaders for batch in loader for key in batch.keys]
@@ -604,7 +604,7 @@ def test_workers_may_be_spawned(load, paired):
     assert all(torch.equal(a.image, b.image) and torch.equal(a.tokens, b.tokens) for a, b in zip(found, expected))
 
 
-def test_endless_training(load, paired):
+def test_a_training_loader_is_infinite(load, paired):
     batches = list(islice(load(paired, micro_batch=7), 10))
     assert [len(batch.keys) for batch in batches] == [7] * 10
 
@@ -615,14 +615,14 @@ def test_loader_can_be_used_again(load, paired):
         assert stream(loader) == stream(loader)
 
 
-def test_default_workers(monkeypatch):
+def test_the_default_number_of_workers_follows_from_the_cores_per_rank(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
     for ranks, workers in (("1", 15), ("2", 7), ("8", 1), ("100", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert default_workers() == workers
 
 
-def test_too_many_bad_samples():
+def test_too_many_bad_samples_end_the_loader():
     counter = BadSamples(0.1, samples=10_000)
     counter.report([Skipped("a.tar", "7", "the image is broken")])
     counter.count(50, 50)  # too few samples for a decision
@@ -639,7 +639,7 @@ def test_too_many_bad_samples():
         BadSamples(0.0, samples=20).count(500, 1)
 
 
-def test_bad_samples_are_logged_but_not_without_end(caplog):
+def test_a_limited_number_of_bad_samples_is_logged(caplog):
     counter = BadSamples(0.1, samples=1000)
     for i in range(50):
         would, before = counter.names_more, len(caplog.messages)
@@ -655,7 +655,7 @@ def test_bad_samples_are_logged_but_not_without_end(caplog):
     fraction=st.sampled_from([0.0, 0.125, 0.5, 1.0]),
     samples=st.integers(1, 200),
 )
-def test_a_run_stops_in_the_first_step_with_too_many_bad_samples_of_enough(steps, fraction, samples):
+def test_a_run_stops_in_the_first_step_in_which_enough_samples_show_too_many_bad_ones(steps, fraction, samples):
     counter, seen, bad = BadSamples(fraction, samples), 0, 0
     for good, spoilt in steps:
         seen, bad = seen + good + spoilt, bad + spoilt
@@ -672,7 +672,7 @@ def test_the_vocabulary_contains_all_words_of_the_captions(load, paired):
     assert 1 not in tokenizer.encode(" ".join(WORDS))
 
 
-def test_a_frozen_worker_does_not_keep_the_program():
+def test_a_suspended_worker_does_not_prevent_the_program_from_exiting():
     program = """
         import os, signal
         from m3ae_fast.process import workers
@@ -687,7 +687,7 @@ def test_a_frozen_worker_does_not_keep_the_program():
     assert done.stderr == ""
 
 
-def test_other_threads_leave_the_interpreter_before_workers_are_forked(monkeypatch):
+def test_other_threads_are_paused_before_workers_are_forked(monkeypatch):
     begun, left, seen, fork = threading.Event(), [], [], os.fork
 
     def leave():

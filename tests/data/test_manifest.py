@@ -47,7 +47,7 @@ def keys(loader):
     return [key.rpartition("/")[2] for batch in loader for key in batch.keys]
 
 
-def test_a_run_with_a_manifest_sees_what_it_sees_without(load, store, tmp_path, remote):
+def test_a_run_reads_the_same_samples_with_and_without_a_manifest(load, store, tmp_path, remote):
     pattern, fetched = remote
     path = make(tmp_path, pattern)
     counted = [SourceConfig(shards=path)]
@@ -70,7 +70,7 @@ def test_a_run_with_a_manifest_sees_what_it_sees_without(load, store, tmp_path, 
     assert before and set(fetched().values()) == {1}
 
 
-def test_gzipped_shards_that_change_are_counted_anew(tmp_path, store):
+def test_changed_gzipped_shards_are_counted_again(tmp_path, store):
     """Local files are compared by size and modification time. Remote shards are identified by name only."""
     plain = tmp_path / "plain.tar"
     for count in (3, 5):
@@ -82,7 +82,7 @@ def test_gzipped_shards_that_change_are_counted_anew(tmp_path, store):
         assert isinstance(source.shards, CountedShards) and list(source.sizes) == [count]
 
 
-def test_parts_are_one_manifest(tmp_path, remote):
+def test_partial_manifests_are_joined(tmp_path, remote):
     pattern, fetched = remote
     whole = read(make(tmp_path, pattern))
     assert set(fetched().values()) == {1}
@@ -100,7 +100,7 @@ def test_parts_are_one_manifest(tmp_path, remote):
         open_corpus(parts, ShardStore(tmp_path / "c"))
 
 
-def test_parts_whose_names_have_other_lengths_lose_no_letter():
+def test_joined_manifests_keep_shard_names_of_different_lengths():
     names = ["a.tar", "a-longer-name.tar", "mid.tar"]
     parts = [rows_of([name], [(number, 10 * number, 1)]) for number, name in enumerate(names)]
     for order in ([0, 1, 2], [1, 0, 2], [2, 0, 1]):
@@ -108,14 +108,14 @@ def test_parts_whose_names_have_other_lengths_lose_no_letter():
         assert rows.tolist() == [(names[number].encode(), number, 10 * number, 1) for number in order]
 
 
-def test_a_manifest_made_by_a_run_is_of_these_shards_in_this_order(store):
+def test_a_manifest_written_by_a_run_is_used_only_for_the_same_shards_in_the_same_order(store):
     a, b = "s3://bucket/a.tar", "s3://bucket/b.tar"
     lists = ([a, b], [b, a], [a], [a, b, b])
     assert len({manifest.cached(names, store) for names in lists}) == len(lists)
     assert manifest.cached(lists[0], store) == manifest.cached(list(lists[0]), store)
 
 
-def test_counts_that_others_have_made(tmp_path):
+def test_sample_counts_of_other_tools_are_accepted(tmp_path):
     for i in range(3):
         write_tar(tmp_path / f"{i}.tar", members(range(4 + i)))
         (tmp_path / f"{i}_stats.json").write_text(json.dumps({"count": 99, "successes": 4 + i}))
@@ -132,7 +132,7 @@ def test_counts_that_others_have_made(tmp_path):
         make(tmp_path, *shards, "--sizes", str(tmp_path / "sizes.json"))
 
 
-def test_a_shard_of_another_length_never_moves_the_order(load, tmp_path):
+def test_a_shard_with_another_number_of_samples_does_not_change_the_order(load, tmp_path):
     paths = [write_tar(tmp_path / f"{i}.tar", members(range(i * 10, i * 10 + 5))) for i in range(3)]
     path = make(tmp_path, *paths)
     before = keys(load([SourceConfig(shards=path)], micro_batch=15, steps=1))
@@ -146,7 +146,7 @@ def test_a_shard_of_another_length_never_moves_the_order(load, tmp_path):
     assert {skipped.shard for skipped in batch.skipped} == {paths[0]}
 
 
-def test_shards_that_are_not_whole_are_named(tmp_path, capsys):
+def test_incomplete_shards_are_named(tmp_path, capsys):
     whole = write_tar(tmp_path / "0.tar", members(range(4)))
     (tmp_path / "1.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:6000])
     path = make(tmp_path, whole, str(tmp_path / "1.tar"))
@@ -157,7 +157,7 @@ def test_shards_that_are_not_whole_are_named(tmp_path, capsys):
     assert f"note: {path}: the tar has no tar header" in capsys.readouterr().out
 
 
-def test_what_is_no_manifest_is_refused(tmp_path, store):
+def test_files_that_are_not_manifests_are_refused(tmp_path, store):
     bad, other = tmp_path / "bad.npy", tmp_path / "other.npy"
     bad.write_bytes(b"\x93NUMPY junk")
     np.save(other, np.arange(3))
@@ -219,7 +219,7 @@ def together(world, nodes, work):
     return results
 
 
-def test_nodes_count_together_and_each_keeps_the_manifest(tmp_path, remote):
+def test_nodes_count_samples_together_and_each_stores_the_manifest(tmp_path, remote):
     pattern, fetched = remote
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
     work = lambda ranks, node: manifest.prepare(pattern, stores[node], ranks)  # noqa: E731
@@ -235,7 +235,7 @@ def test_nodes_count_together_and_each_keeps_the_manifest(tmp_path, remote):
     assert together(4, 2, work) == [None] * 4 and lost.exists()
 
 
-def test_a_rank_counts_the_shards_of_its_lanes(tmp_path, monkeypatch):
+def test_a_rank_counts_the_samples_of_the_shards_of_its_lanes(tmp_path, monkeypatch):
     """The parts of a run's second source are the shards that its lanes own."""
     store, counted = ShardStore(tmp_path), {}
     names = [f"pipe:cat {i}.tar" for i in range(12)]
@@ -252,7 +252,7 @@ def test_a_rank_counts_the_shards_of_its_lanes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("samples", [2, 9])
-def test_a_counted_shard_is_of_the_kind_that_was_counted(store, samples):
+def test_a_counted_shard_has_the_modality_of_the_manifest(store, samples):
     rows = rows_of(["a.tar"] * len(KINDS), [(samples, 7, kind) for kind in range(len(KINDS))])
     for shard, kind in zip(CountedShards(rows, store), KINDS):
         assert (shard.summary.modality, shard.summary.samples, shard.summary.size) == (kind, samples, 7)
@@ -287,7 +287,7 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path, remote):
     assert len(set(found)) == 1 and "manifests" in found[0]
 
 
-def test_a_shard_that_could_not_be_counted_is_told_and_counted_again(tmp_path, remote, monkeypatch):
+def test_a_shard_that_could_not_be_counted_is_reported_and_counted_later(tmp_path, remote, monkeypatch):
     monkeypatch.setattr("m3ae_fast.data.shard_store.retry_after", lambda *_: 0.0)
     pattern, _ = remote
     far = tmp_path / "far/2.tar"
@@ -304,7 +304,9 @@ def test_a_shard_that_could_not_be_counted_is_told_and_counted_again(tmp_path, r
     assert open_corpus([SourceConfig(shards=pattern)], store).samples == 33
 
 
-def test_why_no_shard_can_be_counted_is_told_to_all_and_nothing_is_kept(tmp_path, remote, monkeypatch):
+def test_the_reason_why_no_shard_can_be_counted_is_reported_on_all_ranks_and_nothing_is_stored(
+    tmp_path, remote, monkeypatch
+):
     monkeypatch.setattr("m3ae_fast.data.shard_store.retry_after", lambda *_: 0.0)
     pattern, _ = remote
     (tmp_path / "far").rename(tmp_path / "away")
@@ -317,7 +319,7 @@ def test_why_no_shard_can_be_counted_is_told_to_all_and_nothing_is_kept(tmp_path
     assert together(4, 2, work) == [None] * 4
 
 
-def test_two_billion_samples_are_open_at_once(tmp_path, store):
+def test_a_manifest_of_two_billion_samples_uses_little_memory(tmp_path, store):
     """The manifest, order and reader of 231,349 shards take less than 50 MB of a process's private memory."""
     names = [f"s3://bucket/laion2b/{i:06d}.tar" for i in range(231_349)]
     path = tmp_path / "laion2b.npy"

@@ -31,7 +31,7 @@ def write(folder, files):
 
 
 @pytest.mark.parametrize("place", ["masks", "images/masks"])
-def test_masks_of_a_folder_stand_beside_their_images(tmp_path, place, capsys):
+def test_segmentation_masks_of_a_folder_are_matched_to_their_images(tmp_path, place, capsys):
     """The folder of masks may be inside the folder of images; the masks are then not read as images. An image without a
     mask has no mask in the shards.
     """
@@ -70,7 +70,7 @@ def test_a_mask_that_does_not_fit_its_image_is_refused(tmp_path):
         Folder(images, masks=tmp_path / "nothing")
 
 
-def test_samples_have_the_masks_beside_them(tmp_path):
+def test_samples_contain_their_segmentation_masks(tmp_path):
     """Other samples have no masks, several image files, or a caption without an image."""
     image = picture(0, (32, 24))
     first = [("0.jpg", image), ("0.mask.png", mask(3)), ("1.jpg", image), ("2.txt", b"alone"), ("2.mask.png", mask(9))]

@@ -73,7 +73,7 @@ def samples(url, store):
     return open_corpus([SourceConfig(shards=[url])], store).samples
 
 
-def test_s3(s3, tmp_path, store):
+def test_shards_are_read_from_s3(s3, tmp_path, store):
     client, gets, *_ = s3
     url = put(client, tmp_path, "a folder/it's.tar", range(3))
     assert samples(url, store) == 3
@@ -81,7 +81,7 @@ def test_s3(s3, tmp_path, store):
     assert download.read_small(url, 1 << 20) == (tmp_path / "one.tar").read_bytes()
 
 
-def test_failures_of_s3_that_pass_are_tried_again(s3, tmp_path, store):
+def test_temporary_s3_errors_are_retried(s3, tmp_path, store):
     """If a response breaks off, the download is resumed at the position that was reached."""
     client, gets, faults, ranges = s3
     url = put(client, tmp_path, "a.tar", range(3))
@@ -94,13 +94,13 @@ def test_failures_of_s3_that_pass_are_tried_again(s3, tmp_path, store):
 @pytest.mark.parametrize(("url", "words"), [
     ("s3://bucket/none.tar", "404 Not Found: .*NoSuchKey"), ("s3://elsewhere/a.tar", "404 Not Found: .*NoSuchBucket"),
 ])  # fmt: skip
-def test_what_is_not_in_s3_is_asked_for_once(s3, store, url, words):
+def test_a_missing_s3_object_is_requested_only_once(s3, store, url, words):
     with pytest.raises(UserError, match=rf"shard {url}: cannot be read \(cannot fetch {url}: .*{words}"):
         samples(url, store)
     assert sum(s3[1].values()) == 1
 
 
-def test_s3_without_the_permission_is_told_at_once(s3, tmp_path):
+def test_missing_s3_permissions_are_reported_at_once(s3, tmp_path):
     client, _, faults, _ = s3
     url = put(client, tmp_path, "a.tar", range(3))
     faults["/bucket/a.tar"] = ["403"]
@@ -118,7 +118,7 @@ def test_a_public_bucket_needs_no_credentials(s3, tmp_path, store, monkeypatch):
     assert samples(url, store) == 3
 
 
-def test_a_profile_of_the_users_gives_credentials(s3, tmp_path, monkeypatch):
+def test_credentials_are_read_from_the_users_aws_profile(s3, tmp_path, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     (tmp_path / "credentials").write_text("[work]\naws_access_key_id = me\naws_secret_access_key = secret\n")
@@ -128,7 +128,7 @@ def test_a_profile_of_the_users_gives_credentials(s3, tmp_path, monkeypatch):
     assert store.credential_provider()["access_key_id"] == "me"
 
 
-def test_google_storage(tmp_path, store, monkeypatch):
+def test_shards_are_read_from_google_cloud_storage(tmp_path, store, monkeypatch):
     (tmp_path / "served/bucket").mkdir(parents=True)
     write_tar(tmp_path / "served/bucket/a.tar", members(range(4)))
 
@@ -151,7 +151,7 @@ def test_google_storage(tmp_path, store, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/{0..1}.tar", "gs://bucket/{0..1}.tar"])
-def test_without_the_extra_a_line_says_what_to_install(tmp_path, store, monkeypatch, url):
+def test_without_the_extra_the_error_names_the_package_to_install(tmp_path, store, monkeypatch, url):
     monkeypatch.setitem(sys.modules, "obstore", None)
     first = url.replace("{0..1}", "0")
     line = rf"{first} needs obstore: pip install 'm3ae-fast\[remote\]', or read it with a command: 'pipe:aws s3 cp"
@@ -165,7 +165,7 @@ def test_without_the_extra_a_line_says_what_to_install(tmp_path, store, monkeypa
     assert expand("https://host/a.tar")
 
 
-def test_four_nodes_read_each_object_once_within_their_disk(s3, load, tmp_path):
+def test_four_nodes_download_each_object_once_within_their_disk_limit(s3, load, tmp_path):
     client, gets, *_ = s3
     urls = [put(client, tmp_path, f"{i:02}.tar", range(i * PER, i * PER + PER)) for i in range(SHARDS)]
     size = (tmp_path / "one.tar").stat().st_size

@@ -97,7 +97,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("reason", ODD)
-def test_one_odd_picture_is_left_out_by_name_and_the_others_are_kept(folder, tmp_path, capsys, reason):
+def test_a_malformed_image_is_named_and_skipped_and_the_others_are_kept(folder, tmp_path, capsys, reason):
     ODD[reason](folder / "odd.png")
     for _ in range(2):  # also by the call that finds everything complete
         assert make(folder, tmp_path / "out") == 0
@@ -116,7 +116,7 @@ CORRECTIONS = {
 
 
 @pytest.mark.parametrize("part", CORRECTIONS)
-def test_what_was_corrected_since_is_not_passed_off_as_done(folder, tmp_path, capsys, part):
+def test_changed_input_is_not_mistaken_for_the_same_conversion(folder, tmp_path, capsys, part):
     assert make(folder, tmp_path / "out") == 0
     assert make(folder, tmp_path / "out") == 0
     CORRECTIONS[part](folder)
@@ -127,7 +127,7 @@ def test_what_was_corrected_since_is_not_passed_off_as_done(folder, tmp_path, ca
     )
 
 
-def test_a_corrected_table_is_another_conversion(folder, tmp_path, capsys):
+def test_a_changed_table_is_a_different_conversion(folder, tmp_path, capsys):
     table = tmp_path / "t.csv"
     for text, code in (("a dog", 0), ("a dog", 0), ("a fog", 2)):
         table.write_text(f"image,caption\ngood.jpg,{text}\n")
@@ -135,7 +135,7 @@ def test_a_corrected_table_is_another_conversion(folder, tmp_path, capsys):
     assert "(captions was" in new_output(capsys)
 
 
-def test_a_corrected_hdf5_file_is_another_conversion(tmp_path, capsys):
+def test_a_changed_hdf5_file_is_a_different_conversion(tmp_path, capsys):
     for text, code in (("a dog", 0), ("a fog", 2)):
         with h5py.File(tmp_path / "t.hdf5", "w") as file:
             file["text"] = [text]
@@ -143,7 +143,7 @@ def test_a_corrected_hdf5_file_is_another_conversion(tmp_path, capsys):
     assert "(changed_ns was" in new_output(capsys)
 
 
-def test_a_class_that_is_a_link_to_another_keeps_both(pictures, tmp_path):  # noqa: F811
+def test_a_class_folder_that_links_to_another_is_kept_as_a_separate_class(pictures, tmp_path):  # noqa: F811
     (pictures / "ant").symlink_to("dog")
     (pictures / "dog" / "loop").symlink_to("..")
     (pictures / "dog" / "again").symlink_to(".")
@@ -177,14 +177,14 @@ def test_a_folder_that_cannot_be_listed_is_named(pictures, tmp_path, monkeypatch
     assert "dog: cannot be listed (Permission denied)" in new_output(capsys)
 
 
-def test_suffixes_in_capitals(folder, tmp_path):
+def test_upper_case_suffixes_are_accepted(folder, tmp_path):
     (folder / "b.JPG").write_bytes(picture(2))
     (folder / "b.TXT").write_text("in capitals")
     assert make(folder, tmp_path / "out", "--keep-order") == 0
     assert [sample["txt"] for sample in contents(tmp_path / "out")] == [b"in capitals", b"a good one"]
 
 
-def test_several_captions_of_a_row_are_several_samples(folder, tmp_path, capsys):
+def test_several_captions_of_a_row_become_several_samples(folder, tmp_path, capsys):
     table = tmp_path / "t.jsonl"
     table.write_text('{"image": "good.jpg", "caption": ["a", "", "b"]}\n{"image": "good.jpg", "caption": "a"}\n')
     assert make(folder, tmp_path / "out", "--captions", table, "--keep-order") == 0
@@ -192,7 +192,7 @@ def test_several_captions_of_a_row_are_several_samples(folder, tmp_path, capsys)
     assert "empty" not in new_output(capsys)
 
 
-def test_a_row_without_a_caption_is_empty_and_an_image_without_a_row_is_not(folder, tmp_path, capsys):
+def test_a_row_without_a_caption_has_an_empty_caption_and_an_image_without_a_row_has_none(folder, tmp_path, capsys):
     (folder / "other.jpg").write_bytes(picture(2))
     (tmp_path / "t.csv").write_text("image,caption\nother.jpg,\n")
     assert make(folder, tmp_path / "out", "--captions", tmp_path / "t.csv") == 0
@@ -208,7 +208,7 @@ LISTS = {
 
 
 @pytest.mark.parametrize("kind", LISTS)
-def test_several_captions_of_an_hdf5_row_are_several_samples(tmp_path, kind):
+def test_several_captions_of_an_hdf5_row_become_several_samples(tmp_path, kind):
     with h5py.File(tmp_path / "t.hdf5", "w") as file:
         jpg = file.create_dataset("jpg", (2,), h5py.vlen_dtype(np.uint8))
         captions = LISTS[kind](file)
@@ -230,7 +230,7 @@ LINKS = {
 
 
 @pytest.mark.parametrize("reason", LINKS)
-def test_links_of_an_hdf5_file_that_lead_nowhere(tmp_path, capsys, reason):
+def test_dangling_links_in_an_hdf5_file_are_reported(tmp_path, capsys, reason):
     with h5py.File(tmp_path / "t.hdf5", "w") as file:
         file.create_dataset("jpg", (1,), h5py.vlen_dtype(np.uint8))[0] = np.frombuffer(picture(0), np.uint8)
         file["unused"] = h5py.SoftLink("/unused")
@@ -242,7 +242,7 @@ def test_links_of_an_hdf5_file_that_lead_nowhere(tmp_path, capsys, reason):
     assert f"t.hdf5: {reason.strip()}" in new_output(capsys)
 
 
-def test_what_is_no_caption_in_hdf5_and_datasets_is_left_out_by_name(tmp_path, capsys):
+def test_invalid_captions_in_hdf5_files_and_datasets_are_named_and_skipped(tmp_path, capsys):
     with h5py.File(tmp_path / "t.hdf5", "w") as file:
         file["text"] = np.array([b"good", b"caf\xe9", b" "])
     assert make(tmp_path / "t.hdf5", tmp_path / "out") == 0
@@ -258,7 +258,7 @@ def test_what_is_no_caption_in_hdf5_and_datasets_is_left_out_by_name(tmp_path, c
     assert "--caption-column caption: has the type" in new_output(capsys)
 
 
-def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
+def test_the_summary_counts_and_names_skipped_samples(pictures, tmp_path, capsys):  # noqa: F811
     for number in range(5):
         (pictures / "cat" / f"{number}.txt").write_text(" \n")
     (pictures / "dog" / "0.txt").write_text("\N{SNOWMAN}" * 30_000)
@@ -284,7 +284,7 @@ def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
     )
 
 
-def test_files_that_are_no_input_are_named(folder, tmp_path, capsys):
+def test_files_that_are_not_input_are_named(folder, tmp_path, capsys):
     for name in ("a.heic", "b.svg", "c.txt", "classes.json", ".hidden"):
         (folder / name).write_text("")
     (folder / "t.csv").write_text("image,caption\ngood.jpg,a\n")
@@ -310,7 +310,7 @@ def test_the_tally_shows_the_first_three_of_each_kind():
     assert first.examples == {REFUSED: ["0 0", "1 1", "2 2"], CUT: ["too long: 65,537 bytes"], EMPTY: ["blank"]}
 
 
-def test_the_tokenizer_tool_says_what_it_left_out(tmp_path, capsys):
+def test_the_tokenizer_command_reports_skipped_samples(tmp_path, capsys):
     shard = write_tar(tmp_path / "a.tar", [("0.txt", b"a dog"), ("1.txt", b" "), ("2.txt", b"caf\xe9")])
     assert data(["tokenizer", shard, "--vocab-size", "20", "--out", str(tmp_path / "tokenizer.json")]) == 0
     output = new_output(capsys)

@@ -35,5 +35,5 @@ def test_bundled_captions_are_clean():
         ("Heart. A normal heart. holiday", "x/y", [], "Heart. A normal heart. holiday"),
     ],
 )  # fmt: skip
-def test_debris_goes_and_words_stay(caption, source, keywords, expected):
+def test_captions_are_cleaned_without_losing_words(caption, source, keywords, expected):
     assert clean(caption, source, keywords) == expected

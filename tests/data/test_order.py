@@ -15,7 +15,7 @@ def places(order, positions):
 
 @pytest.mark.parametrize("sizes", [[[5]], [[1, 1, 1]], [[7, 3, 11, 2, 5]], [[700, 900], [31], [5, 1, 1500, 2]]])
 @pytest.mark.parametrize("group", [1, 2, 3, 100])
-def test_every_epoch_holds_each_sample_once(sizes, group):
+def test_every_epoch_contains_each_sample_once(sizes, group):
     order = Order(sizes, None, group, seed=3)
     everything = {(source, n) for source, shards in enumerate(sizes) for n in range(sum(shards))}
     assert order.samples == len(everything)
@@ -25,7 +25,7 @@ def test_every_epoch_holds_each_sample_once(sizes, group):
         assert Counter((place.source, place.sample) for place in found) == Counter(everything)
 
 
-def test_epochs_and_seeds_differ():
+def test_the_order_differs_between_epochs_and_seeds():
     def epoch(seed, number):
         return places(Order([[50, 50, 50]], None, 2, seed), range(number * 150, (number + 1) * 150))
 
@@ -36,7 +36,7 @@ def test_epochs_and_seeds_differ():
             assert sum(a == b for a, b in zip(runs[one], runs[other])) < 10
 
 
-def test_is_a_pure_function_of_the_position():
+def test_the_order_is_a_pure_function_of_the_position():
     make = lambda: Order([[30] * 9, [1000], [7, 8]], None, 4, seed=11)  # noqa: E731
     straight = places(make(), range(4000))
     positions = np.random.RandomState(0).permutation(4000)
@@ -46,7 +46,7 @@ def test_is_a_pure_function_of_the_position():
     assert places(make(), [123_456_789_012]) == places(jumping, [123_456_789_012])
 
 
-def test_the_order_is_what_it_was():
+def test_the_order_equals_that_of_earlier_versions():
     """If the order changed, resumed runs would differ from runs of an earlier version."""
     assert hash64(1, 2, 3) == 15020427595393229491
     assert permutation(8, 42).tolist() == [4, 6, 7, 1, 3, 5, 0, 2]
@@ -57,7 +57,7 @@ def test_the_order_is_what_it_was():
     assert {position: order.locate(position) for position in known} == known
 
 
-def test_groups_bound_the_shards_that_are_open_at_once():
+def test_shard_groups_limit_the_number_of_open_shards():
     order = Order([[10] * 12], None, 3, seed=5)
     shards = [place.sample // 10 for place in places(order, range(120))]
     groups = [set(shards[i : i + 30]) for i in range(0, 120, 30)]
@@ -94,7 +94,7 @@ def test_upcoming_windows_are_sorted_and_cover_the_shards_that_are_read(sizes, b
 
 
 @pytest.mark.parametrize("weights", [[3, 1], [1, 1], [0.001, 0.999], [5, 2.5, 1, 1e-9]])
-def test_each_block_has_the_exact_shares(weights):
+def test_each_block_has_the_exact_proportions_of_the_sources(weights):
     order = Order([[4000], [500], [7000], [900]][: len(weights)], weights, 4, seed=0)
     shares = np.array(weights) / sum(weights)
     sources = [place.source for place in places(order, range(order.samples))]
@@ -105,7 +105,7 @@ def test_each_block_has_the_exact_shares(weights):
     assert np.abs(total - shares * len(sources)).max() <= 1
 
 
-def test_a_weighted_source_goes_through_its_samples_again_and_again():
+def test_a_weighted_source_repeats_its_samples_in_passes():
     order = Order([[10, 10], [3000]], [1, 1], 1, seed=0)
     seen = [(p.epoch, p.sample) for p in places(order, range(3 * order.samples)) if p.source == 0]
     assert len(seen) == pytest.approx(1.5 * order.samples, abs=3)
@@ -113,7 +113,7 @@ def test_a_weighted_source_goes_through_its_samples_again_and_again():
         assert sorted(sample for e, sample in seen[epoch * 20 : epoch * 20 + 20] if e == epoch) == list(range(20))
 
 
-def test_counts_of_sources_never_decrease():
+def test_the_sample_count_of_each_source_never_decreases():
     """If the count of a source decreased, one of its samples would be read twice, or the count of a block would be
     negative."""
     lane = Lane([], [0.5, 0.3, 0.1, 0.0999, 0.0001], 50_000, seed=0)
@@ -135,7 +135,7 @@ def test_file_order_is_the_order_of_the_files():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 11, 12, 13, 23, 24])
-def test_some_of_a_set_lie_evenly_over_all_of_it(count):
+def test_a_subset_of_the_samples_is_evenly_spaced(count):
     """The gaps between samples differ by at most one, including the gap after the last sample."""
     sizes = [[5, 6], [1, 12]]
     order, starts = FileOrder(sizes, count), (0, 11)

@@ -29,7 +29,7 @@ def expected(case: Case) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("image_range", ["dtype", (0, 4095), (1000, 60_000)])
-def test_each_value_becomes_the_nearest_level(image_range):
+def test_each_value_becomes_the_nearest_8_bit_value(image_range):
     values = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
     low, high = (0, 65_535) if image_range == "dtype" else image_range
     exact = 255 * (np.clip(values.astype(np.float64), low, high) - low) / (high - low)
@@ -39,7 +39,7 @@ def test_each_value_becomes_the_nearest_level(image_range):
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
 @pytest.mark.parametrize(("kind", "name"), [("unsigned", "uint"), ("signed", "int")])
-def test_the_limits_of_a_depth_are_numpys(kind, name, bits):
+def test_the_limits_of_a_bit_depth_are_those_of_numpy(kind, name, bits):
     limits = np.iinfo(f"{name}{bits}")
     assert Depth(kind, bits).limits == (limits.min, limits.max)
 
@@ -68,7 +68,7 @@ def skip_without_avif(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", READ, ids=label)
-def test_a_picture_is_within_a_level_of_what_it_stands_for(case):
+def test_decoded_pixels_differ_by_at_most_one_8_bit_value_from_the_true_colours(case):
     """The pixels are the same whether the file or the opened image is given. Models with one and with four channels
     read the same colours. A value range is required if the picture has one."""
     skip_without_avif(case)
@@ -89,7 +89,7 @@ def test_a_picture_is_within_a_level_of_what_it_stands_for(case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.refused], ids=label)
-def test_what_is_not_read_is_refused_by_name(case):
+def test_unsupported_images_are_refused_by_name(case):
     with pytest.raises(BadSample, match=case.refused):
         decode_image(case.make(), 3, case.range)
 
@@ -97,12 +97,12 @@ def test_what_is_not_read_is_refused_by_name(case):
 @pytest.mark.parametrize(
     "case", [case for case in READ if case.fmt in ("PNG", "TIFF") and "alone" in case.note], ids=label
 )
-def test_colours_of_16_bits_are_not_cut_to_a_range(case):
+def test_16_bit_colour_images_cannot_be_clipped_to_a_range(case):
     with pytest.raises(BadSample, match=r'only with data\.range "dtype"'):
         decode_image(case.make(), 3, (0, 4095))
 
 
-def test_a_range_clips_and_keeps_neighbouring_values_apart():
+def test_a_range_clips_values_and_distinguishes_adjacent_ones():
     """The values of a thermal camera differ only in their low byte."""
     values = np.arange(29_000, 29_256, dtype=np.uint16).reshape(16, 16)
     for data in (tiff(values), png(values, 16, 0)):
@@ -111,13 +111,13 @@ def test_a_range_clips_and_keeps_neighbouring_values_apart():
         assert decode_image(data, 1, (29_100, 29_101)).unique().tolist() == [0, 255]
 
 
-def test_a_range_leaves_8_bit_pictures_alone():
+def test_a_range_does_not_affect_8_bit_images():
     for case in (case for case in READ if not case.range):
         skip_without_avif(case)
         assert torch.equal(decode_image(case.make(), 3, (0, 4095)), decode_image(case.make(), 3))
 
 
-def test_shards_are_made_with_a_range():
+def test_shards_can_be_made_with_a_value_range():
     values = np.linspace(500, 900, 64 * 48).reshape(48, 64).astype(np.uint16)
     with pytest.raises(BadSample, match=NEEDS_RANGE):
         shrink(tiff(values), 32, 95)
@@ -125,13 +125,13 @@ def test_shards_are_made_with_a_range():
     assert (small[0] - torch.from_numpy((values - 500.0) / 400 * 255)).abs().mean() < 3
 
 
-def test_pictures_made_of_arrays_have_the_depth_of_their_mode():
+def test_images_made_from_arrays_have_the_bit_depth_of_their_mode():
     for array, depth in ((np.zeros((2, 2), np.uint16), "unsigned 16"), (np.zeros((2, 2), np.float32), "float 32")):
         assert str(depth_of(Image.fromarray(array))).startswith(depth)
     assert not depth_of(Image.fromarray(GREY)).is_deep
 
 
-def test_the_guide_has_the_table():
+def test_the_guides_table_of_image_formats_is_current():
     guide = Path(__file__).parents[2] / "docs" / "guide" / "image-formats.md"
     assert table() in guide.read_text(encoding="utf-8"), "python -m tests.helpers.pictures prints the rows"
 
@@ -153,7 +153,7 @@ def damaged(data: bytes, random: np.random.RandomState) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_odd_pictures_give_an_image_or_a_bad_sample(seed):
+def test_malformed_images_give_an_image_or_a_bad_sample(seed):
     """Random bytes are changed in a file of any format."""
     random = np.random.RandomState(seed)
     sources = [(case.make(), case.range) for case in READ if case.fmt != "AVIF"]

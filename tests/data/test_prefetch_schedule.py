@@ -55,7 +55,7 @@ def needs(tmp_path):
     return build
 
 
-def test_a_span_is_from_the_slowest_rank_to_what_the_fastest_has_ahead(needs):
+def test_the_span_reaches_from_the_slowest_rank_to_the_prefetched_end_of_the_fastest(needs):
     built = needs(start=10, stop=20, positions=2.5, ahead=3)
     for steps, span in (
         ([0, 0], Span(25, 35, False)),  # no rank has begun: (10 + 1 + 3) * 2.5
@@ -67,7 +67,7 @@ def test_a_span_is_from_the_slowest_rank_to_what_the_fastest_has_ahead(needs):
         assert built.span(np.array(steps)) == span
 
 
-def test_what_follows_is_fetched_once_there_was_a_step_but_not_what_comes_after_the_run(needs):
+def test_the_following_windows_are_downloaded_after_the_first_step_but_not_beyond_the_end_of_the_run(needs):
     whole = needs()
     windows = [[f"{shard}.tar" for shard in need.shards] for need in whole.order.upcoming_windows([0], 0, 1)[0]]
 
@@ -87,7 +87,7 @@ def test_a_shard_of_unknown_size_counts_as_the_largest_copy(needs):
         assert len(needs(size, largest=largest, limit=limit).near(span)) == fit
 
 
-def test_bytes_in_use_are_a_window_of_each_lane_and_must_fit(needs):
+def test_the_cache_must_hold_one_shuffle_window_of_each_lane(needs):
     assert (needs(5).in_use(), needs(5).owned()) == (10, 60)
     assert 4 * 5 <= needs(5, lanes=4).in_use() <= 4 * 10 and needs(5, lanes=4).owned() == 60
     needs(5, limit=10).require_space()
@@ -95,7 +95,7 @@ def test_bytes_in_use_are_a_window_of_each_lane_and_must_fit(needs):
         needs(5, limit=9).require_space()
 
 
-def test_ranks_tell_steps_not_micro_batches(needs, tmp_path):
+def test_ranks_report_steps_rather_than_micro_batches(needs, tmp_path):
     """The second rank of the node starts no fetcher, and reports its step in its own slot."""
     (tmp_path / "locks").mkdir()
     fetching = Fetching(needs(start=7), Node("run", [4, 5]), 5, accumulation=3)
@@ -105,7 +105,7 @@ def test_ranks_tell_steps_not_micro_batches(needs, tmp_path):
     assert fetching._steps[0] == 0
 
 
-def test_a_shard_that_could_not_be_fetched_is_tried_again_after_a_while(needs, monkeypatch):
+def test_a_failed_download_is_retried_after_a_while(needs, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(fetcher_module, "_CHECK_S", 0.001)
     monkeypatch.setattr(fetcher_module, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep))
@@ -120,7 +120,7 @@ def test_a_shard_that_could_not_be_fetched_is_tried_again_after_a_while(needs, m
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_copies_are_dated_while_there_is_room_for_all_connections_yet(needs, used):
+def test_cached_shards_are_dated_while_there_is_space_for_all_connections(needs, used):
     """The modification times of required copies are set once."""
     built = needs(limit=7 * CONNECTIONS, largest=7, used=used)
     fetcher = Fetcher(built)

@@ -21,7 +21,7 @@ def correlation(pairs) -> float:
     return abs(np.corrcoef(np.array(pairs, dtype=np.float64).T)[0, 1])
 
 
-def test_a_flip_tells_nothing_of_the_box(monkeypatch):
+def test_flips_are_independent_of_the_crop_box(monkeypatch):
     """A flip is independent of the box's area, aspect ratio and position."""
     boxes, real = [], crops.draw_box
     monkeypatch.setattr(crops, "draw_box", lambda *args: boxes.append(real(*args)) or boxes[-1])
@@ -37,7 +37,7 @@ def test_a_flip_tells_nothing_of_the_box(monkeypatch):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_box_may_be_as_wide_or_as_high_as_the_picture(transposed):
+def test_a_crop_may_be_as_wide_or_as_high_as_the_image(transposed):
     """A box of the full width or height is placed at random like any other box. The central box is used only if no box
     fits."""
     size = (8, 30) if transposed else (30, 8)
@@ -51,12 +51,12 @@ def test_a_box_may_be_as_wide_or_as_high_as_the_picture(transposed):
     (30, 8, (9, 0, 11, 8)), (8, 30, (0, 9, 8, 11)), (12, 12, (0, 0, 12, 12)), (40, 33, (0, 0, 40, 33)),
     (41, 8, (15, 0, 11, 8)),
 ])  # fmt: skip
-def test_where_no_box_fits_it_is_the_largest_central_one(height, width, box):
+def test_the_fallback_crop_is_the_largest_central_box(height, width, box):
     """The aspect ratio of the central box is between 3 : 4 and 4 : 3."""
     assert crops.draw_box(height, width, (9.0, 9.0), [0.5] * 41) == box
 
 
-def test_crops_are_what_they_were(monkeypatch):
+def test_crops_equal_those_of_earlier_versions(monkeypatch):
     """A run that is resumed with a later version has the same crops."""
     rows, columns = torch.meshgrid(torch.arange(100), torch.arange(80), indexing="ij")
     image, found = torch.stack((rows, columns, rows)).to(torch.uint8), []
@@ -68,7 +68,7 @@ def test_crops_are_what_they_were(monkeypatch):
     assert found == [(3, 0, 64, 75, False), (6, 4, 86, 75, False), (15, 4, 77, 72, True), (16, 1, 45, 36, False)]
 
 
-def test_a_mask_tells_nothing_of_the_crop(load, tmp_path, monkeypatch):
+def test_masks_are_independent_of_crops(load, tmp_path, monkeypatch):
     """The first random number of a stream has a large effect, so masks and crops must not share it."""
     path = write_tar(tmp_path / "a.tar", members(range(4), "image"))
     samples: Samples = load(path, tokenizer=False).dataset
@@ -104,7 +104,7 @@ def test_held_out_masks_do_not_depend_on_the_batch(load, tmp_path, per):
     assert masks(micro_batch=12, seed=1) != reference
 
 
-def test_a_mask_of_a_batch_is_that_of_all_its_parts(load, tmp_path):
+def test_a_batch_mask_is_shared_by_all_micro_batches_of_a_step(load, tmp_path):
     path = write_tar(tmp_path / "a.tar", members(range(24)))
     masking = MaskingConfig(image_ratio=0.5, text_ratio=0.5, per="batch")
     for parts in (
@@ -123,7 +123,7 @@ def test_a_mask_of_a_batch_is_that_of_all_its_parts(load, tmp_path):
         assert [len(step) for step in steps] == [1, 1] and steps[0] != steps[1]
 
 
-def test_the_crop_settings_of_the_config_are_heeded(load, tmp_path, monkeypatch):
+def test_the_crop_settings_of_the_config_are_used(load, tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a.tar", [(f"{i}.png", picture(i, fmt="PNG")) for i in range(24)])
     areas, real = [], crops.draw_box
 
@@ -154,7 +154,7 @@ def test_masks_of_neighbouring_samples_differ():
     assert len(masks) > 190
 
 
-def test_what_a_forward_pass_draws_depends_on_the_view_of_a_sample_alone(load, tmp_path):
+def test_random_numbers_of_a_forward_pass_depend_only_on_the_view_of_a_sample(load, tmp_path):
     path = write_tar(tmp_path / "a.tar", members(range(6)))
 
     def draws(**options) -> dict:
@@ -173,7 +173,7 @@ def test_what_a_forward_pass_draws_depends_on_the_view_of_a_sample_alone(load, t
     assert whole == {b.positions[0]: (b.keys[0], b.draws.item()) for b in small}
 
 
-def test_a_native_crop_keeps_area_and_ratio_within_their_ranges(monkeypatch):
+def test_area_and_aspect_ratio_of_a_native_crop_are_within_their_ranges(monkeypatch):
     """The box has an area and an aspect ratio within the ranges. The model's input has the aspect ratio of the box, and
     as many patches as the whole image would have."""
     boxes, real = [], crops.draw_box
@@ -191,7 +191,7 @@ def test_a_native_crop_keeps_area_and_ratio_within_their_ranges(monkeypatch):
     assert {(height, width) for _, _, height, width in boxes[:5]} != {boxes[0][2:]}
 
 
-def test_any_image_has_a_grid_within_the_bounds():
+def test_every_image_size_has_a_patch_grid_within_the_bounds():
     """An image of any size has as many patches, and an aspect ratio as close to its own, as the bounds allow."""
     native = Native(patch_size=16, least=4, most=64, longest=16, positions="absolute")
     random = np.random.default_rng(0)
@@ -204,7 +204,7 @@ def test_any_image_has_a_grid_within_the_bounds():
             assert min(max(height * width / 256, 4), 64) / 1.6 <= rows * columns
 
 
-def test_native_images_of_one_grid_share_the_mask_of_a_batch(load, tmp_path):
+def test_native_images_with_the_same_patch_grid_share_the_batch_mask(load, tmp_path):
     path = write_tar(tmp_path / "a.tar", members(range(24), "image"))
     masking, native = MaskingConfig(image_ratio=0.5, per="batch"), Native(8, 1, 16, 8, "absolute")
     samples: Samples = load(path, micro_batch=12, masking=masking, tokenizer=False, native=native).dataset

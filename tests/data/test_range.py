@@ -50,7 +50,7 @@ def config(**sections) -> Config:
     return parse(Config, {**TINY, **{name: {**TINY[name], **given} for name, given in sections.items()}}, "test")
 
 
-def test_a_model_remembers_the_range_of_its_data():
+def test_the_value_range_of_the_data_is_stored_in_the_model():
     assert config(data={"range": [LOW, HIGH]}).model.image_range == (LOW, HIGH)
     remembered = config(data={"range": "dtype"})
     assert M3AE(remembered.model, remembered.loss).geometry.image_range == "dtype"
@@ -67,11 +67,11 @@ def test_a_model_remembers_the_range_of_its_data():
             config(**wrong)
 
 
-def test_a_shipped_config_takes_a_range():
+def test_a_value_range_can_be_set_in_a_shipped_config():
     assert load_config("configs/quickstart.json", ["data.range=[0,4095]"]).model.image_range == (0, 4095)
 
 
-def test_another_range_is_another_run(tmp_path):
+def test_resuming_with_another_value_range_is_refused(tmp_path):
     """A resumed run, and a run that starts from weights, must decode images as before."""
     before, now = config(data={"range": [0, 4095]}), config(data={"range": [0, 65535]})
     info = checkpoint.Info(1, 16, 0, before.model_dump(mode="json"), checkpoint.versions())
@@ -83,7 +83,7 @@ def test_another_range_is_another_run(tmp_path):
     check_start(now.model, Pretrained(config().model, {}), "there")  # a model of 8-bit images accepts any range
 
 
-def test_exports_and_encode_use_it(tmp_path, levels):
+def test_exports_and_encode_use_the_value_range(tmp_path, levels):
     run = tiny_run(tmp_path / "run", image_range=[LOW, HIGH])
     assert export([str(run), "--out", str(tmp_path / "out")]) == 0
     model = M3AE.from_pretrained(tmp_path / "out")
@@ -98,7 +98,7 @@ def test_exports_and_encode_use_it(tmp_path, levels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remembered", [True, False])
-def test_features_and_transfer_use_it(tmp_path, shards, remembered):
+def test_features_and_evaluations_use_the_value_range(tmp_path, shards, remembered):
     run = str(tiny_run(tmp_path / "run", image_range=[LOW, HIGH] if remembered else None))
     overrides = ["--set", "data.workers=0"] + ([] if remembered else ["--set", f"data.range=[{LOW},{HIGH}]"])
     found = []
@@ -114,7 +114,7 @@ def test_features_and_transfer_use_it(tmp_path, shards, remembered):
             features.main([run, shards[0], "--out", str(tmp_path / "none.npz"), "--set", "data.workers=0"])
 
 
-def test_fill_takes_a_range(tmp_path, levels, capsys):
+def test_the_fill_command_accepts_a_value_range(tmp_path, levels, capsys):
     run, photo = str(tiny_run(tmp_path / "run")), tmp_path / "deep.png"
     photo.write_bytes(png(levels[0].astype(int) + LOW, 16, 0))
     with pytest.raises(UserError, match=r"deep\.png: the image has unsigned 16-bit values: .* --range 0,4095"):
@@ -125,7 +125,7 @@ def test_fill_takes_a_range(tmp_path, levels, capsys):
             draw.main(["fill", run, str(photo), "a [MASK]", "--range", wrong])
 
 
-def test_shards_are_made_with_a_range(tmp_path, capsys):
+def test_shards_can_be_made_with_a_value_range(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     values = np.linspace(LOW, HIGH, 32 * 32).reshape(32, 32).astype(np.uint16)
     (tmp_path / "in" / "a.tif").write_bytes(pillow(values, "TIFF"))

@@ -89,7 +89,7 @@ def samples(url, store):
     return open_corpus([SourceConfig(shards=url)], store).samples
 
 
-def test_expand(tmp_path):
+def test_brace_and_glob_patterns_are_expanded(tmp_path):
     for i in range(3):
         (tmp_path / f"s-{i}.tar").write_bytes(b"")
         (tmp_path / f"s-{i}.tar.index").write_bytes(b"")
@@ -117,13 +117,13 @@ def test_expand(tmp_path):
         ("{tmp}/*.odd", "the name is not UTF-8"),
     ],
 )
-def test_expand_errors(tmp_path, pattern, message):
+def test_invalid_shard_patterns_are_refused(tmp_path, pattern, message):
     (tmp_path / "\udcff.odd").write_bytes(b"")
     with pytest.raises(UserError, match=message):
         expand(pattern.format(tmp=tmp_path) if pattern else pattern)
 
 
-def test_http(server, store, no_waiting):
+def test_shards_are_downloaded_over_http(server, store, no_waiting):
     url, folder, requests = server
     for i in range(2):
         write_tar(folder / f"{i}.tar", members(range(3 + i)))
@@ -132,7 +132,7 @@ def test_http(server, store, no_waiting):
     assert requests == {"/0.tar": 1, "/1.tar": 1} and not no_waiting
 
 
-def test_failures_that_pass_are_tried_again(server, store, no_waiting):
+def test_temporary_download_errors_are_retried(server, store, no_waiting):
     url, folder, requests = server
     write_tar(folder / "a.tar", members(range(3)))
     for fault in ("408", "425", "429", "500", "503", "short", "cut", "html"):
@@ -152,7 +152,7 @@ def test_failures_that_pass_are_tried_again(server, store, no_waiting):
         ("html", download.ATTEMPTS, "not a complete tar file.*55 bytes that begin with '<!DOCTYPE html>"),
     ],
 )
-def test_a_failure_that_stays_is_told_and_nothing_is_kept(server, store, no_waiting, fault, tries, words):
+def test_a_persistent_download_error_is_reported_and_leaves_no_files(server, store, no_waiting, fault, tries, words):
     url, folder, requests = server
     write_tar(folder / "a.tar", members(range(3)))
     with pytest.raises(UserError, match=rf"shard {url}/a.tar\?{fault}: cannot be read .*{words}"):
@@ -162,7 +162,7 @@ def test_a_failure_that_stays_is_told_and_nothing_is_kept(server, store, no_wait
 
 
 @pytest.mark.parametrize("fault", ["silent", "trickle"])
-def test_a_server_that_is_slow_beyond_use_is_given_up(server, store, no_waiting, monkeypatch, fault):
+def test_a_download_that_is_too_slow_is_ended(server, store, no_waiting, monkeypatch, fault):
     for name, value in (("TIMEOUT_S", 0.3), ("SLOW_S", 0.3)):
         monkeypatch.setattr(download, name, value)
     monkeypatch.setattr(shard_store, "ATTEMPTS", 1)
@@ -171,7 +171,7 @@ def test_a_server_that_is_slow_beyond_use_is_given_up(server, store, no_waiting,
         samples(f"{server[0]}/a.tar?{fault}", store)
 
 
-def test_a_try_has_an_end_however_fast_it_is(tmp_path, store, no_waiting, monkeypatch):
+def test_a_download_attempt_has_a_maximum_duration(tmp_path, store, no_waiting, monkeypatch):
     monkeypatch.setattr(download, "LONGEST_S", 0.3)
     monkeypatch.setattr(shard_store, "ATTEMPTS", 1)
     with pytest.raises(UserError, match=r"took more than 0\.3 s"):
@@ -181,7 +181,7 @@ def test_a_try_has_an_end_however_fast_it_is(tmp_path, store, no_waiting, monkey
         samples("pipe:echo x; sleep 60", store)
 
 
-def test_a_download_keeps_nobody_from_other_shards(server, tmp_path, store):
+def test_a_blocked_download_does_not_delay_other_shards(server, tmp_path, store):
     """One run proceeds although the server of another run never responds."""
     write_tar(server[1] / "a.tar", members(range(3)))
     index = threading.Thread(target=lambda: index_shards([server[0] + "/a.tar?silent"], store, lost=[]), daemon=True)
@@ -193,7 +193,7 @@ def test_a_download_keeps_nobody_from_other_shards(server, tmp_path, store):
     assert index.is_alive()
 
 
-def test_a_copy_that_turns_out_damaged_is_fetched_again_once(server, store):
+def test_a_damaged_cached_shard_is_downloaded_once_more(server, store):
     url, folder, requests = server
     write_tar(folder / "a.tar", members(range(3)))
     shard = url + "/a.tar"
@@ -211,7 +211,7 @@ def test_a_copy_that_turns_out_damaged_is_fetched_again_once(server, store):
     assert requests["/a.tar"] == 3
 
 
-def test_a_copy_of_which_a_byte_changed_is_fetched_again_once(server, store, no_waiting):
+def test_a_cached_shard_with_a_changed_byte_is_downloaded_once_more(server, store, no_waiting):
     url, folder, requests = server
     write_tar(folder / "a.tar", members(range(3)))
     corpus = open_corpus([SourceConfig(shards=url + "/a.tar")], store)
@@ -240,7 +240,7 @@ def test_a_copy_of_which_a_byte_changed_is_fetched_again_once(server, store, no_
     assert reader.read(0, 1) == intact[1]
 
 
-def test_ids_of_which_a_byte_changed_are_fetched_again(server, store, no_waiting):
+def test_a_cached_shard_with_a_changed_byte_in_its_image_tokens_is_downloaded_again(server, store, no_waiting):
     url, folder, requests = server
     ids = np.arange(1000, 1016, dtype="<i4")
     files = [("0.jpg", picture(0)), ("0.cls", b"3"), ("0.ids", ids.tobytes())]
@@ -253,7 +253,7 @@ def test_ids_of_which_a_byte_changed_are_fetched_again(server, store, no_waiting
     assert requests["/a.tar"] == 2
 
 
-def test_a_long_caption_of_a_copy_is_cut_and_not_taken_for_damage(server, store, no_waiting):
+def test_a_truncated_caption_of_a_cached_shard_is_not_mistaken_for_damage(server, store, no_waiting):
     url, folder, requests = server
     write_tar(folder / "a.tar", [("0.txt", b"ab" * 50_000)])
     corpus = open_corpus([SourceConfig(shards=url + "/a.tar")], store)
@@ -301,7 +301,7 @@ def test_a_pipe_or_a_device_is_not_accepted_as_a_shard(tmp_path, store, kind):
     assert samples(good, store) == 3
 
 
-def test_pipe(tmp_path, store, no_waiting):
+def test_shards_are_read_from_the_output_of_a_command(tmp_path, store, no_waiting):
     path = write_tar(tmp_path / "a.tar", members(range(3)))
     assert samples(f"pipe:cat {path}", store) == 3
     for command in ("pipe:false", "pipe:true", f"pipe:cat {path}; exit 3"):
@@ -311,7 +311,7 @@ def test_pipe(tmp_path, store, no_waiting):
         samples("nosuchscheme://bucket/a.tar", store)
 
 
-def test_commands_are_read_where_a_thousand_files_are_open(tmp_path, store):
+def test_command_output_is_read_while_a_thousand_files_are_open(tmp_path, store):
     """A rank with many sources has that many open files, with which the system's select() would fail."""
     allow_open_files()
     path = write_tar(tmp_path / "a.tar", members(range(3)))
@@ -322,7 +322,7 @@ def test_commands_are_read_where_a_thousand_files_are_open(tmp_path, store):
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz"])
-def test_gzip(tmp_path, server, store, name):
+def test_gzipped_shards_are_read(tmp_path, server, store, name):
     plain = Path(write_tar(tmp_path / "a.tar", members(range(3)))).read_bytes()
     for folder in (tmp_path, server[1]):
         (folder / name).write_bytes(gzip.compress(plain))
@@ -337,7 +337,7 @@ def test_gzip(tmp_path, server, store, name):
         samples(str(tmp_path / name), store)
 
 
-def test_a_gzipped_shard_that_has_changed_is_read_anew_though_it_is_as_long(tmp_path, store):
+def test_a_changed_gzipped_shard_of_the_same_length_is_read_again(tmp_path, store):
     path = tmp_path / "a.tar.gz"
     for number, text in enumerate((b"before", b"behind")):
         plain = Path(write_tar(tmp_path / "a.tar", [("0.txt", text)])).read_bytes()
@@ -352,7 +352,7 @@ def _open(url, cache_dir, barrier, results):
     results.put(samples(url, ShardStore(cache_dir)))
 
 
-def test_many_processes_fetch_once(server, store):
+def test_many_processes_download_a_shard_once(server, store):
     url, folder, requests = server
     for i in range(3):
         write_tar(folder / f"{i}.tar", members(range(3)))
@@ -368,7 +368,7 @@ def test_many_processes_fetch_once(server, store):
     assert set(requests.values()) == {1}
 
 
-def test_copies_used_longest_ago_make_room(server, store, monkeypatch):
+def test_least_recently_used_cached_shards_are_evicted(server, store, monkeypatch):
     url, folder, requests = server
     urls = [f"{url}/{i}.tar" for i in range(4)]
     for i in range(4):
@@ -391,7 +391,7 @@ def test_copies_used_longest_ago_make_room(server, store, monkeypatch):
     assert requests == before
 
 
-def test_a_copy_that_is_read_again_is_not_the_next_to_make_room(server, tmp_path):
+def test_a_cached_shard_that_is_read_again_is_not_evicted_next(server, tmp_path):
     url, folder, _ = server
     names = [f"{url}/{i}.tar" for i in range(3)]
     for i in range(3):
@@ -404,7 +404,7 @@ def test_a_copy_that_is_read_again_is_not_the_next_to_make_room(server, tmp_path
     assert [store.copy(name).exists() for name in names] == [True, False, True]
 
 
-def test_two_processes_may_make_room_at_once(server, store, monkeypatch, no_waiting):
+def test_two_processes_may_evict_shards_at_the_same_time(server, store, monkeypatch, no_waiting):
     url, folder, requests = server
     for i in range(2):
         write_tar(folder / f"{i}.tar", members(range(3)))
@@ -419,7 +419,7 @@ def test_two_processes_may_make_room_at_once(server, store, monkeypatch, no_wait
     assert requests == {"/0.tar": 1, "/1.tar": 1} and not no_waiting
 
 
-def test_what_a_killed_process_was_fetching_is_removed(server, store):
+def test_incomplete_downloads_of_a_killed_process_are_removed(server, store):
     url, folder, _ = server
     write_tar(folder / "0.tar", members(range(3)))
     dead, alive = (store.cache_dir / "shards" / f"partial-{name}" for name in ("dead", "alive"))
@@ -430,7 +430,7 @@ def test_what_a_killed_process_was_fetching_is_removed(server, store):
     assert (dead.exists(), alive.exists()) == (False, True)
 
 
-def test_copies_keep_to_their_limit(server, tmp_path):
+def test_cached_shards_do_not_exceed_the_limit(server, tmp_path):
     """The limit also holds while copies are written. A copy of unknown size counts as much as the largest copy."""
     url, folder, requests = server
     for i in range(6):
@@ -459,7 +459,7 @@ def alike(url, folder, count=20):
 
 
 @pytest.mark.parametrize("limit", [None, 5])
-def test_a_fetch_looks_at_few_copies_however_many_there_are(server, tmp_path, monkeypatch, limit):
+def test_a_download_inspects_few_cached_shards_regardless_of_their_number(server, tmp_path, monkeypatch, limit):
     """The cache either has enough space, or the oldest copies have to be removed."""
     url, folder, _ = server
     names, size = alike(url, folder)
@@ -483,7 +483,7 @@ def test_a_fetch_looks_at_few_copies_however_many_there_are(server, tmp_path, mo
     assert store.space().used <= store.limit
 
 
-def test_processes_share_what_they_know_of_the_room(server, tmp_path):
+def test_processes_share_the_account_of_used_cache_space(server, tmp_path):
     """A copy that another process made counts without listing the folder again."""
     url, folder, _ = server
     names, size = alike(url, folder)
@@ -495,7 +495,7 @@ def test_processes_share_what_they_know_of_the_room(server, tmp_path):
 
 
 @pytest.mark.parametrize("noted", [b"", b"short", bytes(16)])
-def test_a_ledger_that_is_lost_or_wrong_is_made_again(server, tmp_path, noted):
+def test_a_lost_or_incorrect_cache_ledger_is_rebuilt(server, tmp_path, noted):
     url, folder, _ = server
     names, size = alike(url, folder)
     for number in range(5):
@@ -505,7 +505,7 @@ def test_a_ledger_that_is_lost_or_wrong_is_made_again(server, tmp_path, noted):
         assert store.space().used <= 2 * size
 
 
-def test_a_copy_that_was_used_since_it_was_seen_stays(server, tmp_path):
+def test_a_cached_shard_used_since_the_last_scan_is_not_evicted(server, tmp_path):
     url, folder, _ = server
     names, size = alike(url, folder)
     one, other = (ShardStore(tmp_path / "cache", 3 * size / 1e9) for _ in range(2))
@@ -517,7 +517,7 @@ def test_a_copy_that_was_used_since_it_was_seen_stays(server, tmp_path):
     assert [one.copy(name).exists() for name in names[:4]] == [True, False, True, True]
 
 
-def test_copies_that_are_needed_last_make_room(server, tmp_path):
+def test_the_cached_shards_needed_last_are_evicted(server, tmp_path):
     url, folder, _ = server
     names = [f"{url}/{i}.tar" for i in range(5)]
     for i in range(5):
@@ -533,7 +533,7 @@ def test_copies_that_are_needed_last_make_room(server, tmp_path):
     assert [store.copy(name).exists() for name in names] == [False, True, False, True, True]
 
 
-def test_fetch_ahead(server, store):
+def test_shards_are_downloaded_in_advance(server, store):
     url, folder, requests = server
     write_tar(folder / "0.tar", members(range(3)))
     with store.lock(store.name(url + "/0.tar")):  # another process has locked it
@@ -546,7 +546,7 @@ def test_fetch_ahead(server, store):
     assert requests["/0.tar"] == 1
 
 
-def test_cache_folder_that_cannot_be_made(tmp_path):
+def test_a_cache_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache_dir"):
         ShardStore(tmp_path / "file" / "cache")

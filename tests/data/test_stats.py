@@ -52,7 +52,7 @@ def look(shards, store, samples=1000, seed=0, channels=3, image_range=None, toke
     return collect(corpus, samples, seed, channels, image_range, tokenizer, "cls")
 
 
-def test_statistics_are_numpys(shards, store):
+def test_statistics_equal_those_of_numpy(shards, store):
     found = look(shards, store)
     means, squares = pixels("RGB").mean(0)
     mean, std = found.mean_and_std()
@@ -71,7 +71,7 @@ def test_captions_are_counted_in_tokens(shards, store, tokenizer_file):
     assert look(shards, store, tokenizer=tokenizer).lengths == [len(tokenizer.encode(caption(i))) for i in range(12)]
 
 
-def test_a_draw_is_a_function_of_its_seed(tmp_path, store):
+def test_the_random_sample_depends_only_on_its_seed(tmp_path, store):
     for name in "abc":
         write_tar(tmp_path / f"{name}.tar", members(range(20), "text"))
     sources = [SourceConfig(shards=str(tmp_path / f"{name}.tar")) for name in "abc"]
@@ -90,7 +90,7 @@ def test_a_draw_is_a_function_of_its_seed(tmp_path, store):
 
 
 @pytest.mark.parametrize("channels, shape", [(1, "L"), (4, "RGBA")])
-def test_the_command_prints_settings_and_writes_them(shards, tmp_path, capsys, channels, shape):
+def test_the_stats_command_prints_and_writes_settings(shards, tmp_path, capsys, channels, shape):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(TINY | {"model": TINY["model"] | {"channels": 3}}))
     picture_file = tmp_path / "stats.png"
@@ -114,7 +114,7 @@ def test_the_command_prints_settings_and_writes_them(shards, tmp_path, capsys, c
     assert Image.open(picture_file).width > 600
 
 
-def test_deep_images_are_counted_as_their_range_says(tmp_path, store):
+def test_high_bit_depth_images_are_counted_with_their_value_range(tmp_path, store):
     values = np.arange(600, 856).reshape(16, 16)
     shard = write_tar(tmp_path / "a.tar", [("0.png", png(values, 16, 0))])
     found = look(shard, store, channels=1, image_range=(600, 855))
@@ -122,7 +122,7 @@ def test_deep_images_are_counted_as_their_range_says(tmp_path, store):
     assert "set data.range" in next(iter(look(shard, store).bad))
 
 
-def test_mistakes_are_one_line(shards, tmp_path):
+def test_user_errors_are_reported_in_one_line(shards, tmp_path):
     config = tmp_path / "config.json"
     config.write_text('{"model": {"size": "tiny"}}')
     texts = write_tar(tmp_path / "texts.tar", members(range(3), "text"))
@@ -139,7 +139,7 @@ def test_mistakes_are_one_line(shards, tmp_path):
     assert config.read_text() == '{"model": {"size": "tiny"}}'
 
 
-def test_bands_without_their_options_are_told_of_them(tmp_path, capsys):
+def test_the_error_for_multi_channel_images_suggests_the_options(tmp_path, capsys):
     npy = BytesIO()
     np.save(npy, np.arange(8 * 8 * 5, dtype=np.uint16).reshape(8, 8, 5))
     write_tar(tmp_path / "a.tar", [("0.npy", npy.getvalue())])

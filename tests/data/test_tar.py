@@ -49,7 +49,7 @@ def listed(path):
 
 @relaxed
 @given(files, st.sampled_from(FORMATS))
-def test_members_are_where_tarfile_finds_them(tmp_path, members, fmt):
+def test_members_have_the_offsets_found_by_tarfile(tmp_path, members, fmt):
     assume(all(len(name.encode()) < 250 for name, _, _ in members) or fmt != tarfile.USTAR_FORMAT)
     path = tmp_path / "a.tar"
     write(path, members, fmt)
@@ -60,7 +60,7 @@ def test_members_are_where_tarfile_finds_them(tmp_path, members, fmt):
 
 @relaxed
 @given(files, st.sampled_from(FORMATS), st.data())
-def test_a_changed_tar_is_read_like_tarfile_or_called_damaged(tmp_path, members, fmt, data):
+def test_a_mutated_tar_is_read_as_by_tarfile_or_reported_as_damaged(tmp_path, members, fmt, data):
     """Any bytes of headers are changed, with or without corrected checksums, or the end is cut off."""
     path = tmp_path / "a.tar"
     write(path, members, fmt)
@@ -86,7 +86,7 @@ def test_a_changed_tar_is_read_like_tarfile_or_called_damaged(tmp_path, members,
 
 @relaxed
 @given(files.filter(bool), st.sampled_from(FORMATS), st.data())
-def test_sizes_and_kinds_count_as_tarfile_counts_them(tmp_path, members, fmt, data):
+def test_sizes_and_member_types_are_interpreted_as_by_tarfile(tmp_path, members, fmt, data):
     """The members include a link whose header has a size, and a member whose size differs from the size in its record.
     If both readers continue, they read the same members."""
     path = tmp_path / "a.tar"
@@ -110,7 +110,7 @@ def test_sizes_and_kinds_count_as_tarfile_counts_them(tmp_path, members, fmt, da
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_the_oracle_sees_what_was_written(tmp_path, fmt):
+def test_the_reference_listing_contains_the_written_members(tmp_path, fmt):
     """Without this test, two wrong lists could be equal."""
     write(tmp_path / "a.tar", [("a.jpg", 700, b"0"), ("d", 0, b"5"), ("b.txt", 3, b"0")], fmt)
     assert [(name, size) for name, _, size in listed(tmp_path / "a.tar")] == [("a.jpg", 700), ("b.txt", 3)]
@@ -139,7 +139,7 @@ LAST = by_hand("b.txt", b"dog")
 
 
 @pytest.mark.parametrize("checksum", ["%06o\0 ", "%07o\0", "%7o ", "%06o \0", " %06o\0"])
-def test_a_checksum_is_written_in_several_ways(tmp_path, checksum):
+def test_checksums_in_several_notations_are_accepted(tmp_path, checksum):
     assert scanned(tmp_path / "a.tar", by_hand("a.txt", b"cat", checksum=checksum), LAST) == (
         [("a.txt", 3), ("b.txt", 3)],
         None,
@@ -149,7 +149,7 @@ def test_a_checksum_is_written_in_several_ways(tmp_path, checksum):
     assert scanned(tmp_path / "a.tar", bytes(wrong), LAST) == ([], "has no tar header at byte 0")
 
 
-def test_sizes_in_binary_count_all_their_bytes(tmp_path):
+def test_binary_sizes_use_all_their_bytes(tmp_path):
     """GNU tar writes sizes of 8 GiB and more in binary. Here, the size is 700, so that the test is small."""
     size = b"\x80" + (700).to_bytes(11, "big")
     assert scanned(tmp_path / "a.tar", by_hand("a.txt", b"c" * 700, [(124, size)]), LAST) == (
@@ -161,13 +161,13 @@ def test_sizes_in_binary_count_all_their_bytes(tmp_path):
         assert found == ([], "has no tar header at byte 0")
 
 
-def test_a_record_is_of_the_next_member_alone(tmp_path):
+def test_a_pax_record_applies_only_to_the_next_member(tmp_path):
     records = by_hand("pax", b"12 size=700\n18 path=sky/a.txt\n", [(156, b"x")])
     first = by_hand("a.txt", b"c" * 700, [(124, b"%011o\0" % 3)])
     assert scanned(tmp_path / "a.tar", records, first, LAST) == ([("sky/a.txt", 700), ("b.txt", 3)], None)
 
 
-def test_a_prefix_is_part_of_a_name_where_the_header_has_one(tmp_path):
+def test_the_prefix_field_of_a_header_is_part_of_the_name(tmp_path):
     """GNU tar stores times in its place."""
     times = [(345, b"14601234567\0")]
     for fmt, name in ((tarfile.USTAR_FORMAT, "14601234567/a.txt"), (tarfile.GNU_FORMAT, "a.txt")):

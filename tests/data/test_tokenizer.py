@@ -14,7 +14,7 @@ from tests.helpers.shards import caption
 CAPTIONS = [caption(i) for i in range(40)]
 
 
-def test_json(tokenizer_file):
+def test_a_json_tokenizer_is_loaded(tokenizer_file):
     tokenizer = load_tokenizer(tokenizer_file, 8)
     ids = tokenizer.encode("Red CAT, red  dög")
     assert [tokenizer.token(i) for i in ids[:2]] == ["red", "cat"]
@@ -25,13 +25,13 @@ def test_json(tokenizer_file):
     assert tokenizer.token(10**6) == ""
 
 
-def test_truncation_and_empty_captions(tokenizer_file):
+def test_long_captions_are_truncated_and_empty_captions_have_no_tokens(tokenizer_file):
     tokenizer = load_tokenizer(tokenizer_file, 5)
     assert len(tokenizer.encode("red " * 50)) == 5
     assert tokenizer.encode("").shape == tokenizer.encode(" \n\t").shape == (0,)
 
 
-def test_settings_in_the_file_do_not_matter(tmp_path, tokenizer_file):
+def test_padding_and_truncation_settings_of_a_tokenizer_file_are_ignored(tmp_path, tokenizer_file):
     plain = load_tokenizer(tokenizer_file, 8)
     other = Tokenizer.from_file(tokenizer_file)
     other.enable_padding(length=20)
@@ -43,7 +43,7 @@ def test_settings_in_the_file_do_not_matter(tmp_path, tokenizer_file):
     assert found.encode("red cat dog").tolist() == plain.encode("red cat dog").tolist()
 
 
-def test_ids_may_have_gaps(tmp_path):
+def test_token_ids_may_have_gaps(tmp_path):
     """A vocabulary from which words were removed has gaps. The model's table has a row for each id up to the
     highest."""
     Tokenizer(models.WordLevel({"[UNK]": 0, "cat": 7}, unk_token="[UNK]")).save(str(tmp_path / "gaps.json"))
@@ -53,7 +53,7 @@ def test_ids_may_have_gaps(tmp_path):
         load_tokenizer(str(tmp_path / "gaps.json"), 8, vocab_size=2)
 
 
-def test_vocab_txt(tmp_path):
+def test_a_vocab_txt_file_is_loaded(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##believ", "##able", "cat", "!"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     tokenizer = load_tokenizer(str(tmp_path / "vocab.txt"), 8, vocab_size=10)
@@ -61,7 +61,7 @@ def test_vocab_txt(tmp_path):
     assert tokenizer.decode([5, 6, 7, 8]) == "unbelievable cat"
 
 
-def test_errors(tmp_path, tokenizer_file, monkeypatch):
+def test_invalid_tokenizers_are_refused(tmp_path, tokenizer_file, monkeypatch):
     size = load_tokenizer(tokenizer_file, 8).vocab_size
     assert load_tokenizer(tokenizer_file, 8, vocab_size=size).vocab_size == size
     with pytest.raises(UserError, match=f"has {size} tokens but model.vocab_size is 30522"):
@@ -86,7 +86,7 @@ def test_errors(tmp_path, tokenizer_file, monkeypatch):
         load_tokenizer("bert-base-uncased", 8)
 
 
-def test_hub_name(tokenizer_file, monkeypatch):
+def test_a_tokenizer_is_loaded_from_the_hub(tokenizer_file, monkeypatch):
     for answers in (True, False):
         monkeypatch.setattr("m3ae_fast.batch.tokenizer.hub_answers", lambda name, answers=answers: answers)
         hub = {("org/name", "tokenizer.json"): {not answers: tokenizer_file}}
@@ -95,7 +95,7 @@ def test_hub_name(tokenizer_file, monkeypatch):
         assert load_tokenizer("org/name", 8).encode("cat").shape == (1,)
 
 
-def test_training_is_repeatable():
+def test_tokenizer_training_is_deterministic():
     trained = [train_tokenizer(CAPTIONS, 100).to_str() for _ in range(3)]
     assert trained[0] == trained[1] == trained[2]
     vocab = Tokenizer.from_str(trained[0]).get_vocab()
@@ -130,7 +130,7 @@ def test_the_computed_growth_of_a_character_is_exact(lengths):
     assert len(rules.normalize_str("a")) == growth(json.loads(rules.__getstate__())) == math.prod(lengths)
 
 
-def test_special_tokens_alone_are_special():
+def test_only_the_special_tokens_are_marked_as_special():
     tokenizer = train_tokenizer(CAPTIONS, 100)
     assert {token.content for token in tokenizer.get_added_tokens_decoder().values()} == set(SPECIAL)
 

@@ -67,7 +67,7 @@ def contents(out, pattern="*.tar"):
     return list(samples.values())
 
 
-def test_a_folder_with_classes_and_captions(tmp_path, pictures, capsys):
+def test_a_folder_with_classes_and_captions_is_converted(tmp_path, pictures, capsys):
     (pictures / "dog" / "4.jpg").write_bytes(picture(1)[:-200])
     out = tmp_path / "a new/folder"
     assert make(pictures, out, "--short-side", "30", "--samples-per-shard", "4") == 0
@@ -94,7 +94,7 @@ def test_a_folder_with_classes_and_captions(tmp_path, pictures, capsys):
     assert len(list(out.glob("*" + INDEX_SUFFIX))) == 3
 
 
-def test_the_same_input_gives_the_same_bytes(tmp_path, pictures):
+def test_the_same_input_gives_bitwise_identical_shards(tmp_path, pictures):
     options = ("--samples-per-shard", "3", "--held-out", "0.2")
     assert make(pictures, tmp_path / "one", *options) == 0
     assert make(pictures, tmp_path / "two", *options, workers=3) == 0
@@ -137,7 +137,7 @@ def test_progress_within_a_shard_is_shown_with_several_workers(tmp_path, picture
     assert sum(count for count, whole in seen if not whole) >= 2, "before the first shard was whole"
 
 
-def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, capsys):
+def test_an_interrupted_conversion_is_resumed(tmp_path, pictures, monkeypatch, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert make(pictures, whole, "--samples-per-shard", "3") == 0
     done, shrink = [], writer.as_member
@@ -198,7 +198,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("kind", [*TABLES, "parquet"])
-def test_captions_from_a_table(tmp_path, pictures, kind):
+def test_captions_are_read_from_a_table(tmp_path, pictures, kind):
     table = tmp_path / f"captions.{kind}"
     if kind == "parquet":
         rows = {"image": ["cat/0.jpg", "cat/0.jpg", "dog/1.jpg"], "caption": ["one, two", "three", None]}
@@ -215,7 +215,7 @@ def test_captions_from_a_table(tmp_path, pictures, kind):
 
 @pytest.mark.parametrize("keep_order", [False, True])
 @pytest.mark.parametrize(("samples", "share"), [(10, 0.28), (10, 0.22), (10, 0.01), (1000, 0.0348), (7, 0.5), (2, 0.1)])
-def test_as_many_are_held_out_as_come_nearest_to_the_share(samples, share, keep_order):
+def test_the_number_of_held_out_samples_is_nearest_to_the_fraction(samples, share, keep_order):
     """At least one sample is held out, and each sample is either held out or trained on."""
     settings = writer.Settings(samples_per_shard=6, held_out=share, keep_order=keep_order)
     records = SimpleNamespace(splits={"train": samples}, images=lambda split: np.arange(samples))
@@ -227,7 +227,7 @@ def test_as_many_are_held_out_as_come_nearest_to_the_share(samples, share, keep_
 
 
 @pytest.mark.parametrize(("split", "rest"), [("train", "train"), ("extra", "extra"), ("test", "train")])
-def test_what_is_not_held_out_keeps_its_name_unless_that_says_held_out(split, rest):
+def test_remaining_shards_keep_the_name_of_their_split_unless_it_means_held_out(split, rest):
     records = SimpleNamespace(splits={split: 10}, images=lambda split: np.arange(10))
     shards = writer._plan(records, writer.Settings(held_out=0.2))
     assert {shard.name.partition("-")[0] for shard in shards} == {rest, "val"}
@@ -249,7 +249,7 @@ def test_samples_are_shuffled_unless_their_order_is_kept(tmp_path, keep_order):
     assert len(names) == 9 and (names == sorted(names)) == keep_order
 
 
-def test_images_that_are_one_in_either_way_are_one_also_by_way_of_others():
+def test_duplicate_images_are_the_connected_components_of_both_relations():
     random = np.random.default_rng(0)
     for count in (1, 2, 9, 40):
         first, second = random.integers(0, count, (2, count))
@@ -266,7 +266,7 @@ def test_a_label_is_a_whole_number(label):
         to_int(label)
 
 
-def test_small_jpegs_stay_as_they_are(tmp_path):
+def test_small_jpegs_are_copied_unchanged(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(picture(1))
     grey = picture(2, mode="L", fmt="PNG")
@@ -281,7 +281,7 @@ def test_small_jpegs_stay_as_they_are(tmp_path):
     assert Image.open(tmp_path / "in" / "c.jpg").mode == "CMYK" and third != picture(3, mode="CMYK")
 
 
-def test_the_same_labels_for_held_out_classes(tmp_path, pictures, capsys):
+def test_labels_follow_the_given_list_of_classes(tmp_path, pictures, capsys):
     (tmp_path / "classes.json").write_text('["bird", "dog", "cat"]')
     assert make(pictures, tmp_path / "out", "--classes", tmp_path / "classes.json") == 0
     for sample in contents(tmp_path / "out"):
@@ -303,7 +303,7 @@ def _hdf5(path, **fields):
     return path
 
 
-def test_hdf5_of_pairs_and_of_text(tmp_path):
+def test_hdf5_files_of_pairs_and_of_text_are_converted(tmp_path):
     captions = [caption(i).encode() for i in range(4)] + ["grün".encode(), b""]
     path = _hdf5(tmp_path / "pairs.hdf5", jpg=[picture(i) for i in range(6)], caption=captions)
     assert make(path, tmp_path / "out", "--keep-order") == 0
@@ -315,7 +315,7 @@ def test_hdf5_of_pairs_and_of_text(tmp_path):
     assert contents(tmp_path / "text") == [{"txt": b"one"}, {"txt": b"two"}, {"txt": b"three"}]
 
 
-def test_hdf5_of_imagenet(tmp_path):
+def test_an_hdf5_file_of_imagenet_is_converted(tmp_path):
     parts = {"train_jpg": [picture(i) for i in range(5)], "train_labels": [3, 1, 4, 1, 5]}
     parts |= {"val_jpg": [picture(i) for i in range(5, 7)], "val_labels": [9, 2]}
     path = _hdf5(tmp_path / "imagenet.hdf5", **parts)
@@ -324,14 +324,14 @@ def test_hdf5_of_imagenet(tmp_path):
     assert found == [set(zip(parts[f"{name}_jpg"], parts[f"{name}_labels"])) for name in ("train", "val")]
 
 
-def test_a_label_with_a_fraction_is_left_out_by_name(tmp_path, capsys):
+def test_a_fractional_label_is_named_and_skipped(tmp_path, capsys):
     path = _hdf5(tmp_path / "t.hdf5", train_jpg=[picture(i) for i in range(3)], train_labels=[0.5, 1.0, np.inf])
     assert make(path, tmp_path / "out") == 0
     assert [sample["cls"] for sample in contents(tmp_path / "out")] == [b"1"]
     assert "train_jpg 0: the label np.float64(0.5) is not an integer" in capsys.readouterr().out
 
 
-def test_rows_that_are_none_make_no_shards(tmp_path, capsys):
+def test_an_empty_hdf5_file_is_refused(tmp_path, capsys):
     with h5py.File(tmp_path / "none.hdf5", "w") as file:
         file.create_dataset("jpg", (0,), h5py.vlen_dtype(np.uint8))
     assert make(tmp_path / "none.hdf5", tmp_path / "out") == 2
@@ -357,7 +357,7 @@ def dataset():
     return datasets.Dataset.from_dict(rows, features=features)
 
 
-def test_a_dataset_on_disk(tmp_path, dataset):
+def test_a_saved_hugging_face_dataset_is_converted(tmp_path, dataset):
     dataset.save_to_disk(tmp_path / "saved")
     assert make(tmp_path / "saved", tmp_path / "out", "--keep-order") == 0
     samples = contents(tmp_path / "out")
@@ -377,7 +377,7 @@ def test_a_dataset_on_disk(tmp_path, dataset):
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]
 
 
-def test_a_row_whose_image_is_empty_has_its_caption_alone(tmp_path):
+def test_a_row_with_an_empty_image_becomes_a_text_only_sample(tmp_path):
     rows = {"image": [{"bytes": None, "path": None}], "caption": ["a cat"]}
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     (tmp_path / "data").mkdir()
@@ -387,7 +387,7 @@ def test_a_row_whose_image_is_empty_has_its_caption_alone(tmp_path):
     assert sample["txt"] == b"a cat" and "jpg" not in sample
 
 
-def test_splits_and_columns_of_a_dataset(tmp_path, dataset, capsys):
+def test_splits_and_columns_of_a_dataset_can_be_selected(tmp_path, dataset, capsys):
     plain = dataset.map(lambda row: {"title": "a " + str(row["id"])}, remove_columns="caption")
     datasets.DatasetDict(train=plain.select(range(3)), test=plain.select([3])).save_to_disk(tmp_path / "saved")
     names = ["--caption-column", "title", "--label-column", "id"]
@@ -402,7 +402,7 @@ def test_splits_and_columns_of_a_dataset(tmp_path, dataset, capsys):
     assert "is already split (train, test)" in capsys.readouterr().err
 
 
-def test_a_split_of_which_nothing_can_be_used_is_refused(tmp_path, capsys):
+def test_a_split_without_usable_columns_is_refused(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "good.jpg").write_bytes(picture(1))
     for number in range(9):
@@ -420,7 +420,7 @@ def test_a_split_of_which_nothing_can_be_used_is_refused(tmp_path, capsys):
     assert "--held-out 0.99: holds out all 9 samples; lower it" in capsys.readouterr().err
 
 
-def test_columns_of_a_dataset_that_nothing_reads_are_named(tmp_path, dataset, capsys):
+def test_ignored_columns_of_a_dataset_are_named(tmp_path, dataset, capsys):
     """A column with a usual name and an unusual type is named too."""
     odd = dataset.map(lambda row: {"text": {"en": "a"}, "targets": [0, 1]}, remove_columns="caption")
     odd.save_to_disk(tmp_path / "saved")
@@ -432,7 +432,7 @@ def test_columns_of_a_dataset_that_nothing_reads_are_named(tmp_path, dataset, ca
 
 
 @pytest.mark.parametrize("change", [{"remove_columns": "caption"}, {"labels": ["dog", "cat"]}])
-def test_splits_that_differ_in_what_is_read_are_refused(tmp_path, dataset, capsys, change):
+def test_splits_with_different_columns_are_refused(tmp_path, dataset, capsys, change):
     """If the splits were accepted, their labels would be mistaken for classes with other names."""
     other = dataset.remove_columns(change["remove_columns"]) if "remove_columns" in change else dataset
     if "labels" in change:
@@ -448,7 +448,7 @@ def test_splits_that_differ_in_what_is_read_are_refused(tmp_path, dataset, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_other_columns_or_splits_of_a_dataset_are_another_conversion(tmp_path, dataset):
+def test_different_columns_or_splits_of_a_dataset_are_different_conversions(tmp_path, dataset):
     both = dataset.map(lambda row: {"title": "a " + str(row["id"])})
     datasets.DatasetDict(train=both.select(range(3)), test=both.select([3])).save_to_disk(tmp_path / "saved")
 
@@ -460,7 +460,7 @@ def test_other_columns_or_splits_of_a_dataset_are_another_conversion(tmp_path, d
     assert identity() == identity()
 
 
-def test_classes_in_another_order_are_another_conversion(pictures):
+def test_classes_in_another_order_are_a_different_conversion(pictures):
     orders = (["cat", "dog"], ["dog", "cat"], ["cat", "dog", "emu"])
     assert len({json.dumps(Folder(pictures, classes=classes).identity) for classes in orders}) == 3
     assert Folder(pictures, classes=orders[0]).identity == Folder(pictures).identity
@@ -502,7 +502,7 @@ def _mistakes(folder):
     yield [folder / "saved", "OUT"], "has the columns number; choose one with --image-column"
 
 
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path, pictures, capsys):
+def test_user_errors_are_reported_in_one_line_and_leave_no_files(tmp_path, pictures, capsys):
     mistakes = list(_mistakes(tmp_path))
     capsys.readouterr()
     for number, (arguments, message) in enumerate(mistakes):
@@ -514,7 +514,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, pictures, capsys):
     assert os.listdir(tmp_path / "full") == ["mine.txt"]
 
 
-def test_two_conversions_do_not_meet(tmp_path, pictures, capsys):
+def test_two_processes_cannot_write_shards_to_the_same_folder(tmp_path, pictures, capsys):
     from m3ae_fast.shards.output_claim import claimed
 
     with claimed(tmp_path / "out", {"source": {}, "settings": {}}, None):
@@ -522,7 +522,7 @@ def test_two_conversions_do_not_meet(tmp_path, pictures, capsys):
     assert "another process is writing shards" in capsys.readouterr().err
 
 
-def test_the_kind_of_a_source_is_recognised(tmp_path, pictures):
+def test_the_type_of_a_source_is_recognised(tmp_path, pictures):
     (tmp_path / "parquet/data").mkdir(parents=True)
     (tmp_path / "parquet/data/train.parquet").touch()
     (tmp_path / "parquet/README.md").touch()

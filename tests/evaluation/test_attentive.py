@@ -35,7 +35,7 @@ def head():
     return AttentiveHeads(24, 5, 4, [0]).eval()
 
 
-def test_the_attentive_probe_pools_as_torchs_multi_head_attention_with_one_query(head):
+def test_attentive_pooling_equals_torch_multi_head_attention_with_one_query(head):
     theirs = nn.MultiheadAttention(24, 4, bias=False, batch_first=True)
     nn.init.normal_(head.query)
     nn.init.normal_(head.values)
@@ -48,7 +48,7 @@ def test_the_attentive_probe_pools_as_torchs_multi_head_attention_with_one_query
 
 
 @pytest.mark.parametrize("alike", ["no keys", "equal tokens", "as it begins"])
-def test_with_equal_keys_the_attentive_probe_is_a_linear_probe_of_the_mean(head, alike):
+def test_with_equal_keys_the_attentive_probe_equals_a_linear_probe_of_the_mean(head, alike):
     if alike != "as it begins":
         nn.init.normal_(head.query)
     if alike == "no keys":
@@ -62,7 +62,7 @@ def test_with_equal_keys_the_attentive_probe_is_a_linear_probe_of_the_mean(head,
     torch.testing.assert_close(head(tokens), linear(tokens.mean(1)), rtol=1e-5, atol=1e-5)
 
 
-def test_an_image_of_fewer_patches_is_pooled_as_by_itself(head):
+def test_padding_does_not_affect_the_pooling_of_an_image_with_fewer_patches(head):
     """An image with fewer patches is padded with zero rows."""
     nn.init.normal_(head.query)
     tokens = _tokens(6)
@@ -109,7 +109,7 @@ def test_the_attentive_probe_finds_an_informative_token_that_the_mean_hides():
     assert attends == again > 0.9 > linear + 0.2
 
 
-def test_heads_of_several_rates_and_layers_are_those_of_one_each():
+def test_attentive_heads_trained_together_equal_those_trained_separately():
     bank, other = _marked(60, 0), _marked(60, 5)
     with join_ranks() as ranks:
         setting = _setting(ranks, batch=16, steps=12, heads=2)
@@ -122,7 +122,7 @@ def test_heads_of_several_rates_and_layers_are_those_of_one_each():
     assert not torch.allclose(both[0].heads.linear.weight[0], alone.heads.linear.weight[0])
 
 
-def test_linear_and_attentive_heads_in_one_pass_are_those_that_are_trained_alone():
+def test_linear_and_attentive_heads_trained_in_one_pass_equal_those_trained_separately():
     tokens = _marked(60, 0)
     banks = {0: tokens, 1: replace(tokens, stored_SD=tokens.features_RD.mean(1))}
     with join_ranks("cpu") as ranks:
@@ -137,7 +137,7 @@ def test_linear_and_attentive_heads_in_one_pass_are_those_that_are_trained_alone
                 assert torch.equal(tensor, both[number].heads.state_dict()[name])
 
 
-def test_steps_are_adamws_on_the_cross_entropy_with_warm_up_and_cosine():
+def test_attentive_probes_are_trained_by_adamw_on_the_cross_entropy_with_warm_up_and_cosine_decay():
     bank = _marked(32, 0)
     with join_ranks() as ranks:
         found = _trained(bank, ranks, batch=32, steps=18, heads=2, weight_decay=0.1, peak_lr=1e-2)
@@ -156,7 +156,7 @@ def test_steps_are_adamws_on_the_cross_entropy_with_warm_up_and_cosine():
     assert found.accuracies[0] == pytest.approx(right), "before the step"
 
 
-def test_rates_are_tried_on_nine_tenths_and_judged_on_the_rest(monkeypatch):
+def test_learning_rates_are_tried_on_nine_tenths_of_the_samples_and_compared_on_the_rest(monkeypatch):
     """The head is then trained with the best learning rate on all samples."""
     monkeypatch.setattr(probes, "ATTENTIVE_RATES", (1e-2, 3e-3, 1e-4))
     bank, given = _marked(60, 0), {"batch": 16, "steps": 12, "heads": 2}

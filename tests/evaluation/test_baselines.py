@@ -46,7 +46,7 @@ SKEWED = {number: int(number % 9 == 0) for number in range(18)}  # two classes w
         ("finetune", FINETUNE),
     ],
 )
-def test_every_result_says_the_share_of_the_largest_class(transfer, tmp_path, task, options, capsys):
+def test_every_result_contains_the_fraction_of_the_largest_class(transfer, tmp_path, task, options, capsys):
     """The result also states whether the accuracy is significantly above that share."""
     shard = labelled_tar(tmp_path / "a.tar", range(18), SKEWED)
     result = transfer(task, *options, train=shard, val=shard)
@@ -57,7 +57,7 @@ def test_every_result_says_the_share_of_the_largest_class(transfer, tmp_path, ta
     assert f"{task}: {result['verdict']}\n" in capsys.readouterr().out
 
 
-def test_the_largest_class_is_that_of_the_samples(tmp_path):
+def test_the_largest_class_is_determined_from_the_evaluated_samples(tmp_path):
     labels = [0] * 40 + [1] * 20 + [2] * 15 + [3] * 10 + [4] * 8 + [5] * 7
     keys = [*map(str, range(100))]
 
@@ -78,7 +78,7 @@ def test_the_largest_class_is_that_of_the_samples(tmp_path):
 @pytest.mark.parametrize(
     "settings", [{}, {"resize": "native"}, {"channels": 1, "image_mean": [0.4], "image_std": [0.2]}]
 )
-def test_pixels_are_those_that_the_model_sees_scaled_down(settings):
+def test_the_pixel_baseline_downscales_the_input_of_the_model(settings):
     config = ModelConfig.model_validate({**TINY["model"], "vocab_size": 0, **settings}, strict=False)
     sizes = [(16, 32), (32, 16), (32, 32)] if settings.get("resize") else [(32, 32)] * 3
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +95,7 @@ def test_pixels_are_those_that_the_model_sees_scaled_down(settings):
         torch.testing.assert_close(feature, expected, rtol=0, atol=1e-5)
 
 
-def test_the_features_of_a_patch_are_its_pixels():
+def test_patch_features_of_the_pixel_baseline_are_its_pixels():
     config = ModelConfig.model_validate({**TINY["model"], "vocab_size": 0}, strict=False)
     image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels, P = Pixels(config), config.patch_size
@@ -114,7 +114,7 @@ def test_the_features_of_a_patch_are_its_pixels():
 
 
 @pytest.mark.slow
-def test_colours_are_named_by_pixels(transfer, run, capsys):
+def test_the_pixel_baseline_classifies_colours(transfer, run, capsys):
     longer = [*SHORT, *settings("linear.steps=100", "linear.peak_lr=30")]
     for task, options in (("knn", []), ("linear", longer), ("linear", ["--shots", "5,9", *longer])):
         result = transfer(task, *options, model=f"pixels:{run}", out=f"{task}{len(options)}")
@@ -133,7 +133,7 @@ def test_colours_are_named_by_pixels(transfer, run, capsys):
         ("segment", "miou", settings("segment.steps=5", "segment.batch=8")),
     ],
 )
-def test_baselines_have_the_results_that_they_have_alone(
+def test_baselines_have_the_results_of_their_separate_evaluations(
     transfer, run, tmp_path, task, metric, options, capsys, monkeypatch
 ):
     """They are encoded in the same pass, and have the bits of their own evaluations."""
@@ -185,7 +185,9 @@ def test_baselines_have_the_results_that_they_have_alone(
         ("knn", ("--shots", "2,5", "--draws", "2"), ("knn", "--shots", "2,5", "--draws", "2")),
     ],
 )
-def test_baselines_of_trained_heads_and_of_grids(transfer, run, tmp_path, task, options, alone, capsys):
+def test_baselines_of_trained_heads_and_of_grids_use_logistic_regression(
+    transfer, run, tmp_path, task, options, alone, capsys
+):
     """They have the results of logistic regression (of k-NN for k-NN) on the same training samples."""
     result = transfer(task, *options, baselines=True)
     output = capsys.readouterr().out
@@ -217,7 +219,7 @@ def test_a_stop_during_the_baselines_keeps_the_result(transfer, run, monkeypatch
 
 
 @pytest.mark.slow
-def test_unreadable_samples_that_only_the_baselines_meet_do_not_cost_the_result(transfer, tmp_path, capsys):
+def test_samples_that_become_unreadable_for_the_baselines_do_not_prevent_the_result(transfer, tmp_path, capsys):
     members = [(name, data[:200] if name == "00047.png" else data) for name, data in labelled_members(range(48))]
     options = settings("linear.steps=1", "linear.peak_lr=1", "linear.global_batch=16", "data.max_bad_fraction=0")
     result = transfer("linear", *options, train=write_tar(tmp_path / "train.tar", members), baselines=True)
@@ -226,7 +228,7 @@ def test_unreadable_samples_that_only_the_baselines_meet_do_not_cost_the_result(
 
 
 @pytest.mark.slow
-def test_baselines_of_a_grid_have_the_layer_of_its_main_accuracy(transfer, monkeypatch):
+def test_baselines_of_a_grid_use_the_layer_of_its_main_accuracy(transfer, monkeypatch):
     pooled, layers = M3AE.pooled_of_layers, []
 
     def spied(model, batch, numbers, *more):
@@ -238,7 +240,7 @@ def test_baselines_of_a_grid_have_the_layer_of_its_main_accuracy(transfer, monke
     assert layers == [[1]] * 4  # training and held-out samples of the model and of random weights
 
 
-def test_a_report_names_the_classifier_of_baselines(tmp_path):
+def test_a_report_names_the_probe_of_the_baselines(tmp_path):
     """A separate evaluation of random weights with the task's own classifier is compared as well."""
     keys, better = [*map(str, range(50))], Difference(0.4, 0.3, 0.5, 0.01).entries()
     results = {
@@ -261,7 +263,7 @@ def test_a_report_names_the_classifier_of_baselines(tmp_path):
 
 
 @pytest.mark.slow
-def test_baselines_are_left_out_on_request_and_where_they_have_no_meaning(transfer, run, tmp_path, capsys):
+def test_baselines_are_skipped_on_request_and_if_they_would_be_meaningless(transfer, run, tmp_path, capsys):
     cases = {
         "request": ((), {"baselines": False}),
         "text": (("--modality", "paired"), {"baselines": True}),
@@ -310,14 +312,14 @@ def test_a_warning_names_each_baseline_that_is_not_exceeded(tmp_path):
         ("linear", ("--resume", "auto"), "pixels have no layers, no poolings and no checkpoints"),
     ],
 )
-def test_what_cannot_be_done_with_pixels_is_refused(transfer, run, tmp_path, task, options, message):
+def test_tasks_that_the_pixel_baseline_does_not_support_are_refused(transfer, run, tmp_path, task, options, message):
     with pytest.raises(UserError, match=message):
         transfer(task, *options, model=f"pixels:{run}")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_one_sample_has_no_difference_from_a_baseline(samples):
+def test_the_difference_from_a_baseline_is_undefined_for_a_single_sample(samples):
     """The bootstrap samples of one sample are all equal."""
     keys, labels_N = [f"{number}" for number in range(samples)], torch.zeros(samples, dtype=torch.int64)
     right, wrong = (Predictions.of(keys, labels_N, torch.tensor([row] * samples)) for row in ([2.0, 1.0], [1.0, 2.0]))

@@ -24,7 +24,7 @@ def _table(folder, labels, predictions, scores=None, keys=None):
     write_parquet(folder / "predictions.parquet", columns)
 
 
-def test_metrics_are_those_of_scikit_learn(tmp_path):
+def test_metrics_equal_those_of_scikit_learn(tmp_path):
     random = np.random.default_rng(0)
     for classes in (["bad", "good"], [0, 1], range(7)):
         labels = np.array(classes)[(random.random(200) ** 2 * len(classes)).astype(int)]
@@ -44,13 +44,13 @@ def test_metrics_are_those_of_scikit_learn(tmp_path):
         assert ("auroc" in found) == (len(classes) == 2)
 
 
-def test_equal_scores_count_one_half():
+def test_ties_count_one_half_in_the_area_under_the_curve():
     positive, negative = np.array([1.0, 2, 2, 3]), np.array([0.0, 2, 2, 1])
     truth = np.repeat([1, 0], 4)
     assert metrics.auroc(positive, negative) == roc_auc_score(truth, np.concatenate((positive, negative)))
 
 
-def test_standard_errors_are_those_of_other_draws_of_samples():
+def test_standard_errors_equal_the_deviation_over_redrawn_samples():
     """The standard errors of the balanced accuracy and of the area under the ROC curve differ by less than a fifth from
     the standard deviations over redrawn samples."""
     random = np.random.default_rng(1)
@@ -59,7 +59,7 @@ def test_standard_errors_are_those_of_other_draws_of_samples():
     assert metrics.auroc_error(np.mean(areas), 60, 40) == pytest.approx(np.std(areas), rel=0.2)
 
 
-def test_the_error_of_an_area_tells_few_positives_from_few_negatives(tmp_path):
+def test_the_standard_error_of_the_auroc_depends_on_the_numbers_of_positives_and_negatives(tmp_path):
     """Positives and negatives contribute differently if the classes overlap little."""
     random = np.random.default_rng(0)
     for few in ("good", "bad"):
@@ -88,7 +88,7 @@ def test_per_class_results_contain_class_names(tmp_path):
     ]
 
 
-def test_a_result_that_is_not_above_the_largest_class_has_a_warning(tmp_path):
+def test_a_result_not_above_the_accuracy_of_the_largest_class_has_a_warning(tmp_path):
     labels = [0] * 70 + [1] * 30
 
     def warning(predictions, **more):
@@ -108,7 +108,7 @@ def test_a_result_that_is_not_above_the_largest_class_has_a_warning(tmp_path):
     assert class_metrics(tmp_path, (), [], {}) == {}
 
 
-def test_the_confusion_matrix_is_that_of_the_predictions(tmp_path, monkeypatch):
+def test_the_confusion_matrix_counts_the_predictions(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(metrics, "draw_confusion", lambda path, *what: drawn.append((path, *what)))
     _table(tmp_path, ["b", "a", "c"], ["b", "c", "c"])
@@ -142,7 +142,7 @@ def test_a_task_reports_all_class_metrics(transfer, run, tmp_path, capsys):
         assert "<b>warning</b>" not in (tmp_path / "report.html").read_text()
 
 
-def test_a_comparison_has_balanced_accuracies_and_warnings():
+def test_a_comparison_reports_balanced_accuracies_and_warnings():
     labels = torch.tensor([0] * 90 + [1] * 10)
     found = ComparedPredictions([0, 1])
     for model, best in (("blind", torch.zeros(100, dtype=torch.long)), ("good", labels)):

@@ -103,14 +103,14 @@ def _found(**correct):
     return found
 
 
-def test_a_sample_that_half_the_seeds_have_right_counts_for_neither():
+def test_a_sample_that_is_correct_for_half_of_the_seeds_counts_for_neither_model():
     even, other = np.full(20, 0.5), np.arange(20) % 2 == 0
     assert difference(even, other).p == difference(other, even).p == 1.0  # both models are equally often right
     mixed = np.where(np.arange(20) < 9, 1.0, even)  # nine more; the other has every second one
     assert difference(mixed, other).p == difference(other, mixed).p == stats.binomtest(0, 4).pvalue
 
 
-def test_a_test_is_paired_on_the_mean_over_seeds():
+def test_significance_tests_are_paired_by_sample_on_means_over_seeds():
     generator = np.random.default_rng(0)
     good, poor = generator.random((2, 100)) < 0.9, generator.random((1, 100)) < 0.5
     found = _found(poor=poor, good=good)
@@ -144,7 +144,7 @@ def test_a_warning_names_the_baselines_that_a_model_does_not_exceed():
     ]
 
 
-def test_models_are_called_by_their_folders_where_these_differ():
+def test_models_are_named_by_the_part_of_the_path_that_differs():
     own = {"a": "runs/a", "b": "runs/b"}
     assert model_names(["runs/a", "runs/b"]) == {UNTRAINED: "random:runs/a", SCALED: "pixels:runs/a"} | own
     assert model_names(["runs/a", "runs/b"], pixels=False) == {UNTRAINED: "random:runs/a"} | own
@@ -156,7 +156,7 @@ def test_models_are_called_by_their_folders_where_these_differ():
         model_names(["a", "a"])
 
 
-def test_mistakes_are_told_before_anything_is_encoded(compared, run, tmp_path):
+def test_user_errors_are_reported_before_anything_is_encoded(compared, run, tmp_path):
     with pytest.raises(UserError, match="nothing: no such file or folder"):
         compared(models=(run, tmp_path / "nothing"))
     with pytest.raises(
@@ -169,7 +169,9 @@ def test_mistakes_are_told_before_anything_is_encoded(compared, run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_results_are_told_apart_or_not(transfer, run, shards, tmp_path, capsys):
+def test_significant_and_insignificant_differences_between_results_are_reported(
+    transfer, run, shards, tmp_path, capsys
+):
     transfer("knn", out="one")
     transfer("knn", model=f"random:{run}", out="other")
     capsys.readouterr()
@@ -201,7 +203,7 @@ def test_results_of_different_labels_are_not_compared(tmp_path):
             compare_results([tmp_path / name for name in pair])
 
 
-def test_predictions_of_no_class_are_no_result(tmp_path):
+def test_predictions_without_a_class_are_refused(tmp_path):
     for name, prediction in (("one", [1, 2]), ("other", [1, None])):
         columns = {"key": ["a", "b"], "label": [1, 2], "prediction": prediction}
         (tmp_path / name).mkdir()
@@ -210,7 +212,7 @@ def test_predictions_of_no_class_are_no_result(tmp_path):
         main(["difference", str(tmp_path / "one"), str(tmp_path / "other")])
 
 
-def test_a_result_in_another_order_is_the_same_result(tmp_path, monkeypatch):
+def test_results_are_compared_independently_of_the_order_of_their_samples(tmp_path, monkeypatch):
     """Samples are matched by key, separately for each set."""
     monkeypatch.setattr(ood, "BOOTSTRAPS", 20)
     random = np.random.RandomState(0)

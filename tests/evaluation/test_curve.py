@@ -34,7 +34,7 @@ def pretrain(trainer, shards):
     return run
 
 
-def test_a_run_shows_a_transfer_curve_and_the_same_losses(pretrain, shards, trainer, monkeypatch):
+def test_a_run_logs_the_k_nn_accuracy_and_its_losses_are_unchanged(pretrain, shards, trainer, monkeypatch):
     given, real = [], knn.knn_scores
     monkeypatch.setattr(knn, "knn_scores", lambda *args: given.append(args) or real(*args))
     plain = pretrain("plain")
@@ -72,13 +72,13 @@ def test_a_stop_request_ends_the_pass_between_two_batches(pretrain, shards, monk
     assert resumed[-1] == whole[-1] and "val_knn_top1" in whole[-1]
 
 
-def test_labels_that_cannot_be_used_end_the_run_before_it_begins(pretrain, shards, tmp_path):
+def test_invalid_labels_end_the_run_before_training(pretrain, shards, tmp_path):
     with pytest.raises(UserError, match=r"48 of 48 samples have no label .json.other."):
         pretrain("wrong", *probe(shards, labels="json.other"))
     assert not (tmp_path / "wrong").exists()
 
 
-def test_the_curve_of_a_partitioned_model_is_the_same(trainer, shards):
+def test_the_k_nn_curve_of_a_partitioned_model_is_the_same(trainer, shards):
     """With ZeRO-3 on three ranks, partitioned weights are gathered even if ranks have no sample, in an evaluation of
     three samples, for figures, and at the end of the probe's samples."""
     options = [*settings("train.steps=3", "data.workers=0", "train.eval_samples=3", "train.pictures=2")]

@@ -51,7 +51,7 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize("samples", [30, 1000])
-def test_a_probes_duration_is_that_of_its_steps(clock, samples):
+def test_the_estimated_duration_of_a_probe_is_that_of_its_steps(clock, samples):
     with join_ranks() as ranks:
         setting = _setting(ranks)
         linear = with_defaults(setting.config.linear, samples, {})
@@ -75,7 +75,7 @@ def test_one_slow_step_is_enough_to_estimate_the_duration(clock, monkeypatch):
         assert expected_duration.seconds("attentive", 100, [(3, 4)], given) == pytest.approx(2.01 * 50) and clock[0] < 3
 
 
-def test_the_pace_of_a_training_is_that_of_the_steps_after_the_first(monkeypatch):
+def test_the_training_speed_is_measured_after_the_first_step(monkeypatch):
     """The first step also waits for the loader to start. A resumed training counts only its own steps."""
     seconds, reported = [100.0], []
     monkeypatch.setattr(labelled_task.time, "perf_counter", lambda: seconds[0])
@@ -88,7 +88,7 @@ def test_the_pace_of_a_training_is_that_of_the_steps_after_the_first(monkeypatch
     assert reported == [(0.25, 24)]
 
 
-def test_an_attentive_probe_can_predict_while_it_is_trained():
+def test_predictions_of_an_attentive_probe_do_not_affect_its_training():
     """Predictions during training come from the head with the best learning rate on the held-out tenth, and do not
     affect the training."""
     generator = torch.Generator().manual_seed(0)
@@ -151,7 +151,7 @@ def test_with_a_given_length_or_a_gpu_only_the_duration_is_printed(kind, options
     assert len(_expectation(kind, 1.0, 4001, **options)) == 1
 
 
-def test_the_defaults_are_those_that_were_measured():
+def test_default_epochs_of_finetuning_equal_those_of_the_duration_message():
     assert OFFICIAL["finetune"].scaled(1482).epochs == 174 and OFFICIAL["finetune"].scaled(1_281_167).epochs == 100
 
 

@@ -53,7 +53,7 @@ def test_features_are_pooled_from_the_representation(model, pool):
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_rows_that_only_fill_a_batch_up_have_no_features(model, pool):
+def test_padding_rows_do_not_affect_features(model, pool):
     samples = [
         Sample(str(i), image=x, image_mask=torch.zeros(model.config.patches_per_image, dtype=torch.bool))
         for i, x in enumerate(images(5))
@@ -65,7 +65,7 @@ def test_rows_that_only_fill_a_batch_up_have_no_features(model, pool):
 
 @pytest.mark.parametrize("order", ["after_norm", "before_norm"])
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_features_of_a_layer_are_those_of_a_model_that_ends_there(tmp_path, pool, order):
+def test_features_of_a_layer_equal_those_of_a_model_truncated_after_it(tmp_path, pool, order):
     """The features of the last layer are bitwise equal to those of `encode` without a layer, whether they are computed
     alone or in one pass with other layers.
     """
@@ -100,7 +100,7 @@ def _tokens(model):
     return torch.from_numpy(model.tokenizer.encode("a red house")).expand(5, -1)
 
 
-def test_images_come_as_pil_or_tensors_of_any_size(model):
+def test_encode_accepts_pil_images_and_tensors_of_any_size(model):
     pixels = images(1, 32)[0]
     pil = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     config = model.config
@@ -158,7 +158,7 @@ def test_value_range_applies_only_to_images_with_more_than_8_bits(model, tmp_pat
     assert torch.equal(model.encode(Image.fromarray(grey), value_range=(0, 4095), precision="fp32"), expected)
 
 
-def test_floats_that_are_evidently_not_normalised_are_refused(model):
+def test_float_images_that_are_evidently_not_normalised_are_refused(model):
     pixels = images(3)
     for floats, guess in (
         (pixels / 255, (0, 1)),
@@ -181,7 +181,7 @@ def test_floats_that_are_evidently_not_normalised_are_refused(model):
 @pytest.mark.parametrize(
     ("scale", "value_range"), [(255, (0, 1)), (65535, (0, 1)), (65535, (0, 255)), (1, (0, 255)), (1, (0, 65535))]
 )
-def test_values_evidently_in_other_units_than_value_range_are_refused(model, scale, value_range):
+def test_values_evidently_in_units_other_than_value_range_are_refused(model, scale, value_range):
     """With the wrong value range, images would be all white or all black."""
     unit = images(2) / 255
     message = f"value_range={value_range} sets the values of .* values from 0 to ".replace("(", r"\(").replace(
@@ -199,7 +199,7 @@ def test_values_evidently_in_other_units_than_value_range_are_refused(model, sca
         model.preprocess(floats[0])
 
 
-def test_some_values_beyond_value_range_are_clipped(model):
+def test_a_few_values_outside_value_range_are_clipped(model):
     """The values are clipped for a few bright pixels, for the overshoot of resizing, and for a dark image of integer
     levels."""
     unit = images(1) / 255
@@ -250,7 +250,7 @@ def test_the_error_for_a_16_bit_array_names_value_range(model, tmp_path):
         assert "data.range" not in str(error.value)
 
 
-def test_floats_that_may_be_normalised_are_taken(model):
+def test_float_images_that_may_be_normalised_are_accepted(model):
     """Neither a constant image nor one bright image among others identifies a range. With mean 0 and standard deviation
     1, both meanings are the same."""
     bright = images(1) / 255
@@ -260,7 +260,7 @@ def test_floats_that_may_be_normalised_are_taken(model):
     assert torch.equal(plain.encode(bright), plain.encode(bright, value_range="normalised"))
 
 
-def test_images_come_as_paths_arrays_or_one_alone(model, tmp_path):
+def test_encode_accepts_paths_arrays_and_a_single_image(model, tmp_path):
     """Paths, arrays and a single image have the same features as the tensor. Transparent pixels are treated as in
     shards."""
     pixels = images(3, 40)
@@ -304,7 +304,7 @@ def test_matmuls_have_the_requested_or_the_fastest_precision(model, monkeypatch,
 
 @pytest.mark.parametrize("order", ["after_norm", "before_norm"])
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_features_are_as_exact_as_the_weights_and_never_less_than_float32(run, pool, order):
+def test_features_have_the_precision_of_the_weights_and_at_least_float32(run, pool, order):
     pictures = list(images(3))
     own = open_model(str(run), text=False).eval()
     own.config = own.config.model_copy(update={"mean_pool": order})
@@ -322,7 +322,7 @@ def test_features_are_as_exact_as_the_weights_and_never_less_than_float32(run, p
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
-def test_half_precision_is_encoded(run, precision):
+def test_half_precision_images_are_encoded(run, precision):
     """Weights and images in float16 are encoded on a CPU, whose autocast does not support float16."""
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     model = open_model(str(run), text=False).eval()
@@ -333,7 +333,7 @@ def test_half_precision_is_encoded(run, precision):
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
-def test_a_file_that_is_no_image_is_named(model, tmp_path):
+def test_a_file_that_is_not_an_image_is_named(model, tmp_path):
     (tmp_path / "a.png").write_bytes(b"text")
     with pytest.raises(ValueError, match=r"a.png: the file is not an image in a known format"):
         model.encode(tmp_path / "a.png")
@@ -374,7 +374,7 @@ def test_texts_need_a_tokenizer(run):
         open_model(str(run), text=False).encode(texts=["a cat"])
 
 
-def test_a_corpus_is_encoded_in_file_order_with_labels_and_without_broken_samples(model, tmp_path):
+def test_a_dataset_is_encoded_in_file_order_with_labels_and_without_broken_samples(model, tmp_path):
     files = dict(labelled_members(range(7), {5: -1}))
     files["00002.png"] = b"broken"
     corpus = open_corpus(
@@ -393,7 +393,7 @@ def test_a_corpus_is_encoded_in_file_order_with_labels_and_without_broken_sample
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_model_is_left_in_its_mode(run, training):
+def test_encoding_restores_the_mode_of_every_module(run, training):
     """The mode of every module is restored, even if the samples cannot be encoded."""
     model = open_model(str(run), text=False).train(training)
     model.encode(images=list(images(1)))
@@ -406,7 +406,7 @@ def test_a_model_is_left_in_its_mode(run, training):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("part", ["pooled", "patches"])
-def test_features_that_are_not_finite_are_refused_and_their_sample_is_named(run, tmp_path, part, value):
+def test_non_finite_features_are_refused_and_their_sample_is_named(run, tmp_path, part, value):
     model = open_model(str(run), text=True)
     pooled, both, second = model.pooled_of_layers, model.pooled_and_patches, torch.tensor([1])
 
@@ -432,7 +432,7 @@ def test_features_that_are_not_finite_are_refused_and_their_sample_is_named(run,
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3)])
-def test_one_value_that_is_not_finite_is_found_in_any_row(shape):
+def test_a_single_non_finite_value_is_found_in_any_row(shape):
     check_finite(torch.zeros(shape), "abcd")
     check_finite(torch.zeros(0, *shape[1:]), "")
     for place in itertools.product(*map(range, shape)):
@@ -443,7 +443,7 @@ def test_one_value_that_is_not_finite_is_found_in_any_row(shape):
             check_finite(values, "abcd")
 
 
-def test_bad_samples_are_tolerated_up_to_the_limit_but_never_all():
+def test_bad_samples_are_tolerated_up_to_the_limit_unless_all_samples_are_bad():
     bad = Skipped("a.tar", "0", "broken")
     check_skipped([bad] * 2, 10, 0.2)
     for count, samples, most in ((3, 10, 0.2), (1, 10, 0.0), (10, 10, 1.0)):

@@ -30,7 +30,7 @@ def _bank(features):
 
 @pytest.mark.parametrize(("samples", "width", "k"), [(3000, 16, 20), (211, 6, 7), (9, 4, 20)])
 @pytest.mark.parametrize("equal", [False, True])
-def test_neighbours_are_those_of_a_stable_sort(monkeypatch, samples, width, k, equal):
+def test_neighbours_equal_those_of_a_stable_sort(monkeypatch, samples, width, k, equal):
     """Samples are searched in blocks, and more samples may be equally similar than the list of candidates can hold."""
     monkeypatch.setitem(neighbours._BLOCKS, "cpu", neighbours._Blocks(16, 2048))
     monkeypatch.setattr(neighbours, "_GROUP", 4)
@@ -49,7 +49,7 @@ def test_neighbours_are_those_of_a_stable_sort(monkeypatch, samples, width, k, e
 
 
 @pytest.mark.slow
-def test_two_and_three_ranks_find_what_one_finds(tmp_path):
+def test_neighbours_do_not_depend_on_the_number_of_ranks(tmp_path):
     """Neighbours, votes, retrieval ranks, scores and trained heads are the same for banks that are split over ranks."""
     alone = bank_cases.found(None)
     with join_ranks() as ranks:
@@ -76,7 +76,7 @@ def test_two_and_three_ranks_find_what_one_finds(tmp_path):
                 torch.testing.assert_close(found[name], scores, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_are_views_until_they_are_read():
+def test_feature_rows_are_views_until_they_are_read():
     bank = FeatureBank([*"abcdef"], torch.arange(12.0).view(6, 2), torch.arange(6))
     some = bank.rows([1, 3, 4]).rows([0, 2])
     assert some.keys == ["b", "e"] and some.labels.tolist() == [1, 4]
@@ -84,7 +84,7 @@ def test_rows_are_views_until_they_are_read():
     assert some.take(slice(1, 9)).tolist() == [[8, 9]] and some.gathered().stored_SD.tolist() == [[2, 3], [8, 9]]
 
 
-def test_features_go_to_the_first_place_where_those_of_all_ranks_of_a_node_fit(monkeypatch, tmp_path):
+def test_features_are_stored_in_the_first_storage_with_room_for_all_ranks_of_a_node(monkeypatch, tmp_path):
     free = {"cuda": 100, "cpu": 300}
     lacking = lambda needed, device: "" if needed < free[device.type] else f"{needed} of {free[device.type]}"  # noqa: E731
     monkeypatch.setattr(feature_bank, "missing_memory", lacking)
@@ -96,7 +96,7 @@ def test_features_go_to_the_first_place_where_those_of_all_ranks_of_a_node_fit(m
         storage(250, gpu, 4, tmp_path)
 
 
-def test_a_feature_that_is_not_finite_is_named_whichever_rank_has_it():
+def test_a_non_finite_feature_on_any_rank_is_named():
     ranks = SimpleNamespace(gather=lambda own: [[], own])
     features = torch.tensor([[1.0], [torch.nan]])
     bank = FeatureBank([*"abcd"], features, None, own_R=torch.tensor([1, 3]), ranks=ranks)
@@ -104,7 +104,7 @@ def test_a_feature_that_is_not_finite_is_named_whichever_rank_has_it():
         bank.check_finite()
 
 
-def test_rows_of_several_models_have_to_fit_together(monkeypatch, tmp_path):
+def test_storage_is_chosen_for_the_features_of_all_models_that_follow(monkeypatch, tmp_path):
     """Memory that is allocated but not written yet counts as free."""
     asked = []
     monkeypatch.setattr(feature_bank, "storage", lambda needed, *_: asked.append(needed) or "host")
@@ -115,7 +115,7 @@ def test_rows_of_several_models_have_to_fit_together(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_rows_in_a_file_are_the_same_and_leave_nothing(monkeypatch, tmp_path, dtype):
+def test_features_stored_in_a_file_are_unchanged_and_the_file_is_removed(monkeypatch, tmp_path, dtype):
     monkeypatch.setattr(feature_bank, "storage", lambda *given: "file")
     parts = [torch.randn(count, 3, 2).to(dtype) for count in (4, 0, 3)]
     with join_ranks() as ranks:

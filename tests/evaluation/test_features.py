@@ -24,7 +24,7 @@ def features(run, tmp_path):
     return make
 
 
-def test_a_table_of_keys_features_and_labels(features, tmp_path, run):
+def test_the_table_of_features_contains_keys_features_and_labels(features, tmp_path, run):
     files = dict(labelled_members(range(5), {3: None}))
     files["00001.png"] = b"broken"
     first = write_tar(tmp_path / "a.tar", files.items())
@@ -37,7 +37,7 @@ def test_a_table_of_keys_features_and_labels(features, tmp_path, run):
     assert (file["features"].shape, file["features"].dtype) == ((7, 32), np.float32)
 
 
-def test_parquet_holds_the_same_as_npz(features, shards):
+def test_parquet_and_npz_files_have_the_same_content(features, shards):
     options = ["--labels", "json.name", "--patches", "--pool", "cls"]
     arrays = np.load(features(shards[1], "a.npz", *options))
     table = parquet.read_table(features(shards[1], "a.parquet", *options))
@@ -50,7 +50,7 @@ def test_parquet_holds_the_same_as_npz(features, shards):
     assert arrays["patches"].shape == (18, 16, 32)
 
 
-def test_columns_tell_which_sample_it_is(features, tmp_path):
+def test_requested_columns_identify_each_sample(features, tmp_path):
     """The columns contain only the readable samples, for features of images and of captions."""
     files = {}
     for name, content in labelled_members(range(5)):
@@ -70,7 +70,7 @@ def test_columns_tell_which_sample_it_is(features, tmp_path):
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_patches_leave_pooled_features_as_they_are(features, shards, pool):
+def test_patch_features_do_not_change_pooled_features(features, shards, pool):
     plain = np.load(features(shards[1], "plain.npz", "--pool", pool))
     patches = np.load(features(shards[1], "patches.npz", "--pool", pool, "--patches"))
     np.testing.assert_allclose(patches["features"], plain["features"], rtol=1e-4, atol=1e-5)
@@ -85,7 +85,7 @@ def test_captions_are_encoded_without_their_images(features, shards, run):
     np.testing.assert_allclose(found[0], expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_mistakes_are_one_line_and_write_nothing(features, shards, tmp_path, monkeypatch):
+def test_user_errors_are_reported_in_one_line_and_nothing_is_written(features, shards, tmp_path, monkeypatch):
     kept = features(shards[1], "kept.npz")
     before = kept.read_bytes()
     for name, options, message in (

@@ -39,7 +39,7 @@ def points(axes):
     }
 
 
-def test_a_map_shows_each_sample_as_of_its_class(drawn, tmp_path):
+def test_a_feature_map_colours_each_sample_by_its_class(drawn, tmp_path):
     random = np.random.RandomState(0)
     places, labels = random.randn(40, 2), random.randint(3, size=40)
     panels = [figures.MapPanel("one", places, "separation"), figures.MapPanel("two", -places)]
@@ -56,7 +56,7 @@ def test_a_map_shows_each_sample_as_of_its_class(drawn, tmp_path):
 
 
 @pytest.mark.parametrize(("classes", "named"), [(20, True), (21, True), (40, True), (41, False)])
-def test_many_classes_have_colours_of_their_own_and_few_their_names(drawn, tmp_path, classes, named):
+def test_many_classes_have_different_colours_and_few_classes_are_named(drawn, tmp_path, classes, named):
     labels = np.arange(classes)
     panel = figures.MapPanel("", np.random.RandomState(0).randn(classes, 2))
     figures.draw_map(tmp_path / "map.png", [panel], labels, labels.tolist())
@@ -68,7 +68,7 @@ def test_many_classes_have_colours_of_their_own_and_few_their_names(drawn, tmp_p
     assert (ticks == [str(label) for label in labels]) == named
 
 
-def test_a_confusion_matrix_has_shares_of_each_label_in_its_row(drawn, tmp_path):
+def test_each_row_of_a_confusion_matrix_shows_fractions_of_one_label(drawn, tmp_path):
     labels, predicted = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 0, 2, 1, 0, 0, 1])
     figures.draw_confusion(tmp_path / "a.png", labels, predicted, ["a", "b", "c", "d"])
     axes = drawn[0].axes[0]
@@ -80,7 +80,7 @@ def test_a_confusion_matrix_has_shares_of_each_label_in_its_row(drawn, tmp_path)
         assert [text.get_text() for text in ticks] == ["a", "b", "c", "d"]
 
 
-def test_of_very_many_classes_the_largest_are_in_the_matrix(drawn, tmp_path, monkeypatch):
+def test_a_confusion_matrix_of_very_many_classes_shows_the_largest_ones(drawn, tmp_path, monkeypatch):
     """The rest is left out, but its predictions still count in the fractions."""
     monkeypatch.setattr(figures, "_MOST_CONFUSED", 2)
     labels, predicted = torch.tensor([0, 1, 1, 1, 1, 3, 3]), torch.tensor([3, 1, 1, 3, 0, 3, 1])
@@ -91,7 +91,7 @@ def test_of_very_many_classes_the_largest_are_in_the_matrix(drawn, tmp_path, mon
     assert [text.get_text() for text in axes.get_yticklabels()] == ["b", "d"]
 
 
-def test_a_training_curve_is_over_epochs_and_by_name(drawn, tmp_path):
+def test_training_curves_are_plotted_over_epochs_and_named(drawn, tmp_path):
     metrics = [{"step": 5, "loss": 2.0, "accuracy": 0.25}, {"step": 10, "loss": 1.0, "val_top1": 0.5, "val_top5": 0.75}]
     figures.draw_training(tmp_path / "a.png", metrics, steps_per_epoch=5)
     losses, shares = ({line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in drawn[0].axes)
@@ -100,7 +100,7 @@ def test_a_training_curve_is_over_epochs_and_by_name(drawn, tmp_path):
     assert [axes.get_ylabel() for axes in drawn[0].axes] == ["loss", "fraction correct"]
 
 
-def test_an_attack_begins_with_clean_images(drawn, tmp_path):
+def test_the_curve_of_an_attack_begins_with_the_clean_accuracy(drawn, tmp_path):
     figures.draw_attack(tmp_path / "a.png", [0.5, 2], [0.75, 0.25], clean=0.875)
     (line,) = drawn[0].axes[0].lines
     assert line.get_xydata().tolist() == [[0, 0.875], [0.5, 0.75], [2, 0.25]]
@@ -127,7 +127,7 @@ def test_a_comparison_has_a_bar_for_each_model_and_probe(drawn, tmp_path):
     assert set(line.get_ydata()) == {0.1}
 
 
-def test_accuracies_have_their_errors(drawn, tmp_path):
+def test_plotted_accuracies_have_error_bars(drawn, tmp_path):
     lines = {"one": [(1, 0.5, 0.125), (10, 0.75, 0.0625)], "two": [(1, 0.25, 0.25)]}
     figures.draw_accuracies(tmp_path / "a.png", lines, "labels")
     (axes,) = drawn[0].axes
@@ -138,7 +138,7 @@ def test_accuracies_have_their_errors(drawn, tmp_path):
     assert [group.get_label() for group in axes.containers] == ["one", "two"] and axes.get_xlabel() == "labels"
 
 
-def test_a_detection_shows_which_samples_are_which(drawn, tmp_path):
+def test_a_detection_figure_shows_both_distributions_in_different_colours(drawn, tmp_path):
     inside, outside = {"good": np.arange(5.0) + 10, "bad": np.zeros(5)}, {"good": np.arange(4.0), "bad": np.ones(4)}
     figures.draw_detection(tmp_path / "a.png", inside, outside)
     curves, *panels = drawn[0].axes
@@ -157,7 +157,7 @@ def test_a_detection_shows_which_samples_are_which(drawn, tmp_path):
         assert sum(bar.get_width() * bar.get_height() for bar in bars) == pytest.approx(1)
 
 
-def test_a_sheet_has_each_cell_in_its_row_and_column(tmp_path):
+def test_each_cell_of_a_sheet_is_in_its_row_and_column(tmp_path):
     colours = [[(250, 0, 0), (0, 250, 0)], [(0, 0, 250), (250, 250, 0)]]
     cells = [[Cell(torch.tensor(c, dtype=torch.uint8)[:, None, None].expand(3, 8, 8)) for c in row] for row in colours]
     figures.draw_sheet(tmp_path / "a.png", cells)
@@ -206,7 +206,7 @@ def on_a_circle(angles: torch.Tensor) -> torch.Tensor:
     return torch.stack((angles.cos(), angles.sin()), 1) * torch.arange(1, len(angles) + 1)[:, None]
 
 
-def test_neighbours_are_the_most_alike_and_green_where_they_are_of_the_samples_class(monkeypatch):
+def test_neighbour_figures_show_the_most_similar_samples_with_those_of_the_same_class_in_green(monkeypatch):
     """The figure shows eight samples that are evenly spaced over the dataset."""
     sheets, classes = [], ["cat", "dog", "emu"]
     monkeypatch.setattr(knn, "draw_sheet", lambda path, rows, titles: sheets.append(rows))
@@ -252,7 +252,7 @@ def test_retrieval_figures_show_the_most_similar_samples_with_correct_ones_in_gr
             assert all((cell[0].image is None) == (name == "image_to_text") for cell in found)
 
 
-def test_a_cell_has_the_image_or_else_the_caption_and_a_text():
+def test_a_cell_shows_the_image_or_otherwise_the_caption_and_a_text():
     tokenizer = argparse.Namespace(decode=lambda ids: f"caption {ids}")
     model = argparse.Namespace(tokenizer=tokenizer, config=ModelConfig())
     shown = argparse.Namespace(data=argparse.Namespace(show_channels=None))
@@ -273,7 +273,7 @@ def test_a_cell_has_the_image_or_else_the_caption_and_a_text():
         torch.testing.assert_close(found.image, expected.image)
 
 
-def test_a_run_of_a_classifier_is_drawn_by_epochs(monkeypatch, tmp_path):
+def test_the_training_of_a_classifier_is_plotted_by_epochs(monkeypatch, tmp_path):
     drawn = {}
     monkeypatch.setattr(labelled_task, "draw_training", lambda path, *what: drawn.update(training=(path, *what)))
     monkeypatch.setattr(labelled_task, "read_metrics", lambda folder: [folder])
@@ -285,7 +285,7 @@ def test_a_run_of_a_classifier_is_drawn_by_epochs(monkeypatch, tmp_path):
     assert drawn["training"] == (tmp_path / "training.png", [tmp_path], 3)
 
 
-def test_a_sheet_of_captions_alone_is_drawn(tmp_path):
+def test_a_sheet_with_only_captions_is_drawn(tmp_path):
     figures.draw_sheet(
         tmp_path / "sheet.png", [[Cell(None, "a caption"), Cell(None, "another", GREEN)]], ("one", "two")
     )

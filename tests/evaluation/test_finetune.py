@@ -52,7 +52,7 @@ def losses(folder):
         ("image", {"mixup": 0.8, "cutmix": 1.0, "epochs": 8}),
     ],
 )
-def test_it_learns_and_its_classifier_loads(transfer, tmp_path, modality, changed):
+def test_fine_tuning_learns_and_its_classifier_can_be_loaded(transfer, tmp_path, modality, changed):
     result = transfer("finetune", "--modality", modality, *settings(**changed))
     assert result["task"] == "finetune" and result["top1"] >= 0.7 and "top5" not in result
     counts = [result[name] for name in ("classes", "train_samples", "val_samples", "skipped", "steps")]
@@ -75,7 +75,7 @@ def test_it_learns_and_its_classifier_loads(transfer, tmp_path, modality, change
         assert share == pytest.approx(result["top1"])
 
 
-def test_resumed_is_as_never_interrupted(transfer, tmp_path, capsys):
+def test_resumed_fine_tuning_equals_an_uninterrupted_run(transfer, tmp_path, capsys):
     options = settings(mixup=0.8, cutmix=1.0, ema=0.9, drop_path=0.2, rand_augment="rand-m9-mstd0.5-inc1", save_every=3)
     whole = transfer("finetune", *options, out="whole")
     transfer("finetune", *options, out="parts")
@@ -89,7 +89,7 @@ def test_resumed_is_as_never_interrupted(transfer, tmp_path, capsys):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_stop_request_ends_an_evaluation_and_loses_nothing(transfer, run, shards, tmp_path, monkeypatch):
+def test_a_stop_request_during_an_evaluation_saves_the_state(transfer, run, shards, tmp_path, monkeypatch):
     options = settings(epochs=2, eval_every=3)
     whole = transfer("finetune", *options, out="whole")
     of, calls = finetune.Predictions.of, []
@@ -113,7 +113,7 @@ def test_a_stop_request_ends_an_evaluation_and_loses_nothing(transfer, run, shar
     assert evaluated[0] == evaluated[1], "what the stop cut short is made up for"
 
 
-def test_ranks_and_zero_change_nothing(transfer, run, shards, tmp_path):
+def test_fine_tuning_does_not_depend_on_ranks_or_zero_stage(transfer, run, shards, tmp_path):
     """Random draws do not depend on the rank or the micro-batch."""
     drawn = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "rand_augment": "rand-m9-mstd0.5-inc1"}
     options = settings(epochs=1, label_smoothing=0.1, micro_batch=4, ema=0.7, **drawn)
@@ -161,7 +161,7 @@ def test_ranks_and_zero_change_nothing(transfer, run, shards, tmp_path):
         (["--resume", "nowhere"], "neither a checkpoint nor a run folder"),
     ],
 )
-def test_mistakes_are_one_line(run, shards, tmp_path, capsys, options, message):
+def test_user_errors_are_reported_in_one_line(run, shards, tmp_path, capsys, options, message):
     command = ["finetune", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "out")]
     assert exit_cleanly(lambda: main([*command, *options])) == 2
     err = capsys.readouterr().err
@@ -169,7 +169,7 @@ def test_mistakes_are_one_line(run, shards, tmp_path, capsys, options, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_of_other_settings_is_refused(transfer, run, shards, tmp_path, capsys):
+def test_a_checkpoint_with_different_settings_is_refused(transfer, run, shards, tmp_path, capsys):
     transfer("finetune", *settings(epochs=1))
     (tmp_path / "out/result.json").unlink()
     command = ["finetune", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "out")]
@@ -214,7 +214,7 @@ def _plain(batch):
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
-def test_neighbours_are_mixed_and_labels_have_the_same_weights(mixup, cutmix):
+def test_consecutive_samples_are_mixed_and_labels_are_mixed_with_the_same_weights(mixup, cutmix):
     batch = _labelled_batch(MultimodalEncoder(_sizes()), 31, first=64)
     mixed, labels = _mixing(mixup=mixup, cutmix=cutmix)(batch, torch.float32)
     plain = _plain(batch)
@@ -242,7 +242,7 @@ def test_neighbours_are_mixed_and_labels_have_the_same_weights(mixup, cutmix):
     assert mixup or all(edge.any() for edge in (covered[0], covered[-1], covered[:, 0], covered[:, -1]))
 
 
-def test_what_is_mixed_depends_on_the_place_in_the_stream_alone():
+def test_mixing_depends_only_on_the_position_in_the_sample_stream():
     model = MultimodalEncoder(_sizes())
     mixing, images, labels = _mixing(mixup=0.8, cutmix=1.0), [], []
     whole, whole_labels = mixing(_labelled_batch(model, 24), torch.float32)
@@ -260,7 +260,7 @@ def test_what_is_mixed_depends_on_the_place_in_the_stream_alone():
     assert not torch.equal(mixing(later, torch.float32)[0].images, whole.images)
 
 
-def test_mixup_or_cutmix_as_often_as_is_asked_for():
+def test_mixup_and_cutmix_are_applied_with_the_configured_probabilities():
     batch = _labelled_batch(MultimodalEncoder(_sizes()), 400)
     for switch, low, high in ((0.0, 0, 0), (0.3, 0.2, 0.4), (1.0, 1, 1)):
         mixed, _ = _mixing(mixup=1.0, cutmix=1.0, switch_prob=switch)(batch, torch.float32)
@@ -269,7 +269,7 @@ def test_mixup_or_cutmix_as_often_as_is_asked_for():
         assert low <= either.flatten(1).all(1).double().mean() <= high
 
 
-def test_a_sample_whose_partner_is_missing_is_not_mixed_and_views_meet_views_of_another():
+def test_a_sample_without_its_partner_is_not_mixed_and_views_are_mixed_with_views_of_another_sample():
     model = MultimodalEncoder(_sizes())
     batch = _labelled_batch(model, 8, only=[0, 2, 3, 5, 7])
     mixed, _ = _mixing(mixup=0.8)(batch, torch.float32)
@@ -283,7 +283,7 @@ def test_a_sample_whose_partner_is_missing_is_not_mixed_and_views_meet_views_of_
 
 @pytest.mark.parametrize(("batch", "world", "repeats", "fits"), [(24, 3, 1, True), (28, 4, 1, False), (16, 3, 1, False),
                                                                (24, 4, 2, False), (24, 3, 2, True)])  # fmt: skip
-def test_micro_batches_that_part_neighbours_are_refused(batch, world, repeats, fits):
+def test_micro_batches_that_separate_mixing_partners_are_refused(batch, world, repeats, fits):
     mixing = _mixing(repeats=repeats)
     if fits:
         return mixing.check_share(Share(batch, 1, 0, world))
@@ -296,7 +296,7 @@ def test_micro_batches_that_part_neighbours_are_refused(batch, world, repeats, f
 
 
 @pytest.mark.parametrize(("lanes", "repeats"), [(1, 1), (4, 1), (8, 1), (1, 3), (2, 3), (8, 3)])
-def test_a_sample_and_its_partner_are_in_one_micro_batch_and_one_pair(lanes, repeats):
+def test_a_sample_and_its_mixing_partner_are_in_the_same_micro_batch(lanes, repeats):
     mixing = Mixing(FineTuneConfig(), _sizes(), 3, True, 0, repeats, lanes)
     drawn = {}
     for world, parts in ((1, 1), (2, 2), (4, 1)):
@@ -312,7 +312,7 @@ def test_a_sample_and_its_partner_are_in_one_micro_batch_and_one_pair(lanes, rep
     assert len({tuple(pair) for pair in drawn.values()}) == 48
 
 
-def test_labels_are_smoothed_once_whether_mixed_or_not():
+def test_labels_are_smoothed_once_with_and_without_mixing():
     sizes = _sizes()
     batch = _labelled_batch(MultimodalEncoder(sizes), 4)
     for mixup, images_only in ((0.8, True), (0.8, False), (0.0, True)):
@@ -321,7 +321,7 @@ def test_labels_are_smoothed_once_whether_mixed_or_not():
         assert labels[0].tolist() == pytest.approx([0.8, 0.1, 0.1])  # it is mixed with an image of its class
 
 
-def test_rand_augment_depends_on_its_seed_alone():
+def test_rand_augment_depends_only_on_its_seed():
     sizes = _sizes()
     image = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
     augment = RandAugment("rand-m9-mstd0.5-inc1", sizes)
@@ -334,7 +334,7 @@ def test_rand_augment_depends_on_its_seed_alone():
     assert len({one.numpy().tobytes() for one in first}) > 3
 
 
-def test_rand_augment_takes_the_highest_levels():
+def test_rand_augment_accepts_the_highest_magnitudes():
     """At the highest magnitude, timm's posterize would leave 0 bits."""
     sizes = _sizes()
     image = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
@@ -342,7 +342,7 @@ def test_rand_augment_takes_the_highest_levels():
     assert all(augment(image, seed).shape == image.shape for seed in range(20))
 
 
-def test_accuracy_in_training_is_by_the_likeliest_class_of_what_was_mixed():
+def test_training_accuracy_uses_the_class_with_the_largest_weight_in_the_mixed_label():
     """Losses are computed with soft labels, summed over the batch, and divided by the number of samples of the step."""
     config = ClassifierConfig(model=_sizes(), head="finetune", pool="cls", modality="image", classes=[0, 1, 2])
     mixing = _mixing(mixup=1.0, cutmix=0.0, label_smoothing=0.1)

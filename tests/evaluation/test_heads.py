@@ -39,7 +39,7 @@ def agree(file, minimum):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"classes": 11, "dim": 40, "batch": 3, "tokens": 2, "epochs": 5}])
-def test_linear_probes_of_any_size_are_the_official_ones(tmp_path, sizes):
+def test_linear_probes_of_any_size_equal_the_official_ones(tmp_path, sizes):
     file = make_probe(tmp_path / "probe.npz", VARIANTS, **sizes)
     names = agree(file, 40)
     wanted = {key.replace("/", " ") for key in np.load(file).files if key.split("/")[0] in VARIANTS}
@@ -50,7 +50,7 @@ def test_linear_probes_of_any_size_are_the_official_ones(tmp_path, sizes):
 
 
 @pytest.mark.parametrize("name", FINE_TUNINGS)
-def test_fine_tunings_of_any_size_are_the_official_ones(tmp_path, name):
+def test_fine_tuning_of_any_size_equals_the_official_code(tmp_path, name):
     file = make_finetuning(tmp_path / "finetune.npz", **FINE_TUNINGS[name])
     names = agree(file, 60)
     for key in np.load(file).files:  # everything is compared except the decoder, which our classifier does not have
@@ -77,7 +77,7 @@ def test_verify_finds_a_changed_value(tmp_path, capsys, make, key):
 
 
 @pytest.mark.parametrize("left", [6, 3, 0])
-def test_a_probe_s_parameters_are_compared_at_the_steps_that_were_recorded(tmp_path, left):
+def test_the_parameters_of_a_probe_are_compared_at_the_recorded_steps(tmp_path, left):
     """The last step, 9, need not be among the recorded steps."""
     file = make_probe(tmp_path / "probe.npz", VARIANTS)
     arrays = dict(np.load(file))
@@ -88,7 +88,7 @@ def test_a_probe_s_parameters_are_compared_at_the_steps_that_were_recorded(tmp_p
     assert "mean after 9 kernel" not in names and ("mean after 3 kernel" in names) == (left > 0)
 
 
-def test_a_fine_tuning_without_steps_is_compared_as_far_as_it_goes(tmp_path):
+def test_a_golden_file_of_fine_tuning_without_steps_is_compared_without_its_steps(tmp_path):
     file = make_finetuning(tmp_path / "finetune.npz")
     arrays = dict(np.load(file))
     meta = json.loads(arrays["meta"].tobytes())
@@ -103,7 +103,7 @@ def test_a_fine_tuning_without_steps_is_compared_as_far_as_it_goes(tmp_path):
     assert "loss_trajectory" in agree(file, 60)
 
 
-def test_decay_and_layers_reach_every_parameter_once(tmp_path):
+def test_every_parameter_has_exactly_one_weight_decay_and_layer_wise_learning_rate(tmp_path):
     from m3ae_fast.verify.finetune import build_classifier
 
     golden = Golden.load(make_finetuning(tmp_path / "finetune.npz"))
@@ -117,13 +117,13 @@ def test_decay_and_layers_reach_every_parameter_once(tmp_path):
         assert found[id(p)]["lr_scale"] == 0.5 ** (m["depth"] + 1 - m["layer_id"][flax_path(name)])
 
 
-def test_layers_of_text_are_the_official_ones():
+def test_layer_ids_of_text_parameters_equal_the_official_ones():
     assert layer_of("backbone.encoder_input.text_embedding", 3) == 4
     assert layer_of("backbone.encoder_input.text_type", 3) == 4
     assert layer_of("backbone.encoder.blocks.12.mlp.fc1.weight", 24) == 13
 
 
-def test_pooled_rows_are_those_of_each_sample_alone():
+def test_pooling_uses_only_the_rows_of_each_sample():
     lengths = [4, 1, 3]  # the second sample has only its cls row
     rows = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
     segments = Segments(torch.tensor([0, 4, 5, 8], dtype=torch.int32), 4, 8)
@@ -144,7 +144,7 @@ def test_lars_does_not_scale_updates_of_zero_norm():
     assert p.isfinite().all()
 
 
-def test_each_head_of_a_stack_is_updated_with_its_own_learning_rate_as_alone():
+def test_each_head_of_a_stack_is_updated_as_if_it_were_trained_separately():
     """Each head is compared with a head trained alone: by torch's AdamW, and by LARS on a stack of one head."""
     torch.manual_seed(0)
     begun, rates, gradients = torch.randn(3, 4, 5), torch.tensor([0.1, 0.01, 0.0]), torch.randn(6, 3, 4, 5)
@@ -165,7 +165,7 @@ def test_each_head_of_a_stack_is_updated_with_its_own_learning_rate_as_alone():
 
 
 @pytest.mark.parametrize("kind", [LinearProbeHead, FineTuneHead])
-def test_heads_begin_as_flax_begins_them(kind):
+def test_heads_are_initialised_as_in_flax(kind):
     torch.manual_seed(0)
     head = kind(400, 200)
     std = 400**-0.5

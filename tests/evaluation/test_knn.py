@@ -23,7 +23,7 @@ def _bank(features, labels=None):
     return FeatureBank([""] * len(features), features, labels)
 
 
-def test_votes_are_those_of_scikit_learn():
+def test_k_nn_votes_equal_those_of_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(200, 8, generator=generator), torch.randn(50, 8, generator=generator)
     labels = torch.randint(0, 7, (200,), generator=generator)
@@ -39,7 +39,7 @@ def test_votes_are_those_of_scikit_learn():
     )
 
 
-def test_more_neighbours_than_samples_and_a_low_temperature_are_fine():
+def test_more_neighbours_than_samples_and_a_low_temperature_are_accepted():
     bank = _bank(torch.eye(3), torch.arange(3))
     scores = knn_scores(bank, _bank(torch.eye(3)), 3, 20, 1e-3)
     assert scores.isfinite().all()
@@ -47,14 +47,14 @@ def test_more_neighbours_than_samples_and_a_low_temperature_are_fine():
     assert topk_accuracy(best_classes(scores), torch.arange(3)) == {"top1": 1.0}
 
 
-def test_accuracies_are_shares_of_the_best_scores():
+def test_top_k_accuracy_is_the_fraction_of_labels_among_the_highest_scores():
     scores = torch.arange(8.0).expand(4, 8)
     assert topk_accuracy(best_classes(scores), torch.tensor([7, 3, 2, 6])) == {"top1": 0.25, "top5": 0.75}
     assert [best_classes(torch.eye(classes)).shape[1] for classes in (5, 6)] == [1, 5]  # all of 5 would be right
 
 
 @pytest.mark.slow
-def test_colours_are_told_apart(transfer, run, tmp_path):
+def test_images_of_three_colours_are_classified_correctly(transfer, run, tmp_path):
     result = transfer("knn", "--labels", "json.name")
     assert (result["task"], result["top1"], result["classes"], result["val_samples"]) == ("knn", 1.0, 3, 18)
     few = transfer("knn", "--labels", "json.name", "--set", "knn.k=1000", out="few")
@@ -67,7 +67,7 @@ def test_colours_are_told_apart(transfer, run, tmp_path):
     assert transfer("knn", model=tmp_path / "exported", out="export")["top1"] == 1.0
 
 
-def test_pictures_show_the_names_of_classes(transfer, shards, monkeypatch):
+def test_neighbour_figures_show_class_names(transfer, shards, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
         class_metrics, "draw_confusion", lambda path, labels, predicted, names: drawn.update(confusion=names)
@@ -78,7 +78,7 @@ def test_pictures_show_the_names_of_classes(transfer, shards, monkeypatch):
     assert drawn["confusion"] == ["navy", "lime", "ruby"] and {*drawn["texts"]} <= {*drawn["confusion"]}
 
 
-def test_samples_are_found_by_their_keys(shards, tmp_path):
+def test_samples_are_looked_up_by_key(shards, tmp_path):
     corpus = open_corpus([SourceConfig(shards=list(shards), modality="image")], ShardStore(tmp_path))
     corpus, _ = label_corpus(corpus, "cls")
     keys = [f"{shards[1]}/00105", f"{shards[0]}/00003", f"{shards[0]}/99999"]
@@ -91,7 +91,7 @@ def test_samples_are_found_by_their_keys(shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_result_is_never_written_over(transfer, tmp_path):
+def test_a_result_is_never_overwritten(transfer, tmp_path):
     transfer("knn")
     before = (tmp_path / "out/result.json").read_bytes()
     with pytest.raises(UserError, match=r"already contains a result.json"):
@@ -99,7 +99,7 @@ def test_a_result_is_never_written_over(transfer, tmp_path):
     assert (tmp_path / "out/result.json").read_bytes() == before
 
 
-def test_mistakes_are_one_line_and_leave_nothing(transfer, run, shards, tmp_path):
+def test_user_errors_are_reported_in_one_line_and_leave_no_files(transfer, run, shards, tmp_path):
     image_only = tiny_run(tmp_path / "image-only", vocab_size=0)
     foreign = labelled_tar(tmp_path / "foreign.tar", range(6), dict.fromkeys(range(6), 9))
     for options, more, message in (
@@ -117,7 +117,7 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, run, shards, tmp_path
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_scores_that_are_not_finite_are_no_accuracy(value):
+def test_non_finite_scores_are_refused(value):
     scores = torch.eye(3)
     scores[1, 2] = value
     with pytest.raises(UserError, match="1 of 3 samples have scores that are not finite"):

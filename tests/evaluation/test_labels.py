@@ -31,7 +31,7 @@ def test_labels_are_read_from_cls_and_json(opened):
     assert read_labels(corpus, "json.other") == [[None] * 7]
 
 
-def test_figures_show_the_names_of_classes(tmp_path, opened):
+def test_figures_show_class_names(tmp_path, opened):
     """classes.json next to the shards takes precedence over class_name in the samples. Text labels are names
     already."""
 
@@ -54,7 +54,7 @@ def test_figures_show_the_names_of_classes(tmp_path, opened):
     assert class_names(*corpus("broken", {0: "cat"})) == ["cat", "1", "2"]
 
 
-def test_names_become_ids_in_sorted_order_and_minus_one_leaves_a_sample_out(opened):
+def test_class_names_become_ids_in_sorted_order_and_the_label_minus_one_excludes_a_sample(opened):
     corpus = opened((range(4), {1: -1}), (range(4, 8), {4: -1, 5: -1}))
     found, classes = label_corpus(corpus, "cls")
     assert (list(classes), found.samples, [sizes.tolist() for sizes in found.sizes]) == ([0, 1, 2], 5, [[3, 2]])
@@ -65,7 +65,7 @@ def test_names_become_ids_in_sorted_order_and_minus_one_leaves_a_sample_out(open
     assert (names, whole.sources[0].labels.tolist()) == (["blue", "green", "red"], [0, 1, 2, 0])
 
 
-def test_samples_stay_left_out_where_a_damaged_index_is_made_anew(opened):
+def test_unlabelled_samples_stay_excluded_if_a_damaged_index_is_rebuilt(opened):
     found, _ = label_corpus(opened((range(4), {1: -1}), (range(4, 8),)), "cls")
     sidecar = found.sources[0].shards[0].sidecar
     sidecar.write_bytes(sidecar.read_bytes()[:-1])
@@ -73,12 +73,12 @@ def test_samples_stay_left_out_where_a_damaged_index_is_made_anew(opened):
     assert [reader.key(*reader.find(i)) for i in range(3)] == ["00000", "00002", "00003"]
 
 
-def test_a_shard_without_a_labelled_sample_is_left_out(opened):
+def test_a_shard_without_labelled_samples_is_excluded(opened):
     found, _ = label_corpus(opened((range(3), {0: -1, 1: -1, 2: -1}), (range(3),)), "cls")
     assert found.sizes == [[3]]
 
 
-def test_validation_labels_are_those_of_training(opened):
+def test_validation_labels_use_the_class_ids_of_training(opened):
     found, _ = label_corpus(opened((range(2),)), "json.name", ["amber", "blue", "green"])
     assert found.sources[0].labels.tolist() == [1, 2]
     with pytest.raises(UserError, match="no training sample has the label 'green'"):
@@ -100,7 +100,7 @@ def test_validation_labels_are_those_of_training(opened):
         ({2: "red"}, "00002: its cls member must be an integer, but is 'red'"),
     ],
 )
-def test_labels_that_cannot_be_used_are_named_in_one_line(opened, labels, message):
+def test_invalid_labels_are_reported_in_one_line(opened, labels, message):
     with pytest.raises(UserError, match=message) as error:
         label_corpus(opened((range(6), labels)), "cls")
     assert "\n" not in str(error.value)
@@ -123,7 +123,7 @@ def test_the_error_for_a_missing_label_field_lists_the_existing_fields(opened):
         (b'{"label": -9223372036854775809}', "which does not fit into"),
     ],
 )
-def test_json_that_holds_no_label_is_named(tmp_path, text, message):
+def test_json_without_a_label_is_named(tmp_path, text, message):
     files = [*labelled_members(range(2)), ("7.png", next(labelled_members([7]))[1]), ("7.json", text)]
     path = write_tar(tmp_path / "a.tar", files)
     corpus = open_corpus([SourceConfig(shards=path)], ShardStore(tmp_path / "cache"))
@@ -141,7 +141,7 @@ def test_mixed_labels_are_refused(opened):
         label_corpus(opened((range(3), {1: "two"})), "json.label")
 
 
-def test_an_index_of_an_earlier_version_is_made_again(opened, tmp_path):
+def test_an_index_of_an_earlier_version_is_rebuilt(opened, tmp_path):
     corpus = opened((range(3),))
     sidecar = corpus.sources[0].shards[0].sidecar
     sidecar.write_bytes(sidecar.read_bytes().replace(b'"version": 2', b'"version": 1', 1))

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 FAST = settings("linear.peak_lr=30", "linear.global_batch=24", "linear.micro_batch=8", "linear.warmup_epochs=2")
 
 
-def test_colours_are_told_apart(transfer, run, tmp_path):
+def test_images_of_three_colours_are_classified_correctly(transfer, run, tmp_path):
     result = transfer("linear", "--labels", "json.name", *FAST, *settings("linear.epochs=15"))
     assert (result["top1"], result["steps"], result["classes"]) == (1.0, 30, 3)
     assert pictures(tmp_path / "out") == ["confusion", "training"]
@@ -42,7 +42,7 @@ def test_colours_are_told_apart(transfer, run, tmp_path):
     assert torch.equal(classifier.backbone.patch_embed.weight, encoder.patch_embed.weight)  # the encoder was frozen
 
 
-def test_a_step_is_one_of_lars_on_the_loss_of_the_whole_batch():
+def test_a_step_equals_lars_on_the_loss_of_the_whole_batch():
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(12, 8, generator=generator), torch.arange(12) % 3
     with join_ranks() as ranks:
@@ -62,7 +62,7 @@ def test_a_step_is_one_of_lars_on_the_loss_of_the_whole_batch():
     torch.testing.assert_close(head.linear.weight[0].detach(), expected.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, run, tmp_path, monkeypatch):
+def test_a_resumed_probe_has_the_result_of_an_uninterrupted_one(transfer, run, tmp_path, monkeypatch):
     options = [*FAST, *settings("linear.steps=6", "linear.save_every=2")]
     whole = transfer("linear", *options, out="whole")
     save = checkpoint.save
@@ -100,7 +100,7 @@ def test_held_out_samples_may_be_of_one_class(transfer, tmp_path):
     assert (saved.pool, saved.head, saved.modality, saved.classes) == ("cls", "linear", "image", [0, 1, 2])
 
 
-def test_bad_samples_count_among_those_that_were_seen(transfer, tmp_path):
+def test_the_fraction_of_bad_samples_is_relative_to_the_samples_read(transfer, tmp_path):
     """One of five samples is bad."""
     broken = [("99.png", b""), ("99.txt", b"red"), ("99.cls", b"2")]
     train = write_tar(tmp_path / "train.tar", [*labelled_members(range(4)), *broken])
@@ -111,7 +111,7 @@ def test_bad_samples_count_among_those_that_were_seen(transfer, tmp_path):
         transfer("linear", *options, *settings("data.max_bad_fraction=0.19"), train=train, out="other")
 
 
-def test_rates_are_those_since_the_last_time(monkeypatch):
+def test_throughput_is_measured_since_the_previous_log_line(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     meter = throughput.SampleRate()
@@ -124,7 +124,7 @@ def test_rates_are_those_since_the_last_time(monkeypatch):
     assert meter.rates() == {"samples_per_s": 2, "data_wait": 0}
 
 
-def test_two_ranks_take_the_steps_of_one(transfer, run, shards, tmp_path):
+def test_two_ranks_take_the_same_steps_as_one(transfer, run, shards, tmp_path):
     options = [*FAST, *settings("linear.steps=3", "encode.batch=4", "encode.precision=fp32")]
     transfer("linear", *options, out="one")
     command = ["linear", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "two")]
@@ -141,7 +141,7 @@ def test_a_learning_rate_that_is_too_high_ends_in_one_line(transfer):
         transfer("linear", "--layers", "2", *FAST, *settings("linear.peak_lr=1e30", "linear.steps=20"))
 
 
-def test_epochs_of_cached_features_are_other_permutations_each():
+def test_each_epoch_of_cached_features_is_another_permutation():
     features = FeatureBank([str(i) for i in range(10)], torch.arange(10.0)[:, None], torch.arange(10) + 100)
     batches = list(BankSteps({1: features}, range(7), 5, seed=3))
     rows = torch.cat([batch.inputs[1][:, 0] for batch in batches]).long()
@@ -158,7 +158,7 @@ def test_epochs_of_cached_features_are_other_permutations_each():
     assert not torch.equal(other.inputs[1][:, 0].long(), epochs[0])
 
 
-def test_a_given_learning_rate_has_its_result_among_several(transfer, tmp_path):
+def test_a_given_learning_rate_has_the_result_that_it_has_among_several_candidates(transfer, tmp_path):
     """Each image is encoded only once, which is the condition for trying several learning rates."""
     short = ["--layers", "2", *settings("linear.steps=12", "linear.global_batch=24")]
     whole = transfer("linear", *short, out="whole")

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_robustness_and_ood_get_the_classifier_that_was_measured(transfer, run, shards, tmp_path, pool):
+def test_robustness_and_ood_use_the_saved_logistic_classifier(transfer, run, shards, tmp_path, pool):
     labels = ["--labels", "json.name"]
     encode = settings("encode.precision=fp32", f"encode.pool={pool}")
     result = transfer("logistic", *labels, *encode, out="classifier")
@@ -44,7 +44,7 @@ def test_robustness_and_ood_get_the_classifier_that_was_measured(transfer, run, 
 
 
 @pytest.mark.parametrize("options", [["--layers", "1"], ["--shots", "5"], ["pixels"]])
-def test_a_survey_and_pixels_have_no_classifier(transfer, run, tmp_path, options):
+def test_evaluations_of_several_layers_or_of_pixels_save_no_classifier(transfer, run, tmp_path, options):
     model = f"pixels:{run}" if options == ["pixels"] else run
     result = transfer("logistic", *([] if options == ["pixels"] else options), model=model)
     assert not (tmp_path / "out/classifier.json").exists()

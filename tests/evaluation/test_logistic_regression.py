@@ -45,7 +45,7 @@ def passes(monkeypatch):
 
 
 @pytest.mark.parametrize("logits_at_a_time", [1 << 22, 700])
-def test_regressions_are_those_of_scikit_learn_in_few_passes(monkeypatch, passes, logits_at_a_time):
+def test_logistic_regression_equals_that_of_scikit_learn_in_few_iterations(monkeypatch, passes, logits_at_a_time):
     monkeypatch.setattr(logistic_regression, "_AT_A_TIME", logits_at_a_time)
     (features, labels), (queries, _) = _samples(300, 4, 2.0), _samples(50, 4, 2.0, seed=1)
     found = logits(fit(_bank(features), labels, 4), _bank(queries, torch.zeros(50).long()))
@@ -61,7 +61,7 @@ def test_regressions_are_those_of_scikit_learn_in_few_passes(monkeypatch, passes
     assert len(found[:, 2].unique()) == len(found[:, 3].unique()) == 1  # of no sample, and of all
 
 
-def test_a_strength_is_chosen_where_the_usual_one_overfits():
+def test_stronger_regularisation_is_chosen_if_the_default_overfits():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1200, 1, generator=generator)  # all features are noisy multiples of this variable
     features = hidden + 3 * torch.randn(1200, 200, generator=generator)
@@ -85,7 +85,7 @@ def test_a_strength_is_chosen_where_the_usual_one_overfits():
         (torch.arange(40) % 2, 5),  # some classes have no sample
     ],
 )
-def test_few_samples_get_the_usual_strength(labels, classes):
+def test_few_samples_use_the_default_regularisation(labels, classes):
     features = torch.randn(len(labels), 6, generator=torch.Generator().manual_seed(0))
     features[:, 0] = 3.5  # a constant feature
     heads, strength = fit_chosen(_bank(features, labels), classes)

@@ -8,7 +8,7 @@ from m3ae_fast.weights import open_model as opening
 from m3ae_fast.weights.open_model import open_model, saved_run
 
 
-def test_an_untrained_network_depends_on_the_seed_alone(run):
+def test_a_randomly_initialised_model_depends_only_on_the_seed(run):
     def weights(seed):
         torch.manual_seed(torch.seed() % 1000)
         return open_model(f"random:{run}", text=False, seed=seed).patch_embed.weight
@@ -20,7 +20,7 @@ def test_an_untrained_network_depends_on_the_seed_alone(run):
     assert not torch.equal(weights(1), open_model(str(run), text=False).patch_embed.weight)
 
 
-def test_an_untrained_network_of_an_export_depends_on_the_seed_too(run, tmp_path):
+def test_a_randomly_initialised_model_of_an_export_depends_on_the_seed(run, tmp_path):
     open_model(str(run), text=False).save_pretrained(tmp_path / "export")
     first, again, other = (
         open_model(f"random:{tmp_path / 'export'}", text=False, seed=seed).patch_embed.weight for seed in (1, 1, 2)
@@ -28,7 +28,7 @@ def test_an_untrained_network_of_an_export_depends_on_the_seed_too(run, tmp_path
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_a_tokenizer_that_is_named_goes_before_the_runs_own(run, monkeypatch):
+def test_a_given_tokenizer_takes_precedence_over_that_of_the_run(run, monkeypatch):
     asked, real = [], opening.load_tokenizer
     monkeypatch.setattr(opening, "load_tokenizer", lambda name, *sizes: asked.append(name) or real(own, *sizes))
     own = saved_run(run).tokenizer
@@ -38,7 +38,7 @@ def test_a_tokenizer_that_is_named_goes_before_the_runs_own(run, monkeypatch):
     assert asked == [own, "another.json"]
 
 
-def test_a_classifier_is_saved_with_the_weights_that_are_given(tmp_path):
+def test_a_classifier_is_saved_with_the_given_weights(tmp_path):
     sizes = ModelConfig(size=None, emb_dim=16, depth=1, num_heads=1, image_size=16, patch_size=8, vocab_size=0)
     for pool in ("mean", "cls"):
         config = ClassifierConfig(model=sizes, head="finetune", pool=pool, modality="image", classes=["a", "b"])

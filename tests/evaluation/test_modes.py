@@ -40,14 +40,16 @@ def seen(monkeypatch):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_asks_where_its_result_goes(task):
+def test_every_task_requires_an_output_folder(task):
     with pytest.raises(UserError, match=r"required: .*--out"):
         main([task, "model", "--train", "a.tar", "--val", "b.tar"])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("task", ["knn", "logistic", "ood", "retrieval", "linear", "attentive", "finetune"])
-def test_a_task_encodes_in_the_modes_that_it_should(transfer, shards, seen, task, precision):
+def test_tasks_encode_in_the_configured_precision_without_gradients_unless_they_train_the_encoder(
+    transfer, shards, seen, task, precision
+):
     encode = settings(f"encode.precision={precision}") if task != "finetune" else []
     options = {
         "ood": ["--ood", shards[1]],
@@ -62,7 +64,7 @@ def test_a_task_encodes_in_the_modes_that_it_should(transfer, shards, seen, task
     assert {modes[2] for modes in seen} == {precision == "bf16"}
 
 
-def test_robustness_evaluates_in_float32_and_has_gradients_in_attacks_alone(transfer, tmp_path, seen):
+def test_robustness_evaluates_in_float32_and_computes_gradients_only_in_attacks(transfer, tmp_path, seen):
     transfer("linear", *LINEAR, out="classifier")
     trained = Classifier.from_pretrained(tmp_path / "classifier")
     seen.clear()
@@ -73,7 +75,7 @@ def test_robustness_evaluates_in_float32_and_has_gradients_in_attacks_alone(tran
     assert torch.equal(trained.head.norm.mean, after.head.norm.mean)
 
 
-def test_the_tasks_are_all_of_them(seen):
+def test_these_tests_cover_all_tasks(seen):
     assert {*TASKS} == {
         "knn",
         "ood",
@@ -90,20 +92,22 @@ def test_the_tasks_are_all_of_them(seen):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_features_are_those_of_an_evaluation(run, shards, tmp_path, seen, precision):
+def test_features_are_computed_in_evaluation_mode_and_the_configured_precision(run, shards, tmp_path, seen, precision):
     out = tmp_path / "a.npz"
     assert features.main([str(run), shards[1], "--out", str(out), *settings(f"encode.precision={precision}")]) == 0
     assert {*seen} == {(*EVALUATES, precision == "bf16")} and len(np.load(out)["features"]) == 18
 
 
-def test_a_probe_trains_on_statistics_of_the_step_and_evaluates_with_the_running_ones(transfer, monkeypatch):
+def test_batch_normalisation_of_a_probe_uses_batch_statistics_in_training_and_running_ones_in_evaluation(
+    transfer, monkeypatch
+):
     modes, real = [], BatchNorm.forward
     monkeypatch.setattr(BatchNorm, "forward", lambda self, x: modes.append((self.training, len(x))) or real(self, x))
     transfer("linear", *LINEAR)
     assert modes == [(True, 8), (True, 8), (False, 18)]
 
 
-def test_one_sample_is_evaluated_as_among_many(transfer, tmp_path):
+def test_the_prediction_for_a_sample_does_not_depend_on_the_other_samples(transfer, tmp_path):
     """An evaluation uses neither batch statistics nor stochastic depth."""
     transfer("logistic", out="classifier")
     shard = labelled_tar(tmp_path / "a.tar", range(6))
@@ -117,7 +121,7 @@ def test_one_sample_is_evaluated_as_among_many(transfer, tmp_path):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_help_shows_every_setting_of_a_task(task, capsys):
+def test_help_lists_every_setting_of_a_task(task, capsys):
     with pytest.raises(SystemExit):
         main([task, "--help"])
     shown = capsys.readouterr().out

@@ -46,7 +46,7 @@ def corpus_of(tmp_path, tags):
 
 
 @pytest.mark.parametrize("head", ["linear", "knn"])
-def test_labels_that_the_colour_decides_are_found(transfer, tmp_path, head, capsys):
+def test_labels_determined_by_the_colour_are_predicted(transfer, tmp_path, head, capsys):
     train = tagged_tar(tmp_path / "train.tar", tags_of(range(45)))
     val = tagged_tar(tmp_path / "val.tar", tags_of(range(90, 108)) | {200: ["rare", "blue", "cold"]})
     options = ["--labels", "json.tags", *settings(f"multilabel.head={head}", "knn.k=5")]
@@ -65,7 +65,7 @@ def test_labels_that_the_colour_decides_are_found(transfer, tmp_path, head, caps
     assert result["per_class"][2]["average_precision"] == pytest.approx(average_precision_score(truth, scores))
 
 
-def test_average_precisions_are_those_of_scikit_learn():
+def test_average_precisions_equal_those_of_scikit_learn():
     random = np.random.default_rng(0)
     truth, scores = random.random(60) < 0.3, random.normal(size=60).round(1)  # some scores are equal
     weights = random.multinomial(60, np.full(60, 1 / 60), size=5)
@@ -76,7 +76,7 @@ def test_average_precisions_are_those_of_scikit_learn():
     assert np.isnan(none).all()
 
 
-def test_scores_that_say_nothing_have_a_warning():
+def test_scores_at_chance_level_have_a_warning():
     random = np.random.default_rng(0)
     truth = random.random((300, 4)) < (0.5, 0.2, 0.1, 0.0)
     result = measured(truth, {MODEL: random.normal(size=(300, 4))}, np.ones(4, bool), [*"abcd"], 0)
@@ -87,7 +87,7 @@ def test_scores_that_say_nothing_have_a_warning():
         measured(truth, {MODEL: truth + 0.0}, np.array([False] * 3 + [True]), [*"abcd"], 0)
 
 
-def test_an_interval_contains_its_value_for_rare_labels():
+def test_the_confidence_interval_contains_the_estimate_for_rare_labels():
     """A positive sample that is drawn twice raises the average precision, but not the chance level."""
     random = np.random.default_rng(0)
     truth = random.random((80, 200)) < 0.015
@@ -97,7 +97,7 @@ def test_an_interval_contains_its_value_for_rare_labels():
     assert low < 100 * (result["map"] - result["chance_map"]) < high
 
 
-def test_a_draw_without_a_class_does_not_count():
+def test_bootstrap_samples_that_lack_a_class_are_ignored_for_that_class():
     """With few samples, a bootstrap sample may contain no class. It then has neither an average precision nor a chance
     level."""
     truth = np.array([[True, False], [False, True], [False, False]])
@@ -106,7 +106,7 @@ def test_a_draw_without_a_class_does_not_count():
     assert 0 < result["map_se"] < 1 and "interval +0.0 to +0.0" in result["verdict"] and "warning" in result
 
 
-def test_a_baseline_is_compared_on_the_same_draws():
+def test_a_model_and_its_baseline_are_compared_on_the_same_bootstrap_samples():
     random = np.random.default_rng(0)
     truth = random.random((200, 2)) < 0.4
     good, poor = (truth + scale * random.normal(size=(200, 2)) for scale in (0.5, 1.5))
@@ -120,7 +120,7 @@ def test_a_baseline_is_compared_on_the_same_draws():
     assert result["warning"].startswith("the model is not significantly better than same: mAP ")
 
 
-def test_the_error_of_one_sample_is_not_known():
+def test_the_standard_error_of_a_single_sample_is_undefined():
     truth = np.array([[True, False]])
     result = measured(truth, {MODEL: np.array([[1.0, 0.0]])}, np.ones(2, bool), ["a", "b"], 0)
     assert result["map"] == 1.0 and not {"map_se", "verdict"} & result.keys()
@@ -129,7 +129,7 @@ def test_the_error_of_one_sample_is_not_known():
     )
 
 
-def test_votes_and_regressions_are_of_each_class():
+def test_k_nn_votes_and_logistic_regression_are_computed_per_class():
     generator = torch.Generator().manual_seed(0)
     train, queries = torch.randn(80, 5, generator=generator), torch.randn(9, 5, generator=generator)
     truth = torch.stack((train[:, 0] > 0, train[:, 1] > 0.5, torch.ones(80) > 0, torch.zeros(80) > 0), 1)
@@ -141,7 +141,7 @@ def test_votes_and_regressions_are_of_each_class():
     assert len(scores[:, 2].unique()) == len(scores[:, 3].unique()) == 1
 
 
-def test_lists_become_ids(tmp_path):
+def test_label_lists_become_class_ids(tmp_path):
     found = list_corpus(corpus_of(tmp_path, {0: [3, 1, 1], 1: [], 2: [1, 3], 3: [1]}), "json.tags")
     assert found.classes == [1, 3] and found.corpus.sources[0].labels.tolist() == [0, 1, 0, 2]
     assert found.classes_LC.tolist() == [[True, True], [False, False], [True, False]]
@@ -167,6 +167,6 @@ def test_lists_become_ids(tmp_path):
         ({0: [0.5]}, "json.tags", "must be an integer or text, but is 0.5"),
     ],
 )
-def test_what_is_no_list_is_refused(tmp_path, tags, field, message):
+def test_labels_that_are_not_lists_are_refused(tmp_path, tags, field, message):
     with pytest.raises(UserError, match=message):
         list_corpus(corpus_of(tmp_path, tags), field)

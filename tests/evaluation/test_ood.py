@@ -41,7 +41,7 @@ def _bank(features, labels=None):
     return FeatureBank([""] * len(features), torch.from_numpy(features), labels)
 
 
-def test_auroc_and_fpr_are_those_of_the_curve():
+def test_auroc_and_fpr_equal_those_of_the_roc_curve():
     random = np.random.RandomState(0)
     inside, outside = random.randn(200) + 1, random.randn(300)
     area, passed = auroc_and_fpr(inside, outside)
@@ -67,7 +67,7 @@ def _average_precision(truth, scores):
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_every_score_is_lower_far_from_the_training_samples(classes):
+def test_ood_scores_are_lower_far_from_the_training_samples(classes):
     random = np.random.RandomState(0)
     labels = np.arange(120) % classes
     train = (4 * np.eye(6)[labels] + random.randn(120, 6)).astype(np.float32)
@@ -85,7 +85,7 @@ def test_every_score_is_lower_far_from_the_training_samples(classes):
     np.testing.assert_allclose(scores(_bank(train[:5]))["max_softmax"], odds, rtol=3e-3)
 
 
-def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path, monkeypatch):
+def test_colour_noise_is_detected_as_out_of_distribution(transfer, tmp_path, monkeypatch):
     drawn = []
     other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
     draw = ood.draw_detection
@@ -104,7 +104,9 @@ def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path, mon
     assert (result["train_samples"], result["val_samples"], result["ood_samples"]) == (48, 18, 20)
 
 
-def test_scores_below_a_half_are_said_to_be_inverted(transfer, tmp_path, monkeypatch, capsys):
+def test_a_score_with_an_auroc_significantly_below_one_half_is_reported_as_inverted(
+    transfer, tmp_path, monkeypatch, capsys
+):
     """A score is inverted if its whole confidence interval is below 0.5. A score that is merely not better than chance
     is not inverted."""
     scores = ood.Scores.__call__
@@ -125,7 +127,7 @@ def test_scores_below_a_half_are_said_to_be_inverted(transfer, tmp_path, monkeyp
     assert "max_softmax (AUROC 0.50), energy (AUROC 0.25). " in both
 
 
-def test_the_interval_of_one_sample_is_not_known():
+def test_the_confidence_interval_of_a_single_sample_is_undefined():
     known, other = ({name: np.array(values) for name in SCORES} for values in ([0.0], [1.0, 2.0]))
     found = ood._compare(known, other, 0)
     assert found["knn_auroc"] == 0 and "knn_auroc_high" not in found
@@ -155,7 +157,7 @@ def test_progress_is_printed_and_a_stop_keeps_the_finished_datasets(transfer, tm
     assert columns == [["val"] * 18 + ["a"] * 9, ["val"] * 18 + ["a"] * 9 + ["b"] * 9]
 
 
-def test_two_areas_are_told_apart_by_the_same_draws_of_both(transfer, run, tmp_path, capsys):
+def test_two_aurocs_are_compared_with_paired_bootstrap_samples(transfer, run, tmp_path, capsys):
     random = np.random.RandomState(3)
     inside, outside = random.randn(300), random.randn(200)
     noise = [0.1 * random.randn(len(part)) for part in (inside, outside)]
@@ -195,7 +197,7 @@ def test_two_areas_are_told_apart_by_the_same_draws_of_both(transfer, run, tmp_p
         main(["difference", str(tmp_path / "one"), str(tmp_path / "three")])
 
 
-def test_scores_take_no_memory_for_each_sample_class_and_dimension():
+def test_ood_scores_do_not_allocate_memory_per_sample_class_and_dimension():
     """For the validation samples of ImageNet, a tensor of this size would take 154 GB."""
     random = np.random.RandomState(0)
     train, labels = random.randn(400, 32).astype(np.float32), np.arange(400) % 200
@@ -207,7 +209,7 @@ def test_scores_take_no_memory_for_each_sample_class_and_dimension():
 
 
 @pytest.mark.parametrize("labels", [[0, 0], [4, 9, 4]])
-def test_directions_without_variance_do_not_count(labels):
+def test_directions_without_variance_do_not_affect_the_mahalanobis_score(labels):
     random = np.random.RandomState(0)
     train, queries = (random.randn(count, 5).astype(np.float32) for count in (len(labels), 4))
     found = Scores(_bank(train, np.array(labels)), 20)(_bank(queries))
@@ -219,7 +221,7 @@ def test_directions_without_variance_do_not_count(labels):
     assert all(np.isfinite(own).all() for own in found.values())
 
 
-def test_scores_are_those_of_scikit_learn_and_of_a_sort():
+def test_ood_scores_equal_those_of_scikit_learn_and_of_sorted_similarities():
     random = np.random.RandomState(1)
     labels = np.array([7, 2, 5])[np.arange(90) % 3]  # ids with gaps, as if a class had no readable sample
     spread = random.randn(6, 6)
@@ -247,7 +249,7 @@ def test_scores_are_those_of_scikit_learn_and_of_a_sort():
     np.testing.assert_allclose(found["energy"], logsumexp(judge.decision_function(queries), axis=1), rtol=3e-3)
 
 
-def test_every_score_is_of_the_samples_that_it_is_said_to_be_of(transfer, shards, tmp_path, monkeypatch):
+def test_each_auroc_is_computed_from_the_score_and_the_samples_of_its_column(transfer, shards, tmp_path, monkeypatch):
     """In-distribution samples come first, and each number is that of the score in its column."""
     given = []
     monkeypatch.setattr(ood, "auroc_and_fpr", lambda inside, outside: (given.append((inside, outside)), (0, 0))[1])
@@ -260,7 +262,7 @@ def test_every_score_is_of_the_samples_that_it_is_said_to_be_of(transfer, shards
     ]
 
 
-def test_an_interval_is_that_of_scikit_learns_areas_of_the_same_draws(monkeypatch):
+def test_the_confidence_interval_equals_that_of_scikit_learns_aurocs_of_the_same_bootstrap_samples(monkeypatch):
     monkeypatch.setattr(ood, "BOOTSTRAPS", 60)
     random = np.random.RandomState(2)
     inside, outside = random.randn(40).round(1) + 1, random.randn(25).round(1)  # some are equal
@@ -272,7 +274,7 @@ def test_an_interval_is_that_of_scikit_learns_areas_of_the_same_draws(monkeypatc
     assert auroc_interval(inside, outside, 7) != auroc_interval(inside, outside, 8)
 
 
-def test_an_interval_is_about_as_wide_as_the_area_is_uncertain():
+def test_the_width_of_the_confidence_interval_matches_the_uncertainty_of_the_auroc():
     """The interval is compared with the standard deviation of the area over redrawn samples."""
     random = np.random.RandomState(3)
     pairs = [(random.randn(150) + 1, random.randn(100)) for _ in range(200)]
@@ -283,7 +285,7 @@ def test_an_interval_is_about_as_wide_as_the_area_is_uncertain():
     assert auroc_interval(np.ones(5), np.zeros(5), 0) == (1.0, 1.0)
 
 
-def test_sets_have_names_where_there_are_several():
+def test_several_ood_datasets_require_names():
     assert named_sets([["a-*.tar", "b.tar"]]) == {"": ["a-*.tar", "b.tar"]}
     assert named_sets([["pipe:cat a=b.tar"]]) == {"": ["pipe:cat a=b.tar"]}
     assert named_sets([["svhn=a.tar", "b.tar"], ["dtd=s3://x?y=z"]]) == {
@@ -309,7 +311,7 @@ def classifier(tmp_path):
     return tmp_path / "classifier", model
 
 
-def test_a_classifiers_scores_are_of_its_own_features_and_head(transfer, classifier, tmp_path, monkeypatch):
+def test_ood_scores_of_a_classifier_use_its_features_and_its_head(transfer, classifier, tmp_path, monkeypatch):
     folder, model = classifier
     given = []
     real = ood.auroc_and_fpr
@@ -349,7 +351,7 @@ def test_a_classifiers_scores_are_of_its_own_features_and_head(transfer, classif
     assert 0 < result["noise_max_softmax_auroc_high"] - result["noise_max_softmax_auroc_low"] < 1
 
 
-def test_a_classifier_of_other_classes_or_another_input_is_refused(transfer, classifier, shards, tmp_path):
+def test_a_classifier_with_other_classes_or_another_input_is_refused(transfer, classifier, shards, tmp_path):
     folder, _ = classifier
     for options, message in (
         (["--labels", "json.name"], "have 3 classes, and the classifier has 3: only one of the two has the class '0'"),

@@ -20,7 +20,7 @@ def _columns(folder):
     return parquet.read_table(folder / "predictions.parquet").to_pydict()
 
 
-def test_accuracies_are_those_of_scikit_learn_with_the_error_of_a_mean():
+def test_accuracies_equal_those_of_scikit_learn_with_the_standard_error_of_a_mean():
     generator = torch.Generator().manual_seed(0)
     scores, labels = torch.randn(200, 8, generator=generator), torch.randint(8, (200,), generator=generator)
     found = Predictions.of([str(i) for i in range(200)], labels, scores)
@@ -34,7 +34,7 @@ def test_accuracies_are_those_of_scikit_learn_with_the_error_of_a_mean():
     assert joined.keys == found.keys and torch.equal(joined.best_NK, found.best_NK)
 
 
-def test_a_share_of_the_votes_is_a_score():
+def test_the_score_of_a_prediction_is_its_fraction_of_the_votes():
     found = Predictions.of(["a", "b"], torch.tensor([1, 0]), torch.tensor([[1.0, 3.0], [1.0, 1.0]]), votes=True)
     assert found.scores_N.tolist() == [0.75, 0.5]
     assert found.columns(["cat", "dog"]) == {
@@ -43,7 +43,7 @@ def test_a_share_of_the_votes_is_a_score():
 
 
 @pytest.mark.parametrize("task", ["knn", "linear", "finetune"])
-def test_a_task_keeps_what_its_accuracy_is_made_of(transfer, tmp_path, task, capsys):
+def test_a_task_stores_the_predictions_behind_its_accuracy(transfer, tmp_path, task, capsys):
     quick = settings(*(f"{task}.{key}" for key in ("steps=3", "global_batch=16", "warmup_epochs=0")))
     result = transfer(task, "--labels", "json.name", *(quick if task != "knn" else ()))
     table = _columns(tmp_path / "out")
@@ -56,7 +56,7 @@ def test_a_task_keeps_what_its_accuracy_is_made_of(transfer, tmp_path, task, cap
     assert f"top1 {result['top1']:.4f} ± {result['top1_se']:.4f}" in capsys.readouterr().out
 
 
-def test_ood_and_retrieval_keep_their_samples_too(transfer, shards, tmp_path):
+def test_ood_and_retrieval_store_the_results_of_each_sample(transfer, shards, tmp_path):
     result = transfer("retrieval", train=None, out="retrieval")
     ranks = _columns(tmp_path / "retrieval")["text_to_image_rank"]
     assert result["text_to_image_recall5"] == pytest.approx(np.mean(np.array(ranks) <= 5))
@@ -67,7 +67,7 @@ def test_ood_and_retrieval_keep_their_samples_too(transfer, shards, tmp_path):
     assert {found[f"same_{score}_auroc"] for score in SCORES} == {0.5}  # the same images as in val
 
 
-def test_mcnemar_is_a_fair_coin_for_the_samples_that_one_alone_has_right():
+def test_mcnemars_test_is_a_binomial_test_on_the_discordant_samples():
     first = np.array([1] * 10 + [1] * 8 + [0] * 2 + [0] * 5, dtype=bool)
     second = np.array([1] * 10 + [0] * 8 + [1] * 2 + [0] * 5, dtype=bool)
     by_hand = 2 * (1 + 10 + 45) / 2**10  # two or fewer heads in ten coin tosses, on either side
@@ -79,7 +79,7 @@ def test_mcnemar_is_a_fair_coin_for_the_samples_that_one_alone_has_right():
         assert mcnemar(first, ~first) == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_interval_of_a_difference_is_that_of_scipys_bootstrap():
+def test_the_confidence_interval_of_a_difference_equals_that_of_scipys_bootstrap():
     generator = np.random.default_rng(0)
     first, second = generator.random(300) < 0.7, generator.random(300) < 0.6
     found = difference(first, second)
@@ -91,7 +91,7 @@ def test_the_interval_of_a_difference_is_that_of_scipys_bootstrap():
     assert difference(first, second) == found
 
 
-def test_two_results_are_told_apart_in_words_or_not():
+def test_significant_and_insignificant_differences_are_described():
     right, half = np.ones(100, dtype=bool), np.arange(100) < 80
     assert "MAE is better than M3AE: +20.0 points, 95 % interval" in difference(right, half).words("MAE", "M3AE")
     assert "MAE is worse than M3AE: -20.0" in difference(half, right).words("MAE", "M3AE")
@@ -108,12 +108,12 @@ def test_two_results_are_told_apart_in_words_or_not():
     assert of_seeds.value == pytest.approx(1 / 3) and of_seeds.is_significant
 
 
-def test_a_summary_puts_errors_beside_what_they_are_of():
+def test_a_summary_prints_each_standard_error_after_its_value():
     assert summary({"top1": 0.5, "top1_se": 0.05, "k": 20, "task": "knn"}) == "top1 0.5000 ± 0.0500  k 20"
     assert standard_error(0.5, 100) == 0.05
 
 
-def test_the_error_of_all_or_none_is_not_0():
+def test_the_standard_error_of_an_accuracy_of_0_or_1_is_not_0():
     """For 2 samples that are both classified correctly, Laplace's estimate of the accuracy is 3/4."""
     assert standard_error(1.0, 2) == standard_error(0.0, 2) == pytest.approx((0.75 * 0.25 / 2) ** 0.5)
     for right in (np.ones((3, 2), bool), np.zeros((1, 2), bool)):

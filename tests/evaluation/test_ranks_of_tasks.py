@@ -47,12 +47,12 @@ def alone(run, tmp_path_factory):
     return data, out
 
 
-def test_the_cases_are_all_tasks():
+def test_every_task_has_a_test_case():
     assert {task for task, _ in task_cases.CASES.values()} == {*TASKS}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_every_task_has_the_result_of_one_rank(run, alone, tmp_path, ranks):
+def test_every_task_has_the_same_result_on_one_and_several_ranks(run, alone, tmp_path, ranks):
     data, one = alone
     code, output = run_ranks("tests.helpers.task_cases", [str(run), str(data), str(tmp_path)], ranks, tmp_path / "log")
     assert code == 0, output
@@ -85,7 +85,7 @@ def _fields(value):
                 yield from _fields(row)
 
 
-def test_the_guide_names_every_field_of_a_result_and_no_other(alone):
+def test_the_guide_lists_exactly_the_fields_of_a_result(alone):
     guide = (ROOT / "docs/guide/evaluating.md").read_text()
     (section,) = re.findall(r"### Fields of result.json\n(.*?)\n## ", guide, re.DOTALL)
     table = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]

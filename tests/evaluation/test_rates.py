@@ -33,7 +33,7 @@ class _Heartbeats:
         self.marks += 1
 
 
-def test_a_tenth_is_held_out_by_key_whatever_the_order():
+def test_a_tenth_of_the_samples_is_held_out_by_key_in_any_order():
     bank = _bank(203)
     train, held_out = split(bank)
     assert (len(train), len(held_out)) == (183, 20)
@@ -61,7 +61,7 @@ def _tried(bank, setting, usual=None):
     return try_rates({0: bank}, recipe, setting)[0]
 
 
-def test_each_rate_is_tried_as_a_run_of_its_own_would_be():
+def test_each_learning_rate_is_tried_in_an_independent_training():
     """The loss decreases with the best learning rate, and the trials leave the state of torch's random generator
     unchanged."""
     given = {"global_batch": 16, "steps": 40, "warmup_epochs": 0, "peak_lr": 400.0}
@@ -76,7 +76,7 @@ def test_each_rate_is_tried_as_a_run_of_its_own_would_be():
     assert best(tried).top1 >= 0.8 and len({each.loss for each in tried}) == len(FACTORS)
 
 
-def test_a_trial_has_the_result_of_a_run_with_its_learning_rate():
+def test_a_trial_has_the_result_of_training_with_its_learning_rate():
     """The training has momentum, weight decay and warm-up, and the statistics of all steps are compared."""
     bank = _bank(200)
     train, held_out = (bank.rows(rows) for rows in split(bank))
@@ -94,7 +94,7 @@ def test_a_trial_has_the_result_of_a_run_with_its_learning_rate():
                 torch.testing.assert_close(trained.heads.head(0)(held_out.features_RD), found_MK)
 
 
-def test_a_rate_that_diverges_is_never_the_best():
+def test_a_learning_rate_that_diverges_is_never_the_best():
     given = {"global_batch": 16, "steps": 20, "warmup_epochs": 0, "peak_lr": 1e38}
     with join_ranks() as ranks:
         tried = _tried(_bank(100), _setting(ranks, **given), 1e38)
@@ -102,7 +102,7 @@ def test_a_rate_that_diverges_is_never_the_best():
     assert best([RateTrial(1, 0.0, None), RateTrial(2, 0.0, 3.0)]).peak_lr == 2
 
 
-def test_one_logit_that_is_not_finite_shows_that_a_head_diverged():
+def test_one_non_finite_logit_shows_that_a_head_has_diverged():
     logits_SHK = torch.zeros(2, 3, 4)
     logits_SHK[1, 2, 0] = math.inf
     assert losses(logits_SHK, torch.tensor([1, 1]))[2].tolist() == [[0, 0, 0], [0, 0, 1]]
@@ -117,7 +117,7 @@ def test_a_learning_rate_is_chosen_only_for_a_significant_gain():
     assert choose([RateTrial(1, 0.0, None), RateTrial(2, 0.0, 3.0)], 1.4, 9).peak_lr == 2
 
 
-def test_of_equal_rates_the_one_of_lower_loss_is_the_best():
+def test_among_learning_rates_of_equal_accuracy_the_one_with_the_lowest_loss_is_chosen():
     tried = [RateTrial(0.1, 0.5, 0.9), RateTrial(0.3, 0.7, 0.8), RateTrial(1, 0.7, 0.6)]
     assert best(tried).peak_lr == 1
     assert "1, is the highest candidate" in edge(tried, 1)[0]

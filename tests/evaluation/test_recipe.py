@@ -12,7 +12,7 @@ from tests.helpers.trainer import ROOT
 
 
 @pytest.mark.parametrize("samples", [IMAGENET, 1_280_000, 14_000_000])
-def test_at_imagenet_s_size_it_is_the_official_recipe(samples):
+def test_default_hyper_parameters_for_imagenet_are_the_official_ones(samples):
     assert OFFICIAL["linear"].scaled(samples) == Recipe(2048, 90, 10.0, 0.1)
     assert OFFICIAL["finetune"].scaled(samples) == Recipe(1024, 100, 5.0, 1e-3)
     probe, tuning = with_defaults(LinearProbeConfig(), samples, {}), with_defaults(FineTuneConfig(), samples, {})
@@ -42,7 +42,7 @@ def test_a_resumed_run_keeps_its_derived_hyper_parameters():
     assert chosen(longer) == saved | {"steps": 99}
 
 
-def test_no_number_of_samples_is_too_few_steps_or_jumps_far():
+def test_default_steps_have_a_minimum_and_change_gradually_with_the_number_of_samples():
     for official in OFFICIAL.values():
         last = None
         for samples in (1, 2, 10, 47, 300, 999, 5_000, 30_000, 90_000, 300_000, 900_000, 2_000_000):
@@ -58,7 +58,7 @@ def test_no_number_of_samples_is_too_few_steps_or_jumps_far():
             last = steps
 
 
-def test_the_guide_s_table_is_what_the_rule_gives():
+def test_the_guides_table_of_default_hyper_parameters_is_current():
     text = (ROOT / "docs/guide/comparing.md").read_text()
     rows = re.findall(r"^\| ([\d,]+) \| (.+) \|$", text, re.MULTILINE)
     assert [int(samples.replace(",", "")) for samples, _ in rows] == [1_000, 10_000, 50_000, IMAGENET]
@@ -71,7 +71,7 @@ def test_the_guide_s_table_is_what_the_rule_gives():
         assert [float(cell.replace(",", "")) for cell in row.split(" | ")] == expected
 
 
-def test_epochs_and_steps_are_not_given_both():
+def test_epochs_and_steps_are_mutually_exclusive():
     data = {"train": [{"shards": "a.tar"}], "val": [{"shards": "a.tar"}]}
     for section in ("linear", "finetune"):
         with pytest.raises(UserError, match="set epochs or steps, not both"):
@@ -79,7 +79,7 @@ def test_epochs_and_steps_are_not_given_both():
         assert getattr(evaluation_config({"data": data}, []), section).epochs is None
 
 
-def test_accuracy_that_still_rises_is_told_from_noise():
+def test_an_increase_of_the_accuracy_is_reported_only_if_it_is_significant():
     rise = [{"step": i, "accuracy": i / 100} for i in range(40)]
     assert rising(rise, 64) == pytest.approx(0.1)
     assert rising(rise, 1) == 0.0, "ten samples say nothing"

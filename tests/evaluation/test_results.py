@@ -28,7 +28,7 @@ QUICK = {
 }
 
 
-def test_a_result_takes_the_place_of_what_was_found_before_a_stop(tmp_path):
+def test_the_final_result_replaces_the_partial_result(tmp_path):
     for name, result in ((job.PARTIAL_FILE, {"top1": 0.5}), (job.RESULT_FILE, {"top1": 0.75})):
         job.write_result(tmp_path, result, name)
         (written,) = tmp_path.iterdir()
@@ -49,7 +49,7 @@ def texts(monkeypatch):
     return found
 
 
-def test_names_are_drawn_as_they_are(tmp_path, texts):
+def test_class_names_with_special_characters_are_drawn_literally(tmp_path, texts):
     labels_N = torch.arange(6) % 3
     draw_map(tmp_path / "map.png", [MapPanel("", np.random.RandomState(0).rand(6, 2))], labels_N.numpy(), ODD)
     assert set(ODD) <= set(texts)
@@ -58,7 +58,7 @@ def test_names_are_drawn_as_they_are(tmp_path, texts):
     assert set(ODD) <= set(texts)
 
 
-def test_held_out_shards_that_are_trained_on_are_told(transfer, shards, monkeypatch, capsys):
+def test_held_out_shards_that_are_also_used_for_training_are_reported(transfer, shards, monkeypatch, capsys):
     """The shards are recognised however their paths are written."""
     train = Path(shards[0])
     transfer("knn", "--labels", "json.name")
@@ -70,7 +70,7 @@ def test_held_out_shards_that_are_trained_on_are_told(transfer, shards, monkeypa
     assert note in output
 
 
-def test_a_task_on_classes_of_any_name_ends_with_result_and_pictures(transfer, tmp_path):
+def test_classes_with_unusual_names_do_not_prevent_a_result_and_its_figures(transfer, tmp_path):
     names = dict(enumerate(ODD))
     shards = []
     for split, numbers in (("train", range(24)), ("val", range(30, 42))):
@@ -83,7 +83,7 @@ def test_a_task_on_classes_of_any_name_ends_with_result_and_pictures(transfer, t
 
 
 @pytest.mark.parametrize("task", QUICK)
-def test_a_picture_that_fails_costs_no_result(transfer, shards, tmp_path, monkeypatch, task):
+def test_a_failed_figure_does_not_prevent_the_result(transfer, shards, tmp_path, monkeypatch, task):
     def fails(*_, **__):
         raise ValueError("no such glyph")
 

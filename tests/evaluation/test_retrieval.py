@@ -18,7 +18,7 @@ def _bank(features):
     return FeatureBank([""] * len(features), features, None)
 
 
-def test_recalls_are_those_of_a_sort():
+def test_recalls_equal_those_of_sorted_cosine_similarities():
     generator = torch.Generator().manual_seed(0)
     candidates = torch.randn(600, 6, generator=generator)
     queries = candidates + torch.randn(600, 6, generator=generator)
@@ -30,12 +30,12 @@ def test_recalls_are_those_of_a_sort():
     assert 0.05 < found[1] < found[5] < found[10] < 1
 
 
-def test_equal_features_have_a_recall_of_0():
+def test_identical_features_have_a_recall_of_0():
     assert set(recalls(own_ranks(_bank(torch.ones(20, 3)), _bank(torch.ones(20, 3)))).values()) == {0.0}
     assert set(recalls(own_ranks(_bank(torch.eye(3)), _bank(torch.eye(3)))).values()) == {1.0}
 
 
-def test_pairs_are_found_both_ways(transfer, shards, tmp_path):
+def test_recalls_are_reported_from_image_to_text_and_from_text_to_image(transfer, shards, tmp_path):
     result = transfer("retrieval", train=None)
     assert (result["pairs"], result["skipped"], result["chance_recall1"]) == (18, 0, 1 / 18)
     assert pictures(tmp_path / "out") == ["image_to_text", "text_to_image"]
@@ -62,7 +62,7 @@ def test_progress_is_printed_and_a_stop_keeps_the_finished_direction(transfer, t
     assert f"{tmp_path}/out/result-so-far.json: image_to_text_recall1 " in found and "text_to_image" not in found
 
 
-def test_a_sample_that_lacks_one_of_the_two_is_left_out(transfer, tmp_path):
+def test_a_sample_without_image_or_caption_is_left_out(transfer, tmp_path):
     files = dict(members(range(9)))
     del files["00003.txt"]
     files["00005.jpg"] = b"broken"
@@ -76,7 +76,7 @@ def test_a_sample_that_lacks_one_of_the_two_is_left_out(transfer, tmp_path):
         transfer("retrieval", train=None, val=one, out="one")
 
 
-def test_samples_of_one_key_are_refused(transfer, tmp_path):
+def test_samples_with_the_same_key_are_refused(transfer, tmp_path):
     twice = write_tar(tmp_path / "a.tar", [*members(range(3)), *members(range(1, 2))])
     with pytest.raises(UserError, match=r"two samples have the key .*a\.tar/00001; specify each shard only once"):
         transfer("retrieval", train=None, val=twice)
@@ -104,7 +104,7 @@ def test_a_result_at_chance_level_is_reported_as_such(transfer, monkeypatch, cap
     assert "no alignment" not in capsys.readouterr().out
 
 
-def test_above_chance_means_more_than_two_standard_errors_of_chance():
+def test_a_recall_is_above_chance_if_it_exceeds_chance_by_two_standard_errors():
     chance = {k: k / 100 for k in retrieval.RANKS}
     result = {"pairs": 100} | {f"chance_recall{k}": share for k, share in chance.items()}
     result |= {f"{way}_recall{k}": chance[k] for way in ("image_to_text", "text_to_image") for k in chance}
@@ -116,7 +116,7 @@ def test_above_chance_means_more_than_two_standard_errors_of_chance():
                 assert retrieval.at_chance(result | {f"{way}_recall{k}": share + errors * error}) == at_chance
 
 
-def test_each_way_asks_with_what_it_says(transfer, monkeypatch):
+def test_queries_and_candidates_are_those_that_the_direction_names(transfer, monkeypatch):
     """The expected ranks are computed by hand: image i is the unit vector e_i. Six captions equal their images; each
     other caption is twice as similar to image 0 as to its own image, to which no other caption is similar."""
     own = torch.eye(18)

@@ -61,7 +61,7 @@ def classifier(tmp_path_factory):
 
 
 @pytest.mark.parametrize("epsilon", [0.01, 0.1])
-def test_pgd_is_foolboxs(epsilon):
+def test_pgd_equals_that_of_foolbox(epsilon):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 4)).eval()
     images, labels = torch.rand(6, 3, 4, 4), torch.arange(6) % 4
@@ -85,7 +85,7 @@ def test_an_attack_stays_within_its_bounds_and_raises_the_loss():
     assert after > before + 0.05
 
 
-def test_the_config_names_every_corruption():
+def test_the_config_lists_every_corruption():
     assert [*get_args(CommonCorruption), *get_args(ExtraCorruption)] == list(KINDS)
     assert len(RobustnessConfig().corruptions) == 15
 
@@ -105,7 +105,7 @@ DRAWN = {"glass_blur", "motion_blur", "snow", "frost", "fog", "elastic", "spatte
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_corruption_depends_on_its_seed_alone_and_grows_with_its_severity(kind):
+def test_a_corruption_depends_only_on_its_seed_and_increases_with_its_severity(kind):
     image = _image()
     found = [Corruption(kind, severity)(image, 7) for severity in SEVERITIES]
     assert all(each.shape == image.shape and each.dtype == torch.uint8 for each in found)
@@ -119,7 +119,7 @@ def test_a_corruption_depends_on_its_seed_alone_and_grows_with_its_severity(kind
 
 
 @pytest.mark.parametrize(("kind", "severity"), [("defocus_blur", 3), ("motion_blur", 4), ("gaussian_blur", 2)])
-def test_a_blur_is_as_wide_for_the_size_of_the_image(kind, severity):
+def test_the_width_of_a_blur_scales_with_the_size_of_the_image(kind, severity):
     """A blurred small image is similar to a large image that is blurred and then reduced."""
     large = torch.zeros(3, 224, 224, dtype=torch.uint8)
     large[:, 80:144, 80:144] = 255
@@ -130,7 +130,7 @@ def test_a_blur_is_as_wide_for_the_size_of_the_image(kind, severity):
     assert (small - shrunk).abs().mean() < 0.15 * (shrunk - clean).abs().mean() + 1
 
 
-def test_a_trail_is_half_a_gaussian_along_its_angle():
+def test_the_kernel_of_a_motion_blur_is_half_a_gaussian_along_its_angle():
     point = np.zeros((41, 41, 1))
     point[20, 20] = 1
     weights = np.exp(-(np.arange(21) ** 2) / 18)
@@ -148,26 +148,26 @@ def sheet():
     return Image.fromarray(means.round().byte().permute(1, 2, 0).numpy())
 
 
-def test_corruptions_are_what_they_were():
+def test_corruptions_equal_those_of_earlier_versions():
     """If they changed, accuracies could not be compared with those of earlier versions."""
     before, now = np.array(Image.open(CORRUPTED), float), np.array(sheet(), float)
     apart = np.abs(now - before).reshape(len(KINDS), 12, len(SEVERITIES), 12, 3).max((1, 3, 4))
     assert {kind: own.tolist() for kind, own in zip(KINDS, apart) if own.max() > 3} == {}
 
 
-def test_an_image_of_a_few_pixels_is_corrupted_too():
+def test_images_of_a_few_pixels_can_be_corrupted():
     image = torch.randint(256, (3, 2, 3), dtype=torch.uint8)
     assert {Corruption(kind, 5)(image, 0).shape for kind in KINDS} == {image.shape}
 
 
-def test_corruption_errors_are_plain_means():
+def test_the_mean_corruption_error_is_an_unweighted_mean():
     found = corruption_errors({"fog": [0.5, 0.7], "frost": [0.9, 0.9]}, clean=0.95)
     assert found["corruption_error"] == pytest.approx({"fog": 0.4, "frost": 0.1})
     assert found["mean_corruption_error"] == pytest.approx(0.25)
     assert found["relative_mean_corruption_error"] == pytest.approx(0.2)
 
 
-def test_accuracies_are_in_the_order_of_the_severities_that_were_asked_for():
+def test_accuracies_are_in_the_order_of_the_requested_severities():
     def right(count):
         return Predictions([""] * 10, torch.zeros(10), (torch.arange(10) >= count)[:, None].long(), torch.ones(10))
 
@@ -179,7 +179,7 @@ def test_accuracies_are_in_the_order_of_the_severities_that_were_asked_for():
     assert "corruption_error" not in _result(config, kinds, found)
 
 
-def test_published_sets_are_found_by_corruption_and_severity(tmp_path):
+def test_published_corrupted_datasets_are_found_by_corruption_and_severity(tmp_path):
     for name in ("noise/gaussian_noise/1", "noise/gaussian_noise/2", "frost/3"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "val-0.tar").touch()
@@ -202,7 +202,7 @@ def test_published_sets_are_found_by_corruption_and_severity(tmp_path):
         published_sets(tmp_path)
 
 
-def test_published_corruptions_replace_those_that_are_applied(transfer, classifier, shards, tmp_path):
+def test_published_corrupted_images_replace_generated_ones(transfer, classifier, shards, tmp_path):
     """Each severity has its own images: in this test the clean images, and images with the labels of other colours."""
     for severity, labels in ((1, None), (3, {number: (number + 1) % 3 for number in range(100, 118)})):
         folder = tmp_path / f"c/frost/{severity}"
@@ -219,7 +219,7 @@ def test_published_corruptions_replace_those_that_are_applied(transfer, classifi
         )
 
 
-def test_brightness_and_saturation_are_those_of_hsv():
+def test_brightness_and_saturation_are_changed_in_hsv():
     image = torch.randint(256, (3, 5, 5), dtype=torch.uint8)
     for kind, change in (
         ("brightness", lambda h, s, v: (h, s, min(v + 0.3, 1))),
@@ -233,7 +233,7 @@ def test_brightness_and_saturation_are_those_of_hsv():
     assert saturate(grey, (5, 0.1), None)[0, 0].tolist() == pytest.approx(colorsys.hsv_to_rgb(0, 0.1, 0.5))
 
 
-def test_noises_have_the_documented_size():
+def test_noise_has_the_documented_magnitude():
     grey = torch.full((3, 200, 200), 128, dtype=torch.uint8)
     noise = (Corruption("gaussian_noise", 1)(grey, 0).double() - 127.5) / 255
     assert noise.std().item() == pytest.approx(0.08, rel=0.02)
@@ -246,7 +246,7 @@ def test_noises_have_the_documented_size():
     assert (impulses == 0).double().mean().item() == pytest.approx(0.27 / 2, rel=0.05)
 
 
-def test_blurs_keep_an_even_picture_and_spread_a_point():
+def test_blurs_preserve_a_uniform_image_and_spread_a_point():
     even = torch.full((3, 40, 40), 100, dtype=torch.uint8)
     point = torch.zeros(3, 224, 224, dtype=torch.uint8)
     point[:, 112, 112] = 255
@@ -257,7 +257,7 @@ def test_blurs_keep_an_even_picture_and_spread_a_point():
     assert (disk.numpy() == (rows**2 + columns**2 <= 9)).all()
 
 
-def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, tmp_path, monkeypatch, capsys):
+def test_the_robustness_accuracies_equal_those_of_the_classifier(transfer, classifier, tmp_path, monkeypatch, capsys):
     drawn = {}
     for name in ("draw_attack", "draw_sheet"):
         draw = getattr(robustness, name)
@@ -366,7 +366,7 @@ def test_a_fine_tuned_classifier_can_be_attacked(transfer, tmp_path):
         (["--labels", "text.x"], "must be cls"),
     ],
 )
-def test_mistakes_are_one_line(classifier, shards, tmp_path, capsys, options, message):
+def test_user_errors_are_reported_in_one_line(classifier, shards, tmp_path, capsys, options, message):
     command = ["robustness", str(classifier), "--val", shards[1], "--out", str(tmp_path / "out")]
     assert exit_cleanly(lambda: main([*command, *options])) == 2
     err = capsys.readouterr().err
@@ -374,13 +374,13 @@ def test_mistakes_are_one_line(classifier, shards, tmp_path, capsys, options, me
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_is_not_a_classifier(run, shards, tmp_path, capsys):
+def test_robustness_refuses_a_run_because_it_is_not_a_classifier(run, shards, tmp_path, capsys):
     command = ["robustness", str(run), "--val", shards[1], "--out", str(tmp_path / "out")]
     assert exit_cleanly(lambda: main(command)) == 2
     assert "not a classifier" in capsys.readouterr().err
 
 
-def test_an_attack_starts_where_the_seed_and_the_sample_say():
+def test_the_random_start_of_an_attack_depends_only_on_seed_and_sample():
     def starts(keys, seed=3):
         images, grids = torch.zeros(len(keys), 3, 8, 8), [(2, 2)] * len(keys)
         return dict(zip(keys, _start(argparse.Namespace(keys=keys, images=images, grids=grids), seed)))

@@ -78,7 +78,7 @@ SHORT = settings("segment.steps=150", "segment.batch=16", "segment.peak_lr=1e-2"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "knn"])
-def test_shapes_are_found_where_they_are(transfer, masked, tmp_path, head, capsys):
+def test_segmentation_exceeds_the_baseline_on_simple_shapes(transfer, masked, tmp_path, head, capsys):
     train, val = masked
     result = transfer("segment", *SHORT, *settings(f"segment.head={head}"), train=train, val=val)
     assert result["miou"] > 0.5 > 0.35 > result["chance_miou"] and "warning" not in result
@@ -105,7 +105,7 @@ def test_pixels_can_be_segmented_as_a_baseline(transfer, masked, run):
     assert result["miou"] > 0.5 > result["chance_miou"] and result["model"] == f"pixels:{run}"
 
 
-def test_metrics_are_those_of_scikit_learn():
+def test_metrics_equal_those_of_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     truth, predicted = (torch.randint(4, (6, 8, 8), dtype=torch.uint8, generator=generator) for _ in range(2))
     truth[truth == 3] = IGNORED  # class 3 is predicted but never correct
@@ -126,7 +126,7 @@ def test_metrics_are_those_of_scikit_learn():
     assert everything.miou() == 1.0 and np.isnan(everything.iou()[4])
 
 
-def test_the_error_of_one_image_is_not_known():
+def test_the_standard_error_of_a_single_image_is_undefined():
     """Other images, all of whose pixels are ignored, do not count."""
     right = np.array([[9, 8], [0, 0], [0, 0]])
     pixels = np.array([[10, 10], [0, 0], [0, 0]])
@@ -137,14 +137,14 @@ def test_the_error_of_one_image_is_not_known():
     assert result["baselines"] == {UNTRAINED: {"miou": 0.0}} and not {"miou_se", "verdict"} & result.keys()
 
 
-def test_an_error_is_that_of_other_draws_of_images():
+def test_the_standard_error_equals_the_deviation_over_redrawn_images():
     random = np.random.default_rng(0)
     right = random.integers(0, 50, (300, 30, 1))
     draws = [Counts(np.hstack((each, 50 - each)), np.full((30, 2), 50), np.full((30, 2), 50)) for each in right]
     assert measured({MODEL: draws[0]}, 0)["miou_se"] == pytest.approx(np.std([each.miou() for each in draws]), rel=0.35)
 
 
-def test_a_head_is_trained_as_torch_would_on_all_pixels():
+def test_a_segmentation_head_is_trained_on_all_pixels_as_in_plain_torch():
     """The head consists of a BatchNorm and a linear layer. AdamW minimises the cross-entropy over all pixels that are
     not ignored."""
     generator = torch.Generator().manual_seed(0)
@@ -172,7 +172,7 @@ def test_a_head_is_trained_as_torch_would_on_all_pixels():
     torch.testing.assert_close(found, linear(inputs).log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 
-def test_a_patch_has_the_pixels_of_its_classes():
+def test_the_labels_of_a_patch_are_pixel_counts_by_class():
     mask = torch.arange(32).reshape(1, 4, 8).to(torch.uint8) % 3
     mask[0, 0, 0] = IGNORED
     counts = patch_labels(mask.expand(2, 4, 8)[:, :, :4].contiguous(), 2, 3, IGNORED)
@@ -190,7 +190,7 @@ def test_scores_are_upsampled_bilinearly():
     assert torch.equal(upsampled(scores, 4, 32).long(), expected)
 
 
-def test_a_mask_is_seen_as_its_image_is():
+def test_a_mask_is_cropped_and_resized_like_its_image():
     """Image and mask are cropped to the same central square, in which edges are at the same positions."""
     for height, width in ((48, 40), (40, 49), (7, 8)):
         mask = np.zeros((height, width), np.uint8)
@@ -200,7 +200,7 @@ def test_a_mask_is_seen_as_its_image_is():
         assert (image[seen == 255] > 100).all() and (image[seen == 0] < 155).all()
 
 
-def test_masks_of_palettes_and_of_16_bits_hold_ids():
+def test_palette_and_16_bit_masks_contain_class_ids():
     ids = np.arange(6, dtype=np.uint8).reshape(2, 3)
     indexed = Image.fromarray(ids)
     indexed.putpalette([*range(255, 255 - 18, -1)])
@@ -223,7 +223,7 @@ def test_masks_of_palettes_and_of_16_bits_hold_ids():
 
 
 @pytest.mark.slow
-def test_mistakes_are_one_line(transfer, masked, tmp_path):
+def test_user_errors_are_reported_in_one_line(transfer, masked, tmp_path):
     image, _ = shapes(0)
     one = write_tar(tmp_path / "one.tar", [("0.png", image), ("0.mask.png", png(np.zeros((48, 40), np.uint8)))])
     rgb = write_tar(tmp_path / "rgb.tar", [("0.png", image), ("0.mask.png", image)])

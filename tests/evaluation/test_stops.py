@@ -43,7 +43,7 @@ def stopped(run, shards, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_comparison_leaves_the_table_of_what_is_done(stopped, tmp_path, ranks):
+def test_a_stopped_comparison_writes_the_table_of_the_finished_models(stopped, tmp_path, ranks):
     options = [*settings(f"linear.steps={ENDLESS}", "linear.peak_lr=1"), "--probes", "knn,linear", "--seeds", "1"]
     output, result = stopped("random weights, knn, seed 42: ", "compare", *options, ranks=ranks, to=ranks - 1)
     page = (tmp_path / "out/comparison.md").read_text()
@@ -60,7 +60,7 @@ def test_a_comparison_leaves_the_table_of_what_is_done(stopped, tmp_path, ranks)
     assert re.search(r"the probes train for about [^;]*\d:\d\d:\d\d in total", output), "before an image is encoded"
 
 
-def test_an_attentive_probe_says_how_long_it_takes_and_leaves_its_accuracy_so_far(stopped, tmp_path):
+def test_a_stopped_attentive_probe_writes_its_latest_accuracy(stopped, tmp_path):
     options = settings(f"attentive.steps={ENDLESS}", "attentive.batch=8", "attentive.peak_lr=0.001")
     output, result = stopped(r"attentive probe: [\d,]+ of 10,000,000, about .* left", "attentive", *options)
     assert re.search(r"48 training samples: 1 probe, trained in about .*\d:\d\d:\d\d\n", output)
@@ -73,7 +73,7 @@ def test_an_attentive_probe_says_how_long_it_takes_and_leaves_its_accuracy_so_fa
     assert sum(a == b for a, b in zip(table["label"], table["prediction"])) / 18 == pytest.approx(result["top1"])
 
 
-def test_fine_tuning_leaves_its_last_evaluation_and_a_checkpoint(stopped, tmp_path):
+def test_stopped_fine_tuning_writes_its_last_evaluation_and_a_checkpoint(stopped, tmp_path):
     options = settings(f"finetune.steps={ENDLESS}", "finetune.global_batch=16", "finetune.eval_every=2")
     output, result = stopped("val_top1", "finetune", *options)
     assert result["partial"] and result["steps"] % 2 == 0 and result["total_steps"] == ENDLESS
@@ -88,7 +88,7 @@ def test_fine_tuning_leaves_its_last_evaluation_and_a_checkpoint(stopped, tmp_pa
 
 
 @pytest.mark.parametrize("task", ["knn", "logistic"])
-def test_a_task_says_that_there_is_no_result_while_samples_are_encoded(transfer, monkeypatch, task):
+def test_a_task_stopped_while_encoding_reports_that_there_is_no_result(transfer, monkeypatch, task):
     said, real = [], Job.encode_with_baselines
 
     def encode(self, *arguments):
@@ -108,7 +108,7 @@ def test_a_task_says_that_there_is_no_result_while_samples_are_encoded(transfer,
         ("attentive", settings("attentive.steps=3", "attentive.online=true"), "results"),
     ],
 )
-def test_a_task_that_is_stopped_at_its_baselines_leaves_its_accuracy(transfer, monkeypatch, task, options, done):
+def test_a_task_stopped_during_its_baselines_writes_its_accuracy(transfer, monkeypatch, task, options, done):
     said, initialise = [], Job.__post_init__
 
     def stops_at_baselines(job):

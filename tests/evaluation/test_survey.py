@@ -42,7 +42,9 @@ def passes(monkeypatch):
 
 
 @pytest.mark.parametrize("task", SHORT)
-def test_one_pass_serves_all_layers_and_a_picture_shows_them(transfer, tmp_path, passes, task, capsys):
+def test_images_are_encoded_once_for_all_layers_and_the_accuracies_are_plotted_by_depth(
+    transfer, tmp_path, passes, task, capsys
+):
     result = transfer(task, "--layers", "all", *SHORT[task])
     assert len(passes) == 48 + 18
     assert [(row["layer"], row["shots"]) for row in result["results"]] == [(1, None), (2, None)]
@@ -63,7 +65,7 @@ def test_one_pass_serves_all_layers_and_a_picture_shows_them(transfer, tmp_path,
 
 
 @pytest.mark.parametrize("task", ["knn", "logistic"])
-def test_the_last_layer_equals_the_task_without_layers_to_the_bit(transfer, tmp_path, task):
+def test_the_result_of_the_last_layer_is_bitwise_that_of_the_task_without_layers(transfer, tmp_path, task):
     transfer(task, "--layers", "1,2", out="layers")
     transfer(task, out="plain")
     layers, plain = (
@@ -75,7 +77,7 @@ def test_the_last_layer_equals_the_task_without_layers_to_the_bit(transfer, tmp_
 
 
 @pytest.mark.parametrize("task", ["knn", "logistic", "linear"])
-def test_one_pass_serves_all_poolings(transfer, tmp_path, passes, task, capsys):
+def test_images_are_encoded_once_for_all_poolings(transfer, tmp_path, passes, task, capsys):
     """Each accuracy is that of a run with only this pooling."""
     given = [*SHORT[task], *settings("encode.precision=fp32")]
     result = transfer(task, "--layers", "all", "--pools", "cls,mean", *given)
@@ -122,7 +124,7 @@ def test_linear_and_attentive_heads_are_trained_in_one_pass(transfer, tmp_path, 
     assert not np.allclose(*scores)
 
 
-def test_few_shots_are_those_of_a_k_nn_by_hand(transfer, run, shards, tmp_path):
+def test_few_shot_accuracies_equal_those_of_k_nn_computed_by_hand(transfer, run, shards, tmp_path):
     result = transfer("knn", "--shots", "1,5", "--draws", "3", *settings("knn.k=5", "encode.precision=fp32"))
     rows = result["results"]
     assert [(row["shots"], row["draws"], row["layer"]) for row in rows] == [(1, 3, 2), (5, 3, 2)]
@@ -154,13 +156,13 @@ def _encoded(model, numbers):
     return model.encode(images=images, precision="fp32")
 
 
-def test_too_many_shots_are_told_before_any_probe(transfer, capsys):
+def test_too_many_shots_are_refused_before_any_probe(transfer, capsys):
     with pytest.raises(UserError, match="--shots 99: the class 0 has only 16 training samples"):
         transfer("knn", "--shots", "1,99")
     assert "1 shots" not in capsys.readouterr().out
 
 
-def test_more_shots_hold_those_of_fewer_and_draws_differ():
+def test_few_shot_samples_are_nested_and_differ_between_draws():
     bank = FeatureBank([f"a.tar/{i}" for i in range(60)], torch.arange(60.0)[:, None], torch.arange(60) % 3, None, [])
     one, five = (few_shot(bank, shots, 0, range(3)) for shots in (1, 5))
     assert {*one.keys} < {*five.keys} and five.labels_N.bincount().tolist() == [5, 5, 5]
@@ -170,7 +172,7 @@ def test_more_shots_hold_those_of_fewer_and_draws_differ():
         few_shot(bank, 21, 0, ["b", "a", "c"])
 
 
-def test_an_interval_is_students_and_an_error_is_of_samples_and_of_draws():
+def test_the_interval_over_draws_is_students_t_and_the_standard_error_includes_samples_and_draws():
     values = [0.5, 0.55, 0.65]
     assert interval(values) == pytest.approx(stats.t.interval(0.95, 2, np.mean(values), stats.sem(values)))
     alike = np.repeat((np.arange(100) < 70)[None], 3, 0)
@@ -180,7 +182,7 @@ def test_an_interval_is_students_and_an_error_is_of_samples_and_of_draws():
     assert mean_accuracy(apart) == pytest.approx((0.75, (of_samples + np.var([0.5, 1], ddof=1) / 2) ** 0.5))
 
 
-def test_layers_are_numbers_of_blocks():
+def test_layers_are_selected_by_the_number_of_blocks():
     assert chosen_layers("all", 4) == [1, 2, 3, 4] and chosen_layers(None, 4) == [4]
     assert chosen_layers("3,1,3", 4) == [1, 3]
     for wrong in ("0", "5", "1,,2", "last"):
@@ -188,7 +190,7 @@ def test_layers_are_numbers_of_blocks():
             chosen_layers(wrong, 4)
 
 
-def test_mistakes_are_one_line_and_leave_nothing(transfer, tmp_path, monkeypatch):
+def test_user_errors_are_reported_in_one_line_and_leave_no_files(transfer, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--resume: a probe with --layers, --pools or --shots has no checkpoints"):
         transfer("linear", "--layers", "all", "--resume", "auto")
     with pytest.raises(UserError, match="--layers 3: must be all, or numbers from 1 to 2"):
@@ -241,7 +243,7 @@ def peak(monkeypatch):
     return most
 
 
-def test_an_online_probe_forgets_its_tokens(transfer, tmp_path, peak, capsys):
+def test_the_memory_of_an_online_probe_does_not_grow_with_the_number_of_images(transfer, tmp_path, peak, capsys):
     """Three times as many images require the same memory. The probe is not trained on the tenth of the samples with
     which its learning rate is chosen."""
     options = settings("attentive.steps=4", "attentive.batch=16", "encode.batch=8", "attentive.online=true")
@@ -271,7 +273,7 @@ def test_tokens_that_do_not_fit_into_memory_are_not_stored(transfer, peak, monke
         ((6,), (5,), None, None),
     ],
 )  # fmt: skip
-def test_accuracies_are_drawn_by_depth_or_of_one_layer_by_shots(tmp_path, monkeypatch, layers, shots, file, lines):
+def test_accuracies_are_plotted_by_depth_or_for_one_layer_by_shots(tmp_path, monkeypatch, layers, shots, file, lines):
     drawn = []
     monkeypatch.setattr(probe_grid, "draw_accuracies", lambda *what: drawn.append(what))
     rows = [

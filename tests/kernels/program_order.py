@@ -146,7 +146,7 @@ def watch(monkeypatch):
 
 
 @pytest.mark.parametrize("case", CHECKED)
-def test_programs_run_in_any_order_and_share_nothing(case, watch):
+def test_program_instances_run_in_any_order_without_data_races(case, watch):
     results = {}
     for order in ORDERS:
         seen = watch(order)
@@ -158,14 +158,14 @@ def test_programs_run_in_any_order_and_share_nothing(case, watch):
 
 
 @pytest.mark.parametrize("case", ["attend-some", "embed-bands", "pixel-norm"])
-def test_tiles_of_an_h100_share_nothing_either(case, watch, monkeypatch):
+def test_h100_tiles_have_no_data_races(case, watch, monkeypatch):
     monkeypatch.setattr(tuning, "arch_of", lambda device: "sm_90")
     seen = watch("reversed")
     run(m3ae_kernels, case, make(case, torch.float32))
     assert seen.kernels and not seen.faults
 
 
-def test_in_float32_too_and_no_kernel_is_left_out(watch):
+def test_float32_kernels_have_no_data_races_and_every_kernel_is_covered(watch):
     seen = watch("reversed")
     for case in CHECKED:
         run(m3ae_kernels, case, make(case, torch.float32))
@@ -206,7 +206,7 @@ def two_lanes_write_one_kernel(x, out):
         (two_lanes_write_one_kernel, "one store writes an address twice"),
     ],
 )
-def test_faults_are_seen(kernel, fault, watch):
+def test_data_races_are_detected(kernel, fault, watch):
     seen = watch("shuffled")
     kernel[(4,)](torch.arange(4), torch.zeros(8, dtype=torch.int64))
     assert f"{kernel.fn.__name__}: {fault}" in seen.faults

@@ -78,14 +78,14 @@ def test_every_dtype_and_head_width_is_compiled_in_both_directions(monkeypatch):
 
 
 @pytest.mark.slow
-def test_few_spills_pass_and_more_do_not(monkeypatch):
+def test_few_register_spills_are_accepted_and_many_are_not(monkeypatch):
     report = compile_case(CASE["pixel_error"], "sm_90", "bf16", SPILLING)
     assert report.spills > aot.MOST_SPILLS and "spills" in report.problems[0]
     monkeypatch.setattr(aot, "MOST_SPILLS", report.spills)
     assert not compile_case(CASE["pixel_error"], "sm_90", "bf16", SPILLING).problems
 
 
-def test_tables_name_every_kernel_and_nothing_else():
+def test_tuning_tables_contain_exactly_the_kernels():
     names = {case.table or case.kernel for case in CASES}
     for path in tuning.FOLDER.glob("*.json"):
         table = tuning.table(path.stem)
@@ -94,7 +94,7 @@ def test_tables_name_every_kernel_and_nothing_else():
 
 
 @pytest.mark.parametrize("arch", sorted(path.stem for path in tuning.FOLDER.glob("*.json")))
-def test_a_dtype_has_the_settings_of_its_width(arch, monkeypatch):
+def test_the_settings_of_a_dtype_are_those_of_its_width(arch, monkeypatch):
     """A caller cannot change the settings for the next caller."""
     monkeypatch.setattr(tuning, "arch_of", lambda device: arch)
     wide = {torch.float16: "16", torch.bfloat16: "16", torch.float32: "32", torch.float64: "32"}
@@ -106,7 +106,7 @@ def test_a_dtype_has_the_settings_of_its_width(arch, monkeypatch):
 
 
 @pytest.mark.slow
-def test_command():
+def test_the_aot_command_reports_its_checks():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "m3ae_kernels.aot", "--arch", "sm_90", "--kernel", "take_rows"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -118,7 +118,7 @@ def test_command():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_86", "sm_120"])
-def test_small_gpus_have_room(arch):
+def test_the_largest_kernels_fit_into_the_shared_memory_of_small_gpus(arch):
     """The largest kernel of each kind, including attention's longest tile, fits into 99 KiB of shared memory."""
     for kernel in ("pixel_error", "attention_backward"):
         report = compile_case(CASE[kernel], arch, "bf16")
@@ -149,7 +149,7 @@ def test_gpus_too_old_for_the_kernels_run_on_torch_with_one_warning(gpu):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
-def test_gpus_for_which_the_kernels_are_compiled_run_them_without_a_word(gpu, capability):
+def test_supported_gpus_run_the_kernels_without_a_warning(gpu, capability):
     device = gpu(capability)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -187,7 +187,7 @@ def test_float64_runs_on_torch_on_every_gpu(gpu, case, impl):
         asked.clear()
 
 
-def test_the_choice_of_an_implementation_breaks_no_graph(gpu):
+def test_the_choice_of_an_implementation_causes_no_graph_break(gpu):
     device = gpu((7, 5))
     torch._dynamo.reset()
 
@@ -203,7 +203,7 @@ def test_an_architecture_on_torch_is_not_compiled(capsys):
     assert "sm_75: nothing is compiled" in capsys.readouterr().out
 
 
-def test_pointers_of_any_alignment_compile_once():
+def test_pointers_with_different_alignments_compile_once():
     """Ids and values per row come from callers or from the middle of a tensor. Whether they are aligned to 16 bytes
     changes from step to step, and must not cause another compilation."""
     anywhere = {

@@ -70,7 +70,7 @@ def asked(monkeypatch):
         (m3ae_kernels.M3AEHeads, {"gather_tokens", "masked_pixel_loss", "masked_token_loss"}),
     ],
 )
-def test_a_module_hands_each_of_its_options_to_its_ops(asked, module, ops):
+def test_a_module_passes_each_of_its_options_to_its_ops(asked, module, ops):
     """Each option has a value that differs from its default. New options are covered automatically."""
     options = [p for p in inspect.signature(module).parameters.values() if p.kind == p.KEYWORD_ONLY]
     own = {p.name: OWN[p.name] for p in options}
@@ -99,7 +99,7 @@ def test_a_module_hands_each_of_its_options_to_its_ops(asked, module, ops):
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
-def test_a_gathered_norm_is_torchs_of_the_same_eps(eps):
+def test_gather_norm_equals_torch_layer_norm_with_the_same_eps(eps):
     torch.manual_seed(0)
     tensors = [torch.randn(shape, requires_grad=True) for shape in ((9, 12), (12,), (12,))]
     rows, upstream = torch.tensor([7, 0, 3]), torch.randn(3, 12)
@@ -113,7 +113,7 @@ def test_a_gathered_norm_is_torchs_of_the_same_eps(eps):
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_token_loss_is_cross_entropy(reduction, smoothing):
+def test_token_loss_equals_cross_entropy(reduction, smoothing):
     """The value and the gradients are those of torch's cross-entropy, with ignored rows, and without row weights or
     bias."""
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_token_loss_is_cross_entropy(reduction, smoothing):
         assert error(a, b.double()) < 2e-6
 
 
-def test_a_head_without_bias_is_one_whose_bias_is_zero():
+def test_a_head_without_bias_equals_one_with_zero_bias():
     """The log-partition, which a constant would shift, is equal too."""
     torch.manual_seed(0)
     hidden, targets = torch.randn(19, 12, requires_grad=True), torch.randint(0, 48, (19,))
@@ -179,7 +179,7 @@ def token_and_pixel_loss() -> dict:
 
 
 @pytest.mark.parametrize("name", token_and_pixel_loss())
-def test_a_loss_that_is_told_no_reduction_sums_and_warns_once(name, unwarned):
+def test_a_loss_without_reduction_argument_sums_and_warns_once(name, unwarned):
     """The default will be the mean from the next release on, as in torch. Without the warning, the losses of callers
     would be rescaled silently."""
     compute = token_and_pixel_loss()[name]
@@ -198,7 +198,7 @@ def test_a_loss_that_is_told_no_reduction_sums_and_warns_once(name, unwarned):
     torch.testing.assert_close(mean, expected / counted)
 
 
-def test_compiled_code_warns_of_the_sum_too(unwarned):
+def test_compiled_code_warns_about_the_default_reduction(unwarned):
     torch._dynamo.reset()
     compute = token_and_pixel_loss()["masked_token_loss"]
     with pytest.warns(FutureWarning, match="masked_token_loss returns the sum") as warned:
@@ -208,7 +208,7 @@ def test_compiled_code_warns_of_the_sum_too(unwarned):
     assert all(torch.equal(each, compute(reduction="sum")) for each in compiled)
 
 
-def test_arguments_stand_in_the_order_of_torch():
+def test_positional_arguments_have_the_order_of_torch():
     """A call in the order of earlier versions, with the bias third, raises an error instead of returning another
     loss."""
     (hidden, weight), targets = (torch.randn(n, 12) for n in (5, 31)), torch.arange(5)
@@ -223,7 +223,7 @@ def test_arguments_stand_in_the_order_of_torch():
         assert (theirs, ours) == (["input", "linear_weight", "target"], ["hidden", "weight", "targets"])
 
 
-def test_ignored_rows_leave_no_trace():
+def test_ignored_rows_have_no_effect():
     """For any ignore_index and any weight, ignored rows have loss 0 and no gradient and do not count as correct."""
     inputs = make("token-some", torch.float32)
     targets, weights = inputs.tensors["targets"], torch.rand(19) + 0.5
@@ -245,7 +245,7 @@ def test_ignored_rows_leave_no_trace():
         assert all((value == 0).all() for value in result.values())
 
 
-def test_the_bias_of_an_embedding_is_summed_in_its_own_digits():
+def test_the_bias_gradient_of_an_embedding_is_summed_in_float32():
     torch.manual_seed(0)
     images, patch_ids = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), torch.arange(8).repeat(50)
     weight, bias = torch.randn(32, 192, requires_grad=True), torch.zeros(32, requires_grad=True)
@@ -257,7 +257,7 @@ def test_the_bias_of_an_embedding_is_summed_in_its_own_digits():
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 6, 8])
-def test_images_and_rows_may_begin_at_any_element(offset):
+def test_images_and_rows_may_begin_at_any_offset(offset):
     """Slices of a buffer may begin at any element. Rows that are usually read as wide elements are then read as
     narrower ones."""
     torch.manual_seed(0)
@@ -275,7 +275,7 @@ def test_images_and_rows_may_begin_at_any_element(offset):
     assert torch.equal(first, x.grad)
 
 
-def test_correct_predictions_are_counted_with_weights_of_their_own():
+def test_correct_predictions_are_counted_with_separate_weights():
     """Without such weights, the weights of the loss are used. The weights of the count never have a gradient."""
     torch.manual_seed(0)
     head = m3ae_kernels.MaskedTokenLoss(12, 5, reduction="sum")
@@ -315,7 +315,7 @@ def test_float64_stays_float64_under_autocast(op):
     assert found.dtype == torch.float64 and torch.equal(found, expected)
 
 
-def test_an_ignored_word_of_the_vocabulary_is_never_correct():
+def test_an_ignored_token_of_the_vocabulary_is_never_correct():
     """The ignored word may be the id of padding, which a model may learn to predict."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(40, 12), torch.randn(7, 12)
@@ -330,7 +330,7 @@ def test_an_ignored_word_of_the_vocabulary_is_never_correct():
 
 
 @pytest.mark.parametrize("target", [-1, 97, 2**31 - 1, -(2**31)])
-def test_a_target_out_of_range_shows_in_its_loss_and_nowhere_else(target):
+def test_a_target_out_of_range_affects_only_its_own_loss(target):
     """On a CPU, such a target raises an IndexError."""
     inputs = make("token-some", torch.float32)
     inputs.options |= {"reduction": "none", "return_correct": True}
@@ -367,7 +367,7 @@ def test_reductions_agree(case):
 
 
 @pytest.mark.parametrize("case", [*SMALL, "token-mean", "norm-no-bias", "embed-last"])
-def test_frozen_tensors_get_no_gradient_and_change_no_other(case):
+def test_frozen_tensors_get_no_gradient_and_do_not_change_other_gradients(case):
     inputs = make(case, torch.float32)
     expected = run(m3ae_kernels, case, inputs)
     for frozen in inputs.learned if len(inputs.learned) > 1 else ():
@@ -379,7 +379,7 @@ def test_frozen_tensors_get_no_gradient_and_change_no_other(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_norm_frozen_as_a_whole_changes_no_gradient_of_rows(dtype):
+def test_a_frozen_norm_does_not_change_the_gradients_of_its_input(dtype):
     case = "norm-some"
     inputs = make(case, dtype)
     expected = run(m3ae_kernels, case, inputs)
@@ -389,7 +389,7 @@ def test_a_norm_frozen_as_a_whole_changes_no_gradient_of_rows(dtype):
     assert all(torch.equal(got, expected[name]) for name, got in results.items())
 
 
-def test_without_autograd_no_gradient_is_made():
+def test_without_autograd_no_gradient_is_computed():
     """The parameters require gradients. An evaluation nevertheless takes only the time of the forward pass."""
     hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(4096, 64, requires_grad=True)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -398,7 +398,7 @@ def test_without_autograd_no_gradient_is_made():
     assert sum(event.name in ("aten::mm", "aten::addmm") for event in record.events()) == 1
 
 
-def test_frozen_heads_cost_no_gradient_memory():
+def test_frozen_heads_allocate_no_gradient_memory():
     """If the weight is frozen, no tensor of its size is allocated. If the bias is frozen, its gradient is not
     computed."""
     torch.manual_seed(0)
@@ -416,7 +416,7 @@ def test_frozen_heads_cost_no_gradient_memory():
 
 
 @pytest.mark.parametrize("case", SMALL)
-def test_torch_func_grad(case):
+def test_torch_func_grad_is_supported(case):
     inputs = make(case, torch.float32)
     expected = run(m3ae_kernels, case, inputs, torch.ones_like(call(reference, case, inputs)))
     names = inputs.learned
@@ -430,7 +430,7 @@ def test_torch_func_grad(case):
 
 
 @pytest.mark.parametrize("case", [case for case in SMALL if case != "gather-some"])
-def test_other_transforms_are_refused_in_one_line(case):
+def test_unsupported_function_transforms_are_refused_in_one_line(case):
     inputs = make(case, torch.float32)
     name = inputs.learned[0]
     learned = inputs.tensors[name].detach()
@@ -448,7 +448,7 @@ def test_other_transforms_are_refused_in_one_line(case):
 
 
 @pytest.mark.parametrize("case", [case for case in SMALL if case != "gather-some"])
-def test_a_graph_of_gradients_is_refused_in_one_line(case):
+def test_second_derivatives_are_refused_in_one_line(case):
     """The graph of a sum, whose upstream gradient is a constant, is rejected too: torch would treat the gradients as
     constants."""
     inputs = make(case, torch.float32)
@@ -459,7 +459,7 @@ def test_a_graph_of_gradients_is_refused_in_one_line(case):
             torch.autograd.grad(loss, learned, create_graph=True)
 
 
-def test_the_orders_of_a_loader_change_nothing():
+def test_scatter_orders_of_the_loader_do_not_change_results():
     for case in ("scatter-vocab", "scatter-long", *(["scatter-mask"] if not TRITON else [])):  # the interpreter is slow
         inputs = make(case, torch.float32)
         expected = run(m3ae_kernels, case, inputs)
@@ -472,7 +472,7 @@ def test_the_orders_of_a_loader_change_nothing():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_patch_embed_from_and_to_convolutions(bias):
+def test_patch_embed_converts_from_and_to_convolutions(bias):
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 12, 8, 8, bias=bias)
     conv.weight.requires_grad_(False)
@@ -498,13 +498,13 @@ def test_patch_embed_from_and_to_convolutions(bias):
         ({"stride": 8, "groups": 3}, "groups must be 1"),
     ],
 )
-def test_other_convolutions_are_refused(options, message):
+def test_convolutions_that_are_not_patch_embeddings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         m3ae_kernels.PatchEmbed.from_conv(nn.Conv2d(3, 12, 8, **options))
 
 
 @pytest.mark.parametrize("layer", [nn.Conv1d(12, 31, 1), nn.Identity(), "Linear"], ids=str)
-def test_heads_and_embeddings_of_other_layers_are_refused(layer):
+def test_heads_and_embeddings_of_other_layer_types_are_refused(layer):
     """Adapters, for example, also have a weight, but compute more than a product with it."""
     with pytest.raises(TypeError, match=rf"^the head must be a torch\.nn\.Linear, not {type(layer).__name__}$"):
         m3ae_kernels.MaskedTokenLoss.from_linear(layer, reduction="mean")
@@ -514,12 +514,12 @@ def test_heads_and_embeddings_of_other_layers_are_refused(layer):
         m3ae_kernels.PatchEmbed.from_conv(layer)
 
 
-def test_a_head_of_parts_of_patches_is_refused():
+def test_a_head_that_does_not_predict_whole_patches_is_refused():
     with pytest.raises(ValueError, match=r"does not predict patches of 8 x 8 pixels: .* multiple of 64$"):
         m3ae_kernels.MaskedPixelLoss.from_linear(nn.Linear(12, 100), patch_size=8, reduction="mean")
 
 
-def test_pixel_targets_that_need_a_gradient_or_a_variance_they_lack_are_refused():
+def test_pixel_targets_with_gradients_or_without_variance_are_refused():
     """If the images were accepted, the gradient would ignore the targets, or the loss would be NaN."""
     images, weight = torch.rand(1, 3, 16, 16, requires_grad=True), torch.randn(192, 12)
     hidden, ids = torch.randn(4, 12), torch.arange(4)
@@ -558,7 +558,7 @@ def test_tensors_without_data_pass_through_every_op(case):
 
 
 @pytest.mark.parametrize("case", [case for case in SMALL if case != "gather-some"])
-def test_lazily_negated_and_zero_gradients_are_read_as_what_they_are(case):
+def test_lazily_negated_and_zero_gradients_are_resolved(case):
     """The memory of a negated tensor contains the values with the opposite sign, and a zero tensor has no memory."""
     inputs = make(case, torch.float32)
     upstream = torch.randn(call(m3ae_kernels, case, inputs).shape)
@@ -571,7 +571,7 @@ def test_lazily_negated_and_zero_gradients_are_read_as_what_they_are(case):
 
 
 @pytest.mark.parametrize("case", [case for case in SMALL if case != "gather-some"])
-def test_batches_of_gradients_are_refused_in_one_line(case):
+def test_batched_gradients_are_refused_in_one_line(case):
     inputs = make(case, torch.float32)
     out = call(m3ae_kernels, case, inputs)
     with pytest.raises(NotImplementedError, match=r"^m3ae_kernels: [a-z_]+ does not support batched gradients$"):
@@ -581,7 +581,7 @@ def test_batches_of_gradients_are_refused_in_one_line(case):
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit, with which TensorBoard's graphs are created, is deprecated
 @pytest.mark.parametrize("case", ["embed-p16", "attend-some", "norm-some", "scatter-mask", "token-rows"])
-def test_traced_functions_compute_anew(case):
+def test_traced_functions_recompute_with_new_inputs(case):
     inputs, others = make(case, torch.float32), make(case, torch.float32, seed=1)
     fixed = {n: t for n, t in inputs.tensors.items() if n not in inputs.learned}
 
@@ -598,7 +598,7 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
         m3ae_kernels.gather_tokens(torch.randn(5, 8), torch.arange(2), impl="triton")
 
 
-def test_other_devices_than_gpus_and_the_cpu_use_plain_torch():
+def test_devices_other_than_gpus_and_the_cpu_use_plain_torch():
     """The C kernels would mistake their addresses for addresses in host memory."""
     for impl in ("auto", "torch"):
         assert kernel_for(impl, torch.device("mps"), torch.float32, 2, 16, 37) is PADDED
@@ -622,7 +622,7 @@ def test_heads_from_linear_share_its_parameters():
     assert torch.allclose(head(hidden, images, ids), expected)
 
 
-def test_torchs_precision_settings_are_heeded():
+def test_torch_precision_settings_are_used():
     """The newer settings, with which torch.get_float32_matmul_precision() raises an error, are used too."""
     from m3ae_kernels.triton_impl.common import precision
 
@@ -643,7 +643,7 @@ def test_torchs_precision_settings_are_heeded():
         setattr(matmul, setting, before)
 
 
-def test_the_older_precision_setting_is_heeded_where_there_is_no_newer(monkeypatch):
+def test_the_older_precision_setting_is_used_if_there_is_no_newer_one(monkeypatch):
     """torch 2.8 is an example."""
     from m3ae_kernels.triton_impl import common
 
@@ -652,7 +652,7 @@ def test_the_older_precision_setting_is_heeded_where_there_is_no_newer(monkeypat
         assert common.precision(torch.float32) == expected
 
 
-def test_channels_last_images_are_read_where_they_lie():
+def test_channels_last_images_are_read_without_copying():
     for case in ("embed-last", "pixel-mean-last"):
         inputs = make(case, torch.float32)
         images = inputs.tensors["images"]

@@ -14,7 +14,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 BLOCKS = re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(encoding="utf-8"), re.S)
 
 
-def test_readme_examples():
+def test_examples_in_the_readme_run():
     assert len(BLOCKS) == 8
     names: dict = {}
     for block in BLOCKS:
@@ -36,7 +36,7 @@ def test_the_tests_that_the_readme_names_exist():
     assert [name for name in named if f"def {name}(" not in there] == []
 
 
-def test_distribution_of_its_own(tmp_path):
+def test_the_kernels_are_a_separate_distribution(tmp_path):
     """`pip install ./kernels` installs only m3ae-kernels: the package, its tuning tables, and three requirements."""
     source = tmp_path / "kernels"
     shutil.copytree(KERNELS, source, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))

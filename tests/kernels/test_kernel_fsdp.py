@@ -70,7 +70,7 @@ os._exit(0)
 
 
 @pytest.mark.slow
-def test_sharded_modules_equal_one_process(tmp_path):
+def test_fsdp_sharded_modules_equal_a_single_process(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]

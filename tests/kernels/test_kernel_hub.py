@@ -66,23 +66,23 @@ def run(variant: Path, code: str) -> str:
 
 
 @pytest.mark.slow
-def test_it_loads_from_a_path_alone(variant):
+def test_the_hub_variant_can_be_loaded_from_its_path(variant):
     assert "loaded" in run(variant, ALONE)
 
 
 @pytest.mark.slow
-def test_it_lives_beside_the_installed_package(variant):
+def test_the_hub_variant_can_be_used_alongside_the_installed_package(variant):
     assert "both" in run(variant, BESIDE)
 
 
-def test_metadata_names_what_is_there(variant):
+def test_metadata_of_the_hub_variant_matches_its_files(variant):
     metadata = json.loads((variant / "metadata.json").read_text())
     assert metadata["name"] == "m3ae-kernels" and metadata["id"].isidentifier()
     files = {path.name for path in (variant / "m3ae_kernels").rglob("*")}
     assert {"__init__.py", "attention.c", "sm_90.json", "token_loss.py"} <= files and "__pycache__" not in files
 
 
-def test_a_name_follows_the_content(tmp_path, variant):
+def test_the_id_of_the_hub_variant_depends_on_its_content(tmp_path, variant):
     from m3ae_kernels import hub
 
     package = variant / "m3ae_kernels"
@@ -99,7 +99,7 @@ def metadata_id(variant: Path) -> str:
     return json.loads((variant / "metadata.json").read_text())["id"]
 
 
-def test_nothing_is_overwritten(variant, capsys):
+def test_an_existing_hub_variant_is_not_overwritten(variant, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([str(variant.parents[1])])
     assert stopped.value.code == 2

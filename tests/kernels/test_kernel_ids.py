@@ -65,7 +65,7 @@ def test_invalid_sample_boundaries_are_named(check, case, name, at, value, found
 
 
 @pytest.mark.parametrize("case, name", [("gather-some", "rows"), ("norm-some", "rows"), ("scatter-mask", "src")])
-def test_rows_that_must_be_distinct_and_are_not_are_named(check, case, name):
+def test_duplicate_rows_are_named_if_rows_must_be_distinct(check, case, name):
     inputs = make(case, torch.float32)
     named = inputs.tensors[name]
     first, again = (named >= 0).nonzero()[[1, 4], 0].tolist()
@@ -78,7 +78,7 @@ def test_rows_that_must_be_distinct_and_are_not_are_named(check, case, name):
 @pytest.mark.parametrize(
     "name, at, message", [("fill_order", 3, "out of range at row 3"), ("table_order", 3, "again at")]
 )
-def test_orders_of_no_permutation_are_named(check, name, at, message):
+def test_orders_that_are_not_permutations_are_named(check, name, at, message):
     inputs = make("scatter-mask", torch.float32)
     named = [inputs.tensors[each] for each in ("src", "fill_ids", "table_ids")]
     orders = dict(zip(("fill_order", "table_order"), m3ae_kernels.scatter_orders(*named)))
@@ -89,7 +89,7 @@ def test_orders_of_no_permutation_are_named(check, name, at, message):
 
 
 @pytest.mark.parametrize("case", SMALL)
-def test_right_ids_pass_and_change_nothing(case, monkeypatch):
+def test_checking_valid_ids_does_not_change_results(case, monkeypatch):
     expected = run(m3ae_kernels, case, make(case, torch.float32))
     monkeypatch.setenv(ids.ENV, "1")
     for name, got in run(m3ae_kernels, case, make(case, torch.float32)).items():

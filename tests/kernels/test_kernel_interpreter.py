@@ -18,7 +18,7 @@ ROOT = HERE.parents[1]
 ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1", "M3AE_KERNELS_IMPL": "triton", "OMP_NUM_THREADS": "1"}
 
 
-def test_ops_on_the_interpreter():
+def test_ops_pass_their_tests_on_the_triton_interpreter():
     files = [
         *(f"test_kernel_{name}.py" for name in ("ops", "api", "shapes", "ids", "varlen")),
         "tiles.py",

@@ -159,7 +159,7 @@ def test_inputs_of_any_stride(case):
 
 
 @pytest.mark.parametrize("case", SMALL)
-def test_backward_twice_and_partly(case):
+def test_repeated_and_partial_backward_passes_give_the_same_gradients(case):
     """A second backward pass gives the same gradients, and so does a pass that requires a single gradient."""
     inputs = make(case, torch.float32)
     expected = run(m3ae_kernels, case, inputs)
@@ -272,7 +272,7 @@ def test_inductor_equals_eager():
 
 
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.uint16, torch.float64], ids=str)
-def test_thirteen_bands_are_embedded_as_a_convolution_does_it(pixels):
+def test_patch_embed_of_thirteen_channels_equals_a_convolution(pixels):
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(13, 8, 4, 4).double()
     values = torch.rand(2, 13, 8, 12, dtype=torch.float64)
@@ -356,7 +356,7 @@ def test_opcheck(case):
 
 
 @pytest.mark.parametrize("case", SMALL)
-def test_gradients_of_some_inputs_alone_have_the_shapes_that_compilers_are_told(case):
+def test_partial_gradients_have_the_shapes_declared_to_compilers(case):
     inputs = make(case, torch.float32)
     for only in inputs.learned:
         alone = {
@@ -376,7 +376,7 @@ def largest_allocation(case: str, inputs: Inputs) -> int:
 
 
 @pytest.mark.parametrize(("case", "module"), [("norm-some", "gather"), ("embed-p14", "patch_embed")])
-def test_chunks_of_rows_add_up(case, module, monkeypatch):
+def test_results_do_not_depend_on_the_number_of_row_chunks(case, module, monkeypatch):
     inputs = make(case, torch.float32)
     monkeypatch.setattr(importlib.import_module(f"m3ae_kernels.{module}"), "CHUNK_ROWS", 13)
     true = run(reference, case, double(inputs))
@@ -384,7 +384,7 @@ def test_chunks_of_rows_add_up(case, module, monkeypatch):
         assert error(got, true[name]) < 1e-6, name
 
 
-def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
+def test_losses_never_store_all_logits_or_predictions(monkeypatch):
     """In chunks of a few rows, the result is the same, and no tensor [M, V] or [M, K] is allocated."""
     folder = "m3ae_kernels.triton_impl" if TRITON else "m3ae_kernels"
     pixel = importlib.import_module(f"{folder}.pixel_loss")
@@ -411,7 +411,7 @@ def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["token-z", "pixel-p16"])
-def test_chunks_of_a_gradient_are_added_in_float32(case, monkeypatch):
+def test_gradient_chunks_are_accumulated_in_float32(case, monkeypatch):
     """In float16, a sum over many chunks would lose digits that each chunk still has."""
     folder = "m3ae_kernels.triton_impl" if TRITON else "m3ae_kernels"
     pixel = importlib.import_module(f"{folder}.pixel_loss")
@@ -439,7 +439,7 @@ def test_rows_of_16_bits_that_nearly_cancel_are_summed_in_float32():
     assert (table.grad == 250 / 2**7).all()
 
 
-def test_any_negative_index_names_no_row():
+def test_negative_indices_select_no_row():
     case = "scatter-long"
     inputs = make(case, torch.float32)
     names = ("src", "fill_ids", "table_ids")
@@ -452,7 +452,7 @@ def test_any_negative_index_names_no_row():
         assert torch.equal(got, expected[name]), name
 
 
-def test_correct_is_the_first_of_the_largest():
+def test_a_prediction_is_correct_only_if_its_target_is_the_first_maximum():
     hidden = torch.zeros(4, 8)
     bias = torch.zeros(1200)
     bias[[515, 3, 1027]] = 2.0  # three equal maxima in three tiles, all in the same lane
@@ -498,7 +498,7 @@ def test_large_logits_stay_finite():
         assert error(got, true[name]) < 2e-3, name
 
 
-def test_offsets_past_two_to_the_31():
+def test_offsets_beyond_2_to_the_31_are_supported():
     """The op reads the last row of a tensor of more than 2^31 elements; only this row is ever touched."""
     x = torch.empty(2**31 // 512 + 3, 512, dtype=torch.float16)
     x[-1] = torch.arange(512)
@@ -512,7 +512,7 @@ def test_offsets_past_two_to_the_31():
     assert torch.allclose(out, torch.full((1, 16), 7.0 * 8 * 8 * 3))
 
 
-def test_modules_are_the_ops_with_their_own_weights():
+def test_modules_equal_the_ops_with_their_weights():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     ids, weight = torch.tensor([5, 0, 3], dtype=torch.int32), torch.rand(3)
@@ -541,7 +541,7 @@ def test_modules_are_the_ops_with_their_own_weights():
 
 
 @pytest.mark.parametrize("vocab", [53, None])
-def test_m3ae_heads_are_their_parts(vocab):
+def test_m3ae_heads_equal_the_combination_of_their_parts(vocab):
     """The module and the parts of the reference agree in value and in all gradients, including those of hidden
     layers."""
     torch.manual_seed(0)
@@ -647,7 +647,7 @@ def test_m3ae_heads_are_their_parts(vocab):
         ("attend-some", {"dropout_p": 0.1, "max_seqlen": 5}, IndexError, "packed_attention: cu_seqlens must increase"),
     ],
 )
-def test_mistakes_are_named(case, changes, error_type, message, monkeypatch):
+def test_invalid_arguments_are_named(case, changes, error_type, message, monkeypatch):
     import_kernels()
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # otherwise, impl="triton" would be the mistake
     inputs = make(case, torch.float32)

@@ -42,7 +42,7 @@ def step(model: nn.Module, pixels: Tensor, seed: int = 2):
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm_pix_loss": True}, {"mask_ratio": 0.5}, {"qkv_bias": False}], ids=str)
-def test_loss_and_gradients_are_those_of_transformers(changes):
+def test_loss_and_gradients_equal_those_of_transformers(changes):
     plain = vit_mae(**changes)
     fused = patch(copy.deepcopy(plain))
     floating = images()[1]
@@ -55,7 +55,7 @@ def test_loss_and_gradients_are_those_of_transformers(changes):
         assert (grad - true[name]).norm() <= 1e-6 * true[name].norm() + 1e-9, name
 
 
-def test_raw_images_give_the_loss_of_normalised_ones():
+def test_raw_and_normalised_images_give_the_same_loss():
     raw, floating = images()
     fused = patch(vit_mae(), mean=MEAN, std=STD)
     of_floating = step(fused, floating)[0].loss
@@ -68,7 +68,7 @@ def test_raw_images_give_the_loss_of_normalised_ones():
         )
 
 
-def test_patched_models_never_embed_what_is_masked():
+def test_patched_models_do_not_embed_masked_patches():
     """The models do not predict visible patches either. The ops receive only the required rows."""
     seen = []
     fused = patch(vit_mae())
@@ -78,7 +78,7 @@ def test_patched_models_never_embed_what_is_masked():
     assert seen == [(4, 4, 48), (4, 12, 24)]
 
 
-def test_evaluation_is_as_it_was():
+def test_patching_does_not_change_evaluation():
     plain = vit_mae().eval()
     fused = patch(copy.deepcopy(plain))
     floating, noise = images()[1], torch.rand(4, 16)
@@ -92,7 +92,7 @@ def test_evaluation_is_as_it_was():
         fused(wide)
 
 
-def test_training_on_other_sizes_takes_the_models_own_path():
+def test_training_on_other_image_sizes_uses_the_unpatched_code():
     plain = vit_mae()
     fused = patch(copy.deepcopy(plain))
     wide, options = torch.randn(2, 3, 48, 48), {"noise": torch.rand(2, 36), "interpolate_pos_encoding": True}
@@ -130,7 +130,7 @@ def test_a_copy_of_a_patched_model_reads_its_own_weights():
     assert before == step(fused, images()[1])[0].loss != step(other, images()[1])[0].loss
 
 
-def test_an_encoder_alone():
+def test_a_patched_encoder_equals_the_plain_one():
     torch.manual_seed(0)
     plain = ViTMAEModel(vit_mae().config)
     fused = m3ae_kernels.patch(copy.deepcopy(plain))
@@ -139,7 +139,7 @@ def test_an_encoder_alone():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_other_models_are_refused_by_name():
+def test_unsupported_models_are_refused_by_name():
     with pytest.raises(
         TypeError, match=r"^m3ae_kernels\.patch supports .*ViTMAEForPreTraining and ViTMAEModel, not Linear$"
     ):

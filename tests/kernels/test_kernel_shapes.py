@@ -62,7 +62,7 @@ def shaped(op: str, inputs: Inputs, lead: tuple[int, ...]) -> Inputs:
 
 @pytest.mark.parametrize("lead", [(2, -1), (-1, 1, 3), (1, -1)], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_leading_dimensions_change_no_bit(case, lead):
+def test_leading_dimensions_do_not_change_results_bitwise(case, lead):
     op, inputs = make(case)
     flat, found = results(op, inputs), results(op, shaped(op, inputs, lead))
     assert found.keys() == flat.keys()
@@ -73,7 +73,7 @@ def test_leading_dimensions_change_no_bit(case, lead):
 
 
 @pytest.mark.parametrize("case", ["token rows", "pixel rows", "gather", "norm", "embed", "scatter"])
-def test_a_single_row_may_have_no_dimension_but_its_own(case):
+def test_a_single_row_may_be_passed_without_a_row_dimension(case):
     op, inputs = make(case)
     several = {"x", "fill", "table"}
     one = {name: t[:1] if name in ROWS[op] and name not in several else t for name, t in inputs.tensors.items()}
@@ -85,7 +85,7 @@ def test_a_single_row_may_have_no_dimension_but_its_own(case):
         assert b.shape == a.shape[1:] and torch.equal(a[0], b)
 
 
-def test_no_rows_in_two_dimensions():
+def test_empty_inputs_with_two_row_dimensions_are_accepted():
     weight, ids = torch.randn(7, 4, requires_grad=True), torch.empty(3, 0, dtype=torch.int64)
     hidden = torch.empty(3, 0, 4, requires_grad=True)
     loss = m3ae_kernels.masked_token_loss(hidden, weight, ids, reduction="none")
@@ -94,7 +94,7 @@ def test_no_rows_in_two_dimensions():
     assert hidden.grad.shape == (3, 0, 4) and (weight.grad == 0).all()
 
 
-def test_batches_whose_rows_do_not_follow_one_another():
+def test_batches_with_non_contiguous_rows_have_correct_gradients():
     """A transposed batch gives the same result as its copy. Silently wrong gradients for strided inputs are the most
     common bug of such ops."""
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def test_dimensions_that_do_not_agree_are_named():
         m3ae_kernels.packed_attention(torch.randn(5, 2, 2, 4), torch.tensor([0, 5]), 5)
 
 
-def test_heads_of_m3ae_take_batches():
+def test_m3ae_heads_accept_batch_dimensions():
     """`head_inputs` and `m3ae_loss` are tested too, through `M3AEHeads`."""
     torch.manual_seed(0)
     heads = m3ae_kernels.M3AEHeads(16, 31, patch_size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -143,7 +143,7 @@ def test_heads_of_m3ae_take_batches():
     assert all(torch.equal(a, b) for a, b in zip(losses(False), losses(True)))
 
 
-def test_batches_compile_whole():
+def test_ops_with_batch_dimensions_compile_to_one_graph():
     torch.manual_seed(0)
     weight = torch.randn(31, 16)
     torch._dynamo.reset()

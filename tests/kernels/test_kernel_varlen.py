@@ -78,7 +78,7 @@ def test_error_is_at_most_twice_that_of_torch(case, dtype, poisoned):  # noqa: F
         assert error(value, true[name]) <= allowed, name
 
 
-def test_wide_heads_and_ids_of_64_bits():
+def test_wide_heads_and_64_bit_ids_are_supported():
     tensors, lengths, options = make("causal, fewer queries", torch.float32, dim=80, ids=torch.int64)
     true = run(reference, [t.detach().double().requires_grad_() for t in tensors], lengths, options)
     for name, got in run(m3ae_kernels, tensors, lengths, options).items():
@@ -86,7 +86,7 @@ def test_wide_heads_and_ids_of_64_bits():
 
 
 @pytest.mark.parametrize("case", ["causal", "plain"])
-def test_samples_of_several_tiles(case):
+def test_samples_of_several_tiles_equal_the_reference(case):
     """The samples have more queries and keys than the tile of any kernel."""
     torch.manual_seed(0)
     lengths, options = (70, 131), CASES[case][2]
@@ -98,7 +98,7 @@ def test_samples_of_several_tiles(case):
 
 
 @pytest.mark.parametrize("case", ["plain", "causal, fewer queries"])
-def test_slices_of_one_tensor_and_transposed_ones(case):
+def test_strided_inputs_equal_contiguous_ones(case):
     """The tensors are the output of one linear layer for all three, or of a separate layer for each."""
     tensors, lengths, options = make(case, torch.float32)
     expected = run(m3ae_kernels, tensors, lengths, options)
@@ -111,7 +111,7 @@ def test_slices_of_one_tensor_and_transposed_ones(case):
             assert error(got, expected[name].double()) < 1e-6, name
 
 
-def test_lengths_may_be_tensors_and_windows_wider_than_any_sample():
+def test_lengths_may_be_tensors_and_windows_may_exceed_every_sample():
     """Callers compute lengths as tensors, and use a large number to denote "all"."""
     tensors, (*boundaries, longest_q, longest_k), _ = make("plain", torch.float32)
     expected = m3ae_kernels.flash_attn_varlen_func(*tensors, *boundaries, longest_q, longest_k, causal=True)
@@ -127,7 +127,7 @@ def test_dropout_of_queries_without_keys_is_finite():
     assert (out[:4] == 0).all() and all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), tensors))
 
 
-def test_it_equals_packed_attention():
+def test_flash_attn_varlen_func_equals_packed_attention():
     tensors, lengths, _ = make("plain", torch.float32)
     q, k, v = tensors
     out = m3ae_kernels.flash_attn_varlen_func(q, k, v, *lengths)
@@ -151,7 +151,7 @@ def test_gradcheck(case):
 
 
 @pytest.mark.parametrize("case", ["plain", "causal"])
-def test_two_runs_are_bitwise_equal_and_what_is_frozen_gets_no_gradient(case):
+def test_two_runs_are_bitwise_equal_and_frozen_inputs_get_no_gradient(case):
     tensors, lengths, options = make(case, torch.float32)
     first, second = (run(m3ae_kernels, tensors, lengths, options) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -183,7 +183,7 @@ def test_opcheck(case):
     torch.library.opcheck(varlen.varlen_attention_op.registered, arguments, test_utils=tests)
 
 
-def test_dropout_drops():
+def test_attention_dropout_is_applied():
     tensors, lengths, options = make("causal", torch.float32)
     whole = m3ae_kernels.flash_attn_varlen_func(*tensors, *lengths, **options)
     torch.manual_seed(0)
@@ -191,7 +191,7 @@ def test_dropout_drops():
     assert 0 < error(mean, whole.double()) < 0.1
 
 
-def test_its_arguments_are_those_of_flash_attn():
+def test_arguments_equal_those_of_flash_attn():
     lengths = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
     options = ["dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic"]
     names = ["q", "k", "v", *lengths, *options, "return_attn_probs", "block_table"]  # flash-attn 2.8
@@ -227,7 +227,7 @@ def test_its_arguments_are_those_of_flash_attn():
         ({name: torch.randn(43, 2, 0) for name in "qkv"}, ValueError, "q has 2 heads of dimension 0"),
     ],
 )
-def test_mistakes_are_named(changes, error_type, message):
+def test_invalid_arguments_are_named(changes, error_type, message):
     tensors, lengths, options = make("plain", torch.float32)
     names = list(inspect.signature(m3ae_kernels.flash_attn_varlen_func).parameters)
     arguments = dict(zip(names, (*tensors, *lengths))) | options | changes
@@ -235,7 +235,7 @@ def test_mistakes_are_named(changes, error_type, message):
         m3ae_kernels.flash_attn_varlen_func(**arguments)
 
 
-def test_own_kernels_by_device():
+def test_the_attention_kernel_depends_on_implementation_device_and_dtype():
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     assert own_kernel("triton", gpu, torch.float16).name == "triton"
     assert own_kernel("torch", gpu, torch.float16).name == "padded matmuls"

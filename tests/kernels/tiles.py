@@ -38,7 +38,7 @@ RAGGED = (
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", RAGGED)
-def test_shipped_tiles(case, dtype, monkeypatch, poisoned):  # noqa: F811
+def test_ops_with_the_shipped_tiles_equal_the_reference(case, dtype, monkeypatch, poisoned):  # noqa: F811
     monkeypatch.setattr(tuning, "arch_of", lambda device: ARCH)
     inputs = make(case, dtype)
     true, torch_like = run(reference, case, double(inputs)), run(reference, case, inputs)
@@ -49,7 +49,7 @@ def test_shipped_tiles(case, dtype, monkeypatch, poisoned):  # noqa: F811
 
 @pytest.mark.parametrize("other", [False, True], ids=["whole", "queries of some rows"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_attention_at_the_edges_of_its_tiles(dtype, other, poisoned):  # noqa: F811
+def test_attention_is_correct_at_the_edges_of_its_tiles(dtype, other, poisoned):  # noqa: F811
     """Samples have one row less than a tile, as many rows as a tile, one row more, or the rows of two tiles. This holds
     for keys and for queries.
     """
@@ -66,7 +66,7 @@ def test_the_kernels_equal_the_official_model(capsys):
     assert "agree with the official implementation" in capsys.readouterr().out
 
 
-def test_a_loss_scale_changes_no_gradient_of_attention():
+def test_a_loss_scale_does_not_change_attention_gradients():
     """The products of gradients and values, and their mean, exceed the range of float16."""
     inputs, scale = make("attend-queries", torch.float16), 2.0**14
     inputs.tensors["qkv"].data[:, 1] = 4 + inputs.tensors["qkv"].data[:, 1] / 64
@@ -77,7 +77,7 @@ def test_a_loss_scale_changes_no_gradient_of_attention():
 
 
 @pytest.mark.parametrize("case", ["embed-p14", "norm-some"])
-def test_a_program_of_a_backward_adds_its_blocks_up(case, monkeypatch):
+def test_a_backward_program_instance_sums_its_blocks(case, monkeypatch):
     """There are more blocks of rows than program instances."""
     monkeypatch.setattr(patch_embed, "TARGET_PROGRAMS", 1)
     monkeypatch.setattr(norm, "MAX_PARTIALS", 2)
@@ -87,7 +87,7 @@ def test_a_program_of_a_backward_adds_its_blocks_up(case, monkeypatch):
         assert error(got, true[name]) < 1e-6, name
 
 
-def test_a_wide_weights_gradient_has_digits_that_16_bits_lack():
+def test_the_gradient_of_a_float32_weight_has_float32_precision():
     """Products of float16 values are exact in float32, so the only rounding errors are those of the float32 sums."""
     inputs = make("embed-float", torch.float16).to(torch.float32, ["weight", "bias"])
     upstream = torch.randn(13, 48).half().double()
@@ -95,7 +95,7 @@ def test_a_wide_weights_gradient_has_digits_that_16_bits_lack():
     assert error(run(m3ae_kernels, "embed-float", inputs, upstream)["weight"], true["weight"]) < 1e-6
 
 
-def test_rows_are_shared_out_whole_and_within_the_room_for_them():
+def test_rows_are_distributed_in_whole_blocks_and_chunks_fit_into_their_buffers():
     """Rows are distributed over few program instances in whole blocks, and over chunks that fit into their buffers."""
     for count, block in itertools.product((0, 1, 63, 64, 65, 511, 512, 513, 10**6), (1, 8, 64)):
         share, programs = norm.rows_by_program(count, block)
@@ -117,7 +117,7 @@ class FirstTile:
         return self.kernel[tuple(1 for _ in grid)]
 
 
-def test_rows_past_two_to_the_31_are_read_and_written(monkeypatch):
+def test_rows_beyond_2_to_the_31_elements_are_read_and_written(monkeypatch):
     """The tensor has three rows that are so wide that the third begins beyond 2^31 elements. Memory that is never
     touched is not allocated."""
     for name in ("take_rows_kernel", "scatter_tokens_kernel"):
@@ -148,7 +148,7 @@ class LastTile:
         return launch
 
 
-def test_the_last_rows_of_many_are_read_and_written(monkeypatch):
+def test_the_last_rows_of_large_tensors_are_read_and_written(monkeypatch):
     """There are so many rows that the last ones begin beyond 2^31 elements. Memory that is never touched is not
     allocated."""
     width = 2**16

@@ -37,7 +37,7 @@ def device(cuda, monkeypatch):
     return made
 
 
-def test_checks_and_times(tmp_path, device, monkeypatch):
+def test_gpu_checks_and_timings_are_written(tmp_path, device, monkeypatch):
     monkeypatch.setattr(program, "CudaDevice", lambda: device)
     options = {"sizes": TINY, "small": TINY, "compiled": False, "rounds": 1, "repeats": 1}
     assert program.main(["--from", "0", "--results", str(tmp_path)], **options) == 0
@@ -48,7 +48,7 @@ def test_checks_and_times(tmp_path, device, monkeypatch):
     assert results.device_name() == "NVIDIA H100 80GB HBM3"
 
 
-def test_stages_of_a_plan_write_their_tables(tmp_path, device, monkeypatch):
+def test_each_stage_of_the_plan_writes_its_table(tmp_path, device, monkeypatch):
     monkeypatch.setenv(results.ELSEWHERE, str(tmp_path))
     for module in (ceilings, attention):
         monkeypatch.setattr(module, "CudaDevice", lambda: device)
@@ -73,14 +73,14 @@ def test_stages_without_a_gpu_are_refused(capsys):
     assert capsys.readouterr().err.count("no CUDA device") == 3
 
 
-def test_a_plan_begins_before_memory_is_taken(tmp_path, cuda, monkeypatch):
+def test_the_plan_starts_without_allocating_gpu_memory(tmp_path, cuda, monkeypatch):
     asked = []
     monkeypatch.setattr(program.plan, "run", lambda *args, again: asked.append((*args, *again)) or 0)
     assert program.main(["--all", "--results", str(tmp_path), "--again", "ops"]) == 0
     assert asked == [(tmp_path, 570, "ops")]
 
 
-def test_the_work_is_done_in_processes_of_its_own(tmp_path, cuda, monkeypatch):
+def test_each_part_of_the_benchmark_runs_in_its_own_process(tmp_path, cuda, monkeypatch):
     """Without a GPU, the processes report this, and the program exits with their code."""
     started = []
 
@@ -111,7 +111,7 @@ def test_the_projects_own_kernels_are_checked_and_tuned(tmp_path, device, monkey
     assert asked == ["triton", "triton"]
 
 
-def test_an_op_that_takes_the_gpu_with_it_ends_its_process(tmp_path, device, monkeypatch, capsys):
+def test_an_op_that_breaks_the_gpu_ends_only_its_process(tmp_path, device, monkeypatch, capsys):
     def lost(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -126,7 +126,7 @@ def test_an_op_that_takes_the_gpu_with_it_ends_its_process(tmp_path, device, mon
     assert (row["op"], row["error / allowed"]) == (list(OPS)[3], None) and "illegal memory access" in row["verdict"]
 
 
-def test_tuning(tmp_path, device, monkeypatch):
+def test_block_sizes_are_tuned_on_the_interpreter(tmp_path, device, monkeypatch):
     """Two ops are tuned on Triton's interpreter, with one setting each."""
     monkeypatch.setenv("M3AE_KERNELS_IMPL", "triton")
     monkeypatch.setattr(program, "CudaDevice", lambda: device)
@@ -144,7 +144,7 @@ def test_tuning(tmp_path, device, monkeypatch):
     assert json.loads((tmp_path / "sm_90.json").read_text()).keys() == table.keys()
 
 
-def test_steps(tmp_path, cuda, monkeypatch):
+def test_training_steps_are_timed(tmp_path, cuda, monkeypatch):
     """lab/tests/test_benchmarks.py tests the part that starts processes."""
     monkeypatch.setattr(step, "shipped", lambda: [step.Case("tiny", TRAINER_TINY, batch=4, samples=2)])
     monkeypatch.setattr(step, "make_shards", lambda *_, **__: None)
@@ -168,7 +168,7 @@ def test_steps(tmp_path, cuda, monkeypatch):
     assert len(results.read(tmp_path / "gpu-profile.json")) == 2
 
 
-def test_the_time_may_end_anywhere(tmp_path, device, monkeypatch, capsys):
+def test_the_time_budget_of_a_benchmark_may_end_at_any_point(tmp_path, device, monkeypatch, capsys):
     monkeypatch.setattr(program, "CudaDevice", lambda: device)
     options = {"sizes": TINY, "small": TINY, "compiled": False, "rounds": 10**9}
     assert program.main(["--from", "0", "--results", str(tmp_path), "--budget", "2"], **options) == 0
@@ -197,12 +197,12 @@ def test_an_op_that_waits_for_the_gpu_is_found(cuda, monkeypatch):
     assert cuda.events[-1] == "sync_debug_mode 0"
 
 
-def test_peak_memory_is_the_allocators(cuda):
+def test_peak_memory_is_read_from_the_allocator(cuda):
     assert peak_above(lambda: None, CUDA) == 123_000_000
     assert peak_above(lambda: None, torch.device("cpu")) >= 0
 
 
-def test_no_gpu_is_told(capsys):
+def test_a_missing_gpu_is_reported(capsys):
     assert "H100" not in results.device_name()
     assert program.main(["--quick"]) == 2
     with pytest.raises(SystemExit):

@@ -28,8 +28,8 @@ from tests.helpers.zero_cases import TINY, samples
 from tests.rehearsal.fake_cuda import CUDA, FakeCuda
 from tests.rehearsal.stand_ins import BrokenAdam, FusedAdam, install
 from tests.test_attention import (  # noqa: F401  # rehearsed here once more
-    test_a_resumed_run_keeps_its_kernels_where_they_are,
-    test_one_rank_chooses_and_all_run_the_same,
+    test_a_resumed_run_keeps_its_attention_kernels_if_they_are_available,
+    test_one_rank_chooses_the_attention_kernel_for_all_ranks,
     trials,
 )
 from tests.test_engine_on_gpu import steps_without_waiting
@@ -43,14 +43,16 @@ def batches(count: int):
     return [pack(samples(i, text=True), GEOMETRY) for i in range(count)]
 
 
-def test_missing_memory_is_told(cuda, monkeypatch):
+def test_missing_gpu_memory_is_reported(cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 10**9, 80 * 10**9))
     assert hardware.missing_memory(8e9, CUDA) == ""
     assert hardware.missing_memory(9.5e9, CUDA) == "9.5 GB are needed, and 10 GB are free"
 
 
 @pytest.mark.parametrize(("share", "checkpointing"), [(0.88, False), (0.92, False), (0.88, True)])
-def test_all_activations_are_kept_where_dry_runs_memory_allows_it(cuda, monkeypatch, share, checkpointing):
+def test_all_activations_are_kept_if_the_memory_estimate_of_the_dry_run_allows_it(
+    cuda, monkeypatch, share, checkpointing
+):
     """The activations require the fraction `share` of the free memory, of which nine tenths may be used."""
     train = {"steps": 3, "global_batch": 64, "micro_batch": 32, "compile": True, "precision": "bf16"}
     train["activation_checkpointing"] = checkpointing
@@ -78,7 +80,7 @@ def test_all_activations_are_kept_where_dry_runs_memory_allows_it(cuda, monkeypa
         )
 
 
-def test_batches_are_copied_on_a_stream_of_their_own(cuda):
+def test_batches_are_copied_on_a_separate_stream(cuda):
     def start_sums(host):
         cuda.events.append("sums")
         return lambda: []
@@ -107,7 +109,7 @@ def test_pinned_batches_come_from_the_loader(cuda):
     assert cuda.pinned.count((4, 3, 16, 16)) == 2
 
 
-def test_the_check_for_waiting_runs(cuda):
+def test_the_check_for_synchronisation_runs(cuda):
     steps_without_waiting(None, "fp32")
     assert cuda.events.count("sync_debug_mode error") == 3
 
@@ -116,7 +118,7 @@ def losses(value: float) -> list[Losses]:
     return [Losses(*(torch.tensor(v) for v in (value, 0.0, 0.0, 0.0)))]
 
 
-def test_a_bad_loss_is_found_without_waiting(cuda):
+def test_a_non_finite_loss_is_detected_without_synchronisation(cuda):
     watch, norm = LossWatch(), torch.tensor(1.0)
     cuda.late = 4  # the GPU lags behind the host
     for step, value in enumerate((1.0, float("nan"), 1.0)):
@@ -140,7 +142,7 @@ def test_a_bad_loss_is_found_without_waiting(cuda):
         (None, {}, "torch"),
     ],
 )
-def test_apex_is_taken_where_it_works_and_fits(monkeypatch, cuda, apex, where, taken):
+def test_the_apex_optimiser_is_used_if_it_works_and_supports_the_settings(monkeypatch, cuda, apex, where, taken):
     own = {} if apex is None else {"FusedAdam": type("FusedAdam", (apex,), {"__module__": "apex.optimizers"})}
     install(monkeypatch, "apex.optimizers", **own)
     model = torch.nn.Linear(3, 3).to(CUDA)
@@ -153,7 +155,7 @@ def test_apex_is_taken_where_it_works_and_fits(monkeypatch, cuda, apex, where, t
     assert not torch.equal(model.weight, before)
 
 
-def test_ranks_meet_on_nccl(cuda, monkeypatch):
+def test_ranks_are_joined_with_nccl_on_gpus(cuda, monkeypatch):
     backends = []
     begin = torch.distributed.init_process_group  # the stand-in, which falls back to gloo
     monkeypatch.setattr(
@@ -164,7 +166,7 @@ def test_ranks_meet_on_nccl(cuda, monkeypatch):
     assert backends == ["nccl"] and "set_device cuda:0" in cuda.events
 
 
-def test_forward_passes_are_timed_by_the_gpus_events(cuda):
+def test_forward_passes_are_timed_with_gpu_events(cuda):
     model = torch.nn.Linear(3, 3)
     timer = ForwardTime(model, CUDA)
     for _ in range(4):
@@ -175,7 +177,7 @@ def test_forward_passes_are_timed_by_the_gpus_events(cuda):
     model(torch.ones(1, 3))
 
 
-def test_a_stall_leaves_the_last_collectives_of_nccl(tmp_path, monkeypatch):
+def test_a_stall_writes_the_last_nccl_collectives(tmp_path, monkeypatch):
     for name, answer in (("is_nccl_available", True), ("is_initialized", True), ("get_backend", "nccl")):
         monkeypatch.setattr(torch.distributed, name, lambda answer=answer: answer)
     monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"trace", raising=False)
@@ -192,7 +194,7 @@ def test_a_stall_leaves_the_last_collectives_of_nccl(tmp_path, monkeypatch):
         ({"WORLD_SIZE": "2"}, "start the ranks with deepspeed, torchrun or srun"),
     ],
 )
-def test_a_wrong_launch_is_told(cuda, monkeypatch, environment, message):
+def test_an_invalid_launch_is_refused(cuda, monkeypatch, environment, message):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -211,7 +213,7 @@ def test_without_a_gpu_ranks_share_the_cores(monkeypatch):
         pass
 
 
-def test_a_gpu_is_chosen_where_there_is_one_and_the_cpu_by_its_name(cuda):
+def test_a_gpu_is_used_if_there_is_one_unless_the_cpu_is_requested(cuda):
     assert hardware.chosen_device(None).type == "cuda" and hardware.chosen_device("cpu").type == "cpu"
     with pytest.raises(UserError, match="--device abacus: must be cpu or cuda"):
         hardware.chosen_device("abacus")
@@ -223,7 +225,7 @@ def test_precision_follows_the_gpu(capability, precision):
         assert hardware.fast_precision(CUDA) == precision
 
 
-def test_peaks_are_the_data_sheets_or_measured(monkeypatch, cuda):
+def test_peak_throughput_is_taken_from_the_data_sheet_or_measured(monkeypatch, cuda):
     assert hardware.peak_flops(CUDA, torch.bfloat16) == 989e12
     monkeypatch.setattr(hardware.torch, "randn", lambda *size, **_: torch.zeros(2, 2))
     assert hardware.peak_flops(CUDA, torch.float32) > 0
@@ -233,12 +235,12 @@ def test_peaks_are_the_data_sheets_or_measured(monkeypatch, cuda):
     assert hardware.peak_flops(torch.device("cpu"), torch.float32) > 0
 
 
-def test_memory_is_the_gpus_or_the_process(cuda):
+def test_memory_use_is_that_of_the_gpu_or_the_process(cuda):
     assert hardware.peak_memory(CUDA) == 123_000_000
     assert hardware.peak_memory(torch.device("cpu")) > 50e6
 
 
-def test_a_gpu_without_memory_left_is_known():
+def test_a_gpu_without_free_memory_is_recognised():
     assert out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access"))

@@ -32,7 +32,7 @@ def fresh_tables():
         cache.cache_clear()
 
 
-def test_a_gpu_gets_triton(cuda, monkeypatch):
+def test_triton_kernels_are_chosen_on_a_gpu(cuda, monkeypatch):
     monkeypatch.delenv("M3AE_KERNELS_IMPL")
     assert choose_impl("auto", CUDA) == "triton" and choose_impl("torch", CUDA) == "torch"
     assert choose_impl("auto", torch.device("cpu")) == "torch"
@@ -46,20 +46,20 @@ def test_a_gpu_gets_triton(cuda, monkeypatch):
     ("capability", "arch"),
     [((8, 0), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((8, 6), "sm_89"), ((12, 1), "sm_120")],
 )
-def test_tables_follow_the_gpu(capability, arch):
+def test_block_sizes_are_those_of_the_gpu(capability, arch):
     with FakeCuda(capability=capability):
         assert tuning.arch_of(CUDA) == arch
         assert tuning.config("rows", CUDA, torch.bfloat16)["num_warps"] > 0
     assert tuning.arch_of(torch.device("cpu")) == "interpreter"
 
 
-def test_a_gpu_older_than_the_kernels_gets_torch(monkeypatch):
+def test_torch_is_chosen_on_a_gpu_that_the_kernels_do_not_support(monkeypatch):
     monkeypatch.delenv("M3AE_KERNELS_IMPL")
     with FakeCuda(capability=(7, 5)), pytest.warns(UserWarning, match="on NVIDIA.*, the ops run on torch"):
         assert choose_impl("auto", CUDA) == "torch"
 
 
-def test_tables_of_amd(monkeypatch):
+def test_block_sizes_of_amd_gpus_are_chosen(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert tuning.arch_of(CUDA) == "gfx942"
 
@@ -102,7 +102,7 @@ def test_gradients_of_weights_are_summed_in_float32(monkeypatch):
     torch.testing.assert_close(total, 2 * a @ a.t())
 
 
-def test_attention_of_triton_stands_a_trial(cuda, monkeypatch, caplog):
+def test_triton_attention_takes_part_in_the_benchmark_at_start_up(cuda, monkeypatch, caplog):
     """By default, it is benchmarked together with implementations that are not installed here. The test uses float16,
     because the interpreter multiplies bfloat16 incorrectly."""
     monkeypatch.setattr(attention_cuda, "_chosen", {})
@@ -116,17 +116,17 @@ def test_attention_of_triton_stands_a_trial(cuda, monkeypatch, caplog):
     assert "attention: triton is excluded" in caplog.text
 
 
-def test_attention_of_triton_stands_no_trial_on_an_old_gpu(monkeypatch):
+def test_triton_attention_is_not_available_on_an_old_gpu(monkeypatch):
     with FakeCuda(capability=(7, 5)), pytest.raises(attention_cuda.NotAvailable):
         attention_cuda.MAKERS["triton"](CUDA)
 
 
-def test_a_trial_without_a_gpu_is_timed_by_the_clock():
+def test_attention_kernels_are_timed_by_the_clock_without_a_gpu():
     on_cpu = attention_cuda.example(torch.device("cpu"), torch.float32, 1, 16, 5)
     assert attention_cuda._seconds(PADDED, *on_cpu) > 0
 
 
-def test_float32_is_multiplied_as_torch_is_set_to():
+def test_float32_matmuls_follow_the_precision_setting_of_torch():
     assert precision(torch.bfloat16) == "ieee"
     assert precision(torch.float32) == "tf32x3"
     before = torch.backends.cuda.matmul.fp32_precision
@@ -137,7 +137,7 @@ def test_float32_is_multiplied_as_torch_is_set_to():
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_the_help_of_a_tool_names_the_device(cuda, capsys):
+def test_the_help_of_a_tool_lists_the_device_option(cuda, capsys):
     with pytest.raises(SystemExit):
         data(["image-tokens", "--help"])
     assert "--device" in capsys.readouterr().out

@@ -31,7 +31,7 @@ def expected(tmp_path_factory) -> np.ndarray:
 
 
 @pytest.mark.parametrize("stage", [None, 2])
-def test_the_cuda_path_gives_the_cpus_numbers(tmp_path, monkeypatch, capsys, expected, stage):
+def test_the_cuda_path_computes_the_same_values_as_the_cpu(tmp_path, monkeypatch, capsys, expected, stage):
     monkeypatch.setattr("m3ae_fast.training.run.peak_flops", lambda device, dtype: 1e12)  # measuring it takes a minute
     install(monkeypatch, "apex.optimizers", FusedAdam=FusedAdam)
     section = "null" if stage is None else json.dumps({"zero_optimization": {"stage": stage}})
@@ -46,7 +46,7 @@ def test_the_cuda_path_gives_the_cpus_numbers(tmp_path, monkeypatch, capsys, exp
     assert cuda.events[0] == "set_device cuda:0" and "current waits for side" in cuda.events
 
 
-def test_memory_of_changing_sizes_is_asked_for(monkeypatch):
+def test_expandable_memory_segments_are_requested_unless_the_user_configures_the_allocator(monkeypatch):
     """Expandable segments are requested unless the user has set the variable, under its present or its older name."""
     for given in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None):
         environment = {given: "theirs"} if given else {}
@@ -56,14 +56,14 @@ def test_memory_of_changing_sizes_is_asked_for(monkeypatch):
         assert len(environment) == 4  # together with the variables for threads, pages and logs
 
 
-def test_a_machine_that_triton_cannot_build_on_is_told(tmp_path, monkeypatch, cuda):
+def test_missing_build_tools_for_triton_are_reported(tmp_path, monkeypatch, cuda):
     monkeypatch.setenv("M3AE_KERNELS_IMPL", "triton")
     monkeypatch.setattr("m3ae_fast.training.run.missing_for_triton", lambda: ["a C compiler", "Python.h"])
     with pytest.raises(Exception, match=r"need a C compiler and Python\.h on this machine"):
         train(tmp_path, "run", "deepspeed=null")
 
 
-def test_an_unknown_implementation_of_the_kernels_is_told(tmp_path, monkeypatch, cuda):
+def test_an_unknown_kernel_implementation_is_refused(tmp_path, monkeypatch, cuda):
     monkeypatch.setenv("M3AE_KERNELS_IMPL", "tritn")
     with pytest.raises(Exception, match=r"impl is 'tritn' .*, but must be one of auto, triton, torch"):
         train(tmp_path, "run", "deepspeed=null")

@@ -27,7 +27,7 @@ def losses_of(run) -> dict:
 
 
 @pytest.mark.slow
-def test_export_needs_nothing_else(run, tmp_path, monkeypatch):
+def test_an_export_is_self_contained(run, tmp_path, monkeypatch):
     """The tokenizer and the sizes are stored together with the weights."""
     assert main([str(run), "--out", str(tmp_path / "out")]) == 0
     monkeypatch.chdir(tmp_path)
@@ -42,7 +42,7 @@ def test_export_needs_nothing_else(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_transformers_prepares_pictures_as_encode_does(tmp_path, channels):
+def test_the_image_processor_of_transformers_prepares_images_as_encode(tmp_path, channels):
     mean, std = (0.5, 0.4, 0.3, 0.6)[:channels], (0.2, 0.3, 0.25, 0.4)[:channels]
     config = ModelConfig(**TINY, channels=channels, image_mean=mean, image_std=std)
     model = M3AE(config)
@@ -66,14 +66,14 @@ def test_transformers_prepares_pictures_as_encode_does(tmp_path, channels):
 
 
 @pytest.mark.parametrize(("dtype", "white"), [("uint8", 255), ("uint16", 65535), ("float32", 1)])
-def test_white_is_one_to_image_processors(tmp_path, dtype, white):
+def test_exported_image_processors_scale_white_to_one(tmp_path, dtype, white):
     M3AE(ModelConfig(**TINY, image_dtype=dtype)).save_pretrained(tmp_path / "out")
     saved = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
     assert saved["do_rescale"] and saved["rescale_factor"] * white == 1
 
 
 @pytest.mark.slow
-def test_export_goes_without_a_tokenizer_that_is_gone(run, tmp_path, capsys):
+def test_a_run_whose_tokenizer_is_missing_is_exported_without_it(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     for path in (tmp_path / "run").rglob("state.json"):
         path.write_text(path.read_text().replace(str(CLIPART / "tokenizer.json"), "/nowhere/tokenizer.json"))
@@ -82,7 +82,7 @@ def test_export_goes_without_a_tokenizer_that_is_gone(run, tmp_path, capsys):
     assert M3AE.from_pretrained(tmp_path / "out").tokenizer is None
 
 
-def test_model_card_tells_the_run_and_no_secret(run, tmp_path):
+def test_the_model_card_describes_the_run_without_secrets(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     for path in (tmp_path / "run").rglob("state.json"):
         info = json.loads(path.read_text().replace(str(CLIPART), "https://me:secret@host/d"))
@@ -96,7 +96,7 @@ def test_model_card_tells_the_run_and_no_secret(run, tmp_path):
     assert '"emb_dim": 32' in card and '"global_batch": 16' in card
 
 
-def test_no_file_of_an_export_has_a_path_of_this_machine(run, tmp_path):
+def test_exported_files_contain_no_local_paths(run, tmp_path):
     """The files do not contain the text of a command either, because it may include a password."""
     shutil.copytree(run, tmp_path / "run")
     sources = [str(CLIPART / "train-{0000..0001}.tar"), f"file:{CLIPART}/a.tar", f"{CLIPART}/b.tar::{CLIPART}/c.tar"]
@@ -150,7 +150,7 @@ def hub(tmp_path, monkeypatch) -> Hub:
     return hub
 
 
-def test_run_goes_to_the_hub_and_comes_back(run, tmp_path, hub, capsys):
+def test_a_run_is_uploaded_to_the_hub_and_loaded_from_it(run, tmp_path, hub, capsys):
     assert main([str(run), "--out", "out", "--push", "me/tiny", "--private"]) == 0
     assert "uploaded to https://hub/me/tiny" in capsys.readouterr().out and hub.private
     done = m3ae_fast.export("out", "other", push="me/other", weights="last")
@@ -176,12 +176,12 @@ def test_run_goes_to_the_hub_and_comes_back(run, tmp_path, hub, capsys):
         ("a/b/c", "no such file or folder"),
     ],
 )
-def test_model_that_is_not_there(hub, name, message):
+def test_a_missing_model_is_reported(hub, name, message):
     with pytest.raises(UserError, match=message):
         M3AE.from_pretrained(name)
 
 
-def test_push_without_token_or_network(hub, tmp_path, monkeypatch):
+def test_an_upload_without_token_or_network_is_reported(hub, tmp_path, monkeypatch):
     model = M3AE(ModelConfig(size=None, emb_dim=8, depth=1, num_heads=1, dec_emb_dim=8, dec_depth=1, dec_num_heads=1))
     monkeypatch.setattr(hub, "upload_folder", lambda **_: (_ for _ in ()).throw(ConnectionError("reset")))
     with pytest.raises(UserError, match=r"me/x: cannot be uploaded: the Hub cannot be reached \(reset\)"):

@@ -30,7 +30,7 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_arrays_and_plain_containers_come_back(tmp_path, protocol):
+def test_arrays_and_plain_containers_are_restored(tmp_path, protocol):
     others = {
         "words": ["a", ("b", None)],
         "bytes": b"c\xff",
@@ -59,7 +59,7 @@ NUMBERS = st.sampled_from([np.dtype(code) for code in ("?", *"bBhHiIqQefdFD")]).
     is_fortran=st.booleans(),
     protocol=st.integers(0, pickle.HIGHEST_PROTOCOL),
 )
-def test_arrays_of_any_numbers_shape_and_order_come_back_and_may_be_written(array, is_fortran, protocol):
+def test_arrays_of_any_dtype_shape_and_order_are_restored_as_writable(array, is_fortran, protocol):
     saved = [np.asfortranarray(array) if is_fortran else array, array.reshape(-1)[:1].sum()]
     saved[0].flags.writeable = False  # as in NumPy views of JAX arrays
     with tempfile.NamedTemporaryFile() as file:
@@ -84,7 +84,7 @@ def test_arrays_of_any_numbers_shape_and_order_come_back_and_may_be_written(arra
         Call(np.ndarray.tofile, np.zeros(1), "PWNED"),
     ],
 )
-def test_what_is_named_is_not_run(tmp_path, monkeypatch, call):
+def test_functions_named_in_a_pickle_are_not_called(tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "h.pkl").write_bytes(pickle.dumps({"state": call, "array": ARRAYS["matrix"]}))
     found = load_inert(tmp_path / "h.pkl")
@@ -92,7 +92,7 @@ def test_what_is_named_is_not_run(tmp_path, monkeypatch, call):
     assert os.listdir(tmp_path) == ["h.pkl"]
 
 
-def test_dtypes_of_objects_and_impossible_arrays_are_not_built(tmp_path):
+def test_object_dtypes_and_invalid_arrays_are_refused(tmp_path):
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps([np.array([{}, print], dtype=object), np.zeros(2, "i4,f4")], 4))
     assert [array.size for array in load_inert(path)] == [0, 0]  # the arrays are left empty
@@ -102,7 +102,7 @@ def test_dtypes_of_objects_and_impossible_arrays_are_not_built(tmp_path):
         load_inert(path)
 
 
-def test_damage_anywhere_is_one_line(tmp_path, monkeypatch):
+def test_damage_at_any_position_is_reported_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = write_checkpoint(tmp_path / "a.pkl", {"a/b": ARRAYS["matrix"]}, {"flag": 1}).read_bytes()
     draw = random.Random(0)

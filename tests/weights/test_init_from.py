@@ -25,7 +25,7 @@ def lines(trainer, run: str) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_run_starts_where_another_ended(trainer, run):
+def test_a_run_is_initialised_with_the_final_weights_of_another_run(trainer, run):
     """On two ranks with ZeRO-3, the held-out losses before the first step equal those after the last step of the other
     run."""
     write_export(run, trainer.folder / "start")
@@ -41,7 +41,7 @@ def test_run_starts_where_another_ended(trainer, run):
 
 
 @pytest.mark.slow
-def test_converted_mae_trains_on_with_its_positions(trainer):
+def test_a_converted_mae_can_be_trained_further_with_its_position_embeddings(trainer):
     """Position embeddings from the checkpoint stay bitwise unchanged with bf16 weights, in checkpoints, in a resumed
     run and in an export. A missing decoder is initialised."""
     torch.manual_seed(0)
@@ -128,13 +128,13 @@ def test_a_decoder_with_the_other_attention_is_not_loaded(tmp_path):
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
-def test_run_that_cannot_start_says_so_in_a_line_and_leaves_nothing(trainer):
+def test_invalid_initial_weights_are_reported_in_one_line_and_leave_no_files(trainer):
     out = trainer("run", "--set", "model.init_from=nowhere", code=2)
     assert "error: nowhere: no such file or folder; specify an export" in out and "Traceback" not in out
     assert not (trainer.folder / "run").exists()
 
 
-def test_checkpoint_from_before_a_setting_existed_had_its_default(run):
+def test_a_checkpoint_from_before_a_setting_existed_is_read_with_its_default(run):
     path = checkpoint.saved_steps(run)[-1]
     info = checkpoint.read_info(path)
     config = parse(Config, info.config, "run")
@@ -146,7 +146,7 @@ def test_checkpoint_from_before_a_setting_existed_had_its_default(run):
         changes_of(path, info, changed, info.stream)
 
 
-def test_every_setting_of_a_model_is_seen_in_its_weights_or_compared():
+def test_every_setting_of_a_model_affects_its_weights_or_is_compared():
     """A setting that does not change the names or shapes of weights, but their use, must be equal for
     `model.init_from`."""
     base = {

@@ -49,7 +49,7 @@ def masks() -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def test_features_are_maes(tmp_path, capsys):
+def test_features_equal_those_of_mae(tmp_path, capsys):
     mae, images, normal = make()
     model = convert(tmp_path, {"model": mae.state_dict(), "epoch": 3})
     torch.testing.assert_close(model.representation(images), mae.tokens(normal), rtol=0, atol=2e-5)
@@ -58,7 +58,7 @@ def test_features_are_maes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
-def test_loss_and_gradients_are_maes_over_any_parts_of_a_step(tmp_path, norm_pix):
+def test_loss_and_gradients_equal_those_of_mae_for_any_split_into_micro_batches(tmp_path, norm_pix):
     mae, images, normal = make()
     expected = mae.loss(normal, torch.stack(masks()), norm_pix)
     expected.backward()
@@ -85,7 +85,7 @@ def test_loss_and_gradients_are_maes_over_any_parts_of_a_step(tmp_path, norm_pix
         torch.testing.assert_close(ours.grad, grad, rtol=1e-4, atol=1e-6)
 
 
-def test_loss_over_samples_is_another(tmp_path):
+def test_the_loss_per_sample_differs_from_the_loss_per_batch(tmp_path):
     mae, images, _ = make()
     start = convert(tmp_path, {"model": mae.state_dict()})
     samples = [Sample(str(i), image, mask) for i, (image, mask) in enumerate(zip(images, masks()))]
@@ -104,7 +104,7 @@ def test_encoder_alone_warns_and_computes_the_same_features(tmp_path):
 
 
 @torch.no_grad()
-def test_fine_tuned_encoder_norms_the_mean(tmp_path, capsys):
+def test_a_fine_tuned_mae_encoder_normalises_the_mean(tmp_path, capsys):
     """The network equals the network of MAE's fine-tuning: timm's model with the last norm after mean pooling."""
     mae, images, normal = make()
     weights = {name: tensor for name, tensor in mae.state_dict().items() if not name.startswith(("decoder", "mask"))}
@@ -216,7 +216,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change):
 
 
 @pytest.mark.parametrize("width", HEADS_BY_WIDTH)
-def test_settings_that_a_file_lacks_are_options_or_those_of_the_published_size(width):
+def test_settings_missing_in_a_file_are_given_as_options_or_are_those_of_the_published_size(width):
     patch = torch.zeros(width, 3, 2, 2)
     weights = {
         "cls_token": torch.zeros(1, 1, width),
@@ -237,7 +237,7 @@ def test_settings_that_a_file_lacks_are_options_or_those_of_the_published_size(w
 
 
 @pytest.mark.parametrize("kind", ["bare", "state_dict", "model", "old"])
-def test_weights_lie_where_programs_put_them(tmp_path, kind):
+def test_weights_are_found_in_the_file_layouts_of_known_programs(tmp_path, kind):
     """Files may also contain weights that fine-tuning adds, in any floating-point dtype. Weights are loaded on the CPU,
     regardless of the device on which they were saved."""
     weights = {name: tensor.double() for name, tensor in make()[0].state_dict().items()}
@@ -254,7 +254,7 @@ def test_weights_lie_where_programs_put_them(tmp_path, kind):
     torch.testing.assert_close(found.state["encoder.norm.weight"].double(), weights["norm.weight"])
 
 
-def test_heads_that_the_file_does_not_tell_are_asked_for(tmp_path):
+def test_the_number_of_heads_must_be_given_if_it_is_unknown(tmp_path):
     torch.save({"model": make()[0].state_dict()}, tmp_path / "mae.pth")
     with pytest.raises(UserError, match="the number of attention heads for width 24 is unknown; specify --num-heads"):
         main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out")])
@@ -263,7 +263,7 @@ def test_heads_that_the_file_does_not_tell_are_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("old_format", [False, True])
-def test_hostile_and_damaged_files_run_nothing(tmp_path, monkeypatch, old_format):
+def test_malicious_and_damaged_files_execute_no_code(tmp_path, monkeypatch, old_format):
     monkeypatch.chdir(tmp_path)
     options = {"_use_new_zipfile_serialization": not old_format}
     torch.save({"model": Call(exec, "open('PWNED', 'w').close()")}, "mae.pth", **options)

@@ -52,7 +52,7 @@ def error_of(error: float, expected: np.ndarray) -> float:
     [{}, {"use_type_embedding": False, "output_head_depth": 2, "mlp_ratio": 3, "dec_depth": 1}],
     ids=["types", "heads of MLPs"],
 )
-def test_features_and_losses_are_the_official_ones(tmp_path, capsys, config):
+def test_features_and_losses_equal_those_of_the_official_code(tmp_path, capsys, config):
     arrays = golden(tmp_path, **config)
     write_checkpoint(tmp_path / "a.pkl", params_of(arrays), flags(), protocol=4)
     assert main([str(tmp_path / "a.pkl"), "--out", str(tmp_path / "out")]) == 0
@@ -67,7 +67,7 @@ def test_features_and_losses_are_the_official_ones(tmp_path, capsys, config):
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
-def test_image_only_checkpoint_with_its_own_names_of_flags(tmp_path):
+def test_an_image_only_checkpoint_with_its_flag_names_is_imported(tmp_path):
     arrays = golden(tmp_path, use_type_embedding=False)
     params = {name: array for name, array in params_of(arrays).items() if "text" not in name}
     variant = {key.replace("data.", "cc12m_data."): value for key, value in flags("mae").items()} | {"dataset": "cc12m"}
@@ -97,7 +97,7 @@ CC12M, IMAGENET = (0.5762, 0.5503, 0.5213, 0.3207, 0.3169, 0.3307), (0.485, 0.45
         ),
     ],
 )
-def test_settings_are_those_of_the_flags_or_their_defaults(tmp_path, stated, expected):
+def test_settings_are_taken_from_the_flags_or_their_defaults(tmp_path, stated, expected):
     """None denotes a flag that the script does not have."""
     wide = stated.get("m3ae.dec_num_heads", 2) is None or "m3ae.model_type" in stated
     arrays = golden(tmp_path, **({"emb_dim": 48, "dec_emb_dim": 32} if wide else {}))
@@ -109,13 +109,13 @@ def test_settings_are_those_of_the_flags_or_their_defaults(tmp_path, stated, exp
 
 
 @pytest.mark.parametrize("kind", ["float16", "float64"])
-def test_weights_of_any_floats_become_float32(tmp_path, kind):
+def test_weights_of_any_float_dtype_become_float32(tmp_path, kind):
     params = {name: array.astype(kind) for name, array in params_of(golden(tmp_path)).items()}
     found = read_source(str(write_checkpoint(tmp_path / "a.pkl", params, flags())), ViTOptions()).state
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
 
 
-def test_an_encoder_alone_has_the_decoder_of_its_flags(tmp_path):
+def test_an_encoder_without_decoder_weights_has_the_decoder_size_of_its_flags(tmp_path):
     arrays = params_of(golden(tmp_path))
     encoder = {
         name: array for name, array in arrays.items() if not name.startswith(("decoder", "image_mask", "text_mask"))
@@ -126,7 +126,7 @@ def test_an_encoder_alone_has_the_decoder_of_its_flags(tmp_path):
 
 
 @pytest.mark.slow
-def test_published_size_has_its_heads_whatever_the_flag_says(tmp_path):
+def test_a_published_size_has_its_number_of_heads_regardless_of_the_flag(tmp_path):
     arrays = params_of(golden(tmp_path, emb_dim=48, dec_emb_dim=32))
     path = write_checkpoint(tmp_path / "a.pkl", arrays, flags(**{"m3ae.model_type": "huge"}))
     config = read_source(str(path), ViTOptions()).config
@@ -134,7 +134,7 @@ def test_published_size_has_its_heads_whatever_the_flag_says(tmp_path):
 
 
 @pytest.mark.slow
-def test_fine_tuned_classifier_gives_its_encoder(tmp_path):
+def test_the_encoder_of_a_fine_tuned_classifier_is_imported(tmp_path):
     arrays = params_of(golden(tmp_path))
     encoder = {name: array for name, array in arrays.items() if not name.startswith("decoder")}
     tuned = {f"base_model/{name}": array for name, array in encoder.items()} | {"Dense_0/bias": np.zeros(5, np.float32)}
@@ -143,7 +143,7 @@ def test_fine_tuned_classifier_gives_its_encoder(tmp_path):
     assert not any(name.startswith("decoder") for name in found.state)
 
 
-def test_tokenizer_comes_along(tmp_path, capsys):
+def test_the_tokenizer_is_copied_with_the_weights(tmp_path, capsys):
     tokenizer = train_tokenizer([caption(i) for i in range(40)], 60)
     tokenizer.save(str(tmp_path / "words.json"))
     with np.load(make_golden(tmp_path / "golden.npz", vocab=tokenizer.get_vocab_size())) as file:
@@ -158,7 +158,7 @@ def test_tokenizer_comes_along(tmp_path, capsys):
     )
 
 
-def test_tokenizer_of_another_size_is_refused(tmp_path):
+def test_a_tokenizer_of_another_size_is_refused(tmp_path):
     write_checkpoint(tmp_path / "a.pkl", params_of(golden(tmp_path)), flags())
     train_tokenizer([caption(i) for i in range(40)], 60).save(str(tmp_path / "words.json"))
     with pytest.raises(UserError, match=r"tokens but model\.vocab_size is 29"):
@@ -276,7 +276,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("make", MISTAKES, ids=lambda make: make.__name__)
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, make):
+def test_invalid_input_is_reported_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)
     make(tmp_path)
     before = set(os.listdir(tmp_path))
@@ -287,7 +287,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, make):
 
 
 @pytest.mark.parametrize("content", ["notes.txt", "model.safetensors"])
-def test_folder_with_something_else_is_left_alone(tmp_path, content):
+def test_a_folder_with_other_content_is_not_overwritten(tmp_path, content):
     write_checkpoint(tmp_path / "a.pkl", params_of(golden(tmp_path)), flags())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / content).write_text("mine")
@@ -296,7 +296,7 @@ def test_folder_with_something_else_is_left_alone(tmp_path, content):
     assert os.listdir(tmp_path / "out") == [content] and (tmp_path / "out" / content).read_text() == "mine"
 
 
-def test_earlier_output_is_replaced_or_stays_whole(tmp_path, monkeypatch):
+def test_earlier_output_is_either_replaced_or_kept_complete(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "a.pkl", params_of(golden(tmp_path)), flags())
     command = [str(tmp_path / "a.pkl"), "--out", str(tmp_path / "out")]
     main(command)

@@ -34,7 +34,7 @@ def _features(path, pixels):
 
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
-def test_its_features_are_those_of_encode(tmp_path, settings, capsys, caplog):
+def test_an_onnx_model_computes_the_features_of_encode(tmp_path, settings, capsys, caplog):
     model, _, _ = make(**settings)
     model.save_pretrained(tmp_path / "model")
     assert export([str(tmp_path / "model"), "--out", str(tmp_path / "encoder.onnx"), "--format", "onnx"]) == 0
@@ -57,7 +57,7 @@ def test_its_features_are_those_of_encode(tmp_path, settings, capsys, caplog):
     assert {path.name for path in tmp_path.iterdir()} == {"model", "encoder.onnx", "encoder.int8.onnx"}
 
 
-def test_its_accuracy_on_labelled_shards_is_told_beside_torch(tmp_path, capsys):
+def test_the_accuracy_of_an_onnx_model_is_printed_with_that_of_torch(tmp_path, capsys):
     """Even random weights distinguish the colours. The accuracy is that of k-NN on the features of `encode`."""
     model, _, _ = make()
     model.save_pretrained(tmp_path / "model")
@@ -82,12 +82,12 @@ def test_its_accuracy_on_labelled_shards_is_told_beside_torch(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["a.onnx.bak", "a", "a.onnxx"])
-def test_a_file_of_another_name_is_not_written(tmp_path, name):
+def test_a_file_without_the_suffix_onnx_is_refused(tmp_path, name):
     with pytest.raises(UserError, match=f"{name}: must end in .onnx"):
         onnx_model.write_onnx(tmp_path / name, None, {})
 
 
-def test_samples_to_classify_have_the_class_numbers_of_the_others(tmp_path):
+def test_samples_to_classify_use_the_class_ids_of_the_training_samples(tmp_path):
     """The samples to classify lack some classes."""
     train, val = labelled_tar(tmp_path / "a.tar", range(6)), labelled_tar(tmp_path / "b.tar", [1, 2, 4, 5])
     found = onnx_check.open_labelled([train], [val], "json.name")
@@ -127,7 +127,7 @@ def test_the_example_needs_no_torch(tmp_path):
     assert similarity == pytest.approx(torch.cosine_similarity(first, second, dim=0).item(), abs=2e-3)
 
 
-def test_a_file_that_is_right_for_batches_alone_is_not_written(tmp_path, monkeypatch):
+def test_an_onnx_model_that_is_wrong_for_single_images_is_not_written(tmp_path, monkeypatch):
     model, _, _ = make()
     encoder = onnx_model.ImageEncoder(model.config, model.state_dict()).eval()
 
@@ -143,7 +143,7 @@ def test_a_file_that_is_right_for_batches_alone_is_not_written(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch):
+def test_user_errors_are_reported_in_one_line_and_nothing_is_written(tmp_path, monkeypatch):
     model, _, _ = make()
     with pytest.raises(UserError, match=r"encoder: must end in .onnx"):
         onnx_model.write_onnx(tmp_path / "encoder", model.config, model.state_dict())

@@ -54,7 +54,7 @@ CASES = {
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 @torch.no_grad()
-def test_timm_computes_the_same_features_and_they_come_back(tmp_path, settings):
+def test_timm_computes_the_same_features_and_its_weights_can_be_imported_again(tmp_path, settings):
     model, images, normal = make(**settings)
     if settings.get("positions") == "stored":
         model.encoder_input.positions.image.add_(torch.randn(9, 24))
@@ -77,7 +77,7 @@ def test_timm_computes_the_same_features_and_they_come_back(tmp_path, settings):
 
 
 @pytest.mark.parametrize("order", ["after_norm", "before_norm"])
-def test_the_lines_of_the_card_give_the_features_of_encode(tmp_path, monkeypatch, order):
+def test_the_code_in_the_model_card_computes_the_features_of_encode(tmp_path, monkeypatch, order):
     """The features are equal for an image of the model's size. For other sizes, the two ways of resizing may differ by
     one 8-bit level, and the features agree within the effect of this difference."""
     model, images, _ = make(mean_pool=order)
@@ -98,7 +98,7 @@ def test_the_lines_of_the_card_give_the_features_of_encode(tmp_path, monkeypatch
 
 
 @torch.no_grad()
-def test_a_model_of_timms_own_comes_in(tmp_path):
+def test_a_pretrained_timm_model_is_imported(tmp_path):
     torch.manual_seed(0)
     options = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
     vit = timm.create_model("vit_tiny_patch16_224", **options).eval()
@@ -116,7 +116,7 @@ def test_a_model_of_timms_own_comes_in(tmp_path):
     assert json.loads((tmp_path / "other/config.json").read_text())["num_heads"] == 4
 
 
-def test_widths_have_the_heads_that_timm_gives_them():
+def test_the_number_of_heads_for_a_width_is_that_of_timm():
     with torch.device("meta"):
         names = ("tiny_patch16", "small_patch16", "base_patch16", "large_patch16", "huge_patch14")
         vits = [timm.create_model(f"vit_{name}_224", depth=1) for name in names]
@@ -144,7 +144,7 @@ def test_unsupported_vision_transformers_are_refused(tmp_path, settings, message
 
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("stated", [{"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}, {}, {"mean": [0.1, 0.2, 0.3]}])
-def test_image_statistics_and_gelu_are_those_of_the_folder_or_timms_defaults(tmp_path, nested, stated):
+def test_image_statistics_and_gelu_are_taken_from_the_folder_or_timms_defaults(tmp_path, nested, stated):
     """Mean and std are at the top level or in a separate section, depending on timm's version."""
     model, _, _ = make()
     write_timm(tmp_path / "timm", model.config, model.state_dict())
@@ -155,7 +155,7 @@ def test_image_statistics_and_gelu_are_those_of_the_folder_or_timms_defaults(tmp
     assert (config.image_mean, config.image_std) == known and (config.gelu, config.num_heads) == ("exact", 4)
 
 
-def test_timm_folder_is_not_taken_for_an_export(tmp_path):
+def test_a_timm_folder_is_not_mistaken_for_an_export(tmp_path):
     model, _, _ = make()
     write_timm(tmp_path / "timm", model.config, model.state_dict())
     with pytest.raises(UserError, match="a timm model; convert it"):
@@ -163,7 +163,7 @@ def test_timm_folder_is_not_taken_for_an_export(tmp_path):
     assert json.loads((tmp_path / "timm/config.json").read_text())["model_args"]["act_layer"] == "gelu_tanh"
 
 
-def test_run_is_exported_for_timm(run, tmp_path):
+def test_a_run_is_exported_for_timm(run, tmp_path):
     assert export([str(run), "--out", str(tmp_path / "timm"), "--format", "timm"]) == 0
     vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
     assert vit.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 17, 32)

@@ -70,7 +70,7 @@ MAKERS = pytest.mark.parametrize(
 
 
 @MAKERS
-def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path, make):
+def test_a_pipe_in_place_of_weights_is_refused_without_waiting(tmp_path, make):
     load = make(tmp_path / "model")
     path = tmp_path / "model" / FILES.get(make.__name__, "model.safetensors")
     path.unlink()
@@ -82,7 +82,7 @@ def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path, make):
 
 
 @MAKERS
-def test_only_floats_of_16_to_64_bits_are_weights(tmp_path, make):
+def test_only_floats_of_16_to_64_bits_are_accepted_as_weights(tmp_path, make):
     load = make(tmp_path / "model")
     path = tmp_path / "model" / FILES.get(make.__name__, "model.safetensors")
     state, name = load_file(path), NORM.get(make.__name__, "norm.weight")
@@ -97,14 +97,14 @@ def test_only_floats_of_16_to_64_bits_are_weights(tmp_path, make):
 
 
 @pytest.mark.parametrize("dtype", OTHERS, ids=str)
-def test_a_file_of_other_tensors_is_named_by_whoever_reads_it(tmp_path, dtype):
+def test_a_file_with_other_tensors_is_named_by_every_reader(tmp_path, dtype):
     path = tmp_path / "any.safetensors"
     save_file({"fine": torch.ones(2), "odd": torch.ones(3).to(dtype)}, path)
     with pytest.raises(UserError, match=f"{path}: odd has dtype {str(dtype)[6:]}, but weights must be"):
         read_tensors(path)
 
 
-def test_integers_in_a_file_of_torch_are_no_weights(tmp_path):
+def test_integers_in_a_torch_file_are_refused_as_weights(tmp_path):
     weights = MAE().state_dict()
     torch.save({"model": weights | {"norm.weight": torch.ones(24, dtype=torch.int32)}}, tmp_path / "mae.pth")
     with pytest.raises(UserError, match=r"norm\.weight has dtype int32, but weights must be"):
@@ -112,7 +112,7 @@ def test_integers_in_a_file_of_torch_are_no_weights(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "classifier.safetensors"])
-def test_no_memory_is_taken_for_sizes_that_are_not_those_of_the_weights(tmp_path, name):
+def test_no_memory_is_allocated_for_sizes_that_differ_from_the_weights(tmp_path, name):
     """The stated size is a petabyte, which no machine can allocate."""
     load = (exported if name == "model.safetensors" else classifier)(tmp_path / "model")
     path = tmp_path / "model" / name.replace("model.safetensors", "config.json").replace("safetensors", "json")
@@ -123,7 +123,7 @@ def test_no_memory_is_taken_for_sizes_that_are_not_those_of_the_weights(tmp_path
         load()
 
 
-def test_positions_of_a_picture_too_large_to_be_one_are_refused(tmp_path):
+def test_position_embeddings_of_an_impossibly_large_image_are_refused(tmp_path):
     load = exported(tmp_path / "model")
     path = tmp_path / "model/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_size": 1 << 16}))
@@ -131,7 +131,7 @@ def test_positions_of_a_picture_too_large_to_be_one_are_refused(tmp_path):
         load()
 
 
-def test_a_vqgan_of_more_blocks_than_weights_is_refused(tmp_path):
+def test_a_vqgan_config_with_more_blocks_than_weights_is_refused(tmp_path):
     load = vqgan(tmp_path / "model")
     path = tmp_path / "model/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_res_blocks": 1 << 40}))
@@ -149,7 +149,7 @@ def test_a_config_nested_too_deeply_is_refused(tmp_path, make):
     assert "\n" not in str(caught.value)
 
 
-def test_an_export_changes_its_format_only_where_its_weights_fit(tmp_path):
+def test_the_format_of_an_export_is_changed_only_if_its_weights_fit(tmp_path):
     exported(tmp_path / "model")
     path = tmp_path / "model/model.safetensors"
     state = load_file(path)
@@ -168,7 +168,7 @@ def test_an_export_changes_its_format_only_where_its_weights_fit(tmp_path):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", [0, -1])
-def test_one_value_that_is_not_finite_is_found_in_any_weight(value, place):
+def test_a_single_non_finite_value_is_found_in_any_weight(value, place):
     model = M3AE(ModelConfig.model_validate(SIZES))
     state = model.state_dict()
     check_weights(model, state, "here")
@@ -179,7 +179,7 @@ def test_one_value_that_is_not_finite_is_found_in_any_weight(value, place):
             check_weights(model, state | {name: spoilt}, "here")
 
 
-def test_a_digest_is_of_every_value_and_name():
+def test_a_digest_depends_on_every_value_and_name():
     state = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
     seen = {
         weights_digest(state),
@@ -197,7 +197,7 @@ def test_a_digest_is_of_every_value_and_name():
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
-def test_all_files_of_a_model_are_as_readable_as_the_users_others(tmp_path, umask):
+def test_model_files_have_the_users_default_permissions(tmp_path, umask):
     config = ModelConfig(size=None, emb_dim=8, depth=1, num_heads=1, dec_emb_dim=8, dec_depth=1, dec_num_heads=1)
     old = os.umask(umask)
     try:
@@ -209,7 +209,7 @@ def test_all_files_of_a_model_are_as_readable_as_the_users_others(tmp_path, umas
 
 
 @pytest.mark.parametrize("vocab", [0, 50])
-def test_a_card_has_the_models_sizes(vocab):
+def test_the_model_card_contains_the_sizes_of_the_model(vocab):
     config = ModelConfig(
         size=None, emb_dim=12, depth=3, num_heads=2, dec_emb_dim=20, dec_depth=4, dec_num_heads=5,
         image_size=48, patch_size=8, text_length=17, vocab_size=vocab,
